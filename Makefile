@@ -1,0 +1,46 @@
+# Two commands on a fresh machine do everything: `make demo` and `make test`. Each makes its own .venv with plain pip.
+# `quick` is the inner loop; `check` is what a commit must pass; `bench` prints the benchmarks' JSON lines.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUT ?= demo-out
+
+.PHONY: demo quick test check bench docs clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/.demo: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: https://www.python.org/downloads/"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[tune,demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,dev]'
+	touch $@
+
+demo: $(VENV)/.demo  ## the whole circle on real data
+	$(BIN)/sartor demo --out $(DEMO_OUT) --replace
+
+quick: $(VENV)/.dev  ## the default tier: under 90 s, no network
+	$(BIN)/python -m pytest -q
+
+test: $(VENV)/.dev  ## every tier
+	$(BIN)/sartor assets install starter
+	$(BIN)/sartor assets install home-intents
+	$(BIN)/sartor assets install chitchat
+	$(BIN)/python -m pytest -q -m ""
+
+check: $(VENV)/.dev  ## lint and types
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## each benchmark's JSON line
+	for script in benchmarks/*.py; do env -u OPENBLAS_CORETYPE $(BIN)/python $$script --json || exit 1; done
+
+docs: $(VENV)/.dev  ## every block of README and docs, run
+	$(BIN)/python -m pytest -q -m "" tests/test_docs.py
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUT)

@@ -1,0 +1,68 @@
+"""Sartor tailors an open foundation model to a person's own data, and proves what it made.
+
+    import sartor
+
+    sartor.curate("curate.yaml", out="data/faq")          # sources -> Dataset
+    sartor.tune("tune.yaml", out="adapters/faq")          # Dataset -> Adapter
+    sartor.evaluate("adapters/faq")                       # Adapter -> Report
+    sartor.release("adapters/faq", name="faq", version="1.0", key="keys")
+    sartor.ask("adapters/faq-1.0", "What does delivery cost?").reply
+
+Names are resolved when they are first used, so `import sartor` loads neither torch nor pyarrow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    # verbs
+    "ask": "sartor.agents.ask:ask",
+    "curate": "sartor.curate",
+    "demo": "sartor.circle:demo",
+    "evaluate": "sartor.evaluate",
+    "index": "sartor.core.catalogue:index",
+    "inspect": "sartor.core.lineage:inspect",
+    "install": "sartor.core.assets:install",
+    "keygen": "sartor.core.signing:keygen",
+    "open": "sartor.core.artifacts:open_artifact",
+    "release": "sartor.evaluate.release:release",
+    "tune": "sartor.tune",
+    "verify": "sartor.evaluate.release:verify",
+    # nouns
+    "Artifact": "sartor.core.artifacts:Artifact",
+    "CurateRecipe": "sartor.curate.recipe:CurateRecipe",
+    "Drop": "sartor.core.records:Drop",
+    "Example": "sartor.core.records:Example",
+    "Message": "sartor.core.records:Message",
+    "Origin": "sartor.core.records:Origin",
+    "Part": "sartor.core.records:Part",
+    "Recipe": "sartor.tune.recipe:Recipe",
+    "Sampling": "sartor.models.generate:Sampling",
+    "SartorError": "sartor.core.errors:SartorError",
+    "Waiver": "sartor.evaluate.release:Waiver",
+    # what is known of them
+    "assets": "sartor.core.assets:entries",
+    "load_curate_recipe": "sartor.curate.pipeline:load_recipe",
+    "load_recipe": "sartor.tune.recipe:load",
+    "options": "sartor.core.config:describe",
+    "read_drops": "sartor.core.rows:read_drops",
+    "read_examples": "sartor.core.rows:read_examples",
+}
+
+__all__ = sorted(_NAMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'sartor' has no attribute {name!r}")
+    module, _, attribute = _NAMES[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,161 @@
+"""Several verbs in a row: the demo goes once around the circle on real data, and leaves every recipe that it used."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sartor.agents.ask import Reply, ask
+from sartor.core import assets, signing
+from sartor.core.artifacts import check_free
+from sartor.core.errors import ConfigError
+from sartor.core.home import folder
+from sartor.curate.pipeline import Curated, curate
+from sartor.evaluate.release import Released, Waiver, release, verify
+from sartor.evaluate.tasks import Evaluated, evaluate
+from sartor.intents import rows
+from sartor.tune.trainer import Tuned, tune
+
+Notice = Callable[[str], object]
+# A wording and names that no training row has
+PROMPT = "please turn on the lights in the kitchen"
+HELD_OUT_FRACTION = 0.07
+ROWS = 900
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Once around: what each stage made."""
+
+    curated: Curated
+    tuned: Tuned
+    evaluated: Evaluated
+    released: Released
+    reply: Reply
+    wall_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        report, run = self.evaluated.report.manifest, self.tuned.adapter.manifest["run"]
+        exact = report["metrics"]["exact_match"]
+        return {
+            "dataset": str(self.curated.dataset.path),
+            "adapter": str(self.tuned.adapter.path),
+            "report": str(self.evaluated.report.path / "report.html"),
+            "release": str(self.released.release.path),
+            "gate": self.released.as_json()["gate"],
+            "base": {"exact_match": exact["base"]},
+            "tuned": {"exact_match": exact["tuned"]},
+            "gain": {"estimate": exact["difference"], "low": exact["low"], "high": exact["high"]},
+            "forgetting": report["forgetting"],
+            "rows": {"train": self.curated.dataset.manifest["counts"]["splits"]["train"], "evaluated": report["rows"]},
+            "trainable_fraction": run["trainable_fraction"],
+            "tokens_per_s": run["tokens_per_s"],
+            "tune_s": run["wall_s"],
+            "wall_s": round(self.wall_s, 1),
+            "ask": {"prompt": self.reply.prompt, "reply": self.reply.reply, "nearest": self.reply.nearest},
+        }
+
+    def table(self) -> list[tuple[str, str]]:
+        """The small table at the end."""
+        said = self.as_json()
+        forgetting = said["forgetting"]
+        forgot = forgetting.get("skipped") or (
+            f"{forgetting['difference']:+.3f} nats per token, in [{forgetting['low']:+.3f}, {forgetting['high']:+.3f}]"
+        )
+        gain = said["gain"]
+        return [
+            ("base exact match", f"{said['base']['exact_match']:.2f}"),
+            ("tuned exact match", f"{said['tuned']['exact_match']:.2f}"),
+            ("gain, 95 % interval", f"{gain['estimate']:+.2f}, in [{gain['low']:+.2f}, {gain['high']:+.2f}]"),
+            ("forgetting on chitchat", forgot),
+            ("rows trained, evaluated", f"{said['rows']['train']:,}, {said['rows']['evaluated']:,}"),
+            ("parameters trained", f"{said['trainable_fraction']:.2%}"),
+            ("tuning", f"{said['tune_s']:.0f} s, {said['tokens_per_s']:,.0f} tokens/s"),
+            ("everything", f"{said['wall_s']:.0f} s"),
+        ]
+
+
+def demo(
+    out: Path | str = "demo-out", *, limit: int = 0, replace: bool = False, show: bool = True, notice: Notice = print
+) -> Demo:
+    """Curate, tune, evaluate, release and ask, on home-assistant-intents and the starter base, below the directory `out`.
+
+    `limit` takes that many rows only, to see the circle turn in seconds; such a run shows no gain, so its Release carries
+    a waiver that says so. `notice` is told each step. Raises what the verbs raise.
+    """
+    began = time.monotonic()
+    if limit and limit < 20:
+        raise ConfigError(f"--limit is {limit}; under 20 rows there is nothing to hold out", "--limit 60")
+    out = Path(out)
+    names = ("dataset", "adapter", "report", "intents-1.0")
+    for name in names:
+        check_free((out / name).absolute(), replace=replace)
+    _write_inputs(out, limit)
+    curated = curate(out / "curate.yaml", out / "dataset", replace=replace)
+    notice(
+        f"dataset  {curated.dataset.path}  ({curated.kept} of {curated.read} rows kept, dropped {curated.dropped or 'none'})"
+    )
+    tuned = tune(out / "tune.yaml", out / "adapter", replace=replace, show=show, notice=notice)
+    notice(f"adapter  {tuned.adapter.path}")
+    evaluated = evaluate(out / "adapter", out=out / "report", replace=replace, notice=notice)
+    notice(f"report   {evaluated.report.path / 'report.html'}")
+    released = release(
+        out / "adapter",
+        name="intents",
+        version="1.0",
+        key=_demo_key(),
+        report=out / "report",
+        waivers=_waivers(limit),
+        replace=replace,
+    )
+    verify(released.release.path)
+    notice(f"release  {released.release.path}  (signed, verified)")
+    reply = ask(released.release.path, PROMPT)
+    notice(f"asked    {PROMPT!r} -> {reply.reply}")
+    for row in reply.nearest[:1]:
+        notice(f"nearest  {row['prompt']!r} -> {row['reply']}  ({row['locator']}, {row['licence']})")
+    return Demo(curated, tuned, evaluated, released, reply, time.monotonic() - began)
+
+
+def _write_inputs(out: Path, limit: int) -> None:
+    """The rows as a file like any user's, and the two recipes: each step can be run again by its own command."""
+    out.mkdir(parents=True, exist_ok=True)
+    sampled = rows(assets.install("home-intents"))[: limit or round(ROWS / (1 - HELD_OUT_FRACTION))]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sampled)
+    (out / "rows.jsonl").write_text(lines, encoding="utf-8")
+    source = {"path": str(out / "rows.jsonl"), "licence": assets.entry("home-intents").licence, "use": ["commercial"]}
+    fraction = 0.25 if limit else HELD_OUT_FRACTION
+    _write_yaml(out / "curate.yaml", {"sources": [source], "split": {"eval_fraction": fraction, "by": "group"}, "seed": 0})
+    recipe = {
+        "base": "starter",
+        "data": {"path": str(out / "dataset"), "eval_rows": 32},
+        "method": {"kind": "lora", "rank": 16, "alpha": 32, "targets": "all-linear"},
+        "budget": {"epochs": 1},
+        "optimizer": {"learning_rate": 2.0e-3, "batch_tokens": 512},
+        "seed": 0,
+    }
+    _write_yaml(out / "tune.yaml", recipe)
+
+
+def _write_yaml(file: Path, data: dict[str, Any]) -> None:
+    file.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+
+
+def _demo_key() -> Path:
+    """A key pair of this machine for demos, made and trusted once."""
+    path = folder("keys") / "demo"
+    if not (path / "sartor.key").is_file():
+        signing.keygen(path, trust=True)
+    return path
+
+
+def _waivers(limit: int) -> list[Waiver]:
+    reason = f"a demo of {limit} rows shows the circle, not a gain"
+    return [Waiver(check, "sartor demo --limit", reason) for check in ("gain", "forgetting")] if limit else []

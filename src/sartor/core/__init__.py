@@ -1,0 +1,1 @@
+"""Nouns: records, artefacts, lineage, configuration, errors. No torch."""

@@ -1,0 +1,292 @@
+"""Artefacts: a directory and its manifest, written whole or not at all, opened only if every byte is as written.
+
+    dataset/   manifest.json  examples/*.parquet  drops/*.parquet
+    adapter/   sartor.json    adapter_config.json  adapter_model.safetensors  log.jsonl  loss.png
+    report/    report.json    rows.parquet  report.html
+    release/   release.json   signature  and what the adapter and its report hold
+
+A manifest lists the sha256 of every file, and its own `id` is the digest of everything else in it: a flipped byte in a
+file, a missing or foreign file and a hand-edited manifest are each refused by name. Writing goes to a hidden sibling that
+is fsynced and renamed, so a kill leaves either nothing or a whole artefact; the next write names and removes leftovers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from sartor.core import records
+from sartor.core.errors import ArtifactError, ConfigError, MissingError
+
+SCHEMA = 1
+Kind = Literal["dataset", "adapter", "report", "release"]
+MANIFESTS: dict[str, str] = {
+    "dataset": "manifest.json",
+    "adapter": "sartor.json",
+    "report": "report.json",
+    "release": "release.json",
+}
+# Written after the manifest by design: signatures sign it, and a human's verdicts come later.
+UNLISTED = {"signature", "review.jsonl"}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened, checked artefact: its directory and its manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """dataset, adapter, report or release."""
+        return str(self.manifest["kind"])
+
+    @property
+    def id(self) -> str:
+        """sha256 of everything in the manifest, and so of every file."""
+        return str(self.manifest["id"])
+
+    @property
+    def licence(self) -> str:
+        """SPDX expression of what it was made from."""
+        return str(self.manifest.get("licence", "NOASSERTION"))
+
+    def as_parent(self) -> dict[str, str]:
+        """How a child's manifest refers to this artefact."""
+        return {"kind": self.kind, "id": self.id, "path": str(self.path)}
+
+
+def manifest_id(manifest: Mapping[str, Any]) -> str:
+    """sha256 over everything in a manifest but its id."""
+    return records.digest({key: value for key, value in manifest.items() if key != "id"})
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames below `path` survive a power cut (a directory cannot be opened for that on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A hidden sibling to fill; on leaving without an error it is fsynced and takes the name `path` in one rename.
+
+    Raises ConfigError when `path` exists and `replace` is false, or is a file, or another process writes it now. An
+    error inside removes what was written. With `replace`, the old directory goes only after the new one is in place.
+    """
+    path = path.absolute()
+    check_free(path, replace=replace)
+    _make_parent(path)
+    with _writer_lock(path):
+        _remove_leftovers(path)
+        part = path.parent / f".{path.name}.part-{os.getpid()}-{time.monotonic_ns():x}"
+        part.mkdir()
+        try:
+            yield part
+            _fsync_tree(part)
+            check_free(path, replace=replace)
+            _take_name(part, path)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise MissingError(f"the disk is full: {path} could not be written", "free some space") from error
+            raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    fsync_directory(path.parent)
+
+
+def check_free(path: Path, *, replace: bool) -> None:
+    """Raise ConfigError if an output path is taken; call it before long work, not after."""
+    if path.is_symlink() or path.is_file():
+        raise ConfigError(f"the output {path} is a file or a link, not a directory", "choose another --out")
+    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"the output {path} exists", "choose another --out, or add --replace")
+    if path.is_dir() and replace and any(path.iterdir()) and not any((path / m).exists() for m in MANIFESTS.values()):
+        raise ConfigError(f"{path} is not an artefact of Sartor; --replace will not delete it", "choose another --out")
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path.parent} cannot be made: {error.strerror}", "choose another --out") from None
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{path.parent} cannot be written to", "choose another --out")
+
+
+@contextmanager
+def _writer_lock(path: Path) -> Iterator[None]:
+    """Two writers of one name: the second is refused at once. The lock file goes with the process that holds it."""
+    lock = FileLock(path.parent / f".{path.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"another process is writing {path}", "wait for it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        # unlink while held: a waiter that already opened the file then holds a lock on nothing and is refused by rename
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What killed runs left beside `path`; the writer's lock is held, so nobody is still writing them."""
+    for leftover in path.parent.glob(f".{path.name}.part-*"):
+        print(f"removing what a killed run left: {leftover}", file=sys.stderr)
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _fsync_tree(root: Path) -> None:
+    for folder, _, files in os.walk(root):
+        for name in files:
+            with open(os.path.join(folder, name), "rb+") as stream:
+                os.fsync(stream.fileno())
+        fsync_directory(Path(folder))
+
+
+def _take_name(part: Path, path: Path) -> None:
+    """Rename `part` to `path`. An old directory there is swapped out in one system call where the kernel can."""
+    if not path.exists() or not any(path.iterdir()):
+        os.replace(part, path)
+    elif not _exchange(part, path):
+        # Two renames; a kill between them leaves the old artefact under its `.part-` name. macOS, old kernels.
+        old = part.with_name(part.name + "-old")
+        os.replace(path, old)
+        os.replace(part, path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories atomically (Linux's renameat2 with RENAME_EXCHANGE); false where that is not to be had."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    at_cwd, exchange = -100, 2
+    return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
+
+
+def seal(part: Path, kind: Kind, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the manifest of a filled directory: `facts`, the digest of every file, and the manifest's own id."""
+    files = {
+        str(file.relative_to(part).as_posix()): {"sha256": file_digest(file), "bytes": file.stat().st_size}
+        for file in sorted(part.rglob("*"))
+        if file.is_file()
+    }
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    manifest: dict[str, Any] = {"schema": SCHEMA, "kind": kind, "created": created, **facts, "files": files}
+    manifest = json.loads(records.canonical(manifest))  # as a reader will see it: tuples are lists, keys are text
+    manifest["id"] = manifest_id(manifest)
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    (part / MANIFESTS[kind]).write_text(text, encoding="utf-8")
+    return manifest
+
+
+def write_artifact(path: Path, kind: Kind, fill: Callable[[Path], Mapping[str, Any]], *, replace: bool = False) -> Artifact:
+    """Fill a new directory, seal it, give it its name. `fill` writes files into the path it gets and returns the facts."""
+    with new_directory(path, replace=replace) as part:
+        manifest = seal(part, kind, fill(part))
+    return Artifact(path.absolute(), manifest)
+
+
+def open_artifact(path: Path | str, kind: Kind | Sequence[Kind] | None = None) -> Artifact:
+    """Open an artefact of one of the kinds named (any, if none is) and check every byte of it.
+
+    Raises ArtifactError with what differs: missing, of another kind, newer schema, hand-edited, truncated, extra file.
+    """
+    path = Path(path).absolute()
+    kinds: Sequence[str] = [kind] if isinstance(kind, str) else kind or tuple(MANIFESTS)
+    artifact = Artifact(path, read_manifest(path, kinds))
+    _check_files(artifact)
+    return artifact
+
+
+def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[str, Any]:
+    """The manifest of the artefact at `path`, checked against its own id; the files are not read."""
+    wanted = " or ".join(kinds)
+    found = kind_of(path)
+    if found is None:
+        what = "there is nothing" if not path.exists() else "there is no artefact of Sartor"
+        raise ArtifactError(f"{what} at {path}; {_a(wanted)} was expected", "check the path, or make it again")
+    if found not in kinds:
+        raise ArtifactError(f"{path} is {_a(found)}, not {_a(wanted)}", f"give the path of {_a(wanted)}")
+    file = path / MANIFESTS[found]
+    again = "make it again from its recipe, or restore it from a copy"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file} is not a whole JSON manifest: {error}", again) from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or manifest.get("kind") != found:
+        raise ArtifactError(f"{file} is not the manifest of {_a(found)}", again)
+    if manifest.get("schema") != SCHEMA:
+        raise ArtifactError(
+            f"{file} has schema {manifest.get('schema')}; this version of Sartor reads schema {SCHEMA}",
+            "open it with the version of Sartor that wrote it (`versions` in the manifest)",
+        )
+    if manifest_id(manifest) != manifest.get("id"):
+        raise ArtifactError(
+            f"{file} was changed after it was written: its content has the digest {manifest_id(manifest)[:16]}, "
+            f"it says {str(manifest.get('id'))[:16]}",
+            again,
+        )
+    return manifest
+
+
+def kind_of(path: Path) -> str | None:
+    """Which kind of artefact a directory is, by its manifest's name; a release holds its adapter's manifest too."""
+    for kind in ("release", "dataset", "adapter", "report"):
+        if (path / MANIFESTS[kind]).is_file():
+            return kind
+    return None
+
+
+def _check_files(artifact: Artifact) -> None:
+    listed, root = artifact.manifest["files"], artifact.path
+    again = "make it again from its recipe, or restore it from a copy"
+    for name, said in listed.items():
+        file = root / name
+        if not file.resolve().is_relative_to(root.resolve()):
+            raise ArtifactError(f"{root} lists {name!r}, which lies outside it", again)
+        if not file.is_file():
+            raise ArtifactError(f"{root} lacks the file {name!r}", again)
+        if file.stat().st_size != said["bytes"]:
+            size = file.stat().st_size
+            raise ArtifactError(f"{file} has {size:,} bytes; its manifest says {said['bytes']:,}", again)
+        if (found := file_digest(file)) != said["sha256"]:
+            raise ArtifactError(
+                f"{file} was changed: its sha256 is {found[:16]}, its manifest says {said['sha256'][:16]}", again
+            )
+    known = set(listed) | {MANIFESTS[artifact.kind]} | UNLISTED
+    for file in sorted(root.rglob("*")):
+        name = file.relative_to(root).as_posix()
+        if file.is_file() and name not in known and not file.name.startswith("."):
+            raise ArtifactError(f"{root} holds {name!r}, which its manifest does not list", f"move {file} elsewhere")
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind.startswith("a") else f"a {kind}"

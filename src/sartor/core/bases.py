@@ -1,0 +1,155 @@
+"""Which base a name means: its directory, digest, licence and chat template. No torch: `verify` needs no model.
+
+A base is `starter` (the offline asset, converted once by `models/base.py`), a local directory in transformers' layout,
+or the name of a model on the Hugging Face hub. Its digest is the same on every machine: of the asset and the converter's
+version for `starter`, of the weight, tokenizer and config files for the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+from sartor.core import assets
+from sartor.core.artifacts import file_digest, kind_of
+from sartor.core.errors import ExtraError, HubError, ModelError, need
+from sartor.core.home import folder, home
+from sartor.core.lineage import UNKNOWN
+from sartor.core.records import digest
+
+STARTER = "starter"
+# Raised when `models/base.py` writes other bytes for the same asset: adapters bind to the digest.
+CONVERTER_VERSION = 1
+_FILES = re.compile(r"(.*\.safetensors|.*\.json|tokenizer.*|vocab.*|merges\.txt|.*\.jinja|.*\.model)$")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class BaseRef:
+    """A base by name, found: where it is, what identifies it. `path` may be absent for a starter not yet converted."""
+
+    name: str
+    path: Path
+    digest: str
+    licence: str
+
+    @property
+    def short_digest(self) -> str:
+        """The digest's first 12 digits, for messages."""
+        return self.digest[:12]
+
+
+def locate(name: str, revision: str = "", licence: str = "") -> BaseRef:
+    """The base that `name` means. `licence` overrides what the base's own files state.
+
+    Raises ModelError for a directory that holds no usable model, HubError when a hub name cannot be fetched.
+    """
+    if name == STARTER:
+        entry = assets.entry(STARTER)
+        identity = digest({"asset": [file.sha256 for file in entry.files], "converter": CONVERTER_VERSION})
+        return BaseRef(STARTER, folder("bases") / f"starter-{identity[:12]}", identity, licence or entry.licence)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _local(str(path.absolute()), path.absolute(), licence)
+    if path.is_file():
+        raise ModelError(f"the base {name} is a file, not a directory", "give a directory with config.json and *.safetensors")
+    if not _HUB_NAME.match(name) or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"there is no base {name!r}: it is not `starter`, not a directory, and not a hub name (owner/model)",
+            "base: starter",
+        )
+    return _local(name, _from_hub(name, revision), licence)
+
+
+def _local(name: str, path: Path, licence: str) -> BaseRef:
+    if (kind := kind_of(path)) is not None:
+        raise ModelError(f"{path} is a Sartor {kind}, not a base", "give the base that it was made from: sartor inspect")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json, so it is no model in transformers' layout", "check the path of the base")
+    if not list(path.glob("*.safetensors")):
+        pickled = [*path.glob("*.bin"), *path.glob("*.pth"), *path.glob("*.pt")]
+        found = f"only pickled weights ({pickled[0].name}), which can run code when read" if pickled else "no weights"
+        raise ModelError(f"{path} holds {found}", "save the model with safetensors (`save_pretrained` does)")
+    return BaseRef(name, path, files_digest(path), licence or _stated_licence(path))
+
+
+def files_digest(path: Path) -> str:
+    """sha256 over names and sha256 of the files that make a base; big files are remembered by size, times and inode."""
+    files = sorted(file for file in path.iterdir() if file.is_file() and _FILES.match(file.name))
+    return digest([[file.name, remembered_digest(file)] for file in files])
+
+
+def remembered_digest(file: Path) -> str:
+    """sha256 of a file, kept in SARTOR_HOME/digests.sqlite until its inode, size, mtime or ctime changes."""
+    stat = file.stat()
+    if stat.st_size < 1 << 20:
+        return file_digest(file)
+    # ctime is in the key because a program can set mtime back, and cannot set ctime
+    key = f"{file.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(home() / "digests.sqlite", timeout=30)) as connection,
+        connection,
+    ):
+        connection.execute("create table if not exists digests (key text primary key, sha256 text)")
+        row = connection.execute("select sha256 from digests where key = ?", (key,)).fetchone()
+        sha256 = str(row[0]) if row else file_digest(file)
+        connection.execute("insert or replace into digests values (?, ?)", (key, sha256))
+        return sha256
+    return file_digest(file)
+
+
+def chat_template(path: Path) -> str:
+    """The chat template in a base's directory; empty when it has none."""
+    if (path / "chat_template.jinja").is_file():
+        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (path / name).is_file():
+            template = json.loads((path / name).read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(template, list):  # several named templates: transformers uses the one called default
+                template = {item["name"]: item["template"] for item in template}.get("default")
+            if template:
+                return str(template)
+    return ""
+
+
+def template_digest(template: str) -> str:
+    """sha256 of a chat template's text."""
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
+def _stated_licence(path: Path) -> str:
+    """The `license:` line in the front matter of a model card; NOASSERTION without one."""
+    card = path / "README.md"
+    if card.is_file():
+        found = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        line = re.search(r"^license:\s*(\S+)", found.group(1), re.MULTILINE) if found else None
+        if line:
+            known = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-4.0": "CC-BY-4.0", "bsd-3-clause": "BSD-3-Clause"}
+            return known.get(line.group(1).lower(), line.group(1))
+    return UNKNOWN
+
+
+def _from_hub(name: str, revision: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise need("huggingface_hub", "tune") from None
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+    except (ExtraError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # the client raises a dozen kinds: offline, no such model, gated, full disk
+        offline = os.environ.get("HF_HUB_OFFLINE") or "onnection" in str(error) or "offline" in str(error).lower()
+        why = "the hub cannot be reached" if offline else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise HubError(
+            f"the base {name!r} could not be fetched from the Hugging Face hub: {why}",
+            "base: starter works offline; or download the model elsewhere and give its directory",
+        ) from None

@@ -1,0 +1,85 @@
+"""Where artefacts live: a SQLite file that any stage writes to and `index` rebuilds.
+
+A convenience, never the truth: manifests are. A lost catalogue costs one `sartor index DIR`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from sartor.core.artifacts import Artifact, kind_of, read_manifest
+from sartor.core.errors import ArtifactError
+from sartor.core.home import home
+
+_TABLES = """
+create table if not exists artifacts (id text, path text primary key, kind text, created text);
+create index if not exists artifacts_by_id on artifacts (id);
+create table if not exists parents (child text, parent text, primary key (child, parent));
+"""
+
+
+@contextlib.contextmanager
+def _open() -> Iterator[sqlite3.Connection]:
+    """A connection that commits on leaving. A file that is no database is set aside: it can be rebuilt."""
+    file = home() / "catalogue.sqlite"
+    with contextlib.closing(sqlite3.connect(file, timeout=30)) as connection, connection:
+        try:
+            connection.executescript(_TABLES)
+        except sqlite3.DatabaseError as error:
+            if "not a database" not in str(error) and "malformed" not in str(error):
+                raise
+            file.rename(file.with_suffix(".broken"))
+            raise ArtifactError(f"{file} was no SQLite file; it is now {file.stem}.broken", "run `sartor index DIR`") from None
+        yield connection
+
+
+def register(artifact: Artifact) -> None:
+    """Note where an artefact lives. A read-only home is no reason to fail a finished run, so that is let pass."""
+    manifest = artifact.manifest
+    with contextlib.suppress(sqlite3.OperationalError), _open() as connection:
+        connection.execute(
+            "insert or replace into artifacts values (?, ?, ?, ?)",
+            (artifact.id, str(artifact.path), artifact.kind, manifest.get("created", "")),
+        )
+        connection.executemany(
+            "insert or ignore into parents values (?, ?)",
+            [(artifact.id, parent["id"]) for parent in manifest.get("parents", [])],
+        )
+
+
+def locate(artifact_id: str, *hints: str) -> Path | None:
+    """Where the artefact with this id lives now: at one of `hints`, or where the catalogue says; None if nowhere."""
+    with _open() as connection:
+        known = connection.execute("select path from artifacts where id = ?", (artifact_id,)).fetchall()
+    for text in [*hints, *(row[0] for row in known)]:
+        with contextlib.suppress(ArtifactError):
+            if text and read_manifest(Path(text))["id"] == artifact_id:
+                return Path(text)
+    return None
+
+
+def children(artifact_id: str, kind: str) -> list[Path]:
+    """Artefacts of a kind that name this one as a parent and still stand, newest first."""
+    query = (
+        "select a.path from artifacts a join parents p on p.child = a.id "
+        "where p.parent = ? and a.kind = ? order by a.created desc, a.rowid desc"
+    )
+    with _open() as connection:
+        rows = connection.execute(query, (artifact_id, kind)).fetchall()
+    return [Path(row[0]) for row in rows if kind_of(Path(row[0])) == kind]
+
+
+def index(root: Path) -> list[Artifact]:
+    """Find every artefact below `root` (links are not followed) and register it; returns those found, unreadable ones not."""
+    found = []
+    for folder in [root, *sorted(path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())]:
+        inside_hidden = any(part.startswith(".") for part in folder.relative_to(root).parts)
+        if not inside_hidden and kind_of(folder) is not None:
+            with contextlib.suppress(ArtifactError):
+                artifact = Artifact(folder.absolute(), read_manifest(folder))
+                register(artifact)
+                found.append(artifact)
+    return found

@@ -1,0 +1,281 @@
+"""One declaration per option: a frozen dataclass field. YAML, flags, help and the saved manifest derive from it.
+
+    @dataclass(frozen=True)
+    class Split:
+        eval_fraction: float = option(0.1, "fraction of the rows held out")
+
+`load` reads YAML and flag overrides into such a class, `dump` writes one back, `describe` lists its options for a help
+text. A union of classes is chosen by its `kind` field. Two shorthands keep YAML short: a scalar or list stands for the
+first field that is not `kind` (`base: starter`), and in a union `{length: {min_words: 3}}` or just `length` names the
+kind. Nothing is coerced except an int where a float is declared, and YAML's own trap: `2e-4` reads as text there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from sartor.core.errors import ConfigError
+
+T = TypeVar("T")
+REQUIRED: Any = dataclasses.MISSING
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help text. A list-like default is a tuple; REQUIRED means that there is none."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
+    """PyYAML keeps the last of two equal keys and says nothing; a recipe must not lose a line like that."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, str) and key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice", "keep one of the two")
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError with the line where it does not parse."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no recipe at {path}", "check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text: {error}", "give a UTF-8 YAML file") from None
+    try:
+        data = yaml.load(text, _UniqueKeys)  # a SafeLoader: builds plain values only
+    except ConfigError as error:
+        raise ConfigError(f"{path}, {error.problem}", error.remedy) from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{at} is not YAML: {getattr(error, 'problem', error)}", "mend that line") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds {_name_of(data)}, not a mapping of options", "write `key: value` lines")
+    return data
+
+
+def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
+    """An instance of `cls` from a mapping, then `flags` (`--method.rank 8` or `--method.rank=8`) on top.
+
+    Raises ConfigError naming the option, and the one that was probably meant.
+    """
+    if flags:
+        # a flag may complete what the file lacks, so the file alone need not be whole; but a shorthand in it is expanded
+        whole = _expanded(cls, data)
+        for key, text in _flag_pairs(flags):
+            _set(whole, key.split("."), yaml.safe_load(text) if text else text, key)
+        data = whole
+    return _build(cls, data, "")
+
+
+def dump(value: Any) -> Any:
+    """The plain mapping that `load` turns back into an equal value: for manifests and YAML."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: dump(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [dump(item) for item in value]
+    return value
+
+
+def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(dotted option, type and default, help text) of every option below `cls`, in order of declaration."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name == "kind":
+            continue
+        name = f"{prefix}{field.name}"
+        hint = hints[field.name]
+        members = _classes(hint)
+        if members and not _is_list(hint):
+            for member in members:
+                yield from describe(member, f"{name}.")
+            continue
+        default = "required" if field.default is dataclasses.MISSING else f"default {dump(field.default)!r}"
+        yield name, f"{_describe_type(hint)}, {default}", field.metadata.get("help", "")
+
+
+def _flag_pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
+    rest = list(flags)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise ConfigError(f"{flag!r} stands where an option is expected", "write --option VALUE")
+        key, equals, text = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{key} has no value", f"write --{key} VALUE")
+            text = rest.pop(0)
+        yield key.replace("-", "_"), text
+
+
+def _set(data: dict[str, Any], path: list[str], value: Any, flag: str) -> None:
+    for key in path[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--{flag} goes below {key!r}, which is {data!r}", f"set --{key} itself")
+    if path[-1] == "kind" and data.get("kind") != value:
+        data.clear()  # the options of another kind do not apply to this one
+    data[path[-1]] = value
+
+
+def _expanded(cls: Any, data: Any) -> Any:
+    """`data` with shorthands written out one level down, so that flags can reach below them."""
+    data = dict(data)
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        members = _classes(hints[field.name])
+        if members and not _is_list(hints[field.name]) and field.name in data:
+            value = data[field.name]
+            member = members[0] if len(members) == 1 else None
+            value = value if isinstance(value, Mapping) else _from_shorthand(member, value) if member else {"kind": value}
+            data[field.name] = _expanded(member, value) if member else dict(value)
+    return data
+
+
+def _build(hint: Any, value: Any, where: str) -> Any:
+    """Check `value` against a type hint and build it; `where` is the dotted path for messages."""
+    origin = get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build_class(hint, value, where)
+    if origin in (Union, types.UnionType):
+        return _build_union(hint, value, where)
+    if origin is Literal:
+        if value in get_args(hint) and type(value) in {type(choice) for choice in get_args(hint)}:
+            return value
+        raise _wrong(where, value, _describe_type(hint), _meant(value, get_args(hint)))
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_build(get_args(hint)[0], item, f"{where}[{place}]") for place, item in enumerate(items))
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise _wrong(where, value, "a number") from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    raise _wrong(where, value, _describe_type(hint))
+
+
+def _build_union(hint: Any, value: Any, where: str) -> Any:
+    members = get_args(hint)
+    classes = [member for member in members if dataclasses.is_dataclass(member)]
+    if value is None and type(None) in members:
+        return None
+    if len(classes) > 1 or (classes and any(f.name == "kind" for f in dataclasses.fields(classes[0]))):
+        return _build_class(*_by_kind(classes, value, where), where)
+    failure: ConfigError | None = None
+    for member in members:
+        if member is not type(None):
+            try:
+                return _build(member, value, where)
+            except ConfigError as error:
+                # of two complaints the one from inside a mapping is nearer to what was meant
+                failure = failure if failure and not isinstance(value, Mapping) else error
+    assert failure is not None
+    if isinstance(value, Mapping):
+        raise failure
+    raise _wrong(where, value, _describe_type(hint))
+
+
+def _by_kind(classes: Sequence[Any], value: Any, where: str) -> tuple[Any, Any]:
+    """The union's member that `value` names, and the mapping for it."""
+    kinds = {_kind(cls): cls for cls in classes}
+    if isinstance(value, str):
+        value = {"kind": value}
+    elif isinstance(value, Mapping) and "kind" not in value and len(value) == 1:
+        ((kind, inner),) = value.items()
+        inner = {} if inner is None else inner
+        if kind in kinds:
+            value = {"kind": kind, **(inner if isinstance(inner, Mapping) else _from_shorthand(kinds[kind], inner))}
+    kind = value.get("kind") if isinstance(value, Mapping) else value
+    if kind not in kinds:
+        said = next(iter(value), None) if isinstance(value, Mapping) and kind is None else kind
+        raise _wrong(f"{where}.kind".lstrip("."), said, f"one of {', '.join(kinds)}", _meant(said, list(kinds)))
+    return kinds[kind], value
+
+
+def _build_class(cls: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        value = _from_shorthand(cls, value)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in value:
+        if key not in fields:
+            path, meant = f"{where}.{key}".lstrip("."), _meant(key, list(fields))
+            known = ", ".join(name for name in fields if name != "kind")
+            remedy = f"{meant}: ..." if meant else f"one of {known}"
+            raise ConfigError(f"there is no option {path!r}" + (f"; {meant!r} was probably meant" if meant else ""), remedy)
+    hints = get_type_hints(cls)
+    built = {}
+    for name, field in fields.items():
+        path = f"{where}.{name}".lstrip(".")
+        if name in value:
+            built[name] = _build(hints[name], value[name], path)
+        elif field.default is dataclasses.MISSING:
+            raise ConfigError(f"the option {path!r} is missing: {field.metadata.get('help', '')}", f"{path}: ...")
+    try:
+        return cls(**built)
+    except ConfigError as error:
+        at = f"{where}: " if where else ""
+        raise ConfigError(f"{at}{error.problem}", error.remedy) from None
+
+
+def _from_shorthand(cls: Any, value: Any) -> dict[str, Any]:
+    first = next((field.name for field in dataclasses.fields(cls) if field.name != "kind"), None)
+    return {first: value} if first else {}
+
+
+def _kind(cls: Any) -> str:
+    return next(str(field.default) for field in dataclasses.fields(cls) if field.name == "kind")
+
+
+def _classes(hint: Any) -> list[Any]:
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    return [found for inner in get_args(hint) for found in _classes(inner)]
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) is tuple
+
+
+def _meant(value: Any, known: Sequence[Any]) -> str:
+    close = difflib.get_close_matches(str(value), [str(name) for name in known], n=1, cutoff=0.5)
+    return close[0] if close else ""
+
+
+def _wrong(where: str, value: Any, expected: str, meant: str = "") -> ConfigError:
+    said = f"{where} is {value!r}; it must be {expected}" if where else f"{value!r} is not {expected}"
+    return ConfigError(said, f"{where}: {meant}" if meant else f"{where}: <{expected}>")
+
+
+def _describe_type(hint: Any) -> str:
+    if dataclasses.is_dataclass(hint):
+        return "a mapping"
+    origin = get_origin(hint)
+    if origin is Literal:
+        return " | ".join(str(choice) for choice in get_args(hint))
+    if origin is tuple:
+        return f"a list of {_describe_type(get_args(hint)[0])}"
+    if origin in (Union, types.UnionType):
+        return " | ".join(_describe_type(member) for member in get_args(hint) if member is not type(None))
+    names = {str: "text", int: "whole number", float: "number", bool: "true | false", Any: "anything"}
+    return names.get(hint, str(hint))
+
+
+def _name_of(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,110 @@
+"""Every error that Sartor raises on purpose, drawn once.
+
+    SartorError                     exit  what it says
+    |-- ConfigError                  2    a recipe, flag or output path is wrong
+    |-- InputError                   3    something that was read cannot be used
+    |   |-- SourceError                   ... a file or row of training data
+    |   |-- ArtifactError                 ... a Dataset, Adapter, Report or Release: tampered, truncated, foreign
+    |   `-- ModelError                    ... a base, tokenizer or adapter weights
+    |-- BudgetError                  4    memory, disk or time cannot hold it
+    |-- RefusedError                 5    somebody's rule says no
+    |   |-- GateError                     ... a release gate
+    |   |-- SignatureError                ... a signature or its signer
+    |   `-- LicenceError                  ... a licence of the data or the base
+    `-- MissingError                 6    something outside is not there
+        |-- AssetError                    ... an offline asset or the registry that serves it
+        |-- ExtraError                    ... a Python package of an extra that is not installed
+        `-- HubError                      ... a model or dataset hub that cannot be reached
+
+An error is a value: it carries what is wrong (with the values that made it so) and the next thing to type. It does not
+print, log or exit; `cli.py` does that once. A bug is not a SartorError: it ends in a traceback and exit code 1.
+"""
+
+from __future__ import annotations
+
+
+class SartorError(Exception):
+    """What is wrong, with the values that made it so; then the next thing to type."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}\n  try: {remedy}")
+        self.problem = problem
+        self.remedy = remedy
+
+    @property
+    def kind(self) -> str:
+        """The class's name: the stable word for scripts that read `--json` errors."""
+        return type(self).__name__
+
+
+class ConfigError(SartorError):
+    """A recipe, a flag or an output path is wrong."""
+
+    exit_code = 2
+
+
+class InputError(SartorError):
+    """Something that was read cannot be used."""
+
+    exit_code = 3
+
+
+class SourceError(InputError):
+    """A file or row of training data cannot be used (only raised where a Drop would not do, or under `--strict`)."""
+
+
+class ArtifactError(InputError):
+    """A Dataset, Adapter, Report or Release is tampered with, truncated or of another kind."""
+
+
+class ModelError(InputError):
+    """A base, tokenizer or adapter cannot be opened, or does not fit."""
+
+
+class BudgetError(SartorError):
+    """Memory, disk or time cannot hold what was asked."""
+
+    exit_code = 4
+
+
+class RefusedError(SartorError):
+    """A rule that somebody set says no."""
+
+    exit_code = 5
+
+
+class GateError(RefusedError):
+    """A release gate failed and nobody waived it."""
+
+
+class SignatureError(RefusedError):
+    """A signature is missing, wrong, or made by somebody this machine does not trust."""
+
+
+class LicenceError(RefusedError):
+    """A licence of the data or the base forbids what was asked."""
+
+
+class MissingError(SartorError):
+    """Something outside Sartor is not there: network, asset, package, disk."""
+
+    exit_code = 6
+
+
+class AssetError(MissingError):
+    """An offline asset is absent, or the registry served something else."""
+
+
+class ExtraError(MissingError):
+    """A Python package of an extra is not installed."""
+
+
+class HubError(MissingError):
+    """A model or dataset hub was named and cannot be reached."""
+
+
+def need(module: str, extra: str) -> ExtraError:
+    """The error for an optional package that is absent, to raise where its import failed."""
+    return ExtraError(f"this needs the Python package {module!r}, which is not installed", f"pip install 'sartor[{extra}]'")

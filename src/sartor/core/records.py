@@ -1,0 +1,143 @@
+"""The nouns that travel between stages: one frozen record each, no behaviour beyond identity.
+
+An Example's `id` is the digest of its content alone, so two sources that hold the same row make one Example with two
+origins, on every machine and in every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+PartKind = Literal["text", "image", "audio"]
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def canonical(value: Any) -> bytes:
+    """JSON bytes that are equal exactly when the values are: sorted keys, no spaces, UTF-8.
+
+    Raises UnicodeEncodeError for text with a lone surrogate, which no file can hold.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def canonical_text(value: Any) -> str:
+    """`canonical` as text that any file can hold: for evidence, not for digests."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "replace").decode()
+
+
+def digest(value: Any) -> str:
+    """sha256 of `canonical(value)`, hex."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a message. `text` holds words; for image and audio, `media` is a path below the dataset."""
+
+    kind: PartKind
+    text: str = ""
+    media: str = ""
+
+    def plain(self) -> dict[str, str]:
+        """The OpenAI content part."""
+        return {"type": self.kind, self.kind: self.text if self.kind == "text" else self.media}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `tool_calls` is the JSON text of OpenAI's list, kept as text since its arguments have no fixed form."""
+
+    role: str
+    content: tuple[Part, ...]
+    name: str = ""
+    tool_calls: str = ""
+    tool_call_id: str = ""
+
+    @classmethod
+    def of(cls, role: str, text: str) -> Message:
+        """A message of one text part."""
+        return cls(role, (Part("text", text),))
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined."""
+        return "".join(part.text for part in self.content if part.kind == "text")
+
+    def plain(self) -> dict[str, Any]:
+        """The OpenAI message with content parts; empty fields are left out."""
+        said = {"name": self.name, "tool_calls": self.tool_calls, "tool_call_id": self.tool_call_id}
+        parts = [part.plain() for part in self.content]
+        return {"role": self.role, "content": parts, **{key: value for key, value in said.items() if value}}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a row came from. `source` is the declared path, `locator` the place inside it (`faq.jsonl:12`).
+
+    `licence` is an SPDX expression; `parents` are ids of Examples that this one was made from; `step` names what made it.
+    """
+
+    source: str
+    locator: str
+    licence: str = "NOASSERTION"
+    parents: tuple[str, ...] = ()
+    step: str = "read"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training row. `group` may never straddle a split; `rejected` holds the worse reply of a preference pair."""
+
+    messages: tuple[Message, ...]
+    origins: tuple[Origin, ...]
+    group: str = ""
+    split: str = ""
+    weight: float = 1.0
+    rejected: tuple[Message, ...] = ()
+    tools: str = ""
+
+    @cached_property
+    def id(self) -> str:
+        """32 hex digits of the sha256 of the content (messages, rejected, tools): not of where it came from."""
+        content: dict[str, Any] = {"messages": [message.plain() for message in self.messages]}
+        if self.rejected:
+            content["rejected"] = [message.plain() for message in self.rejected]
+        if self.tools:
+            content["tools"] = self.tools
+        return digest(content)[:32]
+
+    @property
+    def is_document(self) -> bool:
+        """A text without a question: learnt as it stands, outside the chat template."""
+        return len(self.messages) == 1 and self.messages[0].role == "assistant"
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages before the last reply."""
+        return self.messages[:-1]
+
+    @property
+    def reply(self) -> str:
+        """The text of the last message."""
+        return self.messages[-1].text
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A row that was not kept: why, where it stood, and what shows it. `reason` is a stable word, `detail` a sentence.
+
+    `kept` is the id of the Example that stands in its place (duplicates). `text` is the raw row, cut to 2,000 characters.
+    """
+
+    reason: str
+    source: str
+    locator: str
+    detail: str = ""
+    step: str = "read"
+    id: str = ""
+    kept: str = ""
+    text: str = field(default="", repr=False)

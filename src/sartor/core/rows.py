@@ -1,0 +1,147 @@
+"""Examples and Drops <-> Parquet, in a form that pandas, Polars, DuckDB and `datasets` read as it is.
+
+`examples/*.parquet` has one row per Example: `messages` in the OpenAI form, with content always a list of parts, since a
+Parquet column cannot be text in one row and a list in the next. `drops/*.parquet` has one row per Drop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sartor.core.artifacts import SCHEMA, Artifact
+from sartor.core.errors import ArtifactError
+from sartor.core.records import Drop, Example, Message, Origin, Part, PartKind
+
+ROWS_PER_GROUP = 4096
+
+_PART = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.string()), ("audio", pa.string())])
+_MESSAGE = pa.struct(
+    [
+        ("role", pa.string()),
+        ("content", pa.list_(_PART)),
+        ("name", pa.string()),
+        ("tool_calls", pa.string()),
+        ("tool_call_id", pa.string()),
+    ]
+)
+_ORIGIN = pa.struct(
+    [
+        ("source", pa.string()),
+        ("locator", pa.string()),
+        ("licence", pa.string()),
+        ("parents", pa.list_(pa.string())),
+        ("step", pa.string()),
+    ]
+)
+_FOOTER = {b"sartor.schema": str(SCHEMA).encode()}
+EXAMPLES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("messages", pa.list_(_MESSAGE)),
+        ("rejected", pa.list_(_MESSAGE)),
+        ("tools", pa.string()),
+        ("group", pa.string()),
+        ("split", pa.string()),
+        ("weight", pa.float64()),
+        ("origins", pa.list_(_ORIGIN)),
+    ],
+    metadata=_FOOTER,
+)
+DROPS = pa.schema(
+    [(name, pa.string()) for name in ("reason", "source", "locator", "detail", "step", "id", "kept", "text")],
+    metadata=_FOOTER,
+)
+
+
+def write_examples(file: Path, examples: Iterable[Example]) -> int:
+    """Write Examples to a Parquet file; returns how many."""
+    return write_rows(file, EXAMPLES, (_example_row(example) for example in examples))
+
+
+def write_drops(file: Path, drops: Iterable[Drop]) -> int:
+    """Write Drops to a Parquet file; returns how many."""
+    return write_rows(file, DROPS, (asdict(drop) for drop in drops))
+
+
+def write_rows(file: Path, schema: Any, rows: Iterable[dict[str, Any]]) -> int:
+    """Write mappings to a zstd Parquet file in row groups; returns how many."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    count, waiting = 0, []
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for row in rows:
+            waiting.append(row)
+            count += 1
+            if len(waiting) == ROWS_PER_GROUP:
+                writer.write_table(pa.Table.from_pylist(waiting, schema))
+                waiting = []
+        writer.write_table(pa.Table.from_pylist(waiting, schema))
+    return count
+
+
+def read_examples(dataset: Artifact, split: str | None = None) -> Iterator[Example]:
+    """The Examples of a Dataset in their order, of one split if named."""
+    for row in _read(dataset, "examples/"):
+        if split is None or row["split"] == split:
+            yield example_of(row)
+
+
+def read_drops(dataset: Artifact) -> Iterator[Drop]:
+    """The Drops of a Dataset in their order."""
+    for row in _read(dataset, "drops/"):
+        yield Drop(**row)
+
+
+def _read(dataset: Artifact, folder: str) -> Iterator[dict[str, Any]]:
+    for name in sorted(dataset.manifest["files"]):
+        if name.startswith(folder) and name.endswith(".parquet"):
+            try:
+                with pq.ParquetFile(dataset.path / name) as file:
+                    for batch in file.iter_batches(ROWS_PER_GROUP):
+                        yield from batch.to_pylist()
+            except (OSError, pa.ArrowException) as error:
+                raise ArtifactError(f"{dataset.path / name} is not readable Parquet: {error}", "curate it again") from None
+
+
+def _example_row(example: Example) -> dict[str, Any]:
+    return {
+        "id": example.id,
+        "messages": [_message_row(message) for message in example.messages],
+        "rejected": [_message_row(message) for message in example.rejected],
+        "tools": example.tools,
+        "group": example.group,
+        "split": example.split,
+        "weight": example.weight,
+        "origins": [asdict(origin) for origin in example.origins],
+    }
+
+
+def _message_row(message: Message) -> dict[str, Any]:
+    return {**asdict(message), "content": [part.plain() for part in message.content]}
+
+
+def example_of(row: dict[str, Any]) -> Example:
+    """The Example in a row of `examples/*.parquet`."""
+    return Example(
+        messages=tuple(_message_of(message) for message in row["messages"]),
+        origins=tuple(Origin(**{**origin, "parents": tuple(origin["parents"])}) for origin in row["origins"]),
+        group=row["group"],
+        split=row["split"],
+        weight=row["weight"],
+        rejected=tuple(_message_of(message) for message in row["rejected"]),
+        tools=row["tools"],
+    )
+
+
+def _message_of(row: dict[str, Any]) -> Message:
+    parts = []
+    for part in row["content"]:
+        kind = cast(PartKind, part["type"])
+        body = part[kind] or ""
+        parts.append(Part(kind, text=body) if kind == "text" else Part(kind, media=body))
+    return Message(row["role"], tuple(parts), row["name"] or "", row["tool_calls"] or "", row["tool_call_id"] or "")

@@ -1,0 +1,146 @@
+"""Ed25519 keys, the keys that this machine trusts, and signed documents.
+
+A signature is a small JSON file beside what it signs: schema, algorithm, key id, signature. It never carries the public
+key: `check` looks among the keys in SARTOR_HOME/trusted or takes the one given. RFC 8032 by way of `cryptography`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from sartor.core.artifacts import SCHEMA
+from sartor.core.errors import ConfigError, SignatureError
+from sartor.core.home import folder
+
+PASSPHRASE_VARIABLE = "SARTOR_KEY_PASSPHRASE"
+
+
+def key_id(public: Ed25519PublicKey) -> str:
+    """16 hex digits of the sha256 of the raw public key."""
+    raw = public.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def keygen(path: Path, *, trust: bool = False) -> dict[str, str]:
+    """Make a key pair in the directory `path`: `sartor.key` (0600) and `sartor.pub`. Returns key_id and both paths.
+
+    The private key is encrypted when SARTOR_KEY_PASSPHRASE is set. `trust` also puts the public key where `verify` looks.
+    Raises ConfigError when a key stands there: a lost signing key cannot be made again.
+    """
+    private_file, public_file = path / "sartor.key", path / "sartor.pub"
+    if private_file.exists() or public_file.exists():
+        raise ConfigError(f"{path} holds a key already", "choose another directory; an overwritten key is lost for ever")
+    private = Ed25519PrivateKey.generate()
+    passphrase = os.environ.get(PASSPHRASE_VARIABLE, "").encode()
+    encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
+    secret = private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+    public = private.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    path.mkdir(parents=True, exist_ok=True)
+    # opened with its final rights, so that the secret is never readable by others, not even for a moment
+    with os.fdopen(os.open(private_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+        stream.write(secret)
+    public_file.write_bytes(public)
+    identity = key_id(private.public_key())
+    if trust:
+        (folder("trusted") / f"{identity}.pub").write_bytes(public)
+    return {"key_id": identity, "private": str(private_file), "public": str(public_file)}
+
+
+def open_private(path: Path) -> Ed25519PrivateKey:
+    """The private key in a PEM file; `path` may be the directory that `keygen` made."""
+    file = path / "sartor.key" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"there is no private key at {file}", "sartor keygen DIR makes one")
+    if os.name == "posix" and file.stat().st_mode & 0o077:
+        raise ConfigError(f"{file} can be read by others (mode {file.stat().st_mode & 0o777:o})", f"chmod 600 {file}")
+    passphrase = os.environ.get(PASSPHRASE_VARIABLE, "").encode() or None
+    try:
+        key = serialization.load_pem_private_key(file.read_bytes(), passphrase)
+    except TypeError:
+        state = "is not encrypted, but a passphrase is set" if passphrase else "is encrypted"
+        raise ConfigError(f"{file} {state}", f"{'un' if passphrase else ''}set {PASSPHRASE_VARIABLE}") from None
+    except ValueError:
+        raise ConfigError(
+            f"{file} is no PEM private key, or the passphrase is wrong", "give the key that keygen made"
+        ) from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(f"{file} is not an Ed25519 key", "sartor keygen DIR makes one")
+    return key
+
+
+def open_public(path: Path) -> Ed25519PublicKey:
+    """The public key in a PEM file; `path` may be the directory that `keygen` made."""
+    file = path / "sartor.pub" if path.is_dir() else path
+    try:
+        key = serialization.load_pem_public_key(file.read_bytes())
+    except (OSError, ValueError):
+        raise ConfigError(f"{file} is no PEM public key", "give the sartor.pub that keygen made") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise ConfigError(f"{file} is not an Ed25519 key", "give the sartor.pub that keygen made")
+    return key
+
+
+def sign(document: bytes, key: Ed25519PrivateKey) -> str:
+    """The text of a signature file for these bytes."""
+    signature = base64.b64encode(key.sign(document)).decode()
+    said = {"schema": SCHEMA, "algorithm": "ed25519", "key_id": key_id(key.public_key()), "signature": signature}
+    return json.dumps(said, indent=1) + "\n"
+
+
+def check(document: bytes, signature_file: Path, trusted: Iterable[Ed25519PublicKey] | None = None) -> str:
+    """The id of the trusted key that signed these bytes.
+
+    `trusted` defaults to the keys in SARTOR_HOME/trusted. Raises SignatureError: no signature, a signer who is not
+    trusted or is revoked, or bytes that the signer did not sign.
+    """
+    said = _read(signature_file)
+    keys = list(_trusted_here() if trusted is None else trusted)
+    identity = str(said["key_id"])
+    if identity in {key_id(key) for key in _keys_in("revoked")}:
+        raise SignatureError(f"the signer {identity} of {signature_file} is revoked", "ask the maker for a new release")
+    by_id = {key_id(key): key for key in keys}
+    if identity not in by_id:
+        names = ", ".join(sorted(by_id)) or "nobody"
+        raise SignatureError(
+            f"{signature_file} is signed by {identity}, whom this machine does not trust (it trusts {names})",
+            f"if you know that key, put its .pub into {folder('trusted')} or give it with --key",
+        )
+    try:
+        by_id[identity].verify(base64.b64decode(said["signature"], validate=True), document)
+    except (InvalidSignature, ValueError):
+        raise SignatureError(
+            f"{signature_file} does not sign {signature_file.parent.name} as it stands: it or its signature was changed",
+            "get the release again from its maker",
+        ) from None
+    return identity
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise SignatureError(f"{file.parent} has no signature", "sartor release signs an adapter")
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        known = said["schema"] == SCHEMA and said["algorithm"] == "ed25519" and said["key_id"] and said["signature"]
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise SignatureError(f"{file} is not a signature of Sartor", "get the release again from its maker")
+    return dict(said)
+
+
+def _trusted_here() -> list[Ed25519PublicKey]:
+    return _keys_in("trusted")
+
+
+def _keys_in(name: str) -> list[Ed25519PublicKey]:
+    return [open_public(file) for file in sorted(folder(name).glob("*.pub"))]

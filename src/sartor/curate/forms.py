@@ -1,0 +1,258 @@
+"""The forms that a row may have: OpenAI messages, sharegpt, alpaca, prompt/completion, question/answer, preference, text.
+
+`detect` names the form of a row by its keys; `parse` turns a row of a form into an Example or raises Malformed with the
+word under which it is counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from sartor.core.records import ROLES, Example, Message, Origin, Part, PartKind
+
+# form -> the keys that a row of it must have; the first that fits wins, so the more special stand first
+FORMS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "preference": ("prompt", "chosen", "rejected"),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "question_answer": ("question", "answer"),
+    "text": ("text",),
+}
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+}
+
+Media = Callable[[str, str], str]  # (kind, path or data URL) -> path below the dataset
+
+
+class Malformed(Exception):
+    """A row that cannot be used: the word it is counted under, and a sentence."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+def detect(row: Mapping[str, Any]) -> str | None:
+    """The form of a row by its keys, or None."""
+    return next((form for form, keys in FORMS.items() if all(row.get(key) is not None for key in keys)), None)
+
+
+def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
+    """The Example in a row of a form. Raises Malformed."""
+    if not isinstance(row, Mapping):
+        raise Malformed("not_an_object", f"the row is a {type(row).__name__}, not an object with fields")
+    if detect(row) != form:
+        raise _other_form(row, form)
+    messages, rejected = _PARSERS[form](row, media)
+    _check_turns(messages, form)
+    if rejected:
+        _check_turns(messages[:-1] + rejected, form)
+    group = row.get("group")
+    if group is not None and not isinstance(group, (str, int)):
+        raise Malformed("bad_field", f"`group` is a {type(group).__name__}, not text")
+    return Example(
+        messages=messages,
+        origins=(origin,),
+        group="" if group is None else str(group),
+        weight=_weight(row),
+        rejected=rejected,
+        tools=_json_text(row.get("tools"), "tools"),
+    )
+
+
+def _other_form(row: Mapping[str, Any], form: str) -> Malformed:
+    found = detect(row)
+    if found is None and any(key in row for key in FORMS[form]):
+        lacking = [key for key in FORMS[form] if row.get(key) is None]
+        return Malformed("missing_field", f"the row has no {' and no '.join(lacking)}")
+    if found is None:
+        return Malformed("unknown_form", f"no known form has the fields {sorted(map(str, row))[:8]}")
+    return Malformed("mixed_form", f"the row is in the form {found!r}, the file in {form!r}")
+
+
+def _messages(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    return _turns(row["messages"], media), ()
+
+
+def _sharegpt(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    turns = _loads(row["conversations"])
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise Malformed("bad_field", "`conversations` is not a list of turns")
+    plain: list[dict[str, Any]] = []
+    if isinstance(row.get("system"), str) and row["system"].strip():
+        plain.append({"role": "system", "content": row["system"]})
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            raise Malformed("bad_field", "a turn in `conversations` is not an object")
+        speaker = turn.get("from", turn.get("role"))
+        plain.append({"role": _SHAREGPT_ROLES.get(str(speaker), speaker), "content": turn.get("value", turn.get("content"))})
+    return _turns(plain, media), ()
+
+
+def _preference(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    prompt = _prompt(row["prompt"], media)
+    chosen, rejected = (_answer(row[key], key, media) for key in ("chosen", "rejected"))
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if len(turns) != 1:
+            raise Malformed("bad_field", f"`{name}` has {len(turns)} turns after the prompt, not one")
+    return prompt + chosen, rejected
+
+
+def _alpaca(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    instruction, given = _text(row, "instruction"), _text(row, "input") if row.get("input") else ""
+    system = (Message.of("system", _text(row, "system")),) if row.get("system") else ()
+    asked = f"{instruction}\n\n{given}" if given.strip() else instruction
+    return (*system, Message.of("user", asked), Message.of("assistant", _text(row, "output"))), ()
+
+
+def _prompt_completion(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    return _prompt(row["prompt"], media) + _answer(row["completion"], "completion", media), ()
+
+
+def _question_answer(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    return (Message.of("user", _text(row, "question")), Message.of("assistant", _text(row, "answer"))), ()
+
+
+def _text_row(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    return (Message.of("assistant", _text(row, "text")),), ()
+
+
+_PARSERS: dict[str, Callable[[Mapping[str, Any], Media], tuple[tuple[Message, ...], tuple[Message, ...]]]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "preference": _preference,
+    "alpaca": _alpaca,
+    "prompt_completion": _prompt_completion,
+    "question_answer": _question_answer,
+    "text": _text_row,
+}
+
+
+def _prompt(value: Any, media: Media) -> tuple[Message, ...]:
+    value = _loads(value)
+    return (Message.of("user", value),) if isinstance(value, str) else _turns(value, media)
+
+
+def _answer(value: Any, name: str, media: Media) -> tuple[Message, ...]:
+    value = _loads(value)
+    if isinstance(value, str):
+        return (Message.of("assistant", value),)
+    turns = _turns(value, media)
+    if not turns:
+        raise Malformed("empty_answer", f"`{name}` is empty")
+    return turns
+
+
+def _turns(value: Any, media: Media) -> tuple[Message, ...]:
+    value = _loads(value)
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise Malformed("bad_field", f"the turns are a {type(value).__name__}, not a list")
+    return tuple(_turn(turn, place, media) for place, turn in enumerate(value, 1))
+
+
+def _turn(turn: Any, place: int, media: Media) -> Message:
+    if not isinstance(turn, Mapping):
+        raise Malformed("bad_field", f"turn {place} is a {type(turn).__name__}, not an object")
+    role = turn.get("role")
+    if role is None or role == "":
+        raise Malformed("missing_role", f"turn {place} has no role")
+    role = "system" if role == "developer" else role
+    if role not in ROLES:
+        raise Malformed("unknown_role", f"turn {place} has the role {str(role)[:40]!r}; known are {', '.join(ROLES)}")
+    calls = _json_text(turn.get("tool_calls"), "tool_calls")
+    content = turn.get("content")
+    if content is None and not calls:
+        raise Malformed("missing_content", f"turn {place} ({role}) has no content")
+    said = {key: turn.get(key) or "" for key in ("name", "tool_call_id")}
+    if not all(isinstance(value, str) for value in said.values()):
+        raise Malformed("bad_field", f"`name` or `tool_call_id` of turn {place} is not text")
+    return Message(role, tuple(_parts(content, place, media)), tool_calls=calls, **said)
+
+
+def _parts(content: Any, place: int, media: Media) -> list[Part]:
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [Part("text", content)]
+    if not isinstance(content, Sequence):
+        raise Malformed("bad_content", f"the content of turn {place} is a {type(content).__name__}")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        # OpenAI's own spelling of the media parts, besides the short one
+        kind = {"image_url": "image", "input_audio": "audio"}.get(str(kind), kind)
+        if kind not in ("text", "image", "audio"):
+            raise Malformed("bad_content", f"turn {place} has a part of type {kind!r}; known are text, image, audio")
+        value = part.get(kind, part.get("image_url"))
+        value = value.get("url") if isinstance(value, Mapping) else value
+        if not isinstance(value, str):
+            raise Malformed("bad_content", f"the {kind} part of turn {place} has no {kind!r} text")
+        parts.append(Part("text", value) if kind == "text" else Part(cast(PartKind, kind), media=media(kind, value)))
+    return parts
+
+
+def _check_turns(messages: tuple[Message, ...], form: str) -> None:
+    if not messages:
+        raise Malformed("no_turns", "the row has no turns")
+    last = messages[-1]
+    if last.role != "assistant":
+        raise Malformed("no_answer", f"the last turn is the {last.role}'s; there is nothing to learn after it")
+    if not last.text.strip() and not last.tool_calls:
+        raise Malformed("empty_answer", "the last reply is empty")
+    if len(messages) == 1 and form != "text":
+        raise Malformed("no_prompt", "there is a reply, but nothing that it replies to")
+    asked = [message for message in messages if message.role == "user"]
+    if asked and not any(part.media or part.text.strip() for message in asked for part in message.content):
+        raise Malformed("empty_prompt", "every user turn is empty")
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise Malformed("bad_field", f"`{key}` is a {type(value).__name__}, not text")
+    return value
+
+
+def _weight(row: Mapping[str, Any]) -> float:
+    value = row.get("weight")
+    if value is None:
+        return 1.0
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        raise Malformed("bad_field", f"`weight` is {value!r}, not a number") from None
+    if not 0 <= weight < float("inf"):
+        raise Malformed("bad_field", f"`weight` is {value}; it must be finite and not negative")
+    return weight
+
+
+def _loads(value: Any) -> Any:
+    """A list kept as JSON text, as CSV files do."""
+    if isinstance(value, str) and value.lstrip().startswith(("[{", "[ {", "[\n")):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _json_text(value: Any, name: str) -> str:
+    if value is None or value == [] or value == "":
+        return ""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise Malformed("bad_field", f"`{name}` is not JSON") from None
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,241 @@
+"""The gate: Adapter + Report + waivers -> signed Release, or GateError; and the check of a Release that somebody gives."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sartor.core import bases, catalogue, lineage, rows, signing
+from sartor.core.artifacts import MANIFESTS, Artifact, check_free, new_directory, open_artifact, seal
+from sartor.core.errors import AssetError, ConfigError, GateError, ModelError, SartorError
+
+FORGETTING_LIMIT_NATS = 0.5
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*$")
+_COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
+
+
+@dataclass(frozen=True)
+class Waiver:
+    """A person who lets a failed check pass, and why; signed into the Release."""
+
+    check: str
+    by: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of the gate: what it found, in a sentence."""
+
+    outcome: Literal["pass", "fail", "waived"]
+    detail: str
+
+
+@dataclass(frozen=True)
+class Released:
+    """What `release` made."""
+
+    release: Artifact
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        gate = self.release.manifest["gate"]
+        return {"release": str(self.release.path), "gate": {name: check["outcome"] for name, check in gate.items()}}
+
+
+def release(
+    adapter_path: Path | str,
+    *,
+    name: str,
+    version: str,
+    key: Path | str,
+    report: Path | str | None = None,
+    out: Path | str | None = None,
+    waivers: Sequence[Waiver] = (),
+    replace: bool = False,
+) -> Released:
+    """Pass an Adapter through the gate and sign it as a Release.
+
+    `report` is the Report of this Adapter; by default the newest that the catalogue knows. `out` defaults to
+    `NAME-VERSION` beside the Adapter. `key` is a private key file, or the directory that keygen made. Raises GateError
+    naming each failed check, ConfigError, ArtifactError.
+    """
+    for what, text in (("name", name), ("version", version)):
+        if not _NAME.match(text):
+            raise ConfigError(f"the {what} {text!r} may hold lower-case letters, digits, '.', '_' and '-'", f"--{what} faq-1")
+    adapter = open_artifact(adapter_path, "adapter")
+    private = signing.open_private(Path(key))
+    out = Path(out) if out else adapter.path.with_name(f"{name}-{version}")
+    check_free(out.absolute(), replace=replace)
+    evidence = _report_of(adapter, report)
+    checks = gate(adapter, evidence, waivers)
+    if failed := {check: result for check, result in checks.items() if result.outcome == "fail"}:
+        lines = "; ".join(f"{check}: {result.detail}" for check, result in failed.items())
+        first = next(iter(failed))
+        raise GateError(
+            f"the gate refuses {adapter.path.name}: {lines}",
+            f"tune or curate again; or take it on yourself: --waive {first} --by NAME --reason TEXT",
+        )
+    facts = _facts(adapter, evidence, name, version, checks, waivers)
+    with new_directory(out, replace=replace) as part:
+        for file in _COPIED:
+            shutil.copyfile(adapter.path / file, part / file)
+        shutil.copytree(evidence.path, part / "report", ignore=shutil.ignore_patterns(".*"))
+        manifest = seal(part, "release", facts)
+        document = (part / MANIFESTS["release"]).read_bytes()
+        (part / "signature").write_text(signing.sign(document, private), encoding="utf-8")
+    released = Artifact(out.absolute(), manifest)
+    catalogue.register(released)
+    return Released(released)
+
+
+def _report_of(adapter: Artifact, report: Path | str | None) -> Artifact:
+    if report is None:
+        known = catalogue.children(adapter.id, "report")
+        if not known:
+            raise GateError(
+                f"{adapter.path.name} has not been evaluated", f"sartor evaluate {adapter.path}, or give --report DIR"
+            )
+        report = known[0]
+    evidence = open_artifact(report, "report")
+    if adapter.id not in {parent["id"] for parent in evidence.manifest["parents"]}:
+        raise GateError(f"{evidence.path} is not a Report of {adapter.path}", f"sartor evaluate {adapter.path}")
+    return evidence
+
+
+def gate(adapter: Artifact, report: Artifact, waivers: Sequence[Waiver]) -> dict[str, Check]:
+    """Every check of the gate. Raises ConfigError for a waiver of a check that does not exist, or without name or reason."""
+    manifest = report.manifest
+    primary = manifest["primary"]
+    checks = {
+        "gain": _gain(primary, manifest["metrics"][primary]),
+        "forgetting": _forgetting(manifest["forgetting"]),
+        "licence": _licence(adapter),
+    }
+    for waiver in waivers:
+        if waiver.check not in checks:
+            raise ConfigError(f"the gate has no check {waiver.check!r}", f"--waive {' | '.join(checks)}")
+        if not (waiver.by.strip() and waiver.reason.strip()):
+            raise ConfigError(f"the waiver of {waiver.check!r} lacks a name or a reason", "--by NAME --reason TEXT")
+        if checks[waiver.check].outcome == "fail":
+            detail = f"{checks[waiver.check].detail}; waived by {waiver.by}: {waiver.reason}"
+            checks[waiver.check] = Check("waived", detail)
+    return checks
+
+
+def _gain(name: str, metric: Mapping[str, float]) -> Check:
+    detail = f"{name} {metric['base']:.3f} -> {metric['tuned']:.3f}, gain in [{metric['low']:.3f}, {metric['high']:.3f}]"
+    return Check("pass" if metric["low"] > 0 else "fail", detail + ("" if metric["low"] > 0 else " does not exclude 0"))
+
+
+def _forgetting(found: Mapping[str, Any]) -> Check:
+    if "skipped" in found:
+        return Check("fail", f"not measured: {found['skipped']}")
+    fits = found["high"] <= FORGETTING_LIMIT_NATS
+    detail = f"{found['difference']:+.3f} nats per token, in [{found['low']:.3f}, {found['high']:.3f}]"
+    return Check("pass" if fits else "fail", f"{detail}; the limit is {FORGETTING_LIMIT_NATS}")
+
+
+def _licence(adapter: Artifact) -> Check:
+    base = adapter.manifest["base"]
+    used = [source for source in adapter.manifest["sources"] if source["kept"]]
+    objections = lineage.objections([*used, {"source": f"base {base['name']}", "licence": base["licence"]}])
+    return Check("fail" if objections else "pass", "; ".join(dict.fromkeys(objections)) or adapter.licence)
+
+
+def _facts(
+    adapter: Artifact, report: Artifact, name: str, version: str, checks: Mapping[str, Check], waivers: Sequence[Waiver]
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "version": version,
+        "base": adapter.manifest["base"],
+        "system_prompt": _system_prompt(adapter),
+        "sampling": {"temperature": 0.0, "top_p": 1.0, "max_tokens": 256},
+        "parents": [adapter.as_parent(), report.as_parent()],
+        "sources": adapter.manifest["sources"],
+        "licence": adapter.licence,
+        "metrics": report.manifest["metrics"],
+        "primary": report.manifest["primary"],
+        "forgetting": report.manifest["forgetting"],
+        "gate": {check: asdict(result) for check, result in checks.items()},
+        "waivers": [asdict(waiver) for waiver in waivers],
+        "versions": adapter.manifest["versions"],
+    }
+
+
+def _system_prompt(adapter: Artifact) -> str:
+    """The system prompt that most training rows carry: what `ask` puts before a bare question."""
+    dataset = lineage.find_parent(adapter, "dataset")
+    if dataset is None:
+        return ""
+    opened = Counter(
+        example.messages[0].text if example.messages[0].role == "system" else ""
+        for example in rows.read_examples(dataset, "train")
+    )
+    return opened.most_common(1)[0][0] if opened else ""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A Release whose bytes, signer and base are as they should be. `base` says whether the base was here to compare."""
+
+    release: Artifact
+    signer: str
+    base: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        manifest = self.release.manifest
+        gate = {name: check["outcome"] for name, check in manifest["gate"].items()}
+        return {
+            "release": str(self.release.path),
+            "valid": True,
+            "name": manifest["name"],
+            "version": manifest["version"],
+            "signer": self.signer,
+            "base": self.base,
+            "gate": gate,
+        }
+
+
+def verify(path: Path | str, *, key: Path | str | None = None, base: str = "") -> Verified:
+    """Check every byte, the signature, and the base and chat template that a Release is bound to.
+
+    `key` trusts one public key instead of those in SARTOR_HOME/trusted; `base` names the base to compare with, by default
+    the one that the Release names. Raises ArtifactError, SignatureError, ModelError.
+    """
+    found = open_artifact(path, "release")
+    document = (found.path / MANIFESTS["release"]).read_bytes()
+    trusted = [signing.open_public(Path(key))] if key else None
+    signer = signing.check(document, found.path / "signature", trusted)
+    return Verified(found, signer, _compare_base(found, base))
+
+
+def _compare_base(found: Artifact, name: str) -> str:
+    said = found.manifest["base"]
+    try:
+        ref = bases.locate(name or said["name"])
+    except SartorError as error:
+        if name or not isinstance(error, (ModelError, AssetError)):
+            raise
+        return f"not on this machine: {said['name']}"
+    if ref.digest != said["digest"]:
+        raise ModelError(
+            f"{found.path.name} is bound to the base {said['digest'][:12]} ({said['name']!r}); "
+            f"{ref.name!r} here is {ref.digest[:12]}",
+            "use the base that it was tuned on",
+        )
+    template = bases.chat_template(ref.path) if ref.path.is_dir() else ""
+    if template and bases.template_digest(template) != said["template_digest"]:
+        raise ModelError(
+            f"{found.path.name} is bound to the chat template {said['template_digest'][:12]}; {ref.name!r} here has "
+            f"{bases.template_digest(template)[:12]}",
+            "use the chat template that it was tuned with",
+        )
+    return "the same" if ref.path.is_dir() else "the same, not converted yet"

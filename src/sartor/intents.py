@@ -1,0 +1,159 @@
+"""The demo's real data: home-assistant-intents' English sentence templates, sampled into commands and their JSON.
+
+The asset `home-intents` holds templates such as `<turn> on [<the>] {area} fan[s]`. Each is walked at random with
+`hassil`'s own parse of it, so the slots of a sentence are known by construction. The template is the row's `group`:
+a held-out row is a way of speaking that tuning never saw.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sartor.core.errors import need
+
+SYSTEM_PROMPT = "Command to JSON."
+# What a home would bring: the asset leaves names, areas and free text to the installation. A name belongs to a domain,
+# and a template that asks for a lock gets a lock.
+NAMES = {
+    "light": ("bedroom lamp", "ceiling light", "desk lamp", "hallway light", "porch light"),
+    "switch": ("coffee maker", "heater plug", "garden pump", "wall switch"),
+    "fan": ("desk fan", "attic fan", "tower fan"),
+    "cover": ("garage door", "left blind", "patio awning", "rear curtain"),
+    "lock": ("front door", "back door", "side gate"),
+    "valve": ("main valve", "sprinkler valve"),
+    "climate": ("thermostat", "heat pump"),
+    "media_player": ("kitchen radio", "tv", "soundbar"),
+    "binary_sensor": ("smoke alarm", "motion sensor", "leak sensor"),
+    "sensor": ("outdoor thermometer", "power meter"),
+    "person": ("Alice", "Bob", "Carla"),
+    "weather": ("Berlin", "Zaragoza", "Oslo"),
+    "lawn_mower": ("robot mower", "lawn mower"),
+    "vacuum": ("robot vacuum", "upstairs vacuum"),
+    "todo": ("chores", "garden work", "errands"),
+    "scene": ("movie night", "sunrise", "party time"),
+    "button": ("doorbell button", "reset button"),
+    "script": ("good night", "leave home"),
+}
+AREAS = (
+    "attic",
+    "basement",
+    "bathroom",
+    "bedroom",
+    "dining room",
+    "garage",
+    "garden",
+    "guest room",
+    "hallway",
+    "kitchen",
+    "living room",
+    "office",
+    "patio",
+    "nursery",
+)
+FLOORS = ("first", "second", "ground", "upper")
+WILDCARDS = {
+    "message": ("dinner is ready", "the taxi is here", "time to go to bed"),
+    "search_query": ("abbey road", "the beatles", "jazz", "morning news"),
+    "zone": ("work", "school", "gym"),
+    "timer_name": ("pizza", "laundry", "tea", "pasta"),
+    "timer_command": ("open the garage door", "turn off the lights", "lock the front door"),
+    "shopping_list_item": ("apples", "bread", "milk", "oat flakes"),
+    "todo_list_item": ("buy stamps", "call the plumber", "water the plants"),
+}
+
+
+@dataclass
+class Walk:
+    """One random walk through a template: the slots that the words filled, and the wording with the slots left open."""
+
+    rng: random.Random
+    lists: dict[str, Any]
+    rules: dict[str, Any]
+    slots: dict[str, Any] = field(default_factory=dict)
+
+    def words(self, node: Any) -> tuple[str, str]:
+        """(spoken text, the same with `{slot}` in place of slot values) for one node of hassil's parse tree."""
+        kind = type(node).__name__
+        if kind == "TextChunk":
+            return node.original_text, node.original_text
+        if kind == "Alternative":
+            return self.words(self.rng.choice(node.items))
+        if kind == "RuleReference":
+            return self.words(self.rules[node.rule_name].expression)
+        if kind == "ListReference":
+            spoken, self.slots[node.slot_name] = self.value(node.list_name)
+            return spoken, f"{{{node.slot_name}}}"
+        items = self.rng.sample(node.items, len(node.items)) if kind == "Permutation" else node.items
+        pairs = [self.words(item) for item in items]
+        return "".join(spoken for spoken, _ in pairs), "".join(wording for _, wording in pairs)
+
+    def value(self, list_name: str) -> tuple[str, Any]:
+        """(spoken words, slot value) drawn from a list."""
+        values = self.lists[list_name]
+        kind = type(values).__name__
+        if kind == "WildcardSlotList":
+            word = self.rng.choice(WILDCARDS[list_name])
+            return word, word
+        if kind == "RangeSlotList":
+            number = self.rng.randrange(values.start, values.stop + 1, values.step)
+            # `multiplier` turns "down by 10" into -10 in the asset's own recogniser
+            return str(number), int(number * (values.multiplier or 1))
+        chosen = self.rng.choice(values.values)
+        return self.words(chosen.text_in)[0], chosen.value_out
+
+
+def rows(asset: Path, *, per_intent: int = 45, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows in the OpenAI form: up to `per_intent` wordings of each of the asset's English intents, in a seeded order.
+
+    Each row: `messages` (system, user, assistant) and `group`, the template: the wording with its slots left open, as in
+    `turn on the {area} fan`. No template is drawn twice. Every intent gets the same number of wordings where its grammar
+    has as many: timers alone hold a third of the sentences, and rare intents are to be learnt too. The order is shuffled,
+    so any first `n` rows are a fair sample. Raises ExtraError without `hassil`.
+    """
+    try:
+        from hassil.intents import Intents, TextSlotList
+    except ImportError:
+        raise need("hassil", "demo") from None
+    data = json.loads((asset / "home_assistant_intents/data/en.json").read_text(encoding="utf-8"))
+    intents = Intents.from_dict(data)
+    lists = {**intents.slot_lists, "area": TextSlotList.from_strings(AREAS), "floor": TextSlotList.from_strings(FLOORS)}
+    rng = random.Random(seed)
+    drawn: dict[str, dict[str, Any]] = {}
+    for intent_name, intent in intents.intents.items():
+        sentences = [(block, sentence) for block in intent.data for sentence in block.sentences]
+        rng.shuffle(sentences)
+        found = 0
+        # round and round the sentences; the bound ends it for an intent that has no more wordings
+        for block, sentence in itertools.islice(itertools.cycle(sentences), 8 * per_intent):
+            names = [name for domain in block.requires_context.get("domain", []) for name in NAMES.get(domain, ())]
+            local = {**lists, **block.slot_lists, "name": TextSlotList.from_strings(names)}
+            walk = Walk(rng, local, {**intents.expansion_rules, **block.expansion_rules})
+            spoken, template = (" ".join(text.split()) for text in walk.words(sentence.expression))
+            if template not in drawn:
+                drawn[template] = _row(spoken, template, {"intent": intent_name, **_slots(block.slots, walk.slots)})
+                found += 1
+            if found == per_intent:
+                break
+    shuffled = list(drawn.values())
+    rng.shuffle(shuffled)
+    return shuffled
+
+
+def _slots(fixed: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    return dict(sorted({**fixed, **said}.items()))
+
+
+def _row(spoken: str, template: str, reply: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "system", "content": SYSTEM_PROMPT},
+            {"role": "user", "content": spoken},
+            {"role": "assistant", "content": json.dumps(reply, ensure_ascii=False, separators=(",", ":"))},
+        ],
+        "group": template,
+    }

@@ -1,0 +1,1 @@
+"""Tensors: the only package that knows model internals."""

@@ -1,0 +1,109 @@
+"""PEFT methods: put an adapter on a model, take it off, merge it, write it and read it in the PEFT directory format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import safetensors
+import torch
+from safetensors.torch import load_file
+
+from sartor.core.errors import ConfigError, ModelError
+from sartor.models.base import quiet
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def inject_lora(model: Any, *, rank: int, alpha: float, dropout: float, targets: Sequence[str] | str, seed: int) -> Any:
+    """`model` with fresh LoRA factors (Hu et al. 2021, arXiv:2106.09685): A random, B zero, so it computes as before.
+
+    targets: `all-linear` or names of linear modules (`q_proj`). Factors are fp32 whatever the base's dtype is. Raises
+    ConfigError when the targets name no module of this model.
+    """
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft declares int and divides as float
+        lora_dropout=dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    try:
+        with quiet():
+            return peft.get_peft_model(model, config)
+    except ValueError as error:
+        names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+        raise ConfigError(
+            f"method.targets {targets!r} names no module of this base: {str(error).splitlines()[0]}",
+            f"method.targets: all-linear, or some of {', '.join(names)}",
+        ) from None
+
+
+def undo(model: Any) -> Any:
+    """The model as it was before `inject_lora` or `open_adapter`, bit for bit (unless it was merged)."""
+    return model.unload()
+
+
+def merge(model: Any) -> Any:
+    """The adapter added into the weights: W + alpha / rank * B A. Refuses values that are not finite."""
+    return model.merge_and_unload(safe_merge=True)
+
+
+def trainable(model: Any) -> tuple[int, int]:
+    """(trainable parameters, parameters of base and adapter together)."""
+    return model.get_nb_trainable_parameters()  # type: ignore[no-any-return]
+
+
+def write_adapter(model: Any, path: Path, base_name: str) -> None:
+    """Write the PEFT directory: adapter_config.json and adapter_model.safetensors, as peft, vLLM and SGLang read it."""
+    with quiet():
+        model.save_pretrained(str(path), safe_serialization=True)
+    (path / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    config = json.loads((path / CONFIG).read_text())
+    config["base_model_name_or_path"] = base_name  # peft writes this machine's cache path
+    (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def open_adapter(model: Any, path: Path) -> Any:
+    """`model` with the adapter in `path`, in eval mode.
+
+    peft only warns of missing and surplus keys and then answers as the base would; here they are errors. Raises
+    ModelError for unreadable files, keys or shapes that do not fit this base, and values that are not finite.
+    """
+    weights = read_weights(path)
+    try:
+        with quiet():
+            tuned = peft.PeftModel.from_pretrained(model, str(path), is_trainable=False, torch_device="cpu")
+    except Exception as error:  # size mismatches are RuntimeError, bad configs TypeError or ValueError
+        raise ModelError(f"the adapter {path} does not fit this base: {str(error).splitlines()[0][:200]}", _REMEDY) from None
+    held = peft.get_peft_model_state_dict(tuned)
+    if missing := sorted(set(held) - set(weights)):
+        raise ModelError(f"the adapter {path} lacks {len(missing)} of its tensors, the first is {missing[0]}", _REMEDY)
+    if surplus := sorted(set(weights) - set(held)):
+        raise ModelError(f"{len(surplus)} tensors of the adapter {path} have no place, the first is {surplus[0]}", _REMEDY)
+    return tuned.to(model.device).eval()
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, each finite."""
+    if not (path / CONFIG).is_file():
+        raise ModelError(f"{path} has no {CONFIG}, so it is no PEFT adapter", _REMEDY)
+    try:
+        weights = load_file(path / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelError(f"{path / WEIGHTS} cannot be read: {error}", _REMEDY) from None
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"the adapter {path} holds values that are not finite, in {name}", "tune it again")
+    return weights
+
+
+_REMEDY = "give the directory that `sartor tune` wrote, with the base that it names"
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, torch.nn.Linear)

@@ -1,0 +1,216 @@
+"""Open a base by name. Device, dtype and width are decided here and nowhere else.
+
+The starter asset is a GGUF file. It is dequantised once into a fresh model of the same config, in bf16, under
+SARTOR_HOME/bases (a GGUF-loaded model refuses `save_pretrained`): every machine then computes with the same weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+
+from sartor.core import assets, bases
+from sartor.core.artifacts import new_directory
+from sartor.core.errors import ModelError
+from sartor.core.home import folder
+from sartor.models.chat import Chat
+
+STAMP = "sartor_base.json"
+
+
+@dataclass
+class Base:
+    """A base in memory. `model` is transformers' module, `chat` its tokenizer and template."""
+
+    ref: bases.BaseRef
+    model: Any
+    chat: Chat
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base computes in."""
+        return next(iter(self.model.parameters())).dtype
+
+    def as_manifest(self) -> dict[str, str]:
+        """How an adapter's manifest names its base."""
+        return {
+            "name": self.ref.name,
+            "digest": self.ref.digest,
+            "licence": self.ref.licence,
+            "template_digest": self.chat.template_digest,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def best_device() -> torch.device:
+    """CUDA, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def best_dtype(device: torch.device, cpu_flags: str | None = None) -> torch.dtype:
+    """bf16 where the hardware multiplies it natively, else fp32.
+
+    On a CPU without avx512_bf16, amx_bf16 or Arm's bf16, bf16 products run several times slower than fp32 ones.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "mps":
+        return torch.float32
+    flags = _cpu_flags() if cpu_flags is None else cpu_flags
+    return torch.bfloat16 if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()) else torch.float32
+
+
+def _cpu_flags() -> str:
+    """The first flags (x86) or Features (Arm) line of /proc/cpuinfo; empty where there is no such file."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line.partition(":")[2]
+    return ""
+
+
+def open_base(
+    name: str,
+    *,
+    revision: str = "",
+    licence: str = "",
+    bits: int | str = "auto",
+    device: torch.device | None = None,
+    notice: Callable[[str], object] = lambda line: None,
+) -> Base:
+    """The base that `name` means, in memory, in eval mode, without gradients.
+
+    bits: 16 for bf16 whatever the hardware, `auto` for `best_dtype`.
+
+    Raises ModelError when the directory holds no causal language model that transformers can open, HubError when a hub
+    name cannot be fetched, AssetError when the starter cannot be. `notice` is told what takes long.
+    """
+    ref = bases.locate(name, revision, licence)
+    if ref.name == bases.STARTER:
+        convert_starter(ref, notice)
+    device = device or best_device()
+    model = _load(ref.path, torch.bfloat16 if bits == 16 else best_dtype(device)).to(device).requires_grad_(False).eval()
+    return Base(ref, model, open_chat(ref.path, model.generation_config), device)
+
+
+def open_chat(path: Path, generation_config: Any = None) -> Chat:
+    """The tokenizer and template in a base's directory."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises its own, undocumented kinds
+        raise ModelError(f"{path} has no usable tokenizer: {_first_line(error)}", "save the tokenizer beside it") from None
+    stops = getattr(generation_config, "eos_token_id", None)
+    return Chat(tokenizer, stops if isinstance(stops, list) else [stops] if stops is not None else [])
+
+
+def _load(path: Path, dtype: torch.dtype) -> Any:
+    problem = ""
+    with quiet():
+        try:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                str(path),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # truncated safetensors, unknown architecture, bad config: each its own kind
+            problem = _first_line(error)
+    if problem:
+        raise ModelError(f"{path} cannot be opened as a causal language model: {problem}", "check that its files are whole")
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", []))
+    if lacking:
+        raise ModelError(
+            f"{path} lacks {len(lacking)} of the model's weights (the first is {lacking[0]}); they would be random",
+            "check that its safetensors files are whole",
+        )
+    return model
+
+
+def convert_starter(ref: bases.BaseRef, notice: Callable[[str], object] = lambda line: None) -> None:
+    """Make the starter's directory from its GGUF asset, once. Two processes at once: the second waits for the first."""
+    with FileLock(folder("bases") / f".{ref.path.name}.wait"):
+        if _is_whole(ref.path):
+            return
+        asset = assets.install(bases.STARTER)
+        notice("converting the starter base once, about half a minute")
+        with new_directory(ref.path, replace=ref.path.exists() and _set_aside(ref.path)) as part:
+            _convert(asset / assets.entry(bases.STARTER).paths[0], part)
+            stamp = {"schema": 1, "digest": ref.digest, "derived_from": "gguf", "dtype": "bfloat16"}
+            stamp["files"] = {  # type: ignore[assignment]
+                file.name: bases.remembered_digest(file) for file in part.iterdir() if file.is_file()
+            }
+            (part / STAMP).write_text(json.dumps(stamp, indent=1))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a converted base is there with every byte as written; a changed one is made again."""
+    try:
+        files = json.loads((path / STAMP).read_text())["files"]
+        return all(bases.remembered_digest(path / name) == sha256 for name, sha256 in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _set_aside(path: Path) -> bool:
+    """Move a damaged conversion out of the way under a hidden name; returns False, since nothing is left to replace."""
+    path.rename(path.with_name(f".damaged-{path.name}"))
+    return False
+
+
+def _convert(gguf: Path, part: Path) -> None:
+    with quiet():
+        source = transformers.AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_config(source.config, dtype=torch.bfloat16)
+        model.load_state_dict(source.state_dict())
+        model.save_pretrained(str(part))
+        tokenizer.save_pretrained(str(part))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers prints its own progress bars and advice while loading; the caller shows what matters."""
+    bars = transformers.utils.logging
+    was_on, level = bars.is_progress_bar_enabled(), bars.get_verbosity()
+    bars.disable_progress_bar()
+    bars.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        bars.set_verbosity(level)
+        if was_on:
+            bars.enable_progress_bar()
+
+
+def machine() -> dict[str, Any]:
+    """What a receipt says of the machine: processor architecture, threads, versions of the tensor libraries."""
+    return {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

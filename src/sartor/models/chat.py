@@ -1,0 +1,233 @@
+"""Messages -> token ids and label mask: the only tokenisation.
+
+Which characters are the assistant's is read off the chat template itself, not guessed from its markers: each assistant
+turn is rendered once more with a sentinel in place of its content. What stands before the sentinel is the prompt, what
+stands after it is the rest; the text between, up to and including the first end-of-turn token after it, is learnt. So the
+mask is right for templates with or without `{% generation %}`, that strip content, or that add a thinking block: whatever
+the template writes between the generation prompt and the end of the turn is what the model must produce.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jinja2
+
+from sartor.core import bases
+from sartor.core.errors import ModelError, SourceError
+from sartor.core.records import Example, Message, Part
+from sartor.models.batches import Encoded
+
+# For bases without a chat template. Plain words, so that any tokenizer can write it; the turn ends with eos.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}### assistant:\n{{ m.content }}{{ eos_token }}\n"
+    "{% else %}### {{ m.role }}:\n{{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
+_SENTINEL = "sartorsentinel0{}0sentinelsartor"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of a rendering that are learnt."""
+
+    start: int
+    end: int
+
+
+class Chat:
+    """A tokenizer with its chat template, and what both imply: the pad, the stop tokens, the mask."""
+
+    def __init__(self, tokenizer: Any, extra_stops: Sequence[int] = ()):
+        self.tokenizer = tokenizer
+        self.has_template = bool(tokenizer.chat_template)
+        self.template = tokenizer.chat_template if self.has_template else PLAIN_TEMPLATE
+        if isinstance(self.template, dict):
+            self.template = self.template["default"]
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no end-of-sequence token, so no reply could end", "set eos_token in its config")
+        added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special = added | {token_id for token_id in tokenizer.all_special_ids if token_id is not None}
+        ends = {tokenizer.eos_token_id, *extra_stops}
+        turn_end = self._end_of_turn()
+        self.stops = sorted(ends | ({turn_end} if turn_end is not None else set()))
+        self.pad = self._pad()
+
+    @property
+    def template_digest(self) -> str:
+        """sha256 of the template in use: what a Release binds to."""
+        return bases.template_digest(self.template)
+
+    def render(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
+        """The text that the template writes. `reply_next` adds the prompt for the assistant's turn.
+
+        Raises SourceError when the template refuses the messages (Gemma's refuses a system message, for one).
+        """
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [_plain(message) for message in messages],
+                    chat_template=self.template,
+                    tools=json.loads(tools) if tools else None,
+                    tokenize=False,
+                    add_generation_prompt=reply_next,
+                )
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            roles = ", ".join(message.role for message in messages)
+            raise SourceError(
+                f"the chat template refuses the turns ({roles}): {error}", "change the row's roles to what the base expects"
+            ) from None
+
+    def prompt_ids(self, messages: Sequence[Message], tools: str = "") -> list[int]:
+        """Token ids of a conversation, ready for the reply."""
+        return self._tokens(self.render(messages, tools=tools, reply_next=True))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a reply."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def encode(self, example: Example) -> Encoded:
+        """Token ids and label mask of one Example; checked by decoding what is learnt.
+
+        Raises SourceError when the template refuses the row, or changes a reply so that its place cannot be found.
+        """
+        if example.is_document:
+            text = example.messages[0].text
+            ids = self._tokens(text)
+            # bos, where the tokenizer has one of its own, opens a document as it did in pretraining
+            first = [self.tokenizer.bos_token_id] if self._opens_with_bos() else []
+            ids = [*first, *ids, self.tokenizer.eos_token_id]
+            return Encoded(ids, [True] * len(ids), example.id, example.weight)
+        text = self.render(example.messages, tools=example.tools)
+        spans = [
+            self._span(example, place, text) for place, message in enumerate(example.messages) if message.role == "assistant"
+        ]
+        if spans and not self._ends_in_stop(text[: spans[-1].end]):
+            # the template writes no end-of-turn: without one the model would never learn to stop
+            text = text[: spans[-1].end] + self.tokenizer.eos_token
+            spans[-1] = replace(spans[-1], end=len(text))
+        ids, learnt = self._align(text, spans)
+        self._check(text, spans, ids, learnt)
+        return Encoded(ids, learnt, example.id, example.weight)
+
+    def _span(self, example: Example, place: int, text: str) -> Span:
+        """Which characters of `text` the assistant turn at `place` has to learn."""
+        messages = list(example.messages)
+        message = messages[place]
+        if not message.content and message.tool_calls:
+            return self._span_of_calls(example, place, text)
+        sentinel = _SENTINEL.format(place)
+        messages[place] = replace(message, content=(Part("text", sentinel),))
+        before, found, after = self.render(messages, tools=example.tools).partition(sentinel)
+        prompt = self.render(messages[:place], tools=example.tools, reply_next=True) if place else before
+        # From the generation prompt on, where the rendering has it: what the template writes after it (a thinking block,
+        # say) must be produced too. Else from the content on: templates may render a past turn otherwise than a new one.
+        start = next((len(opening) for opening in (prompt, before) if text.startswith(opening)), -1)
+        end = len(text) - len(after)
+        if not found or start < 0 or not text.endswith(after) or start > end:
+            raise SourceError(
+                f"the chat template changes the assistant's turn {place + 1}, so what is to be learnt cannot be told apart",
+                "use a base whose template leaves replies as they are",
+            )
+        return Span(start, end + self._turn_tail(after))
+
+    def _span_of_calls(self, example: Example, place: int, text: str) -> Span:
+        prompt = self.render(example.messages[:place], tools=example.tools, reply_next=True)
+        whole = self.render(example.messages[: place + 1], tools=example.tools)
+        if not (text.startswith(whole) and whole.startswith(prompt)):
+            raise SourceError("the chat template rewrites a turn of tool calls", "use a base whose template supports tools")
+        return Span(len(prompt), len(whole.rstrip("\n")))
+
+    def _turn_tail(self, after: str) -> int:
+        """Characters of `after` up to the end of its first special token, if nothing but space stands before it."""
+        ends = [
+            len(token) + after.find(token)
+            for token in (self.tokenizer.convert_ids_to_tokens(token_id) for token_id in self.special)
+            if token and after.lstrip().startswith(token)
+        ]
+        return max(ends, default=0)
+
+    def _ends_in_stop(self, text: str) -> bool:
+        return any(text.endswith(self.tokenizer.convert_ids_to_tokens(stop)) for stop in self.stops)
+
+    def _align(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+        """Tokens of `text`, cut at the start of every span, and whether each lies inside one.
+
+        The cut is where generation will begin: a token that ran across it in training could never be produced then.
+        """
+        if not self.tokenizer.is_fast:
+            raise ModelError("the tokenizer gives no character offsets", "use a base with a tokenizer.json")
+        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(coded["input_ids"]), list(coded["offset_mapping"])
+        for span in spans:
+            for place, (start, end) in enumerate(offsets):
+                if start < span.start < end:
+                    left, right = self._tokens(text[start : span.start]), self._tokens(text[span.start : end])
+                    if self.tokenizer.decode(left + right) == self.tokenizer.decode([ids[place]]):
+                        ids[place : place + 1] = left + right
+                        offsets[place : place + 1] = [(start, span.start)] * len(left) + [(span.start, end)] * len(right)
+                    break
+        learnt = [any(span.start < end and start < span.end and start < end for span in spans) for start, end in offsets]
+        return ids, learnt
+
+    def _check(self, text: str, spans: Sequence[Span], ids: Sequence[int], learnt: Sequence[bool]) -> None:
+        """What is learnt, decoded, must read as the spans do."""
+        said = self.tokenizer.decode([token for token, on in zip(ids, learnt, strict=True) if on])
+        wanted = "".join(text[span.start : span.end] for span in spans)
+        if _squeezed(said) != _squeezed(wanted):
+            raise SourceError(
+                f"the label mask decodes to {said[:80]!r} where the reply is {wanted[:80]!r}",
+                "use a base whose tokenizer round-trips this text",
+            )
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _opens_with_bos(self) -> bool:
+        return self.tokenizer.bos_token_id is not None and self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id
+
+    def _end_of_turn(self) -> int | None:
+        """The token that the template writes right after a reply, if it is a special one."""
+        sentinel = _SENTINEL.format("end")
+        try:
+            text = self.render([Message.of("user", "a"), Message.of("assistant", sentinel)])
+        except SourceError:
+            return None
+        after = text.partition(sentinel)[2].lstrip()
+        for token_id in sorted(self.special, reverse=True):
+            token = self.tokenizer.convert_ids_to_tokens(token_id)
+            if token and after.startswith(token):
+                return int(token_id)
+        return None
+
+    def _pad(self) -> int:
+        """A token to pad with that no reply needs: never a stop token. Padding is masked, so any other will do."""
+        wished = [self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, *sorted(self.special)]
+        return next((token for token in wished if token is not None and token not in self.stops), self._unused())
+
+    def _unused(self) -> int:
+        return next(token for token in range(len(self.tokenizer)) if token not in self.stops)
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """A message as chat templates of text models expect it: content is text."""
+    other = [part.kind for part in message.content if part.kind != "text"]
+    if other:
+        raise SourceError(f"a text-only base cannot read {other[0]} parts", "use a base with a tower for them")
+    plain: dict[str, Any] = {"role": message.role, "content": message.text}
+    if message.name:
+        plain["name"] = message.name
+    if message.tool_call_id:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        plain["tool_calls"] = json.loads(message.tool_calls)
+    return plain
+
+
+def _squeezed(text: str) -> str:
+    """Without white space: decoders differ in the spaces that they put back around special tokens."""
+    return "".join(text.split())

@@ -1,0 +1,138 @@
+"""Prompts -> replies: prefill and decode with a KV cache, many prompts at a time.
+
+Rows are left-padded and masked, and leave the batch (and its cache) when they end, so a long reply does not hold up
+short ones. Sampling draws from one generator per prompt, seeded by (seed, prompt index): a reply depends on its own
+prompt and the seed, not on who shared its batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from sartor.core.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. `temperature` 0 is greedy; `top_p` in (0, 1] keeps the smallest likely set."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One reply: its tokens without the stop token, and why it ended (`stop` or `length`)."""
+
+    ids: list[int]
+    finish: str
+
+
+class Chooser:
+    """Logits -> next tokens for the rows still alive."""
+
+    def __init__(self, sampling: Sampling, count: int) -> None:
+        self.sampling = sampling
+        # 1_000_003 keeps seeds of neighbouring prompts apart for any count that fits in memory
+        self.generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + row) for row in range(count)]
+
+    def __call__(self, logits: torch.Tensor, alive: Sequence[int]) -> list[int]:
+        """logits: (B, V) of the rows `alive` (indices of their prompts). Returns B token ids."""
+        if self.sampling.temperature == 0:
+            return [int(token) for token in logits.argmax(-1)]
+        probabilities = (logits.float().cpu() / self.sampling.temperature).softmax(-1)
+        if self.sampling.top_p < 1:
+            ordered, order = probabilities.sort(-1, descending=True)
+            # a token stays if the mass before it is below top_p, so the most likely one always stays
+            ordered[ordered.cumsum(-1) - ordered >= self.sampling.top_p] = 0
+            probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+        return [
+            int(torch.multinomial(row, 1, generator=self.generators[prompt]))
+            for row, prompt in zip(probabilities, alive, strict=True)
+        ]
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: Sequence[int],
+    pad: int,
+    sampling: Sampling | None = None,
+    batch_rows: int = 64,
+    progress: Callable[[int], object] = lambda rows: None,
+) -> list[Generation]:
+    """One reply per prompt, in order.
+
+    prompts: token ids, each non-empty. stop: ids that end a reply. pad: an id for the left padding, masked throughout.
+    Raises ModelError when a prompt and its reply cannot fit the model's context. `progress` is told of finished rows.
+    """
+    sampling = sampling or Sampling()
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if context and longest + sampling.max_tokens > context:
+        raise ModelError(
+            f"a prompt of {longest} tokens and a reply of {sampling.max_tokens} need {longest + sampling.max_tokens} "
+            f"positions; the model has {context}",
+            f"shorten the prompt, or ask for at most {max(context - longest, 0)} tokens",
+        )
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    choose = Chooser(sampling, len(prompts))
+    replies: dict[int, Generation] = {}
+    for start in range(0, len(by_length), batch_rows):
+        rows = by_length[start : start + batch_rows]
+        replies.update(_generate_batch(model, {row: prompts[row] for row in rows}, set(stop), pad, choose))
+        progress(len(rows))
+    return [replies[index] for index in range(len(prompts))]
+
+
+@torch.inference_mode()
+def _generate_batch(
+    model: Any, prompts: dict[int, Sequence[int]], stop: set[int], pad: int, choose: Chooser
+) -> dict[int, Generation]:
+    """Prefill, then decode until every row has stopped or has `max_tokens`."""
+    device = model.device
+    alive = list(prompts)
+    width = max(len(prompt) for prompt in prompts.values())
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts.values()], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()], device=device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    cache_argument = cache_name(model)
+    written: dict[int, list[int]] = {row: [] for row in prompts}
+    done: dict[int, Generation] = {}
+    while alive:
+        arguments = {cache_argument: cache, "use_cache": True, "logits_to_keep": 1}
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments).logits[:, -1]
+        tokens = choose(logits, alive)
+        keep = []
+        for place, (row, token) in enumerate(zip(alive, tokens, strict=True)):
+            if token not in stop:
+                written[row].append(token)
+            if token in stop or len(written[row]) >= choose.sampling.max_tokens:
+                done[row] = Generation(written[row], "stop" if token in stop else "length")
+            else:
+                keep.append(place)
+        if len(keep) < len(alive) and keep:
+            index = torch.tensor(keep, device=device)
+            cache.batch_select_indices(index)
+            mask, positions = mask[index], positions[index]
+        alive = [alive[place] for place in keep]
+        ids = torch.tensor([[tokens[place]] for place in keep], device=device)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return done
+
+
+def cache_name(model: Any) -> str:
+    """Transformers renamed the cache argument within major version 5; the signature says which one this release has."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"

@@ -1,0 +1,81 @@
+"""What a run says while it goes: a JSON line per update, a live progress line, and the loss curve as a picture."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that this process has held resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Journal:
+    """Writes `log.jsonl` and drives the progress line (stderr). Use as a context manager."""
+
+    def __init__(self, file: Path, *, show: bool = True) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self._stream = file.open("w", encoding="utf-8")
+        self._began = time.monotonic()
+        columns = [TextColumn("tune"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn()]
+        self._progress = Progress(*columns, console=Console(stderr=True), disable=not show, transient=False)
+        self._task = self._progress.add_task("tune", total=1.0, said="first update ...")
+
+    def __enter__(self) -> Journal:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+        self._stream.close()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since the journal was opened."""
+        return time.monotonic() - self._began
+
+    def note(self, **facts: Any) -> None:
+        """One JSON line: what happened, after how many seconds."""
+        line = {"wall_s": round(self.wall_s, 3), **facts}
+        self.lines.append(line)
+        self._stream.write(json.dumps(line) + "\n")
+        self._stream.flush()
+
+    def show(self, fraction: float, loss: float, tokens_per_s: float) -> None:
+        """Move the progress line: loss, speed, memory, time left."""
+        said = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {peak_memory_bytes() / 1e9:.1f} GB"
+        self._progress.update(self._task, completed=min(fraction, 1.0), said=said)
+
+
+def plot_losses(lines: list[dict[str, Any]], file: Path) -> None:
+    """The loss curve as PNG: every update, their running mean, and the held-out loss where it was measured."""
+    from matplotlib.figure import Figure  # no pyplot: it keeps global state and wants a display
+
+    updates = [(line["update"], line["loss"]) for line in lines if "loss" in line]
+    held_out = [(line["update"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    figure = Figure(figsize=(7, 3.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    x, y = [update for update, _ in updates], [loss for _, loss in updates]
+    axes.plot(x, y, color="#b9c4d0", linewidth=1, label="each update")
+    smooth, mean = [], y[0] if y else 0.0
+    for loss in y:
+        mean = 0.9 * mean + 0.1 * loss
+        smooth.append(mean)
+    axes.plot(x, smooth, color="#1f5f8b", linewidth=2, label="running mean")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o", color="#d1495b", label="held out")
+    axes.set_xlabel("update")
+    axes.set_ylabel("loss (nats per supervised token)")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(file)

@@ -1,0 +1,138 @@
+"""The tuning recipe: a tree of small frozen classes, torch-free. One declaration per option."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sartor.core import config
+from sartor.core.config import REQUIRED, option
+from sartor.core.errors import ConfigError
+
+
+def _at_least(value: Any, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(value, name) < least:
+            raise ConfigError(f"{name} is {getattr(value, name)}; it must be at least {least}", f"{name}: {least}")
+
+
+@dataclass(frozen=True)
+class BaseChoice:
+    """Which pretrained weights."""
+
+    name: str = option(REQUIRED, "starter, a directory in transformers' layout, or a hub name (owner/model)")
+    revision: str = option("", "revision of a hub model; empty is its main branch")
+    bits: Literal[16, "auto"] = option("auto", "width of the base's weights: auto is bf16 where the hardware has it, else fp32")
+    licence: str = option("", "SPDX licence of the base, where its own files state none")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which Dataset, and how its rows are cut into training and evaluation."""
+
+    path: str = option(REQUIRED, "directory of a Dataset that `sartor curate` wrote")
+    eval_fraction: float = option(0.1, "fraction held out by group, if the Dataset itself holds out nothing")
+    eval_rows: int = option(64, "most held-out rows whose loss is measured while tuning")
+    max_length_tokens: int = option(1024, "a longer row is left out and counted: a cut one would lose its answer")
+    rows: int = option(0, "at most this many training rows; 0 takes all")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise ConfigError(f"eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1", "eval_fraction: 0.1")
+        _at_least(self, 2, "max_length_tokens")
+        _at_least(self, 0, "rows", "eval_rows")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = option(16, "rank R of the update B A of each weight")
+    alpha: float = option(32.0, "scale: the update is alpha / rank * B A")
+    dropout: float = option(0.0, "dropout before A, 0..1")
+    targets: str | tuple[str, ...] = option("all-linear", "all-linear, or names of linear modules")
+    kind: Literal["lora"] = "lora"
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "rank")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout}; it must be at least 0 and below 1", "dropout: 0.0")
+        if isinstance(self.targets, str) and self.targets != "all-linear":
+            # one module's name is a list of one; peft would read a bare text as a regular expression
+            object.__setattr__(self, "targets", (self.targets,))
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Supervised fine-tuning: cross-entropy of the assistant's tokens."""
+
+    kind: Literal["sft"] = "sft"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop: at the first limit reached."""
+
+    epochs: float | None = option(None, "passes over the training rows")
+    updates: int | None = option(None, "optimiser updates")
+    tokens: int | None = option(None, "tokens read, prompts included")
+    minutes: float | None = option(None, "minutes of tuning")
+
+    def __post_init__(self) -> None:
+        limits = config.dump(self)
+        if all(limit is None for limit in limits.values()):
+            raise ConfigError("the budget sets no limit", "budget: {epochs: 1}")
+        for name, limit in limits.items():
+            if limit is not None and limit <= 0:
+                raise ConfigError(f"{name} is {limit}; it must be above 0", f"{name}: 1")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) with warm-up."""
+
+    learning_rate: float = option(2e-4, "peak learning rate")
+    batch_tokens: int = option(4096, "tokens per update, about: whole rows until this is reached")
+    micro_batch_tokens: int = option(2048, "tokens computed at once; less takes less memory and changes no result")
+    warmup_fraction: float = option(0.05, "fraction of the budget over which the rate rises")
+    schedule: Literal["cosine", "constant"] = option("cosine", "course of the rate after the warm-up")
+    weight_decay: float = option(0.0, "decoupled weight decay of the adapter")
+    clip_norm: float = option(1.0, "gradients are scaled down to this norm")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_tokens", "micro_batch_tokens")
+        if self.learning_rate <= 0 or self.clip_norm <= 0:
+            raise ConfigError(
+                f"learning_rate is {self.learning_rate} and clip_norm {self.clip_norm}; both must be above 0",
+                "learning_rate: 2.0e-4, clip_norm: 1.0",
+            )
+        if not 0 <= self.warmup_fraction < 1 or self.weight_decay < 0:
+            raise ConfigError("warmup_fraction must be in 0..1 and weight_decay not negative", "warmup_fraction: 0.05")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Dataset -> Adapter: everything that decides the result."""
+
+    base: BaseChoice = option(REQUIRED, "which pretrained weights")
+    data: Data = option(REQUIRED, "which Dataset")
+    method: Lora = option(Lora(), "what is trained")
+    objective: Sft = option(Sft(), "what is minimised")
+    budget: Budget = option(Budget(epochs=1.0), "when to stop")
+    optimizer: Optimizer = option(Optimizer(), "how it gets there")
+    evaluations: int = option(2, "how often the held-out loss is measured, evenly, the last time at the end")
+    seed: int = option(0, "seed of the row order, the adapter's start and dropout")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "evaluations", "seed")
+
+
+def load(recipe: Recipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> Recipe:
+    """A Recipe from any of its forms, with flags (`--method.rank 8`) on top. Raises ConfigError."""
+    if isinstance(recipe, Recipe):
+        data = config.dump(recipe)
+    else:
+        data = recipe if isinstance(recipe, Mapping) else config.read_yaml(Path(recipe))
+    return config.load(Recipe, data, flags)
