@@ -13,8 +13,9 @@ Names are resolved when they are first used, so `import sartor` loads neither to
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from sartor.core.verb import load
 
 __version__ = "0.1.0"
 
@@ -60,7 +61,7 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'sartor' has no attribute {name!r}")
     module, _, attribute = _NAMES[name].partition(":")
-    found = importlib.import_module(module)
+    found = load(module)
     return getattr(found, attribute) if attribute else found
 
 

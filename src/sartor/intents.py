@@ -17,6 +17,9 @@ from typing import Any
 from sartor.core.errors import need
 
 SYSTEM_PROMPT = "Command to JSON."
+# Some intents have a hundred sentences in the asset's grammar, most have under ten; with about as many each, 900 rows
+# show every sentence in several wordings.
+SENTENCES_PER_INTENT = 10
 # What a home would bring: the asset leaves names, areas and free text to the installation. A name belongs to a domain,
 # and a template that asks for a lock gets a lock.
 NAMES = {
@@ -111,9 +114,8 @@ def rows(asset: Path, *, per_intent: int = 45, seed: int = 0) -> list[dict[str, 
     """Rows in the OpenAI form: up to `per_intent` wordings of each of the asset's English intents, in a seeded order.
 
     Each row: `messages` (system, user, assistant) and `group`, the template: the wording with its slots left open, as in
-    `turn on the {area} fan`. No template is drawn twice. Every intent gets the same number of wordings where its grammar
-    has as many: timers alone hold a third of the sentences, and rare intents are to be learnt too. The order is shuffled,
-    so any first `n` rows are a fair sample. Raises ExtraError without `hassil`.
+    `turn on the {area} fan`. No template is drawn twice. An intent gives at most SENTENCES_PER_INTENT sentences of its
+    grammar. The order is shuffled, so any first `n` rows are a fair sample. Raises ExtraError without `hassil`.
     """
     try:
         from hassil.intents import Intents, TextSlotList
@@ -127,6 +129,7 @@ def rows(asset: Path, *, per_intent: int = 45, seed: int = 0) -> list[dict[str, 
     for intent_name, intent in intents.intents.items():
         sentences = [(block, sentence) for block in intent.data for sentence in block.sentences]
         rng.shuffle(sentences)
+        sentences = sentences[:SENTENCES_PER_INTENT]
         found = 0
         # round and round the sentences; the bound ends it for an intent that has no more wordings
         for block, sentence in itertools.islice(itertools.cycle(sentences), 8 * per_intent):

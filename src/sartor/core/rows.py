@@ -98,14 +98,18 @@ def read_drops(dataset: Artifact) -> Iterator[Drop]:
 
 
 def _read(dataset: Artifact, folder: str) -> Iterator[dict[str, Any]]:
-    for name in sorted(dataset.manifest["files"]):
-        if name.startswith(folder) and name.endswith(".parquet"):
-            try:
-                with pq.ParquetFile(dataset.path / name) as file:
-                    for batch in file.iter_batches(ROWS_PER_GROUP):
-                        yield from batch.to_pylist()
-            except (OSError, pa.ArrowException) as error:
-                raise ArtifactError(f"{dataset.path / name} is not readable Parquet: {error}", "curate it again") from None
+    names = [name for name in dataset.manifest["files"] if name.startswith(folder) and name.endswith(".parquet")]
+    for name in sorted(names):
+        yield from _read_file(dataset.path / name)
+
+
+def _read_file(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(ROWS_PER_GROUP):
+                yield from batch.to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise ArtifactError(f"{path} is not readable Parquet: {error}", "curate it again") from None
 
 
 def _example_row(example: Example) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Packages that can be called: `sartor.tune(recipe, out)` is the verb, `sartor.tune.trainer` a module of the package.
+"""Resolving public names: packages that can be called, and optional dependencies that are absent.
 
 The house names packages after the stages and the façade names verbs after them too; Python gives one attribute for both.
-A module's class may be replaced (data model, "Customizing module attribute access"), so the package gets `__call__`.
+A module's class may be replaced (data model, "Customizing module attribute access"), so the package gets `__call__`:
+`sartor.tune(recipe, out)` is the verb, `sartor.tune.trainer` a module of the package.
 """
 
 from __future__ import annotations
@@ -11,12 +12,40 @@ import sys
 import types
 from typing import Any
 
+from sartor.core.errors import need
+
+# third-party package -> the extra that brings it
+_EXTRAS = {
+    "accelerate": "tune",
+    "gguf": "tune",
+    "huggingface_hub": "tune",
+    "jinja2": "tune",
+    "matplotlib": "tune",
+    "peft": "tune",
+    "safetensors": "tune",
+    "torch": "tune",
+    "transformers": "tune",
+    "hassil": "demo",
+    "datasets": "hub",
+}
+
+
+def load(module: str) -> types.ModuleType:
+    """Import a module of Sartor. Raises ExtraError naming the extra when an optional package is absent."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in _EXTRAS:
+            raise
+        raise need(missing, _EXTRAS[missing]) from None
+
 
 def callable_package(package: str, module: str) -> None:
     """Let calling `package` call the function of its own last name in `module`, imported at the first call."""
 
     class Verb(types.ModuleType):
         def __call__(self, *args: Any, **options: Any) -> Any:
-            return getattr(importlib.import_module(module), package.rpartition(".")[2])(*args, **options)
+            return getattr(load(module), package.rpartition(".")[2])(*args, **options)
 
     sys.modules[package].__class__ = Verb

@@ -41,7 +41,7 @@ class Span:
 class Chat:
     """A tokenizer with its chat template, and what both imply: the pad, the stop tokens, the mask."""
 
-    def __init__(self, tokenizer: Any, extra_stops: Sequence[int] = ()):
+    def __init__(self, tokenizer: Any, extra_stops: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.has_template = bool(tokenizer.chat_template)
         self.template = tokenizer.chat_template if self.has_template else PLAIN_TEMPLATE

@@ -1,0 +1,160 @@
+"""Holds the house: which package may import which, which load without torch, and how big a thing may grow.
+
+Reads the AST and nothing else, so it sees every import, also those inside functions.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parent.parent / "src" / "sartor"
+LEVELS = {
+    "core": 1,
+    "models": 2, "curate": 2,
+    "tune": 3, "evaluate": 3,
+    "agents": 4, "intents": 4,
+    "circle": 5,
+    "__init__": 6,
+    "cli": 7,
+    "__main__": 8,
+}  # fmt: skip
+TORCH_FREE = ("sartor", "sartor.core.rows", "sartor.core.lineage", "sartor.core.bases", "sartor.core.signing",
+              "sartor.curate.pipeline", "sartor.tune.recipe", "sartor.evaluate.release", "sartor.cli")  # fmt: skip
+LINES, BODY, ARGUMENTS, FIELDS, NESTING = 400, 60, 7, 12, 4
+# (what, ceiling) -> the reason. The list only shrinks.
+EXCEPTIONS = {
+    ("cli.py:release", "arguments"): "a command's arguments are its flags",
+    ("cli.py:ask", "arguments"): "a command's arguments are its flags",
+    ("evaluate/release.py:release", "arguments"): "a verb's arguments are its command's flags",
+}
+
+
+def modules() -> Iterator[tuple[str, Path, ast.Module]]:
+    for path in sorted(SRC.rglob("*.py")):
+        name = path.relative_to(SRC).as_posix()
+        yield name, path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def part_of(name: str) -> str:
+    return name.split("/")[0].removesuffix(".py")
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import on line {node.lineno}"
+            yield node.lineno, node.module or ""
+            if node.module == "sartor":
+                yield from ((node.lineno, f"sartor.{alias.name}") for alias in node.names)
+
+
+def wrong_imports(name: str, tree: ast.Module) -> list[str]:
+    """Imports of `name` that do not point down. A façade's own verbs may be used from level 7."""
+    own = part_of(name)
+    found = []
+    for line, target in imports(tree):
+        if not target.startswith("sartor."):
+            continue
+        part = target.split(".")[1]
+        if part == own:
+            continue
+        allowed = part == "core" if own in ("cli", "studio") else LEVELS[part] < LEVELS[own]
+        if not allowed:
+            found.append(f"{name}:{line} imports {target}")
+    return found
+
+
+def test_every_module_has_a_level() -> None:
+    assert {part_of(name) for name, _, _ in modules()} <= set(LEVELS)
+
+
+def test_imports_point_down() -> None:
+    assert [wrong for name, _, tree in modules() for wrong in wrong_imports(name, tree)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("core/x.py", "from sartor.tune import recipe"), ("curate/x.py", "import sartor.models.base"), ("cli.py", "import sartor.tune.trainer"),
+     ("tune/x.py", "def f():\n from sartor.evaluate import page")],
+)  # fmt: skip
+def test_a_planted_import_upwards_is_found(name: str, line: str) -> None:
+    assert len(wrong_imports(name, ast.parse(line))) == 1
+
+
+def test_imports_of_our_own_stand_at_the_top_of_a_module() -> None:
+    inside = [
+        f"{name}:{node.lineno}"
+        for name, _, tree in modules()
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sartor")
+    ]
+    assert inside == []
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_a_torch_free_module_loads_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def nesting(node: ast.AST, depth: int = 0) -> int:
+    """Deepest nesting of control flow. An `elif` is not deeper than its `if`."""
+    deepest = depth
+    for child in ast.iter_child_nodes(node):
+        deeper = isinstance(child, (ast.If, ast.For, ast.While, ast.With, ast.Try))
+        is_elif = isinstance(node, ast.If) and node.orelse == [child] and isinstance(child, ast.If)
+        if not isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+            deepest = max(deepest, nesting(child, depth + (deeper and not is_elif)))
+    return deepest
+
+
+def over_ceiling(name: str, text: str, tree: ast.Module) -> Iterator[tuple[str, str, int]]:
+    if (count := text.count("\n")) > LINES:
+        yield name, "lines", count
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            size = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            arguments = node.args
+            count = len([a for a in arguments.posonlyargs + arguments.args + arguments.kwonlyargs if a.arg not in ("self", "cls")])
+            for what, found, most in (("body", size, BODY), ("arguments", count, ARGUMENTS), ("nesting", nesting(node), NESTING)):
+                if found > most:
+                    yield f"{name}:{node.name}", what, found
+        if isinstance(node, ast.ClassDef):
+            fields = sum(isinstance(line, ast.AnnAssign) for line in node.body)
+            if fields > FIELDS:
+                yield f"{name}:{node.name}", "fields", fields
+
+
+def test_nothing_grows_over_its_ceiling() -> None:
+    found = {
+        (what, ceiling): size
+        for name, path, tree in modules()
+        for what, ceiling, size in over_ceiling(name, path.read_text(encoding="utf-8"), tree)
+    }
+    assert {key: size for key, size in found.items() if key not in EXCEPTIONS} == {}
+    assert set(EXCEPTIONS) <= set(found), "an exception that is no longer needed must go"
+
+
+@pytest.mark.parametrize(
+    ("text", "ceiling"),
+    [
+        ("def f():\n" + " x = 1\n" * 61, "body"),
+        ("def f(a, b, c, d, e, f, g, h): pass", "arguments"),
+        ("class C:\n" + "".join(f" f{n}: int\n" for n in range(13)), "fields"),
+        ("def f():\n if 1:\n  for a in b:\n   with a:\n    while 1:\n     if 2: pass", "nesting"),
+        ("#\n" * 401, "lines"),
+    ],
+)
+def test_a_planted_giant_is_found(text: str, ceiling: str) -> None:
+    assert [what for _, what, _ in over_ceiling("x.py", text, ast.parse(text))] == [ceiling]

@@ -1,0 +1,73 @@
+"""The public surface: what it names exists, the command line starts fast and without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import sartor
+
+
+@pytest.mark.parametrize("name", sartor.__all__)
+def test_every_public_name_exists(name: str) -> None:
+    assert callable(getattr(sartor, name))
+
+
+def test_public_names_are_sorted_and_an_unknown_one_is_an_attribute_error() -> None:
+    assert sorted(sartor.__all__) == sartor.__all__
+    with pytest.raises(AttributeError, match="tuna"):
+        sartor.tuna  # noqa: B018
+
+
+def test_a_package_is_also_its_verb() -> None:
+    from sartor.tune import recipe
+
+    assert callable(sartor.tune)
+    assert sartor.tune.recipe is recipe
+
+
+def test_import_sartor_is_light() -> None:
+    code = "import sys, sartor; heavy = {'torch', 'pyarrow', 'transformers', 'numpy'} & set(sys.modules); sys.exit(bool(heavy))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_starts_in_under_a_second_and_loads_no_torch() -> None:
+    code = "import sys; sys.argv = ['sartor', '--help']\nfrom sartor.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        seconds.append(time.monotonic() - began)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < 1.0
+    for verb in ("demo", "curate", "tune", "evaluate", "release", "verify", "ask", "inspect", "index", "keygen", "assets"):
+        assert verb in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["curate", "tune"])
+def test_help_of_a_verb_lists_the_recipes_options(verb: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "sartor", verb, "--help"], capture_output=True, text=True, check=False)
+    assert "--seed" in done.stdout
+    assert "torch" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind"),
+    [
+        (["frobnicate"], 2, "ConfigError"),
+        (["curate", "absent.yaml", "--out", "x"], 2, "ConfigError"),
+        (["inspect", "/nonexistent"], 3, "ArtifactError"),
+        (["assets", "install", "nothing"], 2, "ConfigError"),
+        (["demo", "--limit", "3"], 2, "ConfigError"),
+    ],
+)
+def test_an_error_is_one_json_object_and_an_exit_code(arguments: list[str], code: int, kind: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "sartor", *arguments, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    error = json.loads(done.stdout.splitlines()[-1])["error"]
+    assert error["kind"] == kind
+    assert error["problem"] and error["remedy"]
+    assert "Traceback" not in done.stderr
