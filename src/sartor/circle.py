@@ -25,8 +25,8 @@ from sartor.tune.trainer import Tuned, tune
 Notice = Callable[[str], object]
 # A wording and names that no training row has
 PROMPT = "please turn on the lights in the kitchen"
-HELD_OUT_FRACTION = 0.07
-ROWS = 900
+HELD_OUT_FRACTION = 0.125
+ROWS = 700
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _write_inputs(out: Path, limit: int) -> None:
         "data": {"path": str(out / "dataset"), "eval_rows": 32},
         "method": {"kind": "lora", "rank": 16, "alpha": 32, "targets": "all-linear"},
         "budget": {"epochs": 1},
-        "optimizer": {"learning_rate": 2.0e-3, "batch_tokens": 512},
+        "optimizer": {"learning_rate": 2.0e-3, "batch_tokens": 256},
         "seed": 0,
     }
     _write_yaml(out / "tune.yaml", recipe)

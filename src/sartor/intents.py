@@ -19,7 +19,7 @@ from sartor.core.errors import need
 SYSTEM_PROMPT = "Command to JSON."
 # Some intents have a hundred sentences in the asset's grammar, most have under ten; with about as many each, 900 rows
 # show every sentence in several wordings.
-SENTENCES_PER_INTENT = 10
+SENTENCES_PER_INTENT = 6
 # What a home would bring: the asset leaves names, areas and free text to the installation. A name belongs to a domain,
 # and a template that asks for a lock gets a lock.
 NAMES = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator
@@ -148,7 +149,7 @@ def convert_starter(ref: bases.BaseRef, notice: Callable[[str], object] = lambda
         if _is_whole(ref.path):
             return
         asset = assets.install(bases.STARTER)
-        notice("converting the starter base once, about half a minute")
+        notice("converting the starter base; this is done once")
         with new_directory(ref.path, replace=ref.path.exists() and _set_aside(ref.path)) as part:
             _convert(asset / assets.entry(bases.STARTER).paths[0], part)
             stamp = {"schema": 1, "digest": ref.digest, "derived_from": "gguf", "dtype": "bfloat16"}
@@ -174,7 +175,8 @@ def _set_aside(path: Path) -> bool:
 
 
 def _convert(gguf: Path, part: Path) -> None:
-    with quiet():
+    # the GGUF reader draws a bar of its own that no setting turns off
+    with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         source = transformers.AutoModelForCausalLM.from_pretrained(
             str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
         )

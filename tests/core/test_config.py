@@ -1,0 +1,105 @@
+"""One declaration per option: YAML, flags and manifest say the same, and a typo names the option meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sartor.core import config
+from sartor.core.errors import ConfigError
+from sartor.curate.recipe import CurateRecipe
+from sartor.curate.steps import ExactDuplicates, Length
+from sartor.tune.recipe import Budget, Recipe
+
+TUNE = {"base": "starter", "data": {"path": "d"}}
+CURATE = {"sources": [{"path": "f.jsonl"}]}
+
+
+def test_a_dumped_recipe_loads_back_equal() -> None:
+    recipe = config.load(Recipe, TUNE, ["--method.rank", "8", "--method.targets", "[q_proj, v_proj]"])
+    assert config.load(Recipe, config.dump(recipe)) == recipe
+    assert recipe.method.targets == ("q_proj", "v_proj")
+
+
+def test_shorthands() -> None:
+    recipe = config.load(CurateRecipe, {"sources": "f.jsonl", "steps": ["exact_duplicates", {"length": {"min_words": 3}}]})
+    assert recipe.sources[0].path == "f.jsonl"
+    assert recipe.steps == (ExactDuplicates(), Length(min_words=3))
+    assert config.load(Recipe, TUNE).base.name == "starter"
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [(["--optimizer.learning_rate", "1e-3"], 1e-3), (["--optimizer.learning-rate=0.5"], 0.5), (["--base.revision", "main"], "main")],
+)
+def test_flags_override(flags: list[str], value: object) -> None:
+    recipe = config.load(Recipe, TUNE, flags)
+    assert value in (recipe.optimizer.learning_rate, recipe.base.revision)
+
+
+@pytest.mark.parametrize(
+    ("cls", "data", "flags", "said", "meant"),
+    [
+        (Recipe, {**TUNE, "optimizer": {"learing_rate": 1}}, [], "'optimizer.learing_rate'", "learning_rate"),
+        (Recipe, {**TUNE, "methd": {}}, [], "'methd'", "method"),
+        (Recipe, TUNE, ["--data.max_lenght_tokens", "5"], "'data.max_lenght_tokens'", "max_length_tokens"),
+        (Recipe, {"data": {"path": "d"}}, [], "'base' is missing", "base"),
+        (Recipe, {**TUNE, "seed": "one"}, [], "seed is 'one'; it must be whole number", "seed"),
+        (Recipe, {**TUNE, "seed": True}, [], "seed is True", "seed"),
+        (Recipe, {**TUNE, "method": {"kind": "lara"}}, [], "'lara'", "lora"),
+        (Recipe, {**TUNE, "method": {"rank": 0}}, [], "rank is 0; it must be at least 1", "rank: 1"),
+        (Recipe, {**TUNE, "budget": {}}, [], "sets no limit", "epochs"),
+        (Recipe, {**TUNE, "base": {"name": "starter", "bits": 5}}, [], "base.bits is 5", "bits"),
+        (Recipe, TUNE, ["--seed"], "--seed has no value", "--seed VALUE"),
+        (Recipe, TUNE, ["seed", "1"], "'seed' stands where an option is expected", "--option"),
+        (CurateRecipe, {**CURATE, "steps": ["exact_duplicate"]}, [], "exact_duplicate", "exact_duplicates"),
+        (CurateRecipe, {**CURATE, "steps": [{"lenght": {}}]}, [], "lenght", "length"),
+        (CurateRecipe, {"sources": []}, [], "names no source", "sources"),
+        (CurateRecipe, {"sources": [{"path": "f", "licens": "MIT"}]}, [], "sources[0].licens", "licence"),
+        (CurateRecipe, {**CURATE, "split": {"eval_fraction": 1.5}}, [], "split: eval_fraction is 1.5", "0.1"),
+    ],
+)
+def test_a_wrong_option_names_itself_and_the_one_meant(cls: type, data: dict, flags: list[str], said: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(cls, data, flags)
+    assert said in caught.value.problem
+    assert meant in caught.value.problem + caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("base: [", "is not YAML"), ("- a\n- b\n", "holds a list"), ("", "holds nothing"), ("seed: 1\nseed: 2\n", "'seed' stands twice"),
+     ("a: !!python/object/apply:os.system ['echo']\n", "is not YAML")],
+)  # fmt: skip
+def test_a_broken_file_is_a_clear_error(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said.replace("[", r"\[")):
+        config.read_yaml(tmp_path / "r.yaml")
+
+
+def test_yaml_reads_1e4_as_text_and_we_do_not(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("base: starter\ndata: {path: d}\noptimizer: {learning_rate: 2e-4}\n")
+    assert config.load(Recipe, config.read_yaml(tmp_path / "r.yaml")).optimizer.learning_rate == 2e-4
+
+
+@given(st.dictionaries(st.text(max_size=8), st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5), max_size=4))
+def test_no_mapping_ends_in_anything_but_a_config_error(data: dict) -> None:
+    for cls in (Recipe, CurateRecipe):
+        try:
+            config.load(cls, data)
+        except ConfigError as error:
+            assert error.remedy
+
+
+def test_every_option_has_a_help_text() -> None:
+    for cls in (Recipe, CurateRecipe):
+        lines = list(config.describe(cls))
+        assert len(lines) > 5
+        assert all(text for _, _, text in lines)
+
+
+def test_flags_complete_a_file_that_is_not_whole() -> None:
+    assert config.load(Recipe, {"base": "starter"}, ["--data.path", "d"]).data.path == "d"
+    assert config.load(Recipe, TUNE, ["--budget.updates", "3"]).budget == Budget(updates=3)
