@@ -23,13 +23,14 @@ demo: $(VENV)/.demo  ## the whole circle on real data
 	$(BIN)/sartor demo --out $(DEMO_OUT) --replace
 
 quick: $(VENV)/.dev  ## the default tier: under 90 s, no network
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test: $(VENV)/.dev  ## every tier
 	$(BIN)/sartor assets install starter
 	$(BIN)/sartor assets install home-intents
 	$(BIN)/sartor assets install chitchat
-	$(BIN)/python -m pytest -q -m ""
+	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -m "circle or services or browser"
 
 check: $(VENV)/.dev  ## lint and types
 	$(BIN)/ruff check src tests benchmarks

@@ -25,8 +25,8 @@ from sartor.tune.trainer import Tuned, tune
 Notice = Callable[[str], object]
 # A wording and names that no training row has
 PROMPT = "please turn on the lights in the kitchen"
-HELD_OUT_FRACTION = 0.125
-ROWS = 700
+HELD_OUT_FRACTION = 0.12
+ROWS = 750
 
 
 @dataclass(frozen=True)

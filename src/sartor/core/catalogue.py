@@ -76,8 +76,10 @@ def index(root: Path) -> list[Artifact]:
     """Find every artefact below `root` (links are not followed) and register it; returns those found, unreadable ones not."""
     found = []
     for folder in [root, *sorted(path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())]:
-        inside_hidden = any(part.startswith(".") for part in folder.relative_to(root).parts)
-        if not inside_hidden and kind_of(folder) is not None:
+        # hidden folders are other writers' unfinished work; a Report inside a Release is a part of it
+        hidden = any(part.startswith(".") for part in folder.relative_to(root).parts)
+        inner = folder != root and kind_of(folder.parent) is not None
+        if not (hidden or inner) and kind_of(folder) is not None:
             with contextlib.suppress(ArtifactError):
                 artifact = Artifact(folder.absolute(), read_manifest(folder))
                 register(artifact)

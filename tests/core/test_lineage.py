@@ -1,0 +1,81 @@
+"""Licences combine, objections are named, and the error tree is whole."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import sartor
+from hypothesis import given
+from hypothesis import strategies as st
+from sartor.core import catalogue, errors, lineage
+from sartor.core.artifacts import write_artifact
+from sartor.core.home import home
+from sartor.core.holdout import held_out_groups
+
+LICENCES = st.lists(st.sampled_from(["MIT", "Apache-2.0", "CC-BY-4.0", "NOASSERTION", "MIT OR Apache-2.0"]), max_size=6)
+
+
+@given(LICENCES, LICENCES)
+def test_combining_is_the_same_in_any_order_and_in_parts(one: list[str], two: list[str]) -> None:
+    whole = lineage.combine(one + two)
+    assert whole == lineage.combine(two + one) or "NOASSERTION" in whole
+    if one and two:
+        assert lineage.combine([lineage.combine(one), lineage.combine(two)]) == whole
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"source": "f", "licence": "NOASSERTION"}, "f states no licence"),
+        ({"source": "f", "licence": "CC-BY-NC-SA-4.0"}, "forbids commercial use"),
+        ({"source": "f", "licence": "MIT AND CC-BY-ND-4.0"}, "forbids derived works"),
+        ({"source": "f", "licence": "MIT", "use": ["non-commercial"]}, "declared for non-commercial use"),
+    ],
+)
+def test_each_objection_names_its_source(source: dict, said: str) -> None:
+    assert any(said in objection for objection in lineage.objections([source]))
+    assert lineage.objections([{"source": "g", "licence": "MIT", "use": ["commercial"]}]) == []
+
+
+def test_every_error_has_an_exit_code_a_place_in_the_drawing_and_carries_a_remedy() -> None:
+    tree = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, errors.SartorError)]
+    assert len(tree) > 10
+    for kind in tree:
+        made = kind("too much", "less")
+        assert (made.problem, made.remedy, made.kind) == ("too much", "less", kind.__name__)
+        assert kind.__name__ in (errors.__doc__ or "")
+        assert kind is errors.SartorError or 2 <= kind.exit_code <= 6
+
+
+def test_a_lost_or_broken_catalogue_costs_one_index(tmp_path: Path) -> None:
+    made = write_artifact(tmp_path / "a" / "b", "adapter", lambda part: {"parents": []})
+    catalogue.register(made)
+    assert catalogue.locate(made.id) == tmp_path / "a/b"
+    (home() / "catalogue.sqlite").write_bytes(b"this is no database, and long enough to be looked at as one" * 20)
+    with pytest.raises(errors.ArtifactError, match="was no SQLite file"):
+        catalogue.locate(made.id)
+    assert catalogue.locate(made.id) is None
+    assert [found.id for found in sartor.index(tmp_path)] == [made.id]
+    assert catalogue.locate(made.id) == tmp_path / "a/b"
+
+
+def test_a_changed_parent_is_said_on_the_walk_back(tmp_path: Path) -> None:
+    def fill(part: Path) -> dict[str, object]:
+        (part / "x").write_text("1")
+        return {"parents": []}
+
+    parent = write_artifact(tmp_path / "p", "dataset", fill)
+    child = write_artifact(tmp_path / "c", "adapter", lambda part: {"parents": [parent.as_parent()]})
+    assert lineage.inspect(child.path)["parents"][0]["state"] == "opened"
+    (tmp_path / "p" / "x").write_text("2")
+    assert "x was changed" in lineage.inspect(child.path)["parents"][0]["state"]
+    assert lineage.find_parent(child, "dataset") is None
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=60), st.floats(0, 0.9), st.integers(0, 9))
+def test_one_group_always_stays_for_training(groups: list[str], fraction: float, seed: int) -> None:
+    held_out = held_out_groups(groups, fraction, seed)
+    assert held_out < set(groups) or len(set(groups)) == 1 and not held_out
+    assert held_out == held_out_groups(list(reversed(groups)), fraction, seed)

@@ -1,0 +1,79 @@
+"""The circle tier: the demo on the real starter base and data, in small; what `make demo` shows at full size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sartor.core import bases
+from sartor.core.artifacts import open_artifact
+from sartor.core.home import folder
+
+pytestmark = pytest.mark.circle
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # all cores, as users run it
+    command = [sys.executable, "-m", "sartor", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("circle") / "demo"
+
+
+@pytest.fixture(scope="module")
+def said(out: Path) -> dict[str, Any]:
+    return run("demo", "--out", str(out), "--limit", "64")
+
+
+def test_the_demo_goes_once_around(said: dict[str, Any], out: Path) -> None:
+    for kind in ("dataset", "adapter", "release"):
+        open_artifact(said[kind])
+    assert {"base", "tuned", "gain", "forgetting", "wall_s", "trainable_fraction", "ask"} <= set(said)
+    assert said["base"]["exact_match"] <= 0.05
+    assert 0 < said["trainable_fraction"] < 0.04
+    assert said["ask"]["reply"] and said["ask"]["nearest"][0]["locator"].startswith("rows.jsonl:")
+    assert "<svg" in Path(said["report"]).read_text()
+    assert json.loads((out / "report/report.json").read_text())["forgetting"]["rows"] == 200
+
+
+def test_its_release_walks_back_to_the_source_file_with_digest_and_licence(said: dict[str, Any]) -> None:
+    seen = run("inspect", said["release"])
+    assert [step["kind"] for step in seen["parents"]] == ["adapter", "report", "dataset"]
+    (source,) = seen["sources"]
+    assert source["licence"] == "Apache-2.0" and len(source["sha256"]) == 64
+
+
+def test_a_second_demo_does_not_convert_the_base_again(said: dict[str, Any]) -> None:
+    ref = bases.locate("starter")
+    before = ref.path.stat().st_ino, ref.path.stat().st_mtime_ns
+    run("verify", said["release"])
+    run("ask", said["release"], "turn on the hall light", "--max-tokens", "4")
+    assert (ref.path.stat().st_ino, ref.path.stat().st_mtime_ns) == before
+
+
+def test_no_template_of_the_demo_is_in_both_splits(said: dict[str, Any]) -> None:
+    import polars
+
+    table = polars.read_parquet(f"{said['dataset']}/examples/*.parquet")
+    both = set(table.filter(split="train")["group"]) & set(table.filter(split="eval")["group"])
+    assert both == set() and table["split"].n_unique() == 2
+
+
+def test_an_asset_is_listed_as_installed_and_opens_at_once(said: dict[str, Any]) -> None:
+    listed = {asset["name"]: asset["installed"] for asset in run("assets", "list")["assets"]}
+    assert listed["starter"] and listed["home-intents"] and len(listed) == 13
+    began = time.monotonic()
+    run("assets", "install", "starter")
+    assert time.monotonic() - began < 5
+    assert folder("assets").is_dir()

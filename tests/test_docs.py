@@ -1,0 +1,72 @@
+"""Every block of README and docs runs, in order, page by page, offline on the tiny base; what does not run is counted.
+
+    ```python / ```bash       run in the page's own folder; blocks of a page share files
+    ```bash no-run            needs a registry, the real base, CUDA or root: not run here, but counted
+    <!-- file: NAME -->       the yaml block that follows is written to NAME
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- file: (?P<file>\S+) -->\s*\n)?^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```\s*$", re.DOTALL | re.MULTILINE)
+RUN = ("python", "bash", "sh")
+# The blocks that are not run: the number may fall, and a new one must be counted here on purpose.
+MOST_NOT_RUN = 12
+
+
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    text = page.read_text(encoding="utf-8")
+    return [(match["info"].strip(), match["file"] or "", match["body"]) for match in BLOCK.finditer(text)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, tiny_base: Path) -> None:
+    environment = {
+        **os.environ,
+        "TINY_BASE": str(tiny_base),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    for number, (info, file, body) in enumerate(blocks(page), 1):
+        if file:
+            (tmp_path / file).write_text(body, encoding="utf-8")
+        if info not in RUN:
+            continue
+        command = [sys.executable, "-c", body] if info == "python" else ["bash", "-euo", "pipefail", "-c", body]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{page.name}, block {number}:\n{body}\n{done.stdout}\n{done.stderr}"
+
+
+def test_blocks_that_do_not_run_are_counted_and_some_do() -> None:
+    infos = [info for page in PAGES for info, _, _ in blocks(page)]
+    not_run = [info for info in infos if info.endswith("no-run")]
+    assert len(not_run) <= MOST_NOT_RUN
+    assert len([info for info in infos if info in RUN]) >= 5
+
+
+def test_every_error_has_its_heading() -> None:
+    import sartor.core.errors as errors
+
+    names = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.SartorError)}
+    headings = set(re.findall(r"^#+ `?(\w+)`?", (ROOT / "docs/errors.md").read_text(), re.MULTILINE))
+    assert names <= headings
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_nothing_is_left_to_be_filled() -> None:
+    for page in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
+        assert "TO BE FILLED" not in page.read_text(encoding="utf-8"), page.name

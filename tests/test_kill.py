@@ -1,0 +1,78 @@
+"""kill -9 at any moment of curate, tune or release leaves either no artefact or a whole one, and the next run goes through."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sartor
+import yaml
+from sartor.core.artifacts import open_artifact
+from sartor.evaluate import audit
+
+from conftest import write_jsonl
+
+
+def run_killed(code: str, moment_s: float) -> None:
+    """Run Python code and kill it that long after it says READY (its imports are done)."""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "READY"
+    time.sleep(moment_s)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def check(out: Path, again: Any) -> None:
+    """What stands is whole; and what a killed run left is not in the way of the next."""
+    if out.exists():
+        open_artifact(out)
+    again()
+    open_artifact(out)
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")] == []
+
+
+def moments(longest_s: float, count: int) -> list[float]:
+    """Random moments, the same in every run."""
+    rng = random.Random(7)
+    return [round(rng.uniform(0, longest_s), 3) for _ in range(count)]
+
+
+@pytest.mark.parametrize("moment_s", moments(0.5, 6))
+def test_killed_curate(tmp_path: Path, moment_s: float) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"question": f"q{n}", "answer": f"a{n}"} for n in range(4000)])
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"sources": [str(tmp_path / "rows.jsonl")]}))
+    recipe, out = str(tmp_path / "r.yaml"), tmp_path / "d"
+    run_killed(f"import sartor.curate.pipeline as p; print('READY', flush=True); p.curate({recipe!r}, {str(out)!r})", moment_s)
+    check(out, lambda: sartor.curate(recipe, out, replace=True))
+
+
+@pytest.mark.parametrize("moment_s", moments(1.2, 5))
+def test_killed_tune(tmp_path: Path, tune_recipe: dict[str, Any], moment_s: float) -> None:
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(tune_recipe))
+    recipe, out = str(tmp_path / "t.yaml"), tmp_path / "a"
+    code = f"import matplotlib.figure, sartor.tune.trainer as t; print('READY', flush=True); t.tune({recipe!r}, {str(out)!r}, show=False)"
+    run_killed(code, moment_s)
+    check(out, lambda: sartor.tune(recipe, out, replace=True, show=False))
+
+
+@pytest.mark.parametrize("moment_s", moments(0.12, 5))
+def test_killed_release(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, moment_s: float) -> None:
+    few = list(sartor.read_examples(sartor.open(tmp_path / "dataset")))[:4]
+    monkeypatch.setattr(audit, "chitchat_rows", lambda: few)
+    sartor.evaluate(adapter)
+    sartor.keygen(tmp_path / "keys", trust=True)
+    out = tmp_path / "x-1"
+    options = f"name='x', version='1', key={str(tmp_path / 'keys')!r}, waivers=[r.Waiver(c, 'me', 'test') for c in ('gain', 'forgetting')]"
+    run_killed(f"import sartor.evaluate.release as r; print('READY', flush=True); r.release({str(adapter)!r}, {options})", moment_s)
+    waivers = [sartor.Waiver(check, "me", "test") for check in ("gain", "forgetting")]
+    check(out, lambda: sartor.release(adapter, name="x", version="1", key=tmp_path / "keys", waivers=waivers, replace=True))
+    assert sartor.verify(out).signer
