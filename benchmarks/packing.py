@@ -18,9 +18,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from sartor.models import batches
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from sartor.models import batches
 
 ROWS, PAIRS = 12, 5
 

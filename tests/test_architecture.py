@@ -126,8 +126,14 @@ def over_ceiling(name: str, text: str, tree: ast.Module) -> Iterator[tuple[str, 
             body = node.body[1:] if ast.get_docstring(node) else node.body
             size = body[-1].end_lineno - body[0].lineno + 1 if body else 0
             arguments = node.args
-            count = len([a for a in arguments.posonlyargs + arguments.args + arguments.kwonlyargs if a.arg not in ("self", "cls")])
-            for what, found, most in (("body", size, BODY), ("arguments", count, ARGUMENTS), ("nesting", nesting(node), NESTING)):
+            count = len(
+                [a for a in arguments.posonlyargs + arguments.args + arguments.kwonlyargs if a.arg not in ("self", "cls")]
+            )
+            for what, found, most in (
+                ("body", size, BODY),
+                ("arguments", count, ARGUMENTS),
+                ("nesting", nesting(node), NESTING),
+            ):
                 if found > most:
                     yield f"{name}:{node.name}", what, found
         if isinstance(node, ast.ClassDef):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sartor.core import bases
 from sartor.core.artifacts import open_artifact
 from sartor.core.home import folder
@@ -50,8 +51,9 @@ def test_the_demo_goes_once_around(said: dict[str, Any], out: Path) -> None:
 def test_its_release_walks_back_to_the_source_file_with_digest_and_licence(said: dict[str, Any]) -> None:
     seen = run("inspect", said["release"])
     assert [step["kind"] for step in seen["parents"]] == ["adapter", "report", "dataset"]
-    (source,) = seen["sources"]
-    assert source["licence"] == "Apache-2.0" and len(source["sha256"]) == 64
+    assert [source["path"] for source in seen["sources"]] == ["rows.jsonl", "general.jsonl"]
+    for source in seen["sources"]:
+        assert source["licence"] == "Apache-2.0" and len(source["sha256"]) == 64
 
 
 def test_a_second_demo_does_not_convert_the_base_again(said: dict[str, Any]) -> None:

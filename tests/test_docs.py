@@ -1,8 +1,8 @@
 """Every block of README and docs runs, in order, page by page, offline on the tiny base; what does not run is counted.
 
-    ```python / ```bash       run in the page's own folder; blocks of a page share files
-    ```bash no-run            needs a registry, the real base, CUDA or root: not run here, but counted
-    <!-- file: NAME -->       the yaml block that follows is written to NAME
+```python / ```bash       run in the page's own folder; blocks of a page share files
+```bash no-run            needs a registry, the real base, CUDA or root: not run here, but counted
+<!-- file: NAME -->       the yaml block that follows is written to NAME
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"(?:<!-- file: (?P<file>\S+) -->\s*\n)?^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```\s*$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"(?:<!-- file: (?P<file>\S+) -->\s*\n)?^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```\s*$", re.DOTALL | re.MULTILINE
+)
 RUN = ("python", "bash", "sh")
 # The blocks that are not run: the number may fall, and a new one must be counted here on purpose.
 MOST_NOT_RUN = 12

@@ -21,16 +21,31 @@ def test_a_plain_install_brings_no_torch_and_curates(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "a"}\n' * 3)
     (tmp_path / "c.yaml").write_text(f"sources: [{tmp_path / 'rows.jsonl'}]\nsplit: {{eval_fraction: 0}}\n")
     sartor = str(tmp_path / "v/bin/sartor")
-    done = subprocess.run([sartor, "curate", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "d"), "--json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sartor, "curate", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "d"), "--json"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     (tmp_path / "t.yaml").write_text(f"base: starter\ndata: {tmp_path / 'd'}\n")
-    done = subprocess.run([sartor, "tune", str(tmp_path / "t.yaml"), "--out", str(tmp_path / "a")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sartor, "tune", str(tmp_path / "t.yaml"), "--out", str(tmp_path / "a")], capture_output=True, text=True
+    )
     assert done.returncode == 6
     assert "pip install 'sartor[tune]'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_all_extras_resolve_together() -> None:
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-", f"{ROOT}[all]"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--quiet",
+        "--report",
+        "-",
+        f"{ROOT}[all]",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     names = done.stdout.lower()

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sartor
 import yaml
+
+import sartor
+from conftest import write_jsonl
 from sartor.core.artifacts import open_artifact
 from sartor.evaluate import audit
-
-from conftest import write_jsonl
 
 
 def run_killed(code: str, moment_s: float) -> None:
@@ -72,7 +72,9 @@ def test_killed_release(tmp_path: Path, adapter: Path, monkeypatch: pytest.Monke
     sartor.keygen(tmp_path / "keys", trust=True)
     out = tmp_path / "x-1"
     options = f"name='x', version='1', key={str(tmp_path / 'keys')!r}, waivers=[r.Waiver(c, 'me', 'test') for c in ('gain', 'forgetting')]"
-    run_killed(f"import sartor.evaluate.release as r; print('READY', flush=True); r.release({str(adapter)!r}, {options})", moment_s)
+    run_killed(
+        f"import sartor.evaluate.release as r; print('READY', flush=True); r.release({str(adapter)!r}, {options})", moment_s
+    )
     waivers = [sartor.Waiver(check, "me", "test") for check in ("gain", "forgetting")]
     check(out, lambda: sartor.release(adapter, name="x", version="1", key=tmp_path / "keys", waivers=waivers, replace=True))
     assert sartor.verify(out).signer

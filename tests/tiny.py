@@ -13,7 +13,12 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TEXT = ["what colour is the sky", "the sky is blue", "turn on the kitchen light", '{"intent":"HassTurnOn","area":"kitchen"}'] * 8
+TEXT = [
+    "what colour is the sky",
+    "the sky is blue",
+    "turn on the kitchen light",
+    '{"intent":"HassTurnOn","area":"kitchen"}',
+] * 8
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 

@@ -19,14 +19,14 @@ from sartor.core.home import folder
 from sartor.curate.pipeline import Curated, curate
 from sartor.evaluate.release import Released, Waiver, release, verify
 from sartor.evaluate.tasks import Evaluated, evaluate
-from sartor.intents import rows
+from sartor.intents import rehearsal_rows, rows
 from sartor.tune.trainer import Tuned, tune
 
 Notice = Callable[[str], object]
-# A wording and names that no training row has
+# A wording that no training row has: the grammar knows no "please"
 PROMPT = "please turn on the lights in the kitchen"
 HELD_OUT_FRACTION = 0.12
-ROWS = 750
+ROWS = 700
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,16 @@ def _write_inputs(out: Path, limit: int) -> None:
     """The rows as a file like any user's, and the two recipes: each step can be run again by its own command."""
     out.mkdir(parents=True, exist_ok=True)
     sampled = rows(assets.install("home-intents"))[: limit or round(ROWS / (1 - HELD_OUT_FRACTION))]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sampled)
-    (out / "rows.jsonl").write_text(lines, encoding="utf-8")
-    source = {"path": str(out / "rows.jsonl"), "licence": assets.entry("home-intents").licence, "use": ["commercial"]}
+    _write_rows(out / "rows.jsonl", sampled)
+    _write_rows(out / "general.jsonl", rehearsal_rows())
+    licence = assets.entry("home-intents").licence
+    sources = [
+        {"path": str(out / "rows.jsonl"), "licence": licence, "use": ["commercial"]},
+        # sartor's own few rows of general talk, so that the specialist keeps its manners (see intents.py)
+        {"path": str(out / "general.jsonl"), "licence": "Apache-2.0", "use": ["commercial"], "split": "train"},
+    ]
     fraction = 0.25 if limit else HELD_OUT_FRACTION
-    _write_yaml(out / "curate.yaml", {"sources": [source], "split": {"eval_fraction": fraction, "by": "group"}, "seed": 0})
+    _write_yaml(out / "curate.yaml", {"sources": sources, "split": {"eval_fraction": fraction, "by": "group"}, "seed": 0})
     recipe = {
         "base": "starter",
         "data": {"path": str(out / "dataset"), "eval_rows": 32},
@@ -142,6 +147,10 @@ def _write_inputs(out: Path, limit: int) -> None:
         "seed": 0,
     }
     _write_yaml(out / "tune.yaml", recipe)
+
+
+def _write_rows(file: Path, written: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
 
 
 def _write_yaml(file: Path, data: dict[str, Any]) -> None:

@@ -105,6 +105,7 @@ def release(
     waive: tuple[str, ...] = (),
     by: str = "",
     reason: str = "",
+    replace: REPLACE = False,
 ) -> Any:
     """Adapter -> signed Release, if the gate lets it pass.
 
@@ -119,9 +120,12 @@ def release(
     waive: let a failed check pass; needs --by and --reason, which are signed in
     by: who waives
     reason: why
+    replace: replace the Release that stands there
     """
     waivers = [sartor.Waiver(check, by, reason) for check in waive]
-    return sartor.release(adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers)
+    return sartor.release(
+        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, replace=replace
+    )
 
 
 @app.command
@@ -144,12 +148,14 @@ def ask(
     *,
     key: Path | None = None,
     base: str = "",
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    max_tokens: int = 256,
-    seed: int = 0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_tokens: int | None = None,
+    seed: int | None = None,
 ) -> Any:
     """One reply of a Release, and the training examples nearest to the question.
+
+    The Release's own sampling holds unless a flag says otherwise.
 
     Parameters
     ----------
@@ -162,8 +168,9 @@ def ask(
     max_tokens: longest reply
     seed: of the sampling
     """
-    sampling = sartor.Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    return sartor.ask(release, prompt, key=key, base=base, sampling=sampling, notice=_notice)
+    said = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    chosen = {name: value for name, value in said.items() if value is not None}
+    return sartor.ask(release, prompt, key=key, base=base, sampling=chosen, notice=_notice)
 
 
 @app.command
@@ -234,7 +241,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except CycloptsError as error:
         _fail(ConfigError(str(error).strip() or "the command line is wrong", "sartor COMMAND --help"), as_json)
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
+        print("\ninterrupted; the artefact in work was not written", file=sys.stderr)
         raise SystemExit(130) from None
     raise SystemExit(0)
 

@@ -19,7 +19,7 @@ from sartor.core.errors import need
 SYSTEM_PROMPT = "Command to JSON."
 # Some intents have a hundred sentences in the asset's grammar, most have under ten; with about as many each, 900 rows
 # show every sentence in several wordings.
-SENTENCES_PER_INTENT = 6
+SENTENCES_PER_INTENT = 3
 # What a home would bring: the asset leaves names, areas and free text to the installation. A name belongs to a domain,
 # and a template that asks for a lock gets a lock. No name holds the word of an area or of a kind of cover, as a careful
 # owner's would not: "the porch light" is a light called so, or the light of the porch, and nothing in the text says which.
@@ -71,6 +71,43 @@ WILDCARDS = {
 }
 
 
+# General talk, without the system prompt above: rehearsal. A model that saw nothing but commands answers a greeting in JSON;
+# these few show it that the system prompt makes the difference. None is from the forgetting probe.
+REHEARSAL = (
+    ("Hello! How are you doing today?", "I'm doing well, thank you! How about you?"),
+    ("Hi there, what have you been up to?", "Not much, just taking it easy. What about you?"),
+    ("Good morning! Did you sleep well?", "Good morning! Yes, I slept very well, thanks for asking."),
+    ("What do you like to do on weekends?", "I like to read, go for long walks and cook something new."),
+    ("Do you have any pets?", "I don't, but I love dogs. Do you have one?"),
+    ("I just came back from a trip to Italy.", "That sounds wonderful! Which part did you like best?"),
+    ("I'm so tired of work this week.", "I'm sorry to hear that. Is there anything that would help you relax?"),
+    ("What's your favourite kind of food?", "That's a hard one, but I would say a good homemade soup."),
+    ("My sister is getting married next month!", "Congratulations to her! You must be very excited."),
+    ("Have you seen any good films lately?", "I hear the new space film is good. Do you like science fiction?"),
+    ("It has been raining here all day.", "Oh no, I hope you can stay inside with a warm drink."),
+    ("What kind of music do you listen to?", "A bit of everything, mostly jazz and some old rock."),
+    ("I'm thinking about learning the piano.", "That's a great idea. Have you played an instrument before?"),
+    ("Where are you from?", "I live on a computer, so I'm from nowhere in particular."),
+    ("Tell me something interesting.", "Honey never goes bad; it was found in old tombs and could still be eaten."),
+    ("I passed my exam yesterday!", "Well done! All that hard work was worth it."),
+    ("Do you think I should move to a bigger city?", "It depends. What do you hope to find there?"),
+    ("What are you having for dinner?", "I don't eat, but if I did, I would have pasta tonight."),
+    ("My back hurts from sitting all day.", "Try to stand up and stretch every hour, it really helps."),
+    ("How is the weather where you are?", "It's always the same in here. Is it nice outside for you?"),
+    ("I can't decide what book to read next.", "What was the last one that you really enjoyed?"),
+    ("Thanks for your help, have a nice day!", "You're welcome! Have a great day too."),
+    ("Are you a real person?", "No, I'm an assistant, but I'm happy to talk with you."),
+    ("I started running again this month.", "Good for you! How far do you usually run?"),
+)
+
+
+def rehearsal_rows() -> list[dict[str, Any]]:
+    """The general rows, in the OpenAI form."""
+    return [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]} for asked, said in REHEARSAL
+    ]
+
+
 @dataclass
 class Walk:
     """One random walk through a template: the slots that the words filled, and the wording with the slots left open."""
@@ -111,12 +148,13 @@ class Walk:
         return self.words(chosen.text_in)[0], chosen.value_out
 
 
-def rows(asset: Path, *, per_intent: int = 45, seed: int = 0) -> list[dict[str, Any]]:
+def rows(asset: Path, *, per_intent: int = 30, seed: int = 0) -> list[dict[str, Any]]:
     """Rows in the OpenAI form: up to `per_intent` wordings of each of the asset's English intents, in a seeded order.
 
     Each row: `messages` (system, user, assistant) and `group`, the template: the wording with its slots left open, as in
     `turn on the {area} fan`. No template is drawn twice. An intent gives at most SENTENCES_PER_INTENT sentences of its
-    grammar. The order is shuffled, so any first `n` rows are a fair sample. Raises ExtraError without `hassil`.
+    grammar, and one with fewer than `per_intent` wordings is left out: there would be nothing to learn its held-out ones
+    from. The order is shuffled, so any first `n` rows are a fair sample. Raises ExtraError without `hassil`.
     """
     try:
         from hassil.intents import Intents, TextSlotList
@@ -127,21 +165,23 @@ def rows(asset: Path, *, per_intent: int = 45, seed: int = 0) -> list[dict[str, 
     lists = {**intents.slot_lists, "area": TextSlotList.from_strings(AREAS), "floor": TextSlotList.from_strings(FLOORS)}
     rng = random.Random(seed)
     drawn: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
     for intent_name, intent in intents.intents.items():
         sentences = [(block, sentence) for block in intent.data for sentence in block.sentences]
         rng.shuffle(sentences)
         sentences = sentences[:SENTENCES_PER_INTENT]
-        found = 0
+        found: dict[str, dict[str, Any]] = {}
         # round and round the sentences; the bound ends it for an intent that has no more wordings
         for block, sentence in itertools.islice(itertools.cycle(sentences), 8 * per_intent):
             names = [name for domain in block.requires_context.get("domain", []) for name in NAMES.get(domain, ())]
             local = {**lists, **block.slot_lists, "name": TextSlotList.from_strings(names)}
             walk = Walk(rng, local, {**intents.expansion_rules, **block.expansion_rules})
             spoken, template = (" ".join(text.split()) for text in walk.words(sentence.expression))
-            if template not in drawn:
-                drawn[template] = _row(spoken, template, {"intent": intent_name, **_slots(block.slots, walk.slots)})
-                found += 1
-            if found == per_intent:
+            if template not in seen:
+                found[template] = _row(spoken, template, {"intent": intent_name, **_slots(block.slots, walk.slots)})
+                seen.add(template)
+            if len(found) == per_intent:
+                drawn |= found
                 break
     shuffled = list(drawn.values())
     rng.shuffle(shuffled)

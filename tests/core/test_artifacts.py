@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from sartor.core import rows
 from sartor.core.artifacts import Artifact, new_directory, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError
@@ -165,7 +166,10 @@ def test_examples_survive_parquet_and_other_readers_see_them(tmp_path: Path) -> 
     import pandas
     import polars
 
-    made = [example("blue", group="g", split="train"), example("red", weight=0.5, split="eval", rejected=(Message.of("assistant", "no"),))]
+    made = [
+        example("blue", group="g", split="train"),
+        example("red", weight=0.5, split="eval", rejected=(Message.of("assistant", "no"),)),
+    ]
 
     def fill(part: Path) -> dict[str, object]:
         rows.write_examples(part / "examples" / "part-0.parquet", made)

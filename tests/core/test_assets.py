@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from sartor.core import assets
 from sartor.core.errors import AssetError, ConfigError
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sartor.core import config
 from sartor.core.errors import ConfigError
 from sartor.curate.recipe import CurateRecipe
@@ -32,7 +33,11 @@ def test_shorthands() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "value"),
-    [(["--optimizer.learning_rate", "1e-3"], 1e-3), (["--optimizer.learning-rate=0.5"], 0.5), (["--base.revision", "main"], "main")],
+    [
+        (["--optimizer.learning_rate", "1e-3"], 1e-3),
+        (["--optimizer.learning-rate=0.5"], 0.5),
+        (["--base.revision", "main"], "main"),
+    ],
 )
 def test_flags_override(flags: list[str], value: object) -> None:
     recipe = config.load(Recipe, TUNE, flags)
@@ -84,7 +89,13 @@ def test_yaml_reads_1e4_as_text_and_we_do_not(tmp_path: Path) -> None:
     assert config.load(Recipe, config.read_yaml(tmp_path / "r.yaml")).optimizer.learning_rate == 2e-4
 
 
-@given(st.dictionaries(st.text(max_size=8), st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5), max_size=4))
+@given(
+    st.dictionaries(
+        st.text(max_size=8),
+        st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5),
+        max_size=4,
+    )
+)
 def test_no_mapping_ends_in_anything_but_a_config_error(data: dict) -> None:
     for cls in (Recipe, CurateRecipe):
         try:

@@ -6,13 +6,14 @@ import inspect
 from pathlib import Path
 
 import pytest
-import sartor
 from hypothesis import given
 from hypothesis import strategies as st
+
+import sartor
 from sartor.core import catalogue, errors, lineage
 from sartor.core.artifacts import write_artifact
-from sartor.core.home import home
 from sartor.core.holdout import held_out_groups
+from sartor.core.home import home
 
 LICENCES = st.lists(st.sampled_from(["MIT", "Apache-2.0", "CC-BY-4.0", "NOASSERTION", "MIT OR Apache-2.0"]), max_size=6)
 

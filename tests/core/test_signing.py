@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+
 from sartor.core import signing
 from sartor.core.errors import ConfigError, SignatureError
 
@@ -62,7 +63,9 @@ def test_a_signature_holds_for_its_bytes_and_its_key_alone(tmp_path: Path) -> No
         signing.check(b"document", tmp_path / "signature", public[1:])
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 1, "algorithm": "rsa", "key_id": "x", "signature": "y"}', '{"schema": 9}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"schema": 1, "algorithm": "rsa", "key_id": "x", "signature": "y"}', '{"schema": 9}']
+)
 def test_a_file_that_is_no_signature_says_so(tmp_path: Path, content: str) -> None:
     (tmp_path / "signature").write_text(content)
     with pytest.raises(SignatureError, match="is not a signature of Sartor"):

@@ -10,15 +10,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import sartor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import sartor
+from conftest import ROWS, write_jsonl
 from sartor.core import rows
 from sartor.core.artifacts import file_digest, open_artifact
 from sartor.core.errors import ConfigError, HubError, SourceError
 from sartor.core.records import Drop, Example
-
-from conftest import ROWS, write_jsonl
 
 USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 FORMS: dict[str, Any] = {
@@ -190,8 +190,14 @@ def test_the_length_step_drops_with_its_reason(tmp_path: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(groups=st.lists(st.integers(0, 6), min_size=8, max_size=40), fraction=st.sampled_from([0.1, 0.3, 0.5]), seed=st.integers(0, 5))
-def test_no_group_straddles_the_split(tmp_path_factory: pytest.TempPathFactory, groups: list[int], fraction: float, seed: int) -> None:
+@given(
+    groups=st.lists(st.integers(0, 6), min_size=8, max_size=40),
+    fraction=st.sampled_from([0.1, 0.3, 0.5]),
+    seed=st.integers(0, 5),
+)
+def test_no_group_straddles_the_split(
+    tmp_path_factory: pytest.TempPathFactory, groups: list[int], fraction: float, seed: int
+) -> None:
     folder = tmp_path_factory.mktemp("split")
     made = [{"question": f"q{n}", "answer": "a", "group": f"g{group}"} for n, group in enumerate(groups)]
     write_jsonl(folder / "a.jsonl", made)
@@ -212,7 +218,10 @@ def test_the_same_prompt_never_straddles_where_no_group_is_given(tmp_path: Path)
 def test_a_training_row_of_a_held_out_group_is_dropped_not_trained_on(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"question": f"q{n}", "answer": "a", "group": f"g{n % 4}"} for n in range(8)])
     write_jsonl(tmp_path / "test.jsonl", [{"question": "other", "answer": "a", "group": "g1"}])
-    sources = [{"path": str(tmp_path / "train.jsonl"), "split": "train"}, {"path": str(tmp_path / "test.jsonl"), "split": "eval"}]
+    sources = [
+        {"path": str(tmp_path / "train.jsonl"), "split": "train"},
+        {"path": str(tmp_path / "test.jsonl"), "split": "eval"},
+    ]
     made = sartor.curate({"sources": sources}, tmp_path / "d")
     assert made.dropped == {"group_held_out": 2}
     assert (made.read, made.kept) == (9, 7)

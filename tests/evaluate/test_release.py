@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import sartor
+from conftest import write_jsonl
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, GateError, ModelError, SignatureError, SourceError
 from sartor.evaluate import audit
-
-from conftest import ROWS, write_jsonl
 
 PASSES = [sartor.Waiver(check, "A. Tester", "a tiny random base gains nothing") for check in ("gain", "forgetting")]
 
@@ -25,7 +25,9 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> None:
     def few() -> list[sartor.Example]:
         origins = (sartor.Origin("probe", "1"),)
         return [
-            sartor.Example((sartor.Message.of("user", f"how are you {n}"), sartor.Message.of("assistant", "fine")), origins, f"{n}")
+            sartor.Example(
+                (sartor.Message.of("user", f"how are you {n}"), sartor.Message.of("assistant", "fine")), origins, f"{n}"
+            )
             for n in range(6)
         ]
 
@@ -190,16 +192,22 @@ def test_the_gate_names_each_failed_check(adapter: Path, keys: Path, tmp_path: P
     assert not (tmp_path / "switch-1.0").exists()
 
 
-def test_an_unknown_licence_or_a_non_commercial_one_stops_a_release(tmp_path: Path, tune_recipe: dict[str, Any], rows_file: Path, keys: Path) -> None:
+def test_an_unknown_licence_or_a_non_commercial_one_stops_a_release(
+    tmp_path: Path, tune_recipe: dict[str, Any], rows_file: Path, keys: Path
+) -> None:
     for name, source in (("a", {}), ("b", {"licence": "CC-BY-NC-4.0"}), ("c", {"licence": "MIT", "use": ["non-commercial"]})):
-        sartor.curate({"sources": [{"path": str(rows_file), **source}], "split": {"eval_fraction": 0.25}}, tmp_path / f"d{name}")
+        sartor.curate(
+            {"sources": [{"path": str(rows_file), **source}], "split": {"eval_fraction": 0.25}}, tmp_path / f"d{name}"
+        )
         sartor.tune({**tune_recipe, "data": str(tmp_path / f"d{name}"), "budget": {"updates": 1}}, tmp_path / name, show=False)
         sartor.evaluate(tmp_path / name)
         with pytest.raises(GateError, match="licence: .*(no licence|commercial)"):
             sartor.release(tmp_path / name, name=name, version="1", key=keys, waivers=PASSES)
 
 
-def test_forgetting_that_could_not_be_measured_stops_a_release(adapter: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forgetting_that_could_not_be_measured_stops_a_release(
+    adapter: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def absent() -> None:
         raise AssetError("no network", "sartor assets install chitchat")
 
@@ -220,7 +228,9 @@ def test_a_wrong_release_command_says_what_is_wrong(adapter: Path, keys: Path, c
         sartor.release(adapter, **{"name": "switch", "version": "1.0", "key": keys, **change})
 
 
-def test_an_adapter_that_was_not_evaluated_or_a_foreign_report_is_refused(tmp_path: Path, adapter: Path, keys: Path, tune_recipe: dict) -> None:
+def test_an_adapter_that_was_not_evaluated_or_a_foreign_report_is_refused(
+    tmp_path: Path, adapter: Path, keys: Path, tune_recipe: dict
+) -> None:
     with pytest.raises(GateError, match="has not been evaluated"):
         sartor.release(adapter, name="switch", version="1.0", key=keys)
     sartor.tune({**tune_recipe, "seed": 5, "budget": {"updates": 1}}, tmp_path / "other", show=False)

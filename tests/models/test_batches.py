@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
+import tiny
 from sartor.models import batches
 from sartor.models.batches import BLOCKED_ATTENTION_TOKENS, Encoded
-from torch import nn
 
 SMALL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
 HEADS = {**SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
@@ -47,15 +49,31 @@ LEAKY: dict[str, dict[str, Any]] = {
 }
 
 
-def model(name: str, arguments: dict[str, Any], *, spread: float = 0.1, dtype: torch.dtype = torch.float32) -> Any:
-    """A seeded model of an architecture. `spread` 0.1 for 0.02 makes it as sharp as a trained one."""
+# exact for short rows, or not at all
+OTHER: dict[str, dict[str, Any]] = {
+    "GptOss": {
+        **HEADS, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "Llama4Text": {
+        **HEADS, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1,
+        "attention_chunk_size": 64,
+    },
+}  # fmt: skip
+# 0.1 where transformers draws weights with 0.02: as sharp as a trained model, so that what differs shows in the losses
+SPREAD = 0.1
+
+
+@cache
+def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A seeded model of an architecture. Shared: a test leaves it as it was."""
     torch.manual_seed(0)
-    config = getattr(transformers, name.split(",")[0] + "Config")(**arguments)
+    config = getattr(transformers, name.split(",")[0] + "Config")(**{**EXACT, **LEAKY, **OTHER}[name])
     made = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(spread / 0.02)
+                parameter.mul_(SPREAD / 0.02)
     return made.to(dtype)
 
 
@@ -86,7 +104,7 @@ def packed_losses(model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
 @pytest.mark.parametrize("name", EXACT)
 @torch.no_grad()
 def test_packed_losses_equal_those_of_the_rows_one_by_one(name: str, seed: int) -> None:
-    made, examples = model(name, EXACT[name]), rows(*random_lengths(seed), seed=seed)
+    made, examples = model(name), rows(*random_lengths(seed), seed=seed)
     difference = packed_losses(made, examples) - batches.row_losses(made, examples, "cpu")
     assert difference.abs().max() < 1e-5
 
@@ -94,7 +112,7 @@ def test_packed_losses_equal_those_of_the_rows_one_by_one(name: str, seed: int) 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "Qwen2"])
 @torch.no_grad()
 def test_a_row_longer_than_the_blocked_kernel_takes_packs_exactly_too(name: str) -> None:
-    made, examples = model(name, EXACT[name]), rows(5, BLOCKED_ATTENTION_TOKENS + 70, 30, BLOCKED_ATTENTION_TOKENS, 1)
+    made, examples = model(name), rows(5, BLOCKED_ATTENTION_TOKENS + 70, 30, BLOCKED_ATTENTION_TOKENS, 1)
     difference = packed_losses(made, examples) - batches.row_losses(made, examples, "cpu")
     assert difference.abs().max() < 1e-5
 
@@ -108,11 +126,12 @@ def gradients(made: Any, losses: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("lengths", [(7, 3, 40, 12, 1, 25), (BLOCKED_ATTENTION_TOKENS + 10, 9)], ids=str)
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    [("Llama", 1e-9), ("Qwen2", 1e-9), ("Gemma2", 1e-6)],  # Gemma 2's own attention takes its softmax in fp32 whatever the dtype
+    # Gemma 2's own attention takes its softmax in fp32 whatever the dtype
+    [("Llama", 1e-9), ("Qwen2", 1e-9), ("Gemma2", 1e-6)],
     ids=["Llama", "Qwen2", "Gemma2"],
 )
 def test_packed_gradients_equal_those_of_the_rows_one_by_one(name: str, tolerance: float, lengths: tuple[int, ...]) -> None:
-    made, examples = model(name, EXACT[name], dtype=torch.float64), rows(*lengths)
+    made, examples = model(name, torch.float64), rows(*lengths)
     packed = gradients(made, packed_losses(made, examples))
     plain = gradients(made, batches.row_losses(made, examples, "cpu"))
     assert len(packed) == len(plain) == sum(parameter.numel() for parameter in made.parameters())
@@ -122,7 +141,7 @@ def test_packed_gradients_equal_those_of_the_rows_one_by_one(name: str, toleranc
 @pytest.mark.parametrize("name", EXACT)
 @torch.no_grad()
 def test_other_rows_of_a_pack_change_not_one_bit(name: str) -> None:
-    made, (first, second, third) = model(name, EXACT[name]), rows(17, 9, 30)
+    made, (first, second, third) = model(name), rows(17, 9, 30)
     other = Encoded([token ^ 1 for token in first.ids], first.learnt)
     one, two = packed_losses(made, [first, second, third]), packed_losses(made, [other, second, third])
     own = first.supervised_tokens
@@ -141,7 +160,9 @@ def test_only_supervised_rows_reach_the_lm_head() -> None:
 
 
 def test_a_token_is_predicted_from_its_own_row_alone() -> None:
-    pack = batches.pack([Encoded([7, 8, 9], [True, False, True], "a", 2.0), Encoded([4], [True], "b"), Encoded([5, 6], [True, True], "c")])
+    pack = batches.pack(
+        [Encoded([7, 8, 9], [True, False, True], "a", 2.0), Encoded([4], [True], "b"), Encoded([5, 6], [True, True], "c")]
+    )
     assert pack.ids.tolist() == [[7, 8, 9, 4, 5, 6]]
     assert pack.positions.tolist() == [[0, 1, 2, 0, 0, 1]]
     assert (pack.predict.tolist(), pack.targets.tolist(), pack.weights.tolist()) == ([1, 4], [9, 6], [2.0, 1.0])
@@ -184,36 +205,32 @@ def test_packing_puts_the_attention_back_also_after_an_error() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", EXACT)
 def test_a_model_that_packs_exactly_is_said_to(name: str, dtype: torch.dtype) -> None:
-    exact, difference = batches.packs_exactly(model(name, EXACT[name], dtype=dtype), rows(40, 7, 25), "cpu")
+    exact, difference = batches.packs_exactly(model(name, dtype), rows(40, 7, 25), "cpu")
     assert exact, difference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LEAKY)
 def test_a_model_that_leaks_between_rows_is_found_out(name: str, dtype: torch.dtype) -> None:
-    exact, difference = batches.packs_exactly(model(name, LEAKY[name], dtype=dtype), rows(40, 7, 25), "cpu")
+    exact, difference = batches.packs_exactly(model(name, dtype), rows(40, 7, 25), "cpu")
     assert not exact
     assert difference > 0
 
 
 def test_attention_sinks_that_packing_does_not_know_are_found_out() -> None:
-    sinks = {**HEADS, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8}
-    scaling = {"rope_type": "default", "rope_theta": 10000.0}
-    assert not batches.packs_exactly(model("GptOss", {**sinks, "rope_parameters": scaling}), rows(40, 7, 25), "cpu")[0]
+    assert not batches.packs_exactly(model("GptOss"), rows(40, 7, 25), "cpu")[0]
 
 
 def test_a_difference_that_only_long_rows_show_is_found_out() -> None:
     """Llama 4 attends within chunks, which its mask says and its attention function is not told."""
-    chunks = {"head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1}
-    made = model("Llama4Text", {**HEADS, **chunks, "attention_chunk_size": 64})
-    assert not batches.packs_exactly(made, [*rows(40, 7, 25), *rows(200)], "cpu")[0]
+    assert not batches.packs_exactly(model("Llama4Text"), [*rows(40, 7, 25), *rows(200)], "cpu")[0]
 
 
 @pytest.mark.parametrize("unsupervised", [2, 3])
 def test_a_leak_is_found_out_behind_rows_that_teach_nothing(unsupervised: int) -> None:
     idle = [Encoded([5, 6, 7], [False] * 3)] * unsupervised
     examples = [*rows(30)[: 3 - unsupervised], *idle, *rows(40, 25, seed=1)]
-    assert not batches.packs_exactly(model("Mamba", LEAKY["Mamba"]), examples, "cpu")[0]
+    assert not batches.packs_exactly(model("Mamba"), examples, "cpu")[0]
 
 
 class Stubborn(nn.Module):
@@ -236,7 +253,9 @@ class Stubborn(nn.Module):
         return self.inner(input_ids=input_ids, use_cache=use_cache)
 
 
-@pytest.mark.parametrize("error", [TypeError, ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError, IndexError, AssertionError])
+@pytest.mark.parametrize(
+    "error", [TypeError, ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError, IndexError, AssertionError]
+)
 def test_a_model_that_fails_when_packed_is_left_unpacked(error: type[Exception]) -> None:
     made = Stubborn(error)
     assert batches.packs_exactly(made, rows(12, 8), "cpu") == (False, float("inf"))

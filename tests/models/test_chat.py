@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+import tiny
 from sartor.core.bases import template_digest
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.models.batches import Encoded
 from sartor.models.chat import PLAIN_TEMPLATE, Chat
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 LLAMA_2 = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
@@ -56,7 +58,9 @@ HEADERS_ONLY = (
     "[gMASK]{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe brief<|im_end|>\n' }}{% endif %}" + tiny.CHATML
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe brief<|im_end|>\n' }}{% endif %}" + tiny.CHATML
+)
 TOOLS = (
     "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content %}{{ m.content }}{% endif %}"
@@ -79,6 +83,7 @@ class Style:
     stop: str = "<|im_end|>"
     follows_prompt: bool = True
 
+    @cache
     def chat(self) -> Chat:
         return Chat(made(self.template, self.special, self.eos))
 
@@ -96,7 +101,9 @@ STYLES = {
     "chatml with a default system turn": Style(DEFAULT_SYSTEM),
     "llama 2": Style(LLAMA_2, ("[INST]", "[/INST]", "</s>"), "</s>", lead=" ", end=" </s>", stop="</s>"),
     "llama 3": Style(LLAMA_3, LLAMA_3_TOKENS, "<|endoftext|>", end="<|eot_id|>", stop="<|eot_id|>"),
-    "gemma": Style(GEMMA, ("<bos>", "<start_of_turn>", "<end_of_turn>"), "<|endoftext|>", end="<end_of_turn>", stop="<end_of_turn>"),
+    "gemma": Style(
+        GEMMA, ("<bos>", "<start_of_turn>", "<end_of_turn>"), "<|endoftext|>", end="<end_of_turn>", stop="<end_of_turn>"
+    ),
     "qwen 3": Style(QWEN_3, lead_of_last="<think>\n\n</think>\n\n"),
     "a prompt that opens a thinking block": Style(THINKING_PROMPT, follows_prompt=False),
     "generation blocks": Style(GENERATION),
@@ -115,8 +122,13 @@ CONVERSATIONS = {
     ],
     "the same reply twice": [("user", "who"), ("assistant", "me"), ("user", "who else"), ("assistant", "me")],
     "a reply that its question holds": [("user", "say yes or say no"), ("assistant", "say no")],
-    "emoji and other scripts": [("user", "où est 🐈‍⬛?"), ("assistant", "ここ 👩🏽‍🚀 — naïve\u200bword ﷽"), ("user", "ß"), ("assistant", "é\u0301")],
-    "code and blank lines": [("user", "write it"), ("assistant", "def f():\n\n    return {'a': 1}  # {{ x }} {% y %}\n\n\nf()")],
+    "emoji and other scripts": [
+        ("user", "où est 🐈‍⬛?"), ("assistant", "ここ 👩🏽‍🚀 — naïve\u200bword ﷽"),
+        ("user", "ß"), ("assistant", "é\u0301"),
+    ],
+    "code and blank lines": [
+        ("user", "write it"), ("assistant", "def f():\n\n    return {'a': 1}  # {{ x }} {% y %}\n\n\nf()"),
+    ],
     "words of the template": [
         ("user", "User: hi\nAssistant: ### assistant: model <think></think>"), ("assistant", "Assistant: ### user:\nassistant"),
     ],

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tiny
 from sartor.core.errors import ModelError
 from sartor.models.adapters import inject_lora
 from sartor.models.generate import Chooser, Generation, Sampling, generate
@@ -30,12 +32,16 @@ ARCHITECTURES = {
 NEVER = 319  # a stop that the texts below are checked not to hold
 
 
+@cache
 def model(name: str = "Llama") -> Any:
-    """Seeded, fp64, and sharp enough that its replies wander."""
+    """Seeded, fp64, and sharp enough that its replies wander.
+
+    Gemma 2 in fp32: transformers' eager attention takes its softmax in fp32, where fp64's lowest number is -inf.
+    """
     torch.manual_seed(0)
     own = ARCHITECTURES[name]
     config = getattr(transformers, f"{name}Config")(**({"vocab_size": 320, **own} if name == "GPT2" else {**SHAPE, **own}))
-    made = transformers.AutoModelForCausalLM.from_config(config).eval().to(torch.float64)
+    made = transformers.AutoModelForCausalLM.from_config(config).eval().to(torch.float32 if name == "Gemma2" else torch.float64)
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() > 1:
@@ -53,7 +59,7 @@ def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [[draw.randrange(3, 319) for _ in range(length)] for length in lengths]
 
 
-LENGTHS = (9, 1, 30, 4, 9, 17, 2, 12)
+LENGTHS = (9, 1, 30, 4, 17, 12)
 
 
 def reply(made: Any, asked: Sequence[Sequence[int]], *, stop: Sequence[int] = (NEVER,), **more: Any) -> list[Generation]:
@@ -87,7 +93,7 @@ def test_greedy_replies_are_those_of_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("batch_rows", [1, 3, 8])
+@pytest.mark.parametrize("batch_rows", [1, 4, 6])
 def test_who_shares_a_batch_changes_no_reply(llama: Any, batch_rows: int, temperature: float) -> None:
     asked, stop = prompts(*LENGTHS), often(llama)
     whole = reply(llama, asked, stop=stop, temperature=temperature, seed=4)
@@ -97,7 +103,7 @@ def test_who_shares_a_batch_changes_no_reply(llama: Any, batch_rows: int, temper
 def test_rows_that_leave_early_do_not_disturb_the_others(llama: Any) -> None:
     asked = prompts(*LENGTHS)
     whole = [one.ids for one in reply(llama, asked)]
-    for stop in {token for ids in whole for token in ids}:
+    for stop in sorted({token for ids in whole for token in ids})[::4]:
         cut = [ids[: ids.index(stop)] if stop in ids else ids for ids in whole]
         assert [one.ids for one in reply(llama, asked, stop=[stop])] == cut
 
@@ -181,9 +187,9 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
 
 def test_replies_come_in_the_order_of_their_prompts_and_progress_counts_them(llama: Any) -> None:
     asked, told = prompts(*LENGTHS), []
-    replies = generate(llama, asked, stop=[NEVER], pad=0, sampling=Sampling(4), batch_rows=3, progress=told.append)
+    replies = generate(llama, asked, stop=[NEVER], pad=0, sampling=Sampling(4), batch_rows=4, progress=told.append)
     assert [one.ids for one in replies] == [transformers_reply(llama, prompt, [NEVER], 4) for prompt in asked]
-    assert told == [3, 3, 2]
+    assert told == [4, 2]
 
 
 def test_no_prompts_give_no_replies(llama: Any) -> None:

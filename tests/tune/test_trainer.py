@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sartor
 import torch
+
+import sartor
+from conftest import ROWS, write_jsonl
 from sartor.core.artifacts import file_digest, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
 from sartor.models import batches
 from sartor.tune import objectives, order
 from sartor.tune.recipe import Optimizer
 from sartor.tune.trainer import Counters, learning_rate
-
-from conftest import ROWS, write_jsonl
 
 
 def tune(recipe: dict[str, Any], out: Path, **changes: Any) -> dict[str, Any]:
@@ -93,7 +93,10 @@ def test_zero_supervised_tokens_are_refused_before_anything_is_written(tmp_path:
 def test_rows_that_the_template_refuses_are_counted(tmp_path: Path, rows_file: Path, tune_recipe: dict[str, Any]) -> None:
     import tiny
 
-    strict = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}{% endfor %}" + tiny.CHATML
+    strict = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}{% endfor %}"
+        + tiny.CHATML
+    )
     base = tiny.write_base(tmp_path / "strict", strict)
     system = {"messages": [{"role": "system", "content": "be brief"}, *ROWS[0]["messages"]]}
     write_jsonl(rows_file, [*ROWS, system])
@@ -146,7 +149,9 @@ def test_what_cannot_be_tuned_is_refused_and_leaves_nothing(
     assert not list(tmp_path.glob(".a.part*"))
 
 
-def test_an_existing_output_is_refused_before_the_base_is_opened(tmp_path: Path, tune_recipe: dict[str, Any], adapter: Path) -> None:
+def test_an_existing_output_is_refused_before_the_base_is_opened(
+    tmp_path: Path, tune_recipe: dict[str, Any], adapter: Path
+) -> None:
     with pytest.raises(ConfigError, match="exists"):
         tune({**tune_recipe, "base": "/nowhere"}, adapter)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,14 @@ def ask(
     *,
     key: Path | str | None = None,
     base: str = "",
-    sampling: Sampling | None = None,
+    sampling: Sampling | Mapping[str, Any] | None = None,
     top: int = 3,
     notice: Callable[[str], object] = lambda line: None,
 ) -> Reply:
     """Answer one prompt with a Release, after verifying it (`key` and `base` as in `verify`).
 
-    The Release's own system prompt goes first. Raises what `verify` raises, and ConfigError for an empty prompt.
+    The Release's own system prompt goes first, and its own sampling holds but for the options given. Raises what
+    `verify` raises, and ConfigError for an empty prompt.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty", 'sartor ask RELEASE "a question"')
@@ -59,9 +60,9 @@ def ask(
     system = manifest["system_prompt"]
     messages = [*([Message.of("system", system)] if system else []), Message.of("user", prompt)]
     chat = opened.chat
-    made = generate(
-        model, [chat.prompt_ids(messages)], stop=chat.stops, pad=chat.pad, sampling=sampling or Sampling(**manifest["sampling"])
-    )[0]
+    if not isinstance(sampling, Sampling):
+        sampling = Sampling(**{**manifest["sampling"], **(sampling or {})})
+    made = generate(model, [chat.prompt_ids(messages)], stop=chat.stops, pad=chat.pad, sampling=sampling)[0]
     nearest, note = nearest_examples(verified.release, prompt, top)
     agent = f"{manifest['name']}@{manifest['version']}"
     reason = f"asked by name; signed by {verified.signer}"

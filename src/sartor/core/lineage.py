@@ -42,21 +42,25 @@ def _conjuncts(expression: str) -> list[str]:
 def objections(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     """Why the licences of these sources do not permit a commercial release; empty when they do.
 
-    A source may declare `use: [non-commercial]` or that it may not be used for training (`use: []` is no statement).
+    Of `MIT OR CC-BY-NC-4.0` the branch that permits is taken. A source may declare `use: [non-commercial]`.
     """
     found = []
     for source in sources:
         licence, name = source.get("licence") or UNKNOWN, source.get("source", "?")
-        if UNKNOWN in licence:
-            found.append(f"{name} states no licence")
-        found += [f"{name} is {licence}, which {why}" for mark, why in _FORBIDS.items() if mark in licence]
+        branches = [_objections_to(branch) for branch in licence.strip("()").split(" OR ")]
+        found += [f"{name} {why}" for why in min(branches, key=len)]
         if "non-commercial" in source.get("use", []):
             found.append(f"{name} is declared for non-commercial use")
     return found
 
 
+def _objections_to(licence: str) -> list[str]:
+    unknown = ["states no licence"] if UNKNOWN in licence else []
+    return unknown + [f"is {licence}, which {why}" for mark, why in _FORBIDS.items() if mark in licence]
+
+
 @dataclasses.dataclass(frozen=True)
-class Step:
+class Ancestor:
     """One artefact on the walk back. `state`: opened | moved away | changed."""
 
     kind: str
@@ -66,9 +70,9 @@ class Step:
     state: str
 
 
-def walk(artifact: Artifact) -> list[Step]:
+def walk(artifact: Artifact) -> list[Ancestor]:
     """The artefact's ancestors, nearest first. One that has gone stays in the list, and says so."""
-    steps: list[Step] = []
+    steps: list[Ancestor] = []
     waiting = [(parent, artifact.path) for parent in artifact.manifest.get("parents", [])]
     seen: set[str] = set()
     while waiting:
@@ -78,7 +82,7 @@ def walk(artifact: Artifact) -> list[Step]:
         seen.add(parent["id"])
         path = catalogue.locate(parent["id"], parent.get("path", ""), str(child.parent / Path(parent["path"]).name))
         if path is None:
-            steps.append(Step(parent["kind"], parent["id"], parent.get("path", ""), UNKNOWN, "moved away"))
+            steps.append(Ancestor(parent["kind"], parent["id"], parent.get("path", ""), UNKNOWN, "moved away"))
             continue
         manifest = read_manifest(path)
         state = "opened"
@@ -86,7 +90,7 @@ def walk(artifact: Artifact) -> list[Step]:
             open_artifact(path)
         except ArtifactError as error:
             state = f"changed: {error.problem}"
-        steps.append(Step(manifest["kind"], manifest["id"], str(path), manifest.get("licence", UNKNOWN), state))
+        steps.append(Ancestor(manifest["kind"], manifest["id"], str(path), manifest.get("licence", UNKNOWN), state))
         waiting += [(grandparent, path) for grandparent in manifest.get("parents", [])]
     return steps
 

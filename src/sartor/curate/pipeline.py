@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ class Curated:
             "kept": self.kept,
             "dropped": self.dropped,
             "licences": sorted({source["licence"] for source in manifest["sources"]}),
-            "forms": {source["path"]: source["form"] for source in manifest["sources"]},
+            "forms": {_place(source): source["form"] for source in manifest["sources"]},
             "splits": manifest["counts"]["splits"],
             "wall_s": round(self.wall_s, 3),
             "rows_per_s": round(self.rows_per_s, 1),
@@ -191,7 +192,8 @@ def _facts(
         "splits": lineage.tally(example.split for example in examples),
         "groups": {split: len(names) for split, names in sorted(groups.items())},
     }
-    sources = [dataclasses.asdict(file) for file in files]
+    kept = Counter((origin.source, origin.locator.rpartition(":")[0]) for row in examples for origin in row.origins)
+    sources = [{**dataclasses.asdict(file), "kept": kept[file.source, file.path]} for file in files]
     return {
         "recipe": config.dump(recipe),
         "sources": sources,
@@ -200,6 +202,11 @@ def _facts(
         "parents": [],
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
     }
+
+
+def _place(source: Mapping[str, Any]) -> str:
+    """A file as its source names it: two sources may hold files of one name."""
+    return str(source["source"] if source["source"].endswith(source["path"]) else f"{source['source']}/{source['path']}")
 
 
 def _drop_unused_media(part: Path, examples: Iterable[Example]) -> None:

@@ -49,7 +49,6 @@ class FileFacts:
     use: tuple[str, ...]
     form: str = ""
     read: int = 0
-    kept: int = 0
 
 
 @dataclass
@@ -92,7 +91,6 @@ class Reader:
             except Malformed as fault:
                 yield self._drop(fault, origin, row)
                 continue
-            facts.kept += 1
             yield example
 
     def _drop(self, fault: Malformed, origin: Origin, row: Any) -> Drop:

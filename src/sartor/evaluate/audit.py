@@ -10,13 +10,13 @@ from sartor.core import assets
 from sartor.core.records import Example, Message, Origin
 
 PROBE_ROWS = 200
-_FEWEST_WORDS, _MOST_WORDS = 3, 12
+_FEWEST_WORDS, _MOST_WORDS = 3, 24
 
 
 def chitchat_rows() -> list[Example]:
     """200 fixed exchanges of the `chitchat` asset: the first turn of a conversation and the reply to it.
 
-    Which 200 is decided by the digest of the exchange, among those whose turns have 3 to 12 words each. Raises AssetError
+    Which 200 is decided by the digest of the exchange, among those whose turns have 3 to 24 words each. Raises AssetError
     when the asset is absent and cannot be fetched.
     """
     file = assets.install("chitchat") / assets.entry("chitchat").paths[0]

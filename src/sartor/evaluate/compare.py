@@ -36,7 +36,7 @@ def paired(
 
     Percentile bootstrap of the difference (Efron & Tibshirani 1993, ch. 13), 10,000 resamples. Whole groups are drawn,
     not rows: rows of one group fail together, and drawing them apart would make the interval too narrow. One group gives
-    no interval: it is then -inf..inf.
+    no interval: every difference that the scores allow is possible then, -1..1 for scores in 0..1.
     """
     base_scores, tuned_scores = np.asarray(base, float), np.asarray(tuned, float)
     weight = np.ones_like(base_scores) if weights is None else np.asarray(weights, float)
@@ -46,7 +46,8 @@ def paired(
     base_mass, tuned_mass = np.bincount(member, weight * base_scores), np.bincount(member, weight * tuned_scores)
     means = base_mass.sum() / mass.sum(), tuned_mass.sum() / mass.sum()
     if len(names) < 2:
-        return Comparison(float(means[0]), float(means[1]), float(means[1] - means[0]), -np.inf, np.inf)
+        widest = max(1.0, float(np.abs(np.concatenate([base_scores, tuned_scores])).max()))
+        return Comparison(float(means[0]), float(means[1]), float(means[1] - means[0]), -widest, widest)
     rng = np.random.default_rng(seed)
     differences = np.empty(RESAMPLES)
     for start in range(0, RESAMPLES, 500):  # in slices: 10,000 x groups of indices at once could be gigabytes

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from sartor.core import bases, catalogue, lineage, rows, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, check_free, new_directory, open_artifact, seal
-from sartor.core.errors import AssetError, ConfigError, GateError, ModelError, SartorError
+from sartor.core.errors import ArtifactError, ConfigError, GateError, HubError, ModelError
 
-# Nats per token by which the chitchat probe may get worse. A specialist forgets; a broken model forgets several nats.
-FORGETTING_LIMIT_NATS = 1.0
+# Nats per token by which the chitchat probe may get worse (docs/decisions/003-demo-rows.md has what was seen).
+FORGETTING_LIMIT_NATS = 0.5
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*$")
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
 
@@ -174,7 +174,10 @@ def _system_prompt(adapter: Artifact) -> str:
     """The system prompt that most training rows carry: what `ask` puts before a bare question."""
     dataset = lineage.find_parent(adapter, "dataset")
     if dataset is None:
-        return ""
+        raise ArtifactError(
+            f"the Dataset of {adapter.path} is not where it was, so the system prompt of its rows is unknown",
+            "sartor index DIR finds a Dataset that was moved",
+        )
     opened = Counter(
         example.messages[0].text if example.messages[0].role == "system" else ""
         for example in rows.read_examples(dataset, "train")
@@ -222,10 +225,10 @@ def _compare_base(found: Artifact, name: str) -> str:
     said = found.manifest["base"]
     try:
         ref = bases.locate(name or said["name"])
-    except SartorError as error:
-        if name or not isinstance(error, (ModelError, AssetError)):
+    except (ModelError, HubError) as error:
+        if name:
             raise
-        return f"not on this machine: {said['name']}"
+        return f"not on this machine: {said['name']} ({error.problem})"
     if ref.digest != said["digest"]:
         raise ModelError(
             f"{found.path.name} is bound to the base {said['digest'][:12]} ({said['name']!r}); "

@@ -89,6 +89,8 @@ def evaluate(
     examples, left_out = task_rows(adapter, Path(data) if data else None, most_rows)
     base, model = open_tuned(adapter, notice)
     notice(f"evaluating base and tuned on {len(examples)} held-out rows")
+    examples, refused = _fitting(base, examples)
+    left_out |= refused
     before, after = (_answer(base, model, examples, tuned=tuned) for tuned in (False, True))
     metrics = _metrics(examples, before, after)
     notice("measuring what was forgotten")
@@ -148,9 +150,14 @@ def check_base(adapter: Artifact, digest: str, template_digest: str, name: str) 
 
 
 def task_rows(adapter: Artifact, data: Path | None, most_rows: int) -> tuple[list[Example], dict[str, int]]:
-    """The rows to evaluate on, and how many were left out and why. Rows that were trained on are never among them."""
+    """The rows to evaluate on, and how many were left out and why.
+
+    Rows that were trained on are never among them; where the Dataset is gone that cannot be checked, and `left_out` says so.
+    """
     dataset = lineage.find_parent(adapter, "dataset")
     left_out: dict[str, int] = {}
+    if most_rows < 1:
+        raise ConfigError(f"--rows is {most_rows}; there must be at least one row to evaluate on", "--rows 200")
     if data is None:
         if dataset is None:
             raise ArtifactError(
@@ -163,13 +170,15 @@ def task_rows(adapter: Artifact, data: Path | None, most_rows: int) -> tuple[lis
                 f"{dataset.path} holds out no row", "curate with split.eval_fraction above 0, or give --data FILE"
             )
     else:
+        if dataset is None:
+            left_out["not_compared_with_training_rows"] = 0  # the Dataset is gone: said, since nothing was left out for it
         trained_on = {example.id for example in rows.read_examples(dataset, "train")} if dataset else set()
         with tempfile.TemporaryDirectory() as media:
             read = list(Reader(4 << 20, Path(media)).read(Source(str(data))))
         drops = [row for row in read if isinstance(row, Drop)]
         known = [row for row in read if isinstance(row, Example)]
         examples = [example for example in known if example.id not in trained_on]
-        left_out = lineage.tally(drop.reason for drop in drops)
+        left_out |= lineage.tally(drop.reason for drop in drops)
         if seen := len(known) - len(examples):
             left_out["trained_on"] = seen
         if not examples:
@@ -181,6 +190,23 @@ def task_rows(adapter: Artifact, data: Path | None, most_rows: int) -> tuple[lis
     if len(examples) > most_rows:
         left_out["beyond_most_rows"] = len(examples) - most_rows
     return examples[:most_rows], left_out
+
+
+def _fitting(base: Base, examples: list[Example]) -> tuple[list[Example], dict[str, int]]:
+    """The rows that the base's chat template takes, and how many it refuses. Raises SourceError when it refuses all."""
+    fitting, problem = [], ""
+    for example in examples:
+        try:
+            base.chat.encode(example)
+            fitting.append(example)
+        except SourceError as error:
+            problem = error.problem
+    if not fitting:
+        raise SourceError(
+            f"the base can read none of the {len(examples)} rows: {problem}", "give rows in its chat template's form"
+        )
+    refused = len(examples) - len(fitting)
+    return fitting, {"template": refused} if refused else {}
 
 
 def _answer(base: Base, model: Any, examples: Sequence[Example], *, tuned: bool) -> Side:

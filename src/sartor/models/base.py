@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def best_device() -> torch.device:
 
 
 def best_dtype(device: torch.device, cpu_flags: str | None = None) -> torch.dtype:
-    """bf16 where the hardware multiplies it natively, else fp32.
+    """bf16 where the hardware multiplies it natively, else fp32 (fp16 on a CUDA device without bf16).
 
     On a CPU without avx512_bf16, amx_bf16 or Arm's bf16, bf16 products run several times slower than fp32 ones.
     """
@@ -169,8 +170,8 @@ def _is_whole(path: Path) -> bool:
 
 
 def _set_aside(path: Path) -> bool:
-    """Move a damaged conversion out of the way under a hidden name; returns False, since nothing is left to replace."""
-    path.rename(path.with_name(f".damaged-{path.name}"))
+    """Remove a damaged conversion, which can be made again at any time; returns False, since nothing is left to replace."""
+    shutil.rmtree(path)
     return False
 
 

@@ -242,7 +242,7 @@ def row_losses(model: Any, examples: Sequence[Encoded], device: torch.device | s
         if batch.supervised_tokens:
             logits = model(input_ids=batch.ids, use_cache=False).logits[0]
             losses.append(F.cross_entropy(logits[batch.predict].float(), batch.targets, reduction="none"))
-    return torch.cat(losses)
+    return torch.cat(losses) if losses else torch.zeros(0, device=device)
 
 
 @torch.no_grad()
@@ -253,7 +253,9 @@ def packs_exactly(model: Any, examples: Sequence[Encoded], device: torch.device 
     between examples or fail. Any exception of the packed pass counts as "no": the plain path then serves. The tolerance
     is what reordered sums cost at the model's precision.
     """
-    few = [example for example in examples[:3] if example.supervised_tokens]
+    few = [example for example in examples if example.supervised_tokens][:3]
+    if not few:
+        return True, 0.0  # nothing is supervised, so nothing can leak
     plain = row_losses(model, few, device)
     try:
         with packing(model):

@@ -149,7 +149,10 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat) -> Rows:
         else:
             (data.train if example.split == "train" else data.held_out).append(row)
     if recipe.data.rows:
+        beyond = data.train[recipe.data.rows :]
         data.train = data.train[: recipe.data.rows]
+        if beyond:
+            data.left_out["beyond_data_rows"] = [row.example_id for row in beyond]
     # A fixed sample, so that the held-out loss of two runs on one Dataset compares
     data.held_out = random.Random(0).sample(data.held_out, min(recipe.data.eval_rows, len(data.held_out)))
     if not data.supervised_tokens:
