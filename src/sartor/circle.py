@@ -26,7 +26,7 @@ Notice = Callable[[str], object]
 # A wording that no training row has: the grammar knows no "please"
 PROMPT = "please turn on the lights in the kitchen"
 HELD_OUT_FRACTION = 0.12
-ROWS = 700
+ROWS = 740
 
 
 @dataclass(frozen=True)

@@ -17,21 +17,21 @@ from typing import Any
 from sartor.core.errors import need
 
 SYSTEM_PROMPT = "Command to JSON."
-# Some intents have a hundred sentences in the asset's grammar, most have under ten; with about as many each, 900 rows
-# show every sentence in several wordings.
+# Some intents have a hundred sentences in the asset's grammar, most have under ten; with a few each, the demo's rows show
+# every sentence in several wordings (docs/decisions/003-demo-rows.md).
 SENTENCES_PER_INTENT = 3
 # What a home would bring: the asset leaves names, areas and free text to the installation. A name belongs to a domain,
-# and a template that asks for a lock gets a lock. No name holds the word of an area or of a kind of cover, as a careful
+# and a template that asks for a lock gets a lock. No name holds the word of an area or of a kind of device, as a careful
 # owner's would not: "the porch light" is a light called so, or the light of the porch, and nothing in the text says which.
 NAMES = {
-    "light": ("reading lamp", "chandelier", "night light", "desk lamp", "spotlight"),
+    "light": ("chandelier", "spotlight", "lantern", "candelabra"),
     "switch": ("coffee maker", "kettle", "water pump", "christmas tree"),
-    "fan": ("big fan", "tower fan", "quiet fan"),
+    "fan": ("breeze", "cyclone", "tornado"),
     "cover": ("skylight", "pergola", "sunroof"),
     "lock": ("deadbolt", "safe", "mailbox"),
     "valve": ("main valve", "sprinkler"),
     "climate": ("thermostat", "heat pump"),
-    "media_player": ("radio", "tv", "soundbar"),
+    "media_player": ("radio", "jukebox", "soundbar"),
     "binary_sensor": ("smoke alarm", "motion sensor", "leak sensor"),
     "sensor": ("thermometer", "power meter"),
     "person": ("Alice", "Bob", "Carla"),

@@ -13,8 +13,11 @@ import json
 import os
 import re
 import sqlite3
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from sartor.core import assets
 from sartor.core.artifacts import file_digest, kind_of
@@ -54,6 +57,8 @@ def locate(name: str, revision: str = "", licence: str = "") -> BaseRef:
         entry = assets.entry(STARTER)
         identity = digest({"asset": [file.sha256 for file in entry.files], "converter": CONVERTER_VERSION})
         return BaseRef(STARTER, folder("bases") / f"starter-{identity[:12]}", identity, licence or entry.licence)
+    if not name:
+        raise ModelError("the base's name is empty", "base: starter")
     path = Path(name).expanduser()
     if path.is_dir():
         return _local(str(path.absolute()), path.absolute(), licence)
@@ -90,6 +95,8 @@ def remembered_digest(file: Path) -> str:
     stat = file.stat()
     if stat.st_size < 1 << 20:
         return file_digest(file)
+    if time.time() - stat.st_ctime < 1:  # changed just now: a second change could fall into the same tick of the clock
+        return file_digest(file)
     # ctime is in the key because a program can set mtime back, and cannot set ctime
     key = f"{file.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
     with (
@@ -111,12 +118,20 @@ def chat_template(path: Path) -> str:
         return (path / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (path / name).is_file():
-            template = json.loads((path / name).read_text(encoding="utf-8")).get("chat_template")
-            if isinstance(template, list):  # several named templates: transformers uses the one called default
-                template = {item["name"]: item["template"] for item in template}.get("default")
+            template = _template_in(path / name)
             if template:
-                return str(template)
+                return template
     return ""
+
+
+def _template_in(file: Path) -> str:
+    try:
+        template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(template, list):  # several named templates: transformers uses the one called default
+            template = {item["name"]: item["template"] for item in template}.get("default")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} is not a whole JSON file of a tokenizer: {error}", "restore it from a copy") from None
+    return str(template or "")
 
 
 def template_digest(template: str) -> str:
@@ -127,12 +142,18 @@ def template_digest(template: str) -> str:
 def _stated_licence(path: Path) -> str:
     """The `license:` line in the front matter of a model card; NOASSERTION without one."""
     card = path / "README.md"
-    if card.is_file():
-        found = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-        line = re.search(r"^license:\s*(\S+)", found.group(1), re.MULTILINE) if found else None
-        if line:
-            known = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-4.0": "CC-BY-4.0", "bsd-3-clause": "BSD-3-Clause"}
-            return known.get(line.group(1).lower(), line.group(1))
+    text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    try:
+        stated = yaml.safe_load(front.group(1)) if front else None
+    except yaml.YAMLError:
+        stated = None
+    found = stated.get("license") if isinstance(stated, dict) else None
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+    if isinstance(found, str) and found.strip():
+        known = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-4.0": "CC-BY-4.0", "bsd-3-clause": "BSD-3-Clause"}
+        return known.get(found.strip().lower(), found.strip())
     return UNKNOWN
 
 

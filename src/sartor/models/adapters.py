@@ -32,15 +32,26 @@ def inject_lora(model: Any, *, rank: int, alpha: float, dropout: float, targets:
         lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
-    try:
-        with quiet():
-            return peft.get_peft_model(model, config)
-    except ValueError as error:
-        names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
-        raise ConfigError(
-            f"method.targets {targets!r} names no module of this base: {str(error).splitlines()[0]}",
-            f"method.targets: all-linear, or some of {', '.join(names)}",
-        ) from None
+    if problem := _wrong_target(model, targets):
+        head = model.get_output_embeddings()
+        linear = {name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part) and part is not head}
+        raise ConfigError(f"method.targets: {problem}", f"method.targets: all-linear, or some of {', '.join(sorted(linear))}")
+    with quiet():
+        return peft.get_peft_model(model, config)
+
+
+def _wrong_target(model: Any, targets: Sequence[str] | str) -> str:
+    """What is wrong with named targets: one that is not there, or the tied LM head; empty if nothing is."""
+    modules = dict(model.named_modules())
+    head = model.get_output_embeddings()
+    is_tied = head is not None and head.weight is model.get_input_embeddings().weight
+    for target in [] if isinstance(targets, str) else targets:
+        named = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
+        if not named:
+            return f"{target!r} names no module of this base"
+        if is_tied and head in named:
+            return f"{target!r} is tied to the embedding, which a merge would change too"
+    return ""
 
 
 def undo(model: Any) -> Any:
@@ -49,8 +60,11 @@ def undo(model: Any) -> Any:
 
 
 def merge(model: Any) -> Any:
-    """The adapter added into the weights: W + alpha / rank * B A. Refuses values that are not finite."""
-    return model.merge_and_unload(safe_merge=True)
+    """The adapter added into the weights: W + alpha / rank * B A. Raises ModelError where that is not finite."""
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"the merged weights are not finite: {str(error).splitlines()[0]}", "tune it again") from None
 
 
 def trainable(model: Any) -> tuple[int, int]:
@@ -61,10 +75,12 @@ def trainable(model: Any) -> tuple[int, int]:
 def write_adapter(model: Any, path: Path, base_name: str) -> None:
     """Write the PEFT directory: adapter_config.json and adapter_model.safetensors, as peft, vLLM and SGLang read it."""
     with quiet():
-        model.save_pretrained(str(path), safe_serialization=True)
+        # `auto` would ask the hub for the base's config, to learn whether its vocabulary grew
+        model.save_pretrained(str(path), safe_serialization=True, save_embedding_layers=False)
     (path / "README.md").unlink(missing_ok=True)  # peft's empty model card
     config = json.loads((path / CONFIG).read_text())
     config["base_model_name_or_path"] = base_name  # peft writes this machine's cache path
+    config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs from process to process
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -79,8 +95,10 @@ def open_adapter(model: Any, path: Path) -> Any:
         with quiet():
             tuned = peft.PeftModel.from_pretrained(model, str(path), is_trainable=False, torch_device="cpu")
     except Exception as error:  # size mismatches are RuntimeError, bad configs TypeError or ValueError
-        raise ModelError(f"the adapter {path} does not fit this base: {str(error).splitlines()[0][:200]}", _REMEDY) from None
-    held = peft.get_peft_model_state_dict(tuned)
+        raise ModelError(f"the adapter {path} does not fit this base: {' '.join(str(error).split())[:300]}", _REMEDY) from None
+    held = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    if set(held) != set(weights):
+        tuned.unload()  # the caller's model is as it was
     if missing := sorted(set(held) - set(weights)):
         raise ModelError(f"the adapter {path} lacks {len(missing)} of its tensors, the first is {missing[0]}", _REMEDY)
     if surplus := sorted(set(weights) - set(held)):

@@ -164,8 +164,9 @@ def _is_whole(path: Path) -> bool:
     """Whether a converted base is there with every byte as written; a changed one is made again."""
     try:
         files = json.loads((path / STAMP).read_text())["files"]
-        return all(bases.remembered_digest(path / name) == sha256 for name, sha256 in files.items())
-    except (OSError, ValueError, KeyError):
+        whole = all(bases.remembered_digest(path / name) == sha256 for name, sha256 in files.items())
+        return whole and "model.safetensors" in files
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

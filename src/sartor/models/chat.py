@@ -27,7 +27,8 @@ PLAIN_TEMPLATE = (
     "{% else %}### {{ m.role }}:\n{{ m.content }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
-_SENTINEL = "sartorsentinel0{}0sentinelsartor"
+# Mixed case, so that a template that changes the case of replies does not leave it whole
+_SENTINEL = "SartorSentinel0{}0sentinelSartoR"
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Chat:
         """Which characters of `text` the assistant turn at `place` has to learn."""
         messages = list(example.messages)
         message = messages[place]
-        if not message.content and message.tool_calls:
+        if message.tool_calls:
             return self._span_of_calls(example, place, text)
         sentinel = _SENTINEL.format(place)
         messages[place] = replace(message, content=(Part("text", sentinel),))
@@ -157,22 +158,42 @@ class Chat:
     def _align(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
         """Tokens of `text`, cut at the start of every span, and whether each lies inside one.
 
-        The cut is where generation will begin: a token that ran across it in training could never be produced then.
+        The cut is where generation will begin, so what stands before it is tokenised as the prompt alone would be: a token
+        that ran across the cut in training, or that the prompt's end spells otherwise, could never be met again.
         """
         if not self.tokenizer.is_fast:
             raise ModelError("the tokenizer gives no character offsets", "use a base with a tokenizer.json")
-        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(coded["input_ids"]), list(coded["offset_mapping"])
+        coded, done = self._coded(text), 0
         for span in spans:
-            for place, (start, end) in enumerate(offsets):
-                if start < span.start < end:
-                    left, right = self._tokens(text[start : span.start]), self._tokens(text[span.start : end])
-                    if self.tokenizer.decode(left + right) == self.tokenizer.decode([ids[place]]):
-                        ids[place : place + 1] = left + right
-                        offsets[place : place + 1] = [(start, span.start)] * len(left) + [(span.start, end)] * len(right)
-                    break
-        learnt = [any(span.start < end and start < span.end and start < end for span in spans) for start, end in offsets]
-        return ids, learnt
+            before = [piece for piece in self._coded(text[: span.start]) if piece[1] >= done]
+            if not before or before[0][1] > done:  # no border there: what stands between the replies is left as it is
+                before = [piece for piece in coded if done <= piece[1] and piece[2] <= span.start]
+            end = max((piece[2] for piece in coded if piece[1] < span.start < piece[2]), default=span.start)
+            cut = [(token, span.start, end) for token in self._continued(text[span.start : end])]
+            coded = [*(p for p in coded if p[1] < done), *before, *cut, *(p for p in coded if p[1] >= span.start)]
+            done = span.end
+        learnt = [any(span.start < end and start < span.end for span in spans) for _, start, end in coded]
+        return [token for token, _, _ in coded], learnt
+
+    def _coded(self, text: str) -> list[tuple[int, int, int]]:
+        """(token, start, end) of a text, without gaps: some tokenizers leave white space out of a token's characters."""
+        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        pieces, reached = [], 0
+        for token, (start, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+            pieces.append((token, min(start, reached), end))
+            reached = end
+        return pieces
+
+    def _continued(self, piece: str) -> list[int]:
+        """Tokens of a text in the middle of a line: behind a special token no tokenizer adds its opening space."""
+        if not piece:
+            return []
+        ids = self._tokens(self.tokenizer.eos_token + piece)[1:]
+        if self.tokenizer.decode(ids).strip() != piece.strip():
+            raise SourceError(
+                f"the tokenizer cannot begin a reply with {piece!r}", "use a base whose tokenizer round-trips this text"
+            )
+        return ids
 
     def _check(self, text: str, spans: Sequence[Span], ids: Sequence[int], learnt: Sequence[bool]) -> None:
         """What is learnt, decoded, must read as the spans do."""

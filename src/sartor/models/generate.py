@@ -120,6 +120,10 @@ def _generate_batch(
     while alive:
         arguments = {cache_argument: cache, "use_cache": True, "logits_to_keep": 1}
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments).logits[:, -1]
+        if not torch.isfinite(logits.amax(-1)).all():
+            raise ModelError(
+                "the model's logits are not finite: its weights or the adapter are broken", "tune again, or use another base"
+            )
         tokens = choose(logits, alive)
         keep = []
         for place, (row, token) in enumerate(zip(alive, tokens, strict=True)):
