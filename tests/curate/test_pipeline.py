@@ -66,7 +66,7 @@ def test_every_form_is_read_from_every_format(tmp_path: Path, form: str, suffix:
     made = curate(tmp_path / "d", write(tmp_path / f"rows{suffix}", FORMS[form]))
     (example,), drops = read(tmp_path / "d")
     assert drops == []
-    assert made.as_json()["forms"] == {f"rows{suffix}": form}
+    assert made.as_json()["forms"] == {str(tmp_path / f"rows{suffix}"): form}
     assert example.reply == "a"
     assert [message.role for message in example.messages] == (["assistant"] if form == "text" else ["user", "assistant"])
     assert [message.text for message in example.rejected] == (["b"] if form == "preference" else [])

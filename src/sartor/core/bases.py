@@ -58,7 +58,7 @@ def locate(name: str, revision: str = "", licence: str = "") -> BaseRef:
         identity = digest({"asset": [file.sha256 for file in entry.files], "converter": CONVERTER_VERSION})
         return BaseRef(STARTER, folder("bases") / f"starter-{identity[:12]}", identity, licence or entry.licence)
     if not name:
-        raise ModelError("the base's name is empty", "base: starter")
+        raise ModelError("there is no base '': the name is empty", "base: starter")
     path = Path(name).expanduser()
     if path.is_dir():
         return _local(str(path.absolute()), path.absolute(), licence)
@@ -95,7 +95,7 @@ def remembered_digest(file: Path) -> str:
     stat = file.stat()
     if stat.st_size < 1 << 20:
         return file_digest(file)
-    if time.time() - stat.st_ctime < 1:  # changed just now: a second change could fall into the same tick of the clock
+    if time.time() - stat.st_ctime < 0.1:  # changed just now: a second change could fall into the same tick of the clock
         return file_digest(file)
     # ctime is in the key because a program can set mtime back, and cannot set ctime
     key = f"{file.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"

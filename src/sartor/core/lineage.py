@@ -7,6 +7,7 @@ still stand are opened and compared on top.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,9 +35,9 @@ def combine(licences: Iterable[str]) -> str:
 
 
 def _conjuncts(expression: str) -> list[str]:
-    if " OR " in expression:
-        return [expression if expression.startswith("(") else f"({expression})"]
-    return [part.strip() for part in expression.split(" AND ")]
+    if " OR " in re.sub(r"\([^)]*\)", "", expression):  # outside of brackets
+        return [f"({expression})"]
+    return [part.strip() for part in re.split(r" AND (?![^(]*\))", expression)]
 
 
 def objections(sources: Sequence[Mapping[str, Any]]) -> list[str]:
