@@ -81,6 +81,13 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
     return _build(cls, data, "")
 
 
+def load_any(cls: type[T], recipe: T | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> T:
+    """`load` from any form that a verb takes: an instance of `cls`, a mapping, or the path of a YAML file."""
+    if isinstance(recipe, cls):
+        return load(cls, dump(recipe), flags)
+    return load(cls, recipe if isinstance(recipe, Mapping) else read_yaml(Path(str(recipe))), flags)
+
+
 def dump(value: Any) -> Any:
     """The plain mapping that `load` turns back into an equal value: for manifests and YAML."""
     if dataclasses.is_dataclass(value):

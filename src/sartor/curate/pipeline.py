@@ -99,11 +99,7 @@ def curate(
 
 def load_recipe(recipe: CurateRecipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> CurateRecipe:
     """The recipe in any of the forms that `curate` takes, with flags (`--split.eval_fraction 0.2`) on top."""
-    if isinstance(recipe, CurateRecipe):
-        data = config.dump(recipe)
-    else:
-        data = recipe if isinstance(recipe, Mapping) else config.read_yaml(Path(recipe))
-    return config.load(CurateRecipe, data, flags)
+    return config.load_any(CurateRecipe, recipe, flags)
 
 
 def _run(recipe: CurateRecipe, reader: Reader) -> Survivors:

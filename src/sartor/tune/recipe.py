@@ -131,8 +131,4 @@ class Recipe:
 
 def load(recipe: Recipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> Recipe:
     """A Recipe from any of its forms, with flags (`--method.rank 8`) on top. Raises ConfigError."""
-    if isinstance(recipe, Recipe):
-        data = config.dump(recipe)
-    else:
-        data = recipe if isinstance(recipe, Mapping) else config.read_yaml(Path(recipe))
-    return config.load(Recipe, data, flags)
+    return config.load_any(Recipe, recipe, flags)
