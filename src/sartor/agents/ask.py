@@ -70,7 +70,7 @@ def ask(
 
 
 def nearest_examples(release: Artifact, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:
-    """Training Examples whose question is most like `prompt` by edit similarity (0..1), and a note when there are none.
+    """Training Examples whose question is most like `prompt` (0..1, by shared words and edits), and a note when there are none.
 
     A look-up, not attribution: it says what the model saw that resembles the question, not what made it answer so.
     """
@@ -79,7 +79,10 @@ def nearest_examples(release: Artifact, prompt: str, top: int) -> tuple[list[dic
         return [], "the Dataset is not on this machine, or was changed; `sartor index DIR` finds a moved one"
     examples = list(rows.read_examples(dataset, "train"))
     asked = [example.prompt[-1].text if example.prompt else example.reply for example in examples]
-    found = process.extract(prompt, asked, scorer=fuzz.ratio, processor=str.lower, limit=top)
+    # shared words find candidates whatever their order; the mean with the edit similarity puts whole questions before parts
+    shared = process.extract(prompt, asked, scorer=fuzz.token_set_ratio, processor=str.lower, limit=20 * top)
+    scored = [((score + fuzz.ratio(prompt.lower(), text.lower())) / 2, place) for text, score, place in shared]
+    found = sorted(scored, key=lambda pair: -pair[0])[:top]
     return [
         {
             "id": examples[place].id,
@@ -90,5 +93,5 @@ def nearest_examples(release: Artifact, prompt: str, top: int) -> tuple[list[dic
             "locator": examples[place].origins[0].locator,
             "licence": examples[place].origins[0].licence,
         }
-        for _, score, place in found
+        for score, place in found
     ], ""
