@@ -55,6 +55,7 @@ def test_killed_curate(tmp_path: Path, moment_s: float) -> None:
     check(out, lambda: sartor.curate(recipe, out, replace=True))
 
 
+@pytest.mark.services
 @pytest.mark.parametrize("moment_s", moments(1.2, 5))
 def test_killed_tune(tmp_path: Path, tune_recipe: dict[str, Any], moment_s: float) -> None:
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(tune_recipe))
@@ -64,6 +65,7 @@ def test_killed_tune(tmp_path: Path, tune_recipe: dict[str, Any], moment_s: floa
     check(out, lambda: sartor.tune(recipe, out, replace=True, show=False))
 
 
+@pytest.mark.services
 @pytest.mark.parametrize("moment_s", moments(0.12, 5))
 def test_killed_release(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, moment_s: float) -> None:
     few = list(sartor.read_examples(sartor.open(tmp_path / "dataset")))[:4]
