@@ -21,7 +21,7 @@ CURATE = {"sources": [{"path": "f.jsonl"}]}
 def test_a_dumped_recipe_loads_back_equal() -> None:
     recipe = config.load(Recipe, TUNE, ["--method.rank", "8", "--method.targets", "[q_proj, v_proj]"])
     assert config.load(Recipe, config.dump(recipe)) == recipe
-    assert recipe.method.targets == ("q_proj", "v_proj")
+    assert recipe.method.targets.modules == ("q_proj", "v_proj")
 
 
 def test_shorthands() -> None:

@@ -44,8 +44,8 @@ def test_two_runs_give_the_same_adapter_and_another_seed_does_not(tmp_path: Path
 def test_micro_batches_change_memory_and_nothing_else(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
     losses = []
     for name, size in (("a", 4096), ("b", 40)):
-        optimizer = {**tune_recipe["optimizer"], "micro_batch_tokens": size}
-        losses.append(tune(tune_recipe, tmp_path / name, optimizer=optimizer)["loss"]["last"])
+        compute = {"micro_batch_tokens": size}
+        losses.append(tune(tune_recipe, tmp_path / name, compute=compute)["loss"]["last"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 

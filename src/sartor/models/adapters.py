@@ -18,11 +18,20 @@ from sartor.models.base import quiet
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def inject_lora(model: Any, *, rank: int, alpha: float, dropout: float, targets: Sequence[str] | str, seed: int) -> Any:
+def inject_lora(
+    model: Any,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str] | str,
+    seed: int,
+    top_layers: int | None = None,
+) -> Any:
     """`model` with fresh LoRA factors (Hu et al. 2021, arXiv:2106.09685): A random, B zero, so it computes as before.
 
-    targets: `all-linear` or names of linear modules (`q_proj`). Factors are fp32 whatever the base's dtype is. Raises
-    ConfigError when the targets name no module of this model.
+    targets: `all-linear` or names of linear modules (`q_proj`). top_layers: adapt only that many layers next to the head.
+    Factors are fp32 whatever the base's dtype is. Raises ConfigError when the targets name no module of this model.
     """
     torch.manual_seed(seed)
     config = peft.LoraConfig(
@@ -31,6 +40,7 @@ def inject_lora(model: Any, *, rank: int, alpha: float, dropout: float, targets:
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft declares int and divides as float
         lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        layers_to_transform=_top(model, top_layers),
     )
     if problem := _wrong_target(model, targets):
         head = model.get_output_embeddings()
@@ -38,6 +48,16 @@ def inject_lora(model: Any, *, rank: int, alpha: float, dropout: float, targets:
         raise ConfigError(f"method.targets: {problem}", f"method.targets: all-linear, or some of {', '.join(sorted(linear))}")
     with quiet():
         return peft.get_peft_model(model, config)
+
+
+def _top(model: Any, count: int | None) -> list[int] | None:
+    """Indices of the `count` layers next to the head, as peft wants them; None for all."""
+    layers = model.config.num_hidden_layers
+    if count is None or count == layers:
+        return None
+    if count > layers:
+        raise ConfigError(f"method.targets.layers: top-{count}, and the base has {layers} layers", f"layers: top-{layers}")
+    return list(range(layers - count, layers))
 
 
 def _wrong_target(model: Any, targets: Sequence[str] | str) -> str:

@@ -46,22 +46,39 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Targets:
+    """Which linear modules get an adapter."""
+
+    modules: str | tuple[str, ...] = option("all-linear", "all-linear, or names of linear modules")
+    layers: str = option("all", "all, or top-N: the N layers next to the head, so that the layers below stay frozen")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.modules, str) and self.modules != "all-linear":
+            # one module's name is a list of one; peft would read a bare text as a regular expression
+            object.__setattr__(self, "modules", (self.modules,))
+        if self.layers != "all" and not (self.layers.startswith("top-") and self.layers[4:].isdigit() and int(self.layers[4:])):
+            raise ConfigError(f"layers is {self.layers!r}; it must be `all` or `top-N`", "layers: top-10")
+
+    @property
+    def top(self) -> int | None:
+        """How many layers next to the head are adapted; None for all."""
+        return None if self.layers == "all" else int(self.layers[4:])
+
+
+@dataclass(frozen=True)
 class Lora:
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: int = option(16, "rank R of the update B A of each weight")
     alpha: float = option(32.0, "scale: the update is alpha / rank * B A")
     dropout: float = option(0.0, "dropout before A, 0..1")
-    targets: str | tuple[str, ...] = option("all-linear", "all-linear, or names of linear modules")
+    targets: Targets = option(Targets(), "which linear modules: all-linear, names, or {modules: ..., layers: top-10}")
     kind: Literal["lora"] = "lora"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "rank")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}; it must be at least 0 and below 1", "dropout: 0.0")
-        if isinstance(self.targets, str) and self.targets != "all-linear":
-            # one module's name is a list of one; peft would read a bare text as a regular expression
-            object.__setattr__(self, "targets", (self.targets,))
 
 
 @dataclass(frozen=True)
@@ -95,14 +112,13 @@ class Optimizer:
 
     learning_rate: float = option(2e-4, "peak learning rate")
     batch_tokens: int = option(4096, "tokens per update, about: whole rows until this is reached")
-    micro_batch_tokens: int = option(2048, "tokens computed at once; less takes less memory and changes no result")
     warmup_fraction: float = option(0.05, "fraction of the budget over which the rate rises")
     schedule: Literal["cosine", "constant"] = option("cosine", "course of the rate after the warm-up")
     weight_decay: float = option(0.0, "decoupled weight decay of the adapter")
     clip_norm: float = option(1.0, "gradients are scaled down to this norm")
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_tokens", "micro_batch_tokens")
+        _at_least(self, 1, "batch_tokens")
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise ConfigError(
                 f"learning_rate is {self.learning_rate} and clip_norm {self.clip_norm}; both must be above 0",
@@ -110,6 +126,35 @@ class Optimizer:
             )
         if not 0 <= self.warmup_fraction < 1 or self.weight_decay < 0:
             raise ConfigError("warmup_fraction must be in 0..1 and weight_decay not negative", "warmup_fraction: 0.05")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the work is done. Nothing here changes what is learnt, but by rounding."""
+
+    path: Literal["auto", "general"] = option("auto", "general: transformers' own module even where the fast path fits")
+    micro_batch_tokens: int | Literal["auto"] = option("auto", "tokens computed at once; auto is the most that memory holds")
+    recompute: bool = option(False, "keep one tensor a layer and compute the rest again in the backward pass")
+    share_prefixes: bool = option(True, "compute what several rows of a micro-batch begin with once")
+    reuse_frozen: bool = option(True, "keep the activations below the lowest adapted layer on disk for later epochs")
+    cache_gb: float = option(8.0, "most disk space of those activations")
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_tokens != "auto":
+            _at_least(self, 1, "micro_batch_tokens")
+        _at_least(self, 0, "cache_gb")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """When a run's state is saved beside its output, so that `--resume` goes on from there."""
+
+    every_minutes: float = option(2.0, "minutes between saves; 0 saves after every update")
+    keep: int = option(2, "newest checkpoints that are kept")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "every_minutes")
+        _at_least(self, 1, "keep")
 
 
 @dataclass(frozen=True)
@@ -122,6 +167,8 @@ class Recipe:
     objective: Sft = option(Sft(), "what is minimised")
     budget: Budget = option(Budget(epochs=1.0), "when to stop")
     optimizer: Optimizer = option(Optimizer(), "how it gets there")
+    compute: Compute = option(Compute(), "how the work is done")
+    checkpoints: Checkpoints = option(Checkpoints(), "when state is saved")
     evaluations: int = option(2, "how often the held-out loss is measured, evenly, the last time at the end")
     seed: int = option(0, "seed of the row order, the adapter's start and dropout")
 

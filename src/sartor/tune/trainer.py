@@ -12,7 +12,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from sartor.core.artifacts import Artifact, check_free, open_artifact, write_art
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.holdout import held_out_groups
 from sartor.core.records import Example
-from sartor.models import adapters, batches
+from sartor.models import adapters, batches, paths
 from sartor.models.base import Base, machine, open_base
 from sartor.models.chat import Chat
 from sartor.tune import objectives, order
@@ -111,7 +110,8 @@ def tune(
         rank=recipe.method.rank,
         alpha=recipe.method.alpha,
         dropout=recipe.method.dropout,
-        targets=recipe.method.targets,
+        targets=recipe.method.targets.modules,
+        top_layers=recipe.method.targets.top,
         seed=recipe.seed,
     )
     for line in describe(data, base, model):
@@ -197,29 +197,28 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=base.device.type != "mps"
         )
+        # auto is settled by the forecast (forecast.py)
+        self.micro_batch_tokens = 2048 if recipe.compute.micro_batch_tokens == "auto" else recipe.compute.micro_batch_tokens
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
         model.eval()  # a fresh adapter comes in training mode, and dropout would look like a leak between rows
-        self.is_exact, self.packing_difference = batches.packs_exactly(model, data.train, base.device)
+        self.path = paths.choose(model, data.train, base.device)
 
     def train(self) -> None:
         """Update until the budget is spent."""
-        if not self.is_exact:
-            self.journal.note(path="one row at a time", packing_difference_nats=self.packing_difference)
+        self.journal.note(path=self.path.name, reason=self.path.reason, packing_difference_nats=self.path.packing_difference)
         torch.manual_seed(self.recipe.seed)
         next_evaluation = self._evaluation_points()
-        with batches.packing(self.base.model) if self.is_exact else nullcontext():
-            self.model.train()
-            for chosen in order.updates(
-                [len(row.ids) for row in self.data.train], self.recipe.optimizer.batch_tokens, self.recipe.seed
-            ):
-                self._update([self.data.train[index] for index in chosen])
-                fraction = self._fraction()
-                if next_evaluation and fraction >= next_evaluation[0]:
-                    next_evaluation = [point for point in next_evaluation if point > fraction]
-                    self._evaluate()
-                if fraction >= 1:
-                    break
+        self.model.train()
+        lengths = [len(row.ids) for row in self.data.train]
+        for chosen in order.updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed):
+            self._update([self.data.train[index] for index in chosen])
+            fraction = self._fraction()
+            if next_evaluation and fraction >= next_evaluation[0]:
+                next_evaluation = [point for point in next_evaluation if point > fraction]
+                self._evaluate()
+            if fraction >= 1:
+                break
         self.model.eval()
 
     def _fraction(self) -> float:
@@ -238,8 +237,8 @@ class Run:
             group["lr"] = rate
         total_weight = sum(row.weight * row.supervised_tokens for row in chosen)
         loss_sum = 0.0
-        for micro in _micro_batches(chosen, settings.micro_batch_tokens):
-            losses, weights = self._losses(micro)
+        for micro in _micro_batches(chosen, self.micro_batch_tokens):
+            losses, weights = self.path.losses(micro)
             objective = objectives.sft(losses, weights, total_weight or 1.0)
             objective.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(objective.detach())
@@ -253,15 +252,6 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(chosen, loss_sum, norm, rate, time.monotonic() - began)
-
-    def _losses(self, micro: Sequence[batches.Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        """((S,) losses, (S,) weights) of the supervised tokens of a micro-batch."""
-        if self.is_exact:
-            batch = batches.pack(micro, self.base.device)
-            return batches.pack_losses(self.model, batch), batch.weights
-        losses = batches.row_losses(self.model, micro, self.base.device)
-        weights = [row.weight for row in micro for _ in range(row.supervised_tokens)]
-        return losses, torch.tensor(weights, device=losses.device)
 
     def _count(self, chosen: Sequence[batches.Encoded], loss: float, norm: float, rate: float, seconds: float) -> None:
         counters = self.counters
@@ -288,8 +278,8 @@ class Run:
         """Loss per supervised token on the held-out rows."""
         self.model.eval()
         total, count = 0.0, 0
-        for micro in _micro_batches(self.data.held_out, self.recipe.optimizer.micro_batch_tokens):
-            losses, _ = self._losses(micro)
+        for micro in _micro_batches(self.data.held_out, self.micro_batch_tokens):
+            losses, _ = self.path.losses(micro)
             total, count = total + float(losses.sum()), count + len(losses)
         self.model.train()
         self.losses["eval"] = total / count
@@ -334,8 +324,10 @@ def _facts(recipe: Recipe, dataset: Artifact, base: Base, data: Rows, run: Run) 
             "trainable": trained,
             "trainable_fraction": trained / everything,
             "wall_s": round(wall_s, 2),
-            "packed": run.is_exact,
-            "packing_difference_nats": run.packing_difference if run.is_exact else None,
+            "path": run.path.name,
+            "path_reason": run.path.reason,
+            "packed": run.path.name != "one-row",
+            "packing_difference_nats": run.path.packing_difference,
         },
         "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},

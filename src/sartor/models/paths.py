@@ -1,0 +1,73 @@
+"""Which way a model's losses are computed: decided once per run, measured, and said with the reason.
+
+    fast       our own forward and backward of the Llama-shaped block (`forward.py`)
+    general    transformers' own module, with our packing and loss (`batches.py`)
+    one-row    transformers' own module, a row at a time: for models that do not pack exactly
+
+Every path gives the same losses up to rounding; what differs is time and memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from sartor.models import batches
+from sartor.models.batches import Encoded
+
+
+class Path(Protocol):
+    """A way to compute losses."""
+
+    name: str
+    reason: str
+    packing_difference: float | None
+
+    def losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        """((S,) losses in nats, (S,) weights) of the supervised tokens of `rows`, in the rows' order; differentiable."""
+        ...
+
+
+@dataclass
+class General:
+    """Transformers' module, packed exactly."""
+
+    model: Any
+    device: torch.device
+    reason: str
+    packing_difference: float | None = None
+    name: str = "general"
+
+    def losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Path`."""
+        batch = batches.pack(rows, self.device)
+        with batches.packing(self.model):
+            return batches.pack_losses(self.model, batch), batch.weights
+
+
+@dataclass
+class OneRow:
+    """Transformers' module, a row at a time."""
+
+    model: Any
+    device: torch.device
+    reason: str
+    packing_difference: float | None = None
+    name: str = "one-row"
+
+    def losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Path`."""
+        losses = batches.row_losses(self.model, rows, self.device)
+        weights = [row.weight for row in rows for _ in range(row.supervised_tokens)]
+        return losses, torch.tensor(weights, device=losses.device)
+
+
+def choose(model: Any, rows: Sequence[Encoded], device: torch.device) -> Path:
+    """The fastest path that is right for `model`, measured on a few of `rows`. The model should be in eval mode."""
+    is_exact, difference = batches.packs_exactly(model, rows, device)
+    if is_exact:
+        return General(model, device, "transformers' own module", difference)
+    return OneRow(model, device, f"packed losses differ by {difference:.2g} nats from those of single rows", difference)
