@@ -1,29 +1,27 @@
 """Examples -> packs -> loss: exact block-diagonal packing without padding and without a (T, T) mask.
 
-In: `Encoded` rows (token ids and which of them are learnt). Out: a `Pack`, one flat row of T tokens in which every
-example starts at position 0 and sees only itself, and its loss, for which only supervised rows reach the LM head.
+In: `Encoded` rows (token ids and which of them are learnt). Out: a `Pack`, one flat row of T tokens, and its loss, for
+which only supervised rows reach the LM head. Examples meet nowhere but in attention, which `attention.py` keeps apart.
 
-Attention is the one place where the examples of a pack must not meet. `packed_attention` is registered with transformers
-under the name `sartor_packed`: it gathers the flat (T, ...) queries, keys and values into groups of rows of about equal
-length, does plain causal attention there, and scatters back. So the cost is that of the examples, not of the pack, and
-any architecture whose attention goes through transformers' AttentionInterface packs exactly. Whether one does is
-measured, not assumed: see `packs_exactly`.
+With shared prefixes (`share=True`) what several examples begin with stands in the pack once: the pack is then a forest of
+segments in which a child goes on at the position where its parent ends. A prefix's activations do not depend on what
+follows them, so losses and gradients are those of the plain pack up to the order of sums; the work is that of the
+distinct tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
-IGNORED = -100
-# Above this row length torch's blocked kernel beats batched matrix products and keeps memory linear in the length.
-BLOCKED_ATTENTION_TOKENS = 512
+from sartor.models.attention import Rows, Segment, packing, rows_of
+
+# A shorter common beginning saves less than the extra segment costs.
+SHARED_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -42,23 +40,12 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Segments of a pack that attend together: `gather` (N, L) indices into the pack, `scatter` positions to read back.
-
-    `scatter` (S,) indexes the flattened (N * L) result; `into` (S,) are the same tokens' positions in the pack.
-    """
-
-    gather: torch.Tensor
-    scatter: torch.Tensor
-    into: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Pack:
     """T tokens of one or more examples.
 
-    ids, positions: (1, T). predict: (S,) positions whose next token is supervised. targets: (S,) those next tokens.
-    weights: (S,) loss weights. rows: how attention regroups them. example_ids: whose tokens these are.
+    ids, positions: (1, T). predict: (S,) places whose next token is supervised, example by example. targets: (S,) those
+    next tokens. weights: (S,) loss weights. segments, rows: who sees whom. places: per example, (length,) where in the
+    pack its tokens stand. example_ids: whose tokens these are.
     """
 
     ids: torch.Tensor
@@ -66,7 +53,9 @@ class Pack:
     predict: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
+    segments: tuple[Segment, ...]
     rows: tuple[Rows, ...]
+    places: tuple[torch.Tensor, ...]
     example_ids: tuple[str, ...]
 
     @property
@@ -100,123 +89,90 @@ def fill(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return groups
 
 
-def pack(examples: Sequence[Encoded], device: torch.device | str = "cpu") -> Pack:
-    """Lay examples end to end. A token's target is its successor within the same example."""
-    ids = [token for example in examples for token in example.ids]
-    positions = [position for example in examples for position in range(len(example.ids))]
-    predict, targets, weights, start = [], [], [], 0
-    for example in examples:
+def pack(examples: Sequence[Encoded], device: torch.device | str = "cpu", *, share: bool = False) -> Pack:
+    """Lay examples end to end, common beginnings once if `share`. A token's target is its successor in its example."""
+    rows = [example.ids for example in examples]
+    segments, places = forest(rows) if share else _side_by_side(rows)
+    ids, positions = [0] * _tokens(segments), [0] * _tokens(segments)
+    predict, targets, weights = [], [], []
+    for example, own in zip(examples, places, strict=True):
+        for offset, (place, token) in enumerate(zip(own, example.ids, strict=True)):
+            ids[place], positions[place] = token, offset
         for offset in range(len(example.ids) - 1):
             if example.learnt[offset + 1]:
-                predict.append(start + offset)
+                predict.append(own[offset])
                 targets.append(example.ids[offset + 1])
                 weights.append(example.weight)
-        start += len(example.ids)
     return Pack(
         ids=torch.tensor([ids], device=device),
         positions=torch.tensor([positions], device=device),
         predict=torch.tensor(predict, dtype=torch.long, device=device),
         targets=torch.tensor(targets, dtype=torch.long, device=device),
         weights=torch.tensor(weights, dtype=torch.float32, device=device),
-        rows=tuple(_rows([len(example.ids) for example in examples], device)),
+        segments=tuple(segments),
+        rows=tuple(rows_of(segments, device)),
+        places=tuple(torch.tensor(own, device=device) for own in places),
         example_ids=tuple(example.example_id for example in examples),
     )
 
 
-def _rows(lengths: Sequence[int], device: torch.device | str) -> Iterator[Rows]:
-    """Group segments whose lengths are within a factor of two: padding inside attention stays under half."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    while by_length:
-        longest = lengths[by_length[0]]
-        group = [index for index in by_length if lengths[index] * 2 > longest]
-        by_length = by_length[len(group) :]
-        offsets = torch.arange(longest)
-        first = torch.tensor([starts[index] for index in group])[:, None]
-        length = torch.tensor([lengths[index] for index in group])[:, None]
-        real = (offsets < length).flatten()
-        # Padding repeats a row's last token: it sits after every real query, so the causal mask hides it.
-        gather = first + torch.minimum(offsets, length - 1)
-        yield Rows(
-            gather=gather.to(device),
-            scatter=real.nonzero().flatten().to(device),
-            into=gather.flatten()[real].to(device),
-        )
+def _tokens(segments: Sequence[Segment]) -> int:
+    return sum(segment.length for segment in segments)
 
 
-def packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention in which each segment of a pack sees only itself.
+def _side_by_side(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[list[int]]]:
+    segments, places, start = [], [], 0
+    for row in rows:
+        segments.append(Segment(start, len(row), 0))
+        places.append(list(range(start, start + len(row))))
+        start += len(row)
+    return segments, places
 
-    query: (1, H, T, K); key, value: (1, G, T, K) with H a multiple of G. Returns ((1, T, H, K), None), as transformers'
-    attention functions do. `options` are theirs: scaling, softcap, sliding_window, dropout, and our `rows`.
+
+def forest(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[list[int]]]:
+    """Segments in which a beginning of at least SHARED_TOKENS tokens that several rows share stands once, and each row's
+    places in the pack.
+
+    >>> [(segment.start, segment.length, segment.first) for segment in forest([[*range(9), 1], [*range(9), 2, 3]])[0]]
+    [(0, 9, 0), (9, 1, 9), (10, 2, 9)]
     """
-    out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-    for rows in options["rows"]:
-        mixed = _attend(query[0], key[0], value[0], rows, options)
-        out = out.index_copy(0, rows.into, mixed)
-    return out[None], None
+    order = sorted(range(len(rows)), key=lambda index: rows[index])
+    common = [_common(rows[one], rows[other]) for one, other in zip(order, order[1:], strict=False)]
+    segments: list[Segment] = []
+    places: list[list[int]] = [[] for _ in rows]
+    size = 0
+    # (rows order[low:high] that agree up to `depth`; where their next segment begins; its ancestors)
+    todo: list[tuple[int, int, int, int, tuple[int, ...]]] = [(0, len(order), 0, 0, ())]
+    while todo:
+        low, high, begin, depth, ancestors = todo.pop()
+        if high - low == 1:
+            end = len(rows[order[low]])
+        else:
+            end = min(common[low : high - 1])
+            if end == depth:  # they part here; rows of one next token stay together, and the first is laid first
+                cuts = [low, *(at + 1 for at in range(low, high - 1) if common[at] == depth), high]
+                groups = list(zip(cuts, cuts[1:], strict=False))
+                todo.extend((a, b, begin, depth, ancestors) for a, b in reversed(groups))
+                continue
+            if end - begin < SHARED_TOKENS:
+                todo.append((low, high, begin, end, ancestors))
+                continue
+        if end > begin:
+            for index in order[low:high]:
+                places[index].extend(range(size, size + end - begin))
+            segments.append(Segment(size, end - begin, begin, ancestors))
+            ancestors, size = (*ancestors, len(segments) - 1), size + end - begin
+        if high - low > 1:
+            todo.append((low, high, end, end, ancestors))
+    return segments, places
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, options: dict[str, Any]) -> torch.Tensor:
-    """Attention of one group of rows: query (H, T, K), key and value (G, T, K) -> (S, H, K)."""
-    count, length = rows.gather.shape
-    heads, groups, width = query.shape[0], key.shape[0], value.shape[2]
-    flat = rows.gather.flatten()
-    q, k, v = (x.index_select(1, flat).view(x.shape[0], count, length, x.shape[2]) for x in (query, key, value))
-    scale = options.get("scaling") or query.shape[2] ** -0.5
-    softcap, window = options.get("softcap"), options.get("sliding_window")
-    dropout = options.get("dropout") or 0.0
-    if length > BLOCKED_ATTENTION_TOKENS and not softcap and not window:
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(0, 1),
-            k.transpose(0, 1).repeat_interleave(heads // groups, 1),
-            v.transpose(0, 1).repeat_interleave(heads // groups, 1),
-            dropout_p=dropout,
-            is_causal=True,
-            scale=scale,
-        ).transpose(0, 1)
-    else:
-        # (G, H/G * L, K) x (G, K, L): one product per key head, no copy of the keys per query head
-        fold = (groups, heads // groups, count, length)
-        q = q.view(*fold, -1).transpose(1, 2).reshape(groups * count, heads // groups * length, -1)
-        scores = (q * scale) @ k.reshape(groups * count, length, -1).transpose(1, 2)
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.view(groups * count, heads // groups, length, length)
-        scores = scores.masked_fill(_hidden(length, window, scores.device), torch.finfo(scores.dtype).min)
-        weights = F.dropout(scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype), dropout)
-        mixed = weights.view(groups * count, -1, length) @ v.reshape(groups * count, length, width)
-        mixed = mixed.view(groups, count, heads // groups, length, width).transpose(1, 2)
-    return mixed.reshape(heads, count * length, width).index_select(1, rows.scatter).transpose(0, 1)
-
-
-def _hidden(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """(L, L) true where a query (row) must not see a key (column): the future, or beyond the sliding window."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (distance < 0) | (distance >= window) if window else distance < 0
-
-
-AttentionInterface.register("sartor_packed", packed_attention)
-
-
-@contextmanager
-def packing(model: Any) -> Iterator[None]:
-    """Inside, `model` attends within segments (and makes no mask of its own); after, as before."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("sartor_packed")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two rows have in common from the beginning."""
+    for place, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return place
+    return min(len(one), len(other))
 
 
 def pack_losses(model: Any, batch: Pack) -> torch.Tensor:

@@ -1,0 +1,331 @@
+"""The fast path: the Llama-shaped block, forward and backward written out.
+
+    embed -> [norm -> qkv -> attention -> out -> + -> norm -> gate, up -> glu -> down -> +] x layers -> norm -> head -> losses
+
+One autograd node a block and one for the head. What a node keeps is what a matrix product made (and the sums of the
+residual); norms and activations are computed again in the backward. Layers below the lowest adapted one run without
+gradient, the last layer's tail and the head for supervised rows only. A family is a line in FAMILIES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sartor.models import batches
+from sartor.models.attention import Shape
+from sartor.models.batches import Encoded, Pack
+from sartor.models.kernels.eager import Eager, Geometry, Layout
+from sartor.models.linear import Projection, Unsupported
+
+# Logits are made in chunks of about this size, (rows, V): a larger one is slower to walk, a smaller one reads the head more often.
+LOGITS_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Family:
+    """In what an architecture differs from Llama. norm_offset: weights are stored minus that."""
+
+    attention_in: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
+    norm_offset: float = 0.0
+    head_norms: bool = False
+    post_norms: bool = False
+    rope_by_layer: bool = False
+
+
+FAMILIES = {
+    "llama": Family(),  # and SmolLM2, TinyLlama, Yi, ...
+    "mistral": Family(),
+    "qwen2": Family(),  # its biases are seen on the modules
+    "qwen3": Family(head_norms=True),
+    "gemma2": Family(norm_offset=1.0, post_norms=True),
+    "gemma3_text": Family(norm_offset=1.0, post_norms=True, head_norms=True, rope_by_layer=True),
+    "phi3": Family(attention_in=("qkv_proj",), mlp_in=("gate_up_proj",)),
+}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+class Norm:
+    """x / rms(x) * (offset + weight), over the last dimension."""
+
+    def __init__(self, module: Any, offset: float, kernels: Eager) -> None:
+        self._weight, self._offset, self._kernels = module.weight.detach(), offset, kernels
+        self._eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(y, what the backward wants)."""
+        return self._kernels.rms_norm(x, self._weight, self._eps, self._offset)
+
+    def backward(self, dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+        """dx, with `add` added."""
+        return self._kernels.rms_norm_backward(dy, x, self._weight, rstd, self._offset, add)
+
+
+class HeadNorms:
+    """RMSNorm of each query and key head before the rotation (Qwen 3, Gemma 3)."""
+
+    def __init__(self, attention: Any, family: Family, shape: Shape, width: int, kernels: Eager) -> None:
+        self._norms = [Norm(module, family.norm_offset, kernels) for module in (attention.q_norm, attention.k_norm)]
+        self._sizes = [shape.heads * width, shape.groups * width, shape.groups * width]
+        self._width = width
+
+    def forward(self, qkv: torch.Tensor) -> torch.Tensor:
+        """(T, (H + 2 G) K) with queries and keys normed."""
+        parts = [part.reshape(-1, self._width) for part in qkv.split(self._sizes, 1)]
+        normed = [norm.forward(part)[0] for norm, part in zip(self._norms, parts, strict=False)]
+        return torch.cat([part.view(len(qkv), -1) for part in (*normed, parts[2])], 1)
+
+    def backward(self, d: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+        """The gradient of what `forward` got."""
+        parts = [part.reshape(-1, self._width) for part in qkv.split(self._sizes, 1)]
+        grads = [part.reshape(-1, self._width) for part in d.split(self._sizes, 1)]
+        for place, norm in enumerate(self._norms):
+            grads[place] = norm.backward(grads[place], parts[place], norm.forward(parts[place])[1])
+        return torch.cat([part.view(len(qkv), -1) for part in grads], 1)
+
+
+class Block:
+    """One layer. `forward` keeps in `kept` what `backward` takes out again."""
+
+    def __init__(self, layer: Any, family: Family, model: Any, kernels: Eager) -> None:
+        config, attention, dtype = model.config, layer.self_attn, layer.input_layernorm.weight.dtype
+        self.kernels = kernels
+        self.width = attention.head_dim
+        self.rope_kind = config.layer_types[attention.layer_idx] if family.rope_by_layer else ""
+        self.shape = Shape(
+            heads=config.num_attention_heads,
+            groups=config.num_key_value_heads,
+            scale=attention.scaling,
+            softcap=getattr(config, "attn_logit_softcapping", None),
+            window=_window(config, attention),
+        )
+        self.activation = _activation(config)
+        self.norm = Norm(layer.input_layernorm, family.norm_offset, kernels)
+        second = layer.pre_feedforward_layernorm if family.post_norms else layer.post_attention_layernorm
+        self.mlp_norm = Norm(second, family.norm_offset, kernels)
+        self.after: list[Norm] = []
+        if family.post_norms:
+            norms = (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
+            self.after = [Norm(module, family.norm_offset, kernels) for module in norms]
+        self.head_norms = HeadNorms(attention, family, self.shape, self.width, kernels) if family.head_norms else None
+        self.attention_in = Projection([getattr(attention, name) for name in family.attention_in], dtype)
+        self.attention_out = Projection([attention.o_proj], dtype)
+        self.mlp_in = Projection([getattr(layer.mlp, name) for name in family.mlp_in], dtype)
+        self.mlp_out = Projection([layer.mlp.down_proj], dtype)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """LoRA factors, in the order of `backward`'s gradients."""
+        parts = (self.attention_in, self.attention_out, self.mlp_in, self.mlp_out)
+        return [parameter for part in parts for parameter in part.parameters]
+
+    def forward(self, x: torch.Tensor, geometry: Geometry, wanted: torch.Tensor | None, kept: dict[str, Any]) -> torch.Tensor:
+        """x (T, D) -> (T, D), or (W, D) for the W places `wanted` alone (the last layer: nothing reads the others)."""
+        h, kept["rstd"] = self.norm.forward(x)
+        qkv, kept["low_in"] = self.attention_in.forward(h)
+        turned = qkv if self.head_norms is None else self.head_norms.forward(qkv)
+        mixed, kept["lse"] = self.kernels.attention(turned, geometry)
+        tail, residual = (mixed, x) if wanted is None else (mixed[wanted], x[wanted])
+        middle, kept["low_out"] = self._add(residual, self.attention_out, tail, kept, 0)
+        h, kept["mlp_rstd"] = self.mlp_norm.forward(middle)
+        gate_up, kept["low_mlp"] = self.mlp_in.forward(h)
+        out, kept["low_down"] = self._add(middle, self.mlp_out, self.kernels.glu(gate_up, self.activation), kept, 1)
+        kept.update(qkv=qkv, mixed=mixed, middle=middle, gate_up=gate_up)
+        return out
+
+    def _add(self, residual: torch.Tensor, part: Projection, x: torch.Tensor, kept: dict[str, Any], place: int) -> Any:
+        """residual + [norm of] part(x), and what `part` wants for its backward."""
+        if not self.after:
+            return part.forward(x, onto=residual)
+        y, low_rank = part.forward(x)
+        normed, kept[f"after_rstd_{place}"] = self.after[place].forward(y)
+        kept[f"after_{place}"] = y
+        return residual + normed, low_rank
+
+    def _before_norm(self, dy: torch.Tensor, kept: dict[str, Any], place: int) -> torch.Tensor:
+        """The gradient of what `_add` normed, from that of the sum."""
+        return self.after[place].backward(dy, kept[f"after_{place}"], kept[f"after_rstd_{place}"]) if self.after else dy
+
+    def backward(
+        self, dy: torch.Tensor, x: torch.Tensor, geometry: Geometry, wanted: torch.Tensor | None, kept: dict[str, Any], want_dx: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """(the gradient of x if wanted, those of `parameters`)."""
+        middle = kept["middle"]
+        d = self._before_norm(dy, kept, 1)
+        lowered = self.mlp_out.lower(d)
+        glu, d_gate_up = self.kernels.glu_backward(self.mlp_out.input_gradient(d, lowered), kept.pop("gate_up"), self.activation)
+        down = self.mlp_out.factor_gradients(d, glu, kept["low_down"], lowered)
+        lowered = self.mlp_in.lower(d_gate_up)
+        h, _ = self.mlp_norm.forward(middle) if self.mlp_in.factors else (middle, None)
+        mlp = self.mlp_in.factor_gradients(d_gate_up, h, kept["low_mlp"], lowered)
+        d_middle = self.mlp_norm.backward(self.mlp_in.input_gradient(d_gate_up, lowered), middle, kept["mlp_rstd"], dy)
+        d = self._before_norm(d_middle, kept, 0)
+        lowered = self.attention_out.lower(d)
+        mixed, qkv = kept["mixed"], kept["qkv"]
+        out = self.attention_out.factor_gradients(d, mixed if wanted is None else mixed[wanted], kept["low_out"], lowered)
+        d_mixed = self.attention_out.input_gradient(d, lowered)
+        if wanted is not None:
+            d_mixed, d_middle = (_scattered(part, wanted, len(x)) for part in (d_mixed, d_middle))
+        turned = qkv if self.head_norms is None else self.head_norms.forward(qkv)
+        d_qkv = self.kernels.attention_backward(d_mixed, turned, mixed, kept["lse"], geometry)
+        if self.head_norms is not None:
+            d_qkv = self.head_norms.backward(d_qkv, qkv)
+        lowered = self.attention_in.lower(d_qkv)
+        h, _ = self.norm.forward(x) if self.attention_in.factors else (x, None)
+        first = self.attention_in.factor_gradients(d_qkv, h, kept["low_in"], lowered)
+        dx = None
+        if want_dx:
+            dx = self.norm.backward(self.attention_in.input_gradient(d_qkv, lowered), x, kept["rstd"], d_middle)
+        return dx, [*first, *out, *mlp, *down]
+
+
+class _BlockNode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, block: Block, geometry: Geometry, wanted: torch.Tensor | None, recompute: bool, *_: Any
+    ) -> torch.Tensor:
+        kept: dict[str, Any] = {}
+        out = block.forward(x, geometry, wanted, kept)
+        ctx.block, ctx.geometry, ctx.wanted, ctx.kept = block, geometry, wanted, None if recompute else kept
+        ctx.save_for_backward(x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None
+        if kept is None:
+            kept = {}
+            ctx.block.forward(x, ctx.geometry, ctx.wanted, kept)
+        dx, gradients = ctx.block.backward(dy.contiguous(), x, ctx.geometry, ctx.wanted, kept, ctx.needs_input_grad[0])
+        return (dx, None, None, None, None, *gradients)
+
+
+class _HeadNode(torch.autograd.Function):
+    """Hidden rows -> losses. A row's loss depends on that row alone, so its gradient is made with the logits, up to the
+    factor that the backward brings, and the logits are never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, fast: Fast, targets: torch.Tensor) -> torch.Tensor:
+        normed, rstd = fast.norm.forward(hidden)
+        wants = ctx.needs_input_grad[0]
+        losses, slopes = [], []
+        rows = max(1, LOGITS_BYTES // (fast.head.shape[0] * hidden.element_size()))
+        for part, aims in zip(normed.split(rows), targets.split(rows), strict=True):
+            logits = part @ fast.head.T
+            loss, gradient = fast.kernels.cross_entropy(logits, aims, fast.softcap, wants)
+            losses.append(loss)
+            if gradient is not None:
+                slopes.append(gradient @ fast.head)
+            del logits, gradient
+        ctx.fast = fast
+        ctx.save_for_backward(hidden, rstd, *slopes)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, d: torch.Tensor) -> Any:
+        hidden, rstd, *slopes = ctx.saved_tensors
+        dy = torch.cat(slopes) * d.to(hidden.dtype)[:, None]
+        return ctx.fast.norm.backward(dy, hidden, rstd), None, None
+
+
+class Fast:
+    """A causal language model of a known family as blocks. Raises Unsupported, with the reason, for any other."""
+
+    def __init__(self, model: Any, kernels: Eager, *, recompute: bool = False) -> None:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        family = FAMILIES.get(inner.config.model_type)
+        if family is None:
+            raise Unsupported(f"architecture {inner.config.model_type!r} is not in the fast path's table")
+        body, head = inner.get_decoder(), inner.get_output_embeddings()
+        self._check(inner, body, head)
+        self.kernels, self.recompute = kernels, recompute
+        self.embed, self.rope, self.family = body.embed_tokens, body.rotary_emb, family
+        self.blocks = [Block(layer, family, inner, kernels) for layer in body.layers]
+        self.norm = Norm(body.norm, family.norm_offset, kernels)
+        self.head = head.weight.detach()
+        self.softcap = getattr(inner.config, "final_logit_softcapping", None)
+        adapted = [place for place, block in enumerate(self.blocks) if block.parameters]
+        self.lowest = min(adapted, default=len(self.blocks))
+        covered = {id(parameter) for block in self.blocks for parameter in block.parameters}
+        if left := [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in covered]:
+            raise Unsupported(f"{left[0]} is trained, which lies outside the blocks' linear modules")
+
+    @staticmethod
+    def _check(inner: Any, body: Any, head: Any) -> None:
+        if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+            raise Unsupported("the LM head is no plain linear module")
+        if head.weight.dtype != body.norm.weight.dtype:
+            raise Unsupported("the LM head and the norms have unlike dtypes")
+        if inner.config.num_hidden_layers != len(body.layers):
+            raise Unsupported("layers are left out by the config")
+        for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
+            if getattr(inner.config, name, 0):
+                raise Unsupported(f"the base has {name}")
+
+    def losses(self, batch: Pack) -> torch.Tensor:
+        """(S,) losses in nats of the supervised tokens of a pack, as `batches.pack_losses` gives."""
+        geometries = self.geometries(batch)
+        with torch.no_grad():
+            x = self.embed(batch.ids[0])
+            x = self.frozen(x, geometries)
+        return self.tuned(x, batch, geometries)
+
+    def geometries(self, batch: Pack) -> list[Geometry]:
+        """How each layer attends over this pack."""
+        layout = Layout(batch.segments, batch.rows, batch.tokens)
+        like, turns, made = self.norm_like(batch), {}, []
+        for block in self.blocks:
+            if block.rope_kind not in turns:
+                kind = (block.rope_kind,) if block.rope_kind else ()
+                turns[block.rope_kind] = [part[0] for part in self.rope(like, batch.positions, *kind)]
+            made.append(Geometry(block.shape, block.width, *turns[block.rope_kind], layout))
+        return made
+
+    def norm_like(self, batch: Pack) -> torch.Tensor:
+        """An empty tensor of the model's dtype and device: what the rotary module takes them from."""
+        return torch.empty(0, dtype=self.head.dtype, device=batch.ids.device)
+
+    def frozen(self, x: torch.Tensor, geometries: Sequence[Geometry]) -> torch.Tensor:
+        """(T, D) embeddings -> (T, D) input of the lowest adapted layer. Call under no_grad."""
+        for block, geometry in zip(self.blocks[: self.lowest], geometries, strict=False):
+            x = block.forward(x, geometry, None, {})
+        return x
+
+    def tuned(self, x: torch.Tensor, batch: Pack, geometries: Sequence[Geometry]) -> torch.Tensor:
+        """(T, D) input of the lowest adapted layer -> (S,) losses, differentiable."""
+        wanted, inverse = torch.unique(batch.predict, return_inverse=True)
+        for place in range(self.lowest, len(self.blocks)):
+            block, is_last = self.blocks[place], place == len(self.blocks) - 1
+            only = wanted if is_last else None
+            x = _BlockNode.apply(x, block, geometries[place], only, self.recompute, *block.parameters)
+        if self.lowest == len(self.blocks):
+            x = x[wanted]
+        return _HeadNode.apply(x[inverse], self, batch.targets)
+
+
+def pack(rows: Sequence[Encoded], device: torch.device, share: bool) -> Pack:
+    """See `batches.pack`."""
+    return batches.pack(rows, device, share=share)
+
+
+def _scattered(part: torch.Tensor, wanted: torch.Tensor, rows: int) -> torch.Tensor:
+    return part.new_zeros(rows, part.shape[1]).index_copy_(0, wanted, part)
+
+
+def _window(config: Any, attention: Any) -> int | None:
+    """The layer's sliding window: modules that know theirs say it, others have the config's."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return getattr(config, "sliding_window", None) if config.model_type in ("mistral", "phi3") else None
+
+
+def _activation(config: Any) -> str:
+    name = getattr(config, "hidden_activation", None) or config.hidden_act
+    if name not in ACTIVATIONS:
+        raise Unsupported(f"the activation {name!r}")
+    return ACTIVATIONS[name]

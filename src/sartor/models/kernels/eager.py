@@ -1,0 +1,137 @@
+"""The elementwise parts and the attention of the block in torch's own operations: the reference of every other kernel.
+
+Shapes: N rows of width D; T tokens; a block of H heads and G key heads of width K has qkv rows of (H + 2 G) K. Arithmetic
+is in fp32 (fp64 for fp64), results in the dtype of what came in. Backward functions are derived by hand, save attention's,
+which computes the forward again under autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from sartor.models.attention import Rows, Segment, Shape, attend
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who attends to whom in a pack, in the forms that kernels read. `kept` is a kernel's own form, made once a pack."""
+
+    segments: Sequence[Segment]
+    rows: Sequence[Rows]
+    tokens: int
+    kept: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A layer's attention over a pack. width: K. cos, sin: (T, rotary) of the rotary embedding, both halves written out."""
+
+    shape: Shape
+    width: int
+    cos: torch.Tensor
+    sin: torch.Tensor
+    layout: Layout
+
+
+class Eager:
+    """Torch's operations."""
+
+    name = "torch's own operations"
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """x / rms(x) * (offset + weight): x (N, D) -> (N, D) and 1 / rms (N,) for the backward. Zhang & Sennrich 2019."""
+        wide = _wide(x)
+        rstd = torch.rsqrt(wide.square().mean(-1) + eps)
+        return (wide * rstd[:, None] * (offset + _wide(weight))).to(x.dtype), rstd
+
+    def rms_norm_backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        rstd: torch.Tensor,
+        offset: float,
+        add: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The gradient of x, (N, D), with `add` (N, D) added: the gradient that came round the residual."""
+        wide, g = _wide(x), _wide(dy) * (offset + _wide(weight))
+        dx = g * rstd[:, None] - wide * ((g * wide).mean(-1) * rstd**3)[:, None]
+        return (dx if add is None else dx + _wide(add)).to(x.dtype)
+
+    def glu(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        """act(gate) * up: (T, 2 I) -> (T, I). Shazeer 2020, arXiv:2002.05202. activation: `silu` or `gelu_tanh`."""
+        gate, up = _wide(gate_up).chunk(2, -1)
+        return (_act(gate, activation) * up).to(gate_up.dtype)
+
+    def glu_backward(self, d: torch.Tensor, gate_up: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(act(gate) * up again (T, I), the gradient of gate_up (T, 2 I)). `gate_up` may be overwritten."""
+        gate, up = _wide(gate_up).chunk(2, -1)
+        value, slope = _act(gate, activation), _slope(gate, activation)
+        d = _wide(d)
+        gradient = torch.cat([d * up * slope, d * value], -1).to(gate_up.dtype)
+        return (value * up).to(gate_up.dtype), gradient
+
+    def cross_entropy(
+        self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(N,) losses in nats of logits (N, V), and d loss / d logits (N, V) if asked. `logits` may be overwritten."""
+        wide = _wide(logits)
+        if softcap:
+            wide = softcap * torch.tanh(wide / softcap)
+        losses = F.cross_entropy(wide, targets, reduction="none")
+        if not gradient:
+            return losses, None
+        slope = wide.softmax(-1)
+        slope[torch.arange(len(targets), device=targets.device), targets] -= 1
+        return losses, (slope * (1 - (wide / softcap) ** 2) if softcap else slope).to(logits.dtype)
+
+    def attention(self, qkv: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(T, (H + 2 G) K) -> the heads' mixtures (T, H K), and what the backward wants besides. Rotates q and k itself."""
+        shape, width = geometry.shape, geometry.width
+        query, key, value = (
+            part.unflatten(1, (-1, width)).transpose(0, 1)
+            for part in qkv.split([shape.heads * width, shape.groups * width, shape.groups * width], 1)
+        )
+        query, key = (rotate(part, geometry.cos, geometry.sin) for part in (query, key))
+        return attend(query, key, value, geometry.layout.rows, shape).flatten(1), None
+
+    def attention_backward(
+        self, d: torch.Tensor, qkv: torch.Tensor, mixed: torch.Tensor, kept: torch.Tensor | None, geometry: Geometry
+    ) -> torch.Tensor:
+        """The gradient of qkv, (T, (H + 2 G) K), from that of the mixtures (T, H K)."""
+        with torch.enable_grad():
+            leaf = qkv.detach().requires_grad_()
+            again, _ = Eager.attention(self, leaf, geometry)
+            (gradient,) = torch.autograd.grad(again, leaf, d)
+        return gradient
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The rotary embedding (Su et al. 2021, arXiv:2104.09864) of x (heads, T, K); dimensions beyond the cosines' pass."""
+    size = cos.shape[-1]
+    turned, rest = x[..., :size], x[..., size:]
+    one, other = turned.chunk(2, -1)
+    turned = turned * cos.to(x.dtype) + torch.cat([-other, one], -1) * sin.to(x.dtype)
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def _act(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+
+
+def _slope(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "silu":
+        sigmoid = torch.sigmoid(gate)
+        return sigmoid * (1 + gate * (1 - sigmoid))
+    a, b = (2 / torch.pi) ** 0.5, 0.044715
+    t = torch.tanh(a * (gate + b * gate**3))
+    return 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * a * (1 + 3 * b * gate**2)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

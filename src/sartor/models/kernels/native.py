@@ -1,0 +1,293 @@
+"""The C++ kernels: compiled once per machine and text, checked against torch's operations, called through ctypes.
+
+No build step at install. A missing or failing compiler costs speed, never function: `load` then says why and the caller
+takes `Eager`. The library goes to SARTOR_HOME/kernels under a name that holds the digest of the source, the compiler and
+its flags, and the processor; it uses the very OpenMP runtime that torch has loaded, since two pools would fight for cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sartor.core.home import folder
+from sartor.models.attention import Shape, rows_of
+from sartor.models.batches import forest
+from sartor.models.kernels.eager import Eager, Geometry, Layout
+
+SOURCE = Path(__file__).with_name("native.cpp")
+# No -ffast-math: it would let a NaN pass for a number.
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
+
+
+class NoKernels(Exception):
+    """Why the C++ kernels cannot be used here."""
+
+
+class _Geometry(ctypes.Structure):
+    """`Geometry` of native.cpp; scale and soft-cap are C's float or double."""
+
+    arrays = ("start", "length", "first", "ancestors", "ancestor_ends")
+    sizes = ("segments", "tokens", "heads", "groups", "width", "rotary", "window")
+
+
+class _Geometry32(_Geometry):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _Geometry.arrays),
+        *((name, ctypes.c_int64) for name in _Geometry.sizes),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
+    )
+
+
+class _Geometry64(_Geometry):
+    _fields_ = (*_Geometry32._fields_[:-2], ("scale", ctypes.c_double), ("cap", ctypes.c_double))
+
+
+class Native(Eager):
+    """The C++ kernels. Tensors must be on the CPU, in fp32, bf16 or fp64; others fall to `Eager`."""
+
+    name = "C++ kernels"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def _call(self, function: str, dtype: torch.dtype, *arguments: Any) -> None:
+        """Tensors as pointers, whole numbers as int64, floats as double; the number of threads last."""
+        passed = [_passed(argument) for argument in arguments]
+        getattr(self._library, f"sartor_{function}_{SUFFIX[dtype]}")(*passed, ctypes.c_int(torch.get_num_threads()))
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Eager`."""
+        x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        rstd = torch.empty(len(x), dtype=_compute(x.dtype))
+        self._call("rms_norm", x.dtype, x, weight.contiguous(), y, rstd, *x.shape, float(eps), float(offset))
+        return y, rstd
+
+    def rms_norm_backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        rstd: torch.Tensor,
+        offset: float,
+        add: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Eager`."""
+        dy, x, dx = dy.contiguous(), x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        add = None if add is None else add.contiguous()
+        self._call("rms_norm_backward", x.dtype, dy, x, weight.contiguous(), rstd, add, dx, *x.shape, float(offset))
+        return dx
+
+    def glu(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        """See `Eager`."""
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, width)
+        self._call("glu", gate_up.dtype, gate_up.contiguous(), out, rows, width, _Int(activation != "silu"))
+        return out
+
+    def glu_backward(self, d: torch.Tensor, gate_up: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Eager`. Overwrites gate_up."""
+        gate_up, d = gate_up.contiguous(), d.contiguous()
+        out = torch.empty(d.shape, dtype=d.dtype)
+        self._call("glu_backward", d.dtype, d, gate_up, out, *d.shape, _Int(activation != "silu"))
+        return out, gate_up
+
+    def cross_entropy(
+        self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Eager`. Overwrites logits."""
+        logits, losses = logits.contiguous(), torch.empty(len(targets), dtype=_compute(logits.dtype))
+        self._call("cross_entropy", logits.dtype, logits, targets, losses, *logits.shape, float(softcap or 0), _Int(gradient))
+        return losses, logits if gradient else None
+
+    def attention(self, qkv: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Eager`. Keeps the log of each query's sum of weights, (T, H), for the backward."""
+        qkv = qkv.contiguous()
+        out = torch.empty(len(qkv), geometry.shape.heads * geometry.width, dtype=qkv.dtype)
+        kept = torch.empty(len(qkv), geometry.shape.heads, dtype=_compute(qkv.dtype))
+        packed, _alive = _packed(geometry, qkv.dtype)
+        self._call("attention", qkv.dtype, packed, qkv, out, kept)
+        return out, kept
+
+    def attention_backward(
+        self, d: torch.Tensor, qkv: torch.Tensor, mixed: torch.Tensor, kept: torch.Tensor | None, geometry: Geometry
+    ) -> torch.Tensor:
+        """See `Eager`."""
+        d, qkv, out = d.contiguous(), qkv.contiguous(), torch.empty(qkv.shape, dtype=qkv.dtype)
+        packed, _alive = _packed(geometry, qkv.dtype)
+        self._call("attention_backward", qkv.dtype, packed, d, qkv, mixed, kept, out)
+        return out
+
+
+class _Int(int):
+    """A C int among int64s."""
+
+
+def _passed(value: Any) -> Any:
+    if value is None:
+        return ctypes.c_void_p(None)
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    return ctypes.c_int(value) if isinstance(value, _Int) else ctypes.c_int64(value)
+
+
+def _compute(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _packed(geometry: Geometry, dtype: torch.dtype) -> tuple[_Geometry, Any]:
+    """The C structure, and the tensors that it points into, to be held while it is used."""
+    layout, shape, compute = geometry.layout, geometry.shape, _compute(dtype)
+    if "native" not in layout.kept:
+        ancestors, ends = [], []
+        for segment in layout.segments:
+            ancestors.extend(segment.ancestors)
+            ends.append(len(ancestors))
+        numbers = (
+            [segment.start for segment in layout.segments],
+            [segment.length for segment in layout.segments],
+            [segment.first for segment in layout.segments],
+            ancestors or [0],
+            ends,
+        )
+        layout.kept["native"] = tuple(torch.tensor(column, dtype=torch.int64) for column in numbers)
+    arrays = layout.kept["native"]
+    cos, sin = (part.to(compute).contiguous() for part in (geometry.cos, geometry.sin))
+    made = _Geometry64() if compute == torch.float64 else _Geometry32()
+    for name, array in zip(_Geometry.arrays, arrays, strict=True):
+        setattr(made, name, array.data_ptr())
+    sizes = (len(layout.segments), layout.tokens, shape.heads, shape.groups, geometry.width, cos.shape[1], shape.window or 0)
+    for name, size in zip(_Geometry.sizes, sizes, strict=True):
+        setattr(made, name, size)
+    made.cos, made.sin = cos.data_ptr(), sin.data_ptr()
+    made.scale, made.cap = shape.scale, shape.softcap or 0.0
+    return made, (arrays, cos, sin)
+
+
+@functools.cache
+def load() -> Native:
+    """The kernels, compiled if need be and checked. Raises NoKernels with the reason."""
+    made = Native(ctypes.CDLL(str(_library())))
+    if problem := difference(made):
+        raise NoKernels(f"the compiled kernels are wrong on this machine: {problem}")
+    return made
+
+
+def _library() -> Path:
+    compiler = next((found for name in _compilers() if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        raise NoKernels("no C++ compiler is installed (g++ or clang++)")
+    runtime, machine = _openmp(), _machine_flags()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = [SOURCE.read_text(), compiler, version, str(runtime), *FLAGS, *machine, platform.machine(), _processor()]
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    library = folder("kernels") / f"native-{name}.so"
+    if not library.is_file():
+        _compile([compiler, *FLAGS, *machine], runtime, library)
+    return library
+
+
+def _compile(command: Sequence[str], runtime: Path | None, library: Path) -> None:
+    """Two steps, so that the linker takes torch's OpenMP and not the compiler's own; the name is given by a rename."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as part:
+        unlinked, made = f"{part}/native.o", f"{part}/native.so"
+        linked = [str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else ["-fopenmp"]
+        for step in ([*command, "-c", str(SOURCE), "-o", unlinked], [command[0], "-shared", unlinked, *linked, "-o", made]):
+            done = subprocess.run(step, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise NoKernels(f"{command[0]} failed: {done.stderr.strip().splitlines()[-1] if done.stderr else 'no message'}")
+        os.replace(made, library)
+
+
+def _compilers() -> tuple[str, ...]:
+    return os.environ.get("CXX", ""), "g++", "c++", "clang++"
+
+
+def _machine_flags() -> tuple[str, ...]:
+    return ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: a cache folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(next((line for line in lines if line.startswith(start)), "") for start in ("model name", "flags", "Features"))
+
+
+def _openmp() -> Path | None:
+    """The OpenMP runtime that this process has loaded already."""
+    try:
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+    except OSError:
+        return None
+    names = ("libgomp", "libiomp5", "libomp")
+    return next((Path(path) for path in sorted(mapped) if Path(path).name.startswith(names)), None)
+
+
+def difference(kernels: Eager) -> str:
+    """What `kernels` compute otherwise than `Eager`, on a few small cases; empty if nothing."""
+    torch_state = torch.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        return next((name for name, got, wanted in _cases(kernels) if not _close(got, wanted)), "")
+    finally:
+        torch.set_rng_state(torch_state)
+
+
+def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return bool((got - wanted).norm() <= 1e-5 * (wanted.norm() + 1e-3))
+
+
+def _cases(kernels: Eager) -> Any:
+    """(name, what `kernels` give, what `Eager` gives) for every operation, fp32."""
+    eager = Eager()
+    x, w, d = torch.randn(5, 24), torch.randn(24), torch.randn(5, 24)
+    (y, rstd), (wanted, _) = kernels.rms_norm(x, w, 1e-6, 1.0), eager.rms_norm(x, w, 1e-6, 1.0)
+    yield "rms_norm", y, wanted
+    args = (d, x, w, rstd, 1.0, x)
+    yield "rms_norm_backward", kernels.rms_norm_backward(*args), eager.rms_norm_backward(*args)
+    for activation in ("silu", "gelu_tanh"):
+        yield f"glu {activation}", kernels.glu(x * 3, activation), eager.glu(x * 3, activation)
+        got = kernels.glu_backward(d[:, :12], (x * 3).clone(), activation)
+        wanted_pair = eager.glu_backward(d[:, :12], x * 3, activation)
+        yield f"glu_backward {activation}", torch.cat(got, -1), torch.cat(wanted_pair, -1)
+    for softcap in (None, 3.0):
+        got = kernels.cross_entropy(x.clone(), torch.tensor([0, 5, 23, 1, 2]), softcap, True)
+        wanted_pair = eager.cross_entropy(x.clone(), torch.tensor([0, 5, 23, 1, 2]), softcap, True)
+        yield "cross_entropy", torch.cat([part.flatten() for part in got]), torch.cat([p.flatten() for p in wanted_pair])
+    yield from _attention_cases(kernels, eager)
+
+
+def _attention_cases(kernels: Eager, eager: Eager) -> Any:
+    segments, _ = forest([[*range(40), 1, 2, 3], [*range(40), 9], [*range(20), 5], [7] * 3])
+    tokens = sum(segment.length for segment in segments)
+    layout = Layout(segments, tuple(rows_of(segments, "cpu")), tokens)
+    angles = torch.rand(tokens, 4).repeat(1, 2)
+    for softcap, window in ((None, None), (2.0, 6)):
+        geometry = Geometry(Shape(4, 2, 0.3, softcap, window), 12, angles.cos(), angles.sin(), layout)
+        qkv, d = torch.randn(tokens, 8 * 12), torch.randn(tokens, 4 * 12)
+        (got, kept), (wanted, _) = kernels.attention(qkv, geometry), eager.attention(qkv, geometry)
+        yield "attention", got, wanted
+        backward = kernels.attention_backward(d, qkv, got, kept, geometry)
+        yield "attention_backward", backward, eager.attention_backward(d, qkv, wanted, None, geometry)

@@ -1,0 +1,146 @@
+"""Frozen linear modules that read the same input, as one product, and the LoRA factors on them.
+
+    y = x W^T + bias + scale (x A^T) B^T
+
+Forward and backward are written out (Hu et al. 2021, arXiv:2106.09685), so that nothing is kept but x A^T and nothing
+computed that the factors' gradients do not need. W is one tensor for all modules; the modules' own weights become views
+of it, so the base is in memory once and transformers' module computes with the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Gradients = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """LoRA on rows [low, high) of the fused output: a (R, D), b (high - low, R), fp32 masters."""
+
+    low: int
+    high: int
+    a: torch.nn.Parameter
+    b: torch.nn.Parameter
+    scale: float
+
+
+class Unsupported(Exception):
+    """Why the fast path cannot take a module."""
+
+
+class Projection:
+    """Modules q, k, v (say) as one. Outputs stand side by side: (N, sum of outs)."""
+
+    def __init__(self, modules: Sequence[Any], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.factors: list[Factors] = []
+        frozen, low = [], 0
+        for module in modules:
+            base = getattr(module, "base_layer", module)
+            if not isinstance(base, torch.nn.Linear):
+                raise Unsupported(f"a {type(base).__name__} where a linear module is expected")
+            high = low + base.out_features
+            if base is not module:
+                self.factors.extend(_factors(module, low, high))
+            frozen.append(base)
+            low = high
+        self._frozen = frozen
+        biases = [base.bias for base in frozen if base.bias is not None]
+        if len(biases) not in (0, len(frozen)):
+            raise Unsupported("some of the fused modules have a bias and others none")
+        self.bias = torch.cat([bias.detach().to(dtype) for bias in biases]) if biases else None
+        self._fused = self._fuse()
+
+    def _fuse(self) -> torch.Tensor:
+        weights = [base.weight.detach() for base in self._frozen]
+        if any(weight.dtype != self.dtype for weight in weights):
+            raise Unsupported(f"weights in {weights[0].dtype} where the base computes in {self.dtype}")
+        if len(weights) == 1:
+            return weights[0]
+        fused, low = torch.cat(weights), 0
+        for base in self._frozen:
+            # a second projection over the same module must find the same storage, not make another
+            base.weight.data = fused[low : low + base.out_features]
+            low += base.out_features
+        return fused
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The factors in order: a, b of the first, a, b of the second, ..."""
+        return [part for factors in self.factors for part in (factors.a, factors.b)]
+
+    def weight(self) -> torch.Tensor:
+        """The frozen W, (outs, D)."""
+        return self._fused
+
+    def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x (N, D) -> y (N, outs), added to `onto` (N, outs) if given; and x A^T (N, sum of R) for the backward."""
+        weight = self.weight()
+        if onto is not None:
+            y = torch.addmm(onto, x, weight.T)
+            if self.bias is not None:
+                y += self.bias
+        else:
+            y = x @ weight.T if self.bias is None else torch.addmm(self.bias, x, weight.T)
+        if not self.factors:
+            return y, None
+        low_rank, rank = x @ self._stacked().T, 0
+        for factors in self.factors:
+            part = low_rank[:, rank : rank + len(factors.a)]
+            y[:, factors.low : factors.high].addmm_(part, factors.b.detach().to(self.dtype).T, alpha=factors.scale)
+            rank += len(factors.a)
+        return y, low_rank
+
+    def lower(self, dy: torch.Tensor) -> torch.Tensor | None:
+        """dy (N, outs) -> scale dy B, (N, sum of R): the gradient of x A^T."""
+        if not self.factors:
+            return None
+        parts = [
+            (dy[:, factors.low : factors.high] @ factors.b.detach().to(self.dtype)).mul_(factors.scale)
+            for factors in self.factors
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def input_gradient(self, dy: torch.Tensor, lowered: torch.Tensor | None) -> torch.Tensor:
+        """dx (N, D) = dy W + lowered A."""
+        dx = dy @ self.weight()
+        return dx if lowered is None else dx.addmm_(lowered, self._stacked())
+
+    def factor_gradients(
+        self, dy: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor | None, lowered: torch.Tensor | None
+    ) -> Gradients:
+        """dA and dB of each factor pair, in the order of `parameters`, fp32 (fp64 for fp64)."""
+        if low_rank is None or lowered is None:
+            return []
+        gradients, rank = [], 0
+        da = lowered.T @ x
+        for factors in self.factors:
+            own = slice(rank, rank + len(factors.a))
+            db = (dy[:, factors.low : factors.high].T @ low_rank[:, own]).to(factors.b.dtype).mul_(factors.scale)
+            gradients.extend((da[own].to(factors.a.dtype), db))
+            rank += len(factors.a)
+        return gradients
+
+    def _stacked(self) -> torch.Tensor:
+        """All A, (sum of R, D), in the base's dtype."""
+        parts = [factors.a.detach().to(self.dtype) for factors in self.factors]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _factors(module: Any, low: int, high: int) -> list[Factors]:
+    """The LoRA factors of a peft module that are switched on and trained."""
+    if set(module.active_adapters) != {"default"} or module.merged_adapters:
+        raise Unsupported("an adapter that is merged, or more than one")
+    if module.use_dora.get("default"):
+        raise Unsupported("DoRA")
+    if module.lora_bias.get("default"):
+        raise Unsupported("LoRA with a bias")
+    if not isinstance(module.lora_dropout["default"], torch.nn.Identity):
+        raise Unsupported("dropout before A")
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    return [Factors(low, high, a, b, float(module.scaling["default"]))]
