@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sartor.models import batches
+from sartor.models import attention, batches
 
 ROWS, PAIRS = 12, 5
 
@@ -47,7 +47,7 @@ def rows() -> list[batches.Encoded]:
 
 
 def packed(model: LlamaForCausalLM, examples: list[batches.Encoded]) -> torch.Tensor:
-    with batches.packing(model):
+    with attention.packing(model):
         return batches.pack_losses(model, batches.pack(examples)).mean()
 
 

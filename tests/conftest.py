@@ -14,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two cores, and tests run beside each other: several OpenMP pools that spin for the same cores slow each other by far.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests have homes of their own; the compiled kernels are the machine's, made once for all of them.
+os.environ.setdefault("SARTOR_KERNELS", str(Path(__file__).parent.parent / ".pytest_cache" / "kernels"))
+Path(os.environ["SARTOR_KERNELS"]).mkdir(parents=True, exist_ok=True)
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"switch {place} {word}"}, {"role": "assistant", "content": f"{word}:{place}"}]}

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiny
-from sartor.models import batches
-from sartor.models.batches import BLOCKED_ATTENTION_TOKENS, Encoded
+from sartor.models import attention, batches
+from sartor.models.attention import BLOCKED_ATTENTION_TOKENS
+from sartor.models.batches import Encoded
 
 SMALL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
 HEADS = {**SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
@@ -96,7 +97,7 @@ def random_lengths(seed: int) -> list[int]:
 
 
 def packed_losses(model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
-    with batches.packing(model):
+    with attention.packing(model):
         return batches.pack_losses(model, batches.pack(examples))
 
 
@@ -174,7 +175,7 @@ def test_a_token_is_predicted_from_its_own_row_alone() -> None:
 def test_attention_groups_hold_every_token_once_and_little_padding(lengths: list[int]) -> None:
     groups = batches.pack([Encoded([0] * length, [True] * length) for length in lengths]).rows
     assert sorted(place for group in groups for place in group.into.tolist()) == list(range(sum(lengths)))
-    assert sum(group.gather.numel() for group in groups) < 2 * sum(lengths) + 1
+    assert sum(group.queries.numel() for group in groups) < 2 * sum(lengths) + 1
     for group in groups:
         assert torch.equal(group.gather.flatten()[group.scatter], group.into)
 
@@ -196,7 +197,7 @@ def test_fill_takes_every_row_once_in_order_within_capacity(data: st.DataObject,
 def test_packing_puts_the_attention_back_also_after_an_error() -> None:
     made = tiny.model()
     before = made.config._attn_implementation
-    with pytest.raises(ZeroDivisionError), batches.packing(made):
+    with pytest.raises(ZeroDivisionError), attention.packing(made):
         assert made.config._attn_implementation == "sartor_packed"
         _ = 1 / 0
     assert made.config._attn_implementation == before

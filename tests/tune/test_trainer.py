@@ -125,7 +125,7 @@ def test_a_model_that_cannot_pack_takes_the_plain_path_to_the_same_adapter(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = tune(tune_recipe, tmp_path / "a")
-    monkeypatch.setattr(batches, "packs_exactly", lambda *args: (False, float("inf")))
+    monkeypatch.setattr(batches, "agrees", lambda *args: (False, float("inf")))
     plain = tune(tune_recipe, tmp_path / "b")
     assert (packed["packed"], plain["packed"]) == (True, False)
     assert packed["loss"]["last"] == pytest.approx(plain["loss"]["last"], abs=1e-4)

@@ -29,7 +29,7 @@ from sartor.curate.sources import Reader
 from sartor.evaluate import audit, compare, page
 from sartor.evaluate.compare import Comparison
 from sartor.evaluate.scorers import SCORERS
-from sartor.models import adapters, batches
+from sartor.models import adapters, batches, paths
 from sartor.models.base import Base, open_base
 from sartor.models.generate import Sampling, generate
 
@@ -235,15 +235,12 @@ def side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
 def losses(base: Base, model: Any, examples: Sequence[Example], pack_tokens: int = 2048) -> tuple[list[float], list[int]]:
     """(nats per supervised token, supervised tokens) of each Example under the model as it stands."""
     encoded = [base.chat.encode(example) for example in examples]
-    exact, _ = batches.packs_exactly(model, encoded, base.device)
+    # the fast path would always see the adapter, and `side` switches it off
+    path = paths.choose(model, encoded, base.device, paths.Wish(fast=False, share=False))
     means: list[float] = []
     for group in batches.fill([len(row.ids) for row in encoded], max(pack_tokens, *(len(row.ids) for row in encoded))):
         chosen = [encoded[index] for index in group]
-        if exact:
-            with batches.packing(base.model):
-                found = batches.pack_losses(model, batches.pack(chosen, base.device))
-        else:
-            found = batches.row_losses(model, chosen, base.device)
+        found, _ = path.losses(chosen)
         for part in found.split([row.supervised_tokens for row in chosen]):
             means.append(float(part.mean()) if len(part) else 0.0)
     return means, [row.supervised_tokens for row in encoded]

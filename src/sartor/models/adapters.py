@@ -34,20 +34,28 @@ def inject_lora(
     Factors are fp32 whatever the base's dtype is. Raises ConfigError when the targets name no module of this model.
     """
     torch.manual_seed(seed)
+    layers = _top(model, top_layers)
+    if layers is not None and isinstance(targets, str):
+        targets = sorted(_linear_names(model))  # peft takes either all linear modules or some layers
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft declares int and divides as float
         lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        layers_to_transform=_top(model, top_layers),
+        layers_to_transform=layers,
     )
     if problem := _wrong_target(model, targets):
-        head = model.get_output_embeddings()
-        linear = {name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part) and part is not head}
-        raise ConfigError(f"method.targets: {problem}", f"method.targets: all-linear, or some of {', '.join(sorted(linear))}")
+        known = ", ".join(sorted(_linear_names(model)))
+        raise ConfigError(f"method.targets: {problem}", f"method.targets: all-linear, or some of {known}")
     with quiet():
         return peft.get_peft_model(model, config)
+
+
+def _linear_names(model: Any) -> set[str]:
+    """Last names of the linear modules, without the LM head."""
+    head = model.get_output_embeddings()
+    return {name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part) and part is not head}
 
 
 def _top(model: Any, count: int | None) -> list[int] | None:

@@ -11,7 +11,7 @@ distinct tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,6 +89,28 @@ def fill(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return groups
 
 
+def micro_batches(examples: Sequence[Encoded], capacity: int, *, share: bool) -> list[list[Encoded]]:
+    """Cut the rows of an update into packs of at most `capacity` tokens (a longer row has one to itself).
+
+    With `share`, rows are ordered so that those with a common beginning meet, and it counts once. The sum over an update
+    does not depend on the cut.
+    """
+    if not share:
+        groups = fill([len(example.ids) for example in examples], max(capacity, *(len(example.ids) for example in examples)))
+        return [[examples[index] for index in group] for group in groups]
+    cut: list[list[Encoded]] = []
+    room = 0
+    for example in sorted(examples, key=lambda one: one.ids):
+        common = _common(cut[-1][-1].ids, example.ids) if cut else 0
+        new = len(example.ids) - (common if common >= SHARED_TOKENS else 0)
+        if not cut or new > room:
+            cut.append([])
+            new, room = len(example.ids), max(capacity, len(example.ids))
+        cut[-1].append(example)
+        room -= new
+    return cut
+
+
 def pack(examples: Sequence[Encoded], device: torch.device | str = "cpu", *, share: bool = False) -> Pack:
     """Lay examples end to end, common beginnings once if `share`. A token's target is its successor in its example."""
     rows = [example.ids for example in examples]
@@ -136,7 +158,7 @@ def forest(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[list[int]
     >>> [(segment.start, segment.length, segment.first) for segment in forest([[*range(9), 1], [*range(9), 2, 3]])[0]]
     [(0, 9, 0), (9, 1, 9), (10, 2, 9)]
     """
-    order = sorted(range(len(rows)), key=lambda index: rows[index])
+    order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
     common = [_common(rows[one], rows[other]) for one, other in zip(order, order[1:], strict=False)]
     segments: list[Segment] = []
     places: list[list[int]] = [[] for _ in rows]
@@ -205,15 +227,27 @@ def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.no_grad()
 def packs_exactly(model: Any, examples: Sequence[Encoded], device: torch.device | str) -> tuple[bool, float]:
-    """Whether this model's packed losses equal its unpacked ones, and the largest difference in nats.
+    """Whether this model's packed losses equal its unpacked ones, and the largest difference in nats: see `agrees`."""
+
+    def packed(few: Sequence[Encoded]) -> torch.Tensor:
+        with packing(model):
+            return pack_losses(model, pack(few, device))
+
+    return agrees(model, examples, device, packed)
+
+
+@torch.no_grad()
+def agrees(
+    model: Any, examples: Sequence[Encoded], device: torch.device | str, packed: Callable[[Sequence[Encoded]], torch.Tensor]
+) -> tuple[bool, float]:
+    """Whether `packed` (rows -> (S,) losses) gives what the model gives for single rows, and the largest difference.
 
     Two short rows and the longest are packed (windows and chunks show in long rows alone). Their losses must be those of
     the plain pass, up to what reordered sums cost at the model's precision; and must not move when only the tokens of the
     row before them change. The second is the sharper test: in bf16 a leak can be smaller than the rounding. A model with
     state outside attention (convolutions, recurrences), or that drops unknown keyword arguments, fails one of them. Any
-    exception of the packed pass counts as "no": the plain path then serves.
+    exception of the packed pass counts as "no": another path then serves.
     """
     rows = sorted((example for example in examples if example.supervised_tokens), key=lambda example: len(example.ids))
     few = [*rows[:2], *rows[-1:]]
@@ -222,8 +256,7 @@ def packs_exactly(model: Any, examples: Sequence[Encoded], device: torch.device 
     plain = row_losses(model, few, device)
     other = replace(few[0], ids=few[0].ids[::-1])
     try:
-        with packing(model):
-            behind, behind_other = (pack_losses(model, pack([first, *few], device)) for first in (few[0], other))
+        behind, behind_other = (packed([first, *few]) for first in (few[0], other))
     except Exception:  # each architecture fails in its own way, and each failure is an answer
         return False, float("inf")
     own = few[0].supervised_tokens

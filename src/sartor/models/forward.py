@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from sartor.models import batches
 from sartor.models.attention import Shape
-from sartor.models.batches import Encoded, Pack
+from sartor.models.batches import Pack
 from sartor.models.kernels.eager import Eager, Geometry, Layout
 from sartor.models.linear import Projection, Unsupported
 
-# Logits are made in chunks of about this size, (rows, V): a larger one is slower to walk, a smaller one reads the head more often.
+# Logits are made in chunks of about this size: a larger one is slower to walk, a smaller one reads the head more often.
 LOGITS_BYTES = 64 << 20
 
 
@@ -151,13 +150,21 @@ class Block:
         return self.after[place].backward(dy, kept[f"after_{place}"], kept[f"after_rstd_{place}"]) if self.after else dy
 
     def backward(
-        self, dy: torch.Tensor, x: torch.Tensor, geometry: Geometry, wanted: torch.Tensor | None, kept: dict[str, Any], want_dx: bool
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        geometry: Geometry,
+        wanted: torch.Tensor | None,
+        kept: dict[str, Any],
+        want_dx: bool,
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """(the gradient of x if wanted, those of `parameters`)."""
         middle = kept["middle"]
         d = self._before_norm(dy, kept, 1)
         lowered = self.mlp_out.lower(d)
-        glu, d_gate_up = self.kernels.glu_backward(self.mlp_out.input_gradient(d, lowered), kept.pop("gate_up"), self.activation)
+        glu, d_gate_up = self.kernels.glu_backward(
+            self.mlp_out.input_gradient(d, lowered), kept.pop("gate_up"), self.activation
+        )
         down = self.mlp_out.factor_gradients(d, glu, kept["low_down"], lowered)
         lowered = self.mlp_in.lower(d_gate_up)
         h, _ = self.mlp_norm.forward(middle) if self.mlp_in.factors else (middle, None)
@@ -207,7 +214,8 @@ class _BlockNode(torch.autograd.Function):
 
 class _HeadNode(torch.autograd.Function):
     """Hidden rows -> losses. A row's loss depends on that row alone, so its gradient is made with the logits, up to the
-    factor that the backward brings, and the logits are never kept."""
+    factor that the backward brings, and the logits are never kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, fast: Fast, targets: torch.Tensor) -> torch.Tensor:
@@ -216,12 +224,11 @@ class _HeadNode(torch.autograd.Function):
         losses, slopes = [], []
         rows = max(1, LOGITS_BYTES // (fast.head.shape[0] * hidden.element_size()))
         for part, aims in zip(normed.split(rows), targets.split(rows), strict=True):
-            logits = part @ fast.head.T
+            logits = torch.mm(part, fast.head.T, out=fast.logits(len(part)))
             loss, gradient = fast.kernels.cross_entropy(logits, aims, fast.softcap, wants)
             losses.append(loss)
             if gradient is not None:
                 slopes.append(gradient @ fast.head)
-            del logits, gradient
         ctx.fast = fast
         ctx.save_for_backward(hidden, rstd, *slopes)
         return torch.cat(losses)
@@ -244,16 +251,25 @@ class Fast:
         body, head = inner.get_decoder(), inner.get_output_embeddings()
         self._check(inner, body, head)
         self.kernels, self.recompute = kernels, recompute
-        self.embed, self.rope, self.family = body.embed_tokens, body.rotary_emb, family
+        self.embed, self.rope, self.family_name = body.embed_tokens, body.rotary_emb, inner.config.model_type
         self.blocks = [Block(layer, family, inner, kernels) for layer in body.layers]
         self.norm = Norm(body.norm, family.norm_offset, kernels)
         self.head = head.weight.detach()
+        self._logits: torch.Tensor | None = None
         self.softcap = getattr(inner.config, "final_logit_softcapping", None)
         adapted = [place for place, block in enumerate(self.blocks) if block.parameters]
         self.lowest = min(adapted, default=len(self.blocks))
         covered = {id(parameter) for block in self.blocks for parameter in block.parameters}
-        if left := [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in covered]:
+        if left := [
+            name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in covered
+        ]:
             raise Unsupported(f"{left[0]} is trained, which lies outside the blocks' linear modules")
+
+    def logits(self, rows: int) -> torch.Tensor:
+        """Room for (rows, V) logits, the same every time: pages of that size are costly to get anew."""
+        if self._logits is None or len(self._logits) < rows:
+            self._logits = self.head.new_empty(rows, len(self.head))
+        return self._logits[:rows]
 
     @staticmethod
     def _check(inner: Any, body: Any, head: Any) -> None:
@@ -278,17 +294,16 @@ class Fast:
     def geometries(self, batch: Pack) -> list[Geometry]:
         """How each layer attends over this pack."""
         layout = Layout(batch.segments, batch.rows, batch.tokens)
-        like, turns, made = self.norm_like(batch), {}, []
+        like = torch.empty(0, dtype=self.head.dtype, device=batch.ids.device)
+        turns: dict[str, list[torch.Tensor]] = {}
+        made = []
         for block in self.blocks:
             if block.rope_kind not in turns:
                 kind = (block.rope_kind,) if block.rope_kind else ()
                 turns[block.rope_kind] = [part[0] for part in self.rope(like, batch.positions, *kind)]
-            made.append(Geometry(block.shape, block.width, *turns[block.rope_kind], layout))
+            cos, sin = turns[block.rope_kind]
+            made.append(Geometry(block.shape, block.width, cos, sin, layout))
         return made
-
-    def norm_like(self, batch: Pack) -> torch.Tensor:
-        """An empty tensor of the model's dtype and device: what the rotary module takes them from."""
-        return torch.empty(0, dtype=self.head.dtype, device=batch.ids.device)
 
     def frozen(self, x: torch.Tensor, geometries: Sequence[Geometry]) -> torch.Tensor:
         """(T, D) embeddings -> (T, D) input of the lowest adapted layer. Call under no_grad."""
@@ -306,11 +321,6 @@ class Fast:
         if self.lowest == len(self.blocks):
             x = x[wanted]
         return _HeadNode.apply(x[inverse], self, batch.targets)
-
-
-def pack(rows: Sequence[Encoded], device: torch.device, share: bool) -> Pack:
-    """See `batches.pack`."""
-    return batches.pack(rows, device, share=share)
 
 
 def _scattered(part: torch.Tensor, wanted: torch.Tensor, rows: int) -> torch.Tensor:

@@ -117,7 +117,8 @@ class Projection:
         """dA and dB of each factor pair, in the order of `parameters`, fp32 (fp64 for fp64)."""
         if low_rank is None or lowered is None:
             return []
-        gradients, rank = [], 0
+        gradients: Gradients = []
+        rank = 0
         da = lowered.T @ x
         for factors in self.factors:
             own = slice(rank, rank + len(factors.a))

@@ -1,6 +1,6 @@
 """Which way a model's losses are computed: decided once per run, measured, and said with the reason.
 
-    fast       our own forward and backward of the Llama-shaped block (`forward.py`)
+    fast       our own forward and backward of the Llama-shaped block (`forward.py`), frozen layers from disk (`frozen.py`)
     general    transformers' own module, with our packing and loss (`batches.py`)
     one-row    transformers' own module, a row at a time: for models that do not pack exactly
 
@@ -9,14 +9,37 @@ Every path gives the same losses up to rounding; what differs is time and memory
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from sartor.models import batches
+from sartor.models import batches, kernels
+from sartor.models.attention import packing
 from sartor.models.batches import Encoded
+from sartor.models.forward import Fast
+from sartor.models.frozen import Frozen
+from sartor.models.linear import Unsupported
+
+Notice = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a run asks of a path. Nothing here changes losses, but by rounding.
+
+    fast: false takes transformers' module anyway. recompute: keep a tensor a layer and compute the rest again. share:
+    compute common beginnings of rows once. reuse_bytes: room on disk for frozen activations, 0 for none; identity: the
+    base's digest, under which they are kept.
+    """
+
+    fast: bool = True
+    recompute: bool = False
+    share: bool = True
+    reuse_bytes: int = 0
+    identity: str = ""
+    notice: Notice = field(default=lambda line: None, compare=False)
 
 
 class Path(Protocol):
@@ -32,19 +55,42 @@ class Path(Protocol):
 
 
 @dataclass
+class FastPath:
+    """Our own forward and backward."""
+
+    fast: Fast
+    device: torch.device
+    reason: str
+    share: bool
+    frozen: Frozen | None = None
+    packing_difference: float | None = None
+    name: str = "fast"
+
+    def losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Path`."""
+        batch = batches.pack(rows, self.device, share=self.share)
+        if self.frozen is None:
+            return self.fast.losses(batch), batch.weights
+        with torch.no_grad():
+            x = self.frozen.inputs(rows, batch)
+        return self.fast.tuned(x, batch, self.fast.geometries(batch)), batch.weights
+
+
+@dataclass
 class General:
     """Transformers' module, packed exactly."""
 
     model: Any
     device: torch.device
     reason: str
+    share: bool = False
     packing_difference: float | None = None
     name: str = "general"
 
     def losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Path`."""
-        batch = batches.pack(rows, self.device)
-        with batches.packing(self.model):
+        batch = batches.pack(rows, self.device, share=self.share)
+        with packing(self.model):
             return batches.pack_losses(self.model, batch), batch.weights
 
 
@@ -65,9 +111,73 @@ class OneRow:
         return losses, torch.tensor(weights, device=losses.device)
 
 
-def choose(model: Any, rows: Sequence[Encoded], device: torch.device) -> Path:
+def choose(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish = Wish()) -> Path:
     """The fastest path that is right for `model`, measured on a few of `rows`. The model should be in eval mode."""
+    try:
+        if not wish.fast:
+            raise Unsupported("compute.path is general")
+        made, why = kernels.choose(device)
+        fast = Fast(model, made, recompute=wish.recompute)
+        is_exact, difference = batches.agrees(model, rows, device, lambda few: fast.losses(batches.pack(few, device)))
+        if not is_exact:
+            raise Unsupported(f"its losses differ from the model's own by {difference:.2g} nats")
+    except Unsupported as error:
+        return _general(model, rows, device, wish, f"not the fast path: {error}")
+    family = fast.family_name
+    return FastPath(fast, device, f"{family} block by hand, {why}", wish.share, _frozen(fast, rows, device, wish), difference)
+
+
+def _frozen(fast: Fast, rows: Sequence[Encoded], device: torch.device, wish: Wish) -> Frozen | None:
+    if not (wish.reuse_bytes and 0 < fast.lowest < len(fast.blocks)):
+        return None
+    frozen = Frozen(fast, device, wish.identity, wish.reuse_bytes, wish.notice)
+    frozen.plan(rows)
+    return frozen
+
+
+def _general(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish, reason: str) -> Path:
     is_exact, difference = batches.packs_exactly(model, rows, device)
-    if is_exact:
-        return General(model, device, "transformers' own module", difference)
-    return OneRow(model, device, f"packed losses differ by {difference:.2g} nats from those of single rows", difference)
+    if not is_exact:
+        return OneRow(model, device, f"{reason}; packed losses differ by {difference:.2g} nats from single rows", difference)
+    if wish.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return General(model, device, reason, wish.share, difference)
+
+
+def prove(path: Path, rows: Sequence[Encoded]) -> dict[str, float]:
+    """How far a path's savings (shared prefixes, frozen activations) are from the plain computation on `rows`.
+
+    {loss, gradient}: norm of the difference over norm, of the losses and of the worst gradient tensor. B is 0 at a run's
+    start and would hide A's gradient, so it is set to small random numbers meanwhile.
+    """
+    if isinstance(path, FastPath):
+        plain: Path = FastPath(path.fast, path.device, "", share=False)
+        parameters = [parameter for block in path.fast.blocks for parameter in block.parameters]
+    elif isinstance(path, General):
+        plain = General(path.model, path.device, "")
+        parameters = [parameter for parameter in path.model.parameters() if parameter.requires_grad]
+    else:
+        return {"loss": 0.0, "gradient": 0.0}
+    held = [parameter.detach().clone() for parameter in parameters]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(noise * (0.02 if not parameter.any() else 0.0))
+    try:
+        (saved, saved_gradients), (full, gradients) = (_loss_and_gradients(way, rows, parameters) for way in (path, plain))
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(parameters, held, strict=True):
+                parameter.copy_(before)
+    worst = max(_apart(got, wanted) for got, wanted in zip(saved_gradients, gradients, strict=True))
+    return {"loss": _apart(saved, full), "gradient": worst}
+
+
+def _loss_and_gradients(path: Path, rows: Sequence[Encoded], parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Any]:
+    losses, weights = path.losses(rows)
+    return losses.detach(), torch.autograd.grad((losses * weights).sum() / weights.sum(), parameters)
+
+
+def _apart(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm().clamp_min(torch.finfo(wanted.dtype).tiny))

@@ -202,7 +202,7 @@ class Run:
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
         model.eval()  # a fresh adapter comes in training mode, and dropout would look like a leak between rows
-        self.path = paths.choose(model, data.train, base.device)
+        self.path = paths.choose(model, [*data.train, *data.held_out], base.device, self._wish())
 
     def train(self) -> None:
         """Update until the budget is spent."""
@@ -221,6 +221,24 @@ class Run:
                 break
         self.model.eval()
 
+    def _wish(self) -> paths.Wish:
+        """What the recipe asks of a path."""
+        compute = self.recipe.compute
+        budget, once = self.recipe.budget, self.data.tokens
+        is_one_epoch = (budget.epochs or math.inf) <= 1 or (budget.tokens or math.inf) <= once
+        return paths.Wish(
+            fast=compute.path == "auto",
+            recompute=compute.recompute,
+            share=compute.share_prefixes,
+            # what is read once is not worth storing
+            reuse_bytes=int(compute.cache_gb * 1e9) if compute.reuse_frozen and not is_one_epoch else 0,
+            identity=self.base.ref.digest,
+        )
+
+    def _cut(self, chosen: Sequence[batches.Encoded]) -> list[list[batches.Encoded]]:
+        share = self.recipe.compute.share_prefixes and self.path.name != "one-row"
+        return batches.micro_batches(chosen, self.micro_batch_tokens, share=share)
+
     def _fraction(self) -> float:
         return self.counters.fraction(self.recipe.budget, self.data.tokens, self.journal.wall_s)
 
@@ -237,7 +255,7 @@ class Run:
             group["lr"] = rate
         total_weight = sum(row.weight * row.supervised_tokens for row in chosen)
         loss_sum = 0.0
-        for micro in _micro_batches(chosen, self.micro_batch_tokens):
+        for micro in self._cut(chosen):
             losses, weights = self.path.losses(micro)
             objective = objectives.sft(losses, weights, total_weight or 1.0)
             objective.backward()  # type: ignore[no-untyped-call]
@@ -278,7 +296,7 @@ class Run:
         """Loss per supervised token on the held-out rows."""
         self.model.eval()
         total, count = 0.0, 0
-        for micro in _micro_batches(self.data.held_out, self.micro_batch_tokens):
+        for micro in self._cut(self.data.held_out):
             losses, _ = self.path.losses(micro)
             total, count = total + float(losses.sum()), count + len(losses)
         self.model.train()
@@ -295,12 +313,6 @@ def learning_rate(settings: Optimizer, fraction: float) -> float:
     if settings.schedule == "constant":
         return settings.learning_rate
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min((fraction - warm) / (1 - warm), 1)))
-
-
-def _micro_batches(chosen: Sequence[batches.Encoded], capacity: int) -> Iterator[list[batches.Encoded]]:
-    lengths = [len(row.ids) for row in chosen]
-    for group in batches.fill(lengths, max(capacity, *lengths)):
-        yield [chosen[index] for index in group]
 
 
 def _facts(recipe: Recipe, dataset: Artifact, base: Base, data: Rows, run: Run) -> dict[str, Any]:

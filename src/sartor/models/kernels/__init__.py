@@ -6,3 +6,24 @@
 
 All have the methods of `eager.Eager`. `forward.py` calls them and knows no other.
 """
+
+from __future__ import annotations
+
+import torch
+
+from sartor.models.kernels import cuda, native
+from sartor.models.kernels.allocator import keep_freed_memory
+from sartor.models.kernels.eager import Eager
+
+
+def choose(device: torch.device) -> tuple[Eager, str]:
+    """The fastest kernels for a device, and what they are, for the log."""
+    if device.type == "cuda":
+        return cuda.load()
+    if device.type == "cpu":
+        keep_freed_memory()
+        try:
+            return native.load(), native.Native.name
+        except native.NoKernels as why:
+            return Eager(), f"{Eager.name}: {why}"
+    return Eager(), Eager.name

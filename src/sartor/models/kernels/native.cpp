@@ -255,10 +255,10 @@ template <bool TA, class C>
 void product(const C* a, Long lda, const C* b, Long ldb, C* c, Long ldc, Long m, Long n, Long depth, bool add) {
   Long i = 0;
   auto at = [&](Long row) { return TA ? a + row : a + row * lda; };
-  for (; i + 4 <= m; i += 4) product_rows<C, 4, TA>(at(i), lda, b, ldb, c + i * ldc, ldc, depth, n, add);
-  if (m - i == 3) product_rows<C, 3, TA>(at(i), lda, b, ldb, c + i * ldc, ldc, depth, n, add);
-  if (m - i == 2) product_rows<C, 2, TA>(at(i), lda, b, ldb, c + i * ldc, ldc, depth, n, add);
-  if (m - i == 1) product_rows<C, 1, TA>(at(i), lda, b, ldb, c + i * ldc, ldc, depth, n, add);
+  // six rows by two vectors: twelve sums in flight hide the latency of a multiply-add, and fit sixteen registers
+  for (; i + 6 <= m; i += 6) product_rows<C, 6, TA>(at(i), lda, b, ldb, c + i * ldc, ldc, depth, n, add);
+  for (; i + 3 <= m; i += 3) product_rows<C, 3, TA>(at(i), lda, b, ldb, c + i * ldc, ldc, depth, n, add);
+  for (; i < m; ++i) product_rows<C, 1, TA>(at(i), lda, b, ldb, c + i * ldc, ldc, depth, n, add);
 }
 
 // The forest of segments of a pack (attention.py) and the layer's heads. cos, sin: (T, rotary), both halves written out.
@@ -297,7 +297,7 @@ template <class C, class F> void over_path(const Geometry<C>& g, Long segment, F
   }
 }
 
-constexpr Long TILE = 32;  // queries at once
+constexpr Long TILE = 36;  // queries at once
 
 // What one thread works in: keys and values of a path, a tile of queries, their scores.
 template <class C> struct Scratch {

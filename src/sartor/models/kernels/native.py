@@ -1,7 +1,7 @@
 """The C++ kernels: compiled once per machine and text, checked against torch's operations, called through ctypes.
 
 No build step at install. A missing or failing compiler costs speed, never function: `load` then says why and the caller
-takes `Eager`. The library goes to SARTOR_HOME/kernels under a name that holds the digest of the source, the compiler and
+takes `Eager`. The library goes to SARTOR_HOME/kernels (or the directory that SARTOR_KERNELS names) under a name that holds the digest of the source, the compiler and
 its flags, and the processor; it uses the very OpenMP runtime that torch has loaded, since two pools would fight for cores.
 """
 
@@ -158,7 +158,8 @@ def _packed(geometry: Geometry, dtype: torch.dtype) -> tuple[_Geometry, Any]:
     """The C structure, and the tensors that it points into, to be held while it is used."""
     layout, shape, compute = geometry.layout, geometry.shape, _compute(dtype)
     if "native" not in layout.kept:
-        ancestors, ends = [], []
+        ancestors: list[int] = []
+        ends: list[int] = []
         for segment in layout.segments:
             ancestors.extend(segment.ancestors)
             ends.append(len(ancestors))
@@ -200,7 +201,7 @@ def _library() -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     parts = [SOURCE.read_text(), compiler, version, str(runtime), *FLAGS, *machine, platform.machine(), _processor()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    library = folder("kernels") / f"native-{name}.so"
+    library = Path(os.environ.get("SARTOR_KERNELS") or folder("kernels")) / f"native-{name}.so"
     if not library.is_file():
         _compile([compiler, *FLAGS, *machine], runtime, library)
     return library
@@ -232,7 +233,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return "".join(next((line for line in lines if line.startswith(start)), "") for start in ("model name", "flags", "Features"))
+    return "".join(
+        next((line for line in lines if line.startswith(start)), "") for start in ("model name", "flags", "Features")
+    )
 
 
 def _openmp() -> Path | None:

@@ -1,0 +1,324 @@
+"""The fast path against transformers' own modules, and its savings against the plain computation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sartor.models import adapters, batches, paths
+from sartor.models.batches import Encoded
+from sartor.models.forward import FAMILIES, Fast
+from sartor.models.kernels import native
+from sartor.models.kernels.eager import Eager
+from sartor.models.linear import Unsupported
+
+V = 97
+SHAPE = {
+    "vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+# model_type -> class, and what makes its peculiarities show at this size
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 7}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {}),
+    "gemma2": ("Gemma2", {"sliding_window": 6, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
+                          "query_pre_attn_scalar": 8}),
+    "gemma3_text": ("Gemma3", {"sliding_window": 6, "query_pre_attn_scalar": 8}),
+    "phi3": ("Phi3", {"sliding_window": 9}),
+}  # fmt: skip
+
+
+def kernels() -> list[Eager]:
+    made: list[Eager] = [Eager()]
+    try:
+        made.append(native.load())
+    except native.NoKernels:
+        pass
+    return made
+
+
+def exact_norms(module: torch.nn.Module) -> None:
+    """Transformers' norms compute in fp32 even in an fp64 model; a proof to 1e-10 needs them in fp64."""
+    for part in module.modules():
+        if type(part).__name__.endswith("RMSNorm"):
+            offset = 1.0 if "Gemma" in type(part).__name__ else 0.0
+            eps = getattr(part, "variance_epsilon", None) or part.eps
+            part.forward = lambda x, p=part, o=offset, e=eps: (
+                x * torch.rsqrt(x.square().mean(-1, keepdim=True) + e) * (o + p.weight)
+            )
+
+
+def tuned(kind: str, dtype: torch.dtype = torch.float64, top: int | None = None, **changes: Any) -> Any:
+    """A tiny model of the kind with LoRA whose B is not 0."""
+    name, extra = MODELS[kind]
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config(**{**SHAPE, **extra, **changes})).to(dtype).requires_grad_(False)
+    for part, weight in model.named_parameters():
+        if "norm" in part or part.endswith("bias"):
+            weight.add_(torch.randn_like(weight) * 0.1)
+    made = adapters.inject_lora(
+        model, rank=4, alpha=8, dropout=0.0, targets="all-linear", seed=0, top_layers=top
+    ).eval()  # fmt: skip
+    for part, weight in made.named_parameters():
+        if "lora" in part:
+            weight.data = weight.data.to(torch.float64 if dtype == torch.float64 else torch.float32)
+            if "lora_B" in part:
+                weight.data.normal_(std=0.1)
+    if dtype == torch.float64:
+        exact_norms(made)
+    return made
+
+
+def rows(*lengths: int, head: int = 0, seed: int = 0) -> list[Encoded]:
+    """Rows of so many tokens, about half supervised; the first `head` tokens are common to all that are longer."""
+    rng = random.Random(seed)
+    common = [rng.randrange(V) for _ in range(head)]
+    made = []
+    for place, length in enumerate(lengths):
+        ids = (common + [rng.randrange(V) for _ in range(length)])[:length]
+        learnt = [rng.random() < 0.5 for _ in ids]
+        learnt[-1] = True
+        made.append(Encoded(ids, learnt, str(place), weight=rng.choice([0.5, 1.0, 2.0])))
+    return made
+
+
+def gradients(model: Any, losses: torch.Tensor) -> list[torch.Tensor]:
+    weights = torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad((losses * weights).sum(), trained, allow_unused=True)
+    return [torch.zeros_like(parameter) if grad is None else grad for grad, parameter in zip(found, trained, strict=True)]
+
+
+def apart(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).detach().norm() / wanted.detach().norm().clamp_min(1e-30))
+
+
+def worst(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    return max(apart(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+def test_every_family_in_the_table_is_tested() -> None:
+    assert set(MODELS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("made", kernels(), ids=lambda made: made.name)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_losses_and_gradients_are_transformers_own_in_fp64(kind: str, made: Eager, recompute: bool) -> None:
+    model, examples = tuned(kind), rows(20, 5, 33, 12, 1, 40)
+    wanted = batches.row_losses(model, examples, "cpu")
+    fast = Fast(model, made, recompute=recompute)
+    got = fast.losses(batches.pack(examples))
+    assert apart(got, wanted) < 1e-6  # the head of transformers' path is asked in fp64, its rotary angles in fp32
+    assert worst(gradients(model, got), gradients(model, wanted)) < 1e-6
+
+
+@pytest.mark.parametrize("made", kernels(), ids=lambda made: made.name)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_losses_are_transformers_own_at_the_precisions_that_are_trained_in(
+    kind: str, made: Eager, dtype: torch.dtype, limit: float
+) -> None:
+    model, examples = tuned(kind, dtype), rows(20, 5, 33, 12)
+    got = Fast(model, made).losses(batches.pack(examples, share=True))
+    assert apart(got, batches.row_losses(model, examples, "cpu")) < limit
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    kind=st.sampled_from(sorted(FAMILIES)),
+    lengths=st.lists(st.integers(1, 45), min_size=1, max_size=6),
+    head=st.integers(0, 30),
+    groups=st.sampled_from([1, 2, 4]),
+    window=st.sampled_from([3, 8, 100]),
+    softcap=st.sampled_from([None, 2.0, 20.0]),
+    seed=st.integers(0, 1000),
+)
+def test_shared_prefixes_change_nothing(
+    kind: str, lengths: list[int], head: int, groups: int, window: int, softcap: float | None, seed: int
+) -> None:
+    changes: dict[str, Any] = {"num_key_value_heads": groups}
+    if "sliding_window" in MODELS[kind][1]:
+        changes["sliding_window"] = window
+    if kind == "gemma2":
+        changes["attn_logit_softcapping"] = softcap
+    examples = rows(*lengths, head=head, seed=seed)
+    for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        model = tuned(kind, dtype, **changes)
+        for made in kernels():
+            fast = Fast(model, made)
+            plain, shared = (fast.losses(batches.pack(examples, share=share)) for share in (False, True))
+            if len(plain):
+                assert apart(shared, plain) <= limit
+                assert worst(gradients(model, shared), gradients(model, plain)) <= limit
+
+
+def test_shared_prefixes_are_laid_once() -> None:
+    examples = rows(40, 45, 50, head=30)
+    assert batches.pack(examples, share=True).tokens == 30 + 10 + 15 + 20
+    assert batches.pack([*examples, *examples], share=True).tokens == 30 + 10 + 15 + 20  # whole rows twice, too
+
+
+@pytest.mark.parametrize("made", kernels(), ids=lambda made: made.name)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_frozen_activations_from_disk_change_nothing(kind: str, made: Eager) -> None:
+    for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        model, examples = tuned(kind, dtype, top=1), rows(20, 5, 33, 12, 40, head=10)
+        path = fast_path(model, examples, reuse_bytes=1 << 30)
+        assert path.frozen is not None
+        proof = paths.prove(path, examples)
+        assert proof["loss"] <= limit and 0 <= proof["gradient"] <= limit
+        assert (path.frozen.computed, path.frozen.reused) == (1, 0)
+        again = fast_path(model, examples, reuse_bytes=1 << 30)
+        assert torch.equal(again.losses(examples[::-1])[0], path.losses(examples[::-1])[0])
+        assert again.frozen is not None and (again.frozen.computed, again.frozen.reused) == (0, 1)
+
+
+def fast_path(model: Any, examples: Sequence[Encoded], **wish: Any) -> paths.FastPath:
+    path = paths.choose(model, examples, torch.device("cpu"), paths.Wish(identity="base", **wish))
+    assert isinstance(path, paths.FastPath), path.reason
+    return path
+
+
+def test_a_damaged_or_foreign_file_of_activations_is_made_again() -> None:
+    from sartor.core.home import folder
+
+    model, examples = tuned("llama", torch.float32, top=1), rows(20, 30)
+    wanted = fast_path(model, examples, reuse_bytes=1 << 30).losses(examples)[0]
+    (file,) = folder("activations").glob("*/*.safetensors")
+    content = file.read_bytes()
+    for damage in (b"", content[:-5], content[:-1] + bytes([content[-1] ^ 1])):
+        file.write_bytes(damage)
+        path = fast_path(model, examples, reuse_bytes=1 << 30)
+        assert torch.equal(path.losses(examples)[0], wanted)
+        assert path.frozen is not None and path.frozen.computed == 1
+        assert len(file.read_bytes()) == len(content)
+
+
+def test_the_cache_of_activations_is_bounded_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sartor.core.home import folder
+    from sartor.models import frozen
+
+    monkeypatch.setattr(frozen, "PACK_TOKENS", 40)
+    model = tuned("llama", torch.float32, top=1)
+    said: list[str] = []
+    limit = 100 * 32 * 4 + 2000  # 100 tokens of width 32 in fp32, and room for two headers
+    for seed in range(3):
+        examples = rows(40, 40, 40, seed=seed)
+        path = fast_path(model, examples, reuse_bytes=limit, notice=said.append)
+        plain = fast_path(model, examples)
+        assert apart(path.losses(examples)[0], plain.losses(examples)[0]) < 1e-5
+        stored = sum(file.stat().st_size for file in folder("activations").glob("*/*.safetensors"))
+        assert 0 < stored <= limit
+    assert "1 are computed anew" in said[0]
+
+
+def test_nothing_is_stored_when_every_layer_is_adapted_or_rows_are_read_once() -> None:
+    examples = rows(20, 30)
+    assert fast_path(tuned("llama", torch.float32), examples, reuse_bytes=1 << 30).frozen is None
+    assert fast_path(tuned("llama", torch.float32, top=1), examples).frozen is None
+
+
+def test_layers_below_the_lowest_adapted_one_get_no_gradient_and_the_head_sees_supervised_rows_only() -> None:
+    model, examples = tuned("llama", torch.float32, top=1), rows(20, 30)
+    fast = Fast(model, Eager())
+    assert fast.lowest == 2
+    seen: list[int] = []
+    fast.kernels.cross_entropy = lambda logits, *rest: (seen.append(len(logits)), Eager().cross_entropy(logits, *rest))[1]  # type: ignore[method-assign]
+    fast.losses(batches.pack(examples)).sum().backward()
+    assert seen == [sum(row.supervised_tokens for row in examples)]
+
+
+def test_the_base_is_not_copied() -> None:
+    model = tuned("llama", torch.float32)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    fast = Fast(model, Eager())
+    attention = model.get_base_model().model.layers[0].self_attn
+    fused = fast.blocks[0].attention_in.weight()
+    for module in (attention.q_proj, attention.k_proj, attention.v_proj):
+        assert module.base_layer.weight.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "wish", "reason"),
+    [
+        ("llama", {"attention_dropout": 0.1}, {}, "the base has attention_dropout"),
+        ("llama", {"hidden_act": "relu"}, {}, "the activation 'relu'"),
+        ("llama", {}, {"fast": False}, "compute.path is general"),
+    ],
+)
+def test_what_the_fast_path_cannot_take_goes_the_general_way_and_says_why(
+    kind: str, changes: dict[str, Any], wish: dict[str, Any], reason: str
+) -> None:
+    path = paths.choose(tuned(kind, torch.float32, **changes), rows(20, 9), torch.device("cpu"), paths.Wish(**wish))
+    assert path.name == "general"
+    assert reason in path.reason
+
+
+def test_an_unknown_architecture_and_dropout_go_the_general_way() -> None:
+    config = transformers.GPTNeoXConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        bos_token_id=1, eos_token_id=2, hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    path = paths.choose(transformers.GPTNeoXForCausalLM(config).eval(), rows(20, 9), torch.device("cpu"))
+    assert path.name == "general" and "'gpt_neox' is not in the fast path's table" in path.reason
+    torch.manual_seed(0)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).requires_grad_(False)
+    dropping = adapters.inject_lora(llama, rank=4, alpha=8, dropout=0.1, targets="all-linear", seed=0).eval()
+    with pytest.raises(Unsupported, match="dropout before A"):
+        Fast(dropping, Eager())
+
+
+@pytest.mark.parametrize("made", kernels(), ids=lambda made: made.name)
+def test_a_value_that_is_not_finite_is_not_hidden(made: Eager) -> None:
+    model, examples = tuned("llama", torch.float32), rows(20, 9)
+    model.get_base_model().model.layers[1].mlp.down_proj.base_layer.weight.data[0, 0] = float("nan")
+    assert not torch.isfinite(Fast(model, made).losses(batches.pack(examples))).all()
+
+
+@pytest.mark.parametrize("compiler", [None, "false"])
+def test_without_a_compiler_torchs_operations_serve_and_say_so(
+    compiler: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("SARTOR_KERNELS", str(tmp_path))
+    monkeypatch.setattr(native, "_compilers", lambda: (compiler,))
+    native.load.cache_clear()
+    try:
+        path = fast_path(tuned("llama", torch.float32), rows(20, 9))
+        assert type(path.fast.kernels) is Eager
+        assert ("no C++ compiler" if compiler is None else "false failed") in path.reason
+    finally:
+        native.load.cache_clear()
+
+
+def test_kernels_that_compute_something_else_are_found_out() -> None:
+    made = kernels()[-1]
+    assert native.difference(made) == ""
+
+    class Wrong(Eager):
+        def glu_backward(self, d: Any, gate_up: Any, activation: str) -> Any:
+            out, gradient = Eager.glu_backward(self, d, gate_up, activation)
+            return out, gradient * 1.01
+
+    assert native.difference(Wrong()) == "glu_backward silu"
+
+
+def test_rows_of_an_update_that_begin_alike_meet_in_a_micro_batch() -> None:
+    one, other = rows(30, 32, 34, head=20, seed=1), rows(30, 32, 34, head=20, seed=2)
+    mixed = [row for pair in zip(one, other, strict=True) for row in pair]
+    cut = batches.micro_batches(mixed, 60, share=True)
+    assert sorted(len(group) for group in cut) == [3, 3]
+    assert all(batches.pack(group, share=True).tokens <= 60 for group in cut)
+    assert [row for group in batches.micro_batches(mixed, 60, share=False) for row in group] == mixed
