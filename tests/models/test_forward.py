@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -40,10 +41,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def kernels() -> list[Eager]:
     made: list[Eager] = [Eager()]
-    try:
+    with contextlib.suppress(native.NoKernels):
         made.append(native.load())
-    except native.NoKernels:
-        pass
     return made
 
 

@@ -1,8 +1,9 @@
 """The C++ kernels: compiled once per machine and text, checked against torch's operations, called through ctypes.
 
 No build step at install. A missing or failing compiler costs speed, never function: `load` then says why and the caller
-takes `Eager`. The library goes to SARTOR_HOME/kernels (or the directory that SARTOR_KERNELS names) under a name that holds the digest of the source, the compiler and
-its flags, and the processor; it uses the very OpenMP runtime that torch has loaded, since two pools would fight for cores.
+takes `Eager`. The library goes to SARTOR_HOME/kernels (or the directory that SARTOR_KERNELS names) under a name that holds
+the digest of the source, the compiler and its flags, and the processor; it uses the very OpenMP runtime that torch has
+loaded, since two pools would fight for cores.
 """
 
 from __future__ import annotations
