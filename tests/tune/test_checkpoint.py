@@ -23,7 +23,7 @@ import sartor
 from conftest import ROWS, write_jsonl
 from sartor.core.artifacts import file_digest, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, StoppedError
-from sartor.tune import checkpoint, order
+from sartor.tune import checkpoint, order, resume
 from sartor.tune.checkpoint import folder_of, newest, open_checkpoint
 from sartor.tune.resume import changed, differences
 from sartor.tune.rng import Rng, seed_all
@@ -223,6 +223,21 @@ def test_resume_without_a_checkpoint_starts_and_of_a_finished_run_returns_it(rec
     assert not folder_of(out).exists()
     with pytest.raises(ConfigError, match="is of another run: recipe method.rank: 8 -> 4"):
         tune({**recipe, "method": {**recipe["method"], "rank": 4}}, out, resume=True)
+
+
+def test_a_checkpoint_that_another_process_went_on_from_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path
+) -> None:
+    killed(monkeypatch, recipe, out, update=3)
+    before = resume.finished
+
+    def meanwhile(*arguments: Any) -> Any:
+        (folder_of(out) / "update-00000002").rename(out.with_name("gone"))
+        return before(*arguments)
+
+    monkeypatch.setattr(resume, "finished", meanwhile)
+    with pytest.raises(ConfigError, match="another process went on from .*update-00000002 meanwhile"):
+        tune(recipe, out, resume=True)
 
 
 def test_a_run_that_was_to_replace_an_adapter_replaces_just_that_one(

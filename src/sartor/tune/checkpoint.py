@@ -163,7 +163,8 @@ def sweep(folder: Path, found: Found) -> None:
     for leftover in folder.glob(".update-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for path, _ in found.invalid:
-        _remove(path)
+        if path.exists():
+            _remove(path)
 
 
 def clear(folder: Path) -> None:

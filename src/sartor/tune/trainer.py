@@ -115,6 +115,8 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
 
     def fill(part: Path) -> Mapping[str, Any]:
         # the writer's lock is held from here on, so that what is removed is nobody's
+        if checkpoint and not checkpoint.path.is_dir():
+            raise ConfigError(f"another process went on from {checkpoint.path} meanwhile", "the same command again")
         clear(saver.folder) if replace else sweep(saver.folder, work.found)
         with full_disk(f"{out} could not be written"):
             with Journal(part / "log.jsonl", show=show, **so_far) as journal:
