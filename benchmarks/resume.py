@@ -32,7 +32,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 KILLS = 20
 MOST_ATTEMPTS = 4 * KILLS
-ROWS, UPDATES, BATCH_ROWS = 240, 60, 4
+ROWS, UPDATES, BATCH_ROWS = 240, 40, 4
 WORDS = "kitchen hall attic garage patio office cellar porch den loft on off up down warm cold slow fast red blue"
 TRL_HELP = "make it with: python benchmarks/peers/venvs.py trl (or SARTOR_PEERS=DIR)"
 

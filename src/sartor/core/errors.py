@@ -65,9 +65,11 @@ class ModelError(InputError):
 
 
 class StoppedError(SartorError):
-    """A signal ended the work; what was done is saved, and can be gone on from. `number`: the signal's."""
+    """A signal ended the work; what was done is saved, and can be gone on from. `number`: the signal's, by default SIGINT's."""
 
-    def __init__(self, problem: str, remedy: str, number: int) -> None:
+    exit_code = 130
+
+    def __init__(self, problem: str, remedy: str, number: int = 2) -> None:
         super().__init__(problem, remedy)
         self.exit_code = 128 + number
 

@@ -111,13 +111,13 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
     unchanging = {"fingerprint": work.fingerprint, "environment": environment, "replaces": replaces}
     saver = Saver(folder_of(out), recipe.checkpoints, unchanging, checkpoint)
     resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else resolve(recipe)
-    so_far = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
 
     def fill(part: Path) -> Mapping[str, Any]:
         # the writer's lock is held from here on, so that what is removed is nobody's
         if checkpoint and not checkpoint.path.is_dir():
             raise ConfigError(f"another process went on from {checkpoint.path} meanwhile", "the same command again")
         clear(saver.folder) if replace else sweep(saver.folder, work.found)
+        so_far = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
         with full_disk(f"{out} could not be written"):
             with Journal(part / "log.jsonl", show=show, **so_far) as journal:
                 run = Run(recipe, base, model, work.data, journal, saver, resolved)
