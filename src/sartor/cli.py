@@ -57,16 +57,17 @@ def curate(recipe: Path, *flags: Flags, out: Path, strict: REPLACE = False, repl
 
 
 @app.command
-def tune(recipe: Path, *flags: Flags, out: Path, replace: REPLACE = False) -> Any:
+def tune(recipe: Path, *flags: Flags, out: Path, resume: REPLACE = False, replace: REPLACE = False) -> Any:
     """Dataset -> Adapter: fine-tune a base. Options of the recipe can be given as flags (--method.rank 8).
 
     Parameters
     ----------
     recipe: YAML file
     out: directory of the new Adapter
-    replace: replace the Adapter that stands there
+    resume: go on from the newest checkpoint of a run that was stopped or killed
+    replace: start over, and replace the Adapter that stands there
     """
-    return sartor.tune(sartor.load_recipe(recipe, flags), out, replace=replace, notice=_notice)
+    return sartor.tune(sartor.load_recipe(recipe, flags), out, resume=resume, replace=replace, notice=_notice)
 
 
 @app.command

@@ -47,7 +47,8 @@ def test_every_error_has_an_exit_code_a_place_in_the_drawing_and_carries_a_remed
         made = kind("too much", "less")
         assert (made.problem, made.remedy, made.kind) == ("too much", "less", kind.__name__)
         assert kind.__name__ in (errors.__doc__ or "")
-        assert kind is errors.SartorError or 2 <= kind.exit_code <= 6
+        assert kind is errors.SartorError or 2 <= kind.exit_code <= 6 or kind is errors.StoppedError
+    assert [errors.StoppedError("a", "b", number).exit_code for number in (2, 15)] == [130, 143]
 
 
 def test_a_lost_or_broken_catalogue_costs_one_index(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceErr
 from sartor.models import batches
 from sartor.tune import objectives, order
 from sartor.tune.recipe import Optimizer
-from sartor.tune.trainer import Counters, learning_rate
+from sartor.tune.run import Counters, learning_rate
 
 
 def tune(recipe: dict[str, Any], out: Path, **changes: Any) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     path = path.absolute()
     check_free(path, replace=replace)
     _make_parent(path)
-    with _writer_lock(path):
+    with writer_lock(path):
         _remove_leftovers(path)
         part = path.parent / f".{path.name}.part-{os.getpid()}-{time.monotonic_ns():x}"
         part.mkdir()
@@ -139,7 +139,7 @@ def _make_parent(path: Path) -> None:
 
 
 @contextmanager
-def _writer_lock(path: Path) -> Iterator[None]:
+def writer_lock(path: Path) -> Iterator[None]:
     """Two writers of one name: the second is refused at once. The lock file goes with the process that holds it."""
     lock = FileLock(path.parent / f".{path.name}.lock")
     try:

@@ -6,6 +6,7 @@
     |   |-- SourceError                   ... a file or row of training data
     |   |-- ArtifactError                 ... a Dataset, Adapter, Report or Release: tampered, truncated, foreign
     |   `-- ModelError                    ... a base, tokenizer or adapter weights
+    |-- StoppedError           130, 143   a signal ended the work; what was done is saved
     |-- BudgetError                  4    memory, disk or time cannot hold it
     |-- RefusedError                 5    somebody's rule says no
     |   |-- GateError                     ... a release gate
@@ -61,6 +62,16 @@ class ArtifactError(InputError):
 
 class ModelError(InputError):
     """A base, tokenizer or adapter cannot be opened, or does not fit."""
+
+
+class StoppedError(SartorError):
+    """A signal ended the work; what was done is saved, and can be gone on from. `number`: the signal's, by default SIGINT's."""
+
+    exit_code = 130
+
+    def __init__(self, problem: str, remedy: str, number: int = 2) -> None:
+        super().__init__(problem, remedy)
+        self.exit_code = 128 + number
 
 
 class BudgetError(SartorError):

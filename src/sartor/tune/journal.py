@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ def peak_memory_bytes() -> int:
 
 
 class Journal:
-    """Writes `log.jsonl` and drives the progress line (stderr). Use as a context manager."""
+    """Writes `log.jsonl` and drives the progress line (stderr). Use as a context manager.
 
-    def __init__(self, file: Path, *, show: bool = True) -> None:
-        self.lines: list[dict[str, Any]] = []
+    lines, wall_s: what a run that is resumed had said and used up to its checkpoint; the log and the clock go on there.
+    """
+
+    def __init__(self, file: Path, *, show: bool = True, lines: Sequence[dict[str, Any]] = (), wall_s: float = 0.0) -> None:
+        self.lines: list[dict[str, Any]] = list(lines)
         self._stream = file.open("w", encoding="utf-8")
-        self._began = time.monotonic()
+        self._stream.writelines(json.dumps(line) + "\n" for line in self.lines)
+        self._began = time.monotonic() - wall_s
         columns = [TextColumn("tune"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn()]
         self._progress = Progress(*columns, console=Console(stderr=True), disable=not show, transient=False)
         self._task = self._progress.add_task("tune", total=1.0, said="first update ...")
@@ -41,8 +46,13 @@ class Journal:
 
     @property
     def wall_s(self) -> float:
-        """Seconds since the journal was opened."""
+        """Seconds since the run began, without the time between a kill and its resumption."""
         return time.monotonic() - self._began
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Most memory that any process of this run has held resident."""
+        return max([peak_memory_bytes(), *(line["memory_bytes"] for line in self.lines if "memory_bytes" in line)])
 
     def note(self, **facts: Any) -> None:
         """One JSON line: what happened, after how many seconds."""

@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 
-def updates(lengths: Sequence[int], batch_tokens: int, seed: int) -> Iterator[list[int]]:
+@dataclass(frozen=True)
+class Position:
+    """A place between two updates: rows of this epoch that are used, and epochs before it."""
+
+    epoch: int = 0
+    place: int = 0
+
+    def after(self, used: int, rows: int) -> Position:
+        """The position when `used` more rows of an epoch of `rows` are used."""
+        place = self.place + used
+        return Position(self.epoch, place) if place < rows else Position(self.epoch + 1)
+
+
+START = Position()
+
+
+def updates(lengths: Sequence[int], batch_tokens: int, seed: int, start: Position = START) -> Iterator[list[int]]:
     """Endless updates: lists of row indices, each epoch a fresh shuffle, rows added until `batch_tokens` is reached.
 
-    lengths: tokens per row. An update never mixes epochs, so the last of an epoch may be small.
+    lengths: tokens per row. start: a position between two updates; what follows is what followed there. An update never
+    mixes epochs, so the last of an epoch may be small.
     """
-    epoch = 0
+    position = start
     while True:
         order = list(range(len(lengths)))
-        random.Random(seed * 1_000_003 + epoch).shuffle(order)
+        random.Random(seed * 1_000_003 + position.epoch).shuffle(order)
         chosen: list[int] = []
         tokens = 0
-        for row in order:
+        for row in order[position.place :]:
             chosen.append(row)
             tokens += lengths[row]
             if tokens >= batch_tokens:
@@ -25,4 +43,4 @@ def updates(lengths: Sequence[int], batch_tokens: int, seed: int) -> Iterator[li
                 chosen, tokens = [], 0
         if chosen:
             yield chosen
-        epoch += 1
+        position = Position(position.epoch + 1)

@@ -7,29 +7,26 @@ The base is frozen; only the adapter's fp32 factors have gradients and optimiser
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-import math
-import random
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sartor.core import catalogue, config, lineage, rows
-from sartor.core.artifacts import Artifact, check_free, open_artifact, write_artifact
-from sartor.core.errors import ModelError, SourceError
-from sartor.core.holdout import held_out_groups
-from sartor.core.records import Example
-from sartor.models import adapters, batches, paths
+from sartor.core import catalogue, config, lineage
+from sartor.core.artifacts import Artifact, open_artifact, write_artifact, writer_lock
+from sartor.core.errors import ConfigError
+from sartor.models import adapters
 from sartor.models.base import Base, machine, open_base
-from sartor.models.chat import Chat
-from sartor.tune import objectives, order
-from sartor.tune.journal import Journal, peak_memory_bytes, plot_losses
-from sartor.tune.recipe import Budget, Data, Optimizer, Recipe
+from sartor.tune import resume as resumption
+from sartor.tune.checkpoint import Found, Saver, clear, folder_of, full_disk, sweep
+from sartor.tune.journal import Journal, plot_losses
+from sartor.tune.recipe import Recipe
 from sartor.tune.recipe import load as load_recipe
+from sartor.tune.rows import Rows, encode_rows
+from sartor.tune.run import Resolved, Run, resolve
+from sartor.tune.signals import Signals
 
 Notice = Callable[[str], object]
 
@@ -46,48 +43,11 @@ class Tuned:
         return {"adapter": str(self.adapter.path), **run}
 
 
-@dataclass
-class Rows:
-    """A Dataset as tokens: what is trained on, what is held out, and what was left out with the reason."""
-
-    train: list[batches.Encoded] = field(default_factory=list)
-    held_out: list[batches.Encoded] = field(default_factory=list)
-    left_out: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the training rows."""
-        return sum(len(row.ids) for row in self.train)
-
-    @property
-    def supervised_tokens(self) -> int:
-        """Tokens of the training rows that get a loss."""
-        return sum(row.supervised_tokens for row in self.train)
-
-
-@dataclass
-class Counters:
-    """How far a run has come."""
-
-    updates: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-
-    def fraction(self, budget: Budget, epoch_tokens: int, wall_s: float) -> float:
-        """How much of the budget is used, 0..1: of its limits the one that is nearest."""
-        limits = [
-            (self.updates, budget.updates),
-            (self.tokens, budget.tokens),
-            (self.tokens / epoch_tokens, budget.epochs),
-            (wall_s / 60, budget.minutes),
-        ]
-        return max(used / limit for used, limit in limits if limit is not None)
-
-
 def tune(
     recipe: Recipe | Mapping[str, Any] | Path | str,
     out: Path | str,
     *,
+    resume: bool = False,
     replace: bool = False,
     show: bool = True,
     notice: Notice = lambda line: None,
@@ -95,81 +55,87 @@ def tune(
     """Fine-tune a base on a Dataset and write the Adapter to `out`.
 
     `recipe` is a Recipe, a mapping in its form, or the path of a YAML file. `notice` is told, in lines, what is about to
-    be trained. Raises ConfigError (recipe, taken `out`), ArtifactError (Dataset), ModelError (base; a loss that is not
-    finite), SourceError (no row that could be learnt from).
+    be trained. While it goes, its state is saved in `OUT.checkpoints`; `resume` goes on from there, to the bits that an
+    uninterrupted run gives, and returns an Adapter that is finished already; `replace` starts over.
+
+    Raises ConfigError (recipe, taken `out`, a checkpoint of another recipe, Dataset or base), ArtifactError (Dataset),
+    ModelError (base; a loss that is not finite or has exploded), SourceError (no row that could be learnt from),
+    StoppedError (SIGTERM or Ctrl-C, after a save), MissingError (a full disk).
     """
     recipe = load_recipe(recipe)
-    out = Path(out)
-    check_free(out.absolute(), replace=replace)
+    out = Path(out).absolute()
+    found = resumption.look(out, resume=resume, replace=replace, notice=notice)
     dataset = open_artifact(recipe.data.path, "dataset")
     chosen = recipe.base
     base = open_base(chosen.name, revision=chosen.revision, licence=chosen.licence, bits=chosen.bits, notice=notice)
     data = encode_rows(dataset, recipe, base.chat)
-    model = adapters.inject_lora(
-        base.model,
-        rank=recipe.method.rank,
-        alpha=recipe.method.alpha,
-        dropout=recipe.method.dropout,
-        targets=recipe.method.targets.modules,
-        top_layers=recipe.method.targets.top,
-        seed=recipe.seed,
-    )
-    for line in describe(data, base, model):
-        notice(line)
-
-    def fill(part: Path) -> Mapping[str, Any]:
-        with Journal(part / "log.jsonl", show=show) as journal:
-            run = Run(recipe, base, model, data, journal)
-            run.train()
-        plot_losses(journal.lines, part / "loss.png")
-        adapters.write_adapter(model, part, base.ref.name)
-        return _facts(recipe, dataset, base, data, run)
-
-    adapter = write_artifact(out, "adapter", fill, replace=replace)
-    catalogue.register(adapter)
+    work = Work(recipe, dataset, base, data, found, resumption.fingerprint(recipe, dataset, base, data))
+    if resume and (adapter := resumption.finished(out, found, work.fingerprint)):
+        notice(f"{out} is finished: nothing is left to do")
+    else:
+        adapter = _tune(work, out, replace=replace, show=show, notice=notice)
+    # only the holder of the name may clear: another run may be starting over
+    with contextlib.suppress(ConfigError), writer_lock(out):
+        clear(folder_of(out))
     return Tuned(adapter)
 
 
-def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat) -> Rows:
-    """The Dataset's rows as tokens. A row that is too long, refused by the template or without a supervised token is
-    left out and counted. Raises SourceError when nothing is left to learn from.
-    """
-    examples = _hold_out(list(rows.read_examples(dataset)), recipe.data, recipe.seed)
-    data = Rows()
-    for example in examples:
-        try:
-            row = chat.encode(example)
-        except SourceError as error:
-            data.left_out.setdefault(f"template: {error.problem[:120]}", []).append(example.id)
-            continue
-        if len(row.ids) > recipe.data.max_length_tokens:
-            data.left_out.setdefault("too_long", []).append(example.id)
-        elif not row.supervised_tokens:
-            data.left_out.setdefault("nothing_supervised", []).append(example.id)
-        else:
-            (data.train if example.split == "train" else data.held_out).append(row)
-    if recipe.data.rows:
-        beyond = data.train[recipe.data.rows :]
-        data.train = data.train[: recipe.data.rows]
-        if beyond:
-            data.left_out["beyond_data_rows"] = [row.example_id for row in beyond]
-    # A fixed sample, so that the held-out loss of two runs on one Dataset compares
-    data.held_out = random.Random(0).sample(data.held_out, min(recipe.data.eval_rows, len(data.held_out)))
-    if not data.supervised_tokens:
-        reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in data.left_out.items()) or "the Dataset has none"
-        raise SourceError(
-            f"no training row with a supervised token is left ({reasons})",
-            f"raise data.max_length_tokens (now {recipe.data.max_length_tokens}) or look at the rows of {dataset.path}",
-        )
-    return data
+@dataclass(frozen=True)
+class Work:
+    """What a run works on, opened and compared with what stands on disk."""
+
+    recipe: Recipe
+    dataset: Artifact
+    base: Base
+    data: Rows
+    found: Found
+    fingerprint: dict[str, Any]
 
 
-def _hold_out(examples: list[Example], data: Data, seed: int) -> list[Example]:
-    """Split by group as `data` says, if the Dataset itself holds out nothing."""
-    if not data.eval_fraction or any(example.split == "eval" for example in examples):
-        return examples
-    held_out = held_out_groups((example.group for example in examples), data.eval_fraction, seed)
-    return [replace(example, split="eval") if example.group in held_out else example for example in examples]
+def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -> Artifact:
+    recipe, base, checkpoint = work.recipe, work.base, work.found.checkpoint
+    method = recipe.method
+    model = adapters.inject_lora(
+        base.model,
+        rank=method.rank,
+        alpha=method.alpha,
+        dropout=method.dropout,
+        targets=method.targets.modules,
+        top_layers=method.targets.top,
+        seed=recipe.seed,
+    )
+    for line in describe(work.data, base, model):
+        notice(line)
+    environment = resumption.environment(base)
+    replaces = checkpoint.manifest["replaces"] if checkpoint else resumption.standing_id(out) if replace else ""
+    unchanging = {"fingerprint": work.fingerprint, "environment": environment, "replaces": replaces}
+    saver = Saver(folder_of(out), recipe.checkpoints, unchanging, checkpoint)
+    resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else resolve(recipe)
+
+    def fill(part: Path) -> Mapping[str, Any]:
+        # the writer's lock is held from here on, so that what is removed is nobody's
+        if checkpoint and not checkpoint.path.is_dir():
+            raise ConfigError(f"another process went on from {checkpoint.path} meanwhile", "the same command again")
+        clear(saver.folder) if replace else sweep(saver.folder, work.found)
+        so_far = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
+        with full_disk(f"{out} could not be written"):
+            with Journal(part / "log.jsonl", show=show, **so_far) as journal:
+                run = Run(recipe, base, model, work.data, journal, saver, resolved)
+                if checkpoint:
+                    run.restore(checkpoint)
+                    notice(f"going on after update {checkpoint.update}, from {checkpoint.path}")
+                    here = {**environment, "path": run.path.name}
+                    for line in resumption.changed({**checkpoint.manifest["environment"], **checkpoint.manifest}, here):
+                        notice(line)
+                with Signals(notice) as signals:
+                    run.train(signals)
+            plot_losses(journal.lines, part / "loss.png")
+            adapters.write_adapter(model, part, base.ref.name)
+        return _facts(work, run)
+
+    adapter = write_artifact(out, "adapter", fill, replace=replace or bool(replaces))
+    catalogue.register(adapter)
+    return adapter
 
 
 def describe(data: Rows, base: Base, model: Any) -> Iterator[str]:
@@ -187,155 +153,30 @@ def describe(data: Rows, base: Base, model: Any) -> Iterator[str]:
         yield "the base has no chat template; a plain one is used (models/chat.py)"
 
 
-class Run:
-    """The state of one run: model, optimiser, counters. `train` goes through the budget."""
-
-    def __init__(self, recipe: Recipe, base: Base, model: Any, data: Rows, journal: Journal) -> None:
-        self.recipe, self.base, self.model, self.data, self.journal = recipe, base, model, data, journal
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        settings = recipe.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=base.device.type != "mps"
-        )
-        # auto is settled by the forecast (forecast.py)
-        self.micro_batch_tokens = 2048 if recipe.compute.micro_batch_tokens == "auto" else recipe.compute.micro_batch_tokens
-        self.counters = Counters()
-        self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
-        model.eval()  # a fresh adapter comes in training mode, and dropout would look like a leak between rows
-        self.path = paths.choose(model, [*data.train, *data.held_out], base.device, self._wish())
-
-    def train(self) -> None:
-        """Update until the budget is spent."""
-        self.journal.note(path=self.path.name, reason=self.path.reason, packing_difference_nats=self.path.packing_difference)
-        torch.manual_seed(self.recipe.seed)
-        next_evaluation = self._evaluation_points()
-        self.model.train()
-        lengths = [len(row.ids) for row in self.data.train]
-        for chosen in order.updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed):
-            self._update([self.data.train[index] for index in chosen])
-            fraction = self._fraction()
-            if next_evaluation and fraction >= next_evaluation[0]:
-                next_evaluation = [point for point in next_evaluation if point > fraction]
-                self._evaluate()
-            if fraction >= 1:
-                break
-        self.model.eval()
-
-    def _wish(self) -> paths.Wish:
-        """What the recipe asks of a path."""
-        compute = self.recipe.compute
-        budget, once = self.recipe.budget, self.data.tokens
-        is_one_epoch = (budget.epochs or math.inf) <= 1 or (budget.tokens or math.inf) <= once
-        return paths.Wish(
-            fast=compute.path == "auto",
-            recompute=compute.recompute,
-            share=compute.share_prefixes,
-            # what is read once is not worth storing
-            reuse_bytes=int(compute.cache_gb * 1e9) if compute.reuse_frozen and not is_one_epoch else 0,
-            identity=self.base.ref.digest,
-        )
-
-    def _cut(self, chosen: Sequence[batches.Encoded]) -> list[list[batches.Encoded]]:
-        share = self.recipe.compute.share_prefixes and self.path.name != "one-row"
-        return batches.micro_batches(chosen, self.micro_batch_tokens, share=share)
-
-    def _fraction(self) -> float:
-        return self.counters.fraction(self.recipe.budget, self.data.tokens, self.journal.wall_s)
-
-    def _evaluation_points(self) -> list[float]:
-        count = self.recipe.evaluations if self.data.held_out else 0
-        return [(place + 1) / count for place in range(count)]
-
-    def _update(self, chosen: Sequence[batches.Encoded]) -> None:
-        """One optimiser update over whole rows, computed in micro-batches."""
-        began = time.monotonic()
-        settings = self.recipe.optimizer
-        rate = learning_rate(settings, self._fraction())
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        total_weight = sum(row.weight * row.supervised_tokens for row in chosen)
-        loss_sum = 0.0
-        for micro in self._cut(chosen):
-            losses, weights = self.path.losses(micro)
-            objective = objectives.sft(losses, weights, total_weight or 1.0)
-            objective.backward()  # type: ignore[no-untyped-call]
-            loss_sum += float(objective.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm))
-        if not (math.isfinite(loss_sum) and math.isfinite(norm)):
-            ids = ", ".join(row.example_id for row in chosen[:8])
-            raise ModelError(
-                f"update {self.counters.updates + 1}: the loss is {loss_sum}, the gradient's norm {norm}; rows {ids}",
-                f"look at these rows, or lower optimizer.learning_rate (now {settings.learning_rate:g})",
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._count(chosen, loss_sum, norm, rate, time.monotonic() - began)
-
-    def _count(self, chosen: Sequence[batches.Encoded], loss: float, norm: float, rate: float, seconds: float) -> None:
-        counters = self.counters
-        tokens = sum(len(row.ids) for row in chosen)
-        counters.updates += 1
-        counters.tokens += tokens
-        counters.supervised_tokens += sum(row.supervised_tokens for row in chosen)
-        if self.losses["first"] is None:
-            self.losses["first"] = loss
-        self.losses["last"] = loss
-        self.journal.note(
-            update=counters.updates,
-            loss=loss,
-            grad_norm=norm,
-            learning_rate=rate,
-            tokens=tokens,
-            tokens_per_s=round(tokens / seconds, 1),
-            memory_bytes=peak_memory_bytes(),
-        )
-        self.journal.show(self._fraction(), loss, counters.tokens / self.journal.wall_s)
-
-    @torch.no_grad()
-    def _evaluate(self) -> None:
-        """Loss per supervised token on the held-out rows."""
-        self.model.eval()
-        total, count = 0.0, 0
-        for micro in self._cut(self.data.held_out):
-            losses, _ = self.path.losses(micro)
-            total, count = total + float(losses.sum()), count + len(losses)
-        self.model.train()
-        self.losses["eval"] = total / count
-        self.journal.note(update=self.counters.updates, eval_loss=total / count)
-
-
-def learning_rate(settings: Optimizer, fraction: float) -> float:
-    """The rate at a fraction (0..1) of the budget: linear warm-up, then a half cosine to 0 (or constant)."""
-    warm = settings.warmup_fraction
-    if fraction < warm:
-        # begins above 0: the first update must not be a no-op
-        return settings.learning_rate * max(fraction / warm, 0.05)
-    if settings.schedule == "constant":
-        return settings.learning_rate
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min((fraction - warm) / (1 - warm), 1)))
-
-
-def _facts(recipe: Recipe, dataset: Artifact, base: Base, data: Rows, run: Run) -> dict[str, Any]:
+def _facts(work: Work, run: Run) -> dict[str, Any]:
     """The manifest of the Adapter."""
     trained, everything = adapters.trainable(run.model)
     counters, wall_s = run.counters, run.journal.wall_s
+    dataset, base = work.dataset, work.base
     return {
         "base": base.as_manifest(),
-        "recipe": config.dump(recipe),
+        "recipe": config.dump(work.recipe),
         "parents": [dataset.as_parent()],
         "sources": dataset.manifest["sources"],
         "licence": lineage.combine([dataset.licence, base.ref.licence]),
-        "left_out": data.left_out,
+        "left_out": work.data.left_out,
+        "fingerprint": {name: digest for name, digest in work.fingerprint.items() if name != "recipe"},
         "run": {
             "updates": counters.updates,
             "tokens": counters.tokens,
             "supervised_tokens": counters.supervised_tokens,
             "tokens_per_s": round(counters.tokens / wall_s, 1),
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": run.journal.peak_memory_bytes,
             "loss": run.losses,
             "trainable": trained,
             "trainable_fraction": trained / everything,
             "wall_s": round(wall_s, 2),
+            "resumed_at": [line["resumed_at"] for line in run.journal.lines if "resumed_at" in line],
             "path": run.path.name,
             "path_reason": run.path.reason,
             "packed": run.path.name != "one-row",

@@ -1,0 +1,227 @@
+"""Exact resume: the whole state of a run as a directory beside its output, written whole or not at all.
+
+    OUT.checkpoints/
+      update-00000042/
+        checkpoint.json       schema, fingerprint, position, counters, ...; sha256 of the other files; digest of itself
+        state.safetensors     adapter.*  optimizer.*  rng.*
+        log.jsonl             the journal up to there
+      .update-00000043.part-PID/   a save that a kill cut short: never read, removed by the next run
+
+A save goes to the hidden sibling, is fsynced and renamed. Opening checks schema, digests and shapes, so a truncated or
+changed checkpoint is never gone on from: the one before it is. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from sartor.core.artifacts import file_digest, fsync_directory, manifest_id
+from sartor.core.errors import ArtifactError, MissingError
+from sartor.tune.recipe import Checkpoints
+
+SCHEMA = 1
+MANIFEST, STATE, LOG = "checkpoint.json", "state.safetensors", "log.jsonl"
+_NAME = re.compile(r"update-(\d{8,})$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened, checked checkpoint."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def update(self) -> int:
+        """Updates that are done."""
+        return int(self.manifest["counters"]["updates"])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything in `state.safetensors`, on the CPU, each in memory of its own."""
+        return {name: tensor.clone() for name, tensor in load_file(self.path / STATE).items()}
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The journal up to there."""
+        return [json.loads(line) for line in (self.path / LOG).read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass
+class Found:
+    """What lies in a folder of checkpoints: the newest valid one, and newer ones that are not whole, with the reason."""
+
+    checkpoint: Checkpoint | None = None
+    invalid: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def folder_of(out: Path) -> Path:
+    """Where the checkpoints of the run that writes `out` lie."""
+    return out.with_name(out.name + ".checkpoints")
+
+
+def newest(folder: Path) -> Found:
+    """The newest valid checkpoint in `folder`, which may be absent."""
+    found = Found()
+    for path in reversed(_all(folder)):
+        try:
+            found.checkpoint = open_checkpoint(path)
+        except ArtifactError as error:
+            found.invalid.append((path, error.problem))
+        else:
+            break
+    return found
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Check every byte of a checkpoint. Raises ArtifactError with what differs: schema, digest, size, tensors."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+            found = manifest.get("schema") if isinstance(manifest, dict) else None
+            raise _invalid(path, f"its schema is {found}; this version of Sartor reads {SCHEMA}")
+        if manifest_id(manifest) != manifest.get("id"):
+            raise _invalid(path, f"{MANIFEST} was changed")
+        for name, said in manifest["files"].items():
+            size = (path / name).stat().st_size
+            if size != said["bytes"]:
+                raise _invalid(path, f"{name} has {size:,} bytes, not {said['bytes']:,}")
+            if file_digest(path / name) != said["sha256"]:
+                raise _invalid(path, f"{name} was changed: its sha256 is not the one in {MANIFEST}")
+        with safetensors.safe_open(path / STATE, "pt") as held:
+            shapes = {name: list(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118  # no mapping
+        if shapes != manifest["tensors"]:
+            raise _invalid(path, f"{STATE} holds other tensors than {MANIFEST} lists")
+    except FileNotFoundError as error:
+        raise _invalid(path, f"{Path(error.filename).name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+        raise _invalid(path, f"it cannot be read: {str(error)[:200]}") from None
+    return Checkpoint(path, manifest)
+
+
+def save(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], lines: Sequence[Any]) -> Checkpoint:
+    """Write the checkpoint of `facts["counters"]["updates"]` updates; it is there whole, or not at all.
+
+    Raises MissingError when the disk is full; what was saved before stays as it is.
+    """
+    path = folder / f"update-{facts['counters']['updates']:08d}"
+    part = folder / f".{path.name}.part-{os.getpid()}"
+    try:
+        with full_disk(f"the checkpoint {path} could not be written; those before it are whole"):
+            part.mkdir(parents=True)
+            _write(part, tensors, facts, lines)
+            if path.exists():  # only one that was found invalid
+                shutil.rmtree(path)
+            os.replace(part, path)
+            fsync_directory(folder)
+            fsync_directory(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Checkpoint(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+
+
+def _write(part: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], lines: Sequence[Any]) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part / STATE)
+    (part / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "checkpoint",
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **facts,
+        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "files": {name: {"sha256": file_digest(part / name), "bytes": (part / name).stat().st_size} for name in (STATE, LOG)},
+    }
+    manifest = json.loads(json.dumps(manifest))  # as a reader will see it: tuples are lists, keys are text
+    manifest["id"] = manifest_id(manifest)
+    (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for name in (STATE, LOG, MANIFEST):
+        with (part / name).open("rb+") as stream:
+            os.fsync(stream.fileno())
+    fsync_directory(part)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for path in _all(folder)[:-keep]:
+        _remove(path)
+
+
+def sweep(folder: Path, found: Found) -> None:
+    """Remove what a kill left in `folder`, and the checkpoints that were found invalid. The writer's lock must be held."""
+    for leftover in folder.glob(".update-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for path, _ in found.invalid:
+        if path.exists():
+            _remove(path)
+
+
+def clear(folder: Path) -> None:
+    """Remove `folder` and every checkpoint in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Under a hidden name first, so that a kill in the middle leaves no half checkpoint under a good name."""
+    hidden = path.with_name(f".{path.name}.old-{os.getpid()}")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _all(folder: Path) -> list[Path]:
+    """Every checkpoint's path, the oldest first, whole or not."""
+    if not folder.is_dir():
+        return []
+    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.match(path.name))]
+    return [path for _, path in sorted(numbered)]
+
+
+@contextlib.contextmanager
+def full_disk(problem: str) -> Iterator[None]:
+    """Turn every way in which a full disk shows itself into a MissingError with a remedy."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        # safetensors wraps the system's error in text
+        code = getattr(error, "errno", None) or next(iter(map(int, re.findall(r"os error (\d+)", str(error)))), None)
+        if code not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise MissingError(f"the disk is full: {problem}", "free some space, then add --resume") from error
+
+
+def _invalid(path: Path, why: str) -> ArtifactError:
+    return ArtifactError(f"the checkpoint {path} is not whole: {why}", "remove it; the one before it is used")
+
+
+class Saver:
+    """When a run saves its state, and what of it never changes while the run goes."""
+
+    def __init__(self, folder: Path, settings: Checkpoints, facts: Mapping[str, Any], start: Checkpoint | None) -> None:
+        self.folder, self.settings, self.facts = folder, settings, facts
+        self._saved_update = start.update if start else 0
+        self._saved_at = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `checkpoints.every_minutes` have passed since the last save."""
+        return time.monotonic() - self._saved_at >= self.settings.every_minutes * 60
+
+    def save(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], lines: Sequence[Any]) -> None:
+        """Save, unless just this state is saved already; then prune."""
+        update = int(facts["counters"]["updates"])
+        if update == self._saved_update and update:
+            return
+        save(self.folder, tensors, {**self.facts, **facts}, lines)
+        self._saved_update, self._saved_at = update, time.monotonic()
+        prune(self.folder, self.settings.keep)

@@ -1,0 +1,129 @@
+"""Whether a run begins, goes on or is finished: what stands at the output and beside it, against what is asked now."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sartor.core import config, records
+from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact, read_manifest
+from sartor.core.errors import ArtifactError, ConfigError
+from sartor.models.base import Base
+from sartor.tune.checkpoint import Found, folder_of, newest
+from sartor.tune.recipe import Recipe
+from sartor.tune.rows import Rows
+
+# Options that may differ between a run and its resumption: when state is saved, and where the same bytes are found (the
+# Dataset and the base are compared by digest).
+FREE_OPTIONS = ("checkpoints.", "data.path", "base.name", "base.revision")
+
+
+def look(out: Path, *, resume: bool, replace: bool, notice: Callable[[str], object]) -> Found:
+    """What is there to go on from, before anything takes long.
+
+    Raises ConfigError when `out` is taken, or when an unfinished run is there and neither flag says what to do with it.
+    """
+    if resume and replace:
+        raise ConfigError("--resume goes on and --replace starts over; both were given", "give one of them")
+    if replace:
+        check_free(out, replace=True)
+        return Found()
+    found = newest(folder_of(out))
+    if not resume:
+        check_free(out, replace=False)
+        if found.checkpoint or found.invalid:
+            reached = f"reached update {found.checkpoint.update}" if found.checkpoint else "left only damaged checkpoints"
+            problem = f"an unfinished run of {out} {reached}; its checkpoints are in {folder_of(out)}"
+            raise ConfigError(problem, "add --resume to go on there, or --replace to start over")
+        return found
+    for _, why in found.invalid:
+        notice(f"{why}; it is removed, and the one before it is used")
+    if kind_of(out) != "adapter":
+        check_free(out, replace=False)
+        if not found.checkpoint:
+            notice(f"there is no checkpoint in {folder_of(out)}; starting from the beginning")
+    return found
+
+
+def finished(out: Path, found: Found, now: Mapping[str, Any]) -> Artifact | None:
+    """The Adapter at `out`, if it is what this run would make. `now`: the run's fingerprint.
+
+    Raises ConfigError when what is found there, the Adapter or the checkpoint, is of another recipe, Dataset or base.
+    """
+    if kind_of(out) == "adapter":
+        standing = open_artifact(out, "adapter")
+        was = {**standing.manifest.get("fingerprint", {}), "recipe": standing.manifest["recipe"]}
+        if not (differing := differences(was, now)):
+            return standing
+        if not (found.checkpoint and found.checkpoint.manifest["replaces"] == standing.id):
+            problem = f"the Adapter {out} is of another run: {'; '.join(differing)}"
+            raise ConfigError(problem, "choose another --out, or start over with --replace")
+    if found.checkpoint and (differing := differences(found.checkpoint.manifest["fingerprint"], now)):
+        problem = f"the checkpoint {found.checkpoint.path} is of another run: {'; '.join(differing)}"
+        raise ConfigError(problem, "undo the change, or start over with --replace")
+    return None
+
+
+def standing_id(out: Path) -> str:
+    """The id of the artefact at `out`, which a run with --replace will replace; empty if there is none."""
+    try:
+        return str(read_manifest(out)["id"])
+    except ArtifactError:
+        return ""
+
+
+def fingerprint(recipe: Recipe, dataset: Artifact, base: Base, data: Rows) -> dict[str, Any]:
+    """What decides a run's result. `rows` covers what the recipe, the Dataset and the tokenizer make of each other."""
+    return {
+        "recipe": config.dump(recipe),
+        "dataset": records.digest(dataset.manifest["files"]),
+        "base": base.ref.digest,
+        "template": base.chat.template_digest,
+        "rows": data.digest(),
+    }
+
+
+def environment(base: Base) -> dict[str, Any]:
+    """What decides the last bits of a run's result, and may change under it."""
+    versions = {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")}
+    return {
+        "threads": torch.get_num_threads(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        **versions,
+    }
+
+
+def changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """A line that names what differs between two environments, if anything does."""
+    if differing := [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]:
+        yield f"going on elsewhere: {', '.join(differing)}; the result may differ from an uninterrupted run's in the last bits"
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, in words: `recipe method.rank: 8 -> 16`, `dataset: digest 12ab -> 34cd`."""
+    said = []
+    before, after = _flat(was.get("recipe", {})), _flat(now["recipe"])
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and not key.startswith(FREE_OPTIONS):
+            said.append(f"recipe {key}: {_said(before.get(key))} -> {_said(after.get(key))}")
+    for name in now.keys() - {"recipe"}:
+        if was.get(name) != now[name]:
+            said.append(f"{name}: digest {str(was.get(name, 'unknown'))[:16]} -> {str(now[name])[:16]}")
+    return sorted(said)
+
+
+def _said(value: Any) -> str:
+    return "not set" if value is None else str(value)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as dotted names."""
+    if not isinstance(tree, Mapping):
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, inner in tree.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}

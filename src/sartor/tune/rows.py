@@ -1,0 +1,88 @@
+"""A Dataset as tokens: what is trained on, what is held out, what was left out and why."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from array import array
+from dataclasses import dataclass, field, replace
+
+from sartor.core import rows
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import SourceError
+from sartor.core.holdout import held_out_groups
+from sartor.core.records import Example
+from sartor.models import batches
+from sartor.models.chat import Chat
+from sartor.tune.recipe import Data, Recipe
+
+
+@dataclass
+class Rows:
+    """A Dataset as tokens: what is trained on, what is held out, and what was left out with the reason."""
+
+    train: list[batches.Encoded] = field(default_factory=list)
+    held_out: list[batches.Encoded] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the training rows."""
+        return sum(len(row.ids) for row in self.train)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens of the training rows that get a loss."""
+        return sum(row.supervised_tokens for row in self.train)
+
+    def digest(self) -> str:
+        """sha256 over every token, mask and weight, in order: equal exactly when two runs compute the same."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            for row in part:
+                digest.update(array("q", [len(row.ids), *row.ids]).tobytes())
+                digest.update(bytes(row.learnt) + array("d", [row.weight]).tobytes())
+            digest.update(b"|")
+        return digest.hexdigest()
+
+
+def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat) -> Rows:
+    """The Dataset's rows as tokens. A row that is too long, refused by the template or without a supervised token is
+    left out and counted. Raises SourceError when nothing is left to learn from.
+    """
+    examples = _hold_out(list(rows.read_examples(dataset)), recipe.data, recipe.seed)
+    data = Rows()
+    for example in examples:
+        try:
+            row = chat.encode(example)
+        except SourceError as error:
+            data.left_out.setdefault(f"template: {error.problem[:120]}", []).append(example.id)
+            continue
+        if len(row.ids) > recipe.data.max_length_tokens:
+            data.left_out.setdefault("too_long", []).append(example.id)
+        elif not row.supervised_tokens:
+            data.left_out.setdefault("nothing_supervised", []).append(example.id)
+        else:
+            (data.train if example.split == "train" else data.held_out).append(row)
+    if recipe.data.rows:
+        beyond = data.train[recipe.data.rows :]
+        data.train = data.train[: recipe.data.rows]
+        if beyond:
+            data.left_out["beyond_data_rows"] = [row.example_id for row in beyond]
+    # A fixed sample, so that the held-out loss of two runs on one Dataset compares
+    data.held_out = random.Random(0).sample(data.held_out, min(recipe.data.eval_rows, len(data.held_out)))
+    if not data.supervised_tokens:
+        reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in data.left_out.items()) or "the Dataset has none"
+        raise SourceError(
+            f"no training row with a supervised token is left ({reasons})",
+            f"raise data.max_length_tokens (now {recipe.data.max_length_tokens}) or look at the rows of {dataset.path}",
+        )
+    return data
+
+
+def _hold_out(examples: list[Example], data: Data, seed: int) -> list[Example]:
+    """Split by group as `data` says, if the Dataset itself holds out nothing."""
+    if not data.eval_fraction or any(example.split == "eval" for example in examples):
+        return examples
+    held_out = held_out_groups((example.group for example in examples), data.eval_fraction, seed)
+    return [replace(example, split="eval") if example.group in held_out else example for example in examples]

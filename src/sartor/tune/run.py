@@ -1,0 +1,281 @@
+"""One run: rows -> updates -> micro-batches -> loss -> gradients -> AdamW, until the budget is spent.
+
+Everything that decides what comes next is in `Run.state`, so that a run restored from a checkpoint takes the same steps
+to the same bits: factors, optimiser, generators, position in the rows, counters, open evaluations.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from sartor.core.errors import ArtifactError, ModelError, StoppedError
+from sartor.models import batches, paths
+from sartor.models.base import Base
+from sartor.tune import objectives, order
+from sartor.tune.checkpoint import Checkpoint, Saver
+from sartor.tune.journal import Journal, peak_memory_bytes
+from sartor.tune.recipe import Budget, Optimizer, Recipe
+from sartor.tune.rng import Rng, seed_all
+from sartor.tune.rows import Rows
+from sartor.tune.signals import Signals
+
+# A loss above both has exploded: a model that knows nothing and says so has ln V, and a hard first update may be higher.
+EXPLODED_OVER_UNIFORM, EXPLODED_OVER_FIRST = 2.0, 4.0
+# So many of an update's example ids are named in an error
+IDS_NAMED = 32
+
+
+@dataclass
+class Counters:
+    """How far a run has come."""
+
+    updates: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+
+    def fraction(self, budget: Budget, epoch_tokens: int, wall_s: float) -> float:
+        """How much of the budget is used, 0..1: of its limits the one that is nearest."""
+        limits = [
+            (self.updates, budget.updates),
+            (self.tokens, budget.tokens),
+            (self.tokens / epoch_tokens, budget.epochs),
+            (wall_s / 60, budget.minutes),
+        ]
+        return max(used / limit for used, limit in limits if limit is not None)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What `auto` came to. A resumed run takes these over: settled anew on the memory free then, they could differ."""
+
+    micro_batch_tokens: int
+
+
+def resolve(recipe: Recipe) -> Resolved:
+    """Settle what the recipe leaves to the machine."""
+    # auto is settled by the forecast (forecast.py)
+    chosen = recipe.compute.micro_batch_tokens
+    return Resolved(micro_batch_tokens=2048 if chosen == "auto" else chosen)
+
+
+class Run:
+    """The state of one run: model, optimiser, counters. `train` goes through the budget."""
+
+    def __init__(
+        self, recipe: Recipe, base: Base, model: Any, data: Rows, journal: Journal, saver: Saver, resolved: Resolved
+    ) -> None:
+        self.recipe, self.base, self.model, self.data = recipe, base, model, data
+        self.journal, self.saver, self.resolved = journal, saver, resolved
+        self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.parameters = list(self.named.values())
+        settings = recipe.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=base.device.type != "mps"
+        )
+        self.counters = Counters()
+        self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
+        self.position = order.START
+        count = recipe.evaluations if data.held_out else 0
+        self.evaluation_points = [(place + 1) / count for place in range(count)]
+        # MKL may use fewer threads than it has when the machine is busy, and then adds in another order; a number that
+        # is set, even to what it is, holds
+        torch.set_num_threads(torch.get_num_threads())
+        model.eval()  # a fresh adapter comes in training mode, and dropout would look like a leak between rows
+        self.path = paths.choose(model, [*data.train, *data.held_out], base.device, self._wish())
+        seed_all(recipe.seed)
+
+    def train(self, signals: Signals) -> None:
+        """Update until the budget is spent. Raises StoppedError after a signal, ModelError when the loss explodes; in
+        both cases a checkpoint stands from which the run could go on.
+        """
+        said = {"path": self.path.name, "reason": self.path.reason, "packing_difference_nats": self.path.packing_difference}
+        self.journal.note(**said, **({"resumed_at": self.counters.updates} if self.counters.updates else {}))
+        self.model.train()
+        lengths = [len(row.ids) for row in self.data.train]
+        settings = self.recipe.optimizer
+        for chosen in order.updates(lengths, settings.batch_tokens, self.recipe.seed, self.position):
+            self._update_or_save([self.data.train[index] for index in chosen])
+            self.position = self.position.after(len(chosen), len(lengths))
+            fraction = self._fraction()
+            if self.evaluation_points and fraction >= self.evaluation_points[0]:
+                self.evaluation_points = [point for point in self.evaluation_points if point > fraction]
+                self._evaluate()
+            if fraction >= 1:
+                break
+            if signals.received or self.saver.is_due:
+                self.save()
+            if signals.received:
+                done = f"{signals.received.name} after update {self.counters.updates}, which is saved in {self.saver.folder}"
+                raise StoppedError(done, "the same command with --resume goes on there", int(signals.received))
+        self.model.eval()
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(tensors, plain facts) from which `restore` makes this very state again."""
+        rng = Rng.capture(self.base.device)
+        tensors = {f"adapter.{name}": parameter.data for name, parameter in self.named.items()}
+        for name, parameter in self.named.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        facts = {
+            "counters": asdict(self.counters),
+            "position": asdict(self.position),
+            "losses": dict(self.losses),
+            "evaluation_points": list(self.evaluation_points),
+            "wall_s": self.journal.wall_s,
+            "rng": rng.facts(),
+            "resolved": asdict(self.resolved),
+            "path": self.path.name,
+        }
+        return {**tensors, **rng.tensors()}, facts
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        self.saver.save(*self.state(), self.journal.lines)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Become the state that a checkpoint holds. Raises ArtifactError when its tensors do not fit this model."""
+        tensors, facts = checkpoint.tensors(), checkpoint.manifest
+        wanted = {f"adapter.{name}": parameter.shape for name, parameter in self.named.items()}
+        if {name: held.shape for name, held in tensors.items() if name.startswith("adapter.")} != wanted:
+            problem = f"the factors in {checkpoint.path} do not fit this adapter"
+            raise ArtifactError(problem, "start over with --replace")
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                # in place: whoever holds this parameter (optimiser, path) goes on holding it
+                parameter.copy_(tensors[f"adapter.{name}"])
+        state = self.optimizer.state_dict()
+        state["state"] = {
+            place: {
+                key.removeprefix(f"optimizer.{name}."): value
+                for key, value in tensors.items()
+                if key.startswith(f"optimizer.{name}.")
+            }
+            for place, name in enumerate(self.named)
+        }
+        state["state"] = {place: held for place, held in state["state"].items() if held}
+        self.optimizer.load_state_dict(state)
+        self.counters = Counters(**facts["counters"])
+        self.position = order.Position(**facts["position"])
+        self.losses, self.evaluation_points = dict(facts["losses"]), list(facts["evaluation_points"])
+        Rng.read(tensors, facts["rng"]).put_back(self.base.device)
+
+    def _wish(self) -> paths.Wish:
+        """What the recipe asks of a path."""
+        compute = self.recipe.compute
+        budget, once = self.recipe.budget, self.data.tokens
+        is_one_epoch = (budget.epochs or math.inf) <= 1 or (budget.tokens or math.inf) <= once
+        return paths.Wish(
+            fast=compute.path == "auto",
+            recompute=compute.recompute,
+            share=compute.share_prefixes,
+            # what is read once is not worth storing
+            reuse_bytes=int(compute.cache_gb * 1e9) if compute.reuse_frozen and not is_one_epoch else 0,
+            identity=self.base.ref.digest,
+        )
+
+    def _cut(self, chosen: Sequence[batches.Encoded]) -> list[list[batches.Encoded]]:
+        share = self.recipe.compute.share_prefixes and self.path.name != "one-row"
+        return batches.micro_batches(chosen, self.resolved.micro_batch_tokens, share=share)
+
+    def _fraction(self) -> float:
+        return self.counters.fraction(self.recipe.budget, self.data.tokens, self.journal.wall_s)
+
+    def _update_or_save(self, chosen: Sequence[batches.Encoded]) -> None:
+        """One update. If it fails, the state before it is saved: nothing but the generators has moved by then."""
+        before = Rng.capture(self.base.device)
+        try:
+            self._update(chosen)
+        except ModelError:
+            before.put_back(self.base.device)
+            self.save()
+            raise
+
+    def _update(self, chosen: Sequence[batches.Encoded]) -> None:
+        """One optimiser update over whole rows, computed in micro-batches."""
+        began = time.monotonic()
+        settings = self.recipe.optimizer
+        rate = learning_rate(settings, self._fraction())
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total_weight = sum(row.weight * row.supervised_tokens for row in chosen)
+        loss_sum = 0.0
+        for micro in self._cut(chosen):
+            losses, weights = self.path.losses(micro)
+            objective = objectives.sft(losses, weights, total_weight or 1.0)
+            objective.backward()  # type: ignore[no-untyped-call]
+            loss_sum += float(objective.detach())
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm))
+        self._check(chosen, loss_sum, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(chosen, loss_sum, norm, rate, time.monotonic() - began)
+
+    def _check(self, chosen: Sequence[batches.Encoded], loss: float, norm: float) -> None:
+        """Raise ModelError for a loss that is not finite or has exploded, with the rows that gave it."""
+        first = self.losses["first"]
+        uniform = math.log(self.model.get_input_embeddings().weight.shape[0])
+        limit = math.inf if first is None else max(EXPLODED_OVER_UNIFORM * uniform, EXPLODED_OVER_FIRST * first)
+        if math.isfinite(loss) and math.isfinite(norm) and loss <= limit:
+            return
+        ids = ", ".join(row.example_id for row in chosen[:IDS_NAMED])
+        more = f" and {len(chosen) - IDS_NAMED} more" if len(chosen) > IDS_NAMED else ""
+        over = f" (over the limit of {limit:.3g})" if loss > limit else ""
+        raise ModelError(
+            f"update {self.counters.updates + 1}: the loss is {loss:.6g}{over}, the gradient's norm {norm:.6g}; "
+            f"the state before it is saved in {self.saver.folder}; rows {ids}{more}",
+            f"look at these rows; or lower optimizer.learning_rate (now {self.recipe.optimizer.learning_rate:g}) and start "
+            "over with --replace",
+        )
+
+    def _count(self, chosen: Sequence[batches.Encoded], loss: float, norm: float, rate: float, seconds: float) -> None:
+        counters = self.counters
+        tokens = sum(len(row.ids) for row in chosen)
+        counters.updates += 1
+        counters.tokens += tokens
+        counters.supervised_tokens += sum(row.supervised_tokens for row in chosen)
+        if self.losses["first"] is None:
+            self.losses["first"] = loss
+        self.losses["last"] = loss
+        self.journal.note(
+            update=counters.updates,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=rate,
+            tokens=tokens,
+            tokens_per_s=round(tokens / seconds, 1),
+            memory_bytes=peak_memory_bytes(),
+        )
+        self.journal.show(self._fraction(), loss, counters.tokens / self.journal.wall_s)
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Loss per supervised token on the held-out rows."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for micro in self._cut(self.data.held_out):
+            losses, _ = self.path.losses(micro)
+            total, count = total + float(losses.sum()), count + len(losses)
+        self.model.train()
+        loss = total / count
+        if not math.isfinite(loss):
+            done = f"after update {self.counters.updates} the loss of the held-out rows is {loss}"
+            raise ModelError(done, "lower optimizer.learning_rate and start over with --replace")
+        self.losses["eval"] = loss
+        self.journal.note(update=self.counters.updates, eval_loss=loss)
+
+
+def learning_rate(settings: Optimizer, fraction: float) -> float:
+    """The rate at a fraction (0..1) of the budget: linear warm-up, then a half cosine to 0 (or constant)."""
+    warm = settings.warmup_fraction
+    if fraction < warm:
+        # begins above 0: the first update must not be a no-op
+        return settings.learning_rate * max(fraction / warm, 0.05)
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min((fraction - warm) / (1 - warm), 1)))
