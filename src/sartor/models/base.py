@@ -24,8 +24,9 @@ from filelock import FileLock
 
 from sartor.core import assets, bases
 from sartor.core.artifacts import new_directory
-from sartor.core.errors import ModelError
+from sartor.core.errors import ConfigError, ModelError
 from sartor.core.home import folder
+from sartor.models import quantised
 from sartor.models.chat import Chat
 
 STAMP = "sartor_base.json"
@@ -43,9 +44,9 @@ class Base:
     @property
     def dtype(self) -> torch.dtype:
         """What the base computes in."""
-        return next(iter(self.model.parameters())).dtype
+        return next(parameter.dtype for parameter in self.model.parameters() if parameter.dtype.is_floating_point)
 
-    def as_manifest(self) -> dict[str, str]:
+    def as_manifest(self) -> dict[str, Any]:
         """How an adapter's manifest names its base."""
         return {
             "name": self.ref.name,
@@ -53,6 +54,8 @@ class Base:
             "licence": self.ref.licence,
             "template_digest": self.chat.template_digest,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "bits": quantised.bits_of(self.model) or self.dtype.itemsize * 8,
+            "quantisation": quantised.KINDS.get(quantised.bits_of(self.model), "none"),
         }
 
 
@@ -96,16 +99,18 @@ def open_base(
 ) -> Base:
     """The base that `name` means, in memory, in eval mode, without gradients.
 
-    bits: 16 for bf16 whatever the hardware, `auto` for `best_dtype`.
+    bits: of a weight of the linear layers. 16 for bf16 whatever the hardware, `auto` for `best_dtype`; 8 and 4 for a
+    quantised base (`quantised.py`) that computes in `best_dtype`, as embeddings and LM head do then.
 
     Raises ModelError when the directory holds no causal language model that transformers can open, HubError when a hub
-    name cannot be fetched, AssetError when the starter cannot be. `notice` is told what takes long.
+    name cannot be fetched, AssetError when the starter cannot be, ExtraError when bits need bitsandbytes and it is not
+    installed, ConfigError when the device cannot compute so. `notice` is told what takes long.
     """
     ref = bases.locate(name, revision, licence)
     if ref.name == bases.STARTER:
         convert_starter(ref, notice)
     device = device or best_device()
-    model = _load(ref.path, torch.bfloat16 if bits == 16 else best_dtype(device)).to(device).requires_grad_(False).eval()
+    model = _load(ref.path, bits, device).requires_grad_(False).eval()
     return Base(ref, model, open_chat(ref.path, model.generation_config), device)
 
 
@@ -119,17 +124,24 @@ def open_chat(path: Path, generation_config: Any = None) -> Chat:
     return Chat(tokenizer, stops if isinstance(stops, list) else [stops] if stops is not None else [])
 
 
-def _load(path: Path, dtype: torch.dtype) -> Any:
+def _load(path: Path, bits: int | str, device: torch.device) -> Any:
+    dtype = torch.bfloat16 if bits == 16 else best_dtype(device)
+    how: dict[str, Any] = {"dtype": dtype}
+    if bits in quantised.KINDS:
+        if device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"base.bits is {bits}, which this machine's {device.type} does not compute", "base.bits: auto")
+        # placed while it is read, a tensor at a time: the 16-bit weights never stand in memory together
+        how |= {"quantization_config": quantised.settings(int(bits), dtype), "device_map": {"": device}}
     problem = ""
     with quiet():
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(path),
-                dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                **how,
             )
         except Exception as error:  # truncated safetensors, unknown architecture, bad config: each its own kind
             problem = _first_line(error)
@@ -141,7 +153,10 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
             f"{path} lacks {len(lacking)} of the model's weights (the first is {lacking[0]}); they would be random",
             "check that its safetensors files are whole",
         )
-    return model
+    if bits in quantised.KINDS and quantised.bits_of(model) != bits:
+        raise ModelError(f"{path} has no linear layer that could be held in {bits} bits", "base.bits: 16")
+    quantised.protect(model)
+    return model if bits in quantised.KINDS else model.to(device)
 
 
 def convert_starter(ref: bases.BaseRef, notice: Callable[[str], object] = lambda line: None) -> None:
