@@ -104,7 +104,7 @@ def _int8_forward(linear: Any, x: torch.Tensor) -> torch.Tensor:
     return product if linear.bias is None else product + linear.bias.to(product.dtype)
 
 
-class _Int8Product(torch.autograd.Function):
+class _Int8Product(torch.autograd.Function):  # type: ignore[misc]  # torch is read as Any
     """x W^T for a frozen int8 W that is dequantised in both passes: kept between them, W would stand in memory dense."""
 
     @staticmethod
@@ -118,9 +118,13 @@ class _Int8Product(torch.autograd.Function):
 
 
 def linear_bytes(model: Any) -> int:
-    """Bytes of the weights of a base's linear layers without its LM head: codes, scales, scales of scales, tables."""
+    """Bytes of the weights of a base's linear layers without its LM head: codes, scales, scales of scales, tables.
+
+    Layers that are being trained (an adapter's) do not count.
+    """
     head = model.get_output_embeddings()
-    linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
+    frozen = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad]
+    linear = [part for part in frozen if part is not head]
     parts = {tensor.data_ptr(): tensor for module in linear for tensor in _parts(module)}
     return sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
 
