@@ -55,26 +55,39 @@ def in_halves(name: str, weight: np.ndarray) -> np.ndarray:
     return weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
+# bytes of a block of 256 weights, and where the fp16 scales stand in it
+BLOCKS = {T.Q4_K: (144, (0, 2)), T.Q5_K: (176, (0, 2)), T.Q6_K: (210, (208,))}
+
+
 def stored(weight: np.ndarray, kind: T) -> tuple[np.ndarray, T]:
-    """What is written of a weight: matrices in `kind`, norms in F32, as llama.cpp has them."""
+    """What is written of a weight: matrices in `kind`, norms in F32, as llama.cpp has them.
+
+    The K types cannot be written by the gguf package, only read: their blocks are random, with a small scale.
+    """
     kind = kind if weight.ndim > 1 else T.F32
+    if kind in BLOCKS:
+        size, scales = BLOCKS[kind]
+        data = np.random.default_rng(weight.size).integers(0, 256, (len(weight), weight.shape[1] // 256, size), np.uint8)
+        for place in scales:
+            data[..., place : place + 2] = np.frombuffer(np.float16(1e-4).tobytes(), np.uint8)
+        return data.reshape(len(weight), -1), kind
     return gguf.quants.quantize(weight, kind), kind
 
 
 def write_gguf(
-    file: Path, kind: T, *, architecture: str = "llama", without: str = "", licence: str = "mit"
+    file: Path, kind: T, *, architecture: str = "llama", without: str = "", licence: str = "mit", width: int = 32
 ) -> dict[str, np.ndarray]:
     """The tiny base as a GGUF file; returns the weights that it stands for, by transformers' names."""
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name("tiny")
     writer.add_license(licence)
     writer.add_context_length(512)
-    writer.add_embedding_length(32)
+    writer.add_embedding_length(width)
     writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
+    writer.add_feed_forward_length(2 * width)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(8)
+    writer.add_rope_dimension_count(width // 4)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(320)
@@ -90,7 +103,7 @@ def write_gguf(
     writer.add_pad_token_id(2)
     writer.add_chat_template(tiny.CHATML)
     weights = {}
-    for name, tensor in tiny.model().state_dict().items():
+    for name, tensor in tiny.model(hidden_size=width, intermediate_size=2 * width).state_dict().items():
         if name in ("lm_head.weight", without):
             continue
         data, of = stored(interleaved(name, tensor.numpy()), kind)
@@ -115,6 +128,14 @@ def test_a_gguf_file_opens_with_the_weights_that_it_stands_for(tmp_path: Path, k
         assert torch.equal(base.model.state_dict()[name], written[name].to(base.dtype)), name
     if kept == torch.float32:  # nothing was lost on the way into the directory
         assert all(np.array_equal(written[name].numpy(), weight) for name, weight in wanted.items())
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
+def test_the_k_types_are_read(tmp_path: Path, kind: T) -> None:
+    wanted = write_gguf(tmp_path / "tiny.gguf", kind, width=256)
+    written = load_file(open_base(str(tmp_path / "tiny.gguf")).ref.path / "model.safetensors")
+    for name, weight in wanted.items():
+        assert torch.equal(written[name], torch.from_numpy(weight).bfloat16()), name
 
 
 def test_the_tokenizer_and_template_are_those_in_the_file(tmp_path: Path) -> None:
