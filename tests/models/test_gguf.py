@@ -230,4 +230,4 @@ def test_a_gguf_base_is_tuned_and_evaluated_from_the_same_file(tmp_path: Path, t
     said = tuned.adapter.manifest["base"]
     assert said["digest"] == bases.locate(str(tmp_path / "tiny.gguf")).digest
     assert (said["licence"], said["name"]) == ("MIT", str(tmp_path / "tiny.gguf"))
-    sartor.evaluate(tmp_path / "adapter", tmp_path / "report")
+    sartor.evaluate(tmp_path / "adapter", out=tmp_path / "report")

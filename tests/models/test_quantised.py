@@ -102,9 +102,9 @@ def test_a_16_bit_base_has_no_quantised_layer(tiny_base: Path) -> None:
 
 
 def test_opening_does_not_hold_the_base_a_second_time(tmp_path: Path) -> None:
-    """Pages of a mapped file count as resident: reading 230 MB of bf16 weights must not cost 230 MB."""
+    """Pages of a mapped file count as resident: reading bf16 weights must not cost what they weigh."""
     path = tmp_path / "wide"
-    settings = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 7, "num_attention_heads": 8}
+    settings = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 8}
     with torch.device("meta"):
         model = tiny.model(**settings, dtype=torch.bfloat16)
     model.config.save_pretrained(str(path))
@@ -121,7 +121,7 @@ def test_opening_does_not_hold_the_base_a_second_time(tmp_path: Path) -> None:
         "print(peak() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    assert total > 2e8
+    assert total > 1e8
     assert int(done.stdout) < 0.7 * total  # the 4-bit weights, one layer on its way, and the allocator's slack
 
 
@@ -241,7 +241,7 @@ def test_the_loss_goes_on_falling_after_an_evaluation(wide_base: Path, as_if_avx
         if step == 7:
             assert float(evaluate(model).mean()) < losses[0]
     assert losses[7] < losses[0] - 0.1
-    assert losses[15] < losses[8] - 0.1
+    assert losses[15] < losses[8] - 0.05
 
 
 @BITS
@@ -318,5 +318,5 @@ def test_tune_and_evaluate_end_to_end(tmp_path: Path, tune_recipe: dict[str, Any
     assert run["loss"]["last"] < run["loss"]["first"] - 0.1
     assert run["path"] != "one-row"
     assert (said["bits"], said["quantisation"]) == (bits, quantised.KINDS[bits])
-    report = sartor.evaluate(tmp_path / "adapter", tmp_path / "report").report.manifest
+    report = sartor.evaluate(tmp_path / "adapter", out=tmp_path / "report").report.manifest
     assert report["base"]["bits"] == bits  # measured on what was tuned

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import inspect
 import json
 import logging
 import os
@@ -243,7 +242,7 @@ def copied_while_read() -> Iterator[None]:
     """
     loading = transformers.modeling_utils
     mapping = loading.safe_open
-    if "backend" not in inspect.signature(mapping).parameters:  # safetensors before 0.8 only maps
+    if "backend" not in (getattr(mapping, "__text_signature__", "") or ""):  # an older safetensors only maps
         yield
         return
     loading.safe_open = lambda file, **options: mapping(file, **{**options, "backend": "pread"})
