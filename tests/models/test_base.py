@@ -57,6 +57,8 @@ def test_what_a_manifest_says_of_the_base(base: Path) -> None:
         "licence": "MIT",
         "template_digest": bases.template_digest(tiny.CHATML),
         "dtype": "bfloat16",
+        "bits": 16,
+        "quantisation": "none",
     }
     assert opened.ref.short_digest == opened.ref.digest[:12]
 

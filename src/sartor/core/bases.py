@@ -1,8 +1,8 @@
 """Which base a name means: its directory, digest, licence and chat template. No torch: `verify` needs no model.
 
-A base is `starter` (the offline asset, converted once by `models/base.py`), a local directory in transformers' layout,
-or the name of a model on the Hugging Face hub. Its digest is the same on every machine: of the asset and the converter's
-version for `starter`, of the weight, tokenizer and config files for the others.
+A base is `starter` (the offline asset), a GGUF file (both are converted once by `models/base.py`), a local directory in
+transformers' layout, or the name of a model on the Hugging Face hub. Its digest is the same on every machine: of the asset
+or file and the converter's version for the first two, of the weight, tokenizer and config files for the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from sartor.core import assets
+from sartor.core import assets, gguf
 from sartor.core.artifacts import file_digest, kind_of
 from sartor.core.errors import ExtraError, HubError, ModelError, need
 from sartor.core.home import folder, home
@@ -35,12 +35,16 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
 
 @dataclass(frozen=True)
 class BaseRef:
-    """A base by name, found: where it is, what identifies it. `path` may be absent for a starter not yet converted."""
+    """A base by name, found: where it is, what identifies it.
+
+    `path` may be absent for a starter or a GGUF file that is not yet converted; `gguf` is that file.
+    """
 
     name: str
     path: Path
     digest: str
     licence: str
+    gguf: Path | None = None
 
     @property
     def short_digest(self) -> str:
@@ -51,7 +55,7 @@ class BaseRef:
 def locate(name: str, revision: str = "", licence: str = "") -> BaseRef:
     """The base that `name` means. `licence` overrides what the base's own files state.
 
-    Raises ModelError for a directory that holds no usable model, HubError when a hub name cannot be fetched.
+    Raises ModelError for a directory or file that holds no usable model, HubError when a hub name cannot be fetched.
     """
     if name == STARTER:
         entry = assets.entry(STARTER)
@@ -63,10 +67,10 @@ def locate(name: str, revision: str = "", licence: str = "") -> BaseRef:
     if path.is_dir():
         return _local(str(path.absolute()), path.absolute(), licence)
     if path.is_file():
-        raise ModelError(f"the base {name} is a file, not a directory", "give a directory with config.json and *.safetensors")
+        return _from_gguf(path.absolute(), licence)
     if not _HUB_NAME.match(name) or name.startswith((".", "/", "~")):
         raise ModelError(
-            f"there is no base {name!r}: it is not `starter`, not a directory, and not a hub name (owner/model)",
+            f"there is no base {name!r}: it is not `starter`, not a directory or GGUF file, and not a hub name (owner/model)",
             "base: starter",
         )
     return _local(name, _from_hub(name, revision), licence)
@@ -82,6 +86,19 @@ def _local(name: str, path: Path, licence: str) -> BaseRef:
         found = f"only pickled weights ({pickled[0].name}), which can run code when read" if pickled else "no weights"
         raise ModelError(f"{path} holds {found}", "save the model with safetensors (`save_pretrained` does)")
     return BaseRef(name, path, files_digest(path), licence or _stated_licence(path))
+
+
+def _from_gguf(file: Path, licence: str) -> BaseRef:
+    """A GGUF file: bound to its bytes and to the version of the converter that makes weights of them."""
+    if not gguf.is_gguf(file):
+        raise ModelError(
+            f"the base {file} is a file, not a directory, and no GGUF file",
+            "give a directory with config.json and *.safetensors, or a GGUF file",
+        )
+    stated = _spdx(gguf.read_head(file).metadata.get("general.license"))
+    identity = digest({"gguf": remembered_digest(file), "converter": CONVERTER_VERSION})
+    stem = re.sub(r"[^\w.-]", "-", file.stem)
+    return BaseRef(str(file), folder("bases") / f"{stem}-{identity[:12]}", identity, licence or stated, file)
 
 
 def files_digest(path: Path) -> str:
@@ -149,8 +166,11 @@ def _stated_licence(path: Path) -> str:
     except yaml.YAMLError:
         stated = None
     found = stated.get("license") if isinstance(stated, dict) else None
-    if isinstance(found, list) and len(found) == 1:
-        found = found[0]
+    return _spdx(found[0] if isinstance(found, list) and len(found) == 1 else found)
+
+
+def _spdx(found: object) -> str:
+    """A stated licence as SPDX spells it; NOASSERTION where none is stated."""
     if isinstance(found, str) and found.strip():
         known = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-4.0": "CC-BY-4.0", "bsd-3-clause": "BSD-3-Clause"}
         return known.get(found.strip().lower(), found.strip())

@@ -25,6 +25,7 @@ _EXTRAS = {
     "safetensors": "tune",
     "torch": "tune",
     "transformers": "tune",
+    "bitsandbytes": "quant",
     "hassil": "demo",
     "datasets": "hub",
 }

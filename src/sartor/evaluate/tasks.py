@@ -130,7 +130,9 @@ def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name:
     adapter was tuned on, or its chat template differs.
     """
     said = adapter.manifest["base"]
-    base = open_base(base_name or said["name"], licence=said["licence"], notice=notice)
+    # a quantised base answers a little differently: what was tuned on one is measured and asked on one
+    bits = said["bits"] if said.get("quantisation", "none") != "none" else "auto"
+    base = open_base(base_name or said["name"], licence=said["licence"], bits=bits, notice=notice)
     check_base(adapter, base.ref.digest, base.chat.template_digest, base.ref.name)
     return base, adapters.open_adapter(base.model, adapter.path)
 

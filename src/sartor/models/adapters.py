@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from sartor.core.errors import ConfigError, ModelError
+from sartor.models import quantised
 from sartor.models.base import quiet
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -88,7 +89,15 @@ def undo(model: Any) -> Any:
 
 
 def merge(model: Any) -> Any:
-    """The adapter added into the weights: W + alpha / rank * B A. Raises ModelError where that is not finite."""
+    """The adapter added into the weights: W + alpha / rank * B A.
+
+    Raises ModelError where that is not finite, and for a quantised base: the sum would be rounded to its few levels.
+    """
+    if bits := quantised.bits_of(model):
+        raise ModelError(
+            f"an adapter cannot be merged into a base in {bits} bits: the sum would be rounded to {2**bits} levels",
+            "open the base with base.bits 16, put the adapter on it and merge there",
+        )
     try:
         return model.merge_and_unload(safe_merge=True)
     except ValueError as error:

@@ -1,12 +1,15 @@
 """Open a base by name. Device, dtype and width are decided here and nowhere else.
 
-The starter asset is a GGUF file. It is dequantised once into a fresh model of the same config, in bf16, under
-SARTOR_HOME/bases (a GGUF-loaded model refuses `save_pretrained`): every machine then computes with the same weights.
+The starter asset is a GGUF file, and any GGUF file may be a base. It is dequantised once into a fresh model of the same
+config under SARTOR_HOME/bases (a GGUF-loaded model refuses `save_pretrained`): every machine then computes with the same
+weights. They are bf16, or fp32 where a matrix is stored as F16 or F32, of which bf16 would lose digits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import json
 import logging
 import os
@@ -22,10 +25,11 @@ import torch
 import transformers
 from filelock import FileLock
 
-from sartor.core import assets, bases
+from sartor.core import assets, bases, gguf
 from sartor.core.artifacts import new_directory
-from sartor.core.errors import ModelError
+from sartor.core.errors import ConfigError, ModelError
 from sartor.core.home import folder
+from sartor.models import quantised
 from sartor.models.chat import Chat
 
 STAMP = "sartor_base.json"
@@ -43,9 +47,9 @@ class Base:
     @property
     def dtype(self) -> torch.dtype:
         """What the base computes in."""
-        return next(iter(self.model.parameters())).dtype
+        return next(parameter.dtype for parameter in self.model.parameters() if parameter.dtype.is_floating_point)
 
-    def as_manifest(self) -> dict[str, str]:
+    def as_manifest(self) -> dict[str, Any]:
         """How an adapter's manifest names its base."""
         return {
             "name": self.ref.name,
@@ -53,6 +57,8 @@ class Base:
             "licence": self.ref.licence,
             "template_digest": self.chat.template_digest,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "bits": quantised.bits_of(self.model) or self.dtype.itemsize * 8,
+            "quantisation": quantised.KINDS.get(quantised.bits_of(self.model), "none"),
         }
 
 
@@ -96,16 +102,18 @@ def open_base(
 ) -> Base:
     """The base that `name` means, in memory, in eval mode, without gradients.
 
-    bits: 16 for bf16 whatever the hardware, `auto` for `best_dtype`.
+    bits: of a weight of the linear layers. 16 for bf16 whatever the hardware, `auto` for `best_dtype`; 8 and 4 for a
+    quantised base (`quantised.py`) that computes in `best_dtype`, as embeddings and LM head do then.
 
     Raises ModelError when the directory holds no causal language model that transformers can open, HubError when a hub
-    name cannot be fetched, AssetError when the starter cannot be. `notice` is told what takes long.
+    name cannot be fetched, AssetError when the starter cannot be, ExtraError when bits need bitsandbytes and it is not
+    installed, ConfigError when the device cannot compute so. `notice` is told what takes long.
     """
     ref = bases.locate(name, revision, licence)
-    if ref.name == bases.STARTER:
-        convert_starter(ref, notice)
+    if ref.gguf or ref.name == bases.STARTER:
+        convert(ref, notice)
     device = device or best_device()
-    model = _load(ref.path, torch.bfloat16 if bits == 16 else best_dtype(device)).to(device).requires_grad_(False).eval()
+    model = _load(ref.path, bits, device).requires_grad_(False).eval()
     return Base(ref, model, open_chat(ref.path, model.generation_config), device)
 
 
@@ -119,17 +127,24 @@ def open_chat(path: Path, generation_config: Any = None) -> Chat:
     return Chat(tokenizer, stops if isinstance(stops, list) else [stops] if stops is not None else [])
 
 
-def _load(path: Path, dtype: torch.dtype) -> Any:
+def _load(path: Path, bits: int | str, device: torch.device) -> Any:
+    dtype = torch.bfloat16 if bits == 16 else best_dtype(device)
+    how: dict[str, Any] = {"dtype": dtype}
+    if bits in quantised.KINDS:
+        if device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"base.bits is {bits}, which this machine's {device.type} does not compute", "base.bits: auto")
+        # placed while it is read, a tensor at a time: the 16-bit weights never stand in memory together
+        how |= {"quantization_config": quantised.settings(int(bits), dtype), "device_map": {"": device}}
     problem = ""
-    with quiet():
+    with quiet(), copied_while_read() if dtype != torch.bfloat16 or bits in quantised.KINDS else contextlib.nullcontext():
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(path),
-                dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                **how,
             )
         except Exception as error:  # truncated safetensors, unknown architecture, bad config: each its own kind
             problem = _first_line(error)
@@ -141,19 +156,30 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
             f"{path} lacks {len(lacking)} of the model's weights (the first is {lacking[0]}); they would be random",
             "check that its safetensors files are whole",
         )
-    return model
+    if bits in quantised.KINDS and quantised.bits_of(model) != bits:
+        raise ModelError(f"{path} has no linear layer that could be held in {bits} bits", "base.bits: 16")
+    quantised.protect(model)
+    return model if bits in quantised.KINDS else model.to(device)
 
 
-def convert_starter(ref: bases.BaseRef, notice: Callable[[str], object] = lambda line: None) -> None:
-    """Make the starter's directory from its GGUF asset, once. Two processes at once: the second waits for the first."""
+def convert(ref: bases.BaseRef, notice: Callable[[str], object] = lambda line: None) -> None:
+    """Make the directory of a starter or GGUF base, once. Two processes at once: the second waits for the first.
+
+    Raises ModelError for a GGUF file that is cut, or of an architecture or a type that transformers does not read; nothing
+    is left behind then.
+    """
     with FileLock(folder("bases") / f".{ref.path.name}.wait"):
         if _is_whole(ref.path):
             return
-        asset = assets.install(bases.STARTER)
-        notice("converting the starter base; this is done once")
+        file, dtype = ref.gguf, torch.bfloat16
+        if file is None:
+            file = assets.install(bases.STARTER) / assets.entry(bases.STARTER).paths[0]
+        elif not gguf.read_head(file).is_rounded:
+            dtype = torch.float32
+        notice(f"converting the base {ref.name}; this is done once")
         with new_directory(ref.path, replace=ref.path.exists() and _set_aside(ref.path)) as part:
-            _convert(asset / assets.entry(bases.STARTER).paths[0], part)
-            stamp = {"schema": 1, "digest": ref.digest, "derived_from": "gguf", "dtype": "bfloat16"}
+            _convert(file, part, dtype)
+            stamp = {"schema": 1, "digest": ref.digest, "derived_from": "gguf", "dtype": str(dtype).removeprefix("torch.")}
             stamp["files"] = {  # type: ignore[assignment]
                 file.name: bases.remembered_digest(file) for file in part.iterdir() if file.is_file()
             }
@@ -176,17 +202,76 @@ def _set_aside(path: Path) -> bool:
     return False
 
 
-def _convert(gguf: Path, part: Path) -> None:
-    # the GGUF reader draws a bar of its own that no setting turns off
-    with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        source = transformers.AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+def _convert(file: Path, part: Path, dtype: torch.dtype) -> None:
+    try:
+        # the GGUF reader draws a bar of its own that no setting turns off
+        with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            _dequantise(file, part, dtype)
+    except ModelError:
+        raise
+    except Exception as error:  # cut files, unknown architectures and types: the readers raise a dozen kinds
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        raise ModelError(
+            f"{file} cannot be converted: {_first_line(error)}",
+            "check that the file is whole; else give the model as a directory with *.safetensors",
+        ) from None
+
+
+def _dequantise(file: Path, part: Path, dtype: torch.dtype) -> None:
+    """`file` as a directory in transformers' layout."""
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
+    source, info = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+    if lacking := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{file} lacks {len(lacking)} of the model's weights, the first is {lacking[0]}", "get the whole file again"
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True)
-        model = transformers.AutoModelForCausalLM.from_config(source.config, dtype=torch.bfloat16)
-        model.load_state_dict(source.state_dict())
-        model.save_pretrained(str(part))
-        tokenizer.save_pretrained(str(part))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    model = transformers.AutoModelForCausalLM.from_config(source.config, dtype=dtype)
+    model.load_state_dict(source.state_dict())
+    model.save_pretrained(str(part))
+    tokenizer.save_pretrained(str(part))
+
+
+@contextlib.contextmanager
+def copied_while_read() -> Iterator[None]:
+    """Inside, transformers reads a tensor at a time into memory of its own instead of mapping the files.
+
+    Where weights change their width while they are read, pages of a mapped file stay resident beside the new weights until
+    all are done: the whole 16-bit base a second time. (A base that is kept as it stands in the files is mapped and not copied.)
+    """
+    loading = transformers.modeling_utils
+    mapping = loading.safe_open
+    if "backend" not in (getattr(mapping, "__text_signature__", "") or ""):  # an older safetensors only maps
+        yield
+        return
+    loading.safe_open = lambda file, **options: mapping(file, **{**options, "backend": "pread"})
+    try:
+        with freed_at_once():
+            yield
+    finally:
+        loading.safe_open = mapping
+
+
+@contextlib.contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Inside, glibc gives each large piece of memory a mapping of its own, which goes back to the system when it is freed.
+
+    Else what a weight was read into stays in the heap, as gaps between the weights that are kept. After, as glibc's own
+    adaptive threshold ends up in a process that has freed large pieces. Without glibc nothing is done.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        yield
+        return
+    threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    mallopt(threshold, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(threshold, 32 << 20)
+        mallopt(trim, 64 << 20)
 
 
 @contextlib.contextmanager

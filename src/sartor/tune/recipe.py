@@ -24,7 +24,10 @@ class BaseChoice:
 
     name: str = option(REQUIRED, "starter, a directory in transformers' layout, or a hub name (owner/model)")
     revision: str = option("", "revision of a hub model; empty is its main branch")
-    bits: Literal[16, "auto"] = option("auto", "width of the base's weights: auto is bf16 where the hardware has it, else fp32")
+    bits: Literal[4, 8, 16, "auto"] = option(
+        "auto",
+        "4 is NF4, 8 is int8 (both bitsandbytes), 16 is bf16; auto is bf16 where the hardware has it, else fp32",
+    )
     licence: str = option("", "SPDX licence of the base, where its own files state none")
 
 

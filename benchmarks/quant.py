@@ -1,0 +1,224 @@
+"""What a quantised base saves and costs: bytes, peak memory, step time, and whether it goes on learning after an evaluation.
+
+- `bytes`: linear weights of the starter base in NF4 and int8, over bf16.
+- `memory`: one LoRA update on a random-weight Llama of 1.1B parameters (TinyLlama's shape) in NF4 and in bf16: peak RSS
+  of the whole process, opening included, and of opening alone.
+- `step`: median seconds of an update on the starter base in NF4, int8 and bits auto, through `paths.choose`.
+- `learning`: losses of updates on repeated rows in NF4, with an evaluation in the middle.
+
+Each measured case is a process of its own. `memory` writes 2.2 GB to a temporary folder.
+
+    python benchmarks/quant.py --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sartor.core.bases import STARTER
+from sartor.core.records import Example, Message
+from sartor.models import adapters, batches, paths, quantised
+from sartor.models.base import Base, machine, open_base
+
+QUESTIONS = ("Do you deliver on {}?", "When do you open on {}?", "Is the workshop open on {}?")
+ANSWERS = ("Yes, from 9 to 13 h.", "At 8 h, and at 10 h in winter.", "No, only by appointment.")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+SHAPE = {
+    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "tie_word_embeddings": False, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+def peak_bytes() -> int:
+    """Peak RSS of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_large(path: Path) -> None:
+    """The 1.1B base, bf16, a shard per layer: no more than one layer stands in memory."""
+    from tokenizers import Tokenizer, models
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE, dtype=torch.bfloat16)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(str(path))
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()}
+    where: dict[str, str] = {}
+    shards: dict[str, list[str]] = {}
+    for name in shapes:
+        shards.setdefault(name.split(".")[2] if ".layers." in name else name, []).append(name)
+    for number, names in enumerate(shards.values()):
+        file = f"model-{number:05d}.safetensors"
+        tensors = {n: torch.ones(shapes[n]) if shapes[n].numel() < 1e5 else torch.randn(shapes[n]) * 0.02 for n in names}
+        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path / file, {"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": 2 * sum(shape.numel() for shape in shapes.values())}, "weight_map": where}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(str(path))
+
+
+def random_rows(vocabulary: int, tokens: int) -> list[batches.Encoded]:
+    """Two rows of random tokens, half of each supervised."""
+    rng = torch.Generator().manual_seed(0)
+    length = tokens // 2
+    ids = torch.randint(10, vocabulary, (2, length), generator=rng).tolist()
+    return [batches.Encoded(row, [place >= length // 2 for place in range(length)]) for row in ids]
+
+
+def real_rows(base: Base) -> list[batches.Encoded]:
+    """Questions and answers in the base's chat template; the answer is supervised."""
+    pairs = [(q.format(day), a) for q, a in zip(QUESTIONS, ANSWERS, strict=True) for day in DAYS]
+    turns = [(Message.of("user", question), Message.of("assistant", answer)) for question, answer in pairs]
+    return [base.chat.encode(Example(messages, ())) for messages in turns]
+
+
+def tuned(base: Base) -> Any:
+    return adapters.inject_lora(base.model, rank=16, alpha=32.0, dropout=0.0, targets="all-linear", seed=0).eval()
+
+
+class Updates:
+    """LoRA updates by AdamW on one set of rows."""
+
+    def __init__(self, base: Base, rows: list[batches.Encoded], *, probe: bool = True, rate: float = 1e-3) -> None:
+        self.model, self.rows = tuned(base), rows
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True)
+        # without the probe of packing: five more passes, which take minutes where bf16 is emulated
+        self.path = paths.choose(self.model, rows, base.device) if probe else paths.General(self.model, base.device, "")
+
+    def __call__(self) -> tuple[float, float]:
+        """(loss in nats per supervised token, seconds) of one update."""
+        began = time.perf_counter()
+        self.model.train()
+        losses, _ = self.path.losses(self.rows)
+        losses.mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(losses.mean().detach()), time.perf_counter() - began
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Loss on the same rows, as the trainer measures it."""
+        self.model.eval()
+        return float(self.path.losses(self.rows)[0].mean())
+
+
+def case_bytes(name: str, bits: Any, tokens: int) -> dict[str, Any]:
+    base = open_base(name, bits=bits)
+    return {"linear_bytes": quantised.linear_bytes(base.model)}
+
+
+def case_memory(name: str, bits: Any, tokens: int) -> dict[str, Any]:
+    before, began = peak_bytes(), time.perf_counter()
+    base = open_base(name, bits=bits)
+    opened, seconds = peak_bytes(), time.perf_counter() - began
+    updates = Updates(base, random_rows(SHAPE["vocab_size"], tokens), probe=False)
+    loss, step_s = updates()
+    return {
+        "imports_bytes": before, "opened_peak_bytes": opened, "peak_bytes": peak_bytes(), "open_s": round(seconds, 1),
+        "step_s": round(step_s, 1), "loss": loss, "path": updates.path.name, "linear_bytes": quantised.linear_bytes(base.model),
+    }  # fmt: skip
+
+
+def case_step(name: str, bits: Any, tokens: int) -> dict[str, Any]:
+    base = open_base(name, bits=bits)
+    updates = Updates(base, real_rows(base))
+    updates()
+    seconds = [updates()[1] for _ in range(5)]
+    rows = updates.rows
+    return {"step_s": statistics.median(seconds), "path": updates.path.name, "dtype": str(base.dtype).removeprefix("torch."),
+            "tokens": sum(len(row.ids) for row in rows), "peak_bytes": peak_bytes()}  # fmt: skip
+
+
+def case_learning(name: str, bits: Any, tokens: int) -> dict[str, Any]:
+    base = open_base(name, bits=bits)
+    updates = Updates(base, real_rows(base))
+    before = [updates()[0] for _ in range(6)]
+    middle = updates.evaluate()
+    after = [updates()[0] for _ in range(6)]
+    return {"losses": [round(loss, 4) for loss in before + after], "evaluated": middle,
+            "falls_after_evaluation": after[-1] < after[0] < before[0], "path": updates.path.name}  # fmt: skip
+
+
+CASES = {"bytes": case_bytes, "memory": case_memory, "step": case_step, "learning": case_learning}
+
+
+def fresh(case: str, name: str, bits: Any, tokens: int = 16) -> dict[str, Any]:
+    """One case in a process of its own."""
+    command = [sys.executable, __file__, "--case", case, "--base", name, "--bits", str(bits), "--tokens", str(tokens)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    said = dict(json.loads(done.stdout.splitlines()[-1]))
+    print(json.dumps({"case": case, "bits": bits, **said}), file=sys.stderr)
+    return said
+
+
+def median_of(runs: list[dict[str, Any]], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
+
+
+def measure(base: str, pairs: int, tokens: int, large: str) -> dict[str, Any]:
+    said: dict[str, Any] = {}
+    weights = {bits: fresh("bytes", base, bits)["linear_bytes"] for bits in (4, 8, 16)}
+    said["linear_bytes_over_bf16"] = {"nf4": round(weights[4] / weights[16], 4), "int8": round(weights[8] / weights[16], 4)}
+    with tempfile.TemporaryDirectory() as made:
+        if not large:
+            write_large(Path(made))
+        few = {bits: [fresh("memory", large or made, bits, tokens) for _ in range(min(pairs, 2))] for bits in (4, 16)}
+    said["memory_1b"] = {"nf4": few[4][-1], "bf16": few[16][-1]}
+    said["peak_rss_over_bf16"] = round(median_of(few[4], "peak_bytes") / median_of(few[16], "peak_bytes"), 3)
+    steps: dict[Any, list[dict[str, Any]]] = {"auto": [], 4: [], 8: []}
+    for _ in range(pairs):  # alternating: what else the machine does falls on each alike
+        for bits, runs in steps.items():
+            runs.append(fresh("step", base, bits))
+    said["step"] = {str(bits): runs[-1] | {"step_s": round(median_of(runs, "step_s"), 3)} for bits, runs in steps.items()}
+    plain = steps["auto"]
+    for bits, kind in quantised.KINDS.items():
+        ratios = [run["step_s"] / other["step_s"] for run, other in zip(steps[bits], plain, strict=True)]
+        said[f"step_{kind}_over_auto"] = round(statistics.median(ratios), 3)
+    said["learning"] = {kind: fresh("learning", base, bits) for bits, kind in quantised.KINDS.items()}
+    said["targets"] = {
+        "linear_bytes_at_most_0.32": said["linear_bytes_over_bf16"]["nf4"] <= 0.32,
+        "peak_rss_at_most_0.6": said["peak_rss_over_bf16"] <= 0.6,
+        "step_at_most_2": said["step_nf4_over_auto"] <= 2,
+        "falls_after_evaluation": said["learning"]["nf4"]["falls_after_evaluation"],
+    }
+    return said
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    parser.add_argument("--base", default=STARTER)
+    parser.add_argument("--pairs", type=int, default=3, help="repetitions of a timed case")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of the 1.1B base's update")
+    parser.add_argument("--large", default="", help="a directory that already holds the 1.1B base")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--bits", default="auto", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        bits = int(arguments.bits) if arguments.bits.isdigit() else arguments.bits
+        print(json.dumps(CASES[arguments.case](arguments.base, bits, arguments.tokens)))
+        return
+    said = measure(arguments.base, arguments.pairs, arguments.tokens, arguments.large)
+    said["machine"] = machine() | {"name": platform.node(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The head of a GGUF file: its metadata and what its tensors are stored as. No torch: `verify` needs no model.
+
+Format: github.com/ggml-org/ggml, docs/gguf.md. Everything is little-endian: magic, version, number of tensors, number of
+metadata pairs, the pairs, then per tensor its name, shape, type and offset.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sartor.core.errors import ModelError
+
+MAGIC = b"GGUF"
+F32, F16 = 0, 1
+_STRING, _ARRAY = 8, 9
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_LONGEST = 1 << 26  # bytes of a text, items of an array: more is no file that anybody writes
+
+
+@dataclass(frozen=True)
+class Head:
+    """`metadata`: texts and numbers by key, arrays left out. `matrices`: ggml types of the tensors of two or more axes."""
+
+    metadata: dict[str, Any]
+    matrices: frozenset[int]
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether no matrix is stored as F16 or F32: then bf16 holds what dequantised weights are worth."""
+        return not self.matrices & {F16, F32}
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether the file begins as GGUF does."""
+    with file.open("rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC
+
+
+def read_head(file: Path) -> Head:
+    """The head of `file`. Raises ModelError where it is cut, is of another version, or says sizes that cannot be."""
+    try:
+        with file.open("rb") as stream:
+            return _head(stream)
+    except (EOFError, ValueError, OverflowError, MemoryError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file} is no whole GGUF file: {error}", "get the file again, and compare its sha256") from None
+
+
+def _head(stream: BinaryIO) -> Head:
+    if stream.read(len(MAGIC)) != MAGIC:
+        raise ValueError("it does not begin with GGUF")
+    version = _number(stream, "I")
+    if version not in (2, 3):
+        raise ValueError(f"its version is {version}, and 2 and 3 are read")
+    tensors, pairs = _number(stream, "Q"), _number(stream, "Q")
+    metadata = {}
+    for _ in range(pairs):
+        key = _text(stream)
+        value = _value(stream, _number(stream, "I"))
+        if value is not None:
+            metadata[key] = value
+    matrices = set()
+    for _ in range(tensors):
+        _text(stream)
+        axes = _number(stream, "I")
+        if axes > 8:
+            raise ValueError(f"a tensor has {axes} axes")
+        for _ in range(axes):
+            _number(stream, "Q")
+        kind = _number(stream, "I")
+        _number(stream, "Q")
+        if axes > 1:
+            matrices.add(kind)
+    return Head(metadata, frozenset(matrices))
+
+
+def _bytes(stream: BinaryIO, count: int) -> bytes:
+    if count > _LONGEST:
+        raise ValueError(f"a part of {count} bytes")
+    found = stream.read(count)
+    if len(found) < count:
+        raise EOFError("it ends inside its head")
+    return found
+
+
+def _number(stream: BinaryIO, form: str) -> Any:
+    return struct.unpack(f"<{form}", _bytes(stream, struct.calcsize(f"<{form}")))[0]
+
+
+def _text(stream: BinaryIO) -> str:
+    return _bytes(stream, _number(stream, "Q")).decode()
+
+
+def _value(stream: BinaryIO, kind: int) -> Any:
+    """One value of metadata; None for an array, which is passed over."""
+    if kind == _STRING:
+        return _text(stream)
+    if kind == _ARRAY:
+        of, count = _number(stream, "I"), _number(stream, "Q")
+        if of in _SCALARS:
+            _bytes(stream, count * struct.calcsize(f"<{_SCALARS[of]}"))
+            return None
+        if count > _LONGEST:
+            raise ValueError(f"an array of {count} items")
+        for _ in range(count):
+            _value(stream, of)
+        return None
+    if kind not in _SCALARS:
+        raise ValueError(f"metadata of the unknown type {kind}")
+    return _number(stream, _SCALARS[kind])
