@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from sartor.models import batches
+from sartor.models.base import quiet
 from sartor.models.batches import Encoded
 
 
@@ -63,6 +64,28 @@ class OneRow:
         losses = batches.row_losses(self.model, rows, self.device)
         weights = [row.weight for row in rows for _ in range(row.supervised_tokens)]
         return losses, torch.tensor(weights, device=losses.device)
+
+
+def with_recompute(path: Path) -> Path:
+    """`path` keeping one tensor a layer and computing the rest again in the backward pass; its reason says whether it can.
+
+    Transformers' own checkpointing, which hands our `rows` on to each layer; it holds in training mode only.
+    """
+    if not isinstance(path, General | OneRow):
+        return path
+    model = path.model
+    if not model.supports_gradient_checkpointing:
+        path.reason += "; this architecture cannot compute activations again, so all are kept"
+        return path
+    with quiet():  # the name of transformers 5.0, deprecated by later ones
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Only the reentrant kind needs it; here it would send gradients below the lowest adapted layer
+    model.disable_input_require_grads()
+    if isinstance(path, General):
+        # the layers are called again in the backward pass, when `packing` has long been left
+        model.set_attn_implementation("sartor_packed")
+    path.reason += "; activations are computed again in the backward pass"
+    return path
 
 
 def choose(model: Any, rows: Sequence[Encoded], device: torch.device) -> Path:

@@ -23,11 +23,11 @@ from sartor.core.artifacts import Artifact, check_free, open_artifact, write_art
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.holdout import held_out_groups
 from sartor.core.records import Example
-from sartor.models import adapters, batches, paths
+from sartor.models import adapters, batches, memory, paths
 from sartor.models.base import Base, machine, open_base
 from sartor.models.chat import Chat
-from sartor.tune import objectives, order
-from sartor.tune.journal import Journal, peak_memory_bytes, plot_losses
+from sartor.tune import objectives, order, outlook, refusals
+from sartor.tune.journal import Journal, plot_losses
 from sartor.tune.recipe import Budget, Data, Optimizer, Recipe
 from sartor.tune.recipe import load as load_recipe
 
@@ -53,6 +53,7 @@ class Rows:
     train: list[batches.Encoded] = field(default_factory=list)
     held_out: list[batches.Encoded] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)  # tokens of every row that could be encoded
 
     @property
     def tokens(self) -> int:
@@ -116,14 +117,18 @@ def tune(
     )
     for line in describe(data, base, model):
         notice(line)
+    for refusal in (*refusals.of_lengths(data.lengths, recipe), *refusals.of_ends(base.chat, data.train)):
+        raise refusal.error
 
     def fill(part: Path) -> Mapping[str, Any]:
         with Journal(part / "log.jsonl", show=show) as journal:
             run = Run(recipe, base, model, data, journal)
+            notice(run.outlook.line)
             run.train()
+            facts = _facts(recipe, dataset, base, data, run)  # here, since drawing and writing are no part of the tuning
         plot_losses(journal.lines, part / "loss.png")
         adapters.write_adapter(model, part, base.ref.name)
-        return _facts(recipe, dataset, base, data, run)
+        return facts
 
     adapter = write_artifact(out, "adapter", fill, replace=replace)
     catalogue.register(adapter)
@@ -142,6 +147,7 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat) -> Rows:
         except SourceError as error:
             data.left_out.setdefault(f"template: {error.problem[:120]}", []).append(example.id)
             continue
+        data.lengths.append(len(row.ids))
         if len(row.ids) > recipe.data.max_length_tokens:
             data.left_out.setdefault("too_long", []).append(example.id)
         elif not row.supervised_tokens:
@@ -197,12 +203,14 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=base.device.type != "mps"
         )
-        # auto is settled by the forecast (forecast.py)
-        self.micro_batch_tokens = 2048 if recipe.compute.micro_batch_tokens == "auto" else recipe.compute.micro_batch_tokens
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
         model.eval()  # a fresh adapter comes in training mode, and dropout would look like a leak between rows
         self.path = paths.choose(model, data.train, base.device)
+        if recipe.compute.recompute:
+            self.path = paths.with_recompute(self.path)
+        self.outlook = outlook.foresee(recipe, self.path, model, base.device, data.train, data.held_out, Counters())
+        self.micro_batch_tokens = self.outlook.settled.micro_batch_tokens
 
     def train(self) -> None:
         """Update until the budget is spent."""
@@ -269,9 +277,11 @@ class Run:
             learning_rate=rate,
             tokens=tokens,
             tokens_per_s=round(tokens / seconds, 1),
-            memory_bytes=peak_memory_bytes(),
+            memory_bytes=memory.peak_bytes(),
         )
         self.journal.show(self._fraction(), loss, counters.tokens / self.journal.wall_s)
+        if self.outlook.observe(tokens, seconds, counters.tokens, self.journal.wall_s):
+            self.journal.note(forecast=self.outlook.as_json())
 
     @torch.no_grad()
     def _evaluate(self) -> None:
@@ -307,6 +317,7 @@ def _facts(recipe: Recipe, dataset: Artifact, base: Base, data: Rows, run: Run) 
     """The manifest of the Adapter."""
     trained, everything = adapters.trainable(run.model)
     counters, wall_s = run.counters, run.journal.wall_s
+    peak_bytes = memory.peak_bytes(base.device)
     return {
         "base": base.as_manifest(),
         "recipe": config.dump(recipe),
@@ -319,7 +330,11 @@ def _facts(recipe: Recipe, dataset: Artifact, base: Base, data: Rows, run: Run) 
             "tokens": counters.tokens,
             "supervised_tokens": counters.supervised_tokens,
             "tokens_per_s": round(counters.tokens / wall_s, 1),
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_bytes,
+            "forecast": run.outlook.as_json(),
+            "forecast_error": run.outlook.errors(wall_s, peak_bytes),
+            "micro_batch_tokens": run.micro_batch_tokens,
+            "micro_batch_reason": run.outlook.settled.reason,
             "loss": run.losses,
             "trainable": trained,
             "trainable_fraction": trained / everything,
