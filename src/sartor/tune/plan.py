@@ -142,7 +142,7 @@ def _forecast(recipe: Recipe, base: Base, model: Any, data: Rows, price_h: float
     took = None
     if timed:
         times = forecast.time_model(probe.samples, probe.optimizer_seconds())
-        took = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data) + start_s
+        took = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s)
         if updates is None:
             _count_by_minutes(counters, times, recipe, loads)
     return Plan(
@@ -187,9 +187,14 @@ def _probe(
 
 
 def run_seconds(
-    times: TimeModel, recipe: Recipe, updates: list[list[Load]] | None, micro_batch_tokens: int, data: Rows
+    times: TimeModel,
+    recipe: Recipe,
+    updates: list[list[Load]] | None,
+    micro_batch_tokens: int,
+    data: Rows,
+    start_s: float,
 ) -> Interval:
-    """Seconds of the tuning loop: updates and evaluations, up to the budget's minutes."""
+    """Seconds of the tuning loop: its start, updates and evaluations, up to the budget's minutes."""
     held_out = total(load_of(row) for row in data.held_out)
     evaluations_s = recipe.evaluations * times.seconds(held_out) * forecast.FORWARD_FRACTION if data.held_out else 0.0
     limit_s = recipe.budget.minutes and recipe.budget.minutes * 60
@@ -201,7 +206,7 @@ def run_seconds(
         for update in updates
     )
     whole = updates_s + evaluations_s
-    found = Interval(whole, whole * (1 - times.half_width), whole * (1 + times.half_width))
+    found = Interval(whole, whole * (1 - times.half_width), whole * (1 + times.half_width)) + start_s
     return found.at_most(limit_s + evaluations_s) if limit_s else found
 
 

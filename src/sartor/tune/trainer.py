@@ -163,10 +163,10 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat) -> Rows:
     data.held_out = random.Random(0).sample(data.held_out, min(recipe.data.eval_rows, len(data.held_out)))
     if not data.supervised_tokens:
         reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in data.left_out.items()) or "the Dataset has none"
-        raise SourceError(
-            f"no training row with a supervised token is left ({reasons})",
-            f"raise data.max_length_tokens (now {recipe.data.max_length_tokens}) or look at the rows of {dataset.path}",
-        )
+        remedy = f"look at the rows of {dataset.path}"
+        if "too_long" in data.left_out:
+            remedy = f"data.max_length_tokens={refusals.length_that_keeps(data.lengths)} (now {recipe.data.max_length_tokens})"
+        raise SourceError(f"no training row with a supervised token is left ({reasons})", remedy)
     return data
 
 
