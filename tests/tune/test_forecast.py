@@ -119,6 +119,8 @@ def test_the_command_lists_refusals_and_exits_0(tmp_path: Path, tune_recipe: dic
 def test_memory_that_cannot_hold_it_is_refused_before_spending(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # base and adapter are open, and what is left holds no micro-batch
+    monkeypatch.setattr(refusals, "of_base", lambda *args: iter(()))
     with_room(monkeypatch, -(10**12))
     updated: list[Any] = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: updated.append(args))
@@ -129,6 +131,22 @@ def test_memory_that_cannot_hold_it_is_refused_before_spending(
         sartor.tune(tune_recipe, tmp_path / "a", show=False)
     assert caught.value.exit_code == 4 and "or a smaller base" in caught.value.remedy
     assert not updated and not (tmp_path / "a").exists() and not list(tmp_path.glob(".a.part*"))
+
+
+def test_a_base_whose_weights_alone_do_not_fit_is_not_opened(
+    tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sartor.tune import plan, trainer
+
+    # the tiny base has 28,832 weights
+    with_room(monkeypatch, 100_000)
+    for module in (plan, trainer):
+        monkeypatch.setattr(module, "open_base", lambda *args, **options: pytest.fail("it was opened"))
+    (refusal,) = sartor.plan(tune_recipe).as_json()["refusals"]
+    assert refusal["reason"] == "memory" and "the weights of" in refusal["problem"]
+    assert "base.bits=16 (0.00 GB)" in refusal["remedy"]
+    with pytest.raises(BudgetError, match="the weights of"):
+        sartor.tune(tune_recipe, tmp_path / "a", show=False)
 
 
 def test_too_many_rows_left_out_as_too_long_are_refused(tmp_path: Path, tune_recipe: dict[str, Any], rows_file: Path) -> None:

@@ -7,6 +7,8 @@ limit of the shell. Of a cgroup's use, file pages that the kernel would give bac
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ PROC = Path("/proc/self")
 CGROUPS = Path("/sys/fs/cgroup")
 # A cgroup without a limit says so with a number near 2^63
 _NO_LIMIT_BYTES = 1 << 60
+# the format's own bound
+_MOST_HEADER_BYTES = 100_000_000
 # device type -> the peak before the last `restart_peak`
 _past_peaks: dict[str, int] = {}
 
@@ -81,6 +85,18 @@ def available_bytes(device: torch.device | None = None) -> Room:
         return Room(int(torch.cuda.mem_get_info(device)[0] + held_unused), "the device's free memory")
     rooms = [Room(_machine_bytes(), "the machine's free memory"), *_cgroups(PROC / "cgroup", CGROUPS), *_limits()]
     return min(rooms, key=lambda room: room.bytes)
+
+
+def weights_in(folder: Path) -> int:
+    """How many numbers the safetensors files of a folder hold, read from their headers. Unreadable ones count as none."""
+    count = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError), file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length <= _MOST_HEADER_BYTES:
+                header = json.loads(stream.read(length))
+                count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return count
 
 
 def _machine_bytes() -> int:

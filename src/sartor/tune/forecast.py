@@ -23,7 +23,7 @@ from sartor.tune.probe import Load, Probe, Sample, total
 from sartor.tune.recipe import Budget, Recipe
 
 # Sizes of a micro-batch that `auto` chooses from
-LADDER = (256, 512, 1024, 2048)
+LADDER = (128, 256, 512, 1024, 2048)
 # Half-widths of the 90 % intervals beyond the spread of the samples
 TIME_ALLOWANCE, MEMORY_ALLOWANCE = 0.2, 0.15
 # The scale of the formula where nothing was measured: it is off by that much from one architecture to another

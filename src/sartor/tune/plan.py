@@ -14,7 +14,7 @@ import torch
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, SourceError
 from sartor.models import adapters, paths
-from sartor.models.base import Base, machine, open_base
+from sartor.models.base import Base, best_device, machine, open_base
 from sartor.tune import forecast, order, refusals
 from sartor.tune.forecast import Interval, Settled, TimeModel
 from sartor.tune.probe import Load, Probe, load_of, take, total
@@ -100,14 +100,16 @@ def plan(
     dataset = open_artifact(recipe.data.path, "dataset")
     chosen = recipe.base
     where = device_named(device) if device else None
+    if refused := list(refusals.of_base(recipe, where)):
+        return Plan(device=str(where or best_device()), refusals=refused)
     base = open_base(
         chosen.name, revision=chosen.revision, licence=chosen.licence, bits=chosen.bits, device=where, notice=notice
     )
     try:
         data = encode_rows(dataset, recipe, base.chat)
     except SourceError as error:
-        refused = refusals.Refusal(refusals.UNSUPERVISED, error.problem, error.remedy)
-        return Plan(device=str(base.device), refusals=[refused])
+        unsupervised = refusals.Refusal(refusals.UNSUPERVISED, error.problem, error.remedy)
+        return Plan(device=str(base.device), refusals=[unsupervised])
     model = adapters.inject_lora(
         base.model,
         rank=recipe.method.rank,

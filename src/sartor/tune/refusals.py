@@ -11,16 +11,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from sartor.core import config
+import torch
+
+from sartor.core import bases, config
 from sartor.core.errors import BudgetError, ConfigError, SartorError, SourceError
+from sartor.models import memory
+from sartor.models.base import best_device, best_dtype
 from sartor.models.batches import Encoded
-from sartor.tune.forecast import MemoryModel, Shape, settle
+from sartor.tune.forecast import LADDER, MemoryModel, Shape, settle
 from sartor.tune.probe import Load
 from sartor.tune.recipe import Recipe
 
 MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = "memory", "cut_answers", "nothing_supervised", "pad_is_stop", "end_unsupervised"
 # Quantised linear weights over 16-bit and 32-bit ones: 4 bits and an absmax per 64 values; 8 bits and a scale per row
-_BYTES_PER_WEIGHT = {4: 0.5 + 4 / 64, 8: 1.05, 16: 2.0}
+_BYTES_PER_WEIGHT: dict[Any, float] = {4: 0.5 + 4 / 64, 8: 1.05, 16: 2.0}
 _KEPT_FRACTION = 0.99
 
 
@@ -44,6 +48,29 @@ class Tokenised(Protocol):
     pad: int
     stops: list[int]
     tokenizer: Any
+
+
+def of_base(recipe: Recipe, device: torch.device | None = None) -> Iterator[Refusal]:
+    """The weights alone do not fit, by the sizes that their files state: nothing is opened.
+
+    Raises ModelError, HubError and AssetError as opening does.
+    """
+    folder = bases.locate(recipe.base.name, recipe.base.revision, recipe.base.licence).path
+    device = device or best_device()
+    count, room = memory.weights_in(folder), memory.available_bytes(device)
+    width = _BYTES_PER_WEIGHT.get(recipe.base.bits) or best_dtype(device).itemsize
+    if count * width > room.bytes:
+        fitting = [
+            f"base.bits={bits} ({count * size / 1e9:.2f} GB)"
+            for bits, size in _BYTES_PER_WEIGHT.items()
+            if size < width and count * size <= room.bytes and _changed(recipe, [f"base.bits={bits}"])
+        ]
+        yield Refusal(
+            MEMORY,
+            f"the weights of {recipe.base.name} need {count * width / 1e9:.2f} GB; "
+            f"{room.bytes / 1e9:.2f} GB can be had ({room.bound})",
+            "; or ".join(fitting) or f"a machine with more than {count * width / 1e9:.2f} GB free, or a smaller base",
+        )
 
 
 def of_lengths(lengths: Sequence[int], recipe: Recipe) -> Iterator[Refusal]:
@@ -128,9 +155,8 @@ def remedies(model: MemoryModel, recipe: Recipe, loads: Sequence[Load]) -> Itera
 
 def needed_under(model: MemoryModel, recipe: Recipe, loads: Sequence[Load], changes: Sequence[str]) -> float | None:
     """Bytes at the high end under a recipe with `changes` (`option=value`), or None where that does not fit or work."""
-    try:
-        changed = config.load(Recipe, config.dump(recipe), [f"--{change}" for change in changes])
-    except ConfigError:  # an option or a value that this version does not have
+    changed = _changed(recipe, changes)
+    if changed is None:
         return None
     kept = [load for load in loads if load.tokens <= changed.data.max_length_tokens]
     if not kept:
@@ -140,13 +166,20 @@ def needed_under(model: MemoryModel, recipe: Recipe, loads: Sequence[Load], chan
     return model.needs(settled.load, shape).high if settled.fits else None
 
 
+def _changed(recipe: Recipe, changes: Sequence[str]) -> Recipe | None:
+    try:
+        return config.load(Recipe, config.dump(recipe), [f"--{change}" for change in changes])
+    except ConfigError:  # an option or a value that this version does not have
+        return None
+
+
 def _changes(shape: Shape, recipe: Recipe, loads: Sequence[Load]) -> Iterator[str]:
     """Changes to try, those that cost least first: time, then what is learnt from, then precision."""
     longest = max(load.tokens for load in loads)
     asked = recipe.compute.micro_batch_tokens
-    for size in (1024, 512, 256, 128):
+    for size in (1024, 512, 256, 128, longest):
         # with auto the ladder has been tried already
-        if asked != "auto" and longest <= size < asked:
+        if longest <= size < (LADDER[0] if asked == "auto" else asked):
             yield f"compute.micro_batch_tokens={size}"
     if not shape.recompute:
         yield "compute.recompute=true"

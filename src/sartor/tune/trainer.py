@@ -104,6 +104,8 @@ def tune(
     check_free(out.absolute(), replace=replace)
     dataset = open_artifact(recipe.data.path, "dataset")
     chosen = recipe.base
+    for refusal in refusals.of_base(recipe):
+        raise refusal.error
     base = open_base(chosen.name, revision=chosen.revision, licence=chosen.licence, bits=chosen.bits, notice=notice)
     data = encode_rows(dataset, recipe, base.chat)
     model = adapters.inject_lora(
