@@ -108,9 +108,8 @@ def test_the_command_lists_refusals_and_exits_0(tmp_path: Path, tune_recipe: dic
     said = json.loads(done.stdout.splitlines()[-1])
     assert [refusal["reason"] for refusal in said["refusals"]] == ["nothing_supervised"]
     assert said["time_s"] is None and said["tokens"] == 0
-    command.remove("--json")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "try: data.max_length_tokens=" in done.stdout
+    table = sartor.plan({**tune_recipe, "data": {**tune_recipe["data"], "max_length_tokens": 5}}).table()
+    assert "try: data.max_length_tokens=" in dict(table)["refused"] and dict(table)["time"] == "not forecast"
 
 
 # refusals
@@ -197,7 +196,7 @@ def test_a_real_tokenizer_whose_pad_is_its_eos_is_not_refused_since_another_pad_
 
     chat = open_chat(tiny_base)
     assert chat.tokenizer.pad_token_id == chat.tokenizer.eos_token_id
-    example = next(iter([sartor.Example(messages=[sartor.Message.of("user", "a"), sartor.Message.of("assistant", "b")])]))
+    example = sartor.Example((sartor.Message.of("user", "a"), sartor.Message.of("assistant", "b")), ())
     assert list(refusals.of_ends(chat, [chat.encode(example)])) == []
 
 
@@ -205,17 +204,18 @@ def test_a_real_tokenizer_whose_pad_is_its_eos_is_not_refused_since_another_pad_
 
 
 def test_auto_takes_the_largest_rung_that_fits() -> None:
-    sizes = []
-    for limit in (100 * GB, 4 * GB, 2.6 * GB, 1.1 * GB):
-        settled = forecast.settle(memory_of(limit), recipe_of(), LOADS)
-        sizes.append(settled.micro_batch_tokens)
-        assert settled.fits == (limit > 2 * GB)
-        assert settled.load.tokens <= settled.micro_batch_tokens
-        if settled.fits:
-            assert memory_of(limit).needs(settled.load).high <= limit
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] == 2048 and sizes[-1] == 400, "never below the longest row"
-    assert len(set(sizes)) >= 3
+    free, recipe = memory_of(100 * GB), recipe_of()
+    assert forecast.rungs(recipe, LOADS) == [400, 512, 1024, 2048], "never below the longest row"
+    for size in (400, 512, 1024, 2048):
+        load = forecast.heaviest(recipe, LOADS, size, STARTER)
+        assert load.tokens <= size
+        needed = int(free.needs(load).high) + 1
+        settled = forecast.settle(memory_of(needed), recipe, LOADS)
+        assert settled.fits and settled.micro_batch_tokens == size
+        below = forecast.settle(memory_of(needed - 2), recipe, LOADS)
+        assert below.micro_batch_tokens < size if size > 400 else not below.fits
+    assert forecast.settle(free, recipe, LOADS).reason == "the largest that helps"
+    assert "fits in" in forecast.settle(memory_of(needed - 2), recipe, LOADS).reason
 
 
 def test_auto_is_not_above_an_update_and_a_number_is_taken_as_it_is() -> None:

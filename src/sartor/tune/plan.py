@@ -49,7 +49,7 @@ class Plan:
         return {
             "time_s": self.time_s and self.time_s.as_json(2),
             "peak_memory_bytes": self.peak_memory_bytes and self.peak_memory_bytes.as_json(),
-            "cost": self.cost and self.cost.as_json(4),
+            "cost": self.cost and self.cost.as_json(6),
             "updates": self.counters.updates,
             "tokens": self.counters.tokens,
             "supervised_tokens": self.counters.supervised_tokens,
