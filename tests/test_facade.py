@@ -44,11 +44,24 @@ def test_help_starts_in_under_a_second_and_loads_no_torch() -> None:
         seconds.append(time.monotonic() - began)
         assert done.returncode == 0, done.stderr
     assert min(seconds) < 1.0
-    for verb in ("demo", "curate", "tune", "evaluate", "release", "verify", "ask", "inspect", "index", "keygen", "assets"):
+    for verb in (
+        "demo",
+        "curate",
+        "plan",
+        "tune",
+        "evaluate",
+        "release",
+        "verify",
+        "ask",
+        "inspect",
+        "index",
+        "keygen",
+        "assets",
+    ):
         assert verb in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["curate", "tune"])
+@pytest.mark.parametrize("verb", ["curate", "plan", "tune"])
 def test_help_of_a_verb_lists_the_recipes_options(verb: str) -> None:
     done = subprocess.run([sys.executable, "-m", "sartor", verb, "--help"], capture_output=True, text=True, check=False)
     assert "--seed" in done.stdout

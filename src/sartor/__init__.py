@@ -3,6 +3,7 @@
     import sartor
 
     sartor.curate("curate.yaml", out="data/faq")          # sources -> Dataset
+    sartor.plan("tune.yaml")                              # what that will cost, before it is spent
     sartor.tune("tune.yaml", out="adapters/faq")          # Dataset -> Adapter
     sartor.evaluate("adapters/faq")                       # Adapter -> Report
     sartor.release("adapters/faq", name="faq", version="1.0", key="keys")
@@ -30,6 +31,7 @@ _NAMES = {
     "install": "sartor.core.assets:install",
     "keygen": "sartor.core.signing:keygen",
     "open": "sartor.core.artifacts:open_artifact",
+    "plan": "sartor.tune.plan:plan",
     "release": "sartor.evaluate.release:release",
     "tune": "sartor.tune",
     "verify": "sartor.evaluate.release:verify",

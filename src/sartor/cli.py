@@ -57,6 +57,21 @@ def curate(recipe: Path, *flags: Flags, out: Path, strict: REPLACE = False, repl
 
 
 @app.command
+def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
+    """What `tune` would cost, before it is spent: time and peak memory with intervals, and what it would be refused for.
+
+    A refusal is an answer: the command lists it under `refusals` and exits 0. `tune` raises it.
+
+    Parameters
+    ----------
+    recipe: YAML file of a tuning
+    device: cpu, cuda or mps; by default the one that tune would take
+    price: of this machine, 0.45/h (also /d, /min, /s), for the cost
+    """
+    return sartor.plan(sartor.load_recipe(recipe, flags), device=device, price=price, notice=_notice)
+
+
+@app.command
 def tune(recipe: Path, *flags: Flags, out: Path, resume: REPLACE = False, replace: REPLACE = False) -> Any:
     """Dataset -> Adapter: fine-tune a base. Options of the recipe can be given as flags (--method.rank 8).
 
@@ -220,7 +235,7 @@ def assets_install(name: str) -> Any:
 
 def _add_options() -> None:
     """Help texts of recipe options come from their declaration."""
-    for command, recipe in (("curate", sartor.CurateRecipe), ("tune", sartor.Recipe)):
+    for command, recipe in (("curate", sartor.CurateRecipe), ("plan", sartor.Recipe), ("tune", sartor.Recipe)):
         lines = [f"- `--{name}` ({kind}): {text}" for name, kind, text in sartor.options(recipe)]
         app[command].help_epilogue = "\n".join(["Options of the recipe:", "", *lines])
 

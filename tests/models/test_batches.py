@@ -177,7 +177,7 @@ def test_attention_groups_hold_every_token_once_and_little_padding(lengths: list
     assert sorted(place for group in groups for place in group.into.tolist()) == list(range(sum(lengths)))
     assert sum(group.queries.numel() for group in groups) < 2 * sum(lengths) + 1
     for group in groups:
-        assert torch.equal(group.gather.flatten()[group.scatter], group.into)
+        assert torch.equal(group.queries.flatten()[group.scatter], group.into)
 
 
 @given(st.data(), st.integers(1, 60))

@@ -186,7 +186,8 @@ def test_rows_pack_exactly(tiny_base: Path, bits: int) -> None:
         model.get_input_embeddings().weight.mul_(400)  # activations beyond the outlier threshold
     is_exact, difference = batches.packs_exactly(model, ROWS, CPU)
     assert is_exact, difference
-    assert isinstance(paths.choose(model, ROWS, CPU), paths.General)
+    assert isinstance(paths.choose(model, ROWS, CPU), paths.FastPath)
+    assert isinstance(paths.choose(model, ROWS, CPU, paths.Wish(fast=False)), paths.General)
 
 
 # --- an evaluation in the middle

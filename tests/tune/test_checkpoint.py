@@ -292,19 +292,18 @@ def test_differences_are_named_option_by_option() -> None:
 
 
 def test_what_auto_came_to_is_taken_over(monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path) -> None:
-    from sartor.tune import trainer
-    from sartor.tune.run import Resolved
+    from sartor.tune import forecast
 
-    monkeypatch.setattr(trainer, "resolve", lambda *arguments: Resolved(micro_batch_tokens=40))
-    killed(monkeypatch, recipe, out, update=2)
-    monkeypatch.setattr(trainer, "resolve", lambda *arguments: pytest.fail("settled anew"))
+    with monkeypatch.context() as scarce:
+        scarce.setattr(forecast, "LADDER", (40,))
+        killed(scarce, recipe, out, update=2)
     seen = []
     train = Run.train
     monkeypatch.setattr(
         Run, "train", lambda self, signals: (seen.append(self.resolved.micro_batch_tokens), train(self, signals))
     )
     tune(recipe, out, resume=True)
-    assert seen == [40]
+    assert seen == [46]  # the longest row; where nothing is scarce it would be 128
 
 
 def test_a_loss_that_is_not_finite_or_explodes_stops_and_leaves_the_state_before_it(

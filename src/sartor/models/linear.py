@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from sartor.models.quantised import dense_weight, is_quantised
+
 Gradients = list[torch.Tensor]
 
 
@@ -42,7 +44,7 @@ class Projection:
         frozen, low = [], 0
         for module in modules:
             base = getattr(module, "base_layer", module)
-            if not isinstance(base, torch.nn.Linear):
+            if not isinstance(base, torch.nn.Linear):  # bitsandbytes' layers are
                 raise Unsupported(f"a {type(base).__name__} where a linear module is expected")
             high = low + base.out_features
             if base is not module:
@@ -54,7 +56,7 @@ class Projection:
         if len(biases) not in (0, len(frozen)):
             raise Unsupported("some of the fused modules have a bias and others none")
         self.bias = torch.cat([bias.detach().to(dtype) for bias in biases]) if biases else None
-        self._fused = self._fuse()
+        self._fused = None if any(is_quantised(base) for base in frozen) else self._fuse()
 
     def _fuse(self) -> torch.Tensor:
         weights = [base.weight.detach() for base in self._frozen]
@@ -75,8 +77,11 @@ class Projection:
         return [part for factors in self.factors for part in (factors.a, factors.b)]
 
     def weight(self) -> torch.Tensor:
-        """The frozen W, (outs, D)."""
-        return self._fused
+        """The frozen W, (outs, D). A quantised one is made dense for this one product and not kept."""
+        if self._fused is not None:
+            return self._fused
+        parts = [dense_weight(base, self.dtype) if is_quantised(base) else base.weight.detach() for base in self._frozen]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x (N, D) -> y (N, outs), added to `onto` (N, outs) if given; and x A^T (N, sum of R) for the backward."""

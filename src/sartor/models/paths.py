@@ -17,12 +17,14 @@ import torch
 
 from sartor.models import batches, kernels
 from sartor.models.attention import packing
+from sartor.models.base import quiet
 from sartor.models.batches import Encoded
 from sartor.models.forward import Fast
 from sartor.models.frozen import Frozen
 from sartor.models.linear import Unsupported
 
 Notice = Callable[[str], object]
+RECOMPUTED = "activations are computed again in the backward pass"
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,10 @@ def choose(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish
             raise Unsupported(f"its losses differ from the model's own by {difference:.2g} nats")
     except Unsupported as error:
         return _general(model, rows, device, wish, f"not the fast path: {error}")
-    family = fast.family_name
-    return FastPath(fast, device, f"{family} block by hand, {why}", wish.share, _frozen(fast, rows, device, wish), difference)
+    reason = f"{fast.family_name} block by hand, {why}"
+    if wish.recompute:
+        reason += f"; {RECOMPUTED}"
+    return FastPath(fast, device, reason, wish.share, _frozen(fast, rows, device, wish), difference)
 
 
 def _frozen(fast: Fast, rows: Sequence[Encoded], device: torch.device, wish: Wish) -> Frozen | None:
@@ -139,9 +143,27 @@ def _general(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wi
     is_exact, difference = batches.packs_exactly(model, rows, device)
     if not is_exact:
         return OneRow(model, device, f"{reason}; packed losses differ by {difference:.2g} nats from single rows", difference)
-    if wish.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return General(model, device, reason, wish.share, difference)
+    path = General(model, device, reason, wish.share, difference)
+    return with_recompute(path) if wish.recompute else path
+
+
+def with_recompute(path: General) -> General:
+    """`path` keeping one tensor a layer and computing the rest again in the backward pass; its reason says whether it can.
+
+    Transformers' own checkpointing, which hands our `rows` on to each layer; it holds in training mode only.
+    """
+    model = path.model
+    if not model.supports_gradient_checkpointing:
+        path.reason += "; this architecture cannot compute activations again, so all are kept"
+        return path
+    with quiet():  # the name of transformers 5.0, deprecated by later ones
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Only the reentrant kind needs it; here it would send gradients below the lowest adapted layer
+    model.disable_input_require_grads()
+    # the layers are called again in the backward pass, when `packing` has long been left
+    model.set_attn_implementation("sartor_packed")
+    path.reason += f"; {RECOMPUTED}"
+    return path
 
 
 def prove(path: Path, rows: Sequence[Encoded]) -> dict[str, float]:

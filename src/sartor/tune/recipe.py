@@ -40,8 +40,11 @@ class Data:
     eval_rows: int = option(64, "most held-out rows whose loss is measured while tuning")
     max_length_tokens: int = option(1024, "a longer row is left out and counted: a cut one would lose its answer")
     rows: int = option(0, "at most this many training rows; 0 takes all")
+    too_long_fraction: float = option(0.1, "the run is refused if more of the rows than this are too long")
 
     def __post_init__(self) -> None:
+        if not 0 <= self.too_long_fraction <= 1:
+            raise ConfigError(f"too_long_fraction is {self.too_long_fraction}; it must be in 0..1", "too_long_fraction: 0.1")
         if not 0 <= self.eval_fraction < 1:
             raise ConfigError(f"eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1", "eval_fraction: 0.1")
         _at_least(self, 2, "max_length_tokens")

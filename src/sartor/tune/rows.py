@@ -14,16 +14,21 @@ from sartor.core.holdout import held_out_groups
 from sartor.core.records import Example
 from sartor.models import batches
 from sartor.models.chat import Chat
+from sartor.tune import refusals
 from sartor.tune.recipe import Data, Recipe
 
 
 @dataclass
 class Rows:
-    """A Dataset as tokens: what is trained on, what is held out, and what was left out with the reason."""
+    """A Dataset as tokens: what is trained on, what is held out, and what was left out with the reason.
+
+    lengths: tokens of every row that the template took, also of those that are too long.
+    """
 
     train: list[batches.Encoded] = field(default_factory=list)
     held_out: list[batches.Encoded] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -58,6 +63,7 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat) -> Rows:
         except SourceError as error:
             data.left_out.setdefault(f"template: {error.problem[:120]}", []).append(example.id)
             continue
+        data.lengths.append(len(row.ids))
         if len(row.ids) > recipe.data.max_length_tokens:
             data.left_out.setdefault("too_long", []).append(example.id)
         elif not row.supervised_tokens:
@@ -73,10 +79,10 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat) -> Rows:
     data.held_out = random.Random(0).sample(data.held_out, min(recipe.data.eval_rows, len(data.held_out)))
     if not data.supervised_tokens:
         reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in data.left_out.items()) or "the Dataset has none"
-        raise SourceError(
-            f"no training row with a supervised token is left ({reasons})",
-            f"raise data.max_length_tokens (now {recipe.data.max_length_tokens}) or look at the rows of {dataset.path}",
-        )
+        remedy = f"look at the rows of {dataset.path}"
+        if "too_long" in data.left_out:
+            remedy = f"data.max_length_tokens={refusals.length_that_keeps(data.lengths)} (now {recipe.data.max_length_tokens})"
+        raise SourceError(f"no training row with a supervised token is left ({reasons})", remedy)
     return data
 
 

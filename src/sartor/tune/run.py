@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from sartor.core.errors import ArtifactError, ModelError, StoppedError
-from sartor.models import batches, paths
+from sartor.models import batches, memory, paths
 from sartor.models.base import Base
-from sartor.tune import objectives, order
+from sartor.tune import objectives, order, outlook
 from sartor.tune.checkpoint import Checkpoint, Saver
-from sartor.tune.journal import Journal, peak_memory_bytes
+from sartor.tune.journal import Journal
 from sartor.tune.recipe import Budget, Optimizer, Recipe
 from sartor.tune.rng import Rng, seed_all
 from sartor.tune.rows import Rows
@@ -57,21 +57,14 @@ class Resolved:
     micro_batch_tokens: int
 
 
-def resolve(recipe: Recipe) -> Resolved:
-    """Settle what the recipe leaves to the machine."""
-    # auto is settled by the forecast (forecast.py)
-    chosen = recipe.compute.micro_batch_tokens
-    return Resolved(micro_batch_tokens=2048 if chosen == "auto" else chosen)
-
-
 class Run:
     """The state of one run: model, optimiser, counters. `train` goes through the budget."""
 
     def __init__(
-        self, recipe: Recipe, base: Base, model: Any, data: Rows, journal: Journal, saver: Saver, resolved: Resolved
+        self, recipe: Recipe, base: Base, model: Any, data: Rows, journal: Journal, saver: Saver, resolved: Resolved | None
     ) -> None:
         self.recipe, self.base, self.model, self.data = recipe, base, model, data
-        self.journal, self.saver, self.resolved = journal, saver, resolved
+        self.journal, self.saver = journal, saver
         self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.parameters = list(self.named.values())
         settings = recipe.optimizer
@@ -87,7 +80,11 @@ class Run:
         # is set, even to what it is, holds
         torch.set_num_threads(torch.get_num_threads())
         model.eval()  # a fresh adapter comes in training mode, and dropout would look like a leak between rows
-        self.path = paths.choose(model, [*data.train, *data.held_out], base.device, self._wish())
+        self.path = paths.choose(model, [*data.train, *data.held_out], base.device, wish(recipe, data, base))
+        if resolved:
+            recipe = replace(recipe, compute=replace(recipe.compute, micro_batch_tokens=resolved.micro_batch_tokens))
+        self.outlook = outlook.foresee(recipe, self.path, model, base.device, data.train, data.held_out, Counters())
+        self.resolved = Resolved(self.outlook.settled.micro_batch_tokens)
         seed_all(recipe.seed)
 
     def train(self, signals: Signals) -> None:
@@ -165,20 +162,6 @@ class Run:
         self.losses, self.evaluation_points = dict(facts["losses"]), list(facts["evaluation_points"])
         Rng.read(tensors, facts["rng"]).put_back(self.base.device)
 
-    def _wish(self) -> paths.Wish:
-        """What the recipe asks of a path."""
-        compute = self.recipe.compute
-        budget, once = self.recipe.budget, self.data.tokens
-        is_one_epoch = (budget.epochs or math.inf) <= 1 or (budget.tokens or math.inf) <= once
-        return paths.Wish(
-            fast=compute.path == "auto",
-            recompute=compute.recompute,
-            share=compute.share_prefixes,
-            # what is read once is not worth storing
-            reuse_bytes=int(compute.cache_gb * 1e9) if compute.reuse_frozen and not is_one_epoch else 0,
-            identity=self.base.ref.digest,
-        )
-
     def _cut(self, chosen: Sequence[batches.Encoded]) -> list[list[batches.Encoded]]:
         share = self.recipe.compute.share_prefixes and self.path.name != "one-row"
         return batches.micro_batches(chosen, self.resolved.micro_batch_tokens, share=share)
@@ -249,9 +232,11 @@ class Run:
             learning_rate=rate,
             tokens=tokens,
             tokens_per_s=round(tokens / seconds, 1),
-            memory_bytes=peak_memory_bytes(),
+            memory_bytes=memory.peak_bytes(),
         )
         self.journal.show(self._fraction(), loss, counters.tokens / self.journal.wall_s)
+        if self.outlook.observe(tokens, seconds, counters.tokens, self.journal.wall_s):
+            self.journal.note(forecast=self.outlook.as_json())
 
     @torch.no_grad()
     def _evaluate(self) -> None:
@@ -268,6 +253,20 @@ class Run:
             raise ModelError(done, "lower optimizer.learning_rate and start over with --replace")
         self.losses["eval"] = loss
         self.journal.note(update=self.counters.updates, eval_loss=loss)
+
+
+def wish(recipe: Recipe, data: Rows, base: Base) -> paths.Wish:
+    """What a recipe asks of a path."""
+    compute, budget = recipe.compute, recipe.budget
+    is_one_epoch = (budget.epochs or math.inf) <= 1 or (budget.tokens or math.inf) <= data.tokens
+    return paths.Wish(
+        fast=compute.path == "auto",
+        recompute=compute.recompute,
+        share=compute.share_prefixes,
+        # what is read once is not worth storing
+        reuse_bytes=int(compute.cache_gb * 1e9) if compute.reuse_frozen and not is_one_epoch else 0,
+        identity=base.ref.digest,
+    )
 
 
 def learning_rate(settings: Optimizer, fraction: float) -> float:

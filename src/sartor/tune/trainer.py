@@ -19,13 +19,14 @@ from sartor.core.artifacts import Artifact, open_artifact, write_artifact, write
 from sartor.core.errors import ConfigError
 from sartor.models import adapters
 from sartor.models.base import Base, machine, open_base
+from sartor.tune import refusals
 from sartor.tune import resume as resumption
 from sartor.tune.checkpoint import Found, Saver, clear, folder_of, full_disk, sweep
 from sartor.tune.journal import Journal, plot_losses
 from sartor.tune.recipe import Recipe
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.rows import Rows, encode_rows
-from sartor.tune.run import Resolved, Run, resolve
+from sartor.tune.run import Resolved, Run
 from sartor.tune.signals import Signals
 
 Notice = Callable[[str], object]
@@ -67,6 +68,8 @@ def tune(
     found = resumption.look(out, resume=resume, replace=replace, notice=notice)
     dataset = open_artifact(recipe.data.path, "dataset")
     chosen = recipe.base
+    for refusal in refusals.of_base(recipe):
+        raise refusal.error
     base = open_base(chosen.name, revision=chosen.revision, licence=chosen.licence, bits=chosen.bits, notice=notice)
     data = encode_rows(dataset, recipe, base.chat)
     work = Work(recipe, dataset, base, data, found, resumption.fingerprint(recipe, dataset, base, data))
@@ -106,11 +109,13 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
     )
     for line in describe(work.data, base, model):
         notice(line)
+    for refusal in (*refusals.of_lengths(work.data.lengths, recipe), *refusals.of_ends(base.chat, work.data.train)):
+        raise refusal.error
     environment = resumption.environment(base)
     replaces = checkpoint.manifest["replaces"] if checkpoint else resumption.standing_id(out) if replace else ""
     unchanging = {"fingerprint": work.fingerprint, "environment": environment, "replaces": replaces}
     saver = Saver(folder_of(out), recipe.checkpoints, unchanging, checkpoint)
-    resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else resolve(recipe)
+    resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else None
 
     def fill(part: Path) -> Mapping[str, Any]:
         # the writer's lock is held from here on, so that what is removed is nobody's
@@ -127,11 +132,13 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
                     here = {**environment, "path": run.path.name}
                     for line in resumption.changed({**checkpoint.manifest["environment"], **checkpoint.manifest}, here):
                         notice(line)
+                notice(run.outlook.line)
                 with Signals(notice) as signals:
                     run.train(signals)
+                facts = _facts(work, run)  # here, since drawing and writing are no part of the tuning
             plot_losses(journal.lines, part / "loss.png")
             adapters.write_adapter(model, part, base.ref.name)
-        return _facts(work, run)
+        return facts
 
     adapter = write_artifact(out, "adapter", fill, replace=replace or bool(replaces))
     catalogue.register(adapter)
@@ -172,6 +179,10 @@ def _facts(work: Work, run: Run) -> dict[str, Any]:
             "supervised_tokens": counters.supervised_tokens,
             "tokens_per_s": round(counters.tokens / wall_s, 1),
             "peak_memory_bytes": run.journal.peak_memory_bytes,
+            "forecast": run.outlook.as_json(),
+            "forecast_error": run.outlook.errors(wall_s, run.journal.peak_memory_bytes),
+            "micro_batch_tokens": run.resolved.micro_batch_tokens,
+            "micro_batch_reason": run.outlook.settled.reason,
             "loss": run.losses,
             "trainable": trained,
             "trainable_fraction": trained / everything,

@@ -1,0 +1,157 @@
+"""How much memory there is, and how much of it this process has taken: on a CPU resident memory, on CUDA the device's.
+
+`available_bytes` is what may still be taken before somebody says no: the machine, the cgroup (a container's limit), or a
+limit of the shell. Of a cgroup's use, file pages that the kernel would give back count as free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+
+PROC = Path("/proc/self")
+CGROUPS = Path("/sys/fs/cgroup")
+# A cgroup without a limit says so with a number near 2^63
+_NO_LIMIT_BYTES = 1 << 60
+# the format's own bound
+_MOST_HEADER_BYTES = 100_000_000
+# device type -> the peak before the last `restart_peak`
+_past_peaks: dict[str, int] = {}
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that can still be taken, and what sets that bound."""
+
+    bytes: int
+    bound: str
+
+
+def resident_bytes(device: torch.device | None = None) -> int:
+    """Memory held now. On CUDA by tensors on the device."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    fields = _fields(PROC / "status")
+    # elsewhere than on Linux the peak is all that the standard library tells
+    return fields.get("VmRSS", 0) or peak_bytes()
+
+
+def peak_bytes(device: torch.device | None = None) -> int:
+    """Most memory that this process has held resident; on CUDA the most that its tensors have held on the device."""
+    if device is not None and device.type == "cuda":
+        return max(_past_peaks.get("cuda", 0), int(torch.cuda.max_memory_allocated(device)))
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(_past_peaks.get("cpu", 0), peak if sys.platform == "darwin" else peak * 1024)
+
+
+def restart_peak(device: torch.device) -> bool:
+    """Let `recent_peak_bytes` count from now. False where the system cannot (macOS, a /proc that cannot be written)."""
+    if device.type not in ("cpu", "cuda"):
+        return False
+    # the counters forget the old peak, so `peak_bytes` must not
+    _past_peaks[device.type] = peak_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        (PROC / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def recent_peak_bytes(device: torch.device) -> int:
+    """Most memory held since `restart_peak`. Only where that returned true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device))
+    return _fields(PROC / "status")["VmHWM"]
+
+
+def available_bytes(device: torch.device | None = None) -> Room:
+    """What can still be taken: the smallest of what the machine has, the cgroup allows and the shell allows."""
+    if device is not None and device.type == "cuda":
+        held_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return Room(int(torch.cuda.mem_get_info(device)[0] + held_unused), "the device's free memory")
+    rooms = [Room(_machine_bytes(), "the machine's free memory"), *_cgroups(PROC / "cgroup", CGROUPS), *_limits()]
+    return min(rooms, key=lambda room: room.bytes)
+
+
+def weights_in(folder: Path) -> int:
+    """How many numbers the safetensors files of a folder hold, read from their headers. Unreadable ones count as none."""
+    count = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError), file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length <= _MOST_HEADER_BYTES:
+                header = json.loads(stream.read(length))
+                count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return count
+
+
+def _machine_bytes() -> int:
+    if found := _fields(Path("/proc/meminfo")).get("MemAvailable"):
+        return found
+    import psutil  # comes with accelerate
+
+    return int(psutil.virtual_memory().available)
+
+
+def _cgroups(membership: Path, mount: Path) -> Iterator[Room]:
+    """The room in each memory cgroup of this process, from its own up to the root (v2, then v1)."""
+    with contextlib.suppress(OSError):
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            version_2 = not controllers
+            if not (version_2 or "memory" in controllers.split(",")):
+                continue
+            root = mount if version_2 else mount / "memory"
+            names = ("memory.max", "memory.current") if version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            own = PurePosixPath(path.lstrip("/"))
+            # inside a container the path of the host may not be there; its own group is then the root
+            for group in dict.fromkeys([own, *own.parents, PurePosixPath(".")]):
+                yield from _room_in(root / group, *names)
+
+
+def _room_in(group: Path, limit_name: str, use_name: str) -> Iterator[Room]:
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
+        limit = int((group / limit_name).read_text())
+        if limit < _NO_LIMIT_BYTES:
+            use = int((group / use_name).read_text())
+            words = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+            stat = {name: int(count) for name, count in words}
+            given_back = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+            yield Room(max(limit - use + given_back, 0), f"the cgroup's limit of {limit / 1e9:.1f} GB")
+
+
+def _limits() -> Iterator[Room]:
+    """The room under RLIMIT_AS and RLIMIT_DATA (`ulimit -v`, `ulimit -d`)."""
+    import resource  # not on Windows
+
+    fields = _fields(PROC / "status")
+    for name, kind, used in (("-v", resource.RLIMIT_AS, "VmSize"), ("-d", resource.RLIMIT_DATA, "VmData")):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY and used in fields:
+            yield Room(max(limit - fields[used], 0), f"`ulimit {name}` of {limit / 1e9:.1f} GB")
+
+
+def _fields(file: Path) -> dict[str, int]:
+    """The `Name: N kB` lines of a file of /proc, in bytes; empty where there is no such file."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in file.read_text().splitlines():
+            name, _, value = line.partition(":")
+            words = value.split()
+            if len(words) == 2 and words[1] == "kB":
+                found[name] = int(words[0]) * 1024
+    return found

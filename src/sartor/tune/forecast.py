@@ -1,0 +1,305 @@
+"""What a run will cost, before it is spent: memory at its peak and time, each with a 90 % interval.
+
+    peak memory = what is held now + gradients and moments of the adapter + activations of the heaviest micro-batch
+    time        = sum over the run's real micro-batches of (a + b tokens [+ c token pairs]) + optimiser + evaluations
+
+Activations follow a formula of the model's shape (`Shape.activation_bytes`), scaled by measured micro-batches; a, b and
+c are fitted to timed ones. The order of the rows is known, so the updates are counted, not guessed. How wide the
+allowances are, and what they were measured on: docs/decisions/004-forecast.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from sartor.models import memory
+from sartor.models.batches import fill
+from sartor.tune import order
+from sartor.tune.probe import Load, Probe, Sample, total
+from sartor.tune.recipe import Budget, Recipe
+
+# Sizes of a micro-batch that `auto` chooses from
+LADDER = (128, 256, 512, 1024, 2048)
+# Half-widths of the 90 % intervals beyond the spread of the samples
+TIME_ALLOWANCE, MEMORY_ALLOWANCE = 0.2, 0.15
+# The scale of the formula where nothing was measured: it is off by that much from one architecture to another
+UNMEASURED = (0.6, 1.0, 1.6)
+# What the process still takes for itself: libraries that load at first use, the allocator's arenas (low, estimate, high)
+SETTLING_BYTES = (0.0, 16e6, 64e6)
+# Below this, growth is the allocator's noise and says nothing of the activations
+NOISE_BYTES = 16 * 2**20
+# A forward pass without gradients, of the time of forward and backward
+FORWARD_FRACTION = 0.4
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the ends of its 90 % interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def as_json(self, digits: int | None = None) -> dict[str, float]:
+        """`{estimate, low, high}`, rounded to `digits` (None: whole numbers)."""
+        return {name: round(value, digits) for name, value in vars(self).items()}
+
+    def __mul__(self, factor: float) -> Interval:
+        return Interval(self.estimate * factor, self.low * factor, self.high * factor)
+
+    def __add__(self, other: float) -> Interval:
+        return Interval(self.estimate + other, self.low + other, self.high + other)
+
+    def at_most(self, limit: float) -> Interval:
+        """No end above `limit`."""
+        return Interval(min(self.estimate, limit), min(self.low, limit), min(self.high, limit))
+
+    def at_least(self, limit: float) -> Interval:
+        """No end below `limit`."""
+        return Interval(max(self.estimate, limit), max(self.low, limit), max(self.high, limit))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides a model's memory. Widths in elements; `adapted` layers, next to the head, have a backward pass."""
+
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    vocabulary: int
+    element_bytes: int
+    linear_bytes: int
+    trainable: int
+    adapted: int
+    recompute: bool
+
+    def activation_bytes(self, load: Load) -> float:
+        """Bytes held for the backward pass of one micro-batch, about.
+
+        Elements of a token in a layer: 12 widths (the norms and their fp32 copies, queries, keys, values, the gathered
+        ones, inputs of projections), 4 inner widths (gate, up, their product), and of each pair of tokens and head 3
+        (scores, weights). The head: logits in fp32, their log-softmax and its gradient.
+        """
+        token_bytes = (12 * self.width + 4 * self.inner) * self.element_bytes
+        layer_bytes = load.tokens * token_bytes + load.stored_pairs * self.heads * 3 * self.element_bytes
+        head_bytes = load.supervised * self.vocabulary * 3 * 4
+        if not self.recompute:
+            return layer_bytes * self.adapted + head_bytes
+        # one tensor a layer; of one layer at a time all of them. The head is done before the first layer is
+        return load.tokens * self.width * self.element_bytes * self.adapted + max(layer_bytes, head_bytes)
+
+    @property
+    def state_bytes(self) -> int:
+        """Gradients and two moments of the adapter, fp32."""
+        return self.trainable * 12
+
+
+def shape_of(model: Any, recipe: Recipe) -> Shape:
+    """The Shape of a model with its adapter. What a config does not say is taken as in Llama's."""
+    config = model.config.get_text_config()
+    layers = config.num_hidden_layers
+    weights = [part for part in model.parameters() if not part.requires_grad]
+    ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None}
+    return Shape(
+        layers=layers,
+        width=config.hidden_size,
+        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        heads=config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        element_bytes=next((part.element_size() for part in weights if part.is_floating_point()), 4),
+        linear_bytes=sum(part.nbytes for part in weights if part.ndim == 2 and id(part) not in ends),
+        trainable=sum(part.numel() for part in model.parameters() if part.requires_grad),
+        adapted=min(recipe.method.targets.top or layers, layers),
+        recompute=recipe.compute.recompute,
+    )
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Peak memory as a function of the micro-batch and the recipe.
+
+    resident_bytes: held with base and adapter open, before the first micro-batch. scale: measured activations over the
+    formula's. past_peak_bytes: what opening the base has taken already. limit_bytes: what this process can hold at all.
+    """
+
+    shape: Shape
+    resident_bytes: int
+    past_peak_bytes: int
+    scale: Interval
+    limit_bytes: int
+    bound: str
+
+    def growth(self, load: Load, shape: Shape | None = None) -> Interval:
+        """What is held beyond `resident_bytes` while a micro-batch is computed, under this or a changed shape."""
+        shape = shape or self.shape
+        lighter = shape.linear_bytes - self.shape.linear_bytes + 4 * (shape.trainable - self.shape.trainable)
+        return self.scale * shape.activation_bytes(load) + (shape.state_bytes + lighter)
+
+    def needs(self, load: Load, shape: Shape | None = None) -> Interval:
+        """Memory held at once from here on: what has to fit."""
+        grown, (low, estimate, high) = self.growth(load, shape) + self.resident_bytes, SETTLING_BYTES
+        return Interval(grown.estimate + estimate, grown.low + low, grown.high + high)
+
+    def peak(self, load: Load) -> Interval:
+        """Peak of the whole process: what was held while the base was opened counts too."""
+        return self.needs(load).at_least(self.past_peak_bytes)
+
+    def fits(self, load: Load, shape: Shape | None = None) -> bool:
+        """Whether the high end stays within the limit."""
+        return self.needs(load, shape).high <= self.limit_bytes
+
+
+def memory_model(shape: Shape, probe: Probe) -> MemoryModel:
+    """From the samples of a probe; without any, the formula with wide ends."""
+    room = memory.available_bytes(probe.device)
+    held = memory.resident_bytes(probe.device)
+    ratios = [
+        sample.growth_bytes / (shape.activation_bytes(sample.load) + 4 * shape.trainable)
+        for sample in probe.samples
+        if sample.growth_bytes is not None and sample.growth_bytes > NOISE_BYTES
+    ]
+    low, estimate, high = UNMEASURED
+    if ratios:
+        # the heaviest sample is the nearest to what will be run
+        estimate = ratios[-1]
+        low, high = min(ratios) * (1 - MEMORY_ALLOWANCE), max(ratios) * (1 + MEMORY_ALLOWANCE)
+    past = memory.peak_bytes(probe.device)
+    return MemoryModel(shape, probe.resident_bytes, past, Interval(estimate, low, high), held + room.bytes, room.bound)
+
+
+@dataclass(frozen=True)
+class TimeModel:
+    """Seconds of a micro-batch: base_s + token_s tokens + pair_s token pairs; half_width: of the 90 % interval, relative."""
+
+    base_s: float
+    token_s: float
+    pair_s: float
+    update_s: float
+    half_width: float
+
+    def seconds(self, load: Load, micro_batches: float = 1) -> float:
+        """Seconds of `micro_batches` that hold `load` together."""
+        return self.base_s * micro_batches + self.token_s * load.tokens + self.pair_s * load.pairs
+
+
+def time_model(samples: Sequence[Sample], update_s: float) -> TimeModel:
+    """Least squares over samples of at least one size. Terms that come out below 0 are left out: pairs, then the base."""
+    seconds = np.array([sample.seconds for sample in samples])
+    columns = {
+        "base_s": np.ones(len(samples)),
+        "token_s": np.array([float(sample.load.tokens) for sample in samples]),
+        "pair_s": np.array([float(sample.load.pairs) for sample in samples]),
+    }
+    fitted: dict[str, float] = {}
+    for names in (("base_s", "token_s", "pair_s"), ("base_s", "token_s"), ("token_s",)):
+        table = np.stack([columns[name] for name in names], axis=1)
+        # as many distinct loads as terms, or the fit is not determined
+        if len(np.unique(table, axis=0)) < len(names):
+            continue
+        found = np.linalg.lstsq(table / seconds[:, None], np.ones(len(samples)), rcond=None)[0]
+        fitted = dict(zip(names, (float(value) for value in found), strict=True))
+        if min(fitted.values()) >= 0:
+            break
+    model = TimeModel(fitted.get("base_s", 0.0), fitted["token_s"], fitted.get("pair_s", 0.0), update_s, 0.0)
+    residuals = [sample.seconds / model.seconds(sample.load) - 1 for sample in samples]
+    freedom = max(len(samples) - len(fitted), 1)
+    spread = float(np.sqrt(sum(residual**2 for residual in residuals) / freedom))
+    # 1.645: a normal's 90 %; what the samples say of their own mean, then what they cannot say
+    return replace(model, half_width=1.645 * spread / len(samples) ** 0.5 + TIME_ALLOWANCE)
+
+
+class Progress(Protocol):
+    """What of a run's counters the course needs."""
+
+    updates: int
+    tokens: int
+    supervised_tokens: int
+
+    def fraction(self, budget: Budget, epoch_tokens: int, wall_s: float) -> float:
+        """How much of the budget is used, 0..1."""
+        ...
+
+
+def course(recipe: Recipe, loads: Sequence[Load], counters: Progress) -> list[list[Load]] | None:
+    """The updates that the run will make, each as its rows; `counters` is moved to their end.
+
+    None where only minutes limit it: then time is known, and the updates are not.
+    """
+    budget = recipe.budget
+    if budget.epochs is None and budget.updates is None and budget.tokens is None:
+        return None
+    lengths = [load.tokens for load in loads]
+    epoch_tokens, made = sum(lengths), []
+    for chosen in order.updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
+        update = [loads[index] for index in chosen]
+        made.append(update)
+        together = total(update)
+        counters.updates += 1
+        counters.tokens += together.tokens
+        counters.supervised_tokens += together.supervised
+        if counters.fraction(budget, epoch_tokens, 0.0) >= 1:
+            break
+    return made
+
+
+def micro_batches(update: Sequence[Load], capacity: int) -> Iterator[Load]:
+    """The micro-batches of an update, as the trainer cuts it."""
+    lengths = [load.tokens for load in update]
+    for group in fill(lengths, max(capacity, *lengths)):
+        yield total(update[index] for index in group)
+
+
+def epoch(recipe: Recipe, loads: Sequence[Load]) -> list[list[Load]]:
+    """The updates of the first epoch."""
+    lengths, seen, made = [load.tokens for load in loads], 0, []
+    for chosen in order.updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
+        made.append([loads[index] for index in chosen])
+        seen += len(chosen)
+        if seen == len(loads):
+            break
+    return made
+
+
+def heaviest(recipe: Recipe, loads: Sequence[Load], capacity: int, shape: Shape) -> Load:
+    """Of the first epoch's micro-batches the one that asks most memory."""
+    every = (micro for update in epoch(recipe, loads) for micro in micro_batches(update, capacity))
+    return max(every, key=shape.activation_bytes)
+
+
+def rungs(recipe: Recipe, loads: Sequence[Load]) -> list[int]:
+    """Sizes of a micro-batch to try, ascending: not above an update, not below the longest row."""
+    longest = max(load.tokens for load in loads)
+    top = max(recipe.optimizer.batch_tokens, longest)
+    return sorted({max(longest, min(size, top)) for size in LADDER})
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The micro-batch of a run, its heaviest load, whether it fits, and why it is that size."""
+
+    micro_batch_tokens: int
+    load: Load
+    fits: bool
+    reason: str
+
+
+def settle(model: MemoryModel, recipe: Recipe, loads: Sequence[Load], shape: Shape | None = None) -> Settled:
+    """`compute.micro_batch_tokens` as a number: the recipe's, or the largest rung whose high end fits."""
+    asked = recipe.compute.micro_batch_tokens
+    shape = shape or model.shape
+    sizes = rungs(recipe, loads) if asked == "auto" else [asked]
+    for size in reversed(sizes):
+        load = heaviest(recipe, loads, size, shape)
+        if model.fits(load, shape):
+            reason = "set by the recipe" if asked != "auto" else "the largest that helps"
+            if asked == "auto" and size < sizes[-1]:
+                reason = f"the largest that fits in {model.limit_bytes / 1e9:.1f} GB"
+            return Settled(size, load, True, reason)
+    return Settled(
+        sizes[0], heaviest(recipe, loads, sizes[0], shape), False, f"does not fit in {model.limit_bytes / 1e9:.1f} GB"
+    )

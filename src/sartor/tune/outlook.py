@@ -1,0 +1,127 @@
+"""What a run of `tune` foresees of itself: memory before its first update, time after a few.
+
+Time is not taken from a calibration but from the run's own first updates: they cost nothing, and they are what the rest
+will be like (docs/decisions/004-forecast.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from sartor.models import paths
+from sartor.models.batches import Encoded
+from sartor.tune import forecast, refusals
+from sartor.tune.forecast import FORWARD_FRACTION, TIME_ALLOWANCE, Interval, Progress, Settled
+from sartor.tune.probe import Probe, load_of, take
+from sartor.tune.recipe import Recipe
+
+# What a calibration may read of the tokens that the run reads
+PROBE_FRACTION = 0.03
+# The first updates, from which the rest is forecast; the very first is slower and not counted
+TIMED_UPDATES = 4
+
+
+@dataclass
+class Outlook:
+    """What a run of `tune` is expected to cost: memory before its first update, time after a few."""
+
+    settled: Settled
+    memory: Interval
+    course_tokens: int | None
+    evaluated_tokens: int
+    limit_s: float | None
+    time: Interval | None = None
+
+    def __post_init__(self) -> None:
+        self._seconds: list[float] = []
+        self._tokens: list[int] = []
+
+    @property
+    def line(self) -> str:
+        """For a person, before the first update."""
+        settled, peak = self.settled, self.memory * 1e-9
+        return (
+            f"micro-batch {settled.micro_batch_tokens:,} tokens ({settled.reason}); "
+            f"peak memory {peak.estimate:.2f} GB, 90 % in {peak.low:.2f}..{peak.high:.2f}"
+        )
+
+    def observe(self, tokens: int, seconds: float, read_tokens: int, wall_s: float) -> bool:
+        """Take note of an update; true when it is the one that completes the forecast of time.
+
+        read_tokens, wall_s: of the whole run until here.
+        """
+        self._seconds.append(seconds)
+        self._tokens.append(tokens)
+        if len(self._seconds) != TIMED_UPDATES:
+            return False
+        token_s = sum(self._seconds[1:]) / sum(self._tokens[1:])
+        rates = [spent / read for spent, read in zip(self._seconds[1:], self._tokens[1:], strict=True)]
+        spread = float(np.std(rates, ddof=1)) / token_s
+        half = 1.645 * spread / len(rates) ** 0.5 + TIME_ALLOWANCE
+        if self.course_tokens is not None:
+            rest_s = (self.course_tokens - read_tokens + self.evaluated_tokens * FORWARD_FRACTION) * token_s
+            self.time = Interval(rest_s, rest_s * (1 - half), rest_s * (1 + half)).at_least(0) + wall_s
+        if self.limit_s is not None:
+            unbounded = self.time or Interval(self.limit_s, self.limit_s, self.limit_s)
+            # the update in which the minutes end is finished, and the last evaluation made
+            over_s = (self._tokens[-1] + self.evaluated_tokens * FORWARD_FRACTION) * token_s
+            self.time = replace(unbounded.at_most(self.limit_s), high=min(unbounded.high, self.limit_s) + over_s)
+        return self.time is not None
+
+    def as_json(self) -> dict[str, Any]:
+        """What the manifest says."""
+        time_s = self.time.as_json(2) if self.time else None
+        return {"time_s": time_s, "peak_memory_bytes": self.memory.as_json()}
+
+    def errors(self, wall_s: float, peak_bytes: int) -> dict[str, float | None]:
+        """Actual over estimate, less 1; None where there was no forecast."""
+        time = round(wall_s / self.time.estimate - 1, 4) if self.time else None
+        return {"time": time, "memory": round(peak_bytes / self.memory.estimate - 1, 4)}
+
+
+def calibrate(probe: Probe, rows: Sequence[Encoded], most_tokens: float | None) -> None:
+    """The two micro-batches of a run of `tune`, the second of at least twice the tokens; none if they would cost more than
+    `most_tokens`.
+    """
+    small = take(rows, 128)
+    large = take(rows, 3 * sum(len(row.ids) for row in small))
+    cost = sum(len(row.ids) for row in [*small, *large])
+    if len(large) == len(small) or (most_tokens is not None and cost > most_tokens):
+        return
+    probe.run(small, warm_up=True)
+    probe.run(large)
+
+
+def foresee(
+    recipe: Recipe,
+    path: paths.Path,
+    model: Any,
+    device: torch.device,
+    train: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    counters: Progress,
+) -> Outlook:
+    """The Outlook of a run, with its micro-batch settled. `counters`: fresh ones, to count the course with.
+
+    Nothing that is learnt changes. Raises BudgetError where memory cannot hold the run, with changes that it could.
+    """
+    loads = [load_of(row) for row in train]
+    is_counted = forecast.course(recipe, loads, counters) is not None
+    probe = Probe(path, model, device)
+    calibrate(probe, train, PROBE_FRACTION * counters.tokens if is_counted else None)
+    expected = forecast.memory_model(forecast.shape_of(model, recipe), probe)
+    for refusal in refusals.of_memory(expected, recipe, loads):
+        raise refusal.error
+    settled = forecast.settle(expected, recipe, loads)
+    return Outlook(
+        settled,
+        expected.peak(settled.load),
+        counters.tokens if is_counted else None,
+        recipe.evaluations * sum(len(row.ids) for row in held_out),
+        recipe.budget.minutes and recipe.budget.minutes * 60,
+    )

@@ -1,0 +1,249 @@
+"""plan(recipe) -> Plan: what a run would cost, and what it would be refused for. It writes nothing and trains nothing."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sartor.core.artifacts import open_artifact
+from sartor.core.errors import ConfigError, SourceError
+from sartor.models import adapters, paths
+from sartor.models.base import Base, best_device, machine, open_base
+from sartor.tune import forecast, order, refusals
+from sartor.tune.forecast import Interval, Settled, TimeModel
+from sartor.tune.probe import Load, Probe, load_of, take, total
+from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import load as load_recipe
+from sartor.tune.rows import Rows, encode_rows
+from sartor.tune.run import Counters, wish
+
+Notice = Callable[[str], object]
+_HOURS = {"h": 1.0, "d": 24.0, "min": 1 / 60, "s": 1 / 3600}
+# Seconds of timed micro-batches, about
+_PROBE_S = 8.0
+_SMALL_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A forecast. Intervals are None where a refusal left nothing to time; cost is None without a price."""
+
+    time_s: Interval | None = None
+    peak_memory_bytes: Interval | None = None
+    cost: Interval | None = None
+    counters: Counters = field(default_factory=Counters)
+    trainable: int = 0
+    settled: Settled | None = None
+    path: paths.Path | None = None
+    device: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    refusals: Sequence[refusals.Refusal] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON. tokens, supervised_tokens: those that the run reads, as `tune` counts them."""
+        return {
+            "time_s": self.time_s and self.time_s.as_json(2),
+            "peak_memory_bytes": self.peak_memory_bytes and self.peak_memory_bytes.as_json(),
+            "cost": self.cost and self.cost.as_json(6),
+            "updates": self.counters.updates,
+            "tokens": self.counters.tokens,
+            "supervised_tokens": self.counters.supervised_tokens,
+            "trainable": self.trainable,
+            "micro_batch_tokens": self.settled and self.settled.micro_batch_tokens,
+            "micro_batch_reason": self.settled and self.settled.reason,
+            "path": self.path and self.path.name,
+            "path_reason": self.path and self.path.reason,
+            "left_out": dict(self.left_out),
+            "machine": {**machine(), "device": self.device},
+            "refusals": [vars(refusal) for refusal in self.refusals],
+        }
+
+    def table(self) -> list[tuple[str, Any]]:
+        """The same for a person."""
+        read = self.counters
+        return [
+            ("time", _said(self.time_s, "s")),
+            ("peak memory", _said(self.peak_memory_bytes and self.peak_memory_bytes * 1e-9, "GB")),
+            *([("cost", _said(self.cost, ""))] if self.cost else []),
+            (
+                "reads",
+                f"{read.tokens:,} tokens, {read.supervised_tokens:,} supervised, {read.updates:,} updates",
+            ),
+            ("trains", f"{self.trainable:,} parameters"),
+            *([("micro-batch", f"{self.settled.micro_batch_tokens:,} tokens: {self.settled.reason}")] if self.settled else []),
+            *([("path", f"{self.path.name}: {self.path.reason}")] if self.path else []),
+            *(("left out", f"{count:,} rows, {reason}") for reason, count in self.left_out.items()),
+            *(("refused", f"{refusal.problem}\n  try: {refusal.remedy}") for refusal in self.refusals),
+        ]
+
+
+def plan(
+    recipe: Recipe | Mapping[str, Any] | Path | str,
+    *,
+    device: str = "",
+    price: str | float = "",
+    notice: Notice = lambda line: None,
+) -> Plan:
+    """Forecast `tune(recipe)` on this machine, from the real rows and a few timed micro-batches of them.
+
+    device: `cpu`, `cuda`, `mps`; by default what `tune` would take. price: of the machine, `0.45/h` (also /d, /min, /s) or a
+    number per hour. Raises ConfigError (recipe, device, price), ArtifactError (Dataset), ModelError (base). What would stop
+    the run is no error here but one of `refusals`.
+    """
+    recipe = load_recipe(recipe)
+    price_h = hourly(price)
+    dataset = open_artifact(recipe.data.path, "dataset")
+    chosen = recipe.base
+    where = device_named(device) if device else None
+    if refused := list(refusals.of_base(recipe, where)):
+        return Plan(device=str(where or best_device()), refusals=refused)
+    base = open_base(
+        chosen.name, revision=chosen.revision, licence=chosen.licence, bits=chosen.bits, device=where, notice=notice
+    )
+    try:
+        data = encode_rows(dataset, recipe, base.chat)
+    except SourceError as error:
+        unsupervised = refusals.Refusal(refusals.UNSUPERVISED, error.problem, error.remedy)
+        return Plan(device=str(base.device), refusals=[unsupervised])
+    model = adapters.inject_lora(
+        base.model,
+        rank=recipe.method.rank,
+        alpha=recipe.method.alpha,
+        dropout=recipe.method.dropout,
+        targets=recipe.method.targets.modules,
+        top_layers=recipe.method.targets.top,
+        seed=recipe.seed,
+    )
+    return _forecast(recipe, base, model, data, price_h)
+
+
+def _forecast(recipe: Recipe, base: Base, model: Any, data: Rows, price_h: float | None) -> Plan:
+    began = time.monotonic()
+    model.eval()
+    # nothing is stored: a plan leaves no file behind
+    asked = replace(wish(recipe, data, base), reuse_bytes=0)
+    path = paths.choose(model, data.train, base.device, asked)
+    start_s = time.monotonic() - began
+    loads = [load_of(row) for row in data.train]
+    counters = Counters()
+    updates = forecast.course(recipe, loads, counters)
+    probe, shape = Probe(path, model, base.device), forecast.shape_of(model, recipe)
+    refused = [*refusals.of_lengths(data.lengths, recipe), *refusals.of_ends(base.chat, data.train)]
+    memory = forecast.memory_model(shape, probe)
+    smallest = take(data.train, 1)
+    # not even one row: a probe would end as the system ends it
+    timed = memory.fits(total(load_of(row) for row in smallest))
+    if timed:
+        memory = _probe(probe, memory, recipe, data, loads)
+    settled = forecast.settle(memory, recipe, loads)
+    refused.extend(refusals.of_memory(memory, recipe, loads))
+    took = None
+    if timed:
+        times = forecast.time_model(probe.samples, probe.optimizer_seconds())
+        took = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s)
+        if updates is None:
+            _count_by_minutes(counters, times, recipe, loads)
+    return Plan(
+        time_s=took,
+        peak_memory_bytes=memory.peak(settled.load),
+        cost=took * (price_h / 3600) if took and price_h is not None else None,
+        counters=counters,
+        trainable=shape.trainable,
+        settled=settled,
+        path=path,
+        device=str(base.device),
+        left_out={reason: len(ids) for reason, ids in data.left_out.items()},
+        refusals=refused,
+    )
+
+
+def _probe(
+    probe: Probe, memory: forecast.MemoryModel, recipe: Recipe, data: Rows, loads: Sequence[Load]
+) -> forecast.MemoryModel:
+    """Time micro-batches of two sizes, and one of the longest row where rows differ; returns the calibrated memory model."""
+    shuffled = next(order.updates([load.tokens for load in loads], 1 << 40, recipe.seed))
+    rows = [data.train[index] for index in shuffled]
+    small = take(rows, _SMALL_TOKENS)
+    probe.run(small, warm_up=True)
+    second_s = probe.run(small)
+    memory = forecast.memory_model(memory.shape, probe)
+    tokens = sum(len(row.ids) for row in small)
+    micro = forecast.settle(memory, recipe, loads).micro_batch_tokens
+    # a quarter of the time for each of two passes of the large size; the rest for warm-up and the small one again
+    large = take(rows, max(2 * tokens, min(micro, int(tokens * _PROBE_S / 4 / second_s))))
+    groups = [small, large] if len(large) > len(small) else [small]
+    longest = max(data.train, key=lambda row: len(row.ids))
+    if len(longest.ids) > 2 * tokens / len(small) and len(longest.ids) * second_s / tokens < _PROBE_S / 4:
+        groups.append([longest])
+    groups = [group for group in groups if memory.fits(total(load_of(row) for row in group))]
+    for group in groups[1:]:
+        probe.run(group, warm_up=True)
+    for _ in range(2):
+        for group in groups:
+            probe.run(group)
+    return forecast.memory_model(memory.shape, probe)
+
+
+def run_seconds(
+    times: TimeModel,
+    recipe: Recipe,
+    updates: list[list[Load]] | None,
+    micro_batch_tokens: int,
+    data: Rows,
+    start_s: float,
+) -> Interval:
+    """Seconds of the tuning loop: its start, updates and evaluations, up to the budget's minutes."""
+    held_out = total(load_of(row) for row in data.held_out)
+    evaluations_s = recipe.evaluations * times.seconds(held_out) * forecast.FORWARD_FRACTION if data.held_out else 0.0
+    limit_s = recipe.budget.minutes and recipe.budget.minutes * 60
+    if updates is None:
+        assert limit_s is not None
+        return Interval(limit_s, limit_s, limit_s + evaluations_s)
+    updates_s = sum(
+        times.update_s + sum(times.seconds(micro) for micro in forecast.micro_batches(update, micro_batch_tokens))
+        for update in updates
+    )
+    whole = updates_s + evaluations_s
+    found = Interval(whole, whole * (1 - times.half_width), whole * (1 + times.half_width)) + start_s
+    return found.at_most(limit_s + evaluations_s) if limit_s else found
+
+
+def _count_by_minutes(counters: Counters, times: TimeModel, recipe: Recipe, loads: Sequence[Load]) -> None:
+    """What the minutes of a budget will read, about."""
+    everything = total(loads)
+    epochs = (recipe.budget.minutes or 0) * 60 / times.seconds(everything)
+    counters.updates = max(round(epochs * len(forecast.epoch(recipe, loads))), 1)
+    counters.tokens, counters.supervised_tokens = round(epochs * everything.tokens), round(epochs * everything.supervised)
+
+
+def hourly(price: str | float) -> float | None:
+    """A price per hour from `0.45/h` or a number; None from the empty text. Raises ConfigError."""
+    if price == "":
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:/\s*(h|d|min|s))?\s*", str(price))
+    if not found:
+        raise ConfigError(f"the price is {price!r}; it must be a number per time", "--price 0.45/h (or /d, /min, /s)")
+    return float(found[1]) / _HOURS[found[2] or "h"]
+
+
+def device_named(name: str) -> torch.device:
+    """The device of that name, if it is here. Raises ConfigError."""
+    known = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
+    if name.partition(":")[0] not in known:
+        raise ConfigError(f"there is no device {name!r} on this machine", f"--device {' or '.join(known)}")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"{name!r} is no device: {str(error).splitlines()[0]}", f"--device {' or '.join(known)}") from None
+
+
+def _said(interval: Interval | None, unit: str) -> str:
+    if interval is None:
+        return "not forecast"
+    return f"{interval.estimate:.3g} {unit}, 90 % in {interval.low:.3g}..{interval.high:.3g}"

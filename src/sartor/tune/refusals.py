@@ -1,0 +1,218 @@
+"""What a run would be refused for, before it is spent: memory that will not hold it, rows that cannot teach.
+
+`sartor plan` lists Refusals; `sartor tune` raises the first as an error. A remedy for memory is offered only if the same
+forecast says that it fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from sartor.core import bases, config
+from sartor.core.errors import BudgetError, ConfigError, SartorError, SourceError
+from sartor.models import memory
+from sartor.models.base import best_device, best_dtype
+from sartor.models.batches import Encoded
+from sartor.tune.forecast import LADDER, MemoryModel, Shape, settle
+from sartor.tune.probe import Load
+from sartor.tune.recipe import Recipe
+
+MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = "memory", "cut_answers", "nothing_supervised", "pad_is_stop", "end_unsupervised"
+# Quantised linear weights over 16-bit and 32-bit ones: 4 bits and an absmax per 64 values; 8 bits and a scale per row
+_BYTES_PER_WEIGHT: dict[Any, float] = {4: 0.5 + 4 / 64, 8: 1.05, 16: 2.0}
+_KEPT_FRACTION = 0.99
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A reason (one of the words above), the problem with its values, and the next thing to type."""
+
+    reason: str
+    problem: str
+    remedy: str
+
+    @property
+    def error(self) -> SartorError:
+        """What `tune` raises for it."""
+        return (BudgetError if self.reason == MEMORY else SourceError)(self.problem, self.remedy)
+
+
+class Tokenised(Protocol):
+    """Of a Chat what the checks need."""
+
+    pad: int
+    stops: list[int]
+    tokenizer: Any
+
+
+def of_base(recipe: Recipe, device: torch.device | None = None) -> Iterator[Refusal]:
+    """The weights alone do not fit, by the sizes that their files state: nothing is opened.
+
+    Raises ModelError, HubError and AssetError as opening does.
+    """
+    folder = bases.locate(recipe.base.name, recipe.base.revision, recipe.base.licence).path
+    device = device or best_device()
+    count, room = memory.weights_in(folder), memory.available_bytes(device)
+    width = _BYTES_PER_WEIGHT.get(recipe.base.bits) or best_dtype(device).itemsize
+    if count * width > room.bytes:
+        fitting = [
+            f"base.bits={bits} ({count * size / 1e9:.2f} GB)"
+            for bits, size in _BYTES_PER_WEIGHT.items()
+            if size < width and count * size <= room.bytes and _changed(recipe, [f"base.bits={bits}"])
+        ]
+        yield Refusal(
+            MEMORY,
+            f"the weights of {recipe.base.name} need {count * width / 1e9:.2f} GB; "
+            f"{room.bytes / 1e9:.2f} GB can be had ({room.bound})",
+            "; or ".join(fitting) or f"a machine with more than {count * width / 1e9:.2f} GB free, or a smaller base",
+        )
+
+
+def of_lengths(lengths: Sequence[int], recipe: Recipe) -> Iterator[Refusal]:
+    """Too many rows are left out as too long. `lengths`: tokens of every row that could be encoded."""
+    most = recipe.data.max_length_tokens
+    longer = sum(length > most for length in lengths)
+    if lengths and longer / len(lengths) > recipe.data.too_long_fraction:
+        yield Refusal(
+            TOO_LONG,
+            f"{longer:,} of {len(lengths):,} rows ({longer / len(lengths):.0%}) are longer than data.max_length_tokens={most} "
+            f"and would be left out; data.too_long_fraction allows {recipe.data.too_long_fraction:.0%}",
+            f"data.max_length_tokens={length_that_keeps(lengths)} keeps {_KEPT_FRACTION:.0%}",
+        )
+
+
+def length_that_keeps(lengths: Sequence[int], fraction: float = _KEPT_FRACTION) -> int:
+    """The smallest limit in tokens under which at least `fraction` of the rows stay."""
+    return sorted(lengths)[math.ceil(fraction * len(lengths)) - 1]
+
+
+def of_ends(chat: Tokenised, rows: Sequence[Encoded]) -> Iterator[Refusal]:
+    """The model would not learn to stop: the pad is a stop token, or a row's last learnt token is none.
+
+    Sartor pads nothing while it packs, but a pad that ends replies masks their end elsewhere (serving, other trainers), and a
+    mask made from it leaves the end of the turn unlearnt.
+    """
+    if chat.pad in chat.stops:
+        token = chat.tokenizer.convert_ids_to_tokens(chat.pad)
+        yield Refusal(
+            PAD,
+            f"the pad {token!r} (id {chat.pad}) is also a stop token of this base: who masks the pad masks the end of a reply",
+            "set pad_token in the base's tokenizer_config.json to a token that ends nothing",
+        )
+    unended = [row for row in rows if row.supervised_tokens and _last_learnt(row) not in chat.stops]
+    if unended:
+        stops = ", ".join(repr(chat.tokenizer.convert_ids_to_tokens(stop)) for stop in chat.stops)
+        yield Refusal(
+            END,
+            f"in {len(unended):,} of {len(rows):,} rows the last learnt token ends no reply (the stop tokens are {stops}), "
+            f"the first is {unended[0].example_id}: the model would not learn to stop",
+            "use a base whose chat template writes its end-of-turn token after a reply, or set eos_token to it",
+        )
+
+
+def _last_learnt(row: Encoded) -> int:
+    return next(token for token, is_learnt in zip(reversed(row.ids), reversed(row.learnt), strict=True) if is_learnt)
+
+
+def of_memory(model: MemoryModel, recipe: Recipe, loads: Sequence[Load]) -> Iterator[Refusal]:
+    """The heaviest micro-batch does not fit, with the changes that would."""
+    settled = settle(model, recipe, loads)
+    if settled.fits:
+        return
+    needed = model.needs(settled.load).high
+    offered = list(remedies(model, recipe, loads))
+    yield Refusal(
+        MEMORY,
+        f"a micro-batch of {settled.load.tokens:,} tokens needs up to {needed / 1e9:.2f} GB; "
+        f"{model.limit_bytes / 1e9:.2f} GB can be had ({model.bound})",
+        "; or ".join(f"{change} ({size / 1e9:.2f} GB)" for change, size in offered) or _none_fits(model, recipe, loads),
+    )
+
+
+def remedies(model: MemoryModel, recipe: Recipe, loads: Sequence[Load]) -> Iterator[tuple[str, float]]:
+    """Changes of the recipe that fit: (`option=value ...`, bytes at the high end). Single ones, or if none fits, together."""
+    singles = list(_changes(model.shape, recipe, loads))
+    found = [(change, size) for change in singles if (size := needed_under(model, recipe, loads, [change]))]
+    if found:
+        yield from ((change, size) for change, size in found if size)
+        return
+    together: list[str] = []
+    taken: set[str] = set()
+    for change in singles:
+        name = change.partition("=")[0]
+        # of several values of one option the first is the mildest; the sharpest is what counts here
+        together = [kept for kept in together if not kept.startswith(f"{name}=")] + [change]
+        taken.add(name)
+        if len(taken) > 1 and (size := needed_under(model, recipe, loads, together)):
+            yield " ".join(together), size
+            return
+
+
+def needed_under(model: MemoryModel, recipe: Recipe, loads: Sequence[Load], changes: Sequence[str]) -> float | None:
+    """Bytes at the high end under a recipe with `changes` (`option=value`), or None where that does not fit or work."""
+    changed = _changed(recipe, changes)
+    if changed is None:
+        return None
+    kept = [load for load in loads if load.tokens <= changed.data.max_length_tokens]
+    if not kept:
+        return None
+    shape = _reshaped(model.shape, recipe, changed)
+    settled = settle(model, changed, kept, shape)
+    return model.needs(settled.load, shape).high if settled.fits else None
+
+
+def _changed(recipe: Recipe, changes: Sequence[str]) -> Recipe | None:
+    try:
+        return config.load(Recipe, config.dump(recipe), [f"--{change}" for change in changes])
+    except ConfigError:  # an option or a value that this version does not have
+        return None
+
+
+def _changes(shape: Shape, recipe: Recipe, loads: Sequence[Load]) -> Iterator[str]:
+    """Changes to try, those that cost least first: time, then what is learnt from, then precision."""
+    longest = max(load.tokens for load in loads)
+    asked = recipe.compute.micro_batch_tokens
+    for size in (1024, 512, 256, 128, longest):
+        # with auto the ladder has been tried already
+        if longest <= size < (LADDER[0] if asked == "auto" else asked):
+            yield f"compute.micro_batch_tokens={size}"
+    if not shape.recompute:
+        yield "compute.recompute=true"
+    for layers in (shape.layers * 2 // 3, shape.layers // 3):
+        if 0 < layers < shape.adapted:
+            yield f"method.targets.layers=top-{layers}"
+    lengths = sorted(load.tokens for load in loads)
+    for keep in (0.99, 0.9):
+        limit = length_that_keeps(lengths, keep)
+        if limit < longest:
+            yield f"data.max_length_tokens={limit}"
+    for bits in (16, 8, 4):
+        if _BYTES_PER_WEIGHT[bits] < shape.element_bytes and recipe.base.bits not in (4, 8):
+            yield f"base.bits={bits}"
+
+
+def _reshaped(shape: Shape, before: Recipe, after: Recipe) -> Shape:
+    """The Shape under another recipe for the same base."""
+    adapted = min(after.method.targets.top or shape.layers, shape.layers)
+    changed = replace(
+        shape,
+        adapted=adapted,
+        trainable=shape.trainable * adapted // shape.adapted,
+        recompute=after.compute.recompute,
+    )
+    if after.base.bits != before.base.bits and after.base.bits in _BYTES_PER_WEIGHT:
+        ratio = _BYTES_PER_WEIGHT[int(after.base.bits)] / shape.element_bytes
+        changed = replace(changed, linear_bytes=int(shape.linear_bytes * min(ratio, 1.0)))
+    return changed
+
+
+def _none_fits(model: MemoryModel, recipe: Recipe, loads: Sequence[Load]) -> str:
+    """What to do where no change of the recipe helps."""
+    shape = replace(model.shape, recompute=True)
+    least = model.needs(settle(model, recipe, loads, shape).load, shape).high
+    return f"a machine on which {least / 1e9:.2f} GB can be had, or a smaller base"

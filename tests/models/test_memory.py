@@ -1,0 +1,70 @@
+"""What may still be taken is the smallest of all that can say no."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sartor.models import memory
+
+CPU = torch.device("cpu")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+
+
+def group(folder: Path, names: tuple[str, str], limit: str, use: int, stat: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(limit)
+    (folder / names[1]).write_text(str(use))
+    (folder / "memory.stat").write_text(stat)
+
+
+def test_a_cgroup_of_version_2_and_the_ones_above_it(tmp_path: Path) -> None:
+    names = ("memory.max", "memory.current")
+    group(tmp_path / "a/b", names, "max\n", 5, "inactive_file 0\n")
+    group(tmp_path / "a", names, "1000\n", 700, "anon 3\ninactive_file 100\n")
+    (tmp_path / "membership").write_text("0::/a/b\n")
+    assert [room.bytes for room in memory._cgroups(tmp_path / "membership", tmp_path)] == [400]
+
+
+def test_a_cgroup_of_version_1_and_a_path_that_only_the_host_has(tmp_path: Path) -> None:
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    group(tmp_path / "memory", names, "2000", 500, "total_inactive_file 50\ninactive_file 7\n")
+    (tmp_path / "membership").write_text("4:cpu:/x\n3:memory:/host/only\n")
+    assert [room.bytes for room in memory._cgroups(tmp_path / "membership", tmp_path)] == [1550]
+    group(tmp_path / "memory", names, str(2**63 - 4096), 500, "")
+    assert list(memory._cgroups(tmp_path / "membership", tmp_path)) == []
+    assert list(memory._cgroups(tmp_path / "absent", tmp_path)) == []
+
+
+@linux
+def test_a_limit_of_the_shell_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = memory.available_bytes(CPU)
+    assert free.bytes > 0 and free.bound
+    used = memory._fields(memory.PROC / "status")["VmData"]
+    limits = {resource.RLIMIT_AS: resource.RLIM_INFINITY, resource.RLIMIT_DATA: used + 1000 * 2**20}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[kind], limits[kind]))
+    limited = memory.available_bytes(CPU)
+    assert limited.bytes < 1100 * 2**20 and "ulimit -d" in limited.bound
+
+
+@linux
+def test_a_peak_is_seen_and_the_older_one_is_not_forgotten() -> None:
+    large = torch.ones(40 * 2**20)  # 160 MB
+    whole = memory.peak_bytes(CPU)
+    del large
+    if not memory.restart_peak(CPU):
+        pytest.skip("this system's /proc/self/clear_refs cannot be written")
+    assert memory.peak_bytes(CPU) >= whole
+    before = memory.resident_bytes(CPU)
+    torch.ones(20 * 2**20)
+    assert memory.recent_peak_bytes(CPU) - before > 60 * 2**20
+
+
+def test_where_the_system_does_not_tell_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "PROC", tmp_path / "absent")
+    assert memory.restart_peak(CPU) is False
+    assert memory.resident_bytes(CPU) == memory.peak_bytes(CPU) > 0
