@@ -222,6 +222,15 @@ def test_a_head_says_what_matrices_are_stored_as(tmp_path: Path) -> None:
     assert not head.read_head(tmp_path / "b.gguf").is_rounded
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_gguf_base_opens_in_any_width(tmp_path: Path, bits: int) -> None:
+    write_gguf(tmp_path / "tiny.gguf", T.Q8_0)
+    base = open_base(str(tmp_path / "tiny.gguf"), bits=bits, device=torch.device("cpu"))
+    assert base.as_manifest()["bits"] == bits
+    # what it is now, not what the file was: transformers would refuse to save, or to move, a model that says otherwise
+    assert getattr(base.model.config, "quantization_config", None) is None or bits in (4, 8)
+
+
 def test_a_gguf_base_is_tuned_and_evaluated_from_the_same_file(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
     write_gguf(tmp_path / "tiny.gguf", T.Q8_0)
     tuned = sartor.tune({**tune_recipe, "base": str(tmp_path / "tiny.gguf")}, tmp_path / "adapter", show=False)

@@ -101,6 +101,7 @@ def test_a_16_bit_base_has_no_quantised_layer(tiny_base: Path) -> None:
     assert quantised.bits_of(base.model) == 0
 
 
+@pytest.mark.services
 def test_opening_does_not_hold_the_base_a_second_time(tmp_path: Path) -> None:
     """Pages of a mapped file count as resident: reading bf16 weights must not cost what they weigh."""
     path = tmp_path / "wide"

@@ -140,6 +140,7 @@ def _load(path: Path, bits: int | str, device: torch.device) -> Any:
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(path),
+                config=_config(path),
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -160,6 +161,17 @@ def _load(path: Path, bits: int | str, device: torch.device) -> Any:
         raise ModelError(f"{path} has no linear layer that could be held in {bits} bits", "base.bits: 16")
     quantised.protect(model)
     return model if bits in quantised.KINDS else model.to(device)
+
+
+def _config(path: Path) -> Any:
+    """The config in a base's directory.
+
+    A converted GGUF base still says that it is quantised as the file was, and transformers would then refuse 4 or 8 bits.
+    """
+    config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "gguf":
+        del config.quantization_config
+    return config
 
 
 def convert(ref: bases.BaseRef, notice: Callable[[str], object] = lambda line: None) -> None:
