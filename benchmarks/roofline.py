@@ -2,8 +2,8 @@
 
 Counted are the products that no implementation can leave out: every frozen linear forward and its input gradient, the LoRA
 factors' products, the LM head on the supervised rows and its input gradient. No gradient goes below the first adapted layer's
-q, k and v. Attention's own products (a row sees only itself) and everything elementwise are not counted, so the fraction that is
-made of this, needed seconds / update seconds, errs low.
+q, k and v. Attention's own products (a row sees only itself) and everything elementwise are not counted, so the fraction that
+is made of this, needed seconds / update seconds, errs low.
 
 Each distinct product is timed alone, with warm caches; fusing q, k and v or gate and up into one product could make the sum
 smaller than it is here.

@@ -33,8 +33,9 @@ def clock(watch: Watch) -> Any:
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             watch.start()
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             watch.update()
+            control.should_training_stop |= watch.is_enough
 
         def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
             if logs and "loss" in logs:

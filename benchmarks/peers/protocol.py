@@ -4,8 +4,11 @@ Each side's `run.py` is run by its own interpreter as `run.py JOB.json RESULT.js
 A side that cannot run writes `{"failed": "<reason>"}` and the traceback; it never just dies.
 
     job      {base, dtype, device, rank, alpha, learning_rate, clip_norm, threads, compile,
-              updates: [[{ids, learnt}, ...], ...]}
+              limit_s, updates: [[{ids, learnt}, ...], ...]}
     result   {seconds: [...], losses: [...], tokens: [...], supervised_tokens: [...], peak_rss_bytes, versions, ...}
+
+A list of the result has an entry per update. A side that is slow ends after the update in which `limit_s` is over, so its lists
+may be shorter; two updates it always makes.
 """
 
 from __future__ import annotations
@@ -27,7 +30,11 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Unable(Exception):
-    """This side cannot do the job; the message says why."""
+    """The side cannot do the job; the message says why."""
+
+
+class Enough(Exception):
+    """The job's time is over: what has been measured is the result."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Job:
-    """The work. `dtype`: `float32`, `bfloat16`, or `auto` for the side's own choice; `compile`: the side's compiler on."""
+    """The work. `dtype`: `float32`, `bfloat16`, or `auto` for the side's own choice; `compile`: its compiler on."""
 
     base: str
     dtype: str
@@ -61,6 +68,7 @@ class Job:
     clip_norm: float
     threads: int
     compile: bool
+    limit_s: float
     updates: list[list[Row]]
 
     @classmethod
@@ -87,10 +95,16 @@ class Job:
 class Watch:
     """Wall seconds and loss per update. An update lasts from the end of the one before; loading is not in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self._last: float | None = None
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the side should end here."""
+        return len(self.seconds) >= 2 and sum(self.seconds) > self.limit_s
 
     def start(self) -> None:
         """Everything is loaded; the first update begins."""
@@ -115,8 +129,12 @@ def main(train: Callable[[Job, Watch], dict[str, Any]], packages: tuple[str, ...
     sys.path = [place for place in sys.path if place != here]  # its folders bear the names of the peers' own packages
     result: dict[str, Any] = {"versions": versions(packages)}
     try:
-        job, watch = Job.read(job_path), Watch()
-        more = train(job, watch)
+        job = Job.read(job_path)
+        watch = Watch(job.limit_s)
+        try:
+            more = train(job, watch)
+        except Enough:
+            more = {}
         result |= _checked(job, watch) | more
     except Exception as error:  # a peer fails in its own ways, and every one is a result
         result["failed"] = str(error) if isinstance(error, Unable) else _one_line(error)
@@ -139,14 +157,15 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _checked(job: Job, watch: Watch) -> dict[str, Any]:
-    count = len(job.updates)
+    count = len(watch.seconds) if watch.is_enough else len(job.updates)
     if len(watch.seconds) != count or len(watch.losses) != count:
         raise Unable(f"{count} updates were asked for; {len(watch.seconds)} were timed, {len(watch.losses)} gave a loss")
+    done = job.updates[:count]
     return {
         "seconds": watch.seconds,
         "losses": watch.losses,
-        "tokens": [sum(len(row.ids) for row in rows) for rows in job.updates],
-        "supervised_tokens": [sum(row.supervised_tokens for row in rows) for rows in job.updates],
+        "tokens": [sum(len(row.ids) for row in rows) for rows in done],
+        "supervised_tokens": [sum(row.supervised_tokens for row in rows) for rows in done],
         "peak_rss_bytes": peak_rss_bytes(),
     }
 

@@ -1,6 +1,6 @@
 """litgpt's LoRA `fit` through Lightning Fabric: `run.py JOB.json RESULT.json`, by the venv of this folder's requirements.
 
-Its checkpoint is converted first, in a process of its own. Its `fit` has neither clipping nor a constant rate; both are given to it from
+Its checkpoint is converted first, in a process of its own. Its `fit` has neither clipping nor a constant rate; both come from
 outside, in the optimiser and the scheduler.
 """
 
@@ -12,14 +12,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import protocol
 
 CONVERT = """
+import pathlib
 import sys
 from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
-convert_hf_checkpoint(sys.argv[1], model_name=sys.argv[2], dtype=sys.argv[3])
+convert_hf_checkpoint(pathlib.Path(sys.argv[1]), model_name=sys.argv[2], dtype=sys.argv[3])
 """
 
 
@@ -85,7 +86,12 @@ def _name(job: protocol.Job) -> str:
     said = json.loads((Path(job.base) / "config.json").read_text())
     shape = (said["hidden_size"], said["intermediate_size"], said["vocab_size"], said["num_attention_heads"])
     for config in configs:
-        if (config.get("n_embd"), config.get("intermediate_size"), config.get("padded_vocab_size"), config.get("n_head")) == shape:
+        if (
+            config.get("n_embd"),
+            config.get("intermediate_size"),
+            config.get("padded_vocab_size"),
+            config.get("n_head"),
+        ) == shape:
             return str(config["name"])
     raise protocol.Unable(f"litgpt has no config of the shape {shape}")
 
@@ -154,6 +160,8 @@ def _logger(watch: protocol.Watch) -> Any:
             if "iter_time" in metrics:
                 watch.losses.append(float(metrics["loss"]))
                 watch.update()
+                if watch.is_enough:
+                    raise protocol.Enough
 
     return Clock()
 

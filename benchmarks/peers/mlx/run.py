@@ -1,8 +1,8 @@
 """mlx-lm's LoRA trainer on mlx's CPU backend: `run.py JOB.json RESULT.json`, by the venv of this folder's requirements.
 
-Its own loss wants one span of answer per row, and its own batches are sorted by length and shuffled; both are given to its trainer from
-outside: a mask per token, and the job's order, padded to a multiple of 32 as it pads. fp32, since mlx's CPU backend has no fast
-bf16 product.
+Its own loss wants one span of answer per row, and its own batches are sorted by length and shuffled; both are given to its
+trainer from outside: a mask per token, and the job's order, padded to a multiple of 32 as it pads. fp32: mlx's CPU backend has no
+fast bf16 product.
 """
 
 import sys
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import protocol
 
@@ -43,6 +43,8 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
         def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
             watch.losses.append(float(train_info["train_loss"]))
             watch.update()
+            if watch.is_enough:
+                raise protocol.Enough
 
     arguments = TrainingArgs(
         batch_size=job.rows_per_update,
