@@ -7,7 +7,7 @@
 Every side is a fresh process of its own interpreter (benchmarks/peers/NAME/run.py) that is handed the same base and the same
 tokenised rows per update, and trains rank 16 on all seven projections by AdamW at a constant rate. Sartor and a peer alternate;
 a ratio is the median over pairs, ours over theirs. The first update warms up and is not timed. Padding is not counted as
-tokens: peers pad, Sartor packs. A pair counts only if both losses at the first update are within 0.02 and the supervised tokens equal.
+tokens: peers pad, Sartor packs. A pair counts only if the losses at the first update are within 0.02 and the tokens equal.
 
 `trl` is fp32 as its users on a CPU run it, `trl_bf16` the same in bf16, `unsloth` chooses its own dtype, and `unsloth_compile`
 is Unsloth with its opt-in torch.compile. A peer that cannot be installed or run is named under `failed` with the reason; one

@@ -1,8 +1,8 @@
 """mlx-lm's LoRA trainer on mlx's CPU backend: `run.py JOB.json RESULT.json`, by the venv of this folder's requirements.
 
 Its own loss wants one span of answer per row, and its own batches are sorted by length and shuffled; both are given to its
-trainer from outside: a mask per token, and the job's order, padded to a multiple of 32 as it pads. fp32: mlx's CPU backend has no
-fast bf16 product.
+trainer from outside: a mask per token, and the job's order, padded to multiples of 32 as it pads. fp32, since mlx's CPU backend
+has no fast bf16 product.
 """
 
 import sys
