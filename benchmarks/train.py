@@ -134,7 +134,7 @@ def run(folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Name
     device = arguments.device
     job = {"base": work["base"], "updates": work["updates"], "dtype": side.dtype, "compile": side.compile, "device": device}
     job |= {"limit_s": arguments.limit_s}
-    job |= {"rank": RANK, "alpha": ALPHA, "learning_rate": LEARNING_RATE, "clip_norm": CLIP_NORM, "threads": os.cpu_count()}
+    job |= {"rank": RANK, "alpha": ALPHA, "learning_rate": LEARNING_RATE, "clip_norm": CLIP_NORM}
     job_path, result_path = folder / "job.json", folder / "result.json"
     job_path.write_text(json.dumps(job))
     result_path.unlink(missing_ok=True)

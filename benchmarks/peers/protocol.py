@@ -3,8 +3,8 @@
 Each side's `run.py` is run by its own interpreter as `run.py JOB.json RESULT.json`, so this module needs nothing but Python.
 A side that cannot run writes `{"failed": "<reason>"}` and the traceback; it never just dies.
 
-    job      {base, dtype, device, rank, alpha, learning_rate, clip_norm, threads, compile,
-              limit_s, updates: [[{ids, learnt}, ...], ...]}
+    job      {base, dtype, device, rank, alpha, learning_rate, clip_norm, compile, limit_s,
+              updates: [[{ids, learnt}, ...], ...]}
     result   {seconds: [...], losses: [...], tokens: [...], supervised_tokens: [...], peak_rss_bytes, versions, ...}
 
 A list of the result has an entry per update. A side that is slow ends after the update in which `limit_s` is over, so its lists
@@ -66,7 +66,6 @@ class Job:
     alpha: int
     learning_rate: float
     clip_norm: float
-    threads: int
     compile: bool
     limit_s: float
     updates: list[list[Row]]

@@ -7,6 +7,7 @@ begins at its parent's.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import shutil
@@ -49,7 +50,7 @@ def main() -> None:
 def real_rows(base: Path, count: int) -> list[dict[str, Any]]:
     """The demo's spoken commands and their JSON, through the base's own chat template: conversations of one or two commands."""
     chat, rng = open_chat(base), random.Random(0)
-    commands = iter(intents(assets.install("home-intents")) * (1 + 3 * count // 500))
+    commands = itertools.cycle(intents(assets.install("home-intents")))
     drawn = []
     for _ in range(count):
         turns = next(commands)["messages"]

@@ -40,6 +40,8 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         watch.losses.append(float(loss.detach()))
         watch.update()
+        if watch.is_enough:
+            break
     said = {"path": path.name, "path_reason": path.reason, "dtype": str(base.dtype)}
     said |= {"trained": adapters.trainable(model)[0], "peak_rss_bytes": protocol.peak_rss_bytes()}
     return said | _roofline(job, watch, model)
@@ -47,8 +49,9 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
 
 def _roofline(job: protocol.Job, watch: protocol.Watch, model: Any) -> dict[str, Any]:
     """Measured in this process, after the timed updates (and after the peak of memory has been read)."""
-    tokens = round(statistics.mean(sum(len(row.ids) for row in rows) for rows in job.updates[1:]))
-    supervised = round(statistics.mean(sum(row.supervised_tokens for row in rows) for rows in job.updates[1:]))
+    timed = job.updates[1 : len(watch.seconds)]
+    tokens = round(statistics.mean(sum(len(row.ids) for row in rows) for rows in timed))
+    supervised = round(statistics.mean(sum(row.supervised_tokens for row in rows) for rows in timed))
     needed = roofline.measure(model, tokens, supervised, job.rank)
     return {
         "roofline_seconds": needed.seconds,
