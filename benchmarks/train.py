@@ -34,7 +34,7 @@ from peers import venvs
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "src"
 LOSS_TOLERANCE = 0.02  # nats at the first update, where every adapter still computes nothing
-SIDE_S = 1200
+START_S = 240  # to import, load, convert and compile, on top of twice the time for updates
 RANK, ALPHA, LEARNING_RATE, CLIP_NORM = 16, 32, 2e-4, 1.0
 
 
@@ -143,12 +143,13 @@ def run(folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Name
     except venvs.NotInstalled as error:
         return {"failed": f"does not install: {error}"}
     command = [python, str(HERE / "peers" / side.folder / "run.py"), str(job_path), str(result_path)]
+    most_s = START_S + 2 * arguments.limit_s
     try:
         done = subprocess.run(
-            command, env=environment(side, device), cwd=folder, capture_output=True, text=True, timeout=SIDE_S, errors="replace"
+            command, env=environment(side, device), cwd=folder, capture_output=True, text=True, timeout=most_s, errors="replace"
         )
     except subprocess.TimeoutExpired:
-        return {"failed": f"did not finish {len(work['updates'])} updates in {SIDE_S} s"}
+        return {"failed": f"did not make two updates in {most_s:.0f} s"}
     if result_path.is_file():
         return json.loads(result_path.read_text())
     return {"failed": f"exit code {done.returncode}: {' '.join(done.stderr.split())[-400:]}"}
