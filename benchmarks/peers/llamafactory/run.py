@@ -1,8 +1,10 @@
 """LLaMA-Factory's `sft` stage: `run.py JOB.json RESULT.json`, by the venv of this folder's requirements.
 
-The rows come through its own option for data that is tokenised already (`tokenized_path`), in order (`disable_shuffling`).
+The rows come through its own option for data that is tokenised already (`tokenized_path`), in order (`disable_shuffling`). It loads
+the weights in whatever dtype the base's config names and has no option for another, so fp32 is asked for in a copy of the config.
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -34,8 +36,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
             "output_dir": str(folder / "out"),
             "stage": "sft",
             "do_train": True,
-            "model_name_or_path": job.base,
-            "infer_dtype": "auto",
+            "model_name_or_path": str(_base(job, folder / "base", "bfloat16" if is_bf16 else "float32")),
             "finetuning_type": "lora",
             "lora_rank": job.rank,
             "lora_alpha": job.alpha,
@@ -49,6 +50,17 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
         callbacks=[hugging_face.clock(watch)],
     )
     return {"dtype": "torch.bfloat16" if is_bf16 else "torch.float32"}
+
+
+def _base(job: protocol.Job, folder: Path, dtype: str) -> Path:
+    """The base with `dtype` in its config; the other files are links."""
+    folder.mkdir()
+    for file in Path(job.base).iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((Path(job.base) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype, "torch_dtype": dtype}))
+    return folder
 
 
 if __name__ == "__main__":
