@@ -1,7 +1,7 @@
 """LLaMA-Factory's `sft` stage: `run.py JOB.json RESULT.json`, by the venv of this folder's requirements.
 
 The rows come through its own option for data that is tokenised already (`tokenized_path`), in order (`disable_shuffling`). It
-loads the weights in whatever dtype the base's config names and has no option for another, so a copy of the config asks for fp32.
+loads the weights in the dtype that the config of the base names and has no option for another: a copy of it asks for fp32.
 """
 
 import json
