@@ -120,7 +120,9 @@ def _preload() -> str:
         return "the wheel's own"
     if os.environ.get("LD_PRELOAD") != found:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"LD_PRELOAD": found})
-    return found
+    maps = Path("/proc/self/maps")
+    is_loaded = maps.exists() and Path(found).name.split(".so")[0] in maps.read_text()
+    return found if is_loaded else f"the wheel's own ({found} could not be loaded)"
 
 
 if __name__ == "__main__":
