@@ -1,0 +1,64 @@
+"""Sartor's own side: the path that `paths.choose` takes, and AdamW. `run.py JOB.json RESULT.json`, by Sartor's interpreter."""
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import protocol
+import roofline
+
+
+def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
+    """Every update of the job, and then what its matrix products alone would take."""
+    import torch
+
+    from sartor.models import adapters, batches, paths
+    from sartor.models.base import open_base
+    from sartor.tune import objectives
+
+    base = open_base(job.base, bits=16 if job.dtype == "bfloat16" else "auto", device=torch.device(job.device))
+    model = adapters.inject_lora(
+        base.model, rank=job.rank, alpha=job.alpha, dropout=0.0, targets=list(protocol.TARGETS), seed=0
+    )
+    updates = [[batches.Encoded(row.ids, row.learnt) for row in rows] for rows in job.updates]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0, fused=True)
+    model.eval()
+    path = paths.choose(model, [row for rows in updates for row in rows], base.device)
+    model.train()
+    watch.start()
+    for rows in updates:
+        losses, weights = path.losses(rows)
+        loss = objectives.sft(losses, weights, float(weights.sum()))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, job.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        watch.losses.append(float(loss.detach()))
+        watch.update()
+        if watch.is_enough:
+            break
+    said = {"path": path.name, "path_reason": path.reason, "dtype": str(base.dtype)}
+    said |= {"trained": adapters.trainable(model)[0], "peak_rss_bytes": protocol.peak_rss_bytes()}
+    return said | _roofline(job, watch, model)
+
+
+def _roofline(job: protocol.Job, watch: protocol.Watch, model: Any) -> dict[str, Any]:
+    """Measured in this process, after the timed updates (and after the peak of memory has been read)."""
+    timed = job.updates[1 : len(watch.seconds)]
+    tokens = round(statistics.mean(sum(len(row.ids) for row in rows) for rows in timed))
+    supervised = round(statistics.mean(sum(row.supervised_tokens for row in rows) for rows in timed))
+    needed = roofline.measure(model, tokens, supervised, job.rank)
+    return {
+        "roofline_seconds": needed.seconds,
+        "roofline_flops": needed.flops,
+        "roofline_fraction": needed.seconds / statistics.median(watch.seconds[1:]),
+    }
+
+
+if __name__ == "__main__":
+    protocol.main(train, ("torch", "transformers", "peft", "sartor"))

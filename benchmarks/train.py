@@ -1,0 +1,297 @@
+"""Fine-tuning on the same work, Sartor against its peers: tokens per second, memory, losses, and how near the machine's limit.
+
+    python benchmarks/train.py --json
+    python benchmarks/train.py --json --peers trl,unsloth --pairs 1 --updates 4
+    python benchmarks/train.py --json --device cuda
+
+Every side is a fresh process of its own interpreter (benchmarks/peers/NAME/run.py) that is handed the same base and the same
+tokenised rows per update, and trains rank 16 on all seven projections by AdamW at a constant rate. Sartor and a peer alternate;
+a ratio is the median over pairs, ours over theirs. The first update warms up and is not timed. Padding is not counted as
+tokens: peers pad, Sartor packs. A pair counts only if the losses at the first update are within 0.02 and the tokens equal.
+
+`trl` is fp32 as its users on a CPU run it, `trl_bf16` the same in bf16, `unsloth` chooses its own dtype, and `unsloth_compile`
+is Unsloth with its opt-in torch.compile. A peer that cannot be installed or run is named under `failed` with the reason; one
+that is slow ends early (`--limit-s`) and is rated by the updates that it made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peers import venvs
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parent / "src"
+LOSS_TOLERANCE = 0.02  # nats at the first update, where every adapter still computes nothing
+START_S = 240  # to import, load, convert and compile, on top of twice the time for updates
+RANK, ALPHA, LEARNING_RATE, CLIP_NORM = 16, 32, 2e-4, 1.0
+
+
+@dataclass(frozen=True)
+class Side:
+    """A way to train: which folder of `peers` runs it, and with what."""
+
+    folder: str
+    dtype: str = "auto"
+    compile: bool = False
+
+
+PEERS = {
+    "unsloth": Side("unsloth"),
+    "unsloth_compile": Side("unsloth", compile=True),
+    "trl": Side("trl", "float32"),
+    "trl_bf16": Side("trl", "bfloat16"),
+    "llamafactory": Side("llamafactory"),
+    "litgpt": Side("litgpt"),
+    "mlx": Side("mlx"),
+}
+SARTOR = Side("sartor")
+
+
+@dataclass
+class Runs:
+    """What was measured: Sartor's results over all pairs, the pairs per peer, and why a peer has none."""
+
+    ours: list[dict[str, Any]] = field(default_factory=list)
+    pairs: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, list[str]] = field(default_factory=dict)
+
+
+def main() -> None:
+    """Print one JSON line."""
+    arguments = _arguments()
+    asked = list(PEERS) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
+    if unknown := set(asked) - set(PEERS):
+        sys.exit(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    with tempfile.TemporaryDirectory(prefix="sartor-bench-") as folder:
+        work = prepare(Path(folder), arguments)
+        runs = measure(Path(folder), work, asked, arguments)
+    print(json.dumps(report(runs, work, arguments)))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
+    parser.add_argument("--peers", default="all", help=f"of {','.join(PEERS)}; empty for Sartor alone")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=8)
+    parser.add_argument("--rows-per-update", type=int, default=14)
+    parser.add_argument("--base", default="starter", help="a directory in transformers' layout, or starter")
+    parser.add_argument("--layers", type=int, default=0, help="keep only that many layers: for a quick trial")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--limit-s", type=float, default=240.0, help="seconds of updates after which a side ends early")
+    arguments = parser.parse_args()
+    if arguments.updates < 2:
+        parser.error("--updates 2 or more: the first one is not timed")
+    return arguments
+
+
+def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """{base, rows, updates}, from a process of its own: a child's peak RSS begins at its parent's, so this one stays small."""
+    out = folder / "work.json"
+    command = [sys.executable, str(HERE / "peers" / "work.py"), str(out), "--base", arguments.base]
+    command += ["--updates", str(arguments.updates), "--rows-per-update", str(arguments.rows_per_update)]
+    subprocess.run([*command, "--layers", str(arguments.layers)], check=True, env=environment(SARTOR, arguments.device))
+    return json.loads(out.read_text())
+
+
+def measure(folder: Path, work: dict[str, Any], asked: list[str], arguments: argparse.Namespace) -> Runs:
+    """Sartor and each peer in turn, `pairs` times; round by round, so that a slow hour of the machine falls on every peer."""
+    runs = Runs()
+    for number in range(arguments.pairs):
+        if not asked:
+            runs.ours.append(_sound(run(folder, SARTOR, work, arguments)))
+        for name in asked:
+            if name in runs.failed:
+                continue
+            ours = _sound(run(folder, SARTOR, work, arguments))
+            theirs = run(folder, PEERS[name], work, arguments)
+            _say(name, number, ours, theirs)
+            runs.ours.append(ours)
+            if "failed" in theirs:
+                runs.failed[name] = theirs["failed"]
+            elif reason := objection(ours, theirs):
+                runs.refused.setdefault(name, []).append(reason)
+            else:
+                runs.pairs.setdefault(name, []).append((ours, theirs))
+    return runs
+
+
+def run(folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """One side's result in a fresh process; `{"failed": reason}` if it gives none."""
+    device = arguments.device
+    job = {"base": work["base"], "updates": work["updates"], "dtype": side.dtype, "compile": side.compile, "device": device}
+    job |= {"limit_s": arguments.limit_s}
+    job |= {"rank": RANK, "alpha": ALPHA, "learning_rate": LEARNING_RATE, "clip_norm": CLIP_NORM}
+    job_path, result_path = folder / "job.json", folder / "result.json"
+    job_path.write_text(json.dumps(job))
+    result_path.unlink(missing_ok=True)
+    try:
+        python = sys.executable if side is SARTOR else str(venvs.interpreter(side.folder))
+    except venvs.NotInstalled as error:
+        return {"failed": f"does not install: {error}"}
+    command = [python, str(HERE / "peers" / side.folder / "run.py"), str(job_path), str(result_path)]
+    most_s = START_S + 2 * arguments.limit_s
+    try:
+        done = subprocess.run(
+            command, env=environment(side, device), cwd=folder, capture_output=True, text=True, timeout=most_s, errors="replace"
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"did not make two updates in {most_s:.0f} s"}
+    if result_path.is_file():
+        return json.loads(result_path.read_text())
+    return {"failed": f"exit code {done.returncode}: {' '.join(done.stderr.split())[-400:]}"}
+
+
+def environment(side: Side, device: str) -> dict[str, str]:
+    """The machine's environment less what would slow a BLAS or leak our packages into a peer, and without a network."""
+    gone = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    kept = {name: value for name, value in os.environ.items() if name not in gone}
+    kept |= {"OMP_NUM_THREADS": str(os.cpu_count()), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    kept |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    kept |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    if side is SARTOR:
+        kept["PYTHONPATH"] = str(SOURCES)
+    if device == "cpu":
+        kept["CUDA_VISIBLE_DEVICES"] = ""
+    return kept
+
+
+def objection(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Why two results are not of the same work; empty if they are."""
+    done = min(len(ours["tokens"]), len(theirs["tokens"]))
+    if any(ours[unit][:done] != theirs[unit][:done] for unit in ("tokens", "supervised_tokens")):
+        return "the tokens differ"
+    difference = abs(ours["losses"][0] - theirs["losses"][0])
+    if not difference <= LOSS_TOLERANCE:  # also refuses NaN
+        return f"loss at update 1 differs by {difference:.4f}: {ours['losses'][0]:.4f} and {theirs['losses'][0]:.4f}"
+    return ""
+
+
+def report(runs: Runs, work: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The JSON line."""
+    fractions = [ours["roofline_fraction"] for ours in runs.ours]
+    last = runs.ours[-1]
+    sides = {"sartor": runs.ours} | {name: [theirs for _, theirs in pairs] for name, pairs in runs.pairs.items()}
+    return {
+        "ratios": {name: ratios(pairs) for name, pairs in runs.pairs.items()},
+        "tokens_per_s": round(statistics.median(rate(ours) for ours in runs.ours), 1),
+        "supervised_tokens_per_s": round(statistics.median(rate(ours, "supervised_tokens") for ours in runs.ours), 1),
+        "peak_rss_bytes": round(statistics.median(ours["peak_rss_bytes"] for ours in runs.ours)),
+        "roofline_fraction": round(statistics.median(fractions), 3),
+        "shared_prefix_ratio": shared_prefix_ratio(),
+        "frozen_prefix_ratio": frozen_prefix_ratio(),
+        "path": last["path"],
+        "losses": {name: losses(results) for name, results in sides.items()},
+        "sides": {name: side(results) for name, results in sides.items()},
+        "failed": runs.failed,
+        "refused": runs.refused,
+        "work": {
+            "rows": work["rows"],
+            "rows_per_update": arguments.rows_per_update,
+            "updates": arguments.updates,
+            "layers": arguments.layers or "all",
+            "device": arguments.device,
+            "tokens": last["tokens"],
+            "supervised_tokens": last["supervised_tokens"],
+            "longest": [max(len(row["ids"]) for row in rows) for rows in work["updates"]],
+        },
+        "machine": machine(),
+    }
+
+
+def ratios(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """Medians over the pairs, ours over theirs."""
+    speeds = [rate(ours) / rate(theirs) for ours, theirs in pairs]
+    supervised = [rate(ours, "supervised_tokens") / rate(theirs, "supervised_tokens") for ours, theirs in pairs]
+    memory = [ours["peak_rss_bytes"] / theirs["peak_rss_bytes"] for ours, theirs in pairs]
+    differences = [abs(ours["losses"][0] - theirs["losses"][0]) for ours, theirs in pairs]
+    return {
+        "tokens_per_s": round(statistics.median(speeds), 3),
+        "supervised_tokens_per_s": round(statistics.median(supervised), 3),
+        "peak_rss": round(statistics.median(memory), 3),
+        "loss_step_1_difference": max(differences),
+        "pairs": len(pairs),
+        "of_each_pair": [round(speed, 3) for speed in speeds],
+    }
+
+
+def rate(result: dict[str, Any], unit: str = "tokens") -> float:
+    """Median over the updates after the first of tokens (or supervised tokens) per second."""
+    return statistics.median(count / seconds for count, seconds in zip(result[unit][1:], result["seconds"][1:], strict=True))
+
+
+def losses(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the last run: the loss at the first and at the eighth (or last) update."""
+    found = results[-1]["losses"]
+    last = min(8, len(found))
+    return {"update_1": found[0], f"update_{last}": found[last - 1]}
+
+
+def side(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """A side's own numbers, with the lowest and highest run."""
+    rates = [rate(result) for result in results]
+    return {
+        "tokens_per_s": round(statistics.median(rates), 1),
+        "lowest_and_highest": [round(min(rates), 1), round(max(rates), 1)],
+        "supervised_tokens_per_s": round(statistics.median(rate(result, "supervised_tokens") for result in results), 1),
+        "peak_rss_bytes": round(statistics.median(result["peak_rss_bytes"] for result in results)),
+        "updates": len(results[-1]["seconds"]),
+        "dtype": results[-1].get("dtype", "").removeprefix("torch."),
+        "trained": results[-1].get("trained"),
+        "versions": results[-1]["versions"],
+    }
+
+
+def shared_prefix_ratio() -> float | None:
+    """Tokens per second on rows with a common beginning, with shared-prefix packing over without."""
+    return None
+
+
+def frozen_prefix_ratio() -> float | None:
+    """Time of an epoch after the first with the top layers adapted, without reuse over with it."""
+    return None
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers hold for."""
+    said: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            said.setdefault(name.strip(), value.strip())
+    flags = (said.get("flags") or said.get("Features") or "").split()
+    return {
+        "cpu": said.get("model name", "unknown"),
+        "flags": {flag: flag in flags for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")},
+        "threads": os.cpu_count(),
+        "torch": importlib.metadata.version("torch"),
+    }
+
+
+def _sound(ours: dict[str, Any]) -> dict[str, Any]:
+    if "failed" in ours:
+        sys.exit(f"Sartor's own side failed: {ours['failed']}\n{ours.get('traceback', '')}")
+    return ours
+
+
+def _say(name: str, number: int, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """A line of progress on stderr."""
+    said = theirs.get("failed") or objection(ours, theirs) or f"{rate(ours):.0f} against {rate(theirs):.0f} tokens/s"
+    print(f"pair {number + 1}, {name}: {said}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
