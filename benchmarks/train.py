@@ -191,8 +191,7 @@ def report(runs: Runs, work: dict[str, Any], arguments: argparse.Namespace) -> d
         "supervised_tokens_per_s": round(statistics.median(rate(ours, "supervised_tokens") for ours in runs.ours), 1),
         "peak_rss_bytes": round(statistics.median(ours["peak_rss_bytes"] for ours in runs.ours)),
         "roofline_fraction": round(statistics.median(fractions), 3),
-        "shared_prefix_ratio": shared_prefix_ratio(),
-        "frozen_prefix_ratio": frozen_prefix_ratio(),
+        **savings(arguments),
         "path": last["path"],
         "losses": {name: losses(results) for name, results in sides.items()},
         "sides": {name: side(results) for name, results in sides.items()},
@@ -255,14 +254,16 @@ def side(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def shared_prefix_ratio() -> float | None:
-    """Tokens per second on rows with a common beginning, with shared-prefix packing over without."""
-    return None
-
-
-def frozen_prefix_ratio() -> float | None:
-    """Time of an epoch after the first with the top layers adapted, without reuse over with it."""
-    return None
+def savings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What shared prefixes and stored activations bring beyond the ratios above, from a process of its own: savings.py."""
+    command = [sys.executable, str(HERE / "savings.py"), "--json", "--prove", "--pairs", str(arguments.pairs)]
+    command += ["--layers", str(arguments.layers)]
+    done = subprocess.run(command, env=environment(SARTOR, arguments.device), capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"shared_prefix_ratio": None, "frozen_prefix_ratio": None, "savings_failed": done.stderr[-400:]}
+    said = json.loads(done.stdout.splitlines()[-1])
+    said.pop("machine")
+    return said
 
 
 def machine() -> dict[str, Any]:

@@ -72,7 +72,9 @@ def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
 
 
 @app.command
-def tune(recipe: Path, *flags: Flags, out: Path, resume: REPLACE = False, replace: REPLACE = False) -> Any:
+def tune(
+    recipe: Path, *flags: Flags, out: Path, resume: REPLACE = False, prove: REPLACE = False, replace: REPLACE = False
+) -> Any:
     """Dataset -> Adapter: fine-tune a base. Options of the recipe can be given as flags (--method.rank 8).
 
     Parameters
@@ -80,9 +82,10 @@ def tune(recipe: Path, *flags: Flags, out: Path, resume: REPLACE = False, replac
     recipe: YAML file
     out: directory of the new Adapter
     resume: go on from the newest checkpoint of a run that was stopped or killed
+    prove: first compare losses and every gradient with the plain computation, and stop if they differ
     replace: start over, and replace the Adapter that stands there
     """
-    return sartor.tune(sartor.load_recipe(recipe, flags), out, resume=resume, replace=replace, notice=_notice)
+    return sartor.tune(sartor.load_recipe(recipe, flags), out, resume=resume, prove=prove, replace=replace, notice=_notice)
 
 
 @app.command

@@ -14,6 +14,7 @@ from conftest import ROWS, write_jsonl
 from sartor.core.artifacts import file_digest, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
 from sartor.models import batches
+from sartor.models.frozen import Frozen
 from sartor.tune import objectives, order
 from sartor.tune.recipe import Optimizer
 from sartor.tune.run import Counters, learning_rate
@@ -189,3 +190,21 @@ def test_the_nearest_limit_decides() -> None:
     counters = Counters(updates=5, tokens=50)
     assert counters.fraction(Budget(updates=10, tokens=500), epoch_tokens=100, wall_s=0) == 0.5
     assert counters.fraction(Budget(epochs=1), epoch_tokens=100, wall_s=0) == 0.5
+
+
+def test_prove_compares_with_the_plain_computation_and_stops_on_a_difference(
+    tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {**tune_recipe, "method": {**tune_recipe["method"], "targets": {"layers": "top-1"}}}
+    said: list[str] = []
+    proof = sartor.tune(recipe, tmp_path / "a", prove=True, show=False, notice=said.append).as_json()["proof"]
+    assert proof["loss"] <= proof["limit"] == 1e-5 and 0 <= proof["gradient"] <= 1e-5
+    assert any(line.startswith("proved on") for line in said)
+    unproved = sartor.tune(recipe, tmp_path / "b", show=False)
+    weights = "adapter_model.safetensors"
+    assert file_digest(tmp_path / "a" / weights) == file_digest(tmp_path / "b" / weights), "a proof changes nothing"
+    assert unproved.as_json()["proof"] is None
+    right = Frozen.inputs
+    monkeypatch.setattr(Frozen, "inputs", lambda *arguments: right(*arguments) * 1.001)
+    with pytest.raises(ModelError, match="off the plain computation"):
+        sartor.tune(recipe, tmp_path / "c", prove=True, show=False)

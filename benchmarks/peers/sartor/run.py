@@ -28,7 +28,8 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0, fused=True)
     model.eval()
-    path = paths.choose(model, [row for rows in updates for row in rows], base.device)
+    # shared prefixes are measured apart (savings.py): here every side computes every token of every row
+    path = paths.choose(model, [row for rows in updates for row in rows], base.device, paths.Wish(share=False))
     model.train()
     watch.start()
     for rows in updates:

@@ -21,7 +21,6 @@ import safetensors
 import torch
 from safetensors.torch import save
 
-from sartor.core.home import folder
 from sartor.models.batches import Encoded, Pack, fill, pack
 from sartor.models.forward import Fast
 
@@ -45,6 +44,7 @@ class Frozen:
 
     fast: Fast
     device: torch.device
+    store: Path
     identity: str
     limit_bytes: int
     notice: Callable[[str], object] = lambda line: None
@@ -82,7 +82,7 @@ class Frozen:
             torch.get_num_threads(), list(places),
         )  # fmt: skip
         name = hashlib.sha256(repr(said).encode()).hexdigest()
-        shelf = Shelf(rows, places, folder("activations") / name[:2] / f"{name}.safetensors")
+        shelf = Shelf(rows, places, self.store / name[:2] / f"{name}.safetensors")
         self.shelves.update(dict.fromkeys(places, shelf))
 
     def inputs(self, rows: Sequence[Encoded], batch: Pack) -> torch.Tensor:
@@ -146,7 +146,7 @@ class Frozen:
     def _make_room(self, wanted: int) -> None:
         """Remove the least recently used packs of other runs until `wanted` bytes more are within the limit."""
         own = {shelf.file for shelf in self.shelves.values()}
-        files = [(stat.st_mtime, stat.st_size, file) for file, stat in _stored()]
+        files = [(stat.st_mtime, stat.st_size, file) for file, stat in _stored(self.store)]
         total = sum(size for _, size, _ in files) + wanted
         for _, size, file in sorted(files, key=lambda entry: entry[0]):
             if total <= self.limit_bytes:
@@ -156,9 +156,9 @@ class Frozen:
                 total -= size
 
 
-def _stored() -> list[tuple[Path, os.stat_result]]:
+def _stored(store: Path) -> list[tuple[Path, os.stat_result]]:
     found = []
-    for file in folder("activations").glob("*/*.safetensors"):
+    for file in store.glob("*/*.safetensors"):
         with contextlib.suppress(OSError):
             found.append((file, file.stat()))
     return found

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path as Folder
 from typing import Any, Protocol
 
 import torch
 
+from sartor.core.home import folder
 from sartor.models import batches, kernels
 from sartor.models.attention import packing
 from sartor.models.base import quiet
@@ -33,7 +35,7 @@ class Wish:
 
     fast: false takes transformers' module anyway. recompute: keep a tensor a layer and compute the rest again. share:
     compute common beginnings of rows once. reuse_bytes: room on disk for frozen activations, 0 for none; identity: the
-    base's digest, under which they are kept.
+    base's digest, under which they are kept; store: where, if not in SARTOR_HOME/activations.
     """
 
     fast: bool = True
@@ -41,6 +43,7 @@ class Wish:
     share: bool = True
     reuse_bytes: int = 0
     identity: str = ""
+    store: Folder | None = None
     notice: Notice = field(default=lambda line: None, compare=False)
 
 
@@ -134,7 +137,8 @@ def choose(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish
 def _frozen(fast: Fast, rows: Sequence[Encoded], device: torch.device, wish: Wish) -> Frozen | None:
     if not (wish.reuse_bytes and 0 < fast.lowest < len(fast.blocks)):
         return None
-    frozen = Frozen(fast, device, wish.identity, wish.reuse_bytes, wish.notice)
+    store = wish.store or folder("activations")
+    frozen = Frozen(fast, device, store, wish.identity, wish.reuse_bytes, wish.notice)
     frozen.plan(rows)
     return frozen
 

@@ -27,6 +27,8 @@ from sartor.tune.signals import Signals
 
 # A loss above both has exploded: a model that knows nothing and says so has ln V, and a hard first update may be higher.
 EXPLODED_OVER_UNIFORM, EXPLODED_OVER_FIRST = 2.0, 4.0
+# Norm of the difference over norm, of losses and of each gradient, that reordered sums may cost
+PROOF = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # So many of an update's example ids are named in an error
 IDS_NAMED = 32
 
@@ -73,6 +75,7 @@ class Run:
         )
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
+        self.proof: dict[str, float] | None = None
         self.position = order.START
         count = recipe.evaluations if data.held_out else 0
         self.evaluation_points = [(place + 1) / count for place in range(count)]
@@ -111,6 +114,21 @@ class Run:
                 done = f"{signals.received.name} after update {self.counters.updates}, which is saved in {self.saver.folder}"
                 raise StoppedError(done, "the same command with --resume goes on there", int(signals.received))
         self.model.eval()
+
+    def prove(self) -> str:
+        """Compare losses and gradients of the next update's rows with the plain computation. Returns what to say.
+
+        Raises ModelError when they differ by more than PROOF of the dtype, as norm of the difference over norm.
+        """
+        lengths = [len(row.ids) for row in self.data.train]
+        chosen = next(order.updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed, self.position))
+        rows = self._cut([self.data.train[index] for index in chosen])[0]
+        limit = PROOF[self.base.dtype]
+        self.proof = {**paths.prove(self.path, rows), "limit": limit, "rows": len(rows)}
+        said = f"loss {self.proof['loss']:.1e}, worst gradient {self.proof['gradient']:.1e} off the plain computation"
+        if not (self.proof["loss"] <= limit and self.proof["gradient"] <= limit):
+            raise ModelError(f"{said}, over {limit:g}", "compute: {share_prefixes: false, reuse_frozen: false}")
+        return f"proved on {len(rows)} rows: {said} (norm of the difference over norm; at most {limit:g})"
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, plain facts) from which `restore` makes this very state again."""

@@ -50,6 +50,7 @@ def tune(
     *,
     resume: bool = False,
     replace: bool = False,
+    prove: bool = False,
     show: bool = True,
     notice: Notice = lambda line: None,
 ) -> Tuned:
@@ -57,11 +58,12 @@ def tune(
 
     `recipe` is a Recipe, a mapping in its form, or the path of a YAML file. `notice` is told, in lines, what is about to
     be trained. While it goes, its state is saved in `OUT.checkpoints`; `resume` goes on from there, to the bits that an
-    uninterrupted run gives, and returns an Adapter that is finished already; `replace` starts over.
+    uninterrupted run gives, and returns an Adapter that is finished already; `replace` starts over. `prove` first compares
+    losses and every gradient of the first update with the plain computation, without shared prefixes and stored activations.
 
     Raises ConfigError (recipe, taken `out`, a checkpoint of another recipe, Dataset or base), ArtifactError (Dataset),
-    ModelError (base; a loss that is not finite or has exploded), SourceError (no row that could be learnt from),
-    StoppedError (SIGTERM or Ctrl-C, after a save), MissingError (a full disk).
+    ModelError (base; a loss that is not finite or has exploded; a proof that fails), SourceError (no row that could be
+    learnt from), StoppedError (SIGTERM or Ctrl-C, after a save), MissingError (a full disk).
     """
     recipe = load_recipe(recipe)
     out = Path(out).absolute()
@@ -72,7 +74,7 @@ def tune(
         raise refusal.error
     base = open_base(chosen.name, revision=chosen.revision, licence=chosen.licence, bits=chosen.bits, notice=notice)
     data = encode_rows(dataset, recipe, base.chat)
-    work = Work(recipe, dataset, base, data, found, resumption.fingerprint(recipe, dataset, base, data))
+    work = Work(recipe, dataset, base, data, found, resumption.fingerprint(recipe, dataset, base, data), prove)
     if resume and (adapter := resumption.finished(out, found, work.fingerprint)):
         notice(f"{out} is finished: nothing is left to do")
     else:
@@ -93,6 +95,7 @@ class Work:
     data: Rows
     found: Found
     fingerprint: dict[str, Any]
+    prove: bool
 
 
 def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -> Artifact:
@@ -133,6 +136,8 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
                     for line in resumption.changed({**checkpoint.manifest["environment"], **checkpoint.manifest}, here):
                         notice(line)
                 notice(run.outlook.line)
+                if work.prove:
+                    notice(run.prove())
                 with Signals(notice) as signals:
                     run.train(signals)
                 facts = _facts(work, run)  # here, since drawing and writing are no part of the tuning
@@ -192,6 +197,7 @@ def _facts(work: Work, run: Run) -> dict[str, Any]:
             "path_reason": run.path.reason,
             "packed": run.path.name != "one-row",
             "packing_difference_nats": run.path.packing_difference,
+            "proof": run.proof,
         },
         "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},

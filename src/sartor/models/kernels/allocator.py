@@ -10,15 +10,20 @@ import contextlib
 import ctypes
 import functools
 
-# mallopt(3): never trim the heap, take blocks up to 1 GB from it
+# mallopt(3)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
     """Tell glibc, once; false where the C library is another."""
+    return set_thresholds(2**31 - 1, 2**30)
+
+
+def set_thresholds(trim_bytes: int, mmap_bytes: int) -> bool:
+    """From how much free memory the heap is trimmed, and how large a block is mapped by itself."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
         if hasattr(library, "gnu_get_libc_version"):
-            return bool(library.mallopt(_TRIM_THRESHOLD, 2**31 - 1) and library.mallopt(_MMAP_THRESHOLD, 2**30))
+            return bool(library.mallopt(_TRIM_THRESHOLD, trim_bytes) and library.mallopt(_MMAP_THRESHOLD, mmap_bytes))
     return False

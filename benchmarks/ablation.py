@@ -1,0 +1,167 @@
+"""What each trick of the fast path brings: a table, made by leaving one out at a time.
+
+    python benchmarks/ablation.py --json
+    python benchmarks/ablation.py --json --write docs/speed.md
+
+One process, the starter base, rank 16 on all linear layers, 14 rows (about 1,024 tokens, 43 % supervised) an update; each way
+alternates with the whole path, and its ratio is the median of pairs: tokens per second, the whole path over the way without.
+`--write` puts the table between the markers `<!-- ablation -->` and `<!-- /ablation -->` of a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import savings
+import torch
+
+from sartor.models import batches, paths
+from sartor.models.attention import packing
+from sartor.models.forward import Fast
+from sartor.models.kernels import allocator
+from sartor.models.kernels.eager import Eager
+
+Way = Callable[[], torch.Tensor]
+
+
+class Ways:
+    """The whole path, and ways that leave something out; each gives the loss of one update."""
+
+    def __init__(self, layers: int) -> None:
+        self.base, self.model = savings.tuned(layers, None)
+        self.device = self.base.device
+        vocabulary = len(self.base.chat.tokenizer)
+        self.rows = savings.rows(savings.ROWS, 0, vocabulary)
+        self.common = savings.rows(savings.ROWS, round(72 * savings.COMMON_FRACTION), vocabulary)
+        path = paths.choose(self.model, self.rows, self.device)
+        assert isinstance(path, paths.FastPath), path.reason
+        self.fast = path.fast
+        self.eager = Fast(self.model, Eager())
+        self.recompute = Fast(self.model, self.fast.kernels, recompute=True)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def of(self, fast: Fast, examples: list[batches.Encoded], share: bool = False) -> Way:
+        return lambda: fast.losses(batches.pack(examples, self.device, share=share)).mean()
+
+    def module(self) -> torch.Tensor:
+        with packing(self.model):
+            return batches.pack_losses(self.model, batches.pack(self.rows, self.device)).mean()
+
+    def all_rows_to_the_head(self) -> torch.Tensor:
+        """Every row's logits are made and masked afterwards, as most trainers do it."""
+        examples = [replace(row, learnt=[True] * len(row.ids)) for row in self.rows]
+        losses = self.fast.losses(batches.pack(examples, self.device))
+        keep = torch.tensor([on for row in self.rows for on in row.learnt[1:]])
+        return losses[keep].mean()
+
+    def apart(self) -> Iterator[tuple[str, Way, Way]]:
+        """(what is left out, the whole path, the way without it)."""
+        whole = self.of(self.fast, self.rows)
+        yield "C++ kernels (torch's own operations instead)", whole, self.of(self.eager, self.rows)
+        yield "masked rows kept from the head and the last layer's tail", whole, self.all_rows_to_the_head
+        yield "keeping activations (`compute.recompute`)", whole, self.of(self.recompute, self.rows)
+        yield "the block by hand (transformers' module, packed, instead)", whole, self.module
+        yield (
+            "packing (transformers' module, a row at a time, instead)",
+            whole,
+            lambda: batches.row_losses(self.model, self.rows, self.device).mean(),
+        )
+        yield (
+            "shared prefixes, on rows that have 40 % in common",
+            self.of(self.fast, self.common, share=True),
+            self.of(self.fast, self.common),
+        )
+
+
+def seconds(way: Way, trained: list[Any]) -> float:
+    """One update's forward and backward."""
+    began = time.perf_counter()
+    way().backward()
+    for parameter in trained:
+        parameter.grad = None
+    return time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def memory_given_back() -> Iterator[None]:
+    """Inside, glibc maps large blocks anew and gives them back, as it does by default."""
+    allocator.set_thresholds(128 * 1024, 128 * 1024)
+    try:
+        yield
+    finally:
+        allocator.keep_freed_memory.cache_clear()
+        allocator.keep_freed_memory()
+
+
+def measure(layers: int, pairs: int) -> list[dict[str, Any]]:
+    """A line per trick."""
+    ways = Ways(layers)
+    lines = []
+    for name, whole, without in ways.apart():
+        found, each = savings.ratio(lambda a=whole: seconds(a, ways.trained), lambda b=without: seconds(b, ways.trained), pairs)
+        lines.append({"without": name, "ratio": found, "of_each_pair": each})
+    whole = ways.of(ways.fast, ways.rows)
+
+    def given_back() -> float:
+        with memory_given_back():
+            return seconds(whole, ways.trained)
+
+    found, each = savings.ratio(lambda: seconds(whole, ways.trained), given_back, pairs)
+    lines.append({"without": "keeping freed memory (glibc's defaults instead)", "ratio": found, "of_each_pair": each})
+    tokens = sum(len(row.ids) for row in ways.rows)
+    took = statistics.median(seconds(whole, ways.trained) for _ in range(pairs))
+    lines.insert(0, {"without": "nothing", "ratio": 1.0, "tokens_per_s": round(tokens / took, 1)})
+    return lines
+
+
+def table(lines: list[dict[str, Any]], said: dict[str, Any]) -> str:
+    """Markdown."""
+    rows = ["| left out | whole path over the way without it | pairs |", "|---|---|---|"]
+    for line in lines:
+        pairs = ", ".join(f"{one:.2f}" for one in line.get("of_each_pair", [])) or f"{line['tokens_per_s']:.0f} tokens/s"
+        rows.append(f"| {line['without']} | {line['ratio']:.2f}x | {pairs} |")
+    return "\n".join([f"`python benchmarks/ablation.py --json --write FILE`, {said['processor']}:", "", *rows])
+
+
+def write(file: Path, name: str, text: str) -> None:
+    """Put `text` between the markers of that name."""
+    before, _, rest = file.read_text().partition(f"<!-- {name} -->\n")
+    _, _, after = rest.partition(f"<!-- /{name} -->")
+    file.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}")
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers hold for."""
+    name = platform.machine()
+    with contextlib.suppress(OSError):
+        found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = found[0].partition(":")[2].strip() if found else name
+    threads = torch.get_num_threads()
+    return {"processor": f"{name}, {threads} threads, {torch.backends.cpu.get_cpu_capability()}", "torch": torch.__version__}
+
+
+def main() -> None:
+    """Print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=0, help="keep only that many layers: for a quick trial")
+    parser.add_argument("--write", type=Path, help="put the table into this file")
+    arguments = parser.parse_args()
+    lines, said = measure(arguments.layers, arguments.pairs), machine()
+    if arguments.write:
+        write(arguments.write, "ablation", table(lines, said))
+    print(json.dumps({"ablation": lines, "layers": arguments.layers or "all", "machine": said}))
+
+
+if __name__ == "__main__":
+    main()
