@@ -1,10 +1,394 @@
-"""Kernels for NVIDIA GPUs."""
+"""Kernels for NVIDIA GPUs: of each part the fastest maker that this machine has and that agrees with torch's operations.
+
+    attention                    flash-attn; else the flash kernels that torch carries; else torch's operations
+    norms, activations, losses   Liger; else torch.compile of `Eager`'s own functions; else torch's operations
+
+`load` tries the makers of a part in that order on a few small cases: one that cannot be imported, fails, or computes
+something else is left out, with the reason in the kernels' name. So a missing compiler or an unsupported GPU costs speed,
+never a run. One that fails later, at a shape that it does not take, is left from there on. Docs: decisions/005-cuda.md.
+"""
 
 from __future__ import annotations
 
-from sartor.models.kernels.eager import Eager
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from sartor.models.attention import Shape, rows_of
+from sartor.models.batches import forest
+from sartor.models.kernels.eager import Eager, Geometry, Layout, rotate
+
+Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Case = tuple[str, tuple[Any, ...]]
+Draw = Callable[..., torch.Tensor]
+Makers = Mapping[str, Callable[[], Eager]]
+PARTS = {
+    "attention": ("attention", "attention_backward"),
+    "norms": ("rms_norm", "rms_norm_backward"),
+    "activations": ("glu", "glu_backward"),
+    "losses": ("cross_entropy",),
+}
+DEVICE = torch.device("cuda")
+# How far (norm of the difference over norm) a maker may be from fp32 arithmetic on the same bf16 inputs: three roundings to
+# bf16 (2^-9 each, relative) stay under it, a wrong mask, offset or sign does not.
+TOLERANCE = 0.02
 
 
-def load() -> tuple[Eager, str]:
-    """The fastest kernels that can be imported, and what they are."""
-    return Eager(), Eager.name
+class Liger(Eager):
+    """Liger's Triton kernels (Hsu et al. 2024, arXiv:2410.10989), called without autograd. fp32, bf16, fp16."""
+
+    def __init__(self) -> None:
+        names = ("rms_norm", "swiglu", "geglu", "cross_entropy", "utils")
+        self._norm, self._silu, self._gelu, self._loss, self._utils = (
+            importlib.import_module(f"liger_kernel.ops.{name}") for name in names
+        )
+        self.name = f"Liger {importlib.metadata.version('liger-kernel')}"
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Eager`. Liger's casting mode `gemma` is ours: all of it in fp32, whatever the family."""
+        y, _, rstd, *_ = self._norm.rms_norm_forward(x.contiguous(), weight, float(eps), float(offset), "gemma", None)
+        return y, rstd
+
+    def rms_norm_backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        rstd: torch.Tensor,
+        offset: float,
+        add: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Eager`."""
+        block, warps = self._utils.calculate_settings(x.shape[1])
+        mode = self._norm._str_to_casting_mode["gemma"]
+        arguments = (dy.contiguous(), x.contiguous(), weight, rstd, float(offset), mode, block, warps, False, None)
+        dx, _ = self._norm.rms_norm_backward(*arguments, needs_dw=False)
+        return dx if add is None else dx.add_(add)
+
+    def glu(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        """See `Eager`. Liger's GeGLU wants gate and up apart, each contiguous."""
+        if activation == "silu":
+            return self._silu.swiglu_fused_gate_up_forward(gate_up.contiguous())[1]
+        return self._gelu.geglu_forward(*map(torch.Tensor.contiguous, gate_up.chunk(2, -1)))[2]
+
+    def glu_backward(self, d: torch.Tensor, gate_up: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Eager`. Overwrites gate_up for silu."""
+        value, d = self.glu(gate_up, activation), d.contiguous()
+        if activation == "silu":
+            gradient = self._silu.swiglu_fused_gate_up_backward(gate_up.contiguous(), d, in_place=True)
+            return value, gradient.view(gate_up.shape)
+        gate, up = map(torch.Tensor.contiguous, gate_up.chunk(2, -1))
+        return value, torch.cat(self._gelu.geglu_backward(gate, up, d), -1)
+
+    def cross_entropy(
+        self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Eager`. Overwrites logits. Liger's kernel under our own launch: its Python function makes losses in the dtype
+        of the logits (three digits in bf16) and waits for the GPU to check targets.
+        """
+        logits, targets = logits.contiguous(), targets.contiguous()
+        losses = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
+        block = min(self._loss.MAX_FUSED_SIZE, 1 << (logits.shape[1] - 1).bit_length())
+        self._loss.liger_cross_entropy_kernel[(len(logits),)](
+            X_ptr=logits, X_stride=logits.stride(0), Y_ptr=targets, Y_stride=1, n_cols=logits.shape[1],
+            loss_ptr=losses, loss_stride=1, reduction="none", n_non_ignore=1, ignore_index=-100,
+            softcap=softcap, HAS_SOFTCAPPING=bool(softcap), HAS_GRADIENTS=gradient,
+            weight_ptr=None, weight_sum=0.0, sum_non_ignore_weight=1, HAS_WEIGHT=False,
+            z_loss_ptr=None, lse_square_scale=0.0, RETURN_Z_LOSS=False, label_smoothing=0.0,
+            token_accuracy_ptr=None, token_accuracy_stride=0, RETURN_TOKEN_ACCURACY=False,
+            predicted_tokens_ptr=None, predicted_tokens_stride=0, RETURN_PREDICTED_TOKENS=False,
+            BLOCK_SIZE=block, num_warps=32,
+        )  # fmt: skip
+        return losses, logits if gradient else None
+
+
+class Compiled(Eager):
+    """`Eager`'s functions and the rotation through torch.compile, which fuses each into one or two kernels."""
+
+    name = "torch.compile"
+
+    def __init__(self) -> None:
+        for operation in (*PARTS["norms"], *PARTS["activations"], *PARTS["losses"]):
+            setattr(self, operation, torch.compile(getattr(Eager(), operation), dynamic=True))
+        self.rotate: Turn = torch.compile(rotate, dynamic=True)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """A layout for flash kernels, whose causal mask ends at the last query and the last key of each span.
+
+    sizes: where each of N spans begins among the queries and among the keys, (N + 1,) int32, and the most of one of either.
+    gather: places in the pack of each span's keys, one after the other; None where keys are the queries' own tokens.
+    """
+
+    sizes: tuple[torch.Tensor, torch.Tensor, int, int]
+    gather: torch.Tensor | None
+
+
+def spans_of(layout: Layout, device: torch.device) -> Spans:
+    """The spans of a layout, made once. A segment with ancestors attends to copies of their keys and its own."""
+    if "flash" not in layout.kept:
+        order = sorted(layout.segments, key=lambda segment: segment.start)
+        lengths = [segment.length for segment in order]
+        reaches = [segment.first + segment.length for segment in order]
+        gather = None
+        if any(segment.ancestors for segment in order):
+            spans = [span for segment in order for span in (*(layout.segments[at] for at in segment.ancestors), segment)]
+            gather = torch.cat([torch.arange(span.start, span.start + span.length) for span in spans]).to(device)
+        queries, keys = (
+            torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device) for counts in (lengths, reaches)
+        )
+        layout.kept["flash"] = Spans((queries, keys, max(lengths), max(reaches)), gather)
+    return layout.kept["flash"]
+
+
+class Flash(Eager):
+    """Attention by flash-attn's kernels (Dao 2023, arXiv:2307.08691), from 2.7.1 on, forests of segments included.
+
+    bf16 and fp16, a width that is a multiple of 8 up to 256; anything else goes to `Eager`. Keeps the log-sum-exp of the
+    scores for the backward.
+    """
+
+    soft_caps = True
+
+    def __init__(self, turn: Turn = rotate) -> None:
+        self._turn = turn
+        self._package = importlib.import_module("flash_attn.flash_attn_interface")
+        self.name = f"flash-attn {importlib.import_module('flash_attn').__version__}"
+
+    def _forward(self, heads: Heads, spans: Spans, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        """(queries (T, H, K), keys, values (T', G, K)) -> mixtures (T, H, K) and the kernel's own log-sum-exp."""
+        out, lse, *_ = self._package._flash_attn_varlen_forward(*heads, *spans.sizes, 0.0, shape.scale, **_mask(shape))
+        return out, lse
+
+    def _backward(
+        self, d: torch.Tensor, heads: Heads, mixed: torch.Tensor, lse: torch.Tensor, spans: Spans, shape: Shape
+    ) -> Heads:
+        """The gradients of `heads`."""
+        dq, dk, dv = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in heads)
+        more = {**_mask(shape), "alibi_slopes": None, "deterministic": True}
+        arguments = (d, *heads, mixed, lse, dq, dk, dv, *spans.sizes, 0.0, shape.scale)
+        self._package._flash_attn_varlen_backward(*arguments, **more)
+        return dq, dk, dv
+
+    def attention(self, qkv: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Eager`."""
+        if not self._takes(qkv, geometry):
+            return super().attention(qkv, geometry)
+        spans = spans_of(geometry.layout, qkv.device)
+        mixed, lse = self._forward(self._heads(qkv, geometry, spans), spans, geometry.shape)
+        return mixed.reshape(len(qkv), -1), lse
+
+    def attention_backward(
+        self, d: torch.Tensor, qkv: torch.Tensor, mixed: torch.Tensor, kept: torch.Tensor | None, geometry: Geometry
+    ) -> torch.Tensor:
+        """See `Eager`."""
+        if kept is None or not self._takes(qkv, geometry):
+            return super().attention_backward(d, qkv, mixed, kept, geometry)
+        spans, width = spans_of(geometry.layout, qkv.device), geometry.width
+        d, mixed = (part.reshape(len(qkv), -1, width) for part in (d, mixed))
+        with _deterministic():
+            heads = self._heads(qkv, geometry, spans)
+            dq, dk, dv = self._backward(d.contiguous(), heads, mixed.contiguous(), kept, spans, geometry.shape)
+            if spans.gather is not None:  # in fp32: a prefix gathers from all that continue it
+                dk, dv = (
+                    part.new_zeros(len(qkv), *part.shape[1:], dtype=torch.float32).index_add_(0, spans.gather, part.float())
+                    for part in (dk, dv)
+                )
+        # the rotation is orthogonal up to a factor of cos and sin, so its transpose is the rotation by the negative angle
+        dq, dk = (self._turned(part.to(qkv.dtype), geometry.cos, -geometry.sin) for part in (dq, dk))
+        return torch.cat([part.reshape(len(qkv), -1).to(qkv.dtype) for part in (dq, dk, dv)], 1)
+
+    def _takes(self, qkv: torch.Tensor, geometry: Geometry) -> bool:
+        fits = geometry.width % 8 == 0 and geometry.width <= 256 and len(qkv) > 0
+        return fits and qkv.dtype in (torch.bfloat16, torch.float16) and (self.soft_caps or not geometry.shape.softcap)
+
+    def _heads(self, qkv: torch.Tensor, geometry: Geometry, spans: Spans) -> Heads:
+        shape, width = geometry.shape, geometry.width
+        sizes = [shape.heads * width, shape.groups * width, shape.groups * width]
+        query, key, value = (part.unflatten(1, (-1, width)) for part in qkv.split(sizes, 1))
+        query, key = (self._turned(part, geometry.cos, geometry.sin) for part in (query, key))
+        if spans.gather is not None:
+            key, value = key.index_select(0, spans.gather), value.index_select(0, spans.gather)
+        return query, key, value
+
+    def _turned(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """`rotate` for x (T, heads, K)."""
+        return self._turn(x.transpose(0, 1), cos, sin).transpose(0, 1)
+
+
+def _mask(shape: Shape) -> dict[str, Any]:
+    """A window of -1 on the left sees all keys before a query's own."""
+    left = shape.window - 1 if shape.window else -1
+    return {"causal": True, "window_size_left": left, "window_size_right": 0, "softcap": float(shape.softcap or 0)}
+
+
+class TorchFlash(Flash):
+    """The flash kernels that every CUDA build of torch carries, which `torch.nn.attention.varlen` calls as well."""
+
+    name = "torch's flash attention"
+    soft_caps = False
+
+    def __init__(self, turn: Turn = rotate) -> None:
+        self._turn = turn
+
+    def _forward(self, heads: Heads, spans: Spans, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        more = {"scale": shape.scale, "window_size_left": _mask(shape)["window_size_left"], "window_size_right": 0}
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(*heads, *spans.sizes, 0.0, True, False, **more)
+        return out, lse
+
+    def _backward(
+        self, d: torch.Tensor, heads: Heads, mixed: torch.Tensor, lse: torch.Tensor, spans: Spans, shape: Shape
+    ) -> Heads:
+        # the state of dropout's random numbers, which is not read without dropout
+        state = (torch.zeros(2, dtype=torch.uint64, device=d.device), torch.empty(0, device=d.device))
+        more = {"scale": shape.scale, "window_size_left": _mask(shape)["window_size_left"], "window_size_right": 0}
+        return torch.ops.aten._flash_attention_backward(d, *heads, mixed, lse, *spans.sizes, 0.0, True, *state, **more)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Sums in a fixed order, for flash's dq and `index_add_`: a resumed run must end as an uninterrupted one."""
+    was, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warns)
+
+
+class Cuda(Eager):
+    """A maker for each of PARTS; fp64 and empty tensors go to `Eager`. refused: why an earlier maker was not taken."""
+
+    def __init__(self, makers: Mapping[str, Eager], refused: Mapping[str, str]) -> None:
+        self.makers, self.refused = dict(makers), dict(refused)
+        for part, operations in PARTS.items():
+            for operation in operations:
+                setattr(self, operation, functools.partial(self._call, part, operation))
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Which maker makes what, and why it is not another."""
+        makers: dict[str, list[str]] = {}
+        for part, maker in self.makers.items():
+            makers.setdefault(maker.name, []).append(part)
+        made = ", ".join(f"{name} ({', '.join(parts)})" for name, parts in makers.items())
+        return "; ".join([made, *(f"not {what}: {why}" for what, why in self.refused.items())])
+
+    def _call(self, part: str, operation: str, *arguments: Any) -> Any:
+        is_plain = arguments[0].dtype == torch.float64 or not arguments[0].numel()
+        maker = Eager() if is_plain else self.makers[part]
+        try:
+            return getattr(maker, operation)(*arguments)
+        except torch.OutOfMemoryError:
+            raise  # nothing is wrong with the maker
+        except Exception as error:  # Triton, flash-attn and torch.compile each raise their own kinds
+            if type(maker) is Eager:
+                raise
+            self.makers[part] = Eager()
+            self.refused[f"{maker.name} for {part}"] = _reason(error)
+            return getattr(self.makers[part], operation)(*arguments)
+
+
+@functools.cache
+def load(device: torch.device = DEVICE) -> tuple[Cuda, str]:
+    """The kernels, each held against `Eager` on `device`, and what they are."""
+    compiled, refused = Compiled(), {}  # type: ignore[var-annotated]
+    compilers = {Compiled.name: lambda: compiled}
+    turn = compiled.rotate if _first(compilers, "rotation", device, refused) is compiled else rotate
+    elementwise = {"Liger": Liger, **compilers}
+    makers: dict[str, Makers] = dict.fromkeys(PARTS, elementwise)
+    makers["attention"] = {"flash-attn": lambda: Flash(turn), TorchFlash.name: lambda: TorchFlash(turn)}
+    kernels = Cuda({part: _first(makers[part], part, device, refused) for part in PARTS}, refused)
+    return kernels, kernels.name
+
+
+def _first(makers: Makers, part: str, device: torch.device, refused: dict[str, str]) -> Eager:
+    """The first maker of a part that can be had and computes what `Eager` does; else `Eager`."""
+    for name, make in makers.items():
+        try:
+            maker = make()
+        except Exception as error:  # not installed, or broken: the same for every part
+            refused[name] = _reason(error)
+            continue
+        try:
+            problem = difference(maker, part, device)
+        except Exception as error:  # see Cuda._call
+            problem = _reason(error)
+        if not problem:
+            return maker
+        refused[f"{name} for {part}"] = problem
+    return Eager()
+
+
+def difference(maker: Eager, part: str, device: torch.device) -> str:
+    """What `maker` computes otherwise than fp32 arithmetic by torch's operations, on small cases; empty if nothing."""
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype, generator = torch.bfloat16 if has_bf16 else torch.float16, torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    with torch.no_grad():
+        for operation, arguments in _cases(part, draw):
+            got = _call_and_flatten(maker, operation, [_copy(argument) for argument in arguments])
+            wanted = _call_and_flatten(Eager(), operation, [_copy(argument, torch.float32) for argument in arguments])
+            apart = float((got - wanted).norm() / wanted.norm())
+            if not apart <= TOLERANCE:
+                return f"{operation} is off by {apart:.2g}"
+    return ""
+
+
+def _call_and_flatten(maker: Eager, operation: str, arguments: Sequence[Any]) -> torch.Tensor:
+    """All results in a row, fp32. `attention_backward` runs after its own forward, `rotate` by `Eager` is the function."""
+    if operation == "attention":
+        d, qkv, geometry = arguments
+        mixed, kept = maker.attention(qkv, geometry)
+        made: Any = (mixed, maker.attention_backward(d, qkv, mixed, kept, geometry))
+    else:
+        made = getattr(maker, operation, rotate)(*arguments)
+    parts = made if isinstance(made, tuple) else (made,)
+    return torch.cat([part.float().flatten() for part in parts])
+
+
+def _copy(argument: Any, dtype: torch.dtype | None = None) -> Any:
+    floats = isinstance(argument, torch.Tensor) and argument.is_floating_point()
+    return argument.to(dtype or argument.dtype, copy=True) if floats else argument
+
+
+def _cases(part: str, draw: Draw) -> Iterator[Case]:
+    """(operation, arguments). Attention: whole rows and a forest; without and with a window and a soft-cap."""
+    if part == "norms":
+        x, weight = draw(6, 48), draw(48)
+        yield "rms_norm", (x, weight, 1e-6, 1.0)
+        yield "rms_norm_backward", (draw(6, 48), x, weight, Eager().rms_norm(x, weight, 1e-6, 0.0)[1], 1.0, draw(6, 48))
+    elif part == "activations":
+        for activation in ("silu", "gelu_tanh"):
+            yield "glu", (2 * draw(5, 64), activation)
+            yield "glu_backward", (draw(5, 32), 2 * draw(5, 64), activation)
+    elif part == "losses":
+        for softcap in (None, 3.0):
+            yield "cross_entropy", (3 * draw(4, 50), torch.tensor([0, 7, 49, 3], device=draw(1).device), softcap, True)
+    elif part == "rotation":
+        angles = draw(9, 4).repeat(1, 2)
+        yield "rotate", (draw(3, 9, 16), angles.cos(), angles.sin())
+    elif part == "attention":
+        for rows in ([[1] * 33, [2] * 7, [3]], [[*range(40), 1, 2, 3], [*range(40), 9], [*range(20), 5], [7] * 3]):
+            segments, _ = forest(rows)
+            angles = draw(sum(segment.length for segment in segments), 4).repeat(1, 2)
+            layout = Layout(segments, tuple(rows_of(segments, angles.device)), len(angles))
+            for softcap, window in ((None, None), (None, 6), (2.0, 6)):
+                geometry = Geometry(Shape(4, 2, 0.3, softcap, window), 16, angles.cos(), angles.sin(), layout)
+                yield "attention", (draw(len(angles), 4 * 16), draw(len(angles), 8 * 16), geometry)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -1,0 +1,321 @@
+"""Every maker of CUDA kernels gives `Eager`'s results. Here on the CPU: flash kernels by stand-ins that check what they are
+called with, Liger through Triton's interpreter, torch.compile through g++."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from sartor.models import adapters, batches
+from sartor.models.attention import Shape
+from sartor.models.batches import Encoded
+from sartor.models.forward import Fast
+from sartor.models.kernels import cuda
+from sartor.models.kernels.eager import Eager, Geometry, Layout
+
+CPU = torch.device("cpu")
+INT = torch.int32
+
+
+def varlen(q: Any, k: Any, v: Any, sizes: Any, scale: float, left: int, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a flash kernel computes: causal and windowed as seen from the last query and the last key of each span."""
+    (cu_q, cu_k, _, _), out, lse = sizes, torch.zeros_like(q, dtype=torch.float32), torch.zeros(q.shape[1], len(q))
+    share = q.shape[1] // k.shape[1]
+    for (a, b), (c, e) in zip(
+        zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False), zip(cu_k.tolist(), cu_k.tolist()[1:], strict=False), strict=True
+    ):
+        keys, values = (x[c:e].float().repeat_interleave(share, 1).transpose(0, 1) for x in (k, v))
+        scores = q[a:b].float().transpose(0, 1) @ keys.transpose(1, 2) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        distance = torch.arange(b - a)[:, None] + (e - c) - (b - a) - torch.arange(e - c)
+        hidden = (distance < 0) | ((distance > left) if left >= 0 else torch.zeros_like(distance, dtype=torch.bool))
+        scores = scores.masked_fill(hidden, -math.inf)
+        lse[:, a:b] = scores.logsumexp(-1)
+        out[a:b] = (scores.softmax(-1) @ values).transpose(0, 1)
+    return out.to(q.dtype), lse
+
+
+def varlen_backward(d: Any, q: Any, k: Any, v: Any, sizes: Any, scale: float, left: int, softcap: float) -> Any:
+    with torch.enable_grad():
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        out, _ = varlen(*leaves, sizes, scale, left, softcap)
+        return torch.autograd.grad(out, leaves, d)
+
+
+def checked(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> None:
+    """What flash kernels themselves refuse, and silently misread."""
+    assert {q.dtype, k.dtype, v.dtype} in ({torch.bfloat16}, {torch.float16})
+    assert (q.stride(-1), k.stride(-1), v.stride(-1)) == (1, 1, 1)
+    assert q.dim() == k.dim() == v.dim() == 3
+    assert k.shape == v.shape
+    assert q.shape[2] == k.shape[2]
+    assert q.shape[2] % 8 == 0
+    assert cu_q.dtype == cu_k.dtype == INT
+    assert (int(cu_q[-1]), int(cu_k[-1])) == (len(q), len(k))
+    assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+
+
+class Interface(types.ModuleType):
+    """`flash_attn.flash_attn_interface` as of 2.7.1 to 2.8.3: names and order of arguments are those of its source."""
+
+    calls = 0
+
+    def _flash_attn_varlen_forward(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None,
+        leftpad_k=None, seqused_k=None, zero_tensors=False,
+    ):  # fmt: skip
+        Interface.calls += 1
+        sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        checked(q, k, v, *sizes)
+        assert (dropout_p, causal, window_size_right) == (0.0, True, 0)
+        out, lse = varlen(q, k, v, sizes, softmax_scale, window_size_left, softcap)
+        return out, lse, torch.empty(0), torch.empty(2, dtype=torch.int64)
+
+    def _flash_attn_varlen_backward(
+        self, dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+        zero_tensors=False,
+    ):  # fmt: skip
+        sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        checked(q, k, v, *sizes)
+        assert (dropout_p, causal, window_size_right, alibi_slopes, deterministic) == (0.0, True, 0, None, True)
+        assert dout.shape == out.shape == q.shape == dq.shape
+        assert (dk.shape, dv.shape) == (k.shape, v.shape)
+        assert softmax_lse.shape == (q.shape[1], len(q))
+        assert {x.is_contiguous() for x in (dq, dk, dv)} == {True}
+        gradients = varlen_backward(dout, q, k, v, sizes, softmax_scale, window_size_left, softcap)
+        for room, gradient in zip((dq, dk, dv), gradients, strict=True):
+            room.copy_(gradient)
+        return torch.empty(0)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Interface:
+    package = types.ModuleType("flash_attn")
+    package.__version__ = "2.8.3"
+    interface = Interface("flash_attn.flash_attn_interface")
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    return interface
+
+
+@pytest.fixture
+def torch_flash() -> Iterator[None]:
+    """CPU implementations for torch's own operators: the call goes through torch's schema."""
+    library = torch.library.Library("aten", "IMPL", "CPU")
+
+    def forward(
+        q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None, window_size_left=None,
+        window_size_right=None, **more,
+    ):  # fmt: skip
+        checked(q, k, v, cu_q, cu_k, max_q, max_k)
+        assert (dropout, causal, debug, window_size_right) == (0.0, True, False, 0)
+        out, lse = varlen(q, k, v, (cu_q, cu_k, max_q, max_k), scale, window_size_left, 0.0)
+        return out, lse, torch.empty(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
+
+    def backward(
+        d, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, state, unused, *, scale=None, window_size_left=None,
+        window_size_right=None,
+    ):  # fmt: skip
+        assert torch.are_deterministic_algorithms_enabled()
+        checked(q, k, v, cu_q, cu_k, max_q, max_k)
+        assert d.is_contiguous()
+        return varlen_backward(d, q, k, v, (cu_q, cu_k, max_q, max_k), scale, window_size_left, 0.0)
+
+    library.impl("_flash_attention_forward", forward)
+    library.impl("_flash_attention_backward", backward)
+    yield
+    library._destroy()
+
+
+def maker(name: str, request: pytest.FixtureRequest) -> Eager:
+    if name == "torch.compile":
+        return cuda.Compiled()
+    request.getfixturevalue({"flash-attn": "flash_attn", "torch": "torch_flash"}[name])
+    return cuda.Flash() if name == "flash-attn" else cuda.TorchFlash()
+
+
+@pytest.mark.parametrize("name", ["flash-attn", "torch"])
+def test_a_flash_kernel_attends_as_torchs_operations_do(name: str, request: pytest.FixtureRequest) -> None:
+    assert cuda.difference(maker(name, request), "attention", CPU) == ""
+
+
+@pytest.mark.parametrize("part", ["norms", "activations", "losses", "rotation"])
+@pytest.mark.services
+def test_compiled_functions_compute_as_torchs_operations_do(part: str, request: pytest.FixtureRequest) -> None:
+    assert cuda.difference(maker("torch.compile", request), part, CPU) == ""
+
+
+def geometry_of(rows: list[list[int]], shape: Shape, width: int, *, share: bool) -> Geometry:
+    pack = batches.pack([Encoded(row, [True] * len(row)) for row in rows], share=share)
+    angles = torch.rand(pack.tokens, 4).repeat(1, 2)
+    return Geometry(shape, width, angles.cos(), angles.sin(), Layout(pack.segments, pack.rows, pack.tokens))
+
+
+def test_a_pack_without_shared_prefixes_copies_no_keys_and_makes_its_spans_once(flash_attn: Interface) -> None:
+    geometry = geometry_of([[1] * 5, [2] * 3, [3] * 9], Shape(4, 2, 0.3), 16, share=False)
+    spans = cuda.spans_of(geometry.layout, CPU)
+    assert spans.sizes[0].tolist() == spans.sizes[1].tolist() == [0, 5, 8, 17]
+    assert (spans.sizes[2:], spans.gather) == ((9, 9), None)
+    assert cuda.spans_of(geometry.layout, CPU) is spans
+
+
+def test_a_forests_segments_gather_the_keys_that_they_continue(flash_attn: Interface) -> None:
+    geometry = geometry_of([[*range(9), 1], [*range(9), 2, 3]], Shape(4, 2, 0.3), 16, share=True)
+    spans = cuda.spans_of(geometry.layout, CPU)
+    assert spans.sizes[0].tolist() == [0, 9, 10, 12]
+    assert spans.sizes[1].tolist() == [0, 9, 19, 30]
+    assert spans.gather is not None
+    assert spans.gather.tolist() == [*range(9), *range(10), *range(9), 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "softcap"), [(torch.float32, 16, None), (torch.bfloat16, 12, None), (torch.bfloat16, 16, 2.0)]
+)
+def test_what_a_flash_kernel_does_not_take_is_torchs_operations_to_the_bit(
+    dtype: torch.dtype, width: int, softcap: float | None, torch_flash: None
+) -> None:
+    geometry = geometry_of([[1] * 9, [2] * 4], Shape(4, 2, 0.3, softcap), width, share=False)
+    qkv, d = torch.randn(13, 8 * width, dtype=dtype), torch.randn(13, 4 * width, dtype=dtype)
+    made = []
+    for kernels in (cuda.TorchFlash(), Eager()):
+        mixed, kept = kernels.attention(qkv, geometry)
+        assert kept is None
+        made.append((mixed, kernels.attention_backward(d, qkv, mixed, kept, geometry)))
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_torchs_own_shape_function_takes_the_calls(window: int | None) -> None:
+    """On the `meta` device torch runs its registered shape functions: names, order and shapes are the real operators'."""
+    shape = Shape(4, 4, 0.3, None, window)
+    heads = tuple(torch.empty(12, 4, 16, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    ends = torch.empty(3, dtype=INT, device="meta")
+    spans = cuda.Spans((ends, ends, 7, 7), None)
+    kernels = cuda.TorchFlash()
+    mixed, lse = kernels._forward(heads, spans, shape)  # type: ignore[arg-type]
+    assert (mixed.shape, lse.shape) == ((12, 4, 16), (4, 12))
+    gradients = kernels._backward(mixed, heads, mixed, lse, spans, shape)  # type: ignore[arg-type]
+    assert [x.shape for x in gradients] == [(12, 4, 16)] * 3
+
+
+class Broken(Eager):
+    """Fails, or computes something else."""
+
+    name = "broken"
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def rms_norm(self, x: torch.Tensor, *rest: Any) -> Any:
+        if self.error:
+            raise self.error
+        y, rstd = super().rms_norm(x, *rest)
+        return y * 1.05, rstd
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("no kernel image is available for this device\nmore")])
+def test_a_maker_that_fails_or_is_wrong_is_left_out_with_the_reason(error: Exception | None) -> None:
+    refused: dict[str, str] = {}
+    assert type(cuda._first({"broken": lambda: Broken(error)}, "norms", CPU, refused)) is Eager
+    (why,) = refused.values()
+    assert why == ("no kernel image is available for this device" if error else "rms_norm is off by 0.05")
+
+
+def test_a_maker_that_fails_later_is_left_and_the_name_says_so() -> None:
+    kernels = cuda.Cuda({part: Broken(RuntimeError("out of shared memory")) for part in cuda.PARTS}, {})
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    y, _ = kernels.rms_norm(x, weight, 1e-6, 0.0)
+    assert torch.equal(y, Eager().rms_norm(x, weight, 1e-6, 0.0)[0])
+    assert "not broken for norms: out of shared memory" in kernels.name
+    assert "broken (attention, activations, losses)" in kernels.name
+    full = cuda.Cuda({part: Broken(torch.OutOfMemoryError("full")) for part in cuda.PARTS}, {})
+    with pytest.raises(torch.OutOfMemoryError):
+        full.rms_norm(x, weight, 1e-6, 0.0)
+
+
+def test_fp64_and_empty_tensors_are_torchs_operations() -> None:
+    kernels = cuda.Cuda({part: Broken(RuntimeError("never called")) for part in cuda.PARTS}, {})
+    for x in (torch.randn(3, 8, dtype=torch.float64), torch.randn(0, 8)):
+        kernels.rms_norm(x, torch.ones(8, dtype=x.dtype), 1e-6, 0.0)
+    assert kernels.refused == {}
+
+
+def test_load_names_what_makes_each_part_and_why_not_another(flash_attn: Interface, monkeypatch: pytest.MonkeyPatch) -> None:
+    def uncompilable(function: Any, **options: Any) -> Any:
+        def fail(*arguments: Any) -> Any:
+            raise RuntimeError("no compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", uncompilable)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    cuda.load.cache_clear()
+    try:
+        kernels, name = cuda.load(CPU)
+    finally:
+        cuda.load.cache_clear()
+    assert name == kernels.name
+    assert name.startswith("flash-attn 2.8.3 (attention), torch's own operations (norms, activations, losses); not ")
+    assert "not torch.compile for losses: no compiler" in name
+    assert "not Liger: " in name
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("name", ["flash-attn", "torch"])
+def test_a_models_losses_and_gradients_through_flash_attention(name: str, share: bool, request: pytest.FixtureRequest) -> None:
+    kernels = cuda.Cuda(dict.fromkeys(cuda.PARTS, Eager()) | {"attention": maker(name, request)}, {})
+    rows = [[*range(10, 30), *tail] for tail in ([40, 41], [42], [43, 44, 45])]
+    pack = batches.pack([Encoded(row, [True] * len(row)) for row in rows], share=share)
+    made = []
+    for one in (kernels, Eager()):
+        model = adapters.inject_lora(tiny.model().bfloat16(), rank=4, alpha=8, dropout=0.0, targets="all-linear", seed=0)
+        losses = Fast(model, one).losses(pack)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(losses.mean(), trained)
+        made.append((losses, torch.cat([gradient.flatten() for gradient in gradients])))
+    (losses, gradients), (wanted, wanted_gradients) = made
+    assert kernels.refused == {}
+    assert (losses - wanted).norm() / wanted.norm() < 0.01
+    assert (gradients - wanted_gradients).norm() / wanted_gradients.norm() < 0.03
+
+
+LIGER = """
+import torch
+from sartor.models.kernels import cuda
+from sartor.models.kernels.eager import Eager
+kernels, cpu = cuda.Liger(), torch.device("cpu")
+print({part: cuda.difference(kernels, part, cpu) for part in ("norms", "activations", "losses")})
+x = torch.randn(5, 24) * 3
+for softcap in (None, 2.0):
+    for gradient in (False, True):
+        got, wanted = (one.cross_entropy(x.clone(), torch.tensor([0, 5, 23, 1, 2]), softcap, gradient) for one in (kernels, Eager()))
+        assert torch.allclose(got[0], wanted[0], atol=1e-5), (got, wanted)
+        assert (got[1] is None) == (wanted[1] is None) and (got[1] is None or torch.allclose(got[1], wanted[1], atol=1e-6))
+assert kernels.cross_entropy(x.bfloat16(), torch.zeros(5, dtype=torch.long), None, True)[0].dtype == torch.float32
+"""
+
+
+def test_ligers_kernels_compute_as_torchs_operations_do() -> None:
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    for package in ("triton", "liger-kernel"):
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"no {package} here: pip install triton liger-kernel")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", LIGER], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "{'norms': '', 'activations': '', 'losses': ''}"
