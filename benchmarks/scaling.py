@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --json --plot docs/scaling.svg
 
 Whole runs of `sartor tune` on a small random Llama (4 layers, width 128), one epoch each; `per_row` is seconds over rows at
-each size, and `r_squared` how well a straight line fits. By rank: products with the factors grow with R and the rest does not, so
+each size, `r_squared` how well a straight line fits. By rank: products with the factors grow with R and the rest does not, so
 the cost is a constant plus a slope.
 """
 

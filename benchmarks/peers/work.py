@@ -18,7 +18,7 @@ from sartor.core import assets, bases
 from sartor.core.errors import SartorError
 from sartor.core.records import Example, Message
 from sartor.intents import rows as intents
-from sartor.models.base import convert_starter, open_chat
+from sartor.models.base import convert, open_chat
 
 TURNS = (1, 2, 2, 2)  # drawn from: what is said to a home, a few commands at a time
 SHORTEST, LONGEST, SUPERVISED = 40, 104, 0.43  # tokens of a synthetic row, and the fraction of them that is learnt
@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     ref = bases.locate(arguments.base)
     if ref.name == bases.STARTER:
-        convert_starter(ref)
+        convert(ref)
     count = arguments.updates * arguments.rows_per_update
     try:
         rows, kind = real_rows(ref.path, count), "home-intents"

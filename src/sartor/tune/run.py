@@ -17,7 +17,7 @@ import torch
 from sartor.core.errors import ArtifactError, ModelError, StoppedError
 from sartor.models import batches, memory, paths
 from sartor.models.base import Base
-from sartor.tune import objectives, order, outlook
+from sartor.tune import objectives, optimizers, order, outlook
 from sartor.tune.checkpoint import Checkpoint, Saver
 from sartor.tune.journal import Journal
 from sartor.tune.recipe import Budget, Optimizer, Recipe
@@ -70,9 +70,7 @@ class Run:
         self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.parameters = list(self.named.values())
         settings = recipe.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=base.device.type != "mps"
-        )
+        self.optimizer = optimizers.make(self.parameters, settings, base.device)
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
         self.proof: dict[str, float] | None = None
