@@ -215,13 +215,18 @@ def ratios(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]
     """Medians over the pairs, ours over theirs."""
     speeds = [rate(ours) / rate(theirs) for ours, theirs in pairs]
     supervised = [rate(ours, "supervised_tokens") / rate(theirs, "supervised_tokens") for ours, theirs in pairs]
-    shared = [ours["shared_tokens_per_s"] / rate(theirs) for ours, theirs in pairs]
     memory = [ours["peak_rss_bytes"] / theirs["peak_rss_bytes"] for ours, theirs in pairs]
     differences = [abs(ours["losses"][0] - theirs["losses"][0]) for ours, theirs in pairs]
+
+    def beside(name: str) -> float:
+        """Another way of ours over theirs."""
+        return round(statistics.median(ours[name] / rate(theirs) for ours, theirs in pairs), 3)
+
     return {
         "tokens_per_s": round(statistics.median(speeds), 3),
         "supervised_tokens_per_s": round(statistics.median(supervised), 3),
-        "tokens_per_s_with_shared_prefixes": round(statistics.median(shared), 3),
+        "tokens_per_s_with_shared_prefixes": beside("shared_tokens_per_s"),
+        "tokens_per_s_without_compiler": beside("no_compiler_tokens_per_s"),
         "peak_rss": round(statistics.median(memory), 3),
         "loss_step_1_difference": max(differences),
         "pairs": len(pairs),

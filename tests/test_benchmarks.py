@@ -66,7 +66,7 @@ def test_ratios_are_medians_of_pairs() -> None:
     def side(seconds: float) -> dict:
         return {
             "tokens": [9, 10, 10], "supervised_tokens": [3, 5, 5], "seconds": [99.0, seconds, seconds],
-            "losses": [2.0, 1.0, 1.0], "peak_rss_bytes": int(seconds * 100), "shared_tokens_per_s": 15.0,
+            "losses": [2.0, 1.0, 1.0], "peak_rss_bytes": int(seconds * 100), "shared_tokens_per_s": 15.0, "no_compiler_tokens_per_s": 9.0,
         }  # fmt: skip
 
     said = train.ratios([(side(1.0), side(2.0)), (side(1.0), side(3.0)), (side(1.0), side(7.0))])

@@ -19,6 +19,8 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
 
     from sartor.models import adapters, batches, paths
     from sartor.models.base import open_base
+    from sartor.models.forward import Fast
+    from sartor.models.kernels.eager import Eager
     from sartor.tune import objectives
 
     base = open_base(job.base, bits=16 if job.dtype == "bfloat16" else "auto", device=torch.device(job.device))
@@ -47,17 +49,22 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     said = {"path": path.name, "path_reason": path.reason, "dtype": str(base.dtype)}
     said |= {"trained": adapters.trainable(model)[0], "peak_rss_bytes": protocol.peak_rss_bytes()}
     said |= _roofline(job, watch, model)
-    return said | {"shared_tokens_per_s": _shared(paths, model, base.device, updates, optimizer)}
+    examples = [row for rows in updates for row in rows]
+    by_default = paths.choose(model.eval(), examples, base.device).losses
+    by_torch = Fast(model, Eager())
+    return said | {
+        # as `tune` does it by default: what rows begin with alike is computed once
+        "shared_tokens_per_s": _rate(lambda rows: by_default(rows)[0], updates, optimizer),
+        "no_compiler_tokens_per_s": _rate(lambda rows: by_torch.losses(batches.pack(rows)), updates, optimizer),
+    }
 
 
-def _shared(paths: Any, model: Any, device: Any, updates: list[Any], optimizer: Any) -> float:
-    """Tokens per second on the same rows as `tune` does them by default: what they begin with alike is computed once."""
-    path = paths.choose(model.eval(), [row for rows in updates for row in rows], device)
+def _rate(losses: Any, updates: list[Any], optimizer: Any) -> float:
+    """Tokens per second of another way over the same rows: the median of three updates after one that warms up."""
     rates = []
     for rows in updates[:4]:
         began = time.perf_counter()
-        losses, weights = path.losses(rows)
-        ((losses * weights).sum() / weights.sum()).backward()
+        losses(rows).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         rates.append(sum(len(row.ids) for row in rows) / (time.perf_counter() - began))
