@@ -46,6 +46,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
             "lora_alpha": job.alpha,
             "lora_dropout": 0.0,
             "lora_target": ",".join(protocol.TARGETS),
+            "dataset": "rows",  # it wants a name, and does not look for it where there is a tokenized_path
             "tokenized_path": str(folder / "rows"),
             "template": "empty",
             "disable_shuffling": True,
