@@ -146,7 +146,13 @@ def run(folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Name
     most_s = START_S + 2 * arguments.limit_s
     try:
         done = subprocess.run(
-            command, env=environment(side, device), cwd=folder, capture_output=True, text=True, timeout=most_s, errors="replace"
+            command,
+            env=environment(side, device) | {"TMPDIR": str(folder)},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=most_s,
+            errors="replace",
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"did not make two updates in {most_s:.0f} s"}

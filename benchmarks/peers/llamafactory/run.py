@@ -4,10 +4,13 @@ The rows come through its own option for data that is tokenised already (`tokeni
 loads the weights in the dtype that the config of the base names and has no option for another: a copy of it asks for fp32.
 """
 
+import importlib
+import importlib.machinery
 import json
 import os
 import sys
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import protocol
 def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     """Every update of the job."""
     os.environ["DISABLE_VERSION_CHECK"] = "1"  # it checks pins at run time, also those of packages that no text needs
+    _stand_in("torchaudio")
     import datasets
     from llamafactory.train.tuner import run_exp
 
@@ -42,6 +46,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
             "lora_alpha": job.alpha,
             "lora_dropout": 0.0,
             "lora_target": ",".join(protocol.TARGETS),
+            "dataset": "rows",  # it wants a name, and does not look for it where there is a tokenized_path
             "tokenized_path": str(folder / "rows"),
             "template": "empty",
             "disable_shuffling": True,
@@ -50,6 +55,20 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
         callbacks=[hugging_face.clock(watch)],
     )
     return {"dtype": "torch.bfloat16" if is_bf16 else "torch.float32"}
+
+
+def _stand_in(name: str) -> None:
+    """An empty module where `name` cannot be loaded: LLaMA-Factory imports torchaudio on its way to text, which never calls it.
+
+    PyPI's torchaudio wants CUDA's libraries and an older torch.
+    """
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError):
+        for loaded in [other for other in sys.modules if other.partition(".")[0] == name]:
+            del sys.modules[loaded]
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
 
 
 def _base(job: protocol.Job, folder: Path, dtype: str) -> Path:
