@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
 
-.PHONY: demo quick test check bench docs clean
+.PHONY: demo quick test check bench bench-peers docs clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.demo: pyproject.toml
@@ -37,8 +37,12 @@ check: $(VENV)/.dev  ## lint and types
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## each benchmark's JSON line
-	for script in benchmarks/*.py; do env -u OPENBLAS_CORETYPE $(BIN)/python $$script --json || exit 1; done
+bench: $(VENV)/.dev  ## each benchmark's JSON line; Sartor against its peers is `bench-peers`, which makes a venv for each
+	for script in packing savings ablation scaling quant resume; do \
+	  env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/$$script.py --json || exit 1; done
+
+bench-peers: $(VENV)/.dev  ## several GB of venvs, and an hour
+	env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/train.py --json
 
 docs: $(VENV)/.dev  ## every block of README and docs, run
 	$(BIN)/python -m pytest -q -m "" tests/test_docs.py
