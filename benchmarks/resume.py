@@ -12,6 +12,7 @@ unfinished files are still there after the kill. `identical` counts ends with th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -64,17 +65,21 @@ class Side:
 
 
 class Sartor(Side):
-    """`sartor.tune` of this repository."""
+    """`sartor.tune` of this repository, by its default path: shared prefixes, and frozen activations below two layers."""
 
     name = "sartor"
+    method: dict[str, Any] = {"targets": {"layers": "top-2"}}
 
     def prepare(self, work: Path) -> None:
         """See `Side`."""
         import sartor
+        from sartor.models.kernels import native
 
         write_base(work / "base")
         lines = [json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in rows()]
         (work / "rows.jsonl").write_text("".join(lines))
+        with contextlib.suppress(native.NoKernels):
+            native.load()  # compiled here, if need be: a run's seconds decide the moments
         sartor.curate({"sources": [str(work / "rows.jsonl")], "split": {"eval_fraction": 0.1}}, work / "dataset")
 
     def run(self, work: Path, out: Path) -> None:
@@ -84,7 +89,7 @@ class Sartor(Side):
         recipe = {
             "base": str(work / "base"),
             "data": str(work / "dataset"),
-            "method": {"kind": "lora", "rank": 8, "alpha": 16, "dropout": 0.1},
+            "method": {"kind": "lora", "rank": 8, "alpha": 16, **self.method},
             "budget": {"updates": UPDATES},
             "optimizer": {"learning_rate": 1e-2, "batch_tokens": 160},
             "checkpoints": {"every_minutes": 0},
@@ -102,6 +107,13 @@ class Sartor(Side):
     def weights(self, out: Path) -> Path:
         """See `Side`."""
         return out / "adapter_model.safetensors"
+
+
+class SartorGeneral(Sartor):
+    """The same through transformers' module, with dropout and so with random numbers to restore."""
+
+    name = "sartor_general"
+    method = {"dropout": 0.1}
 
 
 class Trl(Side):
@@ -154,7 +166,7 @@ class Trl(Side):
         return out / "final" / "adapter_model.safetensors"
 
 
-SIDES: dict[str, Side] = {side.name: side for side in (Sartor(), Trl())}
+SIDES: dict[str, Side] = {side.name: side for side in (Sartor(), SartorGeneral(), Trl())}
 
 
 def names(folder: Path) -> list[str]:
@@ -280,7 +292,7 @@ def serve(name: str, seed: int) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory(prefix=f"resume-{name}-") as folder:
         os.environ["SARTOR_HOME"] = f"{folder}/home"
-        if name == "sartor":
+        if name != "trl":
             import matplotlib.figure  # noqa: F401
 
             import sartor.tune.trainer  # noqa: F401
@@ -319,6 +331,7 @@ def main() -> None:
         return
     began = time.monotonic()
     said = in_its_python(sys.executable, "sartor", arguments.seed)
+    said["general"] = in_its_python(sys.executable, "sartor_general", arguments.seed)
     python = peer_python()
     if python.exists():
         said["trl"] = in_its_python(str(python), "trl", arguments.seed)
