@@ -81,7 +81,8 @@ class Run:
         # is set, even to what it is, holds
         torch.set_num_threads(torch.get_num_threads())
         model.eval()  # a fresh adapter comes in training mode, and dropout would look like a leak between rows
-        self.path = paths.choose(model, [*data.train, *data.held_out], base.device, wish(recipe, data, base))
+        asked = replace(wish(recipe, data, base), notice=lambda line: journal.note(notice=line))
+        self.path = paths.choose(model, [*data.train, *data.held_out], base.device, asked)
         if resolved:
             recipe = replace(recipe, compute=replace(recipe.compute, micro_batch_tokens=resolved.micro_batch_tokens))
         self.outlook = outlook.foresee(recipe, self.path, model, base.device, data.train, data.held_out, Counters())
