@@ -27,30 +27,52 @@ CPU = torch.device("cpu")
 INT = torch.int32
 
 
+def spans(sizes: Any) -> list[tuple[int, ...]]:
+    queries, keys = (x.tolist() for x in sizes[:2])
+    return list(zip(queries[:-1], queries[1:], keys[:-1], keys[1:], strict=True))
+
+
+def heads(q: Any, k: Any, v: Any, span: tuple[int, ...]) -> list[torch.Tensor]:
+    """Queries, keys and values of a span, (H, tokens, K) fp32, a key head repeated for its query heads."""
+    a, b, c, e = span
+    parts = [x.float().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (q[a:b], k[c:e], v[c:e])]
+    return [part.transpose(0, 1) for part in parts]
+
+
+def scored(q: torch.Tensor, k: torch.Tensor, scale: float, left: int, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores, and which of them a query must not see: causal and windowed as from the span's last query and last key."""
+    scores = q @ k.transpose(1, 2) * scale
+    distance = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1] - torch.arange(k.shape[1])
+    hidden = (distance < 0) | (distance > left) if left >= 0 else distance < 0
+    return softcap * torch.tanh(scores / softcap) if softcap else scores, hidden
+
+
 def varlen(q: Any, k: Any, v: Any, sizes: Any, scale: float, left: int, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a flash kernel computes: causal and windowed as seen from the last query and the last key of each span."""
-    (cu_q, cu_k, _, _), out, lse = sizes, torch.zeros_like(q, dtype=torch.float32), torch.zeros(q.shape[1], len(q))
-    share = q.shape[1] // k.shape[1]
-    for (a, b), (c, e) in zip(
-        zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False), zip(cu_k.tolist(), cu_k.tolist()[1:], strict=False), strict=True
-    ):
-        keys, values = (x[c:e].float().repeat_interleave(share, 1).transpose(0, 1) for x in (k, v))
-        scores = q[a:b].float().transpose(0, 1) @ keys.transpose(1, 2) * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        distance = torch.arange(b - a)[:, None] + (e - c) - (b - a) - torch.arange(e - c)
-        hidden = (distance < 0) | ((distance > left) if left >= 0 else torch.zeros_like(distance, dtype=torch.bool))
+    """What a flash kernel computes."""
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[1], len(q))
+    for a, b, c, e in spans(sizes):
+        own, keys, values = heads(q, k, v, (a, b, c, e))
+        scores, hidden = scored(own, keys, scale, left, softcap)
         scores = scores.masked_fill(hidden, -math.inf)
         lse[:, a:b] = scores.logsumexp(-1)
         out[a:b] = (scores.softmax(-1) @ values).transpose(0, 1)
-    return out.to(q.dtype), lse
+    return out, lse
 
 
 def varlen_backward(d: Any, q: Any, k: Any, v: Any, sizes: Any, scale: float, left: int, softcap: float) -> Any:
-    with torch.enable_grad():
-        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-        out, _ = varlen(*leaves, sizes, scale, left, softcap)
-        return torch.autograd.grad(out, leaves, d)
+    """The gradients of q, k and v, written out: an operator's implementation runs below autograd."""
+    dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+    for a, b, c, e in spans(sizes):
+        own, keys, values = heads(q, k, v, (a, b, c, e))
+        scores, hidden = scored(own, keys, scale, left, softcap)
+        weights, dy = scores.masked_fill(hidden, -math.inf).softmax(-1), d[a:b].float().transpose(0, 1)
+        slope = dy @ values.transpose(1, 2)
+        slope = weights * (slope - (slope * weights).sum(-1, keepdim=True))
+        slope = slope * (1 - (scores / softcap) ** 2) if softcap else slope
+        dq[a:b] = (slope @ keys * scale).transpose(0, 1)
+        for room, part in ((dk, slope.transpose(1, 2) @ own * scale), (dv, weights.transpose(1, 2) @ dy)):
+            room[c:e] = part.unflatten(0, (k.shape[1], -1)).sum(1).transpose(0, 1)
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 def checked(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> None:
@@ -154,6 +176,7 @@ def test_a_flash_kernel_attends_as_torchs_operations_do(name: str, request: pyte
 
 @pytest.mark.parametrize("part", ["norms", "activations", "losses", "rotation"])
 @pytest.mark.services
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # inductor's own imports
 def test_compiled_functions_compute_as_torchs_operations_do(part: str, request: pytest.FixtureRequest) -> None:
     assert cuda.difference(maker("torch.compile", request), part, CPU) == ""
 
@@ -166,19 +189,19 @@ def geometry_of(rows: list[list[int]], shape: Shape, width: int, *, share: bool)
 
 def test_a_pack_without_shared_prefixes_copies_no_keys_and_makes_its_spans_once(flash_attn: Interface) -> None:
     geometry = geometry_of([[1] * 5, [2] * 3, [3] * 9], Shape(4, 2, 0.3), 16, share=False)
-    spans = cuda.spans_of(geometry.layout, CPU)
-    assert spans.sizes[0].tolist() == spans.sizes[1].tolist() == [0, 5, 8, 17]
-    assert (spans.sizes[2:], spans.gather) == ((9, 9), None)
-    assert cuda.spans_of(geometry.layout, CPU) is spans
+    made = cuda.spans_of(geometry.layout, CPU)
+    assert made.sizes[0].tolist() == made.sizes[1].tolist() == [0, 5, 8, 17]
+    assert (made.sizes[2:], made.gather) == ((9, 9), None)
+    assert cuda.spans_of(geometry.layout, CPU) is made
 
 
 def test_a_forests_segments_gather_the_keys_that_they_continue(flash_attn: Interface) -> None:
     geometry = geometry_of([[*range(9), 1], [*range(9), 2, 3]], Shape(4, 2, 0.3), 16, share=True)
-    spans = cuda.spans_of(geometry.layout, CPU)
-    assert spans.sizes[0].tolist() == [0, 9, 10, 12]
-    assert spans.sizes[1].tolist() == [0, 9, 19, 30]
-    assert spans.gather is not None
-    assert spans.gather.tolist() == [*range(9), *range(10), *range(9), 10, 11]
+    made = cuda.spans_of(geometry.layout, CPU)
+    assert made.sizes[0].tolist() == [0, 9, 10, 12]
+    assert made.sizes[1].tolist() == [0, 9, 19, 30]
+    assert made.gather is not None
+    assert made.gather.tolist() == [*range(9), *range(10), *range(9), 10, 11]
 
 
 @pytest.mark.parametrize(
@@ -201,13 +224,13 @@ def test_what_a_flash_kernel_does_not_take_is_torchs_operations_to_the_bit(
 def test_torchs_own_shape_function_takes_the_calls(window: int | None) -> None:
     """On the `meta` device torch runs its registered shape functions: names, order and shapes are the real operators'."""
     shape = Shape(4, 4, 0.3, None, window)
-    heads = tuple(torch.empty(12, 4, 16, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    parts = tuple(torch.empty(12, 4, 16, dtype=torch.bfloat16, device="meta") for _ in range(3))
     ends = torch.empty(3, dtype=INT, device="meta")
-    spans = cuda.Spans((ends, ends, 7, 7), None)
+    made = cuda.Spans((ends, ends, 7, 7), None)
     kernels = cuda.TorchFlash()
-    mixed, lse = kernels._forward(heads, spans, shape)  # type: ignore[arg-type]
+    mixed, lse = kernels._forward(parts, made, shape)  # type: ignore[arg-type]
     assert (mixed.shape, lse.shape) == ((12, 4, 16), (4, 12))
-    gradients = kernels._backward(mixed, heads, mixed, lse, spans, shape)  # type: ignore[arg-type]
+    gradients = kernels._backward(mixed, parts, mixed, lse, made, shape)  # type: ignore[arg-type]
     assert [x.shape for x in gradients] == [(12, 4, 16)] * 3
 
 
@@ -231,7 +254,8 @@ def test_a_maker_that_fails_or_is_wrong_is_left_out_with_the_reason(error: Excep
     refused: dict[str, str] = {}
     assert type(cuda._first({"broken": lambda: Broken(error)}, "norms", CPU, refused)) is Eager
     (why,) = refused.values()
-    assert why == ("no kernel image is available for this device" if error else "rms_norm is off by 0.05")
+    assert why.startswith("no kernel image is available for this device" if error else "rms_norm is off by 0.0")
+    assert "\n" not in why
 
 
 def test_a_maker_that_fails_later_is_left_and_the_name_says_so() -> None:
@@ -253,14 +277,14 @@ def test_fp64_and_empty_tensors_are_torchs_operations() -> None:
     assert kernels.refused == {}
 
 
-def test_load_names_what_makes_each_part_and_why_not_another(flash_attn: Interface, monkeypatch: pytest.MonkeyPatch) -> None:
-    def uncompilable(function: Any, **options: Any) -> Any:
-        def fail(*arguments: Any) -> Any:
-            raise RuntimeError("no compiler")
+@pytest.mark.parametrize("at_once", [True, False])
+def test_load_names_what_makes_each_part_and_why_not_another(
+    at_once: bool, flash_attn: Interface, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("no compiler")
 
-        return fail
-
-    monkeypatch.setattr(torch, "compile", uncompilable)
+    monkeypatch.setattr(torch, "compile", fail if at_once else lambda function, **options: fail)
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     cuda.load.cache_clear()
     try:
@@ -269,7 +293,7 @@ def test_load_names_what_makes_each_part_and_why_not_another(flash_attn: Interfa
         cuda.load.cache_clear()
     assert name == kernels.name
     assert name.startswith("flash-attn 2.8.3 (attention), torch's own operations (norms, activations, losses); not ")
-    assert "not torch.compile for losses: no compiler" in name
+    assert ("not torch.compile: no compiler" if at_once else "not torch.compile for losses: no compiler") in name
     assert "not Liger: " in name
 
 
@@ -293,10 +317,25 @@ def test_a_models_losses_and_gradients_through_flash_attention(name: str, share:
 
 
 LIGER = """
+import numpy
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 from sartor.models.kernels import cuda
 from sartor.models.kernels.eager import Eager
+
+plain = interpreter._implicit_cvt
+def with_floats(x):
+    # a compiled kernel gets a float as an fp32 scalar; the interpreter leaves it Python's, which has no `.to`
+    if type(x) is not float:
+        return plain(x)
+    return tl.tensor(interpreter.TensorHandle(numpy.array([x], numpy.float32), tl.float32), tl.float32)
+interpreter._implicit_cvt = with_floats
+
 kernels, cpu = cuda.Liger(), torch.device("cpu")
+# NVIDIA's library of device functions exists on NVIDIA GPUs alone
+kernels._norm.rsqrt = tl.math.rsqrt
+kernels._gelu.tanh = kernels._loss.tanh = lambda x: 2 * tl.sigmoid(2 * x) - 1
 print({part: cuda.difference(kernels, part, cpu) for part in ("norms", "activations", "losses")})
 x = torch.randn(5, 24) * 3
 for softcap in (None, 2.0):

@@ -195,8 +195,8 @@ class Flash(Eager):
             return super().attention_backward(d, qkv, mixed, kept, geometry)
         spans, width = spans_of(geometry.layout, qkv.device), geometry.width
         d, mixed = (part.reshape(len(qkv), -1, width) for part in (d, mixed))
+        heads = self._heads(qkv, geometry, spans)
         with _deterministic():
-            heads = self._heads(qkv, geometry, spans)
             dq, dk, dv = self._backward(d.contiguous(), heads, mixed.contiguous(), kept, spans, geometry.shape)
             if spans.gather is not None:  # in fp32: a prefix gathers from all that continue it
                 dk, dv = (
@@ -301,10 +301,11 @@ class Cuda(Eager):
 @functools.cache
 def load(device: torch.device = DEVICE) -> tuple[Cuda, str]:
     """The kernels, each held against `Eager` on `device`, and what they are."""
-    compiled, refused = Compiled(), {}  # type: ignore[var-annotated]
-    compilers = {Compiled.name: lambda: compiled}
-    turn = compiled.rotate if _first(compilers, "rotation", device, refused) is compiled else rotate
-    elementwise = {"Liger": Liger, **compilers}
+    refused: dict[str, str] = {}
+    compilers: Makers = {Compiled.name: functools.cache(Compiled)}
+    turner = _first(compilers, "rotation", device, refused)
+    turn = turner.rotate if isinstance(turner, Compiled) else rotate
+    elementwise: Makers = {"Liger": Liger, **compilers}
     makers: dict[str, Makers] = dict.fromkeys(PARTS, elementwise)
     makers["attention"] = {"flash-attn": lambda: Flash(turn), TorchFlash.name: lambda: TorchFlash(turn)}
     kernels = Cuda({part: _first(makers[part], part, device, refused) for part in PARTS}, refused)
