@@ -47,7 +47,7 @@ class Base:
     @property
     def dtype(self) -> torch.dtype:
         """What the base computes in."""
-        return next(parameter.dtype for parameter in self.model.parameters() if parameter.dtype.is_floating_point)
+        return self.model.get_output_embeddings().weight.dtype
 
     def as_manifest(self) -> dict[str, Any]:
         """How an adapter's manifest names its base."""
@@ -103,7 +103,7 @@ def open_base(
     """The base that `name` means, in memory, in eval mode, without gradients.
 
     bits: of a weight of the linear layers. 16 for bf16 whatever the hardware, `auto` for `best_dtype`; 8 and 4 for a
-    quantised base (`quantised.py`) that computes in `best_dtype`, as embeddings and LM head do then.
+    quantised base (`quantised.py`) that computes in `best_dtype`, as its LM head and norms are held.
 
     Raises ModelError when the directory holds no causal language model that transformers can open, HubError when a hub
     name cannot be fetched, AssetError when the starter cannot be, ExtraError when bits need bitsandbytes and it is not
@@ -160,6 +160,8 @@ def _load(path: Path, bits: int | str, device: torch.device) -> Any:
     if bits in quantised.KINDS and quantised.bits_of(model) != bits:
         raise ModelError(f"{path} has no linear layer that could be held in {bits} bits", "base.bits: 16")
     quantised.protect(model)
+    if bits in quantised.KINDS:
+        quantised.narrow_embedding(model)
     return model if bits in quantised.KINDS else model.to(device)
 
 

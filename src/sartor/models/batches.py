@@ -262,6 +262,6 @@ def agrees(
     own = few[0].supervised_tokens
     difference = float((plain - behind[own:]).abs().max())
     leak = float((behind[own:] - behind_other[own:]).abs().max())
-    low_precision = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    low_precision = model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16)
     is_exact = leak <= (1e-3 if low_precision else 1e-6) and difference <= (0.25 if low_precision else 1e-3)
     return is_exact, max(difference, leak)

@@ -98,6 +98,24 @@ def protect(model: Any) -> None:
             module.forward = MethodType(_int8_forward, module)
 
 
+def narrow_embedding(model: Any) -> None:
+    """Hold an fp32 embedding that the head does not share as the bf16 it was read from; what is looked up is fp32 as before.
+
+    Beside 4-bit layers a vocabulary is much of the memory. Where the weights are no bf16 values, nothing is done.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weight = embedding.weight
+    if type(embedding) is not torch.nn.Embedding or weight.dtype != torch.float32 or head is None or head.weight is weight:
+        return
+    if all(torch.equal(part.bfloat16().float(), part) for part in weight.data.split(1024)):
+        weight.data = weight.data.bfloat16()
+        embedding.register_forward_hook(_widened)
+
+
+def _widened(embedding: Any, given: Any, found: torch.Tensor) -> torch.Tensor:
+    return found.float()
+
+
 def _int8_forward(linear: Any, x: torch.Tensor) -> torch.Tensor:
     """(..., in) -> (..., out). The forward of a protected Linear8bitLt, the same in training and in eval mode."""
     product = _Int8Product.apply(x, linear)
