@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 
 from sartor.models.quantised import dense_weight, is_quantised
 
@@ -140,6 +141,8 @@ class Projection:
 
 def _factors(module: Any, low: int, high: int) -> list[Factors]:
     """The LoRA factors of a peft module that are switched on and trained."""
+    if not isinstance(module, LoraLayer):
+        raise Unsupported(f"a {type(module).__name__} adapter")
     if set(module.active_adapters) != {"default"} or module.merged_adapters:
         raise Unsupported("an adapter that is merged, or more than one")
     if module.use_dora.get("default"):
