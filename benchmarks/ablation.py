@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import savings
+import tables
 import torch
 
 from sartor.models import batches, paths
@@ -132,13 +133,6 @@ def table(lines: list[dict[str, Any]], said: dict[str, Any]) -> str:
     return "\n".join([f"`python benchmarks/ablation.py --json --write FILE`, {said['processor']}:", "", *rows])
 
 
-def write(file: Path, name: str, text: str) -> None:
-    """Put `text` between the markers of that name."""
-    before, _, rest = file.read_text().partition(f"<!-- {name} -->\n")
-    _, _, after = rest.partition(f"<!-- /{name} -->")
-    file.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}")
-
-
 def machine() -> dict[str, Any]:
     """What the numbers hold for."""
     name = platform.machine()
@@ -159,7 +153,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lines, said = measure(arguments.layers, arguments.pairs), machine()
     if arguments.write:
-        write(arguments.write, "ablation", table(lines, said))
+        tables.write(arguments.write, "ablation", table(lines, said))
     print(json.dumps({"ablation": lines, "layers": arguments.layers or "all", "machine": said}))
 
 

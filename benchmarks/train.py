@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tables
 from peers import venvs
 
 HERE = Path(__file__).resolve().parent
@@ -78,7 +79,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sartor-bench-") as folder:
         work = prepare(Path(folder), arguments)
         runs = measure(Path(folder), work, asked, arguments)
-    print(json.dumps(report(runs, work, arguments)))
+    said = report(runs, work, arguments)
+    if arguments.write:
+        tables.write(arguments.write, "peers", table(said))
+    print(json.dumps(said))
 
 
 def _arguments() -> argparse.Namespace:
@@ -92,6 +96,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=0, help="keep only that many layers: for a quick trial")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--limit-s", type=float, default=240.0, help="seconds of updates after which a side ends early")
+    parser.add_argument("--write", type=Path, help="put the table between the markers of this file (docs/speed.md)")
     arguments = parser.parse_args()
     if arguments.updates < 2:
         parser.error("--updates 2 or more: the first one is not timed")
@@ -265,6 +270,31 @@ def side(results: list[dict[str, Any]]) -> dict[str, Any]:
         "trained": results[-1].get("trained"),
         "versions": results[-1]["versions"],
     }
+
+
+def table(said: dict[str, Any]) -> str:
+    """Markdown: medians of each side, and ours over theirs."""
+    sides, threads = said["sides"], said["machine"]["threads"]
+    flags = ", ".join(name for name, has in said["machine"]["flags"].items() if has)
+    lines = [
+        f"`python benchmarks/train.py --json --write FILE`: {said['machine']['cpu']}, {threads} threads, {flags}; "
+        f"{said['work']['updates']} updates of {said['work']['rows_per_update']} rows ({said['work']['rows']}). Sartor uses "
+        f"{said['roofline_fraction']:.0%} of the rate at which this processor does the products that an update needs.",
+        "",
+        "| side | tokens/s | peak memory | loss at update 1, last "
+        "| Sartor over it: speed | memory | speed, shared prefixes | speed, no compiler |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, side in sides.items():
+        ratio = said["ratios"].get(name)
+        wide = ("tokens_per_s", "peak_rss", "tokens_per_s_with_shared_prefixes", "tokens_per_s_without_compiler")
+        over = " | ".join(f"{ratio[key]:.2f}x" for key in wide) if ratio else " | | | "
+        losses = ", ".join(f"{loss:.3f}" for loss in said["losses"][name].values())
+        memory = f"{side['peak_rss_bytes'] / 1e9:.2f} GB, {side['dtype']}"
+        lines.append(f"| {name} | {side['tokens_per_s']:.0f} | {memory} | {losses} | {over} |")
+    for name, reason in said["failed"].items():
+        lines.append(f"| {name} | - | {' '.join(reason.split())[:120]} | | | | | |")
+    return "\n".join(lines)
 
 
 def savings(arguments: argparse.Namespace) -> dict[str, Any]:
