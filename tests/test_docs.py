@@ -30,7 +30,15 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
     return [(match["info"].strip(), match["file"] or "", match["body"]) for match in BLOCK.finditer(text)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+# Half a minute of real runs on one page: not for the inner loop
+SLOW = {"recipes.md"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.services) if page.name in SLOW else page for page in PAGES],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
 def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, tiny_base: Path) -> None:
     environment = {
         **os.environ,

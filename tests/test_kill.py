@@ -46,6 +46,7 @@ def moments(longest_s: float, count: int) -> list[float]:
     return [round(rng.uniform(0, longest_s), 3) for _ in range(count)]
 
 
+@pytest.mark.services
 @pytest.mark.parametrize("moment_s", moments(0.5, 6))
 def test_killed_curate(tmp_path: Path, moment_s: float) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"question": f"q{n}", "answer": f"a{n}"} for n in range(4000)])
