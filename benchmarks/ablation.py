@@ -28,7 +28,6 @@ import torch
 from sartor.models import batches, paths
 from sartor.models.attention import packing
 from sartor.models.forward import Fast
-from sartor.models.kernels import allocator
 from sartor.models.kernels.eager import Eager
 
 Way = Callable[[], torch.Tensor]
@@ -92,17 +91,6 @@ def seconds(way: Way, trained: list[Any]) -> float:
     return time.perf_counter() - began
 
 
-@contextlib.contextmanager
-def memory_given_back() -> Iterator[None]:
-    """Inside, glibc maps large blocks anew and gives them back, as it does by default."""
-    allocator.set_thresholds(128 * 1024, 128 * 1024)
-    try:
-        yield
-    finally:
-        allocator.keep_freed_memory.cache_clear()
-        allocator.keep_freed_memory()
-
-
 def measure(layers: int, pairs: int) -> list[dict[str, Any]]:
     """A line per trick."""
     ways = Ways(layers)
@@ -111,13 +99,6 @@ def measure(layers: int, pairs: int) -> list[dict[str, Any]]:
         found, each = savings.ratio(lambda a=whole: seconds(a, ways.trained), lambda b=without: seconds(b, ways.trained), pairs)
         lines.append({"without": name, "ratio": found, "of_each_pair": each})
     whole = ways.of(ways.fast, ways.rows)
-
-    def given_back() -> float:
-        with memory_given_back():
-            return seconds(whole, ways.trained)
-
-    found, each = savings.ratio(lambda: seconds(whole, ways.trained), given_back, pairs)
-    lines.append({"without": "keeping freed memory (glibc's defaults instead)", "ratio": found, "of_each_pair": each})
     tokens = sum(len(row.ids) for row in ways.rows)
     took = statistics.median(seconds(whole, ways.trained) for _ in range(pairs))
     lines.insert(0, {"without": "nothing", "ratio": 1.0, "tokens_per_s": round(tokens / took, 1)})

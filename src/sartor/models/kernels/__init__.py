@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 
 from sartor.models.kernels import cuda, native
-from sartor.models.kernels.allocator import keep_freed_memory
 from sartor.models.kernels.eager import Eager
 
 
@@ -21,7 +20,6 @@ def choose(device: torch.device) -> tuple[Eager, str]:
     if device.type == "cuda":
         return cuda.load()
     if device.type == "cpu":
-        keep_freed_memory()
         try:
             return native.load(), native.Native.name
         except native.NoKernels as why:
