@@ -134,7 +134,7 @@ def test_losses_are_transformers_own_at_the_precisions_that_are_trained_in(
     assert apart(got, batches.row_losses(model, examples, "cpu")) < limit
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     kind=st.sampled_from(sorted(FAMILIES)),
     lengths=st.lists(st.integers(1, 45), min_size=1, max_size=6),

@@ -231,6 +231,7 @@ def test_a_gguf_base_opens_in_any_width(tmp_path: Path, bits: int) -> None:
     assert getattr(base.model.config, "quantization_config", None) is None or bits in (4, 8)
 
 
+@pytest.mark.services
 def test_a_gguf_base_is_tuned_and_evaluated_from_the_same_file(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
     write_gguf(tmp_path / "tiny.gguf", T.Q8_0)
     tuned = sartor.tune({**tune_recipe, "base": str(tmp_path / "tiny.gguf")}, tmp_path / "adapter", show=False)

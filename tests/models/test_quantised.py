@@ -333,6 +333,7 @@ def test_what_linear_weights_weigh(tmp_path: Path) -> None:
     assert count / 2 < weights[4] < 0.55 * count  # a scale of 8 bits for 64 weights, and a table of a layer's own
 
 
+@pytest.mark.services
 @BITS
 def test_tune_and_evaluate_end_to_end(tmp_path: Path, tune_recipe: dict[str, Any], bits: int) -> None:
     recipe = {**tune_recipe, "base": {"name": tune_recipe["base"], "bits": bits}, "budget": {"epochs": 8}}

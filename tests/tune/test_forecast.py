@@ -99,6 +99,7 @@ def test_a_device_that_is_not_here_is_refused() -> None:
                 device_named(wrong)
 
 
+@pytest.mark.services
 def test_the_command_lists_refusals_and_exits_0(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(json.dumps(tune_recipe))
