@@ -288,7 +288,7 @@ def table(said: dict[str, Any]) -> str:
     for name, side in sides.items():
         ratio = said["ratios"].get(name)
         wide = ("tokens_per_s", "peak_rss", "tokens_per_s_with_shared_prefixes", "tokens_per_s_without_compiler")
-        over = " | ".join(f"{ratio[key]:.2f}x" for key in wide) if ratio else " | | | "
+        over = " | ".join(f"{ratio[key]:.2f}x" if key in ratio else "-" for key in wide) if ratio else " | | | "
         losses = ", ".join(f"{loss:.3f}" for loss in said["losses"][name].values())
         memory = f"{side['peak_rss_bytes'] / 1e9:.2f} GB, {side['dtype']}"
         lines.append(f"| {name} | {side['tokens_per_s']:.0f} | {memory} | {losses} | {over} |")
