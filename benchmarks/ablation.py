@@ -40,8 +40,8 @@ class Ways:
         self.base, self.model = savings.tuned(layers, None)
         self.device = self.base.device
         vocabulary = len(self.base.chat.tokenizer)
-        self.rows = savings.rows(savings.ROWS, 0, vocabulary)
-        self.common = savings.rows(savings.ROWS, round(72 * savings.COMMON_FRACTION), vocabulary)
+        self.rows = savings.rows(savings.ROWS, 0.0, vocabulary)
+        self.common = savings.rows(savings.ROWS, savings.COMMON_FRACTION, vocabulary)
         path = paths.choose(self.model, self.rows, self.device)
         assert isinstance(path, paths.FastPath), path.reason
         self.fast = path.fast

@@ -31,13 +31,13 @@ from sartor.models.batches import Encoded
 ROWS, COMMON_FRACTION, SUPERVISED = 14, 0.4, 0.43
 
 
-def rows(count: int, common: int, vocabulary: int, seed: int = 0) -> list[Encoded]:
-    """Rows of 40 to 104 tokens (72 on average); `common` tokens to begin with are the same in all."""
+def rows(count: int, common_fraction: float, vocabulary: int, seed: int = 0) -> list[Encoded]:
+    """Rows of 40 to 104 tokens; they begin alike for `common_fraction` of their mean length."""
     rng = random.Random(seed)
-    head = [rng.randrange(vocabulary) for _ in range(common)]
+    lengths = [rng.randint(40, 104) for _ in range(count)]
+    head = [rng.randrange(vocabulary) for _ in range(round(common_fraction * statistics.mean(lengths)))]
     made = []
-    for _ in range(count):
-        length = rng.randint(40, 104)
+    for length in lengths:
         ids = (head + [rng.randrange(vocabulary) for _ in range(length)])[:length]
         made.append(Encoded(ids, [place >= length * (1 - SUPERVISED) for place in range(length)]))
     return made
@@ -77,7 +77,7 @@ def ratio(saving: Callable[[], float], plain: Callable[[], float], pairs: int) -
 def shared_prefix(layers: int, pairs: int, prove: bool) -> dict[str, Any]:
     """The ratio, on rows whose first 40 % of tokens are common."""
     base, model = tuned(layers, None)
-    examples = rows(ROWS, round(72 * COMMON_FRACTION), len(base.chat.tokenizer))
+    examples = rows(ROWS, COMMON_FRACTION, len(base.chat.tokenizer))
     shared, plain = (paths.choose(model, examples, base.device, paths.Wish(share=share)) for share in (True, False))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found, each = ratio(lambda: seconds(shared, examples, trained), lambda: seconds(plain, examples, trained), pairs)
@@ -89,7 +89,7 @@ def shared_prefix(layers: int, pairs: int, prove: bool) -> dict[str, Any]:
 def frozen_prefix(layers: int, top: int, pairs: int, prove: bool) -> dict[str, Any]:
     """The ratio of an epoch after the first, with `top` layers adapted."""
     base, model = tuned(layers, top)
-    examples = rows(ROWS, 0, len(base.chat.tokenizer))
+    examples = rows(ROWS, 0.0, len(base.chat.tokenizer))
     plain = paths.choose(model, examples, base.device, paths.Wish(share=False))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with tempfile.TemporaryDirectory() as store:  # not the user's own cache
