@@ -334,9 +334,12 @@ interpreter._implicit_cvt = with_floats
 
 kernels, cpu = cuda.Liger(), torch.device("cpu")
 # NVIDIA's library of device functions exists on NVIDIA GPUs alone
-kernels._norm.rsqrt = tl.math.rsqrt
-kernels._gelu.tanh = kernels._loss.tanh = lambda x: 2 * tl.sigmoid(2 * x) - 1
-print({part: cuda.difference(kernels, part, cpu) for part in ("norms", "activations", "losses")})
+kernels._norm.rsqrt = lambda x: tl.rsqrt(x)  # looked up when called: the interpreter puts its own there meanwhile
+kernels._gelu.tanh = kernels._loss.tanh = lambda x: 1 - 2 / (tl.exp(2 * x) + 1)
+# the interpreter keeps bf16 as uint16 and multiplies that, and Liger's activations do multiply two bf16 numbers
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    parts = ("norms", "losses") if dtype == torch.bfloat16 else ("norms", "losses", "activations")
+    print([part for part in parts if not cuda.difference(kernels, part, cpu, dtype)])
 x = torch.randn(5, 24) * 3
 for softcap in (None, 2.0):
     for gradient in (False, True):
@@ -357,4 +360,5 @@ def test_ligers_kernels_compute_as_torchs_operations_do() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", LIGER], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == "{'norms': '', 'activations': '', 'losses': ''}"
+    three, two = "['norms', 'losses', 'activations']", "['norms', 'losses']"
+    assert done.stdout.splitlines() == [three, three, two]

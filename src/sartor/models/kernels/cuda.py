@@ -330,10 +330,10 @@ def _first(makers: Makers, part: str, device: torch.device, refused: dict[str, s
     return Eager()
 
 
-def difference(maker: Eager, part: str, device: torch.device) -> str:
+def difference(maker: Eager, part: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """What `maker` computes otherwise than fp32 arithmetic by torch's operations, on small cases; empty if nothing."""
     has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype, generator = torch.bfloat16 if has_bf16 else torch.float16, torch.Generator().manual_seed(0)
+    dtype, generator = dtype or (torch.bfloat16 if has_bf16 else torch.float16), torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator).to(device, dtype)
