@@ -201,15 +201,23 @@ def test_the_gradient_is_that_of_the_same_base_dense(tiny_base: Path, bits: int)
 
 @BITS
 def test_rows_pack_exactly(tiny_base: Path, bits: int) -> None:
-    """LLM.int8's own outlier columns are those of the whole batch: with them a row's losses would move with its neighbours."""
     model = inject(opened(tiny_base, bits)).eval()
-    with torch.no_grad():
-        for layer in model.get_decoder().layers:
-            layer.input_layernorm.weight.mul_(4)  # some activations beyond the outlier threshold, 6, and most below
     is_exact, difference = batches.packs_exactly(model, ROWS, CPU)
     assert is_exact, difference
     assert isinstance(paths.choose(model, ROWS, CPU), paths.FastPath)
     assert isinstance(paths.choose(model, ROWS, CPU, paths.Wish(fast=False)), paths.General)
+
+
+def test_a_token_of_an_int8_layer_does_not_see_its_neighbours(wide_base: Path) -> None:
+    """bitsandbytes multiplies the columns in which any token has an outlier otherwise, so there every token moves."""
+    torch.manual_seed(0)
+    quiet = torch.randn(3, 64)
+    loud = quiet.clone()
+    loud[2] *= 40
+    layer = opened(wide_base, 8).model.model.layers[0].mlp.up_proj
+    assert torch.equal(layer(quiet)[0], layer(loud)[0])
+    plain = type(layer).forward  # what `protect` replaces
+    assert not torch.equal(plain(layer, quiet)[0], plain(layer, loud)[0])
 
 
 # --- an evaluation in the middle
