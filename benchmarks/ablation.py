@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import platform
 import statistics
@@ -52,6 +53,13 @@ class Ways:
     def of(self, fast: Fast, examples: list[batches.Encoded], share: bool = False) -> Way:
         return lambda: fast.losses(batches.pack(examples, self.device, share=share)).mean()
 
+    def mixed(self, parts: tuple[str, ...]) -> Eager:
+        """The path's kernels, with torch's operations for these parts, forward and backward."""
+        torchs = {name: getattr(Eager, name) for part in parts for name in (part, f"{part}_backward") if hasattr(Eager, name)}
+        made: Eager = copy.copy(self.fast.kernels)
+        made.__class__ = type("Mixed", (type(self.fast.kernels),), torchs)
+        return made
+
     def module(self) -> torch.Tensor:
         with packing(self.model):
             return batches.pack_losses(self.model, batches.pack(self.rows, self.device)).mean()
@@ -67,6 +75,13 @@ class Ways:
         """(what is left out, the whole path, the way without it)."""
         whole = self.of(self.fast, self.rows)
         yield "C++ kernels (torch's own operations instead)", whole, self.of(self.eager, self.rows)
+        yield (
+            "the C++ attention alone (torch's instead)",
+            whole,
+            self.of(Fast(self.model, self.mixed(("attention",))), self.rows),
+        )
+        rest = ("rms_norm", "glu", "cross_entropy")
+        yield "the C++ elementwise parts alone (torch's instead)", whole, self.of(Fast(self.model, self.mixed(rest)), self.rows)
         yield "masked rows kept from the head and the last layer's tail", whole, self.all_rows_to_the_head
         yield "keeping activations (`compute.recompute`)", whole, self.of(self.recompute, self.rows)
         yield "the block by hand (transformers' module, packed, instead)", whole, self.module
@@ -99,6 +114,10 @@ def measure(layers: int, pairs: int) -> list[dict[str, Any]]:
         found, each = savings.ratio(lambda a=whole: seconds(a, ways.trained), lambda b=without: seconds(b, ways.trained), pairs)
         lines.append({"without": name, "ratio": found, "of_each_pair": each})
     whole = ways.of(ways.fast, ways.rows)
+    for top in savings.tops(layers):
+        found = savings.frozen_prefix(top, layers, pairs, prove=False)
+        name = f"frozen activations from disk, later epochs, with the top {top} layers adapted"
+        lines.append({"without": name, "ratio": found["ratio"], "of_each_pair": found["of_each_pair"]})
     tokens = sum(len(row.ids) for row in ways.rows)
     took = statistics.median(seconds(whole, ways.trained) for _ in range(pairs))
     lines.insert(0, {"without": "nothing", "ratio": 1.0, "tokens_per_s": round(tokens / took, 1)})

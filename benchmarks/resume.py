@@ -28,7 +28,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 HERE = Path(__file__).resolve().parent
 KILLS = 20
@@ -38,30 +38,30 @@ WORDS = "kitchen hall attic garage patio office cellar porch den loft on off up 
 TRL_HELP = "make it with: python benchmarks/peers/venvs.py trl (or SARTOR_PEERS=DIR)"
 
 
-class Side:
-    """One of the two trainers: how a run is made and where its saves are seen."""
+class Side(Protocol):
+    """One of the trainers: how a run is made and where its saves are seen."""
 
-    name = ""
+    name: str
 
     def prepare(self, work: Path) -> None:
         """Make the inputs below `work`; called in a process of its own."""
-        raise NotImplementedError
+        ...
 
     def run(self, work: Path, out: Path) -> None:
         """Train into `out`, going on from what is there; called in a process that may be killed."""
-        raise NotImplementedError
+        ...
 
     def saves(self, out: Path) -> int:
         """Updates of the newest whole checkpoint."""
-        raise NotImplementedError
+        ...
 
     def in_save(self, out: Path) -> bool:
         """Whether the files of an unfinished save are there."""
-        raise NotImplementedError
+        ...
 
     def weights(self, out: Path) -> Path:
         """The final adapter."""
-        raise NotImplementedError
+        ...
 
 
 class Sartor(Side):

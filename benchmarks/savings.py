@@ -86,7 +86,7 @@ def shared_prefix(layers: int, pairs: int, prove: bool) -> dict[str, Any]:
     return {**said, **({"proof": paths.prove(shared, examples)} if prove else {})}
 
 
-def frozen_prefix(layers: int, top: int, pairs: int, prove: bool) -> dict[str, Any]:
+def frozen_prefix(top: int, layers: int, pairs: int, prove: bool) -> dict[str, Any]:
     """The ratio of an epoch after the first, with `top` layers adapted."""
     base, model = tuned(layers, top)
     examples = rows(ROWS, 0.0, len(base.chat.tokenizer))
@@ -101,6 +101,11 @@ def frozen_prefix(layers: int, top: int, pairs: int, prove: bool) -> dict[str, A
         return {**said, **({"proof": paths.prove(reusing, examples)} if prove else {})}
 
 
+def tops(layers: int) -> list[int]:
+    """How many layers are adapted: those that leave some frozen."""
+    return [top for top in (10, 6) if not layers or top < layers]
+
+
 def main() -> None:
     """Print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,11 +115,12 @@ def main() -> None:
     parser.add_argument("--prove", action="store_true", help="compare losses and gradients with the plain computation")
     arguments = parser.parse_args()
     shared = shared_prefix(arguments.layers, arguments.pairs, arguments.prove)
-    frozen = {f"top_{top}": frozen_prefix(arguments.layers, top, arguments.pairs, arguments.prove) for top in (10, 6)}
+    asked = (arguments.layers, arguments.pairs, arguments.prove)
+    frozen = {f"top_{top}": frozen_prefix(top, *asked) for top in tops(arguments.layers)}
     said = {
         "shared_prefix_ratio": shared.pop("shared_prefix_ratio"),
-        "frozen_prefix_ratio": frozen["top_10"]["ratio"],
-        "frozen_prefix_ratio_top_6": frozen["top_6"]["ratio"],
+        "frozen_prefix_ratio": frozen.get("top_10", {}).get("ratio"),
+        "frozen_prefix_ratio_top_6": frozen.get("top_6", {}).get("ratio"),
         "shared": shared,
         "frozen": frozen,
     }

@@ -90,3 +90,22 @@ def lora(job: Job) -> Any:
     return peft.LoraConfig(
         task_type="CAUSAL_LM", r=job.rank, lora_alpha=job.alpha, lora_dropout=0.0, target_modules=list(TARGETS)
     )
+
+
+def sft(job: Job, watch: Watch, model: Any, tokenizer: Any, *, bf16: bool, **more: Any) -> Any:
+    """TRL's SFTTrainer after every update of the job; rows are neither cut nor packed."""
+    import trl
+
+    arguments = trl.SFTConfig(
+        **settings(job, bf16=bf16), max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    trainer = in_order(trl.SFTTrainer)(
+        model=model,
+        args=arguments,
+        train_dataset=dataset(job),
+        processing_class=tokenizer,
+        callbacks=[clock(watch)],
+        **more,
+    )
+    trainer.train()
+    return trainer

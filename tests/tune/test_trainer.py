@@ -15,7 +15,7 @@ from sartor.core.artifacts import file_digest, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
 from sartor.models import batches
 from sartor.models.frozen import Frozen
-from sartor.tune import objectives, order
+from sartor.tune import objectives, optimizers, order
 from sartor.tune.recipe import Optimizer
 from sartor.tune.run import Counters, learning_rate
 
@@ -208,3 +208,19 @@ def test_prove_compares_with_the_plain_computation_and_stops_on_a_difference(
     monkeypatch.setattr(Frozen, "inputs", lambda *arguments: right(*arguments) * 1.001)
     with pytest.raises(ModelError, match="off the plain computation"):
         sartor.tune(recipe, tmp_path / "c", prove=True, show=False)
+
+
+def test_the_scale_that_fp16_needs_changes_nothing_that_is_learnt_and_leaves_an_overflow_out(
+    tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here in fp32, where a power of two scales without rounding; the scaler is what an fp16 GPU gets."""
+    plain = tune(tune_recipe, tmp_path / "plain")
+    digests = [file_digest(tmp_path / "plain" / "adapter_model.safetensors")]
+    for name, scale in (("scaled", 2.0**8), ("overflowing", 2.0**140)):
+        monkeypatch.setattr(optimizers, "scaler", lambda *arguments, scale=scale: torch.amp.GradScaler("cpu", init_scale=scale))
+        said = tune(tune_recipe, tmp_path / name)
+        digests.append(file_digest(tmp_path / name / "adapter_model.safetensors"))
+        assert said["updates"] == plain["updates"]
+    assert digests[0] == digests[1] != digests[2]
+    log = [json.loads(line) for line in (tmp_path / "overflowing" / "log.jsonl").read_text().splitlines()]
+    assert [line["grad_norm"] for line in log if "grad_norm" in line][0] is None

@@ -17,26 +17,14 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     """Every update of the job."""
     import torch
     import transformers
-    import trl
 
     dtype = torch.float32 if job.dtype == "auto" else getattr(torch, job.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(job.base, dtype=dtype)
-    arguments = trl.SFTConfig(
-        **hugging_face.settings(job, bf16=dtype == torch.bfloat16),
-        max_length=None,
-        packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
-    trainer = hugging_face.in_order(trl.SFTTrainer)(
-        model=model,
-        args=arguments,
-        train_dataset=hugging_face.dataset(job),
-        processing_class=transformers.AutoTokenizer.from_pretrained(job.base),
-        peft_config=hugging_face.lora(job),
-        callbacks=[hugging_face.clock(watch)],
-    )
-    trainer.train()
-    return {"dtype": str(dtype), "loss_type": arguments.loss_type, "trained": trainer.model.get_nb_trainable_parameters()[0]}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job.base)
+    lora = hugging_face.lora(job)
+    trainer = hugging_face.sft(job, watch, model, tokenizer, bf16=dtype == torch.bfloat16, peft_config=lora)
+    trained = trainer.model.get_nb_trainable_parameters()[0]
+    return {"dtype": str(dtype), "loss_type": trainer.args.loss_type, "trained": trained}
 
 
 if __name__ == "__main__":

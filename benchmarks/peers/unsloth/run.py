@@ -22,7 +22,6 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
         os.environ["UNSLOTH_CPU_COMPILE"] = "1"
     import unsloth  # before trl and transformers, which it changes  # isort: skip
     import torch
-    import trl
 
     longest = max(len(row.ids) for row in job.rows)
     model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
@@ -40,20 +39,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
         use_gradient_checkpointing=False,
     )
     dtype = next(parameter.dtype for parameter in model.parameters() if not parameter.requires_grad)
-    arguments = trl.SFTConfig(
-        **hugging_face.settings(job, bf16=dtype == torch.bfloat16),
-        max_length=None,
-        packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
-    trainer = hugging_face.in_order(trl.SFTTrainer)(
-        model=model,
-        args=arguments,
-        train_dataset=hugging_face.dataset(job),
-        processing_class=tokenizer,
-        callbacks=[hugging_face.clock(watch)],
-    )
-    trainer.train()
+    hugging_face.sft(job, watch, model, tokenizer, bf16=dtype == torch.bfloat16)
     return {"dtype": str(dtype), "trained": model.get_nb_trainable_parameters()[0]}
 
 

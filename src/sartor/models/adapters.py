@@ -88,6 +88,11 @@ def undo(model: Any) -> Any:
     return model.unload()
 
 
+def without_peft(model: Any) -> Any:
+    """Transformers' module inside: `model` itself if it has no adapter."""
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
 def merge(model: Any) -> Any:
     """The adapter added into the weights: W + alpha / rank * B A.
 

@@ -75,7 +75,7 @@ def best_dtype(device: torch.device, cpu_flags: str | None = None) -> torch.dtyp
     On a CPU without avx512_bf16, amx_bf16 or Arm's bf16, bf16 products run several times slower than fp32 ones.
     """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float32
     flags = _cpu_flags() if cpu_flags is None else cpu_flags

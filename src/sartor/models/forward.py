@@ -10,11 +10,12 @@ gradient, the last layer's tail and the head for supervised rows only. A family 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
+from sartor.models.adapters import without_peft
 from sartor.models.attention import Shape
 from sartor.models.batches import Pack
 from sartor.models.kernels.eager import Eager, Geometry, Layout
@@ -26,34 +27,50 @@ LOGITS_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Family:
-    """In what an architecture differs from Llama. norm_offset: weights are stored minus that."""
+    """In what an architecture differs from Llama.
+
+    norm_offset: norms' weights are stored minus that. epsilon, activation: where a norm and the config keep theirs. window:
+    whose `sliding_window` holds, the config's or the layer's. softcaps: attention's scores and the logits are capped.
+    dropouts: settings of the config that must be 0.
+    """
 
     attention_in: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
     norm_offset: float = 0.0
+    epsilon: str = "variance_epsilon"
     head_norms: bool = False
     post_norms: bool = False
     rope_by_layer: bool = False
+    activation: str = "hidden_act"
+    window: Literal["", "config", "layer"] = ""
+    softcaps: bool = False
+    dropouts: tuple[str, ...] = ("attention_dropout",)
 
 
+_GEMMA = Family(
+    norm_offset=1.0, epsilon="eps", post_norms=True, activation="hidden_activation", window="layer", softcaps=True
+)  # fmt: skip
 FAMILIES = {
     "llama": Family(),  # and SmolLM2, TinyLlama, Yi, ...
-    "mistral": Family(),
-    "qwen2": Family(),  # its biases are seen on the modules
-    "qwen3": Family(head_norms=True),
-    "gemma2": Family(norm_offset=1.0, post_norms=True),
-    "gemma3_text": Family(norm_offset=1.0, post_norms=True, head_norms=True, rope_by_layer=True),
-    "phi3": Family(attention_in=("qkv_proj",), mlp_in=("gate_up_proj",)),
-}
+    "mistral": Family(window="config"),
+    "qwen2": Family(window="layer"),  # its biases are seen on the modules
+    "qwen3": Family(window="layer", head_norms=True),
+    "gemma2": _GEMMA,
+    "gemma3_text": replace(_GEMMA, head_norms=True, rope_by_layer=True),
+    "phi3": Family(
+        attention_in=("qkv_proj",), mlp_in=("gate_up_proj",), window="config",
+        dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
+    ),
+}  # fmt: skip
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class Norm:
     """x / rms(x) * (offset + weight), over the last dimension."""
 
-    def __init__(self, module: Any, offset: float, kernels: Eager) -> None:
-        self._weight, self._offset, self._kernels = module.weight.detach(), offset, kernels
-        self._eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    def __init__(self, module: Any, family: Family, kernels: Eager) -> None:
+        self._weight, self._kernels = module.weight.detach(), kernels
+        self._offset, self._eps = family.norm_offset, getattr(module, family.epsilon)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(y, what the backward wants)."""
@@ -68,7 +85,7 @@ class HeadNorms:
     """RMSNorm of each query and key head before the rotation (Qwen 3, Gemma 3)."""
 
     def __init__(self, attention: Any, family: Family, shape: Shape, width: int, kernels: Eager) -> None:
-        self._norms = [Norm(module, family.norm_offset, kernels) for module in (attention.q_norm, attention.k_norm)]
+        self._norms = [Norm(module, family, kernels) for module in (attention.q_norm, attention.k_norm)]
         self._sizes = [shape.heads * width, shape.groups * width, shape.groups * width]
         self._width = width
 
@@ -99,22 +116,37 @@ class Block:
             heads=config.num_attention_heads,
             groups=config.num_key_value_heads,
             scale=attention.scaling,
-            softcap=getattr(config, "attn_logit_softcapping", None),
-            window=_window(config, attention),
+            softcap=config.attn_logit_softcapping if family.softcaps else None,
+            window=self._window(family, config, attention),
         )
-        self.activation = _activation(config)
-        self.norm = Norm(layer.input_layernorm, family.norm_offset, kernels)
+        self.activation = self._activation(family, config)
+        self.norm = Norm(layer.input_layernorm, family, kernels)
         second = layer.pre_feedforward_layernorm if family.post_norms else layer.post_attention_layernorm
-        self.mlp_norm = Norm(second, family.norm_offset, kernels)
+        self.mlp_norm = Norm(second, family, kernels)
         self.after: list[Norm] = []
         if family.post_norms:
             norms = (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
-            self.after = [Norm(module, family.norm_offset, kernels) for module in norms]
+            self.after = [Norm(module, family, kernels) for module in norms]
         self.head_norms = HeadNorms(attention, family, self.shape, self.width, kernels) if family.head_norms else None
         self.attention_in = Projection([getattr(attention, name) for name in family.attention_in], dtype)
         self.attention_out = Projection([attention.o_proj], dtype)
         self.mlp_in = Projection([getattr(layer.mlp, name) for name in family.mlp_in], dtype)
         self.mlp_out = Projection([layer.mlp.down_proj], dtype)
+
+    @staticmethod
+    def _window(family: Family, config: Any, attention: Any) -> int | None:
+        """Tokens of the layer's sliding window."""
+        if not family.window:
+            return None
+        window: int | None = (config if family.window == "config" else attention).sliding_window
+        return window
+
+    @staticmethod
+    def _activation(family: Family, config: Any) -> str:
+        name = getattr(config, family.activation)
+        if name not in ACTIVATIONS:
+            raise Unsupported(f"the activation {name!r}")
+        return ACTIVATIONS[name]
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -244,19 +276,19 @@ class Fast:
     """A causal language model of a known family as blocks. Raises Unsupported, with the reason, for any other."""
 
     def __init__(self, model: Any, kernels: Eager, *, recompute: bool = False) -> None:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = without_peft(model)
         family = FAMILIES.get(inner.config.model_type)
         if family is None:
             raise Unsupported(f"architecture {inner.config.model_type!r} is not in the fast path's table")
         body, head = inner.get_decoder(), inner.get_output_embeddings()
-        self._check(inner, body, head)
+        self._check(family, inner, body, head)
         self.kernels, self.recompute = kernels, recompute
         self.embed, self.rope, self.family_name = body.embed_tokens, body.rotary_emb, inner.config.model_type
         self.blocks = [Block(layer, family, inner, kernels) for layer in body.layers]
-        self.norm = Norm(body.norm, family.norm_offset, kernels)
+        self.norm = Norm(body.norm, family, kernels)
         self.head = head.weight.detach()
         self._logits: torch.Tensor | None = None
-        self.softcap = getattr(inner.config, "final_logit_softcapping", None)
+        self.softcap = inner.config.final_logit_softcapping if family.softcaps else None
         adapted = [place for place, block in enumerate(self.blocks) if block.parameters]
         self.lowest = min(adapted, default=len(self.blocks))
         covered = {id(parameter) for block in self.blocks for parameter in block.parameters}
@@ -272,15 +304,15 @@ class Fast:
         return self._logits[:rows]
 
     @staticmethod
-    def _check(inner: Any, body: Any, head: Any) -> None:
+    def _check(family: Family, inner: Any, body: Any, head: Any) -> None:
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:
             raise Unsupported("the LM head is no plain linear module")
         if head.weight.dtype != body.norm.weight.dtype:
             raise Unsupported("the LM head and the norms have unlike dtypes")
         if inner.config.num_hidden_layers != len(body.layers):
             raise Unsupported("layers are left out by the config")
-        for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
-            if getattr(inner.config, name, 0):
+        for name in family.dropouts:
+            if getattr(inner.config, name):
                 raise Unsupported(f"the base has {name}")
 
     def losses(self, batch: Pack) -> torch.Tensor:
@@ -325,17 +357,3 @@ class Fast:
 
 def _scattered(part: torch.Tensor, wanted: torch.Tensor, rows: int) -> torch.Tensor:
     return part.new_zeros(rows, part.shape[1]).index_copy_(0, wanted, part)
-
-
-def _window(config: Any, attention: Any) -> int | None:
-    """The layer's sliding window: modules that know theirs say it, others have the config's."""
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
-    return getattr(config, "sliding_window", None) if config.model_type in ("mistral", "phi3") else None
-
-
-def _activation(config: Any) -> str:
-    name = getattr(config, "hidden_activation", None) or config.hidden_act
-    if name not in ACTIVATIONS:
-        raise Unsupported(f"the activation {name!r}")
-    return ACTIVATIONS[name]

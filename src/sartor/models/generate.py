@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from sartor.core.errors import ConfigError, ModelError
+from sartor.models.adapters import without_peft
 
 
 @dataclass(frozen=True)
@@ -146,5 +147,4 @@ def _generate_batch(
 
 def cache_name(model: Any) -> str:
     """Transformers renamed the cache argument within major version 5; the signature says which one this release has."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(without_peft(model).forward).parameters else "past_key_values"

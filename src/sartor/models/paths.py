@@ -9,6 +9,7 @@ Every path gives the same losses up to rounding; what differs is time and memory
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as Folder
@@ -125,7 +126,8 @@ def choose(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish
         fast = Fast(model, made, recompute=wish.recompute)
         is_exact, difference = batches.agrees(model, rows, device, lambda few: fast.losses(batches.pack(few, device)))
         if not is_exact:
-            raise Unsupported(f"its losses differ from the model's own by {difference:.2g} nats")
+            how = f"differs from the model's own losses by {difference:.2g} nats" if math.isfinite(difference) else "fails"
+            raise Unsupported(f"it {how} on rows of this run")
     except Unsupported as error:
         return _general(model, rows, device, wish, f"not the fast path: {error}")
     reason = f"{fast.family_name} block by hand, {why}"

@@ -71,6 +71,7 @@ class Run:
         self.parameters = list(self.named.values())
         settings = recipe.optimizer
         self.optimizer = optimizers.make(self.parameters, settings, base.device)
+        self.scaler = optimizers.scaler(base.dtype, base.device)
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
         self.proof: dict[str, float] | None = None
@@ -143,6 +144,7 @@ class Run:
             "evaluation_points": list(self.evaluation_points),
             "wall_s": self.journal.wall_s,
             "rng": rng.facts(),
+            "scaler": self.scaler.state_dict(),
             "resolved": asdict(self.resolved),
             "path": self.path.name,
         }
@@ -174,6 +176,8 @@ class Run:
         }
         state["state"] = {place: held for place, held in state["state"].items() if held}
         self.optimizer.load_state_dict(state)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(facts["scaler"])
         self.counters = Counters(**facts["counters"])
         self.position = order.Position(**facts["position"])
         self.losses, self.evaluation_points = dict(facts["losses"]), list(facts["evaluation_points"])
@@ -208,11 +212,13 @@ class Run:
         for micro in self._cut(chosen):
             losses, weights = self.path.losses(micro)
             objective = objectives.sft(losses, weights, total_weight or 1.0)
-            objective.backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(objective).backward()
             loss_sum += float(objective.detach())
+        self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm))
         self._check(chosen, loss_sum, norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(chosen, loss_sum, norm, rate, time.monotonic() - began)
 
@@ -221,7 +227,8 @@ class Run:
         first = self.losses["first"]
         uniform = math.log(self.model.get_input_embeddings().weight.shape[0])
         limit = math.inf if first is None else max(EXPLODED_OVER_UNIFORM * uniform, EXPLODED_OVER_FIRST * first)
-        if math.isfinite(loss) and math.isfinite(norm) and loss <= limit:
+        overflowed = self.scaler.is_enabled() and not math.isfinite(norm)  # the scaler leaves this update out
+        if math.isfinite(loss) and (math.isfinite(norm) or overflowed) and loss <= limit:
             return
         ids = ", ".join(row.example_id for row in chosen[:IDS_NAMED])
         more = f" and {len(chosen) - IDS_NAMED} more" if len(chosen) > IDS_NAMED else ""
@@ -245,7 +252,7 @@ class Run:
         self.journal.note(
             update=counters.updates,
             loss=loss,
-            grad_norm=norm,
+            grad_norm=norm if math.isfinite(norm) else None,
             learning_rate=rate,
             tokens=tokens,
             tokens_per_s=round(tokens / seconds, 1),

@@ -135,6 +135,7 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
                     here = {**environment, "path": run.path.name}
                     for line in resumption.changed({**checkpoint.manifest["environment"], **checkpoint.manifest}, here):
                         notice(line)
+                notice(f"path {run.path.name}: {run.path.reason}")
                 notice(run.outlook.line)
                 if work.prove:
                     notice(run.prove())
