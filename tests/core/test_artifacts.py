@@ -84,7 +84,7 @@ def edit_manifest_and_id(path: Path) -> None:
 
 def newer_schema(path: Path) -> None:
     manifest = json.loads((path / "sartor.json").read_text())
-    (path / "sartor.json").write_text(json.dumps({**manifest, "schema": 2}))
+    (path / "sartor.json").write_text(json.dumps({**manifest, "schema": 3}))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def newer_schema(path: Path) -> None:
         (lambda path: (path / "inner/b.txt").write_text(""), "holds 'inner/b.txt', which its manifest does not list"),
         (edit_manifest, "sartor.json was changed after it was written"),
         (edit_manifest_and_id, "sartor.json was changed after it was written"),
-        (newer_schema, "has schema 2; this version of Sartor reads schema 1"),
+        (newer_schema, "has schema 3; this version of Sartor reads the schemas 1 and 2"),
         (lambda path: (path / "sartor.json").write_text('{"schema": 1'), "is not a whole JSON manifest"),
         (lambda path: (path / "sartor.json").write_text("[]"), "is not the manifest of an adapter"),
         (lambda path: (path / "sartor.json").unlink(), "there is no artefact of Sartor"),

@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from sartor.core import records
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
 
-SCHEMA = 1
+SCHEMA = 2
 Kind = Literal["dataset", "adapter", "report", "release"]
 MANIFESTS: dict[str, str] = {
     "dataset": "manifest.json",
@@ -243,9 +243,9 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
         raise ArtifactError(f"{file} is not a whole JSON manifest: {error}", again) from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or manifest.get("kind") != found:
         raise ArtifactError(f"{file} is not the manifest of {_a(found)}", again)
-    if manifest.get("schema") != SCHEMA:
+    if manifest.get("schema") not in (SCHEMA - 1, SCHEMA):
         raise ArtifactError(
-            f"{file} has schema {manifest.get('schema')}; this version of Sartor reads schema {SCHEMA}",
+            f"{file} has schema {manifest.get('schema')}; this version of Sartor reads the schemas {SCHEMA - 1} and {SCHEMA}",
             "open it with the version of Sartor that wrote it (`versions` in the manifest)",
         )
     if manifest_id(manifest) != manifest.get("id"):

@@ -11,7 +11,8 @@
     |-- RefusedError                 5    somebody's rule says no
     |   |-- GateError                     ... a release gate
     |   |-- SignatureError                ... a signature or its signer
-    |   `-- LicenceError                  ... a licence of the data or the base
+    |   |-- LicenceError                  ... a licence of the data or the base
+    |   `-- GuardError                    ... a removal that would take too much
     `-- MissingError                 6    something outside is not there
         |-- AssetError                    ... an offline asset or the registry that serves it
         |-- ExtraError                    ... a Python package of an extra that is not installed
@@ -96,6 +97,10 @@ class SignatureError(RefusedError):
 
 class LicenceError(RefusedError):
     """A licence of the data or the base forbids what was asked."""
+
+
+class GuardError(RefusedError):
+    """A step would remove more of the data than its guard allows; nothing was removed, and a person is asked."""
 
 
 class MissingError(SartorError):

@@ -78,7 +78,8 @@ class Message:
 class Origin:
     """Where a row came from. `source` is the declared path, `locator` the place inside it (`faq.jsonl:12`).
 
-    `licence` is an SPDX expression; `parents` are ids of Examples that this one was made from; `step` names what made it.
+    `licence` is an SPDX expression; `parents` are ids of Examples that this one was made from; `step` names what made it;
+    `date` is the ISO date of the row, or of its source, where one is known.
     """
 
     source: str
@@ -86,11 +87,15 @@ class Origin:
     licence: str = "NOASSERTION"
     parents: tuple[str, ...] = ()
     step: str = "read"
+    date: str = ""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training row. `group` may never straddle a split; `rejected` holds the worse reply of a preference pair."""
+    """One training row. `group` may never straddle a split; `rejected` holds the worse reply of a preference pair.
+
+    `steps` names the curation steps that changed the content, in order.
+    """
 
     messages: tuple[Message, ...]
     origins: tuple[Origin, ...]
@@ -99,6 +104,7 @@ class Example:
     weight: float = 1.0
     rejected: tuple[Message, ...] = ()
     tools: str = ""
+    steps: tuple[str, ...] = ()
 
     @cached_property
     def id(self) -> str:
@@ -130,7 +136,8 @@ class Example:
 class Drop:
     """A row that was not kept: why, where it stood, and what shows it. `reason` is a stable word, `detail` a sentence.
 
-    `kept` is the id of the Example that stands in its place (duplicates). `text` is the raw row, cut to 2,000 characters.
+    `kept` is the id of the Example that stands in its place (duplicates), `score` (0..1) and `method` say how alike they are
+    and by what measure. `text` is the raw row, cut to 2,000 characters.
     """
 
     reason: str
@@ -141,3 +148,5 @@ class Drop:
     id: str = ""
     kept: str = ""
     text: str = field(default="", repr=False)
+    score: float | None = None
+    method: str = ""

@@ -37,6 +37,7 @@ _ORIGIN = pa.struct(
         ("licence", pa.string()),
         ("parents", pa.list_(pa.string())),
         ("step", pa.string()),
+        ("date", pa.string()),
     ]
 )
 _FOOTER = {b"sartor.schema": str(SCHEMA).encode()}
@@ -50,11 +51,16 @@ EXAMPLES = pa.schema(
         ("split", pa.string()),
         ("weight", pa.float64()),
         ("origins", pa.list_(_ORIGIN)),
+        ("steps", pa.list_(pa.string())),
     ],
     metadata=_FOOTER,
 )
 DROPS = pa.schema(
-    [(name, pa.string()) for name in ("reason", "source", "locator", "detail", "step", "id", "kept", "text")],
+    [
+        *((name, pa.string()) for name in ("reason", "source", "locator", "detail", "step", "id", "kept", "text")),
+        ("score", pa.float64()),
+        ("method", pa.string()),
+    ],
     metadata=_FOOTER,
 )
 
@@ -122,6 +128,7 @@ def _example_row(example: Example) -> dict[str, Any]:
         "split": example.split,
         "weight": example.weight,
         "origins": [asdict(origin) for origin in example.origins],
+        "steps": list(example.steps),
     }
 
 
@@ -139,6 +146,7 @@ def example_of(row: dict[str, Any]) -> Example:
         weight=row["weight"],
         rejected=tuple(_message_of(message) for message in row["rejected"]),
         tools=row["tools"],
+        steps=tuple(row.get("steps") or ()),  # a Dataset of schema 1 has none
     )
 
 

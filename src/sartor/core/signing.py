@@ -18,11 +18,11 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from sartor.core.artifacts import SCHEMA
 from sartor.core.errors import ConfigError, SignatureError
 from sartor.core.home import folder
 
 PASSPHRASE_VARIABLE = "SARTOR_KEY_PASSPHRASE"
+SCHEMA = 1  # of a signature, which changes less often than a manifest
 
 
 def key_id(public: Ed25519PublicKey) -> str:

@@ -1,0 +1,120 @@
+"""What a step is. A step is a small frozen class of its options, named in a recipe by its `kind`.
+
+Of a `RowStep` each row is its own affair: `open` returns a function Example -> Example | Drop. It runs in worker processes,
+on this machine or on a Ray cluster.
+
+A `SetStep` needs all rows. `sketch` runs in the workers and makes a few columns of each row; `decide` runs once, sees the
+sketches of all rows in their order, never the rows themselves, and returns Verdicts: which rows go and why, what shows it,
+and perhaps a RowStep (`then`) that the verdict asks for, such as taking the lines out that every row has.
+
+A new step is one new file with its class, and its name in the union in `steps/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from sartor.core.records import Drop, Example
+
+RowFunction = Callable[[Example], Example | Drop]
+TEXT_KEPT = 2000  # characters of a row that a Drop holds as evidence
+
+
+class RowStep(Protocol):
+    """A step that looks at one row."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in a recipe."""
+        ...
+
+    def open(self, folder: Path) -> RowFunction:
+        """The function, made once per worker: here models are opened and patterns compiled. Raises ConfigError, MissingError.
+
+        `folder` is what the media paths of an Example (`media/<digest>.png`) are relative to. The function must be a pure
+        one of the Example (and of the options): the same on every machine, whatever rows came before.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What `decide` sees of N rows.
+
+    `table` is an Arrow table of N rows in the order of reading: the sketch's columns, and always `id` (of the Example),
+    `source` (index into `sources`) and `locator`. It is memory-mapped: take columns, not the whole. `sources` names the
+    input files. `examples` fetches a few whole rows by number, for a second look or for evidence. `notice` says a line to
+    the person who waits.
+    """
+
+    table: Any
+    sources: Sequence[str]
+    examples: Callable[[Sequence[int]], list[Example]]
+    notice: Callable[[str], None] = lambda line: None
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Row number `row` goes. `kept` is the row number that stands in its place, -1 where none does.
+
+    `score` (0..1) and `method` say how alike the two are. With `merge` (rows of equal content) the kept row takes over the
+    origins of the removed one.
+    """
+
+    row: int
+    reason: str
+    detail: str = ""
+    kept: int = -1
+    score: float | None = None
+    method: str = ""
+    merge: bool = False
+
+
+@dataclass
+class Verdicts:
+    """What a SetStep found.
+
+    evidence: file name -> Arrow table, written into the Dataset as `evidence/<name>.parquet` (pairs, queues for review).
+    Rows stand there by their Example's id. `facts` go into the manifest and the card under the step's kind. With `set_aside`
+    the removed rows are kept whole in `set_aside/*.parquet`, so that another threshold needs no second reading.
+    """
+
+    removals: list[Removal] = field(default_factory=list)
+    evidence: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    then: RowStep | None = None
+    set_aside: bool = False
+
+
+class SetStep(Protocol):
+    """A step that needs all rows."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in a recipe."""
+        ...
+
+    def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
+        """An Arrow table with one row per Example, in order: what `decide` needs of each. Pure, as `RowStep.open`'s function."""
+        ...
+
+    def decide(self, gathered: Gathered) -> Verdicts:
+        """What becomes of the rows. Deterministic. Raises GuardError when it would remove too much."""
+        ...
+
+
+def dropped(example: Example, reason: str, detail: str, *, step: str) -> Drop:
+    """The Drop of an Example: id, place and detail, and the start of its text as evidence."""
+    origin = example.origins[0]
+    return Drop(reason, origin.source, origin.locator, detail, step, example.id, text=evidence_text(example))
+
+
+def evidence_text(example: Example) -> str:
+    """The start of a row as a person reads it."""
+    return "\n".join(f"{message.role}: {message.text}" for message in example.messages)[:TEXT_KEPT]
