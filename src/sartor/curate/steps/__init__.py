@@ -1,15 +1,18 @@
-"""Every step that a recipe may name. A new one is a file here and its class in this union."""
+"""Every step that a recipe may name. A new one is a file here and its class in one of these two unions."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard, get_args
 
+from sartor.curate.steps.contract import SetStep
 from sartor.curate.steps.exact import ExactDuplicates
 from sartor.curate.steps.length import Length
 
-Step = ExactDuplicates | Length
+AnyRowStep = Length
+AnySetStep = ExactDuplicates
+Step = AnyRowStep | AnySetStep
 
 
-def is_set_step(step: Any) -> bool:
-    """Whether a step needs all rows (SetStep), or one at a time (RowStep)."""
-    return hasattr(step, "decide")
+def needs_all_rows(step: Any) -> TypeGuard[SetStep]:
+    """Whether a step is a SetStep."""
+    return isinstance(step, get_args(AnySetStep) or AnySetStep)
