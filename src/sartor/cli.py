@@ -9,7 +9,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -43,17 +43,30 @@ def demo(*, out: Path = Path("demo-out"), limit: int = 0, replace: REPLACE = Fal
 
 
 @app.command
-def curate(recipe: Path, *flags: Flags, out: Path, strict: REPLACE = False, replace: REPLACE = False) -> Any:
+def curate(
+    recipe: Path,
+    *flags: Flags,
+    out: Path,
+    on: Literal["local", "ray"] = "local",
+    strict: REPLACE = False,
+    resume: REPLACE = False,
+    replace: REPLACE = False,
+) -> Any:
     """Sources -> Dataset: read, clean, de-duplicate, hold out. Options of the recipe can be given as flags.
+
+    A run of the same recipe that was interrupted is gone on with.
 
     Parameters
     ----------
     recipe: YAML file, `sources:` alone is enough
     out: directory of the new Dataset
+    on: local processes, or Ray Data (the cluster that RAY_ADDRESS names, else one on this machine)
     strict: stop at the first row that cannot be used
+    resume: also take a finished Dataset of the same recipe and sources for an answer
     replace: replace the Dataset that stands there
     """
-    return sartor.curate(sartor.load_curate_recipe(recipe, flags), out, strict=strict, replace=replace)
+    loaded = sartor.load_curate_recipe(recipe, flags)
+    return sartor.curate(loaded, out, on=on, strict=strict, resume=resume, replace=replace, notice=_notice)
 
 
 @app.command

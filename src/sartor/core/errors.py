@@ -35,6 +35,10 @@ class SartorError(Exception):
         self.problem = problem
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple[type[SartorError], tuple[str, str]]:
+        """An error of a worker process arrives whole."""
+        return type(self), (self.problem, self.remedy)
+
     @property
     def kind(self) -> str:
         """The class's name: the stable word for scripts that read `--json` errors."""

@@ -44,7 +44,10 @@ class CurateRecipe:
     split: Split = option(Split(), "how rows are held out")
     seed: int = option(0, "seed of the split")
     max_row_bytes: int = option(4 << 20, "a longer row is dropped, not read")
+    workers: int = option(0, "processes at once; 0 takes one a core. Changes nothing in the Dataset")
 
     def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ConfigError(f"workers is {self.workers}; it must be 0 or more", "workers: 2")
         if not self.sources:
             raise ConfigError("the recipe names no source", "sources: [{path: rows.jsonl, licence: CC-BY-4.0}]")

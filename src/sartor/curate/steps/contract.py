@@ -12,10 +12,11 @@ A new step is one new file with its class, and its name in the union in `steps/_
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sartor.core.records import Drop, Example
 
@@ -37,6 +38,17 @@ class RowStep(Protocol):
         `folder` is what the media paths of an Example (`media/<digest>.png`) are relative to. The function must be a pure
         one of the Example (and of the options): the same on every machine, whatever rows came before.
         """
+        ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A RowFunction that also counts what it does (values masked by kind, say). The worker reads and clears `tally`."""
+
+    tally: Counter[str]
+
+    def __call__(self, example: Example) -> Example | Drop:
+        """See RowFunction."""
         ...
 
 
