@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,9 @@ def run(tasks: Sequence[Task], sizes: Sequence[int], workers: int = 0) -> Iterat
         import ray
     except ImportError:
         raise need("ray", "ray") from None
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
         try:
             ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, configure_logging=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
