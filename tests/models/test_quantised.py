@@ -21,13 +21,8 @@ from sartor.models.base import Base, open_base
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'sartor[quant]'")
 CPU = torch.device("cpu")
 BITS = pytest.mark.parametrize("bits", [4, 8])
+pytestmark = pytest.mark.usefixtures("fp32")
 ROWS = [batches.Encoded(list(range(20 + n, 44 + 2 * n)), [False] * 8 + [True] * (16 + n)) for n in range(4)]
-
-
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this machine multiplies natively, so that sums compare closely."""
-    monkeypatch.setattr("sartor.models.base.best_dtype", lambda device: torch.float32)
 
 
 @pytest.fixture(scope="module")

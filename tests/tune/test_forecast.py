@@ -133,6 +133,7 @@ def test_memory_that_cannot_hold_it_is_refused_before_spending(
     assert not updated and not (tmp_path / "a").exists() and not list(tmp_path.glob(".a.part*"))
 
 
+@pytest.mark.usefixtures("fp32")  # for the remedy, which halves it
 def test_a_base_whose_weights_alone_do_not_fit_is_not_opened(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from sartor.tune import objectives, optimizers, order
 from sartor.tune.recipe import Optimizer
 from sartor.tune.run import Counters, learning_rate
 
+pytestmark = pytest.mark.usefixtures("fp32")
+
 
 def tune(recipe: dict[str, Any], out: Path, **changes: Any) -> dict[str, Any]:
     return dict(sartor.tune({**recipe, **changes}, out, show=False).as_json())
