@@ -192,7 +192,7 @@ def _facts(work: Work, run: Run) -> dict[str, Any]:
             "loss": run.losses,
             "trainable": trained,
             "trainable_fraction": trained / everything,
-            "wall_s": round(wall_s, 2),
+            "wall_s": round(wall_s, 3),
             "resumed_at": [line["resumed_at"] for line in run.journal.lines if "resumed_at" in line],
             "path": run.path.name,
             "path_reason": run.path.reason,
