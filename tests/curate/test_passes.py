@@ -53,7 +53,7 @@ def interrupted(after: int) -> Any:
         if len(made) == after:
             raise KeyboardInterrupt
         made.append(task)
-        return pipeline.local.execute.__wrapped__(task) if hasattr(pipeline.local.execute, "__wrapped__") else real(task)
+        return real(task)
 
     real = local.execute
     return execute
@@ -209,9 +209,9 @@ def test_equal_rows_merge_across_passes_and_keep_every_origin(tmp_path: Path) ->
 
 
 @pytest.mark.services
-@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.3, 1.8, 2.5, 3.5])
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 1.4, 1.8, 2.2, 2.6])
 def test_killed_at_any_moment_and_gone_on_gives_the_same_digest(tmp_path: Path, seconds: float) -> None:
-    recipe = {"sources": sources(tmp_path / "in", files=16, rows=4000), "steps": STEPS}
+    recipe = {"sources": sources(tmp_path / "in", files=16, rows=600), "steps": STEPS}
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     command = [sys.executable, "-m", "sartor", "curate", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "d"), "--json"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as killed:
@@ -234,9 +234,8 @@ def test_ray_on_two_nodes_gives_the_dataset_of_local(tmp_path: Path, monkeypatch
         "import json, os, sys, sartor\n"
         "from ray.cluster_utils import Cluster\n"
         "if __name__ == '__main__':\n"
-        "    home = {'node_ip_address': '127.0.0.1', 'num_cpus': 1}\n"
-        "    cluster = Cluster(initialize_head=True, head_node_args=home)\n"
-        "    cluster.add_node(**home)\n"
+        "    cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1})\n"
+        "    cluster.add_node(num_cpus=1)\n"
         "    os.environ['RAY_ADDRESS'] = cluster.address\n"
         "    made = sartor.curate(json.load(open('r.json')), 'far', on='ray')\n"
         "    import ray\n"
