@@ -1,0 +1,135 @@
+"""The card as Markdown with the YAML head that the Hugging Face Hub reads.
+
+Words of the data stand in code spans and fenced blocks only, whose fence is longer than any in them: there Markdown, HTML,
+links, mentions and autolinks mean nothing. In a table a vertical bar is shown as its look-alike U+2223, since renderers
+part cells before they see a code span.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from sartor.core.page import clipped, visible
+from sartor.curate.card.blocks import (
+    Block,
+    Dropped,
+    Folded,
+    Headlines,
+    Line,
+    Listing,
+    Picture,
+    Pictures,
+    Piece,
+    Prose,
+    Said,
+    Section,
+    Table,
+    Turns,
+)
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!])")
+
+
+def render(name: str, head: Mapping[str, Any], sections: Sequence[Section]) -> str:
+    """The file."""
+    front = yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True, width=100)
+    parts = [f"---\n{front}---", f"# {_line(Said(name, 120))}"]
+    for section in sections:
+        parts += [f"## {_plain(section.title)}"] if section.title else []
+        parts += [_block(block) for block in section.blocks]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Prose():
+            return ("> **Note:** " if block.kind == "warn" else "") + _line(block.line)
+        case Headlines():
+            head = [(label,) for _, label in block.shown]
+            values = [f"**{_plain(value)}**" for value, _ in block.shown]
+            return "\n".join((_row([_cell(*label) for label in head]), _rule(len(head), frozenset()), _row(values)))
+        case Table():
+            rows = [_row([_cell(cell) for cell in row]) for row in block.rows]
+            return "\n".join((_row([_cell(cell) for cell in block.head]), _rule(len(block.head), block.numbers), *rows))
+        case Picture():
+            return _picture(block)
+        case Pictures():
+            return "\n\n".join(map(_picture, block.shown))
+        case Listing():
+            return _fenced(block.text, block.language)
+        case Turns():
+            said = "\n".join(f"{role}: {clipped(text, 700)}" for role, text in block.shown)
+            return _fenced(said, "text") + f"\n\n{_line(block.note)}"
+        case Dropped():
+            return _dropped(block)
+        case Folded():
+            return f"**{_plain(block.summary)}**\n\n" + "\n\n".join(map(_block, block.blocks))
+
+
+def _dropped(block: Dropped) -> str:
+    parts = [f"**dropped** {_line(block.title)}"]
+    if block.pieces:
+        parts.append(_fenced(_pieces(block.pieces, "[-", "-]"), "text"))
+    if block.kept_title:
+        parts.append(_line(block.kept_title))
+    if block.kept:
+        parts.append(_fenced(_pieces(block.kept, "{+", "+}"), "text"))
+    return "\n\n".join(parts)
+
+
+def _pieces(pieces: Sequence[Piece], opening: str, closing: str) -> str:
+    return " ".join(
+        f"(… {piece.left_out:,} words …)" if piece.left_out else f"{opening}{piece.text}{closing}" if piece.differs else piece.text
+        for piece in pieces
+    )
+
+
+def _picture(picture: Picture) -> str:
+    note = f"\n\n{_plain(picture.note)}" if picture.note else ""
+    return f"![{_plain(picture.title)}](card/{picture.name}.svg){note}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _rule(size: int, numbers: frozenset[int]) -> str:
+    return _row(["--:" if place in numbers else "---" for place in range(size)])
+
+
+def _cell(cell: Line) -> str:
+    return _line(cell, bar="∣").replace("\n", " ")
+
+
+def _line(line: Line, *, bar: str = "|") -> str:
+    parts = line if isinstance(line, tuple) else (line,)
+    return "".join(code(clipped(part.text, part.most), bar) if isinstance(part, Said) else _plain(part) for part in parts)
+
+
+def code(text: str, bar: str = "|") -> str:
+    """A code span: one line, delimited by more backticks than stand in it anywhere."""
+    text = " ".join(visible(text).split()).replace("|", bar)
+    if not text:
+        return ""
+    ticks = "`" * (_longest_run(text) + 1)
+    pad = " " if text[0] in "` " or text[-1] in "`\\ " else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def _fenced(text: str, language: str) -> str:
+    text = visible(text)
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _plain(text: str) -> str:
+    """Our own words, in which a mark of punctuation is no markup."""
+    return _SPECIAL.sub(r"\\\1", text)
