@@ -14,10 +14,11 @@ LONG = 300  # characters of a quotation that are shown
 
 @dataclass(frozen=True)
 class Said:
-    """Words of the data, cut to `most` characters with a note of how many more there are."""
+    """Words of the data, cut to `most` characters with a note of how many more there are; `prose` where they are a sentence."""
 
     text: str
     most: int = LONG
+    prose: bool = False
 
 
 Line = str | Said | tuple[str | Said, ...]
@@ -40,11 +41,12 @@ class Headlines:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the columns named in `numbers` stand to the right."""
+    """Rows of cells; the columns named in `numbers` stand to the right. `names` says that the first column names the rest."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Line]]
     numbers: frozenset[int] = frozenset()
+    names: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A dropped row, and the row that stands in its place where there is one, each in pieces."""
+    """A dropped row and why, and the row that stands in its place where there is one, each in pieces."""
 
-    title: Line
+    reason: Said
+    where: Said
+    detail: Said
     pieces: Sequence[Piece]
     kept_title: Line = ""
     kept: Sequence[Piece] = ()

@@ -21,7 +21,7 @@ from sartor.curate.card.story import file_name, known_languages
 _PARQUET = "application/x-parquet"
 _TERMS = ("citeAs column conformsTo equivalentProperty extract field fileProperty fileObject fileSet format includes isArray "
           "isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated replace samplingRate separator "
-          "source subField transform arrayShape").split()  # fmt: skip
+          "source subField transform arrayShape")  # fmt: skip
 _CONTEXT: dict[str, Any] = {
     "@language": "en",
     "@vocab": "https://schema.org/",
@@ -29,7 +29,7 @@ _CONTEXT: dict[str, Any] = {
     "rai": "http://mlcommons.org/croissant/RAI/",
     "dct": "http://purl.org/dc/terms/",
     "sc": "https://schema.org/",
-    **{term: f"cr:{term}" for term in _TERMS},
+    **{term: f"cr:{term}" for term in _TERMS.split()},
     "conformsTo": "dct:conformsTo",
     "data": {"@id": "cr:data", "@type": "@json"},
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
@@ -173,7 +173,9 @@ def _responsible(contents: Contents) -> dict[str, Any]:
     more = f"; and {len(contents.sources) - 20:,} more files" if len(contents.sources) > 20 else ""
     unusable = sum(count for (step, _), count in contents.drops.by_step.items() if step == "read")
     found = {
-        "rai:dataCollection": f"Read from existing files: {visible(sources)}{more}." if sources else "Read from existing files.",
+        "rai:dataCollection": f"Read from existing files: {visible(sources)}{more}."
+        if sources
+        else "Read from existing files.",
         "rai:dataCollectionType": "Secondary data analysis",
         "rai:dataCollectionMissingData": f"{unusable:,} of {contents.read:,} rows could not be used as they stood.",
         "rai:dataPreprocessingProtocol": _protocol(contents.facts.get("recipe") or {}),
@@ -187,7 +189,9 @@ def _responsible(contents: Contents) -> dict[str, Any]:
 
 def _protocol(recipe: Mapping[str, Any]) -> list[str]:
     return [
-        visible(", ".join(f"{key} {said(value)}" for key, value in flat(step).items()) if isinstance(step, Mapping) else str(step))
+        visible(
+            ", ".join(f"{key} {said(value)}" for key, value in flat(step).items()) if isinstance(step, Mapping) else str(step)
+        )
         for step in recipe.get("steps") or ()
     ]
 

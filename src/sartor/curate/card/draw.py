@@ -14,9 +14,11 @@ from sartor.core.page import escape, visible
 from sartor.curate.card.blocks import Picture
 
 HALF, WHOLE = 440, 912
-_BAR, _STEP, _TEXT = 16, 26, 12
+_BAR, _STEP, _TEXT = 16, 25, 12
 _COLOURS = ("var(--blue)", "var(--amber)", "var(--green)", "var(--red)", "var(--violet)", "var(--soft)")
-_PILE = re.compile("([\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]{3})[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]+")
+_PILE = re.compile(
+    "([\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]{3})[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]+"
+)
 # Standalone files carry the colours themselves; in the page the same names come from its style.
 COLOURS = """
 :root { --ink:#1d2730; --soft:#5f6f7d; --line:#e3e8ec; --blue:#1f5f8b; --red:#d1495b; --green:#2f8f5b; --amber:#d98a00;
@@ -39,33 +41,44 @@ def standalone(picture: Picture) -> str:
 
 def inline(picture: Picture) -> str:
     """The picture as a part of a page."""
-    return (
-        f'<svg viewBox="0 0 {picture.width} {picture.height}" role="img" aria-label="{escape(picture.title)}">{picture.svg}</svg>'
-    )
+    size = f"0 0 {picture.width} {picture.height}"
+    return f'<svg viewBox="{size}" role="img" aria-label="{escape(picture.title)}">{picture.svg}</svg>'
 
 
-def bars(name: str, title: str, rows: Sequence[tuple[str, float, str]], *, colour: str = "var(--blue)", note: str = "") -> Picture:
+def bars(
+    name: str, title: str, rows: Sequence[tuple[str, float, str]], *, colour: str = "var(--blue)", note: str = ""
+) -> Picture:
     """Horizontal bars: (label, value, what stands at the bar's end)."""
     ends = max((_wide(end) for _, _, end in rows), default=0) + 8
-    left = min(max((_wide(_fit(label, 190)) for label, _, _ in rows), default=0) + 10, 200)
+    left = min(max((_wide(_fit(label, 190)) for label, _, _ in rows), default=0) + 12, 200)
     room, most = HALF - left - ends, max((value for _, value, _ in rows), default=0) or 1
     marks = []
     for place, (label, value, end) in enumerate(rows):
         y = place * _STEP
         width = max(room * value / most, 1.5 if value else 0)
         marks.append(
-            _text(left - 8, y + 13, _fit(label, left - 10), anchor="end", fill="var(--ink)")
+            _text(left - 8, y + 13, _fit(label, 190), anchor="end", fill="var(--ink)")
             + _rect(left, y, width, _BAR, colour)
             + _text(left + width + 6, y + 13, end)
         )
-    return Picture(name, title, "".join(marks), HALF, max(len(rows), 1) * _STEP, note)
+    return Picture(name, title, "".join(marks), HALF, max(len(rows), 1) * _STEP - 6, note)
 
 
 def columns(
-    name: str, title: str, labels: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], *, axis: str, note: str = ""
+    name: str,
+    title: str,
+    labels: Sequence[str],
+    series: Sequence[tuple[str, Sequence[float]]],
+    *,
+    axis: str,
+    tall: str,
+    note: str = "",
 ) -> Picture:
-    """Vertical columns at `labels`; of several series the first is filled, the others are lines over it."""
-    bottom, top, left = 150, 10 + 20 * (len(series) > 1), 8
+    """Vertical columns at `labels`; of several series the first is filled, the others are lines over it.
+
+    `tall` formats the number that stands over the highest column, which is all the scale that a reader needs.
+    """
+    bottom, top, left = 160, 6 + 26 * (len(series) > 1), 8
     most = max((max(values, default=0) for _, values in series), default=0) or 1
     step = (HALF - 2 * left) / max(len(labels), 1)
     marks = [_legend([label for label, _ in series], left)] if len(series) > 1 else []
@@ -80,6 +93,13 @@ def columns(
             for place, value in enumerate(values)
         )
         marks.append(f'<path d="{points}" fill="none" stroke="{_COLOURS[number]}" stroke-width="2.2"/>')
+    if series and series[0][1]:
+        highest = max(range(len(series[0][1])), key=lambda place: series[0][1][place])
+        near = range(max(highest - 2, 0), min(highest + 3, len(labels)))  # the label must clear the lines beside it as well
+        over = max(values[place] for _, values in series for place in near)
+        said, x = tall.format(series[0][1][highest]), left + (highest + 0.5) * step
+        x = min(max(x, _wide(said) / 2), HALF - _wide(said) / 2)
+        marks.append(_text(x, bottom - (bottom - top - 14) * over / most - 5, said, anchor="middle"))
     every = max(1, math.ceil(max((_wide(label) + 8 for label in labels), default=1) / step))
     marks += [
         _text(left + (place + 0.5) * step, bottom + 16, label, anchor="middle")
@@ -100,7 +120,7 @@ def shares(name: str, title: str, parts: Sequence[tuple[str, float, str]], *, no
         marks.append(_rect(0, y, 11, 11, colour) + _text(18, y + 10, _fit(label, 270), fill="var(--ink)"))
         marks.append(_text(HALF, y + 10, number, anchor="end"))
         x += width
-    return Picture(name, title, "".join(marks), HALF, 36 + len(parts) * 24, note)
+    return Picture(name, title, "".join(marks), HALF, 28 + len(parts) * 24, note)
 
 
 def funnel(name: str, title: str, stages: Sequence[tuple[str, int, int]], *, note: str = "") -> Picture:
@@ -113,7 +133,7 @@ def funnel(name: str, title: str, stages: Sequence[tuple[str, int, int]], *, not
         y, width, gone = place * (_STEP + 4), room * kept / most, room * lost / most
         last = place == len(stages) - 1
         marks.append(
-            _text(left - 10, y + 15, _fit(label, left - 12), anchor="end", fill="var(--ink)", bold=last)
+            _text(left - 10, y + 15, _fit(label, 190), anchor="end", fill="var(--ink)", bold=last)
             + _rect(left, y, width, 20, "var(--green)" if last else "var(--blue)")
             + (_rect(left + width, y, max(gone, 1.5), 20, "var(--red)", 0.55) if lost else "")
             + _text(left + width + gone + 8, y + 15, _ends(kept, lost), bold=last)
@@ -122,7 +142,7 @@ def funnel(name: str, title: str, stages: Sequence[tuple[str, int, int]], *, not
 
 
 def _ends(kept: int, lost: int) -> str:
-    return f"{kept:,}" + (f"  (−{lost:,})" if lost else "")
+    return f"{kept:,}" + (f" (−{lost:,})" if lost else "")
 
 
 def _legend(labels: Sequence[str], x: float) -> str:

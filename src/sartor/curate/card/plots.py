@@ -25,10 +25,13 @@ def ranked(counts: Mapping[str, int], total: int = 0) -> list[tuple[str, float, 
     rest = order[len(shown) :]
     if rest:
         shown = [*shown, (f"{len(rest):,} others", sum(count for _, count in rest))]
-    return [(label or "(none)", count, f"{count:,}" + (f"  {_percent(count / total)}" if total else "")) for label, count in shown]
+    return [
+        (label or "(none)", count, f"{count:,}" + (f" · {percent(count / total)}" if total else "")) for label, count in shown
+    ]
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """A share as a person reads it."""
     return "<0.1 %" if 0 < fraction < 0.0005 else f"{fraction:.1%}".replace("%", " %")
 
 
@@ -50,7 +53,7 @@ def lengths(contents: Contents) -> Iterator[Picture]:
         shown = [(label, values[first:].tolist()) for label, values in series]
         if len(shown) == 1:
             title = f"{title} (median {median(found[order[0]]):,})"
-        yield columns(f"{side}-words", title, labels[first:], shown, axis="words (each bin twice the one before)")
+        yield columns(f"{side}-words", title, labels[first:], shown, axis="words", tall="{:.0%} of the rows")
 
 
 def _doubling(bins: Any) -> Any:
@@ -86,7 +89,14 @@ def turns(contents: Contents) -> Iterator[Picture]:
         labels = _bin_labels(len(binned))
         first = int(np.nonzero(binned)[0][0])
         labels, values = labels[first:], binned[first:].tolist()
-    yield columns("turns", f"Messages per row (median {median(counts):,})", labels, [("rows", values)], axis="messages")
+    yield columns(
+        "turns",
+        f"Messages per row (median {median(counts):,})",
+        labels,
+        [("rows", values)],
+        axis="messages",
+        tall="{:,.0f} rows",
+    )
 
 
 def languages(contents: Contents) -> Iterator[Picture]:
@@ -114,7 +124,7 @@ def splits(contents: Contents) -> Iterator[Picture]:
         (
             name or "(none)",
             count,
-            f"{count:,} rows, {_percent(count / total)}" + (f", {groups[name]:,} groups" if name in groups else ""),
+            f"{count:,} rows, {percent(count / total)}" + (f", {groups[name]:,} groups" if name in groups else ""),
         )
         for name, count in contents.splits.items()
     ]
@@ -154,6 +164,15 @@ def reasons(contents: Contents) -> Iterator[Picture]:
         yield bars("reasons", "Rows dropped, by reason", ranked(contents.dropped, total), colour="var(--red)")
 
 
+def losers(contents: Contents) -> Iterator[Picture]:
+    """Drops by source, where there is more than one."""
+    named: Counter[str] = Counter()
+    for source, count in contents.drops.by_source.items():
+        named[place(source)] += count
+    if len({file.get("source") for file in contents.sources}) > 1 and named:
+        yield bars("losers", "Rows dropped, by source", ranked(named, named.total()), colour="var(--red)")
+
+
 def clusters(contents: Contents) -> Iterator[Picture]:
     """How many rows one survivor stands for, per step that removes duplicates."""
     for step, sizes in sorted(contents.drops.clusters.items()):
@@ -186,7 +205,7 @@ def scores(contents: Contents) -> Iterator[Picture]:
         methods = ", ".join(f"{method} {count:,}" for method, count in sorted(pairs.methods.items(), key=str))
         note = f"{pairs.total:,} pairs" + (f" ({methods})" if methods else "") + "; each bin is 0.02 wide"
         title = f"How alike the pairs are: {name.replace('_', ' ')}"
-        yield columns(f"scores-{_file(name)}", title, labels, [("pairs", values)], axis="score", note=note)
+        yield columns(f"scores-{_file(name)}", title, labels, [("pairs", values)], axis="score", note=note, tall="{:,.0f}")
 
 
 def media(contents: Contents) -> Iterator[Picture]:
@@ -203,7 +222,7 @@ def _sized(kind: str, title: str, axis: str, files: look.Files) -> Picture:
     first = int(np.nonzero(binned)[0][0])
     looked = "" if files.count == len(files.sizes) else f"; {len(files.sizes):,} of them were looked at"
     note = f"{files.count:,} files, {files.bytes / 1e6:,.1f} MB{looked}"
-    return columns(kind, title, labels[first:], [(kind, binned[first:].tolist())], axis=axis, note=note)
+    return columns(kind, title, labels[first:], [(kind, binned[first:].tolist())], axis=axis, note=note, tall="{:,.0f}")
 
 
 def found(step: str, key: str, counts: Mapping[str, int]) -> Picture:
@@ -217,4 +236,4 @@ def _file(name: str) -> str:
 
 
 Plot = Callable[[Contents], Iterator[Picture]]
-CONTENT: Sequence[Plot] = (splits, lengths, turns, languages, labels, media)
+CONTENT: Sequence[Plot] = (splits, languages, lengths, turns, labels, media)

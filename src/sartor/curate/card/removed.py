@@ -27,6 +27,7 @@ class Drops:
 
     total: int = 0
     by_step: Counter[tuple[str, str]] = field(default_factory=Counter)  # (step, reason) -> rows
+    by_source: Counter[str] = field(default_factory=Counter)
     clusters: dict[str, Counter[int]] = field(default_factory=dict)
     shown: dict[str, list[Drop]] = field(default_factory=dict)  # reason -> candidates, the most telling first
 
@@ -65,7 +66,8 @@ def read_drops(files: Sequence[Path]) -> Drops:
             for batch in file.iter_batches(BATCH):
                 table = pl.DataFrame(batch)
                 drops.total += len(table)
-                drops.by_step.update(dict(_counts(table)))
+                drops.by_step.update({(step, reason): count for step, reason, count in _counts(table, "step", "reason")})
+                drops.by_source.update(dict(_counts(table, "source")))
                 merged = table.filter(pl.col("kept").str.len_bytes() > 0)
                 survivors.append(merged.select("step", pl.col("kept").hash(0)))
                 lot = _least(lot, table, ("id", "source", "locator"), BY_LOT)
@@ -78,9 +80,8 @@ def read_drops(files: Sequence[Path]) -> Drops:
     return drops
 
 
-def _counts(table: pl.DataFrame) -> list[tuple[tuple[str, str], int]]:
-    counted = table.group_by("step", "reason").len().sort("step", "reason")
-    return [((step, reason), count) for step, reason, count in counted.iter_rows()]
+def _counts(table: pl.DataFrame, *by: str) -> list[tuple[Any, ...]]:
+    return table.group_by(*by).len().sort(*by).rows()
 
 
 def _least(pool: pl.DataFrame, table: pl.DataFrame, keys: Sequence[str], most: int) -> pl.DataFrame:

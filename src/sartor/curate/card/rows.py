@@ -19,15 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sartor.core.records import Example
-from sartor.core.rows import example_of
+from sartor.curate.steps.contract import TEXT_KEPT
 
 BATCH = 2048
 SAMPLE = 2000  # rows whose language is looked at
 SHORT = 60  # characters: a longer reply is no label
 DISTINCT = 5000  # more different labels than this are no labels
 _JSON_MOST = 4000  # characters of a reply that is read as JSON
-_KEEP = 1200  # characters of a sampled row
+_KEEP, _TURNS = 1200, 6  # characters and messages of a sampled row
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def measure(files: Sequence[Path], wanted: set[str]) -> Rows:
         _sample(rows, batch)
         if len(ids):
             mask = pc.is_in(batch["id"], value_set=ids)
-            rows.wanted.update((row.id, row) for row in _sampled(batch.filter(mask)))
+            rows.wanted.update((row.id, row) for row in _sampled(batch.filter(mask), TEXT_KEPT // 6))
     return rows
 
 
@@ -186,18 +185,30 @@ def _sample(rows: Rows, batch: Any) -> None:
         rows.sample = [found[key] for key in sorted(found)[:SAMPLE]]
 
 
-def _sampled(batch: Any) -> Iterator[Sampled]:
-    for row in batch.to_pylist():
-        yield _shown(row["id"], example_of(row))
+def _sampled(batch: Any, most: int = _TURNS) -> Iterator[Sampled]:
+    """The rows of a batch, of each no more than `most` messages: a conversation may have a thousand."""
+    counts = _lengths(batch["messages"]).tolist()
+    messages = pc.list_slice(batch["messages"], 0, most, return_fixed_size_list=False)
+    table = pa.table({"id": batch["id"], "messages": messages, "origins": batch["origins"]})
+    for row, count in zip(table.to_pylist(), counts, strict=True):
+        yield _shown(row, count)
 
 
-def _shown(key: str, example: Example) -> Sampled:
+def _shown(row: dict[str, Any], messages: int) -> Sampled:
     room, turns = _KEEP, []
-    for message in example.messages[:8]:
-        held = [part.text if part.kind == "text" else f"[{part.kind} {part.media}]" for part in message.content]
-        text = " ".join(held)[: max(room, 0)]
+    for message in row["messages"][:_TURNS]:
+        text = " ".join(_said(part) for part in message["content"])[:room]
         room -= len(text)
-        turns.append((message.role, text))
-    text = "\n".join(f"{message.role}: {message.text}" for message in example.messages)[:2000]
-    origin = example.origins[0]
-    return Sampled(key, tuple(turns), len(example.messages) - len(turns), text, origin.source, origin.locator)
+        turns.append((message["role"], text))
+    text = "\n".join(f"{message['role']}: {_spoken(message)}" for message in row["messages"])[:TEXT_KEPT]
+    origin = row["origins"][0]
+    return Sampled(row["id"], tuple(turns), messages - len(turns), text, origin["source"], origin["locator"])
+
+
+def _said(part: dict[str, Any]) -> str:
+    kind = part["type"]
+    return part["text"] or "" if kind == "text" else f"[{kind} {part[kind]}]"
+
+
+def _spoken(message: dict[str, Any]) -> str:
+    return "".join(part["text"] or "" for part in message["content"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -11,12 +12,27 @@ import yaml
 from sartor.core.lineage import UNKNOWN
 from sartor.core.page import flat, said
 from sartor.curate.card import findings, plots
-from sartor.curate.card.blocks import Block, Folded, Headlines, Line, Listing, Picture, Pictures, Prose, Said, Section, Table, Turns
+from sartor.curate.card.blocks import (
+    Block,
+    Folded,
+    Headlines,
+    Line,
+    Listing,
+    Picture,
+    Pictures,
+    Prose,
+    Said,
+    Section,
+    Table,
+    Turns,
+)
 from sartor.curate.card.contents import Contents, place
 from sartor.curate.card.look import UNCLEAR
+from sartor.curate.card.rows import Sampled
 
 _FILES_SHOWN = 40
-_KEPT_SHOWN = 4
+_KEPT_SHOWN = 3
+_TERMS = ("share_alike", "non_commercial", "expires", "consent")
 
 
 def sections(contents: Contents) -> list[Section]:
@@ -52,19 +68,20 @@ def _headlines(contents: Contents) -> list[tuple[str, str]]:
     sources = len({file.get("source") for file in contents.sources})
     shown = [
         (f"{contents.kept:,}", "rows kept"),
-        (f"{dropped:,}", f"dropped, {dropped / contents.read:.1%} of what was read" if contents.read else "dropped"),
+        (f"{dropped:,}", f"dropped, {plots.percent(dropped / contents.read)} of the rows read" if contents.read else "dropped"),
         (_large(sum(words)), f"words, {_large(words[1])} of them in replies"),
     ]
     if sources:
         shown.append((f"{sources:,}", "source" if sources == 1 else "sources"))
     if known := known_languages(contents):
-        shown.append((", ".join(known[:3]) + (f" +{len(known) - 3}" if len(known) > 3 else ""), "languages above 5 %"))
+        more = f" +{len(known) - 3}" if len(known) > 3 else ""
+        shown.append((", ".join(known[:3]) + more, "languages" if len(known) > 1 else "language"))
     return shown
 
 
 def known_languages(contents: Contents) -> list[str]:
     """Codes of the languages of at least one sampled row in twenty, most frequent first."""
-    found = contents.languages or {}
+    found = contents.languages or Counter[str]()
     least = 0.05 * sum(found.values())
     ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
     return [code for code, count in ordered if code != UNCLEAR and count >= least]
@@ -79,10 +96,12 @@ def _large(number: int) -> str:
 
 def _warnings(contents: Contents) -> Iterator[Block]:
     for conflict in contents.facts.get("licence_conflicts") or ():
-        yield Prose(("Licence conflict: ", Said(str(conflict), 600)), "warn")
+        yield Prose(("Licence conflict: ", Said(str(conflict), 600, prose=True)), "warn")
     unstated = plots.kept_by(contents, "licence").get(UNKNOWN, 0)
     if unstated:
-        yield Prose(f"{unstated:,} rows come from sources that state no licence. Nobody knows what they may be used for.", "warn")
+        yield Prose(
+            f"{unstated:,} rows come from sources that state no licence. Nobody knows what they may be used for.", "warn"
+        )
     for gap in contents.gaps():
         yield Prose("Counts differ: " + gap, "warn")
 
@@ -105,7 +124,7 @@ def _source_table(contents: Contents) -> Table:
             (
                 Said(file_name(file), 90),
                 Said(str(file.get("licence") or UNKNOWN), 80),
-                Said(_terms(file), 160),
+                Said(_terms(file), 160, prose=True),
                 Said(str(file.get("form") or ""), 40),
                 _count(file.get("read")),
                 _count(file.get("kept")),
@@ -117,9 +136,13 @@ def _source_table(contents: Contents) -> Table:
 
 def _without_empty(table: Table) -> Table:
     """The table without the columns that say nothing in any row."""
-    used = [n for n in range(len(table.head)) if any(row[n] not in ("", Said("", 160), Said("", 40)) for row in table.rows)]
+    used = [n for n in range(len(table.head)) if any(_says(row[n]) for row in table.rows)]
     rows = [[row[n] for n in used] for row in table.rows]
     return Table([table.head[n] for n in used], rows, frozenset(used.index(n) for n in table.numbers if n in used))
+
+
+def _says(cell: Line) -> bool:
+    return bool(cell.text) if isinstance(cell, Said) else bool(cell)
 
 
 def file_name(file: Mapping[str, Any]) -> str:
@@ -134,8 +157,8 @@ def _count(value: Any) -> str:
 
 def _terms(file: Mapping[str, Any]) -> str:
     """What a source declares beside its licence, in words."""
-    parts = [said(file["use"])] if file.get("use") else []
-    terms = file.get("terms")
+    parts = [f"for {said(file['use'])} use"] if file.get("use") else []
+    terms = file.get("terms") or {key: file[key] for key in _TERMS if key in file}
     if isinstance(terms, Mapping):
         parts += [
             key.replace("_", " ") if value is True else f"{key.replace('_', ' ')}: {said(value)}"
@@ -169,9 +192,18 @@ def _what_is_in_it(contents: Contents) -> Iterator[Block]:
             yield Prose(f"{files.unreadable:,} {kind} files could not be read.", "warn")
     if rows.sample:
         yield Prose("Some rows, chosen by lot (those of the lowest ids, which are digests of the rows):", "soft")
-    for row in rows.sample[:_KEPT_SHOWN]:
+    for row in _one_of_each_source(rows.sample)[:_KEPT_SHOWN]:
         left = f"{row.turns_left:,} more messages; " if row.turns_left else ""
         yield Turns(row.turns, (left, Said(place(row.locator), 90), f" · id {row.id[:12]}"))
+
+
+def _one_of_each_source(sample: Sequence[Sampled]) -> list[Sampled]:
+    """The sample with the first row of each source first."""
+    first: dict[str, Sampled] = {}
+    for row in sample:
+        first.setdefault(row.source, row)
+    shown = list(first.values())
+    return shown + [row for row in sample[: 2 * _KEPT_SHOWN] if row not in shown]
 
 
 def _licence(contents: Contents) -> Iterator[Block]:
@@ -180,10 +212,10 @@ def _licence(contents: Contents) -> Iterator[Block]:
     if not conflicts:
         yield Prose("No conflicts between the sources' licences are known.", "soft")
     for conflict in conflicts:
-        yield Prose(("Conflict: ", Said(str(conflict), 600)), "warn")
+        yield Prose(("Conflict: ", Said(str(conflict), 600, prose=True)), "warn")
     obligations = contents.facts.get("obligations") or ()
     listed = obligations.items() if isinstance(obligations, Mapping) else [("", item) for item in obligations]
-    rows: list[Sequence[Line]] = [(Said(str(key), 80), Said(said(value), 600)) for key, value in listed]
+    rows: list[Sequence[Line]] = [(Said(str(key), 80), Said(said(value), 600, prose=True)) for key, value in listed]
     if rows and isinstance(obligations, Mapping):
         yield Table(("what", "obligation"), rows)
     elif rows:
@@ -214,7 +246,9 @@ def _made(contents: Contents) -> Iterator[Block]:
         rows: list[Sequence[Line]] = [(Said(step), f"{count:,}") for step, count in sorted(contents.rows.changed.items())]
         yield Folded("rows that a step changed", [Table(("step", "rows"), rows, frozenset({1}))])
     if versions := contents.facts.get("versions"):
-        yield Prose(("Made with ", Said(", ".join(f"{name} {version}" for name, version in sorted(versions.items())), 600)), "soft")
+        yield Prose(
+            ("Made with ", Said(", ".join(f"{name} {version}" for name, version in sorted(versions.items())), 600)), "soft"
+        )
 
 
 def _recipe_text(contents: Contents, recipe: Any) -> str:
