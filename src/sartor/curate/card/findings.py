@@ -62,7 +62,9 @@ def _shown(contents: Contents, drop: Drop) -> Dropped:
         one, other = differences(drop.text, kept.text)
         score = f"{drop.score:.3f} " if drop.score is not None else ""
         method = (f" · {score}", Said(drop.method, 40)) if score or drop.method else ()
-        return Dropped(*title, one, ("stays: ", Said(place(kept.locator), 90), *method), other)
+        same = drop.text == kept.text
+        ending = (*method, " · word for word the same") if same else method
+        return Dropped(*title, one, ("stays: ", Said(place(kept.locator), 90), *ending), [] if same else other)
     if not drop.text:
         return Dropped(*title, [], "The step wrote no text of it.")
     where = ("stays: row ", Said(drop.kept[:12]), ", which a later step changed or dropped") if drop.kept else ""

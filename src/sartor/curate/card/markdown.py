@@ -1,8 +1,8 @@
 """The card as Markdown with the YAML head that the Hugging Face Hub reads.
 
-Words of the data stand in code spans and fenced blocks only, whose fence is longer than any in them: there Markdown, HTML,
-links, mentions and autolinks mean nothing. In a table a vertical bar is shown as its look-alike U+2223, since renderers
-part cells before they see a code span.
+Words of the data stand in code spans and in fenced blocks, whose fence is longer than any in them: there Markdown, HTML,
+links, mentions, formulas and autolinks mean nothing. Sentences of plain letters and stops can mean nothing, and stand as they
+are. In a table a vertical bar is shown as its look-alike U+2223, since renderers part cells before they see a code span.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from sartor.curate.card.blocks import (
     Turns,
 )
 
+_HARMLESS = re.compile(r"[^\W_](?:[^\W_]|[ ,;./%()'+-]|:(?= ))*")
+# What renderers look for in text even where its punctuation is escaped: addresses, mentions, emoji, issues, formulas, tags
+_ACTS = re.compile(r"www\.|://|@|:\w|\$|[#<>`\[\]\\{}]|\s\s|\n", re.IGNORECASE)
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!])")
 
 
 def render(name: str, head: Mapping[str, Any], sections: Sequence[Section]) -> str:
     """The file."""
     front = yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True, width=100)
-    parts = [f"---\n{front}---", f"# {_line(Said(name, 120))}"]
+    parts = [f"---\n{front}---", f"# {_line(Said(name, 120, prose=True))}"]
     for section in sections:
         parts += [f"## {_plain(section.title)}"] if section.title else []
         parts += [_block(block) for block in section.blocks]
@@ -112,7 +115,17 @@ def _cell(cell: Line) -> str:
 
 def _line(line: Line, *, bar: str = "|") -> str:
     parts = line if isinstance(line, tuple) else (line,)
-    return "".join(code(clipped(part.text, part.most), bar) if isinstance(part, Said) else _plain(part) for part in parts)
+    return "".join(_said(part, bar) if isinstance(part, Said) else _plain(part) for part in parts)
+
+
+def _said(said: Said, bar: str) -> str:
+    text = clipped(said.text, said.most)
+    return text if said.prose and _is_harmless(text) else code(text, bar)
+
+
+def _is_harmless(text: str) -> bool:
+    """Letters, digits and stops that neither begin a list nor make an address or an emoji."""
+    return bool(_HARMLESS.fullmatch(text)) and "www." not in text.lower() and not re.match(r"\d+[.)]", text)
 
 
 def code(text: str, bar: str = "|") -> str:
@@ -136,5 +149,5 @@ def _longest_run(text: str) -> int:
 
 
 def _plain(text: str) -> str:
-    """Our own words, in which a mark of punctuation is no markup."""
-    return _SPECIAL.sub(r"\\\1", text)
+    """Our own words, in which punctuation is no markup. A step's or a rule's name may be among them: if it acts, it is code."""
+    return code(text) if _ACTS.search(text) else _SPECIAL.sub(r"\\\1", text)
