@@ -463,4 +463,5 @@ def test_croissant_is_valid_and_reads_the_rows(written: Path) -> None:
 def test_what_acts_unseen_is_made_visible() -> None:
     assert page.visible("a\u202eb\x00\r\nc\u2028d\ue000") == "a‹U+202E›b␀\nc\nd\ue000"
     assert page.escape("<a href='x'>&\"") == "&lt;a href=&#x27;x&#x27;&gt;&amp;&quot;"
+    assert page.visible("a" + "\u0301" * 3000) == "a" + "\u0301" * 4 + "‹+2,996 marks›"
     assert page.visible("👩‍👩‍👧 नमस्ते שלום é") == "👩‍👩‍👧 नमस्ते שלום é"

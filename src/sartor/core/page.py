@@ -36,15 +36,22 @@ _UNSEEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufdd0-\ufdef"
     "\ufff0-\uffff\U000e0000-\U000e0fff]|[\r\u2028\u2029]"
 )
+# A pile of marks paints over its neighbours; no script needs more than four on a letter. Latin, Cyrillic, Hebrew, Arabic, Thai.
+_MARK = (
+    "[\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
+    "\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]"
+)
+_PILE = re.compile(f"({_MARK}{{4}})({_MARK}+)")
 
 
 def visible(text: str) -> str:
-    r"""`text` with every character that acts unseen turned into one that is seen; lines end in `\n`.
+    r"""`text` with every character that acts unseen turned into one that is seen, piles of marks counted; lines end in `\n`.
 
     >>> visible("a\x00b\u202ec")
     'a␀b‹U+202E›c'
     """
-    return _UNSEEN.sub(_shown, text.replace("\r\n", "\n"))
+    seen = _UNSEEN.sub(_shown, text.replace("\r\n", "\n"))
+    return seen if seen.isascii() else _PILE.sub(lambda pile: f"{pile[1]}‹+{len(pile[2]):,} marks›", seen)
 
 
 def _shown(match: re.Match[str]) -> str:

@@ -38,6 +38,7 @@ h3 { font-size: .95rem; font-weight: 600; margin: 0 0 .6rem; } p { margin: .6rem
   margin: 1.2rem 0 1.6rem; }
 figure { margin: 0; break-inside: avoid; } figcaption { color: var(--soft); font-size: .84rem; margin-top: .3rem; }
 table { margin: 1rem 0; } td { overflow-wrap: anywhere; } .scroll { overflow-x: auto; }
+.wide, .alone figure { min-width: 40rem; }
 .said { font: .86em/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; overflow: hidden;
   unicode-bidi: isolate; }
 pre { background: var(--wash); padding: .8rem 1rem; border-radius: 6px; overflow: auto; max-height: 40rem; margin: .6rem 0;
@@ -82,7 +83,7 @@ def _block(block: Block) -> str:
         case Table():
             return _table(block)
         case Picture():
-            return _figure(block, titled=False)
+            return f"<div class='scroll alone'>{_figure(block, titled=False)}</div>"
         case Pictures():
             return f"<div class=grid>{''.join(map(_figure, block.shown))}</div>"
         case Listing():
@@ -118,7 +119,7 @@ def _table(table: Table) -> str:
         return f"<tr>{''.join(marked)}</tr>"
 
     head = cells("th", table.head) if any(table.head) else ""
-    names = " class=names" if table.names else ""
+    names = " class=names" if table.names else " class=wide" if len(table.head) > 4 else ""
     return f"<div class=scroll><table{names}>{head}{''.join(cells('td', row) for row in table.rows)}</table></div>"
 
 

@@ -111,7 +111,8 @@ def labels(contents: Contents) -> Iterator[Picture]:
     if found := contents.labels():
         key, counts = found
         ratio = max(counts.values()) / min(counts.values())
-        note = f"{len(counts):,} labels that occur more than once; the commonest {ratio:,.3g} times as often as the rarest"
+        spread = f"the commonest {ratio:,.3g} times as often as the rarest" if ratio > 1 else "each equally often"
+        note = f"{len(counts):,} labels that occur more than once; {spread}"
         named = "The reply as a label" if key == "reply" else f"Labels: {key} of the reply"
         yield bars("labels", named, ranked(counts, sum(counts.values())), note=note)
 
