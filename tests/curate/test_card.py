@@ -253,6 +253,21 @@ def test_long_stretches_that_are_alike_are_left_out_and_counted() -> None:
     assert sum(piece.left_out for piece in one) + shown == 201 and shown < 60
 
 
+def test_drops_without_an_id_are_chosen_by_lot_too(tmp_path: Path) -> None:
+    drops = [Drop("not_json", "a.jsonl", f"a.jsonl:{n:04d}", text=str(n)) for n in range(400)]
+    held = [drop.locator for drop in gather(dataset(tmp_path, kept_rows(), drops, {}), {}).drops.shown["not_json"]]
+    assert len(set(held)) == 12 and max(held) > "a.jsonl:0200"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("chitchat/dataset.json", "chitchat"), ("faq.jsonl", "faq"), ("hub:ann/talks", "talks"), ("dir/*.jsonl", "dir"),
+     ("sql:postgresql://u:p@h/d#SELECT 1", "sql"), ("/abs/x/crm.v2.csv", "crm.v2"), ("folder/", "folder")],
+)  # fmt: skip
+def test_a_dataset_is_called_by_its_sources(tmp_path: Path, source: str, name: str) -> None:
+    assert gather(dataset(tmp_path, kept_rows()[:1], [], {}), {"sources": [{"source": source}]}).name == name
+
+
 def test_a_drop_whose_text_was_not_written_shows_none(written: Path) -> None:
     assert "**dropped** `personal_data` · `faq.jsonl:301`" in body_of(written)
     assert "The step wrote no text of it." in body_of(written)

@@ -16,6 +16,7 @@ from sartor.curate.card.rows import Labels, Rows, measure
 
 _LABEL_FIELDS = ("intent", "label", "category", "class", "topic", "sentiment", "answer")
 _MOST_LABELS = 200
+_GENERIC = ("data", "dataset", "rows", "train", "test", "examples", "part-00000")  # a folder says more
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,11 @@ def _called(source: str) -> str:
     if source.startswith("sql:"):
         return "sql"
     stem = source.removeprefix("hub:").removeprefix("inbox:").rstrip("/\\")
-    return re.split(r"[\\/]+", stem)[-1].split("*")[0].rsplit(".", 1)[0] or source
+    parts = [part.split("*")[0] for part in re.split(r"[\\/]+", stem)]
+    name = parts[-1].rsplit(".", 1)[0]
+    if (not name or name.lower() in _GENERIC) and len(parts) > 1 and parts[-2]:
+        return parts[-2]
+    return name or source
 
 
 def _kind(step: Any) -> str:

@@ -37,7 +37,7 @@ h3 { font-size: .95rem; font-weight: 600; margin: 0 0 .6rem; } p { margin: .6rem
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); gap: 2rem;
   margin: 1.2rem 0 1.6rem; }
 figure { margin: 0; break-inside: avoid; } figcaption { color: var(--soft); font-size: .84rem; margin-top: .3rem; }
-table { margin: 1rem 0; } td { overflow-wrap: anywhere; } .scroll { overflow-x: auto; }
+table { margin: 1rem 0; } td { overflow-wrap: break-word; } .scroll { overflow-x: auto; }
 .wide, .alone figure { min-width: 40rem; }
 .said { font: .86em/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; overflow: hidden;
   unicode-bidi: isolate; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,21 @@ def read_drops(files: Sequence[Path]) -> Drops:
                 drops.by_source.update(dict(_counts(table, "source")))
                 merged = table.filter(pl.col("kept").str.len_bytes() > 0)
                 survivors.append(merged.select("step", pl.col("kept").hash(0)))
-                lot = _least(lot, table, ("id", "source", "locator"), BY_LOT)
+                lot = _least(lot, _drawn(table), ("lot", "id", "source", "locator"), BY_LOT)
                 unlike = _least(unlike, merged.filter(pl.col("score") < 1), ("score", "id", "kept"), LEAST_ALIKE)
     drops.clusters = _clusters(survivors)
-    for row in (*unlike.iter_rows(named=True), *lot.iter_rows(named=True)):
+    for row in (*unlike.iter_rows(named=True), *lot.drop("lot", strict=False).iter_rows(named=True)):
         held = drops.shown.setdefault(row["reason"], [])
         if (drop := Drop(**row)) not in held:
             held.append(drop)
     return drops
+
+
+def _drawn(table: pl.DataFrame) -> pl.DataFrame:
+    """The table with each row's lot: its id, which is a digest; where a row could not be read and has none, its place's."""
+    places = zip(table.get_column("id"), table.get_column("source"), table.get_column("locator"), strict=True)
+    lots = [key or blake2b(f"{source}\n{locator}".encode(), digest_size=16).hexdigest() for key, source, locator in places]
+    return table.with_columns(pl.Series("lot", lots, pl.String))
 
 
 def _counts(table: pl.DataFrame, *by: str) -> list[tuple[Any, ...]]:
