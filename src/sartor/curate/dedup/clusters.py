@@ -8,7 +8,7 @@ nothing but pairs and rank.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.errors import GuardError
-from sartor.curate.dedup.graph import components
+from sartor.curate.dedup.graph import components, places_of
 from sartor.curate.dedup.pairs import EXACT, F32, METHODS, Pairs
 from sartor.curate.dedup.shingles import I64, U8
 from sartor.curate.dedup.verify import Rules
@@ -52,12 +52,10 @@ def resolve(pairs: Pairs, rank: NDArray[Any], rules: Rules) -> Removals:
     Rows of equal content are one row whose best stays. Raises nothing; see `guard`.
     """
     judged = pairs.judged(rules.threshold, rules.contained)
-    order = np.lexsort((np.arange(len(rank)), -np.asarray(rank, np.float64)))
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
+    place = places_of(rank)
     twins = judged.where(judged.exact)
-    first = components(len(rank), twins.a, twins.b)
-    best = _best(first, place)
+    row_at = np.argsort(place)
+    best = row_at[places_of(rank, components(len(rank), twins.a, twins.b))]
     exact_rows = np.flatnonzero(best != np.arange(len(best)))
     near = judged.where(~judged.exact)
     a, b = best[near.a], best[near.b]
@@ -71,15 +69,6 @@ def resolve(pairs: Pairs, rank: NDArray[Any], rules: Rules) -> Removals:
     kept_for = fate[best]
     rows = np.union1d(removed, exact_rows)
     return Removals(rows, kept_for[rows], scores[best[rows]], methods[best[rows]])
-
-
-def _best(labels: I64, place: I64) -> I64:
-    """(N,) the first-placed row of each row's class."""
-    heads = np.full(len(labels), len(labels), np.int64)
-    np.minimum.at(heads, labels, place)
-    order = np.empty_like(place)
-    order[place] = np.arange(len(place))
-    return order[heads[labels]]
 
 
 def _stars(a: I64, b: I64, place: I64) -> tuple[I64, I64, I64]:
@@ -112,8 +101,13 @@ class Limits:
     allow: Collection[str] = ()
 
 
-def guard(removals: Removals, sources: NDArray[np.integer[Any]], names: Sequence[str], limits: Limits) -> None:
-    """Raise GuardError where removals go beyond the limits. `sources` (N,) numbers the source of each row, `names` says them."""
+def guard(
+    removals: Removals, sources: NDArray[np.integer[Any]], names: Sequence[str], limits: Limits, say: Callable[[int], str] = str
+) -> None:
+    """Raise GuardError where removals go beyond the limits.
+
+    `sources` (N,) numbers the source of each row, `names` says them; `say` tells a person which row a number is.
+    """
     if len(removals.rows) < limits.least:
         return
     sizes = np.bincount(sources, minlength=len(names))
@@ -128,7 +122,7 @@ def guard(removals: Removals, sources: NDArray[np.integer[Any]], names: Sequence
         name = names[source[worst]]
         raise GuardError(
             f"one cluster would remove {counts[worst]:,} of the {sizes[source[worst]]:,} rows of {name}, more than the fraction "
-            f"{limits.source_fraction:g} that may go without asking; {_example(removals, int(first[worst]))}",
+            f"{limits.source_fraction:g} that may go without asking; {_example(removals, int(first[worst]), say)}",
             f"look at the two rows; another text field or a higher threshold if they are no duplicates, else --allow {name} or a higher "
             "max_source_fraction",
         )
@@ -137,11 +131,12 @@ def guard(removals: Removals, sources: NDArray[np.integer[Any]], names: Sequence
     if gone > limits.fraction * len(sources):
         raise GuardError(
             f"{gone:,} of {len(sources):,} rows would be removed, more than the fraction {limits.fraction:g} that may go without asking; "
-            f"{_example(removals, int(np.flatnonzero(~free)[0]))}",
+            f"{_example(removals, int(np.flatnonzero(~free)[0]), say)}",
             "look at the two rows; another text field or a higher threshold if they are no duplicates, else a higher max_fraction",
         )
 
 
-def _example(removals: Removals, place: int) -> str:
+def _example(removals: Removals, place: int, say: Callable[[int], str]) -> str:
     method, score = METHODS[removals.method[place]], removals.score[place]
-    return f"row {removals.rows[place]} for row {removals.kept[place]}, for instance ({method}, {score:.2f})"
+    gone, kept = say(int(removals.rows[place])), say(int(removals.kept[place]))
+    return f"for instance row {gone} for row {kept} ({method}, {score:.2f})"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sartor.curate.dedup.shingles import I64, U32
+from sartor.curate.dedup.shingles import I64, U8, U32
 
+LEVELS = 31
 _TABLE_BITS = 22
 CHUNK = 1 << 21
 
@@ -31,13 +32,21 @@ def gathered(offsets: I64, rows: I64) -> tuple[I64, I64]:
     return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(offsets[rows] - (ends - sizes), sizes), sizes
 
 
-def common_shingles(shingles: U32, offsets: I64, rows: I64, limit: int) -> U32:
-    """Sorted shingles that stand in more than `limit` of `rows`; the count is exact, the memory bounded.
+@dataclass(frozen=True)
+class Commons:
+    """(C,) sorted shingles that are common, and the `level` of each: 1 at the limit, 2 more for every doubling, at most LEVELS."""
+
+    shingles: U32
+    level: U8
+
+
+def common_shingles(shingles: U32, offsets: I64, rows: I64, limit: int) -> Commons:
+    """The shingles that stand in more than `limit` of `rows`; the count is exact, the memory bounded.
 
     A table counts the upper bits of the hashes first; only shingles that fall on a count over the limit are counted one by one.
     """
     if len(rows) <= limit:
-        return np.empty(0, np.uint32)
+        return Commons(np.empty(0, np.uint32), np.empty(0, np.uint8))
     shift = np.uint32(32 - _TABLE_BITS)
     table = np.zeros(1 << _TABLE_BITS, np.uint32)
     for part in spans(offsets, rows):
@@ -51,20 +60,22 @@ def common_shingles(shingles: U32, offsets: I64, rows: I64, limit: int) -> U32:
         more, times = np.unique(chunk, return_counts=True)
         values, inverse = np.unique(np.concatenate([values, more]), return_inverse=True)
         counts = np.bincount(inverse.ravel(), np.concatenate([counts, times]), len(values)).astype(np.int64)
-    return values[counts > limit]
+    over = counts > limit
+    level = 1 + np.floor(2 * np.log2(counts[over] / limit))
+    return Commons(values[over], np.minimum(level, LEVELS).astype(np.uint8))
 
 
-def is_common(shingles: U32, common: U32) -> NDArray[np.bool_]:
-    """(S,) whether each shingle is one of the sorted `common`."""
-    flags = np.zeros(len(shingles), bool)
-    if not len(common):
-        return flags
+def levels(shingles: U32, common: Commons) -> U8:
+    """(S,) the level of each shingle, 0 for those that are not common."""
+    found = np.zeros(len(shingles), np.uint8)
+    if not len(common.shingles):
+        return found
     shift = np.uint32(32 - _TABLE_BITS)
     perhaps = np.zeros(1 << _TABLE_BITS, bool)
-    perhaps[common >> shift] = True
+    perhaps[common.shingles >> shift] = True
     for first in range(0, len(shingles), CHUNK):
         chunk = np.asarray(shingles[first : first + CHUNK])
         maybe = np.flatnonzero(perhaps[chunk >> shift])
-        found = common[np.minimum(np.searchsorted(common, chunk[maybe]), len(common) - 1)] == chunk[maybe]
-        flags[first + maybe[found]] = True
-    return flags
+        place = np.minimum(np.searchsorted(common.shingles, chunk[maybe]), len(common.shingles) - 1)
+        found[first + maybe] = np.where(common.shingles[place] == chunk[maybe], common.level[place], 0)
+    return found

@@ -13,19 +13,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.curate.dedup.commons import common_shingles, is_common
-from sartor.curate.dedup.graph import components
+from sartor.curate.dedup.commons import common_shingles, levels
+from sartor.curate.dedup.graph import components, places_of
+from sartor.curate.dedup.means import ALONE, Means
 from sartor.curate.dedup.minhash import BANDS, band_keys
 from sartor.curate.dedup.pairs import Pairs
+from sartor.curate.dedup.parity import Parity
+from sartor.curate.dedup.sets import Sets
 from sartor.curate.dedup.shingles import I64, U8, U32, U64
-from sartor.curate.dedup.verify import Rules, Sets, measure
+from sartor.curate.dedup.verify import Rules, measure
 
 NEIGHBOURS = 4
 # From this common share on, a row's whole set gets a signature too.
@@ -33,11 +35,6 @@ COMMON_SHARE = 0.3
 _SEEN_BITS = 20
 _COMPLETIONS = 8
 
-Show = Callable[[str, int, int], None]
-
-
-def _silent(stage: str, done: int, of: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,12 @@ def exact(digests: U8, empty: NDArray[np.bool_]) -> I64:
 
 
 def near_duplicates(
-    shingles: U32, offsets: I64, digests: U8, rules: Rules, rank: NDArray[Any] | None = None, show: Show = _silent
+    shingles: U32, offsets: I64, digests: U8, rules: Rules, rank: NDArray[Any] | None = None, means: Means = ALONE
 ) -> Found:
     """Verified pairs of N rows down to `rules.floor`, exact ones among them, each (a, b) with a < b once.
 
     `shingles`, `offsets`, `digests` as in `Sketches` (memory-mapped files will do). `rank` (N,) is the one that `clusters.resolve` will
-    get; rows of large clusters are held against the row that it puts first (default: the largest set).
+    get; rows of large clusters are held against the row that it puts first (default: the largest set). `means`: progress, processes.
     """
     sizes = np.diff(offsets)
     empty = sizes == 0
@@ -75,15 +72,15 @@ def near_duplicates(
     if len(rows) < 2:
         return Found(found, 0, int(empty.sum()), 0)
     common = common_shingles(shingles, offsets, rows, rules.common_limit(len(rows)))
-    sets = Sets(shingles, offsets, is_common(shingles, common))
-    search = _Search(sets, rules, np.empty(1 << _SEEN_BITS, np.uint64), np.arange(len(sizes)), show=show)
+    sets = Sets(shingles, offsets, levels(shingles, common))
+    search = _Search(sets, rules, np.empty(1 << _SEEN_BITS, np.uint64), np.arange(len(sizes)), means)
     own = rows[sets.own_sizes[rows] > 0]
     _search_bands(search, own, "own", "comparing")
-    if len(common):
+    if len(common.shingles):
         share = 1 - sets.own_sizes[rows] / sizes[rows]
         _search_bands(search, rows[share >= COMMON_SHARE], "whole", "comparing what is common")
-    _complete(search, (sizes if rank is None else rank).astype(np.float64))
-    return Found(Pairs.joined([found, *search.found]).unique(), len(common), int(empty.sum()), search.candidates)
+    _complete(search, places_of(sizes if rank is None else rank, first))
+    return Found(Pairs.joined([found, *search.found]).unique(), len(common.shingles), int(empty.sum()), search.candidates)
 
 
 @dataclass
@@ -94,9 +91,9 @@ class _Search:
     rules: Rules
     seen: U64  # a cache of pairs that were verified, by hash: bounded, and a miss only repeats work
     labels: I64
+    means: Means
     found: list[Pairs] = field(default_factory=list)
     candidates: int = 0
-    show: Show = _silent
 
     def verify(self, a: I64, b: I64) -> None:
         """Measure pairs that were not measured before, and keep those that pass the floor."""
@@ -117,16 +114,17 @@ def _search_bands(search: _Search, rows: I64, what: str, stage: str) -> None:
     """Candidates among `rows` by the signatures of their own or whole sets, band by band."""
     if len(rows) < 2:
         return
-    keys = band_keys(search.sets, rows, whole=what == "whole", show=search.show)
+    whole = what == "whole"
+    keys = band_keys(search.sets, rows, whole=whole, means=search.means)
+    parity = Parity.of(search.sets, rows) if whole else None
     for band in range(BANDS):
         left, right, crowded = bucket_pairs(keys[band])
         a, b = rows[left], rows[right]
         joined = crowded & (search.labels[a] == search.labels[b])
-        if what == "whole":
-            # rows that hold the very same common shingles and something of their own are boilerplate, not copies
-            joined |= (search.sets.common_digests[a] == search.sets.common_digests[b]) & (search.sets.own_sizes[a] > 0)
+        if parity is not None:
+            joined |= ~parity.perhaps_edited(left, right)
         search.verify(a[~joined], b[~joined])
-        search.show(stage, band + 1, BANDS)
+        search.means.show(stage, band + 1, BANDS)
 
 
 def bucket_pairs(keys: U32) -> tuple[I64, I64, NDArray[np.bool_]]:
@@ -156,16 +154,12 @@ def bucket_pairs(keys: U32) -> tuple[I64, I64, NDArray[np.bool_]]:
     return places[np.concatenate(lefts)], places[np.concatenate(rights)], np.concatenate(crowds)
 
 
-def _complete(search: _Search, rank: NDArray[np.float64]) -> None:
-    """Hold the rows of a component that lack an edge to its first-ranked row against it; then against the next, while that finds any."""
-    order = np.lexsort((np.arange(len(rank)), -rank))
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
+def _complete(search: _Search, place: I64) -> None:
+    """Hold the rows of a component that lack an edge to its first-ranked row against it; those still unlike it against the next."""
     sure = Pairs.joined(search.found).unique().judged(search.rules.threshold, search.rules.contained)
     open_rows = np.unique(np.concatenate([sure.a, sure.b]))
     for _ in range(_COMPLETIONS):
         heads = _heads(search.labels, open_rows, place)
-        # an edge decides both ends: the head is done, and so is whoever is its verified twin
         a, b = heads[search.labels[open_rows]], open_rows
         linked = np.isin(_keys(a, b), _keys(sure.a, sure.b)) | (a == b)
         if linked.all():

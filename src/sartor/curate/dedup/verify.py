@@ -5,7 +5,9 @@ Common shingles (`commons.py`) are set aside, with two exceptions that follow fr
 - *An edit displaces, boilerplate adds.* Of 150 near-copies of one row every shingle is common but those that an edit made; set aside, nothing
   would be left to agree on. But a changed word takes common shingles away where it stands, and a row behind boilerplate has all of
   them. So where the common shingles that only one of the two holds are at least DISPLACED of their own that only one holds, the pair
-  is measured on the whole sets. With nothing of their own on either side that is so too.
+  is measured on the whole sets. Counted are those that are about as common as the two rows' common shingles are in the mean
+  (`Sets.common_cut`): a phrase like `of the` comes with any text, and is no sign of an edit. With nothing of their own on either side the whole
+  sets are measured too.
 - *A short rest proves nothing.* `turn on the kitchen light` and `turn off the kitchen light` agree in all that is not common among many such
   rows. Where less than `rules.least_own` is left of either, the lower of both measures counts.
 
@@ -17,18 +19,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sartor.core.errors import ConfigError
-from sartor.curate.dedup.commons import CHUNK, gathered, spans
+from sartor.curate.dedup.commons import CHUNK, gathered
 from sartor.curate.dedup.pairs import Pairs
-from sartor.curate.dedup.shingles import I64, NUMBER, U32, U64, Shingling, mixed
+from sartor.curate.dedup.sets import Sets
+from sartor.curate.dedup.shingles import I64, Shingling
 
-DISPLACED = 0.4
+DISPLACED = 0.25
 # By measurement: docs/decisions/007-dedup.md
 THRESHOLDS = {"words": 0.65, "characters": 0.45}
 # Pairs are kept down to here, so that a lower threshold needs no new search; 50 x 4 finds 96 % of pairs at 0.5, 73 % at 0.4.
@@ -70,36 +70,6 @@ def rules_for(how: Shingling, threshold: float = 0.0, contained: float | None = 
     return Rules(threshold, min(threshold, FLOORS[how.unit]), contained, numbers=0.5 if how.unit == "words" else 0.0)
 
 
-@dataclass(frozen=True)
-class Sets:
-    """The shingle sets of all rows, and (S,) which shingles are common."""
-
-    shingles: U32
-    offsets: I64
-    common: NDArray[np.bool_]
-
-    @cached_property
-    def own_sizes(self) -> I64:
-        """(N,) shingles of each row that are not common."""
-        return np.diff(self.offsets) - self._sums(self.common)
-
-    @cached_property
-    def common_digests(self) -> U64:
-        """(N,) equal where rows hold the same common shingles (a sum of mixed hashes)."""
-        values = np.where(self.common, mixed(np.asarray(self.shingles).astype(np.uint64)), np.uint64(0))
-        return self._sums(values)
-
-    @cached_property
-    def number_sizes(self) -> I64:
-        """(N,) numbers of each row, where shingles are words."""
-        return self._sums((np.asarray(self.shingles) & NUMBER).astype(bool))
-
-    def _sums(self, values: NDArray[Any]) -> NDArray[Any]:
-        total = np.zeros(len(values) + 1, np.int64 if values.dtype == bool else values.dtype)
-        np.cumsum(values, out=total[1:])
-        return total[self.offsets[1:]] - total[self.offsets[:-1]]
-
-
 def measure(sets: Sets, a: I64, b: I64, rules: Rules) -> Pairs:
     """The pairs of (a, b), a < b, that are duplicates at the floor or by containment, with both measures."""
     sizes = np.diff(sets.offsets)
@@ -115,41 +85,58 @@ def measure(sets: Sets, a: I64, b: I64, rules: Rules) -> Pairs:
 
 
 def _measure(sets: Sets, a: I64, b: I64, rules: Rules) -> Pairs:
-    shared, shared_own, shared_numbers = _shared(sets, a, b)
+    count = _counts(sets, a, b)
     sizes = np.diff(sets.offsets)
-    whole_a, whole_b, own_a, own_b = sizes[a], sizes[b], sets.own_sizes[a], sets.own_sizes[b]
-    whole = shared / (whole_a + whole_b - shared)
-    own = shared_own / np.maximum(own_a + own_b - shared_own, 1)
-    own_apart = own_a + own_b - 2 * shared_own
-    common_apart = (whole_a - own_a) + (whole_b - own_b) - 2 * (shared - shared_own)
-    edited = common_apart >= DISPLACED * own_apart
+    own_a, own_b = sets.own_sizes[a], sets.own_sizes[b]
+    whole = count.shared / (sizes[a] + sizes[b] - count.shared)
+    own = count.own / np.maximum(own_a + own_b - count.own, 1)
+    edited = count.displaced >= DISPLACED * (own_a + own_b - 2 * count.own)
     enough = np.minimum(own_a, own_b) >= rules.least_own
     jaccard = np.where(edited, np.maximum(whole, np.where(enough, own, 0)), np.where(enough, own, np.minimum(own, whole)))
-    inside = np.minimum(shared / np.minimum(whole_a, whole_b), shared_own / np.maximum(np.minimum(own_a, own_b), 1))
+    inside = np.minimum(count.shared / np.minimum(sizes[a], sizes[b]), count.own / np.maximum(np.minimum(own_a, own_b), 1))
     containment = np.where(enough, inside, 0)
-    exact = np.zeros(len(a), bool)
-    pairs = Pairs(a, b, jaccard.astype(np.float32), containment.astype(np.float32), exact)
+    pairs = Pairs(a, b, jaccard.astype(np.float32), containment.astype(np.float32), np.zeros(len(a), bool))
     if rules.numbers:
-        lacking_a, lacking_b = sets.number_sizes[a] - shared_numbers, sets.number_sizes[b] - shared_numbers
-        all_numbers = lacking_a + lacking_b + shared_numbers
-        contradict = (np.minimum(lacking_a, lacking_b) > 0) & (shared_numbers < rules.numbers * all_numbers)
+        lacking_a, lacking_b = sets.number_sizes[a] - count.numbers, sets.number_sizes[b] - count.numbers
+        contradict = (np.minimum(lacking_a, lacking_b) > 0) & (
+            count.numbers < rules.numbers * (lacking_a + lacking_b + count.numbers)
+        )
         pairs = pairs.where(~contradict)
     return pairs.judged(rules.floor, rules.contained)
 
 
-def _shared(sets: Sets, a: I64, b: I64) -> tuple[I64, I64, I64]:
-    """How many shingles each pair shares, how many of those are not common, and how many are numbers."""
+@dataclass(frozen=True)
+class _Counts:
+    """Of each pair (P,): shingles that both hold; those of them that are not common, that are numbers; common ones that one lacks."""
+
+    shared: I64
+    own: I64
+    numbers: I64
+    displaced: I64
+
+
+def _counts(sets: Sets, a: I64, b: I64) -> _Counts:
     keys = []
     for rows in (a, b):
         places, sizes = gathered(sets.offsets, rows)
-        pair = np.repeat(np.arange(len(rows), dtype=np.uint64) << np.uint64(33), sizes)
-        keys.append(pair | (sets.shingles[places].astype(np.uint64) << np.uint64(1)) | sets.common[places])
+        pair = np.repeat(np.arange(len(rows), dtype=np.uint64) << np.uint64(37), sizes)
+        keys.append(pair | (sets.shingles[places].astype(np.uint64) << np.uint64(5)) | sets.level[places])
     merged = np.concatenate(keys)
     merged.sort(kind="stable")  # two sorted runs: one merge
-    twice = merged[1:][merged[1:] == merged[:-1]]
-    pair = (twice >> np.uint64(33)).astype(np.int64)
-    count = len(a)
+    same = merged[1:] == merged[:-1]
+    twice, count = merged[1:][same], len(a)
+    pair = (twice >> np.uint64(37)).astype(np.int64)
     shared = np.bincount(pair, minlength=count)
-    common = np.bincount(pair[(twice & np.uint64(1)).astype(bool)], minlength=count)
-    numbers = np.bincount(pair[(twice & np.uint64(NUMBER << np.uint32(1))).astype(bool)], minlength=count)
-    return shared, shared - common, numbers
+    common = np.bincount(pair[(twice & np.uint64(31)) > 0], minlength=count)
+    numbers = np.bincount(pair[(twice & np.uint64(32)) > 0], minlength=count)
+    displaced = np.zeros(count, np.int64)
+    if sets.common_cut.any():
+        once = np.ones(len(merged), bool)
+        once[1:][same] = False
+        once[:-1][same] = False
+        once &= (merged & np.uint64(31)) > 0
+        alone = merged[once]
+        pair = (alone >> np.uint64(37)).astype(np.int64)
+        cut = np.maximum(sets.common_cut[a], sets.common_cut[b])
+        displaced = np.bincount(pair[(alone & np.uint64(31)) >= cut[pair]], minlength=count)
+    return _Counts(shared, shared - common, numbers, displaced)
