@@ -199,6 +199,19 @@ def inspect(path: Path) -> Any:
 
 
 @app.command
+def revoke(dataset: Path, *, source: str = "", example: str = "") -> Any:
+    """List what a source or an example reaches: rows, rows made from them, adapters, reports, releases. Changes nothing.
+
+    Parameters
+    ----------
+    dataset: the Dataset
+    source: a source as the recipe names it, a file's path, or source/path
+    example: id of one row
+    """
+    return sartor.revoke(dataset, source=source, example=example)
+
+
+@app.command
 def index(directory: Path) -> Any:
     """Find artefacts again after a move."""
     if not directory.is_dir():
