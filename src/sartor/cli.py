@@ -9,7 +9,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -124,6 +124,7 @@ def release(
     waive: tuple[str, ...] = (),
     by: str = "",
     reason: str = "",
+    use: Literal["commercial", "non-commercial", "research", "internal"] = "commercial",
     replace: REPLACE = False,
 ) -> Any:
     """Adapter -> signed Release, if the gate lets it pass.
@@ -139,11 +140,12 @@ def release(
     waive: let a failed check pass; needs --by and --reason, which are signed in
     by: who waives
     reason: why
+    use: what it is meant for: the licences of sources and base have to permit it
     replace: replace the Release that stands there
     """
     waivers = [sartor.Waiver(check, by, reason) for check in waive]
     return sartor.release(
-        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, replace=replace
+        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, use=use, replace=replace
     )
 
 
@@ -193,9 +195,15 @@ def ask(
 
 
 @app.command
-def inspect(path: Path) -> Any:
-    """What an artefact is, its licence, and the walk back to its sources."""
-    return sartor.inspect(path)
+def inspect(path: Path, *, example: str = "") -> Any:
+    """What an artefact is, its licence, and the walk back to its sources; or one row of a Dataset.
+
+    Parameters
+    ----------
+    path: the artefact
+    example: id of a row: its origins, what it was made from, the steps that changed it, its duplicates
+    """
+    return sartor.inspect(path, example=example)
 
 
 @app.command

@@ -15,6 +15,7 @@ from typing import Any
 from sartor.core import catalogue
 from sartor.core.artifacts import Artifact, open_artifact, read_manifest
 from sartor.core.errors import ArtifactError
+from sartor.core.example_lineage import inspect_example
 
 # curate/pipeline.py takes `combine` from here
 from sartor.core.licences import combine as combine
@@ -66,8 +67,13 @@ def find_parent(artifact: Artifact, kind: str) -> Artifact | None:
     return None
 
 
-def inspect(path: Path | str) -> dict[str, Any]:
-    """What an artefact is: kind, id, licence and what it demands, sources with digests and licences, and the walk back."""
+def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
+    """With `example`, one row of a Dataset: origins, ancestors, duplicates. Else the artefact.
+
+    What an artefact is: kind, id, licence and what it demands, sources with digests and licences, and the walk back.
+    """
+    if example:
+        return inspect_example(path, example)
     artifact = open_artifact(path)
     manifest = artifact.manifest
     known = ("name", "version", "use", "created", "base", "counts", "gate", "versions", "metrics")
