@@ -3,7 +3,8 @@
     python benchmarks/revoke.py --json
 
 The rows are minimal and of the real schema, with true content digests: 20 sources, every tenth row held by two of them,
-every hundredth made from another row. An Adapter and a Release hang on the Dataset. Medians of `--runs`.
+every hundredth made from a row of the next source. An Adapter and a Release hang on the Dataset. Medians of `--runs`, with
+the answers held against what they must be.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -42,7 +44,7 @@ def origins_of(number: int, rows: int) -> list[dict[str, Any]]:
     """One origin; two for every tenth row; a parent for every hundredth."""
     home = number * SOURCES // rows
     places = [home, (home + 1) % SOURCES] if number % 10 == 0 else [home]
-    parents = [row_id(number - 1)] if number % 100 == 1 else []
+    parents = [row_id((number - 1 + rows // SOURCES) % rows)] if number % 100 == 2 else []
     return [
         {
             "source": f"data/part-{place:02}.jsonl",
@@ -105,21 +107,23 @@ def make(folder: Path, rows: int) -> tuple[Path, float]:
     return dataset.path, took
 
 
-def timed(arguments: list[str], runs: int) -> tuple[float, dict[str, Any]]:
-    """Median seconds of the whole command, and what it said."""
-    seconds = []
+def timed(arguments: list[str], runs: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Medians of the whole command: seconds of wall, and of processor (which a busy machine does not stretch); its answer."""
+    walls, busy = [], []
     for _ in range(runs):
-        began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "sartor", *arguments, "--json"], capture_output=True, text=True, check=True
-        )
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds), json.loads(done.stdout.splitlines()[-1])
+        began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "sartor", *arguments, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        walls.append(time.perf_counter() - began)
+        busy.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    medians = {"wall_s": round(statistics.median(walls), 3), "cpu_s": round(statistics.median(busy), 3)}
+    return medians, json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--rows", type=int, default=1_000_000)
+    options.add_argument("--rows", type=int, default=1_000_000, help="a multiple of 2,000")
     options.add_argument("--runs", type=int, default=5)
     options.add_argument("--json", action="store_true", help="accepted as in every benchmark; the output is JSON anyway")
     chosen = options.parse_args()
@@ -127,26 +131,33 @@ def main() -> None:
         folder = Path(name)
         os.environ["SARTOR_HOME"] = str(folder / "home")
         dataset, index_s = make(folder, chosen.rows)
-        source_s, by_source = timed(["revoke", str(dataset), "--source", "data/part-07.jsonl"], chosen.runs)
-        example_s, by_example = timed(["revoke", str(dataset), "--example", row_id(chosen.rows // 2)], chosen.runs)
-        inspect_s, _ = (0.0, {}) # timed(["inspect", str(dataset), "--example", row_id(chosen.rows // 2 + 1)], chosen.runs)
-        whole_s, _ = timed(["inspect", str(dataset)], 1)
-        start_s, _ = timed(["inspect", str(folder / "adapter")], chosen.runs)
+        part = chosen.rows // SOURCES
+        source, by_source = timed(["revoke", str(dataset), "--source", "data/part-07.jsonl"], chosen.runs)
+        parent, child = row_id(chosen.rows // 2 + 1), row_id(chosen.rows // 2 - part + 2)
+        example, by_example = timed(["revoke", str(dataset), "--example", parent], chosen.runs)
+        assert set(by_example["examples"]) == {parent, child}, by_example["examples"]
+        inspect, shown = timed(["inspect", str(dataset), "--example", child], chosen.runs)
+        assert [one["id"] for one in shown["ancestors"]] == [parent], shown["ancestors"]
+        whole, _ = timed(["inspect", str(dataset)], 1)
+        start, _ = timed(["inspect", str(folder / "adapter")], chosen.runs)
+        tenth, hundredth = part // 10, part // 100
+        found = (len(by_source["examples"]), len(by_source["examples_kept"]))
+        assert found == (part - tenth + hundredth, 2 * tenth), f"a wrong answer is not worth its time: {found}"
         size = {file.parent.name: file.stat().st_size for file in sorted(dataset.rglob("*.parquet"))}
     said = {
         "rows": chosen.rows,
-        "revoke_source_s": round(source_s, 3),
-        "revoke_example_s": round(example_s, 3),
-        "inspect_example_s": round(inspect_s, 3),
-        "inspect_dataset_s": round(whole_s, 3),
-        "inspect_empty_adapter_s": round(start_s, 3),
+        "revoke_source": source,
+        "revoke_example": example,
+        "inspect_example": inspect,
+        "inspect_dataset": whole,
+        "inspect_empty_adapter": start,
         "write_index_s": round(index_s, 3),
         "examples": len(by_source["examples"]),
         "examples_kept": len(by_source["examples_kept"]),
-        "of_one_example": len(by_example["examples"]) + len(by_example["examples_kept"]),
         "releases": len(by_source["releases"]),
         "index_bytes": size["lineage"],
         "examples_bytes": size["examples"],
+        "load": [round(one, 1) for one in os.getloadavg()],
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
     }
     print(json.dumps(said))

@@ -70,7 +70,7 @@ def _remedy(sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, refu
     said = [f"--use {' or '.join(uses)} is permitted"] if uses else []
     named = [name for name in refused if not name.startswith("base ")]
     if len(named) < len(refused):
-        said.append("tune another base")
+        said.append("state the licence of the base (base.licence in the tuning recipe), or tune another")
     if named:
         where = dataset.path if dataset else "DATASET"
         said.append(f"leave out {', '.join(named[:3])} and curate and tune again (sartor revoke {where} --source {named[0]})")
