@@ -52,6 +52,22 @@ def test_a_changed_parent_is_said_on_the_walk_back(tmp_path: Path) -> None:
     assert lineage.find_parent(child, "dataset") is None
 
 
+def test_inspect_shows_conflicts_and_obligations_of_sources_and_base(tmp_path: Path) -> None:
+    sources = [{"source": f"{name}.jsonl", "licence": licence, "kept": kept} for name, licence, kept in
+               (("a", "CC-BY-SA-4.0", 2), ("gone", "ODbL-1.0", 0))]  # fmt: skip
+    base = {"name": "tiny", "licence": "GPL-2.0-only"}
+    made = write_artifact(tmp_path / "a", "adapter", lambda part: {"parents": [], "sources": sources, "base": base})
+    said = lineage.inspect(made.path)
+    assert said["licence_conflicts"] == [
+        "CC-BY-SA-4.0 of a.jsonl and GPL-2.0-only of base tiny each demand that a derived work carries its own terms"
+    ]
+    assert any(line.startswith("CC-BY-SA-4.0 of a.jsonl: credit") for line in said["obligations"])
+    recorded = write_artifact(
+        tmp_path / "d", "dataset", lambda part: {"parents": [], "sources": [], "licence_conflicts": ["as recorded"]}
+    )
+    assert lineage.inspect(recorded.path)["licence_conflicts"] == ["as recorded"]
+
+
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=60), st.floats(0, 0.9), st.integers(0, 9))
 def test_one_group_always_stays_for_training(groups: list[str], fraction: float, seed: int) -> None:
     held_out = held_out_groups(groups, fraction, seed)

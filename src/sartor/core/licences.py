@@ -104,6 +104,13 @@ def _preference(one: frozenset[str]) -> tuple[float, int, list[str]]:
     return -min(_family(licence).rank for licence in one), len(one), sorted(one)
 
 
+def made_from(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What an artefact was made from: sources of which a row was kept, and the base, where there is one, as one more."""
+    kept = [source for source in manifest.get("sources", []) if source.get("kept", 1)]
+    base = manifest.get("base")
+    return [*kept, {"source": f"base {base['name']}", "licence": base["licence"]}] if base else kept
+
+
 def objections(sources: Sequence[Mapping[str, Any]], use: str = "commercial", today: str = "") -> list[Objection]:
     """Why these sources do not permit a use; empty when they do. `today` (ISO) is the clock's unless given."""
     today = today or datetime.datetime.now(datetime.UTC).date().isoformat()

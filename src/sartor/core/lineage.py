@@ -12,14 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue
+from sartor.core import catalogue, licences
 from sartor.core.artifacts import Artifact, open_artifact, read_manifest
 from sartor.core.errors import ArtifactError
 from sartor.core.example_lineage import inspect_example
 
 # curate/pipeline.py takes `combine` from here
 from sartor.core.licences import combine as combine
-from sartor.core.licences import conflicts, obligations
 from sartor.core.spdx import UNKNOWN
 
 
@@ -77,14 +76,14 @@ def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
     artifact = open_artifact(path)
     manifest = artifact.manifest
     known = ("name", "version", "use", "created", "base", "counts", "gate", "versions", "metrics")
-    kept = [source for source in manifest.get("sources", []) if source.get("kept", 1)]
+    made_from = licences.made_from(manifest)
     return {
         "kind": artifact.kind,
         "id": artifact.id,
         "path": str(artifact.path),
         "licence": artifact.licence,
-        "licence_conflicts": manifest.get("licence_conflicts", conflicts(kept)),
-        "obligations": obligations(kept),
+        "licence_conflicts": manifest.get("licence_conflicts", licences.conflicts(made_from)),
+        "obligations": licences.obligations(made_from),
         "parents": [dataclasses.asdict(step) for step in walk(artifact)],
         "sources": manifest.get("sources", []),
         **{key: manifest[key] for key in known if key in manifest},

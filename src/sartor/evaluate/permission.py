@@ -20,19 +20,12 @@ def check_use(use: str) -> None:
         raise ConfigError(f"there is no use {use!r}; there are {', '.join(USES)}", f"--use {meant[0] if meant else USES[0]}")
 
 
-def sources_of(adapter: Artifact) -> list[Mapping[str, Any]]:
-    """The sources of which a row was kept, and the base as one more."""
-    base = adapter.manifest["base"]
-    kept = [source for source in adapter.manifest["sources"] if source["kept"]]
-    return [*kept, {"source": f"base {base['name']}", "licence": base["licence"]}]
-
-
 def refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
     """Why the Adapter may not be released for this use, in sentences, and what would help; nothing when it may.
 
     A row that a second source also holds, which permits the use, is no reason: the licence that permits is the one used.
     """
-    sources = sources_of(adapter)
+    sources = licences.made_from(adapter.manifest)
     objections = licences.objections(sources, use)
     dataset = lineage.find_parent(adapter, "dataset") if objections else None
     of_source: dict[str, list[Objection]] = {}

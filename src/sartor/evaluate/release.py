@@ -163,7 +163,7 @@ def _facts(
         "parents": [adapter.as_parent(), report.as_parent()],
         "sources": adapter.manifest["sources"],
         "licence": adapter.licence,
-        "obligations": licences.obligations(permission.sources_of(adapter)),
+        "obligations": licences.obligations(licences.made_from(adapter.manifest)),
         "metrics": report.manifest["metrics"],
         "primary": report.manifest["primary"],
         "forgetting": report.manifest["forgetting"],
