@@ -137,6 +137,7 @@ def release(
     waive: tuple[str, ...] = (),
     by: str = "",
     reason: str = "",
+    use: Literal["commercial", "non-commercial", "research", "internal"] = "commercial",
     replace: REPLACE = False,
 ) -> Any:
     """Adapter -> signed Release, if the gate lets it pass.
@@ -152,11 +153,12 @@ def release(
     waive: let a failed check pass; needs --by and --reason, which are signed in
     by: who waives
     reason: why
+    use: what it is meant for: the licences of sources and base have to permit it
     replace: replace the Release that stands there
     """
     waivers = [sartor.Waiver(check, by, reason) for check in waive]
     return sartor.release(
-        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, replace=replace
+        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, use=use, replace=replace
     )
 
 
@@ -206,9 +208,28 @@ def ask(
 
 
 @app.command
-def inspect(path: Path) -> Any:
-    """What an artefact is, its licence, and the walk back to its sources."""
-    return sartor.inspect(path)
+def inspect(path: Path, *, example: str = "") -> Any:
+    """What an artefact is, its licence, and the walk back to its sources; or one row of a Dataset.
+
+    Parameters
+    ----------
+    path: the artefact
+    example: id of a row: its origins, what it was made from, the steps that changed it, its duplicates
+    """
+    return sartor.inspect(path, example=example)
+
+
+@app.command
+def revoke(dataset: Path, *, source: str = "", example: str = "") -> Any:
+    """List what a source or an example reaches: rows, rows made from them, adapters, reports, releases. Changes nothing.
+
+    Parameters
+    ----------
+    dataset: the Dataset
+    source: a source as the recipe names it, a file's path, or source/path
+    example: id of one row
+    """
+    return sartor.revoke(dataset, source=source, example=example)
 
 
 @app.command

@@ -46,6 +46,13 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
         return super().construct_mapping(node, deep)
 
 
+# A day is text here as in JSON: YAML would make `expires: 2027-12-31` a date, which no manifest can hold.
+_UniqueKeys.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError with the line where it does not parse."""
     try:
@@ -76,7 +83,7 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
         # a flag may complete what the file lacks, so the file alone need not be whole; but a shorthand in it is expanded
         whole = _expanded(cls, data)
         for key, text in _flag_pairs(flags):
-            _set(whole, key.split("."), yaml.safe_load(text) if text else text, key)
+            _set(whole, key.split("."), yaml.load(text, _UniqueKeys) if text else text, key)
         data = whole
     return _build(cls, data, "")
 
