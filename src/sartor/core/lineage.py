@@ -16,9 +16,6 @@ from sartor.core import catalogue, licences
 from sartor.core.artifacts import Artifact, open_artifact, read_manifest
 from sartor.core.errors import ArtifactError
 from sartor.core.example_lineage import inspect_example
-
-# curate/pipeline.py takes `combine` from here
-from sartor.core.licences import combine as combine
 from sartor.core.spdx import UNKNOWN
 
 

@@ -76,8 +76,8 @@ class State:
 class Passes:
     """Runs the steps. `folder` is the directory of the work; `run` executes tasks, on whatever engine."""
 
-    def __init__(self, folder: Path, run: Run, notice: Callable[[str], None]) -> None:
-        self.folder, self.run, self.notice = folder, run, notice
+    def __init__(self, folder: Path, run: Run, workers: int, notice: Callable[[str], None]) -> None:
+        self.folder, self.run, self.workers, self.notice = folder, run, workers, notice
         self.number = 0
 
     def first(self, reading: Sequence[Task], steps: Sequence[Any]) -> State:
@@ -154,7 +154,7 @@ class Passes:
         def fetch(wanted: Sequence[int]) -> list[Example]:
             return examples_of(state, [living[row] for row in wanted])
 
-        return Gathered(table, names, fetch, self.notice)
+        return Gathered(table, names, fetch, self.folder, self.workers, self.notice)
 
 
 def split(steps: Sequence[Any]) -> tuple[tuple[RowStep, ...], tuple[SetStep, ...], list[Any]]:

@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.core import catalogue, config, lineage, rows
+from sartor.core import catalogue, config, licences, lineage, lineage_index, rows
 from sartor.core.artifacts import Artifact, check_free, file_digest, kind_of, open_artifact, write_artifact, writer_lock
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import canonical, digest
-from sartor.curate import finish, local, on_ray, units
+from sartor.curate import card, finish, local, on_ray, units
 from sartor.curate.parts import Part
 from sartor.curate.passes import Passes, State, whole
 from sartor.curate.progress import Progress
@@ -33,6 +33,8 @@ from sartor.curate.recipe import CurateRecipe
 from sartor.curate.work import Task
 
 Notice = Callable[[str], None]
+# Of a Source, what its files' entries in the manifest say besides the licence: core/licences.py reads them there.
+TERMS = ("share_alike", "non_commercial", "expires", "consent")
 Engine = Literal["local", "ray"]
 
 
@@ -133,8 +135,7 @@ def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
     there = open_artifact(out, "dataset")
     made = {(file["source"], file["path"]): file["sha256"] for file in there.manifest["sources"]}
     now = {(file.source, file.path): file.sha256 for file in units.plan(recipe.sources, recipe.max_row_bytes).files}
-    asked = json.loads(canonical(config.dump(recipe)))
-    same = {**there.manifest["recipe"], "workers": 0} == {**asked, "workers": 0}
+    same = there.manifest["recipe"] == json.loads(canonical(_said(recipe)))
     if not same or made != now:
         what = "sources that have changed" if same else "another recipe"
         raise ConfigError(f"{out} is a finished Dataset of {what}", "choose another --out, or --replace")
@@ -161,6 +162,7 @@ class Line:
 
     def __init__(self, recipe: CurateRecipe, work: Path, on: Engine, notice: Notice) -> None:
         self.recipe, self.work, self.notice = recipe, work, notice
+        self.declared = {source.path: source for source in recipe.sources}
         self.engine = on_ray.run if on == "ray" else local.run
         self.progress = Progress(notice)
         self.found = 0
@@ -174,7 +176,8 @@ class Line:
             Task(Path(), unit.digest, self.work, (), (), unit, self.recipe.sources[unit.source], strict)
             for unit in self.planned.units
         ]
-        return Passes(self.work, self._execute, self.notice).first(tasks, whole(self.recipe.steps))
+        workers = self.recipe.workers or len(os.sched_getaffinity(0))
+        return Passes(self.work, self._execute, workers, self.notice).first(tasks, whole(self.recipe.steps))
 
     def _execute(self, name: str, tasks: Sequence[Task]) -> list[Part]:
         sizes = [task.unit.bytes if task.unit else _size(task.before) for task in tasks]
@@ -225,18 +228,29 @@ class Line:
         sources = []
         for file in self.planned.files:
             place = file.source, file.path
-            sources.append({**asdict(file), "read": self.read[place], "kept": kept[place]})
-        files = {file.relative_to(folder).as_posix(): file_digest(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+            terms = {name: getattr(self.declared[file.source], name) for name in TERMS}
+            sources.append({**asdict(file), **terms, "read": self.read[place], "kept": kept[place]})
+        used = [source for source in sources if source["kept"]]
         return {
-            "recipe": config.dump(self.recipe),
+            "recipe": _said(self.recipe),
             "sources": sources,
-            "licence": lineage.combine(source["licence"] for source in sources if source["kept"]),
+            "licence": licences.combine(source["licence"] for source in used),
+            "licence_conflicts": licences.conflicts(used),
+            "obligations": licences.obligations(used),
             "counts": counts,
             "steps": {**state.facts, **{kind: dict(counts.most_common()) for kind, counts in self.tally.items()}},
-            "digest": digest(files),
             "parents": [],
             "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
         }
+
+
+def _said(recipe: CurateRecipe) -> dict[str, Any]:
+    """The recipe as the manifest has it: without what changes nothing in the Dataset."""
+    return {name: value for name, value in config.dump(recipe).items() if name != "workers"}
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def _size(before: Path | None) -> int:

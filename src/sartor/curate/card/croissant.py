@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.artifacts import file_digest
-from sartor.core.lineage import UNKNOWN
+from sartor.core.spdx import UNKNOWN
 from sartor.core.page import flat, said, visible
 from sartor.curate.card.contents import Contents
 from sartor.curate.card.hub import conjuncts

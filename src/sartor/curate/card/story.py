@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sartor.core.lineage import UNKNOWN
+from sartor.core.spdx import UNKNOWN
 from sartor.core.page import flat, said
 from sartor.curate.card import findings, plots
 from sartor.curate.card.blocks import (

@@ -58,13 +58,16 @@ class Gathered:
 
     `table` is an Arrow table of N rows in the order of reading: the sketch's columns, and always `id` (of the Example),
     `source` (index into `sources`) and `locator`. It is memory-mapped: take columns, not the whole. `sources` names the
-    input files. `examples` fetches a few whole rows by number, for a second look or for evidence. `notice` says a line to
-    the person who waits.
+    input sources as declared. `examples` fetches a few whole rows by number, for a second look or for evidence. `folder` is a
+    place for scratch files, removed with the work. `notice` says a line to the person who waits; `workers` is how many
+    processes the step may use.
     """
 
     table: Any
     sources: Sequence[str]
     examples: Callable[[Sequence[int]], list[Example]]
+    folder: Path
+    workers: int = 1
     notice: Callable[[str], None] = lambda line: None
 
     def __len__(self) -> int:
