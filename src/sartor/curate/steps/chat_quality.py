@@ -1,4 +1,6 @@
-"""`chat_quality`: rows whose answers are empty, cut off, a refusal, an echo or in the wrong language, or whose turns are out of order."""
+"""`chat_quality`: rows whose answers are empty, cut off, a refusal, an echo or in the wrong language, or whose turns are out
+of order.
+"""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ import json
 import re
 
 from sartor.core.records import Example, Message
-from sartor.curate.steps.texts import begins_alike, is_code, is_json, sentences, words
-from sartor.curate.steps.tongues import Detector, are_kin, share_a_tongue
+from sartor.curate.steps.texts import begins_alike, is_code, is_json, sentences, word_set, words
+from sartor.curate.steps.tongues import Detector, are_kin, leading_tongue, share_a_tongue
 
 _ENDED = re.compile(r"[.!?…:;。！？।؟)\]}\"'”’»`*_~>|]\s*$|\W\s*$")
 _FENCE_LINE = re.compile(r"^\s{0,3}(`{3,}|~{3,})", re.M)
@@ -27,45 +27,72 @@ _NEVER_LAST = {
     "pt": "o os as um uma e ou de do da dos das com para por que porque seu sua muito",
     "nl": "de het een en of van met voor omdat dat zijn haar hun zeer",
 }
-_ENDLESS = {language: frozenset(said.split()) for language, said in _NEVER_LAST.items()}
-_PLACEHOLDERS = frozenset("null NULL nan NaN undefined n/a N/A <empty> [empty] (empty) [deleted] [removed]".split())
+_ENDLESS = {language: word_set(said) for language, said in _NEVER_LAST.items()}
+_PLACEHOLDERS = word_set("null NULL nan NaN undefined n/a N/A <empty> [empty] (empty) [deleted] [removed]")
 _SAD_FACE = re.compile(r"[:;=>]['-]?\($")
-_COMPLETE_OF = re.compile(r"\b(?:top|heard|made|kind|sort|advantage|think|thought|thinking|dream\w*|part|out|care|aware|proud|afraid|fond|tired|know) of$", re.I)
-# One of these stands in every refusal that the patterns below find; looking for them is far quicker.
-_REFUSAL_HINTS = (
-    " ai ", " ai,", " ai-", "language model", "artificial intel", "cutoff", "cut-off", "knowledge update", "training update",
-    "data update", "assist with ", "assist you with ", "fulfil", "comply with", "complete th", "complete yo", "complete su",
-    "accommodate", "modelo de", "inteligencia art", "intelligence art", "intelligenza art", " ia ", " ia,", "ia,", "modèle d", "als ki",
-    "eine ki", "künstliche", "sprachmodell", "språkmodell", "modello ling", "人工智能", "语言模型", "作为ai", "身为ai",
-)  # fmt: skip
-_REFUSAL = re.compile(
-    r"\bas an? (?:artificial intelligence|ai)(?: (?:language|chat))?(?: (?:model|assistant|program|system|chatbot))?\b,? (?:(?:created|developed|"
-    r"trained|made) by \w+,? )?i\b"
-    r"|\bas a (?:large )?language model\b,? (?:(?:created|developed|trained|made) by \w+,? )?i\b"
-    r"|\bi(?:['’]m| am) (?:just |only |merely |sorry,? (?:but )?as )?an? (?:ai|artificial intelligence)(?: language)? model\b"
-    r"|\bi(?:['’]m| am) (?:just |only )?an? (?:large )?language model\b"
-    r"|\b(?:my|of my) (?:last )?(?:knowledge|training(?: data)?) (?:cut-?off|update)\b"
-    r"|\bi (?:can(?:no|['’])t|am (?:unable|not able) to|['’]m (?:unable|not able) to|won['’]t|will not) (?:assist (?:you )?with (?:that|this|your request|"
-    r"such)|(?:fulfil|fulfill|comply with|complete|accommodate) (?:that|this|your|the|such)(?: specific| particular)? (?:request|prompt))"
-    r"|\bcomo (?:un )?modelo de (?:lenguaje|ia)\b|\bcomo (?:una )?(?:inteligencia artificial|ia),? (?:no|yo)\b"
-    r"|\ben tant qu['’](?:ia|intelligence artificielle|assistant ia|modèle de langage|modèle d['’]ia)\b"
-    r"|\bals (?:ein )?(?:ki|künstliche intelligenz)(?:-(?:sprach)?modell|-assistent)?,? (?:kann|habe|bin) ich\b|\bals (?:ein )?(?:ki-)?sprachmodell\b"
-    r"|\bsom (?:en )?(?:ai|ai-modell|ai-assistent|språkmodell)(?:,| kan jag| har jag)\b"
-    r"|\bcome (?:modello linguistico|intelligenza artificiale|ia),|\bcomo (?:um )?modelo de linguagem\b"
-    r"|(?:作为|身为)(?:一个|一名)?(?:人工智能|ai|大型?语言模型|语言模型)",
+_COMPLETE_OF = re.compile(
+    r"\b(?:top|heard|made|kind|sort|advantage|think|thought|thinking|dream\w*|part|out|care|aware|proud|afraid|fond|tired|know)"
+    r" of$",
     re.I,
 )
+# One of these stands in every refusal that the patterns below find; looking for them is far quicker.
+_REFUSAL_HINTS = (
+    *(" ai ", " ai,", " ai-", "language model", "artificial intel", "cutoff", "cut-off", "knowledge update", "data update"),
+    *(
+        "training update",
+        "assist with ",
+        "assist you with ",
+        "fulfil",
+        "comply with",
+        "complete th",
+        "complete yo",
+        "complete su",
+    ),
+    *("accommodate", "modelo de", "inteligencia art", "intelligence art", "intelligenza art", " ia ", "ia,", "modèle d"),
+    *("als ki", "eine ki", "künstliche", "sprachmodell", "språkmodell", "modello ling"),
+    *("人工智能", "语言模型", "作为ai", "身为ai"),
+)
+# The patterns are for small letters and straight apostrophes.
+_AI = r"(?:ai|artificial intelligence)"
+_BY = r"(?:(?:created|developed|trained|made) by \w+,? )?"
+_CANNOT = r"\bi(?: can'?t| cannot|(?: am|'m) (?:unable|not able) to| won't| will not)"
+_ASKED = r"(?:that|this|your|the|such)(?: specific| particular)? (?:request|prompt)"
+_REFUSAL = re.compile(
+    "|".join(
+        (
+            rf"\bas an? {_AI}(?: language| chat)?(?: (?:model|assistant|program|system|chatbot))?\b,? {_BY}i\b",
+            rf"\bas a (?:large )?language model\b,? {_BY}i\b",
+            rf"\bi(?:'m| am) (?:just |only |merely |sorry,? (?:but )?as )?an? {_AI}(?: language)? model\b",
+            r"\bi(?:'m| am) (?:just |only )?an? (?:large )?language model\b",
+            r"\bmy (?:last )?(?:knowledge|training(?: data)?) (?:cut-?off|update)\b",
+            rf"{_CANNOT} assist (?:you )?with (?:that|this|your request|such)\b",
+            rf"{_CANNOT} (?:fulfill?|comply with|complete|accommodate) {_ASKED}",
+            r"\bcomo (?:un )?modelo de (?:lenguaje|ia)\b",
+            r"\bcomo (?:una )?(?:inteligencia artificial|ia),? (?:no|yo)\b",
+            r"\ben tant qu'(?:ia|intelligence artificielle|assistant ia|modèle de langage|modèle d'ia)\b",
+            r"\bals (?:ein |eine )?(?:ki|künstliche intelligenz)(?:-(?:sprach)?modell|-assistent)?,? (?:kann|habe|bin) ich\b",
+            r"\bals (?:ein )?(?:ki-)?sprachmodell\b",
+            r"\bsom (?:en )?(?:ai|ai-modell|ai-assistent|språkmodell)(?:,| kan jag| har jag)",
+            r"\bcome (?:modello linguistico|intelligenza artificiale|ia),",
+            r"\bcomo (?:um )?modelo de linguagem\b",
+            r"(?:作为|身为)(?:一个|一名)?(?:人工智能|ai|大型?语言模型|语言模型)",
+        )
+    )
+)
 _HELPLESS = re.compile(
-    r"^\W*(?:i(?:['’]m| am) (?:very |really |so )?sorry|i apologi[sz]e|sorry)\b[^.!?\n]{0,12}\bbut i (?:can(?:no|['’])t|am unable to|['’]m unable to) "
-    r"(?:help|assist|do that|provide|answer|create|generate|discuss)\b[^.!?\n]{0,60}[.!]?\s*$",
-    re.I,
+    r"\W*(?:i(?:'m| am) (?:very |really |so )?sorry|i apologi[sz]e|sorry)\b[^.!?\n]{0,12}\bbut"
+    r" i(?: can'?t| cannot|(?: am|'m) unable to) "
+    r"(?:help|assist|do that|provide|answer|create|generate|discuss)\b[^.!?\n]{0,60}[.!]?\s*"
+)
+_NAMED = (
+    "english|spanish|french|german|swedish|italian|portuguese|dutch|chinese|mandarin|japanese|korean|russian|arabic|hindi|polish|"
+    "turkish|danish|norwegian|finnish|greek|hebrew|latin|thai|vietnamese|ukrainian|czech|inglés|español|francés|alemán|anglais|"
+    "espagnol|français|allemand|englisch|spanisch|französisch|deutsch|schwedisch|engelska|svenska|spanska|franska|tyska|inglese|"
+    "spagnolo|francese|tedesco|inglês|espanhol|francês|alemão"
 )
 _LANGUAGE_WORDS = re.compile(
     r"translat|tradu[czi]|übersetz|översätt|vertaal|перев[её]|翻译|翻譯|翻訳|\b(?:language|idioma|langue|sprache|språk|lingua|taal)\b|"
-    r"\b(?:in|into|to|from|en|auf|på|ins|em|as|say|the) (?:english|spanish|french|german|swedish|italian|portuguese|dutch|chinese|mandarin|japanese|"
-    r"korean|russian|arabic|hindi|polish|turkish|danish|norwegian|finnish|greek|hebrew|latin|thai|vietnamese|ukrainian|czech|inglés|"
-    r"español|francés|alemán|anglais|espagnol|français|allemand|englisch|spanisch|französisch|deutsch|schwedisch|engelska|svenska|"
-    r"spanska|franska|tyska|inglese|spagnolo|francese|tedesco|inglês|espanhol|francês|alemão)",
+    rf"\b(?:in|into|to|from|en|auf|på|ins|em|as|say|the) (?:{_NAMED})",
     re.I,
 )
 _ECHO_WORDS = 8
@@ -108,7 +135,7 @@ def _broken_sentence(text: str, last_line: str) -> str:
     said = [part for line in text.split("\n") for part in sentences(line) if part.strip()]
     # whoever ends sentences with a full stop ends the last one too
     others = [part.rstrip() for part in said[:-1] if len(part.split()) > 3]
-    is_careful = bool(others) and all(part[-1] in ".!?…:;\"”)。！？" for part in others) and said[0].lstrip()[:1].isupper()
+    is_careful = bool(others) and all(part[-1] in '.!?…:;"”)。！？' for part in others) and said[0].lstrip()[:1].isupper()
     shown = f"...{last.strip()[-50:]!r}"
     if text[-1] in ",(&":
         return f"the answer ends in {text[-1]!r}: {shown}" if is_careful else ""
@@ -145,7 +172,7 @@ def refusal(text: str) -> str:
     small = text.lower().replace("’", "'")
     if any(hint in small for hint in _REFUSAL_HINTS) and (match := _REFUSAL.search(small)):
         return f"it says {match.group()[:80]!r}"
-    if len(text) < 250 and ("sorry" in small or "apolog" in small) and (match := _HELPLESS.match(text)):
+    if len(text) < 250 and ("sorry" in small or "apolog" in small) and (match := _HELPLESS.fullmatch(small.strip())):
         return f"it says no more than {match.group().strip()[:80]!r}"
     return ""
 
@@ -157,7 +184,11 @@ def echo(asked: str, answer: str) -> str:
     question, said = words(asked), words(answer)
     if len(question) < _ECHO_WORDS or said[: len(question)] != question or is_json(asked) or is_code(asked):
         return ""  # code that is completed or mended begins like the code that was given
-    return "the answer is the prompt again" if len(said) == len(question) else f"the answer begins with the {len(question)} words of the prompt"
+    return (
+        "the answer is the prompt again"
+        if len(said) == len(question)
+        else f"the answer begins with the {len(question)} words of the prompt"
+    )
 
 
 def other_language(asked: str, answer: str, detect: Detector) -> str:
@@ -167,6 +198,8 @@ def other_language(asked: str, answer: str, detect: Detector) -> str:
     question = detect(asked)
     if question.letters < _ASKED_LETTERS or question.confidence < _TONGUE_SURE:
         return ""
+    if question.letters < _SAID_LETTERS and leading_tongue(asked, 2) != question.code:
+        return ""  # of so few letters the model is sure and wrong ("im great im an international freshman": de, 0.99)
     said = detect(answer)
     if said.letters < _SAID_LETTERS or said.confidence < _TONGUE_SURE:
         return ""

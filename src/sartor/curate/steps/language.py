@@ -26,8 +26,8 @@ class Language:
     """Drop rows in another language than the allowed ones, by fastText's lid.176; short and unsure texts by `unsure`."""
 
     allow: tuple[str, ...] = option(REQUIRED, "language codes that stay: ISO 639-1, such as en, sv, zh")
-    min_confidence: float = option(0.5, "probability below which a language is not held for sure, 0..1")
-    min_letters: int = option(20, "letters of prose below which no language is held for sure; one not Latin counts as 4")
+    min_confidence: float = option(0.6, "probability below which a language is not held for sure, 0..1")
+    min_letters: int = option(25, "letters of prose below which no language is held for sure; one not Latin counts as 4")
     unsure: Literal["keep", "drop"] = option("keep", "what becomes of a row whose language is not sure; counted either way")
     field: Literal["reply", "replies", "prompt", "all"] = option(
         "reply", "what is judged: reply, replies, prompt (each joined), or all (prompt and replies, each by itself)"
@@ -43,15 +43,16 @@ class Language:
                 meant = near if near in CODES else next(iter(difflib.get_close_matches(near[:2], sorted(CODES), n=1)), "en")
                 raise ConfigError(f"allow: {code!r} is no language code that the model knows", f"allow: [{meant}]")
         if not 0 <= self.min_confidence <= 1:
-            raise ConfigError(f"min_confidence is {self.min_confidence}; it must be 0 to 1", "min_confidence: 0.5")
+            raise ConfigError(f"min_confidence is {self.min_confidence}; it must be 0 to 1", "min_confidence: 0.6")
         if self.min_letters < 0:
-            raise ConfigError(f"min_letters is {self.min_letters}; it must be 0 or more", "min_letters: 20")
+            raise ConfigError(f"min_letters is {self.min_letters}; it must be 0 or more", "min_letters: 25")
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """See SetStep: code, confidence and letters of each judged text of a row, as lists."""
         detect = detector()
         rows = [
-            [detect("\n".join(found)) for field in _FIELDS[self.field] if (found := texts(example, field))] for example in examples
+            [detect("\n".join(found)) for field in _FIELDS[self.field] if (found := texts(example, field))]
+            for example in examples
         ]
         return pa.table(
             {

@@ -38,7 +38,11 @@ def _parser() -> Any:
     except ImportError:
         raise need("markdown-it-py", "curate") from None
     # indented code and raw HTML off: in chat they are prose
-    return MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).disable(["code", "html_block", "html_inline", "entity"])
+    return (
+        MarkdownIt("commonmark", {"html": False})
+        .enable(["table", "strikethrough"])
+        .disable(["code", "html_block", "html_inline", "entity"])
+    )
 
 
 def signs(text: str, keeps_code: bool) -> list[str]:
@@ -58,7 +62,9 @@ def plain_text(text: str, keeps_code: bool) -> str:
         return text
     tokens = _tokens(text)
     kinds = {token.type for token in _flat(tokens)} & set(_SIGNS)
-    if kinds <= ({*_CODE, "bullet_list_open", "ordered_list_open"} if keeps_code else {"bullet_list_open", "ordered_list_open"}):
+    if kinds <= (
+        {*_CODE, "bullet_list_open", "ordered_list_open"} if keeps_code else {"bullet_list_open", "ordered_list_open"}
+    ):
         return text
     return _blocks(tokens, keeps_code)
 

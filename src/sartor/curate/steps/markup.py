@@ -1,8 +1,8 @@
 """`markup`: HTML/XML tags and Markdown, taken out or a reason to drop; scripts and styles never survive as text.
 
-What counts as a tag: a comment, a doctype, a processing instruction, CDATA; an opening tag of an element that is also closed in the
-same text; an element of HTML that needs no end (`<br>`, `<img ...>`, `<p>`, `<li>`); anything else with a value in quotes or `/>`.
-So `a < b and c > d`, `List<String>`, `<your name>` and "how do I centre a <div>?" are text.
+What counts as a tag: a comment, a doctype, a processing instruction, CDATA; an opening tag of an element that is also closed
+in the same text; an element of HTML that needs no end (`<br>`, `<img ...>`, `<p>`, `<li>`); anything else with a value in
+quotes or `/>`. So `a < b and c > d`, `List<String>`, `<your name>` and "how do I centre a <div>?" are text.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example
 from sartor.curate.steps.contract import RowFunction, dropped
 from sartor.curate.steps.markdown import plain_text, signs
-from sartor.curate.steps.texts import FIELD_TEXT, Field, rewritten, code_spans, split_code, texts
+from sartor.curate.steps.texts import FIELD_TEXT, Field, code_spans, rewritten, split_code, texts, word_set
 
 Action = Literal["strip", "drop", "keep"]
-_VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())
-_OPTIONAL_END = frozenset("p li dt dd tr td th thead tbody tfoot option html head body".split())
+_VOID = word_set("area base br col embed hr img input link meta param source track wbr")
+_OPTIONAL_END = word_set("p li dt dd tr td th thead tbody tfoot option html head body")
 _HTML = _VOID | _OPTIONAL_END
-_LINE = frozenset(
+_LINE = word_set(
     "address article aside blockquote br center div dl fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr "
-    "main nav ol p pre section table title ul".split()
+    "main nav ol p pre section table title ul "
 )
-_ROW = frozenset("dd dt li option tr".split())
-_INLINE = frozenset(
-    "a abbr acronym area b base bdi bdo big button cite code col data del dfn em embed font i img input ins kbd label link map "
-    "mark meta meter param progress q rp rt ruby s samp small source span strike strong sub sup time track tt u var wbr".split()
+_ROW = word_set("dd dt li option tr")
+_INLINE = word_set(
+    "a abbr acronym area b base bdi bdo big button cite code col data del dfn em embed font i img input ins kbd label link "
+    "map mark meta meter param progress q rp rt ruby s samp small source span strike strong sub sup time track tt u var wbr "
 )
 _SMALL = {code: code + 32 for code in range(65, 91)}
 _CELL = frozenset(("td", "th"))
 # Elements whose content is no text: taken out with all that is in them, closed or not.
 _SILENT = re.compile(r"<(script|style|noscript|template|iframe|object|svg|head)(?=[\s/>])", re.I)
-_DECLARATION = re.compile(r"<!--.*?(?:-->|\Z)|<!\[CDATA\[(.*?)(?:\]\]>|\Z)|<!DOCTYPE[^<>]{0,500}>|<\?[a-zA-Z][^<>]{0,500}\?>", re.S | re.I)
+_DECLARATION = re.compile(
+    r"<!--.*?(?:-->|\Z)|<!\[CDATA\[(.*?)(?:\]\]>|\Z)|<!DOCTYPE[^<>]{0,500}>|<\?[a-zA-Z][^<>]{0,500}\?>", re.S | re.I
+)
 _TAG = re.compile(r"""<(/?)([a-zA-Z][\w:.-]{0,60})((?:[^<>"']|"[^"]{0,1000}"|'[^']{0,1000}')*)>""")
 _LONGEST_TAG = 3000
 _ATTRIBUTE = re.compile(r"""[\w:@.-]+\s*=\s*(?:"|'|[^\s<>=])""")
@@ -197,7 +199,7 @@ def _silent_spans(text: str, unclosed: bool, code: Sequence[tuple[int, int]] = (
 
 
 def _runs(text: str, match: re.Match[str]) -> bool:
-    """Whether an unclosed `<script` begins an element: "use the <script> tag" is prose, `<script src=x` and `<script>f()` are not."""
+    """Whether an unclosed `<script` begins an element: "use the <script> tag" does not, `<script>f()` does."""
     attributes, _, body = text[match.end() : match.end() + 200].partition(">")
     return bool(_ATTRIBUTE.search(attributes)) or bool(re.match(r"\s*[^\s<]*[({=;]", body))
 

@@ -48,7 +48,7 @@ class Pattern:
             raise self._late(clock) from None
 
     def sub(self, template: str, text: str, clock: Clock) -> str:
-        """The text with every match replaced; `template` may refer to groups (`\\1`, `\\g<name>`)."""
+        """The text with every match replaced; `template` may refer to groups of it by number or name."""
         try:
             return str(self.compiled.sub(template, text, timeout=clock.left_s))
         except TimeoutError:

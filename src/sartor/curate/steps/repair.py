@@ -1,8 +1,8 @@
 """`repair_text`: wrongly decoded text, unicode forms, control characters, odd spaces and line ends, mended in place.
 
-Left as they are: joiners and direction marks (U+200C to U+200F, U+202A to U+202E, U+2066 to U+2069: Arabic, Indic and emoji need
-them), variation selectors, ideographic space, curly quotes, ligatures, full-width letters, runs of spaces, trailing spaces, and the
-zero-width space between letters of a script that breaks lines with it (Thai, Lao, Khmer, Burmese).
+Left as they are: joiners and direction marks (U+200C to U+200F, U+202A to U+202E, U+2066 to U+2069: Arabic, Indic and emoji
+need them), variation selectors, ideographic space, curly quotes, ligatures, full-width letters, runs of spaces, trailing
+spaces, and the zero-width space between letters of a script that breaks lines with it (Thai, Lao, Khmer, Burmese).
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def _lines_fault(prose: str, scale: float) -> str:
         if share > most_share * scale:
             return f"{share:.0%} of the {what} stand there already; at most {most_share * scale:.0%}"
         if characters > most_characters * scale:
-            return f"{characters:.0%} of the characters are in {what} that stand there already; at most {most_characters * scale:.0%}"
+            shown = f"{characters:.0%} of the characters are in {what} that stand there already"
+            return f"{shown}; at most {most_characters * scale:.0%}"
     return ""
 
 

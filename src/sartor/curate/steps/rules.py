@@ -1,8 +1,9 @@
-"""`rules`: a person's own regular expressions: drop the row, or replace what matches. In order; each sees what the last one left.
+r"""`rules`: a person's own regular expressions: drop the row, or replace what matches. In order; each sees what the last one
+left.
 
-The syntax is that of the `regex` library (https://pypi.org/project/regex: Python's `re` and more, such as `\\p{Lu}`). All rules
-together have two seconds of processor time a row; one that needs more (a pattern that backtracks without end) makes the row a
-Drop, `rule_timeout`.
+The syntax is that of the `regex` library (https://pypi.org/project/regex: Python's `re` and more, such as `\\p{Lu}`). All
+rules together have two seconds of processor time a row; one that needs more (a pattern that backtracks without end) makes the
+row a Drop, `rule_timeout`.
 """
 
 from __future__ import annotations
@@ -75,14 +76,18 @@ class Rules:
     def _applied(self, example: Example, numbered: Sequence[tuple[str, Rule, Pattern]], clock: Clock) -> Example | Drop:
         for name, rule, pattern in numbered:
             if rule.action == "replace":
-                outcome = rewritten(
-                    example, lambda text, pattern=pattern, rule=rule: pattern.sub(rule.with_, text, clock), rule.field, self.kind
-                )
+                outcome = rewritten(example, partial(_replaced, rule, pattern, clock), rule.field, self.kind)
                 if isinstance(outcome, Drop):
                     return outcome
                 example = outcome
                 continue
             for text in texts(example, rule.field):
                 if match := pattern.search(text, clock):
-                    return dropped(example, f"rule:{name}", f"{match.group()[:80]!r} matches {rule.match[:80]!r}", step=self.kind)
+                    return dropped(
+                        example, f"rule:{name}", f"{match.group()[:80]!r} matches {rule.match[:80]!r}", step=self.kind
+                    )
         return example
+
+
+def _replaced(rule: Rule, pattern: Pattern, clock: Clock, text: str) -> str:
+    return pattern.sub(rule.with_, text, clock)

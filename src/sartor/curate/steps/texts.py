@@ -97,6 +97,11 @@ def _is_blank(message: Message) -> bool:
     return not message.tool_calls and not any(part.media or part.text.strip() for part in message.content)
 
 
+def word_set(said: str) -> frozenset[str]:
+    """The words of a line, as a set: for lists of words in code."""
+    return frozenset(said.split())
+
+
 def words(text: str) -> list[str]:
     """Words in small letters; of scripts without spaces (Chinese, Japanese, Thai, ...) each character."""
     return _WORD.findall(text.lower())
