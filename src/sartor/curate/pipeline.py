@@ -209,9 +209,11 @@ class Line:
         self._link_media(folder)
         for name, table in state.evidence.items():
             finish.write_evidence(folder, name, table)
-        return self._facts(
-            state, folder, {"read": read, "kept": kept, "dropped": dict(dropped.most_common()), **outcome.counts()}
-        )
+        counts = {"read": read, "kept": kept, "dropped": dict(dropped.most_common()), **outcome.counts()}
+        facts = self._facts(state, folder, counts)
+        lineage_index.write(folder)
+        card.write(folder, facts)
+        return {**facts, "digest": digest(_digests(folder))}
 
     def _link_media(self, folder: Path) -> None:
         """Media go in by a hard link: if this is interrupted they are still in the work."""

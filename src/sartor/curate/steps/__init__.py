@@ -13,12 +13,13 @@ from sartor.curate.steps.exact import ExactDuplicates
 from sartor.curate.steps.language import Language
 from sartor.curate.steps.length import Length
 from sartor.curate.steps.markup import Markup
+from sartor.curate.steps.near import NearDuplicates
 from sartor.curate.steps.repair import RepairText
 from sartor.curate.steps.repetition import Repetition
 from sartor.curate.steps.rules import Rules
 
 AnyRowStep = RepairText | Markup | Rules | Length | Repetition | ChatQuality
-AnySetStep = Language | Boilerplate | Domain | Contamination | ExactDuplicates
+AnySetStep = Language | Boilerplate | Domain | Contamination | ExactDuplicates | NearDuplicates
 Step = AnyRowStep | AnySetStep
 
 

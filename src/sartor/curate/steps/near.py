@@ -32,9 +32,13 @@ class NearDuplicates:
     threshold: float = option(0.0, "Jaccard similarity from which two rows are duplicates; 0 takes the unit's own")
     field: Field = option("both", FIELD_HELP)
     keep: Keep = option("longest", KEEP_HELP)
-    unit: Literal["words", "characters"] = option("words", "shingles are runs of words, or of characters (short records, typing errors)")
+    unit: Literal["words", "characters"] = option(
+        "words", "shingles are runs of words, or of characters (short records, typing errors)"
+    )
     size: int = option(0, "words or characters of a shingle; 0 takes the unit's own")
-    contained: float | None = option(None, "containment from which a row counts as part of another; 0 never, empty the unit's own")
+    contained: float | None = option(
+        None, "containment from which a row counts as part of another; 0 never, empty the unit's own"
+    )
     max_source_fraction: float = option(0.75, "one cluster may remove this fraction of a source without asking")
     max_fraction: float = option(0.9, "this fraction of all rows may go without asking")
     allow: tuple[str, ...] = option((), "sources that may go wholly")
@@ -56,7 +60,9 @@ class NearDuplicates:
         return pa.table(
             {
                 "shingles": pa.ListArray.from_arrays(offsets, pa.array(found.shingles)),
-                "digest": pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(examples), [None, pa.py_buffer(found.digests)]),
+                "digest": pa.FixedSizeBinaryArray.from_buffers(
+                    pa.binary(16), len(examples), [None, pa.py_buffer(found.digests)]
+                ),
                 "rank": ranks(examples, self.keep, self.field),
             }
         )
@@ -73,9 +79,7 @@ class NearDuplicates:
         removals = clusters.resolve(found.pairs, rank, rules)
         locators = table["locator"]
         limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow)
-        clusters.guard(
-            removals, table["source"].to_numpy(), gathered.sources, limits, lambda row: str(locators[row].as_py())
-        )
+        clusters.guard(removals, table["source"].to_numpy(), gathered.sources, limits, lambda row: str(locators[row].as_py()))
         facts = {
             "rules": asdict(rules),
             "unit": self.unit,
