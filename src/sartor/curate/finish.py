@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,15 @@ from sartor.curate.steps.contract import Removal, dropped
 from sartor.curate.work import Merged
 
 ROWS_PER_FILE = 100_000
-Mask = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Personal data taken out of what is only evidence: of a Drop's text and detail, and of rows that are set aside."""
+
+    text: Callable[[str], str] = lambda text: text
+    row: Callable[[Example], Example] = lambda row: row
+    are_none: bool = True
 
 
 class Outcome:
@@ -112,57 +120,43 @@ def leaks(state: State, outcome: Outcome) -> list[Removed]:
     return found
 
 
-def write_drops(state: State, removed: Sequence[Removed], folder: Path, mask: Mask | None) -> Counter[str]:
+def write_drops(state: State, removed: Sequence[Removed], folder: Path, masks: Masks) -> Counter[str]:
     """`drops/part-*.parquet` and, for rows set aside, `set_aside/part-*.parquet`; returns rows by reason.
 
-    `mask` takes personal data out of what a Drop quotes.
+    `masks` take personal data out of both: steps before the one that masks have seen it.
     """
     reasons: Counter[str] = Counter()
 
     def tables() -> Iterator[Any]:
         for file in state.drops:
             yield pq.read_table(file)
-        for some in batched(_removed_drops(removed, mask), 4096):
+        for some in batched(_removed_drops(removed), 4096):
             yield pa.Table.from_pylist([asdict(drop) for drop in some], rows.DROPS)
 
     def counted() -> Iterator[Any]:
         for table in tables():
             reasons.update(table["reason"].to_pylist())
-            yield masked(table, mask) if mask else table
+            yield table if masks.are_none else masked(table, masks)
 
     write_tables(folder / "drops", rows.DROPS, counted())
     aside = sorted((one for one in removed if one.set_aside), key=_place)
     if aside:
         examples = (
-            rows.examples_table([_masked_example(example, mask) for _, example in some])
-            for some in batched(_with_examples(aside), 1024)
+            rows.examples_table([masks.row(example) for _, example in some]) for some in batched(_with_examples(aside), 1024)
         )
         write_tables(folder / "set_aside", rows.EXAMPLES, examples)
     return reasons
 
 
-def masked(table: Any, mask: Mask) -> Any:
+def masked(table: Any, masks: Masks) -> Any:
     """Drops whose quoted text and detail hold no personal data."""
     for name in ("text", "detail"):
-        column = pa.array([mask(text) for text in table[name].to_pylist()], pa.string())
+        column = pa.array([masks.text(text) for text in table[name].to_pylist()], pa.string())
         table = table.set_column(table.schema.get_field_index(name), rows.DROPS.field(name), column)
     return table
 
 
-def _masked_example(example: Example, mask: Mask | None) -> Example:
-    if mask is None:
-        return example
-
-    def clean(messages: Any) -> Any:
-        return tuple(
-            replace(message, content=tuple(replace(part, text=mask(part.text)) for part in message.content))
-            for message in messages
-        )
-
-    return replace(example, messages=clean(example.messages), rejected=clean(example.rejected))
-
-
-def _removed_drops(removed: Sequence[Removed], mask: Mask | None) -> Iterator[Drop]:
+def _removed_drops(removed: Sequence[Removed]) -> Iterator[Drop]:
     for one, example in _with_examples(sorted(removed, key=_place)):
         removal = one.removal
         drop = dropped(example, removal.reason, removal.detail, step=one.step)
