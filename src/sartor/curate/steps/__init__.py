@@ -7,8 +7,9 @@ from typing import Any, TypeGuard, get_args
 from sartor.curate.steps.contract import SetStep
 from sartor.curate.steps.exact import ExactDuplicates
 from sartor.curate.steps.length import Length
+from sartor.curate.steps.personal_data import PersonalData
 
-AnyRowStep = Length
+AnyRowStep = Length | PersonalData
 AnySetStep = ExactDuplicates
 Step = AnyRowStep | AnySetStep
 

@@ -12,15 +12,27 @@ A new step is one new file with its class, and its name in the union in `steps/_
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sartor.core.records import Drop, Example
 
 RowFunction = Callable[[Example], Example | Drop]
 TEXT_KEPT = 2000  # characters of a row that a Drop holds as evidence
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A RowFunction that counts as it goes: `isinstance(function, Counting)`. What a row adds depends on the row alone."""
+
+    tally: Counter[str]
+
+    def __call__(self, example: Example) -> Example | Drop:
+        """As any RowFunction."""
+        ...
 
 
 class RowStep(Protocol):

@@ -1,0 +1,144 @@
+"""Telephone numbers: their form, Google's tables of numbering plans, and the words that stand before them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from sartor.core.errors import need
+from sartor.curate.personal.findings import Finding, Sight, digits
+
+REGIONS = (
+    "US GB DE FR ES IT NL BE AT CH PL SE NO DK FI IE PT CZ SK HU RO GR BG HR SI LT LV EE LU CA AU NZ IN PK BD PH SG MY ID TH VN"
+    " JP KR CN HK TW TR IL AE SA EG ZA NG KE MA BR MX AR CL CO PE UA RU"
+).split()
+EXTENSION = r"(?:\s?(?:x|ext\.?|extension|durchwahl|poste)\s?\d{1,6})?"
+_ABROAD = re.compile(
+    r"(?<![\w+])(?:\+\s?|00(?=[1-9])|00[ -](?=[1-9])|\(\+)[1-9]\d{0,2}\)?(?:[ .\-/]{0,2}\(?\d{1,11}\)?){1,7}"
+    + EXTENSION
+    + r"(?!\w)",
+    re.IGNORECASE,
+)
+# the North American form; numbers of films and tests (555) are no valid ones, and are phone numbers all the same
+_NANP = re.compile(
+    r"(?<![\w.+/-])(?:1[ .-]?)?(?:\([2-9]\d{2}\)[ -]?|[2-9]\d{2}[ .\-/])[0-9]\d{2}[ .-]\d{4}"
+    + EXTENSION
+    + r"(?![\w-]|[.,/]\d)",
+    re.IGNORECASE,
+)
+_TRUNK = re.compile(
+    r"(?<![\w.,+/-])\(?0\d{1,5}\)?(?:[ .\-/]{1,3}\d{2,8}|(?<=\))\d{3,8}){1,5}" + EXTENSION + r"(?![\w-]|[.,]\d)", re.IGNORECASE
+)
+_ANY = re.compile(r"(?<![\w.,+])\(?\d(?:[ .\-/()]{0,3}\d){5,14}" + EXTENSION + r"(?![\w])", re.IGNORECASE)
+_SHORT = re.compile(r"(?<![\w.,+/-])\d{3}[ .-]\d{4}(?![\w-]|[.,/]\d)")
+_DATE = re.compile(r"\d{1,2}([./-])\d{1,2}\1(?:\d{4}|\d{2})(?!\d)|\d{4}([./-])\d{1,2}\2\d{1,2}(?!\d)")
+_YES = re.compile(
+    r"(?<![\w-])(?:(?:tele)?phones?|telephones?|tel|mob|mobiles?|cell(?:phone)?s?|calls?|called|calling|fax|whats\s?app|signal|sms|viber"
+    r"|telegram|text(?:ed|ing)?|dial|ring|hotline|helpline|reach(?:ed)?|contact|ph|landline|my number|his number|her number|your number"
+    r"|our number|handy\w*|telefon\w*|mobil\w*|anruf\w*|ruf\w*|rückruf\w*|durchwahl|erreich\w*|t[ée]l[ée]phon\w*|portable|appel\w*"
+    r"|joindre|m[óo]vil\w*|tel[ée]fono\w*|ll[áa]m\w*|celular\w*|cellulare|chiama\w*|telefoon\w*|bel|bellen)(?!\w)",
+    re.IGNORECASE,
+)
+_NO = re.compile(
+    r"(?<![\w-])(?:orders?|invoices?|articles?|items?|parts?|sku|ref|references?|tickets?|case|tracking|isbn|issn|versions?|models?|serial"
+    r"|accounts?|acct|customer|ids?|patents?|doi|pmid|bestell\w*|rechnung\w*|artikel\w*|art|kunden\w*|sendung\w*|commande|facture|pedido"
+    r"|factura|batch|lot|imei|vin|ean|upc|gtin|asin|parcel|shipment|booking|pnr|coordinates|population|revenue|routing|barcode|member"
+    r"|policy|claim|product|catalog(?:ue)?|iban|ssn|passport|size|price|total|sum|timestamp|epoch|hash|code|bug|issue|nr|paragraph)(?!\w)",
+    re.IGNORECASE,
+)
+
+
+def opener(countries: Sequence[str]) -> Callable[[Sight], Iterable[Finding]]:
+    """The recogniser for numbers in international form and in the national forms of `countries` (ISO 3166; () is REGIONS)."""
+    try:
+        import phonenumbers
+    except ImportError:
+        raise need("phonenumbers", "text") from None
+    regions = [country for country in countries if country in phonenumbers.SUPPORTED_REGIONS] or REGIONS
+    nanp = bool({"US", "CA"} & set(regions))
+
+    def find(sight: Sight) -> Iterator[Finding]:
+        if sight.runs:
+            yield from _abroad(sight, phonenumbers)
+            yield from _national(sight, phonenumbers, regions, nanp)
+
+    return find
+
+
+def _abroad(sight: Sight, library: Any) -> Iterator[Finding]:
+    for match in _ABROAD.finditer(sight.flat):
+        text = match[0]
+        number = digits(re.sub(r"[a-z].*", "", text, flags=re.IGNORECASE)).removeprefix("00")
+        if not 8 <= len(number) <= 15 or len(set(number)) < 3:
+            continue
+        told = _told(sight, match.start())
+        parsed = _parsed("+" + number, None, library)
+        sure = parsed is not None and library.is_valid_number(parsed)
+        plus = "+" in text
+        if told < 0 and not plus:
+            continue
+        score = 0.95 if sure and plus else 0.8 if sure else 0.65 if plus and _in_groups(text) else 0.6 if told > 0 else 0.4
+        yield Finding(match.start(), match.end(), "phone", "international", score, _value(parsed, number, library))
+
+
+def _national(sight: Sight, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[Finding]:
+    if nanp:
+        for match in _NANP.finditer(sight.flat):
+            if _told(sight, match.start()) >= 0 and not _is_date(match[0]):
+                yield _finding(sight, match, "north_american", 0.75, library, ["US"])
+        for match in _SHORT.finditer(sight.flat):
+            if _told(sight, match.start()) > 0:
+                yield _finding(sight, match, "local", 0.55, library, [])
+    for match in _TRUNK.finditer(sight.flat):
+        number = digits(match[0])
+        told = _told(sight, match.start())
+        if 8 <= len(number) <= 17 and told >= 0 and not _is_date(match[0]):
+            finding = _finding(sight, match, "national", 0.7, library, regions)
+            if told > 0 or finding.value.startswith("+") or len(number) in (10, 11):
+                yield finding
+    for start, end in sight.runs:
+        match = _ANY.match(sight.flat, start - (sight.at(start - 1) == "("), end + 8)
+        if match and _told(sight, match.start()) > 0 and not _is_date(match[0]):
+            found = _finding(sight, match, "after_its_name", 0.6, library, regions)
+            if 7 <= len(digits(match[0])) <= 15 and len(set(found.value)) > 3:
+                yield found
+
+
+def _finding(sight: Sight, match: re.Match[str], what: str, score: float, library: Any, regions: Sequence[str]) -> Finding:
+    plain = re.sub(r"[A-Za-z].*", "", match[0])
+    for region in regions:
+        parsed = _parsed(plain, region, library)
+        if parsed is not None and library.is_valid_number(parsed):
+            score = min(1.0, score + (0.15 if _told(sight, match.start()) > 0 else 0.05))
+            return Finding(match.start(), match.end(), "phone", what, score, _value(parsed, "", library))
+    return Finding(match.start(), match.end(), "phone", what, score, digits(plain).lstrip("0"))
+
+
+def _parsed(text: str, region: str | None, library: Any) -> Any:
+    try:
+        return library.parse(text, region)
+    except library.NumberParseException:
+        return None
+
+
+def _value(parsed: Any, number: str, library: Any) -> str:
+    return str(library.format_number(parsed, library.PhoneNumberFormat.E164)) if parsed is not None else number
+
+
+def _in_groups(text: str) -> bool:
+    return len(re.findall(r"\d+", text)) >= 3 or len(digits(text)) >= 10
+
+
+def _is_date(text: str) -> bool:
+    return _DATE.match(text.lstrip("(")) is not None
+
+
+def _told(sight: Sight, place: int) -> int:
+    """1 where the nearest word before says that it is a phone number, -1 where it says that it is another number, else 0."""
+    before = sight.before(place, 56)
+    yes = max((match.end() for match in _YES.finditer(before)), default=-1)
+    no = max((match.end() for match in _NO.finditer(before)), default=-1)
+    if no > yes and before[-1:] != "#":
+        return -1 if len(before) - no < 24 else 0
+    return 1 if yes >= 0 else 0
