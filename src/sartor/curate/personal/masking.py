@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sartor.core.records import Example, Message, Origin
 from sartor.curate.personal.findings import BREAK, PLACEHOLDER, Finding
-from sartor.curate.personal.rows import Layout, Slot, joints, lay_out, put_back
+from sartor.curate.personal.rows import Layout, Slot, joints, lay_out, plain_text, put_back
 from sartor.curate.personal.scan import Scanner
 
 # A placeholder is shorter than what it stands for, so a word may come near enough to a number to say what it is: looking
@@ -42,9 +42,9 @@ class Found:
 
     def describe(self) -> str:
         """`email at messages[1].content 12-31; ...`: kinds and spans, never a value."""
-        said = [self._said(hit) for hit in self.hits if not hit.goes_on]
-        more = f"; and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
-        return "; ".join(said[:SHOWN]) + more
+        whole = [hit for hit in self.hits if not hit.goes_on]
+        more = f"; and {len(whole) - SHOWN} more" if len(whole) > SHOWN else ""
+        return "; ".join(self._said(hit) for hit in whole[:SHOWN]) + more
 
     def _said(self, hit: Hit) -> str:
         slot = self.slot(hit)
@@ -58,6 +58,9 @@ class Found:
 
 def find_in_row(scanner: Scanner, example: Example, *, escapes: bool = False) -> Found:
     """Everything personal in the texts of a row, which are looked at as one: words of one field speak for the next."""
+    plain = None if escapes else plain_text(example)
+    if plain is not None and not scanner.find(plain):
+        return NOTHING  # most rows: they are not laid out
     layout = lay_out(example)
     starts = [0]
     for slot in layout.slots:
@@ -93,6 +96,9 @@ def _across(scanner: Scanner, layout: Layout, numbers: Sequence[int]) -> list[Hi
         if len(pieces) > 1:
             hits += pieces
     return hits
+
+
+NOTHING = Found(Layout((), {}), ())
 
 
 class Placeholders:

@@ -104,7 +104,6 @@ _DOCUMENT = re.compile(
     r"((?=[A-Z]*\d)(?=(?:[A-Z]*\d){4})[A-Z0-9]{1,4}[ -]?[A-Z0-9]{4,14})(?![\w-])",
     re.IGNORECASE,
 )
-_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?=[A-Za-z]{0,8}\d)[A-Za-z0-9]{8,18}(?![A-Za-z0-9])")
 
 
 def opener(countries: Sequence[str]) -> Callable[[Sight], Iterable[Finding]]:
@@ -114,7 +113,7 @@ def opener(countries: Sequence[str]) -> Callable[[Sight], Iterable[Finding]]:
     numbers += [_borrowed(*row) for row in BORROWED if row[0] in wanted]
 
     def find(sight: Sight) -> Iterator[Finding]:
-        if not sight.has_digit:
+        if not sight.numbers:
             return
         for start, end in _places(sight):
             before = sight.before(start, 60)
@@ -131,9 +130,9 @@ def _places(sight: Sight) -> list[tuple[int, int]]:
     """Spans to look into: runs of digits with the letters beside them, and words of letters and digits; each seen once."""
     spans = [(_left(sight, start), _right(sight, end)) for start, end in sight.runs]
     covered = list(spans)
-    for match in _TOKEN.finditer(sight.flat):
-        if not any(start <= match.start() and match.end() <= end for start, end in covered):
-            spans.append(match.span())
+    for start, end in sight.tokens:
+        if 8 <= end - start <= 24 and not any(left <= start and end <= right for left, right in covered):
+            spans.append((start, end))
     return spans
 
 

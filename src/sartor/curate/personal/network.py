@@ -14,13 +14,12 @@ from sartor.curate.personal.findings import Finding, Sight
 _LOCAL = re.compile(r"""(?:"[^"\x00\n]{1,62}"|[\w!#$%&'*+/=?^`{|}~.-]{1,64})$""")
 _USERINFO = re.compile(r"://[^\s/@\x00]*$")
 _DOMAIN = re.compile(r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+(?:xn--[a-z0-9-]{2,59}|[^\W\d_]{2,63})", re.IGNORECASE)
-_AT = r"(?:\s*[(\[{<]\s*(?:at|ät|@|arroba|arobase)\s*[)\]}>]\s*|\s+(?:at|ät|arroba|arobase)\s+)"
-_DOT = r"(?:\s*[(\[{<]\s*(?:dot|punkt|punto|point|\.)\s*[)\]}>]\s*|\s+(?:dot|punkt|punto|point)\s+|\.)"
-_SPELT = re.compile(
-    rf"(?<![\w@])([a-z0-9_+-]{{1,40}}(?:{_DOT}[a-z0-9_+-]{{1,40}}){{0,3}})({_AT})([a-z0-9-]{{1,40}}(?:{_DOT}[a-z0-9-]{{1,40}}){{1,4}})",
-    re.IGNORECASE,
-)
+_AT = re.compile(r"\s*[(\[{<]\s*(?:at|ät|@|arroba|arobase)\s*[)\]}>]\s*|\s(?:at|ät|arroba|arobase)\s", re.IGNORECASE)
+_DOT = r"(?:\s*[(\[{<]\s*(?:dot|punkt|punto|point|\.)\s*[)\]}>]\s*|\s+(?:dot|punkt)\s+|\.)"
+_SPELT_LOCAL = re.compile(rf"(?<![\w@])[\w+-]{{1,40}}(?:{_DOT}[\w+-]{{1,40}}){{0,3}}$", re.IGNORECASE)
+_SPELT_DOMAIN = re.compile(rf"[^\W_][\w-]{{0,39}}(?:{_DOT}[^\W_][\w-]{{0,39}}){{1,4}}", re.IGNORECASE)
 _DOTS = re.compile(_DOT, re.IGNORECASE)
+_DOT_WORD = re.compile(r"dot|punkt|punto|point|\[\.\]|\(\.\)", re.IGNORECASE)
 _BRACKET = re.compile(r"[(\[{<]")
 _MAIL_WORD = re.compile(r"\b(?:e-?mails?|mail|contact|write|reach|address|correo|courriel|adresse|kontakt)\b", re.IGNORECASE)
 # "we looked at example dot com": what stands before "at" is a verb, not a person
@@ -39,6 +38,11 @@ _IP_WORD = re.compile(
     r"(?:\bips?\b|ipv4|ipv6|addr|server|host|\bdns\b|gateway|subnet|client|router|ping|login|log|network|proxy|from|port)",
     re.IGNORECASE,
 )
+# a cheap look whether there can be one: patterns that begin with a fixed sign are found fast
+_COLONS = re.compile(r":[0-9a-fA-F]{0,4}:")
+_MAC_MIDDLES = [
+    re.compile(rf"{mark}[0-9a-fA-F]{{{size}}}{mark}[0-9a-fA-F]{{2}}") for mark, size in ((":", 2), ("-", 2), (r"\.", 4))
+]
 _MAC = re.compile(
     r"(?<![\w:.-])(?:[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}|[0-9a-fA-F]{2}(?:-[0-9a-fA-F]{2}){5}"
     r"|[0-9a-fA-F]{4}\.[0-9a-fA-F]{4}\.[0-9a-fA-F]{4})(?![\w:-]|\.[0-9a-fA-F])"
@@ -60,8 +64,8 @@ RESERVED = {"example", "test", "invalid", "localhost", "local", "lan", "internal
 
 
 def is_domain(text: str) -> bool:
-    """Whether it ends in a public suffix, or in one that is reserved for examples and for networks at home."""
-    return text.rpartition(".")[2].lower() in RESERVED or bool(domains()(text).suffix and domains()(text).domain)
+    """Whether it has two labels or more and ends in a public suffix, or in one that is reserved for examples and for networks at home."""
+    return "." in text and (text.rpartition(".")[2].lower() in RESERVED or domains()(text).suffix != "")
 
 
 def emails(sight: Sight) -> Iterator[Finding]:
@@ -90,28 +94,33 @@ def _is_remote(flat: str, start: int, at: int, end: int) -> bool:
 
 
 def _spelt(sight: Sight) -> Iterator[Finding]:
-    for match in _SPELT.finditer(sight.flat):
-        local, at, domain = (_DOTS.sub(".", match[1]), match[2], _DOTS.sub(".", match[3]))
-        bracketed = _BRACKET.search(at) is not None
-        if not bracketed and "." in match[3] and _DOTS.sub("", match[3]) == match[3].replace(".", ""):
+    for at in _AT.finditer(sight.flat):
+        before = _SPELT_LOCAL.search(sight.before(at.start(), 100))
+        after = _SPELT_DOMAIN.match(sight.flat, at.end())
+        if before is None or after is None:
+            continue
+        bracketed = _BRACKET.search(at[0]) is not None
+        if not bracketed and not _DOT_WORD.search(after[0]):
             continue  # "we met at example.com": a place on the web, not written out
+        local, domain = _DOTS.sub(".", before[0]), _DOTS.sub(".", after[0])
         while not is_domain(domain) and domain.count(".") > 1:
             domain = domain.rpartition(".")[0]
-        if not is_domain(domain) or "." not in domain:
-            continue
-        known = bracketed or (local.lower().rpartition(".")[2] not in NOT_A_NAME and _is_meant(sight, match.start(), local))
-        if known:
-            end = _end_of(match, domain)
-            yield Finding(match.start(), end, "email", "email_spelt", 0.9 if bracketed else 0.6, f"{local}@{domain}".casefold())
+        start = at.start() - len(before[0])
+        if is_domain(domain) and (bracketed or _is_meant(sight, start, local)):
+            yield Finding(
+                start, _end_of(after, domain), "email", "email_spelt", 0.9 if bracketed else 0.6, f"{local}@{domain}".casefold()
+            )
 
 
 def _is_meant(sight: Sight, start: int, local: str) -> bool:
+    if not any(sign.isalpha() for sign in local) or local.lower().rpartition(".")[2] in NOT_A_NAME:
+        return False
     return any(sign in local for sign in "._0123456789") or _MAIL_WORD.search(sight.before(start, 60)) is not None
 
 
 def _end_of(match: re.Match[str], domain: str) -> int:
     """Where the label ends with which the domain ends: after it may stand what only looked like one more."""
-    end = match.start(3)
+    end = match.start()
     for label in domain.split("."):
         end = match.string.index(label, end) + len(label)
     return end
@@ -119,14 +128,13 @@ def _end_of(match: re.Match[str], domain: str) -> int:
 
 def ip_addresses(sight: Sight) -> Iterator[Finding]:
     """IPv4 and IPv6 addresses, but no masks, loopbacks, version or section numbers."""
-    if not sight.has_digit:
-        return
-    if sight.flat.count(".") >= 3:
-        for match in _IPV4.finditer(sight.flat):
-            before = sight.before(match.start(), 40)
+    for start, end in sight.numbers:
+        match = _IPV4.match(sight.flat, start) if sight.at(end) == "." else None
+        if match:
+            before = sight.before(start, 40)
             if not _NOT_IP.search(before) and _is_meant_v4(match[0], before):
-                yield Finding(match.start(), match.end(), "ip_address", "ipv4", 0.8, match[0])
-    if sight.flat.count(":") >= 2:
+                yield Finding(start, match.end(), "ip_address", "ipv4", 0.8, match[0])
+    if sight.numbers and _COLONS.search(sight.flat):
         for match in _IPV6.finditer(sight.flat):
             address = _v6(match[0])
             if address:
@@ -152,7 +160,7 @@ def _v6(text: str) -> str:
 
 def mac_addresses(sight: Sight) -> Iterator[Finding]:
     """Six bytes in hexadecimal with `:` or `-`, or three groups of four with dots; not the broadcast address nor zeros."""
-    if not sight.has_digit:
+    if not any(middle.search(sight.flat) for middle in _MAC_MIDDLES):
         return
     for match in _MAC.finditer(sight.flat):
         value = re.sub(r"[:.-]", "", match[0]).lower()

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from sartor.curate.personal.findings import Finding, Sight
 
 _U = "A-ZÀ-ÖØ-Þ"
-_WORD = rf"[{_U}](?:[a-zß-ÿ'’-]+|[a-zß-ÿ]*[{_U}][a-zß-ÿ]+)(?:-[{_U}][a-zß-ÿ]+)?"
+_LOW = "a-zß-öø-ÿ"
+_WORD = rf"[{_U}](?:['’][{_U}])?[{_LOW}]+(?:[{_U}][{_LOW}]+)?(?:['’-][{_U}][{_LOW}]+)*"
 _FULL = rf"(?:{_WORD}|[{_U}]\.)(?: (?:(?:van|von|de|der|den|del|della|di|da|la|le|bin|al|ter) ){{0,2}}(?:{_WORD}|[{_U}]\.(?= [{_U}]))){{0,3}}"
 _INTRODUCED = re.compile(
     rf"(?<![\w'])(?:[Mm]y (?:full |first |last |real |maiden )?name(?:'s| is|:)|[Mm]y name is(?: actually| simply)?|I am called|I'm called|[Tt]hey call me|[Yy]ou can call me|[Pp]lease call me|[Cc]all me"

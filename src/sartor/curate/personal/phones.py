@@ -28,25 +28,33 @@ _NANP = re.compile(
     re.IGNORECASE,
 )
 _TRUNK = re.compile(
-    r"(?<![\w.,+/-])\(?0\d{1,5}\)?(?:[ .\-/]{1,3}\d{2,8}|(?<=\))\d{3,8}){1,5}" + EXTENSION + r"(?![\w-]|[.,]\d)", re.IGNORECASE
+    r"(?<![\w.,+/-])(?<!\d )\(?0\d{1,5}\)?(?:[ .\-/]{1,3}\d{2,8}|(?<=\))\d{3,8}){1,5}" + EXTENSION + r"(?![\w-]|[.,]\d)", re.IGNORECASE
 )
 _ANY = re.compile(r"(?<![\w.,+])\(?\d(?:[ .\-/()]{0,3}\d){5,14}" + EXTENSION + r"(?![\w])", re.IGNORECASE)
 _SHORT = re.compile(r"(?<![\w.,+/-])\d{3}[ .-]\d{4}(?![\w-]|[.,/]\d)")
 _DATE = re.compile(r"\d{1,2}([./-])\d{1,2}\1(?:\d{4}|\d{2})(?!\d)|\d{4}([./-])\d{1,2}\2\d{1,2}(?!\d)")
-_YES = re.compile(
-    r"(?<![\w-])(?:(?:tele)?phones?|telephones?|tel|mob|mobiles?|cell(?:phone)?s?|calls?|called|calling|fax|whats\s?app|signal|sms|viber"
-    r"|telegram|text(?:ed|ing)?|dial|ring|hotline|helpline|reach(?:ed)?|contact|ph|landline|my number|his number|her number|your number"
-    r"|our number|handy\w*|telefon\w*|mobil\w*|anruf\w*|ruf\w*|rückruf\w*|durchwahl|erreich\w*|t[ée]l[ée]phon\w*|portable|appel\w*"
-    r"|joindre|m[óo]vil\w*|tel[ée]fono\w*|ll[áa]m\w*|celular\w*|cellulare|chiama\w*|telefoon\w*|bel|bellen)(?!\w)",
+_SURE = re.compile(
+    r"(?<![\w-])(?:(?:tele)?phones?|phone ?n(?:o|r|umber)s?|tel|mob|mobiles?|cell(?:phone)?s?|fax|whats\s?app|sms|viber|telegram|hotline"
+    r"|helpline|ph|landline|(?:my|his|her|your|our|their|contact) (?:new |old )?numbers?|handy\w*|telefon\w*|mobil(?:nummer|telefon|funk)?"
+    r"|rufnummer|durchwahl|t[ée]l[ée]phone|portable|m[óo]vil(?:es)?|tel[ée]fonos?|celular(?:es)?|cellulare|telefoon\w*|gsm)(?!\w)",
+    re.IGNORECASE,
+)
+_PERHAPS = re.compile(
+    r"(?<![\w-])(?:calls?|calling|signal|text(?:ed|ing)?|dial|ring|reach(?:ed)?|contact|numbers? (?:is|was)|anrufen|rufen|ruf|rückruf|erreichen"
+    r"|erreichbar|appele[rz]|joindre|ll[áa]m\w*|chiama\w*|bel|bellen)(?!\w)",
     re.IGNORECASE,
 )
 _NO = re.compile(
     r"(?<![\w-])(?:orders?|invoices?|articles?|items?|parts?|sku|ref|references?|tickets?|case|tracking|isbn|issn|versions?|models?|serial"
     r"|accounts?|acct|customer|ids?|patents?|doi|pmid|bestell\w*|rechnung\w*|artikel\w*|art|kunden\w*|sendung\w*|commande|facture|pedido"
     r"|factura|batch|lot|imei|vin|ean|upc|gtin|asin|parcel|shipment|booking|pnr|coordinates|population|revenue|routing|barcode|member"
-    r"|policy|claim|product|catalog(?:ue)?|iban|ssn|passport|size|price|total|sum|timestamp|epoch|hash|code|bug|issue|nr|paragraph)(?!\w)",
+    r"|policy|claim|product|catalog(?:ue)?|iban|ssn|passport|size|price|total|sum|timestamp|epoch|hash|code|bug|issue|paragraph|no|nr"
+    r"|ordinance|docket|act|law|section|years?|between|during|season|v|vs)(?:[ -]?(?:numbers?|no|nr|id|code)\b\.?)?(?: is\b| was\b)?(?!\w)",
     re.IGNORECASE,
 )
+_NUMBERED = re.compile(r"(?:no|nr)", re.IGNORECASE)
+_DECIMAL = re.compile(r"\d*\.\d+|\d{1,3}(?:[ .]\d{3})+")
+_YEARS = re.compile(r"\(?(?:1[5-9]|20)\d\d ?[-/] ?(?:(?:1[5-9]|20)\d\d|\d\d)\)?$")
 
 
 def opener(countries: Sequence[str]) -> Callable[[Sight], Iterable[Finding]]:
@@ -99,9 +107,11 @@ def _national(sight: Sight, library: Any, regions: Sequence[str], nanp: bool) ->
                 yield finding
     for start, end in sight.runs:
         match = _ANY.match(sight.flat, start - (sight.at(start - 1) == "("), end + 8)
-        if match and _told(sight, match.start()) > 0 and not _is_date(match[0]):
+        told = _told(sight, match.start()) if match else 0
+        if match and told > 0 and not _is_date(match[0]) and not _YEARS.match(match[0]) and not _DECIMAL.fullmatch(match[0]):
             found = _finding(sight, match, "after_its_name", 0.6, library, regions)
-            if 7 <= len(digits(match[0])) <= 15 and len(set(found.value)) > 3:
+            number = digits(match[0])
+            if (7 if told > 1 else 9) <= len(number) <= 15 and len(set(number)) > 2:
                 yield found
 
 
@@ -135,10 +145,19 @@ def _is_date(text: str) -> bool:
 
 
 def _told(sight: Sight, place: int) -> int:
-    """1 where the nearest word before says that it is a phone number, -1 where it says that it is another number, else 0."""
+    """What the nearest word before says: 2 that it is a phone number, 1 that it may be one, -1 another number, 0 nothing."""
     before = sight.before(place, 56)
-    yes = max((match.end() for match in _YES.finditer(before)), default=-1)
-    no = max((match.end() for match in _NO.finditer(before)), default=-1)
-    if no > yes and before[-1:] != "#":
+    sure = _last(_SURE, before)
+    perhaps = _last(_PERHAPS, before)
+    no = _last(_NO, before)
+    if no >= max(sure, perhaps) and no >= 0:
+        if _NUMBERED.search(before[max(0, no - 2) : no]) and sure >= 0 and no - sure < 8:
+            return 2  # "Tel. Nr."
         return -1 if len(before) - no < 24 else 0
-    return 1 if yes >= 0 else 0
+    if sure >= 0:
+        return 2
+    return 1 if perhaps >= 0 and len(before) - perhaps < 28 else 0
+
+
+def _last(words: re.Pattern[str], text: str) -> int:
+    return max((match.end() for match in words.finditer(text)), default=-1)

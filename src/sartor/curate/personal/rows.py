@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sartor.core.records import Example, Message, Part
+from sartor.core.records import Example, Message
+from sartor.curate.personal.findings import BREAK
 from sartor.curate.personal.json_text import Leaf, leaves, rebuilt
 
 FieldName = Literal["prompt", "reply", "system", "tools"]
+JSON_BEGINS = frozenset("{[ \n\t\r")
 Place = tuple[str, int, str, int]  # ("messages" | "rejected" | "tools" | "group", message, what of it, part)
 
 
@@ -44,13 +46,28 @@ def lay_out(example: Example) -> Layout:
     slots: list[Slot] = []
     json: dict[Place, tuple[Leaf, ...]] = {}
     for place, field, text in _texts(example):
-        found = leaves(text) if text[:1] in ("{", "[", " ", "\n", "\t", "\r") else None
+        found = leaves(text) if text[:1] in JSON_BEGINS else None
         if found is None:
             slots.append(Slot(place, field, text))
             continue
         json[place] = found
         slots += [Slot(place, field, leaf.text, leaf) for part in found for leaf in part.plain()]
     return Layout(tuple(slots), json)
+
+
+def plain_text(example: Example) -> str | None:
+    """The texts of a row, joined as its slots would be; None where one may be JSON or a message has several parts."""
+    if example.tools or example.group or example.rejected:
+        return None
+    texts = []
+    for message in example.messages:
+        if len(message.content) != 1 or message.name or message.tool_calls or message.tool_call_id:
+            return None
+        text = message.content[0].text
+        if text[:1] in JSON_BEGINS:
+            return None
+        texts.append(text)
+    return BREAK.join(texts)
 
 
 def _texts(example: Example) -> Iterator[tuple[Place, FieldName, str]]:
@@ -140,5 +157,3 @@ def joints(example: Example, layout: Layout) -> Iterator[list[int]]:
             together.setdefault(slot.place[:2], []).append(number)
     yield from (numbers for numbers in together.values() if len(numbers) > 1)
 
-
-__all__ = ["FieldName", "Layout", "Part", "Slot", "joints", "lay_out", "put_back"]

@@ -26,6 +26,9 @@ OPENERS: Mapping[str, Callable[[Sequence[str]], Recogniser]] = {
     "person": lambda countries: people.people,
 }
 BY_DIGITS = ("phone", "credit_card", "national_id")  # whose value is the same however its digits are grouped
+BY_CONTEXT = ("phone", "national_id", "secret", "birth_date", "person")  # found by a word that need not stand there twice
+MANY = 64
+_WORD = re.compile(r"[^\s,;:!?\"'()<>]+")
 NAMES_AND_WORDS = set(
     "may will mark bill grace hope joy rose dawn art frank grant june april august drew pat rich summer king".split()
 )
@@ -108,21 +111,28 @@ def _cut(found: list[Finding], flat: str) -> list[Finding]:
 
 def _elsewhere(found: list[Finding], sight: Sight) -> Iterator[Finding]:
     """The values that were found, at the other places where nothing around them says what they are."""
-    seen: set[tuple[str, str]] = set()
+    numbers: dict[str, Finding] = {}
+    spelt: dict[str, Finding] = {}
     for one in found:
         text = sight.flat[one.start : one.end]
-        if (one.entity, text) in seen:
-            continue
-        seen.add((one.entity, text))
-        for said in _spellings(one, text):
-            if sight.flat.count(said) > (said == text):
-                for match in re.finditer(rf"(?<!\w){re.escape(said)}(?!\w)", sight.flat):
-                    yield replace(one, start=match.start(), end=match.end(), score=one.score - 0.1)
         if one.entity in BY_DIGITS:
-            number = digits(text)
-            for start, end in sight.runs:
-                if digits(sight.flat[start:end]) == number:
-                    yield replace(one, start=start, end=end, score=one.score - 0.1)
+            numbers.setdefault(digits(text), one)
+        if one.entity in BY_CONTEXT:
+            for said in _spellings(one, text):
+                spelt.setdefault(said, one)
+    for start, end in sight.runs if numbers else ():
+        same = numbers.get(digits(sight.flat[start:end]))
+        if same is not None:
+            yield replace(same, start=start, end=end, score=same.score - 0.1)
+    if len(spelt) > MANY:  # a dump of values: one pass over the words, instead of one over the text for each value
+        for match in _WORD.finditer(sight.flat):
+            if match[0] in spelt:
+                yield replace(spelt[match[0]], start=match.start(), end=match.end(), score=spelt[match[0]].score - 0.1)
+        return
+    for said, one in spelt.items():
+        if sight.flat.count(said) > (said == sight.flat[one.start : one.end]):
+            for match in re.finditer(rf"(?<!\w){re.escape(said)}(?!\w)", sight.flat):
+                yield replace(one, start=match.start(), end=match.end(), score=one.score - 0.1)
 
 
 def _spellings(finding: Finding, text: str) -> list[str]:
