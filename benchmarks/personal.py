@@ -91,7 +91,9 @@ def phone(rng: Random) -> str:
 
 
 def card(rng: Random) -> str:
-    prefix, length = rng.choice([("4", 16), ("51", 16), ("2221", 16), ("34", 15), ("6011", 16), ("3530", 16), ("36", 14), ("62", 16)])
+    prefix, length = rng.choice(
+        [("4", 16), ("51", 16), ("2221", 16), ("34", 15), ("6011", 16), ("3530", 16), ("36", 14), ("62", 16)]
+    )
     body = prefix + digits(rng, length - len(prefix) - 1)
     number = body + luhn_digit(body)
     sizes = {16: (4, 4, 4, 4), 15: (4, 6, 5), 14: (4, 6, 4)}[length]
@@ -182,8 +184,15 @@ def national_id(rng: Random) -> tuple[str, str]:
 
 def ip(rng: Random) -> str:
     if rng.random() < 0.3:
-        return ":".join(f"{rng.getrandbits(16):x}" for _ in range(8)) if rng.random() < 0.5 else f"2001:db8::{rng.getrandbits(16):x}:{rng.getrandbits(16):x}"
-    return ".".join(str(part) for part in (rng.choice([10, 192, 203, 81, 172]), rng.randint(0, 255), rng.randint(0, 255), rng.randint(1, 254)))
+        return (
+            ":".join(f"{rng.getrandbits(16):x}" for _ in range(8))
+            if rng.random() < 0.5
+            else f"2001:db8::{rng.getrandbits(16):x}:{rng.getrandbits(16):x}"
+        )
+    return ".".join(
+        str(part)
+        for part in (rng.choice([10, 192, 203, 81, 172]), rng.randint(0, 255), rng.randint(0, 255), rng.randint(1, 254))
+    )
 
 
 def mac(rng: Random) -> str:
@@ -253,7 +262,15 @@ def address(rng: Random) -> str:
 def birth_date(rng: Random) -> tuple[str, str]:
     day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1930, 2010)
     name = "January February March April May June July August September October November December".split()[month - 1]
-    said = rng.choice([f"{day:02}/{month:02}/{year}", f"{day}.{month}.{year}", f"{year}-{month:02}-{day:02}", f"{day} {name} {year}", f"{name} {day}, {year}"])
+    said = rng.choice(
+        [
+            f"{day:02}/{month:02}/{year}",
+            f"{day}.{month}.{year}",
+            f"{year}-{month:02}-{day:02}",
+            f"{day} {name} {year}",
+            f"{name} {day}, {year}",
+        ]
+    )
     return rng.choice(["born on", "DOB:", "date of birth is", "geboren am", "Geburtsdatum:"]), said
 
 
@@ -262,9 +279,25 @@ def person(rng: Random) -> tuple[str, str]:
 
 
 CARRIERS: dict[str, list[str]] = {
-    "email": ["Please write to {} about it.", "You can reach me at {}, thanks", "{} is the address on file", "Send the invoice to: {}."],
-    "phone": ["Call me on {} after six.", "My number is {}.", "Tel: {}", "Our phone number changed to {} last week", "WhatsApp {} works too"],
-    "credit_card": ["My card {} was charged twice.", "Pay with {} please", "card number: {}, valid till 12/27", "It says {} on the card"],
+    "email": [
+        "Please write to {} about it.",
+        "You can reach me at {}, thanks",
+        "{} is the address on file",
+        "Send the invoice to: {}.",
+    ],
+    "phone": [
+        "Call me on {} after six.",
+        "My number is {}.",
+        "Tel: {}",
+        "Our phone number changed to {} last week",
+        "WhatsApp {} works too",
+    ],
+    "credit_card": [
+        "My card {} was charged twice.",
+        "Pay with {} please",
+        "card number: {}, valid till 12/27",
+        "It says {} on the card",
+    ],
     "iban": ["Transfer it to {}.", "IBAN: {}", "The refund goes to {} please", "my account is {} at the local bank"],
     "national_id": ["It is {} on the form", "My {}", "I gave them {} already.", "number: {}"],
     "ip_address": ["It fails from {} only", "The server at {} is down.", "ping {} gives nothing", "login from {} at night"],
@@ -386,7 +419,13 @@ def quality(count: int, seed: int, min_score: float) -> dict[str, Any]:
         }
         for entity in ENTITIES
     }
-    return {"entities": entities, "clean_rows": len(clean), "clean_rows_hit": len({text for _, text in wrong}), "missed": missed, "false": false}
+    return {
+        "entities": entities,
+        "clean_rows": len(clean),
+        "clean_rows_hit": len({text for _, text in wrong}),
+        "missed": missed,
+        "false": false,
+    }
 
 
 def chitchat() -> list[Example]:

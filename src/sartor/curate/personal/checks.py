@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from sartor.curate.personal.findings import digits
 from sartor.curate.personal.payment import luhn
 
 
-def _weighted(text: str, weights: str | tuple[int, ...]) -> int:
+def _weighted(text: str, weights: Sequence[Any]) -> int:
     return sum(int(digit) * int(weight) for digit, weight in zip(text, weights, strict=False))
 
 

@@ -146,7 +146,7 @@ Recogniser = Callable[[Sight], Iterable[Finding]]
 
 
 def look(text: str, *, escapes: bool = False) -> Sight:
-    """The Sight of a text. `escapes`: it may be raw JSON, so `\\u0040` and `\\n` are read as what they stand for."""
+    r"""The Sight of a text. `escapes`: it may be raw JSON, so `\u0040` and `\n` are read as what they stand for."""
     odd = escapes and "\\" in text
     if not odd and "&" not in text and (text.isascii() or MAY_HIDE.search(text) is None):
         return Sight(text, None, len(text))

@@ -33,7 +33,7 @@ class Leaf:
 def leaves(text: str, deep: int = 0) -> tuple[Leaf, ...] | None:
     """The leaves of JSON text that is an object or a list; None of any other."""
     start, end = text[:1], text[-1:]
-    if start not in "{[ \n\t\r" or end not in "}] \n\t\r" or not text.strip()[:1] in ("{", "["):
+    if start not in "{[ \n\t\r" or end not in "}] \n\t\r" or text.strip()[:1] not in ("{", "["):
         return None
     try:
         json.loads(text)

@@ -55,19 +55,23 @@ OTHERS = tuple(
 _PASSWORD = r"pass(?:(?:word|wd|wort|wörter|phrase|code|key)s?(?:[_-][A-Za-z0-9]+){0,3}|e)?|pwd|pw|kennwort|contrase(?:ñ|n)a"
 _TOKEN = r"secrets?|tokens?|keys?|credentials?|apikeys?"
 _SAID = re.compile(
-    rf"(?P<subject>{_PASSWORD}|(?:{_TOKEN})(?:[_-][A-Za-z0-9]+){{0,3}})(?![A-Za-z0-9_-])[\"'`]?\s*(?:\([^()\n\x00]{{0,20}}\)\s*)?"
+    rf"(?P<subject>{_PASSWORD}"
+    rf"|(?:{_TOKEN})(?:[_-][A-Za-z0-9]+){{0,3}})(?![A-Za-z0-9_-])[\"'`]?\s*(?:\([^()\n\x00]{{0,20}}\)\s*)?"
     r"(?P<link>:=|=>|[:=]|is\b|ist\b|was\b|est\b|es\b|\x00)\s*[:=]?\s*[\"'`]?(?P<value>[^\s\"'`,;<>(){}\[\]\x00]{4,200})",
     re.IGNORECASE,
 )
 HINTS = ("pass", "pw", "kennwort", "contrase", "secret", "token", "key", "credential")
 _QUALIFIED = re.compile(
-    r"(?:api|access|auth|client|private|encryption|signing|session|deploy|secret|account|licen[cs]e|master|service|bot|ssh|app|storage|shared|aws|azure)[_ .-]?$",
+    r"(?:api|access|auth|client|private|encryption|signing|session|deploy|secret|account|licen[cs]e|master|service"
+    r"|bot|ssh|app|storage|shared|aws|azure)[_ .-]?$",
     re.IGNORECASE,
 )
 # what stands for a value, or is none
 _STANDS_FOR = re.compile(
-    r"(?:x{3,}|\*{3,}|\.{3,}|•+|_+|-+|null|none|true|false|undefined|required|optional|string|str|text|password|changeme\b.*|your.*|my.*"
-    r"|example.*|placeholder.*|redacted.*|hidden|masked|env\..*|os\.environ.*|process\.env.*|\$.*|%.*|@.*|https?:.*|len|input|self\..*)",
+    r"(?:x{3,}|\*{3,}|\.{3,}|•+|_+|-+|null|none|true|false|undefined|required|optional|string|str|text|password"
+    r"|changeme\b.*|your.*|my.*"
+    r"|example.*|placeholder.*|redacted.*|hidden|masked|env\..*|os\.environ.*|process\.env.*|\$.*|%.*|@.*|https?:.*"
+    r"|len|input|self\..*)",
     re.IGNORECASE,
 )
 

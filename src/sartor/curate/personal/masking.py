@@ -87,7 +87,7 @@ def _across(scanner: Scanner, layout: Layout, numbers: Sequence[int]) -> list[Hi
     hits = []
     for finding in scanner.find("".join(texts)):
         begin = 0
-        pieces = []
+        pieces: list[Hit] = []
         for number, text in zip(numbers, texts, strict=True):
             start, end = max(finding.start, begin), min(finding.end, begin + len(text))
             if start < end:
@@ -140,7 +140,7 @@ def masked(example: Example, found: Found, names: Placeholders) -> Example:
 
 
 def _replaced(text: str, hits: Sequence[Hit], names: Placeholders) -> str:
-    pieces = []
+    pieces: list[str] = []
     at = 0
     for hit in hits:
         pieces += [text[at : hit.start], "" if hit.goes_on else names.of(hit.finding)]

@@ -17,8 +17,10 @@ from sartor.curate.personal.findings import Finding, Sight
 
 # words of any country that say "a number of a person follows"
 _ANY_WORD = (
-    r"national (?:id|identity|insurance)|(?:id|identity|identification|personal|insurance|tax) ?(?:card )?(?:number|no\b|nr\b|code)"
-    r"|social security|tax ?payer|tax ?id|ausweis|personnummer|steuer-?id|sozialversicherung|num[ée]ro de s[ée]curit[ée] sociale"
+    r"national (?:id|identity|insurance)|(?:id|identity|identification|personal|insurance|tax) ?(?:card )?(?:number"
+    r"|no\b|nr\b|code)"
+    r"|social security|tax ?payer|tax ?id|ausweis|personnummer|steuer-?id|sozialversicherung"
+    r"|num[ée]ro de s[ée]curit[ée] sociale"
 )
 
 
@@ -53,7 +55,7 @@ OWN = (
     _number("US", "us_ssn", r"\d{3}([ .\-]?)\d{2}\1\d{4}", checks.us_ssn, r"ssns?\b|social\b|ss#", r"\d{3}-\d\d-\d{4}"),
     _number("FR", "fr_nir", r"[12] ?\d\d ?\d\d ?\d[\dAB] ?\d{3} ?\d{3} ?\d\d", checks.fr_nir, r"nir\b|s[ée]cu|insee", ANY),
     _number("NL", "nl_bsn", r"\d{3}([ .]?)\d{3}\1\d{3}|\d{4}\.\d\d\.\d{3}", checks.nl_bsn, r"bsn\b|burgerservice|sofi"),
-    _number("BE", "be_rn", r"\d\d\.?\d\d\.?\d\d-?\d{3}\.?\d\d", checks.be_rn, r"rijksregister|registre national|niss|insz", r".*\..*-"),
+    _number("BE", "be_rn", r"\d\d\.?\d\d\.?\d\d-?\d{3}\.?\d\d", checks.be_rn, r"rijksreg|registre nat|niss|insz", r".*\..*-"),
     _number("CH", "ch_ahv", r"756[. ]?\d{4}[. ]?\d{4}[. ]?\d\d", checks.ean, r"ahv|avs\b|sozialvers", ANY),
     _number("AT", "at_svnr", r"\d{4} ?\d{6}", checks.at_svnr, r"svnr|sv-?n|sozialvers|versicherungsnummer"),
     _number("PT", "pt_nif", r"[1-3]\d{2} ?\d{3} ?\d{3}", checks.pt_nif, r"nif\b|contribuinte"),
@@ -69,7 +71,7 @@ OWN = (
     _number("IL", "il_id", r"\d{8}-?\d", checks.luhn_any, r"teudat|זהות|israeli id"),
     _number("SG", "sg_nric", r"[STFGM]\d{7}[A-Z]", checks.sg_nric, r"nric|\bfin\b", ANY),
     _number("IN", "in_pan", r"[A-Z]{3}[ABCFGHJLPT][A-Z]\d{4}[A-Z]", lambda text: True, r"\bpan\b", ANY),
-    _number("GB", "gb_nino", r"[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d\d ?\d\d ?\d\d ?[A-D]", checks.gb_nino, r"nino?\b|national ins", ANY),
+    _number("GB", "gb_nino", r"[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?(?:\d\d ?){3}[A-D]", checks.gb_nino, r"nino?\b", ANY),
     _number("US", "us_itin", r"9\d\d([ -]?)[5-9]\d\1\d{4}", checks.us_itin, r"itin\b", r"9\d\d-\d\d-"),
 )  # fmt: skip
 # (country, what, presidio's module, words in addition to its own, alone)
@@ -99,7 +101,8 @@ BORROWED = (
 COUNTRIES = tuple(sorted({number.country for number in OWN} | {row[0] for row in BORROWED}))
 # a passport's or licence's number after its name: no form of its own that could be checked
 _DOCUMENT = re.compile(
-    r"\b(?:passport|reisepass|passeport|pasaporte|passaporto|driver'?s?'? licen[cs]e|driving licen[cs]e|f[üu]hrerschein|identity card"
+    r"\b(?:passport|reisepass|passeport|pasaporte|passaporto|driver'?s?'? licen[cs]e|driving licen[cs]e"
+    r"|f[üu]hrerschein|identity card"
     r"|personalausweis)(?:[- ]?(?:number|num|no|nr|nummer|id|#|n[°º]))?\.?\s*(?:is|ist|est|es|:|=|#)?\s*#?"
     r"((?=[A-Z]*\d)(?=(?:[A-Z]*\d){4})[A-Z0-9]{1,4}[ -]?[A-Z0-9]{4,14})(?![\w-])",
     re.IGNORECASE,

@@ -23,10 +23,12 @@ _DOT_WORD = re.compile(r"dot|punkt|punto|point|\[\.\]|\(\.\)", re.IGNORECASE)
 _BRACKET = re.compile(r"[(\[{<]")
 _MAIL_WORD = re.compile(r"\b(?:e-?mails?|mail|contact|write|reach|address|correo|courriel|adresse|kontakt)\b", re.IGNORECASE)
 # "we looked at example dot com": what stands before "at" is a verb, not a person
-NOT_A_NAME = set(
-    """look looked looking work works worked working shop shopping buy bought order ordered available visit site sites arrive store
-    stored found find online meet see sign register us me it them is are was be here there start stop stay live study go check
-    available hosted based sold page article blog website homepage up out not good great prices deals items products""".split()
+NOT_A_NAME = re.compile(
+    r"look|looked|looking|work|works|worked|working|shop|shopping|buy|bought|order|ordered|available|visit|site|sites"
+    r"|arrive|store|stored|found|find|online|meet|see|sign|register|us|me|it|them|is|are|was|be|here|there|start|stop"
+    r"|stay|live|study|go|check|hosted|based|sold|page|article|blog|website|homepage|up|out|not|good|great|prices|deals"
+    r"|items|products",
+    re.IGNORECASE,
 )
 
 _IPV4 = re.compile(r"(?<![\w.-])(?:25[0-5]|2[0-4]\d|1?\d?\d)(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d)){3}(?![\w-]|\.\d)")
@@ -64,7 +66,7 @@ RESERVED = {"example", "test", "invalid", "localhost", "local", "lan", "internal
 
 
 def is_domain(text: str) -> bool:
-    """Whether it has two labels or more and ends in a public suffix, or in one that is reserved for examples and for networks at home."""
+    """Whether it has two labels or more and ends in a public suffix, or one for examples and home networks."""
     return "." in text and (text.rpartition(".")[2].lower() in RESERVED or domains()(text).suffix != "")
 
 
@@ -90,7 +92,9 @@ def emails(sight: Sight) -> Iterator[Finding]:
 
 def _is_remote(flat: str, start: int, at: int, end: int) -> bool:
     """`git@github.com:owner/name`, and the password of a URL, are no mail addresses."""
-    return (flat[start:at] == "git" and flat[end : end + 1] in (":", "/")) or _USERINFO.search(flat, max(0, start - 128), start) is not None
+    return (flat[start:at] == "git" and flat[end : end + 1] in (":", "/")) or _USERINFO.search(
+        flat, max(0, start - 128), start
+    ) is not None
 
 
 def _spelt(sight: Sight) -> Iterator[Finding]:
@@ -113,7 +117,7 @@ def _spelt(sight: Sight) -> Iterator[Finding]:
 
 
 def _is_meant(sight: Sight, start: int, local: str) -> bool:
-    if not any(sign.isalpha() for sign in local) or local.lower().rpartition(".")[2] in NOT_A_NAME:
+    if not any(sign.isalpha() for sign in local) or NOT_A_NAME.fullmatch(local.rpartition(".")[2]):
         return False
     return any(sign in local for sign in "._0123456789") or _MAIL_WORD.search(sight.before(start, 60)) is not None
 

@@ -10,9 +10,11 @@ from sartor.core.errors import need
 from sartor.curate.personal.findings import Finding, Sight, digits
 
 REGIONS = (
-    "US GB DE FR ES IT NL BE AT CH PL SE NO DK FI IE PT CZ SK HU RO GR BG HR SI LT LV EE LU CA AU NZ IN PK BD PH SG MY ID TH VN"
-    " JP KR CN HK TW TR IL AE SA EG ZA NG KE MA BR MX AR CL CO PE UA RU"
-).split()
+    "US", "GB", "DE", "FR", "ES", "IT", "NL", "BE", "AT", "CH", "PL", "SE", "NO", "DK", "FI", "IE", "PT", "CZ", "SK", "HU",
+    "RO", "GR", "BG", "HR", "SI", "LT", "LV", "EE", "LU", "CA", "AU", "NZ", "IN", "PK", "BD", "PH", "SG", "MY", "ID", "TH",
+    "VN", "JP", "KR", "CN", "HK", "TW", "TR", "IL", "AE", "SA", "EG", "ZA", "NG", "KE", "MA", "BR", "MX", "AR", "CL", "CO",
+    "PE", "UA", "RU",
+)  # fmt: skip
 EXTENSION = r"(?:\s?(?:x|ext\.?|extension|durchwahl|poste)\s?\d{1,6})?"
 _ABROAD = re.compile(
     r"(?<![\w+])(?:\+\s?|00(?=[1-9])|00[ -](?=[1-9])|\(\+)[1-9]\d{0,2}\)?(?:[ .\-/]{0,2}\(?\d{1,11}\)?){1,7}"
@@ -28,32 +30,42 @@ _NANP = re.compile(
     re.IGNORECASE,
 )
 _TRUNK = re.compile(
-    r"(?<![\w.,+/-])(?<!\d )\(?0\d{1,5}\)?(?:[ .\-/]{1,3}\d{2,8}|(?<=\))\d{3,8}){1,5}" + EXTENSION + r"(?![\w-]|[.,]\d)", re.IGNORECASE
+    r"(?<![\w.,+/-])(?<!\d )\(?0\d{1,5}\)?(?:[ .\-/]{1,3}\d{2,8}|(?<=\))\d{3,8}){1,5}" + EXTENSION + r"(?!\w|[.,-]\d)",
+    re.IGNORECASE,
 )
 _ANY = re.compile(r"(?<![\w.,+])\(?\d(?:[ .\-/()]{0,3}\d){5,14}" + EXTENSION + r"(?![\w])", re.IGNORECASE)
 _SHORT = re.compile(r"(?<![\w.,+/-])\d{3}[ .-]\d{4}(?![\w-]|[.,/]\d)")
-_DATE = re.compile(r"\d{1,2}([./-])\d{1,2}\1(?:\d{4}|\d{2})(?!\d)|\d{4}([./-])\d{1,2}\2\d{1,2}(?!\d)")
+_DATE = re.compile(r"\d{1,2}([./-])\d{1,2}\1(?:\d{4}|\d{2})(?![./-]?\d)|\d{4}([./-])\d{1,2}\2\d{1,2}(?![./-]?\d)")
 _SURE = re.compile(
-    r"(?<![\w-])(?:(?:tele)?phones?|phone ?n(?:o|r|umber)s?|tel|mob|mobiles?|cell(?:phone)?s?|fax|whats\s?app|sms|viber|telegram|hotline"
-    r"|helpline|ph|landline|(?:my|his|her|your|our|their|contact) (?:new |old )?numbers?|handy\w*|telefon\w*|mobil(?:nummer|telefon|funk)?"
-    r"|rufnummer|durchwahl|t[ée]l[ée]phone|portable|m[óo]vil(?:es)?|tel[ée]fonos?|celular(?:es)?|cellulare|telefoon\w*|gsm)(?!\w)",
+    r"(?<![\w-])(?:(?:tele)?phones?|phone ?n(?:o|r|umber)s?|tel|mob|mobiles?|cell(?:phone)?s?|fax|whats\s?app|sms"
+    r"|viber|telegram|hotline"
+    r"|helpline|ph|landline|(?:my|his|her|your|our|their|contact) (?:new |old )?numbers?|handy\w*|telefon\w*"
+    r"|mobil(?:nummer|telefon|funk)?"
+    r"|rufnummer|durchwahl|t[ée]l[ée]phone|portable|m[óo]vil(?:es)?|tel[ée]fonos?|celular(?:es)?|cellulare"
+    r"|telefoon\w*|gsm)(?!\w)",
     re.IGNORECASE,
 )
 _PERHAPS = re.compile(
-    r"(?<![\w-])(?:calls?|calling|signal|text(?:ed|ing)?|dial|ring|reach(?:ed)?|contact|numbers? (?:is|was)|anrufen|rufen|ruf|rückruf|erreichen"
+    r"(?<![\w-])(?:calls?|calling|signal|text(?:ed|ing)?|dial|ring|reach(?:ed)?|answer(?:ing)?|contact"
+    r"|numbers? (?:is|was)|anrufen|rufen|ruf|rückruf|erreichen"
     r"|erreichbar|appele[rz]|joindre|ll[áa]m\w*|chiama\w*|bel|bellen)(?!\w)",
     re.IGNORECASE,
 )
 _NO = re.compile(
-    r"(?<![\w-])(?:orders?|invoices?|articles?|items?|parts?|sku|ref|references?|tickets?|case|tracking|isbn|issn|versions?|models?|serial"
-    r"|accounts?|acct|customer|ids?|patents?|doi|pmid|bestell\w*|rechnung\w*|artikel\w*|art|kunden\w*|sendung\w*|commande|facture|pedido"
-    r"|factura|batch|lot|imei|vin|ean|upc|gtin|asin|parcel|shipment|booking|pnr|coordinates|population|revenue|routing|barcode|member"
-    r"|policy|claim|product|catalog(?:ue)?|iban|ssn|passport|size|price|total|sum|timestamp|epoch|hash|code|bug|issue|paragraph|no|nr"
-    r"|ordinance|docket|act|law|section|years?|between|during|season|v|vs)(?:[ -]?(?:numbers?|no|nr|id|code)\b\.?)?(?: is\b| was\b)?(?!\w)",
+    r"(?<![\w-])(?:orders?|invoices?|articles?|items?|parts?|sku|ref|references?|tickets?|case|tracking|isbn|issn"
+    r"|versions?|models?|serial"
+    r"|accounts?|acct|customer|ids?|patents?|doi|pmid|bestell\w*|rechnung\w*|artikel\w*|art|kunden\w*|sendung\w*"
+    r"|commande|facture|pedido"
+    r"|factura|batch|lot|imei|vin|ean|upc|gtin|asin|parcel|shipment|booking|pnr|coordinates|population|revenue"
+    r"|routing|barcode|member"
+    r"|policy|claim|product|catalog(?:ue)?|iban|ssn|passport|size|price|total|sum|timestamp|epoch|hash|code|bug"
+    r"|issue|paragraph|no|nr"
+    r"|ordinance|docket|act|law|section|years?|between|during|season|v|vs)(?:[ -]?(?:numbers?|no|nr|id"
+    r"|code)\b\.?)?(?: is\b| was\b)?(?!\w)",
     re.IGNORECASE,
 )
 _NUMBERED = re.compile(r"(?:no|nr)", re.IGNORECASE)
-_DECIMAL = re.compile(r"\d*\.\d+|\d{1,3}(?:[ .]\d{3})+")
+_DECIMAL = re.compile(r"\d*\.\d+|\d{1,3}(?:\.\d{3})+")
 _YEARS = re.compile(r"\(?(?:1[5-9]|20)\d\d ?[-/] ?(?:(?:1[5-9]|20)\d\d|\d\d)\)?$")
 
 
@@ -91,12 +103,24 @@ def _abroad(sight: Sight, library: Any) -> Iterator[Finding]:
 
 
 def _national(sight: Sight, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[Finding]:
+    yield from _by_form(sight, library, regions, nanp)
+    for start, end in sight.runs:
+        match = _ANY.match(sight.flat, start - (sight.at(start - 1) == "("), end + 8)
+        told = _told(sight, match.start()) if match else 0
+        if match is None or told <= 0 or _is_date(match[0]) or _is_sum(match[0]):
+            continue
+        number = digits(match[0])
+        if (7 if told > 1 else 8) <= len(number) <= 15 and len(set(number)) > 2:
+            yield _finding(sight, match, "after_its_name", 0.6, library, regions)
+
+
+def _by_form(sight: Sight, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[Finding]:
     if nanp:
         for match in _NANP.finditer(sight.flat):
             if _told(sight, match.start()) >= 0 and not _is_date(match[0]):
                 yield _finding(sight, match, "north_american", 0.75, library, ["US"])
         for match in _SHORT.finditer(sight.flat):
-            if _told(sight, match.start()) > 0:
+            if _told(sight, match.start()) > (" " in match[0]):  # "contact: 108 2011" is a room and a year
                 yield _finding(sight, match, "local", 0.55, library, [])
     for match in _TRUNK.finditer(sight.flat):
         number = digits(match[0])
@@ -105,14 +129,6 @@ def _national(sight: Sight, library: Any, regions: Sequence[str], nanp: bool) ->
             finding = _finding(sight, match, "national", 0.7, library, regions)
             if told > 0 or finding.value.startswith("+") or len(number) in (10, 11):
                 yield finding
-    for start, end in sight.runs:
-        match = _ANY.match(sight.flat, start - (sight.at(start - 1) == "("), end + 8)
-        told = _told(sight, match.start()) if match else 0
-        if match and told > 0 and not _is_date(match[0]) and not _YEARS.match(match[0]) and not _DECIMAL.fullmatch(match[0]):
-            found = _finding(sight, match, "after_its_name", 0.6, library, regions)
-            number = digits(match[0])
-            if (7 if told > 1 else 9) <= len(number) <= 15 and len(set(number)) > 2:
-                yield found
 
 
 def _finding(sight: Sight, match: re.Match[str], what: str, score: float, library: Any, regions: Sequence[str]) -> Finding:
@@ -138,6 +154,12 @@ def _value(parsed: Any, number: str, library: Any) -> str:
 
 def _in_groups(text: str) -> bool:
     return len(re.findall(r"\d+", text)) >= 3 or len(digits(text)) >= 10
+
+
+def _is_sum(text: str) -> bool:
+    """Years, decimals, thousands with dots, terms of arithmetic: what stands in a run of digits and is no phone number."""
+    plain = _YEARS.match(text) or _DECIMAL.fullmatch(text)
+    return plain is not None or " - " in text and "." in text or text.count("(") != text.count(")")
 
 
 def _is_date(text: str) -> bool:

@@ -26,7 +26,9 @@ _WAYS = (
     "|Ridge|Heights|Walk"
 )
 # words that stand in other sentences too ("12 Angry Men Way"): they count with a town, or where somebody lives there
-_SHORT_WAYS = set("Way Place Row Court Ridge Heights Walk Close Loop Square Circle Crossing Plaza Drive Trail Dr Pl Ter Av".split())
+_SHORT_WAYS = re.compile(
+    "Way|Place|Row|Court|Ridge|Heights|Walk|Close|Loop|Square|Circle|Crossing|Plaza|Drive|Trail|Dr|Pl|Ter|Av"
+)
 _COMPASS = r"(?:North|South|East|West|NE|NW|SE|SW|N|S|E|W)\b\.?"
 _UNIT = r"(?:,? (?:Apt|Apartment|Suite|Ste|Unit|Flat|Floor|Fl|Room|Rm|#)\.? ?#?\w{1,6})?"
 _TOWN = rf"{_NAME}(?: {_NAME}){{0,3}}"
@@ -40,7 +42,7 @@ _ENGLISH = re.compile(
     rf"(?P<way>{_WAYS})\b\.?(?: {_COMPASS})?{_UNIT}"
     rf"(?P<town>{_GAP}(?:{_TOWN}{_GAP})?(?:(?:{_STATES})\b\.?(?:,? {_ZIP})?|{_UK_CODE}|{_ZIP})(?!\w))?"
 )
-_BOX_BEFORE = re.compile(r"(?<!\w)(?:P\.? ?O\.? ?Box|Post Office Box|Postfach|Apartado|BP) $")
+_BOX_BEFORE = re.compile(r"(?<!\w)(?:P\.? ?O\.? ?Box|Post Office Box|Postbox|Postfach|Apartado) $")
 _POSTCODE = re.compile(rf"(?<![\w-])({_UK_CODE})(?![\w-])")
 _DE_TOWN = (
     rf"(?:(?:D-|A-|CH-)?\d{{4,5}} {_NAME}(?:[ -](?:(?:am|an der|im|ob der|bei|in der|vor der) )?{_NAME}){{0,3}}"
@@ -70,7 +72,8 @@ _FRENCH = re.compile(
     rf"{_NAME}(?:[ -](?:(?:de|du|des|la|le|et)[ -])?{_NAME}){{0,4}}(?P<town>{_THEN}{_FR_TOWN})?"
 )
 _ES_BEFORE = re.compile(
-    r"(?<![\w.])(?:C/|C\.|Calle|Avda\.?|Avenida|Av\.|Plaza|Pza\.?|Paseo|Pº|Carrer|Camino|Ronda|Rua|Travessa|Largo|Praça|Carrera) ?"
+    r"(?<![\w.])(?:C/|C\.|Calle|Avda\.?|Avenida|Av\.|Plaza|Pza\.?|Paseo|Pº|Carrer|Camino|Ronda|Rua|Travessa|Largo"
+    r"|Praça|Carrera) ?"
     rf"(?:(?:de la|de los|de las|del|de|do|da|dos|das|la|el) )?{_NAME}(?: (?:(?:de la|de los|del|de|y|do|da) )?{_NAME}){{0,4}}"
     r",? (?:n[ºo°.]{1,2} ?|núm\.? )?$"
 )
@@ -83,7 +86,8 @@ _IT_BEFORE = re.compile(
     rf"{_NAME}(?: (?:(?:di|e|da) )?{_NAME}){{0,3}},? (?:n\. ?)?$"
 )
 _IT_NUMBER = re.compile(
-    rf"\d{{1,4}}(?:/?[a-zA-Z](?!\w))?(?!\d|[.,]\d)(?P<town>(?:, ?| - | )\d{{5}} {_NAME}(?: {_NAME}){{0,2}}(?: \([A-Z]{{2}}\))?)?"
+    rf"\d{{1,4}}(?:/?[a-zA-Z](?!\w))?(?!\d|[.,]\d)(?P<town>(?:, ?| - "
+    rf"| )\d{{5}} {_NAME}(?: {_NAME}){{0,2}}(?: \([A-Z]{{2}}\))?)?"
 )
 _NL_BEFORE = re.compile(
     rf"(?<!\w)(?:{_NAME} ){{0,2}}[{_U}][\w'’.-]*(?:straat|laan|weg|plein|gracht|kade|dijk|singel|hof|steeg|dreef) $"
@@ -92,23 +96,54 @@ _NL_NUMBER = re.compile(
     rf"\d{{1,4}}(?:[ -]?[a-zA-Z](?!\w))?(?!\w|[.,]\d)(?P<town>{_THEN}\d{{4}} ?[A-Z]{{2}} {_NAME}(?: {_NAME})?)?"
 )
 _NL_SURE = re.compile(r"(?:straat|laan|gracht|kade|plein|singel) $")
+# a street of any other language: words with a capital and a number, where a town with its code follows
+_CODE = (
+    rf"(?:\d{{3}} ?\d{{2}}|\d{{2}}-\d{{3}}|\d{{4,5}}-\d{{3}}|{_ZIP}|\d{{4}} [A-Z]{{2}}|(?!(?:1[5-9]|20)\d\d)\d{{4}}"
+    rf"|[A-Z]\d[A-Z] \d[A-Z]\d|{_UK_CODE})(?![\w-])"
+)
+_ANY_BEFORE = re.compile(
+    rf"(?<![\w.])(?:(?:ul\.|al\.|R) )?(?:{_NAME} (?:(?:da|de|do|das|dos|la|le|el|van|u\.|út|utca|gate|vej) ){{0,2}}){{1,4}}$"
+)
+_ANY_NUMBER = re.compile(
+    rf"(?!(?:1[5-9]|20)\d\d)\d{{1,4}}\.?(?: ?[a-zA-Z](?!\w))?(?:/\d{{1,4}})?(?P<town>, {_TOWN},? {_CODE}"
+    rf"|, {_CODE} {_NAME}(?: {_NAME}){{0,2}})"
+)
+# the code after the town, as forms have it: `Via Roma 5, Milano, 20121`
+_TAIL = re.compile(rf",? {_TOWN},? {_CODE}")
+_ANY_WORD = re.compile(rf"[{_U}][\w'’.-]* (?:(?:da|de|do|das|dos|la|le|el|van|u\.|út|utca|gate|vej) )?$")
 # (what, the street before the number, number and town, score with a town and without)
 BEFORE = (
     ("street_german", _DE_STREET, _DE_NUMBER, 0.9, 0.3),
     ("street_spanish", _ES_BEFORE, _ES_NUMBER, 0.9, 0.75),
     ("street_italian", _IT_BEFORE, _IT_NUMBER, 0.9, 0.6),
     ("street_dutch", _NL_BEFORE, _NL_NUMBER, 0.9, 0.3),
-    ("box", _BOX_BEFORE, re.compile(rf"\d{{1,6}}(?:,? {_TOWN},? (?:{_STATES})\b(?: {_ZIP})?|,? \d{{5}} {_NAME})?"), 0.8, 0.8),
+    (
+        "box",
+        _BOX_BEFORE,
+        re.compile(rf"\d{{1,6}}(?P<town>,? {_TOWN},? (?:{_STATES})\b(?: {_ZIP})?|,? \d{{5}} {_NAME})?"),
+        0.8,
+        0.8,
+    ),
+    (
+        "box",
+        re.compile(r"(?<!\w)BP $"),
+        re.compile(rf"\d{{1,6}}(?!\w|/)(?P<town>,? \d{{5}} {_NAME})?"),
+        0.8,
+        0.0,
+    ),  # or blood pressure
+    ("street", _ANY_BEFORE, _ANY_NUMBER, 0.55, 0.0),
 )
 # a look at the word before the number, before the long patterns are tried
 _WAY_BEFORE = re.compile(
     rf"(?:{_DE_WAYS}|straat|laan|plein|gracht|kade|dijk|singel|steeg|dreef|[Bb]ox|Postfach|Apartado|BP"
-    r"|(?:Am|der|des|den|von|Im|Zum|Zur|Straße|Strasse|C/|C\.|Calle|Avda\.?|Avenida|Av\.|Plaza|Pza\.?|Paseo|Pº|Carrer|Camino|Ronda|Rua"
+    r"|(?:Am|der|des|den|von|Im|Zum|Zur|Straße|Strasse|C/|C\.|Calle|Avda\.?|Avenida|Av\.|Plaza|Pza\.?|Paseo|Pº"
+    r"|Carrer|Camino|Ronda|Rua"
     r"|Travessa|Largo|Praça|Carrera|Via|Viale|Piazza|Piazzale|Corso|Vicolo)\b.{0,60}),? (?:n[º.o°]{1,2} ?|núm\.? )?$",
     re.DOTALL,
 )
 _HOME = re.compile(
-    r"\b(?:to|from|near|meet|come|live|lives|living|lived|address|deliver(?:y|ed)?|ship(?:ped)?|moved?|reside|home|house|mail|send|sent|visit|located"
+    r"\b(?:to|from|near|meet|come|live|lives|living|lived|address|deliver(?:y|ed)?|ship(?:ped)?|moved?|reside|home"
+    r"|house|mail|send|sent|visit|located"
     r"|office|at|adresse|anschrift|wohne?)\b",
     re.IGNORECASE,
 )
@@ -119,8 +154,10 @@ _GOES_ON = re.compile(r" [a-z]{3}")
 
 _MONTHS = (
     r"(?:jan(?:uary|uar|v(?:ier)?|\.)?|enero|ene\.?|feb(?:ruary|ruar|rero|\.)?|f[ée]vr(?:ier|\.)?|mar(?:ch|zo|s|\.)?|m[äa]rz"
-    r"|apr(?:il|ile|\.)?|avril|abril|may|mai|mayo|maggio|june?|juni|juin|junio|giugno|july?|juli|juillet|julio|luglio|aug(?:ust|\.)?"
-    r"|ao[ûu]t|agosto|sep(?:t|tember|tembre|tiembre)?\.?|settembre|o[ck]t(?:ober|obre|ubre|\.)?|ottobre|nov(?:ember|embre|iembre|\.)?"
+    r"|apr(?:il|ile|\.)?|avril|abril|may|mai|mayo|maggio|june?|juni|juin|junio|giugno|july?|juli|juillet|julio"
+    r"|luglio|aug(?:ust|\.)?"
+    r"|ao[ûu]t|agosto|sep(?:t|tember|tembre|tiembre)?\.?|settembre|o[ck]t(?:ober|obre|ubre|\.)?|ottobre|nov(?:ember"
+    r"|embre|iembre|\.)?"
     r"|de[czs](?:ember|\.)?|d[ée]cembre|diciembre|dicembre|jänner|gennaio|febbraio)"
 )
 _YEAR = r"(?:1[89]|20)\d\d"
@@ -132,9 +169,11 @@ _DAY = (
 )
 _BORN = re.compile(
     r"(?<![\w-])(?:born(?: on)?|date[ _-]?of[ _-]?birth|birth[ _-]?date|birth[ _-]?day|d\.?o\.?b\.?|geboren(?: am)?|geb\."
-    r"|geburts(?:datum|tag)|n[ée]e? le|date[ _]de[ _]naissance|nacid[oa] el|naci el|nací el|fecha[ _]de[ _]nacimiento|nat[oa] il"
+    r"|geburts(?:datum|tag)|n[ée]e? le|date[ _]de[ _]naissance|nacid[oa] el|naci el|nací el"
+    r"|fecha[ _]de[ _]nacimiento|nat[oa] il"
     r"|data[ _]di[ _]nascita|geboortedatum|nascid[oa] em|data[ _]de[ _]nascimento)(?!\w)"
-    r"(?:[\s:=\"'(*\x00-]|is\b|was\b|on\b|ist\b|am\b|der\b|den\b|the\b|est\b|es\b|le\b|el\b|as\b|dd/mm/yyyy|mm/dd/yyyy|yyyy-mm-dd"
+    r"(?:[\s:=\"'(*\x00-]|is\b|was\b|on\b|ist\b|am\b|der\b|den\b|the\b|est\b|es\b|le\b|el\b|as\b|dd/mm/yyyy"
+    r"|mm/dd/yyyy|yyyy-mm-dd"
     rf"|in [{_U}]\w+(?=,? on)){{0,24}}({_DAY})",
     re.IGNORECASE,
 )
@@ -156,7 +195,9 @@ def addresses(sight: Sight) -> Iterator[Finding]:
             if match and match.end() == end + 2:
                 spaced = " " in match[0]
                 if len(match[0]) >= 6:
-                    yield _address(match, "postcode_british", 0.65 if spaced else 0.5 if _home(sight, match.start()) else 0.3)
+                    yield _address(
+                        sight, match, "postcode_british", 0.65 if spaced else 0.5 if _home(sight, match.start()) else 0.3
+                    )
 
 
 def _number_first(sight: Sight, start: int) -> Iterator[Finding]:
@@ -167,25 +208,28 @@ def _number_first(sight: Sight, start: int) -> Iterator[Finding]:
         # "12 Wall Street analysts": where a word goes on, somebody must live there
         if _is_no_street(match, sight):
             return
-        sure = _home(sight, start) or (match["way"] not in _SHORT_WAYS and not _GOES_ON.match(sight.flat, match.end()))
-        yield _address(match, "street_english", 0.9 if match["town"] else 0.65 if sure else 0.45)
+        sure = _home(sight, start) or (not _SHORT_WAYS.fullmatch(match["way"]) and not _GOES_ON.match(sight.flat, match.end()))
+        yield _address(sight, match, "street_english", 0.9 if match["town"] else 0.65 if sure else 0.45)
     match = _FRENCH.match(sight.flat, start)
     if match:
         sure = match["way"].lower() in ("rue", "avenue", "boulevard") or _home(sight, start)
-        yield _address(match, "street_french", 0.9 if match["town"] else 0.65 if sure else 0.4)
+        yield _address(sight, match, "street_french", 0.9 if match["town"] else 0.65 if sure else 0.4)
 
 
 def _is_no_street(match: re.Match[str], sight: Sight) -> bool:
     """Courts and saints: `131 S. Ct. 2507`, `2017, Judge Amy J. St. Eve`."""
     words = match[0][: match.start("way") - match.start()].split()[1:]
-    if all(word.endswith(".") for word in words) or _YEAR_COMMA.match(match[0]):
+    if all(
+        word.endswith(".") or word[0].isdigit() and match["way"] in ("Cir", "Ct", "Dr") for word in words
+    ) or _YEAR_COMMA.match(match[0]):
         return True
     return match["way"] in ("St", "Ct") and not match["town"] and _SAINT.match(sight.flat, match.end("way")) is not None
 
 
 def _street_first(sight: Sight, start: int) -> Iterator[Finding]:
     window = sight.before(start, 90)
-    if not _WAY_BEFORE.search(window):
+    known = _WAY_BEFORE.search(window) is not None
+    if not known and not (_ANY_WORD.search(window) and _ANY_NUMBER.match(sight.flat, start)):
         return
     for what, street, number, with_town, alone in BEFORE:
         before = street.search(window)
@@ -198,17 +242,24 @@ def _street_first(sight: Sight, start: int) -> Iterator[Finding]:
             score = max(score, 0.65)
         elif what == "street_german" and not _DE_WORD.search(before[0]):
             continue
-        text = sight.flat[first : match.end()].rstrip(" .,\n")
-        yield Finding(first, first + len(text), "address", what, score, " ".join(text.casefold().split()))
+        yield _finding(sight, first, match.end(), what, score, score == with_town)
 
 
 def _home(sight: Sight, place: int) -> bool:
     return _HOME.search(sight.before(place, 32)) is not None
 
 
-def _address(match: re.Match[str], what: str, score: float) -> Finding:
-    text = match[0].rstrip(" ,\n")
-    return Finding(match.start(), match.start() + len(text), "address", what, score, " ".join(text.casefold().split()))
+def _address(sight: Sight, match: re.Match[str], what: str, score: float) -> Finding:
+    return _finding(sight, match.start(), match.end(), what, score, bool(match.groupdict().get("town")))
+
+
+def _finding(sight: Sight, start: int, end: int, what: str, score: float, has_town: bool) -> Finding:
+    """The address without marks at its end; with the town where that stands before its code."""
+    tail = None if has_town else _TAIL.match(sight.flat, end)
+    if tail:
+        end, score = tail.end(), max(score, 0.85)
+    text = sight.flat[start:end].rstrip(" ,\n")
+    return Finding(start, start + len(text), "address", what, score, " ".join(text.casefold().split()))
 
 
 def birth_dates(sight: Sight) -> Iterator[Finding]:

@@ -156,4 +156,3 @@ def joints(example: Example, layout: Layout) -> Iterator[list[int]]:
         if slot.place[2] == "content" and slot.leaf is None:
             together.setdefault(slot.place[:2], []).append(number)
     yield from (numbers for numbers in together.values() if len(numbers) > 1)
-

@@ -29,8 +29,9 @@ BY_DIGITS = ("phone", "credit_card", "national_id")  # whose value is the same h
 BY_CONTEXT = ("phone", "national_id", "secret", "birth_date", "person")  # found by a word that need not stand there twice
 MANY = 64
 _WORD = re.compile(r"[^\s,;:!?\"'()<>]+")
-NAMES_AND_WORDS = set(
-    "may will mark bill grace hope joy rose dawn art frank grant june april august drew pat rich summer king".split()
+NAMES_AND_WORDS = re.compile(
+    r"may|will|mark|bill|grace|hope|joy|rose|dawn|art|frank|grant|june|april|august|drew|pat|rich|summer|king",
+    re.IGNORECASE,
 )
 
 
@@ -111,33 +112,40 @@ def _cut(found: list[Finding], flat: str) -> list[Finding]:
 
 def _elsewhere(found: list[Finding], sight: Sight) -> Iterator[Finding]:
     """The values that were found, at the other places where nothing around them says what they are."""
-    numbers: dict[str, Finding] = {}
+    by_number: dict[str, Finding] = {}
     spelt: dict[str, Finding] = {}
     for one in found:
         text = sight.flat[one.start : one.end]
         if one.entity in BY_DIGITS:
-            numbers.setdefault(digits(text), one)
+            by_number.setdefault(digits(text), one)
         if one.entity in BY_CONTEXT:
-            for said in _spellings(one, text):
-                spelt.setdefault(said, one)
-    for start, end in sight.runs if numbers else ():
-        same = numbers.get(digits(sight.flat[start:end]))
+            spelt |= {said: one for said in _spellings(one, text) if said not in spelt}
+    for start, end in sight.runs if by_number else ():
+        same = by_number.get(digits(sight.flat[start:end]))
         if same is not None:
-            yield replace(same, start=start, end=end, score=same.score - 0.1)
+            yield _echo(same, start, end)
+    for said, start, end in _places_of(spelt, sight.flat):
+        yield _echo(spelt[said], start, end)
+
+
+def _places_of(spelt: Mapping[str, Finding], flat: str) -> Iterator[tuple[str, int, int]]:
     if len(spelt) > MANY:  # a dump of values: one pass over the words, instead of one over the text for each value
-        for match in _WORD.finditer(sight.flat):
-            if match[0] in spelt:
-                yield replace(spelt[match[0]], start=match.start(), end=match.end(), score=spelt[match[0]].score - 0.1)
+        yield from ((match[0], *match.span()) for match in _WORD.finditer(flat) if match[0] in spelt)
         return
     for said, one in spelt.items():
-        if sight.flat.count(said) > (said == sight.flat[one.start : one.end]):
-            for match in re.finditer(rf"(?<!\w){re.escape(said)}(?!\w)", sight.flat):
-                yield replace(one, start=match.start(), end=match.end(), score=one.score - 0.1)
+        if flat.count(said) > (said == flat[one.start : one.end]):
+            for match in re.finditer(rf"(?<!\w){re.escape(said)}(?!\w)", flat):
+                yield said, match.start(), match.end()
+
+
+def _echo(finding: Finding, start: int, end: int) -> Finding:
+    """The same value at another place: less sure, so that what stands there by itself is called by its own name."""
+    return replace(finding, start=start, end=end, score=finding.score - 0.1)
 
 
 def _spellings(finding: Finding, text: str) -> list[str]:
     """What to look for elsewhere: of a name also its parts; nothing too short to be told from other words."""
-    if finding.entity != "person":
+    if finding.entity != "person" or finding.what != "introduced":
         return [text] if len(text) >= 4 else []
-    parts = [part for part in text.split() if len(part) >= 3 and part[0].isupper() and part.lower() not in NAMES_AND_WORDS]
-    return [text, *parts] if len(text) >= 3 and text.lower() not in NAMES_AND_WORDS else parts
+    parts = [part for part in text.split() if len(part) >= 3 and part[0].isupper() and not NAMES_AND_WORDS.fullmatch(part)]
+    return [text, *parts] if len(text) >= 3 and not NAMES_AND_WORDS.fullmatch(text) else parts
