@@ -136,7 +136,7 @@ def write_drops(state: State, removed: Sequence[Removed], folder: Path, masks: M
     def counted() -> Iterator[Any]:
         for table in tables():
             reasons.update(table["reason"].to_pylist())
-            yield table if masks.are_none else masked(table, masks)
+            yield masked(table, masks)
 
     write_tables(folder / "drops", rows.DROPS, counted())
     aside = sorted((one for one in removed if one.set_aside), key=_place)
@@ -148,12 +148,32 @@ def write_drops(state: State, removed: Sequence[Removed], folder: Path, masks: M
     return reasons
 
 
+# Columns of text that quote no row: ids, places and words of ours.
+NO_QUOTES = frozenset(
+    "reason source locator step id kept method a b a_source b_source kind neighbour neighbours rank label_of".split()
+)
+
+
 def masked(table: Any, masks: Masks) -> Any:
-    """Drops whose quoted text and detail hold no personal data."""
-    for name in ("text", "detail"):
-        column = pa.array([masks.text(text) for text in table[name].to_pylist()], pa.string())
-        table = table.set_column(table.schema.get_field_index(name), rows.DROPS.field(name), column)
+    """A table of drops or evidence whose quoted texts hold no personal data."""
+    if masks.are_none:
+        return table
+    for place, field in enumerate(table.schema):
+        if field.type == pa.string() and field.name not in NO_QUOTES:
+            column = [text if text is None else masks.text(text) for text in table[field.name].to_pylist()]
+            table = table.set_column(place, field, pa.array(column, pa.string()))
     return table
+
+
+def masked_facts(facts: Any, masks: Masks) -> Any:
+    """What steps say of themselves, which may quote a line that many rows share."""
+    if masks.are_none or isinstance(facts, (int, float, bool, type(None))):
+        return facts
+    if isinstance(facts, str):
+        return masks.text(facts)
+    if isinstance(facts, dict):
+        return {masks.text(name): masked_facts(value, masks) for name, value in facts.items()}
+    return [masked_facts(value, masks) for value in facts]
 
 
 def _removed_drops(removed: Sequence[Removed]) -> Iterator[Drop]:

@@ -30,6 +30,7 @@ from sartor.curate.parts import Part
 from sartor.curate.passes import Passes, State, whole
 from sartor.curate.progress import Progress
 from sartor.curate.recipe import CurateRecipe
+from sartor.curate.steps.personal_data import PersonalData
 from sartor.curate.work import Task
 
 Notice = Callable[[str], None]
@@ -201,19 +202,26 @@ class Line:
         outcome = finish.Outcome(state, self.recipe)
         removed = [*state.removed, *finish.leaks(state, outcome)]
         kept = finish.write_examples(state, outcome, folder)
-        dropped = finish.write_drops(state, removed, folder, None)
+        masks = self._masks()
+        dropped = finish.write_drops(state, removed, folder, masks)
         read = sum(self.read.values())
         assert read == kept + dropped.total(), f"{read} rows read, {kept} kept, {dropped.total()} dropped"
         if not kept:
             raise SourceError(_nothing_kept(read, folder), "mend the rows or the sources; the reasons stand above")
         self._link_media(folder)
         for name, table in state.evidence.items():
-            finish.write_evidence(folder, name, table)
+            finish.write_evidence(folder, name, finish.masked(table, masks))
         counts = {"read": read, "kept": kept, "dropped": dict(dropped.most_common()), **outcome.counts()}
-        facts = self._facts(state, folder, counts)
+        facts = self._facts(state, folder, counts, masks)
         lineage_index.write(folder)
         card.write(folder, facts)
         return {**facts, "digest": digest(_digests(folder))}
+
+    def _masks(self) -> finish.Masks:
+        for step in self.recipe.steps:
+            if isinstance(step, PersonalData):
+                return finish.Masks(step.masker(), step.row_masker(), are_none=False)
+        return finish.Masks()
 
     def _link_media(self, folder: Path) -> None:
         """Media go in by a hard link: if this is interrupted they are still in the work."""
@@ -225,7 +233,7 @@ class Line:
                 shutil.copyfile(file, folder / "media" / file.name)
         finish.drop_unused_media(folder)
 
-    def _facts(self, state: State, folder: Path, counts: dict[str, Any]) -> dict[str, Any]:
+    def _facts(self, state: State, folder: Path, counts: dict[str, Any], masks: finish.Masks) -> dict[str, Any]:
         kept = finish.kept_by_file(folder)
         sources = []
         for file in self.planned.files:
@@ -233,6 +241,7 @@ class Line:
             terms = {name: getattr(self.declared[file.source], name) for name in TERMS}
             sources.append({**asdict(file), **terms, "read": self.read[place], "kept": kept[place]})
         used = [source for source in sources if source["kept"]]
+        tallied = {kind: dict(counts.most_common()) for kind, counts in self.tally.items()}
         return {
             "recipe": _said(self.recipe),
             "sources": sources,
@@ -240,7 +249,7 @@ class Line:
             "licence_conflicts": licences.conflicts(used),
             "obligations": licences.obligations(used),
             "counts": counts,
-            "steps": {**state.facts, **{kind: dict(counts.most_common()) for kind, counts in self.tally.items()}},
+            "steps": finish.masked_facts({**state.facts, **tallied}, masks),
             "parents": [],
             "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
         }

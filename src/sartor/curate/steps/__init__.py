@@ -14,11 +14,12 @@ from sartor.curate.steps.language import Language
 from sartor.curate.steps.length import Length
 from sartor.curate.steps.markup import Markup
 from sartor.curate.steps.near import NearDuplicates
+from sartor.curate.steps.personal_data import PersonalData
 from sartor.curate.steps.repair import RepairText
 from sartor.curate.steps.repetition import Repetition
 from sartor.curate.steps.rules import Rules
 
-AnyRowStep = RepairText | Markup | Rules | Length | Repetition | ChatQuality
+AnyRowStep = RepairText | Markup | Rules | Length | Repetition | ChatQuality | PersonalData
 AnySetStep = Language | Boilerplate | Domain | Contamination | ExactDuplicates | NearDuplicates
 Step = AnyRowStep | AnySetStep
 

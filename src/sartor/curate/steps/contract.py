@@ -24,6 +24,18 @@ RowFunction = Callable[[Example], Example | Drop]
 TEXT_KEPT = 2000  # characters of a row that a Drop holds as evidence
 
 
+@runtime_checkable
+class Counting(Protocol):
+    """A RowFunction that counts as it goes: `isinstance(function, Counting)`. What a row adds depends on the row
+    alone. The worker reads and clears `tally`."""
+
+    tally: Counter[str]
+
+    def __call__(self, example: Example) -> Example | Drop:
+        """As any RowFunction."""
+        ...
+
+
 class RowStep(Protocol):
     """A step that looks at one row."""
 
@@ -38,17 +50,6 @@ class RowStep(Protocol):
         `folder` is what the media paths of an Example (`media/<digest>.png`) are relative to. The function must be a pure
         one of the Example (and of the options): the same on every machine, whatever rows came before.
         """
-        ...
-
-
-@runtime_checkable
-class Counting(Protocol):
-    """A RowFunction that also counts what it does (values masked by kind, say). The worker reads and clears `tally`."""
-
-    tally: Counter[str]
-
-    def __call__(self, example: Example) -> Example | Drop:
-        """See RowFunction."""
         ...
 
 
