@@ -17,7 +17,7 @@ from sartor.core import rows
 from sartor.core.holdout import held_out_groups
 from sartor.core.records import Drop, Example
 from sartor.curate.parts import Part
-from sartor.curate.passes import Removed, State, picked, takeovers
+from sartor.curate.passes import Removed, State, moved_ids, picked, takeovers
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.steps.contract import Removal, dropped
 from sartor.curate.work import Merged
@@ -116,7 +116,7 @@ def leaks(state: State, outcome: Outcome) -> list[Removed]:
     for row in outcome.leaked:
         part, place = state.where(row)
         detail = f"its group {outcome.groups[row][:80]!r} is held out for evaluation"
-        found.append(Removed(state.parts[part], place, Removal(row, "group_held_out", detail), "split", "", False))
+        found.append(Removed(state.parts[part], place, Removal(row, "group_held_out", detail), "split", "", 0, False))
     return found
 
 
@@ -126,6 +126,7 @@ def write_drops(state: State, removed: Sequence[Removed], folder: Path, masks: M
     `masks` take personal data out of both: steps before the one that masks have seen it.
     """
     reasons: Counter[str] = Counter()
+    removed = with_last_ids(state, sorted(removed, key=_place))
 
     def tables() -> Iterator[Any]:
         for file in state.drops:
@@ -139,7 +140,7 @@ def write_drops(state: State, removed: Sequence[Removed], folder: Path, masks: M
             yield masked(table, masks)
 
     write_tables(folder / "drops", rows.DROPS, counted())
-    aside = sorted((one for one in removed if one.set_aside), key=_place)
+    aside = [one for one in removed if one.set_aside]
     if aside:
         examples = (
             rows.examples_table([masks.row(example) for _, example in some]) for some in batched(_with_examples(aside), 1024)
@@ -177,10 +178,19 @@ def masked_facts(facts: Any, masks: Masks) -> Any:
 
 
 def _removed_drops(removed: Sequence[Removed]) -> Iterator[Drop]:
-    for one, example in _with_examples(sorted(removed, key=_place)):
+    for one, example in _with_examples(removed):
         removal = one.removal
         drop = dropped(example, removal.reason, removal.detail, step=one.step)
         yield replace(drop, kept=one.kept, score=removal.score, method=removal.method)
+
+
+def with_last_ids(state: State, removed: Sequence[Removed]) -> list[Removed]:
+    """The same, with `kept` by the id that the row has in the end."""
+    made: dict[int, str] = {}
+    for known in {one.known for one in removed}:
+        places = [place for place, one in enumerate(removed) if one.known == known and one.kept]
+        made.update(zip(places, moved_ids(state, known, [removed[place].kept for place in places]), strict=True))
+    return [replace(one, kept=made.get(place, "")) for place, one in enumerate(removed)]
 
 
 def _place(one: Removed) -> tuple[str, int]:

@@ -32,6 +32,7 @@ from sartor.core.records import Example
 INDEX = pa.schema(
     [
         ("id", pa.string()),
+        ("was", pa.string()),  # the id in the part before, where a step changed it; else empty
         ("source", pa.string()),
         ("locator", pa.string()),
         ("split", pa.string()),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -41,6 +42,7 @@ class Removed:
     removal: Removal
     step: str
     kept: str
+    known: int  # passes that had been when `kept` was that row's id
     set_aside: bool
 
 
@@ -56,6 +58,7 @@ class State:
     removed: list[Removed] = field(default_factory=list)
     drops: list[Path] = field(default_factory=list)  # drops.parquet of every part of every pass
     evidence: dict[str, Any] = field(default_factory=dict)
+    moves: list[Any] = field(default_factory=list)  # of each pass after the first, (was, id) of the rows that it changed
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,6 +69,8 @@ class State:
         self.parts, self.starts = made, list(itertools.accumulate((part.kept for part in made), initial=0))
         self.gone, self.taken, self.then = {}, {}, []
         self.drops += [part.path / "drops.parquet" for part in made]
+        changed = [part.index.filter(pc.not_equal(part.index["was"], "")).select(["was", "id"]) for part in made]
+        self.moves.append(pl.concat([pl.DataFrame(table) for table in changed]))
 
     def where(self, row: int) -> tuple[int, int]:
         """(part, place in it) of a row."""
@@ -188,10 +193,10 @@ def record(state: State, step: SetStep, living: Sequence[int], verdicts: Verdict
         part, place = state.where(row)
         state.gone[row] = removal
         name = ids[kept] if kept >= 0 else ""
-        state.removed.append(Removed(state.parts[part], place, removal, step.kind, name, verdicts.set_aside))
+        state.removed.append(Removed(state.parts[part], place, removal, step.kind, name, len(state.moves), verdicts.set_aside))
         if removal.merge:
             state.taken.setdefault(kept, []).extend([row, *state.taken.pop(row, [])])
-    state.evidence.update(verdicts.evidence)
+    state.evidence.update({name: (len(state.moves), table) for name, table in verdicts.evidence.items()})
     if verdicts.facts:
         state.facts[step.kind] = verdicts.facts
 
@@ -221,6 +226,30 @@ def takeovers(state: State) -> dict[int, Merged]:
         chosen = "eval" if "eval" in splits else next(iter(splits), "")
         found[kept] = Merged(origins, chosen, next((row["group"] for row in equals if row["group"]), ""))
     return found
+
+
+ID_COLUMNS = ("id", "a", "b")
+
+
+def evidence_of(state: State) -> Iterator[tuple[str, Any]]:
+    """(name, Arrow table) of what steps found, by the ids that the rows have in the end."""
+    for name, (known, table) in state.evidence.items():
+        for place, column in enumerate(table.column_names):
+            if column in ID_COLUMNS:
+                moved = pa.array(moved_ids(state, known, table[column].to_pylist()), pa.string())
+                table = table.set_column(place, column, moved)
+        yield name, table
+
+
+def moved_ids(state: State, known: int, ids: Sequence[str]) -> list[str]:
+    """The ids that rows have in the end, by those that they had after `known` passes."""
+    found = pl.DataFrame({"id": ids}, schema={"id": pl.String})
+    for moves in state.moves[known:]:
+        both = found.join(
+            moves.rename({"id": "now"}).unique("was"), left_on="id", right_on="was", how="left", maintain_order="left"
+        )
+        found = both.select(pl.coalesce("now", "id").alias("id"))
+    return found["id"].to_list()
 
 
 def picked(

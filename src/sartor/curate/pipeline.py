@@ -27,7 +27,7 @@ from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import canonical, digest
 from sartor.curate import card, finish, local, on_ray, units
 from sartor.curate.parts import Part
-from sartor.curate.passes import Passes, State, whole
+from sartor.curate.passes import Passes, State, evidence_of, whole
 from sartor.curate.progress import Progress
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.steps.personal_data import PersonalData
@@ -209,7 +209,7 @@ class Line:
         if not kept:
             raise SourceError(_nothing_kept(read, folder), "mend the rows or the sources; the reasons stand above")
         self._link_media(folder)
-        for name, table in state.evidence.items():
+        for name, table in evidence_of(state):
             finish.write_evidence(folder, name, finish.masked(table, masks))
         counts = {"read": read, "kept": kept, "dropped": dict(dropped.most_common()), **outcome.counts()}
         facts = self._facts(state, folder, counts, masks)

@@ -93,15 +93,15 @@ class _Line:
         self.read: Counter[str] = Counter()
         self.kept = 0
 
-    def rows(self) -> Iterator[Example]:
-        """Rows that came through every step."""
+    def rows(self) -> Iterator[tuple[str, Example]]:
+        """Rows that came through every step, each with the id that it came with if that is another."""
         for row in self._incoming():
             outcome = self._through(row)
             if isinstance(outcome, Drop):
                 self.drops.append(outcome)
             else:
                 self.kept += 1
-                yield outcome
+                yield "" if outcome.id == row.id else row.id, outcome
 
     def _incoming(self) -> Iterator[Example]:
         task = self.task
@@ -149,12 +149,13 @@ def _write(line: _Line, folder: Path) -> None:
         index = _arrow(stack, folder / "index.arrow", parts.INDEX)
         files: list[Any] = []
         while True:
-            batch = list(islice(coming, BATCH_ROWS))
+            pairs = list(islice(coming, BATCH_ROWS))
+            batch = [row for _, row in pairs]
             tables = [step.sketch(batch, line.task.folder) for step in sets]
             files = files or [_arrow(stack, folder / f"sketch-{n}.arrow", table.schema) for n, table in enumerate(tables)]
             if batch:
                 writer.write_table(rows.examples_table(batch))
-                index.write_table(index_table(batch))
+                index.write_table(index_table(batch, [was for was, _ in pairs]))
                 for file, table in zip(files, tables, strict=True):
                     file.write_table(table)
             if len(batch) < BATCH_ROWS:
@@ -166,13 +167,14 @@ def _arrow(stack: ExitStack, file: Path, schema: Any) -> Any:
     return stack.enter_context(pa.ipc.new_file(stack.enter_context(pa.OSFile(str(file), "wb")), schema))
 
 
-def index_table(batch: Sequence[Example]) -> Any:
+def index_table(batch: Sequence[Example], was: Sequence[str]) -> Any:
     """The columns of `parts.INDEX`. `group` is what may not straddle the split if the recipe splits by group: the row's own
     group, or where it has none its prompt (a document: itself); `own_group` is the row's own, perhaps empty.
     """
     return pa.table(
         {
             "id": [row.id for row in batch],
+            "was": list(was),
             "source": [row.origins[0].source for row in batch],
             "locator": [row.origins[0].locator for row in batch],
             "split": [row.split for row in batch],
