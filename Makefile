@@ -16,7 +16,7 @@ $(VENV)/.demo: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,dev]'
 	touch $@
 
 demo: $(VENV)/.demo  ## the whole circle on real data
