@@ -23,6 +23,7 @@ from sartor.curate.steps.contract import Removal, dropped
 from sartor.curate.work import Merged
 
 ROWS_PER_FILE = 100_000
+SET_ASIDE = rows.EXAMPLES.append(pa.field("was", pa.string()))
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,22 @@ def write_drops(state: State, removed: Sequence[Removed], folder: Path, masks: M
             yield masked(table, masks)
 
     write_tables(folder / "drops", rows.DROPS, counted())
-    aside = [one for one in removed if one.set_aside]
-    if aside:
-        examples = (
-            rows.examples_table([masks.row(example) for _, example in some]) for some in batched(_with_examples(aside), 1024)
-        )
-        write_tables(folder / "set_aside", rows.EXAMPLES, examples)
+    write_set_aside(folder, ((example.id, masks.row(example)) for one, example in _with_examples(removed) if one.set_aside))
     return reasons
+
+
+def write_set_aside(folder: Path, aside: Iterable[tuple[str, Example]]) -> None:
+    """`set_aside/part-*.parquet`, if there is any: rows whole, and in `was` the id by which the evidence knows them."""
+
+    def tables() -> Iterator[Any]:
+        for some in batched(aside, 1024):
+            was = pa.array([name for name, _ in some], pa.string())
+            yield rows.examples_table(example for _, example in some).append_column("was", was)
+
+    coming = tables()
+    first = next(coming, None)
+    if first is not None:
+        write_tables(folder / "set_aside", SET_ASIDE, itertools.chain([first], coming))
 
 
 # Columns of text that quote no row: ids, places and words of ours.

@@ -215,7 +215,7 @@ class Line:
         facts = self._facts(state, folder, counts, masks)
         lineage_index.write(folder)
         card.write(folder, facts)
-        return {**facts, "digest": digest(_digests(folder))}
+        return {**facts, "digest": digest(digests(folder))}
 
     def _masks(self) -> finish.Masks:
         for step in self.recipe.steps:
@@ -240,14 +240,11 @@ class Line:
             place = file.source, file.path
             terms = {name: getattr(self.declared[file.source], name) for name in TERMS}
             sources.append({**asdict(file), **terms, "read": self.read[place], "kept": kept[place]})
-        used = [source for source in sources if source["kept"]]
         tallied = {kind: dict(counts.most_common()) for kind, counts in self.tally.items()}
         return {
             "recipe": _said(self.recipe),
             "sources": sources,
-            "licence": licences.combine(source["licence"] for source in used),
-            "licence_conflicts": licences.conflicts(used),
-            "obligations": licences.obligations(used),
+            **licence_facts(sources),
             "counts": counts,
             "steps": finish.masked_facts({**state.facts, **tallied}, masks),
             "parents": [],
@@ -255,12 +252,23 @@ class Line:
         }
 
 
+def licence_facts(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the licences of the sources that rows were kept of come to."""
+    used = [source for source in sources if source["kept"]]
+    return {
+        "licence": licences.combine(source["licence"] for source in used),
+        "licence_conflicts": licences.conflicts(used),
+        "obligations": licences.obligations(used),
+    }
+
+
 def _said(recipe: CurateRecipe) -> dict[str, Any]:
     """The recipe as the manifest has it: without what changes nothing in the Dataset."""
     return {name: value for name, value in config.dump(recipe).items() if name != "workers"}
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by its path there."""
     return {file.relative_to(folder).as_posix(): file_digest(file) for file in sorted(folder.rglob("*")) if file.is_file()}
 
 

@@ -45,9 +45,10 @@ class NearDuplicates:
     kind: Literal["near_duplicates"] = "near_duplicates"
 
     def __post_init__(self) -> None:
-        self._rules()
+        self.rules()
 
-    def _rules(self) -> Rules:
+    def rules(self) -> Rules:
+        """What makes two rows duplicates. Raises ConfigError for a threshold out of range."""
         return rules_for(self._shingling(), self.threshold, self.contained)
 
     def _shingling(self) -> shingles.Shingling:
@@ -69,7 +70,7 @@ class NearDuplicates:
 
     def decide(self, gathered: Gathered) -> Verdicts:
         """See SetStep."""
-        rules, table = self._rules(), gathered.table
+        rules, table = self.rules(), gathered.table
         flat, offsets = _flat(table["shingles"], gathered.folder / "shingles.u32")
         digests = np.concatenate([np.empty((0, 16), np.uint8), *[_bytes(chunk) for chunk in table["digest"].chunks]])
         rank = table["rank"].to_numpy()
