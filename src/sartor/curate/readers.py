@@ -1,94 +1,80 @@
-"""Files -> raw rows with their line: JSONL, JSON, CSV, Parquet, text. Nothing a file holds ends in a traceback.
+"""Open files -> raw rows with their line: JSONL, JSON, CSV, text.
 
-A reader yields (line, row) for what it could read and (line, Malformed) for what it could not. Memory is bounded by the
-longest row allowed, but for a `.json` file, which is one value and is read whole.
+A reader yields (line, row) for what it could read and (line, Malformed) for what it could not; nothing a file holds ends in
+a traceback. Memory is bounded by the longest row allowed, but for a `.json` file, which is one value and is read whole: its
+size has a limit of its own.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from sartor.curate.forms import Malformed
+from sartor.curate.faults import Malformed
 
 Read = Iterator[tuple[str, Any]]
 _SPACE = " \t\r\n,"
+MOST_JSON_BYTES = 256 << 20
+# What a spreadsheet would run (OWASP "CSV injection"): = before an operand; @, + or - before a function's call; DDE.
+_FORMULA = re.compile(
+    r"""=[\s(+\-@]*[\w"'{$\[\\.#] |
+        [@+\-][\s+\-]*[A-Z][A-Z0-9_.]*\( |
+        [@+\-=].*[\w)]\|.*! |
+        [@+\-][\s+\-]*(?i:hyperlink|webservice|import\w+|image|dde|rtd|call|register|exec|cmd|system|sum|indirect|filterxml)\(""",
+    re.VERBOSE | re.DOTALL,
+)
 
 
-def read(file: Path, most_bytes: int) -> Read:
-    """Rows of a file by its extension; a file of a kind that has none yields one Malformed."""
-    reader = READERS.get(file.suffix.lower())
-    if reader is None:
-        known = " ".join(READERS)
-        yield (
-            "1",
-            Malformed(
-                "unsupported_file", f"files of the kind {file.suffix or 'without extension'} are not read; known: {known}"
-            ),
-        )
-        return
-    try:
-        if reader is not _parquet and (problem := _not_text(file)):
-            yield "1", problem
-            return
-        yield from reader(file, most_bytes)
-    except OSError as error:
-        yield "1", Malformed("unreadable_file", f"{error.strerror or error}")
+class OverlongError(Exception):
+    """A CSV row of more bytes than allowed; raised by the lines that the csv module is given."""
 
 
-def _not_text(file: Path) -> Malformed | None:
-    """Whether the head of a file shows that it is no text at all (one bad line alone does not)."""
-    with file.open("rb") as stream:
-        head = stream.read(8192)
-    if not head:
-        return Malformed("empty_file", "the file is empty")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return Malformed("not_utf8", "the file is UTF-16; save it as UTF-8")
-    control = sum(byte < 32 and byte not in b"\t\n\r\f\b\x1b" for byte in head)
-    if control > len(head) // 10 or head.startswith((b"\x1f\x8b", b"PK\x03\x04", b"%PDF", b"\x89PNG", b"\x7fELF")):
-        return Malformed(
-            "binary_file", f"{control} of the first {len(head)} bytes are control characters; this is no text file"
-        )
-    return None
+def lines(stream: BinaryIO, end: int, first: int, most_bytes: int) -> Iterator[tuple[int, str | Malformed]]:
+    """(line number, text without its end) of every line that is not blank, up to the byte `end`.
+
+    Begins where `stream` stands, at line `first`; never holds more than `most_bytes` of one line.
+    """
+    at, number = stream.tell(), first - 1
+    while at < end and (raw := stream.readline(most_bytes + 1)):
+        number += 1
+        if len(raw) > most_bytes:
+            size = len(raw) + _skip_line(stream, raw)
+            at += size
+            problem = f"the row has {size:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
+            yield number, Malformed("oversize_row", problem)
+            continue
+        begins, at = at == 0, at + len(raw)
+        if begins:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if b"\0" in raw:
+            yield number, Malformed("nul_bytes", f"the row holds {raw.count(0)} NUL bytes")
+            continue
+        try:
+            text = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            yield number, Malformed("not_utf8", f"byte {error.start + 1} of the row is not UTF-8")
+            continue
+        if text:
+            yield number, text
 
 
-def _lines(file: Path, most_bytes: int) -> Iterator[tuple[int, str | Malformed]]:
-    """(line number, text without its end) of every line that is not blank; never holds more than `most_bytes` of one."""
-    with file.open("rb") as stream:
-        number = 0
-        while raw := stream.readline(most_bytes + 1):
-            number += 1
-            if len(raw) > most_bytes:
-                size = len(raw)
-                while not raw.endswith(b"\n") and (raw := stream.readline(1 << 20)):
-                    size += len(raw)
-                yield (
-                    number,
-                    Malformed("oversize_row", f"the row has {size:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"),
-                )
-                continue
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if b"\0" in raw:
-                yield number, Malformed("nul_bytes", f"the row holds {raw.count(0)} NUL bytes")
-                continue
-            try:
-                text = raw.decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                yield number, Malformed("not_utf8", f"byte {error.start + 1} of the row is not UTF-8")
-                continue
-            if text:
-                yield number, text
+def _skip_line(stream: BinaryIO, raw: bytes) -> int:
+    """Read to the end of the line that `raw` begins; returns how many bytes that was."""
+    size = 0
+    while not raw.endswith(b"\n") and (raw := stream.readline(1 << 20)):
+        size += len(raw)
+    return size
 
 
-def _jsonl(file: Path, most_bytes: int) -> Read:
-    for number, line in _lines(file, most_bytes):
+def jsonl(stream: BinaryIO, end: int, first: int, most_bytes: int) -> Read:
+    """One JSON value a line."""
+    for number, line in lines(stream, end, first, most_bytes):
         if isinstance(line, Malformed):
             yield str(number), line
             continue
@@ -104,28 +90,51 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _json(file: Path, most_bytes: int) -> Read:
+def whole_json(stream: BinaryIO, most_bytes: int) -> Read:
     """One JSON value: a list of rows, an object that holds one list, or rows one after another. Rows before a fault stay."""
+    raw = stream.read(MOST_JSON_BYTES + 1)
+    if len(raw) > MOST_JSON_BYTES:
+        detail = f"a .json file is read whole, and the limit is {MOST_JSON_BYTES:,} bytes; save it as JSON Lines: jq -c '.[]'"
+        yield "1", Malformed("oversize_file", detail)
+        return
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         yield "1", Malformed("not_utf8", f"byte {error.start + 1} of the file is not UTF-8")
         return
+    del raw
     start = len(text) - len(text.lstrip())
     if text[start : start + 1] == "{":
         try:
             whole = json.loads(text, parse_constant=_no_constant)
-            lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-            is_row = not lists or any(key in whole for key in ("messages", "conversations"))
-            rows = [whole] if is_row else lists[0]
-            for place, row in enumerate(rows, 1):
-                yield str(place), row
+            yield from _rows_of_object(whole)
             return
         except (ValueError, RecursionError):
             pass  # perhaps JSON Lines under another name: read value by value below
     else:
         start += text[start : start + 1] == "["
     yield from _values(text, start, most_bytes)
+
+
+def _rows_of_object(whole: dict[str, Any]) -> Read:
+    """The rows of an object: those of a list in it, its own values if all are objects ({id: row}), or itself.
+
+    Of two lists the first is read, and the others are named.
+    """
+    lists = {key: value for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
+    if any(key in whole for key in ("messages", "conversations")):
+        lists = {}
+    elif not lists and len(whole) > 1 and all(isinstance(value, dict) for value in whole.values()):
+        lists = {"": list(whole.values())}  # {id: row}
+    if not lists:
+        yield "1", whole
+        return
+    (name, rows), *others = lists.items()
+    for place, row in enumerate(rows, 1):
+        yield str(place), row
+    for other, unread in others:
+        detail = f"the object holds several lists; {name[:40]!r} is read, the {len(unread):,} entries of {other[:40]!r} are not"
+        yield str(len(rows) + 1), Malformed("unread_list", detail)
 
 
 def _values(text: str, at: int, most_bytes: int) -> Read:
@@ -135,14 +144,15 @@ def _values(text: str, at: int, most_bytes: int) -> Read:
     while True:
         while at < len(text) and text[at] in _SPACE:
             at += 1
-        if at >= len(text) or text[at:].strip() == "]":
+        if at >= len(text) or (text[at] == "]" and not text[at + 1 :].strip()):
             return
         line, counted = line + text.count("\n", counted, at), at
         try:
             row, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             rest = text.count("\n", at)
-            yield str(line), Malformed("bad_json", f"not JSON from here on ({rest} more lines are not read): {error}")
+            said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            yield str(line), Malformed("bad_json", f"not JSON from here on ({rest} more lines are not read): {said}")
             return
         if "\0" in text[at:end] or "\\u0000" in text[at:end]:
             yield str(line), Malformed("nul_bytes", "the row holds NUL characters")
@@ -153,29 +163,66 @@ def _values(text: str, at: int, most_bytes: int) -> Read:
         at = end
 
 
-def _csv(file: Path, most_bytes: int) -> Read:
+class _RowLines:
+    """Lines for the csv module, which would take a line of any length whole; counts the characters of the row at hand."""
+
+    def __init__(self, stream: BinaryIO, most_bytes: int) -> None:
+        self.stream, self.most, self.row, self.number = stream, most_bytes, 0, 0
+
+    def __iter__(self) -> _RowLines:
+        return self
+
+    def __next__(self) -> str:
+        raw = self.stream.readline(self.most + 1)
+        if not raw:
+            raise StopIteration
+        self.number += 1
+        if self.number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        self.row += len(raw)
+        if len(raw) > self.most:
+            self.row += _skip_line(self.stream, raw)
+        if self.row > self.most:
+            raise OverlongError
+        return raw.decode("utf-8", "surrogateescape")
+
+
+def delimited(stream: BinaryIO, most_bytes: int) -> Read:
+    """CSV with a header. The delimiter is the commonest of , ; tab | in the header."""
     csv.field_size_limit(most_bytes)
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        header = stream.readline()
-        stream.seek(0)
-        delimiter = max(",;\t|", key=header.count)
-        rows = csv.reader(stream, delimiter=delimiter, strict=True)
-        names: list[str] | None = None
-        while True:
-            first = rows.line_num + 1
-            try:
-                row = next(rows)
-            except StopIteration:
+    head = stream.readline(min(most_bytes, 1 << 20))
+    stream.seek(0)
+    source = _RowLines(stream, most_bytes)
+    rows = csv.reader(source, delimiter=max(",;\t|", key=lambda mark: head.count(mark.encode())), strict=True)
+    names: list[str] | None = None
+    while True:
+        first, source.row = source.number + 1, 0
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except OverlongError:
+            detail = f"the row has {source.row:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
+            yield _span(first, source.number), Malformed("oversize_row", detail)
+            continue
+        except csv.Error as error:
+            yield _span(first, source.number), _bad_csv(error, source.number - first + 1)
+            continue
+        if not row or (len(row) == 1 and not row[0].strip()):
+            continue
+        if names is None:
+            names = [name.strip() for name in row]
+            if twice := sorted(name for name, count in Counter(names).items() if count > 1 and name):
+                detail = f"the header names {', '.join(map(repr, twice[:5]))} more than once; one would hide the other"
+                yield _span(first, source.number), Malformed("duplicate_columns", f"{detail}; no row is read")
                 return
-            except csv.Error as error:
-                yield _span(first, rows.line_num), Malformed("bad_csv", f"{error}")
-                continue
-            if not row or (len(row) == 1 and not row[0].strip()):
-                continue
-            if names is None:
-                names = [name.strip() for name in row]
-                continue
-            yield _span(first, rows.line_num), _csv_row(names, row)
+            continue
+        yield _span(first, source.number), _csv_row(names, row)
+
+
+def _bad_csv(error: csv.Error, count: int) -> Malformed:
+    taken = f"; a quote that does not close took {count:,} lines for one row, and none of them is read" if count > 1 else ""
+    return Malformed("bad_csv", f"{error}{taken}")
 
 
 def _csv_row(names: list[str], row: list[str]) -> Any:
@@ -184,62 +231,37 @@ def _csv_row(names: list[str], row: list[str]) -> Any:
         return Malformed("field_count", f"the row has {len(row)} fields, the header {len(names)}")
     if "\0" in whole:
         return Malformed("nul_bytes", f"the row holds {whole.count(chr(0))} NUL bytes")
-    if any("\udc80" <= character <= "\udcff" for character in whole):
+    if not whole.isascii() and any("\udc80" <= character <= "\udcff" for character in whole):
         return Malformed("not_utf8", "the row is not UTF-8")
+    for name, value in zip(names, row, strict=True):
+        if is_formula(value):
+            said = f"a spreadsheet would run the cell {name[:40]!r}: {value.strip()[:60]!r}"
+            return Malformed("csv_formula", f"{said}; if it is meant as text, save the rows as JSON Lines")
     # an empty cell is an absent field: CSV has no other way to say so
     return {name: value for name, value in zip(names, row, strict=True) if name and value != ""}
+
+
+def is_formula(cell: str) -> bool:
+    """Whether a spreadsheet would run a cell rather than show it. A leading + - or @ of a text, number or name is none."""
+    start = cell.lstrip()[:2000]
+    if start[:1] in ("＝", "＋", "－", "＠"):  # full width: some spreadsheets take them for the plain ones
+        start = unicodedata.normalize("NFKC", start)
+    return start[:1] in ("=", "+", "-", "@") and _FORMULA.match(start) is not None
 
 
 def _span(first: int, last: int) -> str:
     return str(first) if last <= first else f"{first}-{last}"
 
 
-def _parquet(file: Path, most_bytes: int) -> Read:
-    number = 0
-    try:
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield str(number), _drop_nulls(row)
-    except (pa.ArrowException, OSError) as error:
-        yield str(number + 1), Malformed("unreadable_file", f"not whole Parquet: {str(error).splitlines()[0][:200]}")
-
-
-def _drop_nulls(value: Any) -> Any:
-    """Parquet structs carry every field of their type; an absent one is null."""
-    if isinstance(value, dict):
-        return {key: _drop_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_drop_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _document(file: Path, most_bytes: int) -> Read:
-    """A text file is one document."""
-    if file.stat().st_size > most_bytes:
-        yield (
-            "1",
-            Malformed(
-                "oversize_row", f"the file has {file.stat().st_size:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
-            ),
-        )
-        return
-    raw = file.read_bytes()
+def document(stream: BinaryIO, most_bytes: int) -> tuple[str, bytes] | Malformed:
+    """The text of a whole file and the bytes it was read from."""
+    raw = stream.read(most_bytes + 1)
+    if len(raw) > most_bytes:
+        size = stream.seek(0, io.SEEK_END)
+        return Malformed("oversize_row", f"the file has {size:,} bytes; the limit is {most_bytes:,} (max_row_bytes)")
     if b"\0" in raw:
-        yield "1", Malformed("nul_bytes", f"the file holds {raw.count(0)} NUL bytes")
-        return
+        return Malformed("nul_bytes", f"the file holds {raw.count(0)} NUL bytes")
     try:
-        yield "1", {"text": raw.decode("utf-8-sig")}
+        return raw.decode("utf-8-sig"), raw
     except UnicodeDecodeError as error:
-        yield "1", Malformed("not_utf8", f"byte {error.start + 1} of the file is not UTF-8")
-
-
-READERS: dict[str, Callable[[Path, int], Read]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".parquet": _parquet,
-    ".txt": _document,
-    ".md": _document,
-}
+        return Malformed("not_utf8", f"byte {error.start + 1} of the file is not UTF-8")

@@ -8,6 +8,7 @@ from typing import Literal
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.lineage import UNKNOWN
+from sartor.curate.forms import iso_date
 from sartor.curate.steps import ExactDuplicates, Step
 
 Use = Literal["commercial", "non-commercial", "research", "internal"]
@@ -17,10 +18,19 @@ Use = Literal["commercial", "non-commercial", "research", "internal"]
 class Source:
     """Where rows come from, and what its licence allows."""
 
-    path: str = option(REQUIRED, "a file, a folder, a glob pattern, or hub:NAME")
+    path: str = option(REQUIRED, "a file, a folder, a glob pattern, sql:URL#QUERY, asset:NAME/PATH, or hub:NAME")
     licence: str = option(UNKNOWN, "SPDX licence expression of this source")
     use: tuple[Use, ...] = option((), "what the source is declared to be for")
     split: Literal["", "train", "eval"] = option("", "put every row of this source in one split; empty lets `split` decide")
+    date: str = option("", "ISO date of the rows that carry none")
+    prompt: str = option("", "the question put to each image or audio file that has a caption")
+    captions: Literal["beside", "folder"] = option(
+        "beside", "what a media file shows is said by a table or text file beside it, or by its folder's name"
+    )
+
+    def __post_init__(self) -> None:
+        if self.date and not iso_date(self.date):
+            raise ConfigError(f"date is {self.date!r}; it must be a date in ISO 8601", "date: 2026-01-31")
 
 
 @dataclass(frozen=True)
