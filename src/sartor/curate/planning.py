@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
-from sartor.curate import formats, forms, parquet, sources, units
+from sartor.core import records
+from sartor.curate import formats, forms, parquet, reading, sources
 from sartor.curate.faults import Malformed
 from sartor.curate.places import Found, open_regular, safe_name
 from sartor.curate.recipe import Source
 from sartor.curate.sources import FileFacts
 from sartor.curate.survey import PIECE_BYTES, Piece, survey
-from sartor.curate.units import InputFile, Unit
+from sartor.curate.reading import InputFile, Unit
 
 BATCH_FILES = 200
 BATCH_BYTES = 16 << 20
@@ -46,9 +47,9 @@ def plan(declared: Sequence[Source], max_row_bytes: int) -> Plan:
             head = sources.queried(source, max_row_bytes, sources.HEAD_ROWS)
             form = sources.form_of(head)
             made.files.append(replace(facts, form=form or "unknown"))
-            made.units.append(Unit(len(made.units), index, form, max_row_bytes))
+            made.units.append(Unit(len(made.units), index, _asked(source), form, max_row_bytes))
             continue
-        cutter = _Cutter(made, index, max_row_bytes)
+        cutter = _Cutter(made, index, _asked(source), max_row_bytes)
         for file, pieces in _surveyed(source, max_row_bytes):
             made.files.append(_facts(source, file))
             if file.caption is not None:
@@ -56,6 +57,11 @@ def plan(declared: Sequence[Source], max_row_bytes: int) -> Plan:
             cutter.add(file, pieces)
         cutter.flush()
     return made
+
+
+def _asked(source: Source) -> str:
+    """Digest of what a source says of its rows: with another licence or question they are other rows."""
+    return records.digest([source.path, source.licence, source.date, source.prompt, source.captions])[:16]
 
 
 def _facts(source: Source, file: InputFile) -> FileFacts:
@@ -69,6 +75,7 @@ class _Cutter:
 
     plan: Plan
     source: int
+    asked: str
     most_bytes: int
     waiting: list[InputFile] = field(default_factory=list)
     waiting_bytes: int = 0
@@ -91,7 +98,7 @@ class _Cutter:
 
     def _unit(self, files: tuple[InputFile, ...], piece: Piece | None = None) -> None:
         form = files[0].form if piece else ""
-        self.plan.units.append(Unit(len(self.plan.units), self.source, form, self.most_bytes, files, piece))
+        self.plan.units.append(Unit(len(self.plan.units), self.source, self.asked, form, self.most_bytes, files, piece))
 
 
 def _surveyed(source: Source, most_bytes: int) -> Iterator[tuple[InputFile, list[Piece]]]:
@@ -126,7 +133,7 @@ def _inspect(found: Found, kind: str, most_bytes: int, *, of_media: bool) -> tup
             file = replace(file, sha256=sha256, bytes=size)
             if kind not in _TABLE_KINDS:
                 return replace(file, form="text"), []
-            head = itertools.islice(units.raw_rows(stream, kind, pieces[0], most_bytes), sources.HEAD_ROWS)
+            head = itertools.islice(reading.raw_rows(stream, kind, pieces[0], most_bytes), sources.HEAD_ROWS)
             return replace(file, form=sources.form_of(head, of_media=of_media)), pieces
     except Malformed as problem:
         return replace(file, bytes=_size(found), refusal=(problem.reason, problem.detail)), []
@@ -171,7 +178,7 @@ def _tables(found: Sequence[Found], most_bytes: int) -> tuple[set[str], set[str]
         folder = os.path.dirname(file.path)
         with open_regular(file.path) as stream:
             whole = Piece(0, inspected.bytes, 1, -1)
-            for _, row in units.raw_rows(stream, inspected.kind, whole, most_bytes):
+            for _, row in reading.raw_rows(stream, inspected.kind, whole, most_bytes):
                 name = row.get("file_name") if isinstance(row, dict) else None
                 path = os.path.normpath(os.path.join(folder, name)) if isinstance(name, str) else ""
                 if path in known:
