@@ -33,6 +33,7 @@ _NAMES = {
     "open": "sartor.core.artifacts:open_artifact",
     "plan": "sartor.tune.plan:plan",
     "release": "sartor.evaluate.release:release",
+    "revoke": "sartor.core.revoke:revoke",
     "tune": "sartor.tune",
     "verify": "sartor.evaluate.release:verify",
     # nouns

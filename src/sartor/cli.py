@@ -9,7 +9,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -43,17 +43,30 @@ def demo(*, out: Path = Path("demo-out"), limit: int = 0, replace: REPLACE = Fal
 
 
 @app.command
-def curate(recipe: Path, *flags: Flags, out: Path, strict: REPLACE = False, replace: REPLACE = False) -> Any:
+def curate(
+    recipe: Path,
+    *flags: Flags,
+    out: Path,
+    on: Literal["local", "ray"] = "local",
+    strict: REPLACE = False,
+    resume: REPLACE = False,
+    replace: REPLACE = False,
+) -> Any:
     """Sources -> Dataset: read, clean, de-duplicate, hold out. Options of the recipe can be given as flags.
+
+    A run of the same recipe that was interrupted is gone on with.
 
     Parameters
     ----------
     recipe: YAML file, `sources:` alone is enough
     out: directory of the new Dataset
+    on: local processes, or Ray Data (the cluster that RAY_ADDRESS names, else one on this machine)
     strict: stop at the first row that cannot be used
+    resume: also take a finished Dataset of the same recipe and sources for an answer
     replace: replace the Dataset that stands there
     """
-    return sartor.curate(sartor.load_curate_recipe(recipe, flags), out, strict=strict, replace=replace)
+    loaded = sartor.load_curate_recipe(recipe, flags)
+    return sartor.curate(loaded, out, on=on, strict=strict, resume=resume, replace=replace, notice=_notice)
 
 
 @app.command
@@ -124,6 +137,7 @@ def release(
     waive: tuple[str, ...] = (),
     by: str = "",
     reason: str = "",
+    use: Literal["commercial", "non-commercial", "research", "internal"] = "commercial",
     replace: REPLACE = False,
 ) -> Any:
     """Adapter -> signed Release, if the gate lets it pass.
@@ -139,11 +153,12 @@ def release(
     waive: let a failed check pass; needs --by and --reason, which are signed in
     by: who waives
     reason: why
+    use: what it is meant for: the licences of sources and base have to permit it
     replace: replace the Release that stands there
     """
     waivers = [sartor.Waiver(check, by, reason) for check in waive]
     return sartor.release(
-        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, replace=replace
+        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, use=use, replace=replace
     )
 
 
@@ -193,9 +208,28 @@ def ask(
 
 
 @app.command
-def inspect(path: Path) -> Any:
-    """What an artefact is, its licence, and the walk back to its sources."""
-    return sartor.inspect(path)
+def inspect(path: Path, *, example: str = "") -> Any:
+    """What an artefact is, its licence, and the walk back to its sources; or one row of a Dataset.
+
+    Parameters
+    ----------
+    path: the artefact
+    example: id of a row: its origins, what it was made from, the steps that changed it, its duplicates
+    """
+    return sartor.inspect(path, example=example)
+
+
+@app.command
+def revoke(dataset: Path, *, source: str = "", example: str = "") -> Any:
+    """List what a source or an example reaches: rows, rows made from them, adapters, reports, releases. Changes nothing.
+
+    Parameters
+    ----------
+    dataset: the Dataset
+    source: a source as the recipe names it, a file's path, or source/path
+    example: id of one row
+    """
+    return sartor.revoke(dataset, source=source, example=example)
 
 
 @app.command

@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Any
 
 from sartor.core.errors import need
-from sartor.curate import readers
+from sartor.curate import tables
 from sartor.curate.faults import Malformed
 from sartor.curate.places import open_regular
-from sartor.curate.readers import Read
+from sartor.curate.tables import Read
 
 # YAML between `---` lines, or TOML between `+++`, at the very start of a Markdown file
 _FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\r?\n(?:.*\r?\n)*?\1[ \t]*(?:\r?\n|\Z)")
@@ -31,7 +31,7 @@ MODULES = {"html": "selectolax", "pdf": "pypdf"}
 def plain(path: str, sha256: str, kind: str, most_bytes: int, notes: Counter[str]) -> Read:
     """The one row of a text or Markdown file. Front matter is taken off, and counted."""
     with open_regular(path) as stream:
-        found = readers.document(stream, most_bytes)
+        found = tables.document(stream, most_bytes)
     if isinstance(found, Malformed):
         yield "1", found
         return

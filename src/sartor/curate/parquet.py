@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sartor.curate.faults import Malformed
-from sartor.curate.readers import Read
+from sartor.curate.tables import Read
 
 BATCH_ROWS = 1024
 MOST_BATCH_BYTES = 64 << 20  # of a batch once unfolded

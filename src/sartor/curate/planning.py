@@ -12,10 +12,9 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import BinaryIO
 
 from sartor.core import records
-from sartor.curate import formats, forms, parquet, reading, sources
+from sartor.curate import formats, forms, readers, sources
 from sartor.curate.faults import Malformed
 from sartor.curate.places import Found, open_regular, safe_name
 from sartor.curate.recipe import Source
@@ -127,32 +126,18 @@ def _inspect(found: Found, kind: str, most_bytes: int, *, of_media: bool) -> tup
         return replace(file, bytes=_size(found), refusal=refusal), []
     try:
         with open_regular(found.path) as stream:
-            if (fault := _head_fault(stream, found.path, kind)) is not None:
+            if (fault := readers.head_fault(stream, found.path, kind)) is not None:
                 raise fault
             sha256, size, pieces = survey(stream, kind)
             file = replace(file, sha256=sha256, bytes=size)
             if kind not in _TABLE_KINDS:
                 return replace(file, form="text"), []
-            head = itertools.islice(reading.raw_rows(stream, kind, pieces[0], most_bytes), sources.HEAD_ROWS)
+            head = itertools.islice(readers.rows(stream, kind, pieces[0], most_bytes), sources.HEAD_ROWS)
             return replace(file, form=sources.form_of(head, of_media=of_media)), pieces
     except Malformed as problem:
         return replace(file, bytes=_size(found), refusal=(problem.reason, problem.detail)), []
     except OSError as error:
         return replace(file, bytes=_size(found), refusal=("unreadable_file", f"{error.strerror or error}")), []
-
-
-def _head_fault(stream: BinaryIO, path: str, kind: str) -> Malformed | None:
-    """Why a file is not read, by its first bytes, and in Parquet by its footer."""
-    head = stream.read(formats.HEAD_BYTES)
-    fault = formats.must_be(path, head)
-    if fault is None and kind in formats.TEXT_KINDS:
-        fault = formats.not_text(head)
-    if fault is None and kind == "pdf" and not head:
-        fault = Malformed("empty_file", "the file is empty")
-    if fault is None and kind == "parquet":
-        fault = parquet.fault(stream, stream.seek(0, os.SEEK_END))
-    stream.seek(0)
-    return fault
 
 
 def _size(found: Found) -> int:
@@ -178,7 +163,7 @@ def _tables(found: Sequence[Found], most_bytes: int) -> tuple[set[str], set[str]
         folder = os.path.dirname(file.path)
         with open_regular(file.path) as stream:
             whole = Piece(0, inspected.bytes, 1, -1)
-            for _, row in reading.raw_rows(stream, inspected.kind, whole, most_bytes):
+            for _, row in readers.rows(stream, inspected.kind, whole, most_bytes):
                 name = row.get("file_name") if isinstance(row, dict) else None
                 path = os.path.normpath(os.path.join(folder, name)) if isinstance(name, str) else ""
                 if path in known:
@@ -210,11 +195,10 @@ def _with_caption(found: Found, kind: str, source: Source, beside: Sequence[Foun
     file = InputFile(found.path, found.name, kind, form=forms.CAPTIONED)
     try:
         with open_regular(found.path) as stream:
-            head = stream.read(formats.HEAD_BYTES)
-            fault = formats.must_be(found.path, head) if head else Malformed("empty_file", "the file is empty")
+            fault = readers.head_fault(stream, found.path, kind)
             if fault is not None:
                 raise fault
-            sha256, size, _ = survey(stream_from_start(stream), kind)
+            sha256, size, _ = survey(stream, kind)
         file = replace(file, sha256=sha256, bytes=size)
         if beside:
             return replace(file, caption=_caption(beside[0]))
@@ -228,20 +212,13 @@ def _with_caption(found: Found, kind: str, source: Source, beside: Sequence[Foun
     return replace(file, refusal=("no_caption", f"nothing says what the {kind} holds; {remedy}"))
 
 
-def stream_from_start(stream: BinaryIO) -> BinaryIO:
-    """The stream, at its first byte."""
-    stream.seek(0)
-    return stream
-
-
 def _caption(found: Found) -> InputFile:
     """The text or JSON file that is a caption. Raises Malformed where it may not be read, OSError where it cannot."""
     if found.refusal[0]:
         raise Malformed(found.refusal[0], f"the caption {found.name!r}: {found.refusal[1]}")
     kind = formats.kind_of(found.path)
     with open_regular(found.path) as stream:
-        head = stream.read(formats.HEAD_BYTES)
-        if (fault := formats.mismatch(found.path, head) or formats.not_text(head)) is not None:
+        if (fault := readers.head_fault(stream, found.path, kind)) is not None:
             raise Malformed(fault.reason, f"the caption {found.name!r}: {fault.detail}")
-        sha256, size, _ = survey(stream_from_start(stream), kind)
+        sha256, size, _ = survey(stream, kind)
     return InputFile(found.path, found.name, kind, sha256, size, form="caption")

@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 from sartor.core import records
 from sartor.core.errors import SourceError
 from sartor.core.records import Drop, Example, Origin
-from sartor.curate import documents, formats, forms, media, parquet, readers, sources
+from sartor.curate import documents, formats, forms, media, readers, sources, tables
 from sartor.curate.faults import Malformed
 from sartor.curate.places import open_regular
-from sartor.curate.readers import Read
+from sartor.curate.tables import Read
 from sartor.curate.recipe import Source
 from sartor.curate.survey import Piece, checksum
 
@@ -134,25 +134,11 @@ def _raw(unit: Unit, file: InputFile, pages: documents.Pages, notes: Counter[tup
             with open_regular(file.path) as stream:
                 piece = unit.piece or Piece(0, file.bytes, 1, -1)
                 _check_unchanged(stream, file, piece)
-                yield from raw_rows(stream, file.kind, piece, unit.most_bytes)
+                yield from readers.rows(stream, file.kind, piece, unit.most_bytes)
     except Malformed as fault:
         yield "1", fault
     except OSError as error:
         yield "1", Malformed("unreadable_file", f"{error.strerror or error}")
-
-
-def raw_rows(stream: BinaryIO, kind: str, piece: Piece, most_bytes: int) -> Read:
-    """Rows of a piece of a table: JSON Lines, JSON, CSV or Parquet."""
-    if kind == "parquet":
-        yield from parquet.read(stream, piece.first, piece.groups, most_bytes)
-        return
-    stream.seek(piece.start)
-    if kind == "jsonl":
-        yield from readers.jsonl(stream, piece.start + piece.length, piece.first, most_bytes)
-    elif kind == "json":
-        yield from readers.whole_json(stream, most_bytes)
-    else:
-        yield from readers.delimited(stream, most_bytes)
 
 
 def _check_unchanged(stream: BinaryIO, file: InputFile, piece: Piece) -> None:
@@ -173,7 +159,7 @@ def _captioned(file: InputFile, most_bytes: int) -> Any:
     if file.caption is None:
         return row
     with open_regular(file.caption.path) as stream:
-        found = readers.document(stream, most_bytes)
+        found = tables.document(stream, most_bytes)
     if isinstance(found, Malformed):
         return Malformed(found.reason, f"the caption {file.caption.name!r}: {found.detail}")
     text, raw = found
@@ -181,7 +167,7 @@ def _captioned(file: InputFile, most_bytes: int) -> Any:
         return Malformed("changed_file", f"the caption {file.caption.name!r} was changed after the run began")
     if file.caption.kind == "text":
         return {**row, "text": text.strip()}
-    said = next((value for _, value in readers.whole_json(io.BytesIO(raw), most_bytes)), None)
+    said = next((value for _, value in tables.whole_json(io.BytesIO(raw), most_bytes)), None)
     if isinstance(said, Malformed):
         return Malformed(said.reason, f"the caption {file.caption.name!r}: {said.detail}")
     if not isinstance(said, dict) or not forms.caption_field(said):

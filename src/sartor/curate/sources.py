@@ -10,11 +10,11 @@ from typing import Any
 
 from sartor.core import assets
 from sartor.core.errors import ConfigError, ExtraError, HubError, need
-from sartor.core.lineage import UNKNOWN
+from sartor.core.spdx import UNKNOWN
 from sartor.curate import forms, places, sql
 from sartor.curate.parquet import drop_nulls
 from sartor.curate.places import Found
-from sartor.curate.readers import Read
+from sartor.curate.tables import Read
 from sartor.curate.recipe import Source
 
 # Rows looked at to find a file's form: the commonest one among them is the file's.

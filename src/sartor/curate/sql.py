@@ -20,7 +20,7 @@ from urllib.parse import quote
 from sartor.core.errors import ConfigError, HubError, need
 from sartor.curate.faults import Malformed
 from sartor.curate.parquet import drop_nulls
-from sartor.curate.readers import Read
+from sartor.curate.tables import Read
 
 _NAME = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _WHOLE_NAME = re.compile(r"(?:\$\{[A-Za-z_][A-Za-z0-9_]*\})+")
