@@ -210,7 +210,9 @@ def _open_sqlite(file: str) -> sqlite3.Connection:
 
     def allow(action: int, first: str | None, second: str | None, *rest: Any) -> int:
         loads = action == sqlite3.SQLITE_FUNCTION and second == "load_extension"
-        return sqlite3.SQLITE_OK if action in _SQLITE_READS and not loads else sqlite3.SQLITE_DENY
+        # SQLAlchemy asks for the isolation level when it connects
+        asks = action == sqlite3.SQLITE_PRAGMA and first == "read_uncommitted" and second is None
+        return sqlite3.SQLITE_OK if asks or (action in _SQLITE_READS and not loads) else sqlite3.SQLITE_DENY
 
     connection.set_authorizer(allow)
     return connection
