@@ -10,6 +10,7 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.licences import Consent, Use
 from sartor.core.spdx import UNKNOWN, checked
+from sartor.curate.forms import iso_date
 from sartor.curate.steps import ExactDuplicates, Step
 
 
@@ -17,7 +18,7 @@ from sartor.curate.steps import ExactDuplicates, Step
 class Source:
     """Where rows come from, and what its licence allows."""
 
-    path: str = option(REQUIRED, "a file, a folder, a glob pattern, or hub:NAME")
+    path: str = option(REQUIRED, "a file, a folder, a glob pattern, sql:URL#QUERY, asset:NAME/PATH, or hub:NAME")
     licence: str = option(UNKNOWN, "SPDX licence expression of this source; LicenseRef-NAME for terms of your own")
     use: tuple[Use, ...] = option((), "what the source may be used for; empty lets the licence alone decide")
     share_alike: bool = option(False, "its owner demands that a derived work carries the same terms")
@@ -25,8 +26,15 @@ class Source:
     expires: str = option("", "last day on which it may be used, 2027-12-31; empty is no end")
     consent: Consent = option("", "of the people it is from: given, pending, withdrawn, not-needed; empty is not stated")
     split: Literal["", "train", "eval"] = option("", "put every row of this source in one split; empty lets `split` decide")
+    date: str = option("", "ISO date of the rows that carry none")
+    prompt: str = option("", "the question put to each image or audio file that has a caption")
+    captions: Literal["beside", "folder"] = option(
+        "beside", "what a media file shows is said by a table or text file beside it, or by its folder's name"
+    )
 
     def __post_init__(self) -> None:
+        if self.date and not iso_date(self.date):
+            raise ConfigError(f"date is {self.date!r}; it must be a date in ISO 8601", "date: 2026-01-31")
         object.__setattr__(self, "licence", checked(self.licence))  # one spelling, so that equal licences are equal text
         if self.expires:
             object.__setattr__(self, "expires", _day(self.expires))
