@@ -36,7 +36,6 @@ _SEEN_BITS = 20
 _COMPLETIONS = 8
 
 
-
 @dataclass(frozen=True)
 class Found:
     """Verified pairs, and what the run noticed on its way."""
@@ -103,7 +102,9 @@ class _Search:
         keys = keys[fresh]
         self.seen[slots[fresh]] = keys
         self.candidates += len(keys)
-        kept = measure(self.sets, (keys >> np.uint64(32)).astype(np.int64), (keys & np.uint64(0xFFFFFFFF)).astype(np.int64), self.rules)
+        kept = measure(
+            self.sets, (keys >> np.uint64(32)).astype(np.int64), (keys & np.uint64(0xFFFFFFFF)).astype(np.int64), self.rules
+        )
         if len(kept.a):
             self.found.append(kept)
             sure = kept.judged(self.rules.threshold, self.rules.contained)

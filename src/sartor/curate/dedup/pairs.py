@@ -58,7 +58,11 @@ class Pairs:
 
     def judged(self, threshold: float, contained: float) -> Pairs:
         """The pairs that are duplicates at a threshold of Jaccard, or of containment (0 switches that off)."""
-        return self.where(self._near(threshold) | self._contained(contained))
+        return self.where(self.is_judged(threshold, contained))
+
+    def is_judged(self, threshold: float, contained: float) -> NDArray[np.bool_]:
+        """(P,) whether each is such a pair."""
+        return self._near(threshold) | self._contained(contained)
 
     def method(self, threshold: float) -> U8:
         """(P,) EXACT, NEAR or CONTAINED: by which measure a judged pair is a duplicate."""

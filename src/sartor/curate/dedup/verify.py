@@ -63,7 +63,9 @@ def rules_for(how: Shingling, threshold: float = 0.0, contained: float | None = 
     """
     threshold = threshold or THRESHOLDS[how.unit]
     if not 0.2 <= threshold <= 1:
-        raise ConfigError(f"a threshold of {threshold:g} is out of range", "a Jaccard similarity from 0.2 to 1; 0.65 is the default for words")
+        raise ConfigError(
+            f"a threshold of {threshold:g} is out of range", "a Jaccard similarity from 0.2 to 1; 0.65 is the default for words"
+        )
     contained = (0.9 if how.unit == "words" else 0.0) if contained is None else contained
     if contained and not 0.5 <= contained <= 1:
         raise ConfigError(f"a containment of {contained:g} is out of range", "0.5 to 1, or 0 to switch it off")

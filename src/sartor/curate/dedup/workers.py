@@ -41,7 +41,9 @@ class Workers:
                 # two processes on two cores leave no room for threads
                 environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
                 self._children.append(
-                    subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+                    subprocess.Popen(
+                        [sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+                    )
                 )
             line = Connection(ours.detach())
             self._lines.append(line)
@@ -83,7 +85,8 @@ class Workers:
             failed, value = line.recv()
         except (EOFError, OSError):
             raise BudgetError(
-                "a worker process ended before its work was done, as the system does when memory runs out", "processes=1, or smaller files"
+                "a worker process ended before its work was done, as the system does when memory runs out",
+                "processes=1, or smaller files",
             ) from None
         finally:
             self._idle.put(line)
