@@ -76,8 +76,8 @@ def dedup(
 ) -> Any:
     """Duplicates in any JSONL, CSV, TSV, JSON or Parquet files: exact, near and contained, every one verified.
 
-    Writes DIR/kept (each file without its duplicates), DIR/dropped.parquet (every other row, whole, and the row that stays for it) and
-    DIR/pairs.parquet (every verified pair, for `sartor rethreshold`).
+    Writes DIR/kept (each file without its duplicates), DIR/dropped.parquet (every other row, whole, and the row that
+    stays for it) and DIR/pairs.parquet (every verified pair, for `sartor rethreshold`).
 
     Parameters
     ----------

@@ -34,8 +34,8 @@ _TEXTS = ("content", "value", "text")
 class Choice:
     """The fields whose text is compared, in order.
 
-    `joined`: nobody named them and no form was recognised, so every field with text or numbers counts, but `left_out`; fields that a
-    later row has besides join in. `reason` is for the output.
+    `joined`: nobody named them and no form was recognised, so every field with text or numbers counts, but `left_out`; fields
+    that a later row has besides join in. `reason` is for the output.
     """
 
     fields: tuple[str, ...]

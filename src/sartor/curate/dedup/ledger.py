@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from sartor.core.artifacts import SCHEMA
 from sartor.core.errors import ArtifactError, ConfigError
+from sartor.curate.dedup.arrays import F64, I64
 from sartor.curate.dedup.graph import components
 from sartor.curate.dedup.pairs import METHODS, Pairs
-from sartor.curate.dedup.shingles import I64
 from sartor.curate.dedup.verify import Rules
 
 # Every pair of a class of equal rows is listed up to this many rows; of a larger class, each row with the first.
@@ -42,7 +42,7 @@ def write_pairs(file: Path, pairs: Pairs, rank: NDArray[Any], rules: Rules) -> N
     pq.write_table(pa.table(columns, schema=_SCHEMA), file, compression="zstd")
 
 
-def read_pairs(file: Path, count: int) -> tuple[Pairs, NDArray[np.float64]]:
+def read_pairs(file: Path, count: int) -> tuple[Pairs, F64]:
     """The pairs of a ledger, and (count,) the rank of each row (0 for rows in no pair: nothing competes with them).
 
     Raises ArtifactError for a file that is none.
@@ -54,7 +54,7 @@ def read_pairs(file: Path, count: int) -> tuple[Pairs, NDArray[np.float64]]:
     read = {name: table[name].to_numpy() for name in ("a", "b", "jaccard", "containment", "rank_a", "rank_b")}
     exact = np.asarray(table["method"].to_numpy() == METHODS[0], bool)
     pairs = Pairs(read["a"], read["b"], read["jaccard"], read["containment"], exact)
-    if len(pairs.a) and not (0 <= int(pairs.a.min()) and int(max(pairs.a.max(), pairs.b.max())) < count):
+    if len(pairs.a) and not (int(pairs.a.min()) >= 0 and int(max(pairs.a.max(), pairs.b.max())) < count):
         raise ArtifactError(f"{file} names rows that are not there", "de-duplicate again")
     rank = np.zeros(count)
     rank[pairs.a], rank[pairs.b] = read["rank_a"], read["rank_b"]
@@ -114,8 +114,12 @@ def export(file: Path, pairs: Pairs, rules: Rules) -> None:
         }
     )
     part = file.with_name(f".{file.name}.part")
-    write = {".csv": frame.write_csv, ".parquet": frame.write_parquet}.get(file.suffix.lower(), frame.write_ndjson)
-    write(part)
+    if file.suffix.lower() == ".csv":
+        frame.write_csv(part)
+    elif file.suffix.lower() == ".parquet":
+        frame.write_parquet(part)
+    else:
+        frame.write_ndjson(part)
     part.replace(file)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from sartor.core.artifacts import SCHEMA
 from sartor.core.records import canonical_text
+from sartor.curate.dedup.arrays import I32, I64, Mask
 from sartor.curate.dedup.clusters import Removals
 from sartor.curate.dedup.inputs import Block, Fault, blocks, json_rows, json_value
 from sartor.curate.dedup.pairs import METHODS
@@ -35,8 +35,8 @@ class Rows:
     """Where the N rows of a run stand: `names` of the files, (N,) the `file` of each and its `line`; `faults` by row."""
 
     names: list[str]
-    file: NDArray[np.int32]
-    line: NDArray[np.int64]
+    file: I32
+    line: I64
     faults: dict[int, Fault]
 
     def say(self, row: int) -> str:
@@ -138,7 +138,7 @@ class _Target:
     def __exit__(self, *exception: object) -> None:
         pass
 
-    def write(self, block: Block, keep: NDArray[np.bool_]) -> None:
+    def write(self, block: Block, keep: Mask) -> None:
         raise NotImplementedError
 
 
@@ -157,11 +157,11 @@ class _LinesTarget(_Target):
     def __exit__(self, *exception: object) -> None:
         self._out.close()
 
-    def write(self, block: Block, keep: NDArray[np.bool_]) -> None:
+    def write(self, block: Block, keep: Mask) -> None:
         self._out.write(b"".join(_pieces(block, keep)))
 
 
-def _pieces(block: Block, keep: NDArray[np.bool_]) -> Iterator[bytes]:
+def _pieces(block: Block, keep: Mask) -> Iterator[bytes]:
     for place, (row, stays) in enumerate(zip(block.rows, keep.tolist(), strict=True)):
         if place in block.gaps:
             yield block.gaps[place]
@@ -178,7 +178,7 @@ class _JsonTarget(_Target):
         self._source, self._target = source, target
         self._kept: list[Any] = []
 
-    def write(self, block: Block, keep: NDArray[np.bool_]) -> None:
+    def write(self, block: Block, keep: Mask) -> None:
         self._kept.extend(row for row, stays in zip(block.rows, keep.tolist(), strict=True) if stays)
 
     def __exit__(self, *exception: object) -> None:
@@ -204,7 +204,7 @@ class _ParquetTarget(_Target):
         gone.parent.mkdir(exist_ok=True)
         self._gone = pq.ParquetWriter(gone, schema, compression="zstd")
 
-    def write(self, block: Block, keep: NDArray[np.bool_]) -> None:
+    def write(self, block: Block, keep: Mask) -> None:
         table = pa.Table.from_batches([next(self._batches)])
         self._out.write_table(table.filter(pa.array(keep)))
         self._gone.write_table(table.filter(pa.array(~keep)))
