@@ -131,8 +131,8 @@ def guard(
     gone = int((~free).sum())
     if gone > limits.fraction * len(sources):
         raise GuardError(
-            f"{gone:,} of {len(sources):,} rows would be removed; more than the fraction {limits.fraction:g} may not go "
-            "without asking; "
+            f"{gone:,} of {len(sources):,} rows would be removed; more than the fraction {limits.fraction:g} "
+            "may not go without asking; "
             f"{_example(removals, int(np.flatnonzero(~free)[0]), say)}",
             "look at the two rows: if they are no duplicates, another text field or a higher threshold; if they are, a higher "
             "--max-fraction",

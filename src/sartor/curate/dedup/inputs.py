@@ -24,7 +24,7 @@ _PARQUET_ROWS = 2048
 
 
 class Fault(NamedTuple):
-    """A row that cannot be used: the word it is counted under, a sentence; `size` bytes from `start` of one too long to hold."""
+    """A row that cannot be used: the word it is counted under, a sentence; `size` bytes from `start` if it is too long."""
 
     reason: str
     detail: str

@@ -49,9 +49,12 @@ class Found:
 
 def exact(digests: U8, empty: Mask) -> I64:
     """(N,) the first row of equal content for every row; a row without words is its own."""
-    keys = np.ascontiguousarray(digests).view("V16").ravel()
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    found = first[inverse.ravel()].astype(np.int64)
+    high, low = np.ascontiguousarray(digests).view(np.uint64).reshape(-1, 2).T
+    order = np.lexsort((low, high))  # stable: of equal rows the first read stands first
+    new = np.ones(len(order), bool)
+    new[1:] = (high[order][1:] != high[order][:-1]) | (low[order][1:] != low[order][:-1])
+    found = np.empty(len(order), np.int64)
+    found[order] = order[new][np.cumsum(new) - 1]
     return np.where(empty, np.arange(len(found)), found)
 
 
