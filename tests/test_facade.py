@@ -47,6 +47,8 @@ def test_help_starts_in_under_a_second_and_loads_no_torch() -> None:
     for verb in (
         "demo",
         "curate",
+        "dedup",
+        "rethreshold",
         "plan",
         "tune",
         "evaluate",

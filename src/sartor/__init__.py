@@ -24,6 +24,7 @@ _NAMES = {
     # verbs
     "ask": "sartor.agents.ask:ask",
     "curate": "sartor.curate",
+    "dedup": "sartor.curate.dedup.files:dedup",
     "demo": "sartor.circle:demo",
     "evaluate": "sartor.evaluate",
     "index": "sartor.core.catalogue:index",
@@ -33,11 +34,13 @@ _NAMES = {
     "open": "sartor.core.artifacts:open_artifact",
     "plan": "sartor.tune.plan:plan",
     "release": "sartor.evaluate.release:release",
+    "rethreshold": "sartor.curate.rethreshold:rethreshold",
     "revoke": "sartor.core.revoke:revoke",
     "tune": "sartor.tune",
     "verify": "sartor.evaluate.release:verify",
     # nouns
     "Artifact": "sartor.core.artifacts:Artifact",
+    "DedupOptions": "sartor.curate.dedup.files:DedupOptions",
     "CurateRecipe": "sartor.curate.recipe:CurateRecipe",
     "Drop": "sartor.core.records:Drop",
     "Example": "sartor.core.records:Example",

@@ -168,13 +168,14 @@ class Line:
         self.progress = Progress(notice)
         self.found = 0
         self.read: Counter[tuple[str, str]] = Counter()
+        self.notes: dict[tuple[str, str], Counter[str]] = {}
         self.tally: dict[str, Counter[str]] = {}
 
     def run(self, strict: bool) -> State:
         """Every pass."""
         self.planned = units.plan(self.recipe.sources, self.recipe.max_row_bytes)
         tasks = [
-            Task(Path(), unit.digest, self.work, (), (), unit, self.recipe.sources[unit.source], strict)
+            Task(Path(), _key(unit), self.work, (), (), unit, self.recipe.sources[unit.source], strict)
             for unit in self.planned.units
         ]
         workers = self.recipe.workers or len(os.sched_getaffinity(0))
@@ -187,15 +188,20 @@ class Line:
         for task, size, summary in zip(tasks, sizes, self.engine(tasks, sizes, self.recipe.workers), strict=True):
             self.found += summary["was_there"]
             self.progress.advance(size, summary["kept"] + summary["dropped"])
-            for file, count in summary["read"].items():
-                assert task.unit is not None
-                self.read[self.recipe.sources[task.unit.source].path, file] += count
-            for kind, counts in summary["tally"].items():
-                self.tally.setdefault(kind, Counter()).update(counts)
+            self._count(task, summary)
             made.append(Part(task.part, summary))
         if self.found:
             self.notice(f"{name}: going on with {self.found} parts that an interrupted run had finished")
         return made
+
+    def _count(self, task: Task, summary: Mapping[str, Any]) -> None:
+        if task.source is not None:
+            for file, count in summary["read"].items():
+                self.read[task.source.path, file] += count
+            for file, note, count in summary["notes"]:
+                self.notes.setdefault((task.source.path, file), Counter())[note] += count
+        for kind, counts in summary["tally"].items():
+            self.tally.setdefault(kind, Counter()).update(counts)
 
     def write(self, state: State, folder: Path) -> dict[str, Any]:
         """Fill the Dataset's directory; returns what its manifest says."""
@@ -239,7 +245,8 @@ class Line:
         for file in self.planned.files:
             place = file.source, file.path
             terms = {name: getattr(self.declared[file.source], name) for name in TERMS}
-            sources.append({**asdict(file), **terms, "read": self.read[place], "kept": kept[place]})
+            counted = {"read": self.read[place], "kept": kept[place], "notes": dict(self.notes.get(place, {}))}
+            sources.append({**asdict(file), **terms, **counted})
         tallied = {kind: dict(counts.most_common()) for kind, counts in self.tally.items()}
         return {
             "recipe": _said(self.recipe),
@@ -250,6 +257,11 @@ class Line:
             "parents": [],
             "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
         }
+
+
+def _key(unit: units.Unit) -> str:
+    """What a unit will read. Nobody knows that of a query before it is asked, so its parts are never found again."""
+    return unit.digest if unit.files else digest([unit.digest, time.time_ns()])
 
 
 def licence_facts(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

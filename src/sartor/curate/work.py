@@ -91,6 +91,7 @@ class _Line:
             function.tally.clear()
         self.drops: list[Drop] = []
         self.read: Counter[str] = Counter()
+        self.notes: Counter[tuple[str, str]] = Counter()
         self.kept = 0
 
     def rows(self) -> Iterator[tuple[str, Example]]:
@@ -105,21 +106,21 @@ class _Line:
 
     def _incoming(self) -> Iterator[Example]:
         task = self.task
-        if task.unit is None or task.source is None:
-            assert task.before is not None
-            for place, row in enumerate(parts.Part(task.before, {}).examples()):
-                if place not in task.gone:
-                    more = task.merged.get(place)
+        if task.before is not None:
+            for number, row in enumerate(parts.Part(task.before, {}).examples()):
+                if number not in task.gone:
+                    more = task.merged.get(number)
                     yield taken_over(row, more) if more else row
             return
-        for row in read(task.unit, task.source, task.folder / "media", task.strict):
-            place = row.locator if isinstance(row, Drop) else row.origins[0].locator
+        assert task.unit is not None and task.source is not None
+        for found in read(task.unit, task.source, task.folder / "media", task.strict, self.notes):
+            place = found.locator if isinstance(found, Drop) else found.origins[0].locator
             self.read[place.rpartition(":")[0]] += 1
-            if isinstance(row, Drop):
-                self.drops.append(row)
+            if isinstance(found, Drop):
+                self.drops.append(found)
             else:
                 # replace() forgets the id that was computed
-                yield replace(row, split=task.source.split) if task.source.split else row
+                yield replace(found, split=task.source.split) if task.source.split else found
 
     def _through(self, row: Example) -> Example | Drop:
         for kind, function in self.functions:
@@ -134,7 +135,8 @@ class _Line:
     def summary(self) -> dict[str, Any]:
         """What the pipeline needs to know of the part."""
         tally = {kind: dict(function.tally) for kind, function in self.counting.items()}
-        return {"read": dict(self.read), "kept": self.kept, "dropped": len(self.drops), "tally": tally}
+        notes = [[*note, count] for note, count in self.notes.items()]
+        return {"read": dict(self.read), "notes": notes, "kept": self.kept, "dropped": len(self.drops), "tally": tally}
 
 
 def taken_over(row: Example, more: Merged) -> Example:

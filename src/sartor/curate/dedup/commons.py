@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sartor.curate.dedup.shingles import I64, U8, U32
+from sartor.curate.dedup.arrays import I64, U8, U32
 
 LEVELS = 31
 _TABLE_BITS = 22
@@ -34,7 +34,7 @@ def gathered(offsets: I64, rows: I64) -> tuple[I64, I64]:
 
 @dataclass(frozen=True)
 class Commons:
-    """(C,) sorted shingles that are common, and the `level` of each: 1 at the limit, 2 more for every doubling, at most LEVELS."""
+    """(C,) sorted shingles that are common, and the `level` of each: 1 at the limit, 2 more per doubling, at most LEVELS."""
 
     shingles: U32
     level: U8

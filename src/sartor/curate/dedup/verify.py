@@ -2,17 +2,18 @@
 
 Common shingles (`commons.py`) are set aside, with two exceptions that follow from what they are for.
 
-- *An edit displaces, boilerplate adds.* Of 150 near-copies of one row every shingle is common but those that an edit made; set aside, nothing
-  would be left to agree on. But a changed word takes common shingles away where it stands, and a row behind boilerplate has all of
-  them. So where the common shingles that only one of the two holds are at least DISPLACED of their own that only one holds, the pair
-  is measured on the whole sets. Counted are those that are about as common as the two rows' common shingles are in the mean
-  (`Sets.common_cut`): a phrase like `of the` comes with any text, and is no sign of an edit. With nothing of their own on either side the whole
-  sets are measured too.
-- *A short rest proves nothing.* `turn on the kitchen light` and `turn off the kitchen light` agree in all that is not common among many such
-  rows. Where less than `rules.least_own` is left of either, the lower of both measures counts.
+- *An edit displaces, boilerplate adds.* Of 150 near-copies of one row every shingle is common but those that an edit made;
+  set aside, nothing would be left to agree on. But a changed word takes common shingles away where it stands, and a row
+  behind boilerplate has all of them. So where the common shingles that only one of the two holds are at least DISPLACED of
+  their own that only one holds, the pair is measured on the whole sets. Counted are those that are about as common as the two
+  rows' common shingles are in the mean (`Sets.common_cut`): a phrase like `of the` comes with any text, and is no sign of an
+  edit. With nothing of their own on either side the whole sets are measured too.
+- *A short rest proves nothing.* `turn on the kitchen light` and `turn off the kitchen light` agree in all that is not common
+  among many such rows. Where less than `rules.least_own` is left of either, the lower of both measures counts.
 
-And *other numbers are other facts*: where each of two rows holds numbers that the other lacks, and they agree on less than `rules.numbers`
-of them, the pair is none, however alike (`set the heating to 21 degrees`, `to 22 degrees`; one invoice and the next).
+And *other numbers are other facts*: where each of two rows holds numbers that the other lacks, and they agree on less than
+`rules.numbers` of them, the pair is none, however alike (`set the heating to 21 degrees`, `to 22 degrees`; one invoice and
+the next).
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from sartor.core.errors import ConfigError
+from sartor.curate.dedup.arrays import I64
 from sartor.curate.dedup.commons import CHUNK, gathered
 from sartor.curate.dedup.pairs import Pairs
 from sartor.curate.dedup.sets import Sets
-from sartor.curate.dedup.shingles import I64, Shingling
+from sartor.curate.dedup.shingles import Shingling
 
 DISPLACED = 0.25
 # By measurement: docs/decisions/007-dedup.md
@@ -39,8 +41,9 @@ FLOORS = {"words": 0.5, "characters": 0.35}
 class Rules:
     """What makes two rows duplicates.
 
-    `threshold` of Jaccard, `contained` of containment (0: never), `floor` down to which pairs are kept, `least_own` the fewest
-    shingles, common ones set aside, that count for themselves; `numbers` the least share of numbers (0: any); `common_rows` and `common_fraction` say when a shingle is common.
+    `threshold` of Jaccard, `contained` of containment (0: never), `floor` down to which pairs are kept, `least_own` the
+    fewest shingles, common ones set aside, that count for themselves; `numbers` the least share of numbers (0: any);
+    `common_rows` and `common_fraction` say when a shingle is common.
     """
 
     threshold: float
@@ -109,7 +112,7 @@ def _measure(sets: Sets, a: I64, b: I64, rules: Rules) -> Pairs:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Of each pair (P,): shingles that both hold; those of them that are not common, that are numbers; common ones that one lacks."""
+    """Of each pair (P,): shingles of both, those of them that are own, that are numbers; common ones that one lacks."""
 
     shared: I64
     own: I64

@@ -1,7 +1,7 @@
 """A few processes beside this one that call functions of modules.
 
-Not `multiprocessing`: its spawned children import the caller's script again, which in a script without `__main__` guard starts the whole
-work anew, and forked ones inherit locks of threads that they do not have (rensa's, Arrow's).
+Not `multiprocessing`: its spawned children import the caller's script again, which in a script without `__main__` guard
+starts the whole work anew, and forked ones inherit locks of threads that they do not have (rensa's, Arrow's).
 """
 
 from __future__ import annotations
