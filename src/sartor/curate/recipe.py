@@ -11,7 +11,8 @@ from sartor.core.errors import ConfigError
 from sartor.core.licences import Consent, Use
 from sartor.core.spdx import UNKNOWN, checked
 from sartor.curate.forms import iso_date
-from sartor.curate.steps import ExactDuplicates, Step
+from sartor.curate.steps import Step
+from sartor.curate.steps.exact import ExactDuplicates
 
 
 @dataclass(frozen=True)

@@ -34,16 +34,16 @@ from sartor.curate.steps import needs_all_rows
 from sartor.curate.steps.contract import RowFunction, dropped
 from sartor.curate.steps.exact import ExactDuplicates
 from sartor.curate.steps.near import NearDuplicates
-from sartor.curate.work import prompt_group
+from sartor.curate.work import prompt_group, through
 
 
-def rethreshold(path: Path | str, out: Path | str, *, threshold: float, replace: bool = False) -> Any:
+def rethreshold(path: Path | str, out: Path | str, *, threshold: float, replace: bool = False, show: bool = False) -> Any:
     """What `curate` or `dedup` would have made at another threshold, written to `out`; `path` is what they made.
 
     Raises ConfigError for a threshold below the floor down to which pairs were kept, or where a later step compared rows.
     """
     if kind_of(Path(path)) == "duplicates":
-        return of_files.rethreshold(path, out, threshold=threshold, replace=replace)
+        return of_files.rethreshold(path, out, threshold=threshold, replace=replace, show=show)
     began = time.monotonic()
     old = open_artifact(path, "dataset")
     recipe = load_recipe(old.manifest["recipe"])
@@ -142,12 +142,7 @@ class _Rethreshold:
         for place in range(len(self.kept), len(self.ids)):
             if place in self.gone:
                 continue
-            outcome: Example | Drop = self._example(place)
-            for kind, function in self.functions:
-                if isinstance(outcome, Example):
-                    after = function(outcome)
-                    changed = isinstance(after, Example) and after.id != outcome.id
-                    outcome = dataclasses.replace(after, steps=(*outcome.steps, kind)) if changed else after  # type: ignore[type-var]
+            outcome = through(self._example(place), self.functions)
             if isinstance(outcome, Example) and (outcome.id in known or outcome.id in back):
                 outcome = dataclasses.replace(
                     dropped(outcome, "exact_duplicate", "the same content as a row that stands", step="exact_duplicates"),

@@ -85,7 +85,7 @@ class _Line:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.functions = [(step.kind, _opened(step, task.folder)) for step in task.steps]
+        self.functions = [(step.kind, _opened(step, task.folder)) for step in task.steps]  # type: ignore[arg-type]
         self.counting = {kind: function for kind, function in self.functions if isinstance(function, Counting)}
         for function in self.counting.values():
             function.tally.clear()
@@ -97,7 +97,7 @@ class _Line:
     def rows(self) -> Iterator[tuple[str, Example]]:
         """Rows that came through every step, each with the id that it came with if that is another."""
         for row in self._incoming():
-            outcome = self._through(row)
+            outcome = through(row, self.functions)
             if isinstance(outcome, Drop):
                 self.drops.append(outcome)
             else:
@@ -122,21 +122,23 @@ class _Line:
                 # replace() forgets the id that was computed
                 yield replace(found, split=task.source.split) if task.source.split else found
 
-    def _through(self, row: Example) -> Example | Drop:
-        for kind, function in self.functions:
-            outcome = function(row)
-            if isinstance(outcome, Drop):
-                return outcome
-            if outcome is not row and outcome.id != row.id:
-                outcome = replace(outcome, steps=(*row.steps, kind))
-            row = outcome
-        return row
-
     def summary(self) -> dict[str, Any]:
         """What the pipeline needs to know of the part."""
         tally = {kind: dict(function.tally) for kind, function in self.counting.items()}
         notes = [[*note, count] for note, count in self.notes.items()]
         return {"read": dict(self.read), "notes": notes, "kept": self.kept, "dropped": len(self.drops), "tally": tally}
+
+
+def through(row: Example, functions: Sequence[tuple[str, RowFunction]]) -> Example | Drop:
+    """The row after each step in turn, or the Drop of the first that drops it; `steps` notes those that changed it."""
+    for kind, function in functions:
+        outcome = function(row)
+        if isinstance(outcome, Drop):
+            return outcome
+        if outcome is not row and outcome.id != row.id:
+            outcome = replace(outcome, steps=(*row.steps, kind))
+        row = outcome
+    return row
 
 
 def taken_over(row: Example, more: Merged) -> Example:

@@ -23,7 +23,7 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError, need
 from sartor.core.records import Example
 from sartor.curate import readers
-from sartor.curate.forms import Malformed
+from sartor.curate.faults import Malformed
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
 from sartor.curate.steps.texts import FIELD_TEXT, Field, texts
 

@@ -18,7 +18,8 @@ from sartor.core import assets
 from sartor.core.errors import ConfigError
 from sartor.core.records import Origin
 from sartor.curate import forms, readers
-from sartor.curate.forms import Malformed
+from sartor.curate.faults import Malformed
+from sartor.curate.tables import Read
 
 _HEAD_ROWS = 50
 _MOST_BYTES = 64 << 20
@@ -113,7 +114,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def _paragraphs(rows: readers.Read, unread: Counter[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _paragraphs(rows: Read, unread: Counter[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     for _, row in rows:
         if isinstance(row, Malformed):
             unread[row.reason] += 1

@@ -13,6 +13,7 @@ import pyarrow as pa
 from sartor.core.config import option
 from sartor.core.records import Example
 from sartor.curate.dedup import clusters, near, shingles
+from sartor.curate.dedup.arrays import offsets_of
 from sartor.curate.dedup.means import Means
 from sartor.curate.dedup.pairs import METHODS
 from sartor.curate.dedup.verify import Rules, rules_for
@@ -127,7 +128,7 @@ def _ledger(pairs: Any, rules: Rules, rank: Any, gathered: Gathered) -> Any:
 def _flat(column: Any, file: Path) -> tuple[Any, Any]:
     """A list column of uint32 as (values, offsets). The values go through a file: they can be larger than memory."""
     lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
-    offsets = shingles.offsets_of(np.concatenate([np.empty(0, np.int64), *lengths]))
+    offsets = offsets_of(np.concatenate([np.empty(0, np.int64), *lengths]))
     with file.open("wb") as stream:
         for chunk in column.chunks:
             stream.write(np.ascontiguousarray(chunk.flatten().to_numpy()).data)
