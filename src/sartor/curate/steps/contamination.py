@@ -1,10 +1,11 @@
 """`contamination`: rows that overlap with named evaluation sets go, so that a score on those sets means something.
 
 Word n-grams, as in Brown et al. 2020 (arXiv:2005.14165, appendix C), there 13 words. A text of an item counts as found in a
-row when at least `threshold` of its n-grams stand in the row's text. One of fewer than two times `ngram` words is looked for
-by shorter n-grams (half its words, at least 5). An item without a text of 8 words is found only whole: a turn of the user that
-is one of its texts, of 4 words or more, or a row whose texts are all of the item's. N-grams that many items share (a common
-instruction) say nothing and are not counted.
+row when at least `threshold` of its n-grams stand in the row; one of fewer than two times `ngram` words is looked for by
+shorter n-grams (half its words, at least 5). Passages that many items share, such as an instruction before each question, are
+no part of an item: those of 5 words or more in over 10 items and over 1 % of them. An item of which fewer than 8 words in a
+row are left is found only whole: a turn of the user that is one of its texts, of 4 words or more, or a row whose texts are all
+of the item's.
 """
 
 from __future__ import annotations
@@ -75,7 +76,6 @@ class Contamination:
                     "name": each.name,
                     "items": len(each.items),
                     "found_only_whole": index.too_short[each.name],
-                    "too_common_to_find": index.too_common[each.name],
                     "unread": dict(each.unread),
                     "rows": counts[each.name],
                 }
@@ -106,13 +106,11 @@ class _Index:
     grams: Index
     names: list[tuple[str, str]]  # of each item: its set, its place
     too_short: Counter[str]  # items of a set that can only be found whole
-    too_common: Counter[str]  # items of which every n-gram stands in many others
 
 
 @cache
 def _index(paths: tuple[str, ...], ngram: int, stamp: tuple[Any, ...]) -> _Index:
     sets = [read_set(path) for path in paths]
     names = [(each.name, place) for each in sets for place, _ in each.items]
-    grams, unfindable = built([texts for each in sets for _, texts in each.items], ngram, WordHashes())
-    short, common = (Counter(names[item][0] for item in found) for found in (unfindable.short, unfindable.common))
-    return _Index(sets, grams, names, short, common)
+    grams, short = built([texts for each in sets for _, texts in each.items], ngram, WordHashes())
+    return _Index(sets, grams, names, Counter(names[item][0] for item in short))

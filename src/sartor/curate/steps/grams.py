@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,8 @@ import numpy as np
 from sartor.curate.steps.texts import words
 
 SHORTEST = 5  # words of the shortest n-gram
-WHOLE = 8  # a text of fewer words is looked for as a whole: by itself among the user's turns from this many on,
-ALONE = 4  # and below that only with all the other texts of its item
+WHOLE = 8  # words below which a text is not looked for by n-grams
+ALONE = 4  # words from which on a turn of the user that is a text of an item shows the item
 # An n-gram in more items than this (and than 1 % of them) is a common instruction or phrase.
 MOST_ITEMS = 10
 _REMEMBERED = 1_000_000
@@ -61,9 +61,7 @@ def _weight(shift: int) -> Any:
 
 
 def size_for(count: int, ngram: int) -> int:
-    """The n-gram size for a text of `count` words: `ngram`, or less for a short text. 0: to be looked for as a whole."""
-    if count < WHOLE:
-        return 0
+    """The n-gram size for a text of `count` words, WHOLE or more: `ngram`, or less for a short one."""
     return ngram if count >= 2 * ngram else max(SHORTEST, min(ngram, count // 2))
 
 
@@ -85,30 +83,21 @@ class Index:
         A row is (what the user says, what the assistant says).
         """
         said = [[words(text) for text in (*asked, *replies)] for asked, replies in rows]
-        flat = [text for texts in said for text in texts]
-        arrays = [self.hashes.of(text) for text in flat]
-        row_of = np.repeat(np.arange(len(said)), [len(texts) for texts in said])
+        texts = [text for row in said for text in row]
+        hashes = self.hashes.of([word for text in texts for word in text])
+        text_of = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+        row_of = np.repeat(np.arange(len(said)), [len(row) for row in said])
         hits: dict[int, set[int]] = defaultdict(set)  # row -> places in `grams`
         for size in self.sizes:
-            for place, values in self._hits(arrays, size):
-                hits[int(row_of[place])].update(values)
+            made = ngrams(hashes, size)
+            low = np.searchsorted(self.grams, made, "left")
+            # an n-gram that begins in one text and ends in another is none
+            is_hit = (low < len(self.grams)) & (text_of[: len(made)] == text_of[size - 1 :][: len(made)])
+            is_hit[is_hit] = self.grams[low[is_hit]] == made[is_hit]
+            high = np.searchsorted(self.grams, made[is_hit], "right")
+            for place, start, end in zip(np.flatnonzero(is_hit), low[is_hit], high, strict=True):
+                hits[int(row_of[text_of[place]])].update(range(int(start), int(end)))
         return [self._best_of(hits.get(row, set()), said[row], len(rows[row][0])) for row in range(len(said))]
-
-    def _hits(self, arrays: Sequence[Any], size: int) -> Iterable[tuple[int, list[int]]]:
-        """(text, places in `grams`) for each text that has an n-gram of the index."""
-        made = [ngrams(array, size) for array in arrays]
-        lengths = [len(array) for array in made]
-        if not sum(lengths):
-            return
-        whole = np.concatenate(made)
-        low = np.searchsorted(self.grams, whole, "left")
-        known = low < len(self.grams)
-        known[known] = self.grams[low[known]] == whole[known]
-        at = np.flatnonzero(known)
-        texts = np.searchsorted(np.cumsum(lengths), at, "right")
-        for place, text in zip(at, texts, strict=True):
-            high = int(np.searchsorted(self.grams, whole[place], "right"))
-            yield int(text), list(range(int(low[place]), high))
 
     def _best_of(self, hits: set[int], said: Sequence[Sequence[str]], asked: int) -> tuple[int, float]:
         best, overlap = -1, 0.0
@@ -116,62 +105,64 @@ class Index:
             if (share := count / int(self.totals[entry])) > overlap:
                 best, overlap = int(self.items[entry]), share
         if overlap < 1 and self.whole:
-            keys = [(" ".join(text),) for text in said[:asked] if len(text) < WHOLE]
-            found = next((self.whole[key] for key in [*keys, _whole_key(said)] if key in self.whole), None)
+            keys = [*((" ".join(text),) for text in said[:asked]), _whole_key(said)]
+            found = next((self.whole[key] for key in keys if key in self.whole), None)
             return (best, overlap) if found is None else (found, 1.0)
         return best, overlap
 
 
 def _whole_key(said: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    return tuple(sorted(" ".join(text) for text in said)) if all(len(text) < WHOLE for text in said) else ()
+    return tuple(sorted(" ".join(text) for text in said))
 
 
-@dataclass(frozen=True)
-class Unfindable:
-    """Items by number: those found only whole, and those of which every n-gram is common."""
-
-    short: list[int]
-    common: list[int]
-
-
-def built(items: Sequence[Sequence[str]], ngram: int, hashes: WordHashes) -> tuple[Index, Unfindable]:
-    """The index of items' texts, and which items it can not or hardly find."""
+def built(items: Sequence[Sequence[str]], ngram: int, hashes: WordHashes) -> tuple[Index, list[int]]:
+    """The index of items' texts, and the numbers of the items that can only be found whole."""
+    said = [[text for text in map(words, texts) if text] for texts in items]
+    arrays = [[hashes.of(text) for text in texts] for texts in said]
+    common = _common(arrays)
     grams, entries = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     owners: list[int] = []
     sizes: set[int] = set()
     whole: dict[tuple[str, ...], int] = {}
     short: list[int] = []
-    for item, texts in enumerate(items):
-        said = [text for text in map(words, texts) if text]
-        for text in said:
-            if not (size := size_for(len(text), ngram)):
+    for item, texts in enumerate(arrays):
+        for array in texts:
+            runs = _own_runs(array, common)
+            if not runs:
                 continue
-            sizes.add(size)
-            unique = np.unique(ngrams(hashes.of(text), size))
+            made = [(size, ngrams(run, size)) for run in runs for size in (size_for(len(run), ngram),)]
+            sizes.update(size for size, _ in made)
+            unique = np.unique(np.concatenate([found for _, found in made]))
             grams.append(unique)
             entries.append(np.full(len(unique), len(owners), np.int64))
             owners.append(item)
-        if said and not (owners and owners[-1] == item):
+        if texts and not (owners and owners[-1] == item):
             short.append(item)
-            whole.setdefault(_whole_key(said), item)
-            for text in said:
+            whole.setdefault(_whole_key(said[item]), item)
+            for text in said[item]:
                 if len(text) >= ALONE:
                     whole.setdefault((" ".join(text),), item)
-    owner = np.array(owners, np.int64)
-    flat, flat_entries = _without_common(np.concatenate(grams), np.concatenate(entries), owner, len(items))
+    flat, flat_entries = np.concatenate(grams), np.concatenate(entries)
+    order = np.argsort(flat, kind="stable")
     totals = np.bincount(flat_entries, minlength=len(owners))
-    common = sorted(set(owners) - {owners[entry] for entry in np.flatnonzero(totals)})
-    return Index(hashes, sorted(sizes), flat, flat_entries, totals, owner, whole), Unfindable(short, common)
+    index = Index(hashes, sorted(sizes), flat[order], flat_entries[order], totals, np.array(owners, np.int64), whole)
+    return index, short
 
 
-def _without_common(grams: Any, entries: Any, owner: Any, items: int) -> tuple[Any, Any]:
-    """Both sorted by n-gram, without those that many items share."""
-    if not len(grams):
-        return grams, entries
-    order = np.argsort(grams, kind="stable")
-    grams, entries = grams[order], entries[order]
-    _, inverse = np.unique(grams, return_inverse=True)
-    pairs = np.unique(np.stack([inverse, owner[entries]], axis=1), axis=0)
-    holders = np.bincount(pairs[:, 0])
-    stays = holders[inverse] <= max(MOST_ITEMS, items // 100)
-    return grams[stays], entries[stays]
+def _common(arrays: Sequence[Sequence[Any]]) -> Any:
+    """Sorted hashes of the shortest n-grams that stand in many items."""
+    of_items = [np.unique(np.concatenate([ngrams(array, SHORTEST) for array in texts])) for texts in arrays if texts]
+    if not of_items:
+        return np.empty(0, np.uint64)
+    found, counts = np.unique(np.concatenate(of_items), return_counts=True)
+    return found[counts > max(MOST_ITEMS, len(arrays) // 100)]
+
+
+def _own_runs(array: Any, common: Any) -> list[Any]:
+    """The runs of at least WHOLE words of a text that are in no common n-gram."""
+    is_common = np.zeros(len(array), bool)
+    if len(common):
+        for start in np.flatnonzero(np.isin(ngrams(array, SHORTEST), common)):
+            is_common[start : start + SHORTEST] = True
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], is_common, [True]]).astype(np.int8)))
+    return [array[start:end] for start, end in edges.reshape(-1, 2) if end - start >= WHOLE]

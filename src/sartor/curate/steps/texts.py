@@ -28,8 +28,8 @@ _INLINE = re.compile(r"(`{1,2})(?!`)[^`\n]+\1")
 _ADDRESS = re.compile(r"(?:https?://|www\.)\S+|\S+@\S+\.\w+")
 _BREAK = re.compile(r"([.!?…]+[\"'”’)\]]*)[ \t]+(?=(\S))|[。！？]+[」』”）]*")
 _ABBREVIATION = re.compile(
-    r"(?:^|[\s(\"'])(?:\w|\w\.\w|[A-ZÅÄÖ]\w{0,2}|approx|ca|bl\.a|t\.ex|e\.g|i\.e|etc|vs|kap|st|nr|no|fig|sec|art|min|max|resp|bzw|z\.b)\.$",
-    re.I,
+    r"(?:^|[\s(\"'])(?:[^\W\d_]|\w\.\w|[Mm]rs?|[Mm]s|[Dd]rs?|[Pp]rof|[Ss]t|[Jj]r|[Ss]r|approx|ca|bl\.a|t\.ex|e\.g|i\.e|vs|kap|nr|Nr|"
+    r"resp|bzw|z\.B|p\.ej|núm)\.$"
 )
 _CODE_LINE = re.compile(
     r"[;{}]\s*$|^\s*(?:def |class |import |from \w[\w.]* import |return\b|#include|for \(|if \(|while \(|const |let |var |"
