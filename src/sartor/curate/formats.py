@@ -6,8 +6,8 @@ it is called is refused by the name of what it is.
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import PurePath
 
 from sartor.curate.faults import Malformed
 
@@ -105,13 +105,13 @@ _SUFFIX_HOLDS: dict[str, tuple[str, ...]] = {
 
 def kind_of(name: str) -> str:
     """How a file of this name is read: a value of KINDS, `archive`, or empty where it is not."""
-    suffix = PurePath(name).suffix.lower()
+    suffix = os.path.splitext(name)[1].lower()
     return "archive" if suffix in ARCHIVES else KINDS.get(suffix, "")
 
 
 def refusal(name: str) -> tuple[str, str] | None:
     """(reason, detail) for a name whose file is never read."""
-    suffix, kind = PurePath(name).suffix.lower(), kind_of(name)
+    suffix, kind = os.path.splitext(name)[1].lower(), kind_of(name)
     if kind == "archive":
         remedy = "save it as text, HTML or PDF" if suffix in _OFFICE else "unpack it yourself and name the folder"
         return "archive", f"archives ({suffix}) are not opened; {remedy}"
@@ -145,7 +145,7 @@ def sniff(head: bytes) -> str:
 
 def mismatch(name: str, head: bytes) -> Malformed | None:
     """A file whose first bytes are those of another format than its extension says."""
-    suffix, found = PurePath(name).suffix.lower(), sniff(head)
+    suffix, found = os.path.splitext(name)[1].lower(), sniff(head)
     holds = _SUFFIX_HOLDS.get(suffix, ())
     if found in holds or not found:
         return None
@@ -154,7 +154,7 @@ def mismatch(name: str, head: bytes) -> Malformed | None:
 
 def must_be(name: str, head: bytes) -> Malformed | None:
     """As `mismatch`, and also for a media file whose first bytes are those of no format at all."""
-    suffix = PurePath(name).suffix.lower()
+    suffix = os.path.splitext(name)[1].lower()
     if (fault := mismatch(name, head)) is not None:
         return fault
     if KINDS.get(suffix) in (*MEDIA_KINDS, "pdf") and not sniff(head):

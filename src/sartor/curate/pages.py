@@ -149,6 +149,8 @@ def _page(page: Any) -> str | Malformed:
     from pypdf.errors import LimitReachedError
 
     try:
+        if (contents := page.get_contents()) is not None:
+            contents.get_data()  # extract_text takes a stream over pypdf's limits for an empty one
         text = str(page.extract_text()).replace("\0", "").encode("utf-8", "replace").decode().strip()
     except (MemoryError, LimitReachedError) as error:
         return Malformed("pdf_bomb", f"the page unfolds beyond a limit: {_said(error)}")

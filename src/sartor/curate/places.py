@@ -6,6 +6,7 @@ and folders (a leading dot) are, as the documentation says.
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -44,8 +45,10 @@ def find(declared: str) -> list[Found]:
         raise ConfigError(f"the source {declared!r} holds a NUL character", "no path does")
     try:
         mode = os.stat(root).st_mode
-    except (OSError, ValueError):
+    except OSError as error:
         mode = 0
+        if not glob.has_magic(root) and error.errno != errno.ENOENT:
+            raise ConfigError(f"the source {declared[:200]!r}: {error.strerror}", "check the path") from None
     if stat.S_ISDIR(mode):
         found = list(_walk(root))
         found.sort(key=lambda file: file.name.split("/"))
@@ -54,7 +57,8 @@ def find(declared: str) -> list[Found]:
     elif mode:
         return [Found(root, safe_name(os.path.basename(root)))]
     else:
-        found = [_listed(path) for path in sorted(glob.glob(root, recursive=True)) if not os.path.isdir(path)]
+        paths = sorted(glob.glob(root, recursive=True)) if glob.has_magic(root) else []
+        found = [_listed(path) for path in paths if not os.path.isdir(path)]
     if not found:
         what = "is an empty folder" if mode else "names no file"
         raise ConfigError(f"the source {declared!r} {what}", "check the path; it is taken from the current directory")

@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from sartor.core import records
 from sartor.curate import formats, forms, readers, sources
@@ -154,7 +154,7 @@ def _tables(found: Sequence[Found], most_bytes: int) -> tuple[set[str], set[str]
     known = {os.path.normpath(file.path) for file in found if formats.kind_of(file.path) in formats.MEDIA_KINDS}
     tables, named = set(), set()
     for file in found:
-        if PurePath(file.path).name.lower() not in _TABLES or file.refusal[0]:
+        if os.path.basename(file.path).lower() not in _TABLES or file.refusal[0]:
             continue
         inspected, _ = _inspect(file, formats.kind_of(file.path), most_bytes, of_media=True)
         if inspected.form != forms.CAPTIONED:
