@@ -6,10 +6,11 @@ from typing import Any, TypeGuard, get_args
 
 from sartor.curate.steps.contract import SetStep
 from sartor.curate.steps.exact import ExactDuplicates
+from sartor.curate.steps.labels import SuspiciousLabels
 from sartor.curate.steps.length import Length
 
 AnyRowStep = Length
-AnySetStep = ExactDuplicates
+AnySetStep = ExactDuplicates | SuspiciousLabels
 Step = AnyRowStep | AnySetStep
 
 
