@@ -25,6 +25,7 @@ _NAMES = {
     # verbs
     "ask": "sartor.agents.ask:ask",
     "curate": "sartor.curate",
+    "dedup": "sartor.curate.dedup.files:dedup",
     "demo": "sartor.circle:demo",
     "evaluate": "sartor.evaluate",
     "index": "sartor.core.catalogue:index",
@@ -34,10 +35,12 @@ _NAMES = {
     "open": "sartor.core.artifacts:open_artifact",
     "plan": "sartor.tune.plan:plan",
     "release": "sartor.evaluate.release:release",
+    "rethreshold": "sartor.curate.dedup.rethreshold:rethreshold",
     "tune": "sartor.tune",
     "verify": "sartor.evaluate.release:verify",
     # nouns
     "Artifact": "sartor.core.artifacts:Artifact",
+    "DedupOptions": "sartor.curate.dedup.files:DedupOptions",
     "CurateRecipe": "sartor.curate.recipe:CurateRecipe",
     "Drop": "sartor.core.records:Drop",
     "Example": "sartor.core.records:Example",

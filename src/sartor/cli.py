@@ -57,6 +57,67 @@ def curate(recipe: Path, *flags: Flags, out: Path, strict: REPLACE = False, repl
 
 
 @app.command
+def dedup(
+    *files: Path,
+    out: Path,
+    text_field: str = "",
+    threshold: float = 0.0,
+    pairs: Path | None = None,
+    contained: float | None = None,
+    unit: str = "auto",
+    size: int = 0,
+    keep: str = "longest",
+    allow: tuple[str, ...] = (),
+    max_source_fraction: float = 0.75,
+    max_fraction: float = 0.9,
+    max_row_bytes: int = 4 << 20,
+    processes: int = 0,
+    replace: REPLACE = False,
+) -> Any:
+    """Duplicates in any JSONL, CSV, TSV, JSON or Parquet files: exact, near and contained, every one verified.
+
+    Writes DIR/kept (each file without its duplicates), DIR/dropped.parquet (every other row, whole, and the row that stays for it) and
+    DIR/pairs.parquet (every verified pair, for `sartor rethreshold`).
+
+    Parameters
+    ----------
+    files: the files; rows are numbered from 0 over all of them in this order
+    out: directory of the result
+    text_field: what is compared: field, a,b or a.b; by default `text`, the fields of a known form, or all fields joined
+    threshold: Jaccard similarity from which rows are duplicates; 0 takes 0.65 for words, 0.45 for characters
+    pairs: also list the duplicates as (a, b, score, method), in a .csv, .jsonl or .parquet file
+    contained: share of the shorter row that must stand in the longer, 0 for never; by default 0.9 for words
+    unit: words, characters or auto: what shingles are runs of
+    size: length of a shingle; 0 takes 2 words or 3 characters
+    keep: which of several stays: longest or first
+    allow: a file of which all may go
+    max_source_fraction: stop if one cluster would remove more of a file
+    max_fraction: stop if more of all rows would be removed
+    max_row_bytes: longer rows are put aside
+    processes: worker processes; 0 decides by the size of the files
+    replace: replace what stands at --out
+    """
+    said = {"contained": contained, "unit": unit, "size": size, "keep": keep, "allow": allow, "processes": processes}
+    limits = {"max_source_fraction": max_source_fraction, "max_fraction": max_fraction, "max_row_bytes": max_row_bytes}
+    compared = {"text_field": text_field, "threshold": threshold}
+    return sartor.dedup(files, out, pairs=pairs, replace=replace, show=True, **compared, **said, **limits)
+
+
+@app.command
+def rethreshold(path: Path, *, threshold: float, out: Path, replace: REPLACE = False) -> Any:
+    """The result of `sartor dedup` at another threshold, from its verified pairs: nothing is compared again.
+
+    Parameters
+    ----------
+    path: what `sartor dedup` wrote
+    threshold: not below the `floor` that its JSON names
+    out: directory of the new result
+    replace: replace what stands at --out
+    """
+    return sartor.rethreshold(path, out, threshold=threshold, replace=replace, show=True)
+
+
+@app.command
 def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
     """What `tune` would cost, before it is spent: time and peak memory with intervals, and what it would be refused for.
 

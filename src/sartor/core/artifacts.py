@@ -4,6 +4,7 @@
     adapter/   sartor.json    adapter_config.json  adapter_model.safetensors  log.jsonl  loss.png
     report/    report.json    rows.parquet  report.html
     release/   release.json   signature  and what the adapter and its report hold
+    duplicates/  duplicates.json  kept/  dropped.parquet  pairs.parquet
 
 A manifest lists the sha256 of every file, and its own `id` is the digest of everything else in it: a flipped byte in a
 file, a missing or foreign file and a hand-edited manifest are each refused by name. Writing goes to a hidden sibling that
@@ -32,12 +33,13 @@ from sartor.core import records
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
 
 SCHEMA = 2
-Kind = Literal["dataset", "adapter", "report", "release"]
+Kind = Literal["dataset", "adapter", "report", "release", "duplicates"]
 MANIFESTS: dict[str, str] = {
     "dataset": "manifest.json",
     "adapter": "sartor.json",
     "report": "report.json",
     "release": "release.json",
+    "duplicates": "duplicates.json",
 }
 # Written after the manifest by design: signatures sign it, and a human's verdicts come later.
 UNLISTED = {"signature", "review.jsonl"}
@@ -52,7 +54,7 @@ class Artifact:
 
     @property
     def kind(self) -> str:
-        """dataset, adapter, report or release."""
+        """dataset, adapter, report, release or duplicates."""
         return str(self.manifest["kind"])
 
     @property
@@ -259,7 +261,7 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
 
 def kind_of(path: Path) -> str | None:
     """Which kind of artefact a directory is, by its manifest's name; a release holds its adapter's manifest too."""
-    for kind in ("release", "dataset", "adapter", "report"):
+    for kind in ("release", "dataset", "adapter", "report", "duplicates"):
         if (path / MANIFESTS[kind]).is_file():
             return kind
     return None

@@ -1,0 +1,142 @@
+"""Which rows go, and for whom: stars around survivors, never chains; and the guards that stop and ask.
+
+Pairs are similar, and similarity is not transitive: of a chain a ~ b ~ c the ends may be unlike. So rows are taken in the order of
+their rank, and one that is still there takes away those that are verified to be like *it*. Nobody goes for a row that it was not held
+against. The survivors are the lexicographically first maximal independent set of the graph of pairs, so the result depends on
+nothing but pairs and rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sartor.core.errors import GuardError
+from sartor.curate.dedup.graph import components, places_of
+from sartor.curate.dedup.pairs import EXACT, F32, METHODS, Pairs
+from sartor.curate.dedup.shingles import I64, U8
+from sartor.curate.dedup.verify import Rules
+
+
+@dataclass(frozen=True)
+class Removals:
+    """R removed rows, ascending: (R,) each. `kept` is the row that stands in the place of `rows`; `score` and `method` of that pair."""
+
+    rows: I64
+    kept: I64
+    score: F32
+    method: U8
+
+    @property
+    def clusters(self) -> int:
+        """Survivors that took somebody's place."""
+        return len(np.unique(self.kept))
+
+    @property
+    def largest_cluster(self) -> int:
+        """Rows of the largest cluster, its survivor among them; 0 without clusters."""
+        return int(np.unique(self.kept, return_counts=True)[1].max()) + 1 if len(self.kept) else 0
+
+    def by_method(self) -> dict[str, int]:
+        """How many rows went by which measure."""
+        return {name: int(count) for name, count in zip(METHODS, np.bincount(self.method, minlength=3), strict=True) if count}
+
+
+def resolve(pairs: Pairs, rank: NDArray[Any], rules: Rules) -> Removals:
+    """The removals that pairs ask for under the rules. `rank` (N,): of two alike the higher stays, of equals the first read.
+
+    Rows of equal content are one row whose best stays. Raises nothing; see `guard`.
+    """
+    judged = pairs.judged(rules.threshold, rules.contained)
+    place = places_of(rank)
+    twins = judged.where(judged.exact)
+    row_at = np.argsort(place)
+    best = row_at[places_of(rank, components(len(rank), twins.a, twins.b))]
+    exact_rows = np.flatnonzero(best != np.arange(len(best)))
+    near = judged.where(~judged.exact)
+    a, b = best[near.a], best[near.b]
+    removed, kept, edge = _stars(a, b, place)
+    fate = np.arange(len(rank))
+    fate[removed] = kept
+    scores, methods = np.ones(len(rank), np.float32), np.full(len(rank), EXACT, np.uint8)
+    scores[removed] = near.score(rules.threshold)[edge]
+    methods[removed] = near.method(rules.threshold)[edge]
+    # twins of a removed row go for the same survivor, by the same evidence
+    kept_for = fate[best]
+    rows = np.union1d(removed, exact_rows)
+    return Removals(rows, kept_for[rows], scores[best[rows]], methods[best[rows]])
+
+
+def _stars(a: I64, b: I64, place: I64) -> tuple[I64, I64, I64]:
+    """Removed rows, the row that each is removed for, and the pair that says so."""
+    swap = place[a] > place[b]
+    better, worse = np.where(swap, b, a), np.where(swap, a, b)
+    order = np.lexsort((place[worse], place[better]))
+    gone: dict[int, tuple[int, int]] = {}
+    for keep, go, edge in zip(better[order].tolist(), worse[order].tolist(), order.tolist(), strict=True):
+        # by the order of the pairs, whatever could remove `keep` has been seen
+        if keep not in gone and go not in gone and keep != go:
+            gone[go] = (keep, edge)
+    rows = np.fromiter(gone, np.int64, len(gone))
+    ends = np.array(list(gone.values()), np.int64).reshape(-1, 2)
+    return rows, ends[:, 0], ends[:, 1]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be removed without asking.
+
+    `source_fraction`: of one source, by one cluster; a cluster that takes three quarters of a file is a template, the wrong field, or a
+    source that is another's copy, and only its owner knows which. `fraction`: of all rows; so much goes when `text_field` names a field of
+    few values. Clusters that take fewer than `least` rows of a source are never asked about. `allow`: sources that may go wholly.
+    """
+
+    source_fraction: float = 0.75
+    fraction: float = 0.9
+    least: int = 10
+    allow: Collection[str] = ()
+
+
+def guard(
+    removals: Removals, sources: NDArray[np.integer[Any]], names: Sequence[str], limits: Limits, say: Callable[[int], str] = str
+) -> None:
+    """Raise GuardError where removals go beyond the limits.
+
+    `sources` (N,) numbers the source of each row, `names` says them; `say` tells a person which row a number is.
+    """
+    if len(removals.rows) < limits.least:
+        return
+    sizes = np.bincount(sources, minlength=len(names))
+    keys, first, counts = np.unique(
+        sources[removals.rows].astype(np.int64) * (len(sources) + 1) + removals.kept, return_index=True, return_counts=True
+    )
+    source = keys // (len(sources) + 1)
+    allowed = np.isin(source, [place for place, name in enumerate(names) if name in limits.allow])
+    over = (counts > limits.source_fraction * sizes[source]) & (counts >= limits.least) & ~allowed
+    if over.any():
+        worst = int(np.flatnonzero(over)[np.argmax(counts[over])])
+        name = names[source[worst]]
+        raise GuardError(
+            f"one cluster would remove {counts[worst]:,} of the {sizes[source[worst]]:,} rows of {name}, more than the fraction "
+            f"{limits.source_fraction:g} that may go without asking; {_example(removals, int(first[worst]), say)}",
+            f"look at the two rows; another text field or a higher threshold if they are no duplicates, else --allow {name} or a higher "
+            "max_source_fraction",
+        )
+    free = np.isin(sources[removals.rows], [place for place, name in enumerate(names) if name in limits.allow])
+    gone = int((~free).sum())
+    if gone > limits.fraction * len(sources):
+        raise GuardError(
+            f"{gone:,} of {len(sources):,} rows would be removed, more than the fraction {limits.fraction:g} that may go without asking; "
+            f"{_example(removals, int(np.flatnonzero(~free)[0]), say)}",
+            "look at the two rows; another text field or a higher threshold if they are no duplicates, else a higher max_fraction",
+        )
+
+
+def _example(removals: Removals, place: int, say: Callable[[int], str]) -> str:
+    method, score = METHODS[removals.method[place]], removals.score[place]
+    gone, kept = say(int(removals.rows[place])), say(int(removals.kept[place]))
+    return f"for instance row {gone} for row {kept} ({method}, {score:.2f})"

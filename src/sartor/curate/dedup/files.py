@@ -1,0 +1,246 @@
+"""`sartor dedup`: the duplicates in any files of records, and what is left without them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.metadata
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sartor.core import catalogue
+from sartor.core.artifacts import Artifact, check_free, file_digest, write_artifact
+from sartor.core.config import option
+from sartor.core.errors import ConfigError, SourceError
+from sartor.curate.dedup import ledger
+from sartor.curate.dedup.clusters import Limits, Removals, guard, resolve
+from sartor.curate.dedup.first_reading import FileOfRows, look, read
+from sartor.curate.dedup.means import Means
+from sartor.curate.dedup.near import near_duplicates
+from sartor.curate.dedup.outputs import Rows, Writer
+from sartor.curate.dedup.progress import Progress
+from sartor.curate.dedup.verify import Rules, rules_for
+from sartor.curate.dedup.workers import Workers
+
+# Less than this is read and compared before two processes have started.
+_PAYS_BYTES = 24 << 20
+_STORE = "shingles.bin"
+_SAID = ("path", "rows", "fields", "fields_reason", "left_out")
+
+
+@dataclass(frozen=True)
+class DedupOptions:
+    """What `sartor dedup` may be told."""
+
+    text_field: str = option(
+        "", "field or fields (a,b) compared, a.b goes into objects; empty: `text`, a known form, or all of them joined"
+    )
+    threshold: float = option(
+        0.0, "Jaccard similarity from which two rows are duplicates; 0 takes 0.65 for words, 0.45 for characters"
+    )
+    contained: float | None = option(
+        None, "share of the shorter row that must stand in the longer (0: never); None: 0.9 for words"
+    )
+    unit: Literal["auto", "words", "characters"] = option(
+        "auto", "what shingles are runs of; auto: characters for short records"
+    )
+    size: int = option(0, "length of a shingle; 0: 2 words, 3 characters")
+    keep: Literal["longest", "first"] = option("longest", "which row of several alike stays")
+    max_source_fraction: float = option(0.75, "stop if one cluster would remove more of a file")
+    max_fraction: float = option(0.9, "stop if more of all rows would be removed")
+    allow: tuple[str, ...] = option((), "files that may go wholly")
+    max_row_bytes: int = option(4 << 20, "a longer row is put aside")
+    processes: int = option(0, "worker processes; 0: as many as cores where that pays, 1: none")
+
+    def __post_init__(self) -> None:
+        for name in ("max_source_fraction", "max_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name):g}; it must be above 0 and at most 1", f"{name}: 0.9")
+        if self.unit not in ("auto", "words", "characters") or self.keep not in ("longest", "first"):
+            raise ConfigError(
+                f"unit is {self.unit!r}, keep {self.keep!r}", "unit: auto, words or characters; keep: longest or first"
+            )
+        if self.max_row_bytes < 1 or self.processes < 0:
+            raise ConfigError("max_row_bytes and processes cannot be negative", "leave them out")
+
+    @property
+    def limits(self) -> Limits:
+        """The guards."""
+        return Limits(self.max_source_fraction, self.max_fraction, allow=self.allow)
+
+
+@dataclass(frozen=True)
+class Deduplicated:
+    """What `dedup` made: the artefact, and its numbers."""
+
+    artifact: Artifact
+    wall_s: float
+    listed: int
+    pairs_file: Path | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        manifest = self.artifact.manifest
+        return {
+            "out": str(self.artifact.path),
+            **manifest["counts"],
+            "pairs": self.listed,
+            "pairs_file": str(self.pairs_file) if self.pairs_file else None,
+            **{name: manifest[name] for name in ("unit", "size", "unit_reason")},
+            **{name: manifest["rules"][name] for name in ("threshold", "floor", "contained")},
+            **manifest["noticed"],
+            "files": [{key: file[key] for key in _SAID} for file in manifest["inputs"]],
+            "wall_s": round(self.wall_s, 3),
+            "rows_per_s": round(manifest["counts"]["read"] / self.wall_s, 1) if self.wall_s else math.inf,
+        }
+
+
+def dedup(
+    files: Sequence[Path | str] | Path | str,
+    out: Path | str,
+    *,
+    pairs: Path | str | None = None,
+    replace: bool = False,
+    show: bool = False,
+    **options: Any,
+) -> Deduplicated:
+    """Find the duplicates in files of records; write to `out` what is kept, what is dropped and for what, and every verified pair.
+
+    `options` are those of DedupOptions. `pairs`: also list duplicates as (a, b, score, method), rows numbered from 0 over all files in
+    their order. `show`: progress on stderr. Raises ConfigError, SourceError (no row can be used, a file changes meanwhile), GuardError.
+    """
+    began = time.monotonic()
+    chosen = _options(options)
+    paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
+    pairs = Path(pairs) if pairs is not None else None
+    check_free(Path(out).absolute(), replace=replace)
+    if pairs is not None:
+        ledger.check_export(pairs)
+    listed: list[int] = []
+
+    def fill(part: Path) -> Mapping[str, Any]:
+        with Progress(show) as progress, Workers(_processes(chosen, paths)) as workers:
+            means = Means(progress.show, workers.spread)
+            inputs, how = look(paths, chosen.text_field, chosen.unit, chosen.size, chosen.max_row_bytes)
+            rules = rules_for(how, chosen.threshold, chosen.contained)
+            reading = read(inputs, how, part / _STORE, chosen.max_row_bytes, means)
+            if not len(reading.rows.line) or len(reading.rows.faults) == len(reading.rows.line):
+                raise SourceError(_nothing(reading.rows), "check the files and --text-field")
+            rank = reading.lengths if chosen.keep == "longest" else np.zeros(len(reading.lengths))
+            found = near_duplicates(reading.shingles, reading.offsets, reading.digests, rules, rank, means)
+            (part / _STORE).unlink()
+            removals = resolve(found.pairs, rank, rules)
+            guard(removals, reading.rows.file, reading.rows.names, chosen.limits, reading.rows.say)
+            write_rows(part, inputs, reading.counts, reading.rows, removals, chosen.max_row_bytes, means)
+        ledger.write_pairs(part / "pairs.parquet", found.pairs, rank, rules)
+        duplicates = ledger.listed(found.pairs, len(rank), rules)
+        listed.append(len(duplicates.a))
+        if pairs is not None:
+            ledger.export(pairs, duplicates, rules)
+        noticed = {
+            "ignored_shingles": found.common,
+            "empty": found.empty - len(reading.rows.faults),
+            "candidates": found.candidates,
+        }
+        return {
+            **facts(inputs, reading.counts, reading.rows, removals, rules),
+            "unit": how.unit,
+            "size": how.size,
+            "unit_reason": how.reason,
+            "options": asdict(chosen),
+            "noticed": noticed,
+        }
+
+    artifact = write_artifact(Path(out), "duplicates", fill, replace=replace)
+    catalogue.register(artifact)
+    return Deduplicated(artifact, time.monotonic() - began, listed[0], pairs)
+
+
+def write_rows(
+    part: Path,
+    inputs: Sequence[FileOfRows],
+    counts: Sequence[int],
+    rows: Rows,
+    removals: Removals,
+    most_bytes: int,
+    means: Means,
+) -> None:
+    """The second reading of every file. Raises SourceError if one is no longer as it was."""
+    first = 0
+    with Writer(part, rows, removals) as writer:
+        for file, count in zip(inputs, counts, strict=True):
+            file.check_unchanged()
+            if writer.write(file.path, file.kind, first, file.name, most_bytes) != count:
+                raise SourceError(f"{file.path} was changed while it was read", "run again when nobody writes it")
+            file.check_unchanged()
+            first += count
+            means.show("writing", first, sum(counts))
+
+
+def facts(inputs: Sequence[FileOfRows], counts: Sequence[int], rows: Rows, removals: Removals, rules: Rules) -> dict[str, Any]:
+    """What the manifest says of a run, but for what only a first run knows."""
+    read = len(rows.line)
+    reasons = Counter(fault.reason for fault in rows.faults.values())
+    return {
+        "rules": asdict(rules),
+        "inputs": [_input_facts(file, count) for file, count in zip(inputs, counts, strict=True)],
+        "counts": {
+            "read": read,
+            "kept": read - len(removals.rows) - len(rows.faults),
+            "removed": removals.by_method(),
+            "dropped": {**dict(sorted(reasons.items())), **({"duplicate": len(removals.rows)} if len(removals.rows) else {})},
+            "clusters": removals.clusters,
+            "largest_cluster": removals.largest_cluster,
+        },
+        "parents": [],
+        "versions": {name: importlib.metadata.version(name) for name in ("sartor", "rensa", "xxhash", "pyarrow")},
+    }
+
+
+def _input_facts(file: FileOfRows, count: int) -> dict[str, Any]:
+    return {
+        "path": str(file.path.absolute()),
+        "name": file.name,
+        "sha256": file_digest(file.path),
+        "bytes": file.stamp[0],
+        "format": file.kind,
+        "rows": count,
+        "fields": list(file.choice.fields),
+        "left_out": list(file.choice.left_out),
+        "joined": file.choice.joined,
+        "fields_reason": file.choice.reason,
+    }
+
+
+def _options(given: Mapping[str, Any]) -> DedupOptions:
+    known = [column.name for column in dataclasses.fields(DedupOptions)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ConfigError(f"there is no option {name!r}", f"{near[0]}?" if near else f"one of {', '.join(known)}")
+    return DedupOptions(**given)
+
+
+def _processes(chosen: DedupOptions, paths: Sequence[Path]) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = chosen.processes or (
+        min(cores, 8) if sum(path.stat().st_size for path in paths if path.is_file()) >= _PAYS_BYTES else 1
+    )
+    return count if count > 1 else 0
+
+
+def _nothing(rows: Rows) -> str:
+    reasons = ", ".join(
+        f"{reason} {count}" for reason, count in Counter(fault.reason for fault in rows.faults.values()).most_common()
+    )
+    first = next(iter(rows.faults.items()), None)
+    example = f"; the first: {rows.say(first[0])}: {first[1].detail}" if first else ""
+    return f"no row of {len(rows.line)} can be used" + (f" ({reasons}{example})" if reasons else "")

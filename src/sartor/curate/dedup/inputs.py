@@ -1,0 +1,263 @@
+"""Files of records, read twice: once for what is compared, once to part the rows that stay from those that go, byte for byte.
+
+Each format yields blocks of rows, a row as it stands in the file: bytes of JSON Lines and CSV, the object of JSON and Parquet. What cannot be
+read is a Fault in its place, so that both readings count alike.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sartor.core.errors import ConfigError, SourceError
+from sartor.curate.dedup.fields import Choice, text_of
+
+BLOCK_BYTES = 1 << 20
+_PARQUET_ROWS = 2048
+
+
+class Fault(NamedTuple):
+    """A row that cannot be used: the word it is counted under, and a sentence; `size` bytes from `start` for one too long to hold."""
+
+    reason: str
+    detail: str
+    start: int = 0
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a file in its order: `rows` as they stand in the file or Faults, `lines` where. `gaps`: bytes between rows by place."""
+
+    lines: list[int]
+    rows: list[Any]
+    gaps: dict[int, bytes] = field(default_factory=dict)
+
+
+def format_of(path: Path) -> str:
+    """jsonl, csv, json or parquet, by the extension. Raises ConfigError for others, and for a path that is no file."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise ConfigError(f"the file {path} {what}", "give one or more files; the shell expands *.jsonl")
+    kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+    kind = kinds.get(path.suffix.lower())
+    if kind is None:
+        raise ConfigError(f"{path} is of no kind that is read here", f"convert it to one of {' '.join(kinds)}")
+    if kind == "json" and _is_json_lines(path):
+        return "jsonl"
+    return kind
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether a `.json` file holds one object a line: its first line is a whole object, and it has others."""
+    with path.open("rb") as stream:
+        first = stream.readline(BLOCK_BYTES).strip()
+        more = stream.read(1)
+    if not (first.startswith(b"{") and first.endswith(b"}") and more):
+        return False
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def blocks(path: Path, kind: str, most_bytes: int) -> Iterator[Block]:
+    """The rows of a file. Raises SourceError for a Parquet or JSON file that cannot be opened at all."""
+    try:
+        if kind == "jsonl":
+            yield from _json_lines(path, most_bytes)
+        elif kind == "csv":
+            yield from _csv(path, most_bytes)
+        elif kind == "json":
+            yield from _json(path)
+        else:
+            yield from _parquet(path)
+    except (OSError, pa.ArrowException) as error:
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise SourceError(f"{path} cannot be read: {said}", "check that the file is whole") from None
+
+
+def lines(path: Path, most_bytes: int) -> Iterator[list[tuple[int, bytes | Fault]]]:
+    """(number, line with its end) of every line, a block at a time; never holds more than `most_bytes` of one."""
+    number, start, rest = 0, 0, b""
+    with path.open("rb") as stream:
+        while chunk := stream.read(BLOCK_BYTES):
+            pieces = (rest + chunk).split(b"\n")
+            rest = pieces.pop()
+            found: list[tuple[int, bytes | Fault]] = []
+            for piece in pieces:
+                number += 1
+                found.append(
+                    (number, piece + b"\n" if len(piece) <= most_bytes else _too_long(start, len(piece) + 1, most_bytes))
+                )
+                start += len(piece) + 1
+            if len(rest) > most_bytes:
+                size = len(rest) + _skip_line(stream)
+                number += 1
+                found.append((number, _too_long(start, size, most_bytes)))
+                start, rest = start + size, b""
+            yield found
+        if rest:
+            yield [(number + 1, rest if len(rest) <= most_bytes else _too_long(start, len(rest), most_bytes))]
+
+
+def _skip_line(stream: Any) -> int:
+    """Read on to the end of the line; returns how many bytes that were."""
+    size = 0
+    while piece := stream.readline(BLOCK_BYTES):
+        size += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return size
+
+
+def _too_long(start: int, size: int, most: int) -> Fault:
+    return Fault("too_long", f"the row has {size:,} bytes; the limit is {most:,} (max_row_bytes)", start, size)
+
+
+def _json_lines(path: Path, most_bytes: int) -> Iterator[Block]:
+    for found in lines(path, most_bytes):
+        block = Block([], [])
+        for number, line in found:
+            if isinstance(line, bytes) and not line.strip():  # blank, or a byte-order mark alone
+                block.gaps[len(block.rows)] = block.gaps.get(len(block.rows), b"") + line
+            else:
+                block.lines.append(number)
+                block.rows.append(line)
+        yield block
+
+
+def parse_line(line: bytes, choice: Choice | None) -> Any:
+    """The text of a line of JSON Lines by `choice` (the object, without one), or a Fault."""
+    try:
+        row = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
+    except UnicodeDecodeError as error:
+        return Fault("not_utf8", f"byte {error.start + 1} of the row is not UTF-8")
+    except RecursionError:
+        return Fault("not_json", "the row is nested too deeply")
+    except ValueError as error:
+        return Fault("not_json", f"the row is not JSON: {error}")
+    return parsed(row, choice)
+
+
+def parsed(row: Any, choice: Choice | None) -> Any:
+    """The text of a record by `choice` (the record, without one), or a Fault."""
+    if isinstance(row, Fault):
+        return row
+    if not isinstance(row, dict):
+        return Fault("not_an_object", f"the row is a {type(row).__name__}, not an object with fields")
+    if choice is None:
+        return row
+    text = text_of(row, choice)
+    return Fault("missing_field", f"the row has no {' and no '.join(choice.fields)}") if text is None else text
+
+
+class _Lines:
+    """Lines of a CSV file as text for `csv.reader`, which remembers the bytes that each record took."""
+
+    def __init__(self, path: Path, most_bytes: int) -> None:
+        self._lines = (line for found in lines(path, most_bytes) for line in found)
+        self.taken: list[bytes] = []
+        self.too_long: Fault | None = None
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for self.number, line in self._lines:
+            if isinstance(line, Fault):
+                self.too_long = line
+                yield "\n"
+                continue
+            self.taken.append(line)
+            yield line.decode("utf-8-sig" if self.number == 1 else "utf-8", "surrogateescape")
+
+    def take(self) -> bytes:
+        taken = b"".join(self.taken)
+        self.taken.clear()
+        return taken
+
+
+class CsvRow(NamedTuple):
+    """A record of a CSV file: its bytes, and its fields by name or a Fault."""
+
+    raw: bytes
+    fields: dict[str, str] | Fault
+
+
+def _csv(path: Path, most_bytes: int) -> Iterator[Block]:
+    """The first block holds the header as its gap at 0."""
+    csv.field_size_limit(max(csv.field_size_limit(), most_bytes))
+    source = _Lines(path, most_bytes)
+    reader = csv.reader(source, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    names: list[str] | None = None
+    block, size, begin = Block([], []), 0, 1
+    while True:
+        begin = source.number + 1
+        try:
+            values = next(reader)
+            problem = None
+        except StopIteration:
+            break
+        except csv.Error as error:
+            values, problem = [], Fault("bad_csv", str(error))
+        raw = source.take()
+        if source.too_long:
+            values, problem, source.too_long = [], source.too_long, None
+        if problem is None and not "".join(values).strip():
+            block.gaps[len(block.rows)] = block.gaps.get(len(block.rows), b"") + raw
+        elif problem is None and names is None:
+            names = [name.strip() for name in values]
+            block.gaps[0] = block.gaps.get(0, b"") + raw
+        else:
+            block.lines.append(begin)
+            block.rows.append(CsvRow(raw, problem or _csv_fields(names or [], values)))
+            size += len(raw)
+        if size > BLOCK_BYTES:
+            yield block
+            block, size = Block([], []), 0
+    yield block
+
+
+def _csv_fields(names: list[str], values: list[str]) -> dict[str, str] | Fault:
+    if len(values) != len(names):
+        return Fault("field_count", f"the row has {len(values)} fields, the header {len(names)}")
+    if any("\udc80" <= character <= "\udcff" for value in values if not value.isascii() for character in value):
+        return Fault("not_utf8", "the row is not UTF-8")
+    return dict(zip(names, values, strict=True))
+
+
+def _json(path: Path) -> Iterator[Block]:
+    rows = json_rows(json_value(path))
+    for first in range(0, len(rows), _PARQUET_ROWS):
+        some = rows[first : first + _PARQUET_ROWS]
+        yield Block(list(range(first + 1, first + 1 + len(some))), some)
+
+
+def json_value(path: Path) -> Any:
+    """The value in a JSON file. Raises SourceError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is not JSON: {error}", "mend the file; one object a line goes into a .jsonl file") from None
+
+
+def json_rows(value: Any) -> list[Any]:
+    """The rows in a JSON value: a list, or the one list that an object holds, or that one object."""
+    if isinstance(value, list):
+        return value
+    lists = [inner for inner in value.values() if isinstance(inner, list)] if isinstance(value, dict) else []
+    return lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else [value]
+
+
+def _parquet(path: Path) -> Iterator[Block]:
+    done = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(_PARQUET_ROWS):
+            yield Block(list(range(done + 1, done + 1 + len(batch))), batch.to_pylist())
+            done += len(batch)

@@ -1,0 +1,129 @@
+"""Verified pairs on disk, and what follows from them alone at another threshold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sartor.core.artifacts import SCHEMA
+from sartor.core.errors import ArtifactError, ConfigError
+from sartor.curate.dedup.graph import components
+from sartor.curate.dedup.pairs import METHODS, Pairs
+from sartor.curate.dedup.shingles import I64
+from sartor.curate.dedup.verify import Rules
+
+# Every pair of a class of equal rows is listed up to this many rows; of a larger class, each row with the first.
+LISTED = 32
+_SCHEMA = pa.schema(
+    [
+        ("a", pa.int64()), ("b", pa.int64()), ("score", pa.float32()), ("method", pa.string()), ("jaccard", pa.float32()),
+        ("containment", pa.float32()), ("rank_a", pa.float64()), ("rank_b", pa.float64()),
+    ],
+    metadata={b"sartor.schema": str(SCHEMA).encode()},
+)  # fmt: skip
+
+
+def write_pairs(file: Path, pairs: Pairs, rank: NDArray[Any], rules: Rules) -> None:
+    """All pairs down to the floor, with what was measured and the ranks of both rows: enough to decide anew without the rows.
+
+    `method` is `below` where a pair is no duplicate at the threshold of the run.
+    """
+    is_duplicate = pairs.is_judged(rules.threshold, rules.contained)
+    methods = np.where(is_duplicate, np.array(METHODS)[pairs.method(rules.threshold)], "below")
+    score = np.where(is_duplicate, pairs.score(rules.threshold), pairs.jaccard)
+    rank = np.asarray(rank, np.float64)
+    columns = [pairs.a, pairs.b, score, methods, pairs.jaccard, pairs.containment, rank[pairs.a], rank[pairs.b]]
+    pq.write_table(pa.table(columns, schema=_SCHEMA), file, compression="zstd")
+
+
+def read_pairs(file: Path, count: int) -> tuple[Pairs, NDArray[np.float64]]:
+    """The pairs of a ledger, and (count,) the rank of each row (0 for rows in no pair: nothing competes with them).
+
+    Raises ArtifactError for a file that is none.
+    """
+    try:
+        table = pq.read_table(file, schema=_SCHEMA)
+    except (OSError, pa.ArrowException) as error:
+        raise ArtifactError(f"{file} is no ledger of pairs: {str(error).splitlines()[0][:200]}", "de-duplicate again") from None
+    read = {name: table[name].to_numpy() for name in ("a", "b", "jaccard", "containment", "rank_a", "rank_b")}
+    exact = np.asarray(table["method"].to_numpy() == METHODS[0], bool)
+    pairs = Pairs(read["a"], read["b"], read["jaccard"], read["containment"], exact)
+    if len(pairs.a) and not (0 <= int(pairs.a.min()) and int(max(pairs.a.max(), pairs.b.max())) < count):
+        raise ArtifactError(f"{file} names rows that are not there", "de-duplicate again")
+    rank = np.zeros(count)
+    rank[pairs.a], rank[pairs.b] = read["rank_a"], read["rank_b"]
+    return pairs, rank
+
+
+def check_threshold(threshold: float, floor: float) -> None:
+    """Raise ConfigError for a threshold below what the ledger holds."""
+    if not floor <= threshold <= 1:
+        raise ConfigError(
+            f"the threshold {threshold:g} is out of range: the ledger holds pairs from {floor:g} up",
+            f"a threshold from {floor:g} to 1; for a lower one, de-duplicate again",
+        )
+
+
+def listed(pairs: Pairs, count: int, rules: Rules) -> Pairs:
+    """The duplicates at the threshold, with every pair of equal rows spelled out as LISTED says."""
+    judged = pairs.judged(rules.threshold, rules.contained)
+    twins = judged.where(judged.exact)
+    if not len(twins.a):
+        return judged
+    label = components(count, twins.a, twins.b)
+    members = _members(label, np.unique(label[twins.b]))
+    found = []
+    for rows in members.values():
+        left, right = (
+            np.triu_indices(len(rows), 1) if len(rows) <= LISTED else (np.zeros(len(rows) - 1, int), np.arange(1, len(rows)))
+        )
+        found.append(Pairs.of_exact(rows[left], rows[right]))
+    near = judged.where(~judged.exact)
+    doubled = np.isin(label[near.a], list(members)) | np.isin(label[near.b], list(members))
+    found.append(near.where(~doubled))
+    for place in np.flatnonzero(doubled).tolist():
+        ends = [members.get(int(label[end[place]]), end[place : place + 1])[:LISTED] for end in (near.a, near.b)]
+        a, b = (grid.ravel() for grid in np.meshgrid(*ends))
+        one = near.where(np.full(len(a), place))
+        found.append(Pairs(np.minimum(a, b), np.maximum(a, b), one.jaccard, one.containment, one.exact))
+    return Pairs.joined(found).unique()
+
+
+def _members(label: I64, wanted: I64) -> dict[int, I64]:
+    """The rows of each wanted label, ascending."""
+    rows = np.flatnonzero(np.isin(label, wanted))
+    rows = rows[np.argsort(label[rows], kind="stable")]
+    cuts = np.flatnonzero(np.diff(label[rows])) + 1
+    return {int(label[some[0]]): some for some in np.split(rows, cuts) if len(some)}
+
+
+def export(file: Path, pairs: Pairs, rules: Rules) -> None:
+    """Write (a, b, score, method) as .csv, .jsonl or .parquet, by the extension; `check_export` has seen it."""
+    frame = pl.DataFrame(
+        {
+            "a": pairs.a,
+            "b": pairs.b,
+            "score": pairs.score(rules.threshold).astype(np.float64).round(4),
+            "method": np.array(METHODS)[pairs.method(rules.threshold)] if len(pairs.a) else pl.Series([], dtype=pl.String),
+        }
+    )
+    part = file.with_name(f".{file.name}.part")
+    write = {".csv": frame.write_csv, ".parquet": frame.write_parquet}.get(file.suffix.lower(), frame.write_ndjson)
+    write(part)
+    part.replace(file)
+
+
+def check_export(file: Path) -> None:
+    """Raise ConfigError for a file of pairs that could not be written."""
+    if file.suffix.lower() not in (".csv", ".jsonl", ".ndjson", ".parquet"):
+        raise ConfigError(
+            f"pairs are not written as {file.suffix or 'a file without extension'}", "--pairs FILE.csv, .jsonl or .parquet"
+        )
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise ConfigError(f"{file} is a folder, or its folder is not there", "choose another --pairs")

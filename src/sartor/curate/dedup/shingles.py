@@ -1,0 +1,292 @@
+"""Texts -> sets of hashed shingles, a batch at a time, without a Python loop over words.
+
+The texts of a batch are one buffer of bytes; look-ups, prefix sums and one sort do the rest (some 30 MB/s of text a core).
+
+**Normal form.** What is compared, here and for exact duplicates, is a row's sequence of words:
+
+- letters are lower-cased; a row that is not ASCII goes through NFKC and `str.casefold` first;
+- white space and quotes part words and count for nothing, and so does `. , ; : ! ?` before white space, a quote, a closing
+  bracket, another of them, or the end; inside a number or word (`3.5`, `10:30`, `e.g`, `don't`) it is part of the word;
+- every other symbol is a word of its own (`C++` is not `C`, `-5` not `5`, `a<b` not `a>b`), and so is every character of a script
+  that writes no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) and every emoji.
+
+**Shingles.** `words`: runs of `size` words, and each word that holds a digit once more by itself, with the lowest bit of its hash set:
+`verify.py` asks whether two rows contradict each other in numbers. `characters`: runs of `size` characters of the words with one space
+between. A row that is shorter than one shingle is one shingle; a row without words has none, and is never anybody's duplicate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from sartor.core.errors import ConfigError
+
+Unit = Literal["words", "characters"]
+U8, U32, U64, I64 = NDArray[np.uint8], NDArray[np.uint32], NDArray[np.uint64], NDArray[np.int64]
+
+# Sizes by measurement: docs/decisions/007-dedup.md
+SIZES: dict[str, int] = {"words": 2, "characters": 3}
+# `auto`: records are short rows in which at least this share of words are numbers
+SHORT_WORDS, NUMBERS_SHARE = 30, 0.15
+_CHUNK_BYTES = 1 << 18  # of text in one go: its 64-bit prefix sums stay in a core's cache
+NUMBER = np.uint32(1)  # the bit of a shingle that is a word with a digit
+_NUMBER_BIT = np.uint64(1 << 32)  # the same in the 64-bit hash, of which the upper half is kept
+_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
+_INVERSE = pow(_BASE, -1, 1 << 64)
+
+_SPACE, _WORD, _SYMBOL, _STOP, _QUOTE, _CLOSING, _DIGIT = range(7)
+_UNSPACED = (
+    "\u0e01-\u0e7f\u0e80-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_EMOJI = "\u2190-\u21ff\u2300-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff"
+_ALONE = re.compile(f"([{_UNSPACED}{_EMOJI}])")
+_PLAIN = {
+    **dict.fromkeys("«»‹›“”„‟‚‛「」『』¿¡", '"'),
+    **dict.fromkeys("‘’", "'"),
+    **dict.fromkeys("‐‑‒–—―−", "-"),
+    **dict.fromkeys("。｡।۔", "."),
+    **dict.fromkeys("、､،", ","),
+    "؟": "?",
+    # invisible: zero-width space and joiners, soft hyphen, byte-order mark, variation selectors
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\u00ad\ufeff\ufe0e\ufe0f", ""),
+}
+_ODD = re.compile(f"[{''.join(_PLAIN)}]")
+
+
+@dataclass(frozen=True)
+class Shingling:
+    """How rows are cut: runs of `size` words or characters; `reason` says why, for the output."""
+
+    unit: Unit
+    size: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """What a batch of N rows is compared by.
+
+    `shingles` (S,) uint32: row i has `shingles[offsets[i]:offsets[i + 1]]`, sorted, each once; `offsets` (N + 1,) int64;
+    `digests` (N, 16) uint8: the xxh3-128 of the normal form, equal for exact duplicates.
+    """
+
+    shingles: U32
+    offsets: I64
+    digests: U8
+
+    @staticmethod
+    def joined(parts: Sequence[Sketches]) -> Sketches:
+        """Batches, one after another, as one."""
+        if not parts:
+            return Sketches(np.empty(0, np.uint32), np.zeros(1, np.int64), np.empty((0, 16), np.uint8))
+        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        return Sketches(
+            np.concatenate([part.shingles for part in parts]),
+            offsets_of(lengths),
+            np.concatenate([part.digests for part in parts]),
+        )
+
+
+def offsets_of(lengths: NDArray[Any]) -> I64:
+    """(N,) lengths -> (N + 1,) offsets."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def resolve(
+    unit: Literal["auto", "words", "characters"], size: int, texts: Sequence[str], *, joined_fields: bool = False
+) -> Shingling:
+    """The shingling of a run. `auto` looks at `texts`, a sample of the rows; `size` 0 takes the unit's own.
+
+    `auto` is words, where one changed word may be another meaning; but characters for short records, where it may be a typing error:
+    rows of several joined fields, or full of numbers. Raises ConfigError for a size out of 0..64.
+    """
+    if not 0 <= size <= 64:
+        raise ConfigError(f"a shingle size of {size} makes no sense", "a size from 1 to 64, or 0 for the unit's default")
+    if unit != "auto":
+        return Shingling(unit, size or SIZES[unit], "as asked")
+    median, numbers = _profile(texts)
+    said = f"the median row has {median:g} words, {numbers:.0%} of all words hold digits"
+    chosen: Unit = "characters" if median < SHORT_WORDS and (joined_fields or numbers >= NUMBERS_SHARE) else "words"
+    if joined_fields:
+        said += ", and rows are several fields joined"
+    return Shingling(chosen, size or SIZES[chosen], said)
+
+
+def _profile(texts: Sequence[str]) -> tuple[float, float]:
+    """The median words of a row that has any, and the share of all words that hold a digit."""
+    counts, numbers = [np.zeros(0, np.int64)], 0
+    for chunk in _chunks(texts):
+        buffer, offsets = _normal(chunk)
+        starts, _ = _words(buffer)
+        counts.append(np.diff(np.searchsorted(starts, offsets)))
+        numbers += len(_numbers(buffer, starts))
+    words = np.concatenate(counts)
+    words = words[words > 0]
+    return (float(np.median(words)), numbers / int(words.sum())) if len(words) else (0.0, 0.0)
+
+
+def sketch(texts: Sequence[str], how: Shingling) -> Sketches:
+    """Shingle sets and content digests of a batch of N texts. Pure: batches may be made anywhere and joined."""
+    return Sketches.joined([_sketch(chunk, how) for chunk in _chunks(texts)])
+
+
+def _chunks(texts: Sequence[str]) -> list[Sequence[str]]:
+    """Runs of texts of about _CHUNK_BYTES; a longer text is a run of its own."""
+    chunks, first, size = [], 0, 0
+    for place, text in enumerate(texts):
+        if size and size + len(text) > _CHUNK_BYTES:
+            chunks.append(texts[first:place])
+            first, size = place, 0
+        size += len(text) + 2
+    return [*chunks, texts[first:]] if first < len(texts) else chunks
+
+
+def _sketch(texts: Sequence[str], how: Shingling) -> Sketches:
+    buffer, offsets = _normal(texts)
+    if how.unit == "words":
+        starts, ends = _words(buffer)
+        letters = mixed(_spans(buffer, starts, ends))
+        bounds = np.searchsorted(starts, offsets)
+        rows, first, last = _windows(bounds, how.size)
+    else:
+        letters = buffer
+        marks = np.append(np.flatnonzero((buffer & 0xC0) != 0x80), len(buffer))  # where characters begin
+        rows, first, last = _windows(np.searchsorted(marks, offsets), how.size)
+        first, last = marks[first], marks[last]
+    hashes = mixed(_spans(letters, first, last)) & ~_NUMBER_BIT
+    if how.unit == "words":
+        numbers = _numbers(buffer, starts)
+        rows = np.append(rows, np.searchsorted(bounds, numbers, side="right") - 1)
+        hashes = np.append(hashes, mixed(letters[numbers]) | _NUMBER_BIT)
+    shingles, lengths = _sets(rows, hashes, len(texts))
+    whole, ends_at = buffer.tobytes(), offsets.tolist()
+    digests = b"".join([xxhash.xxh3_128_digest(whole[a:b]) for a, b in itertools.pairwise(ends_at)])
+    return Sketches(shingles, offsets_of(lengths), np.frombuffer(digests, np.uint8).reshape(-1, 16))
+
+
+def _numbers(buffer: U8, starts: I64) -> I64:
+    """The words that hold a digit."""
+    digits = np.flatnonzero(buffer - np.uint8(ord("0")) < 10)
+    words = np.searchsorted(starts, digits, side="right") - 1
+    return words[np.append(True, words[1:] != words[:-1])] if len(words) else words
+
+
+def _windows(bounds: I64, size: int) -> tuple[I64, I64, I64]:
+    """Runs of `size` letters in rows that are `letters[bounds[i]:bounds[i + 1]]`: row, first letter and end of each run."""
+    counts = np.diff(bounds)
+    runs = np.where(counts == 0, 0, np.maximum(counts - size + 1, 1))
+    rows = np.repeat(np.arange(len(runs)), runs)
+    first = np.arange(len(rows)) + (bounds[:-1] - offsets_of(runs)[:-1])[rows]
+    return rows, first, np.minimum(first + size, bounds[1:][rows])
+
+
+def _sets(rows: I64, hashes: U64, count: int) -> tuple[U32, I64]:
+    """(S,) sorted sets of 32-bit hashes, row after row, and the (N,) sizes of the sets."""
+    keys = (rows.astype(np.uint64) << np.uint64(32)) | (hashes >> np.uint64(32))
+    keys.sort()
+    new = np.ones(len(keys), bool)
+    np.not_equal(keys[1:], keys[:-1], out=new[1:])
+    keys = keys[new]
+    return keys.astype(np.uint32), np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=count)
+
+
+def _spans(letters: NDArray[Any], starts: I64, ends: I64) -> U64:
+    """Polynomial hashes modulo 2^64 of `letters[starts[i]:ends[i]]`, by one prefix sum (Rabin-Karp); wants `mixed` after."""
+    power, inverse = _powers(1 << max(16, len(letters).bit_length()))
+    prefix = np.zeros(len(letters) + 1, np.uint64)
+    np.cumsum(letters.astype(np.uint64) * power[: len(letters)], out=prefix[1:])
+    return (prefix[ends] - prefix[starts]) * inverse[starts] + (ends - starts).astype(np.uint64) * np.uint64(_BASE)
+
+
+@lru_cache(2)
+def _powers(count: int) -> tuple[U64, U64]:
+    """(count,) powers of the base and of its inverse."""
+    return tuple(np.multiply.accumulate(np.array([1] + [base] * (count - 1), np.uint64)) for base in (_BASE, _INVERSE))  # type: ignore[return-value]
+
+
+def mixed(hashes: U64) -> U64:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): every bit of the input moves every bit of the output."""
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return hashes ^ (hashes >> np.uint64(31))
+
+
+def _words(buffer: U8) -> tuple[I64, I64]:
+    """Starts and ends of the words of a normal form."""
+    ends = np.flatnonzero(buffer == ord(" "))
+    starts = np.zeros_like(ends)
+    starts[1:] = ends[:-1] + 1
+    return starts, ends
+
+
+def _plain(text: str) -> bytes:
+    """UTF-8 of a text in which bytes alone decide what is a word."""
+    if text.isascii():
+        return text.encode()
+    text = unicodedata.normalize("NFKC", _ODD.sub(lambda odd: _PLAIN[odd[0]], text)).casefold()
+    text = " ".join(text.split())  # spaces that are no ASCII
+    return _ALONE.sub(r" \1 ", text).encode("utf-8", "replace")
+
+
+@cache
+def _classes() -> tuple[U8, U8]:
+    """(256,) class of a byte, and (256,) the byte in lower case. Bytes of non-ASCII characters are letters."""
+    classes = np.full(256, _SYMBOL, np.uint8)
+    classes[: ord(" ") + 1] = _SPACE
+    classes[127] = _SPACE
+    classes[128:] = _WORD
+    for characters, kind in (("abcdefghijklmnopqrstuvwxyz_", _WORD), ("0123456789", _DIGIT), (".,;:!?", _STOP)):
+        classes[list(characters.encode())] = kind
+    for characters, kind in (("\"'`", _QUOTE), (")]}", _CLOSING)):
+        classes[list(characters.encode())] = kind
+    lower = np.arange(256, dtype=np.uint8)
+    lower[ord("A") : ord("Z") + 1] += 32
+    classes[ord("A") : ord("Z") + 1] = _WORD
+    return classes, lower
+
+
+def _normal(texts: Sequence[str]) -> tuple[U8, I64]:
+    """The normal form of a batch: (M,) bytes, every word followed by one space, and (N + 1,) offsets of the rows."""
+    # a space at both ends of every row: a neighbour's class never looks into the next row
+    parts = [_plain(text) for text in texts]
+    raw = np.frombuffer(b" " + b"  ".join(parts) + b" ", np.uint8)
+    lengths = np.fromiter(map(len, parts), np.int64, len(parts)) + 2
+    lookup, lower = _classes()
+    alone, letter = _roles(raw, lookup[raw])
+    ends_word = alone | letter
+    ends_word[:-1] &= ~(letter[:-1] & letter[1:])
+    solid = alone | letter
+    written = np.zeros(len(raw) + 1, np.int64)
+    np.cumsum(solid.view(np.uint8) + ends_word.view(np.uint8), out=written[1:])
+    out = np.full(int(written[-1]), ord(" "), np.uint8)
+    places = np.flatnonzero(solid)
+    out[written[places]] = lower[raw[places]]
+    return out, written[offsets_of(lengths)]
+
+
+def _roles(raw: U8, classes: U8) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which bytes are words of their own, and which are letters of a longer one; the rest parts words."""
+    letter = (classes == _WORD) | (classes == _DIGIT)
+    alone = (classes == _SYMBOL) | (classes == _CLOSING)
+    marks = np.flatnonzero((classes == _STOP) | (classes == _QUOTE))  # few, and never the first or last byte
+    mark, before, after = classes[marks], classes[marks - 1], classes[marks + 1]
+    between_letters = letter[marks - 1] & letter[marks + 1]
+    between_digits = (before == _DIGIT) & (after == _DIGIT)
+    joins = (between_letters & ((raw[marks] == ord(".")) | (raw[marks] == ord("'")))) | (between_digits & (mark == _STOP))
+    counts = (mark == _STOP) & ~between_letters & ~np.isin(after, (_SPACE, _QUOTE, _CLOSING, _STOP))
+    letter[marks[joins]] = True
+    alone[marks[counts]] = True
+    return alone, letter

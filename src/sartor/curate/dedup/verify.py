@@ -1,0 +1,144 @@
+"""The measure of a candidate pair: true Jaccard and containment on sets of shingles, many pairs in one sort.
+
+Common shingles (`commons.py`) are set aside, with two exceptions that follow from what they are for.
+
+- *An edit displaces, boilerplate adds.* Of 150 near-copies of one row every shingle is common but those that an edit made; set aside, nothing
+  would be left to agree on. But a changed word takes common shingles away where it stands, and a row behind boilerplate has all of
+  them. So where the common shingles that only one of the two holds are at least DISPLACED of their own that only one holds, the pair
+  is measured on the whole sets. Counted are those that are about as common as the two rows' common shingles are in the mean
+  (`Sets.common_cut`): a phrase like `of the` comes with any text, and is no sign of an edit. With nothing of their own on either side the whole
+  sets are measured too.
+- *A short rest proves nothing.* `turn on the kitchen light` and `turn off the kitchen light` agree in all that is not common among many such
+  rows. Where less than `rules.least_own` is left of either, the lower of both measures counts.
+
+And *other numbers are other facts*: where each of two rows holds numbers that the other lacks, and they agree on less than `rules.numbers`
+of them, the pair is none, however alike (`set the heating to 21 degrees`, `to 22 degrees`; one invoice and the next).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from sartor.core.errors import ConfigError
+from sartor.curate.dedup.commons import CHUNK, gathered
+from sartor.curate.dedup.pairs import Pairs
+from sartor.curate.dedup.sets import Sets
+from sartor.curate.dedup.shingles import I64, Shingling
+
+DISPLACED = 0.25
+# By measurement: docs/decisions/007-dedup.md
+THRESHOLDS = {"words": 0.65, "characters": 0.45}
+# Pairs are kept down to here, so that a lower threshold needs no new search; 50 x 4 finds 96 % of pairs at 0.5, 73 % at 0.4.
+FLOORS = {"words": 0.5, "characters": 0.35}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What makes two rows duplicates.
+
+    `threshold` of Jaccard, `contained` of containment (0: never), `floor` down to which pairs are kept, `least_own` the fewest
+    shingles, common ones set aside, that count for themselves; `numbers` the least share of numbers (0: any); `common_rows` and `common_fraction` say when a shingle is common.
+    """
+
+    threshold: float
+    floor: float
+    contained: float = 0.9
+    least_own: int = 30
+    numbers: float = 0.5
+    common_rows: int = 100
+    common_fraction: float = 0.005
+
+    def common_limit(self, rows: int) -> int:
+        """More rows than this make a shingle common."""
+        return max(self.common_rows, math.floor(self.common_fraction * rows))
+
+
+def rules_for(how: Shingling, threshold: float = 0.0, contained: float | None = None) -> Rules:
+    """The rules of a shingling; a threshold of 0 takes its default. Raises ConfigError for one out of 0.2..1.
+
+    Below 0.2 the 50 x 4 bands find next to nothing. Containment asks for words: 30 of them are evidence, 30 trigrams six words.
+    """
+    threshold = threshold or THRESHOLDS[how.unit]
+    if not 0.2 <= threshold <= 1:
+        raise ConfigError(
+            f"a threshold of {threshold:g} is out of range", "a Jaccard similarity from 0.2 to 1; 0.65 is the default for words"
+        )
+    contained = (0.9 if how.unit == "words" else 0.0) if contained is None else contained
+    if contained and not 0.5 <= contained <= 1:
+        raise ConfigError(f"a containment of {contained:g} is out of range", "0.5 to 1, or 0 to switch it off")
+    return Rules(threshold, min(threshold, FLOORS[how.unit]), contained, numbers=0.5 if how.unit == "words" else 0.0)
+
+
+def measure(sets: Sets, a: I64, b: I64, rules: Rules) -> Pairs:
+    """The pairs of (a, b), a < b, that are duplicates at the floor or by containment, with both measures."""
+    sizes = np.diff(sets.offsets)
+    found = []
+    both = np.cumsum(sizes[a] + sizes[b])
+    first = 0
+    while first < len(a):
+        base = both[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(both, base + CHUNK, side="right")))
+        found.append(_measure(sets, a[first:last], b[first:last], rules))
+        first = last
+    return Pairs.joined(found)
+
+
+def _measure(sets: Sets, a: I64, b: I64, rules: Rules) -> Pairs:
+    count = _counts(sets, a, b)
+    sizes = np.diff(sets.offsets)
+    own_a, own_b = sets.own_sizes[a], sets.own_sizes[b]
+    whole = count.shared / (sizes[a] + sizes[b] - count.shared)
+    own = count.own / np.maximum(own_a + own_b - count.own, 1)
+    edited = count.displaced >= DISPLACED * (own_a + own_b - 2 * count.own)
+    enough = np.minimum(own_a, own_b) >= rules.least_own
+    jaccard = np.where(edited, np.maximum(whole, np.where(enough, own, 0)), np.where(enough, own, np.minimum(own, whole)))
+    inside = np.minimum(count.shared / np.minimum(sizes[a], sizes[b]), count.own / np.maximum(np.minimum(own_a, own_b), 1))
+    containment = np.where(enough, inside, 0)
+    pairs = Pairs(a, b, jaccard.astype(np.float32), containment.astype(np.float32), np.zeros(len(a), bool))
+    if rules.numbers:
+        lacking_a, lacking_b = sets.number_sizes[a] - count.numbers, sets.number_sizes[b] - count.numbers
+        contradict = (np.minimum(lacking_a, lacking_b) > 0) & (
+            count.numbers < rules.numbers * (lacking_a + lacking_b + count.numbers)
+        )
+        pairs = pairs.where(~contradict)
+    return pairs.judged(rules.floor, rules.contained)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Of each pair (P,): shingles that both hold; those of them that are not common, that are numbers; common ones that one lacks."""
+
+    shared: I64
+    own: I64
+    numbers: I64
+    displaced: I64
+
+
+def _counts(sets: Sets, a: I64, b: I64) -> _Counts:
+    keys = []
+    for rows in (a, b):
+        places, sizes = gathered(sets.offsets, rows)
+        pair = np.repeat(np.arange(len(rows), dtype=np.uint64) << np.uint64(37), sizes)
+        keys.append(pair | (sets.shingles[places].astype(np.uint64) << np.uint64(5)) | sets.level[places])
+    merged = np.concatenate(keys)
+    merged.sort(kind="stable")  # two sorted runs: one merge
+    same = merged[1:] == merged[:-1]
+    twice, count = merged[1:][same], len(a)
+    pair = (twice >> np.uint64(37)).astype(np.int64)
+    shared = np.bincount(pair, minlength=count)
+    common = np.bincount(pair[(twice & np.uint64(31)) > 0], minlength=count)
+    numbers = np.bincount(pair[(twice & np.uint64(32)) > 0], minlength=count)
+    displaced = np.zeros(count, np.int64)
+    if sets.common_cut.any():
+        once = np.ones(len(merged), bool)
+        once[1:][same] = False
+        once[:-1][same] = False
+        once &= (merged & np.uint64(31)) > 0
+        alone = merged[once]
+        pair = (alone >> np.uint64(37)).astype(np.int64)
+        cut = np.maximum(sets.common_cut[a], sets.common_cut[b])
+        displaced = np.bincount(pair[(alone & np.uint64(31)) >= cut[pair]], minlength=count)
+    return _Counts(shared, shared - common, numbers, displaced)

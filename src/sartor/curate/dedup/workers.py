@@ -1,0 +1,114 @@
+"""A few processes beside this one that call functions of modules.
+
+Not `multiprocessing`: its spawned children import the caller's script again, which in a script without `__main__` guard starts the whole
+work anew, and forked ones inherit locks of threads that they do not have (rensa's, Arrow's).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any, Self, TypeVar
+
+from sartor.core.errors import BudgetError
+
+T = TypeVar("T")
+_CHILD = "import sys; sys.path[:] = {path!r}; from sartor.curate.dedup.workers import serve; serve({number})"
+
+
+class Workers:
+    """`count` processes that live until the block is left; 0 does everything here."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._idle: SimpleQueue[Connection] = SimpleQueue()
+        self._lines: list[Connection] = []
+
+    def __enter__(self) -> Self:
+        for _ in range(self.count):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                code = _CHILD.format(path=sys.path, number=theirs.fileno())
+                # two processes on two cores leave no room for threads
+                environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+                self._children.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+                    )
+                )
+            line = Connection(ours.detach())
+            self._lines.append(line)
+            self._idle.put(line)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for line in self._lines:
+            line.close()
+        for child in self._children:
+            try:
+                child.wait(5)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+    def spread(self, function: Callable[..., T], items: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        """`function(*item)` of every item, in order; a few more than `count` are in work at any time."""
+        if not self.count:
+            yield from (function(*item) for item in items)
+            return
+        waiting: deque[Future[T]] = deque()
+        with ThreadPoolExecutor(self.count) as threads:
+            try:
+                for item in items:
+                    waiting.append(threads.submit(self._call, function, item))
+                    if len(waiting) > self.count + 2:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _call(self, function: Callable[..., T], item: tuple[Any, ...]) -> T:
+        line = self._idle.get()
+        try:
+            line.send((function, item))
+            failed, value = line.recv()
+        except (EOFError, OSError):
+            raise BudgetError(
+                "a worker process ended before its work was done, as the system does when memory runs out",
+                "processes=1, or smaller files",
+            ) from None
+        finally:
+            self._idle.put(line)
+        if failed:
+            raise value
+        return value  # type: ignore[no-any-return]
+
+
+def serve(number: int) -> None:
+    """The loop of a worker on the socket that it inherits: (function, arguments) in, (failed, result or error) out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    line = Connection(number)
+    while True:
+        try:
+            function, item = line.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer = (False, function(*item))
+        except Exception as error:  # whatever it is, it is raised where it was asked for
+            answer = (True, error)
+        try:
+            line.send(answer)
+        except OSError:
+            return
