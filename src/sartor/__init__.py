@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sartor.core.encoders import offer, offer_directories
 from sartor.core.verb import load
 
 __version__ = "0.1.0"
@@ -59,6 +60,16 @@ _NAMES = {
     "read_drops": "sartor.core.rows:read_drops",
     "read_examples": "sartor.core.rows:read_examples",
 }
+
+# what `curate` may ask texts to be turned into vectors with
+offer("tfidf", lambda: load("sartor.curate.tfidf").Tfidf())
+offer("minilm", lambda: load("sartor.models.encoder").MiniLM())
+offer_directories(
+    lambda path: load("sartor.curate.static").fits(path), lambda path: load("sartor.curate.static").StaticEncoder(path)
+)
+offer_directories(
+    lambda path: (path / "config.json").is_file(), lambda path: load("sartor.models.encoder").SentenceEncoder(path)
+)
 
 __all__ = sorted(_NAMES)  # noqa: PLE0605
 

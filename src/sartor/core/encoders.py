@@ -1,12 +1,13 @@
 """Texts -> vectors, for the stages that must not know a model: the Protocol, and who offers one by which name.
 
-`curate` asks for an encoder by name; the façade says at import which implementations there are (`offer`), so a stage that
-holds no torch can use one that does.
+`curate` asks for an encoder by name, or by the directory of a model; the façade says at import which implementations there
+are (`offer`, `offer_directories`), so a stage that holds no torch can use one that does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from sartor.core.errors import ConfigError
@@ -20,12 +21,19 @@ class Encoder(Protocol):
         """What made the vectors: for manifests and cards."""
         ...
 
+    @property
+    def cut(self) -> int:
+        """How many texts of the last `encode` were longer than the encoder reads; their ends are not in the vectors."""
+        ...
+
     def encode(self, texts: Sequence[str]) -> Any:
         """(N, D) float32 numpy array, each row of length 1 (or 0 for a text without content)."""
         ...
 
 
 _OFFERED: dict[str, Callable[[], Encoder]] = {}
+# (whether a directory is of this kind, how it is opened), in the order of asking
+_DIRECTORIES: list[tuple[Callable[[Path], bool], Callable[[Path], Encoder]]] = []
 
 
 def offer(name: str, opener: Callable[[], Encoder]) -> None:
@@ -33,8 +41,25 @@ def offer(name: str, opener: Callable[[], Encoder]) -> None:
     _OFFERED[name] = opener
 
 
+def offer_directories(fits: Callable[[Path], bool], opener: Callable[[Path], Encoder]) -> None:
+    """Make a kind of model directory known. `fits` looks at the files; `opener` may raise MissingError or ModelError."""
+    _DIRECTORIES.append((fits, opener))
+
+
 def open_encoder(name: str) -> Encoder:
-    """The encoder of that name. Raises ConfigError for an unknown one, MissingError where it cannot be opened here."""
-    if name not in _OFFERED:
-        raise ConfigError(f"there is no encoder {name!r}", f"one of {', '.join(sorted(_OFFERED))}")
-    return _OFFERED[name]()
+    """The encoder of that name, or in the directory of that path.
+
+    Raises ConfigError for one that is neither, MissingError where it cannot be opened here, ModelError for a damaged one.
+    """
+    if name in _OFFERED:
+        return _OFFERED[name]()
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise ConfigError(
+            f"there is no encoder {name!r}, nor a directory of that path",
+            f"one of {', '.join(sorted(_OFFERED))}, or a directory of sentence-transformers, transformers or model2vec",
+        )
+    for fits, opener in _DIRECTORIES:
+        if fits(path):
+            return opener(path)
+    raise ConfigError(f"{path} holds no encoder that is known here", "give the directory that holds its config.json")

@@ -10,6 +10,7 @@ from sartor.curate.steps.contamination import Contamination
 from sartor.curate.steps.contract import SetStep
 from sartor.curate.steps.domain import Domain
 from sartor.curate.steps.exact import ExactDuplicates
+from sartor.curate.steps.labels import SuspiciousLabels
 from sartor.curate.steps.language import Language
 from sartor.curate.steps.length import Length
 from sartor.curate.steps.markup import Markup
@@ -20,10 +21,10 @@ from sartor.curate.steps.repetition import Repetition
 from sartor.curate.steps.rules import Rules
 
 AnyRowStep = RepairText | Markup | Rules | Length | Repetition | ChatQuality | PersonalData
-AnySetStep = Language | Boilerplate | Domain | Contamination | ExactDuplicates | NearDuplicates
+AnySetStep = Language | Boilerplate | Domain | Contamination | ExactDuplicates | NearDuplicates | SuspiciousLabels
 Step = AnyRowStep | AnySetStep
 
 
 def needs_all_rows(step: Any) -> TypeGuard[SetStep]:
     """Whether a step is a SetStep."""
-    return isinstance(step, get_args(AnySetStep) or AnySetStep)
+    return isinstance(step, get_args(AnySetStep))

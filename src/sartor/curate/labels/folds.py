@@ -1,0 +1,150 @@
+"""Out-of-fold class probabilities: how likely a row's label is to a model that never saw the row, or its prompt."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+I64 = NDArray[np.int64]
+F32 = NDArray[np.float32]
+FOLDS = 5
+KEPT = 16  # probabilities kept of a row; the rest is as good as nought
+# Ceilings that hold the time at minutes. Beyond the first (non-zeros x classes) 256 dimensions stand for the columns, beyond
+# the second (rows x classes) a sample of the rows teaches, and where that were under ROWS_PER_CLASS, neighbours vote.
+SPARSE_WORK = 40_000_000
+DENSE_WORK = 4_000_000
+ROWS_PER_CLASS = 10
+NEIGHBOURS = 20
+SHARPNESS = 10.0  # how fast a neighbour's vote falls with its distance
+_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a row is judged by. `vectors` (N, D) of length 1; `columns` a sparse matrix, or None where it would be too much."""
+
+    vectors: F32
+    columns: Any = None
+
+
+@dataclass(frozen=True)
+class Likely:
+    """The most likely classes of each of N rows, most likely first, (N, KEPT or fewer) each; and the given class's, (N,)."""
+
+    classes: I64
+    probabilities: F32
+    given: F32
+    method: str
+
+    def dense(self, start: int, stop: int, labels: I64, count: int) -> NDArray[np.float64]:
+        """(stop - start, count) probabilities, the given class's own among them."""
+        block = np.zeros((stop - start, count))
+        np.put_along_axis(block, self.classes[start:stop], self.probabilities[start:stop].astype(np.float64), axis=1)
+        block[np.arange(stop - start), labels[start:stop]] = self.given[start:stop]
+        return block
+
+
+def out_of_fold(features: Features, labels: I64, groups: I64, *, seed: int) -> Likely:
+    """How likely each class is for each of N rows, to what was learnt from the other folds.
+
+    `labels` (N,) are 0..K-1, `groups` (N,) number the prompts: rows of one prompt are in one fold. Needs two classes and two
+    groups.
+    """
+    count = int(labels.max()) + 1
+    folds = deal(labels, groups, seed)
+    taught = min(len(labels), max(DENSE_WORK // count, 1))
+    if taught < min(len(labels), ROWS_PER_CLASS * count):
+        return _by_neighbours(features.vectors, labels, folds, count)
+    columns = features.columns
+    sparse = columns is not None and columns.nnz * count <= SPARSE_WORK
+    rows = _beside(columns, features.vectors) if sparse else features.vectors
+    found = _Collected(len(labels), count)
+    rng = np.random.default_rng(seed)
+    for fold in range(int(folds.max()) + 1):
+        outside, inside = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        if len(outside) > taught:
+            outside = np.sort(rng.choice(outside, taught, replace=False))
+        for places, block in _fitted(rows, labels, outside, inside, 10.0 if sparse else 30.0):
+            found.put(places, *block)
+    what = "words, pieces of words and vectors" if sparse else "vectors"
+    return found.likely(labels, f"logistic regression over {what}, {int(folds.max()) + 1} folds")
+
+
+def deal(labels: I64, groups: I64, seed: int) -> I64:
+    """(N,) the fold of each row: groups are dealt out class by class, so every fold has its share of each."""
+    heads, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    order = np.lexsort((np.random.default_rng(seed).permutation(len(heads)), labels[first]))
+    fold = np.empty(len(heads), np.int64)
+    fold[order] = np.arange(len(heads)) % min(FOLDS, len(heads))
+    return fold[inverse.ravel()]
+
+
+class _Collected:
+    """The KEPT most likely classes of each row, put together block by block."""
+
+    def __init__(self, rows: int, count: int) -> None:
+        kept = min(KEPT, count)
+        self.count = count
+        self.classes = np.tile(np.arange(kept), (rows, 1))
+        self.probabilities = np.zeros((rows, kept), np.float32)
+        self.given = np.zeros(rows, np.float32)
+
+    def put(self, places: I64, classes: I64, block: Any, labels: I64) -> None:
+        """`block` (P, C) are the probabilities of `classes` (C,) for the rows `places` (P,)."""
+        whole = np.zeros((len(places), self.count), np.float32)
+        whole[:, classes] = block
+        best = np.argsort(-whole, axis=1, kind="stable")[:, : self.classes.shape[1]]
+        self.classes[places] = best
+        self.probabilities[places] = np.take_along_axis(whole, best, axis=1)
+        self.given[places] = whole[np.arange(len(places)), labels[places]]
+
+    def likely(self, labels: I64, method: str) -> Likely:
+        return Likely(self.classes, self.probabilities, self.given, method)
+
+
+def _fitted(rows: Any, labels: I64, outside: I64, inside: I64, strength: float) -> Iterator[tuple[I64, tuple[I64, Any, I64]]]:
+    from scipy.sparse import issparse
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    known = np.unique(labels[outside])
+    if len(known) == 1:
+        yield inside, (known, np.ones((len(inside), 1)), labels)
+        return
+    model = LogisticRegression(C=strength, max_iter=100, tol=1e-3)
+    # sparse products are one thread's; more would spin between them
+    with warnings.catch_warnings(), threadpool_limits(1 if issparse(rows) else None):
+        warnings.simplefilter("ignore")  # a hundred rounds are enough for a ranking, converged or not
+        model.fit(rows[outside], labels[outside])
+    for start in range(0, len(inside), _BLOCK):
+        places = inside[start : start + _BLOCK]
+        yield places, (model.classes_, model.predict_proba(rows[places]), labels)
+
+
+def _beside(columns: Any, vectors: F32) -> Any:
+    import scipy.sparse
+
+    return scipy.sparse.hstack([columns, scipy.sparse.csr_matrix(vectors)], format="csr", dtype=np.float64)
+
+
+def _by_neighbours(vectors: F32, labels: I64, folds: I64, count: int) -> Likely:
+    """The labels of the NEIGHBOURS nearest rows of other folds, weighted by nearness."""
+    found = _Collected(len(labels), count)
+    for fold in range(int(folds.max()) + 1):
+        outside, inside = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        most = min(NEIGHBOURS, len(outside))
+        block = max(1, min(_BLOCK, 50_000_000 // max(len(outside), count)))
+        for start in range(0, len(inside), block):
+            places = inside[start : start + block]
+            likeness = vectors[places] @ vectors[outside].T
+            near = np.argpartition(-likeness, most - 1, axis=1)[:, :most]
+            weights = np.exp(SHARPNESS * (np.take_along_axis(likeness, near, axis=1) - 1))
+            votes = np.zeros((len(places), count), np.float32)
+            np.add.at(votes, (np.arange(len(places))[:, None], labels[outside][near]), weights)
+            found.put(places, np.arange(count), votes / votes.sum(1, keepdims=True), labels)
+    return found.likely(labels, f"votes of the {NEIGHBOURS} nearest rows of the other of {int(folds.max()) + 1} folds")

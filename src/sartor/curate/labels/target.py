@@ -1,0 +1,173 @@
+"""What the label of a row is: a field of a JSON reply, a short reply itself, what a pattern finds, or nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sartor.core.errors import ConfigError
+from sartor.core.records import canonical_text
+
+# Of several fields that would do, one of these names is the label; else the first in the replies.
+NAMES = ("intent", "label", "category", "class", "sentiment", "topic", "type", "answer")
+ENOUGH = 0.5  # of the rows must have a label of the kind that `auto` settles on
+REPEATED = 3.0  # rows per value, on average: fewer is not a label
+SHORT_WORDS, SHORT_CHARACTERS = 8, 80  # the longest reply that may be a label as a whole
+ONCE = 0.05  # of the rows may have a label that no other row has; beyond, those are answers, not labels
+DEPTH = 3  # of nested objects that fields are looked for in
+_FENCE = re.compile(r"^```[\w-]*\s*\n(.*?)\n?```\s*$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Target:
+    """`labels`: of each row, None where it has none. `chosen` is the form that was used (`json:intent`), `why` a sentence.
+
+    `others` are forms that would do as well. `spelling` gives a label as the first row with it wrote it.
+    """
+
+    labels: list[str | None]
+    chosen: str
+    why: str
+    others: tuple[str, ...] = ()
+    spelling: Mapping[str, str] = field(default_factory=dict)
+
+
+def check(form: str) -> None:
+    """Raise ConfigError unless `form` is one of the five ways to say where the label is."""
+    kind, _, rest = form.partition(":")
+    if form in ("auto", "reply", "text") or (kind == "json" and rest):
+        return
+    if kind == "regex" and rest:
+        try:
+            re.compile(rest)
+        except re.error as error:
+            raise ConfigError(f"label: the pattern {rest!r} does not compile: {error}", "mend the pattern") from None
+        return
+    raise ConfigError(f"label is {form!r}", "auto, reply, text, json:KEY or regex:PATTERN")
+
+
+def find(replies: Sequence[str], form: str = "auto") -> Target:
+    """The labels of N replies. With `text` no row has one."""
+    kind, _, rest = form.partition(":")
+    if form == "auto":
+        return _auto(replies)
+    if form == "text":
+        return Target([None] * len(replies), form, "as the recipe says: replies are free text")
+    reader = _json_reader(rest) if kind == "json" else _pattern_reader(rest) if kind == "regex" else as_label
+    labels = [reader(reply) for reply in replies]
+    return Target(labels, form, _counted(labels, "as the recipe says"), spelling=_spelling(labels, replies, form))
+
+
+def as_label(text: str) -> str | None:
+    """A reply as a label: case, space and closing punctuation do not make another one."""
+    return " ".join(text.casefold().split()).strip(" .!,;:\"'`*") or None
+
+
+def _auto(replies: Sequence[str]) -> Target:
+    objects = [_object(reply) for reply in replies]
+    found = list(_json_fields(objects, len(replies)))
+    if found:
+        best = min(found, key=lambda name: (_rank(name), found.index(name)))
+        labels = [None if row is None or best not in row else _value(row[best]) for row in objects]
+        others = tuple(f"json:{name}" for name in found if name != best)
+        return Target(labels, f"json:{best}", _counted(labels, f"the field {best!r} of JSON replies"), others)
+    labels = [as_label(reply) if _is_short(reply) else None for reply in replies]
+    if _is_labelling(labels, len(replies)):
+        seen = Counter(labels)
+        once = sum(1 for label, count in seen.items() if label is not None and count == 1)
+        if once > ONCE * len(labels):  # labels among answers of many kinds: what stands once is an answer
+            labels = [label if seen[label] > 1 else None for label in labels]
+        spelling = _spelling(labels, replies, "reply")
+        return Target(labels, "reply", _counted(labels, "short replies, as a whole"), spelling=spelling)
+    why = "no field of a JSON reply and no short reply has few, repeated values: replies are compared as free text"
+    return Target([None] * len(replies), "text", why)
+
+
+def _rank(name: str) -> int:
+    parts = [part.casefold() for part in name.split(".")]
+    return min((NAMES.index(part) for part in parts if part in NAMES), default=len(NAMES))
+
+
+def _spelling(labels: Sequence[str | None], replies: Sequence[str], form: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if form == "reply":
+        for label, reply in zip(labels, replies, strict=True):
+            if label is not None:
+                found.setdefault(label, reply.strip())
+    return found
+
+
+def _json_fields(objects: Sequence[Mapping[str, Any] | None], rows: int) -> Iterable[str]:
+    """The fields that could be a label, in the order of their first appearance."""
+    values: dict[str, Counter[str]] = {}
+    for row in objects:
+        for name, value in (row or {}).items():
+            if isinstance(value, (str, bool, int)) and len(str(value)) <= SHORT_CHARACTERS:
+                values.setdefault(name, Counter())[_value(value)] += 1
+    present = sum(1 for row in objects if row is not None)
+    for name, seen in values.items():
+        total = seen.total()
+        if total >= ENOUGH * rows and total >= 0.8 * present and 2 <= len(seen) <= total / REPEATED:
+            yield name
+
+
+def _is_labelling(labels: Sequence[str | None], rows: int) -> bool:
+    seen = Counter(label for label in labels if label is not None)
+    repeated = [count for count in seen.values() if count > 1]
+    return sum(repeated) >= ENOUGH * rows and len(seen) >= 2 and sum(repeated) >= REPEATED * len(repeated)
+
+
+def _is_short(reply: str) -> bool:
+    return len(reply) <= SHORT_CHARACTERS and len(reply.split()) <= SHORT_WORDS
+
+
+def _counted(labels: Sequence[str | None], what: str) -> str:
+    seen = Counter(label for label in labels if label is not None)
+    return f"{what}: {len(seen):,} values in {seen.total():,} of {len(labels):,} rows"
+
+
+def _json_reader(name: str) -> Callable[[str], str | None]:
+    def read(reply: str) -> str | None:
+        row = _object(reply)
+        return None if row is None or name not in row else _value(row[name])
+
+    return read
+
+
+def _pattern_reader(pattern: str) -> Callable[[str], str | None]:
+    compiled = re.compile(pattern)
+
+    def read(reply: str) -> str | None:
+        found = compiled.search(reply)
+        return None if found is None else as_label(found.group(1 if compiled.groups else 0) or "")
+
+    return read
+
+
+def _object(reply: str) -> dict[str, Any] | None:
+    """A reply's JSON object with nested fields as `outer.inner`; also one in a code fence. None for anything else."""
+    text = reply.strip()
+    if fenced := _FENCE.match(text):
+        text = fenced.group(1).strip()
+    if not text.startswith("{"):
+        return None
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return dict(_flat(row, "", DEPTH)) if isinstance(row, dict) else None
+
+
+def _flat(row: Mapping[str, Any], before: str, depth: int) -> Iterable[tuple[str, Any]]:
+    for key, value in row.items():
+        yield f"{before}{key}", value
+        if isinstance(value, dict) and depth > 1:
+            yield from _flat(value, f"{before}{key}.", depth - 1)
+
+
+def _value(value: Any) -> str:
+    return " ".join(value.split()) if isinstance(value, str) else canonical_text(value)

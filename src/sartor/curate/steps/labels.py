@@ -1,0 +1,84 @@
+"""`suspicious_labels`: labels and answers that the other rows speak against, ranked for review."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from sartor.core.config import option
+from sartor.core.errors import ConfigError, GuardError
+from sartor.core.records import Example
+from sartor.curate import vectors
+from sartor.curate.labels import target
+from sartor.curate.labels.queue import Ruling, table
+from sartor.curate.labels.ruling import Settings, rule
+from sartor.curate.steps.contract import Gathered, Removal, Verdicts
+
+EVIDENCE = "suspicious_labels"
+
+
+@dataclass(frozen=True)
+class SuspiciousLabels:
+    """Rank rows by how little their label or answer fits what the other rows say."""
+
+    label: str = option(
+        "auto", "where the label is: auto, reply, json:KEY, regex:PATTERN (its first group), or text: replies are compared"
+    )
+    encoder: str = option("auto", "auto (minilm where it is installed, else tfidf), minilm, tfidf, or a model's directory")
+    queue_fraction: float = option(0.25, "part of the rows that the queue holds, 0..1; never fewer than those that look wrong")
+    action: Literal["review", "drop"] = option("review", "drop also removes the rows that look wrong")
+    max_fraction: float = option(0.1, "the most of the rows that drop may remove, 0..1; beyond, it stops and asks")
+    likeness: float = option(0.8, "free text: cosine from which two prompts are compared, 0..1")
+    agreement: float = option(0.75, "free text: cosine of two prompts' words from which they ask the same, 0..1")
+    seed: int = option(0, "of the folds")
+    kind: Literal["suspicious_labels"] = "suspicious_labels"
+
+    def __post_init__(self) -> None:
+        target.check(self.label)
+        for name in ("queue_fraction", "max_fraction", "likeness", "agreement"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ConfigError(f"{name} is {value}, not between 0 and 1", f"{name}: {min(max(value, 0.0), 1.0):g}")
+
+    def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
+        """See SetStep: what is asked, what the system is told, the reply."""
+        cut = vectors.MOST_CHARACTERS
+        return pa.table(
+            {
+                "prompt": pa.array([vectors.prompt_text(example) for example in examples], pa.large_string()),
+                "system": pa.array([vectors.system_text(example) for example in examples], pa.large_string()),
+                "reply": pa.array([example.reply[:cut] for example in examples], pa.large_string()),
+                "cut": pa.array([vectors.is_cut(example) for example in examples], pa.bool_()),
+                "document": pa.array([example.is_document for example in examples], pa.bool_()),
+            }
+        )
+
+    def decide(self, gathered: Gathered) -> Verdicts:
+        """See SetStep. Raises GuardError when `drop` would take more than `max_fraction`."""
+        ruling = rule(gathered, Settings(self.label, self.encoder, self.likeness, self.agreement, self.seed))
+        removals = self._removals(gathered, ruling) if self.action == "drop" else []
+        shown = max(int(np.ceil(self.queue_fraction * len(gathered))), int(ruling.wrong.sum()))
+        queue = table(gathered, ruling, shown)
+        return Verdicts(removals, {EVIDENCE: queue}, {**ruling.facts, "queue": queue.num_rows})
+
+    def _removals(self, gathered: Gathered, ruling: Ruling) -> list[Removal]:
+        rows = np.flatnonzero(ruling.wrong)
+        if len(rows) > self.max_fraction * len(gathered):
+            raise GuardError(
+                f"{len(rows):,} of {len(gathered):,} labels look wrong, more than the fraction {self.max_fraction:g} that may "
+                "go without asking",
+                f"action: review, and look at evidence/{EVIDENCE}.parquet; else max_fraction: {_up(len(rows) / len(gathered))}",
+            )
+        return [
+            Removal(row, "suspicious_label", ruling.sentence(row), score=float(ruling.quality[row]), method=ruling.kinds[row])
+            for row in rows.tolist()
+        ]
+
+
+def _up(fraction: float) -> str:
+    """A fraction rounded up to hundredths."""
+    return f"{np.ceil(100 * fraction - 1e-9) / 100:g}"

