@@ -35,7 +35,9 @@ def zipped(**files: bytes) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("name", ["a.zip", "a.gz", "a.jsonl.gz", "a.docx", "a.xlsx", "a.epub", "a.tar", "a.7z", "A.ZIP", "a.txt.zst"])
+@pytest.mark.parametrize(
+    "name", ["a.zip", "a.gz", "a.jsonl.gz", "a.docx", "a.xlsx", "a.epub", "a.tar", "a.7z", "A.ZIP", "a.txt.zst"]
+)
 def test_an_archive_is_not_opened(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(gzip.compress(bytes(1 << 20)) if "gz" in name else zipped(a=bytes(1 << 20)))
     rows = Rows(tmp_path / "media", tmp_path)
@@ -70,7 +72,9 @@ LIES: list[tuple[str, bytes, str]] = [
 
 
 @pytest.mark.parametrize(("name", "content", "truth"), LIES)
-def test_a_file_that_lies_about_its_format_is_named_for_what_it_is(tmp_path: Path, name: str, content: bytes, truth: str) -> None:
+def test_a_file_that_lies_about_its_format_is_named_for_what_it_is(
+    tmp_path: Path, name: str, content: bytes, truth: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     rows = Rows(tmp_path / "media", tmp_path)
     assert rows.reasons == {"format_mismatch": 1}
@@ -314,7 +318,7 @@ def test_cells_that_a_spreadsheet_would_run_are_told_from_text() -> None:
 
 
 def test_a_csv_row_with_a_formula_is_a_drop_and_the_same_text_in_json_lines_is_none(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('question,answer\nq,a\nq,"=cmd|\'/C calc\'!A0"\n-5?,+1\n')
+    (tmp_path / "a.csv").write_text("question,answer\nq,a\nq,\"=cmd|'/C calc'!A0\"\n-5?,+1\n")
     write_jsonl(tmp_path / "b.jsonl", [{"question": "q", "answer": "=1+1"}])
     rows = Rows(tmp_path / "media", tmp_path)
     assert (rows.replies, rows.reasons) == (["a", "+1", "=1+1"], {"csv_formula": 1})
@@ -322,7 +326,7 @@ def test_a_csv_row_with_a_formula_is_a_drop_and_the_same_text_in_json_lines_is_n
 
 def test_long_csv_lines_and_rows_are_drops_in_bounded_memory(tmp_path: Path) -> None:
     long = "x" * 3000
-    (tmp_path / "a.csv").write_text(f"question,answer\n{long},a\nq,b\nq,\"{'y' * 600}\n{'z' * 600}\"\nq,c\n")
+    (tmp_path / "a.csv").write_text(f'question,answer\n{long},a\nq,b\nq,"{"y" * 600}\n{"z" * 600}"\nq,c\n')
     rows = Rows(tmp_path / "media", tmp_path, most=1000)
     assert (rows.replies, rows.reasons) == (["b", "c"], {"oversize_row": 2})
     assert rows.places == ["a.csv:3", "a.csv:6"]
@@ -429,7 +433,9 @@ def test_a_file_that_holds_the_reader_up_is_ended_and_the_next_is_read(tmp_path:
     assert time.monotonic() - began < 15
 
 
-@pytest.mark.parametrize("piece", [b"<", b"<!--", b"<![CDATA[", b"<a ", b'<a b="', b"<script>", b"</", b"&", b"<title>", b"<svg>", b"<pre>\n"])
+@pytest.mark.parametrize(
+    "piece", [b"<", b"<!--", b"<![CDATA[", b"<a ", b'<a b="', b"<script>", b"</", b"&", b"<title>", b"<svg>", b"<pre>\n"]
+)
 def test_broken_html_ends_quickly_and_in_a_row_or_a_drop(tmp_path: Path, piece: bytes) -> None:
     (tmp_path / "a.html").write_bytes(piece * (60_000 if piece[:2] != b"<s" else 3000))
     began = time.monotonic()
@@ -439,7 +445,11 @@ def test_broken_html_ends_quickly_and_in_a_row_or_a_drop(tmp_path: Path, piece: 
 
 
 def test_a_deep_tree_is_walked_without_recursion() -> None:
-    assert pages.html_text(b"<title>t</title>" + b"<div>" * 5000 + b"x" + b"</div>" * 5000 + b"<p>after").split() == ["t", "x", "after"]
+    assert pages.html_text(b"<title>t</title>" + b"<div>" * 5000 + b"x" + b"</div>" * 5000 + b"<p>after").split() == [
+        "t",
+        "x",
+        "after",
+    ]
 
 
 def test_a_folder_of_very_many_files_is_planned_in_seconds(tmp_path: Path) -> None:

@@ -180,7 +180,9 @@ def test_steps_act_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(drop.reason for drop in drops) == ["asked"] + ["odd"] * 8
 
 
-def test_a_removed_row_names_the_row_in_its_place_and_is_set_aside_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removed_row_names_the_row_in_its_place_and_is_set_aside_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     examples, drops, dataset = run(tmp_path, [EveryOther()], monkeypatch)
     kept = {row.id: row.reply for row in examples}
     assert [(kept[drop.kept], drop.detail, drop.score, drop.method) for drop in drops][:2] == [
@@ -198,14 +200,18 @@ def test_a_verdict_that_asks_for_a_step_has_it_before_the_next(tmp_path: Path, m
 
 def test_equal_rows_merge_across_passes_and_keep_every_origin(tmp_path: Path) -> None:
     for name, split in (("a", ""), ("b", "eval"), ("c", "")):
-        write_jsonl(tmp_path / f"{name}.jsonl", [{"question": "q", "answer": "one two"}, {"question": name, "answer": "one two"}])
+        write_jsonl(
+            tmp_path / f"{name}.jsonl", [{"question": "q", "answer": "one two"}, {"question": name, "answer": "one two"}]
+        )
     listed = [{"path": str(tmp_path / f"{name}.jsonl"), "split": "eval" if name == "b" else ""} for name in "abc"]
     for steps in (["exact_duplicates"], ["exact_duplicates", {"length": {"min_words": 1}}], [{"length": {}}]):
         made = sartor.curate({"sources": listed, "steps": steps, "split": {"eval_fraction": 0}}, tmp_path / "d", replace=True)
         rows = {row.messages[0].text: row for row in sartor.read_examples(made.dataset)}
         assert [origin.locator for origin in rows["q"].origins] == ["a.jsonl:1", "b.jsonl:1", "c.jsonl:1"]
         assert (rows["q"].split, rows["a"].split, rows["b"].split) == ("eval", "train", "eval")
-        assert {source["path"]: source["kept"] for source in made.dataset.manifest["sources"]} == {f"{n}.jsonl": 2 for n in "abc"}
+        assert {source["path"]: source["kept"] for source in made.dataset.manifest["sources"]} == {
+            f"{n}.jsonl": 2 for n in "abc"
+        }
 
 
 @pytest.mark.services

@@ -41,7 +41,9 @@ def test_a_folder_of_documents_is_one_row_a_file_and_one_a_page(tmp_path: Path) 
     assert {row.group for row in rows.kept if "pdf" in row.origins[0].locator} == {"manual.pdf"}
     assert {row.origins[0].licence for row in rows.kept} == {"CC0-1.0"}
     assert rows.notes == {("deep/b.md", "front matter taken off"): 1}
-    assert {file.path: file.form for file in rows.plan.files} == dict.fromkeys(("a.txt", "c.html", "deep/b.md", "manual.pdf"), "text")
+    assert {file.path: file.form for file in rows.plan.files} == dict.fromkeys(
+        ("a.txt", "c.html", "deep/b.md", "manual.pdf"), "text"
+    )
 
 
 def test_a_rule_in_a_text_is_no_front_matter(tmp_path: Path) -> None:
@@ -110,7 +112,12 @@ def test_a_date_is_iso_or_seconds_since_1970(value: object, iso: str) -> None:
 
 
 def test_a_rows_date_goes_to_its_origin_and_a_wrong_one_is_counted(tmp_path: Path) -> None:
-    made = [{"text": "a", "date": "2024-01-31"}, {"text": "b", "created_at": 1_700_000_000}, {"text": "c", "timestamp": "soon"}, {"text": "d"}]
+    made = [
+        {"text": "a", "date": "2024-01-31"},
+        {"text": "b", "created_at": 1_700_000_000},
+        {"text": "c", "timestamp": "soon"},
+        {"text": "d"},
+    ]
     write_jsonl(tmp_path / "a.jsonl", made)
     rows = Rows(tmp_path / "media", Source(str(tmp_path / "a.jsonl"), date="2020-01-01"))
     assert [row.origins[0].date for row in rows.kept] == ["2024-01-31", "2023-11-14T22:13:20+00:00", "2020-01-01", "2020-01-01"]
@@ -154,7 +161,10 @@ def test_what_two_people_said_is_a_conversation_and_the_last_speaker_the_assista
     three = [{"sender": name, "text": "hi"} for name in "uvw"]
     write_jsonl(tmp_path / "a.jsonl", [{"messages": said}, {"messages": three}])
     rows = Rows(tmp_path / "media", tmp_path)
-    assert [(message.role, message.text) for message in rows.kept[0].messages] == [("user", "hi\nthere"), ("assistant", "hello")]
+    assert [(message.role, message.text) for message in rows.kept[0].messages] == [
+        ("user", "hi\nthere"),
+        ("assistant", "hello"),
+    ]
     assert rows.reasons == {"bad_field": 1}
 
 
@@ -270,7 +280,11 @@ def asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_assets_rows_have_its_licence_unless_the_recipe_says_another(tmp_path: Path, asset: Path) -> None:
-    for path in ("asset:construction-faq/inner/faq.jsonl", "asset:construction-faq/inner", "asset:construction-faq/inner/*.jsonl"):
+    for path in (
+        "asset:construction-faq/inner/faq.jsonl",
+        "asset:construction-faq/inner",
+        "asset:construction-faq/inner/*.jsonl",
+    ):
         rows = Rows(tmp_path / "media", Source(path))
         assert [row.origins[0].licence for row in rows.kept] == [assets.entry("construction-faq").licence]
         assert rows.plan.files[0].licence == "CC-BY-4.0"

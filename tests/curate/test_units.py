@@ -40,13 +40,19 @@ def test_pieces_give_every_row_once_with_its_own_line(tmp_path: Path, small_piec
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    lengths=st.lists(st.integers(0, 900), max_size=40), end=st.sampled_from(["\n", "\r\n"]), closed=st.booleans(), bom=st.booleans()
+    lengths=st.lists(st.integers(0, 900), max_size=40),
+    end=st.sampled_from(["\n", "\r\n"]),
+    closed=st.booleans(),
+    bom=st.booleans(),
 )
 def test_wherever_it_is_cut_no_line_is_lost(
     tmp_path_factory: pytest.TempPathFactory, small_pieces: None, lengths: list[int], end: str, closed: bool, bom: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("cut")
-    lines = [json.dumps({"text": f"{n} " + "é" * length}, ensure_ascii=False) if length % 7 else "" for n, length in enumerate(lengths)]
+    lines = [
+        json.dumps({"text": f"{n} " + "é" * length}, ensure_ascii=False) if length % 7 else ""
+        for n, length in enumerate(lengths)
+    ]
     raw = ("\ufeff" if bom else "").encode() + end.join(lines).encode() + (end.encode() if closed else b"")
     (folder / "a.jsonl").write_bytes(raw)
     rows = Rows(folder / "media", folder / "a.jsonl")
@@ -142,7 +148,9 @@ CHANGES: list[tuple[str, Any, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "before", "after"), CHANGES)
-def test_a_file_that_changed_after_planning_is_named_and_not_read(tmp_path: Path, name: str, before: bytes, after: bytes) -> None:
+def test_a_file_that_changed_after_planning_is_named_and_not_read(
+    tmp_path: Path, name: str, before: bytes, after: bytes
+) -> None:
     (tmp_path / name).write_bytes(before)
     source = Source(str(tmp_path / name))
     (unit,) = plan([source], 1 << 20).units

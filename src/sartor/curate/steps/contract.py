@@ -67,7 +67,7 @@ class Gathered:
     table: Any
     sources: Sequence[str]
     examples: Callable[[Sequence[int]], list[Example]]
-    folder: Path
+    folder: Path = Path()
     workers: int = 1
     notice: Callable[[str], None] = lambda line: None
 
