@@ -15,8 +15,38 @@ from sartor.core.errors import ConfigError
 from sartor.curate.steps.domain import Domain
 
 WORDS = {
-    "cooking": "oven butter flour recipe bake onion simmer salt pan dough stew garlic whisk roast".split(),
-    "sailing": "mast rudder harbour wind tack anchor jib deck knot tide keel sail hull buoy".split(),
+    "cooking": [
+        "oven",
+        "butter",
+        "flour",
+        "recipe",
+        "bake",
+        "onion",
+        "simmer",
+        "salt",
+        "pan",
+        "dough",
+        "stew",
+        "garlic",
+        "whisk",
+        "roast",
+    ],
+    "sailing": [
+        "mast",
+        "rudder",
+        "harbour",
+        "wind",
+        "tack",
+        "anchor",
+        "jib",
+        "deck",
+        "knot",
+        "tide",
+        "keel",
+        "sail",
+        "hull",
+        "buoy",
+    ],
 }
 
 

@@ -18,7 +18,12 @@ _FENCE_LINE = re.compile(r"^\s{0,3}(`{3,}|~{3,})", re.M)
 _ITEM = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s")
 # Words that a sentence of the language does not end with. Left out: what people end with in chat ("to", "for", "in", "that").
 _NEVER_LAST = {
-    "en": "the a an and or of if because although whereas which whose your their our very onto than via per",
+    # besides grammar: of 16 million characters of edited English these end less than 0.15 % of their sentences
+    "en": "the a an and or of because although whereas which whose your their our very onto than via per as at but "
+    "has its when under if including without until became took having among whether according represented "
+    "various every despite thus able regarding includes therefore gave tells approximately simply whom except towards "
+    "ensure prevent forced claiming requiring providing unlike unable giving subsequent getting consists refers resulting "
+    "intended allowing unless becoming finds gives containing nor depending stating",
     "es": "el la los las un una unos unas y o de del al con para por que porque aunque su sus mi tu muy cada",
     "de": "der die das den dem des ein eine einen einem einer und oder mit von zum zur weil dass obwohl sehr ihr ihre",
     "fr": "le la les un une des et ou de du au aux avec pour que parce dans sur sans leur leurs son sa ses très",
@@ -33,6 +38,14 @@ _SAD_FACE = re.compile(r"[:;=>]['-]?\($")
 _COMPLETE_OF = re.compile(
     r"\b(?:top|heard|made|kind|sort|advantage|think|thought|thinking|dream\w*|part|out|care|aware|proud|afraid|fond|tired|know)"
     r" of$",
+    re.I,
+)
+# A verb that links: a sentence ends in one only after a pronoun, a comparison or a question word ("I know what they are").
+_LINKS = word_set("are were been has must should may can will är var blir ska kan måste ist sind war wird es son fue est sont")
+_MAY_END_IN_LINK = re.compile(
+    r"\b(?:what|who|whom|how|where|when|why|which|whatever|however|than|as|so|if|that|there|here|vad|vem|hur|var|när|som|än|om|was|wer|"
+    r"wie|wo|wenn|dass|als|qué|quién|cómo|donde|que|como|si|ce|où|comment)\b"
+    r"|\b(?:i|you|he|she|it|we|they|this|these|those|jag|du|han|hon|det|den|vi|de|ich|sie|er|wir|il|elle|ils|nous|vous)\W+\w+\W*$",
     re.I,
 )
 # One of these stands in every refusal that the patterns below find; looking for them is far quicker.
@@ -96,7 +109,7 @@ _LANGUAGE_WORDS = re.compile(
     re.I,
 )
 _ECHO_WORDS = 8
-_PARAGRAPH_WORDS = 40
+_PARAGRAPH_WORDS, _PARAGRAPH_SENTENCES = 150, 8
 _ASKED_LETTERS, _SAID_LETTERS, _TONGUE_SURE = 20, 40, 0.8
 
 
@@ -139,13 +152,15 @@ def _broken_sentence(text: str, last_line: str) -> str:
     shown = f"...{last.strip()[-50:]!r}"
     if text[-1] in ",(&":
         return f"the answer ends in {text[-1]!r}: {shown}" if is_careful else ""
-    if not is_careful or len(tail) < 2:
+    if not is_careful or len(tail) < 4:
         return ""
     if last[-1:].islower() and not _COMPLETE_OF.search(last) and tail[-1] in _ENDLESS[_tongue_of(words(text))]:
         return f"the answer ends in {tail[-1]!r}: {shown}"
-    # a burst of chat lines ends anywhere; a paragraph of several finished sentences does not
-    is_paragraph = len(others) >= 3 and "\n" not in text.strip() and len(text.split()) >= _PARAGRAPH_WORDS
-    if is_paragraph and len(tail) >= 3 and last[-1:].isalpha():
+    if tail[-1] in _LINKS and not _MAY_END_IN_LINK.search(last):
+        return f"the answer ends in {tail[-1]!r}: {shown}"
+    # people leave out the last full stop, though seldom after a long paragraph of finished sentences
+    is_paragraph = len(others) >= _PARAGRAPH_SENTENCES and "\n" not in text.strip() and len(text.split()) >= _PARAGRAPH_WORDS
+    if is_paragraph and last[-1:].isalpha():
         return f"the answer ends in the middle of a sentence: {shown}"
     return ""
 

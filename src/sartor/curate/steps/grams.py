@@ -76,6 +76,13 @@ class Index:
     totals: Any  # n-grams of each entry
     items: Any  # the item of each entry
     whole: dict[tuple[str, ...], int]  # items that are found only whole: their texts
+    mask: Any = field(init=False)  # of the bits of a hash that `sieve` is asked by
+    sieve: Any = field(init=False)  # whether some n-gram has these bits: a look-up that spares most searches
+
+    def __post_init__(self) -> None:
+        self.mask = np.uint64((1 << max(16, (16 * len(self.grams)).bit_length())) - 1)
+        self.sieve = np.zeros(int(self.mask) + 1, bool)
+        self.sieve[self.grams & self.mask] = True
 
     def best(self, rows: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[tuple[int, float]]:
         """(item, overlap 0..1) of the entry that each row holds most of; (-1, 0.0) where it holds none.
@@ -90,12 +97,10 @@ class Index:
         hits: dict[int, set[int]] = defaultdict(set)  # row -> places in `grams`
         for size in self.sizes:
             made = ngrams(hashes, size)
-            low = np.searchsorted(self.grams, made, "left")
             # an n-gram that begins in one text and ends in another is none
-            is_hit = (low < len(self.grams)) & (text_of[: len(made)] == text_of[size - 1 :][: len(made)])
-            is_hit[is_hit] = self.grams[low[is_hit]] == made[is_hit]
-            high = np.searchsorted(self.grams, made[is_hit], "right")
-            for place, start, end in zip(np.flatnonzero(is_hit), low[is_hit], high, strict=True):
+            places = np.flatnonzero(self.sieve[made & self.mask] & (text_of[: len(made)] == text_of[size - 1 :][: len(made)]))
+            low, high = (np.searchsorted(self.grams, made[places], side) for side in ("left", "right"))
+            for place, start, end in zip(places, low, high, strict=True):
                 hits[int(row_of[text_of[place]])].update(range(int(start), int(end)))
         return [self._best_of(hits.get(row, set()), said[row], len(rows[row][0])) for row in range(len(said))]
 
