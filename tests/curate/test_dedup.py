@@ -103,14 +103,16 @@ def test_a_row_longer_than_a_chunk_is_cut_like_any_other() -> None:
 @pytest.mark.parametrize(
     ("rows", "joined", "unit"),
     [
-        (["turn on the light", "turn off the light"], False, "words"),
-        (["anna meyer 12 high street 4011 19820101", "bo li 7 low road 2010 19770203"], False, "characters"),
-        (["anna meyer high street", "bo li low road"], True, "characters"),
-        (texts(3), True, "words"),
-        ([], False, "words"),
+        (["turn on the light", "turn off the light"], 0, "words"),
+        (["turn on the light light.on", "turn off the light light.off"], 2, "words"),
+        (["set the heating to 21 degrees"], 0, "words"),
+        (["anna meyer 12 high street 4011 19820101", "bo li 7 low road 2010 19770203"], 0, "characters"),
+        (["anna meyer high street", "bo li low road"], 4, "characters"),
+        (texts(3), 4, "words"),
+        ([], 0, "words"),
     ],
 )
-def test_auto_takes_characters_for_short_records_alone(rows: list[str], joined: bool, unit: str) -> None:
+def test_auto_takes_characters_for_short_records_alone(rows: list[str], joined: int, unit: str) -> None:
     how = shingles.resolve("auto", 0, rows, joined_fields=joined)
     assert (how.unit, how.size) == (unit, shingles.SIZES[unit])
     assert "words" in how.reason
