@@ -27,7 +27,7 @@ def joined(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     return [root(row) for row in range(count)]
 
 
-def sartor(texts: list[str], joined_fields: bool = False) -> list[int]:
+def sartor(texts: list[str], joined_fields: int = 0) -> list[int]:
     """The defaults of `sartor dedup`, by its core: each removed row is in the class of its survivor."""
     how = shingles.resolve("auto", 0, texts, joined_fields=joined_fields)
     rules = verify.rules_for(how)

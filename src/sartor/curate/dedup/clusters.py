@@ -124,8 +124,8 @@ def guard(
         raise GuardError(
             f"one cluster would remove {counts[worst]:,} of the {sizes[source[worst]]:,} rows of {name}; more than "
             f"the fraction {limits.source_fraction:g} may not go without asking; {_example(removals, int(first[worst]), say)}",
-            f"look at the two rows: if they are no duplicates, another text field or a higher threshold; if they are, --allow {name} "
-            "or a higher --max-source-fraction",
+            "look at the two rows: if they are no duplicates, another text field or a higher threshold; if they are, "
+            f"--allow {name} or a higher --max-source-fraction",
         )
     free = np.isin(sources[removals.rows], [place for place, name in enumerate(names) if name in limits.allow])
     gone = int((~free).sum())

@@ -47,12 +47,12 @@ def look(paths: Sequence[Path], text_field: str, unit: Any, size: int, most_byte
         raise ConfigError("a file is named twice: every row of it would be its own duplicate", "name each file once")
     files: list[FileOfRows] = []
     texts: list[str] = []
-    joined = False
+    joined = 0
     for path in paths:
         kind = format_of(path)
         sample = _sample(path, kind, most_bytes)
         choice = choose(sample, text_field)
-        joined |= choice.joined and len(choice.fields) > 1
+        joined = max(joined, len(choice.fields) * choice.joined)
         texts.extend(text_of(row, choice) or "" for row in sample)
         name = path.name if path.name not in {file.name for file in files} else f"{path.stem}-{len(files) + 1}{path.suffix}"
         files.append(FileOfRows(path, kind, choice, name, stamp_of(path)))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow import csv
 
 from sartor.core.artifacts import SCHEMA
 from sartor.core.errors import ArtifactError, ConfigError
@@ -105,21 +106,17 @@ def _members(label: I64, wanted: I64) -> dict[int, I64]:
 
 def export(file: Path, pairs: Pairs, rules: Rules) -> None:
     """Write (a, b, score, method) as .csv, .jsonl or .parquet, by the extension; `check_export` has seen it."""
-    frame = pl.DataFrame(
-        {
-            "a": pairs.a,
-            "b": pairs.b,
-            "score": pairs.score(rules.threshold).astype(np.float64).round(4),
-            "method": np.array(METHODS)[pairs.method(rules.threshold)] if len(pairs.a) else pl.Series([], dtype=pl.String),
-        }
-    )
+    score = pairs.score(rules.threshold).astype(np.float64).round(4)
+    methods = pa.array(np.array(METHODS)[pairs.method(rules.threshold)].tolist(), pa.string())
+    table = pa.table({"a": pairs.a, "b": pairs.b, "score": score, "method": methods})
     part = file.with_name(f".{file.name}.part")
     if file.suffix.lower() == ".csv":
-        frame.write_csv(part)
+        csv.write_csv(table, part, csv.WriteOptions(quoting_style="none"))
     elif file.suffix.lower() == ".parquet":
-        frame.write_parquet(part)
+        pq.write_table(table, part)
     else:
-        frame.write_ndjson(part)
+        with part.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in table.to_pylist())
     part.replace(file)
 
 

@@ -77,7 +77,7 @@ def near_duplicates(
         return Found(found, 0, int(empty.sum()), 0)
     common = common_shingles(shingles, offsets, rows, rules.common_limit(len(rows)))
     sets = Sets(shingles, offsets, levels(shingles, common))
-    search = _Search(sets, rules, np.empty(1 << _SEEN_BITS, np.uint64), np.arange(len(sizes)), means)
+    search = _Search(sets, rules, np.zeros(1 << _SEEN_BITS, np.uint64), np.arange(len(sizes)), means)
     own = rows[sets.own_sizes[rows] > 0]
     _search_bands(search, own, "own", "comparing")
     if len(common.shingles):

@@ -37,8 +37,8 @@ Unit = Literal["words", "characters"]
 
 # Sizes by measurement: docs/decisions/007-dedup.md
 SIZES: dict[str, int] = {"words": 2, "characters": 3}
-# `auto`: records are short rows in which at least this share of words are numbers
-SHORT_WORDS, NUMBERS_SHARE = 30, 0.15
+# `auto`: records are short rows that join as many fields, or in which at least this share of words are numbers
+SHORT_WORDS, NUMBERS_SHARE, RECORD_FIELDS = 30, 0.25, 4
 _CHUNK_BYTES = 1 << 18  # of text in one go: its 64-bit prefix sums stay in a core's cache
 NUMBER = np.uint32(1)  # the bit of a shingle that is a word with a digit
 _NUMBER_BIT = np.uint64(1 << 32)  # the same in the 64-bit hash, of which the upper half is kept
@@ -100,12 +100,12 @@ class Sketches:
 
 
 def resolve(
-    unit: Literal["auto", "words", "characters"], size: int, texts: Sequence[str], *, joined_fields: bool = False
+    unit: Literal["auto", "words", "characters"], size: int, texts: Sequence[str], *, joined_fields: int = 0
 ) -> Shingling:
     """The shingling of a run. `auto` looks at `texts`, a sample of the rows; `size` 0 takes the unit's own.
 
     `auto` is words, where one changed word may be another meaning; but characters for short records, where it may be a typing
-    error: rows of several joined fields, or full of numbers. Raises ConfigError for a size out of 0..64.
+    error: rows that join several fields (`joined_fields` of them), or full of numbers. Raises ConfigError for a size out of 0..64.
     """
     if not 0 <= size <= 64:
         raise ConfigError(f"a shingle size of {size} makes no sense", "a size from 1 to 64, or 0 for the unit's default")
@@ -113,9 +113,11 @@ def resolve(
         return Shingling(unit, size or SIZES[unit], "as asked")
     median, numbers = _profile(texts)
     said = f"the median row has {median:g} words, {numbers:.0%} of all words hold digits"
-    chosen: Unit = "characters" if median < SHORT_WORDS and (joined_fields or numbers >= NUMBERS_SHARE) else "words"
+    chosen: Unit = (
+        "characters" if median < SHORT_WORDS and (joined_fields >= RECORD_FIELDS or numbers >= NUMBERS_SHARE) else "words"
+    )
     if joined_fields:
-        said += ", and rows are several fields joined"
+        said += f", and rows join {joined_fields} fields"
     return Shingling(chosen, size or SIZES[chosen], said)
 
 
