@@ -18,14 +18,13 @@ import random
 import string
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sartor.core import assets
+from sartor.core.home import home
 from sartor.core.records import Example, Message, Origin
 from sartor.curate.personal.findings import ENTITIES
-from sartor.curate.personal.masking import find_in_row
 from sartor.curate.personal.scan import Scanner
 from sartor.curate.steps.personal_data import DEFAULT, PersonalData
 
@@ -428,11 +427,10 @@ def quality(count: int, seed: int, min_score: float) -> dict[str, Any]:
     }
 
 
-def chitchat() -> list[Example]:
-    folder = next((assets.path_of("chitchat") for _ in [0]), None)
-    file = Path(str(folder)) / "chitchat_dataset" / "dataset.json"
+def chitchat(file: Path) -> list[Example]:
+    """The conversations of that asset, one row each."""
     rows = []
-    for conversation in json.loads(file.read_text())["messages"] if False else json.loads(file.read_text()).values():
+    for conversation in json.loads(file.read_text(encoding="utf-8")).values():
         turns = [" ".join(message["text"] for message in turn) for turn in conversation["messages"]]
         if turns:
             rows.append(row_of(*turns))
@@ -470,6 +468,14 @@ def main() -> None:
         for entity, figures in result["entities"].items():
             print(f"{entity:14} {figures}")
     result["default"] = list(DEFAULT)
+    result["planted_speed"] = speed([row_of(planted(Random(n), ENTITIES[n % 12])[0], "Thank you.") for n in range(3000)], 3)
+    data = next(iter(sorted(home().glob("assets/chitchat-*/chitchat_dataset/dataset.json"))), None)
+    if data is None:
+        print("chitchat is not installed: sartor assets install chitchat")
+    else:
+        result["chitchat"] = speed(chitchat(data), 3)
+    if not given.json:
+        print(result.get("chitchat"))
     print(json.dumps(result))
 
 

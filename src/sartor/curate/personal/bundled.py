@@ -3,7 +3,7 @@
 `import presidio_analyzer` loads spaCy, and through it torch and transformers where they are installed: five seconds in
 every worker, for recognisers that are regular expressions and checksums. Here their modules are loaded below empty
 packages, which are taken out of `sys.modules` again: in 0.1 s, and a later `import presidio_analyzer` is the whole one.
-Nothing of it reaches for the network: that is its e-mail recogniser alone (tldextract), which is not used.
+Nothing of it reaches for the network: its e-mail recogniser would (by tldextract), and is not used.
 """
 
 from __future__ import annotations

@@ -206,21 +206,35 @@ def resolved(findings: Iterable[Finding]) -> list[Finding]:
 
     It takes over what the other covers beyond it, so that no half of a value stays behind.
     """
+    kept: list[Finding] = []
+    heap: list[Finding] = []  # findings that hang together
+    end = 0
+    for finding in sorted(findings, key=lambda one: one.start):
+        if heap and finding.start >= end:
+            kept += _of_a_heap(heap)
+            heap = []
+        end = max(end, finding.end) if heap else finding.end
+        heap.append(finding)
+    return kept + _of_a_heap(heap)
+
+
+def _of_a_heap(heap: list[Finding]) -> list[Finding]:
+    if len(heap) < 2:
+        return heap
     starts: list[int] = []
     kept: list[Finding] = []
-    for finding in sorted(findings, key=lambda one: (-round(one.score, 1), one.start - one.end, one.start, one.entity)):
+    for finding in sorted(heap, key=lambda one: (-round(one.score, 1), one.start - one.end, one.start, one.entity)):
         place = bisect_right(starts, finding.start)
         near = [at for at in (place - 1, place) if 0 <= at < len(kept) and kept[at].touches(finding.start, finding.end)]
         if not near:
             starts.insert(place, finding.start)
             kept.insert(place, finding)
             continue
-        best = kept[near[0]]
-        after = near[0] + 1
-        most = min(finding.end, kept[after].start) if after < len(kept) else finding.end
-        least = max(finding.start, kept[near[0] - 1].end) if near[0] else finding.start
-        kept[near[0]] = replace(best, start=min(best.start, least), end=max(best.end, most))
-        starts[near[0]] = kept[near[0]].start
+        at = near[0]
+        most = min(finding.end, kept[at + 1].start) if at + 1 < len(kept) else finding.end
+        least = max(finding.start, kept[at - 1].end) if at else finding.start
+        kept[at] = replace(kept[at], start=min(kept[at].start, least), end=max(kept[at].end, most))
+        starts[at] = kept[at].start
     return kept
 
 

@@ -69,7 +69,7 @@ _QUALIFIED = re.compile(
 # what stands for a value, or is none
 _STANDS_FOR = re.compile(
     r"(?:x{3,}|\*{3,}|\.{3,}|•+|_+|-+|null|none|true|false|undefined|required|optional|string|str|text|password"
-    r"|changeme\b.*|your.*|my.*"
+    r"|changeme\b.*|your(?:[_-].*|password|key|token|secret)?|my[_-].*"
     r"|example.*|placeholder.*|redacted.*|hidden|masked|env\..*|os\.environ.*|process\.env.*|\$.*|%.*|@.*|https?:.*"
     r"|len|input|self\..*)",
     re.IGNORECASE,
@@ -117,7 +117,7 @@ def _named(sight: Sight, hint: str) -> Iterator[Finding]:
     while place >= 0:
         match = _SAID.match(sight.flat, place)
         if match and _is_subject(sight, place, hint):
-            value = match["value"].rstrip(".!?:")
+            value = match["value"].rstrip(".?:")
             called = sight.at(match.end("value")) == "("  # `password = read_password2()`
             score = 0.0 if called else _like_a_secret(match["subject"].lower(), match["link"].lower(), value)
             if score:
@@ -141,6 +141,8 @@ def _like_a_secret(subject: str, link: str, value: str) -> float:
     kinds += any(not sign.isalnum() for sign in value.strip("-_."))
     digit = any(sign.isdigit() for sign in value)
     is_password = subject.startswith(("pass", "pw", "kenn", "contra"))
+    if is_password and link in (":", "=") and value.isalpha() and value[1:].lower() != value[1:] and not value.isupper():
+        return 0.7  # letters of both cases: `IJaCLp`
     if link in (":", "=", ":=", "=>", "\x00"):
         if is_password and (digit or kinds >= 3 or not value.strip("-_.").isalpha()) and value[0] != "/":
             return 0.8

@@ -7,6 +7,7 @@ alone (`alone`), or where a word before it says what it is.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,15 +133,16 @@ def opener(countries: Sequence[str]) -> Callable[[Sight], Iterable[Finding]]:
 def _places(sight: Sight) -> list[tuple[int, int]]:
     """Spans to look into: runs of digits with the letters beside them, and words of letters and digits; each seen once."""
     spans = [(_left(sight, start), _right(sight, end)) for start, end in sight.runs]
-    covered = list(spans)
+    starts = [start for start, _ in spans]  # in order, as the runs are
     for start, end in sight.tokens:
-        if 8 <= end - start <= 24 and not any(left <= start and end <= right for left, right in covered):
+        before = bisect_right(starts, start) - 1
+        if 8 <= end - start <= 24 and (before < 0 or spans[before][1] < end):
             spans.append((start, end))
     return spans
 
 
 def _left(sight: Sight, place: int) -> int:
-    space = 1 if sight.at(place - 1) == " " else 0
+    space = 1 if place and sight.at(place - 1) == " " else 0
     while place - space > 0 and sight.at(place - space - 1).isalnum() and space < 6:
         space += 1
     return place - space

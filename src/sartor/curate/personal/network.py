@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from pathlib import Path
 
 from sartor.core.errors import need
 from sartor.curate.personal.findings import Finding, Sight
@@ -52,13 +53,18 @@ _MAC = re.compile(
 
 
 @cache
-def domains() -> Any:
-    """tldextract on the list of public suffixes in its wheel: it is given no address to fetch a newer one and no cache."""
-    try:
-        import tldextract
-    except ImportError:
-        raise need("tldextract", "text") from None
-    return tldextract.TLDExtract(cache_dir=None, suffix_list_urls=(), fallback_to_snapshot=True)
+def top_domains() -> frozenset[str]:
+    """The last labels of the list of public suffixes in tldextract's wheel, as letters and as punycode.
+
+    The file is read and the library is not imported: it is made to fetch a newer list, and nothing here may.
+    """
+    spec = importlib.util.find_spec("tldextract")
+    if spec is None or not spec.submodule_search_locations:
+        raise need("tldextract", "text")
+    text = Path(list(spec.submodule_search_locations)[0], ".tld_set_snapshot").read_text(encoding="utf-8")
+    lines = (line.strip() for line in text.split("\n"))
+    labels = {line.rpartition(".")[2].lower() for line in lines if line and not line.startswith("//")}
+    return frozenset(labels | {label.encode("idna").decode() for label in labels if not label.isascii()})
 
 
 # Names that people invent for examples; an address below them reads as one (RFC 2606, RFC 6761)
@@ -67,7 +73,8 @@ RESERVED = {"example", "test", "invalid", "localhost", "local", "lan", "internal
 
 def is_domain(text: str) -> bool:
     """Whether it has two labels or more and ends in a public suffix, or one for examples and home networks."""
-    return "." in text and (text.rpartition(".")[2].lower() in RESERVED or domains()(text).suffix != "")
+    last = text.rpartition(".")[2].lower()
+    return "." in text and (last in RESERVED or last in top_domains())
 
 
 def emails(sight: Sight) -> Iterator[Finding]:

@@ -172,7 +172,7 @@ _BORN = re.compile(
     r"|geburts(?:datum|tag)|n[ée]e? le|date[ _]de[ _]naissance|nacid[oa] el|naci el|nací el"
     r"|fecha[ _]de[ _]nacimiento|nat[oa] il"
     r"|data[ _]di[ _]nascita|geboortedatum|nascid[oa] em|data[ _]de[ _]nascimento)(?!\w)"
-    r"(?:[\s:=\"'(*\x00-]|is\b|was\b|on\b|ist\b|am\b|der\b|den\b|the\b|est\b|es\b|le\b|el\b|as\b|dd/mm/yyyy"
+    r"(?:[\s:=\"'(*?\x00-]|is\b|was\b|on\b|ist\b|am\b|der\b|den\b|the\b|est\b|es\b|le\b|el\b|as\b|dd/mm/yyyy"
     r"|mm/dd/yyyy|yyyy-mm-dd"
     rf"|in [{_U}]\w+(?=,? on)){{0,24}}({_DAY})",
     re.IGNORECASE,

@@ -98,7 +98,20 @@ class Scanner:
             found = [one for one in found if not self._allowed.holds(one, sight.flat[one.start : one.end])]
         found = resolved(_cut(found, sight.flat))
         echoes = outside_placeholders(list(_elsewhere(found, sight)), sight.flat)
-        return [sight.in_source(one) for one in resolved([*found, *echoes])]
+        found = resolved([*found, *echoes]) if echoes else found
+        return [sight.in_source(one) for one in _of_one_value(found, sight.flat)]
+
+
+def _of_one_value(found: list[Finding], flat: str) -> Iterator[Finding]:
+    """The findings, of which those of the same digits have the same value: a number may be valid in a region or in none."""
+    values: dict[tuple[str, str], str] = {}
+    for one in found:
+        value = (
+            values.setdefault((one.entity, digits(flat[one.start : one.end])), one.value)
+            if one.entity in BY_DIGITS
+            else one.value
+        )
+        yield one if value == one.value else replace(one, value=value)
 
 
 def _cut(found: list[Finding], flat: str) -> list[Finding]:
