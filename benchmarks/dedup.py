@@ -1,9 +1,9 @@
 """De-duplication: what is found of known duplicates, how fast, in how much memory; beside three others in the same run.
 
 `sets` and `peers` score classes of rows (`dedup_sets.py` says which rows): pairwise precision and recall, B-cubed (Bagga,
-Baldwin 1998), the share of the largest class, rows/s of the whole call in one process. `throughput` is `sartor dedup` on a JSONL file of 200-word
-rows, from start to written result; `memory` the peak of a process that does the same with short rows, `boilerplate` unlike
-rows behind one text.
+Baldwin 1998), the share of the largest class, rows/s of the whole call in one process. `throughput` is `sartor dedup` on a
+JSONL file of 200-word rows, from start to written result; `memory` the peak of a process that does the same with short rows,
+`boilerplate` unlike rows behind one text.
 
     python benchmarks/dedup.py --json [--rows 2000] [--throughput-rows 120000] [--memory-rows 125000 1000000]
 """

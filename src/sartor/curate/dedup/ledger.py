@@ -111,12 +111,13 @@ def export(file: Path, pairs: Pairs, rules: Rules) -> None:
     table = pa.table({"a": pairs.a, "b": pairs.b, "score": score, "method": methods})
     part = file.with_name(f".{file.name}.part")
     if file.suffix.lower() == ".csv":
-        csv.write_csv(table, part, csv.WriteOptions(quoting_style="none"))
+        with part.open("wb") as stream:
+            stream.write(b"a,b,score,method\n")
+            csv.write_csv(table, stream, csv.WriteOptions(include_header=False, quoting_style="none"))
     elif file.suffix.lower() == ".parquet":
         pq.write_table(table, part)
     else:
-        with part.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in table.to_pylist())
+        part.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()), encoding="utf-8")
     part.replace(file)
 
 

@@ -16,7 +16,7 @@ from sartor.core.artifacts import SCHEMA
 from sartor.core.records import canonical_text
 from sartor.curate.dedup.arrays import I32, I64, Mask
 from sartor.curate.dedup.clusters import Removals
-from sartor.curate.dedup.inputs import Block, Fault, blocks, json_rows, json_value
+from sartor.curate.dedup.inputs import Block, CsvRow, Fault, blocks, json_rows, json_value
 from sartor.curate.dedup.pairs import METHODS
 
 _COPY_BYTES = 1 << 20
@@ -104,13 +104,13 @@ class Writer:
 
     def _content(self, raw: Any, source: Path) -> bytes:
         """The row as bytes. One too long to hold is copied to `too_long/` in pieces."""
-        if isinstance(raw, tuple):  # a CsvRow
-            if isinstance(raw[1], Fault) and raw[1].size:
-                self._copy(raw[1], source)
-            return raw[0]
         if isinstance(raw, Fault):
             self._copy(raw, source)
             return b""
+        if isinstance(raw, CsvRow):
+            if isinstance(raw.fields, Fault) and raw.fields.size:
+                self._copy(raw.fields, source)
+            return raw.raw
         return raw if isinstance(raw, bytes) else canonical_text(raw).encode()
 
     def _copy(self, fault: Fault, source: Path) -> None:

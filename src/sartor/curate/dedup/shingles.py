@@ -105,7 +105,7 @@ def resolve(
     """The shingling of a run. `auto` looks at `texts`, a sample of the rows; `size` 0 takes the unit's own.
 
     `auto` is words, where one changed word may be another meaning; but characters for short records, where it may be a typing
-    error: rows that join several fields (`joined_fields` of them), or full of numbers. Raises ConfigError for a size out of 0..64.
+    error: rows that join several (`joined_fields`) fields, or full of numbers. Raises ConfigError for a size out of 0..64.
     """
     if not 0 <= size <= 64:
         raise ConfigError(f"a shingle size of {size} makes no sense", "a size from 1 to 64, or 0 for the unit's default")

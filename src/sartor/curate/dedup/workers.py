@@ -6,6 +6,7 @@ starts the whole work anew, and forked ones inherit locks of threads that they d
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -97,6 +98,7 @@ class Workers:
 
 def serve(number: int) -> None:
     """The loop of a worker on the socket that it inherits: (function, arguments) in, (failed, result or error) out."""
+    gc.set_threshold(100_000)  # rows make lists by the million, and no cycles
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     line = Connection(number)
     while True:
