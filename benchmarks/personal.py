@@ -17,6 +17,7 @@ import json
 import random
 import string
 import time
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,20 @@ from sartor.curate.personal.scan import Scanner
 from sartor.curate.steps.personal_data import DEFAULT, PersonalData
 
 Random = random.Random
-FIRST = "Ana Bob Chloe Dieter Elif Femi Grace Hiro Ines Jonas Karin Luca Mei Noor Olga Pedro Quinn Rosa Sven Tara Uwe Vera Wanda Yusuf".split()
-LAST = "Abbott Becker Castillo Dubois Eriksson Fischer Garcia Hansen Ivanov Jensen Keller Lopez Moreau Nowak Okafor Peters Rossi Smith".split()
+FIRST = (
+    "Ana", "Bob", "Chloe", "Dieter", "Elif", "Femi", "Grace", "Hiro", "Ines", "Jonas", "Karin", "Luca",
+    "Mei", "Noor", "Olga", "Pedro", "Quinn", "Rosa", "Sven", "Tara", "Uwe", "Vera", "Wanda", "Yusuf",
+)  # fmt: skip
+LAST = (
+    "Abbott", "Becker", "Castillo", "Dubois", "Eriksson", "Fischer", "Garcia", "Hansen", "Ivanov", "Jensen", "Keller", "Lopez",
+    "Moreau", "Nowak", "Okafor", "Peters", "Rossi", "Smith",
+)  # fmt: skip
+
+HEX = "0123456789abcdef"
+MONTHS = (
+    "January", "February", "March", "April", "May", "June",
+    "July", "August", "September", "October", "November", "December",
+)  # fmt: skip
 
 
 def digits(rng: Random, count: int, first: str = "0123456789") -> str:
@@ -114,71 +127,84 @@ def iban(rng: Random) -> str:
         ]
     )  # fmt: skip
     text = iban_of(country, body)
-    said = rng.choice([text, grouped(text, (4,) * 8, " "), grouped(text, (4,) * 8, "-"), text.lower()])
-    return said
+    return rng.choice([text, grouped(text, (4,) * 8, " "), grouped(text, (4,) * 8, "-"), text.lower()])
+
+
+def ssn(rng: Random) -> str:
+    return f"{rng.randint(1, 665):03}-{rng.randint(1, 99):02}-{rng.randint(1, 9999):04}"
+
+
+def dni(rng: Random) -> str:
+    number = rng.randint(10_000_000, 99_999_999)
+    return f"{number}{'TRWAGMYFPDXBNJZSQVHLCKE'[number % 23]}"
+
+
+def nir(rng: Random) -> str:
+    born = f"{rng.choice('12')}{rng.randint(0, 99):02}{rng.randint(1, 12):02}"
+    body = f"{born}{rng.randint(1, 95):02}{rng.randint(1, 999):03}{rng.randint(1, 999):03}"
+    key = 97 - int(body) % 97
+    return f"{body[0]} {body[1:3]} {body[3:5]} {body[5:7]} {body[7:10]} {body[10:]} {key:02}"
+
+
+def bsn(rng: Random) -> str:
+    while True:
+        number = digits(rng, 9, "123456789")
+        if (sum(int(d) * w for d, w in zip(number, (9, 8, 7, 6, 5, 4, 3, 2, -1), strict=True))) % 11 == 0:
+            return number
+
+
+def pesel(rng: Random) -> str:
+    body = f"{rng.randint(40, 99)}{rng.randint(1, 12):02}{rng.randint(1, 28):02}{rng.randint(0, 9999):04}"
+    return body + str(-sum(int(d) * w for d, w in zip(body, (1, 3, 7, 9, 1, 3, 7, 9, 1, 3), strict=True)) % 10)
+
+
+def cpf(rng: Random) -> str:
+    body = digits(rng, 9)
+    for _ in range(2):
+        total = sum(int(d) * (len(body) + 1 - i) for i, d in enumerate(body))
+        body += str(total * 10 % 11 % 10)
+    return f"{body[:3]}.{body[3:6]}.{body[6:9]}-{body[9:]}"
+
+
+def nino(rng: Random) -> str:
+    return f"{rng.choice(['AB', 'CE', 'JK', 'PW'])} {digits(rng, 2)} {digits(rng, 2)} {digits(rng, 2)} {rng.choice('ABCD')}"
+
+
+def ahv(rng: Random) -> str:
+    body = "756" + digits(rng, 9)
+    check = -sum(int(d) * (3 if i % 2 else 1) for i, d in enumerate(body)) % 10
+    return f"756.{body[3:7]}.{body[7:11]}.{body[11]}{check}"
+
+
+def sin(rng: Random) -> str:
+    body = digits(rng, 8, "1245679")
+    return grouped(body + luhn_digit(body), (3, 3, 3), " ")
+
+
+def personnummer(rng: Random) -> str:
+    body = f"{rng.randint(40, 99)}{rng.randint(1, 12):02}{rng.randint(1, 28):02}{rng.randint(0, 999):03}"
+    return f"{body[:6]}-{body[6:]}{luhn_digit(body)}"
+
+
+def hetu(rng: Random) -> str:
+    body = f"{rng.randint(1, 28):02}{rng.randint(1, 12):02}{rng.randint(40, 99)}", f"{rng.randint(2, 899):03}"
+    return f"{body[0]}-{body[1]}{'0123456789ABCDEFHJKLMNPRSTUVWXY'[int(''.join(body)) % 31]}"
+
+
+def passport(rng: Random) -> str:
+    return rng.choice("CFGHJK") + digits(rng, 8)
+
+
+# (the words before it, how it is made)
+NATIONAL: tuple[tuple[str, Callable[[Random], str]], ...] = (
+    ("SSN", ssn), ("", ssn), ("DNI", dni), ("", dni), ("sécu", nir), ("BSN", bsn), ("PESEL", pesel), ("CPF", cpf), ("", nino),
+    ("AHV", ahv), ("SIN", sin), ("personnummer", personnummer), ("", hetu), ("passport number", passport),
+)  # fmt: skip
 
 
 def national_id(rng: Random) -> tuple[str, str]:
-    """(the words before it, the number)."""
-
-    def ssn() -> str:
-        return f"{rng.randint(1, 665):03}-{rng.randint(1, 99):02}-{rng.randint(1, 9999):04}"
-
-    def dni() -> str:
-        number = rng.randint(10_000_000, 99_999_999)
-        return f"{number}{'TRWAGMYFPDXBNJZSQVHLCKE'[number % 23]}"
-
-    def nir() -> str:
-        body = f"{rng.choice('12')}{rng.randint(0, 99):02}{rng.randint(1, 12):02}{rng.randint(1, 95):02}{rng.randint(1, 999):03}{rng.randint(1, 999):03}"
-        key = 97 - int(body) % 97
-        return f"{body[0]} {body[1:3]} {body[3:5]} {body[5:7]} {body[7:10]} {body[10:]} {key:02}"
-
-    def bsn() -> str:
-        while True:
-            number = digits(rng, 9, "123456789")
-            if (sum(int(d) * w for d, w in zip(number, (9, 8, 7, 6, 5, 4, 3, 2, -1), strict=True))) % 11 == 0:
-                return number
-
-    def pesel() -> str:
-        body = f"{rng.randint(40, 99)}{rng.randint(1, 12):02}{rng.randint(1, 28):02}{rng.randint(0, 9999):04}"
-        return body + str(-sum(int(d) * w for d, w in zip(body, (1, 3, 7, 9, 1, 3, 7, 9, 1, 3), strict=True)) % 10)
-
-    def cpf() -> str:
-        body = digits(rng, 9)
-        for _ in range(2):
-            total = sum(int(d) * (len(body) + 1 - i) for i, d in enumerate(body))
-            body += str(total * 10 % 11 % 10)
-        return f"{body[:3]}.{body[3:6]}.{body[6:9]}-{body[9:]}"
-
-    def nino() -> str:
-        return f"{rng.choice(['AB', 'CE', 'JK', 'PW'])} {digits(rng, 2)} {digits(rng, 2)} {digits(rng, 2)} {rng.choice('ABCD')}"
-
-    def ahv() -> str:
-        body = "756" + digits(rng, 9)
-        check = -sum(int(d) * (3 if i % 2 else 1) for i, d in enumerate(body)) % 10
-        return f"756.{body[3:7]}.{body[7:11]}.{body[11]}{check}"
-
-    def sin() -> str:
-        body = digits(rng, 8, "1245679")
-        return grouped(body + luhn_digit(body), (3, 3, 3), " ")
-
-    def personnummer() -> str:
-        body = f"{rng.randint(40, 99)}{rng.randint(1, 12):02}{rng.randint(1, 28):02}{rng.randint(0, 999):03}"
-        return f"{body[:6]}-{body[6:]}{luhn_digit(body)}"
-
-    def hetu() -> str:
-        body = f"{rng.randint(1, 28):02}{rng.randint(1, 12):02}{rng.randint(40, 99)}", f"{rng.randint(2, 899):03}"
-        return f"{body[0]}-{body[1]}{'0123456789ABCDEFHJKLMNPRSTUVWXY'[int(''.join(body)) % 31]}"
-
-    def passport() -> str:
-        return rng.choice("CFGHJK") + digits(rng, 8)
-
-    return rng.choice(
-        [
-            ("SSN", ssn), ("", ssn), ("DNI", dni), ("", dni), ("sécu", nir), ("BSN", bsn), ("PESEL", pesel), ("CPF", cpf), ("", nino), ("AHV", ahv),
-            ("SIN", sin), ("personnummer", personnummer), ("", hetu), ("passport number", passport),
-        ]
-    )[0:2]  # fmt: skip
+    before, make = rng.choice(NATIONAL)
+    return before, make(rng)
 
 
 def ip(rng: Random) -> str:
@@ -229,7 +255,7 @@ def wallet(rng: Random) -> str:
 
     alphabet = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
     if rng.random() < 0.4:
-        return "0x" + word(rng, 40, "0123456789abcdef")
+        return "0x" + word(rng, 40, HEX)
     raw = bytes([rng.choice([0, 5])]) + rng.randbytes(20)
     raw += hashlib.sha256(hashlib.sha256(raw).digest()).digest()[:4]
     number, text = int.from_bytes(raw, "big"), ""
@@ -241,16 +267,22 @@ def wallet(rng: Random) -> str:
 
 def address(rng: Random) -> str:
     n = rng.randint(1, 299)
-    street = rng.choice("Oak Maple Harbour Station Church Mill Victoria Kennedy".split())
+    street = rng.choice(("Oak", "Maple", "Harbour", "Station", "Church", "Mill", "Victoria", "Kennedy"))
+    zip_code = digits(rng, 5, "123456789")
+    us_town = rng.choice(["Springfield, IL", "Portland, OR", "Salt Lake City, UT"])
+    german = rng.choice(["Haupt", "Bahnhof", "Garten", "Goethe"]) + rng.choice(["straße", "str."])
+    de_town = rng.choice(["Berlin", "Köln", "Bad Homburg"])
+    french = rng.choice(["de la Paix", "Victor Hugo", "du Moulin"])
+    fr_town = rng.choice(["Paris", "Saint-Denis", "Aix-en-Provence"])
     return rng.choice(
         [
-            f"{n} {street} {rng.choice(['Street', 'Ave', 'Road', 'Blvd', 'Lane'])}, {rng.choice(['Springfield', 'Portland', 'Salt Lake City'])}, {rng.choice(['IL', 'OR', 'UT'])} {digits(rng, 5, '123456789')}",
+            f"{n} {street} {rng.choice(['Street', 'Ave', 'Road', 'Blvd', 'Lane'])}, {us_town} {zip_code}",
             f"{n} {street} Street",
             f"{n} {street} Road, London {rng.choice(['SW1A 1AA', 'N1 9GU', 'EC1V 2NX'])}",
-            f"{rng.choice(['Haupt', 'Bahnhof', 'Garten', 'Goethe'])}{rng.choice(['straße', 'str.'])} {n}{rng.choice(['', 'a'])}, {digits(rng, 5, '123456789')} {rng.choice(['Berlin', 'Köln', 'Bad Homburg'])}",
+            f"{german} {n}{rng.choice(['', 'a'])}, {zip_code} {de_town}",
             f"Am {rng.choice(['Markt', 'Hafen'])} {n}, {digits(rng, 5, '123456789')} Bremen",
-            f"{n} rue {rng.choice(['de la Paix', 'Victor Hugo', 'du Moulin'])}, {digits(rng, 5, '123456789')} {rng.choice(['Paris', 'Saint-Denis', 'Aix-en-Provence'])}",
-            f"Calle {rng.choice(['Mayor', 'de Alcalá', 'San Juan'])} {n}, {digits(rng, 5, '123')} {rng.choice(['Madrid', 'Sevilla'])}",
+            f"{n} rue {french}, {zip_code} {fr_town}",
+            f"Calle {rng.choice(['Mayor', 'de Alcalá', 'San Juan'])} {n}, 28{digits(rng, 3)} Madrid",
             f"Via {rng.choice(['Roma', 'Garibaldi'])} {n}, {digits(rng, 5, '123456789')} Milano",
             f"{rng.choice(['Keizersgracht', 'Dorpsstraat'])} {n}, {digits(rng, 4, '123456789')} AB Amsterdam",
             f"P.O. Box {n}",
@@ -260,7 +292,7 @@ def address(rng: Random) -> str:
 
 def birth_date(rng: Random) -> tuple[str, str]:
     day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1930, 2010)
-    name = "January February March April May June July August September October November December".split()[month - 1]
+    name = MONTHS[month - 1]
     said = rng.choice(
         [
             f"{day:02}/{month:02}/{year}",
@@ -308,7 +340,8 @@ CARRIERS: dict[str, list[str]] = {
     "person": ["Hello, {}.", "{}, I need help", "Hi! {} and I have a question"],
 }
 MAKERS: dict[str, Callable[[Random], Any]] = {
-    "email": email, "phone": phone, "credit_card": card, "iban": iban, "national_id": national_id, "ip_address": ip, "mac_address": mac,
+    "email": email, "phone": phone, "credit_card": card, "iban": iban, "national_id": national_id, "ip_address": ip,
+    "mac_address": mac,
     "secret": secret, "crypto_wallet": wallet, "address": address, "birth_date": birth_date, "person": person,
 }  # fmt: skip
 
@@ -320,6 +353,7 @@ def negative(rng: Random) -> str:
     good = iban_of("DE", digits(rng, 18))
     bad_iban = good[:-1] + str((int(good[-1]) + rng.randint(1, 9)) % 10)
     imei = "35" + digits(rng, 12)
+    month = rng.randint(1, 12)
     isbn = f"978-{digits(rng, 1)}-{digits(rng, 3)}-{digits(rng, 5)}-{digits(rng, 1)}"
     return rng.choice(
         [
@@ -327,17 +361,17 @@ def negative(rng: Random) -> str:
             f"Invoice {digits(rng, 8)} of {rng.randint(1, 28)}.{rng.randint(1, 12)}.2023 is open",
             f"We run version {rng.randint(1, 9)}.{rng.randint(0, 20)}.{rng.randint(0, 9)}.{rng.randint(0, 99)} on it",
             f"Update to v{rng.randint(1, 9)}.{rng.randint(0, 20)}.{rng.randint(0, 99)} first",
-            f"The meeting is on {rng.randint(2020, 2026)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02} at {rng.randint(10, 23)}:{rng.randint(10, 59)}.",
+            f"The meeting is on {rng.randint(2020, 2026)}-{month:02}-{rng.randint(1, 28):02} at {rng.randint(10, 23)}:30.",
             f"It costs {rng.randint(1, 9)},{digits(rng, 3)},{digits(rng, 3)}.{digits(rng, 2)} USD",
             f"ISBN {isbn} is sold out",
-            f"Use #{word(rng, 6, '0123456789abcdef')} for the border",
-            f"Request {word(rng, 8, '0123456789abcdef')}-{word(rng, 4, '0123456789abcdef')}-4{word(rng, 3, '0123456789abcdef')}-a{word(rng, 3, '0123456789abcdef')}-{word(rng, 12, '0123456789abcdef')} failed",
+            f"Use #{word(rng, 6, HEX)} for the border",
+            f"Request {uuid.UUID(int=rng.getrandbits(128), version=4)} failed",
             f"The IMEI is {imei}{luhn_digit(imei)}.",
             f"Reference {bad_card} was rejected",
             f"Tracking id {bad_iban} is not known",
             f"Article no. {digits(rng, 3, '23456789')}-{digits(rng, 3)}-{digits(rng, 4)} is out of stock",
             f"Part 0{digits(rng, 3)} {digits(rng, 6)} fits both",
-            f"commit {word(rng, 40, '0123456789abcdef')} broke it",
+            f"commit {word(rng, 40, HEX)} broke it",
             f"The population is {rng.randint(1, 9)} {digits(rng, 3)} {digits(rng, 3)}",
             f"It took {rng.randint(1, 9)}:{rng.randint(10, 59)}:{rng.randint(10, 59)} h and {rng.randint(100, 999)} km",
             f"Coordinates {rng.randint(10, 80)}.{digits(rng, 6)}, -{rng.randint(10, 80)}.{digits(rng, 6)}",
@@ -366,7 +400,7 @@ def planted(rng: Random, entity: str) -> tuple[str, str]:
     carrier = rng.choice(CARRIERS[entity])
     if isinstance(made, str):
         return carrier.format(made), made
-    before, value = made[0], made[1] if isinstance(made[1], str) else made[1]()
+    before, value = made
     joined = f"{before} {value}" if before and not before.endswith("=") else f"{before}{value}"
     return carrier.format(joined), value
 

@@ -42,7 +42,7 @@ ISSUED = tuple(
     )
 )  # fmt: skip
 SHORTEST = 12  # characters of the shortest word of letters and digits in the forms above
-MAY_LACK_DIGITS = ("_live_", "_test_", "ghp_", "hf_", "npm_", "AIza", "AKIA", "xox")  # one key in fifty to a thousand
+MAY_LACK_DIGITS = ("_live_", "_test_", "ghp_", "hf_", "npm_", "AIza", "AKIA", "GOCSPX", "xox")  # one key in fifty to a thousand
 # those that need no digit in a long word: (what, hint in the text as it is written, pattern)
 OTHERS = tuple(
     (what, hint, re.compile(pattern))
@@ -57,7 +57,7 @@ _TOKEN = r"secrets?|tokens?|keys?|credentials?|apikeys?"
 _SAID = re.compile(
     rf"(?P<subject>{_PASSWORD}"
     rf"|(?:{_TOKEN})(?:[_-][A-Za-z0-9]+){{0,3}})(?![A-Za-z0-9_-])[\"'`]?\s*(?:\([^()\n\x00]{{0,20}}\)\s*)?"
-    r"(?P<link>:=|=>|[:=]|is\b|ist\b|was\b|est\b|es\b|\x00)\s*[:=]?\s*[\"'`]?(?P<value>[^\s\"'`,;<>(){}\[\]\x00]{4,200})",
+    r"(?P<link>:=|=>|[:=]|is\b|ist\b|was\b|est\b|es\b|[-–] |\x00)\s*[:=]?\s*[\"'`]?(?P<value>[^\s\"'`,;<>(){}\[\]\x00]{4,200})",
     re.IGNORECASE,
 )
 HINTS = ("pass", "pw", "kennwort", "contrase", "secret", "token", "key", "credential")
@@ -119,7 +119,11 @@ def _named(sight: Sight, hint: str) -> Iterator[Finding]:
         if match and _is_subject(sight, place, hint):
             value = match["value"].rstrip(".?:")
             called = sight.at(match.end("value")) == "("  # `password = read_password2()`
+            glued = sight.flat[match.end("subject") : match.start("value")] == "="  # a line of settings: `passwd=letmein`
             score = 0.0 if called else _like_a_secret(match["subject"].lower(), match["link"].lower(), value)
+            score = score or 0.55 * (
+                glued and sight.at(match.end("value")).isspace() and _is_simple_password(match["subject"], value)
+            )
             if score:
                 start = match.start("value")
                 yield Finding(start, start + len(value), "secret", "after_its_name", score, value)
@@ -131,6 +135,12 @@ def _is_subject(sight: Sight, place: int, hint: str) -> bool:
     if hint == "key":
         return _QUALIFIED.search(sight.before(place, 14)) is not None
     return not sight.at(place - 1).isalpha() or sight.flat[place].isupper() and sight.at(place - 1).islower()
+
+
+def _is_simple_password(subject: str, value: str) -> bool:
+    return (
+        subject.lower().startswith(("pass", "pw")) and value.isalpha() and len(value) >= 6 and not _STANDS_FOR.fullmatch(value)
+    )
 
 
 def _like_a_secret(subject: str, link: str, value: str) -> float:

@@ -15,6 +15,7 @@ from sartor.curate.personal.scan import Scanner
 # A placeholder is shorter than what it stands for, so a word may come near enough to a number to say what it is: looking
 # again until nothing is found makes masking twice the same as masking once.
 MOST_PASSES = 8
+LETTERS = str.maketrans("0123456789", "ghijklmnop")  # a digest of digits alone could read as a number of something
 SHOWN = 20  # places that a detail lists
 
 
@@ -133,7 +134,7 @@ def masked(example: Example, found: Found, names: Placeholders) -> Example:
     for number, hits in by_slot.items():
         slot = found.layout.slots[number]
         if slot.place[0] == "group":
-            changed[number] = f"group-{hashlib.sha256(example.group.encode()).hexdigest()[:16]}"
+            changed[number] = f"group-{hashlib.sha256(example.group.encode()).hexdigest()[:16].translate(LETTERS)}"
             continue
         changed[number] = _replaced(slot.text, hits, names)
     return put_back(example, found.layout, changed)

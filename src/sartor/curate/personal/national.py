@@ -72,7 +72,7 @@ OWN = (
     _number("IL", "il_id", r"\d{8}-?\d", checks.luhn_any, r"teudat|זהות|israeli id"),
     _number("SG", "sg_nric", r"[STFGM]\d{7}[A-Z]", checks.sg_nric, r"nric|\bfin\b", ANY),
     _number("IN", "in_pan", r"[A-Z]{3}[ABCFGHJLPT][A-Z]\d{4}[A-Z]", lambda text: True, r"\bpan\b", ANY),
-    _number("GB", "gb_nino", r"[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?(?:\d\d ?){3}[A-D]", checks.gb_nino, r"nino?\b", ANY),
+    _number("GB", "gb_nino", r"(?:[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z]|QQ)(?: ?\d\d){3} ?[A-D]", checks.gb_nino, r"nino?", ANY),
     _number("US", "us_itin", r"9\d\d([ -]?)[5-9]\d\1\d{4}", checks.us_itin, r"itin\b", r"9\d\d-\d\d-"),
 )  # fmt: skip
 # (country, what, presidio's module, words in addition to its own, alone)

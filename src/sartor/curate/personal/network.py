@@ -22,6 +22,7 @@ _SPELT_DOMAIN = re.compile(rf"[^\W_][\w-]{{0,39}}(?:{_DOT}[^\W_][\w-]{{0,39}}){{
 _DOTS = re.compile(_DOT, re.IGNORECASE)
 _DOT_WORD = re.compile(r"dot|punkt|punto|point|\[\.\]|\(\.\)", re.IGNORECASE)
 _BRACKET = re.compile(r"[(\[{<]")
+_ARTICLE = re.compile(r"\b(?:an?|the|my|our|your|this|that|some|any|every|of|as|i)\s+(?:\w+\s+)?$", re.IGNORECASE)
 _MAIL_WORD = re.compile(r"\b(?:e-?mails?|mail|contact|write|reach|address|correo|courriel|adresse|kontakt)\b", re.IGNORECASE)
 # "we looked at example dot com": what stands before "at" is a verb, not a person
 NOT_A_NAME = re.compile(
@@ -117,16 +118,19 @@ def _spelt(sight: Sight) -> Iterator[Finding]:
         while not is_domain(domain) and domain.count(".") > 1:
             domain = domain.rpartition(".")[0]
         start = at.start() - len(before[0])
-        if is_domain(domain) and (bracketed or _is_meant(sight, start, local)):
-            yield Finding(
-                start, _end_of(after, domain), "email", "email_spelt", 0.9 if bracketed else 0.6, f"{local}@{domain}".casefold()
-            )
+        score = 0.9 if bracketed else _meant(sight, start, local)
+        if score and is_domain(domain):
+            yield Finding(start, _end_of(after, domain), "email", "email_spelt", score, f"{local}@{domain}".casefold())
 
 
-def _is_meant(sight: Sight, start: int, local: str) -> bool:
+def _meant(sight: Sight, start: int, local: str) -> float:
+    """How sure it is that what stands before a bare "at" is a mailbox: 0 for a verb ("look at ...") or "a designer at ..."."""
+    before = sight.before(start, 60)
     if not any(sign.isalpha() for sign in local) or NOT_A_NAME.fullmatch(local.rpartition(".")[2]):
-        return False
-    return any(sign in local for sign in "._0123456789") or _MAIL_WORD.search(sight.before(start, 60)) is not None
+        return 0.0
+    if any(sign in local for sign in "._0123456789") or _MAIL_WORD.search(before):
+        return 0.6
+    return 0.0 if _ARTICLE.search(before) else 0.5
 
 
 def _end_of(match: re.Match[str], domain: str) -> int:
@@ -175,5 +179,6 @@ def mac_addresses(sight: Sight) -> Iterator[Finding]:
         return
     for match in _MAC.finditer(sight.flat):
         value = re.sub(r"[:.-]", "", match[0]).lower()
-        if value not in ("0" * 12, "f" * 12) and ("." not in match[0] or not value.isdigit()):
+        sure = "." not in match[0] or not value.isdigit() or "mac" in sight.before(match.start(), 24).lower()
+        if sure and value not in ("0" * 12, "f" * 12):
             yield Finding(match.start(), match.end(), "mac_address", "mac", 0.95, value)

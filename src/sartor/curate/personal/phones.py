@@ -46,7 +46,7 @@ _SURE = re.compile(
     re.IGNORECASE,
 )
 _PERHAPS = re.compile(
-    r"(?<![\w-])(?:calls?|calling|signal|text(?:ed|ing)?|dial|ring|reach(?:ed)?|answer(?:ing)?|contact"
+    r"(?<![\w-])(?:calls?|calling|signal|text(?:ed|ing)? (?:me|us|him|her|them)|dial|ring|reach(?:ed)?|answer(?:ing)?|contact"
     r"|numbers? (?:is|was)|anrufen|rufen|ruf|rückruf|erreichen"
     r"|erreichbar|appele[rz]|joindre|ll[áa]m\w*|chiama\w*|bel|bellen)(?!\w)",
     re.IGNORECASE,
@@ -66,7 +66,7 @@ _NO = re.compile(
 )
 _NUMBERED = re.compile(r"(?:no|nr)", re.IGNORECASE)
 _DECIMAL = re.compile(r"\d*\.\d+|\d{1,3}(?:\.\d{3})+")
-_YEARS = re.compile(r"\(?(?:1[5-9]|20)\d\d ?[-/] ?(?:(?:1[5-9]|20)\d\d|\d\d)\)?$")
+_YEARS = re.compile(r"\(?(?:1[5-9]|20)\d\d(?: ?[-/] ?| )(?:(?:1[5-9]|20)\d\d|\d\d)\)?$")
 
 
 def opener(countries: Sequence[str]) -> Callable[[Sight], Iterable[Finding]]:
@@ -110,7 +110,8 @@ def _national(sight: Sight, library: Any, regions: Sequence[str], nanp: bool) ->
         if match is None or told <= 0 or _is_date(match[0]) or _is_sum(match[0]):
             continue
         number = digits(match[0])
-        if (7 if told > 1 else 8) <= len(number) <= 15 and len(set(number)) > 2:
+        near = told > 1 or _perhaps_directly(sight, match.start())
+        if (7 if near else 8) <= len(number) <= 15 and len(set(number)) > 2:
             yield _finding(sight, match, "after_its_name", 0.6, library, regions)
 
 
@@ -179,6 +180,12 @@ def _told(sight: Sight, place: int) -> int:
     if sure >= 0:
         return 2
     return 1 if perhaps >= 0 and len(before) - perhaps < 28 else 0
+
+
+def _perhaps_directly(sight: Sight, place: int) -> bool:
+    """Whether a word that may announce a phone number is the last one before, but for "me", "at", "on"."""
+    before = re.sub(r"(?: (?:me|us|him|her|them|at|on|under|back|now))+ $", " ", sight.before(place, 40))
+    return _last(_PERHAPS, before) >= len(before) - 2
 
 
 def _last(words: re.Pattern[str], text: str) -> int:

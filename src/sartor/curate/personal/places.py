@@ -211,7 +211,7 @@ def _number_first(sight: Sight, start: int) -> Iterator[Finding]:
         sure = _home(sight, start) or (not _SHORT_WAYS.fullmatch(match["way"]) and not _GOES_ON.match(sight.flat, match.end()))
         yield _address(sight, match, "street_english", 0.9 if match["town"] else 0.65 if sure else 0.45)
     match = _FRENCH.match(sight.flat, start)
-    if match:
+    if match and not _YEAR_COMMA.match(match[0]):
         sure = match["way"].lower() in ("rue", "avenue", "boulevard") or _home(sight, start)
         yield _address(sight, match, "street_french", 0.9 if match["town"] else 0.65 if sure else 0.4)
 
@@ -238,6 +238,8 @@ def _street_first(sight: Sight, start: int) -> Iterator[Finding]:
             continue
         first = start - (len(window) - before.start())
         score = with_town if match.groupdict().get("town") else alone
+        if what == "street" and not any(sign.islower() for sign in before[0]):
+            continue  # `ISO 9001, ISO 14001`
         if (what == "street_german" and _DE_SURE.search(before[0])) or (what == "street_dutch" and _NL_SURE.search(before[0])):
             score = max(score, 0.65)
         elif what == "street_german" and not _DE_WORD.search(before[0]):

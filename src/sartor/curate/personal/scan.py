@@ -106,11 +106,9 @@ def _of_one_value(found: list[Finding], flat: str) -> Iterator[Finding]:
     """The findings, of which those of the same digits have the same value: a number may be valid in a region or in none."""
     values: dict[tuple[str, str], str] = {}
     for one in found:
-        value = (
-            values.setdefault((one.entity, digits(flat[one.start : one.end])), one.value)
-            if one.entity in BY_DIGITS
-            else one.value
-        )
+        text = flat[one.start : one.end]
+        by_digits = one.entity in BY_DIGITS and not any(sign.isalpha() for sign in text)
+        value = values.setdefault((one.entity, digits(text)), one.value) if by_digits else one.value
         yield one if value == one.value else replace(one, value=value)
 
 
@@ -129,7 +127,7 @@ def _elsewhere(found: list[Finding], sight: Sight) -> Iterator[Finding]:
     spelt: dict[str, Finding] = {}
     for one in found:
         text = sight.flat[one.start : one.end]
-        if one.entity in BY_DIGITS:
+        if one.entity in BY_DIGITS and not any(sign.isalpha() for sign in text):
             by_number.setdefault(digits(text), one)
         if one.entity in BY_CONTEXT:
             spelt |= {said: one for said in _spellings(one, text) if said not in spelt}
