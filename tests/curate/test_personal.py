@@ -418,7 +418,7 @@ def test_nothing_reaches_for_the_network(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     code = (
-        "import socket, sys\n"
+        "import socket, sys, pyarrow.fs\n"  # which derives a class from socket.socket
         "def refuse(*a, **k): sys.exit('a socket was opened')\n"
         "socket.socket = socket.create_connection = socket.getaddrinfo = refuse\n"
         "from pathlib import Path\n"

@@ -125,6 +125,7 @@ class HubError(MissingError):
     """A model or dataset hub was named and cannot be reached."""
 
 
-def need(module: str, extra: str) -> ExtraError:
-    """The error for an optional package that is absent, to raise where its import failed."""
-    return ExtraError(f"this needs the Python package {module!r}, which is not installed", f"pip install 'sartor[{extra}]'")
+def need(module: str, extra: str = "") -> ExtraError:
+    """The error for a package that is absent, to raise where its import failed. Without `extra` it belongs to the plain install."""
+    remedy = f"pip install 'sartor[{extra}]'" if extra else f"install Sartor anew, or pip install {module}"
+    return ExtraError(f"this needs the Python package {module!r}, which is not installed", remedy)

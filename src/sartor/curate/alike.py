@@ -147,7 +147,7 @@ def swapped(one: Read, other: Read) -> tuple[str, str] | None:
         from rapidfuzz import fuzz
         from rapidfuzz.distance import Levenshtein
     except ImportError:
-        raise need("rapidfuzz", "curate") from None
+        raise need("rapidfuzz") from None
     function = words().function
     allowed = LONG_SHARE * min(len(one.content), len(other.content))
     allowed = allowed if min(len(one.content), len(other.content)) >= LONG else 0.0

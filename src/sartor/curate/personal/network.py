@@ -61,7 +61,7 @@ def top_domains() -> frozenset[str]:
     """
     spec = importlib.util.find_spec("tldextract")
     if spec is None or not spec.submodule_search_locations:
-        raise need("tldextract", "text")
+        raise need("tldextract")
     text = Path(list(spec.submodule_search_locations)[0], ".tld_set_snapshot").read_text(encoding="utf-8")
     lines = (line.strip() for line in text.split("\n"))
     labels = {line.rpartition(".")[2].lower() for line in lines if line and not line.startswith("//")}

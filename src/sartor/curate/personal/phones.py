@@ -74,7 +74,7 @@ def opener(countries: Sequence[str]) -> Callable[[Sight], Iterable[Finding]]:
     try:
         import phonenumbers
     except ImportError:
-        raise need("phonenumbers", "text") from None
+        raise need("phonenumbers") from None
     regions = [country for country in countries if country in phonenumbers.SUPPORTED_REGIONS] or REGIONS
     nanp = bool({"US", "CA"} & set(regions))
 

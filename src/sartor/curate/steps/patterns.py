@@ -72,7 +72,7 @@ def _compile(pattern: str, template: str) -> tuple[Any, str]:
     try:
         import regex
     except ImportError:
-        raise need("regex", "curate") from None
+        raise need("regex") from None
     try:
         whole = regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError) as error:

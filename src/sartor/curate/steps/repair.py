@@ -91,7 +91,7 @@ def _decoder() -> Callable[[str], str]:
     try:
         import ftfy
     except ImportError:
-        raise need("ftfy", "curate") from None
+        raise need("ftfy") from None
     # of ftfy's repairs only the decoding: the others are this step's own options, or change good text
     only_decoding = ftfy.TextFixerConfig(
         unescape_html=False,
