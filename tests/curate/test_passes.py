@@ -15,9 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from conftest import write_jsonl
 
 import sartor
+from conftest import write_jsonl
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import Drop, Example
 from sartor.curate import local, passes, pipeline

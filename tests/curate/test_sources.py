@@ -18,7 +18,7 @@ from sartor.core.errors import ConfigError, HubError, SourceError
 from sartor.curate import forms, sql
 from sartor.curate.recipe import Source
 from sartor.curate.units import plan
-from sourcing import Rows, chat, pdf
+from sourcing import Rows, pdf
 
 
 def test_a_folder_of_documents_is_one_row_a_file_and_one_a_page(tmp_path: Path) -> None:

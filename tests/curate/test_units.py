@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import write_jsonl
-from sourcing import Rows, chat
 from sartor.curate import planning, survey
 from sartor.curate.recipe import Source
 from sartor.curate.units import plan, read
+from sourcing import Rows, chat
 
 
 @pytest.fixture

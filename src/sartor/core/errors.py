@@ -126,6 +126,6 @@ class HubError(MissingError):
 
 
 def need(module: str, extra: str = "") -> ExtraError:
-    """The error for a package that is absent, to raise where its import failed. Without `extra` it belongs to the plain install."""
+    """The error for a package that is absent, to raise where its import failed. Without `extra` it is of the plain install."""
     remedy = f"pip install 'sartor[{extra}]'" if extra else f"install Sartor anew, or pip install {module}"
     return ExtraError(f"this needs the Python package {module!r}, which is not installed", remedy)

@@ -104,8 +104,10 @@ def curate(
     """Read the sources of a recipe, apply its steps, split by group, write a Dataset to `out`.
 
     `recipe` is a CurateRecipe, a mapping in its form, or the path of a YAML file. `on` is the engine; the Dataset is the
-    same on either, row by row. A run of the same recipe that was interrupted is gone on with; `replace` begins anew; `resume` also takes a finished Dataset of the same recipe and sources for an answer. Raises ConfigError for a bad recipe or a taken `out`, SourceError when no row is kept or, under
-    `strict`, at the first row that cannot be used, GuardError when a step would remove too much.
+    same on either, row by row. A run of the same recipe that was interrupted is gone on with; `replace` begins anew; `resume`
+    also takes a finished Dataset of the same recipe and sources for an answer. Raises ConfigError for a bad recipe or a taken
+    `out`, SourceError when no row is kept or, under `strict`, at the first row that cannot be used, GuardError when a step
+    would remove too much.
     """
     began = time.monotonic()
     recipe = load_recipe(recipe)
@@ -130,7 +132,7 @@ def load_recipe(recipe: CurateRecipe | Mapping[str, Any] | Path | str, flags: Se
 
 
 def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
-    """The Dataset at `out` if it is what the recipe makes of its sources as they are now. Raises ConfigError if it is another."""
+    """The Dataset at `out` if the recipe makes it of its sources as they are now. Raises ConfigError if it is another."""
     if kind_of(out) != "dataset":
         return None
     there = open_artifact(out, "dataset")

@@ -17,10 +17,10 @@ from sartor.core import records
 from sartor.curate import formats, forms, readers, sources
 from sartor.curate.faults import Malformed
 from sartor.curate.places import Found, open_regular, safe_name
+from sartor.curate.reading import InputFile, Unit
 from sartor.curate.recipe import Source
 from sartor.curate.sources import FileFacts
 from sartor.curate.survey import PIECE_BYTES, Piece, survey
-from sartor.curate.reading import InputFile, Unit
 
 BATCH_FILES = 200
 BATCH_BYTES = 16 << 20

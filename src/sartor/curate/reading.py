@@ -23,9 +23,9 @@ from sartor.core.records import Drop, Example, Origin
 from sartor.curate import documents, formats, forms, media, readers, sources, tables
 from sartor.curate.faults import Malformed
 from sartor.curate.places import open_regular
-from sartor.curate.tables import Read
 from sartor.curate.recipe import Source
 from sartor.curate.survey import Piece, checksum
+from sartor.curate.tables import Read
 
 
 @dataclass(frozen=True, slots=True)

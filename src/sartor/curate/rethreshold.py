@@ -108,9 +108,8 @@ class _Rethreshold:
         limits = clusters.Limits(self.step.max_source_fraction, self.step.max_fraction, allow=self.step.allow)
         clusters.guard(found, numbers, names, limits, lambda row: self.ids[read[row]])
         self.rules, self.found = rules, found
-        self.gone = dict(
-            zip(read[found.rows].tolist(), zip(read[found.kept].tolist(), found.score.tolist(), found.method.tolist(), strict=True), strict=True)
-        )  # fmt: skip
+        fates = zip(read[found.kept].tolist(), found.score.tolist(), found.method.tolist(), strict=True)
+        self.gone = dict(zip(read[found.rows].tolist(), fates, strict=True))
 
     def fill(self, folder: Path) -> Mapping[str, Any]:
         """Write the new Dataset's files; returns what its manifest says."""

@@ -14,8 +14,8 @@ from sartor.core.spdx import UNKNOWN
 from sartor.curate import forms, places, sql
 from sartor.curate.parquet import drop_nulls
 from sartor.curate.places import Found
-from sartor.curate.tables import Read
 from sartor.curate.recipe import Source
+from sartor.curate.tables import Read
 
 # Rows looked at to find a file's form: the commonest one among them is the file's.
 HEAD_ROWS = 50

@@ -59,7 +59,7 @@ class Task:
 
 
 def execute(task: Task) -> dict[str, Any]:
-    """Make the Part of a task, or find it standing; returns its summary with `was_there`. Raises what steps and readers raise."""
+    """Make the Part of a task, or find it standing; returns its summary and `was_there`. Raises what steps and readers do."""
     if there := parts.find(task.part, task.key):
         return {**there.summary, "was_there": True}
     began = time.monotonic()

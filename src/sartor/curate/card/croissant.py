@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.artifacts import file_digest
-from sartor.core.spdx import UNKNOWN
 from sartor.core.page import flat, said, visible
+from sartor.core.spdx import UNKNOWN
 from sartor.curate.card.contents import Contents
 from sartor.curate.card.hub import conjuncts
 from sartor.curate.card.story import file_name, known_languages

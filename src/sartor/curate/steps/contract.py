@@ -27,7 +27,8 @@ TEXT_KEPT = 2000  # characters of a row that a Drop holds as evidence
 @runtime_checkable
 class Counting(Protocol):
     """A RowFunction that counts as it goes: `isinstance(function, Counting)`. What a row adds depends on the row
-    alone. The worker reads and clears `tally`."""
+    alone. The worker reads and clears `tally`.
+    """
 
     tally: Counter[str]
 
@@ -117,7 +118,7 @@ class SetStep(Protocol):
         ...
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """An Arrow table with one row per Example, in order: what `decide` needs of each. Pure, as `RowStep.open`'s function."""
+        """An Arrow table with one row per Example, in order: what `decide` needs of each. As pure as `RowStep.open`'s."""
         ...
 
     def decide(self, gathered: Gathered) -> Verdicts:

@@ -1,4 +1,4 @@
-"""Which of several duplicate rows stays: a declared rule, as a number of each row; the highest stays, of equals the first read."""
+"""Which of several duplicate rows stays: by a declared rule the row of the highest number, of equals the first read."""
 
 from __future__ import annotations
 
