@@ -16,7 +16,7 @@ from sartor.core.artifacts import SCHEMA
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.curate.dedup.arrays import F64, I64
 from sartor.curate.dedup.graph import components
-from sartor.curate.dedup.pairs import METHODS, Pairs
+from sartor.curate.dedup.pairs import F32, METHODS, Pairs
 from sartor.curate.dedup.verify import Rules
 
 # Every pair of a class of equal rows is listed up to this many rows; of a larger class, each row with the first.
@@ -31,16 +31,18 @@ _SCHEMA = pa.schema(
 
 
 def write_pairs(file: Path, pairs: Pairs, rank: NDArray[Any], rules: Rules) -> None:
-    """All pairs down to the floor, with what was measured and the ranks of both rows: enough to decide anew without the rows.
-
-    `method` is `below` where a pair is no duplicate at the threshold of the run.
-    """
-    is_duplicate = pairs.is_judged(rules.threshold, rules.contained)
-    methods = np.where(is_duplicate, np.array(METHODS)[pairs.method(rules.threshold)], "below")
-    score = np.where(is_duplicate, pairs.score(rules.threshold), pairs.jaccard)
+    """All pairs down to the floor, with what was measured and the ranks of both rows: enough to decide anew without the rows."""
+    score, methods = judgements(pairs, rules)
     rank = np.asarray(rank, np.float64)
     columns = [pairs.a, pairs.b, score, methods, pairs.jaccard, pairs.containment, rank[pairs.a], rank[pairs.b]]
     pq.write_table(pa.table(columns, schema=_SCHEMA), file, compression="zstd")
+
+
+def judgements(pairs: Pairs, rules: Rules) -> tuple[F32, NDArray[Any]]:
+    """(P,) score and (P,) method of every pair: by the measure that made it a duplicate, or `below` with its Jaccard."""
+    is_duplicate = pairs.is_judged(rules.threshold, rules.contained)
+    methods = np.where(is_duplicate, np.array(METHODS)[pairs.method(rules.threshold)], "below")
+    return np.where(is_duplicate, pairs.score(rules.threshold), pairs.jaccard), methods
 
 
 def read_pairs(file: Path, count: int) -> tuple[Pairs, F64]:

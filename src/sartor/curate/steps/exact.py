@@ -1,4 +1,4 @@
-"""`exact_duplicates`: rows of equal content become one Example that keeps every origin; by option rows of the same words too."""
+"""`exact_duplicates`: rows of equal content become one Example with every origin; by option rows of the same words too."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from sartor.core.config import option
 from sartor.core.records import Example
-from sartor.curate.dedup import clusters, near, shingles
+from sartor.curate.dedup import clusters, ledger, near, shingles
 from sartor.curate.dedup.arrays import offsets_of
 from sartor.curate.dedup.means import Means
 from sartor.curate.dedup.pairs import METHODS
@@ -114,10 +114,10 @@ def _ledger(pairs: Any, rules: Rules, rank: Any, gathered: Gathered) -> Any:
     ids = gathered.table["id"]
     a, b = pa.array(pairs.a), pa.array(pairs.b)
     sources = pa.array(gathered.sources, pa.string()).take(gathered.table["source"].combine_chunks())
+    score, methods = ledger.judgements(pairs, rules)
     return pa.table(
         {
-            "a": ids.take(a), "b": ids.take(b), "score": pairs.score(rules.threshold),
-            "method": pa.array(np.array(METHODS)[pairs.method(rules.threshold)].tolist(), pa.string()),
+            "a": ids.take(a), "b": ids.take(b), "score": score, "method": pa.array(methods.tolist(), pa.string()),
             "jaccard": pairs.jaccard, "containment": pairs.containment, "exact": pairs.exact,
             "a_rank": rank[pairs.a], "b_rank": rank[pairs.b], "a_place": pairs.a, "b_place": pairs.b,
             "a_source": sources.take(a), "b_source": sources.take(b),
