@@ -8,9 +8,9 @@ from typing import Any
 
 import polars as pl
 import pytest
-from conftest import write_jsonl
 
 import sartor
+from conftest import write_jsonl
 from sartor.core.errors import ConfigError, GuardError
 
 TEXT = (

@@ -121,12 +121,22 @@ class _Rethreshold:
         total = finish.write_tables(folder / "examples", rows.EXAMPLES, tables)
         finish.write_set_aside(folder, ((self.ids[place], self._example(place)) for place in sorted(self.gone)))
         reasons = self._write_drops(folder, fallen)
-        finish.write_evidence(folder, "near_duplicates", pq.read_table(self.old.path / "evidence" / "near_duplicates.parquet"))
+        finish.write_evidence(folder, "near_duplicates", self._evidence())
         for file in (self.old.path / "media").glob("*"):
             (folder / "media").mkdir(exist_ok=True)
             (folder / "media" / file.name).write_bytes(file.read_bytes())
         finish.drop_unused_media(folder)
         return self._facts(folder, total, reasons)
+
+    def _evidence(self) -> Any:
+        """The pairs, judged by the new threshold."""
+        table = pq.read_table(self.old.path / "evidence" / "near_duplicates.parquet")
+        numbers = (table[f"{end}_place"].to_numpy() for end in ("a", "b"))
+        pairs = Pairs(*numbers, *(table[name].to_numpy() for name in ("jaccard", "containment", "exact")))
+        score, method = ledger.judgements(pairs, self.rules)
+        for name, column in (("score", pa.array(score)), ("method", pa.array(method.tolist(), pa.string()))):
+            table = table.set_column(table.schema.get_field_index(name), name, column)
+        return table
 
     def _example(self, place: int) -> Example:
         first = len(self.kept)

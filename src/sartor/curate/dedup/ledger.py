@@ -16,7 +16,7 @@ from sartor.core.artifacts import SCHEMA
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.curate.dedup.arrays import F64, I64
 from sartor.curate.dedup.graph import components
-from sartor.curate.dedup.pairs import F32, METHODS, Pairs
+from sartor.curate.dedup.pairs import METHODS, Pairs
 from sartor.curate.dedup.verify import Rules
 
 # Every pair of a class of equal rows is listed up to this many rows; of a larger class, each row with the first.
