@@ -14,7 +14,7 @@ from pyarrow import csv
 
 from sartor.core.artifacts import SCHEMA
 from sartor.core.errors import ArtifactError, ConfigError
-from sartor.curate.dedup.arrays import F64, I64
+from sartor.curate.dedup.arrays import F32, F64, I64
 from sartor.curate.dedup.graph import components
 from sartor.curate.dedup.pairs import METHODS, Pairs
 from sartor.curate.dedup.verify import Rules
