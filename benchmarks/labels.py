@@ -1,4 +1,4 @@
-"""Planted label flips in home-intents: how many of them stand at the head of the queue that `suspicious_labels` writes.
+"""Planted label flips in home-intents: how many stand at the head of the queue that `suspicious_labels` writes.
 
 Rows are drawn from all sentences of the asset's grammar of a language, by intent (`equal`) or by sentence (`natural`, where some
 intents have hundreds of rows and some a few), or are the demo's own rows (`demo`). A part of the labels is set to another,
@@ -115,9 +115,17 @@ def measure(step: SuspiciousLabels, rows: list[tuple[str, str]], flipped: np.nda
     queue = [int(name, 16) for name in verdicts.evidence[EVIDENCE]["id"].to_pylist()]
     ranks = np.empty(len(rows))
     ranks[queue] = np.arange(len(queue))
-    heads = {f"recall_at_{share:.0%}": float(flipped[queue[: round(share * len(rows))]].sum() / flipped.sum()) for share in SHARES}
+    heads = {
+        f"recall_at_{share:.0%}": float(flipped[queue[: round(share * len(rows))]].sum() / flipped.sum()) for share in SHARES
+    }
     told = {key: verdicts.facts[key] for key in ("label", "encoder", "labels", "judged_by", "estimated_errors", "suspicious")}
-    return {**heads, "auc": float(roc_auc_score(flipped, -ranks)), **told, "flipped": int(flipped.sum()), "wall_s": round(wall_s, 1)}
+    return {
+        **heads,
+        "auc": float(roc_auc_score(flipped, -ranks)),
+        **told,
+        "flipped": int(flipped.sum()),
+        "wall_s": round(wall_s, 1),
+    }
 
 
 def main() -> None:

@@ -10,7 +10,6 @@
     |-- BudgetError                  4    memory, disk or time cannot hold it
     |-- RefusedError                 5    somebody's rule says no
     |   |-- GateError                     ... a release gate
-    |   |-- GuardError                    ... a de-duplication that would remove too much
     |   |-- SignatureError                ... a signature or its signer
     |   |-- LicenceError                  ... a licence of the data or the base
     |   `-- GuardError                    ... a removal that would take too much
@@ -90,10 +89,6 @@ class RefusedError(SartorError):
 
 class GateError(RefusedError):
     """A release gate failed and nobody waived it."""
-
-
-class GuardError(RefusedError):
-    """A de-duplication would remove most of a source, or of all rows, and nobody allowed it."""
 
 
 class SignatureError(RefusedError):

@@ -8,9 +8,10 @@ from sartor.curate.steps.contract import SetStep
 from sartor.curate.steps.exact import ExactDuplicates
 from sartor.curate.steps.labels import SuspiciousLabels
 from sartor.curate.steps.length import Length
+from sartor.curate.steps.semantic import SemanticDuplicates
 
 AnyRowStep = Length
-AnySetStep = ExactDuplicates | SuspiciousLabels
+AnySetStep = ExactDuplicates | SemanticDuplicates | SuspiciousLabels
 Step = AnyRowStep | AnySetStep
 
 
