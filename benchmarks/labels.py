@@ -1,4 +1,4 @@
-"""Planted label flips in home-intents: how many of them stand at the head of the queue that `suspicious_labels` writes.
+"""Planted label flips in home-intents: how many stand at the head of the queue that `suspicious_labels` writes.
 
 Rows are drawn from all sentences of the asset's grammar of a language, by intent (`equal`) or by sentence (`natural`, where
 some intents have hundreds of rows and some a few), or are the demo's own rows (`demo`). A part of the labels is set to another,

@@ -2,8 +2,8 @@
 
 An encoder puts "turn on the light" beside "turn off the light", and 9 o'clock beside 10. So numbers must agree, negations must,
 no word may stand against its opposite, and none may have another in its place ("the kitchen light", "the garage light"). What
-passes is scored by the words that both have, rare ones weighing more. It errs towards keeping: two texts that share hardly a
-word are not held to be equal here, however near their vectors are.
+passes is scored by the share of the words that both have, rare ones weighing more, and words that change nothing set aside. It
+errs towards keeping: "buy a ticket" and "purchase a ticket" are two texts to it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 from sartor.core.errors import need
 
@@ -26,8 +27,10 @@ _TOKEN = re.compile(
     r"\d+(?:[.,:]\d+)*|[\u3040-\u30ff\u3400-\u9fff]"
     r"|[^\s\d!-&(-/:-@\[-`{-~\u00a1-\u00bf\u2010-\u2018\u201a-\u205e\u3000-\u303f\u3040-\u30ff\u3400-\u9fff\u0964\u0965\u060c\u061b\u061f\uff01-\uff20]+"
 )
+_LETTER_A = re.compile(r"(?<=\w )A(?=\W|$)")  # hepatitis A, plan A: no article
 _MARKS = {"%": "percent", "°": "degree", "€": "euro", "$": "dollar", "£": "pound"}
-SPELLING = 80.0  # rapidfuzz ratio, 0..100, from which two words are forms of one
+_ENDINGS = ("ing", "ed", "es", "s", "e", "d")  # that leave STEM letters or more
+STEM = 4
 LONG = 20  # content words from which a few may differ
 LONG_SHARE = 0.1  # ... this part of them
 _SWAP = 3  # the most words of a place that holds one thing here, another there
@@ -38,6 +41,8 @@ class Words:
     """The lists of words.toml. `opposites` gives the numbers of the groups that a word is in."""
 
     function: frozenset[str]
+    clitics: frozenset[str]
+    phrases: re.Pattern[str]
     negation: frozenset[str]
     negation_parts: tuple[str, ...]
     opposites: Mapping[str, frozenset[int]]
@@ -51,46 +56,66 @@ def words() -> Words:
     for number, group in enumerate(lists["opposites"]):
         for word in group.split():
             opposites[word] = opposites.get(word, frozenset()) | {number}
-    function, negation = (frozenset(" ".join(lists[name]).split()) for name in ("function", "negation"))
-    return Words(function, negation, tuple(lists["negation_parts"]), opposites)
+    function, clitics, negation = (frozenset(" ".join(lists[name]).split()) for name in ("function", "clitics", "negation"))
+    phrases = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(lists['phrases'], key=len, reverse=True)))})\b")
+    return Words(function, clitics, phrases, negation, tuple(lists["negation_parts"]), opposites)
+
+
+Objection = Literal["", "numbers", "negation", "opposite", "swap"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`score` 0..1: the cosine of the two texts' content words; `objection` is empty where nothing speaks against equality."""
+    """`score` 0..1: the weighted share of content words that both have, 0 with an objection; `detail` says what it is about."""
 
     score: float
-    objection: str = ""
+    objection: Objection = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class Read:
-    """A text as it is compared: its tokens in order, its numbers, how often it negates."""
+    """A text as it is compared: its words in order, without endings and accents; its numbers; how often it negates.
+
+    `tokens` are the words as they stand, in lower case.
+    """
 
     tokens: tuple[str, ...]
+    stems: tuple[str, ...]
     numbers: tuple[str, ...]
     negations: int
 
     @classmethod
     def of(cls, text: str) -> Read:
         """The reading of a text."""
-        folded = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")  # noqa: RUF001
+        folded = unicodedata.normalize("NFKC", _LETTER_A.sub("letter-a", text)).casefold().replace("’", "'")  # noqa: RUF001
         for mark, word in _MARKS.items():
             folded = folded.replace(mark, f" {word} ")
+        folded = words().phrases.sub(" ", folded)
         tokens = tuple(part for token in _TOKEN.findall(folded) for part in _parts(token))
-        numbers = tuple(token.replace(",", "") for token in tokens if token[0].isdigit())
+        numbers = tuple(token for token in tokens if token[0].isdigit())
         negations = sum(is_negation(token) for token in tokens) + sum(folded.count(part) for part in words().negation_parts)
-        return cls(tokens, numbers, negations)
+        return cls(tokens, tuple(map(stem, tokens)), numbers, negations)
 
     @property
     def content(self) -> list[str]:
-        """The tokens that say something."""
-        return [token for token in self.tokens if token not in words().function]
+        """The stems that say something."""
+        return [stem for token, stem in zip(self.tokens, self.stems, strict=True) if token not in words().function]
 
 
 def _parts(token: str) -> list[str]:
-    """`what's` as `what` and `s`, `l'eau` as `l` and `eau`; `don't` stays whole, since it negates."""
-    return [token] if token.endswith("n't") else [part for part in token.split("'") if part]
+    """`what's` as `what`, `l'eau` as `eau`, `n'est` as `ne` and `est`; `don't` stays whole, since it negates."""
+    if token.endswith("n't") or "'" not in token:
+        return [token]
+    return ["ne" if part == "n" else part for part in token.split("'") if part and part not in words().clitics]
+
+
+def stem(token: str) -> str:
+    """A word without accents and without one of a few endings: `lights` and `light`, `opened` and `opening` are one."""
+    plain = "".join(sign for sign in unicodedata.normalize("NFKD", token) if not unicodedata.combining(sign)) or token
+    plain = token if not plain.isascii() else plain
+    ending = next((end for end in _ENDINGS if plain.endswith(end) and len(plain) >= STEM + len(end)), "")
+    return plain.removesuffix(ending)
 
 
 def is_negation(token: str) -> bool:
@@ -103,24 +128,24 @@ def rarities(texts: Iterable[str]) -> dict[str, float]:
     having: Counter[str] = Counter()
     count = 0
     for text in texts:
-        having.update(set(Read.of(text).tokens))
+        having.update(set(Read.of(text).stems))
         count += 1
     return {token: 1 + math.log((1 + count) / (1 + seen)) for token, seen in having.items()}
 
 
 def compare(one: Read, other: Read, weights: Mapping[str, float]) -> Verdict:
     """What speaks for and against two texts saying the same. `weights` as of `rarities`; an unknown word weighs 1."""
-    if one.tokens == other.tokens:
+    if one.stems == other.stems and one.negations == other.negations:
         return Verdict(1.0)
     if one.numbers != other.numbers:
-        return Verdict(0.0, "numbers differ")
+        return Verdict(0.0, "numbers", f"{' '.join(one.numbers) or 'none'} against {' '.join(other.numbers) or 'none'}")
     if one.negations != other.negations:
-        return Verdict(0.0, "one negates")
+        return Verdict(0.0, "negation")
     if against := opposite(one, other):
-        return Verdict(0.0, f"{against[0]} against {against[1]}")
+        return Verdict(0.0, "opposite", " against ".join(against))
     if swap := swapped(one, other):
-        return Verdict(0.0, f"{swap[0]} in the place of {swap[1]}")
-    return Verdict(_cosine(one.content, other.content, weights))
+        return Verdict(0.0, "swap", " in the place of ".join(swap))
+    return Verdict(_overlap(one.content, other.content, weights))
 
 
 def opposite(one: Read, other: Read) -> tuple[str, str] | None:
@@ -144,41 +169,24 @@ def _is_undone(word: str, against: str) -> bool:
 def swapped(one: Read, other: Read) -> tuple[str, str] | None:
     """The first place where the texts are alike but for what stands there. In long texts a few may differ."""
     try:
-        from rapidfuzz import fuzz
         from rapidfuzz.distance import Levenshtein
     except ImportError:
         raise need("rapidfuzz") from None
     function = words().function
-    allowed = LONG_SHARE * min(len(one.content), len(other.content))
-    allowed = allowed if min(len(one.content), len(other.content)) >= LONG else 0.0
+    least = min(len(one.content), len(other.content))
+    allowed = LONG_SHARE * least if least >= LONG else 0.0
     found: tuple[str, str] | None = None
-    for step in Levenshtein.opcodes(one.tokens, other.tokens):
+    for step in Levenshtein.opcodes(one.stems, other.stems):
         here = [token for token in one.tokens[step.src_start : step.src_end] if token not in function]
         there = [token for token in other.tokens[step.dest_start : step.dest_end] if token not in function]
-        if step.tag != "replace" or not here or not there or max(len(here), len(there)) > _SWAP:
-            continue
-        if fuzz.ratio(" ".join(here), " ".join(there)) < SPELLING:
+        if step.tag == "replace" and here and there and max(len(here), len(there)) <= _SWAP:
             allowed -= max(len(here), len(there))
             found = found or (" ".join(here), " ".join(there))
     return found if allowed < 0 else None
 
 
-def _cosine(one: Sequence[str], other: Sequence[str], weights: Mapping[str, float]) -> float:
+def _overlap(one: Sequence[str], other: Sequence[str], weights: Mapping[str, float]) -> float:
+    """The weight of what both have over the weight of what either has (Ruzicka's measure)."""
     left, right = Counter(one), Counter(other)
-    if not left or not right:
-        return 0.0
-    _join_forms(left, right)
-    shared = sum(left[token] * right[token] * weights.get(token, 1.0) ** 2 for token in left.keys() & right.keys())
-    lengths = [math.sqrt(sum((n * weights.get(token, 1.0)) ** 2 for token, n in bag.items())) for bag in (left, right)]
-    return min(1.0, shared / (lengths[0] * lengths[1]))
-
-
-def _join_forms(left: Counter[str], right: Counter[str]) -> None:
-    """Where a word has no equal but a form of itself on the other side (`lights`, a slip of the pen), both count as one."""
-    from rapidfuzz import fuzz
-
-    for word in sorted(left.keys() - right.keys()):
-        near = [(fuzz.ratio(word, against), against) for against in sorted(right.keys() - left.keys())]
-        best, against = max(near, default=(0.0, ""))
-        if best >= SPELLING and not word[0].isdigit():
-            right[word] = right.pop(against)
+    both, either = (sum(n * weights.get(stem, 1.0) for stem, n in bag.items()) for bag in (left & right, left | right))
+    return both / either if either else 0.0

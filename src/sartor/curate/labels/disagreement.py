@@ -47,7 +47,7 @@ class Disagreement:
 def disagreement(
     prompts: Sequence[str], replies: Sequence[str], vectors: Any, *, likeness: float, agreement: float
 ) -> Disagreement:
-    """Compare the replies of like prompts: of a cosine of `likeness` at least, and `agreement` of their words."""
+    """Compare the replies of like prompts: a cosine of `likeness` and a share of words of `agreement` at least."""
     read_prompts: dict[int, alike.Read] = {}
     read_replies: dict[int, alike.Read] = {}
     near: dict[int, list[tuple[int, float]]] = defaultdict(list)

@@ -15,13 +15,14 @@ F32 = NDArray[np.float32]
 FOLDS = 5
 KEPT = 16  # probabilities kept of a row; the rest is as good as nought
 # Ceilings that hold the time at minutes. Beyond the first (non-zeros x classes) 256 dimensions stand for the columns, beyond
-# the second (rows x classes) a sample of the rows teaches, and where that were under ROWS_PER_CLASS, neighbours vote.
+# the second (rows x classes) a sample of the rows teaches, and where that were under ROWS_PER_CLASS, least squares do.
 SPARSE_WORK = 40_000_000
-DENSE_WORK = 4_000_000
+DENSE_WORK = 10_000_000
 ROWS_PER_CLASS = 10
 NEIGHBOURS = 20
 SHARPNESS = 10.0  # how fast a neighbour's vote falls with its distance
-_BLOCK = 2048
+SOFTNESS = 10.0  # of the step from least squares' scores to probabilities
+_BLOCK, _CELLS = 2048, 50_000_000
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def out_of_fold(features: Features, labels: I64, groups: I64, *, seed: int) -> L
     folds = deal(labels, groups, seed)
     taught = min(len(labels), max(DENSE_WORK // count, 1))
     if taught < min(len(labels), ROWS_PER_CLASS * count):
-        return _by_neighbours(features.vectors, labels, folds, count)
+        return _of_many(features.vectors, labels, folds, count)
     columns = features.columns
     sparse = columns is not None and columns.nnz * count <= SPARSE_WORK
     rows = _beside(columns, features.vectors) if sparse else features.vectors
@@ -72,7 +73,7 @@ def out_of_fold(features: Features, labels: I64, groups: I64, *, seed: int) -> L
         for places, block in _fitted(rows, labels, outside, inside, 10.0 if sparse else 30.0):
             found.put(places, *block)
     what = "words, pieces of words and vectors" if sparse else "vectors"
-    return found.likely(labels, f"logistic regression over {what}, {int(folds.max()) + 1} folds")
+    return found.likely(f"logistic regression over {what}, {int(folds.max()) + 1} folds")
 
 
 def deal(labels: I64, groups: I64, seed: int) -> I64:
@@ -103,12 +104,11 @@ class _Collected:
         self.probabilities[places] = np.take_along_axis(whole, best, axis=1)
         self.given[places] = whole[np.arange(len(places)), labels[places]]
 
-    def likely(self, labels: I64, method: str) -> Likely:
+    def likely(self, method: str) -> Likely:
         return Likely(self.classes, self.probabilities, self.given, method)
 
 
 def _fitted(rows: Any, labels: I64, outside: I64, inside: I64, strength: float) -> Iterator[tuple[I64, tuple[I64, Any, I64]]]:
-    from scipy.sparse import issparse
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
@@ -117,8 +117,8 @@ def _fitted(rows: Any, labels: I64, outside: I64, inside: I64, strength: float) 
         yield inside, (known, np.ones((len(inside), 1)), labels)
         return
     model = LogisticRegression(C=strength, max_iter=100, tol=1e-3)
-    # sparse products are one thread's; more would spin between them
-    with warnings.catch_warnings(), threadpool_limits(1 if issparse(rows) else None):
+    # many small products: more threads than one spend their time waiting for each other, and ten times that on a busy machine
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")  # a hundred rounds are enough for a ranking, converged or not
         model.fit(rows[outside], labels[outside])
     for start in range(0, len(inside), _BLOCK):
@@ -132,19 +132,37 @@ def _beside(columns: Any, vectors: F32) -> Any:
     return scipy.sparse.hstack([columns, scipy.sparse.csr_matrix(vectors)], format="csr", dtype=np.float64)
 
 
-def _by_neighbours(vectors: F32, labels: I64, folds: I64, count: int) -> Likely:
-    """The labels of the NEIGHBOURS nearest rows of other folds, weighted by nearness."""
+def _of_many(vectors: F32, labels: I64, folds: I64, count: int) -> Likely:
+    """For thousands of classes: the mean of a least-squares fit, solved at once, and the votes of the nearest rows."""
     found = _Collected(len(labels), count)
     for fold in range(int(folds.max()) + 1):
         outside, inside = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        most = min(NEIGHBOURS, len(outside))
-        block = max(1, min(_BLOCK, 50_000_000 // max(len(outside), count)))
+        weights = _least_squares(vectors[outside], labels[outside], count)
+        block = max(1, min(_BLOCK, _CELLS // max(len(outside), count)))
         for start in range(0, len(inside), block):
             places = inside[start : start + block]
-            likeness = vectors[places] @ vectors[outside].T
-            near = np.argpartition(-likeness, most - 1, axis=1)[:, :most]
-            weights = np.exp(SHARPNESS * (np.take_along_axis(likeness, near, axis=1) - 1))
-            votes = np.zeros((len(places), count), np.float32)
-            np.add.at(votes, (np.arange(len(places))[:, None], labels[outside][near]), weights)
-            found.put(places, np.arange(count), votes / votes.sum(1, keepdims=True), labels)
-    return found.likely(labels, f"votes of the {NEIGHBOURS} nearest rows of the other of {int(folds.max()) + 1} folds")
+            scores = SOFTNESS * (vectors[places] @ weights)
+            fitted = np.exp(scores - scores.max(1, keepdims=True))
+            fitted /= fitted.sum(1, keepdims=True)
+            fitted += _votes(vectors[places], vectors[outside], labels[outside], count)
+            found.put(places, np.arange(count), fitted / 2, labels)
+    return found.likely(f"least squares and the {NEIGHBOURS} nearest rows, {int(folds.max()) + 1} folds")
+
+
+def _least_squares(rows: F32, labels: I64, count: int) -> F32:
+    """(D, K) weights of a ridge regression onto the classes."""
+    exact = rows.astype(np.float64)
+    sums = np.zeros((count, rows.shape[1]))
+    np.add.at(sums, labels, exact)
+    return np.linalg.solve(exact.T @ exact + np.eye(rows.shape[1]), sums.T).astype(np.float32)
+
+
+def _votes(rows: F32, others: F32, labels: I64, count: int) -> F32:
+    """(P, K) labels of the NEIGHBOURS nearest of other rows, weighted by nearness."""
+    most = min(NEIGHBOURS, len(others))
+    likeness = rows @ others.T
+    near = np.argpartition(-likeness, most - 1, axis=1)[:, :most]
+    weights = np.exp(SHARPNESS * (np.take_along_axis(likeness, near, axis=1) - 1))
+    votes = np.zeros((len(rows), count), np.float32)
+    np.add.at(votes, (np.arange(len(rows))[:, None], labels[near]), weights)
+    return votes / votes.sum(1, keepdims=True)

@@ -19,9 +19,12 @@ from sartor.curate.steps.personal_data import PersonalData
 from sartor.curate.steps.repair import RepairText
 from sartor.curate.steps.repetition import Repetition
 from sartor.curate.steps.rules import Rules
+from sartor.curate.steps.semantic import SemanticDuplicates
 
 AnyRowStep = RepairText | Markup | Rules | Length | Repetition | ChatQuality | PersonalData
-AnySetStep = Language | Boilerplate | Domain | Contamination | ExactDuplicates | NearDuplicates | SuspiciousLabels
+AnySetStep = (
+    Language | Boilerplate | Domain | Contamination | ExactDuplicates | NearDuplicates | SemanticDuplicates | SuspiciousLabels
+)
 Step = AnyRowStep | AnySetStep
 
 

@@ -34,7 +34,7 @@ class SuspiciousLabels:
     action: Literal["review", "drop"] = option("review", "drop also removes the rows that look wrong")
     max_fraction: float = option(0.1, "the most of the rows that drop may remove, 0..1; beyond, it stops and asks")
     likeness: float = option(0.8, "free text: cosine from which two prompts are compared, 0..1")
-    agreement: float = option(0.75, "free text: cosine of two prompts' words from which they ask the same, 0..1")
+    agreement: float = option(0.9, "free text: share of two prompts' words in common from which they ask the same, 0..1")
     seed: int = option(0, "of the folds")
     kind: Literal["suspicious_labels"] = "suspicious_labels"
 

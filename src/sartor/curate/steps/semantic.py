@@ -1,0 +1,140 @@
+"""`semantic_duplicates`: rows that say the same in other words; one of each stays, every pair is evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from sartor.core.config import option
+from sartor.core.errors import ConfigError
+from sartor.core.records import Example
+from sartor.curate import meaning, vectors
+from sartor.curate.dedup import clusters
+from sartor.curate.dedup.pairs import Pairs
+from sartor.curate.dedup.verify import Rules
+from sartor.curate.steps.contract import Gathered, Removal, Verdicts
+
+EVIDENCE = "semantic_pairs"
+METHOD = "vectors and words"
+
+
+@dataclass(frozen=True)
+class SemanticDuplicates:
+    """Rows near by their vectors and alike by their words are one; numbers, negations and opposites must agree."""
+
+    field: meaning.Field = option(
+        "both", "what must be alike: prompt, reply, both (each of the two), or all (the row as one text)"
+    )
+    threshold: float = option(0.8, "cosine of the vectors from which a pair is looked at, 0..1")
+    agreement: float = option(0.9, "share of words in common, rare ones weighing more, from which it is a pair, 0..1")
+    encoder: str = option("auto", "auto (minilm where it is installed, else tfidf), minilm, tfidf, or a model's directory")
+    keep: Literal["longest", "newest", "first"] = option("longest", "which row of a pair stays; of equals the first read")
+    neighbours: int = option(20, "nearest rows of each row that are looked at")
+    max_fraction: float = option(0.9, "the most of all rows that may be removed, 0..1; beyond, it stops and asks")
+    max_source_fraction: float = option(0.75, "the most of one source that one cluster may remove, 0..1")
+    allow: tuple[str, ...] = option((), "sources of which any part may be removed")
+    kind: Literal["semantic_duplicates"] = "semantic_duplicates"
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "agreement", "max_fraction", "max_source_fraction"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ConfigError(f"{name} is {value}, not between 0 and 1", f"{name}: {min(max(value, 0.0), 1.0):g}")
+        if self.neighbours < 1:
+            raise ConfigError(f"neighbours is {self.neighbours}, not 1 or more", "neighbours: 20")
+
+    def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
+        """See SetStep: the texts that are compared, whether they were cut, and what the choice of a survivor goes by."""
+        texts = [self._text(example)[: vectors.MOST_CHARACTERS] for example in examples]
+        replies = [example.reply[: vectors.MOST_CHARACTERS] if self.field == "both" else "" for example in examples]
+        return pa.table(
+            {
+                "text": pa.array(texts, pa.large_string()),
+                "reply": pa.array(replies, pa.large_string()),
+                "cut": pa.array(
+                    [vectors.is_cut(example) or len(self._text(example)) > vectors.MOST_CHARACTERS for example in examples]
+                ),
+                "length": pa.array([len(self._text(example)) + len(example.reply) for example in examples], pa.int64()),
+                "date": pa.array([max((origin.date for origin in example.origins), default="") for example in examples]),
+            }
+        )
+
+    def _text(self, example: Example) -> str:
+        prompt = vectors.prompt_text(example)
+        if self.field == "all":
+            return "\n".join(message.text for message in example.messages)
+        return example.reply if self.field == "reply" or (self.field == "both" and not prompt) else prompt
+
+    def decide(self, gathered: Gathered) -> Verdicts:
+        """See SetStep. Raises GuardError when more would go than its guards allow."""
+        compared = self._compared(gathered)
+        chosen = vectors.choose(self.encoder)
+        gathered.notice(f"semantic duplicates: {len(compared):,} of {len(gathered):,} rows; encoder {chosen.encoder.name}")
+        table = gathered.table.take(pa.array(compared)) if len(compared) < len(gathered) else gathered.table
+        texts, replies = vectors.Texts(table["text"]), vectors.Texts(table["reply"])
+        found = meaning.Found()
+        if len(compared) > 1:
+            embedded = chosen.encoder.encode(texts)
+            rules = meaning.Rules(self.threshold, self.agreement, self.neighbours)
+            found = meaning.pairs(texts, embedded, rules, replies if self.field == "both" else None)
+        removals = self._removals(gathered, compared, found)
+        facts = {
+            **(chosen.facts() if len(compared) > 1 else {"encoder": "none", "encoder_because": "there is nothing to compare"}),
+            "compared": len(compared),
+            "too_long_to_compare": sum(gathered.table["cut"].to_pylist()),
+            "near_by_vectors": found.candidates,
+            "pairs": len(found.pairs),
+            "refused_by_words": dict(sorted(found.refused.items())),
+        }
+        return Verdicts(removals, {EVIDENCE: self._evidence(gathered, compared, found)}, facts, set_aside=True)
+
+    def _compared(self, gathered: Gathered) -> Any:
+        """Row numbers with a whole text. What was cut may differ where it was cut."""
+        whole = [not cut for cut in gathered.table["cut"].to_pylist()]
+        spoken = [bool(text.strip()) for text in vectors.Texts(gathered.table["text"])]
+        return np.flatnonzero(np.array(whole, bool) & np.array(spoken, bool))
+
+    def _removals(self, gathered: Gathered, compared: Any, found: meaning.Found) -> list[Removal]:
+        if not found.pairs:
+            return []
+        scores = np.array([min(pair.likeness, pair.words) for pair in found.pairs], np.float32)
+        a, b = (np.array(compared[[getattr(pair, end) for pair in found.pairs]], np.int64) for end in ("a", "b"))
+        edges = Pairs(a, b, scores, np.zeros_like(scores), np.zeros(len(a), bool))
+        gone = clusters.resolve(edges, self._rank(gathered), Rules(threshold=0.0, floor=0.0, contained=0.0))
+        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow)
+        locators = gathered.table["locator"]
+        sources = np.array(gathered.table["source"].to_pylist(), np.int64)
+        clusters.guard(gone, sources, gathered.sources, limits, lambda row: str(locators[row].as_py()))
+        return [
+            Removal(
+                row, "semantic_duplicate", f"says the same as {locators[kept].as_py()}", kept, round(float(score), 4), METHOD
+            )
+            for row, kept, score in zip(*(np.asarray(end).tolist() for end in (gone.rows, gone.kept, gone.score)), strict=True)
+        ]
+
+    def _rank(self, gathered: Gathered) -> Any:
+        if self.keep == "longest":
+            return np.array(gathered.table["length"].to_pylist(), np.int64)
+        if self.keep == "newest":
+            return np.unique(np.array(gathered.table["date"].to_pylist()), return_inverse=True)[1]
+        return np.zeros(len(gathered), np.int64)
+
+    def _evidence(self, gathered: Gathered, compared: Any, found: meaning.Found) -> Any:
+        ids, locators = gathered.table["id"], gathered.table["locator"]
+        ends = [(int(compared[pair.a]), int(compared[pair.b]), pair) for pair in found.pairs]
+        return pa.table(
+            {
+                "a": pa.array([ids[a].as_py() for a, _, _ in ends], pa.string()),
+                "b": pa.array([ids[b].as_py() for _, b, _ in ends], pa.string()),
+                "locator_a": pa.array([locators[a].as_py() for a, _, _ in ends], pa.string()),
+                "locator_b": pa.array([locators[b].as_py() for _, b, _ in ends], pa.string()),
+                "score": pa.array([min(pair.likeness, pair.words) for _, _, pair in ends], pa.float32()),
+                "likeness": pa.array([pair.likeness for _, _, pair in ends], pa.float32()),
+                "words": pa.array([pair.words for _, _, pair in ends], pa.float32()),
+                "method": pa.array([METHOD] * len(ends), pa.string()),
+            }
+        )
