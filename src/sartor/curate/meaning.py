@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from sartor.curate import alike, neighbours
 
-Field = Literal["prompt", "reply", "both", "all"]
 # Replies of so few content words, and JSON, are labels or values: these are equal or not, but never alike.
 FEW_WORDS = 3
 
