@@ -54,6 +54,7 @@ _NAMES = {
     "Waiver": "sartor.evaluate.release:Waiver",
     # what is known of them
     "assets": "sartor.core.assets:entries",
+    "describe_steps": "sartor.curate.steps.reference:lines",
     "load_curate_recipe": "sartor.curate.pipeline:load_recipe",
     "load_recipe": "sartor.tune.recipe:load",
     "options": "sartor.core.config:describe",
