@@ -334,7 +334,7 @@ def assets_install(name: str) -> Any:
 def _add_options() -> None:
     """Help texts of recipe options come from their declaration."""
     for command, recipe in (("curate", sartor.CurateRecipe), ("plan", sartor.Recipe), ("tune", sartor.Recipe)):
-        lines = [f"- `--{name}` ({kind}): {text}" for name, kind, text in sartor.options(recipe)]
+        lines = [f"- `{'' if '[]' in name else '--'}{name}` ({kind}): {text}" for name, kind, text in sartor.options(recipe)]
         if command == "curate":
             lines += ["", *sartor.describe_steps(table=False)]
         app[command].help_epilogue = "\n".join(["Options of the recipe:", "", *lines])

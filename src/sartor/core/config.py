@@ -117,8 +117,17 @@ def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
             for member in members:
                 yield from describe(member, f"{name}.")
             continue
-        default = "required" if field.default is dataclasses.MISSING else f"default {dump(field.default)!r}"
+        default = "required" if field.default is dataclasses.MISSING else f"default {_said(field.default)}"
         yield name, f"{_describe_type(hint)}, {default}", field.metadata.get("help", "")
+        if len(members) == 1:
+            yield from describe(members[0], f"{name}[].")
+
+
+def _said(default: Any) -> str:
+    """A default as a recipe would have it."""
+    if isinstance(default, tuple) and default and all(dataclasses.is_dataclass(item) for item in default):
+        return f"[{', '.join(_kind(type(item)) for item in default)}]"
+    return repr(dump(default))
 
 
 def _flag_pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -284,7 +293,8 @@ def _wrong(where: str, value: Any, expected: str, meant: str = "") -> ConfigErro
 
 def _describe_type(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
-        return "a mapping"
+        named = any(field.name == "kind" for field in dataclasses.fields(hint))
+        return _kind(hint) if named else "a mapping"
     origin = get_origin(hint)
     if origin is Literal:
         return " | ".join(str(choice) for choice in get_args(hint))
