@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard, get_args
 
+from sartor.curate.steps.audio import Audio
 from sartor.curate.steps.boilerplate import Boilerplate
 from sartor.curate.steps.chat_quality import ChatQuality
 from sartor.curate.steps.contamination import Contamination
 from sartor.curate.steps.contract import SetStep
 from sartor.curate.steps.domain import Domain
 from sartor.curate.steps.exact import ExactDuplicates
+from sartor.curate.steps.image_duplicates import ImageDuplicates
+from sartor.curate.steps.images import Images
 from sartor.curate.steps.language import Language
 from sartor.curate.steps.length import Length
 from sartor.curate.steps.markup import Markup
@@ -18,8 +21,8 @@ from sartor.curate.steps.repair import RepairText
 from sartor.curate.steps.repetition import Repetition
 from sartor.curate.steps.rules import Rules
 
-AnyRowStep = RepairText | Markup | Rules | Length | Repetition | ChatQuality
-AnySetStep = Language | Boilerplate | Domain | Contamination | ExactDuplicates | NearDuplicates
+AnyRowStep = RepairText | Markup | Rules | Length | Repetition | ChatQuality | Images | Audio
+AnySetStep = Language | Boilerplate | Domain | Contamination | ExactDuplicates | NearDuplicates | ImageDuplicates
 Step = AnyRowStep | AnySetStep
 
 
