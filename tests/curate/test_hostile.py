@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import struct
+import subprocess
 import sys
 import time
 import zipfile
@@ -431,6 +432,31 @@ def test_a_file_that_holds_the_reader_up_is_ended_and_the_next_is_read(tmp_path:
     rows = Rows(tmp_path / "media", tmp_path)
     assert (rows.reasons, rows.replies) == ({"html_bomb": 1}, ["good"])
     assert time.monotonic() - began < 15
+
+
+def test_a_parser_that_dies_takes_no_other_file_with_it(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.html").write_text(f"<p>{name}")
+    digests = {name: media.digest_of((tmp_path / f"{name}.html").read_bytes()) for name in ("a", "b")}
+    with documents.Pages() as reader:
+        assert [row for _, row in reader.read(str(tmp_path / "a.html"), digests["a"], "html", 1000)] == [{"text": "a"}]
+        assert reader._process is not None
+        reader._process.kill()
+        reader._process.wait()
+        assert [row for _, row in reader.read(str(tmp_path / "b.html"), digests["b"], "html", 1000)] == [{"text": "b"}]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's own limits")
+def test_the_reading_process_has_a_limit_of_memory_and_can_write_nothing(tmp_path: Path) -> None:
+    code = (
+        "from sartor.curate import pages; pages._limit()\n"
+        "try: bytearray(pages.MOST_MEMORY); print('memory')\n"
+        "except MemoryError: pass\n"
+        f"open({str(tmp_path / 'out')!r}, 'w').write('x' * 10)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "memory" not in done.stdout
+    assert (tmp_path / "out").stat().st_size == 0
 
 
 @pytest.mark.parametrize(

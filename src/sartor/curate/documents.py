@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -62,12 +63,15 @@ class Pages:
         """Rows of an HTML file (one) or a PDF (one a page, the line is the page number). Raises ExtraError."""
         if importlib.util.find_spec(MODULES[kind]) is None:
             raise need(MODULES[kind], "documents")
+        if self._process is not None and self._process.poll() is not None:
+            self._end()
         process = self._process or self._start()
         request = {"path": path, "sha256": sha256, "kind": kind, "most": most_bytes}
         assert process.stdin is not None
-        process.stdin.write(json.dumps(request).encode() + b"\n")
-        process.stdin.flush()
-        page, began, whole = 1, time.monotonic(), False
+        with contextlib.suppress(BrokenPipeError):  # a process that is gone has no reply either
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        page, began, whole, code = 1, time.monotonic(), False, None
         try:
             while reply := self._listen(process, min(PAGE_S, FILE_S - (time.monotonic() - began))):
                 if whole := reply.get("done", False):
@@ -75,12 +79,16 @@ class Pages:
                 page = reply["line"] + 1
                 fault = Malformed(reply["reason"], reply["detail"]) if "reason" in reply else None
                 yield str(reply["line"]), fault or {"text": reply["text"]}
+            code = process.poll()
         finally:
             if not whole:
                 self._end()
         spent = time.monotonic() - began
-        detail = f"reading it was ended after {spent:.0f} s (it was too slow, or broke the parser); the rest is not read"
-        yield str(page), Malformed(f"{kind}_bomb", detail)
+        if code is not None and code > 0:
+            yield str(page), Malformed(f"bad_{kind}", f"its parser broke off with code {code}; the rest is not read")
+            return
+        why = f"by signal {-code}" if code else "as too slow"
+        yield str(page), Malformed(f"{kind}_bomb", f"reading it was ended {why} after {spent:.0f} s; the rest is not read")
 
     def _start(self) -> subprocess.Popen[bytes]:
         paths = [path for path in sys.path if path]

@@ -20,7 +20,7 @@ from typing import Any
 from sartor.curate.faults import Malformed
 from sartor.curate.places import open_regular
 
-MOST_BYTES = 256 << 20  # of a file
+MOST_BYTES = {"pdf": 256 << 20, "html": 32 << 20}  # of a file
 MOST_MEMORY = 3 << 30  # of this process
 MOST_CPU_S = 120  # for a file
 MOST_PAGES = 20_000
@@ -167,9 +167,9 @@ def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Replies to one request: {line, text} or {line, reason, detail} for each row of the file."""
     try:
         with open_regular(request["path"]) as stream:
-            raw = stream.read(MOST_BYTES + 1)
-        if len(raw) > MOST_BYTES:
-            raise Malformed("oversize_file", f"the limit of a {request['kind']} file is {MOST_BYTES:,} bytes")
+            raw = stream.read((most := MOST_BYTES[request["kind"]]) + 1)
+        if len(raw) > most:
+            raise Malformed("oversize_file", f"the limit of a {request['kind']} file is {most:,} bytes")
         if hashlib.sha256(raw).hexdigest() != request["sha256"]:
             raise Malformed("changed_file", "the file was changed after the run began")
         rows = pdf_pages(raw) if request["kind"] == "pdf" else iter([(1, html_text(raw))])

@@ -189,9 +189,9 @@ class _Reading:
     def rows(self, file: InputFile, rows: Read) -> Iterator[Example | Drop]:
         form = file.form
         group = file.name if file.kind == "pdf" else ""
-        place = partial(self._place, file)
+        place, date = partial(self._place, file), forms.iso_date(self.source.date)
         for line, row in rows:
-            origin = Origin(self.source.path, f"{file.name}:{line}", self.source.licence, date=forms.iso_date(self.source.date))
+            origin = Origin(self.source.path, f"{file.name}:{line}", self.source.licence, date=date)
             try:
                 if isinstance(row, Malformed):
                     raise row

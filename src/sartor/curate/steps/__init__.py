@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard, get_args
 
+from sartor.curate.steps.audio import Audio
 from sartor.curate.steps.boilerplate import Boilerplate
 from sartor.curate.steps.chat_quality import ChatQuality
 from sartor.curate.steps.contamination import Contamination
 from sartor.curate.steps.contract import SetStep
 from sartor.curate.steps.domain import Domain
 from sartor.curate.steps.exact import ExactDuplicates
+from sartor.curate.steps.image_duplicates import ImageDuplicates
+from sartor.curate.steps.images import Images
 from sartor.curate.steps.labels import SuspiciousLabels
 from sartor.curate.steps.language import Language
 from sartor.curate.steps.length import Length
@@ -21,9 +24,17 @@ from sartor.curate.steps.repetition import Repetition
 from sartor.curate.steps.rules import Rules
 from sartor.curate.steps.semantic import SemanticDuplicates
 
-AnyRowStep = RepairText | Markup | Rules | Length | Repetition | ChatQuality | PersonalData
+AnyRowStep = RepairText | Markup | Rules | Length | Repetition | ChatQuality | PersonalData | Images | Audio
 AnySetStep = (
-    Language | Boilerplate | Domain | Contamination | ExactDuplicates | NearDuplicates | SemanticDuplicates | SuspiciousLabels
+    Language
+    | Boilerplate
+    | Domain
+    | Contamination
+    | ExactDuplicates
+    | NearDuplicates
+    | SemanticDuplicates
+    | ImageDuplicates
+    | SuspiciousLabels
 )
 Step = AnyRowStep | AnySetStep
 

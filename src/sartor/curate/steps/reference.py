@@ -1,6 +1,6 @@
 """What every step does and takes, as Markdown, from the declarations themselves: the help text, and docs/steps.md.
 
-    python -m sartor.curate.steps.reference > docs/steps.md
+python -m sartor.curate.steps.reference > docs/steps.md
 """
 
 from __future__ import annotations
