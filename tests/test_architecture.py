@@ -29,9 +29,9 @@ TORCH_FREE = ("sartor", "sartor.core.rows", "sartor.core.lineage", "sartor.core.
 LINES, BODY, ARGUMENTS, FIELDS, NESTING = 400, 60, 7, 12, 4
 # (what, ceiling) -> the reason. The list only shrinks.
 EXCEPTIONS = {
-    ("cli.py:release", "arguments"): "a command's arguments are its flags",
-    ("cli.py:ask", "arguments"): "a command's arguments are its flags",
-    ("cli.py:dedup", "arguments"): "a command's arguments are its flags",
+    ("cli/tuning.py:release", "arguments"): "a command's arguments are its flags",
+    ("cli/tuning.py:ask", "arguments"): "a command's arguments are its flags",
+    ("cli/data.py:dedup", "arguments"): "a command's arguments are its flags",
     ("evaluate/release.py:release", "arguments"): "a verb's arguments are its command's flags",
 }
 

@@ -19,7 +19,7 @@
         `-- HubError                      ... a model or dataset hub that cannot be reached
 
 An error is a value: it carries what is wrong (with the values that made it so) and the next thing to type. It does not
-print, log or exit; `cli.py` does that once. A bug is not a SartorError: it ends in a traceback and exit code 1.
+print, log or exit; `cli` does that once. A bug is not a SartorError: it ends in a traceback and exit code 1.
 """
 
 from __future__ import annotations

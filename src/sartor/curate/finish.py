@@ -160,24 +160,9 @@ def write_set_aside(folder: Path, aside: Iterable[tuple[str, Example]]) -> None:
 
 
 # Columns of text that quote no row: ids, places and words of ours.
-NO_QUOTES = frozenset(
-    [
-        "reason",
-        "source",
-        "locator",
-        "step",
-        "id",
-        "kept",
-        "method",
-        "a",
-        "b",
-        "a_source",
-        "b_source",
-        "locator_a",
-        "locator_b",
-        "kind",
-    ]
-)
+NO_QUOTES = frozenset(["reason", "source", "locator", "step", "id", "kept", "method", "kind"]) | {
+    f"{name}{end}" for name in ("", "source_", "locator_") for end in "ab"
+}
 
 
 def masked(table: Any, masks: Masks) -> Any:

@@ -48,7 +48,7 @@ def open_picture(file: Path, longest_side: int) -> Picture:
     try:
         from PIL import Image
     except ImportError:
-        raise need("pillow", "multimodal") from None
+        raise need("pillow") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large and odd pictures; those over the limit are refused below

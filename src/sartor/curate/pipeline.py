@@ -34,6 +34,7 @@ from sartor.curate.steps.personal_data import PersonalData
 from sartor.curate.work import Task
 
 Notice = Callable[[str], None]
+FILES_LISTED = 20
 # Of a Source, what its files' entries in the manifest say besides the licence: core/licences.py reads them there.
 TERMS = ("share_alike", "non_commercial", "expires", "consent")
 Engine = Literal["local", "ray"]
@@ -81,7 +82,7 @@ class Curated:
             "kept": self.kept,
             "dropped": self.dropped,
             "licences": sorted({source["licence"] for source in manifest["sources"]}),
-            "forms": {_place(source): source["form"] for source in manifest["sources"]},
+            "forms": _forms(manifest["sources"]),
             "splits": manifest["counts"]["splits"],
             "steps": manifest["steps"],
             "digest": manifest["digest"],
@@ -288,6 +289,16 @@ def digests(folder: Path) -> dict[str, str]:
 
 def _size(before: Path | None) -> int:
     return (before / "examples.parquet").stat().st_size if before else 0
+
+
+def _forms(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The form found in each file; of many files, how many of which form a source has."""
+    if len(sources) <= FILES_LISTED:
+        return {_place(source): source["form"] for source in sources}
+    found: dict[str, Counter[str]] = {}
+    for source in sources:
+        found.setdefault(source["source"], Counter())[source["form"]] += 1
+    return {name: ", ".join(f"{form} ({count} files)" for form, count in forms.most_common()) for name, forms in found.items()}
 
 
 def _place(source: Mapping[str, Any]) -> str:

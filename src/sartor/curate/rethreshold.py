@@ -92,8 +92,8 @@ class _Rethreshold:
         count = len(self.ids)
         rank, order = np.zeros(count), np.arange(count, dtype=np.int64)
         for end, numbers in (("a", a), ("b", b)):
-            rank[numbers] = pairs[f"{end}_rank"].to_numpy()
-            order[numbers] = pairs[f"{end}_place"].to_numpy()
+            rank[numbers] = pairs[f"rank_{end}"].to_numpy()
+            order[numbers] = pairs[f"place_{end}"].to_numpy()
         # of rows of equal rank the first read stays: number them as they were read
         read = np.argsort(order, kind="stable")
         place = np.empty(count, np.int64)
@@ -131,7 +131,7 @@ class _Rethreshold:
     def _evidence(self) -> Any:
         """The pairs, judged by the new threshold."""
         table = pq.read_table(self.old.path / "evidence" / "near_duplicates.parquet")
-        numbers = (table[f"{end}_place"].to_numpy() for end in ("a", "b"))
+        numbers = (table[f"place_{end}"].to_numpy() for end in ("a", "b"))
         pairs = Pairs(*numbers, *(table[name].to_numpy() for name in ("jaccard", "containment", "exact")))
         score, method = ledger.judgements(pairs, self.rules)
         for name, column in (("score", pa.array(score)), ("method", pa.array(method.tolist(), pa.string()))):

@@ -81,7 +81,7 @@ def _parse(url: str) -> Any:
         from sqlalchemy.engine import make_url
         from sqlalchemy.exc import ArgumentError
     except ImportError:
-        raise need("sqlalchemy", "sql") from None
+        raise need("sqlalchemy") from None
     try:
         return make_url(url)
     except (ArgumentError, ValueError):

@@ -31,7 +31,7 @@ _SCHEMA = pa.schema(
 
 
 def write_pairs(file: Path, pairs: Pairs, rank: NDArray[Any], rules: Rules) -> None:
-    """All pairs down to the floor, with what was measured and the ranks of both rows: enough to decide anew without the rows."""
+    """All pairs down to the floor, with what was measured and both rows' ranks: enough to decide anew without the rows."""
     score, methods = judgements(pairs, rules)
     rank = np.asarray(rank, np.float64)
     columns = [pairs.a, pairs.b, score, methods, pairs.jaccard, pairs.containment, rank[pairs.a], rank[pairs.b]]

@@ -111,7 +111,7 @@ def listen(file: Path, max_seconds: float) -> Sound:
     try:
         import soundfile
     except (ImportError, OSError):  # OSError: the package without its library
-        raise need("soundfile", "multimodal") from None
+        raise need("soundfile") from None
     try:
         with soundfile.SoundFile(file) as sound:
             rate = int(sound.samplerate)

@@ -119,8 +119,8 @@ def _ledger(pairs: Any, rules: Rules, rank: Any, gathered: Gathered) -> Any:
         {
             "a": ids.take(a), "b": ids.take(b), "score": score, "method": pa.array(methods.tolist(), pa.string()),
             "jaccard": pairs.jaccard, "containment": pairs.containment, "exact": pairs.exact,
-            "a_rank": rank[pairs.a], "b_rank": rank[pairs.b], "a_place": pairs.a, "b_place": pairs.b,
-            "a_source": sources.take(a), "b_source": sources.take(b),
+            "rank_a": rank[pairs.a], "rank_b": rank[pairs.b], "place_a": pairs.a, "place_b": pairs.b,
+            "source_a": sources.take(a), "source_b": sources.take(b),
         }
     )  # fmt: skip
 
