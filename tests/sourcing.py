@@ -9,7 +9,7 @@ from typing import Any
 
 from sartor.core.records import Drop, Example
 from sartor.curate.recipe import Source
-from sartor.curate.units import Plan, plan, read, unit_of_json
+from sartor.curate.sources.units import Plan, plan, read, unit_of_json
 
 
 class Rows:

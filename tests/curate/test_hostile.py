@@ -22,9 +22,9 @@ import pytest
 
 from conftest import write_jsonl
 from sartor.core.errors import ConfigError
-from sartor.curate import documents, media, pages, parquet, places, tables
 from sartor.curate.recipe import Source
-from sartor.curate.units import plan
+from sartor.curate.sources import documents, media, pages, parquet, places, tables
+from sartor.curate.sources.units import plan
 from sourcing import Rows, assembled, chat, pdf, tree
 
 
@@ -144,7 +144,7 @@ def test_a_caption_or_picture_that_became_a_pipe_is_named(tmp_path: Path) -> Non
     (unit,) = plan([source], 1 << 20).units
     (tmp_path / "a.txt").unlink()
     os.mkfifo(tmp_path / "a.txt")
-    from sartor.curate.units import read
+    from sartor.curate.sources.units import read
 
     assert [row.reason for row in read(unit, source, tmp_path / "media")] == ["not_a_file"]
 
@@ -449,7 +449,7 @@ def test_a_parser_that_dies_takes_no_other_file_with_it(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's own limits")
 def test_the_reading_process_has_a_limit_of_memory_and_can_write_nothing(tmp_path: Path) -> None:
     code = (
-        "from sartor.curate import pages; pages._limit()\n"
+        "from sartor.curate.sources import pages; pages._limit()\n"
         "try: bytearray(pages.MOST_MEMORY); print('memory')\n"
         "except MemoryError: pass\n"
         f"open({str(tmp_path / 'out')!r}, 'w').write('x' * 10)\n"

@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, PngImagePlugin
 from conftest import write_jsonl
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Drop, Example, Message, Origin, Part
-from sartor.curate import media, pictures
 from sartor.curate.recipe import Source
+from sartor.curate.sources import media, pictures
 from sartor.curate.steps import image_duplicates
 from sartor.curate.steps.audio import Audio
 from sartor.curate.steps.contract import Gathered
@@ -160,7 +160,7 @@ def test_a_caption_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_changed_after_planning_is_named_and_not_copied(tmp_path: Path) -> None:
-    from sartor.curate.units import plan, read
+    from sartor.curate.sources.units import plan, read
 
     scene(1).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("one")

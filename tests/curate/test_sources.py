@@ -15,9 +15,9 @@ import pytest
 from conftest import write_jsonl
 from sartor.core import assets
 from sartor.core.errors import ConfigError, HubError, SourceError
-from sartor.curate import forms, sql
 from sartor.curate.recipe import Source
-from sartor.curate.units import plan
+from sartor.curate.sources import forms, sql
+from sartor.curate.sources.units import plan
 from sourcing import Rows, pdf
 
 

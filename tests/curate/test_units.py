@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import write_jsonl
-from sartor.curate import planning, survey
 from sartor.curate.recipe import Source
-from sartor.curate.units import plan, read
+from sartor.curate.sources import planning, survey
+from sartor.curate.sources.units import plan, read
 from sourcing import Rows, chat
 
 
@@ -88,7 +88,7 @@ def test_a_line_of_many_blocks_takes_the_memory_of_a_row(tmp_path: Path) -> None
 def test_row_groups_of_parquet_are_read_apart_with_their_row_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "PIECE_BYTES", 1000)
     monkeypatch.setattr(planning, "PIECE_BYTES", 1000)
-    monkeypatch.setattr("sartor.curate.parquet.PIECE_BYTES", 3000)
+    monkeypatch.setattr("sartor.curate.sources.parquet.PIECE_BYTES", 3000)
     seeded = random.Random(0)
     table = pa.table({"text": [f"{n} {seeded.random()}" for n in range(1000)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=70)

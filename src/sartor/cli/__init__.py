@@ -25,13 +25,17 @@ from sartor.core.errors import ConfigError, SartorError
 __all__ = ["app", "assets", "data", "main", "tuning"]
 
 
-def _add_options() -> None:
-    """Help texts of recipe options come from their declaration."""
-    for command, recipe in (("curate", sartor.CurateRecipe), ("plan", sartor.Recipe), ("tune", sartor.Recipe)):
-        lines = [f"- `{'' if '[]' in name else '--'}{name}` ({kind}): {text}" for name, kind, text in sartor.options(recipe)]
-        if command == "curate":
-            lines += ["", *sartor.describe_steps(table=False)]
-        app[command].help_epilogue = "\n".join(["Options of the recipe:", "", *lines])
+# command -> the name of its recipe's class: loaded for the help of that command alone, since that takes a while
+RECIPES = {"curate": "CurateRecipe", "plan": "Recipe", "tune": "Recipe"}
+
+
+def _add_options(command: str) -> None:
+    """The help texts of a recipe's options come from their declaration."""
+    options = sartor.options(getattr(sartor, RECIPES[command]))
+    lines = [f"- `{'' if '[]' in name else '--'}{name}` ({kind}): {text}" for name, kind, text in options]
+    if command == "curate":
+        lines += ["", *sartor.describe_steps(table=False)]
+    app[command].help_epilogue = "\n".join(["Options of the recipe:", "", *lines])
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -42,8 +46,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         arguments.remove("--json")
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        if {"--help", "-h"} & set(arguments):
-            _add_options()
+        if {"--help", "-h"} & set(arguments) and arguments[0] in RECIPES:
+            _add_options(arguments[0])
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         _show(result, as_json)
     except SartorError as error:

@@ -25,11 +25,12 @@ from sartor.core import catalogue, config, licences, lineage, lineage_index, row
 from sartor.core.artifacts import Artifact, check_free, file_digest, kind_of, open_artifact, write_artifact, writer_lock
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import canonical, digest
-from sartor.curate import card, finish, local, on_ray, units
+from sartor.curate import card, finish, local, on_ray
 from sartor.curate.parts import Part
 from sartor.curate.passes import Passes, State, evidence_of, whole
 from sartor.curate.progress import Progress
 from sartor.curate.recipe import CurateRecipe
+from sartor.curate.sources import units
 from sartor.curate.steps.personal_data import PersonalData
 from sartor.curate.work import Task
 

@@ -10,7 +10,7 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.licences import Consent, Use
 from sartor.core.spdx import UNKNOWN, checked
-from sartor.curate.forms import iso_date
+from sartor.curate.sources.forms import iso_date
 from sartor.curate.steps import Step
 from sartor.curate.steps.exact import ExactDuplicates
 

@@ -23,8 +23,8 @@ from sartor.core import rows
 from sartor.core.records import Drop, Example, Origin, digest
 from sartor.curate import parts
 from sartor.curate.recipe import Source
+from sartor.curate.sources.units import Unit, read
 from sartor.curate.steps.contract import Counting, RowFunction, RowStep, SetStep
-from sartor.curate.units import Unit, read
 
 BATCH_ROWS = 1024
 

@@ -25,7 +25,7 @@ from sartor.core.artifacts import Artifact, check_free, open_artifact, write_art
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, ModelError, SourceError
 from sartor.core.records import Drop, Example
 from sartor.curate.recipe import Source
-from sartor.curate.units import read_all
+from sartor.curate.sources.units import read_all
 from sartor.evaluate import audit, compare, page
 from sartor.evaluate.compare import Comparison
 from sartor.evaluate.scorers import SCORERS

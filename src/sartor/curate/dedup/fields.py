@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sartor.core.errors import ConfigError
-from sartor.curate import forms
+from sartor.curate.sources import forms
 
 # Fields that name a row: no two rows share them, however alike they are. Left out where nobody named a field, and said so.
 _NAMES = {

@@ -17,9 +17,9 @@ from typing import Any
 from sartor.core import assets
 from sartor.core.errors import ConfigError
 from sartor.core.records import Origin
-from sartor.curate import forms, readers
-from sartor.curate.faults import Malformed
-from sartor.curate.tables import Read
+from sartor.curate.sources import forms, readers
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.tables import Read
 
 _HEAD_ROWS = 50
 _MOST_BYTES = 64 << 20

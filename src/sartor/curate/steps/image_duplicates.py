@@ -18,7 +18,7 @@ from sartor.core.records import Example, digest
 from sartor.curate.dedup import clusters
 from sartor.curate.dedup.pairs import EXACT, Pairs
 from sartor.curate.dedup.verify import Rules
-from sartor.curate.pictures import SIDE, UnreadableError, likeness, open_picture, perceptual_hash, thumbnail
+from sartor.curate.sources.pictures import SIDE, UnreadableError, likeness, open_picture, perceptual_hash, thumbnail
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
 from sartor.curate.steps.images import media_of
 

@@ -10,7 +10,7 @@ from typing import Literal
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example
-from sartor.curate.pictures import SHARP_SIDE, UnreadableError, open_picture, sharpness
+from sartor.curate.sources.pictures import SHARP_SIDE, UnreadableError, open_picture, sharpness
 from sartor.curate.steps.contract import RowFunction, dropped
 
 # Five photographs in focus: 0.18 to 0.9. With a Gaussian blur of 2 pixels 0.001 to 0.006, of 4 pixels up to 0.0005.

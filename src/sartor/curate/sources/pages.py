@@ -17,8 +17,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from sartor.curate.faults import Malformed
-from sartor.curate.places import open_regular
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.places import open_regular
 
 MOST_BYTES = {"pdf": 256 << 20, "html": 32 << 20}  # of a file
 MOST_MEMORY = 3 << 30  # of this process

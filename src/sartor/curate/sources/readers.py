@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from sartor.curate import formats, parquet, tables
-from sartor.curate.faults import Malformed
-from sartor.curate.places import open_regular
-from sartor.curate.survey import Piece
-from sartor.curate.tables import Read
+from sartor.curate.sources import formats, parquet, tables
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.places import open_regular
+from sartor.curate.sources.survey import Piece
+from sartor.curate.sources.tables import Read
 
 # the extensions that `read` takes
 READERS = tuple(

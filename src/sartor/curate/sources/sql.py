@@ -18,9 +18,9 @@ from typing import Any
 from urllib.parse import quote
 
 from sartor.core.errors import ConfigError, HubError, need
-from sartor.curate.faults import Malformed
-from sartor.curate.parquet import drop_nulls
-from sartor.curate.tables import Read
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.parquet import drop_nulls
+from sartor.curate.sources.tables import Read
 
 _NAME = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _WHOLE_NAME = re.compile(r"(?:\$\{[A-Za-z_][A-Za-z0-9_]*\})+")

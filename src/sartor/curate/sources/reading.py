@@ -20,12 +20,12 @@ from typing import Any, BinaryIO
 from sartor.core import records
 from sartor.core.errors import SourceError
 from sartor.core.records import Drop, Example, Origin
-from sartor.curate import documents, formats, forms, media, readers, sources, tables
-from sartor.curate.faults import Malformed
-from sartor.curate.places import open_regular
 from sartor.curate.recipe import Source
-from sartor.curate.survey import Piece, checksum
-from sartor.curate.tables import Read
+from sartor.curate.sources import declared, documents, formats, forms, media, readers, tables
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.places import open_regular
+from sartor.curate.sources.survey import Piece, checksum
+from sartor.curate.sources.tables import Read
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +105,10 @@ def read(
     cannot be used into a SourceError.
     """
     noted: Counter[tuple[str, str]] = Counter() if notes is None else notes
-    reading = _Reading(unit, sources.with_licence(source), media_folder, strict, noted)
+    reading = _Reading(unit, declared.with_licence(source), media_folder, strict, noted)
     if not unit.files:
-        name = "query" if sources.scheme(source.path) == "sql" else source.path
-        yield from reading.rows(InputFile("", name, "query", form=unit.form), sources.queried(source, unit.most_bytes))
+        name = "query" if declared.scheme(source.path) == "sql" else source.path
+        yield from reading.rows(InputFile("", name, "query", form=unit.form), declared.queried(source, unit.most_bytes))
         return
     with ExitStack() as stack:
         pages = stack.enter_context(documents.Pages())

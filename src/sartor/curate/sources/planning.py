@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sartor.core import records
-from sartor.curate import formats, forms, readers, sources
-from sartor.curate.faults import Malformed
-from sartor.curate.places import Found, open_regular, safe_name
-from sartor.curate.reading import InputFile, Unit
 from sartor.curate.recipe import Source
-from sartor.curate.sources import FileFacts
-from sartor.curate.survey import PIECE_BYTES, Piece, survey
+from sartor.curate.sources import declared, formats, forms, readers
+from sartor.curate.sources.declared import FileFacts
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.places import Found, open_regular, safe_name
+from sartor.curate.sources.reading import InputFile, Unit
+from sartor.curate.sources.survey import PIECE_BYTES, Piece, survey
 
 BATCH_FILES = 200
 BATCH_BYTES = 16 << 20
@@ -37,14 +37,14 @@ class Plan:
     files: list[FileFacts] = field(default_factory=list)
 
 
-def plan(declared: Sequence[Source], max_row_bytes: int) -> Plan:
+def plan(wanted: Sequence[Source], max_row_bytes: int) -> Plan:
     """Walk every source. Raises ConfigError, MissingError or HubError for a source that is not there."""
     made = Plan()
-    for index, source in enumerate(map(sources.with_licence, declared)):
-        if sources.scheme(source.path) in ("sql", "hub"):
-            facts = sources.query_facts(source)
-            head = sources.queried(source, max_row_bytes, sources.HEAD_ROWS)
-            form = sources.form_of(head)
+    for index, source in enumerate(map(declared.with_licence, wanted)):
+        if declared.scheme(source.path) in ("sql", "hub"):
+            facts = declared.query_facts(source)
+            head = declared.queried(source, max_row_bytes, declared.HEAD_ROWS)
+            form = declared.form_of(head)
             made.files.append(replace(facts, form=form or "unknown"))
             made.units.append(Unit(len(made.units), index, _asked(source), form, max_row_bytes))
             continue
@@ -102,7 +102,7 @@ class _Cutter:
 
 def _surveyed(source: Source, most_bytes: int) -> Iterator[tuple[InputFile, list[Piece]]]:
     """Every file of a source that is read or refused, with its pieces. Captions come with the file that they are of."""
-    found = sources.files_of(source)
+    found = declared.files_of(source)
     tables, tabled = _tables(found, most_bytes)
     captions = _captions(found, tabled) if source.captions == "beside" else {}
     taken = {path for paths in captions.values() for path in paths[:1]}
@@ -132,8 +132,8 @@ def _inspect(found: Found, kind: str, most_bytes: int, *, of_media: bool) -> tup
             file = replace(file, sha256=sha256, bytes=size)
             if kind not in _TABLE_KINDS:
                 return replace(file, form="text"), []
-            head = itertools.islice(readers.rows(stream, kind, pieces[0], most_bytes), sources.HEAD_ROWS)
-            return replace(file, form=sources.form_of(head, of_media=of_media)), pieces
+            head = itertools.islice(readers.rows(stream, kind, pieces[0], most_bytes), declared.HEAD_ROWS)
+            return replace(file, form=declared.form_of(head, of_media=of_media)), pieces
     except Malformed as problem:
         return replace(file, bytes=_size(found), refusal=(problem.reason, problem.detail)), []
     except OSError as error:

@@ -11,11 +11,11 @@ from typing import Any
 from sartor.core import assets
 from sartor.core.errors import ConfigError, ExtraError, HubError, need
 from sartor.core.spdx import UNKNOWN
-from sartor.curate import forms, places, sql
-from sartor.curate.parquet import drop_nulls
-from sartor.curate.places import Found
 from sartor.curate.recipe import Source
-from sartor.curate.tables import Read
+from sartor.curate.sources import forms, places, sql
+from sartor.curate.sources.parquet import drop_nulls
+from sartor.curate.sources.places import Found
+from sartor.curate.sources.tables import Read
 
 # Rows looked at to find a file's form: the commonest one among them is the file's.
 HEAD_ROWS = 50

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sartor.curate.faults import Malformed
-from sartor.curate.tables import Read
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.tables import Read
 
 BATCH_ROWS = 1024
 MOST_BATCH_BYTES = 64 << 20  # of a batch once unfolded

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.errors import ExtraError, need
-from sartor.curate.media import MOST_PIXELS
+from sartor.curate.sources.media import MOST_PIXELS
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 SHARP_SIDE = 512  # sharpness is measured on a picture whose longer side is at most this

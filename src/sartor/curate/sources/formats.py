@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 
-from sartor.curate.faults import Malformed
+from sartor.curate.sources.faults import Malformed
 
 HEAD_BYTES = 8192
 KINDS: dict[str, str] = {

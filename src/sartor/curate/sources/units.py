@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sartor.core.records import Drop, Example
-from sartor.curate.planning import Plan, plan
-from sartor.curate.reading import InputFile, Unit, read, unit_of_json
 from sartor.curate.recipe import Source
-from sartor.curate.sources import FileFacts
+from sartor.curate.sources.declared import FileFacts
+from sartor.curate.sources.planning import Plan, plan
+from sartor.curate.sources.reading import InputFile, Unit, read, unit_of_json
 
 __all__ = ["FileFacts", "InputFile", "Plan", "Unit", "plan", "read", "read_all", "unit_of_json"]
 

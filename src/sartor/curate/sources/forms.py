@@ -15,8 +15,8 @@ from pathlib import PurePath
 from typing import Any, cast
 
 from sartor.core.records import ROLES, Example, Message, Origin, Part, PartKind
-from sartor.curate.faults import Malformed
-from sartor.curate.formats import kind_of
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.formats import kind_of
 
 # form -> the keys that a row of it must have; the first that fits wins, so the more special stand first
 FORMS: dict[str, tuple[str, ...]] = {

@@ -17,10 +17,10 @@ from types import TracebackType
 from typing import Any
 
 from sartor.core.errors import need
-from sartor.curate import tables
-from sartor.curate.faults import Malformed
-from sartor.curate.places import open_regular
-from sartor.curate.tables import Read
+from sartor.curate.sources import tables
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.places import open_regular
+from sartor.curate.sources.tables import Read
 
 # YAML between `---` lines, or TOML between `+++`, at the very start of a Markdown file
 _FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\r?\n(?:.*\r?\n)*?\1[ \t]*(?:\r?\n|\Z)")
@@ -93,7 +93,7 @@ class Pages:
     def _start(self) -> subprocess.Popen[bytes]:
         paths = [path for path in sys.path if path]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "sartor.curate.pages"]
+        command = [sys.executable, "-m", "sartor.curate.sources.pages"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment)
         self._rest = b""

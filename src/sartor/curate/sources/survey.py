@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from sartor.curate import parquet
+from sartor.curate.sources import parquet
 
 PIECE_BYTES = 8 << 20
 BLOCK_BYTES = 1 << 20

@@ -17,9 +17,9 @@ import urllib.parse
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
-from sartor.curate import formats
-from sartor.curate.faults import Malformed
-from sartor.curate.places import open_regular
+from sartor.curate.sources import formats
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.places import open_regular
 
 MOST_BYTES = 1 << 30  # of one media file
 MOST_PIXELS = 178_956_970  # where Pillow refuses: 2 * PIL.Image.MAX_IMAGE_PIXELS
