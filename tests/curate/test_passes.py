@@ -18,7 +18,7 @@ import pytest
 
 import sartor
 from conftest import write_jsonl
-from sartor.core.errors import ConfigError, SourceError
+from sartor.core.errors import ConfigError, SourceError, StoppedError
 from sartor.core.records import Drop, Example
 from sartor.curate import local, passes, pipeline
 from sartor.curate.steps.contract import Removal, RowFunction, Verdicts, dropped
@@ -65,7 +65,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     whole = sartor.curate(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(local, "execute", interrupted(after))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(StoppedError, match="interrupted"):
             sartor.curate(recipe, tmp_path / "d")
     assert not (tmp_path / "d").exists()
     said: list[str] = []
@@ -80,7 +80,7 @@ def test_a_changed_file_or_recipe_makes_its_parts_again(tmp_path: Path, monkeypa
     recipe = {"sources": sources(tmp_path / "in"), "steps": STEPS, "workers": 1}
     with monkeypatch.context() as patch:
         patch.setattr(local, "execute", interrupted(4))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(StoppedError, match="interrupted"):
             sartor.curate(recipe, tmp_path / "d")
     write_jsonl(tmp_path / "in" / "0.jsonl", [{"question": "new", "answer": "a new one"}])
     made = sartor.curate(recipe, tmp_path / "d")
@@ -92,7 +92,7 @@ def test_a_part_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: py
     recipe = {"sources": sources(tmp_path / "in"), "steps": STEPS, "workers": 1}
     with monkeypatch.context() as patch:
         patch.setattr(local, "execute", interrupted(3))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(StoppedError, match="interrupted"):
             sartor.curate(recipe, tmp_path / "d")
     (file,) = (tmp_path / "d.curating").glob("pass-1/000001/examples.parquet")
     file.write_bytes(file.read_bytes()[:-1])

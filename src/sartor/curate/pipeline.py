@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from sartor.core import catalogue, config, licences, lineage, lineage_index, rows
 from sartor.core.artifacts import Artifact, check_free, file_digest, kind_of, open_artifact, write_artifact, writer_lock
-from sartor.core.errors import ConfigError, SourceError
+from sartor.core.errors import ConfigError, SourceError, StoppedError
 from sartor.core.records import canonical, digest
 from sartor.curate import card, finish, local, on_ray
 from sartor.curate.parts import Part
@@ -120,9 +120,12 @@ def curate(
     work = out.with_name(f"{out.name}.curating")
     with _workplace(work, anew=replace):
         line = Line(recipe, work, on, notice)
-        with line.progress:
-            state = line.run(strict)
-        dataset = write_artifact(out, "dataset", lambda part: line.write(state, part), replace=replace)
+        try:
+            with line.progress:
+                state = line.run(strict)
+            dataset = write_artifact(out, "dataset", lambda part: line.write(state, part), replace=replace)
+        except KeyboardInterrupt:
+            raise StoppedError(f"interrupted; what is done stands in {work}", "the same command goes on there") from None
         catalogue.register(dataset)
         shutil.rmtree(work, ignore_errors=True)
     return Curated(dataset, line.found, wall_s=time.monotonic() - began)
