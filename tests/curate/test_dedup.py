@@ -367,8 +367,10 @@ def test_many_small_clusters_over_the_fraction_of_all_rows_stop_too() -> None:
 
 
 def test_half_a_source_and_a_handful_of_rows_are_no_reason_to_ask() -> None:
-    clusters.guard(removals_of(70), np.zeros(100, int), ["a"], clusters.Limits())
-    clusters.guard(removals_of(4), np.zeros(5, int), ["a"], clusters.Limits())
+    for removed, of in ((70, 100), (4, 5)):
+        clusters.guard(removals_of(removed), np.zeros(of, int), ["a"], clusters.Limits())
+    with pytest.raises(GuardError):
+        clusters.guard(removals_of(80), np.zeros(100, int), ["a"], clusters.Limits())
 
 
 # --- another threshold

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,17 +130,17 @@ class Writer:
         self._waiting, self._bytes = [], 0
 
 
-class _Target:
+class _Target(ABC):
     """Where the kept rows of a file go; `write` gets each block with the mask of its rows."""
 
     def __enter__(self) -> _Target:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: object) -> None:  # noqa: B027
         pass
 
-    def write(self, block: Block, keep: Mask) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def write(self, block: Block, keep: Mask) -> None: ...
 
 
 def _open_target(kind: str, source: Path, target: Path) -> _Target:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
@@ -18,19 +18,8 @@ from sartor.curate.personal.scan import Scanner
 from sartor.curate.steps.contract import TEXT_KEPT, RowFunction
 
 Action = Literal["mask", "drop", "keep"]
-DEFAULT: tuple[EntityName, ...] = (
-    "email",
-    "phone",
-    "credit_card",
-    "iban",
-    "national_id",
-    "ip_address",
-    "mac_address",
-    "secret",
-    "crypto_wallet",
-    "address",
-    "birth_date",
-)
+# names of people need a model; what patterns find of them is asked for by name
+DEFAULT: tuple[EntityName, ...] = tuple(name for name in get_args(EntityName) if name != "person")
 
 
 @dataclass(frozen=True)
