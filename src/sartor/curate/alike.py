@@ -9,12 +9,13 @@ errs towards keeping: "buy a ticket" and "purchase a ticket" are two texts to it
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 import math
 import re
 import tomllib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -123,6 +124,18 @@ def is_negation(token: str) -> bool:
     return token in words().negation or token.endswith("n't")
 
 
+def reader(texts: Sequence[str]) -> Callable[[int], Read]:
+    """Row number -> the reading of its text, made once."""
+    known: dict[int, Read] = {}
+
+    def read(row: int) -> Read:
+        if row not in known:
+            known[row] = Read.of(texts[row])
+        return known[row]
+
+    return read
+
+
 def rarities(texts: Iterable[str]) -> dict[str, float]:
     """The weight of each word: the log of how rare it is among the texts, at least 1."""
     having: Counter[str] = Counter()
@@ -145,19 +158,22 @@ def compare(one: Read, other: Read, weights: Mapping[str, float]) -> Verdict:
         return Verdict(0.0, "opposite", " against ".join(against))
     if swap := swapped(one, other):
         return Verdict(0.0, "swap", " in the place of ".join(swap))
+    # of a single word that says something the others may turn the sense: "do you work", "how would that work"
+    if min(len(one.content), len(other.content)) < 2:
+        return Verdict(_overlap(one.stems, other.stems, weights))
     return Verdict(_overlap(one.content, other.content, weights))
 
 
 def opposite(one: Read, other: Read) -> tuple[str, str] | None:
     """A word of each text, of which the other has none, that stand against each other."""
-    only_one, only_other = set(one.tokens) - set(other.tokens), set(other.tokens) - set(one.tokens)
-    if not only_one or not only_other:
-        return None
+    return _against(set(one.tokens) - set(other.tokens), set(other.tokens) - set(one.tokens))
+
+
+def _against(here: Iterable[str], there: Iterable[str]) -> tuple[str, str] | None:
     groups = words().opposites
-    for word in sorted(only_one):
-        for against in sorted(only_other):
-            if groups.get(word, frozenset()) & groups.get(against, frozenset()) or _is_undone(word, against):
-                return word, against
+    for word, against in itertools.product(sorted(here), sorted(there)):
+        if word != against and (groups.get(word, frozenset()) & groups.get(against, frozenset()) or _is_undone(word, against)):
+            return word, against
     return None
 
 
@@ -172,17 +188,28 @@ def swapped(one: Read, other: Read) -> tuple[str, str] | None:
         from rapidfuzz.distance import Levenshtein
     except ImportError:
         raise need("rapidfuzz", "curate") from None
-    function = words().function
+    one, other = sorted((one, other), key=lambda read: read.stems)  # of several shortest alignments always the same one
     least = min(len(one.content), len(other.content))
     allowed = LONG_SHARE * least if least >= LONG else 0.0
     found: tuple[str, str] | None = None
     for step in Levenshtein.opcodes(one.stems, other.stems):
-        here = [token for token in one.tokens[step.src_start : step.src_end] if token not in function]
-        there = [token for token in other.tokens[step.dest_start : step.dest_end] if token not in function]
-        if step.tag == "replace" and here and there and max(len(here), len(there)) <= _SWAP:
-            allowed -= max(len(here), len(there))
-            found = found or (" ".join(here), " ".join(there))
+        if step.tag != "replace":
+            continue
+        here, there = one.tokens[step.src_start : step.src_end], other.tokens[step.dest_start : step.dest_end]
+        if against := _against(here, there):  # from A to B, to A from B
+            return against
+        only = [" ".join(_content(words_here, words_there)) for words_here, words_there in ((here, there), (there, here))]
+        size = max(len(said.split()) for said in only)
+        if all(only) and size <= _SWAP:
+            allowed -= size
+            found = found or (only[0], only[1])
     return found if allowed < 0 else None
+
+
+def _content(tokens: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The tokens that say something and have no equal among the others."""
+    equal = {stem(token) for token in others}
+    return [token for token in tokens if token not in words().function and stem(token) not in equal]
 
 
 def _overlap(one: Sequence[str], other: Sequence[str], weights: Mapping[str, float]) -> float:

@@ -27,7 +27,7 @@ class Settings:
 
     label: str
     encoder: str
-    likeness: float
+    likeness: float | None
     agreement: float
     seed: int
 
@@ -53,7 +53,8 @@ def rule(gathered: Gathered, settings: Settings) -> Ruling:
     facts: dict[str, Any] = {"label": found.chosen, "label_because": found.why, "other_labels": list(found.others)}
     facts |= {**chosen.facts(), "documents": int(documents.sum()), "prompts_cut": sum(gathered.table["cut"].to_pylist())}
     facts |= _by_label(ruling, np.flatnonzero(labelled), asked, found, settings.seed)
-    facts |= _by_replies(ruling, np.flatnonzero(free), prompts, replies, settings)
+    likeness = chosen.likeness if settings.likeness is None else settings.likeness
+    facts |= _by_replies(ruling, np.flatnonzero(free), (prompts, replies), likeness, settings.agreement)
     facts["not_judged"] = ruling.kinds.count(NOT_JUDGED)
     facts["suspicious"] = int(ruling.wrong.sum())
     facts["estimated_errors"] = facts.get("label_errors", 0) + facts.get("reply_errors", 0)
@@ -89,6 +90,7 @@ def _by_label(ruling: Ruling, rows: I64, asked: Sequence[str], found: target.Tar
         "prompts_with_several_labels": _contested(prompts, numbers),
         "judged_by": judged.method,
         "label_errors": judged.estimated_errors,
+        "label_errors_are": "an estimate" if len(rows) >= FEW * len(names) * 2 else "a loose estimate: too few rows per label",
     }
     if judged.why:
         return {**facts, "not_judged_because": judged.why}
@@ -105,16 +107,17 @@ def _contested(prompts: Sequence[str], labels: I64) -> int:
     return int((np.bincount(pairs[0]) > 1).sum())
 
 
-def _by_replies(ruling: Ruling, rows: I64, prompts: Texts, replies: Texts, settings: Settings) -> dict[str, Any]:
+def _by_replies(ruling: Ruling, rows: I64, texts: tuple[Texts, Texts], likeness: float, agreement: float) -> dict[str, Any]:
     """Judge the rows whose replies are free text."""
     if not len(rows):
         return {}
+    prompts, replies = texts
     found = disagreement(
         [prompts[row] for row in rows.tolist()],
         [replies[row] for row in rows.tolist()],
         ruling.vectors[rows],
-        likeness=settings.likeness,
-        agreement=settings.agreement,
+        likeness=likeness,
+        agreement=agreement,
     )
     ruling.quality[rows], ruling.wrong[rows] = found.quality, found.wrong
     for place, row in enumerate(rows.tolist()):
