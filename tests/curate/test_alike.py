@@ -80,10 +80,33 @@ def test_in_a_long_text_a_word_in_another_place_is_no_other_meaning() -> None:
 
 
 def test_rare_words_weigh_more_than_frequent_ones() -> None:
-    weights = rarities(["turn on the light"] * 99 + ["turn on the chandelier light"])
+    weights = rarities(["turn on the light"] * 40 + ["play some jazz"] * 60 + ["turn on the chandelier light"])
     frequent = compare(Read.of("on the chandelier light"), Read.of("turn on the chandelier light"), weights).score
     rare = compare(Read.of("turn on the light"), Read.of("turn on the chandelier light"), weights).score
     assert rare < frequent
+
+
+def test_an_instruction_before_every_question_makes_no_two_questions_alike() -> None:
+    frame = (
+        "You are given the spoken command of a person at home read it with care think about which device is meant and answer "
+    )
+    frame += (
+        "with the name of one intent that fits never explain anything or say more than asked for by the owner of this house "
+    )
+    places = ["kitchen", "garage", "attic", "office", "cellar", "porch", "nursery", "hallway", "garden", "bathroom", "loft"]
+    texts = [f"{frame}turn on the {place} {thing}" for place in places for thing in ("light", "fan")]
+    weights = rarities(texts)
+    for other in texts[1:]:
+        verdict = compare(Read.of(texts[0]), Read.of(other), weights)
+        assert verdict.objection == "swap"
+    assert (
+        compare(
+            Read.of(texts[0]),
+            Read.of(texts[0].replace("turn on the kitchen light", "the kitchen light please turn on")),
+            weights,
+        ).score
+        > 0.9
+    )
 
 
 @pytest.mark.parametrize("text", ["", " ", "...", "\U0001f600\U0001f600", "'" * 50, "n't", "\u0301\u0301", "a" * 10_000])

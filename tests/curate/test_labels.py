@@ -17,6 +17,7 @@ from sartor.core.errors import AssetError, ConfigError, GuardError
 from sartor.core.records import Example
 from sartor.curate import vectors
 from sartor.curate.labels import folds, target
+from sartor.curate.labels.ruling import without_frame
 from sartor.curate.labels.suspects import judge
 from sartor.curate.steps.contract import Gathered, Verdicts
 from sartor.curate.steps.labels import EVIDENCE, SuspiciousLabels
@@ -239,6 +240,14 @@ def test_a_system_message_that_changes_the_task_counts() -> None:
         for place, ((prompt, _, system), label) in enumerate(zip(rows, labels, strict=True))
     ]
     assert recall(decide(examples), wrong) >= 0.8
+
+
+def test_what_all_prompts_begin_and_end_with_is_set_aside_by_whole_words() -> None:
+    bare = [f"kit{word}" for word in ("chen", "ten", "e", "chenette", "s", "box", "net", "bag", "", "fox")]
+    assert without_frame([f"Classify this: {text}\nAnswer:" for text in bare]) == bare
+    assert without_frame(["the same"] * 12) == ["the same"] * 12
+    assert without_frame([""] * 12) == [""] * 12
+    assert without_frame(["a b", "a c"]) == ["a b", "a c"]
 
 
 ANSWERS = {

@@ -32,6 +32,7 @@ _LETTER_A = re.compile(r"(?<=\w )A(?=\W|$)")  # hepatitis A, plan A: no article
 _MARKS = {"%": "percent", "°": "degree", "€": "euro", "$": "dollar", "£": "pound"}
 _ENDINGS = ("ing", "ed", "es", "s", "e", "d")  # that leave STEM letters or more
 STEM = 4
+COMMON, TELLING = 0.5, 20  # the share of texts that makes a word common, and how many texts that takes
 LONG = 20  # content words from which a few may differ
 LONG_SHARE = 0.1  # ... this part of them
 _SWAP = 3  # the most words of a place that holds one thing here, another there
@@ -98,10 +99,11 @@ class Read:
         negations = sum(is_negation(token) for token in tokens) + sum(folded.count(part) for part in words().negation_parts)
         return cls(tokens, tuple(map(stem, tokens)), numbers, negations)
 
-    @property
-    def content(self) -> list[str]:
+    def content(self, weights: Mapping[str, float]) -> list[str]:
         """The stems that say something."""
-        return [stem for token, stem in zip(self.tokens, self.stems, strict=True) if token not in words().function]
+        function = words().function
+        pairs = zip(self.tokens, self.stems, strict=True)
+        return [stem for token, stem in pairs if token not in function and weights.get(stem, 1.0)]
 
 
 def _parts(token: str) -> list[str]:
@@ -137,13 +139,18 @@ def reader(texts: Sequence[str]) -> Callable[[int], Read]:
 
 
 def rarities(texts: Iterable[str]) -> dict[str, float]:
-    """The weight of each word: the log of how rare it is among the texts, at least 1."""
+    """The weight of each word: 1 and the log of how rare it is among the texts.
+
+    Nought for what more than COMMON of them have, such as the words of an instruction that stands before every question, where
+    there are enough texts to tell.
+    """
     having: Counter[str] = Counter()
     count = 0
     for text in texts:
         having.update(set(Read.of(text).stems))
         count += 1
-    return {token: 1 + math.log((1 + count) / (1 + seen)) for token, seen in having.items()}
+    common = COMMON * count if count >= TELLING else count
+    return {stem: 0.0 if seen > common else 1 + math.log((1 + count) / (1 + seen)) for stem, seen in having.items()}
 
 
 def compare(one: Read, other: Read, weights: Mapping[str, float]) -> Verdict:
@@ -156,12 +163,20 @@ def compare(one: Read, other: Read, weights: Mapping[str, float]) -> Verdict:
         return Verdict(0.0, "negation")
     if against := opposite(one, other):
         return Verdict(0.0, "opposite", " against ".join(against))
-    if swap := swapped(one, other):
+    if swap := swapped(one, other, weights):
         return Verdict(0.0, "swap", " in the place of ".join(swap))
-    # of a single word that says something the others may turn the sense: "do you work", "how would that work"
-    if min(len(one.content), len(other.content)) < 2:
-        return Verdict(_overlap(one.stems, other.stems, weights))
-    return Verdict(_overlap(one.content, other.content, weights))
+    return Verdict(_score(one, other, weights))
+
+
+def _score(one: Read, other: Read, weights: Mapping[str, float]) -> float:
+    contents = one.content(weights), other.content(weights)
+    if not any(contents):  # nothing but words that all texts have
+        here, there = one.content({}), other.content({})
+        return _overlap(here, there, {}) if here and there else _overlap(one.stems, other.stems, {})
+    if min(map(len, contents)) > 1:
+        return _overlap(contents[0], contents[1], weights)
+    # beside a single word that says something the others may turn the sense: "do you work", "how would that work"
+    return _overlap(one.stems, other.stems, weights)
 
 
 def opposite(one: Read, other: Read) -> tuple[str, str] | None:
@@ -182,14 +197,14 @@ def _is_undone(word: str, against: str) -> bool:
     return len(short) > 3 and long.endswith(short) and long.removesuffix(short) in ("un", "dis", "non", "in", "im", "ir", "de")
 
 
-def swapped(one: Read, other: Read) -> tuple[str, str] | None:
+def swapped(one: Read, other: Read, weights: Mapping[str, float]) -> tuple[str, str] | None:
     """The first place where the texts are alike but for what stands there. In long texts a few may differ."""
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError:
         raise need("rapidfuzz", "curate") from None
     one, other = sorted((one, other), key=lambda read: read.stems)  # of several shortest alignments always the same one
-    least = min(len(one.content), len(other.content))
+    least = min(len(one.content(weights)), len(other.content(weights)))
     allowed = LONG_SHARE * least if least >= LONG else 0.0
     found: tuple[str, str] | None = None
     for step in Levenshtein.opcodes(one.stems, other.stems):

@@ -131,4 +131,4 @@ def same_reply(texts: tuple[str, str], one: alike.Read, other: alike.Read, weigh
 
 def is_value(text: str, read: alike.Read) -> bool:
     """Whether a reply is a value rather than a sentence."""
-    return text.lstrip()[:1] in ("{", "[", "<") or len(read.content) <= FEW_WORDS
+    return text.lstrip()[:1] in ("{", "[", "<") or len(read.content({})) <= FEW_WORDS

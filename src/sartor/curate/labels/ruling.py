@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from sartor.curate.labels import target
 from sartor.curate.labels.disagreement import disagreement
 from sartor.curate.labels.folds import I64
 from sartor.curate.labels.queue import BY_LABEL, BY_REPLY, NOT_JUDGED, Ruling
-from sartor.curate.labels.suspects import judge, number
+from sartor.curate.labels.suspects import LEAST_ROWS, judge, number
 from sartor.curate.steps.contract import Gathered
 from sartor.curate.vectors import Texts, choose
 
@@ -38,7 +39,7 @@ def rule(gathered: Gathered, settings: Settings) -> Ruling:
     replies, prompts = Texts(gathered.table["reply"]), Texts(gathered.table["prompt"])
     documents = np.array(gathered.table["document"].to_pylist(), bool)
     found = target.find(list(replies), settings.label)
-    asked = _asked(prompts, Texts(gathered.table["system"]))
+    asked = _asked(without_frame(list(prompts)), Texts(gathered.table["system"]))
     chosen = choose(settings.encoder)
     gathered.notice(f"suspicious labels: the label is {found.chosen} ({found.why}); encoder {chosen.encoder.name}")
     vectors = chosen.encoder.encode(asked) if count else np.zeros((0, 1), np.float32)
@@ -62,10 +63,24 @@ def rule(gathered: Gathered, settings: Settings) -> Ruling:
     return ruling
 
 
-def _asked(prompts: Texts, systems: Texts) -> list[str]:
+def without_frame(prompts: list[str]) -> list[str]:
+    """The prompts without the words that all of them begin and end with: an instruction says nothing about one row's label."""
+    if len(prompts) < LEAST_ROWS:
+        return prompts
+    before = os.path.commonprefix([min(prompts), max(prompts)])
+    turned = [prompt[::-1] for prompt in prompts]
+    after = os.path.commonprefix([min(turned), max(turned)])
+    # whole words only, and something must be left of the shortest
+    start = len(before) - len(before.split()[-1]) if before.split() and not before[-1].isspace() else len(before)
+    end = len(after) - len(after.split()[-1]) if after.split() and not after[-1].isspace() else len(after)
+    if start + end >= min(map(len, prompts)):
+        return prompts
+    return [prompt[start : len(prompt) - end] for prompt in prompts]
+
+
+def _asked(prompts: Sequence[str], systems: Texts) -> list[str]:
     """What labels are judged by: the prompt, after the start of what the system is told where that is not one and the same."""
-    told = Counter(systems)
-    if len(told) <= 1:
+    if len(Counter(systems)) <= 1:
         return list(prompts)
     return [
         f"{system[:SYSTEM_CHARACTERS]}\n{prompt}" if system else prompt for system, prompt in zip(systems, prompts, strict=True)
