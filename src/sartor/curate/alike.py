@@ -9,12 +9,13 @@ errs towards keeping: "buy a ticket" and "purchase a ticket" are two texts to it
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 import math
 import re
 import tomllib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -31,6 +32,7 @@ _LETTER_A = re.compile(r"(?<=\w )A(?=\W|$)")  # hepatitis A, plan A: no article
 _MARKS = {"%": "percent", "°": "degree", "€": "euro", "$": "dollar", "£": "pound"}
 _ENDINGS = ("ing", "ed", "es", "s", "e", "d")  # that leave STEM letters or more
 STEM = 4
+COMMON, TELLING = 0.5, 20  # the share of texts that makes a word common, and how many texts that takes
 LONG = 20  # content words from which a few may differ
 LONG_SHARE = 0.1  # ... this part of them
 _SWAP = 3  # the most words of a place that holds one thing here, another there
@@ -97,10 +99,11 @@ class Read:
         negations = sum(is_negation(token) for token in tokens) + sum(folded.count(part) for part in words().negation_parts)
         return cls(tokens, tuple(map(stem, tokens)), numbers, negations)
 
-    @property
-    def content(self) -> list[str]:
+    def content(self, weights: Mapping[str, float]) -> list[str]:
         """The stems that say something."""
-        return [stem for token, stem in zip(self.tokens, self.stems, strict=True) if token not in words().function]
+        function = words().function
+        pairs = zip(self.tokens, self.stems, strict=True)
+        return [stem for token, stem in pairs if token not in function and weights.get(stem, 1.0)]
 
 
 def _parts(token: str) -> list[str]:
@@ -123,14 +126,31 @@ def is_negation(token: str) -> bool:
     return token in words().negation or token.endswith("n't")
 
 
+def reader(texts: Sequence[str]) -> Callable[[int], Read]:
+    """Row number -> the reading of its text, made once."""
+    known: dict[int, Read] = {}
+
+    def read(row: int) -> Read:
+        if row not in known:
+            known[row] = Read.of(texts[row])
+        return known[row]
+
+    return read
+
+
 def rarities(texts: Iterable[str]) -> dict[str, float]:
-    """The weight of each word: the log of how rare it is among the texts, at least 1."""
+    """The weight of each word: 1 and the log of how rare it is among the texts.
+
+    Nought for what more than COMMON of them have, such as the words of an instruction that stands before every question, where
+    there are enough texts to tell.
+    """
     having: Counter[str] = Counter()
     count = 0
     for text in texts:
         having.update(set(Read.of(text).stems))
         count += 1
-    return {token: 1 + math.log((1 + count) / (1 + seen)) for token, seen in having.items()}
+    common = COMMON * count if count >= TELLING else count
+    return {stem: 0.0 if seen > common else 1 + math.log((1 + count) / (1 + seen)) for stem, seen in having.items()}
 
 
 def compare(one: Read, other: Read, weights: Mapping[str, float]) -> Verdict:
@@ -143,21 +163,32 @@ def compare(one: Read, other: Read, weights: Mapping[str, float]) -> Verdict:
         return Verdict(0.0, "negation")
     if against := opposite(one, other):
         return Verdict(0.0, "opposite", " against ".join(against))
-    if swap := swapped(one, other):
+    if swap := swapped(one, other, weights):
         return Verdict(0.0, "swap", " in the place of ".join(swap))
-    return Verdict(_overlap(one.content, other.content, weights))
+    return Verdict(_score(one, other, weights))
+
+
+def _score(one: Read, other: Read, weights: Mapping[str, float]) -> float:
+    contents = one.content(weights), other.content(weights)
+    if not any(contents):  # nothing but words that all texts have
+        here, there = one.content({}), other.content({})
+        return _overlap(here, there, {}) if here and there else _overlap(one.stems, other.stems, {})
+    if min(map(len, contents)) > 1:
+        return _overlap(contents[0], contents[1], weights)
+    # beside a single word that says something the others may turn the sense: "do you work", "how would that work"
+    return _overlap(one.stems, other.stems, weights)
 
 
 def opposite(one: Read, other: Read) -> tuple[str, str] | None:
     """A word of each text, of which the other has none, that stand against each other."""
-    only_one, only_other = set(one.tokens) - set(other.tokens), set(other.tokens) - set(one.tokens)
-    if not only_one or not only_other:
-        return None
+    return _against(set(one.tokens) - set(other.tokens), set(other.tokens) - set(one.tokens))
+
+
+def _against(here: Iterable[str], there: Iterable[str]) -> tuple[str, str] | None:
     groups = words().opposites
-    for word in sorted(only_one):
-        for against in sorted(only_other):
-            if groups.get(word, frozenset()) & groups.get(against, frozenset()) or _is_undone(word, against):
-                return word, against
+    for word, against in itertools.product(sorted(here), sorted(there)):
+        if word != against and (groups.get(word, frozenset()) & groups.get(against, frozenset()) or _is_undone(word, against)):
+            return word, against
     return None
 
 
@@ -166,23 +197,34 @@ def _is_undone(word: str, against: str) -> bool:
     return len(short) > 3 and long.endswith(short) and long.removesuffix(short) in ("un", "dis", "non", "in", "im", "ir", "de")
 
 
-def swapped(one: Read, other: Read) -> tuple[str, str] | None:
+def swapped(one: Read, other: Read, weights: Mapping[str, float]) -> tuple[str, str] | None:
     """The first place where the texts are alike but for what stands there. In long texts a few may differ."""
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError:
         raise need("rapidfuzz") from None
-    function = words().function
-    least = min(len(one.content), len(other.content))
+    one, other = sorted((one, other), key=lambda read: read.stems)  # of several shortest alignments always the same one
+    least = min(len(one.content(weights)), len(other.content(weights)))
     allowed = LONG_SHARE * least if least >= LONG else 0.0
     found: tuple[str, str] | None = None
     for step in Levenshtein.opcodes(one.stems, other.stems):
-        here = [token for token in one.tokens[step.src_start : step.src_end] if token not in function]
-        there = [token for token in other.tokens[step.dest_start : step.dest_end] if token not in function]
-        if step.tag == "replace" and here and there and max(len(here), len(there)) <= _SWAP:
-            allowed -= max(len(here), len(there))
-            found = found or (" ".join(here), " ".join(there))
+        if step.tag != "replace":
+            continue
+        here, there = one.tokens[step.src_start : step.src_end], other.tokens[step.dest_start : step.dest_end]
+        if against := _against(here, there):  # from A to B, to A from B
+            return against
+        only = [" ".join(_content(words_here, words_there)) for words_here, words_there in ((here, there), (there, here))]
+        size = max(len(said.split()) for said in only)
+        if all(only) and size <= _SWAP:
+            allowed -= size
+            found = found or (only[0], only[1])
     return found if allowed < 0 else None
+
+
+def _content(tokens: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The tokens that say something and have no equal among the others."""
+    equal = {stem(token) for token in others}
+    return [token for token in tokens if token not in words().function and stem(token) not in equal]
 
 
 def _overlap(one: Sequence[str], other: Sequence[str], weights: Mapping[str, float]) -> float:

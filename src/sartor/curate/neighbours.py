@@ -32,22 +32,32 @@ def nearest(vectors: F32, queries: I64, most: int) -> Iterator[tuple[I64, I64, F
         yield rows, found, likeness
 
 
-def pairs_above(vectors: F32, threshold: float, most: int) -> Iterator[tuple[int, int, float]]:
+class NearPairs:
     """(a, b, cosine) with a < b for each row and its `most` nearest at or above a threshold, each pair once, in order of rows.
 
-    A row of zeros (an empty text) is nobody's neighbour.
+    A row of zeros (an empty text) is nobody's neighbour. After a round, `crowded` counts rows whose `most` nearest were all
+    at or above the threshold: there may be more of them that were not looked at.
     """
-    seen: set[int] = set()
-    count = len(vectors)
-    for rows, found, likeness in nearest(vectors, np.flatnonzero(np.abs(vectors).sum(1) > 0), most):
-        where, place = np.nonzero(likeness >= threshold)
-        for row, other, score in zip(
-            rows[where].tolist(), found[where, place].tolist(), likeness[where, place].tolist(), strict=True
-        ):
-            a, b = min(row, other), max(row, other)
-            if a != b and a * count + b not in seen:
-                seen.add(a * count + b)
-                yield a, b, min(float(score), 1.0)
+
+    def __init__(self, vectors: F32, threshold: float, most: int) -> None:
+        self._vectors, self._threshold, self._most = vectors, threshold, most
+        self.crowded = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int, float]]:
+        self.crowded = 0
+        seen: set[int] = set()
+        count = len(self._vectors)
+        spoken = np.flatnonzero(np.abs(self._vectors).sum(1) > 0)
+        for rows, found, likeness in nearest(self._vectors, spoken, self._most):
+            near = likeness >= self._threshold
+            self.crowded += int(near.all(1).sum()) if near.shape[1] == self._most else 0
+            where, place = np.nonzero(near)
+            columns = (rows[where], found[where, place], np.minimum(likeness[where, place], 1))
+            for row, other, score in zip(*(column.tolist() for column in columns), strict=True):
+                a, b = min(row, other), max(row, other)
+                if a * count + b not in seen:
+                    seen.add(a * count + b)
+                    yield a, b, score
 
 
 def _exact(vectors: F32, rows: I64, most: int) -> tuple[I64, F32]:

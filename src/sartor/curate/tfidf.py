@@ -5,6 +5,7 @@ It knows what texts share, not what they mean. It is fitted on the texts at hand
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,8 +16,10 @@ from sartor.core.errors import need
 BITS = 16  # 2^16 columns for words, as many for pieces of words
 WIDTH = 256
 FITTED = 20_000  # texts that the turning is fitted on; more would not change it
+COMMON = 0.2  # the least weight of a column: texts of common words alone are compared by these
 CHUNK = 10_000
 MOST_CHARACTERS = 20_000  # of a text
+_STOPS = re.compile(r"[.,;:!?\"'()\[\]{}\u2010-\u2027\u3001\u3002\uff01\uff0c\uff1f\u0964\u060c\u061f]+")
 
 
 class Tfidf:
@@ -37,7 +40,7 @@ class Tfidf:
         self._cut = sum(len(text) > MOST_CHARACTERS for text in texts)
         if not texts:
             return np.zeros((0, 1), dtype=np.float32)
-        weights = rarity(texts)
+        weights = np.maximum(rarity(texts), COMMON)
         if len(texts) <= WIDTH:
             vectors = _exact(counts(texts).multiply(weights).tocsr())
         else:
@@ -56,7 +59,7 @@ def chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 def counts(texts: Sequence[str]) -> Any:
     """Damped counts (1 + log n) of hashed words, pairs of words and pieces of 2 to 5 characters: a sparse float32 matrix."""
     sparse, words, pieces = _parts()
-    cut = [text[:MOST_CHARACTERS] for text in texts]
+    cut = [_STOPS.sub(" ", text[:MOST_CHARACTERS]) for text in texts]
     found = sparse.hstack([words.transform(cut), pieces.transform(cut)], format="csr", dtype=np.float32)
     found.data = 1 + np.log(found.data)
     return found
@@ -78,9 +81,7 @@ def rarity(texts: Sequence[str]) -> Any:
     having = np.zeros(2 << BITS, dtype=np.int64)
     for chunk in chunks(texts):
         having += np.bincount(counts(chunk).indices, minlength=2 << BITS)
-    weights = np.log((1 + len(texts)) / (1 + having)).astype(np.float32)
-    # with one text, or equal ones, nothing is rare: then all count alike
-    return (weights if weights[having > 0].max(initial=0) > 0 else np.ones_like(weights))[None, :]
+    return np.log((1 + len(texts)) / (1 + having)).astype(np.float32)[None, :]
 
 
 def _fitted(texts: Sequence[str], weights: Any) -> Any:

@@ -11,6 +11,7 @@ from sartor.core.errors import MissingError
 from sartor.core.records import Example
 
 MOST_CHARACTERS = 20_000  # of a text in a sketch
+MODEL_LIKENESS, TFIDF_LIKENESS = 0.8, 0.4
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Chosen:
 
     encoder: Encoder
     why: str
+
+    @property
+    def likeness(self) -> float:
+        """The cosine from which a pair deserves a look. What tfidf does not see as common it holds to be far apart."""
+        return TFIDF_LIKENESS if self.encoder.name == "tfidf" else MODEL_LIKENESS
 
     def facts(self) -> dict[str, Any]:
         """For the manifest and the card; `texts_cut` counts texts of the last `encode`."""

@@ -48,18 +48,15 @@ def disagreement(
     prompts: Sequence[str], replies: Sequence[str], vectors: Any, *, likeness: float, agreement: float
 ) -> Disagreement:
     """Compare the replies of like prompts: a cosine of `likeness` and a share of words of `agreement` at least."""
-    read_prompts: dict[int, alike.Read] = {}
-    read_replies: dict[int, alike.Read] = {}
+    asked, said = alike.reader(prompts), alike.reader(replies)
     near: dict[int, list[tuple[int, float]]] = defaultdict(list)
     agrees: dict[tuple[int, int], float] = {}
     weights = alike.rarities(prompts)
-    for a, b, _ in neighbours.pairs_above(vectors, likeness, MOST_NEIGHBOURS):
-        left, right = (read_prompts.setdefault(row, alike.Read.of(prompts[row])) for row in (a, b))
-        verdict = alike.compare(left, right, weights)
+    for a, b, _ in neighbours.NearPairs(vectors, likeness, MOST_NEIGHBOURS):
+        verdict = alike.compare(asked(a), asked(b), weights)
         if verdict.objection or verdict.score < agreement:
             continue
-        left, right = (read_replies.setdefault(row, alike.Read.of(replies[row])) for row in (a, b))
-        agrees[a, b] = agrees[b, a] = replies_agree(left, right)
+        agrees[a, b] = agrees[b, a] = replies_agree(said(a), said(b))
         near[a].append((b, verdict.score))
         near[b].append((a, verdict.score))
     quality = np.ones(len(prompts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from sartor.curate.labels import target
 from sartor.curate.labels.disagreement import disagreement
 from sartor.curate.labels.folds import I64
 from sartor.curate.labels.queue import BY_LABEL, BY_REPLY, NOT_JUDGED, Ruling
-from sartor.curate.labels.suspects import judge, number
+from sartor.curate.labels.suspects import LEAST_ROWS, judge, number
 from sartor.curate.steps.contract import Gathered
 from sartor.curate.vectors import Texts, choose
 
@@ -27,7 +28,7 @@ class Settings:
 
     label: str
     encoder: str
-    likeness: float
+    likeness: float | None
     agreement: float
     seed: int
 
@@ -38,7 +39,7 @@ def rule(gathered: Gathered, settings: Settings) -> Ruling:
     replies, prompts = Texts(gathered.table["reply"]), Texts(gathered.table["prompt"])
     documents = np.array(gathered.table["document"].to_pylist(), bool)
     found = target.find(list(replies), settings.label)
-    asked = _asked(prompts, Texts(gathered.table["system"]))
+    asked = _asked(without_frame(list(prompts)), Texts(gathered.table["system"]))
     chosen = choose(settings.encoder)
     gathered.notice(f"suspicious labels: the label is {found.chosen} ({found.why}); encoder {chosen.encoder.name}")
     vectors = chosen.encoder.encode(asked) if count else np.zeros((0, 1), np.float32)
@@ -53,7 +54,8 @@ def rule(gathered: Gathered, settings: Settings) -> Ruling:
     facts: dict[str, Any] = {"label": found.chosen, "label_because": found.why, "other_labels": list(found.others)}
     facts |= {**chosen.facts(), "documents": int(documents.sum()), "prompts_cut": sum(gathered.table["cut"].to_pylist())}
     facts |= _by_label(ruling, np.flatnonzero(labelled), asked, found, settings.seed)
-    facts |= _by_replies(ruling, np.flatnonzero(free), prompts, replies, settings)
+    likeness = chosen.likeness if settings.likeness is None else settings.likeness
+    facts |= _by_replies(ruling, np.flatnonzero(free), (prompts, replies), likeness, settings.agreement)
     facts["not_judged"] = ruling.kinds.count(NOT_JUDGED)
     facts["suspicious"] = int(ruling.wrong.sum())
     facts["estimated_errors"] = facts.get("label_errors", 0) + facts.get("reply_errors", 0)
@@ -61,10 +63,24 @@ def rule(gathered: Gathered, settings: Settings) -> Ruling:
     return ruling
 
 
-def _asked(prompts: Texts, systems: Texts) -> list[str]:
+def without_frame(prompts: list[str]) -> list[str]:
+    """The prompts without the words that all of them begin and end with: an instruction says nothing about one row's label."""
+    if len(prompts) < LEAST_ROWS:
+        return prompts
+    before = os.path.commonprefix([min(prompts), max(prompts)])
+    turned = [prompt[::-1] for prompt in prompts]
+    after = os.path.commonprefix([min(turned), max(turned)])
+    # whole words only, and something must be left of the shortest
+    start = len(before) - len(before.split()[-1]) if before.split() and not before[-1].isspace() else len(before)
+    end = len(after) - len(after.split()[-1]) if after.split() and not after[-1].isspace() else len(after)
+    if start + end >= min(map(len, prompts)):
+        return prompts
+    return [prompt[start : len(prompt) - end] for prompt in prompts]
+
+
+def _asked(prompts: Sequence[str], systems: Texts) -> list[str]:
     """What labels are judged by: the prompt, after the start of what the system is told where that is not one and the same."""
-    told = Counter(systems)
-    if len(told) <= 1:
+    if len(Counter(systems)) <= 1:
         return list(prompts)
     return [
         f"{system[:SYSTEM_CHARACTERS]}\n{prompt}" if system else prompt for system, prompt in zip(systems, prompts, strict=True)
@@ -89,6 +105,7 @@ def _by_label(ruling: Ruling, rows: I64, asked: Sequence[str], found: target.Tar
         "prompts_with_several_labels": _contested(prompts, numbers),
         "judged_by": judged.method,
         "label_errors": judged.estimated_errors,
+        "label_errors_are": "an estimate" if len(rows) >= FEW * len(names) * 2 else "a loose estimate: too few rows per label",
     }
     if judged.why:
         return {**facts, "not_judged_because": judged.why}
@@ -105,16 +122,17 @@ def _contested(prompts: Sequence[str], labels: I64) -> int:
     return int((np.bincount(pairs[0]) > 1).sum())
 
 
-def _by_replies(ruling: Ruling, rows: I64, prompts: Texts, replies: Texts, settings: Settings) -> dict[str, Any]:
+def _by_replies(ruling: Ruling, rows: I64, texts: tuple[Texts, Texts], likeness: float, agreement: float) -> dict[str, Any]:
     """Judge the rows whose replies are free text."""
     if not len(rows):
         return {}
+    prompts, replies = texts
     found = disagreement(
         [prompts[row] for row in rows.tolist()],
         [replies[row] for row in rows.tolist()],
         ruling.vectors[rows],
-        likeness=settings.likeness,
-        agreement=settings.agreement,
+        likeness=likeness,
+        agreement=agreement,
     )
     ruling.quality[rows], ruling.wrong[rows] = found.quality, found.wrong
     for place, row in enumerate(rows.tolist()):

@@ -16,7 +16,8 @@ from sartor.core.records import canonical_text
 NAMES = ("intent", "label", "category", "class", "sentiment", "topic", "type", "answer")
 ENOUGH = 0.5  # of the rows must have a label of the kind that `auto` settles on
 REPEATED = 3.0  # rows per value, on average: fewer is not a label
-SHORT_WORDS, SHORT_CHARACTERS = 8, 80  # the longest reply that may be a label as a whole
+SHORT_WORDS, SHORT_CHARACTERS = 6, 80  # the longest reply that may be a label as a whole
+SENTENCE_WORDS = 4  # from which a closing full stop makes it a sentence, which is none
 ONCE = 0.05  # of the rows may have a label that no other row has; beyond, those are answers, not labels
 DEPTH = 3  # of nested objects that fields are looked for in
 _FENCE = re.compile(r"^```[\w-]*\s*\n(.*?)\n?```\s*$", re.DOTALL)
@@ -122,7 +123,9 @@ def _is_labelling(labels: Sequence[str | None], rows: int) -> bool:
 
 
 def _is_short(reply: str) -> bool:
-    return len(reply) <= SHORT_CHARACTERS and len(reply.split()) <= SHORT_WORDS
+    words = len(reply.split())
+    is_sentence = words >= SENTENCE_WORDS and reply.rstrip()[-1] in ".!?…。！？।"  # noqa: RUF001
+    return len(reply) <= SHORT_CHARACTERS and words <= SHORT_WORDS and not is_sentence
 
 
 def _counted(labels: Sequence[str | None], what: str) -> str:

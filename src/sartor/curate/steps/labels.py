@@ -33,7 +33,9 @@ class SuspiciousLabels:
     queue_fraction: float = option(0.25, "part of the rows that the queue holds, 0..1; never fewer than those that look wrong")
     action: Literal["review", "drop"] = option("review", "drop also removes the rows that look wrong")
     max_fraction: float = option(0.1, "the most of the rows that drop may remove, 0..1; beyond, it stops and asks")
-    likeness: float = option(0.8, "free text: cosine from which two prompts are compared, 0..1")
+    likeness: float | None = option(
+        None, "free text: cosine from which two prompts are compared, 0..1; by default 0.8, tfidf's 0.4"
+    )
     agreement: float = option(0.9, "free text: share of two prompts' words in common from which they ask the same, 0..1")
     seed: int = option(0, "of the folds")
     kind: Literal["suspicious_labels"] = "suspicious_labels"
@@ -41,7 +43,7 @@ class SuspiciousLabels:
     def __post_init__(self) -> None:
         target.check(self.label)
         for name in ("queue_fraction", "max_fraction", "likeness", "agreement"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value}, not between 0 and 1", f"{name}: {min(max(value, 0.0), 1.0):g}")
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:

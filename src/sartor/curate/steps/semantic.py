@@ -29,7 +29,9 @@ class SemanticDuplicates:
     """Rows near by their vectors and alike by their words are one; numbers, negations and opposites must agree."""
 
     field: Field = option("both", "what must be alike: prompt, reply, both (each of the two), or all (the row as one text)")
-    threshold: float = option(0.8, "cosine of the vectors from which a pair is looked at, 0..1")
+    threshold: float | None = option(
+        None, "cosine of the vectors from which a pair is looked at, 0..1; by default 0.8, tfidf's 0.4"
+    )
     agreement: float = option(0.9, "share of words in common, rare ones weighing more, from which it is a pair, 0..1")
     encoder: str = option("auto", "auto (minilm where it is installed, else tfidf), minilm, tfidf, or a model's directory")
     keep: Keep = option("longest", KEEP_HELP)
@@ -41,7 +43,7 @@ class SemanticDuplicates:
 
     def __post_init__(self) -> None:
         for name in ("threshold", "agreement", "max_fraction", "max_source_fraction"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value}, not between 0 and 1", f"{name}: {min(max(value, 0.0), 1.0):g}")
         if self.neighbours < 1:
             raise ConfigError(f"neighbours is {self.neighbours}, not 1 or more", "neighbours: 20")
@@ -74,17 +76,21 @@ class SemanticDuplicates:
         gathered.notice(f"semantic duplicates: {len(compared):,} of {len(gathered):,} rows; encoder {chosen.encoder.name}")
         table = gathered.table.take(pa.array(compared)) if len(compared) < len(gathered) else gathered.table
         texts, replies = vectors.Texts(table["text"]), vectors.Texts(table["reply"])
+        threshold = chosen.likeness if self.threshold is None else self.threshold
         found = meaning.Found()
         if len(compared) > 1:
             embedded = chosen.encoder.encode(texts)
-            rules = meaning.Rules(self.threshold, self.agreement, self.neighbours)
-            found = meaning.pairs(texts, embedded, rules, replies if self.field == "both" else None)
+            rules = meaning.Rules(threshold, self.agreement, self.neighbours)
+            said = replies if self.field == "both" else None
+            found = meaning.pairs(texts, embedded, rules, said, gathered.table["rank"].to_numpy()[compared])
         removals = self._removals(gathered, compared, found)
         facts = {
             **(chosen.facts() if len(compared) > 1 else {"encoder": "none", "encoder_because": "there is nothing to compare"}),
+            "threshold": threshold,
             "compared": len(compared),
             "too_long_to_compare": sum(gathered.table["cut"].to_pylist()),
             "near_by_vectors": found.candidates,
+            "rows_with_perhaps_more_near": found.crowded,
             "pairs": len(found.pairs),
             "refused_by_words": dict(sorted(found.refused.items())),
         }
