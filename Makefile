@@ -19,6 +19,10 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,dev]'
 	touch $@
 
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,dev,bench]'
+	touch $@
+
 demo: $(VENV)/.demo  ## the whole circle on real data
 	$(BIN)/sartor demo --out $(DEMO_OUT) --replace
 
@@ -29,6 +33,8 @@ test: $(VENV)/.dev  ## every tier
 	$(BIN)/sartor assets install starter
 	$(BIN)/sartor assets install home-intents
 	$(BIN)/sartor assets install chitchat
+	$(BIN)/sartor assets install construction-faq
+	$(BIN)/sartor assets install minilm
 	$(BIN)/python -m pytest -q -n 2
 	$(BIN)/python -m pytest -q -m "circle or services or browser"
 
@@ -37,8 +43,8 @@ check: $(VENV)/.dev  ## lint and types
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## each benchmark's JSON line; Sartor against its peers is `bench-peers`, which makes a venv for each
-	for script in packing savings ablation scaling quant resume revoke; do \
+bench: $(VENV)/.bench  ## each benchmark's JSON line; Sartor against its peers is `bench-peers`, which makes a venv for each
+	for script in packing savings ablation scaling quant resume revoke labels personal dedup; do \
 	  env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/$$script.py --json || exit 1; done
 
 bench-peers: $(VENV)/.dev  ## several GB of venvs, and an hour
