@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
+import polars as pl
 import pytest
 
+import sartor
 from curate.rows import HERE, row
 from sartor.core import assets
 from sartor.core.config import load, read_yaml
@@ -98,3 +102,33 @@ def test_the_converter_of_chitchat_merges_turns_and_keeps_who_speaks_alone() -> 
     alone = convert.row("n", {"messages": bursts[:1]}, counts)
     assert len(alone["messages"]) == 1
     assert counts == {"last turn of the user left out": 1, "conversation": 1, "one person speaks": 1}
+
+
+@pytest.mark.circle
+def test_chitchat_goes_end_to_end_with_personal_data_masked_and_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, ROOT / "examples/chitchat/convert.py", "chitchat.jsonl"], check=True, capture_output=True)
+    made = sartor.curate(ROOT / "recipes" / "chitchat.yaml", tmp_path / "d")
+    assert made.read == 7168 == made.kept + sum(made.dropped.values())
+    assert made.kept > 3500 and made.dropped["near_duplicate"] > 0
+    found = made.dataset.manifest["steps"]["personal_data"]
+    assert found["email.prompt"] + found["phone.prompt"] >= 2
+    text = (tmp_path / "chitchat.jsonl").read_text(encoding="utf-8")
+    values = set(re.findall(r"[\w.]+@[\w-]+\.com", text)) | set(re.findall(r"\b\d{3}-\d{3}-\d{4}\b", text))
+    written = "".join(
+        json.dumps(pl.read_parquet(file).to_dicts(), default=str) for file in made.dataset.path.rglob("*.parquet")
+    )
+    assert values and [value for value in values if value in written] == []
+    card = (made.dataset.path / "card.html").read_text(encoding="utf-8")
+    assert f"{made.kept:,}" in card and "near_duplicate" in card and not [value for value in values if value in card]
+
+
+@pytest.mark.circle
+def test_the_construction_faq_goes_end_to_end_without_the_firm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assets.install("construction-faq")
+    monkeypatch.chdir(tmp_path)
+    made = sartor.curate(ROOT / "recipes" / "construction-faq.yaml", tmp_path / "d")
+    texts = [message.text for example in sartor.read_examples(made.dataset) for message in example.messages]
+    assert made.kept > 950 and made.dropped["rule:about-the-firm"] == 4
+    assert [found.group() for text in texts if (found := FIRM.search(text))] == []
+    assert made.dataset.licence == "CC-BY-4.0"
