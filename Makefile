@@ -16,7 +16,7 @@ $(VENV)/.demo: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,dev]'
 	touch $@
 
 demo: $(VENV)/.demo  ## the whole circle on real data
@@ -38,7 +38,7 @@ check: $(VENV)/.dev  ## lint and types
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev  ## each benchmark's JSON line; Sartor against its peers is `bench-peers`, which makes a venv for each
-	for script in packing savings ablation scaling quant resume; do \
+	for script in packing savings ablation scaling quant resume revoke; do \
 	  env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/$$script.py --json || exit 1; done
 
 bench-peers: $(VENV)/.dev  ## several GB of venvs, and an hour

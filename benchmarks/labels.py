@@ -1,7 +1,7 @@
 """Planted label flips in home-intents: how many stand at the head of the queue that `suspicious_labels` writes.
 
-Rows are drawn from all sentences of the asset's grammar of a language, by intent (`equal`) or by sentence (`natural`, where some
-intents have hundreds of rows and some a few), or are the demo's own rows (`demo`). A part of the labels is set to another,
+Rows are drawn from all sentences of the asset's grammar of a language, by intent (`equal`) or by sentence (`natural`, where
+some intents have hundreds of rows and some a few), or are the demo's own rows (`demo`). A part of the labels is set to another,
 random intent. The reply is the intent's name or a JSON object with it and its slots.
 
     python benchmarks/labels.py --json

@@ -33,6 +33,18 @@ def sartor_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.fixture
+def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is fp32 whatever this machine multiplies natively: sums compare closely, and a weight has 4 bytes."""
+    import torch
+
+    from sartor.models import base
+    from sartor.tune import refusals
+
+    for module in (base, refusals):
+        monkeypatch.setattr(module, "best_dtype", lambda device: torch.float32)
+
+
+@pytest.fixture
 def rows_file(tmp_path: Path) -> Path:
     """Forty chat rows, JSONL."""
     file = tmp_path / "rows.jsonl"

@@ -71,6 +71,12 @@ def test_every_error_has_its_heading() -> None:
     assert names <= headings
 
 
+def test_the_reference_of_steps_is_what_they_declare() -> None:
+    from sartor.curate.steps.reference import reference
+
+    assert (ROOT / "docs/steps.md").read_text(encoding="utf-8") == reference()
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8")):

@@ -47,6 +47,8 @@ def test_help_starts_in_under_a_second_and_loads_no_torch() -> None:
     for verb in (
         "demo",
         "curate",
+        "dedup",
+        "rethreshold",
         "plan",
         "tune",
         "evaluate",
@@ -54,6 +56,7 @@ def test_help_starts_in_under_a_second_and_loads_no_torch() -> None:
         "verify",
         "ask",
         "inspect",
+        "revoke",
         "index",
         "keygen",
         "assets",
@@ -76,6 +79,8 @@ def test_help_of_a_verb_lists_the_recipes_options(verb: str) -> None:
         (["inspect", "/nonexistent"], 3, "ArtifactError"),
         (["assets", "install", "nothing"], 2, "ConfigError"),
         (["demo", "--limit", "3"], 2, "ConfigError"),
+        (["revoke", "/nonexistent", "--source", "x"], 3, "ArtifactError"),
+        (["revoke", "/nonexistent"], 2, "ConfigError"),
     ],
 )
 def test_an_error_is_one_json_object_and_an_exit_code(arguments: list[str], code: int, kind: str) -> None:

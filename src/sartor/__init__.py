@@ -35,7 +35,8 @@ _NAMES = {
     "open": "sartor.core.artifacts:open_artifact",
     "plan": "sartor.tune.plan:plan",
     "release": "sartor.evaluate.release:release",
-    "rethreshold": "sartor.curate.dedup.rethreshold:rethreshold",
+    "rethreshold": "sartor.curate.rethreshold:rethreshold",
+    "revoke": "sartor.core.revoke:revoke",
     "tune": "sartor.tune",
     "verify": "sartor.evaluate.release:verify",
     # nouns
@@ -53,6 +54,7 @@ _NAMES = {
     "Waiver": "sartor.evaluate.release:Waiver",
     # what is known of them
     "assets": "sartor.core.assets:entries",
+    "describe_steps": "sartor.curate.steps.reference:lines",
     "load_curate_recipe": "sartor.curate.pipeline:load_recipe",
     "load_recipe": "sartor.tune.recipe:load",
     "options": "sartor.core.config:describe",

@@ -1,4 +1,4 @@
-"""Licences combine, objections are named, and the error tree is whole."""
+"""The walk back and the catalogue hold, and the error tree is whole."""
 
 from __future__ import annotations
 
@@ -14,30 +14,6 @@ from sartor.core import catalogue, errors, lineage
 from sartor.core.artifacts import write_artifact
 from sartor.core.holdout import held_out_groups
 from sartor.core.home import home
-
-LICENCES = st.lists(st.sampled_from(["MIT", "Apache-2.0", "CC-BY-4.0", "NOASSERTION", "MIT OR Apache-2.0"]), max_size=6)
-
-
-@given(LICENCES, LICENCES)
-def test_combining_is_the_same_in_any_order_and_in_parts(one: list[str], two: list[str]) -> None:
-    whole = lineage.combine(one + two)
-    assert whole == lineage.combine(two + one) or "NOASSERTION" in whole
-    if one and two:
-        assert lineage.combine([lineage.combine(one), lineage.combine(two)]) == whole
-
-
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        ({"source": "f", "licence": "NOASSERTION"}, "f states no licence"),
-        ({"source": "f", "licence": "CC-BY-NC-SA-4.0"}, "forbids commercial use"),
-        ({"source": "f", "licence": "MIT AND CC-BY-ND-4.0"}, "forbids derived works"),
-        ({"source": "f", "licence": "MIT", "use": ["non-commercial"]}, "declared for non-commercial use"),
-    ],
-)
-def test_each_objection_names_its_source(source: dict, said: str) -> None:
-    assert any(said in objection for objection in lineage.objections([source]))
-    assert lineage.objections([{"source": "g", "licence": "MIT", "use": ["commercial"]}]) == []
 
 
 def test_every_error_has_an_exit_code_a_place_in_the_drawing_and_carries_a_remedy() -> None:
@@ -74,6 +50,22 @@ def test_a_changed_parent_is_said_on_the_walk_back(tmp_path: Path) -> None:
     (tmp_path / "p" / "x").write_text("2")
     assert "x was changed" in lineage.inspect(child.path)["parents"][0]["state"]
     assert lineage.find_parent(child, "dataset") is None
+
+
+def test_inspect_shows_conflicts_and_obligations_of_sources_and_base(tmp_path: Path) -> None:
+    sources = [{"source": f"{name}.jsonl", "licence": licence, "kept": kept} for name, licence, kept in
+               (("a", "CC-BY-SA-4.0", 2), ("gone", "ODbL-1.0", 0))]  # fmt: skip
+    base = {"name": "tiny", "licence": "GPL-2.0-only"}
+    made = write_artifact(tmp_path / "a", "adapter", lambda part: {"parents": [], "sources": sources, "base": base})
+    said = lineage.inspect(made.path)
+    assert said["licence_conflicts"] == [
+        "CC-BY-SA-4.0 of a.jsonl and GPL-2.0-only of base tiny each demand that a derived work carries its own terms"
+    ]
+    assert any(line.startswith("CC-BY-SA-4.0 of a.jsonl: credit") for line in said["obligations"])
+    recorded = write_artifact(
+        tmp_path / "d", "dataset", lambda part: {"parents": [], "sources": [], "licence_conflicts": ["as recorded"]}
+    )
+    assert lineage.inspect(recorded.path)["licence_conflicts"] == ["as recorded"]
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=60), st.floats(0, 0.9), st.integers(0, 9))

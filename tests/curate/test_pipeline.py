@@ -132,12 +132,12 @@ def test_strict_stops_at_the_first_bad_row_and_writes_nothing(tmp_path: Path) ->
     ("name", "content", "reason"),
     [
         ("a.jsonl", bytes(range(256)) * 40, "binary_file"),
-        ("a.jsonl", b"\x89PNG\r\n\x1a\n" + bytes(100), "binary_file"),
+        ("a.jsonl", b"\x89PNG\r\n\x1a\n" + bytes(100), "format_mismatch"),
         ("a.jsonl", b"", "empty_file"),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "not_utf8"),
         ("a.parquet", b"PAR1 and then nothing", "unreadable_file"),
         ("a.parquet", b"", "unreadable_file"),
-        ("a.docx", b"PK\x03\x04", "unsupported_file"),
+        ("a.docx", b"PK\x03\x04", "archive"),
         ("a.csv", b'question,answer\n"open quote,1\n2,3\n', "bad_csv"),
         ("a.csv", b"question,answer\n1,2,3\n", "field_count"),
         ("a.json", b'[{"text": "a"}, {"text": ', "bad_json"),
@@ -236,7 +236,7 @@ def test_the_manifest_names_each_file_with_licence_digest_and_counts(tmp_path: P
     assert source["sha256"] == file_digest(tmp_path / "a.jsonl")
     assert (source["licence"], source["read"], source["kept"], source["form"]) == ("CC-BY-4.0", 2, 1, "messages")
     assert manifest["licence"] == "CC-BY-4.0"
-    assert manifest["recipe"]["steps"] == [{"kind": "exact_duplicates"}]
+    assert [step["kind"] for step in manifest["recipe"]["steps"]] == ["exact_duplicates"]
     assert manifest["counts"]["splits"] == {"train": 1}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 import sartor
 from conftest import write_jsonl
-from sartor.core.artifacts import open_artifact
+from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, GateError, ModelError, SignatureError, SourceError
 from sartor.evaluate import audit
 
@@ -203,6 +205,92 @@ def test_an_unknown_licence_or_a_non_commercial_one_stops_a_release(
         sartor.evaluate(tmp_path / name)
         with pytest.raises(GateError, match="licence: .*(no licence|commercial)"):
             sartor.release(tmp_path / name, name=name, version="1", key=keys, waivers=PASSES)
+
+
+@pytest.fixture
+def part_not_for_sale(tmp_path: Path, tune_recipe: dict[str, Any], rows_file: Path, keys: Path) -> Path:
+    """An evaluated Adapter of forty rows under MIT and two under a non-commercial licence, one of which is in both files."""
+    twin = json.loads(rows_file.read_text().splitlines()[0])
+    write_jsonl(
+        tmp_path / "nc.jsonl",
+        [twin, {"messages": [{"role": "user", "content": "only here"}, {"role": "assistant", "content": "yes"}]}],
+    )
+    sources = [{"path": str(rows_file), "licence": "MIT"}, {"path": str(tmp_path / "nc.jsonl"), "licence": "CC-BY-NC-4.0"}]
+    sartor.curate({"sources": sources, "split": {"eval_fraction": 0.25}}, tmp_path / "mixed")
+    sartor.tune({**tune_recipe, "data": str(tmp_path / "mixed"), "budget": {"updates": 1}}, tmp_path / "part", show=False)
+    sartor.evaluate(tmp_path / "part")
+    return tmp_path / "part"
+
+
+def test_a_non_commercial_source_stops_a_commercial_release_by_name_of_source_and_row_and_no_research(
+    part_not_for_sale: Path, tmp_path: Path, keys: Path
+) -> None:
+    waived = [word for check in ("gain", "forgetting") for word in ("--waive", check)]
+    command = [
+        sys.executable,
+        "-m",
+        "sartor",
+        "release",
+        str(part_not_for_sale),
+        "--name",
+        "part",
+        "--version",
+        "1",
+        "--key",
+        str(keys),
+    ]
+    command += [*waived, "--by", "A. Tester", "--reason", "tiny", "--json"]
+    for use in ([], ["--use", "commercial"], ["--use", "internal"]):
+        done = subprocess.run([*command, *use], capture_output=True, text=True, check=False)
+        assert done.returncode == 5, done.stderr
+        error = json.loads(done.stdout.splitlines()[-1])["error"]
+        assert f"{tmp_path}/nc.jsonl is CC-BY-NC-4.0, which forbids commercial use" in error["problem"]
+        assert "(1 rows: nc.jsonl:2 is " in error["problem"], "the row that the MIT file also holds may be used under MIT"
+        assert "--use non-commercial or research is permitted" in error["remedy"] and "sartor revoke" in error["remedy"]
+    assert not (tmp_path / "part-1").exists()
+    done = subprocess.run([*command, "--use", "research"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = sartor.inspect(tmp_path / "part-1")
+    assert made["use"] == "research" and any("CC-BY-NC-4.0" in line and "credit" in line for line in made["obligations"])
+    done = subprocess.run([*command, "--use", "comercial"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "commercial" in done.stdout
+
+
+def test_without_its_dataset_the_gate_counts_rows_by_the_manifest(part_not_for_sale: Path, tmp_path: Path) -> None:
+    from sartor.evaluate import permission
+
+    shutil.move(tmp_path / "mixed", tmp_path / "gone")
+    (said,), remedy = permission.refusals(open_artifact(part_not_for_sale), "commercial")
+    assert said.endswith("which forbids commercial use (2 rows)") and "sartor revoke DATASET" in remedy
+
+
+def test_expired_terms_withdrawn_consent_and_licences_that_exclude_each_other_stop_every_release(
+    part_not_for_sale: Path,
+) -> None:
+    from sartor.evaluate import permission
+
+    adapter = open_artifact(part_not_for_sale)
+    base = {**adapter.manifest["base"], "licence": "MIT"}
+
+    def refused(one: dict[str, Any], use: str) -> str:
+        sources = [{**source, "licence": "CC-BY-SA-4.0", **one} for source in adapter.manifest["sources"]]
+        changed = Artifact(adapter.path, {**adapter.manifest, "base": {**base, **one.get("base", {})}, "sources": sources})
+        return " ".join(permission.refusals(changed, use)[0])
+
+    assert refused({}, "commercial") == ""
+    for use in ("commercial", "non-commercial", "research", "internal"):
+        assert "may not be used after 2020-01-01" in refused({"expires": "2020-01-01"}, use)
+        assert "a consent that has been withdrawn" in refused({"consent": "withdrawn"}, use)
+    exclusive = {"base": {"licence": "GPL-2.0-only"}}
+    assert "each demand that a derived work carries its own terms" in refused(exclusive, "research")
+    assert refused(exclusive, "internal") == "", "share-alike binds those who hand it out"
+    assert "base" in refused({"base": {"licence": "llama3"}}, "research")
+
+
+def test_a_use_that_there_is_not_names_the_one_meant(adapter: Path, keys: Path) -> None:
+    with pytest.raises(ConfigError, match="no use 'resarch'") as caught:
+        sartor.release(adapter, name="switch", version="1.0", key=keys, use="resarch")
+    assert caught.value.remedy == "--use research"
 
 
 def test_forgetting_that_could_not_be_measured_stops_a_release(

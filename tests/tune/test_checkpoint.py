@@ -24,7 +24,7 @@ import sartor
 from conftest import ROWS, write_jsonl
 from sartor.core.artifacts import file_digest, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, StoppedError
-from sartor.tune import checkpoint, order, resume
+from sartor.tune import checkpoint, optimizers, order, resume
 from sartor.tune.checkpoint import folder_of, newest, open_checkpoint
 from sartor.tune.resume import changed, differences
 from sartor.tune.rng import Rng, seed_all
@@ -132,6 +132,30 @@ def test_killed_at_any_update_and_resumed_the_bits_are_those_of_a_whole_run(
     straight = [json.loads(line) for line in (out.parent / "whole" / "log.jsonl").read_text().splitlines()]
     for key in ("loss", "grad_norm", "learning_rate", "eval_loss"):
         assert [line[key] for line in lines if key in line] == [line[key] for line in straight if key in line]
+
+
+@pytest.mark.parametrize("scaled_before", [True, False])
+def test_the_scale_of_an_fp16_run_comes_back_and_a_run_may_go_on_where_one_is_needed(
+    monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, whole: str, scaled_before: bool
+) -> None:
+    def scaled(scale: float) -> None:
+        monkeypatch.setattr(optimizers, "scaler", lambda *arguments: torch.amp.GradScaler("cpu", init_scale=scale))
+
+    if scaled_before:
+        scaled(2.0**9)
+    killed(monkeypatch, recipe, out, update=4)
+    scaled(2.0**8)
+    kept: list[float] = []
+    restore = Run.restore
+
+    def watched(self: Run, found: checkpoint.Checkpoint) -> None:
+        restore(self, found)
+        kept.append(self.scaler.get_scale())
+
+    monkeypatch.setattr(Run, "restore", watched)
+    tune(recipe, out, resume=True)
+    assert kept == [2.0**9 if scaled_before else 2.0**8]
+    assert file_digest(out / WEIGHTS) == whole  # a power of two scales without rounding
 
 
 def test_between_saves_updates_are_done_again(

@@ -133,6 +133,7 @@ def test_memory_that_cannot_hold_it_is_refused_before_spending(
     assert not updated and not (tmp_path / "a").exists() and not list(tmp_path.glob(".a.part*"))
 
 
+@pytest.mark.usefixtures("fp32")  # for the remedy, which halves it
 def test_a_base_whose_weights_alone_do_not_fit_is_not_opened(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +286,10 @@ def test_a_run_records_forecast_against_actual(tmp_path: Path, tune_recipe: dict
         interval = said["forecast"][name]
         assert interval["low"] <= interval["estimate"] <= interval["high"]
         error = said["forecast_error"][name.split("_")[-2] if name != "time_s" else "time"]
-        assert error == pytest.approx(said[actual] / interval["estimate"] - 1, abs=0.05)
+        # both are said in whole milliseconds (bytes), and a machine may take a few of them
+        half = 0.0005 if name == "time_s" else 0.5
+        least, most = ((said[actual] - side) / (interval["estimate"] + side) - 1 for side in (half, -half))
+        assert least - 1e-4 <= error <= most + 1e-4
     assert said["micro_batch_reason"]
     lines = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
     assert [line["forecast"] for line in lines if "forecast" in line] == [said["forecast"]]

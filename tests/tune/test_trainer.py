@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from sartor.models.frozen import Frozen
 from sartor.tune import objectives, optimizers, order
 from sartor.tune.recipe import Optimizer
 from sartor.tune.run import Counters, learning_rate
+
+pytestmark = pytest.mark.usefixtures("fp32")
 
 
 def tune(recipe: dict[str, Any], out: Path, **changes: Any) -> dict[str, Any]:
@@ -216,7 +219,7 @@ def test_the_scale_that_fp16_needs_changes_nothing_that_is_learnt_and_leaves_an_
     """Here in fp32, where a power of two scales without rounding; the scaler is what an fp16 GPU gets."""
     plain = tune(tune_recipe, tmp_path / "plain")
     digests = [file_digest(tmp_path / "plain" / "adapter_model.safetensors")]
-    for name, scale in (("scaled", 2.0**8), ("overflowing", 2.0**140)):
+    for name, scale in (("scaled", 2.0**8), ("overflowing", 2.0**127)):
         monkeypatch.setattr(optimizers, "scaler", lambda *arguments, scale=scale: torch.amp.GradScaler("cpu", init_scale=scale))
         said = tune(tune_recipe, tmp_path / name)
         digests.append(file_digest(tmp_path / name / "adapter_model.safetensors"))
@@ -224,3 +227,18 @@ def test_the_scale_that_fp16_needs_changes_nothing_that_is_learnt_and_leaves_an_
     assert digests[0] == digests[1] != digests[2]
     log = [json.loads(line) for line in (tmp_path / "overflowing" / "log.jsonl").read_text().splitlines()]
     assert [line["grad_norm"] for line in log if "grad_norm" in line][0] is None
+
+
+def test_a_gradient_that_no_scale_makes_finite_ends_the_run(
+    tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else every update of an fp16 run would be left out, and the run would end well having learnt nothing."""
+
+    def hooked(parameters: Any, *arguments: Any, make: Any = optimizers.make) -> Any:
+        parameters[0].register_hook(lambda gradient: gradient * math.inf)
+        return make(parameters, *arguments)
+
+    monkeypatch.setattr(optimizers, "make", hooked)
+    monkeypatch.setattr(optimizers, "scaler", lambda *arguments: torch.amp.GradScaler("cpu", init_scale=8.0))
+    with pytest.raises(ModelError, match="update 4: the loss is .* the gradient's norm nan"):  # after 8, 4 and 2
+        tune(tune_recipe, tmp_path / "a")

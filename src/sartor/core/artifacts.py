@@ -267,22 +267,26 @@ def kind_of(path: Path) -> str | None:
     return None
 
 
+def check_file(artifact: Artifact, name: str) -> None:
+    """Check one file of an artefact against its manifest. Raises ArtifactError with what differs."""
+    root, said = artifact.path, artifact.manifest["files"][name]
+    file = root / name
+    again = "make it again from its recipe, or restore it from a copy"
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise ArtifactError(f"{root} lists {name!r}, which lies outside it", again)
+    if not file.is_file():
+        raise ArtifactError(f"{root} lacks the file {name!r}", again)
+    if file.stat().st_size != said["bytes"]:
+        size = file.stat().st_size
+        raise ArtifactError(f"{file} has {size:,} bytes; its manifest says {said['bytes']:,}", again)
+    if (found := file_digest(file)) != said["sha256"]:
+        raise ArtifactError(f"{file} was changed: its sha256 is {found[:16]}, its manifest says {said['sha256'][:16]}", again)
+
+
 def _check_files(artifact: Artifact) -> None:
     listed, root = artifact.manifest["files"], artifact.path
-    again = "make it again from its recipe, or restore it from a copy"
-    for name, said in listed.items():
-        file = root / name
-        if not file.resolve().is_relative_to(root.resolve()):
-            raise ArtifactError(f"{root} lists {name!r}, which lies outside it", again)
-        if not file.is_file():
-            raise ArtifactError(f"{root} lacks the file {name!r}", again)
-        if file.stat().st_size != said["bytes"]:
-            size = file.stat().st_size
-            raise ArtifactError(f"{file} has {size:,} bytes; its manifest says {said['bytes']:,}", again)
-        if (found := file_digest(file)) != said["sha256"]:
-            raise ArtifactError(
-                f"{file} was changed: its sha256 is {found[:16]}, its manifest says {said['sha256'][:16]}", again
-            )
+    for name in listed:
+        check_file(artifact, name)
     known = set(listed) | {MANIFESTS[artifact.kind]} | UNLISTED
     for file in sorted(root.rglob("*")):
         name = file.relative_to(root).as_posix()

@@ -23,8 +23,8 @@ from sartor.core import assets, gguf
 from sartor.core.artifacts import file_digest, kind_of
 from sartor.core.errors import ExtraError, HubError, ModelError, need
 from sartor.core.home import folder, home
-from sartor.core.lineage import UNKNOWN
 from sartor.core.records import digest
+from sartor.core.spdx import UNKNOWN
 
 STARTER = "starter"
 # Raised when `models/base.py` writes other bytes for the same asset: adapters bind to the digest.

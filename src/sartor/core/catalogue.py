@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from sartor.core.artifacts import Artifact, kind_of, read_manifest
@@ -19,6 +20,16 @@ create table if not exists artifacts (id text, path text primary key, kind text,
 create index if not exists artifacts_by_id on artifacts (id);
 create table if not exists parents (child text, parent text, primary key (child, parent));
 """
+
+
+@dataclass(frozen=True)
+class Descendant:
+    """An artefact that was made from another. `state`: stands | not there (moved, deleted, replaced or given away)."""
+
+    kind: str
+    id: str
+    path: str
+    state: str
 
 
 @contextlib.contextmanager
@@ -70,6 +81,25 @@ def children(artifact_id: str, kind: str) -> list[Path]:
     with _open() as connection:
         rows = connection.execute(query, (artifact_id, kind)).fetchall()
     return [Path(row[0]) for row in rows if kind_of(Path(row[0])) == kind]
+
+
+def descendants(artifact_id: str) -> list[Descendant]:
+    """Everything that was made from an artefact, directly or not, oldest first."""
+    query = (
+        "with recursive down(id) as (select ? union select p.child from parents p join down d on p.parent = d.id) "
+        "select a.kind, a.id, a.path from artifacts a join down d on a.id = d.id where a.id != ? order by a.created, a.rowid"
+    )
+    with _open() as connection:
+        rows = connection.execute(query, (artifact_id, artifact_id)).fetchall()
+    return [
+        Descendant(kind, child, path, "stands" if _stands(Path(path), child) else "not there") for kind, child, path in rows
+    ]
+
+
+def _stands(path: Path, artifact_id: str) -> bool:
+    with contextlib.suppress(ArtifactError):
+        return bool(read_manifest(path)["id"] == artifact_id)
+    return False
 
 
 def index(root: Path) -> list[Artifact]:

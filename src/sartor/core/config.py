@@ -46,6 +46,13 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
         return super().construct_mapping(node, deep)
 
 
+# A day is text here as in JSON: YAML would make `expires: 2027-12-31` a date, which no manifest can hold.
+_UniqueKeys.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError with the line where it does not parse."""
     try:
@@ -76,7 +83,7 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
         # a flag may complete what the file lacks, so the file alone need not be whole; but a shorthand in it is expanded
         whole = _expanded(cls, data)
         for key, text in _flag_pairs(flags):
-            _set(whole, key.split("."), yaml.safe_load(text) if text else text, key)
+            _set(whole, key.split("."), yaml.load(text, _UniqueKeys) if text else text, key)
         data = whole
     return _build(cls, data, "")
 
@@ -91,7 +98,7 @@ def load_any(cls: type[T], recipe: T | Mapping[str, Any] | Path | str, flags: Se
 def dump(value: Any) -> Any:
     """The plain mapping that `load` turns back into an equal value: for manifests and YAML."""
     if dataclasses.is_dataclass(value):
-        return {f.name: dump(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {_key(f.name): dump(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [dump(item) for item in value]
     return value
@@ -103,15 +110,24 @@ def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     for field in dataclasses.fields(cls):
         if field.name == "kind":
             continue
-        name = f"{prefix}{field.name}"
+        name = f"{prefix}{_key(field.name)}"
         hint = hints[field.name]
         members = _classes(hint)
         if members and not _is_list(hint):
             for member in members:
                 yield from describe(member, f"{name}.")
             continue
-        default = "required" if field.default is dataclasses.MISSING else f"default {dump(field.default)!r}"
+        default = "required" if field.default is dataclasses.MISSING else f"default {_said(field.default)}"
         yield name, f"{_describe_type(hint)}, {default}", field.metadata.get("help", "")
+        if len(members) == 1:
+            yield from describe(members[0], f"{name}[].")
+
+
+def _said(default: Any) -> str:
+    """A default as a recipe would have it."""
+    if isinstance(default, tuple) and default and all(dataclasses.is_dataclass(item) for item in default):
+        return f"[{', '.join(_kind(type(item)) for item in default)}]"
+    return repr(dump(default))
 
 
 def _flag_pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -219,7 +235,7 @@ def _by_kind(classes: Sequence[Any], value: Any, where: str) -> tuple[Any, Any]:
 def _build_class(cls: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         value = _from_shorthand(cls, value)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {_key(field.name): field for field in dataclasses.fields(cls)}
     for key in value:
         if key not in fields:
             path, meant = f"{where}.{key}".lstrip("."), _meant(key, list(fields))
@@ -231,7 +247,7 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
     for name, field in fields.items():
         path = f"{where}.{name}".lstrip(".")
         if name in value:
-            built[name] = _build(hints[name], value[name], path)
+            built[field.name] = _build(hints[field.name], value[name], path)
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"the option {path!r} is missing: {field.metadata.get('help', '')}", f"{path}: ...")
     try:
@@ -242,8 +258,13 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
 
 
 def _from_shorthand(cls: Any, value: Any) -> dict[str, Any]:
-    first = next((field.name for field in dataclasses.fields(cls) if field.name != "kind"), None)
+    first = next((_key(field.name) for field in dataclasses.fields(cls) if field.name != "kind"), None)
     return {first: value} if first else {}
+
+
+def _key(name: str) -> str:
+    """The option of a field: `with_` is `with`, which Python keeps for itself."""
+    return name.removesuffix("_")
 
 
 def _kind(cls: Any) -> str:
@@ -272,7 +293,8 @@ def _wrong(where: str, value: Any, expected: str, meant: str = "") -> ConfigErro
 
 def _describe_type(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
-        return "a mapping"
+        named = any(field.name == "kind" for field in dataclasses.fields(hint))
+        return _kind(hint) if named else "a mapping"
     origin = get_origin(hint)
     if origin is Literal:
         return " | ".join(str(choice) for choice in get_args(hint))

@@ -19,7 +19,7 @@
         `-- HubError                      ... a model or dataset hub that cannot be reached
 
 An error is a value: it carries what is wrong (with the values that made it so) and the next thing to type. It does not
-print, log or exit; `cli.py` does that once. A bug is not a SartorError: it ends in a traceback and exit code 1.
+print, log or exit; `cli` does that once. A bug is not a SartorError: it ends in a traceback and exit code 1.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ class SartorError(Exception):
         super().__init__(f"{problem}\n  try: {remedy}")
         self.problem = problem
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type[SartorError], tuple[str, str]]:
+        """An error of a worker process arrives whole."""
+        return type(self), (self.problem, self.remedy)
 
     @property
     def kind(self) -> str:
@@ -121,6 +125,7 @@ class HubError(MissingError):
     """A model or dataset hub was named and cannot be reached."""
 
 
-def need(module: str, extra: str) -> ExtraError:
-    """The error for an optional package that is absent, to raise where its import failed."""
-    return ExtraError(f"this needs the Python package {module!r}, which is not installed", f"pip install 'sartor[{extra}]'")
+def need(module: str, extra: str = "") -> ExtraError:
+    """The error for a package that is absent, to raise where its import failed. Without `extra` it is of the plain install."""
+    remedy = f"pip install 'sartor[{extra}]'" if extra else f"install Sartor anew, or pip install {module}"
+    return ExtraError(f"this needs the Python package {module!r}, which is not installed", remedy)

@@ -7,57 +7,16 @@ still stand are opened and compared on top.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue
+from sartor.core import catalogue, licences
 from sartor.core.artifacts import Artifact, open_artifact, read_manifest
 from sartor.core.errors import ArtifactError
-
-UNKNOWN = "NOASSERTION"  # SPDX's word for a licence that nobody stated
-
-# Licence families that forbid shipping a tuned adapter at all, or for pay. SPDX ids; matched by substring on purpose:
-# `CC-BY-NC-SA-4.0` must be caught by `-NC`.
-_FORBIDS = {"-ND": "forbids derived works", "-NC": "forbids commercial use"}
-
-
-def combine(licences: Iterable[str]) -> str:
-    """The SPDX expression that holds for a thing made from all of these: their conjunction, each once, sorted.
-
-    >>> combine(["MIT", "CC-BY-4.0", "MIT"])
-    'CC-BY-4.0 AND MIT'
-    """
-    parts = {part for licence in licences for part in _conjuncts(licence or UNKNOWN)}
-    return " AND ".join(sorted(parts)) or UNKNOWN
-
-
-def _conjuncts(expression: str) -> list[str]:
-    if " OR " in re.sub(r"\([^)]*\)", "", expression):  # outside of brackets
-        return [f"({expression})"]
-    return [part.strip() for part in re.split(r" AND (?![^(]*\))", expression)]
-
-
-def objections(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why the licences of these sources do not permit a commercial release; empty when they do.
-
-    Of `MIT OR CC-BY-NC-4.0` the branch that permits is taken. A source may declare `use: [non-commercial]`.
-    """
-    found = []
-    for source in sources:
-        licence, name = source.get("licence") or UNKNOWN, source.get("source", "?")
-        branches = [_objections_to(branch) for branch in licence.strip("()").split(" OR ")]
-        found += [f"{name} {why}" for why in min(branches, key=len)]
-        if "non-commercial" in source.get("use", []):
-            found.append(f"{name} is declared for non-commercial use")
-    return found
-
-
-def _objections_to(licence: str) -> list[str]:
-    unknown = ["states no licence"] if UNKNOWN in licence else []
-    return unknown + [f"is {licence}, which {why}" for mark, why in _FORBIDS.items() if mark in licence]
+from sartor.core.example_lineage import inspect_example
+from sartor.core.spdx import UNKNOWN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,16 +63,24 @@ def find_parent(artifact: Artifact, kind: str) -> Artifact | None:
     return None
 
 
-def inspect(path: Path | str) -> dict[str, Any]:
-    """What an artefact is: kind, id, licence, sources with digests and licences, and the walk back."""
+def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
+    """With `example`, one row of a Dataset: origins, ancestors, duplicates. Else the artefact.
+
+    What an artefact is: kind, id, licence and what it demands, sources with digests and licences, and the walk back.
+    """
+    if example:
+        return inspect_example(path, example)
     artifact = open_artifact(path)
     manifest = artifact.manifest
-    known = ("name", "version", "created", "base", "counts", "gate", "versions", "metrics")
+    known = ("name", "version", "use", "created", "base", "counts", "gate", "versions", "metrics")
+    made_from = licences.made_from(manifest)
     return {
         "kind": artifact.kind,
         "id": artifact.id,
         "path": str(artifact.path),
         "licence": artifact.licence,
+        "licence_conflicts": manifest.get("licence_conflicts", licences.conflicts(made_from)),
+        "obligations": licences.obligations(made_from),
         "parents": [dataclasses.asdict(step) for step in walk(artifact)],
         "sources": manifest.get("sources", []),
         **{key: manifest[key] for key in known if key in manifest},

@@ -16,12 +16,16 @@ PartKind = Literal["text", "image", "audio"]
 ROLES = ("system", "user", "assistant", "tool")
 
 
+# json.dumps would make an encoder at each call
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
+
+
 def canonical(value: Any) -> bytes:
     """JSON bytes that are equal exactly when the values are: sorted keys, no spaces, UTF-8.
 
     Raises UnicodeEncodeError for text with a lone surrogate, which no file can hold.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return _CANONICAL(value).encode()
 
 
 def canonical_text(value: Any) -> str:

@@ -65,6 +65,11 @@ DROPS = pa.schema(
 )
 
 
+def examples_table(examples: Iterable[Example]) -> Any:
+    """Examples as an Arrow table in the schema EXAMPLES."""
+    return pa.Table.from_pylist([_example_row(example) for example in examples], EXAMPLES)
+
+
 def write_examples(file: Path, examples: Iterable[Example]) -> int:
     """Write Examples to a Parquet file; returns how many."""
     return write_rows(file, EXAMPLES, (_example_row(example) for example in examples))
@@ -106,10 +111,11 @@ def read_drops(dataset: Artifact) -> Iterator[Drop]:
 def _read(dataset: Artifact, folder: str) -> Iterator[dict[str, Any]]:
     names = [name for name in dataset.manifest["files"] if name.startswith(folder) and name.endswith(".parquet")]
     for name in sorted(names):
-        yield from _read_file(dataset.path / name)
+        yield from read_file(dataset.path / name)
 
 
-def _read_file(path: Path) -> Iterator[dict[str, Any]]:
+def read_file(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file as mappings. Raises ArtifactError."""
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(ROWS_PER_GROUP):
@@ -127,20 +133,20 @@ def _example_row(example: Example) -> dict[str, Any]:
         "group": example.group,
         "split": example.split,
         "weight": example.weight,
-        "origins": [asdict(origin) for origin in example.origins],
+        "origins": [vars(origin) for origin in example.origins],  # asdict copies to the depths, at ten times the cost
         "steps": list(example.steps),
     }
 
 
 def _message_row(message: Message) -> dict[str, Any]:
-    return {**asdict(message), "content": [part.plain() for part in message.content]}
+    return {**vars(message), "content": [part.plain() for part in message.content]}
 
 
 def example_of(row: dict[str, Any]) -> Example:
     """The Example in a row of `examples/*.parquet`."""
     return Example(
         messages=tuple(_message_of(message) for message in row["messages"]),
-        origins=tuple(Origin(**{**origin, "parents": tuple(origin["parents"])}) for origin in row["origins"]),
+        origins=tuple(origin_of(origin) for origin in row["origins"]),
         group=row["group"],
         split=row["split"],
         weight=row["weight"],
@@ -148,6 +154,11 @@ def example_of(row: dict[str, Any]) -> Example:
         tools=row["tools"],
         steps=tuple(row.get("steps") or ()),  # a Dataset of schema 1 has none
     )
+
+
+def origin_of(row: dict[str, Any]) -> Origin:
+    """The Origin in an element of the column `origins`."""
+    return Origin(**{**row, "parents": tuple(row["parents"])})
 
 
 def _message_of(row: dict[str, Any]) -> Message:

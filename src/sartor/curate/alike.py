@@ -202,7 +202,7 @@ def swapped(one: Read, other: Read, weights: Mapping[str, float]) -> tuple[str, 
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError:
-        raise need("rapidfuzz", "curate") from None
+        raise need("rapidfuzz") from None
     one, other = sorted((one, other), key=lambda read: read.stems)  # of several shortest alignments always the same one
     least = min(len(one.content(weights)), len(other.content(weights)))
     allowed = LONG_SHARE * least if least >= LONG else 0.0

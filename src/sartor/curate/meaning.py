@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from sartor.curate import alike, neighbours
 from sartor.curate.dedup.graph import components, places_of
 
-Field = Literal["prompt", "reply", "both", "all"]
 # Replies of so few content words, and JSON, are labels or values: these are equal or not, but never alike.
 FEW_WORDS = 3
 _ROUNDS = 8
@@ -20,8 +19,8 @@ _ROUNDS = 8
 
 @dataclass(frozen=True)
 class Pair:
-    """Rows a < b that say the same: `likeness` is the cosine of their vectors, `words` the share
-    of words in common; of two fields the lower.
+    """Rows a < b that say the same: `likeness` is their vectors' cosine, `words` the share of words in common (of two fields
+    the lower).
     """
 
     a: int
@@ -45,8 +44,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Rules:
-    """`threshold`: cosine of the vectors from which a pair is looked at; `agreement`: share of words in common from which it
-    is one; `most`: nearest rows of each row that are looked at.
+    """`threshold`: cosine of the vectors from which a pair is looked at; `agreement`: share of words in common from which
+    it is one; `most`: nearest rows of each row that are looked at.
     """
 
     threshold: float

@@ -78,7 +78,7 @@ def _graph(vectors: F32) -> Any:
     try:
         from usearch.index import Index
     except ImportError:
-        raise need("usearch", "curate") from None
+        raise need("usearch") from None
     index = Index(ndim=vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=64, expansion_search=64)
     # one thread: with more the graph, and so the result, would depend on which was faster
     index.add(np.arange(len(vectors)), vectors, threads=1)

@@ -1,36 +1,73 @@
-"""Sources -> Dataset: read, step by step, hold out, write. `read` is always `kept` plus every Drop."""
+"""Sources -> Dataset: plan, read and step in passes, hold out, write. `read` is always `kept` plus every Drop.
+
+OUT.curating/      the work, beside the output until it stands; what is there is gone on from
+  media/           images and audio by digest
+  pass-1/000000/   a Part: what one worker made of one piece
+OUT/               the Dataset, in one rename
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import importlib.metadata
+import json
 import math
+import os
+import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from sartor.core import catalogue, config, lineage, rows
-from sartor.core.artifacts import Artifact, check_free, write_artifact
-from sartor.core.errors import SourceError
-from sartor.core.holdout import held_out_groups
-from sartor.core.records import Drop, Example, digest
-from sartor.curate import steps as steps_module
-from sartor.curate.recipe import CurateRecipe, Split
-from sartor.curate.sources import FileFacts, Reader
+from sartor.core import catalogue, config, licences, lineage, lineage_index, rows
+from sartor.core.artifacts import Artifact, check_free, file_digest, kind_of, open_artifact, write_artifact, writer_lock
+from sartor.core.errors import ConfigError, SourceError, StoppedError
+from sartor.core.records import canonical, digest
+from sartor.curate import card, finish, local, on_ray
+from sartor.curate.parts import Part
+from sartor.curate.passes import Passes, State, evidence_of, whole
+from sartor.curate.progress import Progress
+from sartor.curate.recipe import CurateRecipe
+from sartor.curate.sources import units
+from sartor.curate.steps.personal_data import PersonalData
+from sartor.curate.work import Task
+
+Notice = Callable[[str], None]
+FILES_LISTED = 20
+# Of a Source, what its files' entries in the manifest say besides the licence: core/licences.py reads them there.
+TERMS = ("share_alike", "non_commercial", "expires", "consent")
+Engine = Literal["local", "ray"]
 
 
 @dataclass(frozen=True)
 class Curated:
-    """What `curate` made: the Dataset and how many rows went where."""
+    """What `curate` made: the Dataset and how many rows went where. `found` are parts that an interrupted run had left."""
 
     dataset: Artifact
-    read: int
-    kept: int
-    dropped: dict[str, int]
+    found: int
     wall_s: float
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """The manifest's counts."""
+        return dict(self.dataset.manifest["counts"])
+
+    @property
+    def read(self) -> int:
+        """Rows read."""
+        return int(self.counts["read"])
+
+    @property
+    def kept(self) -> int:
+        """Rows kept."""
+        return int(self.counts["kept"])
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows dropped, by reason."""
+        return dict(self.counts["dropped"])
 
     @property
     def rows_per_s(self) -> float:
@@ -46,55 +83,52 @@ class Curated:
             "kept": self.kept,
             "dropped": self.dropped,
             "licences": sorted({source["licence"] for source in manifest["sources"]}),
-            "forms": {_place(source): source["form"] for source in manifest["sources"]},
+            "forms": _forms(manifest["sources"]),
             "splits": manifest["counts"]["splits"],
+            "steps": manifest["steps"],
+            "digest": manifest["digest"],
+            "parts_found": self.found,
             "wall_s": round(self.wall_s, 3),
             "rows_per_s": round(self.rows_per_s, 1),
         }
 
 
-@dataclass
-class Survivors:
-    """Examples that are still in, by id, and Drops of those that are not."""
-
-    examples: dict[str, Example] = field(default_factory=dict)
-    drops: list[Drop] = field(default_factory=list)
-
-
 def curate(
-    recipe: CurateRecipe | Mapping[str, Any] | Path | str, out: Path | str, *, strict: bool = False, replace: bool = False
+    recipe: CurateRecipe | Mapping[str, Any] | Path | str,
+    out: Path | str,
+    *,
+    on: Engine = "local",
+    strict: bool = False,
+    resume: bool = False,
+    replace: bool = False,
+    notice: Notice = lambda line: None,
 ) -> Curated:
     """Read the sources of a recipe, apply its steps, split by group, write a Dataset to `out`.
 
-    `recipe` is a CurateRecipe, a mapping in its form, or the path of a YAML file. Raises ConfigError for a bad recipe or a
-    taken `out`, SourceError when no row is kept or, under `strict`, at the first row that cannot be used.
+    `recipe` is a CurateRecipe, a mapping in its form, or the path of a YAML file. `on` is the engine; the Dataset is the
+    same on either, row by row. A run of the same recipe that was interrupted is gone on with; `replace` begins anew; `resume`
+    also takes a finished Dataset of the same recipe and sources for an answer. Raises ConfigError for a bad recipe or a taken
+    `out`, SourceError when no row is kept or, under `strict`, at the first row that cannot be used, GuardError when a step
+    would remove too much.
     """
     began = time.monotonic()
     recipe = load_recipe(recipe)
-    out = Path(out)
-    check_free(out.absolute(), replace=replace)
-    result: dict[str, Any] = {}
-
-    def fill(part: Path) -> Mapping[str, Any]:
-        reader = Reader(recipe.max_row_bytes, part / "media", strict)
-        survivors = _run(recipe, reader)
-        examples = assign_splits(list(survivors.examples.values()), recipe)
-        examples, leaked = keep_groups_whole(examples)
-        drops = survivors.drops + leaked
-        read = sum(file.read for file in reader.files)
-        assert read == len(examples) + len(drops), f"{read} rows read, {len(examples)} kept, {len(drops)} dropped"
-        if not examples:
-            raise SourceError(_nothing_kept(read, drops), "mend the rows or the sources; the reasons stand above")
-        _drop_unused_media(part, examples)
-        rows.write_examples(part / "examples" / "part-00000.parquet", examples)
-        rows.write_drops(part / "drops" / "part-00000.parquet", drops)
-        dropped = lineage.tally(drop.reason for drop in drops)
-        result.update(read=read, kept=len(examples), dropped=dropped)
-        return _facts(recipe, reader.files, examples, result)
-
-    dataset = write_artifact(out, "dataset", fill, replace=replace)
-    catalogue.register(dataset)
-    return Curated(dataset, wall_s=time.monotonic() - began, **result)
+    out = Path(out).absolute()
+    if resume and (there := _finished(recipe, out)):
+        return Curated(there, 0, time.monotonic() - began)
+    check_free(out, replace=replace)
+    work = out.with_name(f"{out.name}.curating")
+    with _workplace(work, anew=replace):
+        line = Line(recipe, work, on, notice)
+        try:
+            with line.progress:
+                state = line.run(strict)
+            dataset = write_artifact(out, "dataset", lambda part: line.write(state, part), replace=replace)
+        except KeyboardInterrupt:
+            raise StoppedError(f"interrupted; what is done stands in {work}", "the same command goes on there") from None
+        catalogue.register(dataset)
+        shutil.rmtree(work, ignore_errors=True)
+    return Curated(dataset, line.found, wall_s=time.monotonic() - began)
 
 
 def load_recipe(recipe: CurateRecipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> CurateRecipe:
@@ -102,102 +136,173 @@ def load_recipe(recipe: CurateRecipe | Mapping[str, Any] | Path | str, flags: Se
     return config.load_any(CurateRecipe, recipe, flags)
 
 
-def _run(recipe: CurateRecipe, reader: Reader) -> Survivors:
-    """Read every source and apply the steps in order."""
-    # Duplicates must be found even where no step asks: an Example's id is its content, and ids are unique in a Dataset.
-    survivors = Survivors()
-    for source in recipe.sources:
-        for row in reader.read(source):
-            if isinstance(row, Drop):
-                survivors.drops.append(row)
-                continue
-            row = replace(row, split=source.split)
-            outcome = _apply(recipe.steps, row)
-            if isinstance(outcome, Drop):
-                survivors.drops.append(outcome)
-            elif (twin := survivors.examples.get(outcome.id)) is None:
-                survivors.examples[outcome.id] = outcome
-            else:
-                survivors.drops.append(_merge(survivors, twin, outcome))
-    return survivors
+def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
+    """The Dataset at `out` if the recipe makes it of its sources as they are now. Raises ConfigError if it is another."""
+    if kind_of(out) != "dataset":
+        return None
+    there = open_artifact(out, "dataset")
+    made = {(file["source"], file["path"]): file["sha256"] for file in there.manifest["sources"]}
+    now = {(file.source, file.path): file.sha256 for file in units.plan(recipe.sources, recipe.max_row_bytes).files}
+    same = there.manifest["recipe"] == json.loads(canonical(_said(recipe)))
+    if not same or made != now:
+        what = "sources that have changed" if same else "another recipe"
+        raise ConfigError(f"{out} is a finished Dataset of {what}", "choose another --out, or --replace")
+    return there
 
 
-def _apply(steps: Sequence[steps_module.Step], example: Example) -> Example | Drop:
-    """The per-row steps; exact duplicates need the other rows and are found by the caller."""
-    outcome: Example | Drop = example
-    for step in steps:
-        if isinstance(step, steps_module.Length) and isinstance(outcome, Example):
-            outcome = steps_module.length(step, outcome)
-    return outcome
+@contextlib.contextmanager
+def _workplace(work: Path, *, anew: bool) -> Iterator[None]:
+    """The work's directory, locked. It stays when the work is interrupted, so that the same command can go on."""
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with writer_lock(work):
+        if anew:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(exist_ok=True)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                work.rmdir()  # only if nothing is in it
 
 
-def _merge(survivors: Survivors, twin: Example, again: Example) -> Drop:
-    """Let `twin` keep the origin of a row of equal content; returns that row's Drop.
+class Line:
+    """One run of a recipe: its files, its engine, its progress, its Dataset."""
 
-    Of two groups the survivor keeps its own; of two declared splits, eval wins, so that no held-out row is trained on.
-    """
-    split = "eval" if "eval" in (twin.split, again.split) else twin.split or again.split
-    merged = replace(twin, origins=twin.origins + again.origins, split=split, group=twin.group or again.group)
-    survivors.examples[twin.id] = merged
-    detail = f"the same content as {twin.origins[0].locator}"
-    return steps_module.dropped(again, "exact_duplicate", detail, step="exact_duplicates", kept=twin.id)
+    def __init__(self, recipe: CurateRecipe, work: Path, on: Engine, notice: Notice) -> None:
+        self.recipe, self.work, self.notice = recipe, work, notice
+        self.declared = {source.path: source for source in recipe.sources}
+        self.engine = on_ray.run if on == "ray" else local.run
+        self.progress = Progress(notice)
+        self.found = 0
+        self.read: Counter[tuple[str, str]] = Counter()
+        self.notes: dict[tuple[str, str], Counter[str]] = {}
+        self.tally: dict[str, Counter[str]] = {}
+
+    def run(self, strict: bool) -> State:
+        """Every pass."""
+        self.planned = units.plan(self.recipe.sources, self.recipe.max_row_bytes)
+        tasks = [
+            Task(Path(), _key(unit), self.work, (), (), unit, self.recipe.sources[unit.source], strict)
+            for unit in self.planned.units
+        ]
+        workers = self.recipe.workers or len(os.sched_getaffinity(0))
+        return Passes(self.work, self._execute, workers, self.notice).first(tasks, whole(self.recipe.steps))
+
+    def _execute(self, name: str, tasks: Sequence[Task]) -> list[Part]:
+        sizes = [task.unit.bytes if task.unit else _size(task.before) for task in tasks]
+        made = []
+        self.progress.begin(name, sum(sizes))
+        for task, size, summary in zip(tasks, sizes, self.engine(tasks, sizes, self.recipe.workers), strict=True):
+            self.found += summary["was_there"]
+            self.progress.advance(size, summary["kept"] + summary["dropped"])
+            self._count(task, summary)
+            made.append(Part(task.part, summary))
+        if self.found:
+            self.notice(f"{name}: going on with {self.found} parts that an interrupted run had finished")
+        return made
+
+    def _count(self, task: Task, summary: Mapping[str, Any]) -> None:
+        if task.source is not None:
+            for file, count in summary["read"].items():
+                self.read[task.source.path, file] += count
+            for file, note, count in summary["notes"]:
+                self.notes.setdefault((task.source.path, file), Counter())[note] += count
+        for kind, counts in summary["tally"].items():
+            self.tally.setdefault(kind, Counter()).update(counts)
+
+    def write(self, state: State, folder: Path) -> dict[str, Any]:
+        """Fill the Dataset's directory; returns what its manifest says."""
+        outcome = finish.Outcome(state, self.recipe)
+        removed = [*state.removed, *finish.leaks(state, outcome)]
+        kept = finish.write_examples(state, outcome, folder)
+        masks = self._masks()
+        dropped = finish.write_drops(state, removed, folder, masks)
+        read = sum(self.read.values())
+        assert read == kept + dropped.total(), f"{read} rows read, {kept} kept, {dropped.total()} dropped"
+        if not kept:
+            raise SourceError(_nothing_kept(read, folder), "mend the rows or the sources; the reasons stand above")
+        self._link_media(folder)
+        for name, table in evidence_of(state):
+            finish.write_evidence(folder, name, finish.masked(table, masks))
+        counts = {"read": read, "kept": kept, "dropped": dict(dropped.most_common()), **outcome.counts()}
+        facts = self._facts(state, folder, counts, masks)
+        lineage_index.write(folder)
+        card.write(folder, facts)
+        return {**facts, "digest": digest(digests(folder))}
+
+    def _masks(self) -> finish.Masks:
+        for step in self.recipe.steps:
+            if isinstance(step, PersonalData):
+                return finish.Masks(step.masker(), step.row_masker(), are_none=False)
+        return finish.Masks()
+
+    def _link_media(self, folder: Path) -> None:
+        """Media go in by a hard link: if this is interrupted they are still in the work."""
+        for file in sorted((self.work / "media").glob("*")):
+            (folder / "media").mkdir(exist_ok=True)
+            try:
+                os.link(file, folder / "media" / file.name)
+            except OSError:
+                shutil.copyfile(file, folder / "media" / file.name)
+        finish.drop_unused_media(folder)
+
+    def _facts(self, state: State, folder: Path, counts: dict[str, Any], masks: finish.Masks) -> dict[str, Any]:
+        kept = finish.kept_by_file(folder)
+        sources = []
+        for file in self.planned.files:
+            place = file.source, file.path
+            terms = {name: getattr(self.declared[file.source], name) for name in TERMS}
+            counted = {"read": self.read[place], "kept": kept[place], "notes": dict(self.notes.get(place, {}))}
+            sources.append({**asdict(file), **terms, **counted})
+        tallied = {kind: dict(counts.most_common()) for kind, counts in self.tally.items()}
+        return {
+            "recipe": _said(self.recipe),
+            "sources": sources,
+            **licence_facts(sources),
+            "counts": counts,
+            "steps": finish.masked_facts({**state.facts, **tallied}, masks),
+            "parents": [],
+            "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
+        }
 
 
-def assign_splits(examples: Sequence[Example], recipe: CurateRecipe) -> list[Example]:
-    """Fill in each Example's group and split; whole groups are held out until `eval_fraction` of the rows is reached."""
-    grouped = [replace(example, group=_group(example, recipe.split)) for example in examples]
-    undecided = (example.group for example in grouped if not example.split)
-    held_out = held_out_groups(undecided, recipe.split.eval_fraction, recipe.seed)
-    return [replace(example, split=example.split or ("eval" if example.group in held_out else "train")) for example in grouped]
+def _key(unit: units.Unit) -> str:
+    """What a unit will read. Nobody knows that of a query before it is asked, so its parts are never found again."""
+    return unit.digest if unit.files else digest([unit.digest, time.time_ns()])
 
 
-def keep_groups_whole(examples: Sequence[Example]) -> tuple[list[Example], list[Drop]]:
-    """The check that no group straddles the split: a training row whose group is held out is dropped.
-
-    Only sources with a declared split can bring that about; a group that the recipe splits is whole by construction.
-    """
-    held_out = {example.group for example in examples if example.split == "eval"}
-    kept, drops = [], []
-    for example in examples:
-        if example.split == "train" and example.group in held_out:
-            detail = f"its group {example.group[:80]!r} is held out for evaluation"
-            drops.append(steps_module.dropped(example, "group_held_out", detail, step="split"))
-            # the Drops of a merged row's twins are counted already; this one stands for the survivor
-        else:
-            kept.append(example)
-    return kept, drops
-
-
-def _group(example: Example, split: Split) -> str:
-    if split.by == "group" and example.group:
-        return example.group
-    if example.is_document:
-        return example.id
-    prompt = [message.plain() for message in example.messages if message.role == "user"]
-    return f"prompt:{digest(prompt)[:16]}"
-
-
-def _facts(
-    recipe: CurateRecipe, files: Sequence[FileFacts], examples: Sequence[Example], result: Mapping[str, Any]
-) -> dict[str, Any]:
-    groups: dict[str, set[str]] = {}
-    for example in examples:
-        groups.setdefault(example.split, set()).add(example.group)
-    counts = {
-        **result,
-        "splits": lineage.tally(example.split for example in examples),
-        "groups": {split: len(names) for split, names in sorted(groups.items())},
-    }
-    kept = Counter((origin.source, origin.locator.rpartition(":")[0]) for row in examples for origin in row.origins)
-    sources = [{**dataclasses.asdict(file), "kept": kept[file.source, file.path]} for file in files]
+def licence_facts(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the licences of the sources that rows were kept of come to."""
+    used = [source for source in sources if source["kept"]]
     return {
-        "recipe": config.dump(recipe),
-        "sources": sources,
-        "licence": lineage.combine(source["licence"] for source in sources if source["kept"]),
-        "counts": counts,
-        "parents": [],
-        "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
+        "licence": licences.combine(source["licence"] for source in used),
+        "licence_conflicts": licences.conflicts(used),
+        "obligations": licences.obligations(used),
     }
+
+
+def _said(recipe: CurateRecipe) -> dict[str, Any]:
+    """The recipe as the manifest has it: without what changes nothing in the Dataset."""
+    return {name: value for name, value in config.dump(recipe).items() if name != "workers"}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by its path there."""
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def _size(before: Path | None) -> int:
+    return (before / "examples.parquet").stat().st_size if before else 0
+
+
+def _forms(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The form found in each file; of many files, how many of which form a source has."""
+    if len(sources) <= FILES_LISTED:
+        return {_place(source): source["form"] for source in sources}
+    found: dict[str, Counter[str]] = {}
+    for source in sources:
+        found.setdefault(source["source"], Counter())[source["form"]] += 1
+    return {name: ", ".join(f"{form} ({count} files)" for form, count in forms.most_common()) for name, forms in found.items()}
 
 
 def _place(source: Mapping[str, Any]) -> str:
@@ -205,15 +310,8 @@ def _place(source: Mapping[str, Any]) -> str:
     return str(source["source"] if source["source"].endswith(source["path"]) else f"{source['source']}/{source['path']}")
 
 
-def _drop_unused_media(part: Path, examples: Iterable[Example]) -> None:
-    """Media of rows that were not kept do not stay."""
-    used = {piece.media for example in examples for message in example.messages for piece in message.content if piece.media}
-    for file in (part / "media").glob("*"):
-        if f"media/{file.name}" not in used:
-            file.unlink()
-
-
-def _nothing_kept(read: int, drops: Sequence[Drop]) -> str:
-    reasons = ", ".join(f"{reason} {count}" for reason, count in lineage.tally(drop.reason for drop in drops).items())
-    first = f"; the first: {drops[0].locator}: {drops[0].detail}" if drops else ""
+def _nothing_kept(read: int, folder: Path) -> str:
+    drops = [drop for file in sorted((folder / "drops").glob("*.parquet")) for drop in rows.read_file(file)]
+    reasons = ", ".join(f"{reason} {count}" for reason, count in lineage.tally(drop["reason"] for drop in drops).items())
+    first = f"; the first: {drops[0]['locator']}: {drops[0]['detail']}" if drops else ""
     return f"no row is left of {read}" + (f" ({reasons}{first})" if reasons else "")

@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import Literal
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.core.lineage import UNKNOWN
-from sartor.curate.steps import ExactDuplicates, Step
-
-Use = Literal["commercial", "non-commercial", "research", "internal"]
+from sartor.core.licences import Consent, Use
+from sartor.core.spdx import UNKNOWN, checked
+from sartor.curate.sources.forms import iso_date
+from sartor.curate.steps import Step
+from sartor.curate.steps.exact import ExactDuplicates
 
 
 @dataclass(frozen=True)
 class Source:
     """Where rows come from, and what its licence allows."""
 
-    path: str = option(REQUIRED, "a file, a folder, a glob pattern, or hub:NAME")
-    licence: str = option(UNKNOWN, "SPDX licence expression of this source")
-    use: tuple[Use, ...] = option((), "what the source is declared to be for")
+    path: str = option(REQUIRED, "a file, a folder, a glob pattern, sql:URL#QUERY, asset:NAME/PATH, or hub:NAME")
+    licence: str = option(UNKNOWN, "SPDX licence expression of this source; LicenseRef-NAME for terms of your own")
+    use: tuple[Use, ...] = option((), "what the source may be used for; empty lets the licence alone decide")
+    share_alike: bool = option(False, "its owner demands that a derived work carries the same terms")
+    non_commercial: bool = option(False, "its owner forbids commercial use, whatever the licence says")
+    expires: str = option("", "last day on which it may be used, 2027-12-31; empty is no end")
+    consent: Consent = option("", "of the people it is from: given, pending, withdrawn, not-needed; empty is not stated")
     split: Literal["", "train", "eval"] = option("", "put every row of this source in one split; empty lets `split` decide")
+    date: str = option("", "ISO date of the rows that carry none")
+    prompt: str = option("", "the question put to each image or audio file that has a caption")
+    captions: Literal["beside", "folder"] = option(
+        "beside", "what a media file shows is said by a table or text file beside it, or by its folder's name"
+    )
+
+    def __post_init__(self) -> None:
+        if self.date and not iso_date(self.date):
+            raise ConfigError(f"date is {self.date!r}; it must be a date in ISO 8601", "date: 2026-01-31")
+        object.__setattr__(self, "licence", checked(self.licence))  # one spelling, so that equal licences are equal text
+        if self.expires:
+            object.__setattr__(self, "expires", _day(self.expires))
+
+
+def _day(text: str) -> str:
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        tomorrow = datetime.date.today() + datetime.timedelta(days=1)
+        raise ConfigError(f"expires is {text!r}; it must be a day, year-month-day", f"expires: {tomorrow}") from None
 
 
 @dataclass(frozen=True)
@@ -44,7 +70,10 @@ class CurateRecipe:
     split: Split = option(Split(), "how rows are held out")
     seed: int = option(0, "seed of the split")
     max_row_bytes: int = option(4 << 20, "a longer row is dropped, not read")
+    workers: int = option(0, "processes at once; 0 takes one a core. Changes nothing in the Dataset")
 
     def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ConfigError(f"workers is {self.workers}; it must be 0 or more", "workers: 2")
         if not self.sources:
             raise ConfigError("the recipe names no source", "sources: [{path: rows.jsonl, licence: CC-BY-4.0}]")

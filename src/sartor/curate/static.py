@@ -26,7 +26,7 @@ class StaticEncoder:
         try:
             from model2vec import StaticModel
         except ImportError:
-            raise need("model2vec", "curate") from None
+            raise need("model2vec", "static") from None
         try:
             self._model = StaticModel.from_pretrained(path, force_download=False)
         except Exception as error:  # its readers raise several kinds for files that are cut or absent

@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 from sartor.core.artifacts import Artifact
+from sartor.core.page import document, escape, facts, flat, headlines
 
-_STYLE = """
-:root { --ink:#1d2730; --soft:#5f6f7d; --line:#e3e8ec; --blue:#1f5f8b; --red:#d1495b; --green:#2f8f5b; --paper:#fbfaf7; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e8ecef; --soft:#9aa8b3; --line:#33404a; --blue:#6fb1dd; --red:#ef7c8b;
-  --green:#6ccb97; --paper:#161c21; } img { filter: invert(.9) hue-rotate(180deg); } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem; margin: 3rem auto;
-  padding: 0 1.5rem; }
-h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.6rem 0 .8rem; }
-.lead { color: var(--soft); margin: .3rem 0 1.8rem; } .big { display: flex; gap: 2.5rem; flex-wrap: wrap; }
-.big b { display: block; font-size: 2.1rem; font-weight: 600; line-height: 1.2; } .big span { color: var(--soft); font-size: .9rem; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; } th { text-align: left; color: var(--soft); font-weight: 500; }
-td, th { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-code { font: .86em/1.4 ui-monospace, monospace; overflow-wrap: anywhere; } .better { color: var(--green); } .worse { color: var(--red); }
-svg { width: 100%; height: auto; } img { max-width: 100%; } details { margin: .4rem 0; }
-"""
+# The loss curve is a bitmap on white
+_STYLE = "@media (prefers-color-scheme: dark) { img { filter: invert(.9) hue-rotate(180deg); } }"
 
 
 def render(report: Mapping[str, Any], adapter: Artifact, table: Sequence[Mapping[str, Any]]) -> str:
@@ -33,19 +20,17 @@ def render(report: Mapping[str, Any], adapter: Artifact, table: Sequence[Mapping
     parts = [
         f"<h1>{escape(str(report['name']))}</h1>",
         f"<p class=lead>{escape(_lead(report, adapter))}</p>",
-        f"<div class=big>{''.join(_headlines(report, run))}</div>",
+        headlines(_headlines(report, run)),
         "<h2>Base against tuned, on rows held out by group</h2>",
         _intervals(report),
         _metric_table(report),
         "<h2>What the loss did</h2>" + _picture(adapter),
         "<h2>Answers</h2>" + _answers(table, report["primary"]),
         "<h2>Where it came from</h2>" + _sources(report),
-        "<h2>How it was tuned</h2>" + _facts({"base": f"{report['base']['name']} ({report['base']['digest'][:12]})", **run}),
-        f"<details><summary>recipe</summary>{_facts(_flat(recipe))}</details>",
+        "<h2>How it was tuned</h2>" + facts({"base": f"{report['base']['name']} ({report['base']['digest'][:12]})", **run}),
+        f"<details><summary>recipe</summary>{facts(flat(recipe))}</details>",
     ]
-    title = escape(str(report["name"]))
-    head = f'<meta charset=utf-8><meta name=viewport content="width=device-width"><title>{title}</title><style>{_STYLE}</style>'
-    return f"<!doctype html><html lang=en>{head}<body>{''.join(parts)}</body></html>\n"
+    return document(str(report["name"]), "".join(parts), style=_STYLE)
 
 
 def _lead(report: Mapping[str, Any], adapter: Artifact) -> str:
@@ -55,7 +40,7 @@ def _lead(report: Mapping[str, Any], adapter: Artifact) -> str:
     )
 
 
-def _headlines(report: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[str]:
+def _headlines(report: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     primary = report["primary"]
     metric = report["metrics"][primary]
     forgetting = report["forgetting"]
@@ -68,7 +53,7 @@ def _headlines(report: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[st
     ]
     if run:
         shown.append((f"{run['trainable_fraction']:.1%}", "of the parameters trained"))
-    return (f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in shown)
+    return shown
 
 
 def _intervals(report: Mapping[str, Any]) -> str:
@@ -145,30 +130,3 @@ def _sources(report: Mapping[str, Any]) -> str:
     ]
     head = "<tr><th>file</th><th>sha256</th><th>licence</th><th>form</th><th class=n>rows usable</th></tr>"
     return f"<table>{head}{''.join(lines)}</table>"
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    lines = (
-        f"<tr><td>{escape(key.replace('_', ' '))}</td><td><code>{escape(_said(value))}</code></td></tr>"
-        for key, value in facts.items()
-    )
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_said(inner)}" for key, inner in value.items())
-    return (
-        f"{value:,.4g}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else str(value)
-    )
-
-
-def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in recipe.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

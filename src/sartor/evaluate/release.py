@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.core import bases, catalogue, lineage, rows, signing
+from sartor.core import bases, catalogue, licences, lineage, rows, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, check_free, new_directory, open_artifact, seal
 from sartor.core.errors import ArtifactError, ConfigError, GateError, HubError, ModelError
+from sartor.core.licences import Use
+from sartor.evaluate import permission
 
 # Nats per token by which the chitchat probe may get worse (docs/decisions/003-demo-rows.md has what was seen).
 FORGETTING_LIMIT_NATS = 0.5
@@ -31,10 +33,11 @@ class Waiver:
 
 @dataclass(frozen=True)
 class Check:
-    """One check of the gate: what it found, in a sentence."""
+    """One check of the gate: what it found, in a sentence; of a failed one, what else would help than tuning again."""
 
     outcome: Literal["pass", "fail", "waived"]
     detail: str
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,31 +61,32 @@ def release(
     report: Path | str | None = None,
     out: Path | str | None = None,
     waivers: Sequence[Waiver] = (),
+    use: Use = "commercial",
     replace: bool = False,
 ) -> Released:
     """Pass an Adapter through the gate and sign it as a Release.
 
-    `report` is the Report of this Adapter; by default the newest that the catalogue knows. `out` defaults to
-    `NAME-VERSION` beside the Adapter. `key` is a private key file, or the directory that keygen made. Raises GateError
-    naming each failed check, ConfigError, ArtifactError.
+    `use` is what it is meant for: the licences of its sources and base have to permit it. `report` is the Report of this
+    Adapter; by default the newest that the catalogue knows. `out` defaults to `NAME-VERSION` beside the Adapter. `key` is
+    a private key file, or the directory that keygen made. Raises GateError naming each failed check, ConfigError,
+    ArtifactError.
     """
     for what, text in (("name", name), ("version", version)):
         if not _NAME.match(text):
             raise ConfigError(f"the {what} {text!r} may hold lower-case letters, digits, '.', '_' and '-'", f"--{what} faq-1")
+    permission.check_use(use)
     adapter = open_artifact(adapter_path, "adapter")
     private = signing.open_private(Path(key))
     out = Path(out) if out else adapter.path.with_name(f"{name}-{version}")
     check_free(out.absolute(), replace=replace)
     evidence = _report_of(adapter, report)
-    checks = gate(adapter, evidence, waivers)
+    checks = gate(adapter, evidence, waivers, use)
     if failed := {check: result for check, result in checks.items() if result.outcome == "fail"}:
         lines = "; ".join(f"{check}: {result.detail}" for check, result in failed.items())
-        first = next(iter(failed))
-        raise GateError(
-            f"the gate refuses {adapter.path.name}: {lines}",
-            f"tune or curate again; or take it on yourself: --waive {first} --by NAME --reason TEXT",
-        )
-    facts = _facts(adapter, evidence, name, version, checks, waivers)
+        remedies = [result.remedy or "tune or curate again" for result in failed.values()]
+        waive = f"or take it on yourself: --waive {next(iter(failed))} --by NAME --reason TEXT"
+        raise GateError(f"the gate refuses {adapter.path.name}: {lines}", "; ".join([*dict.fromkeys(remedies), waive]))
+    facts = {"use": use, **_facts(adapter, evidence, name, version, checks, waivers)}
     with new_directory(out, replace=replace) as part:
         for file in _COPIED:
             shutil.copyfile(adapter.path / file, part / file)
@@ -109,14 +113,14 @@ def _report_of(adapter: Artifact, report: Path | str | None) -> Artifact:
     return evidence
 
 
-def gate(adapter: Artifact, report: Artifact, waivers: Sequence[Waiver]) -> dict[str, Check]:
+def gate(adapter: Artifact, report: Artifact, waivers: Sequence[Waiver], use: Use = "commercial") -> dict[str, Check]:
     """Every check of the gate. Raises ConfigError for a waiver of a check that does not exist, or without name or reason."""
     manifest = report.manifest
     primary = manifest["primary"]
     checks = {
         "gain": _gain(primary, manifest["metrics"][primary]),
         "forgetting": _forgetting(manifest["forgetting"]),
-        "licence": _licence(adapter),
+        "licence": _licence(adapter, use),
     }
     for waiver in waivers:
         if waiver.check not in checks:
@@ -142,11 +146,9 @@ def _forgetting(found: Mapping[str, Any]) -> Check:
     return Check("pass" if fits else "fail", f"{detail}; the limit is {FORGETTING_LIMIT_NATS}")
 
 
-def _licence(adapter: Artifact) -> Check:
-    base = adapter.manifest["base"]
-    used = [source for source in adapter.manifest["sources"] if source["kept"]]
-    objections = lineage.objections([*used, {"source": f"base {base['name']}", "licence": base["licence"]}])
-    return Check("fail" if objections else "pass", "; ".join(dict.fromkeys(objections)) or adapter.licence)
+def _licence(adapter: Artifact, use: Use) -> Check:
+    refusals, remedy = permission.refusals(adapter, use)
+    return Check("fail" if refusals else "pass", "; ".join(refusals) or f"{adapter.licence} permits {use} use", remedy)
 
 
 def _facts(
@@ -161,10 +163,11 @@ def _facts(
         "parents": [adapter.as_parent(), report.as_parent()],
         "sources": adapter.manifest["sources"],
         "licence": adapter.licence,
+        "obligations": licences.obligations(licences.made_from(adapter.manifest)),
         "metrics": report.manifest["metrics"],
         "primary": report.manifest["primary"],
         "forgetting": report.manifest["forgetting"],
-        "gate": {check: asdict(result) for check, result in checks.items()},
+        "gate": {check: {"outcome": result.outcome, "detail": result.detail} for check, result in checks.items()},
         "waivers": [asdict(waiver) for waiver in waivers],
         "versions": adapter.manifest["versions"],
     }
@@ -202,6 +205,7 @@ class Verified:
             "valid": True,
             "name": manifest["name"],
             "version": manifest["version"],
+            "use": manifest.get("use", "commercial"),
             "signer": self.signer,
             "base": self.base,
             "gate": gate,

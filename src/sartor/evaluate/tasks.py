@@ -25,7 +25,7 @@ from sartor.core.artifacts import Artifact, check_free, open_artifact, write_art
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, ModelError, SourceError
 from sartor.core.records import Drop, Example
 from sartor.curate.recipe import Source
-from sartor.curate.sources import Reader
+from sartor.curate.sources.units import read_all
 from sartor.evaluate import audit, compare, page
 from sartor.evaluate.compare import Comparison
 from sartor.evaluate.scorers import SCORERS
@@ -176,7 +176,7 @@ def task_rows(adapter: Artifact, data: Path | None, most_rows: int) -> tuple[lis
             left_out["not_compared_with_training_rows"] = 0  # the Dataset is gone: said, since nothing was left out for it
         trained_on = {example.id for example in rows.read_examples(dataset, "train")} if dataset else set()
         with tempfile.TemporaryDirectory() as media:
-            read = list(Reader(4 << 20, Path(media)).read(Source(str(data))))
+            read = list(read_all(Source(str(data)), 4 << 20, Path(media)))
         drops = [row for row in read if isinstance(row, Drop)]
         known = [row for row in read if isinstance(row, Example)]
         examples = [example for example in known if example.id not in trained_on]

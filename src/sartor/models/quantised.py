@@ -4,12 +4,15 @@
 scales share one. 8 bits is the vector-wise int8 of LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339): a row of the weight
 has a scale. Either way a layer computes x W^T with W as `dense_weight` gives it, in the activations' own dtype.
 
-Two things of bitsandbytes are kept from happening, both in `protect`:
+Three things of bitsandbytes are kept from happening, all in `protect`:
 
 - On a CPU with avx512_bf16 a `Linear4bit` in eval mode without gradients repacks its weights in place for a faster
   product and never unpacks them; every backward pass from then on reads them wrongly, so one evaluation ends learning.
 - A `Linear8bitLt` quantises activations as well: on a CPU in eval mode only, so that what is measured is not what was
   trained. Its outlier columns are those of all rows of the batch together, so a row's losses move with its neighbours.
+- On a CPU with avx512f its 4-bit kernel looks for the scales of a row of the weight at row * (width // 64) (seen in
+  0.50.2), where a width that is no multiple of 64 has blocks that go on from a row into the next: most of the weight
+  then gets scales of other rows, in the forward and in the backward pass alike. `dense_weight` gives it whole blocks.
 """
 
 from __future__ import annotations
@@ -78,10 +81,14 @@ def dense_weight(linear: Any, dtype: torch.dtype) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_blockwise
 
         scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    # a block a row, or all weights in one row if the last block is short: where rows begin, a block must begin as well
+    blocks, rest = divmod(linear.in_features * linear.out_features, state.blocksize)
+    shape = (1, linear.in_features * linear.out_features) if rest else (blocks, state.blocksize)
     # not `functional.dequantize_4bit`: that one rounds to the dtype that the weights once had
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        linear.weight.data, scales.float(), state.blocksize, state.quant_type, state.shape, dtype
+    dense = torch.ops.bitsandbytes.dequantize_4bit(
+        linear.weight.data, scales.float(), state.blocksize, state.quant_type, shape, dtype
     )
+    return dense.view(state.shape)
 
 
 def _row_scales(linear: Any) -> torch.Tensor:
@@ -94,8 +101,14 @@ def protect(model: Any) -> None:
     for module in model.modules():
         if width(module) == 4:
             module.support_avx512bf16_for_cpu = False
-        elif width(module) == 8:
-            module.forward = MethodType(_int8_forward, module)
+        if width(module) == 8 or _blocks_straddle_rows(module):
+            module.forward = MethodType(_dense_forward, module)
+
+
+def _blocks_straddle_rows(module: Any) -> bool:
+    """Whether a CPU might multiply with the wrong scales."""
+    is_cpu = width(module) == 4 and module.weight.device.type == "cpu"
+    return is_cpu and module.in_features % module.weight.quant_state.blocksize != 0
 
 
 def narrow_embedding(model: Any) -> None:
@@ -116,14 +129,14 @@ def _widened(embedding: Any, given: Any, found: torch.Tensor) -> torch.Tensor:
     return found.float()
 
 
-def _int8_forward(linear: Any, x: torch.Tensor) -> torch.Tensor:
-    """(..., in) -> (..., out). The forward of a protected Linear8bitLt, the same in training and in eval mode."""
-    product = _Int8Product.apply(x, linear)
+def _dense_forward(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """(..., in) -> (..., out). What `protect` puts in the place of a layer's forward; the same in training and eval mode."""
+    product = _DenseProduct.apply(x, linear)
     return product if linear.bias is None else product + linear.bias.to(product.dtype)
 
 
-class _Int8Product(torch.autograd.Function):  # type: ignore[misc]  # torch is read as Any
-    """x W^T for a frozen int8 W that is dequantised in both passes: kept between them, W would stand in memory dense."""
+class _DenseProduct(torch.autograd.Function):  # type: ignore[misc]  # torch is read as Any
+    """x W^T for a frozen W that is dequantised in both passes: kept between them, W would stand in memory dense."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, linear: Any) -> torch.Tensor:

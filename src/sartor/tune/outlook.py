@@ -75,7 +75,7 @@ class Outlook:
 
     def as_json(self) -> dict[str, Any]:
         """What the manifest says."""
-        time_s = self.time.as_json(2) if self.time else None
+        time_s = self.time.as_json(3) if self.time else None
         return {"time_s": time_s, "peak_memory_bytes": self.memory.as_json()}
 
     def errors(self, wall_s: float, peak_bytes: int) -> dict[str, float | None]:

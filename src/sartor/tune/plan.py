@@ -48,7 +48,7 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """The command's JSON. tokens, supervised_tokens: those that the run reads, as `tune` counts them."""
         return {
-            "time_s": self.time_s and self.time_s.as_json(2),
+            "time_s": self.time_s and self.time_s.as_json(3),
             "peak_memory_bytes": self.peak_memory_bytes and self.peak_memory_bytes.as_json(),
             "cost": self.cost and self.cost.as_json(6),
             "updates": self.counters.updates,

@@ -176,7 +176,7 @@ class Run:
         }
         state["state"] = {place: held for place, held in state["state"].items() if held}
         self.optimizer.load_state_dict(state)
-        if self.scaler.is_enabled():
+        if facts["scaler"]:  # empty if it was another device's run, in a dtype that needs no scale
             self.scaler.load_state_dict(facts["scaler"])
         self.counters = Counters(**facts["counters"])
         self.position = order.Position(**facts["position"])
@@ -227,7 +227,8 @@ class Run:
         first = self.losses["first"]
         uniform = math.log(self.model.get_input_embeddings().weight.shape[0])
         limit = math.inf if first is None else max(EXPLODED_OVER_UNIFORM * uniform, EXPLODED_OVER_FIRST * first)
-        overflowed = self.scaler.is_enabled() and not math.isfinite(norm)  # the scaler leaves this update out
+        # by its scale; the scaler leaves this update out and takes half of it. Without one, it is the gradient that exploded
+        overflowed = not math.isfinite(norm) and self.scaler.get_scale() > 1
         if math.isfinite(loss) and (math.isfinite(norm) or overflowed) and loss <= limit:
             return
         ids = ", ".join(row.example_id for row in chosen[:IDS_NAMED])

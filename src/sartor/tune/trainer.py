@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, config, lineage
+from sartor.core import catalogue, config, licences
 from sartor.core.artifacts import Artifact, open_artifact, write_artifact, writer_lock
 from sartor.core.errors import ConfigError
 from sartor.models import adapters
@@ -176,7 +176,7 @@ def _facts(work: Work, run: Run) -> dict[str, Any]:
         "recipe": config.dump(work.recipe),
         "parents": [dataset.as_parent()],
         "sources": dataset.manifest["sources"],
-        "licence": lineage.combine([dataset.licence, base.ref.licence]),
+        "licence": licences.combine([dataset.licence, base.ref.licence]),
         "left_out": work.data.left_out,
         "fingerprint": {name: digest for name, digest in work.fingerprint.items() if name != "recipe"},
         "run": {
@@ -192,7 +192,7 @@ def _facts(work: Work, run: Run) -> dict[str, Any]:
             "loss": run.losses,
             "trainable": trained,
             "trainable_fraction": trained / everything,
-            "wall_s": round(wall_s, 2),
+            "wall_s": round(wall_s, 3),
             "resumed_at": [line["resumed_at"] for line in run.journal.lines if "resumed_at" in line],
             "path": run.path.name,
             "path_reason": run.path.reason,

@@ -1,9 +1,9 @@
 """Which rows go, and for whom: stars around survivors, never chains; and the guards that stop and ask.
 
-Pairs are similar, and similarity is not transitive: of a chain a ~ b ~ c the ends may be unlike. So rows are taken in the order of
-their rank, and one that is still there takes away those that are verified to be like *it*. Nobody goes for a row that it was not held
-against. The survivors are the lexicographically first maximal independent set of the graph of pairs, so the result depends on
-nothing but pairs and rank.
+Pairs are similar, and similarity is not transitive: of a chain a ~ b ~ c the ends may be unlike. So rows are taken in the
+order of their rank, and one that is still there takes away those that are verified to be like *it*. Nobody goes for a row
+that it was not held against. The survivors are the lexicographically first maximal independent set of the graph of pairs, so
+the result depends on nothing but pairs and rank.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.errors import GuardError
+from sartor.curate.dedup.arrays import F32, I64, U8
 from sartor.curate.dedup.graph import components, places_of
-from sartor.curate.dedup.pairs import EXACT, F32, METHODS, Pairs
-from sartor.curate.dedup.shingles import I64, U8
+from sartor.curate.dedup.pairs import EXACT, METHODS, Pairs
 from sartor.curate.dedup.verify import Rules
 
 
 @dataclass(frozen=True)
 class Removals:
-    """R removed rows, ascending: (R,) each. `kept` is the row that stands in the place of `rows`; `score` and `method` of that pair."""
+    """R removed rows, ascending: (R,) each. `kept` is the row that stays for one of `rows`, `score` and `method` of the two."""
 
     rows: I64
     kept: I64
@@ -90,9 +90,10 @@ def _stars(a: I64, b: I64, place: I64) -> tuple[I64, I64, I64]:
 class Limits:
     """What may be removed without asking.
 
-    `source_fraction`: of one source, by one cluster; a cluster that takes three quarters of a file is a template, the wrong field, or a
-    source that is another's copy, and only its owner knows which. `fraction`: of all rows; so much goes when `text_field` names a field of
-    few values. Clusters that take fewer than `least` rows of a source are never asked about. `allow`: sources that may go wholly.
+    `source_fraction`: of one source, by one cluster; a cluster that takes three quarters of a file is a template, the wrong
+    field, or a source that is another's copy, and only its owner knows which. `fraction`: of all rows; so much goes when
+    `text_field` names a field of few values. Clusters that take fewer than `least` rows of a source are never asked about.
+    `allow`: sources that may go wholly.
     """
 
     source_fraction: float = 0.75
@@ -121,18 +122,20 @@ def guard(
         worst = int(np.flatnonzero(over)[np.argmax(counts[over])])
         name = names[source[worst]]
         raise GuardError(
-            f"one cluster would remove {counts[worst]:,} of the {sizes[source[worst]]:,} rows of {name}, more than the fraction "
-            f"{limits.source_fraction:g} that may go without asking; {_example(removals, int(first[worst]), say)}",
-            f"look at the two rows; another text field or a higher threshold if they are no duplicates, else --allow {name} or a higher "
-            "max_source_fraction",
+            f"one cluster would remove {counts[worst]:,} of the {sizes[source[worst]]:,} rows of {name}; more than "
+            f"the fraction {limits.source_fraction:g} may not go without asking; {_example(removals, int(first[worst]), say)}",
+            "look at the two rows: if they are no duplicates, another text field or a higher threshold; if they are, "
+            f"--allow {name} or a higher --max-source-fraction",
         )
     free = np.isin(sources[removals.rows], [place for place, name in enumerate(names) if name in limits.allow])
     gone = int((~free).sum())
     if gone > limits.fraction * len(sources):
         raise GuardError(
-            f"{gone:,} of {len(sources):,} rows would be removed, more than the fraction {limits.fraction:g} that may go without asking; "
+            f"{gone:,} of {len(sources):,} rows would be removed; more than the fraction {limits.fraction:g} "
+            "may not go without asking; "
             f"{_example(removals, int(np.flatnonzero(~free)[0]), say)}",
-            "look at the two rows; another text field or a higher threshold if they are no duplicates, else a higher max_fraction",
+            "look at the two rows: if they are no duplicates, another text field or a higher threshold; if they are, a higher "
+            "--max-fraction",
         )
 
 

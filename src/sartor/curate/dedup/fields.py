@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sartor.core.errors import ConfigError
-from sartor.curate import forms
+from sartor.curate.sources import forms
 
 # Fields that name a row: no two rows share them, however alike they are. Left out where nobody named a field, and said so.
 _NAMES = {
@@ -34,8 +34,8 @@ _TEXTS = ("content", "value", "text")
 class Choice:
     """The fields whose text is compared, in order.
 
-    `joined`: nobody named them and no form was recognised, so every field with text or numbers counts, but `left_out`; fields that a
-    later row has besides join in. `reason` is for the output.
+    `joined`: nobody named them and no form was recognised, so every field with text or numbers counts, but `left_out`; fields
+    that a later row has besides join in. `reason` is for the output.
     """
 
     fields: tuple[str, ...]

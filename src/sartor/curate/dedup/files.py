@@ -112,10 +112,11 @@ def dedup(
     show: bool = False,
     **options: Any,
 ) -> Deduplicated:
-    """Find the duplicates in files of records; write to `out` what is kept, what is dropped and for what, and every verified pair.
+    """Find the duplicates in files of records; write to `out` what stays, what goes and for what, and every verified pair.
 
-    `options` are those of DedupOptions. `pairs`: also list duplicates as (a, b, score, method), rows numbered from 0 over all files in
-    their order. `show`: progress on stderr. Raises ConfigError, SourceError (no row can be used, a file changes meanwhile), GuardError.
+    `options` are those of DedupOptions. `pairs`: also list duplicates as (a, b, score, method), rows numbered from 0 over all
+    files in their order. `show`: progress on stderr. Raises ConfigError, SourceError (no row can be used, a file changes
+    meanwhile), GuardError.
     """
     began = time.monotonic()
     chosen = _options(options)

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sartor.core.errors import ConfigError, SourceError
 from sartor.curate.dedup import shingles
+from sartor.curate.dedup.arrays import I32, I64, U8, U32, offsets_of
 from sartor.curate.dedup.fields import Choice, choose, text_of
 from sartor.curate.dedup.inputs import Fault, blocks, format_of, parse_line, parsed
 from sartor.curate.dedup.means import Means
 from sartor.curate.dedup.outputs import Rows
-from sartor.curate.dedup.shingles import I64, U8, U32, Shingling, Sketches, offsets_of
+from sartor.curate.dedup.shingles import Shingling, Sketches
 
 # Rows of each file that decide which fields are compared and how they are cut.
 SAMPLE = 500
@@ -25,7 +25,7 @@ SAMPLE = 500
 
 @dataclass(frozen=True)
 class FileOfRows:
-    """An input file: its format, the fields that are compared, its name in the output, and its size and time when it was first seen."""
+    """An input file: its format, the fields that are compared, its name in the output, its size and time of change at first."""
 
     path: Path
     kind: str
@@ -45,12 +45,14 @@ def look(paths: Sequence[Path], text_field: str, unit: Any, size: int, most_byte
         raise ConfigError("no file was named", "sartor dedup FILE... --out DIR")
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError("a file is named twice: every row of it would be its own duplicate", "name each file once")
-    files, texts, joined = [], [], False
+    files: list[FileOfRows] = []
+    texts: list[str] = []
+    joined = 0
     for path in paths:
         kind = format_of(path)
         sample = _sample(path, kind, most_bytes)
         choice = choose(sample, text_field)
-        joined |= choice.joined and len(choice.fields) > 1
+        joined = max(joined, len(choice.fields) * choice.joined)
         texts.extend(text_of(row, choice) or "" for row in sample)
         name = path.name if path.name not in {file.name for file in files} else f"{path.stem}-{len(files) + 1}{path.suffix}"
         files.append(FileOfRows(path, kind, choice, name, stamp_of(path)))
@@ -88,7 +90,7 @@ class Reading:
 
 def read(files: Sequence[FileOfRows], how: Shingling, store: Path, most_bytes: int, means: Means) -> Reading:
     """Read every row of the files; shingles go to the file `store`."""
-    of_file: list[NDArray[np.int32]] = []
+    of_file: list[I32] = []
     lines: list[I64] = []
     sizes, digests, lengths = [np.empty(0, np.int64)], [np.empty((0, 16), np.uint8)], [np.empty(0, np.int64)]
     faults: dict[int, Fault] = {}
@@ -133,11 +135,11 @@ def _sized(file: FileOfRows, most_bytes: int) -> Iterator[tuple[Any, int]]:
 
 
 def _append(stream: BinaryIO, sketches: Sketches) -> None:
-    stream.write(memoryview(np.ascontiguousarray(sketches.shingles)).cast("B"))
+    stream.write(sketches.shingles.tobytes())
 
 
 def sketch_rows(rows: list[Any], choice: Choice, kind: str, how: Shingling) -> tuple[Sketches, I64, list[tuple[int, Fault]]]:
-    """Sketches of a block's rows as `inputs.blocks` yields them, the lengths of their texts, and the Faults among them by place.
+    """Sketches of a block's rows as `inputs.blocks` yields them, the lengths of their texts, and by place the Faults.
 
     A row that cannot be used has an empty set.
     """

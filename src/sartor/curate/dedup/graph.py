@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.curate.dedup.shingles import I64
+from sartor.curate.dedup.arrays import I64
 
 
 def components(count: int, a: I64, b: I64, labels: I64 | None = None) -> I64:
@@ -35,7 +35,7 @@ def components(count: int, a: I64, b: I64, labels: I64 | None = None) -> I64:
 
 
 def places_of(rank: NDArray[Any], labels: I64 | None = None) -> I64:
-    """(N,) the place of each row by rank, the highest first and of equals the first read; with `labels`, the best of its class."""
+    """(N,) the place of each row by rank, the highest first, of equals the first read; with `labels`, the best of its class."""
     order = np.lexsort((np.arange(len(rank)), -np.asarray(rank, np.float64)))
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))

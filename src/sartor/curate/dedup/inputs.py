@@ -1,7 +1,7 @@
 """Files of records, read twice: once for what is compared, once to part the rows that stay from those that go, byte for byte.
 
-Each format yields blocks of rows, a row as it stands in the file: bytes of JSON Lines and CSV, the object of JSON and Parquet. What cannot be
-read is a Fault in its place, so that both readings count alike.
+Each format yields blocks of rows, a row as it stands in the file: bytes of JSON Lines and CSV, the object of JSON and
+Parquet. What cannot be read is a Fault in its place, so that both readings count alike.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PARQUET_ROWS = 2048
 
 
 class Fault(NamedTuple):
-    """A row that cannot be used: the word it is counted under, and a sentence; `size` bytes from `start` for one too long to hold."""
+    """A row that cannot be used: the word it is counted under, a sentence; `size` bytes from `start` if it is too long."""
 
     reason: str
     detail: str
@@ -34,7 +34,7 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a file in its order: `rows` as they stand in the file or Faults, `lines` where. `gaps`: bytes between rows by place."""
+    """Rows of a file in its order: `rows` as they stand there or Faults, at `lines`; `gaps`: bytes between rows, by place."""
 
     lines: list[int]
     rows: list[Any]
@@ -169,7 +169,8 @@ class _Lines:
         self.number = 0
 
     def __iter__(self) -> Iterator[str]:
-        for self.number, line in self._lines:
+        for number, line in self._lines:
+            self.number = number
             if isinstance(line, Fault):
                 self.too_long = line
                 yield "\n"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow import csv
 
 from sartor.core.artifacts import SCHEMA
 from sartor.core.errors import ArtifactError, ConfigError
+from sartor.curate.dedup.arrays import F32, F64, I64
 from sartor.curate.dedup.graph import components
 from sartor.curate.dedup.pairs import METHODS, Pairs
-from sartor.curate.dedup.shingles import I64
 from sartor.curate.dedup.verify import Rules
 
 # Every pair of a class of equal rows is listed up to this many rows; of a larger class, each row with the first.
@@ -30,19 +31,21 @@ _SCHEMA = pa.schema(
 
 
 def write_pairs(file: Path, pairs: Pairs, rank: NDArray[Any], rules: Rules) -> None:
-    """All pairs down to the floor, with what was measured and the ranks of both rows: enough to decide anew without the rows.
-
-    `method` is `below` where a pair is no duplicate at the threshold of the run.
-    """
-    is_duplicate = pairs.is_judged(rules.threshold, rules.contained)
-    methods = np.where(is_duplicate, np.array(METHODS)[pairs.method(rules.threshold)], "below")
-    score = np.where(is_duplicate, pairs.score(rules.threshold), pairs.jaccard)
+    """All pairs down to the floor, with what was measured and both rows' ranks: enough to decide anew without the rows."""
+    score, methods = judgements(pairs, rules)
     rank = np.asarray(rank, np.float64)
     columns = [pairs.a, pairs.b, score, methods, pairs.jaccard, pairs.containment, rank[pairs.a], rank[pairs.b]]
     pq.write_table(pa.table(columns, schema=_SCHEMA), file, compression="zstd")
 
 
-def read_pairs(file: Path, count: int) -> tuple[Pairs, NDArray[np.float64]]:
+def judgements(pairs: Pairs, rules: Rules) -> tuple[F32, NDArray[Any]]:
+    """(P,) score and (P,) method of every pair: by the measure that made it a duplicate, or `below` with its Jaccard."""
+    is_duplicate = pairs.is_judged(rules.threshold, rules.contained)
+    methods = np.where(is_duplicate, np.array(METHODS)[pairs.method(rules.threshold)], "below")
+    return np.where(is_duplicate, pairs.score(rules.threshold), pairs.jaccard), methods
+
+
+def read_pairs(file: Path, count: int) -> tuple[Pairs, F64]:
     """The pairs of a ledger, and (count,) the rank of each row (0 for rows in no pair: nothing competes with them).
 
     Raises ArtifactError for a file that is none.
@@ -54,7 +57,7 @@ def read_pairs(file: Path, count: int) -> tuple[Pairs, NDArray[np.float64]]:
     read = {name: table[name].to_numpy() for name in ("a", "b", "jaccard", "containment", "rank_a", "rank_b")}
     exact = np.asarray(table["method"].to_numpy() == METHODS[0], bool)
     pairs = Pairs(read["a"], read["b"], read["jaccard"], read["containment"], exact)
-    if len(pairs.a) and not (0 <= int(pairs.a.min()) and int(max(pairs.a.max(), pairs.b.max())) < count):
+    if len(pairs.a) and not (int(pairs.a.min()) >= 0 and int(max(pairs.a.max(), pairs.b.max())) < count):
         raise ArtifactError(f"{file} names rows that are not there", "de-duplicate again")
     rank = np.zeros(count)
     rank[pairs.a], rank[pairs.b] = read["rank_a"], read["rank_b"]
@@ -105,17 +108,18 @@ def _members(label: I64, wanted: I64) -> dict[int, I64]:
 
 def export(file: Path, pairs: Pairs, rules: Rules) -> None:
     """Write (a, b, score, method) as .csv, .jsonl or .parquet, by the extension; `check_export` has seen it."""
-    frame = pl.DataFrame(
-        {
-            "a": pairs.a,
-            "b": pairs.b,
-            "score": pairs.score(rules.threshold).astype(np.float64).round(4),
-            "method": np.array(METHODS)[pairs.method(rules.threshold)] if len(pairs.a) else pl.Series([], dtype=pl.String),
-        }
-    )
+    score = pairs.score(rules.threshold).astype(np.float64).round(4)
+    methods = pa.array(np.array(METHODS)[pairs.method(rules.threshold)].tolist(), pa.string())
+    table = pa.table({"a": pairs.a, "b": pairs.b, "score": score, "method": methods})
     part = file.with_name(f".{file.name}.part")
-    write = {".csv": frame.write_csv, ".parquet": frame.write_parquet}.get(file.suffix.lower(), frame.write_ndjson)
-    write(part)
+    if file.suffix.lower() == ".csv":
+        with part.open("wb") as stream:
+            stream.write(b"a,b,score,method\n")
+            csv.write_csv(table, stream, csv.WriteOptions(include_header=False, quoting_style="none"))
+    elif file.suffix.lower() == ".parquet":
+        pq.write_table(table, part)
+    else:
+        part.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()), encoding="utf-8")
     part.replace(file)
 
 

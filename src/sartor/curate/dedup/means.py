@@ -20,7 +20,7 @@ def serial(function: Callable[..., T], items: Iterable[tuple[Any, ...]]) -> Iter
 
 @dataclass(frozen=True)
 class Means:
-    """`show(stage, done, of)` hears of progress; `spread` calls a module's function on items, in order (`workers.py` has another)."""
+    """`show(stage, done, of)` hears of progress; `spread` calls a module's function on items, in order (also `workers.py`)."""
 
     show: Callable[[str, int, int], None] = _silent
     spread: Callable[..., Iterator[Any]] = serial

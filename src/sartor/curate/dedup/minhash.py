@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from itertools import chain
+import itertools
 
 import numpy as np
 import rensa
 
+from sartor.curate.dedup.arrays import I64, U32, mixed, offsets_of
 from sartor.curate.dedup.commons import gathered, spans
 from sartor.curate.dedup.means import Means
-from sartor.curate.dedup.shingles import I64, U32, mixed, offsets_of
 from sartor.curate.dedup.sets import Sets
 
 BANDS, BAND_ROWS = 50, 4
 PERMUTATIONS = BANDS * BAND_ROWS
 SEED = 4
-_ROWS = 4096  # rensa's matrix leaves as Python lists: few rows at a time bound the memory
+_ROWS = 4096  # of one task
+_LISTED = 512  # rensa's matrix leaves as lists of Python ints: so many rows of them stay in a core's cache
 _FOLD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)
 
 
@@ -43,10 +44,16 @@ def _tokens(sets: Sets, rows: I64, whole: bool) -> tuple[U32, I64]:
 
 def _keys(tokens: U32, offsets: I64) -> U32:
     """(n, BANDS) keys of n sets."""
+    cuts = [*range(0, len(offsets) - 1, _LISTED), len(offsets) - 1]
+    some = [_few_keys(tokens[offsets[a] : offsets[b]], offsets[a : b + 1] - offsets[a]) for a, b in itertools.pairwise(cuts)]
+    return np.concatenate(some)
+
+
+def _few_keys(tokens: U32, offsets: I64) -> U32:
     count = len(offsets) - 1
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
         mixed(tokens.astype(np.uint64)), offsets.astype(np.uint64), PERMUTATIONS, SEED
     )
-    flat = np.fromiter(chain.from_iterable(matrix.to_rows()), np.uint32, count * PERMUTATIONS)
+    flat = np.fromiter(itertools.chain.from_iterable(matrix.to_rows()), np.uint32, count * PERMUTATIONS)
     folded = flat.reshape(count, BANDS, BAND_ROWS).astype(np.uint64) @ _FOLD
     return (mixed(folded) >> np.uint64(32)).astype(np.uint32)

@@ -1,12 +1,13 @@
 """Near-duplicates: MinHash proposes, true Jaccard or containment disposes. Arrays in, verified pairs out.
 
 1. Rows of equal digest are one row from here on (`exact`).
-2. Shingles that stand in more than max(100, 0.5 %) of the rows are *common* (`commons.py`): boilerplate, templates, set phrases.
-3. MinHash signatures (Broder 1997) of what is a row's own, 50 bands of 4 (a pair with Jaccard 0.7 is missed once in a million, with
-   0.5 four times in a hundred). Rows of which a good part is common also get a signature of the whole: many near-copies of one row
-   make each other's shingles common.
-4. Band by band, rows that share a key are candidates: each with its next NEIGHBOURS rows and with the first of its bucket, so that the
-   work is linear however large a bucket is.
+2. Shingles that stand in more than max(100, 0.5 %) of the rows are *common* (`commons.py`): boilerplate, templates, set
+   phrases.
+3. MinHash signatures (Broder 1997) of what is a row's own, 50 bands of 4 (a pair with Jaccard 0.7 is missed once in a
+   million, with 0.5 four times in a hundred). Rows of which a good part is common also get a signature of the whole: many
+   near-copies of one row make each other's shingles common.
+4. Band by band, rows that share a key are candidates: each with its next NEIGHBOURS rows and with the first of its bucket, so
+   that the work is linear however large a bucket is.
 5. Every candidate is verified on the sets themselves (`verify.py`), and rows of a large cluster that were never held against
    its head are, at the end.
 """
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sartor.curate.dedup.arrays import I64, U8, U32, U64, Mask
 from sartor.curate.dedup.commons import common_shingles, levels
 from sartor.curate.dedup.graph import components, places_of
 from sartor.curate.dedup.means import ALONE, Means
@@ -26,7 +28,6 @@ from sartor.curate.dedup.minhash import BANDS, band_keys
 from sartor.curate.dedup.pairs import Pairs
 from sartor.curate.dedup.parity import Parity
 from sartor.curate.dedup.sets import Sets
-from sartor.curate.dedup.shingles import I64, U8, U32, U64
 from sartor.curate.dedup.verify import Rules, measure
 
 NEIGHBOURS = 4
@@ -46,11 +47,14 @@ class Found:
     candidates: int  # pairs that were verified
 
 
-def exact(digests: U8, empty: NDArray[np.bool_]) -> I64:
+def exact(digests: U8, empty: Mask) -> I64:
     """(N,) the first row of equal content for every row; a row without words is its own."""
-    keys = np.ascontiguousarray(digests).view("V16").ravel()
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    found = first[inverse.ravel()].astype(np.int64)
+    high, low = np.ascontiguousarray(digests).view(np.uint64).reshape(-1, 2).T
+    order = np.lexsort((low, high))  # stable: of equal rows the first read stands first
+    new = np.ones(len(order), bool)
+    new[1:] = (high[order][1:] != high[order][:-1]) | (low[order][1:] != low[order][:-1])
+    found = np.empty(len(order), np.int64)
+    found[order] = order[new][np.cumsum(new) - 1]
     return np.where(empty, np.arange(len(found)), found)
 
 
@@ -59,8 +63,9 @@ def near_duplicates(
 ) -> Found:
     """Verified pairs of N rows down to `rules.floor`, exact ones among them, each (a, b) with a < b once.
 
-    `shingles`, `offsets`, `digests` as in `Sketches` (memory-mapped files will do). `rank` (N,) is the one that `clusters.resolve` will
-    get; rows of large clusters are held against the row that it puts first (default: the largest set). `means`: progress, processes.
+    `shingles`, `offsets`, `digests` as in `Sketches` (memory-mapped files will do). `rank` (N,) is the one that
+    `clusters.resolve` will get; rows of large clusters are held against the row that it puts first (default: the largest
+    set). `means`: progress, processes.
     """
     sizes = np.diff(offsets)
     empty = sizes == 0
@@ -72,7 +77,7 @@ def near_duplicates(
         return Found(found, 0, int(empty.sum()), 0)
     common = common_shingles(shingles, offsets, rows, rules.common_limit(len(rows)))
     sets = Sets(shingles, offsets, levels(shingles, common))
-    search = _Search(sets, rules, np.empty(1 << _SEEN_BITS, np.uint64), np.arange(len(sizes)), means)
+    search = _Search(sets, rules, np.zeros(1 << _SEEN_BITS, np.uint64), np.arange(len(sizes)), means)
     own = rows[sets.own_sizes[rows] > 0]
     _search_bands(search, own, "own", "comparing")
     if len(common.shingles):
@@ -128,8 +133,8 @@ def _search_bands(search: _Search, rows: I64, what: str, stage: str) -> None:
         search.means.show(stage, band + 1, BANDS)
 
 
-def bucket_pairs(keys: U32) -> tuple[I64, I64, NDArray[np.bool_]]:
-    """Pairs of places with equal keys: each with the next NEIGHBOURS of its bucket and with the first; and whether it is crowded."""
+def bucket_pairs(keys: U32) -> tuple[I64, I64, Mask]:
+    """Pairs of places with equal keys: each with the next NEIGHBOURS of its bucket and the first; and whether it is crowded."""
     packed = (keys.astype(np.uint64) << np.uint64(32)) | np.arange(len(keys), dtype=np.uint64)
     packed.sort()
     places = (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
@@ -156,7 +161,7 @@ def bucket_pairs(keys: U32) -> tuple[I64, I64, NDArray[np.bool_]]:
 
 
 def _complete(search: _Search, place: I64) -> None:
-    """Hold the rows of a component that lack an edge to its first-ranked row against it; those still unlike it against the next."""
+    """Hold rows that lack an edge to the first-ranked row of their component against it; those unlike it against the next."""
     sure = Pairs.joined(search.found).unique().judged(search.rules.threshold, search.rules.contained)
     open_rows = np.unique(np.concatenate([sure.a, sure.b]))
     for _ in range(_COMPLETIONS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from sartor.core.artifacts import SCHEMA
 from sartor.core.records import canonical_text
+from sartor.curate.dedup.arrays import I32, I64, Mask
 from sartor.curate.dedup.clusters import Removals
-from sartor.curate.dedup.inputs import Block, Fault, blocks, json_rows, json_value
+from sartor.curate.dedup.inputs import Block, CsvRow, Fault, blocks, json_rows, json_value
 from sartor.curate.dedup.pairs import METHODS
 
 _COPY_BYTES = 1 << 20
@@ -35,8 +36,8 @@ class Rows:
     """Where the N rows of a run stand: `names` of the files, (N,) the `file` of each and its `line`; `faults` by row."""
 
     names: list[str]
-    file: NDArray[np.int32]
-    line: NDArray[np.int64]
+    file: I32
+    line: I64
     faults: dict[int, Fault]
 
     def say(self, row: int) -> str:
@@ -104,13 +105,13 @@ class Writer:
 
     def _content(self, raw: Any, source: Path) -> bytes:
         """The row as bytes. One too long to hold is copied to `too_long/` in pieces."""
-        if isinstance(raw, tuple):  # a CsvRow
-            if isinstance(raw[1], Fault) and raw[1].size:
-                self._copy(raw[1], source)
-            return raw[0]
         if isinstance(raw, Fault):
             self._copy(raw, source)
             return b""
+        if isinstance(raw, CsvRow):
+            if isinstance(raw.fields, Fault) and raw.fields.size:
+                self._copy(raw.fields, source)
+            return raw.raw
         return raw if isinstance(raw, bytes) else canonical_text(raw).encode()
 
     def _copy(self, fault: Fault, source: Path) -> None:
@@ -129,17 +130,17 @@ class Writer:
         self._waiting, self._bytes = [], 0
 
 
-class _Target:
+class _Target(ABC):
     """Where the kept rows of a file go; `write` gets each block with the mask of its rows."""
 
     def __enter__(self) -> _Target:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: object) -> None:  # noqa: B027
         pass
 
-    def write(self, block: Block, keep: NDArray[np.bool_]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def write(self, block: Block, keep: Mask) -> None: ...
 
 
 def _open_target(kind: str, source: Path, target: Path) -> _Target:
@@ -157,11 +158,11 @@ class _LinesTarget(_Target):
     def __exit__(self, *exception: object) -> None:
         self._out.close()
 
-    def write(self, block: Block, keep: NDArray[np.bool_]) -> None:
+    def write(self, block: Block, keep: Mask) -> None:
         self._out.write(b"".join(_pieces(block, keep)))
 
 
-def _pieces(block: Block, keep: NDArray[np.bool_]) -> Iterator[bytes]:
+def _pieces(block: Block, keep: Mask) -> Iterator[bytes]:
     for place, (row, stays) in enumerate(zip(block.rows, keep.tolist(), strict=True)):
         if place in block.gaps:
             yield block.gaps[place]
@@ -178,7 +179,7 @@ class _JsonTarget(_Target):
         self._source, self._target = source, target
         self._kept: list[Any] = []
 
-    def write(self, block: Block, keep: NDArray[np.bool_]) -> None:
+    def write(self, block: Block, keep: Mask) -> None:
         self._kept.extend(row for row, stays in zip(block.rows, keep.tolist(), strict=True) if stays)
 
     def __exit__(self, *exception: object) -> None:
@@ -204,7 +205,7 @@ class _ParquetTarget(_Target):
         gone.parent.mkdir(exist_ok=True)
         self._gone = pq.ParquetWriter(gone, schema, compression="zstd")
 
-    def write(self, block: Block, keep: NDArray[np.bool_]) -> None:
+    def write(self, block: Block, keep: Mask) -> None:
         table = pa.Table.from_batches([next(self._batches)])
         self._out.write_table(table.filter(pa.array(keep)))
         self._gone.write_table(table.filter(pa.array(~keep)))

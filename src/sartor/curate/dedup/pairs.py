@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sartor.curate.dedup.shingles import I64, U8
+from sartor.curate.dedup.arrays import F32, I64, U8, Mask
 
-F32 = NDArray[np.float32]
 EXACT, NEAR, CONTAINED = 0, 1, 2
 METHODS = ("exact", "near", "contained")
 
@@ -19,15 +17,15 @@ METHODS = ("exact", "near", "contained")
 class Pairs:
     """P pairs of rows, a < b: (P,) each.
 
-    `jaccard` 0..1 of the two sets as `verify.py` defines it, 1 for exact duplicates; `containment` 0..1, the share of the smaller set that is
-    in the larger, 0 where it was not to be asked.
+    `jaccard` 0..1 of the two sets as `verify.py` defines it, 1 for exact duplicates; `containment` 0..1, the share of the
+    smaller set that is in the larger, 0 where it was not to be asked.
     """
 
     a: I64
     b: I64
     jaccard: F32
     containment: F32
-    exact: NDArray[np.bool_]
+    exact: Mask
 
     @staticmethod
     def none() -> Pairs:
@@ -47,7 +45,7 @@ class Pairs:
         columns = zip([column.name for column in fields(Pairs)], types, strict=True)
         return Pairs(*[np.concatenate([np.empty(0, kind), *[getattr(part, name) for part in parts]]) for name, kind in columns])
 
-    def where(self, chosen: NDArray[np.bool_] | I64) -> Pairs:
+    def where(self, chosen: Mask | I64) -> Pairs:
         """The pairs that a mask or a list of places chooses."""
         return Pairs(*[getattr(self, column.name)[chosen] for column in fields(self)])
 
@@ -60,7 +58,7 @@ class Pairs:
         """The pairs that are duplicates at a threshold of Jaccard, or of containment (0 switches that off)."""
         return self.where(self.is_judged(threshold, contained))
 
-    def is_judged(self, threshold: float, contained: float) -> NDArray[np.bool_]:
+    def is_judged(self, threshold: float, contained: float) -> Mask:
         """(P,) whether each is such a pair."""
         return self._near(threshold) | self._contained(contained)
 
@@ -72,8 +70,8 @@ class Pairs:
         """(P,) the measure that decided: Jaccard, or containment where Jaccard alone would not have."""
         return np.where(self._near(threshold), self.jaccard, self.containment)
 
-    def _near(self, threshold: float) -> NDArray[np.bool_]:
+    def _near(self, threshold: float) -> Mask:
         return self.exact | (self.jaccard >= np.float32(threshold))
 
-    def _contained(self, contained: float) -> NDArray[np.bool_]:
+    def _contained(self, contained: float) -> Mask:
         return (self.containment >= np.float32(contained)) & (contained > 0)

@@ -1,8 +1,9 @@
-"""A cheap look at a crowded bucket: could two rows be edits of one another, or is it boilerplate that they share?
+"""A cheap look at a crowded bucket: are two rows perhaps edits of one another, or is it boilerplate that they share.
 
-Odd sketches (Mitzenmacher, Pagh, Pham 2014): a bit is the parity of the elements that fall on it, so the bits in which two sketches
-differ are at most the elements that one of two sets holds alone, and about as many while they are few. Two of 256 bits a row, one of
-its common text and one of what is its own, tell most pairs of rows behind one boilerplate apart without touching their sets.
+Odd sketches (Mitzenmacher, Pagh, Pham 2014): a bit is the parity of the elements that fall on it, so the bits in which two
+sketches differ are at most the elements that one of two sets holds alone, and about as many while they are few. Two of 256
+bits a row, one of its common text and one of what is its own, tell most pairs of rows behind one boilerplate apart without
+touching their sets.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sartor.curate.dedup.arrays import I64, U64, Mask, mixed
 from sartor.curate.dedup.commons import gathered, spans
 from sartor.curate.dedup.sets import Sets
-from sartor.curate.dedup.shingles import I64, U64, mixed
 
 _BITS = 256
 _ROWS = 4096
@@ -44,7 +44,7 @@ class Parity:
                 own.append(_folded(bits[level == 0], len(some)))
         return Parity(np.concatenate(text), np.concatenate(own))
 
-    def perhaps_edited(self, a: I64, b: I64) -> NDArray[np.bool_]:
+    def perhaps_edited(self, a: I64, b: I64) -> Mask:
         """Whether pairs of places may pass the rule of displaced shingles in `verify.py`."""
         displaced = np.bitwise_count(self.text[a] ^ self.text[b]).sum(axis=1)
         own = np.bitwise_count(self.own[a] ^ self.own[b]).sum(axis=1)

@@ -31,8 +31,8 @@ def rethreshold(
 ) -> Deduplicated:
     """Write to `out` what `sartor dedup` would have written at another threshold, from the pairs in its artefact at `path`.
 
-    The input files are read for their rows alone. Raises ConfigError for a threshold below the floor that pairs were kept to, ArtifactError
-    if an input file is gone or was changed, GuardError as `dedup` does.
+    The input files are read for their rows alone. Raises ConfigError for a threshold below the floor that pairs were kept to,
+    ArtifactError if an input file is gone or was changed, GuardError as `dedup` does.
     """
     began = time.monotonic()
     old = open_artifact(path, "duplicates")

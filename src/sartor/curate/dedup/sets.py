@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sartor.curate.dedup.arrays import I64, U8, U32
 from sartor.curate.dedup.commons import CHUNK
-from sartor.curate.dedup.shingles import I64, NUMBER, U8, U32
+from sartor.curate.dedup.shingles import NUMBER
 
-# Common shingles count as a row's text, not as set phrases, from half as many rows on as its common shingles stand in in the mean.
+# A common shingle is a row's text, no set phrase, from half as many rows on as the row's common shingles have in the mean.
 _CUT = 2
 
 
 @dataclass(frozen=True)
 class Sets:
-    """N sets: `shingles` (S,) and `offsets` (N + 1,) as in `Sketches`, and (S,) the `level` of each shingle (`commons.levels`)."""
+    """N sets: `shingles` (S,), `offsets` (N + 1,) as in `Sketches`, and (S,) the `level` of each shingle (`commons.levels`)."""
 
     shingles: U32
     offsets: I64
@@ -42,7 +43,7 @@ class Sets:
         return np.where(common, np.maximum(np.round(total / np.maximum(common, 1)) - _CUT, 1), 0).astype(np.uint8)
 
     def sums(self, of: Any) -> I64:
-        """(N,) sums over each row of `of(shingles, level)`, made a stretch at a time so that memory-mapped sets stay on disk."""
+        """(N,) sums over each row of `of(shingles, level)`, a stretch at a time: memory-mapped sets stay on disk."""
         sums = np.zeros(len(self.offsets) - 1, np.int64)
         rows = np.searchsorted(self.offsets, np.arange(0, len(self.shingles), CHUNK), side="right") - 1
         for first, last in zip(rows, [*rows[1:], len(sums)], strict=True):

@@ -7,12 +7,13 @@ The texts of a batch are one buffer of bytes; look-ups, prefix sums and one sort
 - letters are lower-cased; a row that is not ASCII goes through NFKC and `str.casefold` first;
 - white space and quotes part words and count for nothing, and so does `. , ; : ! ?` before white space, a quote, a closing
   bracket, another of them, or the end; inside a number or word (`3.5`, `10:30`, `e.g`, `don't`) it is part of the word;
-- every other symbol is a word of its own (`C++` is not `C`, `-5` not `5`, `a<b` not `a>b`), and so is every character of a script
-  that writes no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) and every emoji.
+- every other symbol is a word of its own (`C++` is not `C`, `-5` not `5`, `a<b` not `a>b`), and so is every character of a
+  script that writes no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) and every emoji.
 
-**Shingles.** `words`: runs of `size` words, and each word that holds a digit once more by itself, with the lowest bit of its hash set:
-`verify.py` asks whether two rows contradict each other in numbers. `characters`: runs of `size` characters of the words with one space
-between. A row that is shorter than one shingle is one shingle; a row without words has none, and is never anybody's duplicate.
+**Shingles.** `words`: runs of `size` words, and each word that holds a digit once more by itself, with the lowest bit of its
+hash set: `verify.py` asks whether two rows contradict each other in numbers. `characters`: runs of `size` characters of the
+words with one space between. A row that is shorter than one shingle is one shingle; a row without words has none, and is
+never anybody's duplicate.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from sartor.core.errors import ConfigError
+from sartor.curate.dedup.arrays import I64, U8, U32, U64, Mask, mixed, offsets_of
 
 Unit = Literal["words", "characters"]
-U8, U32, U64, I64 = NDArray[np.uint8], NDArray[np.uint32], NDArray[np.uint64], NDArray[np.int64]
 
 # Sizes by measurement: docs/decisions/007-dedup.md
 SIZES: dict[str, int] = {"words": 2, "characters": 3}
-# `auto`: records are short rows in which at least this share of words are numbers
-SHORT_WORDS, NUMBERS_SHARE = 30, 0.15
+# `auto`: records are short rows that join as many fields, or in which at least this share of words are numbers
+SHORT_WORDS, NUMBERS_SHARE, RECORD_FIELDS = 30, 0.25, 4
 _CHUNK_BYTES = 1 << 18  # of text in one go: its 64-bit prefix sums stay in a core's cache
 NUMBER = np.uint32(1)  # the bit of a shingle that is a word with a digit
 _NUMBER_BIT = np.uint64(1 << 32)  # the same in the 64-bit hash, of which the upper half is kept
@@ -98,20 +99,13 @@ class Sketches:
         )
 
 
-def offsets_of(lengths: NDArray[Any]) -> I64:
-    """(N,) lengths -> (N + 1,) offsets."""
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
-
-
 def resolve(
-    unit: Literal["auto", "words", "characters"], size: int, texts: Sequence[str], *, joined_fields: bool = False
+    unit: Literal["auto", "words", "characters"], size: int, texts: Sequence[str], *, joined_fields: int = 0
 ) -> Shingling:
     """The shingling of a run. `auto` looks at `texts`, a sample of the rows; `size` 0 takes the unit's own.
 
-    `auto` is words, where one changed word may be another meaning; but characters for short records, where it may be a typing error:
-    rows of several joined fields, or full of numbers. Raises ConfigError for a size out of 0..64.
+    `auto` is words, where one changed word may be another meaning; but characters for short records, where it may be a typing
+    error: rows that join several (`joined_fields`) fields, or full of numbers. Raises ConfigError for a size out of 0..64.
     """
     if not 0 <= size <= 64:
         raise ConfigError(f"a shingle size of {size} makes no sense", "a size from 1 to 64, or 0 for the unit's default")
@@ -119,9 +113,11 @@ def resolve(
         return Shingling(unit, size or SIZES[unit], "as asked")
     median, numbers = _profile(texts)
     said = f"the median row has {median:g} words, {numbers:.0%} of all words hold digits"
-    chosen: Unit = "characters" if median < SHORT_WORDS and (joined_fields or numbers >= NUMBERS_SHARE) else "words"
+    chosen: Unit = (
+        "characters" if median < SHORT_WORDS and (joined_fields >= RECORD_FIELDS or numbers >= NUMBERS_SHARE) else "words"
+    )
     if joined_fields:
-        said += ", and rows are several fields joined"
+        said += f", and rows join {joined_fields} fields"
     return Shingling(chosen, size or SIZES[chosen], said)
 
 
@@ -158,7 +154,7 @@ def _sketch(texts: Sequence[str], how: Shingling) -> Sketches:
     buffer, offsets = _normal(texts)
     if how.unit == "words":
         starts, ends = _words(buffer)
-        letters = mixed(_spans(buffer, starts, ends))
+        letters: NDArray[Any] = mixed(_spans(buffer, starts, ends))
         bounds = np.searchsorted(starts, offsets)
         rows, first, last = _windows(bounds, how.size)
     else:
@@ -217,13 +213,6 @@ def _powers(count: int) -> tuple[U64, U64]:
     return tuple(np.multiply.accumulate(np.array([1] + [base] * (count - 1), np.uint64)) for base in (_BASE, _INVERSE))  # type: ignore[return-value]
 
 
-def mixed(hashes: U64) -> U64:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): every bit of the input moves every bit of the output."""
-    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return hashes ^ (hashes >> np.uint64(31))
-
-
 def _words(buffer: U8) -> tuple[I64, I64]:
     """Starts and ends of the words of a normal form."""
     ends = np.flatnonzero(buffer == ord(" "))
@@ -277,7 +266,7 @@ def _normal(texts: Sequence[str]) -> tuple[U8, I64]:
     return out, written[offsets_of(lengths)]
 
 
-def _roles(raw: U8, classes: U8) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _roles(raw: U8, classes: U8) -> tuple[Mask, Mask]:
     """Which bytes are words of their own, and which are letters of a longer one; the rest parts words."""
     letter = (classes == _WORD) | (classes == _DIGIT)
     alone = (classes == _SYMBOL) | (classes == _CLOSING)

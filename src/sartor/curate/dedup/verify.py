@@ -2,17 +2,21 @@
 
 Common shingles (`commons.py`) are set aside, with two exceptions that follow from what they are for.
 
-- *An edit displaces, boilerplate adds.* Of 150 near-copies of one row every shingle is common but those that an edit made; set aside, nothing
-  would be left to agree on. But a changed word takes common shingles away where it stands, and a row behind boilerplate has all of
-  them. So where the common shingles that only one of the two holds are at least DISPLACED of their own that only one holds, the pair
-  is measured on the whole sets. Counted are those that are about as common as the two rows' common shingles are in the mean
-  (`Sets.common_cut`): a phrase like `of the` comes with any text, and is no sign of an edit. With nothing of their own on either side the whole
-  sets are measured too.
-- *A short rest proves nothing.* `turn on the kitchen light` and `turn off the kitchen light` agree in all that is not common among many such
-  rows. Where less than `rules.least_own` is left of either, the lower of both measures counts.
+- *An edit displaces, boilerplate adds.* Of 150 near-copies of one row every shingle is common but those that an edit made;
+  set aside, nothing would be left to agree on. But a changed word takes common shingles away where it stands, and a row
+  behind boilerplate has all of them. So where the common shingles that only one of the two holds are at least DISPLACED of
+  their own that only one holds, the pair is measured on the whole sets. Counted are those that are about as common as the two
+  rows' common shingles are in the mean (`Sets.common_cut`): a phrase like `of the` comes with any text, and is no sign of an
+  edit. With nothing of their own on either side the whole sets are measured too.
+  And a slot of a template, filled by one common word here and another there, displaces much and leaves nothing of its own: less
+  than EDITS of what it displaced is no edit.
+- *A short rest proves nothing.* `turn on the kitchen light` and `turn off the kitchen light` agree in all that is not common
+  among many such rows. Where less than `rules.least_own` is left of either, common shingles count against a pair and never
+  for it: shared own ones over those and everything that only one of the two holds.
 
-And *other numbers are other facts*: where each of two rows holds numbers that the other lacks, and they agree on less than `rules.numbers`
-of them, the pair is none, however alike (`set the heating to 21 degrees`, `to 22 degrees`; one invoice and the next).
+And *other numbers are other facts*: where each of two rows holds numbers that the other lacks, and they agree on less than
+`rules.numbers` of them, the pair is none, however alike (`set the heating to 21 degrees`, `to 22 degrees`; one invoice and
+the next).
 """
 
 from __future__ import annotations
@@ -23,12 +27,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from sartor.core.errors import ConfigError
+from sartor.curate.dedup.arrays import I64
 from sartor.curate.dedup.commons import CHUNK, gathered
 from sartor.curate.dedup.pairs import Pairs
 from sartor.curate.dedup.sets import Sets
-from sartor.curate.dedup.shingles import I64, Shingling
+from sartor.curate.dedup.shingles import Shingling
 
-DISPLACED = 0.25
+DISPLACED, EDITS = 0.25, 0.1
 # By measurement: docs/decisions/007-dedup.md
 THRESHOLDS = {"words": 0.65, "characters": 0.45}
 # Pairs are kept down to here, so that a lower threshold needs no new search; 50 x 4 finds 96 % of pairs at 0.5, 73 % at 0.4.
@@ -39,8 +44,9 @@ FLOORS = {"words": 0.5, "characters": 0.35}
 class Rules:
     """What makes two rows duplicates.
 
-    `threshold` of Jaccard, `contained` of containment (0: never), `floor` down to which pairs are kept, `least_own` the fewest
-    shingles, common ones set aside, that count for themselves; `numbers` the least share of numbers (0: any); `common_rows` and `common_fraction` say when a shingle is common.
+    `threshold` of Jaccard, `contained` of containment (0: never), `floor` down to which pairs are kept, `least_own` the
+    fewest shingles, common ones set aside, that count for themselves; `numbers` the least share of numbers (0: any);
+    `common_rows` and `common_fraction` say when a shingle is common.
     """
 
     threshold: float
@@ -92,9 +98,13 @@ def _measure(sets: Sets, a: I64, b: I64, rules: Rules) -> Pairs:
     own_a, own_b = sets.own_sizes[a], sets.own_sizes[b]
     whole = count.shared / (sizes[a] + sizes[b] - count.shared)
     own = count.own / np.maximum(own_a + own_b - count.own, 1)
-    edited = count.displaced >= DISPLACED * (own_a + own_b - 2 * count.own)
+    own_apart = own_a + own_b - 2 * count.own
+    common_apart = sizes[a] + sizes[b] - 2 * count.shared - own_apart
+    edited = (count.displaced >= DISPLACED * own_apart) & (own_apart >= EDITS * count.displaced)
+    edited |= own_a + own_b == 0
     enough = np.minimum(own_a, own_b) >= rules.least_own
-    jaccard = np.where(edited, np.maximum(whole, np.where(enough, own, 0)), np.where(enough, own, np.minimum(own, whole)))
+    strict = count.own / np.maximum(count.own + own_apart + common_apart, 1)
+    jaccard = np.where(edited, np.maximum(whole, np.where(enough, own, 0)), np.where(enough, own, strict))
     inside = np.minimum(count.shared / np.minimum(sizes[a], sizes[b]), count.own / np.maximum(np.minimum(own_a, own_b), 1))
     containment = np.where(enough, inside, 0)
     pairs = Pairs(a, b, jaccard.astype(np.float32), containment.astype(np.float32), np.zeros(len(a), bool))
@@ -109,7 +119,7 @@ def _measure(sets: Sets, a: I64, b: I64, rules: Rules) -> Pairs:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Of each pair (P,): shingles that both hold; those of them that are not common, that are numbers; common ones that one lacks."""
+    """Of each pair (P,): shingles of both, those of them that are own, that are numbers; common ones that one lacks."""
 
     shared: I64
     own: I64

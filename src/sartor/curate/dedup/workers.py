@@ -1,11 +1,12 @@
 """A few processes beside this one that call functions of modules.
 
-Not `multiprocessing`: its spawned children import the caller's script again, which in a script without `__main__` guard starts the whole
-work anew, and forked ones inherit locks of threads that they do not have (rensa's, Arrow's).
+Not `multiprocessing`: its spawned children import the caller's script again, which in a script without `__main__` guard
+starts the whole work anew, and forked ones inherit locks of threads that they do not have (rensa's, Arrow's).
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -97,6 +98,7 @@ class Workers:
 
 def serve(number: int) -> None:
     """The loop of a worker on the socket that it inherits: (function, arguments) in, (failed, result or error) out."""
+    gc.set_threshold(100_000)  # rows make lists by the million, and no cycles
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     line = Connection(number)
     while True:

@@ -116,7 +116,7 @@ def _confident_learning(likely: Likely, labels: I64, count: int) -> tuple[NDArra
     try:
         from cleanlab.experimental.label_issues_batched import LabelInspector
     except ImportError:
-        raise need("cleanlab", "curate") from None
+        raise need("cleanlab") from None
     inspector = LabelInspector(num_class=count, verbose=False, n_jobs=1)
     block = max(1, _BLOCK_CELLS // count)
     spans = [(start, min(start + block, len(labels))) for start in range(0, len(labels), block)]

@@ -12,15 +12,29 @@ A new step is one new file with its class, and its name in the union in `steps/_
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sartor.core.records import Drop, Example
 
 RowFunction = Callable[[Example], Example | Drop]
 TEXT_KEPT = 2000  # characters of a row that a Drop holds as evidence
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A RowFunction that counts as it goes: `isinstance(function, Counting)`. What a row adds depends on the row
+    alone. The worker reads and clears `tally`.
+    """
+
+    tally: Counter[str]
+
+    def __call__(self, example: Example) -> Example | Drop:
+        """As any RowFunction."""
+        ...
 
 
 class RowStep(Protocol):
@@ -46,13 +60,16 @@ class Gathered:
 
     `table` is an Arrow table of N rows in the order of reading: the sketch's columns, and always `id` (of the Example),
     `source` (index into `sources`) and `locator`. It is memory-mapped: take columns, not the whole. `sources` names the
-    input files. `examples` fetches a few whole rows by number, for a second look or for evidence. `notice` says a line to
-    the person who waits.
+    input sources as declared. `examples` fetches a few whole rows by number, for a second look or for evidence. `folder` is a
+    place for scratch files, removed with the work. `notice` says a line to the person who waits; `workers` is how many
+    processes the step may use.
     """
 
     table: Any
     sources: Sequence[str]
     examples: Callable[[Sequence[int]], list[Example]]
+    folder: Path = Path()
+    workers: int = 1
     notice: Callable[[str], None] = lambda line: None
 
     def __len__(self) -> int:
@@ -101,7 +118,7 @@ class SetStep(Protocol):
         ...
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """An Arrow table with one row per Example, in order: what `decide` needs of each. Pure, as `RowStep.open`'s function."""
+        """An Arrow table with one row per Example, in order: what `decide` needs of each. As pure as `RowStep.open`'s."""
         ...
 
     def decide(self, gathered: Gathered) -> Verdicts:

@@ -18,6 +18,7 @@ from sartor.curate.dedup import clusters
 from sartor.curate.dedup.pairs import Pairs
 from sartor.curate.dedup.verify import Rules
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
+from sartor.curate.steps.survivor import KEEP_HELP, Field, Keep, ranks
 
 EVIDENCE = "semantic_pairs"
 METHOD = "vectors and words"
@@ -27,15 +28,13 @@ METHOD = "vectors and words"
 class SemanticDuplicates:
     """Rows near by their vectors and alike by their words are one; numbers, negations and opposites must agree."""
 
-    field: meaning.Field = option(
-        "both", "what must be alike: prompt, reply, both (each of the two), or all (the row as one text)"
-    )
+    field: Field = option("both", "what must be alike: prompt, reply, both (each of the two), or all (the row as one text)")
     threshold: float | None = option(
         None, "cosine of the vectors from which a pair is looked at, 0..1; by default 0.8, tfidf's 0.4"
     )
     agreement: float = option(0.9, "share of words in common, rare ones weighing more, from which it is a pair, 0..1")
     encoder: str = option("auto", "auto (minilm where it is installed, else tfidf), minilm, tfidf, or a model's directory")
-    keep: Literal["longest", "newest", "first"] = option("longest", "which row of a pair stays; of equals the first read")
+    keep: Keep = option("longest", KEEP_HELP)
     neighbours: int = option(20, "nearest rows of each row that are looked at")
     max_fraction: float = option(0.9, "the most of all rows that may be removed, 0..1; beyond, it stops and asks")
     max_source_fraction: float = option(0.75, "the most of one source that one cluster may remove, 0..1")
@@ -60,8 +59,7 @@ class SemanticDuplicates:
                 "cut": pa.array(
                     [vectors.is_cut(example) or len(self._text(example)) > vectors.MOST_CHARACTERS for example in examples]
                 ),
-                "length": pa.array([len(self._text(example)) + len(example.reply) for example in examples], pa.int64()),
-                "date": pa.array([max((origin.date for origin in example.origins), default="") for example in examples]),
+                "rank": ranks(examples, self.keep, self.field),
             }
         )
 
@@ -84,7 +82,7 @@ class SemanticDuplicates:
             embedded = chosen.encoder.encode(texts)
             rules = meaning.Rules(threshold, self.agreement, self.neighbours)
             said = replies if self.field == "both" else None
-            found = meaning.pairs(texts, embedded, rules, said, self._rank(gathered)[compared])
+            found = meaning.pairs(texts, embedded, rules, said, gathered.table["rank"].to_numpy()[compared])
         removals = self._removals(gathered, compared, found)
         facts = {
             **(chosen.facts() if len(compared) > 1 else {"encoder": "none", "encoder_because": "there is nothing to compare"}),
@@ -110,7 +108,7 @@ class SemanticDuplicates:
         scores = np.array([min(pair.likeness, pair.words) for pair in found.pairs], np.float32)
         a, b = (np.array(compared[[getattr(pair, end) for pair in found.pairs]], np.int64) for end in ("a", "b"))
         edges = Pairs(a, b, scores, np.zeros_like(scores), np.zeros(len(a), bool))
-        gone = clusters.resolve(edges, self._rank(gathered), Rules(threshold=0.0, floor=0.0, contained=0.0))
+        gone = clusters.resolve(edges, gathered.table["rank"].to_numpy(), Rules(threshold=0.0, floor=0.0, contained=0.0))
         limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow)
         locators = gathered.table["locator"]
         sources = np.array(gathered.table["source"].to_pylist(), np.int64)
@@ -121,13 +119,6 @@ class SemanticDuplicates:
             )
             for row, kept, score in zip(*(np.asarray(end).tolist() for end in (gone.rows, gone.kept, gone.score)), strict=True)
         ]
-
-    def _rank(self, gathered: Gathered) -> Any:
-        if self.keep == "longest":
-            return np.array(gathered.table["length"].to_pylist(), np.int64)
-        if self.keep == "newest":
-            return np.unique(np.array(gathered.table["date"].to_pylist()), return_inverse=True)[1]
-        return np.zeros(len(gathered), np.int64)
 
     def _evidence(self, gathered: Gathered, compared: Any, found: meaning.Found) -> Any:
         ids, locators = gathered.table["id"], gathered.table["locator"]

@@ -7,10 +7,16 @@ word under which it is counted.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, date, datetime
+from pathlib import PurePath
 from typing import Any, cast
 
 from sartor.core.records import ROLES, Example, Message, Origin, Part, PartKind
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.formats import kind_of
 
 # form -> the keys that a row of it must have; the first that fits wins, so the more special stand first
 FORMS: dict[str, tuple[str, ...]] = {
@@ -22,6 +28,11 @@ FORMS: dict[str, tuple[str, ...]] = {
     "question_answer": ("question", "answer"),
     "text": ("text",),
 }
+# A table of media: `file_name` and one of these. Only a file called metadata.* is one (ImageFolder's convention): elsewhere a
+# `file_name` says where a text came from.
+CAPTIONED = "captioned"
+CAPTIONS = ("text", "caption", "transcript", "transcription", "label")
+DATES = ("date", "timestamp", "created_at", "created")
 _SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -35,24 +46,23 @@ _SHAREGPT_ROLES = {
 Media = Callable[[str, str], str]  # (kind, path or data URL) -> path below the dataset
 
 
-class Malformed(Exception):
-    """A row that cannot be used: the word it is counted under, and a sentence."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
-
-
-def detect(row: Mapping[str, Any]) -> str | None:
-    """The form of a row by its keys, or None."""
+def detect(row: Mapping[str, Any], *, of_media: bool = False) -> str | None:
+    """The form of a row by its keys, or None. `of_media`: the file may be a table of media."""
+    if of_media and row.get("file_name") is not None and caption_field(row):
+        return CAPTIONED
     return next((form for form, keys in FORMS.items() if all(row.get(key) is not None for key in keys)), None)
 
 
+def caption_field(row: Mapping[str, Any]) -> str:
+    """The field of a row that says what its media file shows or says; empty where there is none."""
+    return next((key for key in CAPTIONS if row.get(key) is not None), "")
+
+
 def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
-    """The Example in a row of a form. Raises Malformed."""
+    """The Example in a row of a form, its Origin with the row's own date. Raises Malformed."""
     if not isinstance(row, Mapping):
         raise Malformed("not_an_object", f"the row is a {type(row).__name__}, not an object with fields")
-    if detect(row) != form:
+    if detect(row, of_media=form == CAPTIONED) != form:
         raise _other_form(row, form)
     messages, rejected = _PARSERS[form](row, media)
     _check_turns(messages, form)
@@ -63,7 +73,7 @@ def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
         raise Malformed("bad_field", f"`group` is a {type(group).__name__}, not text")
     return Example(
         messages=messages,
-        origins=(origin,),
+        origins=(replace(origin, date=date_of(row)[0] or origin.date),),
         group="" if group is None else str(group),
         weight=_weight(row),
         rejected=rejected,
@@ -71,10 +81,40 @@ def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
     )
 
 
+def date_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """(ISO date of a row, the field that holds something else): both empty where no field of DATES is filled."""
+    for key in DATES:
+        if (value := row.get(key)) is not None and value != "":
+            found = iso_date(value)
+            return found, "" if found else key
+    return "", ""
+
+
+def iso_date(value: Any) -> str:
+    """A date in ISO 8601, or seconds, milli-, micro- or nanoseconds since 1970 (of a year up to 2286), as ISO; else empty."""
+    if isinstance(value, (date, datetime)):
+        return value.isoformat()
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            return text if len(text) == 10 and date.fromisoformat(text) else datetime.fromisoformat(text).isoformat()
+        except ValueError:
+            value = text
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return ""
+    for scale in (1, 1e3, 1e6, 1e9):
+        if 1e8 <= seconds / scale < 1e10:
+            return datetime.fromtimestamp(seconds / scale, UTC).isoformat()
+    return ""
+
+
 def _other_form(row: Mapping[str, Any], form: str) -> Malformed:
+    keys = ("file_name", CAPTIONS[0]) if form == CAPTIONED else FORMS[form]
     found = detect(row)
-    if found is None and any(key in row for key in FORMS[form]):
-        lacking = [key for key in FORMS[form] if row.get(key) is None]
+    if (found is None or form == CAPTIONED) and any(key in row for key in keys):
+        lacking = [key for key in keys if row.get(key) is None]
         return Malformed("missing_field", f"the row has no {' and no '.join(lacking)}")
     if found is None:
         return Malformed("unknown_form", f"no known form has the fields {sorted(map(str, row))[:8]}")
@@ -82,7 +122,39 @@ def _other_form(row: Mapping[str, Any], form: str) -> Malformed:
 
 
 def _messages(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    return _turns(row["messages"], media), ()
+    turns = _loads(row["messages"])
+    said = [one for turn in turns for one in (turn if isinstance(turn, list) else [turn])] if isinstance(turns, list) else []
+    if said and all(isinstance(one, Mapping) and "role" not in one and "sender" in one and "text" in one for one in said):
+        return _conversation(said), ()
+    return _turns(turns, media), ()
+
+
+def _conversation(said: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    """What two people said: lists of {sender, text}. Who speaks last is taken for the assistant, the other for the user."""
+    turns: list[tuple[str, list[str]]] = []
+    for one in said:
+        sender, text = str(one["sender"]), _text(one, "text")
+        if turns and turns[-1][0] == sender:
+            turns[-1][1].append(text)
+        else:
+            turns.append((sender, [text]))
+    senders = {sender for sender, _ in turns}
+    if len(senders) > 2:
+        raise Malformed("bad_field", f"{len(senders)} people speak in `messages`; two can be taken for user and assistant")
+    return tuple(Message.of("assistant" if sender == turns[-1][0] else "user", "\n".join(texts)) for sender, texts in turns)
+
+
+def _captioned(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    name, field = _text(row, "file_name"), caption_field(row)
+    kind = kind_of(PurePath(name).name)
+    if kind not in ("image", "audio"):
+        raise Malformed("bad_media", f"`file_name` {name[:80]!r} has the extension of no image or audio file that is read")
+    caption = row[field]
+    said = str(caption) if isinstance(caption, int) and not isinstance(caption, bool) else _text(row, field)
+    parts = [Part(cast(PartKind, kind), media=media(kind, name))]
+    if row.get("prompt") is not None:
+        parts.append(Part("text", _text(row, "prompt")))
+    return (Message("user", tuple(parts)), Message.of("assistant", said)), ()
 
 
 def _sharegpt(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -136,6 +208,7 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any], Media], tuple[tuple[Message, ..
     "prompt_completion": _prompt_completion,
     "question_answer": _question_answer,
     "text": _text_row,
+    CAPTIONED: _captioned,
 }
 
 
@@ -255,4 +328,7 @@ def _json_text(value: Any, name: str) -> str:
             value = json.loads(value)
         except ValueError:
             raise Malformed("bad_field", f"`{name}` is not JSON") from None
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+    try:
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError):
+        raise Malformed("bad_field", f"`{name}` holds a number that JSON has not") from None

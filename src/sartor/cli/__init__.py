@@ -1,0 +1,96 @@
+"""Verbs -> commands; SartorError -> exit code. No logic of its own: every command is one call of the façade.
+
+    app.py      the application, and what signatures share
+    data.py     curate, dedup, rethreshold, inspect, revoke, index
+    tuning.py   demo, plan, tune, evaluate, release, verify, ask, keygen
+    assets.py   assets list, assets install
+
+Every command takes `--json`: one JSON object on the last line of stdout; progress and notices always go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from typing import Any, NoReturn
+
+from cyclopts import CycloptsError
+
+import sartor
+from sartor.cli import assets, data, tuning
+from sartor.cli.app import app
+from sartor.core.errors import ConfigError, SartorError
+
+__all__ = ["app", "assets", "data", "main", "tuning"]
+
+
+# command -> the name of its recipe's class: loaded for the help of that command alone, since that takes a while
+RECIPES = {"curate": "CurateRecipe", "plan": "Recipe", "tune": "Recipe"}
+
+
+def _add_options(command: str) -> None:
+    """The help texts of a recipe's options come from their declaration."""
+    options = sartor.options(getattr(sartor, RECIPES[command]))
+    lines = [f"- `{'' if '[]' in name else '--'}{name}` ({kind}): {text}" for name, kind, text in options]
+    if command == "curate":
+        lines += ["", *sartor.describe_steps(table=False)]
+    app[command].help_epilogue = "\n".join(["Options of the recipe:", "", *lines])
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0, 2 usage, 3 input, 4 budget, 5 refused, 6 missing, 130/143 signals, 1 a bug."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
+    if as_json:
+        arguments.remove("--json")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        if {"--help", "-h"} & set(arguments) and arguments[0] in RECIPES:
+            _add_options(arguments[0])
+        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        _show(result, as_json)
+    except SartorError as error:
+        _fail(error, as_json)
+    except CycloptsError as error:
+        _fail(ConfigError(str(error).strip() or "the command line is wrong", "sartor COMMAND --help"), as_json)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the artefact in work was not written", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(0)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _show(result: Any, as_json: bool) -> None:
+    if result is None:  # --help and --version have said it
+        return
+    said = result if isinstance(result, dict) else result.as_json()
+    if as_json:
+        print(json.dumps(said, ensure_ascii=False))
+        return
+    rows = result.table() if hasattr(result, "table") else [(key, value) for key, value in said.items()]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        for line in _lines(value):
+            print(f"{name:{width}}  {line}")
+            name = ""
+
+
+def _lines(value: Any) -> list[str]:
+    """A value as a person reads it: a list is a line an item."""
+    if isinstance(value, list):
+        return [", ".join(_lines(item)) for item in value] or ["none"]
+    if isinstance(value, dict):
+        return [", ".join(f"{key} {' '.join(_lines(inner))}" for key, inner in value.items()) or "none"]
+    return [f"{value:.4g}" if isinstance(value, float) else str(value)]
+
+
+def _fail(error: SartorError, as_json: bool) -> NoReturn:
+    if as_json:
+        print(json.dumps({"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}, ensure_ascii=False))
+    else:
+        print(f"{error.kind}: {error.problem}\n  try: {error.remedy}", file=sys.stderr)
+    raise SystemExit(error.exit_code)

@@ -1,0 +1,25 @@
+"""The application that the commands below join, and what their signatures share."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+import sartor
+
+app = App(
+    name="sartor",
+    help="Tailor an open model to your own data, and prove what you made. Every command takes --json.",
+    version=sartor.__version__,
+)
+
+# `--method.rank 8`: options of a recipe, handed on as they are
+Flags = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+REPLACE = Annotated[bool, Parameter(negative="")]
+
+
+def notice(line: str) -> None:
+    """A line for the person who waits."""
+    print(line, file=sys.stderr, flush=True)

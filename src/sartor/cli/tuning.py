@@ -1,0 +1,172 @@
+"""Commands from a Dataset to a reply: tune, evaluate, release, ask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import sartor
+from sartor.cli.app import REPLACE, Flags, app, notice
+
+
+@app.command
+def demo(*, out: Path = Path("demo-out"), limit: int = 0, replace: REPLACE = False) -> Any:
+    """The whole circle on real data: curate, tune, evaluate, release, ask.
+
+    Parameters
+    ----------
+    out: directory for everything that is made
+    limit: take that many rows only; 0 takes all
+    replace: replace what an earlier demo left there
+    """
+    return sartor.demo(out, limit=limit, replace=replace, notice=notice)
+
+
+@app.command
+def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
+    """What `tune` would cost, before it is spent: time and peak memory with intervals, and what it would be refused for.
+
+    A refusal is an answer: the command lists it under `refusals` and exits 0. `tune` raises it.
+
+    Parameters
+    ----------
+    recipe: YAML file of a tuning
+    device: cpu, cuda or mps; by default the one that tune would take
+    price: of this machine, 0.45/h (also /d, /min, /s), for the cost
+    """
+    return sartor.plan(sartor.load_recipe(recipe, flags), device=device, price=price, notice=notice)
+
+
+@app.command
+def tune(
+    recipe: Path, *flags: Flags, out: Path, resume: REPLACE = False, prove: REPLACE = False, replace: REPLACE = False
+) -> Any:
+    """Dataset -> Adapter: fine-tune a base. Options of the recipe can be given as flags (--method.rank 8).
+
+    Parameters
+    ----------
+    recipe: YAML file
+    out: directory of the new Adapter
+    resume: go on from the newest checkpoint of a run that was stopped or killed
+    prove: first compare losses and every gradient with the plain computation, and stop if they differ
+    replace: start over, and replace the Adapter that stands there
+    """
+    return sartor.tune(sartor.load_recipe(recipe, flags), out, resume=resume, prove=prove, replace=replace, notice=notice)
+
+
+@app.command
+def evaluate(
+    path: Path,
+    *,
+    data: Path | None = None,
+    scorer: str = "",
+    out: Path | None = None,
+    rows: int = 200,
+    replace: REPLACE = False,
+) -> Any:
+    """Adapter -> Report: base against tuned on held-out rows, with intervals, and what was forgotten.
+
+    Parameters
+    ----------
+    path: an Adapter or a Release
+    data: rows in any input form, instead of those that the Dataset holds out
+    scorer: the metric that the gate looks at: exact_match or f1
+    out: directory of the new Report; by default PATH-report
+    rows: most rows to evaluate on
+    replace: replace the Report that stands there
+    """
+    return sartor.evaluate(path, data=data, scorer=scorer, out=out, most_rows=rows, replace=replace, notice=notice)
+
+
+@app.command
+def release(
+    adapter: Path,
+    *,
+    name: str,
+    version: str,
+    key: Path,
+    report: Path | None = None,
+    out: Path | None = None,
+    waive: tuple[str, ...] = (),
+    by: str = "",
+    reason: str = "",
+    use: Literal["commercial", "non-commercial", "research", "internal"] = "commercial",
+    replace: REPLACE = False,
+) -> Any:
+    """Adapter -> signed Release, if the gate lets it pass.
+
+    Parameters
+    ----------
+    adapter: an evaluated Adapter
+    name: name of the agent that it will be
+    version: version of this Release
+    key: private key, or the directory that `sartor keygen` made
+    report: its Report; by default the newest one known
+    out: directory of the Release; by default NAME-VERSION beside the Adapter
+    waive: let a failed check pass; needs --by and --reason, which are signed in
+    by: who waives
+    reason: why
+    use: what it is meant for: the licences of sources and base have to permit it
+    replace: replace the Release that stands there
+    """
+    waivers = [sartor.Waiver(check, by, reason) for check in waive]
+    return sartor.release(
+        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, use=use, replace=replace
+    )
+
+
+@app.command
+def verify(release: Path, *, key: Path | None = None, base: str = "") -> Any:
+    """Check a Release: every byte, its signer, the base and chat template that it is bound to.
+
+    Parameters
+    ----------
+    release: the Release
+    key: trust this public key instead of those in SARTOR_HOME/trusted
+    base: compare with this base instead of the one that the Release names
+    """
+    return sartor.verify(release, key=key, base=base)
+
+
+@app.command
+def ask(
+    release: Path,
+    prompt: str,
+    *,
+    key: Path | None = None,
+    base: str = "",
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_tokens: int | None = None,
+    seed: int | None = None,
+) -> Any:
+    """One reply of a Release, and the training examples nearest to the question.
+
+    The Release's own sampling holds unless a flag says otherwise.
+
+    Parameters
+    ----------
+    release: the Release; it is verified first
+    prompt: the question
+    key: trust this public key instead of those in SARTOR_HOME/trusted
+    base: the base in another place than the Release names
+    temperature: 0 is greedy
+    top_p: sample from the likeliest tokens of this mass
+    max_tokens: longest reply
+    seed: of the sampling
+    """
+    said = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    chosen = {name: value for name, value in said.items() if value is not None}
+    return sartor.ask(release, prompt, key=key, base=base, sampling=chosen, notice=notice)
+
+
+@app.command
+def keygen(directory: Path, *, trust: REPLACE = False) -> Any:
+    """Make an Ed25519 key pair for signing releases.
+
+    Parameters
+    ----------
+    directory: where sartor.key (keep it) and sartor.pub (give it away) go
+    trust: also trust the public key on this machine
+    """
+    return sartor.keygen(directory, trust=trust)

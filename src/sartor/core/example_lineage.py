@@ -1,0 +1,121 @@
+"""One row of a Dataset: its content by digest, where it came from, the walk up through its parents, and its duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sartor.core import lineage_index
+from sartor.core.artifacts import Artifact, check_file, read_manifest
+from sartor.core.columns import column, numbers, places, words
+from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.rows import example_of
+
+ABSENT = "not in this Dataset"
+
+
+def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
+    """What is known of one Example of a Dataset. Only the files that hold something of it are read and checked.
+
+    Raises ConfigError for an id that the Dataset does not hold, ArtifactError where its content has another digest.
+    """
+    path = Path(path).absolute()
+    dataset = Artifact(path, read_manifest(path, ("dataset",)))
+    index = lineage_index.read(dataset, ["row", "id", "source", "locator", "parents"])
+    found = numbers(pc.is_in(column(index, "id"), value_set=words([example])))
+    if not found.any():
+        raise ConfigError(f"{path.name} has no example {example!r}", _why_absent(dataset, example))
+    number = int(numbers(column(index, "row"))[np.flatnonzero(found)[0]])
+    row = _row(dataset, number)
+    if (digest := example_of(row).id) != example:
+        raise ArtifactError(f"row {number:,} of {path} says that it is {example}; its content is {digest}", "curate it again")
+    said: dict[str, Any] = {name: row[name] for name in ("split", "group", "weight", "steps") if name in row}
+    return {
+        "dataset": str(path),
+        "id": example,
+        **said,
+        "origins": row["origins"],
+        "ancestors": _ancestors(dataset, index, [parent for origin in row["origins"] for parent in origin["parents"]]),
+        "duplicates": _drops(dataset, "kept", [example]),
+        "messages": [_plain(message) for message in row["messages"]],
+        "rejected": [_plain(message) for message in row["rejected"]],
+    }
+
+
+def _row(dataset: Artifact, number: int) -> dict[str, Any]:
+    """The row of this number among all Examples; one row group is read."""
+    for file in lineage_index.example_files(dataset):
+        with pq.ParquetFile(file) as parquet:
+            if number >= parquet.metadata.num_rows:
+                number -= parquet.metadata.num_rows
+                continue
+            check_file(dataset, file.relative_to(dataset.path).as_posix())
+            for group in range(parquet.num_row_groups):
+                count = parquet.metadata.row_group(group).num_rows
+                if number < count:
+                    row: dict[str, Any] = parquet.read_row_group(group).slice(number, 1).to_pylist()[0]
+                    return row
+                number -= count
+    raise ArtifactError(f"{dataset.path} holds fewer rows than its index of lineage", "curate it again")
+
+
+def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[dict[str, Any]]:
+    """Parents, then theirs, nearest first; each once. One that is no Example of this Dataset says so, and what dropped it."""
+    found: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    level = list(dict.fromkeys(parents))
+    while level:
+        seen.update(level)
+        here = numbers(pc.is_in(column(index, "id"), value_set=words(level)))
+        origins: dict[str, list[dict[str, Any]]] = {}
+        for origin in index.take(places(np.flatnonzero(here))).to_pylist():
+            origins.setdefault(origin["id"], []).append(origin)
+        dropped = {drop["id"]: drop for drop in _drops(dataset, "id", [one for one in level if one not in origins])}
+        for one in level:
+            state = f"dropped: {dropped[one]['reason']}" if one in dropped else "kept" if one in origins else ABSENT
+            of = [*origins.get(one, []), *([dropped[one]] if one in dropped else [])]
+            places_of = [{"source": origin["source"], "locator": origin["locator"]} for origin in of]
+            above = [parent for origin in origins.get(one, []) for parent in origin["parents"]]
+            found.append({"id": one, "state": state, "origins": places_of, "parents": above})
+        above = [parent for one in found[-len(level) :] for parent in one["parents"]]
+        level = [one for one in dict.fromkeys(above) if one not in seen]
+    return found
+
+
+def _drops(dataset: Artifact, key: str, ids: Sequence[str]) -> list[dict[str, Any]]:
+    """Drops whose column `key` is one of these ids, without their text: it may be what a step took out."""
+    found: list[dict[str, Any]] = []
+    wanted = words(ids)
+    for file in lineage_index.example_files(dataset, "drops/") if ids else []:
+        check_file(dataset, file.relative_to(dataset.path).as_posix())
+        with pq.ParquetFile(file) as parquet:
+            names = [name for name in parquet.schema_arrow.names if name not in ("text", "kept")]
+            for group in range(parquet.num_row_groups):
+                hit = numbers(pc.is_in(_chunk(parquet.read_row_group(group, columns=[key]), key), value_set=wanted))
+                if hit.any():
+                    found += parquet.read_row_group(group, columns=names).take(places(np.flatnonzero(hit))).to_pylist()
+    return found
+
+
+def _chunk(table: Any, name: str) -> Any:
+    return column(pa.table({name: table[name].combine_chunks()}), name)
+
+
+def _why_absent(dataset: Artifact, example: str) -> str:
+    dropped = _drops(dataset, "id", [example])
+    if dropped:
+        return f"it was dropped: {dropped[0]['reason']} at {dropped[0]['locator']}"
+    return f"the `id` column of {dataset.path / 'examples'} has them"
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without the columns that are empty in it."""
+    content = [{name: value for name, value in part.items() if value is not None} for part in message["content"]]
+    said = {name: value for name, value in message.items() if value and name not in ("role", "content")}
+    return {"role": message["role"], "content": content, **said}

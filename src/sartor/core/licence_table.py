@@ -1,0 +1,150 @@
+"""What licence families permit and demand, as data with a reason each. No law is computed here, and none of it is advice.
+
+A licence belongs to the first row whose pattern fits its whole SPDX id; one that fits none, to the row of the category
+in which ScanCode's index (shipped with `license-expression`) files it; any other has unknown terms.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+Obligation = Literal["attribution", "notice", "share-alike", "weak share-alike", "network"]
+# What a person who hands out the derived work has to do
+DUTIES: dict[Obligation, str] = {
+    "attribution": "credit the authors, name the licence, say what was changed",
+    "notice": "keep the copyright notice and the text of the licence",
+    "share-alike": "hand a derived work out under these same terms only",
+    "weak share-alike": "hand changes of the licensed files themselves out under these same terms",
+    "network": "the same towards those who use it over a network",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row. `rank` orders families from what permits everything (1) to what permits nothing (0).
+
+    `derived`: whether a derived work may be made and handed out (`yes`), made but not handed out (`kept`), or not made.
+    """
+
+    name: str
+    pattern: str
+    rank: float
+    reason: str
+    duties: tuple[Obligation, ...] = ()
+    commercial: bool = True
+    derived: Literal["yes", "kept", "no"] = "yes"
+    category: str = ""
+
+    @property
+    def demands_own_terms(self) -> bool:
+        """Whether the whole of a derived work has to carry these terms, and so no stricter ones."""
+        return "share-alike" in self.duties
+
+
+UNKNOWN_TERMS = Family("unknown terms", "", 0.05, "neither this table nor ScanCode's index says what it permits")
+NOTHING = Family("no licence", "NOASSERTION|NONE", 0.0, "without a licence copyright reserves every use")
+
+FAMILIES = (
+    NOTHING,
+    Family("public domain", r"CC0-.*|CC-PDDC|CC-PDM-.*|PDDL-.*|Unlicense.*|0BSD|MIT-0|WTFPL|DL-DE-ZERO-.*|.*-PD", 1.0,
+           "every right is waived, or no condition is set", category="Public Domain"),
+    Family("non-commercial, no derivatives, 4.0", r"CC-BY-NC-ND-4\.0", 0.1, "2(a)(1): adapted material may be made, not shared",
+           ("attribution",), commercial=False, derived="kept"),
+    Family("non-commercial, no derivatives", r"CC-BY-NC-ND-.*", 0.08, "before 4.0 adaptations may not be made at all",
+           ("attribution",), commercial=False, derived="no"),
+    Family("no derivatives, 4.0", r"CC-BY-ND-4\.0", 0.15, "2(a)(1)(B): adapted material may be made, not shared",
+           ("attribution",), derived="kept"),
+    Family("no derivatives", r"CC-BY-ND-.*", 0.12, "before 4.0 adaptations may not be made at all",
+           ("attribution",), derived="no"),
+    Family("non-commercial, share-alike", r"CC-BY-NC-SA-.*", 0.2, "NC excludes use directed towards commercial advantage",
+           ("attribution", "share-alike"), commercial=False),
+    Family("non-commercial", r"CC-BY-NC-.*|NCGL-.*", 0.25, "excludes use directed towards commercial advantage",
+           ("attribution",), commercial=False),
+    Family("non-commercial software", r"PolyForm-Noncommercial-.*|Aladdin", 0.22, "excludes commercial use by its own words",
+           ("notice",), commercial=False),
+    Family("share-alike", r"CC-BY-SA-.*|LAL-.*|GFDL-.*", 0.5, "an adaptation carries the same licence",
+           ("attribution", "share-alike")),
+    Family("share-alike", r"CC-SA-.*|ODbL-.*|CDLA-Sharing-.*", 0.52, "a derived database or data set carries the same licence",
+           ("notice", "share-alike")),
+    Family("network copyleft", r"AGPL-.*|SSPL-.*|OSL-.*|NPOSL-.*|RPL-.*|EUPL-1\.2|CPAL-.*|CAL-1\.0", 0.4,
+           "use over a network counts as handing out", ("notice", "share-alike", "network")),
+    Family("copyleft", r"GPL-.*", 0.45, "a work based on it carries the same licence",
+           ("notice", "share-alike"), category="Copyleft"),
+    Family("weak copyleft", r"LGPL-.*|MPL-.*|EPL-.*|CDDL-.*|OFL-.*", 0.6,
+           "its own files stay under it, a larger work need not",
+           ("notice", "weak share-alike"), category="Copyleft Limited"),
+    Family("attribution", r"CC-BY-\d.*|ODC-By-.*|OGL-.*|NLOD-.*|DL-DE-BY-.*|etalab-.*|OGDL-Taiwan-.*", 0.8,
+           "any use, with credit", ("attribution",)),
+    Family("computational use", r"C-UDA-.*|O-UDA-.*", 0.82, "any computational use; results are free", ("notice",)),
+    Family("permissive with a notice of changes", r"Apache-.*|ECL-.*", 0.88,
+           "section 4: licence, NOTICE file and a note of changes",
+           ("notice",)),
+    Family("permissive", r"MIT|BSD-[1-4]-Clause|ISC|Zlib|CDLA-Permissive-.*", 0.9, "any use, with its notice",
+           ("notice",), category="Permissive"),
+)  # fmt: skip
+
+
+@cache
+def family_of(licence: str, category: str = "") -> Family:
+    """The row of one SPDX id (for `A WITH B`, of A: an exception permits more, so A's row is the cautious one)."""
+    for family in FAMILIES:
+        if re.fullmatch(family.pattern, licence):
+            return family
+    if licence.startswith(("LicenseRef-", "DocumentRef-")):
+        return UNKNOWN_TERMS
+    return next((family for family in FAMILIES if category and family.category == category), UNKNOWN_TERMS)
+
+
+_AGPL = ("AGPL-3.0-only", "AGPL-3.0-or-later")
+_GPL3 = ("GPL-3.0-only", "GPL-3.0-or-later", *_AGPL)
+_GPL2_UP = ("GPL-2.0-only", "GPL-2.0-or-later", *_GPL3)
+# Share-alike licence -> others under which its derived work may go out, and what says so. One way: the converse is no row.
+_ACCEPTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "CC-BY-SA-4.0": (("LAL-1.3", "GPL-3.0-only"), "Creative Commons' list of compatible licences"),
+    "LAL-1.3": (("CC-BY-SA-4.0",), "Free Art License 1.3, section 5, as both sides have declared"),
+    "GPL-1.0-or-later": (("GPL-1.0-only", *_GPL2_UP), "its own words: or any later version"),
+    "GPL-2.0-or-later": (_GPL2_UP, "its own words: or any later version"),
+    "GPL-3.0-only": (_AGPL, "GPL-3.0, section 13"),
+    "GPL-3.0-or-later": (_GPL3, "its own words, and section 13"),
+    "AGPL-3.0-or-later": (("AGPL-3.0-only",), "its own words: or any later version"),
+    "EUPL-1.2": (
+        ("GPL-2.0-only", "GPL-2.0-or-later", "GPL-3.0-only", "GPL-3.0-or-later", *_AGPL, "OSL-2.1", "OSL-3.0", "CC-BY-SA-3.0"),
+        "EUPL-1.2, appendix",
+    ),
+    "GFDL-1.1-or-later": (
+        ("GFDL-1.1-only", "GFDL-1.2-only", "GFDL-1.2-or-later", "GFDL-1.3-only", "GFDL-1.3-or-later"),
+        "section 10",
+    ),
+    "GFDL-1.2-or-later": (("GFDL-1.2-only", "GFDL-1.3-only", "GFDL-1.3-or-later"), "section 10"),
+    "GFDL-1.3-or-later": (("GFDL-1.3-only",), "section 10"),
+}  # fmt: skip
+# Pairs that no share-alike rule explains
+CLASHES: dict[frozenset[str], str] = {
+    frozenset({"GPL-2.0-only", "Apache-2.0"}): "the patent terms of Apache-2.0 are a further restriction to GPL-2.0-only",
+    frozenset({"GPL-2.0-only", "BSD-4-Clause"}): "the advertising clause is a further restriction to GPL-2.0-only",
+    frozenset({"GPL-2.0-or-later", "BSD-4-Clause"}): "the advertising clause is a further restriction to the GPL",
+    frozenset({"GPL-3.0-only", "BSD-4-Clause"}): "the advertising clause is a further restriction to the GPL",
+    frozenset({"GPL-3.0-or-later", "BSD-4-Clause"}): "the advertising clause is a further restriction to the GPL",
+}
+_CC_SHARE_ALIKE = re.compile(r"(CC-BY(?:-NC)?-SA)-(\d\.\d)(?:-\w+)?$")
+
+
+def targets(licence: str) -> frozenset[str]:
+    """The licences, itself among them, that the derived work of a share-alike one may carry, later CC versions aside."""
+    return frozenset({licence, *_ACCEPTS.get(licence, ((), ""))[0]})
+
+
+def accepts(licence: str, target: str) -> bool:
+    """Whether a derived work of a share-alike licence may carry `target`.
+
+    >>> accepts("CC-BY-SA-3.0", "CC-BY-SA-4.0"), accepts("CC-BY-SA-4.0", "CC-BY-SA-3.0")
+    (True, False)
+    """
+    if target in targets(licence):
+        return True
+    one, other = _CC_SHARE_ALIKE.match(licence), _CC_SHARE_ALIKE.match(target)
+    # Creative Commons, from 2.0 on: later versions and other countries' with the same elements
+    return bool(one and other and one[1] == other[1] and "2.0" <= one[2] <= other[2])

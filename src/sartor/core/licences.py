@@ -1,0 +1,255 @@
+"""Licences and terms: combined, ranked; what forbids a use, what contradicts, what is owed.
+
+`spdx.py` reads expressions into alternatives; what licences permit stands in `licence_table.py`; a source may state
+further terms of its own. Everything here reads the `sources` of a manifest.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, Literal, get_args
+
+from sartor.core.licence_table import CLASHES, DUTIES, NOTHING, UNKNOWN_TERMS, Family, accepts, family_of, targets
+from sartor.core.spdx import MOST_ALTERNATIVES, UNKNOWN, alternatives, categories, without_exception
+
+Use = Literal["commercial", "non-commercial", "research", "internal"]
+Consent = Literal["", "given", "pending", "withdrawn", "not-needed"]
+USES: tuple[Use, ...] = get_args(Use)
+# A use that a source is declared for covers what asks for less. Work inside a firm is commercial, so only that covers it.
+_COVERS: dict[str, tuple[str, ...]] = {
+    "commercial": USES,
+    "non-commercial": ("non-commercial", "research"),
+    "research": ("research",),
+    "internal": ("internal",),
+}
+_COMMERCIAL = ("commercial", "internal")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a source states of itself: its licence, and what its owner adds. `expires` is the last day of use, ISO."""
+
+    source: str = "?"
+    path: str = ""
+    licence: str = UNKNOWN
+    use: tuple[str, ...] = ()
+    share_alike: bool = False
+    non_commercial: bool = False
+    expires: str = ""
+    consent: str = ""
+
+
+@dataclass(frozen=True)
+class Objection:
+    """Why one source does not permit a use: `str()` is the sentence. `path` is the file of the source, where one is known."""
+
+    source: str
+    path: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.source} {self.why}"
+
+
+def terms_of(source: Mapping[str, Any]) -> Terms:
+    """The terms in an entry of a manifest's `sources`. What an older manifest lacks has its default."""
+    said = {field.name: source[field.name] for field in fields(Terms) if source.get(field.name) is not None}
+    return Terms(**{**said, "licence": said.get("licence") or UNKNOWN, "use": tuple(said.get("use", ()))})
+
+
+def _family(licence: str) -> Family:
+    base = without_exception(licence)
+    return family_of(base, categories().get(base, ""))
+
+
+def rank(expression: str) -> float:
+    """How much an expression permits, 1 (everything) to 0 (nothing): of AND the strictest part, of OR the best branch."""
+    return max(min(_family(licence).rank for licence in one) for one in alternatives(expression))
+
+
+def combine(licences: Iterable[str]) -> str:
+    """The SPDX expression that holds for a thing made from all of these: their conjunction, sorted, each OR decided.
+
+    Of an OR the branch is taken that permits most, and before that the one that contradicts nothing else.
+
+    >>> combine(["MIT OR CC-BY-NC-4.0", "CC-BY-4.0", "MIT"])
+    'CC-BY-4.0 AND MIT'
+    """
+    chosen = _choose(licence or UNKNOWN for licence in licences)
+    return " AND ".join(sorted(frozenset().union(*chosen.values()))) or UNKNOWN
+
+
+def _choose(expressions: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Each expression's alternative, chosen together while there are few ways to; else each by its own rank."""
+    choices = {one: sorted(alternatives(one), key=_preference) for one in sorted(set(expressions))}
+    ways = 1
+    for found in choices.values():
+        ways *= len(found)
+    if ways > MOST_ALTERNATIVES * 8:
+        return {one: found[0] for one, found in choices.items()}
+
+    def cost(way: tuple[frozenset[str], ...]) -> tuple[int, tuple[float, ...]]:
+        together = frozenset().union(*way)
+        return len(_clashes(together)), tuple(sorted(_family(licence).rank * -1 for licence in together))[::-1]
+
+    best = min(itertools.product(*choices.values()), key=cost, default=())
+    return dict(zip(choices, best, strict=True))
+
+
+def _preference(one: frozenset[str]) -> tuple[float, int, list[str]]:
+    return -min(_family(licence).rank for licence in one), len(one), sorted(one)
+
+
+def made_from(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What an artefact was made from: sources of which a row was kept, and the base, where there is one, as one more."""
+    kept = [source for source in manifest.get("sources", []) if source.get("kept", 1)]
+    base = manifest.get("base")
+    return [*kept, {"source": f"base {base['name']}", "licence": base["licence"]}] if base else kept
+
+
+def objections(sources: Sequence[Mapping[str, Any]], use: str = "commercial", today: str = "") -> list[Objection]:
+    """Why these sources do not permit a use; empty when they do. `today` (ISO) is the clock's unless given."""
+    today = today or datetime.datetime.now(datetime.UTC).date().isoformat()
+    found = []
+    for source in sources:
+        terms = terms_of(source)
+        branches = [
+            [why for licence in sorted(one) for why in _objections_to(licence, use, terms)]
+            for one in sorted(alternatives(terms.licence), key=_preference)
+        ]
+        reasons = min(branches, key=len) + _objections_of(terms, use, today)
+        found += [Objection(terms.source, terms.path, why) for why in reasons]
+    return list(dict.fromkeys(found))
+
+
+def _objections_to(licence: str, use: str, terms: Terms) -> list[str]:
+    family = _family(licence)
+    if family is NOTHING:
+        return ["states no licence" if licence == UNKNOWN else "is licensed to nobody (NONE)"]
+    if family is UNKNOWN_TERMS:
+        # the owner's declaration is all that there is to go by; _objections_of holds `use` against it
+        return [] if terms.use else [f"is {licence}, whose terms Sartor does not know, and declares no `use`"]
+    found = []
+    if not family.commercial and use in _COMMERCIAL:
+        found.append(
+            f"is {licence}, which forbids commercial use" + (" (as work inside a firm is)" if use == "internal" else "")
+        )
+    if family.derived == "no" or (family.derived == "kept" and use != "internal"):
+        found.append(
+            f"is {licence}, which forbids derived works" + (" that are handed out" if family.derived == "kept" else "")
+        )
+    return found
+
+
+def _objections_of(terms: Terms, use: str, today: str) -> list[str]:
+    """What the owner's own terms forbid, whatever the licence says."""
+    found = []
+    if terms.use and not any(use in _COVERS.get(declared, ()) for declared in terms.use):
+        found.append(f"is declared for {' and '.join(terms.use)} use")
+    if terms.non_commercial and use in _COMMERCIAL:
+        found.append("has terms of its own that forbid commercial use")
+    if terms.expires and terms.expires < today:
+        found.append(f"may not be used after {terms.expires}; today is {today}")
+    if terms.consent in ("withdrawn", "pending"):
+        state = "has been withdrawn" if terms.consent == "withdrawn" else "is pending"
+        found.append(f"needs a consent that {state}")
+    return found
+
+
+def permitted(sources: Sequence[Mapping[str, Any]]) -> list[Use]:
+    """The uses that neither a licence nor a contradiction between licences forbids."""
+    clash = bool(conflicts(sources))
+    return [use for use in USES if not objections(sources, use) and not (clash and use != "internal")]
+
+
+def conflicts(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where no licence of a derived work could satisfy two of these sources at once, in sentences that name them."""
+    stated = [terms_of(source) for source in sources]
+    chosen = _choose(terms.licence for terms in stated)
+    of: dict[str, list[str]] = {}
+    for terms in stated:
+        for licence in chosen[terms.licence]:
+            of.setdefault(licence, []).append(terms.source)
+    clashes = _clashes(frozenset(of))
+    said = [why.format(a=f"{one} of {_names(of[one])}", b=f"{other} of {_names(of[other])}") for one, other, why in clashes]
+    return said + _conflicts_of_terms(stated, chosen)
+
+
+def _conflicts_of_terms(stated: Sequence[Terms], chosen: Mapping[str, frozenset[str]]) -> list[str]:
+    """Contradictions that terms which an owner adds bring about; those of two licences are `_clashes`."""
+    demands: dict[str, list[str]] = {}
+    limits: dict[str, list[str]] = {}
+    own, free = set(), set()
+    for terms in stated:
+        if terms.non_commercial:
+            limits.setdefault("the terms", []).append(terms.source)
+        for licence in chosen[terms.licence]:
+            family = _family(licence)
+            if not family.commercial:
+                limits.setdefault(licence, []).append(terms.source)
+            if family.demands_own_terms or terms.share_alike:
+                demands.setdefault(licence, []).append(terms.source)
+                own |= set() if family.demands_own_terms else {licence}
+                # an owner whose own terms are share-alike and non-commercial at once does not contradict himself
+                free |= {licence} if family.commercial and (family.demands_own_terms or not terms.non_commercial) else set()
+    named = {licence: f"{licence} of {_names(names)}" for licence, names in (demands | limits).items()}
+    pairs = itertools.combinations(sorted(demands), 2)
+    each = [(one, other) for one, other in pairs if {one, other} & own and not _common_target([one, other])]
+    strict = [(one, limit) for one in sorted(free) for limit in sorted(limits) if one in own or limit == "the terms"]
+    return [_EACH.format(a=named[one], b=named[other]) for one, other in each] + [
+        _LIMITS.format(a=named[one], b=named[limit]) for one, limit in strict
+    ]
+
+
+_EACH = "{a} and {b} each demand that a derived work carries its own terms"
+_LIMITS = "{a} demands that a derived work carries its terms and no stricter ones, against {b}, which forbid commercial use"
+
+
+@cache
+def _clashes(licences: frozenset[str]) -> list[tuple[str, str, str]]:
+    """Pairs of licences that one derived work cannot satisfy, each with its sentence."""
+    found = []
+    for one, other in itertools.combinations(sorted(licences), 2):
+        pair = frozenset({without_exception(one), without_exception(other)})
+        strict, limit = sorted((one, other), key=lambda licence: _family(licence).commercial, reverse=True)
+        if pair in CLASHES:
+            found.append((one, other, f"{{a}} and {{b}}: {CLASHES[pair]}"))
+        elif _family(one).demands_own_terms and _family(other).demands_own_terms:
+            if not _common_target([one, other]):
+                found.append((one, other, _EACH))
+        elif _family(strict).demands_own_terms and _family(strict).commercial and not _family(limit).commercial:
+            found.append((strict, limit, _LIMITS))
+    return found
+
+
+def _common_target(licences: Sequence[str]) -> bool:
+    """Whether one licence satisfies every one of these share-alike ones."""
+    bases = [without_exception(licence) for licence in licences]
+    return any(all(accepts(one, target) for one in bases) for base in bases for target in targets(base))
+
+
+def obligations(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What whoever hands the derived work out has to do, by licence and source."""
+    stated = [terms_of(source) for source in sources]
+    chosen = _choose(terms.licence for terms in stated)
+    owed: dict[tuple[str, str], list[str]] = {}
+    for terms in stated:
+        for licence in sorted(chosen[terms.licence]):
+            duties = {*_family(licence).duties, *(("share-alike",) if terms.share_alike else ())}
+            for duty, text in DUTIES.items():
+                if duty in duties:
+                    owed.setdefault((licence, text), []).append(terms.source)
+        if terms.expires:
+            owed.setdefault(("terms", f"no use after {terms.expires}"), []).append(terms.source)
+    return [f"{licence} of {_names(names)}: {text}" for (licence, text), names in sorted(owed.items())]
+
+
+def _names(sources: Sequence[str]) -> str:
+    """The sources that a sentence names: three of them, and how many more."""
+    unique = list(dict.fromkeys(sources))
+    more = f" and {len(unique) - 3} more" if len(unique) > 3 else ""
+    return ", ".join(unique[:3]) + more

@@ -1,0 +1,117 @@
+"""The one look and the one escape of every page that Sartor writes.
+
+A page is one HTML file: no script, no font, no image from elsewhere. Whatever comes from data goes through `escape`, so
+that no row becomes markup, turns the reading direction or hides in characters that nobody sees.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+STYLE = """
+:root { color-scheme: light dark; --ink:#1d2730; --soft:#5f6f7d; --line:#e3e8ec; --blue:#1f5f8b; --red:#d1495b; --green:#2f8f5b;
+  --paper:#fbfaf7; }
+@media (prefers-color-scheme: dark) { :root { --ink:#e8ecef; --soft:#9aa8b3; --line:#33404a; --blue:#6fb1dd; --red:#ef7c8b;
+  --green:#6ccb97; --paper:#161c21; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem; margin: 3rem auto;
+  padding: 0 1.5rem; }
+h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.6rem 0 .8rem; }
+.lead { color: var(--soft); margin: .3rem 0 1.8rem; } .big { display: flex; gap: 2.5rem; flex-wrap: wrap; }
+.big b { display: block; font-size: 2.1rem; font-weight: 600; line-height: 1.2; }
+.big span { color: var(--soft); font-size: .9rem; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+th { text-align: left; color: var(--soft); font-weight: 500; }
+td, th { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+code { font: .86em/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
+.better { color: var(--green); } .worse { color: var(--red); }
+svg { width: 100%; height: auto; } img { max-width: 100%; } details { margin: .4rem 0; }
+"""
+
+# Control characters, those that turn the reading direction, invisible ones (zero width, tags), and what no file may hold.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufdd0-\ufdef"
+    "\ufff0-\uffff\U000e0000-\U000e0fff]|[\r\u2028\u2029]"
+)
+# A pile of marks paints over its neighbours; no script needs more than four on a letter. Latin, Cyrillic, Hebrew, Arabic, Thai.
+_MARK = (
+    "[\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
+    "\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]"
+)
+_PILE = re.compile(f"({_MARK}{{4}})({_MARK}+)")
+
+
+def visible(text: str) -> str:
+    r"""`text` with every character that acts unseen turned into one that is seen, piles of marks counted; lines end in `\n`.
+
+    >>> visible("a\x00b\u202ec")
+    'a␀b‹U+202E›c'
+    """
+    seen = _UNSEEN.sub(_shown, text.replace("\r\n", "\n"))
+    return seen if seen.isascii() else _PILE.sub(lambda pile: f"{pile[1]}‹+{len(pile[2]):,} marks›", seen)
+
+
+def _shown(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if match[0] in "\r\u2028\u2029":
+        return "\n"
+    if code < 0x20 or code == 0x7F:
+        return chr(0x2421 if code == 0x7F else 0x2400 + code)
+    return match[0] if code == 0xFFFD else f"‹U+{code:04X}›"
+
+
+def escape(value: Any) -> str:
+    """Text that is safe in HTML, in a quoted attribute and in SVG."""
+    return html.escape(visible(str(value)))
+
+
+def clipped(text: str, most: int) -> str:
+    """The first `most` characters, and how many more there are.
+
+    >>> clipped("abcdef", 4)
+    'abcd… (+2 characters)'
+    """
+    return text if len(text) <= most else f"{text[:most].rstrip()}… (+{len(text) - most:,} characters)"
+
+
+def document(title: str, body: str, *, style: str = "", head: str = "") -> str:
+    """A whole page. `title` is text; `body`, `style` and `head` are markup of ours."""
+    opening = f"<meta charset=utf-8>{head}<meta name=viewport content='width=device-width'><title>{escape(title)}</title>"
+    return f"<!doctype html><html lang=en>{opening}<style>{STYLE}{style}</style><body>{body}</body></html>\n"
+
+
+def headlines(shown: Iterable[tuple[str, str]]) -> str:
+    """The big numbers: (value, what it is)."""
+    parts = (f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in shown)
+    return f"<div class=big>{''.join(parts)}</div>"
+
+
+def facts(mapping: Mapping[str, Any]) -> str:
+    """A table of names and values."""
+    lines = (
+        f"<tr><td>{escape(key.replace('_', ' '))}</td><td><code>{escape(said(value))}</code></td></tr>"
+        for key, value in mapping.items()
+    )
+    return f"<table>{''.join(lines)}</table>"
+
+
+def said(value: Any) -> str:
+    """A value as a person reads it: thousands are parted, four digits of a fraction are enough."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {said(inner)}" for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(said, value))
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one, its keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return found

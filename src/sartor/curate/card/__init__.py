@@ -1,0 +1,58 @@
+"""The data card: what a Dataset holds, where it came from, what was taken out and why.
+
+`card.md` (with the Hub's YAML head; plots in `card/*.svg`), `card.html` (the same on one page), `croissant.json` (metadata
+for machines). All three are pure functions of the Dataset's files and facts: no clock, no path, no name of a machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sartor.curate.card import croissant, draw, html, hub, markdown, story
+from sartor.curate.card.blocks import Block, Folded, Picture, Pictures, Section
+from sartor.curate.card.contents import gather
+
+
+def write(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the card of the Dataset that is being filled at `folder`; `facts` is what its manifest will say.
+
+    Reads `examples/`, `drops/`, `evidence/` and `media/` in batches; call it before the directory is sealed.
+    """
+    contents = gather(folder, facts)
+    sections, pictures = _named_apart(story.sections(contents))
+    (folder / "card").mkdir(exist_ok=True)
+    for picture in pictures:
+        _write(folder / "card" / f"{picture.name}.svg", draw.standalone(picture))
+    _write(folder / "card.md", markdown.render(contents.name, hub.head(contents), sections))
+    _write(folder / "card.html", html.render(contents.name, sections))
+    metadata = croissant.describe(contents)
+    _write(folder / "croissant.json", json.dumps(metadata, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _named_apart(sections: Sequence[Section]) -> tuple[list[Section], list[Picture]]:
+    """The sections with every picture's name its own (names of steps and rules may collide as file names), and the pictures."""
+    used: dict[str, Picture] = {}
+
+    def named(block: Block) -> Block:
+        if isinstance(block, Picture):
+            name, number = block.name, 2
+            while name in used:
+                name, number = f"{block.name}-{number}", number + 1
+            used[name] = dataclasses.replace(block, name=name)
+            return used[name]
+        if isinstance(block, Pictures):
+            return Pictures([picture for each in block.shown if isinstance(picture := named(each), Picture)])
+        if isinstance(block, Folded):
+            return Folded(block.summary, [named(each) for each in block.blocks])
+        return block
+
+    apart = [Section(section.title, [named(block) for block in section.blocks]) for section in sections]
+    return apart, list(used.values())

@@ -1,0 +1,209 @@
+"""MLCommons Croissant 1.1 metadata: what a machine needs to find, check and read the rows.
+
+Spec: https://docs.mlcommons.org/croissant/docs/croissant-spec-1.1.html and the RAI vocabulary beside it. What nobody stated
+(creator, address, date of publication) is left out: whoever publishes the Dataset adds it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sartor.core.artifacts import file_digest
+from sartor.core.page import flat, said, visible
+from sartor.core.spdx import UNKNOWN
+from sartor.curate.card.contents import Contents
+from sartor.curate.card.hub import conjuncts
+from sartor.curate.card.story import file_name, known_languages
+
+_PARQUET = "application/x-parquet"
+_TERMS = ("citeAs column conformsTo equivalentProperty extract field fileProperty fileObject fileSet format includes isArray "
+          "isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated replace samplingRate separator "
+          "source subField transform arrayShape")  # fmt: skip
+_CONTEXT: dict[str, Any] = {
+    "@language": "en",
+    "@vocab": "https://schema.org/",
+    "cr": "http://mlcommons.org/croissant/",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "dct": "http://purl.org/dc/terms/",
+    "sc": "https://schema.org/",
+    **{term: f"cr:{term}" for term in _TERMS.split()},
+    "conformsTo": "dct:conformsTo",
+    "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    "examples": {"@id": "cr:examples", "@type": "@json"},
+}
+# column -> (type, what it is); the columns of `core/rows.py`
+_EXAMPLES = {
+    "id": ("sc:Text", "Digest of the content: 32 hex digits."),
+    "split": ("sc:Text", "train or eval; a group stands in one only."),
+    "group": ("sc:Text", "What may never straddle a split."),
+    "weight": ("sc:Float", "Weight of the row in tuning."),
+    "tools": ("sc:Text", "JSON text of the tools that the row may call; empty where there are none."),
+}
+# field -> (column, path inside an item, type, what it is): lists, one entry per item
+_LISTS = {
+    "messages": ("The conversation, in the OpenAI form. Content is a list of parts; here stands the first.", {
+        "role": ("role", "system, user, assistant or tool."),
+        "text": ("content[0].text", "Text of the message's first part."),
+        "image": ("content[0].image", "Path below media/ where the first part is an image."),
+        "audio": ("content[0].audio", "Path below media/ where the first part is sound."),
+    }),
+    "origins": ("Where the row came from; a row that two sources hold has two.", {
+        "source": ("source", "The source as the recipe names it."),
+        "locator": ("locator", "The place inside it."),
+        "licence": ("licence", "SPDX expression."),
+    }),
+}  # fmt: skip
+_DROPS = {
+    "reason": "Why the row was dropped, one word.",
+    "detail": "Why, in a sentence.",
+    "step": "The step that dropped it.",
+    "source": "The source as the recipe names it.",
+    "locator": "The place inside it.",
+    "id": "Digest of the content.",
+    "kept": "Of a duplicate: the id of the row that stands in its place.",
+    "method": "By what measure the two are alike.",
+    "text": "The start of the row.",
+}
+
+
+def describe(contents: Contents) -> dict[str, Any]:
+    """The JSON-LD of the Dataset that `contents` was read from."""
+    found: dict[str, Any] = {
+        "@context": _CONTEXT,
+        "@type": "sc:Dataset",
+        "conformsTo": "http://mlcommons.org/croissant/1.1",
+        "name": visible(contents.name)[:200],
+        "description": _description(contents),
+        "license": [_licence_url(part) for part in conjuncts(contents.licence)],
+        "isLiveDataset": False,
+        "keywords": ["fine-tuning", "language model"],
+        **_responsible(contents),
+        "distribution": _distribution(contents.folder),
+        "recordSet": [_examples(), *([_drops()] if contents.drops.total else [])],
+    }
+    if languages := known_languages(contents):
+        found["inLanguage"] = languages
+    return found
+
+
+def _description(contents: Contents) -> str:
+    return (
+        f"{contents.kept:,} rows for tuning a language model, curated by Sartor from {contents.read:,} rows read; "
+        f"{sum(contents.dropped.values()):,} dropped, each with its reason, in drops/. Licence: {visible(contents.licence)}."
+    )
+
+
+def _licence_url(part: str) -> str:
+    """The address of a licence of the SPDX list; any other expression as it stands."""
+    known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", part) and part != UNKNOWN and not part.startswith("LicenseRef")
+    return f"https://spdx.org/licenses/{part}.html" if known else visible(part)
+
+
+def _distribution(folder: Path) -> list[dict[str, Any]]:
+    """Every Parquet file with its digest, and the sets they make. Media are one set: their names are their digests."""
+    found: list[dict[str, Any]] = []
+    for group in ("examples", "drops", "evidence"):
+        files = sorted((folder / group).glob("*.parquet"))
+        found += [_file(file, f"{group}/{file.name}") for file in files]
+        if files and group != "evidence":
+            found.append(_set(f"{group}-files", f"{group}/*.parquet", [_PARQUET]))
+    if any((folder / "media").glob("*")):
+        found.append(_set("media-files", "media/*", ["image/*", "audio/*"]))
+    return found
+
+
+def _file(file: Path, name: str) -> dict[str, Any]:
+    return {
+        "@type": "cr:FileObject",
+        "@id": name,
+        "name": name,
+        "contentUrl": name,
+        "contentSize": f"{file.stat().st_size} B",
+        "encodingFormat": _PARQUET,
+        "sha256": file_digest(file),
+    }
+
+
+def _set(key: str, pattern: str, formats: list[str]) -> dict[str, Any]:
+    return {"@type": "cr:FileSet", "@id": key, "name": key, "encodingFormat": formats, "includes": pattern}
+
+
+def _field(record_set: str, name: str, kind: str, what: str) -> dict[str, Any]:
+    source = {"fileSet": {"@id": f"{record_set}-files"}, "extract": {"column": name}}
+    key = f"{record_set}/{name}"
+    return {"@type": "cr:Field", "@id": key, "name": name, "description": what, "dataType": kind, "source": source}
+
+
+def _examples() -> dict[str, Any]:
+    fields = [_field("examples", name, kind, what) for name, (kind, what) in _EXAMPLES.items()]
+    for column, (what, parts) in _LISTS.items():
+        inner = []
+        for name, (path, told) in parts.items():
+            part = _field("examples", column, "sc:Text", told)
+            part |= {"@id": f"examples/{column}/{name}", "name": name}
+            part["source"]["transform"] = {"jsonPath": path}
+            inner.append(part)
+        key = f"examples/{column}"
+        listed = {"@type": "cr:Field", "@id": key, "name": column, "description": what, "repeated": True, "subField": inner}
+        fields.append(listed)
+    return {
+        "@type": "cr:RecordSet",
+        "@id": "examples",
+        "name": "examples",
+        "description": "The rows that were kept.",
+        "key": {"@id": "examples/id"},
+        "field": fields,
+    }
+
+
+def _drops() -> dict[str, Any]:
+    fields = [_field("drops", name, "sc:Text", what) for name, what in _DROPS.items()]
+    fields.append(_field("drops", "score", "sc:Float", "How alike the two are, 0..1."))
+    what = "The rows that were dropped, and why."
+    return {"@type": "cr:RecordSet", "@id": "drops", "name": "drops", "description": what, "field": fields}
+
+
+def _responsible(contents: Contents) -> dict[str, Any]:
+    """The fields of Croissant's RAI vocabulary that the facts can fill."""
+    sources = "; ".join(f"{file_name(file)} ({file.get('licence') or UNKNOWN})" for file in contents.sources[:20])
+    more = f"; and {len(contents.sources) - 20:,} more files" if len(contents.sources) > 20 else ""
+    unusable = sum(count for (step, _), count in contents.drops.by_step.items() if step == "read")
+    found = {
+        "rai:dataCollection": f"Read from existing files: {visible(sources)}{more}."
+        if sources
+        else "Read from existing files.",
+        "rai:dataCollectionType": "Secondary data analysis",
+        "rai:dataCollectionMissingData": f"{unusable:,} of {contents.read:,} rows could not be used as they stood.",
+        "rai:dataPreprocessingProtocol": _protocol(contents.facts.get("recipe") or {}),
+        "rai:dataUseCases": "Fine-tuning of language models.",
+        "rai:personalSensitiveInformation": _personal(contents),
+        "rai:dataLimitations": [visible(str(line)) for line in contents.facts.get("licence_conflicts") or ()],
+        "rai:dataAnnotationAnalysis": _labels(contents),
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _protocol(recipe: Mapping[str, Any]) -> list[str]:
+    return [
+        visible(
+            ", ".join(f"{key} {said(value)}" for key, value in flat(step).items()) if isinstance(step, Mapping) else str(step)
+        )
+        for step in recipe.get("steps") or ()
+    ]
+
+
+def _personal(contents: Contents) -> str:
+    facts = contents.steps.get("personal_data")
+    if not facts:
+        return "No step that looks for personal data was run."
+    counted = ", ".join(f"{key} {said(value)}" for key, value in flat(facts).items())
+    return f"Looked for by pattern, masked or dropped before anything was written. Counts: {visible(counted)}."
+
+
+def _labels(contents: Contents) -> str:
+    queued = sum(contents.evidence.files[name] for name in contents.evidence.queues)
+    return f"{queued:,} rows are queued for a look as perhaps wrongly labelled (evidence/)." if queued else ""

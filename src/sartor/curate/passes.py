@@ -1,0 +1,269 @@
+"""The steps of a recipe as passes over the rows: row steps in the workers, then the SetSteps that follow them, here.
+
+A pass reads what the one before left (the first reads the sources), applies the verdicts that are still open, runs its row
+steps, and sketches the rows for each SetStep that ends it. The verdicts of the last pass are left open: writing the Dataset
+applies them without making an Example of every row again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sartor.core import config, rows
+from sartor.core.records import Example, digest
+from sartor.curate import parts
+from sartor.curate.parts import Part
+from sartor.curate.steps import needs_all_rows
+from sartor.curate.steps.contract import Gathered, Removal, RowStep, SetStep, Verdicts
+from sartor.curate.steps.exact import ExactDuplicates
+from sartor.curate.work import Merged, Task
+
+Run = Callable[[str, Sequence[Task]], list[Part]]
+# Rises when a worker makes another part of the same input: parts of an older Sartor are then made again.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A Removal as it stands in the drops: the row, and the id of the row in its place."""
+
+    part: Part
+    place: int
+    removal: Removal
+    step: str
+    kept: str
+    known: int  # passes that had been when `kept` was that row's id
+    set_aside: bool
+
+
+@dataclass
+class State:
+    """Where the rows are: the parts of the last pass, and the verdicts on their rows that no part knows yet."""
+
+    parts: list[Part]
+    starts: list[int] = field(default_factory=list)  # the number of each part's first row, and at the end the number of rows
+    gone: dict[int, Removal] = field(default_factory=dict)
+    taken: dict[int, list[int]] = field(default_factory=dict)  # row -> rows of equal content that it takes over
+    then: list[RowStep] = field(default_factory=list)
+    removed: list[Removed] = field(default_factory=list)
+    drops: list[Path] = field(default_factory=list)  # drops.parquet of every part of every pass
+    evidence: dict[str, Any] = field(default_factory=dict)
+    moves: list[Any] = field(default_factory=list)  # of each pass after the first, (was, id) of the rows that it changed
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.stand_on(self.parts)
+
+    def stand_on(self, made: list[Part]) -> None:
+        """The rows are in these parts now, and no verdict on them is open."""
+        self.parts, self.starts = made, list(itertools.accumulate((part.kept for part in made), initial=0))
+        self.gone, self.taken, self.then = {}, {}, []
+        self.drops += [part.path / "drops.parquet" for part in made]
+        changed = [part.index.filter(pc.not_equal(part.index["was"], "")).select(["was", "id"]) for part in made]
+        self.moves.append(pl.concat([pl.DataFrame(table) for table in changed]))
+
+    def where(self, row: int) -> tuple[int, int]:
+        """(part, place in it) of a row."""
+        part = bisect.bisect_right(self.starts, row) - 1
+        return part, row - self.starts[part]
+
+
+class Passes:
+    """Runs the steps. `folder` is the directory of the work; `run` executes tasks, on whatever engine."""
+
+    def __init__(self, folder: Path, run: Run, workers: int, notice: Callable[[str], None]) -> None:
+        self.folder, self.run, self.workers, self.notice = folder, run, workers, notice
+        self.number = 0
+
+    def first(self, reading: Sequence[Task], steps: Sequence[Any]) -> State:
+        """Every step, from tasks that say what to read."""
+        row_steps, sets, rest = split(steps)
+        state = State(self._execute([dataclasses.replace(task, steps=row_steps, sets=sets) for task in reading]))
+        rest = self._decide(state, sets) + rest
+        while rest or state.then:
+            row_steps, sets, rest = split(rest)
+            self._next(state, (*state.then, *row_steps), sets)
+            rest = self._decide(state, sets) + rest
+        return state
+
+    def _execute(self, tasks: Sequence[Task]) -> list[Part]:
+        named = [self._named(number, task) for number, task in enumerate(tasks)]
+        self.number += 1
+        return self.run(f"pass {self.number}", named)
+
+    def _named(self, number: int, task: Task) -> Task:
+        """The task with its key, and the directory that the key names."""
+        steps = [[config.dump(step) for step in some] for some in (task.steps, task.sets)]
+        taken = [(place, config.dump(more)) for place, more in sorted(task.merged.items())]
+        key = digest([FORMAT, task.key, steps, sorted(task.gone), taken])
+        part = self.folder / f"pass-{self.number + 1}" / f"{number:06d}"
+        return dataclasses.replace(task, key=key, part=part, folder=self.folder)
+
+    def _next(self, state: State, row_steps: tuple[RowStep, ...], sets: tuple[SetStep, ...]) -> None:
+        """Open verdicts and the next row steps, in the workers."""
+        gone: dict[int, set[int]] = {}
+        for row in state.gone:
+            part, place = state.where(row)
+            gone.setdefault(part, set()).add(place)
+        merged: dict[int, dict[int, Merged]] = {}
+        for row, more in takeovers(state).items():
+            part, place = state.where(row)
+            merged.setdefault(part, {})[place] = more
+        tasks = [
+            Task(
+                part=part.path, key=part.summary["key"], folder=self.folder, steps=row_steps, sets=sets, before=part.path,
+                gone=frozenset(gone.get(number, ())), merged=merged.get(number, {}),
+            )
+            for number, part in enumerate(state.parts)
+        ]  # fmt: skip
+        state.stand_on(self._execute(tasks))
+
+    def _decide(self, state: State, sets: tuple[SetStep, ...]) -> list[Any]:
+        """Let each SetStep decide; returns those that must see the rows again, since a verdict before asks for a row step."""
+        for place, step in enumerate(sets):
+            living, table = self._living(state, place)
+            verdicts = step.decide(self._gathered(state, living, table))
+            record(state, step, living, verdicts)
+            if verdicts.then is not None:
+                state.then.append(verdicts.then)
+                return list(sets[place + 1 :])
+        return []
+
+    def _living(self, state: State, place: int) -> tuple[Sequence[int], Any]:
+        """Numbers of the rows that no open verdict removed, and their sketch beside the index."""
+        whole = pa.concat_tables(beside(part.index, part.sketch(place)) for part in state.parts)
+        if not state.gone:
+            return range(len(whole)), whole
+        living = [row for row in range(len(whole)) if row not in state.gone]
+        # written out, and mapped again: a copy of the sketches in memory could be as large as all rows
+        chunks = (whole.take(pa.array(living[at : at + 65536])) for at in range(0, max(len(living), 1), 65536))
+        return living, parts.write_arrow(self.folder / f"living-{self.number}-{place}.arrow", chunks, whole.schema)
+
+    def _gathered(self, state: State, living: Sequence[int], table: Any) -> Gathered:
+        encoded = pc.dictionary_encode(table["source"]).combine_chunks()
+        encoded = encoded.chunk(0) if isinstance(encoded, pa.ChunkedArray) and encoded.num_chunks else encoded
+        names = encoded.dictionary.to_pylist() if len(table) else []
+        numbers = encoded.indices if len(table) else pa.array([], pa.int32())
+        table = table.set_column(table.schema.get_field_index("source"), "source", pa.chunked_array([numbers]))
+
+        def fetch(wanted: Sequence[int]) -> list[Example]:
+            return examples_of(state, [living[row] for row in wanted])
+
+        return Gathered(table, names, fetch, self.folder, self.workers, self.notice)
+
+
+def split(steps: Sequence[Any]) -> tuple[tuple[RowStep, ...], tuple[SetStep, ...], list[Any]]:
+    """(row steps, the SetSteps after them, the rest)."""
+    row_steps = tuple(itertools.takewhile(lambda step: not needs_all_rows(step), steps))
+    sets = tuple(itertools.takewhile(needs_all_rows, steps[len(row_steps) :]))
+    return row_steps, sets, list(steps[len(row_steps) + len(sets) :])
+
+
+def whole(steps: Sequence[Any]) -> list[Any]:
+    """The steps, with `exact_duplicates` at the end if rows could be equal there: ids are unique in a Dataset."""
+    last = max((place for place, step in enumerate(steps) if isinstance(step, ExactDuplicates)), default=-1)
+    unique = last >= 0 and all(needs_all_rows(step) for step in steps[last:])
+    return list(steps) if unique else [*steps, ExactDuplicates()]
+
+
+def beside(index: Any, sketch: Any) -> Any:
+    """One table of both's columns."""
+    for name in sketch.column_names:
+        index = index.append_column(name, sketch[name])
+    return index
+
+
+def record(state: State, step: SetStep, living: Sequence[int], verdicts: Verdicts) -> None:
+    """Note verdicts whose row numbers count the living rows only."""
+    ids = KeptIds(state)
+    for removal in verdicts.removals:
+        row = living[removal.row]
+        kept = living[removal.kept] if removal.kept >= 0 else -1
+        assert row not in state.gone and kept != row, removal
+        part, place = state.where(row)
+        state.gone[row] = removal
+        name = ids[kept] if kept >= 0 else ""
+        state.removed.append(Removed(state.parts[part], place, removal, step.kind, name, len(state.moves), verdicts.set_aside))
+        if removal.merge:
+            state.taken.setdefault(kept, []).extend([row, *state.taken.pop(row, [])])
+    state.evidence.update({name: (len(state.moves), table) for name, table in verdicts.evidence.items()})
+    if verdicts.facts:
+        state.facts[step.kind] = verdicts.facts
+
+
+class KeptIds:
+    """Ids by row number."""
+
+    def __init__(self, state: State) -> None:
+        self._columns = [part.index["id"] for part in state.parts]
+        self._state = state
+
+    def __getitem__(self, row: int) -> str:
+        part, place = self._state.where(row)
+        return str(self._columns[part][place].as_py())
+
+
+def takeovers(state: State) -> dict[int, Merged]:
+    """What each row takes over: origins in order of reading; of the splits eval wins; its own group before another's."""
+    wanted = sorted({row for kept, others in state.taken.items() for row in (kept, *others)})
+    columns = ["origins", "split", "group"]
+    known = dict(zip(wanted, picked(state.parts, map(state.where, wanted), columns), strict=True))
+    found = {}
+    for kept, others in state.taken.items():
+        equals = [known[row] for row in (kept, *sorted(others))]
+        origins = tuple(origin for row in equals[1:] for origin in map(rows.origin_of, row["origins"]))
+        splits = [row["split"] for row in equals if row["split"]]
+        chosen = "eval" if "eval" in splits else next(iter(splits), "")
+        found[kept] = Merged(origins, chosen, next((row["group"] for row in equals if row["group"]), ""))
+    return found
+
+
+ID_COLUMNS = ("id", "a", "b")
+
+
+def evidence_of(state: State) -> Iterator[tuple[str, Any]]:
+    """(name, Arrow table) of what steps found, by the ids that the rows have in the end."""
+    for name, (known, table) in state.evidence.items():
+        for place, column in enumerate(table.column_names):
+            if column in ID_COLUMNS:
+                moved = pa.array(moved_ids(state, known, table[column].to_pylist()), pa.string())
+                table = table.set_column(place, column, moved)
+        yield name, table
+
+
+def moved_ids(state: State, known: int, ids: Sequence[str]) -> list[str]:
+    """The ids that rows have in the end, by those that they had after `known` passes."""
+    found = pl.DataFrame({"id": ids}, schema={"id": pl.String})
+    for moves in state.moves[known:]:
+        both = found.join(
+            moves.rename({"id": "now"}).unique("was"), left_on="id", right_on="was", how="left", maintain_order="left"
+        )
+        found = both.select(pl.coalesce("now", "id").alias("id"))
+    return found["id"].to_list()
+
+
+def picked(
+    some: Sequence[Part], wanted: Iterable[tuple[int, int]], columns: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows of parts, by (part, place), in the order wanted; each part is read once for a run of rows of it."""
+    for part, run in itertools.groupby(wanted, lambda place: place[0]):
+        places = pa.array([place for _, place in run], pa.int64())
+        yield from some[part].table(columns).take(places).to_pylist()
+
+
+def examples_of(state: State, wanted: Sequence[int]) -> list[Example]:
+    """Rows by number."""
+    order = sorted(range(len(wanted)), key=lambda at: wanted[at])
+    found = picked(state.parts, (state.where(wanted[at]) for at in order))
+    made = {at: rows.example_of(row) for at, row in zip(order, found, strict=True)}
+    return [made[at] for at in range(len(wanted))]

@@ -1,0 +1,85 @@
+"""presidio's pattern recognisers, without the rest of presidio.
+
+`import presidio_analyzer` loads spaCy, and through it torch and transformers where they are installed: five seconds in
+every worker, for recognisers that are regular expressions and checksums. Here their modules are loaded below empty
+packages, which are taken out of `sys.modules` again: in 0.1 s, and a later `import presidio_analyzer` is the whole one.
+Nothing of it reaches for the network: its e-mail recogniser would (by tldextract), and is not used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sartor.core.errors import need
+
+ROOT = "presidio_analyzer"
+# in the order in which they need each other; the first three packages stay empty
+PACKAGES = ("predefined_recognizers", "predefined_recognizers.country_specific", "predefined_recognizers.generic")
+PARTS = {
+    "analysis_explanation": "AnalysisExplanation",
+    "recognizer_result": "RecognizerResult",
+    "entity_recognizer": "EntityRecognizer",
+    "local_recognizer": "LocalRecognizer",
+    "pattern": "Pattern",
+    "pattern_recognizer": "PatternRecognizer",
+}
+_lock = threading.Lock()
+_held: dict[str, types.ModuleType] = {}  # the emptied presidio and its modules, between two calls
+
+
+@cache
+def recogniser(place: str) -> Any:
+    """An instance of the PatternRecognizer in a module below `predefined_recognizers` (`country_specific.us.us_itin`).
+
+    Raises ExtraError where presidio is not installed.
+    """
+    spec = importlib.util.find_spec(ROOT)
+    if spec is None or not spec.submodule_search_locations:
+        raise need(ROOT, "text")
+    with _lock, _bare(Path(list(spec.submodule_search_locations)[0])):
+        name = f"{ROOT}.predefined_recognizers.{place}_recognizer"
+        package = name.rpartition(".")[0]
+        if package not in sys.modules:
+            _empty(package, Path(spec.submodule_search_locations[0], *package.split(".")[1:]))
+        module = importlib.import_module(name)
+    (found,) = (one for one in vars(module).values() if isinstance(one, type) and one.__module__ == name)
+    return found()
+
+
+@contextmanager
+def _bare(folder: Path) -> Iterator[None]:
+    """presidio's package emptied of all but what a PatternRecognizer needs, while inside."""
+    whole = _taken_out()
+    try:
+        sys.modules.update(_held)
+        if not _held:
+            root = _empty(ROOT, folder)
+            for package in PACKAGES:
+                _empty(f"{ROOT}.{package}", folder.joinpath(*package.split(".")))
+            for part, name in PARTS.items():
+                setattr(root, name, getattr(importlib.import_module(f"{ROOT}.{part}"), name))
+        yield
+    finally:
+        _held.update(_taken_out())
+        sys.modules.update(whole)
+
+
+def _taken_out() -> dict[str, types.ModuleType]:
+    names = [name for name in sys.modules if name == ROOT or name.startswith(f"{ROOT}.")]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def _empty(name: str, folder: Path) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__path__ = [str(folder)]
+    sys.modules[name] = module
+    return module

@@ -1,0 +1,265 @@
+"""What a recogniser sees and says: a Sight of a text in which nothing hides, and Findings in it."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, get_args
+
+EntityName = Literal[
+    "email",
+    "phone",
+    "credit_card",
+    "iban",
+    "national_id",
+    "ip_address",
+    "mac_address",
+    "secret",
+    "crypto_wallet",
+    "address",
+    "birth_date",
+    "person",
+]
+ENTITIES: tuple[str, ...] = get_args(EntityName)
+PLACEHOLDER = re.compile(rf"<({'|'.join(name.upper() for name in ENTITIES)})(?:_(\d+))?>")
+BREAK = "\x00"  # stands between the fields of a row: no pattern matches across it, context words may stand beyond it
+
+# A character may be said by JSON or HTML escapes: `bob\u0040example.com`, `0151&nbsp;234`. Escapes of JSON are undone in raw
+# JSON text alone, where "\n0151" would otherwise read as the word "n0151".
+HTML = r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|nbsp|commat|period|hyphen);"
+JSON = r"\\u[0-9a-fA-F]{4}|\\[nrtbf\"\\/]"
+ODD = re.compile(rf"[^\x00-\x7f]|{HTML}")
+ODD_OR_ESCAPED = re.compile(rf"[^\x00-\x7f]|{HTML}|{JSON}")
+Span = tuple[int, int]
+NAMED = {"nbsp": " ", "commat": "@", "period": ".", "hyphen": "-"}
+LETTER_ESCAPES = {"n": "\n", "r": "\n", "t": "\t", "b": " ", "f": " "}
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
+# what may hide something: spaces, dashes, digits and compatibility forms; accented letters are no disguise
+MAY_HIDE = re.compile(
+    "[\u00a0\u00ad\u00b2\u00b3\u00b9\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u2000-\u206f\u2070-\u209c\u2212\u2460-\u24ff\u2776-\u2793"
+    "\u3000\u3164\ufe00-\ufe0f\ufe50-\ufe6f\ufeff\uff01-\uff5e\uff61\uffa0\U0001d400-\U0001d7ff\U0001f100-\U0001f10a\U000e0000-\U000e01ef]"
+    r"|[^\D0-9]"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Characters `start` to `end` are personal data of the kind `entity`; `what` is its finer kind (`aws_key`).
+
+    `score` is 0..1. `value` is equal for two spellings of one thing (+49 30 1234567, 0049 30 123 45 67); it is never
+    written or shown.
+    """
+
+    start: int
+    end: int
+    entity: str
+    what: str
+    score: float
+    value: str = field(repr=False)
+
+    def touches(self, start: int, end: int) -> bool:
+        """Whether they share a character."""
+        return self.start < end and start < self.end
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A text without disguise, `flat`: digits of any script are 0-9, invisible characters are gone, escapes undone.
+
+    `starts[i]` is where the character i of `flat` stands in the text that was given, None where both are the same.
+    """
+
+    flat: str
+    starts: Sequence[int] | None
+    length: int
+
+    @cached_property
+    def lower(self) -> str:
+        """For a quick look whether a word is there at all. Not of the same length as `flat`."""
+        return self.flat.lower()
+
+    @cached_property
+    def numbers(self) -> list[Span]:
+        """Every unbroken sequence of digits."""
+        if not any(digit in self.flat for digit in "0123456789"):  # ten times as fast as a pattern that finds nothing
+            return []
+        return [match.span() for match in _NUMBER.finditer(self.flat)]
+
+    @cached_property
+    def runs(self) -> list[Span]:
+        """Spans of six or more digits with at most three marks between two of them."""
+        found: list[Span] = []
+        begin, last, count = 0, -9, 0
+        for start, end in [*self.numbers, (len(self.flat) + 9, 0)]:
+            gap = self.flat[last:start]
+            if start - last <= 3 and not gap.strip(" .()/-") and "\n" not in gap:
+                count += end - start
+            else:
+                if count >= 6:
+                    found.append((begin, last))
+                begin, count = start, end - start
+            last = end
+        return found
+
+    @cached_property
+    def tokens(self) -> list[Span]:
+        """Words of letters, digits, `_` and `-` in which a digit stands beside a letter or a mark: ids and keys are such."""
+        found: list[Span] = []
+        for start, end in self.numbers:
+            if found and end <= found[-1][1]:
+                continue
+            if _IN_WORD(self.at(start - 1)) or _IN_WORD(self.at(end)):
+                while start and _IN_WORD(self.flat[start - 1]):
+                    start -= 1
+                while end < len(self.flat) and _IN_WORD(self.flat[end]):
+                    end += 1
+                found.append((start, end))
+        return found
+
+    def has(self, *words: str) -> bool:
+        """Whether one of the words (in lower case) is there."""
+        return any(word in self.lower for word in words)
+
+    def before(self, place: int, most: int = 48) -> str:
+        """The characters before a place, up to `most`."""
+        return self.flat[max(0, place - most) : place]
+
+    def at(self, place: int) -> str:
+        """The character at a place, a space outside of the text."""
+        return self.flat[place] if 0 <= place < len(self.flat) else " "
+
+    def in_source(self, finding: Finding) -> Finding:
+        """The finding by the places of the text that was given."""
+        if self.starts is None:
+            return finding
+        last = self.starts[finding.end] if finding.end < len(self.starts) else self.length
+        return replace(finding, start=self.starts[finding.start], end=last)
+
+
+_NUMBER = re.compile("[0-9]+")
+_IN_WORD = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-").__contains__
+Recogniser = Callable[[Sight], Iterable[Finding]]
+
+
+def look(text: str, *, escapes: bool = False) -> Sight:
+    r"""The Sight of a text. `escapes`: it may be raw JSON, so `\u0040` and `\n` are read as what they stand for."""
+    odd = escapes and "\\" in text
+    if not odd and "&" not in text and (text.isascii() or MAY_HIDE.search(text) is None):
+        return Sight(text, None, len(text))
+    pieces: list[str] = []
+    starts: list[int] = []
+    at = 0
+    for match in (ODD_OR_ESCAPED if odd else ODD).finditer(text):
+        plain = _plain(match[0])
+        if plain == match[0]:
+            continue
+        pieces += (text[at : match.start()], plain)
+        starts += range(at, match.start())
+        starts += [match.start()] * len(plain)
+        at = match.end()
+    pieces.append(text[at:])
+    starts += range(at, len(text))
+    return Sight("".join(pieces), starts, len(text))
+
+
+def _plain(said: str) -> str:
+    """What a character or an escape stands for: "" for one that cannot be seen."""
+    if len(said) > 1:
+        return _unescaped(said)
+    if said in DASHES:
+        return "-"
+    category = unicodedata.category(said)
+    if category == "Cf" or said in "\u034f\u115f\u1160\u3164\uffa0\u17b4\u17b5" or "\ufe00" <= said <= "\ufe0f":
+        return ""
+    if category in ("Zs", "Zl", "Zp"):
+        return " "
+    digit = unicodedata.digit(said, None)
+    if digit is not None:
+        return str(digit)
+    folded = unicodedata.normalize("NFKC", said)
+    return folded if len(folded) == 1 and folded.isascii() else said
+
+
+def _unescaped(said: str) -> str:
+    if said.startswith("\\u"):
+        return _shown(int(said[2:], 16), said)
+    if said.startswith("\\"):
+        return LETTER_ESCAPES.get(said[1], said[1])
+    if said.startswith("&#"):
+        number = said[2:-1]
+        return _shown(int(number[1:], 16) if number[0] in "xX" else int(number), said)
+    return NAMED[said[1:-1]]
+
+
+def _shown(code: int, said: str) -> str:
+    if code == 0 or code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+        return said
+    return chr(code) if code < 128 else _plain(chr(code))
+
+
+def resolved(findings: Iterable[Finding]) -> list[Finding]:
+    """Findings that do not overlap, in order: of two that do the surer one, then the longer one, stands for both.
+
+    It takes over what the other covers beyond it, so that no half of a value stays behind.
+    """
+    kept: list[Finding] = []
+    heap: list[Finding] = []  # findings that hang together
+    end = 0
+    for finding in sorted(findings, key=lambda one: one.start):
+        if heap and finding.start >= end:
+            kept += _of_a_heap(heap)
+            heap = []
+        end = max(end, finding.end) if heap else finding.end
+        heap.append(finding)
+    return kept + _of_a_heap(heap)
+
+
+def _of_a_heap(heap: list[Finding]) -> list[Finding]:
+    if len(heap) < 2:
+        return heap
+    starts: list[int] = []
+    kept: list[Finding] = []
+    for finding in sorted(heap, key=lambda one: (-round(one.score, 1), one.start - one.end, one.start, one.entity)):
+        place = bisect_right(starts, finding.start)
+        near = [at for at in (place - 1, place) if 0 <= at < len(kept) and kept[at].touches(finding.start, finding.end)]
+        if not near:
+            starts.insert(place, finding.start)
+            kept.insert(place, finding)
+            continue
+        at = near[0]
+        most = min(finding.end, kept[at + 1].start) if at + 1 < len(kept) else finding.end
+        least = max(finding.start, kept[at - 1].end) if at else finding.start
+        kept[at] = replace(kept[at], start=min(kept[at].start, least), end=max(kept[at].end, most))
+        starts[at] = kept[at].start
+    return kept
+
+
+def outside_placeholders(findings: list[Finding], text: str) -> list[Finding]:
+    """The findings that do not touch what was masked before."""
+    if not findings or "<" not in text:
+        return findings
+    spans = [match.span() for match in PLACEHOLDER.finditer(text)]
+    starts = [start for start, _ in spans]
+
+    def free(finding: Finding) -> bool:
+        place = bisect_right(starts, finding.end - 1) - 1
+        return place < 0 or spans[place][1] <= finding.start
+
+    return [finding for finding in findings if free(finding)]
+
+
+def digits(text: str) -> str:
+    """The digits of a text."""
+    return "".join(filter(str.isdigit, text))
+
+
+def matches(pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int, str]]:
+    """(start, end, text) of group 1 where the pattern has one, else of all of it."""
+    group = 1 if pattern.groups else 0
+    for match in pattern.finditer(text):
+        if match[group]:
+            yield match.start(group), match.end(group), match[group]

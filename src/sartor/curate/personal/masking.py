@@ -1,0 +1,196 @@
+"""A row -> the row with placeholders in place of personal data, and what was found where."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sartor.core.records import Example, Message, Origin
+from sartor.curate.personal.findings import BREAK, PLACEHOLDER, Finding
+from sartor.curate.personal.rows import Layout, Slot, joints, lay_out, plain_text, put_back
+from sartor.curate.personal.scan import Scanner
+
+# A placeholder is shorter than what it stands for, so a word may come near enough to a number to say what it is: looking
+# again until nothing is found makes masking twice the same as masking once.
+MOST_PASSES = 8
+LETTERS = str.maketrans("0123456789", "ghijklmnop")  # a digest of digits alone could read as a number of something
+SHOWN = 20  # places that a detail lists
+
+
+@dataclass(frozen=True)
+class Hit:
+    """Characters `start` to `end` of slot number `slot`; `goes_on` where it is the rest of one that began in a part before."""
+
+    slot: int
+    start: int
+    end: int
+    finding: Finding
+    goes_on: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """The hits of a row in order, and its texts."""
+
+    layout: Layout
+    hits: tuple[Hit, ...]
+
+    def slot(self, hit: Hit) -> Slot:
+        """The text in which a hit lies."""
+        return self.layout.slots[hit.slot]
+
+    def describe(self) -> str:
+        """`email at messages[1].content 12-31; ...`: kinds and spans, never a value."""
+        whole = [hit for hit in self.hits if not hit.goes_on]
+        more = f"; and {len(whole) - SHOWN} more" if len(whole) > SHOWN else ""
+        return "; ".join(self._said(hit) for hit in whole[:SHOWN]) + more
+
+    def _said(self, hit: Hit) -> str:
+        slot = self.slot(hit)
+        start, end = hit.start, hit.end
+        if slot.leaf is not None:  # in the JSON text the value may be written otherwise: the whole string is named
+            outer = next(part for part in self.layout.json[slot.place] if any(leaf is slot.leaf for leaf in part.plain()))
+            start, end = outer.start, outer.end
+        what = "" if hit.finding.what == hit.finding.entity else f" ({hit.finding.what})"
+        return f"{hit.finding.entity}{what} at {slot.name} {start}-{end}"
+
+
+def find_in_row(scanner: Scanner, example: Example, *, escapes: bool = False) -> Found:
+    """Everything personal in the texts of a row, which are looked at as one: words of one field speak for the next."""
+    plain = None if escapes else plain_text(example)
+    if plain is not None and not scanner.find(plain):
+        return NOTHING  # most rows: they are not laid out
+    layout = lay_out(example)
+    starts = [0]
+    for slot in layout.slots:
+        starts.append(starts[-1] + len(slot.text) + 1)
+    hits = []
+    for finding in scanner.find(BREAK.join(slot.text for slot in layout.slots), escapes=escapes):
+        number = bisect_right(starts, finding.start) - 1
+        hits.append(Hit(number, finding.start - starts[number], finding.end - starts[number], finding))
+    for numbers in joints(example, layout):
+        across = _across(scanner, layout, numbers)
+        covered = [(hit.slot, hit.start, hit.end) for hit in across]
+        hits = [
+            hit
+            for hit in hits
+            if not any(hit.slot == slot and hit.start < end and start < hit.end for slot, start, end in covered)
+        ]
+        hits += across
+    return Found(layout, tuple(sorted(hits, key=lambda hit: (hit.slot, hit.start))))
+
+
+def _across(scanner: Scanner, layout: Layout, numbers: Sequence[int]) -> list[Hit]:
+    """What is only there when the parts of a message are read in one: a number of which each part holds a half."""
+    texts = [layout.slots[number].text for number in numbers]
+    hits = []
+    for finding in scanner.find("".join(texts)):
+        begin = 0
+        pieces: list[Hit] = []
+        for number, text in zip(numbers, texts, strict=True):
+            start, end = max(finding.start, begin), min(finding.end, begin + len(text))
+            if start < end:
+                pieces.append(Hit(number, start - begin, end - begin, finding, goes_on=bool(pieces)))
+            begin += len(text)
+        if len(pieces) > 1:
+            hits += pieces
+    return hits
+
+
+NOTHING = Found(Layout((), {}), ())
+
+
+class Placeholders:
+    """`<EMAIL_1>`, numbered by value within a row; or `<EMAIL>` for every one."""
+
+    def __init__(self, numbered: bool, texts: Iterable[str]) -> None:
+        """`texts`: where placeholders may stand already, whose numbers are not given again."""
+        self._numbered = numbered
+        self._numbers: dict[tuple[str, str], int] = {}
+        self._last: dict[str, int] = {}
+        for text in texts:
+            for match in PLACEHOLDER.finditer(text) if "<" in text else ():
+                self._last[match[1]] = max(self._last.get(match[1], 0), int(match[2] or 0))
+
+    def of(self, finding: Finding) -> str:
+        """What stands in a finding's place."""
+        name = finding.entity.upper()
+        if not self._numbered:
+            return f"<{name}>"
+        key = (name, finding.value)
+        if key not in self._numbers:
+            self._last[name] = self._numbers[key] = self._last.get(name, 0) + 1
+        return f"<{name}_{self._numbers[key]}>"
+
+
+def masked(example: Example, found: Found, names: Placeholders) -> Example:
+    """The row with placeholders for the hits. A `group` that holds any becomes a digest of itself: groups stay apart."""
+    changed: dict[int, str] = {}
+    by_slot: dict[int, list[Hit]] = {}
+    for hit in found.hits:
+        by_slot.setdefault(hit.slot, []).append(hit)
+    for number, hits in by_slot.items():
+        slot = found.layout.slots[number]
+        if slot.place[0] == "group":
+            changed[number] = f"group-{hashlib.sha256(example.group.encode()).hexdigest()[:16].translate(LETTERS)}"
+            continue
+        changed[number] = _replaced(slot.text, hits, names)
+    return put_back(example, found.layout, changed)
+
+
+def _replaced(text: str, hits: Sequence[Hit], names: Placeholders) -> str:
+    pieces: list[str] = []
+    at = 0
+    for hit in hits:
+        pieces += [text[at : hit.start], "" if hit.goes_on else names.of(hit.finding)]
+        at = hit.end
+    return "".join([*pieces, text[at:]])
+
+
+def only(found: Found, keep: Callable[[Slot, Finding], bool]) -> Found:
+    """The hits that a condition holds for."""
+    return Found(found.layout, tuple(hit for hit in found.hits if keep(found.slot(hit), hit.finding)))
+
+
+def text_masker(scanner: Scanner, numbered: bool, kept: int) -> Callable[[str], str]:
+    """A function text -> text with placeholders. JSON stays JSON.
+
+    A text of `kept` characters was cut: its last word may be the first half of something, so it goes too.
+    """
+    origins = (Origin("", ""),)
+
+    def mask(text: str) -> str:
+        if len(text) == kept:
+            text = text[: _last_word(text)] + "..."
+        example = Example((Message.of("assistant", text),), origins)
+        names = Placeholders(numbered, [text])
+        for _ in range(MOST_PASSES):
+            found = find_in_row(scanner, example, escapes=True)
+            if not found.hits:
+                break
+            example = masked(example, found, names)
+        return example.messages[0].text
+
+    return mask
+
+
+def _last_word(text: str) -> int:
+    """Where the last word of a text begins, with the digits and marks before it: at most 200 characters from its end."""
+    place = len(text)
+    least = max(0, place - 200)
+    while place > least and (not text[place - 1].isspace() or text[max(0, place - 2)].isdigit()):
+        place -= 1
+    return place
+
+
+def counted(found: Found) -> Mapping[str, int]:
+    """`email.reply` -> how many: by entity and field."""
+    counts: dict[str, int] = {}
+    for hit in found.hits:
+        if not hit.goes_on:
+            slot = found.slot(hit)
+            key = f"{hit.finding.entity}.{'group' if slot.place[0] == 'group' else slot.field}"
+            counts[key] = counts.get(key, 0) + 1
+    return counts

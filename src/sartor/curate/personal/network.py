@@ -1,0 +1,184 @@
+"""E-mail addresses, plain and written out, IP and MAC addresses."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from sartor.core.errors import need
+from sartor.curate.personal.findings import Finding, Sight
+
+_LOCAL = re.compile(r"""(?:"[^"\x00\n]{1,62}"|[\w!#$%&'*+/=?^`{|}~.-]{1,64})$""")
+_USERINFO = re.compile(r"://[^\s/@\x00]*$")
+_DOMAIN = re.compile(r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+(?:xn--[a-z0-9-]{2,59}|[^\W\d_]{2,63})", re.IGNORECASE)
+_AT = re.compile(r"\s*[(\[{<]\s*(?:at|ät|@|arroba|arobase)\s*[)\]}>]\s*|\s(?:at|ät|arroba|arobase)\s", re.IGNORECASE)
+_DOT = r"(?:\s*[(\[{<]\s*(?:dot|punkt|punto|point|\.)\s*[)\]}>]\s*|\s+(?:dot|punkt)\s+|\.)"
+_SPELT_LOCAL = re.compile(rf"(?<![\w@])[\w+-]{{1,40}}(?:{_DOT}[\w+-]{{1,40}}){{0,3}}$", re.IGNORECASE)
+_SPELT_DOMAIN = re.compile(rf"[^\W_][\w-]{{0,39}}(?:{_DOT}[^\W_][\w-]{{0,39}}){{1,4}}", re.IGNORECASE)
+_DOTS = re.compile(_DOT, re.IGNORECASE)
+_DOT_WORD = re.compile(r"dot|punkt|punto|point|\[\.\]|\(\.\)", re.IGNORECASE)
+_BRACKET = re.compile(r"[(\[{<]")
+_ARTICLE = re.compile(r"\b(?:an?|the|my|our|your|this|that|some|any|every|of|as|i)\s+(?:\w+\s+)?$", re.IGNORECASE)
+_MAIL_WORD = re.compile(r"\b(?:e-?mails?|mail|contact|write|reach|address|correo|courriel|adresse|kontakt)\b", re.IGNORECASE)
+# "we looked at example dot com": what stands before "at" is a verb, not a person
+NOT_A_NAME = re.compile(
+    r"look|looked|looking|work|works|worked|working|shop|shopping|buy|bought|order|ordered|available|visit|site|sites"
+    r"|arrive|store|stored|found|find|online|meet|see|sign|register|us|me|it|them|is|are|was|be|here|there|start|stop"
+    r"|stay|live|study|go|check|hosted|based|sold|page|article|blog|website|homepage|up|out|not|good|great|prices|deals"
+    r"|items|products",
+    re.IGNORECASE,
+)
+
+_IPV4 = re.compile(r"(?<![\w.-])(?:25[0-5]|2[0-4]\d|1?\d?\d)(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d)){3}(?![\w-]|\.\d)")
+_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9a-fA-F]{0,4}:){2,7}(?:[0-9a-fA-F]{1,4}|(?:\d{1,3}\.){3}\d{1,3})?(?![\w:]|\.\d)")
+_NOT_IP = re.compile(
+    r"(?:\bv|\bver\.?|version|release|build|firmware|section|chapter|clause|§|\boid|abschnitt|kapitel)[\s:=]*$", re.IGNORECASE
+)
+_IP_WORD = re.compile(
+    r"(?:\bips?\b|ipv4|ipv6|addr|server|host|\bdns\b|gateway|subnet|client|router|ping|login|log|network|proxy|from|port)",
+    re.IGNORECASE,
+)
+# a cheap look whether there can be one: patterns that begin with a fixed sign are found fast
+_COLONS = re.compile(r":[0-9a-fA-F]{0,4}:")
+_MAC_MIDDLES = [
+    re.compile(rf"{mark}[0-9a-fA-F]{{{size}}}{mark}[0-9a-fA-F]{{2}}") for mark, size in ((":", 2), ("-", 2), (r"\.", 4))
+]
+_MAC = re.compile(
+    r"(?<![\w:.-])(?:[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}|[0-9a-fA-F]{2}(?:-[0-9a-fA-F]{2}){5}"
+    r"|[0-9a-fA-F]{4}\.[0-9a-fA-F]{4}\.[0-9a-fA-F]{4})(?![\w:-]|\.[0-9a-fA-F])"
+)
+
+
+@cache
+def top_domains() -> frozenset[str]:
+    """The last labels of the list of public suffixes in tldextract's wheel, as letters and as punycode.
+
+    The file is read and the library is not imported: it is made to fetch a newer list, and nothing here may.
+    """
+    spec = importlib.util.find_spec("tldextract")
+    if spec is None or not spec.submodule_search_locations:
+        raise need("tldextract")
+    text = Path(list(spec.submodule_search_locations)[0], ".tld_set_snapshot").read_text(encoding="utf-8")
+    lines = (line.strip() for line in text.split("\n"))
+    labels = {line.rpartition(".")[2].lower() for line in lines if line and not line.startswith("//")}
+    return frozenset(labels | {label.encode("idna").decode() for label in labels if not label.isascii()})
+
+
+# Names that people invent for examples; an address below them reads as one (RFC 2606, RFC 6761)
+RESERVED = {"example", "test", "invalid", "localhost", "local", "lan", "internal", "corp", "home"}
+
+
+def is_domain(text: str) -> bool:
+    """Whether it has two labels or more and ends in a public suffix, or one for examples and home networks."""
+    last = text.rpartition(".")[2].lower()
+    return "." in text and (last in RESERVED or last in top_domains())
+
+
+def emails(sight: Sight) -> Iterator[Finding]:
+    """Addresses with an @ and a domain below a public suffix; written-out ones (`bob [at] example [dot] com`)."""
+    flat = sight.flat
+    place = flat.find("@")
+    while place >= 0:
+        local = _LOCAL.search(sight.before(place, 64))
+        domain = _DOMAIN.match(flat, place + 1)
+        if local and domain and is_domain(domain[0]):
+            start = place - len(local[0])
+            start += len(local[0]) - len(local[0].lstrip("'`{|}~/=?.&*!#$%^-"))
+            if start < place and not _is_remote(flat, start, place, domain.end()):
+                text = flat[start : domain.end()]
+                yield Finding(start, domain.end(), "email", "email", 1.0, text.casefold())
+        place = flat.find("@", place + 1)
+    if sight.has(
+        " dot ", "dot]", "dot)", "[at]", "(at)", "{at}", "<at>", " punkt ", "[@]", "(@)", " punto ", "(ät)", "[ät]", " point "
+    ):
+        yield from _spelt(sight)
+
+
+def _is_remote(flat: str, start: int, at: int, end: int) -> bool:
+    """`git@github.com:owner/name`, and the password of a URL, are no mail addresses."""
+    return (flat[start:at] == "git" and flat[end : end + 1] in (":", "/")) or _USERINFO.search(
+        flat, max(0, start - 128), start
+    ) is not None
+
+
+def _spelt(sight: Sight) -> Iterator[Finding]:
+    for at in _AT.finditer(sight.flat):
+        before = _SPELT_LOCAL.search(sight.before(at.start(), 100))
+        after = _SPELT_DOMAIN.match(sight.flat, at.end())
+        if before is None or after is None:
+            continue
+        bracketed = _BRACKET.search(at[0]) is not None
+        if not bracketed and not _DOT_WORD.search(after[0]):
+            continue  # "we met at example.com": a place on the web, not written out
+        local, domain = _DOTS.sub(".", before[0]), _DOTS.sub(".", after[0])
+        while not is_domain(domain) and domain.count(".") > 1:
+            domain = domain.rpartition(".")[0]
+        start = at.start() - len(before[0])
+        score = 0.9 if bracketed else _meant(sight, start, local)
+        if score and is_domain(domain):
+            yield Finding(start, _end_of(after, domain), "email", "email_spelt", score, f"{local}@{domain}".casefold())
+
+
+def _meant(sight: Sight, start: int, local: str) -> float:
+    """How sure it is that what stands before a bare "at" is a mailbox: 0 for a verb ("look at ...") or "a designer at ..."."""
+    before = sight.before(start, 60)
+    if not any(sign.isalpha() for sign in local) or NOT_A_NAME.fullmatch(local.rpartition(".")[2]):
+        return 0.0
+    if any(sign in local for sign in "._0123456789") or _MAIL_WORD.search(before):
+        return 0.6
+    return 0.0 if _ARTICLE.search(before) else 0.5
+
+
+def _end_of(match: re.Match[str], domain: str) -> int:
+    """Where the label ends with which the domain ends: after it may stand what only looked like one more."""
+    end = match.start()
+    for label in domain.split("."):
+        end = match.string.index(label, end) + len(label)
+    return end
+
+
+def ip_addresses(sight: Sight) -> Iterator[Finding]:
+    """IPv4 and IPv6 addresses, but no masks, loopbacks, version or section numbers."""
+    for start, end in sight.numbers:
+        match = _IPV4.match(sight.flat, start) if sight.at(end) == "." else None
+        if match:
+            before = sight.before(start, 40)
+            if not _NOT_IP.search(before) and _is_meant_v4(match[0], before):
+                yield Finding(start, match.end(), "ip_address", "ipv4", 0.8, match[0])
+    if sight.numbers and _COLONS.search(sight.flat):
+        for match in _IPV6.finditer(sight.flat):
+            address = _v6(match[0])
+            if address:
+                yield Finding(match.start(), match.end(), "ip_address", "ipv6", 0.9, address)
+
+
+def _is_meant_v4(text: str, before: str) -> bool:
+    first, *rest = [int(part) for part in text.split(".")]
+    if first in (0, 127, 255) or text.startswith("255.") or any(len(part) > 1 and part[0] == "0" for part in text.split(".")):
+        return False
+    return first > 9 or any(part > 99 for part in rest) or first == 8 or _IP_WORD.search(before) is not None
+
+
+def _v6(text: str) -> str:
+    if not any(sign.isdigit() for sign in text) or len(text) < 6:
+        return ""
+    try:
+        address = ipaddress.IPv6Address(text)
+    except ValueError:
+        return ""
+    return "" if address.is_loopback or address.is_unspecified else str(address)
+
+
+def mac_addresses(sight: Sight) -> Iterator[Finding]:
+    """Six bytes in hexadecimal with `:` or `-`, or three groups of four with dots; not the broadcast address nor zeros."""
+    if not any(middle.search(sight.flat) for middle in _MAC_MIDDLES):
+        return
+    for match in _MAC.finditer(sight.flat):
+        value = re.sub(r"[:.-]", "", match[0]).lower()
+        sure = "." not in match[0] or not value.isdigit() or "mac" in sight.before(match.start(), 24).lower()
+        if sure and value not in ("0" * 12, "f" * 12):
+            yield Finding(match.start(), match.end(), "mac_address", "mac", 0.95, value)

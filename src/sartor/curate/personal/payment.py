@@ -1,0 +1,164 @@
+"""Card numbers, IBANs and wallets: what decides is the checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+
+from sartor.curate.personal.bundled import recogniser
+from sartor.curate.personal.findings import Finding, Sight, Span, digits
+
+# Issuer ranges (ISO/IEC 7812) and their lengths
+CARDS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"4(?:\d{12}|\d{15}|\d{18})",  # Visa
+        r"(?:5[1-5]\d{2}|222[1-9]|22[3-9]\d|2[3-6]\d{2}|27[01]\d|2720)\d{12}",  # Mastercard
+        r"3[47]\d{13}",  # American Express
+        r"3(?:0[0-5]|[689]\d)\d{11}(?:\d{2})?",  # Diners Club
+        r"(?:352[89]|35[3-8]\d)\d{12}",  # JCB
+        r"(?:6011|64[4-9]\d|65\d{2}|60\d{2}|81\d{2}|82\d{2}|508\d)\d{12}",  # Discover, RuPay
+        r"62\d{14,17}",  # UnionPay
+        r"220[0-4]\d{12}",  # Mir
+        r"(?:50|5[6-9]|6[37])\d{2}(?:\d{12}|\d{14,15})",  # Maestro
+    )
+)
+USUAL_GROUPS = {(4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (4, 4, 4, 4, 3), (4, 4, 4, 1), (4, 4, 5), (6, 13), (8, 8)}
+_CARD_WORD = re.compile(r"\b(?:cards?|visa|credit|debit|karten?\w*|kreditkarte\w*|carte|tarjeta|cc|payment)\b", re.IGNORECASE)
+_GROUP = re.compile(r"\d+")
+_CARD_MARK = re.compile(r"[ \-./]|  ")
+
+# Length of an IBAN by country: SWIFT's IBAN registry, release 99
+IBAN_LENGTHS = {
+    country: length
+    for length, countries in {
+        15: "NO", 16: "BE", 18: "DK FK FI FO GL NL SD", 19: "MK SI", 20: "AT BA EE KZ LT LU XK MN", 21: "CH HR LI LV",
+        22: "BG BH CR DE GB GE IE ME RS VA", 23: "AE GI IL IQ OM TL SO", 24: "AD CZ ES MD PK RO SA SE SK TN VG",
+        25: "LY PT ST", 26: "IS TR", 27: "BI DJ FR GR IT MC MR SM", 28: "AL AZ BY CY DO GT HN HU LB NI PL SV",
+        29: "BR EG PS QA UA", 30: "JO KW MU YE", 31: "MT SC", 32: "LC", 33: "RU",
+    }.items()
+    for country in countries.split()
+}  # fmt: skip
+_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}[ ]?\d{2}(?:[ .\-]?[A-Za-z0-9]){11,32}")
+_BASE58 = re.compile(r"[13LMDTX][1-9A-HJ-NP-Za-km-z]{25,34}")
+_BECH32 = re.compile(r"(?:bc1|tb1|ltc1)[02-9ac-hj-np-z]{20,80}", re.IGNORECASE)
+_ETHER = re.compile(r"0x[0-9a-fA-F]{40}")
+_ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+
+
+def luhn(number: str) -> bool:
+    """Whether the last digit is the check digit of the others (ISO/IEC 7812-1, annex B)."""
+    total = 0
+    for place, digit in enumerate(reversed(number)):
+        value = int(digit) * (1 + place % 2)
+        total += value - 9 if value > 9 else value
+    return total % 10 == 0
+
+
+def is_card(number: str) -> bool:
+    """Whether digits are of an issuer's range and length, and their check digit is right. One digit repeated is none."""
+    return any(card.fullmatch(number) for card in CARDS) and luhn(number) and len(set(number)) > 1
+
+
+def is_iban(text: str) -> bool:
+    """Whether letters and digits without spaces are an IBAN: its country's length, and 1 modulo 97 (ISO 13616)."""
+    text = text.upper()
+    if IBAN_LENGTHS.get(text[:2]) != len(text):
+        return False
+    return int("".join(str(int(sign, 36)) for sign in text[4:] + text[:4])) % 97 == 1
+
+
+def cards(sight: Sight) -> Iterator[Finding]:
+    """Card numbers, written in one, in groups or digit by digit."""
+    for start, end in sight.runs:
+        if end - start < 13:
+            continue
+        if sight.at(start - 1).isalnum() or sight.at(end).isalnum():
+            continue
+        for groups in _even_groups(sight.flat, start, end):
+            for first, last in _card_in(sight.flat, groups):
+                number = digits(sight.flat[first:last])
+                # 13 digits from a 4 on are barcodes (EAN) more often than Visa's old numbers
+                old = len(number) == 13 and not _CARD_WORD.search(sight.before(first))
+                yield Finding(first, last, "credit_card", "card_number", 0.3 if old else 0.95, number)
+
+
+def _even_groups(flat: str, start: int, end: int) -> Iterator[list[Span]]:
+    """Groups of digits between which one space, dash, dot or slash stands: a comma or a bracket is not inside of a number."""
+    groups: list[Span] = []
+    for match in _GROUP.finditer(flat, start, end):
+        if groups and not _CARD_MARK.fullmatch(flat[groups[-1][1] : match.start()]):
+            yield groups
+            groups = []
+        groups.append(match.span())
+    yield groups
+
+
+def _card_in(flat: str, groups: list[Span]) -> Iterator[Span]:
+    number = "".join(flat[start:end] for start, end in groups)
+    if 13 <= len(number) <= 19 and is_card(number):
+        yield groups[0][0], groups[-1][1]
+        return
+    place = 0
+    while place < len(groups):
+        found = next((last for last in range(min(place + 5, len(groups)), place, -1) if _usual(flat, groups[place:last])), 0)
+        if found:
+            yield groups[place][0], groups[found - 1][1]
+        place = found or place + 1
+
+
+def _usual(flat: str, groups: list[Span]) -> bool:
+    sizes = tuple(end - start for start, end in groups)
+    if sizes not in USUAL_GROUPS and not (len(sizes) == 1 and 13 <= sizes[0] <= 19):
+        return False
+    return is_card("".join(flat[start:end] for start, end in groups))
+
+
+def ibans(sight: Sight) -> Iterator[Finding]:
+    """IBANs whose length and check digits are right."""
+    for start, end in sight.numbers:
+        start -= 3 if sight.at(start - 1) == " " else 2
+        if end - start < 4 or start < 0 or sight.flat[start : start + 2].upper() not in IBAN_LENGTHS:
+            continue
+        match = _IBAN.match(sight.flat, start)
+        if match is None:
+            continue
+        places = [place for place, sign in enumerate(match[0]) if sign.isalnum()]
+        text = "".join(match[0][place] for place in places[: IBAN_LENGTHS[match[0][:2].upper()]])
+        end = start + places[len(text) - 1] + 1
+        if is_iban(text) and not sight.at(end).isalnum() and _is_written_as_one(sight.flat[start:end]):
+            yield Finding(start, end, "iban", f"iban_{text[:2].lower()}", 1.0, text.upper())
+
+
+def _is_written_as_one(text: str) -> bool:
+    """Whether it is in one, or in groups of four: one sentence in ten thousand ("at 30 seconds ...") is 1 modulo 97."""
+    groups = re.split(r"[^A-Za-z0-9]+", text)
+    whole = "".join(groups)
+    even = len(groups) == 1 or all(len(group) == 4 for group in groups[:-1])
+    return sum(map(str.isdigit, whole)) * 5 >= len(whole) * 2 and (even or whole.isupper())
+
+
+def base58_checked(text: str) -> bool:
+    """Whether it is base58 of 25 bytes of which the last four are the others' double sha256 (Bitcoin's Base58Check)."""
+    number = 0
+    for sign in text:
+        number = number * 58 + _ALPHABET.index(sign)
+    if number.bit_length() > 200:
+        return False
+    raw = number.to_bytes(25, "big")
+    return hashlib.sha256(hashlib.sha256(raw[:-4]).digest()).digest()[:4] == raw[-4:]
+
+
+def wallets(sight: Sight) -> Iterator[Finding]:
+    """Addresses of Bitcoin and its kin (Base58Check, Bech32 by presidio's recogniser) and of Ethereum (by form alone)."""
+    for start, end in sight.tokens:
+        text = sight.flat[start:end]
+        if len(text) < 26:
+            continue
+        if _BASE58.fullmatch(text) and base58_checked(text):
+            yield Finding(start, end, "crypto_wallet", "base58", 1.0, text)
+        elif _BECH32.fullmatch(text) and recogniser("generic.crypto").validate_bech32_address(text)[0]:
+            yield Finding(start, end, "crypto_wallet", "bech32", 1.0, text.lower())
+        elif _ETHER.fullmatch(text):
+            yield Finding(start, end, "crypto_wallet", "ethereum", 0.7, text.lower())

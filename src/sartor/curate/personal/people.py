@@ -1,0 +1,108 @@
+"""Names of people where the words around them say that one follows.
+
+A name in free text needs a model of the language: this finds "my name is Ana Ruiz", "Dear Mr Ruiz", "Frau Dr. Weber", and the
+same name elsewhere in the row, and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+
+from sartor.curate.personal.findings import Finding, Sight
+
+_U = "A-ZÀ-ÖØ-Þ"
+_LOW = "a-zß-öø-ÿ"
+_WORD = rf"[{_U}](?:['’][{_U}])?[{_LOW}]+(?:[{_U}][{_LOW}]+)?(?:['’-][{_U}][{_LOW}]+)*"
+_FULL = (
+    rf"(?:{_WORD}|[{_U}]\.)(?: (?:(?:van|von|de|der|den|del|della|di|da|la|le|bin|al|ter) ){{0,2}}"
+    rf"(?:{_WORD}|[{_U}]\.(?= [{_U}]))){{0,3}}"
+)
+_INTRODUCED = re.compile(
+    rf"(?<![\w'])(?:[Mm]y (?:full |first |last |real |maiden )?name(?:'s| is|:)|[Mm]y name is(?: actually| simply)?"
+    rf"|I am called|I'm called|[Tt]hey call me|[Yy]ou can call me|[Pp]lease call me|[Cc]all me"
+    rf"|[Ii]ch heiße|[Mm]ein Name ist|[Jj]e m['’]appelle|[Mm]on nom est|[Mm]e llamo|[Mm]i nombre es|[Mm]i chiamo"
+    rf"|[Ii]k heet|[Mm]ijn naam is"
+    rf"|(?:[Ff]ull )?[Nn]ame:|[Pp]atient(?: name)?:|[Cc]ustomer(?: name)?:|[Cc]ontact(?: person)?:|[Ss]igned,?"
+    rf"|[Kk]ind regards,|[Bb]est regards,|[Ss]incerely,|[Mm]it freundlichen Grüßen,?|[Cc]ordialement,) *\n?({_FULL})"
+)  # fmt: skip
+_NAME_IS = re.compile(r"(?<!\w)my name(?:'s| is) ([a-z]{3,14})(?= ?(?:[.,!?\n\x00]|and\b|from\b|$))")
+_TITLED = re.compile(
+    rf"(?<![\w.])(?:(?:Mr|Mrs|Ms|Mx|Miss|Mister|Herrn?|Frau|Monsieur|Madame|Mme|Señor|Señora|Sra?|Signora?|Sig\.ra"
+    rf"|Mevrouw|Meneer)\.?(?: (?:Dr|Prof)\.?)*|(?:Dr|Prof)\.|Doctor|Professor) ({_FULL})"
+)  # fmt: skip
+_SPEAKING = re.compile(rf"(?<!\w)(?:[Tt]his is|[Hh]ier (?:ist|spricht)) ({_FULL})(?= (?:speaking|here|calling|am Apparat)\b)")
+# words with a capital that begin a sentence or are a public name
+_NO_NAME = re.compile(
+    r"a|an|the|not|it|its|is|are|was|can|do|does|did|when|where|then|also|my|me|this|that|what|who|why|how|i|you|he|she"
+    r"|we|they|just|so|but|and|or|if|in|on|at|of|to|for|from|with|no|yes|hello|hi|hey|thanks|thank|please|sorry|well|ok"
+    r"|okay|good|great|nice|dear|sir|madam|right|wrong|up|down|potato|robot|rogers|president|minister|chair|general"
+    r"|question|here|there|mine|unknown|mr|mrs|ms|miss|dr|prof|doctor|professor|herr|frau|none|null|n/a|tbd|name|first"
+    r"|last|user|customer|patient",
+    re.IGNORECASE,
+)
+
+
+def people(sight: Sight) -> Iterator[Finding]:
+    """Names that are introduced, addressed with a title, or signed with."""
+    flat = sight.flat
+    if sight.has(
+        "name",
+        "call",
+        "heiße",
+        "appelle",
+        "llamo",
+        "nombre",
+        "chiamo",
+        "heet",
+        "naam",
+        "patient",
+        "customer",
+        "contact",
+        "regards",
+        "sign",
+        "sincerely",
+        "grüßen",
+        "cordial",
+        "nom est",
+    ):
+        for match in _INTRODUCED.finditer(flat):
+            yield from _person(match, "introduced", 0.8)
+        for match in _NAME_IS.finditer(flat):
+            yield from _person(match, "introduced", 0.6)
+    if sight.has(
+        "mr",
+        "ms",
+        "miss",
+        "mister",
+        "dr.",
+        "prof",
+        "herr",
+        "frau",
+        "monsieur",
+        "madame",
+        "mme",
+        "señor",
+        "sr.",
+        "sra.",
+        "sig",
+        "doctor",
+        "mevrouw",
+        "meneer",
+        "mx",
+    ):
+        for match in _TITLED.finditer(flat):
+            yield from _person(match, "titled", 0.7)
+    if sight.has("speaking", "here", "calling", "from", "apparat"):
+        for match in _SPEAKING.finditer(flat):
+            yield from _person(match, "introduced", 0.6)
+
+
+def _person(match: re.Match[str], what: str, score: float) -> Iterator[Finding]:
+    """The name up to the first word that is none: `Dr. Doolittle Or why ...`."""
+    words = match[1].split(" ")
+    names = list(itertools.takewhile(lambda one: not _NO_NAME.fullmatch(one.strip(".,")), words))
+    if names:
+        name = " ".join(names)
+        yield Finding(match.start(1), match.start(1) + len(name), "person", what, score, name.casefold())

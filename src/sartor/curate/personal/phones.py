@@ -1,0 +1,192 @@
+"""Telephone numbers: their form, Google's tables of numbering plans, and the words that stand before them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from sartor.core.errors import need
+from sartor.curate.personal.findings import Finding, Sight, digits
+
+REGIONS = (
+    "US", "GB", "DE", "FR", "ES", "IT", "NL", "BE", "AT", "CH", "PL", "SE", "NO", "DK", "FI", "IE", "PT", "CZ", "SK", "HU",
+    "RO", "GR", "BG", "HR", "SI", "LT", "LV", "EE", "LU", "CA", "AU", "NZ", "IN", "PK", "BD", "PH", "SG", "MY", "ID", "TH",
+    "VN", "JP", "KR", "CN", "HK", "TW", "TR", "IL", "AE", "SA", "EG", "ZA", "NG", "KE", "MA", "BR", "MX", "AR", "CL", "CO",
+    "PE", "UA", "RU",
+)  # fmt: skip
+EXTENSION = r"(?:\s?(?:x|ext\.?|extension|durchwahl|poste)\s?\d{1,6})?"
+_ABROAD = re.compile(
+    r"(?<![\w+])(?:\+\s?|00(?=[1-9])|00[ -](?=[1-9])|\(\+)[1-9]\d{0,2}\)?(?:[ .\-/]{0,2}\(?\d{1,11}\)?){1,7}"
+    + EXTENSION
+    + r"(?!\w)",
+    re.IGNORECASE,
+)
+# the North American form; numbers of films and tests (555) are no valid ones, and are phone numbers all the same
+_NANP = re.compile(
+    r"(?<![\w.+/-])(?:1[ .-]?)?(?:\([2-9]\d{2}\)[ -]?|[2-9]\d{2}[ .\-/])[0-9]\d{2}[ .-]\d{4}"
+    + EXTENSION
+    + r"(?![\w-]|[.,/]\d)",
+    re.IGNORECASE,
+)
+_TRUNK = re.compile(
+    r"(?<![\w.,+/-])(?<!\d )\(?0\d{1,5}\)?(?:[ .\-/]{1,3}\d{2,8}|(?<=\))\d{3,8}){1,5}" + EXTENSION + r"(?!\w|[.,-]\d)",
+    re.IGNORECASE,
+)
+_ANY = re.compile(r"(?<![\w.,+])\(?\d(?:[ .\-/()]{0,3}\d){5,14}" + EXTENSION + r"(?![\w])", re.IGNORECASE)
+_SHORT = re.compile(r"(?<![\w.,+/-])\d{3}[ .-]\d{4}(?![\w-]|[.,/]\d)")
+_DATE = re.compile(r"\d{1,2}([./-])\d{1,2}\1(?:\d{4}|\d{2})(?![./-]?\d)|\d{4}([./-])\d{1,2}\2\d{1,2}(?![./-]?\d)")
+_SURE = re.compile(
+    r"(?<![\w-])(?:(?:tele)?phones?|phone ?n(?:o|r|umber)s?|tel|mob|mobiles?|cell(?:phone)?s?|fax|whats\s?app|sms"
+    r"|viber|telegram|hotline"
+    r"|helpline|ph|landline|(?:my|his|her|your|our|their|contact) (?:new |old )?numbers?|handy\w*|telefon\w*"
+    r"|mobil(?:nummer|telefon|funk)?"
+    r"|rufnummer|durchwahl|t[ée]l[ée]phone|portable|m[óo]vil(?:es)?|tel[ée]fonos?|celular(?:es)?|cellulare"
+    r"|telefoon\w*|gsm)(?!\w)",
+    re.IGNORECASE,
+)
+_PERHAPS = re.compile(
+    r"(?<![\w-])(?:calls?|calling|signal|text(?:ed|ing)? (?:me|us|him|her|them)|dial|ring|reach(?:ed)?|answer(?:ing)?|contact"
+    r"|numbers? (?:is|was)|anrufen|rufen|ruf|rückruf|erreichen"
+    r"|erreichbar|appele[rz]|joindre|ll[áa]m\w*|chiama\w*|bel|bellen)(?!\w)",
+    re.IGNORECASE,
+)
+_NO = re.compile(
+    r"(?<![\w-])(?:orders?|invoices?|articles?|items?|parts?|sku|ref|references?|tickets?|case|tracking|isbn|issn"
+    r"|versions?|models?|serial"
+    r"|accounts?|acct|customer|ids?|patents?|doi|pmid|bestell\w*|rechnung\w*|artikel\w*|art|kunden\w*|sendung\w*"
+    r"|commande|facture|pedido"
+    r"|factura|batch|lot|imei|vin|ean|upc|gtin|asin|parcel|shipment|booking|pnr|coordinates|population|revenue"
+    r"|routing|barcode|member"
+    r"|policy|claim|product|catalog(?:ue)?|iban|ssn|passport|size|price|total|sum|timestamp|epoch|hash|code|bug"
+    r"|issue|paragraph|no|nr"
+    r"|ordinance|docket|act|law|section|years?|between|during|season|v|vs)(?:[ -]?(?:numbers?|no|nr|id"
+    r"|code)\b\.?)?(?: is\b| was\b)?(?!\w)",
+    re.IGNORECASE,
+)
+_NUMBERED = re.compile(r"(?:no|nr)", re.IGNORECASE)
+_DECIMAL = re.compile(r"\d*\.\d+|\d{1,3}(?:\.\d{3})+")
+_YEARS = re.compile(r"\(?(?:1[5-9]|20)\d\d(?: ?[-/] ?| )(?:(?:1[5-9]|20)\d\d|\d\d)\)?$")
+
+
+def opener(countries: Sequence[str]) -> Callable[[Sight], Iterable[Finding]]:
+    """The recogniser for numbers in international form and in the national forms of `countries` (ISO 3166; () is REGIONS)."""
+    try:
+        import phonenumbers
+    except ImportError:
+        raise need("phonenumbers") from None
+    regions = [country for country in countries if country in phonenumbers.SUPPORTED_REGIONS] or REGIONS
+    nanp = bool({"US", "CA"} & set(regions))
+
+    def find(sight: Sight) -> Iterator[Finding]:
+        if sight.runs:
+            yield from _abroad(sight, phonenumbers)
+            yield from _national(sight, phonenumbers, regions, nanp)
+
+    return find
+
+
+def _abroad(sight: Sight, library: Any) -> Iterator[Finding]:
+    for match in _ABROAD.finditer(sight.flat):
+        text = match[0]
+        number = digits(re.sub(r"[a-z].*", "", text, flags=re.IGNORECASE)).removeprefix("00")
+        if not 8 <= len(number) <= 15 or len(set(number)) < 3:
+            continue
+        told = _told(sight, match.start())
+        parsed = _parsed("+" + number, None, library)
+        sure = parsed is not None and library.is_valid_number(parsed)
+        plus = "+" in text
+        if told < 0 and not plus:
+            continue
+        score = 0.95 if sure and plus else 0.8 if sure else 0.65 if plus and _in_groups(text) else 0.6 if told > 0 else 0.4
+        yield Finding(match.start(), match.end(), "phone", "international", score, _value(parsed, number, library))
+
+
+def _national(sight: Sight, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[Finding]:
+    yield from _by_form(sight, library, regions, nanp)
+    for start, end in sight.runs:
+        match = _ANY.match(sight.flat, start - (sight.at(start - 1) == "("), end + 8)
+        told = _told(sight, match.start()) if match else 0
+        if match is None or told <= 0 or _is_date(match[0]) or _is_sum(match[0]):
+            continue
+        number = digits(match[0])
+        near = told > 1 or _perhaps_directly(sight, match.start())
+        if (7 if near else 8) <= len(number) <= 15 and len(set(number)) > 2:
+            yield _finding(sight, match, "after_its_name", 0.6, library, regions)
+
+
+def _by_form(sight: Sight, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[Finding]:
+    if nanp:
+        for match in _NANP.finditer(sight.flat):
+            if _told(sight, match.start()) >= 0 and not _is_date(match[0]):
+                yield _finding(sight, match, "north_american", 0.75, library, ["US"])
+        for match in _SHORT.finditer(sight.flat):
+            if _told(sight, match.start()) > (" " in match[0]):  # "contact: 108 2011" is a room and a year
+                yield _finding(sight, match, "local", 0.55, library, [])
+    for match in _TRUNK.finditer(sight.flat):
+        number = digits(match[0])
+        told = _told(sight, match.start())
+        if 8 <= len(number) <= 17 and told >= 0 and not _is_date(match[0]):
+            finding = _finding(sight, match, "national", 0.7, library, regions)
+            if told > 0 or finding.value.startswith("+") or len(number) in (10, 11):
+                yield finding
+
+
+def _finding(sight: Sight, match: re.Match[str], what: str, score: float, library: Any, regions: Sequence[str]) -> Finding:
+    plain = re.sub(r"[A-Za-z].*", "", match[0])
+    for region in regions:
+        parsed = _parsed(plain, region, library)
+        if parsed is not None and library.is_valid_number(parsed):
+            score = min(1.0, score + (0.15 if _told(sight, match.start()) > 0 else 0.05))
+            return Finding(match.start(), match.end(), "phone", what, score, _value(parsed, "", library))
+    return Finding(match.start(), match.end(), "phone", what, score, digits(plain).lstrip("0"))
+
+
+def _parsed(text: str, region: str | None, library: Any) -> Any:
+    try:
+        return library.parse(text, region)
+    except library.NumberParseException:
+        return None
+
+
+def _value(parsed: Any, number: str, library: Any) -> str:
+    return str(library.format_number(parsed, library.PhoneNumberFormat.E164)) if parsed is not None else number
+
+
+def _in_groups(text: str) -> bool:
+    return len(re.findall(r"\d+", text)) >= 3 or len(digits(text)) >= 10
+
+
+def _is_sum(text: str) -> bool:
+    """Years, decimals, thousands with dots, terms of arithmetic: what stands in a run of digits and is no phone number."""
+    plain = _YEARS.match(text) or _DECIMAL.fullmatch(text)
+    return plain is not None or " - " in text and "." in text or text.count("(") != text.count(")")
+
+
+def _is_date(text: str) -> bool:
+    return _DATE.match(text.lstrip("(")) is not None
+
+
+def _told(sight: Sight, place: int) -> int:
+    """What the nearest word before says: 2 that it is a phone number, 1 that it may be one, -1 another number, 0 nothing."""
+    before = sight.before(place, 56)
+    sure = _last(_SURE, before)
+    perhaps = _last(_PERHAPS, before)
+    no = _last(_NO, before)
+    if no >= max(sure, perhaps) and no >= 0:
+        if _NUMBERED.search(before[max(0, no - 2) : no]) and sure >= 0 and no - sure < 8:
+            return 2  # "Tel. Nr."
+        return -1 if len(before) - no < 24 else 0
+    if sure >= 0:
+        return 2
+    return 1 if perhaps >= 0 and len(before) - perhaps < 28 else 0
+
+
+def _perhaps_directly(sight: Sight, place: int) -> bool:
+    """Whether a word that may announce a phone number is the last one before, but for "me", "at", "on"."""
+    before = re.sub(r"(?: (?:me|us|him|her|them|at|on|under|back|now))+ $", " ", sight.before(place, 40))
+    return _last(_PERHAPS, before) >= len(before) - 2
+
+
+def _last(words: re.Pattern[str], text: str) -> int:
+    return max((match.end() for match in words.finditer(text)), default=-1)

@@ -1,0 +1,158 @@
+"""The texts of an Example, by field: laid out for one scan, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from sartor.core.records import Example, Message
+from sartor.curate.personal.findings import BREAK
+from sartor.curate.personal.json_text import Leaf, leaves, rebuilt
+
+FieldName = Literal["prompt", "reply", "system", "tools"]
+JSON_BEGINS = frozenset("{[ \n\t\r")
+Place = tuple[str, int, str, int]  # ("messages" | "rejected" | "tools" | "group", message, what of it, part)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One text of a row. `leaf` is set where the text is a string or number inside of JSON."""
+
+    place: Place
+    field: FieldName
+    text: str
+    leaf: Leaf | None = None
+
+    @property
+    def name(self) -> str:
+        """Where it stands, for a person: `messages[2].tool_calls`."""
+        where, message, what, part = self.place
+        if where in ("tools", "group"):
+            return where
+        return f"{where}[{message}].{what}" + (f"[{part}]" if part else "")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All texts of a row, in order, and the leaves of those that are JSON."""
+
+    slots: tuple[Slot, ...]
+    json: Mapping[Place, tuple[Leaf, ...]]
+
+
+def lay_out(example: Example) -> Layout:
+    """Every text that a row bears, but for its origins (paths) and media."""
+    slots: list[Slot] = []
+    json: dict[Place, tuple[Leaf, ...]] = {}
+    for place, field, text in _texts(example):
+        found = leaves(text) if text[:1] in JSON_BEGINS else None
+        if found is None:
+            slots.append(Slot(place, field, text))
+            continue
+        json[place] = found
+        slots += [Slot(place, field, leaf.text, leaf) for part in found for leaf in part.plain()]
+    return Layout(tuple(slots), json)
+
+
+def plain_text(example: Example) -> str | None:
+    """The texts of a row, joined as its slots would be; None where one may be JSON or a message has several parts."""
+    if example.tools or example.group or example.rejected:
+        return None
+    texts = []
+    for message in example.messages:
+        if len(message.content) != 1 or message.name or message.tool_calls or message.tool_call_id:
+            return None
+        text = message.content[0].text
+        if text[:1] in JSON_BEGINS:
+            return None
+        texts.append(text)
+    return BREAK.join(texts)
+
+
+def _texts(example: Example) -> Iterator[tuple[Place, FieldName, str]]:
+    if example.tools:
+        yield ("tools", 0, "", 0), "tools", example.tools
+    last = len(example.messages) - 1
+    for number, message in enumerate(example.messages):
+        field: FieldName = "system" if message.role == "system" else "reply" if number == last else "prompt"
+        yield from _of_message("messages", number, field, message)
+    for number, message in enumerate(example.rejected):
+        yield from _of_message("rejected", number, "reply", message)
+    if example.group:
+        yield ("group", 0, "", 0), "prompt", example.group
+
+
+def _of_message(where: str, number: int, field: FieldName, message: Message) -> Iterator[tuple[Place, FieldName, str]]:
+    if message.name:
+        yield (where, number, "name", 0), field, message.name
+    for place, part in enumerate(message.content):
+        if part.text:
+            yield (where, number, "content", place), field, part.text
+    if message.tool_calls:
+        yield (where, number, "tool_calls", 0), field, message.tool_calls
+    if message.tool_call_id:
+        yield (where, number, "tool_call_id", 0), field, message.tool_call_id
+
+
+def put_back(example: Example, layout: Layout, changed: Mapping[int, str]) -> Example:
+    """The row with the texts of some slots (by their number) changed."""
+    texts: dict[Place, str] = {}
+    by_leaf: dict[Place, dict[int, str]] = {}
+    for number, text in changed.items():
+        slot = layout.slots[number]
+        if slot.leaf is None:
+            texts[slot.place] = text
+        else:
+            by_leaf.setdefault(slot.place, {})[id(slot.leaf)] = text
+    for place, new in by_leaf.items():
+        texts[place] = rebuilt(_text_at(example, place), layout.json[place], new)
+    return replace(
+        example,
+        messages=_renewed("messages", example.messages, texts),
+        rejected=_renewed("rejected", example.rejected, texts),
+        tools=texts.get(("tools", 0, "", 0), example.tools),
+        group=texts.get(("group", 0, "", 0), example.group),
+    )
+
+
+def _text_at(example: Example, place: Place) -> str:
+    where, number, what, part = place
+    if where in ("tools", "group"):
+        return example.tools if where == "tools" else example.group
+    message = (example.messages if where == "messages" else example.rejected)[number]
+    if what == "content":
+        return message.content[part].text
+    return {"name": message.name, "tool_calls": message.tool_calls, "tool_call_id": message.tool_call_id}[what]
+
+
+def _renewed(where: str, messages: tuple[Message, ...], texts: Mapping[Place, str]) -> tuple[Message, ...]:
+    touched = {place[1] for place in texts if place[0] == where}
+    return tuple(
+        _message(where, number, message, texts) if number in touched else message for number, message in enumerate(messages)
+    )
+
+
+def _message(where: str, number: int, message: Message, texts: Mapping[Place, str]) -> Message:
+    def new(what: str, part: int, old: str) -> str:
+        return texts.get((where, number, what, part), old)
+
+    return replace(
+        message,
+        content=tuple(
+            replace(part, text=new("content", place, part.text)) if part.kind == "text" else part
+            for place, part in enumerate(message.content)
+        ),
+        name=new("name", 0, message.name),
+        tool_calls=new("tool_calls", 0, message.tool_calls),
+        tool_call_id=new("tool_call_id", 0, message.tool_call_id),
+    )
+
+
+def joints(example: Example, layout: Layout) -> Iterator[list[int]]:
+    """The numbers of the slots that make one message's text together, where there are two or more."""
+    together: dict[tuple[str, int], list[int]] = {}
+    for number, slot in enumerate(layout.slots):
+        if slot.place[2] == "content" and slot.leaf is None:
+            together.setdefault(slot.place[:2], []).append(number)
+    yield from (numbers for numbers in together.values() if len(numbers) > 1)

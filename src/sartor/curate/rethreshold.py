@@ -1,0 +1,231 @@
+"""Another threshold for the near-duplicates of a Dataset: from its evidence and the rows set aside, without a new comparison.
+
+Rows that come back go through the row steps that stood behind `near_duplicates` in the recipe, and into the split of their
+group. What other steps decided stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sartor.core import catalogue, config, lineage_index, rows
+from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact, write_artifact
+from sartor.core.errors import ConfigError
+from sartor.core.holdout import held_out_groups
+from sartor.core.lineage import tally
+from sartor.core.records import Drop, Example, digest
+from sartor.curate import card, finish
+from sartor.curate.dedup import clusters, ledger
+from sartor.curate.dedup import rethreshold as of_files
+from sartor.curate.dedup.pairs import METHODS, Pairs
+from sartor.curate.pipeline import Curated, digests, licence_facts, load_recipe
+from sartor.curate.recipe import CurateRecipe
+from sartor.curate.steps import needs_all_rows
+from sartor.curate.steps.contract import RowFunction, dropped
+from sartor.curate.steps.exact import ExactDuplicates
+from sartor.curate.steps.near import NearDuplicates
+from sartor.curate.work import prompt_group, through
+
+
+def rethreshold(path: Path | str, out: Path | str, *, threshold: float, replace: bool = False, show: bool = False) -> Any:
+    """What `curate` or `dedup` would have made at another threshold, written to `out`; `path` is what they made.
+
+    Raises ConfigError for a threshold below the floor down to which pairs were kept, or where a later step compared rows.
+    """
+    if kind_of(Path(path)) == "duplicates":
+        return of_files.rethreshold(path, out, threshold=threshold, replace=replace, show=show)
+    began = time.monotonic()
+    old = open_artifact(path, "dataset")
+    recipe = load_recipe(old.manifest["recipe"])
+    step, later = _steps(recipe, old)
+    ledger.check_threshold(threshold, old.manifest["steps"]["near_duplicates"]["rules"]["floor"])
+    check_free(Path(out).absolute(), replace=replace)
+    work = _Rethreshold(old, dataclasses.replace(step, threshold=threshold), recipe, later)
+    dataset = write_artifact(Path(out), "dataset", work.fill, replace=replace)
+    catalogue.register(dataset)
+    return Curated(dataset, 0, time.monotonic() - began)
+
+
+def _steps(recipe: CurateRecipe, old: Artifact) -> tuple[NearDuplicates, Sequence[Any]]:
+    """The step, and the row steps behind it."""
+    places = [place for place, step in enumerate(recipe.steps) if isinstance(step, NearDuplicates)]
+    if len(places) != 1 or not (old.path / "evidence" / "near_duplicates.parquet").is_file():
+        raise ConfigError(f"{old.path} was not made with near_duplicates, or with several", "curate again")
+    later = recipe.steps[places[0] + 1 :]
+    others = [step.kind for step in later if needs_all_rows(step) and not isinstance(step, ExactDuplicates)]
+    if others:
+        raise ConfigError(f"{', '.join(others)} compared the rows that near_duplicates had left", "curate again")
+    step = recipe.steps[places[0]]
+    assert isinstance(step, NearDuplicates)
+    return step, [step for step in later if not needs_all_rows(step)]
+
+
+class _Rethreshold:
+    """The old Dataset, and what becomes of its rows."""
+
+    def __init__(self, old: Artifact, step: NearDuplicates, recipe: CurateRecipe, later: Sequence[Any]) -> None:
+        self.old, self.step, self.recipe = old, step, recipe
+        self.functions: list[tuple[str, RowFunction]] = [(one.kind, one.open(old.path)) for one in later]
+        self.kept = _read(old, "examples")
+        self.aside = _read(old, "set_aside")
+        ids = self.kept["id"].to_pylist() + (self.aside["was"].to_pylist() if len(self.aside) else [])
+        self.number = {name: place for place, name in enumerate(ids)}
+        self.ids = ids
+        self._decide()
+
+    def _decide(self) -> None:
+        """Which rows go, and for whom, by number: first the rows that were kept, then those that were set aside."""
+        pairs = pl.read_parquet(self.old.path / "evidence" / "near_duplicates.parquet")
+        # a row that is in neither was taken out by a later step
+        pairs = pairs.filter(pl.col("a").is_in(self.ids) & pl.col("b").is_in(self.ids))
+        a, b = (np.array([self.number[name] for name in pairs[end]], np.int64) for end in ("a", "b"))
+        count = len(self.ids)
+        rank, order = np.zeros(count), np.arange(count, dtype=np.int64)
+        for end, numbers in (("a", a), ("b", b)):
+            rank[numbers] = pairs[f"rank_{end}"].to_numpy()
+            order[numbers] = pairs[f"place_{end}"].to_numpy()
+        # of rows of equal rank the first read stays: number them as they were read
+        read = np.argsort(order, kind="stable")
+        place = np.empty(count, np.int64)
+        place[read] = np.arange(count)
+        low, high = np.minimum(place[a], place[b]), np.maximum(place[a], place[b])
+        measured = (pairs[name].to_numpy() for name in ("jaccard", "containment", "exact"))
+        rules = self.step.rules()
+        found = clusters.resolve(Pairs(low, high, *measured).unique(), rank[read], rules)
+        sources = [origins[0]["source"] for table in (self.kept, self.aside) for origins in table["origins"].to_pylist()]
+        names = sorted(set(sources))
+        numbers = np.array([names.index(sources[row]) for row in read], np.int64)
+        limits = clusters.Limits(self.step.max_source_fraction, self.step.max_fraction, allow=self.step.allow)
+        clusters.guard(found, numbers, names, limits, lambda row: self.ids[read[row]])
+        self.rules, self.found = rules, found
+        fates = zip(read[found.kept].tolist(), found.score.tolist(), found.method.tolist(), strict=True)
+        self.gone = dict(zip(read[found.rows].tolist(), fates, strict=True))
+
+    def fill(self, folder: Path) -> Mapping[str, Any]:
+        """Write the new Dataset's files; returns what its manifest says."""
+        back, fallen = self._returned()
+        staying = [place for place in range(len(self.kept)) if place not in self.gone]
+        splits = self._splits(staying, back)
+        returned = [dataclasses.replace(row, group=_group(row), split=splits[_group(row)]) for row in back]
+        tables = [self.kept.take(pa.array(staying, pa.int64())), rows.examples_table(returned)]
+        total = finish.write_tables(folder / "examples", rows.EXAMPLES, tables)
+        finish.write_set_aside(folder, ((self.ids[place], self._example(place)) for place in sorted(self.gone)))
+        reasons = self._write_drops(folder, fallen)
+        finish.write_evidence(folder, "near_duplicates", self._evidence())
+        for file in (self.old.path / "media").glob("*"):
+            (folder / "media").mkdir(exist_ok=True)
+            (folder / "media" / file.name).write_bytes(file.read_bytes())
+        finish.drop_unused_media(folder)
+        return self._facts(folder, total, reasons)
+
+    def _evidence(self) -> Any:
+        """The pairs, judged by the new threshold."""
+        table = pq.read_table(self.old.path / "evidence" / "near_duplicates.parquet")
+        numbers = (table[f"place_{end}"].to_numpy() for end in ("a", "b"))
+        pairs = Pairs(*numbers, *(table[name].to_numpy() for name in ("jaccard", "containment", "exact")))
+        score, method = ledger.judgements(pairs, self.rules)
+        for name, column in (("score", pa.array(score)), ("method", pa.array(method.tolist(), pa.string()))):
+            table = table.set_column(table.schema.get_field_index(name), name, column)
+        return table
+
+    def _example(self, place: int) -> Example:
+        first = len(self.kept)
+        table, at = (self.kept, place) if place < first else (self.aside, place - first)
+        return rows.example_of({name: column[0] for name, column in table.slice(at, 1).to_pydict().items() if name != "was"})
+
+    def _returned(self) -> tuple[list[Example], list[Drop]]:
+        """Rows that were set aside and are no longer duplicates, through the later row steps; and what those drop."""
+        back: dict[str, Example] = {}
+        fallen: list[Drop] = []
+        known = set(self.kept["id"].to_pylist())
+        for place in range(len(self.kept), len(self.ids)):
+            if place in self.gone:
+                continue
+            outcome = through(self._example(place), self.functions)
+            if isinstance(outcome, Example) and (outcome.id in known or outcome.id in back):
+                outcome = dataclasses.replace(
+                    dropped(outcome, "exact_duplicate", "the same content as a row that stands", step="exact_duplicates"),
+                    kept=outcome.id,
+                )
+            if isinstance(outcome, Drop):
+                fallen.append(outcome)
+            else:
+                back[outcome.id] = outcome
+        return list(back.values()), fallen
+
+    def _splits(self, staying: Sequence[int], back: Sequence[Example]) -> dict[str, str]:
+        """The split of every group: as it was; of groups that nobody had, some are held out as `curate` would."""
+        groups, splits = self.kept["group"].to_pylist(), self.kept["split"].to_pylist()
+        found = {groups[place]: splits[place] for place in staying}
+        new = [_group(row) for row in back if _group(row) not in found]
+        held_out = held_out_groups(new, self.recipe.split.eval_fraction, self.recipe.seed) if new else set()
+        return {**{group: "eval" if group in held_out else "train" for group in new}, **found}
+
+    def _write_drops(self, folder: Path, fallen: Sequence[Drop]) -> dict[str, int]:
+        old = _read(self.old, "drops")
+        others = [row for row in old.to_pylist() if row["step"] != self.step.kind] if len(old) else []
+        drops = [Drop(**row) for row in others] + list(fallen) + list(self._near_drops())
+        rows.write_drops(folder / "drops" / "part-00000.parquet", drops)
+        return tally(drop.reason for drop in drops)
+
+    def _near_drops(self) -> Iterator[Drop]:
+        for place, (kept, score, method) in sorted(self.gone.items()):
+            detail = f"{score:.3f} {METHODS[method]} to {self._example(kept).origins[0].locator}"
+            drop = dropped(self._example(place), "near_duplicate", detail, step=self.step.kind)
+            yield dataclasses.replace(
+                drop, id=self.ids[place], kept=self.ids[kept], score=round(score, 6), method=METHODS[method]
+            )
+
+    def _facts(self, folder: Path, total: int, reasons: dict[str, int]) -> dict[str, Any]:
+        table = pl.read_parquet(folder / "examples" / "*.parquet", columns=["split", "group"])
+        groups = table.group_by("split").agg(pl.col("group").n_unique())
+        steps = dict(self.old.manifest["steps"])
+        found = {
+            "clusters": self.found.clusters,
+            "largest_cluster": self.found.largest_cluster,
+            "removed": self.found.by_method(),
+        }
+        steps["near_duplicates"] = {**steps["near_duplicates"], **found, "rules": dataclasses.asdict(self.rules)}
+        kept = finish.kept_by_file(folder)
+        sources = [{**one, "kept": kept[one["source"], one["path"]]} for one in self.old.manifest["sources"]]
+        counts = {
+            "read": total + sum(reasons.values()),
+            "kept": total,
+            "dropped": reasons,
+            "splits": tally(table["split"].to_list()),
+            "groups": dict(sorted(groups.iter_rows())),
+        }
+        recipe = [config.dump(self.step if isinstance(one, NearDuplicates) else one) for one in self.recipe.steps]
+        facts = {
+            **licence_facts(sources),
+            "recipe": {**self.old.manifest["recipe"], "steps": recipe},
+            "sources": sources,
+            "counts": counts,
+            "steps": steps,
+            "parents": [self.old.as_parent()],
+            "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
+        }
+        assert counts["read"] == self.old.manifest["counts"]["read"], counts
+        lineage_index.write(folder)
+        card.write(folder, facts)
+        return {**facts, "digest": digest(digests(folder))}
+
+
+def _group(row: Example) -> str:
+    return row.group or prompt_group(row)
+
+
+def _read(dataset: Artifact, folder: str) -> Any:
+    """All of a Dataset's tables of a kind as one; an empty one where there is none."""
+    files = sorted((dataset.path / folder).glob("*.parquet"))
+    return pa.concat_tables(pq.read_table(file) for file in files) if files else finish.SET_ASIDE.empty_table()

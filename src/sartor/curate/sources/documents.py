@@ -1,0 +1,122 @@
+"""Documents -> rows of the form `text`: plain text and Markdown here, HTML and PDF by a guarded process (pages.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import selectors
+import subprocess
+import sys
+import time
+from collections import Counter
+from types import TracebackType
+from typing import Any
+
+from sartor.core.errors import need
+from sartor.curate.sources import tables
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.places import open_regular
+from sartor.curate.sources.tables import Read
+
+# YAML between `---` lines, or TOML between `+++`, at the very start of a Markdown file
+_FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\r?\n(?:.*\r?\n)*?\1[ \t]*(?:\r?\n|\Z)")
+PAGE_S = 60  # without a word from the reading process: it is ended
+FILE_S = 300
+MODULES = {"html": "selectolax", "pdf": "pypdf"}
+
+
+def plain(path: str, sha256: str, kind: str, most_bytes: int, notes: Counter[str]) -> Read:
+    """The one row of a text or Markdown file. Front matter is taken off, and counted."""
+    with open_regular(path) as stream:
+        found = tables.document(stream, most_bytes)
+    if isinstance(found, Malformed):
+        yield "1", found
+        return
+    text, raw = found
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        yield "1", Malformed("changed_file", "the file was changed after the run began")
+        return
+    if kind == "markdown" and (front := _FRONT_MATTER.match(text)):
+        text = text[front.end() :]
+        notes["front matter taken off"] += 1
+    yield "1", {"text": text}
+
+
+class Pages:
+    """The process that reads HTML and PDF, started when first needed and again after it was ended. Use it in a `with`."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._rest = b""
+
+    def __enter__(self) -> Pages:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+
+    def read(self, path: str, sha256: str, kind: str, most_bytes: int) -> Read:
+        """Rows of an HTML file (one) or a PDF (one a page, the line is the page number). Raises ExtraError."""
+        if importlib.util.find_spec(MODULES[kind]) is None:
+            raise need(MODULES[kind], "documents")
+        if self._process is not None and self._process.poll() is not None:
+            self._end()
+        process = self._process or self._start()
+        request = {"path": path, "sha256": sha256, "kind": kind, "most": most_bytes}
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # a process that is gone has no reply either
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        page, began, whole, code = 1, time.monotonic(), False, None
+        try:
+            while reply := self._listen(process, min(PAGE_S, FILE_S - (time.monotonic() - began))):
+                if whole := reply.get("done", False):
+                    return
+                page = reply["line"] + 1
+                fault = Malformed(reply["reason"], reply["detail"]) if "reason" in reply else None
+                yield str(reply["line"]), fault or {"text": reply["text"]}
+            code = process.poll()
+        finally:
+            if not whole:
+                self._end()
+        spent = time.monotonic() - began
+        if code is not None and code > 0:
+            yield str(page), Malformed(f"bad_{kind}", f"its parser broke off with code {code}; the rest is not read")
+            return
+        why = f"by signal {-code}" if code else "as too slow"
+        yield str(page), Malformed(f"{kind}_bomb", f"reading it was ended {why} after {spent:.0f} s; the rest is not read")
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        paths = [path for path in sys.path if path]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "sartor.curate.sources.pages"]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment)
+        self._rest = b""
+        return self._process
+
+    def _listen(self, process: subprocess.Popen[bytes], most_s: float) -> dict[str, Any] | None:
+        """The next reply; None when there is none in time, or the process ended."""
+        assert process.stdout is not None
+        deadline = time.monotonic() + most_s
+        pieces = [self._rest]
+        with selectors.DefaultSelector() as ready:
+            ready.register(process.stdout, selectors.EVENT_READ)
+            while b"\n" not in pieces[-1]:
+                if not ready.select(max(0.0, deadline - time.monotonic())):
+                    return None
+                if not (piece := os.read(process.stdout.fileno(), 1 << 20)):
+                    return None
+                pieces.append(piece)
+        line, _, self._rest = b"".join(pieces).partition(b"\n")
+        return dict(json.loads(line))
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()

@@ -1,0 +1,176 @@
+"""What a file is: by its extension, by its first bytes, and whether the two agree.
+
+`kind_of` says by which reader a name is read. `mismatch` compares a file's head with its extension: a file that is not what
+it is called is refused by the name of what it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from sartor.curate.sources.faults import Malformed
+
+HEAD_BYTES = 8192
+KINDS: dict[str, str] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "markdown",
+    ".markdown": "markdown",
+    ".html": "html",
+    ".htm": "html",
+    ".xhtml": "html",
+    ".pdf": "pdf",
+    ".png": "image",
+    ".jpg": "image",
+    ".jpeg": "image",
+    ".webp": "image",
+    ".gif": "image",
+    ".bmp": "image",
+    ".tif": "image",
+    ".tiff": "image",
+    ".wav": "audio",
+    ".flac": "audio",
+    ".ogg": "audio",
+    ".opus": "audio",
+    ".mp3": "audio",
+}
+TEXT_KINDS = ("jsonl", "json", "csv", "text", "markdown", "html")
+MEDIA_KINDS = ("image", "audio")
+# Never opened: what an archive holds is not bounded by its size. (An office file is a zip archive.)
+_OFFICE = (".docx", ".docm", ".xlsx", ".xlsm", ".pptx", ".odt", ".ods", ".odp", ".epub")
+_PACKED = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4", ".br", ".z", ".7z", ".rar", ".tar")
+ARCHIVES = frozenset((*_OFFICE, *_PACKED, ".jar", ".whl", ".deb", ".rpm", ".iso", ".dmg", ".cab"))
+
+# first bytes -> name. Long enough that no text begins so by chance.
+_MAGIC: tuple[tuple[bytes, str], ...] = (
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"fLaC", "FLAC"),
+    (b"OggS", "Ogg"),
+    (b"%PDF-", "PDF"),
+    (b"PAR1", "Parquet"),
+    (b"PK\x03\x04", "zip archive"),
+    (b"PK\x05\x06", "zip archive"),
+    (b"\x1f\x8b", "gzip archive"),
+    (b"BZh", "bzip2 archive"),
+    (b"\xfd7zXZ\x00", "xz archive"),
+    (b"\x28\xb5\x2f\xfd", "zstd archive"),
+    (b"7z\xbc\xaf\x27\x1c", "7-zip archive"),
+    (b"Rar!\x1a\x07", "RAR archive"),
+    (b"\x7fELF", "ELF program"),
+    (b"\xcf\xfa\xed\xfe", "Mach-O program"),
+    (b"\xca\xfe\xba\xbe", "Java class or Mach-O program"),
+    (b"SQLite format 3\x00", "SQLite database"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "old Office file"),
+    (b"ARROW1\x00\x00", "Arrow file"),
+    (b"{\\rtf", "RTF"),
+    (b"%!PS", "PostScript"),
+)
+# two or three letters, which a text may begin with: believed only where the head also holds NUL bytes
+_SHORT_MAGIC: tuple[tuple[bytes, str], ...] = ((b"BM", "BMP"), (b"MZ", "Windows program"), (b"ID3", "MP3"))
+_HTML = re.compile(
+    rb"\s*(?:<\?xml[^>]{0,200}>\s*)?(?:<!--[^>]{0,2000}-->\s*)?<(?:!doctype\s+html|html|head|body|script)[\s>]", re.I
+)
+_SUFFIX_HOLDS: dict[str, tuple[str, ...]] = {
+    ".png": ("PNG",),
+    ".jpg": ("JPEG",),
+    ".jpeg": ("JPEG",),
+    ".webp": ("WebP",),
+    ".gif": ("GIF",),
+    ".bmp": ("BMP",),
+    ".tif": ("TIFF",),
+    ".tiff": ("TIFF",),
+    ".wav": ("WAV",),
+    ".flac": ("FLAC",),
+    ".ogg": ("Ogg",),
+    ".opus": ("Ogg",),
+    ".mp3": ("MP3",),
+    ".pdf": ("PDF",),
+    ".parquet": ("Parquet",),
+    ".html": ("HTML",),
+    ".htm": ("HTML",),
+    ".xhtml": ("HTML",),
+}
+
+
+def kind_of(name: str) -> str:
+    """How a file of this name is read: a value of KINDS, `archive`, or empty where it is not."""
+    suffix = os.path.splitext(name)[1].lower()
+    return "archive" if suffix in ARCHIVES else KINDS.get(suffix, "")
+
+
+def refusal(name: str) -> tuple[str, str] | None:
+    """(reason, detail) for a name whose file is never read."""
+    suffix, kind = os.path.splitext(name)[1].lower(), kind_of(name)
+    if kind == "archive":
+        remedy = "save it as text, HTML or PDF" if suffix in _OFFICE else "unpack it yourself and name the folder"
+        return "archive", f"archives ({suffix}) are not opened; {remedy}"
+    if not kind:
+        known = " ".join(KINDS)
+        return "unsupported_file", f"files of the kind {suffix[:20] or 'without extension'} are not read; known: {known}"
+    return None
+
+
+def sniff(head: bytes) -> str:
+    """What the first bytes of a file say it is; empty where they say nothing (as those of plain text do)."""
+    for magic, name in _MAGIC:
+        if head.startswith(magic):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] in (b"WAVE", b"WEBP"):
+        return "WAV" if head[8:12] == b"WAVE" else "WebP"
+    if head[4:8] == b"ftyp":
+        return "MPEG-4"
+    if head[257:262] == b"ustar":
+        return "tar archive"
+    if head[:1] == b"\xff" and head[1:2] in (b"\xfb", b"\xfa", b"\xf3", b"\xf2", b"\xe3", b"\xe2"):
+        return "MP3"  # a frame of MPEG layer III
+    if b"\0" in head:
+        for magic, name in _SHORT_MAGIC:
+            if head.startswith(magic):
+                return name
+    elif head.startswith(b"ID3"):
+        return "MP3"
+    return "HTML" if _HTML.match(head.removeprefix(b"\xef\xbb\xbf")) else ""
+
+
+def mismatch(name: str, head: bytes) -> Malformed | None:
+    """A file whose first bytes are those of another format than its extension says."""
+    suffix, found = os.path.splitext(name)[1].lower(), sniff(head)
+    holds = _SUFFIX_HOLDS.get(suffix, ())
+    if found in holds or not found:
+        return None
+    return Malformed("format_mismatch", f"the file is called {suffix} and is in truth: {found}; give it its own extension")
+
+
+def must_be(name: str, head: bytes) -> Malformed | None:
+    """As `mismatch`, and also for a media file whose first bytes are those of no format at all."""
+    suffix = os.path.splitext(name)[1].lower()
+    if (fault := mismatch(name, head)) is not None:
+        return fault
+    if KINDS.get(suffix) in (*MEDIA_KINDS, "pdf") and not sniff(head):
+        holds = _SUFFIX_HOLDS[suffix][0]
+        return Malformed("format_mismatch", f"the file is called {suffix}, and does not begin as a {holds} file does")
+    return None
+
+
+def not_text(head: bytes) -> Malformed | None:
+    """Whether the head of a file shows that it is no text at all (one bad line alone does not)."""
+    if not head:
+        return Malformed("empty_file", "the file is empty")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return Malformed("not_utf8", "the file is UTF-16; save it as UTF-8")
+    control = sum(byte < 32 and byte not in b"\t\n\r\f\b\x1b" for byte in head)
+    if control > len(head) // 10:
+        problem = f"{control} of the first {len(head)} bytes are control characters; this is no text file"
+        return Malformed("binary_file", problem)
+    return None

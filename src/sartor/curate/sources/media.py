@@ -1,0 +1,262 @@
+"""Image and audio files of rows: found below the folder of their file, checked by their heads, copied under their digest.
+
+Nothing is decoded here: how large a picture unfolds is read from its header, so a bomb is refused before it could go off.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import os
+import re
+import struct
+import tempfile
+import urllib.parse
+from pathlib import Path, PurePath
+from typing import BinaryIO
+
+from sartor.curate.sources import formats
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.places import open_regular
+
+MOST_BYTES = 1 << 30  # of one media file
+MOST_PIXELS = 178_956_970  # where Pillow refuses: 2 * PIL.Image.MAX_IMAGE_PIXELS
+MOST_FRAMES = 1000
+_SUFFIXES = {
+    "image/png": ".png",
+    "image/jpeg": ".jpg",
+    "image/webp": ".webp",
+    "image/gif": ".gif",
+    "audio/wav": ".wav",
+    "audio/x-wav": ".wav",
+    "audio/mpeg": ".mp3",
+    "audio/flac": ".flac",
+    "audio/ogg": ".ogg",
+}
+_JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+def place(kind: str, value: str, folder: Path | None, into: Path) -> str:
+    """Copy what a row names, a path below `folder` or a data URL, into `into`; returns its path below the dataset.
+
+    Raises Malformed. Without a `folder` (rows of a query or a hub) only data URLs are taken.
+    """
+    if value.startswith("data:"):
+        return _place_data_url(kind, value, into)
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.\-]+://", value):
+        raise Malformed("bad_media", f"the {kind} is an address to fetch ({value[:60]}); give a path or a data URL")
+    return copy_file(locate(kind, value, folder), into)
+
+
+def copy_file(file: Path, into: Path, sha256: str = "") -> str:
+    """`copy` of a file by its path."""
+    try:
+        stream = open_regular(file)
+    except OSError as error:
+        raise Malformed("bad_media", f"the file {file.name[:80]!r} cannot be opened: {error.strerror}") from None
+    with stream:
+        return copy(stream, file.name, into, sha256)
+
+
+def locate(kind: str, value: str, folder: Path | None) -> Path:
+    """The file that a row's path names. Raises Malformed for one that could lead out of the folder."""
+    if folder is None:
+        raise Malformed("bad_media", f"the {kind} is a path ({value[:60]!r}), and rows of this source lie in no folder")
+    decoded = urllib.parse.unquote(urllib.parse.unquote(value))
+    for spelling in (value, decoded):
+        parts = re.split(r"[/\\]", spelling)
+        if spelling.startswith(("/", "\\", "~")) or re.match(r"[a-zA-Z]:", spelling) or ".." in parts:
+            raise Malformed("bad_media", f"the {kind} path {value[:80]!r} leaves the folder of its source")
+    if (
+        not value
+        or "\0" in decoded
+        or len(value) > 4096
+        or any(len(part.encode("utf-8", "replace")) > 255 for part in value.split("/"))
+    ):
+        raise Malformed("bad_media", f"the {kind} path {value[:80]!r} is none that a file can have")
+    file = folder / value
+    try:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise Malformed("bad_media", f"the {kind} path {value[:80]!r} leaves the folder of its source")
+        mode_known = file.exists()
+    except (OSError, ValueError, RuntimeError):  # a loop of links; a lone surrogate
+        raise Malformed("bad_media", f"the {kind} path {value[:80]!r} is none that can be followed") from None
+    if not mode_known:
+        raise Malformed("missing_media", f"there is no {kind} at {value[:80]!r} beside the file")
+    return file
+
+
+def _place_data_url(kind: str, value: str, into: Path) -> str:
+    head, _, body = value.partition(",")
+    mime = head.removeprefix("data:").partition(";")[0].lower()
+    try:
+        content = base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError):
+        raise Malformed("bad_media", f"the {kind} data URL is not base64") from None
+    return copy(io.BytesIO(content), f"data URL{_SUFFIXES.get(mime, '')}", into)
+
+
+def copy(stream: BinaryIO, name: str, into: Path, sha256: str = "") -> str:
+    """Check a media file and copy it under its digest; returns its path below the dataset. Raises Malformed.
+
+    With `sha256`, the file must have that digest. Several processes may copy the same file at once.
+    """
+    size = stream.seek(0, os.SEEK_END)
+    if size > MOST_BYTES:
+        raise Malformed("bad_media", f"the media file has {size:,} bytes; the limit is {MOST_BYTES:,}")
+    stream.seek(0)
+    check(stream, name)
+    digest = digest_of(stream)
+    if sha256 and digest != sha256:
+        raise Malformed("changed_file", "the file was changed after the run began")
+    target = into / f"{digest}{PurePath(name).suffix.lower()}"
+    if not target.exists():
+        into.mkdir(parents=True, exist_ok=True)
+        stream.seek(0)
+        _write(stream, target)
+    return f"{into.name}/{target.name}"
+
+
+def _write(stream: BinaryIO, target: Path) -> None:
+    """Whole or not at all: another process may look for the same name."""
+    descriptor, part = tempfile.mkstemp(prefix=".part-", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            while block := stream.read(1 << 20):
+                out.write(block)
+        os.chmod(part, 0o644)
+        os.replace(part, target)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def check(stream: BinaryIO, name: str) -> None:
+    """Raises Malformed for a file that is not what its name says, or a picture that unfolds too large."""
+    head = stream.read(formats.HEAD_BYTES)
+    if (fault := formats.mismatch(name, head)) is not None:
+        raise fault
+    found = formats.sniff(head)
+    if found not in ("PNG", "JPEG", "GIF", "WebP", "BMP", "TIFF"):
+        return
+    try:
+        width, height, frames = image_size(stream, found)
+    except (struct.error, IndexError, ValueError):
+        raise Malformed("bad_media", f"the {found} ends inside its header") from None
+    if width * height > MOST_PIXELS:
+        raise Malformed("image_bomb", f"{width:,} x {height:,} pixels; the limit is {MOST_PIXELS:,}")
+    if frames > MOST_FRAMES:
+        raise Malformed("image_bomb", f"more than {MOST_FRAMES:,} frames in one picture")
+
+
+def image_size(stream: BinaryIO, found: str) -> tuple[int, int, int]:
+    """(width, height, frames) by the header, without decoding. Frames are counted to just over MOST_FRAMES.
+
+    Raises struct.error, IndexError or ValueError where the file ends or makes no sense.
+    """
+    stream.seek(0)
+    head = stream.read(64)
+    if found == "PNG":
+        return (*struct.unpack(">II", head[16:24]), _png_frames(stream))
+    if found == "GIF":
+        return (*struct.unpack("<HH", head[6:10]), _gif_frames(stream, head))
+    if found == "BMP":
+        width, height = struct.unpack("<ii", head[18:26])
+        return abs(width), abs(height), 1
+    if found == "WebP":
+        return _webp_size(stream, head)
+    return (*_jpeg_size(stream), 1) if found == "JPEG" else (*_tiff_size(stream, head), 1)
+
+
+def _png_frames(stream: BinaryIO) -> int:
+    """Frames of an animated PNG: acTL stands before the first image data."""
+    at = 8
+    for _ in range(1000):
+        stream.seek(at)
+        chunk = stream.read(12)
+        if len(chunk) < 12 or chunk[4:8] == b"IDAT":
+            return 1
+        if chunk[4:8] == b"acTL":
+            return int(struct.unpack(">I", chunk[8:12])[0])
+        at += 12 + int(struct.unpack(">I", chunk[:4])[0])
+    return 1
+
+
+def _gif_frames(stream: BinaryIO, head: bytes) -> int:
+    """Frames of a GIF: a walk over its blocks. It stops over MOST_FRAMES, and where the file ends."""
+    stream.seek(13 + (3 << ((head[10] & 7) + 1) if head[10] & 0x80 else 0))
+    frames = 0
+    while frames <= MOST_FRAMES and (mark := stream.read(1)) in (b"!", b","):
+        if mark == b"!":
+            stream.read(1)
+        else:
+            frames += 1
+            flags = stream.read(9)[8]
+            stream.seek((3 << ((flags & 7) + 1) if flags & 0x80 else 0) + 1, os.SEEK_CUR)
+        while (size := stream.read(1)) not in (b"", b"\0"):
+            stream.seek(size[0], os.SEEK_CUR)
+    return frames
+
+
+def _webp_size(stream: BinaryIO, head: bytes) -> tuple[int, int, int]:
+    if head[12:16] == b"VP8X":
+        width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (24, 27))
+        return width, height, _webp_frames(stream)
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, 1
+    width, height = struct.unpack("<HH", head[26:30])
+    return width & 0x3FFF, height & 0x3FFF, 1
+
+
+def _webp_frames(stream: BinaryIO) -> int:
+    at, frames = 12, 0
+    while frames <= MOST_FRAMES:
+        stream.seek(at)
+        chunk = stream.read(8)
+        if len(chunk) < 8:
+            break
+        frames += chunk[:4] == b"ANMF"
+        size = int(struct.unpack("<I", chunk[4:])[0])
+        at += 8 + size + (size & 1)
+    return max(frames, 1)
+
+
+def _jpeg_size(stream: BinaryIO) -> tuple[int, int]:
+    at = 2
+    for _ in range(10_000):
+        stream.seek(at)
+        mark, code, size = struct.unpack(">BBH", stream.read(4))
+        if mark != 0xFF:
+            raise ValueError
+        if code in _JPEG_SIZES:
+            height, width = struct.unpack(">xHH", stream.read(5))
+            return width, height
+        at += 1 if code == 0xFF else 2 + size
+    raise ValueError
+
+
+def _tiff_size(stream: BinaryIO, head: bytes) -> tuple[int, int]:
+    order = "<" if head[:2] == b"II" else ">"
+    stream.seek(struct.unpack(f"{order}I", head[4:8])[0])
+    (count,) = struct.unpack(f"{order}H", stream.read(2))
+    found: dict[int, int] = {}
+    for _ in range(count):
+        entry = stream.read(12)
+        tag, kind = struct.unpack(f"{order}HH", entry[:4])
+        if tag in (256, 257):
+            found[tag] = struct.unpack(f"{order}H" if kind == 3 else f"{order}I", entry[8:10] if kind == 3 else entry[8:12])[0]
+    return found.get(256, 0), found.get(257, 0)
+
+
+def digest_of(content: BinaryIO | bytes) -> str:
+    """sha256 of bytes, or of an open file from its start."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256()
+    content.seek(0)
+    while block := content.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

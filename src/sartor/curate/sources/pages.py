@@ -1,0 +1,216 @@
+"""Text of HTML and PDF files, in a process of its own: `python -m sartor.curate.pages`. documents.py starts it and listens.
+
+Both formats come from strangers, and no parser of them is safe from every file: pypdf follows what the file says, and a tree of
+nested elements takes a WHATWG parser quadratic time. Here memory and processor time have a limit that the system holds, and
+nothing can be written. Requests are lines of JSON on stdin, replies lines of JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.places import open_regular
+
+MOST_BYTES = {"pdf": 256 << 20, "html": 32 << 20}  # of a file
+MOST_MEMORY = 3 << 30  # of this process
+MOST_CPU_S = 120  # for a file
+MOST_PAGES = 20_000
+# fmt: off
+_HIDDEN_TAGS = frozenset((
+    "script", "style", "noscript", "template", "iframe", "object", "embed", "svg", "canvas", "audio", "video", "map", "head",
+    "frame", "frameset", "applet", "input",
+))
+_PARAGRAPHS = frozenset(("p", "h1", "h2", "h3", "h4", "h5", "h6", "table", "pre", "blockquote", "ul", "ol"))
+_BLOCKS = _PARAGRAPHS | frozenset((
+    "address", "article", "aside", "body", "caption", "center", "dd", "details", "dialog", "dir", "div", "dl", "dt", "fieldset",
+    "figcaption", "figure", "footer", "form", "header", "hgroup", "hr", "html", "legend", "li", "main", "menu", "nav", "option",
+    "section", "summary", "tbody", "textarea", "tfoot", "thead", "title", "tr",
+))
+# fmt: on
+_HIDING_STYLE = re.compile(
+    r"display\s*:\s*none|visibility\s*:\s*(?:hidden|collapse)|font-size\s*:\s*0(?![.\d]*[1-9])|opacity\s*:\s*0(?![.\d]*[1-9])",
+    re.I,
+)
+_CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([a-zA-Z0-9_\-]{2,20})""", re.I)
+# what browsers take for a page's own word; never UTF-7 and its like, in which ASCII is not ASCII
+_CHARSETS = re.compile(
+    r"(iso-?8859-\d+|latin-?1|windows-125\d|cp125\d|us-ascii|shift_jis|euc-jp|euc-kr|gbk|gb2312|gb18030|big5|koi8-[ru])", re.I
+)
+
+
+def html_text(raw: bytes) -> str:
+    """The title and the text that a reader would see, a line per block. Raises Malformed."""
+    from selectolax.lexbor import LexborHTMLParser
+
+    tree = LexborHTMLParser(_decode(raw))
+    body = tree.body or tree.root
+    text = _visible(body) if body is not None else ""
+    head = tree.css_first("head > title")
+    title = " ".join((head.text(deep=True) if head is not None else "").split())
+    if title and not text.startswith(title):
+        text = f"{title}\n\n{text}"
+    if not text.strip():
+        raise Malformed("no_text", "the page shows no text")
+    return text.strip()
+
+
+def _decode(raw: bytes) -> str:
+    declared = _CHARSET.search(raw[:2048])
+    name = declared[1].decode() if declared else "utf-8"
+    if raw.startswith(codecs.BOM_UTF8) or not _CHARSETS.fullmatch(name):
+        name = "utf-8-sig"
+    try:
+        return raw.decode("windows-1252" if re.fullmatch(r"(iso-?8859-|latin-?)1|us-ascii", name, re.I) else name)
+    except UnicodeDecodeError as error:
+        raise Malformed("not_utf8", f"byte {error.start + 1} of the file is not {name.removesuffix('-sig').upper()}") from None
+
+
+def _visible(root: Any) -> str:
+    """The text below a node, without recursion: a stranger's tree may be of any depth."""
+    pieces: list[str] = []
+    node, keeps_space = root, 0
+    while node is not None:
+        if node.is_text_node:
+            text = node.text_content or ""
+            pieces.append(text if keeps_space else re.sub(r"[ \t\r\n\f]+", " ", text))
+        elif node.is_element_node and not _is_hidden(node):
+            _open(node.tag, pieces)
+            keeps_space += node.tag in ("pre", "textarea")
+            if node.first_child is not None:
+                node = node.first_child
+                continue
+            keeps_space -= _close(node.tag, pieces)
+        while node is not None and node.mem_id != root.mem_id and node.next is None:
+            node = node.parent
+            keeps_space -= _close(node.tag, pieces) if node is not None else 0
+        node = None if node is None or node.mem_id == root.mem_id else node.next
+    # no text of a parsed page holds NUL: here it is the edge of a block, and three together are an empty line
+    return re.sub(r"[ \n\t]*\0[\0 \n\t]*", lambda run: "\n\n" if run[0].count("\0") > 2 else "\n", "".join(pieces)).strip()
+
+
+def _open(tag: str, pieces: list[str]) -> None:
+    if tag in _BLOCKS:
+        pieces.append("\0")
+    if tag in ("li", "br"):
+        pieces.append("- " if tag == "li" else "\0\0")
+
+
+def _close(tag: str, pieces: list[str]) -> int:
+    """Returns 1 where the element kept its spaces."""
+    if tag in _BLOCKS:
+        pieces.append("\0\0\0" if tag in _PARAGRAPHS else "\0")
+    elif tag in ("td", "th"):
+        pieces.append("\t")
+    return int(tag in ("pre", "textarea"))
+
+
+def _is_hidden(node: Any) -> bool:
+    if node.tag in _HIDDEN_TAGS:
+        return True
+    attributes = node.attributes
+    return bool(attributes) and ("hidden" in attributes or _HIDING_STYLE.search(attributes.get("style") or "") is not None)
+
+
+def pdf_pages(raw: bytes) -> Iterator[tuple[int, str | Malformed]]:
+    """(page number from 1, text) of every page; what stops the whole file is on page 1. Text is as pypdf orders it."""
+    import pypdf
+    from pypdf.errors import LimitReachedError
+
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
+    number = 0
+    try:
+        reader = pypdf.PdfReader(io.BytesIO(raw))
+        if reader.is_encrypted and not reader.decrypt(""):
+            yield 1, Malformed("encrypted", "the PDF asks for a password; save it without one")
+            return
+        for number, page in enumerate(reader.pages, 1):
+            if number > MOST_PAGES:
+                yield number, Malformed("pdf_bomb", f"more than {MOST_PAGES:,} pages; the rest is not read")
+                return
+            yield number, _page(page)
+        if not number:
+            yield 1, Malformed("no_text", "the PDF has no pages")
+    except (MemoryError, LimitReachedError) as error:
+        yield number + 1, Malformed("pdf_bomb", f"the file unfolds beyond a limit: {_said(error)}")
+    except Exception as error:  # pypdf raises many kinds on broken files
+        yield number + 1, Malformed("bad_pdf", f"not a PDF that can be read: {_said(error)}")
+
+
+def _page(page: Any) -> str | Malformed:
+    from pypdf.errors import LimitReachedError
+
+    try:
+        if (contents := page.get_contents()) is not None:
+            contents.get_data()  # extract_text takes a stream over pypdf's limits for an empty one
+        text = str(page.extract_text()).replace("\0", "").encode("utf-8", "replace").decode().strip()
+    except (MemoryError, LimitReachedError) as error:
+        return Malformed("pdf_bomb", f"the page unfolds beyond a limit: {_said(error)}")
+    except Exception as error:
+        return Malformed("bad_pdf", f"the page cannot be read: {_said(error)}")
+    return text or Malformed("no_text", "the page holds no text, perhaps a picture of one; text is not recognised in pictures")
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Replies to one request: {line, text} or {line, reason, detail} for each row of the file."""
+    try:
+        with open_regular(request["path"]) as stream:
+            raw = stream.read((most := MOST_BYTES[request["kind"]]) + 1)
+        if len(raw) > most:
+            raise Malformed("oversize_file", f"the limit of a {request['kind']} file is {most:,} bytes")
+        if hashlib.sha256(raw).hexdigest() != request["sha256"]:
+            raise Malformed("changed_file", "the file was changed after the run began")
+        rows = pdf_pages(raw) if request["kind"] == "pdf" else iter([(1, html_text(raw))])
+        for line, text in rows:
+            if isinstance(text, str) and len(text) > request["most"]:
+                text = Malformed("oversize_row", f"{len(text):,} characters; the limit is {request['most']:,} (max_row_bytes)")
+            fault = {"reason": text.reason, "detail": text.detail} if isinstance(text, Malformed) else {"text": text}
+            yield {"line": line, **fault}
+    except Malformed as fault:
+        yield {"line": 1, "reason": fault.reason, "detail": fault.detail}
+    except OSError as error:
+        yield {"line": 1, "reason": "unreadable_file", "detail": str(error.strerror or error)}
+    except MemoryError:
+        yield {"line": 1, "reason": f"{request['kind']}_bomb", "detail": f"reading it takes more than {MOST_MEMORY:,} bytes"}
+
+
+def _limit() -> Any:
+    """Hold this process down, where the system can; returns the module that does."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limits: there the listener's clock alone ends a file
+        return None
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return resource
+
+
+def main() -> None:
+    """Answer every request on stdin."""
+    resource = _limit()
+    for line in sys.stdin:
+        if resource is not None:
+            spent = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+            resource.setrlimit(resource.RLIMIT_CPU, (int(spent) + MOST_CPU_S, resource.RLIM_INFINITY))
+        for reply in answer(json.loads(line)):
+            sys.stdout.write(json.dumps(reply) + "\n")
+            sys.stdout.flush()
+        sys.stdout.write('{"done": true}\n')
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""From the path that a source declares to its files: walked without following links, opened without blocking.
+
+What is met on the way and not read (a link out of the folder, a pipe, a device) is named, never passed over; hidden files
+and folders (a leading dot) are, as the documentation says.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from sartor.core.errors import ConfigError
+from sartor.curate.sources.faults import Malformed
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_KIND_NAMES = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+    (stat.S_ISDIR, "a folder"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file of a source: its path, its name for locators, and (reason, detail) where it may not be read."""
+
+    path: str
+    name: str
+    refusal: tuple[str, str] = ("", "")
+
+
+def find(declared: str) -> list[Found]:
+    """The files of a file, folder or glob pattern, sorted by name. Raises ConfigError where there is none."""
+    root = os.path.expanduser(declared)
+    if "\0" in root:
+        raise ConfigError(f"the source {declared!r} holds a NUL character", "no path does")
+    try:
+        mode = os.stat(root).st_mode
+    except OSError as error:
+        mode = 0
+        if not glob.has_magic(root) and error.errno != errno.ENOENT:
+            raise ConfigError(f"the source {declared[:200]!r}: {error.strerror}", "check the path") from None
+    if stat.S_ISDIR(mode):
+        found = list(_walk(root))
+        found.sort(key=lambda file: file.name.split("/"))
+    elif mode and not stat.S_ISREG(mode):
+        raise ConfigError(f"the source {declared!r} is {_kind_name(mode)}, not a file or folder", "name a regular file")
+    elif mode:
+        return [Found(root, safe_name(os.path.basename(root)))]
+    else:
+        paths = sorted(glob.glob(root, recursive=True)) if glob.has_magic(root) else []
+        found = [_listed(path) for path in paths if not os.path.isdir(path)]
+    if not found:
+        what = "is an empty folder" if mode else "names no file"
+        raise ConfigError(f"the source {declared!r} {what}", "check the path; it is taken from the current directory")
+    return found
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A regular file, open for reading. Never waits for a pipe or device. Raises OSError, or Malformed for what is no file."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise Malformed("not_a_file", f"this is {_kind_name(mode)}, not a regular file")
+    return os.fdopen(descriptor, "rb", buffering=1 << 18)
+
+
+def safe_name(name: str) -> str:
+    """A name that any file can hold and any line can show: control characters and undecodable bytes are spelled out."""
+    if name.isascii() and name.isprintable():
+        return name
+    shown = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
+    return shown.encode("utf-8", "backslashreplace").decode()
+
+
+def _walk(root: str) -> Iterator[Found]:
+    """Every file below a folder that is not hidden; links to folders are named and not entered."""
+    inside = os.path.realpath(root)
+    waiting = [(root, "")]
+    while waiting:
+        folder, prefix = waiting.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            yield Found(folder, safe_name(prefix.rstrip("/")) or ".", ("unreadable_file", f"the folder: {error.strerror}"))
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = prefix + entry.name
+            if entry.is_symlink():
+                yield Found(entry.path, safe_name(name), _refuse_link(entry.path, inside))
+            elif entry.is_dir(follow_symlinks=False):
+                waiting.append((entry.path, f"{name}/"))
+            elif entry.is_file(follow_symlinks=False):
+                yield Found(entry.path, safe_name(name))
+            else:
+                yield Found(entry.path, safe_name(name), _refuse_mode(entry.stat(follow_symlinks=False).st_mode))
+
+
+def _refuse_link(path: str, inside: str) -> tuple[str, str]:
+    """(reason, detail) of a symbolic link in a folder; empty where it names a file of the same folder."""
+    target = os.path.realpath(path)
+    shown = safe_name(os.readlink(path))[:200]
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        return "broken_link", f"a link to {shown!r}: {error.strerror}"
+    if os.path.commonpath([inside, target]) != inside:
+        return "link_outside", f"a link to {shown!r}, outside the folder of the source; name that place as a source"
+    if stat.S_ISDIR(mode):
+        return "folder_link", f"a link to the folder {shown!r} of the same source; it is read where it stands, not twice"
+    return _refuse_mode(mode)
+
+
+def _listed(path: str) -> Found:
+    """A file that a pattern names."""
+    name = safe_name(path)
+    try:
+        return Found(path, name, _refuse_mode(os.stat(path).st_mode))
+    except OSError as error:
+        return Found(path, name, ("unreadable_file", f"{error.strerror}"))
+
+
+def _refuse_mode(mode: int) -> tuple[str, str]:
+    return ("", "") if stat.S_ISREG(mode) else ("not_a_file", f"this is {_kind_name(mode)}, not a regular file")
+
+
+def _kind_name(mode: int) -> str:
+    return next((name for test, name in _KIND_NAMES if test(mode)), "no file")

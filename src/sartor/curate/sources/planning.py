@@ -1,0 +1,224 @@
+"""Sources -> units, in one pass over every file: its digest, its form, where it is cut, what is not read and why.
+
+Large files become several units (survey.py), small ones are put together. A media file is given its caption here: by a table
+`metadata.*` in its folder or one above, by a text or JSON file of the same name beside it, or by its folder's name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from sartor.core import records
+from sartor.curate.recipe import Source
+from sartor.curate.sources import declared, formats, forms, readers
+from sartor.curate.sources.declared import FileFacts
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.places import Found, open_regular, safe_name
+from sartor.curate.sources.reading import InputFile, Unit
+from sartor.curate.sources.survey import PIECE_BYTES, Piece, survey
+
+BATCH_FILES = 200
+BATCH_BYTES = 16 << 20
+_TABLES = frozenset(("metadata.jsonl", "metadata.ndjson", "metadata.csv", "metadata.tsv", "metadata.parquet", "metadata.json"))
+_TABLE_KINDS = ("jsonl", "json", "csv", "parquet")
+_CAPTION_SUFFIXES = (".txt", ".json")
+
+
+@dataclass
+class Plan:
+    """The units in the order of reading, and facts of every file that was found, in the same order."""
+
+    units: list[Unit] = field(default_factory=list)
+    files: list[FileFacts] = field(default_factory=list)
+
+
+def plan(wanted: Sequence[Source], max_row_bytes: int) -> Plan:
+    """Walk every source. Raises ConfigError, MissingError or HubError for a source that is not there."""
+    made = Plan()
+    for index, source in enumerate(map(declared.with_licence, wanted)):
+        if declared.scheme(source.path) in ("sql", "hub"):
+            facts = declared.query_facts(source)
+            head = declared.queried(source, max_row_bytes, declared.HEAD_ROWS)
+            form = declared.form_of(head)
+            made.files.append(replace(facts, form=form or "unknown"))
+            made.units.append(Unit(len(made.units), index, _asked(source), form, max_row_bytes))
+            continue
+        cutter = _Cutter(made, index, _asked(source), max_row_bytes)
+        for file, pieces in _surveyed(source, max_row_bytes):
+            made.files.append(_facts(source, file))
+            if file.caption is not None:
+                made.files.append(_facts(source, file.caption))
+            cutter.add(file, pieces)
+        cutter.flush()
+    return made
+
+
+def _asked(source: Source) -> str:
+    """Digest of what a source says of its rows: with another licence or question they are other rows."""
+    return records.digest([source.path, source.licence, source.date, source.prompt, source.captions])[:16]
+
+
+def _facts(source: Source, file: InputFile) -> FileFacts:
+    form = file.form or "unknown"
+    return FileFacts(source.path, file.name, file.sha256, file.bytes, source.licence, source.use, form)
+
+
+@dataclass
+class _Cutter:
+    """Puts the files of a source into units, in their order."""
+
+    plan: Plan
+    source: int
+    asked: str
+    most_bytes: int
+    waiting: list[InputFile] = field(default_factory=list)
+    waiting_bytes: int = 0
+
+    def add(self, file: InputFile, pieces: Sequence[Piece]) -> None:
+        if pieces and pieces[-1].start + pieces[-1].length > PIECE_BYTES and file.kind in _TABLE_KINDS:
+            self.flush()
+            for piece in pieces:
+                self._unit((file,), piece)
+            return
+        if len(self.waiting) >= BATCH_FILES or (self.waiting and self.waiting_bytes + file.bytes > BATCH_BYTES):
+            self.flush()
+        self.waiting.append(file)
+        self.waiting_bytes += file.bytes
+
+    def flush(self) -> None:
+        if self.waiting:
+            self._unit(tuple(self.waiting))
+        self.waiting, self.waiting_bytes = [], 0
+
+    def _unit(self, files: tuple[InputFile, ...], piece: Piece | None = None) -> None:
+        form = files[0].form if piece else ""
+        self.plan.units.append(Unit(len(self.plan.units), self.source, self.asked, form, self.most_bytes, files, piece))
+
+
+def _surveyed(source: Source, most_bytes: int) -> Iterator[tuple[InputFile, list[Piece]]]:
+    """Every file of a source that is read or refused, with its pieces. Captions come with the file that they are of."""
+    found = declared.files_of(source)
+    tables, tabled = _tables(found, most_bytes)
+    captions = _captions(found, tabled) if source.captions == "beside" else {}
+    taken = {path for paths in captions.values() for path in paths[:1]}
+    by_path = {file.path: file for file in found}
+    for file in found:
+        kind = formats.kind_of(file.path)
+        if file.path in taken:
+            continue
+        if kind not in formats.MEDIA_KINDS or file.refusal[0]:
+            yield _inspect(file, kind, most_bytes, of_media=file.path in tables)
+        elif file.path not in tabled:
+            beside = [by_path.get(path) or Found(path, _name_beside(file, path)) for path in captions.get(file.path, ())]
+            yield _with_caption(file, kind, source, beside), []
+
+
+def _inspect(found: Found, kind: str, most_bytes: int, *, of_media: bool) -> tuple[InputFile, list[Piece]]:
+    """A file that is no media: digest, form, pieces; or why it is not read."""
+    file = InputFile(found.path, found.name, kind, refusal=found.refusal)
+    refusal = found.refusal if found.refusal[0] else formats.refusal(found.path)
+    if refusal:
+        return replace(file, bytes=_size(found), refusal=refusal), []
+    try:
+        with open_regular(found.path) as stream:
+            if (fault := readers.head_fault(stream, found.path, kind)) is not None:
+                raise fault
+            sha256, size, pieces = survey(stream, kind)
+            file = replace(file, sha256=sha256, bytes=size)
+            if kind not in _TABLE_KINDS:
+                return replace(file, form="text"), []
+            head = itertools.islice(readers.rows(stream, kind, pieces[0], most_bytes), declared.HEAD_ROWS)
+            return replace(file, form=declared.form_of(head, of_media=of_media)), pieces
+    except Malformed as problem:
+        return replace(file, bytes=_size(found), refusal=(problem.reason, problem.detail)), []
+    except OSError as error:
+        return replace(file, bytes=_size(found), refusal=("unreadable_file", f"{error.strerror or error}")), []
+
+
+def _size(found: Found) -> int:
+    """Bytes of a file that is not read, where the system tells and it is a file."""
+    try:
+        found_stat = os.stat(found.path, follow_symlinks=False)
+    except (OSError, ValueError):
+        return 0
+    return found_stat.st_size if stat.S_ISREG(found_stat.st_mode) else 0
+
+
+def _tables(found: Sequence[Found], most_bytes: int) -> tuple[set[str], set[str]]:
+    """(paths of the tables of media, paths of the media files that they name)."""
+    known = {os.path.normpath(file.path) for file in found if formats.kind_of(file.path) in formats.MEDIA_KINDS}
+    tables, named = set(), set()
+    for file in found:
+        if os.path.basename(file.path).lower() not in _TABLES or file.refusal[0]:
+            continue
+        inspected, _ = _inspect(file, formats.kind_of(file.path), most_bytes, of_media=True)
+        if inspected.form != forms.CAPTIONED:
+            continue
+        tables.add(file.path)
+        folder = os.path.dirname(file.path)
+        with open_regular(file.path) as stream:
+            whole = Piece(0, inspected.bytes, 1, -1)
+            for _, row in readers.rows(stream, inspected.kind, whole, most_bytes):
+                name = row.get("file_name") if isinstance(row, dict) else None
+                path = os.path.normpath(os.path.join(folder, name)) if isinstance(name, str) else ""
+                if path in known:
+                    named.add(path)
+    return tables, {file.path for file in found if os.path.normpath(file.path) in named}
+
+
+def _captions(found: Sequence[Found], tabled: set[str]) -> dict[str, list[str]]:
+    """Media file -> the text or JSON files of its name beside it, the one to use first."""
+    captions: dict[str, list[str]] = {}
+    for file in found:
+        if formats.kind_of(file.path) not in formats.MEDIA_KINDS or file.path in tabled or file.refusal[0]:
+            continue
+        stem = os.path.splitext(file.path)[0]
+        names = [f"{start}{suffix}" for suffix in _CAPTION_SUFFIXES for start in (stem, file.path)]
+        beside = [name for name in names if os.path.lexists(name)]
+        if beside:
+            captions[file.path] = beside
+    return captions
+
+
+def _name_beside(media: Found, path: str) -> str:
+    """The name of a file in the folder of a media file."""
+    return media.name[: media.name.rfind("/") + 1] + safe_name(os.path.basename(path))
+
+
+def _with_caption(found: Found, kind: str, source: Source, beside: Sequence[Found]) -> InputFile:
+    """A media file that no table names."""
+    file = InputFile(found.path, found.name, kind, form=forms.CAPTIONED)
+    try:
+        with open_regular(found.path) as stream:
+            fault = readers.head_fault(stream, found.path, kind)
+            if fault is not None:
+                raise fault
+            sha256, size, _ = survey(stream, kind)
+        file = replace(file, sha256=sha256, bytes=size)
+        if beside:
+            return replace(file, caption=_caption(beside[0]))
+    except Malformed as problem:
+        return replace(file, bytes=_size(found), refusal=(problem.reason, problem.detail))
+    except OSError as error:
+        return replace(file, bytes=_size(found), refusal=("unreadable_file", f"{error.strerror or error}"))
+    if source.captions == "folder" and (label := Path(found.path).absolute().parent.name):
+        return replace(file, label=label)
+    remedy = "name it in a metadata.csv with file_name and text, put a .txt of its name beside it, or declare captions: folder"
+    return replace(file, refusal=("no_caption", f"nothing says what the {kind} holds; {remedy}"))
+
+
+def _caption(found: Found) -> InputFile:
+    """The text or JSON file that is a caption. Raises Malformed where it may not be read, OSError where it cannot."""
+    if found.refusal[0]:
+        raise Malformed(found.refusal[0], f"the caption {found.name!r}: {found.refusal[1]}")
+    kind = formats.kind_of(found.path)
+    with open_regular(found.path) as stream:
+        if (fault := readers.head_fault(stream, found.path, kind)) is not None:
+            raise Malformed(fault.reason, f"the caption {found.name!r}: {fault.detail}")
+        sha256, size, _ = survey(stream, kind)
+    return InputFile(found.path, found.name, kind, sha256, size, form="caption")

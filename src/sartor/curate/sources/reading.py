@@ -1,0 +1,245 @@
+"""Units: pieces of the input that a worker process reads alone, on any machine that sees the files.
+
+`planning.plan` walks every source once and cuts it into units; `read` gives the Examples and Drops of one. Whatever is not
+read (an archive, a link out of the folder, a picture without a caption) was found at planning and stands in a unit as a
+refusal, so that it is a counted Drop in its place.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+from sartor.core import records
+from sartor.core.errors import SourceError
+from sartor.core.records import Drop, Example, Origin
+from sartor.curate.recipe import Source
+from sartor.curate.sources import declared, documents, formats, forms, media, readers, tables
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.places import open_regular
+from sartor.curate.sources.survey import Piece, checksum
+from sartor.curate.sources.tables import Read
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One file as it was when the run was planned.
+
+    `caption` is the text file beside a picture or recording; `label` a caption that is known already. With a `refusal`
+    (reason, detail) the file is one Drop.
+    """
+
+    path: str
+    name: str
+    kind: str
+    sha256: str = ""
+    bytes: int = 0
+    form: str = ""
+    caption: InputFile | None = None
+    label: str = ""
+    refusal: tuple[str, str] = ("", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece of one large file (`piece`), several small files, or a query (`files` is empty).
+
+    `source` is the source's index; `asked` the digest of what it says of its rows.
+    """
+
+    number: int
+    source: int
+    asked: str
+    form: str
+    most_bytes: int
+    files: tuple[InputFile, ...] = ()
+    piece: Piece | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON that `of_json` turns back. A path that is not UTF-8 holds lone surrogates: dump it as ASCII."""
+        return asdict(self)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes to read, for a progress line; 0 of a query."""
+        return self.piece.length if self.piece else sum(file.bytes for file in self.files)
+
+    @property
+    def digest(self) -> str:
+        """What the unit will read, wherever the files lie: names, digests, form and place in the file."""
+        return records.digest({**_without_paths(asdict(self)), "number": 0})
+
+
+def unit_of_json(value: dict[str, Any]) -> Unit:
+    """The Unit of `as_json`."""
+    piece = value["piece"]
+    if piece is not None:
+        piece = Piece(**{**piece, "groups": piece["groups"] and tuple(piece["groups"])})
+    return Unit(**{**value, "files": tuple(_file_of_json(file) for file in value["files"]), "piece": piece})
+
+
+def _file_of_json(value: dict[str, Any]) -> InputFile:
+    caption = value["caption"]
+    return InputFile(**{**value, "caption": caption and _file_of_json(caption), "refusal": tuple(value["refusal"])})
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(inner) for key, inner in value.items() if key != "path"}
+    return [_without_paths(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def read(
+    unit: Unit, source: Source, media_folder: Path, strict: bool = False, notes: Counter[tuple[str, str]] | None = None
+) -> Iterator[Example | Drop]:
+    """Examples and Drops of a unit, in file order; media are copied into `media_folder`.
+
+    `notes` is counted up by (file name, what was noticed) for what is no reason for a Drop. `strict` turns the first row that
+    cannot be used into a SourceError.
+    """
+    noted: Counter[tuple[str, str]] = Counter() if notes is None else notes
+    reading = _Reading(unit, declared.with_licence(source), media_folder, strict, noted)
+    if not unit.files:
+        name = "query" if declared.scheme(source.path) == "sql" else source.path
+        yield from reading.rows(InputFile("", name, "query", form=unit.form), declared.queried(source, unit.most_bytes))
+        return
+    with ExitStack() as stack:
+        pages = stack.enter_context(documents.Pages())
+        for file in unit.files:
+            yield from reading.rows(file, _raw(unit, file, pages, noted))
+
+
+def _raw(unit: Unit, file: InputFile, pages: documents.Pages, notes: Counter[tuple[str, str]]) -> Read:
+    """Raw rows of a file of a unit. What the system refuses is a row of its own."""
+    if file.refusal[0]:
+        yield "1", Malformed(*file.refusal)
+        return
+    try:
+        if file.kind in formats.MEDIA_KINDS:
+            yield "1", _captioned(file, unit.most_bytes)
+        elif file.kind in documents.MODULES:
+            yield from pages.read(file.path, file.sha256, file.kind, unit.most_bytes)
+        elif file.kind in ("text", "markdown"):
+            found: Counter[str] = Counter()
+            yield from documents.plain(file.path, file.sha256, file.kind, unit.most_bytes, found)
+            notes.update({(file.name, note): count for note, count in found.items()})
+        else:
+            with open_regular(file.path) as stream:
+                piece = unit.piece or Piece(0, file.bytes, 1, -1)
+                _check_unchanged(stream, file, piece)
+                yield from readers.rows(stream, file.kind, piece, unit.most_bytes)
+    except Malformed as fault:
+        yield "1", fault
+    except OSError as error:
+        yield "1", Malformed("unreadable_file", f"{error.strerror or error}")
+
+
+def _check_unchanged(stream: BinaryIO, file: InputFile, piece: Piece) -> None:
+    """Raises Malformed where the bytes to read are not those that were planned."""
+    whole = piece.crc < 0
+    size = stream.seek(0, 2)
+    stream.seek(0)
+    same = size == file.bytes and (
+        media.digest_of(stream) == file.sha256 if whole else checksum(stream, piece.start, piece.length) == piece.crc
+    )
+    if not same:
+        raise Malformed("changed_file", "the file was changed after the run began; nothing of this piece is read")
+
+
+def _captioned(file: InputFile, most_bytes: int) -> Any:
+    """The row that a media file and its caption make."""
+    row: dict[str, Any] = {"file_name": PurePath(file.path).name, "text": file.label}
+    if file.caption is None:
+        return row
+    with open_regular(file.caption.path) as stream:
+        found = tables.document(stream, most_bytes)
+    if isinstance(found, Malformed):
+        return Malformed(found.reason, f"the caption {file.caption.name!r}: {found.detail}")
+    text, raw = found
+    if media.digest_of(raw) != file.caption.sha256:
+        return Malformed("changed_file", f"the caption {file.caption.name!r} was changed after the run began")
+    if file.caption.kind == "text":
+        return {**row, "text": text.strip()}
+    said = next((value for _, value in tables.whole_json(io.BytesIO(raw), most_bytes)), None)
+    if isinstance(said, Malformed):
+        return Malformed(said.reason, f"the caption {file.caption.name!r}: {said.detail}")
+    if not isinstance(said, dict) or not forms.caption_field(said):
+        fields = ", ".join(forms.CAPTIONS)
+        return Malformed("no_caption", f"{file.caption.name!r} holds no object with one of the fields {fields}")
+    return {**said, "file_name": row["file_name"]}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Raw rows of a unit -> Examples and Drops."""
+
+    unit: Unit
+    source: Source
+    media_folder: Path
+    strict: bool
+    notes: Counter[tuple[str, str]]
+
+    def rows(self, file: InputFile, rows: Read) -> Iterator[Example | Drop]:
+        form = file.form
+        group = file.name if file.kind == "pdf" else ""
+        place, date = partial(self._place, file), forms.iso_date(self.source.date)
+        for line, row in rows:
+            origin = Origin(self.source.path, f"{file.name}:{line}", self.source.licence, date=date)
+            try:
+                if isinstance(row, Malformed):
+                    raise row
+                if not form:
+                    raise Malformed("unknown_form", f"no known form has these fields: {_fields(row)}")
+                if form == forms.CAPTIONED and self.source.prompt:
+                    row = {"prompt": self.source.prompt, **row} if isinstance(row, dict) else row
+                example = forms.parse(row, form, origin, place)
+                _check_text(example)
+            except Malformed as fault:
+                yield self._drop(fault, origin, row)
+                continue
+            except RecursionError:
+                yield self._drop(Malformed("bad_json", "the row is nested too deeply"), origin, None)
+                continue
+            if field := forms.date_of(row)[1]:
+                self.notes[file.name, f"`{field}` is no date"] += 1
+            yield replace(example, group=group) if group and not example.group else example
+
+    def _place(self, file: InputFile, kind: str, value: str) -> str:
+        if file.kind in formats.MEDIA_KINDS:  # the row is the media file itself
+            return media.copy_file(Path(file.path), self.media_folder, file.sha256)
+        return media.place(kind, value, Path(file.path).parent if file.path else None, self.media_folder)
+
+    def _drop(self, fault: Malformed, origin: Origin, row: Any) -> Drop:
+        detail = _storable(fault.detail)
+        if self.strict:
+            raise SourceError(f"{origin.locator}: {fault.reason}: {detail}", "mend the row, or run without --strict")
+        text = "" if row is None or isinstance(row, Malformed) else records.canonical_text(row)[:2000]
+        return Drop(fault.reason, origin.source, origin.locator, detail, text=_storable(text))
+
+
+def _storable(text: str) -> str:
+    """Text that any file can hold: what an error quotes may be half a character."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
+def _check_text(example: Example) -> None:
+    """What JSON can spell and a file of text cannot hold: lone surrogates and NUL characters."""
+    try:
+        assert example.id  # digests the content as UTF-8
+        example.group.encode()
+    except UnicodeEncodeError:
+        raise Malformed("not_utf8", "the row holds a lone surrogate (half of a character)") from None
+    texts = [part.text for message in example.messages + example.rejected for part in message.content]
+    if any("\0" in text for text in [*texts, example.group]):
+        raise Malformed("nul_bytes", "the row holds NUL characters")
+
+
+def _fields(row: Any) -> str:
+    return ", ".join(itertools.islice(sorted(map(str, row)), 8)) if isinstance(row, dict) else type(row).__name__

@@ -1,0 +1,148 @@
+"""`audio`: rows whose recordings cannot be read, are silent, clipped, of a low rate, or do not fit their transcript go."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sartor.core.config import option
+from sartor.core.errors import ConfigError, need
+from sartor.core.records import Drop, Example
+from sartor.curate.steps.contract import RowFunction, dropped
+from sartor.curate.steps.images import media_of
+
+FULL_SCALE = 0.999  # one sample there may be a true peak: clipped are those that follow two others
+WINDOW_S = 0.1  # of the loudness
+
+
+class UnreadableAudioError(Exception):
+    """A recording that libsndfile cannot decode; the text says why."""
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What the checks need of a recording. `loudest_db`: RMS of its loudest WINDOW_S, in dB below full scale."""
+
+    rate: int
+    seconds: float
+    loudest_db: float
+    clipped_fraction: float
+
+
+@dataclass(frozen=True)
+class Audio:
+    """Drop rows with a recording that is unreadable, silent, clipped, too short or long, or does not fit its transcript."""
+
+    min_rate: int = option(8000, "fewest samples a second")
+    min_seconds: float = option(0.1, "shortest recording")
+    max_seconds: float = option(3600.0, "longest recording; the rest of a longer one is not decoded")
+    silence_db: float = option(-60.0, "silent: the loudest tenth of a second is below this, in dB of full scale")
+    max_clipped: float = option(0.01, "fraction of samples at full scale that follow two others there")
+    max_chars_per_s: float = option(35.0, "fastest transcript, beyond its first 20 characters; 0 does not look")
+    min_chars_per_s: float = option(0.0, "slowest transcript; 0 does not look")
+    transcripts: Literal["auto", "always"] = option(
+        "auto", "the reply is a transcript: where a row asks nothing but one recording, or always"
+    )
+    kind: Literal["audio"] = "audio"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_seconds <= self.max_seconds:
+            raise ConfigError(f"min_seconds {self.min_seconds:g} is above max_seconds {self.max_seconds:g}", "swap them")
+        if not self.silence_db < 0:
+            raise ConfigError(f"silence_db is {self.silence_db:g}; full scale is 0, so it must be below", "silence_db: -60")
+        if self.max_clipped < 0 or self.max_clipped > 1:
+            raise ConfigError(f"max_clipped is {self.max_clipped:g}; it is a fraction, 0..1", "max_clipped: 0.01")
+        if self.min_chars_per_s < 0 or self.max_chars_per_s < 0:
+            raise ConfigError("characters a second are not negative", "max_chars_per_s: 35")
+
+    def open(self, folder: Path) -> RowFunction:
+        """See RowStep."""
+
+        def apply(example: Example) -> Example | Drop:
+            seconds = 0.0
+            for name in media_of(example, "audio"):
+                found = self._heard(folder / name)
+                if isinstance(found, tuple):
+                    return dropped(example, found[0], f"{name[:18]}...: {found[1]}", step=self.kind)
+                seconds += found.seconds
+            if seconds and self._is_transcript(example) and (fault := self._pace(example.reply, seconds)):
+                return dropped(example, fault[0], fault[1], step=self.kind)
+            return example
+
+        return apply
+
+    def _heard(self, file: Path) -> Sound | tuple[str, str]:
+        try:
+            sound = listen(file, self.max_seconds)
+        except UnreadableAudioError as error:
+            return "unreadable_audio", str(error)
+        if sound.seconds > self.max_seconds:
+            return "audio_too_long", f"{sound.seconds:.1f} s or more; at most {self.max_seconds:g}"
+        if sound.seconds < self.min_seconds:
+            return "audio_too_short", f"{sound.seconds:.3f} s; at least {self.min_seconds:g}"
+        if sound.rate < self.min_rate:
+            return "low_sample_rate", f"{sound.rate} samples a second; at least {self.min_rate}"
+        if sound.loudest_db < self.silence_db:
+            return "silent_audio", f"its loudest tenth of a second has {sound.loudest_db:.0f} dB; at least {self.silence_db:g}"
+        if sound.clipped_fraction > self.max_clipped:
+            return "clipped_audio", f"{sound.clipped_fraction:.3f} of the samples are clipped; at most {self.max_clipped:g}"
+        return sound
+
+    def _is_transcript(self, example: Example) -> bool:
+        asked = [part for message in example.prompt for part in message.content]
+        return self.transcripts == "always" or (len(asked) == 1 and asked[0].kind == "audio")
+
+    def _pace(self, reply: str, seconds: float) -> tuple[str, str] | None:
+        said = len(reply.strip())
+        if self.max_chars_per_s and said > 20 + self.max_chars_per_s * seconds:
+            problem = f"{said} characters in {seconds:.1f} s; at most 20 and {self.max_chars_per_s:g} a second"
+            return "transcript_too_long", problem
+        if said < self.min_chars_per_s * seconds:
+            return "transcript_too_short", f"{said} characters in {seconds:.1f} s; at least {self.min_chars_per_s:g} a second"
+        return None
+
+
+def listen(file: Path, max_seconds: float) -> Sound:
+    """Decode a recording, a second at a time and no further than `max_seconds`. Raises UnreadableAudioError, ExtraError."""
+    try:
+        import soundfile
+    except (ImportError, OSError):  # OSError: the package without its library
+        raise need("soundfile") from None
+    try:
+        with soundfile.SoundFile(file) as sound:
+            rate = int(sound.samplerate)
+            if rate < 1:
+                raise UnreadableAudioError("it has no sample rate")
+            if sound.frames > max_seconds * rate:
+                return Sound(rate, sound.frames / rate, 0.0, 0.0)
+            return _measured(sound, rate, max_seconds)
+    except UnreadableAudioError:
+        raise
+    except Exception as error:  # the library raises several kinds on broken files
+        raise UnreadableAudioError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}") from None
+
+
+def _measured(sound: Any, rate: int, max_seconds: float) -> Sound:
+    window = max(1, round(rate * WINDOW_S))
+    frames, clipped, samples, loudest, before = 0, 0, 0, 0.0, np.zeros((2, sound.channels), bool)
+    while len(block := sound.read(window * 10, dtype="float32", always_2d=True)):
+        if not np.isfinite(block).all():
+            raise UnreadableAudioError("it holds samples that are no numbers")
+        frames, samples = frames + len(block), samples + block.size
+        power = block.astype(np.float64) ** 2
+        starts = np.arange(0, len(block), window)
+        sums = np.add.reduceat(power.mean(1), starts)
+        loudest = max(loudest, float((sums / np.minimum(window, len(block) - starts)).max()))
+        full = np.concatenate([before, np.abs(block) >= FULL_SCALE])
+        clipped += int((full[2:] & full[1:-1] & full[:-2]).sum())
+        before = full[-2:]
+        if frames > max_seconds * rate:
+            break
+    if not frames:
+        raise UnreadableAudioError("it holds no samples")
+    db = 10 * math.log10(loudest) if loudest > 0 else -math.inf
+    return Sound(rate, frames / rate, db, clipped / samples)

@@ -1,0 +1,170 @@
+"""`boilerplate`: lines and sentences that very many rows share, and given patterns, taken out of the answers.
+
+A row counts for a line or sentence only where something else stands beside it: "Yes." as a whole answer is an answer. Code
+blocks and JSON are not looked at. The facts list what was taken out, and in how many rows it stood.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sartor.core.config import option
+from sartor.core.errors import ConfigError
+from sartor.core.records import Drop, Example
+from sartor.curate.steps.contract import Gathered, RowFunction, Verdicts
+from sartor.curate.steps.patterns import Clock, Pattern, RuleTimeout, compiled, timed_out
+from sartor.curate.steps.texts import FIELD_TEXT, Field, is_json, normal_line, rewritten, sentences, split_code, texts
+
+_MOST_LINES = 1000  # listed and taken out; the commonest first
+
+
+@dataclass(frozen=True)
+class Boilerplate:
+    """Take out lines and sentences that stand in many rows; a row of which nothing is left is a Drop."""
+
+    min_rows: int = option(20, "rows in which a line must stand to be boilerplate")
+    min_fraction: float = option(0.01, "fraction of the rows in which it must stand as well, 0..1")
+    min_words: int = option(4, "words that a line must have to be boilerplate")
+    patterns: tuple[str, ...] = option((), "regular expressions; a line or sentence in which one matches goes, however rare")
+    shared: bool = option(True, "look for shared lines; false takes out the patterns alone")
+    field: Field = option("replies", FIELD_TEXT)
+    kind: Literal["boilerplate"] = "boilerplate"
+
+    def __post_init__(self) -> None:
+        if self.min_rows < 2 or self.min_words < 1 or not 0 <= self.min_fraction <= 1:
+            said = f"min_rows {self.min_rows}, min_words {self.min_words}, min_fraction {self.min_fraction}"
+            raise ConfigError(f"{said}: they must be at least 2, at least 1, and 0 to 1", "min_rows: 20")
+        for place, pattern in enumerate(self.patterns):
+            compiled(pattern, f"patterns[{place}]")
+
+    def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
+        """See SetStep: the hashes of a row's lines and sentences, each once."""
+        rows = [sorted(set(map(_hashed, self._units(example)))) for example in examples]
+        return pa.table({"lines": pa.array(rows, pa.list_(pa.uint64()))})
+
+    def decide(self, gathered: Gathered) -> Verdicts:
+        """See SetStep: no row goes here; the lines found are taken out by the step that follows."""
+        needed = max(self.min_rows, int(np.ceil(self.min_fraction * len(gathered))))
+        found = self._shared_lines(gathered, needed) if self.shared else []
+        facts: dict[str, Any] = {
+            "rows_needed": needed,
+            "lines": [{"text": text, "rows": count} for text, count in found[:_MOST_LINES]],
+        }
+        if len(found) > _MOST_LINES:
+            facts["lines_left_in"] = len(found) - _MOST_LINES
+            gathered.notice(f"boilerplate: {len(found):,} shared lines; the {_MOST_LINES:,} commonest are taken out")
+        lines = tuple(text for text, _ in found[:_MOST_LINES])
+        return Verdicts(facts=facts, then=RemoveLines(lines, self.patterns, self.field) if lines or self.patterns else None)
+
+    def _units(self, example: Example) -> Iterator[str]:
+        if not self.shared:
+            return
+        for text in texts(example, self.field):
+            units = [unit for unit in _units(text) if len(unit.split()) >= self.min_words]
+            whole = normal_line(text)
+            yield from (unit for unit in units if unit != whole)
+
+    def _shared_lines(self, gathered: Gathered, needed: int) -> list[tuple[str, int]]:
+        """(normalised line, rows) of the shared ones, the commonest first."""
+        column = gathered.table["lines"].combine_chunks()
+        hashes = column.flatten().to_numpy(zero_copy_only=False)
+        kept, first, counts = np.unique(hashes, return_index=True, return_counts=True)
+        chosen = np.flatnonzero(counts >= needed)
+        if not len(chosen):
+            return []
+        parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
+        rows = [int(row) for row in parents[first[chosen]]]
+        wanted = {int(kept[place]): int(counts[place]) for place in chosen}
+        found: dict[str, int] = {}
+        distinct = sorted(set(rows))
+        for start in range(0, len(distinct), 1000):
+            for example in gathered.examples(distinct[start : start + 1000]):
+                found.update({unit: count for unit in self._units(example) if (count := wanted.get(_hashed(unit), 0))})
+        return sorted(found.items(), key=lambda item: (-item[1], item[0]))
+
+
+@dataclass(frozen=True)
+class RemoveLines:
+    """Take out the lines and sentences that `boilerplate` found: it follows that step, and is in no recipe."""
+
+    lines: tuple[str, ...] = option((), "normalised lines and sentences")
+    patterns: tuple[str, ...] = option((), "regular expressions")
+    field: Field = option("replies", FIELD_TEXT)
+    kind: Literal["boilerplate"] = "boilerplate"
+
+    def open(self, folder: Path) -> RowFunction:
+        """See RowStep."""
+        lines = frozenset(self.lines)
+        patterns = [compiled(pattern, f"patterns[{place}]") for place, pattern in enumerate(self.patterns)]
+
+        def apply(example: Example) -> Example | Drop:
+            sieve = _Sieve(lines, patterns, Clock())
+            try:
+                return rewritten(example, sieve.without, self.field, self.kind)
+            except RuleTimeout as timeout:
+                return timed_out(example, timeout, self.kind)
+
+        return apply
+
+
+def _hashed(unit: str) -> int:
+    return int.from_bytes(hashlib.blake2b(unit.encode(), digest_size=8).digest(), "little")
+
+
+def _units(text: str) -> Iterator[str]:
+    """Normalised lines and sentences of the prose in a text."""
+    if is_json(text):
+        return
+    for is_code, piece in split_code(text):
+        if is_code:
+            continue
+        for line in piece.split("\n"):
+            if line.strip():
+                parts = sentences(line)
+                yield normal_line(line)
+                if len(parts) > 1:
+                    yield from map(normal_line, parts)
+
+
+@dataclass(frozen=True)
+class _Sieve:
+    """What goes: lines by their normal form, lines and sentences by pattern, within the time of a row."""
+
+    lines: frozenset[str]
+    patterns: Sequence[Pattern]
+    clock: Clock
+
+    def without(self, text: str) -> str:
+        """The text without them. Raises RuleTimeout."""
+        if is_json(text):
+            return text
+        after = "".join(piece if is_code else self._prose(piece) for is_code, piece in split_code(text))
+        return text if after == text else after.strip()
+
+    def _prose(self, prose: str) -> str:
+        kept: list[str] = []
+        is_changed = False
+        for line in prose.split("\n"):
+            after = "" if normal_line(line) in self.lines else "".join(filter(self._stays, sentences(line)))
+            if after == line:
+                kept.append(line)
+                continue
+            is_changed = True
+            if after.strip(" \t-*•>"):
+                kept.append(after.rstrip())
+            elif kept and not kept[-1].strip():
+                kept.pop()  # the blank line before a line that went
+        return "\n".join(kept) if is_changed else prose
+
+    def _stays(self, sentence: str) -> bool:
+        return normal_line(sentence) not in self.lines and not any(
+            pattern.search(sentence, self.clock) for pattern in self.patterns
+        )

@@ -1,0 +1,191 @@
+"""`domain`: rows of the wanted kind stay, by a classifier made from a few labelled examples.
+
+TF-IDF of words (1- and 2-grams) and of character n-grams within words (2 to 5), and logistic regression with classes weighted
+alike. It is fitted once per process from the examples alone, and is the same each time. What it can be trusted with stands in
+the facts: its accuracy on the examples, each judged by a classifier that did not see it (stratified cross-validation, at most
+5 folds).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from sartor.core.config import REQUIRED, option
+from sartor.core.errors import ConfigError, need
+from sartor.core.records import Example
+from sartor.curate.sources import readers
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.steps.contract import Gathered, Removal, Verdicts
+from sartor.curate.steps.texts import FIELD_TEXT, Field, texts
+
+FEWEST = 5  # examples of a label
+_LOOKED_AT = 4000  # characters of a row
+_MOST_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text and what it is about."""
+
+    text: str = option(REQUIRED, "a text as the rows have them")
+    label: str = option(REQUIRED, "its label")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Keep the rows that a classifier, made from labelled examples, holds to be of the wanted labels."""
+
+    examples: str | tuple[Labelled, ...] = option(
+        REQUIRED, "a JSONL, JSON, CSV or Parquet file with text and label, or a list of them"
+    )
+    keep: tuple[str, ...] = option(REQUIRED, "labels that stay")
+    min_probability: float = option(0.5, "probability that a row is of one of them, from which on it stays; above 0, below 1")
+    field: Field = option("all", FIELD_TEXT)
+    kind: Literal["domain"] = "domain"
+
+    def __post_init__(self) -> None:
+        if not self.keep:
+            raise ConfigError("keep names no label, so every row would go", "keep: [label]")
+        if not 0 < self.min_probability < 1:
+            raise ConfigError(
+                f"min_probability is {self.min_probability}; it must be above 0 and below 1", "min_probability: 0.5"
+            )
+        if not isinstance(self.examples, str):
+            _check(self.examples, self.keep, "examples")
+
+    def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
+        """See SetStep: the likeliest label, its probability, and the probability of the wanted ones."""
+        model = self._model()
+        found = ["\n".join(texts(example, self.field))[:_LOOKED_AT] for example in examples]
+        table = model.probabilities(found) if found else np.empty((0, len(model.labels)))
+        wanted = table[:, [place for place, label in enumerate(model.labels) if label in self.keep]].sum(axis=1)
+        best = table.argmax(axis=1) if len(found) else np.empty(0, int)
+        return pa.table(
+            {
+                "label": pa.array([model.labels[place] for place in best], pa.string()),
+                "wanted": pa.array(wanted, pa.float32()),
+                "is_blank": pa.array([not text.strip() for text in found], pa.bool_()),
+            }
+        )
+
+    def decide(self, gathered: Gathered) -> Verdicts:
+        """See SetStep."""
+        model = self._model()
+        labels = gathered.table["label"].to_pylist()
+        wanted = gathered.table["wanted"].to_numpy()
+        blank = gathered.table["is_blank"].to_pylist()
+        removals = []
+        for row in np.flatnonzero(wanted < np.float32(self.min_probability)):
+            said = f"likeliest {labels[row]!r}; {', '.join(self.keep)} with {wanted[row]:.2f}, at least {self.min_probability}"
+            accuracy = f"the classifier's accuracy on its own examples, cross-validated: {model.accuracy:.2f}"
+            if not blank[row]:
+                removals.append(Removal(int(row), "domain", f"{said}; {accuracy}", score=float(wanted[row])))
+        facts = {
+            "labels": dict(Counter(label for label, is_blank in zip(labels, blank, strict=True) if not is_blank).most_common()),
+            "without_text_kept": sum(blank),
+            "examples": model.counts,
+            "accuracy": round(model.accuracy, 4),
+            "accuracy_by_chance": round(max(model.counts.values()) / sum(model.counts.values()), 4),
+        }
+        if model.accuracy < 0.8:
+            gathered.notice(
+                f"domain: the classifier is right on {model.accuracy:.0%} of its own examples; give it more of them"
+            )
+        return Verdicts(removals, facts=facts)
+
+    def _model(self) -> _Model:
+        if not isinstance(self.examples, str):
+            return _fitted(self.examples)
+        found = _read(self.examples, Path(self.examples).stat().st_mtime_ns if Path(self.examples).is_file() else 0)
+        _check(found, self.keep, self.examples)
+        return _fitted(found)
+
+
+@dataclass(frozen=True)
+class _Model:
+    labels: list[str]
+    pipeline: Any
+    accuracy: float
+    counts: dict[str, int]
+
+    def probabilities(self, found: Sequence[str]) -> Any:
+        """(N, labels), rows sum to 1."""
+        return self.pipeline.predict_proba(found)
+
+
+def _check(examples: Sequence[Labelled], keep: Sequence[str], where: str) -> None:
+    counts = Counter(example.label for example in examples)
+    if len(counts) < 2:
+        raise ConfigError(
+            f"{where} has {len(counts)} label(s); a classifier needs at least 2", "add examples of what should go"
+        )
+    for label in keep:
+        if label not in counts:
+            raise ConfigError(
+                f"keep names {label!r}, but {where} has only {', '.join(sorted(counts))}", f"keep: [{min(counts)}]"
+            )
+    if all(label in keep for label in counts):
+        raise ConfigError("keep names every label, so no row would go", "leave out the labels of what should go")
+    fewest, count = min(counts.items(), key=lambda item: (item[1], item[0]))
+    if count < FEWEST:
+        raise ConfigError(
+            f"{where} has {count} examples of {fewest!r}; at least {FEWEST} are needed", "add more, of each label"
+        )
+    if any(not example.text.strip() for example in examples):
+        raise ConfigError(f"{where} has an example without text", "take it out")
+
+
+@cache
+def _read(path: str, stamp: int) -> tuple[Labelled, ...]:
+    """The examples in a file. Raises ConfigError naming the row that cannot be used."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"examples: there is no file {path!r}", "check the path; it is taken from the current directory")
+    found = []
+    try:
+        for line, row in readers.read(file, _MOST_BYTES):
+            if isinstance(row, Malformed):
+                raise ConfigError(f"{path}:{line}: {row.detail}", "mend the row")
+            text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
+            if not isinstance(text, str) or not isinstance(label, (str, int)):
+                raise ConfigError(f"{path}:{line} has no text and label", 'rows such as {"text": "...", "label": "..."}')
+            found.append(Labelled(text, str(label)))
+    except csv.Error as error:
+        raise ConfigError(f"{path} is no CSV: {error}", "give JSONL") from None
+    return tuple(found)
+
+
+@cache
+def _fitted(examples: tuple[Labelled, ...]) -> _Model:
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import StratifiedKFold, cross_val_predict
+        from sklearn.pipeline import make_pipeline, make_union
+    except ImportError:
+        raise need("scikit-learn", "curate") from None
+    # the order of the examples must not matter
+    ordered = sorted(set(examples), key=lambda example: (example.label, example.text))
+    found, labels = [example.text[:_LOOKED_AT] for example in ordered], [example.label for example in ordered]
+    counts = Counter(labels)
+    pipeline = make_pipeline(
+        make_union(
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
+            TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True),
+        ),
+        LogisticRegression(C=20.0, class_weight="balanced", max_iter=2000, random_state=0),
+    )
+    folds = StratifiedKFold(min(5, min(counts.values())), shuffle=True, random_state=0) if min(counts.values()) > 1 else None
+    guessed = cross_val_predict(pipeline, found, labels, cv=folds) if folds else [""] * len(labels)
+    accuracy = float(np.mean([guess == label for guess, label in zip(guessed, labels, strict=True)]))
+    pipeline.fit(found, labels)
+    return _Model([str(label) for label in pipeline.classes_], pipeline, accuracy, dict(sorted(counts.items())))

@@ -1,0 +1,263 @@
+"""What can be wrong with an answer, seen from the row alone: each check returns a sentence, or nothing.
+
+They are made for precision: an answer that merely lacks its full stop, a command, a list, a title or a greeting is no fault.
+`chat_quality` drops by them, `quality` marks down by them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from sartor.core.records import Example, Message
+from sartor.curate.steps.texts import begins_alike, is_code, is_json, sentences, word_set, words
+from sartor.curate.steps.tongues import Detector, are_kin, leading_tongue, share_a_tongue
+
+_ENDED = re.compile(r"[.!?…:;。！？।؟)\]}\"'”’»`*_~>|]\s*$|\W\s*$")
+_FENCE_LINE = re.compile(r"^\s{0,3}(`{3,}|~{3,})", re.M)
+_ITEM = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s")
+# Words that a sentence of the language does not end with. Left out: what people end with in chat ("to", "for", "in", "that").
+_NEVER_LAST = {
+    # besides grammar: of 16 million characters of edited English these end less than 0.15 % of their sentences
+    "en": "the a an and or of because although whereas which whose your their our very onto than via per as at but "
+    "has its when under if including without until became took having among whether according represented "
+    "various every despite thus able regarding includes therefore gave tells approximately simply whom except towards "
+    "ensure prevent forced claiming requiring providing unlike unable giving subsequent getting consists refers resulting "
+    "intended allowing unless becoming finds gives containing nor depending stating",
+    "es": "el la los las un una unos unas y o de del al con para por que porque aunque su sus mi tu muy cada",
+    "de": "der die das den dem des ein eine einen einem einer und oder mit von zum zur weil dass obwohl sehr ihr ihre",
+    "fr": "le la les un une des et ou de du au aux avec pour que parce dans sur sans leur leurs son sa ses très",
+    "sv": "en ett och eller att som av med för från genom samt eftersom vilken vilket mycket din ditt sitt sin",
+    "it": "il lo la gli le un uno una e o di del della dei con per che perché suo sua molto",
+    "pt": "o os as um uma e ou de do da dos das com para por que porque seu sua muito",
+    "nl": "de het een en of van met voor omdat dat zijn haar hun zeer",
+}
+_ENDLESS = {language: word_set(said) for language, said in _NEVER_LAST.items()}
+_PLACEHOLDERS = word_set("null NULL nan NaN undefined n/a N/A <empty> [empty] (empty) [deleted] [removed]")
+_SAD_FACE = re.compile(r"[:;=>]['-]?\($")
+_COMPLETE_OF = re.compile(
+    r"\b(?:top|heard|made|kind|sort|advantage|think|thought|thinking|dream\w*|part|out|care|aware|proud|afraid|fond|tired|know)"
+    r" of$",
+    re.I,
+)
+# A verb that links: a sentence ends in one only after a pronoun, a comparison or a question word ("I know what they are").
+_LINKS = word_set("are were been has must should may can will är var blir ska kan måste ist sind war wird es son fue est sont")
+_MAY_END_IN_LINK = re.compile(
+    r"\b(?:what|who|whom|how|where|when|why|which|whatever|however|than|as|so|if|that|there|here|vad|vem|hur|var|när|som|än|om|was|wer|"
+    r"wie|wo|wenn|dass|als|qué|quién|cómo|donde|que|como|si|ce|où|comment)\b"
+    r"|\b(?:i|you|he|she|it|we|they|this|these|those|jag|du|han|hon|det|den|vi|de|ich|sie|er|wir|il|elle|ils|nous|vous)\W+\w+\W*$",
+    re.I,
+)
+# One of these stands in every refusal that the patterns below find; looking for them is far quicker.
+_REFUSAL_HINTS = (
+    *(" ai ", " ai,", " ai-", "language model", "artificial intel", "cutoff", "cut-off", "knowledge update", "data update"),
+    *(
+        "training update",
+        "assist with ",
+        "assist you with ",
+        "fulfil",
+        "comply with",
+        "complete th",
+        "complete yo",
+        "complete su",
+    ),
+    *("accommodate", "modelo de", "inteligencia art", "intelligence art", "intelligenza art", " ia ", "ia,", "modèle d"),
+    *("als ki", "eine ki", "künstliche", "sprachmodell", "språkmodell", "modello ling"),
+    *("人工智能", "语言模型", "作为ai", "身为ai"),
+)
+# The patterns are for small letters and straight apostrophes.
+_AI = r"(?:ai|artificial intelligence)"
+_BY = r"(?:(?:created|developed|trained|made) by \w+,? )?"
+_CANNOT = r"\bi(?: can'?t| cannot|(?: am|'m) (?:unable|not able) to| won't| will not)"
+_ASKED = r"(?:that|this|your|the|such)(?: specific| particular)? (?:request|prompt)"
+_REFUSAL = re.compile(
+    "|".join(
+        (
+            rf"\bas an? {_AI}(?: language| chat)?(?: (?:model|assistant|program|system|chatbot))?\b,? {_BY}i\b",
+            rf"\bas a (?:large )?language model\b,? {_BY}i\b",
+            rf"\bi(?:'m| am) (?:just |only |merely |sorry,? (?:but )?as )?an? {_AI}(?: language)? model\b",
+            r"\bi(?:'m| am) (?:just |only )?an? (?:large )?language model\b",
+            r"\bmy (?:last )?(?:knowledge|training(?: data)?) (?:cut-?off|update)\b",
+            rf"{_CANNOT} assist (?:you )?with (?:that|this|your request|such)\b",
+            rf"{_CANNOT} (?:fulfill?|comply with|complete|accommodate) {_ASKED}",
+            r"\bcomo (?:un )?modelo de (?:lenguaje|ia)\b",
+            r"\bcomo (?:una )?(?:inteligencia artificial|ia),? (?:no|yo)\b",
+            r"\ben tant qu'(?:ia|intelligence artificielle|assistant ia|modèle de langage|modèle d'ia)\b",
+            r"\bals (?:ein |eine )?(?:ki|künstliche intelligenz)(?:-(?:sprach)?modell|-assistent)?,? (?:kann|habe|bin) ich\b",
+            r"\bals (?:ein )?(?:ki-)?sprachmodell\b",
+            r"\bsom (?:en )?(?:ai|ai-modell|ai-assistent|språkmodell)(?:,| kan jag| har jag)",
+            r"\bcome (?:modello linguistico|intelligenza artificiale|ia),",
+            r"\bcomo (?:um )?modelo de linguagem\b",
+            r"(?:作为|身为)(?:一个|一名)?(?:人工智能|ai|大型?语言模型|语言模型)",
+        )
+    )
+)
+_HELPLESS = re.compile(
+    r"\W*(?:i(?:'m| am) (?:very |really |so )?sorry|i apologi[sz]e|sorry)\b[^.!?\n]{0,12}\bbut"
+    r" i(?: can'?t| cannot|(?: am|'m) unable to) "
+    r"(?:help|assist|do that|provide|answer|create|generate|discuss)\b[^.!?\n]{0,60}[.!]?\s*"
+)
+_NAMED = (
+    "english|spanish|french|german|swedish|italian|portuguese|dutch|chinese|mandarin|japanese|korean|russian|arabic|hindi|polish|"
+    "turkish|danish|norwegian|finnish|greek|hebrew|latin|thai|vietnamese|ukrainian|czech|inglés|español|francés|alemán|anglais|"
+    "espagnol|français|allemand|englisch|spanisch|französisch|deutsch|schwedisch|engelska|svenska|spanska|franska|tyska|inglese|"
+    "spagnolo|francese|tedesco|inglês|espanhol|francês|alemão"
+)
+_LANGUAGE_WORDS = re.compile(
+    r"translat|tradu[czi]|übersetz|översätt|vertaal|перев[её]|翻译|翻譯|翻訳|\b(?:language|idioma|langue|sprache|språk|lingua|taal)\b|"
+    rf"\b(?:in|into|to|from|en|auf|på|ins|em|as|say|the) (?:{_NAMED})",
+    re.I,
+)
+_ECHO_WORDS = 8
+_PARAGRAPH_WORDS, _PARAGRAPH_SENTENCES = 150, 8
+_ASKED_LETTERS, _SAID_LETTERS, _TONGUE_SURE = 20, 40, 0.8
+
+
+def empty(message: Message) -> str:
+    """An answer without content: blank, or punctuation and placeholders alone."""
+    if message.tool_calls or any(part.media for part in message.content):
+        return ""
+    text = message.text.strip()
+    if not text:
+        return "the answer is blank"
+    if text in _PLACEHOLDERS or not text.strip(".-_ \t\n…"):
+        return f"the answer is {text[:40]!r}"
+    return ""
+
+
+def truncated(text: str) -> str:
+    """An answer that breaks off: an open code block, cut JSON, or prose that ends in the middle of a sentence."""
+    text = text.rstrip()
+    if ("```" in text or "~~~" in text) and len(_FENCE_LINE.findall(text)) % 2:
+        return "a code block is not closed"
+    if text[:1] in "{[" and len(text) > 1 and not is_json(text) and _is_cut_json(text):
+        return "the JSON breaks off"
+    if not text or _ENDED.search(text[-3:]) and text[-1] not in ",-(&" or "\n" not in text and len(text) < 30:
+        return ""
+    last_line = text.rsplit("\n", 1)[-1]
+    if _ITEM.match(last_line) or is_code(text):
+        return ""
+    return _broken_sentence(text, last_line)
+
+
+def _broken_sentence(text: str, last_line: str) -> str:
+    last = sentences(last_line)[-1]
+    tail = words(last)
+    if not tail or _SAD_FACE.search(text[-3:]):
+        return ""
+    said = [part for line in text.split("\n") for part in sentences(line) if part.strip()]
+    # whoever ends sentences with a full stop ends the last one too
+    others = [part.rstrip() for part in said[:-1] if len(part.split()) > 3]
+    is_careful = bool(others) and all(part[-1] in '.!?…:;"”)。！？' for part in others) and said[0].lstrip()[:1].isupper()
+    shown = f"...{last.strip()[-50:]!r}"
+    if text[-1] in ",(&":
+        return f"the answer ends in {text[-1]!r}: {shown}" if is_careful else ""
+    if not is_careful or len(tail) < 4:
+        return ""
+    if last[-1:].islower() and not _COMPLETE_OF.search(last) and tail[-1] in _ENDLESS[_tongue_of(words(text))]:
+        return f"the answer ends in {tail[-1]!r}: {shown}"
+    if tail[-1] in _LINKS and not _MAY_END_IN_LINK.search(last):
+        return f"the answer ends in {tail[-1]!r}: {shown}"
+    # people leave out the last full stop, though seldom after a long paragraph of finished sentences
+    is_paragraph = len(others) >= _PARAGRAPH_SENTENCES and "\n" not in text.strip() and len(text.split()) >= _PARAGRAPH_WORDS
+    if is_paragraph and last[-1:].isalpha():
+        return f"the answer ends in the middle of a sentence: {shown}"
+    return ""
+
+
+def _tongue_of(said: list[str]) -> str:
+    """The language whose function words stand most often among some words; English where none does."""
+    return max(_ENDLESS, key=lambda language: sum(word in _ENDLESS[language] for word in said))
+
+
+def _is_cut_json(text: str) -> bool:
+    """Whether JSON is fine up to its very end and then lacks something."""
+    try:
+        json.loads(text)
+    except RecursionError:
+        return False
+    except json.JSONDecodeError as error:
+        open_end = error.pos >= len(text) - 1 or error.msg.startswith("Unterminated string")
+        return open_end and text[1:].lstrip()[:1] in ('"', "{", "[") and '"' in text
+    return False
+
+
+def refusal(text: str) -> str:
+    """The boilerplate of a language model that will not or cannot answer."""
+    small = text.lower().replace("’", "'")
+    if any(hint in small for hint in _REFUSAL_HINTS) and (match := _REFUSAL.search(small)):
+        return f"it says {match.group()[:80]!r}"
+    if len(text) < 250 and ("sorry" in small or "apolog" in small) and (match := _HELPLESS.fullmatch(small.strip())):
+        return f"it says no more than {match.group().strip()[:80]!r}"
+    return ""
+
+
+def echo(asked: str, answer: str) -> str:
+    """An answer that says the prompt again, whole or at its beginning."""
+    if not begins_alike(asked, answer):
+        return ""
+    question, said = words(asked), words(answer)
+    if len(question) < _ECHO_WORDS or said[: len(question)] != question or is_json(asked) or is_code(asked):
+        return ""  # code that is completed or mended begins like the code that was given
+    return (
+        "the answer is the prompt again"
+        if len(said) == len(question)
+        else f"the answer begins with the {len(question)} words of the prompt"
+    )
+
+
+def other_language(asked: str, answer: str, detect: Detector) -> str:
+    """An answer in another language than its question, where both are long enough to tell and no language was asked for."""
+    if _is_short(asked, _ASKED_LETTERS) or _is_short(answer, _SAID_LETTERS) or share_a_tongue(asked, answer):
+        return ""
+    question = detect(asked)
+    if question.letters < _ASKED_LETTERS or question.confidence < _TONGUE_SURE:
+        return ""
+    if question.letters < _SAID_LETTERS and leading_tongue(asked, 2) != question.code:
+        return ""  # of so few letters the model is sure and wrong ("im great im an international freshman": de, 0.99)
+    said = detect(answer)
+    if said.letters < _SAID_LETTERS or said.confidence < _TONGUE_SURE:
+        return ""
+    if are_kin(question.code, said.code) or names_a_language(asked):
+        return ""
+    return f"the question is in {question.code} ({question.confidence:.2f}), the answer in {said.code} ({said.confidence:.2f})"
+
+
+def _is_short(text: str, letters: int) -> bool:
+    return len(text) < (letters if text.isascii() else letters // 4)
+
+
+def turn_order(example: Example) -> str:
+    """Turns that no conversation has: two of a kind in a row, the assistant first, a late system message, an unasked tool."""
+    if example.is_document:
+        return ""
+    before = ""
+    for place, message in enumerate(example.messages, 1):
+        role = message.role
+        if role == "system" and place > 1:
+            return f"turn {place} is the system's; it must be the first"
+        if role == "assistant" and before in ("", "system"):
+            return f"turn {place} is the assistant's, and nobody asked"
+        if role == before and role in ("user", "assistant"):
+            return f"turns {place - 1} and {place} are both the {role}'s"
+        if role == "tool" and before not in ("tool", "assistant"):
+            return f"turn {place} is a tool's, after no call"
+        if role == "tool" and before == "assistant" and not example.messages[place - 2].tool_calls:
+            return f"turn {place} is a tool's, and the assistant called none"
+        before = role
+    return ""
+
+
+def asked_before(example: Example, place: int) -> str:
+    """What the user said last before the message number `place`."""
+    return next((turn.text for turn in reversed(example.messages[:place]) if turn.role == "user"), "")
+
+
+def system_text(example: Example) -> str:
+    """What the system says."""
+    return "\n".join(turn.text for turn in example.messages if turn.role == "system")
+
+
+def names_a_language(text: str) -> bool:
+    """Whether a text asks for a language, or for a translation."""
+    return bool(_LANGUAGE_WORDS.search(text))

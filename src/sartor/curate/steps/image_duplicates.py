@@ -1,0 +1,228 @@
+"""`image_duplicates`: rows that ask the same of the same picture, be it another size, compression or brightness of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sartor.core.config import option
+from sartor.core.errors import ConfigError
+from sartor.core.records import Example, digest
+from sartor.curate.dedup import clusters
+from sartor.curate.dedup.pairs import EXACT, Pairs
+from sartor.curate.dedup.verify import Rules
+from sartor.curate.sources.pictures import SIDE, UnreadableError, likeness, open_picture, perceptual_hash, thumbnail
+from sartor.curate.steps.contract import Gathered, Removal, Verdicts
+from sartor.curate.steps.images import media_of
+
+MOST_DISTANCE = 10  # bits of 64. Of variants at 8 bits 96 % become candidates, up to 7 bits all do
+BANDS, BAND_BITS = 4, 16
+CROWD = 500  # more rows than this with equal bits in a band are held only against their nearest neighbours by hash
+NEIGHBOURS, FIRST_OF_CROWD = 64, 8
+CHUNK = 2048
+
+I64 = NDArray[np.int64]
+_BITS = np.array([bin(value).count("1") for value in range(1 << 16)], np.uint8)
+
+
+@dataclass(frozen=True)
+class ImageDuplicates:
+    """Equal files, and pictures whose hashes are near and whose parts correlate; of each, one row stays.
+
+    Rows with no picture, or with several that are not the very same files, are let be.
+    """
+
+    threshold: float = option(
+        0.75, "correlation of the picture's parts from which two are the same picture; 1 takes equal files only"
+    )
+    text: Literal["question", "all", "any"] = option(
+        "question", "which rows are compared: with equal question, with equal question and answer, or any"
+    )
+    keep: Literal["largest", "first"] = option("largest", "which row stays: of the picture with most pixels, or the first read")
+    max_source_fraction: float = option(0.75, "one cluster may remove this fraction of a source without asking")
+    max_fraction: float = option(0.9, "this fraction of all rows may go without asking")
+    allow: tuple[str, ...] = option((), "sources that may go wholly")
+    kind: Literal["image_duplicates"] = "image_duplicates"
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.threshold <= 1:
+            raise ConfigError(f"threshold is {self.threshold:g}; it must be from 0.5 to 1", "threshold: 0.75")
+
+    def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
+        """See SetStep. Columns: files, asked (digests), hash, thumbnail, pixels."""
+        columns: dict[str, list[Any]] = {name: [] for name in ("files", "asked", "hash", "thumbnail", "pixels")}
+        for example in examples:
+            names = list(media_of(example, "image"))
+            seen = self._seen(folder / names[0]) if len(names) == 1 else (None, None, 0)
+            asked = self._asked(example)
+            files = _digest(names) if names else None
+            for column, value in zip(columns.values(), (files, asked, *seen), strict=True):
+                column.append(value)
+        types = (pa.binary(16), pa.binary(16), pa.uint64(), pa.binary(SIDE * SIDE), pa.int64())
+        return pa.table({name: pa.array(values, kind) for (name, values), kind in zip(columns.items(), types, strict=True)})
+
+    def _seen(self, file: Path) -> tuple[int | None, bytes | None, int]:
+        """(hash, thumbnail, pixels) of a picture; one that cannot be read is compared as a file alone."""
+        if self.threshold == 1 and self.keep == "first":
+            return None, None, 0
+        try:
+            picture = open_picture(file, 4 * SIDE)
+        except UnreadableError:
+            return None, None, 0
+        thumb = thumbnail(picture.grey)
+        return perceptual_hash(thumb), thumb.tobytes(), picture.width * picture.height
+
+    def _asked(self, example: Example) -> bytes:
+        if self.text == "any":
+            return bytes(16)
+        turns = example.messages if self.text == "all" else example.prompt
+        return _digest([[message.role, message.text] for message in turns])
+
+    def decide(self, gathered: Gathered) -> Verdicts:
+        """See SetStep."""
+        table = gathered.table
+        asked = _numbered(table["asked"])
+        files = _numbered(table["files"])
+        equal = _equal_pairs(files, asked)
+        near, facts = self._near(table, files, asked, gathered)
+        pairs = Pairs.joined([equal, near])
+        rank = table["pixels"].to_numpy().astype(np.float64) if self.keep == "largest" else np.zeros(len(gathered))
+        removals = clusters.resolve(pairs, rank, Rules(self.threshold, self.threshold, contained=0.0))
+        locators = table["locator"]
+        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow)
+        clusters.guard(removals, table["source"].to_numpy(), gathered.sources, limits, lambda row: str(locators[row].as_py()))
+        made = []
+        for row, kept, score, method in zip(
+            removals.rows.tolist(), removals.kept.tolist(), removals.score.tolist(), removals.method.tolist(), strict=True
+        ):
+            same = method == EXACT
+            said = "the same file as" if same else f"{score:.3f} correlation of its parts with those of"
+            detail = f"{said} that of {locators[kept].as_py()}"
+            made.append(
+                Removal(row, "image_duplicate", detail, kept, round(score, 6), "equal file" if same else "local correlation")
+            )
+        ids = table["id"]
+        evidence = pa.table({"a": ids.take(pairs.a), "b": ids.take(pairs.b), "score": pairs.jaccard, "equal_file": pairs.exact})
+        facts |= {"pairs": len(pairs.a), "clusters": removals.clusters, "largest_cluster": removals.largest_cluster}
+        return Verdicts(made, {"image_duplicates": evidence}, facts, set_aside=True)
+
+    def _near(self, table: Any, files: I64, asked: I64, gathered: Gathered) -> tuple[Pairs, dict[str, int]]:
+        """Verified pairs of different files that show the same picture."""
+        readable = np.flatnonzero(table["hash"].is_valid().to_numpy(zero_copy_only=False))
+        facts = {"pictures": len(np.unique(files[files >= 0])), "candidates": 0, "candidates_without_detail": 0}
+        if self.threshold == 1 or len(readable) < 2:
+            return Pairs.none(), facts
+        # of equal files under equal questions the first stands for all
+        first = readable[np.unique(np.stack([files[readable], asked[readable]]), axis=1, return_index=True)[1]]
+        first.sort()
+        hashes = table["hash"].combine_chunks().take(pa.array(first)).to_numpy().astype(np.uint64)
+        a, b, crowded = _candidates(hashes, asked[first])
+        facts["candidates"], thumbs, found = len(a), table["thumbnail"], []
+        for begin in range(0, len(a), CHUNK):
+            left, right = first[a[begin : begin + CHUNK]], first[b[begin : begin + CHUNK]]
+            score = likeness(_thumbs(thumbs, left), _thumbs(thumbs, right))
+            facts["candidates_without_detail"] += int(np.isnan(score).sum())
+            good = np.nan_to_num(score, nan=-1.0) >= self.threshold
+            none = np.zeros(int(good.sum()), np.float32)
+            found.append(Pairs(left[good], right[good], np.minimum(score[good], 1.0), none, none > 0))
+        if crowded:
+            facts["crowded"] = crowded
+            gathered.notice(
+                f"{self.kind}: {crowded:,} pictures share their hash with very many; each was held against its nearest"
+            )
+        return Pairs.joined(found), facts
+
+
+def _candidates(hashes: NDArray[np.uint64], asked: I64) -> tuple[I64, I64, int]:
+    """Pairs a < b of equal question within MOST_DISTANCE bits, each once, and how many rows stand in crowds.
+
+    Of 64 bits in 4 bands, 7 or fewer differing bits leave a band with at most one: every band is looked up as it is and with
+    each of its bits flipped (Norouzi et al. 2014, multi-index hashing).
+    """
+    questions = np.unique(asked, return_inverse=True)[1].astype(np.int64) << BAND_BITS
+    found, crowded = [np.empty(0, np.int64)], np.zeros(len(hashes), bool)
+    for band in range(BANDS):
+        bits = (hashes >> np.uint64(BAND_BITS * band)) & np.uint64((1 << BAND_BITS) - 1)
+        keys = questions | bits.astype(np.int64)
+        order = np.lexsort((hashes, keys))
+        ordered = keys[order]
+        crowd = np.searchsorted(ordered, keys, "right") - np.searchsorted(ordered, keys, "left") > CROWD
+        crowded |= crowd
+        for flip in (0, *(1 << place for place in range(BAND_BITS))):
+            found += _matches(keys, order, ordered, flip, crowd, hashes)
+        if crowd.any():
+            found.append(_neighbours(order[crowd[order]], keys, hashes))
+    both = np.unique(np.concatenate(found))
+    return both // len(hashes), both % len(hashes), int(crowded.sum())
+
+
+def _matches(
+    keys: I64, order: I64, ordered: I64, flip: int, crowd: NDArray[np.bool_], hashes: NDArray[np.uint64]
+) -> Iterator[I64]:
+    """Pairs whose keys differ by exactly `flip`, a few million at a time; crowds are left out."""
+    rows = np.flatnonzero(~crowd)
+    wanted = keys[rows] ^ flip
+    begin, end = np.searchsorted(ordered, wanted, "left"), np.searchsorted(ordered, wanted, "right")
+    counts = np.minimum(end - begin, CROWD)  # a crowd that a flipped bit leads into is not unrolled
+    cuts = np.searchsorted(np.cumsum(counts), np.arange(0, int(counts.sum()), 4_000_000), "left").tolist()
+    for first, last in zip(cuts, [*cuts[1:], len(rows)] if cuts else [], strict=True):
+        some = counts[first:last]
+        a = np.repeat(rows[first:last], some)
+        within = np.arange(int(some.sum())) - np.repeat(np.cumsum(some) - some, some)
+        b = order[np.repeat(begin[first:last], some) + within]
+        yield _close(a, b, hashes)
+
+
+def _neighbours(rows: I64, keys: I64, hashes: NDArray[np.uint64]) -> I64:
+    """Pairs of crowded rows, each with the next few of its bucket by hash, and with the first few of it."""
+    pairs = [(rows[:-step], rows[step:]) for step in range(1, min(NEIGHBOURS, len(rows) - 1) + 1)]
+    begin = np.searchsorted(keys[rows], keys[rows], "left")  # rows are in the order of their keys
+    pairs += [(rows[np.minimum(begin + place, np.arange(len(rows)))], rows) for place in range(FIRST_OF_CROWD)]
+    a, b = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+    same = keys[a] == keys[b]
+    return _close(a[same], b[same], hashes)
+
+
+def _close(a: I64, b: I64, hashes: NDArray[np.uint64]) -> I64:
+    """The pairs a < b within MOST_DISTANCE bits, each once, as a * N + b."""
+    ahead = a < b
+    a, b = np.where(ahead, a, b)[a != b], np.where(ahead, b, a)[a != b]
+    differ = (hashes[a] ^ hashes[b]).view(np.uint16).reshape(-1, 4)
+    near = _BITS[differ].sum(1) <= MOST_DISTANCE
+    return np.unique(a[near] * len(hashes) + b[near])
+
+
+def _equal_pairs(files: I64, asked: I64) -> Pairs:
+    """Each later row of equal files and equal question, with the first."""
+    rows = np.flatnonzero(files >= 0)
+    both = np.stack([files[rows], asked[rows]])
+    _, first, which = np.unique(both, axis=1, return_index=True, return_inverse=True)
+    kept = rows[first[which.ravel()]]
+    later = kept != rows
+    return Pairs.of_exact(kept[later], rows[later])
+
+
+def _numbered(column: Any) -> I64:
+    """(N,) a number for each value, -1 for null."""
+    coded = column.combine_chunks().dictionary_encode()
+    indices = coded.indices if isinstance(coded, pa.DictionaryArray) else coded.combine_chunks().indices
+    return np.asarray(indices.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
+
+
+def _thumbs(column: Any, rows: I64) -> NDArray[np.uint8]:
+    taken = column.take(pa.array(rows))
+    chunks = [chunk for chunk in taken.chunks if len(chunk)]
+    width = SIDE * SIDE
+    flat = [np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width) for chunk in chunks]
+    return np.concatenate(flat).reshape(-1, SIDE, SIDE)
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.sha256(digest(value).encode()).digest()[:16]

@@ -1,0 +1,172 @@
+"""`personal_data`: e-mail addresses, numbers of cards and people, keys and the like are masked, or their rows go."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+from sartor.core.config import option
+from sartor.core.errors import ConfigError
+from sartor.core.records import Drop, Example
+from sartor.curate.personal.findings import ENTITIES, EntityName, Finding
+from sartor.curate.personal.masking import MOST_PASSES, Found, Placeholders, counted, find_in_row, masked, only, text_masker
+from sartor.curate.personal.rows import FieldName, Slot
+from sartor.curate.personal.scan import Scanner
+from sartor.curate.steps.contract import TEXT_KEPT, RowFunction
+
+Action = Literal["mask", "drop", "keep"]
+# names of people need a model; what patterns find of them is asked for by name
+DEFAULT: tuple[EntityName, ...] = tuple(name for name in get_args(EntityName) if name != "person")
+
+
+@dataclass(frozen=True)
+class EntityActions:
+    """What is done about each entity: `keep` does not look for it; one that is not named takes the step's `action`."""
+
+    email: Action | None = option(None, "mail addresses, also written out: bob [at] example [dot] com")
+    phone: Action | None = option(None, "telephone numbers in international and national forms")
+    credit_card: Action | None = option(None, "card numbers, by issuer's range and check digit")
+    iban: Action | None = option(None, "bank accounts, by country's length and check digits")
+    national_id: Action | None = option(None, "social security, tax, health and identity numbers; passports after their name")
+    ip_address: Action | None = option(None, "IPv4 and IPv6 addresses")
+    mac_address: Action | None = option(None, "hardware addresses")
+    secret: Action | None = option(None, "passwords after their name, API keys, tokens, private keys, credentials in URLs")
+    crypto_wallet: Action | None = option(None, "Bitcoin, its kin and Ethereum")
+    address: Action | None = option(None, "streets with a number, British postcodes, boxes at a post office")
+    birth_date: Action | None = option(None, "dates after a word for birth")
+    person: Action | None = option(None, "names that are introduced or follow a title; not looked for by default")
+
+
+@dataclass(frozen=True)
+class FieldActions:
+    """What is done where: `keep` leaves a field as it is; one that is not named takes the step's `action`."""
+
+    prompt: Action | None = option(None, "the turns before the last reply, but for system messages")
+    reply: Action | None = option(None, "the last message, and the rejected reply of a pair")
+    system: Action | None = option(None, "system messages")
+    tools: Action | None = option(None, "the declarations of tools")
+
+
+@dataclass(frozen=True)
+class PersonalData:
+    """Mask personal data, or drop the rows that hold any."""
+
+    entities: tuple[EntityName, ...] | EntityActions = option(
+        DEFAULT, "what to look for: a list of names, or name: mask | drop | keep"
+    )
+    action: Literal["mask", "drop"] = option("mask", "what is done where neither entity nor field says it")
+    fields: Literal["all"] | FieldName | tuple[FieldName, ...] | FieldActions = option(
+        "all", "where to look: prompt, reply, system, tools, a list of them, all, or field: mask | drop | keep"
+    )
+    mask: Literal["numbered", "plain"] = option(
+        "numbered", "numbered: <EMAIL_1>, the same value of a row has one number; plain: <EMAIL>"
+    )
+    min_score: float = option(0.5, "how sure a finding must be, 0 to 1")
+    countries: tuple[str, ...] = option(
+        (), "ISO codes whose national ids and national phone numbers are looked for; empty: all known"
+    )
+    allow: tuple[str, ...] = option(
+        (), "values that are not personal, in any spelling, or /regular expressions/ of whole findings"
+    )
+    kind: Literal["personal_data"] = "personal_data"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_score <= 1:
+            raise ConfigError(
+                f"min_score is {self.min_score:g}; it must be from 0 to 1", f"min_score: {min(1.0, max(0.0, self.min_score)):g}"
+            )
+        for country in self.countries:
+            if not (len(country) == 2 and country.isascii() and country.isupper()):
+                near = {"UK": "GB"}.get(country.upper(), country[:2].upper())
+                raise ConfigError(
+                    f"countries holds {country!r}; a country is two capital letters of ISO 3166", f"countries: [{near}]"
+                )
+        if "UK" in self.countries:
+            raise ConfigError("countries holds 'UK'; the code of the United Kingdom is GB", "countries: [GB]")
+        if not self._looked_for():
+            raise ConfigError("no entity is looked for", f"entities: [{', '.join(DEFAULT[:3])}, ...], or leave the step out")
+        Scanner((), (), self.min_score, self.allow)  # raises for a bad expression
+
+    def open(self, folder: Path) -> RowFunction:
+        """See RowStep. The function is a `Counting`: its `tally` counts findings by entity and field (`email.reply`)."""
+        return Masking(self, self._scanner())
+
+    def masker(self) -> Callable[[str], str]:
+        """Text -> text with placeholders for all entities of this step: for evidence of other steps, whatever the field."""
+        return text_masker(self._scanner(), self.mask == "numbered", TEXT_KEPT)
+
+    def row_masker(self) -> Callable[[Example], Example]:
+        """Row -> row with placeholders in every field, for all entities: for rows that are set aside."""
+        return Masking(self, self._scanner()).everywhere
+
+    def said_of_entities(self) -> Mapping[str, str]:
+        """Entity -> what `entities` says about it: an action, or "" where it is looked for and nothing more is said."""
+        if not isinstance(self.entities, EntityActions):
+            return {entity: "" for entity in ENTITIES if entity in self.entities}
+        said = {field.name: getattr(self.entities, field.name) for field in fields(self.entities)}
+        return {entity: action or "" for entity, action in said.items() if action or entity in DEFAULT}
+
+    def said_of_fields(self) -> Mapping[str, str]:
+        """Field -> what `fields` says about it."""
+        names = [field.name for field in fields(FieldActions)]
+        if isinstance(self.fields, FieldActions):
+            return {name: getattr(self.fields, name) or "" for name in names}
+        wanted = names if self.fields == "all" else [self.fields] if isinstance(self.fields, str) else list(self.fields)
+        return {name: "" if name in wanted else "keep" for name in names}
+
+    def _looked_for(self) -> list[str]:
+        return [entity for entity, action in self.said_of_entities().items() if action != "keep"]
+
+    def _scanner(self) -> Scanner:
+        return Scanner(self._looked_for(), self.countries, self.min_score, self.allow)
+
+
+class Masking:
+    """The function of a PersonalData step, and the tally of what it found."""
+
+    def __init__(self, step: PersonalData, scanner: Scanner) -> None:
+        self.tally: Counter[str] = Counter()
+        self._step = step
+        self._scanner = scanner
+        self._of_entity = step.said_of_entities()
+        self._of_field = step.said_of_fields()
+
+    def __call__(self, example: Example) -> Example | Drop:
+        """The row itself where nothing was found, a masked one, or a Drop that names kinds and places and holds no text."""
+        found = only(find_in_row(self._scanner, example), self._is_looked_at)
+        if not found.hits:
+            return example
+        going = only(found, lambda slot, finding: self._action(slot, finding) == "drop")
+        if going.hits:
+            self.tally.update(counted(found))
+            origin = example.origins[0]
+            return Drop("personal_data", origin.source, origin.locator, going.describe(), self._step.kind, example.id)
+        return self._masked(example, found, self._is_looked_at)
+
+    def everywhere(self, example: Example) -> Example:
+        """The row masked in every field, whatever the options say."""
+        found = find_in_row(self._scanner, example)
+        return self._masked(example, found, lambda slot, finding: True) if found.hits else example
+
+    def _masked(self, example: Example, found: Found, keep: Callable[[Slot, Finding], bool]) -> Example:
+        names = Placeholders(self._step.mask == "numbered", (slot.text for slot in found.layout.slots))
+        for _ in range(MOST_PASSES):
+            self.tally.update(counted(found))
+            example = masked(example, found, names)
+            found = only(find_in_row(self._scanner, example), keep)
+            if not found.hits:
+                break
+        return example
+
+    def _is_looked_at(self, slot: Slot, finding: Finding) -> bool:
+        return slot.place[0] == "group" or self._of_field[slot.field] != "keep"
+
+    def _action(self, slot: Slot, finding: Finding) -> str:
+        """The stricter of what entity and field say; where neither says anything, the step's own."""
+        if slot.place[0] == "group":
+            return "mask"
+        said = {self._of_entity[finding.entity], self._of_field[slot.field]} - {""}
+        return "drop" if "drop" in said else "mask" if said else self._step.action

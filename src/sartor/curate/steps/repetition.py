@@ -1,0 +1,138 @@
+"""`repetition`: texts that repeat themselves, by the fractions of Gopher (Rae et al. 2021, arXiv:2112.11446, table A1).
+
+The fractions hold for texts of `min_words` words or more. A shorter one goes only for a loop: one to eight words said at least
+`loop` times in a row, which cover half of the text, or one character said 60 times in a row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sartor.core.config import option
+from sartor.core.errors import ConfigError
+from sartor.core.records import Drop, Example
+from sartor.curate.steps.contract import RowFunction, dropped
+from sartor.curate.steps.texts import FIELD_TEXT, Field, texts, without_code, words
+
+# n -> the largest fraction of characters that the commonest n-gram may cover, and that n-grams seen before may cover
+TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
+SEEN_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+# Gopher counts any top n-gram, even one that stands twice; in a short text that is a figure of speech
+_TOP_SEEN = 4
+_LONGEST_LOOP = 8
+_LOOKED_AT = 20_000  # words of a text
+_ONE_CHARACTER = re.compile(r"([^\s\-=_.*#~|+\d])\1{59,}")
+_RULE = re.compile(r"^\W*$")
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Drop rows with a text that repeats itself: duplicate lines and paragraphs, n-grams, loops."""
+
+    scale: float = option(1.0, "factor on Gopher's limits: above 1 is laxer, 0.5 is twice as strict")
+    min_words: int = option(50, "words from which on the fractions hold; a shorter text goes for a loop alone")
+    loop: int = option(8, "times in a row that one to eight words may not be said in a text of which that is half")
+    field: Field = option("replies", FIELD_TEXT)
+    kind: Literal["repetition"] = "repetition"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= 10:
+            raise ConfigError(f"scale is {self.scale}; it must be above 0, at most 10", "scale: 1.0")
+        if self.loop < 2:
+            raise ConfigError(f"loop is {self.loop}; it must be 2 or more", "loop: 8")
+
+    def open(self, folder: Path) -> RowFunction:
+        """See RowStep."""
+
+        def apply(example: Example) -> Example | Drop:
+            for text in texts(example, self.field):
+                if fault := self.fault(text):
+                    return dropped(example, "repetition", fault, step=self.kind)
+            return example
+
+        return apply
+
+    def fault(self, text: str) -> str:
+        """What is repeated too much, as a sentence; nothing for a good text. Code blocks are not looked at."""
+        prose = without_code(text)
+        if match := _ONE_CHARACTER.search(prose):
+            return f"the character {match.group(1)!r} {len(match.group())} times in a row"
+        said = words(prose)[:_LOOKED_AT]
+        if fault := _looped(said, self.loop):
+            return fault
+        if len(said) < max(self.min_words, 2):
+            return ""
+        return _lines_fault(prose, self.scale) or _ngrams_fault(said, self.scale)
+
+
+def _looped(said: Sequence[str], loop: int) -> str:
+    """A run of the same one to eight words, at least `loop` times in a row and over half of the text."""
+    if len(said) < loop or len(set(said)) > len(said) * (0.5 + _LONGEST_LOOP / max(len(said), 1)):
+        return ""
+    for size in range(1, _LONGEST_LOOP + 1):
+        run = longest = end = 0
+        for place in range(size, len(said)):
+            run = run + 1 if said[place] == said[place - size] else 0
+            if run > longest:
+                longest, end = run, place
+        covered = longest + size
+        if longest and covered >= size * loop and 2 * covered >= len(said):
+            phrase = " ".join(said[end - size + 1 : end + 1])
+            return f"{phrase[:60]!r} {covered // size} times in a row, {covered} of {len(said)} words"
+    return ""
+
+
+def _lines_fault(prose: str, scale: float) -> str:
+    for what, separator, most_share, most_characters in (("lines", "\n", 0.30, 0.20), ("paragraphs", "\n\n", 0.30, 0.20)):
+        pieces = [piece.strip() for piece in prose.split(separator)]
+        pieces = [piece for piece in pieces if piece and not _RULE.match(piece)]
+        if len(pieces) < 3 or len(set(pieces)) == len(pieces):
+            continue
+        again = [piece for piece, count in Counter(pieces).items() for _ in range(count - 1)]
+        share = len(again) / len(pieces)
+        characters = sum(map(len, again)) / sum(map(len, pieces))
+        if share > most_share * scale:
+            return f"{share:.0%} of the {what} stand there already; at most {most_share * scale:.0%}"
+        if characters > most_characters * scale:
+            shown = f"{characters:.0%} of the characters are in {what} that stand there already"
+            return f"{shown}; at most {most_characters * scale:.0%}"
+    return ""
+
+
+def _ngrams_fault(said: list[str], scale: float) -> str:
+    counts = Counter(said)
+    if counts.most_common(1)[0][1] < 2:
+        return ""
+    lengths = [len(word) for word in said]
+    total = sum(lengths)
+    for size, most in TOP_NGRAM.items():
+        gram, count = Counter(zip(*(said[shift:] for shift in range(size)), strict=False)).most_common(1)[0]
+        # n-grams of a loop overlap: no character counts twice
+        share = min(1.0, count * sum(map(len, gram)) / total)
+        if count >= _TOP_SEEN and share > most * scale:
+            return f"{' '.join(gram)[:60]!r} {count} times, {share:.0%} of the characters; at most {most * scale:.0%}"
+    for size, most in SEEN_NGRAMS.items():
+        share = _seen_share(said, lengths, size) / total
+        if share == 0:
+            return ""  # nor is any longer one seen twice
+        if share > most * scale:
+            return f"{share:.0%} of the characters are in {size}-grams that stand there already; at most {most * scale:.0%}"
+    return ""
+
+
+def _seen_share(said: list[str], lengths: list[int], size: int) -> int:
+    """Characters of the words that are in an n-gram seen before, each counted once."""
+    seen: set[tuple[str, ...]] = set()
+    covered, upto = 0, 0
+    for place, gram in enumerate(zip(*(said[shift:] for shift in range(size)), strict=False)):
+        if gram in seen:
+            covered += sum(lengths[max(place, upto) : place + size])
+            upto = place + size
+        else:
+            seen.add(gram)
+    return covered

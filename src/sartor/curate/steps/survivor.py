@@ -1,0 +1,58 @@
+"""Which of several duplicate rows stays: by a declared rule the row of the highest number, of equals the first read."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from sartor.core import licences
+from sartor.core.records import Example
+from sartor.curate.steps.quality import quality
+
+Keep = Literal["longest", "first", "newest", "best_licence", "best_quality"]
+Field = Literal["both", "prompt", "reply", "all"]
+KEEP_HELP = "which row stays: the longest, first (read), newest (by its date), best_licence (that permits most), best_quality"
+FIELD_HELP = "what is compared: prompt (the user's turns), reply (the last), both (all of user and assistant), all (system too)"
+
+
+def ranks(examples: Sequence[Example], rule: Keep, field: Field) -> Any:
+    """(N,) float64."""
+    return np.array([_RULES[rule](example, field) for example in examples], np.float64)
+
+
+def text_of(example: Example, field: Field) -> str:
+    """The text that is compared."""
+    if field == "reply":
+        return example.reply
+    roles = {"prompt": ("user",), "both": ("user", "assistant"), "all": ("system", "user", "assistant", "tool")}[field]
+    return "\n".join(message.text for message in example.messages if message.role in roles)
+
+
+def _length(example: Example, field: Field) -> float:
+    return float(len(text_of(example, field)))
+
+
+def _date(example: Example, field: Field) -> float:
+    """Seconds since 1970 of the newest origin; a row without a date is older than any with one."""
+    found = [-np.inf]
+    for origin in example.origins:
+        if origin.date:
+            date = datetime.datetime.fromisoformat(origin.date)
+            found.append((date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp())
+    return float(max(found))
+
+
+def _licence(example: Example, field: Field) -> float:
+    return max(licences.rank(origin.licence) for origin in example.origins)
+
+
+_RULES: dict[str, Callable[[Example, Field], float]] = {
+    "longest": _length,
+    "first": lambda example, field: 0.0,
+    "newest": _date,
+    "best_licence": _licence,
+    "best_quality": lambda example, field: quality(example),
+}

@@ -1,0 +1,186 @@
+"""The texts of a row: which messages a step looks at, how it rewrites them, and words, sentences and code in them.
+
+A step's option `field` names messages: `reply` the last one, `replies` every turn of the assistant, `prompt` every turn of the
+user, `system` the system's, `all` each of them. Rewriting covers the rejected reply of a preference pair wherever the chosen
+one is covered; judging looks at the chosen one alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+from sartor.core.records import Drop, Example, Message, Part
+from sartor.curate.steps.contract import dropped
+
+Field = Literal["reply", "replies", "prompt", "system", "all"]
+FIELD_TEXT = "reply (the last), replies (the assistant's turns), prompt (the user's turns), system, or all"
+
+_ROLES = {"replies": "assistant", "prompt": "user", "system": "system"}
+# Scripts that put no space between words: each character counts as a word.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:['’][^\W{_UNSPACED}]+)*")
+_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[^\n]*\n(?:.*?^ {0,3}\1[^\n]*$|.*\Z)", re.M | re.S)
+_INLINE = re.compile(r"(`{1,2})(?!`)[^`\n]+\1")
+_ADDRESS = re.compile(r"(?:https?://|www\.)\S+|\S+@\S+\.\w+")
+_BREAK = re.compile(r"([.!?…]+[\"'”’)\]]*)[ \t]+(?=(\S))|[。！？]+[」』”）]*")
+_ABBREVIATION = re.compile(
+    r"(?:^|[\s(\"'])(?:[^\W\d_]|\w\.\w|[Mm]rs?|[Mm]s|[Dd]rs?|[Pp]rof|[Ss]t|[Jj]r|[Ss]r|approx|ca|bl\.a|t\.ex|e\.g|i\.e|vs|kap|nr|Nr|"
+    r"resp|bzw|z\.B|p\.ej|núm)\.$"
+)
+_CODE_LINE = re.compile(
+    r"[;{}]\s*$|^\s*(?:def |class |import |from \w[\w.]* import |return\b|#include|for \(|if \(|while \(|const |let |var |"
+    r"function |public |private |SELECT |INSERT |UPDATE |\$ |>>> |</?\w)|^\s*[\w.\[\]]+ ?[-+*/]?= ?\S|^\s*[\w.]+\(.*\)\s*:?$"
+)
+
+
+def is_chosen(field: str, place: int, example: Example) -> bool:
+    """Whether the message number `place` of an Example is of a field."""
+    if field == "all":
+        return True
+    return place == len(example.messages) - 1 if field == "reply" else example.messages[place].role == _ROLES[field]
+
+
+def texts(example: Example, field: str) -> list[str]:
+    """The texts of a field that are not blank, in order."""
+    return [
+        text
+        for place, message in enumerate(example.messages)
+        if is_chosen(field, place, example) and (text := message.text).strip()
+    ]
+
+
+def rewritten(example: Example, change: Callable[[str], str], field: str, step: str) -> Example | Drop:
+    """The Example with every text part of a field changed: itself where nothing changes.
+
+    A system message of which nothing is left goes; any other turn of which nothing is left makes the row a Drop.
+    """
+    messages, emptied = [], ""
+    for place, message in enumerate(example.messages):
+        after = _changed(message, change) if is_chosen(field, place, example) else message
+        gone = after is not message and _is_blank(after) and not _is_blank(message)
+        if gone and message.role != "system":
+            emptied = emptied or f"turn {place + 1} ({message.role})"
+        if not (gone and message.role == "system"):
+            messages.append(after)
+    rejected = example.rejected if field in ("prompt", "system") else tuple(_changed(turn, change) for turn in example.rejected)
+    if any(_is_blank(after) and not _is_blank(turn) for turn, after in zip(example.rejected, rejected, strict=True)):
+        emptied = emptied or "the rejected reply"
+    if emptied:
+        return dropped(example, "nothing_left", f"nothing of {emptied} is left", step=step)
+    if _are_same(messages, example.messages) and _are_same(rejected, example.rejected):
+        return example
+    return replace(example, messages=tuple(messages), rejected=rejected)
+
+
+def _changed(message: Message, change: Callable[[str], str]) -> Message:
+    parts = tuple(_changed_part(part, change) for part in message.content)
+    return message if _are_same(parts, message.content) else replace(message, content=parts)
+
+
+def _changed_part(part: Part, change: Callable[[str], str]) -> Part:
+    if part.kind != "text":
+        return part
+    text = change(part.text)
+    return part if text == part.text else replace(part, text=text)
+
+
+def _are_same(some: object, others: object) -> bool:
+    """Whether two sequences hold the very same objects."""
+    return len(some) == len(others) and all(map(lambda a, b: a is b, some, others))  # type: ignore[arg-type, call-overload]
+
+
+def _is_blank(message: Message) -> bool:
+    return not message.tool_calls and not any(part.media or part.text.strip() for part in message.content)
+
+
+def word_set(said: str) -> frozenset[str]:
+    """The words of a line, as a set: for lists of words in code."""
+    return frozenset(said.split())
+
+
+def words(text: str) -> list[str]:
+    """Words in small letters; of scripts without spaces (Chinese, Japanese, Thai, ...) each character."""
+    return _WORD.findall(text.lower())
+
+
+def begins_alike(one: str, other: str) -> bool:
+    """Whether two texts begin with the same word: a quick look before a long one."""
+    first, second = _WORD.search(one), _WORD.search(other)
+    return bool(first and second) and first.group().lower() == second.group().lower()  # type: ignore[union-attr]
+
+
+def normal_line(text: str) -> str:
+    """A line or sentence as it is compared with others: small letters, single spaces, no mark of a list before it."""
+    return " ".join(text.split()).lstrip("-*•> ").casefold()
+
+
+def sentences(line: str) -> list[str]:
+    """A line cut into its sentences; joined they are the line again. After an abbreviation or an initial it is not cut."""
+    found, start = [], 0
+    for match in _BREAK.finditer(line):
+        following = match.group(2) or ""
+        if match.group(1) == "." and (following.islower() or _ABBREVIATION.search(line[start : match.start() + 1][-12:])):
+            continue
+        found.append(line[start : match.end()])
+        start = match.end()
+    found.append(line[start:])
+    return [part for part in found if part]
+
+
+def without_code(text: str) -> str:
+    """The prose of a text: fenced and inline code, web and mail addresses are left out."""
+    if "```" in text or "~~~" in text:
+        text = _FENCE.sub(" ", text)
+    if "`" in text:
+        text = _INLINE.sub(" ", text)
+    return _ADDRESS.sub(" ", text) if "@" in text or "://" in text or "www." in text else text
+
+
+def split_code(text: str) -> list[tuple[bool, str]]:
+    """(whether it is code, piece) of a text cut at its fenced and inline code; joined they are the text again."""
+    if "`" not in text and "~~~" not in text:
+        return [(False, text)]
+    pieces: list[tuple[bool, str]] = []
+    for is_fenced, piece in _split(_FENCE, text):
+        pieces.extend([(True, piece)] if is_fenced else _split(_INLINE, piece))
+    return pieces
+
+
+def _split(pattern: re.Pattern[str], text: str) -> list[tuple[bool, str]]:
+    pieces, start = [], 0
+    for match in pattern.finditer(text):
+        pieces += [(False, text[start : match.start()]), (True, match.group())]
+        start = match.end()
+    return [piece for piece in [*pieces, (False, text[start:])] if piece[1]]
+
+
+def code_spans(text: str) -> list[tuple[int, int]]:
+    """(start, end) of each piece of code in a text."""
+    spans, at = [], 0
+    for is_code, piece in split_code(text):
+        if is_code:
+            spans.append((at, at + len(piece)))
+        at += len(piece)
+    return spans
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is one JSON object or list."""
+    text = text.strip()
+    if text[:1] not in "{[" or text[-1:] not in "}]":
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def is_code(text: str) -> bool:
+    """Whether at least half of a text's lines look like source code, markup or a command."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    return bool(lines) and 2 * sum(bool(_CODE_LINE.search(line[:500])) for line in lines) >= len(lines)

@@ -1,0 +1,197 @@
+"""A worker's work: one piece of the rows through the row steps of a pass, and sketched for the SetSteps that end it.
+
+A Task is all that a worker needs, on this machine or on another that sees the same paths; it writes a Part and hands back
+only the summary.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sartor.core import rows
+from sartor.core.records import Drop, Example, Origin, digest
+from sartor.curate import parts
+from sartor.curate.recipe import Source
+from sartor.curate.sources.units import Unit, read
+from sartor.curate.steps.contract import Counting, RowFunction, RowStep, SetStep
+
+BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a row takes over from rows of equal content that were removed."""
+
+    origins: tuple[Origin, ...]
+    split: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of one pass. Of the first pass `unit` and `source` say what to read, of a later one `before` is the part.
+
+    gone, merged: by position in `before`. bytes: of the piece, for the progress line.
+    """
+
+    part: Path
+    key: str
+    folder: Path  # of the whole work: media paths are relative to it
+    steps: tuple[RowStep, ...]
+    sets: tuple[SetStep, ...]
+    unit: Unit | None = None
+    source: Source | None = None
+    strict: bool = False
+    before: Path | None = None
+    gone: frozenset[int] = frozenset()
+    merged: Mapping[int, Merged] = field(default_factory=dict)
+
+
+def execute(task: Task) -> dict[str, Any]:
+    """Make the Part of a task, or find it standing; returns its summary and `was_there`. Raises what steps and readers do."""
+    if there := parts.find(task.part, task.key):
+        return {**there.summary, "was_there": True}
+    began = time.monotonic()
+
+    def fill(folder: Path) -> dict[str, Any]:
+        line = _Line(task)
+        _write(line, folder)
+        summary = line.summary()
+        return {**summary, "wall_s": round(time.monotonic() - began, 3)}
+
+    return {**parts.write(task.part, task.key, fill).summary, "was_there": False}
+
+
+@functools.lru_cache(maxsize=32)
+def _opened(step: Any, folder: Path) -> RowFunction:
+    """A step's function, once per process: opening may read a model."""
+    function: RowFunction = step.open(folder)
+    return function
+
+
+class _Line:
+    """The rows of a task on their way through its steps; what falls off is kept beside."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.functions = [(step.kind, _opened(step, task.folder)) for step in task.steps]  # type: ignore[arg-type]
+        self.counting = {kind: function for kind, function in self.functions if isinstance(function, Counting)}
+        for function in self.counting.values():
+            function.tally.clear()
+        self.drops: list[Drop] = []
+        self.read: Counter[str] = Counter()
+        self.notes: Counter[tuple[str, str]] = Counter()
+        self.kept = 0
+
+    def rows(self) -> Iterator[tuple[str, Example]]:
+        """Rows that came through every step, each with the id that it came with if that is another."""
+        for row in self._incoming():
+            outcome = through(row, self.functions)
+            if isinstance(outcome, Drop):
+                self.drops.append(outcome)
+            else:
+                self.kept += 1
+                yield "" if outcome.id == row.id else row.id, outcome
+
+    def _incoming(self) -> Iterator[Example]:
+        task = self.task
+        if task.before is not None:
+            for number, row in enumerate(parts.Part(task.before, {}).examples()):
+                if number not in task.gone:
+                    more = task.merged.get(number)
+                    yield taken_over(row, more) if more else row
+            return
+        assert task.unit is not None and task.source is not None
+        for found in read(task.unit, task.source, task.folder / "media", task.strict, self.notes):
+            place = found.locator if isinstance(found, Drop) else found.origins[0].locator
+            self.read[place.rpartition(":")[0]] += 1
+            if isinstance(found, Drop):
+                self.drops.append(found)
+            else:
+                # replace() forgets the id that was computed
+                yield replace(found, split=task.source.split) if task.source.split else found
+
+    def summary(self) -> dict[str, Any]:
+        """What the pipeline needs to know of the part."""
+        tally = {kind: dict(function.tally) for kind, function in self.counting.items()}
+        notes = [[*note, count] for note, count in self.notes.items()]
+        return {"read": dict(self.read), "notes": notes, "kept": self.kept, "dropped": len(self.drops), "tally": tally}
+
+
+def through(row: Example, functions: Sequence[tuple[str, RowFunction]]) -> Example | Drop:
+    """The row after each step in turn, or the Drop of the first that drops it; `steps` notes those that changed it."""
+    for kind, function in functions:
+        outcome = function(row)
+        if isinstance(outcome, Drop):
+            return outcome
+        if outcome is not row and outcome.id != row.id:
+            outcome = replace(outcome, steps=(*row.steps, kind))
+        row = outcome
+    return row
+
+
+def taken_over(row: Example, more: Merged) -> Example:
+    """The row with the origins of its equals. Of two splits eval wins, so that no held-out row is trained on."""
+    return replace(row, origins=row.origins + more.origins, split=more.split, group=more.group)
+
+
+def _write(line: _Line, folder: Path) -> None:
+    coming, sets = line.rows(), line.task.sets
+    with ExitStack() as stack:
+        writer = stack.enter_context(pq.ParquetWriter(folder / "examples.parquet", rows.EXAMPLES, compression="zstd"))
+        index = _arrow(stack, folder / "index.arrow", parts.INDEX)
+        files: list[Any] = []
+        while True:
+            pairs = list(islice(coming, BATCH_ROWS))
+            batch = [row for _, row in pairs]
+            tables = [step.sketch(batch, line.task.folder) for step in sets]
+            files = files or [_arrow(stack, folder / f"sketch-{n}.arrow", table.schema) for n, table in enumerate(tables)]
+            if batch:
+                writer.write_table(rows.examples_table(batch))
+                index.write_table(index_table(batch, [was for was, _ in pairs]))
+                for file, table in zip(files, tables, strict=True):
+                    file.write_table(table)
+            if len(batch) < BATCH_ROWS:
+                break
+    rows.write_drops(folder / "drops.parquet", line.drops)
+
+
+def _arrow(stack: ExitStack, file: Path, schema: Any) -> Any:
+    return stack.enter_context(pa.ipc.new_file(stack.enter_context(pa.OSFile(str(file), "wb")), schema))
+
+
+def index_table(batch: Sequence[Example], was: Sequence[str]) -> Any:
+    """The columns of `parts.INDEX`. `group` is what may not straddle the split if the recipe splits by group: the row's own
+    group, or where it has none its prompt (a document: itself); `own_group` is the row's own, perhaps empty.
+    """
+    return pa.table(
+        {
+            "id": [row.id for row in batch],
+            "was": list(was),
+            "source": [row.origins[0].source for row in batch],
+            "locator": [row.origins[0].locator for row in batch],
+            "split": [row.split for row in batch],
+            "group": [prompt_group(row) for row in batch],
+            "own_group": [row.group for row in batch],
+        },
+        schema=parts.INDEX,
+    )
+
+
+def prompt_group(row: Example) -> str:
+    """A name for what the row asks: rows with the same user turns share it."""
+    if row.is_document:
+        return row.id
+    prompt = [message.plain() for message in row.messages if message.role == "user"]
+    return f"prompt:{digest(prompt)[:16]}"

@@ -1,0 +1,70 @@
+"""Whether the licences of an Adapter's sources and base permit a use; by name of source and row, with what would help."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sartor.core import licences, lineage, lineage_index
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import ConfigError
+from sartor.core.licences import USES, Objection
+from sartor.core.lineage_index import Pair
+
+
+def check_use(use: str) -> None:
+    """Raise ConfigError for a use that there is not, naming the one meant."""
+    if use not in USES:
+        meant = difflib.get_close_matches(use, USES, n=1)
+        raise ConfigError(f"there is no use {use!r}; there are {', '.join(USES)}", f"--use {meant[0] if meant else USES[0]}")
+
+
+def refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
+    """Why the Adapter may not be released for this use, in sentences, and what would help; nothing when it may.
+
+    A row that a second source also holds, which permits the use, is no reason: the licence that permits is the one used.
+    """
+    sources = licences.made_from(adapter.manifest)
+    objections = licences.objections(sources, use)
+    dataset = lineage.find_parent(adapter, "dataset") if objections else None
+    of_source: dict[str, list[Objection]] = {}
+    for objection in objections:
+        of_source.setdefault(objection.source, []).append(objection)
+    refused: dict[str, str] = {}
+    blamed = {(objection.source, objection.path) for objection in objections}
+    for name, found in of_source.items():
+        rows = _rows(sources, dataset, blamed, {(objection.source, objection.path) for objection in found})
+        if rows != NO_ROWS:
+            refused[name] = f"{name} {' and '.join(dict.fromkeys(objection.why for objection in found))}{rows}"
+    clashes = licences.conflicts(sources) if use != "internal" else []
+    return [*refused.values(), *clashes], _remedy(sources, dataset, list(refused)) if refused or clashes else ""
+
+
+NO_ROWS = " (0 rows)"
+
+
+def _rows(sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, blamed: set[Pair], pairs: set[Pair]) -> str:
+    """How many rows, and the first of them: from the Dataset, or where it is gone from what the manifest counted."""
+    if all(not path for _, path in pairs):  # the base
+        return ""
+    if dataset is None:
+        count = sum(source["kept"] for source in sources if (source["source"], source.get("path", "")) in pairs)
+        return f" ({count:,} rows)"
+    found = lineage_index.rows_only_from(dataset, blamed, pairs)
+    more = f" and {found.count - len(found.first):,} more" if found.count > len(found.first) else ""
+    first = ", ".join(f"{locator} is {row[:12]}" for row, locator in found.first)
+    return f" ({found.count:,} rows{': ' if first else ''}{first}{more})"
+
+
+def _remedy(sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, refused: Sequence[str]) -> str:
+    """Uses that would pass, else what to leave out."""
+    uses = licences.permitted(sources)
+    said = [f"--use {' or '.join(uses)} is permitted"] if uses else []
+    named = [name for name in refused if not name.startswith("base ")]
+    if len(named) < len(refused):
+        said.append("state the licence of the base (base.licence in the tuning recipe), or tune another")
+    if named:
+        where = dataset.path if dataset else "DATASET"
+        said.append(f"leave out {', '.join(named[:3])} and curate and tune again (sartor revoke {where} --source {named[0]})")
+    return "; ".join(said)
