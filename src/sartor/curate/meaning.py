@@ -19,8 +19,8 @@ _ROUNDS = 8
 
 @dataclass(frozen=True)
 class Pair:
-    """Rows a < b that say the same: `likeness` is the cosine of their vectors, `words` the share
-    of words in common; of two fields the lower.
+    """Rows a < b that say the same: `likeness` is their vectors' cosine, `words` the share of words in common (of two fields
+    the lower).
     """
 
     a: int
@@ -44,8 +44,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Rules:
-    """`threshold`: cosine of the vectors from which a pair is looked at; `agreement`: share of words in common from which it
-    is one; `most`: nearest rows of each row that are looked at.
+    """`threshold`: cosine of the vectors from which a pair is looked at; `agreement`: share of words in common from which
+    it is one; `most`: nearest rows of each row that are looked at.
     """
 
     threshold: float
