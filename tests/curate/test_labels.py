@@ -15,10 +15,10 @@ from curate.gathering import example, gather
 from sartor.core import assets
 from sartor.core.errors import AssetError, ConfigError, GuardError
 from sartor.core.records import Example
-from sartor.curate import vectors
 from sartor.curate.labels import folds, target
 from sartor.curate.labels.ruling import without_frame
 from sartor.curate.labels.suspects import judge
+from sartor.curate.likeness import vectors
 from sartor.curate.steps.contract import Gathered, Verdicts
 from sartor.curate.steps.labels import EVIDENCE, SuspiciousLabels
 

@@ -152,6 +152,18 @@ def test_a_threshold_that_the_evidence_cannot_answer_is_refused(tmp_path: Path) 
         sartor.rethreshold(later.dataset.path, tmp_path / "g", threshold=0.8)
 
 
+def test_a_queue_names_rows_by_the_ids_they_have_in_the_end_and_quotes_no_personal_data(tmp_path: Path) -> None:
+    secret = "anna.berg@example.com"
+    data = [row(f"{verb} door {n} for {secret}", verb) for n in range(12) for verb in ("open", "close")]
+    data[5]["answer"] = "open"
+    made = curate(tmp_path, [{"suspicious_labels": {"encoder": "tfidf", "queue_fraction": 1}}, "personal_data"], data)
+    queue = pl.read_parquet(tmp_path / "d" / "evidence" / "suspicious_labels.parquet")
+    ids = {example.id for example in sartor.read_examples(made.dataset)}
+    assert set(queue["id"]) == ids and queue.sort("rank")["locator"][0] == "a.jsonl:6"
+    assert {near["id"] for nears in queue["evidence"].to_list() for near in nears} <= ids
+    assert secret not in json.dumps(queue.to_dicts()) and "<EMAIL_1>" in queue["prompt"][0]
+
+
 def test_personal_data_is_nowhere_in_the_dataset_whatever_step_dropped_the_row(tmp_path: Path) -> None:
     secret = "anna.berg@example.com"
     data = [

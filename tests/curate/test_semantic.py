@@ -10,7 +10,7 @@ import pytest
 from curate.gathering import example, gather
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Example
-from sartor.curate import neighbours
+from sartor.curate.likeness import neighbours
 from sartor.curate.steps.contract import Verdicts
 from sartor.curate.steps.semantic import EVIDENCE, SemanticDuplicates
 

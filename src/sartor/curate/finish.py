@@ -17,7 +17,7 @@ from sartor.core import rows
 from sartor.core.holdout import held_out_groups
 from sartor.core.records import Drop, Example
 from sartor.curate.parts import Part
-from sartor.curate.passes import Removed, State, moved_ids, picked, takeovers
+from sartor.curate.passes import Removed, State, moved_ids, picked, rewritten, takeovers
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.steps.contract import Removal, dropped
 from sartor.curate.work import Merged
@@ -165,15 +165,16 @@ NO_QUOTES = frozenset(["reason", "source", "locator", "step", "id", "kept", "met
 }
 
 
+class _Quoting:
+    """The names of columns that may quote a row: all but those of NO_QUOTES."""
+
+    def __contains__(self, name: object) -> bool:
+        return name not in NO_QUOTES
+
+
 def masked(table: Any, masks: Masks) -> Any:
     """A table of drops or evidence whose quoted texts hold no personal data."""
-    if masks.are_none:
-        return table
-    for place, field in enumerate(table.schema):
-        if field.type == pa.string() and field.name not in NO_QUOTES:
-            column = [text if text is None else masks.text(text) for text in table[field.name].to_pylist()]
-            table = table.set_column(place, field, pa.array(column, pa.string()))
-    return table
+    return table if masks.are_none else rewritten(table, _Quoting(), masks.text)
 
 
 def masked_facts(facts: Any, masks: Masks) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -234,11 +234,33 @@ ID_COLUMNS = ("id", "a", "b")
 def evidence_of(state: State) -> Iterator[tuple[str, Any]]:
     """(name, Arrow table) of what steps found, by the ids that the rows have in the end."""
     for name, (known, table) in state.evidence.items():
-        for place, column in enumerate(table.column_names):
-            if column in ID_COLUMNS:
-                moved = pa.array(moved_ids(state, known, table[column].to_pylist()), pa.string())
-                table = table.set_column(place, column, moved)
-        yield name, table
+        ids: list[str] = []
+        rewritten(table, ID_COLUMNS, ids.append)
+        now = dict(zip(ids, moved_ids(state, known, ids), strict=True))
+        yield name, rewritten(table, ID_COLUMNS, now.__getitem__)
+
+
+def rewritten(table: Any, names: Container[str], change: Callable[[str], Any]) -> Any:
+    """An Arrow table with `change` applied to every text in columns, and in fields of nested columns, of these names."""
+
+    def inside(value: Any) -> Any:
+        if isinstance(value, list):
+            return [inside(item) for item in value]
+        if isinstance(value, dict):
+            return {
+                name: change(inner) if isinstance(inner, str) and name in names else inside(inner)
+                for name, inner in value.items()
+            }
+        return value
+
+    for place, column in enumerate(table.schema):
+        is_named = column.type == pa.string() and column.name in names
+        if is_named or pa.types.is_nested(column.type):
+            values = table[column.name].to_pylist()
+            changed = [None if value is None else change(value) if is_named else inside(value) for value in values]
+            if not all(value is None for value in changed):
+                table = table.set_column(place, column, pa.array(changed, column.type))
+    return table
 
 
 def moved_ids(state: State, known: int, ids: Sequence[str]) -> list[str]:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.curate import alike, neighbours
 from sartor.curate.labels.folds import I64
+from sartor.curate.likeness import alike, neighbours
 
 MOST_NEIGHBOURS = 10
 PRIOR = 0.5  # of agreement, as much as half a neighbour says: a lone contradiction weighs less than three

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sartor.curate import neighbours
+from sartor.curate.likeness import neighbours
 from sartor.curate.steps.contract import Gathered
 
 SHOWN_CHARACTERS = 300

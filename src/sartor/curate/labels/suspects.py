@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.errors import need
-from sartor.curate import tfidf
 from sartor.curate.labels.folds import I64, Features, Likely, out_of_fold
+from sartor.curate.likeness import tfidf
 
 LEAST_ROWS = 10
 # Other rows with the same prompt weigh against the model as n to n + PROMPT_WEIGHT: copies are no independent witnesses.

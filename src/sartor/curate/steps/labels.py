@@ -13,10 +13,10 @@ import pyarrow as pa
 from sartor.core.config import option
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Example
-from sartor.curate import vectors
 from sartor.curate.labels import target
 from sartor.curate.labels.queue import Ruling, table
 from sartor.curate.labels.ruling import Settings, rule
+from sartor.curate.likeness import vectors
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
 
 EVIDENCE = "suspicious_labels"

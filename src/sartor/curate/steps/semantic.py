@@ -13,10 +13,10 @@ import pyarrow as pa
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example
-from sartor.curate import meaning, vectors
 from sartor.curate.dedup import clusters
 from sartor.curate.dedup.pairs import Pairs
 from sartor.curate.dedup.verify import Rules
+from sartor.curate.likeness import meaning, vectors
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
 from sartor.curate.steps.survivor import KEEP_HELP, Field, Keep, ranks
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sartor.curate import alike, neighbours
 from sartor.curate.dedup.graph import components, places_of
+from sartor.curate.likeness import alike, neighbours
 
 # Replies of so few content words, and JSON, are labels or values: these are equal or not, but never alike.
 FEW_WORDS = 3

@@ -53,7 +53,7 @@ class Words:
 @cache
 def words() -> Words:
     """The lists, read once."""
-    lists = tomllib.loads((importlib.resources.files("sartor.curate") / "words.toml").read_text(encoding="utf-8"))
+    lists = tomllib.loads((importlib.resources.files("sartor.curate.likeness") / "words.toml").read_text(encoding="utf-8"))
     opposites: dict[str, frozenset[int]] = {}
     for number, group in enumerate(lists["opposites"]):
         for word in group.split():
