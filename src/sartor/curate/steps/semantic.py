@@ -18,7 +18,7 @@ from sartor.curate.dedup import clusters
 from sartor.curate.dedup.pairs import Pairs
 from sartor.curate.dedup.verify import Rules
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
-from sartor.curate.steps.survivor import KEEP_HELP, Field, Keep, ranks
+from sartor.curate.steps.survivor import KEEP_HELP, Field, Keep, has_media, ranks
 
 EVIDENCE = "semantic_pairs"
 METHOD = "vectors and words"
@@ -26,7 +26,10 @@ METHOD = "vectors and words"
 
 @dataclass(frozen=True)
 class SemanticDuplicates:
-    """Rows near by their vectors and alike by their words are one; numbers, negations and opposites must agree."""
+    """Rows near by their vectors and alike by their words are one; numbers, negations and opposites must agree.
+
+    Rows with an image or a recording are let be: their text does not tell what they show. `image_duplicates` compares them.
+    """
 
     field: Field = option("both", "what must be alike: prompt, reply, both (each of the two), or all (the row as one text)")
     threshold: float = option(0.8, "cosine of the vectors from which a pair is looked at, 0..1")
@@ -62,6 +65,8 @@ class SemanticDuplicates:
         )
 
     def _text(self, example: Example) -> str:
+        if has_media(example):
+            return ""  # compared with nothing
         prompt = vectors.prompt_text(example)
         if self.field == "all":
             return "\n".join(message.text for message in example.messages)
