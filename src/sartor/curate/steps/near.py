@@ -87,7 +87,7 @@ class NearDuplicates:
         removals = clusters.resolve(found.pairs, rank, rules)
         locators = table["locator"]
         media = sum(table["media"].to_pylist())
-        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow)
+        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         clusters.guard(removals, table["source"].to_numpy(), gathered.sources, limits, lambda row: str(locators[row].as_py()))
         facts = {
             "rules": asdict(rules),

@@ -108,7 +108,7 @@ class SemanticDuplicates:
         a, b = (np.array(compared[[getattr(pair, end) for pair in found.pairs]], np.int64) for end in ("a", "b"))
         edges = Pairs(a, b, scores, np.zeros_like(scores), np.zeros(len(a), bool))
         gone = clusters.resolve(edges, gathered.table["rank"].to_numpy(), Rules(threshold=0.0, floor=0.0, contained=0.0))
-        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow)
+        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         locators = gathered.table["locator"]
         sources = np.array(gathered.table["source"].to_pylist(), np.int64)
         clusters.guard(gone, sources, gathered.sources, limits, lambda row: str(locators[row].as_py()))
