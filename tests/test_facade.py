@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +91,9 @@ def test_an_error_is_one_json_object_and_an_exit_code(arguments: list[str], code
     assert error["kind"] == kind
     assert error["problem"] and error["remedy"]
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m sartor keygen {tmp_path}/k | true; echo ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert "Traceback" not in found.stderr and found.stdout.strip() in ("0", "141")

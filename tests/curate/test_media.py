@@ -16,6 +16,7 @@ import pytest
 import soundfile
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, PngImagePlugin
 
+import sartor
 from conftest import write_jsonl
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Drop, Example, Message, Origin, Part
@@ -463,3 +464,19 @@ def test_rows_of_text_pass_the_media_steps_untouched(tmp_path: Path) -> None:
     assert Counter(step.kind for step in (Images(), Audio(), ImageDuplicates())) == Counter(
         ["images", "audio", "image_duplicates"]
     )
+
+
+@pytest.mark.parametrize(
+    "step", ["near_duplicates", "semantic_duplicates", {"exact_duplicates": "words"}, {"suspicious_labels": {"action": "drop"}}]
+)
+def test_steps_that_compare_texts_leave_rows_with_pictures_alone(tmp_path: Path, step: Any) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for seed in range(5):
+            scene(seed + 10 * (name == "dog")).save(tmp_path / "in" / name / f"{seed}.png")
+    source = {"path": str(tmp_path / "in"), "licence": "CC0-1.0", "captions": "folder", "prompt": "Which animal?"}
+    made = sartor.curate({"sources": [source], "steps": [step], "workers": 1}, tmp_path / "out")
+    assert made.kept == 10
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    facts = manifest["card"]["steps"] if "card" in manifest else manifest.get("steps", {})
+    assert not any(found.get("suspicious") or found.get("pairs") for found in facts.values())

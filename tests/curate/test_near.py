@@ -110,7 +110,7 @@ def test_a_source_that_would_go_stops_and_asks(tmp_path: Path) -> None:
     data = [row(f"Question {'abcdefghijklmnop'[n]} on it", TEXT + " again" * n) for n in range(12)]
     with pytest.raises(GuardError, match="11 of the 12 rows of .*a.jsonl") as caught:
         curate(tmp_path, ["near_duplicates"], data)
-    assert "allow" in caught.value.remedy and caught.value.exit_code == 5
+    assert "`allow: [" in caught.value.remedy and "--" not in caught.value.remedy and caught.value.exit_code == 5
     assert not (tmp_path / "d").exists()
     allowed = {"allow": [str(tmp_path / "a.jsonl")], "max_fraction": 1.0}
     assert curate(tmp_path, [{"near_duplicates": allowed}], data).kept == 1

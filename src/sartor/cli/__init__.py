@@ -11,6 +11,7 @@ Every command takes `--json`: one JSON object on the last line of stdout; progre
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from typing import Any, NoReturn
@@ -50,14 +51,23 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             _add_options(arguments[0])
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         _show(result, as_json)
+        sys.stdout.flush()
+    except BrokenPipeError:  # its reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except SartorError as error:
         _fail(error, as_json)
     except CycloptsError as error:
-        _fail(ConfigError(str(error).strip() or "the command line is wrong", "sartor COMMAND --help"), as_json)
+        _fail(ConfigError(str(error).strip() or "the command line is wrong", _help_of(arguments)), as_json)
     except KeyboardInterrupt:
         print("\ninterrupted; the artefact in work was not written", file=sys.stderr)
         raise SystemExit(130) from None
     raise SystemExit(0)
+
+
+def _help_of(arguments: list[str]) -> str:
+    known = bool(arguments) and arguments[0] in app and not arguments[0].startswith("-")
+    return f"sartor {arguments[0]} --help" if known else "sartor --help"
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

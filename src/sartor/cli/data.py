@@ -86,11 +86,11 @@ def dedup(
 
 @app.command
 def rethreshold(path: Path, *, threshold: float, out: Path, replace: REPLACE = False) -> Any:
-    """The result of `sartor dedup` at another threshold, from its verified pairs: nothing is compared again.
+    """What `sartor dedup` or a Dataset's `near_duplicates` found, at another threshold. Nothing is compared again.
 
     Parameters
     ----------
-    path: what `sartor dedup` wrote
+    path: what `sartor dedup` wrote, or a Dataset made with `near_duplicates`
     threshold: not below the `floor` that its JSON names
     out: directory of the new result
     replace: replace what stands at --out

@@ -105,7 +105,7 @@ class _Rethreshold:
         sources = [origins[0]["source"] for table in (self.kept, self.aside) for origins in table["origins"].to_pylist()]
         names = sorted(set(sources))
         numbers = np.array([names.index(sources[row]) for row in read], np.int64)
-        limits = clusters.Limits(self.step.max_source_fraction, self.step.max_fraction, allow=self.step.allow)
+        limits = clusters.Limits(self.step.max_source_fraction, self.step.max_fraction, allow=self.step.allow, in_recipe=True)
         clusters.guard(found, numbers, names, limits, lambda row: self.ids[read[row]])
         self.rules, self.found = rules, found
         fates = zip(read[found.kept].tolist(), found.score.tolist(), found.method.tolist(), strict=True)

@@ -93,13 +93,20 @@ class Limits:
     `source_fraction`: of one source, by one cluster; a cluster that takes three quarters of a file is a template, the wrong
     field, or a source that is another's copy, and only its owner knows which. `fraction`: of all rows; so much goes when
     `text_field` names a field of few values. Clusters that take fewer than `least` rows of a source are never asked about.
-    `allow`: sources that may go wholly.
+    `allow`: sources that may go wholly. `in_recipe`: the limits are a step's options, not flags; the remedies say them so.
     """
 
     source_fraction: float = 0.75
     fraction: float = 0.9
     least: int = 10
     allow: Collection[str] = ()
+    in_recipe: bool = False
+
+    def option(self, name: str, value: str = "") -> str:
+        """An option as the person who waits would write it."""
+        if self.in_recipe:
+            return f"`{name.replace('-', '_')}: [{value}]` of the step" if value else f"{name.replace('-', '_')} of the step"
+        return f"--{name} {value}".rstrip()
 
 
 def guard(
@@ -125,7 +132,7 @@ def guard(
             f"one cluster would remove {counts[worst]:,} of the {sizes[source[worst]]:,} rows of {name}; more than "
             f"the fraction {limits.source_fraction:g} may not go without asking; {_example(removals, int(first[worst]), say)}",
             "look at the two rows: if they are no duplicates, another text field or a higher threshold; if they are, "
-            f"--allow {name} or a higher --max-source-fraction",
+            f"{limits.option('allow', name)} or a higher {limits.option('max-source-fraction')}",
         )
     free = np.isin(sources[removals.rows], [place for place, name in enumerate(names) if name in limits.allow])
     gone = int((~free).sum())
@@ -135,7 +142,7 @@ def guard(
             "may not go without asking; "
             f"{_example(removals, int(np.flatnonzero(~free)[0]), say)}",
             "look at the two rows: if they are no duplicates, another text field or a higher threshold; if they are, a higher "
-            "--max-fraction",
+            f"{limits.option('max-fraction')}",
         )
 
 

@@ -34,10 +34,15 @@ class Settings:
 
 
 def rule(gathered: Gathered, settings: Settings) -> Ruling:
-    """Judge rows with a label by their label, others by their replies where `label` is auto or text, documents not at all."""
+    """Judge rows with a label by their label, others by their replies where `label` is auto or text.
+
+    Documents and rows with media are not judged.
+    """
     count = len(gathered)
     replies, prompts = Texts(gathered.table["reply"]), Texts(gathered.table["prompt"])
     documents = np.array(gathered.table["document"].to_pylist(), bool)
+    media = np.array(gathered.table["media"].to_pylist(), bool)
+    unread = documents | media
     found = target.find(list(replies), settings.label)
     asked = _asked(without_frame(list(prompts)), Texts(gathered.table["system"]))
     chosen = choose(settings.encoder)
@@ -49,10 +54,12 @@ def rule(gathered: Gathered, settings: Settings) -> Ruling:
         return replies[row] if label is None else found.spelling.get(label, label)
 
     ruling = Ruling.blank(count, given, vectors)
-    labelled = np.array([label is not None for label in found.labels], bool) & ~documents
-    free = ~labelled & ~documents & (settings.label in ("auto", "text"))
+    labelled = np.array([label is not None for label in found.labels], bool) & ~unread
+    free = ~labelled & ~unread & (settings.label in ("auto", "text"))
     facts: dict[str, Any] = {"label": found.chosen, "label_because": found.why, "other_labels": list(found.others)}
     facts |= {**chosen.facts(), "documents": int(documents.sum()), "prompts_cut": sum(gathered.table["cut"].to_pylist())}
+    if media.any():
+        facts["rows_with_media"] = int(media.sum())
     facts |= _by_label(ruling, np.flatnonzero(labelled), asked, found, settings.seed)
     likeness = chosen.likeness if settings.likeness is None else settings.likeness
     facts |= _by_replies(ruling, np.flatnonzero(free), (prompts, replies), likeness, settings.agreement)

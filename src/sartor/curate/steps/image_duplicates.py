@@ -96,7 +96,7 @@ class ImageDuplicates:
         rank = table["pixels"].to_numpy().astype(np.float64) if self.keep == "largest" else np.zeros(len(gathered))
         removals = clusters.resolve(pairs, rank, Rules(self.threshold, self.threshold, contained=0.0))
         locators = table["locator"]
-        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow)
+        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         clusters.guard(removals, table["source"].to_numpy(), gathered.sources, limits, lambda row: str(locators[row].as_py()))
         made = []
         for row, kept, score, method in zip(

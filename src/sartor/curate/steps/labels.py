@@ -18,13 +18,17 @@ from sartor.curate.labels.queue import Ruling, table
 from sartor.curate.labels.ruling import Settings, rule
 from sartor.curate.likeness import vectors
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
+from sartor.curate.steps.survivor import has_media
 
 EVIDENCE = "suspicious_labels"
 
 
 @dataclass(frozen=True)
 class SuspiciousLabels:
-    """Rank rows by how little their label or answer fits what the other rows say."""
+    """Rank rows by how little their label or answer fits what the other rows say.
+
+    Rows with an image or a recording are not judged: their text does not tell what they show.
+    """
 
     label: str = option(
         "auto", "where the label is: auto, reply, json:KEY, regex:PATTERN (its first group), or text: replies are compared"
@@ -56,6 +60,7 @@ class SuspiciousLabels:
                 "reply": pa.array([example.reply[:cut] for example in examples], pa.large_string()),
                 "cut": pa.array([vectors.is_cut(example) for example in examples], pa.bool_()),
                 "document": pa.array([example.is_document for example in examples], pa.bool_()),
+                "media": pa.array([has_media(example) for example in examples], pa.bool_()),
             }
         )
 

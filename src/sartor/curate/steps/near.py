@@ -19,7 +19,7 @@ from sartor.curate.dedup.pairs import METHODS
 from sartor.curate.dedup.verify import Rules, rules_for
 from sartor.curate.dedup.workers import Workers
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
-from sartor.curate.steps.survivor import FIELD_HELP, KEEP_HELP, Field, Keep, ranks, text_of
+from sartor.curate.steps.survivor import FIELD_HELP, KEEP_HELP, Field, Keep, has_media, ranks, text_of
 
 _SAID = {"exact": "the same words as", "near": "Jaccard similarity to", "contained": "containment in or of"}
 # Below this many rows a second process costs more than it saves.
@@ -28,7 +28,10 @@ WORTH_WORKERS = 20_000
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """MinHash proposes pairs, true Jaccard or containment of their shingles decides; stars around survivors, never chains."""
+    """MinHash proposes pairs, true Jaccard or containment of their shingles decides; stars around survivors, never chains.
+
+    Rows with an image or a recording are let be: their text does not tell what they show. `image_duplicates` compares them.
+    """
 
     threshold: float = option(0.0, "Jaccard similarity from which two rows are duplicates; 0 takes the unit's own")
     field: Field = option("both", FIELD_HELP)
@@ -56,8 +59,10 @@ class NearDuplicates:
         return shingles.resolve(self.unit, self.size, ())
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep. Columns: shingles, digest, rank."""
-        found = shingles.sketch([text_of(example, self.field) for example in examples], self._shingling())
+        """See SetStep. Columns: shingles, digest, rank, media. A row with media has no shingles, and so no like."""
+        media = [has_media(example) for example in examples]
+        texts = ["" if shown else text_of(example, self.field) for example, shown in zip(examples, media, strict=True)]
+        found = shingles.sketch(texts, self._shingling())
         offsets = pa.array(found.offsets.astype(np.int32))
         return pa.table(
             {
@@ -66,6 +71,7 @@ class NearDuplicates:
                     pa.binary(16), len(examples), [None, pa.py_buffer(found.digests)]
                 ),
                 "rank": ranks(examples, self.keep, self.field),
+                "media": pa.array(media, pa.bool_()),
             }
         )
 
@@ -80,7 +86,8 @@ class NearDuplicates:
             found = near.near_duplicates(flat, offsets, digests, rules, rank, Means(spread=pool.spread))
         removals = clusters.resolve(found.pairs, rank, rules)
         locators = table["locator"]
-        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow)
+        media = sum(table["media"].to_pylist())
+        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         clusters.guard(removals, table["source"].to_numpy(), gathered.sources, limits, lambda row: str(locators[row].as_py()))
         facts = {
             "rules": asdict(rules),
@@ -91,9 +98,11 @@ class NearDuplicates:
             "largest_cluster": removals.largest_cluster,
             "removed": removals.by_method(),
             "ignored_shingles": found.common,
-            "rows_without_words": found.empty,
+            "rows_without_words": found.empty - media,
             "verified_candidates": found.candidates,
         }
+        if media:
+            facts["rows_with_media"] = media
         evidence = {"near_duplicates": _ledger(found.pairs, rules, rank, gathered)}
         return Verdicts(_removals(removals, locators), evidence, facts, set_aside=True)
 

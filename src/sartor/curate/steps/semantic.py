@@ -18,7 +18,7 @@ from sartor.curate.dedup.pairs import Pairs
 from sartor.curate.dedup.verify import Rules
 from sartor.curate.likeness import meaning, vectors
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
-from sartor.curate.steps.survivor import KEEP_HELP, Field, Keep, ranks
+from sartor.curate.steps.survivor import KEEP_HELP, Field, Keep, has_media, ranks
 
 EVIDENCE = "semantic_pairs"
 METHOD = "vectors and words"
@@ -26,7 +26,10 @@ METHOD = "vectors and words"
 
 @dataclass(frozen=True)
 class SemanticDuplicates:
-    """Rows near by their vectors and alike by their words are one; numbers, negations and opposites must agree."""
+    """Rows near by their vectors and alike by their words are one; numbers, negations and opposites must agree.
+
+    Rows with an image or a recording are let be: their text does not tell what they show. `image_duplicates` compares them.
+    """
 
     field: Field = option("both", "what must be alike: prompt, reply, both (each of the two), or all (the row as one text)")
     threshold: float | None = option(
@@ -64,6 +67,8 @@ class SemanticDuplicates:
         )
 
     def _text(self, example: Example) -> str:
+        if has_media(example):
+            return ""  # compared with nothing
         prompt = vectors.prompt_text(example)
         if self.field == "all":
             return "\n".join(message.text for message in example.messages)
@@ -109,7 +114,7 @@ class SemanticDuplicates:
         a, b = (np.array(compared[[getattr(pair, end) for pair in found.pairs]], np.int64) for end in ("a", "b"))
         edges = Pairs(a, b, scores, np.zeros_like(scores), np.zeros(len(a), bool))
         gone = clusters.resolve(edges, gathered.table["rank"].to_numpy(), Rules(threshold=0.0, floor=0.0, contained=0.0))
-        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow)
+        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         locators = gathered.table["locator"]
         sources = np.array(gathered.table["source"].to_pylist(), np.int64)
         clusters.guard(gone, sources, gathered.sources, limits, lambda row: str(locators[row].as_py()))

@@ -31,6 +31,11 @@ def text_of(example: Example, field: Field) -> str:
     return "\n".join(message.text for message in example.messages if message.role in roles)
 
 
+def has_media(example: Example) -> bool:
+    """Whether the row shows or plays something: then its text alone does not tell what it says."""
+    return any(part.media for message in example.messages + example.rejected for part in message.content)
+
+
 def _length(example: Example, field: Field) -> float:
     return float(len(text_of(example, field)))
 
