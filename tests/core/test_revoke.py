@@ -150,7 +150,7 @@ def test_an_unknown_or_ambiguous_source_names_those_there_are(tmp_path: Path) ->
     assert caught.value.remedy == "--source data/a.jsonl"
     (known,) = sartor.revoke(made.path, source="y").examples
     with pytest.raises(ConfigError) as caught:
-        sartor.revoke(made.path, example=known[:10])
+        sartor.revoke(made.path, example=known[:31] + "x")
     assert caught.value.remedy == f"--example {known}"
     with pytest.raises(ConfigError, match="one of a source and an example"):
         sartor.revoke(made.path)
@@ -230,3 +230,12 @@ look = "import sys, sartor; said = sartor.revoke(sys.argv[1], source='a.jsonl');
 sys.exit(subprocess.run([sys.executable, "-c", look, str(made.path)]).returncode)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_id_may_be_cut_as_cards_cut_it(tmp_path: Path) -> None:
+    one, other = example("one"), example("other")
+    dataset = write(tmp_path, [one, other])
+    assert sartor.inspect(dataset.path, example=one.id[:12])["id"] == one.id
+    assert sartor.revoke(dataset.path, example=one.id[:12]).as_json()["examples"] == [one.id]
+    with pytest.raises(ConfigError, match="has no example"):
+        sartor.inspect(dataset.path, example="0" * 12)

@@ -113,7 +113,8 @@ def test_a_source_that_would_go_stops_and_asks(tmp_path: Path) -> None:
     assert "`allow: [" in caught.value.remedy and "--" not in caught.value.remedy and caught.value.exit_code == 5
     assert not (tmp_path / "d").exists()
     allowed = {"allow": [str(tmp_path / "a.jsonl")], "max_fraction": 1.0}
-    assert curate(tmp_path, [{"near_duplicates": allowed}], data).kept == 1
+    made = curate(tmp_path, [{"near_duplicates": allowed}], data)
+    assert (made.kept, made.found) == (1, 1)  # what was read before the question was asked is not read again
 
 
 def test_the_same_words_are_exact_duplicates_by_option(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     path = path.absolute()
     check_free(path, replace=replace)
-    _make_parent(path)
+    make_parent(path)
     with writer_lock(path):
         _remove_leftovers(path)
         part = path.parent / f".{path.name}.part-{os.getpid()}-{time.monotonic_ns():x}"
@@ -131,7 +131,8 @@ def check_free(path: Path, *, replace: bool) -> None:
         raise ConfigError(f"{path} is not an artefact of Sartor; --replace will not delete it", "choose another --out")
 
 
-def _make_parent(path: Path) -> None:
+def make_parent(path: Path) -> None:
+    """Make the folder that an output is to stand in. Raises ConfigError where it cannot be made or written to."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -24,6 +24,8 @@ print, log or exit; `cli` does that once. A bug is not a SartorError: it ends in
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class SartorError(Exception):
     """What is wrong, with the values that made it so; then the next thing to type."""
@@ -35,7 +37,7 @@ class SartorError(Exception):
         self.problem = problem
         self.remedy = remedy
 
-    def __reduce__(self) -> tuple[type[SartorError], tuple[str, str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """An error of a worker process arrives whole."""
         return type(self), (self.problem, self.remedy)
 
@@ -77,6 +79,10 @@ class StoppedError(SartorError):
     def __init__(self, problem: str, remedy: str, number: int = 2) -> None:
         super().__init__(problem, remedy)
         self.exit_code = 128 + number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See SartorError."""
+        return type(self), (self.problem, self.remedy, self.exit_code - 128)
 
 
 class BudgetError(SartorError):

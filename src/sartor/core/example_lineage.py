@@ -28,6 +28,7 @@ def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
     path = Path(path).absolute()
     dataset = Artifact(path, read_manifest(path, ("dataset",)))
     index = lineage_index.read(dataset, ["row", "id", "source", "locator", "parents"])
+    example = lineage_index.whole_id(column(index, "id"), example)
     found = numbers(pc.is_in(column(index, "id"), value_set=words([example])))
     if not found.any():
         raise ConfigError(f"{path.name} has no example {example!r}", _why_absent(dataset, example))

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from sartor.core.artifacts import SCHEMA, Artifact, check_file
 from sartor.core.columns import column, numbers, places, words
-from sartor.core.errors import ArtifactError
+from sartor.core.errors import ArtifactError, ConfigError
 
 INDEX = "lineage/rows.parquet"
 ROWS_PER_GROUP = 1 << 16
@@ -112,6 +112,19 @@ def _opened(file: Path) -> Any:
         return pq.ParquetFile(file)
     except (OSError, pa.ArrowException) as error:
         raise ArtifactError(f"{file} is not readable Parquet: {error}", "curate it again") from None
+
+
+def whole_id(ids: Any, example: str) -> str:
+    """The id that begins like this, if exactly one of a column of ids does: cards show the first twelve digits.
+
+    Else `example` as it is. Raises ConfigError if several do.
+    """
+    if not 6 <= len(example) < 32:
+        return example
+    found = pc.unique(pc.filter(ids, pc.starts_with(ids, example)))
+    if len(found) > 1:
+        raise ConfigError(f"{len(found)} ids begin with {example}", f"--example {found[0].as_py()}")
+    return str(found[0].as_py()) if len(found) else example
 
 
 def place(source: str, path: str) -> str:

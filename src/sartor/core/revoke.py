@@ -150,7 +150,7 @@ class _Graph:
 
     def lose_example(self, example: str) -> None:
         """Revoke an Example: its row, and the origins that name it as a parent."""
-        one = words([example])
+        one = words([lineage_index.whole_id(self._load_ids(), example)])
         mask = numbers(pc.is_in(self._load_ids(), value_set=one)) | self.made_from(one)
         if not mask.any():
             raise ConfigError(f"{self.dataset.path.name} has no example {example!r}", self._nearest(example))

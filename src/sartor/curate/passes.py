@@ -31,6 +31,7 @@ from sartor.curate.work import Merged, Task
 Run = Callable[[str, Sequence[Task]], list[Part]]
 # Rises when a worker makes another part of the same input: parts of an older Sartor are then made again.
 FORMAT = 1
+GUARDS = ("allow", "max_fraction", "max_source_fraction")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Passes:
 
     def _named(self, number: int, task: Task) -> Task:
         """The task with its key, and the directory that the key names."""
-        steps = [[config.dump(step) for step in some] for some in (task.steps, task.sets)]
+        steps = [[_said(step) for step in some] for some in (task.steps, task.sets)]
         taken = [(place, config.dump(more)) for place, more in sorted(task.merged.items())]
         key = digest([FORMAT, task.key, steps, sorted(task.gone), taken])
         part = self.folder / f"pass-{self.number + 1}" / f"{number:06d}"
@@ -160,6 +161,11 @@ class Passes:
             return examples_of(state, [living[row] for row in wanted])
 
         return Gathered(table, names, fetch, self.folder, self.workers, self.notice)
+
+
+def _said(step: Any) -> dict[str, Any]:
+    """The options that a part follows from. Guards are not among them: an answer to them goes on where they stopped."""
+    return {name: value for name, value in config.dump(step).items() if name not in GUARDS}
 
 
 def split(steps: Sequence[Any]) -> tuple[tuple[RowStep, ...], tuple[SetStep, ...], list[Any]]:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sartor.core import catalogue, config, licences, lineage, lineage_index, rows
-from sartor.core.artifacts import Artifact, check_free, file_digest, kind_of, open_artifact, write_artifact, writer_lock
+from sartor.core.artifacts import (
+    Artifact,
+    check_free,
+    file_digest,
+    kind_of,
+    make_parent,
+    open_artifact,
+    write_artifact,
+    writer_lock,
+)
 from sartor.core.errors import ConfigError, SourceError, StoppedError
 from sartor.core.records import canonical, digest
 from sartor.curate import card, finish, local, on_ray
@@ -92,6 +102,16 @@ class Curated:
             "rows_per_s": round(self.rows_per_s, 1),
         }
 
+    def table(self) -> list[tuple[str, Any]]:
+        """What a person reads: the steps' facts in a line each, the rest in the manifest and on the card."""
+        said = self.as_json()
+        steps = [
+            (kind, {name: value for name, value in facts.items() if _is_short(value)}) for kind, facts in said["steps"].items()
+        ]
+        shown = ("dataset", "read", "kept", "dropped", "splits", "licences", "forms")
+        last = [("card", str(self.dataset.path / "card.html")), ("rows_per_s", said["rows_per_s"])]
+        return [*((name, said[name]) for name in shown), *steps, *last]
+
 
 def curate(
     recipe: CurateRecipe | Mapping[str, Any] | Path | str,
@@ -124,8 +144,10 @@ def curate(
             with line.progress:
                 state = line.run(strict)
             dataset = write_artifact(out, "dataset", lambda part: line.write(state, part), replace=replace)
-        except KeyboardInterrupt:
-            raise StoppedError(f"interrupted; what is done stands in {work}", "the same command goes on there") from None
+        except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, and SIGTERM as the command line turns it
+            number = signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT
+            problem = f"interrupted; what is done stands in {work}"
+            raise StoppedError(problem, "the same command goes on there", number) from None
         catalogue.register(dataset)
         shutil.rmtree(work, ignore_errors=True)
     return Curated(dataset, line.found, wall_s=time.monotonic() - began)
@@ -153,7 +175,7 @@ def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
 @contextlib.contextmanager
 def _workplace(work: Path, *, anew: bool) -> Iterator[None]:
     """The work's directory, locked. It stays when the work is interrupted, so that the same command can go on."""
-    work.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(work)
     with writer_lock(work):
         if anew:
             shutil.rmtree(work, ignore_errors=True)
@@ -220,7 +242,7 @@ class Line:
         read = sum(self.read.values())
         assert read == kept + dropped.total(), f"{read} rows read, {kept} kept, {dropped.total()} dropped"
         if not kept:
-            raise SourceError(_nothing_kept(read, folder), "mend the rows or the sources; the reasons stand above")
+            raise SourceError(_nothing_kept(read, folder), "mend the rows or the sources")
         self._link_media(folder)
         for name, table in evidence_of(state):
             finish.write_evidence(folder, name, finish.masked(table, masks))
@@ -303,6 +325,10 @@ def _forms(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     for source in sources:
         found.setdefault(source["source"], Counter())[source["form"]] += 1
     return {name: ", ".join(f"{form} ({count} files)" for form, count in forms.most_common()) for name, forms in found.items()}
+
+
+def _is_short(value: Any) -> bool:
+    return not isinstance(value, (dict, list)) or (len(value) <= 6 and all(not isinstance(one, (dict, list)) for one in value))
 
 
 def _place(source: Mapping[str, Any]) -> str:
