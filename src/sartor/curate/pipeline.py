@@ -22,8 +22,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sartor.core import catalogue, config, licences, lineage, lineage_index, rows
-from sartor.core.artifacts import Artifact, check_free, file_digest, kind_of, open_artifact, write_artifact, writer_lock
-from sartor.core.errors import ConfigError, SourceError, StoppedError
+from sartor.core.artifacts import (
+    DISK_FULL,
+    Artifact,
+    check_free,
+    file_digest,
+    kind_of,
+    open_artifact,
+    write_artifact,
+    writer_lock,
+)
+from sartor.core.errors import ConfigError, MissingError, SourceError, StoppedError
 from sartor.core.records import canonical, digest
 from sartor.curate import card, finish, local, on_ray
 from sartor.curate.parts import Part
@@ -126,6 +135,11 @@ def curate(
             dataset = write_artifact(out, "dataset", lambda part: line.write(state, part), replace=replace)
         except KeyboardInterrupt:
             raise StoppedError(f"interrupted; what is done stands in {work}", "the same command goes on there") from None
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            problem = f"the disk is full; what is done stands in {work}"
+            raise MissingError(problem, "free some space, then the same command goes on there") from error
         catalogue.register(dataset)
         shutil.rmtree(work, ignore_errors=True)
     return Curated(dataset, line.found, wall_s=time.monotonic() - began)
