@@ -90,3 +90,14 @@ def test_an_error_is_one_json_object_and_an_exit_code(arguments: list[str], code
     assert error["kind"] == kind
     assert error["problem"] and error["remedy"]
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_is_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sartor", "assets", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(), said) == (0, "")
