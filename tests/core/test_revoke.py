@@ -219,9 +219,10 @@ def test_the_command_is_short_for_a_person_and_whole_as_json(tmp_path: Path) -> 
 
 
 def test_revoking_loads_no_pandas() -> None:
-    code = """
+    here = Path(__file__).parent
+    code = f"""
 import sys, tempfile, pathlib
-sys.path.insert(0, "tests/core"); sys.path.insert(0, "tests")
+sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]
 import test_revoke as t, sartor
 folder = pathlib.Path(tempfile.mkdtemp())
 made = t.write(folder / "d", [t.example("1"), t.example("2", t.origin(t.B, 1, t.example("1")))])

@@ -6,6 +6,7 @@ import io
 import json
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def test_lossless_and_alpha_webp_have_their_sizes() -> None:
 
 def placed(folder: Path, image: Image.Image | bytes, reply: str = "a", name: str = "", **save: Any) -> Example:
     """An Example with a picture in `folder/media`."""
-    (folder / "media").mkdir(exist_ok=True)
+    (folder / "media").mkdir(parents=True, exist_ok=True)
     if isinstance(image, bytes):
         raw = image
     else:
@@ -240,6 +241,17 @@ def test_bad_pictures_are_told_by_reason(tmp_path: Path) -> None:
     )
     assert verdict(Images(min_sharpness=0), tmp_path, placed(tmp_path, cases["blurred_image"])) == "kept"
     assert verdict(step, tmp_path, placed(tmp_path, Image.new("RGB", (100, 100), "white"))) == "blurred_image"
+
+
+@pytest.mark.parametrize("place", ["work", "it's a \\ place"])
+def test_where_the_work_lies_is_in_no_drop(tmp_path: Path, place: str) -> None:
+    picture = placed(tmp_path / place, b"\x89PNG\r\n\x1a\n and then nothing")
+    (tmp_path / place / "media" / "a.wav").write_bytes(b"RIFF\x04\0\0\0WAVE")
+    recording = replace(picture, messages=(Message("user", (Part("audio", media="media/a.wav"),)), picture.messages[-1]))
+    for step, example in ((Images(), picture), (Audio(), recording)):
+        drop = step.open(tmp_path / place)(example)
+        assert isinstance(drop, Drop) and drop.reason.startswith("unreadable")
+        assert tmp_path.name not in drop.detail and "place" not in drop.detail
 
 
 def test_odd_pictures_that_are_good_stay_and_warn_nobody(tmp_path: Path) -> None:

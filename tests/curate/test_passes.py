@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import pytest
 
 import sartor
 from conftest import write_jsonl
-from sartor.core.errors import ConfigError, SourceError, StoppedError
+from sartor.core.errors import ConfigError, MissingError, SourceError, StoppedError
 from sartor.core.records import Drop, Example
 from sartor.curate import local, passes, pipeline
 from sartor.curate.steps.contract import Removal, RowFunction, Verdicts, dropped
@@ -74,6 +75,25 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     assert again.dataset.manifest["digest"] == whole.dataset.manifest["digest"]
     assert any("going on" in line for line in said) == (after > 0)
     assert not (tmp_path / "d.curating").exists()
+
+
+def test_a_full_disk_is_said_so_and_what_is_done_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = {"sources": sources(tmp_path / "in"), "steps": STEPS, "workers": 1}
+    whole = sartor.curate(recipe, tmp_path / "whole")
+    real, made = local.execute, []
+
+    def execute(task: Any) -> Any:
+        if len(made) == 4:
+            raise OSError(errno.ENOSPC, "Error writing bytes to file")
+        made.append(task)
+        return real(task)
+
+    with monkeypatch.context() as patch, pytest.raises(MissingError, match=r"disk is full.*d\.curating"):
+        patch.setattr(local, "execute", execute)
+        sartor.curate(recipe, tmp_path / "d")
+    again = sartor.curate(recipe, tmp_path / "d")
+    assert again.found == 4
+    assert again.dataset.manifest["digest"] == whole.dataset.manifest["digest"]
 
 
 def test_a_changed_file_or_recipe_makes_its_parts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,12 @@ def test_a_line_longer_than_a_piece_is_one_drop_and_the_next_line_keeps_its_numb
     assert rows.places == ["a.jsonl:1", "a.jsonl:3"]
 
 
+def test_rows_behind_a_line_longer_than_a_piece_have_their_form(tmp_path: Path, small_pieces: None) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "x" * 5000 + '"}\n{"question": "a", "answer": "b"}\n')
+    rows = Rows(tmp_path / "media", tmp_path / "a.jsonl", most=1000)
+    assert (rows.reasons, rows.places) == ({"oversize_row": 1}, ["a.jsonl:2"])
+
+
 def test_a_line_of_many_blocks_takes_the_memory_of_a_row(tmp_path: Path) -> None:
     with (tmp_path / "a.jsonl").open("wb") as out:
         out.write(b'{"text": "a"}\n{"text": "')

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from cyclopts import CycloptsError
@@ -51,10 +52,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             _add_options(arguments[0])
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         _show(result, as_json)
-        sys.stdout.flush()
-    except BrokenPipeError:  # its reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + signal.SIGPIPE) from None
     except SartorError as error:
         _fail(error, as_json)
     except CycloptsError as error:
@@ -79,14 +76,21 @@ def _show(result: Any, as_json: bool) -> None:
         return
     said = result if isinstance(result, dict) else result.as_json()
     if as_json:
-        print(json.dumps(said, ensure_ascii=False))
+        _print([json.dumps(said, ensure_ascii=False)])
         return
     rows = result.table() if hasattr(result, "table") else [(key, value) for key, value in said.items()]
     width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        for line in _lines(value):
-            print(f"{name:{width}}  {line}")
-            name = ""
+    _print(f"{'' if place else name:{width}}  {line}" for name, value in rows for place, line in enumerate(_lines(value)))
+
+
+def _print(lines: Iterable[str]) -> None:
+    """To stdout; who reads it may have gone (`| head`), which is no bug: the command did its work."""
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at the end
 
 
 def _lines(value: Any) -> list[str]:

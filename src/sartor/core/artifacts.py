@@ -33,6 +33,7 @@ from sartor.core import records
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
 
 SCHEMA = 2
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 Kind = Literal["dataset", "adapter", "report", "release", "duplicates"]
 MANIFESTS: dict[str, str] = {
     "dataset": "manifest.json",
@@ -113,7 +114,7 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             check_free(path, replace=replace)
             _take_name(part, path)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in DISK_FULL:
                 raise MissingError(f"the disk is full: {path} could not be written", "free some space") from error
             raise
         finally:

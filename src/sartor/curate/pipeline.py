@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from sartor.core import catalogue, config, licences, lineage, lineage_index, rows
 from sartor.core.artifacts import (
+    DISK_FULL,
     Artifact,
     check_free,
     file_digest,
@@ -33,7 +34,7 @@ from sartor.core.artifacts import (
     write_artifact,
     writer_lock,
 )
-from sartor.core.errors import ConfigError, SourceError, StoppedError
+from sartor.core.errors import ConfigError, MissingError, SourceError, StoppedError
 from sartor.core.records import canonical, digest
 from sartor.curate import card, finish, local, on_ray
 from sartor.curate.parts import Part
@@ -148,6 +149,11 @@ def curate(
             number = signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT
             problem = f"interrupted; what is done stands in {work}"
             raise StoppedError(problem, "the same command goes on there", number) from None
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            problem = f"the disk is full; what is done stands in {work}"
+            raise MissingError(problem, "free some space, then the same command goes on there") from error
         catalogue.register(dataset)
         shutil.rmtree(work, ignore_errors=True)
     return Curated(dataset, line.found, wall_s=time.monotonic() - began)

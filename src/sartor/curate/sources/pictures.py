@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.errors import ExtraError, need
+from sartor.curate.sources.faults import said_of
 from sartor.curate.sources.media import MOST_PIXELS
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
@@ -63,7 +64,7 @@ def open_picture(file: Path, longest_side: int) -> Picture:
     except (UnreadableError, ExtraError):
         raise
     except Exception as error:  # decoders raise many kinds on broken files
-        raise UnreadableError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}") from None
+        raise UnreadableError(said_of(error, file)) from None
 
 
 def _on_white(image: Any) -> Any:

@@ -132,7 +132,8 @@ def _inspect(found: Found, kind: str, most_bytes: int, *, of_media: bool) -> tup
             file = replace(file, sha256=sha256, bytes=size)
             if kind not in _TABLE_KINDS:
                 return replace(file, form="text"), []
-            head = itertools.islice(readers.rows(stream, kind, pieces[0], most_bytes), declared.HEAD_ROWS)
+            every = itertools.chain.from_iterable(readers.rows(stream, kind, piece, most_bytes) for piece in pieces)
+            head = itertools.islice(every, declared.HEAD_ROWS)
             return replace(file, form=declared.form_of(head, of_media=of_media)), pieces
     except Malformed as problem:
         return replace(file, bytes=_size(found), refusal=(problem.reason, problem.detail)), []

@@ -12,6 +12,7 @@ import numpy as np
 from sartor.core.config import option
 from sartor.core.errors import ConfigError, need
 from sartor.core.records import Drop, Example
+from sartor.curate.sources.faults import said_of
 from sartor.curate.steps.contract import RowFunction, dropped
 from sartor.curate.steps.images import media_of
 
@@ -123,7 +124,7 @@ def listen(file: Path, max_seconds: float) -> Sound:
     except UnreadableAudioError:
         raise
     except Exception as error:  # the library raises several kinds on broken files
-        raise UnreadableAudioError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}") from None
+        raise UnreadableAudioError(said_of(error, file)) from None
 
 
 def _measured(sound: Any, rate: int, max_seconds: float) -> Sound:
