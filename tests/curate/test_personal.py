@@ -499,3 +499,7 @@ def test_a_dump_of_values_takes_no_time_that_grows_with_its_square() -> None:
     outcome = apply(row("Hi", text))
     assert isinstance(outcome, Example)
     assert "@" not in outcome.reply and outcome.reply.count("<") == 10_000
+
+
+def test_a_language_model_is_no_number_of_a_model() -> None:
+    assert "9018" not in masked("As an AI language model, I cannot help with (030) 9018 20 446")

@@ -53,7 +53,7 @@ _PERHAPS = re.compile(
 )
 _NO = re.compile(
     r"(?<![\w-])(?:orders?|invoices?|articles?|items?|parts?|sku|ref|references?|tickets?|case|tracking|isbn|issn"
-    r"|versions?|models?|serial"
+    r"|versions?|(?<!language )models?|serial"
     r"|accounts?|acct|customer|ids?|patents?|doi|pmid|bestell\w*|rechnung\w*|artikel\w*|art|kunden\w*|sendung\w*"
     r"|commande|facture|pedido"
     r"|factura|batch|lot|imei|vin|ean|upc|gtin|asin|parcel|shipment|booking|pnr|coordinates|population|revenue"
