@@ -74,7 +74,7 @@ def test_no_template_of_the_demo_is_in_both_splits(said: dict[str, Any]) -> None
 
 def test_an_asset_is_listed_as_installed_and_opens_at_once(said: dict[str, Any]) -> None:
     listed = {asset["name"]: asset["installed"] for asset in run("assets", "list")["assets"]}
-    assert listed["starter"] and listed["home-intents"] and len(listed) == 13
+    assert listed["starter"] and listed["home-intents"] and len(listed) == 14
     began = time.monotonic()
     run("assets", "install", "starter")
     assert time.monotonic() - began < 5
