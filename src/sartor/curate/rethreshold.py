@@ -64,7 +64,10 @@ def _steps(recipe: CurateRecipe, old: Artifact) -> tuple[NearDuplicates, Sequenc
     later = recipe.steps[places[0] + 1 :]
     others = [step.kind for step in later if needs_all_rows(step) and not isinstance(step, ExactDuplicates)]
     if others:
-        raise ConfigError(f"{', '.join(others)} compared the rows that near_duplicates had left", "curate again")
+        raise ConfigError(
+            f"{', '.join(others)} compared the rows that near_duplicates had left",
+            f"curate again with --steps in which near_duplicates stands behind {' and '.join(others)}",
+        )
     step = recipe.steps[places[0]]
     assert isinstance(step, NearDuplicates)
     return step, [step for step in later if not needs_all_rows(step)]
