@@ -30,8 +30,8 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
     return [(match["info"].strip(), match["file"] or "", match["body"]) for match in BLOCK.finditer(text)]
 
 
-# Half a minute of real runs on one page: not for the inner loop
-SLOW = {"recipes.md"}
+# Ten seconds to half a minute of real runs on one page: not for the inner loop
+SLOW = {"recipes.md", "curation.md"}
 
 
 @pytest.mark.parametrize(

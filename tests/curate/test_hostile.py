@@ -424,6 +424,7 @@ def test_a_pdf_bomb_is_named_and_the_next_file_is_read(tmp_path: Path) -> None:
     assert (rows.reasons, rows.replies) == ({"pdf_bomb": 1}, ["good"])
 
 
+@pytest.mark.services
 def test_a_file_that_holds_the_reader_up_is_ended_and_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PAGE_S", 3)
     (tmp_path / "a.html").write_bytes(b"<div>" * 400_000 + b"deep")
@@ -459,6 +460,7 @@ def test_the_reading_process_has_a_limit_of_memory_and_can_write_nothing(tmp_pat
     assert (tmp_path / "out").stat().st_size == 0
 
 
+@pytest.mark.services
 @pytest.mark.parametrize(
     "piece", [b"<", b"<!--", b"<![CDATA[", b"<a ", b'<a b="', b"<script>", b"</", b"&", b"<title>", b"<svg>", b"<pre>\n"]
 )

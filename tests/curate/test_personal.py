@@ -494,6 +494,7 @@ def test_leaves_of_no_object_are_none() -> None:
     assert [json_text.leaves(text) for text in ("1", '"a"', "{", "[1,", "", " x", "[" * 100_000 + "]" * 100_000)] == [None] * 7
 
 
+@pytest.mark.services
 def test_a_dump_of_values_takes_no_time_that_grows_with_its_square() -> None:
     text = " ".join(f"user{number}@example.com, phone 0171 {number:07}" for number in range(1000, 6000))
     outcome = apply(row("Hi", text))
