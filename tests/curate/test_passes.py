@@ -108,6 +108,20 @@ def test_a_changed_file_or_recipe_makes_its_parts_again(tmp_path: Path, monkeypa
     assert made.dataset.manifest["digest"] == sartor.curate(recipe, tmp_path / "e").dataset.manifest["digest"]
 
 
+def test_a_changed_file_that_a_step_reads_makes_the_parts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = write_jsonl(tmp_path / "test.jsonl", [{"question": "what is asked of nobody else at all", "answer": "this"}])
+    steps = [{"contamination": {"against": [str(asked)]}}]
+    recipe = {"sources": sources(tmp_path / "in"), "steps": steps, "workers": 1}
+    for found in (3, 0):
+        with monkeypatch.context() as patch:
+            patch.setattr(local, "execute", interrupted(3))
+            with pytest.raises(StoppedError, match="interrupted"):
+                sartor.curate(recipe, tmp_path / f"d{found}")
+        if not found:
+            write_jsonl(asked, [{"question": "another question that is asked of nobody", "answer": "that"}])
+        assert sartor.curate(recipe, tmp_path / f"d{found}").found == found
+
+
 def test_a_part_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = {"sources": sources(tmp_path / "in"), "steps": STEPS, "workers": 1}
     with monkeypatch.context() as patch:

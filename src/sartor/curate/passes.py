@@ -20,11 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sartor.core import config, rows
+from sartor.core.artifacts import file_digest
 from sartor.core.records import Example, digest
 from sartor.curate import parts
 from sartor.curate.parts import Part
 from sartor.curate.steps import needs_all_rows
-from sartor.curate.steps.contract import Gathered, Removal, RowStep, SetStep, Verdicts
+from sartor.curate.steps.contract import Gathered, Reading, Removal, RowStep, SetStep, Verdicts
 from sartor.curate.steps.exact import ExactDuplicates
 from sartor.curate.work import Merged, Task
 
@@ -98,13 +99,13 @@ class Passes:
         return state
 
     def _execute(self, tasks: Sequence[Task]) -> list[Part]:
-        named = [self._named(number, task) for number, task in enumerate(tasks)]
+        steps = [[_said(step) for step in some] for some in (tasks[0].steps, tasks[0].sets)] if tasks else []
+        named = [self._named(number, task, steps) for number, task in enumerate(tasks)]
         self.number += 1
         return self.run(f"pass {self.number}", named)
 
-    def _named(self, number: int, task: Task) -> Task:
-        """The task with its key, and the directory that the key names."""
-        steps = [[_said(step) for step in some] for some in (task.steps, task.sets)]
+    def _named(self, number: int, task: Task, steps: Any) -> Task:
+        """The task with its key, and the directory that the key names. `steps`: what is said of the pass's steps."""
         taken = [(place, config.dump(more)) for place, more in sorted(task.merged.items())]
         key = digest([FORMAT, task.key, steps, sorted(task.gone), taken])
         part = self.folder / f"pass-{self.number + 1}" / f"{number:06d}"
@@ -165,7 +166,8 @@ class Passes:
 
 def _said(step: Any) -> dict[str, Any]:
     """The options that a part follows from. Guards are not among them: an answer to them goes on where they stopped."""
-    return {name: value for name, value in config.dump(step).items() if name not in GUARDS}
+    said = {name: value for name, value in config.dump(step).items() if name not in GUARDS}
+    return {**said, "files": [file_digest(file) for file in step.files()]} if isinstance(step, Reading) else said
 
 
 def split(steps: Sequence[Any]) -> tuple[tuple[RowStep, ...], tuple[SetStep, ...], list[Any]]:

@@ -25,7 +25,7 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
-from sartor.curate.steps.evalsets import EvalSet, read_set
+from sartor.curate.steps.evalsets import EvalSet, files_of, read_set
 from sartor.curate.steps.grams import Index, WordHashes, built
 from sartor.curate.steps.texts import texts
 
@@ -46,6 +46,10 @@ class Contamination:
             raise ConfigError(f"ngram is {self.ngram}; it must be 5 to 100 words", "ngram: 13")
         if not 0 < self.threshold <= 1:
             raise ConfigError(f"threshold is {self.threshold}; it must be above 0, at most 1", "threshold: 0.5")
+
+    def files(self) -> Sequence[Path]:
+        """See Reading."""
+        return [file for path in self.against for file, _ in files_of(path)]
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """See SetStep: the number of the item that a row holds most of (-1: none), and how much of it."""

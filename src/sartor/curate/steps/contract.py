@@ -54,6 +54,15 @@ class RowStep(Protocol):
         ...
 
 
+@runtime_checkable
+class Reading(Protocol):
+    """A step that reads files beside the rows. What a worker makes follows from what they hold, not from their names."""
+
+    def files(self) -> Sequence[Path]:
+        """Those that are there; one that is not is the step's own error later."""
+        ...
+
+
 @dataclass(frozen=True)
 class Gathered:
     """What `decide` sees of N rows.

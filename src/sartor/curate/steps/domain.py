@@ -62,6 +62,10 @@ class Domain:
         if not isinstance(self.examples, str):
             _check(self.examples, self.keep, "examples")
 
+    def files(self) -> Sequence[Path]:
+        """See Reading."""
+        return [Path(self.examples)] if isinstance(self.examples, str) and Path(self.examples).is_file() else []
+
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """See SetStep: the likeliest label, its probability, and the probability of the wanted ones."""
         model = self._model()

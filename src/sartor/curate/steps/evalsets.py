@@ -37,7 +37,7 @@ class EvalSet:
 def read_set(path: str) -> EvalSet:
     """The set at a path, or `asset:NAME/path inside it`. Raises ConfigError when there is none or nothing in it can be used."""
     found = EvalSet(path)
-    for file, name in _files(path):
+    for file, name in files_of(path):
         for place, texts in _items(file, found.unread):
             found.items.append((f"{name}:{place}", texts))
     if not found.items:
@@ -48,7 +48,8 @@ def read_set(path: str) -> EvalSet:
     return found
 
 
-def _files(path: str) -> list[tuple[Path, str]]:
+def files_of(path: str) -> list[tuple[Path, str]]:
+    """(file, name) of every file of a set. Raises ConfigError for a path that names none."""
     if path.startswith("asset:"):
         name, _, inside = path.removeprefix("asset:").partition("/")
         root = assets.install(name) / inside
