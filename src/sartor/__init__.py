@@ -49,7 +49,7 @@ _NAMES = {
     "Origin": "sartor.core.records:Origin",
     "Part": "sartor.core.records:Part",
     "Recipe": "sartor.tune.recipe:Recipe",
-    "Sampling": "sartor.models.generate:Sampling",
+    "Sampling": "sartor.models.sampling:Sampling",
     "SartorError": "sartor.core.errors:SartorError",
     "Waiver": "sartor.evaluate.release:Waiver",
     # what is known of them

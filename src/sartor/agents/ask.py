@@ -15,7 +15,8 @@ from sartor.core.errors import ConfigError
 from sartor.core.records import Message
 from sartor.evaluate.release import verify
 from sartor.evaluate.tasks import open_tuned
-from sartor.models.generate import Sampling, generate
+from sartor.models.generate import generate
+from sartor.models.sampling import Sampling
 
 
 @dataclass(frozen=True)

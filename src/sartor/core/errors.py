@@ -5,17 +5,25 @@
     |-- InputError                   3    something that was read cannot be used
     |   |-- SourceError                   ... a file or row of training data
     |   |-- ArtifactError                 ... a Dataset, Adapter, Report or Release: tampered, truncated, foreign
-    |   `-- ModelError                    ... a base, tokenizer or adapter weights
+    |   |-- ModelError                    ... a base, tokenizer or adapter weights
+    |   `-- RequestError                  ... what a client asks a served team for
     |-- StoppedError           130, 143   a signal ended the work; what was done is saved
     |-- BudgetError                  4    memory, disk or time cannot hold it
+    |   |-- BusyError                     ... a queue is full, or a rate is used up: ask again later
+    |   `-- DeadlineError                 ... a reply was not done in the time that was given
     |-- RefusedError                 5    somebody's rule says no
     |   |-- GateError                     ... a release gate
     |   |-- SignatureError                ... a signature or its signer
+    |   |-- AdmissionError                ... an adapter that a server will not load
+    |   |-- KeyRefusedError               ... a key that is absent, unknown, or not for this
+    |   |-- ConflictError                 ... a change that was based on what is no longer so
     |   |-- LicenceError                  ... a licence of the data or the base
     |   `-- GuardError                    ... a removal that would take too much
     `-- MissingError                 6    something outside is not there
         |-- AssetError                    ... an offline asset or the registry that serves it
         |-- ExtraError                    ... a Python package of an extra that is not installed
+        |-- UnknownAgentError             ... a name that no served agent has
+        |-- UnavailableError              ... an agent that is served, but not now
         `-- HubError                      ... a model or dataset hub that cannot be reached
 
 An error is a value: it carries what is wrong (with the values that made it so) and the next thing to type. It does not
@@ -71,6 +79,10 @@ class ModelError(InputError):
     """A base, tokenizer or adapter cannot be opened, or does not fit."""
 
 
+class RequestError(InputError):
+    """What a client asks a served team for is malformed, too large or not supported."""
+
+
 class StoppedError(SartorError):
     """A signal ended the work; what was done is saved, and can be gone on from. `number`: the signal's, by default SIGINT's."""
 
@@ -91,6 +103,22 @@ class BudgetError(SartorError):
     exit_code = 4
 
 
+class BusyError(BudgetError):
+    """A queue is full or a rate is used up. `retry_after_s`: when to ask again."""
+
+    def __init__(self, problem: str, remedy: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(problem, remedy)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See SartorError."""
+        return type(self), (self.problem, self.remedy, self.retry_after_s)
+
+
+class DeadlineError(BudgetError):
+    """A reply was not done in the time that was given for it."""
+
+
 class RefusedError(SartorError):
     """A rule that somebody set says no."""
 
@@ -103,6 +131,26 @@ class GateError(RefusedError):
 
 class SignatureError(RefusedError):
     """A signature is missing, wrong, or made by somebody this machine does not trust."""
+
+
+class AdmissionError(RefusedError):
+    """An adapter that a server will not load. `check`: which check of admission found it."""
+
+    def __init__(self, problem: str, remedy: str, check: str = "") -> None:
+        super().__init__(problem, remedy)
+        self.check = check
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See SartorError."""
+        return type(self), (self.problem, self.remedy, self.check)
+
+
+class KeyRefusedError(RefusedError):
+    """An API key is absent, unknown or revoked, or does not open what was asked for."""
+
+
+class ConflictError(RefusedError):
+    """A compare-and-swap found another value than the caller expected; nothing was changed."""
 
 
 class LicenceError(RefusedError):
@@ -125,6 +173,14 @@ class AssetError(MissingError):
 
 class ExtraError(MissingError):
     """A Python package of an extra is not installed."""
+
+
+class UnknownAgentError(MissingError):
+    """No served agent, version or base has that name; never answered by another."""
+
+
+class UnavailableError(MissingError):
+    """An agent is served, but not now: no worker, or it is in quarantine and its fall-backs are used up."""
 
 
 class HubError(MissingError):

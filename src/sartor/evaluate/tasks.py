@@ -31,7 +31,8 @@ from sartor.evaluate.compare import Comparison
 from sartor.evaluate.scorers import SCORERS
 from sartor.models import adapters, batches, paths
 from sartor.models.base import Base, open_base
-from sartor.models.generate import Sampling, generate
+from sartor.models.generate import generate
+from sartor.models.sampling import Sampling
 
 Notice = Callable[[str], object]
 # A reply may be this much longer than the longest reference before it is cut (and then it is wrong anyway)

@@ -15,26 +15,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from sartor.core.errors import ConfigError, ModelError
+from sartor.core.errors import ModelError
 from sartor.models.adapters import without_peft
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. `temperature` 0 is greedy; `top_p` in (0, 1] keeps the smallest likely set."""
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"max_tokens is {self.max_tokens}, temperature {self.temperature}, top_p {self.top_p}; "
-                "they must be at least 1, not negative, and above 0 up to 1",
-                "temperature: 0.7, top_p: 0.9",
-            )
+from sartor.models.sampling import Sampling
 
 
 @dataclass(frozen=True)

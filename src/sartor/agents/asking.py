@@ -1,0 +1,92 @@
+"""What stands between HTTP and the workers: a Request for an agent by name, and the Answer that comes back as events.
+
+serve/ (HTTP) --Request--> dispatch.py --Call--> supervisor.py --JSON--> worker.py (an engine)
+<--Answer--              <--Event--             <--JSON--
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from sartor.models.engine.contract import About, Call, Event
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as a client made it, checked for form.
+
+    model: name, name@version, base or auto. sampling: the options that the client gave; the Release's own hold for the rest.
+    messages or text, schema, tools, must_call, top_logprobs: as in `Call`. openable: the agents that the client's key opens
+    (None: all); `auto` chooses among these. deadline_s: seconds from now.
+    """
+
+    model: str
+    messages: tuple[Mapping[str, Any], ...] = ()
+    text: str = ""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    schema: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    must_call: str = ""
+    top_logprobs: int = -1
+    openable: frozenset[str] | None = None
+    deadline_s: float = 120.0
+
+
+@dataclass
+class Answer:
+    """A reply that has begun: its first event is there, so a failure before it was raised and not answered.
+
+    agent: the exact version that answers, `name@version`, or `base@` and 12 digits of its digest. reason: why that one.
+    receipt: the id under which the receipt will be found once the reply is done. events: Piece..., then Done or Failed;
+    closing the iterator cancels the reply.
+    """
+
+    agent: str
+    reason: str
+    receipt: str
+    events: AsyncIterator[Event]
+
+
+class Crew(Protocol):
+    """Who computes: the supervised workers, as `dispatch` sees them. `agent` is an exact version, `name@version` or `base`."""
+
+    @property
+    def about(self) -> About:
+        """The engine that every worker holds."""
+        ...
+
+    async def attach(self, adapter: str, path: Path) -> None:
+        """Load an admitted adapter in every worker, now and after each restart. Raises ModelError, BudgetError."""
+        ...
+
+    async def detach(self, adapter: str) -> None:
+        """Forget it, once no call of it lives."""
+        ...
+
+    async def reply(self, call: Call, agent: str, deadline_s: float) -> AsyncIterator[Event]:
+        """Begin a reply; returns when its first event is there.
+
+        Raises BusyError, DeadlineError, UnavailableError (the agent's breaker is open, or no worker lives), or the error that
+        the first event told. A worker's death does not show: the call is made again by another and goes on where it was.
+        Closing the iterator cancels the call.
+        """
+        ...
+
+    async def embed(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
+        """Vectors of unit length by the base (`base`) or an encoder that the façade offers (`minilm`, `tfidf`, a directory)."""
+        ...
+
+    def blame(self, agent: str, why: str) -> None:
+        """Count a failure that only its holder could see (an answer of the wrong form, say) against an agent's breaker."""
+        ...
+
+    def release(self, agent: str) -> None:
+        """Take an agent out of quarantine."""
+        ...
+
+    def health(self) -> Mapping[str, Any]:
+        """Workers (state, pid, memory_bytes, restarts), agents (breaker, queued, live), for /health and /metrics."""
+        ...

@@ -1,0 +1,173 @@
+"""TEAM.yaml: which base, which agents, on which engine, within which limits. One declaration per option; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from sartor.core import config
+from sartor.core.config import REQUIRED, option
+from sartor.core.errors import ConfigError
+
+RESERVED = ("base", "auto", "previous")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One agent: the name that clients ask for, and the Release that answers first."""
+
+    name: str = option(REQUIRED, "what clients ask for as `model`")
+    release: str = option(REQUIRED, "directory of the Release that is live until the registry says otherwise")
+    fallback: tuple[str, ...] = option(
+        ("previous", "base"), "who answers while this agent is in quarantine, in order: previous (version), base, or nobody"
+    )
+
+
+@dataclass(frozen=True)
+class Local:
+    """Sartor's own engine: different adapters in one batch, on a CPU or CUDA."""
+
+    kind: Literal["local"] = "local"
+    rows: int = option(16, "replies that are made side by side; more wait")
+    waiting: int = option(256, "calls that may wait; above it the answer is 429")
+    cache_tokens: int = option(65_536, "tokens of all prompts and replies held as keys and values, reused prefixes included")
+    threads: int = option(0, "threads of a worker; 0 is all cores, shared by the workers")
+    bits: Literal[4, 8, 16, "auto"] = option("auto", "of the base's weights, as in a tuning recipe")
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """llama.cpp by xllamacpp, for GGUF bases and adapters; unlike adapters do not share a batch there."""
+
+    kind: Literal["llamacpp"] = "llamacpp"
+    gguf: str = option("", "GGUF file of the base; empty is the one that the base was converted from, or one made in F16")
+    rows: int = option(4, "slots: replies that are made side by side")
+    waiting: int = option(256, "calls that may wait")
+    threads: int = option(0, "threads of a worker; 0 is all cores")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A server that speaks OpenAI's protocol: vLLM, SGLang, llama-server."""
+
+    kind: Literal["openai"] = "openai"
+    url: str = option("http://127.0.0.1:8000/v1", "its address, with /v1")
+    key_env: str = option("", "environment variable that holds its API key")
+    loads_adapters: bool = option(False, "vLLM's run-time load and unload routes are on (VLLM_ALLOW_RUNTIME_LORA_UPDATING)")
+    rows: int = option(64, "calls sent side by side")
+    waiting: int = option(1024, "calls that may wait")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that hold the engine, and when one is given up."""
+
+    count: int = option(1, "workers that answer; each holds the base and every adapter")
+    spare: int = option(1, "workers that are loaded and wait to step in")
+    memory_bytes: int = option(0, "resident memory of one worker above which it is restarted; 0 is no limit")
+    start_s: float = option(120.0, "a worker that has not said that it is ready by then is killed")
+    hang_s: float = option(20.0, "a worker with work that says nothing for so long is killed")
+    backoff_s: float = option(0.2, "wait before the first restart; doubled each time, with jitter, up to backoff_most_s")
+    backoff_most_s: float = option(30.0, "longest wait before a restart")
+    restarts: int = option(8, "restarts within window_s after which a worker's place is given up until the window has passed")
+    window_s: float = option(60.0, "see restarts")
+
+
+@dataclass(frozen=True)
+class Breaker:
+    """When an agent is taken out of service."""
+
+    failures: int = option(3, "failures of one agent within window_s that open its breaker; a client's own fault is none")
+    window_s: float = option(30.0, "see failures")
+    open_s: float = option(10.0, "how long it stays open before one call may try; doubled at each relapse, up to 16 times")
+    quarantine: int = option(3, "relapses after which only a promote, rollback or release from quarantine brings it back")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request, one key and one agent may take."""
+
+    body_bytes: int = option(2_000_000, "of a request; above it the answer is 413")
+    messages: int = option(256, "turns of one conversation")
+    reply_tokens: int = option(1024, "most that max_tokens may ask for")
+    deadline_s: float = option(120.0, "from a request's arrival to the end of its reply; then 504")
+    per_agent: int = option(64, "requests of one agent at once, waiting or answered; above it 429 (a bulkhead)")
+    requests_per_minute: int = option(0, "of one key; 0 is no limit")
+    tokens_per_minute: int = option(0, "prompt and reply tokens of one key; 0 is no limit")
+    connections: int = option(2048, "open connections; above it 503")
+    slow_client_s: float = option(30.0, "a client that does not take what is sent to it for so long is cut off")
+
+
+@dataclass(frozen=True)
+class Http:
+    """Where it listens. Beyond loopback only with keys (`sartor agents key NAME`)."""
+
+    host: str = option("127.0.0.1", "address")
+    port: int = option(8440, "port; 0 takes a free one and says which")
+    cors: tuple[str, ...] = option((), "origins that a browser's page may ask from; none by default")
+    drain_s: float = option(30.0, "on SIGTERM: how long running replies may take to end")
+    otel: str = option("", "OTLP/HTTP endpoint for traces, without content; needs sartor[otel]")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """`auto`: which agent answers a request that names none."""
+
+    encoder: str = option("auto", "minilm, tfidf, base, or a directory; auto is the best of those on this machine")
+    target: float = option(0.9, "fraction of foreign prompts that must go to the base where the threshold is chosen")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How a new version comes in, and what sends it back."""
+
+    shadow_fraction: float = option(0.0, "of requests, also answered by the candidate, whose reply nobody sees")
+    canary_fraction: float = option(0.0, "of requests, answered by the candidate; 0 promotes at once")
+    least_requests: int = option(20, "of a canary before it is judged")
+    error_margin: float = option(0.05, "a candidate whose failures exceed the live version's by more is rolled back")
+    latency_factor: float = option(
+        2.0, "a candidate that takes this many times the live version's median time per token is rolled back"
+    )
+    format_margin: float = option(0.05, "as error_margin, for replies that are not of the live version's format (JSON, schema)")
+    feedback_margin: float = option(0.1, "as error_margin, for bad ratings")
+    watch_s: float = option(3600.0, "how long after a promotion the monitors may still roll it back")
+
+
+@dataclass(frozen=True)
+class Team:
+    """The whole of TEAM.yaml. Relative paths are seen from the file's directory."""
+
+    base: str = option(REQUIRED, "starter, a directory, a GGUF file or a hub name")
+    agents: tuple[Member, ...] = option((), "the agents that are registered at the first start")
+    engine: Local | LlamaCpp | Remote = option(Local(), "what computes")
+    state: str = option("", "directory of registry, receipts and inbox; by default .NAME beside the file")
+    registry: str = option("", "SQLAlchemy URL; by default SQLite in `state`. A password stands in the environment: ${NAME}")
+    trust: str = option("", "public key that Releases must be signed by; by default those in SARTOR_HOME/trusted")
+    workers: Workers = option(Workers(), "the processes")
+    breaker: Breaker = option(Breaker(), "when an agent is taken out of service")
+    limits: Limits = option(Limits(), "what one request, key or agent may take")
+    http: Http = option(Http(), "where it listens")
+    router: Routing = option(Routing(), "how `auto` chooses")
+    rollout: Rollout = option(Rollout(), "how a new version comes in")
+
+    def __post_init__(self) -> None:
+        names = [member.name for member in self.agents]
+        if twice := next((name for name in names if names.count(name) > 1), ""):
+            raise ConfigError(f"two agents have the name {twice!r}", "give each its own")
+        if taken := next((name for name in names if name in RESERVED), ""):
+            raise ConfigError(f"an agent cannot have the name {taken!r}, which means something else", "choose another name")
+
+
+def load(path: Path, flags: Sequence[str] = ()) -> Team:
+    """The team in a YAML file, its paths made absolute. Raises ConfigError naming the option."""
+    team = config.load_any(Team, path, flags)
+    root = path.absolute().parent
+    return replace(
+        team,
+        base=str(root / team.base) if (root / team.base).exists() else team.base,
+        agents=tuple(replace(member, release=str(root / member.release)) for member in team.agents),
+        state=str(root / (team.state or f".{path.stem}")),
+        trust=str(root / team.trust) if team.trust else "",
+    )

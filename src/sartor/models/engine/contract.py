@@ -1,0 +1,178 @@
+"""What every engine is asked, and what it answers: the Protocol behind which ours, llama.cpp and remote servers stand.
+
+An engine is driven: whoever holds it calls `submit` when a request comes and `step` as long as `busy`, and hands on the
+events that `step` returns. It has no threads or clocks of its own that its holder could see. Calls and events are plain
+values that travel between processes as JSON (`as_json`, `event_from_json`, `Call.from_json`). No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from sartor.core import records
+from sartor.models.sampling import Sampling
+
+BASE = ""
+Finish = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One reply to be made.
+
+    id: chosen by the caller, unique while it lives. adapter: the digest under which an adapter was attached; BASE for none.
+    messages: OpenAI form, rendered by the base's chat template (`tools` with them); or `text`, a raw text to go on.
+    schema: JSON Schema that the reply must obey ("" for none). top_logprobs: alternatives told per token; -1 for no logprobs.
+    tools: OpenAI's tool declarations. `must_call`: "" lets the model choose, "*" makes it call some tool, else that tool.
+    """
+
+    id: str
+    adapter: str = BASE
+    messages: tuple[Mapping[str, Any], ...] = ()
+    text: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
+    schema: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    must_call: str = ""
+    top_logprobs: int = -1
+
+    def as_json(self) -> dict[str, Any]:
+        """A mapping that `from_json` turns back into an equal call."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Call:
+        """The call that `as_json` said."""
+        sampling = Sampling(**{**said["sampling"], "stop": tuple(said["sampling"].get("stop", ()))})
+        lists = {name: tuple(said.get(name, ())) for name in ("messages", "tools")}
+        return cls(**{**said, **lists, "sampling": sampling})
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One token, the natural log of its probability, and the likeliest alternatives (without their own alternatives)."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More of a reply: text that is whole (never half a character, never the beginning of a stop text) and its tokens."""
+
+    call: str
+    text: str
+    tokens: int = 0
+    logprobs: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of a reply. cached_tokens: of the prompt, taken from an earlier one. tool_calls: OpenAI form, parsed."""
+
+    call: str
+    finish: Finish
+    prompt_tokens: int
+    reply_tokens: int
+    cached_tokens: int = 0
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Failed:
+    """No reply: the error's kind (a class of core/errors), problem and remedy. Other calls go on."""
+
+    call: str
+    kind: str
+    problem: str
+    remedy: str
+
+
+Event = Piece | Done | Failed
+_EVENTS: dict[str, type[Event]] = {"piece": Piece, "done": Done, "failed": Failed}
+
+
+def event_as_json(event: Event) -> dict[str, Any]:
+    """A mapping that `event_from_json` turns back into an equal event."""
+    return {"event": type(event).__name__.lower(), **asdict(event)}
+
+
+def event_from_json(said: Mapping[str, Any]) -> Event:
+    """The event that `event_as_json` said."""
+    fields = {key: value for key, value in said.items() if key != "event"}
+    if "logprobs" in fields:
+        fields["logprobs"] = tuple(
+            Logprob(item["token"], item["logprob"], tuple((token, value) for token, value in item["top"]))
+            for item in fields["logprobs"]
+        )
+    if "tool_calls" in fields:
+        fields["tool_calls"] = tuple(fields["tool_calls"])
+    return _EVENTS[said["event"]](**fields)
+
+
+@dataclass(frozen=True)
+class About:
+    """What an engine serves: for admission, /v1/models and receipts. `context_tokens`: prompt and reply together."""
+
+    kind: str
+    base: str
+    base_digest: str
+    template_digest: str
+    context_tokens: int
+    rows: int
+    dtype: str = ""
+    device: str = ""
+
+
+class Engine(Protocol):
+    """One base and many adapters. Not thread-safe: one holder drives it."""
+
+    @property
+    def about(self) -> About:
+        """What it serves."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is waiting or being answered, so that `step` has work."""
+        ...
+
+    def attach(self, adapter: str, path: Path) -> int:
+        """Load the adapter in a PEFT directory under its digest; returns the bytes that it takes. Idempotent.
+
+        Raises ModelError when it does not fit, BudgetError when there is no room.
+        """
+        ...
+
+    def detach(self, adapter: str) -> None:
+        """Forget an adapter and what was cached under it. Its live calls fail with ModelError. Unknown ones are ignored."""
+        ...
+
+    def submit(self, call: Call) -> None:
+        """Queue a call. Raises BusyError when the queue is full, InputError or ConfigError when the call cannot be answered."""
+        ...
+
+    def cancel(self, call: str) -> None:
+        """End a call: `step` will say Done with finish `cancelled`. Unknown ones are ignored."""
+        ...
+
+    def step(self) -> Sequence[Event]:
+        """One round: rows join, every live row gets its next token. Never raises for one call's fault: that is a Failed."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """One vector of unit length per text: the mean of the base's last hidden states (no adapter)."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds outside this process's memory."""
+        ...
+
+
+def adapter_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """What an adapter is known by, from the `files` of an Adapter's or Release's manifest: its weights and its config."""
+    return records.digest([files[name]["sha256"] for name in ("adapter_config.json", "adapter_model.safetensors")])
