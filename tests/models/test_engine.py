@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import loras
 import peft
 import pytest
 import torch
 
+import loras
 from sartor.core.errors import BusyError, ModelError, RequestError
+from sartor.core.records import Message
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
 from sartor.models.engine.contract import Call, Done, Failed, Piece
@@ -21,6 +23,11 @@ from sartor.models.generate import generate
 from sartor.models.kernels import native, serving
 from sartor.models.kernels.serving import Serving
 from sartor.models.sampling import Sampling
+
+
+def messages(text: str) -> list[Message]:
+    return [Message.of("user", text)]
+
 
 LONG = "turn on the kitchen light " * 12
 
@@ -34,18 +41,26 @@ def base(request: pytest.FixtureRequest, tiny_base: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture(params=["native", "torch"])
-def engine(request: pytest.FixtureRequest, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalEngine]:
+def engine(
+    request: pytest.FixtureRequest, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LocalEngine]:
     if request.param == "torch":
         monkeypatch.setattr(serving, "choose", lambda device, dtype: Serving())
     made = LocalEngine(base, rows=20, cache_tokens=64 * PAGE_TOKENS)
     for number, rank in enumerate((2, 4, 1)):
-        made.attach(f"a{number}", loras.write_lora(tmp_path / f"a{number}", base.model.config, seed=number, rank=rank, size=1.0))
+        made.attach(
+            f"a{number}",
+            loras.write_lora(tmp_path / f"a{number}", base.model.config.to_dict(), seed=number, rank=rank, size=1.0),
+        )
     yield made
 
 
 def calls(*adapters: str, prompt: str = LONG, tokens: int = 6, **options: Any) -> list[Call]:
     sampling = Sampling(max_tokens=tokens, **options)
-    return [Call(f"{place}", adapter, ({"role": "user", "content": prompt},), sampling=sampling) for place, adapter in enumerate(adapters)]
+    return [
+        Call(f"{place}", adapter, ({"role": "user", "content": prompt},), sampling=sampling)
+        for place, adapter in enumerate(adapters)
+    ]
 
 
 def replies(engine: LocalEngine, asked: list[Call]) -> dict[str, str]:
@@ -72,7 +87,12 @@ def test_a_row_is_bit_for_bit_what_it_is_alone(engine: LocalEngine, monkeypatch:
 
     monkeypatch.setattr(LocalEngine, "_choose", noted)
     mixed = [
-        Call(f"{n}", ("", "a0", "a1", "a2")[n % 4], ({"role": "user", "content": LONG[: 20 + 7 * n]},), sampling=Sampling(max_tokens=4 + n % 3))
+        Call(
+            f"{n}",
+            ("", "a0", "a1", "a2")[n % 4],
+            ({"role": "user", "content": LONG[: 20 + 7 * n]},),
+            sampling=Sampling(max_tokens=4 + n % 3),
+        )
         for n in range(18)
     ]
     together = replies(engine, mixed)
@@ -86,7 +106,9 @@ def test_a_row_is_bit_for_bit_what_it_is_alone(engine: LocalEngine, monkeypatch:
     assert together == alone
     assert seen.keys() == beside.keys()
     for key, lines in seen.items():
-        assert len(lines) == len(beside[key]) and all(torch.equal(one, two) for one, two in zip(lines, beside[key], strict=True))
+        assert len(lines) == len(beside[key]) and all(
+            torch.equal(one, two) for one, two in zip(lines, beside[key], strict=True)
+        )
 
 
 def test_adapters_differ_and_the_base_is_untouched(engine: LocalEngine) -> None:
@@ -99,15 +121,23 @@ def test_adapters_differ_and_the_base_is_untouched(engine: LocalEngine) -> None:
 def test_replies_are_those_of_peft(base: Base, tmp_path: Path) -> None:
     if base.dtype != torch.float32:
         pytest.skip("orders of summation differ, so in bf16 they may part")
-    path = loras.write_lora(tmp_path / "a", base.model.config, seed=3, rank=4, size=1.0)
-    prompts = [base.chat.prompt_ids(loras.messages(LONG[:40])), base.chat.prompt_ids(loras.messages(LONG))]
+    path = loras.write_lora(tmp_path / "a", base.model.config.to_dict(), seed=3, rank=4, size=1.0)
+    prompts = [base.chat.prompt_ids(messages(LONG[:40])), base.chat.prompt_ids(messages(LONG))]
     tuned = adapters.open_adapter(base.model, path)
-    wanted = [made.ids for made in generate(tuned, prompts, stop=base.chat.stops, pad=base.chat.pad, sampling=Sampling(max_tokens=12))]
+    wanted = [
+        made.ids for made in generate(tuned, prompts, stop=base.chat.stops, pad=base.chat.pad, sampling=Sampling(max_tokens=12))
+    ]
     adapters.undo(tuned)
     assert not isinstance(base.model, peft.PeftModel)
     engine = LocalEngine(base, rows=4, cache_tokens=1024)
     engine.attach("a", path)
-    said = replies(engine, [*calls("a", prompt=LONG[:40], tokens=12), Call("1", "a", ({"role": "user", "content": LONG},), sampling=Sampling(max_tokens=12))])
+    said = replies(
+        engine,
+        [
+            *calls("a", prompt=LONG[:40], tokens=12),
+            Call("1", "a", ({"role": "user", "content": LONG},), sampling=Sampling(max_tokens=12)),
+        ],
+    )
     assert [said["0"], said["1"]] == [base.chat.decode(ids) for ids in wanted]
 
 
@@ -130,7 +160,7 @@ def test_an_adapter_that_is_attached_again_meets_nothing_stale(engine: LocalEngi
     engine.detach("a0")
     with pytest.raises(ModelError, match="attached"):
         engine.submit(calls("a0")[0])
-    engine.attach("a0", loras.write_lora(tmp_path / "other", base.model.config, seed=9, rank=3, size=1.0))
+    engine.attach("a0", loras.write_lora(tmp_path / "other", base.model.config.to_dict(), seed=9, rank=3, size=1.0))
     assert replies(engine, calls("a0"))["0"] != before
     engine.detach("a0")
     engine.attach("a0", tmp_path / "a0")
@@ -139,7 +169,7 @@ def test_an_adapter_that_is_attached_again_meets_nothing_stale(engine: LocalEngi
 
 def test_a_row_that_is_not_finite_fails_alone(engine: LocalEngine, tmp_path: Path, base: Base) -> None:
     before = replies(engine, calls("", "a0"))
-    engine.attach("bad", loras.write_lora(tmp_path / "bad", base.model.config, seed=5, rank=2, size=1e30))
+    engine.attach("bad", loras.write_lora(tmp_path / "bad", base.model.config.to_dict(), seed=5, rank=2, size=1e30))
     said = replies(engine, calls("", "a0", "bad", "bad"))
     assert said["2"] == said["3"] == "ModelError"
     assert {key: said[key] for key in before} == before
@@ -222,9 +252,13 @@ def test_the_compiled_serving_kernels_compute_as_torch_does() -> None:
     assert serving.is_right(serving.NativeServing(kernels))
 
 
-@pytest.mark.parametrize(("change", "named"), [({"use_dora": True}, "use_dora"), ({"r": 3}, "rank 3"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias")])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"use_dora": True}, "use_dora"), ({"r": 3}, "rank 3"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias")],
+)
 def test_an_adapter_that_cannot_be_computed_is_refused(base: Base, tmp_path: Path, change: dict[str, Any], named: str) -> None:
-    path = loras.write_lora(tmp_path / "a", base.model.config, seed=0, rank=2)
-    loras.change_config(path, **change)
+    path = loras.write_lora(tmp_path / "a", base.model.config.to_dict(), seed=0, rank=2)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelError, match=named):
         LocalEngine(base, cache_tokens=1024).attach("a", path)

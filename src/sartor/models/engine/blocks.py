@@ -81,7 +81,7 @@ class Blocks:
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int], first: int, pages: Sequence[int], slot: int, *, all_rows: bool = False) -> torch.Tensor:
-        """A chunk of one prompt: T ids from position `first` on -> hidden states (1, D) of the last, or (T, D) of all, normed."""
+        """A chunk of one prompt: T ids from position `first` on -> normed hidden states, (1, D) of the last or (T, D) of all."""
         x = self._fast.embed(torch.tensor(ids, device=self.device))
         table = torch.tensor(pages[: (first + len(ids) - 1) // PAGE_TOKENS + 1], device=self.device)
 
@@ -107,10 +107,8 @@ class Blocks:
         self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]], slots: Sequence[int]
     ) -> torch.Tensor:
         """The newest token of each of N rows -> logits (N, V) of what comes next."""
-        parts = [
-            self._decode_block(*(column[start : start + BLOCK_ROWS] for column in (ids, positions, pages, slots)))
-            for start in range(0, len(ids), BLOCK_ROWS)
-        ]
+        cuts = [slice(start, start + BLOCK_ROWS) for start in range(0, len(ids), BLOCK_ROWS)]
+        parts = [self._decode_block(ids[cut], positions[cut], pages[cut], slots[cut]) for cut in cuts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode_block(

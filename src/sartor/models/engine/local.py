@@ -34,7 +34,8 @@ class LocalEngine:
     def __init__(self, base: Base, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 65_536) -> None:
         if min(rows, waiting, cache_tokens // PAGE_TOKENS) < 1:
             raise ConfigError(
-                f"rows is {rows}, waiting {waiting}, cache_tokens {cache_tokens}; at least 1, 1 and {PAGE_TOKENS}", "engine.rows: 16"
+                f"rows is {rows}, waiting {waiting}, cache_tokens {cache_tokens}; at least 1, 1 and {PAGE_TOKENS}",
+                "engine.rows: 16",
             )
         self._base, self._rows, self._most_waiting = base, rows, waiting
         trained = int(base.model.config.max_position_embeddings)
@@ -196,9 +197,7 @@ class LocalEngine:
         pages, _ = found
         try:
             chunks = range(0, len(ids), PAGE_TOKENS)
-            hidden = [
-                self._blocks.read(ids[start : start + PAGE_TOKENS], start, pages, -1, all_rows=True) for start in chunks
-            ]
+            hidden = [self._blocks.read(ids[start : start + PAGE_TOKENS], start, pages, -1, all_rows=True) for start in chunks]
         finally:
             self._pages.give_back(pages)
         mean = torch.cat(hidden).float().mean(0)

@@ -78,9 +78,7 @@ class Stack:
 class Serving:
     """Torch's operations."""
 
-    def attend(
-        self, qkv: torch.Tensor, cache: Cache, looks: Looks, shape: Shape, turns: Turns
-    ) -> torch.Tensor:
+    def attend(self, qkv: torch.Tensor, cache: Cache, looks: Looks, shape: Shape, turns: Turns) -> torch.Tensor:
         """qkv (N, (H + 2 G) K) of each row's newest token -> (N, H K); its key and value are put into the cache."""
         out = qkv.new_zeros(len(qkv), shape.heads * cache.keys.shape[3])
         for row, position in enumerate(looks.positions.tolist()):
