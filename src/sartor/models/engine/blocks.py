@@ -81,7 +81,7 @@ class Blocks:
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int], first: int, pages: Sequence[int], slot: int, *, all_rows: bool = False) -> torch.Tensor:
-        """A chunk of one prompt: T ids from position `first` on -> normed hidden states, (1, D) of the last or (T, D) of all."""
+        """A chunk of one prompt: T ids from position `first` on -> normed hidden states, (1, D) or (T, D) of all."""
         x = self._fast.embed(torch.tensor(ids, device=self.device))
         table = torch.tensor(pages[: (first + len(ids) - 1) // PAGE_TOKENS + 1], device=self.device)
 

@@ -2,9 +2,9 @@
 
     submit -> waiting -> reading (its prompt, a chunk at a time) -> writing (a token a step) -> Done
 
-A step lets rows join, reads at most READ_TOKENS of prompts, and gives every writing row its next token. Greedy replies are what
-each adapter alone would have said, token for token (`blocks.py` says why); sampled ones are drawn from a generator of their own.
-A row whose logits are not finite fails alone: its pages are not kept, and no other row ever looked at them.
+A step lets rows join, reads at most READ_TOKENS of prompts, and gives every writing row its next token. Greedy replies are
+what each adapter alone would have said, token for token (`blocks.py` says why); sampled ones are drawn from a generator of
+their own. A row whose logits are not finite fails alone: its pages are not kept, and no other row ever looked at them.
 """
 
 from __future__ import annotations
@@ -33,10 +33,8 @@ class LocalEngine:
 
     def __init__(self, base: Base, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 65_536) -> None:
         if min(rows, waiting, cache_tokens // PAGE_TOKENS) < 1:
-            raise ConfigError(
-                f"rows is {rows}, waiting {waiting}, cache_tokens {cache_tokens}; at least 1, 1 and {PAGE_TOKENS}",
-                "engine.rows: 16",
-            )
+            problem = f"rows is {rows}, waiting {waiting}, cache_tokens {cache_tokens}; at least 1, 1 and {PAGE_TOKENS}"
+            raise ConfigError(problem, "engine: {rows: 16, waiting: 256, cache_tokens: 65536}")
         self._base, self._rows, self._most_waiting = base, rows, waiting
         trained = int(base.model.config.max_position_embeddings)
         context = min(trained, cache_tokens // PAGE_TOKENS * PAGE_TOKENS)

@@ -60,7 +60,7 @@ class Spelling:
 
 @dataclass
 class Row:
-    """A call that is being answered. number, slot: its adapter's; pages: where its keys and values are; read: prompt tokens done."""
+    """A call in work. number, slot: its adapter's; pages: where its keys and values are; read: prompt tokens that are done."""
 
     call: Call
     prompt: list[int]

@@ -35,7 +35,7 @@ class Cache:
 
 @dataclass
 class Looks:
-    """Who looks where in one decode: the newest token of each row at `positions` (N,), -1 for padding; its pages in `table` (N, most)."""
+    """Who looks where in one decode: each row's newest token at `positions` (N,), -1 for padding; its pages, `table` (N, most)."""
 
     table: torch.Tensor
     positions: torch.Tensor
@@ -90,7 +90,7 @@ class Serving:
     def attend_row(
         self, qkv: torch.Tensor, cache: Cache, pages: torch.Tensor, first: int, shape: Shape, turns: Turns
     ) -> torch.Tensor:
-        """The T tokens of one row from position `first` on: qkv (T, (H + 2 G) K) -> (T, H K). pages: all up to the last token's."""
+        """The T tokens of one row from position `first` on: qkv (T, (H + 2 G) K) -> (T, H K). pages: up to the last token's."""
         width, count = cache.keys.shape[3], len(qkv)
         query, key, value = (
             part.unflatten(1, (-1, width)).transpose(0, 1)
