@@ -4,7 +4,8 @@
     scripted.reply_of(call)                            the text that any of them must give
 
 A prompt that holds DIE, HANG, GROW, NAN or WAIT does that once the reply has two tokens (DIE0 at once). An adapter is a directory with
-a file `behaviour`: `ok`, or what attaching it does (`error`, `die`, `hang`), or what its calls do (`nan`, `poison`).
+a file `behaviour`: `ok`, or what attaching it does (`error`, `die`, `hang`), or what its calls do (`nan`, `poison`, `moody`:
+another reply in each process).
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ def prompt_of(call: Call) -> str:
     return call.text or str(call.messages[-1]["content"])
 
 
-def tokens_of(call: Call, adapter: str | None = None) -> list[str]:
-    """Each token of its reply: as many as it may have."""
-    asked = hashlib.sha256(f"{adapter or call.adapter} {prompt_of(call)} {call.sampling.seed}".encode()).hexdigest()[:8]
-    return [f"{asked}-{place} " for place in range(call.sampling.max_tokens)]
+def asked_by(call: Call) -> str:
+    """What its reply is about."""
+    said = f"{call.adapter} {prompt_of(call)} {call.sampling.seed}"
+    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
 def reply_of(call: Call) -> str:
-    """Its whole reply."""
-    return "".join(tokens_of(call))
+    """Its whole reply: as many tokens as it may have."""
+    return "".join(f"{asked_by(call)}-{place} " for place in range(call.sampling.max_tokens))
 
 
 def adapter(folder: Path, behaviour: str = "ok") -> Path:
@@ -62,6 +63,7 @@ def adapter(folder: Path, behaviour: str = "ok") -> Path:
 class _Row:
     call: Call
     behaviour: str
+    asked: str
     said: int = 0
     grown: list[bytearray] = field(default_factory=list)
 
@@ -100,7 +102,9 @@ class Scripted:
             raise ZeroDivisionError
         if call.adapter and call.adapter not in self._adapters:
             raise ModelError(f"no adapter {call.adapter}", "attach it")
-        self._waiting.append(_Row(call, self._adapters.get(call.adapter, "ok")))
+        behaviour = self._adapters.get(call.adapter, "ok")
+        asked = f"{os.getpid()}" if behaviour == "moody" else asked_by(call)
+        self._waiting.append(_Row(call, behaviour, asked))
 
     def cancel(self, call: str) -> None:
         self._cancelled.add(call)
@@ -141,10 +145,9 @@ class Scripted:
             for word in ("DIE", "HANG", "WAIT"):
                 if word in prompt:
                     _misbehave(word)
-        tokens = tokens_of(call)
         row.said += 1
-        piece = Piece(call.id, tokens[row.said - 1], 1)
-        if row.said < len(tokens):
+        piece = Piece(call.id, f"{row.asked}-{row.said - 1} ", 1)
+        if row.said < call.sampling.max_tokens:
             return [piece]
         return [piece, Done(call.id, "length", len(prompt.split()), row.said)]
 

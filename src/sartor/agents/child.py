@@ -42,6 +42,7 @@ class Child:
         self._numbers = itertools.count(1)
         self._line: _Line | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._end: asyncio.Task[None] | None = None
         self._is_open: asyncio.Future[About] = asyncio.get_running_loop().create_future()
         self.state: State = "starting"
         self.calls: dict[str, LiveCall] = {}
@@ -88,6 +89,7 @@ class Child:
                 raise UnavailableError(f"{command[0]} cannot be started: {error}", "check the machine's limits") from None
         ours.setblocking(False)
         _, self._line = await loop.create_connection(lambda: _Line(self._frame), sock=ours)
+        self._end = asyncio.create_task(self._watch_end(self._process, self._line))
         self._line.send({"op": "open", **self._opening})
         self.heard_at = time.monotonic()
         both: list[asyncio.Future[Any]] = [self._is_open, self._line.lost]
@@ -101,25 +103,30 @@ class Child:
 
     async def gone(self) -> None:
         """Wait for its end, and for all that it said before. Whoever waits for an answer then gets GoneError."""
-        if self._process is not None and self._line is not None:
-            exited = asyncio.ensure_future(self._process.wait())
-            both: list[asyncio.Future[Any]] = [exited, self._line.lost]
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if not exited.done():  # it closed its end, or it is about to be gone
-                await asyncio.wait([exited], timeout=_LAST_WORDS_S)
-                if not exited.done():
-                    self.kill("crashed: it closed its connection")
-            status = await exited
-            await asyncio.wait([self._line.lost], timeout=_LAST_WORDS_S)
-            self._line.close()
-            self.why = self.why or f"crashed: {_ended(status)}"
+        if self._end is not None:
+            await asyncio.shield(self._end)
+        self.state = "gone"
+
+    async def _watch_end(self, process: asyncio.subprocess.Process, line: _Line) -> None:
+        exited = asyncio.ensure_future(process.wait())
+        both: list[asyncio.Future[Any]] = [exited, line.lost]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not exited.done():  # it closed its end, or it is about to be gone
+            await asyncio.wait([exited], timeout=_LAST_WORDS_S)
+            if not exited.done():
+                self.kill("crashed: it closed its connection")
+        status = await exited
+        await asyncio.wait([line.lost], timeout=_LAST_WORDS_S)
+        line.close()
+        self.why = self.why or f"crashed: {_ended(status)}"
         self.state = "gone"
         for answer in self._asks.values():
             if not answer.done():
                 answer.set_exception(GoneError(self.why))
         self._asks.clear()
         if not self._is_open.done():
-            self._is_open.cancel()
+            self._is_open.set_exception(GoneError(self.why))
+            self._is_open.exception()  # seen, if nobody waits for it
 
     def send(self, said: Mapping[str, Any]) -> None:
         """Tell it something."""
@@ -196,12 +203,11 @@ class Child:
 
     async def close(self, within_s: float) -> None:
         """Ask it to end, and end it when it does not."""
-        self.why = self.why or "closed"
-        self.send({"op": "close"})
-        if self._process is None:
-            return
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), within_s)
+        if self._process is not None and self.state != "starting":  # an engine that opens hears nothing
+            self.why = self.why or "closed"
+            self.send({"op": "close"})
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), within_s)
         self.kill("closed")
 
     def _frame(self, said: Mapping[str, Any] | Malformed) -> None:

@@ -102,7 +102,9 @@ class Places:
         """Wait until a worker is ready. Raises UnavailableError when that takes longer than a start may."""
         try:
             async with asyncio.timeout(self._rules.start_s):
-                await self._some_ready.wait()
+                while not self.ready():
+                    self._some_ready.clear()
+                    await self._some_ready.wait()
         except TimeoutError:
             raise UnavailableError(f"no worker was ready within {self._rules.start_s:g} s", "see what the log says") from None
 
@@ -160,6 +162,8 @@ class Places:
             problem = f"a worker takes {child.memory_bytes} bytes before its first call; workers.memory_bytes is {limit}"
             raise BudgetError(problem, f"workers: {{memory_bytes: {2 * child.memory_bytes}}}, or a smaller base")
         await self._hooks.equip(child)
+        if child.state != "starting":
+            raise GoneError(child.why)
         child.state = "ready"
         self._some_ready.set()
         if self._first and not self._first.done():
@@ -171,8 +175,6 @@ class Places:
             self._first.set_exception(error)
 
     def _ended(self, child: Child) -> None:
-        if not self.ready():
-            self._some_ready.clear()
         self._silent.discard(child)
         self.ends[child.why.partition(":")[0]] += 1
         _LOG.warning("worker %d ended: %s", child.pid, child.why)
@@ -216,8 +218,6 @@ class Places:
                 child.kill(RECYCLED)
         elif limit and child.state == "ready" and child.memory_bytes > limit and not self._is_one_retiring():
             child.state, place.retiring_since = "retiring", time.monotonic()
-            if not self.ready():
-                self._some_ready.clear()
             self._hooks.changed()
 
     def _is_one_retiring(self) -> bool:
