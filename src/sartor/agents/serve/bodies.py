@@ -18,8 +18,6 @@ MOST_NESTED = 64
 MOST_DIGITS = 40
 # Every body that is being read at once, together: many clients that each stay below the limit of one
 MOST_HELD_BYTES = 256 << 20
-# What is read and thrown away of a body that is too large, so that its sender hears why instead of a broken connection
-MOST_DISCARDED_BYTES = 64 << 20
 
 # A string, closed or not (so that the scan never turns back), or a bracket
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?+|[\[\]{}]', re.DOTALL)
@@ -46,11 +44,9 @@ class Reading:
         self.held_bytes = 0
 
     async def whole(self, chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_bytes: int) -> bytes:
-        """The body, counted while it comes in. Raises TooLargeError, and BusyError when all bodies together are too many bytes."""
+        """The body, counted while it comes in. Raises TooLargeError, and BusyError when all together are too much."""
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > limit_bytes:
-            if int(announced[:20]) <= MOST_DISCARDED_BYTES and headers.get("expect", "").lower() != "100-continue":
-                await _discard(chunks)
             raise too_large(int(announced[:20]), limit_bytes)
         body = bytearray()
         try:
@@ -58,9 +54,6 @@ class Reading:
                 self.held_bytes += len(chunk)
                 body += chunk
                 if len(body) > limit_bytes:
-                    self.held_bytes -= len(body)
-                    body.clear()
-                    await _discard(chunks)
                     raise too_large(None, limit_bytes)
                 if self.held_bytes > self.most_bytes:
                     raise BusyError(
@@ -70,14 +63,6 @@ class Reading:
         finally:
             self.held_bytes -= len(body)
         return bytes(body)
-
-
-async def _discard(chunks: AsyncIterator[bytes]) -> None:
-    left = MOST_DISCARDED_BYTES
-    async for chunk in chunks:
-        left -= len(chunk)
-        if left < 0:
-            return
 
 
 def too_large(size: int | None, limit_bytes: int) -> TooLargeError:
@@ -98,9 +83,7 @@ def parse(body: bytes) -> Any:
     if (depth := nested(body)) > MOST_NESTED:
         raise RequestError(f"the JSON is nested {depth} deep; the limit is {MOST_NESTED}", "send a flatter value")
     try:
-        value = json.loads(
-            text, parse_constant=_constant, parse_int=_whole, parse_float=_real, object_pairs_hook=_unlike_keys
-        )
+        value = json.loads(text, parse_constant=_constant, parse_int=_whole, parse_float=_real, object_pairs_hook=_unlike_keys)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, column {error.colno}"
         raise RequestError(f"the body is not JSON: {error.msg} at {at}", "check it with `python -m json.tool`") from None

@@ -122,5 +122,6 @@ def _headers(error: SartorError, status: int) -> dict[str, str]:
 def error_of(failed: Failed) -> SartorError:
     """The error that a Failed tells of."""
     cls = vars(errors).get(failed.kind)
-    known = isinstance(cls, type) and issubclass(cls, SartorError)
-    return (cls if known else SartorError)(failed.problem, failed.remedy)
+    if isinstance(cls, type) and issubclass(cls, SartorError):
+        return cls(failed.problem, failed.remedy)
+    return SartorError(failed.problem, failed.remedy)

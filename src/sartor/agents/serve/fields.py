@@ -25,11 +25,29 @@ def field_error(found: Sequence[Mapping[str, Any]], body: Any, known: Iterable[s
     if kind == "missing":
         return FieldError(f"{param or 'the body'} is missing", f'"{path[-1]}": ...' if path else "send a JSON object", param)
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(path[-1]), list(known), 1)
+        near = difflib.get_close_matches(str(path[-1]), list(known), 1, _NEAR)
         meant = f"; {near[0]!r} was probably meant" if near else ""
         return FieldError(f"there is no field {_shown(param)}{meant}", f'"{near[0]}": ...' if near else "leave it out", param)
+    if kind in _TAGS:
+        return _wrong_tag(said, param)
+    if kind == "none_required" or said.get("ctx", {}).get("max_length") == 0:
+        return FieldError(f"{param} is {_shown(said.get('input'))}; this server does not do that", f"leave {param} out", param)
     must = str(said["msg"]).replace("Input should", "it must").replace("Value should", "it must")
     return FieldError(f"{param or 'the body'} is {_shown(said.get('input'))}; {must}", _remedy(said, param), param)
+
+
+_TAGS = ("union_tag_invalid", "union_tag_not_found")
+# Near enough to have been meant; top_p is not a misspelt top_k
+_NEAR = 0.85
+
+
+def _wrong_tag(said: Mapping[str, Any], param: str) -> FieldError:
+    """One of several forms is chosen by a field (role, type), and that has none of the words that it may."""
+    field = str(said["ctx"]["discriminator"]).strip("'")
+    param = f"{param}.{field}"
+    expected = said["ctx"].get("expected_tags", "")
+    found = f"is {_shown(said['ctx']['tag'])}" if "tag" in said["ctx"] else "is missing"
+    return FieldError(f"{param} {found}", f"send one of {expected}" if expected else f'"{field}": ...', param)
 
 
 def _path(place: Sequence[str | int], body: Any) -> Path:
@@ -49,8 +67,8 @@ def _path(place: Sequence[str | int], body: Any) -> Path:
 def _remedy(said: Mapping[str, Any], param: str) -> str:
     limits = said.get("ctx", {})
     name = param.rpartition(".")[2] or "body"
-    if "expected" in limits or "expected_tags" in limits:
-        return f"send {limits.get('expected') or limits.get('expected_tags')}, or leave {name} out"
+    if "expected" in limits:
+        return f"send {limits['expected']}, or leave {name} out"
     bounds = [f"{word} {limits[key]}" for key, word in _BOUNDS if key in limits]
     return f"send a value {' and '.join(bounds)}" if bounds else f"send {name} of the right type"
 
