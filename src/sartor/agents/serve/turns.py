@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from sartor.agents.asking import Request
-from sartor.agents.serve.asked import ChatRequest, Chosen, Content, ObjectFormat, SchemaFormat, TextRequest, Turn
+from sartor.agents.serve.asked import ChatRequest, Chosen, Content, NamedTool, ObjectFormat, SchemaFormat, TextRequest, Turn
 from sartor.agents.serve.faults import FieldError
 from sartor.agents.team import Limits
 from sartor.models.engine.schemas import JSON_OBJECT, read_schema
