@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from sartor.agents.asking import Answer, Request
 from sartor.agents.serve.seams import House, Listed, Visitor
 from sartor.agents.serve.server import Server, bind
 from sartor.agents.team import Http, Limits, Team
-from sartor.core.errors import BusyError, ConflictError, KeyRefusedError, SartorError, UnavailableError, UnknownAgentError
-from sartor.models.engine.contract import About, Done, Event, Failed, Logprob, Piece
+from sartor.core.errors import AdmissionError, BusyError, ConflictError, KeyRefusedError, SartorError, UnknownAgentError
+from sartor.models.engine.contract import About, Done, Event, Logprob, Piece
 
 ABOUT = About("local", "tiny", "b" * 64, "t" * 64, 512, 4)
 KEYS = {
@@ -46,12 +48,12 @@ class Replies:
 
     async def open(self, request: Request) -> Answer:
         self.asked.append(request)
+        receipt = f"r{len(self.asked)}"
         await asyncio.sleep(0)
         if self.fail is not None:
             raise self.fail
         name = "faq" if request.model == "auto" else request.model
         version = "base@" + ABOUT.base_digest[:12] if name == "base" else name if "@" in name else f"{name}@1.0"
-        receipt = f"r{len(self.asked)}"
         return Answer(version, "asked by näme\nand more", receipt, self._events(request, receipt))
 
     async def _events(self, request: Request, receipt: str) -> AsyncIterator[Event]:
@@ -149,7 +151,7 @@ class Roster:
     async def promote(self, name: str, release: str, version: str, expected: str | None) -> Mapping[str, Any]:
         self._expect(name, expected)
         if release.endswith("bad"):
-            raise SartorErrors.admission
+            raise AdmissionError("the adapter holds NaN", "tune it again")
         self.live[name] = version or Path(release).name
         return {"name": name, "live": self.live[name]}
 
@@ -168,12 +170,6 @@ class Roster:
 
     async def hear(self, agent: str, rating: float) -> None:
         self.heard.append((agent, rating))
-
-
-class SartorErrors:
-    from sartor.core.errors import AdmissionError
-
-    admission = AdmissionError("the adapter holds NaN", "tune it again")
 
 
 @dataclass
@@ -240,4 +236,33 @@ def running(server: Server) -> Iterator[str]:
         assert not thread.is_alive(), "the server did not end"
 
 
-__all__ = ["Failed", "UnavailableError"]
+@contextlib.asynccontextmanager
+async def client(served: House, made: Team, **headers: str) -> AsyncIterator[Client]:
+    """A client of the application itself, without a socket; `client.log` holds the journal once it is closed."""
+    log = Log()
+    server = Server(served, made, log=log)
+    transport = httpx.ASGITransport(server.asgi)
+    try:
+        async with Client(transport=transport, base_url="http://127.0.0.1:8440", headers=headers) as opened:
+            opened.log, opened.server = log, server
+            yield opened
+    finally:
+        server.close()
+
+
+class Client(httpx.AsyncClient):
+    """With the log of the server that it asks."""
+
+    log: Log
+    server: Server
+
+
+def chat(text: str = "hello", **fields: Any) -> dict[str, Any]:
+    """The body of a chat."""
+    return {"model": "faq", "messages": [{"role": "user", "content": text}], **fields}
+
+
+def events(text: str) -> list[Any]:
+    """What a stream's events hold; the last is `[DONE]`."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    return [*(json.loads(line) for line in lines[:-1]), lines[-1]]

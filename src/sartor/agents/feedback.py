@@ -32,8 +32,9 @@ class Exchange:
 
     @property
     def size_bytes(self) -> int:
-        """Roughly what it takes: characters of everything said."""
-        return len(self.text) + len(self.reply) + sum(len(str(message)) for message in self.messages)
+        """What everything that was said takes as text."""
+        said = [self.text, self.reply, *(str(message) for message in self.messages)]
+        return sum(len(text.encode(errors="replace")) for text in said)
 
 
 class Memory:
