@@ -73,6 +73,17 @@ class Projection:
         return fused
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether W is held in fewer bits and made dense for each product."""
+        return any(is_quantised(base) for base in self.modules)
+
+    def release(self) -> None:
+        """Let W go, here and in the modules: its holder has another copy, and nothing else will compute with it."""
+        self._fused = None
+        for base in self.modules:
+            base.weight.data = base.weight.data.new_empty(0)
+
+    @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """The factors in order: a, b of the first, a, b of the second, ..."""
         return [part for factors in self.factors for part in (factors.a, factors.b)]

@@ -1,145 +1,190 @@
-"""LoRA factors of one adapter, read from a PEFT directory for a base whose linear modules have known places.
+"""The LoRA factors of every attached adapter, stacked per fused projection, so that one batch may hold any of them.
 
-    y += B' (A x)    with B' = scale B, scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA
-
-Taken is what is a sum of two factors and nothing else: LoRA and rsLoRA on linear modules of the blocks, with any targets and
-a rank and alpha of its own for each. Everything else that an adapter_config.json can ask for is refused by name, since
-leaving it out would answer as another model.
+A slot is an adapter's place in every stack. Ranks may differ: a stack has room for the largest, and a smaller one's rest is
+zero. Stacks grow by doubling; a slot that was freed is used again.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 
 from sartor.core.errors import ModelError
-from sartor.models.adapters import read_weights
-from sartor.models.base import quiet
+from sartor.models.adapters import CONFIG, read_weights
+from sartor.models.kernels.serving import Stack
 
-# What a config may say otherwise than peft's default without changing what is computed.
-_HARMLESS = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
-    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "megatron_core", "runtime_config", "eva_config", "qalora_group_size",
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
+_REMEDY = "serve it merged (`sartor export --to merged`), or tune it again with method.kind: lora"
+# options of peft's LoraConfig that change what is computed beyond scale B A, and what they are when they do not
+_PLAIN: dict[str, Any] = {
+    "use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "layer_replication": None,
+    "alora_invocation_tokens": None, "trainable_token_indices": None, "target_parameters": None,
 }  # fmt: skip
-# Ways to begin that leave the base as it is; others (PiSSA, OLoRA, CorDA, LoftQ) take their factors out of its weights.
-_HARMLESS_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
-_REMEDY = "give an adapter as `sartor tune` writes it, or merge it into its base and serve that as a base"
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a linear module stands: its layer, and its number among the layer's linear modules."""
+class Site:
+    """A fused projection: its input's width, and its modules with their outputs [low, high)."""
 
-    layer: int
-    part: int
-    inputs: int
-    outputs: int
+    width: int
+    modules: tuple[str, ...]
+    low: tuple[int, ...]
+    high: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Factor:
-    """Of one module: a (R, in); b (R, out), scaled."""
+class Pair:
+    """One module's factors: a (R, D), b (O, R), and the scale of their product."""
 
     a: torch.Tensor
     b: torch.Tensor
+    scale: float
 
 
-@dataclass(frozen=True)
 class Factors:
-    """Of one adapter, by (layer, part)."""
+    """Stacks for every site, and who has which slot."""
 
-    parts: Mapping[tuple[int, int], Factor]
-    rank: int
+    def __init__(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> None:
+        self.sites, self._dtype, self._device = sites, dtype, device
+        self._slots: dict[str, int] = {}
+        self._room = 0
+        self.stacks = [self._empty(site, (0,) * len(site.modules), 0) for site in sites]
+
+    def __contains__(self, adapter: str) -> bool:
+        return adapter in self._slots
+
+    def slot(self, adapter: str) -> int:
+        """Where an adapter stands; -1 for the base."""
+        return self._slots[adapter] if adapter else -1
 
     @property
-    def bytes(self) -> int:
-        """What they take."""
-        return sum(tensor.nbytes for part in self.parts.values() for tensor in (part.a, part.b))
+    def bytes_per_slot(self) -> int:
+        """What each adapter takes, whatever its own rank is."""
+        tensors = (part for stack in self.stacks for part in (stack.a, stack.b, stack.scales))
+        return sum(part[0].nbytes for part in tensors) if self._room else 0
+
+    def put(self, adapter: str, path: Path) -> int:
+        """Load the PEFT directory `path` under a name; returns `bytes_per_slot`. Raises ModelError when it does not fit."""
+        pairs = read_pairs(path, {module: self._shape(site, place) for site, place, module in self._modules()})
+        taken = set(self._slots.values())
+        slot = next(number for number in range(len(taken) + 1) if number not in taken)
+        for number, site in enumerate(self.sites):
+            self._make_room(number, site, [len(pairs[m].a) if m in pairs else 0 for m in site.modules], slot)
+            self._write(self.stacks[number], site, pairs, slot)
+        self._room = max(self._room, slot + 1)
+        self._slots[adapter] = slot
+        return self.bytes_per_slot
+
+    def drop(self, adapter: str) -> None:
+        """Free an adapter's slot."""
+        slot = self._slots.pop(adapter)
+        for stack in self.stacks:
+            stack.scales[slot] = 0
+
+    def _modules(self) -> Sequence[tuple[Site, int, str]]:
+        return [(site, place, module) for site in self.sites for place, module in enumerate(site.modules)]
+
+    @staticmethod
+    def _shape(site: Site, place: int) -> tuple[int, int]:
+        return site.high[place] - site.low[place], site.width
+
+    def _empty(self, site: Site, ranks: tuple[int, ...], slots: int) -> Stack:
+        wide = sum(rank * (high - low) for rank, low, high in zip(ranks, site.low, site.high, strict=True))
+        made = {"dtype": self._dtype, "device": self._device}
+        compute = torch.promote_types(self._dtype, torch.float32)
+        scales = torch.zeros(slots, len(site.modules), dtype=compute, device=self._device)
+        a, b = torch.zeros(slots, sum(ranks), site.width, **made), torch.zeros(slots, wide, **made)
+        return Stack(ranks, site.low, site.high, a, b, scales)
+
+    def _make_room(self, number: int, site: Site, ranks: Sequence[int], slot: int) -> None:
+        """A larger stack if the slot or a rank does not fit, with what the old one holds."""
+        old = self.stacks[number]
+        wanted = tuple(max(have, need) for have, need in zip(old.ranks, ranks, strict=True))
+        slots = len(old.scales)
+        if wanted == old.ranks and slot < slots:
+            return
+        new = self._empty(site, wanted, slots if slot < slots else max(4, 2 * slots))
+        new.scales[:slots] = old.scales
+        for place, rank in enumerate(old.ranks):
+            span = site.high[place] - site.low[place]
+            start, b_start = new.module_a(place).start, new.module_b(place).start
+            new.a[:slots, start : start + rank] = old.a[:, old.module_a(place)]
+            new.b[:slots, b_start : b_start + rank * span] = old.b[:, old.module_b(place)]
+        self.stacks[number] = new
+
+    @staticmethod
+    def _write(stack: Stack, site: Site, pairs: Mapping[str, Pair], slot: int) -> None:
+        for place, module in enumerate(site.modules):
+            pair = pairs.get(module)
+            stack.scales[slot, place] = pair.scale if pair else 0.0
+            if pair is None:
+                continue
+            rank = len(pair.a)
+            a, b = stack.a[slot, stack.module_a(place)], stack.b[slot, stack.module_b(place)].view(stack.ranks[place], -1)
+            a[:rank], a[rank:] = pair.a.to(a.dtype), 0
+            b[:rank], b[rank:] = pair.b.T.to(b.dtype), 0
 
 
-def read_factors(path: Path, places: Mapping[str, Place], dtype: torch.dtype, device: torch.device) -> Factors:
-    """The factors in a PEFT directory, in the base's dtype. `places`: the base's linear modules by name.
+def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Pair]:
+    """The factors in a PEFT directory by module. shapes: (outputs, inputs) of the modules that may have some.
 
-    Raises ModelError when files cannot be read, when the config asks for more than LoRA, when a tensor has no place, is
-    missing, or is not of the config's rank or the base's shape.
+    Raises ModelError for what is not plain LoRA, for tensors without a place or a partner, and for shapes that do not fit.
     """
     weights = read_weights(path)
-    config = _read_config(path)
-    wanted = {name for name in places if check_target_module_exists(config, name)}
-    found: dict[tuple[int, int], Factor] = {}
-    for name in sorted({_module(key, path) for key in weights}):
-        if name not in places:
-            raise ModelError(f"the adapter {path} changes {name!r}, which is no linear module in a layer of this base", _REMEDY)
-        place = places[name]
-        pair = [weights[key] for key in (f"{_PREFIX}{name}.lora_{letter}.weight" for letter in "AB") if key in weights]
-        if len(pair) != 2:
-            raise ModelError(f"the adapter {path} has only one of the two factors of {name!r}", _REMEDY)
-        rank, scale = _rank_and_scale(config, name)
-        shapes = [tuple(tensor.shape) for tensor in pair]
-        if shapes != [(rank, place.inputs), (place.outputs, rank)]:
-            raise ModelError(
-                f"the adapter {path} has factors of shapes {shapes} for {name!r}, where its config and this base say "
-                f"{[(rank, place.inputs), (place.outputs, rank)]}",
-                _REMEDY,
-            )
-        found[place.layer, place.part] = _factor(path, name, pair, scale, dtype, device)
-        wanted.discard(name)
-    if wanted:
-        raise ModelError(
-            f"the adapter {path} lacks the factors of {len(wanted)} modules, the first is {min(wanted)!r}", _REMEDY
-        )
-    return Factors(found, max(len(part.a) for part in found.values()))
+    config = _plain_config(path)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in weights.items():
+        match = _KEY.match(key)
+        if match is None or match["module"] not in shapes:
+            raise ModelError(f"the adapter {path} holds {key!r}, which has no place in this base", _REMEDY)
+        found.setdefault(match["module"], {})[match["factor"]] = tensor
+    pairs = {module: _pair(path, config, module, factors, shapes[module]) for module, factors in found.items()}
+    if not pairs:
+        raise ModelError(f"the adapter {path} holds no factors", "tune it again")
+    return pairs
 
 
-def _read_config(path: Path) -> Any:
+def _plain_config(path: Path) -> dict[str, Any]:
     try:
-        with quiet():
-            config = peft.PeftConfig.from_pretrained(str(path))
-    except Exception as error:  # unknown kinds are KeyError, wrong types TypeError or ValueError
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        kind, alpha = config["peft_type"], float(config.get("lora_alpha", 0))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path / CONFIG} is no PEFT config: {error}", "tune it again") from None
+    if kind != "LORA" or not math.isfinite(alpha):
+        raise ModelError(f"the adapter {path} is {kind!r} with alpha {alpha}; the engine computes LoRA", _REMEDY)
+    for name, plain in _PLAIN.items():
+        if (said := config.get(name, plain)) not in (plain, None, [], {}):
+            raise ModelError(f"the adapter {path} has {name} {said!r}, which the engine does not compute", _REMEDY)
+    return dict(config)
+
+
+def _pair(
+    path: Path, config: Mapping[str, Any], module: str, factors: Mapping[str, torch.Tensor], shape: tuple[int, int]
+) -> Pair:
+    if set(factors) != {"A", "B"}:
+        raise ModelError(f"the adapter {path} has only factor {''.join(factors)} of {module}", "tune it again")
+    a, b = factors["A"], factors["B"]
+    rank = int(_pattern(config.get("rank_pattern"), module, config.get("r", 0)))
+    if a.shape != (rank, shape[1]) or b.shape != (shape[0], rank):
         raise ModelError(
-            f"the config of the adapter {path} cannot be read: {' '.join(str(error).split())[:200]}", _REMEDY
-        ) from None
-    if type(config) is not peft.LoraConfig:
-        raise ModelError(f"the adapter {path} is of kind {config.peft_type}, not LoRA", _REMEDY)
-    if config.init_lora_weights not in _HARMLESS_BEGINNINGS:
-        raise ModelError(f"the adapter {path} began as {config.init_lora_weights!r}, which changed its base", _REMEDY)
-    plain = peft.LoraConfig()
-    for field in dataclasses.fields(config):
-        said = getattr(config, field.name)
-        if field.name not in _HARMLESS | {"init_lora_weights"} and said and said != getattr(plain, field.name):
-            raise ModelError(f"the adapter {path} has {field.name}: {said}, which is more than LoRA", _REMEDY)
-    if not config.target_modules:
-        raise ModelError(f"the adapter {path} names no target_modules", _REMEDY)
-    return config
+            f"the adapter {path} has factors {tuple(a.shape)} and {tuple(b.shape)} on {module}; rank {rank} on a module of "
+            f"{shape[1]} inputs and {shape[0]} outputs needs {(rank, shape[1])} and {(shape[0], rank)}",
+            "use the base that it was tuned on",
+        )
+    alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank)))
+    return Pair(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def _module(key: str, path: Path) -> str:
-    for end in (".lora_A.weight", ".lora_B.weight"):
-        if key.startswith(_PREFIX) and key.endswith(end):
-            return key[len(_PREFIX) : -len(end)]
-    raise ModelError(f"the adapter {path} holds {key!r}, which is no factor of LoRA", _REMEDY)
-
-
-def _rank_and_scale(config: Any, name: str) -> tuple[int, float]:
-    """As peft resolves the patterns."""
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-
-def _factor(path: Path, name: str, pair: list[Any], scale: float, dtype: torch.dtype, device: torch.device) -> Factor:
-    a, b = pair[0].to(device, dtype), (pair[1].float() * scale).T.to(device, dtype).contiguous()
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise ModelError(f"the adapter {path} holds values in {name!r} that are not finite in {dtype}", "tune it again")
-    return Factor(a.contiguous(), b)
+def _pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+    """peft's rank_pattern and alpha_pattern: regular expressions over the end of a module's name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise

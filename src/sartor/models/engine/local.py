@@ -1,281 +1,211 @@
-"""Sartor's own engine: one base in memory, many adapters, replies made side by side.
+"""Sartor's own engine: one base in memory, many adapters, replies made side by side, each row with another adapter or none.
 
-A `step` computes at most a few chunks of prompts that came, then one token of every reply. What a reply says depends on its
-own call alone (see `body.py`): not on who is answered beside it, nor on what is cached.
+    submit -> waiting -> reading (its prompt, a chunk at a time) -> writing (a token a step) -> Done
 
-in fp32 and in bf16 alike: logits are the same bits alone and among neighbours, at any slot, after a cold or a warm start.
+A step lets rows join, reads at most READ_TOKENS of prompts, and gives every writing row its next token. Greedy replies are
+what each adapter alone would have said, token for token (`blocks.py` says why); sampled ones are drawn from a generator of
+their own. A row whose logits are not finite fails alone: its pages are not kept, and no other row ever looked at them.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from sartor.core.errors import BusyError, ModelError, RequestError, SartorError
+from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError, SartorError
 from sartor.models.base import Base, open_base
-from sartor.models.engine.body import Body, Turn, open_body, places_of
-from sartor.models.engine.choose import Chooser, Constraint
-from sartor.models.engine.contract import BASE, About, Call, Event, Failed
-from sartor.models.engine.factors import read_factors
-from sartor.models.engine.pages import Pages
-from sartor.models.engine.prompts import prompt_ids
-from sartor.models.engine.rows import Attached, Row, Tools
-from sartor.models.engine.spelling import Spelling
-from sartor.models.linear import Unsupported
+from sartor.models.engine.blocks import Blocks
+from sartor.models.engine.contract import BASE, About, Call, Done, Event, Failed
+from sartor.models.engine.pages import PAGE_TOKENS, Pages
+from sartor.models.engine.reading import Reader
+from sartor.models.engine.rows import Row
 
-Constrain = Callable[[str], Constraint]
-# Chunks of prompts that a step may compute while many rows wait to join and few decode.
-MOST_CHUNKS = 4
-MOST_ALTERNATIVES = 20
+# Of prompts in one step, while others wait for their next token: a step stays within a few times that of a token
+READ_TOKENS = 4 * PAGE_TOKENS
 
 
 class LocalEngine:
     """See `contract.Engine`."""
 
-    def __init__(
-        self, base: Base, rows: int, waiting: int, cache_tokens: int,
-        *, constrain: Constrain | None = None, tools: Tools | None = None,
-    ) -> None:  # fmt: skip
-        self._base, self._rows, self._waiting = base, rows, waiting
-        self._constrain, self._tools = constrain, tools
-        count = max(cache_tokens // Body.page, 1)
-        try:
-            self._body = open_body(base.model, count, rows)
-        except Unsupported as why:
-            raise ModelError(
-                f"Sartor's engine does not compute this base: {why}", "engine: {kind: llamacpp}, or {kind: openai} with vLLM"
-            ) from None
-        self._places = places_of(base.model)
-        self._pages = Pages(count, self._body.page)
-        self._attached: dict[str, Attached] = {BASE: Attached(self._pages.root())}
-        self._queue: deque[Row] = deque()
-        self._live: list[Row] = []
-        self._events: list[Event] = []
+    def __init__(self, base: Base, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 65_536) -> None:
+        if min(rows, waiting, cache_tokens // PAGE_TOKENS) < 1:
+            problem = f"rows is {rows}, waiting {waiting}, cache_tokens {cache_tokens}; at least 1, 1 and {PAGE_TOKENS}"
+            raise ConfigError(problem, "engine: {rows: 16, waiting: 256, cache_tokens: 65536}")
+        self._base, self._rows, self._most_waiting = base, rows, waiting
+        trained = int(base.model.config.max_position_embeddings)
+        context = min(trained, cache_tokens // PAGE_TOKENS * PAGE_TOKENS)
+        vocabulary = {"vocab_size": base.model.get_output_embeddings().weight.shape[0]}
+        self._reader = Reader(base.ref, base.chat, vocabulary, context)
+        self._pages = Pages(cache_tokens // PAGE_TOKENS)
+        self._blocks = Blocks(base.model, self._pages.total, context)
+        bits = base.as_manifest()
+        self._about = About(
+            "local", base.ref.name, base.ref.digest, base.chat.template_digest, context, rows, bits["dtype"], str(base.device)
+        )
+        self._numbers = itertools.count(1)
+        self._adapters = {BASE: 0}
+        self._waiting: deque[Row] = deque()
+        self._reading: deque[Row] = deque()
+        self._writing: list[Row] = []
+        self._ended: list[Event] = []
 
     @property
     def about(self) -> About:
         """What it serves."""
-        return About(
-            kind="local",
-            base=self._base.ref.name,
-            base_digest=self._base.ref.digest,
-            template_digest=self._base.chat.template_digest,
-            context_tokens=self._context_tokens,
-            rows=self._rows,
-            dtype=str(self._base.dtype).removeprefix("torch."),
-            device=self._base.device.type,
-        )
+        return self._about
 
     @property
     def busy(self) -> bool:
         """Whether `step` has work."""
-        return bool(self._queue or self._live or self._events)
-
-    @property
-    def _context_tokens(self) -> int:
-        context = self._base.model.config.max_position_embeddings
-        return int(min(context, self._pages.count * self._pages.size))
+        return bool(self._waiting or self._reading or self._writing or self._ended)
 
     def attach(self, adapter: str, path: Path) -> int:
-        """See `contract.Engine`."""
-        if adapter == BASE:
-            raise ModelError("an adapter without a digest cannot be attached", "attach it under adapter_digest(files)")
-        if adapter not in self._attached:
-            factors = read_factors(path, self._places, self._base.dtype, self._base.device)
-            self._attached[adapter] = Attached(self._pages.root(), factors)
-        held = self._attached[adapter].factors
-        return held.bytes if held is not None else 0
+        """See `contract.Engine`. The bytes are those of a slot, which has room for the largest rank attached."""
+        if adapter in self._adapters:
+            return self._blocks.factors.bytes_per_slot
+        taken = self._blocks.factors.put(adapter, path)
+        self._adapters[adapter] = next(self._numbers)
+        return taken
 
     def detach(self, adapter: str) -> None:
         """See `contract.Engine`."""
-        if adapter == BASE or adapter not in self._attached:
+        if adapter not in self._adapters or adapter == BASE:
             return
-        gone = self._attached.pop(adapter)
-        for row in [row for row in (*self._live, *self._queue) if row.attached is gone]:
-            self._fail(row, ModelError("the adapter was detached while it answered", "ask again: another version is live"))
-        self._pages.forget(gone.root)
+        for row in self._all():
+            if row.call.adapter == adapter:
+                self._fail(row, ModelError("the adapter was detached while it answered", "ask again"))
+        self._pages.forget(self._adapters.pop(adapter))
+        self._blocks.factors.drop(adapter)
 
     def submit(self, call: Call) -> None:
         """See `contract.Engine`."""
-        if len(self._queue) >= self._waiting:
-            raise BusyError(
-                f"{len(self._queue)} calls wait, which is as many as may (engine.waiting)", "ask again in a moment", 1.0
-            )
-        if any(row.call.id == call.id for row in (*self._queue, *self._live)):
+        if len(self._waiting) >= self._most_waiting:
+            raise BusyError(f"{len(self._waiting)} calls wait already", "ask again later, or raise engine.waiting")
+        if call.adapter not in self._adapters:
+            raise ModelError(f"no adapter {call.adapter[:16]!r} is attached", "attach it first")
+        if any(row.call.id == call.id for row in self._all()):
             raise RequestError(f"a call with the id {call.id!r} is being answered", "give each call its own id")
-        if call.adapter not in self._attached:
-            raise ModelError(f"no adapter is attached under {call.adapter[:16]!r}", "attach it first")
-        if call.top_logprobs > MOST_ALTERNATIVES:
-            raise RequestError(f"top_logprobs is {call.top_logprobs}; at most {MOST_ALTERNATIVES} are told", "top_logprobs: 5")
-        if call.tools and self._tools is not None:
-            call = self._tools.prepare(call, self._base.chat)
-        ids = prompt_ids(call, self._base.chat)
-        wanted, most = len(ids) + call.sampling.max_tokens, self._context_tokens
-        if wanted > most:
-            raise RequestError(
-                f"a prompt of {len(ids)} tokens and a reply of up to {call.sampling.max_tokens} need {wanted} positions; "
-                f"there are {most}",
-                f"max_tokens: {most - len(ids)}" if most > len(ids) else "shorten the prompt",
-            )
-        chooser = Chooser(call.sampling, self._constraint(call.schema))
-        spelling = Spelling(self._base.chat.tokenizer, call.sampling.stop)
-        self._queue.append(Row(call, self._attached[call.adapter], ids, len(ids), chooser, spelling))
-
-    def _constraint(self, schema: str) -> Constraint | None:
-        if not schema:
-            return None
-        if self._constrain is None:
-            raise RequestError(
-                "this server was opened without a grammar, so a schema cannot be held", "pip install 'sartor[serve]'"
-            )
-        return self._constrain(schema)
+        prompt = self._reader.prompt(call)
+        most = min(call.sampling.max_tokens, self._about.context_tokens - len(prompt))
+        self._waiting.append(Row(call, prompt, self._base.chat, most, self._reader.constraint(call)))
 
     def cancel(self, call: str) -> None:
         """See `contract.Engine`."""
-        for row in [row for row in (*self._queue, *self._live) if row.call.id == call]:
-            self._events.extend(self._end(row, "cancelled"))
+        for row in self._all():
+            if row.call.id == call:
+                self._leave(row)
+                self._ended += row.end("cancelled")
 
     def step(self) -> Sequence[Event]:
         """See `contract.Engine`."""
         self._join()
-        events, self._events = self._events, []
-        for _ in range(self._chunks()):
-            events.extend(self._prefill())
-        events.extend(self._decode())
-        return events
-
-    def _join(self) -> None:
-        """Waiting calls get their place in the cache, in the order in which they came."""
-        while self._queue and len(self._live) < self._rows:
-            row = self._queue[0]
-            lease = self._pages.lease(row.attached.root, row.ids, row.prompt_tokens + row.call.sampling.max_tokens)
-            if lease is None:
-                return
-            row.lease, row.computed = lease, lease.cached
-            self._live.append(self._queue.popleft())
-
-    def _chunks(self) -> int:
-        """How many chunks of prompts this step computes: more when those that wait for it outnumber those that it delays."""
-        joining = sum(row.slot < 0 for row in self._live)
-        return min(joining, MOST_CHUNKS, max(1, joining // max(1, len(self._live) - joining)))
-
-    def _prefill(self) -> list[Event]:
-        """A chunk of the first prompt that is not yet computed; with its end, the first token of the reply."""
-        row = next((row for row in self._live if row.slot < 0), None)
-        if row is None:
-            return []
-        chunk = row.ids[row.computed : row.computed + self._body.chunk]
-        x = self._body.prefill(chunk, row.computed, row.lease.pages, row.attached.factors)
-        row.computed += len(chunk)
-        if row.computed < row.prompt_tokens:
-            return []
-        row.slot = min(set(range(self._rows)) - {other.slot for other in self._live})
-        self._body.join(row.slot, row.attached.factors)
-        return self._advance([row], self._body.logits(x[-1:]))
-
-    def _decode(self) -> list[Event]:
-        rows = [row for row in self._live if row.slot >= 0 and row.computed < len(row.ids)]
-        if not rows:
-            return []
-        turns = [Turn(row.slot, row.ids[-1], row.computed, row.lease.pages) for row in rows]
-        logits = self._body.decode(turns)
-        for row in rows:
-            row.computed += 1
-        return self._advance(rows, logits)
-
-    def _advance(self, rows: Sequence[Row], logits: torch.Tensor) -> list[Event]:
-        """The next token of each row, from (B, V) logits."""
-        logits = logits.cpu()
-        values, likeliest = logits.max(-1)  # a NaN anywhere is the maximum
-        finite, greedy = torch.isfinite(values).tolist(), likeliest.tolist()
         events: list[Event] = []
-        for place, row in enumerate(rows):
-            try:
-                if not finite[place]:
-                    raise ModelError("the model's logits are not finite: the adapter or the base is broken", "tune it again")
-                if not row.reply_tokens:
-                    self._share(row)
-                token = greedy[place] if row.chooser.is_plain else row.chooser.choose(logits[place])
-                events.extend(self._write(row, token, logits[place]))
-            except SartorError as error:
-                self._fail(row, error)
-        events.extend(self._events)
-        self._events = []
+        budget = READ_TOKENS
+        while self._reading and budget > 0:
+            budget -= self._read(self._reading[0])
+        if self._writing:
+            self._write()
+        events, self._ended = self._ended, []
         return events
-
-    def _write(self, row: Row, token: int, logits: torch.Tensor) -> list[Event]:
-        chat = self._base.chat
-        if token in chat.stops:
-            return self._end(row, "stop")
-        events = row.write(token, logits, chat.tokenizer)
-        if row.spelling.stopped or row.chooser.is_done:
-            return [*events, *self._end(row, "stop")]
-        if row.reply_tokens >= row.call.sampling.max_tokens:
-            return [*events, *self._end(row, "length")]
-        return events
-
-    def _end(self, row: Row, finish: str) -> list[Event]:
-        if row.slot >= 0:
-            self._share(row)
-        events = row.end(finish, self._tools)  # type: ignore[arg-type]
-        self._leave(row)
-        return events
-
-    def _share(self, row: Row) -> None:
-        """Let later calls begin where this one did. Only after finite logits: what made others is of no use."""
-        whole = row.prompt_tokens - row.prompt_tokens % self._body.chunk
-        self._pages.store(row.lease, row.ids[: row.computed if self._body.keeps_replies else whole])
-
-    def _fail(self, row: Row, error: SartorError) -> None:
-        """End a row; its keys and values are not shared."""
-        self._leave(row)
-        self._events.append(Failed(row.call.id, error.kind, error.problem, error.remedy))
-
-    def _leave(self, row: Row) -> None:
-        self._pages.give_back(row.lease)
-        if row.slot >= 0:
-            self._body.leave(row.slot)
-        if row in self._live:
-            self._live.remove(row)
-        else:
-            self._queue.remove(row)
 
     def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """See `contract.Engine`."""
+        """See `contract.Engine`. Raises RequestError for an empty or too long text, BusyError when the cache is full."""
         return [self._embed(text) for text in texts]
-
-    def _embed(self, text: str) -> list[float]:
-        ids = self._base.chat.text_ids(text)
-        if not 0 < len(ids) <= self._context_tokens:
-            raise RequestError(f"a text has {len(ids)} tokens; 1 to {self._context_tokens} can be embedded", "split the text")
-        lease = self._pages.lease(self._pages.root(), ids, len(ids))
-        if lease is None:
-            raise BusyError("the cache is full with replies", "ask again in a moment, or raise engine.cache_tokens")
-        try:
-            total = 0
-            for first in range(0, len(ids), self._body.chunk):
-                x = self._body.prefill(ids[first : first + self._body.chunk], first, lease.pages, None)
-                total = total + self._body.normed(x).double().sum(0)
-        finally:
-            self._pages.give_back(lease)
-        vector = torch.nn.functional.normalize(total, dim=0)
-        return [float(value) for value in vector]
 
     def close(self) -> None:
         """Nothing is held outside this process's memory."""
 
+    def _all(self) -> list[Row]:
+        return [*self._waiting, *self._reading, *self._writing]
+
+    def _join(self) -> None:
+        """Rows from the queue, in order, as long as there is room for whole replies: a row that writes never lacks a page."""
+        while self._waiting and len(self._reading) + len(self._writing) < self._rows:
+            row = self._waiting[0]
+            number = self._adapters[row.call.adapter]
+            found = self._pages.take(number, row.prompt, len(row.prompt) + row.most_tokens)
+            if found is None:
+                return
+            row.number, row.slot = number, self._blocks.factors.slot(row.call.adapter)
+            row.pages, row.cached = found
+            row.read = row.cached
+            self._reading.append(self._waiting.popleft())
+
+    def _read(self, row: Row) -> int:
+        """The next chunk of a prompt, and after the last one the reply's first token; returns the tokens read."""
+        chunk = row.prompt[row.read : row.read + PAGE_TOKENS]
+        hidden = self._blocks.read(chunk, row.read, row.pages, row.slot)
+        row.read += len(chunk)
+        if row.read < len(row.prompt):
+            # the next prompt's turn: a long one does not hold up the short ones behind it
+            self._reading.rotate(-1)
+            return len(chunk)
+        self._reading.remove(row)
+        self._writing.append(row)
+        logits = self._blocks.logits(hidden)
+        if bool(torch.isfinite(logits.amax())):
+            self._pages.keep(row.number, row.prompt, row.pages)
+        self._choose([row], logits)
+        return len(chunk)
+
+    def _write(self) -> None:
+        rows = list(self._writing)
+        ids = [row.tokens[-1] for row in rows]
+        positions = [len(row.prompt) + len(row.tokens) - 1 for row in rows]
+        logits = self._blocks.decode(ids, positions, [row.pages for row in rows], [row.slot for row in rows])
+        self._choose(rows, logits)
+
+    def _choose(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
+        """The next token of each row from (N, V) logits."""
+        values, places = logits.max(-1)
+        finite, likeliest = torch.isfinite(values).tolist(), places.tolist()
+        for place, row in enumerate(rows):
+            if not finite[place]:
+                self._fail(row, ModelError("the logits are not finite: the adapter or the base is broken", "tune it again"))
+                continue
+            try:
+                told = row.take(likeliest[place] if row.is_plain else row.choose(logits[place]))
+            except SartorError as error:
+                self._fail(row, error)
+                continue
+            self._ended += told
+            if told and isinstance(told[-1], Done):
+                self._leave(row)
+
+    def _fail(self, row: Row, error: SartorError) -> None:
+        self._leave(row)
+        self._ended.append(Failed(row.call.id, error.kind, error.problem, error.remedy))
+
+    def _leave(self, row: Row) -> None:
+        for rows in (self._waiting, self._reading, self._writing):
+            if row in rows:
+                rows.remove(row)
+        self._pages.give_back(row.pages)
+        row.pages = []
+
+    def _embed(self, text: str) -> list[float]:
+        ids = self._reader.prompt(Call("embed", text=text))
+        found = self._pages.take(0, [], len(ids))
+        if found is None:
+            raise BusyError("the cache is full of replies in work", "ask again later, or raise engine.cache_tokens")
+        pages, _ = found
+        try:
+            chunks = range(0, len(ids), PAGE_TOKENS)
+            hidden = [self._blocks.read(ids[start : start + PAGE_TOKENS], start, pages, -1, all_rows=True) for start in chunks]
+        finally:
+            self._pages.give_back(pages)
+        mean = torch.cat(hidden).float().mean(0)
+        return [float(value) for value in mean / mean.norm().clamp(min=1e-12)]
+
 
 def open_engine(
-    base: str, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 65_536, threads: int = 0, bits: int | str = "auto",
-    constrain: Constrain | None = None, tools: Tools | None = None,
-) -> LocalEngine:  # fmt: skip
-    """The engine for a base by name. Options as in agents.team.Local.
-
-    Raises what `open_base` raises, and ModelError for a base whose architecture it does not compute.
-    """
+    base: str, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 65_536, threads: int = 0, bits: int | str = "auto"
+) -> LocalEngine:
+    """The engine for a base by name; the options are those of `team.Local`. Raises what `open_base` raises, and ModelError."""
     if threads:
         torch.set_num_threads(threads)
-    return LocalEngine(open_base(base, bits=bits), rows, waiting, cache_tokens, constrain=constrain, tools=tools)
+    return LocalEngine(open_base(base, bits=bits), rows=rows, waiting=waiting, cache_tokens=cache_tokens)

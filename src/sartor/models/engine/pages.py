@@ -1,9 +1,9 @@
-"""Keys and values in pages: who holds which, and which of them an earlier prompt of the same adapter left behind.
+"""Room for keys and values in pages of a fixed number of tokens, and prompts whose pages may be used again.
 
-A page holds `size` positions. Written pages are known by what they hold: the page before them and their own tokens, back to
-a root that stands for one attachment of one adapter. So a prefix is only ever found by calls of the same attachment, and by
-equal tokens, never by a digest. Pages that nobody holds stay until their room is wanted, the longest unused first, ends of
-prefixes before their beginnings. No torch: a page is a number.
+A page of a prompt is known by the adapter that computed it and by every token up to its end, so it is shared among rows of one
+adapter alone; an adapter that is attached again has another number, and never meets what was computed before. Pages are filled
+in chunks that end where pages do: what is taken over is bit for bit what would have been computed. Only whole pages of prompts
+are kept, and only once the prompt's logits were finite.
 """
 
 from __future__ import annotations
@@ -12,120 +12,79 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Key = tuple[int, tuple[int, ...]]
+PAGE_TOKENS = 64
 
 
 @dataclass
-class Lease:
-    """Pages of one call, in the order of positions; the first `cached` positions are written already."""
-
-    root: int
-    pages: list[int]
-    cached: int
+class _Kept:
+    page: int
+    users: int = 0
 
 
 class Pages:
-    """`count` pages of `size` positions."""
+    """Which pages are free, used and kept. `total`: how many there are."""
 
-    def __init__(self, count: int, size: int) -> None:
-        self.count, self.size = count, size
-        self._free = list(range(count - 1, -1, -1))
-        self._holders = [0] * count
-        self._children = [0] * count
-        self._found: dict[Key, int] = {}
-        self._keys: dict[int, Key] = {}
-        self._roots: dict[int, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
-        self._last_root = 0
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._free = list(range(total - 1, -1, -1))
+        # (adapter's number, tokens up to the page's end) -> page, the least recently used first
+        self._kept: OrderedDict[tuple[int, tuple[int, ...]], _Kept] = OrderedDict()
+        self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}
 
     @property
-    def room(self) -> int:
-        """Positions that no call holds."""
-        return (len(self._free) + len(self._idle)) * self.size
+    def free(self) -> int:
+        """Pages that could be had now: free ones and kept ones that no row uses."""
+        return len(self._free) + sum(not kept.users for kept in self._kept.values())
 
-    def root(self) -> int:
-        """A new root, unlike every one before: negative, so that it is no page."""
-        self._last_root -= 1
-        return self._last_root
+    def take(self, number: int, prompt: Sequence[int], tokens: int) -> tuple[list[int], int] | None:
+        """Pages for a row of `tokens`, and how many of the prompt's tokens are in them already. None: no room now.
 
-    def lease(self, root: int, ids: Sequence[int], positions: int) -> Lease | None:
-        """Pages for a prompt `ids` and its reply, `positions` together; None while there is no room.
-
-        The prompt's last token is never taken from the cache: its logits are wanted.
+        At least the prompt's last token is left to be computed: its logits are wanted.
         """
-        shared = self._match(root, ids)
-        wanted = -(-positions // self.size) - len(shared)
-        for page in shared:
-            self._hold(page)
-        if wanted > len(self._free) + len(self._idle):
-            self._let_go(shared)
+        shared: list[_Kept] = []
+        for end in range(PAGE_TOKENS, len(prompt), PAGE_TOKENS):
+            kept = self._kept.get((number, tuple(prompt[:end])))
+            if kept is None:
+                break
+            shared.append(kept)
+        for kept in shared:
+            kept.users += 1
+        fresh = -(-tokens // PAGE_TOKENS) - len(shared)
+        if self.free < fresh:
+            for kept in shared:
+                kept.users -= 1
             return None
-        own = [self._take() for _ in range(wanted)]
-        return Lease(root, [*shared, *own], len(shared) * self.size)
+        for kept in shared:
+            self._kept.move_to_end(self._keys[kept.page])
+        return [*(kept.page for kept in shared), *(self._fresh() for _ in range(fresh))], len(shared) * PAGE_TOKENS
 
-    def store(self, lease: Lease, ids: Sequence[int]) -> None:
-        """Say that the lease's first positions hold `ids`, so that others may share the pages that they fill."""
-        above = lease.root
-        for place in range(len(ids) // self.size):
-            key = (above, tuple(ids[place * self.size : (place + 1) * self.size]))
-            page = lease.pages[place]
-            if key not in self._found and page not in self._keys:
-                self._found[key], self._keys[page], self._roots[page] = page, key, lease.root
-                if above >= 0:
-                    self._children[above] += 1
-            if key not in self._found:
-                return  # the page is known under other tokens: a lease is stored in the order in which it grows
-            above = self._found[key]
+    def keep(self, number: int, prompt: Sequence[int], pages: Sequence[int]) -> None:
+        """Let later rows use the whole pages of a computed prompt. The row goes on using them, until `give_back`."""
+        for place, end in enumerate(range(PAGE_TOKENS, len(prompt) + 1, PAGE_TOKENS)):
+            key = (number, tuple(prompt[:end]))
+            if key not in self._kept and pages[place] not in self._keys:
+                self._kept[key] = _Kept(pages[place], 1)
+                self._keys[pages[place]] = key
 
-    def give_back(self, lease: Lease) -> None:
-        """End a lease: what was stored stays until its room is wanted."""
-        self._let_go(lease.pages)
-        lease.pages = []
-
-    def forget(self, root: int) -> None:
-        """Forget what was stored under a root. Pages that a call still holds go when it ends."""
-        for page in [page for page, own in self._roots.items() if own == root]:
-            self._unname(page)
-            if page in self._idle:
-                del self._idle[page]
+    def give_back(self, pages: Sequence[int]) -> None:
+        """A row is over."""
+        for page in pages:
+            if page in self._keys:
+                self._kept[self._keys[page]].users -= 1
+            else:
                 self._free.append(page)
 
-    def _match(self, root: int, ids: Sequence[int]) -> list[int]:
-        pages: list[int] = []
-        above = root
-        for place in range((len(ids) - 1) // self.size):
-            page = self._found.get((above, tuple(ids[place * self.size : (place + 1) * self.size])))
-            if page is None:
-                break
-            pages.append(page)
-            above = page
-        return pages
+    def forget(self, number: int) -> None:
+        """An adapter was detached: nothing of it is used again. Its rows must be over."""
+        for key in [key for key in self._kept if key[0] == number]:
+            self._release(key)
 
-    def _hold(self, page: int) -> None:
-        self._holders[page] += 1
-        self._idle.pop(page, None)
-
-    def _let_go(self, pages: Sequence[int]) -> None:
-        for page in reversed(pages):  # the end of a prefix becomes the oldest, and goes before its beginning
-            self._holders[page] -= 1
-            if self._holders[page] == 0:
-                if page in self._keys:
-                    self._idle[page] = None
-                else:
-                    self._free.append(page)
-
-    def _take(self) -> int:
+    def _fresh(self) -> int:
         if not self._free:
-            page = next(page for page in self._idle if not self._children[page])
-            del self._idle[page]
-            self._unname(page)
-            self._free.append(page)
-        page = self._free.pop()
-        self._holders[page] = 1
-        return page
+            self._release(next(key for key, kept in self._kept.items() if not kept.users))
+        return self._free.pop()
 
-    def _unname(self, page: int) -> None:
-        above, _ = key = self._keys.pop(page)
-        del self._found[key], self._roots[page]
-        if above >= 0:
-            self._children[above] -= 1
+    def _release(self, key: tuple[int, tuple[int, ...]]) -> None:
+        page = self._kept.pop(key).page
+        del self._keys[page]
+        self._free.append(page)
