@@ -87,10 +87,6 @@ class Chat:
         """Token ids of a conversation, ready for the reply."""
         return self._tokens(self.render(messages, tools=tools, reply_next=True))
 
-    def text_ids(self, text: str) -> list[int]:
-        """Token ids of a raw text that the model goes on with: opened by bos, where the tokenizer opens texts so."""
-        return [*([self.tokenizer.bos_token_id] if self._opens_with_bos() else []), *self._tokens(text)]
-
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a reply."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -101,8 +97,11 @@ class Chat:
         Raises SourceError when the template refuses the row, or changes a reply so that its place cannot be found.
         """
         if example.is_document:
+            text = example.messages[0].text
+            ids = self._tokens(text)
             # bos, where the tokenizer has one of its own, opens a document as it did in pretraining
-            ids = [*self.text_ids(example.messages[0].text), self.tokenizer.eos_token_id]
+            first = [self.tokenizer.bos_token_id] if self._opens_with_bos() else []
+            ids = [*first, *ids, self.tokenizer.eos_token_id]
             return Encoded(ids, [True] * len(ids), example.id, example.weight)
         text = self.render(example.messages, tools=example.tools)
         spans = [
