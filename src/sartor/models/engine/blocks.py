@@ -84,8 +84,8 @@ class Angles:
 class Blocks:
     """The base in memory, its adapters and the cache. `cache_pages` pages of PAGE_TOKENS tokens.
 
-    chunk_tokens: of a prompt that are read at once, and where chunks begin. keeps_replies: what decoding leaves in the cache has
-    the bits of a prompt's, so that a reply may be found again in a later prompt.
+    chunk_tokens: of a prompt that are read at once, and where chunks begin. keeps_replies: what decoding leaves in the cache
+    has the bits of a prompt's, so that a reply may be found again in a later prompt.
     """
 
     chunk_tokens = PAGE_TOKENS
@@ -108,7 +108,7 @@ class Blocks:
 
     def _cache(self, block: Block, pages: int) -> Cache:
         shape = (pages, block.shape.groups, PAGE_TOKENS, block.width)
-        return Cache(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
+        return Cache(*(torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
 
     @torch.inference_mode()
     def advance(self, runs: Sequence[Run], wanted: Sequence[int]) -> Scores:
