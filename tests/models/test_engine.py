@@ -20,8 +20,8 @@ from sartor.models.engine.contract import Call, Done, Failed, Piece
 from sartor.models.engine.local import LocalEngine
 from sartor.models.engine.pages import PAGE_TOKENS, Pages
 from sartor.models.generate import generate
-from sartor.models.kernels import native, serving
-from sartor.models.kernels.serving import Serving
+from sartor.models.engine import native_blocks
+from sartor.models.kernels import native
 from sartor.models.sampling import Sampling
 
 
@@ -45,7 +45,7 @@ def engine(
     request: pytest.FixtureRequest, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[LocalEngine]:
     if request.param == "torch":
-        monkeypatch.setattr(serving, "choose", lambda device, dtype: Serving())
+        monkeypatch.setattr(native_blocks, "difference", lambda dtype: "not asked for")
     made = LocalEngine(base, rows=20, cache_tokens=64 * PAGE_TOKENS)
     for number, rank in enumerate((2, 4, 1)):
         made.attach(
@@ -80,10 +80,10 @@ def test_a_row_is_bit_for_bit_what_it_is_alone(engine: LocalEngine, monkeypatch:
     seen: dict[str, list[torch.Tensor]] = {}
     choose = LocalEngine._choose
 
-    def noted(self: LocalEngine, rows: Any, logits: torch.Tensor) -> None:
-        for row, line in zip(rows, logits, strict=True):
+    def noted(self: LocalEngine, rows: Any, scores: Any) -> None:
+        for row, line in zip(rows, scores.logits, strict=True):
             seen.setdefault(f"{row.call.adapter}|{row.call.messages}", []).append(line.clone())
-        choose(self, rows, logits)
+        choose(self, rows, scores)
 
     monkeypatch.setattr(LocalEngine, "_choose", noted)
     mixed = [
@@ -242,14 +242,6 @@ def test_pages_are_shared_only_whole_and_freed_when_wanted() -> None:
     assert pages.free == 4
     assert pages.take(2, [], 4 * PAGE_TOKENS)[1] == 0
     assert pages.take(1, prompt, 1) is None
-
-
-def test_the_compiled_serving_kernels_compute_as_torch_does() -> None:
-    try:
-        kernels = native.load()
-    except native.NoKernels as why:
-        pytest.skip(str(why))
-    assert serving.is_right(serving.NativeServing(kernels))
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from sartor.core.errors import ModelError
 from sartor.models.adapters import CONFIG, read_weights
@@ -22,11 +24,13 @@ from sartor.models.kernels.serving import Stack
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
 _REMEDY = "serve it merged (`sartor export --to merged`), or tune it again with method.kind: lora"
-# options of peft's LoraConfig that change what is computed beyond scale B A, and what they are when they do not
-_PLAIN: dict[str, Any] = {
-    "use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "layer_replication": None,
-    "alora_invocation_tokens": None, "trainable_token_indices": None, "target_parameters": None,
+# What peft's LoraConfig may switch on that a sum of scale B A is computed with all the same.
+_HARMLESS = {
+    "inference_mode", "target_modules", "exclude_modules", "use_rslora", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "runtime_config", "eva_config", "auto_mapping", "init_lora_weights",
 }  # fmt: skip
+# How factors may begin so that the base stays as it is; other ways (PiSSA, OLoRA, CorDA, LoftQ) take them out of its weights.
+_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,10 @@ class Factors:
 
     def put(self, adapter: str, path: Path) -> int:
         """Load the PEFT directory `path` under a name; returns its bytes. Raises ModelError when it does not fit."""
-        pairs = read_pairs(path, {module: self._shape(site, place) for site, place, module in self._modules()})
+        return self.add(adapter, read_pairs(path, {m: self._shape(site, place) for site, place, m in self._modules()}))
+
+    def add(self, adapter: str, pairs: Mapping[str, Pair]) -> int:
+        """The same for factors by module."""
         taken = set(self._slots.values())
         slot = next(number for number in range(len(taken) + 1) if number not in taken)
         for number, site in enumerate(self.sites):
@@ -145,7 +152,27 @@ def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, P
     pairs = {module: _pair(path, config, module, factors, shapes[module]) for module, factors in found.items()}
     if not pairs:
         raise ModelError(f"the adapter {path} holds no factors", "tune it again")
+    if lacking := [module for module in shapes if module not in pairs and _is_target(config, module)]:
+        raise ModelError(
+            f"the adapter {path} lacks the factors of {len(lacking)} modules, the first is {lacking[0]}", "tune it again"
+        )
     return pairs
+
+
+def _is_target(config: Mapping[str, Any], module: str) -> bool:
+    """Whether the config says that a module is adapted; peft only warns where its factors are not there."""
+    names = (
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+        "target_parameters",
+        "layers_to_transform",
+        "layers_pattern",
+    )
+    said = {name: config.get(name) for name in names}
+    return said["target_modules"] not in (None, "all-linear") and bool(
+        check_target_module_exists(SimpleNamespace(**said), module)
+    )
 
 
 def _plain_config(path: Path) -> dict[str, Any]:
@@ -156,9 +183,13 @@ def _plain_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path / CONFIG} is no PEFT config: {error}", "tune it again") from None
     if kind != "LORA" or not math.isfinite(alpha):
         raise ModelError(f"the adapter {path} is {kind!r} with alpha {alpha}; the engine computes LoRA", _REMEDY)
-    for name, plain in _PLAIN.items():
-        if (said := config.get(name, plain)) not in (plain, None, [], {}):
-            raise ModelError(f"the adapter {path} has {name} {said!r}, which the engine does not compute", _REMEDY)
+    for name, said in config.items():
+        # what changes more than that is switched on by a flag, a list or a mapping; numbers and words go with one
+        switches = (isinstance(said, bool | list | dict) and bool(said)) or (name == "bias" and said != "none")
+        if switches and name not in _HARMLESS:
+            raise ModelError(f"the adapter {path} has {name} {said!r:.80}, which the engine does not compute", _REMEDY)
+    if (began := config.get("init_lora_weights")) not in _BEGINNINGS:
+        raise ModelError(f"the adapter {path} has init_lora_weights {began!r:.80}, which changed its base", _REMEDY)
     return dict(config)
 
 

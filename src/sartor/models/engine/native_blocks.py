@@ -6,23 +6,23 @@ chunks of any size, and what a reply left in the cache has the bits that it woul
 
 from __future__ import annotations
 
-import ctypes
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sartor.core.errors import ModelError
 from sartor.models import kernels
 from sartor.models.engine.blocks import Angles, Blocks, Run, Scores, sites_of
-from sartor.models.engine.factors import Pair, Site, read_pairs
+from sartor.models.engine.factors import Pair
+from sartor.models.engine.sheets import Sheets
 from sartor.models.forward import Block, Fast, Norm
 from sartor.models.kernels import native, walk
-from sartor.models.kernels.walk import PAGE, RANKS, Factor, Layer, Model, Tokens, Walker
+from sartor.models.kernels.eager import Eager
+from sartor.models.kernels.walk import PAGE, Layer, Model, Tokens, Walker
 from sartor.models.linear import Projection, Unsupported
-
 
 # Of the linear layers of a base that is copied into memory of the process's own
 MOST_MOVED_BYTES = 1 << 30
@@ -38,10 +38,10 @@ class NativeBlocks:
         self._fast, self._angles = fast, angles
         self.dtype, self.vocabulary = fast.head.dtype, len(fast.head)
         projections = [part for block in fast.blocks for part in _projections(block)]
-        self._walker = Walker(self.dtype, tiles=all(part.modules[0].in_features % 32 == 0 for part in projections))
         _check(fast, projections)
+        self._walker = Walker(self.dtype, tiles=all(part.modules[0].in_features % 32 == 0 for part in projections))
         _move(fast, projections)
-        self.factors = OwnFactors(sites_of(projections, names), self.dtype)
+        self.factors = Sheets(sites_of(projections, names), self.dtype, self._walker)
         self._kinds = sorted({block.rope_kind for block in fast.blocks})
         block = fast.blocks[0]
         padded = -(-block.width // 16) * 16
@@ -66,7 +66,8 @@ class NativeBlocks:
     @torch.inference_mode()
     def hidden(self, run: Run) -> torch.Tensor:
         """See `blocks.Blocks`."""
-        return self._fast.norm.forward(self._walked([run]))[0]
+        norm = self._fast.norm
+        return Eager().rms_norm(self._walked([run]), norm.weight, norm.eps, norm.offset)[0]
 
     def _walked(self, runs: Sequence[Run]) -> torch.Tensor:
         """(T, D) hidden states of all runs' tokens, one run after the other."""
@@ -76,16 +77,15 @@ class NativeBlocks:
         positions = torch.tensor([position for run, end in zip(runs, ends, strict=True) for position in range(run.first, end)])
         tables = [[*run.pages[:reach], *[0] * (reach - len(run.pages))] for run in runs]
         rows = [place for place, run in enumerate(runs) for _ in run.ids]
-        sheets = [self.factors.sheets[run.slot] if run.slot >= 0 else None for run in runs]
-        addresses = [ctypes.addressof(sheet.table) if sheet is not None else 0 for sheet in sheets]
+        sheets = [self.factors.at(run.slot) for run in runs]
         turns = [self._angles.turns(kind, max(ends)) for kind in self._kinds]
         tokens = Tokens(
             x=self._fast.embed(ids).float(),
             positions=positions,
             pages=torch.tensor(tables),
             rows=torch.tensor(rows),
-            factors=torch.tensor([addresses[row] for row in rows]),
-            rank=max((sheet.rank for sheet in sheets if sheet is not None), default=0),
+            factors=torch.tensor([sheets[row].address for row in rows]),
+            rank=max(sheet.rank for sheet in sheets),
             turns=[(turn.cos, turn.sin) for turn in turns],
         )
         self._walker.walk(self._model, tokens)
@@ -115,68 +115,6 @@ class NativeBlocks:
             walk.pair([n.weight for n in heads]), (walk.Product * 4)(*products), walk.address(cache),
             self._kinds.index(block.rope_kind), block.shape.window or 0,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """One adapter: an entry for each linear module of each layer, and the tensor that they point into."""
-
-    table: Any
-    numbers: torch.Tensor
-    rank: int
-
-
-class OwnFactors:
-    """Every adapter for itself, its ranks filled up to multiples of RANKS."""
-
-    def __init__(self, sites: Sequence[Site], dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._shapes = {
-            module: (high - low, site.width)
-            for site in sites
-            for module, low, high in zip(site.modules, site.low, site.high, strict=True)
-        }
-        self._slots: dict[str, int] = {}
-        self.sheets: dict[int, Sheet] = {}
-
-    def slot(self, adapter: str) -> int:
-        """Where an adapter stands; -1 for the base."""
-        return self._slots[adapter] if adapter else -1
-
-    def bytes_of(self, adapter: str) -> int:
-        """What an adapter takes."""
-        return self.sheets[self._slots[adapter]].numbers.nbytes if adapter else 0
-
-    def put(self, adapter: str, path: Path) -> int:
-        """Load the PEFT directory `path` under a name; returns its bytes. Raises ModelError when it does not fit."""
-        pairs = read_pairs(path, self._shapes)
-        slot = next(number for number in range(len(self.sheets) + 1) if number not in self.sheets)
-        self.sheets[slot] = self._sheet(pairs)
-        self._slots[adapter] = slot
-        return self.bytes_of(adapter)
-
-    def drop(self, adapter: str) -> None:
-        """Forget an adapter."""
-        del self.sheets[self._slots.pop(adapter)]
-
-    def _sheet(self, pairs: Mapping[str, Pair]) -> Sheet:
-        ranks = {module: -(-len(pair.a) // RANKS) * RANKS for module, pair in pairs.items()}
-        sizes = [ranks.get(module, 0) * (outs + ins) for module, (outs, ins) in self._shapes.items()]
-        # tiles read 32 inputs of a factor of rank 16: what stands behind the last must be numbers too
-        numbers = walk.on_wide_pages(sum(sizes) + 64, self._dtype)
-        table = (Factor * len(self._shapes))()
-        at = 0
-        for entry, (module, (outs, ins)) in zip(table, self._shapes.items(), strict=True):
-            if (pair := pairs.get(module)) is None:
-                continue
-            rank = ranks[module]
-            a = numbers[at : at + rank * ins].view(rank, ins)
-            b = numbers[at + rank * ins : at + rank * (ins + outs)].view(outs, rank)
-            a[: len(pair.a)] = pair.a
-            b[:, : len(pair.a)] = pair.b.float() * pair.scale
-            entry.a, entry.b, entry.rank = walk.address(a), walk.address(b), rank
-            at += rank * (ins + outs)
-        return Sheet(table, numbers, max(ranks.values()))
 
 
 def _projections(block: Block) -> tuple[Projection, ...]:
@@ -232,8 +170,51 @@ def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> Blocks | N
     except Unsupported as why:
         raise ModelError(f"the engine cannot serve this base: {why}", "engine: {kind: llamacpp} or {kind: openai}") from None
     try:
-        if model.device.type == "cpu":
-            return NativeBlocks(fast, cache_pages, angles, names)
+        if model.device.type != "cpu":
+            raise native.NoKernels("they are for CPUs")
+        if wrong := difference(fast.head.dtype):
+            raise native.NoKernels(f"they are wrong on this machine: {wrong}")
+        return NativeBlocks(fast, cache_pages, angles, names)
     except native.NoKernels:
-        pass
-    return Blocks(fast, cache_pages, angles, names)
+        return Blocks(fast, cache_pages, angles, names)
+
+
+@functools.cache
+def difference(dtype: torch.dtype) -> str:
+    """What the compiled kernels make otherwise than torch's operations of a tiny base with an adapter; empty if nothing."""
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=50,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        model = LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
+        names = {id(module): name for name, module in model.named_modules()}
+        fast = Fast(model, Eager())
+        angles = Angles(fast, config, 128)
+        pairs = {
+            "model.layers.0.self_attn.q_proj": Pair(torch.randn(3, 64), torch.randn(64, 3), 0.1),
+            "model.layers.1.mlp.down_proj": Pair(torch.randn(18, 96), torch.randn(64, 18), 0.1),
+        }
+        # torch's last: it may lay the weights out anew
+        got, wanted = (_few(kind(fast, 4, angles, names), pairs) for kind in (NativeBlocks, Blocks))
+    finally:
+        torch.set_rng_state(state)
+    apart = float((got - wanted).norm() / wanted.norm())
+    return "" if apart < (1e-4 if dtype == torch.float32 else 0.05) else f"logits are {apart:.2g} apart"
+
+
+def _few(blocks: Blocks | NativeBlocks, pairs: Mapping[str, Pair]) -> torch.Tensor:
+    """Logits of two prompts, the first in two parts and with an adapter, and of a token after each."""
+    blocks.factors.add("a", pairs)
+    own = blocks.factors.slot("a")
+    ids = [place * 7 % 50 for place in range(90)]
+    blocks.advance([Run(ids[:64], 0, (0, 1), own)], [])
+    read = blocks.advance([Run(ids[64:], 64, (0, 1), own), Run(ids[:9], 0, (2,), -1)], [0, 1])
+    written = blocks.advance([Run([3], 90, (0, 1), own, newest=True), Run([4], 9, (2,), -1, newest=True)], [0, 1])
+    return torch.cat([read.logits, written.logits]).float()

@@ -1,24 +1,20 @@
-"""Room for keys and values in pages of a fixed number of tokens, and prompts whose pages may be used again.
+"""Room for keys and values in pages of a fixed number of tokens, and texts whose pages may be used again.
 
-A page of a prompt is known by the adapter that computed it and by every token up to its end, so it is shared among rows of one
-adapter alone; an adapter that is attached again has another number, and never meets what was computed before. Pages are filled
-in chunks that end where pages do: what is taken over is bit for bit what would have been computed. Only whole pages of prompts
-are kept, and only once the prompt's logits were finite.
+A page of a text is known by its own tokens and by the page before it, back to the adapter that computed it; so it is shared
+among rows of one adapter alone, and an adapter that is attached again has another number, and never meets what was computed
+before. What is taken over is bit for bit what would have been computed (see `blocks.py`). Only whole pages are kept, and only
+once logits behind them were finite.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 PAGE_TOKENS = 64
 
-
-@dataclass
-class _Kept:
-    page: int
-    users: int = 0
+# (the page before, or -1 less the adapter's number; the page's tokens)
+_Key = tuple[int, tuple[int, ...]]
 
 
 class Pages:
@@ -27,64 +23,84 @@ class Pages:
     def __init__(self, total: int) -> None:
         self.total = total
         self._free = list(range(total - 1, -1, -1))
-        # (adapter's number, tokens up to the page's end) -> page, the least recently used first
-        self._kept: OrderedDict[tuple[int, tuple[int, ...]], _Kept] = OrderedDict()
-        self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._users = [0] * total
+        self._kept: dict[_Key, int] = {}
+        self._keys: dict[int, _Key] = {}
+        self._numbers: dict[int, int] = {}
+        self._followed = [0] * total  # how many kept pages go on from this one
+        # kept pages without users, those that were longest without first; a page stands before the one that it follows
+        self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def free(self) -> int:
         """Pages that could be had now: free ones and kept ones that no row uses."""
-        return len(self._free) + sum(not kept.users for kept in self._kept.values())
+        return len(self._free) + len(self._idle)
 
     def take(self, number: int, prompt: Sequence[int], tokens: int) -> tuple[list[int], int] | None:
         """Pages for a row of `tokens`, and how many of the prompt's tokens are in them already. None: no room now.
 
         At least the prompt's last token is left to be computed: its logits are wanted.
         """
-        shared: list[_Kept] = []
-        for end in range(PAGE_TOKENS, len(prompt), PAGE_TOKENS):
-            kept = self._kept.get((number, tuple(prompt[:end])))
-            if kept is None:
+        shared: list[int] = []
+        before = -1 - number
+        for start in range(0, (len(prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS):
+            page = self._kept.get((before, tuple(prompt[start : start + PAGE_TOKENS])))
+            if page is None:
                 break
-            shared.append(kept)
-        for kept in shared:
-            kept.users += 1
+            shared.append(page)
+            before = page
+        for page in shared:
+            self._users[page] += 1
+            self._idle.pop(page, None)
         fresh = -(-tokens // PAGE_TOKENS) - len(shared)
         if self.free < fresh:
-            for kept in shared:
-                kept.users -= 1
+            self.give_back(shared)
             return None
-        for kept in shared:
-            self._kept.move_to_end(self._keys[kept.page])
-        return [*(kept.page for kept in shared), *(self._fresh() for _ in range(fresh))], len(shared) * PAGE_TOKENS
+        return [*shared, *(self._fresh() for _ in range(fresh))], len(shared) * PAGE_TOKENS
 
-    def keep(self, number: int, prompt: Sequence[int], pages: Sequence[int]) -> None:
-        """Let later rows use the whole pages of a computed prompt. The row goes on using them, until `give_back`."""
-        for place, end in enumerate(range(PAGE_TOKENS, len(prompt) + 1, PAGE_TOKENS)):
-            key = (number, tuple(prompt[:end]))
-            if key not in self._kept and pages[place] not in self._keys:
-                self._kept[key] = _Kept(pages[place], 1)
-                self._keys[pages[place]] = key
+    def keep(self, number: int, text: Sequence[int], pages: Sequence[int]) -> None:
+        """Let later rows use the whole pages of a computed text. The row goes on using them, until `give_back`."""
+        before = -1 - number
+        for place in range(len(text) // PAGE_TOKENS):
+            key = (before, tuple(text[place * PAGE_TOKENS : (place + 1) * PAGE_TOKENS]))
+            page = pages[place]
+            if key not in self._kept and page not in self._keys:
+                self._kept[key], self._keys[page], self._numbers[page] = page, key, number
+                if before >= 0:
+                    self._followed[before] += 1
+            if key not in self._kept:
+                return
+            before = self._kept[key]
 
     def give_back(self, pages: Sequence[int]) -> None:
         """A row is over."""
-        for page in pages:
-            if page in self._keys:
-                self._kept[self._keys[page]].users -= 1
-            else:
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page] == 0 and page in self._keys:
+                self._idle[page] = None
+            elif self._users[page] == 0:
                 self._free.append(page)
 
     def forget(self, number: int) -> None:
-        """An adapter was detached: nothing of it is used again. Its rows must be over."""
-        for key in [key for key in self._kept if key[0] == number]:
-            self._release(key)
+        """An adapter was detached: nothing of it is used again. Pages that a row still uses go with it."""
+        for page in [page for page, own in self._numbers.items() if own == number]:
+            self._unname(page)
+            if page in self._idle:
+                del self._idle[page]
+                self._free.append(page)
 
     def _fresh(self) -> int:
         if not self._free:
-            self._release(next(key for key, kept in self._kept.items() if not kept.users))
-        return self._free.pop()
+            page = next(page for page in self._idle if not self._followed[page])
+            del self._idle[page]
+            self._unname(page)
+            self._free.append(page)
+        page = self._free.pop()
+        self._users[page] = 1
+        return page
 
-    def _release(self, key: tuple[int, tuple[int, ...]]) -> None:
-        page = self._kept.pop(key).page
-        del self._keys[page]
-        self._free.append(page)
+    def _unname(self, page: int) -> None:
+        before, _ = key = self._keys.pop(page)
+        del self._kept[key], self._numbers[page]
+        if before >= 0:
+            self._followed[before] -= 1

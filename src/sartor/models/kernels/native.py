@@ -28,7 +28,7 @@ from sartor.models.batches import forest
 from sartor.models.kernels.eager import Eager, Geometry, Layout
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "serving.cpp"))
-HEADER = Path(__file__).with_name("vectors.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "products.h"))
 # No -ffast-math: it would let a NaN pass for a number.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
@@ -201,7 +201,7 @@ def _library() -> Path:
         raise NoKernels("no C++ compiler is installed (g++ or clang++)")
     runtime, machine = _openmp(), _machine_flags()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    texts = [source.read_text() for source in (HEADER, *SOURCES)]
+    texts = [source.read_text() for source in (*HEADERS, *SOURCES)]
     parts = [*texts, compiler, version, str(runtime), *FLAGS, *machine, platform.machine(), _processor()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = Path(os.environ.get("SARTOR_KERNELS") or folder("kernels")) / f"native-{name}.so"

@@ -11,19 +11,11 @@
 // Threads share the work by claiming pieces of it, each first its own part and then what others left; they go on when every
 // piece of a stage is done, not when every thread has come: one that another process has put aside is not waited for, unless
 // it was put aside within a piece.
-#include "vectors.h"
+#include "products.h"
 
 #include <atomic>
 #include <chrono>
-#include <limits>
 #include <thread>
-
-#if defined(__AMX_BF16__) && defined(__linux__)
-#define SARTOR_AMX
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace {
 
@@ -46,9 +38,11 @@ struct Model {
   const Layer* layer;
   const void *norm, *lm_head;
 };
-struct Factor { const void *a, *b; Long rank; };  // a (rank, ins), b (outs, rank), scaled; rank is a multiple of 16
+// LoRA on a module: a (rank, ins); b (outs / 16, rank, 16), scaled, or (outs / 16, rank / 2, 16, 2) for tiles, outputs filled
+// up to 16s; rank is a multiple of 16, 0 for none
+struct Factor { const void *a, *b; Long rank; };
 struct Batch {
-  Long tokens, most_pages, rank;  // rank: room for any factor's, a multiple of 32
+  Long tokens, most_pages, rank;  // rank: the largest of any factor
   const Long *positions, *rows, *pages;  // pages: (rows, most_pages)
   const Factor* const* factors;  // of each token: one Factor for each linear module of each layer; null for none
   const float *cos[2], *sin[2];  // (positions, rotary), both halves written out
@@ -56,227 +50,6 @@ struct Batch {
 };
 
 constexpr Long PAGE = 64, MOST_HEADS = 4;
-
-using V = Lanes<float>::V;
-constexpr Long W = LANES<float>;
-
-inline V load(const float* from) {
-  V value;
-  std::memcpy(&value, from, sizeof(V));
-  return value;
-}
-inline V load(const bf16* from) {
-  typedef uint16_t Half __attribute__((vector_size(VECTOR_BYTES / 2)));
-  typedef uint32_t Whole __attribute__((vector_size(VECTOR_BYTES)));
-  Half half;
-  std::memcpy(&half, from, sizeof(Half));
-  Whole whole = __builtin_convertvector(half, Whole) << 16;
-  V value;
-  std::memcpy(&value, &whole, sizeof(V));
-  return value;
-}
-inline void store(float* to, V value) { std::memcpy(to, &value, sizeof(V)); }
-
-template <int N> inline float sum_lanes(const float* lanes) { return sum_lanes<N / 2>(lanes) + sum_lanes<N / 2>(lanes + N / 2); }
-template <> inline float sum_lanes<1>(const float* lanes) { return *lanes; }
-inline float sum(V v) {
-  float lanes[W];
-  store(lanes, v);
-  return sum_lanes<W>(lanes);
-}
-
-// Makers of products. span: y (+)= w x for tokens [t0, t1) and outputs [n0, n1) of w, whose rows are `ld` numbers apart
-template <class T> struct Plain {
-  using In = float;
-  static Long size(Long tokens, Long ins) { return tokens * padded<float>(ins); }
-  static void begin() {}
-  static void end() {}
-
-  // numbers [from, from + count) of a token's input; `in` is as wide as `ins`
-  static void put(In* in, Long ins, Long token, Long from, Long count, const float* line) {
-    std::copy(line, line + count, in + token * padded<float>(ins) + from);
-  }
-
-  template <int N, int M>
-  static void tile(const T* w, Long ld, Long depth, const float* x, Long wide, float* y, Long ldy, bool add) {
-    V sums[N][M] = {};
-    Long k = 0;
-    for (; k + W <= depth; k += W) {
-      V weights[N];
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) weights[n] = load(w + n * ld + k);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        V value = load(x + m * wide + k);
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sums[n][m] += weights[n] * value;
-      }
-    }
-    for (int n = 0; n < N; ++n)
-      for (int m = 0; m < M; ++m) {
-        float total = sum(sums[n][m]);
-        for (Long i = k; i < depth; ++i) total += get(w[n * ld + i]) * x[m * wide + i];
-        y[m * ldy + n] = add ? y[m * ldy + n] + total : total;
-      }
-  }
-
-  template <int N>
-  static void rows(const T* w, Long ld, Long depth, const float* x, Long wide, Long t0, Long t1, float* y, Long ldy, bool add) {
-    Long t = t0;
-    for (; t + 4 <= t1; t += 4) tile<N, 4>(w, ld, depth, x + t * wide, wide, y + t * ldy, ldy, add);
-    for (; t < t1; ++t) tile<N, 1>(w, ld, depth, x + t * wide, wide, y + t * ldy, ldy, add);
-  }
-
-  static void span(const T* w, Long ld, Long n0, Long n1, Long depth, const In* x, Long ins, Long t0, Long t1, float* y,
-                   Long ldy, bool add) {
-    Long wide = padded<float>(ins), n = n0;
-    for (; n + 4 <= n1; n += 4) rows<4>(w + n * ld, ld, depth, x, wide, t0, t1, y + n, ldy, add);
-    for (; n < n1; ++n) rows<1>(w + n * ld, ld, depth, x, wide, t0, t1, y + n, ldy, add);
-  }
-};
-
-#ifdef SARTOR_AMX
-// A tile of w (16 outputs, 32 inputs) times a tile of x (32 inputs, 16 tokens): every element of the result is summed over
-// the inputs in their order. Inputs stand in pairs, (ins / 2, 16 tokens, 2), a block of 16 tokens after the other.
-struct Amx {
-  using In = bf16;
-  static Long wide(Long ins) { return (ins + 31) / 32 * 32; }
-  static Long size(Long tokens, Long ins) { return (tokens + 15) / 16 * 16 * wide(ins); }
-
-  static void begin() {
-    struct alignas(64) { uint8_t palette = 1, start = 0, unused[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } shape;
-    for (int i = 0; i < 8; ++i) shape.bytes[i] = 64, shape.rows[i] = 16;
-    _tile_loadconfig(&shape);
-  }
-  static void end() { _tile_release(); }
-
-  static void put(In* in, Long ins, Long token, Long from, Long count, const float* line) {
-    char* to = reinterpret_cast<char*>(in + token / 16 * 16 * wide(ins) + token % 16 * 2 + from / 2 * 32);
-    for (Long i = 0; i < count; i += 32) {
-      bf16 narrow[32];
-      Long here = std::min(count - i, Long(32));
-#pragma omp simd
-      for (Long j = 0; j < here; ++j) ::put(narrow[j], line[i + j]);
-      for (Long j = 0; j < here; j += 2, to += 64) std::memcpy(to, narrow + j, 4);
-    }
-  }
-
-  // columns [low, high) of a tile (16 outputs, 16 tokens) to lines of y
-  static void take(const float* tile, float* y, Long ldy, Long low, Long high, bool add) {
-    auto give = [&](Long t, __m512 line) {
-      float* to = y + t * ldy;
-      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), line) : line);
-    };
-    if (high - low > 3) {
-      __m512 lines[16];
-      transpose(tile, lines);
-      for (Long t = low; t < high; ++t) give(t, lines[t]);
-    } else {
-      const __m512i steps = _mm512_mullo_epi32(_mm512_set1_epi32(16), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-      for (Long t = low; t < high; ++t) give(t, _mm512_i32gather_ps(steps, tile + t, 4));
-    }
-  }
-
-  static void transpose(const float* tile, __m512* out) {
-    __m512 a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_load_ps(tile + 16 * i);
-    for (int i = 0; i < 8; ++i) b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
-    for (int i = 0; i < 4; ++i)
-      for (int j = 0; j < 2; ++j) {
-        __m512d low = _mm512_castps_pd(b[4 * i + j]), high = _mm512_castps_pd(b[4 * i + 2 + j]);
-        a[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-        a[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-      }
-    for (int j = 0; j < 4; ++j) {
-      __m512 low = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), high = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
-      out[j] = _mm512_shuffle_f32x4(low, high, 0x88), out[8 + j] = _mm512_shuffle_f32x4(low, high, 0xdd);
-      low = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd), high = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
-      out[4 + j] = _mm512_shuffle_f32x4(low, high, 0x88), out[12 + j] = _mm512_shuffle_f32x4(low, high, 0xdd);
-    }
-  }
-
-  // 16 or 32 outputs of 16 or 32 tokens
-  template <bool TWO, bool BOTH>
-  static void tiles(const bf16* w, Long ld, Long depth, const In* x, Long block, float* out, const char* ahead, Long lines) {
-    _tile_zero(0);
-    if (TWO) _tile_zero(1);
-    if (BOTH) _tile_zero(2);
-    if (TWO && BOTH) _tile_zero(3);
-    for (Long k = 0; k < depth; k += 32) {
-      for (Long i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-      _tile_loadd(6, x + k * 16, 64);
-      _tile_loadd(4, w + k, ld * 2);
-      _tile_dpbf16ps(0, 4, 6);
-      if (TWO) {
-        _tile_loadd(5, w + 16 * ld + k, ld * 2);
-        _tile_dpbf16ps(1, 5, 6);
-      }
-      if (BOTH) {
-        _tile_loadd(7, x + block + k * 16, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        if (TWO) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    _tile_stored(0, out, 64);
-    if (TWO) _tile_stored(1, out + 256, 64);
-    if (BOTH) _tile_stored(2, out + 512, 64);
-    if (TWO && BOTH) _tile_stored(3, out + 768, 64);
-  }
-
-  // fetch what is multiplied next: the beginnings of the next 32 rows, or a stretch further on where rows are short
-  static void beckon(const bf16* w, Long ld) {
-    if (ld >= 128) {
-      for (Long j = 32; j < 64; ++j) __builtin_prefetch(w + j * ld), __builtin_prefetch(w + j * ld + 32);
-    } else {
-      for (Long j = 0; j < 32 * ld; j += 32) __builtin_prefetch(w + 2048 + j);
-    }
-  }
-
-  static void span(const bf16* w, Long ld, Long n0, Long n1, Long depth, const In* x, Long ins, Long t0, Long t1, float* y,
-                   Long ldy, bool add) {
-    alignas(64) float out[4 * 256];
-    Long block = 16 * wide(ins), full = n0 + (n1 - n0) / 16 * 16, lines = t1 - t0 > 32 ? 32 * 32 / (t1 - t0) : 0;
-    for (Long n = n0; n < full;) {
-      bool two = n + 32 <= full;
-      const char* next = reinterpret_cast<const char*>(w + (n + 32) * ld);
-      for (Long b = t0 / 16; b * 16 < t1;) {
-        bool both = (b + 1) * 16 < t1;
-        auto run = two ? both ? tiles<true, true> : tiles<true, false> : both ? tiles<false, true> : tiles<false, false>;
-        // with many tokens the next rows come while these are multiplied; with few, their beginnings while results are put away
-        run(w + n * ld, ld, depth, x + b * block, block, out, next, lines);
-        next += lines * depth * 2;
-        if (!lines && b == t0 / 16) beckon(w + n * ld, ld);
-        for (Long i = 0; i <= both; ++i, ++b)
-          for (Long j = 0; j <= two; ++j)
-            take(out + (2 * i + j) * 256, y + b * 16 * ldy + n + 16 * j, ldy, std::max(t0 - b * 16, Long(0)),
-                 std::min(t1 - b * 16, Long(16)), add);
-      }
-      n += two ? 32 : 16;
-    }
-    if (full < n1) rest(w + full * ld, ld, n1 - full, depth, x, block, t0, t1, y + full, ldy, add);
-  }
-
-  // fewer than 16 outputs: their rows are copied, so that nothing behind them is read
-  static void rest(const bf16* w, Long ld, Long outs, Long depth, const In* x, Long block, Long t0, Long t1, float* y, Long ldy,
-                   bool add) {
-    alignas(64) float out[256];
-    std::vector<bf16> copy(16 * wide(depth), bf16{0});
-    for (Long n = 0; n < outs; ++n) std::copy(w + n * ld, w + n * ld + depth, copy.data() + n * wide(depth));
-    for (Long b = t0 / 16; b * 16 < t1; ++b) {
-      tiles<false, false>(copy.data(), wide(depth), depth, x + b * block, block, out, nullptr, 0);
-      for (Long t = std::max(t0, b * 16); t < std::min(t1, b * 16 + 16); ++t)
-        for (Long n = 0; n < outs; ++n) {
-          float value = out[n * 16 + t % 16], &to = y[t * ldy + n];
-          to = add ? to + value : value;
-        }
-    }
-  }
-};
-
-bool amx_is_allowed() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // ARCH_REQ_XCOMP_PERM, XTILEDATA
-#else
-bool amx_is_allowed() { return false; }
-#endif
 
 // Memory that will be read soon, fetched a line at a time between other work.
 struct Ahead {
@@ -422,7 +195,7 @@ inline float gelu(float x) {
 struct Room {  // what threads share while they walk
   float* y;  // (tokens, most outputs of a product)
   float* lows;  // (3, tokens, rank): x A^T of each part of a product
-  void *in, *low_in[3];  // inputs of products, as their maker wants them
+  void* in;  // inputs of products, as their maker wants them
 };
 
 template <class Op, class T> struct Walk {
@@ -504,6 +277,7 @@ template <class Op, class T> struct Walk {
     constexpr Long SPAN = 512;  // outputs of a factor B at once: a few pages of memory
     Long total = p.total(), lowered = adapted ? p.count * (Long(runs.size()) - 1) : 0, pieces = 0, raised = 0, ends[3], spans[3];
     for (Long i = 0; i < p.count; ++i) ends[i] = pieces += (p.outs[i] + 31) / 32, spans[i] = raised += (p.outs[i] + SPAN - 1) / SPAN;
+    Long each = raised;
     raised *= runs.size() - 1;
     worker.share(pieces + lowered, [&](Long piece) {
       if (piece >= pieces) return lower(p, first, (piece - pieces) % p.count, (piece - pieces) / p.count);
@@ -511,19 +285,17 @@ template <class Op, class T> struct Walk {
       while (piece >= ends[part]) ++part;
       Long n0 = (piece - (part ? ends[part - 1] : 0)) * 32, n1 = std::min(n0 + 32, p.outs[part]);
       float* y = start(p, part);
-      Op::span(static_cast<const T*>(p.weight[part]), p.ins, n0, n1, p.ins, in(), p.ins, 0, b.tokens, y, total, false);
+      Op::span(static_cast<const T*>(p.weight[part]), p.ins, n0, n1, p.ins, in(), p.ins, 0, b.tokens, y, total);
       if (const T* bias = static_cast<const T*>(p.bias[part]))
         for (Long t = 0; t < b.tokens; ++t)
           for (Long n = n0; n < n1; ++n) y[t * total + n] += get(bias[n]);
     });
     if (adapted)
       worker.share(raised, [&](Long piece) {
-        Long run = piece % (runs.size() - 1), part = 0;
-        for (piece /= runs.size() - 1; piece >= spans[part];) ++part;
+        Long run = piece / each, part = 0;
+        for (piece %= each; piece >= spans[part];) ++part;
         Long n0 = (piece - (part ? spans[part - 1] : 0)) * SPAN, n1 = std::min(n0 + SPAN, p.outs[part]);
-        if (const Factor* f = factor(first + part, run))
-          Op::span(static_cast<const T*>(f->b), f->rank, n0, n1, f->rank, static_cast<const In*>(room.low_in[part]), b.rank,
-                   runs[run], runs[run + 1], start(p, part), total, true);
+        if (const Factor* f = factor(first + part, run)) raise(p, part, *f, run, n0, n1);
       });
   }
 
@@ -544,16 +316,25 @@ template <class Op, class T> struct Walk {
     return {from + bytes * piece / pieces, from + bytes * (piece + 1) / pieces};
   }
 
-  // x A^T of one part for the tokens of a run, laid out as the input of B
+  float* low(Long part, Long t) { return room.lows + (part * b.tokens + t) * b.rank; }
+
+  // x A^T of one part for the tokens of a run
   void lower(const Product& p, Long first, Long part, Long run) {
     const Factor* f = factor(first + part, run);
     if (!f) return;
-    float* low = room.lows + part * b.tokens * b.rank;
-    Op::span(static_cast<const T*>(f->a), p.ins, 0, f->rank, p.ins, in(), p.ins, runs[run], runs[run + 1], low, b.rank, false);
-    for (Long t = runs[run]; t < runs[run + 1]; ++t) {
-      Long depth = std::min((f->rank + 31) / 32 * 32, b.rank);
-      std::fill(low + t * b.rank + f->rank, low + t * b.rank + depth, 0.0f);
-      Op::put(static_cast<In*>(room.low_in[part]), b.rank, t, 0, depth, low + t * b.rank);
+    Op::span(static_cast<const T*>(f->a), p.ins, 0, f->rank, p.ins, in(), p.ins, runs[run], runs[run + 1], low(part, 0), b.rank);
+    for (Long t = runs[run]; t < runs[run + 1]; ++t) Op::narrow(low(part, t), f->rank);
+  }
+
+  // and that times B^T for outputs [n0, n1), n0 a multiple of 16
+  void raise(const Product& p, Long part, const Factor& f, Long run, Long n0, Long n1) {
+    for (Long n = n0; n < n1; n += 16) {
+      const T* of = static_cast<const T*>(f.b) + n * f.rank;
+      for (Long i = 0; i < 16 * f.rank; i += 64 / Long(sizeof(T))) __builtin_prefetch(of + 1024 + i);
+      Long t = runs[run], outs = std::min(n1 - n, Long(16)), ldy = p.total();
+      float* y = start(p, part) + n;
+      for (; t + 4 <= runs[run + 1]; t += 4) Op::template raise<4>(of, f.rank, low(part, t), b.rank, y + t * ldy, ldy, outs);
+      for (; t < runs[run + 1]; ++t) Op::template raise<1>(of, f.rank, low(part, t), b.rank, y + t * ldy, ldy, outs);
     }
   }
 
@@ -621,7 +402,6 @@ template <class Op, class T> Room rooms(const Model& m, Long tokens, Long rank, 
   room.y = static_cast<float*>(scratch.piece(tokens * std::max(Made::most_outs(m), m.width) * sizeof(float)));
   room.in = scratch.piece(Op::size(tokens, std::max(Made::most_ins(m), m.width)) * sizeof(In));
   room.lows = static_cast<float*>(scratch.piece(3 * tokens * rank * sizeof(float)));
-  for (void*& low : room.low_in) low = scratch.piece(Op::size(tokens, rank) * sizeof(In));
   return room;
 }
 
@@ -658,7 +438,7 @@ void head(const Model& m, const float* x, Long tokens, float* logits, Long* best
     });
     worker.share(pieces, [&](Long piece) {
       Long n0 = piece * ROWS, n1 = std::min(n0 + ROWS, m.vocabulary);
-      Op::span(static_cast<const T*>(m.lm_head), m.width, n0, n1, m.width, in, m.width, 0, tokens, logits, m.vocabulary, false);
+      Op::span(static_cast<const T*>(m.lm_head), m.width, n0, n1, m.width, in, m.width, 0, tokens, logits, m.vocabulary);
       for (Long t = 0; t < tokens; ++t) {
         float *to = logits + t * m.vocabulary, top = -INFINITY, waste = 0;
         if (m.head_cap > 0)

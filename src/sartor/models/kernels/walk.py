@@ -48,7 +48,7 @@ class Model(ctypes.Structure):
 
 
 class Factor(ctypes.Structure):
-    """LoRA on one module: a (rank, inputs), b (outputs, rank), scaled. rank: 0 for none."""
+    """LoRA on one module: a (rank, inputs), b as `laid_out` has it. rank: 0 for none."""
 
     _fields_ = (("a", _Address), ("b", _Address), ("rank", _Long))
 
@@ -100,9 +100,16 @@ class Walker:
         self._head.argtypes = (_Address, _Address, _Long, _Address, _Address, _Address, ctypes.c_int)
         self._memory = torch.empty(0, dtype=torch.uint8)
 
+    def laid_out(self, b: torch.Tensor) -> torch.Tensor:
+        """A scaled B, (outputs, rank), both multiples of RANKS, in the order in which it is read."""
+        blocks = b.view(-1, RANKS, b.shape[1])
+        if self.name != "amx":
+            return blocks.transpose(1, 2)
+        return blocks.view(-1, RANKS, b.shape[1] // 2, 2).transpose(1, 2)
+
     def walk(self, model: Model, tokens: Tokens) -> None:
         """Take `tokens.x` through all layers."""
-        count, rank = len(tokens.x), -(-max(tokens.rank, 1) // 32) * 32
+        count, rank = len(tokens.x), max(tokens.rank, RANKS)
         cos, sin = zip(*tokens.turns, strict=True)
         batch = Batch(
             count, tokens.pages.shape[1], rank, tokens.positions.data_ptr(), tokens.rows.data_ptr(), tokens.pages.data_ptr(),
@@ -128,7 +135,7 @@ class Walker:
 
 
 def on_wide_pages(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """(count,) zeros on pages of 2 MiB where the system gives them: weights that are read at every step wait for fewer look-ups."""
+    """(count,) zeros on pages of 2 MiB where the system gives them: what is read at every step waits for fewer look-ups."""
     spare = _WIDE_PAGE // dtype.itemsize
     whole = torch.empty(count + spare, dtype=dtype)
     first = -whole.data_ptr() % _WIDE_PAGE // dtype.itemsize
