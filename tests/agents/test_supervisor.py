@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import scripted
 from sartor.agents.supervisor import Supervisor
 from sartor.agents.team import Breaker, Limits
 from sartor.core.errors import BusyError, DeadlineError, InputError, ModelError, SartorError, UnavailableError
-from sartor.models.engine.contract import Call, Failed, Piece
+from sartor.models.engine.contract import Call, Event, Failed, Piece
 from sartor.models.sampling import Sampling
 
 pytestmark = pytest.mark.services
@@ -317,7 +318,11 @@ def test_adapters_that_do_not_load(tmp_path: Path) -> None:
 
     async def scene() -> None:
         async with running(tmp_path, workers={"hang_s": 0.4}) as crew:
-            for behaviour, problem in (("error", "does not fit"), ("die", "2 workers died"), ("hang", "2 workers died")):
+            for behaviour, problem in (
+                ("error", "does not fit"),
+                ("die", "workers died while"),
+                ("hang", "workers died while"),
+            ):
                 folder = scripted.adapter(tmp_path / behaviour, behaviour)
                 with pytest.raises(ModelError, match=problem):
                     await asyncio.gather(crew.attach(behaviour, folder), load(crew, calls=10))
@@ -347,6 +352,27 @@ def test_an_adapter_that_went_bad_on_disk_hurts_its_agent_alone(tmp_path: Path) 
             (tmp_path / "a" / "behaviour").write_text("ok")
             await crew.attach("a", tmp_path / "a")
             await load(crew, ("a", "c", "d"), calls=3)
+
+    asyncio.run(scene())
+
+
+def test_probation_tells_what_an_adapter_does_and_hurts_nobody(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with running(tmp_path, limits=Limits(deadline_s=1.0)) as crew:
+            workers = pids(crew)
+            calls = [replace(call("hello", "new"), id="1"), replace(call("hello"), id="2"), replace(call("NAN", "new"), id="3")]
+
+            async def probe(behaviour: str) -> list[tuple[Event, ...]]:
+                return await crew.probe("new", scripted.adapter(tmp_path / f"new-{behaviour}", behaviour), calls)
+
+            said, _ = await asyncio.gather(probe("ok"), load(crew))
+            texts = ["".join(event.text for event in events if isinstance(event, Piece)) for events in said]
+            assert texts[:2] == [scripted.reply_of(one) for one in calls[:2]]
+            assert [type(events[-1]).__name__ for events in said] == ["Done", "Done", "Failed"]
+            for behaviour, problem in (("error", "not fit"), ("die", "died"), ("hang", "not done in 1 s"), ("poison", "died")):
+                with pytest.raises(ModelError, match=problem):
+                    await asyncio.gather(probe(behaviour), load(crew, calls=4))
+            assert pids(crew) == workers and crew.health()["ends"] == {} and crew.health()["adapters"] == 4
 
     asyncio.run(scene())
 
@@ -414,8 +440,6 @@ def test_too_many_deaths_give_up_for_a_while(tmp_path: Path) -> None:
     ],
 )
 def test_a_crew_that_cannot_start_says_why(changes: dict[str, Any], command: tuple[str, ...], kind: type[SartorError]) -> None:
-    from dataclasses import replace
-
     base = changes.pop("base", "")
     team = scripted.team(workers={"restarts": 1, **changes})
     with pytest.raises(kind):

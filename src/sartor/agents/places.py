@@ -16,12 +16,14 @@ from sartor.agents.team import Workers
 from sartor.core.errors import BudgetError, ModelError, SartorError, UnavailableError
 from sartor.models.engine.contract import About
 
+HANGS = "hangs"
 RECYCLED = "recycled: it took more than workers.memory_bytes"
 # A worker above its limit gets no new calls, and so long for those that it has; this far above, it is ended at once.
 _RETIRE_S = 30.0
 _FAR_ABOVE = 1.5
 _MOST_BEAT_S = 1.0
 _CLOSE_S = 2.0
+_LOOK_S = 0.02
 _LOG = logging.getLogger("sartor.agents")
 
 
@@ -107,6 +109,20 @@ class Places:
                     await self._some_ready.wait()
         except TimeoutError:
             raise UnavailableError(f"no worker was ready within {self._rules.start_s:g} s", "see what the log says") from None
+
+    async def to_try(self) -> Child:
+        """A worker for what may kill it: a spare that does nothing else, if there is to be one, else any that is ready.
+
+        Raises UnavailableError.
+        """
+        until = time.monotonic() + self._rules.start_s
+        while self._rules.spare and time.monotonic() < until and not any(place.restarts.is_given_up for place in self._places):
+            for child in self.ready():
+                if not (child.answers or child.alone):
+                    return child
+            await asyncio.sleep(_LOOK_S)
+        await self.some_ready()
+        return self.ready()[0]
 
     def find(self, wire_id: str) -> Child | None:
         """The worker that has a call."""
@@ -202,7 +218,7 @@ class Places:
         if child.has_work and quiet_s > most_s:
             # what it said may be there and not be read yet: it is ended at the second look
             if child in self._silent:
-                child.kill(f"hangs: said nothing for {quiet_s:.1f} s")
+                child.kill(f"{HANGS}: said nothing for {quiet_s:.1f} s")
             self._silent.add(child)
             return
         self._silent.discard(child)
