@@ -59,7 +59,7 @@ class Calls:
             self._standing.leave(agent, trial)
             raise
         live = LiveCall(call, agent, trial, next(self._numbers))
-        live.is_suspect = self._standing.watched[agent] > 0
+        live.is_suspect = self._standing.is_suspect(call, agent)
         live.timer = asyncio.get_running_loop().call_later(deadline_s, self._late, live, deadline_s)
         self.lives.add(live)
         self._bulkhead.put(live)

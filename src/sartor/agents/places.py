@@ -129,10 +129,15 @@ class Places:
         return next((child for child in self._children() if wire_id in child.calls), None)
 
     def health(self) -> list[dict[str, Any]]:
-        """One row per place."""
+        """One row per place.
+
+        state: starting, ready, retiring, waiting (for its restart), given up. role of one that is ready: answers, spare, alone
+        (makes a suspected call).
+        """
         return [
             {
                 "state": "given up" if place.restarts.is_given_up else _state(place.child),
+                "role": _role(place.child),
                 "pid": place.child.pid if place.child else 0,
                 "memory_bytes": place.child.memory_bytes if place.child and place.child.state != "gone" else 0,
                 "live": len(place.child.calls) if place.child else 0,
@@ -241,8 +246,10 @@ class Places:
 
 
 def _state(child: Child | None) -> str:
-    if child is None or child.state == "gone":
-        return "waits for its restart"
-    if child.state == "ready":
-        return "alone with a suspect" if child.alone else "answers" if child.answers else "spare"
-    return child.state
+    return "waiting" if child is None or child.state == "gone" else child.state
+
+
+def _role(child: Child | None) -> str:
+    if child is None or child.state != "ready":
+        return ""
+    return "alone" if child.alone else "answers" if child.answers else "spare"
