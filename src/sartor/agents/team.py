@@ -100,6 +100,9 @@ class Limits:
     per_agent: int = option(64, "requests of one agent at once, waiting or answered; above it 429 (a bulkhead)")
     requests_per_minute: int = option(0, "of one key; 0 is no limit")
     tokens_per_minute: int = option(0, "prompt and reply tokens of one key; 0 is no limit")
+    remembered_bytes: int = option(
+        64_000_000, "of prompts and replies kept in memory, so that feedback on one can be learnt from; 0 keeps none"
+    )
     connections: int = option(2048, "open connections; above it 503")
     slow_client_s: float = option(30.0, "a client that does not take what is sent to it for so long is cut off")
 
