@@ -137,7 +137,7 @@ def version(agent: str, number: str, **facts: Any) -> Version:
     return Version(agent, number, f"/releases/{agent}-{number}", f"id-{agent}-{number}", f"{agent}-{number}", facts)
 
 
-def admit(path: Path, name: str) -> Version:
+async def admit(path: Path, name: str) -> Version:
     """By the path's last part; `bad-...` is refused."""
     agent, _, number = path.name.rpartition("-")
     if agent.startswith("bad") or number == "bad":

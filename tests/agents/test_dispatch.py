@@ -223,8 +223,8 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_before_it_in_service(tmp
 
 
 def test_a_release_that_was_exchanged_on_disk_is_not_loaded(tmp_path: Path) -> None:
-    def other(path: Path, name: str) -> Any:
-        found = admit(path, name)
+    async def other(path: Path, name: str) -> Any:
+        found = await admit(path, name)
         return type(found)(**{**vars(found), "release_id": "another"})
 
     async def work() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from sartor.agents.asking import Crew
 from sartor.agents.entries import Version
 from sartor.core.errors import AdmissionError, SartorError, UnavailableError
 
-# What `agents.admission` is asked for, in a thread: the Release in a directory as a Version of an agent, or what it raises
-Admit = Callable[[Path, str], Version]
+# What `agents.admission` is asked for: the Release in a directory as a version of an agent of that name, or what it raises.
+# `release` of the version is where the adapter is loaded from: the server's own copy.
+Admit = Callable[[Path, str], Awaitable[Version]]
 
 
 class Holdings:
@@ -62,7 +63,7 @@ class Holdings:
         if self.holds(version):
             return
         try:
-            found = await asyncio.to_thread(self._admit, Path(version.release), version.agent)
+            found = await self._admit(Path(version.release), version.agent)
             if (found.release_id, found.adapter) != (version.release_id, version.adapter):
                 raise AdmissionError(
                     f"{version.release} is the Release {found.release_id[:16]}, not {version.release_id[:16]} any more",
@@ -71,7 +72,7 @@ class Holdings:
                 )
             async with self._lock:
                 if not self.holds(version):
-                    await self._crew.attach(version.adapter, Path(version.release))
+                    await self._crew.attach(version.adapter, Path(found.release))
                     self._held.add(version.adapter)
         except SartorError as error:
             self.troubles[version.name] = error

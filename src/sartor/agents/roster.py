@@ -43,7 +43,7 @@ class Roster:
         """
         registry = self._served.registry
         if release:
-            admitted = await asyncio.to_thread(self._admit, Path(release), name)
+            admitted = await self._admit(Path(release), name)
             await asyncio.to_thread(registry.add, admitted, cause=ADMIN)
             version = admitted.version
             await self._served.reload()

@@ -55,7 +55,7 @@ class Served:
             if name in known.agents or name in known.hurt:
                 continue
             try:
-                version = await asyncio.to_thread(admit, Path(member.release), name)
+                version = await admit(Path(member.release), name)
                 cause = Cause("TEAM.yaml", "not in the registry yet")
                 await asyncio.to_thread(self.registry.add, version, fallback=member.fallback, cause=cause)
             except SartorError as error:
