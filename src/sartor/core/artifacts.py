@@ -245,7 +245,7 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{file} is not a whole JSON manifest: {error}", again) from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or manifest.get("kind") != found:
+    if not isinstance(manifest, dict) or not _lists_files(manifest.get("files")) or manifest.get("kind") != found:
         raise ArtifactError(f"{file} is not the manifest of {_a(found)}", again)
     if manifest.get("schema") not in (SCHEMA - 1, SCHEMA):
         raise ArtifactError(
@@ -259,6 +259,13 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
             again,
         )
     return manifest
+
+
+def _lists_files(said: Any) -> bool:
+    """Whether `files` of a manifest has the form that `seal` gives it: a signer can be trusted and still write nonsense."""
+    return isinstance(said, dict) and all(
+        isinstance(one, dict) and isinstance(one.get("sha256"), str) and type(one.get("bytes")) is int for one in said.values()
+    )
 
 
 def kind_of(path: Path) -> str | None:

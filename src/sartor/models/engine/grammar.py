@@ -58,21 +58,23 @@ class Grammar:
                 f"replies of this base cannot be constrained: {_short(error)}", "use a base with a tokenizer.json"
             ) from None
 
-    def constraint(self, schema: str) -> Constraint:
-        """What one reply must obey. Raises RequestError for a schema that is wrong, too large or not supported."""
+    def constraint(self, schema: str, *, loose: bool = False) -> Constraint:
+        """What one reply must obey. Raises RequestError for a schema that is wrong, too large or not supported.
+
+        loose: with any white space between its parts, to check what another server wrote.
+        """
         read_schema(schema)
         library = self._library
+        space = {"whitespace_flexible": True} if loose else {"whitespace_pattern": _SPACE}
         try:
-            grammar = library.LLMatcher.grammar_from_json_schema(
-                schema, overrides={"whitespace_pattern": _SPACE, "lenient": False}
-            )
+            grammar = library.LLMatcher.grammar_from_json_schema(schema, overrides={**space, "lenient": False})
         except ValueError as error:  # numbers that only Python reads
             raise _refused(str(error)) from None
         limits = library.LLParserLimits(**_LIMITS)
         matcher = library.LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise _refused(matcher.get_error())
-        constraint = Constraint(matcher, self.vocabulary)
+        constraint = Constraint(matcher, self._tokens, self.vocabulary)
         constraint.mask()  # some schemas that nothing obeys show only here
         return constraint
 
@@ -80,8 +82,9 @@ class Grammar:
 class Constraint:
     """Where one reply stands in its schema."""
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
+    def __init__(self, matcher: Any, tokens: Any, vocabulary: int) -> None:
         self._matcher = matcher
+        self._tokens = tokens
         self._vocabulary = vocabulary
 
     def mask(self) -> torch.Tensor:
@@ -97,6 +100,11 @@ class Constraint:
     def advance(self, token: int) -> None:
         """Take the token that was chosen. Raises RequestError when the mask did not allow it, or as `mask` does."""
         self._matcher.consume_token(token)
+        self._check()
+
+    def accept(self, text: str) -> None:
+        """Take text that something else wrote, in whatever tokens. Raises RequestError where it does not obey."""
+        self._matcher.consume_tokens(self._tokens.tokenize_str(text))
         self._check()
 
     @property
