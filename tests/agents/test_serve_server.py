@@ -129,6 +129,17 @@ def test_what_every_answer_says_and_does_not_say(served: Any) -> None:
     assert [line["event"] for line in log.lines][0] == "ready"
 
 
+def test_answers_do_not_wait_for_the_network(served: Any) -> None:
+    """Head and body are two packets: with Nagle's algorithm the second waits for the client's delayed ACK, 40 ms."""
+    with httpx.Client(base_url=served[0]) as client:
+        took = []
+        for _ in range(30):
+            began = time.perf_counter()
+            client.post(COMPLETIONS, json=chat())
+            took.append(time.perf_counter() - began)
+    assert sorted(took)[10] < 0.03
+
+
 def test_a_client_that_leaves_ends_its_reply(served: Any) -> None:
     url, replies, log = served
     replies.hold = asyncio.Event()
