@@ -88,7 +88,7 @@ class LlamaCppEngine(StreamEngine):
         """See StreamEngine."""
         if call.adapter != BASE and call.adapter not in self._adapters:
             raise ModelError(f"no adapter {call.adapter[:12]} is attached", "attach it first")
-        return Reply(call, self._reader.prompt(call), self._reader.constraint(call))
+        return Reply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
 
     def begin(self, reply: Reply) -> bool:
         """Load what the call needs once nothing runs, and give it a slot."""
