@@ -43,9 +43,7 @@ from tokenizers import Tokenizer
 HERE = Path(__file__).resolve().parent
 STREAMS = 8
 PEERS = {"llama_cpp": ("llama_q4", "llama_f16"), "peft": ("peft_fp32", "peft_bf16")}
-WORDS = (
-    "the kitchen light stays on until somebody asks why every old house keeps one warm room for guests who never came".split()
-)
+WORDS = "the kitchen light stays on until somebody asks why every old house keeps one warm room for guests who never came"
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Process:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """This one less what slows a BLAS, with so many threads, and without a network. tests/ holds what writes an adapter."""
+    """The environment less what slows a BLAS, with so many threads and no network; tests/ writes the adapters."""
     kept = {name: value for name, value in os.environ.items() if name not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
     paths = f"{HERE.parent / 'src'}:{HERE.parent / 'tests'}"
     kept |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -122,7 +120,7 @@ class Prompts:
         made = []
         for _ in range(count):
             self.made += 1
-            words = [f"{self.made:04d}", *(self.source.choice(WORDS) for _ in range(self.source.randint(50, 75)))]
+            words = [f"{self.made:04d}", *(self.source.choice(WORDS.split()) for _ in range(self.source.randint(50, 75)))]
             made.append(self.tokenizer.encode(" ".join(words)).ids)
         return made
 
@@ -176,9 +174,8 @@ def open_loop(side: Process, prompts: Prompts, plan: Plan, tokens_per_s: float) 
             at_s.append(at_s[-1] + source.expovariate(rate))
         streams = [(number % STREAMS, prompt) for number, prompt in enumerate(prompts.next(len(at_s)))]
         said = side.ask(arrive=streams, tokens=plan.tokens, at_s=at_s)
-        found[str(fraction)] = {
-            "requests_per_s": round(rate, 2), "requests": len(at_s), "first_token_s": spread(said["first_s"]), "whole_s": spread(said["whole_s"])
-        }  # fmt: skip
+        waits = {"first_token_s": spread(said["first_s"]), "whole_s": spread(said["whole_s"])}
+        found[str(fraction)] = {"requests_per_s": round(rate, 2), "requests": len(at_s), **waits}
     return found
 
 

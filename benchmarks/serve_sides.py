@@ -37,17 +37,17 @@ class Side(Protocol):
 class Ours(Side):
     """Sartor's own engine, driven as a worker drives it."""
 
-    def __init__(self, folder: Path, threads: int, dtype: str = "auto") -> None:
+    def __init__(self, folder: Path, threads: int, bits: int | str = "auto") -> None:
         import torch
 
-        from sartor.models import base
-        from sartor.models.engine import local
+        from sartor.models.base import open_base
+        from sartor.models.engine.local import LocalEngine
 
-        if dtype != "auto":
-            base.best_dtype = lambda device: getattr(torch, dtype)
-        self.folder = folder
-        self.engine = local.open_engine("starter", rows=ROWS, waiting=4096, threads=threads)
-        self.chat = base.open_chat(base.bases.locate("starter").path)
+        torch.set_num_threads(threads)
+        base = open_base("starter", bits=bits)
+        base.chat.stops = []  # no reply ends early
+        self.folder, self.chat = folder, base.chat
+        self.engine = LocalEngine(base, rows=ROWS, waiting=4096)
         self.attached = 0
         self.calls = 0
 
@@ -217,10 +217,15 @@ class Peft(Side):
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for _, prompt in streams])
         names = ["__base__" if number < 0 else str(number) for number, _ in streams]
         with torch.inference_mode():
-            made = self.model.generate(
-                input_ids=ids, attention_mask=mask, adapter_names=names, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
-                pad_token_id=0,
-            )[:, width:]  # fmt: skip
+            lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+            arguments = {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "adapter_names": names,
+                "do_sample": False,
+                "pad_token_id": 0,
+            }
+            made = self.model.generate(**arguments, **lengths)[:, width:]
         return {"tokens": made.numel(), "texts": [self.tokenizer.decode(row, skip_special_tokens=True) for row in made]}
 
 
@@ -238,8 +243,8 @@ def starter_file() -> Path:
 
 SIDES: dict[str, Callable[[Path, int], Side]] = {
     "ours": Ours,
-    "ours_fp32": lambda folder, threads: Ours(folder, threads, "float32"),
-    "ours_bf16": lambda folder, threads: Ours(folder, threads, "bfloat16"),
+    "ours_fp32": lambda folder, threads: Ours(folder, threads, 32),
+    "ours_bf16": lambda folder, threads: Ours(folder, threads, 16),
     "llama_q4": lambda folder, threads: LlamaCpp(folder, threads, starter_file()),
     "llama_f16": lambda folder, threads: LlamaCpp(folder, threads, folder / "base.f16.gguf"),
     "peft_fp32": lambda folder, threads: Peft(folder, threads, "float32"),

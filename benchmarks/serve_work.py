@@ -14,11 +14,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 from gguf.quants import dequantize
+from serve_sides import starter_file
 
+from loras import write_lora
 from sartor.core import bases
 from sartor.models.base import convert
-from loras import write_lora
-from serve_sides import starter_file
 
 RANK, SIZE = 16, 0.3
 
