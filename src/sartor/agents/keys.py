@@ -18,14 +18,16 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
 
 from sartor.agents import tables
 from sartor.agents.database import Database, open_database
-from sartor.agents.team import Team
+from sartor.agents.team import Team, load
 from sartor.core import records
 from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, SartorError
 
@@ -195,6 +197,25 @@ class Keys:
         with self._database.read() as connection:
             rows = [dict(row) for row in connection.execute(select(tables.keys)).mappings()]
         return {str(row["id"]): row if tables.is_whole(row) else None for row in rows}
+
+
+def make_key(team: Path | str, agents: Sequence[str], *, is_admin: bool = False, expires: str = "") -> dict[str, Any]:
+    """Make a key for a team (TEAM.yaml). `key` in what is returned is shown this once. Raises ConfigError, as `Keys.make`."""
+    with closing(Keys.of(load(Path(team)))) as keys:
+        secret, key = keys.make(agents, is_admin=is_admin, expires=expires)
+    return {"key": secret, **key.as_json(), "note": "this key is shown once; what is kept of it is a digest"}
+
+
+def revoke_key(team: Path | str, identity: str) -> dict[str, Any]:
+    """End a key of a team for ever. Raises ConfigError for an id that no key has."""
+    with closing(Keys.of(load(Path(team)))) as keys:
+        return keys.revoke(identity).as_json()
+
+
+def list_keys(team: Path | str) -> dict[str, Any]:
+    """Every key of a team, without secrets."""
+    with closing(Keys.of(load(Path(team)))) as keys:
+        return {"keys": [key.as_json() for key in keys.listed()]}
 
 
 _REMEDY = "sartor agents key NAME makes one"
