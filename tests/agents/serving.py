@@ -19,7 +19,7 @@ from sartor.agents.serve.seams import House, Listed, Visitor
 from sartor.agents.serve.server import Server, bind
 from sartor.agents.team import Http, Limits, Team
 from sartor.core.errors import AdmissionError, BusyError, ConflictError, KeyRefusedError, SartorError, UnknownAgentError
-from sartor.models.engine.contract import About, Done, Event, Logprob, Piece
+from sartor.models.engine.contract import About, Done, Event, Failed, Logprob, Piece
 
 ABOUT = About("local", "tiny", "b" * 64, "t" * 64, 512, 4)
 KEYS = {
@@ -62,8 +62,8 @@ class Replies:
                 if place and self.hold is not None:
                     await self.hold.wait()
                 yield piece
-            yield self.ends_with or self._end(request, receipt)
             self.done.append(receipt)
+            yield self.ends_with or self._end(request, receipt)
         finally:
             self.closed.append(receipt)
 
@@ -266,3 +266,8 @@ def events(text: str) -> list[Any]:
     """What a stream's events hold; the last is `[DONE]`."""
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     return [*(json.loads(line) for line in lines[:-1]), lines[-1]]
+
+
+def failed(kind: str) -> Failed:
+    """An event that tells of an error of that kind."""
+    return Failed("c", kind, "it was too slow", "ask for less")

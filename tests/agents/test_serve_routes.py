@@ -196,7 +196,7 @@ def test_an_error_before_a_reply_is_a_status_and_after_it_an_event(tmp_path: Pat
     assert (whole.status_code, whole.json()["error"]["kind"]) == (504, "DeadlineError")
     said = events(stream.text)
     assert said[-1] == "[DONE]"
-    assert said[-2]["error"]["message"] == "60 s were over"
+    assert said[-2]["error"]["message"] == "60 s were over; try: ask for less"
     assert len(replies.closed) == 2 * count
 
 

@@ -83,6 +83,7 @@ class Server:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=round(self.team.http.drain_s + LAST_WORDS_S) + 1,
         )

@@ -72,6 +72,8 @@ class EventStream(Response):
             try:
                 async for chunk in said:
                     await _event(send, chunk)
+                    # neither of the two waits while there is text and room: others, and the client's leaving, must be heard
+                    await asyncio.sleep(0)
             except SartorError as error:
                 fault = fault_of(error)
                 self._entry.error = fault.kind
