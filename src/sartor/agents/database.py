@@ -22,7 +22,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from filelock import FileLock, Timeout
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, func, insert, make_url, select, text, update
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from sartor.agents import tables
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, MissingError, SartorError, need
@@ -115,15 +115,15 @@ class Database:
     def _typed(self) -> Iterator[None]:
         try:
             yield
-        except DBAPIError as error:
-            raise self._fault(error) from None
+        except SQLAlchemyError as error:
+            raise self._fault(error.orig if isinstance(error, DBAPIError) else error) from None
 
-    def _fault(self, error: DBAPIError) -> SartorError:
+    def _fault(self, error: BaseException | None) -> SartorError:
         """What a driver's error means to whoever runs the team."""
-        said = str(error.orig)
+        said = str(error)
         for name, value in self._secrets.items():
             said = said.replace(value, f"${{{name}}}")
-        code = getattr(error.orig, "sqlite_errorcode", 0)  # of sqlite3's errors only
+        code = getattr(error, "sqlite_errorcode", 0)  # of sqlite3's errors only
         primary = code & 0xFF
         where = f"the registry {self.name}"
         if primary in _BUSY:
@@ -132,7 +132,7 @@ class Database:
             return ArtifactError(f"{where} is damaged: {said}", "restore it from a copy, or move it away and start anew")
         if primary == sqlite3.SQLITE_READONLY or (primary == sqlite3.SQLITE_CANTOPEN and not self._is_there()):
             return ConfigError(f"{where} cannot be written to: {said}", "give a directory that can be written to")
-        if code in _FULL or primary == sqlite3.SQLITE_FULL or "53100" in str(getattr(error.orig, "sqlstate", "")):
+        if code in _FULL or primary == sqlite3.SQLITE_FULL or "53100" in str(getattr(error, "sqlstate", "")):
             return MissingError(f"the disk of {where} is full: {said}; nothing was changed", "free some space")
         return MissingError(f"{where} cannot be used: {said}; nothing was changed", "see whether its disk or server is there")
 

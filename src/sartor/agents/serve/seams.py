@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sartor.agents.asking import Answer, Request
+from sartor.agents.asking import Answer, Listed, Request
 from sartor.models.engine.contract import About
 
 
@@ -21,16 +21,6 @@ class Visitor:
     def opens(self, agent: str) -> bool:
         """Whether this visitor may use the agent of that name (without version)."""
         return self.agents is None or agent in self.agents
-
-
-@dataclass(frozen=True)
-class Listed:
-    """An agent as the registry has it. versions: every version that may be asked for, the live one too."""
-
-    name: str
-    live: str
-    versions: tuple[str, ...]
-    state: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Replies(Protocol):
