@@ -167,6 +167,11 @@ class Team:
         if taken := next((name for name in names if name in RESERVED), ""):
             raise ConfigError(f"an agent cannot have the name {taken!r}, which means something else", "choose another name")
 
+    @property
+    def registry_url(self) -> str:
+        """The SQLAlchemy URL of the registry: the one given, or SQLite in `state`."""
+        return self.registry or f"sqlite:///{Path(self.state) / 'registry.sqlite'}"
+
 
 def load(path: Path, flags: Sequence[str] = ()) -> Team:
     """The team in a YAML file, its paths made absolute. Raises ConfigError naming the option."""
