@@ -160,6 +160,7 @@ def serve(end: socket.socket, opener: Opener = open_engine) -> int:
     said = _opening(channel)
     if said is None:
         return 0
+    os.nice(int(said.get("nice") or 0))
     try:
         engine = opener(said)
     except SartorError as error:
