@@ -7,20 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sartor.agents.asking import Answer, Listed, Request
+from sartor.agents.keys import Opened
 from sartor.models.engine.contract import About
 
-
-@dataclass(frozen=True)
-class Visitor:
-    """Who asks. key: the id of the key (never the key), "" where none is needed. agents: those it opens; None is all."""
-
-    key: str = ""
-    agents: frozenset[str] | None = None
-    is_admin: bool = False
-
-    def opens(self, agent: str) -> bool:
-        """Whether this visitor may use the agent of that name (without version)."""
-        return self.agents is None or agent in self.agents
+NOBODY = Opened("", frozenset(), is_admin=False)
+ANYBODY = Opened("", None, is_admin=False)
 
 
 class Replies(Protocol):
@@ -49,7 +40,7 @@ class Vectors(Protocol):
 
 
 class Doors(Protocol):
-    """The keys, of agents and of the admin."""
+    """The keys, of agents and of the admin. Asked in a thread, at every request: a revoked key is refused at once."""
 
     @property
     def is_open(self) -> bool:
@@ -61,7 +52,7 @@ class Doors(Protocol):
         """Whether an admin key is set; without one the admin's routes are off."""
         ...
 
-    def admit(self, secret: str) -> Visitor:
+    def admit(self, secret: str) -> Opened:
         """Who holds this key. Raises KeyRefusedError."""
         ...
 
@@ -102,6 +93,10 @@ class Roster(Protocol):
 
     async def release(self, name: str) -> Mapping[str, Any]:
         """Bring an agent back from quarantine or drain."""
+        ...
+
+    def troubles(self) -> Mapping[str, str]:
+        """What cannot be served as it should, by agent or version, and why."""
         ...
 
     async def hear(self, agent: str, rating: float) -> None:
