@@ -4,6 +4,7 @@
     data.py     curate, dedup, rethreshold, inspect, revoke, index
     tuning.py   demo, plan, tune, evaluate, release, verify, ask, keygen
     assets.py   assets list, assets install
+    serving.py  export
 
 Every command takes `--json`: one JSON object on the last line of stdout; progress and notices always go to stderr.
 """
@@ -20,11 +21,11 @@ from typing import Any, NoReturn
 from cyclopts import CycloptsError
 
 import sartor
-from sartor.cli import assets, data, tuning
+from sartor.cli import assets, data, serving, tuning
 from sartor.cli.app import app
 from sartor.core.errors import ConfigError, SartorError
 
-__all__ = ["app", "assets", "data", "main", "tuning"]
+__all__ = ["app", "assets", "data", "main", "serving", "tuning"]
 
 
 # command -> the name of its recipe's class: loaded for the help of that command alone, since that takes a while

@@ -5,6 +5,7 @@
     report/    report.json    rows.parquet  report.html
     release/   release.json   signature  and what the adapter and its report hold
     duplicates/  duplicates.json  kept/  dropped.parquet  pairs.parquet
+    export/    parity.json    signature (by option)  what another runtime loads
 
 A manifest lists the sha256 of every file, and its own `id` is the digest of everything else in it: a flipped byte in a
 file, a missing or foreign file and a hand-edited manifest are each refused by name. Writing goes to a hidden sibling that
@@ -34,13 +35,14 @@ from sartor.core.errors import ArtifactError, ConfigError, MissingError
 
 SCHEMA = 2
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-Kind = Literal["dataset", "adapter", "report", "release", "duplicates"]
+Kind = Literal["dataset", "adapter", "report", "release", "duplicates", "export"]
 MANIFESTS: dict[str, str] = {
     "dataset": "manifest.json",
     "adapter": "sartor.json",
     "report": "report.json",
     "release": "release.json",
     "duplicates": "duplicates.json",
+    "export": "parity.json",
 }
 # Written after the manifest by design: signatures sign it, and a human's verdicts come later.
 UNLISTED = {"signature", "review.jsonl"}
@@ -55,7 +57,7 @@ class Artifact:
 
     @property
     def kind(self) -> str:
-        """dataset, adapter, report, release or duplicates."""
+        """dataset, adapter, report, release, duplicates or export."""
         return str(self.manifest["kind"])
 
     @property
@@ -280,7 +282,7 @@ def _is_name(name: str) -> bool:
 
 def kind_of(path: Path) -> str | None:
     """Which kind of artefact a directory is, by its manifest's name; a release holds its adapter's manifest too."""
-    for kind in ("release", "dataset", "adapter", "report", "duplicates"):
+    for kind in ("release", "dataset", "adapter", "report", "duplicates", "export"):
         if (path / MANIFESTS[kind]).is_file():
             return kind
     return None
@@ -314,4 +316,4 @@ def _check_files(artifact: Artifact) -> None:
 
 
 def _a(kind: str) -> str:
-    return f"an {kind}" if kind.startswith("a") else f"a {kind}"
+    return f"an {kind}" if kind.startswith(("a", "e")) else f"a {kind}"
