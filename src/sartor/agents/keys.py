@@ -16,22 +16,26 @@ import hmac
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from sartor.agents import tables
 from sartor.agents.database import Database, open_database
-from sartor.agents.team import Team
+from sartor.agents.team import Team, load
 from sartor.core import records
-from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError
+from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, SartorError
 
 ANY = "*"
 PREFIX = "sartor"
 MOST_CHARACTERS = 256
 SECRET_BYTES = 32
+FRESH_S, SOONER_S = 1.0, 0.1
 _FORM = re.compile(rf"{PREFIX}-([0-9a-f]{{12}})-([A-Za-z0-9_-]{{43}})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SPAN = re.compile(r"(\d{1,5})\s*([hdw])")
@@ -80,11 +84,15 @@ class Key:
 class Keys:
     """The keys of one team, in its registry's database. Safe to use from several threads and processes.
 
-    Every look-up reads the database, so that a revoked key is refused at the next request, wherever it was revoked.
+    They are read again after `FRESH_S`, by which a key is refused at the latest that another process revoked, and sooner for
+    an id that is not known. While the database cannot be read, what was read last holds: nobody can revoke a key there either.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, clock: Callable[[], float] = time.monotonic) -> None:
         self._database = database
+        self._clock = clock
+        self._rows: dict[str, Mapping[str, Any] | None] | None = None
+        self._read_at = 0.0
 
     @classmethod
     def of(cls, team: Team) -> Keys:
@@ -98,8 +106,7 @@ class Keys:
     @property
     def is_open(self) -> bool:
         """Whether no key was ever made, so that whoever reaches the server may ask. A revoked key still shuts the door."""
-        with self._database.read() as connection:
-            return not connection.execute(select(func.count()).select_from(tables.keys)).scalar()
+        return not self._known(FRESH_S)
 
     @property
     def has_admin(self) -> bool:
@@ -145,6 +152,7 @@ class Keys:
         })  # fmt: skip
         with self._database.change() as connection:
             connection.execute(insert(tables.keys).values(row))
+        self._rows = None
         return secret, _key(row)
 
     def revoke(self, identity: str) -> Key:
@@ -156,20 +164,58 @@ class Keys:
                 raise ConfigError(f"there is no key {identity[:40]!a}; there are: {known}", "sartor agents key --list")
             sealed = tables.sealed({**row, "revoked": row["revoked"] or _now()})
             connection.execute(update(tables.keys).where(tables.keys.c.id == identity).values(sealed))
+        self._rows = None
         return _key(sealed)
 
     def listed(self) -> list[Key]:
         """Every key that is whole, the oldest first; one that was changed from outside opens nothing and is left out."""
-        with self._database.read() as connection:
-            rows = connection.execute(select(tables.keys).order_by(tables.keys.c.created, tables.keys.c.id)).mappings()
-            return [_key(row) for row in map(dict, rows) if tables.is_whole(row)]
+        keys = [_key(row) for row in self._known(FRESH_S).values() if row is not None]
+        return sorted(keys, key=lambda key: (key.created, key.id))
 
     def _row(self, identity: str) -> Mapping[str, Any] | None:
-        with self._database.read() as connection:
+        rows = self._known(FRESH_S)
+        if identity not in rows:
+            rows = self._known(SOONER_S)
+        row = rows.get(identity)
+        if row is None and identity in rows:
+            raise KeyRefusedError(f"the row of the key {identity} was changed from outside", "make a new key")
+        return row
+
+    def _known(self, fresh_s: float) -> dict[str, Mapping[str, Any] | None]:
+        """Every row by id, None for one that was changed from outside; read anew if it is older than that."""
+        now = self._clock()
+        if self._rows is None or now - self._read_at >= fresh_s:
             try:
-                return _whole(connection, identity)
-            except ArtifactError as error:
-                raise KeyRefusedError(error.problem, error.remedy) from None
+                self._rows = self._read()
+            except SartorError:
+                if self._rows is None:
+                    raise
+            self._read_at = now
+        return self._rows
+
+    def _read(self) -> dict[str, Mapping[str, Any] | None]:
+        with self._database.read() as connection:
+            rows = [dict(row) for row in connection.execute(select(tables.keys)).mappings()]
+        return {str(row["id"]): row if tables.is_whole(row) else None for row in rows}
+
+
+def make_key(team: Path | str, agents: Sequence[str], *, is_admin: bool = False, expires: str = "") -> dict[str, Any]:
+    """Make a key for a team (TEAM.yaml). `key` in what is returned is shown this once. Raises ConfigError, as `Keys.make`."""
+    with closing(Keys.of(load(Path(team)))) as keys:
+        secret, key = keys.make(agents, is_admin=is_admin, expires=expires)
+    return {"key": secret, **key.as_json(), "note": "this key is shown once; what is kept of it is a digest"}
+
+
+def revoke_key(team: Path | str, identity: str) -> dict[str, Any]:
+    """End a key of a team for ever. Raises ConfigError for an id that no key has."""
+    with closing(Keys.of(load(Path(team)))) as keys:
+        return keys.revoke(identity).as_json()
+
+
+def list_keys(team: Path | str) -> dict[str, Any]:
+    """Every key of a team, without secrets."""
+    with closing(Keys.of(load(Path(team)))) as keys:
+        return {"keys": [key.as_json() for key in keys.listed()]}
 
 
 _REMEDY = "sartor agents key NAME makes one"
@@ -208,8 +254,8 @@ def _ends(expires: str) -> str:
     return _stamp(ends)
 
 
-def _stamp(time: datetime.datetime) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
+def _stamp(moment: datetime.datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _now() -> str:

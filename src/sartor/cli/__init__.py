@@ -3,6 +3,7 @@
     app.py      the application, and what signatures share
     data.py     curate, dedup, rethreshold, inspect, revoke, index
     tuning.py   demo, plan, tune, evaluate, release, verify, ask, keygen
+    agents.py   agents key
     assets.py   assets list, assets install
     serving.py  export
 
@@ -21,11 +22,11 @@ from typing import Any, NoReturn
 from cyclopts import CycloptsError
 
 import sartor
-from sartor.cli import assets, data, serving, tuning
+from sartor.cli import agents, assets, data, serving, tuning
 from sartor.cli.app import app
 from sartor.core.errors import ConfigError, SartorError
 
-__all__ = ["app", "assets", "data", "main", "serving", "tuning"]
+__all__ = ["agents", "app", "assets", "data", "main", "serving", "tuning"]
 
 
 # command -> the name of its recipe's class: loaded for the help of that command alone, since that takes a while

@@ -12,7 +12,7 @@ before its signature is known to be good. Whoever is refused learns which check 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,6 +129,15 @@ async def admit(release: Path | str, ground: Ground, probe: Probe) -> Admitted:
     """Copy, check and keep a Release. Raises what `admit_by` raises."""
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(_threads, admit_by, release, ground, in_loop(probe, loop))
+
+
+def registering(ground: Ground, probe: Probe) -> Callable[[Path, str], Awaitable[Version]]:
+    """What `dispatch` admits by: the Release in a directory as a version of an agent of that name."""
+
+    async def admitting(release: Path, agent: str) -> Version:
+        return version_of(await admit(release, ground, probe), agent)
+
+    return admitting
 
 
 # Not the loop's own threads: an admission waits for a probe, and that may need one of those.
