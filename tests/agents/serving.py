@@ -140,7 +140,6 @@ class Rates:
 class Roster:
     live: dict[str, str] = field(default_factory=lambda: {"faq": "1.0", "home": "2.0"})
     heard: list[tuple[str, float]] = field(default_factory=list)
-    broken: Mapping[str, str] = field(default_factory=dict)
 
     async def listed(self) -> Sequence[Listed]:
         return [Listed(name, live, (live, "0.9"), {"state": "serving"}) for name, live in self.live.items()]
@@ -171,9 +170,6 @@ class Roster:
         self._expect(name, None)
         return {"name": name, "live": self.live[name], "state": "serving"}
 
-    def troubles(self) -> Mapping[str, str]:
-        return self.broken
-
     async def hear(self, agent: str, rating: float) -> None:
         self.heard.append((agent, rating))
 
@@ -181,7 +177,6 @@ class Roster:
 @dataclass
 class Receipts:
     replies: Replies
-    lost: int = 0
 
     async def find(self, receipt: str) -> Mapping[str, Any] | None:
         places = {f"r{place + 1}": request for place, request in enumerate(self.replies.asked)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,7 +40,7 @@ class Vectors(Protocol):
 
 
 class Doors(Protocol):
-    """The keys, of agents and of the admin. Asked in a thread, at every request: a revoked key is refused at once."""
+    """The keys, of agents and of the admin. Asked in a thread: they are read from a database."""
 
     @property
     def is_open(self) -> bool:
@@ -95,10 +95,6 @@ class Roster(Protocol):
         """Bring an agent back from quarantine or drain."""
         ...
 
-    def troubles(self) -> Mapping[str, str]:
-        """What cannot be served as it should, by agent or version, and why."""
-        ...
-
     async def hear(self, agent: str, rating: float) -> None:
         """Tell the monitors how a person found a reply of that exact version: -1 bad .. 1 good."""
         ...
@@ -107,11 +103,6 @@ class Roster(Protocol):
 class Receipts(Protocol):
     """The receipts that `dispatch` wrote."""
 
-    @property
-    def lost(self) -> int:
-        """How many could not be written."""
-        ...
-
     async def find(self, receipt: str) -> Mapping[str, Any] | None:
         """The signed document of that id, or None. It holds `agent`, the exact version."""
         ...
@@ -119,7 +110,10 @@ class Receipts(Protocol):
 
 @dataclass(frozen=True)
 class House:
-    """Everything behind the server."""
+    """Everything behind the server.
+
+    troubles: what cannot be served as it should, by agent or version, and why. receipts_lost: how many could not be written.
+    """
 
     replies: Replies
     crew: Vectors
@@ -127,3 +121,5 @@ class House:
     rates: Rates
     roster: Roster
     receipts: Receipts
+    troubles: Callable[[], Mapping[str, str]] = dict
+    receipts_lost: Callable[[], int] = int

@@ -32,7 +32,7 @@ async def health(request: Request) -> JsonResponse:
         for name, agent in said["agents"].items()
         if visitor.opens(agent_of(name))
     }
-    known = desk_of(request).house.roster.troubles()
+    known = desk_of(request).house.troubles()
     troubles = {name: why for name, why in known.items() if visitor.opens(agent_of(name))}
     all_well = not known and ready == len(workers) and all(agent["breaker"] == "closed" for agent in said["agents"].values())
     status = "unavailable" if not ready else "ok" if all_well else "degraded"
