@@ -24,7 +24,7 @@ ASKED = ({"role": "user", "content": "What is the capital of France?"},)
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, opened: LlamaCppEngine) -> dict[str, Path]:
     config, folder = opened._reader.config, tmp_path_factory.mktemp("loras")
-    return {f"d{seed}": write_lora(folder / str(seed), config, rank=4, seed=seed, size=0.3) for seed in range(3)}
+    return {f"d{seed}": write_lora(folder / str(seed), config, rank=4, seed=seed, size=0.6) for seed in range(3)}
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,15 @@
     registry.promote("faq", "1.1", expected="1.0", by="ada", why="better on refunds")     # compare and swap
 
 A change names what it expects to find and raises ConflictError with what stands there instead. Every change raises a number,
-`generation`, that a running server polls; `listen` tells at once of those that are made here. A row whose checksum is wrong is
+`generation`, that a running server polls; `heard` tells at once of those that are made here. A row whose checksum is wrong is
 named in `Snapshot.hurt` and the others are read as ever.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,14 @@ class Registry:
         """Give the connections back."""
         self.database.close()
 
-    def listen(self, listener: Callable[[], object]) -> None:
-        """Call `listener` after each change that is made through this object, in the thread that made it."""
+    @contextmanager
+    def heard(self, listener: Callable[[], object]) -> Iterator[None]:
+        """Call `listener` after each change that is made through this object meanwhile, in the thread that made it."""
         self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
 
     def generation(self) -> int:
         """The number of the newest change, whoever made it."""
@@ -204,7 +210,7 @@ class Registry:
     def _change(self, write: Callable[[Connection], Agent]) -> Agent:
         with self.database.change() as connection:
             agent = write(connection)
-        for listener in self._listeners:
+        for listener in list(self._listeners):
             listener()
         return agent
 

@@ -37,7 +37,13 @@ class Revocation:
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
-        kinds = {"datasets": "dataset", "adapters": "adapter", "reports": "report", "releases": "release"}
+        kinds = {
+            "datasets": "dataset",
+            "adapters": "adapter",
+            "reports": "report",
+            "releases": "release",
+            "exports": "export",
+        }
         made = {
             name: [_without_kind(child) for child in self.made_from_it if child.kind == kind] for name, kind in kinds.items()
         }

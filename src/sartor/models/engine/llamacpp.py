@@ -5,8 +5,8 @@ What llama.cpp does otherwise than our engine, and what is made of it:
 
 - Adapters are read at start only. An attached one is loaded before the first call that needs it, when the running replies
   have ended: calls behind that one wait, then the inner server starts anew.
-- A call that names no adapters gets those of the server's defaults, and an unknown id is answered by the base. So every
-  call names all of them, each with scale 0 but its own, and ids are only given out here.
+- A call that names no adapters is answered from what its slot last read, with whatever adapter, and an unknown id is
+  answered by the base. So every call names all of them, each with scale 0 but its own, and ids are only given out here.
 - Only slots with equal adapters share a batch, and a slot forgets its prompt when its adapter changes. So a call goes to a
   slot that last had the same adapter, where one is free.
 - An adapter with values that are not finite spoils later replies of others: the conversion reads none of those.
