@@ -43,6 +43,7 @@ _NAMES = {
     "revoke_key": "sartor.agents.keys:revoke_key",
     "tune": "sartor.tune",
     "verify": "sartor.evaluate.release:verify",
+    "verify_receipt": "sartor.agents.receipt_check:verify_receipt",
     # nouns
     "Artifact": "sartor.core.artifacts:Artifact",
     "DedupOptions": "sartor.curate.dedup.files:DedupOptions",
