@@ -41,6 +41,7 @@ _NAMES = {
     "rethreshold": "sartor.curate.rethreshold:rethreshold",
     "revoke": "sartor.core.revoke:revoke",
     "revoke_key": "sartor.agents.keys:revoke_key",
+    "serve": "sartor.agents.serve.opening:serve",
     "tune": "sartor.tune",
     "verify": "sartor.evaluate.release:verify",
     # nouns
@@ -56,6 +57,7 @@ _NAMES = {
     "Recipe": "sartor.tune.recipe:Recipe",
     "Sampling": "sartor.models.sampling:Sampling",
     "SartorError": "sartor.core.errors:SartorError",
+    "Team": "sartor.agents.team:Team",
     "Waiver": "sartor.evaluate.release:Waiver",
     # what is known of them
     "assets": "sartor.core.assets:entries",
