@@ -33,11 +33,15 @@ _NAMES = {
     "inspect": "sartor.core.lineage:inspect",
     "install": "sartor.core.assets:install",
     "keygen": "sartor.core.signing:keygen",
+    "list_keys": "sartor.agents.keys:list_keys",
+    "make_key": "sartor.agents.keys:make_key",
     "open": "sartor.core.artifacts:open_artifact",
     "plan": "sartor.tune.plan:plan",
     "release": "sartor.evaluate.release:release",
     "rethreshold": "sartor.curate.rethreshold:rethreshold",
     "revoke": "sartor.core.revoke:revoke",
+    "revoke_key": "sartor.agents.keys:revoke_key",
+    "serve": "sartor.agents.serve.opening:serve",
     "tune": "sartor.tune",
     "verify": "sartor.evaluate.release:verify",
     # nouns
@@ -53,6 +57,7 @@ _NAMES = {
     "Recipe": "sartor.tune.recipe:Recipe",
     "Sampling": "sartor.models.sampling:Sampling",
     "SartorError": "sartor.core.errors:SartorError",
+    "Team": "sartor.agents.team:Team",
     "Waiver": "sartor.evaluate.release:Waiver",
     # what is known of them
     "assets": "sartor.core.assets:entries",

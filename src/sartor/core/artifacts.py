@@ -247,20 +247,37 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{file} is not a whole JSON manifest: {error}", again) from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or manifest.get("kind") != found:
+    if not isinstance(manifest, dict) or not _lists_files(manifest.get("files")) or manifest.get("kind") != found:
         raise ArtifactError(f"{file} is not the manifest of {_a(found)}", again)
     if manifest.get("schema") not in (SCHEMA - 1, SCHEMA):
         raise ArtifactError(
             f"{file} has schema {manifest.get('schema')}; this version of Sartor reads the schemas {SCHEMA - 1} and {SCHEMA}",
             "open it with the version of Sartor that wrote it (`versions` in the manifest)",
         )
-    if manifest_id(manifest) != manifest.get("id"):
+    try:
+        identity = manifest_id(manifest)
+    except (ValueError, RecursionError) as error:  # half of a surrogate pair, brackets a thousand deep
+        raise ArtifactError(f"{file} holds what no manifest can: {error}", again) from None
+    if identity != manifest.get("id"):
         raise ArtifactError(
-            f"{file} was changed after it was written: its content has the digest {manifest_id(manifest)[:16]}, "
+            f"{file} was changed after it was written: its content has the digest {identity[:16]}, "
             f"it says {str(manifest.get('id'))[:16]}",
             again,
         )
     return manifest
+
+
+def _lists_files(said: Any) -> bool:
+    """Whether `files` of a manifest has the form that `seal` gives it: a signer can be trusted and still write nonsense."""
+    return isinstance(said, dict) and all(
+        _is_name(name) and isinstance(one, dict) and isinstance(one.get("sha256"), str) and type(one.get("bytes")) is int
+        for name, one in said.items()
+    )
+
+
+def _is_name(name: str) -> bool:
+    """Whether a system call would take it: where it leads is another question."""
+    return "\0" not in name and all(len(part.encode("utf-8", "replace")) < 256 for part in name.split("/"))
 
 
 def kind_of(path: Path) -> str | None:

@@ -52,7 +52,7 @@ class Projection:
                 self.factors.extend(_factors(module, low, high))
             frozen.append(base)
             low = high
-        self._frozen = frozen
+        self.modules = frozen
         biases = [base.bias for base in frozen if base.bias is not None]
         if len(biases) not in (0, len(frozen)):
             raise Unsupported("some of the fused modules have a bias and others none")
@@ -60,17 +60,28 @@ class Projection:
         self._fused = None if any(is_quantised(base) for base in frozen) else self._fuse()
 
     def _fuse(self) -> torch.Tensor:
-        weights = [base.weight.detach() for base in self._frozen]
+        weights = [base.weight.detach() for base in self.modules]
         if any(weight.dtype != self.dtype for weight in weights):
             raise Unsupported(f"weights in {weights[0].dtype} where the base computes in {self.dtype}")
         if len(weights) == 1:
             return weights[0]
         fused, low = torch.cat(weights), 0
-        for base in self._frozen:
+        for base in self.modules:
             # a second projection over the same module must find the same storage, not make another
             base.weight.data = fused[low : low + base.out_features]
             low += base.out_features
         return fused
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether W is held in fewer bits and made dense for each product."""
+        return any(is_quantised(base) for base in self.modules)
+
+    def release(self) -> None:
+        """Let W go, here and in the modules: its holder has another copy, and nothing else will compute with it."""
+        self._fused = None
+        for base in self.modules:
+            base.weight.data = base.weight.data.new_empty(0)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -81,7 +92,7 @@ class Projection:
         """The frozen W, (outs, D). A quantised one is made dense for this one product and not kept."""
         if self._fused is not None:
             return self._fused
-        parts = [dense_weight(base, self.dtype) if is_quantised(base) else base.weight.detach() for base in self._frozen]
+        parts = [dense_weight(base, self.dtype) if is_quantised(base) else base.weight.detach() for base in self.modules]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
