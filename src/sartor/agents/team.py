@@ -104,6 +104,7 @@ class Limits:
         64_000_000, "of prompts and replies kept in memory, so that feedback on one can be learnt from; 0 keeps none"
     )
     connections: int = option(2048, "open connections; above it 503")
+    receipts_days: int = option(0, "receipts older than that are removed, a file at a time; 0 keeps them")
     slow_client_s: float = option(30.0, "a client that does not take what is sent to it for so long is cut off")
 
 
