@@ -96,9 +96,11 @@ def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:
 
     Rows are taken in the order of their ids, which are digests: any part of them is a fair sample, and the same one each time.
     """
-    held_out = _chosen(facts.exemplars["eval"], round(most * HELD_OUT_FRACTION))
+    seen = {text for _, text in facts.exemplars["train"]}
+    unseen = [pair for pair in facts.exemplars["eval"] if pair[1] not in seen]
+    held_out = _chosen(unseen, round(most * HELD_OUT_FRACTION))
     chosen = [("train", text) for text in _chosen(facts.exemplars["train"], most - len(held_out))]
-    chosen += [("eval", text) for text in held_out if ("train", text) not in set(chosen)]
+    chosen += [("eval", text) for text in held_out]
     if chosen:
         (part / EXEMPLARS).parent.mkdir()
         lines = [json.dumps({"text": text, "split": split}, ensure_ascii=False) + "\n" for split, text in chosen]
