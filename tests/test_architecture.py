@@ -18,7 +18,7 @@ LEVELS = {
     "core": 1,
     "models": 2, "curate": 2,
     "tune": 3, "evaluate": 3,
-    "agents": 4, "intents": 4,
+    "agents": 4, "export": 4, "intents": 4,
     "circle": 5,
     "__init__": 6,
     "cli": 7,
@@ -31,6 +31,7 @@ LINES, BODY, ARGUMENTS, FIELDS, NESTING = 400, 60, 7, 12, 4
 EXCEPTIONS = {
     ("cli/tuning.py:release", "arguments"): "a command's arguments are its flags",
     ("cli/tuning.py:ask", "arguments"): "a command's arguments are its flags",
+    ("cli/serving.py:export", "arguments"): "a command's arguments are its flags",
     ("cli/data.py:dedup", "arguments"): "a command's arguments are its flags",
     ("evaluate/release.py:release", "arguments"): "a verb's arguments are its command's flags",
 }

@@ -24,6 +24,10 @@ class Member:
         ("previous", "base"), "who answers while this agent is in quarantine, in order: previous (version), base, or nobody"
     )
 
+    def __post_init__(self) -> None:
+        if foreign := next((step for step in self.fallback if step not in ("previous", "base")), ""):
+            raise ConfigError(f"{self.name} cannot fall back to {foreign!r}", "fallback: [previous, base]")
+
 
 @dataclass(frozen=True)
 class Local:
@@ -32,7 +36,7 @@ class Local:
     kind: Literal["local"] = "local"
     rows: int = option(16, "replies that are made side by side; more wait")
     waiting: int = option(256, "calls that may wait; above it the answer is 429")
-    cache_tokens: int = option(65_536, "tokens of all prompts and replies held as keys and values, reused prefixes included")
+    cache_tokens: int = option(32_768, "tokens of all prompts and replies held as keys and values, reused prefixes included")
     threads: int = option(0, "threads of a worker; 0 is all cores, shared by the workers")
     bits: Literal[4, 8, 16, "auto"] = option("auto", "of the base's weights, as in a tuning recipe")
 
@@ -96,7 +100,11 @@ class Limits:
     per_agent: int = option(64, "requests of one agent at once, waiting or answered; above it 429 (a bulkhead)")
     requests_per_minute: int = option(0, "of one key; 0 is no limit")
     tokens_per_minute: int = option(0, "prompt and reply tokens of one key; 0 is no limit")
+    remembered_bytes: int = option(
+        64_000_000, "of prompts and replies kept in memory, so that feedback on one can be learnt from; 0 keeps none"
+    )
     connections: int = option(2048, "open connections; above it 503")
+    receipts_days: int = option(0, "receipts older than that are removed, a file at a time; 0 keeps them")
     slow_client_s: float = option(30.0, "a client that does not take what is sent to it for so long is cut off")
 
 
@@ -132,6 +140,7 @@ class Rollout:
     )
     format_margin: float = option(0.05, "as error_margin, for replies that are not of the live version's format (JSON, schema)")
     feedback_margin: float = option(0.1, "as error_margin, for bad ratings")
+    canary_requests: int = option(0, "replies of a canary without alarm, after which it is live; 0 leaves that to a person")
     watch_s: float = option(3600.0, "how long after a promotion the monitors may still roll it back")
 
 
@@ -158,6 +167,11 @@ class Team:
             raise ConfigError(f"two agents have the name {twice!r}", "give each its own")
         if taken := next((name for name in names if name in RESERVED), ""):
             raise ConfigError(f"an agent cannot have the name {taken!r}, which means something else", "choose another name")
+
+    @property
+    def registry_url(self) -> str:
+        """The SQLAlchemy URL of the registry: the one given, or SQLite in `state`."""
+        return self.registry or f"sqlite:///{Path(self.state) / 'registry.sqlite'}"
 
 
 def load(path: Path, flags: Sequence[str] = ()) -> Team:

@@ -36,9 +36,13 @@ from typing import Any
 
 
 class SartorError(Exception):
-    """What is wrong, with the values that made it so; then the next thing to type."""
+    """What is wrong, with the values that made it so; then the next thing to type.
+
+    `check`: which of a list of named checks found it (admission has such a list); empty elsewhere.
+    """
 
     exit_code = 1
+    check = ""
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem}\n  try: {remedy}")

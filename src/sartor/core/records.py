@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from sartor.core.errors import SourceError
+
 PartKind = Literal["text", "image", "audio"]
 ROLES = ("system", "user", "assistant", "tool")
+FEEDBACK_SCHEMA = 1
 
 
 # json.dumps would make an encoder at each call
@@ -154,3 +158,35 @@ class Drop:
     text: str = field(default="", repr=False)
     score: float | None = None
     method: str = ""
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What a person said of a reply: one line of a team's inbox.
+
+    receipt: of the reply. agent: the exact version that gave it. date: ISO, UTC. rating: -1 (bad) .. 1 (good). correction: what
+    the reply should have been. messages: the prompt in OpenAI form, or `text`, a raw one; with `reply` they are empty where the
+    server no longer knew them, so that a correction can be kept but not learnt from.
+    """
+
+    receipt: str
+    agent: str
+    date: str
+    rating: float | None = None
+    correction: str = ""
+    comment: str = ""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    text: str = ""
+    reply: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """A line of the inbox; `from_json` turns it back into an equal record."""
+        return {"schema": FEEDBACK_SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Feedback:
+        """The record that `as_json` said. Raises SourceError for another schema, KeyError or TypeError for no record."""
+        if said.get("schema") != FEEDBACK_SCHEMA:
+            raise SourceError(f"feedback of schema {said.get('schema')!r}; this reads {FEEDBACK_SCHEMA}", "a newer Sartor")
+        fields = {key: value for key, value in said.items() if key != "schema"}
+        return cls(**{**fields, "messages": tuple(fields["messages"])})

@@ -92,9 +92,13 @@ def open_public(path: Path) -> Ed25519PublicKey:
 
 def sign(document: bytes, key: Ed25519PrivateKey) -> str:
     """The text of a signature file for these bytes."""
+    return json.dumps(signature_of(document, key), indent=1) + "\n"
+
+
+def signature_of(document: bytes, key: Ed25519PrivateKey) -> dict[str, Any]:
+    """What a signature file says, as a mapping: for documents that carry their signature inside."""
     signature = base64.b64encode(key.sign(document)).decode()
-    said = {"schema": SCHEMA, "algorithm": "ed25519", "key_id": key_id(key.public_key()), "signature": signature}
-    return json.dumps(said, indent=1) + "\n"
+    return {"schema": SCHEMA, "algorithm": "ed25519", "key_id": key_id(key.public_key()), "signature": signature}
 
 
 def check(document: bytes, signature_file: Path, trusted: Iterable[Ed25519PublicKey] | None = None) -> str:
@@ -103,39 +107,44 @@ def check(document: bytes, signature_file: Path, trusted: Iterable[Ed25519Public
     `trusted` defaults to the keys in SARTOR_HOME/trusted. Raises SignatureError: no signature, a signer who is not
     trusted or is revoked, or bytes that the signer did not sign.
     """
-    said = _read(signature_file)
+    if not signature_file.is_file():
+        raise SignatureError(f"{signature_file.parent} has no signature", "sartor release signs an adapter")
+    try:
+        said = json.loads(signature_file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        said = None
+    return check_said(document, said, signature_file, signature_file.parent.name, trusted)
+
+
+def check_said(document: bytes, said: Any, file: Path, what: str, trusted: Iterable[Ed25519PublicKey] | None = None) -> str:
+    """`check` for a signature that was read already. Errors name the `file` that it stood in, and `what` it should sign."""
+    if not _is_signature(said):
+        raise SignatureError(f"{file} is not a signature of Sartor", "get it again from its maker")
     keys = list(_trusted_here() if trusted is None else trusted)
-    identity = str(said["key_id"])
+    identity = said["key_id"]
     if identity in {key_id(key) for key in _keys_in("revoked")}:
-        raise SignatureError(f"the signer {identity} of {signature_file} is revoked", "ask the maker for a new release")
+        raise SignatureError(f"the signer {identity} of {file} is revoked", "ask its maker for a new one")
     by_id = {key_id(key): key for key in keys}
     if identity not in by_id:
         names = ", ".join(sorted(by_id)) or "nobody"
         raise SignatureError(
-            f"{signature_file} is signed by {identity}, whom this machine does not trust (it trusts {names})",
+            f"{file} is signed by {identity}, whom this machine does not trust (it trusts {names})",
             f"if you know that key, put its .pub into {folder('trusted')} or give it with --key",
         )
     try:
         by_id[identity].verify(base64.b64decode(said["signature"], validate=True), document)
     except (InvalidSignature, ValueError):
         raise SignatureError(
-            f"{signature_file} does not sign {signature_file.parent.name} as it stands: it or its signature was changed",
-            "get the release again from its maker",
+            f"{file} does not sign {what} as it stands: it or its signature was changed",
+            "get it again from its maker",
         ) from None
     return identity
 
 
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise SignatureError(f"{file.parent} has no signature", "sartor release signs an adapter")
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        known = said["schema"] == SCHEMA and said["algorithm"] == "ed25519" and said["key_id"] and said["signature"]
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise SignatureError(f"{file} is not a signature of Sartor", "get the release again from its maker")
-    return dict(said)
+def _is_signature(said: Any) -> bool:
+    if not isinstance(said, dict) or said.get("schema") != SCHEMA or said.get("algorithm") != "ed25519":
+        return False
+    return all(isinstance(said.get(name), str) and said[name] for name in ("key_id", "signature"))
 
 
 def _trusted_here() -> list[Ed25519PublicKey]:

@@ -28,24 +28,34 @@ class Generation:
     finish: str
 
 
+def likely(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """(B, V) logits -> probabilities to draw from, on the CPU, by temperature (above 0) and top_p (Holtzman et al. 2020)."""
+    probabilities = (logits.float().cpu() / sampling.temperature).softmax(-1)
+    if sampling.top_p == 1:
+        return probabilities
+    ordered, order = probabilities.sort(-1, descending=True)
+    # a token stays if the mass before it is below top_p, so the most likely one always stays
+    ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
+    return torch.zeros_like(probabilities).scatter(-1, order, ordered)
+
+
+def source(sampling: Sampling, prompt: int = 0) -> torch.Generator:
+    """What the prompt's tokens are drawn with. 1_000_003 keeps seeds of neighbouring prompts apart for any count that fits."""
+    return torch.Generator().manual_seed((sampling.seed * 1_000_003 + prompt) % 2**63)
+
+
 class Chooser:
     """Logits -> next tokens for the rows still alive."""
 
     def __init__(self, sampling: Sampling, count: int) -> None:
         self.sampling = sampling
-        # 1_000_003 keeps seeds of neighbouring prompts apart for any count that fits in memory
-        self.generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + row) for row in range(count)]
+        self.generators = [source(sampling, row) for row in range(count)]
 
     def __call__(self, logits: torch.Tensor, alive: Sequence[int]) -> list[int]:
         """logits: (B, V) of the rows `alive` (indices of their prompts). Returns B token ids."""
         if self.sampling.temperature == 0:
             return [int(token) for token in logits.argmax(-1)]
-        probabilities = (logits.float().cpu() / self.sampling.temperature).softmax(-1)
-        if self.sampling.top_p < 1:
-            ordered, order = probabilities.sort(-1, descending=True)
-            # a token stays if the mass before it is below top_p, so the most likely one always stays
-            ordered[ordered.cumsum(-1) - ordered >= self.sampling.top_p] = 0
-            probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+        probabilities = likely(logits, self.sampling)
         return [
             int(torch.multinomial(row, 1, generator=self.generators[prompt]))
             for row, prompt in zip(probabilities, alive, strict=True)

@@ -27,7 +27,8 @@ from sartor.models.attention import Shape, rows_of
 from sartor.models.batches import forest
 from sartor.models.kernels.eager import Eager, Geometry, Layout
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "serving.cpp"))
+HEADER = Path(__file__).with_name("vectors.h")
 # No -ffast-math: it would let a NaN pass for a number.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
@@ -65,18 +66,18 @@ class Native(Eager):
     name = "C++ kernels"
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+        self.library = library
 
-    def _call(self, function: str, dtype: torch.dtype, *arguments: Any) -> None:
+    def call(self, function: str, dtype: torch.dtype, *arguments: Any) -> None:
         """Tensors as pointers, whole numbers as int64, floats as double; the number of threads last."""
         passed = [_passed(argument) for argument in arguments]
-        getattr(self._library, f"sartor_{function}_{SUFFIX[dtype]}")(*passed, ctypes.c_int(torch.get_num_threads()))
+        getattr(self.library, f"sartor_{function}_{SUFFIX[dtype]}")(*passed, ctypes.c_int(torch.get_num_threads()))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Eager`."""
         x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
         rstd = torch.empty(len(x), dtype=_compute(x.dtype))
-        self._call("rms_norm", x.dtype, x, weight.contiguous(), y, rstd, *x.shape, float(eps), float(offset))
+        self.call("rms_norm", x.dtype, x, weight.contiguous(), y, rstd, *x.shape, float(eps), float(offset))
         return y, rstd
 
     def rms_norm_backward(
@@ -91,21 +92,21 @@ class Native(Eager):
         """See `Eager`."""
         dy, x, dx = dy.contiguous(), x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
         add = None if add is None else add.contiguous()
-        self._call("rms_norm_backward", x.dtype, dy, x, weight.contiguous(), rstd, add, dx, *x.shape, float(offset))
+        self.call("rms_norm_backward", x.dtype, dy, x, weight.contiguous(), rstd, add, dx, *x.shape, float(offset))
         return dx
 
     def glu(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
         """See `Eager`."""
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, width)
-        self._call("glu", gate_up.dtype, gate_up.contiguous(), out, rows, width, _Int(activation != "silu"))
+        self.call("glu", gate_up.dtype, gate_up.contiguous(), out, rows, width, _Int(activation != "silu"))
         return out
 
     def glu_backward(self, d: torch.Tensor, gate_up: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Eager`. Overwrites gate_up."""
         gate_up, d = gate_up.contiguous(), d.contiguous()
         out = torch.empty(d.shape, dtype=d.dtype)
-        self._call("glu_backward", d.dtype, d, gate_up, out, *d.shape, _Int(activation != "silu"))
+        self.call("glu_backward", d.dtype, d, gate_up, out, *d.shape, _Int(activation != "silu"))
         return out, gate_up
 
     def cross_entropy(
@@ -113,7 +114,7 @@ class Native(Eager):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Eager`. Overwrites logits."""
         logits, losses = logits.contiguous(), torch.empty(len(targets), dtype=_compute(logits.dtype))
-        self._call("cross_entropy", logits.dtype, logits, targets, losses, *logits.shape, float(softcap or 0), _Int(gradient))
+        self.call("cross_entropy", logits.dtype, logits, targets, losses, *logits.shape, float(softcap or 0), _Int(gradient))
         return losses, logits if gradient else None
 
     def attention(self, qkv: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -122,7 +123,7 @@ class Native(Eager):
         out = torch.empty(len(qkv), geometry.shape.heads * geometry.width, dtype=qkv.dtype)
         kept = torch.empty(len(qkv), geometry.shape.heads, dtype=_compute(qkv.dtype))
         packed, _alive = _packed(geometry, qkv.dtype)
-        self._call("attention", qkv.dtype, packed, qkv, out, kept)
+        self.call("attention", qkv.dtype, packed, qkv, out, kept)
         return out, kept
 
     def attention_backward(
@@ -131,7 +132,7 @@ class Native(Eager):
         """See `Eager`."""
         d, qkv, out = d.contiguous(), qkv.contiguous(), torch.empty(qkv.shape, dtype=qkv.dtype)
         packed, _alive = _packed(geometry, qkv.dtype)
-        self._call("attention_backward", qkv.dtype, packed, d, qkv, mixed, kept, out)
+        self.call("attention_backward", qkv.dtype, packed, d, qkv, mixed, kept, out)
         return out
 
 
@@ -200,7 +201,8 @@ def _library() -> Path:
         raise NoKernels("no C++ compiler is installed (g++ or clang++)")
     runtime, machine = _openmp(), _machine_flags()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [SOURCE.read_text(), compiler, version, str(runtime), *FLAGS, *machine, platform.machine(), _processor()]
+    texts = [source.read_text() for source in (HEADER, *SOURCES)]
+    parts = [*texts, compiler, version, str(runtime), *FLAGS, *machine, platform.machine(), _processor()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = Path(os.environ.get("SARTOR_KERNELS") or folder("kernels")) / f"native-{name}.so"
     if not library.is_file():
@@ -211,9 +213,10 @@ def _library() -> Path:
 def _compile(command: Sequence[str], runtime: Path | None, library: Path) -> None:
     """Two steps, so that the linker takes torch's OpenMP and not the compiler's own; the name is given by a rename."""
     with tempfile.TemporaryDirectory(dir=library.parent) as part:
-        unlinked, made = f"{part}/native.o", f"{part}/native.so"
+        unlinked, made = [f"{part}/{source.stem}.o" for source in SOURCES], f"{part}/native.so"
         linked = [str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else ["-fopenmp"]
-        for step in ([*command, "-c", str(SOURCE), "-o", unlinked], [command[0], "-shared", unlinked, *linked, "-o", made]):
+        compiled = [[*command, "-c", str(source), "-o", to] for source, to in zip(SOURCES, unlinked, strict=True)]
+        for step in (*compiled, [command[0], "-shared", *unlinked, *linked, "-o", made]):
             done = subprocess.run(step, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise NoKernels(f"{command[0]} failed: {done.stderr.strip().splitlines()[-1] if done.stderr else 'no message'}")

@@ -1,0 +1,288 @@
+"""A worker as its parent sees it: a process, the connection to it, what it holds, and when it was last heard of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from sartor.agents import bounds
+from sartor.agents.channel import Frames, Malformed, error_from_json, frame
+from sartor.agents.live import LiveCall
+from sartor.core.errors import SartorError, UnavailableError
+from sartor.models.engine.contract import BASE, About
+
+State = Literal["starting", "ready", "retiring", "gone"]
+# What is in a dead worker's socket is read after its end; a process that it left behind may hold the socket open.
+_LAST_WORDS_S = 1.0
+_PING = 0  # its number; other questions have greater ones
+
+
+Heard = Callable[["Child", Mapping[str, Any]], None]
+
+
+# An end that the operator, or the kernel when the machine's memory ends, may have caused: it proves little by happening once.
+FROM_OUTSIDE = "crashed: killed by SIGKILL"
+
+
+class GoneError(Exception):
+    """The worker died before it answered."""
+
+
+class Child:
+    """One worker process. `heard` is called with each frame that is no answer to a question."""
+
+    def __init__(self, command: Sequence[str], opening: Mapping[str, Any], heard: Heard) -> None:
+        self._command = command
+        self._opening = opening
+        self._heard = heard
+        self._asks: dict[int, asyncio.Future[Mapping[str, Any]]] = {}
+        self._numbers = itertools.count(1)
+        self._line: _Line | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._end: asyncio.Task[None] | None = None
+        self._is_open: asyncio.Future[About] = asyncio.get_running_loop().create_future()
+        self.state: State = "starting"
+        self.calls: dict[str, LiveCall] = {}
+        self.adapters: set[str] = set()
+        self.refused: dict[str, SartorError] = {}
+        self.answers = False  # not a spare
+        self.alone = False  # makes a suspected call, or will when those that it has have ended
+        self.owes = False  # others their turn, after a suspected call
+        self.died_serving = False  # while it made replies
+        self.died_asked = False  # while it loaded an adapter or embedded
+        self.heard_at = time.monotonic()
+        self.memory_bytes = 0
+        self.malformed = 0
+        self.why = ""
+
+    @property
+    def pid(self) -> int:
+        """Of its process; 0 before there is one."""
+        return self._process.pid if self._process else 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether it owes an answer or a reply."""
+        return bool(self.calls or self._asks)
+
+    @property
+    def about(self) -> About:
+        """What it serves, once it is open."""
+        return self._is_open.result()
+
+    async def start(self, within_s: float) -> About:
+        """Begin the process and wait until its engine is open.
+
+        Raises the error that the engine told, GoneError when it died, UnavailableError when it took too long.
+        """
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [*self._command, str(theirs.fileno())]
+            # The front and other workers want the same cores. OpenMP threads that spin where they wait for each other then
+            # take tens of times as long as threads that sleep (docs/log.md).
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+                )
+            except OSError as error:
+                ours.close()
+                raise UnavailableError(f"{command[0]} cannot be started: {error}", "check the machine's limits") from None
+        ours.setblocking(False)
+        _, self._line = await loop.create_connection(lambda: _Line(self._frame), sock=ours)
+        self._end = asyncio.create_task(self._watch_end(self._process, self._line))
+        self._line.send({"op": "open", **self._opening})
+        self.heard_at = time.monotonic()
+        both: list[asyncio.Future[Any]] = [self._is_open, self._line.lost]
+        done, _ = await asyncio.wait(both, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        if self._is_open in done:
+            return self.about
+        if done:
+            raise GoneError("it ended before it was open")
+        self.kill(f"start: not open after {within_s:g} s")
+        raise UnavailableError(f"a worker was not open after {within_s:g} s", "raise workers.start_s, or take a smaller base")
+
+    async def gone(self) -> None:
+        """Wait for its end, and for all that it said before. Whoever waits for an answer then gets GoneError."""
+        if self._end is not None:
+            await asyncio.shield(self._end)
+        self.state = "gone"
+
+    async def _watch_end(self, process: asyncio.subprocess.Process, line: _Line) -> None:
+        exited = asyncio.ensure_future(process.wait())
+        both: list[asyncio.Future[Any]] = [exited, line.lost]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not exited.done():  # it closed its end, or it is about to be gone
+            await asyncio.wait([exited], timeout=_LAST_WORDS_S)
+            if not exited.done():
+                self.kill("crashed: it closed its connection")
+        status = await exited
+        await asyncio.wait([line.lost], timeout=_LAST_WORDS_S)
+        line.close()
+        self.why = self.why or f"crashed: {_ended(status)}"
+        self.died_serving = bool(self.calls)
+        self.died_asked = any(number != _PING for number in self._asks)
+        self.state = "gone"
+        for answer in self._asks.values():
+            if not answer.done():
+                answer.set_exception(GoneError(self.why))
+        self._asks.clear()
+        if not self._is_open.done():
+            self._is_open.set_exception(GoneError(self.why))
+            self._is_open.exception()  # seen, if nobody waits for it
+
+    def send(self, said: Mapping[str, Any]) -> None:
+        """Tell it something."""
+        if self._line is not None:
+            self._line.send(said)
+
+    async def ask(self, op: str, **said: Any) -> Mapping[str, Any]:
+        """Its answer. Raises the error that it tells, or GoneError."""
+        if self.state == "gone":
+            raise GoneError(self.why)
+        if not self.has_work:
+            self.heard_at = time.monotonic()  # it was idle, and owed nothing until now
+        number = next(self._numbers)
+        answer: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+        self._asks[number] = answer
+        self.send({"op": op, **said, "ask": number})
+        told = await answer
+        if "error" in told:
+            raise error_from_json(told["error"])
+        return told
+
+    def ping(self) -> None:
+        """Ask for a sign of life; one that does not come makes it one that hangs."""
+        self._asks[_PING] = asyncio.get_running_loop().create_future()
+        self._asks[_PING].add_done_callback(lambda answer: answer.exception())
+        self.heard_at = time.monotonic()
+        self.send({"op": "ping", "ask": _PING})
+
+    def knows(self, adapter: str) -> bool:
+        """Whether it has the adapter, or has said why it cannot have it."""
+        return adapter in self.adapters or adapter in self.refused
+
+    async def attach(self, adapter: str, path: Path) -> None:
+        """Load an adapter there. Raises what it tells, or GoneError."""
+        if adapter not in self.adapters:
+            await self.ask("attach", adapter=adapter, path=str(path))
+            self.adapters.add(adapter)
+            self.refused.pop(adapter, None)
+
+    async def detach(self, adapter: str) -> None:
+        """Let it forget an adapter."""
+        self.refused.pop(adapter, None)
+        if adapter in self.adapters:
+            self.adapters.discard(adapter)
+            with contextlib.suppress(GoneError):
+                await self.ask("detach", adapter=adapter)
+
+    def begin(self, live: LiveCall, wire_id: str) -> None:
+        """Give it a call."""
+        if not self.has_work:
+            self.heard_at = time.monotonic()
+        live.wire_id = wire_id
+        self.calls[wire_id] = live
+        self.send({"op": "call", "call": {**live.call.as_json(), "id": wire_id}})
+
+    def rows_free(self, adapter: str) -> int:
+        """How many more calls of an adapter it takes now."""
+        if self.state != "ready" or self.alone or (adapter != BASE and adapter not in self.adapters):
+            return 0
+        return self.about.rows - len(self.calls)
+
+    def measure(self) -> None:
+        """Look at its memory: from outside where the system tells, since one that hangs says nothing itself."""
+        if self.pid and self.state != "gone":
+            self.memory_bytes = bounds.resident_bytes(self.pid) or self.memory_bytes
+
+    def kill(self, why: str) -> None:
+        """End it now. `why` is remembered as the cause, if none is yet."""
+        self.why = self.why or why
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def close(self, within_s: float) -> None:
+        """Ask it to end, and end it when it does not."""
+        if self._process is not None and self.state != "starting":  # an engine that opens hears nothing
+            self.why = self.why or "closed"
+            self.send({"op": "close"})
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), within_s)
+        self.kill("closed")
+
+    def _frame(self, said: Mapping[str, Any] | Malformed) -> None:
+        self.heard_at = time.monotonic()
+        if isinstance(said, Malformed) or said.get("op") == "malformed":
+            self.malformed += 1
+            return
+        self.memory_bytes = said.get("memory_bytes", self.memory_bytes)
+        if "answer" in said:
+            answer = self._asks.pop(said["answer"], None)
+            if answer is not None and not answer.done():
+                answer.set_result(said)
+        elif said.get("op") == "ready" and not self._is_open.done():
+            self._is_open.set_result(About(**said["about"]))
+        elif said.get("op") == "failed" and not self._is_open.done():
+            self._is_open.set_exception(error_from_json(said["error"]))
+        elif "event" in said:
+            self._heard(self, said)
+
+
+class _Line(asyncio.Protocol):
+    """The connection to a worker, in frames."""
+
+    def __init__(self, heard: Callable[[Mapping[str, Any] | Malformed], None]) -> None:
+        self._heard = heard
+        self._frames = Frames()
+        self._transport: asyncio.Transport | None = None
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for said in self._frames.feed(data):
+            self._heard(said)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+    def send(self, said: Mapping[str, Any]) -> None:
+        """Hand a frame over; one for a connection that is lost is forgotten, since its end is told elsewhere."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame(said))
+
+    def close(self) -> None:
+        """Give the connection up."""
+        if self._transport is not None:
+            self._transport.abort()
+
+
+def _ended(status: int) -> str:
+    """How a process ended, in words."""
+    if status >= 0:
+        return f"exit status {status}"
+    with contextlib.suppress(ValueError):
+        return f"killed by {signal.Signals(-status).name}"
+    return f"killed by signal {-status}"
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if os.name == "posix" and os.path.exists("/proc") else os.cpu_count() or 1

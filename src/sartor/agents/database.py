@@ -1,0 +1,225 @@
+"""The registry's database: opened and brought to its newest form, one changing transaction at a time, faults as typed errors.
+
+SQLite by default (write-ahead log, foreign keys, waits for another's lock), Postgres by URL. The URL holds no secret: `${NAME}`
+in it is filled from the environment, and what was filled in is taken out of every message.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from filelock import FileLock, Timeout
+from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, func, insert, make_url, select, text, update
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from sartor.agents import tables
+from sartor.core.errors import ArtifactError, BusyError, ConfigError, MissingError, SartorError, need
+
+BUSY_S = 5.0
+# A change that was told survives a power cut
+SYNCHRONOUS = "full"
+OPEN_S = 60.0
+MIGRATIONS = Path(__file__).parent / "migrations"
+_NAME = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_PARTS = ("username", "password", "host", "database")
+# an arbitrary number: who holds this advisory lock of Postgres is bringing the tables to their newest form
+_ADVISORY = 0x5A2704
+# alembic keeps the context of the migration that runs in a global of its module
+_one_migration = threading.Lock()
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
+_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+class Database:
+    """Connections of one database. `name` is its URL without secrets."""
+
+    def __init__(self, url: URL, secrets: dict[str, str], name: str) -> None:
+        self.name = name
+        self._secrets = secrets
+        self._is_sqlite = url.get_backend_name() == "sqlite"
+        # a SQLite connection costs a millisecond, and one that is kept would hold a file that a restored copy has replaced
+        pool: dict[str, Any] = {"poolclass": NullPool} if self._is_sqlite else {"pool_pre_ping": True, "pool_size": 4}
+        self._engine: Engine = create_engine(url, **pool)
+        if self._is_sqlite:
+            event.listen(self._engine, "connect", _prepare)
+            event.listen(self._engine, "begin", _begin)
+        self._changing = self._engine.execution_options(sartor_changes=True)
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that sees one state of everything. Raises as `change` does."""
+        with self._typed(), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def change(self) -> Iterator[Connection]:
+        """A transaction that no other one runs beside. It is kept whole or, on any error, not at all.
+
+        Raises BusyError (another holds the lock), MissingError (disk full, no server), ArtifactError (a damaged file),
+        ConfigError (not to be written to).
+        """
+        with self._typed(), self._changing.begin() as connection:
+            # on Postgres the row's lock does what BEGIN IMMEDIATE does on SQLite
+            connection.execute(select(tables.generation.c.value).with_for_update())
+            yield connection
+
+    def migrate(self) -> None:
+        """Bring the tables to their newest form, from none or from an older one, whole or not at all."""
+        with self._typed(), _one_migration, self._opening(), self._changing.begin() as connection:
+            if not self._is_sqlite:
+                connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _ADVISORY})
+            config = Config()
+            config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+            config.attributes["connection"] = connection
+            standing = MigrationContext.configure(connection).get_current_revision()
+            if standing != ScriptDirectory.from_config(config).get_current_head():
+                self._upgrade(config, standing)
+
+    def _upgrade(self, config: Config, standing: str | None) -> None:
+        try:
+            command.upgrade(config, "head")
+        except CommandError:
+            raise ArtifactError(
+                f"the registry {self.name} has the form {standing!r}, which this version of Sartor does not know",
+                "open it with the version of Sartor that wrote it last",
+            ) from None
+
+    def _opening(self) -> AbstractContextManager[Any]:
+        """SQLite does not wait for a lock while it changes to the write-ahead log: who opens the file first does so alone."""
+        file = self._engine.url.database
+        if not self._is_sqlite or file is None:
+            return nullcontext()
+        try:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            return FileLock(f"{file}.lock").acquire(timeout=OPEN_S)
+        except Timeout:
+            raise BusyError(f"another process has been opening {file} for {OPEN_S:.0f} s", "end it, or wait") from None
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be made: {error.strerror}", "state: DIRECTORY that can be written to") from None
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _typed(self) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError as error:
+            raise self._fault(error.orig if isinstance(error, DBAPIError) else error) from None
+
+    def _fault(self, error: BaseException | None) -> SartorError:
+        """What a driver's error means to whoever runs the team."""
+        said = str(error)
+        for name, value in self._secrets.items():
+            said = said.replace(value, f"${{{name}}}")
+        code = getattr(error, "sqlite_errorcode", 0)  # of sqlite3's errors only
+        primary = code & 0xFF
+        where = f"the registry {self.name}"
+        if primary in _BUSY:
+            return BusyError(f"{where} is locked by another process: {said}", "try again", BUSY_S)
+        if primary in _DAMAGED:
+            return ArtifactError(f"{where} is damaged: {said}", "restore it from a copy, or move it away and start anew")
+        if primary == sqlite3.SQLITE_READONLY or (primary == sqlite3.SQLITE_CANTOPEN and not self._is_there()):
+            return ConfigError(f"{where} cannot be written to: {said}", "give a directory that can be written to")
+        if code in _FULL or primary == sqlite3.SQLITE_FULL or "53100" in str(getattr(error, "sqlstate", "")):
+            return MissingError(f"the disk of {where} is full: {said}; nothing was changed", "free some space")
+        return MissingError(f"{where} cannot be used: {said}; nothing was changed", "see whether its disk or server is there")
+
+    def _is_there(self) -> bool:
+        return Path(self._engine.url.database or "").exists()
+
+
+def open_database(url: str) -> Database:
+    """The database at a SQLAlchemy URL, its tables in their newest form. Two processes may do so at once.
+
+    Raises ConfigError for a URL that is none or spells out a password, ExtraError for a driver that is not installed,
+    ArtifactError for a database that a newer Sartor wrote, and what `Database.change` raises.
+    """
+    parsed, secrets, name = _filled(url)
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise ConfigError(f"the registry {name} is neither SQLite nor Postgres", "registry: postgresql+psycopg://...")
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise ConfigError(
+            "a registry in memory would be another one for each connection", "registry: sqlite:///registry.sqlite"
+        )
+    try:
+        database = Database(parsed, secrets, name)
+    except ModuleNotFoundError as error:
+        raise need(str(error.name)) from None
+    except NoSuchModuleError:
+        raise ConfigError(f"the registry {name} names a driver that SQLAlchemy lacks", "postgresql+psycopg://...") from None
+    database.migrate()
+    return database
+
+
+def _filled(url: str) -> tuple[URL, dict[str, str], str]:
+    """The URL with every ${NAME} filled in, the filled values by name, and the URL as it may be shown."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise ConfigError(
+            "`registry` is no URL that SQLAlchemy knows", "postgresql+psycopg://team:${DB_PASSWORD}@host/db"
+        ) from None
+    spelled = [parsed.password, *(value for key, value in parsed.query.items() if "pass" in key.lower())]
+    if any(secret and not _NAME.fullmatch(str(secret)) for secret in spelled):
+        raise ConfigError(
+            "the URL of the registry spells out a password", "registry: postgresql+psycopg://team:${DB_PASSWORD}@host/db"
+        )
+    secrets: dict[str, str] = {}
+
+    def fill(part: str) -> str:
+        return _NAME.sub(lambda name: secrets.setdefault(name[1], _environment(name[1])), part)
+
+    parts = {part: fill(value) for part in _PARTS if (value := getattr(parsed, part))}
+    query = {key: fill(value) if isinstance(value, str) else value for key, value in parsed.query.items()}
+    filled = URL.create(parsed.drivername, port=parsed.port, query=query, **parts)
+    return filled, secrets, url
+
+
+def _environment(name: str) -> str:
+    if not (value := os.environ.get(name)):
+        raise ConfigError(f"the URL of the registry names ${{{name}}}, which is not set", f"export {name}=...")
+    return value
+
+
+def _prepare(connection: sqlite3.Connection, record: object) -> None:
+    """Before the first use of a SQLite connection. Transactions are begun by `_begin` alone, so that they hold DDL too."""
+    connection.isolation_level = None
+    # a byte that is no UTF-8 must not keep the other rows from being read: the row's checksum tells
+    connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+    busy, synchronous = f"busy_timeout = {BUSY_S * 1000:.0f}", f"synchronous = {SYNCHRONOUS}"
+    for pragma in (busy, "journal_mode = wal", "foreign_keys = on", synchronous):
+        connection.execute(f"pragma {pragma}").fetchall()
+
+
+def _begin(connection: Connection) -> None:
+    changes = connection.get_execution_options().get("sartor_changes", False)
+    connection.exec_driver_sql("begin immediate" if changes else "begin")
+
+
+def generation_of(connection: Connection) -> int:
+    """The number of the newest change; of a registry that lost its counter, the one that its log knows."""
+    found = connection.execute(select(tables.generation.c.value)).scalar_one_or_none()
+    return int(found if found is not None else connection.execute(select(func.max(tables.events.c.generation))).scalar() or 0)
+
+
+def next_generation(connection: Connection) -> int:
+    """The number of the change that is being made."""
+    number = generation_of(connection) + 1
+    if not connection.execute(update(tables.generation).values(value=number)).rowcount:
+        connection.execute(insert(tables.generation).values(id=1, value=number))
+    return number

@@ -1,0 +1,338 @@
+"""name -> live, previous and tried version of every agent, in SQL: each change one transaction, kept whole or not at all.
+
+    registry = Registry.open("sqlite:///team/registry.sqlite")
+    registry.promote("faq", "1.1", expected="1.0", by="ada", why="better on refunds")     # compare and swap
+
+A change names what it expects to find and raises ConflictError with what stands there instead. Every change raises a number,
+`generation`, that a running server polls; `heard` tells at once of those that are made here. A row whose checksum is wrong is
+named in `Snapshot.hurt` and the others are read as ever.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Select, Table, insert, select
+
+from sartor.agents import tables
+from sartor.agents.database import Database, generation_of, next_generation, open_database
+from sartor.agents.entries import Agent, Event, Version
+from sartor.core import records
+from sartor.core.errors import ArtifactError, ConflictError, UnknownAgentError
+
+Change = Callable[[Agent], Agent]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Who changes something and why, for the log; numbers: what the decision rests on."""
+
+    by: str = ""
+    why: str = ""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+
+NOBODY = Cause()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The whole registry at one generation. versions: by `agent@version`. hurt: what cannot be read -> why."""
+
+    generation: int
+    agents: Mapping[str, Agent]
+    versions: Mapping[str, Version]
+    hurt: Mapping[str, str]
+
+
+class Registry:
+    """The agents of one team. Safe to use from several threads and processes."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._listeners: list[Callable[[], object]] = []
+
+    @classmethod
+    def open(cls, url: str) -> Registry:
+        """The registry at a SQLAlchemy URL, made if absent, brought to its newest form if older. Raises as `open_database`."""
+        return cls(open_database(url))
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.database.close()
+
+    @contextmanager
+    def heard(self, listener: Callable[[], object]) -> Iterator[None]:
+        """Call `listener` after each change that is made through this object meanwhile, in the thread that made it."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+    def generation(self) -> int:
+        """The number of the newest change, whoever made it."""
+        with self.database.read() as connection:
+            return generation_of(connection)
+
+    def read(self) -> Snapshot:
+        """Everything but the log, at one moment."""
+        hurt: dict[str, str] = {}
+        with self.database.read() as connection:
+            generation = generation_of(connection)
+            agent_rows = _rows(connection, select(tables.agents))
+            version_rows = _rows(connection, select(tables.versions))
+        agents, versions = {}, {}
+        for row in agent_rows:
+            if tables.is_whole(row):
+                agents[str(row["name"])] = Agent.from_row(row)
+            else:
+                hurt[str(row["name"])] = f"its row was changed from outside; sartor agents repair {row['name']}"
+        for row in version_rows:
+            name = f"{row['agent']}@{row['version']}"
+            if tables.is_whole(row):
+                versions[name] = Version.from_row(row)
+            else:
+                hurt[name] = f"its row was changed from outside; sartor agents add {row['release']}"
+        return Snapshot(generation, agents, versions, hurt)
+
+    def events(self, agent: str = "", *, most: int = 100) -> list[Event]:
+        """The newest changes, of one agent or all, the oldest first; rows that were changed from outside are left out."""
+        with self.database.read() as connection:
+            return self._events(connection, agent, most)
+
+    def add(self, version: Version, *, fallback: Sequence[str] = ("previous", "base"), cause: Cause = NOBODY) -> Agent:
+        """Register an admitted Release; of a new agent (or a removed one) it is live at once, else it waits to be promoted.
+
+        The same Release again changes nothing but where it lies. Raises ConflictError when the name and version already
+        mean another Release.
+        """
+        version = replace(version, added=_now())
+
+        def write(connection: Connection) -> Agent:
+            standing = self._row(connection, tables.agents, name=version.agent)
+            is_new = standing is None or (tables.is_whole(standing) and standing["state"] == "removed")
+            before = None if standing is None else self._agent(connection, version.agent, removed=True)
+            fresh = Agent(version.agent, version.version, fallback=tuple(fallback))
+            agent = before if before is not None and not is_new else fresh
+            if standing is None:
+                connection.execute(insert(tables.agents).values(agent.as_row()))
+            what = self._put_version(connection, version)
+            if not is_new and not what:
+                return agent
+            return self._record(connection, what or "added", before, agent, version.version, cause)
+
+        return self._change(write)
+
+    def promote(self, name: str, version: str, *, expected: str | None = None, cause: Cause = NOBODY) -> Agent:
+        """Make a registered version live, if `expected` is (None: whatever is). Also ends a trial, a drain, a quarantine.
+
+        Without an expectation it heals a row that was changed from outside.
+        Raises ConflictError with what stands there, UnknownAgentError, and what `Database.change` raises; then nothing changed.
+        """
+        return self._edit(
+            name, "promoted", lambda agent: agent.expecting(expected).promoted(version), cause, version, heals=expected is None
+        )
+
+    def rollback(self, name: str, *, expected: str | None = None, trial: str | None = None, cause: Cause = NOBODY) -> Agent:
+        """Undo the newest step: end a trial, if one runs; else the version that was live before is so again.
+
+        `trial`: the version that must be on trial, "" for none. The version that left is marked. Raises as `promote`.
+        """
+
+        def write(connection: Connection) -> Agent:
+            before = self._agent(connection, name).expecting(expected, trial)
+            left = before.candidate or before.live
+            after = before.rolled_back()
+            self._mark(connection, f"{name}@{left}", "rolled_back")
+            self._mark(connection, f"{name}@{after.live}", "admitted")
+            return self._record(connection, "rolled back", before, after, left, cause)
+
+        return self._change(write)
+
+    def start_canary(
+        self, name: str, version: str, fraction: float, *, expected: str | None = None, cause: Cause = NOBODY
+    ) -> Agent:
+        """Let a registered version answer a fraction of the requests. Raises as `promote`, and ConfigError."""
+        return self._edit(
+            name, "canary", lambda agent: agent.expecting(expected).trying(version, canary_fraction=fraction), cause, version
+        )
+
+    def start_shadow(
+        self, name: str, version: str, fraction: float, *, expected: str | None = None, cause: Cause = NOBODY
+    ) -> Agent:
+        """Let a registered version also answer a fraction of the requests, unseen. Raises as `start_canary`."""
+        return self._edit(
+            name, "shadow", lambda agent: agent.expecting(expected).trying(version, shadow_fraction=fraction), cause, version
+        )
+
+    def drain(self, name: str, *, cause: Cause = NOBODY) -> Agent:
+        """Let an agent end what it has begun and take nothing new, until a version of it is promoted."""
+        return self._edit(name, "drained", lambda agent: replace(agent, state="draining"), cause)
+
+    def remove(self, name: str, *, cause: Cause = NOBODY) -> Agent:
+        """Serve an agent no more. Its versions stay known, so that none of their names ever means another Release."""
+        return self._edit(name, "removed", lambda agent: replace(agent.untried(), state="removed"), cause)
+
+    def note(self, name: str, text: str, *, cause: Cause = NOBODY) -> Agent:
+        """Keep a sentence beside an agent."""
+        return self._edit(name, "noted", lambda agent: replace(agent, note=text), cause)
+
+    def repair(self, name: str, *, cause: Cause = NOBODY) -> Agent:
+        """Write an agent's row anew as the log has it. Raises ArtifactError when the log does not know, or its row is whole."""
+
+        def write(connection: Connection) -> Agent:
+            row = self._row(connection, tables.agents, name=name)
+            if row is not None and tables.is_whole(row):
+                raise ConflictError(f"the row of {name} is as it was written", f"sartor agents events {name}")
+            return self._record(connection, "repaired", None, self._recall(connection, name), "", cause)
+
+        return self._change(write)
+
+    def _edit(self, name: str, what: str, change: Change, cause: Cause, version: str = "", heals: bool = False) -> Agent:
+        """One change of one agent; `heals` takes the agent from the log where its row was changed from outside."""
+
+        def write(connection: Connection) -> Agent:
+            before = self._agent(connection, name, heals=heals)
+            after = change(before)
+            if version:
+                self._check_version(connection, name, version)
+                self._mark(connection, f"{name}@{version}", "admitted")
+            return self._record(connection, what, before, after, version, cause)
+
+        return self._change(write)
+
+    def _change(self, write: Callable[[Connection], Agent]) -> Agent:
+        with self.database.change() as connection:
+            agent = write(connection)
+        for listener in list(self._listeners):
+            listener()
+        return agent
+
+    def _agent(self, connection: Connection, name: str, *, heals: bool = False, removed: bool = False) -> Agent:
+        row = self._row(connection, tables.agents, name=name)
+        if row is not None and not tables.is_whole(row):
+            if heals:
+                return self._recall(connection, name)
+            raise ArtifactError(f"the row of {name} was changed from outside", f"sartor agents repair {name}")
+        if row is None or (row["state"] == "removed" and not removed):
+            served = connection.execute(select(tables.agents.c.name).where(tables.agents.c.state != "removed")).scalars()
+            raise UnknownAgentError(
+                f"no agent has the name {name!r}; there are: {', '.join(sorted(served)) or 'none'}", "sartor agents list"
+            )
+        return Agent.from_row(row)
+
+    def _recall(self, connection: Connection, name: str) -> Agent:
+        """The agent as its newest whole event left it."""
+        known = [event for event in self._events(connection, name, 100) if event.became]
+        if not known:
+            raise ArtifactError(f"the row of {name} is damaged and the log does not know it", "sartor agents add RELEASE")
+        return Agent.from_json(known[-1].became)
+
+    def _check_version(self, connection: Connection, name: str, version: str) -> None:
+        row = self._row(connection, tables.versions, agent=name, version=version)
+        if row is None:
+            column = tables.versions.c
+            known = connection.execute(select(column.version).where(column.agent == name).order_by(column.added)).scalars()
+            raise UnknownAgentError(
+                f"{name} has no version {version!r}; it has: {', '.join(known) or 'none'}",
+                f"sartor agents add {name}-{version}",
+            )
+        if not tables.is_whole(row):
+            raise ArtifactError(f"the row of {name}@{version} was changed from outside", f"sartor agents add {row['release']}")
+
+    def _put_version(self, connection: Connection, version: Version) -> str:
+        """Write a version that is new, has moved, or whose row is hurt; says which, "" for nothing to do."""
+        row = self._row(connection, tables.versions, agent=version.agent, version=version.version)
+        if row is None:
+            connection.execute(insert(tables.versions).values(version.as_row()))
+            return "added"
+        whole = tables.is_whole(row)
+        known = str(row["release_id"]) if whole else self._logged_id(connection, version)
+        if known not in ("", version.release_id):
+            raise ConflictError(
+                f"{version.name} is the Release {known[:16]}, not {version.release_id[:16]}; a version is never another one",
+                f"release it under a new version: sartor release ... --name {version.agent} --version NEW",
+            )
+        standing = Version.from_row(row) if whole else version
+        if whole and standing.release == version.release and standing.facts == version.facts:
+            return ""
+        moved = replace(standing, release=version.release, facts=version.facts, adapter=version.adapter)
+        self._put(connection, tables.versions, moved.as_row(), agent=version.agent, version=version.version)
+        return "moved" if whole else "repaired"
+
+    def _logged_id(self, connection: Connection, version: Version) -> str:
+        added = [event for event in self._events(connection, version.agent, 1000) if event.version == version.version]
+        return next((str(event.numbers["release_id"]) for event in added if "release_id" in event.numbers), "")
+
+    def _mark(self, connection: Connection, name: str, status: Any) -> None:
+        agent, _, version = name.rpartition("@")
+        row = self._row(connection, tables.versions, agent=agent, version=version)
+        if row is not None and tables.is_whole(row) and row["status"] != status:
+            marked = replace(Version.from_row(row), status=status)
+            self._put(connection, tables.versions, marked.as_row(), agent=agent, version=version)
+
+    def _record(
+        self, connection: Connection, what: str, before: Agent | None, after: Agent, version: str, cause: Cause
+    ) -> Agent:
+        """Write the agent, and the event that says so; both under the next generation."""
+        after = replace(after, generation=next_generation(connection), changed=_now())
+        self._put(connection, tables.agents, after.as_row(), name=after.name)
+        numbers = dict(cause.numbers)
+        if what in ("added", "moved", "repaired") and version:
+            row = self._row(connection, tables.versions, agent=after.name, version=version)
+            numbers["release_id"] = "" if row is None else row["release_id"]
+        event = {
+            "generation": after.generation,
+            "at": after.changed,
+            "who": cause.by,
+            "what": what,
+            "agent": after.name,
+            "version": version,
+            "why": cause.why,
+            "was": records.canonical(before.as_json() if before else {}).decode(),
+            "became": records.canonical(after.as_json()).decode(),
+            "numbers": records.canonical(numbers).decode(),
+        }
+        connection.execute(insert(tables.events).values(tables.sealed(event)))
+        return after
+
+    def _events(self, connection: Connection, agent: str, most: int) -> list[Event]:
+        column = tables.events.c
+        query = select(tables.events).order_by(column.id.desc()).limit(most)
+        if agent:
+            query = query.where(column.agent == agent)
+        whole = [
+            row
+            for row in _rows(connection, query)
+            if tables.is_whole({name: value for name, value in row.items() if name != "id"})
+        ]
+        return [Event.from_row(row) for row in reversed(whole)]
+
+    def _row(self, connection: Connection, table: Table, **key: str) -> Mapping[str, Any] | None:
+        found = connection.execute(select(table).filter_by(**key)).mappings().first()
+        return None if found is None else dict(found)
+
+    def _put(self, connection: Connection, table: Table, row: Mapping[str, Any], **key: str) -> None:
+        """Write a row over the one with this key."""
+        if not connection.execute(table.update().filter_by(**key).values(row)).rowcount:
+            connection.execute(insert(table).values(row))
+
+
+def _rows(connection: Connection, query: Select[Any]) -> list[dict[str, Any]]:
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def sqlite_url(state: Path | str) -> str:
+    """The URL of the registry in a team's state directory."""
+    database = str(Path(state).absolute() / "registry.sqlite")
+    return URL.create("sqlite", database=database).render_as_string(hide_password=False)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

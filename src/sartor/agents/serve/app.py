@@ -1,0 +1,163 @@
+"""The application: routes, the one way in which bodies are read, the one way in which errors are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException as PlainHTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from sartor.agents.serve.bodies import MediaTypeError, SlowBodyError, parse
+from sartor.agents.serve.desk import Desk, desk_of, entry_of
+from sartor.agents.serve.faults import BUG, Fault, fault_of
+from sartor.agents.serve.fields import field_error
+from sartor.agents.serve.running import GoneError
+from sartor.agents.serve.said import ErrorAnswer
+from sartor.core.errors import SartorError
+
+GONE = 499
+LARGE_BYTES = 64 << 10
+Answering = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class JsonResponse(Response):
+    """JSON in UTF-8; a half of a surrogate pair that a model wrote is replaced, since no encoding has it."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """See Response."""
+        said = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return said.encode("utf-8", "replace")
+
+
+class _Checked(Request):
+    """A request whose body was read and parsed by `bodies`; the framework takes it from here."""
+
+    def __init__(self, request: Request, body: bytes, value: Any) -> None:
+        super().__init__(request.scope, request.receive)
+        self._body = body
+        self._json = value
+
+
+class Route(APIRoute):
+    """A route whose body, if it has one, is read within its limits and parsed strictly."""
+
+    def get_route_handler(self) -> Answering:  # the framework's name
+        """See APIRoute."""
+        original = super().get_route_handler()
+        asked: Any = self.body_field.field_info.annotation if self.body_field else None
+        known: Mapping[str, Any] = asked.model_fields if asked else {}
+
+        async def answer(request: Request) -> Response:
+            body = await _body(request) if asked else b""
+            value = await _value(body) if asked else None
+            try:
+                return await original(_Checked(request, body or b"", value) if asked else request)
+            except RequestValidationError as error:
+                raise field_error(error.errors(), value, known) from None
+
+        return answer
+
+
+async def _value(body: bytes) -> Any:
+    """A large body is parsed beside the loop: others' replies go on meanwhile."""
+    return parse(body) if len(body) < LARGE_BYTES else await asyncio.to_thread(parse, body)
+
+
+async def _body(request: Request) -> bytes:
+    desk = desk_of(request)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise MediaTypeError(f"the body is of type {kind[:80]!a}", "send the header Content-Type: application/json")
+    limit_s = desk.limits.slow_client_s
+    try:
+        async with asyncio.timeout(limit_s):
+            return await desk.reading.whole(request.stream(), request.headers, desk.limits.body_bytes)
+    except TimeoutError:
+        raise SlowBodyError(f"the body did not come within {limit_s:g} s", "send it at once") from None
+
+
+def build_app(desk: Desk, cors: tuple[str, ...]) -> FastAPI:
+    """The application behind the guard."""
+    app = FastAPI(
+        title="Sartor",
+        summary="A team of agents on one base, OpenAI-compatible",
+        docs_url=None,  # both pages would load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=_ERRORS,
+    )
+    app.state.desk = desk
+    app.router.route_class = Route
+    for kind, answer in ((SartorError, _sartor_error), (PlainHTTPException, _http_error), (Exception, _bug)):
+        app.add_exception_handler(kind, answer)
+    for left in (GoneError, ClientDisconnect):
+        app.add_exception_handler(left, _gone)
+    if cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "x-sartor-agent", "x-sartor-reason", "x-sartor-receipt"],
+        )
+    return app
+
+
+def _answer(request: Request, fault: Fault) -> Response:
+    entry_of(request).error = fault.kind
+    return JsonResponse(fault.as_json(), fault.status, dict(fault.headers))
+
+
+async def _sartor_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, SartorError)
+    return _answer(request, fault_of(error))
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    """The guard, which gets the error next, logs it."""
+    return _answer(request, BUG)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """To nobody: the status is for the log."""
+    entry_of(request).error = "Gone"
+    return Response(status_code=GONE)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """The framework's own: no such path, or another method."""
+    assert isinstance(error, PlainHTTPException)
+    where = f"{request.method} {ascii(request.url.path)[1:-1][:80]}"
+    problem = f"there is no {where}" if error.status_code in (404, 405) else f"{where} is not possible"
+    fault = Fault(
+        error.status_code, "invalid_request_error", "unknown_url", problem, "see GET /openapi.json", "RequestError",
+        headers=dict(error.headers or {}),
+    )  # fmt: skip
+    return _answer(request, fault)
+
+
+_TEXTS = {
+    400: "The request is malformed, or asks for what this server does not do",
+    401: "No key, or one that nobody has",
+    403: "The key does not open this, or a foreign page asks",
+    404: "No such agent, version or receipt; never answered by another",
+    408: "The body did not come in time",
+    413: "The body is too large",
+    415: "The body is not announced as JSON",
+    429: "A queue is full or a rate is used up: Retry-After says when to come again",
+    503: "Not now: no worker, an agent in quarantine, or the server is closing",
+    504: "The reply was not done in time",
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text} for status, text in _TEXTS.items()
+}

@@ -1,0 +1,149 @@
+"""A request's body within its limits, and JSON that is what it says.
+
+The standard parser takes NaN, keeps the last of two equal keys, and recurses as deep as the text does. What is refused here
+never reaches pydantic, a chat template or a file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+from sartor.core.errors import BusyError, RequestError
+
+MOST_NESTED = 64
+MOST_DIGITS = 40
+# Every body that is being read at once, together: many clients that each stay below the limit of one
+MOST_HELD_BYTES = 256 << 20
+
+_STEPS = np.zeros(256, dtype=np.int8)
+_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
+# Where none of these stands, no text can hold what no text should: the parser itself refuses control characters as they are
+_SUSPECT = re.compile(rb"\\u(?:00[01]|007[fF]|[dD][89a-fA-F])|\\[bf]|\x7f")
+_NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+class TooLargeError(RequestError):
+    """A body above its limit."""
+
+
+class MediaTypeError(RequestError):
+    """A body that is not announced as JSON."""
+
+
+class SlowBodyError(RequestError):
+    """A body that did not come in time."""
+
+
+class Reading:
+    """All bodies that are being read: how many bytes they hold together."""
+
+    def __init__(self, most_bytes: int = MOST_HELD_BYTES) -> None:
+        self.most_bytes = most_bytes
+        self.held_bytes = 0
+
+    async def whole(self, chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_bytes: int) -> bytes:
+        """The body, counted while it comes in. Raises TooLargeError, and BusyError when all together are too much."""
+        announced = headers.get("content-length", "")
+        if announced.isdecimal() and int(announced[:20]) > limit_bytes:
+            raise too_large(int(announced[:20]), limit_bytes)
+        body = bytearray()
+        try:
+            async for chunk in chunks:
+                self.held_bytes += len(chunk)
+                body += chunk
+                if len(body) > limit_bytes:
+                    raise too_large(None, limit_bytes)
+                if self.held_bytes > self.most_bytes:
+                    raise BusyError(
+                        f"the requests that are being read hold {self.held_bytes} bytes; {self.most_bytes} are allowed",
+                        "ask again in a second",
+                    )
+        finally:
+            self.held_bytes -= len(body)
+        return bytes(body)
+
+
+def too_large(size: int | None, limit_bytes: int) -> TooLargeError:
+    """The error for a body above its limit; `size` is None where nobody counted to the end."""
+    said = f"{size} bytes" if size is not None else f"more than {limit_bytes} bytes"
+    return TooLargeError(
+        f"the request's body has {said}; the limit is {limit_bytes}",
+        "send less, or raise limits.body_bytes in TEAM.yaml",
+    )
+
+
+def parse(body: bytes) -> Any:
+    """The value of a JSON text. Raises RequestError for what is no strict JSON, or holds what no text should."""
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not UTF-8 at byte {error.start}", "send JSON in UTF-8") from None
+    if (depth := nested(body)) > MOST_NESTED:
+        raise RequestError(f"the JSON is nested {depth} deep; the limit is {MOST_NESTED}", "send a flatter value")
+    try:
+        value = json.loads(text, parse_constant=_constant, parse_int=_whole, parse_float=_real, object_pairs_hook=_unlike_keys)
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, column {error.colno}"
+        raise RequestError(f"the body is not JSON: {error.msg} at {at}", "check it with `python -m json.tool`") from None
+    if _SUSPECT.search(body):
+        _check_texts(value)
+    return value
+
+
+def nested(body: bytes) -> int:
+    """How deep brackets stand in each other, strings left out. Linear in time, whatever the body is.
+
+    A backslash outside of a string is no JSON: what is counted from there on does not matter, the parser stops at it.
+    """
+    signs = np.frombuffer(body.replace(b"\\\\", b"").replace(b'\\"', b""), dtype=np.uint8)
+    is_outside = np.cumsum(signs == ord('"')) % 2 == 0
+    return int(np.max(np.cumsum(_STEPS[signs] * is_outside, dtype=np.int64), initial=0))
+
+
+def _constant(name: str) -> NoReturn:
+    raise RequestError(f"the JSON holds {name}, which JSON does not have", "send null, or a number")
+
+
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise RequestError(f"a number of {len(text)} digits; the limit is {MOST_DIGITS}", "send a shorter number")
+    return int(text)
+
+
+def _real(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise RequestError(f"the number {text[:MOST_DIGITS]} is too large for a double", "send a smaller number")
+    return value
+
+
+def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise RequestError(f"the key {twice[:80]!a} stands twice in one object", "keep one of the two")
+    return made
+
+
+def _check_texts(value: Any) -> None:
+    """No control characters but tab and line ends, no half of a surrogate pair: neither a file nor a template takes them."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += item.keys()
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, str) and (found := _NOT_TEXT.search(item)):
+            kind = "half of a surrogate pair" if found[0] >= "\ud800" else "control character"
+            raise RequestError(
+                f"a text of the request holds the {kind} U+{ord(found[0]):04X} at place {found.start()}",
+                "leave it out; tab and line ends are allowed",
+            )

@@ -1,0 +1,89 @@
+"""What every route works with, and what they share: who asks, which names there are, what is remembered of replies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from sartor.agents.asking import Answer
+from sartor.agents.asking import Request as Question
+from sartor.agents.feedback import Exchange, Inbox, Memory
+from sartor.agents.keys import Opened
+from sartor.agents.serve.bodies import Reading
+from sartor.agents.serve.entry import Entry
+from sartor.agents.serve.meters import Meters
+from sartor.agents.serve.replies import Answers
+from sartor.agents.serve.running import Shift
+from sartor.agents.serve.seams import House
+from sartor.agents.team import Limits
+from sartor.core.errors import KeyRefusedError, UnknownAgentError
+
+MOST_HEADER = 512
+SPECIAL = ("base", "auto")
+
+
+@dataclass(frozen=True)
+class Desk:
+    """The house, the limits, and what this process keeps."""
+
+    house: House
+    limits: Limits
+    shift: Shift
+    meters: Meters
+    memory: Memory
+    inbox: Inbox
+    reading: Reading
+
+    async def check_model(self, model: str, visitor: Opened) -> None:
+        """Raises UnknownAgentError for a name that nobody has, KeyRefusedError for one that the visitor's key does not open."""
+        name, at, version = model.partition("@")
+        listed = {agent.name: agent for agent in await self.house.roster.listed()}
+        is_special = name in SPECIAL and not at
+        if not (is_special or (name in listed and (not at or version in listed[name].versions))):
+            opened = [other for other in (*SPECIAL, *listed) if visitor.opens(other)]
+            raise UnknownAgentError(
+                f"there is no agent {model[:80]!a}; there are: {', '.join(opened) or 'none that this key opens'}",
+                f'"model": "{opened[-1]}"' if opened else "send a key of that agent",
+            )
+        if not visitor.opens(name):
+            raise KeyRefusedError(f"this key does not open {name!r}", "send a key of that agent")
+
+    def remember(self, answer: Answer, question: Question, reply: str) -> None:
+        """Keep a reply that is whole, so that feedback on it can be learnt from."""
+        self.memory.keep(answer.receipt, Exchange(answer.agent, question.messages, question.text, reply))
+
+    def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint`: of the base that all agents stand on."""
+        return f"fp_{self.house.crew.about.base_digest[:12]}"
+
+
+def desk_of(request: Request) -> Desk:
+    """The desk of the application that this request came to."""
+    desk: Desk = request.app.state.desk
+    return desk
+
+
+def entry_of(request: Request) -> Entry:
+    """What is noted of this request."""
+    entry: Entry = request.scope["state"]["entry"]
+    return entry
+
+
+def reply_headers(opened: Answers) -> Mapping[str, str]:
+    """Who answered, why, and under which receipts."""
+    first = opened.first
+    said = {"x-sartor-agent": first.agent, "x-sartor-reason": first.reason, "x-sartor-receipt": opened.receipts}
+    return {name: as_header(value) for name, value in said.items()}
+
+
+def as_header(text: str) -> str:
+    """A text as a header may hold it: ASCII, one line, short."""
+    plain = text.encode("ascii", "backslashreplace").decode()
+    return "".join(letter if letter.isprintable() else " " for letter in plain)[:MOST_HEADER].strip()
+
+
+def agent_of(version: str) -> str:
+    """The agent of an exact version, `base` of the base's."""
+    return version.partition("@")[0]

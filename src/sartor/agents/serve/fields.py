@@ -1,0 +1,111 @@
+"""What pydantic finds wrong with a body, in one sentence that names the field, its value and what to send instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from sartor.agents.serve.faults import FieldError
+
+MOST_SHOWN = 80
+# Parts of a message that are not text; the address of each stands under its own name
+_MEDIA = ("image_url", "input_image", "input_audio", "audio_url", "video_url", "file", "input_file")
+Path = tuple[str | int, ...]
+
+
+def field_error(found: Sequence[Mapping[str, Any]], body: Any, known: Iterable[str]) -> FieldError:
+    """The one of pydantic's complaints that says most. `known`: the fields that the body may have."""
+    if media := next(_media(body), None):
+        return media
+    # Of an alternative that does not fit at all, the others' complaints come from further inside
+    said = max(found, key=lambda item: (len(_path(item["loc"], body)), item["type"] == "extra_forbidden"))
+    path, kind = _path(said["loc"], body), said["type"]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    if kind == "missing":
+        return FieldError(f"{param or 'the body'} is missing", f'"{path[-1]}": ...' if path else "send a JSON object", param)
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(path[-1]), list(known), 1, _NEAR)
+        meant = f"; {near[0]!r} was probably meant" if near else ""
+        return FieldError(f"there is no field {_shown(param)}{meant}", f'"{near[0]}": ...' if near else "leave it out", param)
+    if kind in _TAGS:
+        return _wrong_tag(said, param)
+    if kind == "none_required" or said.get("ctx", {}).get("max_length") == 0:
+        return FieldError(f"{param} is {_shown(said.get('input'))}; this server does not do that", f"leave {param} out", param)
+    must = str(said["msg"]).replace("Input should", "it must").replace("Value should", "it must")
+    return FieldError(f"{param or 'the body'} is {_shown(said.get('input'))}; {must}", _remedy(said, param), param)
+
+
+_TAGS = ("union_tag_invalid", "union_tag_not_found")
+# Near enough to have been meant; top_p is not a misspelt top_k
+_NEAR = 0.85
+
+
+def _wrong_tag(said: Mapping[str, Any], param: str) -> FieldError:
+    """One of several forms is chosen by a field (role, type), and that has none of the words that it may."""
+    field = str(said["ctx"]["discriminator"]).strip("'")
+    param = f"{param}.{field}"
+    expected = said["ctx"].get("expected_tags", "")
+    found = f"is {_shown(said['ctx']['tag'])}" if "tag" in said["ctx"] else "is missing"
+    return FieldError(f"{param} {found}", f"send one of {expected}" if expected else f'"{field}": ...', param)
+
+
+def _path(place: Sequence[str | int], body: Any) -> Path:
+    """Where the complaint is, without the names of alternatives that pydantic puts between; the last may be absent."""
+    path: list[str | int] = []
+    rest = list(place[1:]) if place and place[0] in ("body", "path", "query", "header") else list(place)
+    for number, part in enumerate(rest):
+        inside = isinstance(body, (dict, list)) and (part in body if isinstance(body, dict) else isinstance(part, int))
+        if inside and (isinstance(body, dict) or (isinstance(part, int) and part < len(body))):
+            body = body[part]
+            path.append(part)
+        elif number == len(rest) - 1 and isinstance(body, dict) and isinstance(part, str) and part.isidentifier():
+            path.append(part)
+    return tuple(path)
+
+
+def _remedy(said: Mapping[str, Any], param: str) -> str:
+    limits = said.get("ctx", {})
+    name = param.rpartition(".")[2] or "body"
+    if "expected" in limits:
+        return f"send {limits['expected']}, or leave {name} out"
+    bounds = [f"{word} {limits[key]}" for key, word in _BOUNDS if key in limits]
+    return f"send a value {' and '.join(bounds)}" if bounds else f"send {name} of the right type"
+
+
+_BOUNDS = (
+    ("ge", "of at least"), ("gt", "above"), ("le", "of at most"), ("lt", "below"), ("min_length", "with a length of at least"),
+    ("max_length", "with a length of at most"), ("pattern", "that matches"),
+)  # fmt: skip
+
+
+def _media(body: Any) -> Iterator[FieldError]:
+    """Images, audio and files among the messages. An address is never fetched, whatever it is of."""
+    messages = body.get("messages") if isinstance(body, dict) else None
+    for turn, message in enumerate(messages if isinstance(messages, list) else []):
+        content = message.get("content") if isinstance(message, dict) else None
+        for place, part in enumerate(content if isinstance(content, list) else []):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind not in _MEDIA:
+                continue
+            param = f"messages[{turn}].content[{place}]"
+            if address := _address(part, kind):
+                problem = f"{param} is an address ({address}); this server fetches nothing"
+                yield FieldError(problem, "say in text what it shows", param)
+            yield FieldError(f"{param} is of type {kind!r}; this team reads text", "say in text what it shows", param)
+
+
+def _address(part: Mapping[str, Any], kind: str) -> str:
+    """The scheme of an address to fetch, "" where the data itself was sent."""
+    inner = part.get(kind)
+    inner = inner.get("url") if isinstance(inner, dict) else inner
+    scheme, colon, _ = inner.partition(":") if isinstance(inner, str) else ("", "", "")
+    return "" if not colon or scheme.lower() == "data" or not scheme.isalnum() else scheme[:16].lower() + ":"
+
+
+def _shown(value: Any) -> str:
+    """A value as a sentence may hold it: short, ASCII."""
+    if isinstance(value, (dict, list)):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    said = ascii(value)
+    return said if len(said) <= MOST_SHOWN else f"{said[:MOST_SHOWN]}... ({len(said)} characters)"

@@ -1,0 +1,198 @@
+"""The first and the last of every request, around the application: may it come in, and what became of it.
+
+Outside the framework, so that nothing that fails inside escapes: a mistake is logged by its place and answered with its id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sartor.agents.keys import Opened
+from sartor.agents.serve.entry import Entry
+from sartor.agents.serve.faults import BUG, Fault, ForeignError, UnknownKeyError, fault_of
+from sartor.agents.serve.journal import Journal
+from sartor.agents.serve.meters import Meters
+from sartor.agents.serve.running import GoneError, Shift
+from sartor.agents.serve.seams import ANYBODY, NOBODY, Doors, Rates
+from sartor.agents.serve.tracing import Tracer
+from sartor.agents.team import Http, Limits
+from sartor.core.errors import KeyRefusedError, SartorError, UnavailableError
+
+PUBLIC = ("/health", "/openapi.json")
+LOOPBACK_NAMES = ("localhost", "ip6-localhost")
+# A status for the log alone, as nginx has it: the client went before its answer
+CLIENT_GONE = 499
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_REPLIES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Who may come in, and who takes note of it."""
+
+    doors: Doors
+    rates: Rates
+    http: Http
+    limits: Limits
+    shift: Shift
+    connections: Callable[[], int]
+
+    async def check(self, scope: Scope, headers: Headers) -> Opened:
+        """Who asks. Raises ForeignError, KeyRefusedError, BusyError, UnavailableError."""
+        if self.connections() > self.limits.connections:
+            raise UnavailableError(
+                f"{self.connections()} connections are open; the limit is {self.limits.connections}", "ask again in a while"
+            )
+        if self.shift.closing:
+            raise UnavailableError("the server is shutting down", "ask again; another server, or this one soon, answers")
+        # keys are looked up in a database
+        visitor = await asyncio.to_thread(self._enter, scope, headers)
+        if scope["method"] == "POST" and scope["path"] in _REPLIES:
+            self.rates.begin(visitor.key)
+        return visitor
+
+    def _enter(self, scope: Scope, headers: Headers) -> Opened:
+        path, is_open = scope["path"], self.doors.is_open
+        if is_open:
+            self._check_foreign(scope, headers)
+            visitor = ANYBODY
+        elif (path in PUBLIC and "authorization" not in headers) or scope["method"] == "OPTIONS":
+            return NOBODY
+        else:
+            visitor = self._visitor(headers)
+        is_admin_only = path.startswith("/v1/agents")
+        if is_admin_only or (path == "/metrics" and not is_open and visitor.agents is not None):
+            self._check_admin(visitor)
+        return visitor
+
+    def _visitor(self, headers: Headers) -> Opened:
+        scheme, _, secret = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not secret.strip():
+            raise UnknownKeyError(
+                "no API key was sent", "send the header Authorization: Bearer KEY; `sartor agents key` makes keys"
+            )
+        try:
+            return self.doors.admit(secret.strip())
+        except KeyRefusedError as error:
+            raise UnknownKeyError(error.problem, error.remedy) from None
+
+    def _check_admin(self, visitor: Opened) -> None:
+        if not self.doors.has_admin:
+            raise KeyRefusedError("the admin's routes are off: no admin key is set", "sartor agents key --admin")
+        if not visitor.is_admin:
+            raise KeyRefusedError("this is for the admin's key", "send the admin's key")
+
+    def _check_foreign(self, scope: Scope, headers: Headers) -> None:
+        """Without keys whoever reaches the server may ask, and a page in the user's browser reaches loopback: by its name
+        (DNS rebinding) or by a form. The host must be this machine's, and the origin this server's or one that is allowed.
+        """
+        host = _host(f"//{headers.get('host', '')}")
+        if not (is_loopback(host) or host == self.http.host):
+            raise ForeignError(f"the host {host[:80]!a} is not this server's", f"ask http://{self.http.host}:PORT")
+        origin = headers.get("origin", "")
+        own = urlsplit(f"//{headers.get('host', '')}").netloc
+        if origin and origin not in self.http.cors and urlsplit(origin).netloc != own:
+            raise ForeignError(
+                f"a page of {origin[:80]!a} may not ask this server", "name the origin in http.cors of TEAM.yaml"
+            )
+
+
+def _host(address: str) -> str:
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address means this machine and nobody else can reach it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() in LOOPBACK_NAMES
+
+
+class Guard:
+    """The outermost application."""
+
+    def __init__(self, app: ASGIApp, gate: Gate, journal: Journal, meters: Meters, tracer: Tracer) -> None:
+        self._app = app
+        self._gate = gate
+        self._journal = journal
+        self._meters = meters
+        self._tracer = tracer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, whatever happens."""
+        if scope["type"] != "http":
+            return
+        headers = Headers(scope=scope)
+        entry = Entry(_request_id(headers), scope["method"])
+        scope.setdefault("state", {})["entry"] = entry
+        answering = _Answering(send, entry)
+        with self._tracer.span(entry, headers):
+            try:
+                entry.visitor = await self._gate.check(scope, headers)
+                await self._app(scope, receive, answering.send)
+            except GoneError:
+                entry.error = "Gone"
+            except SartorError as error:
+                await answering.fault(fault_of(error))
+            except Exception as error:
+                self._journal.bug(entry, error)
+                await answering.fault(BUG)
+            finally:
+                self._finish(entry, scope)
+
+    def _finish(self, entry: Entry, scope: Scope) -> None:
+        route = scope.get("route")
+        entry.route = route.path if route is not None else "other"
+        entry.status = entry.status or CLIENT_GONE
+        if entry.usage.total:
+            self._gate.rates.count(entry.visitor.key, entry.usage.total)
+        self._meters.count(entry)
+        self._journal.request(entry)
+
+
+class _Answering:
+    """What is sent: its status is noted, and every answer says the request's id."""
+
+    def __init__(self, send: Send, entry: Entry) -> None:
+        self._send = send
+        self._entry = entry
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._entry.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self._entry.id
+        await self._send(message)
+
+    async def fault(self, fault: Fault) -> None:
+        """Answer with an error, unless an answer has begun."""
+        self._entry.error = fault.kind
+        if not self._entry.status:
+            body = json.dumps(fault.as_json()).encode()
+            await self.send({"type": "http.response.start", "status": fault.status, "headers": _plain(fault, len(body))})
+            await self._send({"type": "http.response.body", "body": body})
+
+
+def _plain(fault: Fault, size: int) -> list[tuple[bytes, bytes]]:
+    said: Mapping[str, Any] = {"content-type": "application/json", "content-length": size, **fault.headers}
+    return [(name.encode(), str(value).encode()) for name, value in said.items()]
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's own id where it is one that a log can hold, else a new one."""
+    said = headers.get("x-request-id", "")
+    return said if _REQUEST_ID.fullmatch(said) else secrets.token_hex(12)

@@ -1,0 +1,103 @@
+"""The log: one JSON object a line, never a prompt, a reply, a key, or an exception's own words (which may hold any of them).
+
+Lines are written by a thread, so that a reader of the log that stalls cannot stall replies; what does not fit is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+import traceback
+from typing import Any, TextIO
+
+from sartor.agents.serve.entry import Entry
+
+MOST_WAITING = 10_000
+LOGGERS = ("uvicorn.error", "sartor")
+SILENT = ("/health", "/metrics")
+
+
+class Journal:
+    """Writes lines to a stream until `close`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.lost = 0
+        self._stream = stream
+        self._lines: queue.Queue[str | None] = queue.Queue(MOST_WAITING)
+        self._thread = threading.Thread(target=self._write, name="sartor-journal", daemon=True)
+        self._thread.start()
+
+    def say(self, event: str, **fields: Any) -> None:
+        """One line: when, what, and its fields."""
+        now = time.time()
+        at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
+        try:
+            self._lines.put_nowait(json.dumps({"time": at, "event": event, **fields}))
+        except queue.Full:
+            self.lost += 1
+
+    def request(self, entry: Entry) -> None:
+        """The line of a request that is over. Probes that go well have none."""
+        if entry.route in SILENT and entry.status < 400:
+            return
+        usage = entry.usage
+        said = {
+            "request": entry.id,
+            "method": entry.method,
+            "route": entry.route,
+            "status": entry.status,
+            "key": entry.visitor.key,
+            "agent": entry.agent,
+            "receipt": entry.receipt,
+            "finish": entry.finish,
+            "error": entry.error,
+            "prompt_tokens": usage.prompt,
+            "cached_tokens": usage.cached,
+            "reply_tokens": usage.reply,
+            "first_s": None if entry.first_s is None else round(entry.first_s, 4),
+            "wall_s": round(entry.elapsed_s, 4),
+        }
+        self.say("request", **{name: value for name, value in said.items() if value not in ("", None, 0)})
+
+    def bug(self, entry: Entry, error: BaseException) -> None:
+        """A mistake of the server: its type and where it was made."""
+        self.say("bug", request=entry.id, route=entry.route, error=type(error).__name__, at=places(error))
+
+    def close(self) -> None:
+        """Write what waits, and end the thread."""
+        self._lines.put(None)
+        self._thread.join(timeout=5)
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                self._stream.write(line + "\n")
+                self._stream.flush()
+            except (OSError, ValueError):  # whoever read the log has gone; replies go on
+                self.lost += 1
+
+
+def places(error: BaseException) -> list[str]:
+    """The lines that an error went through, the innermost last; without any value."""
+    return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)[-8:]]
+
+
+class ServerLines(logging.Handler):
+    """Warnings and errors of `LOGGERS`, as lines of the journal: an error is its type and place.
+
+    uvicorn's lines are their fixed words alone, since what it puts into them may come from a client.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__(logging.WARNING)
+        self._journal = journal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        error = record.exc_info[1] if record.exc_info else None
+        more = {"error": type(error).__name__, "at": places(error)} if error else {}
+        problem = record.getMessage() if record.name.startswith("sartor") else str(record.msg)
+        self._journal.say("server", level=record.levelname.lower(), problem=problem.strip(), **more)

@@ -1,0 +1,72 @@
+"""POST /v1/feedback and GET /v1/receipts/{receipt}: what a person says of a reply, and the signed record of one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request
+
+from sartor.agents.keys import Opened
+from sartor.agents.serve.app import JsonResponse, Route
+from sartor.agents.serve.asked import FeedbackRequest
+from sartor.agents.serve.desk import Desk, agent_of, desk_of, entry_of
+from sartor.agents.serve.faults import FieldError, NotFoundError
+from sartor.agents.serve.said import FeedbackAnswer
+from sartor.core.errors import KeyRefusedError
+from sartor.core.records import Feedback
+
+router = APIRouter(route_class=Route)
+PREFIXES = ("chatcmpl-", "cmpl-")
+
+
+@router.post("/v1/feedback", responses={200: {"model": FeedbackAnswer}})
+async def feedback(asked: FeedbackRequest, request: Request) -> JsonResponse:
+    """Rate or correct a reply by its receipt, or by the `id` of its completion. It is on disk when this answers."""
+    desk, entry = desk_of(request), entry_of(request)
+    if asked.rating is None and not asked.correction and not asked.comment:
+        raise FieldError("the feedback says nothing", '"rating": 1, or a correction, or a comment', "rating")
+    receipt = _bare(asked.receipt)
+    agent = entry.agent = str((await _find(desk, receipt, entry.visitor))["agent"])
+    known = desk.memory.find(receipt)
+    said = Feedback(
+        receipt=receipt,
+        agent=agent,
+        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        rating=asked.rating,
+        correction=asked.correction or "",
+        comment=asked.comment or "",
+        messages=tuple(known.messages) if known else (),
+        text=known.text if known else "",
+        reply=known.reply if known else "",
+    )
+    await asyncio.to_thread(desk.inbox.add, said)
+    if asked.rating is not None:
+        await desk.house.roster.hear(agent, asked.rating)
+    for kind in ("rating", "correction", "comment"):
+        if getattr(asked, kind) not in (None, ""):
+            desk.meters.feedback.labels(agent, kind).inc()
+    return JsonResponse({"receipt": receipt, "agent": agent, "learnable": known is not None})
+
+
+@router.get("/v1/receipts/{receipt}", responses={200: {"model": dict[str, Any]}})
+async def receipt(receipt: Annotated[str, Path(max_length=128)], request: Request) -> JsonResponse:
+    """The signed record of a reply: digests, no content. `sartor receipt verify` checks it."""
+    return JsonResponse(await _find(desk_of(request), _bare(receipt), entry_of(request).visitor))
+
+
+async def _find(desk: Desk, receipt: str, visitor: Opened) -> Mapping[str, Any]:
+    found = await desk.house.receipts.find(receipt)
+    if found is None:
+        raise NotFoundError(f"there is no receipt {receipt!a}", "use the header x-sartor-receipt of a reply")
+    agent = agent_of(str(found["agent"]))
+    if not visitor.opens(agent):
+        raise KeyRefusedError("this key does not open the agent of that receipt", "send a key of that agent")
+    return found
+
+
+def _bare(receipt: str) -> str:
+    """The receipt in a completion's id, or itself."""
+    return next((receipt.removeprefix(prefix) for prefix in PREFIXES if receipt.startswith(prefix)), receipt)

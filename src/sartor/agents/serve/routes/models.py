@@ -1,0 +1,48 @@
+"""GET /v1/models: every name that may be asked for."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from sartor.agents.keys import Opened
+from sartor.agents.serve.app import JsonResponse, Route
+from sartor.agents.serve.desk import Desk, desk_of, entry_of
+from sartor.agents.serve.said import ModelBody, ModelsAnswer
+
+router = APIRouter(route_class=Route)
+STARTED = int(time.time())
+
+
+@router.get("/v1/models", responses={200: {"model": ModelsAnswer}})
+async def models(request: Request) -> JsonResponse:
+    """What the key opens of base, `auto` and agents, these with every version that may be asked for."""
+    names = await _names(desk_of(request), entry_of(request).visitor)
+    return JsonResponse({"object": "list", "data": list(names.values())})
+
+
+@router.get("/v1/models/{model}", responses={200: {"model": ModelBody}})
+async def model(model: str, request: Request) -> JsonResponse:
+    """One of them."""
+    desk, visitor = desk_of(request), entry_of(request).visitor
+    await desk.check_model(model, visitor)
+    return JsonResponse((await _names(desk, visitor))[model])
+
+
+async def _names(desk: Desk, visitor: Opened) -> dict[str, dict[str, Any]]:
+    about = desk.house.crew.about
+    exact = f"base@{about.base_digest[:12]}"
+
+    def name(id: str, root: str, parent: str | None) -> dict[str, Any]:
+        said = {"id": id, "object": "model", "created": STARTED, "owned_by": "sartor"}
+        return {**said, "root": root, "parent": parent, "max_model_len": about.context_tokens}
+
+    found = [name("base", exact, None)] if visitor.opens("base") else []
+    found += [name("auto", "auto", "base")] if visitor.opens("auto") else []
+    for agent in await desk.house.roster.listed():
+        if visitor.opens(agent.name):
+            found.append(name(agent.name, f"{agent.name}@{agent.live}", "base"))
+            found += [name(version, version, "base") for version in (f"{agent.name}@{one}" for one in agent.versions)]
+    return {str(said["id"]): said for said in found}

@@ -1,0 +1,76 @@
+"""POST /v1/chat/completions and /v1/completions: replies, whole or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from sartor.agents.asking import Request as Question
+from sartor.agents.serve.app import JsonResponse, Route
+from sartor.agents.serve.asked import ChatRequest, Delivered, TextRequest
+from sartor.agents.serve.desk import desk_of, entry_of, reply_headers
+from sartor.agents.serve.faults import FieldError
+from sartor.agents.serve.replies import Answers, Terms, open_answers
+from sartor.agents.serve.running import while_there
+from sartor.agents.serve.said import ChatAnswer, TextAnswer
+from sartor.agents.serve.shapes import Chat, Head, Shape, Text
+from sartor.agents.serve.streams import EventStream, chunks
+from sartor.agents.serve.turns import chat_request, choices, text_requests
+
+router = APIRouter(route_class=Route)
+
+
+def _documented(model: type) -> dict[int | str, dict[str, Any]]:
+    stream = {"schema": {"type": "string"}, "example": "data: {...}\n\ndata: [DONE]\n\n"}
+    return {200: {"model": model, "description": "The reply", "content": {"text/event-stream": stream}}}
+
+
+@router.post("/v1/chat/completions", responses=_documented(ChatAnswer))
+async def chat(asked: ChatRequest, request: Request) -> Response:
+    """A conversation goes on: by an agent, a version of it, the base, or whom `auto` chooses."""
+    await desk_of(request).check_model(asked.model, entry_of(request).visitor)
+    question = chat_request(asked, desk_of(request).limits)
+    shape = Chat(with_logprobs=bool(asked.logprobs), one_call=asked.parallel_tool_calls is False)
+    return await _deliver(request, [question], asked, shape)
+
+
+@router.post("/v1/completions", responses=_documented(TextAnswer))
+async def text(asked: TextRequest, request: Request) -> Response:
+    """A raw text goes on, without the chat template."""
+    await desk_of(request).check_model(asked.model, entry_of(request).visitor)
+    questions = text_requests(asked, desk_of(request).limits)
+    if asked.model == "auto" and len(questions) > 1:
+        raise FieldError("`auto` chooses for one prompt, and there are several", "send one, or name the agent", "prompt")
+    return await _deliver(request, questions, asked, Text(with_logprobs=asked.logprobs is not None))
+
+
+async def _deliver(request: Request, questions: Sequence[Question], asked: Delivered, shape: Shape) -> Response:
+    """Open every choice of every question, and answer in the form that was asked for."""
+    desk, entry = desk_of(request), entry_of(request)
+    terms = Terms(entry, desk.shift, asked.n or 1, desk.remember)
+    openable, deadline_s = entry.visitor.agents, desk.limits.deadline_s
+    every = [
+        replace(choice, openable=openable, deadline_s=deadline_s)
+        for question in questions
+        for choice in choices(question, terms.per_prompt)
+    ]
+    opened = await while_there(request.receive, open_answers(desk.house.replies, every, terms))
+    head = Head(shape.prefix + opened.first.receipt, opened.first.agent, desk.fingerprint())
+    if asked.stream:
+        with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        return EventStream(chunks(opened, shape, head, entry, with_usage), opened, entry, reply_headers(opened))
+    return await _whole(request, opened, head, shape)
+
+
+async def _whole(request: Request, opened: Answers, head: Head, shape: Shape) -> Response:
+    try:
+        replies = await while_there(request.receive, opened.whole())
+    finally:
+        await opened.close()
+    said = [shape.whole(place, reply) for place, reply in enumerate(replies)]
+    usage = entry_of(request).usage.as_json()
+    return JsonResponse(head.of(shape.whole_kind, said, usage=usage), headers=dict(reply_headers(opened)))

@@ -1,0 +1,49 @@
+"""POST /v1/embeddings: vectors by the base, or by an encoder that is on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import struct
+from collections.abc import Sequence
+
+from fastapi import APIRouter, Request
+
+from sartor.agents.serve.app import JsonResponse, Route
+from sartor.agents.serve.asked import VectorRequest
+from sartor.agents.serve.desk import desk_of, entry_of
+from sartor.agents.serve.running import while_there
+from sartor.agents.serve.said import VectorAnswer
+from sartor.agents.serve.turns import texts_of
+from sartor.core.errors import KeyRefusedError, UnknownAgentError
+
+router = APIRouter(route_class=Route)
+# A directory is an encoder too, but none that a client may name
+ENCODERS = ("base", "minilm")
+
+
+@router.post("/v1/embeddings", responses={200: {"model": VectorAnswer}})
+async def embeddings(asked: VectorRequest, request: Request) -> JsonResponse:
+    """One vector of unit length per text."""
+    desk = desk_of(request)
+    if asked.model not in ENCODERS:
+        raise UnknownAgentError(f"nothing that embeds has the name {asked.model[:80]!a}", '"model": "base", or "minilm"')
+    if not entry_of(request).visitor.opens(asked.model):
+        raise KeyRefusedError(f"this key does not open {asked.model!r}", f"sartor agents key {asked.model} makes one that does")
+    texts = texts_of(asked.input)
+    at = asyncio.get_running_loop().time() + desk.limits.deadline_s - entry_of(request).elapsed_s
+    work = desk.shift.within(desk.house.crew.embed(texts, asked.model), at)
+    vectors = await while_there(request.receive, work)
+    entry_of(request).agent = asked.model
+    as_text = asked.encoding_format == "base64"
+    data = [
+        {"object": "embedding", "index": place, "embedding": _packed(vector) if as_text else vector}
+        for place, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": 0, "total_tokens": 0}
+    return JsonResponse({"object": "list", "model": asked.model, "data": data, "usage": usage})
+
+
+def _packed(vector: Sequence[float]) -> str:
+    """Little-endian 32 bit floats in base64, as OpenAI's clients unpack them."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,0 +1,238 @@
+"""What is answered, as the OpenAPI shows it. The routes build plain mappings; tests hold them to these classes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Finish = Literal["stop", "length", "tool_calls"]
+
+
+class Said(BaseModel):
+    """An answer or a part of one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorBody(Said):
+    """What is wrong. `kind` is a heading of docs/errors.md, `remedy` the next thing to do."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    kind: str
+    remedy: str
+
+
+class ErrorAnswer(Said):
+    """OpenAI's error object."""
+
+    error: ErrorBody
+
+
+class Cached(Said):
+    """Of the prompt's tokens."""
+
+    cached_tokens: int
+
+
+class UsageBody(Said):
+    """Tokens of all choices together; the prompt's are counted once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: Cached
+
+
+class CalledBody(Said):
+    """Which function; `arguments` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+class CallBody(Said):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledBody
+
+
+class MessageBody(Said):
+    """What the agent says. `tool_calls` is there when it calls tools."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: list[CallBody] | None = None
+
+
+class Token(Said):
+    """A token, the natural log of its probability, its bytes."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenChoice(Token):
+    """A token and what else might have stood there."""
+
+    top_logprobs: list[Token]
+
+
+class ChatLogprobs(Said):
+    """Of each token of the reply."""
+
+    content: list[TokenChoice]
+    refusal: None
+
+
+class ChatChoice(Said):
+    """One reply."""
+
+    index: int
+    message: MessageBody
+    logprobs: ChatLogprobs | None
+    finish_reason: Finish
+
+
+class ChatAnswer(Said):
+    """Answer of POST /v1/chat/completions. `id` holds the receipt of the first choice; `model` is the exact version."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: UsageBody
+
+
+class TextLogprobs(Said):
+    """Of each token of the text."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(Said):
+    """One text."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Finish
+
+
+class TextAnswer(Said):
+    """Answer of POST /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: UsageBody
+
+
+class Vector(Said):
+    """The vector of one text, of unit length: numbers, or base64 of little-endian 32 bit floats."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class VectorUsage(Said):
+    """Texts are not counted in tokens here; the keys are there for OpenAI's clients."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class VectorAnswer(Said):
+    """Answer of POST /v1/embeddings."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Vector]
+    usage: VectorUsage
+
+
+class ModelBody(Said):
+    """A name that may be asked for. root: the exact version behind it; parent: the base of an agent, as vLLM has it."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelsAnswer(Said):
+    """Answer of GET /v1/models."""
+
+    object: Literal["list"]
+    data: list[ModelBody]
+
+
+class WorkerHealth(Said):
+    """A worker process."""
+
+    state: str
+    memory_bytes: int
+    restarts: int
+
+
+class AgentHealth(Said):
+    """An agent's exact version: its breaker and what opened it last, requests that wait and that are answered."""
+
+    breaker: str
+    why: str
+    queued: int
+    live: int
+
+
+class HealthAnswer(Said):
+    """Answer of GET /health. Of agents it tells what the sent key opens.
+
+    agents: those of whom something is known, by exact version. troubles: what cannot be served as it should, and why.
+    """
+
+    status: Literal["ok", "degraded", "unavailable"]
+    workers: list[WorkerHealth]
+    agents: dict[str, AgentHealth]
+    troubles: dict[str, str]
+
+
+class FeedbackAnswer(Said):
+    """Answer of POST /v1/feedback. `learnable`: the prompt was still known, so that a correction can be learnt from."""
+
+    receipt: str
+    agent: str
+    learnable: bool
+
+
+class AgentBody(Said):
+    """An agent as the registry has it; `state` holds its trial, fall-backs and notes."""
+
+    name: str
+    live: str
+    versions: list[str]
+    state: dict[str, Any]
+
+
+class AgentsAnswer(Said):
+    """Answer of GET /v1/agents."""
+
+    agents: list[AgentBody]

@@ -1,0 +1,125 @@
+"""What HTTP needs of the house: who answers, who may come in, which agents there are, where receipts lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sartor.agents.asking import Answer, Listed, Request
+from sartor.agents.keys import Opened
+from sartor.models.engine.contract import About
+
+NOBODY = Opened("", frozenset(), is_admin=False)
+ANYBODY = Opened("", None, is_admin=False)
+
+
+class Replies(Protocol):
+    """Who answers: `dispatch`."""
+
+    async def open(self, request: Request) -> Answer:
+        """Begin a reply; returns when its first event is there."""
+        ...
+
+
+class Vectors(Protocol):
+    """Who embeds, and who computes: of `Crew`, what this front uses itself."""
+
+    @property
+    def about(self) -> About:
+        """The engine that every worker holds."""
+        ...
+
+    async def embed(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
+        """Vectors of unit length."""
+        ...
+
+    def health(self) -> Mapping[str, Any]:
+        """Workers and agents, as /health and /metrics tell them."""
+        ...
+
+
+class Doors(Protocol):
+    """The keys, of agents and of the admin. Asked in a thread: they are read from a database."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no key is set, so that who reaches the server may ask (and it binds to loopback only)."""
+        ...
+
+    @property
+    def has_admin(self) -> bool:
+        """Whether an admin key is set; without one the admin's routes are off."""
+        ...
+
+    def admit(self, secret: str) -> Opened:
+        """Who holds this key. Raises KeyRefusedError."""
+        ...
+
+
+class Rates(Protocol):
+    """What each key has used of its rates."""
+
+    def begin(self, key: str) -> None:
+        """Count a request. Raises BusyError when the rate of requests or tokens is used up."""
+        ...
+
+    def count(self, key: str, tokens: int) -> None:
+        """Count what a reply took."""
+        ...
+
+
+class Roster(Protocol):
+    """The agents: what may be asked for, and what the admin changes. The changes return what is live afterwards."""
+
+    async def listed(self) -> Sequence[Listed]:
+        """Every agent."""
+        ...
+
+    async def promote(self, name: str, release: str, version: str, expected: str | None) -> Mapping[str, Any]:
+        """Make a Release (a directory) or a registered version live, if `expected` is live now (None: whatever is).
+
+        Raises ConflictError, AdmissionError, UnknownAgentError.
+        """
+        ...
+
+    async def rollback(self, name: str, expected: str | None) -> Mapping[str, Any]:
+        """Make the version live that was before. Raises ConflictError, UnknownAgentError."""
+        ...
+
+    async def drain(self, name: str) -> Mapping[str, Any]:
+        """Take an agent out of service: what runs ends, what comes is refused."""
+        ...
+
+    async def release(self, name: str) -> Mapping[str, Any]:
+        """Bring an agent back from quarantine or drain."""
+        ...
+
+    async def hear(self, agent: str, rating: float) -> None:
+        """Tell the monitors how a person found a reply of that exact version: -1 bad .. 1 good."""
+        ...
+
+
+class Receipts(Protocol):
+    """The receipts that `dispatch` wrote."""
+
+    async def find(self, receipt: str) -> Mapping[str, Any] | None:
+        """The signed document of that id, or None. It holds `agent`, the exact version."""
+        ...
+
+
+@dataclass(frozen=True)
+class House:
+    """Everything behind the server.
+
+    troubles: what cannot be served as it should, by agent or version, and why. receipts_lost: how many could not be written.
+    """
+
+    replies: Replies
+    crew: Vectors
+    doors: Doors
+    rates: Rates
+    roster: Roster
+    receipts: Receipts
+    troubles: Callable[[], Mapping[str, str]] = dict
+    receipts_lost: Callable[[], int] = int

@@ -1,0 +1,138 @@
+"""A question as OpenAI's clients write it -> a Request for an agent."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sartor.agents.asking import Request
+from sartor.agents.serve.asked import ChatRequest, Chosen, Content, NamedTool, ObjectFormat, SchemaFormat, TextRequest, Turn
+from sartor.agents.serve.faults import FieldError
+from sartor.agents.team import Limits
+from sartor.models.engine.schemas import JSON_OBJECT, read_schema
+from sartor.models.engine.tools import read_choice, read_tools
+
+SEED_BITS = 31
+_SAMPLED = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
+
+
+def chat_request(asked: ChatRequest, limits: Limits) -> Request:
+    """The Request of a chat. Raises RequestError for what only holds together wrongly."""
+    if len(asked.messages) > limits.messages:
+        raise FieldError(
+            f"messages holds {len(asked.messages)} turns; the limit is {limits.messages}",
+            "leave out the oldest, or raise limits.messages in TEAM.yaml",
+            "messages",
+        )
+    _check_stream(asked.stream, asked.stream_options)
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise FieldError("top_logprobs is set and logprobs is not", '"logprobs": true', "top_logprobs")
+    if asked.max_tokens is not None and asked.max_completion_tokens not in (None, asked.max_tokens):
+        raise FieldError(
+            f"max_tokens is {asked.max_tokens} and max_completion_tokens {asked.max_completion_tokens}",
+            "send one of the two",
+            "max_tokens",
+        )
+    declared = read_tools([tool.model_dump(exclude_none=True) for tool in asked.tools or ()])
+    choice = asked.tool_choice.model_dump() if isinstance(asked.tool_choice, NamedTool) else asked.tool_choice
+    tools, must_call = read_choice(choice, declared)
+    for tool in tools:
+        _check_references(tool["function"].get("parameters"), f"the parameters of the tool {tool['function']['name']!r}")
+    return Request(
+        model=asked.model,
+        messages=tuple(_message(turn) for turn in asked.messages),
+        sampling=_sampling(asked, asked.max_completion_tokens or asked.max_tokens, limits),
+        schema=_schema(asked),
+        tools=tools,
+        must_call=must_call,
+        top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else -1,
+    )
+
+
+def text_requests(asked: TextRequest, limits: Limits) -> list[Request]:
+    """One Request per prompt. Raises RequestError for what only holds together wrongly."""
+    _check_stream(asked.stream, asked.stream_options)
+    sampling = _sampling(asked, asked.max_tokens, limits)
+    top = -1 if asked.logprobs is None else asked.logprobs
+    prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+    return [Request(asked.model, text=prompt, sampling=sampling, top_logprobs=top) for prompt in prompts]
+
+
+def choices(request: Request, count: int) -> list[Request]:
+    """The same question `count` times, each with a seed of its own that follows from the first."""
+    seed = request.sampling["seed"]
+    seeds = [(seed + place + 2**63) % 2**64 - 2**63 for place in range(count)]
+    return [replace(request, sampling={**request.sampling, "seed": seed}) for seed in seeds]
+
+
+def _check_stream(stream: bool | None, options: object) -> None:
+    if options is not None and not stream:
+        raise FieldError("stream_options is set and stream is not", '"stream": true', "stream_options")
+
+
+def _sampling(asked: Chosen, most: int | None, limits: Limits) -> Mapping[str, Any]:
+    """The options that were given. A seed is drawn where none is, so that a reply that is sampled can be made again."""
+    if most is not None and most > limits.reply_tokens:
+        raise FieldError(
+            f"max_tokens is {most}; the limit is {limits.reply_tokens}",
+            f'"max_tokens": {limits.reply_tokens}, or raise limits.reply_tokens in TEAM.yaml',
+            "max_tokens",
+        )
+    said = {name: value for name in _SAMPLED if (value := getattr(asked, name)) is not None}
+    if most is not None:
+        said["max_tokens"] = most
+    if asked.stop is not None:
+        said["stop"] = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
+    return {**said, "seed": secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed}
+
+
+def _schema(asked: ChatRequest) -> str:
+    if isinstance(asked.response_format, ObjectFormat):
+        return JSON_OBJECT
+    if not isinstance(asked.response_format, SchemaFormat):
+        return ""
+    schema = asked.response_format.json_schema.schema_
+    _check_references(schema, "response_format.json_schema.schema")
+    text = json.dumps(schema)
+    read_schema(text)
+    return text
+
+
+def _check_references(schema: Any, what: str) -> None:
+    """A schema refers to its own parts only: nobody fetches another."""
+    for key, value in _references(schema):
+        if not value.startswith("#"):
+            raise FieldError(f"{what} refers to {value[:80]!a} by {key}; nothing is fetched", 'put it under "$defs"', "schema")
+
+
+def _references(schema: Any) -> Iterator[tuple[str, str]]:
+    waiting = [schema]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            yield from ((key, item[key]) for key in ("$ref", "$dynamicRef", "$recursiveRef") if isinstance(item.get(key), str))
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    """A turn in OpenAI's form, its text in one piece: what replies always have empty is left out."""
+    said = turn.model_dump(include={"role", "content", "name", "tool_calls", "tool_call_id"}, exclude_none=True)
+    if said["role"] == "developer":
+        said["role"] = "system"
+    for call in said.get("tool_calls", ()):
+        call.pop("index", None)
+    return {**said, "content": _text(turn.content)} if turn.content is not None else said
+
+
+def _text(content: Content) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def texts_of(asked: str | Sequence[str]) -> list[str]:
+    """One or several texts as a list."""
+    return [asked] if isinstance(asked, str) else list(asked)

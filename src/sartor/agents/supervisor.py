@@ -1,0 +1,182 @@
+"""The crew: supervised workers, so that no call, no agent and no worker that dies takes another one with it.
+
+    reply -> standing.py (is the agent in service?) -> bulkhead.py (is there room, whose turn is it?) -> calls.py -> a worker
+    places.py keeps the workers alive, shelf.py brings the adapters to them, child.py is one of them as seen from here
+
+Everything runs in one event loop; all times are of the monotonic clock, so a jump of the wall clock changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sartor.agents.bulkhead import Bulkhead
+from sartor.agents.calls import Calls
+from sartor.agents.child import Child, GoneError, cores
+from sartor.agents.live import Events
+from sartor.agents.places import Hooks, Places
+from sartor.agents.probation import Probation
+from sartor.agents.shelf import Shelf
+from sartor.agents.standing import Standing
+from sartor.agents.team import Remote, Team
+from sartor.core import config
+from sartor.core.errors import DeadlineError, UnavailableError
+from sartor.models.engine.contract import BASE, About, Call, Event
+
+EMBEDDINGS = "embeddings"  # the bulkhead that all embeddings share
+WORKER = (sys.executable, "-m", "sartor.agents.worker")
+_EMBED_TEXTS = 16  # asked at once: between two, the engine takes a step
+
+
+class Supervisor:
+    """A `Crew` (asking.py). `command`: what starts a worker; the number of its socket is added."""
+
+    def __init__(self, team: Team, command: Sequence[str] = WORKER) -> None:
+        self._team = team
+        self._command = tuple(command)
+        self._bulkhead = Bulkhead(team.limits.per_agent)
+        self._standing = Standing(team.breaker)
+        self._calls = Calls(self._bulkhead, self._standing, team.workers)
+        hooks = Hooks(lambda child: self._shelf.equip(child), self._calls.poke, self._calls.lost, self._beat)
+        self._places = Places(team.workers, lambda: Child(self._command, self.opening(), self._calls.heard), hooks)
+        self._shelf = Shelf(self._places.ready, self._places.to_try)
+        self._calls.use(self._places, self._shelf)
+        self._probation = Probation(self._command, self.opening(), team.workers.start_s)
+        self._about: About | None = None
+        self._is_closing = False
+
+    async def start(self) -> About:
+        """Start the workers, and wait for the first. Raises what it told (no such base, no such package), UnavailableError."""
+        try:
+            self._about = await self._places.start()
+        except BaseException:
+            await self._places.close()
+            raise
+        return self._about
+
+    async def close(self, drain_s: float = 0.0) -> None:
+        """Take no more calls, let those that live end for so long, and end all workers."""
+        self._is_closing = True
+        waiters = [asyncio.ensure_future(live.over.wait()) for live in self._calls.lives]
+        if waiters:
+            _, late = await asyncio.wait(waiters, timeout=drain_s)
+            for waiter in late:
+                waiter.cancel()
+        for live in list(self._calls.lives):
+            self._calls.fail(live, _closing())
+        await self._places.close()
+
+    @property
+    def about(self) -> About:
+        """See Crew; known once `start` has returned."""
+        if self._about is None:
+            raise UnavailableError("no worker has been started", "await start()")
+        return self._about
+
+    async def attach(self, adapter: str, path: Path) -> None:
+        """See Crew."""
+        self._refuse_when_closing()
+        await self._shelf.attach(adapter, path)
+        self._calls.poke()
+
+    async def detach(self, adapter: str) -> None:
+        """See Crew. Returns when its live calls have ended and it is forgotten, or at once when it was attached again."""
+        since = self._shelf.attached.get(adapter, 0)
+        while lives := [live for live in self._calls.lives if live.call.adapter == adapter]:
+            await lives[0].over.wait()
+        await self._shelf.detach(adapter, since)
+
+    async def reply(self, call: Call, agent: str, deadline_s: float) -> AsyncIterator[Event]:
+        """See Crew. ModelError for a call that has killed a worker before."""
+        self._refuse_when_closing()
+        if call.adapter != BASE and call.adapter not in self._shelf.paths:
+            raise UnavailableError(f"the adapter of {agent} is not loaded", "promote the agent's release again")
+        live = self._calls.add(call, agent, deadline_s)
+        try:
+            await live.wait()
+        except asyncio.CancelledError:
+            self._calls.cancel(live)
+            raise
+        if (error := live.error()) is not None:
+            raise error
+        return Events(live, self._calls.cancel)
+
+    async def embed(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
+        """See Crew. Raises BusyError, DeadlineError, UnavailableError, and what the encoder tells."""
+        self._refuse_when_closing()
+        self._bulkhead.enter(EMBEDDINGS, 1)
+        began, deadline_s = time.monotonic(), self._team.limits.deadline_s
+        vectors: list[list[float]] = []
+        try:
+            async with asyncio.timeout(deadline_s):
+                for at in range(0, len(texts), _EMBED_TEXTS):
+                    vectors += await self._embed(list(texts[at : at + _EMBED_TEXTS]), encoder)
+        except TimeoutError:
+            raise DeadlineError(f"{len(texts)} texts took more than {deadline_s:g} s", "send fewer at once") from None
+        finally:
+            self._bulkhead.leave(EMBEDDINGS, time.monotonic() - began)
+        return vectors
+
+    async def probe(self, adapter: str, path: Path, calls: Sequence[Call]) -> list[tuple[Event, ...]]:
+        """What each call says when the adapter in `path` is attached as `adapter` to a worker of its own, for admission.
+
+        Raises what attaching tells (ModelError, BudgetError), ModelError when the worker dies or hangs, UnavailableError.
+        """
+        self._refuse_when_closing()
+        return await self._probation.events(adapter, path, calls, self._team.limits.deadline_s)
+
+    def blame(self, agent: str, why: str) -> None:
+        """See Crew."""
+        self._standing.blame(agent, why)
+
+    def release(self, agent: str) -> None:
+        """See Crew."""
+        self._standing.release(agent)
+
+    def health(self) -> Mapping[str, Any]:
+        """See Crew. `counts`: what has happened since the start; `ends`: why workers ended."""
+        agents = sorted({*self._standing.agents, *self._bulkhead.inside} - {EMBEDDINGS})
+        return {
+            "workers": self._places.health(),
+            "agents": {agent: {**self._standing.health(agent), **self._bulkhead.health(agent)} for agent in agents},
+            "adapters": len(self._shelf.paths),
+            "counts": dict(self._calls.counts),
+            "ends": dict(self._places.ends),
+        }
+
+    def opening(self) -> dict[str, Any]:
+        """The frame that opens a worker's engine."""
+        rules, engine = self._team.workers, self._team.engine
+        if not isinstance(engine, Remote) and engine.threads == 0:
+            engine = replace(engine, threads=max(1, cores() // rules.count))
+        return {"engine": config.dump(engine), "base": self._team.base, "memory_bytes": rules.memory_bytes}
+
+    def _beat(self) -> None:
+        self._calls.cut_slow_clients(self._team.limits.slow_client_s)
+
+    def _refuse_when_closing(self) -> None:
+        if self._is_closing:
+            raise _closing()
+
+    async def _embed(self, texts: list[str], encoder: str) -> list[list[float]]:
+        """By a worker that answers; once more by another one when it dies."""
+        for _ in range(2):
+            await self._places.some_ready()
+            children = self._places.answering() or self._places.ready()
+            try:
+                told = await min(children, key=lambda child: len(child.calls)).ask("embed", texts=texts, encoder=encoder)
+            except GoneError:
+                continue
+            vectors: list[list[float]] = told["vectors"]
+            return vectors
+        raise UnavailableError("two workers died while they embedded these texts", "send other texts, or fewer")
+
+
+def _closing() -> UnavailableError:
+    return UnavailableError("the server is shutting down", "ask again when it is up")

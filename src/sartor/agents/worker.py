@@ -1,0 +1,201 @@
+"""A worker: one process that holds an engine, and the loop that drives it. `python -m sartor.agents.worker FD`.
+
+It trusts its parent and nobody else can reach it, but what calls hold comes from clients: a malformed line, a call that the
+engine refuses, an adapter that does not load are answers. What is left, an engine whose step fails, ends the process: the
+parent makes the calls again in another one, which knows nothing of whatever went wrong here. See channel.py for the wire.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sartor.agents import bounds
+from sartor.agents.channel import BEAT_S, Channel, Malformed, error_as_json
+from sartor.core.encoders import Encoder, open_encoder
+from sartor.core.errors import ConfigError, ModelError, SartorError
+from sartor.core.verb import load
+from sartor.models.engine.contract import Call, Engine, Failed, event_as_json
+
+BASE_ENCODER = "base"
+_ENGINES = {
+    "local": "sartor.models.engine.local",
+    "llamacpp": "sartor.models.engine.llamacpp",
+    "openai": "sartor.models.engine.remote",
+}
+# The parent recycles a worker above its limit in time; this stops one allocation that would go far beyond it at once.
+_DATA_FACTOR = 2
+Opener = Callable[[Mapping[str, Any]], Engine]
+
+
+def open_engine(said: Mapping[str, Any]) -> Engine:
+    """The engine that an `open` frame asks for: `open_engine(base, **options)` of its module."""
+    options = dict(said["engine"])
+    kind = options.pop("kind")
+    if kind not in _ENGINES:
+        raise ConfigError(f"there is no engine {kind!r}", f"engine: {{kind: {' | '.join(_ENGINES)}}}")
+    engine: Engine = load(_ENGINES[kind]).open_engine(said["base"], **options)
+    return engine
+
+
+def run(engine: Engine, channel: Channel) -> None:
+    """Drive an open engine until the parent closes."""
+    loop = _Loop(engine, channel)
+    try:
+        while loop.turn():
+            pass
+    finally:
+        channel.finish()
+        engine.close()
+
+
+class _Loop:
+    """One turn: hear everything, answer one question, let the engine take one step, say that one lives."""
+
+    def __init__(self, engine: Engine, channel: Channel) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._asks: deque[Mapping[str, Any]] = deque()
+        self._encoders: dict[str, Encoder] = {}
+        self._closing = False
+        self._beat_at = 0.0
+
+    def turn(self) -> bool:
+        """Whether there is to be another turn."""
+        self._channel.flush()
+        if not self._channel.has_room:
+            self._channel.wait(BEAT_S)
+        elif not (self._engine.busy or self._asks):
+            self._channel.wait()
+        for said in self._channel.received():
+            self._hear(said)
+        if self._asks:
+            self._answer(self._asks.popleft())
+        if self._engine.busy and self._channel.has_room:
+            self._step()
+        self._beat()
+        return not (self._closing or self._channel.closed)
+
+    def _step(self) -> None:
+        for event in self._engine.step():
+            self._channel.send(event_as_json(event))
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now >= self._beat_at and self._channel.has_room:
+            self._beat_at = now + BEAT_S
+            self._channel.send({"op": "alive", "memory_bytes": bounds.resident_bytes()})
+
+    def _hear(self, said: Mapping[str, Any] | Malformed) -> None:
+        if isinstance(said, Malformed):
+            self._channel.send({"op": "malformed", "problem": said.problem})
+            return
+        op = said.get("op")
+        try:
+            if op == "call":
+                self._submit(said)
+            elif op == "cancel":
+                self._engine.cancel(str(said["call"]))
+            elif op == "close":
+                self._closing = True
+            elif op in ("attach", "detach", "embed", "ping") and isinstance(said["ask"], int):
+                self._asks.append(said)
+            else:
+                self._channel.send({"op": "malformed", "problem": f"there is no op {op!r}"})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self._channel.send({"op": "malformed", "problem": f"{op}: {type(error).__name__}: {error}"})
+
+    def _submit(self, said: Mapping[str, Any]) -> None:
+        name = str(said["call"]["id"])
+        try:
+            self._engine.submit(Call.from_json(said["call"]))
+        except SartorError as error:
+            failed = Failed(name, error.kind, error.problem, error.remedy)
+            self._channel.send(event_as_json(failed))
+        except Exception as error:  # one call's content, in code of the engine that nobody foresaw: others must not pay
+            problem = f"the engine could not take the call: {type(error).__name__}"
+            self._channel.send(event_as_json(Failed(name, "SartorError", problem, "report it with the request")))
+
+    def _answer(self, said: Mapping[str, Any]) -> None:
+        answer: dict[str, Any] = {"answer": said["ask"]}
+        try:
+            answer |= self._answered(said)
+        except SartorError as error:
+            answer["error"] = error_as_json(error)
+        except Exception as error:  # files that another program wrote, read by libraries with errors of their own
+            problem = f"{said['op']} failed: {type(error).__name__}: {error}"
+            answer["error"] = error_as_json(ModelError(problem, "check the files that it names"))
+        self._channel.send(answer)
+
+    def _answered(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        if said["op"] == "attach":
+            return {"bytes": self._engine.attach(str(said["adapter"]), Path(said["path"]))}
+        if said["op"] == "detach":
+            self._engine.detach(str(said["adapter"]))
+        elif said["op"] == "embed":
+            return {"vectors": self._vectors([str(text) for text in said["texts"]], str(said["encoder"]))}
+        return {}
+
+    def _vectors(self, texts: list[str], encoder: str) -> list[list[float]]:
+        if encoder == BASE_ENCODER:
+            return self._engine.embed(texts)
+        if encoder not in self._encoders:
+            self._encoders[encoder] = open_encoder(encoder)
+        vectors: list[list[float]] = self._encoders[encoder].encode(texts).tolist()
+        return vectors
+
+
+def serve(end: socket.socket, opener: Opener = open_engine) -> int:
+    """A worker's life: bounds, the `open` frame, the engine, the loop. Returns the exit status."""
+    bounds.end_with_parent()
+    bounds.die_first()
+    channel = Channel(end)
+    said = _opening(channel)
+    if said is None:
+        return 0
+    os.nice(int(said.get("nice") or 0))
+    try:
+        engine = opener(said)
+    except SartorError as error:
+        channel.send({"op": "failed", "error": error_as_json(error)})
+        channel.finish()
+        return error.exit_code
+    limit_bytes = int(said.get("memory_bytes") or 0)
+    if limit_bytes and engine.about.device in ("", "cpu"):
+        bounds.limit_data(_DATA_FACTOR * limit_bytes)
+    channel.send({"op": "ready", "about": asdict(engine.about), "memory_bytes": bounds.resident_bytes()})
+    run(engine, channel)
+    return 0
+
+
+def _opening(channel: Channel) -> Mapping[str, Any] | None:
+    """The first frame; None when the parent went away."""
+    while not channel.closed:
+        channel.wait()
+        for said in channel.received():
+            if not isinstance(said, Malformed) and said.get("op") == "open":
+                return said
+            channel.send({"op": "malformed", "problem": "the first frame is `open`"})
+        channel.flush()
+    return None
+
+
+def main(opener: Opener = open_engine) -> None:
+    """The process: the number of the inherited socket is its argument. What libraries print goes to stderr."""
+    os.dup2(2, 1)
+    with socket.socket(fileno=int(sys.argv[1])) as end:
+        status = serve(end, opener)
+    # What threads of libraries still do is of no use to anybody; all that was to be said is said.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""A base's blocks as serving computes them: prompts in chunks, newest tokens in blocks of rows, both with many adapters.
+
+The architecture is read by `models/forward.py` (a family is a line in its table); what differs here is the cache and that every
+row may have factors of its own. What makes a row's numbers independent of its neighbours:
+
+- a chunk of a prompt is computed by itself, and where chunks begin depends on that prompt alone;
+- newest tokens are computed in blocks of exactly BLOCK_ROWS rows, filled up with padding, so a matrix product has one shape
+  whatever the number of rows; it takes the sum over the inputs of each output of each row in the same order;
+- attention and LoRA are computed row by row.
+
+It holds in fp32 and in bf16, since it is a matter of order and not of precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from sartor.models.engine.factors import Factors, Site
+from sartor.models.engine.pages import PAGE_TOKENS
+from sartor.models.forward import Block, Fast
+from sartor.models.kernels.serving import Cache, Looks, Serving, Turns
+from sartor.models.linear import Projection, Unsupported
+
+BLOCK_ROWS = 16
+# Rotary embeddings whose angles depend on the length of the text cannot be tabled
+_MOVING_ROPE = {"dynamic", "longrope"}
+_FIRST_ANGLES = 1024
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+Adapt = Callable[[int, torch.Tensor, torch.Tensor], None]
+Mix = Callable[[int, Block, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What comes next in N rows: logits (N, V), and where each row's largest stands: -1 if any of it is not finite."""
+
+    logits: torch.Tensor
+    likeliest: list[int]
+
+    def row(self, place: int) -> Scores:
+        """Of one row."""
+        return Scores(self.logits[place : place + 1], self.likeliest[place : place + 1])
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens of one row: `ids` from position `first` on, in `pages`; slot: its adapter's. newest: the one token of a reply."""
+
+    ids: Sequence[int]
+    first: int
+    pages: Sequence[int]
+    slot: int
+    newest: bool = False
+
+
+class Angles:
+    """Rotary embeddings by position, as far as they were wanted until now. Raises Unsupported for those that move."""
+
+    def __init__(self, fast: Fast, config: Any, most: int) -> None:
+        said = config.rope_parameters or {}
+        if {said.get("rope_type"), *(part.get("rope_type") for part in said.values() if isinstance(part, dict))} & _MOVING_ROPE:
+            raise Unsupported("rotary embeddings that change with the length of the text")
+        self._fast, self._most = fast, most
+        self._made: dict[str, Turns] = {}
+
+    def turns(self, kind: str, end: int) -> Turns:
+        """Of a kind of layer, for at least the positions before `end`."""
+        made = self._made.get(kind)
+        if made is None or len(made.cos) < end:
+            reach = min(max(2 * end, _FIRST_ANGLES), max(self._most, end))
+            head = self._fast.head
+            like, places = head.new_empty(0, dtype=torch.float32), torch.arange(reach, device=head.device)[None]
+            cos, sin = self._fast.rope(like, places, *((kind,) if kind else ()))
+            made = self._made[kind] = Turns(cos[0].float().contiguous(), sin[0].float().contiguous())
+        return made
+
+
+class Blocks:
+    """The base in memory, its adapters and the cache. `cache_pages` pages of PAGE_TOKENS tokens.
+
+    chunk_tokens: of a prompt that are read at once, and where chunks begin. keeps_replies: what decoding leaves in the cache has
+    the bits of a prompt's, so that a reply may be found again in a later prompt.
+    """
+
+    chunk_tokens = PAGE_TOKENS
+    keeps_replies = False
+
+    def __init__(self, fast: Fast, cache_pages: int, angles: Angles, names: Mapping[int, str]) -> None:
+        self._fast, self._angles = fast, angles
+        self.device, self.dtype = fast.head.device, fast.head.dtype
+        self._serving = Serving()
+        projections = [
+            part
+            for block in self._fast.blocks
+            for part in (block.attention_in, block.attention_out, block.mlp_in, block.mlp_out)
+        ]
+        self.factors = Factors(sites_of(projections, names), self.dtype, self.device)
+        self._linears = [linear(part) for part in projections]
+        self._head = packed(self._fast.head, None)
+        self.vocabulary = len(self._fast.head)
+        self._caches = [self._cache(block, cache_pages) for block in self._fast.blocks]
+
+    def _cache(self, block: Block, pages: int) -> Cache:
+        shape = (pages, block.shape.groups, PAGE_TOKENS, block.width)
+        # not zeroed: memory that no row has written to yet is then not taken, and none reads what it did not write
+        return Cache(*(torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
+
+    @torch.inference_mode()
+    def advance(self, runs: Sequence[Run], wanted: Sequence[int]) -> Scores:
+        """Take each run through all layers; what comes after the last token of each run in `wanted`, in its order."""
+        found: dict[int, Scores] = {}
+        for place, run in enumerate(runs):
+            if not run.newest:
+                x = self._read(run)
+                found |= {place: self._scores(x[-1:])} if place in wanted else {}
+        newest = [place for place, run in enumerate(runs) if run.newest]
+        for start in range(0, len(newest), BLOCK_ROWS):
+            block = newest[start : start + BLOCK_ROWS]
+            scores = self._scores(self._decoded([runs[place] for place in block]))
+            found |= {place: scores.row(row) for row, place in enumerate(block)}
+        if not wanted:
+            return Scores(torch.empty(0, self.vocabulary), [])
+        logits = torch.cat([found[place].logits for place in wanted])
+        return Scores(logits, [found[place].likeliest[0] for place in wanted])
+
+    @torch.inference_mode()
+    def hidden(self, run: Run) -> torch.Tensor:
+        """(T, D) hidden states of all tokens of a run, as the LM head reads them."""
+        return self._fast.norm.forward(self._read(run, all_rows=True))[0]
+
+    def _scores(self, x: torch.Tensor) -> Scores:
+        """Of (N, D) hidden states, at most BLOCK_ROWS."""
+        logits = self._head(_filled(self._fast.norm.forward(x)[0]))[: len(x)]
+        logits = logits if self._fast.softcap is None else self._fast.softcap * torch.tanh(logits / self._fast.softcap)
+        values, places = logits.max(-1)
+        return Scores(logits, torch.where(torch.isfinite(values), places, -1).tolist())
+
+    def _read(self, run: Run, *, all_rows: bool = False) -> torch.Tensor:
+        """A chunk of one prompt: (1, D), or (T, D) of all its tokens."""
+        ids, first, pages, slot = run.ids, run.first, run.pages, run.slot
+        x = self._fast.embed(torch.tensor(list(ids), device=self.device))
+        table = torch.tensor(list(pages[: (first + len(ids) - 1) // PAGE_TOKENS + 1]), device=self.device)
+
+        def mix(place: int, block: Block, qkv: torch.Tensor) -> torch.Tensor:
+            turns = self._angles.turns(block.rope_kind, first + len(ids))
+            return self._serving.attend_row(qkv, self._caches[place], table, first, block.shape, turns)
+
+        def adapt(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
+            self._adapt_chunk(site, y, x, slot)
+
+        for place in range(len(self._fast.blocks)):
+            last = place == len(self._fast.blocks) - 1 and not all_rows
+            x = self._block(place, x, mix, adapt if slot >= 0 else _leave, only_last=last)
+        return x
+
+    def _decoded(self, runs: Sequence[Run]) -> torch.Tensor:
+        """(N, D) for the newest tokens of N rows, at most BLOCK_ROWS."""
+        ids, positions = [run.ids[0] for run in runs], [run.first for run in runs]
+        pages, slots = [run.pages for run in runs], [run.slot for run in runs]
+        spare = BLOCK_ROWS - len(ids)
+        most = max(len(row) for row in pages)
+        table = torch.tensor([[*row, *[0] * (most - len(row))] for row in pages] + [[0] * most] * spare, device=self.device)
+        looks = Looks(table, torch.tensor([*positions, *[-1] * spare], device=self.device))
+        own = torch.tensor([*slots, *[-1] * spare], device=self.device)
+        x = self._fast.embed(torch.tensor([*ids, *[0] * spare], device=self.device))
+
+        def mix(place: int, block: Block, qkv: torch.Tensor) -> torch.Tensor:
+            turns = self._angles.turns(block.rope_kind, max(positions) + 1)
+            return self._serving.attend(qkv, self._caches[place], looks, block.shape, turns)
+
+        def adapt(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
+            self._serving.adapt(y, x, self.factors.stacks[site], own)
+
+        for place in range(len(self._fast.blocks)):
+            x = self._block(place, x, mix, adapt if max(slots) >= 0 else _leave)
+        return x[: len(ids)]
+
+    def _block(self, place: int, x: torch.Tensor, mix: Mix, adapt: Adapt, *, only_last: bool = False) -> torch.Tensor:
+        """One layer. only_last: nothing reads the other rows of its result."""
+        block, site = self._fast.blocks[place], 4 * place
+        qkv = self._product(site, block.norm.forward(x)[0], adapt)
+        if block.head_norms is not None:
+            qkv = block.head_norms.forward(qkv)
+        mixed = mix(place, block, qkv)
+        if only_last:
+            mixed, x = mixed[-1:], x[-1:]
+        x = x + self._after(block, 0, self._product(site + 1, mixed, adapt))
+        gate_up = self._product(site + 2, block.mlp_norm.forward(x)[0], adapt)
+        return x + self._after(block, 1, self._product(site + 3, block.kernels.glu(gate_up, block.activation), adapt))
+
+    def _product(self, site: int, x: torch.Tensor, adapt: Adapt) -> torch.Tensor:
+        y = self._linears[site](x)
+        adapt(site, y, x)
+        return y
+
+    @staticmethod
+    def _after(block: Block, place: int, y: torch.Tensor) -> torch.Tensor:
+        return block.after[place].forward(y)[0] if block.after else y
+
+    def _adapt_chunk(self, site: int, y: torch.Tensor, x: torch.Tensor, slot: int) -> None:
+        """y (T, O) += scale x A^T B^T of one adapter."""
+        stack = self.factors.stacks[site]
+        low = x @ stack.a[slot].T
+        for place, rank in enumerate(stack.ranks):
+            scale = float(stack.scales[slot, place])
+            if rank and scale:
+                b = stack.b[slot, stack.module_b(place)].view(rank, -1)
+                y[:, stack.low[place] : stack.high[place]].addmm_(low[:, stack.module_a(place)], b, alpha=scale)
+
+
+def _leave(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
+    """No row has an adapter."""
+
+
+def _filled(x: torch.Tensor) -> torch.Tensor:
+    """x (N, D) with rows of zeros up to BLOCK_ROWS."""
+    return torch.cat([x, x.new_zeros(BLOCK_ROWS - len(x), x.shape[1])])
+
+
+def sites_of(projections: Sequence[Projection], names: Mapping[int, str]) -> list[Site]:
+    """Where factors may stand. names: of the base's modules by id."""
+    return [_site(part, names) for part in projections]
+
+
+def _site(part: Projection, names: Mapping[int, str]) -> Site:
+    lows, low = [], 0
+    for module in part.modules:
+        lows.append(low)
+        low += module.out_features
+    highs = (*lows[1:], low)
+    return Site(part.modules[0].in_features, tuple(names[id(m)] for m in part.modules), tuple(lows), highs)
+
+
+def linear(part: Projection) -> Linear:
+    """x (N, D) -> x W^T + bias. A dense W on a CPU is laid out anew for its products, and the module's own is let go."""
+    if part.is_quantised:
+        return lambda x: F.linear(x, part.weight(), part.bias)
+    weight = part.weight()
+    if weight.device.type == "cpu":
+        part.release()
+    return packed(weight, part.bias)
+
+
+def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """x (N, D) -> x W^T + bias, W in oneDNN's own order where it has one: plain weights would be reordered at every call."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or weight.dtype == torch.float64:
+        return lambda x: F.linear(x, weight, bias)
+    try:
+        ordered = torch.ops.mkldnn._reorder_linear_weight(weight, BLOCK_ROWS)
+    except RuntimeError:  # bf16 on a processor without AVX-512
+        return lambda x: F.linear(x, weight, bias)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")

@@ -1,0 +1,187 @@
+"""The LoRA factors of every attached adapter, stacked per fused projection, so that one batch may hold any of them.
+
+A slot is an adapter's place in every stack. Ranks may differ: a stack has room for the largest, and a smaller one's rest is
+zero. Stacks grow by doubling; a slot that was freed is used again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sartor.core.errors import ModelError
+from sartor.models.adapters import CONFIG, read_weights
+from sartor.models.kernels.serving import Stack
+
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
+_REMEDY = "serve it merged (`sartor export --to merged`), or tune it again with method.kind: lora"
+# options of peft's LoraConfig that change what is computed beyond scale B A, and what they are when they do not
+_PLAIN: dict[str, Any] = {
+    "use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "layer_replication": None,
+    "alora_invocation_tokens": None, "trainable_token_indices": None, "target_parameters": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Site:
+    """A fused projection: its input's width, and its modules with their outputs [low, high)."""
+
+    width: int
+    modules: tuple[str, ...]
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One module's factors: a (R, D), b (O, R), and the scale of their product."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+class Factors:
+    """Stacks for every site, and who has which slot."""
+
+    def __init__(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> None:
+        self.sites, self._dtype, self._device = sites, dtype, device
+        self._slots: dict[str, int] = {}
+        self.stacks = [self._empty(site, (0,) * len(site.modules), 0) for site in sites]
+
+    def __contains__(self, adapter: str) -> bool:
+        return adapter in self._slots
+
+    def slot(self, adapter: str) -> int:
+        """Where an adapter stands; -1 for the base."""
+        return self._slots[adapter] if adapter else -1
+
+    def bytes_of(self, adapter: str) -> int:
+        """What an adapter takes: room for the largest rank, whatever its own is."""
+        tensors = (part for stack in self.stacks for part in (stack.a, stack.b, stack.scales))
+        return sum(part[0].nbytes for part in tensors) if adapter else 0
+
+    def put(self, adapter: str, path: Path) -> int:
+        """Load the PEFT directory `path` under a name; returns its bytes. Raises ModelError when it does not fit."""
+        pairs = read_pairs(path, {module: self._shape(site, place) for site, place, module in self._modules()})
+        taken = set(self._slots.values())
+        slot = next(number for number in range(len(taken) + 1) if number not in taken)
+        for number, site in enumerate(self.sites):
+            self._make_room(number, site, [len(pairs[m].a) if m in pairs else 0 for m in site.modules], slot)
+            self._write(self.stacks[number], site, pairs, slot)
+        self._slots[adapter] = slot
+        return self.bytes_of(adapter)
+
+    def drop(self, adapter: str) -> None:
+        """Free an adapter's slot."""
+        slot = self._slots.pop(adapter)
+        for stack in self.stacks:
+            stack.scales[slot] = 0
+
+    def _modules(self) -> Sequence[tuple[Site, int, str]]:
+        return [(site, place, module) for site in self.sites for place, module in enumerate(site.modules)]
+
+    @staticmethod
+    def _shape(site: Site, place: int) -> tuple[int, int]:
+        return site.high[place] - site.low[place], site.width
+
+    def _empty(self, site: Site, ranks: tuple[int, ...], slots: int) -> Stack:
+        wide = sum(rank * (high - low) for rank, low, high in zip(ranks, site.low, site.high, strict=True))
+        made = {"dtype": self._dtype, "device": self._device}
+        compute = torch.promote_types(self._dtype, torch.float32)
+        scales = torch.zeros(slots, len(site.modules), dtype=compute, device=self._device)
+        a, b = torch.zeros(slots, sum(ranks), site.width, **made), torch.zeros(slots, wide, **made)
+        return Stack(ranks, site.low, site.high, a, b, scales)
+
+    def _make_room(self, number: int, site: Site, ranks: Sequence[int], slot: int) -> None:
+        """A larger stack if the slot or a rank does not fit, with what the old one holds."""
+        old = self.stacks[number]
+        wanted = tuple(max(have, need) for have, need in zip(old.ranks, ranks, strict=True))
+        slots = len(old.scales)
+        if wanted == old.ranks and slot < slots:
+            return
+        new = self._empty(site, wanted, slots if slot < slots else max(4, 2 * slots))
+        new.scales[:slots] = old.scales
+        for place, rank in enumerate(old.ranks):
+            span = site.high[place] - site.low[place]
+            start, b_start = new.module_a(place).start, new.module_b(place).start
+            new.a[:slots, start : start + rank] = old.a[:, old.module_a(place)]
+            new.b[:slots, b_start : b_start + rank * span] = old.b[:, old.module_b(place)]
+        self.stacks[number] = new
+
+    @staticmethod
+    def _write(stack: Stack, site: Site, pairs: Mapping[str, Pair], slot: int) -> None:
+        for place, module in enumerate(site.modules):
+            pair = pairs.get(module)
+            stack.scales[slot, place] = pair.scale if pair else 0.0
+            if pair is None:
+                continue
+            rank = len(pair.a)
+            a, b = stack.a[slot, stack.module_a(place)], stack.b[slot, stack.module_b(place)].view(stack.ranks[place], -1)
+            a[:rank], a[rank:] = pair.a.to(a.dtype), 0
+            b[:rank], b[rank:] = pair.b.T.to(b.dtype), 0
+
+
+def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Pair]:
+    """The factors in a PEFT directory by module. shapes: (outputs, inputs) of the modules that may have some.
+
+    Raises ModelError for what is not plain LoRA, for tensors without a place or a partner, and for shapes that do not fit.
+    """
+    weights = read_weights(path)
+    config = _plain_config(path)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in weights.items():
+        match = _KEY.match(key)
+        if match is None or match["module"] not in shapes:
+            raise ModelError(f"the adapter {path} holds {key!r}, which has no place in this base", _REMEDY)
+        found.setdefault(match["module"], {})[match["factor"]] = tensor
+    pairs = {module: _pair(path, config, module, factors, shapes[module]) for module, factors in found.items()}
+    if not pairs:
+        raise ModelError(f"the adapter {path} holds no factors", "tune it again")
+    return pairs
+
+
+def _plain_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        kind, alpha = config["peft_type"], float(config.get("lora_alpha", 0))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path / CONFIG} is no PEFT config: {error}", "tune it again") from None
+    if kind != "LORA" or not math.isfinite(alpha):
+        raise ModelError(f"the adapter {path} is {kind!r} with alpha {alpha}; the engine computes LoRA", _REMEDY)
+    for name, plain in _PLAIN.items():
+        if (said := config.get(name, plain)) not in (plain, None, [], {}):
+            raise ModelError(f"the adapter {path} has {name} {said!r}, which the engine does not compute", _REMEDY)
+    return dict(config)
+
+
+def _pair(
+    path: Path, config: Mapping[str, Any], module: str, factors: Mapping[str, torch.Tensor], shape: tuple[int, int]
+) -> Pair:
+    if set(factors) != {"A", "B"}:
+        raise ModelError(f"the adapter {path} has only factor {''.join(factors)} of {module}", "tune it again")
+    a, b = factors["A"], factors["B"]
+    rank = int(_pattern(config.get("rank_pattern"), module, config.get("r", 0)))
+    if a.shape != (rank, shape[1]) or b.shape != (shape[0], rank):
+        raise ModelError(
+            f"the adapter {path} has factors {tuple(a.shape)} and {tuple(b.shape)} on {module}; rank {rank} on a module of "
+            f"{shape[1]} inputs and {shape[0]} outputs needs {(rank, shape[1])} and {(shape[0], rank)}",
+            "use the base that it was tuned on",
+        )
+    alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank)))
+    return Pair(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+    """peft's rank_pattern and alpha_pattern: regular expressions over the end of a module's name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise

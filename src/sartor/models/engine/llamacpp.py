@@ -1,0 +1,234 @@
+"""llama.cpp behind the Engine Protocol: its own server inside of the worker (`inner.py`), a slot per reply.
+
+Prompts are rendered and tokenised here and travel as ids, so a base's own template holds and not the one in its GGUF file.
+What llama.cpp does otherwise than our engine, and what is made of it:
+
+- Adapters are read at start only. An attached one is loaded before the first call that needs it, when the running replies
+  have ended: calls behind that one wait, then the inner server starts anew.
+- A call that names no adapters is answered from what its slot last read, with whatever adapter, and an unknown id is
+  answered by the base. So every call names all of them, each with scale 0 but its own, and ids are only given out here.
+- Only slots with equal adapters share a batch, and a slot forgets its prompt when its adapter changes. So a call goes to a
+  slot that last had the same adapter, where one is free.
+- An adapter with values that are not finite spoils later replies of others: the conversion reads none of those.
+- A schema that its grammar cannot read is silently not obeyed: every schema is read here first, and every token checked.
+- Penalties count the prompt's tokens too.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from sartor.core import bases
+from sartor.core.errors import ModelError, RequestError, UnavailableError
+from sartor.models.base import source_gguf
+from sartor.models.engine.contract import BASE, About, Call, Event, Finish, Logprob
+from sartor.models.engine.inner import BaseFile, Bounds, Inner, check_tokens, embeddings, f16_file, open_base_file
+from sartor.models.engine.reading import Reader, open_reader
+from sartor.models.engine.streams import Reply, StreamEngine, events_of
+from sartor.models.engine.tools import reply_schema
+from sartor.models.gguf_out import write_adapter_gguf
+
+# Tokens of prompt and reply in one slot: the server takes memory for the whole of every slot when it starts
+MOST_CONTEXT = 4096
+# llama.cpp's own defaults would cut the distribution. Temperature goes before top_p, as in our engine.
+_PLAIN: dict[str, Any] = {
+    "stream": True, "return_tokens": True, "cache_prompt": True, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0,
+    "repeat_last_n": MOST_CONTEXT, "samplers": ["penalties", "temperature", "top_p"],
+}  # fmt: skip
+_ENDS: dict[str, Finish] = {"limit": "length", "eos": "stop", "word": "stop"}
+Convert = Callable[[Path, Path, Path], Path]
+
+
+class LlamaCppEngine(StreamEngine):
+    """See the module. convert: writes the adapter in a PEFT directory, of a base's directory, as a GGUF file."""
+
+    def __init__(
+        self, reader: Reader, base: BaseFile, bounds: Bounds, waiting: int, convert: Convert = write_adapter_gguf
+    ) -> None:
+        self._reader, self._base, self._bounds, self._convert = reader, base, bounds, convert
+        self._adapters: dict[str, Path] = {}
+        self._loaded: tuple[str, ...] = ()
+        self._slots = [BASE] * bounds.rows
+        self._inner: Inner | None = Inner(base.path, (), bounds)
+        check_tokens(self._inner, reader.chat)
+        self._folder = tempfile.TemporaryDirectory(prefix="sartor-gguf-")
+        super().__init__(bounds.rows, waiting)
+
+    @property
+    def about(self) -> About:
+        """What it serves. dtype: what most of the GGUF file's tensors are stored as."""
+        ref, context = self._reader.ref, self._reader.context_tokens
+        digest = self._reader.chat.template_digest
+        return About("llamacpp", ref.name, ref.digest, digest, context, self.rows, self._base.stored, "cpu")
+
+    def attach(self, adapter: str, path: Path) -> int:
+        """Make a GGUF file of an adapter; it is loaded when a call needs it. Returns the file's bytes."""
+        if adapter not in self._adapters:
+            file = self._convert(path, self._reader.ref.path, Path(self._folder.name) / f"{adapter}.gguf")
+            try:
+                self._base.check_adapter(file)
+            except ModelError:
+                file.unlink()
+                raise
+            self._adapters[adapter] = file
+        return self._adapters[adapter].stat().st_size
+
+    def detach(self, adapter: str) -> None:
+        """Forget an adapter; the inner server drops it when it next starts."""
+        if file := self._adapters.pop(adapter, None):
+            self.fail(adapter, _gone())
+            file.unlink()
+
+    def open_reply(self, call: Call) -> Reply:
+        """See StreamEngine."""
+        if call.adapter != BASE and call.adapter not in self._adapters:
+            raise ModelError(f"no adapter {call.adapter[:12]} is attached", "attach it first")
+        return Reply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
+
+    def begin(self, reply: Reply) -> bool:
+        """Load what the call needs once nothing runs, and give it a slot."""
+        adapter = reply.call.adapter
+        if adapter not in (BASE, *self._loaded):
+            if self.live:
+                return False
+            self._restart()
+            if adapter not in self._loaded:  # it did not start with this one, whose calls have failed
+                return False
+        taken = {other.seat for other in self.live}
+        free = [seat for seat in range(self.rows) if seat not in taken]
+        reply.seat = next((seat for seat in free if self._slots[seat] == adapter), free[0])
+        self._slots[reply.seat] = adapter
+        return True
+
+    def _restart(self) -> None:
+        """With every attached adapter. If it does not start, without those that are new, whose calls fail."""
+        before = [adapter for adapter in self._loaded if adapter in self._adapters]
+        self._inner = None
+        try:
+            self._start(list(self._adapters))
+        except ModelError as error:
+            self._start(before)
+            for adapter in set(self._adapters) - set(before):
+                self._adapters.pop(adapter).unlink()
+                self.fail(adapter, error)
+
+    def _start(self, adapters: Sequence[str]) -> None:
+        self._inner = Inner(self._base.path, [self._adapters[adapter] for adapter in adapters], self._bounds)
+        self._loaded, self._slots = tuple(adapters), [BASE] * self.rows
+
+    async def read(self, reply: Reply) -> AsyncGenerator[Event]:
+        """See StreamEngine."""
+        inner, body = self._inner, self._body(reply)
+        if inner is None or (reply.call.adapter != BASE and reply.call.adapter not in self._loaded):
+            raise _gone()
+        try:
+            async with self.client.stream("POST", inner.address + "/completion", json=body, headers=inner.headers) as response:
+                if response.status_code != 200:
+                    raise _refused(await response.aread())
+                async for said in events_of(response):
+                    for event in self._events(reply, said):
+                        yield event
+                    if reply.ended:
+                        return
+        except httpx.HTTPError as error:
+            raise UnavailableError(f"llama.cpp's server broke off: {str(error) or type(error).__name__}", "ask again") from None
+        raise UnavailableError("llama.cpp's server ended a reply without its end", "ask again")
+
+    def _body(self, reply: Reply) -> dict[str, Any]:
+        call, sampling = reply.call, reply.call.sampling
+        body: dict[str, Any] = {
+            **_PLAIN,
+            "prompt": reply.prompt,
+            "id_slot": reply.seat,
+            "lora": [{"id": place, "scale": float(adapter == call.adapter)} for place, adapter in enumerate(self._loaded)],
+            "n_predict": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed % 0xFFFFFFFF,  # the number above these means a random one
+            "stop": list(sampling.stop),
+            "frequency_penalty": sampling.frequency_penalty,
+            "presence_penalty": sampling.presence_penalty,
+        }
+        if call.top_logprobs >= 0:
+            body["n_probs"] = max(call.top_logprobs, 1)
+        if schema := reply_schema(call):
+            # between the parts of the value its grammar would let any number of line breaks stand
+            body["json_schema"] = {**json.loads(schema), "x-guidance": {"whitespace_flexible": False}}
+        return body
+
+    def _events(self, reply: Reply, said: Mapping[str, Any]) -> list[Event]:
+        """What one of the server's events tells. Raises ModelError for a token that leaves the schema."""
+        if "error" in said:
+            raise _refused(json.dumps(said).encode())
+        try:
+            text, written = str(said["content"]), int(said["tokens_predicted"])
+            logprobs = tuple(_logprob(item, reply.call.top_logprobs) for item in said.get("completion_probabilities") or ())
+            stopped = any(int(token) in self._reader.chat.stops for token in said.get("tokens") or ())
+            reply.cached = int((said.get("timings") or {}).get("cache_n", reply.cached))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UnavailableError(
+                f"llama.cpp's server sent an event of another form: {error!r}", "check its version"
+            ) from None
+        if said.get("stop"):  # its logprobs are those of the whole reply, told before
+            ended = reply.end(_ENDS.get(str(said.get("stop_type")), "stop"))
+            return [reply.piece(text), *ended] if text else ended
+        piece = reply.piece(text, max(written - stopped - reply.tokens, 0), logprobs)
+        return [piece, *reply.end("stop")] if stopped else [piece]
+
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """See Engine."""
+        chat, most = self._reader.chat, self._reader.context_tokens
+        ids = [list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])[:most] or chat.stops[:1] for text in texts]
+        return embeddings(self._base.path, ids, Bounds(1, self._bounds.threads, most))
+
+    def close(self) -> None:
+        """See Engine."""
+        super().close()
+        self._inner = None
+        self._folder.cleanup()
+
+
+def open_engine(base: str, *, gguf: str = "", rows: int = 4, waiting: int = 256, threads: int = 0) -> LlamaCppEngine:
+    """The engine on the base that a name means (options: agents/team.py, LlamaCpp).
+
+    Raises what `open_reader` does, ExtraError without xllamacpp, ModelError for a GGUF file that is not of that base.
+    """
+    reader = open_reader(base, MOST_CONTEXT)
+    file = open_base_file(_file_of(reader.ref, gguf), reader.config)
+    return LlamaCppEngine(reader, file, Bounds(rows, threads, reader.context_tokens), waiting)
+
+
+def _file_of(ref: bases.BaseRef, given: str) -> Path:
+    """The base's GGUF file: the given one, the one that the base was converted from, or one that is made."""
+    if given:
+        if not Path(given).is_file():
+            raise ModelError(f"there is no file {given}", "engine.gguf: a GGUF file of the base")
+        return Path(given)
+    return source_gguf(ref) if ref.gguf or ref.name == bases.STARTER else f16_file(ref)
+
+
+def _logprob(item: Mapping[str, Any], most: int) -> Logprob:
+    top = tuple((str(other["token"]), float(other["logprob"])) for other in item.get("top_logprobs") or ())
+    return Logprob(str(item["token"]), float(item["logprob"]), top[:most])
+
+
+def _gone() -> ModelError:
+    return ModelError("the adapter was taken out of service", "ask for another version")
+
+
+def _refused(said: bytes) -> RequestError | UnavailableError:
+    """The error in a server's answer: the client's fault where its code says so."""
+    try:
+        error = json.loads(said)["error"]
+        code, message = int(error["code"]), str(error["message"])[:300]
+    except (ValueError, KeyError, TypeError):
+        code, message = 500, repr(said[:200])
+    if 400 <= code < 500:
+        return RequestError(f"llama.cpp refuses the call: {message}", "change the request")
+    return UnavailableError(f"llama.cpp's server failed: {message}", "ask again")

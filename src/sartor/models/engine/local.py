@@ -1,0 +1,221 @@
+"""Sartor's own engine: one base in memory, many adapters, replies made side by side, each row with another adapter or none.
+
+    submit -> waiting -> reading (its prompt, a chunk at a time) -> writing (a token a step) -> Done
+
+A step lets rows join, reads at most READ_TOKENS of prompts, and gives every writing row its next token. Greedy replies are
+what each adapter alone would have said, token for token (`blocks.py` says why); sampled ones are drawn from a generator of
+their own. A row whose logits are not finite fails alone: its pages are not kept, and no other row ever looked at them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError, SartorError
+from sartor.models.base import Base, open_base
+from sartor.models.engine.blocks import Run, Scores
+from sartor.models.engine.contract import BASE, About, Call, Done, Event, Failed
+from sartor.models.engine.native_blocks import open_blocks
+from sartor.models.engine.pages import PAGE_TOKENS, Pages
+from sartor.models.engine.reading import Reader
+from sartor.models.engine.rows import Row
+
+# Of prompts in one step, while others wait for their next token: a step stays within a few times that of a token
+READ_TOKENS = 4 * PAGE_TOKENS
+
+
+class LocalEngine:
+    """See `contract.Engine`."""
+
+    def __init__(self, base: Base, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 32_768) -> None:
+        if min(rows, waiting, cache_tokens // PAGE_TOKENS) < 1:
+            problem = f"rows is {rows}, waiting {waiting}, cache_tokens {cache_tokens}; at least 1, 1 and {PAGE_TOKENS}"
+            raise ConfigError(problem, "engine: {rows: 16, waiting: 256, cache_tokens: 32768}")
+        self._base, self._rows, self._most_waiting = base, rows, waiting
+        trained = int(base.model.config.max_position_embeddings)
+        context = min(trained, cache_tokens // PAGE_TOKENS * PAGE_TOKENS)
+        vocabulary = {"vocab_size": base.model.get_output_embeddings().weight.shape[0]}
+        self._reader = Reader(base.ref, base.chat, vocabulary, context)
+        self._pages = Pages(cache_tokens // PAGE_TOKENS)
+        self._blocks = open_blocks(base.model, self._pages.total, context)
+        bits = base.as_manifest()
+        self._about = About(
+            "local", base.ref.name, base.ref.digest, base.chat.template_digest, context, rows, bits["dtype"], str(base.device)
+        )
+        self._numbers = itertools.count(1)
+        self._adapters = {BASE: 0}
+        self._waiting: deque[Row] = deque()
+        self._reading: deque[Row] = deque()
+        self._writing: list[Row] = []
+        self._ended: list[Event] = []
+
+    @property
+    def about(self) -> About:
+        """What it serves."""
+        return self._about
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has work."""
+        return bool(self._waiting or self._reading or self._writing or self._ended)
+
+    def attach(self, adapter: str, path: Path) -> int:
+        """See `contract.Engine`. The bytes are those of a slot, which has room for the largest rank attached."""
+        if adapter in self._adapters:
+            return self._blocks.factors.bytes_of(adapter)
+        taken = self._blocks.factors.put(adapter, path)
+        self._adapters[adapter] = next(self._numbers)
+        return taken
+
+    def detach(self, adapter: str) -> None:
+        """See `contract.Engine`."""
+        if adapter not in self._adapters or adapter == BASE:
+            return
+        for row in self._all():
+            if row.call.adapter == adapter:
+                self._fail(row, ModelError("the adapter was detached while it answered", "ask again"))
+        self._pages.forget(self._adapters.pop(adapter))
+        self._blocks.factors.drop(adapter)
+
+    def submit(self, call: Call) -> None:
+        """See `contract.Engine`."""
+        if len(self._waiting) >= self._most_waiting:
+            raise BusyError(f"{len(self._waiting)} calls wait already", "ask again later, or raise engine.waiting")
+        if call.adapter not in self._adapters:
+            raise ModelError(f"no adapter {call.adapter[:16]!r} is attached", "attach it first")
+        if any(row.call.id == call.id for row in self._all()):
+            raise RequestError(f"a call with the id {call.id!r} is being answered", "give each call its own id")
+        prompt = self._reader.prompt(call)
+        most = min(call.sampling.max_tokens, self._about.context_tokens - len(prompt))
+        self._waiting.append(Row(call, prompt, self._base.chat, most, self._reader.constraint(call)))
+
+    def cancel(self, call: str) -> None:
+        """See `contract.Engine`."""
+        for row in self._all():
+            if row.call.id == call:
+                self._leave(row)
+                self._ended += row.end("cancelled")
+
+    def step(self) -> Sequence[Event]:
+        """See `contract.Engine`."""
+        self._join()
+        chunks = self._chunks()
+        if chunks or self._writing:
+            self._advance(chunks, list(self._writing))
+        events, self._ended = self._ended, []
+        return events
+
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """See `contract.Engine`. Raises RequestError for an empty or too long text, BusyError when the cache is full."""
+        return [self._embed(text) for text in texts]
+
+    def close(self) -> None:
+        """Nothing is held outside this process's memory."""
+
+    def _all(self) -> list[Row]:
+        return [*self._waiting, *self._reading, *self._writing]
+
+    def _join(self) -> None:
+        """Rows from the queue, in order, as long as there is room for whole replies: a row that writes never lacks a page."""
+        while self._waiting and len(self._reading) + len(self._writing) < self._rows:
+            row = self._waiting[0]
+            number = self._adapters[row.call.adapter]
+            found = self._pages.take(number, row.prompt, len(row.prompt) + row.most_tokens)
+            if found is None:
+                return
+            row.number, row.slot = number, self._blocks.factors.slot(row.call.adapter)
+            row.pages, row.cached = found
+            row.read = row.cached
+            self._reading.append(self._waiting.popleft())
+
+    def _chunks(self) -> list[tuple[Row, list[int]]]:
+        """Of prompts that are read in this step: one chunk of a row, in turn, so that a long one does not hold up short ones."""
+        chunks: list[tuple[Row, list[int]]] = []
+        budget = READ_TOKENS
+        for row in list(self._reading):
+            if budget <= 0:
+                break
+            chunk = row.prompt[row.read : row.read + self._blocks.chunk_tokens]
+            chunks.append((row, chunk))
+            budget -= len(chunk)
+            self._reading.rotate(-1)
+        return chunks
+
+    def _advance(self, chunks: Sequence[tuple[Row, list[int]]], writing: Sequence[Row]) -> None:
+        """Read the chunks, and give every row whose text is read to its end its next token."""
+        runs = [Run(chunk, row.read, row.pages, row.slot) for row, chunk in chunks]
+        runs += [
+            Run(row.tokens[-1:], len(row.prompt) + len(row.tokens) - 1, row.pages, row.slot, newest=True) for row in writing
+        ]
+        for row, chunk in chunks:
+            row.read += len(chunk)
+        done = [place for place, (row, _) in enumerate(chunks) if row.read == len(row.prompt)]
+        rows = [*(chunks[place][0] for place in done), *writing]
+        scores = self._blocks.advance(runs, [*done, *range(len(chunks), len(runs))])
+        for row in rows[: len(done)]:
+            self._reading.remove(row)
+            self._writing.append(row)
+        self._choose(rows, scores)
+
+    def _choose(self, rows: Sequence[Row], scores: Scores) -> None:
+        """The next token of each row."""
+        for place, row in enumerate(rows):
+            if scores.likeliest[place] < 0:
+                self._fail(row, ModelError("the logits are not finite: the adapter or the base is broken", "tune it again"))
+                continue
+            self._keep(row)
+            try:
+                told = row.take(scores.likeliest[place] if row.is_plain else row.choose(scores.logits[place]))
+            except SartorError as error:
+                self._fail(row, error)
+                continue
+            self._ended += told
+            if told and isinstance(told[-1], Done):
+                self._leave(row)
+
+    def _keep(self, row: Row) -> None:
+        """Let later calls begin where this row is. Only after finite logits: what made others is of no use."""
+        if not row.tokens:
+            self._pages.keep(row.number, row.prompt, row.pages)
+        elif self._blocks.keeps_replies and (len(row.prompt) + len(row.tokens)) % PAGE_TOKENS == 0:
+            self._pages.keep(row.number, [*row.prompt, *row.tokens], row.pages)
+
+    def _fail(self, row: Row, error: SartorError) -> None:
+        self._leave(row)
+        self._ended.append(Failed(row.call.id, error.kind, error.problem, error.remedy))
+
+    def _leave(self, row: Row) -> None:
+        for rows in (self._waiting, self._reading, self._writing):
+            if row in rows:
+                rows.remove(row)
+        self._pages.give_back(row.pages)
+        row.pages = []
+
+    def _embed(self, text: str) -> list[float]:
+        ids = self._reader.prompt(Call("embed", text=text))
+        found = self._pages.take(0, [], len(ids))
+        if found is None:
+            raise BusyError("the cache is full of replies in work", "ask again later, or raise engine.cache_tokens")
+        pages, _ = found
+        try:
+            size = self._blocks.chunk_tokens
+            runs = [Run(ids[start : start + size], start, pages, -1) for start in range(0, len(ids), size)]
+            hidden = [self._blocks.hidden(run) for run in runs]
+        finally:
+            self._pages.give_back(pages)
+        mean = torch.cat(hidden).float().mean(0)
+        return [float(value) for value in mean / mean.norm().clamp(min=1e-12)]
+
+
+def open_engine(
+    base: str, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 32_768, threads: int = 0, bits: int | str = "auto"
+) -> LocalEngine:
+    """The engine for a base by name; the options are those of `team.Local`. Raises what `open_base` raises, and ModelError."""
+    if threads:
+        torch.set_num_threads(threads)
+    return LocalEngine(open_base(base, bits=bits), rows=rows, waiting=waiting, cache_tokens=cache_tokens)

@@ -1,0 +1,171 @@
+"""A Call -> the text and the token ids that a base goes on from: one rendering for every engine.
+
+Messages go through the base's own chat template, wherever the tokens are computed: its digest is what an adapter is bound
+to. Tools go into it as `tools` where the template writes them. Where it does not, they stand in the system turn as TOOLS_TEXT
+says, calls of earlier turns in the form that it asks for, and what tools returned in a user turn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sartor.core.errors import RequestError, SourceError
+from sartor.core.records import ROLES, Message, Part
+from sartor.models.chat import Chat
+from sartor.models.engine.contract import Call
+
+TOOLS_TEXT = (
+    "You may call functions to answer. These are declared, with their parameters as JSON Schema:\n<tools>\n{tools}\n</tools>\n"
+    "To call one, write its name and arguments as JSON, and nothing after the last call:\n"
+    '<tool_call>\n{{"name": "...", "arguments": {{...}}}}\n</tool_call>'
+)
+_PROBE = "sartor_probe_tool"
+_REMEDY = '{"role": "user", "content": "..."}'
+
+
+def prompt_text(chat: Chat, call: Call) -> str:
+    """What the model reads, as text. Raises RequestError for messages that are malformed or that the template refuses."""
+    if not call.messages:
+        return call.text
+    messages = [_message(said, place) for place, said in enumerate(call.messages)]
+    tools = json.dumps(list(call.tools)) if call.tools else ""
+    if not tools and not any(message.tool_calls or message.role == "tool" for message in messages):
+        return _rendered(chat, [messages])
+    if writes_tools(chat):
+        return _rendered(chat, [messages, [_with_text_arguments(message) for message in messages]], tools)
+    plain = _in_plain_turns(messages)
+    note = TOOLS_TEXT.format(tools="\n".join(json.dumps(tool["function"]) for tool in call.tools)) if call.tools else ""
+    return _rendered(chat, [_noted(plain, note, "system"), _noted(plain, note, "user")] if note else [plain])
+
+
+def prompt_ids(chat: Chat, call: Call) -> list[int]:
+    """What the model reads, as token ids. A raw text begins with bos where the tokenizer has one of its own, as in pretraining.
+
+    Raises RequestError as `prompt_text` does, and for a prompt of no tokens.
+    """
+    ids = list(chat.tokenizer(prompt_text(chat, call), add_special_tokens=False)["input_ids"])
+    bos = chat.tokenizer.bos_token_id
+    if not call.messages and bos is not None and chat.tokenizer("a")["input_ids"][0] == bos:
+        ids = [bos, *ids]
+    if not ids:
+        raise RequestError("the prompt is empty", _REMEDY)
+    return ids
+
+
+def writes_tools(chat: Chat) -> bool:
+    """Whether the chat template writes the tools that it is given: seen from what comes out, not from its source."""
+    probe = {
+        "type": "function",
+        "function": {"name": _PROBE, "description": "", "parameters": {"type": "object", "properties": {}}},
+    }
+    try:
+        return _PROBE in chat.render([Message.of("user", "a")], tools=json.dumps([probe]), reply_next=True)
+    except SourceError:
+        return False
+
+
+def _rendered(chat: Chat, ways: Sequence[Sequence[Message]], tools: str = "") -> str:
+    """The first of several ways to write the messages that the template takes."""
+    problem = ""
+    for messages in ways:
+        try:
+            return chat.render(messages, tools=tools, reply_next=True)
+        except SourceError as error:
+            problem = problem or error.problem
+    raise RequestError(problem, "send the roles that the base's chat template knows, in the order that it expects")
+
+
+def _message(said: Any, place: int) -> Message:
+    """A turn of a request. Raises RequestError where its form is not OpenAI's."""
+    role = said.get("role") if isinstance(said, Mapping) else None
+    role = "system" if role == "developer" else role
+    if role not in ROLES:
+        raise RequestError(f"messages[{place}] has the role {role!r:.80}; roles are {', '.join(ROLES)}", _REMEDY)
+    name, answers = said.get("name") or "", said.get("tool_call_id") or ""
+    if not isinstance(name, str) or not isinstance(answers, str):
+        raise RequestError(f"messages[{place}] has a name or tool_call_id that is no text", _REMEDY)
+    calls = _calls(said.get("tool_calls"), place)
+    return Message(role, (Part("text", _text(said.get("content"), place, bool(calls))),), name, calls, answers)
+
+
+def _text(content: Any, place: int, may_lack: bool) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and may_lack:
+        return ""
+    if not isinstance(content, list | tuple):
+        raise RequestError(f"messages[{place}] has a content of type {type(content).__name__}", _REMEDY)
+    kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
+    if other := next((kind for kind in kinds if kind != "text"), None):
+        raise RequestError(f"messages[{place}] holds a part of type {other!r:.80}, and this base reads text only", "send text")
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"messages[{place}] holds a part without text", '{"type": "text", "text": "..."}')
+    return "".join(str(text) for text in texts)
+
+
+def _calls(said: Any, place: int) -> str:
+    """Earlier tool calls as JSON, their arguments as the mappings that templates expect; "" for none."""
+    if not said:
+        return ""
+    calls = []
+    for call in said if isinstance(said, list | tuple) else [None]:
+        if not isinstance(call, Mapping) or not isinstance(function := call.get("function"), Mapping):
+            raise _wrong_call(place)
+        if not isinstance(function.get("name"), str):
+            raise _wrong_call(place)
+        calls.append({**call, "function": {**function, "arguments": _mapping(function.get("arguments"))}})
+    return json.dumps(calls)
+
+
+def _wrong_call(place: int) -> RequestError:
+    return RequestError(f"messages[{place}] has a tool call without a function's name", "send tool_calls as they were replied")
+
+
+def _mapping(arguments: Any) -> Any:
+    """Arguments as the mapping that their text says; as they are where it says none."""
+    try:
+        read = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
+    return read if isinstance(read, Mapping) else arguments
+
+
+def _with_text_arguments(message: Message) -> Message:
+    """For the templates that put the arguments' text where they stand."""
+    if not message.tool_calls:
+        return message
+    calls = json.loads(message.tool_calls)
+    for call in calls:
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    return Message(message.role, message.content, message.name, json.dumps(calls), message.tool_call_id)
+
+
+def _in_plain_turns(messages: Sequence[Message]) -> list[Message]:
+    """Calls and what tools returned, as text of assistant and user turns; neighbouring returns in one turn."""
+    turns: list[Message] = []
+    returns = False
+    for message in messages:
+        text = message.text
+        if message.role == "tool":
+            text = f"<tool_response>\n{text}\n</tool_response>"
+            if returns:
+                text = f"{turns.pop().text}\n{text}"
+        for call in json.loads(message.tool_calls or "[]"):
+            said = {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
+            text = f"{text}\n<tool_call>\n{json.dumps(said)}\n</tool_call>".lstrip("\n")
+        returns = message.role == "tool"
+        turns.append(Message.of("user" if returns else message.role, text))
+    return turns
+
+
+def _noted(messages: Sequence[Message], note: str, role: str) -> list[Message]:
+    """With a note: at the end of a first system turn or in one of its own, or before the first user turn's text."""
+    first = next((place for place, message in enumerate(messages) if message.role == role), None)
+    if first is None or (role == "system" and first):
+        return [Message.of(role, note), *messages]
+    text = messages[first].text
+    noted = Message.of(role, f"{text}\n\n{note}" if role == "system" else f"{note}\n\n{text}")
+    return [*messages[:first], noted, *messages[first + 1 :]]

@@ -1,0 +1,212 @@
+"""Servers that speak OpenAI's protocol behind the Engine Protocol: vLLM, SGLang, llama-server, one per `url`.
+
+Prompts are rendered and tokenised here and travel as ids to `/completions`, so that the base's own template holds; the
+server is asked once, at the start, whether its ids mean the same. What it computes with cannot be seen from here: that its
+weights are those of `base` is the word of who started it (`agents/vllm.py` says how).
+
+An adapter is asked for by the name that the server knows it under. With `loads_adapters` that is its digest, given to vLLM's
+run-time route; else the server must have been started with it, under its digest or from the same path. One that the server
+does not list is an error here and never answered by the base.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from sartor.core.errors import BusyError, ModelError, UnavailableError
+from sartor.models.engine.contract import BASE, About, Call, Event, Logprob, Piece
+from sartor.models.engine.reading import Reader, open_reader
+from sartor.models.engine.served import Server, refused
+from sartor.models.engine.streams import Reply, StreamEngine, events_of
+from sartor.models.engine.tools import reply_schema
+
+MOST_CONTEXT = 1 << 20
+TRIES = 3
+BACKOFF_S = 0.2
+SILENT_S = 60.0  # between two events of one reply
+
+
+class RemoteEngine(StreamEngine):
+    """See the module."""
+
+    def __init__(self, reader: Reader, server: Server, rows: int, waiting: int, *, loads_adapters: bool) -> None:
+        self._server, self._loads = server, loads_adapters
+        self._served = server.served()
+        self._reader = reader.within(self._served.context_tokens)
+        server.check_tokens(self._served.base, reader.chat)
+        self._names = {BASE: self._served.base}
+        # a llama-server answers a call that names no adapter from what a slot last read, with whatever adapter
+        self._zeros = [{"id": place, "scale": 0.0} for place in self._ids_of_llamacpp()]
+        super().__init__(rows, waiting)
+
+    def _ids_of_llamacpp(self) -> list[int]:
+        return self._server.llamacpp_adapters() if self._served.kind == "llamacpp" else []
+
+    @property
+    def about(self) -> About:
+        """What it serves, as far as can be told from here. device: what the server calls itself."""
+        reader = self._reader
+        digest = reader.chat.template_digest
+        return About(
+            "openai", reader.ref.name, reader.ref.digest, digest, reader.context_tokens, self.rows, "", self._served.kind
+        )
+
+    def attach(self, adapter: str, path: Path) -> int:
+        """Have the server load an adapter, or find the name under which it was started with it. Returns its weights' bytes."""
+        if adapter not in self._names:
+            self._names[adapter] = self._name(adapter, path)
+        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+    def _name(self, adapter: str, path: Path) -> str:
+        self._served = self._server.served()
+        if name := self._served.name_of(adapter, path):
+            return name
+        if not self._loads:
+            raise ModelError(
+                f"{self._server.url} does not serve the adapter in {path}", "start it with that, or engine.loads_adapters: true"
+            )
+        self._server.load(adapter, path)
+        return adapter
+
+    def detach(self, adapter: str) -> None:
+        """Forget an adapter; the server unloads what was loaded at run time."""
+        if adapter != BASE and (name := self._names.pop(adapter, "")):
+            self.fail(adapter, ModelError("the adapter was taken out of service", "ask for another version"))
+            if self._loads and name == adapter:
+                self._server.unload(adapter)
+
+    def open_reply(self, call: Call) -> Reply:
+        """See StreamEngine."""
+        if call.adapter not in self._names:
+            raise ModelError(f"no adapter {call.adapter[:12]} is attached", "attach it first")
+        return Reply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
+
+    async def read(self, reply: Reply) -> AsyncGenerator[Event]:
+        """See StreamEngine. A server that cannot be reached or is busy is asked again, until the first event is there."""
+        body = {"model": self._names.get(reply.call.adapter, ""), **self._body(reply)}
+        for attempt in range(TRIES):
+            begun = False
+            try:
+                async for event in self._read_once(reply, body):
+                    begun = True
+                    yield event
+                return
+            except (UnavailableError, BusyError):
+                if begun or attempt == TRIES - 1:
+                    raise
+            await asyncio.sleep(BACKOFF_S * 2**attempt)
+
+    async def _read_once(self, reply: Reply, body: Mapping[str, Any]) -> AsyncGenerator[Event]:
+        server, finish = self._server, ""
+        url, timeout = f"{server.url}/completions", httpx.Timeout(10.0, read=SILENT_S)
+        try:
+            async with self.client.stream("POST", url, json=body, headers=server.headers, timeout=timeout) as response:
+                if response.status_code != 200:
+                    raise refused(response.status_code, await response.aread(), server.url)
+                async for said in events_of(response):
+                    if "error" in said:
+                        raise refused(500, json.dumps(said).encode(), server.url)
+                    piece, ended = _read(reply, said)
+                    finish = ended or finish
+                    if piece:
+                        yield piece
+        except httpx.HTTPError as error:
+            problem = f"{server.url} broke off: {str(error) or type(error).__name__}"
+            raise UnavailableError(problem, "check that the server runs") from None
+        if not finish:
+            raise UnavailableError(f"{server.url} ended a reply without its end", "ask again")
+        for event in reply.end("length" if finish == "length" else "stop"):
+            yield event
+
+    def _body(self, reply: Reply) -> dict[str, Any]:
+        call, sampling = reply.call, reply.call.sampling
+        body: dict[str, Any] = {
+            "prompt": reply.prompt,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+            "frequency_penalty": sampling.frequency_penalty,
+            "presence_penalty": sampling.presence_penalty,
+            "stop_token_ids": self._reader.chat.stops,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self._zeros:
+            body["lora"] = self._zeros
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        if call.top_logprobs >= 0:
+            body["logprobs"] = max(call.top_logprobs, 1)
+        if schema := reply_schema(call):
+            read = json.loads(schema)
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "reply", "schema": read}}
+            if self._served.kind in ("sglang", "llamacpp"):
+                body["json_schema"] = schema if self._served.kind == "sglang" else read
+        return body
+
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """See Engine. UnavailableError where the server gives none: few that serve a language model do."""
+        return self._server.embeddings(self._served.base, texts)
+
+
+def _read(reply: Reply, said: Mapping[str, Any]) -> tuple[Piece | None, str]:
+    """What one event tells: more of the reply, and why it ended ("" while it goes on)."""
+    try:
+        if usage := said.get("usage"):
+            reply.cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+            reply.tokens = int(usage["completion_tokens"])
+        if not said.get("choices"):
+            return None, ""
+        choice = said["choices"][0]
+        text, logprobs = str(choice["text"]), _logprobs(choice.get("logprobs") or {}, reply.call.top_logprobs)
+        finish = str(choice.get("finish_reason") or "")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UnavailableError(f"the server sent an event of another form: {error!r}", "check engine.url") from None
+    return (reply.piece(text, len(logprobs) or 1, logprobs), finish) if text or logprobs else (None, finish)
+
+
+def _logprobs(said: Mapping[str, Any], most: int) -> tuple[Logprob, ...]:
+    """In the form of OpenAI's completions (vLLM, SGLang), or of its chat (llama-server)."""
+    if "content" in said:
+        return tuple(
+            Logprob(
+                str(item["token"]),
+                float(item["logprob"]),
+                tuple((str(other["token"]), float(other["logprob"])) for other in item.get("top_logprobs") or ())[
+                    : max(most, 0)
+                ],
+            )
+            for item in said["content"] or ()
+        )
+    tokens, values = said.get("tokens") or (), said.get("token_logprobs") or ()
+    tops = said.get("top_logprobs") or [None] * len(tokens)
+    return tuple(
+        Logprob(
+            str(token), float(value), tuple((str(name), float(other)) for name, other in (top or {}).items())[: max(most, 0)]
+        )
+        for token, value, top in zip(tokens, values, tops, strict=False)
+    )
+
+
+def open_engine(
+    base: str,
+    *,
+    url: str = "http://127.0.0.1:8000/v1",
+    key_env: str = "",
+    loads_adapters: bool = False,
+    rows: int = 64,
+    waiting: int = 1024,
+) -> RemoteEngine:
+    """The engine on a server that serves `base` (options: agents/team.py, Remote).
+
+    Raises what `open_reader` does, ConfigError for the options, UnavailableError where the server does not answer.
+    """
+    server = Server(url, key_env)
+    return RemoteEngine(open_reader(base, MOST_CONTEXT), server, rows, waiting, loads_adapters=loads_adapters)

@@ -1,0 +1,60 @@
+"""The JSON Schema of a request, read within bounds: the server's front refuses what no engine should see. No torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sartor.core.errors import RequestError
+
+JSON_OBJECT = '{"type":"object"}'
+MOST_BYTES = 65_536
+DEEPEST = 64
+
+
+def read_schema(schema: str) -> dict[str, Any]:
+    """The schema in a text.
+
+    Raises RequestError when it is no JSON object, larger than MOST_BYTES, deeper than DEEPEST, or holds options of the library.
+    """
+    if (size := len(schema.encode(errors="surrogatepass"))) > MOST_BYTES:
+        raise RequestError(
+            f"the JSON Schema has {size} bytes; at most {MOST_BYTES} are read", "leave out what the reply needs not"
+        )
+    try:
+        read = json.loads(schema, parse_constant=_no_constant)
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:
+        raise RequestError(f"the JSON Schema is no JSON: {error}", JSON_OBJECT) from None
+    if not isinstance(read, dict):
+        raise RequestError(f"the JSON Schema is {schema[:40]!r} and no object", JSON_OBJECT)
+    _check_depth(read)
+    return read
+
+
+def _check_depth(read: dict[str, Any]) -> None:
+    """Level by level, so that depth costs no recursion."""
+    level: list[Any] = [read]
+    for _ in range(DEEPEST):
+        if any("x-guidance" in item for item in level if isinstance(item, dict)):
+            raise RequestError("the JSON Schema sets 'x-guidance', an option of the server's library", "leave 'x-guidance' out")
+        level = [
+            part
+            for item in level
+            for part in (item.values() if isinstance(item, dict) else item)
+            if isinstance(part, dict | list)
+        ]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> RequestError:
+    return RequestError(
+        f"the JSON Schema is nested deeper than {DEEPEST}", "name its parts under $defs and refer to them by $ref"
+    )
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no value of JSON")

@@ -1,0 +1,238 @@
+"""Engines whose tokens come over HTTP: calls queued, streams read side by side by a thread of its own, events handed on.
+
+An engine of this kind says how one call is asked and read (`read`), and what must be ready before (`begin`). The thread
+runs one asyncio loop; its only way out is the queue that `step` takes from, so the holder sees a plain engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import httpx
+
+from sartor.core.errors import BusyError, ModelError, RequestError, SartorError, UnavailableError
+from sartor.models.engine.contract import Call, Done, Event, Failed, Finish, Logprob, Piece
+from sartor.models.engine.grammar import Constraint
+from sartor.models.engine.tools import CallReader
+
+# How long a step waits for a first event: as long as a call that is submitted meanwhile may have to wait
+STEP_S = 0.02
+_LONGEST = 1 << 22  # bytes of one event
+
+
+class Reply:
+    """One reply as it is read: its call, its prompt's token ids, what it must obey, and what has come of it.
+
+    seat: which of the server's places it has, for engines that give them out.
+    """
+
+    def __init__(self, call: Call, prompt: Sequence[int], constraint: Constraint | None = None) -> None:
+        self.call = call
+        self.prompt = list(prompt)
+        self.constraint = constraint
+        self.seat = 0
+        self.ended = False
+        self.tokens = 0
+        self.cached = 0
+        self._reader = CallReader(call)
+
+    def piece(self, text: str, tokens: int = 0, logprobs: tuple[Logprob, ...] = ()) -> Piece:
+        """More of it."""
+        self.tokens += tokens
+        self._obey(text)
+        return Piece(self.call.id, self._reader.feed(text), tokens, logprobs)
+
+    def _obey(self, text: str) -> None:
+        """Raises ModelError where the server left the schema: it did not know it, or read it otherwise."""
+        try:
+            if self.constraint is not None:
+                self.constraint.accept(text)
+        except RequestError as error:
+            raise ModelError(f"the reply left its schema: {error.problem}", "engine: {kind: local}") from None
+
+    def end(self, finish: Finish) -> list[Event]:
+        """Its last events."""
+        self.ended = True
+        rest, calls = self._reader.end()
+        done = Done(self.call.id, finish, len(self.prompt), self.tokens, self.cached, calls)
+        return [Piece(self.call.id, rest), done] if rest and finish != "cancelled" else [done]
+
+
+class StreamEngine(ABC):
+    """The part of an Engine that is the same whoever computes."""
+
+    def __init__(self, rows: int, waiting: int) -> None:
+        self.rows, self._most = rows, waiting
+        self._waiting: deque[Reply] = deque()
+        self._live: dict[str, tuple[Reply, Future[None]]] = {}
+        self._told: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
+        self._ended: list[Event] = []
+        # no limit between two events: a deadline is the holder's
+        self.client = httpx.AsyncClient(
+            timeout=httpx.Timeout(10.0, read=None), limits=httpx.Limits(max_connections=None), trust_env=False
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="streams", daemon=True)
+        self._thread.start()
+
+    @abstractmethod
+    def open_reply(self, call: Call) -> Reply:
+        """The reply that a call begins. Raises what `submit` does for a call that cannot be answered."""
+
+    @abstractmethod
+    def read(self, reply: Reply) -> AsyncGenerator[Event]:
+        """Ask for one reply and read it: Pieces, then what `Reply.end` says. Runs on the thread. SartorErrors become Failed."""
+
+    def begin(self, reply: Reply) -> bool:
+        """Make ready for a waiting call, for which there is a free row; False if it must go on waiting."""
+        return True
+
+    @property
+    def live(self) -> list[Reply]:
+        """The replies that are being read."""
+        return [reply for reply, _ in self._live.values()]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call waits, is answered, or has ended untold."""
+        return bool(self._waiting or self._live or self._ended)
+
+    def submit(self, call: Call) -> None:
+        """Queue a call."""
+        if len(self._waiting) >= self._most:
+            raise BusyError(f"{len(self._waiting)} calls wait; at most {self._most} may", "ask again later")
+        self._waiting.append(self.open_reply(call))
+
+    def cancel(self, call: str) -> None:
+        """End a call, waiting or live."""
+        for reply in self._waiting:
+            if reply.call.id == call:
+                self._waiting.remove(reply)
+                self._ended += reply.end("cancelled")
+                return
+        if call in self._live:
+            reply, task = self._live.pop(call)
+            task.cancel()
+            self._ended += reply.end("cancelled")
+
+    def fail(self, adapter: str, error: SartorError) -> None:
+        """End every call of an adapter with an error."""
+        for reply in [*self._waiting, *self.live]:
+            if reply.call.adapter == adapter:
+                self.cancel(reply.call.id)
+                self._ended[:] = [event for event in self._ended if event.call != reply.call.id]
+                self._ended.append(_failed(reply.call.id, error))
+
+    def step(self) -> list[Event]:
+        """Begin what may begin, and hand on what has come, waiting up to STEP_S for the first of it."""
+        while self._waiting and len(self._live) < self.rows and self.begin(self._waiting[0]):
+            reply = self._waiting.popleft()
+            self._live[reply.call.id] = reply, self.on_thread(self._tell(reply))
+        ended, self._ended = self._ended, []
+        return ended + self._come(0 if ended else STEP_S)
+
+    def on_thread(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Have the thread do something."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self) -> None:
+        """End every call untold, and the thread."""
+        self._waiting.clear()
+        for call in list(self._live):
+            self.cancel(call)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.run_until_complete(self._finish())
+        self._loop.close()
+
+    async def _finish(self) -> None:
+        """Let the tasks that were cancelled end, so that their connections close."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.client.aclose()
+        await self._loop.shutdown_asyncgens()
+
+    async def _tell(self, reply: Reply) -> None:
+        """Read one reply to its end."""
+        try:
+            async with contextlib.aclosing(self.read(reply)) as events:
+                async for event in events:
+                    self._told.put(event)
+        except SartorError as error:
+            self._told.put(_failed(reply.call.id, error))
+        except Exception as error:  # a bug: the holder of the engine must see it, and cannot from here
+            self._told.put(error)
+
+    def _come(self, wait_s: float) -> list[Event]:
+        events: list[Event] = []
+        if not self._live:
+            return events
+        try:
+            came = self._told.get(timeout=wait_s) if wait_s else self._told.get_nowait()
+            while True:
+                self._take(came, events)
+                came = self._told.get_nowait()
+        except queue.Empty:
+            return events
+
+    def _take(self, came: Event | Exception, events: list[Event]) -> None:
+        if isinstance(came, Exception):
+            raise came
+        if came.call not in self._live:  # cancelled meanwhile
+            return
+        events.append(came)
+        if not isinstance(came, Piece):
+            del self._live[came.call]
+
+
+def _failed(call: str, error: SartorError) -> Failed:
+    return Failed(call, error.kind, error.problem, error.remedy)
+
+
+async def events_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The JSON objects of a stream of server-sent events, up to `[DONE]`.
+
+    Raises UnavailableError for one that is no JSON object, or longer than _LONGEST: the sender is not what it was said to be.
+    """
+    async for line in _lines(response):
+        if not line.startswith(b"data:"):
+            continue
+        said = line[5:].strip()
+        if said == b"[DONE]":
+            return
+        yield json_object(said)
+
+
+def json_object(said: bytes) -> dict[str, Any]:
+    """What a server said, as a JSON object. Raises UnavailableError where it is none."""
+    try:
+        read = json.loads(said)
+    except (ValueError, RecursionError):
+        read = None
+    if not isinstance(read, dict):
+        raise UnavailableError(f"the server sent {said[:80]!r} where a JSON object was due", "check what listens there")
+    return read
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Lines as the protocol ends them; httpx would also cut at the separators that Unicode has inside of a reply."""
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+        if len(rest) > _LONGEST:
+            raise UnavailableError(f"the server sent a line of more than {_LONGEST} bytes", "check what listens there")
+    if rest:
+        yield rest

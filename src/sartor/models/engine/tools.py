@@ -1,0 +1,271 @@
+"""Tools: what a client declares, what a reply must then be, and the calls that a reply's text holds. No torch.
+
+A reply calls tools in one of the forms that open models write, told apart by how it begins:
+
+    <tool_call>{"name": "find", "arguments": {...}}</tool_call>     Hermes, Qwen, and what `prompts.py` asks for; once per call
+    {"name": "find", "arguments": {...}}                            bare, `parameters` for Llama 3; several by `;` or as a list
+    <|python_tag|>{"name": ...}                                     Llama 3, where its tokenizer shows the tag
+
+What is not whole, names no declared tool, or has arguments that are no object stays text: a reply never fails for its form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from sartor.core.errors import RequestError
+from sartor.models.engine.contract import Call
+from sartor.models.engine.schemas import MOST_BYTES, read_schema
+
+MOST_TOOLS = 128
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_OPEN, _CLOSE, _TAG = "<tool_call>", "</tool_call>", "<|python_tag|>"
+_MARKS = (_OPEN, _TAG)
+_BARE = ("{", "[", "```")
+_EXAMPLE = '{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}'
+# Keywords whose value is data, and those whose keys are names: where "$ref" is no reference
+_DATA = ("const", "enum", "default", "examples")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+
+def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
+    """A request's `tools`, checked for form. Raises RequestError that names the one that is wrong."""
+    if not isinstance(tools, list | tuple):
+        raise RequestError(f"tools is of type {type(tools).__name__} and no list", f"tools: [{_EXAMPLE}]")
+    if len(tools) > MOST_TOOLS:
+        raise RequestError(
+            f"{len(tools)} tools are declared; at most {MOST_TOOLS} are read", "declare those that fit the request"
+        )
+    for place, tool in enumerate(tools):
+        _check(tool, place)
+    names = [name_of(tool) for tool in tools]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise RequestError(f"two tools have the name {twice!r}", "give each its own name")
+    if (size := len(json.dumps(tools))) > MOST_BYTES:
+        raise RequestError(f"the tools have {size} bytes; at most {MOST_BYTES} are read", "declare those that fit the request")
+    return tuple(tools)
+
+
+def _check(tool: Any, place: int) -> None:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or tool.get("type") != "function":
+        raise RequestError(f"tools[{place}] is no function", _EXAMPLE)
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise RequestError(f"tools[{place}] has the name {name!r:.80}", "1 to 64 letters, digits, _ or -")
+    if not isinstance(function.get("description", ""), str | None):
+        raise RequestError(f"the description of the tool {name!r} is no text", _EXAMPLE)
+    try:
+        read_schema(json.dumps(function.get("parameters") or {}))
+    except (RequestError, RecursionError, ValueError, TypeError) as error:
+        problem = error.problem if isinstance(error, RequestError) else "it is nested too deep, or no JSON"
+        raise RequestError(f"the parameters of the tool {name!r}: {problem}", _EXAMPLE) from None
+
+
+def name_of(tool: Mapping[str, Any]) -> str:
+    """The name of a declared tool."""
+    return str(tool["function"]["name"])
+
+
+def read_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> tuple[tuple[Mapping[str, Any], ...], str]:
+    """(tools, must_call) as a `Call` has them, from a request's `tool_choice` and its checked tools.
+
+    `none` leaves the tools out of the prompt. Raises RequestError for a choice of another form or of no declared tool.
+    """
+    if choice == "none":
+        return (), ""
+    if choice is None or choice == "auto":
+        return tuple(tools), ""
+    names = [name_of(tool) for tool in tools]
+    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if choice != "required" and not isinstance(name, str):
+        raise RequestError(
+            f"tool_choice is {choice!r:.80}", 'none, auto, required, or {"type": "function", "function": {"name": "find"}}'
+        )
+    if not tools or (choice != "required" and name not in names):
+        raise RequestError(
+            f"tool_choice asks for {name or 'a tool'!r:.80} and the declared tools are {names}", "declare it in tools"
+        )
+    return tuple(tools), "*" if choice == "required" else str(name)
+
+
+def reply_schema(call: Call) -> str:
+    """The JSON Schema that a reply must obey, "" for none: a tool that must be called goes before the reply's own schema.
+
+    Raises RequestError when `must_call` names no declared tool.
+    """
+    if not call.must_call:
+        return call.schema
+    called = [tool for tool in call.tools if call.must_call in ("*", name_of(tool))]
+    if not called:
+        raise RequestError(f"the tool {call.must_call!r} must be called and is not declared", "declare it in tools")
+    if len(called) == 1:
+        return json.dumps(_form(called[0], "#"))
+    return json.dumps({"anyOf": [_form(tool, f"#/anyOf/{place}") for place, tool in enumerate(called)]})
+
+
+def _form(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A call of this tool as a schema that stands at `place`."""
+    parameters = {"type": "object", **(tool["function"].get("parameters") or {})}
+    return {
+        "type": "object",
+        "properties": {
+            "name": {"const": name_of(tool)},
+            "arguments": _moved(parameters, f"{place}/properties/arguments"),
+        },
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references count from its own root, to stand at `place`. Its depth was bounded by `read_schema`."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, Mapping):
+            moved[key] = {name: _moved(part, place) for name, part in value.items()}
+        elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            moved[key] = place + value[1:]
+        else:
+            moved[key] = value if key in _DATA else _moved(value, place)
+    return moved
+
+
+class CallReader:
+    """A reply's text as it comes, parted into what a reader sees and the tools that it calls.
+
+    Text is passed on at once, but for what may be, or may begin, a call: that is kept back to the end. Everything that was
+    fed comes out again, as text or as calls (white space around calls apart).
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._id = call.id
+        self._names = frozenset(name_of(tool) for tool in call.tools)
+        self._kept = ""
+        self._passed = False
+        self._holds = not self._names
+
+    def feed(self, text: str) -> str:
+        """More of the reply; returns what of it is text for certain."""
+        if not self._names:
+            return text
+        self._kept += text
+        if self._holds:
+            return ""
+        cut = self._certain()
+        said, self._kept = self._kept[:cut], self._kept[cut:]
+        self._passed = self._passed or bool(said)
+        return said
+
+    def end(self) -> tuple[str, tuple[Mapping[str, Any], ...]]:
+        """The reply is over: the rest of its text, and the calls in OpenAI's form."""
+        if not self._names:
+            return "", ()
+        found, rest = _bare_calls(self._kept, self._names) if not self._passed else ([], self._kept)
+        if not found:
+            found, rest = _tagged_calls(self._kept, self._names)
+        return rest, tuple(_as_openai(self._id, place, *call) for place, call in enumerate(found))
+
+    def _certain(self) -> int:
+        """Characters of what is kept that are text; sets `_holds` where a call may have begun."""
+        text = self._kept
+        start = len(text) - len(text.lstrip())
+        if not self._passed:
+            if start == len(text) or _may_begin(text[start:], _BARE):
+                return 0
+            self._holds = text.startswith(_BARE, start)
+            if self._holds:
+                return 0
+        places = [place for mark in _MARKS if (place := text.find(mark)) >= 0]
+        self._holds = bool(places)
+        if places:
+            return min(places)
+        return next(
+            (place for place in range(max(0, len(text) - 16), len(text)) if _may_begin(text[place:], _MARKS)), len(text)
+        )
+
+
+def _may_begin(text: str, marks: Sequence[str]) -> bool:
+    """Whether `text` is a beginning of a mark, and not yet all of it."""
+    return any(mark.startswith(text) and mark != text for mark in marks)
+
+
+def _tagged_calls(text: str, names: Collection[str]) -> tuple[list[tuple[str, str]], str]:
+    """Calls between marks, and the text without them. A mark whose content is no call stays in the text."""
+    found: list[tuple[str, str]] = []
+    kept, place = "", 0
+    while (start := text.find(_OPEN, place)) >= 0:
+        close = text.find(_CLOSE, start)
+        end = len(text) if close < 0 else close
+        call = _one_call(_unfenced(text[start + len(_OPEN) : end]), names)
+        # what is no call is passed over by its mark alone: another may begin inside
+        after = min(end + len(_CLOSE), len(text)) if call else start + len(_OPEN)
+        kept += text[place:start] if call else text[place:after]
+        found += [call] if call else []
+        place = after
+    kept += text[place:]
+    if not found and (start := kept.find(_TAG)) >= 0:
+        found, _ = _bare_calls(kept[start:], names)
+        kept = kept[:start] if found else kept
+    return found, kept if kept.strip() or not found else ""
+
+
+def _bare_calls(text: str, names: Collection[str]) -> tuple[list[tuple[str, str]], str]:
+    """Calls that are the whole text, and "" for what is left; else none and the text."""
+    found = [_read_call(value, names) for value in _values(_unfenced(text.strip().removeprefix(_TAG)))]
+    calls = [call for call in found if call]
+    return (calls, "") if found and len(calls) == len(found) else ([], text)
+
+
+def _one_call(text: str, names: Collection[str]) -> tuple[str, str] | None:
+    values = list(_values(text))
+    return _read_call(values[0], names) if len(values) == 1 else None
+
+
+def _unfenced(text: str) -> str:
+    """Without the ``` that models put around JSON."""
+    text = text.strip()
+    return re.sub(r"^```(?:json)?\s*|\s*```$", "", text) if text.startswith("```") and text.endswith("```") else text
+
+
+def _values(text: str) -> Iterator[Any]:
+    """The JSON values that a text is made of, with nothing but white space, `;` or `,` between; one None where it is not."""
+    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    place = 0
+    while place < len(text):
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            yield None
+            return
+        yield from value if isinstance(value, list) else [value]
+        place += len(text[place:]) - len(text[place:].lstrip(" \t\r\n;,"))
+
+
+def _read_call(value: Any, names: Collection[str]) -> tuple[str, str] | None:
+    """(name, arguments as JSON) of a value that calls a declared tool; None for any other."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in names:
+        return None
+    given = value.get("arguments", value.get("parameters"))
+    if isinstance(given, str):
+        given = next(_values(given), None)
+    return (value["name"], json.dumps(given)) if isinstance(given, dict) else None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no value of JSON")
+
+
+def _as_openai(reply: str, place: int, name: str, arguments: str) -> Mapping[str, Any]:
+    """OpenAI's form. The id follows from the reply's, so that a reply that is made again has the same."""
+    identity = hashlib.sha256(f"{reply}/{place}".encode(errors="surrogatepass")).hexdigest()[:24]
+    return {"id": f"call_{identity}", "type": "function", "function": {"name": name, "arguments": arguments}}

@@ -1,0 +1,165 @@
+"""The wire: frames cut anywhere, lines that are none, errors that arrive whole; and the worker's loop at its other end."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import scripted
+from sartor.agents import channel, worker
+from sartor.agents.channel import Channel, Frames, Malformed, frame
+from sartor.core.errors import BusyError, ModelError, SartorError
+from sartor.models.engine.contract import Call
+from sartor.models.sampling import Sampling
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.text() | st.booleans(), lambda inner: st.lists(inner, max_size=3), max_leaves=5
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.dictionaries(st.text(max_size=5), JSON, max_size=3), max_size=4), st.integers(1, 9))
+def test_frames_arrive_however_they_are_cut(said: list[dict[str, Any]], cut: int) -> None:
+    whole = b"".join(frame(item) for item in said)
+    frames = Frames()
+    assert [item for at in range(0, len(whole), cut) for item in frames.feed(whole[at : at + cut])] == said
+
+
+def test_half_a_surrogate_travels() -> None:
+    """A client's JSON may hold one; a worker must neither die of it nor get another text."""
+    assert list(Frames().feed(frame({"text": "a\ud800b"}))) == [{"text": "a\ud800b"}]
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b"12", b"\xff\xfe", b"", b"[" * 100_000, b'{"a":' * 100_000])
+def test_a_line_that_is_no_frame_is_named_and_passed(line: bytes) -> None:
+    first, second = Frames().feed(line + b'\n{"a":1}\n')
+    assert isinstance(first, Malformed) and second == {"a": 1}
+
+
+def test_a_line_without_an_end_is_not_held() -> None:
+    frames = Frames(most_bytes=100)
+    found = [item for _ in range(50) for item in frames.feed(b"x" * 60)]
+    assert len(found) == 1 and isinstance(found[0], Malformed) and len(frames._rest) <= 160
+    assert list(frames.feed(b'y\n{"a":1}\n')) == [{"a": 1}]
+    assert [type(item) for item in frames.feed(b"z" * 101 + b"\n")] == [Malformed]
+
+
+@pytest.mark.parametrize("error", [ModelError("p", "r"), BusyError("p", "r"), SartorError("p", "r")])
+def test_errors_arrive_whole(error: SartorError) -> None:
+    there = channel.error_from_json(json.loads(json.dumps(channel.error_as_json(error))))
+    assert (type(there), there.problem, there.remedy) == (type(error), "p", "r")
+
+
+@pytest.mark.parametrize("kind", ["", "Foreign", "need", "Any"])
+def test_an_unknown_error_is_plain(kind: str) -> None:
+    assert type(channel.error_of(kind, "p", "r")) is SartorError
+
+
+class Parent:
+    """The supervisor's end of a worker that runs in a thread."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end = end
+        self.frames = Frames()
+        self.kept: list[Any] = []
+
+    def say(self, *said: dict[str, Any]) -> None:
+        self.end.sendall(b"".join(frame(item) for item in said))
+
+    def until(self, key: str, value: Any = None) -> list[Any]:
+        """All frames up to the first that has `key`."""
+        found: list[Any] = []
+        while True:
+            for at, said in enumerate(self.kept):
+                found.append(said)
+                if key in said and value in (None, said[key]):
+                    del self.kept[: at + 1]
+                    return found
+            self.kept = list(self.frames.feed(self.end.recv(1 << 16)))
+
+
+@pytest.fixture
+def parent() -> Iterator[Parent]:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(10)
+    thread = threading.Thread(target=worker.run, args=(scripted.Scripted(), Channel(theirs)))
+    thread.start()
+    yield Parent(ours)
+    ours.close()
+    thread.join(10)
+    theirs.close()
+    assert not thread.is_alive(), "the end of the connection ends the worker"
+
+
+def call(prompt: str, tokens: int = 3, name: str = "c") -> dict[str, Any]:
+    return {"op": "call", "call": Call(name, text=prompt, sampling=Sampling(max_tokens=tokens)).as_json()}
+
+
+def test_a_worker_answers_calls_and_asks(parent: Parent) -> None:
+    parent.say(call("hello"), {"op": "ping", "ask": 1}, {"op": "embed", "texts": ["ab"], "encoder": "base", "ask": 2})
+    said = parent.until("event", "done")
+    text = "".join(item["text"] for item in said if item.get("event") == "piece")
+    assert text == scripted.reply_of(Call("c", text="hello", sampling=Sampling(max_tokens=3)))
+    assert {"answer": 1} in said and {"answer": 2, "vectors": [[1.0, 2.0]]} in said
+    assert any(item.get("op") == "alive" and item["memory_bytes"] > 0 for item in said)
+
+
+def test_nothing_that_is_said_kills_a_worker(parent: Parent) -> None:
+    """Frames without fields, of wrong types, of unknown ops; calls that the engine refuses or trips over; files that are not there."""
+    parent.end.sendall(b"no json\n[]\n{}\n")
+    parent.say(
+        {"op": "call"}, {"op": "call", "call": 3}, {"op": "call", "call": {"id": "x"}}, {"op": "cancel"}, {"op": []},
+        {"op": "attach", "ask": "one"}, {"op": "cancel", "call": "unknown"}, {"op": "detach", "adapter": "unknown", "ask": 7},
+        {"op": "attach", "adapter": "a", "path": "/nowhere", "ask": 8}, {"op": "attach", "ask": 9},
+        {"op": "embed", "texts": ["a"], "encoder": "no such encoder", "ask": 10},
+        call("REFUSED", name="refused"), call("BUG", name="bug"), call("hello"),
+    )  # fmt: skip
+    said = parent.until("event", "done")
+    failed = {item["call"]: item["kind"] for item in said if item.get("event") == "failed"}
+    assert failed == {"x": "SartorError", "refused": "InputError", "bug": "SartorError"}
+    assert sum(item.get("op") == "malformed" for item in said) == 8
+    parent.say({"op": "ping", "ask": 11})
+    kinds = {
+        item["answer"]: item.get("error", {}).get("kind") for item in [*said, *parent.until("answer", 11)] if "answer" in item
+    }
+    assert kinds == {7: None, 8: "ModelError", 9: "ModelError", 10: "ConfigError", 11: None}
+
+
+def test_a_cancelled_call_ends(parent: Parent) -> None:
+    parent.say(call("hello", tokens=100_000))
+    parent.until("event", "piece")
+    parent.say({"op": "cancel", "call": "c"})
+    assert parent.until("event", "done")[-1]["finish"] == "cancelled"
+
+
+def test_a_parent_that_does_not_read_stops_the_engine(parent: Parent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is unsent is bounded, and nothing is lost."""
+    monkeypatch.setattr(channel, "MOST_UNREAD_BYTES", 10_000)
+    sizes: list[int] = []
+    told = Channel.send
+    monkeypatch.setattr(Channel, "send", lambda self, said: (told(self, said), sizes.append(len(self._unsent))))
+    tokens = 6_000
+    parent.say(call("hello", tokens=tokens))
+    while max(sizes, default=0) < 10_000:
+        time.sleep(0.001)
+    done = parent.until("event", "done")
+    assert sum(item.get("event") == "piece" for item in done) == tokens
+    assert max(sizes) < 11_000
+
+
+def test_an_engine_whose_step_fails_ends_the_worker() -> None:
+    ours, theirs = socket.socketpair()
+    engine = scripted.Scripted()
+    engine.step = lambda: 1 / 0  # type: ignore[method-assign]
+    with ours, theirs:
+        ours.sendall(frame(call("hello")))
+        with pytest.raises(ZeroDivisionError):
+            worker.run(engine, Channel(theirs))

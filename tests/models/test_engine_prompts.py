@@ -1,0 +1,132 @@
+"""Messages and tools reach the model through the base's own template, or in the stated text where it writes no tools."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import tiny
+from sartor.core.errors import RequestError
+from sartor.models.chat import Chat
+from sartor.models.engine.contract import Call
+from sartor.models.engine.prompts import prompt_ids, prompt_text, writes_tools
+
+# as Qwen's and Hermes's do: tools in the system turn, calls with their arguments as JSON
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls %}<tool_call>{{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# as DeepSeek's does: the arguments' text where it stands
+TEXT_TEMPLATE = TOOL_TEMPLATE.replace("{{ c.function.arguments | tojson }}", "{{ 'say ' + c.function.arguments }}")
+# as Gemma's does
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + tiny.CHATML
+FIND = {
+    "type": "function",
+    "function": {"name": "find", "parameters": {"type": "object", "properties": {"q": {"type": "string"}}}},
+}
+ASKED = {"role": "user", "content": "what colour is the sky"}
+CALLED = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "find", "arguments": '{"q": "sky"}'}}],
+}
+RETURNED = {"role": "tool", "tool_call_id": "call_1", "content": "blue"}
+
+
+def rendered(template: str, *messages: dict[str, Any], tools: tuple[Any, ...] = ()) -> str:
+    return prompt_text(Chat(tiny.tokenizer(template)), Call(id="c", messages=messages, tools=tools))
+
+
+def test_messages_go_through_the_template() -> None:
+    parts = {"role": "developer", "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "short"}]}
+    assert rendered(tiny.CHATML, parts, ASKED) == (
+        "<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\nwhat colour is the sky<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_template_that_writes_tools_is_given_them() -> None:
+    chat = Chat(tiny.tokenizer(TOOL_TEMPLATE))
+    assert writes_tools(chat) and not writes_tools(Chat(tiny.tokenizer())) and not writes_tools(Chat(tiny.tokenizer(None)))
+    text = rendered(TOOL_TEMPLATE, ASKED, CALLED, RETURNED, tools=(FIND,))
+    assert '"name": "find"' in text.partition("<|im_start|>user")[0] and '<tool_call>find {"q": "sky"}</tool_call>' in text
+    assert "<|im_start|>tool\nblue" in text and "<tools>" not in text
+
+
+def test_a_template_that_wants_arguments_as_text_is_given_text() -> None:
+    assert '<tool_call>find say {"q": "sky"}</tool_call>' in rendered(TEXT_TEMPLATE, ASKED, CALLED, RETURNED, tools=(FIND,))
+
+
+def test_a_template_without_tools_is_given_the_stated_text() -> None:
+    text = rendered(tiny.CHATML, {"role": "system", "content": "be short"}, ASKED, CALLED, RETURNED, RETURNED, tools=(FIND,))
+    system, _, rest = text.partition("<|im_end|>")
+    assert (
+        system.startswith("<|im_start|>system\nbe short\n\nYou may call") and '"name": "find"' in system and "{{" not in system
+    )
+    assert '<|im_start|>assistant\n<tool_call>\n{"name": "find", "arguments": {"q": "sky"}}\n</tool_call><|im_end|>' in rest
+    assert (
+        rest.count("<|im_start|>user\n<tool_response>\nblue\n</tool_response>\n<tool_response>") == 1
+        and "<|im_start|>tool" not in rest
+    )
+
+
+def test_a_template_without_a_system_turn_is_given_it_with_the_question() -> None:
+    text = rendered(NO_SYSTEM, ASKED, tools=(FIND,))
+    assert text.startswith("<|im_start|>user\nYou may call") and text.index("<tools>") < text.index("what colour")
+
+
+def test_earlier_calls_are_told_without_tools_too() -> None:
+    text = rendered(tiny.CHATML, ASKED, CALLED, RETURNED)
+    assert "<tool_call>" in text and "<tools>" not in text
+
+
+def test_a_raw_text_is_taken_as_it_is() -> None:
+    chat = Chat(tiny.tokenizer())
+    call = Call(id="c", text="the sky")
+    assert prompt_text(chat, call) == "the sky" and chat.tokenizer.decode(prompt_ids(chat, call)) == "the sky"
+
+
+def test_a_raw_text_opens_as_in_pretraining() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    made = tiny.tokenizer()
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    chat = Chat(made)
+    assert prompt_ids(chat, Call(id="c", text="the sky"))[0] == 0
+    assert prompt_ids(chat, Call(id="c", messages=(ASKED,)))[0] == chat.tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (3, "role"), ({}, "role"), ({"role": "robot", "content": "a"}, "robot"), ({"role": ["user"], "content": "a"}, "role"),
+        ({"role": "user"}, "content"), ({"role": "user", "content": 3}, "int"), ({"role": "user", "content": {"a": 1}}, "dict"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://10.0.0.1"}}]}, "image_url"),
+        ({"role": "user", "content": ["a"]}, "without text"), ({"role": "user", "content": [{"type": "text"}]}, "without text"),
+        ({"role": "user", "content": "a", "name": 3}, "name"), ({"role": "assistant", "content": "a", "tool_calls": "x"}, "tool call"),
+        ({"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": 3}}]}, "tool call"),
+        ({"role": "assistant", "content": "a", "tool_calls": [3]}, "tool call"),
+    ],
+)  # fmt: skip
+def test_a_malformed_message_is_refused(message: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        rendered(tiny.CHATML, message)
+
+
+def test_what_the_template_refuses_is_the_clients_fault() -> None:
+    with pytest.raises(RequestError, match="System role not supported"):
+        rendered(NO_SYSTEM, {"role": "system", "content": "a"}, ASKED)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(RequestError, match="empty"):
+        prompt_ids(Chat(tiny.tokenizer()), Call(id="c"))
+
+
+def test_arguments_that_are_no_json_are_told_as_they_are() -> None:
+    broken = json.loads(json.dumps(CALLED))
+    broken["tool_calls"][0]["function"]["arguments"] = "{broken"
+    assert '"arguments": "{broken"' in rendered(tiny.CHATML, ASKED, broken, RETURNED)
