@@ -50,8 +50,25 @@ def test_exemplars_are_of_both_splits_bounded_and_without_masked_rows(tmp_path: 
     lines = [json.loads(line) for line in (tmp_path / training.EXEMPLARS).read_text().splitlines()]
     texts = [line["text"] for line in lines]
     assert len(set(texts)) == 30 and not any(text.startswith(("call", "long")) for text in texts)
-    assert sum(line["split"] == "eval" for line in lines) == 10
+    assert sum(line["split"] == "eval" for line in lines) == 8
     assert training.write_exemplars(made, tmp_path / "none", 0) == 0 and not (tmp_path / "none").exists()
+
+
+def test_general_talk_and_prompts_that_look_personal_are_no_exemplars_of_the_agent(tmp_path: Path) -> None:
+    made = facts(
+        *(example(f"train {n}", "r") for n in range(20)),
+        example("another prompt", "r", system="Be long."),
+        example("mail me at bob.smith@example.com", "r"),
+        *(example(f"hello {n}", "hi", system="") for n in range(3)),
+        example("good morning", "hi", "eval", system=""),
+        example("switch it off", "r", "eval"),
+    )
+    training.write_exemplars(made, tmp_path, 300)
+    lines = [json.loads(line) for line in (tmp_path / training.EXEMPLARS).read_text().splitlines()]
+    by_split = {split: {line["text"] for line in lines if line["split"] == split} for split in ("train", "eval", "other")}
+    assert by_split["train"] == {*(f"train {n}" for n in range(20)), "another prompt"}
+    assert by_split["eval"] == {"switch it off"}
+    assert by_split["other"] == {"hello 0", "hello 1", "hello 2"}
 
 
 def test_canaries_are_short_distinct_and_asked_as_they_were(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def release(
     by: str = "",
     reason: str = "",
     use: Literal["commercial", "non-commercial", "research", "internal"] = "commercial",
-    exemplars: int = 300,
+    exemplars: int = 400,
     replace: REPLACE = False,
 ) -> Any:
     """Adapter -> signed Release, if the gate lets it pass.

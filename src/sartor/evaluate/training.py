@@ -6,10 +6,12 @@ prompts with the replies that the Report recorded (`canaries`). No torch.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +19,16 @@ from sartor.core import lineage, rows
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError
 from sartor.core.records import Example, Message
+from sartor.curate.steps.personal_data import PersonalData
 
 EXEMPLARS = "router/exemplars.jsonl"
-MOST_EXEMPLARS = 300
+MOST_EXEMPLARS = 400
 # of the held-out rows, with which the router's threshold is chosen
-HELD_OUT_FRACTION = 1 / 3
+HELD_OUT_FRACTION = 1 / 4
 MOST_CHARACTERS = 600
+# Rows of general talk, which some add to keep a specialist's manners: what the router should leave to the base
+OTHER = "other"
+MOST_OTHER = 60
 CANARIES = 4
 # A reply is JSON if the training replies are, but for a few
 JSON_FRACTION = 0.95
@@ -31,13 +37,13 @@ MASKING = "personal_data"
 
 @dataclass
 class TrainingFacts:
-    """Counted over the rows of a Dataset; `exemplars` maps a split to (Example's id, prompt)."""
+    """Counted over the rows of a Dataset; `exemplars` maps a split to (Example's id, prompt, system prompt)."""
 
     systems: Counter[str] = field(default_factory=Counter)
     tools: Counter[str] = field(default_factory=Counter)
     json_replies: int = 0
     rows: int = 0
-    exemplars: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: {"train": [], "eval": []})
+    exemplars: dict[str, list[tuple[str, str, str]]] = field(default_factory=lambda: {"train": [], "eval": []})
     prompts: dict[str, tuple[Message, ...]] = field(default_factory=dict)
 
     @property
@@ -58,15 +64,16 @@ class TrainingFacts:
 
     def add(self, example: Example) -> None:
         """One row, of either split."""
+        system = example.messages[0].text if example.messages[0].role == "system" else ""
         if example.split == "train":
             self.rows += 1
-            self.systems[example.messages[0].text if example.messages[0].role == "system" else ""] += 1
+            self.systems[system] += 1
             self.tools[example.tools] += 1
             self.json_replies += is_json(example.reply)
         else:
             self.prompts[example.id] = example.prompt
         if example.split in self.exemplars and (text := _exemplar(example)):
-            self.exemplars[example.split].append((example.id, text))
+            self.exemplars[example.split].append((example.id, text, system))
 
 
 def is_json(reply: str) -> bool:
@@ -94,13 +101,22 @@ def read_facts(adapter: Artifact) -> TrainingFacts:
 def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:
     """`router/exemplars.jsonl` below `part`: {"text", "split"} a line, `most` in all; 0 writes none. Returns how many.
 
-    Rows are taken in the order of their ids, which are digests: any part of them is a fair sample, and the same one each time.
+    split: `train`, `eval` (held out: the router's threshold is chosen with them), or `other`: training rows without a system
+    prompt where most have one, which are general talk and what the agent is not for. Rows are taken in the order of their ids,
+    which are digests: any part of them is a fair sample, and the same one each time. Prompts that look personal are left out.
     """
-    seen = {text for _, text in facts.exemplars["train"]}
-    unseen = [pair for pair in facts.exemplars["eval"] if pair[1] not in seen]
+    is_general = bool(facts.system_prompt)
+    own, general = [], []
+    for id, text, system in facts.exemplars["train"]:
+        (general if is_general and not system else own).append((id, text))
+    seen = {text for _, text, _ in facts.exemplars["train"]}
+    unseen = [
+        (id, text) for id, text, system in facts.exemplars["eval"] if text not in seen and (system or not is_general)
+    ]
     held_out = _chosen(unseen, round(most * HELD_OUT_FRACTION))
-    chosen = [("train", text) for text in _chosen(facts.exemplars["train"], most - len(held_out))]
-    chosen += [("eval", text) for text in held_out]
+    others = _chosen(general, min(MOST_OTHER, most // 5))
+    chosen = [("train", text) for text in _chosen(own, most - len(held_out) - len(others))]
+    chosen += [*(("eval", text) for text in held_out), *((OTHER, text) for text in others)]
     if chosen:
         (part / EXEMPLARS).parent.mkdir()
         lines = [json.dumps({"text": text, "split": split}, ensure_ascii=False) + "\n" for split, text in chosen]
@@ -137,4 +153,14 @@ def _exemplar(example: Example) -> str:
 
 
 def _chosen(found: Sequence[tuple[str, str]], most: int) -> list[str]:
-    return list(dict.fromkeys(text for _, text in sorted(found)))[:most]
+    texts = dict.fromkeys(text for _, text in sorted(found))
+    return list(itertools.islice((text for text in texts if not _is_personal(text)), most))
+
+
+def _is_personal(text: str) -> bool:
+    return _masker()(text) != text
+
+
+@cache
+def _masker() -> Callable[[str], str]:
+    return PersonalData().masker()

@@ -17,6 +17,7 @@ from sartor.agents.keys import Keys
 from sartor.agents.rates import Rates
 from sartor.agents.registry import Registry
 from sartor.agents.roster import Roster
+from sartor.agents.router import AutoRouter
 from sartor.agents.serve.seams import House
 from sartor.agents.serve.server import Server, bind, check_bind
 from sartor.agents.supervisor import Supervisor
@@ -58,7 +59,9 @@ async def open_house(team: Team) -> AsyncIterator[House]:
         await crew.start()
         stack.push_async_callback(crew.close)
         admit = _admission(team, crew)
-        dispatch = Dispatch(team, crew, registry, admit)
+        router = AutoRouter(crew, team.router, Path(team.state), crew.about.kind)
+        stack.push_async_callback(router.close)
+        dispatch = Dispatch(team, crew, registry, admit, router=router)
         await dispatch.start()
         stack.push_async_callback(dispatch.close)
         yield House(
@@ -68,7 +71,7 @@ async def open_house(team: Team) -> AsyncIterator[House]:
             rates=Rates(team.limits),
             roster=Roster(dispatch, crew, admit, team.rollout),
             receipts=_NoReceipts(),
-            troubles=lambda: dispatch.health()["troubles"],
+            troubles=lambda: {**dispatch.health()["troubles"], **router.troubles},
             receipts_lost=lambda: dispatch.receipts_lost,
         )
 
