@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sartor.agents import router
+from sartor.agents.asking import Route
 from sartor.agents.router import AutoRouter, chosen, user_turns
 from sartor.agents.routing import exemplars, fitting
 from sartor.agents.routing.exemplars import Exemplars, Prompt
@@ -26,7 +27,9 @@ THINGS = ("lamp", "heater", "fan", "blind", "radio")
 DISHES = ("lasagne", "goulash", "ramen", "curry", "paella", "risotto", "chili", "borscht", "moussaka", "tagine")
 LISTED = {
     "home": [f"switch {word} the {thing} in the {room}" for room in ROOMS for thing in THINGS for word in ("on", "off")],
-    "chef": [f"which {what} go into a {dish} for {n} guests" for dish in DISHES for what in ("spices", "herbs") for n in (2, 6, 9)],
+    "chef": [
+        f"which {what} go into a {dish} for {n} guests" for dish in DISHES for what in ("spices", "herbs") for n in (2, 6, 9)
+    ],
 }
 
 
@@ -56,14 +59,21 @@ def two() -> Fitted:
     return fitting.fit(agents("home", "chef"), "tfidf", None, 0.9)
 
 
-def agent_of(fitted: Fitted, *texts: str, openable: Sequence[str] = ("home", "chef")) -> str:
-    return chosen(fitted, fitted.judge(texts), openable).agent
+def agent_of(fitted: Fitted, text: str) -> str:
+    return chosen(fitted, fitted.judge([exemplars.shortened(text)]), {"home", "chef"}).agent
 
 
 def test_a_prompt_goes_to_the_agent_that_knows_its_like_and_a_foreign_one_to_the_base(two: Fitted) -> None:
     assert agent_of(two, "switch off the fan in the library please") == "home"
     assert agent_of(two, "which spices go into a jambalaya for 7 guests") == "chef"
-    for foreign in ("Wer hat die Glühbirne erfunden?", "my brother is coming over tonight", "is 91 a prime", "zzzz", "", "\x00 \ud800"):
+    for foreign in (
+        "Wer hat die Glühbirne erfunden?",
+        "my brother is coming over tonight",
+        "is 91 a prime",
+        "zzzz",
+        "",
+        "\x00 \ud800",
+    ):
         assert agent_of(two, foreign) == "base", foreign
 
 
@@ -139,7 +149,10 @@ def test_a_turn_that_says_too_little_belongs_to_the_agent_of_the_turn_before_if_
 def test_only_what_the_user_said_counts_in_any_form_of_content() -> None:
     turns = [
         {"role": "system", "content": "s"},
-        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}, {"type": "text", "text": "b"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}, {"type": "text", "text": "b"}],
+        },
         {"role": "assistant", "content": "c"},
         {"role": "user", "content": None},
         {"role": "user", "content": "d"},
@@ -225,6 +238,8 @@ def test_an_encoder_that_fails_or_is_slow_leaves_words_and_a_lost_one_costs_no_r
         crew.fault, crew.faults = UnavailableError("no worker lives", "later"), 10**9
         route = await auto.route(home, {"home"})
         assert route.agent == "home" and route.reason.endswith("; tfidf; by words alone (base: no worker lives)")
+        crew.fault = RuntimeError("a bug")
+        assert await auto.route(home, {"home"}) == Route("base", "the router failed: RuntimeError: a bug")
         crew.fault, crew.wait_s = None, 60.0
         monkeypatch.setattr(router, "EMBED_WAIT_S", 0.01)
         assert "took more than" in (await auto.route(home, {"home"})).reason

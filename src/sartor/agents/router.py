@@ -1,4 +1,4 @@
-"""`auto`: which agent a request is for, and why. Never an error: whatever goes wrong here, the base answers and the reason says so.
+"""`auto`: which agent a request is for, and why. Whatever goes wrong here, the base answers and the reason says so.
 
 A router is fitted in the background when the team starts and whenever its agents change; the old one answers meanwhile. The
 first of a new server knows words alone; one with an encoder takes its place when it is ready and better on prompts that
@@ -62,7 +62,7 @@ class AutoRouter:
         self.troubles: dict[str, str] = {}
 
     async def learn(self, releases: Mapping[str, Path]) -> None:
-        """See Router. Returns at once; what is to be fitted is fitted in the background, and trouble with it is in `troubles`."""
+        """See Router. Returns at once: fitting goes on in the background, and trouble with it is in `troubles`."""
         await self._stop()
         self._task = asyncio.ensure_future(self._refit(dict(releases)))
 
@@ -98,8 +98,9 @@ class AutoRouter:
         texts = [shortened(turns[-1]), *([shortened("\n".join(turns[-2:]))] if len(turns) > 1 else [])]
         try:
             fitted, judged, note = await self._judged(self._fitted, texts)
-        except SartorError as error:
-            return Route(BASE, f"the router failed: {error.problem}")
+        except Exception as error:  # a fault of the router must be none of the request: dispatch knows SartorError alone
+            why = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
+            return Route(BASE, f"the router failed: {why}")
         route = chosen(fitted, judged, openable)
         silent = [name for name in self._silent if name in openable]
         more = f"; without exemplars: {', '.join(sorted(silent))}" if silent else ""

@@ -106,13 +106,12 @@ def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:
     which are digests: any part of them is a fair sample, and the same one each time. Prompts that look personal are left out.
     """
     is_general = bool(facts.system_prompt)
-    own, general = [], []
+    own: list[tuple[str, str]] = []
+    general: list[tuple[str, str]] = []
     for id, text, system in facts.exemplars["train"]:
         (general if is_general and not system else own).append((id, text))
     seen = {text for _, text, _ in facts.exemplars["train"]}
-    unseen = [
-        (id, text) for id, text, system in facts.exemplars["eval"] if text not in seen and (system or not is_general)
-    ]
+    unseen = [(id, text) for id, text, system in facts.exemplars["eval"] if text not in seen and (system or not is_general)]
     held_out = _chosen(unseen, round(most * HELD_OUT_FRACTION))
     others = _chosen(general, min(MOST_OTHER, most // 5))
     chosen = [("train", text) for text in _chosen(own, most - len(held_out) - len(others))]

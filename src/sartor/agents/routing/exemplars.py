@@ -79,6 +79,6 @@ def digest(agents: Mapping[str, Exemplars]) -> str:
 
 def shortened(text: str) -> str:
     """A text as it is compared: of a long one the beginning and the end."""
-    text = text.strip()
+    text = text.encode("utf-8", "replace").decode().strip()  # a client may send half a surrogate pair
     half = MOST_CHARACTERS // 2
     return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} {text[-half:]}"

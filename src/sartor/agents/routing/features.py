@@ -40,7 +40,7 @@ class Lexical:
 
 @dataclass(frozen=True)
 class Dense:
-    """How an encoder's vectors are spread over the texts of the fit: what all texts have in common tells nothing. (1, D) each."""
+    """How an encoder's vectors are spread over the texts of the fit: what all have in common tells nothing. (1, D) each."""
 
     mean: F32
     scale: F32

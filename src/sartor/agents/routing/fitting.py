@@ -1,4 +1,4 @@
-"""Exemplars -> a router, and its threshold: chosen with prompts that no tuning saw and foreign prompts that this router never saw.
+"""Exemplars -> a router, and its threshold: chosen with prompts that no tuning saw and foreign ones that no router saw.
 
 What is foreign cannot be listed, so it is simulated twice: whole kinds of general prompts are left out of the fit, a fold of
 them at a time; and each agent in turn, whose held-out prompts are then foreign to the others.
@@ -190,9 +190,7 @@ class _Fit:
             if not left_out.any() or not (self._rows.labels[chosen] == len(self._agents)).any():
                 continue
             weights, intercept = self._classifier(chosen, len(self._agents))
-            found.append(
-                self._scores(np.flatnonzero(left_out), chosen, weights, intercept, self._rows.labels).max(axis=1)
-            )
+            found.append(self._scores(np.flatnonzero(left_out), chosen, weights, intercept, self._rows.labels).max(axis=1))
         return np.concatenate(found)
 
     def _foreign_agents(self) -> F32:
@@ -215,9 +213,9 @@ class _Fit:
 def choose(own: Sequence[F32], foreign: F32, target: float) -> tuple[float, float, float]:
     """(threshold, fraction of own prompts that get their agent, fraction of foreign ones left to the base).
 
-    own: by agent, scores of held-out prompts, -1 where another agent scored higher; each agent counts the same. Of the thresholds
-    that leave `target` of the foreign prompts to the base (or the most that can be), the one with the largest sum of both
-    fractions; it lies half way to the next score below, and above 0.
+    own: by agent, scores of held-out prompts, -1 where another agent scored higher; each agent counts the same. Of the
+    thresholds that leave `target` of the foreign prompts to the base (or the most that can be), the one with the largest sum of
+    both fractions; it lies at the geometric mean of a score and the next one below, since a score is a product.
     """
     found = np.unique(np.concatenate([*own, foreign, [1.0]]))
     found = found[found > LEAST]
@@ -243,8 +241,6 @@ def best_of(found: Sequence[Fitted]) -> Fitted:
         if _merit(other) >= _merit(best) + GAIN:
             best = other
     return best
-
-
 
 
 def _merit(fitted: Fitted) -> float:
