@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dispatch_fakes import FakeCrew, admit, asked, dispatching, registry, said, team, until, version
+from dispatch_fakes import FakeCrew, admit, asked, dispatching, no_fsync, registry, said, team, until, version
 
 from sartor.agents.entries import Agent
 from sartor.agents.monitors import FALSE_ALARM, MONITORS, WINDOW_REPLIES, Histogram, Rate, Tally, alarm, excess
@@ -17,6 +17,7 @@ from sartor.agents.roster import Roster
 from sartor.agents.team import Rollout
 from sartor.core.errors import ModelError
 
+__all__ = ["no_fsync"]
 RULES = Rollout(least_requests=20, watch_s=100.0)
 
 
