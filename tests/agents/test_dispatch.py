@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dispatch_fakes import (
     admit,
     asked,
     dispatching,
+    no_fsync,
     registry,
     said,
     team,
@@ -22,6 +24,7 @@ from dispatch_fakes import (
 from sartor.agents.roster import Roster
 from sartor.agents.team import Member, Rollout
 from sartor.core.errors import (
+    ArtifactError,
     BusyError,
     ConflictError,
     KeyRefusedError,
@@ -31,6 +34,8 @@ from sartor.core.errors import (
     UnknownAgentError,
 )
 from sartor.models.engine.contract import Done, Failed
+
+__all__ = ["no_fsync"]
 
 
 def run(work: Any) -> Any:
@@ -233,6 +238,27 @@ def test_a_release_that_was_exchanged_on_disk_is_not_loaded(tmp_path: Path) -> N
             assert "not id-faq-1 any more" in dispatch.health()["troubles"]["faq@1"]
 
     run(work())
+
+
+def test_this_machines_copy_is_loaded_where_it_is_whole(tmp_path: Path) -> None:
+    copy = tmp_path / "state" / "adapters" / "id-faq-1"
+
+    async def copied(path: Path, name: str) -> Any:
+        if path == copy and not (copy / "whole").exists():
+            raise ArtifactError("the copy was changed", "remove it")
+        return replace(version("faq", "1"), release=str(path)) if path == copy else await admit(path, name)
+
+    async def work(made: Any) -> None:
+        crew = FakeCrew()
+        async with dispatching(team(tmp_path), crew, made, admit=copied):
+            loaded.append(crew.attached["faq-1"])
+
+    loaded: list[Path] = []
+    copy.mkdir(parents=True)
+    run(work(registry(tmp_path, version("faq", "1"))))
+    (copy / "whole").touch()
+    run(work(registry(tmp_path)))
+    assert loaded == [Path("/releases/faq-1"), copy]
 
 
 def test_a_change_by_another_process_is_seen_and_one_made_here_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

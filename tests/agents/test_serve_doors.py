@@ -10,6 +10,7 @@ import pytest
 import serving
 from serving import chat
 
+from sartor.agents.keys import Keys
 from sartor.agents.serve.guard import is_loopback
 from sartor.agents.serve.server import Server, bind
 from sartor.core.errors import ConfigError, KeyRefusedError
@@ -52,16 +53,22 @@ def test_the_key_of_one_agent_does_not_open_another(tmp_path: Path) -> None:
         *(("POST", COMPLETIONS, chat(model=model), FAQ) for model in ("faq", "faq@0.9", "base", "auto", "home", "nobody")),
         replies=replies,
     )
-    assert statuses([own, version, base, auto]) == [200] * 4
-    assert statuses([other, unknown]) == [403, 404]
+    assert statuses([own, version, auto]) == [200] * 3
+    assert statuses([base, other, unknown]) == [403, 403, 404]
     assert "home" not in unknown.text
-    assert {request.openable for request in replies.asked} == {frozenset({"faq"})}
+    assert {request.openable for request in replies.asked} == {frozenset({"faq", "auto"})}
     models, one, health = ask(
         tmp_path, ("GET", "/v1/models", None, FAQ), ("GET", "/v1/models/home", None, FAQ), ("GET", "/health", None, FAQ)
     )
-    assert [model["id"] for model in models.json()["data"]] == ["base", "auto", "faq", "faq@1.0", "faq@0.9"]
+    assert [model["id"] for model in models.json()["data"]] == ["auto", "faq", "faq@1.0", "faq@0.9"]
     assert one.status_code == 403
     assert list(health.json()["agents"]) == ["faq@1.0"]
+
+
+def test_vectors_need_a_key_of_what_makes_them(tmp_path: Path) -> None:
+    body = {"model": "base", "input": "a"}
+    answers = ask(tmp_path, *(("POST", "/v1/embeddings", body, headers) for headers in (FAQ, ALL)))
+    assert statuses(answers) == [403, 200]
 
 
 def test_receipts_and_feedback_need_a_key_of_their_agent(tmp_path: Path) -> None:
@@ -172,6 +179,26 @@ def test_too_many_connections_and_a_server_that_closes(tmp_path: Path) -> None:
     answers = asyncio.run(main())
     assert statuses(answers) == [503, 503]
     assert [answer.headers["retry-after"] for answer in answers] == ["5", "5"]
+
+
+def test_the_team_s_own_keys_open_the_door(tmp_path: Path) -> None:
+    keys = Keys.of(serving.team(tmp_path))
+    agent, made = keys.make(["faq"])
+    admin, _ = keys.make([], is_admin=True)
+
+    async def main() -> list[int]:
+        async with serving.client(serving.house(doors=keys), serving.team(tmp_path)) as client:
+            found = []
+            for secret in (agent, admin, "sartor-000000000000-" + "a" * 43):
+                headers = {"authorization": f"Bearer {secret}"}
+                found.append((await client.post(COMPLETIONS, json=chat(), headers=headers)).status_code)
+                found.append((await client.get("/v1/agents", headers=headers)).status_code)
+            keys.revoke(made.id)
+            found.append((await client.get("/v1/models", headers={"authorization": f"Bearer {agent}"})).status_code)
+        return found
+
+    assert asyncio.run(main()) == [200, 403, 403, 200, 401, 401, 401]
+    keys.close()
 
 
 def test_loopback_is_what_others_cannot_reach() -> None:

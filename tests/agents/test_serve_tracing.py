@@ -65,8 +65,10 @@ def test_what_the_server_library_says_is_a_line_without_its_values() -> None:
         raise ValueError("my secret")
     except ValueError:
         lines.emit(logging.LogRecord("uvicorn.error", logging.ERROR, "", 1, "Exception in %s", ("secret",), sys.exc_info()))
+    lines.emit(logging.LogRecord("sartor.agents.places", logging.ERROR, "", 1, "%s workers", (3,), None))
     journal.close()
-    (line,) = log.lines
+    line, own = log.lines
+    assert own["problem"] == "3 workers"
     assert (line["event"], line["error"], line["problem"]) == ("server", "ValueError", "Exception in %s")
     assert "secret" not in json.dumps(line)
 

@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
+from sartor.agents.admission import copies
 from sartor.agents.asking import Answer, Crew, Events, Given, Receipts, Request, Router
 from sartor.agents.calling import call_of
 from sartor.agents.choosing import BASE_AGENT, Plan, plan
@@ -78,7 +80,7 @@ class Dispatch:
         self._router = router
         self._receipts = receipts
         self._admit = admit
-        self.holdings = Holdings(crew, admit)
+        self.holdings = Holdings(crew, admit, copies.folder(Path(team.state)))
         self.rollouts = Rollouts(team.rollout, clock)
         self.served = Served(registry, crew, self.holdings, self.rollouts, router)
         self.shadows = Shadows(crew, self._has_room, self.holdings.leased, self._shadowed, team.limits.deadline_s)

@@ -18,9 +18,14 @@ Admit = Callable[[Path, str], Awaitable[Version]]
 
 
 class Holdings:
-    """The adapters of one crew. Not thread-safe: the event loop's own."""
+    """The adapters of one crew. Not thread-safe: the event loop's own.
 
-    def __init__(self, crew: Crew, admit: Admit) -> None:
+    copies: where admission keeps this machine's copies, each under its Release's id: a registry that several machines share
+    names a directory that may be another one's.
+    """
+
+    def __init__(self, crew: Crew, admit: Admit, copies: Path) -> None:
+        self._copies = copies
         self._crew = crew
         self._admit = admit
         self._held: set[str] = set()
@@ -63,13 +68,7 @@ class Holdings:
         if self.holds(version):
             return
         try:
-            found = await self._admit(Path(version.release), version.agent)
-            if (found.release_id, found.adapter) != (version.release_id, version.adapter):
-                raise AdmissionError(
-                    f"{version.release} is the Release {found.release_id[:16]}, not {version.release_id[:16]} any more",
-                    f"bring back the Release of {version.name}, or promote another version",
-                    "release",
-                )
+            found = await self._found(version)
             async with self._lock:
                 if not self.holds(version):
                     await self._crew.attach(version.adapter, Path(found.release))
@@ -78,6 +77,24 @@ class Holdings:
             self.troubles[version.name] = error
             raise
         self.troubles.pop(version.name, None)
+
+    async def _found(self, version: Version) -> Version:
+        """The version as admission finds it, in the copy if there is one that is whole, else where it was registered."""
+        copy = self._copies / version.release_id
+        if copy.is_dir():
+            with suppress(SartorError):
+                return await self._same(version, copy)
+        return await self._same(version, Path(version.release))
+
+    async def _same(self, version: Version, path: Path) -> Version:
+        found = await self._admit(path, version.agent)
+        if (found.release_id, found.adapter) != (version.release_id, version.adapter):
+            raise AdmissionError(
+                f"{path} is the Release {found.release_id[:16]}, not {version.release_id[:16]} any more",
+                f"bring back the Release of {version.name}, or promote another version",
+                "release",
+            )
+        return found
 
     def want(self, versions: Collection[Version]) -> None:
         """Let go of everything but these, each as soon as no reply of it lives."""

@@ -1,12 +1,14 @@
-"""Commands from a Release to those who use it: export."""
+"""Commands from a Release to those who use it: export, serve."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import sartor
-from sartor.cli.app import REPLACE, app, notice
+from sartor.cli.app import AS_JSON, REPLACE, Flags, app, notice
 
 
 @app.command
@@ -39,3 +41,27 @@ def export(
     types = [kind.strip() for kind in quantise.split(",") if kind.strip()]
     options = sartor.ExportOptions(types, allow_unmeasured, sign, key, base)
     return sartor.export(release, out, to=to, options=options, replace=replace, notice=notice)
+
+
+@app.command
+def serve(team: Path, *flags: Flags, host: str = "", port: int | None = None) -> None:
+    """Serve a team over HTTP, as OpenAI's API has it, until SIGTERM or Ctrl-C; running replies end before it does.
+
+    One line on stdout says the address once it answers; the log, a JSON object a line, goes to stderr. Options of the team
+    can be given as flags (--limits.deadline_s 30). Exits 143 on SIGTERM and 130 on Ctrl-C.
+
+    Parameters
+    ----------
+    team: the team's YAML file
+    host: address to listen on, instead of http.host; beyond this machine only with keys (`sartor agents key`)
+    port: instead of http.port; 0 takes a free one
+    """
+    more = [*(["--http.host", host] if host else []), *(["--http.port", str(port)] if port is not None else [])]
+    try:
+        sartor.serve(team, [*flags, *more], ready=_ready)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _ready(said: Mapping[str, Any]) -> None:
+    print(json.dumps(dict(said)) if AS_JSON.get() else f"listening on {said['address']}", flush=True)

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from sartor.agents.serve.entry import Entry
 from sartor.agents.serve.faults import BUG, fault_of
-from sartor.agents.serve.replies import Opened
+from sartor.agents.serve.replies import Answers
 from sartor.agents.serve.running import GoneError, while_there
 from sartor.agents.serve.shapes import Head, Shape
 from sartor.core.errors import SartorError
@@ -23,7 +23,7 @@ Chunks = AsyncGenerator[dict[str, Any], None]
 END = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}
 
 
-async def chunks(opened: Opened, shape: Shape, head: Head, entry: Entry, with_usage: bool) -> Chunks:
+async def chunks(opened: Answers, shape: Shape, head: Head, entry: Entry, with_usage: bool) -> Chunks:
     """OpenAI's chunks. with_usage: the last holds the tokens, and the others say null, as OpenAI has it."""
     more: dict[str, Any] = {"usage": None} if with_usage else {}
     for place in range(len(opened.answers)):
@@ -49,7 +49,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, said: Chunks, opened: Opened, entry: Entry, headers: Mapping[str, str]) -> None:
+    def __init__(self, said: Chunks, opened: Answers, entry: Entry, headers: Mapping[str, str]) -> None:
         super().__init__(headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._said = said

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request
 
+from sartor.agents.keys import Opened
 from sartor.agents.serve.app import JsonResponse, Route
 from sartor.agents.serve.asked import FeedbackRequest
 from sartor.agents.serve.desk import Desk, agent_of, desk_of, entry_of
 from sartor.agents.serve.faults import FieldError, NotFoundError
 from sartor.agents.serve.said import FeedbackAnswer
-from sartor.agents.serve.seams import Visitor
 from sartor.core.errors import KeyRefusedError
 from sartor.core.records import Feedback
 
@@ -57,12 +57,12 @@ async def receipt(receipt: Annotated[str, Path(max_length=128)], request: Reques
     return JsonResponse(await _find(desk_of(request), _bare(receipt), entry_of(request).visitor))
 
 
-async def _find(desk: Desk, receipt: str, visitor: Visitor) -> Mapping[str, Any]:
+async def _find(desk: Desk, receipt: str, visitor: Opened) -> Mapping[str, Any]:
     found = await desk.house.receipts.find(receipt)
     if found is None:
         raise NotFoundError(f"there is no receipt {receipt!a}", "use the header x-sartor-receipt of a reply")
     agent = agent_of(str(found["agent"]))
-    if agent != "base" and not visitor.opens(agent):
+    if not visitor.opens(agent):
         raise KeyRefusedError("this key does not open the agent of that receipt", "send a key of that agent")
     return found
 
