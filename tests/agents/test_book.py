@@ -123,7 +123,7 @@ def releases(tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.Mo
 
 
 @pytest.mark.services
-def test_a_real_team_is_asked_promoted_and_asked_again(releases: Path) -> None:
+def test_a_real_team_is_asked_and_its_real_releases_are_checked_when_added(releases: Path) -> None:
     team = releases
     asked = {"sampling": {"max_tokens": 8}}
     reply = sartor.ask_team(team, "switch kitchen on", agent="switch", **asked)
@@ -132,7 +132,6 @@ def test_a_real_team_is_asked_promoted_and_asked_again(releases: Path) -> None:
     assert reply.reply == same.reply
     sartor.add_agent(team, team.parent / "switch-1.1")
     assert sartor.promote_agent(team, "switch", "1.1", expected="1.0").rows[0]["live"] == "1.1"
-    assert sartor.ask_team(team, "switch kitchen on", agent="switch", **asked).agent == "switch@1.1"
     weights = team.parent / "switch-1.1" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
     with pytest.raises(sartor.SartorError, match=r"adapter_model.safetensors"):
