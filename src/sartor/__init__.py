@@ -53,6 +53,7 @@ _NAMES = {
     "serve": "sartor.agents.serve.opening:serve",
     "tune": "sartor.tune",
     "verify": "sartor.evaluate.release:verify",
+    "verify_receipt": "sartor.agents.receipt_check:verify_receipt",
     # nouns
     "Artifact": "sartor.core.artifacts:Artifact",
     "DedupOptions": "sartor.curate.dedup.files:DedupOptions",

@@ -1,4 +1,4 @@
-"""Commands about a served team: its agents, their versions, its keys."""
+"""Commands about a served team: its agents, their versions, its keys, and the receipts of its replies."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 from cyclopts import App
 
 import sartor
-from sartor.cli.app import REPLACE, app
+from sartor.cli.app import REPLACE, app, notice
 from sartor.core.errors import ConfigError
 
 agents_app = App(name="agents", help="The agents of a team: which version is live, which is on trial, who may ask them.")
 app.command(agents_app)
+receipt_app = App(name="receipt", help="Signed records of replies.")
+app.command(receipt_app)
 
 TEAM = Path("team.yaml")
 
@@ -37,6 +39,23 @@ def key(
     if list:
         return sartor.list_keys(team)
     return sartor.revoke_key(team, revoke) if revoke else sartor.make_key(team, names, is_admin=admin, expires=expires)
+
+
+@receipt_app.command
+def verify(
+    file: Path, *, team: Path | None = None, key: Path | None = None, messages: Path | None = None, reply: str | None = None
+) -> Any:
+    """Check a receipt: its signature; the digests of what was asked and said; and of a greedy reply that it is said again.
+
+    Parameters
+    ----------
+    file: what GET /v1/receipts/ID answered, or JSON of it under `receipt`, with the `messages` and the `reply`
+    team: the team's YAML file: its public key, its key of digests, its base and engine
+    key: trust this public key instead of the team's or those in SARTOR_HOME/trusted
+    messages: JSON file of the messages, or of the whole body of the request
+    reply: the text of the reply
+    """
+    return sartor.verify_receipt(file, team=team, key=key, messages=messages, reply=reply, notice=notice)
 
 
 @agents_app.command(name="list")

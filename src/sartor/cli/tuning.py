@@ -91,6 +91,7 @@ def release(
     by: str = "",
     reason: str = "",
     use: Literal["commercial", "non-commercial", "research", "internal"] = "commercial",
+    exemplars: int = 300,
     replace: REPLACE = False,
 ) -> Any:
     """Adapter -> signed Release, if the gate lets it pass.
@@ -107,12 +108,14 @@ def release(
     by: who waives
     reason: why
     use: what it is meant for: the licences of sources and base have to permit it
+    exemplars: prompts of its rows that go with it, for the router of a team; 0 leaves them out
     replace: replace the Release that stands there
     """
     waivers = [sartor.Waiver(check, by, reason) for check in waive]
     return sartor.release(
-        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, use=use, replace=replace
-    )
+        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, use=use, exemplars=exemplars,
+        replace=replace,
+    )  # fmt: skip
 
 
 @app.command
