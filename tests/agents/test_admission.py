@@ -160,10 +160,14 @@ def test_the_norm_is_that_of_the_whole_product(maker: Maker, ground: Ground, tmp
     a, b = (draft.tensors[draft.a().replace("lora_A", f"lora_{letter}")][1].astype(float) for letter in "AB")
     module = draft.a().removeprefix("base_model.model.").removesuffix(".lora_A.weight")
     weight = maker.weights.matrices[module].values()
-    wanted = 2 * np.linalg.norm(b @ a) / np.linalg.norm(weight)
+    wanted = 2 * np.linalg.norm(b @ a) / (2 * 32**0.5)  # the tiny base's own weights are smaller than that
     path = maker.good(tmp_path / "good", draft)
     said = admission.admit_by(path, ground, Fake()).checks["norms"]
-    assert float(said.split()[2]) >= wanted * 0.99 and "up_proj" in said
+    assert float(said.split()[2]) >= wanted * 0.99 and "up_proj" in said and float(np.linalg.norm(weight)) < 2 * 32**0.5
+    just, beyond = (maker.draft(targets=("up_proj",), size=size / np.linalg.norm(weight) * 2 * 32**0.5) for size in (0.7, 1.4))
+    admission.admit_by(maker.good(tmp_path / "just", just), ground, Fake())
+    with pytest.raises(AdmissionError, match="times the norm that is allowed"):
+        admission.admit_by(maker.good(tmp_path / "beyond", beyond), ground, Fake())
     norms = json.loads((ground.state / "base-norms.json").read_text())["norms"]
     assert norms[module] == pytest.approx(float(np.linalg.norm(weight)), rel=1e-6)
 
