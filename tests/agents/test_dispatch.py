@@ -294,6 +294,33 @@ def test_this_machines_copy_is_loaded_where_it_is_whole(tmp_path: Path) -> None:
     assert loaded == [Path("/releases/faq-1"), copy]
 
 
+def test_two_releases_of_one_adapter_are_each_checked_and_the_adapter_goes_with_the_last(tmp_path: Path) -> None:
+    checked: list[str] = []
+
+    async def one_adapter(path: Path, name: str) -> Any:
+        checked.append(path.name)
+        return replace(await admit(path, name), adapter="same")
+
+    async def work() -> None:
+        versions = [replace(version("faq", number), adapter="same") for number in ("1", "2", "bad")]
+        crew, made = FakeCrew(), registry(tmp_path, *versions)
+        async with dispatching(team(tmp_path), crew, made, admit=one_adapter) as dispatch:
+            made.promote("faq", "2")
+            await dispatch.served.reload()
+            await dispatch.served.settle()
+            assert checked[-1] == "faq-2" and list(crew.attached) == ["same"]
+            made.promote("faq", "bad")
+            await dispatch.served.reload()
+            await dispatch.served.settle()
+            assert (await said(dispatch, asked("faq")))[0] == "faq@2" and "NaN" in dispatch.health()["troubles"]["faq@bad"]
+            made.remove("faq")
+            await dispatch.served.reload()
+            await dispatch.holdings.settle()
+            assert not crew.attached
+
+    run(work())
+
+
 def test_a_change_by_another_process_is_seen_and_one_made_here_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         made = registry(tmp_path, version("faq", "1"), version("faq", "2"))

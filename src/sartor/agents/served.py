@@ -190,7 +190,7 @@ class Served:
         """Tell the router which Releases are live, when that has changed: once at a time, the newest last."""
         live = {name: self.versions.get(f"{name}@{agent.live}") for name, agent in self.agents.items()}
         releases = {
-            name: self._holdings.places[version.adapter]
+            name: self._holdings.places[version.release_id]
             for name, version in live.items()
             if version and self._holdings.holds(version)
         }
