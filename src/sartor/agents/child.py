@@ -87,9 +87,15 @@ class Child:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [*self._command, str(theirs.fileno())]
+            # The front and other workers want the same cores. OpenMP threads that spin where they wait for each other then
+            # take tens of times as long as threads that sleep (docs/log.md).
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    *command, stdin=asyncio.subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+                    *command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
                 )
             except OSError as error:
                 ours.close()

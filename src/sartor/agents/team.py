@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from sqlalchemy import URL
+
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
@@ -36,7 +38,7 @@ class Local:
     kind: Literal["local"] = "local"
     rows: int = option(16, "replies that are made side by side; more wait")
     waiting: int = option(256, "calls that may wait; above it the answer is 429")
-    cache_tokens: int = option(65_536, "tokens of all prompts and replies held as keys and values, reused prefixes included")
+    cache_tokens: int = option(32_768, "tokens of all prompts and replies held as keys and values, reused prefixes included")
     threads: int = option(0, "threads of a worker; 0 is all cores, shared by the workers")
     bits: Literal[4, 8, 16, "auto"] = option("auto", "of the base's weights, as in a tuning recipe")
 
@@ -104,6 +106,7 @@ class Limits:
         64_000_000, "of prompts and replies kept in memory, so that feedback on one can be learnt from; 0 keeps none"
     )
     connections: int = option(2048, "open connections; above it 503")
+    receipts_days: int = option(0, "receipts older than that are removed, a file at a time; 0 keeps them")
     slow_client_s: float = option(30.0, "a client that does not take what is sent to it for so long is cut off")
 
 
@@ -170,7 +173,8 @@ class Team:
     @property
     def registry_url(self) -> str:
         """The SQLAlchemy URL of the registry: the one given, or SQLite in `state`."""
-        return self.registry or f"sqlite:///{Path(self.state) / 'registry.sqlite'}"
+        file = str(Path(self.state).absolute() / "registry.sqlite")
+        return self.registry or URL.create("sqlite", database=file).render_as_string(hide_password=False)
 
 
 def load(path: Path, flags: Sequence[str] = ()) -> Team:

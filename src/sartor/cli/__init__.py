@@ -3,7 +3,7 @@
     app.py      the application, and what signatures share
     data.py     curate, dedup, rethreshold, inspect, revoke, index
     tuning.py   demo, plan, tune, evaluate, release, verify, ask, keygen
-    agents.py   agents key
+    agents.py   agents key; receipt verify
     assets.py   assets list, assets install
     serving.py  export, serve
 

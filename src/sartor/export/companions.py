@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 from sartor.core import bases, licences
@@ -92,11 +93,10 @@ def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -
 def write_notice(release: Artifact, base: Base, part: Path) -> None:
     """NOTICE.md: every licence that this was made from, and what each demands of who hands it on; texts beside the base too."""
     manifest = release.manifest
-    made_from = licences.made_from(manifest)
+    made_from = [{**source, "source": _short(source)} for source in licences.made_from(manifest)]
     owed = licences.obligations(made_from) or ["nothing"]
     rows = [
-        f"- {source['source']}{'/' + source['path'] if source.get('path') else ''}: {source['licence']}"
-        + (f", sha256 {source['sha256']}" if source.get("sha256") else "")
+        f"- {source['source']}: {source['licence']}" + (f", sha256 {source['sha256']}" if source.get("sha256") else "")
         for source in made_from
     ]
     lines = [
@@ -117,6 +117,22 @@ def write_notice(release: Artifact, base: Base, part: Path) -> None:
     for file in sorted(base.ref.path.iterdir()):
         if file.is_file() and _LEGAL.match(file.name):
             shutil.copyfile(file, part / f"base-{file.name}")
+
+
+def _short(source: Mapping[str, Any]) -> str:
+    """A source without the folders of the machine that it was read on."""
+    if not source.get("path"):
+        return str(source["source"])
+    name = PurePath(str(source["source"])).name
+    return name if name == PurePath(source["path"]).name else f"{name}/{source['path']}"
+
+
+def readable(part: Path) -> None:
+    """Give every file the rights that a new file has here: some writers keep theirs from all other users."""
+    usual = (part / "README.md").stat().st_mode
+    for file in part.rglob("*"):
+        if file.is_file():
+            file.chmod(usual)
 
 
 def _as_hub_spells(licence: str) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
+# per position the likeliest tokens, best first, each with the natural log of its probability; None where it was not told
+Step = list[tuple[int, float | None]]
 
 
 class Asked:
@@ -43,13 +45,13 @@ class Asked:
         with urllib.request.urlopen(urllib.request.Request(self.server.listening_address + path, body, headers)) as answer:
             return json.loads(answer.read())
 
-    def go_on(self, ids: list[int], count: int) -> list[Json]:
-        """The greedy continuation: per token its id and the likeliest ones with their logprobs; a stop token is the last."""
+    def go_on(self, ids: list[int], count: int) -> list[Step]:
+        """The greedy continuation: at each of its tokens the likeliest; a stop token is the last."""
         said = {"prompt": ids, "n_predict": count, "n_probs": self.job["likeliest"], "temperature": 0, "top_k": 1}
-        steps: list[Json] = self.post("/completion", {**said, "return_tokens": True})["completion_probabilities"]
-        if not steps:
+        made = self.post("/completion", {**said, "return_tokens": True})
+        if not made["tokens"]:
             raise RuntimeError("llama.cpp gave no token")
-        return steps
+        return told_of(made["tokens"], made.get("completion_probabilities", []))
 
     def trace(self, prompt: list[int], reply: list[int]) -> Json:
         """The greedy reply of its own, and at each position behind `prompt` and a part of `reply` the likeliest tokens.
@@ -57,22 +59,42 @@ class Asked:
         While both say the same, one request tells of many positions; after a difference the next begins with `reply` so far.
         """
         own = self.go_on(prompt, self.job["longest"])
-        seen: list[Json] = []
+        seen: list[Step] = []
         while len(seen) < len(reply):
             for step in self.go_on(prompt + reply[: len(seen)], len(reply) - len(seen)) if seen else own:
                 seen.append(step)
-                if len(seen) == len(reply) or step["id"] != reply[len(seen) - 1]:
+                if len(seen) == len(reply) or step[0][0] != reply[len(seen) - 1]:
                     break
-        return {
-            "greedy": [step["id"] for step in own],
-            "likeliest": [[[one["id"], one["logprob"]] for one in step["top_logprobs"]] for step in seen],
-        }
+        return {"greedy": [step[0][0] for step in own], "likeliest": seen}
 
     def render(self, messages: list[Json]) -> Json:
         """A conversation as its chat template writes it, and as its tokenizer cuts that."""
         text = self.post("/apply-template", {"messages": messages})["prompt"]
         cut = self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})
         return {"text": text, "ids": cut["tokens"]}
+
+
+def told_of(tokens: list[int], told: list[Json]) -> list[Step]:
+    """A step for each token. The server tells nothing of tokens that end inside a character (an emoji is three of them).
+
+    Which of several equal tokens an entry belongs to is taken for known only where counting from both ends agrees.
+    """
+    steps: list[Step] = [[(token, None)] for token in tokens]
+    ids = [entry["id"] for entry in told]
+    left = _places(tokens, ids)
+    right = [len(tokens) - 1 - place for place in reversed(_places(tokens[::-1], ids[::-1]))]
+    for place, other, entry in zip(left, right, told, strict=True):
+        if place == other:
+            steps[place] = [(one["id"], one["logprob"]) for one in entry["top_logprobs"]]
+    return steps
+
+
+def _places(tokens: list[int], ids: list[int]) -> list[int]:
+    """Where `ids` stand in `tokens`, each as early as it can."""
+    places: list[int] = []
+    for token in ids:
+        places.append(tokens.index(token, places[-1] + 1 if places else 0))
+    return places
 
 
 def main(job_file: str, result_file: str) -> int:

@@ -40,11 +40,12 @@ class Answers:
     """What a runtime said to the traces, in their order.
 
     greedy: its own replies (the token that ends one is the last). likeliest: per position behind the reference's reply the
-    likeliest tokens with logprobs, best first. logits: the same positions whole, where the runtime gives them.
+    likeliest tokens with logprobs (None where not told), best first. logits: the same positions whole, where the runtime gives
+    them.
     """
 
     greedy: list[list[int]]
-    likeliest: list[list[list[tuple[int, float]]]]
+    likeliest: list[list[list[tuple[int, float | None]]]]
     logits: list[torch.Tensor] | None = None
 
 
@@ -83,14 +84,14 @@ def compare(runtime: str, form: str, traces: Sequence[Trace], answers: Answers) 
         for place, (token, likeliest) in enumerate(zip(one.reply, told, strict=True)):
             positions += 1
             same += likeliest[0][0] == token
-            ids, found = zip(*likeliest, strict=True)
-            differences.append((logprobs[place, list(ids)] - torch.tensor(found)).abs())
+            known = {token: value for token, value in likeliest if value is not None}
+            differences.append((logprobs[place, list(known)] - torch.tensor(list(known.values()))).abs())
     tokens, whole, length = 0, 0, 0
     for one, greedy in zip(traces, answers.greedy, strict=True):
         tokens += sum(mine == theirs for mine, theirs in zip(one.reply, greedy, strict=False))
         length += max(len(one.reply), len(greedy))
         whole += list(one.reply) == greedy
-    each = torch.cat(differences)
+    each = torch.cat([*differences, torch.zeros(1)])
     found_logits = [float((one.logits - theirs).abs().max()) for one, theirs in zip(traces, answers.logits or [], strict=False)]
     return Figures(
         runtime,

@@ -97,7 +97,7 @@ def _until_stop(row: list[int], stops: set[int]) -> list[int]:
     return row[: end + 1]
 
 
-def _likeliest(logits: torch.Tensor) -> list[list[tuple[int, float]]]:
+def _likeliest(logits: torch.Tensor) -> list[list[tuple[int, float | None]]]:
     """Of each row of (T, V) the likeliest tokens with logprobs, best first."""
     best = logits.log_softmax(-1).topk(min(LIKELIEST, logits.shape[-1]))
     return [
@@ -143,8 +143,7 @@ def ask_llama_cpp(file: Path, form: str, traces: Sequence[Trace], template: str,
         )
     if said["template"] != template:
         raise GateError(f"llama.cpp finds another chat template in {file.name} than the Release is bound to", "report this")
-    likeliest = [[[(int(token), float(value)) for token, value in step] for step in one["likeliest"]] for one in said["traces"]]
-    answers = Answers([list(one["greedy"]) for one in said["traces"]], likeliest)
+    answers = Answers([one["greedy"] for one in said["traces"]], [one["likeliest"] for one in said["traces"]])
     version = importlib.metadata.version(LLAMA_CPP)
     figures = measure.compare(f"llama.cpp ({LLAMA_CPP} {version})", form, traces, answers)
     figures = replace(figures, wall_s=round(time.monotonic() - began, 1))

@@ -103,6 +103,7 @@ def export(
         made = _WRITERS[to](work, part)
         companions.write_card(found, base, to, part, made.use)
         companions.write_notice(found, base, part)
+        companions.readable(part)
         facts = _facts(found, to, part)
         parity = {**_parity(found, base, traces, made.figures, measured), "wall_s": round(time.monotonic() - began, 1)}
         manifest = seal(part, "export", {**facts, "parity": parity})

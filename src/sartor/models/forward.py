@@ -69,37 +69,37 @@ class Norm:
     """x / rms(x) * (offset + weight), over the last dimension."""
 
     def __init__(self, module: Any, family: Family, kernels: Eager) -> None:
-        self._weight, self._kernels = module.weight.detach(), kernels
-        self._offset, self._eps = family.norm_offset, getattr(module, family.epsilon)
+        self.weight, self._kernels = module.weight.detach(), kernels
+        self.offset, self.eps = family.norm_offset, getattr(module, family.epsilon)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(y, what the backward wants)."""
-        return self._kernels.rms_norm(x, self._weight, self._eps, self._offset)
+        return self._kernels.rms_norm(x, self.weight, self.eps, self.offset)
 
     def backward(self, dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
         """dx, with `add` added."""
-        return self._kernels.rms_norm_backward(dy, x, self._weight, rstd, self._offset, add)
+        return self._kernels.rms_norm_backward(dy, x, self.weight, rstd, self.offset, add)
 
 
 class HeadNorms:
     """RMSNorm of each query and key head before the rotation (Qwen 3, Gemma 3)."""
 
     def __init__(self, attention: Any, family: Family, shape: Shape, width: int, kernels: Eager) -> None:
-        self._norms = [Norm(module, family, kernels) for module in (attention.q_norm, attention.k_norm)]
+        self.norms = [Norm(module, family, kernels) for module in (attention.q_norm, attention.k_norm)]
         self._sizes = [shape.heads * width, shape.groups * width, shape.groups * width]
         self._width = width
 
     def forward(self, qkv: torch.Tensor) -> torch.Tensor:
         """(T, (H + 2 G) K) with queries and keys normed."""
         parts = [part.reshape(-1, self._width) for part in qkv.split(self._sizes, 1)]
-        normed = [norm.forward(part)[0] for norm, part in zip(self._norms, parts, strict=False)]
+        normed = [norm.forward(part)[0] for norm, part in zip(self.norms, parts, strict=False)]
         return torch.cat([part.view(len(qkv), -1) for part in (*normed, parts[2])], 1)
 
     def backward(self, d: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
         """The gradient of what `forward` got."""
         parts = [part.reshape(-1, self._width) for part in qkv.split(self._sizes, 1)]
         grads = [part.reshape(-1, self._width) for part in d.split(self._sizes, 1)]
-        for place, norm in enumerate(self._norms):
+        for place, norm in enumerate(self.norms):
             grads[place] = norm.backward(grads[place], parts[place], norm.forward(parts[place])[1])
         return torch.cat([part.view(len(qkv), -1) for part in grads], 1)
 

@@ -3,8 +3,8 @@
     y = x W^T + bias + scale (x A^T) B^T
 
 Forward and backward are written out (Hu et al. 2021, arXiv:2106.09685), so that nothing is kept but x A^T and nothing
-computed that the factors' gradients do not need. W is one tensor for all modules; the modules' own weights become views
-of it, so the base is in memory once and transformers' module computes with the same numbers.
+computed that the factors' gradients do not need. W is one tensor for all modules, made when it is first wanted; the modules' own
+weights become views of it, so the base is in memory once and transformers' module computes with the same numbers.
 """
 
 from __future__ import annotations
@@ -57,12 +57,15 @@ class Projection:
         if len(biases) not in (0, len(frozen)):
             raise Unsupported("some of the fused modules have a bias and others none")
         self.bias = torch.cat([bias.detach().to(dtype) for bias in biases]) if biases else None
-        self._fused = None if any(is_quantised(base) for base in frozen) else self._fuse()
+        # W is held in fewer bits, and made dense for each product
+        self.is_quantised = any(is_quantised(base) for base in frozen)
+        self._fused: torch.Tensor | None = None
+        wrong = [base.weight.dtype for base in frozen if not is_quantised(base) and base.weight.dtype != self.dtype]
+        if wrong:
+            raise Unsupported(f"weights in {wrong[0]} where the base computes in {self.dtype}")
 
     def _fuse(self) -> torch.Tensor:
         weights = [base.weight.detach() for base in self.modules]
-        if any(weight.dtype != self.dtype for weight in weights):
-            raise Unsupported(f"weights in {weights[0].dtype} where the base computes in {self.dtype}")
         if len(weights) == 1:
             return weights[0]
         fused, low = torch.cat(weights), 0
@@ -71,11 +74,6 @@ class Projection:
             base.weight.data = fused[low : low + base.out_features]
             low += base.out_features
         return fused
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether W is held in fewer bits and made dense for each product."""
-        return any(is_quantised(base) for base in self.modules)
 
     def release(self) -> None:
         """Let W go, here and in the modules: its holder has another copy, and nothing else will compute with it."""
@@ -90,7 +88,8 @@ class Projection:
 
     def weight(self) -> torch.Tensor:
         """The frozen W, (outs, D). A quantised one is made dense for this one product and not kept."""
-        if self._fused is not None:
+        if not self.is_quantised:
+            self._fused = self._fuse() if self._fused is None else self._fused
             return self._fused
         parts = [dense_weight(base, self.dtype) if is_quantised(base) else base.weight.detach() for base in self.modules]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

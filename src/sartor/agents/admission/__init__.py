@@ -181,6 +181,16 @@ def _readmit(path: Path, ground: Ground, ask: Ask) -> Admitted:
     return looked.admitted(path, {**looked.checks, **_values(looked, ground), "canary": _ask(looked, ask)})
 
 
+def look(release: Path | str, ground: Ground) -> Admitted:
+    """Every check but those that ask an engine, on a Release where it stands: for a command that has none. Keeps nothing.
+
+    Raises what `admit_by` raises.
+    """
+    path = Path(release).absolute()
+    looked = _examine(path, path, ground)
+    return looked.admitted(path, {**looked.checks, **_values(looked, ground)})
+
+
 @dataclass(frozen=True)
 class _Looked:
     """A Release whose manifest may be believed, with the digest of its adapter and what was found so far."""

@@ -13,80 +13,142 @@ It holds in fp32 and in bf16, since it is a matter of order and not of precision
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from sartor.core.errors import ModelError
-from sartor.models import kernels
 from sartor.models.engine.factors import Factors, Site
 from sartor.models.engine.pages import PAGE_TOKENS
 from sartor.models.forward import Block, Fast
-from sartor.models.kernels import serving
-from sartor.models.kernels.serving import Cache, Looks, Turns
+from sartor.models.kernels.serving import Cache, Looks, Serving, Turns
 from sartor.models.linear import Projection, Unsupported
 
 BLOCK_ROWS = 16
 # Rotary embeddings whose angles depend on the length of the text cannot be tabled
-_MOVING_ROPE = ("dynamic", "longrope")
+_MOVING_ROPE = {"dynamic", "longrope"}
+_FIRST_ANGLES = 1024
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Adapt = Callable[[int, torch.Tensor, torch.Tensor], None]
 Mix = Callable[[int, Block, torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What comes next in N rows: logits (N, V), and where each row's largest stands: -1 if any of it is not finite."""
+
+    logits: torch.Tensor
+    likeliest: list[int]
+
+    def row(self, place: int) -> Scores:
+        """Of one row."""
+        return Scores(self.logits[place : place + 1], self.likeliest[place : place + 1])
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens of one row: `ids` from position `first` on, in `pages`; slot: its adapter's. newest: the one token of a reply."""
+
+    ids: Sequence[int]
+    first: int
+    pages: Sequence[int]
+    slot: int
+    newest: bool = False
+
+
+class Angles:
+    """Rotary embeddings by position, as far as they were wanted until now. Raises Unsupported for those that move."""
+
+    def __init__(self, fast: Fast, config: Any, most: int) -> None:
+        said = config.rope_parameters or {}
+        if {said.get("rope_type"), *(part.get("rope_type") for part in said.values() if isinstance(part, dict))} & _MOVING_ROPE:
+            raise Unsupported("rotary embeddings that change with the length of the text")
+        self._fast, self._most = fast, most
+        self._made: dict[str, Turns] = {}
+
+    def turns(self, kind: str, end: int) -> Turns:
+        """Of a kind of layer, for at least the positions before `end`."""
+        made = self._made.get(kind)
+        if made is None or len(made.cos) < end:
+            reach = min(max(2 * end, _FIRST_ANGLES), max(self._most, end))
+            head = self._fast.head
+            like, places = head.new_empty(0, dtype=torch.float32), torch.arange(reach, device=head.device)[None]
+            cos, sin = self._fast.rope(like, places, *((kind,) if kind else ()))
+            made = self._made[kind] = Turns(cos[0].float().contiguous(), sin[0].float().contiguous())
+        return made
+
+
 class Blocks:
     """The base in memory, its adapters and the cache. `cache_pages` pages of PAGE_TOKENS tokens.
 
-    Raises ModelError for an architecture that `forward.py` does not know.
+    chunk_tokens: of a prompt that are read at once, and where chunks begin. keeps_replies: what decoding leaves in the cache has
+    the bits of a prompt's, so that a reply may be found again in a later prompt.
     """
 
-    def __init__(self, model: Any, cache_pages: int, context_tokens: int) -> None:
-        chosen, _ = kernels.choose(model.device)
-        try:
-            self._fast = Fast(model, chosen)
-            turns = {block.rope_kind: self._turns(block.rope_kind, model, context_tokens) for block in self._fast.blocks}
-        except Unsupported as why:
-            raise ModelError(
-                f"the engine cannot serve this base: {why}", "engine: {kind: llamacpp} or {kind: openai}"
-            ) from None
-        self.device, self.dtype = model.device, self._fast.head.dtype
-        self._turns_by_kind = turns
-        self._serving = serving.choose(self.device, self.dtype)
-        names = {id(module): name for name, module in model.named_modules()}
+    chunk_tokens = PAGE_TOKENS
+    keeps_replies = False
+
+    def __init__(self, fast: Fast, cache_pages: int, angles: Angles, names: Mapping[int, str]) -> None:
+        self._fast, self._angles = fast, angles
+        self.device, self.dtype = fast.head.device, fast.head.dtype
+        self._serving = Serving()
         projections = [
             part
             for block in self._fast.blocks
             for part in (block.attention_in, block.attention_out, block.mlp_in, block.mlp_out)
         ]
-        self.factors = Factors([_site(part, names) for part in projections], self.dtype, self.device)
+        self.factors = Factors(sites_of(projections, names), self.dtype, self.device)
         self._linears = [linear(part) for part in projections]
         self._head = packed(self._fast.head, None)
         self.vocabulary = len(self._fast.head)
         self._caches = [self._cache(block, cache_pages) for block in self._fast.blocks]
 
-    def _turns(self, kind: str, model: Any, positions: int) -> Turns:
-        if (model.config.rope_parameters or {}).get("rope_type") in _MOVING_ROPE:
-            raise Unsupported("rotary embeddings that change with the length of the text")
-        like = torch.empty(0, dtype=torch.float32, device=model.device)
-        places = torch.arange(positions, device=model.device)[None]
-        cos, sin = self._fast.rope(like, places, *((kind,) if kind else ()))
-        return Turns(cos[0].float().contiguous(), sin[0].float().contiguous())
-
     def _cache(self, block: Block, pages: int) -> Cache:
         shape = (pages, block.shape.groups, PAGE_TOKENS, block.width)
-        return Cache(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
+        # not zeroed: memory that no row has written to yet is then not taken, and none reads what it did not write
+        return Cache(*(torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
 
     @torch.inference_mode()
-    def read(self, ids: Sequence[int], first: int, pages: Sequence[int], slot: int, *, all_rows: bool = False) -> torch.Tensor:
-        """A chunk of one prompt: T ids from position `first` on -> normed hidden states, (1, D) or (T, D) of all."""
-        x = self._fast.embed(torch.tensor(ids, device=self.device))
-        table = torch.tensor(pages[: (first + len(ids) - 1) // PAGE_TOKENS + 1], device=self.device)
+    def advance(self, runs: Sequence[Run], wanted: Sequence[int]) -> Scores:
+        """Take each run through all layers; what comes after the last token of each run in `wanted`, in its order."""
+        found: dict[int, Scores] = {}
+        for place, run in enumerate(runs):
+            if not run.newest:
+                x = self._read(run)
+                found |= {place: self._scores(x[-1:])} if place in wanted else {}
+        newest = [place for place, run in enumerate(runs) if run.newest]
+        for start in range(0, len(newest), BLOCK_ROWS):
+            block = newest[start : start + BLOCK_ROWS]
+            scores = self._scores(self._decoded([runs[place] for place in block]))
+            found |= {place: scores.row(row) for row, place in enumerate(block)}
+        if not wanted:
+            return Scores(torch.empty(0, self.vocabulary), [])
+        logits = torch.cat([found[place].logits for place in wanted])
+        return Scores(logits, [found[place].likeliest[0] for place in wanted])
+
+    @torch.inference_mode()
+    def hidden(self, run: Run) -> torch.Tensor:
+        """(T, D) hidden states of all tokens of a run, as the LM head reads them."""
+        return self._fast.norm.forward(self._read(run, all_rows=True))[0]
+
+    def _scores(self, x: torch.Tensor) -> Scores:
+        """Of (N, D) hidden states, at most BLOCK_ROWS."""
+        logits = self._head(_filled(self._fast.norm.forward(x)[0]))[: len(x)]
+        logits = logits if self._fast.softcap is None else self._fast.softcap * torch.tanh(logits / self._fast.softcap)
+        values, places = logits.max(-1)
+        return Scores(logits, torch.where(torch.isfinite(values), places, -1).tolist())
+
+    def _read(self, run: Run, *, all_rows: bool = False) -> torch.Tensor:
+        """A chunk of one prompt: (1, D), or (T, D) of all its tokens."""
+        ids, first, pages, slot = run.ids, run.first, run.pages, run.slot
+        x = self._fast.embed(torch.tensor(list(ids), device=self.device))
+        table = torch.tensor(list(pages[: (first + len(ids) - 1) // PAGE_TOKENS + 1]), device=self.device)
 
         def mix(place: int, block: Block, qkv: torch.Tensor) -> torch.Tensor:
-            turns = self._turns_by_kind[block.rope_kind]
+            turns = self._angles.turns(block.rope_kind, first + len(ids))
             return self._serving.attend_row(qkv, self._caches[place], table, first, block.shape, turns)
 
         def adapt(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
@@ -95,25 +157,12 @@ class Blocks:
         for place in range(len(self._fast.blocks)):
             last = place == len(self._fast.blocks) - 1 and not all_rows
             x = self._block(place, x, mix, adapt if slot >= 0 else _leave, only_last=last)
-        return self._fast.norm.forward(x)[0]
+        return x
 
-    @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(1, D) hidden state of a prompt's last token -> (1, V)."""
-        return self._capped(self._head(_filled(hidden))[: len(hidden)])
-
-    @torch.inference_mode()
-    def decode(
-        self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]], slots: Sequence[int]
-    ) -> torch.Tensor:
-        """The newest token of each of N rows -> logits (N, V) of what comes next."""
-        cuts = [slice(start, start + BLOCK_ROWS) for start in range(0, len(ids), BLOCK_ROWS)]
-        parts = [self._decode_block(ids[cut], positions[cut], pages[cut], slots[cut]) for cut in cuts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _decode_block(
-        self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]], slots: Sequence[int]
-    ) -> torch.Tensor:
+    def _decoded(self, runs: Sequence[Run]) -> torch.Tensor:
+        """(N, D) for the newest tokens of N rows, at most BLOCK_ROWS."""
+        ids, positions = [run.ids[0] for run in runs], [run.first for run in runs]
+        pages, slots = [run.pages for run in runs], [run.slot for run in runs]
         spare = BLOCK_ROWS - len(ids)
         most = max(len(row) for row in pages)
         table = torch.tensor([[*row, *[0] * (most - len(row))] for row in pages] + [[0] * most] * spare, device=self.device)
@@ -122,7 +171,7 @@ class Blocks:
         x = self._fast.embed(torch.tensor([*ids, *[0] * spare], device=self.device))
 
         def mix(place: int, block: Block, qkv: torch.Tensor) -> torch.Tensor:
-            turns = self._turns_by_kind[block.rope_kind]
+            turns = self._angles.turns(block.rope_kind, max(positions) + 1)
             return self._serving.attend(qkv, self._caches[place], looks, block.shape, turns)
 
         def adapt(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
@@ -130,7 +179,7 @@ class Blocks:
 
         for place in range(len(self._fast.blocks)):
             x = self._block(place, x, mix, adapt if max(slots) >= 0 else _leave)
-        return self._capped(self._head(self._fast.norm.forward(x)[0]))[: len(ids)]
+        return x[: len(ids)]
 
     def _block(self, place: int, x: torch.Tensor, mix: Mix, adapt: Adapt, *, only_last: bool = False) -> torch.Tensor:
         """One layer. only_last: nothing reads the other rows of its result."""
@@ -164,10 +213,6 @@ class Blocks:
                 b = stack.b[slot, stack.module_b(place)].view(rank, -1)
                 y[:, stack.low[place] : stack.high[place]].addmm_(low[:, stack.module_a(place)], b, alpha=scale)
 
-    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
-        cap = self._fast.softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
 
 def _leave(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
     """No row has an adapter."""
@@ -178,7 +223,12 @@ def _filled(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, x.new_zeros(BLOCK_ROWS - len(x), x.shape[1])])
 
 
-def _site(part: Projection, names: dict[int, str]) -> Site:
+def sites_of(projections: Sequence[Projection], names: Mapping[int, str]) -> list[Site]:
+    """Where factors may stand. names: of the base's modules by id."""
+    return [_site(part, names) for part in projections]
+
+
+def _site(part: Projection, names: Mapping[int, str]) -> Site:
     lows, low = [], 0
     for module in part.modules:
         lows.append(low)

@@ -54,7 +54,6 @@ class Factors:
     def __init__(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> None:
         self.sites, self._dtype, self._device = sites, dtype, device
         self._slots: dict[str, int] = {}
-        self._room = 0
         self.stacks = [self._empty(site, (0,) * len(site.modules), 0) for site in sites]
 
     def __contains__(self, adapter: str) -> bool:
@@ -64,23 +63,21 @@ class Factors:
         """Where an adapter stands; -1 for the base."""
         return self._slots[adapter] if adapter else -1
 
-    @property
-    def bytes_per_slot(self) -> int:
-        """What each adapter takes, whatever its own rank is."""
+    def bytes_of(self, adapter: str) -> int:
+        """What an adapter takes: room for the largest rank, whatever its own is."""
         tensors = (part for stack in self.stacks for part in (stack.a, stack.b, stack.scales))
-        return sum(part[0].nbytes for part in tensors) if self._room else 0
+        return sum(part[0].nbytes for part in tensors) if adapter else 0
 
     def put(self, adapter: str, path: Path) -> int:
-        """Load the PEFT directory `path` under a name; returns `bytes_per_slot`. Raises ModelError when it does not fit."""
+        """Load the PEFT directory `path` under a name; returns its bytes. Raises ModelError when it does not fit."""
         pairs = read_pairs(path, {module: self._shape(site, place) for site, place, module in self._modules()})
         taken = set(self._slots.values())
         slot = next(number for number in range(len(taken) + 1) if number not in taken)
         for number, site in enumerate(self.sites):
             self._make_room(number, site, [len(pairs[m].a) if m in pairs else 0 for m in site.modules], slot)
             self._write(self.stacks[number], site, pairs, slot)
-        self._room = max(self._room, slot + 1)
         self._slots[adapter] = slot
-        return self.bytes_per_slot
+        return self.bytes_of(adapter)
 
     def drop(self, adapter: str) -> None:
         """Free an adapter's slot."""

@@ -18,8 +18,9 @@ import torch
 
 from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError, SartorError
 from sartor.models.base import Base, open_base
-from sartor.models.engine.blocks import Blocks
+from sartor.models.engine.blocks import Run, Scores
 from sartor.models.engine.contract import BASE, About, Call, Done, Event, Failed
+from sartor.models.engine.native_blocks import open_blocks
 from sartor.models.engine.pages import PAGE_TOKENS, Pages
 from sartor.models.engine.reading import Reader
 from sartor.models.engine.rows import Row
@@ -31,17 +32,17 @@ READ_TOKENS = 4 * PAGE_TOKENS
 class LocalEngine:
     """See `contract.Engine`."""
 
-    def __init__(self, base: Base, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 65_536) -> None:
+    def __init__(self, base: Base, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 32_768) -> None:
         if min(rows, waiting, cache_tokens // PAGE_TOKENS) < 1:
             problem = f"rows is {rows}, waiting {waiting}, cache_tokens {cache_tokens}; at least 1, 1 and {PAGE_TOKENS}"
-            raise ConfigError(problem, "engine: {rows: 16, waiting: 256, cache_tokens: 65536}")
+            raise ConfigError(problem, "engine: {rows: 16, waiting: 256, cache_tokens: 32768}")
         self._base, self._rows, self._most_waiting = base, rows, waiting
         trained = int(base.model.config.max_position_embeddings)
         context = min(trained, cache_tokens // PAGE_TOKENS * PAGE_TOKENS)
         vocabulary = {"vocab_size": base.model.get_output_embeddings().weight.shape[0]}
         self._reader = Reader(base.ref, base.chat, vocabulary, context)
         self._pages = Pages(cache_tokens // PAGE_TOKENS)
-        self._blocks = Blocks(base.model, self._pages.total, context)
+        self._blocks = open_blocks(base.model, self._pages.total, context)
         bits = base.as_manifest()
         self._about = About(
             "local", base.ref.name, base.ref.digest, base.chat.template_digest, context, rows, bits["dtype"], str(base.device)
@@ -66,7 +67,7 @@ class LocalEngine:
     def attach(self, adapter: str, path: Path) -> int:
         """See `contract.Engine`. The bytes are those of a slot, which has room for the largest rank attached."""
         if adapter in self._adapters:
-            return self._blocks.factors.bytes_per_slot
+            return self._blocks.factors.bytes_of(adapter)
         taken = self._blocks.factors.put(adapter, path)
         self._adapters[adapter] = next(self._numbers)
         return taken
@@ -103,12 +104,9 @@ class LocalEngine:
     def step(self) -> Sequence[Event]:
         """See `contract.Engine`."""
         self._join()
-        events: list[Event] = []
-        budget = READ_TOKENS
-        while self._reading and budget > 0:
-            budget -= self._read(self._reading[0])
-        if self._writing:
-            self._write()
+        chunks = self._chunks()
+        if chunks or self._writing:
+            self._advance(chunks, list(self._writing))
         events, self._ended = self._ended, []
         return events
 
@@ -135,46 +133,57 @@ class LocalEngine:
             row.read = row.cached
             self._reading.append(self._waiting.popleft())
 
-    def _read(self, row: Row) -> int:
-        """The next chunk of a prompt, and after the last one the reply's first token; returns the tokens read."""
-        chunk = row.prompt[row.read : row.read + PAGE_TOKENS]
-        hidden = self._blocks.read(chunk, row.read, row.pages, row.slot)
-        row.read += len(chunk)
-        if row.read < len(row.prompt):
-            # the next prompt's turn: a long one does not hold up the short ones behind it
+    def _chunks(self) -> list[tuple[Row, list[int]]]:
+        """Of prompts that are read in this step: one chunk of a row, in turn, so that a long one does not hold up short ones."""
+        chunks: list[tuple[Row, list[int]]] = []
+        budget = READ_TOKENS
+        for row in list(self._reading):
+            if budget <= 0:
+                break
+            chunk = row.prompt[row.read : row.read + self._blocks.chunk_tokens]
+            chunks.append((row, chunk))
+            budget -= len(chunk)
             self._reading.rotate(-1)
-            return len(chunk)
-        self._reading.remove(row)
-        self._writing.append(row)
-        logits = self._blocks.logits(hidden)
-        if bool(torch.isfinite(logits.amax())):
-            self._pages.keep(row.number, row.prompt, row.pages)
-        self._choose([row], logits)
-        return len(chunk)
+        return chunks
 
-    def _write(self) -> None:
-        rows = list(self._writing)
-        ids = [row.tokens[-1] for row in rows]
-        positions = [len(row.prompt) + len(row.tokens) - 1 for row in rows]
-        logits = self._blocks.decode(ids, positions, [row.pages for row in rows], [row.slot for row in rows])
-        self._choose(rows, logits)
+    def _advance(self, chunks: Sequence[tuple[Row, list[int]]], writing: Sequence[Row]) -> None:
+        """Read the chunks, and give every row whose text is read to its end its next token."""
+        runs = [Run(chunk, row.read, row.pages, row.slot) for row, chunk in chunks]
+        runs += [
+            Run(row.tokens[-1:], len(row.prompt) + len(row.tokens) - 1, row.pages, row.slot, newest=True) for row in writing
+        ]
+        for row, chunk in chunks:
+            row.read += len(chunk)
+        done = [place for place, (row, _) in enumerate(chunks) if row.read == len(row.prompt)]
+        rows = [*(chunks[place][0] for place in done), *writing]
+        scores = self._blocks.advance(runs, [*done, *range(len(chunks), len(runs))])
+        for row in rows[: len(done)]:
+            self._reading.remove(row)
+            self._writing.append(row)
+        self._choose(rows, scores)
 
-    def _choose(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
-        """The next token of each row from (N, V) logits."""
-        values, places = logits.max(-1)
-        finite, likeliest = torch.isfinite(values).tolist(), places.tolist()
+    def _choose(self, rows: Sequence[Row], scores: Scores) -> None:
+        """The next token of each row."""
         for place, row in enumerate(rows):
-            if not finite[place]:
+            if scores.likeliest[place] < 0:
                 self._fail(row, ModelError("the logits are not finite: the adapter or the base is broken", "tune it again"))
                 continue
+            self._keep(row)
             try:
-                told = row.take(likeliest[place] if row.is_plain else row.choose(logits[place]))
+                told = row.take(scores.likeliest[place] if row.is_plain else row.choose(scores.logits[place]))
             except SartorError as error:
                 self._fail(row, error)
                 continue
             self._ended += told
             if told and isinstance(told[-1], Done):
                 self._leave(row)
+
+    def _keep(self, row: Row) -> None:
+        """Let later calls begin where this row is. Only after finite logits: what made others is of no use."""
+        if not row.tokens:
+            self._pages.keep(row.number, row.prompt, row.pages)
+        elif self._blocks.keeps_replies and (len(row.prompt) + len(row.tokens)) % PAGE_TOKENS == 0:
+            self._pages.keep(row.number, [*row.prompt, *row.tokens], row.pages)
 
     def _fail(self, row: Row, error: SartorError) -> None:
         self._leave(row)
@@ -194,8 +203,9 @@ class LocalEngine:
             raise BusyError("the cache is full of replies in work", "ask again later, or raise engine.cache_tokens")
         pages, _ = found
         try:
-            chunks = range(0, len(ids), PAGE_TOKENS)
-            hidden = [self._blocks.read(ids[start : start + PAGE_TOKENS], start, pages, -1, all_rows=True) for start in chunks]
+            size = self._blocks.chunk_tokens
+            runs = [Run(ids[start : start + size], start, pages, -1) for start in range(0, len(ids), size)]
+            hidden = [self._blocks.hidden(run) for run in runs]
         finally:
             self._pages.give_back(pages)
         mean = torch.cat(hidden).float().mean(0)
@@ -203,7 +213,7 @@ class LocalEngine:
 
 
 def open_engine(
-    base: str, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 65_536, threads: int = 0, bits: int | str = "auto"
+    base: str, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 32_768, threads: int = 0, bits: int | str = "auto"
 ) -> LocalEngine:
     """The engine for a base by name; the options are those of `team.Local`. Raises what `open_base` raises, and ModelError."""
     if threads:

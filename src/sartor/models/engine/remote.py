@@ -85,7 +85,7 @@ class RemoteEngine(StreamEngine):
         """See StreamEngine."""
         if call.adapter not in self._names:
             raise ModelError(f"no adapter {call.adapter[:12]} is attached", "attach it first")
-        return Reply(call, self._reader.prompt(call), self._reader.constraint(call))
+        return Reply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
 
     async def read(self, reply: Reply) -> AsyncGenerator[Event]:
         """See StreamEngine. A server that cannot be reached or is busy is asked again, until the first event is there."""

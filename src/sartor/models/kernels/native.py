@@ -66,12 +66,12 @@ class Native(Eager):
     name = "C++ kernels"
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+        self.library = library
 
     def call(self, function: str, dtype: torch.dtype, *arguments: Any) -> None:
         """Tensors as pointers, whole numbers as int64, floats as double; the number of threads last."""
         passed = [_passed(argument) for argument in arguments]
-        getattr(self._library, f"sartor_{function}_{SUFFIX[dtype]}")(*passed, ctypes.c_int(torch.get_num_threads()))
+        getattr(self.library, f"sartor_{function}_{SUFFIX[dtype]}")(*passed, ctypes.c_int(torch.get_num_threads()))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Eager`."""

@@ -1,6 +1,6 @@
 """What serving computes besides matrix products: attention over a paged cache, and LoRA of many adapters in one batch.
 
-`Serving` is in torch's operations, on any device; `NativeServing` calls `serving.cpp` on a CPU. In both a row's result is
+In torch's operations, on any device: what `walk.py` is checked against, and what serves where that cannot. A row's result is
 computed from its own numbers alone, in an order that its neighbours do not change.
 
 Shapes: N rows; H heads, G key heads of width K; pages of P tokens; R ranks; D inputs, O outputs of a fused projection.
@@ -8,15 +8,12 @@ Shapes: N rows; H heads, G key heads of width K; pages of P tokens; R ranks; D i
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from sartor.models.attention import Shape
-from sartor.models.kernels import native
 from sartor.models.kernels.eager import rotate
 
 
@@ -39,7 +36,6 @@ class Looks:
 
     table: torch.Tensor
     positions: torch.Tensor
-    structures: dict[int, ctypes.Structure] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,63 +117,6 @@ class Serving:
                 y[:, stack.low[place] : stack.high[place]] += part.to(y.dtype)
 
 
-class NativeServing(Serving):
-    """`serving.cpp`."""
-
-    def __init__(self, kernels: native.Native) -> None:
-        self._kernels = kernels
-
-    def attend(self, qkv: torch.Tensor, cache: Cache, looks: Looks, shape: Shape, turns: Turns) -> torch.Tensor:
-        """See `Serving`."""
-        qkv, out = qkv.contiguous(), qkv.new_zeros(len(qkv), shape.heads * cache.keys.shape[3])
-        key = id(turns) ^ hash(shape)
-        if key not in looks.structures:
-            looks.structures[key] = _paged(cache, looks, shape, turns)
-        self._kernels.call("paged_attention", qkv.dtype, looks.structures[key], qkv, cache.keys, cache.values, out)
-        return out
-
-    def adapt(self, y: torch.Tensor, x: torch.Tensor, stack: Stack, slots: torch.Tensor) -> None:
-        """See `Serving`."""
-        modules, _alive = _modules(stack)
-        sizes = (len(x), x.shape[1], y.shape[1])
-        self._kernels.call("lora_rows", y.dtype, modules, x.contiguous(), y, stack.a, stack.b, slots, stack.scales, *sizes)
-
-
-class _Paged(ctypes.Structure):
-    """`Paged` of serving.cpp."""
-
-    _fields_ = (
-        ("table", ctypes.c_void_p),
-        ("positions", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "most", "page", "heads", "groups", "width", "rotary", "window")),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("scale", ctypes.c_double),
-        ("cap", ctypes.c_double),
-    )
-
-
-class _Modules(ctypes.Structure):
-    """`Modules` of serving.cpp."""
-
-    _fields_ = (("count", ctypes.c_int64), *((name, ctypes.c_void_p) for name in ("ranks", "low", "high")))
-
-
-def _paged(cache: Cache, looks: Looks, shape: Shape, turns: Turns) -> _Paged:
-    rows, most = looks.table.shape
-    return _Paged(
-        looks.table.data_ptr(), looks.positions.data_ptr(), rows, most, cache.page_tokens, shape.heads, shape.groups,
-        cache.keys.shape[3], turns.cos.shape[1], shape.window or 0, turns.cos.data_ptr(), turns.sin.data_ptr(), shape.scale,
-        shape.softcap or 0.0,
-    )  # fmt: skip
-
-
-def _modules(stack: Stack) -> tuple[_Modules, Sequence[ctypes.Array[ctypes.c_int64]]]:
-    count = len(stack.ranks)
-    arrays = [(ctypes.c_int64 * count)(*column) for column in (stack.ranks, stack.low, stack.high)]
-    return _Modules(count, *(ctypes.addressof(array) for array in arrays)), arrays
-
-
 def _sees(places: torch.Tensor, end: int, shape: Shape) -> torch.Tensor:
     """(T, end) bool: which positions each query looks at."""
     keys = torch.arange(end, device=places.device)
@@ -192,46 +131,3 @@ def _mixed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sees: 
     scores = query.float() @ keys.float().transpose(1, 2) * shape.scale
     scores = shape.softcap * torch.tanh(scores / shape.softcap)
     return (scores.masked_fill(~sees, -torch.inf).softmax(-1) @ values.float()).to(query.dtype)
-
-
-def choose(device: torch.device, dtype: torch.dtype) -> Serving:
-    """The fastest for a device, checked against torch's operations."""
-    if device.type != "cpu" or dtype not in native.SUFFIX:
-        return Serving()
-    try:
-        made = NativeServing(native.load())
-    except native.NoKernels:
-        return Serving()
-    return made if is_right(made) else Serving()
-
-
-def is_right(kernels: Serving) -> bool:
-    """Whether `kernels` compute what `Serving` does, on small cases in fp32."""
-    state = torch.get_rng_state()
-    try:
-        torch.manual_seed(0)
-        return all(
-            (got - wanted).norm() <= 1e-5 * wanted.norm()
-            for got, wanted in zip(_small_cases(kernels), _small_cases(Serving()), strict=True)
-        )
-    finally:
-        torch.set_rng_state(state)
-
-
-def _small_cases(kernels: Serving) -> list[torch.Tensor]:
-    source = torch.Generator().manual_seed(0)
-
-    def random(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=source)
-
-    angles = random(16, 4).repeat(1, 2)
-    turns = Turns(angles.cos(), angles.sin())
-    found = []
-    for shape in (Shape(4, 2, 0.3), Shape(4, 2, 0.3, 2.0, 3)):
-        cache = Cache(random(6, 2, 4, 12), random(6, 2, 4, 12))
-        looks = Looks(torch.tensor([[0, 5], [1, 2], [3, 4]]), torch.tensor([6, -1, 2]))
-        found += [kernels.attend(random(3, 8 * 12), cache, looks, shape, turns), cache.keys, cache.values]
-    stack = Stack((3, 0, 2), (0, 5, 6), (5, 6, 10), random(2, 5, 7), random(2, 3 * 5 + 2 * 4), random(2, 3))
-    y = random(3, 10)
-    kernels.adapt(y, random(3, 7), stack, torch.tensor([1, -1, 0]))
-    return [*found, y]

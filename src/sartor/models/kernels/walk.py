@@ -1,0 +1,145 @@
+"""`serving.cpp`: all layers over some tokens in one call, and the LM head. ctypes' structures and nothing else.
+
+Numbers are torch tensors on the CPU; whoever makes a structure holds what it points to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sartor.models.kernels import native
+
+PAGE = 64  # as in serving.cpp
+RANKS = 16  # a factor's rank is a multiple of it
+_MOST_ROPES = 2
+_Address, _Long = ctypes.c_void_p, ctypes.c_int64
+
+
+class Product(ctypes.Structure):
+    """Linear modules that read the same input."""
+
+    _fields_ = (("count", _Long), ("ins", _Long), ("outs", _Long * 3), ("weight", _Address * 3), ("bias", _Address * 3))
+
+
+class Layer(ctypes.Structure):
+    """One layer: its weights and its part of the cache."""
+
+    _fields_ = (
+        ("norm", _Address), ("mlp_norm", _Address), ("after", _Address * 2), ("head_norms", _Address * 2),
+        ("products", Product * 4), ("cache", _Address), ("turns", _Long), ("window", _Long),
+    )  # fmt: skip
+
+
+class Model(ctypes.Structure):
+    """A base."""
+
+    _fields_ = (
+        *((name, _Long) for name in ("layers", "width", "heads", "groups", "head", "rotary", "gelu", "vocabulary")),
+        *((name, ctypes.c_double) for name in ("scale", "cap", "eps", "offset", "head_cap")),
+        ("layer", ctypes.POINTER(Layer)), ("norm", _Address), ("lm_head", _Address),
+    )  # fmt: skip
+
+
+class Factor(ctypes.Structure):
+    """LoRA on one module: a (rank, inputs), b (outputs, rank), scaled. rank: 0 for none."""
+
+    _fields_ = (("a", _Address), ("b", _Address), ("rank", _Long))
+
+
+class Batch(ctypes.Structure):
+    """Tokens to walk."""
+
+    _fields_ = (
+        ("tokens", _Long), ("most_pages", _Long), ("rank", _Long), ("positions", _Address), ("rows", _Address),
+        ("pages", _Address), ("factors", _Address), ("cos", _Address * _MOST_ROPES), ("sin", _Address * _MOST_ROPES),
+        ("x", _Address),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a walk is about.
+
+    x: (N, D) fp32, overwritten. positions: (N,). rows: (N,), which line of `pages` (R, P) is a token's. factors: (N,) address
+    of each token's array of `Factor`, 0 for none; rank: the largest of theirs. turns: cos and sin, (positions, rotary), by kind.
+    """
+
+    x: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor
+    pages: torch.Tensor
+    factors: torch.Tensor
+    rank: int
+    turns: Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Walker:
+    """The compiled walk. tiles: products by AMX tiles, for bf16 bases whose inputs are multiples of 32."""
+
+    def __init__(self, dtype: torch.dtype, *, tiles: bool) -> None:
+        """Raises NoKernels when there are none for this dtype, or on this machine."""
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise native.NoKernels(f"bases in {dtype} are served by torch's operations")
+        library = native.load().library
+        has_tiles = tiles and dtype == torch.bfloat16 and bool(library.sartor_amx())
+        self.name = "amx" if has_tiles else native.SUFFIX[dtype]
+        self._walk, self._head, self._bytes = (
+            getattr(library, f"sartor_{name}_{self.name}") for name in ("walk", "head", "walk_bytes")
+        )
+        self._bytes.restype = _Long
+        self._bytes.argtypes = (_Address, _Long, _Long)
+        self._walk.argtypes = (_Address, _Address, _Address, ctypes.c_int)
+        self._head.argtypes = (_Address, _Address, _Long, _Address, _Address, _Address, ctypes.c_int)
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def walk(self, model: Model, tokens: Tokens) -> None:
+        """Take `tokens.x` through all layers."""
+        count, rank = len(tokens.x), -(-max(tokens.rank, 1) // 32) * 32
+        cos, sin = zip(*tokens.turns, strict=True)
+        batch = Batch(
+            count, tokens.pages.shape[1], rank, tokens.positions.data_ptr(), tokens.rows.data_ptr(), tokens.pages.data_ptr(),
+            tokens.factors.data_ptr(), _addresses(cos, _MOST_ROPES), _addresses(sin, _MOST_ROPES), tokens.x.data_ptr(),
+        )  # fmt: skip
+        memory = self._room(model, count, rank)
+        self._walk(ctypes.addressof(model), ctypes.addressof(batch), memory, torch.get_num_threads())
+
+    def head(self, model: Model, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """(N, D) -> logits (N, V), and where each row's largest stands: -1 if any of it is not finite."""
+        logits = torch.empty(len(x), model.vocabulary)
+        best = torch.empty(len(x), dtype=torch.int64)
+        memory, threads = self._room(model, len(x), 32), torch.get_num_threads()
+        places = (x.data_ptr(), len(x), logits.data_ptr(), best.data_ptr())
+        self._head(ctypes.addressof(model), *places, memory, threads)
+        return logits, best.tolist()
+
+    def _room(self, model: Model, tokens: int, rank: int) -> int:
+        wanted = int(self._bytes(ctypes.addressof(model), tokens, rank)) + 64
+        if len(self._memory) < wanted:
+            self._memory = torch.empty(wanted, dtype=torch.uint8)
+        return -(-self._memory.data_ptr() // 64) * 64
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's numbers stand."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _addresses(tensors: Sequence[torch.Tensor | None], count: int) -> Any:
+    """Of up to `count` tensors."""
+    return (_Address * count)(*(address(tensor) for tensor in tensors))
+
+
+def product(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> Product:
+    """Of at most three modules' (out, in) weights."""
+    outs = (_Long * 3)(*(len(weight) for weight in weights))
+    return Product(len(weights), weights[0].shape[1], outs, _addresses(weights, 3), _addresses(biases, 3))
+
+
+def pair(tensors: Sequence[torch.Tensor]) -> Any:
+    """Two addresses, or none."""
+    return _addresses(tensors, 2)
