@@ -21,6 +21,7 @@ from bad_adapters import CORPUS, Maker, safetensors  # noqa: E402
 from sartor.agents import admission
 from sartor.agents.admission import CHECKS, Ground, canary, copies
 from sartor.agents.admission.config import LoraConfig, read_config
+from sartor.agents.fingerprint import check_digest
 from sartor.core import signing
 from sartor.core.errors import AdmissionError, ArtifactError, InputError, MissingError, ModelError, RefusedError, SignatureError
 from sartor.core.home import folder
@@ -52,7 +53,7 @@ class Fake:
         self.calls: list[Call] = []
 
     def __call__(self, adapter: str, path: Path, calls: Sequence[Call]) -> list[Sequence[Event]]:
-        copies.check_digest(path, adapter)
+        check_digest(path, adapter)
         self.path = path
         self.calls += calls
         return [(self.of_base if call.adapter == BASE else self.says)(call) for call in calls]
@@ -92,7 +93,7 @@ def test_good_ones_of_every_rank_target_and_dtype_are_admitted_and_say_what_was_
     assert (admitted.name, admitted.version, admitted.system_prompt) == ("specialist", "1.0", "You are brief.")
     assert admitted.path == ground.state / "adapters" / admitted.release and fake.path.parent == admitted.path.parent
     assert admitted.checks["rank"] == str(GOOD[name].get("rank", 4))
-    copies.check_digest(admitted.path, admitted.adapter)
+    check_digest(admitted.path, admitted.adapter)
 
 
 def rewritten(maker: Maker, out: Path, **config: object) -> Path:
@@ -179,14 +180,14 @@ def test_what_was_looked_at_is_what_is_loaded_whatever_becomes_of_the_original(
             return super().__call__(adapter, at, calls)
 
     admitted = admission.admit_by(path, ground, Swapping())
-    copies.check_digest(admitted.path, admitted.adapter)
+    check_digest(admitted.path, admitted.adapter)
     assert os.stat(admitted.path / weights.name).st_ino != os.stat(weights).st_ino
     (admitted.path / weights.name).write_bytes(b"poison")
     with pytest.raises(ArtifactError, match="not .* as admitted"):
-        copies.check_digest(admitted.path, admitted.adapter)
+        check_digest(admitted.path, admitted.adapter)
     (admitted.path / weights.name).unlink()
     with pytest.raises(ArtifactError, match="cannot be read"):
-        copies.check_digest(admitted.path, admitted.adapter)
+        check_digest(admitted.path, admitted.adapter)
 
 
 def test_a_copy_is_admitted_again_without_asking_but_not_past_its_signer_bytes_or_base(
