@@ -21,6 +21,7 @@ from bad_adapters import CORPUS, Maker, safetensors  # noqa: E402
 from sartor.agents import admission
 from sartor.agents.admission import CHECKS, Ground, canary, copies
 from sartor.agents.admission.config import LoraConfig, read_config
+from sartor.agents.fingerprint import check_digest
 from sartor.core import signing
 from sartor.core.errors import AdmissionError, ArtifactError, InputError, MissingError, ModelError, RefusedError, SignatureError
 from sartor.core.home import folder
@@ -52,7 +53,7 @@ class Fake:
         self.calls: list[Call] = []
 
     def __call__(self, adapter: str, path: Path, calls: Sequence[Call]) -> list[Sequence[Event]]:
-        copies.check_digest(path, adapter)
+        check_digest(path, adapter)
         self.path = path
         self.calls += calls
         return [(self.of_base if call.adapter == BASE else self.says)(call) for call in calls]
@@ -92,7 +93,7 @@ def test_good_ones_of_every_rank_target_and_dtype_are_admitted_and_say_what_was_
     assert (admitted.name, admitted.version, admitted.system_prompt) == ("specialist", "1.0", "You are brief.")
     assert admitted.path == ground.state / "adapters" / admitted.release and fake.path.parent == admitted.path.parent
     assert admitted.checks["rank"] == str(GOOD[name].get("rank", 4))
-    copies.check_digest(admitted.path, admitted.adapter)
+    check_digest(admitted.path, admitted.adapter)
 
 
 def rewritten(maker: Maker, out: Path, **config: object) -> Path:
@@ -159,10 +160,14 @@ def test_the_norm_is_that_of_the_whole_product(maker: Maker, ground: Ground, tmp
     a, b = (draft.tensors[draft.a().replace("lora_A", f"lora_{letter}")][1].astype(float) for letter in "AB")
     module = draft.a().removeprefix("base_model.model.").removesuffix(".lora_A.weight")
     weight = maker.weights.matrices[module].values()
-    wanted = 2 * np.linalg.norm(b @ a) / np.linalg.norm(weight)
+    wanted = 2 * np.linalg.norm(b @ a) / (2 * 32**0.5)  # the tiny base's own weights are smaller than that
     path = maker.good(tmp_path / "good", draft)
     said = admission.admit_by(path, ground, Fake()).checks["norms"]
-    assert float(said.split()[2]) >= wanted * 0.99 and "up_proj" in said
+    assert float(said.split()[2]) >= wanted * 0.99 and "up_proj" in said and float(np.linalg.norm(weight)) < 2 * 32**0.5
+    just, beyond = (maker.draft(targets=("up_proj",), size=size / np.linalg.norm(weight) * 2 * 32**0.5) for size in (0.7, 1.4))
+    admission.admit_by(maker.good(tmp_path / "just", just), ground, Fake())
+    with pytest.raises(AdmissionError, match="times the norm that is allowed"):
+        admission.admit_by(maker.good(tmp_path / "beyond", beyond), ground, Fake())
     norms = json.loads((ground.state / "base-norms.json").read_text())["norms"]
     assert norms[module] == pytest.approx(float(np.linalg.norm(weight)), rel=1e-6)
 
@@ -179,14 +184,14 @@ def test_what_was_looked_at_is_what_is_loaded_whatever_becomes_of_the_original(
             return super().__call__(adapter, at, calls)
 
     admitted = admission.admit_by(path, ground, Swapping())
-    copies.check_digest(admitted.path, admitted.adapter)
+    check_digest(admitted.path, admitted.adapter)
     assert os.stat(admitted.path / weights.name).st_ino != os.stat(weights).st_ino
     (admitted.path / weights.name).write_bytes(b"poison")
     with pytest.raises(ArtifactError, match="not .* as admitted"):
-        copies.check_digest(admitted.path, admitted.adapter)
+        check_digest(admitted.path, admitted.adapter)
     (admitted.path / weights.name).unlink()
     with pytest.raises(ArtifactError, match="cannot be read"):
-        copies.check_digest(admitted.path, admitted.adapter)
+        check_digest(admitted.path, admitted.adapter)
 
 
 def test_a_copy_is_admitted_again_without_asking_but_not_past_its_signer_bytes_or_base(
