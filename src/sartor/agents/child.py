@@ -22,7 +22,7 @@ from sartor.models.engine.contract import BASE, About
 State = Literal["starting", "ready", "retiring", "gone"]
 # What is in a dead worker's socket is read after its end; a process that it left behind may hold the socket open.
 _LAST_WORDS_S = 1.0
-# For GNU's OpenMP and LLVM's: about 10 microseconds of spinning; 1 millisecond, the least that it takes
+# For GNU's OpenMP (turns) and LLVM's (milliseconds): a small part of what they spin by default
 _PATIENT = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 _PING = 0  # its number; other questions have greater ones
 
@@ -95,7 +95,7 @@ class Child:
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,
-                    env=_environment(),
+                    env=environment(),
                 )
             except OSError as error:
                 ours.close()
@@ -274,11 +274,11 @@ class _Line(asyncio.Protocol):
             self._transport.abort()
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The worker's: the threads of a step give the processor away while they wait for each other.
 
-    OpenMP lets them spin. Where others take the processors (a worker that starts, a second worker), those that spin keep the one
-    that they wait for from running, and steps take 20 times as long. What the user has set holds.
+    OpenMP lets them spin. Where others take the processors (a worker that starts, a second one), those that spin keep the one
+    that they wait for from running, and a step takes many times as long. What the user has set holds.
     """
     return {**_PATIENT, **os.environ}
 
