@@ -23,7 +23,6 @@ from sartor.models.kernels import native, walk
 from sartor.models.kernels.walk import PAGE, RANKS, Factor, Layer, Model, Tokens, Walker
 from sartor.models.linear import Projection, Unsupported
 
-
 # Of the linear layers of a base that is copied into memory of the process's own
 MOST_MOVED_BYTES = 1 << 30
 
