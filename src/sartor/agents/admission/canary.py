@@ -71,8 +71,9 @@ def judge(canaries: Canaries, said: Sequence[Sequence[Event]]) -> str:
         return f"{len(mine)} general prompts answered; the Release records no replies to compare with"
     # what the Report has is what the gate let pass, or somebody waived: a canary asks whether it is still so
     _check_repetition(texts, sum(is_degenerate(wanted) for wanted in canaries.recorded))
+    # The Report cut long replies too, and does not say which: what goes on beyond a recorded reply is let be
     alike = [
-        fuzz.ratio(text, wanted[: len(text)] if is_cut else wanted) / 100
+        fuzz.ratio(text[: len(wanted)], wanted[: len(text)] if is_cut else wanted) / 100
         for (text, is_cut), wanted in zip(replies, canaries.recorded, strict=True)
     ]
     mean = sum(alike) / len(alike)
