@@ -72,17 +72,20 @@ def promote_agent(
 ) -> Rows:
     """Make a registered version live, or put it on trial: by the fractions given, else by those of TEAM.yaml.
 
-    A version that is on trial becomes live. Raises ConflictError when `expected` is not live (None: whatever is).
+    A version that is on trial becomes live, unless a fraction is given. Raises ConflictError when `expected` is not live
+    (None: whatever is).
     """
     made = team if isinstance(team, Team) else load(Path(team))
-    rules = made.rollout
-    trial = {
-        "canary": rules.canary_fraction if canary is None else canary,
-        "shadow": rules.shadow_fraction if shadow is None else shadow,
-    }
-    return _changed(
-        made, lambda registry, cause: registry.bring_in(name, version, expected=expected, cause=cause, **trial), why
-    )
+    is_given = canary is not None or shadow is not None
+    fractions = (canary or 0.0, shadow or 0.0) if is_given else (made.rollout.canary_fraction, made.rollout.shadow_fraction)
+
+    def change(registry: Registry, cause: Cause) -> Agent:
+        canary, shadow = fractions
+        return registry.bring_in(
+            name, version, canary=canary, shadow=shadow, ends_trial=not is_given, expected=expected, cause=cause
+        )
+
+    return _changed(made, change, why)
 
 
 def rollback_agent(team: Team | Path | str, name: str, *, expected: str | None = None, why: str = "") -> Rows:

@@ -177,17 +177,19 @@ class Registry:
         *,
         canary: float = 0.0,
         shadow: float = 0.0,
+        ends_trial: bool = True,
         expected: str | None = None,
         cause: Cause = NOBODY,
     ) -> Agent:
-        """Put a registered version on trial; without fractions, or one that is on trial already, make it live.
+        """Put a registered version on trial; without fractions, make it live.
 
-        Raises as `promote` and `start_canary`.
+        One that is on trial already becomes live (`ends_trial`), or has its fractions changed. Raises as `promote` and
+        `start_canary`.
         """
 
         def change(agent: Agent) -> Agent:
             agent = agent.expecting(expected)
-            if not (canary or shadow) or version in (agent.live, agent.candidate):
+            if not (canary or shadow) or version == agent.live or (ends_trial and version == agent.candidate):
                 return agent.promoted(version)
             return agent.trying(version, canary_fraction=canary, shadow_fraction=shadow)
 
@@ -222,9 +224,10 @@ class Registry:
 
         def write(connection: Connection) -> Agent:
             before = self._agent(connection, name, heals=heals)
-            after = change(before)
             if version:
                 self._check_version(connection, name, version)
+            after = change(before)
+            if version:
                 self._mark(connection, f"{name}@{version}", "admitted")
             return self._record(connection, what or _deed(after, version), before, after, version, cause)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,12 @@ class Roster:
             admitted = await self._admit(Path(release), name)
             await asyncio.to_thread(registry.add, admitted, cause=ADMIN)
             version = admitted.version
-            await self._served.reload()
+            await self._served.reload()  # makes the version known here
         if found := self._served.versions.get(f"{name}@{version}"):
             await self._dispatch.holdings.hold(found)
-        trial = {"canary": self._rules.canary_fraction, "shadow": self._rules.shadow_fraction}
-        return await self._applied(
-            await asyncio.to_thread(registry.bring_in, name, version, **trial, expected=expected, cause=ADMIN)
-        )
+        rules = self._rules
+        bring_in = partial(registry.bring_in, canary=rules.canary_fraction, shadow=rules.shadow_fraction)
+        return await self._applied(await asyncio.to_thread(bring_in, name, version, expected=expected, cause=ADMIN))
 
     async def rollback(self, name: str, expected: str | None) -> Mapping[str, Any]:
         """End a trial, or make the version live that was before. Raises ConflictError, UnknownAgentError."""

@@ -94,7 +94,7 @@ def agents_promote(
     why: str = "",
     team: Path = TEAM,
 ) -> Any:
-    """Make a registered version live, or put it on trial; one that is on trial already becomes live.
+    """Make a registered version live, or put it on trial; without fractions, one that is on trial already becomes live.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def agents_canary(name: str, version: str, fraction: float, *, why: str = "", te
     why: for the log
     team: the team's YAML file
     """
-    return sartor.promote_agent(team, name, version, canary=fraction, shadow=0.0, why=why)
+    return sartor.promote_agent(team, name, version, canary=fraction, why=why)
 
 
 @agents_app.command(name="shadow")
@@ -136,7 +136,7 @@ def agents_shadow(name: str, version: str, fraction: float, *, why: str = "", te
     why: for the log
     team: the team's YAML file
     """
-    return sartor.promote_agent(team, name, version, canary=0.0, shadow=fraction, why=why)
+    return sartor.promote_agent(team, name, version, shadow=fraction, why=why)
 
 
 @agents_app.command(name="rollback")

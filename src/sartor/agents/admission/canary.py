@@ -86,9 +86,12 @@ def judge(canaries: Canaries, said: Sequence[Sequence[Event]]) -> str:
 
 
 def _agreement(text: str, is_cut: bool, wanted: str) -> float:
-    """0..1, over as much of both as is compared."""
-    compared = min(COMPARED_CHARACTERS, len(text)) if is_cut else COMPARED_CHARACTERS
-    return fuzz.ratio(text[:compared], wanted[:compared]) / 100
+    """0..1, over as much of both as there is, up to what is compared.
+
+    The Report cut long replies too, and does not say which: what goes on beyond a recorded reply is let be.
+    """
+    text, wanted = text[: min(COMPARED_CHARACTERS, len(wanted))], wanted[:COMPARED_CHARACTERS]
+    return fuzz.ratio(text, wanted[: len(text)] if is_cut else wanted) / 100
 
 
 def _reply(call: Call, events: Sequence[Event]) -> tuple[str, bool]:
