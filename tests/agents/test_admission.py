@@ -366,7 +366,7 @@ def test_recorded_replies_are_asked_for_as_they_were_and_compared(maker: Maker, 
     path = recorded(maker, tmp_path / "good", "The sky is blue.", "The sky is blue today.")
     fake = Fake(saying("The sky is blue."))
     said = admission.admit_by(path, ground, fake).checks["canary"]
-    assert said.startswith("2 recorded prompts answered, 1 word for word")
+    assert said.startswith("2 recorded prompts answered, 1 begin word for word")
     assert all(call.messages == ({"role": "user", "content": "hello"},) and call.sampling.is_greedy for call in fake.calls)
     long = recorded(maker, tmp_path / "long", "A reply that goes on for much longer than a canary is let go on for, by far.")
     cut = lambda call: [Piece(call.id, "A reply that goes on", 5), Done(call.id, "length", 3, 5)]  # noqa: E731
@@ -473,5 +473,5 @@ def test_a_real_worker_tries_what_is_to_be_admitted_and_tells_one_adapter_from_a
             await crew.close()
 
     admitted, refused = asyncio.run(run())
-    assert "2 word for word" in admitted.checks["canary"]
+    assert "2 begin word for word" in admitted.checks["canary"]
     assert refused.check == "agreement"

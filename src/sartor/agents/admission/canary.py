@@ -17,10 +17,11 @@ from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece
 from sartor.models.sampling import Sampling
 
 MOST_CANARIES = 12
-SAMPLING = Sampling(max_tokens=64)
-# How alike replies and recorded ones must be on the mean, 0..1 by edits: another dtype or engine changes words, another
-# adapter changes the answer. What was measured stands in docs/admission.md.
-LEAST_AGREEMENT = 0.6
+SAMPLING = Sampling(max_tokens=48)
+# How alike the beginnings of replies and recorded ones must be on the mean, 0..1 by edits. Only beginnings: a long free text
+# goes its own way after one rounding. What was measured stands in docs/admission.md.
+LEAST_AGREEMENT = 0.65
+COMPARED_CHARACTERS = 80
 # A reply whose end repeats one short piece so often, over so much of it
 LONGEST_UNIT = 24
 LEAST_REPEATS = 8
@@ -71,11 +72,7 @@ def judge(canaries: Canaries, said: Sequence[Sequence[Event]]) -> str:
         return f"{len(mine)} general prompts answered; the Release records no replies to compare with"
     # what the Report has is what the gate let pass, or somebody waived: a canary asks whether it is still so
     _check_repetition(texts, sum(is_degenerate(wanted) for wanted in canaries.recorded))
-    # The Report cut long replies too, and does not say which: what goes on beyond a recorded reply is let be
-    alike = [
-        fuzz.ratio(text[: len(wanted)], wanted[: len(text)] if is_cut else wanted) / 100
-        for (text, is_cut), wanted in zip(replies, canaries.recorded, strict=True)
-    ]
+    alike = [_agreement(text, is_cut, wanted) for (text, is_cut), wanted in zip(replies, canaries.recorded, strict=True)]
     mean = sum(alike) / len(alike)
     if mean < LEAST_AGREEMENT:
         raise AdmissionError(
@@ -85,7 +82,16 @@ def judge(canaries: Canaries, said: Sequence[Sequence[Event]]) -> str:
             "agreement",
         )
     same = sum(one == 1 for one in alike)
-    return f"{len(alike)} recorded prompts answered, {same} word for word, {mean:.2f} alike on the mean"
+    return f"{len(alike)} recorded prompts answered, {same} begin word for word, {mean:.2f} alike on the mean"
+
+
+def _agreement(text: str, is_cut: bool, wanted: str) -> float:
+    """0..1, over as much of both as there is, up to what is compared.
+
+    The Report cut long replies too, and does not say which: what goes on beyond a recorded reply is let be.
+    """
+    text, wanted = text[: min(COMPARED_CHARACTERS, len(wanted))], wanted[:COMPARED_CHARACTERS]
+    return fuzz.ratio(text, wanted[: len(text)] if is_cut else wanted) / 100
 
 
 def _reply(call: Call, events: Sequence[Event]) -> tuple[str, bool]:
