@@ -160,10 +160,14 @@ def test_the_norm_is_that_of_the_whole_product(maker: Maker, ground: Ground, tmp
     a, b = (draft.tensors[draft.a().replace("lora_A", f"lora_{letter}")][1].astype(float) for letter in "AB")
     module = draft.a().removeprefix("base_model.model.").removesuffix(".lora_A.weight")
     weight = maker.weights.matrices[module].values()
-    wanted = 2 * np.linalg.norm(b @ a) / np.linalg.norm(weight)
+    wanted = 2 * np.linalg.norm(b @ a) / (2 * 32**0.5)  # the tiny base's own weights are smaller than that
     path = maker.good(tmp_path / "good", draft)
     said = admission.admit_by(path, ground, Fake()).checks["norms"]
-    assert float(said.split()[2]) >= wanted * 0.99 and "up_proj" in said
+    assert float(said.split()[2]) >= wanted * 0.99 and "up_proj" in said and float(np.linalg.norm(weight)) < 2 * 32**0.5
+    just, beyond = (maker.draft(targets=("up_proj",), size=size / np.linalg.norm(weight) * 2 * 32**0.5) for size in (0.7, 1.4))
+    admission.admit_by(maker.good(tmp_path / "just", just), ground, Fake())
+    with pytest.raises(AdmissionError, match="times the norm that is allowed"):
+        admission.admit_by(maker.good(tmp_path / "beyond", beyond), ground, Fake())
     norms = json.loads((ground.state / "base-norms.json").read_text())["norms"]
     assert norms[module] == pytest.approx(float(np.linalg.norm(weight)), rel=1e-6)
 
@@ -331,6 +335,14 @@ def test_a_reply_that_repeats_one_piece_is_known(text: str, is_degenerate: bool)
     assert canary.is_degenerate(text) == is_degenerate
 
 
+def test_a_release_whose_report_was_no_better_is_as_it_was_released(maker: Maker, ground: Ground, tmp_path: Path) -> None:
+    loop = "no " * 30
+    assert admission.admit_by(recorded(maker, tmp_path / "loop", loop, loop), ground, Fake(saying(loop)))
+    with pytest.raises(AdmissionError) as caught:
+        admission.admit_by(recorded(maker, tmp_path / "good", "The sky is blue.", "Yes."), ground, Fake(saying(loop)))
+    assert caught.value.check == "degenerate"
+
+
 def test_general_questions_are_held_against_the_base(maker: Maker, ground: Ground, tmp_path: Path) -> None:
     path = maker.good(tmp_path / "good")
     looping = saying("no " * 30)
@@ -410,3 +422,56 @@ def test_a_header_of_many_tensors_is_read_and_one_beyond_the_limit_is_not(tmp_pa
         (tmp_path / "bad").write_bytes(raw)
         with pytest.raises(ModelError, match="no whole safetensors"):
             tensors.read_header(tmp_path / "bad")
+
+
+def answers(base: Path, adapter: Path, asked: Sequence[dict]) -> list[str]:
+    """What an adapter says in this process."""
+    from sartor.models.engine.local import open_engine
+
+    engine = open_engine(str(base), rows=2, cache_tokens=512)
+    engine.attach("it", adapter)
+    for place, turn in enumerate(asked):
+        engine.submit(Call(str(place), "it", (turn,), sampling=canary.SAMPLING))
+    said = {str(place): "" for place in range(len(asked))}
+    while engine.busy:
+        for event in engine.step():
+            said[event.call] += event.text if isinstance(event, Piece) else ""
+    return list(said.values())
+
+
+@pytest.mark.services
+def test_a_real_worker_tries_what_is_to_be_admitted_and_tells_one_adapter_from_another(
+    maker: Maker, tmp_path: Path, tiny_base: Path
+) -> None:
+    from sartor.agents.supervisor import Supervisor
+    from sartor.agents.team import Local, Team, Workers
+
+    asked = [{"role": "user", "content": text} for text in ("what colour is the sky", "turn on the kitchen light")]
+    one, other = (maker.draft(targets=bad_adapters.TARGETS, size=3.0, seed=seed) for seed in range(2))
+    replies = answers(tiny_base, maker.good(tmp_path / "plain", one), asked)
+    for draft in (one, other):
+        draft.facts["canaries"] = [{"messages": [turn], "reply": text} for turn, text in zip(asked, replies, strict=True)]
+    engine = Local(rows=2, cache_tokens=512)
+    key = str(maker.public)
+    team = Team(base=str(tiny_base), engine=engine, state=str(tmp_path / "state"), trust=key, workers=Workers(spare=0))
+
+    async def run() -> tuple[admission.Admitted, AdmissionError]:
+        crew = Supervisor(team)
+        await crew.start()
+        try:
+            ground = Ground.of(team, crew.about)
+            admitted = await admission.admit(maker.good(tmp_path / "one", one), ground, crew.probe)
+            await crew.attach(admitted.adapter, admitted.path)
+            with pytest.raises(AdmissionError) as caught:
+                await admission.admit(maker.good(tmp_path / "other", other), ground, crew.probe)
+            (admitted.path / "adapter_config.json").write_text("{}")
+            await crew.detach(admitted.adapter)
+            with pytest.raises(ArtifactError, match="as admitted"):
+                await crew.attach(admitted.adapter, admitted.path)
+            return admitted, caught.value
+        finally:
+            await crew.close()
+
+    admitted, refused = asyncio.run(run())
+    assert "2 word for word" in admitted.checks["canary"]
+    assert refused.check == "agreement"

@@ -9,7 +9,7 @@ import pytest
 from dispatch_fakes import no_fsync, version
 
 import sartor
-from sartor.agents import book
+from sartor.agents import admission, book
 from sartor.agents.registry import Registry
 from sartor.agents.team import load
 from sartor.cli import main
@@ -111,6 +111,8 @@ def releases(tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.Mo
     sartor.keygen(tmp_path / "keys", trust=True)
     waivers = [sartor.Waiver(check, "A. Tester", "a tiny random base") for check in ("gain", "forgetting")]
     sartor.tune(tune_recipe, tmp_path / "adapter", show=False)
+    # what a random base of 32 dimensions says is nothing that admission would let pass
+    monkeypatch.setattr(admission.canary, "judge", lambda canaries, said: f"{len(said)} replies, not judged")
     sartor.evaluate(tmp_path / "adapter")
     for number in ("1.0", "1.1"):
         out = tmp_path / f"switch-{number}"
@@ -127,7 +129,8 @@ def test_a_real_team_is_asked_and_its_real_releases_are_checked_when_added(relea
     team = releases
     asked = {"sampling": {"max_tokens": 8}}
     reply = sartor.ask_team(team, "switch kitchen on", agent="switch", **asked)
-    assert reply.agent == "switch@1.0" and reply.reply and reply.nearest[0]["reply"]
+    assert reply.agent == "switch@1.0", reply.reason
+    assert reply.reply and reply.nearest[0]["reply"]
     same = sartor.ask(team.parent / "switch-1.0", "switch kitchen on", **asked)
     assert reply.reply == same.reply
     sartor.add_agent(team, team.parent / "switch-1.1")

@@ -202,7 +202,8 @@ def test_a_member_that_is_not_admitted_is_a_trouble_of_its_own(tmp_path: Path) -
     async def work() -> None:
         async with dispatching(team(tmp_path, agents=members), FakeCrew(), registry(tmp_path)) as dispatch:
             assert (await said(dispatch, asked("faq")))[0] == "faq@1"
-            assert (await said(dispatch, asked("bad")))[0].startswith("base@")
+            answer = await dispatch.open(asked("bad"))
+            assert answer.agent.startswith("base@") and "bad-1 holds NaN; the base steps in" in answer.reason
             with pytest.raises(UnavailableError):
                 await dispatch.open(asked("shy"))
             assert set(dispatch.health()["troubles"]) == {"bad", "shy"}
@@ -292,6 +293,33 @@ def test_this_machines_copy_is_loaded_where_it_is_whole(tmp_path: Path) -> None:
     (copy / "whole").touch()
     run(work(registry(tmp_path)))
     assert loaded == [Path("/releases/faq-1"), copy]
+
+
+def test_two_releases_of_one_adapter_are_each_checked_and_the_adapter_goes_with_the_last(tmp_path: Path) -> None:
+    checked: list[str] = []
+
+    async def one_adapter(path: Path, name: str) -> Any:
+        checked.append(path.name)
+        return replace(await admit(path, name), adapter="same")
+
+    async def work() -> None:
+        versions = [replace(version("faq", number), adapter="same") for number in ("1", "2", "bad")]
+        crew, made = FakeCrew(), registry(tmp_path, *versions)
+        async with dispatching(team(tmp_path), crew, made, admit=one_adapter) as dispatch:
+            made.promote("faq", "2")
+            await dispatch.served.reload()
+            await dispatch.served.settle()
+            assert checked[-1] == "faq-2" and list(crew.attached) == ["same"]
+            made.promote("faq", "bad")
+            await dispatch.served.reload()
+            await dispatch.served.settle()
+            assert (await said(dispatch, asked("faq")))[0] == "faq@2" and "NaN" in dispatch.health()["troubles"]["faq@bad"]
+            made.remove("faq")
+            await dispatch.served.reload()
+            await dispatch.holdings.settle()
+            assert not crew.attached
+
+    run(work())
 
 
 def test_a_change_by_another_process_is_seen_and_one_made_here_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_false_alarms_are_as_rare_as_said_at_the_very_margin() -> None:
 @pytest.mark.services
 def test_false_alarms_over_many_simulated_trials() -> None:
     for candidate, live in ((0.05, 0.0), (0.1, 0.05), (0.35, 0.3), (0.02, 0.02)):
-        runs = 60
+        runs = 40
         alarms = sum(bool(simulate(seed, candidate, live, 1000)) for seed in range(runs))
         assert alarms / runs <= FALSE_ALARM, (candidate, live)
 

@@ -135,7 +135,7 @@ class Dispatch:
                 errors.append(error)
         if len(errors) == 1:
             raise errors[0]
-        problems = "; ".join(dict.fromkeys(error.problem for error in errors)) or "no version of it is live"
+        problems = "; ".join(dict.fromkeys(error.problem for error in errors)) or "it has no version"
         raise UnavailableError(
             f"{request.model} cannot answer now, nor who may step in: {problems}", "ask again in a few seconds"
         )

@@ -28,7 +28,8 @@ class Holdings:
         self._copies = copies
         self._crew = crew
         self._admit = admit
-        # adapter -> the directory that it was loaded from
+        self._held: set[str] = set()
+        # id of each Release that was checked -> its directory. Two may have the same adapter: each is checked for itself
         self.places: dict[str, Path] = {}
         self._coming: dict[str, asyncio.Task[None]] = {}
         self._wanted: set[str] = set()
@@ -40,7 +41,7 @@ class Holdings:
 
     def holds(self, version: Version) -> bool:
         """Whether a call of this version can be made now."""
-        return version.adapter in self.places
+        return version.adapter in self._held and version.release_id in self.places
 
     def check(self, version: Version) -> None:
         """Raise UnavailableError, saying why, for a version that is not held."""
@@ -83,9 +84,10 @@ class Holdings:
         try:
             found = await self._found(version)
             async with self._lock:
-                if not self.holds(version):
+                if version.adapter not in self._held:
                     await self._crew.attach(version.adapter, Path(found.release))
-                    self.places[version.adapter] = Path(found.release)
+                    self._held.add(version.adapter)
+                self.places[version.release_id] = Path(found.release)
         except SartorError as error:
             self.troubles[version.name] = error
             raise
@@ -112,9 +114,10 @@ class Holdings:
     def want(self, versions: Collection[Version]) -> None:
         """Let go of everything but these, each as soon as no reply of it lives."""
         self._wanted = {version.adapter for version in versions}
-        names = {version.name for version in versions}
+        names, releases = {version.name for version in versions}, {version.release_id for version in versions}
+        self.places = {release: path for release, path in self.places.items() if release in releases}
         self.troubles = {name: trouble for name, trouble in self.troubles.items() if name in names}
-        for adapter in list(self.places):
+        for adapter in list(self._held):
             self._let_go(adapter)
 
     async def settle(self) -> None:
@@ -128,14 +131,14 @@ class Holdings:
         await asyncio.gather(*coming, *self._leaving, return_exceptions=True)
 
     def _let_go(self, adapter: str) -> None:
-        if adapter in self.places and adapter not in self._wanted and not self._leases[adapter]:
-            del self.places[adapter]
+        if adapter in self._held and adapter not in self._wanted and not self._leases[adapter]:
+            self._held.discard(adapter)
             task = asyncio.ensure_future(self._detach(adapter))
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
 
     async def _detach(self, adapter: str) -> None:
         async with self._lock:
-            if adapter not in self.places:  # else it was asked for again while this waited
+            if adapter not in self._held:  # else it was asked for again while this waited
                 with suppress(SartorError):  # a worker that is gone holds nothing
                     await self._crew.detach(adapter)

@@ -14,7 +14,8 @@ from sartor.agents.live import LiveCall
 from sartor.core.errors import ModelError, UnavailableError
 from sartor.models.engine.contract import Call, Event, event_from_json
 
-# A few prompts need no more memory; and the workers that serve go first.
+# A few prompts need no more memory; and the workers that serve go first. Two threads that share a step wait for each other, and
+# where those workers take the processors they wait in vain.
 _MOST_ROWS, _CACHE_TOKENS = 16, 8192
 _NICE = 5
 _LOOK_S = 0.25
@@ -29,6 +30,8 @@ class Probation:
         engine["rows"] = min(_MOST_ROWS, engine["rows"])
         if "cache_tokens" in engine:
             engine["cache_tokens"] = min(_CACHE_TOKENS, engine["cache_tokens"])
+        if "threads" in engine:
+            engine["threads"] = 1
         self._command = command
         self._opening = {**opening, "engine": engine, "nice": _NICE}
         self._start_s = start_s

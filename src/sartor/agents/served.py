@@ -64,7 +64,7 @@ class Served:
                 await asyncio.to_thread(self.registry.add, version, fallback=member.fallback, cause=cause)
             except SartorError as error:
                 self._refused[name] = f"not admitted: {error.problem}"
-                self.agents[name] = Agent(name, "", fallback=member.fallback)
+                self.agents[name] = Agent(name, "", fallback=member.fallback, note=self._refused[name])
 
     async def reload(self) -> None:
         """Serve what the registry has now, as far as its adapters are held; the others are fetched, and served then.
@@ -148,7 +148,7 @@ class Served:
                 self._serve(agent)
         for name in snapshot.hurt:
             if "@" not in name and name not in self.agents:
-                self.agents[name] = Agent(name, "")
+                self.agents[name] = Agent(name, "", note=snapshot.hurt[name])
         self.troubles, self.generation = troubles, snapshot.generation
         asked = [agent for agent in snapshot.agents.values() if agent.state != "removed"]
         needed = {version.name: version for version in self._needed([*asked, *self.agents.values()])}
@@ -190,7 +190,7 @@ class Served:
         """Tell the router which Releases are live, when that has changed: once at a time, the newest last."""
         live = {name: self.versions.get(f"{name}@{agent.live}") for name, agent in self.agents.items()}
         releases = {
-            name: self._holdings.places[version.adapter]
+            name: self._holdings.places[version.release_id]
             for name, version in live.items()
             if version and self._holdings.holds(version)
         }

@@ -181,8 +181,12 @@ def load(path: Path, flags: Sequence[str] = ()) -> Team:
     """The team in a YAML file, its paths made absolute. Raises ConfigError naming the option."""
     team = config.load_any(Team, path, flags)
     root = path.absolute().parent
+    engine = team.engine
+    if isinstance(engine, LlamaCpp) and engine.gguf:
+        engine = replace(engine, gguf=str(root / engine.gguf))
     return replace(
         team,
+        engine=engine,
         base=str(root / team.base) if (root / team.base).exists() else team.base,
         agents=tuple(replace(member, release=str(root / member.release)) for member in team.agents),
         state=str(root / (team.state or f".{path.stem}")),

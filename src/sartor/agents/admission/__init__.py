@@ -50,7 +50,7 @@ CHECKS = {
     "rank": "the rank that the config declares",
     "dtypes": "floats of 16 or 32 bits",
     "finite": "no NaN, no infinity",
-    "norms": "what is added is not out of scale with the base's weight",
+    "norms": "what is added to a weight is not out of scale with it",
     "canary": "a process of its own can load it and answers a few prompts (also ModelError, UnavailableError)",
     "degenerate": "the replies say something and do not repeat one piece",
     "agreement": "the replies are like those that its Report recorded",
@@ -258,7 +258,7 @@ def _values(looked: _Looked, ground: Ground) -> dict[str, str]:
         "rank": ", ".join(map(str, ranks)),
         "dtypes": ", ".join(sorted({tensor.dtype for tensor in found.values()})),
         "finite": "every value",
-        "norms": f"at most {norms.largest:.3g} times the base's weight ({norms.module}), {norms.median:.3g} in the middle",
+        "norms": f"at most {norms.largest:.3g} of the limit ({norms.module}), {norms.median:.3g} in the middle",
     }
 
 
