@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -10,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ AGENTS = ("lights", "shop", "ada")
 SECOND = "lights"  # the agent that has a second version, for promotions
 VERSIONS = ("1.0", "2.0")
 HANG_S = 5.0
+STATE_BYTES = 256 << 20
 LIBFAKETIME = "faketime/libfaketimeMT.so.1"
 FAKETIME_HELP = "sudo apt-get install faketime"
 _TRAINED = {
@@ -45,6 +47,9 @@ class Home:
     path: Path
     maker: bad_adapters.Maker
     releases: dict[str, Path]
+    is_mounted: bool = False
+    admitted: list[str] = field(default_factory=list)
+    lost: int = 0
 
     @property
     def state(self) -> Path:
@@ -53,6 +58,37 @@ class Home:
     @property
     def registry(self) -> Path:
         return self.state / "registry.sqlite"
+
+    def mount(self) -> None:
+        """Give the state a small disk of its own, where this user may."""
+        self.state.mkdir()
+        self.is_mounted = has_root() and run(["mount", "-t", "tmpfs", "-o", f"size={STATE_BYTES}", "chaos", str(self.state)])
+
+    def unmount(self) -> None:
+        """Take that away."""
+        if self.is_mounted:
+            run(["umount", "--lazy", str(self.state)])
+
+    @contextlib.contextmanager
+    def no_room(self, pid: int) -> Iterator[None]:
+        """The disk of the state is full; where it has none of its own, the server may make no file longer than it is."""
+        if not self.is_mounted:
+            server = psutil.Process(pid)
+            before = server.rlimit(psutil.RLIMIT_FSIZE)
+            server.rlimit(psutil.RLIMIT_FSIZE, (1, before[1]))
+            yield
+            server.rlimit(psutil.RLIMIT_FSIZE, before)
+            return
+        filler = self.state / "filler"
+        with filler.open("wb", buffering=0) as file:
+            for size in (1 << 20, 1 << 12, 1):
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(size)):
+                        pass
+        try:
+            yield
+        finally:
+            filler.unlink()
 
 
 def build(path: Path, trained: bool) -> Home:
@@ -157,6 +193,14 @@ class Server:
         left = [pid for pid in workers if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
         assert left == [], f"workers {left} have outlived the server"
         return status
+
+    def kill(self) -> None:
+        """End it, if it is still there."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
 
     @property
     def pid(self) -> int:
