@@ -405,8 +405,9 @@ def test_the_corpus_reaches_every_check_but_that_of_a_process_and_each_is_docume
     assert [name for name in CHECKS if f"| `{name}` |" not in page] == []
 
 
-def test_admission_needs_no_torch() -> None:
-    code = "import sys, sartor.agents.admission; sys.exit(bool({'torch', 'transformers', 'safetensors', 'peft'} & set(sys.modules)))"
+def test_admission_keys_and_receipts_need_no_torch() -> None:
+    modules = "sartor.agents.admission, sartor.agents.keys, sartor.agents.rates, sartor.agents.receipt_check"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers', 'safetensors', 'peft'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
