@@ -57,10 +57,8 @@ def main() -> None:
     table(said)
     if asked.json:
         print(json.dumps(said))
-    is_good = (
-        said["others_success"] == 1.0 and said["base_bit_equal"] and not said["admitted_bad"] and not said["lost_in_flight"]
-    )
-    raise SystemExit(0 if is_good and not any(fault["failed"] for fault in said["faults"].values()) else 1)
+    is_hurt = said["others_success"] < 1 or not said["base_bit_equal"] or said["admitted_bad"] or said["lost_in_flight"]
+    raise SystemExit(1 if is_hurt or any(fault["failed"] for fault in said["faults"].values()) else 0)
 
 
 @contextmanager
@@ -133,11 +131,17 @@ async def peace(home: chaos_house.Home, server: chaos_house.Server, load: Load) 
     """The second version of one agent is registered, and everybody's replies are learnt."""
     second, version = chaos_house.SECOND, chaos_house.VERSIONS[1]
     await server.staffed(PATIENCE_S)
-    for verb, asked in (("promote", {"release": str(home.releases[f"{second}@{version}"])}), ("rollback", {})):
-        said = await server.change(second, verb, **asked)
-        if said.status_code != 200:
-            raise SystemExit(f"{verb} of {second}: HTTP {said.status_code} {said.text}")
-    await load.learn([*ALL, f"{second}@{version}"])
+    await load.learn(ALL)
+    await changed(server, "promote", release=str(home.releases[f"{second}@{version}"]))
+    await load.learn([second])
+    await changed(server, "rollback")
+
+
+async def changed(server: chaos_house.Server, verb: str, **asked: Any) -> None:
+    """A change that must succeed."""
+    said = await server.change(chaos_house.SECOND, verb, **asked)
+    if said.status_code != 200:
+        raise SystemExit(f"{verb}: HTTP {said.status_code} {said.text}")
 
 
 async def limited(home: chaos_house.Home, server: chaos_house.Server, load: Load) -> tuple[int, float]:
@@ -175,11 +179,11 @@ async def suffer(scene: Scene, chosen: list[Fault]) -> tuple[dict[str, Any], dic
                 judged[place] = {
                     "agent": reply.agent, "fault": fault.name, "wrong": reply.wrong, "other": reply.agent not in fault.hurt
                 }  # fmt: skip
+            slowest_s = max((reply.ended - reply.began for reply in others), default=0.0)
             faults[fault.name] = {
                 "others_success": 1 - len(wrong) / len(others) if others else 0.0, "requests": len(replies),
                 "hurt": list(fault.hurt), "recovery_s": round(outcome.recovery_s, 2), "note": outcome.note,
-                "failed": outcome.failed, "slowest_s": round(max((reply.ended - reply.began for reply in others), default=0.0), 2),
-                "wall_s": round(time.monotonic() - began, 1),
+                "failed": outcome.failed, "slowest_s": round(slowest_s, 2), "wall_s": round(time.monotonic() - began, 1),
             }  # fmt: skip
             print(f"{fault.name}: {faults[fault.name]}", flush=True)
     return faults, judged
@@ -201,11 +205,11 @@ def table(said: dict[str, Any]) -> None:
             print(f"{name:32} {'skipped':>8}  {fault['skipped']}")
             continue
         note = f"{fault['note']}{'; FAILED: ' + fault['failed'] if fault['failed'] else ''}"
-        print(
-            f"{name:32} {fault['others_success']:8.2%} {fault['requests']:6} {fault['slowest_s']:7.1f}s {fault['recovery_s']:8.1f}s  {note}"
-        )
+        figures = f"{fault['others_success']:8.2%} {fault['requests']:6} {fault['slowest_s']:7.1f}s {fault['recovery_s']:8.1f}s"
+        print(f"{name:32} {figures}  {note}")
     print(
-        f"\nothers' success {said['others_success']:.4%} of {said['others_requests']}; base bit-equal {said['base_bit_equal']}; "
+        f"\nothers' success {said['others_success']:.4%} of {said['others_requests']}; "
+        f"base bit-equal {said['base_bit_equal']}; "
         f"{said['admitted_bad']} of {said['bad_adapters']} bad adapters admitted; {said['lost_in_flight']} replies lost in "
         f"{said['promotions']} promotions and rollbacks; {said['wall_s']} s in all"
     )

@@ -97,9 +97,8 @@ async def out_of_memory(scene: Scene) -> Outcome:
     recovery_s = await scene.well(moment)
     ended_s = time.monotonic() - moment
     await scene.server.staffed(PATIENCE_S)
-    return Outcome(
-        recovery_s, f"recycled after {ended_s:.1f} s", "" if said.status_code == 200 else f"embeddings: {said.text[:200]}"
-    )
+    failed = "" if said.status_code == 200 else f"embeddings: {said.text[:200]}"
+    return Outcome(recovery_s, f"recycled after {ended_s:.1f} s", failed)
 
 
 async def allocations_fail(scene: Scene) -> Outcome:
@@ -257,10 +256,8 @@ def _json(said: dict[str, object]) -> bytes:
 
 def _is_cut(stalling: socket.socket) -> bool:
     """Whether the server has given it up: nothing is read, so only the system can tell."""
-    connection = next(
-        (one for one in psutil.net_connections("tcp") if one.fd == stalling.fileno() and one.pid == os.getpid()), None
-    )
-    return connection is None or connection.status not in (psutil.CONN_ESTABLISHED,)
+    mine = [one for one in psutil.Process().net_connections("tcp") if one.fd == stalling.fileno()]
+    return not mine or mine[0].status != psutil.CONN_ESTABLISHED
 
 
 async def large_prompts(scene: Scene) -> Outcome:

@@ -110,13 +110,13 @@ def build(path: Path, trained: bool) -> Home:
 
 def tuned(path: Path, agent: str, maker: bad_adapters.Maker) -> bad_adapters.Draft:
     """A few updates on sentences of one form."""
-    import sartor
     from safetensors.numpy import load_file
 
+    import sartor
+
     asked, said = _TRAINED[agent]
-    rows = [
-        {"question": asked.format(first, second), "answer": said.format(first, second)} for first in _WORDS[0] for second in _WORDS[1]
-    ]  # fmt: skip
+    pairs = [(first, second) for first in _WORDS[0] for second in _WORDS[1]]
+    rows = [{"question": asked.format(*pair), "answer": said.format(*pair)} for pair in pairs]
     path.mkdir(parents=True, exist_ok=True)
     (path / f"{agent}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = [{"path": str(path / f"{agent}.jsonl"), "licence": "MIT"}]
