@@ -92,11 +92,8 @@ class Load:
         """Seconds from a moment until each agent had a right reply to a request that came after it; raises TimeoutError."""
         async with asyncio.timeout(within_s):
             while True:
-                ended = {
-                    agent: min((reply.ended for reply in self.replies if reply.began >= moment and reply.agent == agent and not reply.wrong),
-                               default=0.0)
-                    for agent in agents
-                }  # fmt: skip
+                right = [reply for reply in self.replies if reply.began >= moment and not reply.wrong]
+                ended = {agent: min((one.ended for one in right if one.agent == agent), default=0.0) for agent in agents}
                 if all(ended.values()):
                     return max(ended.values()) - moment
                 await asyncio.sleep(0.02)

@@ -260,7 +260,7 @@ def main() -> None:
     print(json.dumps({"resident_bytes": resident_bytes()}), file=answers)
     for line in sys.stdin:
         ask = json.loads(line)
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         if "run" in ask:
             said = side.run([(number, prompt) for number, prompt in ask["run"]], ask["tokens"])
         elif "arrive" in ask:
@@ -269,7 +269,8 @@ def main() -> None:
             said = side.attach(ask["attach"])
         else:
             said = side.forget()
-        print(json.dumps({"took_s": time.perf_counter() - began} | said), file=answers)
+        took = {"took_s": time.perf_counter() - began, "cpu_s": time.process_time() - began_cpu}
+        print(json.dumps(took | said), file=answers)
 
 
 if __name__ == "__main__":

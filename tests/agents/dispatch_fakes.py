@@ -8,13 +8,22 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from sartor.agents import database
 from sartor.agents.asking import Given, Request, Route
 from sartor.agents.dispatch import Dispatch
 from sartor.agents.entries import Version
-from sartor.agents.registry import Registry, sqlite_url
+from sartor.agents.registry import Registry
 from sartor.agents.team import Team
 from sartor.core.errors import AdmissionError, ModelError, SartorError, UnavailableError
 from sartor.models.engine.contract import About, Call, Done, Event, Failed, Piece
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registries of tests are not kept for a power cut. A module that imports this has it for each of its tests."""
+    monkeypatch.setattr(database, "SYNCHRONOUS", "off")
 
 
 class FakeEvents:
@@ -149,9 +158,13 @@ def team(tmp_path: Path, **parts: Any) -> Team:
     return Team(base="tiny", state=str(tmp_path / "state"), **parts)
 
 
+def sqlite_url(state: Path) -> str:
+    return Team(base="tiny", state=str(state)).registry_url
+
+
 def registry(tmp_path: Path, *versions: Version) -> Registry:
     """A registry that has these; the first version of each agent is live."""
-    opened = Registry.open(sqlite_url(tmp_path / "state"))
+    opened = Registry.open(team(tmp_path).registry_url)
     for one in versions:
         opened.add(one)
     return opened

@@ -99,7 +99,10 @@ class Crew:
         return [[0.0, float(len(text))] for text in texts]
 
     def health(self) -> Mapping[str, Any]:
-        workers = [{"state": state, "pid": 4242, "memory_bytes": 10, "restarts": 1, "live": 0} for state in self.states]
+        workers = [
+            {"state": state, "role": "answers", "pid": 4242, "memory_bytes": 10, "restarts": 1, "live": 0}
+            for state in self.states
+        ]
         return {"workers": workers, "agents": {"faq@1.0": {"breaker": self.breaker, "why": "NaN", "queued": 1, "live": 2}}}
 
 

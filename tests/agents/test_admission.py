@@ -21,6 +21,7 @@ from bad_adapters import CORPUS, Maker, safetensors  # noqa: E402
 from sartor.agents import admission
 from sartor.agents.admission import CHECKS, Ground, canary, copies
 from sartor.agents.admission.config import LoraConfig, read_config
+from sartor.agents.fingerprint import check_digest
 from sartor.core import signing
 from sartor.core.errors import AdmissionError, ArtifactError, InputError, MissingError, ModelError, RefusedError, SignatureError
 from sartor.core.home import folder
@@ -52,7 +53,7 @@ class Fake:
         self.calls: list[Call] = []
 
     def __call__(self, adapter: str, path: Path, calls: Sequence[Call]) -> list[Sequence[Event]]:
-        copies.check_digest(path, adapter)
+        check_digest(path, adapter)
         self.path = path
         self.calls += calls
         return [(self.of_base if call.adapter == BASE else self.says)(call) for call in calls]
@@ -92,7 +93,7 @@ def test_good_ones_of_every_rank_target_and_dtype_are_admitted_and_say_what_was_
     assert (admitted.name, admitted.version, admitted.system_prompt) == ("specialist", "1.0", "You are brief.")
     assert admitted.path == ground.state / "adapters" / admitted.release and fake.path.parent == admitted.path.parent
     assert admitted.checks["rank"] == str(GOOD[name].get("rank", 4))
-    copies.check_digest(admitted.path, admitted.adapter)
+    check_digest(admitted.path, admitted.adapter)
 
 
 def rewritten(maker: Maker, out: Path, **config: object) -> Path:
@@ -159,10 +160,14 @@ def test_the_norm_is_that_of_the_whole_product(maker: Maker, ground: Ground, tmp
     a, b = (draft.tensors[draft.a().replace("lora_A", f"lora_{letter}")][1].astype(float) for letter in "AB")
     module = draft.a().removeprefix("base_model.model.").removesuffix(".lora_A.weight")
     weight = maker.weights.matrices[module].values()
-    wanted = 2 * np.linalg.norm(b @ a) / np.linalg.norm(weight)
+    wanted = 2 * np.linalg.norm(b @ a) / (2 * 32**0.5)  # the tiny base's own weights are smaller than that
     path = maker.good(tmp_path / "good", draft)
     said = admission.admit_by(path, ground, Fake()).checks["norms"]
-    assert float(said.split()[2]) >= wanted * 0.99 and "up_proj" in said
+    assert float(said.split()[2]) >= wanted * 0.99 and "up_proj" in said and float(np.linalg.norm(weight)) < 2 * 32**0.5
+    just, beyond = (maker.draft(targets=("up_proj",), size=size / np.linalg.norm(weight) * 2 * 32**0.5) for size in (0.7, 1.4))
+    admission.admit_by(maker.good(tmp_path / "just", just), ground, Fake())
+    with pytest.raises(AdmissionError, match="times the norm that is allowed"):
+        admission.admit_by(maker.good(tmp_path / "beyond", beyond), ground, Fake())
     norms = json.loads((ground.state / "base-norms.json").read_text())["norms"]
     assert norms[module] == pytest.approx(float(np.linalg.norm(weight)), rel=1e-6)
 
@@ -179,14 +184,14 @@ def test_what_was_looked_at_is_what_is_loaded_whatever_becomes_of_the_original(
             return super().__call__(adapter, at, calls)
 
     admitted = admission.admit_by(path, ground, Swapping())
-    copies.check_digest(admitted.path, admitted.adapter)
+    check_digest(admitted.path, admitted.adapter)
     assert os.stat(admitted.path / weights.name).st_ino != os.stat(weights).st_ino
     (admitted.path / weights.name).write_bytes(b"poison")
     with pytest.raises(ArtifactError, match="not .* as admitted"):
-        copies.check_digest(admitted.path, admitted.adapter)
+        check_digest(admitted.path, admitted.adapter)
     (admitted.path / weights.name).unlink()
     with pytest.raises(ArtifactError, match="cannot be read"):
-        copies.check_digest(admitted.path, admitted.adapter)
+        check_digest(admitted.path, admitted.adapter)
 
 
 def test_a_copy_is_admitted_again_without_asking_but_not_past_its_signer_bytes_or_base(
@@ -330,6 +335,14 @@ def test_a_reply_that_repeats_one_piece_is_known(text: str, is_degenerate: bool)
     assert canary.is_degenerate(text) == is_degenerate
 
 
+def test_a_release_whose_report_was_no_better_is_as_it_was_released(maker: Maker, ground: Ground, tmp_path: Path) -> None:
+    loop = "no " * 30
+    assert admission.admit_by(recorded(maker, tmp_path / "loop", loop, loop), ground, Fake(saying(loop)))
+    with pytest.raises(AdmissionError) as caught:
+        admission.admit_by(recorded(maker, tmp_path / "good", "The sky is blue.", "Yes."), ground, Fake(saying(loop)))
+    assert caught.value.check == "degenerate"
+
+
 def test_general_questions_are_held_against_the_base(maker: Maker, ground: Ground, tmp_path: Path) -> None:
     path = maker.good(tmp_path / "good")
     looping = saying("no " * 30)
@@ -353,7 +366,7 @@ def test_recorded_replies_are_asked_for_as_they_were_and_compared(maker: Maker, 
     path = recorded(maker, tmp_path / "good", "The sky is blue.", "The sky is blue today.")
     fake = Fake(saying("The sky is blue."))
     said = admission.admit_by(path, ground, fake).checks["canary"]
-    assert said.startswith("2 recorded prompts answered, 1 word for word")
+    assert said.startswith("2 recorded prompts answered, 1 begin word for word")
     assert all(call.messages == ({"role": "user", "content": "hello"},) and call.sampling.is_greedy for call in fake.calls)
     long = recorded(maker, tmp_path / "long", "A reply that goes on for much longer than a canary is let go on for, by far.")
     cut = lambda call: [Piece(call.id, "A reply that goes on", 5), Done(call.id, "length", 3, 5)]  # noqa: E731
@@ -392,8 +405,9 @@ def test_the_corpus_reaches_every_check_but_that_of_a_process_and_each_is_docume
     assert [name for name in CHECKS if f"| `{name}` |" not in page] == []
 
 
-def test_admission_needs_no_torch() -> None:
-    code = "import sys, sartor.agents.admission; sys.exit(bool({'torch', 'transformers', 'safetensors', 'peft'} & set(sys.modules)))"
+def test_admission_keys_and_receipts_need_no_torch() -> None:
+    modules = "sartor.agents.admission, sartor.agents.keys, sartor.agents.rates, sartor.agents.receipt_check"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers', 'safetensors', 'peft'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -409,3 +423,56 @@ def test_a_header_of_many_tensors_is_read_and_one_beyond_the_limit_is_not(tmp_pa
         (tmp_path / "bad").write_bytes(raw)
         with pytest.raises(ModelError, match="no whole safetensors"):
             tensors.read_header(tmp_path / "bad")
+
+
+def answers(base: Path, adapter: Path, asked: Sequence[dict]) -> list[str]:
+    """What an adapter says in this process."""
+    from sartor.models.engine.local import open_engine
+
+    engine = open_engine(str(base), rows=2, cache_tokens=512)
+    engine.attach("it", adapter)
+    for place, turn in enumerate(asked):
+        engine.submit(Call(str(place), "it", (turn,), sampling=canary.SAMPLING))
+    said = {str(place): "" for place in range(len(asked))}
+    while engine.busy:
+        for event in engine.step():
+            said[event.call] += event.text if isinstance(event, Piece) else ""
+    return list(said.values())
+
+
+@pytest.mark.services
+def test_a_real_worker_tries_what_is_to_be_admitted_and_tells_one_adapter_from_another(
+    maker: Maker, tmp_path: Path, tiny_base: Path
+) -> None:
+    from sartor.agents.supervisor import Supervisor
+    from sartor.agents.team import Local, Team, Workers
+
+    asked = [{"role": "user", "content": text} for text in ("what colour is the sky", "turn on the kitchen light")]
+    one, other = (maker.draft(targets=bad_adapters.TARGETS, size=3.0, seed=seed) for seed in range(2))
+    replies = answers(tiny_base, maker.good(tmp_path / "plain", one), asked)
+    for draft in (one, other):
+        draft.facts["canaries"] = [{"messages": [turn], "reply": text} for turn, text in zip(asked, replies, strict=True)]
+    engine = Local(rows=2, cache_tokens=512)
+    key = str(maker.public)
+    team = Team(base=str(tiny_base), engine=engine, state=str(tmp_path / "state"), trust=key, workers=Workers(spare=0))
+
+    async def run() -> tuple[admission.Admitted, AdmissionError]:
+        crew = Supervisor(team)
+        await crew.start()
+        try:
+            ground = Ground.of(team, crew.about)
+            admitted = await admission.admit(maker.good(tmp_path / "one", one), ground, crew.probe)
+            await crew.attach(admitted.adapter, admitted.path)
+            with pytest.raises(AdmissionError) as caught:
+                await admission.admit(maker.good(tmp_path / "other", other), ground, crew.probe)
+            (admitted.path / "adapter_config.json").write_text("{}")
+            await crew.detach(admitted.adapter)
+            with pytest.raises(ArtifactError, match="as admitted"):
+                await crew.attach(admitted.adapter, admitted.path)
+            return admitted, caught.value
+        finally:
+            await crew.close()
+
+    admitted, refused = asyncio.run(run())
+    assert "2 begin word for word" in admitted.checks["canary"]
+    assert refused.check == "agreement"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dispatch_fakes import (
     admit,
     asked,
     dispatching,
+    no_fsync,
     registry,
     said,
     team,
@@ -22,6 +24,7 @@ from dispatch_fakes import (
 from sartor.agents.roster import Roster
 from sartor.agents.team import Member, Rollout
 from sartor.core.errors import (
+    ArtifactError,
     BusyError,
     ConflictError,
     KeyRefusedError,
@@ -31,6 +34,8 @@ from sartor.core.errors import (
     UnknownAgentError,
 )
 from sartor.models.engine.contract import Done, Failed
+
+__all__ = ["no_fsync"]
 
 
 def run(work: Any) -> Any:
@@ -176,6 +181,7 @@ def test_a_reply_ends_on_the_version_that_it_began_with(tmp_path: Path) -> None:
             for number in ("2", "3"):
                 made.promote("faq", number)
                 await dispatch.served.reload()
+                await dispatch.served.settle()
             await dispatch.holdings.settle()
             assert set(crew.attached) == {"faq-1", "faq-2", "faq-3"}  # 1 is neither live nor previous, but its reply lives
             assert (await said(dispatch, asked("faq")))[0] == "faq@3"
@@ -196,7 +202,8 @@ def test_a_member_that_is_not_admitted_is_a_trouble_of_its_own(tmp_path: Path) -
     async def work() -> None:
         async with dispatching(team(tmp_path, agents=members), FakeCrew(), registry(tmp_path)) as dispatch:
             assert (await said(dispatch, asked("faq")))[0] == "faq@1"
-            assert (await said(dispatch, asked("bad")))[0].startswith("base@")
+            answer = await dispatch.open(asked("bad"))
+            assert answer.agent.startswith("base@") and "bad-1 holds NaN; the base steps in" in answer.reason
             with pytest.raises(UnavailableError):
                 await dispatch.open(asked("shy"))
             assert set(dispatch.health()["troubles"]) == {"bad", "shy"}
@@ -212,12 +219,44 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_before_it_in_service(tmp
         async with dispatching(team(tmp_path), crew, made) as dispatch:
             made.promote("faq", "2")  # by another process, say: nothing was loaded before
             await dispatch.served.reload()
+            await dispatch.served.settle()
             assert (await said(dispatch, asked("faq")))[0] == "faq@1"
             assert "does not fit" in dispatch.health()["troubles"]["faq@2"]
             crew.unloadable = set()
             await dispatch.served.reload()
+            await dispatch.served.settle()
             assert (await said(dispatch, asked("faq")))[0] == "faq@2"
             assert not dispatch.health()["troubles"]
+
+    run(work())
+
+
+def test_a_rollback_does_not_wait_for_another_agents_admission(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"), version("home", "1"))
+        made.promote("faq", "2")
+        gate = asyncio.Event()
+
+        async def slow(path: Path, name: str) -> Any:
+            if path.name == "home-2":
+                await gate.wait()
+            return await admit(path, name)
+
+        async with dispatching(team(tmp_path), crew, made, admit=slow) as dispatch:
+            made.add(version("home", "2"))
+            made.promote("home", "2")
+            await dispatch.served.reload()
+            made.rollback("faq")
+            await dispatch.served.reload()
+            assert (await said(dispatch, asked("faq")))[0] == "faq@1"
+            assert (await said(dispatch, asked("home")))[0] == "home@1"
+            gate.set()
+            await dispatch.served.settle()
+            assert (await said(dispatch, asked("home")))[0] == "home@2"
+            gate.clear()
+            crew.attached.clear()
+            dispatch.holdings.places.clear()
+            await dispatch.served.reload()  # and one that never ends does not keep the server from ending
 
     run(work())
 
@@ -231,6 +270,54 @@ def test_a_release_that_was_exchanged_on_disk_is_not_loaded(tmp_path: Path) -> N
         async with dispatching(team(tmp_path), FakeCrew(), registry(tmp_path, version("faq", "1")), admit=other) as dispatch:
             assert (await said(dispatch, asked("faq")))[0].startswith("base@")
             assert "not id-faq-1 any more" in dispatch.health()["troubles"]["faq@1"]
+
+    run(work())
+
+
+def test_this_machines_copy_is_loaded_where_it_is_whole(tmp_path: Path) -> None:
+    copy = tmp_path / "state" / "adapters" / "id-faq-1"
+
+    async def copied(path: Path, name: str) -> Any:
+        if path == copy and not (copy / "whole").exists():
+            raise ArtifactError("the copy was changed", "remove it")
+        return replace(version("faq", "1"), release=str(path)) if path == copy else await admit(path, name)
+
+    async def work(made: Any) -> None:
+        crew = FakeCrew()
+        async with dispatching(team(tmp_path), crew, made, admit=copied):
+            loaded.append(crew.attached["faq-1"])
+
+    loaded: list[Path] = []
+    copy.mkdir(parents=True)
+    run(work(registry(tmp_path, version("faq", "1"))))
+    (copy / "whole").touch()
+    run(work(registry(tmp_path)))
+    assert loaded == [Path("/releases/faq-1"), copy]
+
+
+def test_two_releases_of_one_adapter_are_each_checked_and_the_adapter_goes_with_the_last(tmp_path: Path) -> None:
+    checked: list[str] = []
+
+    async def one_adapter(path: Path, name: str) -> Any:
+        checked.append(path.name)
+        return replace(await admit(path, name), adapter="same")
+
+    async def work() -> None:
+        versions = [replace(version("faq", number), adapter="same") for number in ("1", "2", "bad")]
+        crew, made = FakeCrew(), registry(tmp_path, *versions)
+        async with dispatching(team(tmp_path), crew, made, admit=one_adapter) as dispatch:
+            made.promote("faq", "2")
+            await dispatch.served.reload()
+            await dispatch.served.settle()
+            assert checked[-1] == "faq-2" and list(crew.attached) == ["same"]
+            made.promote("faq", "bad")
+            await dispatch.served.reload()
+            await dispatch.served.settle()
+            assert (await said(dispatch, asked("faq")))[0] == "faq@2" and "NaN" in dispatch.health()["troubles"]["faq@bad"]
+            made.remove("faq")
+            await dispatch.served.reload()
+            await dispatch.holdings.settle()
+            assert not crew.attached
 
     run(work())
 
@@ -263,6 +350,7 @@ def test_a_hurt_row_keeps_its_last_good_meaning_and_the_others_go_on(tmp_path: P
             made.add(version("home", "4"))
             made.promote("home", "4")
             await dispatch.served.reload()
+            await dispatch.served.settle()
             assert (await said(dispatch, asked("faq")))[:2] == ("faq@1", "by faq-1")
             assert (await said(dispatch, asked("home")))[0] == "home@4"
             assert set(dispatch.health()["troubles"]) == {"faq", "faq@1"}
@@ -305,14 +393,17 @@ def test_promotions_and_rollbacks_under_load_lose_no_reply(tmp_path: Path, most:
 
             askers = [asyncio.ensure_future(ask()) for _ in range(8)]
             while changes < most:
-                live = dispatch.served.agents["faq"].live
+                live = made.read().agents["faq"].live
                 if changes % 2:
                     made.rollback("faq", expected=live)
                 else:
                     made.promote("faq", str((int(live) + 1 + changes % 3) % 4), expected=live)
                 changes += 1
                 await dispatch.served.reload()
+                if changes % 3:  # some changes come while what the one before needs is still fetched
+                    await dispatch.served.settle()
             await asyncio.gather(*askers)
+            await dispatch.served.settle()
             await dispatch.holdings.settle()
             assert not crew.lost
             assert {agent for agent, _, _ in replies} <= {f"faq@{number}" for number in range(4)}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dispatch_fakes import version
+from dispatch_fakes import no_fsync, sqlite_url, version
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -24,7 +24,7 @@ from sqlalchemy import event
 
 from sartor.agents import database
 from sartor.agents.entries import MOST_EARLIER
-from sartor.agents.registry import Cause, Registry, sqlite_url
+from sartor.agents.registry import Cause, Registry
 from sartor.core.errors import (
     ArtifactError,
     BusyError,
@@ -35,6 +35,7 @@ from sartor.core.errors import (
     UnknownAgentError,
 )
 
+__all__ = ["no_fsync"]
 FAQ = [version("faq", str(number)) for number in range(4)]
 
 

@@ -11,6 +11,7 @@ import pytest
 import serving
 from serving import chat, events
 
+from sartor.agents.asking import Listed
 from sartor.agents.feedback import Exchange, Inbox, Memory
 from sartor.agents.serve.said import ChatAnswer, TextAnswer, VectorAnswer
 from sartor.core.errors import DeadlineError, UnavailableError
@@ -198,6 +199,55 @@ def test_an_error_before_a_reply_is_a_status_and_after_it_an_event(tmp_path: Pat
     assert said[-1] == "[DONE]"
     assert said[-2]["error"]["message"] == "60 s were over; try: ask for less"
     assert len(replies.closed) == 2 * count
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_front_keeps_the_deadline_itself(tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sartor.agents.serve.replies.GRACE_S", 0.0)
+    replies = serving.Replies(hold=asyncio.Event())
+
+    async def main() -> Any:
+        async with serving.client(
+            serving.house(replies=replies), serving.team(tmp_path, limits={"deadline_s": 0.05})
+        ) as client:
+            return await client.post(COMPLETIONS, json=chat(stream=stream))
+
+    answer = asyncio.run(main())
+    assert answer.status_code == (200 if stream else 504)
+    said = events(answer.text)[-2] if stream else answer.json()
+    assert said["error"]["kind"] == "DeadlineError"
+    assert (replies.closed, replies.done) == (["r1"], [])
+
+
+def test_a_house_that_does_not_even_begin_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sartor.agents.serve.replies.GRACE_S", 0.0)
+
+    class Hung(serving.Replies):
+        async def open(self, request: Any) -> Any:
+            await asyncio.Event().wait()
+
+    async def main() -> Any:
+        async with serving.client(serving.house(replies=Hung()), serving.team(tmp_path, limits={"deadline_s": 0.02})) as client:
+            return await client.post(COMPLETIONS, json=chat(n=3))
+
+    assert asyncio.run(main()).status_code == 504
+
+
+def test_line_ends_that_only_some_clients_know_split_no_event(tmp_path: Path) -> None:
+    pieces = (Piece("c", "a\u2028b\x85c\n\r\x0bé\ud800", 1),)
+    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(stream=True)), replies=serving.Replies(pieces=pieces))
+    lines = [line for line in answer.text.splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert json.loads(lines[1].removeprefix("data: "))["choices"][0]["delta"]["content"] == "a\u2028b\x85c\n\r\x0bé?"
+
+
+def test_an_agent_that_was_not_admitted_is_listed_without_versions(tmp_path: Path) -> None:
+    class Unready(serving.Roster):
+        async def listed(self) -> Any:
+            return [Listed("shop", "", ())]
+
+    (answer,) = ask(tmp_path, ("GET", "/v1/models", None), roster=Unready())
+    assert [(model["id"], model["root"]) for model in answer.json()["data"]][2:] == [("shop", "shop")]
 
 
 def test_a_reply_that_stops_without_its_end_is_no_whole_reply(tmp_path: Path) -> None:

@@ -364,7 +364,7 @@ def test_an_adapter_that_went_bad_on_disk_hurts_its_agent_alone(tmp_path: Path) 
 
 def test_probation_tells_what_an_adapter_does_and_hurts_nobody(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with running(tmp_path, limits=Limits(deadline_s=1.0)) as crew:
+        async with running(tmp_path, workers={"start_s": 2.0}) as crew:
             workers = pids(crew)
             calls = [replace(call("hello", "new"), id="1"), replace(call("hello"), id="2"), replace(call("NAN", "new"), id="3")]
 
@@ -375,7 +375,12 @@ def test_probation_tells_what_an_adapter_does_and_hurts_nobody(tmp_path: Path) -
             texts = ["".join(event.text for event in events if isinstance(event, Piece)) for events in said]
             assert texts[:2] == [scripted.reply_of(one) for one in calls[:2]]
             assert [type(events[-1]).__name__ for events in said] == ["Done", "Done", "Failed"]
-            for behaviour, problem in (("error", "not fit"), ("die", "died"), ("hang", "not done in 1 s"), ("poison", "died")):
+            for behaviour, problem in (
+                ("error", "not fit"),
+                ("die", "ended"),
+                ("hang", "nothing for 2 s"),
+                ("poison", "ended"),
+            ):
                 with pytest.raises(ModelError, match=problem):
                     await asyncio.gather(probe(behaviour), load(crew, calls=4))
             assert pids(crew) == workers and crew.health()["ends"] == {} and crew.health()["adapters"] == 4

@@ -36,6 +36,7 @@ from sartor.models import adapters, memory
 from sartor.models.base import open_base
 from sartor.models.generate import generate
 from sartor.models.sampling import Sampling
+from test_kill import check, moments, run_killed
 
 
 @pytest.fixture(scope="module")
@@ -334,3 +335,16 @@ def test_held_out_rows_are_asked_and_a_revoked_source_reaches_the_export(
     assert [step["kind"] for step in sartor.inspect(tmp_path / "out")["parents"]][:2] == ["release", "adapter"]
     said = sartor.revoke(tmp_path / "dataset", source="rows.jsonl").as_json()
     assert [entry["path"] for entry in said["exports"]] == [str(tmp_path / "out")]
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("moment_s", moments(0.6, 3))
+def test_a_killed_export_leaves_nothing_or_a_whole_one(
+    made: Path, tmp_path: Path, options: dict[str, Any], moment_s: float
+) -> None:
+    release, keys, out = str(made / "release"), str(made / "keys"), tmp_path / "out"
+    code = f"""import sartor.export.verb as v; print('READY', flush=True)
+v.export({release!r}, {str(out)!r}, to='merged', options=v.Options(key={keys!r}))"""
+    run_killed(code, moment_s)
+    how = sartor.ExportOptions(**options)
+    check(out, lambda: sartor.export(made / "release", out, to="merged", options=how, replace=True))

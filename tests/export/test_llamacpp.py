@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -132,3 +135,26 @@ def test_the_command_says_path_and_parity(tmp_path: Path, tiny_base: Path, capsy
     assert (done, again, unknown) == (0, 2, 2)
     assert {"path", "parity"} <= set(said) and said["parity"]["measured"]
     assert "add --replace" in taken["error"]["remedy"] and "q8_0" in named["error"]["problem"]
+
+
+def test_llama_cpp_s_process_goes_with_ours(tmp_path: Path) -> None:
+    code = f"""
+import sys, sartor.export.runtimes as r
+r.sys = type('S', (), {{'executable': {str(tmp_path / "slow")!r}}})
+print('READY', flush=True)
+r._in_a_process({{}})"""
+    # stands for a llama.cpp that is at work: the same module, which waits where it would open a model
+    (tmp_path / "slow").write_text(
+        f"#!{sys.executable}\nimport threading, time, sartor.export.llamacpp as l\n"
+        "threading.Thread(target=l._go_with_the_parent, daemon=True).start()\ntime.sleep(60)\n"
+    )
+    (tmp_path / "slow").chmod(0o755)
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and parent.stdout.readline().strip() == "READY"
+    children: list[psutil.Process] = []
+    while not children:
+        children = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert psutil.wait_procs(children, timeout=60)[1] == []

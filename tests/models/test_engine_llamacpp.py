@@ -202,7 +202,11 @@ def test_the_engine_over_http_reads_llama_cpps_own_server(engine: LlamaCppEngine
     call = Call(id="a", messages=ASKED, sampling=SHORT, top_logprobs=1)
     over.submit(call)
     told = [event for _ in iter(lambda: over.busy, False) for event in over.step()]
+    schema = '{"type":"object","properties":{"n":{"const":7}},"required":["n"],"additionalProperties":false}'
+    over.submit(Call(id="b", messages=ASKED, sampling=Sampling(max_tokens=40), schema=schema))
+    obeyed = [event for _ in iter(lambda: over.busy, False) for event in over.step()]
     over.close()
+    assert json.loads(text_of(obeyed)) == {"n": 7}
     assert text_of(told) == text_of(answer(engine, call)["a"]) and isinstance(told[-1], Done) and told[-1].reply_tokens == 8
     assert over.about.device == "llamacpp" and sum(len(event.logprobs) for event in told if isinstance(event, Piece)) == 8
 

@@ -22,6 +22,8 @@ from sartor.models.engine.contract import BASE, About
 State = Literal["starting", "ready", "retiring", "gone"]
 # What is in a dead worker's socket is read after its end; a process that it left behind may hold the socket open.
 _LAST_WORDS_S = 1.0
+# For GNU's OpenMP (turns) and LLVM's (milliseconds): a small part of what they spin by default
+_PATIENT = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 _PING = 0  # its number; other questions have greater ones
 
 
@@ -87,15 +89,13 @@ class Child:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [*self._command, str(theirs.fileno())]
-            # The front and other workers want the same cores. OpenMP threads that spin where they wait for each other then
-            # take tens of times as long as threads that sleep (docs/log.md).
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     *command,
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,
-                    env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+                    env=environment(),
                 )
             except OSError as error:
                 ours.close()
@@ -272,6 +272,15 @@ class _Line(asyncio.Protocol):
         """Give the connection up."""
         if self._transport is not None:
             self._transport.abort()
+
+
+def environment() -> dict[str, str]:
+    """The worker's: the threads of a step give the processor away while they wait for each other.
+
+    OpenMP lets them spin. Where others take the processors (a worker that starts, a second one), those that spin keep the one
+    that they wait for from running, and a step takes many times as long. What the user has set holds.
+    """
+    return {**_PATIENT, **os.environ}
 
 
 def _ended(status: int) -> str:

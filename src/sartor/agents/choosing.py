@@ -90,8 +90,10 @@ def _chain(agent: Agent, why: str, id: str) -> Iterator[Choice]:
         yield Choice(f"{agent.name}@{agent.candidate}", f"{why}; canary, {agent.canary_fraction:g} of the requests")
     if agent.live:
         yield Choice(f"{agent.name}@{agent.live}", why)
+    else:
+        why = f"{why}; {agent.name} has no version: {agent.note}"
     for step in agent.fallback:
         if step == "previous" and agent.previous:
             yield Choice(f"{agent.name}@{agent.previous}", "the previous version steps in")
         elif step == BASE_AGENT:
-            yield Choice(BASE_AGENT, "the base steps in")
+            yield Choice(BASE_AGENT, "the base steps in" if agent.live else f"{why}; the base steps in")

@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
+from sartor.agents.admission import copies
 from sartor.agents.asking import Answer, Crew, Events, Given, Receipts, Request, Router
 from sartor.agents.calling import call_of
 from sartor.agents.choosing import BASE_AGENT, Plan, plan
@@ -78,7 +80,7 @@ class Dispatch:
         self._router = router
         self._receipts = receipts
         self._admit = admit
-        self.holdings = Holdings(crew, admit)
+        self.holdings = Holdings(crew, admit, copies.folder(Path(team.state)))
         self.rollouts = Rollouts(team.rollout, clock)
         self.served = Served(registry, crew, self.holdings, self.rollouts, router)
         self.shadows = Shadows(crew, self._has_room, self.holdings.leased, self._shadowed, team.limits.deadline_s)
@@ -94,6 +96,7 @@ class Dispatch:
         """
         await self.served.register({member.name: member for member in self._team.agents}, self._admit)
         await self.served.reload()
+        await self.served.settle()
         self._loops = [asyncio.ensure_future(self.served.keep_fresh()), asyncio.ensure_future(self.shadows.run())]
 
     async def close(self) -> None:
@@ -102,7 +105,8 @@ class Dispatch:
             task.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.holdings.settle()
+        await self.served.close()
+        await self.holdings.close()
 
     async def open(self, request: Request) -> Answer:
         """Begin a reply; returns when its first event is there.
@@ -112,7 +116,13 @@ class Dispatch:
         """
         receipt = secrets.token_hex(16)
         due = time.monotonic() + request.deadline_s
-        found = await plan(request, self.served.agents, self._router, receipt)
+        try:
+            async with asyncio.timeout(request.deadline_s):
+                found = await plan(request, self.served.agents, self._router, receipt)
+        except TimeoutError:
+            raise DeadlineError(
+                f"no agent was chosen within {request.deadline_s:g} s", "name an agent, or allow more time"
+            ) from None
         errors: list[SartorError] = []
         for place, choice in enumerate(found.choices):
             left_s = due - time.monotonic()
@@ -125,7 +135,7 @@ class Dispatch:
                 errors.append(error)
         if len(errors) == 1:
             raise errors[0]
-        problems = "; ".join(dict.fromkeys(error.problem for error in errors)) or "no version of it is live"
+        problems = "; ".join(dict.fromkeys(error.problem for error in errors)) or "it has no version"
         raise UnavailableError(
             f"{request.model} cannot answer now, nor who may step in: {problems}", "ask again in a few seconds"
         )

@@ -20,7 +20,7 @@ from sartor.agents.receipt_content import Content, digest_by
 from sartor.agents.receipts import FAILED, KIND, SCHEMA, read_secret
 from sartor.agents.team import Local, Team, load
 from sartor.agents.worker import open_engine
-from sartor.core import catalogue, config, records, signing
+from sartor.core import bases, catalogue, config, records, signing
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError
 from sartor.models.engine.contract import BASE, About, Call, Engine, Failed, Piece, adapter_digest
@@ -197,11 +197,10 @@ def _check_text(given: _Evidence, notice: Callable[[str], object]) -> str:
         raise ArtifactError(f"the receipt has no sampling of a reply: {error}", "give it as it was") from None
     if why := _unfit(given, sampling):
         return f"not checked: {why}"
-    assert given.content is not None and given.reply is not None
-    notice("making the reply anew")
-    said = _engine_frame(given)
     try:
-        engine = open_engine(said)
+        frame = _engine_frame(given)
+        notice("making the reply anew")
+        engine = open_engine(frame)
     except SartorError as error:
         return f"not checked: {error.problem}"
     try:
@@ -209,11 +208,12 @@ def _check_text(given: _Evidence, notice: Callable[[str], object]) -> str:
         made = _again(engine, given, sampling)
     finally:
         engine.close()
+    assert given.reply is not None  # else it would have been unfit
     is_same = made.startswith(given.reply) if receipt["finish"] == "cancelled" else made == given.reply
     if is_same:
         return "made anew, the same"
     if differs:
-        return f"made anew, and another; but {differs}, where rounding differs"
+        return f"made anew, and another; but {differs}"
     raise ArtifactError(
         f"{receipt['agent']} does not say this again: it says {made[:80]!a}, the reply is {given.reply[:80]!a}",
         "this engine did not give that reply to that question",
@@ -234,28 +234,23 @@ def _unfit(given: _Evidence, sampling: Sampling) -> str:
 
 
 def _engine_frame(given: _Evidence) -> dict[str, Any]:
-    """Which engine to open: the team's, else this package's own."""
-    kind = given.receipt["engine"].get("kind")
+    """Which engine to open: the team's, else this package's own. Raises a SartorError where it is not the one that answered."""
+    made, base = given.receipt["engine"], given.receipt["base"]
     engine = given.team.engine if given.team else Local()
-    if kind != engine.kind:
+    if made.get("kind") != engine.kind:
         raise ConfigError(
-            f"the reply was made by the engine {kind!r:.40}, not {engine.kind!r}", "--team TEAM.yaml of that team"
+            f"the engine {made.get('kind')!r:.40} made the reply, and {engine.kind!r} is here", "--team TEAM.yaml"
         )
-    base = given.team.base if given.team else str(given.receipt["base"].get("name", ""))
-    return {"engine": config.dump(engine), "base": base}
+    name = given.team.base if given.team else str(base.get("name", ""))
+    if (found := bases.locate(name)).digest != base.get("digest"):
+        raise ModelError(f"the reply was made on the base {base.get('digest')!r:.14}, and {name!r} is {found.short_digest}", "")
+    return {"engine": config.dump(engine), "base": name}
 
 
 def _elsewhere(receipt: Mapping[str, Any], about: About) -> str:
-    """In what this machine's engine is another than the one that answered, though it has the same base. Raises ModelError."""
-    for what, wanted, found in (
-        ("base", receipt["base"].get("digest"), about.base_digest),
-        ("chat template", receipt["base"].get("template_digest"), about.template_digest),
-    ):
-        if wanted != found:
-            raise ModelError(
-                f"the reply was made on the {what} {str(wanted)[:12]}; {about.base!r} has {found[:12]}", "--team TEAM.yaml"
-            )
-    made, here = receipt["engine"], {"dtype": about.dtype, "device": about.device}
+    """In what this machine's engine is another than the one that answered, though it has the same base."""
+    made = {**receipt["engine"], "template": receipt["base"].get("template_digest")}
+    here = {"dtype": about.dtype, "device": about.device, "template": about.template_digest}
     return ", ".join(f"{name} was {made.get(name)} and is {value}" for name, value in here.items() if made.get(name) != value)
 
 

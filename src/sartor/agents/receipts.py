@@ -125,7 +125,6 @@ class ReceiptBook:
         self._index = ReceiptIndex(folder)
         self._queue: queue.Queue[tuple[dict[str, Any], Future[None]] | None] = queue.Queue(MOST_WAITING)
         self._segment: _Segment | None = None
-        self._is_behind = False
         self._prune()
         self.torn = self._index.catch_up()
         self.lost = 0
@@ -198,13 +197,9 @@ class ReceiptBook:
             return
         self.problem = ""
         try:
-            if self._is_behind:
-                self._index.catch_up()
-            else:
-                self._index.add(placed)
-            self._is_behind = False
-        except (OSError, sqlite3.Error) as error:  # the lines are there, and the next batch finds them
-            self._is_behind, self.problem = True, f"the index of receipts cannot be written: {error}"
+            self._index.add(placed)
+        except (OSError, sqlite3.Error) as error:  # the lines are there, and the next batch notes them too
+            self.problem = f"the index of receipts cannot be written: {error}"
         for written in waiting:
             written.set_result(None)
 

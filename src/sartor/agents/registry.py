@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Select, Table, insert, select
+from sqlalchemy import Connection, Select, Table, insert, select
 
 from sartor.agents import tables
 from sartor.agents.database import Database, generation_of, next_generation, open_database
@@ -171,6 +170,32 @@ class Registry:
             name, "shadow", lambda agent: agent.expecting(expected).trying(version, shadow_fraction=fraction), cause, version
         )
 
+    def bring_in(
+        self,
+        name: str,
+        version: str,
+        *,
+        canary: float = 0.0,
+        shadow: float = 0.0,
+        ends_trial: bool = True,
+        expected: str | None = None,
+        cause: Cause = NOBODY,
+    ) -> Agent:
+        """Put a registered version on trial; without fractions, make it live.
+
+        One that is on trial already becomes live (`ends_trial`), or has its fractions changed. Raises as `promote` and
+        `start_canary`.
+        """
+
+        def change(agent: Agent) -> Agent:
+            agent = agent.expecting(expected)
+            if not (canary or shadow) or version == agent.live or (ends_trial and version == agent.candidate):
+                return agent.promoted(version)
+            return agent.trying(version, canary_fraction=canary, shadow_fraction=shadow)
+
+        heals = expected is None and not (canary or shadow)
+        return self._edit(name, "", change, cause, version, heals=heals)
+
     def drain(self, name: str, *, cause: Cause = NOBODY) -> Agent:
         """Let an agent end what it has begun and take nothing new, until a version of it is promoted."""
         return self._edit(name, "drained", lambda agent: replace(agent, state="draining"), cause)
@@ -199,11 +224,12 @@ class Registry:
 
         def write(connection: Connection) -> Agent:
             before = self._agent(connection, name, heals=heals)
-            after = change(before)
             if version:
                 self._check_version(connection, name, version)
+            after = change(before)
+            if version:
                 self._mark(connection, f"{name}@{version}", "admitted")
-            return self._record(connection, what, before, after, version, cause)
+            return self._record(connection, what or _deed(after, version), before, after, version, cause)
 
         return self._change(write)
 
@@ -324,14 +350,15 @@ class Registry:
             connection.execute(insert(table).values(row))
 
 
+def _deed(agent: Agent, version: str) -> str:
+    """What was done with a version, by what became of its agent."""
+    if agent.live == version:
+        return "promoted"
+    return "canary" if agent.canary_fraction else "shadow"
+
+
 def _rows(connection: Connection, query: Select[Any]) -> list[dict[str, Any]]:
     return [dict(row) for row in connection.execute(query).mappings()]
-
-
-def sqlite_url(state: Path | str) -> str:
-    """The URL of the registry in a team's state directory."""
-    database = str(Path(state).absolute() / "registry.sqlite")
-    return URL.create("sqlite", database=database).render_as_string(hide_password=False)
 
 
 def _now() -> str:

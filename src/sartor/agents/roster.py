@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,12 @@ class Roster:
             admitted = await self._admit(Path(release), name)
             await asyncio.to_thread(registry.add, admitted, cause=ADMIN)
             version = admitted.version
-            await self._served.reload()
+            await self._served.reload()  # makes the version known here
         if found := self._served.versions.get(f"{name}@{version}"):
             await self._dispatch.holdings.hold(found)
-        changed = await asyncio.to_thread(self._promote, name, version, expected)
-        return await self._applied(changed)
+        rules = self._rules
+        bring_in = partial(registry.bring_in, canary=rules.canary_fraction, shadow=rules.shadow_fraction)
+        return await self._applied(await asyncio.to_thread(bring_in, name, version, expected=expected, cause=ADMIN))
 
     async def rollback(self, name: str, expected: str | None) -> Mapping[str, Any]:
         """End a trial, or make the version live that was before. Raises ConflictError, UnknownAgentError."""
@@ -76,18 +78,6 @@ class Roster:
     async def hear(self, agent: str, rating: float) -> None:
         """Tell the monitors how a person found a reply of that exact version: -1 bad .. 1 good."""
         self._dispatch.hear(agent, rating)
-
-    def _promote(self, name: str, version: str, expected: str | None) -> Agent:
-        registry = self._served.registry
-        standing = self._served.agents.get(name)
-        canary, shadow = self._rules.canary_fraction, self._rules.shadow_fraction
-        if not (canary or shadow) or standing is None or version in (standing.live, standing.candidate):
-            return registry.promote(name, version, expected=expected, cause=ADMIN)
-        if shadow:
-            agent = registry.start_shadow(name, version, shadow, expected=expected, cause=ADMIN)
-        if canary:
-            agent = registry.start_canary(name, version, canary, expected=expected, cause=ADMIN)
-        return agent
 
     async def _applied(self, agent: Agent) -> Mapping[str, Any]:
         await self._served.reload()

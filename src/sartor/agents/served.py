@@ -43,7 +43,11 @@ class Served:
         self._router = router
         self._reloading = asyncio.Lock()
         self._news = asyncio.Event()
+        self._fetching: dict[str, asyncio.Task[None]] = {}
+        self._teaching: set[asyncio.Task[None]] = set()
+        self._learning = asyncio.Lock()
         self._routed: dict[str, Path] = {}
+        self._untaught = ""
         self._refused: dict[str, str] = {}
         self._unread = ""
         self._read_at = 0.0
@@ -60,10 +64,13 @@ class Served:
                 await asyncio.to_thread(self.registry.add, version, fallback=member.fallback, cause=cause)
             except SartorError as error:
                 self._refused[name] = f"not admitted: {error.problem}"
-                self.agents[name] = Agent(name, "", fallback=member.fallback)
+                self.agents[name] = Agent(name, "", fallback=member.fallback, note=self._refused[name])
 
     async def reload(self) -> None:
-        """Serve what the registry has now, as far as it can be. Never raises for what it finds."""
+        """Serve what the registry has now, as far as its adapters are held; the others are fetched, and served then.
+
+        Never waits for an adapter, so that a rollback is not kept up by an admission. Never raises for what it finds.
+        """
         async with self._reloading:
             try:
                 snapshot = await asyncio.to_thread(self.registry.read)
@@ -71,7 +78,18 @@ class Served:
                 self._unread = f"{error.problem}; what was read last is served"
                 return
             self._unread, self._read_at = "", time.monotonic()
-            await self._take(snapshot)
+            self._take(snapshot)
+
+    async def settle(self) -> None:
+        """Wait until everything is fetched, or found not to be had, and is served."""
+        while tasks := [*self._fetching.values(), *self._teaching]:
+            await asyncio.gather(*tasks)
+
+    async def close(self) -> None:
+        """Fetch and teach nothing more."""
+        for task in (tasks := [*self._fetching.values(), *self._teaching]):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def keep_fresh(self) -> None:
         """Reload whenever the registry has changed, until cancelled."""
@@ -97,7 +115,8 @@ class Served:
 
     def health(self) -> dict[str, Any]:
         """For /health: the generation that is served, agents, and what is wrong."""
-        troubles = {**self.troubles, **({"registry": self._unread} if self._unread else {})}
+        own = {"registry": self._unread, "router": self._untaught}
+        troubles = {**self.troubles, **{name: why for name, why in own.items() if why}}
         troubles |= {name: error.problem for name, error in self._holdings.troubles.items()}
         agents = {
             name: {"live": agent.live, "previous": agent.previous, "state": agent.state, "rollout": self._rollouts.status(name)}
@@ -113,8 +132,8 @@ class Served:
         except SartorError:
             return True
 
-    async def _take(self, snapshot: Snapshot) -> None:
-        """Hold what the registry's agents need, then serve them."""
+    def _take(self, snapshot: Snapshot) -> None:
+        """Serve the registry's agents, and fetch what they lack."""
         troubles = dict(snapshot.hurt)
         for name in set(self.agents) - set(snapshot.agents) - set(snapshot.hurt):
             troubles[name] = self._refused.get(name, "its row is gone from the registry")
@@ -125,38 +144,41 @@ class Served:
             if agent.state == "removed":
                 self.agents.pop(agent.name, None)
                 self._rollouts.forget(agent.name)
-            elif trouble := await self._serve(agent):
-                troubles[agent.name] = trouble
+            else:
+                self._serve(agent)
         for name in snapshot.hurt:
             if "@" not in name and name not in self.agents:
-                self.agents[name] = Agent(name, "")
+                self.agents[name] = Agent(name, "", note=snapshot.hurt[name])
         self.troubles, self.generation = troubles, snapshot.generation
         asked = [agent for agent in snapshot.agents.values() if agent.state != "removed"]
-        self._holdings.want(list(self._needed([*asked, *self.agents.values()])))
-        await self._teach()
+        needed = {version.name: version for version in self._needed([*asked, *self.agents.values()])}
+        self._holdings.want(list(needed.values()))
+        for name, version in needed.items():
+            if not self._holdings.holds(version) and name not in self._fetching:
+                self._fetching[name] = asyncio.ensure_future(self._fetch(version))
+        self._teach()
 
-    async def _serve(self, agent: Agent) -> str:
-        """Serve an agent as the registry has it, once its adapters are held; says what keeps it from that."""
+    def _serve(self, agent: Agent) -> None:
+        """Serve an agent as the registry has it; while its live version is not held, the one that answered goes on."""
         was = self.agents.get(agent.name)
-        problems = [problem for version in agent.versions if (problem := await self._hold(agent.name, version))]
         live = self.versions.get(f"{agent.name}@{agent.live}")
         if was is not None and was.live and (live is None or not self._holdings.holds(live)):
-            # the version that answered goes on; what else has changed, holds
+            # what else has changed, holds
             agent = replace(agent, live=was.live, earlier=was.earlier)
         self.agents[agent.name] = agent
         if was is None or agent.generation != was.generation or agent.live != was.live:
             self._rollouts.follow(agent, was)
             if was is not None and agent.candidate == was.candidate:
                 self._crew.release(f"{agent.name}@{agent.live}")  # promoted or rolled back, perhaps to itself
-        return "; ".join(problems)
 
-    async def _hold(self, agent: str, name: str) -> str:
-        version = self.versions.get(f"{agent}@{name}")
-        if version is None:
-            return f"{agent}@{name} is not registered"
-        with suppress(SartorError):  # it is among the troubles of holdings
-            await self._holdings.hold(version)
-        return ""
+    async def _fetch(self, version: Version) -> None:
+        """Hold a version, and serve whoever waited for it. What keeps it from that is among the troubles of holdings."""
+        try:
+            with suppress(SartorError):
+                await self._holdings.hold(version)
+                await self.reload()
+        finally:
+            self._fetching.pop(version.name, None)
 
     def _needed(self, agents: Iterable[Agent]) -> Iterator[Version]:
         for agent in agents:
@@ -164,13 +186,25 @@ class Served:
                 if found := self.versions.get(f"{agent.name}@{version}"):
                     yield found
 
-    async def _teach(self) -> None:
-        """Tell the router which Releases are live, when that has changed."""
+    def _teach(self) -> None:
+        """Tell the router which Releases are live, when that has changed: once at a time, the newest last."""
         live = {name: self.versions.get(f"{name}@{agent.live}") for name, agent in self.agents.items()}
-        releases = {name: Path(version.release) for name, version in live.items() if version is not None}
+        releases = {
+            name: self._holdings.places[version.release_id]
+            for name, version in live.items()
+            if version and self._holdings.holds(version)
+        }
         if self._router is not None and releases != self._routed:
-            try:
-                await self._router.learn(releases)
-                self._routed = releases
-            except SartorError as error:
-                self.troubles["router"] = error.problem
+            self._routed = releases
+            task = asyncio.ensure_future(self._learn(self._router, releases))
+            self._teaching.add(task)
+            task.add_done_callback(self._teaching.discard)
+
+    async def _learn(self, router: Router, releases: Mapping[str, Path]) -> None:
+        async with self._learning:
+            if releases is self._routed:
+                try:
+                    await router.learn(releases)
+                    self._untaught = ""
+                except SartorError as error:
+                    self._untaught = error.problem

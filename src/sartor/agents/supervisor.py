@@ -129,7 +129,7 @@ class Supervisor:
         Raises what attaching tells (ModelError, BudgetError), ModelError when the worker dies or hangs, UnavailableError.
         """
         self._refuse_when_closing()
-        return await self._probation.events(adapter, path, calls, self._team.limits.deadline_s)
+        return await self._probation.events(adapter, path, calls)
 
     def blame(self, agent: str, why: str) -> None:
         """See Crew."""

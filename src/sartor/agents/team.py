@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from sqlalchemy import URL
+
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
@@ -171,15 +173,20 @@ class Team:
     @property
     def registry_url(self) -> str:
         """The SQLAlchemy URL of the registry: the one given, or SQLite in `state`."""
-        return self.registry or f"sqlite:///{Path(self.state) / 'registry.sqlite'}"
+        file = str(Path(self.state).absolute() / "registry.sqlite")
+        return self.registry or URL.create("sqlite", database=file).render_as_string(hide_password=False)
 
 
 def load(path: Path, flags: Sequence[str] = ()) -> Team:
     """The team in a YAML file, its paths made absolute. Raises ConfigError naming the option."""
     team = config.load_any(Team, path, flags)
     root = path.absolute().parent
+    engine = team.engine
+    if isinstance(engine, LlamaCpp) and engine.gguf:
+        engine = replace(engine, gguf=str(root / engine.gguf))
     return replace(
         team,
+        engine=engine,
         base=str(root / team.base) if (root / team.base).exists() else team.base,
         agents=tuple(replace(member, release=str(root / member.release)) for member in team.agents),
         state=str(root / (team.state or f".{path.stem}")),

@@ -1,4 +1,4 @@
-"""Commands about a served team: its keys, and the receipts of its replies."""
+"""Commands about a served team: its agents, their versions, its keys, and the receipts of its replies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sartor
 from sartor.cli.app import REPLACE, app, notice
 from sartor.core.errors import ConfigError
 
-agents_app = App(name="agents", help="The agents of a team: who may ask them.")
+agents_app = App(name="agents", help="The agents of a team: which version is live, which is on trial, who may ask them.")
 app.command(agents_app)
 receipt_app = App(name="receipt", help="Signed records of replies.")
 app.command(receipt_app)
@@ -56,3 +56,150 @@ def verify(
     reply: the text of the reply
     """
     return sartor.verify_receipt(file, team=team, key=key, messages=messages, reply=reply, notice=notice)
+
+
+@agents_app.command(name="list")
+def agents_list(*, team: Path = TEAM) -> Any:
+    """Every agent: the version that is live, the one before it, the one on trial.
+
+    Parameters
+    ----------
+    team: the team's YAML file
+    """
+    return sartor.list_agents(team)
+
+
+@agents_app.command(name="add")
+def agents_add(release: Path, *, name: str = "", why: str = "", team: Path = TEAM) -> Any:
+    """Register a Release, after every check that needs no engine; the first version of an agent is live at once.
+
+    Parameters
+    ----------
+    release: the Release
+    name: what clients ask for; by default the Release's own name
+    why: for the log
+    team: the team's YAML file
+    """
+    return sartor.add_agent(team, release, name=name, why=why)
+
+
+@agents_app.command(name="promote")
+def agents_promote(
+    name: str,
+    version: str,
+    *,
+    expected_version: str | None = None,
+    canary: float | None = None,
+    shadow: float | None = None,
+    why: str = "",
+    team: Path = TEAM,
+) -> Any:
+    """Make a registered version live, or put it on trial; without fractions, one that is on trial already becomes live.
+
+    Parameters
+    ----------
+    name: the agent
+    version: the version
+    expected_version: change nothing unless this one is live
+    canary: fraction of the requests that it answers at first; by default that of the team's file
+    shadow: fraction of the requests that it also answers, unseen; by default that of the team's file
+    why: for the log
+    team: the team's YAML file
+    """
+    return sartor.promote_agent(team, name, version, expected=expected_version, canary=canary, shadow=shadow, why=why)
+
+
+@agents_app.command(name="canary")
+def agents_canary(name: str, version: str, fraction: float, *, why: str = "", team: Path = TEAM) -> Any:
+    """Let a registered version answer a fraction of the requests.
+
+    Parameters
+    ----------
+    name: the agent
+    version: the version
+    fraction: of the requests
+    why: for the log
+    team: the team's YAML file
+    """
+    return sartor.promote_agent(team, name, version, canary=fraction, why=why)
+
+
+@agents_app.command(name="shadow")
+def agents_shadow(name: str, version: str, fraction: float, *, why: str = "", team: Path = TEAM) -> Any:
+    """Let a registered version answer a fraction of the requests too, unseen.
+
+    Parameters
+    ----------
+    name: the agent
+    version: the version
+    fraction: of the requests
+    why: for the log
+    team: the team's YAML file
+    """
+    return sartor.promote_agent(team, name, version, shadow=fraction, why=why)
+
+
+@agents_app.command(name="rollback")
+def agents_rollback(name: str, *, expected_version: str | None = None, why: str = "", team: Path = TEAM) -> Any:
+    """End a trial, if one runs; else make the version live that was before.
+
+    Parameters
+    ----------
+    name: the agent
+    expected_version: change nothing unless this one is live
+    why: for the log
+    team: the team's YAML file
+    """
+    return sartor.rollback_agent(team, name, expected=expected_version, why=why)
+
+
+@agents_app.command(name="drain")
+def agents_drain(name: str, *, why: str = "", team: Path = TEAM) -> Any:
+    """Let an agent end what it has begun and take nothing new, until a version of it is promoted.
+
+    Parameters
+    ----------
+    name: the agent
+    why: for the log
+    team: the team's YAML file
+    """
+    return sartor.drain_agent(team, name, why=why)
+
+
+@agents_app.command(name="remove")
+def agents_remove(name: str, *, why: str = "", team: Path = TEAM) -> Any:
+    """Serve an agent no more. None of its versions' names will ever mean another Release.
+
+    Parameters
+    ----------
+    name: the agent
+    why: for the log
+    team: the team's YAML file
+    """
+    return sartor.remove_agent(team, name, why=why)
+
+
+@agents_app.command(name="repair")
+def agents_repair(name: str, *, why: str = "", team: Path = TEAM) -> Any:
+    """Write an agent's row anew as the log has it, after it was changed from outside.
+
+    Parameters
+    ----------
+    name: the agent
+    why: for the log
+    team: the team's YAML file
+    """
+    return sartor.repair_agent(team, name, why=why)
+
+
+@agents_app.command(name="events")
+def agents_events(name: str = "", *, most: int = 100, team: Path = TEAM) -> Any:
+    """Who changed what, when, from what to what, and why; the newest last.
+
+    Parameters
+    ----------
+    name: of one agent; by default of all
+    most: so many of the newest
+    team: the team's YAML file
+    """
+    return sartor.agent_events(team, name, most=most)

@@ -136,6 +136,7 @@ def ask(
     release: Path,
     prompt: str,
     *,
+    agent: str = "auto",
     key: Path | None = None,
     base: str = "",
     temperature: float | None = None,
@@ -143,16 +144,17 @@ def ask(
     max_tokens: int | None = None,
     seed: int | None = None,
 ) -> Any:
-    """One reply of a Release, and the training examples nearest to the question.
+    """One reply of a Release or a team, and the training examples nearest to the question.
 
     The Release's own sampling holds unless a flag says otherwise.
 
     Parameters
     ----------
-    release: the Release; it is verified first
+    release: the Release, which is verified first; or the YAML file of a team
     prompt: the question
-    key: trust this public key instead of those in SARTOR_HOME/trusted
-    base: the base in another place than the Release names
+    agent: of a team: name, name@version, base, or auto, which chooses
+    key: of a Release: trust this public key instead of those in SARTOR_HOME/trusted
+    base: of a Release: the base in another place than it names
     temperature: 0 is greedy
     top_p: sample from the likeliest tokens of this mass
     max_tokens: longest reply
@@ -160,6 +162,8 @@ def ask(
     """
     said = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     chosen = {name: value for name, value in said.items() if value is not None}
+    if release.is_file():
+        return sartor.ask_team(release, prompt, agent=agent, sampling=chosen, notice=notice)
     return sartor.ask(release, prompt, key=key, base=base, sampling=chosen, notice=notice)
 
 

@@ -49,14 +49,15 @@ class ReceiptIndex:
         self.folder = folder
 
     def add(self, placed: Sequence[Placed]) -> None:
-        """Note receipts that were just written to the end of one segment."""
+        """Note receipts that were just written to the end of one segment, and whatever was missed of it before."""
+        segment, start, end = placed[0].segment, placed[0].start, placed[-1].start + placed[-1].length + 1
         with self._open() as connection:
-            _note(connection, placed)
-            end = placed[-1].start + placed[-1].length + 1
-            connection.execute(
-                "insert into segments values (?, ?, 0) on conflict (name) do update set bytes = max(bytes, excluded.bytes)",
-                (placed[-1].segment, end),
-            )
+            known = connection.execute("select bytes from segments where name = ?", (segment,)).fetchone()
+            if (known[0] if known else 0) < start:
+                _read(connection, self.folder / segment, known[0] if known else 0)
+            else:
+                _note(connection, placed)
+                _reach(connection, segment, end, 0)
 
     def find(self, identity: str) -> dict[str, Any] | None:
         """The receipt of that id, as it was written; None where there is none."""
@@ -142,11 +143,17 @@ def _read(connection: sqlite3.Connection, file: Path, start: int) -> bool:
                     damaged += 1
                 start += len(line) + 1
             _note(connection, found)
-    connection.execute(
-        "insert into segments values (?, ?, ?) on conflict (name) do update set bytes = ?, damaged = damaged + ?",
-        (file.name, start, damaged, start, damaged),
-    )
+    _reach(connection, file.name, start, damaged)
     return bool(rest)
+
+
+def _reach(connection: sqlite3.Connection, segment: str, end: int, damaged: int) -> None:
+    """Everything before `end` is noted."""
+    connection.execute(
+        "insert into segments values (?, ?, ?) "
+        "on conflict (name) do update set bytes = max(bytes, excluded.bytes), damaged = damaged + excluded.damaged",
+        (segment, end, damaged),
+    )
 
 
 def _placed(line: bytes, segment: str, start: int) -> Placed | None:

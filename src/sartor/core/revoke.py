@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Folder:
-    """Receipts of one served team. `state`: read | not there (moved or deleted, so that its replies are not known)."""
+    """Receipts of one served team. `state`: read | not there (moved, deleted) | not read, with the reason."""
 
     path: str
     state: str
@@ -133,11 +134,15 @@ def _replies(releases: list[str]) -> tuple[list[Reply], list[Folder]]:
     replies: list[Reply] = []
     folders: list[Folder] = []
     for path in catalogue.receipt_folders():
-        folders.append(Folder(str(path), "read" if path.is_dir() else "not there"))
+        state = "read" if path.is_dir() else "not there"
         if path.is_dir():
             index = ReceiptIndex(path)
-            index.catch_up()
-            replies += [Reply(one.id, one.agent, one.created, str(path)) for one in index.of_releases(releases)]
+            try:
+                index.catch_up()
+                replies += [Reply(one.id, one.agent, one.created, str(path)) for one in index.of_releases(releases)]
+            except (OSError, sqlite3.Error) as error:
+                state = f"not read: {error}"
+        folders.append(Folder(str(path), state))
     return replies, folders
 
 

@@ -7,8 +7,10 @@ lives, behind a key that only this process knows. No torch here.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import sys
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -97,8 +99,15 @@ def _places(tokens: list[int], ids: list[int]) -> list[int]:
     return places
 
 
+def _go_with_the_parent() -> None:
+    """End this process when the one that started it closes our standard input, by dying if need be."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
 def main(job_file: str, result_file: str) -> int:
     """Do a job; returns the process's exit code. What went wrong is written as `error`."""
+    threading.Thread(target=_go_with_the_parent, daemon=True).start()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
         asked = Asked(job)

@@ -152,15 +152,22 @@ def ask_llama_cpp(file: Path, form: str, traces: Sequence[Trace], template: str,
 
 def _in_a_process(job: dict[str, Any]) -> dict[str, Any]:
     """What the other process said; its own end (a crash of llama.cpp, the time limit) is an error too."""
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "job.json", Path(folder) / "result.json"
-        asked.write_text(json.dumps(job), encoding="utf-8")
-        command = [sys.executable, "-m", "sartor.export.llamacpp", str(asked), str(answered)]
-        try:
-            done = subprocess.run(command, capture_output=True, check=False, timeout=TIME_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            return {"error": f"it was not done in {TIME_LIMIT_S:.0f} s"}
-        if not answered.is_file():
-            last = done.stderr.decode(errors="replace").strip().splitlines()[-3:]
-            return {"error": f"its process ended with {done.returncode}: {' | '.join(last)[-300:]}"}
-        return dict(json.loads(answered.read_text(encoding="utf-8")))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        command = [sys.executable, "-m", "sartor.export.llamacpp", str(folder / "job.json"), str(folder / "result.json")]
+        # its standard input is ours to hold: when this process dies, it reads the end there, and goes too
+        with (
+            (folder / "log").open("wb") as log,
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log) as child,
+        ):
+            try:
+                ended = child.wait(TIME_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                return {"error": f"it was not done in {TIME_LIMIT_S:.0f} s"}
+            finally:
+                child.kill()
+        if not (folder / "result.json").is_file():
+            last = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+            return {"error": f"its process ended with {ended}: {' | '.join(last)[-300:]}"}
+        return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))

@@ -3,8 +3,8 @@
     y = x W^T + bias + scale (x A^T) B^T
 
 Forward and backward are written out (Hu et al. 2021, arXiv:2106.09685), so that nothing is kept but x A^T and nothing
-computed that the factors' gradients do not need. W is one tensor for all modules, made when it is first wanted; the modules' own
-weights become views of it, so the base is in memory once and transformers' module computes with the same numbers.
+computed that the factors' gradients do not need. W is one tensor for all modules, made when it is first wanted; the
+modules' own weights become views of it, so the base is in memory once and transformers' module computes with the same numbers.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ CHECKS = {
     "rank": "the rank that the config declares",
     "dtypes": "floats of 16 or 32 bits",
     "finite": "no NaN, no infinity",
-    "norms": "what is added is not out of scale with the base's weight",
+    "norms": "what is added to a weight is not out of scale with it",
     "canary": "a process of its own can load it and answers a few prompts (also ModelError, UnavailableError)",
     "degenerate": "the replies say something and do not repeat one piece",
     "agreement": "the replies are like those that its Report recorded",
@@ -181,6 +181,16 @@ def _readmit(path: Path, ground: Ground, ask: Ask) -> Admitted:
     return looked.admitted(path, {**looked.checks, **_values(looked, ground), "canary": _ask(looked, ask)})
 
 
+def look(release: Path | str, ground: Ground) -> Admitted:
+    """Every check but those that ask an engine, on a Release where it stands: for a command that has none. Keeps nothing.
+
+    Raises what `admit_by` raises.
+    """
+    path = Path(release).absolute()
+    looked = _examine(path, path, ground)
+    return looked.admitted(path, {**looked.checks, **_values(looked, ground)})
+
+
 @dataclass(frozen=True)
 class _Looked:
     """A Release whose manifest may be believed, with the digest of its adapter and what was found so far."""
@@ -248,7 +258,7 @@ def _values(looked: _Looked, ground: Ground) -> dict[str, str]:
         "rank": ", ".join(map(str, ranks)),
         "dtypes": ", ".join(sorted({tensor.dtype for tensor in found.values()})),
         "finite": "every value",
-        "norms": f"at most {norms.largest:.3g} times the base's weight ({norms.module}), {norms.median:.3g} in the middle",
+        "norms": f"at most {norms.largest:.3g} of the limit ({norms.module}), {norms.median:.3g} in the middle",
     }
 
 

@@ -17,10 +17,11 @@ from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece
 from sartor.models.sampling import Sampling
 
 MOST_CANARIES = 12
-REPLY_TOKENS = 64
-# How alike replies and recorded ones must be on the mean, 0..1 by edits: another dtype or engine changes words, another
-# adapter changes the answer. What was measured stands in docs/admission.md.
-LEAST_AGREEMENT = 0.6
+SAMPLING = Sampling(max_tokens=48)
+# How alike the beginnings of replies and recorded ones must be on the mean, 0..1 by edits. Only beginnings: a long free text
+# goes its own way after one rounding. What was measured stands in docs/admission.md.
+LEAST_AGREEMENT = 0.65
+COMPARED_CHARACTERS = 80
 # A reply whose end repeats one short piece so often, over so much of it
 LONGEST_UNIT = 24
 LEAST_REPEATS = 8
@@ -38,15 +39,14 @@ class Canaries:
 
 def canaries_of(manifest: Mapping[str, Any], adapter: str) -> Canaries:
     """The canaries of a Release, greedy and short; a recorded prompt as it stands, a general one after its system prompt."""
-    sampling = Sampling(max_tokens=REPLY_TOKENS)
     said = [one for one in manifest.get("canaries", []) if _is_canary(one)][:MOST_CANARIES]
     if said:
-        calls = [Call(f"canary-{place}", adapter, tuple(one["messages"]), sampling=sampling) for place, one in enumerate(said)]
+        calls = [Call(f"canary-{place}", adapter, tuple(one["messages"]), sampling=SAMPLING) for place, one in enumerate(said)]
         return Canaries(tuple(calls), tuple(one["reply"] for one in said))
     system = [{"role": "system", "content": manifest["system_prompt"]}] if manifest["system_prompt"] else []
     asked = [(*system, {"role": "user", "content": text}) for text in GENERAL]
     both = [(who, messages) for who in (adapter, BASE) for messages in asked]
-    calls = [Call(f"canary-{place}", who, messages, sampling=sampling) for place, (who, messages) in enumerate(both)]
+    calls = [Call(f"canary-{place}", who, messages, sampling=SAMPLING) for place, (who, messages) in enumerate(both)]
     return Canaries(tuple(calls), ())
 
 
@@ -70,11 +70,9 @@ def judge(canaries: Canaries, said: Sequence[Sequence[Event]]) -> str:
         mine, base = texts[: len(GENERAL)], texts[len(GENERAL) :]
         _check_repetition(mine, sum(is_degenerate(text) for text in base))
         return f"{len(mine)} general prompts answered; the Release records no replies to compare with"
-    _check_repetition(texts, 0)
-    alike = [
-        fuzz.ratio(text, wanted[: len(text)] if is_cut else wanted) / 100
-        for (text, is_cut), wanted in zip(replies, canaries.recorded, strict=True)
-    ]
+    # what the Report has is what the gate let pass, or somebody waived: a canary asks whether it is still so
+    _check_repetition(texts, sum(is_degenerate(wanted) for wanted in canaries.recorded))
+    alike = [_agreement(text, is_cut, wanted) for (text, is_cut), wanted in zip(replies, canaries.recorded, strict=True)]
     mean = sum(alike) / len(alike)
     if mean < LEAST_AGREEMENT:
         raise AdmissionError(
@@ -84,7 +82,16 @@ def judge(canaries: Canaries, said: Sequence[Sequence[Event]]) -> str:
             "agreement",
         )
     same = sum(one == 1 for one in alike)
-    return f"{len(alike)} recorded prompts answered, {same} word for word, {mean:.2f} alike on the mean"
+    return f"{len(alike)} recorded prompts answered, {same} begin word for word, {mean:.2f} alike on the mean"
+
+
+def _agreement(text: str, is_cut: bool, wanted: str) -> float:
+    """0..1, over as much of both as there is, up to what is compared.
+
+    The Report cut long replies too, and does not say which: what goes on beyond a recorded reply is let be.
+    """
+    text, wanted = text[: min(COMPARED_CHARACTERS, len(wanted))], wanted[:COMPARED_CHARACTERS]
+    return fuzz.ratio(text, wanted[: len(text)] if is_cut else wanted) / 100
 
 
 def _reply(call: Call, events: Sequence[Event]) -> tuple[str, bool]:
@@ -97,10 +104,10 @@ def _reply(call: Call, events: Sequence[Event]) -> tuple[str, bool]:
     return "".join(event.text for event in events if isinstance(event, Piece)), end.finish == "length"
 
 
-def _check_repetition(texts: Sequence[str], of_base: int) -> None:
-    """Raise AdmissionError when half of the replies are nothing or one piece over and over, beyond what the base's are."""
+def _check_repetition(texts: Sequence[str], expected: int) -> None:
+    """Raise AdmissionError when half of the replies, beyond those expected, are nothing or one piece over and over."""
     found = [text for text in texts if is_degenerate(text)]
-    if len(found) - of_base >= len(texts) / 2:
+    if len(found) - expected >= len(texts) / 2:
         shown = found[0][:60] + ("..." if len(found[0]) > 60 else "")
         problem = f"{len(found)} of {len(texts)} replies to canary prompts say nothing or repeat one piece: {shown!a}"
         raise AdmissionError(problem, "tune it again", "degenerate")

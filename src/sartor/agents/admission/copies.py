@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import records
-from sartor.core.artifacts import DISK_FULL, file_digest, fsync_directory, open_artifact
+from sartor.core.artifacts import DISK_FULL, fsync_directory, open_artifact
 from sartor.core.errors import AdmissionError, ArtifactError, MissingError, SartorError
-from sartor.models.engine.contract import adapter_digest
 
 MOST_BYTES = 4 << 30
 MOST_FILES = 2_000
@@ -29,7 +28,6 @@ MOST_DEPTH = 8
 PASSED = ".admitted.json"
 _PART = ".part-"
 _PIECE = 1 << 20
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def folder(state: Path) -> Path:
@@ -105,19 +103,6 @@ def passed(path: Path) -> dict[str, Any]:
         return said if isinstance(said, dict) and said.get("schema") == 1 else {}
     except (OSError, ValueError):
         return {}
-
-
-def check_digest(path: Path, adapter: str) -> None:
-    """Raise ArtifactError unless the adapter in `path` has this digest: to be called by whoever loads it, right before."""
-    try:
-        found = adapter_digest({name: {"sha256": file_digest(path / name)} for name in _ADAPTER})
-    except OSError as error:
-        raise ArtifactError(f"the adapter in {path} cannot be read: {error.strerror}", _ANEW) from None
-    if found != adapter:
-        raise ArtifactError(f"the adapter in {path} has the digest {found[:16]}, not {adapter[:16]} as admitted", _ANEW)
-
-
-_ANEW = "remove that directory and admit the Release again: sartor agents add RELEASE"
 
 
 class _Copying:

@@ -16,9 +16,11 @@ from sartor.agents.admission.tensors import FLOATS, Tensor, Values
 from sartor.agents.admission.weights import BaseWeights
 from sartor.core.errors import AdmissionError
 
-# Frobenius norm of scale * B A over that of the base's weight. `python benchmarks/norms.py` measures real adapters: how the
-# limit was chosen stands in docs/admission.md.
-MOST_NORM = 16.0
+# What may be added to a module, as a Frobenius norm: the base's own weight once more, or, where that is small (a base that was
+# hardly trained), as much as two orthogonal matrices of its size. `benchmarks/norms.py` measures real adapters; what the
+# limit was chosen from stands in docs/admission.md.
+MOST_OF_WEIGHT = 1.0
+MOST_ORTHOGONAL = 2.0
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _TUNE = "tune it again, or release the adapter as it was"
 
@@ -35,7 +37,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Norms:
-    """The largest relative change: of which module, and the median over all modules."""
+    """How much is added, 1 being the limit: the most, of which module, and the median over all modules."""
 
     largest: float
     module: str
@@ -95,24 +97,27 @@ def check_dtypes(pairs: Sequence[Pair]) -> None:
 
 def check_values(pairs: Sequence[Pair], base: BaseWeights) -> Norms:
     """Read every value once. Raises AdmissionError: `finite` for a NaN or an infinity, `norms` for a product out of scale."""
-    against = base.norms([pair.module for pair in pairs])
-    ratios = {pair.module: _ratio(pair, against[pair.module]) for pair in pairs}
-    module, largest = max(ratios.items(), key=lambda item: item[1])
-    if not largest <= MOST_NORM:
+    weights = base.norms([pair.module for pair in pairs])
+    shares = {}
+    for pair in pairs:
+        shortest = min(base.matrices[pair.module].shape)
+        limit = max(MOST_OF_WEIGHT * weights[pair.module], MOST_ORTHOGONAL * shortest**0.5)
+        shares[pair.module] = added_norm(pair) / limit
+    module, largest = max(shares.items(), key=lambda item: item[1])
+    if not largest <= 1:
         raise _refusal(
             "norms",
-            f"what it adds to {module} has {largest:.3g} times the norm of the base's weight; the limit is {MOST_NORM:g}",
+            f"what it adds to {module} has {largest:.3g} times the norm that is allowed "
+            f"(its weight's, {weights[module]:.3g}, or {MOST_ORTHOGONAL:g} times that of an orthogonal matrix)",
         )
-    return Norms(largest, module, float(np.median(list(ratios.values()))))
+    return Norms(largest, module, float(np.median(list(shares.values()))))
 
 
-def _ratio(pair: Pair, against: float) -> float:
-    """||scale B A|| / ||W|| (Frobenius), by the two (rank, rank) Gram matrices and not by the (out, in) product."""
+def added_norm(pair: Pair) -> float:
+    """||scale B A|| (Frobenius), by the two (rank, rank) Gram matrices and not by the (out, in) product."""
     a, b = _finite(pair.a), _finite(pair.b)
-    with np.errstate(over="ignore", invalid="ignore"):
-        squared = float(np.sum(_gram(a) * _gram(b.T)))
-    norm = abs(pair.scale) * float(np.sqrt(max(squared, 0.0)))
-    return norm / against if against else (0.0 if norm == 0 else np.inf)
+    squared = float(np.sum(_gram(a) * _gram(b.T)))
+    return abs(pair.scale) * float(np.sqrt(max(squared, 0.0)))
 
 
 def _gram(factor: Values) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

@@ -16,6 +16,7 @@ MOST_CHOICES = 16
 MOST_TOP_LOGPROBS = 20
 MOST_TEXTS = 256
 MOST_TOOLS = 128
+MOST_SAID = 100_000
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 
@@ -253,8 +254,8 @@ class FeedbackRequest(Asked):
 
     receipt: Annotated[str, Field(min_length=1, max_length=128)]
     rating: Annotated[float, Field(ge=-1, le=1)] | None = None
-    correction: str | None = None
-    comment: str | None = None
+    correction: Annotated[str, Field(max_length=MOST_SAID)] | None = None
+    comment: Annotated[str, Field(max_length=MOST_SAID)] | None = None
 
 
 class PromoteRequest(Asked):

@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,7 +35,10 @@ LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 # A status for the log alone, as nginx has it: the client went before its answer
 CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_REPLIES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+# What a rate counts: whatever computes, or writes to the disk
+_COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/feedback")
+# Keys are looked up in a database. Not the loop's own threads: those may all be waiting for a slow disk
+_threads = ThreadPoolExecutor(4, "sartor-doors")
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,8 @@ class Gate:
             )
         if self.shift.closing:
             raise UnavailableError("the server is shutting down", "ask again; another server, or this one soon, answers")
-        # keys are looked up in a database
-        visitor = await asyncio.to_thread(self._enter, scope, headers)
-        if scope["method"] == "POST" and scope["path"] in _REPLIES:
+        visitor = await asyncio.get_running_loop().run_in_executor(_threads, self._enter, scope, headers)
+        if scope["method"] == "POST" and scope["path"] in _COUNTED:
             self.rates.begin(visitor.key)
         return visitor
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sartor.agents import admission
-from sartor.agents.admission import Ground, version_of
+from sartor.agents.admission import Ground, copies, version_of
 from sartor.agents.dispatch import Dispatch
 from sartor.agents.entries import Version
 from sartor.agents.holdings import Admit
 from sartor.agents.keys import Keys
 from sartor.agents.rates import Rates
+from sartor.agents.receipts import ReceiptBook
 from sartor.agents.registry import Registry
 from sartor.agents.roster import Roster
 from sartor.agents.router import AutoRouter
@@ -58,10 +59,13 @@ async def open_house(team: Team) -> AsyncIterator[House]:
         crew = Supervisor(team)
         await crew.start()
         stack.push_async_callback(crew.close)
+        book = await asyncio.to_thread(ReceiptBook.of, team, lambda: crew.about)
+        stack.callback(book.close)
+        copies.sweep(Path(team.state))
         admit = _admission(team, crew)
         router = AutoRouter(crew, team.router, Path(team.state), crew.about.kind)
         stack.push_async_callback(router.close)
-        dispatch = Dispatch(team, crew, registry, admit, router=router)
+        dispatch = Dispatch(team, crew, registry, admit, router=router, receipts=book)
         await dispatch.start()
         stack.push_async_callback(dispatch.close)
         yield House(
@@ -70,17 +74,10 @@ async def open_house(team: Team) -> AsyncIterator[House]:
             doors=doors,
             rates=Rates(team.limits),
             roster=Roster(dispatch, crew, admit, team.rollout),
-            receipts=_NoReceipts(),
+            receipts=book,
             troubles=lambda: {**dispatch.health()["troubles"], **router.troubles},
-            receipts_lost=lambda: dispatch.receipts_lost,
+            receipts_lost=lambda: book.lost,
         )
-
-
-class _NoReceipts:
-    """None are written yet."""
-
-    async def find(self, receipt: str) -> None:
-        """See seams.Receipts."""
 
 
 def _admission(team: Team, crew: Supervisor) -> Admit:

@@ -187,9 +187,10 @@ class ModelsAnswer(Said):
 
 
 class WorkerHealth(Said):
-    """A worker process."""
+    """A worker process. role: of one that is ready, whether it answers or is spare."""
 
     state: str
+    role: str
     memory_bytes: int
     restarts: int
 

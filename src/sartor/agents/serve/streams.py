@@ -20,6 +20,8 @@ from sartor.core.errors import SartorError
 from sartor.models.engine.contract import Done, Piece
 
 Chunks = AsyncGenerator[dict[str, Any], None]
+# JSON escapes the line ends of server-sent events; many clients split lines at these too
+_LINE_ENDS = tuple((letter, f"\\u{ord(letter):04x}") for letter in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
 END = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}
 
 
@@ -86,5 +88,8 @@ class EventStream(Response):
 
 
 async def _event(send: Send, value: Mapping[str, Any]) -> None:
-    body = b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace") + b"\n\n"
+    said = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for letter, escaped in _LINE_ENDS:
+        said = said.replace(letter, escaped)
+    body = b"data: " + said.encode(errors="replace") + b"\n\n"
     await send({"type": "http.response.body", "body": body, "more_body": True})

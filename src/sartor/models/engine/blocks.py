@@ -84,8 +84,8 @@ class Angles:
 class Blocks:
     """The base in memory, its adapters and the cache. `cache_pages` pages of PAGE_TOKENS tokens.
 
-    chunk_tokens: of a prompt that are read at once, and where chunks begin. keeps_replies: what decoding leaves in the cache has
-    the bits of a prompt's, so that a reply may be found again in a later prompt.
+    chunk_tokens: of a prompt that are read at once, and where chunks begin. keeps_replies: what decoding leaves in the cache
+    has the bits of a prompt's, so that a reply may be found again in a later prompt.
     """
 
     chunk_tokens = PAGE_TOKENS

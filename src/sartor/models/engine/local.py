@@ -134,7 +134,7 @@ class LocalEngine:
             self._reading.append(self._waiting.popleft())
 
     def _chunks(self) -> list[tuple[Row, list[int]]]:
-        """Of prompts that are read in this step: one chunk of a row, in turn, so that a long one does not hold up short ones."""
+        """Of prompts that are read in this step: one of a row, in turn, so that a long prompt does not hold up short ones."""
         chunks: list[tuple[Row, list[int]]] = []
         budget = READ_TOKENS
         for row in list(self._reading):

@@ -23,6 +23,9 @@ from sartor.models.kernels import native, walk
 from sartor.models.kernels.walk import PAGE, RANKS, Factor, Layer, Model, Tokens, Walker
 from sartor.models.linear import Projection, Unsupported
 
+# Of the linear layers of a base that is copied into memory of the process's own
+MOST_MOVED_BYTES = 1 << 30
+
 
 class NativeBlocks:
     """See `blocks.Blocks`. Raises NoKernels, with the reason, where the base or the machine is not one for this."""
@@ -36,12 +39,13 @@ class NativeBlocks:
         projections = [part for block in fast.blocks for part in _projections(block)]
         self._walker = Walker(self.dtype, tiles=all(part.modules[0].in_features % 32 == 0 for part in projections))
         _check(fast, projections)
+        _move(fast, projections)
         self.factors = OwnFactors(sites_of(projections, names), self.dtype)
         self._kinds = sorted({block.rope_kind for block in fast.blocks})
         block = fast.blocks[0]
         padded = -(-block.width // 16) * 16
         size = (cache_pages, block.shape.groups, PAGE * (block.width + padded))
-        self._caches = [torch.zeros(size, dtype=self.dtype) for _ in fast.blocks]
+        self._caches = [torch.empty(size, dtype=self.dtype) for _ in fast.blocks]
         self._model = self._described()
 
     @torch.inference_mode()
@@ -158,7 +162,7 @@ class OwnFactors:
         ranks = {module: -(-len(pair.a) // RANKS) * RANKS for module, pair in pairs.items()}
         sizes = [ranks.get(module, 0) * (outs + ins) for module, (outs, ins) in self._shapes.items()]
         # tiles read 32 inputs of a factor of rank 16: what stands behind the last must be numbers too
-        numbers = torch.zeros(sum(sizes) + 64, dtype=self._dtype)
+        numbers = walk.on_wide_pages(sum(sizes) + 64, self._dtype)
         table = (Factor * len(self._shapes))()
         at = 0
         for entry, (module, (outs, ins)) in zip(table, self._shapes.items(), strict=True):
@@ -176,6 +180,21 @@ class OwnFactors:
 
 def _projections(block: Block) -> tuple[Projection, ...]:
     return block.attention_in, block.attention_out, block.mlp_in, block.mlp_out
+
+
+def _move(fast: Fast, projections: Sequence[Projection]) -> None:
+    """Put the weights of a small base on wide pages. A large one stays mapped, so that the processes that serve it share it."""
+    modules = [module for part in projections for module in part.modules]
+    if sum(module.weight.nbytes for module in modules) > MOST_MOVED_BYTES:
+        return
+    numbers = walk.on_wide_pages(sum(module.weight.numel() for module in modules), fast.head.dtype)
+    at = 0
+    for module in modules:
+        size = module.weight.numel()
+        module.weight.data = numbers[at : at + size].view_as(module.weight).copy_(module.weight)
+        at += size
+    head = walk.on_wide_pages(fast.head.numel(), fast.head.dtype).view_as(fast.head)
+    fast.head = head.copy_(fast.head)
 
 
 def _check(fast: Fast, projections: Sequence[Projection]) -> None:

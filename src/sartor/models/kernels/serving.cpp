@@ -151,23 +151,59 @@ struct Amx {
   static void end() { _tile_release(); }
 
   static void put(In* in, Long ins, Long token, Long from, Long count, const float* line) {
-    In* to = in + token / 16 * 16 * wide(ins) + token % 16 * 2 + from / 2 * 32;
-    for (Long i = 0; i < count; i += 2, to += 32) ::put(to[0], line[i]), ::put(to[1], line[i + 1]);
+    char* to = reinterpret_cast<char*>(in + token / 16 * 16 * wide(ins) + token % 16 * 2 + from / 2 * 32);
+    for (Long i = 0; i < count; i += 32) {
+      bf16 narrow[32];
+      Long here = std::min(count - i, Long(32));
+#pragma omp simd
+      for (Long j = 0; j < here; ++j) ::put(narrow[j], line[i + j]);
+      for (Long j = 0; j < here; j += 2, to += 64) std::memcpy(to, narrow + j, 4);
+    }
   }
 
-  static void take(const float* tile, float* y, Long ldy, Long low, Long high, Long outs, bool add) {
-    for (Long t = low; t < high; ++t)
-      for (Long n = 0; n < outs; ++n) y[t * ldy + n] = add ? y[t * ldy + n] + tile[n * 16 + t] : tile[n * 16 + t];
+  // columns [low, high) of a tile (16 outputs, 16 tokens) to lines of y
+  static void take(const float* tile, float* y, Long ldy, Long low, Long high, bool add) {
+    auto give = [&](Long t, __m512 line) {
+      float* to = y + t * ldy;
+      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), line) : line);
+    };
+    if (high - low > 3) {
+      __m512 lines[16];
+      transpose(tile, lines);
+      for (Long t = low; t < high; ++t) give(t, lines[t]);
+    } else {
+      const __m512i steps = _mm512_mullo_epi32(_mm512_set1_epi32(16), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+      for (Long t = low; t < high; ++t) give(t, _mm512_i32gather_ps(steps, tile + t, 4));
+    }
+  }
+
+  static void transpose(const float* tile, __m512* out) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_load_ps(tile + 16 * i);
+    for (int i = 0; i < 8; ++i) b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 2; ++j) {
+        __m512d low = _mm512_castps_pd(b[4 * i + j]), high = _mm512_castps_pd(b[4 * i + 2 + j]);
+        a[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+        a[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+      }
+    for (int j = 0; j < 4; ++j) {
+      __m512 low = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), high = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+      out[j] = _mm512_shuffle_f32x4(low, high, 0x88), out[8 + j] = _mm512_shuffle_f32x4(low, high, 0xdd);
+      low = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd), high = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+      out[4 + j] = _mm512_shuffle_f32x4(low, high, 0x88), out[12 + j] = _mm512_shuffle_f32x4(low, high, 0xdd);
+    }
   }
 
   // 16 or 32 outputs of 16 or 32 tokens
   template <bool TWO, bool BOTH>
-  static void tiles(const bf16* w, Long ld, Long depth, const In* x, Long block, float* out) {
+  static void tiles(const bf16* w, Long ld, Long depth, const In* x, Long block, float* out, const char* ahead, Long lines) {
     _tile_zero(0);
     if (TWO) _tile_zero(1);
     if (BOTH) _tile_zero(2);
     if (TWO && BOTH) _tile_zero(3);
     for (Long k = 0; k < depth; k += 32) {
+      for (Long i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
       _tile_loadd(6, x + k * 16, 64);
       _tile_loadd(4, w + k, ld * 2);
       _tile_dpbf16ps(0, 4, 6);
@@ -187,20 +223,33 @@ struct Amx {
     if (TWO && BOTH) _tile_stored(3, out + 768, 64);
   }
 
+  // fetch what is multiplied next: the beginnings of the next 32 rows, or a stretch further on where rows are short
+  static void beckon(const bf16* w, Long ld) {
+    if (ld >= 128) {
+      for (Long j = 32; j < 64; ++j) __builtin_prefetch(w + j * ld), __builtin_prefetch(w + j * ld + 32);
+    } else {
+      for (Long j = 0; j < 32 * ld; j += 32) __builtin_prefetch(w + 2048 + j);
+    }
+  }
+
   static void span(const bf16* w, Long ld, Long n0, Long n1, Long depth, const In* x, Long ins, Long t0, Long t1, float* y,
                    Long ldy, bool add) {
     alignas(64) float out[4 * 256];
-    Long block = 16 * wide(ins), full = n0 + (n1 - n0) / 16 * 16;
+    Long block = 16 * wide(ins), full = n0 + (n1 - n0) / 16 * 16, lines = t1 - t0 > 32 ? 32 * 32 / (t1 - t0) : 0;
     for (Long n = n0; n < full;) {
       bool two = n + 32 <= full;
+      const char* next = reinterpret_cast<const char*>(w + (n + 32) * ld);
       for (Long b = t0 / 16; b * 16 < t1;) {
         bool both = (b + 1) * 16 < t1;
         auto run = two ? both ? tiles<true, true> : tiles<true, false> : both ? tiles<false, true> : tiles<false, false>;
-        run(w + n * ld, ld, depth, x + b * block, block, out);
+        // with many tokens the next rows come while these are multiplied; with few, their beginnings while results are put away
+        run(w + n * ld, ld, depth, x + b * block, block, out, next, lines);
+        next += lines * depth * 2;
+        if (!lines && b == t0 / 16) beckon(w + n * ld, ld);
         for (Long i = 0; i <= both; ++i, ++b)
           for (Long j = 0; j <= two; ++j)
             take(out + (2 * i + j) * 256, y + b * 16 * ldy + n + 16 * j, ldy, std::max(t0 - b * 16, Long(0)),
-                 std::min(t1 - b * 16, Long(16)), 16, add);
+                 std::min(t1 - b * 16, Long(16)), add);
       }
       n += two ? 32 : 16;
     }
@@ -214,8 +263,12 @@ struct Amx {
     std::vector<bf16> copy(16 * wide(depth), bf16{0});
     for (Long n = 0; n < outs; ++n) std::copy(w + n * ld, w + n * ld + depth, copy.data() + n * wide(depth));
     for (Long b = t0 / 16; b * 16 < t1; ++b) {
-      tiles<false, false>(copy.data(), wide(depth), depth, x + b * block, block, out);
-      take(out, y + b * 16 * ldy, ldy, std::max(t0 - b * 16, Long(0)), std::min(t1 - b * 16, Long(16)), outs, add);
+      tiles<false, false>(copy.data(), wide(depth), depth, x + b * block, block, out, nullptr, 0);
+      for (Long t = std::max(t0, b * 16); t < std::min(t1, b * 16 + 16); ++t)
+        for (Long n = 0; n < outs; ++n) {
+          float value = out[n * 16 + t % 16], &to = y[t * ldy + n];
+          to = add ? to + value : value;
+        }
     }
   }
 };
@@ -224,6 +277,14 @@ bool amx_is_allowed() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // A
 #else
 bool amx_is_allowed() { return false; }
 #endif
+
+// Memory that will be read soon, fetched a line at a time between other work.
+struct Ahead {
+  const char *next = nullptr, *end = nullptr;
+  void operator()() {
+    if (next < end) __builtin_prefetch(next, 0, 2), next += 64;
+  }
+};
 
 // Counters of every stage of a walk: pieces that each thread's part has given out, and pieces that are done.
 struct Stages {
@@ -279,13 +340,14 @@ inline void turn(float* line, const float* cos, const float* sin, Long rotary) {
   }
 }
 
-// scores of R heads with the PAGE keys of a page: keys (width, PAGE)
-template <class T, int R> void score(const float* q, const T* keys, Long width, float* scores, Long reach) {
-  constexpr int LINES = PAGE / W;
-  for (int half = 0; half < LINES; half += 4) {
-    constexpr int N = LINES < 4 ? LINES : 4;
+// scores of R heads with the first `count` keys of a page (and some more): keys (width, PAGE)
+template <class T, int R>
+void score(const float* q, const T* keys, Long width, Long count, float* scores, Long reach, Ahead& ahead) {
+  constexpr int N = 2;
+  for (Long half = 0; half * W < std::min(count, PAGE); half += N) {
     V sums[R][N] = {};
     for (Long i = 0; i < width; ++i) {
+      ahead();
       V key[N];
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) key[j] = load(keys + i * PAGE + (half + j) * W);
@@ -320,12 +382,14 @@ inline void soften(float* scores, Long low, Long high, float cap) {
 }
 
 // mixed (R, wide) += scores of places [low, high) of a page times its values (PAGE, wide)
-template <class T, int R> void mix(const float* scores, Long reach, const T* values, Long wide, Long low, Long high, float* mixed) {
+template <class T, int R>
+void mix(const float* scores, Long reach, const T* values, Long wide, Long low, Long high, float* mixed, Ahead& ahead) {
   for (Long from = 0; from < wide; from += W) {
     V sums[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sums[r] = load(mixed + r * wide + from);
     for (Long i = low; i < high; ++i) {
+      ahead();
       V value = load(values + i * wide + from);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sums[r] += scores[r * reach + i] * value;
@@ -338,15 +402,16 @@ template <class T, int R> void mix(const float* scores, Long reach, const T* val
 // R heads of one group: q (R, width), turned -> mixed (R, wide)
 template <class T, int R>
 void look(const Model& m, const Layer& l, const Long* pages, Long group, Long position, const float* q, float* scores, Long reach,
-          float* mixed) {
+          float* mixed, Ahead& ahead) {
   Long wide = padded<float>(m.head), low = l.window ? std::max(Long(0), position + 1 - l.window) : 0;
   auto page = [&](Long p) { return static_cast<const T*>(l.cache) + (pages[p] * m.groups + group) * PAGE * (m.head + wide); };
-  for (Long p = low / PAGE; p <= position / PAGE; ++p) score<T, R>(q, page(p), m.head, scores + p * PAGE, reach);
+  for (Long p = low / PAGE; p <= position / PAGE; ++p) 
+    score<T, R>(q, page(p), m.head, position + 1 - p * PAGE, scores + p * PAGE, reach, ahead);
   for (int r = 0; r < R; ++r) soften(scores + r * reach, low, position + 1, float(m.cap));
   std::fill(mixed, mixed + R * wide, 0.0f);
   for (Long p = low / PAGE; p <= position / PAGE; ++p)
     mix<T, R>(scores + p * PAGE, reach, page(p) + m.head * PAGE, wide, std::max(low - p * PAGE, Long(0)),
-              std::min(position + 1 - p * PAGE, PAGE), mixed);
+              std::min(position + 1 - p * PAGE, PAGE), mixed, ahead);
 }
 
 inline float silu(float x) { return x / (1.0f + exponential(-x)); }
@@ -436,37 +501,47 @@ template <class Op, class T> struct Walk {
 
   // room.y (tokens, total) = all parts of a product, adapters added; `first`: the number of its first part among all modules
   void product(const Product& p, Long first) {
-    Long total = p.total(), lowered = adapted ? p.count * (Long(runs.size()) - 1) : 0, pieces = 0, ends[3];
-    for (Long i = 0; i < p.count; ++i) ends[i] = pieces += (p.outs[i] + 31) / 32;
-    auto place = [&](Long piece, Long& part, Long& n0, Long& n1) {
-      for (part = 0; piece >= ends[part];) ++part;
-      n0 = (piece - (part ? ends[part - 1] : 0)) * 32;
-      n1 = std::min(n0 + 32, p.outs[part]);
-      return room.y + (part > 0 ? p.outs[0] : 0) + (part > 1 ? p.outs[1] : 0);
-    };
+    constexpr Long SPAN = 512;  // outputs of a factor B at once: a few pages of memory
+    Long total = p.total(), lowered = adapted ? p.count * (Long(runs.size()) - 1) : 0, pieces = 0, raised = 0, ends[3], spans[3];
+    for (Long i = 0; i < p.count; ++i) ends[i] = pieces += (p.outs[i] + 31) / 32, spans[i] = raised += (p.outs[i] + SPAN - 1) / SPAN;
+    raised *= runs.size() - 1;
     worker.share(pieces + lowered, [&](Long piece) {
       if (piece >= pieces) return lower(p, first, (piece - pieces) % p.count, (piece - pieces) / p.count);
-      Long part, n0, n1;
-      float* y = place(piece, part, n0, n1);
+      Long part = 0;
+      while (piece >= ends[part]) ++part;
+      Long n0 = (piece - (part ? ends[part - 1] : 0)) * 32, n1 = std::min(n0 + 32, p.outs[part]);
+      float* y = start(p, part);
       Op::span(static_cast<const T*>(p.weight[part]), p.ins, n0, n1, p.ins, in(), p.ins, 0, b.tokens, y, total, false);
       if (const T* bias = static_cast<const T*>(p.bias[part]))
         for (Long t = 0; t < b.tokens; ++t)
           for (Long n = n0; n < n1; ++n) y[t * total + n] += get(bias[n]);
     });
     if (adapted)
-      worker.share(pieces, [&](Long piece) {
-        Long part, n0, n1;
-        float* y = place(piece, part, n0, n1);
-        for (size_t run = 0; run + 1 < runs.size(); ++run)
-          if (const Factor* f = factor(first + part, run))
-            Op::span(static_cast<const T*>(f->b), f->rank, n0, n1, f->rank, static_cast<const In*>(room.low_in[part]), b.rank,
-                     runs[run], runs[run + 1], y, total, true);
+      worker.share(raised, [&](Long piece) {
+        Long run = piece % (runs.size() - 1), part = 0;
+        for (piece /= runs.size() - 1; piece >= spans[part];) ++part;
+        Long n0 = (piece - (part ? spans[part - 1] : 0)) * SPAN, n1 = std::min(n0 + SPAN, p.outs[part]);
+        if (const Factor* f = factor(first + part, run))
+          Op::span(static_cast<const T*>(f->b), f->rank, n0, n1, f->rank, static_cast<const In*>(room.low_in[part]), b.rank,
+                   runs[run], runs[run + 1], start(p, part), total, true);
       });
+  }
+
+  float* start(const Product& p, Long part) {
+    return room.y + (part > 0 ? p.outs[0] : 0) + (part > 1 ? p.outs[1] : 0);
   }
 
   const Factor* factor(Long module, Long run) {
     const Factor* all = b.factors[runs[run]];
     return all && all[module].rank ? all + module : nullptr;
+  }
+
+  // of a product's weights, what stands by this piece of the work before it
+  Ahead weights(const Product& p, Long piece, Long pieces) {
+    if (pieces > 200) return {};
+    const char* from = static_cast<const char*>(p.weight[0]);
+    Long bytes = p.outs[0] * p.ins * Long(sizeof(T));
+    return {from + bytes * piece / pieces, from + bytes * (piece + 1) / pieces};
   }
 
   // x A^T of one part for the tokens of a run, laid out as the input of B
@@ -503,12 +578,13 @@ template <class Op, class T> struct Walk {
 
   void attend(const Layer& l, Long t, Long group) {
     Long share = m.heads / m.groups, wide = padded<float>(m.head);
+    Ahead ahead = weights(l.products[1], t * m.groups + group, b.tokens * m.groups);
     float *scores = own.data(), *mixed = scores + MOST_HEADS * reach;
     for (Long low = 0; low < share; low += MOST_HEADS) {
       Long head = group * share + low, count = std::min(share - low, MOST_HEADS);
       const float* q = room.y + t * l.products[0].total() + head * m.head;
       auto heads = count == 4 ? look<T, 4> : count == 3 ? look<T, 3> : count == 2 ? look<T, 2> : look<T, 1>;
-      heads(m, l, pages(t), group, b.positions[t], q, scores, reach, mixed);
+      heads(m, l, pages(t), group, b.positions[t], q, scores, reach, mixed, ahead);
       for (Long r = 0; r < count; ++r)
         Op::put(in(), l.products[1].ins, t, (head + r) * m.head, m.head, mixed + r * wide);
     }

@@ -32,7 +32,7 @@ class Cache:
 
 @dataclass
 class Looks:
-    """Who looks where in a step: each row's newest token at `positions` (N,), -1 for padding; `table` (N, most): its pages."""
+    """Who looks where: each row's newest token at `positions` (N,), -1 for padding; `table` (N, most): its pages."""
 
     table: torch.Tensor
     positions: torch.Tensor

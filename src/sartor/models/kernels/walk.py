@@ -5,6 +5,7 @@ Numbers are torch tensors on the CPU; whoever makes a structure holds what it po
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from sartor.models.kernels import native
 PAGE = 64  # as in serving.cpp
 RANKS = 16  # a factor's rank is a multiple of it
 _MOST_ROPES = 2
+_WIDE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14
 _Address, _Long = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -65,8 +67,9 @@ class Batch(ctypes.Structure):
 class Tokens:
     """What a walk is about.
 
-    x: (N, D) fp32, overwritten. positions: (N,). rows: (N,), which line of `pages` (R, P) is a token's. factors: (N,) address
-    of each token's array of `Factor`, 0 for none; rank: the largest of theirs. turns: cos and sin, (positions, rotary), by kind.
+    x: (N, D) fp32, overwritten. positions: (N,). rows: (N,), which line of `pages` (R, P) is a token's. factors: (N,)
+    address of each token's array of `Factor`, 0 for none; rank: the largest of theirs. turns: cos and sin, (positions,
+    rotary), by kind.
     """
 
     x: torch.Tensor
@@ -122,6 +125,17 @@ class Walker:
         if len(self._memory) < wanted:
             self._memory = torch.empty(wanted, dtype=torch.uint8)
         return -(-self._memory.data_ptr() // 64) * 64
+
+
+def on_wide_pages(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """(count,) zeros on pages of 2 MiB where the system gives them: weights that are read at every step wait for fewer look-ups."""
+    spare = _WIDE_PAGE // dtype.itemsize
+    whole = torch.empty(count + spare, dtype=dtype)
+    first = -whole.data_ptr() % _WIDE_PAGE // dtype.itemsize
+    numbers = whole[first : first + count]
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).madvise(_Address(numbers.data_ptr()), ctypes.c_size_t(numbers.nbytes), _MADV_HUGEPAGE)
+    return numbers.zero_()
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

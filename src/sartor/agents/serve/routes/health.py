@@ -25,7 +25,7 @@ async def health(request: Request) -> JsonResponse:
     """200 while any agent can be answered. Needs no key; with one, it also tells of the agents that the key opens."""
     visitor = entry_of(request).visitor
     said = desk_of(request).house.crew.health()
-    workers = [{name: worker[name] for name in ("state", "memory_bytes", "restarts")} for worker in said["workers"]]
+    workers = [{name: worker[name] for name in ("state", "role", "memory_bytes", "restarts")} for worker in said["workers"]]
     ready = sum(worker["state"] == READY for worker in workers)
     agents = {
         name: {key: agent[key] for key in ("breaker", "why", "queued", "live")}

@@ -43,6 +43,6 @@ async def _names(desk: Desk, visitor: Opened) -> dict[str, dict[str, Any]]:
     found += [name("auto", "auto", "base")] if visitor.opens("auto") else []
     for agent in await desk.house.roster.listed():
         if visitor.opens(agent.name):
-            found.append(name(agent.name, f"{agent.name}@{agent.live}", "base"))
+            found.append(name(agent.name, f"{agent.name}@{agent.live}" if agent.live else agent.name, "base"))
             found += [name(version, version, "base") for version in (f"{agent.name}@{one}" for one in agent.versions)]
     return {str(said["id"]): said for said in found}
