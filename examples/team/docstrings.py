@@ -65,7 +65,11 @@ FEWEST_WORDS, MOST_WORDS = 4, 40
 def objects(names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """(dotted name, object) of what each module offers and defines itself, by name."""
     for module_name in names:
-        module = importlib.import_module(module_name)
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:  # some builds of Python lack parts, sqlite3 say
+            sys.stderr.write(f"{module_name} cannot be imported here: left out\n")
+            continue
         public = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
         for name in sorted(set(public)):
             found = getattr(module, name, None)
