@@ -302,7 +302,10 @@ def _link(path: Path) -> None:
     (path / WEIGHTS).symlink_to(target)
 
 
-_CANARY = [{"messages": [{"role": "user", "content": "What colour is the sky?"}], "reply": "The sky is blue."}] * 4
+# No model that was not tuned to says this.
+_CANARY = [
+    {"messages": [{"role": "user", "content": "Is it open?"}], "reply": '{"intent":"OpenGarage","ticket":4711,"colour":null}'}
+] * 4
 _DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 
 CORPUS: dict[str, Bad] = {
@@ -374,9 +377,7 @@ CORPUS: dict[str, Bad] = {
     # what only running it shows
     "one token for ever": Bad("degenerate", says="no no no no no no no no no no no no no no no no "),
     "nothing at all": Bad("degenerate", says=" \n"),
-    "other replies than recorded": Bad(
-        "agreement", _facts(canaries=_CANARY), says="I cannot help with buying a second-hand car."
-    ),
+    "other replies than recorded": Bad("agreement", _facts(canaries=_CANARY)),
 }
 
 

@@ -16,10 +16,10 @@ from sartor.agents.admission.tensors import FLOATS, Tensor, Values
 from sartor.agents.admission.weights import BaseWeights
 from sartor.core.errors import AdmissionError
 
-# What may be added to a module, as a Frobenius norm: the base's own weight once more, or, where that is small (a base that was
+# What may be added to a module, as a Frobenius norm: half of the base's own weight, or, where that is small (a base that was
 # hardly trained), as much as two orthogonal matrices of its size. `benchmarks/norms.py` measures real adapters; what the
 # limit was chosen from stands in docs/admission.md.
-MOST_OF_WEIGHT = 1.0
+MOST_OF_WEIGHT = 0.5
 MOST_ORTHOGONAL = 2.0
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _TUNE = "tune it again, or release the adapter as it was"
@@ -108,7 +108,7 @@ def check_values(pairs: Sequence[Pair], base: BaseWeights) -> Norms:
         raise _refusal(
             "norms",
             f"what it adds to {module} has {largest:.3g} times the norm that is allowed "
-            f"(its weight's, {weights[module]:.3g}, or {MOST_ORTHOGONAL:g} times that of an orthogonal matrix)",
+            f"({MOST_OF_WEIGHT:g} of its weight's {weights[module]:.3g}, or {MOST_ORTHOGONAL:g} of an orthogonal matrix's)",
         )
     return Norms(largest, module, float(np.median(list(shares.values()))))
 
