@@ -60,8 +60,8 @@ class Plan:
     clock: str = "took_s"
 
 
-FULL = Plan(rounds=3, tokens=32, curve=(1, 4, 16, 64), requests=48, load_s=10.0, fractions=(0.5, 0.8))
-QUICK = Plan(rounds=1, tokens=16, curve=(1, 8), requests=16, load_s=4.0, fractions=(0.5,))
+FULL = Plan(rounds=3, tokens=48, curve=(1, 4, 16, 64), requests=48, load_s=10.0, fractions=(0.5, 0.8))
+QUICK = Plan(rounds=1, tokens=24, curve=(1, 8), requests=16, load_s=4.0, fractions=(0.5,))
 
 
 class Process:
@@ -117,33 +117,42 @@ class Prompts:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.source, self.made = tokenizer, random.Random(0), 0
 
-    def next(self, count: int) -> list[list[int]]:
+    def next(self, texts: int) -> list[list[int]]:
         """Token ids of so many texts."""
         made = []
-        for _ in range(count):
+        for place in range(texts):
             self.made += 1
-            words = [f"{self.made:04d}", *(self.source.choice(WORDS.split()) for _ in range(self.source.randint(50, 75)))]
+            count = 50 + 7 * place % 26  # the same lengths in every run: runs differ by nothing but their adapters
+            words = [f"{self.made:04d}", *(self.source.choice(WORDS.split()) for _ in range(count))]
             made.append(self.tokenizer.encode(" ".join(words)).ids)
         return made
 
 
 def rounds(sides: Mapping[str, Process], prompts: Prompts, plan: Plan) -> dict[str, list[float]]:
-    """side -> tokens per second of each round. `NAME/same` is 8 times one adapter, `ours/alone` one after the other."""
-    rates: dict[str, list[float]] = {}
+    """side -> tokens per second of each round. `NAME/same` is 8 times one adapter, `ours/alone` one after the other.
 
-    def note(name: str, tokens: int, seconds: float) -> None:
-        rates.setdefault(name, []).append(tokens / seconds)
+    A round begins with ours: mixed, same, same, mixed, so that what the machine does meanwhile falls on both.
+    """
+    rates: dict[str, list[float]] = {}
+    mixed, same = list(range(STREAMS)), [0] * STREAMS
+
+    def note(name: str, side: Process, *runs: Sequence[int]) -> None:
+        texts = iter(prompts.next(STREAMS))
+        said = [side.run(adapters, [next(texts) for _ in adapters], plan.tokens) for adapters in runs]
+        rates.setdefault(name, []).append(sum(one["tokens"] for one in said) / sum(one[plan.clock] for one in said))
         print(f"{name}: {rates[name][-1]:.1f} tokens/s", file=sys.stderr)
 
     for name, side in sides.items():  # what is made at the first use is made before the clock runs
-        side.run(range(STREAMS), prompts.next(STREAMS), 2 if name != "ours" else plan.tokens)
-    for _ in range(plan.rounds):
+        side.run(mixed, prompts.next(STREAMS), plan.tokens if name == "ours" else 2)
+    for number in range(plan.rounds):
+        for name, adapters in (("ours", mixed), ("ours/same", same), ("ours/same", same), ("ours", mixed)):
+            note(name, sides["ours"], adapters)
         for name, side in sides.items():
-            for kind, adapters in (("", list(range(STREAMS))), ("/same", [0] * STREAMS)):
-                said = side.run(adapters, prompts.next(STREAMS), plan.tokens)
-                note(name + kind, said["tokens"], said[plan.clock])
-        alone = [sides["ours"].run([number], prompts.next(1), plan.tokens) for number in range(STREAMS)]
-        note("ours/alone", sum(said["tokens"] for said in alone), sum(said[plan.clock] for said in alone))
+            if name != "ours":
+                note(name, side, mixed)
+                if not number:
+                    note(f"{name}/same", side, same)
+        note("ours/alone", sides["ours"], *([adapter] for adapter in mixed))
     return rates
 
 
@@ -188,18 +197,21 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(rates: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], dict[str, Any]]:
-    """(the ratios as INTERFACES.md names them, every ratio with that of each round)."""
-    pairs = {"mixed_over_same": "ours/same", "one_at_a_time": "ours/alone"} | {
-        name: name for form in PEERS.values() for name in form
-    }
+    """(the ratios as INTERFACES.md names them, every ratio with those that it is the median of).
+
+    Ours stands twice in each round: both are paired with their neighbour for `mixed_over_same`, their mean with each peer.
+    """
+    ours, of_round = (
+        rates["ours"],
+        [statistics.fmean(rates["ours"][place : place + 2]) for place in range(0, len(rates["ours"]), 2)],
+    )
+    pairs = {"mixed_over_same": (ours, "ours/same"), "one_at_a_time": (of_round, "ours/alone")}
+    pairs |= {name: (of_round, name) for forms in PEERS.values() for name in forms}
     every = {}
-    for name, other in pairs.items():
-        if other in rates:
-            of_each = [ours / theirs for ours, theirs in zip(rates["ours"], rates[other], strict=True)]
-            every[name] = {
-                "median": round(statistics.median(of_each), 3),
-                "of_each_round": [round(ratio, 3) for ratio in of_each],
-            }
+    for name, (left, right) in pairs.items():
+        if right in rates:
+            of_each = [ours / theirs for ours, theirs in zip(left, rates[right], strict=True)]
+            every[name] = {"median": round(statistics.median(of_each), 3), "of_each": [round(ratio, 3) for ratio in of_each]}
     said = {name: every[name]["median"] for name in ("mixed_over_same", "one_at_a_time")}
     # a peer is what its faster form is
     said |= {

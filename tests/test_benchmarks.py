@@ -85,11 +85,20 @@ def test_a_peer_that_cannot_run_says_why(tmp_path: Path) -> None:
 def test_a_served_ratio_is_the_median_of_rounds_and_a_peer_is_its_faster_form() -> None:
     import serve
 
-    rates = {"ours": [10.0, 20.0, 30.0], "ours/same": [10.0, 25.0, 30.0], "ours/alone": [5.0, 5.0, 5.0]}
-    rates |= {"llama_q4": [5.0, 4.0, 1.0], "llama_f16": [2.0, 2.0, 2.0], "peft_bf16": [1.0, 1.0, 1.0]}
+    rates = {"ours": [10.0, 10.0, 15.0, 25.0, 30.0, 30.0], "ours/same": [10.0, 10.0, 30.0, 25.0, 60.0, 30.0]}
+    rates |= {
+        "ours/alone": [5.0, 5.0, 5.0],
+        "llama_q4": [5.0, 4.0, 1.0],
+        "llama_f16": [2.0, 2.0, 2.0],
+        "peft_bf16": [1.0, 1.0, 1.0],
+    }
     said, every = serve.ratios(rates)
     assert said == {"mixed_over_same": 1.0, "one_at_a_time": 4.0, "llama_cpp": 5.0, "peft": 20.0}
-    assert every["llama_f16"] == {"median": 10.0, "of_each_round": [5.0, 10.0, 15.0]}
+    assert every["mixed_over_same"]["of_each"] == [1.0, 1.0, 0.5, 1.0, 0.5, 1.0] and every["llama_f16"]["of_each"] == [
+        5.0,
+        10.0,
+        15.0,
+    ]
 
 
 def test_served_texts_agree_up_to_the_first_difference() -> None:
