@@ -6,14 +6,19 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import openai
 import pytest
 
 import sartor
 from export import releases
+from sartor.core.records import Message
 from sartor.export import prompts, reference, runtimes
-from sartor.models import gguf_tokens
+from sartor.export.llamacpp import Asked
+from sartor.models import adapters, gguf_tokens
 from sartor.models.base import open_base, source_gguf
+from sartor.models.generate import generate
 from sartor.models.gguf_model import About, write_model_gguf
+from sartor.models.sampling import Sampling
 
 pytestmark = pytest.mark.circle
 
@@ -48,7 +53,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few")
-def test_llama_cpp_answers_as_the_release_on_the_merged_file_and_on_the_base_s_own(tmp_path: Path) -> None:
+def test_llama_cpp_answers_as_the_release_and_openai_s_client_reads_it(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
     releases.signed(tmp_path, "starter", spread=0.01, licence="Apache-2.0 AND CC-BY-4.0")
     options = sartor.ExportOptions(key=tmp_path / "keys")
@@ -59,3 +64,15 @@ def test_llama_cpp_answers_as_the_release_on_the_merged_file_and_on_the_base_s_o
     assert files["switch-1.0-adapter.gguf"]["form"] == "adapter on the base's own file"
     assert {found["alike"] for found in files.values()} == {1.0}
     assert parity["itself"]["positions"] > 40
+    base = open_base("starter", bits=32)
+    tuned = adapters.open_adapter(base.model, tmp_path / "release")
+    turns = [Message.of("system", releases.SYSTEM), Message.of("user", "Where is the Eiffel Tower?")]
+    how = {"stop": base.chat.stops, "pad": base.chat.pad, "sampling": Sampling(12)}
+    wanted = base.chat.decode(generate(tuned, [base.chat.prompt_ids(turns)], **how)[0].ids)
+    job = {"model": str(tmp_path / "out" / "switch-1.0-f16.gguf"), "adapter": "", "context": 256, "threads": 1}
+    served = Asked(job)
+    with openai.OpenAI(base_url=f"{served.server.listening_address}/v1", api_key=served.key) as client:
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        # the file says that replies are greedy: nothing else does
+        said = client.chat.completions.create(model="any", messages=messages, max_tokens=12)
+    assert said.choices[0].message.content == wanted
