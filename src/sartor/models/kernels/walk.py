@@ -128,7 +128,7 @@ class Walker:
 
 
 def on_wide_pages(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """(count,) zeros on pages of 2 MiB where the system gives them: weights that are read at every step wait for fewer look-ups."""
+    """(count,) zeros on pages of 2 MiB where the system gives them: weights read at every step wait for fewer look-ups."""
     spare = _WIDE_PAGE // dtype.itemsize
     whole = torch.empty(count + spare, dtype=dtype)
     first = -whole.data_ptr() % _WIDE_PAGE // dtype.itemsize
