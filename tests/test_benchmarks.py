@@ -80,3 +80,75 @@ def test_a_peer_that_cannot_run_says_why(tmp_path: Path) -> None:
     subprocess.run(command, cwd=tmp_path, check=True)
     said = json.loads((tmp_path / "result.json").read_text())
     assert said["failed"].startswith("KeyError") and said["versions"]["trl"] == "absent" and "Traceback" in said["traceback"]
+
+
+def test_a_served_ratio_is_the_median_of_rounds_and_a_peer_is_its_faster_form() -> None:
+    import serve
+
+    rates = {"ours": [10.0, 10.0, 15.0, 25.0, 30.0, 30.0], "ours/same": [10.0, 10.0, 30.0, 25.0, 60.0, 30.0]}
+    rates |= {
+        "ours/alone": [5.0, 5.0, 5.0],
+        "llama_q4": [5.0, 4.0, 1.0],
+        "llama_f16": [2.0, 2.0, 2.0],
+        "peft_bf16": [1.0, 1.0, 1.0],
+    }
+    said, every = serve.ratios(rates)
+    assert said == {"mixed_over_same": 1.0, "one_at_a_time": 4.0, "llama_cpp": 5.0, "peft": 20.0}
+    assert every["mixed_over_same"]["of_each"] == [1.0, 1.0, 0.5, 1.0, 0.5, 1.0] and every["llama_f16"]["of_each"] == [
+        5.0,
+        10.0,
+        15.0,
+    ]
+
+
+def test_served_texts_agree_up_to_the_first_difference() -> None:
+    import serve
+
+    assert serve.agreement(["abcd", "ab"], ["abcd", "ab"]) == 1 and serve.agreement(["abcd", ""], ["abxx", "yy"]) == round(
+        2 / 6, 4
+    )
+    assert serve.spread([0.1 * place for place in range(1, 101)]) == {"p50": 5.05, "p95": 9.5}
+
+
+def test_no_prompt_begins_as_another() -> None:
+    import serve
+
+    class Words:
+        ids: list[int]
+
+        def encode(self, text: str) -> Words:
+            self.ids = [int(word) if word.isdigit() else -1 for word in text.split()]
+            return self
+
+    prompts = serve.Prompts(Words()).next(20)
+    assert len({prompt[0] for prompt in prompts}) == 20 and all(50 < len(prompt) < 90 for prompt in prompts)
+
+
+def test_the_base_in_f16_has_the_same_weights(tmp_path: Path) -> None:
+    import gguf
+    import numpy as np
+    import serve_work
+
+    source, weights = tmp_path / "q.gguf", np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
+    writer = gguf.GGUFWriter(source, "llama")
+    writer.add_block_count(1)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_tensor(
+        "token_embd.weight", gguf.quantize(weights, gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0
+    )
+    writer.add_tensor("output_norm.weight", weights[0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    serve_work.write_f16(source, tmp_path / "f16.gguf")
+    read = gguf.GGUFReader(tmp_path / "f16.gguf")
+    tensors = {tensor.name: tensor.data for tensor in read.tensors}
+    assert tensors["token_embd.weight"].dtype == np.float16 and tensors["output_norm.weight"].dtype == np.float32
+    assert np.abs(tensors["token_embd.weight"] - weights).max() < 0.01 and np.array_equal(
+        tensors["output_norm.weight"], weights[0]
+    )
+    assert (
+        read.get_field("tokenizer.ggml.tokens").contents() == ["a", "b"] and read.get_field("llama.block_count").contents() == 1
+    )

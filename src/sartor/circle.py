@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from sartor.agents.ask import Reply, ask
+from sartor.agents.ask import ask
+from sartor.agents.reply import Reply
 from sartor.core import assets, signing
 from sartor.core.artifacts import check_free
 from sartor.core.errors import ConfigError

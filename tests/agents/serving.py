@@ -14,18 +14,20 @@ from typing import Any
 
 import httpx
 
-from sartor.agents.asking import Answer, Request
-from sartor.agents.serve.seams import House, Listed, Visitor
+from sartor.agents.asking import Answer, Listed, Request
+from sartor.agents.keys import Opened
+from sartor.agents.serve.seams import House
 from sartor.agents.serve.server import Server, bind
 from sartor.agents.team import Http, Limits, Team
 from sartor.core.errors import AdmissionError, BusyError, ConflictError, KeyRefusedError, SartorError, UnknownAgentError
-from sartor.models.engine.contract import About, Done, Event, Logprob, Piece
+from sartor.models.engine.contract import About, Done, Event, Failed, Logprob, Piece
 
 ABOUT = About("local", "tiny", "b" * 64, "t" * 64, 512, 4)
 KEYS = {
-    "key-faq": Visitor("k1", frozenset({"faq"})),
-    "key-all": Visitor("k2", None),
-    "key-admin": Visitor("k3", None, is_admin=True),
+    "key-faq": Opened("k1", frozenset({"faq", "auto"}), False),
+    "key-all": Opened("k2", None, False),
+    "key-admin": Opened("k3", frozenset(), True),
+    "key-both": Opened("k4", None, True),
 }
 
 
@@ -62,8 +64,8 @@ class Replies:
                 if place and self.hold is not None:
                     await self.hold.wait()
                 yield piece
-            yield self.ends_with or self._end(request, receipt)
             self.done.append(receipt)
+            yield self.ends_with or self._end(request, receipt)
         finally:
             self.closed.append(receipt)
 
@@ -97,13 +99,16 @@ class Crew:
         return [[0.0, float(len(text))] for text in texts]
 
     def health(self) -> Mapping[str, Any]:
-        workers = [{"state": state, "pid": 4242, "memory_bytes": 10, "restarts": 1, "live": 0} for state in self.states]
-        return {"workers": workers, "agents": {"faq@1.0": {"breaker": self.breaker, "why": "secret", "queued": 1, "live": 2}}}
+        workers = [
+            {"state": state, "role": "answers", "pid": 4242, "memory_bytes": 10, "restarts": 1, "live": 0}
+            for state in self.states
+        ]
+        return {"workers": workers, "agents": {"faq@1.0": {"breaker": self.breaker, "why": "NaN", "queued": 1, "live": 2}}}
 
 
 @dataclass
 class Doors:
-    keys: Mapping[str, Visitor] = field(default_factory=dict)
+    keys: Mapping[str, Opened] = field(default_factory=dict)
 
     @property
     def is_open(self) -> bool:
@@ -113,7 +118,7 @@ class Doors:
     def has_admin(self) -> bool:
         return any(visitor.is_admin for visitor in self.keys.values())
 
-    def admit(self, secret: str) -> Visitor:
+    def admit(self, secret: str) -> Opened:
         if secret not in self.keys:
             raise KeyRefusedError("nobody has this key", "sartor agents key NAME")
         return self.keys[secret]
@@ -175,7 +180,6 @@ class Roster:
 @dataclass
 class Receipts:
     replies: Replies
-    lost: int = 0
 
     async def find(self, receipt: str) -> Mapping[str, Any] | None:
         places = {f"r{place + 1}": request for place, request in enumerate(self.replies.asked)}
@@ -185,7 +189,7 @@ class Receipts:
         return {"id": receipt, "agent": "base@bb" if name == "base" else f"{name.partition('@')[0]}@1.0"}
 
 
-def house(*, keys: Mapping[str, Visitor] | None = None, **parts: Any) -> House:
+def house(*, keys: Mapping[str, Opened] | None = None, **parts: Any) -> House:
     replies = parts.pop("replies", None) or Replies()
     made = {
         "replies": replies, "crew": Crew(), "doors": Doors(keys or {}), "rates": Rates(), "roster": Roster(),
@@ -266,3 +270,8 @@ def events(text: str) -> list[Any]:
     """What a stream's events hold; the last is `[DONE]`."""
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     return [*(json.loads(line) for line in lines[:-1]), lines[-1]]
+
+
+def failed(kind: str) -> Failed:
+    """An event that tells of an error of that kind."""
+    return Failed("c", kind, "it was too slow", "ask for less")

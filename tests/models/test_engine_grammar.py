@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import pytest
@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 import tiny
 from sartor.core.errors import ModelError, RequestError
 from sartor.models.chat import Chat
+from sartor.models.engine.contract import Call
 from sartor.models.engine.grammar import Constraint, Grammar
+from sartor.models.engine.reading import Reader
 from sartor.models.engine.schemas import DEEPEST, JSON_OBJECT, MOST_BYTES, read_schema
 
 VOCABULARY = 384  # wider than the tokenizer, as a model's padded embedding is
@@ -111,7 +113,10 @@ def test_a_number_may_end_or_go_on(chat: Chat, grammar: Grammar) -> None:
 def test_no_reply_of_white_space_alone(chat: Chat, grammar: Grammar) -> None:
     """What wants nothing but space and line breaks comes to an end of them."""
     spaces = [token for token in range(len(chat.tokenizer)) if chat.decode([token]).isspace()]
-    constraint = grammar.constraint(json.dumps(INTENT))
+    constraint = Reader(cast(Any, None), chat, {"vocab_size": VOCABULARY}, 512).constraint(
+        Call(id="c", schema=json.dumps(INTENT))
+    )
+    assert constraint is not None
     for _ in range(200):
         allowed = [token for token in spaces if constraint.mask()[token]]
         if not allowed:

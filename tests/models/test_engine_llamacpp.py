@@ -24,7 +24,7 @@ ASKED = ({"role": "user", "content": "What is the capital of France?"},)
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, opened: LlamaCppEngine) -> dict[str, Path]:
     config, folder = opened._reader.config, tmp_path_factory.mktemp("loras")
-    return {f"d{seed}": write_lora(folder / str(seed), config, rank=4, seed=seed, size=0.3) for seed in range(3)}
+    return {f"d{seed}": write_lora(folder / str(seed), config, rank=4, seed=seed, size=0.6) for seed in range(3)}
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +202,26 @@ def test_the_engine_over_http_reads_llama_cpps_own_server(engine: LlamaCppEngine
     call = Call(id="a", messages=ASKED, sampling=SHORT, top_logprobs=1)
     over.submit(call)
     told = [event for _ in iter(lambda: over.busy, False) for event in over.step()]
+    schema = '{"type":"object","properties":{"n":{"const":7}},"required":["n"],"additionalProperties":false}'
+    over.submit(Call(id="b", messages=ASKED, sampling=Sampling(max_tokens=40), schema=schema))
+    obeyed = [event for _ in iter(lambda: over.busy, False) for event in over.step()]
     over.close()
+    assert json.loads(text_of(obeyed)) == {"n": 7}
     assert text_of(told) == text_of(answer(engine, call)["a"]) and isinstance(told[-1], Done) and told[-1].reply_tokens == 8
     assert over.about.device == "llamacpp" and sum(len(event.logprobs) for event in told if isinstance(event, Piece)) == 8
+
+
+def test_a_base_without_a_gguf_file_is_given_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiny
+
+    monkeypatch.setenv("SARTOR_HOME", str(tmp_path / "home"))
+    base = tiny.write_base(tmp_path / "tiny")
+    engine = open_engine(str(base), rows=1, threads=1)
+    config = engine._reader.config
+    engine.attach("d", write_lora(tmp_path / "lora", config, rank=2, size=3.0))
+    told = answer(engine, *(Call(id=name or "base", text="the sky", sampling=SHORT, adapter=name) for name in ("", "d")))
+    engine.close()
+    assert engine.about.dtype == "f16" and text_of(told["base"]) != text_of(told["d"])
+    assert [file.name.rpartition("-")[2] for file in (tmp_path / "home" / "bases").glob("*.gguf")] == [
+        f"{engine.about.base_digest[:12]}.f16.gguf"
+    ]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tiny
 from sartor.core.errors import ModelError
 from sartor.models.adapters import inject_lora
-from sartor.models.generate import Chooser, Generation, generate
+from sartor.models.generate import Chooser, Generation, generate, likely
 from sartor.models.sampling import Sampling
 
 SHAPE = {
@@ -175,6 +175,18 @@ def test_a_sampled_token_lies_in_the_smallest_likely_set(logits: list[float], to
     for token in choose(torch.tensor([logits] * 20), range(20)):
         likelier = sum(other for other in probabilities if other > probabilities[token] + 1e-6)
         assert likelier < top_p + 1e-6
+
+
+@pytest.mark.parametrize("logits", [[3.0, 1.0, -2.0], [300.0, 299.0, float("-inf")], [-1e4, -2e4, -3e4], [0.0, 0.0, 0.0]])
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(5e-324, 1.0), (1e-40, 0.5), (2.0, 5e-324), (5e-324, 5e-324), (1e-7, 1e-300)]
+)
+def test_the_smallest_numbers_that_a_client_can_send_leave_something_to_draw(
+    logits: list[float], temperature: float, top_p: float
+) -> None:
+    found = likely(torch.tensor([logits]), Sampling(temperature=temperature, top_p=top_p))
+    assert found.isfinite().all() and found[0, 0] > 0
+    assert logits[int(torch.multinomial(found[0], 1))] == max(logits) or temperature == 2
 
 
 def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:

@@ -6,12 +6,12 @@ serve/ (HTTP) --Request--> dispatch.py --Call--> supervisor.py --JSON--> worker.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sartor.models.engine.contract import About, Call, Event
+from sartor.models.engine.contract import About, Call, Done, Event
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,22 @@ class Request:
     deadline_s: float = 120.0
 
 
+class Events(Protocol):
+    """The events of one reply, an async iterator. `aclose` cancels it, may be called at any time and more than once."""
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        """Itself."""
+        ...
+
+    async def __anext__(self) -> Event:
+        """The next event; StopAsyncIteration after Done or Failed."""
+        ...
+
+    async def aclose(self) -> None:
+        """The client wants no more."""
+        ...
+
+
 @dataclass
 class Answer:
     """A reply that has begun: its first event is there, so a failure before it was raised and not answered.
@@ -47,7 +63,7 @@ class Answer:
     agent: str
     reason: str
     receipt: str
-    events: AsyncIterator[Event]
+    events: Events
 
 
 class Crew(Protocol):
@@ -90,3 +106,63 @@ class Crew(Protocol):
     def health(self) -> Mapping[str, Any]:
         """Workers (state, pid, memory_bytes, restarts), agents (breaker, queued, live), for /health and /metrics."""
         ...
+
+
+@dataclass(frozen=True)
+class Route:
+    """What `auto` chose: an agent's name or `base`, why in a sentence, and the score of each agent."""
+
+    agent: str
+    reason: str
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+class Router(Protocol):
+    """Who chooses the agent for a request that names none."""
+
+    async def learn(self, releases: Mapping[str, Path]) -> None:
+        """Know these agents, by the directories of their live Releases; called at the start and whenever one changes.
+
+        An agent whose Release says nothing to it is never chosen; that is no error.
+        """
+        ...
+
+    async def route(self, messages: Sequence[Mapping[str, Any]], openable: Collection[str]) -> Route:
+        """The agent among `openable` that these messages are for, or `base`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Given:
+    """A reply that has ended, for its receipt. agent: the exact version; release_id: "" for the base. done: None if it failed.
+
+    call: what was computed, the Release's system prompt and sampling in it. began: seconds since the epoch.
+    """
+
+    receipt: str
+    agent: str
+    reason: str
+    release_id: str
+    call: Call
+    text: str
+    done: Done | None
+    scores: Mapping[str, float]
+    began: float
+
+
+class Receipts(Protocol):
+    """Where the receipts of replies are kept."""
+
+    def write(self, given: Given) -> None:
+        """Sign and keep one. Called in a thread; what it raises is counted and hurts no reply."""
+        ...
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An agent as it is served. versions: every one that may be asked for by `name@version`, the live one too."""
+
+    name: str
+    live: str
+    versions: tuple[str, ...]
+    state: Mapping[str, Any] = field(default_factory=dict)

@@ -12,17 +12,15 @@ from dataclasses import replace
 from typing import Any
 
 from sartor.agents.bulkhead import Bulkhead, most_rows
-from sartor.agents.child import Child
+from sartor.agents.child import FROM_OUTSIDE, Child
 from sartor.agents.live import DiffersError, LiveCall
-from sartor.agents.places import RECYCLED, Places
+from sartor.agents.places import HANGS, RECYCLED, Places
 from sartor.agents.shelf import Shelf
 from sartor.agents.standing import Standing
 from sartor.agents.team import Workers
 from sartor.core.errors import DeadlineError, ModelError, SartorError, UnavailableError
 from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece, event_from_json
 
-# Ends that somebody outside may have caused, and so prove nothing against a call by happening once.
-_MAYBE_OUTSIDE = ("crashed: killed by SIGKILL", "hangs")
 _LOG = logging.getLogger("sartor.agents")
 
 
@@ -61,7 +59,7 @@ class Calls:
             self._standing.leave(agent, trial)
             raise
         live = LiveCall(call, agent, trial, next(self._numbers))
-        live.is_suspect = self._standing.watched[agent] > 0
+        live.is_suspect = self._standing.is_suspect(call, agent)
         live.timer = asyncio.get_running_loop().call_later(deadline_s, self._late, live, deadline_s)
         self.lives.add(live)
         self._bulkhead.put(live)
@@ -121,7 +119,7 @@ class Calls:
             if child.why == RECYCLED:
                 live.again()
                 self._bulkhead.put(live)
-            elif child.alone and live.is_suspect and _has_killed(live, child.why):
+            elif child.alone and not child.died_asked and live.is_suspect and _has_killed(live, child.why):
                 self._condemn(live, child.why)
             else:
                 live.died()
@@ -237,4 +235,4 @@ class Calls:
 def _has_killed(live: LiveCall, why: str) -> bool:
     """Whether this end of a worker that made nothing else is enough."""
     live.deaths_alone += 1
-    return live.deaths_alone > 1 or not why.startswith(_MAYBE_OUTSIDE)
+    return live.deaths_alone > 1 or not why.startswith((FROM_OUTSIDE, HANGS))

@@ -2,7 +2,7 @@
 
 To the worker. `ask` is a number that comes back with the answer.
 
-    {"op": "open", "engine": {"kind": "local", ...}, "base": NAME, "memory_bytes": N}     first, once
+    {"op": "open", "engine": {"kind": "local", ...}, "base": NAME, "memory_bytes": N, "nice": N}     first, once
     {"op": "call", "call": Call.as_json()}      {"op": "cancel", "call": ID}
     {"op": "attach", "adapter": DIGEST, "path": DIRECTORY, "ask": N}      {"op": "detach", "adapter": DIGEST, "ask": N}
     {"op": "embed", "texts": [...], "encoder": "base" | NAME, "ask": N}   {"op": "ping", "ask": N}

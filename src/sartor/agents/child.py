@@ -22,9 +22,16 @@ from sartor.models.engine.contract import BASE, About
 State = Literal["starting", "ready", "retiring", "gone"]
 # What is in a dead worker's socket is read after its end; a process that it left behind may hold the socket open.
 _LAST_WORDS_S = 1.0
+# For GNU's OpenMP (turns) and LLVM's (milliseconds): a small part of what they spin by default
+_PATIENT = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+_PING = 0  # its number; other questions have greater ones
 
 
 Heard = Callable[["Child", Mapping[str, Any]], None]
+
+
+# An end that the operator, or the kernel when the machine's memory ends, may have caused: it proves little by happening once.
+FROM_OUTSIDE = "crashed: killed by SIGKILL"
 
 
 class GoneError(Exception):
@@ -51,6 +58,8 @@ class Child:
         self.answers = False  # not a spare
         self.alone = False  # makes a suspected call, or will when those that it has have ended
         self.owes = False  # others their turn, after a suspected call
+        self.died_serving = False  # while it made replies
+        self.died_asked = False  # while it loaded an adapter or embedded
         self.heard_at = time.monotonic()
         self.memory_bytes = 0
         self.malformed = 0
@@ -82,7 +91,11 @@ class Child:
             command = [*self._command, str(theirs.fileno())]
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    *command, stdin=asyncio.subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+                    *command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    env=environment(),
                 )
             except OSError as error:
                 ours.close()
@@ -119,6 +132,8 @@ class Child:
         await asyncio.wait([line.lost], timeout=_LAST_WORDS_S)
         line.close()
         self.why = self.why or f"crashed: {_ended(status)}"
+        self.died_serving = bool(self.calls)
+        self.died_asked = any(number != _PING for number in self._asks)
         self.state = "gone"
         for answer in self._asks.values():
             if not answer.done():
@@ -150,11 +165,10 @@ class Child:
 
     def ping(self) -> None:
         """Ask for a sign of life; one that does not come makes it one that hangs."""
-        number = next(self._numbers)
-        self._asks[number] = asyncio.get_running_loop().create_future()
-        self._asks[number].add_done_callback(lambda answer: answer.exception())
+        self._asks[_PING] = asyncio.get_running_loop().create_future()
+        self._asks[_PING].add_done_callback(lambda answer: answer.exception())
         self.heard_at = time.monotonic()
-        self.send({"op": "ping", "ask": number})
+        self.send({"op": "ping", "ask": _PING})
 
     def knows(self, adapter: str) -> bool:
         """Whether it has the adapter, or has said why it cannot have it."""
@@ -258,6 +272,15 @@ class _Line(asyncio.Protocol):
         """Give the connection up."""
         if self._transport is not None:
             self._transport.abort()
+
+
+def environment() -> dict[str, str]:
+    """The worker's: the threads of a step give the processor away while they wait for each other.
+
+    OpenMP lets them spin. Where others take the processors (a worker that starts, a second one), those that spin keep the one
+    that they wait for from running, and a step takes many times as long. What the user has set holds.
+    """
+    return {**_PATIENT, **os.environ}
 
 
 def _ended(status: int) -> str:

@@ -22,15 +22,18 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from filelock import FileLock, Timeout
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, func, insert, make_url, select, text, update
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from sartor.agents import tables
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, MissingError, SartorError, need
 
 BUSY_S = 5.0
+# A change that was told survives a power cut
+SYNCHRONOUS = "full"
 OPEN_S = 60.0
 MIGRATIONS = Path(__file__).parent / "migrations"
 _NAME = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_PARTS = ("username", "password", "host", "database")
 # an arbitrary number: who holds this advisory lock of Postgres is bringing the tables to their newest form
 _ADVISORY = 0x5A2704
 # alembic keeps the context of the migration that runs in a global of its module
@@ -47,7 +50,7 @@ class Database:
         self.name = name
         self._secrets = secrets
         self._is_sqlite = url.get_backend_name() == "sqlite"
-        # a SQLite connection costs less than a millisecond, and one that is not kept holds no file open
+        # a SQLite connection costs a millisecond, and one that is kept would hold a file that a restored copy has replaced
         pool: dict[str, Any] = {"poolclass": NullPool} if self._is_sqlite else {"pool_pre_ping": True, "pool_size": 4}
         self._engine: Engine = create_engine(url, **pool)
         if self._is_sqlite:
@@ -115,15 +118,15 @@ class Database:
     def _typed(self) -> Iterator[None]:
         try:
             yield
-        except DBAPIError as error:
-            raise self._fault(error) from None
+        except SQLAlchemyError as error:
+            raise self._fault(error.orig if isinstance(error, DBAPIError) else error) from None
 
-    def _fault(self, error: DBAPIError) -> SartorError:
+    def _fault(self, error: BaseException | None) -> SartorError:
         """What a driver's error means to whoever runs the team."""
-        said = str(error.orig)
+        said = str(error)
         for name, value in self._secrets.items():
             said = said.replace(value, f"${{{name}}}")
-        code = getattr(error.orig, "sqlite_errorcode", 0)  # of sqlite3's errors only
+        code = getattr(error, "sqlite_errorcode", 0)  # of sqlite3's errors only
         primary = code & 0xFF
         where = f"the registry {self.name}"
         if primary in _BUSY:
@@ -132,7 +135,7 @@ class Database:
             return ArtifactError(f"{where} is damaged: {said}", "restore it from a copy, or move it away and start anew")
         if primary == sqlite3.SQLITE_READONLY or (primary == sqlite3.SQLITE_CANTOPEN and not self._is_there()):
             return ConfigError(f"{where} cannot be written to: {said}", "give a directory that can be written to")
-        if code in _FULL or primary == sqlite3.SQLITE_FULL or "53100" in str(getattr(error.orig, "sqlstate", "")):
+        if code in _FULL or primary == sqlite3.SQLITE_FULL or "53100" in str(getattr(error, "sqlstate", "")):
             return MissingError(f"the disk of {where} is full: {said}; nothing was changed", "free some space")
         return MissingError(f"{where} cannot be used: {said}; nothing was changed", "see whether its disk or server is there")
 
@@ -171,19 +174,20 @@ def _filled(url: str) -> tuple[URL, dict[str, str], str]:
         raise ConfigError(
             "`registry` is no URL that SQLAlchemy knows", "postgresql+psycopg://team:${DB_PASSWORD}@host/db"
         ) from None
-    if parsed.password and not _NAME.fullmatch(str(parsed.password)):
+    spelled = [parsed.password, *(value for key, value in parsed.query.items() if "pass" in key.lower())]
+    if any(secret and not _NAME.fullmatch(str(secret)) for secret in spelled):
         raise ConfigError(
             "the URL of the registry spells out a password", "registry: postgresql+psycopg://team:${DB_PASSWORD}@host/db"
         )
     secrets: dict[str, str] = {}
 
-    def fill(part: str | None) -> str | None:
-        return None if part is None else _NAME.sub(lambda name: secrets.setdefault(name[1], _environment(name[1])), part)
+    def fill(part: str) -> str:
+        return _NAME.sub(lambda name: secrets.setdefault(name[1], _environment(name[1])), part)
 
-    filled = parsed.set(
-        username=fill(parsed.username), password=fill(parsed.password), host=fill(parsed.host), database=fill(parsed.database)
-    )
-    return filled, secrets, parsed.render_as_string(hide_password=False)
+    parts = {part: fill(value) for part in _PARTS if (value := getattr(parsed, part))}
+    query = {key: fill(value) if isinstance(value, str) else value for key, value in parsed.query.items()}
+    filled = URL.create(parsed.drivername, port=parsed.port, query=query, **parts)
+    return filled, secrets, url
 
 
 def _environment(name: str) -> str:
@@ -197,7 +201,8 @@ def _prepare(connection: sqlite3.Connection, record: object) -> None:
     connection.isolation_level = None
     # a byte that is no UTF-8 must not keep the other rows from being read: the row's checksum tells
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
-    for pragma in (f"busy_timeout = {BUSY_S * 1000:.0f}", "journal_mode = wal", "foreign_keys = on", "synchronous = full"):
+    busy, synchronous = f"busy_timeout = {BUSY_S * 1000:.0f}", f"synchronous = {SYNCHRONOUS}"
+    for pragma in (busy, "journal_mode = wal", "foreign_keys = on", synchronous):
         connection.execute(f"pragma {pragma}").fetchall()
 
 

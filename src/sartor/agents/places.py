@@ -16,12 +16,14 @@ from sartor.agents.team import Workers
 from sartor.core.errors import BudgetError, ModelError, SartorError, UnavailableError
 from sartor.models.engine.contract import About
 
+HANGS = "hangs"
 RECYCLED = "recycled: it took more than workers.memory_bytes"
 # A worker above its limit gets no new calls, and so long for those that it has; this far above, it is ended at once.
 _RETIRE_S = 30.0
 _FAR_ABOVE = 1.5
 _MOST_BEAT_S = 1.0
 _CLOSE_S = 2.0
+_LOOK_S = 0.02
 _LOG = logging.getLogger("sartor.agents")
 
 
@@ -108,15 +110,34 @@ class Places:
         except TimeoutError:
             raise UnavailableError(f"no worker was ready within {self._rules.start_s:g} s", "see what the log says") from None
 
+    async def to_try(self) -> Child:
+        """A worker for what may kill it: a spare that does nothing else, if there is to be one, else any that is ready.
+
+        Raises UnavailableError.
+        """
+        until = time.monotonic() + self._rules.start_s
+        while self._rules.spare and time.monotonic() < until and not any(place.restarts.is_given_up for place in self._places):
+            for child in self.ready():
+                if not (child.answers or child.alone):
+                    return child
+            await asyncio.sleep(_LOOK_S)
+        await self.some_ready()
+        return self.ready()[0]
+
     def find(self, wire_id: str) -> Child | None:
         """The worker that has a call."""
         return next((child for child in self._children() if wire_id in child.calls), None)
 
     def health(self) -> list[dict[str, Any]]:
-        """One row per place."""
+        """One row per place.
+
+        state: starting, ready, retiring, waiting (for its restart), given up. role of one that is ready: answers, spare, alone
+        (makes a suspected call).
+        """
         return [
             {
                 "state": "given up" if place.restarts.is_given_up else _state(place.child),
+                "role": _role(place.child),
                 "pid": place.child.pid if place.child else 0,
                 "memory_bytes": place.child.memory_bytes if place.child and place.child.state != "gone" else 0,
                 "live": len(place.child.calls) if place.child else 0,
@@ -202,7 +223,7 @@ class Places:
         if child.has_work and quiet_s > most_s:
             # what it said may be there and not be read yet: it is ended at the second look
             if child in self._silent:
-                child.kill(f"hangs: said nothing for {quiet_s:.1f} s")
+                child.kill(f"{HANGS}: said nothing for {quiet_s:.1f} s")
             self._silent.add(child)
             return
         self._silent.discard(child)
@@ -225,8 +246,10 @@ class Places:
 
 
 def _state(child: Child | None) -> str:
-    if child is None or child.state == "gone":
-        return "waits for its restart"
-    if child.state == "ready":
-        return "alone with a suspect" if child.alone else "answers" if child.answers else "spare"
-    return child.state
+    return "waiting" if child is None or child.state == "gone" else child.state
+
+
+def _role(child: Child | None) -> str:
+    if child is None or child.state != "ready":
+        return ""
+    return "alone" if child.alone else "answers" if child.answers else "spare"

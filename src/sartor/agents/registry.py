@@ -4,19 +4,19 @@
     registry.promote("faq", "1.1", expected="1.0", by="ada", why="better on refunds")     # compare and swap
 
 A change names what it expects to find and raises ConflictError with what stands there instead. Every change raises a number,
-`generation`, that a running server polls; `listen` tells at once of those that are made here. A row whose checksum is wrong is
+`generation`, that a running server polls; `heard` tells at once of those that are made here. A row whose checksum is wrong is
 named in `Snapshot.hurt` and the others are read as ever.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Select, Table, insert, select
+from sqlalchemy import Connection, Select, Table, insert, select
 
 from sartor.agents import tables
 from sartor.agents.database import Database, generation_of, next_generation, open_database
@@ -65,9 +65,14 @@ class Registry:
         """Give the connections back."""
         self.database.close()
 
-    def listen(self, listener: Callable[[], object]) -> None:
-        """Call `listener` after each change that is made through this object, in the thread that made it."""
+    @contextmanager
+    def heard(self, listener: Callable[[], object]) -> Iterator[None]:
+        """Call `listener` after each change that is made through this object meanwhile, in the thread that made it."""
         self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
 
     def generation(self) -> int:
         """The number of the newest change, whoever made it."""
@@ -165,6 +170,32 @@ class Registry:
             name, "shadow", lambda agent: agent.expecting(expected).trying(version, shadow_fraction=fraction), cause, version
         )
 
+    def bring_in(
+        self,
+        name: str,
+        version: str,
+        *,
+        canary: float = 0.0,
+        shadow: float = 0.0,
+        ends_trial: bool = True,
+        expected: str | None = None,
+        cause: Cause = NOBODY,
+    ) -> Agent:
+        """Put a registered version on trial; without fractions, make it live.
+
+        One that is on trial already becomes live (`ends_trial`), or has its fractions changed. Raises as `promote` and
+        `start_canary`.
+        """
+
+        def change(agent: Agent) -> Agent:
+            agent = agent.expecting(expected)
+            if not (canary or shadow) or version == agent.live or (ends_trial and version == agent.candidate):
+                return agent.promoted(version)
+            return agent.trying(version, canary_fraction=canary, shadow_fraction=shadow)
+
+        heals = expected is None and not (canary or shadow)
+        return self._edit(name, "", change, cause, version, heals=heals)
+
     def drain(self, name: str, *, cause: Cause = NOBODY) -> Agent:
         """Let an agent end what it has begun and take nothing new, until a version of it is promoted."""
         return self._edit(name, "drained", lambda agent: replace(agent, state="draining"), cause)
@@ -193,18 +224,19 @@ class Registry:
 
         def write(connection: Connection) -> Agent:
             before = self._agent(connection, name, heals=heals)
-            after = change(before)
             if version:
                 self._check_version(connection, name, version)
+            after = change(before)
+            if version:
                 self._mark(connection, f"{name}@{version}", "admitted")
-            return self._record(connection, what, before, after, version, cause)
+            return self._record(connection, what or _deed(after, version), before, after, version, cause)
 
         return self._change(write)
 
     def _change(self, write: Callable[[Connection], Agent]) -> Agent:
         with self.database.change() as connection:
             agent = write(connection)
-        for listener in self._listeners:
+        for listener in list(self._listeners):
             listener()
         return agent
 
@@ -318,14 +350,15 @@ class Registry:
             connection.execute(insert(table).values(row))
 
 
+def _deed(agent: Agent, version: str) -> str:
+    """What was done with a version, by what became of its agent."""
+    if agent.live == version:
+        return "promoted"
+    return "canary" if agent.canary_fraction else "shadow"
+
+
 def _rows(connection: Connection, query: Select[Any]) -> list[dict[str, Any]]:
     return [dict(row) for row in connection.execute(query).mappings()]
-
-
-def sqlite_url(state: Path | str) -> str:
-    """The URL of the registry in a team's state directory."""
-    database = str(Path(state).absolute() / "registry.sqlite")
-    return URL.create("sqlite", database=database).render_as_string(hide_password=False)
 
 
 def _now() -> str:

@@ -8,20 +8,22 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from sartor.agents.child import Child, GoneError
+from sartor.agents.child import FROM_OUTSIDE, Child, GoneError
 from sartor.core.errors import ModelError, SartorError
 
-# Workers that die while they load an adapter, in a row, before it is what is blamed: one may be killed from outside just then.
-_MOST_DEATHS = 2
+# Workers that die while they load an adapter, in a row, before it is what is blamed: one may be killed from outside just then,
+# or die of a call that it makes.
+_MOST_DEATHS, _MOST_DOUBTFUL = 2, 5
 
 
 class Shelf:
-    """`ready`: the workers that are ready, spares first. `some_ready`: waits until there is one."""
+    """`ready`: the workers that are ready. `to_try`: waits for one for what may kill it."""
 
-    def __init__(self, ready: Callable[[], list[Child]], some_ready: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, ready: Callable[[], list[Child]], to_try: Callable[[], Awaitable[Child]]) -> None:
         self._ready = ready
-        self._some_ready = some_ready
+        self._to_try = to_try
         self._deaths: Counter[str] = Counter()
+        self._doubtful: Counter[str] = Counter()
         self._turn = asyncio.Lock()
         self.paths: dict[str, Path] = {}
         self._numbers = itertools.count(1)
@@ -34,10 +36,9 @@ class Shelf:
         """
         self.attached[adapter] = next(self._numbers)
         async with self._turn:
-            self._deaths.pop(adapter, None)
+            self._forgive(adapter)
             for child in self._ready():
                 child.refused.pop(adapter, None)
-            await self._some_ready()
             await self._bring(adapter, path)
 
     async def detach(self, adapter: str, since: int) -> None:
@@ -49,27 +50,30 @@ class Shelf:
 
     async def _bring(self, adapter: str, path: Path) -> None:
         is_served = adapter in self.paths
+        while adapter not in self.paths:
+            await self._try(await self._to_try(), adapter, path)
+        self.paths[adapter] = path
         while lacking := [child for child in self._ready() if not child.knows(adapter)]:
             try:
-                await lacking[0].attach(adapter, path)
-            except GoneError as error:
-                self._died(adapter)
-                if self._is_deadly(adapter):
-                    await self._take(adapter)
-                    raise ModelError(
-                        f"{self._deaths[adapter]} workers died while they loaded the adapter {adapter[:12]}: {error}",
-                        "tune it again, or verify the release that it is from",
-                    ) from None
-                await self._some_ready()
+                await self._try(lacking[0], adapter, path)
             except SartorError as error:
                 if not is_served:
                     await self._take(adapter)
                     raise
                 lacking[0].refused[adapter] = error  # calls of it go to the workers that have it
-            else:
-                self._deaths.pop(adapter, None)
-                self.paths[adapter] = path  # from here on new workers load it, too
-        self.paths[adapter] = path
+
+    async def _try(self, child: Child, adapter: str, path: Path) -> None:
+        """Raises ModelError when workers died of it often enough; one death is no answer."""
+        try:
+            await child.attach(adapter, path)
+        except GoneError as error:
+            self._died(adapter, child)
+            if self._is_deadly(adapter):
+                problem = f"workers died while they loaded the adapter {adapter[:12]}: {error}"
+                raise ModelError(problem, "tune it again, or verify the release that it is from") from None
+            return
+        self._forgive(adapter)
+        self.paths[adapter] = path  # from here on new workers load it, too
 
     async def _take(self, adapter: str) -> None:
         self.paths.pop(adapter, None)
@@ -87,20 +91,25 @@ class Shelf:
         if path is None:  # taken away meanwhile
             return
         if self._is_deadly(adapter):
-            problem = f"{self._deaths[adapter]} workers died while they loaded the adapter {adapter[:12]}"
+            problem = f"workers died while they loaded the adapter {adapter[:12]}"
             child.refused[adapter] = ModelError(problem, "promote or roll back the agent that has it")
             return
         try:
             await child.attach(adapter, path)
-            self._deaths.pop(adapter, None)
+            self._forgive(adapter)
         except GoneError:
-            self._died(adapter)
+            self._died(adapter, child)
             raise
         except SartorError as error:
             child.refused[adapter] = error
 
-    def _died(self, adapter: str) -> None:
-        self._deaths[adapter] += 1
+    def _died(self, adapter: str, child: Child) -> None:
+        doubtful = child.died_serving or child.why == FROM_OUTSIDE
+        (self._doubtful if doubtful else self._deaths)[adapter] += 1
 
     def _is_deadly(self, adapter: str) -> bool:
-        return self._deaths[adapter] >= _MOST_DEATHS
+        return self._deaths[adapter] >= _MOST_DEATHS or self._doubtful[adapter] >= _MOST_DOUBTFUL
+
+    def _forgive(self, adapter: str) -> None:
+        self._deaths.pop(adapter, None)
+        self._doubtful.pop(adapter, None)

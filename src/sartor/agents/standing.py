@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 from sartor.agents import team
 from sartor.agents.breaker import Breaker
+from sartor.agents.channel import frame
 from sartor.agents.live import LiveCall
-from sartor.core import records
 from sartor.core.errors import ModelError
 from sartor.models.engine.contract import Call, Done, Failed
 
@@ -27,6 +29,7 @@ class Standing:
         self._rules = rules
         self._breakers: dict[str, Breaker] = {}
         self._killers: OrderedDict[str, None] = OrderedDict()
+        self._prompts: OrderedDict[str, None] = OrderedDict()
         self.watched: Counter[str] = Counter()
 
     def enter(self, call: Call, agent: str) -> bool:
@@ -37,6 +40,13 @@ class Standing:
         if self._killers and _content(call) in self._killers:
             raise ModelError(f"this request to {agent} killed the workers that took it", "change the request")
         return agent in self._breakers and self._breakers[agent].enter()
+
+    def is_suspect(self, call: Call, agent: str) -> bool:
+        """Whether it is to be made alone from the start: its agent is watched, or the same prompt has killed as another's.
+
+        So whoever steps in for an agent is asked the same at nobody's cost.
+        """
+        return self.watched[agent] > 0 or (bool(self._prompts) and _prompt(call) in self._prompts)
 
     def leave(self, agent: str, trial: bool) -> None:
         """A call ended without a verdict."""
@@ -54,9 +64,10 @@ class Standing:
 
     def condemn(self, live: LiveCall) -> None:
         """A call has killed a worker that served nobody else."""
-        self._killers[_content(live.call)] = None
-        while len(self._killers) > _MOST_KILLERS:
-            self._killers.popitem(last=False)
+        for kept, digest in ((self._killers, _content(live.call)), (self._prompts, _prompt(live.call))):
+            kept[digest] = None
+            while len(kept) > _MOST_KILLERS:
+                kept.popitem(last=False)
         if live.agent != BASE_AGENT:
             self.watched[live.agent] = _WATCHED_CALLS
 
@@ -94,6 +105,16 @@ class Standing:
             self.watched += Counter()  # forgets those at 0
 
 
+def _prompt(call: Call) -> str:
+    """A digest of what is asked in the end, whatever stands before it."""
+    return _digest({"asked": call.messages[-1:], "text": call.text})
+
+
 def _content(call: Call) -> str:
     """A digest of all that a call asks for, whoever asks."""
-    return records.digest({**call.as_json(), "id": ""})
+    return _digest({**call.as_json(), "id": ""})
+
+
+def _digest(said: Mapping[str, Any]) -> str:
+    """Of what clients say, in which half of a surrogate pair may stand: canonical JSON has no bytes for that."""
+    return hashlib.sha256(frame(said)).hexdigest()

@@ -21,6 +21,7 @@ from sartor.agents.calls import Calls
 from sartor.agents.child import Child, GoneError, cores
 from sartor.agents.live import Events
 from sartor.agents.places import Hooks, Places
+from sartor.agents.probation import Probation
 from sartor.agents.shelf import Shelf
 from sartor.agents.standing import Standing
 from sartor.agents.team import Remote, Team
@@ -44,8 +45,9 @@ class Supervisor:
         self._calls = Calls(self._bulkhead, self._standing, team.workers)
         hooks = Hooks(lambda child: self._shelf.equip(child), self._calls.poke, self._calls.lost, self._beat)
         self._places = Places(team.workers, lambda: Child(self._command, self.opening(), self._calls.heard), hooks)
-        self._shelf = Shelf(self._places.ready, self._places.some_ready)
+        self._shelf = Shelf(self._places.ready, self._places.to_try)
         self._calls.use(self._places, self._shelf)
+        self._probation = Probation(self._command, self.opening(), team.workers.start_s)
         self._about: About | None = None
         self._is_closing = False
 
@@ -120,6 +122,14 @@ class Supervisor:
         finally:
             self._bulkhead.leave(EMBEDDINGS, time.monotonic() - began)
         return vectors
+
+    async def probe(self, adapter: str, path: Path, calls: Sequence[Call]) -> list[tuple[Event, ...]]:
+        """What each call says when the adapter in `path` is attached as `adapter` to a worker of its own, for admission.
+
+        Raises what attaching tells (ModelError, BudgetError), ModelError when the worker dies or hangs, UnavailableError.
+        """
+        self._refuse_when_closing()
+        return await self._probation.events(adapter, path, calls)
 
     def blame(self, agent: str, why: str) -> None:
         """See Crew."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from sqlalchemy import URL
+
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
@@ -24,6 +26,10 @@ class Member:
         ("previous", "base"), "who answers while this agent is in quarantine, in order: previous (version), base, or nobody"
     )
 
+    def __post_init__(self) -> None:
+        if foreign := next((step for step in self.fallback if step not in ("previous", "base")), ""):
+            raise ConfigError(f"{self.name} cannot fall back to {foreign!r}", "fallback: [previous, base]")
+
 
 @dataclass(frozen=True)
 class Local:
@@ -32,7 +38,7 @@ class Local:
     kind: Literal["local"] = "local"
     rows: int = option(16, "replies that are made side by side; more wait")
     waiting: int = option(256, "calls that may wait; above it the answer is 429")
-    cache_tokens: int = option(65_536, "tokens of all prompts and replies held as keys and values, reused prefixes included")
+    cache_tokens: int = option(32_768, "tokens of all prompts and replies held as keys and values, reused prefixes included")
     threads: int = option(0, "threads of a worker; 0 is all cores, shared by the workers")
     bits: Literal[4, 8, 16, "auto"] = option("auto", "of the base's weights, as in a tuning recipe")
 
@@ -100,6 +106,7 @@ class Limits:
         64_000_000, "of prompts and replies kept in memory, so that feedback on one can be learnt from; 0 keeps none"
     )
     connections: int = option(2048, "open connections; above it 503")
+    receipts_days: int = option(0, "receipts older than that are removed, a file at a time; 0 keeps them")
     slow_client_s: float = option(30.0, "a client that does not take what is sent to it for so long is cut off")
 
 
@@ -135,6 +142,7 @@ class Rollout:
     )
     format_margin: float = option(0.05, "as error_margin, for replies that are not of the live version's format (JSON, schema)")
     feedback_margin: float = option(0.1, "as error_margin, for bad ratings")
+    canary_requests: int = option(0, "replies of a canary without alarm, after which it is live; 0 leaves that to a person")
     watch_s: float = option(3600.0, "how long after a promotion the monitors may still roll it back")
 
 
@@ -162,13 +170,23 @@ class Team:
         if taken := next((name for name in names if name in RESERVED), ""):
             raise ConfigError(f"an agent cannot have the name {taken!r}, which means something else", "choose another name")
 
+    @property
+    def registry_url(self) -> str:
+        """The SQLAlchemy URL of the registry: the one given, or SQLite in `state`."""
+        file = str(Path(self.state).absolute() / "registry.sqlite")
+        return self.registry or URL.create("sqlite", database=file).render_as_string(hide_password=False)
+
 
 def load(path: Path, flags: Sequence[str] = ()) -> Team:
     """The team in a YAML file, its paths made absolute. Raises ConfigError naming the option."""
     team = config.load_any(Team, path, flags)
     root = path.absolute().parent
+    engine = team.engine
+    if isinstance(engine, LlamaCpp) and engine.gguf:
+        engine = replace(engine, gguf=str(root / engine.gguf))
     return replace(
         team,
+        engine=engine,
         base=str(root / team.base) if (root / team.base).exists() else team.base,
         agents=tuple(replace(member, release=str(root / member.release)) for member in team.agents),
         state=str(root / (team.state or f".{path.stem}")),

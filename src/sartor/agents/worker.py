@@ -19,6 +19,7 @@ from typing import Any
 
 from sartor.agents import bounds
 from sartor.agents.channel import BEAT_S, Channel, Malformed, error_as_json
+from sartor.agents.fingerprint import check_digest
 from sartor.core.encoders import Encoder, open_encoder
 from sartor.core.errors import ConfigError, ModelError, SartorError
 from sartor.core.verb import load
@@ -33,6 +34,7 @@ _ENGINES = {
 # The parent recycles a worker above its limit in time; this stops one allocation that would go far beyond it at once.
 _DATA_FACTOR = 2
 Opener = Callable[[Mapping[str, Any]], Engine]
+Check = Callable[[Path, str], None]
 
 
 def open_engine(said: Mapping[str, Any]) -> Engine:
@@ -45,9 +47,9 @@ def open_engine(said: Mapping[str, Any]) -> Engine:
     return engine
 
 
-def run(engine: Engine, channel: Channel) -> None:
-    """Drive an open engine until the parent closes."""
-    loop = _Loop(engine, channel)
+def run(engine: Engine, channel: Channel, check: Check) -> None:
+    """Drive an open engine until the parent closes. check: of an adapter's digest, right before it is loaded."""
+    loop = _Loop(engine, channel, check)
     try:
         while loop.turn():
             pass
@@ -59,9 +61,10 @@ def run(engine: Engine, channel: Channel) -> None:
 class _Loop:
     """One turn: hear everything, answer one question, let the engine take one step, say that one lives."""
 
-    def __init__(self, engine: Engine, channel: Channel) -> None:
+    def __init__(self, engine: Engine, channel: Channel, check: Check) -> None:
         self._engine = engine
         self._channel = channel
+        self._check = check
         self._asks: deque[Mapping[str, Any]] = deque()
         self._encoders: dict[str, Encoder] = {}
         self._closing = False
@@ -136,7 +139,9 @@ class _Loop:
 
     def _answered(self, said: Mapping[str, Any]) -> dict[str, Any]:
         if said["op"] == "attach":
-            return {"bytes": self._engine.attach(str(said["adapter"]), Path(said["path"]))}
+            adapter, path = str(said["adapter"]), Path(said["path"])
+            self._check(path, adapter)
+            return {"bytes": self._engine.attach(adapter, path)}
         if said["op"] == "detach":
             self._engine.detach(str(said["adapter"]))
         elif said["op"] == "embed":
@@ -152,7 +157,7 @@ class _Loop:
         return vectors
 
 
-def serve(end: socket.socket, opener: Opener = open_engine) -> int:
+def serve(end: socket.socket, opener: Opener, check: Check) -> int:
     """A worker's life: bounds, the `open` frame, the engine, the loop. Returns the exit status."""
     bounds.end_with_parent()
     bounds.die_first()
@@ -160,6 +165,7 @@ def serve(end: socket.socket, opener: Opener = open_engine) -> int:
     said = _opening(channel)
     if said is None:
         return 0
+    os.nice(int(said.get("nice") or 0))
     try:
         engine = opener(said)
     except SartorError as error:
@@ -170,7 +176,7 @@ def serve(end: socket.socket, opener: Opener = open_engine) -> int:
     if limit_bytes and engine.about.device in ("", "cpu"):
         bounds.limit_data(_DATA_FACTOR * limit_bytes)
     channel.send({"op": "ready", "about": asdict(engine.about), "memory_bytes": bounds.resident_bytes()})
-    run(engine, channel)
+    run(engine, channel, check)
     return 0
 
 
@@ -186,11 +192,11 @@ def _opening(channel: Channel) -> Mapping[str, Any] | None:
     return None
 
 
-def main(opener: Opener = open_engine) -> None:
+def main(opener: Opener = open_engine, check: Check = check_digest) -> None:
     """The process: the number of the inherited socket is its argument. What libraries print goes to stderr."""
     os.dup2(2, 1)
     with socket.socket(fileno=int(sys.argv[1])) as end:
-        status = serve(end, opener)
+        status = serve(end, opener, check)
     # What threads of libraries still do is of no use to anybody; all that was to be said is said.
     sys.stderr.flush()
     os._exit(status)

@@ -3,7 +3,9 @@
     app.py      the application, and what signatures share
     data.py     curate, dedup, rethreshold, inspect, revoke, index
     tuning.py   demo, plan, tune, evaluate, release, verify, ask, keygen
+    agents.py   agents key; receipt verify
     assets.py   assets list, assets install
+    serving.py  export, serve
 
 Every command takes `--json`: one JSON object on the last line of stdout; progress and notices always go to stderr.
 """
@@ -20,15 +22,15 @@ from typing import Any, NoReturn
 from cyclopts import CycloptsError
 
 import sartor
-from sartor.cli import assets, data, tuning
-from sartor.cli.app import app
+from sartor.cli import agents, assets, data, serving, tuning
+from sartor.cli.app import AS_JSON, app
 from sartor.core.errors import ConfigError, SartorError
 
-__all__ = ["app", "assets", "data", "main", "tuning"]
+__all__ = ["agents", "app", "assets", "data", "main", "serving", "tuning"]
 
 
 # command -> the name of its recipe's class: loaded for the help of that command alone, since that takes a while
-RECIPES = {"curate": "CurateRecipe", "plan": "Recipe", "tune": "Recipe"}
+RECIPES = {"curate": "CurateRecipe", "plan": "Recipe", "serve": "Team", "tune": "Recipe"}
 
 
 def _add_options(command: str) -> None:
@@ -37,7 +39,7 @@ def _add_options(command: str) -> None:
     lines = [f"- `{'' if '[]' in name else '--'}{name}` ({kind}): {text}" for name, kind, text in options]
     if command == "curate":
         lines += ["", *sartor.describe_steps(table=False)]
-    app[command].help_epilogue = "\n".join(["Options of the recipe:", "", *lines])
+    app[command].help_epilogue = "\n".join([f"Options of the {'team' if command == 'serve' else 'recipe'}:", "", *lines])
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -46,6 +48,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     as_json = "--json" in arguments
     if as_json:
         arguments.remove("--json")
+    AS_JSON.set(as_json)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         if {"--help", "-h"} & set(arguments) and arguments[0] in RECIPES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextvars import ContextVar
 from typing import Annotated
 
 from cyclopts import App, Parameter
@@ -18,6 +19,10 @@ app = App(
 # `--method.rank 8`: options of a recipe, handed on as they are
 Flags = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 REPLACE = Annotated[bool, Parameter(negative="")]
+
+
+# Whether --json was given: for a command that goes on after it has said what it has to say
+AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
 
 
 def notice(line: str) -> None:

@@ -91,6 +91,7 @@ def release(
     by: str = "",
     reason: str = "",
     use: Literal["commercial", "non-commercial", "research", "internal"] = "commercial",
+    exemplars: int = 400,
     replace: REPLACE = False,
 ) -> Any:
     """Adapter -> signed Release, if the gate lets it pass.
@@ -107,12 +108,14 @@ def release(
     by: who waives
     reason: why
     use: what it is meant for: the licences of sources and base have to permit it
+    exemplars: prompts of its rows that go with it, for the router of a team; 0 leaves them out
     replace: replace the Release that stands there
     """
     waivers = [sartor.Waiver(check, by, reason) for check in waive]
     return sartor.release(
-        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, use=use, replace=replace
-    )
+        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, use=use, exemplars=exemplars,
+        replace=replace,
+    )  # fmt: skip
 
 
 @app.command
@@ -133,6 +136,7 @@ def ask(
     release: Path,
     prompt: str,
     *,
+    agent: str = "auto",
     key: Path | None = None,
     base: str = "",
     temperature: float | None = None,
@@ -140,16 +144,17 @@ def ask(
     max_tokens: int | None = None,
     seed: int | None = None,
 ) -> Any:
-    """One reply of a Release, and the training examples nearest to the question.
+    """One reply of a Release or a team, and the training examples nearest to the question.
 
     The Release's own sampling holds unless a flag says otherwise.
 
     Parameters
     ----------
-    release: the Release; it is verified first
+    release: the Release, which is verified first; or the YAML file of a team
     prompt: the question
-    key: trust this public key instead of those in SARTOR_HOME/trusted
-    base: the base in another place than the Release names
+    agent: of a team: name, name@version, base, or auto, which chooses
+    key: of a Release: trust this public key instead of those in SARTOR_HOME/trusted
+    base: of a Release: the base in another place than it names
     temperature: 0 is greedy
     top_p: sample from the likeliest tokens of this mass
     max_tokens: longest reply
@@ -157,6 +162,8 @@ def ask(
     """
     said = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     chosen = {name: value for name, value in said.items() if value is not None}
+    if release.is_file():
+        return sartor.ask_team(release, prompt, agent=agent, sampling=chosen, notice=notice)
     return sartor.ask(release, prompt, key=key, base=base, sampling=chosen, notice=notice)
 
 

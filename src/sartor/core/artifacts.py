@@ -5,6 +5,7 @@
     report/    report.json    rows.parquet  report.html
     release/   release.json   signature  and what the adapter and its report hold
     duplicates/  duplicates.json  kept/  dropped.parquet  pairs.parquet
+    export/    parity.json    signature (by option)  what another runtime loads
 
 A manifest lists the sha256 of every file, and its own `id` is the digest of everything else in it: a flipped byte in a
 file, a missing or foreign file and a hand-edited manifest are each refused by name. Writing goes to a hidden sibling that
@@ -34,13 +35,14 @@ from sartor.core.errors import ArtifactError, ConfigError, MissingError
 
 SCHEMA = 2
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-Kind = Literal["dataset", "adapter", "report", "release", "duplicates"]
+Kind = Literal["dataset", "adapter", "report", "release", "duplicates", "export"]
 MANIFESTS: dict[str, str] = {
     "dataset": "manifest.json",
     "adapter": "sartor.json",
     "report": "report.json",
     "release": "release.json",
     "duplicates": "duplicates.json",
+    "export": "parity.json",
 }
 # Written after the manifest by design: signatures sign it, and a human's verdicts come later.
 UNLISTED = {"signature", "review.jsonl"}
@@ -55,7 +57,7 @@ class Artifact:
 
     @property
     def kind(self) -> str:
-        """dataset, adapter, report, release or duplicates."""
+        """dataset, adapter, report, release, duplicates or export."""
         return str(self.manifest["kind"])
 
     @property
@@ -252,9 +254,13 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
             f"{file} has schema {manifest.get('schema')}; this version of Sartor reads the schemas {SCHEMA - 1} and {SCHEMA}",
             "open it with the version of Sartor that wrote it (`versions` in the manifest)",
         )
-    if manifest_id(manifest) != manifest.get("id"):
+    try:
+        identity = manifest_id(manifest)
+    except (ValueError, RecursionError) as error:  # half of a surrogate pair, brackets a thousand deep
+        raise ArtifactError(f"{file} holds what no manifest can: {error}", again) from None
+    if identity != manifest.get("id"):
         raise ArtifactError(
-            f"{file} was changed after it was written: its content has the digest {manifest_id(manifest)[:16]}, "
+            f"{file} was changed after it was written: its content has the digest {identity[:16]}, "
             f"it says {str(manifest.get('id'))[:16]}",
             again,
         )
@@ -264,13 +270,19 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
 def _lists_files(said: Any) -> bool:
     """Whether `files` of a manifest has the form that `seal` gives it: a signer can be trusted and still write nonsense."""
     return isinstance(said, dict) and all(
-        isinstance(one, dict) and isinstance(one.get("sha256"), str) and type(one.get("bytes")) is int for one in said.values()
+        _is_name(name) and isinstance(one, dict) and isinstance(one.get("sha256"), str) and type(one.get("bytes")) is int
+        for name, one in said.items()
     )
+
+
+def _is_name(name: str) -> bool:
+    """Whether a system call would take it: where it leads is another question."""
+    return "\0" not in name and all(len(part.encode("utf-8", "replace")) < 256 for part in name.split("/"))
 
 
 def kind_of(path: Path) -> str | None:
     """Which kind of artefact a directory is, by its manifest's name; a release holds its adapter's manifest too."""
-    for kind in ("release", "dataset", "adapter", "report", "duplicates"):
+    for kind in ("release", "dataset", "adapter", "report", "duplicates", "export"):
         if (path / MANIFESTS[kind]).is_file():
             return kind
     return None
@@ -304,4 +316,4 @@ def _check_files(artifact: Artifact) -> None:
 
 
 def _a(kind: str) -> str:
-    return f"an {kind}" if kind.startswith("a") else f"a {kind}"
+    return f"an {kind}" if kind.startswith(("a", "e")) else f"a {kind}"

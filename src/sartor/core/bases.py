@@ -30,6 +30,10 @@ STARTER = "starter"
 # Raised when `models/base.py` writes other bytes for the same asset: adapters bind to the digest.
 CONVERTER_VERSION = 1
 _FILES = re.compile(r"(.*\.safetensors|.*\.json|tokenizer.*|vocab.*|merges\.txt|.*\.jinja|.*\.model)$")
+# an exported model's receipt names the digest of the base that it can be, so it is no part of that
+_NOT_OF_IT = {"parity.json"}
+# as model cards spell them -> SPDX
+HUB_LICENCES = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-4.0": "CC-BY-4.0", "bsd-3-clause": "BSD-3-Clause"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
 
 
@@ -77,7 +81,7 @@ def locate(name: str, revision: str = "", licence: str = "") -> BaseRef:
 
 
 def _local(name: str, path: Path, licence: str) -> BaseRef:
-    if (kind := kind_of(path)) is not None:
+    if (kind := kind_of(path)) not in (None, "export"):
         raise ModelError(f"{path} is a Sartor {kind}, not a base", "give the base that it was made from: sartor inspect")
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json, so it is no model in transformers' layout", "check the path of the base")
@@ -96,14 +100,20 @@ def _from_gguf(file: Path, licence: str) -> BaseRef:
             "give a directory with config.json and *.safetensors, or a GGUF file",
         )
     stated = _spdx(gguf.read_head(file).metadata.get("general.license"))
-    identity = digest({"gguf": remembered_digest(file), "converter": CONVERTER_VERSION})
+    identity = gguf_digest(remembered_digest(file))
     stem = re.sub(r"[^\w.-]", "-", file.stem)
     return BaseRef(str(file), folder("bases") / f"{stem}-{identity[:12]}", identity, licence or stated, file)
 
 
+def gguf_digest(sha256: str) -> str:
+    """The digest of the base that a GGUF file with this sha256 is."""
+    return digest({"gguf": sha256, "converter": CONVERTER_VERSION})
+
+
 def files_digest(path: Path) -> str:
     """sha256 over names and sha256 of the files that make a base; big files are remembered by size, times and inode."""
-    files = sorted(file for file in path.iterdir() if file.is_file() and _FILES.match(file.name))
+    named = (file for file in path.iterdir() if _FILES.match(file.name) and file.name not in _NOT_OF_IT)
+    files = sorted(file for file in named if file.is_file())
     return digest([[file.name, remembered_digest(file)] for file in files])
 
 
@@ -172,8 +182,7 @@ def _stated_licence(path: Path) -> str:
 def _spdx(found: object) -> str:
     """A stated licence as SPDX spells it; NOASSERTION where none is stated."""
     if isinstance(found, str) and found.strip():
-        known = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-4.0": "CC-BY-4.0", "bsd-3-clause": "BSD-3-Clause"}
-        return known.get(found.strip().lower(), found.strip())
+        return HUB_LICENCES.get(found.strip().lower(), found.strip())
     return UNKNOWN
 
 

@@ -19,6 +19,7 @@ _TABLES = """
 create table if not exists artifacts (id text, path text primary key, kind text, created text);
 create index if not exists artifacts_by_id on artifacts (id);
 create table if not exists parents (child text, parent text, primary key (child, parent));
+create table if not exists receipts (path text primary key);
 """
 
 
@@ -59,6 +60,18 @@ def register(artifact: Artifact) -> None:
             "insert or ignore into parents values (?, ?)",
             [(artifact.id, parent["id"]) for parent in manifest.get("parents", [])],
         )
+
+
+def register_receipts(folder: Path) -> None:
+    """Note where a served team keeps its receipts, so that `revoke` finds the replies of a Release."""
+    with contextlib.suppress(sqlite3.OperationalError), _open() as connection:
+        connection.execute("insert or ignore into receipts values (?)", (str(folder.absolute()),))
+
+
+def receipt_folders() -> list[Path]:
+    """Where teams of this machine keep, or kept, their receipts."""
+    with _open() as connection:
+        return [Path(row[0]) for row in connection.execute("select path from receipts order by path")]
 
 
 def locate(artifact_id: str, *hints: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""What a revoked source or Example reaches: rows, rows made from them, and every artefact made from the Dataset.
+"""What a revoked source or Example reaches: rows, rows made from them, every artefact made from the Dataset, every reply.
 
 It lists and changes nothing. Only the manifest and the index of lineage are read, so a Dataset of a million rows answers
 in under a second.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,27 @@ from sartor.core.catalogue import Descendant
 from sartor.core.columns import column, numbers, places, words
 from sartor.core.errors import ConfigError
 from sartor.core.lineage_index import Files, Pair
+from sartor.core.receipt_index import ReceiptIndex
 
 FIRST = 10  # of each list, for a person; --json has them all
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply that a Release gave, by its receipt. agent: the exact version. path: the folder of receipts."""
+
+    receipt: str
+    agent: str
+    created: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Receipts of one served team. `state`: read | not there (moved, deleted) | not read, with the reason."""
+
+    path: str
+    state: str
 
 
 @dataclass(frozen=True)
@@ -34,10 +54,18 @@ class Revocation:
     examples: list[str]
     examples_kept: list[str]
     made_from_it: list[Descendant]
+    replies: list[Reply]
+    receipts: list[Folder]
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
-        kinds = {"datasets": "dataset", "adapters": "adapter", "reports": "report", "releases": "release"}
+        kinds = {
+            "datasets": "dataset",
+            "adapters": "adapter",
+            "reports": "report",
+            "releases": "release",
+            "exports": "export",
+        }
         made = {
             name: [_without_kind(child) for child in self.made_from_it if child.kind == kind] for name, kind in kinds.items()
         }
@@ -47,6 +75,8 @@ class Revocation:
             "examples": self.examples,
             "examples_kept": self.examples_kept,
             **made,
+            "replies": [dataclasses.asdict(reply) for reply in self.replies],
+            "receipts": [dataclasses.asdict(folder) for folder in self.receipts],
         }
 
     def table(self) -> list[tuple[str, Any]]:
@@ -56,10 +86,18 @@ class Revocation:
             if not isinstance(value, list):
                 shown.append((name, value))
                 continue
-            lines = [item if isinstance(item, str) else f"{item['path']} ({item['state']})" for item in value[:FIRST]]
+            lines = [_line(item) for item in value[:FIRST]]
             more = [f"and {len(value) - FIRST:,} more; --json lists them"] if len(value) > FIRST else []
             shown.append((name, [f"{len(value):,}", *lines, *more]))
         return shown
+
+
+def _line(item: str | dict[str, str]) -> str:
+    if isinstance(item, str):
+        return item
+    return (
+        f"{item['receipt']} of {item['agent']}, {item['created']}" if "receipt" in item else f"{item['path']} ({item['state']})"
+    )
 
 
 def _without_kind(child: Descendant) -> dict[str, str]:
@@ -86,7 +124,26 @@ def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocati
         graph.lose_example(example)
     gone, touched = graph.spread()
     reached = catalogue.descendants(dataset.id) if len(gone) or len(touched) else []
-    return Revocation(dataset, source or example, graph.ids_of(gone), graph.ids_of(touched), reached)
+    releases = [child.id for child in reached if child.kind == "release"]
+    replies, receipts = _replies(releases) if releases else ([], [])
+    return Revocation(dataset, source or example, graph.ids_of(gone), graph.ids_of(touched), reached, replies, receipts)
+
+
+def _replies(releases: list[str]) -> tuple[list[Reply], list[Folder]]:
+    """What these Releases said, by the receipts of every team that was served on this machine."""
+    replies: list[Reply] = []
+    folders: list[Folder] = []
+    for path in catalogue.receipt_folders():
+        state = "read" if path.is_dir() else "not there"
+        if path.is_dir():
+            index = ReceiptIndex(path)
+            try:
+                index.catch_up()
+                replies += [Reply(one.id, one.agent, one.created, str(path)) for one in index.of_releases(releases)]
+            except (OSError, sqlite3.Error) as error:
+                state = f"not read: {error}"
+        folders.append(Folder(str(path), state))
+    return replies, folders
 
 
 def _pairs(dataset: Artifact, files: Files, source: str) -> set[Pair]:

@@ -28,6 +28,13 @@ _EXTRAS = {
     "bitsandbytes": "quant",
     "hassil": "demo",
     "datasets": "hub",
+    "alembic": "serve",
+    "fastapi": "serve",
+    "h11": "serve",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 
 

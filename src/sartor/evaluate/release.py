@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.core import bases, catalogue, licences, lineage, rows, signing
+from sartor.core import bases, catalogue, licences, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, check_free, new_directory, open_artifact, seal
-from sartor.core.errors import ArtifactError, ConfigError, GateError, HubError, ModelError
+from sartor.core.errors import ConfigError, GateError, HubError, ModelError
 from sartor.core.licences import Use
-from sartor.evaluate import permission
+from sartor.evaluate import permission, training
 
 # Nats per token by which the chitchat probe may get worse (docs/decisions/003-demo-rows.md has what was seen).
 FORGETTING_LIMIT_NATS = 0.5
@@ -62,13 +61,15 @@ def release(
     out: Path | str | None = None,
     waivers: Sequence[Waiver] = (),
     use: Use = "commercial",
+    exemplars: int = training.MOST_EXEMPLARS,
     replace: bool = False,
 ) -> Released:
     """Pass an Adapter through the gate and sign it as a Release.
 
     `use` is what it is meant for: the licences of its sources and base have to permit it. `report` is the Report of this
     Adapter; by default the newest that the catalogue knows. `out` defaults to `NAME-VERSION` beside the Adapter. `key` is
-    a private key file, or the directory that keygen made. Raises GateError naming each failed check, ConfigError,
+    a private key file, or the directory that keygen made. `exemplars`: prompts of its rows that go with it, for the router
+    of a team; 0 leaves them out, and `auto` never chooses it. Raises GateError naming each failed check, ConfigError,
     ArtifactError.
     """
     for what, text in (("name", name), ("version", version)):
@@ -86,11 +87,13 @@ def release(
         remedies = [result.remedy or "tune or curate again" for result in failed.values()]
         waive = f"or take it on yourself: --waive {next(iter(failed))} --by NAME --reason TEXT"
         raise GateError(f"the gate refuses {adapter.path.name}: {lines}", "; ".join([*dict.fromkeys(remedies), waive]))
-    facts = {"use": use, **_facts(adapter, evidence, name, version, checks, waivers)}
+    known = training.read_facts(adapter)
+    facts = {"use": use, **_facts(adapter, evidence, name, version, checks, waivers), **_of_training(known, evidence)}
     with new_directory(out, replace=replace) as part:
         for file in _COPIED:
             shutil.copyfile(adapter.path / file, part / file)
         shutil.copytree(evidence.path, part / "report", ignore=shutil.ignore_patterns(".*"))
+        facts["exemplars"] = training.write_exemplars(known, part, exemplars)
         manifest = seal(part, "release", facts)
         document = (part / MANIFESTS["release"]).read_bytes()
         (part / "signature").write_text(signing.sign(document, private), encoding="utf-8")
@@ -158,7 +161,6 @@ def _facts(
         "name": name,
         "version": version,
         "base": adapter.manifest["base"],
-        "system_prompt": _system_prompt(adapter),
         "sampling": {"temperature": 0.0, "top_p": 1.0, "max_tokens": 256},
         "parents": [adapter.as_parent(), report.as_parent()],
         "sources": adapter.manifest["sources"],
@@ -173,19 +175,14 @@ def _facts(
     }
 
 
-def _system_prompt(adapter: Artifact) -> str:
-    """The system prompt that most training rows carry: what `ask` puts before a bare question."""
-    dataset = lineage.find_parent(adapter, "dataset")
-    if dataset is None:
-        raise ArtifactError(
-            f"the Dataset of {adapter.path} is not where it was, so the system prompt of its rows is unknown",
-            "sartor index DIR finds a Dataset that was moved",
-        )
-    opened = Counter(
-        example.messages[0].text if example.messages[0].role == "system" else ""
-        for example in rows.read_examples(dataset, "train")
-    )
-    return opened.most_common(1)[0][0] if opened else ""
+def _of_training(known: training.TrainingFacts, report: Artifact) -> dict[str, Any]:
+    """What a server needs of the rows: see `training.py`."""
+    return {
+        "system_prompt": known.system_prompt,
+        "tools": known.most_tools,
+        "format": known.format,
+        "canaries": training.canaries(known, report),
+    }
 
 
 @dataclass(frozen=True)

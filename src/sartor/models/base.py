@@ -102,8 +102,8 @@ def open_base(
 ) -> Base:
     """The base that `name` means, in memory, in eval mode, without gradients.
 
-    bits: of a weight of the linear layers. 16 for bf16 whatever the hardware, `auto` for `best_dtype`; 8 and 4 for a
-    quantised base (`quantised.py`) that computes in `best_dtype`, as its LM head and norms are held.
+    bits: of a weight of the linear layers. 32 for fp32 and 16 for bf16 whatever the hardware, `auto` for `best_dtype`; 8 and 4
+    for a quantised base (`quantised.py`) that computes in `best_dtype`, as its LM head and norms are held.
 
     Raises ModelError when the directory holds no causal language model that transformers can open, HubError when a hub
     name cannot be fetched, AssetError when the starter cannot be, ExtraError when bits need bitsandbytes and it is not
@@ -128,7 +128,8 @@ def open_chat(path: Path, generation_config: Any = None) -> Chat:
 
 
 def _load(path: Path, bits: int | str, device: torch.device) -> Any:
-    dtype = torch.bfloat16 if bits == 16 else best_dtype(device)
+    fixed: dict[int | str, torch.dtype] = {16: torch.bfloat16, 32: torch.float32}
+    dtype = fixed.get(bits) or best_dtype(device)
     how: dict[str, Any] = {"dtype": dtype}
     if bits in quantised.KINDS:
         if device.type not in ("cpu", "cuda"):
@@ -185,11 +186,9 @@ def convert(ref: bases.BaseRef, notice: Callable[[str], object] = lambda line: N
     with FileLock(folder("bases") / f".{ref.path.name}.wait"):
         if _is_whole(ref.path):
             return
-        file, dtype = ref.gguf, torch.bfloat16
-        if file is None:
-            file = assets.install(bases.STARTER) / assets.entry(bases.STARTER).paths[0]
-        elif not gguf.read_head(file).is_rounded:
-            dtype = torch.float32
+        file = source_gguf(ref)
+        # the starter's file is one that is rounded
+        dtype = torch.bfloat16 if ref.gguf is None or gguf.read_head(file).is_rounded else torch.float32
         notice(f"converting the base {ref.name}; this is done once")
         with new_directory(ref.path, replace=ref.path.exists() and _set_aside(ref.path)) as part:
             _convert(file, part, dtype)
@@ -198,6 +197,11 @@ def convert(ref: bases.BaseRef, notice: Callable[[str], object] = lambda line: N
                 file.name: bases.remembered_digest(file) for file in part.iterdir() if file.is_file()
             }
             (part / STAMP).write_text(json.dumps(stamp, indent=1))
+
+
+def source_gguf(ref: bases.BaseRef) -> Path:
+    """The GGUF file that a starter or GGUF base is converted from; the asset is fetched if it is not here."""
+    return ref.gguf or assets.install(bases.STARTER) / assets.entry(bases.STARTER).paths[0]
 
 
 def _is_whole(path: Path) -> bool:

@@ -28,14 +28,20 @@ class Generation:
     finish: str
 
 
+# As good as greedy. What is colder is 0 in fp32, or takes logits beyond what fp32 holds
+COLDEST = 1e-6
+
+
 def likely(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """(B, V) logits -> probabilities to draw from, on the CPU, by temperature (above 0) and top_p (Holtzman et al. 2020)."""
-    probabilities = (logits.float().cpu() / sampling.temperature).softmax(-1)
+    probabilities = (logits.float().cpu() / max(sampling.temperature, COLDEST)).softmax(-1)
     if sampling.top_p == 1:
         return probabilities
     ordered, order = probabilities.sort(-1, descending=True)
     # a token stays if the mass before it is below top_p, so the most likely one always stays
-    ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
+    is_gone = ordered.cumsum(-1) - ordered >= sampling.top_p
+    is_gone[..., 0] = False  # a top_p that is 0 in fp32 would leave none
+    ordered[is_gone] = 0
     return torch.zeros_like(probabilities).scatter(-1, order, ordered)
 
 

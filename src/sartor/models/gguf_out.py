@@ -148,15 +148,19 @@ def write_adapter_gguf(adapter: Path, base: Path | Mapping[str, Any], out: Path,
 
 
 @contextlib.contextmanager
-def new_file(out: Path, architecture: str) -> Iterator[gguf.GGUFWriter]:
-    """A GGUF file to fill with metadata and tensors; it takes the name `out` when it is written whole."""
+def new_file(out: Path, architecture: str, *, streamed: bool = False) -> Iterator[gguf.GGUFWriter]:
+    """A GGUF file to fill with metadata and tensors; it takes the name `out` when it is written whole.
+
+    streamed: whoever fills it writes the parts of the file too, a tensor at a time.
+    """
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
     writer = gguf.GGUFWriter(part, architecture)
     try:
         yield writer
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        if not streamed:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
         writer.close()
         os.replace(part, out)
     finally:

@@ -24,6 +24,7 @@ from sartor.agents.serve.said import ErrorAnswer
 from sartor.core.errors import SartorError
 
 GONE = 499
+LARGE_BYTES = 64 << 10
 Answering = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -58,13 +59,18 @@ class Route(APIRoute):
 
         async def answer(request: Request) -> Response:
             body = await _body(request) if asked else b""
-            value = parse(body) if asked else None
+            value = await _value(body) if asked else None
             try:
                 return await original(_Checked(request, body or b"", value) if asked else request)
             except RequestValidationError as error:
                 raise field_error(error.errors(), value, known) from None
 
         return answer
+
+
+async def _value(body: bytes) -> Any:
+    """A large body is parsed beside the loop: others' replies go on meanwhile."""
+    return parse(body) if len(body) < LARGE_BYTES else await asyncio.to_thread(parse, body)
 
 
 async def _body(request: Request) -> bytes:

@@ -16,6 +16,7 @@ MOST_CHOICES = 16
 MOST_TOP_LOGPROBS = 20
 MOST_TEXTS = 256
 MOST_TOOLS = 128
+MOST_SAID = 100_000
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 
@@ -24,8 +25,12 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
-Seed = Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)]
+# the bounds stand before what reads the number, or the OpenAPI loses them
+Index = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES), BeforeValidator(_whole)]
+Alternatives = Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_whole)]
 Filled = Annotated[str, Field(min_length=1)]
 
 
@@ -74,7 +79,7 @@ class ToolCall(Asked):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: Whole | None = None
+    index: Index | None = None
 
 
 class AssistantTurn(Asked):
@@ -174,7 +179,7 @@ class StreamOptions(Asked):
 class Chosen(Asked):
     """How the next token is chosen. What is left out is as the agent's Release says; a seed that is left out is drawn."""
 
-    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Seed | None = None
@@ -187,7 +192,7 @@ class Delivered(Asked):
     """By whom, how many, and in which way. `user` changes nothing."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -214,9 +219,9 @@ class ChatRequest(Delivered, Chosen, Elsewhere):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Turn], Field(min_length=1)]
-    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Whole, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    top_logprobs: Alternatives | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -227,9 +232,9 @@ class TextRequest(Delivered, Chosen):
     """Body of POST /v1/completions: a raw text to go on, without the chat template."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
-    logprobs: Annotated[Whole, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    logprobs: Alternatives | None = None
     echo: Literal[False] | None = None
-    best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1), BeforeValidator(_whole)] | None = None
     suffix: None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
@@ -249,8 +254,8 @@ class FeedbackRequest(Asked):
 
     receipt: Annotated[str, Field(min_length=1, max_length=128)]
     rating: Annotated[float, Field(ge=-1, le=1)] | None = None
-    correction: str | None = None
-    comment: str | None = None
+    correction: Annotated[str, Field(max_length=MOST_SAID)] | None = None
+    comment: Annotated[str, Field(max_length=MOST_SAID)] | None = None
 
 
 class PromoteRequest(Asked):

@@ -10,12 +10,13 @@ from fastapi import Request
 from sartor.agents.asking import Answer
 from sartor.agents.asking import Request as Question
 from sartor.agents.feedback import Exchange, Inbox, Memory
+from sartor.agents.keys import Opened
 from sartor.agents.serve.bodies import Reading
 from sartor.agents.serve.entry import Entry
 from sartor.agents.serve.meters import Meters
-from sartor.agents.serve.replies import Opened
+from sartor.agents.serve.replies import Answers
 from sartor.agents.serve.running import Shift
-from sartor.agents.serve.seams import House, Visitor
+from sartor.agents.serve.seams import House
 from sartor.agents.team import Limits
 from sartor.core.errors import KeyRefusedError, UnknownAgentError
 
@@ -35,17 +36,18 @@ class Desk:
     inbox: Inbox
     reading: Reading
 
-    async def check_model(self, model: str, visitor: Visitor) -> None:
+    async def check_model(self, model: str, visitor: Opened) -> None:
         """Raises UnknownAgentError for a name that nobody has, KeyRefusedError for one that the visitor's key does not open."""
         name, at, version = model.partition("@")
         listed = {agent.name: agent for agent in await self.house.roster.listed()}
         is_special = name in SPECIAL and not at
         if not (is_special or (name in listed and (not at or version in listed[name].versions))):
-            opened = [*SPECIAL, *(other for other in listed if visitor.opens(other))]
+            opened = [other for other in (*SPECIAL, *listed) if visitor.opens(other)]
             raise UnknownAgentError(
-                f"there is no agent {model[:80]!a}; there are: {', '.join(opened)}", f'"model": "{opened[-1]}"'
+                f"there is no agent {model[:80]!a}; there are: {', '.join(opened) or 'none that this key opens'}",
+                f'"model": "{opened[-1]}"' if opened else "send a key of that agent",
             )
-        if not is_special and not visitor.opens(name):
+        if not visitor.opens(name):
             raise KeyRefusedError(f"this key does not open {name!r}", "send a key of that agent")
 
     def remember(self, answer: Answer, question: Question, reply: str) -> None:
@@ -69,7 +71,7 @@ def entry_of(request: Request) -> Entry:
     return entry
 
 
-def reply_headers(opened: Opened) -> Mapping[str, str]:
+def reply_headers(opened: Answers) -> Mapping[str, str]:
     """Who answered, why, and under which receipts."""
     first = opened.first
     said = {"x-sartor-agent": first.agent, "x-sartor-reason": first.reason, "x-sartor-receipt": opened.receipts}

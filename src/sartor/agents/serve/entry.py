@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from sartor.agents.serve.seams import Visitor
+from sartor.agents.keys import Opened
+from sartor.agents.serve.seams import NOBODY
 from sartor.models.engine.contract import Done, Event, Piece
 
 
@@ -35,7 +36,7 @@ class Entry:
     id: str
     method: str
     route: str = ""
-    visitor: Visitor = field(default_factory=Visitor)
+    visitor: Opened = NOBODY
     agent: str = ""
     receipt: str = ""
     finish: str = ""

@@ -84,8 +84,11 @@ class Fault:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """OpenAI's error object, with the kind of docs/errors.md and the next thing to type."""
-        said = {"message": self.problem, "type": self.type, "param": self.param, "code": self.code}
+        """OpenAI's error object, with the kind of docs/errors.md and the next thing to type.
+
+        Clients show the message alone, so the remedy stands in it too.
+        """
+        said = {"message": f"{self.problem}; try: {self.remedy}", "type": self.type, "param": self.param, "code": self.code}
         return {"error": {**said, "kind": self.kind, "remedy": self.remedy}}
 
 

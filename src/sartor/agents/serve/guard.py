@@ -5,11 +5,13 @@ Outside the framework, so that nothing that fails inside escapes: a mistake is l
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import re
 import secrets
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,12 +19,13 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sartor.agents.keys import Opened
 from sartor.agents.serve.entry import Entry
 from sartor.agents.serve.faults import BUG, Fault, ForeignError, UnknownKeyError, fault_of
 from sartor.agents.serve.journal import Journal
 from sartor.agents.serve.meters import Meters
 from sartor.agents.serve.running import GoneError, Shift
-from sartor.agents.serve.seams import Doors, Rates, Visitor
+from sartor.agents.serve.seams import ANYBODY, NOBODY, Doors, Rates
 from sartor.agents.serve.tracing import Tracer
 from sartor.agents.team import Http, Limits
 from sartor.core.errors import KeyRefusedError, SartorError, UnavailableError
@@ -32,7 +35,10 @@ LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 # A status for the log alone, as nginx has it: the client went before its answer
 CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_REPLIES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+# What a rate counts: whatever computes, or writes to the disk
+_COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/feedback")
+# Keys are looked up in a database. Not the loop's own threads: those may all be waiting for a slow disk
+_threads = ThreadPoolExecutor(4, "sartor-doors")
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Gate:
     shift: Shift
     connections: Callable[[], int]
 
-    def check(self, scope: Scope, headers: Headers) -> Visitor:
+    async def check(self, scope: Scope, headers: Headers) -> Opened:
         """Who asks. Raises ForeignError, KeyRefusedError, BusyError, UnavailableError."""
         if self.connections() > self.limits.connections:
             raise UnavailableError(
@@ -54,21 +60,26 @@ class Gate:
             )
         if self.shift.closing:
             raise UnavailableError("the server is shutting down", "ask again; another server, or this one soon, answers")
-        path = scope["path"]
-        if self.doors.is_open:
-            self._check_foreign(scope, headers)
-            visitor = Visitor()
-        elif path in PUBLIC and "authorization" not in headers or scope["method"] == "OPTIONS":
-            return Visitor(agents=frozenset())
-        else:
-            visitor = self._visitor(headers)
-        if path.startswith("/v1/agents") or (path == "/metrics" and not self.doors.is_open):
-            self._check_admin(visitor, path)
-        if scope["method"] == "POST" and path in _REPLIES:
+        visitor = await asyncio.get_running_loop().run_in_executor(_threads, self._enter, scope, headers)
+        if scope["method"] == "POST" and scope["path"] in _COUNTED:
             self.rates.begin(visitor.key)
         return visitor
 
-    def _visitor(self, headers: Headers) -> Visitor:
+    def _enter(self, scope: Scope, headers: Headers) -> Opened:
+        path, is_open = scope["path"], self.doors.is_open
+        if is_open:
+            self._check_foreign(scope, headers)
+            visitor = ANYBODY
+        elif (path in PUBLIC and "authorization" not in headers) or scope["method"] == "OPTIONS":
+            return NOBODY
+        else:
+            visitor = self._visitor(headers)
+        is_admin_only = path.startswith("/v1/agents")
+        if is_admin_only or (path == "/metrics" and not is_open and visitor.agents is not None):
+            self._check_admin(visitor)
+        return visitor
+
+    def _visitor(self, headers: Headers) -> Opened:
         scheme, _, secret = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not secret.strip():
             raise UnknownKeyError(
@@ -79,9 +90,7 @@ class Gate:
         except KeyRefusedError as error:
             raise UnknownKeyError(error.problem, error.remedy) from None
 
-    def _check_admin(self, visitor: Visitor, path: str) -> None:
-        if path == "/metrics" and visitor.agents is None:
-            return
+    def _check_admin(self, visitor: Opened) -> None:
         if not self.doors.has_admin:
             raise KeyRefusedError("the admin's routes are off: no admin key is set", "sartor agents key --admin")
         if not visitor.is_admin:
@@ -137,7 +146,7 @@ class Guard:
         answering = _Answering(send, entry)
         with self._tracer.span(entry, headers):
             try:
-                entry.visitor = self._gate.check(scope, headers)
+                entry.visitor = await self._gate.check(scope, headers)
                 await self._app(scope, receive, answering.send)
             except GoneError:
                 entry.error = "Gone"

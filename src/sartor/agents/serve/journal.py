@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from sartor.agents.serve.entry import Entry
 
 MOST_WAITING = 10_000
+LOGGERS = ("uvicorn.error", "sartor")
 SILENT = ("/health", "/metrics")
 
 
@@ -85,7 +86,10 @@ def places(error: BaseException) -> list[str]:
 
 
 class ServerLines(logging.Handler):
-    """What uvicorn has to say from its warnings on, as lines of the journal: its own fixed words, and an error's type."""
+    """Warnings and errors of `LOGGERS`, as lines of the journal: an error is its type and place.
+
+    uvicorn's lines are their fixed words alone, since what it puts into them may come from a client.
+    """
 
     def __init__(self, journal: Journal) -> None:
         super().__init__(logging.WARNING)
@@ -95,4 +99,5 @@ class ServerLines(logging.Handler):
         """See logging.Handler."""
         error = record.exc_info[1] if record.exc_info else None
         more = {"error": type(error).__name__, "at": places(error)} if error else {}
-        self._journal.say("server", level=record.levelname.lower(), problem=str(record.msg).strip(), **more)
+        problem = record.getMessage() if record.name.startswith("sartor") else str(record.msg)
+        self._journal.say("server", level=record.levelname.lower(), problem=problem.strip(), **more)

@@ -66,7 +66,9 @@ class _State(Collector):
         yield from _workers(health["workers"])
         yield from _agents(health["agents"])
         yield GaugeMetricFamily("sartor_connections", "open connections", value=self._connections())
-        yield CounterMetricFamily("sartor_receipts_lost", "receipts that could not be written", value=self._house.receipts.lost)
+        yield CounterMetricFamily(
+            "sartor_receipts_lost", "receipts that could not be written", value=self._house.receipts_lost()
+        )
         yield CounterMetricFamily("sartor_log_lines_lost", "log lines that nobody took", value=self._lines_lost())
 
 

@@ -15,17 +15,17 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from sartor.agents.serve.faults import Fault
+
 # Beyond limits.connections a client is told so, in an answer; beyond so many more it is not even heard
 SPARE_CONNECTIONS = 128
 # What one client may leave unread in this process, and in the kernel
 UNREAD_BYTES = 64 << 10
 KERNEL_BYTES = 256 << 10
-_MALFORMED = {
-    "error": {
-        "message": "this is not an HTTP request", "type": "invalid_request_error", "param": None, "code": "invalid_http",
-        "kind": "RequestError", "remedy": "send HTTP/1.1 with a head of less than 64 KiB",
-    }
-}  # fmt: skip
+_MALFORMED = Fault(
+    400, "invalid_request_error", "invalid_http", "this is not an HTTP request", "send HTTP/1.1 with a head below 64 KiB",
+    "RequestError",
+)  # fmt: skip
 
 
 class Connection(H11Protocol):
@@ -51,9 +51,13 @@ class Connection(H11Protocol):
         if self.conn.our_state is not h11.IDLE:  # an answer has begun: nothing can be said any more
             self.transport.close()
             return
-        body = json.dumps(_MALFORMED).encode()
+        body = json.dumps(_MALFORMED.as_json()).encode()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close"), (b"content-length", b"%d" % len(body))]
-        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+        for event in (
+            h11.Response(status_code=400, reason=b"Bad Request", headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
@@ -92,12 +96,13 @@ async def watch(connections: Iterable[Any], limit_s: float, told: Callable[[int]
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises OSError when it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family)
+    # asyncio turns Nagle's algorithm off only where the protocol is said: without it each answer waits 40 ms for an ACK
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)
         sock.bind((host, port))
-    except OSError:
+    except (OSError, OverflowError):
         sock.close()
         raise
     return sock

@@ -43,7 +43,7 @@ class Terms:
     keep: Callable[[Answer, Request, str], object] = lambda answer, request, reply: None
 
 
-class Opened:
+class Answers:
     """The Answers to the requests that one HTTP request makes, all by the same agent; they end by `at` of the loop's clock."""
 
     def __init__(self, answers: Sequence[Answer], requests: Sequence[Request], terms: Terms, at: float) -> None:
@@ -138,7 +138,7 @@ async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-async def open_answers(replies: Replies, requests: Sequence[Request], terms: Terms) -> Opened:
+async def open_answers(replies: Replies, requests: Sequence[Request], terms: Terms) -> Answers:
     """Begin all replies; the first decides which agent, and the version of it, makes the others too.
 
     Raises what `Replies.open` raises; then no Answer is left open.
@@ -147,9 +147,9 @@ async def open_answers(replies: Replies, requests: Sequence[Request], terms: Ter
     at = asyncio.get_running_loop().time() + deadline_s - entry.elapsed_s + GRACE_S
     places: dict[int, Answer] = {}
 
-    def opened() -> Opened:
+    def opened() -> Answers:
         done = sorted(places)
-        return Opened([places[place] for place in done], [requests[place] for place in done], terms, at)
+        return Answers([places[place] for place in done], [requests[place] for place in done], terms, at)
 
     async def begin(place: int, request: Request) -> None:
         left_s = max(deadline_s - entry.elapsed_s, 0.001)

@@ -187,27 +187,33 @@ class ModelsAnswer(Said):
 
 
 class WorkerHealth(Said):
-    """A worker process."""
+    """A worker process. role: of one that is ready, whether it answers or is spare."""
 
     state: str
+    role: str
     memory_bytes: int
     restarts: int
 
 
 class AgentHealth(Said):
-    """An agent's exact version: whether its breaker is closed, requests that wait and that are answered."""
+    """An agent's exact version: its breaker and what opened it last, requests that wait and that are answered."""
 
     breaker: str
+    why: str
     queued: int
     live: int
 
 
 class HealthAnswer(Said):
-    """Answer of GET /health. `agents` holds those of whom something is known and that the sent key opens."""
+    """Answer of GET /health. Of agents it tells what the sent key opens.
+
+    agents: those of whom something is known, by exact version. troubles: what cannot be served as it should, and why.
+    """
 
     status: Literal["ok", "degraded", "unavailable"]
     workers: list[WorkerHealth]
     agents: dict[str, AgentHealth]
+    troubles: dict[str, str]
 
 
 class FeedbackAnswer(Said):

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sartor.agents.asking import Answer, Request
+from sartor.agents.asking import Answer, Listed, Request
+from sartor.agents.keys import Opened
 from sartor.models.engine.contract import About
 
-
-@dataclass(frozen=True)
-class Visitor:
-    """Who asks. key: the id of the key (never the key), "" where none is needed. agents: those it opens; None is all."""
-
-    key: str = ""
-    agents: frozenset[str] | None = None
-    is_admin: bool = False
-
-    def opens(self, agent: str) -> bool:
-        """Whether this visitor may use the agent of that name (without version)."""
-        return self.agents is None or agent in self.agents
-
-
-@dataclass(frozen=True)
-class Listed:
-    """An agent as the registry has it. versions: every version that may be asked for, the live one too."""
-
-    name: str
-    live: str
-    versions: tuple[str, ...]
-    state: Mapping[str, Any] = field(default_factory=dict)
+NOBODY = Opened("", frozenset(), is_admin=False)
+ANYBODY = Opened("", None, is_admin=False)
 
 
 class Replies(Protocol):
@@ -59,7 +40,7 @@ class Vectors(Protocol):
 
 
 class Doors(Protocol):
-    """The keys, of agents and of the admin."""
+    """The keys, of agents and of the admin. Asked in a thread: they are read from a database."""
 
     @property
     def is_open(self) -> bool:
@@ -71,7 +52,7 @@ class Doors(Protocol):
         """Whether an admin key is set; without one the admin's routes are off."""
         ...
 
-    def admit(self, secret: str) -> Visitor:
+    def admit(self, secret: str) -> Opened:
         """Who holds this key. Raises KeyRefusedError."""
         ...
 
@@ -122,11 +103,6 @@ class Roster(Protocol):
 class Receipts(Protocol):
     """The receipts that `dispatch` wrote."""
 
-    @property
-    def lost(self) -> int:
-        """How many could not be written."""
-        ...
-
     async def find(self, receipt: str) -> Mapping[str, Any] | None:
         """The signed document of that id, or None. It holds `agent`, the exact version."""
         ...
@@ -134,7 +110,10 @@ class Receipts(Protocol):
 
 @dataclass(frozen=True)
 class House:
-    """Everything behind the server."""
+    """Everything behind the server.
+
+    troubles: what cannot be served as it should, by agent or version, and why. receipts_lost: how many could not be written.
+    """
 
     replies: Replies
     crew: Vectors
@@ -142,3 +121,5 @@ class House:
     rates: Rates
     roster: Roster
     receipts: Receipts
+    troubles: Callable[[], Mapping[str, str]] = dict
+    receipts_lost: Callable[[], int] = int

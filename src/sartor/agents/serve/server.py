@@ -11,9 +11,9 @@ import logging
 import resource
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import uvicorn
 from fastapi import FastAPI
@@ -24,13 +24,13 @@ from sartor.agents.serve.app import build_app
 from sartor.agents.serve.bodies import Reading
 from sartor.agents.serve.desk import Desk
 from sartor.agents.serve.guard import Gate, Guard, is_loopback
-from sartor.agents.serve.journal import Journal, ServerLines
+from sartor.agents.serve.journal import LOGGERS, Journal, ServerLines
 from sartor.agents.serve.meters import Meters
 from sartor.agents.serve.routes import admin, feedback, health, models, replies, vectors
 from sartor.agents.serve.running import Shift
-from sartor.agents.serve.seams import House
+from sartor.agents.serve.seams import Doors, House
 from sartor.agents.serve.tracing import Tracer
-from sartor.agents.team import Team
+from sartor.agents.team import Http, Team
 from sartor.core.errors import ConfigError
 
 # Between two requests of one connection
@@ -48,7 +48,7 @@ class Server:
         self.team = team
         self.shift = Shift()
         self.journal = Journal(log or sys.stderr)
-        _check_bind(house, team)
+        check_bind(house.doors, team.http)
         self._tracer = Tracer(team.http.otel)
         self._uvicorn: uvicorn.Server | None = None
         meters = Meters(house, self.connections, lambda: self.journal.lost)
@@ -83,6 +83,7 @@ class Server:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=round(self.team.http.drain_s + LAST_WORDS_S) + 1,
         )
@@ -127,16 +128,19 @@ class Server:
         asyncio.get_running_loop().call_later(self.team.http.drain_s, self.shift.end)
 
     @contextlib.contextmanager
-    def _server_lines(self) -> Any:
-        """uvicorn's own warnings go into the journal, and nowhere else."""
-        logger, lines = logging.getLogger("uvicorn.error"), ServerLines(self.journal)
-        before, logger.propagate = logger.propagate, False
-        logger.addHandler(lines)
+    def _server_lines(self) -> Iterator[None]:
+        """What uvicorn and the workers' supervisor warn of goes into the journal, and nowhere else."""
+        lines, loggers = ServerLines(self.journal), [logging.getLogger(name) for name in LOGGERS]
+        before = [logger.propagate for logger in loggers]
+        for logger in loggers:
+            logger.addHandler(lines)
+            logger.propagate = False
         try:
             yield
         finally:
-            logger.removeHandler(lines)
-            logger.propagate = before
+            for logger, propagate in zip(loggers, before, strict=True):
+                logger.removeHandler(lines)
+                logger.propagate = propagate
 
 
 class _Draining(uvicorn.Server):
@@ -160,16 +164,16 @@ def _app(desk: Desk, cors: tuple[str, ...]) -> FastAPI:
     return app
 
 
-def _check_bind(house: House, team: Team) -> None:
-    """Without keys whoever reaches the server may ask: then it is this machine alone that may reach it."""
-    if not house.doors.is_open:
+def check_bind(doors: Doors, http: Http) -> None:
+    """Raise ConfigError where others could reach a server without keys: then it is this machine alone that may."""
+    if not doors.is_open:
         return
-    if not is_loopback(team.http.host):
+    if not is_loopback(http.host):
         raise ConfigError(
-            f"http.host is {team.http.host!r}, which others can reach, and no key is set",
+            f"http.host is {http.host!r}, which others can reach, and no key is set",
             "sartor agents key NAME makes one; or http.host: 127.0.0.1",
         )
-    if "*" in team.http.cors:
+    if "*" in http.cors:
         raise ConfigError(
             "http.cors allows every page on the internet, and no key is set", "name the origins, or make keys first"
         )

@@ -13,17 +13,19 @@ from starlette.types import Receive, Scope, Send
 
 from sartor.agents.serve.entry import Entry
 from sartor.agents.serve.faults import BUG, fault_of
-from sartor.agents.serve.replies import Opened
+from sartor.agents.serve.replies import Answers
 from sartor.agents.serve.running import GoneError, while_there
 from sartor.agents.serve.shapes import Head, Shape
 from sartor.core.errors import SartorError
 from sartor.models.engine.contract import Done, Piece
 
 Chunks = AsyncGenerator[dict[str, Any], None]
+# JSON escapes the line ends of server-sent events; many clients split lines at these too
+_LINE_ENDS = tuple((letter, f"\\u{ord(letter):04x}") for letter in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
 END = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}
 
 
-async def chunks(opened: Opened, shape: Shape, head: Head, entry: Entry, with_usage: bool) -> Chunks:
+async def chunks(opened: Answers, shape: Shape, head: Head, entry: Entry, with_usage: bool) -> Chunks:
     """OpenAI's chunks. with_usage: the last holds the tokens, and the others say null, as OpenAI has it."""
     more: dict[str, Any] = {"usage": None} if with_usage else {}
     for place in range(len(opened.answers)):
@@ -49,7 +51,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, said: Chunks, opened: Opened, entry: Entry, headers: Mapping[str, str]) -> None:
+    def __init__(self, said: Chunks, opened: Answers, entry: Entry, headers: Mapping[str, str]) -> None:
         super().__init__(headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._said = said
@@ -72,6 +74,8 @@ class EventStream(Response):
             try:
                 async for chunk in said:
                     await _event(send, chunk)
+                    # neither of the two waits while there is text and room: others, and the client's leaving, must be heard
+                    await asyncio.sleep(0)
             except SartorError as error:
                 fault = fault_of(error)
                 self._entry.error = fault.kind
@@ -84,5 +88,8 @@ class EventStream(Response):
 
 
 async def _event(send: Send, value: Mapping[str, Any]) -> None:
-    body = b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace") + b"\n\n"
+    said = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for letter, escaped in _LINE_ENDS:
+        said = said.replace(letter, escaped)
+    body = b"data: " + said.encode(errors="replace") + b"\n\n"
     await send({"type": "http.response.body", "body": body, "more_body": True})

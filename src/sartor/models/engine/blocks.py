@@ -108,6 +108,7 @@ class Blocks:
 
     def _cache(self, block: Block, pages: int) -> Cache:
         shape = (pages, block.shape.groups, PAGE_TOKENS, block.width)
+        # not zeroed: memory that no row has written to yet is then not taken, and none reads what it did not write
         return Cache(*(torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
 
     @torch.inference_mode()

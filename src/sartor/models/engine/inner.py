@@ -14,9 +14,15 @@ from typing import Any
 
 import gguf
 import httpx
+import torch
+from filelock import FileLock
 
+from sartor.core import bases
 from sartor.core.errors import ModelError, need
 from sartor.core.gguf import read_head
+from sartor.core.home import folder
+from sartor.models import gguf_model, gguf_tokens
+from sartor.models.base import open_base
 from sartor.models.chat import Chat
 from sartor.models.engine.streams import json_object
 
@@ -128,6 +134,21 @@ def open_base_file(path: Path, config: Mapping[str, Any]) -> BaseFile:
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tuple(int(axis) for axis in tensor.shape) for tensor in gguf.GGUFReader(file).tensors}
+
+
+def f16_file(ref: bases.BaseRef) -> Path:
+    """A base in F16, written once under SARTOR_HOME/bases; two processes at once: the second waits for the first.
+
+    Raises ModelError for a base of which llama.cpp knows no form.
+    """
+    file = folder("bases") / f"{ref.path.name}-{ref.digest[:12]}.f16.gguf"
+    with FileLock(file.with_suffix(".wait")):
+        if not file.is_file():
+            opened = open_base(ref.name, bits=32, device=torch.device("cpu"))
+            rows = opened.model.get_input_embeddings().weight.shape[0]
+            about = gguf_model.About(ref.path.name, ref.digest[:12], ref.licence, opened.chat.template)
+            gguf_model.write_model_gguf(opened.model, gguf_tokens.from_chat(opened.chat, rows), about, file)
+    return file
 
 
 def check_tokens(inner: Inner, chat: Chat) -> None:

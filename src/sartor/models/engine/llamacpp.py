@@ -5,8 +5,8 @@ What llama.cpp does otherwise than our engine, and what is made of it:
 
 - Adapters are read at start only. An attached one is loaded before the first call that needs it, when the running replies
   have ended: calls behind that one wait, then the inner server starts anew.
-- A call that names no adapters gets those of the server's defaults, and an unknown id is answered by the base. So every
-  call names all of them, each with scale 0 but its own, and ids are only given out here.
+- A call that names no adapters is answered from what its slot last read, with whatever adapter, and an unknown id is
+  answered by the base. So every call names all of them, each with scale 0 but its own, and ids are only given out here.
 - Only slots with equal adapters share a batch, and a slot forgets its prompt when its adapter changes. So a call goes to a
   slot that last had the same adapter, where one is free.
 - An adapter with values that are not finite spoils later replies of others: the conversion reads none of those.
@@ -24,10 +24,11 @@ from typing import Any
 
 import httpx
 
-from sartor.core import assets, bases
+from sartor.core import bases
 from sartor.core.errors import ModelError, RequestError, UnavailableError
+from sartor.models.base import source_gguf
 from sartor.models.engine.contract import BASE, About, Call, Event, Finish, Logprob
-from sartor.models.engine.inner import BaseFile, Bounds, Inner, check_tokens, embeddings, open_base_file
+from sartor.models.engine.inner import BaseFile, Bounds, Inner, check_tokens, embeddings, f16_file, open_base_file
 from sartor.models.engine.reading import Reader, open_reader
 from sartor.models.engine.streams import Reply, StreamEngine, events_of
 from sartor.models.engine.tools import reply_schema
@@ -88,7 +89,7 @@ class LlamaCppEngine(StreamEngine):
         """See StreamEngine."""
         if call.adapter != BASE and call.adapter not in self._adapters:
             raise ModelError(f"no adapter {call.adapter[:12]} is attached", "attach it first")
-        return Reply(call, self._reader.prompt(call), self._reader.constraint(call))
+        return Reply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
 
     def begin(self, reply: Reply) -> bool:
         """Load what the call needs once nothing runs, and give it a slot."""
@@ -204,16 +205,12 @@ def open_engine(base: str, *, gguf: str = "", rows: int = 4, waiting: int = 256,
 
 
 def _file_of(ref: bases.BaseRef, given: str) -> Path:
-    """The base's GGUF file: the given one, or the one that the base was converted from."""
+    """The base's GGUF file: the given one, the one that the base was converted from, or one that is made."""
     if given:
         if not Path(given).is_file():
             raise ModelError(f"there is no file {given}", "engine.gguf: a GGUF file of the base")
         return Path(given)
-    if ref.name == bases.STARTER:
-        return assets.install(bases.STARTER) / assets.entry(bases.STARTER).paths[0]
-    if ref.gguf:
-        return ref.gguf
-    raise ModelError(f"the base {ref.name} was not converted from a GGUF file", "engine.gguf: a GGUF file of the base")
+    return source_gguf(ref) if ref.gguf or ref.name == bases.STARTER else f16_file(ref)
 
 
 def _logprob(item: Mapping[str, Any], most: int) -> Logprob:

@@ -32,10 +32,10 @@ READ_TOKENS = 4 * PAGE_TOKENS
 class LocalEngine:
     """See `contract.Engine`."""
 
-    def __init__(self, base: Base, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 65_536) -> None:
+    def __init__(self, base: Base, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 32_768) -> None:
         if min(rows, waiting, cache_tokens // PAGE_TOKENS) < 1:
             problem = f"rows is {rows}, waiting {waiting}, cache_tokens {cache_tokens}; at least 1, 1 and {PAGE_TOKENS}"
-            raise ConfigError(problem, "engine: {rows: 16, waiting: 256, cache_tokens: 65536}")
+            raise ConfigError(problem, "engine: {rows: 16, waiting: 256, cache_tokens: 32768}")
         self._base, self._rows, self._most_waiting = base, rows, waiting
         trained = int(base.model.config.max_position_embeddings)
         context = min(trained, cache_tokens // PAGE_TOKENS * PAGE_TOKENS)
@@ -213,7 +213,7 @@ class LocalEngine:
 
 
 def open_engine(
-    base: str, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 65_536, threads: int = 0, bits: int | str = "auto"
+    base: str, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 32_768, threads: int = 0, bits: int | str = "auto"
 ) -> LocalEngine:
     """The engine for a base by name; the options are those of `team.Local`. Raises what `open_base` raises, and ModelError."""
     if threads:

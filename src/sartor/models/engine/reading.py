@@ -44,14 +44,17 @@ class Reader:
             )
         return ids
 
-    def constraint(self, call: Call) -> Constraint | None:
-        """What the reply must obey, with any white space, if anything. Raises RequestError for a schema that cannot be."""
+    def constraint(self, call: Call, *, loose: bool = False) -> Constraint | None:
+        """What the reply must obey, if anything. loose: with any white space, to check what another server wrote.
+
+        Raises RequestError for a schema that cannot be obeyed.
+        """
         schema = reply_schema(call)
         if not schema:
             return None
         if self._grammar is None:
             self._grammar = Grammar(self.chat.tokenizer, self.chat.stops, int(self.config["vocab_size"]))
-        return self._grammar.constraint(schema, loose=True)
+        return self._grammar.constraint(schema, loose=loose)
 
 
 def open_reader(base: str, most_tokens: int) -> Reader:

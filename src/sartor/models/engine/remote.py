@@ -41,7 +41,12 @@ class RemoteEngine(StreamEngine):
         self._reader = reader.within(self._served.context_tokens)
         server.check_tokens(self._served.base, reader.chat)
         self._names = {BASE: self._served.base}
+        # a llama-server answers a call that names no adapter from what a slot last read, with whatever adapter
+        self._zeros = [{"id": place, "scale": 0.0} for place in self._ids_of_llamacpp()]
         super().__init__(rows, waiting)
+
+    def _ids_of_llamacpp(self) -> list[int]:
+        return self._server.llamacpp_adapters() if self._served.kind == "llamacpp" else []
 
     @property
     def about(self) -> About:
@@ -80,7 +85,7 @@ class RemoteEngine(StreamEngine):
         """See StreamEngine."""
         if call.adapter not in self._names:
             raise ModelError(f"no adapter {call.adapter[:12]} is attached", "attach it first")
-        return Reply(call, self._reader.prompt(call), self._reader.constraint(call))
+        return Reply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
 
     async def read(self, reply: Reply) -> AsyncGenerator[Event]:
         """See StreamEngine. A server that cannot be reached or is busy is asked again, until the first event is there."""
@@ -133,6 +138,8 @@ class RemoteEngine(StreamEngine):
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if self._zeros:
+            body["lora"] = self._zeros
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         if call.top_logprobs >= 0:

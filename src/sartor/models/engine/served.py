@@ -53,6 +53,13 @@ class Server:
         self.url = url.rstrip("/")
         self.headers = {"Authorization": f"Bearer {os.environ[key_env]}"} if key_env else {}
 
+    @property
+    def _root(self) -> str:
+        return self.url.removesuffix("/v1")
+
+    def _client(self) -> httpx.Client:
+        return httpx.Client(timeout=ANSWER_S, trust_env=False, headers=self.headers)
+
     def served(self) -> Served:
         """What it serves now. Raises UnavailableError where it cannot be reached, or lists no model."""
         try:
@@ -93,6 +100,14 @@ class Server:
                 f"{self.url} reads {text!r} where the base's tokenizer wrote {_PROBE!r}", "serve the team's base there"
             )
 
+    def llamacpp_adapters(self) -> list[int]:
+        """Ids of the adapters that a llama-server was started with; none where it says none."""
+        try:
+            with self._client() as client:
+                return [int(adapter["id"]) for adapter in client.get(f"{self._root}/lora-adapters").json()]
+        except (httpx.HTTPError, KeyError, TypeError, ValueError):
+            return []
+
     def embeddings(self, base: str, texts: Sequence[str]) -> list[list[float]]:
         """A vector of unit length per text."""
         try:
@@ -104,10 +119,10 @@ class Server:
 
     def _ask(self, method: str, route: str, body: Any = None, *, beside: bool = False) -> dict[str, Any]:
         """One answer. beside: the route stands beside /v1. vLLM's adapter routes answer with a text: that is {}."""
-        url = (self.url.removesuffix("/v1") if beside else self.url) + route
+        url = (self._root if beside else self.url) + route
         try:
-            with httpx.Client(timeout=ANSWER_S, trust_env=False) as client:
-                response = client.request(method, url, json=body, headers=self.headers)
+            with self._client() as client:
+                response = client.request(method, url, json=body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise UnavailableError(
                 f"{url} cannot be reached: {str(error) or type(error).__name__}", "start the server"

@@ -64,7 +64,7 @@ class Reply:
         self.ended = True
         rest, calls = self._reader.end()
         done = Done(self.call.id, finish, len(self.prompt), self.tokens, self.cached, calls)
-        return [Piece(self.call.id, rest), done] if rest else [done]
+        return [Piece(self.call.id, rest), done] if rest and finish != "cancelled" else [done]
 
 
 class StreamEngine(ABC):

@@ -66,5 +66,5 @@ async def _changed(request: Request, change: Awaitable[Mapping[str, Any]]) -> Js
         said = await change
     except ModelError as error:  # here it is the Release that is wrong, not the service
         raise AdmissionError(error.problem, error.remedy) from None
-    entry_of(request).agent = str(said.get("live", ""))
+    entry_of(request).agent = f"{said['name']}@{said['live']}"
     return JsonResponse(said)

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request
 
+from sartor.agents.keys import Opened
 from sartor.agents.serve.app import JsonResponse, Route
 from sartor.agents.serve.asked import FeedbackRequest
 from sartor.agents.serve.desk import Desk, agent_of, desk_of, entry_of
 from sartor.agents.serve.faults import FieldError, NotFoundError
 from sartor.agents.serve.said import FeedbackAnswer
-from sartor.agents.serve.seams import Visitor
 from sartor.core.errors import KeyRefusedError
 from sartor.core.records import Feedback
 
@@ -29,8 +29,9 @@ async def feedback(asked: FeedbackRequest, request: Request) -> JsonResponse:
     if asked.rating is None and not asked.correction and not asked.comment:
         raise FieldError("the feedback says nothing", '"rating": 1, or a correction, or a comment', "rating")
     receipt = _bare(asked.receipt)
-    agent = entry.agent = str((await _find(desk, receipt, entry.visitor))["agent"])
     known = desk.memory.find(receipt)
+    agent = entry.agent = known.agent if known else str((await _find(desk, receipt))["agent"])
+    _check_opens(entry.visitor, agent)
     said = Feedback(
         receipt=receipt,
         agent=agent,
@@ -54,17 +55,21 @@ async def feedback(asked: FeedbackRequest, request: Request) -> JsonResponse:
 @router.get("/v1/receipts/{receipt}", responses={200: {"model": dict[str, Any]}})
 async def receipt(receipt: Annotated[str, Path(max_length=128)], request: Request) -> JsonResponse:
     """The signed record of a reply: digests, no content. `sartor receipt verify` checks it."""
-    return JsonResponse(await _find(desk_of(request), _bare(receipt), entry_of(request).visitor))
+    found = await _find(desk_of(request), _bare(receipt))
+    _check_opens(entry_of(request).visitor, str(found["agent"]))
+    return JsonResponse(found)
 
 
-async def _find(desk: Desk, receipt: str, visitor: Visitor) -> Mapping[str, Any]:
+async def _find(desk: Desk, receipt: str) -> Mapping[str, Any]:
     found = await desk.house.receipts.find(receipt)
     if found is None:
         raise NotFoundError(f"there is no receipt {receipt!a}", "use the header x-sartor-receipt of a reply")
-    agent = agent_of(str(found["agent"]))
-    if agent != "base" and not visitor.opens(agent):
-        raise KeyRefusedError("this key does not open the agent of that receipt", "send a key of that agent")
     return found
+
+
+def _check_opens(visitor: Opened, agent: str) -> None:
+    if not visitor.opens(agent_of(agent)):
+        raise KeyRefusedError("this key does not open the agent of that receipt", "send a key of that agent")
 
 
 def _bare(receipt: str) -> str:

@@ -25,16 +25,18 @@ async def health(request: Request) -> JsonResponse:
     """200 while any agent can be answered. Needs no key; with one, it also tells of the agents that the key opens."""
     visitor = entry_of(request).visitor
     said = desk_of(request).house.crew.health()
-    workers = [{name: worker[name] for name in ("state", "memory_bytes", "restarts")} for worker in said["workers"]]
+    workers = [{name: worker[name] for name in ("state", "role", "memory_bytes", "restarts")} for worker in said["workers"]]
     ready = sum(worker["state"] == READY for worker in workers)
     agents = {
-        name: {key: agent[key] for key in ("breaker", "queued", "live")}
+        name: {key: agent[key] for key in ("breaker", "why", "queued", "live")}
         for name, agent in said["agents"].items()
         if visitor.opens(agent_of(name))
     }
-    all_well = ready == len(workers) and all(agent["breaker"] == "closed" for agent in said["agents"].values())
+    known = desk_of(request).house.troubles()
+    troubles = {name: why for name, why in known.items() if visitor.opens(agent_of(name))}
+    all_well = not known and ready == len(workers) and all(agent["breaker"] == "closed" for agent in said["agents"].values())
     status = "unavailable" if not ready else "ok" if all_well else "degraded"
-    return JsonResponse({"status": status, "workers": workers, "agents": agents}, 200 if ready else 503)
+    return JsonResponse({"status": status, "workers": workers, "agents": agents, "troubles": troubles}, 200 if ready else 503)
 
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Numbers"}})

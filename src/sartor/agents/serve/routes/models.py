@@ -7,10 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from sartor.agents.keys import Opened
 from sartor.agents.serve.app import JsonResponse, Route
 from sartor.agents.serve.desk import Desk, desk_of, entry_of
 from sartor.agents.serve.said import ModelBody, ModelsAnswer
-from sartor.agents.serve.seams import Visitor
 
 router = APIRouter(route_class=Route)
 STARTED = int(time.time())
@@ -18,7 +18,7 @@ STARTED = int(time.time())
 
 @router.get("/v1/models", responses={200: {"model": ModelsAnswer}})
 async def models(request: Request) -> JsonResponse:
-    """The base, `auto`, and each agent that the key opens, with every version that may be asked for."""
+    """What the key opens of base, `auto` and agents, these with every version that may be asked for."""
     names = await _names(desk_of(request), entry_of(request).visitor)
     return JsonResponse({"object": "list", "data": list(names.values())})
 
@@ -31,7 +31,7 @@ async def model(model: str, request: Request) -> JsonResponse:
     return JsonResponse((await _names(desk, visitor))[model])
 
 
-async def _names(desk: Desk, visitor: Visitor) -> dict[str, dict[str, Any]]:
+async def _names(desk: Desk, visitor: Opened) -> dict[str, dict[str, Any]]:
     about = desk.house.crew.about
     exact = f"base@{about.base_digest[:12]}"
 
@@ -39,9 +39,10 @@ async def _names(desk: Desk, visitor: Visitor) -> dict[str, dict[str, Any]]:
         said = {"id": id, "object": "model", "created": STARTED, "owned_by": "sartor"}
         return {**said, "root": root, "parent": parent, "max_model_len": about.context_tokens}
 
-    found = [name("base", exact, None), name("auto", "auto", "base")]
+    found = [name("base", exact, None)] if visitor.opens("base") else []
+    found += [name("auto", "auto", "base")] if visitor.opens("auto") else []
     for agent in await desk.house.roster.listed():
         if visitor.opens(agent.name):
-            found.append(name(agent.name, f"{agent.name}@{agent.live}", "base"))
+            found.append(name(agent.name, f"{agent.name}@{agent.live}" if agent.live else agent.name, "base"))
             found += [name(version, version, "base") for version in (f"{agent.name}@{one}" for one in agent.versions)]
     return {str(said["id"]): said for said in found}

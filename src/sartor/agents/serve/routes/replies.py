@@ -14,7 +14,7 @@ from sartor.agents.serve.app import JsonResponse, Route
 from sartor.agents.serve.asked import ChatRequest, Delivered, TextRequest
 from sartor.agents.serve.desk import desk_of, entry_of, reply_headers
 from sartor.agents.serve.faults import FieldError
-from sartor.agents.serve.replies import Opened, Terms, open_answers
+from sartor.agents.serve.replies import Answers, Terms, open_answers
 from sartor.agents.serve.running import while_there
 from sartor.agents.serve.said import ChatAnswer, TextAnswer
 from sartor.agents.serve.shapes import Chat, Head, Shape, Text
@@ -66,7 +66,7 @@ async def _deliver(request: Request, questions: Sequence[Question], asked: Deliv
     return await _whole(request, opened, head, shape)
 
 
-async def _whole(request: Request, opened: Opened, head: Head, shape: Shape) -> Response:
+async def _whole(request: Request, opened: Answers, head: Head, shape: Shape) -> Response:
     try:
         replies = await while_there(request.receive, opened.whole())
     finally:

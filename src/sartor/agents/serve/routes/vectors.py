@@ -15,7 +15,7 @@ from sartor.agents.serve.desk import desk_of, entry_of
 from sartor.agents.serve.running import while_there
 from sartor.agents.serve.said import VectorAnswer
 from sartor.agents.serve.turns import texts_of
-from sartor.core.errors import UnknownAgentError
+from sartor.core.errors import KeyRefusedError, UnknownAgentError
 
 router = APIRouter(route_class=Route)
 # A directory is an encoder too, but none that a client may name
@@ -28,6 +28,8 @@ async def embeddings(asked: VectorRequest, request: Request) -> JsonResponse:
     desk = desk_of(request)
     if asked.model not in ENCODERS:
         raise UnknownAgentError(f"nothing that embeds has the name {asked.model[:80]!a}", '"model": "base", or "minilm"')
+    if not entry_of(request).visitor.opens(asked.model):
+        raise KeyRefusedError(f"this key does not open {asked.model!r}", f"sartor agents key {asked.model} makes one that does")
     texts = texts_of(asked.input)
     at = asyncio.get_running_loop().time() + desk.limits.deadline_s - entry_of(request).elapsed_s
     work = desk.shift.within(desk.house.crew.embed(texts, asked.model), at)

@@ -1,0 +1,219 @@
+"""Faults are done to a served team under load: who else notices, and how long until those who were hurt are well again.
+
+`sartor serve TEAM.yaml` runs as a user starts it: the starter base, three agents with adapters of their own, one worker and one
+spare. A client of each agent, and one of the base, ask without a pause; each greedy reply must be, byte for byte, the one
+that the same version gave to the same prompt in peace. A reply that is late is right; one that is refused, cut off or
+another is wrong. `others_success` is the fraction of right ones among the agents that a fault may not hurt.
+
+    python benchmarks/chaos.py --json            # adapters tuned by a few updates, every fault, 200 promotions and rollbacks
+    python benchmarks/chaos.py --quick --json    # adapters of random factors, the faults that take seconds, 20 changes
+    python benchmarks/chaos.py --only slow       # faults whose name has this in it
+
+Below the table: a JSON object. Exits 1 if anybody else was hurt, a bad adapter was admitted, or a reply was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import chaos_faults
+import chaos_house
+from chaos_faults import ALL, FAULTS, PATIENCE_S, Fault, Outcome, Scene
+from chaos_load import Load
+
+TOKENS = 6
+CHANGES, QUICK_CHANGES = 200, 20
+# What an encoder takes that is opened in a worker is more than this, and what replies come to is less
+MARGIN_BYTES = 48 << 20
+CALM_S = 0.5
+OPEN_FILES = 4096
+
+
+def main() -> None:
+    """Run, print the table, and the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="the last line is a JSON object")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default="", help="part of a fault's name")
+    parser.add_argument("--keep", type=Path, help="directory to work in; it is emptied first, and stays")
+    asked = parser.parse_args()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, most), most))
+    began = time.monotonic()
+    with workplace(asked.keep) as path:
+        said = asyncio.run(run(path, asked.quick, asked.only))
+    said["wall_s"] = round(time.monotonic() - began, 1)
+    table(said)
+    if asked.json:
+        print(json.dumps(said))
+    is_hurt = said["others_success"] < 1 or not said["base_bit_equal"] or said["admitted_bad"] or said["lost_in_flight"]
+    raise SystemExit(1 if is_hurt or any(fault["failed"] for fault in said["faults"].values()) else 0)
+
+
+@contextmanager
+def workplace(keep: Path | None) -> Iterator[Path]:
+    """An empty directory."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="sartor-chaos-") as path:
+            yield Path(path)
+    else:
+        shutil.rmtree(keep, ignore_errors=True)
+        keep.mkdir(parents=True)
+        yield keep.absolute()
+
+
+async def run(path: Path, quick: bool, only: str) -> dict[str, Any]:
+    """Everything that is measured."""
+    home = chaos_house.build(path, trained=not quick)
+    home.mount()
+    clock = path / "clock" if chaos_house.libfaketime() else None
+    if clock:
+        clock.write_text("+0\n")
+    server = None
+    try:
+        server, start_s = await opened(home, clock)
+        load = Load(server.url, server.key, TOKENS)
+        await peace(home, server, load)
+        memory_bytes = 0
+        if not quick:
+            memory_bytes, again_s = await limited(home, server, load)
+        scene = Scene(home, server, load, clock, QUICK_CHANGES if quick else CHANGES)
+        chosen = [fault for fault in FAULTS if only in fault.name and not (quick and fault.is_long)]
+        faults, replies = await suffer(scene, chosen)
+        before, asked = dict(load.known), len(replies)
+        await load.learn(["base"])
+        status = server.stop()
+    finally:
+        if server:
+            server.kill()
+        home.unmount()
+    others = [reply for reply in replies.values() if reply["other"]]
+    wrong = [reply for reply in others if reply["wrong"]]
+    bases = [reply for reply in replies.values() if reply["agent"] == "base"]
+    return {
+        "faults": faults,
+        "others_success": 1.0 if not wrong else round(1 - len(wrong) / len(others), 6),
+        "others_requests": len(others),
+        "base_bit_equal": before == load.known and not any(reply["wrong"] for reply in bases),
+        "admitted_bad": len(home.admitted),
+        "bad_adapters": len(chaos_faults.corpus()),
+        "lost_in_flight": home.lost,
+        "promotions": scene.changes if any(fault.do is chaos_faults.promotions for fault in chosen) else 0,
+        "recovery_s": {name: fault["recovery_s"] for name, fault in faults.items() if "recovery_s" in fault},
+        "requests": asked,
+        "wrong": [{"agent": one["agent"], "fault": one["fault"], "wrong": one["wrong"]} for one in wrong][:20],
+        "start_s": round(start_s, 1),
+        "exit_status": status,
+        "processors": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[1], 1),
+        **({"memory_limit_bytes": memory_bytes, "start_again_s": round(again_s, 1)} if memory_bytes else {}),
+    }
+
+
+async def opened(home: chaos_house.Home, clock: Path | None) -> tuple[chaos_house.Server, float]:
+    """The server, started for the first time: every Release is admitted."""
+    server = chaos_house.Server(chaos_house.write_team(home), home.path / "server.log", clock)
+    return server, await asyncio.to_thread(server.start)
+
+
+async def peace(home: chaos_house.Home, server: chaos_house.Server, load: Load) -> None:
+    """The second version of one agent is registered, and everybody's replies are learnt."""
+    second, version = chaos_house.SECOND, chaos_house.VERSIONS[1]
+    await server.staffed(PATIENCE_S)
+    await load.learn(ALL)
+    await changed(server, "promote", release=str(home.releases[f"{second}@{version}"]))
+    await load.learn([second])
+    await changed(server, "rollback")
+
+
+async def changed(server: chaos_house.Server, verb: str, **asked: Any) -> None:
+    """A change that must succeed."""
+    said = await server.change(chaos_house.SECOND, verb, **asked)
+    if said.status_code != 200:
+        raise SystemExit(f"{verb}: HTTP {said.status_code} {said.text}")
+
+
+async def limited(home: chaos_house.Home, server: chaos_house.Server, load: Load) -> tuple[int, float]:
+    """Start it again with a limit of memory a little above what its workers take; all replies must be as they were."""
+    most = max(worker["memory_bytes"] for worker in (await server.health())["workers"])
+    memory_bytes = most + MARGIN_BYTES
+    server.stop()
+    chaos_house.write_team(home, memory_bytes)
+    again_s = await asyncio.to_thread(server.start)
+    load.url = server.url
+    await server.staffed(PATIENCE_S)
+    known = dict(load.known)
+    await load.learn(["base", chaos_house.AGENTS[0]])
+    if known != load.known:
+        raise SystemExit("after a restart the replies are others")
+    return memory_bytes, again_s
+
+
+async def suffer(scene: Scene, chosen: list[Fault]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """Each fault in turn, and what became of the requests meanwhile."""
+    faults: dict[str, Any] = {}
+    judged: dict[int, dict[str, Any]] = {}
+    async with scene.load.running(ALL):
+        for fault in chosen:
+            await asyncio.sleep(CALM_S)
+            began, first = time.monotonic(), len(scene.load.replies)
+            if fault.do is chaos_faults.clock_jumps and scene.clock is None:
+                faults[fault.name] = {"skipped": f"libfaketime is not installed: {chaos_house.FAKETIME_HELP}", "failed": ""}
+                continue
+            outcome = await suffered(scene, fault)
+            replies = scene.load.replies[first:]
+            others = [reply for reply in replies if reply.agent not in fault.hurt]
+            wrong = [reply for reply in others if reply.wrong]
+            for place, reply in enumerate(replies, first):
+                judged[place] = {
+                    "agent": reply.agent, "fault": fault.name, "wrong": reply.wrong, "other": reply.agent not in fault.hurt
+                }  # fmt: skip
+            slowest_s = max((reply.ended - reply.began for reply in others), default=0.0)
+            faults[fault.name] = {
+                "others_success": 1 - len(wrong) / len(others) if others else 0.0, "requests": len(replies),
+                "hurt": list(fault.hurt), "recovery_s": round(outcome.recovery_s, 2), "note": outcome.note,
+                "failed": outcome.failed, "slowest_s": round(slowest_s, 2), "wall_s": round(time.monotonic() - began, 1),
+            }  # fmt: skip
+            print(f"{fault.name}: {faults[fault.name]}", flush=True)
+    return faults, judged
+
+
+async def suffered(scene: Scene, fault: Fault) -> Outcome:
+    """A fault; one from which nobody recovers is an outcome, too."""
+    try:
+        return await fault.do(scene)
+    except (TimeoutError, OSError) as error:
+        return Outcome(PATIENCE_S, "", f"not over after {PATIENCE_S:g} s: {type(error).__name__} {error}")
+
+
+def table(said: dict[str, Any]) -> None:
+    """The faults, a line each."""
+    print(f"\n{'fault':32} {'others':>8} {'of':>6} {'slowest':>8} {'recovery':>9}  note")
+    for name, fault in said["faults"].items():
+        if "skipped" in fault:
+            print(f"{name:32} {'skipped':>8}  {fault['skipped']}")
+            continue
+        note = f"{fault['note']}{'; FAILED: ' + fault['failed'] if fault['failed'] else ''}"
+        figures = f"{fault['others_success']:8.2%} {fault['requests']:6} {fault['slowest_s']:7.1f}s {fault['recovery_s']:8.1f}s"
+        print(f"{name:32} {figures}  {note}")
+    print(
+        f"\nothers' success {said['others_success']:.4%} of {said['others_requests']}; "
+        f"base bit-equal {said['base_bit_equal']}; "
+        f"{said['admitted_bad']} of {said['bad_adapters']} bad adapters admitted; {said['lost_in_flight']} replies lost in "
+        f"{said['promotions']} promotions and rollbacks; {said['wall_s']} s in all"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Steady load by several agents: every reply is compared with the one that the same agent gave to the same prompt in peace."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+
+PROMPTS = (
+    "Switch the kitchen light on.",
+    "What colour is the sky?",
+    "How long does delivery take?",
+    "Say hello to Ada.",
+    "Name three fruits.",
+    "Is the attic window open?",
+)
+MOST_S = 60.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One request and what came of it. model: the exact version that answered. wrong: what was not as it must be."""
+
+    agent: str
+    prompt: str
+    began: float
+    ended: float
+    model: str = ""
+    text: str = ""
+    wrong: str = ""
+
+
+@dataclass
+class Load:
+    """Clients of each agent that ask one prompt after the other. `known`: what each exact version said in peace."""
+
+    url: str
+    key: str
+    tokens: int
+    pause_s: float = 0.05
+    known: dict[tuple[str, str], str] = field(default_factory=dict)
+    replies: list[Reply] = field(default_factory=list)
+
+    async def learn(self, models: Sequence[str]) -> None:
+        """Ask everything once, in peace, and once more: it must be the same."""
+        async with client(self.url, self.key) as http:
+            for model, prompt in itertools.product(models, PROMPTS):
+                first, second = [await ask(http, model, prompt, self.tokens, stream=stream) for stream in (True, False)]
+                if first.wrong or second.wrong or first.text != second.text:
+                    raise SystemExit(f"in peace {model} said {first} and {second} to {prompt!r}")
+                self.known[first.model, prompt] = first.text
+
+    @contextlib.asynccontextmanager
+    async def running(self, agents: Sequence[str]) -> AsyncIterator[None]:
+        """One client for each of `agents`, as long as this lasts; what was asked then is waited for."""
+        stop = asyncio.Event()
+        async with client(self.url, self.key) as http:
+            clients = [asyncio.create_task(self._client(http, agent, place, stop)) for place, agent in enumerate(agents)]
+            try:
+                yield
+            finally:
+                stop.set()
+                await asyncio.gather(*clients)
+
+    async def _client(self, http: httpx.AsyncClient, agent: str, place: int, stop: asyncio.Event) -> None:
+        for turn in itertools.count(place):
+            if stop.is_set():
+                return
+            reply = await ask(http, agent, PROMPTS[turn % len(PROMPTS)], self.tokens, stream=turn % 2 == 0)
+            self.replies.append(self.judged(reply))
+            await asyncio.sleep(self.pause_s)
+
+    def judged(self, reply: Reply) -> Reply:
+        """With what is wrong about it, if anything."""
+        if reply.wrong:
+            return reply
+        known = self.known.get((reply.model, reply.prompt))
+        wrong = f"answered by {reply.model}, which nobody knows" if known is None else "another reply than in peace"
+        return reply if known == reply.text else Reply(**{**vars(reply), "wrong": wrong})
+
+    def since(self, moment: float, agents: Sequence[str] | None = None) -> list[Reply]:
+        """Replies that ended after a moment."""
+        return [reply for reply in self.replies if reply.ended >= moment and (agents is None or reply.agent in agents)]
+
+    async def all_well_after(self, moment: float, agents: Sequence[str], within_s: float) -> float:
+        """Seconds from a moment until each agent had a right reply to a request that came after it; raises TimeoutError."""
+        async with asyncio.timeout(within_s):
+            while True:
+                right = [reply for reply in self.replies if reply.began >= moment and not reply.wrong]
+                ended = {agent: min((one.ended for one in right if one.agent == agent), default=0.0) for agent in agents}
+                if all(ended.values()):
+                    return max(ended.values()) - moment
+                await asyncio.sleep(0.02)
+
+
+def client(url: str, key: str) -> httpx.AsyncClient:
+    """A client of the server."""
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=MOST_S, trust_env=False)
+
+
+def body(model: str, prompt: str, tokens: int, stream: bool) -> dict[str, object]:
+    """A chat request; greedy, whatever the Release says."""
+    messages = [{"role": "user", "content": prompt}]
+    return {"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0, "stream": stream}
+
+
+async def ask(http: httpx.AsyncClient, model: str, prompt: str, tokens: int, stream: bool) -> Reply:
+    """One request; nothing that goes wrong is raised."""
+    began = time.monotonic()
+    said = body(model, prompt, tokens, stream)
+    try:
+        name, text = await (_streamed(http, said) if stream else _whole(http, said))
+    except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
+        return Reply(model, prompt, began, time.monotonic(), wrong=f"{type(error).__name__}: {error}"[:300])
+    return Reply(model, prompt, began, time.monotonic(), name, text)
+
+
+async def _whole(http: httpx.AsyncClient, said: dict[str, object]) -> tuple[str, str]:
+    answer = await http.post("/v1/chat/completions", json=said)
+    _check(answer.status_code, answer.text)
+    told = answer.json()
+    return told["model"], told["choices"][0]["message"]["content"] or ""
+
+
+async def _streamed(http: httpx.AsyncClient, said: dict[str, object]) -> tuple[str, str]:
+    name, text, finish = "", "", None
+    async with http.stream("POST", "/v1/chat/completions", json=said) as answer:
+        if answer.status_code != 200:
+            _check(answer.status_code, (await answer.aread()).decode())
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            told = json.loads(line[6:])
+            if "error" in told:
+                raise ValueError(f"in the stream: {told['error']}")
+            name = told["model"]
+            for choice in told["choices"]:
+                text += choice["delta"].get("content") or ""
+                finish = choice["finish_reason"] or finish
+    if finish is None:
+        raise ValueError("the stream ended without a finish_reason")
+    return name, text
+
+
+def _check(status: int, text: str) -> None:
+    if status != 200:
+        raise ValueError(f"HTTP {status}: {text[:200]}")

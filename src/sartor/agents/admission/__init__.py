@@ -1,0 +1,313 @@
+"""What a Release must pass before a worker that serves loads its adapter. No torch: the front process decides.
+
+    copies.py   the server's own copy: what is looked at is what is loaded
+    terms.py    release.json, the gate, licences          config.py   adapter_config.json of plain LoRA
+    tensors.py  safetensors, strictly                     weights.py  the base's matrices
+    lora.py     the factors against config and base       canary.py   a few prompts in a process of its own
+
+The checks run in the order of `CHECKS`, each on bytes that the ones before it vouch for: nothing of a Release is parsed
+before its signature is known to be good. Whoever is refused learns which check it was: `error.check`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sartor.agents.admission import canary, copies, lora, terms
+from sartor.agents.admission.config import read_config
+from sartor.agents.admission.tensors import read_header
+from sartor.agents.admission.weights import BaseWeights
+from sartor.agents.entries import Version
+from sartor.agents.team import Team
+from sartor.core import bases, signing
+from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
+from sartor.core.errors import InputError, ModelError, RefusedError, SignatureError
+from sartor.models.engine.contract import About, Call, Event, adapter_digest
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MOST_SIGNATURE_BYTES = 1 << 16
+MOST_MANIFEST_BYTES = 64 << 20
+
+# The closed list. Where a refusal is no AdmissionError, its class stands in brackets; `check` names one of these in any case.
+CHECKS = {
+    "files": "regular files within limits, each byte as the manifest says, no other file (AdmissionError, ArtifactError)",
+    "signature": "signed by a trusted key that is not revoked (SignatureError)",
+    "manifest": "release.json has the form that `sartor release` writes",
+    "base": "bound to the base that the engine serves (ModelError)",
+    "template": "bound to the chat template that the engine renders with (ModelError)",
+    "gate": "each check of the release gate passed, or was waived by somebody for a reason",
+    "licence": "sources and base permit the use today, or that was waived (LicenceError)",
+    "config": "plain LoRA: no DoRA, bias, module to save, foreign start or pattern; rank and alpha within limits",
+    "weights": "a whole safetensors file, no pickle (ModelError)",
+    "tensors": "factors A and B of exactly the base's modules that the config targets",
+    "shapes": "A is (rank, in) and B (out, rank) of the base's weight",
+    "rank": "the rank that the config declares",
+    "dtypes": "floats of 16 or 32 bits",
+    "finite": "no NaN, no infinity",
+    "norms": "what is added to a weight is not out of scale with it",
+    "canary": "a process of its own can load it and answers a few prompts (also ModelError, UnavailableError)",
+    "degenerate": "the replies say something and do not repeat one piece",
+    "agreement": "the replies are like those that its Report recorded",
+}
+
+
+class Probe(Protocol):
+    """An engine in a process of its own, which no served reply depends on: `supervisor.probe`."""
+
+    async def __call__(self, adapter: str, path: Path, calls: Sequence[Call]) -> Sequence[Sequence[Event]]:
+        """The events of each call, the adapter in `path` attached as `adapter`; calls of the base may be among them.
+
+        Raises ModelError for an adapter that cannot be attached, or that ended the process.
+        """
+        ...
+
+
+Ask = Callable[[str, Path, Sequence[Call]], Sequence[Sequence[Event]]]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a Release is held against. base: its directory. trust: the one key to believe; None: those in SARTOR_HOME."""
+
+    about: About
+    base: Path
+    state: Path
+    trust: Path | None = None
+
+    @classmethod
+    def of(cls, team: Team, about: About) -> Ground:
+        """The ground of a team whose engine says `about`. Raises ModelError where the base's files are not on this machine."""
+        found = bases.locate(team.base)
+        if not found.path.is_dir():
+            raise ModelError(
+                f"the base {found.name!r} has not been converted on this machine, so no adapter can be compared with it",
+                f"python -c \"from sartor.models.base import open_base; open_base('{found.name}')\"",
+            )
+        return cls(about, found.path, Path(team.state), Path(team.trust) if team.trust else None)
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A Release that may be served. adapter: the digest to attach it under, from `path`, the server's own copy.
+
+    release: its id. sampling, tools: as release.json has them. checks: what each check found, in their order.
+    """
+
+    adapter: str
+    release: str
+    name: str
+    version: str
+    path: Path
+    system_prompt: str
+    sampling: Mapping[str, Any]
+    tools: tuple[Mapping[str, Any], ...]
+    licence: str
+    signer: str
+    checks: Mapping[str, str]
+
+
+def version_of(admitted: Admitted, agent: str) -> Version:
+    """An admitted Release as a version of an agent, for the registry. What is registered is the server's own copy."""
+    facts = {
+        "system_prompt": admitted.system_prompt,
+        "sampling": dict(admitted.sampling),
+        "tools": list(admitted.tools),
+        "licence": admitted.licence,
+        "signer": admitted.signer,
+        "checks": dict(admitted.checks),
+    }
+    return Version(agent, admitted.version, str(admitted.path), admitted.release, admitted.adapter, facts)
+
+
+async def admit(release: Path | str, ground: Ground, probe: Probe) -> Admitted:
+    """Copy, check and keep a Release. Raises what `admit_by` raises."""
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_threads, admit_by, release, ground, in_loop(probe, loop))
+
+
+def registering(ground: Ground, probe: Probe) -> Callable[[Path, str], Awaitable[Version]]:
+    """What `dispatch` admits by: the Release in a directory as a version of an agent of that name."""
+
+    async def admitting(release: Path, agent: str) -> Version:
+        return version_of(await admit(release, ground, probe), agent)
+
+    return admitting
+
+
+# Not the loop's own threads: an admission waits for a probe, and that may need one of those.
+_threads = ThreadPoolExecutor(2, "admission")
+
+
+def in_loop(probe: Probe, loop: asyncio.AbstractEventLoop) -> Ask:
+    """`probe` for a thread that may wait, while `loop` runs in another."""
+
+    def ask(adapter: str, path: Path, calls: Sequence[Call]) -> Sequence[Sequence[Event]]:
+        async def said() -> Sequence[Sequence[Event]]:
+            return await probe(adapter, path, calls)
+
+        return asyncio.run_coroutine_threadsafe(said(), loop).result()
+
+    return ask
+
+
+def admit_by(release: Path | str, ground: Ground, ask: Ask) -> Admitted:
+    """Copy, check and keep a Release, for a thread. One of the team's own copies is looked at where it stands.
+
+    Raises AdmissionError, SignatureError, ArtifactError, LicenceError or ModelError, each with the name of its check;
+    MissingError when the disk is full, and what `ask` raises when no process could be started.
+    """
+    path = Path(release).absolute()
+    if copies.is_copy(path, ground.state):
+        return _readmit(path, ground, ask)
+    with _checking("files"), copies.staged(path, ground.state) as part:
+        looked = _examine(part, path, ground)
+        checks = {**looked.checks, **_values(looked, ground), "canary": _ask(looked, ask)}
+        kept = copies.keep(part, ground.state, looked.found.id, {"base": ground.about.base_digest, "checks": checks})
+        return looked.admitted(kept, checks)
+
+
+def _readmit(path: Path, ground: Ground, ask: Ask) -> Admitted:
+    """A copy, at a later start: signer, bytes, base, gate and licence anew; the rest only if that base was never passed."""
+    looked = _examine(path, path, ground)
+    passed = copies.passed(path)
+    if passed.get("base") == ground.about.base_digest and isinstance(passed.get("checks"), dict):
+        return looked.admitted(path, {**passed["checks"], **looked.checks})
+    return looked.admitted(path, {**looked.checks, **_values(looked, ground), "canary": _ask(looked, ask)})
+
+
+def look(release: Path | str, ground: Ground) -> Admitted:
+    """Every check but those that ask an engine, on a Release where it stands: for a command that has none. Keeps nothing.
+
+    Raises what `admit_by` raises.
+    """
+    path = Path(release).absolute()
+    looked = _examine(path, path, ground)
+    return looked.admitted(path, {**looked.checks, **_values(looked, ground)})
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """A Release whose manifest may be believed, with the digest of its adapter and what was found so far."""
+
+    found: Artifact
+    signer: str
+    adapter: str
+    checks: Mapping[str, str]
+
+    def admitted(self, path: Path, checks: Mapping[str, str]) -> Admitted:
+        said = self.found.manifest
+        return Admitted(
+            adapter=self.adapter,
+            release=self.found.id,
+            name=said["name"],
+            version=said["version"],
+            path=path,
+            system_prompt=said["system_prompt"],
+            sampling=said["sampling"],
+            tools=tuple(said.get("tools", ())),
+            licence=self.found.licence,
+            signer=self.signer,
+            checks={name: checks[name] for name in CHECKS if name in checks},
+        )
+
+
+def _examine(path: Path, origin: Path, ground: Ground) -> _Looked:
+    """Signature, bytes, form, base, gate, licence of the copy in `path`."""
+    checks: dict[str, str] = {}
+    with _checking("signature"):
+        signer = _signer(path, origin, ground.trust)
+        checks["signature"] = f"signed by {signer}"
+    with _checking("files"):
+        found = open_artifact(path, "release")
+        checks["files"] = f"{len(found.manifest['files'])} files as signed"
+    with _checking("manifest"):
+        terms.check_form(found.manifest)
+    _check_ground(found, ground.about)
+    checks |= {"base": ground.about.base_digest[:12], "template": ground.about.template_digest[:12]}
+    checks["gate"] = terms.check_gate(found.manifest)
+    with _checking("licence"):
+        checks["licence"] = terms.check_licence(found)
+    with _checking("weights"):
+        _check_listed(found)
+    return _Looked(found, signer, adapter_digest(found.manifest["files"]), checks)
+
+
+def _values(looked: _Looked, ground: Ground) -> dict[str, str]:
+    """Everything about the adapter's two files, except what only running it can show."""
+    config = read_config(looked.found.path / CONFIG)
+    with _checking("weights"):
+        found = read_header(looked.found.path / WEIGHTS)
+        base = BaseWeights(ground.base, ground.about.base_digest, ground.state / "base-norms.json")
+    pairs = lora.pair_up(found, config, base)
+    lora.check_shapes(pairs, config, base)
+    lora.check_ranks(pairs, config)
+    lora.check_dtypes(pairs)
+    norms = lora.check_values(pairs, base)
+    ranks = sorted({pair.a.shape[0] for pair in pairs})
+    return {
+        "config": f"LoRA, rank {config.rank}, alpha {config.alpha:g}",
+        "weights": f"{len(found)} tensors",
+        "tensors": f"{len(pairs)} modules",
+        "shapes": "as the base's",
+        "rank": ", ".join(map(str, ranks)),
+        "dtypes": ", ".join(sorted({tensor.dtype for tensor in found.values()})),
+        "finite": "every value",
+        "norms": f"at most {norms.largest:.3g} of the limit ({norms.module}), {norms.median:.3g} in the middle",
+    }
+
+
+def _ask(looked: _Looked, ask: Ask) -> str:
+    canaries = canary.canaries_of(looked.found.manifest, looked.adapter)
+    with _checking("canary"):
+        return canary.judge(canaries, ask(looked.adapter, looked.found.path, canaries.calls))
+
+
+def _signer(path: Path, origin: Path, trust: Path | None) -> str:
+    """Who signed the copy's release.json; read before a byte of it is parsed."""
+    manifest, signature = path / MANIFESTS["release"], path / "signature"
+    if not manifest.is_file() or not signature.is_file():
+        raise SignatureError(f"{origin} is no signed Release", "sartor release signs an adapter")
+    for file, most in ((manifest, MOST_MANIFEST_BYTES), (signature, MOST_SIGNATURE_BYTES)):
+        if file.stat().st_size > most:
+            raise SignatureError(
+                f"{file.name} of {origin} has {file.stat().st_size:,} bytes; {most:,} are the limit", "sign anew"
+            )
+    return signing.check(manifest.read_bytes(), signature, [signing.open_public(trust)] if trust else None)
+
+
+def _check_ground(found: Artifact, about: About) -> None:
+    """Raise ModelError (`base`, `template`) unless the Release is bound to what the engine serves."""
+    said = found.manifest["base"]
+    for check, key, served in (("base", "digest", about.base_digest), ("template", "template_digest", about.template_digest)):
+        with _checking(check):
+            if said[key] != served:
+                raise ModelError(
+                    f"{found.manifest['name']} is bound to the {check} {said[key][:12]} ({said['name']!r}); "
+                    f"the engine serves {served[:12]} ({about.base!r})",
+                    "serve the base that it was tuned on, or tune again on this one",
+                )
+
+
+def _check_listed(found: Artifact) -> None:
+    pickled = [name for name in found.manifest["files"] if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+    if pickled:
+        raise ModelError(f"it holds {pickled[0]}, a pickle, which can run code when read", f"store the adapter as {WEIGHTS}")
+    for name in (WEIGHTS, CONFIG):
+        if name not in found.manifest["files"]:
+            raise ModelError(f"it has no {name}", "release an adapter in PEFT's form")
+
+
+@contextmanager
+def _checking(name: str) -> Iterator[None]:
+    """A refusal that names no check yet gets this one's name. A full disk or a process that cannot start is no refusal."""
+    try:
+        yield
+    except (InputError, RefusedError) as error:
+        error.check = error.check or name
+        raise

@@ -1,0 +1,127 @@
+"""A few prompts, answered by the adapter in a process of its own, before anybody else is near it.
+
+A Release brings its own: held-out prompts with the replies that its Report recorded (`canaries` in release.json). One that
+has none is asked general questions, and held against what the base itself answers to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rapidfuzz import fuzz
+
+from sartor.core.errors import AdmissionError
+from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece
+from sartor.models.sampling import Sampling
+
+MOST_CANARIES = 12
+SAMPLING = Sampling(max_tokens=48)
+# How alike the beginnings of replies and recorded ones must be on the mean, 0..1 by edits. Only beginnings: a long free text
+# goes its own way after one rounding. What was measured stands in docs/admission.md.
+LEAST_AGREEMENT = 0.65
+COMPARED_CHARACTERS = 80
+# A reply whose end repeats one short piece so often, over so much of it
+LONGEST_UNIT = 24
+LEAST_REPEATS = 8
+REPEATED_FRACTION = 0.75
+GENERAL = ("Hello!", "What can you do for me?", "Write one sentence about the sea.", "List three colours.")
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """What is asked, and what a recorded Release answered before: `recorded` is empty for general questions."""
+
+    calls: tuple[Call, ...]
+    recorded: tuple[str, ...]
+
+
+def canaries_of(manifest: Mapping[str, Any], adapter: str) -> Canaries:
+    """The canaries of a Release, greedy and short; a recorded prompt as it stands, a general one after its system prompt."""
+    said = [one for one in manifest.get("canaries", []) if _is_canary(one)][:MOST_CANARIES]
+    if said:
+        calls = [Call(f"canary-{place}", adapter, tuple(one["messages"]), sampling=SAMPLING) for place, one in enumerate(said)]
+        return Canaries(tuple(calls), tuple(one["reply"] for one in said))
+    system = [{"role": "system", "content": manifest["system_prompt"]}] if manifest["system_prompt"] else []
+    asked = [(*system, {"role": "user", "content": text}) for text in GENERAL]
+    both = [(who, messages) for who in (adapter, BASE) for messages in asked]
+    calls = [Call(f"canary-{place}", who, messages, sampling=SAMPLING) for place, (who, messages) in enumerate(both)]
+    return Canaries(tuple(calls), ())
+
+
+def _is_canary(said: Mapping[str, Any]) -> bool:
+    messages = said.get("messages")
+    return isinstance(said.get("reply"), str) and isinstance(messages, list) and all(_is_message(one) for one in messages)
+
+
+def _is_message(said: Any) -> bool:
+    return isinstance(said, dict) and isinstance(said.get("role"), str) and "content" in said
+
+
+def judge(canaries: Canaries, said: Sequence[Sequence[Event]]) -> str:
+    """What the replies showed. Raises AdmissionError: `canary`, `degenerate` or `agreement`.
+
+    said: the events of each call, in the order of the calls.
+    """
+    replies = [_reply(call, events) for call, events in zip(canaries.calls, said, strict=True)]
+    texts = [text for text, _ in replies]
+    if not canaries.recorded:
+        mine, base = texts[: len(GENERAL)], texts[len(GENERAL) :]
+        _check_repetition(mine, sum(is_degenerate(text) for text in base))
+        return f"{len(mine)} general prompts answered; the Release records no replies to compare with"
+    # what the Report has is what the gate let pass, or somebody waived: a canary asks whether it is still so
+    _check_repetition(texts, sum(is_degenerate(wanted) for wanted in canaries.recorded))
+    alike = [_agreement(text, is_cut, wanted) for (text, is_cut), wanted in zip(replies, canaries.recorded, strict=True)]
+    mean = sum(alike) / len(alike)
+    if mean < LEAST_AGREEMENT:
+        raise AdmissionError(
+            f"the replies to {len(alike)} recorded prompts are {mean:.2f} like those that its Report has; "
+            f"the limit is {LEAST_AGREEMENT}",
+            "evaluate and release it again, on the base and the engine that serve it",
+            "agreement",
+        )
+    same = sum(one == 1 for one in alike)
+    return f"{len(alike)} recorded prompts answered, {same} begin word for word, {mean:.2f} alike on the mean"
+
+
+def _agreement(text: str, is_cut: bool, wanted: str) -> float:
+    """0..1, over as much of both as there is, up to what is compared.
+
+    The Report cut long replies too, and does not say which: what goes on beyond a recorded reply is let be.
+    """
+    text, wanted = text[: min(COMPARED_CHARACTERS, len(wanted))], wanted[:COMPARED_CHARACTERS]
+    return fuzz.ratio(text, wanted[: len(text)] if is_cut else wanted) / 100
+
+
+def _reply(call: Call, events: Sequence[Event]) -> tuple[str, bool]:
+    """A whole reply, and whether its length cut it."""
+    end = events[-1] if events else None
+    if isinstance(end, Failed):
+        raise AdmissionError(f"the adapter could not answer a canary prompt: {end.problem}", "tune it again", "canary")
+    if not isinstance(end, Done) or end.finish == "cancelled":
+        raise AdmissionError(f"the reply to {call.id} did not end", "tune it again", "canary")
+    return "".join(event.text for event in events if isinstance(event, Piece)), end.finish == "length"
+
+
+def _check_repetition(texts: Sequence[str], expected: int) -> None:
+    """Raise AdmissionError when half of the replies, beyond those expected, are nothing or one piece over and over."""
+    found = [text for text in texts if is_degenerate(text)]
+    if len(found) - expected >= len(texts) / 2:
+        shown = found[0][:60] + ("..." if len(found[0]) > 60 else "")
+        problem = f"{len(found)} of {len(texts)} replies to canary prompts say nothing or repeat one piece: {shown!a}"
+        raise AdmissionError(problem, "tune it again", "degenerate")
+
+
+def is_degenerate(text: str) -> bool:
+    """Whether a reply is empty, or one piece of at most `LONGEST_UNIT` characters over and over to its end."""
+    text = text.strip()
+    if not text:
+        return True
+    for unit in range(1, min(LONGEST_UNIT, len(text) // LEAST_REPEATS) + 1):
+        run = unit
+        while run < len(text) and text[-1 - run] == text[-1 - run + unit]:
+            run += 1
+        if run >= LEAST_REPEATS * unit and run >= REPEATED_FRACTION * len(text):
+            return True
+    return False

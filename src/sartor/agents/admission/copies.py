@@ -1,0 +1,171 @@
+"""The server's own copy of a Release: what was checked is what is loaded, whatever becomes of the original meanwhile.
+
+    STATE/adapters/<release id>/              the Release as it was admitted, and .admitted.json: the checks that it passed
+    STATE/adapters/.part-<random>/            one that is being looked at; left by a kill, removed by `sweep`
+
+Bytes are copied and never linked: a hard link is the same file, which its owner could still write to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sartor.core import records
+from sartor.core.artifacts import DISK_FULL, fsync_directory, open_artifact
+from sartor.core.errors import AdmissionError, ArtifactError, MissingError, SartorError
+
+MOST_BYTES = 4 << 30
+MOST_FILES = 2_000
+MOST_DEPTH = 8
+PASSED = ".admitted.json"
+_PART = ".part-"
+_PIECE = 1 << 20
+
+
+def folder(state: Path) -> Path:
+    """Where the copies of a team stand; made if absent, and nobody else's to read."""
+    path = state / "adapters"
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
+
+
+def sweep(state: Path) -> None:
+    """Remove what killed admissions left. Call it at the start of a server, when none is running."""
+    for part in folder(state).glob(f"{_PART}*"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def staged(release: Path, state: Path) -> Iterator[Path]:
+    """A copy of the directory `release` that goes on leaving, unless `keep` gave it its name.
+
+    Raises AdmissionError (`files`) for a link, a device, or more than a Release may hold; ArtifactError where nothing can be
+    read; MissingError when the disk is full.
+    """
+    part = folder(state) / f"{_PART}{secrets.token_hex(8)}"
+    try:
+        with _disk(state):
+            part.mkdir(mode=0o700)
+            _Copying(release, part).run()
+        yield part
+    except SartorError as error:
+        # who is refused knows the original
+        error.problem, error.remedy = (
+            text.replace(str(part), str(release)).replace(part.name, release.name) for text in (error.problem, error.remedy)
+        )
+        error.args = (f"{error.problem}\n  try: {error.remedy}",)
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def keep(part: Path, state: Path, release_id: str, passed: dict[str, Any]) -> Path:
+    """Give a staged copy its name, with what it passed. One that stands there already, and is whole, is kept instead."""
+    path = folder(state) / release_id
+    if _is_whole(path):
+        return path
+    with _disk(state):
+        (part / PASSED).write_bytes(records.canonical({"schema": 1, **passed}))
+        _sync(part)
+        if path.exists():
+            old = part.with_name(f"{part.name}-old")
+            os.replace(path, old)
+            shutil.rmtree(old, ignore_errors=True)
+        os.replace(part, path)
+        fsync_directory(path.parent)
+    return path
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return open_artifact(path, "release").id == path.name and bool(passed(path))
+    except ArtifactError:
+        return False
+
+
+def is_copy(path: Path, state: Path) -> bool:
+    """Whether a directory is one of the team's own copies."""
+    return path.absolute().parent == folder(state).absolute() and not path.name.startswith(".")
+
+
+def passed(path: Path) -> dict[str, Any]:
+    """What a copy passed when it was admitted; empty where that cannot be read, so that it has to pass again."""
+    try:
+        said = json.loads((path / PASSED).read_text(encoding="utf-8"))
+        return said if isinstance(said, dict) and said.get("schema") == 1 else {}
+    except (OSError, ValueError):
+        return {}
+
+
+class _Copying:
+    """One copy, within limits that hold for all of it."""
+
+    def __init__(self, release: Path, part: Path) -> None:
+        self._release, self._part = release, part
+        self._files = self._bytes = 0
+
+    def run(self) -> None:
+        if not self._release.is_dir():
+            raise ArtifactError(f"there is no directory {self._release}", "give the directory of a Release")
+        self._folder(self._release, self._part, 0)
+
+    def _folder(self, source: Path, target: Path, depth: int) -> None:
+        if depth > MOST_DEPTH:
+            raise _refused(f"{source} lies more than {MOST_DEPTH} folders deep")
+        with os.scandir(source) as entries:
+            found = [entry for entry in entries if not entry.name.startswith(".")]  # no part of an artefact: core/artifacts.py
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                (target / entry.name).mkdir(mode=0o700)
+                self._folder(Path(entry.path), target / entry.name, depth + 1)
+            else:
+                self._file(Path(entry.path), target / entry.name)
+
+    def _file(self, source: Path, target: Path) -> None:
+        self._files += 1
+        if self._files > MOST_FILES:
+            raise _refused(f"it holds more than {MOST_FILES:,} files")
+        try:
+            # neither through a link, nor waiting for whoever holds the other end of a pipe
+            descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise _refused(f"{source} cannot be opened as a file: {error.strerror}") from None
+        with os.fdopen(descriptor, "rb") as reading:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise _refused(f"{source} is no regular file")
+            with target.open("xb") as writing:
+                while piece := reading.read(_PIECE):
+                    self._bytes += len(piece)
+                    if self._bytes > MOST_BYTES:
+                        raise _refused(f"it holds more than {MOST_BYTES:,} bytes")
+                    writing.write(piece)
+
+
+def _refused(problem: str) -> AdmissionError:
+    return AdmissionError(f"the Release is refused: {problem}", "give a Release as `sartor release` writes it", "files")
+
+
+def _sync(part: Path) -> None:
+    for folder_, _, names in os.walk(part):
+        for name in names:
+            with open(os.path.join(folder_, name), "rb+") as stream:
+                os.fsync(stream.fileno())
+        fsync_directory(Path(folder_))
+
+
+@contextmanager
+def _disk(state: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise MissingError(f"the disk is full: the adapter could not be copied to {state}", "free some space") from None
+        raise MissingError(f"the adapter could not be copied to {state}: {error}", "see to the disk and its rights") from None

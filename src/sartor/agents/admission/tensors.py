@@ -1,0 +1,140 @@
+"""Safetensors files, read as if their writer were an enemy: the header whole or refused, then values a piece at a time.
+
+Format: github.com/huggingface/safetensors, README. An unsigned 64-bit length, a JSON header of that length, then the bytes
+that the header cuts into tensors. Here the cuts must cover those bytes exactly: no hole, no overlap, nothing left over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sartor.core.errors import ModelError
+
+# bytes of an element
+SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+FLOATS = ("F32", "F16", "BF16")
+MOST_HEADER_BYTES = 8 << 20
+MOST_AXES = 8
+_PIECE = 1 << 22  # elements that are in memory at once
+_NAME = re.compile(r"[\w.:/-]{1,512}", re.ASCII)
+
+Values = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor stands. start: byte of the file. shape as the header says it, (out, in) of a weight."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    def pieces(self) -> Iterator[Values]:
+        """All values in fp32, in order, at most `_PIECE` at a time. Raises ModelError for a dtype that is no float."""
+        if self.dtype not in FLOATS:
+            raise ModelError(f"{self.name} of {self.file} is {self.dtype}", f"store it as {' or '.join(FLOATS)}")
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            for at in range(0, self.count, _PIECE):
+                yield _floats(stream.read(min(_PIECE, self.count - at) * SIZES[self.dtype]), self.dtype)
+
+    def values(self) -> Values:
+        """All values in fp32, in its shape."""
+        pieces = list(self.pieces())
+        whole = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+        if whole.size != self.count:
+            raise ModelError(f"{self.file} is cut inside {self.name}", "get the file again")
+        return whole.reshape(self.shape)
+
+
+def _floats(data: bytes, dtype: str) -> Values:
+    if dtype == "F32":
+        return np.frombuffer(data, "<f4")
+    if dtype == "F16":
+        return np.frombuffer(data, "<f2").astype(np.float32)
+    # bf16 is the upper half of fp32
+    return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+def read_header(file: Path, most_bytes: int = MOST_HEADER_BYTES) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file by name; no value is read. Raises ModelError with what is wrong with the header."""
+    try:
+        return _read_header(file, most_bytes)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}", _AGAIN) from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is no whole safetensors file: {error}", _AGAIN) from None
+
+
+_AGAIN = "get the file again, or write it with safetensors"
+
+
+def _read_header(file: Path, most_bytes: int) -> dict[str, Tensor]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, most_bytes):
+            raise ValueError(f"its header has {length:,} bytes; the file has {size:,}, and {most_bytes:,} are the limit")
+        text = stream.read(length)
+    said = json.loads(text.decode("utf-8"), object_pairs_hook=_unlike)
+    if not isinstance(said, dict):
+        raise ValueError("its header is no mapping")
+    metadata = said.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its __metadata__ holds what is no text")
+    found = sorted((_tensor(file, name, one, 8 + length) for name, one in said.items()), key=lambda tensor: tensor.start)
+    end = 8 + length
+    for tensor in found:
+        if tensor.start != end:
+            kind = "overlaps what stands before it" if tensor.start < end else "leaves a hole before it"
+            raise ValueError(f"{tensor.name} begins at byte {tensor.start - 8 - length:,} and {kind}")
+        end += tensor.count * SIZES[tensor.dtype]
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end:,}; the file has {size:,}")
+    return {tensor.name: tensor for tensor in found}
+
+
+def _unlike(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key stands twice in its header")
+    return made
+
+
+def _tensor(file: Path, name: str, said: Any, start: int) -> Tensor:
+    """An entry of the header; its end must follow from its beginning and its shape."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"a tensor has the name {name[:80]!a}")
+    if not isinstance(said, dict) or set(said) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the entry of {name} has not exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise ValueError(f"{name} is of the unknown dtype {str(dtype)[:40]!a}")
+    if not _counts(shape) or len(shape) > MOST_AXES or not _counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"the shape or the offsets of {name} are no whole numbers")
+    wanted = math.prod(shape) * SIZES[dtype]
+    if offsets[1] - offsets[0] != wanted:
+        raise ValueError(f"{name} of shape {shape} takes {wanted:,} bytes; its offsets span {offsets[1] - offsets[0]:,}")
+    return Tensor(file, name, dtype, tuple(shape), start + offsets[0])
+
+
+def _counts(said: Any) -> bool:
+    return isinstance(said, list) and all(type(one) is int and 0 <= one < 1 << 48 for one in said)

@@ -1,0 +1,75 @@
+"""Team + prompt -> Reply: the house of `sartor serve` without its HTTP, opened for one question."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from sartor.agents.asking import Request
+from sartor.agents.channel import error_of
+from sartor.agents.registry import Registry
+from sartor.agents.reply import Reply, nearest_examples
+from sartor.agents.serve.opening import open_house
+from sartor.agents.team import Http, Team, load
+from sartor.core.artifacts import open_artifact
+from sartor.core.errors import ConfigError, SartorError, UnavailableError
+from sartor.models.engine.contract import Done, Failed, Piece
+
+
+def ask_team(
+    team: Team | Path | str,
+    prompt: str,
+    *,
+    agent: str = "auto",
+    sampling: Mapping[str, Any] | None = None,
+    top: int = 3,
+    notice: Callable[[str], object] = lambda line: None,
+) -> Reply:
+    """Ask a team once: `agent` is a name, `name@version`, `base` or `auto`. One worker is started, and ended again.
+
+    Raises UnknownAgentError for a name that nobody has, UnavailableError, and what the worker told where it did not start.
+    """
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty", 'sartor ask TEAM.yaml "a question"')
+    made = team if isinstance(team, Team) else load(Path(team))
+    # nobody connects: the address is any free one
+    alone = replace(made, workers=replace(made.workers, count=1, spare=0), http=Http(port=0))
+    notice(f"opening the base {made.base!r} and the agents of the team")
+    reply = asyncio.run(_ask(alone, Request(agent, ({"role": "user", "content": prompt},), sampling=sampling or {})))
+    nearest, note = _nearest(alone, reply.agent, prompt, top)
+    return replace(reply, nearest=nearest, nearest_note=note)
+
+
+async def _ask(team: Team, request: Request) -> Reply:
+    async with open_house(team) as house:
+        answer = await house.replies.open(request)
+        text, end = "", None
+        async with aclosing(cast(Any, answer.events)) as events:
+            async for event in cast(AsyncIterator[Piece | Done | Failed], events):
+                if isinstance(event, Piece):
+                    text += event.text
+                else:
+                    end = event
+        if isinstance(end, Failed):
+            raise error_of(end.kind, end.problem, end.remedy)
+        if end is None:
+            raise UnavailableError("the reply stopped before its end", "ask again")
+        kept = await house.receipts.find(answer.receipt)
+        prompt = str(request.messages[-1]["content"])
+        return Reply(prompt, text, end.finish, answer.agent, answer.reason, [], receipt=answer.receipt if kept else None)
+
+
+def _nearest(team: Team, agent: str, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:
+    """Training examples of the version that answered, as far as its Dataset is on this machine."""
+    with closing(Registry.open(team.registry_url)) as registry:
+        version = registry.read().versions.get(agent)
+    if version is None:
+        return [], "the base answered, which has no examples of yours"
+    try:
+        return nearest_examples(open_artifact(version.release, "release"), prompt, top)
+    except SartorError as error:  # the reply stands; what it is like is an extra
+        return [], error.problem

@@ -1,0 +1,269 @@
+"""Request -> Answer: which version answers, that it stays until the reply has ended, and who steps in when it cannot.
+
+choosing.py  who may answer, in order       calling.py   what an engine is asked
+served.py    the agents as they are held    holdings.py  adapters, and who still needs them
+rollout.py   trials, watches, verdicts      shadows.py   requests answered again, unseen
+roster.py    what the admin changes
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from sartor.agents.admission import copies
+from sartor.agents.asking import Answer, Crew, Events, Given, Receipts, Request, Router
+from sartor.agents.calling import call_of
+from sartor.agents.choosing import BASE_AGENT, Plan, plan
+from sartor.agents.entries import Version
+from sartor.agents.holdings import Admit, Holdings
+from sartor.agents.registry import Cause, Registry
+from sartor.agents.replying import Replying
+from sartor.agents.rollout import Rollouts, Seen, Verdict, is_json, takes
+from sartor.agents.served import Served
+from sartor.agents.shadows import Outcome, Shadow, Shadows
+from sartor.agents.team import Team
+from sartor.core.errors import (
+    ArtifactError,
+    ConflictError,
+    DeadlineError,
+    ModelError,
+    SartorError,
+    UnavailableError,
+    UnknownAgentError,
+)
+from sartor.models.engine.contract import Call, Done, Failed
+
+# What is an agent's own fault, or says that it is out of service; the rest is the request's, or a matter of room and time
+STEPS_IN = (ModelError, ArtifactError, UnavailableError)
+AGENT_FAULTS = ("ModelError", "ArtifactError")
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A reply on its way, and what is known of it when it ends."""
+
+    receipt: str
+    request: Request
+    call: Call
+    agent: str
+    said_agent: str
+    reason: str
+    version: Version | None
+    scores: Mapping[str, float]
+    began: float
+    in_flight: int
+
+
+class Dispatch:
+    """Between HTTP and the crew. One event loop's own; `start` before the first request, `close` at the end."""
+
+    def __init__(
+        self,
+        team: Team,
+        crew: Crew,
+        registry: Registry,
+        admit: Admit,
+        *,
+        router: Router | None = None,
+        receipts: Receipts | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._team = team
+        self._crew = crew
+        self._router = router
+        self._receipts = receipts
+        self._admit = admit
+        self.holdings = Holdings(crew, admit, copies.folder(Path(team.state)))
+        self.rollouts = Rollouts(team.rollout, clock)
+        self.served = Served(registry, crew, self.holdings, self.rollouts, router)
+        self.shadows = Shadows(crew, self._has_room, self.holdings.leased, self._shadowed, team.limits.deadline_s)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loops: list[asyncio.Task[None]] = []
+        self.in_flight = 0
+        self.receipts_lost = 0
+
+    async def start(self) -> None:
+        """Register the members that are new, load what is served, and follow the registry. Raises where it cannot be opened.
+
+        A member that cannot be admitted or loaded is in `health`, and its fall-backs answer.
+        """
+        await self.served.register({member.name: member for member in self._team.agents}, self._admit)
+        await self.served.reload()
+        await self.served.settle()
+        self._loops = [asyncio.ensure_future(self.served.keep_fresh()), asyncio.ensure_future(self.shadows.run())]
+
+    async def close(self) -> None:
+        """Follow the registry no more. Replies that live go on; the crew ends them."""
+        for task in self._loops:
+            task.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.served.close()
+        await self.holdings.close()
+
+    async def open(self, request: Request) -> Answer:
+        """Begin a reply; returns when its first event is there.
+
+        Raises UnknownAgentError, KeyRefusedError, RequestError, ConfigError, BusyError, DeadlineError; UnavailableError when
+        neither the agent nor anybody who may step in can answer now.
+        """
+        receipt = secrets.token_hex(16)
+        due = time.monotonic() + request.deadline_s
+        try:
+            async with asyncio.timeout(request.deadline_s):
+                found = await plan(request, self.served.agents, self._router, receipt)
+        except TimeoutError:
+            raise DeadlineError(
+                f"no agent was chosen within {request.deadline_s:g} s", "name an agent, or allow more time"
+            ) from None
+        errors: list[SartorError] = []
+        for place, choice in enumerate(found.choices):
+            left_s = due - time.monotonic()
+            if left_s <= 0:
+                raise DeadlineError(f"{request.deadline_s:g} s were over before anybody answered", "allow more time")
+            why = "; ".join([found.choices[0].why, errors[0].problem, choice.why]) if errors else choice.why
+            try:
+                return await self._begin(replace(request, deadline_s=left_s), found, place, receipt, why)
+            except STEPS_IN as error:
+                errors.append(error)
+        if len(errors) == 1:
+            raise errors[0]
+        problems = "; ".join(dict.fromkeys(error.problem for error in errors)) or "it has no version"
+        raise UnavailableError(
+            f"{request.model} cannot answer now, nor who may step in: {problems}", "ask again in a few seconds"
+        )
+
+    def health(self) -> dict[str, Any]:
+        """Agents and troubles, for /health."""
+        shadows = {"answered": self.shadows.answered, "left_out": self.shadows.left_out}
+        counts = {"in_flight": self.in_flight, "receipts_lost": self.receipts_lost, "shadows": shadows}
+        return {**self.served.health(), **counts}
+
+    def hear(self, agent: str, rating: float) -> None:
+        """A person has rated a reply of this exact version, -1 bad .. 1 good."""
+        self._follow(self.rollouts.heard(agent, rating < 0))
+
+    async def _begin(self, request: Request, found: Plan, place: int, receipt: str, reason: str) -> Answer:
+        choice = found.choices[place]
+        version = self.served.version(choice.agent)
+        call = call_of(request, version, f"{receipt}-{place}" if place else receipt, self._team.limits.reply_tokens)
+        said_agent = choice.agent if version else f"{BASE_AGENT}@{self._crew.about.base_digest[:12]}"
+        with ExitStack() as stack:
+            stack.enter_context(self.holdings.leased(call.adapter))
+            stack.enter_context(self._counted())
+            begun = _Begun(
+                receipt, request, call, choice.agent, said_agent, reason, version, found.scores, time.time(), self.in_flight
+            )
+            began = time.monotonic()
+            try:
+                events = cast(Events, await self._crew.reply(call, choice.agent, request.deadline_s))
+            except SartorError as error:
+                self._failed(choice.agent, error.kind)
+                raise
+            living = stack.pop_all()
+        took_s = time.monotonic() - began
+        replying = Replying(events, living.close, lambda reply, end: self._ended(begun, reply, end), took_s)
+        return Answer(said_agent, reason, receipt, replying)
+
+    async def _ended(self, begun: _Begun, reply: Replying, end: Done | Failed) -> None:
+        """A reply is over: count it, keep its receipt, let the candidate answer too."""
+        if isinstance(end, Failed):
+            self._failed(begun.agent, end.kind)
+        elif end.finish != "cancelled":
+            tokens = end.reply_tokens or reply.tokens
+            self._see(begun.agent, reply.text, bool(end.tool_calls), reply.took_s / max(1, tokens), begun.in_flight)
+            self._shadow(begun, reply.text)
+        if self._receipts is not None:
+            release_id = begun.version.release_id if begun.version else ""
+            done = end if isinstance(end, Done) else None
+            facts = (begun.receipt, begun.said_agent, begun.reason, release_id, begun.call, reply.text, done)
+            # a client that goes now must not keep the receipt from being written
+            await asyncio.shield(self._spawn(self._keep(Given(*facts, scores=begun.scores, began=begun.began))))
+
+    async def _keep(self, given: Given) -> None:
+        assert self._receipts is not None
+        try:
+            await asyncio.to_thread(self._receipts.write, given)
+        except (SartorError, OSError):  # a full disk hurts no reply; /health counts what is lost
+            self.receipts_lost += 1
+
+    def _shadow(self, begun: _Begun, said: str) -> None:
+        """Let the agent's candidate answer the same, if the draw says so."""
+        agent = self.served.agents.get(begun.agent.partition("@")[0])
+        if agent is None or not agent.candidate or begun.agent != f"{agent.name}@{agent.live}":
+            return
+        name = f"{agent.name}@{agent.candidate}"
+        if not takes(agent.shadow_fraction, f"shadow of {name}", begun.receipt):
+            return
+        with suppress(SartorError):  # a candidate that is not held is a trouble already
+            version = self.served.version(name)
+            id = f"{begun.receipt}-shadow"
+            call = call_of(begun.request, version, id, self._team.limits.reply_tokens)
+            self.shadows.offer(Shadow(call, name, said))
+
+    def _shadowed(self, outcome: Outcome) -> None:
+        shadow, end = outcome.shadow, outcome.end
+        if isinstance(end, Failed):
+            self._failed(shadow.agent, end.kind)
+        elif end.finish != "cancelled":
+            token_s = outcome.took_s / max(1, end.reply_tokens or outcome.tokens)
+            self.rollouts.compared(shadow.agent, outcome.text == shadow.said)
+            self._see(shadow.agent, outcome.text, bool(end.tool_calls), token_s, self.in_flight + 1)
+
+    def _see(self, agent: str, text: str, is_call: bool, token_s: float, in_flight: int) -> None:
+        self._follow(self.rollouts.saw(Seen(agent, False, is_call or is_json(text), token_s, in_flight)))
+
+    def _failed(self, agent: str, kind: str) -> None:
+        if kind in AGENT_FAULTS:
+            self._follow(self.rollouts.saw(Seen(agent, True)))
+        elif kind == "UnavailableError" and self._breaker(agent) == "quarantined":
+            self._follow(self.rollouts.condemn(agent, "its breaker put it into quarantine"))
+
+    def _breaker(self, agent: str) -> str:
+        return str(self._crew.health().get("agents", {}).get(agent, {}).get("breaker", ""))
+
+    def _follow(self, verdict: Verdict | None) -> None:
+        if verdict is not None:
+            self._spawn(self._execute(verdict))
+
+    async def _execute(self, verdict: Verdict) -> None:
+        """What the monitors say, unless somebody has changed the agent since."""
+        agent = self.served.agents.get(verdict.agent)
+        if agent is None:
+            return
+        cause = Cause("monitors", verdict.why, verdict.numbers)
+        registry = self.served.registry
+        try:
+            if verdict.does == "promote":
+                await asyncio.to_thread(registry.promote, agent.name, verdict.version, expected=agent.live, cause=cause)
+            else:
+                trial = verdict.version if agent.candidate == verdict.version else ""
+                await asyncio.to_thread(registry.rollback, agent.name, expected=agent.live, trial=trial, cause=cause)
+        except (ConflictError, UnknownAgentError):
+            return
+        except SartorError:  # a full disk, a locked file
+            self.rollouts.undecided(agent.name)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    def _has_room(self) -> bool:
+        return self.in_flight <= self._crew.about.rows // 4
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

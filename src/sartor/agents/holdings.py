@@ -1,0 +1,144 @@
+"""Which adapters the workers hold, and who needs them: one goes only when nobody wants it and no reply of it lives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sartor.agents.asking import Crew
+from sartor.agents.entries import Version
+from sartor.core.errors import AdmissionError, SartorError, UnavailableError
+
+# What `agents.admission` is asked for: the Release in a directory as a version of an agent of that name, or what it raises.
+# `release` of the version is where the adapter is loaded from: the server's own copy.
+Admit = Callable[[Path, str], Awaitable[Version]]
+
+
+class Holdings:
+    """The adapters of one crew. Not thread-safe: the event loop's own.
+
+    copies: where admission keeps this machine's copies, each under its Release's id: a registry that several machines share
+    names a directory that may be another one's.
+    """
+
+    def __init__(self, crew: Crew, admit: Admit, copies: Path) -> None:
+        self._copies = copies
+        self._crew = crew
+        self._admit = admit
+        self._held: set[str] = set()
+        # id of each Release that was checked -> its directory. Two may have the same adapter: each is checked for itself
+        self.places: dict[str, Path] = {}
+        self._coming: dict[str, asyncio.Task[None]] = {}
+        self._wanted: set[str] = set()
+        self._leases: Counter[str] = Counter()
+        # one load or unload at a time: what is being unloaded may be asked for again
+        self._lock = asyncio.Lock()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self.troubles: dict[str, SartorError] = {}
+
+    def holds(self, version: Version) -> bool:
+        """Whether a call of this version can be made now."""
+        return version.adapter in self._held and version.release_id in self.places
+
+    def check(self, version: Version) -> None:
+        """Raise UnavailableError, saying why, for a version that is not held."""
+        if not self.holds(version):
+            trouble = self.troubles.get(version.name)
+            why = trouble.problem if trouble else "its adapter is being loaded"
+            raise UnavailableError(f"{version.name} cannot answer: {why}", trouble.remedy if trouble else "ask again")
+
+    @contextmanager
+    def leased(self, adapter: str) -> Iterator[None]:
+        """As long as this lasts, the adapter stays. "" is the base, which always does."""
+        self._leases[adapter] += 1
+        try:
+            yield
+        finally:
+            self._leases[adapter] -= 1
+            if not self._leases[adapter]:
+                del self._leases[adapter]
+                self._let_go(adapter)
+
+    async def hold(self, version: Version) -> None:
+        """Check the Release anew and load its adapter in every worker; nothing to do for one that is held.
+
+        Raises what admission raises, AdmissionError when another Release lies there now, ModelError, BudgetError.
+        """
+        self._wanted.add(version.adapter)
+        if self.holds(version):
+            return
+        if version.name not in self._coming:
+            task = self._coming[version.name] = asyncio.ensure_future(self._bring(version))
+            task.add_done_callback(lambda done: self._came(version.name, done))
+        await asyncio.shield(self._coming[version.name])  # others may wait for it too
+
+    def _came(self, name: str, done: asyncio.Task[None]) -> None:
+        del self._coming[name]
+        if not done.cancelled():
+            done.exception()  # it is among the troubles, also where nobody waits for it any more
+
+    async def _bring(self, version: Version) -> None:
+        try:
+            found = await self._found(version)
+            async with self._lock:
+                if version.adapter not in self._held:
+                    await self._crew.attach(version.adapter, Path(found.release))
+                    self._held.add(version.adapter)
+                self.places[version.release_id] = Path(found.release)
+        except SartorError as error:
+            self.troubles[version.name] = error
+            raise
+        self.troubles.pop(version.name, None)
+
+    async def _found(self, version: Version) -> Version:
+        """The version as admission finds it, in the copy if there is one that is whole, else where it was registered."""
+        copy = self._copies / version.release_id
+        if copy.is_dir():
+            with suppress(SartorError):
+                return await self._same(version, copy)
+        return await self._same(version, Path(version.release))
+
+    async def _same(self, version: Version, path: Path) -> Version:
+        found = await self._admit(path, version.agent)
+        if (found.release_id, found.adapter) != (version.release_id, version.adapter):
+            raise AdmissionError(
+                f"{path} is the Release {found.release_id[:16]}, not {version.release_id[:16]} any more",
+                f"bring back the Release of {version.name}, or promote another version",
+                "release",
+            )
+        return found
+
+    def want(self, versions: Collection[Version]) -> None:
+        """Let go of everything but these, each as soon as no reply of it lives."""
+        self._wanted = {version.adapter for version in versions}
+        names, releases = {version.name for version in versions}, {version.release_id for version in versions}
+        self.places = {release: path for release, path in self.places.items() if release in releases}
+        self.troubles = {name: trouble for name, trouble in self.troubles.items() if name in names}
+        for adapter in list(self._held):
+            self._let_go(adapter)
+
+    async def settle(self) -> None:
+        """Wait for what is being let go of."""
+        await asyncio.gather(*self._leaving)
+
+    async def close(self) -> None:
+        """Load nothing more."""
+        for task in (coming := [*self._coming.values()]):
+            task.cancel()
+        await asyncio.gather(*coming, *self._leaving, return_exceptions=True)
+
+    def _let_go(self, adapter: str) -> None:
+        if adapter in self._held and adapter not in self._wanted and not self._leases[adapter]:
+            self._held.discard(adapter)
+            task = asyncio.ensure_future(self._detach(adapter))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    async def _detach(self, adapter: str) -> None:
+        async with self._lock:
+            if adapter not in self._held:  # else it was asked for again while this waited
+                with suppress(SartorError):  # a worker that is gone holds nothing
+                    await self._crew.detach(adapter)

@@ -1,0 +1,262 @@
+"""API keys: made, shown once, kept as a digest, and looked up by the id that they begin with.
+
+A key is `sartor-<id>-<secret>`: 12 hex digits that may be logged and listed, and 256 bits from the system's random source. It
+is stored as one sha256. A slow hash (argon2, scrypt) is for what people can remember: it makes guessing dear. Nobody guesses
+256 random bits at any price, and a slow hash at each request would be a way to keep the server busy.
+
+A key opens the agents that it names; `*` is every agent, now and later, `base` and `auto` are names like any other. An admin's
+key opens none: who promotes a Release need not be able to read what it says, and the other way round.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from sartor.agents import tables
+from sartor.agents.database import Database, open_database
+from sartor.agents.team import Team, load
+from sartor.core import records
+from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, SartorError
+
+ANY = "*"
+PREFIX = "sartor"
+MOST_CHARACTERS = 256
+SECRET_BYTES = 32
+FRESH_S, SOONER_S = 1.0, 0.1
+_FORM = re.compile(rf"{PREFIX}-([0-9a-f]{{12}})-([A-Za-z0-9_-]{{43}})")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SPAN = re.compile(r"(\d{1,5})\s*([hdw])")
+_UNITS = {"h": datetime.timedelta(hours=1), "d": datetime.timedelta(days=1), "w": datetime.timedelta(weeks=1)}
+# what an unknown id is compared with, so that it takes as long as a known one
+_NOBODY = "0" * 64
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Who asks. key: the id, never the secret. agents: those that the key opens; None is all of them."""
+
+    key: str
+    agents: frozenset[str] | None
+    is_admin: bool
+
+    def opens(self, agent: str) -> bool:
+        """Whether the key opens the agent of that name (without version), `base` or `auto`."""
+        return self.agents is None or agent in self.agents
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key as it is stored, without its secret. Times are UTC, ISO; `expires` and `revoked` are "" where it is not so."""
+
+    id: str
+    agents: tuple[str, ...]
+    is_admin: bool
+    created: str
+    expires: str
+    revoked: str
+
+    @property
+    def state(self) -> str:
+        """valid, revoked or expired."""
+        if self.revoked:
+            return "revoked"
+        return "expired" if self.expires and self.expires <= _now() else "valid"
+
+    def as_json(self) -> dict[str, Any]:
+        """A row of `sartor agents key --list`."""
+        opens = "the admin's routes" if self.is_admin else ", ".join(self.agents)
+        return {"id": self.id, "opens": opens, "state": self.state, "created": self.created, "expires": self.expires}
+
+
+class Keys:
+    """The keys of one team, in its registry's database. Safe to use from several threads and processes.
+
+    They are read again after `FRESH_S`, by which a key is refused at the latest that another process revoked, and sooner for
+    an id that is not known. While the database cannot be read, what was read last holds: nobody can revoke a key there either.
+    """
+
+    def __init__(self, database: Database, clock: Callable[[], float] = time.monotonic) -> None:
+        self._database = database
+        self._clock = clock
+        self._rows: dict[str, Mapping[str, Any] | None] | None = None
+        self._read_at = 0.0
+
+    @classmethod
+    def of(cls, team: Team) -> Keys:
+        """The keys of a team. Raises what `open_database` raises."""
+        return cls(open_database(team.registry_url))
+
+    def close(self) -> None:
+        """Give the database back."""
+        self._database.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no key was ever made, so that whoever reaches the server may ask. A revoked key still shuts the door."""
+        return not self._known(FRESH_S)
+
+    @property
+    def has_admin(self) -> bool:
+        """Whether an admin's key is valid; without one the admin's routes are off."""
+        return any(key.is_admin and key.state == "valid" for key in self.listed())
+
+    def admit(self, secret: str) -> Opened:
+        """Who holds this key. Raises KeyRefusedError, which never repeats what was sent."""
+        match = _FORM.fullmatch(secret[:MOST_CHARACTERS])
+        row = self._row(match[1]) if match else None
+        digest = hashlib.sha256(secret[:MOST_CHARACTERS].encode("utf-8", "replace")).hexdigest()
+        is_same = hmac.compare_digest(digest, row["digest"] if row else _NOBODY)
+        if row is None or not is_same:
+            raise KeyRefusedError("nobody has that API key", _REMEDY)
+        key = _key(row)
+        if key.state != "valid":
+            raise KeyRefusedError(f"the API key {key.id} is {key.state}", _REMEDY)
+        agents = frozenset() if key.is_admin else None if ANY in key.agents else frozenset(key.agents)
+        return Opened(key.id, agents, key.is_admin)
+
+    def check(self, header: str) -> Opened:
+        """Who sends this Authorization header (`Bearer KEY`). Raises KeyRefusedError."""
+        scheme, _, secret = header.strip().partition(" ")
+        if scheme.lower() != "bearer" or not secret.strip():
+            raise KeyRefusedError("no API key was sent", "send the header Authorization: Bearer KEY")
+        return self.admit(secret.strip())
+
+    def make(self, agents: Sequence[str], *, is_admin: bool = False, expires: str = "") -> tuple[str, Key]:
+        """A new key and what is kept of it; the key itself is nowhere from now on. Raises ConfigError for what it names."""
+        names = sorted(set(agents))
+        if bool(names) == is_admin:
+            raise ConfigError("a key opens agents or the admin's routes, one of the two", "sartor agents key faq, or --admin")
+        for name in names:
+            if name != ANY and not _NAME.fullmatch(name):
+                raise ConfigError(f"{name!r} cannot be an agent's name", f"sartor agents key faq, or '{ANY}' for every agent")
+        ends = _ends(expires)
+        identity = secrets.token_hex(6)
+        secret = f"{PREFIX}-{identity}-{secrets.token_urlsafe(SECRET_BYTES)}"
+        row = tables.sealed({
+            "id": identity, "name": ", ".join(names) or "admin", "agents": records.canonical(names).decode(),
+            "admin": int(is_admin), "digest": hashlib.sha256(secret.encode()).hexdigest(), "created": _now(),
+            "expires": ends, "revoked": "",
+        })  # fmt: skip
+        with self._database.change() as connection:
+            connection.execute(insert(tables.keys).values(row))
+        self._rows = None
+        return secret, _key(row)
+
+    def revoke(self, identity: str) -> Key:
+        """End a key for ever. Raises ConfigError for an id that no key has."""
+        with self._database.change() as connection:
+            row = _whole(connection, identity)
+            if row is None:
+                known = ", ".join(str(one) for one in connection.execute(select(tables.keys.c.id)).scalars()) or "none"
+                raise ConfigError(f"there is no key {identity[:40]!a}; there are: {known}", "sartor agents key --list")
+            sealed = tables.sealed({**row, "revoked": row["revoked"] or _now()})
+            connection.execute(update(tables.keys).where(tables.keys.c.id == identity).values(sealed))
+        self._rows = None
+        return _key(sealed)
+
+    def listed(self) -> list[Key]:
+        """Every key that is whole, the oldest first; one that was changed from outside opens nothing and is left out."""
+        keys = [_key(row) for row in self._known(FRESH_S).values() if row is not None]
+        return sorted(keys, key=lambda key: (key.created, key.id))
+
+    def _row(self, identity: str) -> Mapping[str, Any] | None:
+        rows = self._known(FRESH_S)
+        if identity not in rows:
+            rows = self._known(SOONER_S)
+        row = rows.get(identity)
+        if row is None and identity in rows:
+            raise KeyRefusedError(f"the row of the key {identity} was changed from outside", "make a new key")
+        return row
+
+    def _known(self, fresh_s: float) -> dict[str, Mapping[str, Any] | None]:
+        """Every row by id, None for one that was changed from outside; read anew if it is older than that."""
+        now = self._clock()
+        if self._rows is None or now - self._read_at >= fresh_s:
+            try:
+                self._rows = self._read()
+            except SartorError:
+                if self._rows is None:
+                    raise
+            self._read_at = now
+        return self._rows
+
+    def _read(self) -> dict[str, Mapping[str, Any] | None]:
+        with self._database.read() as connection:
+            rows = [dict(row) for row in connection.execute(select(tables.keys)).mappings()]
+        return {str(row["id"]): row if tables.is_whole(row) else None for row in rows}
+
+
+def make_key(team: Path | str, agents: Sequence[str], *, is_admin: bool = False, expires: str = "") -> dict[str, Any]:
+    """Make a key for a team (TEAM.yaml). `key` in what is returned is shown this once. Raises ConfigError, as `Keys.make`."""
+    with closing(Keys.of(load(Path(team)))) as keys:
+        secret, key = keys.make(agents, is_admin=is_admin, expires=expires)
+    return {"key": secret, **key.as_json(), "note": "this key is shown once; what is kept of it is a digest"}
+
+
+def revoke_key(team: Path | str, identity: str) -> dict[str, Any]:
+    """End a key of a team for ever. Raises ConfigError for an id that no key has."""
+    with closing(Keys.of(load(Path(team)))) as keys:
+        return keys.revoke(identity).as_json()
+
+
+def list_keys(team: Path | str) -> dict[str, Any]:
+    """Every key of a team, without secrets."""
+    with closing(Keys.of(load(Path(team)))) as keys:
+        return {"keys": [key.as_json() for key in keys.listed()]}
+
+
+_REMEDY = "sartor agents key NAME makes one"
+
+
+def _whole(connection: Connection, identity: str) -> Mapping[str, Any] | None:
+    """The row of a key. Raises ArtifactError for one that was changed from outside."""
+    found = connection.execute(select(tables.keys).where(tables.keys.c.id == identity)).mappings().one_or_none()
+    if found is None:
+        return None
+    if not tables.is_whole(row := dict(found)):
+        raise ArtifactError(f"the row of the key {identity} was changed from outside", "make a new key")
+    return row
+
+
+def _key(row: Mapping[str, Any]) -> Key:
+    agents = tuple(json.loads(row["agents"]))
+    return Key(row["id"], agents, bool(row["admin"]), row["created"], row["expires"], row["revoked"])
+
+
+def _ends(expires: str) -> str:
+    """`30d`, `12h`, `2w` from now, or the end of an ISO day, or an ISO time; "" is never."""
+    if not expires:
+        return ""
+    if span := _SPAN.fullmatch(expires.strip()):
+        return _stamp(datetime.datetime.now(datetime.UTC) + int(span[1]) * _UNITS[span[2]])
+    try:
+        ends = datetime.datetime.fromisoformat(expires.strip())
+    except ValueError:
+        raise ConfigError(f"{expires!r} is no span and no date", "--expires 30d, or --expires 2027-12-31") from None
+    if len(expires.strip()) == len("2027-12-31"):
+        ends += datetime.timedelta(days=1)
+    ends = ends.astimezone(datetime.UTC) if ends.tzinfo else ends.replace(tzinfo=datetime.UTC)
+    if _stamp(ends) <= _now():
+        raise ConfigError(f"{expires} is over already", "--expires 30d")
+    return _stamp(ends)
+
+
+def _stamp(moment: datetime.datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _now() -> str:
+    return _stamp(datetime.datetime.now(datetime.UTC))

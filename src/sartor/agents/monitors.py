@@ -1,0 +1,200 @@
+"""Is the candidate worse than the live version? Counts of what was seen of each, and a test that may look after every reply.
+
+The evidence is an e-process: for a version of which `bad` of `seen` replies were bad, the mixture likelihood over all rates
+(Jeffreys' prior) divided by the likelihood of the rate q is a martingale of mean 1 where q is true, so it exceeds 1/a with a
+probability of at most a, however often one looks and whenever one stops (Ville; Robbins 1970; Howard et al., arXiv:1810.08240).
+The product of both versions' e-processes, at the pair of rates that suits the candidate best, tests "the candidate's rate is at
+most the live version's plus the margin". Four monitors share FALSE_ALARM, and window k of each spends 1/(k(k+1)) of its part:
+a candidate that is no worse than the margins allow is sent back, in its whole trial, with a probability of FALSE_ALARM at most.
+
+Counts and histograms: bounded memory, whatever the traffic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sartor.agents.team import Rollout
+
+FALSE_ALARM = 0.05
+MONITORS = ("failures", "format", "feedback", "latency")
+# After so many replies of the candidate both versions are counted anew, so that what goes wrong late is seen too
+WINDOW_REPLIES = 1000
+# Seconds per token fall into buckets of this ratio, so a latency is known to 5 %
+_RATIO = 1.05
+_FASTEST_S = 1e-5
+# Replies in flight: time per token is compared like with like, since a full machine is slow for every version
+_LOADS = (1, 4, 16)
+_CLASSES = len(_LOADS) + 1
+
+
+@dataclass
+class Rate:
+    """How many were seen, and how many of them were bad."""
+
+    seen: int = 0
+    bad: int = 0
+
+    def count(self, is_bad: bool) -> None:
+        """One more."""
+        self.seen += 1
+        self.bad += is_bad
+
+    @property
+    def fraction(self) -> float:
+        """Of bad ones; 0 where none was seen."""
+        return self.bad / self.seen if self.seen else 0.0
+
+    def against(self, rate: float) -> float:
+        """Natural log of the evidence against `rate` being the true one."""
+        good = self.seen - self.bad
+        if (rate <= 0 and self.bad) or (rate >= 1 and good):
+            return math.inf
+        told = (self.bad * math.log(rate) if self.bad else 0.0) + (good * math.log1p(-rate) if good else 0.0)
+        return _log_beta(self.bad + 0.5, good + 0.5) - _log_beta(0.5, 0.5) - told
+
+
+def excess(candidate: Rate, live: Rate, margin: float) -> float:
+    """Natural log of the evidence that the candidate's rate is above the live version's plus `margin`; 0 or less is none."""
+    low, high = live.fraction, candidate.fraction - margin
+    if high <= low:
+        return 0.0
+
+    def at(rate: float) -> float:
+        return candidate.against(min(1.0, rate + margin)) + live.against(rate)
+
+    for _ in range(60):  # the sum is convex in the live version's rate: its least value lies between the two best guesses
+        one, other = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, other) if at(one) <= at(other) else (one, high)
+    return max(0.0, at((low + high) / 2))
+
+
+class Histogram:
+    """Times, counted in buckets: at most a few hundred numbers."""
+
+    def __init__(self) -> None:
+        self._buckets: Counter[int] = Counter()
+        self.seen = 0
+
+    def count(self, time_s: float) -> None:
+        """One more."""
+        self._buckets[max(0, math.floor(math.log(max(time_s, _FASTEST_S) / _FASTEST_S) / math.log(_RATIO)))] += 1
+        self.seen += 1
+
+    def median_s(self) -> float:
+        """The middle one, to the bucket's lower edge; 0 where none was seen."""
+        return self._edge(self._first_where(lambda below: below >= self.seen / 2)) if self.seen else 0.0
+
+    def median_at_most_s(self, alpha: float) -> float:
+        """A time that the true median exceeds with a probability of at most `alpha`; infinite where too few were seen."""
+        return self._edge(self._first_where(lambda below: _is_most(below, self.seen, alpha)) + 1)
+
+    def is_mostly_above(self, time_s: float, alpha: float) -> bool:
+        """Whether the true median is above `time_s`, wrongly said with a probability of at most `alpha`."""
+        above = sum(count for bucket, count in self._buckets.items() if self._edge(bucket) >= time_s)
+        return _is_most(above, self.seen, alpha)
+
+    def add(self, other: Histogram) -> None:
+        """Count what another one has counted."""
+        self._buckets += other._buckets
+        self.seen += other.seen
+
+    def _first_where(self, holds: Any) -> float:
+        """The first bucket up to which so many lie that it `holds`."""
+        below = 0
+        for bucket in sorted(self._buckets):
+            below += self._buckets[bucket]
+            if holds(below):
+                return bucket
+        return math.inf
+
+    def _edge(self, bucket: float) -> float:
+        return float(_FASTEST_S * _RATIO**bucket)
+
+
+@dataclass
+class Tally:
+    """What was seen of one version. latency: by how full the machine was."""
+
+    failures: Rate = field(default_factory=Rate)
+    format: Rate = field(default_factory=Rate)
+    feedback: Rate = field(default_factory=Rate)
+    latency: tuple[Histogram, ...] = field(default_factory=lambda: tuple(Histogram() for _ in range(_CLASSES)))
+
+    def count_reply(self, *, failed: bool, is_json: bool, token_s: float, in_flight: int) -> None:
+        """One more reply; of a failed one nothing else is known. token_s: seconds per token, 0 for a reply without any."""
+        self.failures.count(failed)
+        if failed:
+            return
+        self.format.count(not is_json)
+        if token_s > 0:
+            self.latency[sum(in_flight > most for most in _LOADS)].count(token_s)
+
+    def add(self, other: Tally) -> None:
+        """Count what another one has counted."""
+        for mine, theirs in zip(self._rates(), other._rates(), strict=True):
+            mine.seen, mine.bad = mine.seen + theirs.seen, mine.bad + theirs.bad
+        for histogram, more in zip(self.latency, other.latency, strict=True):
+            histogram.add(more)
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers, for the log of events and /health."""
+        rates = {name: {"seen": rate.seen, "bad": rate.bad} for name, rate in zip(MONITORS, self._rates(), strict=False)}
+        times = [round(histogram.median_s(), 6) for histogram in self.latency]
+        return {**rates, "median_token_s": times}
+
+    def _rates(self) -> tuple[Rate, Rate, Rate]:
+        return self.failures, self.format, self.feedback
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """The candidate is worse: by which monitor, in a sentence, and by what numbers."""
+
+    monitor: str
+    why: str
+    numbers: Mapping[str, Any]
+
+
+def alarm(candidate: Tally, live: Tally, rules: Rollout, window: int = 1) -> Alarm | None:
+    """The first monitor that says that the candidate is worse, in this window of its trial (1 is the first); None if none does.
+
+    A live version of which nothing was seen counts as one that does not fail; its format and its ratings judge nobody.
+    """
+    if candidate.failures.seen < rules.least_requests:
+        return None
+    alpha = FALSE_ALARM / len(MONITORS) / (window * (window + 1))
+    margins = {"failures": rules.error_margin, "format": rules.format_margin, "feedback": rules.feedback_margin}
+    for (name, margin), mine, theirs in zip(margins.items(), candidate._rates(), live._rates(), strict=True):
+        if not theirs.seen and name == "failures":
+            evidence = mine.against(margin) if mine.fraction > margin else 0.0
+        else:
+            evidence = excess(mine, theirs, margin)
+        if evidence >= -math.log(alpha):
+            why = f"{name}: {mine.bad} of {mine.seen} against {theirs.bad} of {theirs.seen} of the live version"
+            return Alarm(name, f"{why}; the margin is {margin}", _numbers(candidate, live, alpha, evidence))
+    for mine_s, theirs_s in zip(candidate.latency, live.latency, strict=True):
+        part = alpha / _CLASSES / 2
+        limit_s = rules.latency_factor * theirs_s.median_at_most_s(part)
+        if mine_s.is_mostly_above(limit_s, part):
+            why = f"latency: {mine_s.median_s():.4g} s per token against {theirs_s.median_s():.4g} s of the live version"
+            return Alarm("latency", f"{why}; the limit is {rules.latency_factor} times", _numbers(candidate, live, alpha, None))
+    return None
+
+
+def _numbers(candidate: Tally, live: Tally, alpha: float, evidence: float | None) -> dict[str, Any]:
+    said = {"candidate": candidate.as_json(), "live": live.as_json(), "alpha": alpha}
+    return said if evidence is None else {**said, "evidence": round(min(evidence, 1e9), 3)}
+
+
+def _is_most(count: int, seen: int, alpha: float) -> bool:
+    """Whether more than half of all, not only of those seen, are so; wrongly said with a probability of at most `alpha`."""
+    return 2 * count > seen and Rate(seen, count).against(0.5) >= -math.log(alpha)
+
+
+def _log_beta(one: float, other: float) -> float:
+    return math.lgamma(one) + math.lgamma(other) - math.lgamma(one + other)

@@ -1,0 +1,277 @@
+"""A signed record of each reply: who said it, on what, by which settings. It holds digests of what was said, and no word of it.
+
+Digests are HMACs under a key of the team: a short prompt could be guessed from a plain digest, and whoever knows the key and
+the words can show that they belong together. Signed with the team's own Ed25519 key. Both are made at the first start.
+
+    STATE/keys/sartor.key  sartor.pub     signs receipts            STATE/receipts.key     the HMAC's, 32 bytes, mode 0600
+    STATE/receipts/                       core/receipt_index.py
+
+A receipt is on disk when its reply ends: whoever waits is let go by one fsync for all that wait, or after `PATIENCE_S`. A disk
+that takes nothing costs receipts, which are counted, and no replies.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from sartor.agents.asking import Given
+from sartor.agents.receipt_content import Content, digest_by
+from sartor.agents.team import Team
+from sartor.core import catalogue, records, signing
+from sartor.core.artifacts import DISK_FULL, fsync_directory
+from sartor.core.errors import ArtifactError, ConfigError, MissingError
+from sartor.core.receipt_index import PATTERN, Placed, ReceiptIndex
+from sartor.models.engine.contract import About
+
+SCHEMA = 1
+KIND = "receipt"
+FAILED = "failed"
+PATIENCE_S = 1.0
+SEGMENT_BYTES = 32 << 20
+MOST_WAITING = 10_000
+_BATCH = 512
+_SECRET_BYTES = 32
+
+
+class Seal:
+    """What a team signs and digests with. `public` is the file to give to who verifies."""
+
+    def __init__(self, key: Ed25519PrivateKey, secret: bytes, public: Path) -> None:
+        self._key = key
+        self.digest = digest_by(secret)
+        self.public = public
+
+    @classmethod
+    def of(cls, state: Path) -> Seal:
+        """The keys in a team's state directory, made if absent. Raises ConfigError for one that is unfit or open to others."""
+        folder = state / "keys"
+        if not (folder / "sartor.key").exists():
+            (folder / "sartor.pub").unlink(missing_ok=True)  # of a first start that was killed between the two
+            signing.keygen(folder)
+        return cls(signing.open_private(folder), _secret(state / "receipts.key"), folder / "sartor.pub")
+
+    def sign(self, receipt: Mapping[str, Any]) -> dict[str, Any]:
+        """The receipt with its signature in it."""
+        return {**receipt, "signature": signing.signature_of(records.canonical(receipt), self._key)}
+
+
+def _secret(file: Path) -> bytes:
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return read_secret(file)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(secrets.token_bytes(_SECRET_BYTES))
+        stream.flush()
+        os.fsync(descriptor)
+    return read_secret(file)
+
+
+def read_secret(file: Path) -> bytes:
+    """The HMAC's key of a team. Raises ConfigError for one that is cut, or that others can read."""
+    if os.name == "posix" and file.stat().st_mode & 0o077:
+        raise ConfigError(f"{file} can be read by others (mode {file.stat().st_mode & 0o777:o})", f"chmod 600 {file}")
+    found = file.read_bytes()
+    if len(found) != _SECRET_BYTES:
+        raise ConfigError(f"{file} has {len(found)} bytes, not {_SECRET_BYTES}", "restore it from a copy, or move it away")
+    return found
+
+
+def receipt_of(given: Given, about: About, seal: Seal) -> dict[str, Any]:
+    """The receipt of a reply that has ended, signed. `place`: how many stood before who answered, and could not."""
+    call, done = given.call, given.done
+    _, _, place = call.id.removeprefix(given.receipt).partition("-")
+    calls = [dict(one) for one in done.tool_calls] if done else []
+    return seal.sign({
+        "schema": SCHEMA,
+        "kind": KIND,
+        "id": given.receipt,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(given.began)),
+        "agent": given.agent,
+        "release": given.release_id,
+        "adapter": call.adapter,
+        "base": {"name": about.base, "digest": about.base_digest, "template_digest": about.template_digest},
+        "engine": {"kind": about.kind, "dtype": about.dtype, "device": about.device},
+        "sampling": {**asdict(call.sampling), "stop": list(call.sampling.stop)},
+        "choice": {"reason": given.reason, "scores": dict(given.scores), "place": int(place) if place.isdigit() else 0},
+        "prompt": Content.of_call(call).digests(seal.digest),
+        "reply": {"text": seal.digest("reply", given.text), "tool_calls": seal.digest("tool_calls", calls)},
+        "finish": done.finish if done else FAILED,
+        "tokens": {"prompt": done.prompt_tokens, "reply": done.reply_tokens, "cached": done.cached_tokens} if done else {},
+    })  # fmt: skip
+
+
+class ReceiptBook:
+    """Where the receipts of one team are kept. `write` may be called from any thread; `close` at the end.
+
+    lost: receipts that could not be written. problem: why, of the newest; "" once writing works again.
+    """
+
+    def __init__(self, folder: Path, seal: Seal, about: Callable[[], About], days: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder, self._seal, self._about, self._days = folder, seal, about, days
+        self._index = ReceiptIndex(folder)
+        self._queue: queue.Queue[tuple[dict[str, Any], Future[None]] | None] = queue.Queue(MOST_WAITING)
+        self._segment: _Segment | None = None
+        self._prune()
+        self.torn = self._index.catch_up()
+        self.lost = 0
+        self.problem = ""
+        self._thread = threading.Thread(target=self._run, name="receipts", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def of(cls, team: Team, about: Callable[[], About]) -> ReceiptBook:
+        """The receipts of a team, whose engine says `about`; noted in the catalogue, for `revoke`."""
+        state = Path(team.state)
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        book = cls(state / "receipts", Seal.of(state), about, team.limits.receipts_days)
+        catalogue.register_receipts(state / "receipts")
+        return book
+
+    def write(self, given: Given) -> None:
+        """Sign a receipt and see it onto the disk. Raises MissingError when the disk does not take it; it is counted then."""
+        written: Future[None] = Future()
+        try:
+            self._queue.put_nowait((receipt_of(given, self._about(), self._seal), written))
+        except queue.Full:
+            self._lose(1, f"{MOST_WAITING} receipts wait for the disk")
+            raise MissingError(f"a receipt could not be written: {self.problem}", "see to the disk") from None
+        except (ValueError, TypeError) as error:
+            self._lose(1, f"{given.agent} said what no receipt can hold: {error}")
+            raise ArtifactError(f"a receipt could not be written: {self.problem}", "report it") from None
+        try:
+            written.result(PATIENCE_S)
+        except TimeoutError:
+            return  # the disk is slow: the reply is not kept waiting, and the receipt comes later or is counted
+
+    async def find(self, receipt: str) -> Mapping[str, Any] | None:
+        """The signed receipt of that id, or None."""
+        return self.read(receipt)
+
+    def read(self, receipt: str) -> Mapping[str, Any] | None:
+        """As `find`, for who does not run in a loop. Raises MissingError where the index cannot be read."""
+        try:
+            return self._index.find(receipt)
+        except sqlite3.Error as error:
+            raise MissingError(f"the receipts in {self._folder} cannot be read: {error}", "ask again, or start anew") from None
+
+    def close(self) -> None:
+        """Write what waits, and end."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        ended = False
+        while not ended:
+            batch = [self._queue.get()]
+            while len(batch) < _BATCH and not self._queue.empty():
+                batch.append(self._queue.get())
+            ended = None in batch
+            if todo := [one for one in batch if one is not None]:
+                self._append([receipt for receipt, _ in todo], [written for _, written in todo])
+        if self._segment is not None:
+            self._segment.close()
+
+    def _append(self, receipts: Sequence[Mapping[str, Any]], waiting: Sequence[Future[None]]) -> None:
+        try:
+            placed = self._open_segment().append(receipts)
+        except OSError as error:
+            self._lose(len(receipts), f"{error.strerror or error} ({self._folder})")
+            remedy = "free some space" if error.errno in DISK_FULL else "see to the disk and its rights"
+            for written in waiting:
+                written.set_exception(MissingError(f"a receipt could not be written: {self.problem}", remedy))
+            return
+        self.problem = ""
+        try:
+            self._index.add(placed)
+        except (OSError, sqlite3.Error) as error:  # the lines are there, and the next batch notes them too
+            self.problem = f"the index of receipts cannot be written: {error}"
+        for written in waiting:
+            written.set_result(None)
+
+    def _open_segment(self) -> _Segment:
+        segment = self._segment
+        if segment is None or not segment.takes_more:
+            if segment is not None:
+                segment.close()
+            self._segment = segment = _Segment(self._folder)
+            self._prune()
+        return segment
+
+    def _lose(self, count: int, problem: str) -> None:
+        self.lost += count
+        self.problem = problem
+
+    def _prune(self) -> None:
+        """Remove segments whose newest receipt is older than the team keeps them."""
+        before = time.time() - self._days * 86_400
+        for file in self._folder.glob(PATTERN) if self._days else ():
+            own = self._segment is not None and file == self._segment.file
+            if not own and file.stat().st_mtime < before:
+                file.unlink(missing_ok=True)
+                self._index.forget(file.name)
+
+
+class _Segment:
+    """One file that is appended to by this process alone: what an earlier one left, perhaps torn, is never gone on with."""
+
+    def __init__(self, folder: Path) -> None:
+        self._day = time.strftime("%Y%m%d", time.gmtime())
+        number = max((int(file.stem.rpartition("-")[2]) for file in folder.glob(PATTERN)), default=0) + 1
+        while True:
+            self.file = folder / PATTERN.replace("*", f"{number:08}")
+            try:
+                self._descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+                break
+            except FileExistsError:  # another process took that number
+                number += 1
+        fsync_directory(folder)
+        self._end = 0
+        self._broken = False
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether the next receipt belongs here: not after a day or many bytes, nor behind a line that could not be undone."""
+        return not self._broken and self._end < SEGMENT_BYTES and self._day == time.strftime("%Y%m%d", time.gmtime())
+
+    def append(self, receipts: Sequence[Mapping[str, Any]]) -> list[Placed]:
+        """Write lines and fsync them, all or none."""
+        lines = [records.canonical(receipt) + b"\n" for receipt in receipts]
+        try:
+            rest = b"".join(lines)
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+            os.fsync(self._descriptor)
+        except OSError:
+            self._undo()
+            raise
+        placed = []
+        for receipt, line in zip(receipts, lines, strict=True):
+            texts = (receipt["id"], receipt["release"], receipt["agent"], receipt["created"])
+            placed.append(Placed(*texts, self.file.name, self._end, len(line) - 1))
+            self._end += len(line)
+        return placed
+
+    def _undo(self) -> None:
+        try:
+            os.ftruncate(self._descriptor, self._end)
+        except OSError:
+            self._broken = True
+
+    def close(self) -> None:
+        """No more is written."""
+        os.close(self._descriptor)

@@ -1,0 +1,68 @@
+"""One reply on its way to the client: its events handed on, its text kept, its time taken, and its end told exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+
+from sartor.agents.asking import Events
+from sartor.models.engine.contract import Done, Event, Failed, Piece
+
+Ended = Callable[["Replying", Done | Failed], Coroutine[object, object, None]]
+
+
+class Replying:
+    """The events of a reply, as `Answer` has them.
+
+    free: called once, when the reply lives no more, however it ended. ended: awaited before the client sees the last event,
+    but not for a reply that was closed before. took_s: how long the crew was waited for; a slow client adds nothing.
+    """
+
+    def __init__(self, events: Events, free: Callable[[], object], ended: Ended, took_s: float = 0.0) -> None:
+        self._events = events
+        self._free = free
+        self._ended = ended
+        self._pieces: list[str] = []
+        self._is_over = False
+        self.tokens = 0
+        self.took_s = took_s
+
+    @property
+    def text(self) -> str:
+        """All that was said so far."""
+        return "".join(self._pieces)
+
+    def __aiter__(self) -> Replying:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._is_over:
+            raise StopAsyncIteration
+        began = time.monotonic()
+        try:
+            event = await anext(self._events)
+        except asyncio.CancelledError:
+            raise  # who waits no longer closes it, or asks again
+        except BaseException:
+            self._over()
+            raise
+        finally:
+            self.took_s += time.monotonic() - began
+        if isinstance(event, Piece):
+            self._pieces.append(event.text)
+            self.tokens += event.tokens
+            return event
+        self._over()
+        await self._ended(self, event)
+        return event
+
+    async def aclose(self) -> None:
+        """Cancel what is not over."""
+        if not self._is_over:
+            self._over()
+            await self._events.aclose()
+
+    def _over(self) -> None:
+        self._is_over = True
+        self._free()

@@ -1,0 +1,84 @@
+"""What the admin of a running server sees and changes: the agents, and which version of each is live."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sartor.agents.asking import Crew, Listed
+from sartor.agents.dispatch import Dispatch
+from sartor.agents.entries import Agent
+from sartor.agents.holdings import Admit
+from sartor.agents.registry import Cause
+from sartor.agents.team import Rollout
+
+ADMIN = Cause("admin", "over HTTP")
+
+
+class Roster:
+    """The agents of a running dispatch. A change has taken effect here when its method returns."""
+
+    def __init__(self, dispatch: Dispatch, crew: Crew, admit: Admit, rules: Rollout) -> None:
+        self._dispatch = dispatch
+        self._served = dispatch.served
+        self._crew = crew
+        self._admit = admit
+        self._rules = rules
+
+    async def listed(self) -> Sequence[Listed]:
+        """Every agent."""
+        health = self._served.health()
+        return [
+            Listed(agent.name, agent.live, agent.versions, {**health["agents"][agent.name], "note": agent.note})
+            for agent in self._served.agents.values()
+        ]
+
+    async def promote(self, name: str, release: str, version: str, expected: str | None) -> Mapping[str, Any]:
+        """Make a Release (a directory) or a registered version live, or put it on trial where TEAM.yaml asks for one.
+
+        A version that is on trial already becomes live. Its adapter is loaded before anything changes. Raises ConflictError
+        when `expected` is not live (None: whatever is), AdmissionError, UnknownAgentError, ModelError.
+        """
+        registry = self._served.registry
+        if release:
+            admitted = await self._admit(Path(release), name)
+            await asyncio.to_thread(registry.add, admitted, cause=ADMIN)
+            version = admitted.version
+            await self._served.reload()  # makes the version known here
+        if found := self._served.versions.get(f"{name}@{version}"):
+            await self._dispatch.holdings.hold(found)
+        rules = self._rules
+        bring_in = partial(registry.bring_in, canary=rules.canary_fraction, shadow=rules.shadow_fraction)
+        return await self._applied(await asyncio.to_thread(bring_in, name, version, expected=expected, cause=ADMIN))
+
+    async def rollback(self, name: str, expected: str | None) -> Mapping[str, Any]:
+        """End a trial, or make the version live that was before. Raises ConflictError, UnknownAgentError."""
+        return await self._applied(
+            await asyncio.to_thread(self._served.registry.rollback, name, expected=expected, cause=ADMIN)
+        )
+
+    async def drain(self, name: str) -> Mapping[str, Any]:
+        """Take an agent out of service: what runs ends, what comes is refused. Raises UnknownAgentError."""
+        return await self._applied(await asyncio.to_thread(self._served.registry.drain, name, cause=ADMIN))
+
+    async def release(self, name: str) -> Mapping[str, Any]:
+        """Bring an agent back from quarantine or drain. Raises UnknownAgentError."""
+        registry = self._served.registry
+        agent = self._served.agents.get(name)
+        if agent is None or agent.state == "draining":
+            live = agent.live if agent else ""
+            agent = await asyncio.to_thread(registry.promote, name, live, expected=live, cause=ADMIN)
+        for version in agent.versions:
+            self._crew.release(f"{name}@{version}")
+        return await self._applied(agent)
+
+    async def hear(self, agent: str, rating: float) -> None:
+        """Tell the monitors how a person found a reply of that exact version: -1 bad .. 1 good."""
+        self._dispatch.hear(agent, rating)
+
+    async def _applied(self, agent: Agent) -> Mapping[str, Any]:
+        await self._served.reload()
+        return agent.as_json()

@@ -1,0 +1,251 @@
+"""`auto`: which agent a request is for, and why. Whatever goes wrong here, the base answers and the reason says so.
+
+A router is fitted in the background when the team starts and whenever its agents change; the old one answers meanwhile. The
+first of a new server knows words alone; one with an encoder takes its place when it is ready and better on prompts that
+neither saw. Fitted routers stand in STATE/router and are found again at the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from sartor.agents.asking import Route
+from sartor.agents.routing import exemplars, fitting
+from sartor.agents.routing.exemplars import Exemplars, shortened
+from sartor.agents.routing.fitted import BASE, Fitted, Judged, open_fitted
+from sartor.agents.team import Routing
+from sartor.core import assets
+from sartor.core.errors import ArtifactError, BusyError, SartorError
+
+WORDS = "tfidf"
+# A request of a server that has just started waits so long for its first router
+FIRST_WAIT_S = 10.0
+# And so long for the encoder's vectors of one prompt; then words alone decide
+EMBED_WAIT_S = 2.0
+# Prompts that an encoder is asked for at once while a router is fitted: requests come between
+EMBEDDED_AT_ONCE = 64
+BUSY_TRIES, BUSY_WAIT_S = 30, 1.0
+# A turn that is for no agent by itself ("and the bedroom?") belongs to the agent of the turn before if both together do, and if
+# it leans to that agent at least so far: the fraction of the threshold that its own score reaches
+LEAN = 0.3
+
+
+class Embedder(Protocol):
+    """Of `Crew`, what a router needs."""
+
+    async def embed(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
+        """See Crew."""
+        ...
+
+
+class AutoRouter:
+    """A Router (asking.py) of the event loop's own. Close it, or its last fit goes on."""
+
+    def __init__(self, crew: Embedder, rules: Routing, state: Path, engine: str = "local") -> None:
+        """engine: the kind of the crew's engine. Only our own makes vectors of its base fast enough to be asked unasked."""
+        self._crew = crew
+        self._rules = rules
+        self._folder = state / "router"
+        self._engine = engine
+        self._fitted: Fitted | None = None
+        self._words: Fitted | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_ready = asyncio.Event()
+        self._silent: tuple[str, ...] = ()
+        self._vectors: dict[str, dict[str, Any]] = {}
+        self.troubles: dict[str, str] = {}
+
+    async def learn(self, releases: Mapping[str, Path]) -> None:
+        """See Router. Returns at once: fitting goes on in the background, and trouble with it is in `troubles`."""
+        await self._stop()
+        self._task = asyncio.ensure_future(self._refit(dict(releases)))
+
+    async def settle(self) -> None:
+        """Wait until the last fit has ended."""
+        if self._task is not None:
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def close(self) -> None:
+        """Stop fitting."""
+        await self._stop()
+
+    @property
+    def figures(self) -> Mapping[str, Any]:
+        """Of the router that answers: its encoder, agents, threshold and held-out figures. Empty while there is none."""
+        if self._fitted is None:
+            return {}
+        said = {"encoder": self._fitted.encoder, "threshold": self._fitted.threshold, "agents": list(self._fitted.agents)}
+        return {**said, **self._fitted.figures}
+
+    async def route(self, messages: Sequence[Mapping[str, Any]], openable: Collection[str]) -> Route:
+        """See Router. The last user turn decides; the one before helps where it says too little."""
+        turns = user_turns(messages)
+        if not turns:
+            return Route(BASE, "there is no text to go by")
+        if not self._is_ready.is_set() and self._task is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_WAIT_S):
+                    await self._is_ready.wait()
+        if self._fitted is None:
+            return Route(BASE, "the router is being made" if not self._is_ready.is_set() else "no live agent has exemplars")
+        texts = [shortened(turns[-1]), *([shortened("\n".join(turns[-2:]))] if len(turns) > 1 else [])]
+        try:
+            fitted, judged, note = await self._judged(self._fitted, texts)
+        except Exception as error:  # a fault of the router must be none of the request: dispatch knows SartorError alone
+            why = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
+            return Route(BASE, f"the router failed: {why}")
+        route = chosen(fitted, judged, openable)
+        silent = [name for name in self._silent if name in openable]
+        more = f"; without exemplars: {', '.join(sorted(silent))}" if silent else ""
+        return Route(route.agent, f"{route.reason}{note}{more}", route.scores)
+
+    async def _judged(self, fitted: Fitted, texts: Sequence[str]) -> tuple[Fitted, list[Judged], str]:
+        """What a router finds; by words alone where the encoder does not answer."""
+        if fitted.dense is None:
+            return fitted, await asyncio.to_thread(fitted.judge, texts), ""
+        try:
+            async with asyncio.timeout(EMBED_WAIT_S):
+                vectors = np.array(await self._crew.embed(texts, fitted.encoder), dtype=np.float32)
+        except TimeoutError:
+            why = f"{fitted.encoder} took more than {EMBED_WAIT_S:g} s"
+        except SartorError as error:
+            why = f"{fitted.encoder}: {error.problem}"
+        else:
+            return fitted, await asyncio.to_thread(fitted.judge, texts, vectors), ""
+        if self._words is None:
+            raise ArtifactError(why, "ask again")
+        return self._words, await asyncio.to_thread(self._words.judge, texts), f"; by words alone ({why})"
+
+    async def _refit(self, releases: Mapping[str, Path]) -> None:
+        """Fit routers for these Releases, the cheapest first, and answer by the best."""
+        self.troubles = {}
+        try:
+            found = await asyncio.to_thread(self._read, releases)
+            agents = {name: one for name, one in found.items() if one.train}
+            self._silent = tuple(name for name in releases if name not in agents)
+            if not agents:
+                self._fitted = self._words = None
+            else:
+                await self._fit_all(agents)
+        except (SartorError, OSError, MemoryError) as error:
+            self.troubles["router"] = f"auto is not fitted anew: {error}"
+        finally:
+            self._is_ready.set()
+
+    async def _fit_all(self, agents: Mapping[str, Exemplars]) -> None:
+        words = await self._fit_one(agents, WORDS)
+        if self._fitted is None:
+            self._fitted = words
+            self._is_ready.set()
+        routers = [words]
+        for encoder in self._encoders():
+            try:
+                routers.append(await self._fit_one(agents, encoder))
+            except SartorError as error:
+                self.troubles["router"] = f"auto goes by words alone: {encoder}: {error.problem}"
+        explicit = self._rules.encoder != "auto"
+        self._fitted = routers[-1] if explicit else fitting.best_of(routers)
+        self._words = words
+
+    def _encoders(self) -> list[str]:
+        """What to fit beside words. The base only where no sentence encoder is: it costs more and chooses no better."""
+        if self._rules.encoder != "auto":
+            return [self._rules.encoder] if self._rules.encoder != WORDS else []
+        if assets.entry("minilm").is_installed:
+            return ["minilm"]
+        return ["base"] if self._engine == "local" else []
+
+    async def _fit_one(self, agents: Mapping[str, Exemplars], encoder: str) -> Fitted:
+        digest = exemplars.digest(agents)
+        with suppress(ArtifactError):  # a damaged one is made anew
+            if found := await asyncio.to_thread(open_fitted, self._folder, encoder, digest):
+                return found
+        vectors = None
+        if encoder != WORDS:
+            vectors = await self._embedded(fitting.rows_of(agents).texts, encoder)
+        fitted = await asyncio.to_thread(fitting.fit, agents, encoder, vectors, self._rules.target)
+        with suppress(OSError):  # a full disk costs the next start a few seconds
+            await asyncio.to_thread(fitted.save, self._folder)
+        return fitted
+
+    async def _embedded(self, texts: Sequence[str], encoder: str) -> Any:
+        """(N, D) vectors; those of an earlier fit are not asked for again."""
+        known = self._vectors.get(encoder, {})
+        lacking = [text for text in dict.fromkeys(texts) if text not in known]
+        for start in range(0, len(lacking), EMBEDDED_AT_ONCE):
+            some = lacking[start : start + EMBEDDED_AT_ONCE]
+            vectors = np.array(await self._patiently(some, encoder), dtype=np.float32)
+            known |= dict(zip(some, vectors, strict=True))
+        self._vectors[encoder] = {text: known[text] for text in texts}
+        return np.stack([known[text] for text in texts])
+
+    async def _patiently(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
+        """Requests go before: a busy crew is asked again."""
+        for _ in range(BUSY_TRIES):
+            try:
+                return await self._crew.embed(texts, encoder)
+            except BusyError:
+                await asyncio.sleep(BUSY_WAIT_S)
+        return await self._crew.embed(texts, encoder)
+
+    def _read(self, releases: Mapping[str, Path]) -> dict[str, Exemplars]:
+        found = {}
+        for name, release in releases.items():
+            try:
+                found[name] = exemplars.read(release, name)
+            except ArtifactError as error:
+                self.troubles[f"router: {name}"] = error.problem
+        return found
+
+    async def _stop(self) -> None:
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+
+def chosen(fitted: Fitted, judged: Sequence[Judged], openable: Collection[str]) -> Route:
+    """The agent among `openable` for a last turn, judged[0], and that turn with the one before it, judged[1] if there is one.
+
+    The reason names no agent that may not be chosen.
+    """
+    by_turn = judged[0].best(openable)
+    if not by_turn:
+        return Route(BASE, "no agent that may be chosen has exemplars")
+    scores = {name: round(score, 4) for name, score in by_turn}
+    (name, score), note = by_turn[0], ""
+    found = judged[0]
+    if score < fitted.threshold and len(judged) > 1:
+        other, together = judged[1].best(openable)[0]
+        if together >= fitted.threshold and judged[0].score[other] >= LEAN * fitted.threshold:
+            name, score, note, found = other, together, " with the turn before", judged[1]
+    id, likeness = found.nearest[name]
+    rest = [pair for pair in found.best(openable) if pair[0] != name]
+    then = f", then {rest[0][0]} {rest[0][1]:.3f}" if rest else ""
+    said = f"{name} {score:.3f}{note}{then}; threshold {fitted.threshold:.3f}; nearest exemplar {id} ({likeness:.2f})"
+    said = f"{said}; {fitted.encoder}"
+    return Route(name, said, scores) if score >= fitted.threshold else Route(BASE, f"no agent fits: {said}", scores)
+
+
+def user_turns(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The texts of the user's turns that hold any; a content of parts is the text of its text parts."""
+    found = []
+    for message in messages:
+        if message.get("role") == "user" and (text := _text(message.get("content")).strip()):
+            found.append(text)
+    return found
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list | tuple) else []
+    texts = [str(part.get("text") or "") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    return "\n".join(texts)

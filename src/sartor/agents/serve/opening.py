@@ -1,0 +1,90 @@
+"""TEAM.yaml -> everything behind the server, opened in order and closed in the other: the verb `sartor serve`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from sartor.agents import admission
+from sartor.agents.admission import Ground, copies, version_of
+from sartor.agents.dispatch import Dispatch
+from sartor.agents.entries import Version
+from sartor.agents.holdings import Admit
+from sartor.agents.keys import Keys
+from sartor.agents.rates import Rates
+from sartor.agents.receipts import ReceiptBook
+from sartor.agents.registry import Registry
+from sartor.agents.roster import Roster
+from sartor.agents.router import AutoRouter
+from sartor.agents.serve.seams import House
+from sartor.agents.serve.server import Server, bind, check_bind
+from sartor.agents.supervisor import Supervisor
+from sartor.agents.team import Team, load
+
+Ready = Callable[[Mapping[str, Any]], object]
+
+
+def serve(team: Team | Path | str, flags: Sequence[str] = (), *, ready: Ready = lambda said: None) -> None:
+    """Serve a team until SIGTERM or Ctrl-C, which is raised again when running replies have ended.
+
+    ready: told `address`, `base`, `engine`, `agents` and `keys` (whether any are set) once it answers. Raises ConfigError for
+    what the file says and where it cannot listen, ExtraError, and what the first worker told; an agent that cannot be admitted
+    is no error: /health names it.
+    """
+    asyncio.run(_serve(team if isinstance(team, Team) else load(Path(team), flags), ready))
+
+
+async def _serve(team: Team, ready: Ready) -> None:
+    async with open_house(team) as house:
+        server = Server(house, team)
+        names = [agent.name for agent in await house.roster.listed()]
+        about = house.crew.about
+        facts = {"base": about.base, "engine": about.kind, "agents": names, "keys": not house.doors.is_open}
+        await server.serve(bind(team), lambda address: ready({"address": address, **facts}))
+
+
+@asynccontextmanager
+async def open_house(team: Team) -> AsyncIterator[House]:
+    """Registry, workers, agents. What cannot be is found before the workers, which take longest, are started."""
+    async with AsyncExitStack() as stack:
+        Path(team.state).mkdir(parents=True, exist_ok=True)
+        registry = await asyncio.to_thread(Registry.open, team.registry_url)
+        stack.callback(registry.close)
+        doors = Keys(registry.database)
+        check_bind(doors, team.http)
+        bind(team).close()
+        crew = Supervisor(team)
+        await crew.start()
+        stack.push_async_callback(crew.close)
+        book = await asyncio.to_thread(ReceiptBook.of, team, lambda: crew.about)
+        stack.callback(book.close)
+        copies.sweep(Path(team.state))
+        admit = _admission(team, crew)
+        router = AutoRouter(crew, team.router, Path(team.state), crew.about.kind)
+        stack.push_async_callback(router.close)
+        dispatch = Dispatch(team, crew, registry, admit, router=router, receipts=book)
+        await dispatch.start()
+        stack.push_async_callback(dispatch.close)
+        yield House(
+            replies=dispatch,
+            crew=crew,
+            doors=doors,
+            rates=Rates(team.limits),
+            roster=Roster(dispatch, crew, admit, team.rollout),
+            receipts=book,
+            troubles=lambda: {**dispatch.health()["troubles"], **router.troubles},
+            receipts_lost=lambda: book.lost,
+        )
+
+
+def _admission(team: Team, crew: Supervisor) -> Admit:
+    """Admission on the ground of this crew's engine, which is looked for when the first Release comes."""
+
+    async def admit(release: Path, agent: str) -> Version:
+        ground = await asyncio.to_thread(Ground.of, team, crew.about)
+        return version_of(await admission.admit(release, ground, crew.probe), agent)
+
+    return admit

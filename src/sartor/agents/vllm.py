@@ -1,0 +1,140 @@
+"""A team on vLLM: the command line that starts a server with the team's base and adapters, for `engine: {kind: openai}`.
+
+Adapters are served under their digests, so that a name means one content for ever and two versions of an agent stand side by
+side. What vLLM would do otherwise than the Release says is refused here, by the agent's name: vLLM has one chat template for
+all, no DoRA, and overlooks ranks and alphas that differ from module to module.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from sartor.agents.team import Remote, Team
+from sartor.core import bases
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import ArtifactError, ConfigError, ModelError
+from sartor.evaluate.release import verify
+from sartor.models.engine.contract import adapter_digest
+
+# What --max-lora-rank may be
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_REMEDY = "serve this agent by engine: {kind: local}"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """argv: the command. environment: variables that it needs; a value that begins with $ names another variable."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    @property
+    def line(self) -> str:
+        """For a shell; secrets stand in it by the names of their variables."""
+        said = [f'{name}="{value}"' for name, value in self.environment.items()]
+        return " ".join([*said, shlex.join(self.argv)])
+
+
+def launch(team: Team) -> Launch:
+    """The command for a team, after verifying its Releases. Raises what `verify` and `command` do, ModelError for its base."""
+    ref = bases.locate(team.base)
+    if not ref.path.is_dir():
+        raise ModelError(f"the base {ref.name} is not converted yet", f"sartor ask RELEASE PROMPT --base {ref.name} does so")
+    releases = [verify(member.release, key=team.trust or None, base=team.base).release for member in team.agents]
+    return command(team, ref.path, releases)
+
+
+def command(team: Team, base: Path, releases: Sequence[Artifact]) -> Launch:
+    """The command for a base's directory and one Release per agent.
+
+    Raises ConfigError when the team's engine is another, ModelError that names the agent which vLLM cannot serve as released.
+    """
+    engine = team.engine
+    if not isinstance(engine, Remote):
+        raise ConfigError(f"the team's engine is {engine.kind}", "engine: {kind: openai, url: http://127.0.0.1:8000/v1}")
+    where = urlsplit(engine.url)
+    if not where.hostname:
+        raise ConfigError(f"engine.url is {engine.url!r}, no address", "engine.url: http://127.0.0.1:8000/v1")
+    _check_templates(base, releases)
+    rank = _rank(releases)
+    argv = [
+        "vllm",
+        "serve",
+        str(base),
+        "--served-model-name",
+        "base",
+        "--host",
+        where.hostname,
+        "--port",
+        str(where.port or 8000),
+    ]
+    if (base / "chat_template.jinja").is_file():
+        argv += ["--chat-template", str(base / "chat_template.jinja")]
+    if releases or engine.loads_adapters:
+        argv += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(max(len(releases), 1))]
+    if releases:
+        argv += ["--lora-modules", *(_module(release) for release in releases)]
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if engine.loads_adapters else {}
+    if engine.key_env:
+        environment["VLLM_API_KEY"] = f"${engine.key_env}"  # not as a flag, which other users of the machine could read
+    return Launch(tuple(argv), environment)
+
+
+def _module(release: Artifact) -> str:
+    name, path = adapter_digest(release.manifest["files"]), str(release.path)
+    # the short form is cut at every =
+    return json.dumps({"name": name, "path": path}) if "=" in path or path.startswith("{") else f"{name}={path}"
+
+
+def _check_templates(base: Path, releases: Sequence[Artifact]) -> None:
+    template = bases.chat_template(base)
+    for release in releases:
+        bound = release.manifest["base"]["template_digest"]
+        expected = bases.template_digest(template) if template else releases[0].manifest["base"]["template_digest"]
+        if bound != expected:
+            raise ModelError(
+                f"{_name(release)} is bound to the chat template {bound[:12]}, and vLLM uses {expected[:12]} for every agent",
+                _REMEDY,
+            )
+
+
+def _rank(releases: Sequence[Artifact]) -> int:
+    """The least that vLLM may be told which holds every adapter's."""
+    ranks = {_name(release): _config(release)["r"] for release in releases}
+    most = max(ranks.values(), default=RANKS[0])
+    if fits := [rank for rank in RANKS if rank >= most]:
+        return fits[0]
+    raise ModelError(f"{max(ranks, key=ranks.__getitem__)} has rank {most}; vLLM takes up to {RANKS[-1]}", _REMEDY)
+
+
+def _config(release: Artifact) -> Mapping[str, Any]:
+    """The adapter's config, of which vLLM obeys every part."""
+    file = release.path / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        said = {
+            f"peft_type {config['peft_type']}": config["peft_type"] != "LORA",
+            "DoRA": config.get("use_dora"),
+            f"bias {config.get('bias')}": config.get("bias", "none") != "none",
+            "modules_to_save": config.get("modules_to_save"),
+            "rank_pattern": config.get("rank_pattern"),
+            "alpha_pattern": config.get("alpha_pattern"),
+            "the embedding or LM head": {"lm_head", "embed_tokens"} & set(config["target_modules"]),
+        }
+        unfit = [what for what, is_so in said.items() if is_so]
+        int(config["r"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{file} is no adapter's config: {error!r}", "sartor release makes it anew") from None
+    if unfit:
+        raise ModelError(f"{_name(release)} has {', '.join(unfit)}, which vLLM does not serve as released", _REMEDY)
+    return dict(config)
+
+
+def _name(release: Artifact) -> str:
+    return f"{release.manifest['name']}@{release.manifest['version']}"

@@ -1,0 +1,165 @@
+"""Receipts on disk: append-only segments of JSON lines, and where in them each one stands.
+
+    receipts-00000001.jsonl     one signed receipt a line; a line without its end was cut by a kill and is no receipt
+    index.sqlite                id, release, agent, date -> segment, offset, length. A convenience: it is rebuilt from the lines
+
+Who writes receipts is `agents/receipts.py`; here is what `revoke` needs of them too: which replies a Release gave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PATTERN = "receipts-*.jsonl"
+INDEX = "index.sqlite"
+_TABLES = """
+create table if not exists receipts (
+  id text primary key, release_id text, agent text, created text, segment text, start integer, length integer
+);
+create index if not exists receipts_by_release on receipts (release_id);
+create table if not exists segments (name text primary key, bytes integer, damaged integer);
+"""
+_PIECE = 1 << 24
+_ASKED = 500  # releases in one query
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One receipt, and where its line stands in its segment: start and length in bytes, the line's end left out."""
+
+    id: str
+    release_id: str
+    agent: str
+    created: str
+    segment: str
+    start: int
+    length: int
+
+
+class ReceiptIndex:
+    """The index of one folder. A file that is no database is moved aside and made anew."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(self, placed: Sequence[Placed]) -> None:
+        """Note receipts that were just written to the end of one segment, and whatever was missed of it before."""
+        segment, start, end = placed[0].segment, placed[0].start, placed[-1].start + placed[-1].length + 1
+        with self._open() as connection:
+            known = connection.execute("select bytes from segments where name = ?", (segment,)).fetchone()
+            if (known[0] if known else 0) < start:
+                _read(connection, self.folder / segment, known[0] if known else 0)
+            else:
+                _note(connection, placed)
+                _reach(connection, segment, end, 0)
+
+    def find(self, identity: str) -> dict[str, Any] | None:
+        """The receipt of that id, as it was written; None where there is none."""
+        with self._open() as connection:
+            row = connection.execute("select segment, start, length from receipts where id = ?", (identity,)).fetchone()
+        if row is None:
+            return None
+        try:
+            with (self.folder / row[0]).open("rb") as stream:
+                stream.seek(row[1])
+                said = json.loads(stream.read(row[2]))
+        except (OSError, ValueError):
+            return None
+        return said if isinstance(said, dict) and said.get("id") == identity else None
+
+    def of_releases(self, releases: Sequence[str]) -> Iterator[Placed]:
+        """Every reply that one of these Releases gave, the oldest first."""
+        with self._open() as connection:
+            for at in range(0, len(releases), _ASKED):
+                asked = list(releases[at : at + _ASKED])
+                marks = ", ".join("?" * len(asked))
+                query = f"select * from receipts where release_id in ({marks}) order by created, rowid"
+                yield from (Placed(*row) for row in connection.execute(query, asked))
+
+    def catch_up(self) -> int:
+        """Note every whole line that is not noted yet; returns how many lines of all segments are no receipts."""
+        with self._open() as connection:
+            known = dict(connection.execute("select name, bytes from segments").fetchall())
+            torn = 0
+            for file in sorted(self.folder.glob(PATTERN)):
+                if file.stat().st_size > known.get(file.name, 0):
+                    torn += _read(connection, file, known.get(file.name, 0))
+            return torn + int(connection.execute("select coalesce(sum(damaged), 0) from segments").fetchone()[0])
+
+    def forget(self, segment: str) -> None:
+        """Leave out the receipts of a segment that is removed."""
+        with self._open() as connection:
+            connection.execute("delete from receipts where segment = ?", (segment,))
+            connection.execute("delete from segments where name = ?", (segment,))
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """A connection that commits on leaving."""
+        file = self.folder / INDEX
+        with contextlib.closing(sqlite3.connect(file, timeout=10)) as connection:
+            try:
+                # the lines are what is durable: an index that a power cut took is made again from them
+                connection.execute("pragma synchronous = off")
+                connection.executescript(_TABLES)
+            except sqlite3.DatabaseError as error:
+                if "not a database" not in str(error) and "malformed" not in str(error):
+                    raise
+                file.rename(file.with_suffix(".broken"))
+                fresh = ReceiptIndex(self.folder)
+                fresh.catch_up()
+                with fresh._open() as other:
+                    yield other
+                return
+            with connection:
+                yield connection
+
+
+def _note(connection: sqlite3.Connection, placed: Sequence[Placed]) -> None:
+    connection.executemany(
+        "insert or ignore into receipts values (?, ?, ?, ?, ?, ?, ?)",
+        [(one.id, one.release_id, one.agent, one.created, one.segment, one.start, one.length) for one in placed],
+    )
+
+
+def _read(connection: sqlite3.Connection, file: Path, start: int) -> bool:
+    """Note the whole lines of a segment from `start` on, a piece at a time. Whether it ends within a line."""
+    damaged = 0
+    with file.open("rb") as stream:
+        stream.seek(start)
+        rest = b""
+        while piece := stream.read(_PIECE):
+            *lines, rest = (rest + piece).split(b"\n")
+            found = []
+            for line in lines:
+                if (placed := _placed(line, file.name, start)) is not None:
+                    found.append(placed)
+                else:
+                    damaged += 1
+                start += len(line) + 1
+            _note(connection, found)
+    _reach(connection, file.name, start, damaged)
+    return bool(rest)
+
+
+def _reach(connection: sqlite3.Connection, segment: str, end: int, damaged: int) -> None:
+    """Everything before `end` is noted."""
+    connection.execute(
+        "insert into segments values (?, ?, ?) "
+        "on conflict (name) do update set bytes = max(bytes, excluded.bytes), damaged = damaged + excluded.damaged",
+        (segment, end, damaged),
+    )
+
+
+def _placed(line: bytes, segment: str, start: int) -> Placed | None:
+    try:
+        said = json.loads(line)
+        texts = (said["id"], said["release"], said["agent"], said["created"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return Placed(*texts, segment, start, len(line)) if all(isinstance(text, str) for text in texts) else None

@@ -1,0 +1,165 @@
+"""What a Release says of the rows that its adapter was tuned on and measured on: what a server needs to serve it rightly.
+
+The system prompt and the tools that most rows carry, whether their replies are JSON, prompts for the router (`exemplars`), and
+prompts with the replies that the Report recorded (`canaries`). No torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from sartor.core import lineage, rows
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import ArtifactError
+from sartor.core.records import Example, Message
+from sartor.curate.steps.personal_data import PersonalData
+
+EXEMPLARS = "router/exemplars.jsonl"
+MOST_EXEMPLARS = 400
+# of the held-out rows, with which the router's threshold is chosen
+HELD_OUT_FRACTION = 1 / 4
+MOST_CHARACTERS = 600
+# Rows of general talk, which some add to keep a specialist's manners: what the router should leave to the base
+OTHER = "other"
+MOST_OTHER = 60
+CANARIES = 4
+# A reply is JSON if the training replies are, but for a few
+JSON_FRACTION = 0.95
+MASKING = "personal_data"
+
+
+@dataclass
+class TrainingFacts:
+    """Counted over the rows of a Dataset; `exemplars` maps a split to (Example's id, prompt, system prompt)."""
+
+    systems: Counter[str] = field(default_factory=Counter)
+    tools: Counter[str] = field(default_factory=Counter)
+    json_replies: int = 0
+    rows: int = 0
+    exemplars: dict[str, list[tuple[str, str, str]]] = field(default_factory=lambda: {"train": [], "eval": []})
+    prompts: dict[str, tuple[Message, ...]] = field(default_factory=dict)
+
+    @property
+    def system_prompt(self) -> str:
+        """What most rows open with; empty if that is nothing."""
+        return self.systems.most_common(1)[0][0] if self.systems else ""
+
+    @property
+    def most_tools(self) -> list[Any]:
+        """The tools that most rows declare."""
+        said = self.tools.most_common(1)[0][0] if self.tools else ""
+        return list(json.loads(said)) if said else []
+
+    @property
+    def format(self) -> Literal["json", "text"]:
+        """What the replies are."""
+        return "json" if self.rows and self.json_replies >= JSON_FRACTION * self.rows else "text"
+
+    def add(self, example: Example) -> None:
+        """One row, of either split."""
+        system = example.messages[0].text if example.messages[0].role == "system" else ""
+        if example.split == "train":
+            self.rows += 1
+            self.systems[system] += 1
+            self.tools[example.tools] += 1
+            self.json_replies += is_json(example.reply)
+        else:
+            self.prompts[example.id] = example.prompt
+        if example.split in self.exemplars and (text := _exemplar(example)):
+            self.exemplars[example.split].append((example.id, text, system))
+
+
+def is_json(reply: str) -> bool:
+    """Whether a reply is one JSON object or list."""
+    try:
+        return isinstance(json.loads(reply), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def read_facts(adapter: Artifact) -> TrainingFacts:
+    """The facts of an Adapter's Dataset, in one pass. Raises ArtifactError where the Dataset is not to be found."""
+    dataset = lineage.find_parent(adapter, "dataset")
+    if dataset is None:
+        raise ArtifactError(
+            f"the Dataset of {adapter.path} is not where it was, so the system prompt of its rows is unknown",
+            "sartor index DIR finds a Dataset that was moved",
+        )
+    facts = TrainingFacts()
+    for example in rows.read_examples(dataset):
+        facts.add(example)
+    return facts
+
+
+def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:
+    """`router/exemplars.jsonl` below `part`: {"text", "split"} a line, `most` in all; 0 writes none. Returns how many.
+
+    split: `train`, `eval` (held out: the router's threshold is chosen with them), or `other`: training rows without a system
+    prompt where most have one, which are general talk and what the agent is not for. Rows are taken in the order of their ids,
+    which are digests: any part of them is a fair sample, and the same one each time. Prompts that look personal are left out.
+    """
+    is_general = bool(facts.system_prompt)
+    own: list[tuple[str, str]] = []
+    general: list[tuple[str, str]] = []
+    for id, text, system in facts.exemplars["train"]:
+        (general if is_general and not system else own).append((id, text))
+    seen = {text for _, text, _ in facts.exemplars["train"]}
+    unseen = [(id, text) for id, text, system in facts.exemplars["eval"] if text not in seen and (system or not is_general)]
+    held_out = _chosen(unseen, round(most * HELD_OUT_FRACTION))
+    others = _chosen(general, min(MOST_OTHER, most // 5))
+    chosen = [("train", text) for text in _chosen(own, most - len(held_out) - len(others))]
+    chosen += [*(("eval", text) for text in held_out), *((OTHER, text) for text in others)]
+    if chosen:
+        (part / EXEMPLARS).parent.mkdir()
+        lines = [json.dumps({"text": text, "split": split}, ensure_ascii=False) + "\n" for split, text in chosen]
+        (part / EXEMPLARS).write_text("".join(lines), encoding="utf-8")
+    return len(chosen)
+
+
+def canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, Any]]:
+    """A few held-out prompts of the Report with the tuned model's greedy replies: what admission asks again before it serves.
+
+    The shortest replies, since they are compared as they stand and numbers that are rounded otherwise part long ones.
+    """
+    found = [row for row in rows.read_file(report.path / "rows.parquet") if row["tuned_reply"].strip()]
+    found.sort(key=lambda row: (len(row["tuned_reply"]), row["id"]))
+    distinct = {row["tuned_reply"]: row for row in reversed(found)}
+    chosen = sorted(distinct.values(), key=lambda row: (len(row["tuned_reply"]), row["id"]))[:CANARIES]
+    return [{"messages": _messages(facts, row), "reply": row["tuned_reply"]} for row in chosen]
+
+
+def _messages(facts: TrainingFacts, row: dict[str, Any]) -> list[dict[str, str]]:
+    """A row's prompt as it was asked; one from another file than the Dataset, after the system prompt that most rows have."""
+    asked = facts.prompts.get(row["id"])
+    if asked is None:
+        system = [Message.of("system", facts.system_prompt)] if facts.system_prompt else []
+        asked = (*system, Message.of("user", row["prompt"]))
+    return [{"role": message.role, "content": message.text} for message in asked]
+
+
+def _exemplar(example: Example) -> str:
+    """The question of a row: its last user turn, if it is short enough and nothing in the row was masked."""
+    asked = [message.text.strip() for message in example.prompt if message.role == "user"]
+    is_fit = bool(asked) and MASKING not in example.steps and len(asked[-1]) <= MOST_CHARACTERS
+    return asked[-1] if is_fit else ""
+
+
+def _chosen(found: Sequence[tuple[str, str]], most: int) -> list[str]:
+    texts = dict.fromkeys(text for _, text in sorted(found))
+    return list(itertools.islice((text for text in texts if not _is_personal(text)), most))
+
+
+def _is_personal(text: str) -> bool:
+    return _masker()(text) != text
+
+
+@cache
+def _masker() -> Callable[[str], str]:
+    return PersonalData().masker()

@@ -1,0 +1,127 @@
+"""llama.cpp's own answers, from a process of its own: a file that it cannot take ends that process and no other.
+
+`python -m sartor.export.llamacpp JOB RESULT` reads and writes JSON files. The server of xllamacpp listens on loopback while it
+lives, behind a key that only this process knows. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+# per position the likeliest tokens, best first, each with the natural log of its probability; None where it was not told
+Step = list[tuple[int, float | None]]
+
+
+class Asked:
+    """A running llama.cpp with one model and at most one adapter."""
+
+    def __init__(self, job: Json) -> None:
+        """Raises RuntimeError where llama.cpp cannot open the files."""
+        import xllamacpp
+
+        self.job = job
+        self.key = secrets.token_hex(16)
+        wanted = xllamacpp.CommonParams()
+        wanted.model.path = job["model"]
+        if job["adapter"]:
+            wanted.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["adapter"], 1.0)]
+        wanted.n_ctx, wanted.n_parallel = job["context"], 1
+        wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = job["threads"]
+        wanted.hostnames, wanted.port, wanted.api_keys = ["127.0.0.1"], 0, [self.key]
+        wanted.warmup, wanted.verbosity = False, 1
+        self.server = xllamacpp.Server(wanted)
+
+    def post(self, path: str, said: Json | None = None) -> Any:
+        """One request to its server."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        body = None if said is None else json.dumps(said).encode()
+        with urllib.request.urlopen(urllib.request.Request(self.server.listening_address + path, body, headers)) as answer:
+            return json.loads(answer.read())
+
+    def go_on(self, ids: list[int], count: int) -> list[Step]:
+        """The greedy continuation: at each of its tokens the likeliest; a stop token is the last."""
+        said = {"prompt": ids, "n_predict": count, "n_probs": self.job["likeliest"], "temperature": 0, "top_k": 1}
+        made = self.post("/completion", {**said, "return_tokens": True})
+        if not made["tokens"]:
+            raise RuntimeError("llama.cpp gave no token")
+        return told_of(made["tokens"], made.get("completion_probabilities", []))
+
+    def trace(self, prompt: list[int], reply: list[int]) -> Json:
+        """The greedy reply of its own, and at each position behind `prompt` and a part of `reply` the likeliest tokens.
+
+        While both say the same, one request tells of many positions; after a difference the next begins with `reply` so far.
+        """
+        own = self.go_on(prompt, self.job["longest"])
+        seen: list[Step] = []
+        while len(seen) < len(reply):
+            for step in self.go_on(prompt + reply[: len(seen)], len(reply) - len(seen)) if seen else own:
+                seen.append(step)
+                if len(seen) == len(reply) or step[0][0] != reply[len(seen) - 1]:
+                    break
+        return {"greedy": [step[0][0] for step in own], "likeliest": seen}
+
+    def render(self, messages: list[Json]) -> Json:
+        """A conversation as its chat template writes it, and as its tokenizer cuts that."""
+        text = self.post("/apply-template", {"messages": messages})["prompt"]
+        cut = self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        return {"text": text, "ids": cut["tokens"]}
+
+
+def told_of(tokens: list[int], told: list[Json]) -> list[Step]:
+    """A step for each token. The server tells nothing of tokens that end inside a character (an emoji is three of them).
+
+    Which of several equal tokens an entry belongs to is taken for known only where counting from both ends agrees.
+    """
+    steps: list[Step] = [[(token, None)] for token in tokens]
+    ids = [entry["id"] for entry in told]
+    left = _places(tokens, ids)
+    right = [len(tokens) - 1 - place for place in reversed(_places(tokens[::-1], ids[::-1]))]
+    for place, other, entry in zip(left, right, told, strict=True):
+        if place == other:
+            steps[place] = [(one["id"], one["logprob"]) for one in entry["top_logprobs"]]
+    return steps
+
+
+def _places(tokens: list[int], ids: list[int]) -> list[int]:
+    """Where `ids` stand in `tokens`, each as early as it can."""
+    places: list[int] = []
+    for token in ids:
+        places.append(tokens.index(token, places[-1] + 1 if places else 0))
+    return places
+
+
+def _go_with_the_parent() -> None:
+    """End this process when the one that started it closes our standard input, by dying if need be."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def main(job_file: str, result_file: str) -> int:
+    """Do a job; returns the process's exit code. What went wrong is written as `error`."""
+    threading.Thread(target=_go_with_the_parent, daemon=True).start()
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    try:
+        asked = Asked(job)
+        said: Json = {
+            "template": asked.post("/props")["chat_template"],
+            "rendered": [asked.render(messages) for messages in job["conversations"]],
+            "traces": [asked.trace(one["prompt"], one["reply"]) for one in job["traces"]],
+        }
+    except (RuntimeError, OSError, KeyError, ValueError) as error:
+        detail = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
+        said = {"error": f"{type(error).__name__}: {detail}"}
+    Path(result_file).write_text(json.dumps(said), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))

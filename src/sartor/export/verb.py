@@ -1,0 +1,189 @@
+"""Release -> export: verified, written in one form, asked the same prompts in its runtime, and sealed, or refused."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sartor.core import bases, catalogue, lineage, signing
+from sartor.core.artifacts import MANIFESTS, Artifact, check_free, file_digest, new_directory, seal
+from sartor.core.errors import BudgetError, ConfigError
+from sartor.evaluate.release import verify
+from sartor.evaluate.tasks import check_base
+from sartor.export import companions, forms, prompts, reference, runtimes
+from sartor.export.forms import Made, Work
+from sartor.export.measure import LIKELIEST, Figures
+from sartor.export.reference import Trace
+from sartor.models import adapters, memory
+from sartor.models.base import Base, machine, open_base
+from sartor.models.gguf_model import TYPES
+
+Form = Literal["peft", "merged", "gguf"]
+Notice = Callable[[str], object]
+_WRITERS: dict[str, Callable[[Work, Path], Made]] = {
+    "peft": forms.write_peft,
+    "merged": forms.write_merged,
+    "gguf": forms.write_gguf,
+}
+# fp32 weights twice (the base as it is read, the runtime's own or the merged ones), and as much again as a small file's worth
+_COPIES, _BYTES, _SPARE_BYTES = 2, 4, 1 << 30
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` made."""
+
+    export: Artifact
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        manifest = self.export.manifest
+        known = ("form", "name", "version", "as_base", "parity")
+        signed = (self.export.path / "signature").is_file()
+        return {"path": str(self.export.path), **{key: manifest[key] for key in known}, "signed": signed}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an export is made, beside where and of what.
+
+    quantise: types of the merged GGUF (gguf_model.TYPES) beside f16, which is left away where bf16 or f32 is named.
+    allow_unmeasured: also where the runtime is not installed. sign: a private key for the receipt. key, base: as in `verify`.
+    """
+
+    quantise: Sequence[str] = ()
+    allow_unmeasured: bool = False
+    sign: Path | str | None = None
+    key: Path | str | None = None
+    base: str = ""
+
+    @property
+    def types(self) -> list[str]:
+        """Of the merged GGUF files, each once."""
+        wide = [] if {"bf16", "f32"} & set(self.quantise) else ["f16"]
+        return list(dict.fromkeys([*wide, *self.quantise]))
+
+
+def export(
+    release: Path | str,
+    out: Path | str,
+    *,
+    to: Form,
+    options: Options | None = None,
+    replace: bool = False,
+    notice: Notice = lambda line: None,
+) -> Exported:
+    """Write a Release as `peft`, `merged` or `gguf` for other runtimes, with a parity receipt, and what is owed for it.
+
+    The Release is verified first. Raises what `verify` raises; GateError with the numbers where the runtime answers otherwise
+    than the Release (nothing is left at `out`), ExtraError where the runtime is absent and that is not allowed, BudgetError
+    where memory cannot hold the comparison, ModelError for a base that the form has no place for.
+    """
+    options = options or Options()
+    _check(to, options)
+    out = Path(out).absolute()
+    check_free(out, replace=replace)
+    private = signing.open_private(Path(options.sign)) if options.sign else None
+    found = verify(release, key=options.key, base=options.base).release
+    said = found.manifest["base"]
+    _check_memory(bases.locate(options.base or said["name"]))
+    began = time.monotonic()
+    base = open_base(options.base or said["name"], licence=said["licence"], bits=32, notice=notice)
+    check_base(found, base.ref.digest, base.chat.template_digest, base.ref.name)
+    asked = prompts.choose(found, base.chat)
+    measured = to != "gguf" or runtimes.has_llama_cpp()
+    work = Work(found, base, adapters.open_adapter(base.model, found.path), (), options.types, measured, notice)
+    notice(f"asking Sartor {len(asked)} prompts")
+    work.traces = traces = reference.trace(base, work.model, asked)
+    with new_directory(out, replace=replace) as part:
+        made = _WRITERS[to](work, part)
+        companions.write_card(found, base, to, part, made.use)
+        companions.write_notice(found, base, part)
+        companions.readable(part)
+        facts = _facts(found, to, part)
+        parity = {**_parity(found, base, traces, made.figures, measured), "wall_s": round(time.monotonic() - began, 1)}
+        manifest = seal(part, "export", {**facts, "parity": parity})
+        if private:
+            document = (part / MANIFESTS["export"]).read_bytes()
+            (part / "signature").write_text(signing.sign(document, private), encoding="utf-8")
+    exported = Artifact(out, manifest)
+    catalogue.register(exported)
+    return Exported(exported)
+
+
+def _check(to: str, options: Options) -> None:
+    """Refuse before any work what could not be done after it."""
+    if to not in _WRITERS:
+        raise ConfigError(f"there is no form {to!r} of an export; there are {', '.join(_WRITERS)}", "--to peft")
+    if unknown := [kind for kind in options.quantise if kind not in TYPES]:
+        raise ConfigError(f"there is no type {unknown[0]!r} of GGUF weights; there are {', '.join(TYPES)}", "--quantise q8_0")
+    if to != "gguf" and options.quantise:
+        raise ConfigError(f"--quantise is of GGUF files, and the form is {to}", "--to gguf")
+    if to == "gguf" and not runtimes.has_llama_cpp() and not options.allow_unmeasured:
+        raise runtimes.need_llama_cpp()
+
+
+def _check_memory(ref: bases.BaseRef) -> None:
+    """Raises BudgetError where fp32 weights, twice, do not fit: below that the comparison would swap or be killed."""
+    wanted = memory.weights_in(ref.path) * _BYTES * _COPIES + _SPARE_BYTES if ref.path.is_dir() else 0
+    room = memory.available_bytes()
+    if wanted > room.bytes:
+        raise BudgetError(
+            f"comparing an export of {ref.name} in fp32 needs {wanted / 1e9:.1f} GB; {room.bytes / 1e9:.1f} GB are there "
+            f"({room.bound})",
+            "export on a machine with more memory; the Release itself is a PEFT adapter, and loads in peft as it is",
+        )
+
+
+def _facts(release: Artifact, to: str, part: Path) -> dict[str, Any]:
+    """What the receipt says of the export and of where it is from."""
+    manifest = release.manifest
+    known = ("name", "version", "base", "sources", "obligations", "system_prompt", "sampling")
+    return {
+        "form": to,
+        "use": manifest.get("use", "commercial"),
+        "licence": release.licence,
+        "parents": [release.as_parent()],
+        **{key: manifest[key] for key in known if key in manifest},
+        "as_base": _as_base(to, part),
+        "machine": machine(),
+        "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft", "gguf")},
+    }
+
+
+def _as_base(to: str, part: Path) -> dict[str, str]:
+    """File -> the digest of the base that it is, where it can be one; `.` is the directory."""
+    if to == "merged":
+        return {".": bases.files_digest(part)}
+    files = [file for file in sorted(part.glob("*.gguf")) if not file.name.endswith("-adapter.gguf")]
+    return {file.name: bases.gguf_digest(file_digest(file)) for file in files}
+
+
+def _parity(
+    release: Artifact, base: Base, traces: Sequence[Trace], figures: dict[str, Figures], measured: bool
+) -> dict[str, Any]:
+    said = release.manifest["base"]
+    notes = []
+    if said.get("quantisation", "none") != "none":
+        notes.append(
+            f"it was tuned and evaluated on the base in {said['quantisation']}; the reference is the base as it is stored"
+        )
+    if lineage.find_parent(release, "dataset") is None:
+        notes.append("the Dataset is not on this machine, or was changed")
+    if not measured:
+        notes.append("not measured: llama.cpp (xllamacpp) is not installed here")
+    return {
+        "reference": {"runtime": "sartor", "dtype": "float32", "base_digest": base.ref.digest, "device": str(base.device)},
+        "prompts": lineage.tally(one.asked.source for one in traces),
+        "positions": sum(len(one.reply) for one in traces),
+        "most_reply_tokens": reference.REPLY_TOKENS,
+        "likeliest": LIKELIEST,
+        "itself": runtimes.itself(traces).as_json(),
+        "files": {name: found.as_json() for name, found in figures.items()},
+        "measured": measured,
+        "notes": notes,
+    }

@@ -1,0 +1,462 @@
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dispatch_fakes import (
+    FakeCrew,
+    FakeReceipts,
+    FakeRouter,
+    admit,
+    asked,
+    dispatching,
+    no_fsync,
+    registry,
+    said,
+    team,
+    until,
+    version,
+)
+
+from sartor.agents.roster import Roster
+from sartor.agents.team import Member, Rollout
+from sartor.core.errors import (
+    ArtifactError,
+    BusyError,
+    ConflictError,
+    KeyRefusedError,
+    ModelError,
+    RequestError,
+    UnavailableError,
+    UnknownAgentError,
+)
+from sartor.models.engine.contract import Done, Failed
+
+__all__ = ["no_fsync"]
+
+
+def run(work: Any) -> Any:
+    return asyncio.run(work)
+
+
+def test_a_name_is_a_version_and_an_unknown_one_is_an_error(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew = FakeCrew()
+        async with dispatching(team(tmp_path), crew, registry(tmp_path, version("faq", "1"), version("home", "3"))) as dispatch:
+            assert (await said(dispatch, asked("faq")))[:2] == ("faq@1", "by faq-1")
+            assert (await said(dispatch, asked("home@3")))[:2] == ("home@3", "by home-3")
+            assert (await said(dispatch, asked("base")))[:2] == ("base@" + "b" * 12, "by base")
+            for unknown in ("faz", "faq@2", "", "faq@", "base@1", "auto@1", "FAQ"):
+                with pytest.raises(UnknownAgentError):
+                    await dispatch.open(asked(unknown))
+            with pytest.raises(KeyRefusedError, match="home"):
+                await dispatch.open(asked("home", openable=frozenset({"faq"})))
+            with pytest.raises(UnknownAgentError) as caught:
+                await dispatch.open(asked("faz", openable=frozenset({"faq"})))
+            assert "home" not in str(caught.value)
+            assert not crew.live["faq-1"] and dispatch.in_flight == 0
+
+    run(work())
+
+
+def test_a_call_has_the_releases_prompt_sampling_and_tools_and_a_clients_own_hold(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "look"}}
+    facts = {"system_prompt": "Be brief.", "sampling": {"max_tokens": 5000, "temperature": 0.5}, "tools": [tool]}
+
+    async def work() -> None:
+        crew = FakeCrew()
+        async with dispatching(team(tmp_path), crew, registry(tmp_path, version("faq", "1", **facts))) as dispatch:
+            await said(dispatch, asked("faq", sampling={"top_p": 0.5}))
+            call = crew.calls[-1]
+            assert call.messages[0] == {"role": "system", "content": "Be brief."} and len(call.messages) == 2
+            assert (call.sampling.max_tokens, call.sampling.temperature, call.sampling.top_p) == (1024, 0.5, 0.5)
+            assert call.tools == (tool,)
+            own = {"role": "system", "content": "Be long."}
+            request = asked("faq")
+            await said(dispatch, type(request)("faq", (own, *request.messages), tools=({"own": 1},)))
+            assert crew.calls[-1].messages[0] == own and crew.calls[-1].tools == ({"own": 1},)
+            with pytest.raises(RequestError, match="max_tokens"):
+                await dispatch.open(asked("faq", sampling={"max_tokens": 5000}))
+            with pytest.raises(RequestError, match="beams"):
+                await dispatch.open(asked("faq", sampling={"beams": 2}))
+
+    run(work())
+
+
+def test_who_steps_in_and_that_it_is_said(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
+        made.promote("faq", "2")
+        async with dispatching(team(tmp_path), crew, made) as dispatch:
+            crew.faults["faq-2"] = ModelError("a logit is not finite", "tune again")
+            answer = await dispatch.open(asked("faq"))
+            assert answer.agent == "faq@1"
+            assert "not finite" in answer.reason and "previous version" in answer.reason
+            crew.breakers["faq@1"] = "open"
+            assert (await said(dispatch, asked("faq")))[0].startswith("base@")
+            crew.faults[""] = ModelError("the base broke", "restart")
+            with pytest.raises(UnavailableError, match="faq cannot answer now") as caught:
+                await dispatch.open(asked("faq"))
+            assert caught.value.remedy
+            with pytest.raises(ModelError):  # an exact version is that version or nobody
+                await dispatch.open(asked("faq@2"))
+            crew.faults["faq-2"] = BusyError("the queue is full", "later")  # a bulkhead does not overflow into another
+            with pytest.raises(BusyError):
+                await dispatch.open(asked("faq"))
+
+    run(work())
+
+
+def test_a_failure_after_the_first_event_is_an_event_and_not_answered_by_another(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew, receipts = FakeCrew(), FakeReceipts()
+        async with dispatching(team(tmp_path), crew, registry(tmp_path, version("faq", "1")), receipts=receipts) as dispatch:
+            crew.faults["faq-1"] = "ModelError"
+            agent, text, end = await said(dispatch, asked("faq"))
+            assert (agent, text) == ("faq@1", "by faq-1") and isinstance(end, Failed)
+            assert receipts.kept[-1].done is None and len(crew.calls) == 1
+
+    run(work())
+
+
+def test_auto_asks_the_router_for_what_the_key_opens(tmp_path: Path) -> None:
+    async def work() -> None:
+        router, crew = FakeRouter(), FakeCrew()
+        made = registry(tmp_path, version("faq", "1"), version("home", "3"))
+        async with dispatching(team(tmp_path), crew, made, router=router) as dispatch:
+            assert router.learnt == [{"faq": Path("/releases/faq-1"), "home": Path("/releases/home-3")}]
+            answer = await dispatch.open(asked("auto"))
+            assert answer.agent == "faq@1" and answer.reason == "auto: nearest to faq"
+            answer = await dispatch.open(asked("auto", openable=frozenset({"home"})))
+            assert answer.agent.startswith("base@")
+            router.error = ModelError("the encoder is gone", "install it")
+            answer = await dispatch.open(asked("auto"))
+            assert answer.agent.startswith("base@") and "the encoder is gone" in answer.reason
+
+    run(work())
+
+
+def test_a_receipt_is_there_when_the_reply_ends_and_a_full_disk_hurts_no_reply(tmp_path: Path) -> None:
+    async def work() -> None:
+        receipts = FakeReceipts()
+        async with dispatching(
+            team(tmp_path), FakeCrew(), registry(tmp_path, version("faq", "1")), receipts=receipts
+        ) as dispatch:
+            answer = await dispatch.open(asked("faq"))
+            assert not receipts.kept
+            async for event in answer.events:
+                assert bool(receipts.kept) == isinstance(event, Done)
+            given = receipts.kept[0]
+            assert (given.receipt, given.agent, given.text) == (answer.receipt, "faq@1", "by faq-1")
+            assert given.release_id == "id-faq-1" and given.call.messages[-1]["content"] == "hello"
+            receipts.error = OSError(28, "no space")
+            assert (await said(dispatch, asked("faq")))[1] == "by faq-1"
+            assert dispatch.health()["receipts_lost"] == 1
+
+    run(work())
+
+
+def test_closing_an_answer_cancels_the_call_and_frees_the_version(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew, receipts = FakeCrew(), FakeReceipts()
+        async with dispatching(team(tmp_path), crew, registry(tmp_path, version("faq", "1")), receipts=receipts) as dispatch:
+            unread, half = await dispatch.open(asked("faq")), await dispatch.open(asked("faq"))
+            await anext(half.events)
+            assert dispatch.in_flight == 2
+            for answer in (unread, half, half):
+                await answer.events.aclose()
+            assert (dispatch.in_flight, len(crew.cancelled), receipts.kept) == (0, 2, [])
+
+    run(work())
+
+
+def test_a_reply_ends_on_the_version_that_it_began_with(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"), version("faq", "3"))
+        async with dispatching(team(tmp_path), crew, made) as dispatch:
+            answer = await dispatch.open(asked("faq"))
+            for number in ("2", "3"):
+                made.promote("faq", number)
+                await dispatch.served.reload()
+                await dispatch.served.settle()
+            await dispatch.holdings.settle()
+            assert set(crew.attached) == {"faq-1", "faq-2", "faq-3"}  # 1 is neither live nor previous, but its reply lives
+            assert (await said(dispatch, asked("faq")))[0] == "faq@3"
+            assert [event async for event in answer.events][-1] == Done(crew.calls[0].id, "stop", 5, 3)
+            await dispatch.holdings.settle()
+            assert set(crew.attached) == {"faq-2", "faq-3"}
+
+    run(work())
+
+
+def test_a_member_that_is_not_admitted_is_a_trouble_of_its_own(tmp_path: Path) -> None:
+    members = (
+        Member("bad", "/releases/bad-1"),
+        Member("faq", "/releases/faq-1"),
+        Member("shy", "/releases/bad-2", fallback=()),
+    )
+
+    async def work() -> None:
+        async with dispatching(team(tmp_path, agents=members), FakeCrew(), registry(tmp_path)) as dispatch:
+            assert (await said(dispatch, asked("faq")))[0] == "faq@1"
+            answer = await dispatch.open(asked("bad"))
+            assert answer.agent.startswith("base@") and "bad-1 holds NaN; the base steps in" in answer.reason
+            with pytest.raises(UnavailableError):
+                await dispatch.open(asked("shy"))
+            assert set(dispatch.health()["troubles"]) == {"bad", "shy"}
+            assert [event.who for event in dispatch.served.registry.events()] == ["TEAM.yaml"]
+
+    run(work())
+
+
+def test_a_version_that_cannot_be_loaded_leaves_the_one_before_it_in_service(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
+        crew.unloadable = {"faq-2"}
+        async with dispatching(team(tmp_path), crew, made) as dispatch:
+            made.promote("faq", "2")  # by another process, say: nothing was loaded before
+            await dispatch.served.reload()
+            await dispatch.served.settle()
+            assert (await said(dispatch, asked("faq")))[0] == "faq@1"
+            assert "does not fit" in dispatch.health()["troubles"]["faq@2"]
+            crew.unloadable = set()
+            await dispatch.served.reload()
+            await dispatch.served.settle()
+            assert (await said(dispatch, asked("faq")))[0] == "faq@2"
+            assert not dispatch.health()["troubles"]
+
+    run(work())
+
+
+def test_a_rollback_does_not_wait_for_another_agents_admission(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"), version("home", "1"))
+        made.promote("faq", "2")
+        gate = asyncio.Event()
+
+        async def slow(path: Path, name: str) -> Any:
+            if path.name == "home-2":
+                await gate.wait()
+            return await admit(path, name)
+
+        async with dispatching(team(tmp_path), crew, made, admit=slow) as dispatch:
+            made.add(version("home", "2"))
+            made.promote("home", "2")
+            await dispatch.served.reload()
+            made.rollback("faq")
+            await dispatch.served.reload()
+            assert (await said(dispatch, asked("faq")))[0] == "faq@1"
+            assert (await said(dispatch, asked("home")))[0] == "home@1"
+            gate.set()
+            await dispatch.served.settle()
+            assert (await said(dispatch, asked("home")))[0] == "home@2"
+            gate.clear()
+            crew.attached.clear()
+            dispatch.holdings.places.clear()
+            await dispatch.served.reload()  # and one that never ends does not keep the server from ending
+
+    run(work())
+
+
+def test_a_release_that_was_exchanged_on_disk_is_not_loaded(tmp_path: Path) -> None:
+    async def other(path: Path, name: str) -> Any:
+        found = await admit(path, name)
+        return type(found)(**{**vars(found), "release_id": "another"})
+
+    async def work() -> None:
+        async with dispatching(team(tmp_path), FakeCrew(), registry(tmp_path, version("faq", "1")), admit=other) as dispatch:
+            assert (await said(dispatch, asked("faq")))[0].startswith("base@")
+            assert "not id-faq-1 any more" in dispatch.health()["troubles"]["faq@1"]
+
+    run(work())
+
+
+def test_this_machines_copy_is_loaded_where_it_is_whole(tmp_path: Path) -> None:
+    copy = tmp_path / "state" / "adapters" / "id-faq-1"
+
+    async def copied(path: Path, name: str) -> Any:
+        if path == copy and not (copy / "whole").exists():
+            raise ArtifactError("the copy was changed", "remove it")
+        return replace(version("faq", "1"), release=str(path)) if path == copy else await admit(path, name)
+
+    async def work(made: Any) -> None:
+        crew = FakeCrew()
+        async with dispatching(team(tmp_path), crew, made, admit=copied):
+            loaded.append(crew.attached["faq-1"])
+
+    loaded: list[Path] = []
+    copy.mkdir(parents=True)
+    run(work(registry(tmp_path, version("faq", "1"))))
+    (copy / "whole").touch()
+    run(work(registry(tmp_path)))
+    assert loaded == [Path("/releases/faq-1"), copy]
+
+
+def test_two_releases_of_one_adapter_are_each_checked_and_the_adapter_goes_with_the_last(tmp_path: Path) -> None:
+    checked: list[str] = []
+
+    async def one_adapter(path: Path, name: str) -> Any:
+        checked.append(path.name)
+        return replace(await admit(path, name), adapter="same")
+
+    async def work() -> None:
+        versions = [replace(version("faq", number), adapter="same") for number in ("1", "2", "bad")]
+        crew, made = FakeCrew(), registry(tmp_path, *versions)
+        async with dispatching(team(tmp_path), crew, made, admit=one_adapter) as dispatch:
+            made.promote("faq", "2")
+            await dispatch.served.reload()
+            await dispatch.served.settle()
+            assert checked[-1] == "faq-2" and list(crew.attached) == ["same"]
+            made.promote("faq", "bad")
+            await dispatch.served.reload()
+            await dispatch.served.settle()
+            assert (await said(dispatch, asked("faq")))[0] == "faq@2" and "NaN" in dispatch.health()["troubles"]["faq@bad"]
+            made.remove("faq")
+            await dispatch.served.reload()
+            await dispatch.holdings.settle()
+            assert not crew.attached
+
+    run(work())
+
+
+def test_a_change_by_another_process_is_seen_and_one_made_here_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        made = registry(tmp_path, version("faq", "1"), version("faq", "2"))
+        async with dispatching(team(tmp_path), FakeCrew(), made) as dispatch:
+            await asyncio.sleep(0)  # it listens from its first turn on
+            made.promote("faq", "2")
+            await until(lambda: dispatch.served.agents["faq"].live == "2")
+            monkeypatch.setattr("sartor.agents.served.POLL_S", 0.001)
+            made.promote("faq", "2")  # wakes it, so that it polls in the new rhythm
+            await until(lambda: dispatch.served.generation == 4)
+            other = registry(tmp_path)
+            other.rollback("faq")
+            await until(lambda: dispatch.served.agents["faq"].live == "1")
+            other.close()
+
+    run(work())
+
+
+def test_a_hurt_row_keeps_its_last_good_meaning_and_the_others_go_on(tmp_path: Path) -> None:
+    async def work() -> None:
+        made = registry(tmp_path, version("faq", "1"), version("home", "3"))
+        async with dispatching(team(tmp_path), FakeCrew(), made) as dispatch:
+            with made.database.change() as connection:
+                connection.exec_driver_sql("update agents set live = '7' where name = 'faq'")
+                connection.exec_driver_sql("update versions set adapter = 'evil' where agent = 'faq'")
+            made.add(version("home", "4"))
+            made.promote("home", "4")
+            await dispatch.served.reload()
+            await dispatch.served.settle()
+            assert (await said(dispatch, asked("faq")))[:2] == ("faq@1", "by faq-1")
+            assert (await said(dispatch, asked("home")))[0] == "home@4"
+            assert set(dispatch.health()["troubles"]) == {"faq", "faq@1"}
+            made.repair("faq")
+            made.add(version("faq", "1"))
+            await dispatch.served.reload()
+            assert not dispatch.health()["troubles"]
+
+    run(work())
+
+
+def test_a_registry_that_cannot_be_read_stops_nothing(tmp_path: Path) -> None:
+    async def work() -> None:
+        made = registry(tmp_path, version("faq", "1"))
+        async with dispatching(team(tmp_path), FakeCrew(), made) as dispatch:
+            file = tmp_path / "state" / "registry.sqlite"
+            file.write_bytes(b"not a database" * 1000)
+            await dispatch.served.reload()
+            assert (await said(dispatch, asked("faq")))[0] == "faq@1"
+            assert "damaged" in dispatch.health()["troubles"]["registry"]
+
+    run(work())
+
+
+@pytest.mark.parametrize("most", [20, pytest.param(200, marks=pytest.mark.services)])
+def test_promotions_and_rollbacks_under_load_lose_no_reply(tmp_path: Path, most: int) -> None:
+    """Each reply is whole, by one version, which is held until its last event; the versions change meanwhile."""
+
+    async def work() -> None:
+        crew = FakeCrew()
+        crew.slow = 3
+        made = registry(tmp_path, *(version("faq", str(number)) for number in range(4)))
+        changes = 0
+        async with dispatching(team(tmp_path), crew, made) as dispatch:
+            replies: list[tuple[str, str, Any]] = []
+
+            async def ask() -> None:
+                while changes < most:
+                    replies.append(await said(dispatch, asked("faq")))
+
+            askers = [asyncio.ensure_future(ask()) for _ in range(8)]
+            while changes < most:
+                live = made.read().agents["faq"].live
+                if changes % 2:
+                    made.rollback("faq", expected=live)
+                else:
+                    made.promote("faq", str((int(live) + 1 + changes % 3) % 4), expected=live)
+                changes += 1
+                await dispatch.served.reload()
+                if changes % 3:  # some changes come while what the one before needs is still fetched
+                    await dispatch.served.settle()
+            await asyncio.gather(*askers)
+            await dispatch.served.settle()
+            await dispatch.holdings.settle()
+            assert not crew.lost
+            assert {agent for agent, _, _ in replies} <= {f"faq@{number}" for number in range(4)}
+            assert len({agent for agent, _, _ in replies}) > 1 and len(replies) >= most
+            assert all(text == f"by {agent.replace('@', '-')}" and isinstance(end, Done) for agent, text, end in replies)
+            assert dispatch.in_flight == 0 and not any(crew.live.values())
+            assert set(crew.attached) == {f"faq-{one}" for one in dispatch.served.agents["faq"].versions}
+
+    run(work())
+
+
+def test_the_admin_loads_before_anything_changes(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
+        async with dispatching(team(tmp_path), crew, made) as dispatch:
+            roster = Roster(dispatch, crew, admit, Rollout())
+            crew.unloadable = {"faq-3"}
+            with pytest.raises(ModelError):
+                await roster.promote("faq", "/releases/faq-3", "", "1")
+            assert made.read().agents["faq"].live == "1"
+            with pytest.raises(ConflictError, match="'1' live"):
+                await roster.promote("faq", "", "2", "7")
+            assert (await roster.promote("faq", "", "2", "1"))["live"] == "2"
+            assert (await said(dispatch, asked("faq")))[0] == "faq@2"
+            assert (await roster.rollback("faq", "2"))["live"] == "1"
+            assert (await said(dispatch, asked("faq")))[0] == "faq@1"
+            await roster.drain("faq")
+            with pytest.raises(UnavailableError, match="drained"):
+                await dispatch.open(asked("faq"))
+            await roster.release("faq")
+            assert (await said(dispatch, asked("faq")))[0] == "faq@1"
+            assert {"faq@1", "faq@2"} <= set(crew.released)
+            (listed,) = await roster.listed()
+            assert (listed.name, listed.live, listed.versions) == ("faq", "1", ("1",))
+            with pytest.raises(UnknownAgentError):
+                await roster.rollback("faz", None)
+            assert (await roster.promote("new", "/releases/new-1", "", None))["live"] == "1"
+            assert (await said(dispatch, asked("new")))[0] == "new@1"
+
+    run(work())
+
+
+def test_a_promotion_is_a_trial_where_the_team_asks_for_one(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
+        rules = Rollout(canary_fraction=0.5, shadow_fraction=0.25)
+        async with dispatching(team(tmp_path, rollout=rules), crew, made) as dispatch:
+            roster = Roster(dispatch, crew, admit, rules)
+            changed = await roster.promote("faq", "", "2", "1")
+            assert (changed["live"], changed["candidate"], changed["canary_fraction"]) == ("1", "2", 0.5)
+            agents = [(await said(dispatch, asked("faq")))[0] for _ in range(60)]
+            assert {"faq@1", "faq@2"} == set(agents)
+            changed = await roster.promote("faq", "", "2", "1")
+            assert (changed["live"], changed["candidate"]) == ("2", "")
+
+    run(work())

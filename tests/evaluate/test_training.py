@@ -1,0 +1,88 @@
+"""What a Release says of its rows: counted over a Dataset, deterministic, nothing of masked rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+
+from sartor.core import rows
+from sartor.core.artifacts import Artifact
+from sartor.core.records import Example, Message, Origin
+from sartor.evaluate import training
+from sartor.evaluate.training import TrainingFacts
+
+
+def example(question: str, reply: str, split: str = "train", system: str = "Be brief.", **more: object) -> Example:
+    messages = (Message.of("system", system), Message.of("user", question), Message.of("assistant", reply))
+    return Example(messages, (Origin("f", "1"),), split=split, **more)  # type: ignore[arg-type]
+
+
+def facts(*examples: Example) -> TrainingFacts:
+    made = TrainingFacts()
+    for one in examples:
+        made.add(one)
+    return made
+
+
+def test_what_most_rows_have_is_what_the_release_says() -> None:
+    made = facts(
+        *(example(f"q{n}", '{"a": 1}', tools='[{"type": "function"}]') for n in range(3)), example("q", "x", system="Be long.")
+    )
+    assert made.system_prompt == "Be brief."
+    assert made.most_tools == [{"type": "function"}]
+    assert made.format == "text"
+    assert facts(*(example(f"q{n}", "[1]") for n in range(3))).format == "json"
+    empty = facts()
+    assert (empty.system_prompt, empty.most_tools, empty.format) == ("", [], "text")
+
+
+def test_exemplars_are_of_both_splits_bounded_and_without_masked_rows(tmp_path: Path) -> None:
+    made = facts(
+        *(example(f"train {n}", "r") for n in range(40)),
+        *(example(f"eval {n}", "r", "eval") for n in range(20)),
+        example("call [PHONE]", "r", steps=("personal_data",)),
+        example("long " * 200, "r"),
+        example("train 1", "r", "eval"),
+    )
+    assert training.write_exemplars(made, tmp_path, 30) == 30
+    lines = [json.loads(line) for line in (tmp_path / training.EXEMPLARS).read_text().splitlines()]
+    texts = [line["text"] for line in lines]
+    assert len(set(texts)) == 30 and not any(text.startswith(("call", "long")) for text in texts)
+    assert sum(line["split"] == "eval" for line in lines) == 8
+    assert training.write_exemplars(made, tmp_path / "none", 0) == 0 and not (tmp_path / "none").exists()
+
+
+def test_general_talk_and_prompts_that_look_personal_are_no_exemplars_of_the_agent(tmp_path: Path) -> None:
+    made = facts(
+        *(example(f"train {n}", "r") for n in range(20)),
+        example("another prompt", "r", system="Be long."),
+        example("mail me at bob.smith@example.com", "r"),
+        *(example(f"hello {n}", "hi", system="") for n in range(3)),
+        example("good morning", "hi", "eval", system=""),
+        example("switch it off", "r", "eval"),
+    )
+    training.write_exemplars(made, tmp_path, 300)
+    lines = [json.loads(line) for line in (tmp_path / training.EXEMPLARS).read_text().splitlines()]
+    by_split = {split: {line["text"] for line in lines if line["split"] == split} for split in ("train", "eval", "other")}
+    assert by_split["train"] == {*(f"train {n}" for n in range(20)), "another prompt"}
+    assert by_split["eval"] == {"switch it off"}
+    assert by_split["other"] == {"hello 0", "hello 1", "hello 2"}
+
+
+def test_canaries_are_short_distinct_and_asked_as_they_were(tmp_path: Path) -> None:
+    held_out = [example(f"q{n}", "r" * n, "eval", system="Own.") for n in range(1, 8)]
+    table = [{"id": one.id, "prompt": one.prompt[-1].text, "tuned_reply": one.reply} for one in held_out]
+    table += [{"id": "other", "prompt": "from a file", "tuned_reply": "z"}, {"id": "same", "prompt": "p", "tuned_reply": "z"}]
+    rows.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
+    found = training.canaries(facts(example("q", "r"), *held_out), Artifact(tmp_path, {}))
+    assert [one["reply"] for one in found] == ["r", "z", "rr", "rrr"] or [one["reply"] for one in found] == [
+        "z",
+        "r",
+        "rr",
+        "rrr",
+    ]
+    by_reply = {one["reply"]: one["messages"] for one in found}
+    assert by_reply["r"] == [{"role": "system", "content": "Own."}, {"role": "user", "content": "q1"}]
+    assert by_reply["z"][0] == {"role": "system", "content": "Be brief."}
