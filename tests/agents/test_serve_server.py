@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +18,7 @@ import pytest
 import serving
 from serving import chat, running
 
+from sartor.agents.serve import server as server_module
 from sartor.agents.serve.server import Server
 from sartor.models.engine.contract import Done, Piece
 
@@ -311,3 +312,23 @@ def test_a_log_that_nobody_reads_stalls_nothing(tmp_path: Path) -> None:
         assert [httpx.get(f"{url}/v1/models").status_code for _ in range(3)] == [200] * 3
         log.free.set()
     assert len(log.lines) >= 4
+
+
+def test_the_log_names_an_agent_in_trouble_once_and_when_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "TROUBLES_S", 0.01)
+    log, troubles = serving.Log(), {"faq": "its Release is not there"}
+    with running(Server(serving.house(troubles=lambda: troubles), serving.team(tmp_path), log=log)):
+        until(lambda: any(line["event"] == "trouble" for line in log.lines))
+        troubles.clear()
+        until(lambda: any(line["event"] == "trouble over" for line in log.lines))
+    said = [line for line in log.lines if line["event"].startswith("trouble")]
+    assert [(line["event"], line["agent"], line.get("why")) for line in said] == [
+        ("trouble", "faq", "its Release is not there"), ("trouble over", "faq", None),
+    ]  # fmt: skip
+
+
+def until(is_so: Callable[[], bool], within_s: float = 10.0) -> None:
+    end = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)

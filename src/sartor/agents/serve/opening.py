@@ -50,7 +50,8 @@ async def _serve(team: Team, ready: Ready) -> None:
 async def open_house(team: Team) -> AsyncIterator[House]:
     """Registry, workers, agents. What cannot be is found before the workers, which take longest, are started."""
     async with AsyncExitStack() as stack:
-        Path(team.state).mkdir(parents=True, exist_ok=True)
+        # digests of keys and receipts lie in it
+        Path(team.state).mkdir(mode=0o700, parents=True, exist_ok=True)
         registry = await asyncio.to_thread(Registry.open, team.registry_url)
         stack.callback(registry.close)
         doors = Keys(registry.database)

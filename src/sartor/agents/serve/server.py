@@ -11,7 +11,7 @@ import logging
 import resource
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -35,6 +35,8 @@ from sartor.core.errors import ConfigError
 
 # Between two requests of one connection
 KEEP_ALIVE_S = 15
+# How often it is looked at whether an agent came into trouble, for the log
+TROUBLES_S = 1.0
 # After the drain, for the error that a cut reply still says
 LAST_WORDS_S = 2.0
 # Files besides connections: workers, registry, logs
@@ -47,6 +49,7 @@ class Server:
     def __init__(self, house: House, team: Team, *, log: TextIO | None = None) -> None:
         self.team = team
         self.shift = Shift()
+        self._house = house
         self.journal = Journal(log or sys.stderr)
         check_bind(house.doors, team.http)
         self._tracer = Tracer(team.http.otel)
@@ -120,6 +123,16 @@ class Server:
             await asyncio.sleep(0.01)
         self.journal.say("ready", address=address)
         ready(address)
+        known: Mapping[str, str] = {}
+        while True:
+            troubles = dict(self._house.troubles())
+            for name, why in troubles.items():
+                if known.get(name) != why:
+                    self.journal.say("trouble", agent=name, why=why)
+            for name in known.keys() - troubles.keys():
+                self.journal.say("trouble over", agent=name)
+            known = troubles
+            await asyncio.sleep(TROUBLES_S)
 
     def _drain(self) -> None:
         """Told once that no connection is taken any more: what runs has `drain_s` left."""
