@@ -44,7 +44,7 @@ check: $(VENV)/.dev  ## lint and types
 	$(BIN)/mypy
 
 bench: $(VENV)/.bench  ## each benchmark's JSON line; Sartor against its peers is `bench-peers`, which makes a venv for each
-	for script in packing savings ablation scaling quant resume revoke labels personal dedup; do \
+	for script in packing savings ablation scaling quant resume revoke labels personal dedup serve chaos; do \
 	  env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/$$script.py --json || exit 1; done
 
 bench-peers: $(VENV)/.dev  ## several GB of venvs, and an hour
