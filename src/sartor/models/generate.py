@@ -50,7 +50,7 @@ def likely(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def draw(probabilities: torch.Tensor, drawn_with: torch.Generator) -> int:
-    """A token by (V,) probabilities on the CPU, by one number. (torch.multinomial takes V: a millisecond a token.)"""
+    """A token by (V,) probabilities on the CPU, by one number; torch.multinomial takes V of them, a millisecond a token."""
     sums = probabilities.cumsum(-1, dtype=torch.float64)
     place = torch.searchsorted(sums, torch.rand(1, generator=drawn_with, dtype=torch.float64) * sums[-1], right=True)
     # a product that rounds up to the whole sum points behind the last token

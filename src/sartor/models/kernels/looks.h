@@ -42,26 +42,29 @@ template <class T> struct PlainLook {
   }
 
   // give(column, first dimension, count, numbers)
-  template <class F> static void look(const View<T>& v, const Column* columns, Long count, float* room, Long reach, Ahead& ahead, F give) {
+  template <class F>
+  static void look(const View<T>& v, const Column* columns, Long count, float* room, Long reach, Ahead& ahead, F give) {
     auto some = count == 4 ? heads<4> : count == 3 ? heads<3> : count == 2 ? heads<2> : heads<1>;
     float* mixed = room + COLUMNS * reach;
     some(v, columns, room, reach, mixed, ahead);
     for (Long r = 0; r < count; ++r) give(r, 0, v.head, mixed + r * padded<float>(v.head));
   }
 
-  template <int R> static void heads(const View<T>& v, const Column* columns, float* scores, Long reach, float* mixed, Ahead& ahead) {
+  template <int R>
+  static void heads(const View<T>& v, const Column* columns, float* scores, Long reach, float* mixed, Ahead& ahead) {
     Long wide = padded<float>(v.head), last = columns[0].position, low = v.first(last);
     for (Long at = low / PAGE * PAGE; at <= last; at += PAGE)
       score<R>(columns, v.page(at), v.head, std::min(last + 1 - at, PAGE), scores + at, reach, ahead);
     for (int r = 0; r < R; ++r) soften(scores + r * reach, low, last + 1, v.cap);
     std::fill(mixed, mixed + R * wide, 0.0f);
     for (Long at = low / PAGE * PAGE; at <= last; at += PAGE)
-      mix<R>(scores + at, reach, v.page(at) + v.head * PAGE, wide, std::max(low - at, Long(0)), std::min(last + 1 - at, PAGE), mixed,
-             ahead);
+      mix<R>(scores + at, reach, v.page(at) + v.head * PAGE, wide, std::max(low - at, Long(0)), std::min(last + 1 - at, PAGE),
+             mixed, ahead);
   }
 
   // scores of R heads with the first `count` keys of a page, and some more
-  template <int R> static void score(const Column* columns, const T* keys, Long width, Long count, float* scores, Long reach, Ahead& ahead) {
+  template <int R>
+  static void score(const Column* columns, const T* keys, Long width, Long count, float* scores, Long reach, Ahead& ahead) {
     constexpr int N = 2;
     for (Long from = 0; from < count; from += N * W) {
       V sums[R][N] = {};
@@ -101,7 +104,9 @@ template <class T> struct PlainLook {
   }
 
   // mixed (R, wide) += scores of places [low, high) of a page times its values
-  template <int R> static void mix(const float* scores, Long reach, const T* values, Long wide, Long low, Long high, float* mixed, Ahead& ahead) {
+  template <int R>
+  static void mix(const float* scores, Long reach, const T* values, Long wide, Long low, Long high, float* mixed,
+                  Ahead& ahead) {
     for (Long from = 0; from < wide; from += W) {
       V sums[R];
 #pragma GCC unroll 4
@@ -165,7 +170,7 @@ struct AmxLook {
   // scores (keys, 16) become weights as a tile's second factor wants them, (keys / 2, 16, 2); returns 1 / their sums
   static V soften(const View<bf16>& v, const Column* columns, Long count, Long from, Long keys, float* scores) {
     typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
-    I low, high;
+    I low = {}, high = {};
     for (int c = 0; c < 16; ++c) {
       Long position = columns[std::min(Long(c), count - 1)].position;
       low[c] = v.first(position), high[c] = position;
@@ -185,7 +190,8 @@ struct AmxLook {
       V even = exponential(load(scores + k * 16) - top), odd = exponential(load(scores + k * 16 + 16) - top);
       total += even;
       total += odd;
-      __m512i pairs = _mm512_or_si512(_mm512_srli_epi32(rounded(even), 16), _mm512_and_si512(rounded(odd), _mm512_set1_epi32(0xffff0000)));
+      __m512i first = _mm512_srli_epi32(rounded(even), 16), upper = _mm512_set1_epi32(0xffff0000);
+      __m512i pairs = _mm512_or_si512(first, _mm512_and_si512(rounded(odd), upper));
       _mm512_storeu_si512(scores + k * 8, pairs);
     }
     return 1.0f / total;
@@ -214,8 +220,8 @@ struct AmxLook {
   }
 
   template <class F>
-  static void mix(const View<bf16>& v, Long d, Long dimensions, Long from, Long keys, const float* weights, V share, Long count, Ahead& ahead,
-                  F give) {
+  static void mix(const View<bf16>& v, Long d, Long dimensions, Long from, Long keys, const float* weights, V share, Long count,
+                  Ahead& ahead, F give) {
     alignas(64) float out[4 * 256];
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (Long k = 0; k < keys; k += 32) {

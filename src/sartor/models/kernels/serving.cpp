@@ -254,14 +254,19 @@ template <class Op, class Look, class T> struct Walk {
 
   // and that times B^T for outputs [n0, n1), n0 a multiple of 16
   void raise(const Product& p, Long part, const Factor& f, Long run, Long n0, Long n1) {
-    for (Long n = n0; n < n1; n += 16) {
-      const T* of = static_cast<const T*>(f.b) + n * f.rank;
-      for (Long i = 0; i < 16 * f.rank; i += 64 / Long(sizeof(T))) __builtin_prefetch(of + 1024 + i);
-      Long t = runs[run], outs = std::min(n1 - n, Long(16)), ldy = p.total();
-      float* y = start(p, part) + n;
-      for (; t + 4 <= runs[run + 1]; t += 4) Op::template raise<4>(of, f.rank, low(part, t), b.rank, y + t * ldy, ldy, outs);
-      for (; t < runs[run + 1]; ++t) Op::template raise<1>(of, f.rank, low(part, t), b.rank, y + t * ldy, ldy, outs);
-    }
+    Long ldy = p.total(), end = runs[run + 1];
+    auto over = [&](Long t, auto some) {
+      float* y = start(p, part) + t * ldy;
+      for (Long n = n0; n < n1; n += 16) {
+        const T* of = static_cast<const T*>(f.b) + n * f.rank;
+        if (t == runs[run])
+          for (Long i = 0; i < 16 * f.rank; i += 64 / Long(sizeof(T))) __builtin_prefetch(of + 1024 + i);
+        Op::template raise<some()>(of, f.rank, low(part, t), b.rank, y + n, ldy, std::min(n1 - n, Long(16)));
+      }
+    };
+    Long t = runs[run];
+    for (; t + 4 <= end; t += 4) over(t, std::integral_constant<int, 4>());
+    for (; t < end; ++t) over(t, std::integral_constant<int, 1>());
   }
 
   // the token's queries turned and scaled where they stand, its keys and values put into the cache
@@ -289,7 +294,8 @@ template <class Op, class Look, class T> struct Walk {
     Long share = m.heads / m.groups, pieces = Long(spans.size()) * m.groups, total = l.products[0].total();
     float* work = own.data() + (-reinterpret_cast<uintptr_t>(own.data()) & 63) / sizeof(float);  // on a line of its own
     Ahead ahead = weights(l.products[1], number * m.groups + group, pieces);
-    View<T> view{static_cast<const T*>(l.cache), pages(span.first), m.groups, group, m.head, l.window, Look::page_size(m.head), float(m.cap)};
+    View<T> view{static_cast<const T*>(l.cache), pages(span.first), m.groups, group, m.head, l.window, Look::page_size(m.head),
+                 float(m.cap)};
     for (Long low = 0; low < span.count * share; low += Look::COLUMNS) {
       Column columns[Look::COLUMNS];
       Long count = std::min(span.count * share - low, Look::COLUMNS);
