@@ -30,6 +30,8 @@ class Generation:
 
 # As good as greedy. What is colder is 0 in fp32, or takes logits beyond what fp32 holds
 COLDEST = 1e-6
+# Looked at before the whole vocabulary is sorted for a nucleus
+NUCLEUS_TOKENS = 256
 
 
 def likely(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -37,12 +39,22 @@ def likely(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     probabilities = (logits.float().cpu() / max(sampling.temperature, COLDEST)).softmax(-1)
     if sampling.top_p == 1:
         return probabilities
-    ordered, order = probabilities.sort(-1, descending=True)
+    ordered, order = probabilities.topk(min(NUCLEUS_TOKENS, probabilities.shape[-1]))
+    if bool((ordered.sum(-1) < sampling.top_p).any()):
+        ordered, order = probabilities.sort(-1, descending=True)
     # a token stays if the mass before it is below top_p, so the most likely one always stays
     is_gone = ordered.cumsum(-1) - ordered >= sampling.top_p
     is_gone[..., 0] = False  # a top_p that is 0 in fp32 would leave none
     ordered[is_gone] = 0
     return torch.zeros_like(probabilities).scatter(-1, order, ordered)
+
+
+def draw(probabilities: torch.Tensor, drawn_with: torch.Generator) -> int:
+    """A token by (V,) probabilities on the CPU, by one number; torch.multinomial takes V of them, a millisecond a token."""
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    place = torch.searchsorted(sums, torch.rand(1, generator=drawn_with, dtype=torch.float64) * sums[-1], right=True)
+    # a product that rounds up to the whole sum points behind the last token
+    return int(place) if int(place) < len(sums) else int(probabilities.nonzero()[-1])
 
 
 def source(sampling: Sampling, prompt: int = 0) -> torch.Generator:
@@ -62,10 +74,7 @@ class Chooser:
         if self.sampling.temperature == 0:
             return [int(token) for token in logits.argmax(-1)]
         probabilities = likely(logits, self.sampling)
-        return [
-            int(torch.multinomial(row, 1, generator=self.generators[prompt]))
-            for row, prompt in zip(probabilities, alive, strict=True)
-        ]
+        return [draw(row, self.generators[prompt]) for row, prompt in zip(probabilities, alive, strict=True)]
 
 
 def generate(

@@ -44,8 +44,7 @@ class NativeBlocks:
         self.factors = Sheets(sites_of(projections, names), self.dtype, self._walker)
         self._kinds = sorted({block.rope_kind for block in fast.blocks})
         block = fast.blocks[0]
-        padded = -(-block.width // 16) * 16
-        size = (cache_pages, block.shape.groups, PAGE * (block.width + padded))
+        size = (cache_pages, block.shape.groups, 2 * PAGE * (-(-block.width // 32) * 32))  # room for any order of them
         self._caches = [torch.empty(size, dtype=self.dtype) for _ in fast.blocks]
         self._model = self._described()
 

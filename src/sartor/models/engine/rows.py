@@ -13,7 +13,7 @@ from sartor.models.chat import Chat
 from sartor.models.engine.contract import Call, Done, Event, Finish, Logprob, Piece
 from sartor.models.engine.grammar import Constraint
 from sartor.models.engine.tools import CallReader
-from sartor.models.generate import likely, source
+from sartor.models.generate import draw, likely, source
 
 
 class Spelling:
@@ -104,7 +104,7 @@ class Row:
         if self._sampling.is_greedy:
             token = int(logits.argmax())
         else:
-            token = int(torch.multinomial(likely(logits[None], self._sampling)[0], 1, generator=self._source))
+            token = draw(likely(logits[None], self._sampling)[0], self._source)
         if self._note_logprobs is not None:
             self._untold.append(self._logprob(self._note_logprobs, token))
         return token

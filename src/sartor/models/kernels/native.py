@@ -28,7 +28,7 @@ from sartor.models.batches import forest
 from sartor.models.kernels.eager import Eager, Geometry, Layout
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "serving.cpp"))
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "products.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "products.h", "looks.h"))
 # No -ffast-math: it would let a NaN pass for a number.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}

@@ -11,7 +11,7 @@
 // Threads share the work by claiming pieces of it, each first its own part and then what others left; they go on when every
 // piece of a stage is done, not when every thread has come: one that another process has put aside is not waited for, unless
 // it was put aside within a piece.
-#include "products.h"
+#include "looks.h"
 
 #include <atomic>
 #include <chrono>
@@ -29,7 +29,7 @@ struct Product {  // linear modules that read the same input; outputs stand side
 struct Layer {
   const void *norm, *mlp_norm, *after[2], *head_norms[2];
   Product products[4];
-  void* cache;  // (pages, groups): keys (width, PAGE), then values (PAGE, padded width)
+  void* cache;  // (pages, groups): keys and values, as looks.h has them
   Long turns, window;
 };
 struct Model {
@@ -47,16 +47,6 @@ struct Batch {
   const Factor* const* factors;  // of each token: one Factor for each linear module of each layer; null for none
   const float *cos[2], *sin[2];  // (positions, rotary), both halves written out
   float* x;  // (tokens, width), in and out
-};
-
-constexpr Long PAGE = 64, MOST_HEADS = 4;
-
-// Memory that will be read soon, fetched a line at a time between other work.
-struct Ahead {
-  const char *next = nullptr, *end = nullptr;
-  void operator()() {
-    if (next < end) __builtin_prefetch(next, 0, 2), next += 64;
-  }
 };
 
 // Counters of every stage of a walk: pieces that each thread's part has given out, and pieces that are done.
@@ -113,80 +103,6 @@ inline void turn(float* line, const float* cos, const float* sin, Long rotary) {
   }
 }
 
-// scores of R heads with the first `count` keys of a page (and some more): keys (width, PAGE)
-template <class T, int R>
-void score(const float* q, const T* keys, Long width, Long count, float* scores, Long reach, Ahead& ahead) {
-  constexpr int N = 2;
-  for (Long half = 0; half * W < std::min(count, PAGE); half += N) {
-    V sums[R][N] = {};
-    for (Long i = 0; i < width; ++i) {
-      ahead();
-      V key[N];
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) key[j] = load(keys + i * PAGE + (half + j) * W);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        V factor = V{} + q[r * width + i];
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) sums[r][j] += factor * key[j];
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < N; ++j) store(scores + r * reach + (half + j) * W, sums[r][j]);
-  }
-}
-
-inline void soften(float* scores, Long low, Long high, float cap) {
-  float top = -INFINITY, total = 0;
-  if (cap > 0) {
-#pragma omp simd
-    for (Long i = low; i < high; ++i) scores[i] = cap * hyperbolic(scores[i] / cap);
-  }
-#pragma omp simd reduction(max : top)
-  for (Long i = low; i < high; ++i) top = std::max(top, scores[i]);
-#pragma omp simd reduction(+ : total)
-  for (Long i = low; i < high; ++i) {
-    scores[i] = exponential(scores[i] - top);
-    total += scores[i];
-  }
-  float share = 1.0f / total;
-#pragma omp simd
-  for (Long i = low; i < high; ++i) scores[i] *= share;
-}
-
-// mixed (R, wide) += scores of places [low, high) of a page times its values (PAGE, wide)
-template <class T, int R>
-void mix(const float* scores, Long reach, const T* values, Long wide, Long low, Long high, float* mixed, Ahead& ahead) {
-  for (Long from = 0; from < wide; from += W) {
-    V sums[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sums[r] = load(mixed + r * wide + from);
-    for (Long i = low; i < high; ++i) {
-      ahead();
-      V value = load(values + i * wide + from);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sums[r] += scores[r * reach + i] * value;
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) store(mixed + r * wide + from, sums[r]);
-  }
-}
-
-// R heads of one group: q (R, width), turned -> mixed (R, wide)
-template <class T, int R>
-void look(const Model& m, const Layer& l, const Long* pages, Long group, Long position, const float* q, float* scores, Long reach,
-          float* mixed, Ahead& ahead) {
-  Long wide = padded<float>(m.head), low = l.window ? std::max(Long(0), position + 1 - l.window) : 0;
-  auto page = [&](Long p) { return static_cast<const T*>(l.cache) + (pages[p] * m.groups + group) * PAGE * (m.head + wide); };
-  for (Long p = low / PAGE; p <= position / PAGE; ++p) 
-    score<T, R>(q, page(p), m.head, position + 1 - p * PAGE, scores + p * PAGE, reach, ahead);
-  for (int r = 0; r < R; ++r) soften(scores + r * reach, low, position + 1, float(m.cap));
-  std::fill(mixed, mixed + R * wide, 0.0f);
-  for (Long p = low / PAGE; p <= position / PAGE; ++p)
-    mix<T, R>(scores + p * PAGE, reach, page(p) + m.head * PAGE, wide, std::max(low - p * PAGE, Long(0)),
-              std::min(position + 1 - p * PAGE, PAGE), mixed, ahead);
-}
-
 inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 inline float gelu(float x) {
   return 0.5f * x * (1.0f + hyperbolic(0.7978845608028654f * (x + 0.044715f * x * x * x)));
@@ -198,7 +114,9 @@ struct Room {  // what threads share while they walk
   void* in;  // inputs of products, as their maker wants them
 };
 
-template <class Op, class T> struct Walk {
+struct Span { Long first, count; };  // tokens of one row that follow each other
+
+template <class Op, class Look, class T> struct Walk {
   using In = typename Op::In;
   const Model& m;
   const Batch& b;
@@ -206,7 +124,8 @@ template <class Op, class T> struct Walk {
   Worker worker;
   std::vector<float> line;  // a token's numbers
   Long reach;
-  std::vector<float> own;  // scores (MOST_HEADS, reach) and heads of one look
+  std::vector<float> own;  // what one look works in
+  std::vector<Span> spans;  // tokens that look together
   std::vector<Long> runs;  // where the adapter changes: tokens [runs[i], runs[i + 1]) have one
   bool adapted = false;
 
@@ -223,12 +142,17 @@ template <class Op, class T> struct Walk {
 
   Walk(const Model& m, const Batch& b, Room& room, Stages& stages, Long thread)
       : m(m), b(b), room(room), worker{stages, thread}, line(std::max(most_outs(m), m.width)),
-        reach(b.most_pages * PAGE), own(MOST_HEADS * (reach + padded<float>(m.head))) {
+        reach(b.most_pages * PAGE), own(Look::room(m.head, reach) + 16) {
     for (Long t = 0; t < b.tokens; ++t) {
       if (!t || b.factors[t] != b.factors[t - 1]) runs.push_back(t);
       adapted = adapted || b.factors[t];
     }
     runs.push_back(b.tokens);
+    Long most = Look::JOINS_TOKENS ? std::max(Long(1), Look::COLUMNS / (m.heads / m.groups)) : 1;
+    for (Long t = 0; t < b.tokens; ++t) {
+      bool joins = t && spans.back().count < most && b.rows[t] == b.rows[t - 1] && b.positions[t] == b.positions[t - 1] + 1;
+      joins ? void(++spans.back().count) : spans.push_back({t, 1});
+    }
   }
 
   const Long* pages(Long t) const { return b.pages + b.rows[t] * b.most_pages; }
@@ -241,7 +165,7 @@ template <class Op, class T> struct Walk {
       worker.share(b.tokens, [&](Long t) { enter(i, t); });
       product(l.products[0], part);
       worker.share(b.tokens, [&](Long t) { remember(l, t); });
-      worker.share(b.tokens * m.groups, [&](Long piece) { attend(l, piece / m.groups, piece % m.groups); });
+      worker.share(Long(spans.size()) * m.groups, [&](Long piece) { attend(l, piece / m.groups, piece % m.groups); });
       product(l.products[1], part + l.products[0].count);
       worker.share(b.tokens, [&](Long t) {
         add(l.after[0], t);
@@ -258,6 +182,8 @@ template <class Op, class T> struct Walk {
   void enter(Long layer, Long t) {
     if (layer) add(m.layer[layer - 1].after[1], t);
     norm(m.layer[layer].norm, t);
+    if (b.positions[t] % PAGE == 0)
+      for (Long g = 0; g < m.groups; ++g) Look::begin(page(m.layer[layer], t, g), m.head);
   }
 
   void add(const void* after, Long t) {
@@ -328,19 +254,24 @@ template <class Op, class T> struct Walk {
 
   // and that times B^T for outputs [n0, n1), n0 a multiple of 16
   void raise(const Product& p, Long part, const Factor& f, Long run, Long n0, Long n1) {
-    for (Long n = n0; n < n1; n += 16) {
-      const T* of = static_cast<const T*>(f.b) + n * f.rank;
-      for (Long i = 0; i < 16 * f.rank; i += 64 / Long(sizeof(T))) __builtin_prefetch(of + 1024 + i);
-      Long t = runs[run], outs = std::min(n1 - n, Long(16)), ldy = p.total();
-      float* y = start(p, part) + n;
-      for (; t + 4 <= runs[run + 1]; t += 4) Op::template raise<4>(of, f.rank, low(part, t), b.rank, y + t * ldy, ldy, outs);
-      for (; t < runs[run + 1]; ++t) Op::template raise<1>(of, f.rank, low(part, t), b.rank, y + t * ldy, ldy, outs);
-    }
+    Long ldy = p.total(), end = runs[run + 1];
+    auto over = [&](Long t, auto some) {
+      float* y = start(p, part) + t * ldy;
+      for (Long n = n0; n < n1; n += 16) {
+        const T* of = static_cast<const T*>(f.b) + n * f.rank;
+        if (t == runs[run])
+          for (Long i = 0; i < 16 * f.rank; i += 64 / Long(sizeof(T))) __builtin_prefetch(of + 1024 + i);
+        Op::template raise<some()>(of, f.rank, low(part, t), b.rank, y + n, ldy, std::min(n1 - n, Long(16)));
+      }
+    };
+    Long t = runs[run];
+    for (; t + 4 <= end; t += 4) over(t, std::integral_constant<int, 4>());
+    for (; t < end; ++t) over(t, std::integral_constant<int, 1>());
   }
 
   // the token's queries turned and scaled where they stand, its keys and values put into the cache
   void remember(const Layer& l, Long t) {
-    Long wide = padded<float>(m.head), position = b.positions[t], page = pages(t)[position / PAGE];
+    Long position = b.positions[t];
     const float *cos = b.cos[l.turns] + position * m.rotary, *sin = b.sin[l.turns] + position * m.rotary;
     float* y = room.y + t * l.products[0].total();
     for (Long h = 0; h < m.heads + m.groups; ++h, y += m.head) {
@@ -350,24 +281,30 @@ template <class Op, class T> struct Walk {
       for (Long i = 0; h < m.heads && i < m.head; ++i) y[i] *= float(m.scale);
     }
     y -= m.groups * m.head;
-    for (Long g = 0; g < m.groups; ++g, y += m.head) {
-      T *keys = static_cast<T*>(l.cache) + (page * m.groups + g) * PAGE * (m.head + wide), *values = keys + m.head * PAGE;
-      for (Long i = 0; i < m.head; ++i) ::put(keys[i * PAGE + position % PAGE], y[i]);
-      for (Long i = 0; i < m.head; ++i) ::put(values[position % PAGE * wide + i], y[m.groups * m.head + i]);
-    }
+    for (Long g = 0; g < m.groups; ++g, y += m.head) Look::keep(page(l, t, g), m.head, position % PAGE, y, y + m.groups * m.head);
   }
 
-  void attend(const Layer& l, Long t, Long group) {
-    Long share = m.heads / m.groups, wide = padded<float>(m.head);
-    Ahead ahead = weights(l.products[1], t * m.groups + group, b.tokens * m.groups);
-    float *scores = own.data(), *mixed = scores + MOST_HEADS * reach;
-    for (Long low = 0; low < share; low += MOST_HEADS) {
-      Long head = group * share + low, count = std::min(share - low, MOST_HEADS);
-      const float* q = room.y + t * l.products[0].total() + head * m.head;
-      auto heads = count == 4 ? look<T, 4> : count == 3 ? look<T, 3> : count == 2 ? look<T, 2> : look<T, 1>;
-      heads(m, l, pages(t), group, b.positions[t], q, scores, reach, mixed, ahead);
-      for (Long r = 0; r < count; ++r)
-        Op::put(in(), l.products[1].ins, t, (head + r) * m.head, m.head, mixed + r * wide);
+  // where a token's key and value of a group stand
+  T* page(const Layer& l, Long t, Long group) {
+    return static_cast<T*>(l.cache) + (pages(t)[b.positions[t] / PAGE] * m.groups + group) * Look::page_size(m.head);
+  }
+
+  void attend(const Layer& l, Long number, Long group) {
+    Span span = spans[number];
+    Long share = m.heads / m.groups, pieces = Long(spans.size()) * m.groups, total = l.products[0].total();
+    float* work = own.data() + (-reinterpret_cast<uintptr_t>(own.data()) & 63) / sizeof(float);  // on a line of its own
+    Ahead ahead = weights(l.products[1], number * m.groups + group, pieces);
+    View<T> view{static_cast<const T*>(l.cache), pages(span.first), m.groups, group, m.head, l.window, Look::page_size(m.head),
+                 float(m.cap)};
+    for (Long low = 0; low < span.count * share; low += Look::COLUMNS) {
+      Column columns[Look::COLUMNS];
+      Long count = std::min(span.count * share - low, Look::COLUMNS);
+      auto token = [&](Long c) { return span.first + (low + c) / share; };
+      auto head = [&](Long c) { return group * share + (low + c) % share; };
+      for (Long c = 0; c < count; ++c) columns[c] = {room.y + token(c) * total + head(c) * m.head, b.positions[token(c)]};
+      Look::look(view, columns, count, work, reach, ahead, [&](Long c, Long from, Long some, const float* numbers) {
+        Op::put(in(), l.products[1].ins, token(c), head(c) * m.head + from, some, numbers);
+      });
     }
   }
 
@@ -395,9 +332,9 @@ struct Scratch {
   }
 };
 
-template <class Op, class T> Room rooms(const Model& m, Long tokens, Long rank, Scratch& scratch) {
+template <class Op, class Look, class T> Room rooms(const Model& m, Long tokens, Long rank, Scratch& scratch) {
   using In = typename Op::In;
-  using Made = Walk<Op, T>;
+  using Made = Walk<Op, Look, T>;
   Room room;
   room.y = static_cast<float*>(scratch.piece(tokens * std::max(Made::most_outs(m), m.width) * sizeof(float)));
   room.in = scratch.piece(Op::size(tokens, std::max(Made::most_ins(m), m.width)) * sizeof(In));
@@ -405,14 +342,14 @@ template <class Op, class T> Room rooms(const Model& m, Long tokens, Long rank, 
   return room;
 }
 
-template <class Op, class T> void walk(const Model& m, const Batch& b, char* memory, int threads) {
+template <class Op, class Look, class T> void walk(const Model& m, const Batch& b, char* memory, int threads) {
   Scratch scratch{memory};
-  Room room = rooms<Op, T>(m, b.tokens, b.rank, scratch);
+  Room room = rooms<Op, Look, T>(m, b.tokens, b.rank, scratch);
   Stages stages(m.layers * 13 + 1, threads);
 #pragma omp parallel num_threads(threads)
   {
     Op::begin();
-    Walk<Op, T>(m, b, room, stages, omp_get_thread_num()).all();
+    Walk<Op, Look, T>(m, b, room, stages, omp_get_thread_num()).all();
     Op::end();
   }
 }
@@ -461,9 +398,9 @@ void head(const Model& m, const float* x, Long tokens, float* logits, Long* best
   }
 }
 
-template <class Op, class T> Long room_bytes(const Model& m, Long tokens, Long rank) {
+template <class Op, class Look, class T> Long room_bytes(const Model& m, Long tokens, Long rank) {
   Scratch scratch{nullptr};
-  rooms<Op, T>(m, tokens, rank, scratch);
+  rooms<Op, Look, T>(m, tokens, rank, scratch);
   return scratch.used;
 }
 
@@ -471,18 +408,18 @@ template <class Op, class T> Long room_bytes(const Model& m, Long tokens, Long r
 
 extern "C" int sartor_amx() { return amx_is_allowed(); }
 
-#define EXPORT(OP, T, NAME)                                                                                                     \
-  extern "C" Long sartor_walk_bytes_##NAME(const Model* m, Long tokens, Long rank) { return room_bytes<OP, T>(*m, tokens, rank); } \
+#define EXPORT(OP, LOOK, T, NAME)                                                                                                     \
+  extern "C" Long sartor_walk_bytes_##NAME(const Model* m, Long tokens, Long rank) { return room_bytes<OP, LOOK, T>(*m, tokens, rank); } \
   extern "C" void sartor_walk_##NAME(const Model* m, const Batch* b, char* memory, int threads) {                              \
-    walk<OP, T>(*m, *b, memory, threads);                                                                                      \
+    walk<OP, LOOK, T>(*m, *b, memory, threads);                                                                                      \
   }                                                                                                                            \
   extern "C" void sartor_head_##NAME(const Model* m, const float* x, Long tokens, float* logits, Long* best, char* memory,     \
                                      int threads) {                                                                            \
     head<OP, T>(*m, x, tokens, logits, best, memory, threads);                                                                 \
   }
 
-EXPORT(Plain<float>, float, f32)
-EXPORT(Plain<bf16>, bf16, bf16)
+EXPORT(Plain<float>, PlainLook<float>, float, f32)
+EXPORT(Plain<bf16>, PlainLook<bf16>, bf16, bf16)
 #ifdef SARTOR_AMX
-EXPORT(Amx, bf16, amx)
+EXPORT(Amx, AmxLook, bf16, amx)
 #endif
