@@ -9,6 +9,7 @@ the template writes between the generation prompt and the end of the turn is wha
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +57,11 @@ class Chat:
         turn_end = self._end_of_turn()
         self.stops = sorted(ends | ({turn_end} if turn_end is not None else set()))
         self.pad = self._pad()
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Characters of the longest token, as the vocabulary writes it."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     @property
     def template_digest(self) -> str:
