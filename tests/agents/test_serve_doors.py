@@ -161,6 +161,11 @@ def test_a_body_that_a_form_could_send_is_refused(tmp_path: Path) -> None:
     assert statuses(asyncio.run(main())) == [415, 415]
 
 
+def test_a_packed_body_is_refused(tmp_path: Path) -> None:
+    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(), {**ALL, "content-encoding": "gzip"}))
+    assert answer.status_code == 415 and "without the header Content-Encoding" in answer.json()["error"]["remedy"]
+
+
 def test_a_rate_that_is_used_up_says_when_to_come_again(tmp_path: Path) -> None:
     rates = serving.Rates(most=1)
     first, second = ask(tmp_path, *[("POST", COMPLETIONS, chat(), FAQ)] * 2, rates=rates)

@@ -138,10 +138,11 @@ def test_a_token_beyond_the_mask_is_an_error(chat: Chat, grammar: Grammar) -> No
         ("{", "no JSON"), ("[]", "no object"), ("true", "no object"), ('{"const":NaN}', "NaN"), ('{"const":1e400}', "out of range"),
         ("\ud800", "no JSON"), ('{"a":' * 100 + "1" + "}" * 100, f"deeper than {DEEPEST}"), ("[" * 60_000, f"deeper than {DEEPEST}"),
         (json.dumps({"description": "x" * MOST_BYTES}), f"at most {MOST_BYTES}"), ('{"type":"strin"}', "strin"),
-        ('{"type":"array","uniqueItems":true}', "uniqueItems"), ('{"$ref":"http://example.com/a"}', "example.com"), ('{"$ref":"#"}', ""),
+        ('{"type":"array","uniqueItems":true}', "uniqueItems"), ('{"$ref":"http://example.com/a"}', "nothing is fetched"), ('{"$ref":"#"}', "refers to itself"),
         ('{"type":"string","pattern":"((("}', "regex"), ('{"items":{"x-guidance":{"lenient":true}}}', "x-guidance"), ('{"enum":[]}', ""),
         ('{"type":"integer","minimum":5,"maximum":3}', "minimum"),
-        ('{"oneOf":[{"type":"string"},{"type":"string","minLength":2}]}', "oneOf"),
+        ('{"oneOf":[{"type":"string"},{"type":"string","minLength":2}]}', "oneOf"), ('{"multipleOf":0}', "multipleOf"),
+        ('{"anyOf":[{"$ref":"#/$defs/a"}],"$defs":{"a":{"$ref":"#"}}}', "refers to itself"), ('{"anyOf":[]}', "holds nothing"),
     ],
 )  # fmt: skip
 def test_a_schema_that_cannot_be_obeyed_is_refused(grammar: Grammar, schema: str, says: str) -> None:

@@ -78,6 +78,9 @@ async def _body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise MediaTypeError(f"the body is of type {kind[:80]!a}", "send the header Content-Type: application/json")
+    packed = request.headers.get("content-encoding", "identity").strip().lower()
+    if packed != "identity":
+        raise MediaTypeError(f"the body is packed by {packed[:80]!a}", "send it as it is, without the header Content-Encoding")
     limit_s = desk.limits.slow_client_s
     try:
         async with asyncio.timeout(limit_s):

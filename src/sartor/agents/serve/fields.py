@@ -19,7 +19,9 @@ def field_error(found: Sequence[Mapping[str, Any]], body: Any, known: Iterable[s
     if media := next(_media(body), None):
         return media
     # Of an alternative that does not fit at all, the others' complaints come from further inside
-    said = max(found, key=lambda item: (len(_path(item["loc"], body)), item["type"] == "extra_forbidden"))
+    if tokens := next(_token_ids(body), None):
+        return tokens
+    said = max(found, key=lambda item: (len(_path(item["loc"], body)), _SURE.get(item["type"], 0)))
     path, kind = _path(said["loc"], body), said["type"]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
     if kind == "missing":
@@ -32,13 +34,38 @@ def field_error(found: Sequence[Mapping[str, Any]], body: Any, known: Iterable[s
         return _wrong_tag(said, param)
     if kind == "none_required" or said.get("ctx", {}).get("max_length") == 0:
         return FieldError(f"{param} is {_shown(said.get('input'))}; this server does not do that", f"leave {param} out", param)
+    if kind in ("too_short", "too_long") and isinstance(said.get("input"), list):
+        return _wrong_length(said, param)
     must = str(said["msg"]).replace("Input should", "it must").replace("Value should", "it must")
     return FieldError(f"{param or 'the body'} is {_shown(said.get('input'))}; {must}", _remedy(said, param), param)
 
 
+# Of several complaints at one depth. A list that is too long was meant as a list, whatever else may stand there
+_SURE = {"extra_forbidden": 3, "missing": 2, "too_short": 1, "too_long": 1}
 _TAGS = ("union_tag_invalid", "union_tag_not_found")
 # Near enough to have been meant; top_p is not a misspelt top_k
 _NEAR = 0.85
+
+
+def _wrong_length(said: Mapping[str, Any], param: str) -> FieldError:
+    """A list of too few or too many."""
+    count, limits = len(said["input"]), said["ctx"]
+    if said["type"] == "too_long":
+        most = limits["max_length"]
+        return FieldError(f"{param} holds {count}; the limit is {most}", f"send at most {most}", param)
+    least = limits["min_length"]
+    return FieldError(f"{param} holds {count or 'nothing'}; it must hold at least {least}", f"send {least} or more", param)
+
+
+def _token_ids(body: Any) -> Iterator[FieldError]:
+    """Texts as token ids, which OpenAI's service takes too."""
+    for param in ("input", "prompt"):
+        said = body.get(param) if isinstance(body, dict) else None
+        if isinstance(said, list) and said and isinstance(said[0], (int, list)):
+            problem = f"{param} holds token ids, and they mean something else to every model"
+            yield FieldError(
+                problem, "send the text; clients have an option for it (LangChain: check_embedding_ctx_length=False)", param
+            )
 
 
 def _wrong_tag(said: Mapping[str, Any], param: str) -> FieldError:

@@ -122,7 +122,28 @@ class Constraint:
             raise _refused(self._matcher.get_error())
 
 
+# What the library says in words of its own code, in ours; the remedy beside it
+_WORDS = (
+    (
+        "NoExtensionBias",
+        "it refers to itself with nothing between, so no reply would end",
+        "refer to it below properties or items",
+    ),
+    ("coerce_one_of", "oneOf with values that fit twice is not supported", "say it by anyOf"),
+    (
+        "in a registry",
+        "it refers to another document, and nothing is fetched",
+        'put it under "$defs", and refer to it by "#/$defs/..."',
+    ),
+    ("anyOf is empty", "an enum or anyOf holds nothing, so no reply would fit", "put what may be said into it"),
+    ("invalid multiple of", "multipleOf is no number above 0", '"multipleOf": 1'),
+)
+
+
 def _refused(problem: str) -> RequestError:
+    for word, ours, remedy in _WORDS:
+        if word in problem:
+            return RequestError(f"the JSON Schema cannot be obeyed: {ours}", remedy)
     return RequestError(f"the JSON Schema cannot be obeyed: {_short(problem)}", _remedy(problem))
 
 
