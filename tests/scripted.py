@@ -14,7 +14,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from sartor.agents import team as teams
 from sartor.agents import worker
 from sartor.core.errors import InputError, ModelError
-from sartor.models.engine.contract import About, Call, Done, Event, Failed, Piece
+from sartor.models.engine.contract import About, Call, Done, Event, Failed, Piece, Vector
 
 COMMAND = (sys.executable, str(Path(__file__).absolute()))
 BAD_AT = 2  # tokens
@@ -121,10 +121,14 @@ class Scripted:
         self._cancelled -= ended
         return events
 
-    def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        if any("DIE" in text for text in texts):
-            _misbehave("DIE")
-        return [[1.0, float(len(text))] for text in texts]
+    def embed(self, texts: Sequence[str]) -> Iterator[Vector | None]:
+        for text in texts:
+            if "DIE" in text:
+                _misbehave("DIE")
+            for _ in range(text.count("SLOW")):
+                time.sleep(0.01)
+                yield None
+            yield Vector([1.0, float(len(text))], len(text))
 
     def close(self) -> None:
         self._rows.clear()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sartor.agents import database
-from sartor.agents.asking import Given, Request, Route
+from sartor.agents.asking import Embedded, Given, Request, Route
 from sartor.agents.dispatch import Dispatch
 from sartor.agents.entries import Version
 from sartor.agents.registry import Registry
@@ -102,8 +102,8 @@ class FakeCrew:
         end = Failed(call.id, fault, "broke", "mend") if fault else Done(call.id, "stop", 5, 3)
         return FakeEvents(self, call, self.replies.get(call.adapter, f"by {call.adapter or 'base'}"), end)
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
-        return [[1.0] for _ in texts]
+    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
+        return Embedded([[1.0] for _ in texts])
 
     def blame(self, agent: str, why: str) -> None:
         pass

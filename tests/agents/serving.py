@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from sartor.agents.asking import Answer, Listed, Request
+from sartor.agents.asking import Answer, Embedded, Listed, Request
 from sartor.agents.keys import Opened
 from sartor.agents.serve.seams import House
 from sartor.agents.serve.server import Server, bind
@@ -23,6 +23,7 @@ from sartor.core.errors import AdmissionError, BusyError, ConflictError, KeyRefu
 from sartor.models.engine.contract import About, Done, Event, Failed, Logprob, Piece
 
 ABOUT = About("local", "tiny", "b" * 64, "t" * 64, 512, 4)
+CUT_BEYOND = 1000  # characters of a text, by the crew's encoder
 KEYS = {
     "key-faq": Opened("k1", frozenset({"faq", "auto"}), False),
     "key-all": Opened("k2", None, False),
@@ -94,9 +95,10 @@ class Crew:
     states: Sequence[str] = ("ready", "ready")
     breaker: str = "closed"
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
+    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
         await asyncio.sleep(0)
-        return [[0.0, float(len(text))] for text in texts]
+        cut = tuple(place for place, text in enumerate(texts) if len(text) > CUT_BEYOND)
+        return Embedded([[0.0, float(len(text))] for text in texts], sum(map(len, texts)), cut)
 
     def health(self) -> Mapping[str, Any]:
         workers = [

@@ -113,8 +113,18 @@ def test_a_worker_answers_calls_and_asks(parent: Parent) -> None:
     said = parent.until("event", "done")
     text = "".join(item["text"] for item in said if item.get("event") == "piece")
     assert text == scripted.reply_of(Call("c", text="hello", sampling=Sampling(max_tokens=3)))
-    assert {"answer": 1} in said and {"answer": 2, "vectors": [[1.0, 2.0]]} in said
+    assert {"answer": 1} in said and {"answer": 2, "vectors": [[1.0, 2.0]], "tokens": 2, "cut": []} in said
     assert any(item.get("op") == "alive" and item["memory_bytes"] > 0 for item in said)
+
+
+def test_replies_go_on_while_texts_are_embedded(parent: Parent) -> None:
+    """And a few texts do not wait for many."""
+    parent.say({"op": "embed", "texts": ["SLOW" * 200] * 4, "encoder": "base", "ask": 1}, call("hello", tokens=20))
+    parent.say({"op": "embed", "texts": ["ab"], "encoder": "base", "ask": 2})
+    said = parent.until("event", "done")
+    assert {"answer": 2, "vectors": [[1.0, 2.0]], "tokens": 2, "cut": []} in said
+    assert not any(item.get("answer") == 1 for item in said)
+    assert parent.until("answer", 1)[-1]["tokens"] == 4 * 800
 
 
 def test_nothing_that_is_said_kills_a_worker(parent: Parent) -> None:

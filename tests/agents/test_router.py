@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sartor.agents import router
-from sartor.agents.asking import Route
+from sartor.agents.asking import Embedded, Route
 from sartor.agents.router import AutoRouter, chosen, user_turns
 from sartor.agents.routing import exemplars, fitting
 from sartor.agents.routing.exemplars import Exemplars, Prompt
@@ -171,13 +171,13 @@ class Crew:
         self.asked: list[int] = []
         self.wait_s = 0.0
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
+    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
         self.asked.append(len(texts))
         if self.fault is not None and self.faults > 0:
             self.faults -= 1
             raise self.fault
         await asyncio.sleep(self.wait_s)
-        return [[float(word in text) + 0.01 for word in ("switch", "guests", "the")] for text in texts]
+        return Embedded([[float(word in text) + 0.01 for word in ("switch", "guests", "the")] for text in texts])
 
 
 @pytest.fixture

@@ -311,6 +311,34 @@ def test_vectors(tmp_path: Path) -> None:
     assert packed.json()["data"][0]["embedding"] == "AAAAAAAAgD8="
     assert one.json()["data"][0]["embedding"] == [0.0, 4.0]
     assert (foreign.status_code, foreign.json()["error"]["code"]) == (404, "model_not_found")
+    assert plain.json()["usage"] == {"prompt_tokens": 4, "total_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("said", "problem", "remedy"),
+    [
+        ([], "input holds nothing; it must hold at least 1", "send 1 or more"),
+        (["a"] * 257, "input holds 257; the limit is 256", "send at most 256"),
+        (["a" * 999] * 101, "input has 100899 characters in 101 texts; the limit of one request is 100000", "several requests"),
+        (["a", "b" * 1001], "input[1] is longer than base reads", "split that text"),
+        ([1, 2, 3], "input holds token ids", "send the text"),
+        ([[1, 2], [3]], "input holds token ids", "send the text"),
+    ],
+    ids=["none", "many", "large", "long", "ids", "lists of ids"],
+)
+def test_texts_that_cannot_all_become_vectors_are_refused(tmp_path: Path, said: Any, problem: str, remedy: str) -> None:
+    (answer,) = ask(tmp_path, ("POST", "/v1/embeddings", {"model": "base", "input": said}))
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "input")
+    assert problem in error["message"] and remedy in error["remedy"]
+
+
+def test_a_list_that_is_too_long_says_the_limit(tmp_path: Path) -> None:
+    (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(stop=["a"] * 1000)))
+    assert (answer.status_code, answer.json()["error"]["message"]) == (
+        400,
+        "stop holds 1000; the limit is 16; try: send at most 16",
+    )
 
 
 def test_models_are_listed_with_their_versions_and_parents(tmp_path: Path) -> None:

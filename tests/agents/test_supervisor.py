@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import scripted
+from sartor.agents.asking import Embedded
 from sartor.agents.supervisor import Supervisor
 from sartor.agents.team import Breaker, Limits
 from sartor.core.errors import BusyError, DeadlineError, InputError, ModelError, SartorError, UnavailableError
@@ -410,10 +411,14 @@ def test_detach_waits_for_live_calls_and_yields_to_a_new_attach(tmp_path: Path) 
 def test_embeddings_survive_a_death(tmp_path: Path) -> None:
     async def scene() -> None:
         async with running(tmp_path) as crew:
-            assert await crew.embed(["a", "bc"] * 20, "base") == [[1.0, 1.0], [1.0, 2.0]] * 20
+            made = await crew.embed(["a", "bc"] * 20 + ["d" * 9000], "base")
+            assert made == Embedded([[1.0, 1.0], [1.0, 2.0]] * 20 + [[1.0, 9000.0]], 9060)
             with pytest.raises(SartorError, match="no encoder 'x'"):
                 await crew.embed(["a"], "x")
             await asyncio.gather(load(crew), pytest_raises(UnavailableError, crew.embed(["DIE"], "base")))
+            restarts = sum(worker["restarts"] for worker in crew.health()["workers"])
+            await pytest_raises(ModelError, crew.embed(["DIE"], "base"))  # no more workers are given to it
+            assert sum(worker["restarts"] for worker in crew.health()["workers"]) <= restarts + 1
 
     async def pytest_raises(kind: type[Exception], waited: Awaitable[object]) -> None:
         with pytest.raises(kind):

@@ -93,8 +93,9 @@ def test_a_long_text_is_cut_and_counted(tmp_path: Path) -> None:
     long = "the sky is blue " * 50
     made.encode([long, "short", "x" * 100_000])
     assert made.cut == 2
+    assert 0 < made.tokens <= 3 * made._max_tokens
     made.encode(["short"])
-    assert made.cut == 0
+    assert made.cut == 0 and 0 < made.tokens < made._max_tokens
     assert np.allclose(made.encode([long]), made.encode([long + "and green"]), atol=1e-6)
 
 

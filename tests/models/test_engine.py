@@ -247,9 +247,13 @@ def test_stop_texts_logprobs_and_penalties(engine: LocalEngine) -> None:
 
 
 def test_embeddings_are_of_unit_length_and_their_own(engine: LocalEngine) -> None:
-    one, two, again = engine.embed([LONG, "the sky is blue", LONG])
-    assert abs(sum(value * value for value in one) - 1) < 1e-5
-    assert one == again != two
+    parts = list(engine.embed([LONG, "the sky is blue", LONG]))
+    one, two, again = (part for part in parts if part is not None)
+    assert abs(sum(value * value for value in one.values) - 1) < 1e-5
+    assert one == again != two and one.tokens > two.tokens > 0
+    assert parts.count(None) >= 3 + 2 * ((one.tokens - 1) // PAGE_TOKENS), "a long text is read in parts"
+    with pytest.raises(RequestError, match="begins with 'Once.* whole: the prompt has"):
+        list(engine.embed(["a", "Once upon a time " * 600]))
 
 
 def test_pages_are_shared_only_whole_and_freed_when_wanted() -> None:

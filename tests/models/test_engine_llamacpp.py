@@ -169,7 +169,11 @@ def test_a_schema_is_obeyed(engine: LlamaCppEngine) -> None:
 
 
 def test_embeddings(engine: LlamaCppEngine) -> None:
-    cat, dog, invoice = engine.embed(["the cat sleeps", "the dog sleeps", "the invoice was paid on Tuesday"])
+    cat, dog, invoice = (
+        vector.values
+        for vector in engine.embed(["the cat sleeps", "the dog sleeps", "the invoice was paid on Tuesday"])
+        if vector
+    )
 
     def product(left: list[float], right: list[float]) -> float:
         return sum(a * b for a, b in zip(left, right, strict=True))

@@ -66,6 +66,15 @@ class Answer:
     events: Events
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """Texts as vectors of unit length. tokens: that were read. cut: places of texts whose end is not in their vector."""
+
+    vectors: list[list[float]]
+    tokens: int = 0
+    cut: tuple[int, ...] = ()
+
+
 class Crew(Protocol):
     """Who computes: the supervised workers, as `dispatch` sees them. `agent` is an exact version, `name@version` or `base`."""
 
@@ -91,7 +100,7 @@ class Crew(Protocol):
         """
         ...
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
+    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
         """Vectors of unit length by the base (`base`) or an encoder that the façade offers (`minilm`, `tfidf`, a directory)."""
         ...
 

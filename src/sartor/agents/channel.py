@@ -13,7 +13,7 @@ From the worker.
     {"op": "ready", "about": {...}, "memory_bytes": N}     the engine is open
     {"op": "failed", "error": {...}}                       it is not, and the worker ends
     {"event": "piece" | "done" | "failed", ...}            event_as_json of the contract
-    {"answer": N, ...} or {"answer": N, "error": {...}}    attach: bytes. embed: vectors. detach, ping: nothing more
+    {"answer": N, ...} or {"answer": N, "error": {...}}    attach: bytes. embed: vectors, tokens, cut. Else nothing more
     {"op": "alive", "memory_bytes": N}                     each BEAT_S, by the loop that drives the engine while it has work
     {"op": "malformed", "problem": TEXT}                   a line that it could not read; it goes on
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sartor.agents.asking import Route
+from sartor.agents.asking import Embedded, Route
 from sartor.agents.routing import exemplars, fitting
 from sartor.agents.routing.exemplars import Exemplars, shortened
 from sartor.agents.routing.fitted import BASE, Fitted, Judged, open_fitted
@@ -39,7 +39,7 @@ LEAN = 0.3
 class Embedder(Protocol):
     """Of `Crew`, what a router needs."""
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
+    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
         """See Crew."""
         ...
 
@@ -112,7 +112,7 @@ class AutoRouter:
             return fitted, await asyncio.to_thread(fitted.judge, texts), ""
         try:
             async with asyncio.timeout(EMBED_WAIT_S):
-                vectors = np.array(await self._crew.embed(texts, fitted.encoder), dtype=np.float32)
+                vectors = np.array((await self._crew.embed(texts, fitted.encoder)).vectors, dtype=np.float32)
         except TimeoutError:
             why = f"{fitted.encoder} took more than {EMBED_WAIT_S:g} s"
         except SartorError as error:
@@ -190,10 +190,10 @@ class AutoRouter:
         """Requests go before: a busy crew is asked again."""
         for _ in range(BUSY_TRIES):
             try:
-                return await self._crew.embed(texts, encoder)
+                return (await self._crew.embed(texts, encoder)).vectors
             except BusyError:
                 await asyncio.sleep(BUSY_WAIT_S)
-        return await self._crew.embed(texts, encoder)
+        return (await self._crew.embed(texts, encoder)).vectors
 
     def _read(self, releases: Mapping[str, Path]) -> dict[str, Exemplars]:
         found = {}

@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sartor.agents.asking import Embedded
 from sartor.agents.bulkhead import Bulkhead
 from sartor.agents.calls import Calls
 from sartor.agents.child import Child, GoneError, cores
@@ -25,13 +27,15 @@ from sartor.agents.probation import Probation
 from sartor.agents.shelf import Shelf
 from sartor.agents.standing import Standing
 from sartor.agents.team import Remote, Team
-from sartor.core import config
-from sartor.core.errors import DeadlineError, UnavailableError
+from sartor.core import config, records
+from sartor.core.errors import DeadlineError, ModelError, UnavailableError
 from sartor.models.engine.contract import BASE, About, Call, Event
 
 EMBEDDINGS = "embeddings"  # the bulkhead that all embeddings share
 WORKER = (sys.executable, "-m", "sartor.agents.worker")
-_EMBED_TEXTS = 16  # asked at once: between two, the engine takes a step
+# Asked of a worker at once, unless one text alone has more: what is asked is worked off though its client may have gone
+_EMBED_TEXTS, _EMBED_CHARACTERS = 16, 8192
+_MOST_CONDEMNED = 1024
 
 
 class Supervisor:
@@ -49,6 +53,7 @@ class Supervisor:
         self._calls.use(self._places, self._shelf)
         self._probation = Probation(self._command, self.opening(), team.workers.start_s)
         self._about: About | None = None
+        self._condemned: deque[str] = deque(maxlen=_MOST_CONDEMNED)
         self._is_closing = False
 
     async def start(self) -> About:
@@ -107,21 +112,28 @@ class Supervisor:
             raise error
         return Events(live, self._calls.cancel)
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
-        """See Crew. Raises BusyError, DeadlineError, UnavailableError, and what the encoder tells."""
+    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
+        """See Crew. Raises BusyError, DeadlineError, UnavailableError, ModelError for texts that have killed workers, and what
+        the encoder tells.
+        """
         self._refuse_when_closing()
         self._bulkhead.enter(EMBEDDINGS, 1)
         began, deadline_s = time.monotonic(), self._team.limits.deadline_s
         vectors: list[list[float]] = []
+        cut: list[int] = []
+        tokens = 0
         try:
             async with asyncio.timeout(deadline_s):
-                for at in range(0, len(texts), _EMBED_TEXTS):
-                    vectors += await self._embed(list(texts[at : at + _EMBED_TEXTS]), encoder)
+                for some in _slices(texts):
+                    told = await self._embed(some, encoder)
+                    cut += [len(vectors) + place for place in told["cut"]]
+                    vectors += told["vectors"]
+                    tokens += told["tokens"]
         except TimeoutError:
             raise DeadlineError(f"{len(texts)} texts took more than {deadline_s:g} s", "send fewer at once") from None
         finally:
             self._bulkhead.leave(EMBEDDINGS, time.monotonic() - began)
-        return vectors
+        return Embedded(vectors, tokens, tuple(cut))
 
     async def probe(self, adapter: str, path: Path, calls: Sequence[Call]) -> list[tuple[Event, ...]]:
         """What each call says when the adapter in `path` is attached as `adapter` to a worker of its own, for admission.
@@ -164,18 +176,34 @@ class Supervisor:
         if self._is_closing:
             raise _closing()
 
-    async def _embed(self, texts: list[str], encoder: str) -> list[list[float]]:
-        """By a worker that answers; once more by another one when it dies."""
+    async def _embed(self, texts: list[str], encoder: str) -> Mapping[str, Any]:
+        """By a worker that answers; once more by another one when it dies. What kills two is not asked again."""
+        known = records.digest([encoder, texts])
+        if known in self._condemned:
+            raise ModelError("these texts killed the workers that embedded them", "send other texts")
         for _ in range(2):
             await self._places.some_ready()
             children = self._places.answering() or self._places.ready()
             try:
-                told = await min(children, key=lambda child: len(child.calls)).ask("embed", texts=texts, encoder=encoder)
+                return await min(children, key=lambda child: len(child.calls)).ask("embed", texts=texts, encoder=encoder)
             except GoneError:
                 continue
-            vectors: list[list[float]] = told["vectors"]
-            return vectors
+        self._condemned.append(known)
         raise UnavailableError("two workers died while they embedded these texts", "send other texts, or fewer")
+
+
+def _slices(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Of the texts, in their order, what is asked at once."""
+    some: list[str] = []
+    size = 0
+    for text in texts:
+        if some and (len(some) == _EMBED_TEXTS or size + len(text) > _EMBED_CHARACTERS):
+            yield some
+            some, size = [], 0
+        some.append(text)
+        size += len(text)
+    if some:
+        yield some
 
 
 def _closing() -> UnavailableError:

@@ -12,8 +12,8 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from sartor.agents.fingerprint import check_digest
 from sartor.core.encoders import Encoder, open_encoder
 from sartor.core.errors import ConfigError, ModelError, SartorError
 from sartor.core.verb import load
-from sartor.models.engine.contract import Call, Engine, Failed, event_as_json
+from sartor.models.engine.contract import Call, Engine, Failed, Vector, event_as_json
 
 BASE_ENCODER = "base"
 _ENGINES = {
@@ -58,14 +58,36 @@ def run(engine: Engine, channel: Channel, check: Check) -> None:
         engine.close()
 
 
+@dataclass
+class _Embedding:
+    """Texts on their way to vectors, a part of the work a turn: replies go on meanwhile."""
+
+    said: Mapping[str, Any]
+    parts: Iterator[Vector | None]
+    made: list[Vector] = field(default_factory=list)
+
+    def go_on(self) -> dict[str, Any]:
+        """One part. The answer once all is done, else nothing."""
+        try:
+            vector = next(self.parts)
+        except StopIteration:
+            cut = [place for place, vector in enumerate(self.made) if vector.is_cut]
+            vectors = [vector.values for vector in self.made]
+            return {"vectors": vectors, "tokens": sum(vector.tokens for vector in self.made), "cut": cut}
+        if vector is not None:
+            self.made.append(vector)
+        return {}
+
+
 class _Loop:
-    """One turn: hear everything, answer one question, let the engine take one step, say that one lives."""
+    """One turn: hear everything, answer one question, embed a part, let the engine take one step, say that one lives."""
 
     def __init__(self, engine: Engine, channel: Channel, check: Check) -> None:
         self._engine = engine
         self._channel = channel
         self._check = check
         self._asks: deque[Mapping[str, Any]] = deque()
+        self._embeddings: deque[_Embedding] = deque()
         self._encoders: dict[str, Encoder] = {}
         self._closing = False
         self._beat_at = 0.0
@@ -75,12 +97,16 @@ class _Loop:
         self._channel.flush()
         if not self._channel.has_room:
             self._channel.wait(BEAT_S)
-        elif not (self._engine.busy or self._asks):
+        elif not (self._engine.busy or self._asks or self._embeddings):
             self._channel.wait()
         for said in self._channel.received():
             self._hear(said)
         if self._asks:
-            self._answer(self._asks.popleft())
+            asked = self._asks.popleft()
+            self._answer(asked, lambda: self._answered(asked))
+        if self._embeddings:  # in turn: a few texts do not wait for many
+            embedding = self._embeddings.popleft()
+            self._answer(embedding.said, lambda: self._embedded(embedding))
         if self._engine.busy and self._channel.has_room:
             self._step()
         self._beat()
@@ -126,10 +152,13 @@ class _Loop:
             problem = f"the engine could not take the call: {type(error).__name__}"
             self._channel.send(event_as_json(Failed(name, "SartorError", problem, "report it with the request")))
 
-    def _answer(self, said: Mapping[str, Any]) -> None:
+    def _answer(self, said: Mapping[str, Any], work: Callable[[], Mapping[str, Any] | None]) -> None:
+        """Say what `work` returns, or how it failed; nothing where it returns None, and will go on."""
         answer: dict[str, Any] = {"answer": said["ask"]}
         try:
-            answer |= self._answered(said)
+            if (found := work()) is None:
+                return
+            answer |= found
         except SartorError as error:
             answer["error"] = error_as_json(error)
         except Exception as error:  # files that another program wrote, read by libraries with errors of their own
@@ -137,7 +166,7 @@ class _Loop:
             answer["error"] = error_as_json(ModelError(problem, "check the files that it names"))
         self._channel.send(answer)
 
-    def _answered(self, said: Mapping[str, Any]) -> dict[str, Any]:
+    def _answered(self, said: Mapping[str, Any]) -> dict[str, Any] | None:
         if said["op"] == "attach":
             adapter, path = str(said["adapter"]), Path(said["path"])
             self._check(path, adapter)
@@ -145,16 +174,33 @@ class _Loop:
         if said["op"] == "detach":
             self._engine.detach(str(said["adapter"]))
         elif said["op"] == "embed":
-            return {"vectors": self._vectors([str(text) for text in said["texts"]], str(said["encoder"]))}
+            self._embeddings.append(
+                _Embedding(said, self._vectors([str(text) for text in said["texts"]], str(said["encoder"])))
+            )
+            return None
         return {}
 
-    def _vectors(self, texts: list[str], encoder: str) -> list[list[float]]:
+    def _embedded(self, embedding: _Embedding) -> dict[str, Any] | None:
+        if answer := embedding.go_on():
+            return answer
+        self._embeddings.append(embedding)
+        return None
+
+    def _vectors(self, texts: list[str], encoder: str) -> Iterator[Vector | None]:
         if encoder == BASE_ENCODER:
             return self._engine.embed(texts)
         if encoder not in self._encoders:
             self._encoders[encoder] = open_encoder(encoder)
-        vectors: list[list[float]] = self._encoders[encoder].encode(texts).tolist()
-        return vectors
+        return _encoded(self._encoders[encoder], texts)
+
+
+def _encoded(encoder: Encoder, texts: Sequence[str]) -> Iterator[Vector | None]:
+    rows, tokens, some_are_cut = encoder.encode(texts).tolist(), encoder.tokens, encoder.cut > 0
+    for row, text in zip(rows, texts, strict=True):
+        if some_are_cut:  # which ones, an encoder tells of one text
+            encoder.encode([text])
+        yield Vector(row, tokens, some_are_cut and encoder.cut > 0)
+        tokens = 0  # all of them stand with the first
 
 
 def serve(end: socket.socket, opener: Opener, check: Check) -> int:

@@ -26,6 +26,11 @@ class Encoder(Protocol):
         """How many texts of the last `encode` were longer than the encoder reads; their ends are not in the vectors."""
         ...
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens the last `encode` read; 0 for an encoder that reads no tokens."""
+        ...
+
     def encode(self, texts: Sequence[str]) -> Any:
         """(N, D) float32 numpy array, each row of length 1 (or 0 for a text without content)."""
         ...

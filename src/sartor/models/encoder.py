@@ -61,7 +61,7 @@ class SentenceEncoder:
         most = getattr(self._model.config, "max_position_embeddings", None) or MOST_TOKENS
         self._max_tokens = min(self._layout.max_tokens or MOST_TOKENS, self._tokenizer.model_max_length, most)
         self._name = name or path.name
-        self._cut = 0
+        self._cut = self._tokens = 0
 
     @property
     def name(self) -> str:
@@ -73,9 +73,14 @@ class SentenceEncoder:
         """See Encoder."""
         return self._cut
 
+    @property
+    def tokens(self) -> int:
+        """See Encoder."""
+        return self._tokens
+
     def encode(self, texts: Sequence[str]) -> Any:
         """See Encoder. Texts of like length share a batch; an empty text gets zeros."""
-        self._cut = 0
+        self._cut = self._tokens = 0
         order = sorted((place for place, text in enumerate(texts) if text.strip()), key=lambda place: len(texts[place]))
         vectors = np.zeros((len(texts), self._model.config.hidden_size), dtype=np.float32)
         for start in range(0, len(order), CHUNK):
@@ -91,6 +96,7 @@ class SentenceEncoder:
         encoded = self._tokenizer(said, truncation=False, verbose=False)["input_ids"]
         self._cut += sum(len(ids) > self._max_tokens for ids in encoded)
         encoded = [self._shortened(ids) for ids in encoded]
+        self._tokens += sum(map(len, encoded))
         order = sorted(range(len(encoded)), key=lambda place: len(encoded[place]))
         start = 0
         for stop in range(1, len(order) + 1):

@@ -15,6 +15,7 @@ from sartor.models.sampling import MOST_STOPS
 MOST_CHOICES = 16
 MOST_TOP_LOGPROBS = 20
 MOST_TEXTS = 256
+MOST_EMBEDDED = 100_000  # characters of all texts of one request
 MOST_TOOLS = 128
 MOST_SAID = 100_000
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"

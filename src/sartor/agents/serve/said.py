@@ -152,7 +152,7 @@ class Vector(Said):
 
 
 class VectorUsage(Said):
-    """Texts are not counted in tokens here; the keys are there for OpenAI's clients."""
+    """Tokens of all texts, as the model reads them."""
 
     prompt_tokens: int
     total_tokens: int

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sartor.agents.asking import Answer, Listed, Request
+from sartor.agents.asking import Answer, Embedded, Listed, Request
 from sartor.agents.keys import Opened
 from sartor.models.engine.contract import About
 
@@ -30,7 +30,7 @@ class Vectors(Protocol):
         """The engine that every worker holds."""
         ...
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
+    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
         """Vectors of unit length."""
         ...
 

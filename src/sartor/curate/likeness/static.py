@@ -21,6 +21,7 @@ class StaticEncoder:
     """The mean of a text's token vectors, scaled to length 1. No text is cut."""
 
     cut = 0
+    tokens = 0
 
     def __init__(self, path: Path) -> None:
         try:

@@ -26,6 +26,7 @@ class Tfidf:
     """Latent semantic analysis (Deerwester et al. 1990) by a seeded randomised SVD (Halko et al. 2011)."""
 
     name = "tfidf"
+    tokens = 0
 
     def __init__(self) -> None:
         self._cut = 0

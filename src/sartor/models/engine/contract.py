@@ -7,10 +7,10 @@ values that travel between processes as JSON (`as_json`, `event_from_json`, `Cal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from sartor.core import records
 from sartor.models.sampling import Sampling
@@ -114,6 +114,14 @@ def event_from_json(said: Mapping[str, Any]) -> Event:
     return _EVENTS[said["event"]](**fields)
 
 
+class Vector(NamedTuple):
+    """What a text means, of unit length. tokens: that were read of it. is_cut: whether its end is not in the vector."""
+
+    values: list[float]
+    tokens: int
+    is_cut: bool = False
+
+
 @dataclass(frozen=True)
 class About:
     """What an engine serves: for admission, /v1/models and receipts. `context_tokens`: prompt and reply together."""
@@ -164,8 +172,11 @@ class Engine(Protocol):
         """One round: rows join, every live row gets its next token. Never raises for one call's fault: that is a Failed."""
         ...
 
-    def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """One vector of unit length per text: the mean of the base's last hidden states (no adapter)."""
+    def embed(self, texts: Sequence[str]) -> Iterator[Vector | None]:
+        """A vector per text, in order: the mean of the base's last hidden states (no adapter). None between parts of the work.
+
+        The holder takes it part by part, so that replies go on meanwhile. Raises RequestError at a text that is too long.
+        """
         ...
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import httpx
 from sartor.core import bases
 from sartor.core.errors import ModelError, RequestError, UnavailableError
 from sartor.models.base import source_gguf
-from sartor.models.engine.contract import BASE, About, Call, Event, Finish, Logprob
+from sartor.models.engine.contract import BASE, About, Call, Event, Finish, Logprob, Vector
 from sartor.models.engine.inner import BaseFile, Bounds, Inner, check_tokens, embeddings, f16_file, open_base_file
 from sartor.models.engine.reading import Reader, open_reader
 from sartor.models.engine.streams import Reply, StreamEngine, events_of
@@ -181,11 +181,11 @@ class LlamaCppEngine(StreamEngine):
         piece = reply.piece(text, max(written - stopped - reply.tokens, 0), logprobs)
         return [piece, *reply.end("stop")] if stopped else [piece]
 
-    def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """See Engine."""
-        chat, most = self._reader.chat, self._reader.context_tokens
-        ids = [list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])[:most] or chat.stops[:1] for text in texts]
-        return embeddings(self._base.path, ids, Bounds(1, self._bounds.threads, most))
+    def embed(self, texts: Sequence[str]) -> Iterator[Vector | None]:
+        """See Engine. All at once: what is opened for it is not kept."""
+        ids = [self._reader.text(text) for text in texts]
+        found = embeddings(self._base.path, ids, Bounds(1, self._bounds.threads, self._reader.context_tokens))
+        yield from (Vector(values, len(read)) for values, read in zip(found, ids, strict=True))
 
     def close(self) -> None:
         """See Engine."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError, SartorError
 from sartor.models.base import Base, open_base
 from sartor.models.engine.blocks import Run, Scores
-from sartor.models.engine.contract import BASE, About, Call, Done, Event, Failed
+from sartor.models.engine.contract import BASE, About, Call, Done, Event, Failed, Vector
 from sartor.models.engine.native_blocks import open_blocks
 from sartor.models.engine.pages import PAGE_TOKENS, Pages
 from sartor.models.engine.reading import Reader
@@ -110,9 +110,10 @@ class LocalEngine:
         events, self._ended = self._ended, []
         return events
 
-    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+    def embed(self, texts: Sequence[str]) -> Iterator[Vector | None]:
         """See `contract.Engine`. Raises RequestError for an empty or too long text, BusyError when the cache is full."""
-        return [self._embed(text) for text in texts]
+        for text in texts:
+            yield from self._embed(text)
 
     def close(self) -> None:
         """Nothing is held outside this process's memory."""
@@ -196,20 +197,21 @@ class LocalEngine:
         self._pages.give_back(row.pages)
         row.pages = []
 
-    def _embed(self, text: str) -> list[float]:
-        ids = self._reader.prompt(Call("embed", text=text))
+    def _embed(self, text: str) -> Iterator[Vector | None]:
+        ids = self._reader.text(text)
         found = self._pages.take(0, [], len(ids))
         if found is None:
             raise BusyError("the cache is full of replies in work", "ask again later, or raise engine.cache_tokens")
         pages, _ = found
         try:
-            size = self._blocks.chunk_tokens
-            runs = [Run(ids[start : start + size], start, pages, -1) for start in range(0, len(ids), size)]
-            hidden = [self._blocks.hidden(run) for run in runs]
+            parts = []
+            for start in range(0, len(ids), PAGE_TOKENS):
+                parts.append(self._blocks.hidden(Run(ids[start : start + PAGE_TOKENS], start, pages, -1)).float().sum(0))
+                yield None
         finally:
             self._pages.give_back(pages)
-        mean = torch.cat(hidden).float().mean(0)
-        return [float(value) for value in mean / mean.norm().clamp(min=1e-12)]
+        total = torch.stack(parts).sum(0)
+        yield Vector((total / total.norm().clamp(min=1e-12)).tolist(), len(ids))
 
 
 def open_engine(

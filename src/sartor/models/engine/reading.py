@@ -44,6 +44,14 @@ class Reader:
             )
         return ids
 
+    def text(self, text: str) -> list[int]:
+        """Token ids of a text that is to become a vector. Raises RequestError, which says which, where it is too long."""
+        try:
+            return self.prompt(Call("text", text=text))
+        except RequestError as error:
+            problem = f"the text that begins with {text[:40]!a} cannot be embedded whole: {error.problem}"
+            raise RequestError(problem, "split it: nothing of it is left out") from None
+
     def constraint(self, call: Call, *, loose: bool = False) -> Constraint | None:
         """What the reply must obey, if anything. loose: with any white space, to check what another server wrote.
 

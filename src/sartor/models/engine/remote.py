@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from sartor.core.errors import BusyError, ModelError, UnavailableError
-from sartor.models.engine.contract import BASE, About, Call, Event, Logprob, Piece
+from sartor.models.engine.contract import BASE, About, Call, Event, Logprob, Piece, Vector
 from sartor.models.engine.reading import Reader, open_reader
 from sartor.models.engine.served import Server, refused
 from sartor.models.engine.streams import Reply, StreamEngine, events_of
@@ -151,9 +151,11 @@ class RemoteEngine(StreamEngine):
                 body["json_schema"] = schema if self._served.kind == "sglang" else read
         return body
 
-    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+    def embed(self, texts: Sequence[str]) -> Iterator[Vector | None]:
         """See Engine. UnavailableError where the server gives none: few that serve a language model do."""
-        return self._server.embeddings(self._served.base, texts)
+        tokens = [len(self._reader.text(text)) for text in texts]
+        found = self._server.embeddings(self._served.base, texts)
+        yield from map(Vector, found, tokens)
 
 
 def _read(reply: Reply, said: Mapping[str, Any]) -> tuple[Piece | None, str]:

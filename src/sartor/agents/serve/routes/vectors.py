@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request
 
 from sartor.agents.serve.app import JsonResponse, Route
-from sartor.agents.serve.asked import VectorRequest
+from sartor.agents.serve.asked import MOST_EMBEDDED, VectorRequest
 from sartor.agents.serve.desk import desk_of, entry_of
+from sartor.agents.serve.faults import FieldError
 from sartor.agents.serve.running import while_there
 from sartor.agents.serve.said import VectorAnswer
 from sartor.agents.serve.turns import texts_of
@@ -31,16 +32,23 @@ async def embeddings(asked: VectorRequest, request: Request) -> JsonResponse:
     if not entry_of(request).visitor.opens(asked.model):
         raise KeyRefusedError(f"this key does not open {asked.model!r}", f"sartor agents key {asked.model} makes one that does")
     texts = texts_of(asked.input)
+    if (size := sum(map(len, texts))) > MOST_EMBEDDED:
+        problem = f"input has {size} characters in {len(texts)} texts; the limit of one request is {MOST_EMBEDDED}"
+        raise FieldError(problem, "send the texts in several requests", "input")
     at = asyncio.get_running_loop().time() + desk.limits.deadline_s - entry_of(request).elapsed_s
     work = desk.shift.within(desk.house.crew.embed(texts, asked.model), at)
-    vectors = await while_there(request.receive, work)
-    entry_of(request).agent = asked.model
+    made = await while_there(request.receive, work)
+    if made.cut:
+        problem = f"input[{made.cut[0]}] is longer than {asked.model} reads, and nothing is cut"
+        raise FieldError(problem, 'split that text, or "model": "base"', "input")
+    entry = entry_of(request)
+    entry.agent, entry.usage.prompt = asked.model, made.tokens
     as_text = asked.encoding_format == "base64"
     data = [
         {"object": "embedding", "index": place, "embedding": _packed(vector) if as_text else vector}
-        for place, vector in enumerate(vectors)
+        for place, vector in enumerate(made.vectors)
     ]
-    usage = {"prompt_tokens": 0, "total_tokens": 0}
+    usage = {"prompt_tokens": made.tokens, "total_tokens": made.tokens}
     return JsonResponse({"object": "list", "model": asked.model, "data": data, "usage": usage})
 
 
