@@ -173,12 +173,18 @@ class Served:
 
     async def _fetch(self, version: Version) -> None:
         """Hold a version, and serve whoever waited for it. What keeps it from that is among the troubles of holdings."""
+        is_held = False
         try:
             with suppress(SartorError):
                 await self._holdings.hold(version)
-                await self.reload()
+                is_held = True
         finally:
             self._fetching.pop(version.name, None)
+        if is_held:
+            with suppress(SartorError):
+                await self.reload()
+        else:
+            self._teach()
 
     def _needed(self, agents: Iterable[Agent]) -> Iterator[Version]:
         for agent in agents:
@@ -187,7 +193,12 @@ class Served:
                     yield found
 
     def _teach(self) -> None:
-        """Tell the router which Releases are live, when that has changed: once at a time, the newest last."""
+        """Tell the router which Releases are live, when that has changed: once at a time, the newest last.
+
+        While versions are being fetched it waits for the last of them: a fit takes seconds, and a team starts with several.
+        """
+        if self._fetching:
+            return
         live = {name: self.versions.get(f"{name}@{agent.live}") for name, agent in self.agents.items()}
         releases = {
             name: self._holdings.places[version.release_id]
