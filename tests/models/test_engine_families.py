@@ -12,11 +12,11 @@ from test_forward import MODELS, tuned
 
 import loras
 from sartor.models import adapters
-from sartor.models.base import open_base
+from sartor.models.base import _cpu_flags, open_base
 from sartor.models.engine.blocks import Run
 from sartor.models.engine.contract import Call, Failed, Piece
 from sartor.models.engine.local import LocalEngine
-from sartor.models.engine.native_blocks import NativeBlocks, open_blocks
+from sartor.models.engine.native_blocks import NativeBlocks, difference, open_blocks
 from sartor.models.generate import draw, generate, likely, source
 from sartor.models.kernels import native
 from sartor.models.sampling import Sampling
@@ -61,12 +61,32 @@ def test_every_family_is_transformers_own(kind: str, dtype: torch.dtype, tmp_pat
     assert max(apart) < (1e-5 if dtype == torch.float32 else 0.06)
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def blocks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    """Gemma 2: a sliding window, soft-caps and norms behind, so that every branch has its turn."""
+# What a processor must have for the kernels of lesser ones: what is promised holds on each, so each is tested where it runs
+LEVELS = {"x86-64": "sse2", "x86-64-v3": "avx2 fma bmi2 f16c movbe", "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl"}
+
+
+@pytest.fixture(params=["native", *LEVELS])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Kernels as they are compiled for this processor, and for the lesser ones whose instructions it has."""
+    if request.param in LEVELS:
+        if lacking := set(LEVELS[request.param].split()) - set(_cpu_flags().split()):
+            pytest.skip(f"this processor has no {' '.join(sorted(lacking))}")
+        monkeypatch.setattr(native, "_machine_flags", lambda: (f"-march={request.param}",))
+    for kept in (native.load, difference):
+        kept.cache_clear()
     compiled()
+    yield request.param
+    for kept in (native.load, difference):
+        kept.cache_clear()
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def blocks(request: pytest.FixtureRequest, processor: str, tmp_path: Path) -> Iterator[Any]:
+    """Gemma 2: a sliding window, soft-caps and norms behind, so that every branch has its turn."""
     threads = torch.get_num_threads()
-    yield opened("gemma2", request.param, tmp_path / "a")[0]
+    made = opened("gemma2", request.param, tmp_path / "a")[0]
+    assert isinstance(made, NativeBlocks)
+    yield made
     torch.set_num_threads(threads)
 
 

@@ -11,7 +11,7 @@ import tiny
 from sartor.core.errors import RequestError
 from sartor.models.chat import Chat
 from sartor.models.engine.contract import Call
-from sartor.models.engine.prompts import prompt_ids, prompt_text, writes_tools
+from sartor.models.engine.prompts import FIRST_CHARACTERS, prompt_ids, prompt_text, writes_tools
 
 # as Qwen's and Hermes's do: tools in the system turn, calls with their arguments as JSON
 TOOL_TEMPLATE = (
@@ -86,7 +86,7 @@ def test_earlier_calls_are_told_without_tools_too() -> None:
 def test_a_raw_text_is_taken_as_it_is() -> None:
     chat = Chat(tiny.tokenizer())
     call = Call(id="c", text="the sky")
-    assert prompt_text(chat, call) == "the sky" and chat.tokenizer.decode(prompt_ids(chat, call)) == "the sky"
+    assert prompt_text(chat, call) == "the sky" and chat.tokenizer.decode(prompt_ids(chat, call, 512)) == "the sky"
 
 
 def test_a_raw_text_opens_as_in_pretraining() -> None:
@@ -95,8 +95,8 @@ def test_a_raw_text_opens_as_in_pretraining() -> None:
     made = tiny.tokenizer()
     made.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     chat = Chat(made)
-    assert prompt_ids(chat, Call(id="c", text="the sky"))[0] == 0
-    assert prompt_ids(chat, Call(id="c", messages=(ASKED,)))[0] == chat.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert prompt_ids(chat, Call(id="c", text="the sky"), 512)[0] == 0
+    assert prompt_ids(chat, Call(id="c", messages=(ASKED,)), 512)[0] == chat.tokenizer.convert_tokens_to_ids("<|im_start|>")
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,43 @@ def test_what_the_template_refuses_is_the_clients_fault() -> None:
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(RequestError, match="empty"):
-        prompt_ids(Chat(tiny.tokenizer()), Call(id="c"))
+        prompt_ids(Chat(tiny.tokenizer()), Call(id="c"), 512)
 
 
 def test_arguments_that_are_no_json_are_told_as_they_are() -> None:
     broken = json.loads(json.dumps(CALLED))
     broken["tool_calls"][0]["function"]["arguments"] = "{broken"
     assert '"arguments": "{broken"' in rendered(tiny.CHATML, ASKED, broken, RETURNED)
+
+
+class Counting:
+    """A tokenizer that notes how much it is given."""
+
+    def __init__(self) -> None:
+        self._inner = tiny.tokenizer()
+        self.read: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        self.read.append(len(text))
+        return self._inner(text, **options)
+
+
+@pytest.mark.parametrize("form", ["text", "messages"])
+def test_a_huge_prompt_is_not_read_to_its_end(form: str) -> None:
+    huge = "the sky is blue. " * 120_000
+    chat = Chat(counting := Counting())
+    call = Call("c", text=huge) if form == "text" else Call("c", messages=({"role": "user", "content": huge},))
+    counting.read.clear()
+    with pytest.raises(RequestError, match="may have 512") as told:
+        prompt_ids(chat, call, 512)
+    assert counting.read == [FIRST_CHARACTERS * 512] and told.value.remedy == "shorten the prompt"
+
+
+def test_a_long_text_of_few_tokens_is_read() -> None:
+    """Characters alone refuse nothing: what a tokenizer says of it does."""
+    chat = Chat(tiny.tokenizer())
+    chat.tokenizer.add_tokens(["=" * 400])
+    assert len(prompt_ids(chat, Call("c", text="=" * 40_000), 110)) == 100

@@ -21,6 +21,8 @@ TOOLS_TEXT = (
     "To call one, write its name and arguments as JSON, and nothing after the last call:\n"
     '<tool_call>\n{{"name": "...", "arguments": {{...}}}}\n</tool_call>'
 )
+# For each token that there is room for, of a prompt that is looked at before the rest of it
+FIRST_CHARACTERS = 16
 _PROBE = "sartor_probe_tool"
 _REMEDY = '{"role": "user", "content": "..."}'
 
@@ -40,18 +42,41 @@ def prompt_text(chat: Chat, call: Call) -> str:
     return _rendered(chat, [_noted(plain, note, "system"), _noted(plain, note, "user")] if note else [plain])
 
 
-def prompt_ids(chat: Chat, call: Call) -> list[int]:
+def prompt_ids(chat: Chat, call: Call, most_tokens: int) -> list[int]:
     """What the model reads, as token ids. A raw text begins with bos where the tokenizer has one of its own, as in pretraining.
 
-    Raises RequestError as `prompt_text` does, and for a prompt of no tokens.
+    Raises RequestError as `prompt_text` does, for a prompt of no tokens, and for one far longer than `most_tokens`, which is
+    not read to its end; a little longer ones are for the caller to refuse.
     """
-    ids = list(chat.tokenizer(prompt_text(chat, call), add_special_tokens=False)["input_ids"])
+    text = prompt_text(chat, call)
+    _check_length(chat, text, most_tokens)
+    ids = list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
     bos = chat.tokenizer.bos_token_id
     if not call.messages and bos is not None and chat.tokenizer("a")["input_ids"][0] == bos:
         ids = [bos, *ids]
     if not ids:
         raise RequestError("the prompt is empty", _REMEDY)
     return ids
+
+
+def _check_length(chat: Chat, text: str, most_tokens: int) -> None:
+    """Raises RequestError as soon as parts of a text have far more tokens than there is room for.
+
+    Tokenising is what a prompt costs before it can be refused, and whoever waits for the engine waits for it. A cut within a
+    word or a run of spaces makes a few tokens more of it than the whole has, so a prompt is refused here only when it has an
+    eighth too many.
+    """
+    size, found = FIRST_CHARACTERS * most_tokens, 0
+    if len(text) <= size:
+        return
+    for start in range(0, len(text), size):
+        found += len(chat.tokenizer(text[start : start + size], add_special_tokens=False)["input_ids"])
+        if found > most_tokens + most_tokens // 8 + 64:
+            raise RequestError(
+                f"the prompt has {len(text)} characters, and its first {min(start + size, len(text))} are {found} tokens "
+                f"already; prompt and reply together may have {most_tokens}",
+                "shorten the prompt",
+            )
 
 
 def writes_tools(chat: Chat) -> bool:

@@ -36,7 +36,7 @@ class Reader:
 
     def prompt(self, call: Call) -> list[int]:
         """Token ids of a call's prompt. Raises RequestError for one that is malformed or leaves no room for a reply."""
-        ids = prompt_ids(self.chat, call)
+        ids = prompt_ids(self.chat, call, self.context_tokens)
         if len(ids) >= self.context_tokens:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens; prompt and reply together may have {self.context_tokens}",

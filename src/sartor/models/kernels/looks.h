@@ -75,9 +75,9 @@ template <class T> struct PlainLook {
         for (int j = 0; j < N; ++j) key[j] = load(keys + i * PAGE + from + j * W);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          V factor = V{} + columns[r].q[i];
+          V factor = columns[r].q[i] - V{};
 #pragma GCC unroll 4
-          for (int j = 0; j < N; ++j) sums[r][j] += factor * key[j];
+          for (int j = 0; j < N; ++j) sums[r][j] = fused(factor, key[j], sums[r][j]);
         }
       }
       for (int r = 0; r < R; ++r)
@@ -115,7 +115,7 @@ template <class T> struct PlainLook {
         ahead();
         V value = load(values + i * wide + from);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[r] += scores[r * reach + i] * value;
+        for (int r = 0; r < R; ++r) sums[r] = fused(scores[r * reach + i] - V{}, value, sums[r]);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) store(mixed + r * wide + from, sums[r]);
@@ -207,14 +207,15 @@ struct AmxLook {
   static V exponential(V x) {
     typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
     V clamped = x < -87.0f ? V{} - 87.0f : x;
-    V n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;
-    V r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    auto with = [](V a, V b, float c) { return fused(a, b, V{} + c); };
+    V n = with(clamped, V{} + 1.44269504f, 12582912.0f) - 12582912.0f;
+    V r = fused(n, V{} + 2.12194440e-4f, fused(n, V{} - 0.693359375f, clamped));
+    V p = with(r, V{} + 1.9875691500e-4f, 1.3981999507e-3f);
+    p = with(p, r, 8.3334519073e-3f);
+    p = with(p, r, 4.1665795894e-2f);
+    p = with(p, r, 1.6666665459e-1f);
+    p = with(p, r, 5.0000001201e-1f);
+    p = fused(p * r, r, r) + 1.0f;
     I exponent = (__builtin_convertvector(n == n ? n : V{}, I) + 127) << 23;
     return x < -87.0f ? V{} : p * (V)exponent;
   }

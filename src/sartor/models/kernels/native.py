@@ -27,7 +27,8 @@ from sartor.models.attention import Shape, rows_of
 from sartor.models.batches import forest
 from sartor.models.kernels.eager import Eager, Geometry, Layout
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "serving.cpp"))
+# and what each is compiled with besides FLAGS: vectors.h says why the second
+SOURCES = {Path(__file__).with_name(name): own for name, own in (("native.cpp", ()), ("serving.cpp", ("-ffp-contract=off",)))}
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "products.h", "looks.h"))
 # No -ffast-math: it would let a NaN pass for a number.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
@@ -202,7 +203,8 @@ def _library() -> Path:
     runtime, machine = _openmp(), _machine_flags()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     texts = [source.read_text() for source in (*HEADERS, *SOURCES)]
-    parts = [*texts, compiler, version, str(runtime), *FLAGS, *machine, platform.machine(), _processor()]
+    options = [*FLAGS, *(option for own in SOURCES.values() for option in own), *machine]
+    parts = [*texts, compiler, version, str(runtime), *options, platform.machine(), _processor()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = Path(os.environ.get("SARTOR_KERNELS") or folder("kernels")) / f"native-{name}.so"
     if not library.is_file():
@@ -215,7 +217,8 @@ def _compile(command: Sequence[str], runtime: Path | None, library: Path) -> Non
     with tempfile.TemporaryDirectory(dir=library.parent) as part:
         unlinked, made = [f"{part}/{source.stem}.o" for source in SOURCES], f"{part}/native.so"
         linked = [str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else ["-fopenmp"]
-        compiled = [[*command, "-c", str(source), "-o", to] for source, to in zip(SOURCES, unlinked, strict=True)]
+        sources = zip(SOURCES.items(), unlinked, strict=True)
+        compiled = [[*command, *own, "-c", str(source), "-o", to] for (source, own), to in sources]
         for step in (*compiled, [command[0], "-shared", *unlinked, *linked, "-o", made]):
             done = subprocess.run(step, capture_output=True, text=True, check=False)
             if done.returncode:

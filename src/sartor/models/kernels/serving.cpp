@@ -85,9 +85,11 @@ struct Worker {
 };
 
 template <class T> void rms_norm(const float* x, const T* w, float* y, Long width, float eps, float offset) {
-  float total = 0;
-#pragma omp simd reduction(+ : total)
-  for (Long i = 0; i < width; ++i) total += x[i] * x[i];
+  V sums = {};
+  Long whole = width / W * W;
+  for (Long i = 0; i < whole; i += W) sums = fused(load(x + i), load(x + i), sums);
+  float total = sum(sums);
+  for (Long i = whole; i < width; ++i) total = fused(x[i], x[i], total);
   float scale = 1.0f / std::sqrt(total / float(width) + eps);
 #pragma omp simd
   for (Long i = 0; i < width; ++i) y[i] = x[i] * scale * (offset + get(w[i]));

@@ -8,6 +8,11 @@
 #include <vector>
 
 #include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace {
 
@@ -46,21 +51,42 @@ inline void put(bf16& to, float x) {
   to.bits = uint16_t(bits >> 16);
 }
 
+// a b + c, rounded once where the processor does that in one instruction. serving.cpp is compiled so that a compiler joins no
+// product with a sum by itself: it would do so in one copy of a loop and not in another, and a bit would hang on the copy.
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+inline Lanes<float>::V fused(Lanes<float>::V a, Lanes<float>::V b, Lanes<float>::V c) {
+#if defined(__AVX512F__)
+  return (Lanes<float>::V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Lanes<float>::V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Lanes<float>::V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
 template <class T> using Compute = typename std::conditional<std::is_same<T, double>::value, double, float>::type;
 
 // exp by 2^n e^r with |r| <= ln 2 / 2 (Cephes' polynomial), plain arithmetic so that loops of it become vector code.
 // Within 2 ulp; below -87 it is 0; a NaN stays a NaN.
 inline float exponential(float x) {
   float clamped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-  float n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;
-  float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  float n = fused(clamped, 1.44269504f, 12582912.0f) - 12582912.0f;
+  float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, clamped));
   float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = fused(p, r, 1.3981999507e-3f);
+  p = fused(p, r, 8.3334519073e-3f);
+  p = fused(p, r, 4.1665795894e-2f);
+  p = fused(p, r, 1.6666665459e-1f);
+  p = fused(p, r, 5.0000001201e-1f);
+  p = fused(p * r, r, r) + 1.0f;
   int32_t exponent = (int32_t(n == n ? n : 0.0f) + 127) << 23;
   float scale;
   std::memcpy(&scale, &exponent, 4);
