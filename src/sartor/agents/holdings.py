@@ -29,6 +29,7 @@ class Holdings:
         self._crew = crew
         self._admit = admit
         self._held: set[str] = set()
+        self._admitted: set[str] = set()
         # id of each Release that was checked -> its directory. Two may have the same adapter: each is checked for itself
         self.places: dict[str, Path] = {}
         self._coming: dict[str, asyncio.Task[None]] = {}
@@ -42,6 +43,11 @@ class Holdings:
     def holds(self, version: Version) -> bool:
         """Whether a call of this version can be made now."""
         return version.adapter in self._held and version.release_id in self.places
+
+    def was_admitted(self, version: Version) -> bool:
+        """Whether a server ever let it in: this one, one before it, whose copy stands, or another one that registered it."""
+        has_copy = version.release_id in self._admitted or (self._copies / version.release_id).is_dir()
+        return has_copy or "canary" in version.facts.get("checks", {})
 
     def check(self, version: Version) -> None:
         """Raise UnavailableError, saying why, for a version that is not held."""
@@ -88,6 +94,7 @@ class Holdings:
                     await self._crew.attach(version.adapter, Path(found.release))
                     self._held.add(version.adapter)
                 self.places[version.release_id] = Path(found.release)
+                self._admitted.add(version.release_id)
         except SartorError as error:
             self.troubles[version.name] = error
             raise

@@ -30,10 +30,10 @@ class Roster:
 
     async def listed(self) -> Sequence[Listed]:
         """Every agent."""
-        health = self._served.health()
+        health, unadmitted = self._served.health()["agents"], self._served.unadmitted
         return [
-            Listed(agent.name, agent.live, agent.versions, {**health["agents"][agent.name], "note": agent.note})
-            for agent in self._served.agents.values()
+            Listed(name, agent.live, agent.versions, {**health[name], "note": agent.note}, name not in unadmitted)
+            for name, agent in self._served.agents.items()
         ]
 
     async def promote(self, name: str, release: str, version: str, expected: str | None) -> Mapping[str, Any]:
