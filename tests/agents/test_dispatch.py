@@ -498,6 +498,53 @@ def test_the_admin_loads_before_anything_changes(tmp_path: Path) -> None:
     run(work())
 
 
+def test_what_is_being_promoted_is_not_let_go_of_by_a_reload_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async def unhurried(path: Path, name: str) -> Any:
+            await asyncio.sleep(0.05)
+            return await admit(path, name)
+
+        crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
+        async with dispatching(team(tmp_path), crew, made, admit=unhurried) as dispatch:
+            loop, bring_in = asyncio.get_running_loop(), made.bring_in
+
+            def late(*asked: Any, **options: Any) -> Any:
+                asyncio.run_coroutine_threadsafe(dispatch.served.reload(), loop).result(5)
+                return bring_in(*asked, **options)
+
+            monkeypatch.setattr(made, "bring_in", late)
+            await Roster(dispatch, crew, admit, Rollout()).promote("faq", "", "2", "1")
+            assert (await said(dispatch, asked("faq")))[0] == "faq@2"
+
+    run(work())
+
+
+def test_a_damaged_registry_is_unavailable_to_the_admin_and_the_agents_go_on(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew, made = FakeCrew(), registry(tmp_path, *(version("faq", one) for one in "12"), version("home", "3"))
+        async with dispatching(team(tmp_path), crew, made) as dispatch:
+            roster = Roster(dispatch, crew, admit, Rollout())
+            with made.database.change() as connection:
+                connection.exec_driver_sql("update agents set note = 'x' where name = 'faq'")
+            for change in (
+                roster.promote("faq", "", "2", "1"),
+                roster.promote("faq", "/releases/faq-2", "", None),
+                roster.rollback("faq", None),
+                roster.drain("faq"),
+            ):
+                with pytest.raises(UnavailableError) as caught:
+                    await change
+                assert caught.value.remedy == "sartor agents repair faq"
+            assert (await roster.promote("home", "/releases/home-4", "", "3"))["live"] == "4"
+            (tmp_path / "state" / "registry.sqlite").write_bytes(b"not a database" * 1000)
+            with pytest.raises(UnavailableError, match="damaged") as caught:
+                await roster.promote("home", "", "3", "4")
+            assert "copy" in caught.value.remedy
+            assert [(await said(dispatch, asked(name)))[0] for name in ("faq", "home")] == ["faq@1", "home@4"]
+
+    run(work())
+
+
 def test_a_promotion_is_a_trial_where_the_team_asks_for_one(tmp_path: Path) -> None:
     async def work() -> None:
         crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))

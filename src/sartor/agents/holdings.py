@@ -34,6 +34,7 @@ class Holdings:
         self.places: dict[str, Path] = {}
         self._coming: dict[str, asyncio.Task[None]] = {}
         self._wanted: set[str] = set()
+        self._kept: list[Version] = []
         self._leases: Counter[str] = Counter()
         # one load or unload at a time: what is being unloaded may be asked for again
         self._lock = asyncio.Lock()
@@ -67,6 +68,15 @@ class Holdings:
             if not self._leases[adapter]:
                 del self._leases[adapter]
                 self._let_go(adapter)
+
+    @contextmanager
+    def kept(self, version: Version) -> Iterator[None]:
+        """As long as this lasts, the version is wanted: it is about to be asked for, and the registry does not say so yet."""
+        self._kept.append(version)
+        try:
+            yield
+        finally:
+            self._kept.remove(version)
 
     async def hold(self, version: Version) -> None:
         """Check the Release anew and load its adapter in every worker; nothing to do for one that is held.
@@ -120,6 +130,7 @@ class Holdings:
 
     def want(self, versions: Collection[Version]) -> None:
         """Let go of everything but these, each as soon as no reply of it lives."""
+        versions = [*versions, *self._kept]
         self._wanted = {version.adapter for version in versions}
         names, releases = {version.name for version in versions}, {version.release_id for version in versions}
         self.places = {release: path for release, path in self.places.items() if release in releases}
