@@ -465,12 +465,12 @@ def test_draining_lets_replies_end_and_takes_no_more(tmp_path: Path) -> None:
             await until(lambda: sum(row["live"] for row in crew.health()["workers"]) == 2)
             closing = asyncio.ensure_future(crew.close(drain_s=0.5))
             await asyncio.sleep(0)
-            with pytest.raises(UnavailableError, match="shutting down"):
+            with pytest.raises(UnavailableError, match="is stopping"):
                 await asked(crew, call("late", "a"))
             assert await reply == scripted.reply_of(one)
             await closing
             events = [event async for event in endless]
-            assert isinstance(events[-1], Failed) and "shutting down" in events[-1].problem
+            assert isinstance(events[-1], Failed) and "is stopping" in events[-1].problem
 
     asyncio.run(scene())
 

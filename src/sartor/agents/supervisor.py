@@ -179,4 +179,4 @@ class Supervisor:
 
 
 def _closing() -> UnavailableError:
-    return UnavailableError("the server is shutting down", "ask again when it is up")
+    return UnavailableError("the server is stopping and takes no more requests", "ask another one, or again when it is up")
