@@ -159,6 +159,7 @@ class Supervisor:
 
     def _beat(self) -> None:
         self._calls.cut_slow_clients(self._team.limits.slow_client_s)
+        self._calls.poke()  # a worker may have become quiet, or be heard again
 
     def _refuse_when_closing(self) -> None:
         if self._is_closing:
