@@ -274,6 +274,10 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_before_it_in_service(tmp
             assert (await said(dispatch, asked("faq")))[0] == "faq@1"
             assert "does not fit" in dispatch.health()["troubles"]["faq@2"]
             crew.unloadable = set()
+            await dispatch.served.reload()  # nothing has changed: a refusal is not asked for again and again
+            await dispatch.served.settle()
+            assert (await said(dispatch, asked("faq")))[0] == "faq@1"
+            made.note("faq", "mended")
             await dispatch.served.reload()
             await dispatch.served.settle()
             assert (await said(dispatch, asked("faq")))[0] == "faq@2"

@@ -26,6 +26,8 @@ from sartor.core.errors import InputError, RefusedError, SartorError, Unavailabl
 POLL_S = 1.0
 # Rows may be hurt without a change, and what could not be loaded may be there now
 SCRUB_S = 10.0
+# What was refused is tried again after a change, and else ever more rarely: each time costs a process of its own
+MOST_WAIT_S = 3600.0
 
 
 class Served:
@@ -51,6 +53,8 @@ class Served:
         self._routed: dict[str, Path] = {}
         self._untaught = ""
         self._refused: dict[str, str] = {}
+        # version that was refused -> in which generation, when it is tried again, after how long a wait
+        self._later: dict[str, tuple[int, float, float]] = {}
         self._unread = ""
         self._read_at = 0.0
 
@@ -165,7 +169,7 @@ class Served:
         needed = {version.name: version for version in self._needed([*asked, *self.agents.values()])}
         self._holdings.want(list(needed.values()))
         for name, version in needed.items():
-            if not self._holdings.holds(version) and name not in self._fetching:
+            if not (self._holdings.holds(version) or name in self._fetching or self._is_for_later(name)):
                 self._fetching[name] = asyncio.ensure_future(self._fetch(version))
         self._teach()
 
@@ -186,16 +190,23 @@ class Served:
         """Hold a version, and serve whoever waited for it. What keeps it from that is among the troubles of holdings."""
         try:
             await self._holdings.hold(version)
+            self._later.pop(version.name, None)
             if version.agent in self.unadmitted:
                 await self._note(version.agent, "")
             await self.reload()
         except (RefusedError, InputError) as error:
+            wait_s = min(MOST_WAIT_S, 2 * self._later.get(version.name, (0, 0.0, SCRUB_S))[2])
+            self._later[version.name] = (self.generation, time.monotonic() + wait_s, wait_s)
             if version.agent in self.unadmitted:
                 await self._note(version.agent, _refusal(error))
         except SartorError:
             return
         finally:
             self._fetching.pop(version.name, None)
+
+    def _is_for_later(self, name: str) -> bool:
+        generation, at, _ = self._later.get(name, (-1, 0.0, 0.0))
+        return generation == self.generation and time.monotonic() < at
 
     async def _note(self, name: str, why: str) -> None:
         """Keep beside an agent why it was not admitted, for `sartor agents list`."""
