@@ -217,7 +217,8 @@ def table(said: dict[str, Any]) -> None:
     print(
         f"\nothers' success {said['others_success']:.4%} of {said['others_requests']}; "
         f"base bit-equal {said['base_bit_equal']}; "
-        f"{said['admitted_bad']} of {said['bad_adapters']} bad adapters admitted; {said['lost_in_flight']} replies lost in "
+        f"{'?' if said['admitted_bad'] is None else said['admitted_bad']} of {said['bad_adapters']} bad adapters admitted; "
+        f"{'?' if said['lost_in_flight'] is None else said['lost_in_flight']} replies lost in "
         f"{said['promotions']} promotions and rollbacks, {said['in_flight_at_a_change']} were in flight at one; "
         f"{said['wall_s']} s in all"
     )
