@@ -96,6 +96,19 @@ def test_good_ones_of_every_rank_target_and_dtype_are_admitted_and_say_what_was_
     check_digest(admitted.path, admitted.adapter)
 
 
+@pytest.mark.parametrize("has", [(), ("release.json",), ("signature",)])
+def test_a_directory_that_is_no_release_is_refused_before_it_is_walked(
+    has: tuple[str, ...], ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in has:
+        (tmp_path / name).write_text("{}")
+    walked, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: walked.append(path) or scandir(path))
+    with pytest.raises(SignatureError, match="no signed Release") as caught:
+        admission.admit_by(tmp_path, ground, Fake())
+    assert caught.value.check == "signature" and tmp_path not in walked and str(tmp_path) not in walked
+
+
 def rewritten(maker: Maker, out: Path, **config: object) -> Path:
     draft = maker.draft()
     draft.config.update(config)

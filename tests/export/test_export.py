@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import sartor
 import tiny
 from export import releases
-from sartor.core import bases, signing
+from sartor.core import bases
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import (
     ArtifactError,
@@ -31,6 +31,7 @@ from sartor.core.errors import (
     SignatureError,
 )
 from sartor.core.records import Message
+from sartor.evaluate.release import verify_release
 from sartor.export import companions, forms, llamacpp, measure, prompts, runtimes, verb
 from sartor.models import adapters, memory
 from sartor.models.base import open_base
@@ -101,8 +102,20 @@ def test_peft_loads_what_was_signed(made: Path, loaded: Path, tiny_base: Path) -
         turns, tokenize=False, add_generation_prompt=True
     )
     assert text == base.chat.render([Message.of("user", "switch attic down")], reply_next=True)
-    document = (out / "parity.json").read_bytes()
-    assert signing.check(document, out / "signature", [signing.open_public(made / "keys")])
+
+
+def test_an_export_is_verified_as_a_release_is_and_never_taken_for_one(made: Path, loaded: Path, tmp_path: Path) -> None:
+    key = made / "keys"
+    said = sartor.verify(loaded, key=key).as_json()
+    assert (said["export"], said["form"], said["base"], said["measured"]) == (str(loaded), "peft", "the same", True)
+    assert said["signer"] and said["parity"][adapters.WEIGHTS]["agreement"] == 1.0
+    with pytest.raises(ArtifactError, match="release"):
+        verify_release(loaded, key=key)
+    for unsure in ("signature", "README.md"):
+        shutil.copytree(loaded, tmp_path / unsure)
+        (tmp_path / unsure / unsure).unlink()
+        with pytest.raises(SignatureError if unsure == "signature" else ArtifactError, match=unsure):
+            sartor.verify(tmp_path / unsure, key=key)
 
 
 def test_its_receipt_is_an_artefact_with_numbers_parents_and_licences(made: Path, loaded: Path, tmp_path: Path) -> None:
