@@ -9,7 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # the corpus is 
 import bad_adapters  # noqa: E402, I001
 from bad_adapters import CORPUS, Maker, safetensors  # noqa: E402
 from sartor.agents import admission
-from sartor.agents.admission import CHECKS, Ground, canary, copies
+from sartor.agents.admission import CHECKS, Ground, canary, copies, weights
 from sartor.agents.admission.config import LoraConfig, read_config
 from sartor.agents.fingerprint import check_digest
 from sartor.core import signing
@@ -315,6 +317,23 @@ def test_what_a_kill_left_is_swept(ground: Ground) -> None:
     (copies.folder(ground.state) / "whole").mkdir()
     copies.sweep(ground.state)
     assert [path.name for path in copies.folder(ground.state).iterdir()] == ["whole"]
+
+
+def test_norms_that_two_threads_keep_at_once_are_whole(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, replace = threading.Barrier(2), os.replace
+
+    def together(part: Path, file: Path) -> None:
+        both.wait(timeout=10)
+        replace(part, file)
+
+    monkeypatch.setattr(os, "replace", together)
+    one = weights.BaseWeights(tiny_base, "base", tmp_path / "norms.json")
+    modules = list(one.linear())[:2]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(one.norms, ([module] for module in modules)))
+    assert all(found) and len(one.norms([])) == 1
 
 
 def test_admission_runs_beside_the_loop_that_its_probe_needs(maker: Maker, ground: Ground, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 SCHEMA: Any = {
@@ -137,6 +136,8 @@ def test_what_cannot_be_served_is_said_before_any_worker_starts(tmp_path: Path, 
 
 @pytest.mark.circle
 def test_openais_client_against_the_starter_base(tmp_path: Path) -> None:
+    import openai
+
     with serve(tmp_path / "state", "starter") as (process, _):
         client = openai.OpenAI(base_url=f"{address(process)}/v1", api_key="none", max_retries=0)
         question: Any = [{"role": "user", "content": "Switch the light in the hall on."}]

@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import openai
 import pytest
 import serving
 from serving import chat, running
@@ -73,6 +72,8 @@ def wait_for(what: Any, within_s: float = 5.0) -> None:
 
 
 def test_openais_client_works_unchanged(served: Any) -> None:
+    import openai
+
     url, replies, _ = served
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         assert [model.id for model in client.models.list()][:3] == ["base", "auto", "faq"]
@@ -109,6 +110,8 @@ def test_openais_client_works_unchanged(served: Any) -> None:
 
 
 def test_openais_client_raises_its_own_errors(served: Any) -> None:
+    import openai
+
     url, replies, _ = served
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(openai.NotFoundError) as unknown:
