@@ -82,7 +82,7 @@ def write_jsonl(file: Path, rows: list[Any]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+def originals(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     """What `dataset` and `adapter` are copies of: made once, in a folder that is then gone, so that no test finds it by path."""
     import sartor
 
@@ -107,9 +107,9 @@ def copied(artifact: Path, folder: Path) -> Path:
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, rows_file: Path, made: Path) -> Path:
+def dataset(tmp_path: Path, rows_file: Path, originals: Path) -> Path:
     """A curated Dataset of the forty rows, a quarter held out."""
-    return copied(made / "dataset", tmp_path)
+    return copied(originals / "dataset", tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -138,6 +138,6 @@ def tune_recipe(dataset: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def adapter(tmp_path: Path, dataset: Path, made: Path) -> Path:
+def adapter(tmp_path: Path, dataset: Path, originals: Path) -> Path:
     """An Adapter of the tiny base, tuned on `dataset`."""
-    return copied(made / "adapter", tmp_path)
+    return copied(originals / "adapter", tmp_path)

@@ -113,6 +113,21 @@ def test_served_texts_agree_up_to_the_first_difference() -> None:
     assert serve.spread([0.1 * place for place in range(1, 101)]) == {"p50": 5.05, "p95": 9.5}
 
 
+def test_a_limit_is_held_against_the_release_that_reached_least() -> None:
+    import parity
+
+    from sartor.export.measure import LEAST_AGREEMENT, Figures
+
+    def reached(agreement: float, deviation: float) -> dict[str, Figures]:
+        return {"f16": Figures("r", "f16", 100, agreement, 1.0, 1.0, 0.0, 0.0, agreement_deviation=deviation)}
+
+    least = LEAST_AGREEMENT["f16"] + 0.004
+    said = parity.summary({"a": reached(0.999, 0.005), "b": reached(least, 0.002), "c": reached(1.0, 0.0)})["f16"]
+    assert (said["least"], said["deviation"], said["margin"]) == (least, 0.002, 2.0)
+    assert said["agreement"] == {"a": 0.999, "b": least, "c": 1.0}
+    assert parity.summary({"c": reached(1.0, 0.0)})["f16"]["margin"] is None
+
+
 def test_no_prompt_begins_as_another() -> None:
     import serve
 

@@ -233,7 +233,7 @@ def figures(form: str, **changes: Any) -> measure.Figures:
         ("f16", {"agreement": float("nan")}, "nan of 100"),
         ("peft", {"logit_difference": 0.5}, "a logit differs by 0.5"),
         ("merged", {"alike": 0.5}, "0.50 of the prompts"),
-        ("q4_1", {"agreement": 0.55}, "0.9 must be"),
+        ("q4_1", {"agreement": 0.55, "agreement_deviation": 0.02}, "0.9 must be (chance moves that by 0.0200)"),
     ],
 )
 def test_each_figure_has_its_limit(form: str, changes: dict[str, Any], word: str) -> None:
@@ -254,6 +254,20 @@ def test_figures_count_positions_and_replies() -> None:
     assert (round(found.logprob_difference, 4), found.logit_difference) == (0.25, None)
     assert measure.with_prompts(found, [trace], [[1, 2]]).alike == 1.0
     assert measure.with_prompts(found, [trace], [[1, 3]]).alike == 0.0
+
+
+def test_replies_that_differ_among_themselves_say_less_than_as_many_positions_would() -> None:
+    asked = prompts.Asked((Message.of("user", "a"),), "", (1, 2), "here")
+    logits = torch.tensor([[0.0, 5.0], [0.0, 5.0]])
+    traces = [runtimes.Trace(asked, (1, 1), logits)] * 4
+    right, wrong = [(1, -0.01), (0, -5.0)], [(0, -0.01), (1, -5.0)]
+
+    def told(*replies: list[list[tuple[int, float]]]) -> measure.Figures:
+        return measure.compare("r", "f16", traces, measure.Answers([[1, 1]] * 4, list(replies)))
+
+    scattered, together = told(*[[right, wrong]] * 4), told(*[[right, right], [wrong, wrong]] * 2)
+    assert scattered.agreement == together.agreement == 0.5
+    assert scattered.agreement_deviation == 0 and together.agreement_deviation == 0.25  # that of four draws, not of eight
 
 
 def test_tokens_inside_a_character_are_counted_though_nothing_is_told_of_them() -> None:

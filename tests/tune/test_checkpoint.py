@@ -88,12 +88,12 @@ def killed(monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, u
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, made: Path, tiny_base: Path) -> Path:
+def straight(tmp_path_factory: pytest.TempPathFactory, originals: Path, tiny_base: Path) -> Path:
     """The adapter of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SARTOR_HOME", str(folder / "home"))
-        tune({**recipe_on(made / "dataset", tiny_base), **SETTINGS}, folder / "whole")
+        tune({**recipe_on(originals / "dataset", tiny_base), **SETTINGS}, folder / "whole")
     return folder / "whole"
 
 
