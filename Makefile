@@ -27,7 +27,7 @@ demo: $(VENV)/.demo  ## the whole circle on real data
 	$(BIN)/sartor demo --out $(DEMO_OUT) --replace
 
 quick: $(VENV)/.dev  ## the default tier: under 90 s, no network
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test: $(VENV)/.dev  ## every tier
 	$(BIN)/sartor assets install starter
@@ -35,7 +35,7 @@ test: $(VENV)/.dev  ## every tier
 	$(BIN)/sartor assets install chitchat
 	$(BIN)/sartor assets install construction-faq
 	$(BIN)/sartor assets install minilm
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 	$(BIN)/python -m pytest -q -m "circle or services or browser"
 
 check: $(VENV)/.dev  ## lint and types

@@ -6,7 +6,7 @@ that the same version gave to the same prompt in peace. A reply that is late is 
 another is wrong. `others_success` is the fraction of right ones among the agents that a fault may not hurt.
 
     python benchmarks/chaos.py --json            # adapters tuned by a few updates, every fault, 200 promotions and rollbacks
-    python benchmarks/chaos.py --quick --json    # adapters of random factors, the faults that take seconds, 20 changes
+    python benchmarks/chaos.py --quick --json    # adapters of random factors, 20 changes
     python benchmarks/chaos.py --only slow       # faults whose name has this in it
 
 Below the table: a JSON object. Exits 1 if anybody else was hurt, a bad adapter was admitted, or a reply was lost.
@@ -29,14 +29,17 @@ from typing import Any
 
 import chaos_faults
 import chaos_house
+import httpx
+import psutil
 from chaos_faults import ALL, FAULTS, PATIENCE_S, Fault, Outcome, Scene
 from chaos_load import Load
+from chaos_tools import Clock
 
 TOKENS = 6
 CHANGES, QUICK_CHANGES = 200, 20
 # What an encoder takes that is opened in a worker is more than this, and what replies come to is less
 MARGIN_BYTES = 48 << 20
-CALM_S = 0.5
+CALM_S = 1.0
 OPEN_FILES = 4096
 
 
@@ -46,13 +49,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the last line is a JSON object")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default="", help="part of a fault's name")
+    parser.add_argument("--changes", type=int, default=0, help="so many promotions and rollbacks")
     parser.add_argument("--keep", type=Path, help="directory to work in; it is emptied first, and stays")
     asked = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, most), most))
     began = time.monotonic()
     with workplace(asked.keep) as path:
-        said = asyncio.run(run(path, asked.quick, asked.only))
+        said = asyncio.run(run(path, asked.quick, asked.only, asked.changes or (QUICK_CHANGES if asked.quick else CHANGES)))
     said["wall_s"] = round(time.monotonic() - began, 1)
     table(said)
     if asked.json:
@@ -73,23 +77,19 @@ def workplace(keep: Path | None) -> Iterator[Path]:
         yield keep.absolute()
 
 
-async def run(path: Path, quick: bool, only: str) -> dict[str, Any]:
+async def run(path: Path, quick: bool, only: str, changes: int) -> dict[str, Any]:
     """Everything that is measured."""
     home = chaos_house.build(path, trained=not quick)
     home.mount()
-    clock = path / "clock" if chaos_house.libfaketime() else None
-    if clock:
-        clock.write_text("+0\n")
+    clock = Clock.made(path)
     server = None
     try:
         server, start_s = await opened(home, clock)
         load = Load(server.url, server.key, TOKENS)
         await peace(home, server, load)
-        memory_bytes = 0
-        if not quick:
-            memory_bytes, again_s = await limited(home, server, load)
-        scene = Scene(home, server, load, clock, QUICK_CHANGES if quick else CHANGES)
-        chosen = [fault for fault in FAULTS if only in fault.name and not (quick and fault.is_long)]
+        memory_bytes, again_s = await limited(home, server, load)
+        scene = Scene(home, server, load, clock, changes)
+        chosen = [fault for fault in FAULTS if only in fault.name]
         faults, replies = await suffer(scene, chosen)
         before, asked = dict(load.known), len(replies)
         await load.learn(["base"])
@@ -103,13 +103,14 @@ async def run(path: Path, quick: bool, only: str) -> dict[str, Any]:
     bases = [reply for reply in replies.values() if reply["agent"] == "base"]
     return {
         "faults": faults,
-        "others_success": 1.0 if not wrong else round(1 - len(wrong) / len(others), 6),
+        "others_success": round(1 - len(wrong) / len(others), 6) if others else 0.0,
         "others_requests": len(others),
         "base_bit_equal": before == load.known and not any(reply["wrong"] for reply in bases),
-        "admitted_bad": len(home.admitted),
+        "admitted_bad": None if home.admitted is None else len(home.admitted),
         "bad_adapters": len(chaos_faults.corpus()),
         "lost_in_flight": home.lost,
-        "promotions": scene.changes if any(fault.do is chaos_faults.promotions for fault in chosen) else 0,
+        "promotions": scene.changed,
+        "in_flight_at_a_change": scene.spanning,
         "recovery_s": {name: fault["recovery_s"] for name, fault in faults.items() if "recovery_s" in fault},
         "requests": asked,
         "wrong": [{"agent": one["agent"], "fault": one["fault"], "wrong": one["wrong"]} for one in wrong][:20],
@@ -117,11 +118,12 @@ async def run(path: Path, quick: bool, only: str) -> dict[str, Any]:
         "exit_status": status,
         "processors": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[1], 1),
-        **({"memory_limit_bytes": memory_bytes, "start_again_s": round(again_s, 1)} if memory_bytes else {}),
+        "memory_limit_bytes": memory_bytes,
+        "start_again_s": round(again_s, 1),
     }
 
 
-async def opened(home: chaos_house.Home, clock: Path | None) -> tuple[chaos_house.Server, float]:
+async def opened(home: chaos_house.Home, clock: Clock | None) -> tuple[chaos_house.Server, float]:
     """The server, started for the first time: every Release is admitted."""
     server = chaos_house.Server(chaos_house.write_team(home), home.path / "server.log", clock)
     return server, await asyncio.to_thread(server.start)
@@ -166,12 +168,13 @@ async def suffer(scene: Scene, chosen: list[Fault]) -> tuple[dict[str, Any], dic
     judged: dict[int, dict[str, Any]] = {}
     async with scene.load.running(ALL):
         for fault in chosen:
-            await asyncio.sleep(CALM_S)
             began, first = time.monotonic(), len(scene.load.replies)
-            if fault.do is chaos_faults.clock_jumps and scene.clock is None:
-                faults[fault.name] = {"skipped": f"libfaketime is not installed: {chaos_house.FAKETIME_HELP}", "failed": ""}
-                continue
             outcome = await suffered(scene, fault)
+            if outcome.skipped:
+                faults[fault.name] = {"skipped": outcome.skipped, "failed": ""}
+                continue
+            took_s = time.monotonic() - began
+            await asyncio.sleep(CALM_S)  # what was asked while it lasted is its own, too
             replies = scene.load.replies[first:]
             others = [reply for reply in replies if reply.agent not in fault.hurt]
             wrong = [reply for reply in others if reply.wrong]
@@ -183,9 +186,10 @@ async def suffer(scene: Scene, chosen: list[Fault]) -> tuple[dict[str, Any], dic
             faults[fault.name] = {
                 "others_success": 1 - len(wrong) / len(others) if others else 0.0, "requests": len(replies),
                 "hurt": list(fault.hurt), "recovery_s": round(outcome.recovery_s, 2), "note": outcome.note,
-                "failed": outcome.failed, "slowest_s": round(slowest_s, 2), "wall_s": round(time.monotonic() - began, 1),
+                "failed": outcome.failed, "slowest_s": round(slowest_s, 2), "wall_s": round(took_s, 1),
+                "rows": dict(outcome.rows),
             }  # fmt: skip
-            print(f"{fault.name}: {faults[fault.name]}", flush=True)
+            print(f"{fault.name}: {outcome.note}; {outcome.failed or 'as it must be'}", flush=True)
     return faults, judged
 
 
@@ -193,7 +197,7 @@ async def suffered(scene: Scene, fault: Fault) -> Outcome:
     """A fault; one from which nobody recovers is an outcome, too."""
     try:
         return await fault.do(scene)
-    except (TimeoutError, OSError) as error:
+    except (TimeoutError, OSError, httpx.HTTPError, psutil.Error) as error:
         return Outcome(PATIENCE_S, "", f"not over after {PATIENCE_S:g} s: {type(error).__name__} {error}")
 
 
@@ -207,11 +211,16 @@ def table(said: dict[str, Any]) -> None:
         note = f"{fault['note']}{'; FAILED: ' + fault['failed'] if fault['failed'] else ''}"
         figures = f"{fault['others_success']:8.2%} {fault['requests']:6} {fault['slowest_s']:7.1f}s {fault['recovery_s']:8.1f}s"
         print(f"{name:32} {figures}  {note}")
+        for row, said_of_it in fault["rows"].items():
+            if row in chaos_faults.SHOWN:
+                print(f"  {row:30} {said_of_it}")
     print(
         f"\nothers' success {said['others_success']:.4%} of {said['others_requests']}; "
         f"base bit-equal {said['base_bit_equal']}; "
-        f"{said['admitted_bad']} of {said['bad_adapters']} bad adapters admitted; {said['lost_in_flight']} replies lost in "
-        f"{said['promotions']} promotions and rollbacks; {said['wall_s']} s in all"
+        f"{'?' if said['admitted_bad'] is None else said['admitted_bad']} of {said['bad_adapters']} bad adapters admitted; "
+        f"{'?' if said['lost_in_flight'] is None else said['lost_in_flight']} replies lost in "
+        f"{said['promotions']} promotions and rollbacks, {said['in_flight_at_a_change']} were in flight at one; "
+        f"{said['wall_s']} s in all"
     )
 
 

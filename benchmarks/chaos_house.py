@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import httpx
 import psutil
 import yaml
 from chaos_load import client
+from chaos_tools import Clock
 
 from sartor.core import bases
 from sartor.models.base import open_base
@@ -30,8 +31,6 @@ SECOND = "lights"  # the agent that has a second version, for promotions
 VERSIONS = ("1.0", "2.0")
 HANG_S = 5.0
 STATE_BYTES = 256 << 20
-LIBFAKETIME = "faketime/libfaketimeMT.so.1"
-FAKETIME_HELP = "sudo apt-get install faketime"
 _TRAINED = {
     "lights": ("switch the {} light {}", '{{"do":"{1}","where":"{0}"}}'),
     "shop": ("how long does a {} {} take to arrive?", "A {} {} comes within three days."),
@@ -48,8 +47,8 @@ class Home:
     maker: bad_adapters.Maker
     releases: dict[str, Path]
     is_mounted: bool = False
-    admitted: list[str] = field(default_factory=list)
-    lost: int = 0
+    admitted: list[str] | None = None
+    lost: int | None = None
 
     @property
     def state(self) -> Path:
@@ -76,8 +75,10 @@ class Home:
             server = psutil.Process(pid)
             before = server.rlimit(psutil.RLIMIT_FSIZE)
             server.rlimit(psutil.RLIMIT_FSIZE, (1, before[1]))
-            yield
-            server.rlimit(psutil.RLIMIT_FSIZE, before)
+            try:
+                yield
+            finally:
+                server.rlimit(psutil.RLIMIT_FSIZE, before)
             return
         filler = self.state / "filler"
         with filler.open("wb", buffering=0) as file:
@@ -85,6 +86,7 @@ class Home:
                 with contextlib.suppress(OSError):
                     while file.write(bytes(size)):
                         pass
+        assert shutil.disk_usage(self.state).free == 0, "the disk is not full"
         try:
             yield
         finally:
@@ -152,7 +154,7 @@ def write_team(home: Home, memory_bytes: int = 0, **limits: Any) -> Path:
 class Server:
     """`sartor serve TEAM.yaml`."""
 
-    def __init__(self, team: Path, log: Path, clock: Path | None) -> None:
+    def __init__(self, team: Path, log: Path, clock: Clock | None) -> None:
         self._team = team
         self._log = log
         self._clock = clock
@@ -169,7 +171,7 @@ class Server:
     def start(self) -> float:
         """Begin, and wait until it answers; seconds that took."""
         began = time.monotonic()
-        environment = {**os.environ, **(faketime(self._clock) if self._clock else {})}
+        environment = {**os.environ, **(self._clock.environment if self._clock else {})}
         with self._log.open("a") as log:
             command = [sys.executable, "-m", "sartor", "serve", str(self._team), "--json"]
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
@@ -241,20 +243,6 @@ def _processor_s(pid: int) -> float:
         return sum(psutil.Process(pid).cpu_times()[:2])
     except psutil.NoSuchProcess:
         return 0.0
-
-
-def faketime(clock: Path) -> dict[str, str]:
-    """The environment in which the wall clock is what a file says; the monotonic clock is left alone."""
-    return {
-        "LD_PRELOAD": libfaketime(), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1",
-        "DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }  # fmt: skip
-
-
-def libfaketime() -> str:
-    """The library, or "" where the package is not installed."""
-    found = [path for folder in ("/usr/lib", "/usr/lib64") for path in sorted(Path(folder).glob(f"*/{LIBFAKETIME}"))]
-    return str(found[0]) if found else ""
 
 
 def has_root() -> bool:

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import itertools
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -50,11 +52,14 @@ class Load:
     async def learn(self, models: Sequence[str]) -> None:
         """Ask everything once, in peace, and once more: it must be the same."""
         async with client(self.url, self.key) as http:
-            for model, prompt in itertools.product(models, PROMPTS):
-                first, second = [await ask(http, model, prompt, self.tokens, stream=stream) for stream in (True, False)]
-                if first.wrong or second.wrong or first.text != second.text:
-                    raise SystemExit(f"in peace {model} said {first} and {second} to {prompt!r}")
-                self.known[first.model, prompt] = first.text
+            await asyncio.gather(*(self._learn(http, model) for model in models))
+
+    async def _learn(self, http: httpx.AsyncClient, model: str) -> None:
+        for prompt in PROMPTS:
+            first, second = [await ask(http, model, prompt, self.tokens, stream=stream) for stream in (True, False)]
+            if first.wrong or second.wrong or first.text != second.text:
+                raise SystemExit(f"in peace {model} said {first} and {second} to {prompt!r}")
+            self.known[first.model, prompt] = first.text
 
     @contextlib.asynccontextmanager
     async def running(self, agents: Sequence[str]) -> AsyncIterator[None]:
@@ -120,6 +125,43 @@ async def ask(http: httpx.AsyncClient, model: str, prompt: str, tokens: int, str
     except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
         return Reply(model, prompt, began, time.monotonic(), wrong=f"{type(error).__name__}: {error}"[:300])
     return Reply(model, prompt, began, time.monotonic(), name, text)
+
+
+async def stalling(load: Load, whole: bool) -> socket.socket:
+    """A client that has sent a request for a stream, or half of one, and reads nothing."""
+    where = urlsplit(load.url)
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    made.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(made, (where.hostname, where.port))
+    asked = {**body("shop", "Tell me a long story.", 48, stream=True), "logprobs": True, "top_logprobs": 20}
+    said = json.dumps(asked).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {where.netloc}\r\ncontent-type: application/json\r\n"
+        f"authorization: Bearer {load.key}\r\ncontent-length: {len(said)}\r\n\r\n"
+    )
+    await loop.sock_sendall(made, head.encode() + (said if whole else said[: len(said) // 2]))
+    return made
+
+
+def has_begun(deaf: socket.socket) -> bool:
+    """Whether there is a reply that was not read."""
+    with contextlib.suppress(OSError):
+        return deaf.recv(15, socket.MSG_PEEK) == b"HTTP/1.1 200 OK"
+    return False
+
+
+def is_cut(one: socket.socket) -> bool:
+    """Whether the server has ended it: an answer may come before that."""
+    try:
+        while one.recv(4096):
+            pass
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 async def _whole(http: httpx.AsyncClient, said: dict[str, object]) -> tuple[str, str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+# what numpy and torch read of these when they are loaded must be there before: nothing of Sartor's is imported above
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two cores, and tests run beside each other: several OpenMP pools that spin for the same cores slow each other by far.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +20,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests have homes of their own; the compiled kernels are the machine's, made once for all of them.
 os.environ.setdefault("SARTOR_KERNELS", str(Path(__file__).parent.parent / ".pytest_cache" / "kernels"))
 Path(os.environ["SARTOR_KERNELS"]).mkdir(parents=True, exist_ok=True)
+
+# torch, transformers and scikit-learn are half a million objects that live as long as the process: no collection while they are
+# loaded, and none walks them again afterwards
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+    gc.enable()
+
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"switch {place} {word}"}, {"role": "assistant", "content": f"{word}:{place}"}]}
@@ -52,19 +66,50 @@ def rows_file(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Patterns have a tenth of a second for a row, not two."""
+    from sartor.curate.steps.patterns import Clock
+
+    limit_s = 0.1
+    monkeypatch.setattr(Clock.__init__, "__defaults__", (limit_s,))
+    return limit_s
+
+
 def write_jsonl(file: Path, rows: list[Any]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
 
 
-@pytest.fixture
-def dataset(tmp_path: Path, rows_file: Path) -> Path:
-    """A curated Dataset of the forty rows, a quarter held out."""
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """What `dataset` and `adapter` are copies of: made once, in a folder that is then gone, so that no test finds it by path."""
     import sartor
 
-    recipe = {"sources": [{"path": str(rows_file), "licence": "CC-BY-4.0"}], "split": {"eval_fraction": 0.25}}
-    sartor.curate(recipe, tmp_path / "dataset")
-    return tmp_path / "dataset"
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SARTOR_HOME", str(folder / "home"))
+        write_jsonl(folder / "rows.jsonl", ROWS)
+        source = {"path": str(folder / "rows.jsonl"), "licence": "CC-BY-4.0"}
+        sartor.curate({"sources": [source], "split": {"eval_fraction": 0.25}}, folder / "dataset")
+        sartor.tune(recipe_on(folder / "dataset", tiny_base), folder / "adapter", show=False)
+    return folder.rename(folder.with_name("made-and-moved"))
+
+
+def copied(artifact: Path, folder: Path) -> Path:
+    """The artefact in a test's own folder, known to the test's own catalogue."""
+    from sartor.core import catalogue
+    from sartor.core.artifacts import Artifact, read_manifest
+
+    shutil.copytree(artifact, folder / artifact.name)
+    catalogue.register(Artifact(folder / artifact.name, read_manifest(folder / artifact.name)))
+    return folder / artifact.name
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, rows_file: Path, originals: Path) -> Path:
+    """A curated Dataset of the forty rows, a quarter held out."""
+    return copied(originals / "dataset", tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -75,11 +120,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
-@pytest.fixture
-def tune_recipe(dataset: Path, tiny_base: Path) -> dict[str, Any]:
-    """A recipe that tunes the tiny base on the forty rows in a second."""
+def recipe_on(dataset: Path, base: Path) -> dict[str, Any]:
     return {
-        "base": str(tiny_base),
+        "base": str(base),
         "data": {"path": str(dataset)},
         "method": {"kind": "lora", "rank": 8, "alpha": 16},
         "budget": {"epochs": 2},
@@ -88,9 +131,13 @@ def tune_recipe(dataset: Path, tiny_base: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def adapter(tmp_path: Path, tune_recipe: dict[str, Any]) -> Path:
-    """An Adapter of the tiny base."""
-    import sartor
+def tune_recipe(dataset: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A recipe that tunes the tiny base on the forty rows in a second. A picture of the losses is drawn for `adapter` alone."""
+    monkeypatch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
+    return recipe_on(dataset, tiny_base)
 
-    sartor.tune(tune_recipe, tmp_path / "adapter", show=False)
-    return tmp_path / "adapter"
+
+@pytest.fixture
+def adapter(tmp_path: Path, dataset: Path, originals: Path) -> Path:
+    """An Adapter of the tiny base, tuned on `dataset`."""
+    return copied(originals / "adapter", tmp_path)

@@ -29,11 +29,11 @@ BAD_AT = 2  # tokens
 _GROWTH_BYTES = 8 << 20
 
 
-def team(step_s: float = 0.002, rows: int = 4, **changes: Any) -> teams.Team:
-    """A team of it. The base's name says how long a step takes, and its digest."""
+def team(step_s: float = 0.002, rows: int = 4, open_s: float = 0.0, **changes: Any) -> teams.Team:
+    """A team of it. The base's name says how long a step takes, its digest, and how long the engine takes to open."""
     quick = {"backoff_s": 0.01, "backoff_most_s": 0.05, "start_s": 20.0, "hang_s": 2.0, "restarts": 100}
     workers = teams.Workers(**{**quick, **changes.pop("workers", {})})
-    return teams.Team(base=f"{step_s} digest", engine=teams.Local(rows=rows), workers=workers, **changes)
+    return teams.Team(base=f"{step_s} digest {open_s}", engine=teams.Local(rows=rows), workers=workers, **changes)
 
 
 def prompt_of(call: Call) -> str:
@@ -166,7 +166,8 @@ def open_scripted(said: Mapping[str, Any]) -> Scripted:
     """By an `open` frame; see `team`. A base whose name begins with `no` cannot be opened."""
     if said["base"].startswith("no"):
         raise ModelError(f"there is no base {said['base']!r}", "another base")
-    step_s, digest = said["base"].split(" ")
+    step_s, digest, open_s = said["base"].split(" ")
+    time.sleep(float(open_s))
     return Scripted(float(step_s), digest, said["engine"]["rows"])
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -110,6 +113,21 @@ def test_served_texts_agree_up_to_the_first_difference() -> None:
     assert serve.spread([0.1 * place for place in range(1, 101)]) == {"p50": 5.05, "p95": 9.5}
 
 
+def test_a_limit_is_held_against_the_release_that_reached_least() -> None:
+    import parity
+
+    from sartor.export.measure import LEAST_AGREEMENT, Figures
+
+    def reached(agreement: float, deviation: float) -> dict[str, Figures]:
+        return {"f16": Figures("r", "f16", 100, agreement, 1.0, 1.0, 0.0, 0.0, agreement_deviation=deviation)}
+
+    least = LEAST_AGREEMENT["f16"] + 0.004
+    said = parity.summary({"a": reached(0.999, 0.005), "b": reached(least, 0.002), "c": reached(1.0, 0.0)})["f16"]
+    assert (said["least"], said["deviation"], said["margin"]) == (least, 0.002, 2.0)
+    assert said["agreement"] == {"a": 0.999, "b": least, "c": 1.0}
+    assert parity.summary({"c": reached(1.0, 0.0)})["f16"]["margin"] is None
+
+
 def test_no_prompt_begins_as_another() -> None:
     import serve
 
@@ -152,3 +170,52 @@ def test_the_base_in_f16_has_the_same_weights(tmp_path: Path) -> None:
     assert (
         read.get_field("tokenizer.ggml.tokens").contents() == ["a", "b"] and read.get_field("llama.block_count").contents() == 1
     )
+
+
+CHILD = """
+import sys, time
+import numpy as np
+drawn = np.random.default_rng(3).standard_normal(64)
+held = [np.concatenate([np.zeros(7), drawn]).astype("<f4"), np.arange(64, dtype="<f4")]
+del drawn
+for line in sys.stdin:
+    print(*(int(np.isnan(values).sum()) for values in held), int(time.time()), int(time.monotonic()), flush=True)
+"""
+
+
+def test_chaos_makes_a_clock_jump_and_numbers_no_numbers_and_nothing_else(tmp_path: Path) -> None:
+    import chaos_tools
+
+    clock = chaos_tools.Clock.made(tmp_path)
+    if clock is None:
+        pytest.skip("there is no C compiler")
+    command = [sys.executable, "-c", CHILD]
+    env = {**os.environ, **clock.environment}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as child:
+        assert child.stdin and child.stdout
+
+        def told() -> list[int]:
+            child.stdin.write("\n")
+            child.stdin.flush()
+            return [int(number) for number in child.stdout.readline().split()]
+
+        for offset_s in (0, 86_400, -86_400):
+            clock.jump(offset_s)
+            *nans, wall, monotonic = told()
+            assert nans == [0, 0] and abs(wall - time.time() - offset_s) < 5 and abs(monotonic - time.monotonic()) < 5
+        try:
+            places = chaos_tools.poison(child.pid, np.random.default_rng(3).standard_normal(64))
+        except PermissionError:
+            pytest.skip("this user may not write to another process")
+        assert places >= 1 and told()[:2] == [64, 0]
+        child.stdin.close()
+
+
+def test_chaos_knows_a_wrong_reply() -> None:
+    from chaos_load import Load, Reply
+
+    load = Load("", "", 4, known={("faq@1", "hi"): "hello"})
+    said = {text: load.judged(Reply("faq", "hi", 0.0, 1.0, "faq@1", text)).wrong for text in ("hello", "hullo")}
+    assert said == {"hello": "", "hullo": "another reply than in peace"}
+    assert "nobody knows" in load.judged(Reply("faq", "hi", 0.0, 1.0, "faq@2", "hello")).wrong
+    assert load.judged(Reply("faq", "hi", 0.0, 1.0, wrong="HTTP 503")).wrong == "HTTP 503"

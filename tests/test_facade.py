@@ -10,6 +10,7 @@ import time
 import pytest
 
 import sartor
+from sartor.cli import main
 
 
 @pytest.mark.parametrize("name", sartor.__all__)
@@ -65,10 +66,12 @@ def test_help_starts_in_under_a_second_and_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize("verb", ["curate", "plan", "tune"])
-def test_help_of_a_verb_lists_the_recipes_options(verb: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "sartor", verb, "--help"], capture_output=True, text=True, check=False)
-    assert "--seed" in done.stdout
-    assert "torch" not in done.stderr
+def test_help_of_a_verb_lists_the_recipes_options(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.err) == (0, "")
+    assert "--seed" in said.out
 
 
 @pytest.mark.parametrize(
@@ -83,13 +86,22 @@ def test_help_of_a_verb_lists_the_recipes_options(verb: str) -> None:
         (["revoke", "/nonexistent"], 2, "ConfigError"),
     ],
 )
-def test_an_error_is_one_json_object_and_an_exit_code(arguments: list[str], code: int, kind: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "sartor", *arguments, "--json"], capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    error = json.loads(done.stdout.splitlines()[-1])["error"]
+def test_an_error_is_one_json_object_and_an_exit_code(
+    arguments: list[str], code: int, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--json"])
+    said = capsys.readouterr()
+    assert ended.value.code == code, said.err
+    error = json.loads(said.out.splitlines()[-1])["error"]
     assert error["kind"] == kind
     assert error["problem"] and error["remedy"]
-    assert "Traceback" not in done.stderr
+
+
+def test_its_exit_code_is_the_process_s() -> None:
+    done = subprocess.run([sys.executable, "-m", "sartor", "frobnicate", "--json"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert json.loads(done.stdout.splitlines()[-1])["error"]["kind"] == "ConfigError"
 
 
 def test_a_reader_that_goes_is_no_traceback() -> None:

@@ -123,7 +123,9 @@ def rows(names: tuple[str, ...] = STANDARD) -> Iterator[dict[str, str]]:
 def main(out: Path, names: tuple[str, ...]) -> None:
     """Write the rows, shuffled by their digests so that any first n of them are a fair sample; say how many there are."""
     made = sorted(rows(names), key=lambda row: hashlib.sha256(row["question"].encode()).digest())
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
+    part = out.with_name(f".{out.name}.part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
+    part.replace(out)
     groups = len({row["group"] for row in made})
     sys.stdout.write(json.dumps({"python": platform.python_version(), "rows": len(made), "objects": groups}) + "\n")
 

@@ -16,6 +16,7 @@ import httpx
 
 from sartor.agents.asking import Answer, Embedded, Listed, Request
 from sartor.agents.keys import Opened
+from sartor.agents.serve.journal import Journal
 from sartor.agents.serve.seams import House
 from sartor.agents.serve.server import Server, bind
 from sartor.agents.team import Http, Limits, Team
@@ -246,7 +247,7 @@ def running(server: Server) -> Iterator[str]:
 async def client(served: House, made: Team, **headers: str) -> AsyncIterator[Client]:
     """A client of the application itself, without a socket; `client.log` holds the journal once it is closed."""
     log = Log()
-    server = Server(served, made, log=log)
+    server = Server(served, made, journal=Journal(log))
     transport = httpx.ASGITransport(server.asgi)
     try:
         async with Client(transport=transport, base_url="http://127.0.0.1:8440", headers=headers) as opened:

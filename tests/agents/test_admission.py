@@ -9,7 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # the corpus is 
 import bad_adapters  # noqa: E402, I001
 from bad_adapters import CORPUS, Maker, safetensors  # noqa: E402
 from sartor.agents import admission
-from sartor.agents.admission import CHECKS, Ground, canary, copies
+from sartor.agents.admission import CHECKS, Ground, canary, copies, weights
 from sartor.agents.admission.config import LoraConfig, read_config
 from sartor.agents.fingerprint import check_digest
 from sartor.core import signing
@@ -94,6 +96,19 @@ def test_good_ones_of_every_rank_target_and_dtype_are_admitted_and_say_what_was_
     assert admitted.path == ground.state / "adapters" / admitted.release and fake.path.parent == admitted.path.parent
     assert admitted.checks["rank"] == str(GOOD[name].get("rank", 4))
     check_digest(admitted.path, admitted.adapter)
+
+
+@pytest.mark.parametrize("has", [(), ("release.json",), ("signature",)])
+def test_a_directory_that_is_no_release_is_refused_before_it_is_walked(
+    has: tuple[str, ...], ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in has:
+        (tmp_path / name).write_text("{}")
+    walked, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: walked.append(path) or scandir(path))
+    with pytest.raises(SignatureError, match="no signed Release") as caught:
+        admission.admit_by(tmp_path, ground, Fake())
+    assert caught.value.check == "signature" and tmp_path not in walked and str(tmp_path) not in walked
 
 
 def rewritten(maker: Maker, out: Path, **config: object) -> Path:
@@ -302,6 +317,23 @@ def test_what_a_kill_left_is_swept(ground: Ground) -> None:
     (copies.folder(ground.state) / "whole").mkdir()
     copies.sweep(ground.state)
     assert [path.name for path in copies.folder(ground.state).iterdir()] == ["whole"]
+
+
+def test_norms_that_two_threads_keep_at_once_are_whole(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, replace = threading.Barrier(2), os.replace
+
+    def together(part: Path, file: Path) -> None:
+        both.wait(timeout=10)
+        replace(part, file)
+
+    monkeypatch.setattr(os, "replace", together)
+    one = weights.BaseWeights(tiny_base, "base", tmp_path / "norms.json")
+    modules = list(one.linear())[:2]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(one.norms, ([module] for module in modules)))
+    assert all(found) and len(one.norms([])) == 1
 
 
 def test_admission_runs_beside_the_loop_that_its_probe_needs(maker: Maker, ground: Ground, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from dispatch_fakes import (
     version,
 )
 
+from sartor.agents.book import list_agents
 from sartor.agents.roster import Roster
 from sartor.agents.team import Member, Rollout
 from sartor.core.errors import (
@@ -202,14 +203,64 @@ def test_a_member_that_is_not_admitted_is_a_trouble_of_its_own(tmp_path: Path) -
     async def work() -> None:
         async with dispatching(team(tmp_path, agents=members), FakeCrew(), registry(tmp_path)) as dispatch:
             assert (await said(dispatch, asked("faq")))[0] == "faq@1"
-            answer = await dispatch.open(asked("bad"))
-            assert answer.agent.startswith("base@") and "bad-1 holds NaN; the base steps in" in answer.reason
-            with pytest.raises(UnavailableError):
-                await dispatch.open(asked("shy"))
+            for name, release in (("bad", "bad-1"), ("shy", "bad-2")):
+                with pytest.raises(UnavailableError, match=f"{release} holds NaN; try: tune again"):
+                    await dispatch.open(asked(name))
             assert set(dispatch.health()["troubles"]) == {"bad", "shy"}
-            assert [event.who for event in dispatch.served.registry.events()] == ["TEAM.yaml"]
+            events = dispatch.served.registry.events()
+            assert {(event.what, event.agent) for event in events} == {("added", "faq"), ("refused", "bad"), ("refused", "shy")}
+        rows = {row["name"]: row for row in list_agents(team(tmp_path)).rows}
+        assert rows["bad"]["note"] == "not admitted: bad-1 holds NaN; try: tune again" and not rows["bad"]["versions"]
+        good = (replace(members[0], release="/releases/mended"), *members[1:])
+        async with dispatching(team(tmp_path, agents=good), FakeCrew(), registry(tmp_path), admit=lenient) as dispatch:
+            assert (await said(dispatch, asked("bad")))[0] == "bad@3"  # a later start tries again
+            assert not dispatch.served.agents["bad"].earlier
+            assert len(dispatch.served.registry.events("shy")) == 1  # what is known is not written again
+            with pytest.raises(ConflictError, match="added meanwhile"):
+                dispatch.served.registry.refuse("bad", "too late")
+
+    async def lenient(path: Path, name: str) -> Any:
+        if path.name == "mended":
+            return replace(version("bad", "3"), release=str(path))
+        return await admit(path, name)
 
     run(work())
+
+
+def test_the_base_steps_in_for_what_was_admitted_once_and_for_nothing_else(tmp_path: Path) -> None:
+    """`sartor agents add` registers without an engine: the server may still refuse what is live by then."""
+
+    async def work(made: Any, crew: FakeCrew, **options: Any) -> None:
+        async with dispatching(team(tmp_path), crew, made, **options) as dispatch:
+            roster = Roster(dispatch, crew, admit, Rollout())
+            await check(dispatch, {one.name: one.is_ready for one in await roster.listed()})
+
+    async def never(dispatch: Any, ready: Any) -> None:
+        with pytest.raises(UnavailableError, match="home@1 cannot answer: home-1 does not fit"):
+            await dispatch.open(asked("home"))
+        assert (await said(dispatch, asked("faq")))[0] == "faq@1" and ready == {"faq": True, "home": False}
+        assert dispatch.served.registry.read().agents["home"].note == "not admitted: home-1 does not fit; try: another one"
+
+    async def mended(dispatch: Any, ready: Any) -> None:
+        assert (await said(dispatch, asked("home")))[0] == "home@1" and ready["home"]
+        read = dispatch.served.registry.read().agents["home"]
+        assert (read.note, read.fallback) == ("", ("previous", "base"))
+        dispatch.holdings.places.clear()
+        refuse.append("home-1")
+        await dispatch.served.reload()
+        await dispatch.served.settle()
+        assert (await said(dispatch, asked("home")))[0].startswith("base@")  # it was admitted once: the chain holds
+
+    async def admit_most(path: Path, name: str) -> Any:
+        if path.name in refuse:
+            raise ModelError(f"{path.name} does not fit", "another one")
+        return await admit(path, name)
+
+    refuse, crew, check = ["home-1"], FakeCrew(), never
+    run(work(registry(tmp_path, version("faq", "1"), version("home", "1")), crew, admit=admit_most))
+    refuse.clear()
+    check = mended
+    run(work(registry(tmp_path), crew, admit=admit_most))
 
 
 def test_a_version_that_cannot_be_loaded_leaves_the_one_before_it_in_service(tmp_path: Path) -> None:
@@ -223,6 +274,10 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_before_it_in_service(tmp
             assert (await said(dispatch, asked("faq")))[0] == "faq@1"
             assert "does not fit" in dispatch.health()["troubles"]["faq@2"]
             crew.unloadable = set()
+            await dispatch.served.reload()  # nothing has changed: a refusal is not asked for again and again
+            await dispatch.served.settle()
+            assert (await said(dispatch, asked("faq")))[0] == "faq@1"
+            made.note("faq", "mended")
             await dispatch.served.reload()
             await dispatch.served.settle()
             assert (await said(dispatch, asked("faq")))[0] == "faq@2"
@@ -267,7 +322,8 @@ def test_a_release_that_was_exchanged_on_disk_is_not_loaded(tmp_path: Path) -> N
         return type(found)(**{**vars(found), "release_id": "another"})
 
     async def work() -> None:
-        async with dispatching(team(tmp_path), FakeCrew(), registry(tmp_path, version("faq", "1")), admit=other) as dispatch:
+        passed = version("faq", "1", checks={"canary": "4 replies"})  # another server admitted it
+        async with dispatching(team(tmp_path), FakeCrew(), registry(tmp_path, passed), admit=other) as dispatch:
             assert (await said(dispatch, asked("faq")))[0].startswith("base@")
             assert "not id-faq-1 any more" in dispatch.health()["troubles"]["faq@1"]
 
@@ -442,6 +498,53 @@ def test_the_admin_loads_before_anything_changes(tmp_path: Path) -> None:
                 await roster.rollback("faz", None)
             assert (await roster.promote("new", "/releases/new-1", "", None))["live"] == "1"
             assert (await said(dispatch, asked("new")))[0] == "new@1"
+
+    run(work())
+
+
+def test_what_is_being_promoted_is_not_let_go_of_by_a_reload_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async def unhurried(path: Path, name: str) -> Any:
+            await asyncio.sleep(0.05)
+            return await admit(path, name)
+
+        crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
+        async with dispatching(team(tmp_path), crew, made, admit=unhurried) as dispatch:
+            loop, bring_in = asyncio.get_running_loop(), made.bring_in
+
+            def late(*asked: Any, **options: Any) -> Any:
+                asyncio.run_coroutine_threadsafe(dispatch.served.reload(), loop).result(5)
+                return bring_in(*asked, **options)
+
+            monkeypatch.setattr(made, "bring_in", late)
+            await Roster(dispatch, crew, admit, Rollout()).promote("faq", "", "2", "1")
+            assert (await said(dispatch, asked("faq")))[0] == "faq@2"
+
+    run(work())
+
+
+def test_a_damaged_registry_is_unavailable_to_the_admin_and_the_agents_go_on(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew, made = FakeCrew(), registry(tmp_path, *(version("faq", one) for one in "12"), version("home", "3"))
+        async with dispatching(team(tmp_path), crew, made) as dispatch:
+            roster = Roster(dispatch, crew, admit, Rollout())
+            with made.database.change() as connection:
+                connection.exec_driver_sql("update agents set note = 'x' where name = 'faq'")
+            for change in (
+                roster.promote("faq", "", "2", "1"),
+                roster.promote("faq", "/releases/faq-2", "", None),
+                roster.rollback("faq", None),
+                roster.drain("faq"),
+            ):
+                with pytest.raises(UnavailableError) as caught:
+                    await change
+                assert caught.value.remedy == "sartor agents repair faq"
+            assert (await roster.promote("home", "/releases/home-4", "", "3"))["live"] == "4"
+            (tmp_path / "state" / "registry.sqlite").write_bytes(b"not a database" * 1000)
+            with pytest.raises(UnavailableError, match="damaged") as caught:
+                await roster.promote("home", "", "3", "4")
+            assert "copy" in caught.value.remedy
+            assert [(await said(dispatch, asked(name)))[0] for name in ("faq", "home")] == ["faq@1", "home@4"]
 
     run(work())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,8 @@ def test_the_threshold_leaves_the_wanted_fraction_of_foreign_prompts_to_the_base
     foreign = np.array([0.85, 0.2, 0.1, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     threshold, right, left = fitting.choose(own, foreign, 0.9)
     assert threshold == pytest.approx((0.2 * 0.3) ** 0.5) and (right, left) == (0.75, 0.9)
+    dear = fitting.choose([np.array([0.9, 0.5])], np.array([0.6, *[0.0] * 3]), 0.0)
+    assert dear[1:] == (1.0, 0.75), "a prompt that misses its agent weighs more than a foreign one that gets one"
     strict = fitting.choose(own, foreign, 1.0)
     assert strict[0] == pytest.approx((0.85 * 0.9) ** 0.5) and strict[2] == 1.0
     assert fitting.choose([np.array([0.5])], np.array([0.0]), 0.9)[0] > 0, "a score of nothing is never enough"
@@ -220,6 +223,36 @@ def test_agents_are_learnt_in_the_background_and_found_again_after_a_restart(few
             await again.close()
 
     asyncio.run(story())
+
+
+def test_agents_that_come_to_an_empty_team_are_waited_for_and_a_fit_holds_up_no_end(
+    few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end, fits = threading.Event(), threading.Event(), []
+    fit = fitting.fit
+
+    def slow(*arguments: Any) -> Fitted:
+        fits.append(arguments)
+        begun.set()
+        assert may_end.wait(60)
+        return fit(*arguments)
+
+    async def story() -> None:
+        releases = {name: release(tmp_path, name) for name in LISTED}
+        auto = AutoRouter(Crew(), Routing("tfidf"), tmp_path / "state")
+        await auto.learn({})
+        await auto.settle()
+        await auto.learn(releases)
+        assert (await auto.route(ask("switch on the lamp in the hall"), set(LISTED))).agent == "home"
+        monkeypatch.setattr(fitting, "fit", slow)
+        for name in LISTED:  # the first is being fitted, the second is not wanted any more when its turn comes
+            await auto.learn({name: releases[name]})
+            await asyncio.to_thread(begun.wait, 60)
+        await auto.close()
+
+    asyncio.run(story())  # ends while the fit goes on
+    assert not may_end.is_set() and len(fits) == 1
+    may_end.set()
 
 
 def test_an_encoder_that_fails_or_is_slow_leaves_words_and_a_lost_one_costs_no_request(

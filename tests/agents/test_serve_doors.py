@@ -184,6 +184,7 @@ def test_too_many_connections_and_a_server_that_closes(tmp_path: Path) -> None:
     answers = asyncio.run(main())
     assert statuses(answers) == [503, 503]
     assert [answer.headers["retry-after"] for answer in answers] == ["5", "5"]
+    assert "is stopping" in answers[1].json()["error"]["message"] and "in 5 s" in answers[1].json()["error"]["remedy"]
 
 
 def test_the_team_s_own_keys_open_the_door(tmp_path: Path) -> None:

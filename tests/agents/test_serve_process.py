@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 SCHEMA: Any = {
@@ -30,7 +29,8 @@ TOOLS: Any = [{"type": "function", "function": {"name": "light", "parameters": S
 def serve(state: Path, base: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """The process, and the file of its log. Killed at the end, if it still runs."""
     state.mkdir()
-    (state / "team.yaml").write_text(f"base: {base}\nworkers: {{count: 1, spare: 0}}\n")
+    members = "agents: [{name: nobody, release: nowhere}]"
+    (state / "team.yaml").write_text(f"base: {base}\nworkers: {{count: 1, spare: 0}}\n{members}\n")
     command = [sys.executable, "-m", "sartor", "serve", "team.yaml", "--port", "0", "--json", *flags]
     with (state / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=state, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -89,7 +89,12 @@ def test_a_signal_lets_a_running_reply_end_and_takes_the_workers_along(tiny_base
     with serve(tmp_path / "state", str(tiny_base)) as (process, log):
         url = address(process)
         assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text(), "the front process has loaded torch"
-        assert httpx.get(f"{url}/health").json()["status"] == "ok"
+        health = httpx.get(f"{url}/health").json()
+        assert health["status"] == "degraded" and "there is no directory" in health["troubles"]["nobody"]
+        assert {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]} == {"base", "auto"}
+        body = {"model": "nobody", "messages": [{"role": "user", "content": "hi"}]}
+        refused = httpx.post(f"{url}/v1/chat/completions", json=body)
+        assert refused.status_code == 503 and "not admitted: there is no directory" in refused.json()["error"]["message"]
         workers = children(process)
         extremes(url)
         thread = threading.Thread(target=ask, args=(url,))
@@ -102,7 +107,9 @@ def test_a_signal_lets_a_running_reply_end_and_takes_the_workers_along(tiny_base
         assert process.stdout and process.stdout.read() == ""
         said = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     assert told[-1] == "data: [DONE]" and '"finish_reason":"length"' in told[-2]
-    assert [line["event"] for line in said if line["event"] != "request"] == ["ready", "draining"]
+    stages = ["opening the base", "admitting", "agents open", "ready", "trouble", "draining"]
+    assert [line["event"] for line in said if line["event"] != "request"] == stages
+    assert said[0]["base"] == str(tiny_base) and (said[1]["agent"], said[2]["served"]) == ("nobody", [])
     assert said[-1]["reply_tokens"] == 300
     assert workers and not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
@@ -129,6 +136,8 @@ def test_what_cannot_be_served_is_said_before_any_worker_starts(tmp_path: Path, 
 
 @pytest.mark.circle
 def test_openais_client_against_the_starter_base(tmp_path: Path) -> None:
+    import openai
+
     with serve(tmp_path / "state", "starter") as (process, _):
         client = openai.OpenAI(base_url=f"{address(process)}/v1", api_key="none", max_retries=0)
         question: Any = [{"role": "user", "content": "Switch the light in the hall on."}]

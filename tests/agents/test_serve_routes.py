@@ -241,13 +241,21 @@ def test_line_ends_that_only_some_clients_know_split_no_event(tmp_path: Path) ->
     assert json.loads(lines[1].removeprefix("data: "))["choices"][0]["delta"]["content"] == "a\u2028b\x85c\n\r\x0bé?"
 
 
-def test_an_agent_that_was_not_admitted_is_listed_without_versions(tmp_path: Path) -> None:
+def test_an_agent_that_was_never_admitted_is_not_offered(tmp_path: Path) -> None:
     class Unready(serving.Roster):
         async def listed(self) -> Any:
-            return [Listed("shop", "", ())]
+            return [Listed("hurt", "", ()), Listed("shop", "1", ("1",), is_ready=False)]
 
-    (answer,) = ask(tmp_path, ("GET", "/v1/models", None), roster=Unready())
-    assert [(model["id"], model["root"]) for model in answer.json()["data"]][2:] == [("shop", "shop")]
+    said, one, other = ask(
+        tmp_path,
+        ("GET", "/v1/models", None),
+        ("GET", "/v1/models/shop", None),
+        ("GET", "/v1/models/hurt", None),
+        roster=Unready(),
+    )
+    assert [(model["id"], model["root"]) for model in said.json()["data"]][2:] == [("hurt", "hurt")]
+    assert (one.status_code, one.headers["retry-after"], other.status_code) == (503, "5", 200)
+    assert "admitted" in one.json()["error"]["message"]
 
 
 def test_a_reply_that_stops_without_its_end_is_no_whole_reply(tmp_path: Path) -> None:

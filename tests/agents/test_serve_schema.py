@@ -12,6 +12,7 @@ import httpx
 import pytest
 import serving
 
+from sartor.agents.serve.journal import Journal
 from sartor.agents.serve.server import Server
 
 # What a request may ask for is known at run time alone: without it nearly all are 404, and little is tried
@@ -39,7 +40,7 @@ def narrowed(openapi: dict[str, Any]) -> dict[str, Any]:
 def test_every_route_keeps_to_the_openapi(tmp_path: Path) -> None:
     log, program = serving.Log(), Path(sys.executable).parent / "schemathesis"
     replies = serving.Replies()
-    server = Server(serving.house(keys=serving.KEYS, replies=replies), serving.team(tmp_path / "state"), log=log)
+    server = Server(serving.house(keys=serving.KEYS, replies=replies), serving.team(tmp_path / "state"), journal=Journal(log))
     with serving.running(server) as url:
         (tmp_path / "openapi.json").write_text(json.dumps(narrowed(httpx.get(f"{url}/openapi.json").json())))
         command = [program, "run", "openapi.json", "--url", url, "-H", "Authorization: Bearer key-both", "--no-color"]
@@ -53,7 +54,7 @@ def test_every_route_keeps_to_the_openapi(tmp_path: Path) -> None:
 
 
 def test_the_openapi_declares_every_status_that_is_answered(tmp_path: Path) -> None:
-    server = Server(serving.house(), serving.team(tmp_path), log=serving.Log())
+    server = Server(serving.house(), serving.team(tmp_path), journal=Journal(serving.Log()))
     openapi = server.app.openapi()
     server.close()
     for path, operations in openapi["paths"].items():

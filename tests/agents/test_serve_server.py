@@ -13,12 +13,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import openai
 import pytest
 import serving
 from serving import chat, running
 
 from sartor.agents.serve import server as server_module
+from sartor.agents.serve.journal import Journal
 from sartor.agents.serve.server import Server
 from sartor.models.engine.contract import Done, Piece
 
@@ -32,7 +32,9 @@ SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "i", "schema": {"t
 def served(tmp_path: Path) -> Iterator[tuple[str, serving.Replies, serving.Log]]:
     """A server without keys: its address, its replies, its log."""
     replies, log = serving.Replies(), serving.Log()
-    with running(Server(serving.house(replies=replies), serving.team(tmp_path, http={"drain_s": 1.0}), log=log)) as url:
+    with running(
+        Server(serving.house(replies=replies), serving.team(tmp_path, http={"drain_s": 1.0}), journal=Journal(log))
+    ) as url:
         yield url, replies, log
 
 
@@ -70,6 +72,8 @@ def wait_for(what: Any, within_s: float = 5.0) -> None:
 
 
 def test_openais_client_works_unchanged(served: Any) -> None:
+    import openai
+
     url, replies, _ = served
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         assert [model.id for model in client.models.list()][:3] == ["base", "auto", "faq"]
@@ -106,6 +110,8 @@ def test_openais_client_works_unchanged(served: Any) -> None:
 
 
 def test_openais_client_raises_its_own_errors(served: Any) -> None:
+    import openai
+
     url, replies, _ = served
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(openai.NotFoundError) as unknown:
@@ -183,7 +189,7 @@ def test_clients_that_trickle_or_do_not_read_are_cut_off_and_others_are_not(tmp_
     replies, log = serving.Replies(), serving.Log()
     replies.pieces = [Piece("c", "x" * 50_000, 1)] * 1000
     team = serving.team(tmp_path, limits={"slow_client_s": 0.4})
-    with running(Server(serving.house(replies=replies), team, log=log)) as url:
+    with running(Server(serving.house(replies=replies), team, journal=Journal(log))) as url:
         slow_head, slow_body, refused, deaf = (connect(url) for _ in range(4))
         slow_head.sendall(b"POST /v1/chat")
         slow_body.sendall(head(100) + b'{"model"')
@@ -247,7 +253,7 @@ def test_a_thousand_connections_at_once(served: Any) -> None:
 
 
 def test_connections_above_the_limit_are_told_so_and_far_above_it_are_dropped(tmp_path: Path) -> None:
-    server = Server(serving.house(), serving.team(tmp_path, limits={"connections": 5}), log=serving.Log())
+    server = Server(serving.house(), serving.team(tmp_path, limits={"connections": 5}), journal=Journal(serving.Log()))
     with running(server) as url:
         held = [connect(url) for _ in range(5)]
         crowded = httpx.get(f"{url}/v1/models")
@@ -277,7 +283,9 @@ def test_a_server_that_ends_lets_replies_end_and_tells_those_that_do_not(tmp_pat
 
     log, told = serving.Log(), list[str]()
     server = Server(
-        serving.house(replies=Waiting()), serving.team(tmp_path, http={"drain_s": 2.0 if in_time else 0.3}), log=log
+        serving.house(replies=Waiting()),
+        serving.team(tmp_path, http={"drain_s": 2.0 if in_time else 0.3}),
+        journal=Journal(log),
     )
     with running(server) as url:
         idle = connect(url)
@@ -308,7 +316,7 @@ def test_a_log_that_nobody_reads_stalls_nothing(tmp_path: Path) -> None:
             return super().write(text)
 
     log = Stuck()
-    with running(Server(serving.house(), serving.team(tmp_path), log=log)) as url:
+    with running(Server(serving.house(), serving.team(tmp_path), journal=Journal(log))) as url:
         assert [httpx.get(f"{url}/v1/models").status_code for _ in range(3)] == [200] * 3
         log.free.set()
     assert len(log.lines) >= 4
@@ -317,7 +325,7 @@ def test_a_log_that_nobody_reads_stalls_nothing(tmp_path: Path) -> None:
 def test_the_log_names_an_agent_in_trouble_once_and_when_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "TROUBLES_S", 0.01)
     log, troubles = serving.Log(), {"faq": "its Release is not there"}
-    with running(Server(serving.house(troubles=lambda: troubles), serving.team(tmp_path), log=log)):
+    with running(Server(serving.house(troubles=lambda: troubles), serving.team(tmp_path), journal=Journal(log))):
         until(lambda: any(line["event"] == "trouble" for line in log.lines))
         troubles.clear()
         until(lambda: any(line["event"] == "trouble over" for line in log.lines))

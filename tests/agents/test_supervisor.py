@@ -141,6 +141,43 @@ def test_sigstop_under_load_and_in_a_spare(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
+def test_new_calls_go_to_the_spare_while_a_worker_says_nothing(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with running(tmp_path, workers={"hang_s": 8.0}) as crew:
+            await until(lambda: pids(crew, "spare"))
+            (stopped,) = pids(crew, "answers")
+            os.kill(stopped, signal.SIGSTOP)
+            await asyncio.sleep(2.5)  # it owes an answer to a ping since a second
+            began, one = time.monotonic(), call("hello", "a")
+            assert await asked(crew, one) == scripted.reply_of(one)
+            assert time.monotonic() - began < 3.0
+            os.kill(stopped, signal.SIGCONT)
+            await until(lambda: len(pids(crew, "answers")) == len(pids(crew, "spare")) == 1)
+            await load(crew, calls=2)
+            assert not crew.health()["ends"]
+
+    asyncio.run(scene())
+
+
+def test_a_worker_that_stops_while_it_starts_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one whose engine takes longer to open says that it lives, and is not."""
+    monkeypatch.setattr("sartor.agents.places.SILENT_START_S", 4.0)
+
+    async def scene() -> None:
+        async with running(tmp_path, workers={"start_s": 60.0}, open_s=5.0) as crew:
+            await until(lambda: pids(crew, "spare"))
+            assert not crew.health()["ends"]
+        async with running(tmp_path / "quick", workers={"start_s": 60.0}) as crew:
+            await until(lambda: pids(crew, "spare"))
+            os.kill(pids(crew, "spare")[0], signal.SIGKILL)
+            await until(lambda: pids(crew, "starting"))
+            os.kill(pids(crew, "starting")[0], signal.SIGSTOP)
+            await until(lambda: crew.health()["ends"].get("hangs") == 1)
+            await until(lambda: pids(crew, "spare"))
+
+    asyncio.run(scene())
+
+
 def test_a_worker_above_its_memory_is_recycled_when_its_rows_have_ended(tmp_path: Path) -> None:
     async def scene() -> None:
         async with running(tmp_path, workers={"memory_bytes": 100 << 20, "hang_s": 0.4}, step_s=0.05) as crew:
@@ -470,12 +507,12 @@ def test_draining_lets_replies_end_and_takes_no_more(tmp_path: Path) -> None:
             await until(lambda: sum(row["live"] for row in crew.health()["workers"]) == 2)
             closing = asyncio.ensure_future(crew.close(drain_s=0.5))
             await asyncio.sleep(0)
-            with pytest.raises(UnavailableError, match="shutting down"):
+            with pytest.raises(UnavailableError, match="is stopping"):
                 await asked(crew, call("late", "a"))
             assert await reply == scripted.reply_of(one)
             await closing
             events = [event async for event in endless]
-            assert isinstance(events[-1], Failed) and "shutting down" in events[-1].problem
+            assert isinstance(events[-1], Failed) and "is stopping" in events[-1].problem
 
     asyncio.run(scene())
 

@@ -88,6 +88,7 @@ def test_patterns_go_however_rare_and_a_bad_one_is_an_error() -> None:
         step_of(Boilerplate, patterns=["a", "("])
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_pattern_without_end_is_a_counted_drop() -> None:
     drop = applied(RemoveLines((), ("(.*?,){25}x",)), row("q", "," * 80))
     assert isinstance(drop, Drop) and drop.reason == "rule_timeout"

@@ -482,10 +482,11 @@ def test_a_deep_tree_is_walked_without_recursion() -> None:
 
 def test_a_folder_of_very_many_files_is_planned_in_seconds(tmp_path: Path) -> None:
     folder = tmp_path / "in"
+    (tmp_path / "one").write_bytes(b"a")
     for part in range(10):
         (folder / str(part)).mkdir(parents=True)
         for n in range(1000):
-            (folder / str(part) / f"{n:04}.txt").write_bytes(b"a")
+            os.link(tmp_path / "one", folder / str(part) / f"{n:04}.txt")  # many times faster than a new file
     began = time.monotonic()
     found = plan([Source(str(folder))], 1 << 20)
     assert (len(found.files), len(found.units)) == (10_000, 50)

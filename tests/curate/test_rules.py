@@ -72,11 +72,11 @@ def test_a_replacement_that_leaves_nothing_is_a_drop_but_a_system_message_just_g
     assert texts_after(step, row("promo", "q", "a", roles=("system", "user", "assistant"))) == ["q", "a"]
 
 
-def test_a_pattern_that_backtracks_without_end_is_a_counted_drop() -> None:
+def test_a_pattern_that_backtracks_without_end_is_a_counted_drop(impatient: float) -> None:
     step = rules({"match": "(.*?,){25}x"})
     started = time.process_time()
     assert reason(step, row("q", "," * 80)) == "rule_timeout"
-    assert time.process_time() - started < 10
+    assert time.process_time() - started < 5 * impatient
     assert reason(step, row("q", "a, b")) == ""
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 
 import sartor
 from conftest import write_jsonl
+from sartor.cli import main
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, GateError, ModelError, SignatureError, SourceError
 from sartor.evaluate import audit
@@ -223,37 +222,31 @@ def part_not_for_sale(tmp_path: Path, tune_recipe: dict[str, Any], rows_file: Pa
 
 
 def test_a_non_commercial_source_stops_a_commercial_release_by_name_of_source_and_row_and_no_research(
-    part_not_for_sale: Path, tmp_path: Path, keys: Path
+    part_not_for_sale: Path, tmp_path: Path, keys: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waived = [word for check in ("gain", "forgetting") for word in ("--waive", check)]
-    command = [
-        sys.executable,
-        "-m",
-        "sartor",
-        "release",
-        str(part_not_for_sale),
-        "--name",
-        "part",
-        "--version",
-        "1",
-        "--key",
-        str(keys),
-    ]
+    command = ["release", str(part_not_for_sale), "--name", "part", "--version", "1", "--key", str(keys)]
     command += [*waived, "--by", "A. Tester", "--reason", "tiny", "--json"]
+
+    def run(*use: str) -> tuple[Any, dict[str, Any]]:
+        with pytest.raises(SystemExit) as ended:
+            main([*command, *use])
+        return ended.value.code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
     for use in ([], ["--use", "commercial"], ["--use", "internal"]):
-        done = subprocess.run([*command, *use], capture_output=True, text=True, check=False)
-        assert done.returncode == 5, done.stderr
-        error = json.loads(done.stdout.splitlines()[-1])["error"]
+        code, said = run(*use)
+        assert code == 5, said
+        error = said["error"]
         assert f"{tmp_path}/nc.jsonl is CC-BY-NC-4.0, which forbids commercial use" in error["problem"]
         assert "(1 rows: nc.jsonl:2 is " in error["problem"], "the row that the MIT file also holds may be used under MIT"
         assert "--use non-commercial or research is permitted" in error["remedy"] and "sartor revoke" in error["remedy"]
     assert not (tmp_path / "part-1").exists()
-    done = subprocess.run([*command, "--use", "research"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, said = run("--use", "research")
+    assert code == 0, said
     made = sartor.inspect(tmp_path / "part-1")
     assert made["use"] == "research" and any("CC-BY-NC-4.0" in line and "credit" in line for line in made["obligations"])
-    done = subprocess.run([*command, "--use", "comercial"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "commercial" in done.stdout
+    code, said = run("--use", "comercial")
+    assert code == 2 and "commercial" in json.dumps(said)
 
 
 def test_without_its_dataset_the_gate_counts_rows_by_the_manifest(part_not_for_sale: Path, tmp_path: Path) -> None:

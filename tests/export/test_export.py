@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import sartor
 import tiny
 from export import releases
-from sartor.core import bases, signing
+from sartor.core import bases
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import (
     ArtifactError,
@@ -31,6 +31,7 @@ from sartor.core.errors import (
     SignatureError,
 )
 from sartor.core.records import Message
+from sartor.evaluate.release import verify_release
 from sartor.export import companions, forms, llamacpp, measure, prompts, runtimes, verb
 from sartor.models import adapters, memory
 from sartor.models.base import open_base
@@ -101,8 +102,20 @@ def test_peft_loads_what_was_signed(made: Path, loaded: Path, tiny_base: Path) -
         turns, tokenize=False, add_generation_prompt=True
     )
     assert text == base.chat.render([Message.of("user", "switch attic down")], reply_next=True)
-    document = (out / "parity.json").read_bytes()
-    assert signing.check(document, out / "signature", [signing.open_public(made / "keys")])
+
+
+def test_an_export_is_verified_as_a_release_is_and_never_taken_for_one(made: Path, loaded: Path, tmp_path: Path) -> None:
+    key = made / "keys"
+    said = sartor.verify(loaded, key=key).as_json()
+    assert (said["export"], said["form"], said["base"], said["measured"]) == (str(loaded), "peft", "the same", True)
+    assert said["signer"] and said["parity"][adapters.WEIGHTS]["agreement"] == 1.0
+    with pytest.raises(ArtifactError, match="release"):
+        verify_release(loaded, key=key)
+    for unsure in ("signature", "README.md"):
+        shutil.copytree(loaded, tmp_path / unsure)
+        (tmp_path / unsure / unsure).unlink()
+        with pytest.raises(SignatureError if unsure == "signature" else ArtifactError, match=unsure):
+            sartor.verify(tmp_path / unsure, key=key)
 
 
 def test_its_receipt_is_an_artefact_with_numbers_parents_and_licences(made: Path, loaded: Path, tmp_path: Path) -> None:
@@ -220,7 +233,7 @@ def figures(form: str, **changes: Any) -> measure.Figures:
         ("f16", {"agreement": float("nan")}, "nan of 100"),
         ("peft", {"logit_difference": 0.5}, "a logit differs by 0.5"),
         ("merged", {"alike": 0.5}, "0.50 of the prompts"),
-        ("q4_1", {"agreement": 0.55}, "0.9 must be"),
+        ("q4_1", {"agreement": 0.55, "agreement_deviation": 0.02}, "0.9 must be (chance moves that by 0.0200)"),
     ],
 )
 def test_each_figure_has_its_limit(form: str, changes: dict[str, Any], word: str) -> None:
@@ -241,6 +254,20 @@ def test_figures_count_positions_and_replies() -> None:
     assert (round(found.logprob_difference, 4), found.logit_difference) == (0.25, None)
     assert measure.with_prompts(found, [trace], [[1, 2]]).alike == 1.0
     assert measure.with_prompts(found, [trace], [[1, 3]]).alike == 0.0
+
+
+def test_replies_that_differ_among_themselves_say_less_than_as_many_positions_would() -> None:
+    asked = prompts.Asked((Message.of("user", "a"),), "", (1, 2), "here")
+    logits = torch.tensor([[0.0, 5.0], [0.0, 5.0]])
+    traces = [runtimes.Trace(asked, (1, 1), logits)] * 4
+    right, wrong = [(1, -0.01), (0, -5.0)], [(0, -0.01), (1, -5.0)]
+
+    def told(*replies: list[list[tuple[int, float]]]) -> measure.Figures:
+        return measure.compare("r", "f16", traces, measure.Answers([[1, 1]] * 4, list(replies)))
+
+    scattered, together = told(*[[right, wrong]] * 4), told(*[[right, right], [wrong, wrong]] * 2)
+    assert scattered.agreement == together.agreement == 0.5
+    assert scattered.agreement_deviation == 0 and together.agreement_deviation == 0.25  # that of four draws, not of eight
 
 
 def test_tokens_inside_a_character_are_counted_though_nothing_is_told_of_them() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import openai
 import pytest
 
 import sartor
@@ -54,6 +53,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few")
 def test_llama_cpp_answers_as_the_release_and_openai_s_client_reads_it(tmp_path: Path) -> None:
+    import openai
+
     pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
     releases.signed(tmp_path, "starter", spread=0.01, licence="Apache-2.0 AND CC-BY-4.0")
     options = sartor.ExportOptions(key=tmp_path / "keys")

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 import sartor
-from conftest import ROWS, write_jsonl
+from conftest import ROWS, recipe_on, write_jsonl
 from sartor.core.artifacts import file_digest, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, StoppedError
 from sartor.tune import checkpoint, optimizers, order, resume
@@ -46,15 +46,18 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+# dropout on, evaluations in between, saved after every update
+SETTINGS = {
+    "method": {"kind": "lora", "rank": 8, "alpha": 16, "dropout": 0.1},
+    "checkpoints": {"every_minutes": 0, "keep": 2},
+    "evaluations": 3,
+}
+
+
 @pytest.fixture
 def recipe(tune_recipe: dict[str, Any]) -> dict[str, Any]:
-    """Ten updates or so, dropout on, evaluations in between, saved after every update."""
-    return {
-        **tune_recipe,
-        "method": {"kind": "lora", "rank": 8, "alpha": 16, "dropout": 0.1},
-        "checkpoints": {"every_minutes": 0, "keep": 2},
-        "evaluations": 3,
-    }
+    """Ten updates or so."""
+    return {**tune_recipe, **SETTINGS}
 
 
 @pytest.fixture
@@ -84,11 +87,20 @@ def killed(monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, u
         tune(recipe, out, **options)
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, originals: Path, tiny_base: Path) -> Path:
+    """The adapter of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SARTOR_HOME", str(folder / "home"))
+        tune({**recipe_on(originals / "dataset", tiny_base), **SETTINGS}, folder / "whole")
+    return folder / "whole"
+
+
 @pytest.fixture
-def whole(tmp_path: Path, recipe: dict[str, Any]) -> str:
-    """sha256 of the adapter of an uninterrupted run."""
-    tune(recipe, tmp_path / "whole")
-    return file_digest(tmp_path / "whole" / WEIGHTS)
+def whole(straight: Path) -> str:
+    """Its sha256."""
+    return file_digest(straight / WEIGHTS)
 
 
 def test_what_is_saved_comes_back(monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path) -> None:
@@ -117,7 +129,7 @@ def test_what_is_saved_comes_back(monkeypatch: pytest.MonkeyPatch, recipe: dict[
 
 @pytest.mark.parametrize("updates", [(1,), (2, 3), (4, 5, 6, 9)])
 def test_killed_at_any_update_and_resumed_the_bits_are_those_of_a_whole_run(
-    monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, whole: str, updates: tuple[int, ...]
+    monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, straight: Path, whole: str, updates: tuple[int, ...]
 ) -> None:
     for place, update in enumerate(updates):
         killed(monkeypatch, recipe, out, update, resume=place > 0)
@@ -129,9 +141,9 @@ def test_killed_at_any_update_and_resumed_the_bits_are_those_of_a_whole_run(
     assert not folder_of(out).exists()
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines if "loss" in line] == list(range(1, said["updates"] + 1))
-    straight = [json.loads(line) for line in (out.parent / "whole" / "log.jsonl").read_text().splitlines()]
+    wanted = [json.loads(line) for line in (straight / "log.jsonl").read_text().splitlines()]
     for key in ("loss", "grad_norm", "learning_rate", "eval_loss"):
-        assert [line[key] for line in lines if key in line] == [line[key] for line in straight if key in line]
+        assert [line[key] for line in lines if key in line] == [line[key] for line in wanted if key in line]
 
 
 @pytest.mark.parametrize("scaled_before", [True, False])

@@ -61,6 +61,14 @@ def test_a_plan_has_intervals_counts_and_the_path(tune_recipe: dict[str, Any]) -
     json.dumps(said)
 
 
+def test_a_time_that_is_hardly_known_is_never_below_nothing(
+    tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "TIME_ALLOWANCE", 3.0)
+    time_s = sartor.plan(tune_recipe).as_json()["time_s"]
+    assert 0 <= time_s["low"] < time_s["estimate"] < time_s["high"]
+
+
 @pytest.mark.parametrize("budget", [{"epochs": 2}, {"updates": 3}, {"tokens": 200}, {"epochs": 5, "tokens": 700}])
 def test_a_plan_counts_what_the_run_then_reads(tmp_path: Path, tune_recipe: dict[str, Any], budget: dict[str, Any]) -> None:
     recipe = {**tune_recipe, "budget": budget}

@@ -9,7 +9,7 @@ from typing import Any
 from sartor.agents.reply import Reply, nearest_examples
 from sartor.core.errors import ConfigError
 from sartor.core.records import Message
-from sartor.evaluate.release import verify
+from sartor.evaluate.release import verify_release
 from sartor.evaluate.tasks import open_tuned
 from sartor.models.generate import generate
 from sartor.models.sampling import Sampling
@@ -32,7 +32,7 @@ def ask(
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty", 'sartor ask RELEASE "a question"')
-    verified = verify(release, key=key, base=base)
+    verified = verify_release(release, key=key, base=base)
     manifest = verified.release.manifest
     opened, model = open_tuned(verified.release, notice, base)
     system = manifest["system_prompt"]

@@ -169,9 +169,13 @@ class Receipts(Protocol):
 
 @dataclass(frozen=True)
 class Listed:
-    """An agent as it is served. versions: every one that may be asked for by `name@version`, the live one too."""
+    """An agent as it is served. versions: every one that may be asked for by `name@version`, the live one too.
+
+    is_ready: whether a version of it was ever admitted, so that somebody answers in its name.
+    """
 
     name: str
     live: str
     versions: tuple[str, ...]
     state: Mapping[str, Any] = field(default_factory=dict)
+    is_ready: bool = True

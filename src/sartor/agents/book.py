@@ -17,7 +17,7 @@ from sartor.agents.admission import Ground, version_of
 from sartor.agents.entries import Agent, Version
 from sartor.agents.registry import Cause, Registry, Snapshot
 from sartor.agents.team import Team, load
-from sartor.evaluate.release import verify
+from sartor.evaluate.release import verify_release
 from sartor.models.engine.contract import About
 
 
@@ -130,7 +130,7 @@ def _row(agent: Agent, read: Snapshot) -> dict[str, Any]:
 def _looked_at(team: Team, release: Path, name: str) -> Version:
     """A Release, checked against the team's base without an engine. What a server loads is checked by the server again."""
     Path(team.state).mkdir(parents=True, exist_ok=True)
-    base = verify(release, key=team.trust or None, base=team.base).release.manifest["base"]
+    base = verify_release(release, key=team.trust or None, base=team.base).release.manifest["base"]
     about = About(team.engine.kind, base["name"], base["digest"], base["template_digest"], context_tokens=0, rows=0)
     admitted = admission.look(release, Ground.of(team, about))
     return version_of(admitted, name or admitted.name)

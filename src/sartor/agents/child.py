@@ -75,6 +75,15 @@ class Child:
         """Whether it owes an answer or a reply."""
         return bool(self.calls or self._asks)
 
+    def is_quiet(self, most_s: float) -> bool:
+        """Whether it owes something and has not been heard of for so long."""
+        return self.has_work and time.monotonic() - self.heard_at > most_s
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has said what it serves."""
+        return self._is_open.done()
+
     @property
     def about(self) -> About:
         """What it serves, once it is open."""

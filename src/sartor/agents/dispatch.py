@@ -92,7 +92,7 @@ class Dispatch:
     async def start(self) -> None:
         """Register the members that are new, load what is served, and follow the registry. Raises where it cannot be opened.
 
-        A member that cannot be admitted or loaded is in `health`, and its fall-backs answer.
+        A member that cannot be admitted or loaded is in `health`; its fall-backs answer if it ever was admitted.
         """
         await self.served.register({member.name: member for member in self._team.agents}, self._admit)
         await self.served.reload()
@@ -135,7 +135,7 @@ class Dispatch:
                 errors.append(error)
         if len(errors) == 1:
             raise errors[0]
-        problems = "; ".join(dict.fromkeys(error.problem for error in errors)) or "it has no version"
+        problems = "; ".join(dict.fromkeys(error.problem for error in errors))
         raise UnavailableError(
             f"{request.model} cannot answer now, nor who may step in: {problems}", "ask again in a few seconds"
         )

@@ -45,6 +45,11 @@ class Agent:
         return self.earlier[-1] if self.earlier else ""
 
     @property
+    def is_blank(self) -> bool:
+        """Whether it is a name alone: what was to answer was refused, and nothing else was ever added."""
+        return not self.live and self.state != "removed"
+
+    @property
     def versions(self) -> tuple[str, ...]:
         """What a server has to hold ready: live, previous, candidate."""
         return tuple(dict.fromkeys(version for version in (self.live, self.previous, self.candidate) if version))
@@ -65,7 +70,7 @@ class Agent:
 
     def promoted(self, version: str) -> Agent:
         """`version` live, the one before it previous, and no trial: what it was compared with is no longer there."""
-        earlier = self.earlier if version == self.live else (*self.earlier, self.live)[-MOST_EARLIER:]
+        earlier = self.earlier if self.live in ("", version) else (*self.earlier, self.live)[-MOST_EARLIER:]
         return replace(self.untried(), live=version, earlier=earlier, state="serving")
 
     def rolled_back(self) -> Agent:

@@ -29,10 +29,12 @@ class Holdings:
         self._crew = crew
         self._admit = admit
         self._held: set[str] = set()
+        self._admitted: set[str] = set()
         # id of each Release that was checked -> its directory. Two may have the same adapter: each is checked for itself
         self.places: dict[str, Path] = {}
         self._coming: dict[str, asyncio.Task[None]] = {}
         self._wanted: set[str] = set()
+        self._kept: list[Version] = []
         self._leases: Counter[str] = Counter()
         # one load or unload at a time: what is being unloaded may be asked for again
         self._lock = asyncio.Lock()
@@ -42,6 +44,11 @@ class Holdings:
     def holds(self, version: Version) -> bool:
         """Whether a call of this version can be made now."""
         return version.adapter in self._held and version.release_id in self.places
+
+    def was_admitted(self, version: Version) -> bool:
+        """Whether a server ever let it in: this one, one before it, whose copy stands, or another one that registered it."""
+        has_copy = version.release_id in self._admitted or (self._copies / version.release_id).is_dir()
+        return has_copy or "canary" in version.facts.get("checks", {})
 
     def check(self, version: Version) -> None:
         """Raise UnavailableError, saying why, for a version that is not held."""
@@ -61,6 +68,15 @@ class Holdings:
             if not self._leases[adapter]:
                 del self._leases[adapter]
                 self._let_go(adapter)
+
+    @contextmanager
+    def kept(self, version: Version) -> Iterator[None]:
+        """As long as this lasts, the version is wanted: it is about to be asked for, and the registry does not say so yet."""
+        self._kept.append(version)
+        try:
+            yield
+        finally:
+            self._kept.remove(version)
 
     async def hold(self, version: Version) -> None:
         """Check the Release anew and load its adapter in every worker; nothing to do for one that is held.
@@ -88,6 +104,7 @@ class Holdings:
                     await self._crew.attach(version.adapter, Path(found.release))
                     self._held.add(version.adapter)
                 self.places[version.release_id] = Path(found.release)
+                self._admitted.add(version.release_id)
         except SartorError as error:
             self.troubles[version.name] = error
             raise
@@ -113,6 +130,7 @@ class Holdings:
 
     def want(self, versions: Collection[Version]) -> None:
         """Let go of everything but these, each as soon as no reply of it lives."""
+        versions = [*versions, *self._kept]
         self._wanted = {version.adapter for version in versions}
         names, releases = {version.name for version in versions}, {version.release_id for version in versions}
         self.places = {release: path for release, path in self.places.items() if release in releases}

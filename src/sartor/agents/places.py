@@ -24,6 +24,8 @@ _FAR_ABOVE = 1.5
 _MOST_BEAT_S = 1.0
 _CLOSE_S = 2.0
 _LOOK_S = 0.02
+# One that starts says that it lives, too; a library that loads may keep it from that for a while
+SILENT_START_S = 30.0
 _LOG = logging.getLogger("sartor.agents")
 
 
@@ -58,6 +60,7 @@ class Places:
         self._some_ready = asyncio.Event()
         self._first: asyncio.Future[About] | None = None
         self._silent: set[Child] = set()
+        self._beat_s = min(_MOST_BEAT_S, rules.hang_s / 4)
         self.ends: Counter[str] = Counter()
 
     async def start(self) -> About:
@@ -81,15 +84,22 @@ class Places:
         return sorted((child for child in self._children() if child.state == "ready"), key=lambda child: child.answers)
 
     def answering(self) -> list[Child]:
-        """The workers that answer; a spare steps in for one that is missing."""
-        ready = self.ready()
+        """The workers that answer. A spare steps in for one that is missing, or quiet: that may hang, or take a long step.
+
+        When a quiet one is heard again there is one too many, who takes no new calls and is the spare. Where nobody can step
+        in, the quiet ones answer.
+        """
+        quiet_s = self._beat_s
+        ready = [child for child in self.ready() if not child.is_quiet(quiet_s)]
         answering = [child for child in ready if child.answers]
         for spare in (child for child in ready if not (child.answers or child.alone)):
             if len(answering) >= self._rules.count:
                 break
             spare.answers = True
             answering.append(spare)
-        return answering
+        for surplus in answering[self._rules.count :]:
+            surplus.answers = False
+        return answering[: self._rules.count] or [child for child in self.ready() if child.answers]
 
     def spares_expected(self) -> bool:
         """Whether there is a spare, or will be one soon."""
@@ -118,7 +128,7 @@ class Places:
         until = time.monotonic() + self._rules.start_s
         while self._rules.spare and time.monotonic() < until and not any(place.restarts.is_given_up for place in self._places):
             for child in self.ready():
-                if not (child.answers or child.alone):
+                if not (child.answers or child.alone or child.calls):
                     return child
             await asyncio.sleep(_LOOK_S)
         await self.some_ready()
@@ -202,11 +212,10 @@ class Places:
         self._hooks.lost(child)
 
     async def _beats(self) -> None:
-        beat_s = min(_MOST_BEAT_S, self._rules.hang_s / 4)
         while True:
             before = time.monotonic()
-            await asyncio.sleep(beat_s)
-            late_s = time.monotonic() - before - beat_s
+            await asyncio.sleep(self._beat_s)
+            late_s = time.monotonic() - before - self._beat_s
             for place in self._places:
                 if place.child is not None and place.child.state != "gone":
                     self._watch(place, place.child, late_s)
@@ -220,6 +229,8 @@ class Places:
         quiet_s = time.monotonic() - child.heard_at
         # an engine that opens, and an adapter that a new worker loads, may take their time
         most_s = self._rules.start_s if child.state == "starting" else self._rules.hang_s
+        if not child.is_open and quiet_s > max(SILENT_START_S, self._rules.hang_s):
+            child.kill(f"{HANGS}: no sign of life for {quiet_s:.1f} s while it started")
         if child.has_work and quiet_s > most_s:
             # what it said may be there and not be read yet: it is ended at the second look
             if child in self._silent:
@@ -227,8 +238,8 @@ class Places:
             self._silent.add(child)
             return
         self._silent.discard(child)
-        if child.state == "ready" and not child.has_work and quiet_s > self._rules.hang_s / 2:
-            child.ping()
+        if child.state == "ready" and not child.has_work:
+            child.ping()  # so that one that hangs while it is idle is known before a call comes
 
     def _watch_memory(self, place: Place, child: Child) -> None:
         limit = self._rules.memory_bytes

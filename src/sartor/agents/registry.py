@@ -115,7 +115,9 @@ class Registry:
 
         def write(connection: Connection) -> Agent:
             standing = self._row(connection, tables.agents, name=version.agent)
-            is_new = standing is None or (tables.is_whole(standing) and standing["state"] == "removed")
+            is_new = standing is None or (
+                tables.is_whole(standing) and (standing["state"] == "removed" or not standing["live"])
+            )
             before = None if standing is None else self._agent(connection, version.agent, removed=True)
             fresh = Agent(version.agent, version.version, fallback=tuple(fallback))
             agent = before if before is not None and not is_new else fresh
@@ -125,6 +127,24 @@ class Registry:
             if not is_new and not what:
                 return agent
             return self._record(connection, what or "added", before, agent, version.version, cause)
+
+        return self._change(write)
+
+    def refuse(self, name: str, why: str, *, fallback: Sequence[str] = ("previous", "base"), cause: Cause = NOBODY) -> Agent:
+        """Keep a name without a version, and why what was to answer is not admitted. Changes nothing where that is known.
+
+        Raises ConflictError where a version of that name is there by now.
+        """
+
+        def write(connection: Connection) -> Agent:
+            standing = self._row(connection, tables.agents, name=name)
+            before = None if standing is None else self._agent(connection, name)
+            if before is not None and not before.is_blank:
+                raise ConflictError(f"{before.name}@{before.live} has been added meanwhile", "sartor agents list")
+            if before is not None and before.note == why:
+                return before
+            agent = Agent(name, "", fallback=tuple(fallback), note=why)
+            return self._record(connection, "refused", before, agent, "", cause)
 
         return self._change(write)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sartor.agents.entries import Agent
 from sartor.agents.holdings import Admit
 from sartor.agents.registry import Cause
 from sartor.agents.team import Rollout
+from sartor.core.errors import ArtifactError, UnavailableError
 
 ADMIN = Cause("admin", "over HTTP")
 
@@ -30,10 +32,10 @@ class Roster:
 
     async def listed(self) -> Sequence[Listed]:
         """Every agent."""
-        health = self._served.health()
+        health, unadmitted = self._served.health()["agents"], self._served.unadmitted
         return [
-            Listed(agent.name, agent.live, agent.versions, {**health["agents"][agent.name], "note": agent.note})
-            for agent in self._served.agents.values()
+            Listed(name, agent.live, agent.versions, {**health[name], "note": agent.note}, name not in unadmitted)
+            for name, agent in self._served.agents.items()
         ]
 
     async def promote(self, name: str, release: str, version: str, expected: str | None) -> Mapping[str, Any]:
@@ -45,24 +47,24 @@ class Roster:
         registry = self._served.registry
         if release:
             admitted = await self._admit(Path(release), name)
-            await asyncio.to_thread(registry.add, admitted, cause=ADMIN)
+            await _changed(registry.add, admitted, cause=ADMIN)
             version = admitted.version
             await self._served.reload()  # makes the version known here
-        if found := self._served.versions.get(f"{name}@{version}"):
-            await self._dispatch.holdings.hold(found)
-        rules = self._rules
+        rules, holdings = self._rules, self._dispatch.holdings
         bring_in = partial(registry.bring_in, canary=rules.canary_fraction, shadow=rules.shadow_fraction)
-        return await self._applied(await asyncio.to_thread(bring_in, name, version, expected=expected, cause=ADMIN))
+        with ExitStack() as stack:
+            if found := self._served.versions.get(f"{name}@{version}"):
+                stack.enter_context(holdings.kept(found))
+                await holdings.hold(found)
+            return await self._applied(await _changed(bring_in, name, version, expected=expected, cause=ADMIN))
 
     async def rollback(self, name: str, expected: str | None) -> Mapping[str, Any]:
         """End a trial, or make the version live that was before. Raises ConflictError, UnknownAgentError."""
-        return await self._applied(
-            await asyncio.to_thread(self._served.registry.rollback, name, expected=expected, cause=ADMIN)
-        )
+        return await self._applied(await _changed(self._served.registry.rollback, name, expected=expected, cause=ADMIN))
 
     async def drain(self, name: str) -> Mapping[str, Any]:
         """Take an agent out of service: what runs ends, what comes is refused. Raises UnknownAgentError."""
-        return await self._applied(await asyncio.to_thread(self._served.registry.drain, name, cause=ADMIN))
+        return await self._applied(await _changed(self._served.registry.drain, name, cause=ADMIN))
 
     async def release(self, name: str) -> Mapping[str, Any]:
         """Bring an agent back from quarantine or drain. Raises UnknownAgentError."""
@@ -70,7 +72,7 @@ class Roster:
         agent = self._served.agents.get(name)
         if agent is None or agent.state == "draining":
             live = agent.live if agent else ""
-            agent = await asyncio.to_thread(registry.promote, name, live, expected=live, cause=ADMIN)
+            agent = await _changed(registry.promote, name, live, expected=live, cause=ADMIN)
         for version in agent.versions:
             self._crew.release(f"{name}@{version}")
         return await self._applied(agent)
@@ -82,3 +84,11 @@ class Roster:
     async def _applied(self, agent: Agent) -> Mapping[str, Any]:
         await self._served.reload()
         return agent.as_json()
+
+
+async def _changed(change: Callable[..., Agent], *asked: Any, **options: Any) -> Agent:
+    """A change of the registry, in a thread. A row or file of it that is damaged is no fault of the Release that was named."""
+    try:
+        return await asyncio.to_thread(change, *asked, **options)
+    except ArtifactError as error:
+        raise UnavailableError(f"nothing was changed: {error.problem}", error.remedy) from None

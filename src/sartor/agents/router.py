@@ -8,7 +8,8 @@ neither saw. Fitted routers stand in STATE/router and are found again at the nex
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +65,8 @@ class AutoRouter:
     async def learn(self, releases: Mapping[str, Path]) -> None:
         """See Router. Returns at once: fitting goes on in the background, and trouble with it is in `troubles`."""
         await self._stop()
+        if self._fitted is None:
+            self._is_ready.clear()
         self._task = asyncio.ensure_future(self._refit(dict(releases)))
 
     async def settle(self) -> None:
@@ -170,7 +173,7 @@ class AutoRouter:
         vectors = None
         if encoder != WORDS:
             vectors = await self._embedded(fitting.rows_of(agents).texts, encoder)
-        fitted = await asyncio.to_thread(fitting.fit, agents, encoder, vectors, self._rules.target)
+        fitted = await _apart(lambda: fitting.fit(agents, encoder, vectors, self._rules.target))
         with suppress(OSError):  # a full disk costs the next start a few seconds
             await asyncio.to_thread(fitted.save, self._folder)
         return fitted
@@ -209,6 +212,40 @@ class AutoRouter:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
+
+
+# One fit at a time, however often agents change
+_FIT = threading.Lock()
+
+
+async def _apart(fit: Callable[[], Fitted]) -> Fitted:
+    """A fit in a thread that the server's end does not wait for: it takes seconds and cannot be broken off.
+
+    One that nobody waits for any more is not begun.
+    """
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[Fitted] = loop.create_future()
+
+    def tell(fitted: Fitted | None, error: Exception | None) -> None:
+        if fitted is not None and not found.done():
+            found.set_result(fitted)
+        elif error is not None and not found.done():
+            found.set_exception(error)
+
+    def run() -> None:
+        fitted, error = None, None
+        with _FIT:
+            if found.cancelled():
+                return
+            try:
+                fitted = fit()
+            except Exception as why:  # raised where it is awaited
+                error = why
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(tell, fitted, error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await found
 
 
 def chosen(fitted: Fitted, judged: Sequence[Judged], openable: Collection[str]) -> Route:

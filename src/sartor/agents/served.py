@@ -21,11 +21,13 @@ from sartor.agents.holdings import Admit, Holdings
 from sartor.agents.registry import Cause, Registry, Snapshot
 from sartor.agents.rollout import Rollouts
 from sartor.agents.team import Member
-from sartor.core.errors import SartorError, UnavailableError
+from sartor.core.errors import InputError, RefusedError, SartorError, UnavailableError
 
 POLL_S = 1.0
 # Rows may be hurt without a change, and what could not be loaded may be there now
 SCRUB_S = 10.0
+# What was refused is tried again after a change, and else ever more rarely: each time costs a process of its own
+MOST_WAIT_S = 3600.0
 
 
 class Served:
@@ -35,6 +37,8 @@ class Served:
         self.registry = registry
         self.agents: dict[str, Agent] = {}
         self.versions: dict[str, Version] = {}
+        # agents of which no version ever was admitted: the base does not answer in their names
+        self.unadmitted: set[str] = set()
         self.troubles: dict[str, str] = {}
         self.generation = -1
         self._crew = crew
@@ -49,6 +53,8 @@ class Served:
         self._routed: dict[str, Path] = {}
         self._untaught = ""
         self._refused: dict[str, str] = {}
+        # version that was refused -> in which generation, when it is tried again, after how long a wait
+        self._later: dict[str, tuple[int, float, float]] = {}
         self._unread = ""
         self._read_at = 0.0
 
@@ -56,15 +62,18 @@ class Served:
         """Register the members of TEAM.yaml that are new to the registry. One that is not admitted is a trouble, no error."""
         known = await asyncio.to_thread(self.registry.read)
         for name, member in members.items():
-            if name in known.agents or name in known.hurt:
+            if name in known.hurt or (name in known.agents and not known.agents[name].is_blank):
                 continue
             try:
                 version = await admit(Path(member.release), name)
                 cause = Cause("TEAM.yaml", "not in the registry yet")
                 await asyncio.to_thread(self.registry.add, version, fallback=member.fallback, cause=cause)
             except SartorError as error:
-                self._refused[name] = f"not admitted: {error.problem}"
-                self.agents[name] = Agent(name, "", fallback=member.fallback, note=self._refused[name])
+                why = _refusal(error)
+                self._refused[name] = why
+                self.agents[name] = Agent(name, "", fallback=member.fallback, note=why)
+                with suppress(SartorError):  # a registry that cannot be written to is a trouble of its own
+                    await asyncio.to_thread(self.registry.refuse, name, why, fallback=member.fallback)
 
     async def reload(self) -> None:
         """Serve what the registry has now, as far as its adapters are held; the others are fetched, and served then.
@@ -149,12 +158,18 @@ class Served:
         for name in snapshot.hurt:
             if "@" not in name and name not in self.agents:
                 self.agents[name] = Agent(name, "", note=snapshot.hurt[name])
+        admitted = {version.agent for version in self.versions.values() if self._holdings.was_admitted(version)}
+        self.unadmitted = set(self.agents) - admitted
+        for name in self.unadmitted:
+            self.agents[name] = replace(self.agents[name], fallback=())
+            if self.agents[name].note:
+                troubles.setdefault(name, self.agents[name].note)
         self.troubles, self.generation = troubles, snapshot.generation
         asked = [agent for agent in snapshot.agents.values() if agent.state != "removed"]
         needed = {version.name: version for version in self._needed([*asked, *self.agents.values()])}
         self._holdings.want(list(needed.values()))
         for name, version in needed.items():
-            if not self._holdings.holds(version) and name not in self._fetching:
+            if not (self._holdings.holds(version) or name in self._fetching or self._is_for_later(name)):
                 self._fetching[name] = asyncio.ensure_future(self._fetch(version))
         self._teach()
 
@@ -173,12 +188,36 @@ class Served:
 
     async def _fetch(self, version: Version) -> None:
         """Hold a version, and serve whoever waited for it. What keeps it from that is among the troubles of holdings."""
+        is_held = False
         try:
-            with suppress(SartorError):
-                await self._holdings.hold(version)
-                await self.reload()
+            await self._holdings.hold(version)
+            is_held = True
+            self._later.pop(version.name, None)
+            if version.agent in self.unadmitted:
+                await self._note(version.agent, "")
+        except (RefusedError, InputError) as error:
+            wait_s = min(MOST_WAIT_S, 2 * self._later.get(version.name, (0, 0.0, SCRUB_S))[2])
+            self._later[version.name] = (self.generation, time.monotonic() + wait_s, wait_s)
+            if version.agent in self.unadmitted:
+                await self._note(version.agent, _refusal(error))
+        except SartorError:
+            pass  # among the troubles, and tried again
         finally:
             self._fetching.pop(version.name, None)
+        if is_held:
+            await self.reload()
+        else:
+            self._teach()
+
+    def _is_for_later(self, name: str) -> bool:
+        generation, at, _ = self._later.get(name, (-1, 0.0, 0.0))
+        return generation == self.generation and time.monotonic() < at
+
+    async def _note(self, name: str, why: str) -> None:
+        """Keep beside an agent why it was not admitted, for `sartor agents list`."""
+        if self.agents[name].note != why:
+            with suppress(SartorError):
+                await asyncio.to_thread(self.registry.note, name, why, cause=Cause("server", "admission"))
 
     def _needed(self, agents: Iterable[Agent]) -> Iterator[Version]:
         for agent in agents:
@@ -187,7 +226,12 @@ class Served:
                     yield found
 
     def _teach(self) -> None:
-        """Tell the router which Releases are live, when that has changed: once at a time, the newest last."""
+        """Tell the router which Releases are live, when that has changed: once at a time, the newest last.
+
+        While versions are being fetched it waits for the last of them: a fit takes seconds, and a team starts with several.
+        """
+        if self._fetching:
+            return
         live = {name: self.versions.get(f"{name}@{agent.live}") for name, agent in self.agents.items()}
         releases = {
             name: self._holdings.places[version.release_id]
@@ -208,3 +252,7 @@ class Served:
                     self._untaught = ""
                 except SartorError as error:
                     self._untaught = error.problem
+
+
+def _refusal(error: SartorError) -> str:
+    return f"not admitted: {error.problem}; try: {error.remedy}"

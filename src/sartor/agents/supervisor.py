@@ -171,6 +171,7 @@ class Supervisor:
 
     def _beat(self) -> None:
         self._calls.cut_slow_clients(self._team.limits.slow_client_s)
+        self._calls.poke()  # a worker may have become quiet, or be heard again
 
     def _refuse_when_closing(self) -> None:
         if self._is_closing:
@@ -207,4 +208,4 @@ def _slices(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _closing() -> UnavailableError:
-    return UnavailableError("the server is shutting down", "ask again when it is up")
+    return UnavailableError("the server is stopping and takes no more requests", "ask another one, or again when it is up")

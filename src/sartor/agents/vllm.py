@@ -19,7 +19,7 @@ from sartor.agents.team import Remote, Team
 from sartor.core import bases
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
-from sartor.evaluate.release import verify
+from sartor.evaluate.release import verify_release
 from sartor.models.engine.contract import adapter_digest
 
 # What --max-lora-rank may be
@@ -46,7 +46,7 @@ def launch(team: Team) -> Launch:
     ref = bases.locate(team.base)
     if not ref.path.is_dir():
         raise ModelError(f"the base {ref.name} is not converted yet", f"sartor ask RELEASE PROMPT --base {ref.name} does so")
-    releases = [verify(member.release, key=team.trust or None, base=team.base).release for member in team.agents]
+    releases = [verify_release(member.release, key=team.trust or None, base=team.base).release for member in team.agents]
     return command(team, ref.path, releases)
 
 

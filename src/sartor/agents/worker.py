@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,7 +215,8 @@ def serve(end: socket.socket, opener: Opener, check: Check) -> int:
         return 0
     os.nice(int(said.get("nice") or 0))
     try:
-        engine = opener(said)
+        with _signs_of_life(channel):
+            engine = opener(said)
     except SartorError as error:
         channel.send({"op": "failed", "error": error_as_json(error)})
         channel.finish()
@@ -224,6 +227,25 @@ def serve(end: socket.socket, opener: Opener, check: Check) -> int:
     channel.send({"op": "ready", "about": asdict(engine.about), "memory_bytes": bounds.resident_bytes()})
     run(engine, channel, check)
     return 0
+
+
+@contextmanager
+def _signs_of_life(channel: Channel) -> Iterator[None]:
+    """Say that one lives while this thread opens the engine and says nothing itself."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_S):
+            channel.send({"op": "alive", "memory_bytes": bounds.resident_bytes()})
+            channel.flush()
+
+    thread = threading.Thread(target=beat, name="sartor-opening", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _opening(channel: Channel) -> Mapping[str, Any] | None:

@@ -120,11 +120,11 @@ def release(
 
 @app.command
 def verify(release: Path, *, key: Path | None = None, base: str = "") -> Any:
-    """Check a Release: every byte, its signer, the base and chat template that it is bound to.
+    """Check a Release, or a signed export of one: every byte, its signer, the base and chat template that it is bound to.
 
     Parameters
     ----------
-    release: the Release
+    release: the Release or export
     key: trust this public key instead of those in SARTOR_HOME/trusted
     base: compare with this base instead of the one that the Release names
     """

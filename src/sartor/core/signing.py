@@ -108,7 +108,9 @@ def check(document: bytes, signature_file: Path, trusted: Iterable[Ed25519Public
     trusted or is revoked, or bytes that the signer did not sign.
     """
     if not signature_file.is_file():
-        raise SignatureError(f"{signature_file.parent} has no signature", "sartor release signs an adapter")
+        raise SignatureError(
+            f"{signature_file.parent} has no signature", "sartor release signs an adapter, sartor export --sign KEY an export"
+        )
     try:
         said = json.loads(signature_file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):

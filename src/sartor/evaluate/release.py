@@ -187,7 +187,10 @@ def _of_training(known: training.TrainingFacts, report: Artifact) -> dict[str, A
 
 @dataclass(frozen=True)
 class Verified:
-    """A Release whose bytes, signer and base are as they should be. `base` says whether the base was here to compare."""
+    """A Release, or an export of one, whose bytes, signer and base are as they should be.
+
+    `base` says whether the base was here to compare.
+    """
 
     release: Artifact
     signer: str
@@ -195,28 +198,39 @@ class Verified:
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
-        manifest = self.release.manifest
-        gate = {name: check["outcome"] for name, check in manifest["gate"].items()}
+        manifest, kind = self.release.manifest, self.release.kind
+        if kind == "export":
+            own = {"form": manifest["form"], "measured": manifest["parity"]["measured"], "parity": manifest["parity"]["files"]}
+        else:
+            own = {"gate": {name: check["outcome"] for name, check in manifest["gate"].items()}}
         return {
-            "release": str(self.release.path),
+            kind: str(self.release.path),
             "valid": True,
             "name": manifest["name"],
             "version": manifest["version"],
             "use": manifest.get("use", "commercial"),
             "signer": self.signer,
             "base": self.base,
-            "gate": gate,
+            **own,
         }
 
 
 def verify(path: Path | str, *, key: Path | str | None = None, base: str = "") -> Verified:
-    """Check every byte, the signature, and the base and chat template that a Release is bound to.
+    """Check every byte, the signature, and the base and chat template that a Release, or a signed export of one, is bound to.
 
     `key` trusts one public key instead of those in SARTOR_HOME/trusted; `base` names the base to compare with, by default
     the one that the Release names. Raises ArtifactError, SignatureError, ModelError.
     """
-    found = open_artifact(path, "release")
-    document = (found.path / MANIFESTS["release"]).read_bytes()
+    return _verified(open_artifact(path, ("release", "export")), key, base)
+
+
+def verify_release(path: Path | str, *, key: Path | str | None = None, base: str = "") -> Verified:
+    """The same for what has to be a Release."""
+    return _verified(open_artifact(path, "release"), key, base)
+
+
+def _verified(found: Artifact, key: Path | str | None, base: str) -> Verified:
+    document = (found.path / MANIFESTS[found.kind]).read_bytes()
     trusted = [signing.open_public(Path(key))] if key else None
     signer = signing.check(document, found.path / "signature", trusted)
     return Verified(found, signer, _compare_base(found, base))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sartor.core import bases, catalogue, lineage, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, check_free, file_digest, new_directory, seal
 from sartor.core.errors import BudgetError, ConfigError
-from sartor.evaluate.release import verify
+from sartor.evaluate.release import verify_release
 from sartor.evaluate.tasks import check_base
 from sartor.export import companions, forms, prompts, reference, runtimes
 from sartor.export.forms import Made, Work
@@ -88,7 +88,7 @@ def export(
     out = Path(out).absolute()
     check_free(out, replace=replace)
     private = signing.open_private(Path(options.sign)) if options.sign else None
-    found = verify(release, key=options.key, base=options.base).release
+    found = verify_release(release, key=options.key, base=options.base).release
     said = found.manifest["base"]
     _check_memory(bases.locate(options.base or said["name"]))
     began = time.monotonic()

@@ -260,8 +260,10 @@ def agrees(
     except Exception:  # each architecture fails in its own way, and each failure is an answer
         return False, float("inf")
     own = few[0].supervised_tokens
-    difference = float((plain - behind[own:]).abs().max())
+    apart = (plain - behind[own:]).abs()
+    difference, spread = float(apart.max()), float(apart.pow(2).mean().sqrt())
     leak = float((behind[own:] - behind_other[own:]).abs().max())
     low_precision = model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16)
-    is_exact = leak <= (1e-3 if low_precision else 1e-6) and difference <= (0.25 if low_precision else 1e-3)
-    return is_exact, max(difference, leak)
+    if low_precision:  # rounding alone is 0.1 nats in the mean and 0.3 where a token was unlikely (docs/log.md)
+        return leak <= 1e-3 and spread <= 0.2 and difference <= 1.0, max(difference, leak)
+    return leak <= 1e-6 and difference <= 1e-3, max(difference, leak)

@@ -210,7 +210,7 @@ def run_seconds(
         for update in updates
     )
     whole = updates_s + evaluations_s
-    found = Interval(whole, whole * (1 - times.half_width), whole * (1 + times.half_width)) + start_s
+    found = Interval(whole, whole * (1 - times.half_width), whole * (1 + times.half_width)).at_least(0) + start_s
     return found.at_most(limit_s + evaluations_s) if limit_s else found
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import records
-from sartor.core.artifacts import DISK_FULL, fsync_directory, open_artifact
-from sartor.core.errors import AdmissionError, ArtifactError, MissingError, SartorError
+from sartor.core.artifacts import DISK_FULL, MANIFESTS, fsync_directory, open_artifact
+from sartor.core.errors import AdmissionError, ArtifactError, MissingError, SartorError, SignatureError
 
 MOST_BYTES = 4 << 30
 MOST_FILES = 2_000
@@ -115,6 +115,14 @@ class _Copying:
     def run(self) -> None:
         if not self._release.is_dir():
             raise ArtifactError(f"there is no directory {self._release}", "give the directory of a Release")
+        # whoever names a directory that is none (/etc) must not make the server read all of it
+        for name in (MANIFESTS["release"], "signature"):
+            if not (self._release / name).is_file():
+                error = SignatureError(
+                    f"{self._release} is no signed Release: it has no {name}", "sartor release signs an adapter"
+                )
+                error.check = "signature"
+                raise error
         self._folder(self._release, self._part, 0)
 
     def _folder(self, source: Path, target: Path, depth: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -60,7 +61,8 @@ class BaseWeights:
             return {}
 
     def _write_norms(self, norms: dict[str, float]) -> None:
-        part = self._norms_file.with_name(f".{self._norms_file.name}.part-{os.getpid()}")
+        # adapters are admitted beside each other, in threads
+        part = self._norms_file.with_name(f".{self._norms_file.name}.part-{os.getpid()}-{threading.get_ident()}")
         part.write_text(json.dumps({"schema": 1, "base": self._digest, "norms": norms}), encoding="utf-8")
         os.replace(part, self._norms_file)
 

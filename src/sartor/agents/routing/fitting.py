@@ -30,6 +30,8 @@ PENALTY = 10.0  # scikit-learn's C
 LENT = 5
 # A score below which nobody is chosen
 LEAST = 1e-3
+# What a prompt that misses its agent weighs against a foreign one that gets an agent: who asks the team mostly asks its agents
+OWN_WEIGHT = 2.0
 # By how much an encoder that costs more must be better
 GAIN = 0.005
 
@@ -215,14 +217,15 @@ def choose(own: Sequence[F32], foreign: F32, target: float) -> tuple[float, floa
 
     own: by agent, scores of held-out prompts, -1 where another agent scored higher; each agent counts the same. Of the
     thresholds that leave `target` of the foreign prompts to the base (or the most that can be), the one with the largest sum of
-    both fractions; it lies at the geometric mean of a score and the next one below, since a score is a product.
+    both fractions, the first times OWN_WEIGHT; it lies at the geometric mean of a score and the next one below, since a score
+    is a product.
     """
     found = np.unique(np.concatenate([*own, foreign, [1.0]]))
     found = found[found > LEAST]
     marks = np.sqrt(np.concatenate([[LEAST], found[:-1]]) * found)
     right = np.mean([1 - np.searchsorted(np.sort(one), marks) / len(one) for one in own if len(one)], axis=0)
     left = np.searchsorted(np.sort(foreign), marks) / len(foreign)
-    best = max(range(len(marks)), key=lambda place: (min(left[place], target), right[place] + left[place]))
+    best = max(range(len(marks)), key=lambda place: (min(left[place], target), OWN_WEIGHT * right[place] + left[place]))
     return float(marks[best]), float(right[best]), float(left[best])
 
 
@@ -235,7 +238,7 @@ def _fraction(found: F32) -> float | None:
 
 
 def best_of(found: Sequence[Fitted]) -> Fitted:
-    """The router with the best mean of both fractions; one that costs more (stands later) must be better by GAIN."""
+    """The router with the best mean of both fractions, weighted; one that costs more (stands later) must be better by GAIN."""
     best = found[0]
     for other in found[1:]:
         if _merit(other) >= _merit(best) + GAIN:
@@ -244,4 +247,5 @@ def best_of(found: Sequence[Fitted]) -> Fitted:
 
 
 def _merit(fitted: Fitted) -> float:
-    return float(fitted.figures["accuracy"] + fitted.figures["to_base"]) / 2
+    own, left = fitted.figures["accuracy"], fitted.figures["to_base"]
+    return float(OWN_WEIGHT * own + left) / (OWN_WEIGHT + 1)

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sartor.agents.keys import Opened
 from sartor.agents.serve.entry import Entry
-from sartor.agents.serve.faults import BUG, Fault, ForeignError, UnknownKeyError, fault_of
+from sartor.agents.serve.faults import ASK_AGAIN_S, BUG, Fault, ForeignError, UnknownKeyError, fault_of
 from sartor.agents.serve.journal import Journal
 from sartor.agents.serve.meters import Meters
 from sartor.agents.serve.running import GoneError, Shift
@@ -59,7 +59,9 @@ class Gate:
                 f"{self.connections()} connections are open; the limit is {self.limits.connections}", "ask again in a while"
             )
         if self.shift.closing:
-            raise UnavailableError("the server is shutting down", "ask again; another server, or this one soon, answers")
+            raise UnavailableError(
+                "the server is stopping and takes no more requests", f"ask another one, or this one in {ASK_AGAIN_S} s"
+            )
         visitor = await asyncio.get_running_loop().run_in_executor(_threads, self._enter, scope, headers)
         if scope["method"] == "POST" and scope["path"] in _COUNTED:
             self.rates.begin(visitor.key)

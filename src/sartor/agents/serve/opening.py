@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -19,12 +20,15 @@ from sartor.agents.receipts import ReceiptBook
 from sartor.agents.registry import Registry
 from sartor.agents.roster import Roster
 from sartor.agents.router import AutoRouter
+from sartor.agents.serve.journal import Journal
 from sartor.agents.serve.seams import House
 from sartor.agents.serve.server import Server, bind, check_bind
 from sartor.agents.supervisor import Supervisor
 from sartor.agents.team import Team, load
 
 Ready = Callable[[Mapping[str, Any]], object]
+# Told each stage of the opening, as Journal.say is: an event and its fields
+Tell = Callable[..., object]
 
 
 def serve(team: Team | Path | str, flags: Sequence[str] = (), *, ready: Ready = lambda said: None) -> None:
@@ -38,16 +42,24 @@ def serve(team: Team | Path | str, flags: Sequence[str] = (), *, ready: Ready = 
 
 
 async def _serve(team: Team, ready: Ready) -> None:
-    async with open_house(team) as house:
-        server = Server(house, team)
-        names = [agent.name for agent in await house.roster.listed()]
+    journal = Journal(sys.stderr)
+    try:
+        await _open_and_serve(team, ready, journal)
+    finally:
+        journal.close()
+
+
+async def _open_and_serve(team: Team, ready: Ready, journal: Journal) -> None:
+    async with open_house(team, journal.say) as house:
+        server = Server(house, team, journal=journal)
+        names = [agent.name for agent in await house.roster.listed() if agent.is_ready]
         about = house.crew.about
         facts = {"base": about.base, "engine": about.kind, "agents": names, "keys": not house.doors.is_open}
         await server.serve(bind(team), lambda address: ready({"address": address, **facts}))
 
 
 @asynccontextmanager
-async def open_house(team: Team) -> AsyncIterator[House]:
+async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> AsyncIterator[House]:
     """Registry, workers, agents. What cannot be is found before the workers, which take longest, are started."""
     async with AsyncExitStack() as stack:
         # digests of keys and receipts lie in it
@@ -57,6 +69,7 @@ async def open_house(team: Team) -> AsyncIterator[House]:
         doors = Keys(registry.database)
         check_bind(doors, team.http)
         bind(team).close()
+        tell("opening the base", base=team.base, engine=team.engine.kind, workers=team.workers.count)
         crew = Supervisor(team)
         await crew.start()
         stack.push_async_callback(crew.close)
@@ -66,8 +79,9 @@ async def open_house(team: Team) -> AsyncIterator[House]:
         admit = _admission(team, crew)
         router = AutoRouter(crew, team.router, Path(team.state), crew.about.kind)
         stack.push_async_callback(router.close)
-        dispatch = Dispatch(team, crew, registry, admit, router=router, receipts=book)
+        dispatch = Dispatch(team, crew, registry, _told(admit, tell), router=router, receipts=book)
         await dispatch.start()
+        tell("agents open", served=[name for name in dispatch.served.agents if name not in dispatch.served.unadmitted])
         stack.push_async_callback(dispatch.close)
         yield House(
             replies=dispatch,
@@ -89,3 +103,16 @@ def _admission(team: Team, crew: Supervisor) -> Admit:
         return version_of(await admission.admit(release, ground, crew.probe), agent)
 
     return admit
+
+
+def _told(admit: Admit, tell: Tell) -> Admit:
+    """The same, which tells of each Release the first time: what is refused is tried again every few seconds."""
+    known: set[tuple[Path, str]] = set()
+
+    async def admitting(release: Path, agent: str) -> Version:
+        if (release, agent) not in known:
+            known.add((release, agent))
+            tell("admitting", agent=agent)
+        return await admit(release, agent)
+
+    return admitting

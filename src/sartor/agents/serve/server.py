@@ -13,7 +13,6 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
 
 import uvicorn
 from fastapi import FastAPI
@@ -44,13 +43,13 @@ OTHER_FILES = 256
 
 
 class Server:
-    """Serves a house. `log` takes the journal's lines, by default stderr. Raises ConfigError, ExtraError."""
+    """Serves a house. journal: by default one to stderr; closed with the server. Raises ConfigError, ExtraError."""
 
-    def __init__(self, house: House, team: Team, *, log: TextIO | None = None) -> None:
+    def __init__(self, house: House, team: Team, *, journal: Journal | None = None) -> None:
         self.team = team
         self.shift = Shift()
         self._house = house
-        self.journal = Journal(log or sys.stderr)
+        self.journal = journal or Journal(sys.stderr)
         check_bind(house.doors, team.http)
         self._tracer = Tracer(team.http.otel)
         self._uvicorn: uvicorn.Server | None = None

@@ -11,6 +11,7 @@ from sartor.agents.keys import Opened
 from sartor.agents.serve.app import JsonResponse, Route
 from sartor.agents.serve.desk import Desk, desk_of, entry_of
 from sartor.agents.serve.said import ModelBody, ModelsAnswer
+from sartor.core.errors import UnavailableError
 
 router = APIRouter(route_class=Route)
 STARTED = int(time.time())
@@ -28,7 +29,10 @@ async def model(model: str, request: Request) -> JsonResponse:
     """One of them."""
     desk, visitor = desk_of(request), entry_of(request).visitor
     await desk.check_model(model, visitor)
-    return JsonResponse((await _names(desk, visitor))[model])
+    names = await _names(desk, visitor)
+    if model not in names:
+        raise UnavailableError(f"no version of {model[:80]!a} has been admitted yet", "sartor agents list says why")
+    return JsonResponse(names[model])
 
 
 async def _names(desk: Desk, visitor: Opened) -> dict[str, dict[str, Any]]:
@@ -42,7 +46,7 @@ async def _names(desk: Desk, visitor: Opened) -> dict[str, dict[str, Any]]:
     found = [name("base", exact, None)] if visitor.opens("base") else []
     found += [name("auto", "auto", "base")] if visitor.opens("auto") else []
     for agent in await desk.house.roster.listed():
-        if visitor.opens(agent.name):
+        if agent.is_ready and visitor.opens(agent.name):
             found.append(name(agent.name, f"{agent.name}@{agent.live}" if agent.live else agent.name, "base"))
             found += [name(version, version, "base") for version in (f"{agent.name}@{one}" for one in agent.versions)]
     return {str(said["id"]): said for said in found}
