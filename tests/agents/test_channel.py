@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import scripted
-from sartor.agents import channel, worker
+from sartor.agents import channel, child, worker
 from sartor.agents.channel import Channel, Frames, Malformed, frame
 from sartor.core.errors import BusyError, ModelError, SartorError
 from sartor.models.engine.contract import Call
@@ -178,3 +178,14 @@ def test_an_engine_whose_step_fails_ends_the_worker() -> None:
         ours.sendall(frame(call("hello")))
         with pytest.raises(ZeroDivisionError):
             worker.run(engine, Channel(theirs), unchecked)
+
+
+def test_threads_of_a_worker_wait_patiently_unless_the_user_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    assert child.environment()["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert (child.environment()["GOMP_SPINCOUNT"], child.environment()["KMP_BLOCKTIME"]) == ("7", "1")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert "GOMP_SPINCOUNT" not in child.environment()

@@ -287,9 +287,10 @@ def environment() -> dict[str, str]:
     """The worker's: the threads of a step give the processor away while they wait for each other.
 
     OpenMP lets them spin. Where others take the processors (a worker that starts, a second one), those that spin keep the one
-    that they wait for from running, and a step takes many times as long. What the user has set holds.
+    that they wait for from running, and a step takes many times as long. What the user has set holds; GNU's count would go
+    before the policy.
     """
-    return {**_PATIENT, **os.environ}
+    return dict(os.environ) if "OMP_WAIT_POLICY" in os.environ else {**_PATIENT, **os.environ}
 
 
 def _ended(status: int) -> str:
