@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sartor.agents.asking import Embedded
 from sartor.agents.router import AutoRouter
 from sartor.agents.team import Routing, load
 from sartor.core import assets
@@ -36,10 +37,10 @@ class Crew:
     def __init__(self) -> None:
         self._encoders: dict[str, Encoder] = {}
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
+    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
         if encoder not in self._encoders:
             self._encoders[encoder] = MiniLM() if encoder == "minilm" else SentenceEncoder(Path(encoder), encoder)
-        return [list(map(float, vector)) for vector in self._encoders[encoder].encode(texts)]
+        return Embedded([list(map(float, vector)) for vector in self._encoders[encoder].encode(texts)])
 
 
 def halved(release: Path, part: Path, rng: random.Random) -> set[str]:
