@@ -264,6 +264,6 @@ def agrees(
     difference, spread = float(apart.max()), float(apart.pow(2).mean().sqrt())
     leak = float((behind[own:] - behind_other[own:]).abs().max())
     low_precision = model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16)
-    if low_precision:  # rounding alone is 0.1 nats in the mean and 0.3 where a token was unlikely (docs/log.md)
-        return leak <= 1e-3 and spread <= 0.2 and difference <= 1.0, max(difference, leak)
+    if low_precision:  # rounding alone is 0.1 nats in the root mean square, and 1 for one token in hundreds (docs/log.md)
+        return leak <= 1e-3 and spread <= 0.2 and difference <= 3.0, max(difference, leak)
     return leak <= 1e-6 and difference <= 1e-3, max(difference, leak)
