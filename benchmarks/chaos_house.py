@@ -211,8 +211,7 @@ class Server:
 
     def workers(self) -> list[int]:
         """Processes of workers that are there."""
-        children = psutil.Process(self.pid).children()
-        return [child.pid for child in children if "sartor.agents.worker" in child.cmdline()]
+        return [child.pid for child in psutil.Process(self.pid).children() if _is_worker(child)]
 
     async def answering(self) -> int:
         """The worker that does the work."""
@@ -236,6 +235,12 @@ class Server:
         """What the admin asks for."""
         async with client(self.url, self.admin) as http:
             return await http.post(f"/v1/agents/{agent}/{verb}", json=asked)
+
+
+def _is_worker(child: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since, or is a zombie
+        return "sartor.agents.worker" in child.cmdline()
+    return False
 
 
 def _processor_s(pid: int) -> float:

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
 
 from sartor.agents import database
 from sartor.agents.entries import MOST_EARLIER
@@ -215,6 +216,14 @@ def test_an_older_form_comes_to_the_newest(tmp_path: Path, monkeypatch: pytest.M
     opened = Registry.open(sqlite_url(tmp_path))
     assert opened.read().agents["faq"].live == "0"
     execute(tmp_path, "insert into more values (1)")
+
+
+def test_no_room_for_the_index_of_the_log_is_a_full_disk(registry: Registry) -> None:
+    """SQLite says an I/O error there, when nobody else has the file open."""
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
+    with pytest.raises(MissingError, match="full.*nothing was changed"), registry.database.read():
+        raise DBAPIError("begin immediate", (), error)
 
 
 def test_a_full_disk_and_a_locked_file_change_nothing(

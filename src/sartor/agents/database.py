@@ -38,7 +38,8 @@ _PARTS = ("username", "password", "host", "database")
 _ADVISORY = 0x5A2704
 # alembic keeps the context of the migration that runs in a global of its module
 _one_migration = threading.Lock()
-_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
+# the last: the index of the write-ahead log is made anew by whoever opens the file first, and finds no room
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
