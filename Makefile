@@ -39,8 +39,8 @@ test: $(VENV)/.dev  ## every tier
 	$(BIN)/python -m pytest -q -m "circle or services or browser"
 
 check: $(VENV)/.dev  ## lint and types
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 
 bench: $(VENV)/.bench  ## each benchmark's JSON line; Sartor against its peers is `bench-peers`, which makes a venv for each

@@ -22,19 +22,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-STANDARD = (
-    "argparse", "ast", "asyncio", "base64", "bisect", "calendar", "collections", "colorsys", "concurrent.futures",
-    "configparser", "contextlib", "copy", "csv", "ctypes.util", "dataclasses", "datetime", "decimal", "difflib", "dis", "email.utils", "enum",
-    "filecmp", "fileinput", "fnmatch", "fractions", "ftplib", "functools", "getpass", "glob", "graphlib", "gzip", "hashlib", "heapq",
-    "hmac", "html", "http.client", "http.cookies", "imaplib", "importlib.metadata", "importlib.resources", "importlib.util",
-    "inspect", "io", "ipaddress", "itertools", "json", "keyword", "linecache", "locale", "logging", "lzma", "mailbox", "math",
-    "mimetypes", "operator", "os", "os.path", "pathlib", "pickle", "pkgutil", "platform", "pprint", "queue", "random", "re",
-    "runpy", "sched", "secrets", "selectors", "shelve", "shlex", "shutil", "signal", "site", "smtplib", "socket", "sqlite3", "ssl", "stat",
-    "statistics", "string", "struct", "subprocess", "symtable", "sysconfig", "tarfile", "tempfile", "textwrap", "threading", "time",
-    "timeit", "token", "tokenize", "trace", "traceback", "tracemalloc", "types", "typing", "unicodedata", "urllib.error", "urllib.parse", "urllib.request",
-    "uuid", "venv", "warnings", "weakref", "webbrowser", "xml.dom.minidom", "xml.etree.ElementTree", "xml.sax.saxutils", "zipfile",
-    "zipimport", "zlib", "zoneinfo",
-)  # fmt: skip
+STANDARD = tuple(
+    """
+    argparse ast asyncio base64 bisect calendar collections colorsys concurrent.futures configparser contextlib copy csv
+    ctypes.util dataclasses datetime decimal difflib dis email.utils enum filecmp fileinput fnmatch fractions ftplib
+    functools getpass glob graphlib gzip hashlib heapq hmac html http.client http.cookies imaplib importlib.metadata
+    importlib.resources importlib.util inspect io ipaddress itertools json keyword linecache locale logging lzma mailbox
+    math mimetypes operator os os.path pathlib pickle pkgutil platform pprint queue random re runpy sched secrets
+    selectors shelve shlex shutil signal site smtplib socket sqlite3 ssl stat statistics string struct subprocess
+    symtable sysconfig tarfile tempfile textwrap threading time timeit token tokenize trace traceback tracemalloc types
+    typing unicodedata urllib.error urllib.parse urllib.request uuid venv warnings weakref webbrowser xml.dom.minidom
+    xml.etree.ElementTree xml.sax.saxutils zipfile zipimport zlib zoneinfo
+    """.split()
+)
 BY_NAME = (
     "What does {name} do?",
     "What is {name} for?",
@@ -55,9 +55,11 @@ BY_TASK = (
 )
 # first words of a docstring that is a command; "Return x" is asked for as "get x"
 COMMAND = re.compile(
-    r"(Return|Returns|Get|Compute|Create|Convert|Remove|Read|Write|Parse|Find|Check|Make|Test|Set|Open|Split|Join|Copy|Move|Delete|"
-    r"Encode|Decode|Calculate|Change|Compare|Count|Format|Generate|List|Load|Print|Quote|Replace|Run|Send|Sort|Add|Build|Close|Escape|Unescape|Unpack|Pack|"
-    r"Wrap|Fill|Compress|Decompress|Iterate over|Determine|Extract|Look up|Match|Search|Shuffle|Choose|Round|Register|Apply|Insert|Combine|Expand|Walk|Wait)\b"
+    r"(Return|Returns|Get|Compute|Create|Convert|Remove|Read|Write|Parse|Find|Check|Make|Test|Set|"
+    r"Open|Split|Join|Copy|Move|Delete|Encode|Decode|Calculate|Change|Compare|Count|Format|Generate|"
+    r"List|Load|Print|Quote|Replace|Run|Send|Sort|Add|Build|Close|Escape|Unescape|Unpack|Pack|Wrap|"
+    r"Fill|Compress|Decompress|Iterate over|Determine|Extract|Look up|Match|Search|Shuffle|Choose|Round|"
+    r"Register|Apply|Insert|Combine|Expand|Walk|Wait)\b"
 )
 FEWEST_WORDS, MOST_WORDS = 4, 40
 
