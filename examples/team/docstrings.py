@@ -22,19 +22,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-STANDARD = tuple(
-    """
-    argparse ast asyncio base64 bisect calendar collections colorsys concurrent.futures configparser contextlib copy csv
-    ctypes.util dataclasses datetime decimal difflib dis email.utils enum filecmp fileinput fnmatch fractions ftplib
-    functools getpass glob graphlib gzip hashlib heapq hmac html http.client http.cookies imaplib importlib.metadata
-    importlib.resources importlib.util inspect io ipaddress itertools json keyword linecache locale logging lzma mailbox
-    math mimetypes operator os os.path pathlib pickle pkgutil platform pprint queue random re runpy sched secrets
-    selectors shelve shlex shutil signal site smtplib socket sqlite3 ssl stat statistics string struct subprocess
-    symtable sysconfig tarfile tempfile textwrap threading time timeit token tokenize trace traceback tracemalloc types
-    typing unicodedata urllib.error urllib.parse urllib.request uuid venv warnings weakref webbrowser xml.dom.minidom
-    xml.etree.ElementTree xml.sax.saxutils zipfile zipimport zlib zoneinfo
-    """.split()
-)
+MODULES = """
+argparse ast asyncio base64 bisect calendar collections colorsys concurrent.futures configparser contextlib copy csv
+ctypes.util dataclasses datetime decimal difflib dis email.utils enum filecmp fileinput fnmatch fractions ftplib
+functools getpass glob graphlib gzip hashlib heapq hmac html http.client http.cookies imaplib importlib.metadata
+importlib.resources importlib.util inspect io ipaddress itertools json keyword linecache locale logging lzma mailbox
+math mimetypes operator os os.path pathlib pickle pkgutil platform pprint queue random re runpy sched secrets
+selectors shelve shlex shutil signal site smtplib socket sqlite3 ssl stat statistics string struct subprocess
+symtable sysconfig tarfile tempfile textwrap threading time timeit token tokenize trace traceback tracemalloc types
+typing unicodedata urllib.error urllib.parse urllib.request uuid venv warnings weakref webbrowser xml.dom.minidom
+xml.etree.ElementTree xml.sax.saxutils zipfile zipimport zlib zoneinfo
+"""
+STANDARD = tuple(MODULES.split())
 BY_NAME = (
     "What does {name} do?",
     "What is {name} for?",
