@@ -17,7 +17,6 @@ Three things of bitsandbytes are kept from happening, all in `protect`:
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -29,8 +28,6 @@ from torch.nn import functional as F
 
 from sartor.core.errors import need
 
-# peft imports bitsandbytes wherever it is installed, and that advises packages which nothing here needs
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 KINDS = {4: "nf4", 8: "int8"}
 
 
