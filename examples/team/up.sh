@@ -62,8 +62,12 @@ once rows/home.jsonl python "$here/commands.py" rows/home.jsonl rows/general.jso
 once rows/python.jsonl python "$here/docstrings.py" rows/python.jsonl >&2
 sartor assets install construction-faq >&2
 
+# the recipe of the house, and the rows of general talk beside its sources
+awk '{print} /^sources:/ {print "  - {path: rows/general.jsonl, licence: Apache-2.0, use: [commercial], rehearsal: true}"}' \
+  "$here/../../recipes/construction-faq.yaml" >rows/construction.curate.yaml
+
 agent home "$here/home/curate.yaml" exact_match
-agent construction "$here/../../recipes/construction-faq.yaml" f1
+agent construction rows/construction.curate.yaml f1
 agent python "$here/python/curate.yaml" f1
 
 [ -n "$build" ] || exec sartor serve team.yaml "$@"

@@ -135,7 +135,7 @@ def _write_inputs(out: Path, limit: int) -> None:
     sources = [
         {"path": str(out / "rows.jsonl"), "licence": licence, "use": ["commercial"]},
         # sartor's own few rows of general talk, so that the specialist keeps its manners (see intents.py)
-        {"path": str(out / "general.jsonl"), "licence": "Apache-2.0", "use": ["commercial"], "split": "train"},
+        {"path": str(out / "general.jsonl"), "licence": "Apache-2.0", "use": ["commercial"], "rehearsal": True},
     ]
     fraction = 0.25 if limit else HELD_OUT_FRACTION
     _write_yaml(out / "curate.yaml", {"sources": sources, "split": {"eval_fraction": fraction, "by": "group"}, "seed": 0})

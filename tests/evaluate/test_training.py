@@ -54,6 +54,17 @@ def test_exemplars_are_of_both_splits_bounded_and_without_masked_rows(tmp_path: 
     assert training.write_exemplars(made, tmp_path / "none", 0) == 0 and not (tmp_path / "none").exists()
 
 
+def test_rehearsal_is_what_the_agent_is_not_for_and_counts_for_nothing_else(tmp_path: Path) -> None:
+    made = facts(*(example(f"train {n}", "[1]", system="") for n in range(20)), example("good morning", "r", "eval", system=""))
+    for text in ("good morning", "how are you"):
+        made.rehearse(example(text, "fine", system=""))
+    assert (made.format, made.rows) == ("json", 20)
+    training.write_exemplars(made, tmp_path, 40)
+    lines = [json.loads(line) for line in (tmp_path / training.EXEMPLARS).read_text().splitlines()]
+    assert {line["text"] for line in lines if line["split"] == "other"} == {"good morning", "how are you"}
+    assert not [line for line in lines if line["split"] == "eval"], "what was rehearsed is not held out"
+
+
 def test_general_talk_and_prompts_that_look_personal_are_no_exemplars_of_the_agent(tmp_path: Path) -> None:
     made = facts(
         *(example(f"train {n}", "r") for n in range(20)),

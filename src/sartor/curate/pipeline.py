@@ -279,7 +279,7 @@ class Line:
         sources = []
         for file in self.planned.files:
             place = file.source, file.path
-            terms = {name: getattr(self.declared[file.source], name) for name in TERMS}
+            terms = {name: getattr(self.declared[file.source], name) for name in (*TERMS, "rehearsal")}
             counted = {"read": self.read[place], "kept": kept[place], "notes": dict(self.notes.get(place, {}))}
             sources.append({**asdict(file), **terms, **counted})
         tallied = {kind: dict(counts.most_common()) for kind, counts in self.tally.items()}

@@ -27,6 +27,7 @@ class Source:
     expires: str = option("", "last day on which it may be used, 2027-12-31; empty is no end")
     consent: Consent = option("", "of the people it is from: given, pending, withdrawn, not-needed; empty is not stated")
     split: Literal["", "train", "eval"] = option("", "put every row of this source in one split; empty lets `split` decide")
+    rehearsal: bool = option(False, "general talk that keeps the base's manners: never held out, and not what an agent is for")
     date: str = option("", "ISO date of the rows that carry none")
     prompt: str = option("", "the question put to each image or audio file that has a caption")
     captions: Literal["beside", "folder"] = option(
@@ -36,6 +37,10 @@ class Source:
     def __post_init__(self) -> None:
         if self.date and not iso_date(self.date):
             raise ConfigError(f"date is {self.date!r}; it must be a date in ISO 8601", "date: 2026-01-31")
+        if self.rehearsal:
+            if self.split == "eval":
+                raise ConfigError(f"{self.path} is rehearsal and held out; it cannot be both", "leave out split: eval")
+            object.__setattr__(self, "split", "train")
         object.__setattr__(self, "licence", checked(self.licence))  # one spelling, so that equal licences are equal text
         if self.expires:
             object.__setattr__(self, "expires", _day(self.expires))

@@ -146,7 +146,8 @@ def _forgetting(found: Mapping[str, Any]) -> Check:
         return Check("fail", f"not measured: {found['skipped']}")
     fits = found["high"] <= FORGETTING_LIMIT_NATS
     detail = f"{found['difference']:+.3f} nats per token, in [{found['low']:.3f}, {found['high']:.3f}]"
-    return Check("pass" if fits else "fail", f"{detail}; the limit is {FORGETTING_LIMIT_NATS}")
+    remedy = "" if fits else "add a source of general talk with `rehearsal: true` to the curation recipe, or tune slower"
+    return Check("pass" if fits else "fail", f"{detail}; the limit is {FORGETTING_LIMIT_NATS}", remedy)
 
 
 def _licence(adapter: Artifact, use: Use) -> Check:

@@ -37,13 +37,17 @@ MASKING = "personal_data"
 
 @dataclass
 class TrainingFacts:
-    """Counted over the rows of a Dataset; `exemplars` maps a split to (Example's id, prompt, system prompt)."""
+    """Counted over the rows of a Dataset; `exemplars` maps a split to (Example's id, prompt, system prompt).
+
+    `rehearsed`: (Example's id, prompt) of rows whose source the recipe calls `rehearsal`; nothing else is counted of them.
+    """
 
     systems: Counter[str] = field(default_factory=Counter)
     tools: Counter[str] = field(default_factory=Counter)
     json_replies: int = 0
     rows: int = 0
     exemplars: dict[str, list[tuple[str, str, str]]] = field(default_factory=lambda: {"train": [], "eval": []})
+    rehearsed: list[tuple[str, str]] = field(default_factory=list)
     prompts: dict[str, tuple[Message, ...]] = field(default_factory=dict)
 
     @property
@@ -62,8 +66,13 @@ class TrainingFacts:
         """What the replies are."""
         return "json" if self.rows and self.json_replies >= JSON_FRACTION * self.rows else "text"
 
+    def rehearse(self, example: Example) -> None:
+        """One row of general talk."""
+        if text := _exemplar(example):
+            self.rehearsed.append((example.id, text))
+
     def add(self, example: Example) -> None:
-        """One row, of either split."""
+        """One row of the agent's own, of either split."""
         system = example.messages[0].text if example.messages[0].role == "system" else ""
         if example.split == "train":
             self.rows += 1
@@ -93,24 +102,27 @@ def read_facts(adapter: Artifact) -> TrainingFacts:
             "sartor index DIR finds a Dataset that was moved",
         )
     facts = TrainingFacts()
+    rehearsed = {source["source"] for source in dataset.manifest["sources"] if source.get("rehearsal")}
     for example in rows.read_examples(dataset):
-        facts.add(example)
+        is_rehearsal = all(origin.source in rehearsed for origin in example.origins)
+        (facts.rehearse if is_rehearsal else facts.add)(example)
     return facts
 
 
 def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:
     """`router/exemplars.jsonl` below `part`: {"text", "split"} a line, `most` in all; 0 writes none. Returns how many.
 
-    split: `train`, `eval` (held out: the router's threshold is chosen with them), or `other`: training rows without a system
-    prompt where most have one, which are general talk and what the agent is not for. Rows are taken in the order of their ids,
-    which are digests: any part of them is a fair sample, and the same one each time. Prompts that look personal are left out.
+    split: `train`, `eval` (held out: the router's threshold is chosen with them), or `other`: rehearsal, and training rows
+    without a system prompt where most have one, which are general talk and what the agent is not for. Rows are taken in the
+    order of their ids, which are digests: any part of them is a fair sample, and the same one each time. Prompts that look
+    personal are left out.
     """
     is_general = bool(facts.system_prompt)
     own: list[tuple[str, str]] = []
-    general: list[tuple[str, str]] = []
+    general = list(facts.rehearsed)
     for id, text, system in facts.exemplars["train"]:
         (general if is_general and not system else own).append((id, text))
-    seen = {text for _, text, _ in facts.exemplars["train"]}
+    seen = {text for _, text, _ in facts.exemplars["train"]} | {text for _, text in facts.rehearsed}
     unseen = [(id, text) for id, text, system in facts.exemplars["eval"] if text not in seen and (system or not is_general)]
     held_out = _chosen(unseen, round(most * HELD_OUT_FRACTION))
     others = _chosen(general, min(MOST_OTHER, most // 5))
