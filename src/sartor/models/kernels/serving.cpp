@@ -6,7 +6,8 @@
 // in chunks of any size, a reply the same with any neighbours, and keys and values of a reply may serve as a later prompt's.
 //
 // Weights are read as they stand in memory, (outputs, inputs), so a base that is mapped from its files is shared by all
-// processes that serve it. Products have two makers: AMX tiles for bf16, where the processor has them, and plain vectors.
+// processes that serve it. Products have three makers: for bf16 AMX tiles or AVX-512's products of pairs, where the processor has them,
+// and plain vectors.
 //
 // Threads share the work by claiming pieces of it, each first its own part and then what others left; they go on when every
 // piece of a stage is done, not when every thread has come: one that another process has put aside is not waited for, unless
@@ -409,6 +410,7 @@ template <class Op, class Look, class T> Long room_bytes(const Model& m, Long to
 }  // namespace
 
 extern "C" int sartor_amx() { return amx_is_allowed(); }
+extern "C" int sartor_pairs() { return has_pairs(); }
 
 #define EXPORT(OP, LOOK, T, NAME)                                                                                                     \
   extern "C" Long sartor_walk_bytes_##NAME(const Model* m, Long tokens, Long rank) { return room_bytes<OP, LOOK, T>(*m, tokens, rank); } \
@@ -422,6 +424,9 @@ extern "C" int sartor_amx() { return amx_is_allowed(); }
 
 EXPORT(Plain<float>, PlainLook<float>, float, f32)
 EXPORT(Plain<bf16>, PlainLook<bf16>, bf16, bf16)
+#ifdef SARTOR_PAIRS
+EXPORT(Pairs, PlainLook<bf16>, bf16, pairs)
+#endif
 #ifdef SARTOR_AMX
 EXPORT(Amx, AmxLook, bf16, amx)
 #endif

@@ -82,7 +82,7 @@ class Tokens:
 
 
 class Walker:
-    """The compiled walk. tiles: products by AMX tiles, for bf16 bases whose inputs are multiples of 32."""
+    """The compiled walk. tiles: products by AMX tiles if there are any, for bf16 bases whose inputs are multiples of 32."""
 
     def __init__(self, dtype: torch.dtype, *, tiles: bool) -> None:
         """Raises NoKernels when there are none for this dtype, or on this machine."""
@@ -90,7 +90,8 @@ class Walker:
             raise native.NoKernels(f"bases in {dtype} are served by torch's operations")
         library = native.load().library
         has_tiles = tiles and dtype == torch.bfloat16 and bool(library.sartor_amx())
-        self.name = "amx" if has_tiles else native.SUFFIX[dtype]
+        has_pairs = dtype == torch.bfloat16 and bool(library.sartor_pairs())
+        self.name = "amx" if has_tiles else "pairs" if has_pairs else native.SUFFIX[dtype]
         self._walk, self._head, self._bytes = (
             getattr(library, f"sartor_{name}_{self.name}") for name in ("walk", "head", "walk_bytes")
         )
