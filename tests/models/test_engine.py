@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import loras
+from replies import replies
 from sartor.core.errors import BusyError, ModelError, RequestError
 from sartor.core.records import Message
 from sartor.models import adapters
@@ -83,19 +84,6 @@ def calls(*adapters: str, prompt: str = LONG, tokens: int = 6, **options: Any) -
         Call(f"{place}", adapter, ({"role": "user", "content": prompt},), sampling=sampling)
         for place, adapter in enumerate(adapters)
     ]
-
-
-def replies(engine: LocalEngine, asked: list[Call]) -> dict[str, str]:
-    for call in asked:
-        engine.submit(call)
-    said = {call.id: "" for call in asked}
-    while engine.busy:
-        for event in engine.step():
-            if isinstance(event, Piece):
-                said[event.call] += event.text
-            elif isinstance(event, Failed):
-                said[event.call] = event.kind
-    return said
 
 
 def test_a_row_is_bit_for_bit_what_it_is_alone(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +181,7 @@ def test_a_row_that_is_not_finite_fails_alone(engine: LocalEngine, tmp_path: Pat
     before = replies(engine, calls("", "a0"))
     engine.attach("bad", loras.write_lora(tmp_path / "bad", base.model.config.to_dict(), seed=5, rank=2, size=1e30))
     said = replies(engine, calls("", "a0", "bad", "bad"))
-    assert said["2"] == said["3"] == "ModelError"
+    assert said["2"] == said["3"] == "<ModelError>"
     assert {key: said[key] for key in before} == before
     assert replies(engine, calls("", "a0")) == before
     assert engine._pages.free == engine._pages.total

@@ -11,10 +11,11 @@ import torch
 from test_forward import MODELS, tuned
 
 import loras
+from replies import replies
 from sartor.models import adapters
 from sartor.models.base import _cpu_flags, open_base
 from sartor.models.engine.blocks import Run
-from sartor.models.engine.contract import Call, Failed, Piece
+from sartor.models.engine.contract import Call
 from sartor.models.engine.local import LocalEngine
 from sartor.models.engine.native_blocks import NativeBlocks, difference, open_blocks
 from sartor.models.generate import draw, generate, likely, source
@@ -138,17 +139,6 @@ def test_what_is_drawn_has_the_chances_that_likely_says(top_p: float) -> None:
 STARTER_TEXTS = [f"Tell me {what} in one sentence." for what in ("a story", "the time", "what rain is", "why cats sleep")] * 2
 
 
-def starter_replies(engine: LocalEngine, asked: list[Call]) -> dict[str, str]:
-    for call in asked:
-        engine.submit(call)
-    said = {call.id: "" for call in asked}
-    while engine.busy:
-        for event in engine.step():
-            assert not isinstance(event, Failed), event
-            said[event.call] += event.text if isinstance(event, Piece) else ""
-    return said
-
-
 @pytest.mark.circle
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_eight_adapters_on_the_starter_say_what_each_says_alone(
@@ -172,7 +162,8 @@ def test_eight_adapters_on_the_starter_say_what_each_says_alone(
     for n, path in enumerate(paths):
         engine.attach(f"a{n}", path)
     asked = [Call(f"{n}", f"a{n}", text=text, sampling=Sampling(max_tokens=16)) for n, text in enumerate(STARTER_TEXTS)]
-    together = starter_replies(engine, asked)
-    assert together == {call.id: starter_replies(engine, [call])[call.id] for call in asked}
+    together = replies(engine, asked)
+    assert not any(text.endswith("Error>") for text in together.values())
+    assert together == {call.id: replies(engine, [call])[call.id] for call in asked}
     if wanted:
         assert together["0"] == wanted

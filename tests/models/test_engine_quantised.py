@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import loras
+from replies import replies
 from sartor.models import adapters, quantised
 from sartor.models.base import Base, open_base
 from sartor.models.engine.blocks import Blocks, Run
-from sartor.models.engine.contract import Call, Failed, Piece
-from sartor.models.engine.local import LocalEngine, open_engine
+from sartor.models.engine.contract import Call
+from sartor.models.engine.local import open_engine
 from sartor.models.engine.native_blocks import open_blocks
 from sartor.models.generate import generate
 from sartor.models.sampling import Sampling
@@ -26,17 +27,6 @@ TOKENS = 12
 
 def adapter(base: Base, path: Path, seed: int) -> Path:
     return loras.write_lora(path, base.model.config.to_dict(), seed=seed, rank=4, size=1.0)
-
-
-def replies(engine: LocalEngine, asked: list[Call]) -> dict[str, str]:
-    for call in asked:
-        engine.submit(call)
-    said = {call.id: "" for call in asked}
-    while engine.busy:
-        for event in engine.step():
-            assert not isinstance(event, Failed), event
-            said[event.call] += event.text if isinstance(event, Piece) else ""
-    return said
 
 
 def generated(base: Base, model: Any) -> list[str]:

@@ -1,0 +1,21 @@
+"""What an engine says to calls, taken to their end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sartor.models.engine.contract import Call, Engine, Failed, Piece
+
+
+def replies(engine: Engine, asked: Sequence[Call]) -> dict[str, str]:
+    """The text of each call by its id; of one that failed, the kind of its failure in angle brackets."""
+    for call in asked:
+        engine.submit(call)
+    said = {call.id: "" for call in asked}
+    while engine.busy:
+        for event in engine.step():
+            if isinstance(event, Piece):
+                said[event.call] += event.text
+            elif isinstance(event, Failed):
+                said[event.call] = f"<{event.kind}>"
+    return said
