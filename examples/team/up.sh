@@ -24,7 +24,10 @@ while [ $# -gt 0 ]; do
   shift
 done
 command -v sartor >/dev/null || PATH="$here/../../.venv/bin:$PATH" # where `make demo` put it
-command -v sartor >/dev/null || { echo "sartor is not installed: pip install '.[tune,demo,serve]'" >&2; exit 6; }
+python -c 'import hassil, torch, sartor.agents.serve.opening' 2>/dev/null || {
+  echo "parts of sartor are not installed; in its clone: $(command -v python) -m pip install '.[tune,demo,serve]'" >&2
+  exit 6
+}
 out=${out:-team${quick:+-quick}}
 mkdir -p "$out/rows"
 cd "$out"
@@ -61,6 +64,7 @@ once keys sartor keygen keys --trust >&2
 once rows/home.jsonl python "$here/commands.py" rows/home.jsonl rows/general.jsonl
 once rows/python.jsonl python "$here/docstrings.py" rows/python.jsonl >&2
 sartor assets install construction-faq >&2
+sartor assets install minilm >&2 # the sentence encoder by which `auto` chooses
 
 # the recipe of the house, and the rows of general talk beside its sources
 awk '{print} /^sources:/ {print "  - {path: rows/general.jsonl, licence: Apache-2.0, use: [commercial], rehearsal: true}"}' \

@@ -392,6 +392,7 @@ def test_a_change_by_another_process_is_seen_and_one_made_here_at_once(tmp_path:
             other.rollback("faq")
             await until(lambda: dispatch.served.agents["faq"].live == "1")
             other.close()
+            assert (await said(dispatch, asked("faq")))[0] == "faq@1"
 
     run(work())
 

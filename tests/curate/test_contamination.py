@@ -31,7 +31,7 @@ ITEMS = (
 
 
 @pytest.fixture
-def test_set(tmp_path: Path) -> Path:
+def evaluation_set(tmp_path: Path) -> Path:
     """An evaluation set of long, short and very short questions."""
     file = tmp_path / "test.jsonl"
     file.write_text("\n".join(json.dumps({"question": asked, "answer": said}) for asked, said in ITEMS))
@@ -43,15 +43,15 @@ def overlapping(file: Path, examples: list[Example], **options: Any) -> list[int
     return [removal.row for removal in decided(step_of(Contamination, against=[str(file)], **options), examples).removals]
 
 
-def test_planted_items_are_found_and_the_drop_names_set_item_and_overlap(test_set: Path) -> None:
+def test_planted_items_are_found_and_the_drop_names_set_item_and_overlap(evaluation_set: Path) -> None:
     rows = [row(prose(25), prose(40)) for _ in range(50)] + [row(asked, prose(20)) for asked, _ in ITEMS]
-    found = decided(Contamination((str(test_set),)), rows)
+    found = decided(Contamination((str(evaluation_set),)), rows)
     assert [removal.row for removal in found.removals] == list(range(50, 85))
-    assert found.removals[0].detail == f"100% of test.jsonl:1 of the evaluation set {test_set} stands in it"
+    assert found.removals[0].detail == f"100% of test.jsonl:1 of the evaluation set {evaluation_set} stands in it"
     assert (found.removals[0].score, found.facts["sets"][0]["rows"], found.facts["sets"][0]["found_only_whole"]) == (1.0, 35, 5)
 
 
-def test_an_item_is_found_inside_a_longer_text_in_other_case_and_punctuation(test_set: Path) -> None:
+def test_an_item_is_found_inside_a_longer_text_in_other_case_and_punctuation(evaluation_set: Path) -> None:
     asked = ITEMS[0][0]
     words = asked.split()
     rows = [
@@ -61,19 +61,19 @@ def test_an_item_is_found_inside_a_longer_text_in_other_case_and_punctuation(tes
         row("hello there", "a", "and", f"{prose(4)}: {asked}"),
         row(" ".join(words[:24]), "a"),
     ]
-    assert overlapping(test_set, rows) == [0, 1, 2, 3, 4]
+    assert overlapping(evaluation_set, rows) == [0, 1, 2, 3, 4]
 
 
-def test_less_than_the_threshold_stays(test_set: Path) -> None:
+def test_less_than_the_threshold_stays(evaluation_set: Path) -> None:
     words = ITEMS[0][0].split()
     rows = [row(" ".join(words[:17]), "a"), row(" ".join(words[:10]), "a"), row(" ".join(reversed(words)), "a")]
-    assert overlapping(test_set, rows) == []
-    assert overlapping(test_set, rows, threshold=0.1) == [0]
+    assert overlapping(evaluation_set, rows) == []
+    assert overlapping(evaluation_set, rows, threshold=0.1) == [0]
 
 
-def test_a_very_short_item_is_found_only_whole(test_set: Path) -> None:
+def test_a_very_short_item_is_found_only_whole(evaluation_set: Path) -> None:
     asked = ITEMS[-1][0]
-    assert overlapping(test_set, [row(f"{asked} {prose(3)}", "no"), row(asked.title() + "?", "yes")]) == [1]
+    assert overlapping(evaluation_set, [row(f"{asked} {prose(3)}", "no"), row(asked.title() + "?", "yes")]) == [1]
 
 
 def test_a_word_or_two_that_stand_in_many_rows_are_no_item(tmp_path: Path) -> None:
@@ -146,16 +146,16 @@ def test_a_set_that_is_not_there_or_leaves_its_asset_is_an_error() -> None:
             decided(Contamination((path,)), [row("q", "a")])
 
 
-def test_a_set_that_changed_is_read_anew(test_set: Path) -> None:
+def test_a_set_that_changed_is_read_anew(evaluation_set: Path) -> None:
     rows = [row(prose(30), "a")]
-    assert overlapping(test_set, rows) == []
-    test_set.write_text(json.dumps({"question": rows[0].messages[0].text, "answer": "yes, it is changed"}))
-    assert overlapping(test_set, rows) == [0]
+    assert overlapping(evaluation_set, rows) == []
+    evaluation_set.write_text(json.dumps({"question": rows[0].messages[0].text, "answer": "yes, it is changed"}))
+    assert overlapping(evaluation_set, rows) == [0]
 
 
-def test_batches_of_any_size_find_the_same(test_set: Path) -> None:
+def test_batches_of_any_size_find_the_same(evaluation_set: Path) -> None:
     rows = [row(asked, prose(5)) for asked, _ in ITEMS] + [row(prose(20), prose(20)) for _ in range(9)]
-    step = Contamination((str(test_set),))
+    step = Contamination((str(evaluation_set),))
     found = [[(r.row, r.detail) for r in decided(step, rows, batch).removals] for batch in (1, 5, 1000)]
     assert found[0] == found[1] == found[2] and len(found[0]) == len(ITEMS)
     assert decided(step, []).removals == []
