@@ -18,9 +18,9 @@ def field_error(found: Sequence[Mapping[str, Any]], body: Any, known: Iterable[s
     """The one of pydantic's complaints that says most. `known`: the fields that the body may have."""
     if media := next(_media(body), None):
         return media
-    # Of an alternative that does not fit at all, the others' complaints come from further inside
     if tokens := next(_token_ids(body), None):
         return tokens
+    # Of an alternative that does not fit at all, the others' complaints come from further inside
     said = max(found, key=lambda item: (len(_path(item["loc"], body)), _SURE.get(item["type"], 0)))
     path, kind = _path(said["loc"], body), said["type"]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
