@@ -257,11 +257,18 @@ def test_killed_at_any_moment_and_gone_on_gives_the_same_digest(tmp_path: Path, 
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as killed:
         time.sleep(seconds)
         os.killpg(killed.pid, signal.SIGKILL)
-    if not (tmp_path / "d").exists():
-        subprocess.run(command, check=True, capture_output=True)
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
     again = sartor.open(tmp_path / "d")
     assert again.manifest["digest"] == sartor.curate(recipe, tmp_path / "whole").dataset.manifest["digest"]
     assert not list(tmp_path.glob("*.curating"))
+
+
+def test_what_a_run_left_that_was_killed_at_its_very_end_is_cleaned(tmp_path: Path) -> None:
+    recipe = {"sources": sources(tmp_path / "in", files=1, rows=20), "steps": ["exact_duplicates"]}
+    made = sartor.curate(recipe, tmp_path / "d")
+    (tmp_path / "d.curating" / "part").mkdir(parents=True)
+    assert sartor.curate(recipe, tmp_path / "d", resume=True).dataset.id == made.dataset.id
+    assert not (tmp_path / "d.curating").exists()
 
 
 @pytest.mark.services

@@ -135,10 +135,11 @@ def curate(
     began = time.monotonic()
     recipe = load_recipe(recipe)
     out = Path(out).absolute()
-    if resume and (there := _finished(recipe, out)):
-        return Curated(there, 0, time.monotonic() - began)
-    check_free(out, replace=replace)
     work = out.with_name(f"{out.name}.curating")
+    if resume and (there := _finished(recipe, out)):
+        with _workplace(work, anew=True):  # a run that was killed between the Dataset and its end has left its work
+            return Curated(there, 0, time.monotonic() - began)
+    check_free(out, replace=replace)
     with _workplace(work, anew=replace):
         line = Line(recipe, work, on, notice)
         try:
