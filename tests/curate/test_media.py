@@ -282,7 +282,7 @@ def test_a_bomb_of_text_or_pixels_in_a_picture_is_unreadable_not_a_crash(tmp_pat
     assert verdict(Images(), tmp_path, placed(tmp_path, out.getvalue())) in ("kept", "unreadable_image")
     from curate.test_hostile import png
 
-    assert verdict(Images(), tmp_path, placed(tmp_path, png(20_000, 20_000))) == "unreadable_image"
+    assert verdict(Images(), tmp_path, placed(tmp_path, png(20_000, 20_000))) == "image_bomb"
 
 
 def decided(step: ImageDuplicates, folder: Path, examples: list[Example], notices: list[str] | None = None) -> Any:

@@ -4,6 +4,7 @@
     |-- ConfigError                  2    a recipe, flag or output path is wrong
     |-- InputError                   3    something that was read cannot be used
     |   |-- SourceError                   ... a file or row of training data
+    |   |   `-- MediaError                  ... a picture or a recording
     |   |-- ArtifactError                 ... a Dataset, Adapter, Report or Release: tampered, truncated, foreign
     |   |-- ModelError                    ... a base, tokenizer or adapter weights
     |   `-- RequestError                  ... what a client asks a served team for
@@ -32,6 +33,7 @@ print, log or exit; `cli` does that once. A bug is not a SartorError: it ends in
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -73,6 +75,18 @@ class InputError(SartorError):
 
 class SourceError(InputError):
     """A file or row of training data cannot be used (only raised where a Drop would not do, or under `--strict`)."""
+
+
+class MediaError(SourceError):
+    """A picture or a recording cannot be decoded, or is over a limit. `reason`: the word under which a Drop counts it."""
+
+    def __init__(self, reason: str, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See SartorError."""
+        return type(self), (self.reason, self.problem, self.remedy)
 
 
 class ArtifactError(InputError):
@@ -195,3 +209,11 @@ def need(module: str, extra: str = "") -> ExtraError:
     """The error for a package that is absent, to raise where its import failed. Without `extra` it is of the plain install."""
     remedy = f"pip install 'sartor[{extra}]'" if extra else f"install Sartor anew, or pip install {module}"
     return ExtraError(f"this needs the Python package {module!r}, which is not installed", remedy)
+
+
+def said_of(error: Exception, file: Path | None = None) -> str:
+    """What a decoder says of a media file, in a line, by its name alone: where the work lies is no part of a Dataset."""
+    first = (str(error).splitlines() or [""])[0]
+    for path in (str(file), repr(str(file))[1:-1]) if file else ():
+        first = first.replace(path, file.name if file else "")
+    return f"{type(error).__name__}: {first[:150]}"

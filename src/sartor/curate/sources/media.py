@@ -17,12 +17,12 @@ import urllib.parse
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
+from sartor.core.pictures import MOST_PIXELS
 from sartor.curate.sources import formats
 from sartor.curate.sources.faults import Malformed
 from sartor.curate.sources.places import open_regular
 
 MOST_BYTES = 1 << 30  # of one media file
-MOST_PIXELS = 178_956_970  # where Pillow refuses: 2 * PIL.Image.MAX_IMAGE_PIXELS
 MOST_FRAMES = 1000
 _SUFFIXES = {
     "image/png": ".png",

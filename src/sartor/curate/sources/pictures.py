@@ -1,11 +1,7 @@
-"""Pictures as numbers: opened with limits, their sharpness, and a sketch by which two can be held against each other.
-
-Pillow is given the six formats that sources take and no other: of the rest some call programs (EPS) or are rarely tested.
-"""
+"""Pictures as numbers: their sharpness, and a sketch by which two can be held against each other."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,11 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.errors import ExtraError, need
-from sartor.curate.sources.faults import said_of
-from sartor.curate.sources.media import MOST_PIXELS
+from sartor.core.pictures import opened, shown
 
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 SHARP_SIDE = 512  # sharpness is measured on a picture whose longer side is at most this
 SIDE = 64  # of the thumbnail of a sketch
 BLOCK = 8  # of the thumbnail: 8 x 8 blocks of 8 x 8 pixels
@@ -31,10 +24,6 @@ ROUNDING = (
 F32 = NDArray[np.float32]
 
 
-class UnreadableError(Exception):
-    """A picture that Pillow cannot decode; the text says why."""
-
-
 @dataclass(frozen=True)
 class Picture:
     """Width and height in pixels as stored; grey values 0..255, scaled down to the longer side that was asked for."""
@@ -45,42 +34,15 @@ class Picture:
 
 
 def open_picture(file: Path, longest_side: int) -> Picture:
-    """Decode the first frame. Raises UnreadableError, or ExtraError without Pillow."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise need("pillow") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large and odd pictures; those over the limit are refused below
-            with Image.open(file, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MOST_PIXELS:
-                    raise UnreadableError(f"{width:,} x {height:,} pixels; the limit is {MOST_PIXELS:,}")
-                image.draft("L", (longest_side, longest_side))
-                grey = _on_white(image)
-                grey.thumbnail((longest_side, longest_side), Image.Resampling.BOX)
-                return Picture(width, height, np.asarray(grey, np.float32))
-    except (UnreadableError, ExtraError):
-        raise
-    except Exception as error:  # decoders raise many kinds on broken files
-        raise UnreadableError(said_of(error, file)) from None
-
-
-def _on_white(image: Any) -> Any:
-    """The picture in grey; what is transparent in it shows a white ground, as on a page."""
+    """The first frame, upright. Raises MediaError, or ExtraError without Pillow."""
+    with opened(file) as image:
+        width, height = image.size
+        image.draft("RGB", (longest_side, longest_side))
+        grey = shown(image).convert("L")
     from PIL import Image
 
-    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: `convert` would cut them off at 255
-        deep = np.asarray(image, np.float64)
-        most = deep.max() if deep.size else 0.0
-        return Image.fromarray((deep * (255 / max(most, 255.0))).clip(0, 255).astype(np.uint8))
-    if "A" in image.mode or "transparency" in image.info:
-        seen = image.convert("RGBA")
-        ground = Image.new("RGBA", seen.size, "white")
-        ground.alpha_composite(seen)
-        image = ground
-    return image.convert("L")
+    grey.thumbnail((longest_side, longest_side), Image.Resampling.BOX)
+    return Picture(width, height, np.asarray(grey, np.float32))
 
 
 def sharpness(grey: F32) -> float:

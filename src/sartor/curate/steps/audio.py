@@ -9,19 +9,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sartor.core import sounds
 from sartor.core.config import option
-from sartor.core.errors import ConfigError, need
+from sartor.core.errors import ConfigError, MediaError
 from sartor.core.records import Drop, Example
-from sartor.curate.sources.faults import said_of
 from sartor.curate.steps.contract import RowFunction, dropped
 from sartor.curate.steps.images import media_of
 
 FULL_SCALE = 0.999  # one sample there may be a true peak: clipped are those that follow two others
 WINDOW_S = 0.1  # of the loudness
-
-
-class UnreadableAudioError(Exception):
-    """A recording that libsndfile cannot decode; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +75,8 @@ class Audio:
     def _heard(self, file: Path) -> Sound | tuple[str, str]:
         try:
             sound = listen(file, self.max_seconds)
-        except UnreadableAudioError as error:
-            return "unreadable_audio", str(error)
+        except MediaError as error:
+            return error.reason, error.problem
         if sound.seconds > self.max_seconds:
             return "audio_too_long", f"{sound.seconds:.1f} s or more; at most {self.max_seconds:g}"
         if sound.seconds < self.min_seconds:
@@ -108,31 +104,18 @@ class Audio:
 
 
 def listen(file: Path, max_seconds: float) -> Sound:
-    """Decode a recording, a second at a time and no further than `max_seconds`. Raises UnreadableAudioError, ExtraError."""
-    try:
-        import soundfile
-    except (ImportError, OSError):  # OSError: the package without its library
-        raise need("soundfile") from None
-    try:
-        with soundfile.SoundFile(file) as sound:
-            rate = int(sound.samplerate)
-            if rate < 1:
-                raise UnreadableAudioError("it has no sample rate")
-            if sound.frames > max_seconds * rate:
-                return Sound(rate, sound.frames / rate, 0.0, 0.0)
-            return _measured(sound, rate, max_seconds)
-    except UnreadableAudioError:
-        raise
-    except Exception as error:  # the library raises several kinds on broken files
-        raise UnreadableAudioError(said_of(error, file)) from None
+    """Decode a recording, a second at a time and no further than `max_seconds`. Raises MediaError, ExtraError."""
+    with sounds.opened(file) as sound:
+        rate = int(sound.samplerate)
+        if (frames := sounds.declared(sound)) > max_seconds * rate:
+            return Sound(rate, frames / rate, 0.0, 0.0)
+        return _measured(sound, rate, max_seconds)
 
 
 def _measured(sound: Any, rate: int, max_seconds: float) -> Sound:
     window = max(1, round(rate * WINDOW_S))
     frames, clipped, samples, loudest, before = 0, 0, 0, 0.0, np.zeros((2, sound.channels), bool)
-    while len(block := sound.read(window * 10, dtype="float32", always_2d=True)):
-        if not np.isfinite(block).all():
-            raise UnreadableAudioError("it holds samples that are no numbers")
+    for block in sounds.blocks(sound, max_seconds, window * 10):
         frames, samples = frames + len(block), samples + block.size
         power = block.astype(np.float64) ** 2
         starts = np.arange(0, len(block), window)
@@ -141,9 +124,5 @@ def _measured(sound: Any, rate: int, max_seconds: float) -> Sound:
         full = np.concatenate([before, np.abs(block) >= FULL_SCALE])
         clipped += int((full[2:] & full[1:-1] & full[:-2]).sum())
         before = full[-2:]
-        if frames > max_seconds * rate:
-            break
-    if not frames:
-        raise UnreadableAudioError("it holds no samples")
     db = 10 * math.log10(loudest) if loudest > 0 else -math.inf
     return Sound(rate, frames / rate, db, clipped / samples)

@@ -13,12 +13,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sartor.core.config import option
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ConfigError, MediaError
 from sartor.core.records import Example, digest
 from sartor.curate.dedup import clusters
 from sartor.curate.dedup.pairs import EXACT, Pairs
 from sartor.curate.dedup.verify import Rules
-from sartor.curate.sources.pictures import SIDE, UnreadableError, likeness, open_picture, perceptual_hash, thumbnail
+from sartor.curate.sources.pictures import SIDE, likeness, open_picture, perceptual_hash, thumbnail
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
 from sartor.curate.steps.images import media_of
 
@@ -74,7 +74,7 @@ class ImageDuplicates:
             return None, None, 0
         try:
             picture = open_picture(file, 4 * SIDE)
-        except UnreadableError:
+        except MediaError:
             return None, None, 0
         thumb = thumbnail(picture.grey)
         return perceptual_hash(thumb), thumb.tobytes(), picture.width * picture.height

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from sartor.core.config import option
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ConfigError, MediaError
 from sartor.core.records import Drop, Example
-from sartor.curate.sources.pictures import SHARP_SIDE, UnreadableError, open_picture, sharpness
+from sartor.curate.sources.pictures import SHARP_SIDE, open_picture, sharpness
 from sartor.curate.steps.contract import RowFunction, dropped
 
 # Five photographs in focus: 0.18 to 0.9. With a Gaussian blur of 2 pixels 0.001 to 0.006, of 4 pixels up to 0.0005.
@@ -56,8 +56,8 @@ class Images:
     def _fault(self, file: Path) -> tuple[str, str] | None:
         try:
             picture = open_picture(file, SHARP_SIDE)
-        except UnreadableError as error:
-            return "unreadable_image", str(error)
+        except MediaError as error:
+            return error.reason, error.problem
         short, long = sorted((picture.width, picture.height))
         if short < self.min_side:
             return "tiny_image", f"{picture.width} x {picture.height} pixels; at least {self.min_side} on each side"

@@ -1,0 +1,112 @@
+"""Pictures opened, by one way for curation, tuning and serving: with limits, upright, transparent parts on white.
+
+Pillow is given the six formats that sources take and no other: of the rest some call programs (EPS) or are rarely tested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sartor.core.errors import MediaError, SartorError, need, said_of
+
+if TYPE_CHECKING:
+    from PIL import Image as PillowImage
+
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
+MOST_PIXELS = 178_956_970  # where Pillow refuses: 2 * PIL.Image.MAX_IMAGE_PIXELS
+_REMEDY = "give a whole PNG, JPEG, GIF, WebP, BMP or TIFF file"
+_ORIENTATION = 0x0112  # the tag of EXIF
+# that tag's values -> Pillow's names of what turns the picture upright
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+_DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners use of a wider number
+
+
+def open_image(content: bytes | Path) -> PillowImage.Image:
+    """A picture as it is seen: RGB, upright as its EXIF says, the first frame of several, on white where it is transparent.
+
+    Raises MediaError (`unreadable_image`, `image_bomb`); ExtraError without Pillow.
+    """
+    with opened(content) as image:
+        return shown(image)
+
+
+@contextlib.contextmanager
+def opened(content: bytes | Path) -> Iterator[PillowImage.Image]:
+    """The picture with its header read, its size within the limits. Whatever decoding raises inside is a MediaError."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise need("pillow") from None
+    file = content if isinstance(content, Path) else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large and odd pictures; those over the limit are refused below
+            with Image.open(content if isinstance(content, Path) else io.BytesIO(content), formats=FORMATS) as image:
+                _check_size(*image.size)
+                yield image
+    except (SartorError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise MediaError("image_bomb", str(error), "scale the picture down") from None
+    except Exception as error:  # decoders raise many kinds on broken files
+        raise MediaError("unreadable_image", said_of(error, file), _REMEDY) from None
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise MediaError("unreadable_image", f"the picture has {width} x {height} pixels: nothing to see", _REMEDY)
+    if width * height > MOST_PIXELS:
+        problem = f"{width:,} x {height:,} pixels; the limit is {MOST_PIXELS:,}"
+        raise MediaError("image_bomb", problem, "scale the picture down")
+
+
+def shown(image: PillowImage.Image) -> PillowImage.Image:
+    """The first frame of an open picture as RGB, upright, on white. Call it inside `opened`."""
+    from PIL import Image
+
+    image.load()  # before the orientation is looked at: Pillow turns a TIFF upright by itself, and then forgets the tag
+    orientation = None
+    with contextlib.suppress(Exception):  # a picture whose EXIF is damaged is seen as it is stored
+        orientation = image.getexif().get(_ORIENTATION)
+    seen = _in_colour(image)
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return seen.transpose(Image.Transpose[turn]) if turn else seen
+
+
+def _in_colour(image: PillowImage.Image) -> PillowImage.Image:
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: `convert` would cut them off at 255
+        return Image.fromarray(_in_eight_bits(np.asarray(image, np.float64))).convert("RGB")
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        seen = image.convert("RGBA")
+        ground = Image.new("RGBA", seen.size, "white")
+        ground.alpha_composite(seen)
+        image = ground
+    return image.convert("RGB")
+
+
+def _in_eight_bits(deep: Any) -> Any:
+    """Grey values of more than 8 bits, from black to the white of the depth in use: 12 bits in 16 are not all but black."""
+    if not np.isfinite(deep).all():
+        raise ValueError("it holds values that are no numbers")
+    most = float(deep.max())
+    full = next((2.0**bits - 1 for bits in _DEPTHS if most < 2**bits), most)
+    if 0 < most <= 1 and (deep % 1).any():  # fractions, as floating point has them
+        full = 1.0
+    return (deep * (255 / full)).clip(0, 255).round().astype(np.uint8)
