@@ -15,16 +15,19 @@ BYTES_PER_PARAMETER = 12
 
 
 def make(
-    groups: Sequence[Sequence[torch.nn.Parameter]], settings: Optimizer, device: torch.device
+    factors: Sequence[torch.nn.Parameter],
+    settings: Optimizer,
+    device: torch.device,
+    projectors: Sequence[torch.nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) in one kernel a step, or on MPS in torch's plain form.
 
     On CUDA, if gradients and state would not fit in what memory is free now, bitsandbytes' paged AdamW (Dettmers et al.
     2023, arXiv:2305.14314), whose state CUDA moves to the host and back. Call it with the base loaded. Raises BudgetError
-    when it is needed and not installed. groups: parameters that have a rate of their own.
+    when it is needed and not installed. projectors: parameters with a rate of their own, the second group if there are any.
     """
-    parameters = [parameter for group in groups for parameter in group]
-    given = [{"params": list(group)} for group in groups if group]
+    parameters = [*factors, *projectors]
+    given = [{"params": list(group)} for group in (factors, projectors) if group]
     if narrow := [parameter.dtype for parameter in parameters if parameter.dtype not in (torch.float32, torch.float64)]:
         raise TypeError(f"AdamW's state has the dtype of the parameters, and one of them is {narrow[0]}")
     rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}

@@ -78,7 +78,7 @@ class Run:
         self.named |= {name: part for name, part in named.items() if id(part) in ids}
         self.parameters = list(self.named.values())
         settings = recipe.optimizer
-        self.optimizer = optimizers.make([self.factors, self.projectors], settings, base.device)
+        self.optimizer = optimizers.make(self.factors, settings, base.device, self.projectors)
         self.scaler = optimizers.scaler(base.dtype, base.device)
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
