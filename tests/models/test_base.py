@@ -23,7 +23,8 @@ import tiny
 from sartor.core import assets, bases
 from sartor.core.artifacts import file_digest
 from sartor.core.errors import HubError, ModelError
-from sartor.models.base import STAMP, best_device, best_dtype, machine, open_base, open_chat
+from sartor.models.base import best_device, best_dtype, machine, open_base, open_chat
+from sartor.models.converted import STAMP
 
 WEIGHTS = "model.safetensors"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.models import adapters, batches, composed, paths
@@ -208,7 +208,10 @@ def test_features_beyond_memory_are_read_again() -> None:
     ("example", "problem"),
     [
         (said(picture(3), "\ue0000\ue001"), "private use"),
-        (Example((Message.of("user", "draw"), Message("assistant", (picture(3), Part("text", "here")))), ()), "writes text alone"),
+        (
+            Example((Message.of("user", "draw"), Message("assistant", (picture(3), Part("text", "here")))), ()),
+            "writes text alone",
+        ),
         (said(Part("image", media="media/none.png")), "no folder is known"),
         (said(Part("image", media="data:image/png;base64,???")), "not base64"),
     ],

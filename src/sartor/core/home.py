@@ -1,6 +1,6 @@
 """Where Sartor keeps what is shared between runs: SARTOR_HOME, by default the platform's cache folder.
 
-assets/  bases/  keys/  trusted/  revoked/  catalogue.sqlite  digests.sqlite
+assets/  bases/  towers/  keys/  trusted/  revoked/  catalogue.sqlite  digests.sqlite
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ from sartor.models.base import Base, open_base
 from sartor.models.generate import generate
 from sartor.models.media import blank
 from sartor.models.sampling import Sampling
-from sartor.models.towers import open_tower
 
 Notice = Callable[[str], object]
 # A reply may be this much longer than the longest reference before it is cut (and then it is wrong anyway)
@@ -137,7 +136,8 @@ def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name:
     base = open_base(base_name or said["name"], licence=said["licence"], bits=bits, notice=notice)
     check_base(adapter, base.ref.digest, base.chat.template_digest, base.ref.name)
     if towers := composed.read_towers(adapter.path):
-        base = composed.compose(base, {kind: open_tower(tower.name, kind, base.device) for kind, tower in towers.items()})
+        names = {kind: tower.name for kind, tower in towers.items()}
+        base = composed.compose(base, composed.open_towers(names, base.device, notice))
     return base, adapters.open_adapter(base.model, adapter.path)
 
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import json
 import logging
 import os
 import platform
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,17 +21,18 @@ from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock
 
 from sartor.core import assets, bases, gguf
-from sartor.core.artifacts import new_directory
 from sartor.core.errors import ConfigError, ModelError
-from sartor.core.home import folder
 from sartor.models import quantised
 from sartor.models.chat import Chat
+<<<<<<< HEAD
 from sartor.models.media import Media
 
 STAMP = "sartor_base.json"
+=======
+from sartor.models.converted import make_once
+>>>>>>> towers
 
 
 @dataclass
@@ -191,41 +190,21 @@ def convert(ref: bases.BaseRef, notice: Callable[[str], object] = lambda line: N
     Raises ModelError for a GGUF file that is cut, or of an architecture or a type that transformers does not read; nothing
     is left behind then.
     """
-    with FileLock(folder("bases") / f".{ref.path.name}.wait"):
-        if _is_whole(ref.path):
-            return
+
+    def fill(part: Path) -> dict[str, str]:
         file = source_gguf(ref)
         # the starter's file is one that is rounded
         dtype = torch.bfloat16 if ref.gguf is None or gguf.read_head(file).is_rounded else torch.float32
         notice(f"converting the base {ref.name}; this is done once")
-        with new_directory(ref.path, replace=ref.path.exists() and _set_aside(ref.path)) as part:
-            _convert(file, part, dtype)
-            stamp = {"schema": 1, "digest": ref.digest, "derived_from": "gguf", "dtype": str(dtype).removeprefix("torch.")}
-            stamp["files"] = {  # type: ignore[assignment]
-                file.name: bases.remembered_digest(file) for file in part.iterdir() if file.is_file()
-            }
-            (part / STAMP).write_text(json.dumps(stamp, indent=1))
+        _convert(file, part, dtype)
+        return {"derived_from": "gguf", "dtype": str(dtype).removeprefix("torch.")}
+
+    make_once(ref.path, ref.digest, fill)
 
 
 def source_gguf(ref: bases.BaseRef) -> Path:
     """The GGUF file that a starter or GGUF base is converted from; the asset is fetched if it is not here."""
     return ref.gguf or assets.install(bases.STARTER) / assets.entry(bases.STARTER).paths[0]
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a converted base is there with every byte as written; a changed one is made again."""
-    try:
-        files = json.loads((path / STAMP).read_text())["files"]
-        whole = all(bases.remembered_digest(path / name) == sha256 for name, sha256 in files.items())
-        return whole and "model.safetensors" in files
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _set_aside(path: Path) -> bool:
-    """Remove a damaged conversion, which can be made again at any time; returns False, since nothing is left to replace."""
-    shutil.rmtree(path)
-    return False
 
 
 def _convert(file: Path, part: Path, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from sartor.core.errors import ModelError, SourceError
+from sartor.core.errors import ConfigError, ModelError, SourceError
 from sartor.core.records import Part
 from sartor.models.base import Base
 from sartor.models.media import MediaEmbedding, content_of, key_of, virtual_ids
 from sartor.models.shelf import Shelf
+from sartor.models.towers import open_tower
 from sartor.models.towers.contract import Tower
 
 FILE = "projectors.safetensors"
@@ -176,6 +177,17 @@ class ComposedMedia(torch.nn.Module):
 def _filled(features: torch.Tensor, stack: int) -> torch.Tensor:
     """With zeros up to a length that `stack` divides."""
     return F.pad(features, (0, 0, 0, -len(features) % stack))
+
+
+def open_towers(names: Mapping[str, str], device: torch.device, notice: Callable[[str], object]) -> dict[str, Tower]:
+    """The towers of these names, by what they are to read. Raises what `open_tower` raises, and ConfigError for another kind."""
+    towers = {kind: open_tower(name, device, notice=notice) for kind, name in names.items()}
+    for kind, tower in towers.items():
+        if tower.modality != kind:
+            raise ConfigError(
+                f"base.{kind}: the tower {tower.name!r} reads {tower.modality}", f"base.{tower.modality}: {tower.name}"
+            )
+    return towers
 
 
 def compose(base: Base, towers: Mapping[str, Tower], *, shelf: Shelf | None = None, seed: int = 0) -> Base:

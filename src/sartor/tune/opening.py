@@ -10,9 +10,8 @@ import torch
 from sartor.core.home import folder
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
-from sartor.models.composed import compose
+from sartor.models.composed import compose, open_towers
 from sartor.models.shelf import Shelf
-from sartor.models.towers import open_tower
 from sartor.tune.recipe import Recipe
 
 Notice = Callable[[str], object]
@@ -26,7 +25,7 @@ def open_chosen(recipe: Recipe, notice: Notice, device: torch.device | None = No
     )
     if not chosen.towers:
         return base
-    towers = {kind: open_tower(name, kind, base.device) for kind, name in chosen.towers.items()}
+    towers = open_towers(chosen.towers, base.device, notice)
     shelf = Shelf(folder("features"), int(recipe.compute.cache_gb * 1e9), notice) if recipe.compute.reuse_frozen else None
     return compose(base, towers, shelf=shelf, seed=recipe.seed)
 

