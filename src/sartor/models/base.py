@@ -26,18 +26,13 @@ from sartor.core import assets, bases, gguf
 from sartor.core.errors import ConfigError, ModelError
 from sartor.models import quantised
 from sartor.models.chat import Chat
-<<<<<<< HEAD
-from sartor.models.media import Media
-
-STAMP = "sartor_base.json"
-=======
 from sartor.models.converted import make_once
->>>>>>> towers
+from sartor.models.media import Media
 
 
 @dataclass
 class Base:
-    """A base in memory. `model`: transformers' module. `chat`: its tokenizer and template. `media`: what it reads beside text."""
+    """A base in memory. `model`: transformers' module. `chat`: its tokenizer and template. `media`: what it reads but text."""
 
     ref: bases.BaseRef
     model: Any

@@ -67,7 +67,7 @@ class Projector(torch.nn.Module):
 
 
 class Features:
-    """What frozen towers make of media: computed once, kept in memory as far as there is room, and on a shelf if there is one."""
+    """What frozen towers make of media: computed once, kept in memory as long as there is room, and on a shelf if given."""
 
     def __init__(self, towers: Mapping[str, Tower], shelf: Shelf | None, *, held_bytes: int = HELD_BYTES) -> None:
         self.towers, self.shelf, self._room = towers, shelf, held_bytes
@@ -180,7 +180,7 @@ def _filled(features: torch.Tensor, stack: int) -> torch.Tensor:
 
 
 def open_towers(names: Mapping[str, str], device: torch.device, notice: Callable[[str], object]) -> dict[str, Tower]:
-    """The towers of these names, by what they are to read. Raises what `open_tower` raises, and ConfigError for another kind."""
+    """The towers of these names, by what they are to read. Raises what `open_tower` does, ConfigError for another kind."""
     towers = {kind: open_tower(name, device, notice=notice) for kind, name in names.items()}
     for kind, tower in towers.items():
         if tower.modality != kind:
