@@ -39,7 +39,8 @@ class VisionTower(Located):
         self.width = int(self._model.config.hidden_size)
         self._side = _side(self._prepare)
         mean = self._prepare.image_mean if self._prepare.do_normalize else (0.5, 0.5, 0.5)
-        self._ground = tuple(round(255 * value) for value in mean)  # which is 0 once it is normalised
+        red, green, blue = (round(255 * value) for value in mean)
+        self._ground = red, green, blue  # all but 0 once it is normalised
 
     @torch.inference_mode()
     def features(self, content: bytes) -> Any:
