@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 
 from sartor.core import towers
-from sartor.models.base import best_device, quiet
+from sartor.core.errors import ModelError
+from sartor.models.base import best_device, first_line, quiet
 from sartor.models.towers import whisper
+from sartor.models.towers.contract import WHOLE
 
 BATCH = 8  # windows that are transcribed together
+_START = "<|startoftranscript|>"
 
 
 class SpeechToText:
@@ -52,4 +56,11 @@ def open_speech_to_text(
 ) -> SpeechToText:
     """The Whisper that `name` means: an asset, a directory or a hub name. Raises as `open_tower`."""
     ref = towers.locate(name, "audio")
-    return SpeechToText(ref, *whisper.open_model(ref, device or best_device(), notice))
+    model, prepare = whisper.open_model(ref, device or best_device(), notice)
+    try:
+        tokenizer = transformers.WhisperTokenizer.from_pretrained(str(ref.path), local_files_only=True)
+        if _START not in tokenizer.get_vocab():  # transformers makes an empty one where there is no file of it
+            raise ValueError(f"it has no token {_START}")
+    except Exception as error:  # tokenizers raises its own, undocumented kinds
+        raise ModelError(f"{ref.path} has no usable tokenizer: {first_line(error)}", WHOLE) from None
+    return SpeechToText(ref, model, prepare, tokenizer)

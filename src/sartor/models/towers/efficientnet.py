@@ -19,6 +19,7 @@ from sartor.core import assets
 from sartor.core.errors import ModelError
 from sartor.core.pictures import open_image, squared
 from sartor.core.towers import TowerRef
+from sartor.models.base import first_line
 from sartor.models.converted import WEIGHTS, make_once
 from sartor.models.towers.contract import Located, stored
 
@@ -38,6 +39,7 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 STEM = 32
+_REMEDY = f"remove the asset's folder, then: sartor assets install {NAME}"
 
 
 class Convolution(nn.Module):
@@ -141,8 +143,9 @@ def open_efficientnet(ref: TowerRef, device: torch.device, notice: Callable[[str
             weights = folded(found)
             EfficientNetLite0().load_state_dict(weights)
         except Exception as error:  # torch raises several kinds on a broken pickle, KeyError and RuntimeError on other weights
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{file} does not hold EfficientNet-Lite0: {said}", "sartor assets install " + NAME) from None
+            raise ModelError(
+                f"{file} does not hold EfficientNet-Lite0: {first_line(error)}", "sartor assets install " + NAME
+            ) from None
         save_file(weights, str(part / WEIGHTS))
         return {"derived_from": file.name, "dtype": "float32"}
 

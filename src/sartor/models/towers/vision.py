@@ -13,8 +13,8 @@ import transformers
 from sartor.core.errors import ModelError
 from sartor.core.pictures import open_image, squared
 from sartor.core.towers import TowerRef
-from sartor.models.base import quiet
-from sartor.models.towers.contract import Located, stored
+from sartor.models.base import first_line, quiet
+from sartor.models.towers.contract import WHOLE, Located, stored
 
 # (which of the hidden states, counted from the last; how many states stand before the patches') by transformers' model_type.
 # Of CLIP the last but one: the last layer's patches are trained by nothing (Liu et al. 2023, "Visual Instruction Tuning").
@@ -71,13 +71,10 @@ def _opened(ref: TowerRef) -> tuple[Any, Any]:
             prepare = transformers.AutoImageProcessor.from_pretrained(**where, backend="pil")
             _side(prepare)
     except Exception as error:  # truncated safetensors, no processor: each its own kind
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ModelError(
-            f"{ref.path} cannot be opened as a vision encoder of pictures of one size: {said}",
-            "check that its files are whole, preprocessor_config.json among them",
+            f"{ref.path} cannot be opened as an encoder of square pictures of one size: {first_line(error)}",
+            f"{WHOLE}, preprocessor_config.json among them",
         ) from None
     if lacking := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"{ref.path} lacks {len(lacking)} weights, the first is {lacking[0]}", "check that its files are whole"
-        )
+        raise ModelError(f"{ref.path} lacks {len(lacking)} of the weights, the first is {lacking[0]}", WHOLE)
     return model, prepare
