@@ -110,3 +110,14 @@ def _in_eight_bits(deep: Any) -> Any:
     if 0 < most <= 1 and (deep % 1).any():  # fractions, as floating point has them
         full = 1.0
     return (deep * (255 / full)).clip(0, 255).round().astype(np.uint8)
+
+
+def squared(image: PillowImage.Image, side: int, ground: tuple[int, int, int]) -> PillowImage.Image:
+    """The whole picture in a square, its shape kept, the rest of the square of one colour. Nothing at the rim is lost."""
+    from PIL import Image
+
+    scale = side / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    square = Image.new("RGB", (side, side), ground)
+    square.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((side - width) // 2, (side - height) // 2))
+    return square

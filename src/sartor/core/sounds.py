@@ -27,7 +27,7 @@ def read_sound(content: bytes | Path, rate: int, max_seconds: float = MOST_SECON
     recording has another rate.
     """
     with opened(content) as sound:
-        if (seconds := declared(sound) / sound.samplerate) > max_seconds:
+        if (seconds := sound.frames / sound.samplerate) > max_seconds:
             raise _too_long(seconds, max_seconds)
         mono = np.concatenate([block.mean(1, dtype=np.float32) for block in blocks(sound, max_seconds)])
         found = int(sound.samplerate)
@@ -66,16 +66,15 @@ def opened(content: bytes | Path) -> Iterator[Any]:
         with soundfile.SoundFile(content if isinstance(content, Path) else io.BytesIO(content)) as sound:
             if sound.samplerate < 1:
                 raise MediaError("unreadable_audio", "it has no sample rate", _REMEDY)
+            if sound.frames >= _UNKNOWN:  # of which not even the first second can be read by seeking
+                raise MediaError(
+                    "unreadable_audio", "its header does not say how long it is", "write it to a file, not to a pipe"
+                )
             yield sound
     except (SartorError, MemoryError):
         raise
     except Exception as error:  # the library raises several kinds on broken files
         raise MediaError("unreadable_audio", said_of(error, file), _REMEDY) from None
-
-
-def declared(sound: Any) -> int:
-    """How many frames the header says there are; 0 where it does not say (a FLAC that was written to a pipe)."""
-    return 0 if sound.frames >= _UNKNOWN else int(sound.frames)
 
 
 def blocks(sound: Any, max_seconds: float, size: int = 0) -> Iterator[F32]:
@@ -91,6 +90,6 @@ def blocks(sound: Any, max_seconds: float, size: int = 0) -> Iterator[F32]:
         yield block
     if not frames:
         raise MediaError("unreadable_audio", "it holds no samples", _REMEDY)
-    if frames < min(declared(sound), max_seconds * sound.samplerate):
+    if frames < min(sound.frames, max_seconds * sound.samplerate):
         problem = f"it ends after {frames / sound.samplerate:.2f} of {sound.frames / sound.samplerate:.2f} s"
         raise MediaError("unreadable_audio", problem, _REMEDY)

@@ -35,7 +35,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
 
 @dataclass(frozen=True)
 class TowerRef:
-    """A tower by name, found. `kind`: the asset's name, or transformers' model_type.
+    """A tower by name, found. `model`: the asset's name, or transformers' model_type.
 
     `digest`: of the weights' files and FEATURES_VERSION: what decides the features. An asset's `path` may not be there yet.
     """
@@ -45,19 +45,28 @@ class TowerRef:
     digest: str
     licence: str
     modality: Modality
-    kind: str
+    model: str
 
     @property
     def is_asset(self) -> bool:
         """Whether `path` is converted from an asset."""
-        return self.kind in ASSETS
+        return self.model in ASSETS
 
 
-def locate(name: str, licence: str = "") -> TowerRef:
+def locate(name: str, kind: Modality | None = None, licence: str = "") -> TowerRef:
     """The tower that `name` means. `licence` overrides what its own files state.
 
-    Raises ModelError for what holds no tower that is known here, HubError when a hub name cannot be fetched.
+    Raises ModelError for what holds no tower that is known here, or none of that kind; HubError when a hub name cannot be
+    fetched.
     """
+    ref = _located(name, licence)
+    if kind and ref.modality != kind:
+        fitting = " or ".join(asset for asset, modality in ASSETS.items() if modality == kind)
+        raise ModelError(f"the tower {name} takes in {ref.modality}, and is asked for as one of {kind}", f"{kind}: {fitting}")
+    return ref
+
+
+def _located(name: str, licence: str) -> TowerRef:
     if name in ASSETS:
         entry = assets.entry(name)
         identity = digest({"asset": [file.sha256 for file in entry.files], "features": FEATURES_VERSION})
@@ -70,14 +79,14 @@ def locate(name: str, licence: str = "") -> TowerRef:
             f"one of {', '.join(ASSETS)}, or a directory with config.json and *.safetensors",
         )
     base = bases.locate(name, licence=licence)
-    kind = _model_type(base.path)
-    if kind not in MODEL_TYPES:
+    model_type = _model_type(base.path)
+    if model_type not in MODEL_TYPES:
         raise ModelError(
-            f"{name} is a model of the type {kind!r}, which is no tower that is known here",
+            f"{name} is a model of the type {model_type!r}, which is no tower that is known here",
             f"one of {', '.join(ASSETS)}, or a model of a type of {', '.join(MODEL_TYPES)}",
         )
     identity = digest({"files": base.digest, "features": FEATURES_VERSION})
-    return TowerRef(base.name, base.path, identity, base.licence, MODEL_TYPES[kind], kind)
+    return TowerRef(base.name, base.path, identity, base.licence, MODEL_TYPES[model_type], model_type)
 
 
 def _model_type(path: Path) -> str:

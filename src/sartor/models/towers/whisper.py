@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from sartor.core.errors import ModelError
 from sartor.core.sounds import read_sound
 from sartor.core.towers import TowerRef
-from sartor.models.base import quiet
+from sartor.models.base import first_line, quiet
 from sartor.models.towers import whisper_files
-from sartor.models.towers.contract import Located, stored
+from sartor.models.towers.contract import WHOLE, Located, stored
 
 F32 = NDArray[np.float32]
 STRIDE = 2  # of the second convolution: frames of the spectrogram for one feature
@@ -59,8 +59,8 @@ def spectrogram(prepare: Any, pieces: list[F32], like: Any) -> Any:
     return found.to(like.device, like.dtype)
 
 
-def open_model(ref: TowerRef, device: torch.device, notice: Callable[[str], object]) -> tuple[Any, Any, Any]:
-    """The Whisper of a ref in fp32, what makes its spectrograms, and its tokenizer. An asset is converted first, once."""
+def open_model(ref: TowerRef, device: torch.device, notice: Callable[[str], object]) -> tuple[Any, Any]:
+    """The Whisper of a ref in fp32, and what makes its spectrograms. An asset is fetched and converted first, once."""
     if ref.is_asset:
         whisper_files.convert(ref, notice)
     where = {"pretrained_model_name_or_path": str(ref.path), "local_files_only": True}
@@ -70,18 +70,13 @@ def open_model(ref: TowerRef, device: torch.device, notice: Callable[[str], obje
                 **where, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
             prepare = transformers.WhisperFeatureExtractor.from_pretrained(**where)
-            tokenizer = transformers.WhisperTokenizer.from_pretrained(**where)
     except Exception as error:  # truncated safetensors, a config of something else: each its own kind
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ModelError(f"{ref.path} cannot be opened as a Whisper: {said}", "check that its files are whole") from None
+        raise ModelError(f"{ref.path} cannot be opened as a Whisper: {first_line(error)}", WHOLE) from None
     if lacking := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"{ref.path} lacks {len(lacking)} weights, the first is {lacking[0]}", "check that its files are whole"
-        )
-    return model.eval().requires_grad_(False).to(device), prepare, tokenizer
+        raise ModelError(f"{ref.path} lacks {len(lacking)} of the weights, the first is {lacking[0]}", WHOLE)
+    return model.eval().requires_grad_(False).to(device), prepare
 
 
 def open_whisper(ref: TowerRef, device: torch.device, notice: Callable[[str], object]) -> WhisperTower:
     """The tower of a Whisper."""
-    model, prepare, _ = open_model(ref, device, notice)
-    return WhisperTower(ref, model, prepare)
+    return WhisperTower(ref, *open_model(ref, device, notice))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sartor.core import assets
 from sartor.core.errors import ModelError
 from sartor.core.towers import TowerRef
-from sartor.models.base import quiet
+from sartor.models.base import first_line, quiet
 from sartor.models.converted import make_once
 from sartor.models.towers.ctranslate import read_model
 
@@ -38,16 +38,6 @@ _LAYER = {
     "ffn/linear_1": "fc2",
 }
 _ENDS = {"gamma": "weight", "beta": "bias"}
-_SETTINGS = (
-    "activation",
-    "alibi",
-    "alignment_heads",
-    "alignment_layer",
-    "num_heads",
-    "pre_norm",
-    "scale_embeddings",
-    "start_from_zero_embedding",
-)
 
 
 def convert(ref: TowerRef, notice: Callable[[str], object]) -> None:
@@ -77,8 +67,7 @@ def write_directory(source: Path, into: Path) -> None:
             tokenizer.save_pretrained(str(into))
             transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(str(into))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{source} holds no whole Whisper: {why}", "get the whole folder again") from None
+        raise ModelError(f"{source} holds no whole Whisper: {first_line(error)}", "get the whole folder again") from None
 
 
 def _vocabulary(file: Path) -> dict[str, Any]:
@@ -123,6 +112,8 @@ def _load(model: Any, variables: Mapping[str, NDArray[Any]]) -> None:
             if value.any():
                 raise ValueError(f"{name} is not zero, and transformers' Whisper has no such bias")
             del weights[name]
+    if variables["decoder/projection/weight"] is not variables["decoder/embeddings/weight"]:
+        raise ValueError("it has other weights for tokens that it says than for those that it reads")
     weights["proj_out.weight"] = weights["model.decoder.embed_tokens.weight"]
     model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
 
@@ -130,7 +121,7 @@ def _load(model: Any, variables: Mapping[str, NDArray[Any]]) -> None:
 def _renamed(variables: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
     for name, value in variables.items():
         side, _, rest = name.partition("/")
-        if rest in _SETTINGS or name == "decoder/projection/weight":
+        if not value.ndim or name == "decoder/projection/weight":  # a setting that every Whisper has alike; see _load
             continue
         rest, _, end = rest.rpartition("/")
         end = _ENDS.get(end, end)
