@@ -9,6 +9,7 @@ from functools import cache
 
 from sartor.core.errors import ConfigError, ExtraError
 from sartor.speech import processes
+from sartor.speech.processes import ALONE, Terms
 from sartor.speech.sound import Sound, read_wav
 from sartor.speech.voice import Voice
 
@@ -26,11 +27,11 @@ class Espeak(Voice):
 
     speeds = (SLOWEST, FASTEST)
 
-    def __init__(self, language: str = "", patience_s: float = 20.0) -> None:
+    def __init__(self, language: str = "", terms: Terms = ALONE) -> None:
         self._program = program()
         self.name = f"espeak:{language}" if language else "espeak"
         self._language = language or LANGUAGE
-        self._patience_s = patience_s
+        self._terms = terms
         _check(self._program, self._language)
 
     def speak(self, piece: str, speed: float) -> Sound:
@@ -39,12 +40,12 @@ class Espeak(Voice):
         # -b 1: UTF-8; -D: nothing random, which some variants have
         command = [self._program, "-v", self._language, "-s", pace, "-b", "1", "-D", "--stdin", "--stdout"]
         pipe = subprocess.PIPE
-        with processes.start(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        with processes.start(command, self._terms.nice, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
             try:
-                said, _ = process.communicate(piece.encode(), self._patience_s)
+                said, _ = process.communicate(piece.encode(), self._terms.patience_s)
             except subprocess.TimeoutExpired:
                 processes.kill(process)
-                raise processes.too_slow(self.name, self._patience_s) from None
+                raise processes.too_slow(self.name, self._terms.patience_s) from None
         if process.returncode or len(said) <= HEAD_BYTES:
             raise processes.ended(self.name, process.returncode)
         return read_wav(said, HEAD_BYTES)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+import soundfile
+
 from sartor.core.errors import ConfigError
 from sartor.core.records import digest
 from sartor.speech.sound import FORMATS
@@ -22,7 +24,7 @@ SAID_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Clip:
-    """One text to be said. path: where it is, and seconds: how long, once it was (0 where it stood there already)."""
+    """One text to be said. path, seconds: where it is and how long, once it was said."""
 
     text: str
     voice: str = DEFAULT
@@ -42,11 +44,13 @@ def say_many(
 ) -> list[Clip]:
     """The same clips in their order, each with its file in `folder`; a file that stands there is taken as it is.
 
-    form: one of wav, flac, mp3, opus. rate: of the samples; 0 leaves the voice's own. threads: 0 is one a core. told: how many are
-    done, and of how many. A text is said as it stands. Raises what `open_voice` and `Voice.say` raise, at the first clip that fails.
+    form: one of wav, flac, mp3, opus. rate: of the samples; 0 leaves the voice's own. threads: 0 is one a core. told: how
+    many are done, and of how many. A text is said as it stands. Raises what `open_voice` and `Voice.say` raise, at the first
+    clip that fails.
     """
-    if form not in FORMATS or not FORMATS[form].container:
-        raise ConfigError(f"clips are not written as {form!r}", f"one of {', '.join(name for name in FORMATS if name != 'pcm')}")
+    files = [name for name, known in FORMATS.items() if known.container]
+    if form not in files:
+        raise ConfigError(f"clips are not written as {form!r}", f"one of {', '.join(files)}")
     wanted, into = list(clips), Path(folder)
     into.mkdir(parents=True, exist_ok=True)
     named = [replace(clip, path=into / f"{_name(clip, rate)}.{form}") for clip in wanted]
@@ -75,7 +79,7 @@ def _said(clips: Sequence[Clip], pool: ThreadPoolExecutor, form: str, rate: int)
 def _say(voice: Voice, clip: Clip, form: str, rate: int) -> Clip:
     assert clip.path is not None
     if clip.path.is_file():
-        return clip
+        return replace(clip, seconds=soundfile.info(clip.path).duration)
     sound = voice.say(clip.text, clip.speed)
     part = clip.path.with_name(f".{clip.path.name}.part")
     part.write_bytes(sound.at(rate or sound.rate).encoded(form))

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import numpy as np
 from sartor.core.assets import entry
 from sartor.core.errors import AssetError, ConfigError, ExtraError, ModelError
 from sartor.speech import processes
+from sartor.speech.processes import ALONE, Terms
 from sartor.speech.sound import Sound, joined, read_wav
 from sartor.speech.voice import Voice
 
@@ -63,9 +65,11 @@ def find(name: str) -> VoiceFile:
 def _slowness(path: Path) -> float:
     beside = Path(f"{path}.json")
     try:
-        slowness = float(json.loads(beside.read_text(encoding="utf-8")).get("inference", {}).get("length_scale", 1.0))
+        said = json.loads(beside.read_text(encoding="utf-8"))
+        slowness = float(said.get("inference", {}).get("length_scale", 1.0))
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ModelError(f"{beside} does not describe a voice: {error}", f"put it beside {path.name}, as piper's page has it") from None
+        remedy = f"put the {beside.name} that came with the voice beside it"
+        raise ModelError(f"{beside} does not describe a voice: {error}", remedy) from None
     if not (math.isfinite(slowness) and slowness > 0):
         raise ModelError(f"{beside} has the length_scale {slowness}", "a number above 0")
     return slowness
@@ -76,10 +80,10 @@ class Piper(Voice):
 
     speeds = (0.25, 4.0)
 
-    def __init__(self, file: VoiceFile, patience_s: float = 20.0) -> None:
+    def __init__(self, file: VoiceFile, terms: Terms = ALONE) -> None:
         self.name = f"piper:{file.name}"
         self._file = file
-        self._patience_s = patience_s
+        self._terms = terms
         self._lock = threading.Lock()
         self._running: _Running | None = None
 
@@ -89,9 +93,9 @@ class Piper(Voice):
             running = self._running
             if running is None or not running.serves(speed):
                 self._end()
-                running = self._running = _Running(self.name, self._file, speed)
+                running = self._running = _Running(self.name, self._file, speed, self._terms.nice)
             try:
-                return running.speak(piece, self._patience_s)
+                return running.speak(piece, self._terms.patience_s)
             except BaseException:
                 self._end()
                 raise
@@ -110,7 +114,7 @@ class Piper(Voice):
 class _Running:
     """A process of piper: a line of text in by stdin, a file out into a folder, whose name it then says on stderr."""
 
-    def __init__(self, name: str, file: VoiceFile, speed: float) -> None:
+    def __init__(self, name: str, file: VoiceFile, speed: float, nice: int) -> None:
         self._name = name
         self._speed = speed
         self._is_new = True
@@ -119,9 +123,8 @@ class _Running:
         command = [sys.executable, "-m", "piper", "--model", str(file.path.absolute()), "--output-dir", self._folder.name]
         still = ["--noise-scale", "0", "--noise-w-scale", "0", "--sentence-silence", str(PAUSE_S)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        self._process = processes.start(
-            [*command, *still, "--length-scale", str(file.slowness / speed)], cwd=self._folder.name, **pipes
-        )
+        pace = ["--length-scale", str(file.slowness / speed)]
+        self._process = processes.start([*command, *still, *pace], nice, cwd=self._folder.name, **pipes)
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, name="sartor-piper", daemon=True)
         self._reader.start()
@@ -168,8 +171,6 @@ class _Running:
         self._reader.join()
         for pipe in (self._process.stdin, self._process.stderr):
             assert pipe is not None
-            try:
+            with suppress(OSError):  # of what it had not read any more
                 pipe.close()
-            except OSError:  # what it had not read any more
-                pass
         self._folder.cleanup()

@@ -20,7 +20,9 @@ from sartor.speech.pieces import clean, is_sayable
 CODE = "code"
 _ADDRESS = regex.compile(r"\b(?:https?|ftp)://[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}]|\bwww\.[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}]")
 # What is drawn; ©, ® and ™ are read
-_EMOJI = regex.compile(r"(?![©®™])(?:[\p{Extended_Pictographic}\p{Regional_Indicator}\p{Emoji_Modifier}]\p{M}*\u200d?)+|[\ufe0f\u20e3]")
+_EMOJI = regex.compile(
+    r"(?![©®™])(?:[\p{Extended_Pictographic}\p{Regional_Indicator}\p{Emoji_Modifier}]\p{M}*\u200d?)+|[\ufe0f\u20e3]"
+)
 _TAG = regex.compile(r"<[^<>]*>")
 _IDENTIFIER = regex.compile(r"[A-Za-z_$][\w$.-]*")
 _SEAM = regex.compile(r"(?<=\p{Ll}|\d)(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})|(?<=\w)_+(?=\w)")

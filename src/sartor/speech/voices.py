@@ -1,9 +1,11 @@
 """A voice by its name.
 
-    espeak                  espeak-ng, American English
+    espeak                        espeak-ng, American English
     espeak:de, espeak:en-us+f3    a language of espeak-ng's, with a variant of its voice
-    piper:joe               piper with the voice of the asset piper-joe
-    piper:FILE.onnx         piper with a voice of one's own, its FILE.onnx.json beside it
+    piper:joe                     piper with the voice of the asset piper-joe
+    piper:FILE.onnx               piper with a voice of one's own, its FILE.onnx.json beside it
+
+Nothing is downloaded, and no other program is started.
 """
 
 from __future__ import annotations
@@ -12,21 +14,22 @@ from pathlib import Path
 
 from sartor.core.errors import ConfigError
 from sartor.speech import espeak, piper
+from sartor.speech.processes import ALONE, Terms
 from sartor.speech.voice import Voice
 
 DEFAULT = "espeak"
 
 
-def open_voice(name: str = DEFAULT, *, patience_s: float = 20.0) -> Voice:
-    """The voice of that name; `close` ends its process. patience_s: after which a program that has not spoken is killed.
+def open_voice(name: str = DEFAULT, terms: Terms = ALONE) -> Voice:
+    """The voice of that name; `close` ends its process.
 
     Raises ConfigError for a name that nobody has, ExtraError and AssetError for what is not installed.
     """
     program, colon, rest = name.partition(":")
     if program == "espeak" and bool(rest) == bool(colon):
-        return espeak.Espeak(rest, patience_s)
+        return espeak.Espeak(rest, terms)
     if program == "piper" and rest:
-        return piper.Piper(piper.find(rest), patience_s)
+        return piper.Piper(piper.find(rest), terms)
     raise ConfigError(f"no voice has the name {name[:80]!a}", "espeak, espeak:en-us+f3, piper:joe or piper:FILE.onnx")
 
 
