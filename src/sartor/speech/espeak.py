@@ -13,7 +13,7 @@ from sartor.speech.processes import ALONE, Terms
 from sartor.speech.sound import Sound, read_wav
 from sartor.speech.voice import Voice
 
-PROGRAM = "espeak-ng"
+NAME, PROGRAM = "espeak", "espeak-ng"
 LANGUAGE = "en-us"
 OWN_WORDS_PER_MINUTE = 175
 # Below 80 words a minute it does not get slower
@@ -29,7 +29,7 @@ class Espeak(Voice):
 
     def __init__(self, language: str = "", terms: Terms = ALONE) -> None:
         self._program = program()
-        self.name = f"espeak:{language}" if language else "espeak"
+        self.name = f"{NAME}:{language}" if language else NAME
         self._language = language or LANGUAGE
         self._terms = terms
         _check(self._program, self._language)

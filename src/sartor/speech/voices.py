@@ -17,7 +17,7 @@ from sartor.speech import espeak, piper
 from sartor.speech.processes import ALONE, Terms
 from sartor.speech.voice import Voice
 
-DEFAULT = "espeak"
+DEFAULT = espeak.NAME
 
 
 def open_voice(name: str = DEFAULT, terms: Terms = ALONE) -> Voice:
@@ -26,9 +26,9 @@ def open_voice(name: str = DEFAULT, terms: Terms = ALONE) -> Voice:
     Raises ConfigError for a name that nobody has, ExtraError and AssetError for what is not installed.
     """
     program, colon, rest = name.partition(":")
-    if program == "espeak" and bool(rest) == bool(colon):
+    if program == espeak.NAME and bool(rest) == bool(colon):
         return espeak.Espeak(rest, terms)
-    if program == "piper" and rest:
+    if program == piper.NAME and rest:
         return piper.Piper(piper.find(rest), terms)
     raise ConfigError(f"no voice has the name {name[:80]!a}", "espeak, espeak:en-us+f3, piper:joe or piper:FILE.onnx")
 
@@ -36,4 +36,4 @@ def open_voice(name: str = DEFAULT, terms: Terms = ALONE) -> Voice:
 def seen_from(name: str, root: Path) -> str:
     """The name with the path of a file in it made absolute, as seen from a directory."""
     program, _, rest = name.partition(":")
-    return f"{program}:{root / rest}" if program == "piper" and rest.endswith(piper.ENDING) else name
+    return f"{program}:{root / rest}" if program == piper.NAME and rest.endswith(piper.ENDING) else name
