@@ -21,7 +21,7 @@ CODE = "code"
 _ADDRESS = regex.compile(r"\b(?:https?|ftp)://[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}]|\bwww\.[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}]")
 # What is drawn; ©, ® and ™ are read
 _EMOJI = regex.compile(
-    r"(?![©®™])(?:[\p{Extended_Pictographic}\p{Regional_Indicator}\p{Emoji_Modifier}]\p{M}*\u200d?)+|[\ufe0f\u20e3]"
+    r"(?![©®™])(?:[\p{Extended_Pictographic}\p{Regional_Indicator}\p{Emoji_Modifier}]\p{M}*\u200d?)+|[\ufe0f\u20e3]+"
 )
 _TAG = regex.compile(r"<[^<>]*>")
 _IDENTIFIER = regex.compile(r"[A-Za-z_$][\w$.-]*")
