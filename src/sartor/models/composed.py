@@ -181,7 +181,9 @@ def _filled(features: torch.Tensor, stack: int) -> torch.Tensor:
 
 def open_towers(names: Mapping[str, str], device: torch.device, notice: Callable[[str], object]) -> dict[str, Tower]:
     """The towers of these names, by what they are to read. Raises what `open_tower` does."""
-    return {kind: open_tower(name, "image" if kind == "image" else "audio", device, notice=notice) for kind, name in names.items()}
+    return {
+        kind: open_tower(name, "image" if kind == "image" else "audio", device, notice=notice) for kind, name in names.items()
+    }
 
 
 def compose(base: Base, towers: Mapping[str, Tower], *, shelf: Shelf | None = None, seed: int = 0) -> Base:
