@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +18,9 @@ from sartor.models.generate import generate
 from sartor.models.media import blank, keys_in
 from sartor.models.sampling import Sampling
 from sartor.models.shelf import Shelf
+from seeing import Fake, picture, said
 
 CPU = torch.device("cpu")
-
-
-class Fake:
-    """A tower whose features are drawn from the digest of the media; their number is the media's first byte."""
-
-    licence = "MIT"
-
-    def __init__(self, modality: Any = "image", stack: int = 1, version: int = 1) -> None:
-        self.modality, self.stack, self.width = modality, stack, 12
-        self.name, self.digest = f"fake-{modality}", f"{modality}-{version}"
-        self.read = 0
-
-    def features(self, content: bytes) -> torch.Tensor:
-        self.read += 1
-        seed = int(hashlib.sha256(content).hexdigest()[:8], 16)
-        return torch.randn(content[0], self.width, generator=torch.Generator().manual_seed(seed)).half()
-
-
-def picture(count: int, name: str = "a", kind: Any = "image") -> Part:
-    return Part(kind, media="data:x/y;base64," + base64.b64encode(bytes([count]) + name.encode()).decode())
-
-
-def said(*parts: Part | str, reply: str = "the sky is blue") -> Example:
-    content = tuple(Part("text", part) if isinstance(part, str) else part for part in parts)
-    return Example((Message("user", content), Message.of("assistant", reply)), ())
 
 
 def opened(path: Path, seed: int = 0, shelf: Shelf | None = None, **towers: Any) -> Base:
@@ -174,7 +148,7 @@ def test_another_tower_is_refused(tmp_path: Path) -> None:
     model = adapters.inject_lora(opened(path).model, rank=2, alpha=4.0, dropout=0.0, targets="all-linear", seed=0)
     (tmp_path / "adapter").mkdir()
     adapters.write_adapter(model, tmp_path / "adapter", "tiny")
-    with pytest.raises(ModelError, match="parts with the tower 'fake-"):
+    with pytest.raises(ModelError, match="reads with the tower 'fake-"):
         adapters.open_adapter(opened(path, image=Fake(version=2)).model, tmp_path / "adapter")
     torch.save({}, tmp_path / "adapter" / composed.FILE)
     with pytest.raises(ModelError, match="cannot be read"):

@@ -9,16 +9,18 @@ from pathlib import Path
 
 from sartor.core.artifacts import file_digest
 from sartor.core.errors import ArtifactError
-from sartor.models.engine.contract import adapter_digest
+from sartor.models.engine.contract import PROJECTORS, adapter_digest
 
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_FILES = ("adapter_config.json", "adapter_model.safetensors", PROJECTORS)
 _ANEW = "remove that directory and admit the Release again: sartor agents add RELEASE"
 
 
 def check_digest(path: Path, adapter: str) -> None:
     """Raise ArtifactError unless the adapter in `path` has this digest."""
     try:
-        found = adapter_digest({name: {"sha256": file_digest(path / name)} for name in _FILES})
+        found = adapter_digest({name: {"sha256": file_digest(path / name)} for name in _FILES if (path / name).exists()})
+    except KeyError as error:
+        raise ArtifactError(f"the adapter in {path} has no {error}", _ANEW) from None
     except OSError as error:
         raise ArtifactError(f"the adapter in {path} cannot be read: {error.strerror}", _ANEW) from None
     if found != adapter:

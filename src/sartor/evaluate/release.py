@@ -19,6 +19,8 @@ from sartor.evaluate import permission, training
 FORGETTING_LIMIT_NATS = 0.5
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*$")
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
+# of an adapter that reads media
+_PROJECTORS = "projectors.safetensors"
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def release(
     known = training.read_facts(adapter)
     facts = {"use": use, **_facts(adapter, evidence, name, version, checks, waivers), **_of_training(known, evidence)}
     with new_directory(out, replace=replace) as part:
-        for file in _COPIED:
+        for file in (*_COPIED, *({_PROJECTORS} & set(adapter.manifest["files"]))):
             shutil.copyfile(adapter.path / file, part / file)
         shutil.copytree(evidence.path, part / "report", ignore=shutil.ignore_patterns(".*"))
         facts["exemplars"] = training.write_exemplars(known, part, exemplars)

@@ -188,16 +188,21 @@ def open_towers(names: Mapping[str, str], device: torch.device, notice: Callable
 
 def compose(base: Base, towers: Mapping[str, Tower], *, shelf: Shelf | None = None, seed: int = 0) -> Base:
     """`base` reading media through `towers` (by kind) and fresh projectors drawn from `seed`. Its model is changed in place."""
+    media = fresh(base, Features(dict(towers), shelf), seed)
+    base.model.set_input_embeddings(MediaEmbedding(base.model.get_input_embeddings(), media))
+    return replace(base, chat=base.chat.seeing(media), media=media)
+
+
+def fresh(base: Base, features: Features, seed: int) -> ComposedMedia:
+    """Projectors for the towers of `features`, drawn from `seed`, whose tokens are of the size of the base's own."""
     text = base.model.get_input_embeddings()
     with torch.no_grad():
         some = text(torch.arange(min(1024, text.weight.shape[0]), device=base.device))
         gain, width = float(some.float().pow(2).mean().sqrt()), some.shape[-1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projectors = {kind: Projector(tower.width, width, tower.stack, gain) for kind, tower in towers.items()}
-    media = ComposedMedia(Features(dict(towers), shelf), projectors).to(base.device).requires_grad_(False)
-    base.model.set_input_embeddings(MediaEmbedding(text, media))
-    return replace(base, chat=base.chat.seeing(media), media=media)
+        projectors = {kind: Projector(tower.width, width, tower.stack, gain) for kind, tower in features.towers.items()}
+    return ComposedMedia(features, projectors).to(base.device).requires_grad_(False)
 
 
 def write_projectors(media: ComposedMedia, folder: Path) -> None:
@@ -221,14 +226,18 @@ def read_towers(folder: Path) -> dict[str, TowerSaid]:
         raise ModelError(f"{folder / FILE} cannot be read: {error}", _REMEDY) from None
 
 
+def another_tower(folder: Path, said: TowerSaid) -> ModelError:
+    """The error for a tower that is not the one that an adapter was tuned with."""
+    problem = f"the adapter {folder} reads with the tower {said.name!r} {said.digest[:12]}, and the one here is another"
+    return ModelError(problem, "use the tower that it was tuned with")
+
+
 def load_projectors(media: ComposedMedia, folder: Path) -> None:
     """Take over the projectors of the adapter in `folder`. Raises ModelError where they do not fit these towers."""
     for kind, said in read_towers(folder).items():
         here = media.towers().get(kind)
         if here is None or here.digest != said.digest:
-            found = f"here it has {here.digest[:12]}" if here else "none is open here"
-            problem = f"the adapter {folder} reads its {kind} parts with the tower {said.name!r} {said.digest[:12]}; {found}"
-            raise ModelError(problem, "use the tower that it was tuned with")
+            raise another_tower(folder, said)
     tensors = load_file(folder / FILE)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

@@ -50,13 +50,17 @@ class Scores:
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens of one row: `ids` from position `first` on, in `pages`; slot: its adapter's. newest: the one token of a reply."""
+    """Tokens of one row: `ids` from position `first` on, in `pages`; slot: its adapter's. newest: the one token of a reply.
+
+    seen: (places among `ids`, (M, D) their embeddings) where media stand.
+    """
 
     ids: Sequence[int]
     first: int
     pages: Sequence[int]
     slot: int
     newest: bool = False
+    seen: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Angles:
@@ -144,7 +148,9 @@ class Blocks:
     def _read(self, run: Run, *, all_rows: bool = False) -> torch.Tensor:
         """A chunk of one prompt: (1, D), or (T, D) of all its tokens."""
         ids, first, pages, slot = run.ids, run.first, run.pages, run.slot
-        x = self._fast.embed(torch.tensor(list(ids), device=self.device))
+        x = self._fast.embed(torch.tensor(list(ids), device=self.device).clamp(min=0))
+        if run.seen is not None:
+            x = x.index_copy(0, run.seen[0], run.seen[1].to(x.dtype))
         table = torch.tensor(list(pages[: (first + len(ids) - 1) // PAGE_TOKENS + 1]), device=self.device)
 
         def mix(place: int, block: Block, qkv: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ from sartor.core import records
 from sartor.models.sampling import Sampling
 
 BASE = ""
+# Beside an adapter that reads media (models/composed.py, which loads torch)
+PROJECTORS = "projectors.safetensors"
 Finish = Literal["stop", "length", "cancelled"]
 
 
@@ -185,5 +187,6 @@ class Engine(Protocol):
 
 
 def adapter_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """What an adapter is known by, from the `files` of an Adapter's or Release's manifest: its weights and its config."""
-    return records.digest([files[name]["sha256"] for name in ("adapter_config.json", "adapter_model.safetensors")])
+    """What an adapter is known by, from the `files` of an Adapter's or Release's manifest: weights, config, projectors."""
+    names = [*("adapter_config.json", "adapter_model.safetensors"), *({PROJECTORS} & set(files))]
+    return records.digest([files[name]["sha256"] for name in names])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 import torch
@@ -24,9 +25,12 @@ from sartor.models.engine.native_blocks import open_blocks
 from sartor.models.engine.pages import PAGE_TOKENS, Pages
 from sartor.models.engine.reading import Reader
 from sartor.models.engine.rows import Row
+from sartor.models.engine.sights import Seen, Sights, holds_media
 
 # Of prompts in one step, while others wait for their next token: a step stays within a few times that of a token
 READ_TOKENS = 4 * PAGE_TOKENS
+# How long a step waits for a tower if there is nothing else to do
+MOMENT_S = 0.02
 
 
 class LocalEngine:
@@ -53,6 +57,8 @@ class LocalEngine:
         self._reading: deque[Row] = deque()
         self._writing: list[Row] = []
         self._ended: list[Event] = []
+        self._sights = Sights(base, self._reader)
+        self._seeing: dict[str, tuple[Call, Future[Seen]]] = {}
 
     @property
     def about(self) -> About:
@@ -62,13 +68,18 @@ class LocalEngine:
     @property
     def busy(self) -> bool:
         """Whether `step` has work."""
-        return bool(self._waiting or self._reading or self._writing or self._ended)
+        return bool(self._waiting or self._reading or self._writing or self._ended or self._seeing)
 
     def attach(self, adapter: str, path: Path) -> int:
         """See `contract.Engine`. The bytes are those of a slot, which has room for the largest rank attached."""
         if adapter in self._adapters:
             return self._blocks.factors.bytes_of(adapter)
-        taken = self._blocks.factors.put(adapter, path)
+        taken = self._sights.attach(adapter, path)
+        try:
+            taken += self._blocks.factors.put(adapter, path)
+        except ModelError:
+            self._sights.detach(adapter)
+            raise
         self._adapters[adapter] = next(self._numbers)
         return taken
 
@@ -79,23 +90,48 @@ class LocalEngine:
         for row in self._all():
             if row.call.adapter == adapter:
                 self._fail(row, ModelError("the adapter was detached while it answered", "ask again"))
+        self._sights.detach(adapter)
         self._pages.forget(self._adapters.pop(adapter))
         self._blocks.factors.drop(adapter)
 
     def submit(self, call: Call) -> None:
         """See `contract.Engine`."""
-        if len(self._waiting) >= self._most_waiting:
-            raise BusyError(f"{len(self._waiting)} calls wait already", "ask again later, or raise engine.waiting")
+        if (waiting := len(self._waiting) + len(self._seeing)) >= self._most_waiting:
+            raise BusyError(f"{waiting} calls wait already", "ask again later, or raise engine.waiting")
         if call.adapter not in self._adapters:
             raise ModelError(f"no adapter {call.adapter[:16]!r} is attached", "attach it first")
-        if any(row.call.id == call.id for row in self._all()):
+        if call.id in self._seeing or any(row.call.id == call.id for row in self._all()):
             raise RequestError(f"a call with the id {call.id!r} is being answered", "give each call its own id")
-        prompt = self._reader.prompt(call)
+        if holds_media(call.messages):
+            self._seeing[call.id] = call, self._sights.read(call)
+            return
+        self._queue(call, self._reader.prompt(call), None)
+
+    def _queue(self, call: Call, prompt: list[int], seen: Seen | None) -> None:
         most = min(call.sampling.max_tokens, self._about.context_tokens - len(prompt))
-        self._waiting.append(Row(call, prompt, self._base.chat, most, self._reader.constraint(call)))
+        row = Row(call, prompt, self._base.chat, most, self._reader.constraint(call))
+        row.seen = seen
+        self._waiting.append(row)
+
+    def _look(self) -> None:
+        """Calls whose media were read join the queue. If nothing else is to be done, they are waited for a moment."""
+        if not (self._waiting or self._reading or self._writing):
+            wait([future for _, future in self._seeing.values()], MOMENT_S, FIRST_COMPLETED)
+        for call, future in [pair for pair in self._seeing.values() if pair[1].done()]:
+            del self._seeing[call.id]
+            try:
+                if call.adapter not in self._adapters:
+                    raise ModelError("the adapter was detached while it looked", "ask again")
+                seen = future.result()
+                self._queue(call, seen.ids, seen)
+            except SartorError as error:
+                self._ended.append(Failed(call.id, error.kind, error.problem, error.remedy))
 
     def cancel(self, call: str) -> None:
         """See `contract.Engine`."""
+        if call in self._seeing:
+            self._seeing.pop(call)[1].cancel()
+            self._ended.append(Done(call, "cancelled", 0, 0))
         for row in self._all():
             if row.call.id == call:
                 self._leave(row)
@@ -103,6 +139,8 @@ class LocalEngine:
 
     def step(self) -> Sequence[Event]:
         """See `contract.Engine`."""
+        if self._seeing:
+            self._look()
         self._join()
         chunks = self._chunks()
         if chunks or self._writing:
@@ -116,7 +154,8 @@ class LocalEngine:
             yield from self._embed(text)
 
     def close(self) -> None:
-        """Nothing is held outside this process's memory."""
+        """End the thread of the towers; nothing is held outside this process's memory."""
+        self._sights.close()
 
     def _all(self) -> list[Row]:
         return [*self._waiting, *self._reading, *self._writing]
@@ -149,7 +188,10 @@ class LocalEngine:
 
     def _advance(self, chunks: Sequence[tuple[Row, list[int]]], writing: Sequence[Row]) -> None:
         """Read the chunks, and give every row whose text is read to its end its next token."""
-        runs = [Run(chunk, row.read, row.pages, row.slot) for row, chunk in chunks]
+        runs = [
+            Run(chunk, row.read, row.pages, row.slot, seen=row.seen.of(row.read, chunk) if row.seen else None)
+            for row, chunk in chunks
+        ]
         runs += [
             Run(row.tokens[-1:], len(row.prompt) + len(row.tokens) - 1, row.pages, row.slot, newest=True) for row in writing
         ]

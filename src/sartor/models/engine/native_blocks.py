@@ -78,8 +78,14 @@ class NativeBlocks:
         rows = [place for place, run in enumerate(runs) for _ in run.ids]
         sheets = [self.factors.at(run.slot) for run in runs]
         turns = [self._angles.turns(kind, max(ends)) for kind in self._kinds]
+        x, start = self._fast.embed(ids.clamp(min=0)).float(), 0
+        for run in runs:
+            if run.seen is not None:
+                # as wide as the embeddings of texts are, so that a cache holds what the model would see by itself
+                x[start + run.seen[0]] = run.seen[1].to(self.dtype).float()
+            start += len(run.ids)
         tokens = Tokens(
-            x=self._fast.embed(ids).float(),
+            x=x,
             positions=positions,
             pages=torch.tensor(tables),
             rows=torch.tensor(rows),

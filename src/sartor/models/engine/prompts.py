@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sartor.core.errors import RequestError, SourceError
-from sartor.core.records import ROLES, Message, Part
+from sartor.core.records import ROLES, Message, Part, PartKind
 from sartor.models.chat import Chat
 from sartor.models.engine.contract import Call
 
@@ -24,14 +24,18 @@ TOOLS_TEXT = (
 # For each token that there is room for, of a prompt that is looked at before the rest of it
 FIRST_CHARACTERS = 16
 _PROBE = "sartor_probe_tool"
+_MEDIA: dict[str, PartKind] = {"image": "image", "image_url": "image", "audio": "audio", "input_audio": "audio"}
 _REMEDY = '{"role": "user", "content": "..."}'
 
 
 def prompt_text(chat: Chat, call: Call) -> str:
     """What the model reads, as text. Raises RequestError for messages that are malformed or that the template refuses."""
-    if not call.messages:
+    return _prompt_text(chat, call, [_message(said, place) for place, said in enumerate(call.messages)])
+
+
+def _prompt_text(chat: Chat, call: Call, messages: list[Message]) -> str:
+    if not messages:
         return call.text
-    messages = [_message(said, place) for place, said in enumerate(call.messages)]
     tools = json.dumps(list(call.tools)) if call.tools else ""
     if not tools and not any(message.tool_calls or message.role == "tool" for message in messages):
         return _rendered(chat, [messages])
@@ -48,9 +52,13 @@ def prompt_ids(chat: Chat, call: Call, most_tokens: int) -> list[int]:
     Raises RequestError as `prompt_text` does, for a prompt of no tokens, and for one far longer than `most_tokens`, which is
     not read to its end; a little longer ones are for the caller to refuse.
     """
-    text = prompt_text(chat, call)
+    messages = [_message(said, place) for place, said in enumerate(call.messages)]
+    text = _prompt_text(chat, call, messages)
     _check_length(chat, text, most_tokens)
-    ids = list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        ids = chat.tokens(text, chat.seen(messages))
+    except SourceError as error:  # media that cannot be read, or that this base does not read
+        raise RequestError(error.problem, error.remedy) from None
     bos = chat.tokenizer.bos_token_id
     if not call.messages and bos is not None and chat.tokenizer("a")["input_ids"][0] == bos:
         ids = [bos, *ids]
@@ -111,23 +119,35 @@ def _message(said: Any, place: int) -> Message:
     if not isinstance(name, str) or not isinstance(answers, str):
         raise RequestError(f"messages[{place}] has a name or tool_call_id that is no text", _REMEDY)
     calls = _calls(said.get("tool_calls"), place)
-    return Message(role, (Part("text", _text(said.get("content"), place, bool(calls))),), name, calls, answers)
+    return Message(role, _content(said.get("content"), place, bool(calls)), name, calls, answers)
 
 
-def _text(content: Any, place: int, may_lack: bool) -> str:
+def _content(content: Any, place: int, may_lack: bool) -> tuple[Part, ...]:
     if isinstance(content, str):
-        return content
+        return (Part("text", content),)
     if content is None and may_lack:
-        return ""
+        return (Part("text"),)
     if not isinstance(content, list | tuple):
         raise RequestError(f"messages[{place}] has a content of type {type(content).__name__}", _REMEDY)
-    kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
-    if other := next((kind for kind in kinds if kind != "text"), None):
-        raise RequestError(f"messages[{place}] holds a part of type {other!r:.80}, and this base reads text only", "send text")
-    texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-    if not all(isinstance(text, str) for text in texts):
-        raise RequestError(f"messages[{place}] holds a part without text", '{"type": "text", "text": "..."}')
-    return "".join(str(text) for text in texts)
+    return tuple(_part(part, place) for part in content)
+
+
+def _part(said: Any, place: int) -> Part:
+    kind = said.get("type") if isinstance(said, Mapping) else None
+    if kind == "text":
+        if not isinstance(text := said.get("text"), str):
+            raise RequestError(f"messages[{place}] holds a part without text", '{"type": "text", "text": "..."}')
+        return Part("text", text)
+    if kind not in _MEDIA:
+        problem = f"messages[{place}] holds a part of type {kind!r:.80}; known are text, image_url and input_audio"
+        raise RequestError(problem, '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}')
+    value = said.get(kind)
+    if isinstance(value, Mapping):  # OpenAI's own forms
+        value = value.get("url") if "url" in value else f"data:audio/{value.get('format')};base64,{value.get('data')}"
+    if not isinstance(value, str) or not value.startswith("data:"):
+        problem = f"the {_MEDIA[kind]} in messages[{place}] is no data URL, and nothing is fetched for a request"
+        raise RequestError(problem, f"send the bytes: data:{_MEDIA[kind]}/...;base64,...")
+    return Part(_MEDIA[kind], media=value)
 
 
 def _calls(said: Any, place: int) -> str:
@@ -181,7 +201,8 @@ def _in_plain_turns(messages: Sequence[Message]) -> list[Message]:
             said = {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
             text = f"{text}\n<tool_call>\n{json.dumps(said)}\n</tool_call>".lstrip("\n")
         returns = message.role == "tool"
-        turns.append(Message.of("user" if returns else message.role, text))
+        media = any(part.kind != "text" for part in message.content)
+        turns.append(message if media else Message.of("user" if returns else message.role, text))
     return turns
 
 
@@ -190,6 +211,8 @@ def _noted(messages: Sequence[Message], note: str, role: str) -> list[Message]:
     first = next((place for place, message in enumerate(messages) if message.role == role), None)
     if first is None or (role == "system" and first):
         return [Message.of(role, note), *messages]
-    text = messages[first].text
-    noted = Message.of(role, f"{text}\n\n{note}" if role == "system" else f"{note}\n\n{text}")
+    content = messages[first].content
+    noted = Message(
+        role, (*content, Part("text", f"\n\n{note}")) if role == "system" else (Part("text", f"{note}\n\n"), *content)
+    )
     return [*messages[:first], noted, *messages[first + 1 :]]

@@ -12,6 +12,7 @@ import torch
 from sartor.models.chat import Chat
 from sartor.models.engine.contract import Call, Done, Event, Finish, Logprob, Piece
 from sartor.models.engine.grammar import Constraint
+from sartor.models.engine.sights import Seen
 from sartor.models.engine.tools import CallReader
 from sartor.models.generate import draw, likely, source
 
@@ -73,6 +74,7 @@ class Row:
     read: int = 0
     cached: int = 0
     tokens: list[int] = field(default_factory=list)
+    seen: Seen | None = None
 
     def __post_init__(self) -> None:
         self._sampling = self.call.sampling

@@ -1,0 +1,113 @@
+"""What adapters of composed bases read beside text: their towers, shared by all of them, and each one's own projectors.
+
+A tower takes longer than a token, so it runs in a thread of its own while other rows go on; what comes back is the prompt's
+token ids and the embeddings of its media, which are the call's own and are forgotten with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sartor.core.errors import RequestError
+from sartor.models import composed
+from sartor.models.base import Base
+from sartor.models.composed import ComposedMedia, Features
+from sartor.models.engine.contract import Call
+from sartor.models.engine.reading import Reader
+from sartor.models.media import MOST_TOKENS, PLACE_BITS, keys_in
+from sartor.models.towers.contract import Tower
+
+MEDIA_PARTS = ("image", "image_url", "audio", "input_audio")
+# Of features of recent media, which a conversation brings again with each turn
+HELD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A prompt with media: its ids, and (M, D) fp32 embeddings of its M virtual ids, in their order."""
+
+    ids: list[int]
+    rows: torch.Tensor
+
+    def of(self, start: int, chunk: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """For the ids from `start` on: (places within the chunk, their embeddings); None if no media stands there."""
+        places = [place for place, token in enumerate(chunk) if token < 0]
+        if not places:
+            return None
+        first = sum(token < 0 for token in self.ids[:start])
+        return torch.tensor(places, device=self.rows.device), self.rows[first : first + len(places)]
+
+
+class Sights:
+    """The adapters that read media."""
+
+    def __init__(self, base: Base, reader: Reader) -> None:
+        self._base, self._reader = base, reader
+        self._towers: dict[str, Tower] = {}
+        self._media: dict[str, ComposedMedia] = {}
+        self._readers: dict[str, Reader] = {}
+        self._thread = ThreadPoolExecutor(1, "sartor-towers")
+
+    def attach(self, adapter: str, path: Path) -> int:
+        """Open what the adapter in `path` reads media with; returns the bytes of its projectors, 0 if it reads text alone.
+
+        Raises ModelError where they do not fit, and what `open_tower` raises.
+        """
+        said = composed.read_towers(path)
+        if not said:
+            return 0
+        for kind, tower in said.items():
+            if tower.digest not in self._towers:
+                self._towers |= {
+                    found.digest: found
+                    for found in composed.open_towers({kind: tower.name}, self._base.device, lambda line: None).values()
+                }
+        named = {tower.digest: tower for tower in self._towers.values()}
+        if lacking := [tower for tower in said.values() if tower.digest not in named]:
+            raise composed.another_tower(path, lacking[0])
+        towers = {kind: named[tower.digest] for kind, tower in said.items()}
+        media = composed.fresh(self._base, Features(towers, None, held_bytes=HELD_BYTES), seed=0)
+        composed.load_projectors(media, path)
+        self._media[adapter] = media
+        self._readers[adapter] = replace(self._reader, chat=self._reader.chat.seeing(media))
+        return sum(part.nbytes for part in media.parameters())
+
+    def detach(self, adapter: str) -> None:
+        """Forget an adapter."""
+        self._media.pop(adapter, None)
+        self._readers.pop(adapter, None)
+
+    def read(self, call: Call) -> Future[Seen]:
+        """The prompt of a call with media parts. The future raises RequestError as `Reader.prompt` does."""
+        return self._thread.submit(self._read, call)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, call: Call) -> Seen:
+        media = self._media.get(call.adapter)
+        if media is None:
+            raise RequestError(
+                "this agent reads text alone, and the request holds media", "send text, or ask an agent that sees"
+            )
+        ids = self._readers[call.adapter].prompt(call)
+        with torch.inference_mode():
+            keys = keys_in(ids)
+            parts = dict(zip(keys, media.embedded(keys), strict=True))
+            found = [-1 - token for token in ids if token < 0]
+            rows = [parts[token >> PLACE_BITS][token & (MOST_TOKENS - 1)] for token in found]
+        return Seen(ids, torch.stack(rows).float())
+
+
+def holds_media(messages: tuple[Mapping[str, Any], ...]) -> bool:
+    """Whether a part of a call's messages is an image or a recording."""
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
+    return any(isinstance(part, Mapping) and part.get("type") in MEDIA_PARTS for part in parts)
