@@ -104,8 +104,8 @@ def test_a_raw_text_opens_as_in_pretraining() -> None:
     [
         (3, "role"), ({}, "role"), ({"role": "robot", "content": "a"}, "robot"), ({"role": ["user"], "content": "a"}, "role"),
         ({"role": "user"}, "content"), ({"role": "user", "content": 3}, "int"), ({"role": "user", "content": {"a": 1}}, "dict"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://10.0.0.1"}}]}, "image_url"),
-        ({"role": "user", "content": ["a"]}, "without text"), ({"role": "user", "content": [{"type": "text"}]}, "without text"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://10.0.0.1"}}]}, "no data URL"),
+        ({"role": "user", "content": ["a"]}, "part of type None"), ({"role": "user", "content": [{"type": "text"}]}, "without text"),
         ({"role": "user", "content": "a", "name": 3}, "name"), ({"role": "assistant", "content": "a", "tool_calls": "x"}, "tool call"),
         ({"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": 3}}]}, "tool call"),
         ({"role": "assistant", "content": "a", "tool_calls": [3]}, "tool call"),
