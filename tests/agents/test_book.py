@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,9 @@ def test_a_real_team_is_asked_and_its_real_releases_are_checked_when_added(relea
     assert reply.reply and reply.nearest[0]["reply"]
     same = sartor.ask(team.parent / "switch-1.0", "switch kitchen on", **asked)
     assert reply.reply == same.reply
+    if shutil.which("espeak-ng"):
+        spoken = sartor.speaking(team.parent / "reply.wav")(reply).spoken
+        assert spoken is not None and spoken.seconds > 0.3 and (team.parent / "reply.wav").stat().st_size > 10_000
     sartor.add_agent(team, team.parent / "switch-1.1")
     assert sartor.promote_agent(team, "switch", "1.1", expected="1.0").rows[0]["live"] == "1.1"
     weights = team.parent / "switch-1.1" / "adapter_model.safetensors"

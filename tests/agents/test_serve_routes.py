@@ -485,6 +485,6 @@ def test_errors_have_their_statuses(tmp_path: Path) -> None:
     for error, status in ((UnavailableError("no", "x"), 503), (DeadlineError("no", "x"), 504)):
         (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat()), replies=serving.Replies(fail=error))
         assert (answer.status_code, answer.json()["error"]["remedy"]) == (status, "x")
-    speech, method = ask(tmp_path, ("POST", "/v1/audio/speech", {}), ("DELETE", "/v1/models", None))
-    assert (speech.status_code, method.status_code) == (404, 405)
+    path, method = ask(tmp_path, ("POST", "/v1/audio/songs", {}), ("DELETE", "/v1/models", None))
+    assert (path.status_code, method.status_code) == (404, 405)
     assert method.json()["error"]["remedy"]

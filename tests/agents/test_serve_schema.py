@@ -14,9 +14,15 @@ import serving
 
 from sartor.agents.serve.journal import Journal
 from sartor.agents.serve.server import Server
+from sartor.agents.serve.speaker import Speaker
+from sartor.agents.team import Speech
 
 # What a request may ask for is known at run time alone: without it nearly all are 404, and little is tried
-KNOWN = {"model": ["base", "auto", "faq", "faq@1.0"], "receipt": ["r1", "chatcmpl-r2", "none"]}
+KNOWN = {
+    "model": ["base", "auto", "faq", "faq@1.0", "speech"],
+    "voice": ["default", "espeak:de"],
+    "receipt": ["r1", "chatcmpl-r2", "none"],
+}
 NAMES = ["faq", "home", "nobody"]
 # Requests that fit their schema may be refused for what no schema says: control characters, two fields that exclude each other
 LEFT_OUT = "positive_data_acceptance"
@@ -40,7 +46,8 @@ def narrowed(openapi: dict[str, Any]) -> dict[str, Any]:
 def test_every_route_keeps_to_the_openapi(tmp_path: Path) -> None:
     log, program = serving.Log(), Path(sys.executable).parent / "schemathesis"
     replies = serving.Replies()
-    server = Server(serving.house(keys=serving.KEYS, replies=replies), serving.team(tmp_path / "state"), journal=Journal(log))
+    house = serving.house(keys=serving.KEYS, replies=replies, speech=Speaker(Speech()))
+    server = Server(house, serving.team(tmp_path / "state"), journal=Journal(log))
     with serving.running(server) as url:
         (tmp_path / "openapi.json").write_text(json.dumps(narrowed(httpx.get(f"{url}/openapi.json").json())))
         command = [program, "run", "openapi.json", "--url", url, "-H", "Authorization: Bearer key-both", "--no-color"]
@@ -50,7 +57,7 @@ def test_every_route_keeps_to_the_openapi(tmp_path: Path) -> None:
     assert len(replies.asked) > EXAMPLES // 2, "hardly any request was answered"
     assert [line for line in log.lines if line["event"] == "bug"] == []
     tried = {line["route"] for line in log.lines if line["event"] == "request"}
-    assert {"/v1/chat/completions", "/v1/feedback", "/v1/agents/{name}/promote"} <= tried
+    assert {"/v1/chat/completions", "/v1/feedback", "/v1/agents/{name}/promote", "/v1/audio/speech"} <= tried
 
 
 def test_the_openapi_declares_every_status_that_is_answered(tmp_path: Path) -> None:

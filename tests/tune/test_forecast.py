@@ -145,12 +145,11 @@ def test_memory_that_cannot_hold_it_is_refused_before_spending(
 def test_a_base_whose_weights_alone_do_not_fit_is_not_opened(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sartor.tune import plan, trainer
+    from sartor.tune import opening
 
     # the tiny base has 28,832 weights
     with_room(monkeypatch, 100_000)
-    for module in (plan, trainer):
-        monkeypatch.setattr(module, "open_base", lambda *args, **options: pytest.fail("it was opened"))
+    monkeypatch.setattr(opening, "open_base", lambda *args, **options: pytest.fail("it was opened"))
     (refusal,) = sartor.plan(tune_recipe).as_json()["refusals"]
     assert refusal["reason"] == "memory" and "the weights of" in refusal["problem"]
     assert "base.bits=16 (0.00 GB)" in refusal["remedy"]

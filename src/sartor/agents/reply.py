@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rapidfuzz import fuzz, process
@@ -12,10 +13,21 @@ from sartor.core.artifacts import Artifact
 
 
 @dataclass(frozen=True)
+class SpokenFile:
+    """A reply as speech. text: its spoken form. left_out: what was written and is not said as it stands, counted by kind."""
+
+    file: str
+    text: str
+    seconds: float
+    voice: str
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Reply:
     """One answer. `nearest` are training Examples like the prompt; `nearest_note` says why when there are none.
 
-    receipt: the id of its receipt, where one is kept.
+    receipt: the id of its receipt, where one is kept. spoken: the file that it was spoken into, if it was.
     """
 
     prompt: str
@@ -26,12 +38,14 @@ class Reply:
     nearest: list[dict[str, Any]]
     nearest_note: str = ""
     receipt: str | None = None
+    spoken: SpokenFile | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
         said = {"prompt": self.prompt, "reply": self.reply, "finish": self.finish, "agent": self.agent}
         note = {"nearest_note": self.nearest_note} if self.nearest_note else {}
-        return {**said, "reason": self.reason, "receipt": self.receipt, "nearest": self.nearest, **note}
+        spoken = {"spoken": asdict(self.spoken)} if self.spoken else {}
+        return {**said, "reason": self.reason, "receipt": self.receipt, "nearest": self.nearest, **note, **spoken}
 
 
 def nearest_examples(release: Artifact, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:

@@ -12,8 +12,9 @@ from sqlalchemy import URL
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
+from sartor.speech.voices import seen_from
 
-RESERVED = ("base", "auto", "previous")
+RESERVED = ("base", "auto", "previous", "speech")
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,30 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Team:
-    """The whole of TEAM.yaml. Relative paths are seen from the file's directory."""
+class Speech:
+    """Who speaks, in processes of a lower priority than the workers'."""
+
+    voice: str = option(
+        "auto",
+        "who speaks where a client names nobody: espeak, espeak:de, espeak:en-us+f3, piper:joe, piper:FILE.onnx, off; "
+        "auto is espeak where espeak-ng is installed, else off",
+    )
+    voices: tuple[str, ...] = option((), "who else a client may name; with a voice of espeak's, that is any of espeak's")
+    at_once: int = option(2, "pieces of a sentence or two that are spoken side by side")
+    waiting: int = option(32, "texts that are spoken or wait; above it the answer is 429")
+    characters: int = option(4096, "of one text that a client sends; above it the answer is 400")
+    patience_s: float = option(20.0, "a voice that has not said a piece by then is killed")
+
+    def __post_init__(self) -> None:
+        if self.at_once < 1:
+            raise ConfigError(
+                f"speech.at_once is {self.at_once}, and nobody would speak", "1 or more; voice: off speaks nothing"
+            )
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a team stands on, who is in it, and where it keeps its records."""
 
     base: str = option(REQUIRED, "starter, a directory, a GGUF file or a hub name")
     agents: tuple[Member, ...] = option((), "the agents that are registered at the first start")
@@ -156,12 +179,19 @@ class Team:
     state: str = option("", "directory of registry, receipts and inbox; by default .NAME beside the file")
     registry: str = option("", "SQLAlchemy URL; by default SQLite in `state`. A password stands in the environment: ${NAME}")
     trust: str = option("", "public key that Releases must be signed by; by default those in SARTOR_HOME/trusted")
+
+
+@dataclass(frozen=True)
+class Team(Basis):
+    """The whole of TEAM.yaml. Relative paths are seen from the file's directory."""
+
     workers: Workers = option(Workers(), "the processes")
     breaker: Breaker = option(Breaker(), "when an agent is taken out of service")
     limits: Limits = option(Limits(), "what one request, key or agent may take")
     http: Http = option(Http(), "where it listens")
     router: Routing = option(Routing(), "how `auto` chooses")
     rollout: Rollout = option(Rollout(), "how a new version comes in")
+    speech: Speech = option(Speech(), "who speaks")
 
     def __post_init__(self) -> None:
         names = [member.name for member in self.agents]
@@ -191,4 +221,9 @@ def load(path: Path, flags: Sequence[str] = ()) -> Team:
         agents=tuple(replace(member, release=str(root / member.release)) for member in team.agents),
         state=str(root / (team.state or f".{path.stem}")),
         trust=str(root / team.trust) if team.trust else "",
+        speech=replace(
+            team.speech,
+            voice=seen_from(team.speech.voice, root),
+            voices=tuple(seen_from(voice, root) for voice in team.speech.voices),
+        ),
     )

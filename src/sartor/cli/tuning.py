@@ -143,6 +143,8 @@ def ask(
     top_p: float | None = None,
     max_tokens: int | None = None,
     seed: int | None = None,
+    speak: Path | None = None,
+    voice: str = "espeak",
 ) -> Any:
     """One reply of a Release or a team, and the training examples nearest to the question.
 
@@ -159,12 +161,15 @@ def ask(
     top_p: sample from the likeliest tokens of this mass
     max_tokens: longest reply
     seed: of the sampling
+    speak: say the reply into this file too: .wav, .flac, .mp3, .opus or .ogg
+    voice: who speaks: espeak, espeak:LANGUAGE+VARIANT (espeak:de, espeak:en-us+f3), piper:joe, piper:FILE.onnx
     """
+    spoken = sartor.speaking(speak, voice) if speak else lambda reply: reply
     said = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     chosen = {name: value for name, value in said.items() if value is not None}
     if release.is_file():
-        return sartor.ask_team(release, prompt, agent=agent, sampling=chosen, notice=notice)
-    return sartor.ask(release, prompt, key=key, base=base, sampling=chosen, notice=notice)
+        return spoken(sartor.ask_team(release, prompt, agent=agent, sampling=chosen, notice=notice))
+    return spoken(sartor.ask(release, prompt, key=key, base=base, sampling=chosen, notice=notice))
 
 
 @app.command

@@ -160,7 +160,7 @@ def _expanded(cls: Any, data: Any) -> Any:
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         members = _classes(hints[field.name])
-        if members and not _is_list(hints[field.name]) and field.name in data:
+        if members and not _is_list(hints[field.name]) and data.get(field.name) is not None:
             value = data[field.name]
             member = members[0] if len(members) == 1 else None
             value = value if isinstance(value, Mapping) else _from_shorthand(member, value) if member else {"kind": value}

@@ -6,13 +6,12 @@ A Task is rows with prompts and references; both sides answer each prompt greedi
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,18 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from sartor.core import catalogue, lineage, rows
+from sartor.core import catalogue, rows
 from sartor.core.artifacts import Artifact, check_free, open_artifact, write_artifact
-from sartor.core.errors import ArtifactError, AssetError, ConfigError, ModelError, SourceError
-from sartor.core.records import Drop, Example
-from sartor.curate.recipe import Source
-from sartor.curate.sources.units import read_all
+from sartor.core.errors import AssetError, ConfigError, ModelError
+from sartor.core.records import Example
 from sartor.evaluate import audit, compare, page
 from sartor.evaluate.compare import Comparison
+from sartor.evaluate.held_out import HeldOut, fitting, held_out
 from sartor.evaluate.scorers import SCORERS
-from sartor.models import adapters, batches, paths
+from sartor.models import adapters, batches, composed, paths
 from sartor.models.base import Base, open_base
 from sartor.models.generate import generate
+from sartor.models.media import blank
 from sartor.models.sampling import Sampling
 
 Notice = Callable[[str], object]
@@ -87,12 +86,13 @@ def evaluate(
     check_free(out.absolute(), replace=replace)
     if scorer and scorer not in SCORERS:
         raise ConfigError(f"there is no scorer {scorer!r}", f"--scorer {' | '.join(SCORERS)}")
-    examples, left_out = task_rows(adapter, Path(data) if data else None, most_rows)
-    base, model = open_tuned(adapter, notice)
-    notice(f"evaluating base and tuned on {len(examples)} held-out rows")
-    examples, refused = _fitting(base, examples)
-    left_out |= refused
-    before, after = (_answer(base, model, examples, tuned=tuned) for tuned in (False, True))
+    with tempfile.TemporaryDirectory() as media:
+        asked = held_out(adapter, Path(data) if data else None, most_rows, Path(media))
+        base, model = open_tuned(adapter, notice)
+        notice(f"evaluating base and tuned on {len(asked.examples)} held-out rows")
+        asked = fitting(base, asked)
+        examples = asked.examples
+        before, after = (_answer(base, model, asked, tuned=tuned) for tuned in (False, True))
     metrics = _metrics(examples, before, after)
     notice("measuring what was forgotten")
     forgetting = measure_forgetting(base, model)
@@ -108,7 +108,7 @@ def evaluate(
         "audit": {},
         "rows": len(examples),
         "data": str(data) if data else "held-out rows of the Dataset",
-        "left_out": left_out,
+        "left_out": asked.left_out,
         "wall_s": round(time.monotonic() - began, 2),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
     }
@@ -135,6 +135,9 @@ def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name:
     bits = said["bits"] if said.get("quantisation", "none") != "none" else "auto"
     base = open_base(base_name or said["name"], licence=said["licence"], bits=bits, notice=notice)
     check_base(adapter, base.ref.digest, base.chat.template_digest, base.ref.name)
+    if towers := composed.read_towers(adapter.path):
+        names = {kind: tower.name for kind, tower in towers.items()}
+        base = composed.compose(base, composed.open_towers(names, base.device, notice))
     return base, adapters.open_adapter(base.model, adapter.path)
 
 
@@ -152,76 +155,16 @@ def check_base(adapter: Artifact, digest: str, template_digest: str, name: str) 
             )
 
 
-def task_rows(adapter: Artifact, data: Path | None, most_rows: int) -> tuple[list[Example], dict[str, int]]:
-    """The rows to evaluate on, and how many were left out and why.
-
-    Rows that were trained on are never among them; where the Dataset is gone that cannot be checked, and `left_out` says so.
-    """
-    dataset = lineage.find_parent(adapter, "dataset")
-    left_out: dict[str, int] = {}
-    if most_rows < 1:
-        raise ConfigError(f"--rows is {most_rows}; there must be at least one row to evaluate on", "--rows 200")
-    if data is None:
-        if dataset is None:
-            raise ArtifactError(
-                f"the Dataset of {adapter.path} is not where it was, or was changed",
-                "sartor index DIR finds it; or give --data FILE",
-            )
-        examples = list(rows.read_examples(dataset, "eval"))
-        if not examples:
-            raise SourceError(
-                f"{dataset.path} holds out no row", "curate with split.eval_fraction above 0, or give --data FILE"
-            )
-    else:
-        if dataset is None:
-            left_out["not_compared_with_training_rows"] = 0  # the Dataset is gone: said, since nothing was left out for it
-        trained_on = {example.id for example in rows.read_examples(dataset, "train")} if dataset else set()
-        with tempfile.TemporaryDirectory() as media:
-            read = list(read_all(Source(str(data)), 4 << 20, Path(media)))
-        drops = [row for row in read if isinstance(row, Drop)]
-        known = [row for row in read if isinstance(row, Example)]
-        examples = [example for example in known if example.id not in trained_on]
-        left_out |= lineage.tally(drop.reason for drop in drops)
-        if seen := len(known) - len(examples):
-            left_out["trained_on"] = seen
-        if not examples:
-            raise SourceError(
-                f"no row of {data} can be used ({left_out or 'it is empty'})", "give rows that were not trained on"
-            )
-    # a fixed sample: the same rows in every run, whatever their order
-    examples.sort(key=lambda example: hashlib.sha256(example.id.encode()).digest())
-    if len(examples) > most_rows:
-        left_out["beyond_most_rows"] = len(examples) - most_rows
-    return examples[:most_rows], left_out
-
-
-def _fitting(base: Base, examples: list[Example]) -> tuple[list[Example], dict[str, int]]:
-    """The rows that the base's chat template takes, and how many it refuses. Raises SourceError when it refuses all."""
-    fitting, problem = [], ""
-    for example in examples:
-        try:
-            base.chat.encode(example)
-            fitting.append(example)
-        except SourceError as error:
-            problem = error.problem
-    if not fitting:
-        raise SourceError(
-            f"the base can read none of the {len(examples)} rows: {problem}", "give rows in its chat template's form"
-        )
-    refused = len(examples) - len(fitting)
-    return fitting, {"template": refused} if refused else {}
-
-
-def _answer(base: Base, model: Any, examples: Sequence[Example], *, tuned: bool) -> Side:
+def _answer(base: Base, model: Any, asked: HeldOut, *, tuned: bool) -> Side:
     """Greedy replies, scores and losses of one side."""
-    chat = base.chat
+    chat, examples, folder = base.chat, asked.examples, asked.folder
     longest = max(len(chat.tokenizer(example.reply)["input_ids"]) for example in examples)
     limit = min(longest + SPARE_TOKENS, MOST_REPLY_TOKENS)
     with side(model, tuned=tuned):
-        prompts = [chat.prompt_ids(example.prompt, example.tools) for example in examples if not example.is_document]
+        prompts = [chat.prompt_ids(row.prompt, row.tools, folder) for row in examples if not row.is_document]
         made = iter(generate(model, prompts, stop=chat.stops, pad=chat.pad, sampling=Sampling(limit)))
         replies = ["" if example.is_document else chat.decode(next(made).ids) for example in examples]
-        loss, tokens = losses(base, model, examples)
+        loss, tokens = losses(base, model, asked)
     scores = {
         name: [score(reply, example.reply) for reply, example in zip(replies, examples, strict=True)]
         for name, score in SCORERS.items()
@@ -230,14 +173,18 @@ def _answer(base: Base, model: Any, examples: Sequence[Example], *, tuned: bool)
 
 
 def side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
-    """Inside, `model` computes as the tuned model, or as its base."""
-    return nullcontext() if tuned else model.disable_adapter()
+    """Inside, `model` computes as the tuned model, or as its base, to which what projectors make of media is blank."""
+    stack = ExitStack()
+    if not tuned:
+        stack.enter_context(model.disable_adapter())
+        stack.enter_context(blank(model))
+    return stack
 
 
 @torch.no_grad()
-def losses(base: Base, model: Any, examples: Sequence[Example], pack_tokens: int = 2048) -> tuple[list[float], list[int]]:
+def losses(base: Base, model: Any, asked: HeldOut, pack_tokens: int = 2048) -> tuple[list[float], list[int]]:
     """(nats per supervised token, supervised tokens) of each Example under the model as it stands."""
-    encoded = [base.chat.encode(example) for example in examples]
+    encoded = [base.chat.encode(example, asked.folder) for example in asked.examples]
     # the fast path would always see the adapter, and `side` switches it off
     path = paths.choose(model, encoded, base.device, paths.Wish(fast=False, share=False))
     means: list[float] = []
@@ -265,7 +212,7 @@ def measure_forgetting(base: Base, model: Any) -> dict[str, Any]:
     found = []
     for tuned in (False, True):
         with side(model, tuned=tuned):
-            found.append(losses(base, model, probe))
+            found.append(losses(base, model, HeldOut(probe, Path())))
     (before, tokens), (after, _) = found
     comparison = compare.paired(before, after, [example.group for example in probe], tokens)
     return {"unit": "nats per token", "rows": len(probe), **dataclasses.asdict(comparison)}

@@ -12,7 +12,7 @@ from sartor.core import lineage
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
 from sartor.core.records import Message
-from sartor.evaluate.tasks import task_rows
+from sartor.evaluate.held_out import held_out
 from sartor.models.chat import Chat
 
 LEAST = 50
@@ -69,7 +69,7 @@ def _held_out(release: Artifact, count: int) -> Found:
     """Rows that were not trained on: of the Dataset where it stands, else what the Report inside the Release asked."""
     if lineage.find_parent(release, "dataset") is not None:
         try:
-            examples, _ = task_rows(release, None, 4 * count)
+            examples = held_out(release, None, 4 * count, release.path).examples
         except SourceError:  # it holds nothing out
             examples = []
         return [("held-out rows", one.prompt, one.tools) for one in examples if not one.is_document and one.prompt]

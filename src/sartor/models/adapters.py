@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from sartor.core.errors import ConfigError, ModelError
-from sartor.models import quantised
+from sartor.models import composed, quantised
 from sartor.models.base import quiet
+from sartor.models.composed import ComposedMedia
+from sartor.models.media import MediaEmbedding, embedding_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -32,11 +34,12 @@ def inject_lora(
     """`model` with fresh LoRA factors (Hu et al. 2021, arXiv:2106.09685): A random, B zero, so it computes as before.
 
     targets: `all-linear` or names of linear modules (`q_proj`). top_layers: adapt only that many layers next to the head.
-    Factors are fp32 whatever the base's dtype is. Raises ConfigError when the targets name no module of this model.
+    Factors are fp32 whatever the base's dtype is. A composed base's projectors are left as they are. Raises
+    ConfigError when the targets name no module of this model.
     """
     torch.manual_seed(seed)
     layers = _top(model, top_layers)
-    if layers is not None and isinstance(targets, str):
+    if isinstance(targets, str) and (layers is not None or embedding_of(model)):
         targets = sorted(_linear_names(model))  # peft takes either all linear modules or some layers
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -55,8 +58,9 @@ def inject_lora(
 
 def _linear_names(model: Any) -> set[str]:
     """Last names of the linear modules, without the LM head."""
-    head = model.get_output_embeddings()
-    return {name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part) and part is not head}
+    head, media = model.get_output_embeddings(), embedding_of(model)
+    others = {head, *(media.modules() if media else ())}
+    return {name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part) and part not in others}
 
 
 def _top(model: Any, count: int | None) -> list[int] | None:
@@ -86,6 +90,13 @@ def _wrong_target(model: Any, targets: Sequence[str] | str) -> str:
 def undo(model: Any) -> Any:
     """The model as it was before `inject_lora` or `open_adapter`, bit for bit (unless it was merged)."""
     return model.unload()
+
+
+def train_projectors(model: Any) -> None:
+    """Let a composed base's projectors learn beside the factors."""
+    embedding = embedding_of(model)
+    if embedding is not None:
+        embedding.media.requires_grad_(True)
 
 
 def without_peft(model: Any) -> Any:
@@ -120,6 +131,8 @@ def write_adapter(model: Any, path: Path, base_name: str) -> None:
         # `auto` would ask the hub for the base's config, to learn whether its vocabulary grew
         model.save_pretrained(str(path), safe_serialization=True, save_embedding_layers=False)
     (path / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    if (media := _composed(model)) is not None:
+        composed.write_projectors(media, path)
     config = json.loads((path / CONFIG).read_text())
     config["base_model_name_or_path"] = base_name  # peft writes this machine's cache path
     config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs from process to process
@@ -133,6 +146,8 @@ def open_adapter(model: Any, path: Path) -> Any:
     ModelError for unreadable files, keys or shapes that do not fit this base, and values that are not finite.
     """
     weights = read_weights(path)
+    if (media := _composed(model)) is not None:
+        composed.load_projectors(media, path)
     try:
         with quiet():
             tuned = peft.PeftModel.from_pretrained(model, str(path), is_trainable=False, torch_device="cpu")
@@ -160,6 +175,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         if not torch.isfinite(tensor).all():
             raise ModelError(f"the adapter {path} holds values that are not finite, in {name}", "tune it again")
     return weights
+
+
+def _composed(model: Any) -> ComposedMedia | None:
+    """The towers and projectors of a composed base."""
+    embedding = embedding_of(model)
+    return embedding.media if isinstance(embedding, MediaEmbedding) and isinstance(embedding.media, ComposedMedia) else None
 
 
 _REMEDY = "give the directory that `sartor tune` wrote, with the base that it names"

@@ -27,25 +27,32 @@ from sartor.core.errors import ConfigError, ModelError
 from sartor.models import quantised
 from sartor.models.chat import Chat
 from sartor.models.converted import make_once
+from sartor.models.media import Media
 
 
 @dataclass
 class Base:
-    """A base in memory. `model` is transformers' module, `chat` its tokenizer and template."""
+    """A base in memory. `model`: transformers' module. `chat`: its tokenizer and template. `media`: what it reads but text."""
 
     ref: bases.BaseRef
     model: Any
     chat: Chat
     device: torch.device
+    media: Media | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """What the base computes in."""
         return self.model.get_output_embeddings().weight.dtype
 
+    @property
+    def tower_licences(self) -> list[str]:
+        """Of what it reads media with."""
+        return [tower["licence"] for tower in self.media.said().values()] if self.media else []
+
     def as_manifest(self) -> dict[str, Any]:
         """How an adapter's manifest names its base."""
-        return {
+        said: dict[str, Any] = {
             "name": self.ref.name,
             "digest": self.ref.digest,
             "licence": self.ref.licence,
@@ -54,6 +61,7 @@ class Base:
             "bits": quantised.bits_of(self.model) or self.dtype.itemsize * 8,
             "quantisation": quantised.KINDS.get(quantised.bits_of(self.model), "none"),
         }
+        return said | ({"towers": self.media.said()} if self.media and self.media.said() else {})
 
 
 def best_device() -> torch.device:

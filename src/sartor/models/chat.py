@@ -5,14 +5,20 @@ turn is rendered once more with a sentinel in place of its content. What stands 
 stands after it is the rest; the text between, up to and including the first end-of-turn token after it, is learnt. So the
 mask is right for templates with or without `{% generation %}`, that strip content, or that add a thinking block: whatever
 the template writes between the generation prompt and the end of the turn is what the model must produce.
+
+An image or a recording is rendered as a mark that no text may hold, and the mark becomes the media's own token ids: they are
+whole or absent, and count what the media has (`media.py`).
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,6 +27,7 @@ from sartor.core import bases
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.models.batches import Encoded
+from sartor.models.media import Media
 
 # For bases without a chat template. Plain words, so that any tokenizer can write it; the turn ends with eos.
 PLAIN_TEMPLATE = (
@@ -30,6 +37,10 @@ PLAIN_TEMPLATE = (
 )
 # Mixed case, so that a template that changes the case of replies does not leave it whole
 _SENTINEL = "SartorSentinel0{}0sentinelSartoR"
+# Characters for private use: the n-th media part of a conversation
+_MARK, _MARKED = "\ue000{}\ue001", re.compile("\ue000([0-9]+)\ue001")
+_PRIVATE = re.compile("[\ue000\ue001]")
+Seen = Sequence[list[int]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,13 @@ class Chat:
         turn_end = self._end_of_turn()
         self.stops = sorted(ends | ({turn_end} if turn_end is not None else set()))
         self.pad = self._pad()
+        self.media: Media | None = None
+
+    def seeing(self, media: Media) -> Chat:
+        """The same for a base that reads `media` too."""
+        other = copy.copy(self)
+        other.media = media
+        return other
 
     @functools.cached_property
     def longest(self) -> int:
@@ -76,7 +94,7 @@ class Chat:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [_plain(message) for message in messages],
+                    _plain(messages),
                     chat_template=self.template,
                     tools=json.loads(tools) if tools else None,
                     tokenize=False,
@@ -89,22 +107,34 @@ class Chat:
                 f"the chat template refuses the turns ({roles}): {error}", "change the row's roles to what the base expects"
             ) from None
 
-    def prompt_ids(self, messages: Sequence[Message], tools: str = "") -> list[int]:
-        """Token ids of a conversation, ready for the reply."""
-        return self._tokens(self.render(messages, tools=tools, reply_next=True))
+    def prompt_ids(self, messages: Sequence[Message], tools: str = "", folder: Path | None = None) -> list[int]:
+        """Token ids of a conversation, ready for the reply. folder: below which its media lie."""
+        return self.tokens(self.render(messages, tools=tools, reply_next=True), self.seen(messages, folder))
+
+    def seen(self, messages: Sequence[Message], folder: Path | None = None) -> Seen:
+        """The token ids of each media part of a conversation, in order. Raises SourceError for what cannot be read."""
+        parts = [part for message in messages for part in message.content if part.kind != "text"]
+        if not parts:
+            return ()
+        if self.media is None:
+            raise SourceError(f"a text-only base cannot read {parts[0].kind} parts", "use a base with a tower for them")
+        if any(message.role == "assistant" and part.kind != "text" for message in messages for part in message.content):
+            raise SourceError("a reply holds media, and this base writes text alone", "put media into the user's turns")
+        return [self.media.ids(part, folder) for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a reply."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def encode(self, example: Example) -> Encoded:
-        """Token ids and label mask of one Example; checked by decoding what is learnt.
+    def encode(self, example: Example, folder: Path | None = None) -> Encoded:
+        """Token ids and label mask of one Example; checked by decoding what is learnt. folder: below which its media lie.
 
-        Raises SourceError when the template refuses the row, or changes a reply so that its place cannot be found.
+        Raises SourceError for media that cannot be read, and when the template refuses the row, or changes a reply so that
+        its place cannot be found.
         """
         if example.is_document:
             text = example.messages[0].text
-            ids = self._tokens(text)
+            ids = self.tokens(text)
             # bos, where the tokenizer has one of its own, opens a document as it did in pretraining
             first = [self.tokenizer.bos_token_id] if self._opens_with_bos() else []
             ids = [*first, *ids, self.tokenizer.eos_token_id]
@@ -117,7 +147,9 @@ class Chat:
             # the template writes no end-of-turn: without one the model would never learn to stop
             text = text[: spans[-1].end] + self.tokenizer.eos_token
             spans[-1] = replace(spans[-1], end=len(text))
-        ids, learnt = self._align(text, spans)
+        seen = self.seen(example.messages, folder)
+        ids, learnt = self._align(text, spans, seen)
+        _check_media(ids, seen)
         self._check(text, spans, ids, learnt)
         return Encoded(ids, learnt, example.id, example.weight)
 
@@ -161,7 +193,7 @@ class Chat:
     def _ends_in_stop(self, text: str) -> bool:
         return any(text.endswith(self.tokenizer.convert_ids_to_tokens(stop)) for stop in self.stops)
 
-    def _align(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+    def _align(self, text: str, spans: Sequence[Span], seen: Seen) -> tuple[list[int], list[bool]]:
         """Tokens of `text`, cut at the start of every span, and whether each lies inside one.
 
         The cut is where generation will begin, so what stands before it is tokenised as the prompt alone would be: a token
@@ -169,9 +201,9 @@ class Chat:
         """
         if not self.tokenizer.is_fast:
             raise ModelError("the tokenizer gives no character offsets", "use a base with a tokenizer.json")
-        coded, done = self._coded(text), 0
+        coded, done = self._coded(text, seen), 0
         for span in spans:
-            before = [piece for piece in self._coded(text[: span.start]) if piece[1] >= done]
+            before = [piece for piece in self._coded(text[: span.start], seen) if piece[1] >= done]
             if not before or before[0][1] > done:  # no border there: what stands between the replies is left as it is
                 before = [piece for piece in coded if done <= piece[1] and piece[2] <= span.start]
             end = max((piece[2] for piece in coded if piece[1] < span.start < piece[2]), default=span.start)
@@ -181,20 +213,41 @@ class Chat:
         learnt = [any(span.start < end and start < span.end for span in spans) for _, start, end in coded]
         return [token for token, _, _ in coded], learnt
 
-    def _coded(self, text: str) -> list[tuple[int, int, int]]:
-        """(token, start, end) of a text, without gaps: some tokenizers leave white space out of a token's characters."""
-        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        pieces, reached = [], 0
-        for token, (start, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
-            pieces.append((token, min(start, reached), end))
-            reached = end
+    def _coded(self, text: str, seen: Seen) -> list[tuple[int, int, int]]:
+        """(token, start, end) of a text, without gaps: some tokenizers leave white space out of a token's characters.
+
+        Each mark becomes the ids of its media. Raises SourceError unless the text holds every mark once, in order, as far as
+        it goes: a template that leaves a part out, or says it twice, would have the model see other media than the row has.
+        """
+        pieces: list[tuple[int, int, int]] = []
+        reached, marks = 0, list(_MARKED.finditer(text))
+        if [int(mark[1]) for mark in marks] != list(range(len(marks))) or len(marks) > len(seen):
+            problem = f"the chat template writes {len(marks)} media where the turns hold {len(seen)}, or in another order"
+            raise SourceError(problem, "use a base whose template writes every part once")
+        ends = [*(mark.start() for mark in marks), len(text)]
+        for place, end in enumerate(ends):
+            begin = marks[place - 1].end() if place else 0
+            if place:
+                pieces += [(token, reached, begin) for token in seen[place - 1]]
+                reached = begin
+            for token, start, stop in self._pieces(text[begin:end], is_first=not place):
+                pieces.append((token, min(begin + start, reached), begin + stop))
+                reached = begin + stop
         return pieces
+
+    def _pieces(self, text: str, *, is_first: bool) -> list[tuple[int, int, int]]:
+        """(token, start, end) as the tokenizer gives them. Behind a media no tokenizer adds its opening space."""
+        opening = "" if is_first or not text else str(self.tokenizer.eos_token)
+        coded = self.tokenizer(opening + text, add_special_tokens=False, return_offsets_mapping=True)
+        found = zip(coded["input_ids"], coded["offset_mapping"], strict=True)
+        skip = len(opening)
+        return [(token, max(start - skip, 0), end - skip) for token, (start, end) in found if end > skip or not skip]
 
     def _continued(self, piece: str) -> list[int]:
         """Tokens of a text in the middle of a line: behind a special token no tokenizer adds its opening space."""
         if not piece:
             return []
-        ids = self._tokens(self.tokenizer.eos_token + piece)[1:]
+        ids = self.tokens(self.tokenizer.eos_token + piece)[1:]
         if self.tokenizer.decode(ids).strip() != piece.strip():
             raise SourceError(
                 f"the tokenizer cannot begin a reply with {piece!r}", "use a base whose tokenizer round-trips this text"
@@ -211,8 +264,13 @@ class Chat:
                 "use a base whose tokenizer round-trips this text",
             )
 
-    def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def tokens(self, text: str, seen: Seen = ()) -> list[int]:
+        """Token ids of a rendering, its marks replaced by the ids of the media that they stand for."""
+        if not seen:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = [token for token, _, _ in self._coded(text, seen)]
+        _check_media(ids, seen)
+        return ids
 
     def _opens_with_bos(self) -> bool:
         return self.tokenizer.bos_token_id is not None and self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id
@@ -240,12 +298,32 @@ class Chat:
         return next(token for token in range(len(self.tokenizer)) if token not in self.stops)
 
 
-def _plain(message: Message) -> dict[str, Any]:
-    """A message as chat templates of text models expect it: content is text."""
-    other = [part.kind for part in message.content if part.kind != "text"]
-    if other:
-        raise SourceError(f"a text-only base cannot read {other[0]} parts", "use a base with a tower for them")
-    plain: dict[str, Any] = {"role": message.role, "content": message.text}
+def _check_media(ids: Sequence[int], seen: Seen) -> None:
+    """Raises SourceError unless every media token is there."""
+    if sum(token < 0 for token in ids) != sum(token < 0 for part in seen for token in part):
+        problem = f"the chat template writes fewer than the {len(seen)} media that the turns hold"
+        raise SourceError(problem, "use a base whose template writes every part once")
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as chat templates of text models expect them: content is text, with a mark for each media part."""
+    made, marks = [], 0
+    for message in messages:
+        content = ""
+        for part in message.content:
+            if part.kind == "text":
+                content += part.text
+                continue
+            content += _MARK.format(marks)
+            marks += 1
+        made.append(_with_content(message, content))
+    if marks and any(_PRIVATE.search(part.text) for message in messages for part in message.content):
+        raise SourceError("a text beside media holds characters for private use (U+E000, U+E001)", "take them out: repair_text")
+    return made
+
+
+def _with_content(message: Message, content: str) -> dict[str, Any]:
+    plain: dict[str, Any] = {"role": message.role, "content": content}
     if message.name:
         plain["name"] = message.name
     if message.tool_call_id:

@@ -284,14 +284,16 @@ class Fast:
         self._check(family, inner, body, head)
         self.kernels, self.recompute = kernels, recompute
         self.embed, self.rope, self.family_name = body.embed_tokens, body.rotary_emb, inner.config.model_type
+        inputs = [parameter for parameter in body.embed_tokens.parameters() if parameter.requires_grad]
         self.blocks = [Block(layer, family, inner, kernels) for layer in body.layers]
         self.norm = Norm(body.norm, family, kernels)
         self.head = head.weight.detach()
         self._logits: torch.Tensor | None = None
         self.softcap = inner.config.final_logit_softcapping if family.softcaps else None
         adapted = [place for place, block in enumerate(self.blocks) if block.parameters]
-        self.lowest = min(adapted, default=len(self.blocks))
-        covered = {id(parameter) for block in self.blocks for parameter in block.parameters}
+        # what makes the inputs (a projector of media) is learnt through every block
+        self.lowest = 0 if inputs else min(adapted, default=len(self.blocks))
+        covered = {id(parameter) for parameter in [*inputs, *(part for block in self.blocks for part in block.parameters)]}
         if left := [
             name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in covered
         ]:
@@ -318,9 +320,9 @@ class Fast:
     def losses(self, batch: Pack) -> torch.Tensor:
         """(S,) losses in nats of the supervised tokens of a pack, as `batches.pack_losses` gives."""
         geometries = self.geometries(batch)
+        x = self.embed(batch.ids[0])
         with torch.no_grad():
-            x = self.embed(batch.ids[0])
-            x = self.frozen(x, geometries)
+            x = self.frozen(x, geometries) if self.lowest else x
         return self.tuned(x, batch, geometries)
 
     def geometries(self, batch: Pack) -> list[Geometry]:

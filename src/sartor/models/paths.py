@@ -25,6 +25,7 @@ from sartor.models.batches import Encoded
 from sartor.models.forward import Fast
 from sartor.models.frozen import Frozen
 from sartor.models.linear import Unsupported
+from sartor.models.shelf import Shelf
 
 Notice = Callable[[str], object]
 RECOMPUTED = "activations are computed again in the backward pass"
@@ -140,7 +141,7 @@ def _frozen(fast: Fast, rows: Sequence[Encoded], device: torch.device, wish: Wis
     if not (wish.reuse_bytes and 0 < fast.lowest < len(fast.blocks)):
         return None
     store = wish.store or folder("activations")
-    frozen = Frozen(fast, device, store, wish.identity, wish.reuse_bytes, wish.notice)
+    frozen = Frozen(fast, device, Shelf(store, wish.reuse_bytes, wish.notice), wish.identity)
     frozen.plan(rows)
     return frozen
 

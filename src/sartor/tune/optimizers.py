@@ -14,22 +14,29 @@ from sartor.tune.recipe import Optimizer
 BYTES_PER_PARAMETER = 12
 
 
-def make(parameters: Sequence[torch.nn.Parameter], settings: Optimizer, device: torch.device) -> torch.optim.Optimizer:
+def make(
+    factors: Sequence[torch.nn.Parameter],
+    settings: Optimizer,
+    device: torch.device,
+    projectors: Sequence[torch.nn.Parameter] = (),
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) in one kernel a step, or on MPS in torch's plain form.
 
     On CUDA, if gradients and state would not fit in what memory is free now, bitsandbytes' paged AdamW (Dettmers et al.
     2023, arXiv:2305.14314), whose state CUDA moves to the host and back. Call it with the base loaded. Raises BudgetError
-    when it is needed and not installed.
+    when it is needed and not installed. projectors: parameters with a rate of their own, the second group if there are any.
     """
+    parameters = [*factors, *projectors]
+    given = [{"params": list(group)} for group in (factors, projectors) if group]
     if narrow := [parameter.dtype for parameter in parameters if parameter.dtype not in (torch.float32, torch.float64)]:
         raise TypeError(f"AdamW's state has the dtype of the parameters, and one of them is {narrow[0]}")
     rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if device.type == "cuda" and (problem := _beyond_memory(parameters, device)):
         try:
-            return importlib.import_module("bitsandbytes.optim").PagedAdamW32bit(list(parameters), **rates)
+            return importlib.import_module("bitsandbytes.optim").PagedAdamW32bit(given, **rates)
         except ImportError:
             raise BudgetError(problem, "pip install 'sartor[quant]', which pages it; or lower method.rank") from None
-    return torch.optim.AdamW(list(parameters), fused=device.type != "mps", **rates)
+    return torch.optim.AdamW(given, fused=device.type != "mps", **rates)
 
 
 def _beyond_memory(parameters: Sequence[torch.nn.Parameter], device: torch.device) -> str:

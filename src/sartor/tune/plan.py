@@ -13,10 +13,11 @@ import torch
 
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, SourceError
-from sartor.models import adapters, paths
-from sartor.models.base import Base, best_device, machine, open_base
+from sartor.models import paths
+from sartor.models.base import Base, best_device, machine
 from sartor.tune import forecast, order, refusals
 from sartor.tune.forecast import Interval, Settled, TimeModel
+from sartor.tune.opening import adapted, open_chosen
 from sartor.tune.probe import Load, Probe, load_of, take, total
 from sartor.tune.recipe import Recipe
 from sartor.tune.recipe import load as load_recipe
@@ -99,28 +100,16 @@ def plan(
     recipe = load_recipe(recipe)
     price_h = hourly(price)
     dataset = open_artifact(recipe.data.path, "dataset")
-    chosen = recipe.base
     where = device_named(device) if device else None
     if refused := list(refusals.of_base(recipe, where)):
         return Plan(device=str(where or best_device()), refusals=refused)
-    base = open_base(
-        chosen.name, revision=chosen.revision, licence=chosen.licence, bits=chosen.bits, device=where, notice=notice
-    )
+    base = open_chosen(recipe, notice, where)
     try:
         data = encode_rows(dataset, recipe, base.chat)
     except SourceError as error:
         unsupervised = refusals.Refusal(refusals.UNSUPERVISED, error.problem, error.remedy)
         return Plan(device=str(base.device), refusals=[unsupervised])
-    model = adapters.inject_lora(
-        base.model,
-        rank=recipe.method.rank,
-        alpha=recipe.method.alpha,
-        dropout=recipe.method.dropout,
-        targets=recipe.method.targets.modules,
-        top_layers=recipe.method.targets.top,
-        seed=recipe.seed,
-    )
-    return _forecast(recipe, base, model, data, price_h)
+    return _forecast(recipe, base, adapted(recipe, base), data, price_h)
 
 
 def _forecast(recipe: Recipe, base: Base, model: Any, data: Rows, price_h: float | None) -> Plan:

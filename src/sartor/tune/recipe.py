@@ -20,15 +20,30 @@ def _at_least(value: Any, least: int, *names: str) -> None:
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """Which pretrained weights."""
+    """Which pretrained weights. With `image` or `audio` it is composed: a text base that reads media through frozen towers."""
 
-    name: str = option(REQUIRED, "starter, a directory in transformers' layout, or a hub name (owner/model)")
+    name: str = option("", "starter, a directory in transformers' layout, or a hub name (owner/model)")
+    text: str = option("", "the text base of a composed one: another word for `name`")
+    image: str = option("", "image tower: efficientnet-lite0, or a vision encoder as a directory or hub name")
+    audio: str = option("", "audio tower: whisper-tiny-en, or a Whisper as a directory or hub name")
     revision: str = option("", "revision of a hub model; empty is its main branch")
     bits: Literal[4, 8, 16, "auto"] = option(
         "auto",
         "4 is NF4, 8 is int8 (both bitsandbytes), 16 is bf16; auto is bf16 where the hardware has it, else fp32",
     )
     licence: str = option("", "SPDX licence of the base, where its own files state none")
+
+    def __post_init__(self) -> None:
+        if bool(self.name) == bool(self.text):
+            said = f"both name {self.name!r} and text {self.text!r}" if self.name else "no name"
+            raise ConfigError(f"the base has {said}", "base: starter, or base: {text: starter, image: efficientnet-lite0}")
+        object.__setattr__(self, "name", self.name or self.text)
+        object.__setattr__(self, "text", "")
+
+    @property
+    def towers(self) -> dict[str, str]:
+        """Names of towers by what they read."""
+        return {kind: name for kind, name in (("image", self.image), ("audio", self.audio)) if name}
 
 
 @dataclass(frozen=True)
@@ -52,13 +67,28 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Targets:
-    """Which linear modules get an adapter."""
+class Language:
+    """Which linear modules of the language model get an adapter."""
 
     modules: str | tuple[str, ...] = option("all-linear", "all-linear, or names of linear modules")
     layers: str = option("all", "all, or top-N: the N layers next to the head, so that the layers below stay frozen")
 
+
+@dataclass(frozen=True)
+class Targets:
+    """What is trained: linear modules of the language model, and the parts of a base that read media."""
+
+    modules: str | tuple[str, ...] = option("all-linear", "all-linear, or names of linear modules")
+    layers: str = option("all", "all, or top-N: the N layers next to the head, so that the layers below stay frozen")
+    language: Language | None = option(None, "the same two, beside the other parts: all-linear, names, or {modules:, layers:}")
+    projector: Literal["full", "none"] = option("full", "what turns media into tokens: trained whole, or frozen")
+    tower: Literal["none"] = option("none", "the encoders of media stay frozen")
+
     def __post_init__(self) -> None:
+        if self.language:
+            object.__setattr__(self, "modules", self.language.modules)
+            object.__setattr__(self, "layers", self.language.layers)
+            object.__setattr__(self, "language", None)
         if isinstance(self.modules, str) and self.modules != "all-linear":
             # one module's name is a list of one; peft would read a bare text as a regular expression
             object.__setattr__(self, "modules", (self.modules,))
@@ -135,6 +165,20 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Align:
+    """The first phase of a composed base: the projector learns alone, the adapter is not moved (LLaVA, arXiv:2304.08485)."""
+
+    fraction: float = option(0.2, "of the budget, 0..1; a text base has no such phase")
+    learning_rate: float = option(1e-3, "rate of the projector in it; later it has that of the optimizer, times `later`")
+    later: float = option(1.0, "the projector's rate after it, in rates of the optimizer")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction < 1 or self.learning_rate <= 0 or self.later < 0:
+            problem = f"fraction is {self.fraction}, learning_rate {self.learning_rate}, later {self.later}"
+            raise ConfigError(problem, "align: {fraction: 0.2, learning_rate: 1.0e-3, later: 1.0}")
+
+
+@dataclass(frozen=True)
 class Compute:
     """How the work is done. Nothing here changes what is learnt, but by rounding."""
 
@@ -173,6 +217,7 @@ class Recipe:
     objective: Sft = option(Sft(), "what is minimised")
     budget: Budget = option(Budget(epochs=1.0), "when to stop")
     optimizer: Optimizer = option(Optimizer(), "how it gets there")
+    align: Align = option(Align(), "how a composed base begins")
     compute: Compute = option(Compute(), "how the work is done")
     checkpoints: Checkpoints = option(Checkpoints(), "when state is saved")
     evaluations: int = option(2, "how often the held-out loss is measured, evenly, the last time at the end")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from sartor.core import rows
 from sartor.core.artifacts import Artifact
-from sartor.core.errors import SourceError
+from sartor.core.errors import MediaError, SourceError
 from sartor.core.holdout import held_out_groups
 from sartor.core.records import Example
 from sartor.models import batches
@@ -59,9 +59,10 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat) -> Rows:
     data = Rows()
     for example in examples:
         try:
-            row = chat.encode(example)
+            row = chat.encode(example, dataset.path)
         except SourceError as error:
-            data.left_out.setdefault(f"template: {error.problem[:120]}", []).append(example.id)
+            reason = error.reason if isinstance(error, MediaError) else f"template: {error.problem[:120]}"
+            data.left_out.setdefault(reason, []).append(example.id)
             continue
         data.lengths.append(len(row.ids))
         if len(row.ids) > recipe.data.max_length_tokens:

@@ -17,6 +17,7 @@ import torch
 from sartor.core.errors import ArtifactError, ModelError, StoppedError
 from sartor.models import batches, memory, paths
 from sartor.models.base import Base
+from sartor.models.media import embedding_of
 from sartor.tune import objectives, optimizers, order, outlook
 from sartor.tune.checkpoint import Checkpoint, Saver
 from sartor.tune.journal import Journal
@@ -67,10 +68,17 @@ class Run:
     ) -> None:
         self.recipe, self.base, self.model, self.data = recipe, base, model, data
         self.journal, self.saver = journal, saver
-        self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        embedding = embedding_of(model)
+        ids = {id(parameter) for parameter in embedding.parameters()} if embedding else set()
+        self.projectors = [parameter for parameter in named.values() if id(parameter) in ids]
+        self.factors = [parameter for parameter in named.values() if id(parameter) not in ids]
+        # in the optimiser's order
+        self.named = {name: part for name, part in named.items() if id(part) not in ids}
+        self.named |= {name: part for name, part in named.items() if id(part) in ids}
         self.parameters = list(self.named.values())
         settings = recipe.optimizer
-        self.optimizer = optimizers.make(self.parameters, settings, base.device)
+        self.optimizer = optimizers.make(self.factors, settings, base.device, self.projectors)
         self.scaler = optimizers.scaler(base.dtype, base.device)
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
@@ -204,8 +212,8 @@ class Run:
         """One optimiser update over whole rows, computed in micro-batches."""
         began = time.monotonic()
         settings = self.recipe.optimizer
-        rate = learning_rate(settings, self._fraction())
-        for group in self.optimizer.param_groups:
+        rates = self._rates()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
             group["lr"] = rate
         total_weight = sum(row.weight * row.supervised_tokens for row in chosen)
         loss_sum = 0.0
@@ -214,13 +222,25 @@ class Run:
             objective = objectives.sft(losses, weights, total_weight or 1.0)
             self.scaler.scale(objective).backward()
             loss_sum += float(objective.detach())
+        if not rates[0]:
+            for parameter in self.factors:  # without a gradient AdamW leaves a parameter and its state alone
+                parameter.grad = None
         self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm))
         self._check(chosen, loss_sum, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(chosen, loss_sum, norm, rate, time.monotonic() - began)
+        self._count(chosen, loss_sum, norm, rates, time.monotonic() - began)
+
+    def _rates(self) -> tuple[float, float]:
+        """(rate of the factors, of the projectors) now. Each phase has a warm-up and a course of its own."""
+        settings, align, fraction = self.recipe.optimizer, self.recipe.align, self._fraction()
+        first = align.fraction if self.projectors else 0.0
+        if fraction < first:
+            return 0.0, learning_rate(replace(settings, learning_rate=align.learning_rate), fraction / first)
+        rate = learning_rate(settings, (fraction - first) / (1 - first))
+        return rate, rate * align.later
 
     def _check(self, chosen: Sequence[batches.Encoded], loss: float, norm: float) -> None:
         """Raise ModelError for a loss that is not finite or has exploded, with the rows that gave it."""
@@ -241,7 +261,9 @@ class Run:
             "over with --replace",
         )
 
-    def _count(self, chosen: Sequence[batches.Encoded], loss: float, norm: float, rate: float, seconds: float) -> None:
+    def _count(
+        self, chosen: Sequence[batches.Encoded], loss: float, norm: float, rates: tuple[float, float], seconds: float
+    ) -> None:
         counters = self.counters
         tokens = sum(len(row.ids) for row in chosen)
         counters.updates += 1
@@ -254,7 +276,8 @@ class Run:
             update=counters.updates,
             loss=loss,
             grad_norm=norm if math.isfinite(norm) else None,
-            learning_rate=rate,
+            learning_rate=rates[0],
+            **({"projector_rate": rates[1]} if self.projectors else {}),
             tokens=tokens,
             tokens_per_s=round(tokens / seconds, 1),
             memory_bytes=memory.peak_bytes(),

@@ -18,11 +18,12 @@ from sartor.core import catalogue, config, licences
 from sartor.core.artifacts import Artifact, open_artifact, write_artifact, writer_lock
 from sartor.core.errors import ConfigError
 from sartor.models import adapters
-from sartor.models.base import Base, machine, open_base
+from sartor.models.base import Base, machine
 from sartor.tune import refusals
 from sartor.tune import resume as resumption
 from sartor.tune.checkpoint import Found, Saver, clear, folder_of, full_disk, sweep
 from sartor.tune.journal import Journal, plot_losses
+from sartor.tune.opening import adapted, open_chosen
 from sartor.tune.recipe import Recipe
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.rows import Rows, encode_rows
@@ -69,10 +70,9 @@ def tune(
     out = Path(out).absolute()
     found = resumption.look(out, resume=resume, replace=replace, notice=notice)
     dataset = open_artifact(recipe.data.path, "dataset")
-    chosen = recipe.base
     for refusal in refusals.of_base(recipe):
         raise refusal.error
-    base = open_base(chosen.name, revision=chosen.revision, licence=chosen.licence, bits=chosen.bits, notice=notice)
+    base = open_chosen(recipe, notice)
     data = encode_rows(dataset, recipe, base.chat)
     work = Work(recipe, dataset, base, data, found, resumption.fingerprint(recipe, dataset, base, data), prove)
     if resume and (adapter := resumption.finished(out, found, work.fingerprint)):
@@ -100,16 +100,7 @@ class Work:
 
 def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -> Artifact:
     recipe, base, checkpoint = work.recipe, work.base, work.found.checkpoint
-    method = recipe.method
-    model = adapters.inject_lora(
-        base.model,
-        rank=method.rank,
-        alpha=method.alpha,
-        dropout=method.dropout,
-        targets=method.targets.modules,
-        top_layers=method.targets.top,
-        seed=recipe.seed,
-    )
+    model = adapted(recipe, base)
     for line in describe(work.data, base, model):
         notice(line)
     for refusal in (*refusals.of_lengths(work.data.lengths, recipe), *refusals.of_ends(base.chat, work.data.train)):
@@ -176,7 +167,7 @@ def _facts(work: Work, run: Run) -> dict[str, Any]:
         "recipe": config.dump(work.recipe),
         "parents": [dataset.as_parent()],
         "sources": dataset.manifest["sources"],
-        "licence": licences.combine([dataset.licence, base.ref.licence]),
+        "licence": licences.combine([dataset.licence, base.ref.licence, *base.tower_licences]),
         "left_out": work.data.left_out,
         "fingerprint": {name: digest for name, digest in work.fingerprint.items() if name != "recipe"},
         "run": {

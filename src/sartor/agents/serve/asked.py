@@ -83,6 +83,15 @@ class ToolCall(Asked):
     index: Index | None = None
 
 
+class EarlierSpeech(Asked):
+    """The speech of an earlier reply, sent back as it came. It is not kept and not heard: the turn's content is what counts."""
+
+    id: str
+    data: str | None = None
+    transcript: str | None = None
+    expires_at: Index | None = None
+
+
 class AssistantTurn(Asked):
     """An earlier reply. The fields of OpenAI's replies that are always empty here may be sent back as they came."""
 
@@ -92,7 +101,7 @@ class AssistantTurn(Asked):
     name: str | None = None
     refusal: str | None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    audio: None = None
+    audio: EarlierSpeech | None = None
     function_call: None = None
 
 
@@ -199,6 +208,20 @@ class Delivered(Asked):
     user: str | None = None
 
 
+class AudioOptions(Asked):
+    """How a reply is spoken. voice: `default` is the team's."""
+
+    voice: Annotated[str, Field(min_length=1, max_length=256)] = "default"
+    format: Literal["wav", "mp3", "flac", "opus", "pcm16"]
+
+
+class Heard(Asked):
+    """A reply as text, or as text and speech."""
+
+    modalities: list[Literal["text", "audio"]] | None = None
+    audio: AudioOptions | None = None
+
+
 class Elsewhere(Asked):
     """Of OpenAI's own service. The first four change nothing here; the others may be sent with what changes nothing."""
 
@@ -208,15 +231,13 @@ class Elsewhere(Asked):
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
-    modalities: list[Literal["text"]] | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
-    audio: None = None
     prediction: None = None
     reasoning_effort: None = None
     web_search_options: None = None
 
 
-class ChatRequest(Delivered, Chosen, Elsewhere):
+class ChatRequest(Delivered, Chosen, Heard, Elsewhere):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Turn], Field(min_length=1)]
@@ -247,6 +268,19 @@ class VectorRequest(Asked):
     input: Filled | Annotated[list[Filled], Field(min_length=1, max_length=MOST_TEXTS)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: None = None
+    user: str | None = None
+
+
+class SpeechRequest(Asked):
+    """Body of POST /v1/audio/speech. model: `speech`, or a voice's name; voice: `default` is the team's."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    input: Filled
+    voice: Annotated[str, Field(min_length=1, max_length=256)] = "default"
+    response_format: Literal["mp3", "opus", "flac", "wav", "pcm"] | None = None
+    speed: Annotated[float, Field(ge=0.25, le=4)] | None = None
+    stream_format: Literal["audio"] | None = None
+    instructions: Annotated[str, Field(max_length=0)] | None = None
     user: str | None = None
 
 

@@ -17,6 +17,7 @@ from sartor.agents.serve.meters import Meters
 from sartor.agents.serve.replies import Answers
 from sartor.agents.serve.running import Shift
 from sartor.agents.serve.seams import House
+from sartor.agents.serve.speaker import MODEL
 from sartor.agents.team import Limits
 from sartor.core.errors import KeyRefusedError, UnknownAgentError
 
@@ -49,6 +50,12 @@ class Desk:
             )
         if not visitor.opens(name):
             raise KeyRefusedError(f"this key does not open {name!r}", "send a key of that agent")
+
+    def check_speech(self, visitor: Opened) -> None:
+        """Raises UnknownAgentError where the team does not speak, KeyRefusedError for a key that does not open `speech`."""
+        self.house.speech.check_on()
+        if not visitor.opens(MODEL):
+            raise KeyRefusedError(f"this key does not open {MODEL!r}", f"sartor agents key {MODEL} makes one that does")
 
     def remember(self, answer: Answer, question: Question, reply: str) -> None:
         """Keep a reply that is whole, so that feedback on it can be learnt from."""

@@ -36,7 +36,7 @@ LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # What a rate counts: whatever computes, or writes to the disk
-_COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/feedback")
+_COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/feedback", "/v1/audio/speech")
 # Keys are looked up in a database. Not the loop's own threads: those may all be waiting for a slow disk
 _threads = ThreadPoolExecutor(4, "sartor-doors")
 

@@ -23,6 +23,7 @@ from sartor.agents.router import AutoRouter
 from sartor.agents.serve.journal import Journal
 from sartor.agents.serve.seams import House
 from sartor.agents.serve.server import Server, bind, check_bind
+from sartor.agents.serve.speaker import Speaker
 from sartor.agents.supervisor import Supervisor
 from sartor.agents.team import Team, load
 
@@ -69,6 +70,8 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
         doors = Keys(registry.database)
         check_bind(doors, team.http)
         bind(team).close()
+        speech = Speaker(team.speech)
+        stack.push_async_callback(speech.close)
         tell("opening the base", base=team.base, engine=team.engine.kind, workers=team.workers.count)
         crew = Supervisor(team)
         await crew.start()
@@ -92,6 +95,7 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
             receipts=book,
             troubles=lambda: {**dispatch.health()["troubles"], **router.troubles},
             receipts_lost=lambda: book.lost,
+            speech=speech,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
@@ -121,6 +121,10 @@ class Answers:
                 await waiting.put((place, event))
         except Exception as error:  # it is raised where the events are read
             await waiting.put(error)
+
+    async def within(self, work: Awaitable[T]) -> T:
+        """The result of what is still to be done for the replies, by the time that holds for them."""
+        return await self._terms.shift.within(work, self._at)
 
     async def close(self) -> None:
         """Cancel what still runs."""

@@ -62,13 +62,23 @@ class CallBody(Said):
     function: CalledBody
 
 
+class AudioBody(Said):
+    """The reply as speech: base64 of a file. transcript: what is said. expires_at: at once, since nothing is kept."""
+
+    id: str
+    data: str
+    transcript: str
+    expires_at: int
+
+
 class MessageBody(Said):
-    """What the agent says. `tool_calls` is there when it calls tools."""
+    """What the agent says. `tool_calls` is there when it calls tools, `audio` when it was asked to speak."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
     tool_calls: list[CallBody] | None = None
+    audio: AudioBody | None = None
 
 
 class Token(Said):
@@ -168,7 +178,10 @@ class VectorAnswer(Said):
 
 
 class ModelBody(Said):
-    """A name that may be asked for. root: the exact version behind it; parent: the base of an agent, as vLLM has it."""
+    """A name that may be asked for. root: the exact version behind it; parent: the base of an agent, as vLLM has it.
+
+    max_model_len: tokens of a prompt and its reply; null of `speech`, which reads none.
+    """
 
     id: str
     object: Literal["model"]
@@ -176,7 +189,7 @@ class ModelBody(Said):
     owned_by: str
     root: str
     parent: str | None
-    max_model_len: int
+    max_model_len: int | None
 
 
 class ModelsAnswer(Said):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sartor.agents.asking import Answer, Embedded, Listed, Request
 from sartor.agents.keys import Opened
+from sartor.agents.serve.speaker import OFF, Speaker
+from sartor.agents.team import Speech
 from sartor.models.engine.contract import About
 
 NOBODY = Opened("", frozenset(), is_admin=False)
@@ -123,3 +125,4 @@ class House:
     receipts: Receipts
     troubles: Callable[[], Mapping[str, str]] = dict
     receipts_lost: Callable[[], int] = int
+    speech: Speaker = field(default_factory=lambda: Speaker(Speech(voice=OFF)))

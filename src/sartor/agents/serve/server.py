@@ -25,7 +25,7 @@ from sartor.agents.serve.desk import Desk
 from sartor.agents.serve.guard import Gate, Guard, is_loopback
 from sartor.agents.serve.journal import LOGGERS, Journal, ServerLines
 from sartor.agents.serve.meters import Meters
-from sartor.agents.serve.routes import admin, feedback, health, models, replies, vectors
+from sartor.agents.serve.routes import admin, feedback, health, models, replies, speech, vectors
 from sartor.agents.serve.running import Shift
 from sartor.agents.serve.seams import Doors, House
 from sartor.agents.serve.tracing import Tracer
@@ -170,7 +170,7 @@ class _Draining(uvicorn.Server):
 
 def _app(desk: Desk, cors: tuple[str, ...]) -> FastAPI:
     app = build_app(desk, cors)
-    for routes in (models, replies, vectors, feedback, health, admin):
+    for routes in (models, replies, vectors, speech, feedback, health, admin):
         app.include_router(routes.router)
     openapi.describe(app)
     return app

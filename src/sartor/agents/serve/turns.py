@@ -9,7 +9,17 @@ from dataclasses import replace
 from typing import Any
 
 from sartor.agents.asking import Request
-from sartor.agents.serve.asked import ChatRequest, Chosen, Content, NamedTool, ObjectFormat, SchemaFormat, TextRequest, Turn
+from sartor.agents.serve.asked import (
+    AssistantTurn,
+    ChatRequest,
+    Chosen,
+    Content,
+    NamedTool,
+    ObjectFormat,
+    SchemaFormat,
+    TextRequest,
+    Turn,
+)
 from sartor.agents.serve.faults import FieldError
 from sartor.agents.team import Limits
 from sartor.models.engine.schemas import JSON_OBJECT, read_schema
@@ -28,6 +38,7 @@ def chat_request(asked: ChatRequest, limits: Limits) -> Request:
             "messages",
         )
     _check_stream(asked.stream, asked.stream_options)
+    _check_speech(asked)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise FieldError("top_logprobs is set and logprobs is not", '"logprobs": true', "top_logprobs")
     if asked.max_tokens is not None and asked.max_completion_tokens not in (None, asked.max_tokens):
@@ -71,6 +82,24 @@ def choices(request: Request, count: int) -> list[Request]:
 def _check_stream(stream: bool | None, options: object) -> None:
     if options is not None and not stream:
         raise FieldError("stream_options is set and stream is not", '"stream": true', "stream_options")
+
+
+def _check_speech(asked: ChatRequest) -> None:
+    """Speech comes with text, and whole: OpenAI's service does not stream it in the forms that can be kept in a file either."""
+    kinds = set(asked.modalities or ())
+    if kinds == {"audio"}:
+        raise FieldError("modalities is ['audio']; a reply is spoken beside its text", '["text", "audio"]', "modalities")
+    if ("audio" in kinds) != (asked.audio is not None):
+        remedy = '"modalities": ["text", "audio"], "audio": {"voice": "default", "format": "wav"}'
+        name = "modalities" if asked.audio is not None else "audio"
+        raise FieldError("a reply is spoken when both modalities and audio say so, and one of them does not", remedy, name)
+    if asked.audio is not None and asked.stream:
+        remedy = '"stream": false; or stream the text and send its sentences to /v1/audio/speech'
+        raise FieldError("stream is set and audio too; speech comes with the whole reply", remedy, "stream")
+    for place, turn in enumerate(asked.messages):
+        if isinstance(turn, AssistantTurn) and turn.audio is not None and turn.content is None:
+            param = f"messages[{place}].audio"
+            raise FieldError(f"{param} stands without content; no speech is kept here", "send the reply's content", param)
 
 
 def _sampling(asked: Chosen, most: int | None, limits: Limits) -> Mapping[str, Any]:

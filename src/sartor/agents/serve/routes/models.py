@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from sartor.agents.keys import Opened
+from sartor.agents.serve import speaker
 from sartor.agents.serve.app import JsonResponse, Route
 from sartor.agents.serve.desk import Desk, desk_of, entry_of
 from sartor.agents.serve.said import ModelBody, ModelsAnswer
@@ -28,7 +29,10 @@ async def models(request: Request) -> JsonResponse:
 async def model(model: str, request: Request) -> JsonResponse:
     """One of them."""
     desk, visitor = desk_of(request), entry_of(request).visitor
-    await desk.check_model(model, visitor)
+    if model == speaker.MODEL:
+        desk.check_speech(visitor)
+    else:
+        await desk.check_model(model, visitor)
     names = await _names(desk, visitor)
     if model not in names:
         raise UnavailableError(f"no version of {model[:80]!a} has been admitted yet", "sartor agents list says why")
@@ -39,12 +43,14 @@ async def _names(desk: Desk, visitor: Opened) -> dict[str, dict[str, Any]]:
     about = desk.house.crew.about
     exact = f"base@{about.base_digest[:12]}"
 
-    def name(id: str, root: str, parent: str | None) -> dict[str, Any]:
+    def name(id: str, root: str, parent: str | None, most: int | None = about.context_tokens) -> dict[str, Any]:
         said = {"id": id, "object": "model", "created": STARTED, "owned_by": "sartor"}
-        return {**said, "root": root, "parent": parent, "max_model_len": about.context_tokens}
+        return {**said, "root": root, "parent": parent, "max_model_len": most}
 
     found = [name("base", exact, None)] if visitor.opens("base") else []
     found += [name("auto", "auto", "base")] if visitor.opens("auto") else []
+    speaks = desk.house.speech.default
+    found += [name(speaker.MODEL, speaks, None, None)] if speaks and visitor.opens(speaker.MODEL) else []
     for agent in await desk.house.roster.listed():
         if agent.is_ready and visitor.opens(agent.name):
             found.append(name(agent.name, f"{agent.name}@{agent.live}" if agent.live else agent.name, "base"))

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sartor.agents.asking import Request as Question
+from sartor.agents.serve.aloud import Aloud
 from sartor.agents.serve.app import JsonResponse, Route
 from sartor.agents.serve.asked import ChatRequest, Delivered, TextRequest
 from sartor.agents.serve.desk import desk_of, entry_of, reply_headers
@@ -34,8 +35,19 @@ async def chat(asked: ChatRequest, request: Request) -> Response:
     """A conversation goes on: by an agent, a version of it, the base, or whom `auto` chooses."""
     await desk_of(request).check_model(asked.model, entry_of(request).visitor)
     question = chat_request(asked, desk_of(request).limits)
+    spoken = _aloud(asked, request)
     shape = Chat(with_logprobs=bool(asked.logprobs), one_call=asked.parallel_tool_calls is False)
-    return await _deliver(request, [question], asked, shape)
+    return await _deliver(request, [question], asked, shape, spoken)
+
+
+def _aloud(asked: ChatRequest, request: Request) -> Aloud | None:
+    """How the replies are spoken, if they are. Whatever is wrong with that is said before a reply is made."""
+    if asked.audio is None:
+        return None
+    desk = desk_of(request)
+    desk.check_speech(entry_of(request).visitor)
+    form = "pcm" if asked.audio.format == "pcm16" else asked.audio.format
+    return Aloud(desk.house.speech, desk.house.speech.voice(asked.audio.voice, "audio.voice"), form)
 
 
 @router.post("/v1/completions", responses=_documented(TextAnswer))
@@ -48,7 +60,9 @@ async def text(asked: TextRequest, request: Request) -> Response:
     return await _deliver(request, questions, asked, Text(with_logprobs=asked.logprobs is not None))
 
 
-async def _deliver(request: Request, questions: Sequence[Question], asked: Delivered, shape: Shape) -> Response:
+async def _deliver(
+    request: Request, questions: Sequence[Question], asked: Delivered, shape: Shape, aloud: Aloud | None = None
+) -> Response:
     """Open every choice of every question, and answer in the form that was asked for."""
     desk, entry = desk_of(request), entry_of(request)
     terms = Terms(entry, desk.shift, asked.n or 1, desk.remember)
@@ -63,14 +77,16 @@ async def _deliver(request: Request, questions: Sequence[Question], asked: Deliv
     if asked.stream:
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         return EventStream(chunks(opened, shape, head, entry, with_usage), opened, entry, reply_headers(opened))
-    return await _whole(request, opened, head, shape)
+    return await _whole(request, opened, head, shape, aloud)
 
 
-async def _whole(request: Request, opened: Answers, head: Head, shape: Shape) -> Response:
+async def _whole(request: Request, opened: Answers, head: Head, shape: Shape, aloud: Aloud | None) -> Response:
     try:
         replies = await while_there(request.receive, opened.whole())
     finally:
         await opened.close()
     said = [shape.whole(place, reply) for place, reply in enumerate(replies)]
+    if aloud is not None:
+        await while_there(request.receive, opened.within(aloud.add(said, opened)))
     usage = entry_of(request).usage.as_json()
     return JsonResponse(head.of(shape.whole_kind, said, usage=usage), headers=dict(reply_headers(opened)))

@@ -1,0 +1,115 @@
+"""POST /v1/audio/speech: a text, spoken; whole as a file, or as it is spoken."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from sartor.agents.serve.app import Route
+from sartor.agents.serve.asked import SpeechRequest
+from sartor.agents.serve.desk import Desk, as_header, desk_of, entry_of
+from sartor.agents.serve.entry import Entry
+from sartor.agents.serve.faults import FieldError, fault_of
+from sartor.agents.serve.running import GoneError, while_there
+from sartor.agents.serve.speaker import DEFAULT, MODEL
+from sartor.core.errors import SartorError, UnknownAgentError
+from sartor.speech.sound import FORMATS, Sound
+from sartor.speech.voice import Voice
+
+router = APIRouter(route_class=Route)
+# Of a form that needs no head, so that what is spoken can be sent while the rest still is
+STREAMED = "pcm"
+_FILES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A file; pcm is 24,000 samples a second of 16 bits, little-endian, without a head, sent as it is spoken",
+        "content": {form.media_type: {"schema": {"type": "string", "format": "binary"}} for form in FORMATS.values()},
+    }
+}
+
+
+@router.post("/v1/audio/speech", responses=_FILES, response_class=Response)
+async def speech(asked: SpeechRequest, request: Request) -> Response:
+    """A text spoken by one of the team's voices. Markdown, tables and JSON are said as the chat says them."""
+    desk, entry = desk_of(request), entry_of(request)
+    desk.check_speech(entry.visitor)
+    voice, speaker = _voice(asked, desk), desk.house.speech
+    speaker.check_length(asked.input)
+    entry.agent = MODEL
+    form, speed = FORMATS[asked.response_format or "mp3"], asked.speed or 1.0
+    at = asyncio.get_running_loop().time() + desk.limits.deadline_s - entry.elapsed_s
+    if form.name == STREAMED:
+        sounds = speaker.sounds(asked.input, voice, speed)
+        try:
+            first = await while_there(request.receive, desk.shift.within(anext(sounds), at))
+        except BaseException:
+            await sounds.aclose()
+            raise
+        response: Response = SoundStream(_pcm(desk, sounds, first, at), sounds, entry)
+    else:
+        work = desk.shift.within(speaker.say(asked.input, voice, form.name, speed), at)
+        said = await while_there(request.receive, work)
+        response = Response(said.sound, media_type=form.media_type)
+    response.headers.update({"x-sartor-agent": MODEL, "x-sartor-reason": as_header(f"spoken by {voice.name}")})
+    return response
+
+
+def _voice(asked: SpeechRequest, desk: Desk) -> Voice:
+    """Who speaks: `model` is `speech` and `voice` says who, or `model` is a voice itself."""
+    speaker = desk.house.speech
+    if asked.model == MODEL:
+        return speaker.voice(asked.voice)
+    try:
+        voice = speaker.voice(asked.model, "model")
+    except FieldError as error:
+        raise UnknownAgentError(f"nothing that speaks has the name {asked.model[:80]!a}", f'"model": "{MODEL}"') from error
+    if asked.voice not in (DEFAULT, voice.name):
+        problem = f"model is the voice {voice.name!r} and voice is {asked.voice[:80]!a}"
+        raise FieldError(problem, f'"model": "{MODEL}", or leave voice out', "voice")
+    return voice
+
+
+async def _pcm(desk: Desk, sounds: AsyncGenerator[Sound, None], first: Sound, at: float) -> AsyncGenerator[bytes, None]:
+    """The bytes of all pieces, the first of which is there."""
+    sound: Sound | None = first
+    while sound is not None:
+        yield await desk.house.speech.aside(functools.partial(sound.encoded, STREAMED))
+        sound = await desk.shift.within(anext(sounds, None), at)
+
+
+class SoundStream(Response):
+    """The response of speech that is still being spoken. What fails then cuts it: a sound has no place for an error."""
+
+    media_type = FORMATS[STREAMED].media_type
+
+    def __init__(self, said: AsyncGenerator[bytes, None], sounds: AsyncGenerator[Sound, None], entry: Entry) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._said = said
+        self._sounds = sounds
+        self._entry = entry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it all, unless the client goes before."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            await while_there(receive, self._send(send))
+        except GoneError:
+            self._entry.error = "Gone"
+        except SartorError as error:
+            # without its end the answer is seen to be cut
+            self._entry.error = fault_of(error).kind
+        finally:
+            await self._sounds.aclose()
+
+    async def _send(self, send: Send) -> None:
+        async with aclosing(self._said) as said:
+            async for chunk in said:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

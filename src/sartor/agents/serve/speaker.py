@@ -1,0 +1,137 @@
+"""Who speaks for the server: which voices clients may name, and how much is spoken at once.
+
+The voices' programs have processes of their own at a lower priority, and threads of their own wait for them: no reply waits for
+speech. A piece of a sentence or two is the unit, so that a long text does not hold up a short one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeVar
+
+from sartor.agents.serve.faults import FieldError
+from sartor.agents.team import Speech
+from sartor.core.errors import BusyError, ConfigError, ExtraError, UnknownAgentError
+from sartor.speech import espeak
+from sartor.speech.processes import Terms
+from sartor.speech.sound import Sound, joined
+from sartor.speech.spoken import spoken
+from sartor.speech.voice import Voice
+from sartor.speech.voices import open_voice
+
+T = TypeVar("T")
+# The name that clients ask for as `model`, and that a key opens; the team's own voice
+MODEL, DEFAULT = "speech", "default"
+OFF, AUTO = "off", "auto"
+NICE = 10
+
+
+@dataclass(frozen=True)
+class Said:
+    """A text that was spoken. text: what was said of it. sound: the bytes of a file."""
+
+    text: str
+    sound: bytes
+
+
+class Speaker:
+    """The voices of a team. Raises what `open_voice` raises for those that the team names."""
+
+    def __init__(self, options: Speech) -> None:
+        self._options = options
+        self._terms = Terms(options.patience_s, NICE)
+        default = _default(options.voice)
+        opened = [open_voice(name, self._terms) for name in ([default, *options.voices] if default else [])]
+        self._voices = {voice.name: voice for voice in opened}
+        self._pool = ThreadPoolExecutor(options.at_once, "sartor-voice")
+        self._held = 0
+
+    @property
+    def default(self) -> str:
+        """Who speaks where nobody else is named; "" where the team does not speak."""
+        return next(iter(self._voices), "")
+
+    def check_on(self) -> None:
+        """Raises UnknownAgentError where the team does not speak."""
+        if not self._voices:
+            problem = f"there is no model {MODEL!r}: this team does not speak"
+            raise UnknownAgentError(problem, "speech: {voice: espeak} in TEAM.yaml, and `apt-get install espeak-ng`")
+
+    def voice(self, name: str, param: str = "voice") -> Voice:
+        """The voice that a client names: the team's, or any of espeak-ng's where the team has one of them.
+
+        Raises FieldError: no client names a file or a program.
+        """
+        self.check_on()
+        if found := self._voices.get(self.default if name == DEFAULT else name):
+            return found
+        known = [DEFAULT, *self._voices]
+        if has_espeak := any(isinstance(voice, espeak.Espeak) for voice in self._voices.values()):
+            known.append("espeak:LANGUAGE+VARIANT, as espeak:de or espeak:en-us+f3")
+        if has_espeak and name.partition(":")[0] == espeak.NAME:
+            with contextlib.suppress(ConfigError):
+                return open_voice(name, self._terms)
+        raise FieldError(f"no voice has the name {name[:80]!a}", f"one of {', '.join(known)}", param)
+
+    def check_length(self, text: str) -> None:
+        """Raises FieldError for a text that is longer than one request may have."""
+        if len(text) > self._options.characters:
+            problem = f"input has {len(text)} characters; the limit of one request is {self._options.characters}"
+            raise FieldError(problem, "send it in parts, or raise speech.characters in TEAM.yaml", "input")
+
+    async def sounds(self, text: str, voice: Voice, speed: float = 1.0) -> AsyncGenerator[Sound, None]:
+        """The spoken form of a written text, a piece at a time. Raises BusyError, and what a voice raises."""
+        with self._place():
+            said = await self.aside(lambda: spoken(text))
+            async for sound in self._pieces(said.text, voice, speed):
+                yield sound
+
+    async def say(self, text: str, voice: Voice, form: str, speed: float = 1.0) -> Said:
+        """All of it, as the bytes of a file."""
+        with self._place():
+            said = await self.aside(lambda: spoken(text))
+            async with aclosing(self._pieces(said.text, voice, speed)) as pieces:
+                sounds = [sound async for sound in pieces]
+            return Said(said.text, await self.aside(lambda: joined(sounds).encoded(form)))
+
+    async def _pieces(self, text: str, voice: Voice, speed: float) -> AsyncGenerator[Sound, None]:
+        for piece in await self.aside(lambda: voice.cut(text, speed)):
+            yield await self.aside(lambda piece=piece: voice.speak(piece, speed))  # type: ignore[misc]
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """The result of some work in a thread of the voices."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        if self._held >= self._options.waiting:
+            raise BusyError(
+                f"{self._held} texts are spoken or wait; the limit is {self._options.waiting}", "ask again in a while"
+            )
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    async def close(self) -> None:
+        """End the voices' processes; what waits is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for voice in self._voices.values():
+            await asyncio.to_thread(voice.close)
+
+
+def _default(voice: str) -> str:
+    """The voice that a team's option means, "" for none."""
+    if voice != AUTO:
+        return "" if voice == OFF else voice
+    try:
+        espeak.program()
+    except ExtraError:
+        return ""
+    return espeak.NAME

@@ -1,0 +1,44 @@
+"""One reply, spoken into a file. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from sartor.agents.reply import Reply, SpokenFile
+from sartor.core.errors import ConfigError
+from sartor.speech.sound import ENDINGS
+from sartor.speech.spoken import spoken
+from sartor.speech.voices import DEFAULT, open_voice
+
+
+def speaking(file: Path | str, voice: str = DEFAULT, speed: float = 1.0) -> Callable[[Reply], Reply]:
+    """What speaks a reply into `file` (.wav, .flac, .mp3, .opus, .ogg) and notes it in the reply.
+
+    Whatever can be wrong before there is a reply is raised here, before a base is opened for it: ConfigError for a file that
+    cannot be, and what `open_voice` raises. The file is written whole or not at all.
+    """
+    path = Path(file)
+    form = ENDINGS.get(path.suffix.lower())
+    if form is None:
+        raise ConfigError(f"{path.name!r} does not say a form of sound", f"a name that ends in {', '.join(ENDINGS)}")
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written", "a file in a directory that is there and may be written to")
+    speaker = open_voice(voice)
+    speaker.cut(form, speed)
+
+    def speak(reply: Reply) -> Reply:
+        said = spoken(reply.reply)
+        if not said.text:
+            raise ConfigError(f"nothing in the reply can be said: {reply.reply[:80]!r}", "ask without --speak")
+        with contextlib.closing(speaker):
+            sound = speaker.say(said.text, speed)
+        part = path.with_name(f".{path.name}.part-{os.getpid()}")
+        part.write_bytes(sound.encoded(form))
+        part.replace(path)
+        return replace(reply, spoken=SpokenFile(str(path), said.text, round(sound.seconds, 3), speaker.name, said.left_out))
+
+    return speak

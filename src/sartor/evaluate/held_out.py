@@ -1,0 +1,91 @@
+"""The rows that a Report is made of: those that a Dataset holds out, or those of a file; and where their media lie."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sartor.core import lineage, rows
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import ArtifactError, ConfigError, MediaError, SourceError
+from sartor.core.records import Drop, Example
+from sartor.curate.recipe import Source
+from sartor.curate.sources.units import read_all
+from sartor.models.base import Base
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to evaluate on. folder: below which their media lie. left_out: how many were not taken, and why."""
+
+    examples: list[Example]
+    folder: Path
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) -> HeldOut:
+    """The rows to evaluate on, and how many were left out and why.
+
+    Rows that were trained on are never among them; where the Dataset is gone that cannot be checked, and `left_out` says so.
+    media: a folder of the caller's, into which the media of `data` are copied.
+    """
+    dataset = lineage.find_parent(adapter, "dataset")
+    left_out: dict[str, int] = {}
+    if most_rows < 1:
+        raise ConfigError(f"--rows is {most_rows}; there must be at least one row to evaluate on", "--rows 200")
+    if data is None:
+        if dataset is None:
+            raise ArtifactError(
+                f"the Dataset of {adapter.path} is not where it was, or was changed",
+                "sartor index DIR finds it; or give --data FILE",
+            )
+        examples, folder = list(rows.read_examples(dataset, "eval")), dataset.path
+        if not examples:
+            raise SourceError(
+                f"{dataset.path} holds out no row", "curate with split.eval_fraction above 0, or give --data FILE"
+            )
+    else:
+        if dataset is None:
+            left_out["not_compared_with_training_rows"] = 0  # the Dataset is gone: said, since nothing was left out for it
+        folder = media
+        examples, refused = _rows_of(data, dataset, media)
+        left_out |= refused
+    # a fixed sample: the same rows in every run, whatever their order
+    examples.sort(key=lambda example: hashlib.sha256(example.id.encode()).digest())
+    if len(examples) > most_rows:
+        left_out["beyond_most_rows"] = len(examples) - most_rows
+    return HeldOut(examples[:most_rows], folder, left_out)
+
+
+def _rows_of(data: Path, dataset: Artifact | None, folder: Path) -> tuple[list[Example], dict[str, int]]:
+    """The rows of a file that were not trained on. Raises SourceError where none is left."""
+    trained_on = {example.id for example in rows.read_examples(dataset, "train")} if dataset else set()
+    # as in a Dataset, so that a row has the id that it has there
+    read = list(read_all(Source(str(data)), 4 << 20, folder / "media"))
+    known = [row for row in read if isinstance(row, Example)]
+    examples = [example for example in known if example.id not in trained_on]
+    left_out = lineage.tally(row.reason for row in read if isinstance(row, Drop))
+    if seen := len(known) - len(examples):
+        left_out["trained_on"] = seen
+    if not examples:
+        raise SourceError(f"no row of {data} can be used ({left_out or 'it is empty'})", "give rows that were not trained on")
+    return examples, left_out
+
+
+def fitting(base: Base, rows: HeldOut) -> HeldOut:
+    """The rows that the base's chat template and towers take. Raises SourceError when they refuse all."""
+    fitting, refused, problem = [], dict(rows.left_out), ""
+    for example in rows.examples:
+        try:
+            base.chat.encode(example, rows.folder)
+            fitting.append(example)
+        except SourceError as error:
+            problem = error.problem
+            reason = error.reason if isinstance(error, MediaError) else "template"
+            refused[reason] = refused.get(reason, 0) + 1
+    if not fitting:
+        raise SourceError(
+            f"the base can read none of the {len(rows.examples)} rows: {problem}", "give rows in its chat template's form"
+        )
+    return HeldOut(fitting, rows.folder, refused)

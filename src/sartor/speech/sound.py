@@ -1,0 +1,98 @@
+"""Sound in memory, and the files that it is kept in."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile
+
+from sartor.core.errors import ConfigError, need
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FULL = 32768.0
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form of file. rate: the one it is written in, where it cannot have any."""
+
+    name: str
+    media_type: str
+    container: str = ""
+    subtype: str = ""
+    rate: int = 0
+
+
+# pcm is what OpenAI's service sends: 16 bits, little-endian, without a head. Opus has no 22,050 Hz, which voices speak at
+FORMATS = {
+    form.name: form
+    for form in (
+        Format("wav", "audio/wav", "WAV", "PCM_16"),
+        Format("flac", "audio/flac", "FLAC", "PCM_16"),
+        Format("mp3", "audio/mpeg", "MP3", "MPEG_LAYER_III"),
+        Format("opus", "audio/ogg", "OGG", "OPUS", 24_000),
+        Format("pcm", "audio/pcm", rate=24_000),
+    )
+}
+# By the end of a file's name
+ENDINGS = {".wav": "wav", ".flac": "flac", ".mp3": "mp3", ".opus": "opus", ".ogg": "opus"}
+
+
+@dataclass(frozen=True)
+class Sound:
+    """One channel of 16-bit samples. rate: of them a second."""
+
+    samples: NDArray[np.int16]
+    rate: int
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return len(self.samples) / self.rate
+
+    @property
+    def rms(self) -> float:
+        """How loud: the root of the mean square, 0..1."""
+        return float(np.sqrt(np.mean(np.square(self.samples / FULL)))) if len(self.samples) else 0.0
+
+    def at(self, rate: int) -> Sound:
+        """The same at another rate. Raises ExtraError where soxr is absent."""
+        if rate == self.rate:
+            return self
+        try:
+            import soxr
+        except ImportError:
+            raise need("soxr", "multimodal") from None
+        return Sound(soxr.resample(self.samples, self.rate, rate), rate)
+
+    def encoded(self, form: str) -> bytes:
+        """The bytes of a file: one of FORMATS. Raises ConfigError where this machine's libsndfile cannot write it."""
+        wanted = FORMATS[form]
+        sound = self.at(wanted.rate or self.rate)
+        if not wanted.container:
+            return sound.samples.astype("<i2").tobytes()
+        file = io.BytesIO()
+        options: Any = {"format": wanted.container, "subtype": wanted.subtype}
+        try:
+            soundfile.write(file, sound.samples, sound.rate, **options)
+        except (soundfile.LibsndfileError, ValueError) as error:
+            raise ConfigError(f"{form} cannot be written here: {error}", "wav can; or install a newer soundfile") from None
+        return file.getvalue()
+
+
+def joined(sounds: Sequence[Sound]) -> Sound:
+    """One after the other; all have one rate."""
+    return Sound(np.concatenate([sound.samples for sound in sounds]), sounds[0].rate)
+
+
+def read_wav(data: bytes, head_bytes: int = 44) -> Sound:
+    """A WAV file as espeak-ng streams it: 16 bits, one channel; what its head says of a length is not believed."""
+    rate = int.from_bytes(data[24:28], "little")
+    whole = len(data) - (len(data) - head_bytes) % 2
+    return Sound(np.frombuffer(data[head_bytes:whole], dtype="<i2").astype(np.int16), rate)

@@ -1,0 +1,199 @@
+"""What is written -> what is said of it: no marks, no addresses, no pictures; tables and JSON as sentences."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
+
+import regex
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from sartor.speech.pieces import clean, is_sayable
+
+# Said in place of a block of code: it is no speech, and a listener should know that it is there
+CODE = "code"
+_ADDRESS = regex.compile(r"\b(?:https?|ftp)://[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}]|\bwww\.[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}]")
+# What is drawn; ©, ® and ™ are read
+_EMOJI = regex.compile(
+    r"(?![©®™])(?:[\p{Extended_Pictographic}\p{Regional_Indicator}\p{Emoji_Modifier}]\p{M}*\u200d?)+|[\ufe0f\u20e3]+"
+)
+_TAG = regex.compile(r"<[^<>]*>")
+_IDENTIFIER = regex.compile(r"[A-Za-z_$][\w$.-]*")
+_SEAM = regex.compile(r"(?<=\p{Ll}|\d)(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})|(?<=\w)_+(?=\w)")
+_ENDS = (".", "!", "?", "…", ":", "。", "！", "？")
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What is said. left_out: how many of what was written is not said as it stands: `code`, `address`, `emoji`, `markup`."""
+
+    text: str
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+def spoken(written: str) -> Spoken:
+    """The spoken form of a reply: Markdown, JSON or plain words. Its text is "" where nothing in it can be said."""
+    left_out: Counter[str] = Counter()
+    # the second stands for bytes that were no text
+    written = written.replace("\0", " ").replace("\ufffd", "")
+    value = _json(written)
+    said = _sentences_of(value, left_out) if value is not None else _markdown(written, left_out)
+    lines = [_ended(line) for line in (clean(sentence).replace("\n", " ") for sentence in said) if is_sayable(line)]
+    return Spoken("\n".join(lines), dict(left_out))
+
+
+def _ended(sentence: str) -> str:
+    sentence = sentence.rstrip(" ,;-")
+    return sentence if sentence.endswith(_ENDS) else sentence + "."
+
+
+def _json(text: str) -> Any:
+    """The object or list that a text is, or None."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _sentences_of(value: Any, left_out: Counter[str]) -> Iterator[str]:
+    """A JSON value: each key with its value, or each item of a list, is a sentence."""
+    try:
+        if isinstance(value, Mapping):
+            yield from [f"{_words(key)}: {_value(inner, left_out)}" for key, inner in value.items()]
+        else:
+            yield from [_value(inner, left_out) for inner in value]
+    except RecursionError:  # nested as deep as json.loads just bears
+        left_out["code"] += 1
+        yield CODE
+
+
+def _value(value: Any, left_out: Counter[str]) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_words(key)}: {_value(inner, left_out)}" for key, inner in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(_value(inner, left_out) for inner in value) or "none"
+    if isinstance(value, str):
+        return _plain(_words(value) if _IDENTIFIER.fullmatch(value) else value, left_out)
+    return "none" if value is None else json.dumps(value)
+
+
+def _words(name: str) -> str:
+    """HassTurnOn and turn_on as words."""
+    return str(_SEAM.sub(" ", name))
+
+
+def _plain(text: str, left_out: Counter[str]) -> str:
+    """Words of a text: of an address its host alone, no emojis, no underscores inside of words."""
+
+    def host(found: regex.Match[str]) -> str:
+        left_out["address"] += 1
+        address = found[0] if "://" in found[0] else f"//{found[0]}"
+        try:
+            return (urlsplit(address).hostname or "").removeprefix("www.")
+        except ValueError:
+            return ""
+
+    text, emojis = _EMOJI.subn("", _ADDRESS.sub(host, text))
+    if emojis:
+        left_out["emoji"] += emojis
+    return str(regex.sub(r"(?<=\w)_+(?=\w)", " ", text))
+
+
+@cache
+def _parser() -> MarkdownIt:
+    # Text that is only indented is no code: replies are indented for many reasons
+    return MarkdownIt("commonmark").enable(["table", "strikethrough"]).disable("code")
+
+
+def _markdown(text: str, left_out: Counter[str]) -> Iterator[str]:
+    """The sentences of a text: paragraphs, headings, items, rows of tables."""
+    reader = _Reader(left_out)
+    for token in _parser().parse(text):
+        yield from reader.hear(token)
+
+
+class _Reader:
+    """The parser's tokens in their order -> sentences."""
+
+    def __init__(self, left_out: Counter[str]) -> None:
+        self._left_out = left_out
+        self._numbers: list[str] = []
+        self._head: list[str] = []
+        self._rows = 0
+        self._row: list[str] | None = None
+
+    def hear(self, token: Token) -> Iterator[str]:
+        """What one token adds."""
+        match token.type:
+            case "list_item_open":
+                self._numbers.append(token.info)
+            case "list_item_close":
+                # an item without words: `42.` alone is a number
+                yield self._numbers.pop()
+            case "fence":
+                yield from self._fence(token)
+            case "html_block":
+                self._left_out["markup"] += 1
+                yield _plain(_TAG.sub(" ", token.content), self._left_out)
+            case "table_open":
+                self._head, self._rows = [], 0
+            case "tr_open":
+                self._row = []
+            case "tr_close":
+                yield from self._end_row()
+            case "table_close" if not self._rows:
+                yield ", ".join(self._head)
+            case "inline":
+                yield from self._words(_inline(token.children or (), self._left_out))
+            case _:
+                pass
+
+    def _words(self, text: str) -> Iterator[str]:
+        if self._row is not None:
+            self._row.append(text)
+            return
+        number = self._numbers[-1] if self._numbers else ""
+        if number and is_sayable(text):
+            self._numbers[-1] = ""
+        yield f"{number}: {text}" if number else text
+
+    def _end_row(self) -> Iterator[str]:
+        """A row with its heads, as a listener sees no columns."""
+        row, self._row = self._row or [], None
+        if not self._head:
+            self._head = row
+            return
+        self._rows += 1
+        cells = [f"{head}: {cell}" if is_sayable(head) else cell for head, cell in zip(self._head, row, strict=False) if cell]
+        yield ", ".join(cells)
+
+    def _fence(self, token: Token) -> Iterator[str]:
+        value = _json(token.content)
+        if value is not None:
+            yield from _sentences_of(value, self._left_out)
+            return
+        self._left_out["code"] += 1
+        yield CODE
+
+
+def _inline(tokens: Sequence[Token], left_out: Counter[str]) -> str:
+    """The words of a line: of a link its text, of a picture what is written for those who do not see it."""
+    words = []
+    for token in tokens:
+        if token.type in ("text", "code_inline", "image"):
+            words.append(token.content)
+        elif token.type == "softbreak":
+            words.append(" ")
+        elif token.type == "hardbreak":
+            words.append(". ")
+        elif token.type == "html_inline":
+            left_out["markup"] += 1
+    return _plain("".join(words), left_out).strip()

@@ -1,0 +1,242 @@
+"""A composed base: media as virtual ids, on every path, in every order; what is saved is what is opened."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from sartor.core.errors import ModelError, SourceError
+from sartor.core.records import Example, Message, Part
+from sartor.models import adapters, batches, composed, paths
+from sartor.models.base import Base, open_base
+from sartor.models.composed import compose
+from sartor.models.generate import generate
+from sartor.models.media import blank, keys_in
+from sartor.models.sampling import Sampling
+from sartor.models.shelf import Shelf
+
+CPU = torch.device("cpu")
+
+
+class Fake:
+    """A tower whose features are drawn from the digest of the media; their number is the media's first byte."""
+
+    licence = "MIT"
+
+    def __init__(self, modality: Any = "image", stack: int = 1, version: int = 1) -> None:
+        self.modality, self.stack, self.width = modality, stack, 12
+        self.name, self.digest = f"fake-{modality}", f"{modality}-{version}"
+        self.read = 0
+
+    def features(self, content: bytes) -> torch.Tensor:
+        self.read += 1
+        seed = int(hashlib.sha256(content).hexdigest()[:8], 16)
+        return torch.randn(content[0], self.width, generator=torch.Generator().manual_seed(seed)).half()
+
+
+def picture(count: int, name: str = "a", kind: Any = "image") -> Part:
+    return Part(kind, media="data:x/y;base64," + base64.b64encode(bytes([count]) + name.encode()).decode())
+
+
+def said(*parts: Part | str, reply: str = "the sky is blue") -> Example:
+    content = tuple(Part("text", part) if isinstance(part, str) else part for part in parts)
+    return Example((Message("user", content), Message.of("assistant", reply)), ())
+
+
+def opened(path: Path, seed: int = 0, shelf: Shelf | None = None, **towers: Any) -> Base:
+    base = open_base(str(path), bits=32, device=CPU)
+    return compose(base, towers or {"image": Fake(), "audio": Fake("audio", stack=4)}, shelf=shelf, seed=seed)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Base:
+    return opened(tiny.write_base(tmp_path / "base"))
+
+
+ROWS = [
+    said(picture(9), "what colour is the sky"),
+    said(picture(9), "turn on the kitchen light", reply="what"),
+    said("what", picture(5, "b"), "is", picture(9), "the", picture(6, "c", "audio"), reply="blue"),
+    said("what colour is the sky", reply="the sky"),
+    said(picture(30, "d", "audio"), reply="turn on the kitchen light"),
+]
+
+
+def test_a_token_stands_for_each_feature_or_stack_of_them(base: Base) -> None:
+    row = base.chat.encode(ROWS[2])
+    assert [sum(token < 0 for token in part) for part in base.chat.seen(ROWS[2].messages)] == [5, 9, 2]
+    assert sum(token < 0 for token in row.ids) == 5 + 9 + 2
+    assert len(keys_in(row.ids)) == 3
+    assert not any(learnt for token, learnt in zip(row.ids, row.learnt, strict=True) if token < 0)
+    assert base.chat.decode([t for t, on in zip(row.ids, row.learnt, strict=True) if on]).startswith("blue")
+
+
+def test_text_around_media_is_tokenised_as_alone(base: Base) -> None:
+    ids = base.chat.prompt_ids([Message("user", (Part("text", "the sky "), picture(3), Part("text", "is blue")))])
+    first = next(place for place, token in enumerate(ids) if token < 0)
+    text = base.chat.tokenizer
+    assert text.decode(ids[:first]).endswith("user\nthe sky ")
+    assert text.decode(ids[first + 3 :]).startswith("is blue<|im_end|>")
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_losses_and_gradients_are_the_same_on_every_path(base: Base, train: bool) -> None:
+    model = adapters.inject_lora(base.model, rank=4, alpha=8.0, dropout=0.0, targets="all-linear", seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    if train:
+        adapters.train_projectors(model)
+    rows = [base.chat.encode(row) for row in ROWS]
+    fast = paths.choose(model, rows, CPU)
+    general = paths.choose(model, rows, CPU, paths.Wish(fast=False))
+    assert (fast.name, general.name) == ("fast", "general")
+    single = paths.OneRow(model, CPU, "")
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = []
+    for path in (single, fast, general):
+        losses, _ = path.losses(rows)
+        found.append((losses.detach(), torch.autograd.grad(losses.mean(), wanted)))
+    for losses, gradients in found[1:]:
+        torch.testing.assert_close(losses, found[0][0], rtol=1e-4, atol=1e-5)
+        for got, right in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-6)
+    assert any("projectors" in name for name, part in model.named_parameters() if part.requires_grad) == train
+
+
+def test_one_image_asked_about_twice_stands_once_in_a_pack(base: Base) -> None:
+    rows = [base.chat.encode(row) for row in ROWS[:2]]
+    shared = batches.pack(rows, share=True)
+    assert shared.tokens <= sum(len(row.ids) for row in rows) - 9
+    other = [base.chat.encode(said(picture(9, name), "what colour is the sky")) for name in "xy"]
+    assert batches.pack(other, share=True).tokens > sum(len(row.ids) for row in other) - 9
+
+
+def test_no_pack_cuts_media(base: Base) -> None:
+    rows = [base.chat.encode(row) for row in ROWS]
+    cut = batches.micro_batches(rows, 8, share=True)
+    assert sorted(len(row.ids) for group in cut for row in group) == sorted(len(row.ids) for row in rows)
+
+
+def test_what_follows_depends_on_the_media_and_not_if_they_are_blank(base: Base) -> None:
+    losses = [paths.OneRow(base.model, CPU, "").losses([base.chat.encode(said(picture(9, name), "what"))])[0] for name in "ab"]
+    assert not torch.allclose(losses[0], losses[1], atol=1e-4)
+    with blank(base.model):
+        dark = [paths.OneRow(base.model, CPU, "").losses([base.chat.encode(said(picture(9, n), "what"))])[0] for n in "ab"]
+    assert torch.equal(dark[0], dark[1])
+
+
+def test_a_reply_is_that_of_the_prompt_alone(base: Base) -> None:
+    prompts = [base.chat.prompt_ids(row.prompt) for row in ROWS]
+    limits = Sampling(6)
+    together = generate(base.model, prompts, stop=base.chat.stops, pad=base.chat.pad, sampling=limits)
+    for prompt, made in zip(prompts, together, strict=True):
+        ids = list(prompt)
+        for _ in range(6):
+            token = int(base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+            if token in base.chat.stops:
+                break
+            ids.append(token)
+        assert made.ids == ids[len(prompt) :]
+
+
+def test_the_written_adapter_opens_to_the_same_losses(tmp_path: Path) -> None:
+    path = tiny.write_base(tmp_path / "base")
+    first = opened(path, seed=3)
+    model = adapters.inject_lora(first.model, rank=2, alpha=4.0, dropout=0.0, targets="all-linear", seed=0)
+    adapters.train_projectors(model)
+    rows = [first.chat.encode(row) for row in ROWS]
+    rate = torch.optim.SGD([part for part in model.parameters() if part.requires_grad], 0.5)
+    paths.OneRow(model, CPU, "").losses(rows)[0].mean().backward()
+    rate.step()
+    (tmp_path / "adapter").mkdir()
+    adapters.write_adapter(model, tmp_path / "adapter", "tiny")
+    again = opened(path, seed=9)
+    tuned = adapters.open_adapter(again.model, tmp_path / "adapter")
+    for name, tower in composed.read_towers(tmp_path / "adapter").items():
+        assert (tower.name, tower.digest, tower.stack) == (f"fake-{name}", f"{name}-1", 4 if name == "audio" else 1)
+    wanted = paths.OneRow(model.eval(), CPU, "").losses(rows)[0]
+    torch.testing.assert_close(paths.OneRow(tuned, CPU, "").losses([again.chat.encode(row) for row in ROWS])[0], wanted)
+    # the factors alone are a plain PEFT adapter of the text base
+    plain = adapters.open_adapter(open_base(str(path), bits=32, device=CPU).model, tmp_path / "adapter")
+    assert adapters.trainable(plain)[0] == 0
+
+
+def test_another_tower_is_refused(tmp_path: Path) -> None:
+    path = tiny.write_base(tmp_path / "base")
+    model = adapters.inject_lora(opened(path).model, rank=2, alpha=4.0, dropout=0.0, targets="all-linear", seed=0)
+    (tmp_path / "adapter").mkdir()
+    adapters.write_adapter(model, tmp_path / "adapter", "tiny")
+    with pytest.raises(ModelError, match="parts with the tower 'fake-"):
+        adapters.open_adapter(opened(path, image=Fake(version=2)).model, tmp_path / "adapter")
+    torch.save({}, tmp_path / "adapter" / composed.FILE)
+    with pytest.raises(ModelError, match="cannot be read"):
+        composed.read_towers(tmp_path / "adapter")
+
+
+def test_features_are_computed_once_and_found_on_the_shelf(tmp_path: Path) -> None:
+    path, shelf = tiny.write_base(tmp_path / "base"), Shelf(tmp_path / "features", 1 << 30)
+    towers = [Fake(), Fake()]
+    ids = []
+    for tower in towers:
+        base = opened(path, shelf=shelf, image=tower)
+        ids.append([base.chat.encode(row).ids for row in ROWS[:2]])
+    assert ids[0] == ids[1]
+    assert [tower.read for tower in towers] == [1, 0]
+    cold, warm = (composed.Features({"image": Fake()}, kept) for kept in (None, shelf))
+    keys = [each.key(picture(9), None) for each in (cold, warm)]
+    assert torch.equal(cold.of(keys[0]), warm.of(keys[1]))
+
+
+def test_features_beyond_memory_are_read_again() -> None:
+    tower = Fake()
+    features = composed.Features({"image": tower}, None, held_bytes=300)
+    keys = [features.key(picture(9, name), None) for name in "abc"]
+    first = features.of(keys[0])
+    assert tower.read == 4
+    assert torch.equal(first, tower.features(bytes([9]) + b"a"))
+
+
+@pytest.mark.parametrize(
+    ("example", "problem"),
+    [
+        (said(picture(3), "\ue0000\ue001"), "private use"),
+        (
+            Example((Message.of("user", "draw"), Message("assistant", (picture(3), Part("text", "here")))), ()),
+            "writes text alone",
+        ),
+        (said(Part("image", media="media/none.png")), "no folder is known"),
+        (said(Part("image", media="data:image/png;base64,???")), "not base64"),
+    ],
+)
+def test_what_cannot_be_read_is_named(base: Base, example: Example, problem: str) -> None:
+    with pytest.raises(SourceError, match=problem):
+        base.chat.encode(example)
+
+
+def test_a_base_without_the_tower_says_so(tmp_path: Path) -> None:
+    path = tiny.write_base(tmp_path / "base")
+    with pytest.raises(SourceError, match="text-only base cannot read image"):
+        open_base(str(path), device=CPU).chat.encode(ROWS[0])
+    with pytest.raises(SourceError, match="reads no audio"):
+        opened(path, image=Fake()).chat.encode(ROWS[4])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[:4] }}<|im_end|>\n{% endfor %}",
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.content }}<|im_end|>\n{% endfor %}",
+    ],
+)
+def test_a_template_that_loses_or_repeats_media_is_refused(tmp_path: Path, template: str) -> None:
+    base = opened(tiny.write_base(tmp_path / "base", template))
+    with pytest.raises(SourceError, match="media"):
+        base.chat.prompt_ids(said("turn on", picture(3)).prompt)
