@@ -5,7 +5,7 @@
 
 Both transcribe greedily, in fp32, from the same spectrograms. `wer` is over the clips in which something is spoken, after
 Whisper's own normalisation of English. `encoder_ms`: of one clip of 2.5 s, by threads: as the tower does it, in its window of
-30 s, and in a window that ends a while after the clip, with the positions cut. `short_windows` says of a few clips what the words
+30 s, and in one that ends a while after the clip, with the positions cut. `short_windows` says of a few clips what the words
 are then worth (a run-away repeats itself up to SHORT_TOKENS tokens), and how alike a feature is to that of the whole window.
 """
 
@@ -93,7 +93,7 @@ def cut(heard: Any, samples: int, after_s: float, prepare: Any) -> Any:
 
 @torch.inference_mode()
 def by_short_windows(speech: SpeechToText, sounds: Sequence[Any], after_s: float) -> tuple[list[str], float]:
-    """What the same Whisper says when its windows end a while after the clips; the mean cosine of its features to the whole's."""
+    """What the same Whisper says when its windows end a while after the clips; how alike (cosine) its features are."""
     said, alike, encoder, prepare = [], [], speech.model.model.encoder, speech.prepare
     for sound in sounds:
         piece = sound[: prepare.n_samples]
