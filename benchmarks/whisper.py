@@ -1,0 +1,185 @@
+"""The converted Whisper beside the runtime that its file is made for, on clips whose words are known; and what a tower costs.
+
+    python benchmarks/whisper.py --json              # all clips of the asset prompts-en: 15 minutes on two cores
+    python benchmarks/whisper.py --json --clips 40   # every so many, to look
+
+Both transcribe greedily, in fp32, from the same spectrograms. `wer` is over the clips in which something is spoken, after
+Whisper's own normalisation of English. `encoder_ms`: of one clip of 2.5 s, by threads: as the tower does it, in its window of
+30 s, and in one that ends a while after the clip, with the positions cut. `short_windows` says of a few clips what the words
+are then worth (a run-away repeats itself up to SHORT_TOKENS tokens), and how alike a feature is to that of the whole window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.metadata
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ablation
+import ctranslate2
+import jiwer
+import numpy as np
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+from sartor.core import assets
+from sartor.core.sounds import read_sound
+from sartor.models.base import quiet
+from sartor.models.speech_to_text import SpeechToText, open_speech_to_text
+from sartor.models.towers import whisper, whisper_files
+
+CLIP_S = 2.5
+AFTER_S = (1.0, 2.0, 5.0)  # of a short window, behind the clip
+SHORT_CLIPS = 40  # for the short windows
+SHORT_TOKENS = 80
+REPEATS = 9
+_normal = EnglishTextNormalizer({})
+
+
+def clips() -> list[tuple[Path, str]]:
+    """(recording, what is said in it) in the order of the asset's list; of what is not speech, what it is in brackets."""
+    folder = assets.install("prompts-en") / "usr/share"
+    listed = gzip.decompress((folder / "doc/asterisk-core-sounds-en/core-sounds-en.txt.gz").read_bytes()).decode()
+    lines = (line.partition(":") for line in listed.splitlines() if ":" in line and not line.startswith(";"))
+    named = ((folder / "asterisk/sounds/en_US_f_Allison" / f"{name.strip()}.wav", text.strip()) for name, _, text in lines)
+    return [(file, text) for file, text in named if file.is_file()]
+
+
+def wer(wanted: Sequence[str], said: Sequence[str]) -> float:
+    """Word error rate over the clips in which something is spoken."""
+    pairs = [(_normal(text), _normal(found)) for text, found in zip(wanted, said, strict=True) if not text.startswith("[")]
+    pairs = [pair for pair in pairs if pair[0]]
+    return float(jiwer.wer([text for text, _ in pairs], [found for _, found in pairs]))
+
+
+def by_original(speech: SpeechToText, sounds: Sequence[Any]) -> list[str]:
+    """What CTranslate2 itself says, from the asset's own folder."""
+    folder = assets.install(whisper_files.NAME) / whisper_files.FOLDER
+    model = ctranslate2.models.Whisper(str(folder), device="cpu", compute_type="float32", intra_threads=torch.get_num_threads())
+    most = speech.model.generation_config.max_length
+
+    def said(piece: Any) -> str:
+        heard = whisper.spectrogram(speech.prepare, [piece], torch.zeros(1)).numpy()
+        prompt = [["<|startoftranscript|>", "<|notimestamps|>"]]
+        found = model.generate(ctranslate2.StorageView.from_array(heard), prompt, beam_size=1, max_length=most)
+        return str(speech.tokenizer.decode(found[0].sequences_ids[0], skip_special_tokens=True)).strip()
+
+    pieces = [[said(piece) for piece in whisper.windows(sound, speech.prepare.n_samples)] for sound in sounds]
+    return [" ".join(text for text in texts if text) for texts in pieces]
+
+
+def short(encoder: Any, heard: Any) -> Any:
+    """The encoder on a spectrogram that is shorter than its window."""
+    x = torch.nn.functional.gelu(encoder.conv1(heard))
+    x = torch.nn.functional.gelu(encoder.conv2(x)).transpose(1, 2)
+    x = x + encoder.embed_positions.weight[: x.shape[1]]
+    for layer in encoder.layers:
+        x = layer(x, None)
+    return encoder.layer_norm(x)
+
+
+def cut(heard: Any, samples: int, after_s: float, prepare: Any) -> Any:
+    """The spectrogram up to a while after the clip's end, an even number of frames."""
+    frames = int(samples / prepare.hop_length + after_s * prepare.sampling_rate / prepare.hop_length)
+    return heard[:, :, : min(frames + frames % 2, heard.shape[2])]
+
+
+@torch.inference_mode()
+def by_short_windows(speech: SpeechToText, sounds: Sequence[Any], after_s: float) -> tuple[list[str], float]:
+    """What the same Whisper says when its windows end a while after the clips; how alike (cosine) its features are."""
+    said, alike, encoder, prepare = [], [], speech.model.model.encoder, speech.prepare
+    for sound in sounds:
+        piece = sound[: prepare.n_samples]
+        heard = whisper.spectrogram(prepare, [piece], encoder.conv1.weight)
+        states = short(encoder, cut(heard, len(piece), after_s, prepare))
+        features = -(-len(piece) // (prepare.hop_length * whisper.STRIDE))
+        whole = encoder(heard).last_hidden_state[:, :features]
+        alike.append(torch.nn.functional.cosine_similarity(whole, states[:, :features], dim=-1).mean())
+        with quiet():
+            tokens = speech.model.generate(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=SHORT_TOKENS,
+            )
+        said.append(speech.tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
+    return said, float(torch.stack(alike).mean())
+
+
+def encoder_ms(speech: SpeechToText) -> dict[str, Any]:
+    """Milliseconds of the encoder for a clip of CLIP_S, medians of REPEATS, by threads and window."""
+    encoder, prepare = speech.model.model.encoder, speech.prepare
+    sound = np.random.default_rng(0).normal(0, 0.05, round(CLIP_S * speech.rate)).astype(np.float32)
+    heard = whisper.spectrogram(prepare, [sound], encoder.conv1.weight)
+    ways: dict[str, Callable[[], Any]] = {"30 s": lambda: encoder(heard)}
+    for after_s in AFTER_S:
+        ways[f"clip + {after_s:g} s"] = lambda after_s=after_s: short(encoder, cut(heard, len(sound), after_s, prepare))
+    ways["spectrogram"] = lambda: whisper.spectrogram(prepare, [sound], encoder.conv1.weight)
+    threads, said = torch.get_num_threads(), {}
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        said[str(count)] = {name: round(1000 * statistics.median(timed(way)), 1) for name, way in ways.items()}
+    torch.set_num_threads(threads)
+    return said
+
+
+@torch.inference_mode()
+def timed(way: Callable[[], Any]) -> Iterator[float]:
+    """Seconds of each of REPEATS, after one that is not counted."""
+    way()
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        way()
+        yield time.perf_counter() - began
+
+
+def measure(most: int, *, with_short: bool) -> dict[str, Any]:
+    """Everything that is printed."""
+    found = clips()
+    found = found[:: max(1, len(found) // most)] if most else found
+    speech = open_speech_to_text(whisper_files.NAME, torch.device("cpu"))
+    wanted, sounds = [text for _, text in found], [read_sound(file, speech.rate) for file, _ in found]
+    said: dict[str, Any] = {"machine": ablation.machine(), "encoder_ms": encoder_ms(speech)}
+    began = time.perf_counter()
+    ours = speech.transcribe(sounds)
+    ours_s, began = time.perf_counter() - began, time.perf_counter()
+    theirs = by_original(speech, sounds)
+    said |= {
+        "clips": len(found),
+        "seconds": round(sum(map(len, sounds)) / speech.rate, 1),
+        "equal": sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(found),
+        "unequal": [file.stem for (file, _), a, b in zip(found, ours, theirs, strict=True) if a != b],
+        "wer": wer(wanted, ours),
+        "wer_original": wer(wanted, theirs),
+        "wall_s": {"ours": round(ours_s, 1), "original": round(time.perf_counter() - began, 1)},
+        "versions": {name: importlib.metadata.version(name) for name in ("ctranslate2", "transformers", "soxr", "jiwer")},
+    }
+    if with_short:
+        few = slice(None, None, max(1, len(found) // SHORT_CLIPS))
+        said["short_windows"] = {"clips": len(wanted[few]), "30 s": {"wer": wer(wanted[few], ours[few]), "alike": 1.0}}
+        for after_s in AFTER_S:
+            texts, alike = by_short_windows(speech, sounds[few], after_s)
+            said["short_windows"][f"clip + {after_s:g} s"] = {"wer": wer(wanted[few], texts), "alike": alike}
+    return said
+
+
+def main() -> None:
+    """Print JSON on the last line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=0, help="about so many; 0 is all")
+    parser.add_argument("--no-short", action="store_true", help="leave the short windows out")
+    parser.add_argument("--json", action="store_true", help="on one line")
+    asked = parser.parse_args()
+    said = measure(asked.clips, with_short=not asked.no_short)
+    print(json.dumps(said, indent=None if asked.json else 1))
+
+
+if __name__ == "__main__":
+    main()
