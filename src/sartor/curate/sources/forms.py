@@ -17,6 +17,7 @@ from typing import Any, cast
 from sartor.core.records import ROLES, Example, Message, Origin, Part, PartKind
 from sartor.curate.sources.faults import Malformed
 from sartor.curate.sources.formats import kind_of
+from sartor.curate.sources.placeholders import asked, placed
 
 # form -> the keys that a row of it must have; the first that fits wins, so the more special stand first
 FORMS: dict[str, tuple[str, ...]] = {
@@ -126,7 +127,7 @@ def _messages(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...]
     said = [one for turn in turns for one in (turn if isinstance(turn, list) else [turn])] if isinstance(turns, list) else []
     if said and all(isinstance(one, Mapping) and "role" not in one and "sender" in one and "text" in one for one in said):
         return _conversation(said), ()
-    return _turns(turns, media), ()
+    return _turns(placed(row, turns), media), ()
 
 
 def _conversation(said: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
@@ -169,7 +170,7 @@ def _sharegpt(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...]
             raise Malformed("bad_field", "a turn in `conversations` is not an object")
         speaker = turn.get("from", turn.get("role"))
         plain.append({"role": _SHAREGPT_ROLES.get(str(speaker), speaker), "content": turn.get("value", turn.get("content"))})
-    return _turns(plain, media), ()
+    return _turns(placed(row, plain), media), ()
 
 
 def _preference(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -184,16 +185,18 @@ def _preference(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ..
 def _alpaca(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     instruction, given = _text(row, "instruction"), _text(row, "input") if row.get("input") else ""
     system = (Message.of("system", _text(row, "system")),) if row.get("system") else ()
-    asked = f"{instruction}\n\n{given}" if given.strip() else instruction
-    return (*system, Message.of("user", asked), Message.of("assistant", _text(row, "output"))), ()
+    whole = f"{instruction}\n\n{given}" if given.strip() else instruction
+    return (*system, _question(row, whole, media), Message.of("assistant", _text(row, "output"))), ()
 
 
 def _prompt_completion(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    return _prompt(row["prompt"], media) + _answer(row["completion"], "completion", media), ()
+    prompt = _loads(row["prompt"])
+    turns = (_question(row, prompt, media),) if isinstance(prompt, str) else _turns(placed(row, prompt), media)
+    return turns + _answer(row["completion"], "completion", media), ()
 
 
 def _question_answer(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    return (Message.of("user", _text(row, "question")), Message.of("assistant", _text(row, "answer"))), ()
+    return (_question(row, _text(row, "question"), media), Message.of("assistant", _text(row, "answer"))), ()
 
 
 def _text_row(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -210,6 +213,11 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any], Media], tuple[tuple[Message, ..
     "text": _text_row,
     CAPTIONED: _captioned,
 }
+
+
+def _question(row: Mapping[str, Any], text: str, media: Media) -> Message:
+    """The user's turn of a row that has one, with the media that the row names."""
+    return Message("user", tuple(_parts(asked(row, text), 1, media)))
 
 
 def _prompt(value: Any, media: Media) -> tuple[Message, ...]:
@@ -285,8 +293,8 @@ def _check_turns(messages: tuple[Message, ...], form: str) -> None:
         raise Malformed("empty_answer", "the last reply is empty")
     if len(messages) == 1 and form != "text":
         raise Malformed("no_prompt", "there is a reply, but nothing that it replies to")
-    asked = [message for message in messages if message.role == "user"]
-    if asked and not any(part.media or part.text.strip() for message in asked for part in message.content):
+    users = [message for message in messages if message.role == "user"]
+    if users and not any(part.media or part.text.strip() for message in users for part in message.content):
         raise Malformed("empty_prompt", "every user turn is empty")
 
 

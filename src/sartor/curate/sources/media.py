@@ -145,6 +145,8 @@ def check(stream: BinaryIO, name: str) -> None:
         width, height, frames = image_size(stream, found)
     except (struct.error, IndexError, ValueError):
         raise Malformed("bad_media", f"the {found} ends inside its header") from None
+    if width < 1 or height < 1:
+        raise Malformed("bad_media", f"the {found} says that it has {width} x {height} pixels")
     if width * height > MOST_PIXELS:
         raise Malformed("image_bomb", f"{width:,} x {height:,} pixels; the limit is {MOST_PIXELS:,}")
     if frames > MOST_FRAMES:
