@@ -42,7 +42,9 @@ class Shift:
                 raise
         if self.over:
             raise CutError("the server ended before the reply did", "ask again; another server, or this one soon, answers")
-        raise DeadlineError("the reply took longer than limits.deadline_s", "ask for less: max_tokens, or a shorter text to speak")
+        raise DeadlineError(
+            "the reply took longer than limits.deadline_s", "ask for less: max_tokens, or a shorter text to speak"
+        )
 
     def end(self) -> None:
         """Cut what still runs, each with an error of its own."""
