@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
+from speaking import needs_espeak
+
 SCHEMA: Any = {
     "type": "object",
     "properties": {"place": {"enum": ["kitchen", "hall"]}, "on": {"type": "boolean"}},
@@ -91,7 +93,8 @@ def test_a_signal_lets_a_running_reply_end_and_takes_the_workers_along(tiny_base
         assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text(), "the front process has loaded torch"
         health = httpx.get(f"{url}/health").json()
         assert health["status"] == "degraded" and "there is no directory" in health["troubles"]["nobody"]
-        assert {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]} == {"base", "auto"}
+        names = {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]}
+        assert names - {"speech"} == {"base", "auto"}
         body = {"model": "nobody", "messages": [{"role": "user", "content": "hi"}]}
         refused = httpx.post(f"{url}/v1/chat/completions", json=body)
         assert refused.status_code == 503 and "not admitted: there is no directory" in refused.json()["error"]["message"]
@@ -162,3 +165,28 @@ def test_openais_client_against_the_starter_base(tmp_path: Path) -> None:
             assert near > far
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 143
+
+
+@needs_espeak
+@pytest.mark.services
+def test_a_served_team_speaks_and_leaves_no_voice_behind(tmp_path: Path, tiny_base: Path) -> None:
+    with serve(tmp_path / "state", str(tiny_base)) as (process, _):
+        url = address(process)
+        body = {"model": "speech", "input": "Hello there.", "response_format": "wav"}
+        answer = httpx.post(f"{url}/v1/audio/speech", json=body, timeout=60)
+        assert answer.content[:4] == b"RIFF" and answer.headers["content-type"] == "audio/wav"
+        assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text(), "the front process has loaded torch"
+        long = {**body, "input": "A sentence of some words. " * 150, "response_format": "opus"}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/audio/speech", json=long, timeout=0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+    assert [path for path in Path("/proc").glob("[0-9]*/cwd") if _leads_to(path, tmp_path / "state")] == []
+
+
+def _leads_to(link: Path, where: Path) -> bool:
+    """Whether a process, which may end at any time, works there."""
+    try:
+        return link.readlink() == where
+    except OSError:
+        return False

@@ -6,6 +6,9 @@ import asyncio
 import base64
 import io
 import json
+import os
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -369,3 +372,19 @@ def test_openais_client_speaks(tmp_path: Path) -> None:
             client.audio.speech.create(model="speech", voice="alloy", input="hi")
         with pytest.raises(openai.NotFoundError, match="nothing that speaks"):
             client.audio.speech.create(model="tts-1", voice="alloy", input="hi")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux alone")
+def test_whoever_speaks_lets_the_workers_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    play_espeak(tmp_path, f"nice > {tmp_path}/nice; head -c 46 /dev/zero | tr '\\0' '\\1'", monkeypatch)
+    speaker = Speaker(Speech(voice="espeak"))
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+
+    async def main() -> int:
+        await speaker.say("hello", speaker.voice("default"), "wav")
+        in_thread = await speaker.aside(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        await speaker.close()
+        return in_thread
+
+    assert asyncio.run(main()) == int((tmp_path / "nice").read_text()) == min(own + 10, 19)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own

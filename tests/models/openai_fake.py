@@ -40,7 +40,9 @@ class Fake:
             "max_model_len": 400,
         }
         loras = [{"id": name, "owned_by": "vllm", "root": root, "parent": "tiny"} for name, root in self.roots.items()]
-        return {"object": "list", "data": [base, *loras]}
+        # what a served team of Sartor lists besides: it reads no tokens, and is nobody's base
+        speech = {"id": "speech", "owned_by": "sartor", "root": "espeak", "parent": None, "max_model_len": None}
+        return {"object": "list", "data": [speech, base, *loras]}
 
 
 class _Answers(BaseHTTPRequestHandler):

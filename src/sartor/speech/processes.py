@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,9 +32,20 @@ def start(command: Sequence[str], nice: int, **pipes: Any) -> subprocess.Popen[b
     # piper is a Python program: whatever the locale, what comes in is UTF-8
     process = subprocess.Popen(list(command), env={**os.environ, "PYTHONUTF8": "1"}, **pipes)
     if nice:
-        with suppress(OSError):  # it may be over already
-            os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + nice)
+        _add_niceness(process.pid, nice)
     return process
+
+
+def _add_niceness(which: int, nice: int) -> None:
+    """That process or thread has so much more than this process; what it inherited from a thread does not add up."""
+    with suppress(OSError):  # it may be over already
+        os.setpriority(os.PRIO_PROCESS, which, os.getpriority(os.PRIO_PROCESS, os.getpid()) + nice)
+
+
+def step_back(nice: int) -> None:
+    """Let others go before this thread too. Linux alone has a niceness for each thread."""
+    if sys.platform == "linux":
+        _add_niceness(threading.get_native_id(), nice)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

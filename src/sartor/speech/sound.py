@@ -72,18 +72,43 @@ class Sound:
         return Sound(soxr.resample(self.samples, self.rate, rate), rate)
 
     def encoded(self, form: str) -> bytes:
-        """The bytes of a file: one of FORMATS. Raises ConfigError where this machine's libsndfile cannot write it."""
-        wanted = FORMATS[form]
-        sound = self.at(wanted.rate or self.rate)
-        if not wanted.container:
-            return sound.samples.astype("<i2").tobytes()
-        file = io.BytesIO()
-        options: Any = {"format": wanted.container, "subtype": wanted.subtype}
+        """The bytes of a file: see Encoder."""
+        encoder = Encoder(form)
+        encoder.add(self)
+        return encoder.end()
+
+
+class Encoder:
+    """A file of one of FORMATS, made in memory a sound at a time; all have one rate."""
+
+    def __init__(self, form: str) -> None:
+        self._form = FORMATS[form]
+        self._bytes = io.BytesIO()
+        self._file: soundfile.SoundFile | None = None
+
+    def add(self, sound: Sound) -> None:
+        """One more. Raises ConfigError where libsndfile here cannot write the form, ExtraError where soxr is absent."""
+        sound = sound.at(self._form.rate or sound.rate)
+        if not self._form.container:
+            self._bytes.write(sound.samples.astype("<i2").tobytes())
+            return
         try:
-            soundfile.write(file, sound.samples, sound.rate, **options)
+            if self._file is None:
+                self._file = self._open(sound.rate)
+            self._file.write(sound.samples)
         except (soundfile.LibsndfileError, ValueError) as error:
-            raise ConfigError(f"{form} cannot be written here: {error}", "wav can; or install a newer soundfile") from None
-        return file.getvalue()
+            remedy = "wav can; or install a newer soundfile"
+            raise ConfigError(f"{self._form.name} cannot be written here: {error}", remedy) from None
+
+    def _open(self, rate: int) -> soundfile.SoundFile:
+        how: Any = {"format": self._form.container, "subtype": self._form.subtype}
+        return soundfile.SoundFile(self._bytes, "w", rate, 1, **how)
+
+    def end(self) -> bytes:
+        """The whole file."""
+        if self._file is not None:
+            self._file.close()
+        return self._bytes.getvalue()
 
 
 def joined(sounds: Sequence[Sound]) -> Sound:

@@ -1,16 +1,16 @@
 """Who speaks for the server: which voices clients may name, and how much is spoken at once.
 
-The voices' programs have processes of their own at a lower priority, and threads of their own wait for them: no reply waits for
-speech. A piece of a sentence or two is the unit, so that a long text does not hold up a short one.
+The voices' programs have processes of their own, and threads of their own wait for them and write the files. Both have a lower
+priority, so that no reply waits for speech. The unit is a piece of a sentence or two, and no long text holds up a short one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,8 +18,8 @@ from sartor.agents.serve.faults import FieldError
 from sartor.agents.team import Speech
 from sartor.core.errors import BusyError, ConfigError, ExtraError, UnknownAgentError
 from sartor.speech import espeak
-from sartor.speech.processes import Terms
-from sartor.speech.sound import Sound, joined
+from sartor.speech.processes import Terms, step_back
+from sartor.speech.sound import Encoder, Sound
 from sartor.speech.spoken import spoken
 from sartor.speech.voice import Voice
 from sartor.speech.voices import open_voice
@@ -48,7 +48,7 @@ class Speaker:
         default = _default(options.voice)
         opened = [open_voice(name, self._terms) for name in ([default, *options.voices] if default else [])]
         self._voices = {voice.name: voice for voice in opened}
-        self._pool = ThreadPoolExecutor(options.at_once, "sartor-voice")
+        self._pool = ThreadPoolExecutor(options.at_once, "sartor-voice", lambda: step_back(NICE))
         self._held = 0
 
     @property
@@ -88,20 +88,17 @@ class Speaker:
         """The spoken form of a written text, a piece at a time. Raises BusyError, and what a voice raises."""
         with self._place():
             said = await self.aside(lambda: spoken(text))
-            async for sound in self._pieces(said.text, voice, speed):
-                yield sound
+            for piece in await self.aside(lambda: voice.cut(said.text, speed)):
+                yield await self.aside(functools.partial(voice.speak, piece, speed))
 
     async def say(self, text: str, voice: Voice, form: str, speed: float = 1.0) -> Said:
         """All of it, as the bytes of a file."""
         with self._place():
             said = await self.aside(lambda: spoken(text))
-            async with aclosing(self._pieces(said.text, voice, speed)) as pieces:
-                sounds = [sound async for sound in pieces]
-            return Said(said.text, await self.aside(lambda: joined(sounds).encoded(form)))
-
-    async def _pieces(self, text: str, voice: Voice, speed: float) -> AsyncGenerator[Sound, None]:
-        for piece in await self.aside(lambda: voice.cut(text, speed)):
-            yield await self.aside(lambda piece=piece: voice.speak(piece, speed))  # type: ignore[misc]
+            encoder = Encoder(form)
+            for piece in await self.aside(lambda: voice.cut(said.text, speed)):
+                await self.aside(functools.partial(_add, encoder, voice, piece, speed))
+            return Said(said.text, await self.aside(encoder.end))
 
     async def aside(self, work: Callable[[], T]) -> T:
         """The result of some work in a thread of the voices."""
@@ -124,6 +121,10 @@ class Speaker:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for voice in self._voices.values():
             await asyncio.to_thread(voice.close)
+
+
+def _add(encoder: Encoder, voice: Voice, piece: str, speed: float) -> None:
+    encoder.add(voice.speak(piece, speed))
 
 
 def _default(voice: str) -> str:

@@ -64,7 +64,8 @@ class Server:
         """What it serves now. Raises UnavailableError where it cannot be reached, or lists no model."""
         try:
             models = [dict(model) for model in self._ask("GET", "/models")["data"]]
-            bases = [model for model in models if not model.get("parent")]
+            # a model that reads no tokens, as the `speech` of a team that is served, is no base
+            bases = [model for model in models if not model.get("parent") and model.get("max_model_len", 0) is not None]
             base, size = bases[0], bases[0].get("max_model_len") or (bases[0].get("meta") or {}).get("n_ctx") or 0
             adapters = {str(model["id"]): str(model.get("root") or "") for model in models if model.get("parent")}
             return Served(str(base["id"]), str(base.get("owned_by") or ""), int(size), adapters)
