@@ -34,6 +34,8 @@ FILE = "projectors.safetensors"
 SCHEMA = 1
 # Of features that are kept in memory; the others are on disk, or computed again
 HELD_BYTES = 1 << 29
+# Media by which a projector's input is scaled; and how far from the mean a feature may be, in spreads
+CALIBRATED, MOST_SPREADS = 512, 10.0
 _REMEDY = "give the directory that `sartor tune` wrote"
 
 
@@ -49,19 +51,27 @@ class TowerSaid:
 
 
 class Projector(torch.nn.Module):
-    """(T, W) features -> (ceil(T / stack), D) token embeddings, of about the size of the text's: fp32 parameters."""
+    """(T, W) features -> (ceil(T / stack), D) token embeddings, of about the size of the text's: fp32 parameters.
+
+    mean, spread: (W,) of the features of the training media, by which each channel is standardised: what a tower says in a
+    channel of small numbers is then learnt as fast as the rest (docs/log.md).
+    """
+
+    mean: torch.Tensor
+    spread: torch.Tensor
 
     def __init__(self, width: int, out: int, stack: int, gain: float) -> None:
         super().__init__()
         self.stack, self.width = stack, width
-        self.norm = torch.nn.LayerNorm(stack * width)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
         self.project_in = torch.nn.Linear(stack * width, out)
         self.project_out = torch.nn.Linear(out, out)
         self.gain = torch.nn.Parameter(torch.tensor(gain))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """See the class; features of a length that `stack` divides."""
-        x = self.norm(features.reshape(-1, self.stack * self.width))
+        x = ((features - self.mean) / self.spread).clamp(-MOST_SPREADS, MOST_SPREADS).view(-1, self.stack * self.width)
         x = self.project_out(F.gelu(self.project_in(x)))
         return F.rms_norm(x, (x.shape[-1],), eps=1e-6) * self.gain
 
@@ -156,6 +166,16 @@ class ComposedMedia(torch.nn.Module):
             sizes = [len(part) // projector.stack for part in parts]
             made |= dict(zip(own, projector(torch.cat(parts)).split(sizes), strict=True))
         return [made[key] for key in keys]
+
+    def calibrate(self, keys: Sequence[int]) -> None:
+        """Take the mean and the spread of every channel from these media, at most CALIBRATED of each kind."""
+        for kind in self.projectors:
+            own = sorted(key for key in set(keys) if self.features.kind(key) == kind)[:CALIBRATED]
+            if own:
+                found = torch.cat([self.features.of(key).float() for key in own])
+                projector = self._projector(kind)
+                projector.mean.copy_(found.mean(0))
+                projector.spread.copy_(found.std(0, correction=0).clamp(min=1e-3))
 
     def towers(self) -> dict[str, TowerSaid]:
         """What an adapter says of its towers, by kind."""

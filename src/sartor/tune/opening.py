@@ -10,9 +10,11 @@ import torch
 from sartor.core.home import folder
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
-from sartor.models.composed import compose, open_towers
+from sartor.models.composed import ComposedMedia, compose, open_towers
+from sartor.models.media import keys_in
 from sartor.models.shelf import Shelf
 from sartor.tune.recipe import Recipe
+from sartor.tune.rows import Rows
 
 Notice = Callable[[str], object]
 
@@ -28,6 +30,12 @@ def open_chosen(recipe: Recipe, notice: Notice, device: torch.device | None = No
     towers = open_towers(chosen.towers, base.device, notice)
     shelf = Shelf(folder("features"), int(recipe.compute.cache_gb * 1e9), notice) if recipe.compute.reuse_frozen else None
     return compose(base, towers, shelf=shelf, seed=recipe.seed)
+
+
+def calibrate(base: Base, data: Rows) -> None:
+    """Scale the projectors of a composed base by the media of the training rows."""
+    if isinstance(base.media, ComposedMedia):
+        base.media.calibrate([key for row in data.train for key in keys_in(row.ids)])
 
 
 def adapted(recipe: Recipe, base: Base) -> Any:

@@ -17,7 +17,7 @@ from sartor.models import paths
 from sartor.models.base import Base, best_device, machine
 from sartor.tune import forecast, order, refusals
 from sartor.tune.forecast import Interval, Settled, TimeModel
-from sartor.tune.opening import adapted, open_chosen
+from sartor.tune.opening import adapted, calibrate, open_chosen
 from sartor.tune.probe import Load, Probe, load_of, take, total
 from sartor.tune.recipe import Recipe
 from sartor.tune.recipe import load as load_recipe
@@ -109,6 +109,7 @@ def plan(
     except SourceError as error:
         unsupervised = refusals.Refusal(refusals.UNSUPERVISED, error.problem, error.remedy)
         return Plan(device=str(base.device), refusals=[unsupervised])
+    calibrate(base, data)
     return _forecast(recipe, base, adapted(recipe, base), data, price_h)
 
 

@@ -23,7 +23,7 @@ from sartor.tune import refusals
 from sartor.tune import resume as resumption
 from sartor.tune.checkpoint import Found, Saver, clear, folder_of, full_disk, sweep
 from sartor.tune.journal import Journal, plot_losses
-from sartor.tune.opening import adapted, open_chosen
+from sartor.tune.opening import adapted, calibrate, open_chosen
 from sartor.tune.recipe import Recipe
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.rows import Rows, encode_rows
@@ -74,6 +74,7 @@ def tune(
         raise refusal.error
     base = open_chosen(recipe, notice)
     data = encode_rows(dataset, recipe, base.chat)
+    calibrate(base, data)
     work = Work(recipe, dataset, base, data, found, resumption.fingerprint(recipe, dataset, base, data), prove)
     if resume and (adapter := resumption.finished(out, found, work.fingerprint)):
         notice(f"{out} is finished: nothing is left to do")
