@@ -1,0 +1,349 @@
+"""What composed bases see and hear: the textile line beside models that only read or only look, spoken commands end to end beside
+a cascade, and what keeping a tower's features saves.
+
+    python benchmarks/multimodal.py [--parts textile speech cached] [--work DIR] [--json]
+
+textile: macro-F1 of the action over the held-out pictures, for the model that gets picture and note, for those that get one of
+them, for the first with the pictures shuffled, and for a logistic regression on the same tower's features (told the rest of the
+protocol); differences with intervals. speech: exact match of the JSON for held-out command templates. cached: seconds of an epoch
+with the features computed over seconds with them read from disk, pairs in one process. What stands in --work is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from spoken_rows import write as write_spoken
+
+import sartor
+from sartor.core import rows
+from sartor.core.artifacts import Artifact, open_artifact
+from sartor.core.records import Example
+from sartor.core.sounds import read_sound
+from sartor.evaluate.measures import Measures, Side
+from sartor.evaluate.scorers import spoken, word_errors
+from sartor.evaluate.tasks import open_tuned
+from sartor.models import paths
+from sartor.models.base import machine, open_base
+from sartor.models.composed import Features, compose, open_towers
+from sartor.models.generate import generate
+from sartor.models.sampling import Sampling
+from sartor.models.shelf import Shelf
+from sartor.models.speech_to_text import open_speech_to_text
+from sartor.models.towers import open_tower
+
+HERE = Path(__file__).parent
+TEXTILE = HERE.parent / "examples/media/textile"
+LICENCE = {"textile": "MIT", "spoken": "Apache-2.0", "heard": "Apache-2.0"}
+PAIRS = 5
+WHISPER, LITE = "whisper-tiny-en", "efficientnet-lite0"
+SPOKEN_RECIPE = {
+    "base": {"text": "starter", "audio": WHISPER},
+    "method": {"kind": "lora", "rank": 32, "alpha": 64},
+    "align": {"fraction": 0.1, "learning_rate": 1e-3},
+    "budget": {"epochs": 5},
+    "optimizer": {"learning_rate": 1e-3, "batch_tokens": 1024},
+}
+HEARD_RECIPE = {
+    "base": "starter",
+    "method": {"kind": "lora", "rank": 16, "alpha": 32},
+    "budget": {"epochs": 2},
+    "optimizer": {"learning_rate": 2e-3, "batch_tokens": 256},
+}
+Reply = Sequence[str]
+
+
+def once(made: Path, make: Callable[[Path], object]) -> Path:
+    """`made`, made if it is not there."""
+    if not made.exists():
+        print(f"multimodal: {made.name}", file=sys.stderr)
+        make(made)
+    return made
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def dataset(folder: Path, name: str, licence: str) -> Path:
+    """The Dataset of folder/train.jsonl and folder/eval.jsonl."""
+    sources = [
+        {"path": str(folder / f"{split}.jsonl"), "licence": licence, "use": ["commercial"], "split": split}
+        for split in ("train", "eval")
+    ]
+    return once(folder / name, lambda out: sartor.curate({"sources": sources, "steps": []}, out))
+
+
+def tuned(folder: Path, recipe: dict[str, Any], data: Path) -> Path:
+    """The adapter of a recipe, beside its Dataset."""
+    whole = {**recipe, "data": {"path": str(data), "max_length_tokens": 512}}
+    return once(folder / f"{data.name}-adapter", lambda out: sartor.tune(whole, out, resume=True, show=False))
+
+
+def media_of(example: Example) -> list[Any]:
+    return [part for message in example.messages for part in message.content if part.kind != "text"]
+
+
+def shuffled(examples: Sequence[Example]) -> list[Example]:
+    """Each row with the media of the next."""
+    made = []
+    for example, other in zip(examples, [*examples[1:], *examples[:1]], strict=True):
+        media = iter(media_of(other))
+        turns = [
+            replace(turn, content=tuple(part if part.kind == "text" else next(media) for part in turn.content))
+            for turn in example.messages
+        ]
+        made.append(replace(example, messages=tuple(turns)))
+    return made
+
+
+def held_out(data: Path) -> list[Example]:
+    """The rows that a Dataset holds out, in an order that their own content does not decide."""
+    found = sorted(rows.read_examples(open_artifact(data, "dataset"), "eval"), key=lambda row: row.group)
+    random.Random(0).shuffle(found)
+    return found
+
+
+def answers(adapter: Artifact, examples: Sequence[Example], folder: Path) -> Reply:
+    """What an adapter says to each row, greedily."""
+    base, model = open_tuned(adapter)
+    prompts = [base.chat.prompt_ids(row.prompt, row.tools, folder) for row in examples]
+    made = generate(model, prompts, stop=base.chat.stops, pad=base.chat.pad, sampling=Sampling(96))
+    return [base.chat.decode(one.ids) for one in made]
+
+
+def by_label(examples: Sequence[Example], field: str) -> Callable[[Reply, Reply], dict[str, float]]:
+    """(one side's replies, another's) -> macro-F1 of both and of their difference."""
+    references = [row.reply for row in examples]
+    labels = [str(json.loads(reply)[field]) for reply in references]
+    measures = Measures(references, [row.group for row in examples], field, labels)
+    nothing = [0.0] * len(references)
+
+    def compared(one: Reply, other: Reply) -> dict[str, float]:
+        sides = [Side(list(said), nothing, [1] * len(references), nothing) for said in (one, other)]
+        return asdict(measures.compared(*sides)["macro_f1"])
+
+    return compared
+
+
+# ---------------------------------------------------------------------------------------------------------------- textile
+
+
+def textile(work: Path, limit: int) -> dict[str, Any]:
+    """See the module."""
+    folder, recipe = work / "textile", sartor.load_recipe(TEXTILE / "tune.yaml")
+    once(folder, lambda out: subprocess.run([sys.executable, TEXTILE / "rows.py", out, "--limit", str(limit)], check=True))
+    began = time.monotonic()
+    said: dict[str, Reply] = {}
+    for side in ("both", "image_only", "text_only"):
+        own = once(work / f"textile-{side}", lambda out, side=side: one_side(folder, out, side))
+        data = dataset(own, "data", "MIT")
+        own_recipe = {**recipe, **({"base": "starter"} if side == "text_only" else {})}
+        adapter = open_artifact(tuned(own, own_recipe, data), "adapter")
+        examples = held_out(data)
+        said[side] = answers(adapter, examples, data)
+        if side == "both":
+            compared, asked = by_label(examples, "action"), examples
+            seconds = time.monotonic() - began
+            said["shuffled"] = answers(adapter, shuffled(examples), data)
+    said["linear_probe"] = probe(work / "textile-both" / "data", asked)
+    found = {name: compared(replies, said["both"]) for name, replies in said.items()}
+    return {
+        **{name: round(one["base"], 4) for name, one in found.items()},
+        "both_over": {name: {key: round(one[key], 4) for key in ("difference", "low", "high")} for name, one in found.items()},
+        "rows": len(asked),
+        "data_to_replies_s": round(seconds, 1),
+    }
+
+
+def one_side(folder: Path, out: Path, side: str) -> None:
+    """The rows with both parts, the picture alone, or the note alone."""
+    out.mkdir()
+    (out / "images").symlink_to(folder.resolve() / "images")
+    kept = {"both": ("image", "text"), "image_only": ("image",), "text_only": ("text",)}[side]
+    for split in ("train", "eval"):
+        written = lines(folder / f"{split}.jsonl")
+        for row in written:
+            row["messages"][1]["content"] = [part for part in row["messages"][1]["content"] if part["type"] in kept]
+        (out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
+
+
+def probe(data: Path, asked: Sequence[Example]) -> Reply:
+    """Logistic regression on the mean features of each picture -> the defect; zone and times seen are read off the note."""
+    spec = importlib.util.spec_from_file_location("textile_rows", TEXTILE / "rows.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tower, train = open_tower(LITE, "image"), list(rows.read_examples(open_artifact(data, "dataset"), "train"))
+
+    def pooled(examples: Sequence[Example]) -> Any:
+        pictures = [(data / media_of(row)[0].media).read_bytes() for row in examples]
+        return np.stack([tower.features(picture).float().mean(0).numpy() for picture in pictures])
+
+    model = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=np.logspace(-4, 0, 5), max_iter=2000, random_state=0))
+    model.fit(pooled(train), [json.loads(row.reply)["defect"] for row in train])
+    table, replies = module.protocols(), []
+    for row, defect in zip(asked, model.predict(pooled(asked)), strict=True):
+        note = row.prompt[-1].text.lower()
+        zone, seen = (
+            next(name for name, phrases in words.items() if any(phrase.lower() in note for phrase in phrases))
+            for words in (module.ZONES, module.SEEN)
+        )
+        severity, action = table[str(defect), zone, seen]
+        replies.append(json.dumps({"defect": str(defect), "severity": severity, "action": action}))
+    return replies
+
+
+# ----------------------------------------------------------------------------------------------------------------- speech
+
+
+def speech(work: Path, commands: int, voices: int) -> dict[str, Any]:
+    """See the module."""
+    folder = once(work / "spoken", lambda out: write_spoken(out, commands, voices))
+    data = dataset(folder, "data", "Apache-2.0")
+    adapter = open_artifact(tuned(folder, SPOKEN_RECIPE, data), "adapter")
+    examples = held_out(data)
+    groups, references = [row.group for row in examples], [row.reply for row in examples]
+    end_to_end = answers(adapter, examples, data)
+    blind = answers(adapter, shuffled(examples), data)
+    heard, wer = cascade(folder, examples, data)
+    over = sartor_paired(blind, end_to_end, references, groups)
+    return {
+        "exact_match": {"end_to_end": exact(end_to_end, references), "cascade": exact(heard, references)},
+        "shuffled": exact(blind, references),
+        "end_to_end_over_shuffled": over,
+        "wer": wer,
+        "rows": len(examples),
+        "tuning_minutes": round(adapter.manifest["run"]["wall_s"] / 60, 1),
+    }
+
+
+def exact(replies: Reply, references: Reply) -> float:
+    return round(statistics.mean(said.strip() == wanted for said, wanted in zip(replies, references, strict=True)), 4)
+
+
+def sartor_paired(one: Reply, other: Reply, references: Reply, groups: Sequence[str]) -> dict[str, float]:
+    """The difference in exact match, with its interval."""
+    nothing = [0.0] * len(references)
+    sides = [Side(list(said), nothing, [1] * len(references), nothing) for said in (one, other)]
+    found = Measures(list(references), list(groups)).compared(*sides)["exact_match"]
+    return {"estimate": round(found.difference, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
+
+
+def cascade(folder: Path, examples: Sequence[Example], data: Path) -> tuple[Reply, float]:
+    """Whisper writes down what is said; a text model that was tuned on commands and on such transcripts answers. And the WER."""
+    listener = open_speech_to_text(WHISPER)
+
+    def transcripts(clips: Sequence[Path]) -> list[str]:
+        return [spoken(text) for text in listener.transcribe([read_sound(clip, listener.rate) for clip in clips])]
+
+    def write(out: Path) -> None:
+        found = lines(folder / "train.jsonl")
+        texts = [row for row in found if isinstance(row["messages"][1]["content"], str)]
+        # one recording of each command, as it is heard
+        first = {row["group"]: row for row in found if not isinstance(row["messages"][1]["content"], str)
+                 and row["messages"][2]["content"].startswith("{")}  # fmt: skip
+        heard = transcripts([folder / row["messages"][1]["content"][0]["audio"] for row in first.values()])
+        for row, text in zip(first.values(), heard, strict=True):
+            row["messages"][1]["content"] = text
+        out.mkdir()
+        for row in texts:
+            row["messages"][1]["content"] = spoken(row["messages"][1]["content"])
+        (out / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*texts, *first.values()]), encoding="utf-8")
+        (out / "eval.jsonl").write_text((folder / "words.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+
+    own = once(folder.with_name("heard"), write)
+    adapter = open_artifact(tuned(own, HEARD_RECIPE, dataset(own, "data", "Apache-2.0")), "adapter")
+    heard = transcripts([data / media_of(row)[0].media for row in examples])
+    asked = [
+        replace(row, messages=(row.messages[0], type(row.messages[1]).of("user", text), row.messages[2]))
+        for row, text in zip(examples, heard, strict=True)
+    ]
+    words = {row["messages"][2]["content"] + row["group"]: row["messages"][1]["content"] for row in lines(folder / "words.jsonl")}
+    errors = [word_errors(text, words[row.reply + row.group]) for row, text in zip(examples, heard, strict=True)]
+    wer = sum(wrong for wrong, _ in errors) / sum(count for _, count in errors)
+    return answers(adapter, asked, data), round(wer, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------- cached
+
+
+def cached(work: Path) -> dict[str, Any]:
+    """See the module. Features of a few media, computed by the tower in each epoch or read from the shelf."""
+    made: dict[str, Any] = {}
+    for kind, tower, data in (
+        ("image", LITE, dataset(work / "textile-both", "data", "MIT")),
+        ("audio", WHISPER, dataset(work / "spoken", "data", "Apache-2.0")),
+    ):
+        found = [row for row in rows.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)][:24]
+        base = open_base("starter")
+        base = compose(base, open_towers({kind: tower}, base.device, lambda line: None), shelf=None)
+        encoded = [base.chat.encode(row, data) for row in found]
+        base.media.requires_grad_(True)
+        media = base.media
+        with tempfile.TemporaryDirectory() as folder:
+            ways = {"computed": None, "read": Shelf(Path(folder), 1 << 32)}
+            features = {name: Features(media.features.towers, shelf, held_bytes=0) for name, shelf in ways.items()}
+            for each in features.values():
+                for row in found:
+                    each.key(media_of(row)[0], data)
+            keys = list(media.features._origins)
+            is_equal = all(torch.equal(features["computed"].of(key), features["read"].of(key)) for key in keys)
+            ratios, parts = [], []
+            for _ in range(PAIRS):
+                seconds = {}
+                for name, each in features.items():
+                    media.features = each
+                    path = paths.choose(base.model, encoded[:2], base.device)
+                    began = time.perf_counter()
+                    for start in range(0, len(encoded), 8):
+                        path.losses(encoded[start : start + 8])[0].mean().backward()
+                    seconds[name] = time.perf_counter() - began
+                ratios.append(seconds["computed"] / seconds["read"])
+                parts.append(seconds["read"] / len(encoded))
+        made[kind] = {"ratio": round(statistics.median(ratios), 2), "equal": is_equal, "epoch_ms_a_row": round(1e3 * statistics.median(parts), 1)}
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["textile", "speech", "cached"], choices=["textile", "speech", "cached"])
+    parser.add_argument("--work", type=Path, default=Path("multimodal-work"))
+    parser.add_argument("--limit", type=int, default=500, help="textile pictures of each kind")
+    parser.add_argument("--commands", type=int, default=1300)
+    parser.add_argument("--voices", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    work = options.work.resolve()
+    found: dict[str, Any] = {"machine": {**machine(), "cores": os.cpu_count()}}
+    if "textile" in options.parts:
+        found["textile"] = textile(work, options.limit)
+    if "speech" in options.parts:
+        found["speech"] = speech(work, options.commands, options.voices)
+    if "cached" in options.parts:
+        found["cached"] = cached(work)
+        found["cached_ratio"] = {kind: one["ratio"] for kind, one in found["cached"].items()}
+    print(json.dumps(found) if options.json else json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
