@@ -214,3 +214,14 @@ def test_a_template_that_loses_or_repeats_media_is_refused(tmp_path: Path, templ
     base = opened(tiny.write_base(tmp_path / "base", template))
     with pytest.raises(SourceError, match="media"):
         base.chat.prompt_ids(said("turn on", picture(3)).prompt)
+
+
+def test_places_of_a_picture_are_averaged_and_moments_of_a_recording_stand_side_by_side() -> None:
+    features = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
+    for is_pooled in (True, False):
+        projector = composed.Projector(12, 8, 3, 1.0, is_pooled=is_pooled)
+        tokens = projector(features)
+        assert tokens.shape == (2, 8)
+        other = features[[2, 0, 1, 3, 4, 5]]  # within the first token
+        assert torch.allclose(projector(other), tokens, atol=1e-6) == is_pooled
+        assert not torch.allclose(projector(features.flip(0)), tokens, atol=1e-3)

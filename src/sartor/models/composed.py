@@ -1,7 +1,7 @@
 """A composed base: any text base, frozen towers, and a projector between (LLaVA, Liu et al. 2023, arXiv:2304.08485; for audio
-Ultravox: neighbouring frames side by side).
+Ultravox: neighbouring frames side by side, so that a token is about a syllable).
 
-    media --tower (frozen, cached by digest)--> (T, W) --stack--> (T / stack, stack W) --projector--> (T / stack, D) tokens
+    media --tower (frozen, cached by digest)--> (T, W) features --projector--> (T / stack, D) tokens
 
 The text base is the base that an adapter is bound to; the towers are named in the adapter's `projectors.safetensors`. So one
 server on one text base answers agents that read text alone beside agents that see and hear.
@@ -53,6 +53,8 @@ class TowerSaid:
 class Projector(torch.nn.Module):
     """(T, W) features -> (ceil(T / stack), D) token embeddings, of about the size of the text's: fp32 parameters.
 
+    is_pooled: of `stack` neighbours what the first layer finds in each is averaged, as places of a picture can be; else they
+    are put side by side, as moments of a recording must be.
     mean, spread: (W,) of the features of the training media, by which each channel is standardised: what a tower says in a
     channel of small numbers is then learnt as fast as the rest (docs/log.md).
     """
@@ -60,19 +62,23 @@ class Projector(torch.nn.Module):
     mean: torch.Tensor
     spread: torch.Tensor
 
-    def __init__(self, width: int, out: int, stack: int, gain: float) -> None:
+    def __init__(self, width: int, out: int, stack: int, gain: float, *, is_pooled: bool) -> None:
         super().__init__()
-        self.stack, self.width = stack, width
+        self.stack, self.width, self.is_pooled = stack, width, is_pooled
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("spread", torch.ones(width))
-        self.project_in = torch.nn.Linear(stack * width, out)
+        self.project_in = torch.nn.Linear(width if is_pooled else stack * width, out)
         self.project_out = torch.nn.Linear(out, out)
         self.gain = torch.nn.Parameter(torch.tensor(gain))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """See the class; features of a length that `stack` divides."""
-        x = ((features - self.mean) / self.spread).clamp(-MOST_SPREADS, MOST_SPREADS).view(-1, self.stack * self.width)
-        x = self.project_out(F.gelu(self.project_in(x)))
+        x = ((features - self.mean) / self.spread).clamp(-MOST_SPREADS, MOST_SPREADS)
+        if self.is_pooled:
+            x = F.gelu(self.project_in(x)).unflatten(0, (-1, self.stack)).mean(1)
+        else:
+            x = F.gelu(self.project_in(x.view(-1, self.stack * self.width)))
+        x = self.project_out(x)
         return F.rms_norm(x, (x.shape[-1],), eps=1e-6) * self.gain
 
 
@@ -221,7 +227,10 @@ def fresh(base: Base, features: Features, seed: int) -> ComposedMedia:
         gain, width = float(some.float().pow(2).mean().sqrt()), some.shape[-1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projectors = {kind: Projector(tower.width, width, tower.stack, gain) for kind, tower in features.towers.items()}
+        projectors = {
+            kind: Projector(tower.width, width, tower.stack, gain, is_pooled=kind == "image")
+            for kind, tower in features.towers.items()
+        }
     return ComposedMedia(features, projectors).to(base.device).requires_grad_(False)
 
 

