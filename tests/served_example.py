@@ -1,0 +1,48 @@
+"""An example of examples/, from its data to its running server by its one command, and the blocks of its page beside that server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from test_docs import RUN, blocks
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@contextmanager
+def served(name: str, folder: Path, base: Path) -> Iterator[tuple[Path, str]]:
+    """The folder of the team and the address of its server. base: the tests' tiny one."""
+    home = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    home.pop("OMP_NUM_THREADS", None)  # all cores, as users run it
+    command = ["bash", str(EXAMPLES / name / "up.sh"), "--quick", "--base", str(base), "team", "--port", "0", "--json"]
+    with (
+        (folder / "log.txt").open("w") as log,
+        subprocess.Popen(command, cwd=folder, env=home, stdout=subprocess.PIPE, stderr=log, text=True) as server,
+    ):
+        assert server.stdout is not None
+        line = server.stdout.readline()  # "" if it ends before it serves
+        assert line, (folder / "log.txt").read_text()[-4000:]
+        yield folder / "team", json.loads(line)["address"]
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 143, (folder / "log.txt").read_text()[-4000:]
+
+
+def run_blocks(name: str, folder: Path, address: str) -> list[str]:
+    """What each block of the example's page prints."""
+    home = {**os.environ, "TEAM": address, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    printed = []
+    for number, (info, _, body) in enumerate(blocks(EXAMPLES / name / "README.md"), 1):
+        if info not in RUN:
+            continue
+        command = [sys.executable, "-c", body] if info == "python" else ["bash", "-euo", "pipefail", "-c", body]
+        done = subprocess.run(command, cwd=folder, env=home, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"block {number}:\n{body}\n{done.stdout}\n{done.stderr}"
+        printed.append(done.stdout)
+    return printed

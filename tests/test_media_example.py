@@ -1,0 +1,36 @@
+"""The circle tier: examples/media from pictures and recordings to a running server, and every block of its page beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sartor
+from served_example import run_blocks, served
+
+pytestmark = pytest.mark.circle
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[tuple[Path, str]]:
+    """The folder of the team and the address of its server."""
+    with served("media", tmp_path_factory.mktemp("example"), tiny_base) as running:
+        yield running
+
+
+def test_every_block_of_the_page_runs_beside_the_server(team: tuple[Path, str]) -> None:
+    printed = run_blocks("media", *team)
+    assert len(printed) >= 3
+    assert "dictation" in printed[1]
+    assert (team[0] / "stop.wav").read_bytes()[:4] == b"RIFF"
+
+
+def test_reports_say_what_the_media_are_worth_and_releases_that_the_gate_looked(team: tuple[Path, str]) -> None:
+    for name, kinds in (("textile", {"image"}), ("dictation", {"image", "audio"})):
+        report = sartor.open(team[0] / "reports" / name).manifest
+        assert set(report["ablation"]) == kinds
+        gate = sartor.open(team[0] / "releases" / f"{name}-1.0").manifest["gate"]
+        assert {"modality", "gain", "licence"} <= set(gate)
+        assert ("slice:critical_not_only_repaired" in gate) == (name == "textile")
