@@ -37,6 +37,7 @@ test: $(VENV)/.dev  ## every tier
 	$(BIN)/sartor assets install minilm
 	$(BIN)/sartor assets install efficientnet-lite0
 	$(BIN)/sartor assets install whisper-tiny-en
+	$(BIN)/sartor assets install textile
 	-$(BIN)/sartor assets install stamps  # Debian only
 	-$(BIN)/sartor assets install prompts-en
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
@@ -48,7 +49,7 @@ check: $(VENV)/.dev  ## lint and types
 	$(BIN)/mypy
 
 bench: $(VENV)/.bench  ## each benchmark's JSON line; Sartor against its peers is `bench-peers`, which makes a venv for each
-	for script in packing savings ablation scaling quant resume revoke labels personal dedup serve chaos; do \
+	for script in packing savings ablation scaling quant resume revoke labels personal dedup serve chaos whisper multimodal; do \
 	  env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/$$script.py --json || exit 1; done
 
 bench-peers: $(VENV)/.dev  ## several GB of venvs, and an hour
