@@ -1,12 +1,13 @@
-"""What composed bases see and hear: the textile line beside models that only read or only look, spoken commands end to end beside
-a cascade, and what keeping a tower's features saves.
+"""What composed bases see and hear: the textile line beside models that only read or only look, spoken commands end to end
+beside a cascade, and what keeping a tower's features saves.
 
     python benchmarks/multimodal.py [--parts textile speech cached] [--work DIR] [--json]
 
-textile: macro-F1 of the action over the held-out pictures, for the model that gets picture and note, for those that get one of
-them, for the first with the pictures shuffled, and for a logistic regression on the same tower's features (told the rest of the
-protocol); differences with intervals. speech: exact match of the JSON for held-out command templates. cached: seconds of an epoch
-with the features computed over seconds with them read from disk, pairs in one process. What stands in --work is not made again.
+textile: macro-F1 of the action over the held-out pictures, for the model that gets picture and note, for those that get one
+of them, for the first with the pictures shuffled, and for a logistic regression on the same tower's features (told the rest of
+the protocol); differences with intervals. speech: exact match of the JSON for held-out command templates. cached: seconds of an
+epoch with the features computed over seconds with them read from disk, pairs in one process. What stands in --work is not made
+again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sartor.evaluate.measures import Measures, Side
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -38,7 +40,6 @@ from sartor.core import rows
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.records import Example
 from sartor.core.sounds import read_sound
-from sartor.evaluate.measures import Measures, Side
 from sartor.evaluate.scorers import spoken, word_errors
 from sartor.evaluate.tasks import open_tuned
 from sartor.models import paths
@@ -249,7 +250,7 @@ def sartor_paired(one: Reply, other: Reply, references: Reply, groups: Sequence[
 
 
 def cascade(folder: Path, examples: Sequence[Example], data: Path) -> tuple[Reply, float]:
-    """Whisper writes down what is said; a text model that was tuned on commands and on such transcripts answers. And the WER."""
+    """Whisper writes down what is said; a text model tuned on commands and on such transcripts answers. And the WER."""
     listener = open_speech_to_text(WHISPER)
 
     def transcripts(clips: Sequence[Path]) -> list[str]:
@@ -277,7 +278,9 @@ def cascade(folder: Path, examples: Sequence[Example], data: Path) -> tuple[Repl
         replace(row, messages=(row.messages[0], type(row.messages[1]).of("user", text), row.messages[2]))
         for row, text in zip(examples, heard, strict=True)
     ]
-    words = {row["messages"][2]["content"] + row["group"]: row["messages"][1]["content"] for row in lines(folder / "words.jsonl")}
+    words = {
+        row["messages"][2]["content"] + row["group"]: row["messages"][1]["content"] for row in lines(folder / "words.jsonl")
+    }
     errors = [word_errors(text, words[row.reply + row.group]) for row, text in zip(examples, heard, strict=True)]
     wer = sum(wrong for wrong, _ in errors) / sum(count for _, count in errors)
     return answers(adapter, asked, data), round(wer, 4)
@@ -319,7 +322,11 @@ def cached(work: Path) -> dict[str, Any]:
                     seconds[name] = time.perf_counter() - began
                 ratios.append(seconds["computed"] / seconds["read"])
                 parts.append(seconds["read"] / len(encoded))
-        made[kind] = {"ratio": round(statistics.median(ratios), 2), "equal": is_equal, "epoch_ms_a_row": round(1e3 * statistics.median(parts), 1)}
+        made[kind] = {
+            "ratio": round(statistics.median(ratios), 2),
+            "equal": is_equal,
+            "epoch_ms_a_row": round(1e3 * statistics.median(parts), 1),
+        }
     return made
 
 

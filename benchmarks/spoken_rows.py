@@ -1,6 +1,6 @@
 """The demo's commands, spoken: rows of audio -> JSON, audio -> words, words -> JSON; held out by template, as in the demo.
 
-    python benchmarks/spoken_rows.py OUT [--commands N] [--voices N]
+python benchmarks/spoken_rows.py OUT [--commands N] [--voices N]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from sartor.core import assets
 from sartor.core.holdout import held_out_groups
-from sartor.intents import SYSTEM_PROMPT, rows
+from sartor.intents import rows
 from sartor.speech.many import Clip, say_many
 
 VOICES = ("espeak:en-us", "espeak:en-gb", "espeak:en-us+f3", "espeak:en-gb+m3", "espeak:en-us+f5")
@@ -52,7 +52,9 @@ def write(out: Path, commands: int, voices: int) -> dict[str, int]:
     train, test = ([row for row in drawn if (row["group"] in away) == is_held] for is_held in (False, True))
     # held-out commands once each: half by espeak's voices, half by piper's
     voice = random.Random(1)
-    test_clips = [(row, Clip(row["messages"][1]["content"], PIPER if i % 2 else voice.choice(VOICES))) for i, row in enumerate(test)]
+    test_clips = [
+        (row, Clip(row["messages"][1]["content"], PIPER if i % 2 else voice.choice(VOICES))) for i, row in enumerate(test)
+    ]
     pairs = [*spoken(train, voices, 0), *test_clips]
     clips = say_many([clip for _, clip in pairs], out / "clips", rate=16_000, form="flac")
     said = [(row, clip) for (row, _), clip in zip(pairs, clips, strict=True)]
@@ -69,7 +71,10 @@ def write(out: Path, commands: int, voices: int) -> dict[str, int]:
     for name, written in lines.items():
         text = "".join(json.dumps({**row, "split": "train" if name == "train" else "eval"}) + "\n" for row in written)
         (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    return {name: len(written) for name, written in lines.items()} | {"clips": len(clips), "voices": len({c.voice for c in clips})}
+    return {name: len(written) for name, written in lines.items()} | {
+        "clips": len(clips),
+        "voices": len({c.voice for c in clips}),
+    }
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Textile images and spoken findings -> rows: a draft report that says where the dictation and the picture disagree.
 
-What a person would dictate is written from templates and spoken by voices of espeak-ng; for some rows it contradicts the picture.
-The reply is a draft: what was dictated, what the picture shows, whether they disagree, and the check that checks.csv suggests
-next. Held-out rows have templates, and one voice, that no training row has.
+What a person would dictate is written from templates and spoken by voices of espeak-ng; for some rows it contradicts the
+picture. The reply is a draft: what was dictated, what the picture shows, whether they disagree, and the check that checks.csv
+suggests next. Held-out rows have templates, and one voice, that no training row has.
 
     python rows.py OUT [--images DIR] [--limit N] [--contradict FRACTION]
 """
@@ -89,6 +89,7 @@ def write(out: Path, images: Path, limit: int, contradict: float) -> None:
 
 
 def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--images", type=Path, help="a folder with nominal/, local/, global/; by default the asset `textile`")

@@ -4,7 +4,9 @@ The note says where and when, on which machine and roll, and how often this shif
 picture to say. What to do is looked up in protocols.csv by both. Notes are written from templates, those of held-out rows from
 templates of their own.
 
-    python rows.py OUT [--images DIR] [--limit N] [--speech VOICE]
+    python rows.py OUT [--images DIR] [--limit N] [--speech]
+
+With `--speech` the notes are recordings, by voices of espeak-ng: the recipe's base then needs `audio: whisper-tiny-en`.
 """
 
 from __future__ import annotations
@@ -15,19 +17,31 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 from sartor.core import assets
+from sartor.speech.many import Clip, say_many
 
 HERE = Path(__file__).parent
 DEFECTS = {"nominal": "none", "local": "local", "global": "global"}
 SYSTEM = "You inspect cloth. Answer with JSON: defect, severity, action."
 ZONES = {
-    "selvedge": ["right at the selvedge", "along the selvedge", "in the outer two centimetres", "at the very edge of the cloth"],
+    "selvedge": [
+        "right at the selvedge",
+        "along the selvedge",
+        "in the outer two centimetres",
+        "at the very edge of the cloth",
+    ],
     "body": ["in the middle of the width", "well inside the cloth", "about half way across", "in the body of the cloth"],
 }
 SEEN = {
     "once": ["first time this shift", "nothing like it before today", "only this once so far", "not seen earlier on this roll"],
-    "often": ["third time this shift", "again, the same as the last two rolls", "for the fourth time since noon", "it keeps coming back"],
+    "often": [
+        "third time this shift",
+        "again, the same as the last two rolls",
+        "for the fourth time since noon",
+        "it keeps coming back",
+    ],
 }
 TRAIN = [
     "Loom {loom}, roll {roll}, {time}: {zone}, {seen}.",
@@ -42,9 +56,11 @@ HELD_OUT = [
     "Photo of roll {roll} (loom {loom}). Place: {zone}. Time: {time}. How often: {seen}.",
 ]
 NAMES = ["Ines", "Marek", "Aylin", "Tom", "Ngozi", "Li"]
+VOICES = ["espeak:en-us", "espeak:en-gb", "espeak:en-us+f3", "espeak:en-gb+m3"]
+Protocols = dict[tuple[str, str, str], tuple[str, str]]
 
 
-def protocols() -> dict[tuple[str, str, str], tuple[str, str]]:
+def protocols() -> Protocols:
     """(defect, zone, seen) -> (severity, action)."""
     found = {}
     with (HERE / "protocols.csv").open(encoding="utf-8") as file:
@@ -55,7 +71,7 @@ def protocols() -> dict[tuple[str, str, str], tuple[str, str]]:
     return found
 
 
-def row(image: Path, defect: str, split: str, table: dict[tuple[str, str, str], tuple[str, str]]) -> dict[str, object]:
+def row(image: Path, defect: str, split: str, table: Protocols) -> dict[str, Any]:
     """One row, the same for an image in every run."""
     draw = random.Random(image.name + defect)
     zone, seen = draw.choice(list(ZONES)), draw.choice(list(SEEN))
@@ -79,25 +95,45 @@ def row(image: Path, defect: str, split: str, table: dict[tuple[str, str, str], 
     return {"messages": messages, "group": image.name + image.parent.name, "split": split}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--images", type=Path, help="a folder with nominal/, local/, global/; by default the asset `textile`")
-    parser.add_argument("--limit", type=int, default=500, help="images of each kind")
-    options = parser.parse_args()
-    images = options.images or assets.install("textile") / "conformal_clip_data" / "data" / "textile_images" / "simulated"
-    table = protocols()
-    (options.out / "images").mkdir(parents=True, exist_ok=True)
-    files = {split: (options.out / f"{split}.jsonl").open("w", encoding="utf-8") for split in ("train", "eval")}
+def speak(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Put a recording in the place of each note."""
+    notes = [row["messages"][1]["content"][1] for row in rows]
+    voices = [random.Random(note["text"]).choice(VOICES) for note in notes]
+    clips = say_many(
+        [Clip(note["text"], voice) for note, voice in zip(notes, voices, strict=True)], folder, rate=16_000, form="flac"
+    )
+    for row, clip in zip(rows, clips, strict=True):
+        assert clip.path is not None
+        row["messages"][1]["content"][1] = {"type": "audio", "audio": f"{folder.name}/{clip.path.name}"}
+
+
+def write(out: Path, images: Path, limit: int, *, is_spoken: bool) -> None:
+    """train.jsonl, eval.jsonl, images/ and, where the notes are spoken, clips/ below `out`."""
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    table, rows = protocols(), []
     for folder, defect in DEFECTS.items():
         found = sorted((images / folder).glob("*.jpg"))
         random.Random(0).shuffle(found)
-        for place, image in enumerate(found[: options.limit]):
-            split = "eval" if place % 5 == 0 else "train"
-            shutil.copyfile(image, options.out / "images" / f"{folder}-{image.name}")
-            files[split].write(json.dumps(row(image, defect, split, table)) + "\n")
-    for file in files.values():
-        file.close()
+        for place, image in enumerate(found[:limit]):
+            shutil.copyfile(image, out / "images" / f"{folder}-{image.name}")
+            rows.append(row(image, defect, "train" if place % 5 else "eval", table))
+    if is_spoken:
+        speak(rows, out / "clips")
+    for split in ("train", "eval"):
+        lines = [json.dumps(row) + "\n" for row in rows if row["split"] == split]
+        (out / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--images", type=Path, help="a folder with nominal/, local/, global/; by default the asset `textile`")
+    parser.add_argument("--limit", type=int, default=500, help="images of each kind")
+    parser.add_argument("--speech", action="store_true", help="the notes are spoken")
+    options = parser.parse_args()
+    images = options.images or assets.install("textile") / "conformal_clip_data" / "data" / "textile_images" / "simulated"
+    write(options.out, images, options.limit, is_spoken=options.speech)
 
 
 if __name__ == "__main__":
