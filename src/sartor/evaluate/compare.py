@@ -42,9 +42,9 @@ def paired(
     """
     base_scores, tuned_scores = np.asarray(base, float), np.asarray(tuned, float)
     weight = np.ones_like(base_scores) if weights is None else np.asarray(weights, float)
-    sums = [np.stack([weight * scores, weight], 1) for scores in (base_scores, tuned_scores)]
+    before, after = (np.stack([weight * scores, weight], 1) for scores in (base_scores, tuned_scores))
     widest = max(1.0, float(np.abs(np.concatenate([base_scores, tuned_scores])).max()))
-    return corpus(*sums, groups, lambda found: found[:, 0] / found[:, 1], widest=widest, seed=seed)
+    return corpus(before, after, groups, lambda found: found[:, 0] / found[:, 1], widest=widest, seed=seed)
 
 
 def corpus(
@@ -67,16 +67,16 @@ def corpus(
     sums = [np.zeros((len(names), side.shape[1])) for side in (base, tuned)]
     for side, rows in zip(sums, (base, tuned), strict=True):
         np.add.at(side, member, rows)
-    values = [float(statistic(side.sum(0, keepdims=True))[0]) for side in sums]
+    before, after = (float(statistic(side.sum(0, keepdims=True))[0]) for side in sums)
     if len(names) < 2:
-        return Comparison(*values, values[1] - values[0], -widest, widest)
+        return Comparison(before, after, after - before, -widest, widest)
     rng = np.random.default_rng(seed)
     differences = np.empty(RESAMPLES)
     for start in range(0, RESAMPLES, 500):  # in slices: 10,000 x groups of indices at once could be gigabytes
         drawn = rng.integers(0, len(names), (500, len(names))) + np.arange(500)[:, None] * len(names)
         # a resample is a sum over groups, each as often as it was drawn
         times = np.bincount(drawn.ravel(), minlength=500 * len(names)).reshape(500, -1).astype(float)
-        before, after = (statistic(times @ side) for side in sums)
-        differences[start : start + 500] = after - before
+        first, second = (statistic(times @ side) for side in sums)
+        differences[start : start + 500] = second - first
     low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Comparison(*values, values[1] - values[0], float(low), float(high))
+    return Comparison(before, after, after - before, float(low), float(high))

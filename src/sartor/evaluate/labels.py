@@ -39,6 +39,11 @@ def parsed(reply: str) -> Any:
         return None
 
 
+def is_json(reply: str) -> bool:
+    """Whether a reply is one JSON object or list."""
+    return isinstance(parsed(reply), dict | list)
+
+
 def label_of(reply: str, field: str) -> str | None:
     """The class that a reply names at `field`, or None where it is no JSON or has no such field.
 

@@ -112,13 +112,10 @@ class Measures:
         if name == "macro_f1":
             return self._macro_f1(before, after)
         if name == "wer":
-            sums = [np.array([self._errors(side, place) for place in self.transcripts], float) for side in (before, after)]
-            widest = max(1.0, *(float(side[:, 0].sum() / max(side[:, 1].sum(), 1)) for side in sums))
-            groups = self._groups(self.transcripts)
-            return compare.corpus(*sums, groups, lambda found: found[:, 0] / found[:, 1].clip(1), widest=widest)
+            return self._word_error_rate(before, after)
         places = self.labelled if name == "accuracy" else range(len(self.references))
-        scores = [[self._score(name, side, place) for place in places] for side in (before, after)]
-        return compare.paired(*scores, self._groups(places))
+        base, tuned = ([self._score(name, side, place) for place in places] for side in (before, after))
+        return compare.paired(base, tuned, self._groups(places))
 
     def by_row(self, side: Side) -> dict[str, list[float | None]]:
         """Scores of each row; None where it has none: accuracy of a row without a label, word errors of no transcript."""
@@ -142,9 +139,14 @@ class Measures:
     def _groups(self, places: Iterable[int]) -> list[str]:
         return [self.groups[place] for place in places]
 
+    def _word_error_rate(self, before: Side, after: Side) -> Comparison:
+        base, tuned = (np.array([self._errors(side, place) for place in self.transcripts], float) for side in (before, after))
+        groups, widest = self._groups(self.transcripts), max(1.0, float(_rate(base).max()), float(_rate(tuned).max()))
+        return compare.corpus(base, tuned, groups, _rate, widest=widest)
+
     def _macro_f1(self, before: Side, after: Side) -> Comparison:
         count, number = len(self.classes), {label: place for place, label in enumerate(self.classes)}
-        sums = [self._counted(side, number) for side in (before, after)]
+        base, tuned = (self._counted(side, number) for side in (before, after))
 
         def macro(found: Array) -> Array:
             right, said, wanted = (found[:, start : start + count] for start in (0, count, 2 * count))
@@ -152,7 +154,7 @@ class Measures:
             has, f1 = wanted > 0, 2 * right / (said + wanted).clip(1)
             return np.asarray((f1 * has).sum(1) / has.sum(1).clip(1))
 
-        return compare.corpus(*sums, self._groups(self.labelled), macro)
+        return compare.corpus(base, tuned, self._groups(self.labelled), macro)
 
     def _counted(self, side: Side, number: Mapping[str, int]) -> Array:
         """(rows with a label, 3 classes): whether each is the one that is rightly said, that is said, that is wanted."""
@@ -168,8 +170,8 @@ class Measures:
         return counted
 
     def _calibration(self, before: Side, after: Side) -> Comparison:
-        sums = [self._binned(side) for side in (before, after)]
-        return compare.corpus(*sums, self._groups(self.labelled), lambda found: np.abs(found[:, :-1]).sum(1) / found[:, -1])
+        base, tuned = (self._binned(side) for side in (before, after))
+        return compare.corpus(base, tuned, self._groups(self.labelled), _gap)
 
     def _binned(self, side: Side) -> Array:
         """(rows with a label, bins + 1): confidence less whether it was right, in its bin (a, b]; and 1, to count rows."""
@@ -179,3 +181,13 @@ class Measures:
             sure = side.confidence[place]
             binned[row, max(int(np.ceil(sure * BINS)) - 1, 0)] = sure - self._score("accuracy", side, place)
         return binned
+
+
+def _rate(found: Array) -> Array:
+    """(R, 2) words wrong and words said -> (R,); silence that something was heard in counts as one word."""
+    return np.asarray(found[:, 0] / found[:, 1].clip(1))
+
+
+def _gap(found: Array) -> Array:
+    """(R, bins + 1) -> (R,)."""
+    return np.asarray(np.abs(found[:, :-1]).sum(1) / found[:, -1])
