@@ -36,6 +36,7 @@ EXCEPTIONS = {
     ("cli/tuning.py:ask", "arguments"): "a command's arguments are its flags",
     ("cli/serving.py:export", "arguments"): "a command's arguments are its flags",
     ("cli/data.py:dedup", "arguments"): "a command's arguments are its flags",
+    ("evaluate/tasks.py:evaluate", "arguments"): "a verb's arguments are its command's flags",
     ("evaluate/release.py:release", "arguments"): "a verb's arguments are its command's flags",
 }
 

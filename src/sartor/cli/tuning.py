@@ -60,22 +60,24 @@ def evaluate(
     *,
     data: Path | None = None,
     scorer: str = "",
+    label: str = "",
     out: Path | None = None,
     rows: int = 200,
     replace: REPLACE = False,
 ) -> Any:
-    """Adapter -> Report: base against tuned on held-out rows, with intervals, and what was forgotten.
+    """Adapter -> Report: base against tuned on held-out rows, what was forgotten, and what pictures and recordings are worth.
 
     Parameters
     ----------
     path: an Adapter or a Release
     data: rows in any input form, instead of those that the Dataset holds out
-    scorer: the metric that the gate looks at: exact_match or f1
+    scorer: the metric that the gate looks at: exact_match, f1, rouge_l, wer (transcripts), accuracy or macro_f1 (with --label)
+    label: the field of the JSON replies that names a class, a dotted path; . is the whole reply
     out: directory of the new Report; by default PATH-report
     rows: most rows to evaluate on
     replace: replace the Report that stands there
     """
-    return sartor.evaluate(path, data=data, scorer=scorer, out=out, most_rows=rows, replace=replace, notice=notice)
+    return sartor.evaluate(path, data=data, scorer=scorer, label=label, out=out, most_rows=rows, replace=replace, notice=notice)
 
 
 @app.command

@@ -8,13 +8,26 @@ from typing import Any
 
 from sartor.core.artifacts import Artifact
 from sartor.core.page import document, escape, facts, flat, headlines
+from sartor.evaluate.measures import LOWER_IS_BETTER
 
 # The loss curve is a bitmap on white
-_STYLE = "@media (prefers-color-scheme: dark) { img { filter: invert(.9) hue-rotate(180deg); } }"
+_STYLE = (
+    "@media (prefers-color-scheme: dark) { img.chart { filter: invert(.9) hue-rotate(180deg); } } "
+    "img.small { max-width: 6rem; border-radius: .2rem; display: block; margin-bottom: .3rem; }"
+)
+# Of rows that the tuned model got wrong, and of those that it got right
+SHOWN = 6
+# Whether a row is right, where the metric is one of the whole set
+_OF_ROW = {"macro_f1": "accuracy"}
 
 
-def render(report: Mapping[str, Any], adapter: Artifact, table: Sequence[Mapping[str, Any]]) -> str:
-    """The page. `report` are the Report's facts, `table` its rows."""
+def render(
+    report: Mapping[str, Any],
+    adapter: Artifact,
+    table: Sequence[Mapping[str, Any]],
+    pictures: Mapping[int, str] | None = None,
+) -> str:
+    """The page. `report` are the Report's facts, `table` its rows; pictures: data URLs of small pictures, by row."""
     run = adapter.manifest.get("run", {})
     recipe = adapter.manifest.get("recipe", {})
     parts = [
@@ -24,8 +37,9 @@ def render(report: Mapping[str, Any], adapter: Artifact, table: Sequence[Mapping
         "<h2>Base against tuned, on rows held out by group</h2>",
         _intervals(report),
         _metric_table(report),
+        _ablation(report),
         "<h2>What the loss did</h2>" + _picture(adapter),
-        "<h2>Answers</h2>" + _answers(table, report["primary"]),
+        "<h2>Answers</h2>" + _answers(table, report["primary"], pictures or {}),
         "<h2>Where it came from</h2>" + _sources(report),
         "<h2>How it was tuned</h2>" + facts({"base": f"{report['base']['name']} ({report['base']['digest'][:12]})", **run}),
         f"<details><summary>recipe</summary>{facts(flat(recipe))}</details>",
@@ -58,7 +72,8 @@ def _headlines(report: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[tu
 
 def _intervals(report: Mapping[str, Any]) -> str:
     """Each 0..1 metric as a line: base, tuned, and the interval of the gain drawn from the base."""
-    rows = [(name, metric) for name, metric in report["metrics"].items() if name != "loss"]
+    # a loss and a rate of errors have no end at 1
+    rows = [(name, metric) for name, metric in report["metrics"].items() if name not in ("loss", "wer")]
     left, width, step = 130, 700, 46
     marks = [
         f'<line x1="{left + width * tick / 4}" y1="0" x2="{left + width * tick / 4}" y2="{step * len(rows)}" stroke="var(--line)"/>'
@@ -92,7 +107,8 @@ def _metric_table(report: Mapping[str, Any]) -> str:
         **({} if "skipped" in report["forgetting"] else {"chitchat loss (forgetting)": report["forgetting"]}),
     }
     for name, metric in rows.items():
-        better = metric["difference"] < 0 if "loss" in name else metric["difference"] > 0
+        is_lower = "loss" in name or name in LOWER_IS_BETTER
+        better = metric["difference"] < 0 if is_lower else metric["difference"] > 0
         excludes = not metric["low"] <= 0 <= metric["high"]
         verdict = ("better" if better else "worse") if excludes else "cannot tell"
         cells = "".join(f"<td class=n>{metric[key]:.3f}</td>" for key in ("base", "tuned", "difference", "low", "high"))
@@ -101,24 +117,65 @@ def _metric_table(report: Mapping[str, Any]) -> str:
     return f"<table>{head}{''.join(lines)}</table>"
 
 
+def _ablation(report: Mapping[str, Any]) -> str:
+    """What each modality is worth: the costs of media that are shuffled or blank, if rows hold any."""
+    lines = []
+    for kind, found in report["ablation"].items():
+        said = {found["metric"]: found, **{name: found[name] for name in ("exact_match",) if name in found}}
+        for name, costs in said.items():
+            lines += [_cost(f"{kind} {how}", name, costs[how]) for how in ("shuffled", "blank")]
+    if not lines:
+        return ""
+    rows = ", ".join(f"{found['rows']} rows with {kind}" for kind, found in report["ablation"].items())
+    head = "".join(f"<th class=n>{name}</th>" for name in ("as it is", "without", "cost", "low", "high"))
+    return (
+        "<h2>Does it look and listen?</h2><p class=lead>The tuned model was asked again with the media of other rows "
+        f"(shuffled) and with media that say nothing (blank): {rows}. A cost whose interval excludes 0 is what the replies take "
+        f"from them.</p><table><tr><th></th><th></th>{head}<th></th></tr>{''.join(lines)}</table>"
+    )
+
+
+def _cost(what: str, name: str, cost: Mapping[str, float]) -> str:
+    verdict = ("better", "it matters") if cost["low"] > 0 else ("worse", "no cost shown")
+    cells = "".join(f"<td class=n>{cost[key]:.3f}</td>" for key in ("tuned", "base", "difference", "low", "high"))
+    title = f"<td>{escape(what)}</td><td>{escape(name.replace('_', ' '))}</td>"
+    return f"<tr>{title}{cells}<td class={verdict[0]}>{verdict[1]}</td></tr>"
+
+
 def _picture(adapter: Artifact) -> str:
     file = adapter.path / "loss.png"
     if not file.is_file():
         return "<p class=lead>the loss curve lies with the adapter</p>"
-    return f'<img alt="loss by update" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
+    return f'<img class=chart alt="loss by update" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
 
 
-def _answers(table: Sequence[Mapping[str, Any]], primary: str) -> str:
-    """Some rows that the tuned model got wrong first, then some that it got right."""
-    wrong = [row for row in table if row[f"tuned_{primary}"] < 1]
-    right = [row for row in table if row[f"tuned_{primary}"] >= 1]
-    lines = [
-        f"<tr><td>{escape(row['prompt'][:300])}</td><td><code>{escape(row['reference'][:300])}</code></td>"
-        f"<td><code>{escape(row['base_reply'][:160])}</code></td>"
-        f"<td class={'better' if row[f'tuned_{primary}'] >= 1 else 'worse'}><code>{escape(row['tuned_reply'][:300])}</code></td></tr>"
-        for row in [*wrong[:6], *right[:6]]
-    ]
-    counts = f"<p class=lead>{len(right)} right, {len(wrong)} wrong; all of them are in rows.parquet</p>"
+def is_right(row: Mapping[str, Any], primary: str) -> bool | None:
+    """Whether the tuned reply to a row is right by the primary metric; None for a row that it says nothing of."""
+    score = row[f"tuned_{_OF_ROW.get(primary, primary)}"]
+    if score is None:
+        return None
+    return bool(score <= 0 if primary in LOWER_IS_BETTER else score >= 1)
+
+
+def shown(table: Sequence[Mapping[str, Any]], primary: str) -> list[int]:
+    """Which rows the page shows: some that the tuned model got wrong first, then some that it got right."""
+    found = [is_right(row, primary) for row in table]
+    return [place for wanted in (False, True) for place in [at for at, right in enumerate(found) if right is wanted][:SHOWN]]
+
+
+def _answers(table: Sequence[Mapping[str, Any]], primary: str, pictures: Mapping[int, str]) -> str:
+    lines = []
+    for place in shown(table, primary):
+        row = table[place]
+        small = f'<img class=small alt="" src="{pictures[place]}">' if place in pictures else ""
+        told = f"<span class=lead>{escape(row['media'])}</span> " if row["media"] and not small else ""
+        lines.append(
+            f"<tr><td>{small}{told}{escape(row['prompt'][:300])}</td><td><code>{escape(row['reference'][:300])}</code></td>"
+            f"<td><code>{escape(row['base_reply'][:160])}</code></td>"
+            f"<td class={'better' if is_right(row, primary) else 'worse'}><code>{escape(row['tuned_reply'][:300])}</code></td></tr>"
+        )
+    verdicts = [is_right(row, primary) for row in table]
+    counts = f"<p class=lead>{verdicts.count(True)} right, {verdicts.count(False)} wrong; all of them are in rows.parquet</p>"
     return f"{counts}<table><tr><th>asked</th><th>wanted</th><th>base</th><th>tuned</th></tr>{''.join(lines)}</table>"
 
 

@@ -1,4 +1,4 @@
-"""Scorers: (reply, reference) -> score in 0..1."""
+"""Scorers: (reply, reference) -> score in 0..1; and words that were heard wrongly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import string
 from collections import Counter
 from collections.abc import Callable
 
+from rapidfuzz.distance import LCSseq, Levenshtein
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_APOSTROPHE, _NO_WORD = re.compile("['\u2019]"), re.compile(r"[\W_]+")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -44,4 +47,43 @@ def _words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", parted.translate(_PUNCTUATION)).split()
 
 
-SCORERS: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "f1": f1}
+def rouge_l(reply: str, reference: str) -> float:
+    """ROUGE-L (Lin 2004): harmonic mean of precision and recall of the longest common subsequence of words.
+
+    Lower case, letters and digits alone, without stemming. Two texts that are both empty then are equal.
+
+    >>> round(rouge_l('the cat sat', 'the cat was sitting'), 2)
+    0.57
+    """
+    said, wanted = _spoken_words(reply), _spoken_words(reference)
+    if not said or not wanted:
+        return float(said == wanted)
+    return 2 * LCSseq.similarity(said, wanted) / (len(said) + len(wanted))
+
+
+def spoken(text: str) -> str:
+    """A text as it is heard: lower case, without punctuation, words parted by one space.
+
+    >>> spoken("Don't stop -- Roll 4, please!")
+    'dont stop roll 4 please'
+    """
+    return " ".join(_spoken_words(text))
+
+
+def word_errors(reply: str, reference: str) -> tuple[int, int]:
+    """(words wrong, words of the reference), of both as they are heard. Their sums' ratio is the word error rate.
+
+    Wrong are words to change, leave out or put in (Levenshtein), as jiwer counts.
+
+    >>> word_errors('stop a line now', 'Stop the line.')
+    (2, 3)
+    """
+    said, wanted = _spoken_words(reply), _spoken_words(reference)
+    return int(Levenshtein.distance(said, wanted)), len(wanted)
+
+
+def _spoken_words(text: str) -> list[str]:
+    return _NO_WORD.sub(" ", _APOSTROPHE.sub("", text.lower())).split()
+
+
+SCORERS: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "f1": f1, "rouge_l": rouge_l}

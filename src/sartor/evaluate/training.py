@@ -20,6 +20,7 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError
 from sartor.core.records import Example, Message
 from sartor.curate.steps.personal_data import PersonalData
+from sartor.evaluate.labels import is_json
 
 EXEMPLARS = "router/exemplars.jsonl"
 MOST_EXEMPLARS = 400
@@ -85,14 +86,6 @@ class TrainingFacts:
             self.exemplars[example.split].append((example.id, text, system))
 
 
-def is_json(reply: str) -> bool:
-    """Whether a reply is one JSON object or list."""
-    try:
-        return isinstance(json.loads(reply), dict | list)
-    except (ValueError, RecursionError):
-        return False
-
-
 def read_facts(adapter: Artifact) -> TrainingFacts:
     """The facts of an Adapter's Dataset, in one pass. Raises ArtifactError where the Dataset is not to be found."""
     dataset = lineage.find_parent(adapter, "dataset")
@@ -138,9 +131,11 @@ def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:
 def canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, Any]]:
     """A few held-out prompts of the Report with the tuned model's greedy replies: what admission asks again before it serves.
 
-    The shortest replies, since they are compared as they stand and numbers that are rounded otherwise part long ones.
+    The shortest replies, since they are compared as they stand and numbers that are rounded otherwise part long ones. None of
+    a row with media: a manifest holds text.
     """
-    found = [row for row in rows.read_file(report.path / "rows.parquet") if row["tuned_reply"].strip()]
+    told = rows.read_file(report.path / "rows.parquet")
+    found = [row for row in told if row["tuned_reply"].strip() and not row.get("media")]
     found.sort(key=lambda row: (len(row["tuned_reply"]), row["id"]))
     distinct = {row["tuned_reply"]: row for row in reversed(found)}
     chosen = sorted(distinct.values(), key=lambda row: (len(row["tuned_reply"]), row["id"]))[:CANARIES]

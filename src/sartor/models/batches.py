@@ -237,6 +237,16 @@ def packs_exactly(model: Any, examples: Sequence[Encoded], device: torch.device 
     return agrees(model, examples, device, packed)
 
 
+def turned(ids: Sequence[int]) -> list[int]:
+    """The tokens of text in the other order; media stay where they are, since none may become what is to be said next.
+
+    >>> turned([1, 2, -9, 3])
+    [3, 2, -9, 1]
+    """
+    text = [token for token in ids if token >= 0]
+    return [token if token < 0 else text.pop() for token in ids]
+
+
 @torch.no_grad()
 def agrees(
     model: Any, examples: Sequence[Encoded], device: torch.device | str, packed: Callable[[Sequence[Encoded]], torch.Tensor]
@@ -254,7 +264,7 @@ def agrees(
     if not few:
         return True, 0.0  # nothing is supervised, so nothing can leak
     plain = row_losses(model, few, device)
-    other = replace(few[0], ids=few[0].ids[::-1])
+    other = replace(few[0], ids=turned(few[0].ids))
     try:
         behind, behind_other = (packed([first, *few]) for first in (few[0], other))
     except Exception:  # each architecture fails in its own way, and each failure is an answer

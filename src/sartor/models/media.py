@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,6 +95,7 @@ class MediaEmbedding(torch.nn.Module):
         super().__init__()
         self.text, self.media = text, media
         self.is_blank = False
+        self.blanked: Collection[int] = ()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -112,6 +113,8 @@ class MediaEmbedding(torch.nn.Module):
         found = -1 - ids[virtual]
         keys, of = torch.unique(found >> PLACE_BITS, return_inverse=True)
         parts = self.media.embedded(keys.tolist())
+        if self.blanked:
+            parts = [part * (key not in self.blanked) for key, part in zip(keys.tolist(), parts, strict=True)]
         starts = torch.tensor([0, *(len(part) for part in parts[:-1])], device=ids.device).cumsum(0)
         rows = torch.cat(parts)[starts[of] + (found & (MOST_TOKENS - 1))]
         return x.index_put((virtual,), rows.to(x.dtype))
@@ -124,14 +127,16 @@ def embedding_of(model: Any) -> MediaEmbedding | None:
 
 
 @contextmanager
-def blank(model: Any) -> Iterator[None]:
-    """Inside, every media token of `model` is a zero vector: the text base as it is without a tower."""
+def blank(model: Any, keys: Collection[int] | None = None) -> Iterator[None]:
+    """Inside, media tokens of `model` are zero vectors: those of the media of `keys`; without `keys` all of them, which is the
+    text base as it is without a tower.
+    """
     embedding = embedding_of(model)
     if embedding is None:
         yield
         return
-    embedding.is_blank = True
+    embedding.is_blank, embedding.blanked = keys is None, keys or ()
     try:
         yield
     finally:
-        embedding.is_blank = False
+        embedding.is_blank, embedding.blanked = False, ()

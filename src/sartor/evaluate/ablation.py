@@ -1,0 +1,120 @@
+"""Does the model look and listen? It is asked again with other pictures or recordings, and with none to be seen or heard.
+
+*Shuffled*: each row has the media of a row of another group. *Blank*: each token of the media is a zero vector, as it is to
+the text base. What either costs is what the replies take from the media; a model that guesses from the words around them
+loses nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from sartor.core.records import Example, Message, Part
+from sartor.evaluate.answering import reply_ids, reply_limit
+from sartor.evaluate.compare import Comparison
+from sartor.evaluate.held_out import HeldOut
+from sartor.evaluate.measures import LOWER_IS_BETTER, Measures, Side
+from sartor.models.base import Base
+from sartor.models.media import blank, keys_in
+
+MEDIA = ("image", "audio")
+# Beside the primary metric: where that is of one field, a recording may matter to the others
+WHOLE = "exact_match"
+
+
+def media_of(example: Example) -> list[Part]:
+    """The media parts of a row, in order."""
+    return [part for message in example.messages for part in message.content if part.kind != "text"]
+
+
+def modalities(examples: Sequence[Example]) -> dict[str, int]:
+    """How many rows hold media of each kind, and how many are text alone."""
+    kinds = [{part.kind for part in media_of(example)} for example in examples]
+    return {"text": sum(not one for one in kinds), **{kind: sum(kind in one for one in kinds) for kind in MEDIA}}
+
+
+def ablate(
+    base: Base, model: Any, asked: HeldOut, measures: Measures, full: Side, metric: str, notice: Callable[[str], object]
+) -> dict[str, Any]:
+    """What each modality of the rows is worth to the model as it stands, by kind; nothing of rows of text.
+
+    full: what it answers to the rows as they are. Each kind has `rows`, `metric`, and `shuffled` and `blank`: Comparisons with
+    `base` the ablated replies and `tuned` the full ones, so that `difference` is the cost, positive where the media helped;
+    for a metric that is better when lower too. Where `metric` is not `exact_match`, both stand under `exact_match` as well.
+    """
+    limit, found = reply_limit(base, asked.examples), {}
+    for kind in MEDIA:
+        places = [place for place, row in enumerate(asked.examples) if any(part.kind == kind for part in media_of(row))]
+        if not places:
+            continue
+        notice(f"asking {len(places)} rows again with each {kind} shuffled and blank")
+        own, some = measures.of(places), HeldOut([asked.examples[place] for place in places], asked.folder)
+        whole = Side([full.replies[place] for place in places])
+        other = Side(_texts(base, model, replace(some, examples=shuffled(some.examples, kind)), limit))
+        with blank(model, _keys(base, some, kind)):
+            none = Side(_texts(base, model, some, limit))
+        name = metric if metric in own.names else WHOLE
+        costs = {
+            each: {"shuffled": _cost(own, each, other, whole), "blank": _cost(own, each, none, whole)} for each in {name, WHOLE}
+        }
+        found[kind] = {"rows": len(places), "metric": name, **costs.pop(name), **costs}
+    return found
+
+
+def shuffled(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Example]:
+    """Each row with the media of this kind of a row of another group, as long as no group holds more than half of the rows.
+
+    A row with more of them than the other repeats the other's. Rows in excess of half get those of their own group, or their
+    own where there is no other: such a model is then held to look less than it does.
+    """
+    draw, sizes = random.Random(seed), Counter(example.group for example in examples)
+    groups = sorted(sizes)
+    draw.shuffle(groups)
+    rank = {group: place for place, group in enumerate(groups)}
+    order = list(range(len(examples)))
+    draw.shuffle(order)
+    # groups stand side by side, so behind a step over the largest one there is another group
+    order.sort(key=lambda place: rank[examples[place].group])
+    step = max(sizes.values()) % len(order) or 1
+    partner = {place: order[(at + step) % len(order)] for at, place in enumerate(order)}
+    return [_with_media(example, kind, examples[partner[place]]) for place, example in enumerate(examples)]
+
+
+def _with_media(example: Example, kind: str, other: Example) -> Example:
+    theirs = [part for part in media_of(other) if part.kind == kind]
+
+    def drawn() -> Iterator[Part]:
+        while True:
+            yield from theirs
+
+    parts = drawn()
+    turns = [_replaced(message, kind, parts) for message in example.messages]
+    return replace(example, messages=tuple(turns))
+
+
+def _replaced(message: Message, kind: str, parts: Iterator[Part]) -> Message:
+    return replace(message, content=tuple(next(parts) if part.kind == kind else part for part in message.content))
+
+
+def _texts(base: Base, model: Any, asked: HeldOut, limit: int) -> list[str]:
+    return [base.chat.decode(ids) for ids in reply_ids(base, model, asked, limit)]
+
+
+def _keys(base: Base, asked: HeldOut, kind: str) -> frozenset[int]:
+    """The keys of all media of a kind."""
+    found: set[int] = set()
+    for example in asked.examples:
+        for part, ids in zip(media_of(example), base.chat.seen(example.messages, asked.folder), strict=True):
+            found |= set(keys_in(ids)) if part.kind == kind else set()
+    return frozenset(found)
+
+
+def _cost(measures: Measures, name: str, ablated: Side, full: Side) -> dict[str, float]:
+    found = measures.one(name, ablated, full)
+    if name in LOWER_IS_BETTER:
+        found = Comparison(found.base, found.tuned, -found.difference, -found.high, -found.low)
+    return asdict(found)

@@ -1,0 +1,101 @@
+"""What one side (base or tuned) does with rows: greedy replies, losses, and how sure it was of the class that it named."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+
+from sartor.core.records import Example
+from sartor.evaluate.held_out import HeldOut
+from sartor.evaluate.labels import label_of, span_of
+from sartor.evaluate.measures import Side
+from sartor.models import batches, paths
+from sartor.models.base import Base
+from sartor.models.batches import Encoded
+from sartor.models.chat import Chat
+from sartor.models.generate import generate
+from sartor.models.media import blank
+from sartor.models.sampling import Sampling
+
+# A reply may be this much longer than the longest reference before it is cut (and then it is wrong anyway)
+SPARE_TOKENS = 8
+MOST_REPLY_TOKENS = 512
+
+
+def side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
+    """Inside, `model` computes as the tuned model, or as its base, to which what projectors make of media is blank."""
+    stack = ExitStack()
+    if not tuned:
+        stack.enter_context(model.disable_adapter())
+        stack.enter_context(blank(model))
+    return stack
+
+
+def reply_limit(base: Base, examples: Sequence[Example]) -> int:
+    """Tokens after which a reply to any of these rows is cut."""
+    longest = max(len(base.chat.tokenizer(example.reply)["input_ids"]) for example in examples)
+    return min(longest + SPARE_TOKENS, MOST_REPLY_TOKENS)
+
+
+def answer(base: Base, model: Any, asked: HeldOut, field: str, *, tuned: bool) -> Side:
+    """All that is measured of one side. field: where a reply names a class; empty where none is asked for."""
+    with side(model, tuned=tuned):
+        said = reply_ids(base, model, asked, reply_limit(base, asked.examples))
+        loss, tokens = losses(base, model, [base.chat.encode(example, asked.folder) for example in asked.examples])
+        texts = [base.chat.decode(ids) for ids in said]
+        confidence = _confidences(base, model, asked, list(zip(said, texts, strict=True)), field) if field else []
+    return Side(texts, loss, tokens, confidence)
+
+
+def reply_ids(base: Base, model: Any, asked: HeldOut, limit: int) -> list[list[int]]:
+    """The token ids of greedy replies under the model as it stands, at most `limit` each; none to a document."""
+    chat = base.chat
+    prompts = [chat.prompt_ids(row.prompt, row.tools, asked.folder) for row in asked.examples if not row.is_document]
+    made = iter(generate(model, prompts, stop=chat.stops, pad=chat.pad, sampling=Sampling(limit)))
+    return [[] if row.is_document else next(made).ids for row in asked.examples]
+
+
+@torch.no_grad()
+def losses(base: Base, model: Any, encoded: Sequence[Encoded], pack_tokens: int = 2048) -> tuple[list[float], list[int]]:
+    """(nats per supervised token, supervised tokens) of each row under the model as it stands."""
+    # the fast path would always see the adapter, and `side` switches it off
+    path = paths.choose(model, encoded, base.device, paths.Wish(fast=False, share=False))
+    means: list[float] = []
+    for group in batches.fill([len(row.ids) for row in encoded], max(pack_tokens, *(len(row.ids) for row in encoded))):
+        chosen = [encoded[index] for index in group]
+        found, _ = path.losses(chosen)
+        for part in found.split([row.supervised_tokens for row in chosen]):
+            means.append(float(part.mean()) if len(part) else 0.0)
+    return means, [row.supervised_tokens for row in encoded]
+
+
+def _confidences(base: Base, model: Any, asked: HeldOut, said: Sequence[tuple[Sequence[int], str]], field: str) -> list[float]:
+    """Per row the probability of the label that its reply named: the product over the tokens that spell it, each given all
+    that stands before it; 0 where it named none.
+    """
+    rows: dict[int, Encoded] = {}
+    for place, (example, (ids, text)) in enumerate(zip(asked.examples, said, strict=True)):
+        if ids and label_of(text, field) is not None:
+            prompt = base.chat.prompt_ids(example.prompt, example.tools, asked.folder)
+            first, last = _spelling(base.chat, ids, *span_of(text, field))
+            learnt = [False] * (len(prompt) + first) + [True] * (last - first) + [False] * (len(ids) - last)
+            rows[place] = Encoded([*prompt, *ids], learnt, example.id)
+    if not rows:
+        return [0.0] * len(said)
+    found = dict(zip(rows, zip(*losses(base, model, list(rows.values())), strict=True), strict=True))
+    return [math.exp(-math.prod(found[place])) if place in found and found[place][1] else 0.0 for place in range(len(said))]
+
+
+def _spelling(chat: Chat, ids: Sequence[int], start: int, end: int) -> tuple[int, int]:
+    """[first, last) of the tokens that hold any of the characters [start, end) of a reply."""
+
+    def reached(count: int) -> int:
+        return len(chat.decode(ids[:count]))
+
+    counts = range(len(ids) + 1)
+    return max(bisect_right(counts, start, key=reached) - 1, 0), bisect_left(counts, end, key=reached)

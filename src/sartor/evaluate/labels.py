@@ -1,0 +1,113 @@
+"""Which class a reply names: a field of its JSON, by a dotted path; and where in the text it stands."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from sartor.core.records import canonical_text
+
+# the field's name for the reply as it stands
+WHOLE = "."
+_DECODER = json.JSONDecoder()
+_BLANKS = re.compile(r"[ \t\n\r]*")
+
+
+def value_at(data: Any, field: str) -> tuple[bool, Any]:
+    """(whether `data` has the field, its value). field: keys of objects joined by dots; a key may hold dots itself.
+
+    >>> value_at({"a": {"b": 1}}, "a.b")
+    (True, 1)
+    """
+    if not isinstance(data, dict):
+        return False, None
+    if field in data:
+        return True, data[field]
+    for place, letter in enumerate(field):
+        if letter == "." and field[:place] in data:
+            return value_at(data[field[:place]], field[place + 1 :])
+    return False, None
+
+
+def parsed(reply: str) -> Any:
+    """The JSON of a reply, or None where it is none."""
+    try:
+        return json.loads(reply)
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_json(reply: str) -> bool:
+    """Whether a reply is one JSON object or list."""
+    return isinstance(parsed(reply), dict | list)
+
+
+def label_of(reply: str, field: str) -> str | None:
+    """The class that a reply names at `field`, or None where it is no JSON or has no such field.
+
+    A text is its own label, another value its JSON. The field `.` is the whole reply without the space around it.
+
+    >>> label_of('{"defect": "hole", "at": {"zone": 3}}', "at.zone")
+    '3'
+    """
+    if field == WHOLE:
+        return reply.strip()
+    found, value = value_at(parsed(reply), field)
+    return text_of(value) if found else None
+
+
+def text_of(value: Any) -> str:
+    """A JSON value as a label."""
+    return value if isinstance(value, str) else canonical_text(value)
+
+
+def span_of(reply: str, field: str) -> tuple[int, int]:
+    """[start, end) of the characters of a label in a reply that has one, of a text without its quotation marks.
+
+    >>> '{"a": {"b": "yes"}}'[slice(*span_of('{"a": {"b": "yes"}}', "a.b"))]
+    'yes'
+    """
+    if field == WHOLE:
+        return len(reply) - len(reply.lstrip()), len(reply.rstrip())
+    start, end = _find(reply, _blanks(reply, 0), field)
+    return (start + 1, end - 1) if reply[start] == '"' and end - start > 2 else (start, end)
+
+
+def known_fields(replies: Iterable[str]) -> list[str]:
+    """The fields that JSON replies have, for a message."""
+    found: dict[str, None] = {}
+    for reply in replies:
+        data = parsed(reply)
+        found |= dict.fromkeys(data if isinstance(data, dict) else ())
+    return list(found)
+
+
+def _find(text: str, start: int, field: str) -> tuple[int, int]:
+    """The value of `field` in the object that begins at `start`. As in json, the last of equal keys holds."""
+    members = _members(text, start)
+    if field in members:
+        return members[field]
+    key = next(key for key in (field[:place] for place, letter in enumerate(field) if letter == ".") if key in members)
+    return _find(text, members[key][0], field[len(key) + 1 :])
+
+
+def _members(text: str, start: int) -> dict[str, tuple[int, int]]:
+    """Key -> [start, end) of its value, of the object that begins at `start`."""
+    found: dict[str, tuple[int, int]] = {}
+    place = _blanks(text, start + 1)
+    while text[place] == '"':
+        key, place = _DECODER.raw_decode(text, place)
+        begin = _blanks(text, _blanks(text, place) + 1)  # behind the colon
+        _, end = _DECODER.raw_decode(text, begin)
+        found[key] = begin, end
+        place = _blanks(text, _blanks(text, end) + 1)  # behind the comma, or the end
+        if place >= len(text):
+            break
+    return found
+
+
+def _blanks(text: str, place: int) -> int:
+    found = _BLANKS.match(text, place)
+    return found.end() if found else place

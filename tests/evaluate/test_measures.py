@@ -1,0 +1,177 @@
+"""Metrics are those of the libraries that everybody uses; a class that no reference has is wrong; intervals hold groups together."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import jiwer
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, f1_score
+
+from sartor.core.errors import ConfigError
+from sartor.evaluate import compare
+from sartor.evaluate.labels import label_of, span_of
+from sartor.evaluate.measures import Measures, Side
+from sartor.evaluate.scorers import rouge_l, spoken, word_errors
+
+CLASSES = ["stop", "mend", "go"]
+
+
+def as_json(labels: list[str]) -> list[str]:
+    return [json.dumps({"action": label, "note": number}) for number, label in enumerate(labels)]
+
+
+def drawn(count: int, seed: int) -> list[str]:
+    return random.Random(seed).choices(CLASSES, k=count)
+
+
+def test_macro_f1_and_accuracy_are_those_of_scikit_learn() -> None:
+    wanted, before, after = drawn(60, 0), drawn(60, 1), drawn(60, 2)
+    after[:20] = wanted[:20]
+    after[3], after[30] = "another", "another"
+    replies = as_json(after)
+    replies[5] = "no JSON"
+    after[5] = "unreadable"
+    found = Measures(as_json(wanted), [str(n // 2) for n in range(60)], "action").compared(Side(as_json(before)), Side(replies))
+    for side, said in (("base", before), ("tuned", after)):
+        macro = f1_score(wanted, said, labels=sorted(CLASSES), average="macro")
+        assert getattr(found["macro_f1"], side) == pytest.approx(macro)
+        assert getattr(found["accuracy"], side) == pytest.approx(accuracy_score(wanted, said))
+    assert set(found) == {"exact_match", "f1", "rouge_l", "accuracy", "macro_f1"}
+
+
+def test_a_resample_of_macro_f1_is_the_statistic_of_its_rows() -> None:
+    """The bootstrap, done row by row."""
+    wanted, before, after = drawn(24, 3), drawn(24, 4), drawn(24, 3)
+    groups = [str(n % 8) for n in range(24)]
+    found = Measures(as_json(wanted), groups, "action").one("macro_f1", Side(as_json(before)), Side(as_json(after)))
+    rng, differences = np.random.default_rng(7), []
+    for _ in range(400):
+        rows = [row for group in rng.integers(0, 8, 8) for row in range(24) if groups[row] == str(group)]
+        right = [wanted[row] for row in rows]
+        sides = [
+            f1_score(right, [said[row] for row in rows], labels=sorted(set(right)), average="macro", zero_division=0)
+            for said in (before, after)
+        ]
+        differences.append(sides[1] - sides[0])
+    low, high = np.quantile(differences, [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.05)
+
+
+def test_macro_f1_of_a_model_that_always_says_the_commonest_class_is_small() -> None:
+    wanted = ["go"] * 90 + ["stop"] * 10
+    measures = Measures(as_json(wanted), [str(n) for n in range(100)], "action")
+    found = measures.compared(Side(as_json(["go"] * 100)), Side(as_json(wanted)))
+    assert found["accuracy"].base == 0.9
+    assert found["macro_f1"].base == pytest.approx(0.5 * 18 / 19)
+    assert found["macro_f1"].low > 0.4
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
+    wanted = ["go"] * 100
+    said = as_json(["go"] * 60 + ["stop"] * 40)
+    measures = Measures(as_json(wanted), [str(n) for n in range(100)], "action")
+    sure = Side(said, confidence=[0.95] * 100)
+    fair = Side(said, confidence=[0.6] * 100)
+    found = measures.compared(sure, fair)["ece"]
+    assert (found.base, found.tuned) == pytest.approx((0.35, 0.0))
+    assert found.verdict(higher_is_better=False) == "better"
+    mixed = Side(said, confidence=[1.0] * 60 + [0.01] * 40)
+    assert measures.compared(sure, mixed)["ece"].tuned == pytest.approx(0.004)
+
+
+def test_word_error_rate_is_that_of_jiwer_over_all_transcripts() -> None:
+    references = ["the sky is blue", "stop", "mend the edge by hand now", "not a transcript"]
+    replies = ["the sky blue", "stop it now", "mend a edge by hand", "?"]
+    measures = Measures(references, list("abcd"), transcripts=[0, 1, 2])
+    found = measures.compared(Side(replies), Side(references))["wer"]
+    assert found.base == pytest.approx(jiwer.wer(references[:3], replies[:3]))
+    assert found.tuned == 0
+    assert measures.by_row(Side(replies))["wer"] == [0.25, 2.0, pytest.approx(1 / 3), None]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_word_errors_are_those_of_jiwer(seed: int) -> None:
+    draw = random.Random(seed)
+    said, wanted = (" ".join(draw.choices("abcdef", k=draw.randint(1, 12))) for _ in range(2))
+    counted = jiwer.process_words(wanted, said)
+    assert word_errors(said, wanted) == (
+        counted.substitutions + counted.deletions + counted.insertions,
+        len(wanted.split()),
+    )
+
+
+def test_what_is_heard_has_no_case_and_no_punctuation() -> None:
+    assert spoken("  Don't -- STOP, Zoë! ") == "dont stop zoë"
+    assert word_errors("Stop the line.", "stop the line") == (0, 3)
+    assert word_errors("well", "") == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("reply", "reference", "score"),
+    [("police killed the gunman", "police kill the gunman", 0.75), ("the gunman police killed", "police killed the gunman", 0.5),
+     ("", "", 1), ("", "a", 0), ("A, b!", "a b", 1)],
+)  # fmt: skip
+def test_rouge_l(reply: str, reference: str, score: float) -> None:
+    assert rouge_l(reply, reference) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("reply", "field", "label"),
+    [('{"a": "x"}', "a", "x"), ('{"a": {"b": true}}', "a.b", "true"), ('{"a.b": 1, "a": {"b": 2}}', "a.b", "1"), ("x", "a", None),
+     ('["a"]', "a", None), ('{"b": 1}', "a", None), ("[" * 9999, "a", None), (" yes\n", ".", "yes"), ('{"a": null}', "a", "null"),
+     ('{"a.b": {"c": "z"}}', "a.b.c", "z")],
+)  # fmt: skip
+def test_labels(reply: str, field: str, label: str | None) -> None:
+    assert label_of(reply, field) == label
+
+
+@pytest.mark.parametrize(
+    ("reply", "field", "value"),
+    [('{"b": "x", "a": "x"}', "a", "x"), ('{ "c" : {"a": 1}, "a" :  {"b": [1, "}"], "c": "ö\\"y"}}', "a.c", 'ö\\"y'), ('{"a": 1.5}', "a", "1.5"),
+     ('{"a": 1, "a": 22}', "a", "22"), ('{"a": ""}', "a", '""'), ("  stop \n", ".", "stop"), ('{"a.b": {"c": "z"}}', "a.b.c", "z")],
+)  # fmt: skip
+def test_where_a_label_stands(reply: str, field: str, value: str) -> None:
+    start, end = span_of(reply, field)
+    assert reply[start:end] == value
+    if field == "a":
+        assert reply[:start].rstrip(' "').endswith(":"), "it is the field's own value, not one like it before"
+
+
+def test_rows_without_a_label_are_no_part_of_what_is_said_of_labels() -> None:
+    references = [*as_json(["go", "stop"]), "how are you"]
+    measures = Measures(references, list("abc"), "action")
+    found = measures.compared(Side(["?"] * 3), Side(references))
+    assert (found["accuracy"].tuned, found["accuracy"].base) == (1.0, 0.0)
+    assert measures.by_row(Side(references))["accuracy"] == [1.0, 1.0, None]
+    few = measures.of([2, 0])
+    assert few.references == [references[2], references[0]] and few.labelled == [1]
+    assert measures.of([2]).names == ["exact_match", "f1", "rouge_l"]
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "said"),
+    [({"field": "colour"}, "", "no reference has the field 'colour'"), ({}, "macro_f1", "no macro_f1 of these rows; it needs --label"),
+     ({}, "wer", "no wer of these rows; it needs recordings"), ({}, "bleu", "no bleu of these rows")],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_named(given: dict[str, Any], name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Measures(as_json(["go"]), ["a"], **given).check(name)
+
+
+def test_means_are_as_they_were_before_statistics_of_sums() -> None:
+    """`paired` written out: weighted sums of the groups that were drawn."""
+    rng = np.random.default_rng(5)
+    base, tuned, weights = rng.random(30), rng.random(30), rng.integers(1, 9, 30).astype(float)
+    groups = [str(n // 3) for n in range(30)]
+    found = compare.paired(list(base), list(tuned), groups, list(weights), seed=3)
+    _, member = np.unique(groups, return_inverse=True)
+    mass, gain = np.bincount(member, weights), np.bincount(member, weights * (tuned - base))
+    draw, differences = np.random.default_rng(3), []
+    for _ in range(20):
+        drawn = draw.integers(0, 10, (500, 10))
+        differences.append(gain[drawn].sum(1) / mass[drawn].sum(1))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(np.concatenate(differences), [0.025, 0.975])))
