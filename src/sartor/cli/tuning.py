@@ -167,7 +167,7 @@ def ask(
     ----------
     release: the Release, which is verified first; or the YAML file of a team
     prompt: the question; may be left out beside media that say it all
-    media: picture or recording that goes before the question; may be given again, and they stand in their order; `--image=-` is standard input
+    media: picture or recording that goes before the question, several in their order; `--image=-` is standard input
     agent: of a team: name, name@version, base, or auto, which chooses
     key: of a Release: trust this public key instead of those in SARTOR_HOME/trusted
     base: of a Release: the base in another place than it names

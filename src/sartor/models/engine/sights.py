@@ -9,6 +9,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import torch
 
 from sartor.core.errors import BudgetError, RequestError, SartorError
@@ -101,8 +102,8 @@ class Sights:
             problem = f"the media of the request cannot be looked at: {type(error).__name__}"
             raise RequestError(problem, "send others, and report it with the request") from None
         finally:
-            if call.adapter in self._media:
-                self._media[call.adapter].features.let_go()
+            if media := self._media.get(call.adapter):
+                media.features.let_go()
 
     def _read(self, call: Call) -> Seen:
         media = self._media.get(call.adapter)
