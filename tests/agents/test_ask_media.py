@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import sartor
-from composing import Seeing, bomb, data_url, png, sound
+from composing import Seeing
+from media_files import bomb, data_url, png, sound
 from sartor.agents.questions import Question
 from sartor.cli import main
 from sartor.core.errors import ConfigError, MediaError, RequestError

@@ -11,7 +11,7 @@ import pytest
 import serving
 from serving import chat
 
-from composing import audio_part, bomb, data_url, image_part, png, sound
+from media_files import audio_part, bomb, data_url, image_part, png, sound
 from sartor.agents.serve.bodies import check_weight
 from sartor.agents.serve.media import Looking
 from sartor.agents.serve.bodies import TooLargeError

@@ -24,7 +24,7 @@ MOST_HELD_BYTES = 256 << 20
 # What `nested` has in numbers of 8 bytes at once
 _PIECE = 1 << 20
 # Of base64 in JSON, with slashes that some writers escape: no structure stands in such a run, so it costs nothing to parse
-_RUN = re.compile(rb"[A-Za-z0-9+/=\\\\]{256,}")
+_RUN = re.compile(rb"(?<![A-Za-z0-9+/=\\])[A-Za-z0-9+/=\\]{256,}")  # only from its beginning: linear
 _STEPS = np.zeros(256, dtype=np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 # Where none of these stands, no text can hold what no text should: the parser itself refuses control characters as they are
