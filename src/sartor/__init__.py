@@ -69,6 +69,7 @@ _NAMES = {
     "Message": "sartor.core.records:Message",
     "Origin": "sartor.core.records:Origin",
     "Part": "sartor.core.records:Part",
+    "Question": "sartor.agents.questions:Question",
     "Recipe": "sartor.tune.recipe:Recipe",
     "Sampling": "sartor.models.sampling:Sampling",
     "SartorError": "sartor.core.errors:SartorError",

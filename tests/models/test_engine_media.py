@@ -127,6 +127,8 @@ def test_the_same_picture_is_read_from_the_cache(made: Path, tower: type[Fake]) 
     done = [event for _ in iter(lambda: engine.busy, False) for event in engine.step()]
     assert "".join(event.text for event in done if isinstance(event, Piece)) == first
     assert [event.cached_tokens for event in done if isinstance(event, Done)] == [64]
+    media = engine._sights._media["one"].features
+    assert [part.media for part, *_ in media._origins.values()] == [""], "the bytes of a request stay in memory"
     other = run(engine, call("c", "one", picture(100, "other"), "what colour is the sky"))["c"]
     assert other == alone(made, "one", picture(100, "other"), "what colour is the sky")
 
@@ -183,6 +185,22 @@ def test_media_that_cannot_be_read_fail_alone(made: Path, tower: type[Fake], ada
     while engine.busy:
         failed += [event.problem for event in engine.step() if isinstance(event, Failed)]
     assert len(failed) == 1 and problem in failed[0]
+
+
+@pytest.mark.parametrize(("raised", "kind"), [(MemoryError(), "BudgetError"), (RuntimeError("a"), "RequestError")])
+def test_a_tower_that_breaks_fails_its_call_alone(
+    made: Path, tower: type[Fake], monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: str
+) -> None:
+    def broken(self: Fake, content: bytes) -> torch.Tensor:
+        raise raised
+
+    engine = engine_of(made, "one", "text")
+    monkeypatch.setattr(tower, "features", broken)
+    engine.submit(call("bad", "one", picture(9)))
+    engine.submit(call("good", "text", "what"))
+    events = [event for _ in iter(lambda: engine.busy, False) for event in engine.step()]
+    assert [(event.call, event.kind) for event in events if isinstance(event, Failed)] == [("bad", kind)]
+    assert any(isinstance(event, Done) and event.call == "good" for event in events)
 
 
 def test_an_adapter_of_another_tower_is_not_attached(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

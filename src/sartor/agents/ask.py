@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sartor.agents.questions import Question, asked
 from sartor.agents.reply import Reply, nearest_examples
-from sartor.core.errors import ConfigError
 from sartor.core.records import Message
 from sartor.evaluate.release import verify_release
 from sartor.evaluate.tasks import open_tuned
@@ -17,7 +17,7 @@ from sartor.models.sampling import Sampling
 
 def ask(
     release: Path | str,
-    prompt: str,
+    prompt: str | Question,
     *,
     key: Path | str | None = None,
     base: str = "",
@@ -25,23 +25,24 @@ def ask(
     top: int = 3,
     notice: Callable[[str], object] = lambda line: None,
 ) -> Reply:
-    """Answer one prompt with a Release, after verifying it (`key` and `base` as in `verify`).
+    """Answer one prompt, with media where it is a Question, by a Release, after verifying it (`key` and `base` as in `verify`).
 
     The Release's own system prompt goes first, and its own sampling holds but for the options given. Raises what
-    `verify` raises, and ConfigError for an empty prompt.
+    `verify` raises, ConfigError for an empty prompt, RequestError for media that the Release does not read, MediaError.
     """
-    if not prompt.strip():
-        raise ConfigError("the prompt is empty", 'sartor ask RELEASE "a question"')
+    question = asked(prompt)
+    question.check(question.kinds, "")
     verified = verify_release(release, key=key, base=base)
     manifest = verified.release.manifest
+    agent = f"{manifest['name']}@{manifest['version']}"
     opened, model = open_tuned(verified.release, notice, base)
-    system = manifest["system_prompt"]
-    messages = [*([Message.of("system", system)] if system else []), Message.of("user", prompt)]
     chat = opened.chat
+    question.check(chat.media.kinds if chat.media else (), agent)
+    system = manifest["system_prompt"]
+    messages = [*([Message.of("system", system)] if system else []), question.message]
     if not isinstance(sampling, Sampling):
         sampling = Sampling(**{**manifest["sampling"], **(sampling or {})})
     made = generate(model, [chat.prompt_ids(messages)], stop=chat.stops, pad=chat.pad, sampling=sampling)[0]
-    nearest, note = nearest_examples(verified.release, prompt, top)
-    agent = f"{manifest['name']}@{manifest['version']}"
+    nearest, note = nearest_examples(verified.release, question.text, top)
     reason = f"asked by name; signed by {verified.signer}"
-    return Reply(prompt, chat.decode(made.ids), made.finish, agent, reason, nearest, note)
+    return Reply(question.text, chat.decode(made.ids), made.finish, agent, reason, nearest, note, media=question.said())

@@ -11,18 +11,19 @@ from typing import Any, cast
 
 from sartor.agents.asking import Request
 from sartor.agents.channel import error_of
+from sartor.agents.questions import Question, asked
 from sartor.agents.registry import Registry
 from sartor.agents.reply import Reply, nearest_examples
 from sartor.agents.serve.opening import open_house
 from sartor.agents.team import Http, Team, load
 from sartor.core.artifacts import open_artifact
-from sartor.core.errors import ConfigError, SartorError, UnavailableError
+from sartor.core.errors import SartorError, UnavailableError
 from sartor.models.engine.contract import Done, Failed, Piece
 
 
 def ask_team(
     team: Team | Path | str,
-    prompt: str,
+    prompt: str | Question,
     *,
     agent: str = "auto",
     sampling: Mapping[str, Any] | None = None,
@@ -31,17 +32,18 @@ def ask_team(
 ) -> Reply:
     """Ask a team once: `agent` is a name, `name@version`, `base` or `auto`. One worker is started, and ended again.
 
-    Raises UnknownAgentError for a name that nobody has, UnavailableError, and what the worker told where it did not start.
+    Raises UnknownAgentError for a name that nobody has, RequestError for media that the agent does not read, UnavailableError,
+    and what the worker told where it did not start.
     """
-    if not prompt.strip():
-        raise ConfigError("the prompt is empty", 'sartor ask TEAM.yaml "a question"')
+    question = asked(prompt)
+    question.check(question.kinds, "")
     made = team if isinstance(team, Team) else load(Path(team))
     # nobody connects: the address is any free one
     alone = replace(made, workers=replace(made.workers, count=1, spare=0), http=Http(port=0))
     notice(f"opening the base {made.base!r} and the agents of the team")
-    reply = asyncio.run(_ask(alone, Request(agent, ({"role": "user", "content": prompt},), sampling=sampling or {})))
-    nearest, note = _nearest(alone, reply.agent, prompt, top)
-    return replace(reply, nearest=nearest, nearest_note=note)
+    reply = asyncio.run(_ask(alone, Request(agent, (question.plain(),), sampling=sampling or {})))
+    nearest, note = _nearest(alone, reply.agent, question.text, top)
+    return replace(reply, prompt=question.text, media=question.said(), nearest=nearest, nearest_note=note)
 
 
 async def _ask(team: Team, request: Request) -> Reply:
@@ -59,8 +61,7 @@ async def _ask(team: Team, request: Request) -> Reply:
         if end is None:
             raise UnavailableError("the reply stopped before its end", "ask again")
         kept = await house.receipts.find(answer.receipt)
-        prompt = str(request.messages[-1]["content"])
-        return Reply(prompt, text, end.finish, answer.agent, answer.reason, [], receipt=answer.receipt if kept else None)
+        return Reply("", text, end.finish, answer.agent, answer.reason, [], receipt=answer.receipt if kept else None)
 
 
 def _nearest(team: Team, agent: str, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:

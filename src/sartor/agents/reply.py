@@ -27,7 +27,8 @@ class SpokenFile:
 class Reply:
     """One answer. `nearest` are training Examples like the prompt; `nearest_note` says why when there are none.
 
-    receipt: the id of its receipt, where one is kept. spoken: the file that it was spoken into, if it was.
+    receipt: the id of its receipt, where one is kept. spoken: the file that it was spoken into, if it was. media: of what was
+    asked beside the prompt, kind and sha256.
     """
 
     prompt: str
@@ -39,13 +40,15 @@ class Reply:
     nearest_note: str = ""
     receipt: str | None = None
     spoken: SpokenFile | None = None
+    media: list[dict[str, str]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
         said = {"prompt": self.prompt, "reply": self.reply, "finish": self.finish, "agent": self.agent}
         note = {"nearest_note": self.nearest_note} if self.nearest_note else {}
         spoken = {"spoken": asdict(self.spoken)} if self.spoken else {}
-        return {**said, "reason": self.reason, "receipt": self.receipt, "nearest": self.nearest, **note, **spoken}
+        media = {"media": self.media} if self.media else {}
+        return {**said, "reason": self.reason, "receipt": self.receipt, "nearest": self.nearest, **note, **spoken, **media}
 
 
 def nearest_examples(release: Artifact, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:

@@ -111,6 +111,26 @@ class Limits:
     slow_client_s: float = option(30.0, "a client that does not take what is sent to it for so long is cut off")
 
 
+# A request with its media is one line to a worker (channel.MOST_FRAME_BYTES), where base64 is a third larger
+MOST_MEDIA_BYTES = 40_000_000
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """Pictures and recordings of one request."""
+
+    bytes: int = option(20_000_000, "of all of them, decoded from base64 and beside limits.body_bytes; above it 413")
+    parts: int = option(16, "so many; above it 400")
+    pixels: int = option(50_000_000, "of one picture; above it 400")
+    seconds: float = option(300.0, "of one recording; above it 400")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.bytes <= MOST_MEDIA_BYTES:
+            raise ConfigError(
+                f"media.bytes is {self.bytes}; a worker is sent at most {MOST_MEDIA_BYTES}", f"media.bytes: {MOST_MEDIA_BYTES}"
+            )
+
+
 @dataclass(frozen=True)
 class Http:
     """Where it listens. Beyond loopback only with keys (`sartor agents key NAME`)."""
@@ -188,6 +208,7 @@ class Team(Basis):
     workers: Workers = option(Workers(), "the processes")
     breaker: Breaker = option(Breaker(), "when an agent is taken out of service")
     limits: Limits = option(Limits(), "what one request, key or agent may take")
+    media: MediaLimits = option(MediaLimits(), "pictures and recordings of a request")
     http: Http = option(Http(), "where it listens")
     router: Routing = option(Routing(), "how `auto` chooses")
     rollout: Rollout = option(Rollout(), "how a new version comes in")

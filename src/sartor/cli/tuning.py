@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter, Token
 
 import sartor
 from sartor.cli.app import REPLACE, Flags, app, notice
+
+
+def _in_order(kind: object, tokens: Sequence[Token]) -> tuple[tuple[str, str], ...]:
+    """(kind, file) of each --image and --audio, as they were given."""
+    return tuple((str(token.keyword).removeprefix("--"), token.value) for token in tokens)
+
+
+# one parameter of two names: what a model reads first matters
+MEDIA = Annotated[tuple[Any, ...], Parameter(name=("--image", "--audio"), converter=_in_order, negative="")]
 
 
 @app.command
@@ -136,8 +148,9 @@ def verify(release: Path, *, key: Path | None = None, base: str = "") -> Any:
 @app.command
 def ask(
     release: Path,
-    prompt: str,
+    prompt: str = "",
     *,
+    media: MEDIA = (),
     agent: str = "auto",
     key: Path | None = None,
     base: str = "",
@@ -155,7 +168,8 @@ def ask(
     Parameters
     ----------
     release: the Release, which is verified first; or the YAML file of a team
-    prompt: the question
+    prompt: the question; may be left out beside media that say it all
+    media: picture or recording that goes before the question, several in their order; `--image=-` is standard input
     agent: of a team: name, name@version, base, or auto, which chooses
     key: of a Release: trust this public key instead of those in SARTOR_HOME/trusted
     base: of a Release: the base in another place than it names
@@ -169,9 +183,10 @@ def ask(
     spoken = sartor.speaking(speak, voice) if speak else lambda reply: reply
     said = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     chosen = {name: value for name, value in said.items() if value is not None}
+    question = sartor.Question.of(prompt, media)
     if release.is_file():
-        return spoken(sartor.ask_team(release, prompt, agent=agent, sampling=chosen, notice=notice))
-    return spoken(sartor.ask(release, prompt, key=key, base=base, sampling=chosen, notice=notice))
+        return spoken(sartor.ask_team(release, question, agent=agent, sampling=chosen, notice=notice))
+    return spoken(sartor.ask(release, question, key=key, base=base, sampling=chosen, notice=notice))
 
 
 @app.command

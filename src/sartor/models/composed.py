@@ -96,9 +96,9 @@ class Features:
         content = content_of(part, folder)
         digest = hashlib.sha256(content).hexdigest()
         key = key_of(self.towers[part.kind].digest, digest)
+        self._origins[key] = (part, folder, digest)
         if key not in self._held:
             # no media file is read twice, and none that cannot be decoded gets a key
-            self._origins[key] = (part, folder, digest)
             self._take(key, content)
         return key
 
@@ -117,6 +117,11 @@ class Features:
         """Keep nothing of a media in memory."""
         self._held.pop(key, None)
         self._origins.pop(key, None)
+
+    def let_go(self) -> None:
+        """Keep the bytes of no media: a server's come with each request. Features that are held stay."""
+        known = self._origins
+        self._origins = {key: (Part(known[key][0].kind), None, known[key][2]) for key in self._held}
 
     def _take(self, key: int, content: bytes | None) -> torch.Tensor:
         part, folder, digest = self._origins[key]

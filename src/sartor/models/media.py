@@ -7,8 +7,6 @@ token without a feature, or a feature without a token, cannot be written.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sartor.core import data_urls
 from sartor.core.errors import SourceError
 from sartor.core.records import Part
 
@@ -53,11 +52,8 @@ def keys_in(ids: Sequence[int]) -> list[int]:
 
 def content_of(part: Part, folder: Path | None) -> bytes:
     """The bytes of a media part: a file below `folder`, or a data URL. Raises SourceError where there are none."""
-    if part.media.startswith("data:"):
-        try:
-            return base64.b64decode(part.media.partition(",")[2], validate=True)
-        except (binascii.Error, ValueError):
-            raise SourceError(f"the {part.kind}'s data URL is not base64", "data:image/png;base64,...") from None
+    if part.media.startswith(data_urls.SCHEME):
+        return data_urls.bytes_of(part.media, part.kind)
     if folder is None:
         raise SourceError(f"the {part.kind} {part.media[:60]!r} is a path, and no folder is known", "give a data URL")
     try:

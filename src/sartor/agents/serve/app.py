@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from sartor.agents.serve.bodies import MediaTypeError, SlowBodyError, parse
+from sartor.agents.serve.bodies import MediaTypeError, SlowBodyError, check_weight, parse
 from sartor.agents.serve.desk import Desk, desk_of, entry_of
 from sartor.agents.serve.faults import BUG, Fault, fault_of
 from sartor.agents.serve.fields import field_error
@@ -56,10 +56,11 @@ class Route(APIRoute):
         original = super().get_route_handler()
         asked: Any = self.body_field.field_info.annotation if self.body_field else None
         known: Mapping[str, Any] = asked.model_fields if asked else {}
+        has_media = "messages" in known
 
         async def answer(request: Request) -> Response:
-            body = await _body(request) if asked else b""
-            value = await _value(body) if asked else None
+            body = await _body(request, has_media) if asked else b""
+            value = await _value(body, desk_of(request).limits.body_bytes) if asked else None
             try:
                 return await original(_Checked(request, body or b"", value) if asked else request)
             except RequestValidationError as error:
@@ -68,12 +69,17 @@ class Route(APIRoute):
         return answer
 
 
-async def _value(body: bytes) -> Any:
+async def _value(body: bytes, limit_bytes: int) -> Any:
     """A large body is parsed beside the loop: others' replies go on meanwhile."""
-    return parse(body) if len(body) < LARGE_BYTES else await asyncio.to_thread(parse, body)
+
+    def weighed() -> Any:
+        check_weight(body, limit_bytes)
+        return parse(body)
+
+    return parse(body) if len(body) < LARGE_BYTES else await asyncio.to_thread(weighed)
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: Request, has_media: bool) -> bytes:
     desk = desk_of(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -84,7 +90,7 @@ async def _body(request: Request) -> bytes:
     limit_s = desk.limits.slow_client_s
     try:
         async with asyncio.timeout(limit_s):
-            return await desk.reading.whole(request.stream(), request.headers, desk.limits.body_bytes)
+            return await desk.reading.whole(request.stream(), request.headers, desk.most_bytes(has_media))
     except TimeoutError:
         raise SlowBodyError(f"the body did not come within {limit_s:g} s", "send it at once") from None
 

@@ -48,7 +48,37 @@ class TextPart(Asked):
     text: str
 
 
+class ImageUrl(Asked):
+    """A picture as a data URL (`data:image/png;base64,...`): PNG, JPEG, GIF, WebP, BMP or TIFF. `detail` changes nothing."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Asked):
+    """A picture among the parts of a user's turn."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class InputAudio(Asked):
+    """A recording: base64 of a whole file of that form."""
+
+    data: str
+    format: Literal["wav", "mp3", "flac", "ogg"]
+
+
+class AudioPart(Asked):
+    """A recording among the parts of a user's turn."""
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
 Content = str | Annotated[list[TextPart], Field(min_length=1)]
+MediaPart = ImagePart | AudioPart
+UserPart = Annotated[TextPart | MediaPart, Field(discriminator="type")]
 
 
 class SystemTurn(Asked):
@@ -60,10 +90,10 @@ class SystemTurn(Asked):
 
 
 class UserTurn(Asked):
-    """What a person says."""
+    """What a person says and shows. Media count by their place among the parts; an agent reads them as it was tuned to."""
 
     role: Literal["user"]
-    content: Content
+    content: str | Annotated[list[UserPart], Field(min_length=1)]
     name: str | None = None
 
 

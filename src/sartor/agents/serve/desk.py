@@ -13,12 +13,13 @@ from sartor.agents.feedback import Exchange, Inbox, Memory
 from sartor.agents.keys import Opened
 from sartor.agents.serve.bodies import Reading
 from sartor.agents.serve.entry import Entry
+from sartor.agents.serve.media import Looking
 from sartor.agents.serve.meters import Meters
 from sartor.agents.serve.replies import Answers
 from sartor.agents.serve.running import Shift
 from sartor.agents.serve.seams import House
 from sartor.agents.serve.speaker import MODEL
-from sartor.agents.team import Limits
+from sartor.agents.team import Limits, MediaLimits
 from sartor.core.errors import KeyRefusedError, UnknownAgentError
 
 MOST_HEADER = 512
@@ -36,6 +37,12 @@ class Desk:
     memory: Memory
     inbox: Inbox
     reading: Reading
+    looking: Looking
+    media: MediaLimits
+
+    def most_bytes(self, has_media: bool) -> int:
+        """Of a request's body. With media these come beside the rest, a third larger as base64."""
+        return self.limits.body_bytes + (self.media.bytes * 4 // 3 if has_media else 0)
 
     async def check_model(self, model: str, visitor: Opened) -> None:
         """Raises UnknownAgentError for a name that nobody has, KeyRefusedError for one that the visitor's key does not open."""

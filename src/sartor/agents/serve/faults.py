@@ -31,6 +31,18 @@ class FieldError(errors.RequestError):
         return type(self), (self.problem, self.remedy, self.param)
 
 
+class MediaFaultError(FieldError):
+    """A picture or a recording of a request that cannot be read, or that nobody who is asked reads. `code`: a word for why."""
+
+    def __init__(self, problem: str, remedy: str, param: str = "", code: str = "unreadable_media") -> None:
+        super().__init__(problem, remedy, param)
+        self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See SartorError."""
+        return type(self), (self.problem, self.remedy, self.param, self.code)
+
+
 class ForeignError(errors.RefusedError):
     """A request that a page of another origin, or another host's name, led here."""
 
@@ -104,6 +116,7 @@ def fault_of(error: SartorError) -> Fault:
     if found is None:
         return BUG
     status, kind, code = found
+    code = error.code if isinstance(error, MediaFaultError) else code
     param = error.param if isinstance(error, FieldError) else None
     param = "model" if isinstance(error, errors.UnknownAgentError) else param
     return Fault(status, kind, code, error.problem, error.remedy, _public(error), param, _headers(error, status))

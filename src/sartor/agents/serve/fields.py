@@ -9,8 +9,10 @@ from typing import Any
 from sartor.agents.serve.faults import FieldError
 
 MOST_SHOWN = 80
-# Parts of a message that are not text; the address of each stands under its own name
-_MEDIA = ("image_url", "input_image", "input_audio", "audio_url", "video_url", "file", "input_file")
+# Parts of a message that are not text: those that a user's turn may hold, and others of OpenAI's services
+_READ = ("image_url", "input_audio")
+_OTHERS = ("input_image", "audio_url", "video_url", "file", "input_file")
+_INSTEAD = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}, or input_audio, in a user\'s turn'
 Path = tuple[str | int, ...]
 
 
@@ -107,32 +109,26 @@ _BOUNDS = (
 
 
 def _media(body: Any) -> Iterator[FieldError]:
-    """Images, audio and files among the messages. An address is never fetched, whatever it is of."""
+    """Parts that are no text where none may stand, or of a kind that nobody reads. An address is never fetched."""
     messages = body.get("messages") if isinstance(body, dict) else None
     for turn, message in enumerate(messages if isinstance(messages, list) else []):
         content = message.get("content") if isinstance(message, dict) else None
         for place, part in enumerate(content if isinstance(content, list) else []):
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind not in _MEDIA:
-                continue
             param = f"messages[{turn}].content[{place}]"
-            if address := _address(part, kind):
-                problem = f"{param} is an address ({address}); this server fetches nothing"
-                yield FieldError(problem, "say in text what it shows", param)
-            yield FieldError(f"{param} is of type {kind!r}; this team reads text", "say in text what it shows", param)
-
-
-def _address(part: Mapping[str, Any], kind: str) -> str:
-    """The scheme of an address to fetch, "" where the data itself was sent."""
-    inner = part.get(kind)
-    inner = inner.get("url") if isinstance(inner, dict) else inner
-    scheme, colon, _ = inner.partition(":") if isinstance(inner, str) else ("", "", "")
-    return "" if not colon or scheme.lower() == "data" or not scheme.isalnum() else scheme[:16].lower() + ":"
+            if kind in _OTHERS:
+                yield FieldError(f"{param} is of type {kind!r}, which no agent reads", f"send {_INSTEAD}", param)
+            elif kind in _READ and message.get("role") != "user":
+                problem = f"{param} is of type {kind!r} in a turn of {_shown(message.get('role'))}"
+                yield FieldError(problem, f"send {_INSTEAD}", param)
+            elif kind in _READ and isinstance(part.get(kind), str):
+                yield FieldError(f"{param}.{kind} is a text", f"send {_INSTEAD}", f"{param}.{kind}")
 
 
 def _shown(value: Any) -> str:
     """A value as a sentence may hold it: short, ASCII."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    said = ascii(value)
-    return said if len(said) <= MOST_SHOWN else f"{said[:MOST_SHOWN]}... ({len(said)} characters)"
+    size = len(value) if isinstance(value, str) else 0
+    said = ascii(value[: MOST_SHOWN + 1] if isinstance(value, str) else value)
+    return said if len(said) <= MOST_SHOWN else f"{said[:MOST_SHOWN]}... ({size or len(said)} characters)"

@@ -24,6 +24,7 @@ from sartor.agents.serve.bodies import Reading
 from sartor.agents.serve.desk import Desk
 from sartor.agents.serve.guard import Gate, Guard, is_loopback
 from sartor.agents.serve.journal import LOGGERS, Journal, ServerLines
+from sartor.agents.serve.media import Looking
 from sartor.agents.serve.meters import Meters
 from sartor.agents.serve.routes import admin, feedback, health, models, replies, speech, vectors
 from sartor.agents.serve.running import Shift
@@ -62,6 +63,8 @@ class Server:
             memory=Memory(team.limits.remembered_bytes),
             inbox=Inbox(Path(team.state) / "inbox"),
             reading=Reading(),
+            looking=Looking(team.limits, team.media),
+            media=team.media,
         )
         self.app = _app(desk, team.http.cors)
         gate = Gate(house.doors, house.rates, team.http, team.limits, self.shift, self.connections)

@@ -13,15 +13,19 @@ from sartor.agents.serve.asked import (
     AssistantTurn,
     ChatRequest,
     Chosen,
-    Content,
+    ImagePart,
+    MediaPart,
     NamedTool,
     ObjectFormat,
     SchemaFormat,
+    TextPart,
     TextRequest,
     Turn,
 )
 from sartor.agents.serve.faults import FieldError
+from sartor.agents.serve.media import data_url
 from sartor.agents.team import Limits
+from sartor.core.records import Part
 from sartor.models.engine.schemas import JSON_OBJECT, read_schema
 from sartor.models.engine.tools import read_choice, read_tools
 
@@ -54,7 +58,7 @@ def chat_request(asked: ChatRequest, limits: Limits) -> Request:
         _check_references(tool["function"].get("parameters"), f"the parameters of the tool {tool['function']['name']!r}")
     return Request(
         model=asked.model,
-        messages=tuple(_message(turn) for turn in asked.messages),
+        messages=tuple(_message(turn, place) for place, turn in enumerate(asked.messages)),
         sampling=_sampling(asked, asked.max_completion_tokens or asked.max_tokens, limits),
         schema=_schema(asked),
         tools=tools,
@@ -148,18 +152,31 @@ def _references(schema: Any) -> Iterator[tuple[str, str]]:
             waiting += item
 
 
-def _message(turn: Turn) -> dict[str, Any]:
-    """A turn in OpenAI's form, its text in one piece: what replies always have empty is left out."""
-    said = turn.model_dump(include={"role", "content", "name", "tool_calls", "tool_call_id"}, exclude_none=True)
+def _message(turn: Turn, place: int) -> dict[str, Any]:
+    """A turn in OpenAI's form, text without media in one piece: what replies always have empty is left out."""
+    said = turn.model_dump(include={"role", "name", "tool_calls", "tool_call_id"}, exclude_none=True)
     if said["role"] == "developer":
         said["role"] = "system"
     for call in said.get("tool_calls", ()):
         call.pop("index", None)
-    return {**said, "content": _text(turn.content)} if turn.content is not None else said
+    return {**said, "content": _content(turn.content, f"messages[{place}].content")} if turn.content is not None else said
 
 
-def _text(content: Content) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+def _content(content: str | Sequence[TextPart | MediaPart], param: str) -> str | list[dict[str, str]]:
+    """A text, or where there are media the parts in the short form, which curation reads too."""
+    if isinstance(content, str):
+        return content
+    if all(isinstance(part, TextPart) for part in content):
+        return "".join(part.text for part in content if isinstance(part, TextPart))
+    return [_part(part, f"{param}[{place}]").plain() for place, part in enumerate(content)]
+
+
+def _part(part: TextPart | MediaPart, param: str) -> Part:
+    if isinstance(part, TextPart):
+        return Part("text", part.text)
+    if isinstance(part, ImagePart):
+        return Part("image", media=data_url(part.image_url.url, "image", param))
+    return Part("audio", media=f"data:audio/{part.input_audio.format};base64,{part.input_audio.data}")
 
 
 def texts_of(asked: str | Sequence[str]) -> list[str]:

@@ -23,9 +23,10 @@ from sartor.models.engine.blocks import Run, Scores
 from sartor.models.engine.contract import BASE, About, Call, Done, Event, Failed, Vector
 from sartor.models.engine.native_blocks import open_blocks
 from sartor.models.engine.pages import PAGE_TOKENS, Pages
+from sartor.models.engine.parts import kinds_in
 from sartor.models.engine.reading import Reader
 from sartor.models.engine.rows import Row
-from sartor.models.engine.sights import Seen, Sights, holds_media
+from sartor.models.engine.sights import Seen, Sights
 
 # Of prompts in one step, while others wait for their next token: a step stays within a few times that of a token
 READ_TOKENS = 4 * PAGE_TOKENS
@@ -102,7 +103,7 @@ class LocalEngine:
             raise ModelError(f"no adapter {call.adapter[:16]!r} is attached", "attach it first")
         if call.id in self._seeing or any(row.call.id == call.id for row in self._all()):
             raise RequestError(f"a call with the id {call.id!r} is being answered", "give each call its own id")
-        if holds_media(call.messages):
+        if kinds_in(call.messages):
             self._seeing[call.id] = call, self._sights.read(call)
             return
         self._queue(call, self._reader.prompt(call), None)

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sartor.core.errors import RequestError, SourceError
-from sartor.core.records import ROLES, Message, Part, PartKind
+from sartor.core.records import ROLES, Message, Part
 from sartor.models.chat import Chat
 from sartor.models.engine.contract import Call
+from sartor.models.engine.parts import MEDIA, is_media, url_in
 
 TOOLS_TEXT = (
     "You may call functions to answer. These are declared, with their parameters as JSON Schema:\n<tools>\n{tools}\n</tools>\n"
@@ -24,7 +25,6 @@ TOOLS_TEXT = (
 # For each token that there is room for, of a prompt that is looked at before the rest of it
 FIRST_CHARACTERS = 16
 _PROBE = "sartor_probe_tool"
-_MEDIA: dict[str, PartKind] = {"image": "image", "image_url": "image", "audio": "audio", "input_audio": "audio"}
 _REMEDY = '{"role": "user", "content": "..."}'
 
 
@@ -138,16 +138,14 @@ def _part(said: Any, place: int) -> Part:
         if not isinstance(text := said.get("text"), str):
             raise RequestError(f"messages[{place}] holds a part without text", '{"type": "text", "text": "..."}')
         return Part("text", text)
-    if kind not in _MEDIA:
+    if not is_media(said):
         problem = f"messages[{place}] holds a part of type {kind!r:.80}; known are text, image_url and input_audio"
         raise RequestError(problem, '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}')
-    value = said.get(kind)
-    if isinstance(value, Mapping):  # OpenAI's own forms
-        value = value.get("url") if "url" in value else f"data:audio/{value.get('format')};base64,{value.get('data')}"
-    if not isinstance(value, str) or not value.startswith("data:"):
-        problem = f"the {_MEDIA[kind]} in messages[{place}] is no data URL, and nothing is fetched for a request"
-        raise RequestError(problem, f"send the bytes: data:{_MEDIA[kind]}/...;base64,...")
-    return Part(_MEDIA[kind], media=value)
+    medium, url = MEDIA[said["type"]], url_in(said)
+    if not url:
+        problem = f"the {medium} in messages[{place}] is no data URL, and nothing is fetched for a request"
+        raise RequestError(problem, f"send the bytes: data:{medium}/...;base64,...")
+    return Part(medium, media=url)
 
 
 def _calls(said: Any, place: int) -> str:

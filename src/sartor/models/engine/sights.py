@@ -6,15 +6,13 @@ token ids and the embeddings of its media, which are the call's own and are forg
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from sartor.core.errors import RequestError
+from sartor.core.errors import BudgetError, RequestError, SartorError
 from sartor.models import composed
 from sartor.models.base import Base
 from sartor.models.composed import ComposedMedia, Features
@@ -23,7 +21,6 @@ from sartor.models.engine.reading import Reader
 from sartor.models.media import MOST_TOKENS, PLACE_BITS, keys_in
 from sartor.models.towers.contract import Tower
 
-MEDIA_PARTS = ("image", "image_url", "audio", "input_audio")
 # Of features of recent media, which a conversation brings again with each turn
 HELD_BYTES = 64 << 20
 
@@ -84,12 +81,29 @@ class Sights:
         self._readers.pop(adapter, None)
 
     def read(self, call: Call) -> Future[Seen]:
-        """The prompt of a call with media parts. The future raises RequestError as `Reader.prompt` does."""
-        return self._thread.submit(self._read, call)
+        """The prompt of a call with media parts. The future raises RequestError as `Reader.prompt` does, and BudgetError.
+
+        Whatever a decoder or a tower makes of one call's bytes is that call's alone: other rows go on.
+        """
+        return self._thread.submit(self._read_apart, call)
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _read_apart(self, call: Call) -> Seen:
+        try:
+            return self._read(call)
+        except SartorError:
+            raise
+        except MemoryError:
+            raise BudgetError("there is no memory to look at the media", "send smaller ones, or ask again later") from None
+        except Exception as error:
+            problem = f"the media of the request cannot be looked at: {type(error).__name__}"
+            raise RequestError(problem, "send others, and report it with the request") from None
+        finally:
+            if media := self._media.get(call.adapter):
+                media.features.let_go()
 
     def _read(self, call: Call) -> Seen:
         media = self._media.get(call.adapter)
@@ -104,10 +118,3 @@ class Sights:
             found = [-1 - token for token in ids if token < 0]
             rows = [parts[token >> PLACE_BITS][token & (MOST_TOKENS - 1)] for token in found]
         return Seen(ids, torch.stack(rows).float())
-
-
-def holds_media(messages: tuple[Mapping[str, Any], ...]) -> bool:
-    """Whether a part of a call's messages is an image or a recording."""
-    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
-    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
-    return any(isinstance(part, Mapping) and part.get("type") in MEDIA_PARTS for part in parts)

@@ -37,7 +37,8 @@ async def chat(asked: ChatRequest, request: Request) -> Response:
     question = chat_request(asked, desk_of(request).limits)
     spoken = _aloud(asked, request)
     shape = Chat(with_logprobs=bool(asked.logprobs), one_call=asked.parallel_tool_calls is False)
-    return await _deliver(request, [question], asked, shape, spoken)
+    async with desk_of(request).looking.looked_at(question.messages, len(await request.body())):
+        return await _deliver(request, [question], asked, shape, spoken)
 
 
 def _aloud(asked: ChatRequest, request: Request) -> Aloud | None:

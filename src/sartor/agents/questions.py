@@ -1,0 +1,104 @@
+"""What `ask` is asked: a text, and pictures and recordings before it. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sartor.core import data_urls, pictures, sounds
+from sartor.core.errors import ConfigError, MediaError, RequestError
+from sartor.core.records import Message, Part, PartKind
+
+STDIN = "-"
+_REMEDIES = {
+    "image": "give a picture, or --audio FILE for a recording",
+    "audio": "give a recording, or --image FILE for a picture",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text, and the media that stand before it, in their order, as data URLs."""
+
+    text: str
+    media: tuple[Part, ...] = ()
+
+    @classmethod
+    def of(
+        cls, text: str, media: Sequence[tuple[PartKind, Path | str]] = (), *,
+        images: Iterable[Path | str] = (), audio: Iterable[Path | str] = (),
+    ) -> Question:  # fmt: skip
+        """The question with media from files; `-` is standard input. media: (kind, file) in any order; images and audio follow.
+
+        Raises MediaError for a file that is not there or is no picture or recording, ConfigError where `-` stands twice.
+        """
+        files = [*media, *(("image", file) for file in images), *(("audio", file) for file in audio)]
+        if sum(str(file) == STDIN for _, file in files) > 1:
+            raise ConfigError("standard input is named twice, and can be read once", "give files")
+        return cls(text, tuple(read_media("image" if kind == "image" else "audio", file) for kind, file in files))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of `image` and `audio`, those that it holds."""
+        return tuple(sorted({part.kind for part in self.media}))
+
+    @property
+    def message(self) -> Message:
+        """The user's turn."""
+        return Message("user", (*self.media, *([Part("text", self.text)] if self.text else [])))
+
+    def plain(self) -> dict[str, Any]:
+        """The turn of a request: its content a text where it holds nothing else."""
+        return self.message.plain() if self.media else {"role": "user", "content": self.text}
+
+    def said(self) -> list[dict[str, str]]:
+        """Of its media, what a reply's JSON says: kind and sha256."""
+        return [
+            {"kind": part.kind, "sha256": hashlib.sha256(data_urls.bytes_of(part.media)).hexdigest()} for part in self.media
+        ]
+
+    def check(self, reads: Iterable[str], who: str) -> None:
+        """Raise ConfigError where nothing is asked, RequestError where `who`, that reads these kinds beside text, cannot."""
+        if not self.text.strip() and not self.media:
+            raise ConfigError("the prompt is empty", 'sartor ask RELEASE "a question"')
+        if lacking := [kind for kind in self.kinds if kind not in set(reads)]:
+            raise RequestError(
+                f"{who} reads {', '.join(['text', *reads])}, and the question holds {' and '.join(lacking)}",
+                "ask without, or ask one that was tuned with a tower for it",
+            )
+
+
+def asked(prompt: str | Question) -> Question:
+    """A prompt as a Question."""
+    return prompt if isinstance(prompt, Question) else Question(prompt)
+
+
+def read_media(kind: PartKind, file: Path | str) -> Part:
+    """A file as a part that holds its bytes, its header looked at. Raises MediaError."""
+    if str(file) == STDIN:
+        content = sys.stdin.buffer.read()
+    else:
+        try:
+            content = Path(file).expanduser().read_bytes()
+        except (OSError, ValueError) as error:
+            why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise MediaError("missing_media", f"{str(file)[:200]!r} cannot be read: {why}", "give a file") from None
+    try:
+        mime = mime_of(kind, content)
+    except MediaError as error:
+        remedy = error.remedy if error.reason not in ("unreadable_image", "unreadable_audio") else _REMEDIES[kind]
+        raise MediaError(error.reason, f"{str(file)[:200]!r} cannot be read as {kind}: {error.problem}", remedy) from None
+    return Part(kind, media=data_urls.url_of(content, mime))
+
+
+def mime_of(kind: str, content: bytes) -> str:
+    """The type of a media file by its own header. Raises MediaError for one that is none of that kind."""
+    if kind == "image":
+        with pictures.opened(content) as image:
+            return f"image/{str(image.format).lower()}"
+    with sounds.opened(content) as sound:
+        return f"audio/{str(sound.format).lower()}"

@@ -1,0 +1,116 @@
+"""Pictures and recordings of a request, looked at before any worker sees them: how many, how large, and what their headers say.
+
+Only headers are read here, in threads of their own; a worker decodes. What it cannot is the request's fault, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sartor.agents.serve.bodies import TooLargeError, too_large
+from sartor.agents.serve.faults import MediaFaultError
+from sartor.agents.team import Limits, MediaLimits
+from sartor.core import data_urls, pictures, sounds
+from sartor.core.errors import BusyError, MediaError, SourceError
+from sartor.models.engine.parts import MEDIA, is_media, url_in
+
+# Of all requests whose first word is not there yet, together
+MOST_HELD_BYTES = 256 << 20
+_HEADS = {"image": "data:image/png;base64,...", "audio": "data:audio/wav;base64,..."}
+_threads = ThreadPoolExecutor(2, "sartor-media")
+
+
+class Looking:
+    """The media of all requests that are being answered: held_bytes as base64."""
+
+    def __init__(self, limits: Limits, media: MediaLimits, most_bytes: int = MOST_HELD_BYTES) -> None:
+        self._limits, self._media, self._most_bytes = limits, media, most_bytes
+        self.held_bytes = 0
+
+    @asynccontextmanager
+    async def looked_at(self, messages: Sequence[Mapping[str, Any]], body_bytes: int) -> AsyncIterator[None]:
+        """Inside, the media of `messages`, which came in a body of that size, are counted as held.
+
+        Raises TooLargeError, BusyError, and MediaFaultError naming the part that is at fault.
+        """
+        found = list(_placed(messages))
+        size = sum(len(url) for _, _, url in found)
+        self._check_size(len(found), size, body_bytes)
+        if self.held_bytes + size > self._most_bytes and found:
+            problem = (
+                f"the media of requests that are being answered hold {self.held_bytes} bytes; {self._most_bytes} are allowed"
+            )
+            raise BusyError(problem, "ask again in a second")
+        self.held_bytes += size
+        try:
+            if found:
+                await asyncio.get_running_loop().run_in_executor(_threads, self._look, found)
+            yield
+        finally:
+            self.held_bytes -= size
+
+    def _check_size(self, count: int, size: int, body_bytes: int) -> None:
+        if body_bytes - size > self._limits.body_bytes:
+            raise too_large(body_bytes - size, self._limits.body_bytes)
+        if count > self._media.parts:
+            problem = f"the request holds {count} pictures and recordings; the limit is {self._media.parts}"
+            raise MediaFaultError(problem, "send fewer, or raise media.parts in TEAM.yaml", "messages", "too_many_media")
+        if (given := size * 3 // 4) > self._media.bytes:
+            raise TooLargeError(
+                f"the media of the request have about {given} bytes; the limit is {self._media.bytes}",
+                "send smaller ones, or raise media.bytes in TEAM.yaml",
+            )
+
+    def _look(self, found: Sequence[tuple[str, str, str]]) -> None:
+        for param, kind, url in found:
+            try:
+                content = data_urls.bytes_of(url, kind)
+                if kind == "image":
+                    self._look_at_picture(content)
+                else:
+                    self._look_at_sound(content)
+            except MediaError as error:
+                raise MediaFaultError(f"{param}: {error.problem}", error.remedy, param, error.reason) from None
+            except SourceError as error:
+                raise MediaFaultError(f"{param}: {error.problem}", error.remedy, param, f"unreadable_{kind}") from None
+
+    def _look_at_picture(self, content: bytes) -> None:
+        with pictures.opened(content) as image:
+            if (count := image.width * image.height) > self._media.pixels:
+                problem = f"the picture has {image.width} x {image.height} = {count} pixels; the limit is {self._media.pixels}"
+                raise MediaError("image_bomb", problem, "scale the picture down")
+
+    def _look_at_sound(self, content: bytes) -> None:
+        with sounds.opened(content) as sound:
+            if not sound.frames:
+                raise MediaError("unreadable_audio", "it holds no samples", "send a recording of something")
+            if (seconds := sound.frames / sound.samplerate) > self._media.seconds:
+                problem = f"the recording has {seconds:.1f} s; the limit is {self._media.seconds:g}"
+                raise MediaError("audio_too_long", problem, "cut it into pieces, or raise media.seconds in TEAM.yaml")
+
+
+def _placed(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """(name of the field, kind, data URL) of each media part."""
+    for turn, message in enumerate(messages):
+        content = message.get("content")
+        for place, part in enumerate(content if isinstance(content, list | tuple) else ()):
+            if is_media(part):
+                yield f"messages[{turn}].content[{place}]", MEDIA[part["type"]], url_in(part)
+
+
+def data_url(url: str, kind: str, param: str) -> str:
+    """`url`, if it is a data URL in base64 of that kind. Raises MediaFaultError: an address is never fetched."""
+    scheme, colon, _ = url[:80].partition(":")
+    if not colon or scheme.lower() != "data":
+        what = f"an address ({scheme[:16].lower()}:)" if colon and scheme.isalnum() else "no data URL"
+        problem = f"{param} is {what}; this server fetches nothing"
+        raise MediaFaultError(problem, f"send the bytes as a data URL: {_HEADS[kind]}", param, "no_data_url")
+    head = url[:80].partition(",")[0].lower()
+    if not (head.startswith(f"data:{kind}/") and head.endswith(";base64")):
+        problem = f"{param} begins with {url[:40].partition(',')[0]!a}, and is to hold base64 of type {kind}/..."
+        raise MediaFaultError(problem, f"{_HEADS[kind]}", param, f"unreadable_{kind}")
+    return "data:" + url[5:]
