@@ -15,6 +15,7 @@ from PIL import Image
 import sartor
 from conftest import write_jsonl
 from sartor.core.errors import ConfigError, StoppedError
+from sartor.core.pictures import open_image
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.core.sounds import read_sound
 from sartor.curate import local
@@ -120,14 +121,14 @@ def test_any_number_of_workers_and_an_interrupted_run_make_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "WORTH_A_WORKER", 0)
-    paths = [write_rows(tmp_path / f"in{n}", 3, [asked(f"other {n}", {"type": "image", "image": "0.png"})]) for n in range(3)]
-    said = recipe(paths[0])
+    paths = [write_rows(tmp_path / f"in{n}", 3, [asked(f"other {n}", {"type": "image", "image": "0.png"})]) for n in range(2)]
+    said = recipe(paths[0], {"augment_images": {"copies": 2}})
     said["sources"] = [{"path": path} for path in paths]
     one, two = (sartor.curate({**said, "workers": n}, tmp_path / f"d{n}").dataset for n in (1, 2))
     real, made = local.execute, []
 
     def execute(task: Any) -> Any:
-        if len(made) == 5:
+        if len(made) == 3:
             raise KeyboardInterrupt
         made.append(task)
         return real(task)
@@ -137,7 +138,7 @@ def test_any_number_of_workers_and_an_interrupted_run_make_the_same_bytes(
         sartor.curate({**said, "workers": 1}, tmp_path / "again")
     assert made[-1].copying, "it was to stop among the copies"
     again = sartor.curate({**said, "workers": 1}, tmp_path / "again")
-    assert again.found == 5
+    assert again.found == 3
     assert one.manifest["digest"] == two.manifest["digest"] == again.dataset.manifest["digest"]
 
 
@@ -238,7 +239,7 @@ def changes(folder: Path, step: Any, row: Example) -> list[str]:
 
 def pictures(folder: Path, step: Any, row: Example) -> list[Any]:
     return [
-        np.asarray(Image.open(folder / one.row.messages[0].content[0].media)).astype(int) for one in copies(folder, step, row)
+        np.asarray(open_image(folder / one.row.messages[0].content[0].media)).astype(int) for one in copies(folder, step, row)
     ]
 
 
@@ -260,7 +261,7 @@ def test_a_picture_is_flipped_turned_cropped_and_lit(tmp_path: Path) -> None:
     light = AugmentImages(copies=8, **(STILL | {"light": Light(0.5, 0, 0)}))
     factors = [float(said.split("times ")[1]) for said in changes(tmp_path, light, row)]
     for one, factor in zip(pictures(tmp_path, light, row), factors, strict=True):
-        assert 0.5 <= factor <= 1.5 and abs(one - (before * factor).clip(0, 255)).max() <= 1
+        assert 0.5 <= factor <= 1.5 and abs(one - (before * factor).clip(0, 255)).max() <= 1.2  # cut off, not rounded
 
 
 def test_no_corner_of_a_turned_picture_is_of_a_colour_that_it_has_not(tmp_path: Path) -> None:
@@ -294,7 +295,7 @@ def test_pictures_of_a_row_are_changed_alike_and_stay_what_they_were_as_files(tm
     (one,) = copies(tmp_path, AugmentImages(copies=1, crop=0.5), row)
     names = [part.media for part in one.row.messages[0].content]
     assert names[0] == names[2] != names[1] and names[0].endswith(".png") and names[1].endswith(".jpg")
-    sizes = [Image.open(tmp_path / name).size for name in names[:2]]
+    sizes = [open_image(tmp_path / name).size for name in names[:2]]
     assert abs(sizes[0][0] / 60 - sizes[1][0] / 64) < 0.03 and one.row.rejected == row.rejected
 
 
