@@ -1,4 +1,4 @@
-"""One row of a Dataset: its content by digest, where it came from, the walk up through its parents, and its duplicates."""
+"""One row of a Dataset: its content by digest, where it came from, the walk up through its parents and down, its duplicates."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.rows import example_of
 
 ABSENT = "not in this Dataset"
+COPIES = "evidence/copies.parquet"  # (id, parent, step, changes) of rows that a step of curation made of others
 
 
 def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
@@ -43,6 +44,8 @@ def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
         **said,
         "origins": row["origins"],
         "ancestors": _ancestors(dataset, index, [parent for origin in row["origins"] for parent in origin["parents"]]),
+        "changes": _changes(dataset, example),
+        "made_from_it": _made_from(index, example),
         "duplicates": _drops(dataset, "kept", [example]),
         "messages": [_plain(message) for message in row["messages"]],
         "rejected": [_plain(message) for message in row["rejected"]],
@@ -87,6 +90,25 @@ def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[di
         above = [parent for one in found[-len(level) :] for parent in one["parents"]]
         level = [one for one in dict.fromkeys(above) if one not in seen]
     return found
+
+
+def _made_from(index: Any, example: str) -> list[str]:
+    """Ids of the Examples that name it as a parent, each once."""
+    parents = column(index, "parents")
+    named = numbers(pc.list_parent_indices(parents))[numbers(pc.is_in(pc.list_flatten(parents), value_set=words([example])))]
+    found: list[str] = column(index, "id").take(places(np.unique(named))).unique().to_pylist()
+    return found
+
+
+def _changes(dataset: Artifact, example: str) -> list[str]:
+    """Of a copy, what a step changed in it; of another row nothing."""
+    if COPIES not in dataset.manifest["files"]:
+        return []
+    check_file(dataset, COPIES)
+    with pq.ParquetFile(dataset.path / COPIES) as parquet:
+        table = parquet.read(["id", "step", "changes"])
+    found = numbers(pc.is_in(column(table.combine_chunks(), "id"), value_set=words([example])))
+    return [f"{row['step']}, {row['changes']}" for row in table.take(places(np.flatnonzero(found))).to_pylist()]
 
 
 def _drops(dataset: Artifact, key: str, ids: Sequence[str]) -> list[dict[str, Any]]:

@@ -130,6 +130,11 @@ class Example:
         return len(self.messages) == 1 and self.messages[0].role == "assistant"
 
     @property
+    def is_derived(self) -> bool:
+        """Made of other Examples, as copies with changed media are."""
+        return any(origin.parents for origin in self.origins)
+
+    @property
     def prompt(self) -> tuple[Message, ...]:
         """The messages before the last reply."""
         return self.messages[:-1]

@@ -33,14 +33,15 @@ def read_sound(content: bytes | Path, rate: int, max_seconds: float = MOST_SECON
         found = int(sound.samplerate)
         if len(mono) > max_seconds * found:
             raise _too_long(len(mono) / found, max_seconds)
-    return mono if found == rate else _resampled(mono, found, rate)
+    return mono if found == rate else resampled(mono, found, rate)
 
 
 def _too_long(seconds: float, most: float) -> MediaError:
     return MediaError("audio_too_long", f"the recording has {seconds:.1f} s or more; at most {most:g}", "cut it into pieces")
 
 
-def _resampled(mono: F32, found: int, rate: int) -> F32:
+def resampled(mono: F32, found: float, rate: float) -> F32:
+    """(samples,) at `rate` from (samples,) at `found`. Raises MediaError where none is left, ExtraError without soxr."""
     try:
         import soxr
     except ImportError:
@@ -48,9 +49,9 @@ def _resampled(mono: F32, found: int, rate: int) -> F32:
     try:
         made = soxr.resample(mono, found, rate)
     except (ValueError, RuntimeError) as error:
-        raise MediaError("unreadable_audio", f"{found} samples a second cannot be made {rate}: {error}", _REMEDY) from None
+        raise MediaError("unreadable_audio", f"{found:g} samples a second cannot be made {rate:g}: {error}", _REMEDY) from None
     if not len(made):
-        raise MediaError("unreadable_audio", f"it holds {len(mono)} samples at {found} a second: none at {rate}", _REMEDY)
+        raise MediaError("unreadable_audio", f"it holds {len(mono)} samples at {found:g} a second: none at {rate:g}", _REMEDY)
     return np.asarray(made, np.float32)
 
 

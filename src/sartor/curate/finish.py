@@ -56,12 +56,13 @@ class Outcome:
         self._hold_out(recipe)
         self.leaked = self._keep_groups_whole()
 
-    def _living(self) -> Iterator[int]:
+    def living(self) -> Iterator[int]:
+        """The rows that are kept, by number."""
         return (row for row in range(len(self.groups)) if row not in self.gone)
 
     def _hold_out(self, recipe: CurateRecipe) -> None:
         """Fill in each split; whole groups are held out until `eval_fraction` of the rows is reached."""
-        undecided = [row for row in self._living() if not self.splits[row]]
+        undecided = [row for row in self.living() if not self.splits[row]]
         held_out = held_out_groups((self.groups[row] for row in undecided), recipe.split.eval_fraction, recipe.seed)
         for row in undecided:
             self.splits[row] = "eval" if self.groups[row] in held_out else "train"
@@ -71,25 +72,25 @@ class Outcome:
 
         Only sources with a declared split can bring that about; a group that the recipe splits is whole by construction.
         """
-        held_out = {self.groups[row] for row in self._living() if self.splits[row] == "eval"}
-        leaked = [row for row in self._living() if self.splits[row] == "train" and self.groups[row] in held_out]
+        held_out = {self.groups[row] for row in self.living() if self.splits[row] == "eval"}
+        leaked = [row for row in self.living() if self.splits[row] == "train" and self.groups[row] in held_out]
         self.gone.update(leaked)
         return leaked
 
-    def counts(self) -> dict[str, Any]:
-        """Rows and groups of each split."""
-        splits: Counter[str] = Counter()
+    def counts(self, *, copies: int) -> dict[str, Any]:
+        """Rows and groups of each split, with this many copies of training rows."""
+        splits: Counter[str] = Counter({"train": copies} if copies else {})
         groups: dict[str, set[str]] = {}
-        for row in self._living():
+        for row in self.living():
             splits[self.splits[row]] += 1
             groups.setdefault(self.splits[row], set()).add(self.groups[row])
         return {"splits": dict(splits.most_common()), "groups": {name: len(some) for name, some in sorted(groups.items())}}
 
 
-def write_examples(state: State, outcome: Outcome, folder: Path) -> int:
-    """`examples/part-*.parquet`; returns how many rows."""
+def write_examples(state: State, outcome: Outcome, folder: Path, copies: Iterable[Any]) -> int:
+    """`examples/part-*.parquet`, tables of copies last; returns how many rows."""
     tables = (_kept_rows(part, start, outcome) for part, start in zip(state.parts, state.starts, strict=False))
-    return write_tables(folder / "examples", rows.EXAMPLES, tables)
+    return write_tables(folder / "examples", rows.EXAMPLES, itertools.chain(tables, copies))
 
 
 def _kept_rows(part: Part, start: int, outcome: Outcome) -> Any:
@@ -267,12 +268,15 @@ def regrouped(tables: Iterable[Any], schema: Any, size: int) -> Iterator[Any]:
 
 
 def kept_by_file(folder: Path) -> Counter[tuple[str, str]]:
-    """Rows by (source, file), as the origins of the written Examples say; a row with two origins counts for both."""
+    """Rows by (source, file), as the origins of the written Examples say; a row with two origins counts for both, one that was
+    made of another row for none.
+    """
     found: Counter[tuple[str, str]] = Counter()
     for file in sorted((folder / "examples").glob("*.parquet")):
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(65536, columns=["origins"]):
                 origins = batch["origins"].flatten()
+                origins = origins.filter(pc.equal(pc.list_value_length(origins.field("parents")), 0))
                 places = pc.replace_substring_regex(origins.field("locator"), pattern=r":[^:]*$", replacement="")
                 pairs = pa.table({"source": origins.field("source"), "file": places})
                 for row in pairs.group_by(["source", "file"]).aggregate([([], "count_all")]).to_pylist():

@@ -3,7 +3,7 @@
     part.json         key, rows read and kept, tallies: the summary that the pipeline goes on with
     examples.parquet  the rows that are still in
     drops.parquet     those that are not
-    index.arrow       of each row still in: id, source, locator, split, groups
+    index.arrow       of each row still in: id, source, locator, split, groups, changes
     sketch-N.arrow    what the N-th SetStep of the pass wants to know of each row
 
 The key is the digest of everything that the content follows from (the input's sha256, the steps and their options, the
@@ -38,6 +38,7 @@ INDEX = pa.schema(
         ("split", pa.string()),
         ("group", pa.string()),
         ("own_group", pa.string()),
+        ("changes", pa.string()),  # of a row that a CopyStep made of `was`, what is changed in it; else empty
     ]
 )
 

@@ -31,7 +31,7 @@ from sartor.curate.work import Merged, Task
 
 Run = Callable[[str, Sequence[Task]], list[Part]]
 # Rises when a worker makes another part of the same input: parts of an older Sartor are then made again.
-FORMAT = 1
+FORMAT = 2
 GUARDS = ("allow", "max_fraction", "max_source_fraction")
 
 
@@ -98,8 +98,14 @@ class Passes:
             rest = self._decide(state, sets) + rest
         return state
 
+    def copies(self, state: State, tasks: Sequence[Task]) -> list[Part]:
+        """Rows made of the rows of the last pass. They are no rows of `state`; what could not be made is among its drops."""
+        made = self._execute(tasks)
+        state.drops += [part.path / "drops.parquet" for part in made]
+        return made
+
     def _execute(self, tasks: Sequence[Task]) -> list[Part]:
-        steps = [[_said(step) for step in some] for some in (tasks[0].steps, tasks[0].sets)] if tasks else []
+        steps = [[_said(step) for step in some] for some in (tasks[0].steps, tasks[0].sets, tasks[0].copying)] if tasks else []
         named = [self._named(number, task, steps) for number, task in enumerate(tasks)]
         self.number += 1
         return self.run(f"pass {self.number}", named)

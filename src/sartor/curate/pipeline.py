@@ -1,4 +1,4 @@
-"""Sources -> Dataset: plan, read and step in passes, hold out, write. `read` is always `kept` plus every Drop.
+"""Sources -> Dataset: plan, read and step in passes, hold out, copy, write. `read` and `made` are always `kept` and every Drop.
 
 OUT.curating/      the work, beside the output until it stands; what is there is gone on from
   media/           images and audio by digest
@@ -36,12 +36,13 @@ from sartor.core.artifacts import (
 )
 from sartor.core.errors import ConfigError, MissingError, SourceError, StoppedError
 from sartor.core.records import canonical, digest
-from sartor.curate import card, finish, local, on_ray
+from sartor.curate import card, copies, finish, local, on_ray
 from sartor.curate.parts import Part
 from sartor.curate.passes import Passes, State, evidence_of, whole
 from sartor.curate.progress import Progress
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.sources import units
+from sartor.curate.steps import makes_copies
 from sartor.curate.steps.personal_data import PersonalData
 from sartor.curate.work import Task
 
@@ -71,6 +72,11 @@ class Curated:
         return int(self.counts["read"])
 
     @property
+    def made(self) -> int:
+        """Copies that steps made of rows, those that were dropped among them: `read` and `made` are `kept` and `dropped`."""
+        return int(self.counts["made"])
+
+    @property
     def kept(self) -> int:
         """Rows kept."""
         return int(self.counts["kept"])
@@ -91,6 +97,7 @@ class Curated:
         return {
             "dataset": str(self.dataset.path),
             "read": self.read,
+            "made": self.made,
             "kept": self.kept,
             "dropped": self.dropped,
             "licences": sorted({source["licence"] for source in manifest["sources"]}),
@@ -109,7 +116,7 @@ class Curated:
         steps = [
             (kind, {name: value for name, value in facts.items() if _is_short(value)}) for kind, facts in said["steps"].items()
         ]
-        shown = ("dataset", "read", "kept", "dropped", "splits", "licences", "forms")
+        shown = ("dataset", "read", *(["made"] if self.made else []), "kept", "dropped", "splits", "licences", "forms")
         last = [("card", str(self.dataset.path / "card.html")), ("rows_per_s", said["rows_per_s"])]
         return [*((name, said[name]) for name in shown), *steps, *last]
 
@@ -208,14 +215,18 @@ class Line:
         self.tally: dict[str, Counter[str]] = {}
 
     def run(self, strict: bool) -> State:
-        """Every pass."""
+        """Every pass, the split, and the copies of training rows."""
         self.planned = units.plan(self.recipe.sources, self.recipe.max_row_bytes)
         tasks = [
             Task(Path(), _key(unit), self.work, (), (), unit, self.recipe.sources[unit.source], strict)
             for unit in self.planned.units
         ]
         workers = self.recipe.workers or len(os.sched_getaffinity(0))
-        return Passes(self.work, self._execute, workers, self.notice).first(tasks, whole(self.recipe.steps))
+        passes = Passes(self.work, self._execute, workers, self.notice)
+        state = passes.first(tasks, whole([step for step in self.recipe.steps if not makes_copies(step)]))
+        self.outcome = finish.Outcome(state, self.recipe)
+        self.copies = copies.made(passes, state, self.outcome, self.recipe)
+        return state
 
     def _execute(self, name: str, tasks: Sequence[Task]) -> list[Part]:
         sizes = [task.unit.bytes if task.unit else _size(task.before) for task in tasks]
@@ -241,19 +252,22 @@ class Line:
 
     def write(self, state: State, folder: Path) -> dict[str, Any]:
         """Fill the Dataset's directory; returns what its manifest says."""
-        outcome = finish.Outcome(state, self.recipe)
-        removed = [*state.removed, *finish.leaks(state, outcome)]
-        kept = finish.write_examples(state, outcome, folder)
+        removed = [*state.removed, *finish.leaks(state, self.outcome), *self.copies.removed]
+        kept = finish.write_examples(state, self.outcome, folder, self.copies.tables())
         masks = self._masks()
         dropped = finish.write_drops(state, removed, folder, masks)
         read = sum(self.read.values())
-        assert read == kept + dropped.total(), f"{read} rows read, {kept} kept, {dropped.total()} dropped"
+        made = self.copies.total
+        assert read + made == kept + dropped.total(), f"{read} rows read, {made} made, {kept} kept, {dropped.total()} dropped"
         if not kept:
             raise SourceError(_nothing_kept(read, folder), "mend the rows or the sources")
         self._link_media(folder)
         for name, table in evidence_of(state):
             finish.write_evidence(folder, name, finish.masked(table, masks))
-        counts = {"read": read, "kept": kept, "dropped": dict(dropped.most_common()), **outcome.counts()}
+        if self.copies.steps:
+            finish.write_evidence(folder, "copies", self.copies.evidence())
+        split = self.outcome.counts(copies=self.copies.kept)
+        counts = {"read": read, "made": made, "kept": kept, "dropped": dict(dropped.most_common()), **split}
         facts = self._facts(state, folder, counts, masks)
         lineage_index.write(folder)
         card.write(folder, facts)
@@ -289,7 +303,7 @@ class Line:
             "sources": sources,
             **licence_facts(sources),
             "counts": counts,
-            "steps": finish.masked_facts({**state.facts, **tallied}, masks),
+            "steps": finish.masked_facts({**state.facts, **tallied, **self.copies.facts()}, masks),
             "parents": [],
             "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
         }

@@ -11,7 +11,7 @@ from sartor.core.errors import ConfigError
 from sartor.core.licences import Consent, Use
 from sartor.core.spdx import UNKNOWN, checked
 from sartor.curate.sources.forms import iso_date
-from sartor.curate.steps import Step
+from sartor.curate.steps import Step, makes_copies
 from sartor.curate.steps.exact import ExactDuplicates
 
 
@@ -82,3 +82,18 @@ class CurateRecipe:
             raise ConfigError(f"workers is {self.workers}; it must be 0 or more", "workers: 2")
         if not self.sources:
             raise ConfigError("the recipe names no source", "sources: [{path: rows.jsonl, licence: CC-BY-4.0}]")
+        self._check_copies_are_last()
+
+    def _check_copies_are_last(self) -> None:
+        """Copies are made when it is known what is held out, so no step could see them: duplicates they would be to many."""
+        kinds: list[str] = [step.kind for step in self.steps]
+        copying: list[str] = [step.kind for step in self.steps if makes_copies(step)]
+        others: list[str] = [step.kind for step in self.steps if not makes_copies(step)]
+        if kinds != others + copying:
+            behind = next(kind for kind in kinds[kinds.index(copying[0]) :] if kind not in copying)
+            problem = f"steps: {behind} stands behind {copying[0]}, whose copies are made after every other step"
+            raise ConfigError(problem, f"put {' and '.join(dict.fromkeys(copying))} last")
+        if twice := next((kind for kind in copying if copying.count(kind) > 1), ""):
+            raise ConfigError(
+                f"steps: {twice} stands twice; its copies are made of the rows, not of copies", "more copies of one"
+            )

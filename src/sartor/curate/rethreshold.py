@@ -30,7 +30,7 @@ from sartor.curate.dedup import rethreshold as of_files
 from sartor.curate.dedup.pairs import METHODS, Pairs
 from sartor.curate.pipeline import Curated, digests, licence_facts, load_recipe
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.steps import needs_all_rows
+from sartor.curate.steps import makes_copies, needs_all_rows
 from sartor.curate.steps.contract import RowFunction, dropped
 from sartor.curate.steps.exact import ExactDuplicates
 from sartor.curate.steps.near import NearDuplicates
@@ -68,6 +68,9 @@ def _steps(recipe: CurateRecipe, old: Artifact) -> tuple[NearDuplicates, Sequenc
             f"{', '.join(others)} compared the rows that near_duplicates had left",
             f"curate again with --steps in which near_duplicates stands behind {' and '.join(others)}",
         )
+    if copying := [step.kind for step in later if makes_copies(step)]:
+        problem = f"{' and '.join(copying)} copied the rows that near_duplicates had left"
+        raise ConfigError(problem, "curate again with the threshold: a line of the recipe, near_duplicates: {threshold: ...}")
     step = recipe.steps[places[0]]
     assert isinstance(step, NearDuplicates)
     return step, [step for step in later if not needs_all_rows(step)]
@@ -203,6 +206,7 @@ class _Rethreshold:
         sources = [{**one, "kept": kept[one["source"], one["path"]]} for one in self.old.manifest["sources"]]
         counts = {
             "read": total + sum(reasons.values()),
+            "made": 0,
             "kept": total,
             "dropped": reasons,
             "splits": tally(table["split"].to_list()),

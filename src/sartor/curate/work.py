@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +24,7 @@ from sartor.core.records import Drop, Example, Origin, digest
 from sartor.curate import parts
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import Unit, read
-from sartor.curate.steps.contract import Counting, RowFunction, RowStep, SetStep
+from sartor.curate.steps.contract import Copy, CopyStep, Counting, RowFunction, RowStep, SetStep
 
 BATCH_ROWS = 1024
 
@@ -42,7 +42,7 @@ class Merged:
 class Task:
     """One piece of one pass. Of the first pass `unit` and `source` say what to read, of a later one `before` is the part.
 
-    gone, merged: by position in `before`. bytes: of the piece, for the progress line.
+    gone, merged: by position in `before`. With `copying`, one CopyStep or none, the part holds the copies and not the rows.
     """
 
     part: Path
@@ -56,6 +56,7 @@ class Task:
     before: Path | None = None
     gone: frozenset[int] = frozenset()
     merged: Mapping[int, Merged] = field(default_factory=dict)
+    copying: tuple[CopyStep, ...] = ()
 
 
 def execute(task: Task) -> dict[str, Any]:
@@ -74,10 +75,17 @@ def execute(task: Task) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=32)
-def _opened(step: Any, folder: Path) -> RowFunction:
+def _opened(step: Any, folder: Path) -> Any:
     """A step's function, once per process: opening may read a model."""
-    function: RowFunction = step.open(folder)
-    return function
+    return step.open(folder)
+
+
+class Coming(NamedTuple):
+    """A row that came through. `was`: the id that it came with if that is another. `changes`: of a copy, what is changed."""
+
+    row: Example
+    was: str = ""
+    changes: str = ""
 
 
 class _Line:
@@ -85,7 +93,7 @@ class _Line:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.functions = [(step.kind, _opened(step, task.folder)) for step in task.steps]  # type: ignore[arg-type]
+        self.functions: list[tuple[str, RowFunction]] = [(step.kind, _opened(step, task.folder)) for step in task.steps]  # type: ignore[arg-type]
         self.counting = {kind: function for kind, function in self.functions if isinstance(function, Counting)}
         for function in self.counting.values():
             function.tally.clear()
@@ -94,15 +102,24 @@ class _Line:
         self.notes: Counter[tuple[str, str]] = Counter()
         self.kept = 0
 
-    def rows(self) -> Iterator[tuple[str, Example]]:
-        """Rows that came through every step, each with the id that it came with if that is another."""
+    def rows(self) -> Iterator[Coming]:
+        """Rows that came through every step, or the copies of them."""
         for row in self._incoming():
-            outcome = through(row, self.functions)
-            if isinstance(outcome, Drop):
-                self.drops.append(outcome)
-            else:
+            for outcome in self._outcomes(row):
+                if isinstance(outcome, Drop):
+                    self.drops.append(outcome)
+                    continue
                 self.kept += 1
-                yield "" if outcome.id == row.id else row.id, outcome
+                if isinstance(outcome, Copy):
+                    yield Coming(outcome.row, row.id, outcome.changes)
+                else:
+                    yield Coming(outcome, "" if outcome.id == row.id else row.id)
+
+    def _outcomes(self, row: Example) -> Iterator[Example | Copy | Drop]:
+        if not self.task.copying:
+            yield through(row, self.functions)
+        for step in self.task.copying:
+            yield from _opened(step, self.task.folder)(row)  # type: ignore[arg-type]
 
     def _incoming(self) -> Iterator[Example]:
         task = self.task
@@ -153,13 +170,13 @@ def _write(line: _Line, folder: Path) -> None:
         index = _arrow(stack, folder / "index.arrow", parts.INDEX)
         files: list[Any] = []
         while True:
-            pairs = list(islice(coming, BATCH_ROWS))
-            batch = [row for _, row in pairs]
+            some = list(islice(coming, BATCH_ROWS))
+            batch = [one.row for one in some]
             tables = [step.sketch(batch, line.task.folder) for step in sets]
             files = files or [_arrow(stack, folder / f"sketch-{n}.arrow", table.schema) for n, table in enumerate(tables)]
             if batch:
                 writer.write_table(rows.examples_table(batch))
-                index.write_table(index_table(batch, [was for was, _ in pairs]))
+                index.write_table(index_table(some))
                 for file, table in zip(files, tables, strict=True):
                     file.write_table(table)
             if len(batch) < BATCH_ROWS:
@@ -171,19 +188,21 @@ def _arrow(stack: ExitStack, file: Path, schema: Any) -> Any:
     return stack.enter_context(pa.ipc.new_file(stack.enter_context(pa.OSFile(str(file), "wb")), schema))
 
 
-def index_table(batch: Sequence[Example], was: Sequence[str]) -> Any:
+def index_table(some: Sequence[Coming]) -> Any:
     """The columns of `parts.INDEX`. `group` is what may not straddle the split if the recipe splits by group: the row's own
     group, or where it has none its prompt (a document: itself); `own_group` is the row's own, perhaps empty.
     """
+    batch = [one.row for one in some]
     return pa.table(
         {
             "id": [row.id for row in batch],
-            "was": list(was),
+            "was": [one.was for one in some],
             "source": [row.origins[0].source for row in batch],
             "locator": [row.origins[0].locator for row in batch],
             "split": [row.split for row in batch],
             "group": [prompt_group(row) for row in batch],
             "own_group": [row.group for row in batch],
+            "changes": [one.changes for one in some],
         },
         schema=parts.INDEX,
     )

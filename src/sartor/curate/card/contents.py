@@ -54,6 +54,11 @@ class Contents:
         return int(self.counts.get("read", self.kept + sum(self.dropped.values())))
 
     @property
+    def made(self) -> int:
+        """Copies that steps made of rows, those among them that are Drops."""
+        return int(self.counts.get("made", 0))
+
+    @property
     def splits(self) -> dict[str, int]:
         """split -> rows, train first."""
         found = self.counts.get("splits")
@@ -91,7 +96,7 @@ class Contents:
         return ", ".join(names[:3]) + more or "Dataset"
 
     def stages(self) -> list[tuple[str, int, int]]:
-        """From read to kept: (step, rows left after it, rows that went in it)."""
+        """From read to kept: (step, rows left after it, rows that went in it). Rows that a step made are left after it."""
         lost: Counter[str] = Counter()
         for (step, _), count in self.drops.by_step.items():
             lost[step] += count
@@ -99,7 +104,7 @@ class Contents:
         order += sorted(set(lost) - set(order))
         stages, left = [("rows in the sources", self.read, 0)], self.read
         for step in order:
-            left -= lost[step]
+            left += int((self.steps.get(step) or {}).get("copies", 0)) - lost[step]
             if step != "read" or lost[step]:
                 stages.append(("unusable" if step == "read" else step, left, lost[step]))
         return [*stages, ("kept", self.kept, 0)]
@@ -111,8 +116,9 @@ class Contents:
             yield f"the manifest counts {self.kept:,} rows kept; examples/ holds {self.rows.kept:,}."
         if dropped != self.drops.total:
             yield f"the manifest counts {dropped:,} rows dropped; drops/ holds {self.drops.total:,}."
-        if self.read != self.kept + dropped:
-            yield f"{self.read:,} rows were read, {self.kept:,} kept and {dropped:,} dropped: these do not add up."
+        if self.read + self.made != self.kept + dropped:
+            made = f" and {self.made:,} made" if self.made else ""
+            yield f"{self.read:,} rows were read{made}, {self.kept:,} kept and {dropped:,} dropped: these do not add up."
 
     def labels(self) -> tuple[str, Counter[str]] | None:
         """What the rows are labelled with, if they are: (field of JSON replies or `reply`, label -> rows)."""

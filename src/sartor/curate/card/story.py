@@ -55,8 +55,11 @@ def sections(contents: Contents) -> list[Section]:
 
 def _lead(contents: Contents) -> Line:
     files = len(contents.sources)
+    kept = f"{contents.kept:,} of {contents.read:,} rows read"
+    if contents.made:
+        kept = f"{contents.kept:,} rows, made of {contents.read:,} rows read and {contents.made:,} changed copies of them,"
     return (
-        f"A dataset for tuning, written by Sartor: {contents.kept:,} of {contents.read:,} rows read"
+        f"A dataset for tuning, written by Sartor: {kept}"
         + (f" from {files:,} file{'s' if files != 1 else ''}" if files else "")
         + ". Every row that was dropped lies in drops/ with its reason; every number here can be recomputed from the files."
     ,)  # fmt: skip
@@ -66,9 +69,10 @@ def _headlines(contents: Contents) -> list[tuple[str, str]]:
     dropped = sum(contents.dropped.values())
     words = contents.rows.total_words("prompt"), contents.rows.total_words("reply")
     sources = len({file.get("source") for file in contents.sources})
+    rows, what = contents.read + contents.made, "rows and copies" if contents.made else "the rows read"
     shown = [
         (f"{contents.kept:,}", "rows kept"),
-        (f"{dropped:,}", f"dropped, {plots.percent(dropped / contents.read)} of the rows read" if contents.read else "dropped"),
+        (f"{dropped:,}", f"dropped, {plots.percent(dropped / rows)} of {what}" if rows else "dropped"),
         (_large(sum(words)), f"words, {_large(words[1])} of them in replies"),
     ]
     if sources:

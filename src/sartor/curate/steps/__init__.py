@@ -1,14 +1,16 @@
-"""Every step that a recipe may name. A new one is a file here and its class in one of these two unions."""
+"""Every step that a recipe may name. A new one is a file here and its class in one of these three unions."""
 
 from __future__ import annotations
 
 from typing import Any, TypeGuard, get_args
 
 from sartor.curate.steps.audio import Audio
+from sartor.curate.steps.augment_audio import AugmentAudio
+from sartor.curate.steps.augment_images import AugmentImages
 from sartor.curate.steps.boilerplate import Boilerplate
 from sartor.curate.steps.chat_quality import ChatQuality
 from sartor.curate.steps.contamination import Contamination
-from sartor.curate.steps.contract import SetStep
+from sartor.curate.steps.contract import CopyStep, SetStep
 from sartor.curate.steps.domain import Domain
 from sartor.curate.steps.exact import ExactDuplicates
 from sartor.curate.steps.image_duplicates import ImageDuplicates
@@ -36,9 +38,15 @@ AnySetStep = (
     | ImageDuplicates
     | SuspiciousLabels
 )
-Step = AnyRowStep | AnySetStep
+AnyCopyStep = AugmentImages | AugmentAudio
+Step = AnyRowStep | AnySetStep | AnyCopyStep
 
 
 def needs_all_rows(step: Any) -> TypeGuard[SetStep]:
     """Whether a step is a SetStep."""
     return isinstance(step, get_args(AnySetStep))
+
+
+def makes_copies(step: Any) -> TypeGuard[CopyStep]:
+    """Whether a step is a CopyStep."""
+    return isinstance(step, get_args(AnyCopyStep))

@@ -7,13 +7,15 @@ A `SetStep` needs all rows. `sketch` runs in the workers and makes a few columns
 sketches of all rows in their order, never the rows themselves, and returns Verdicts: which rows go and why, what shows it,
 and perhaps a RowStep (`then`) that the verdict asks for, such as taking the lines out that every row has.
 
+A `CopyStep` makes further rows of training rows, when all other steps are done and it is known which rows are held out.
+
 A new step is one new file with its class, and its name in the union in `steps/__init__.py`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -132,6 +134,37 @@ class SetStep(Protocol):
 
     def decide(self, gathered: Gathered) -> Verdicts:
         """What becomes of the rows. Deterministic. Raises GuardError when it would remove too much."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A row made of another: the same origins, group and split, and `changes` in words ("copy 2: rotated by 3.1 degrees")."""
+
+    row: Example
+    changes: str
+
+
+CopyFunction = Callable[[Example], Iterator[Copy | Drop]]
+
+
+class CopyStep(Protocol):
+    """A step that makes further rows of training rows. Of a held-out row none is made."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in a recipe."""
+        ...
+
+    @property
+    def rehearsal(self) -> bool:
+        """Whether rows of rehearsal sources are copied too."""
+        ...
+
+    def open(self, folder: Path) -> CopyFunction:
+        """The function, made once per worker, as pure as `RowStep.open`'s. It yields nothing for a row that has nothing to
+        change, and a Drop for a copy that cannot be made; the row itself stays as it is. Raises ConfigError, MissingError.
+        """
         ...
 
 

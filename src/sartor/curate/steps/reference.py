@@ -9,7 +9,7 @@ import inspect
 from typing import get_args
 
 from sartor.core import config
-from sartor.curate.steps import AnyRowStep, AnySetStep
+from sartor.curate.steps import AnyCopyStep, AnyRowStep, AnySetStep
 
 _HEAD = """# Steps of a curation recipe
 
@@ -19,11 +19,17 @@ Steps act in the order in which the recipe names them. A step is written `length
 `{kind: length, min_words: 3}`; a scalar or list stands for its first option (`{language: [en]}`).
 """
 
+_UNIONS = {
+    "Steps that look at one row": AnyRowStep,
+    "Steps that compare rows": AnySetStep,
+    "Steps that copy training rows": AnyCopyStep,
+}
+
 
 def lines(*, table: bool) -> list[str]:
     """Every step with its options: as tables, or as the plain list of a help text."""
     found = []
-    for title, union in (("Steps that look at one row", AnyRowStep), ("Steps that compare rows", AnySetStep)):
+    for title, union in _UNIONS.items():
         found += [f"## {title}", ""]
         for cls in get_args(union):
             kind = next(field.default for field in cls.__dataclass_fields__.values() if field.name == "kind")

@@ -1,0 +1,120 @@
+"""Rows made of training rows, by the CopySteps that end a recipe: when every other step is done and the split is known.
+
+A copy has the group, the split and the origins of its row, so it never straddles the split, and what revokes the row or its
+source reaches it. Copies that are equal to a row that stands, or to one another, are Drops: ids are unique in a Dataset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from sartor.curate.finish import Outcome
+from sartor.curate.parts import Part
+from sartor.curate.passes import Passes, Removed, State
+from sartor.curate.recipe import CurateRecipe
+from sartor.curate.steps import makes_copies
+from sartor.curate.steps.contract import CopyStep, Removal
+from sartor.curate.work import Merged, Task
+
+EVIDENCE = pa.schema([("id", pa.string()), ("parent", pa.string()), ("step", pa.string()), ("changes", pa.string())])
+
+
+@dataclass
+class Copies:
+    """The parts that hold copies, with the step that made each. removed: copies that equal another row."""
+
+    steps: list[CopyStep] = field(default_factory=list)
+    parts: list[tuple[CopyStep, Part]] = field(default_factory=list)
+    removed: list[Removed] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Copies made, those among them that are Drops."""
+        return sum(part.kept + int(part.summary["dropped"]) for _, part in self.parts)
+
+    @property
+    def kept(self) -> int:
+        """Copies that are rows of the Dataset."""
+        return sum(part.kept for _, part in self.parts) - len(self.removed)
+
+    def tables(self) -> Iterator[Any]:
+        """The copies that are kept, part by part, in the schema of `rows.EXAMPLES`."""
+        for _, part in self.parts:
+            yield self._left(part, part.table())
+
+    def evidence(self) -> Any:
+        """(id, parent, step, changes) of each copy that is kept."""
+        tables = [EVIDENCE.empty_table()]
+        for step, part in self.parts:
+            index = self._left(part, part.index)
+            kinds = pa.array([step.kind] * len(index), pa.string())
+            tables.append(pa.table([index["id"], index["was"], kinds, index["changes"]], schema=EVIDENCE))
+        return pa.concat_tables(tables)
+
+    def facts(self) -> dict[str, dict[str, int]]:
+        """Of each step: rows copied, copies made, and how many of those are Drops."""
+        found = {step.kind: {"rows": 0, "copies": 0, "dropped": 0} for step in self.steps}
+        for step, part in self.parts:
+            counts = found[step.kind]
+            counts["rows"] += len(part.index["was"].unique())
+            counts["copies"] += part.kept + int(part.summary["dropped"])
+            counts["dropped"] += int(part.summary["dropped"])
+        for one in self.removed:
+            found[one.step]["dropped"] += 1
+        return found
+
+    def _left(self, part: Part, table: Any) -> Any:
+        gone = {one.place for one in self.removed if one.part.path == part.path}
+        return table.take(pa.array([place for place in range(len(table)) if place not in gone], pa.int64())) if gone else table
+
+
+def made(passes: Passes, state: State, outcome: Outcome, recipe: CurateRecipe) -> Copies:
+    """Run the CopySteps of a recipe over the training rows. Rows of rehearsal sources are copied only where a step says so."""
+    rehearsal = {source.path for source in recipe.sources if source.rehearsal}
+    copies = Copies([step for step in recipe.steps if makes_copies(step)])
+    for step in copies.steps:
+        tasks = _tasks(state, outcome, step, set() if step.rehearsal else rehearsal)
+        copies.parts += [(step, part) for part in passes.copies(state, tasks)]
+    if copies.steps:
+        copies.removed = _equal(state, outcome, copies)
+    return copies
+
+
+def _tasks(state: State, outcome: Outcome, step: CopyStep, apart: set[str]) -> list[Task]:
+    """A task for each part: its training rows, as they are in the end, but for those of the sources `apart`. The folder of the
+    work is filled in where the tasks are run.
+    """
+    wanted: list[dict[int, Merged]] = [{} for _ in state.parts]
+    sources = [part.index["source"].to_pylist() for part in state.parts]
+    for row in outcome.living():
+        part, place = state.where(row)
+        if outcome.splits[row] == "train" and sources[part][place] not in apart:
+            more = outcome.merged.get(row, Merged((), "", ""))
+            wanted[part][place] = dataclasses.replace(more, split="train", group=outcome.groups[row])
+    return [
+        Task(
+            part=part.path, key=part.summary["key"], folder=Path(), steps=(), sets=(), before=part.path,
+            gone=frozenset(range(part.kept)) - some.keys(), merged=some, copying=(step,),
+        )
+        for part, some in zip(state.parts, wanted, strict=True)
+    ]  # fmt: skip
+
+
+def _equal(state: State, outcome: Outcome, copies: Copies) -> list[Removed]:
+    """Copies whose content a row of the Dataset or an earlier copy has."""
+    ids = pa.chunked_array([chunk for part in state.parts for chunk in part.index["id"].chunks], pa.string())
+    seen = set(ids.take(pa.array(list(outcome.living()), pa.int64())).to_pylist())
+    removed = []
+    for step, part in copies.parts:
+        for place, (copy, parent) in enumerate(zip(part.index["id"].to_pylist(), part.index["was"].to_pylist(), strict=True)):
+            if copy in seen:
+                removal = Removal(place, "exact_duplicate", f"a copy of {parent} with the same content", method="equal content")
+                removed.append(Removed(part, place, removal, step.kind, copy, len(state.moves), False))
+            seen.add(copy)
+    return removed
