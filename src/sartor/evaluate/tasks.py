@@ -31,6 +31,7 @@ from sartor.models import adapters, batches, composed, paths
 from sartor.models.base import Base, open_base
 from sartor.models.generate import generate
 from sartor.models.media import blank
+from sartor.models.native.media import is_native
 from sartor.models.sampling import Sampling
 
 Notice = Callable[[str], object]
@@ -177,7 +178,8 @@ def side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
     stack = ExitStack()
     if not tuned:
         stack.enter_context(model.disable_adapter())
-        stack.enter_context(blank(model))
+        if not is_native(model):  # which reads media without an adapter
+            stack.enter_context(blank(model))
     return stack
 
 
