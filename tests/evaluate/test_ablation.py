@@ -89,8 +89,23 @@ def report(made: Path, name: str) -> dict[str, Any]:
 
 
 def test_a_model_that_looks_pays_for_other_pictures_and_for_none(made: Path) -> None:
-    import polars; polars.Config.set_fmt_str_lengths(80); print(polars.read_parquet(made / "looks-report" / "rows.parquet").select("reference","base_reply","tuned_reply","tuned_loss"))
-    print((made / "looks" / "sartor.json").read_text()[-1800:]); import os; print(os.listdir(made/"looks"))
+    import polars
+
+    polars.Config.set_fmt_str_lengths(80)
+    print(
+        polars.read_parquet(made / "looks-report" / "rows.parquet").select(
+            "reference", "base_reply", "tuned_reply", "tuned_loss"
+        )
+    )
+    print((made / "looks" / "sartor.json").read_text()[-1800:])
+    import os
+
+    print(os.listdir(made / "looks"))
     found = report(made, "looks")
     print(json.dumps({k: found[k] for k in ("primary", "label", "metrics", "modalities", "ablation", "wall_s")}, indent=1))
-    print(json.dumps({k: report(made, "guesses")[k] for k in ("primary", "label", "metrics", "modalities", "ablation", "wall_s")}, indent=1))
+    print(
+        json.dumps(
+            {k: report(made, "guesses")[k] for k in ("primary", "label", "metrics", "modalities", "ablation", "wall_s")},
+            indent=1,
+        )
+    )

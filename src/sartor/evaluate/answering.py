@@ -20,6 +20,7 @@ from sartor.models.batches import Encoded
 from sartor.models.chat import Chat
 from sartor.models.generate import generate
 from sartor.models.media import blank
+from sartor.models.native.media import is_native
 from sartor.models.sampling import Sampling
 
 # A reply may be this much longer than the longest reference before it is cut (and then it is wrong anyway)
@@ -32,7 +33,8 @@ def side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
     stack = ExitStack()
     if not tuned:
         stack.enter_context(model.disable_adapter())
-        stack.enter_context(blank(model))
+        if not is_native(model):  # which reads media without an adapter
+            stack.enter_context(blank(model))
     return stack
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import safetensors
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
 
 from sartor.core.errors import ConfigError, ModelError
@@ -17,6 +18,7 @@ from sartor.models import composed, quantised
 from sartor.models.base import quiet
 from sartor.models.composed import ComposedMedia
 from sartor.models.media import MediaEmbedding, embedding_of
+from sartor.models.native.parts import Targeted
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -27,17 +29,20 @@ def inject_lora(
     rank: int,
     alpha: float,
     dropout: float,
-    targets: Sequence[str] | str,
+    targets: Sequence[str] | str | Targeted,
     seed: int,
     top_layers: int | None = None,
 ) -> Any:
     """`model` with fresh LoRA factors (Hu et al. 2021, arXiv:2106.09685): A random, B zero, so it computes as before.
 
-    targets: `all-linear` or names of linear modules (`q_proj`). top_layers: adapt only that many layers next to the head.
-    Factors are fp32 whatever the base's dtype is. A composed base's projectors are left as they are. Raises
-    ConfigError when the targets name no module of this model.
+    targets: `all-linear` or names of linear modules (`q_proj`), or of a native base what `parts.choose` chose. top_layers:
+    adapt only that many layers next to the head. Factors are fp32 whatever the base's dtype is, and so is what is trained
+    whole. A composed base's projectors are left as they are. Raises ConfigError when the targets name no module of this model.
     """
     torch.manual_seed(seed)
+    whole: tuple[str, ...] = ()
+    if isinstance(targets, Targeted):
+        targets, whole = targets.linear, targets.whole
     layers = _top(model, top_layers)
     if isinstance(targets, str) and (layers is not None or embedding_of(model)):
         targets = sorted(_linear_names(model))  # peft takes either all linear modules or some layers
@@ -48,12 +53,33 @@ def inject_lora(
         lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         layers_to_transform=layers,
+        modules_to_save=list(whole) or None,
     )
     if problem := _wrong_target(model, targets):
         known = ", ".join(sorted(_linear_names(model)))
         raise ConfigError(f"method.targets: {problem}", f"method.targets: all-linear, or some of {known}")
     with quiet():
-        return peft.get_peft_model(model, config)
+        return _widened(peft.get_peft_model(model, config))
+
+
+def _widened(model: Any) -> Any:
+    """`model` with what is trained whole in fp32, as factors are: in 16 bits small steps would be rounded away."""
+    dtype = model.get_output_embeddings().weight.dtype
+    for part in model.modules():
+        if isinstance(part, ModulesToSaveWrapper):
+            for copied in part.modules_to_save.values():
+                if any(weight.dtype != torch.float32 for weight in copied.parameters()):
+                    copied.float()
+                    copied.register_forward_pre_hook(lambda module, given: _cast(given, torch.float32))
+                    copied.register_forward_hook(lambda module, given, made: _cast(made, dtype))
+    return model
+
+
+def _cast(given: Any, dtype: torch.dtype) -> Any:
+    """Tensors of floating point, alone or in a tuple, in `dtype`."""
+    if isinstance(given, tuple):
+        return tuple(_cast(one, dtype) for one in given)
+    return given.to(dtype) if isinstance(given, torch.Tensor) and given.is_floating_point() else given
 
 
 def _linear_names(model: Any) -> set[str]:
@@ -65,7 +91,7 @@ def _linear_names(model: Any) -> set[str]:
 
 def _top(model: Any, count: int | None) -> list[int] | None:
     """Indices of the `count` layers next to the head, as peft wants them; None for all."""
-    layers = model.config.num_hidden_layers
+    layers = model.config.get_text_config().num_hidden_layers
     if count is None or count == layers:
         return None
     if count > layers:
@@ -95,7 +121,7 @@ def undo(model: Any) -> Any:
 def train_projectors(model: Any) -> None:
     """Let a composed base's projectors learn beside the factors."""
     embedding = embedding_of(model)
-    if embedding is not None:
+    if embedding is not None and isinstance(embedding.media, ComposedMedia):
         embedding.media.requires_grad_(True)
 
 
@@ -160,6 +186,8 @@ def open_adapter(model: Any, path: Path) -> Any:
         raise ModelError(f"the adapter {path} lacks {len(missing)} of its tensors, the first is {missing[0]}", _REMEDY)
     if surplus := sorted(set(weights) - set(held)):
         raise ModelError(f"{len(surplus)} tensors of the adapter {path} have no place, the first is {surplus[0]}", _REMEDY)
+    if any("modules_to_save" in name for name, _ in tuned.named_parameters()):
+        peft.set_peft_model_state_dict(_widened(tuned), weights)  # once more, into fp32
     return tuned.to(model.device).eval()
 
 

@@ -189,9 +189,15 @@ AttentionInterface.register("sartor_packed", packed_attention)
 @contextmanager
 def packing(model: Any) -> Iterator[None]:
     """Inside, `model` attends within segments (and makes no mask of its own); after, as before."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("sartor_packed")
+    text = decoder(model)
+    before = text.config._attn_implementation
+    text.set_attn_implementation("sartor_packed")
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        text.set_attn_implementation(before)
+
+
+def decoder(model: Any) -> Any:
+    """What of a model attends among tokens: the model itself, or beside towers its language model."""
+    return model if model.config.get_text_config(decoder=True) is model.config else model.get_decoder()

@@ -27,7 +27,10 @@ from sartor.core.errors import ConfigError, ModelError
 from sartor.models import quantised
 from sartor.models.chat import Chat
 from sartor.models.converted import make_once
-from sartor.models.media import Media
+from sartor.models.media import Media, MediaEmbedding
+from sartor.models.native import opening
+from sartor.models.native.media import NativeMedia
+from sartor.models.native.turns import NativeChat
 
 
 @dataclass
@@ -115,8 +118,21 @@ def open_base(
     if ref.gguf or ref.name == bases.STARTER:
         convert(ref, notice)
     device = device or best_device()
-    model = _load(ref.path, bits, device).requires_grad_(False).eval()
+    config = _config(ref.path)
+    native = opening.is_native(ref.path, config)
+    kind = transformers.AutoModelForMultimodalLM if native else transformers.AutoModelForCausalLM
+    model = _load(ref.path, config, kind, bits, device).requires_grad_(False).eval()
+    if native:
+        return _seeing(ref, model, device)
     return Base(ref, model, open_chat(ref.path, model.generation_config), device)
+
+
+def _seeing(ref: bases.BaseRef, model: Any, device: torch.device) -> Base:
+    """A native multi-modal base."""
+    processor = opening.open_processor(ref.path, model.config)
+    media = NativeMedia(processor, model)
+    model.set_input_embeddings(MediaEmbedding(model.get_input_embeddings(), media))
+    return Base(ref, model, NativeChat(processor.tokenizer, media, _stops(model.generation_config)), device, media)
 
 
 def open_chat(path: Path, generation_config: Any = None) -> Chat:
@@ -125,11 +141,15 @@ def open_chat(path: Path, generation_config: Any = None) -> Chat:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises its own, undocumented kinds
         raise ModelError(f"{path} has no usable tokenizer: {first_line(error)}", "save the tokenizer beside it") from None
+    return Chat(tokenizer, _stops(generation_config))
+
+
+def _stops(generation_config: Any) -> list[int]:
     stops = getattr(generation_config, "eos_token_id", None)
-    return Chat(tokenizer, stops if isinstance(stops, list) else [stops] if stops is not None else [])
+    return stops if isinstance(stops, list) else [stops] if stops is not None else []
 
 
-def _load(path: Path, bits: int | str, device: torch.device) -> Any:
+def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.device) -> Any:
     fixed: dict[int | str, torch.dtype] = {16: torch.bfloat16, 32: torch.float32}
     dtype = fixed.get(bits) or best_dtype(device)
     how: dict[str, Any] = {"dtype": dtype}
@@ -141,9 +161,9 @@ def _load(path: Path, bits: int | str, device: torch.device) -> Any:
     problem = ""
     with quiet(), copied_while_read() if dtype != torch.bfloat16 or bits in quantised.KINDS else contextlib.nullcontext():
         try:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            model, info = kind.from_pretrained(
                 str(path),
-                config=_config(path),
+                config=config,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -173,7 +193,12 @@ def _config(path: Path) -> Any:
 
     A converted GGUF base still says that it is quantised as the file was, and transformers would then refuse 4 or 8 bits.
     """
-    config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a cut file, an unknown architecture: each its own kind
+        problem = f"{path} cannot be opened as a causal language model: {first_line(error)}"
+        raise ModelError(problem, "check that its files are whole") from None
+    config = opening.thinker(config)
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "gguf":
         del config.quantization_config
     return config

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ PLAIN_TEMPLATE = (
 # Mixed case, so that a template that changes the case of replies does not leave it whole
 _SENTINEL = "SartorSentinel0{}0sentinelSartoR"
 # Characters for private use: the n-th media part of a conversation
-_MARK, _MARKED = "\ue000{}\ue001", re.compile("\ue000([0-9]+)\ue001")
+MARK, _MARKED = "\ue000{}\ue001", re.compile("\ue000([0-9]+)\ue001")
 _PRIVATE = re.compile("[\ue000\ue001]")
 Seen = Sequence[list[int]]
 
@@ -94,7 +95,7 @@ class Chat:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    _plain(messages),
+                    self._turns(messages),
                     chat_template=self.template,
                     tools=json.loads(tools) if tools else None,
                     tokenize=False,
@@ -220,10 +221,7 @@ class Chat:
         it goes: a template that leaves a part out, or says it twice, would have the model see other media than the row has.
         """
         pieces: list[tuple[int, int, int]] = []
-        reached, marks = 0, list(_MARKED.finditer(text))
-        if [int(mark[1]) for mark in marks] != list(range(len(marks))) or len(marks) > len(seen):
-            problem = f"the chat template writes {len(marks)} media where the turns hold {len(seen)}, or in another order"
-            raise SourceError(problem, "use a base whose template writes every part once")
+        reached, marks = 0, self.marks(text, seen)
         ends = [*(mark.start() for mark in marks), len(text)]
         for place, end in enumerate(ends):
             begin = marks[place - 1].end() if place else 0
@@ -234,6 +232,15 @@ class Chat:
                 pieces.append((token, min(begin + start, reached), begin + stop))
                 reached = begin + stop
         return pieces
+
+    @staticmethod
+    def marks(text: str, seen: Seen) -> list[re.Match[str]]:
+        """The marks in a text. Raises SourceError unless they stand in order, and no more than there are media."""
+        marks = list(_MARKED.finditer(text))
+        if [int(mark[1]) for mark in marks] != list(range(len(marks))) or len(marks) > len(seen):
+            problem = f"the chat template writes {len(marks)} media where the turns hold {len(seen)}, or in another order"
+            raise SourceError(problem, "use a base whose template writes every part once")
+        return marks
 
     def _pieces(self, text: str, *, is_first: bool) -> list[tuple[int, int, int]]:
         """(token, start, end) as the tokenizer gives them. Behind a media no tokenizer adds its opening space."""
@@ -275,6 +282,27 @@ class Chat:
     def _opens_with_bos(self) -> bool:
         return self.tokenizer.bos_token_id is not None and self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id
 
+    def _turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages as chat templates of text models expect them: content is text, with a mark for each media part."""
+        self.check_private(messages)
+        places = itertools.count()
+        return [
+            with_content(
+                message,
+                "".join(part.text if part.kind == "text" else MARK.format(next(places)) for part in message.content),
+            )
+            for message in messages
+        ]
+
+    @staticmethod
+    def check_private(messages: Sequence[Message]) -> None:
+        """Raises SourceError where a text beside media holds what a mark is made of."""
+        parts = [part for message in messages for part in message.content]
+        if any(part.kind != "text" for part in parts) and any(_PRIVATE.search(part.text) for part in parts):
+            raise SourceError(
+                "a text beside media holds characters for private use (U+E000, U+E001)", "take them out: repair_text"
+            )
+
     def _end_of_turn(self) -> int | None:
         """The token that the template writes right after a reply, if it is a special one."""
         sentinel = _SENTINEL.format("end")
@@ -305,24 +333,8 @@ def _check_media(ids: Sequence[int], seen: Seen) -> None:
         raise SourceError(problem, "use a base whose template writes every part once")
 
 
-def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates of text models expect them: content is text, with a mark for each media part."""
-    made, marks = [], 0
-    for message in messages:
-        content = ""
-        for part in message.content:
-            if part.kind == "text":
-                content += part.text
-                continue
-            content += _MARK.format(marks)
-            marks += 1
-        made.append(_with_content(message, content))
-    if marks and any(_PRIVATE.search(part.text) for message in messages for part in message.content):
-        raise SourceError("a text beside media holds characters for private use (U+E000, U+E001)", "take them out: repair_text")
-    return made
-
-
-def _with_content(message: Message, content: str) -> dict[str, Any]:
+def with_content(message: Message, content: Any) -> dict[str, Any]:
+    """A message as chat templates expect it."""
     plain: dict[str, Any] = {"role": message.role, "content": content}
     if message.name:
         plain["name"] = message.name

@@ -178,6 +178,10 @@ class ComposedMedia(torch.nn.Module):
             made |= dict(zip(own, projector(torch.cat(parts)).split(sizes), strict=True))
         return [made[key] for key in keys]
 
+    def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
+        """See `media.Media`: the embedding knows virtual ids, and whether they are blank."""
+        return {"input_ids": ids}
+
     def calibrate(self, keys: Sequence[int]) -> None:
         """Take the mean and the spread of every channel from these media, at most CALIBRATED of each kind."""
         for kind in self.projectors:

@@ -17,6 +17,9 @@ from transformers import DynamicCache
 
 from sartor.core.errors import ModelError
 from sartor.models.adapters import without_peft
+from sartor.models.media import embedding_of
+from sartor.models.native import replies as native_replies
+from sartor.models.native.media import NativeMedia
 from sartor.models.sampling import Sampling
 
 
@@ -93,7 +96,7 @@ def generate(
     Raises ModelError when a prompt and its reply cannot fit the model's context. `progress` is told of finished rows.
     """
     sampling = sampling or Sampling()
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max((len(prompt) for prompt in prompts), default=0)
     if context and longest + sampling.max_tokens > context:
         raise ModelError(
@@ -101,14 +104,44 @@ def generate(
             f"positions; the model has {context}",
             f"shorten the prompt, or ask for at most {max(context - longest, 0)} tokens",
         )
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     choose = Chooser(sampling, len(prompts))
-    replies: dict[int, Generation] = {}
+    replies = _by_own_forward(model, prompts, stop, pad, choose)
+    progress(len(replies))
+    by_length = sorted((index for index in range(len(prompts)) if index not in replies), key=lambda index: len(prompts[index]))
     for start in range(0, len(by_length), batch_rows):
         rows = by_length[start : start + batch_rows]
         replies.update(_generate_batch(model, {row: prompts[row] for row in rows}, set(stop), pad, choose))
         progress(len(rows))
     return [replies[index] for index in range(len(prompts))]
+
+
+def _by_own_forward(
+    model: Any, prompts: Sequence[Sequence[int]], stop: Sequence[int], pad: int, choose: Chooser
+) -> dict[int, Generation]:
+    """Replies of a native multi-modal base that it does not give in batches: by its own forward, one at a time."""
+    embedding = embedding_of(model)
+    if embedding is None or not isinstance(embedding.media, NativeMedia):
+        return {}
+    media, inside, made = embedding.media, without_peft(model), {}
+    for row, prompt in enumerate(prompts):
+        if native_replies.is_plain(inside, media, prompt):
+            continue
+
+        def chosen(logits: torch.Tensor, row: int = row) -> int:
+            _check_finite(logits)
+            return choose(logits, [row])[0]
+
+        ids = native_replies.reply(inside, media, prompt, stop, pad, choose.sampling.max_tokens, chosen)
+        has_ended = bool(ids) and ids[-1] in set(stop)
+        made[row] = Generation(ids[:-1] if has_ended else ids, "stop" if has_ended else "length")
+    return made
+
+
+def _check_finite(logits: torch.Tensor) -> None:
+    if not torch.isfinite(logits.amax(-1)).all():
+        raise ModelError(
+            "the model's logits are not finite: its weights or the adapter are broken", "tune again, or use another base"
+        )
 
 
 @torch.inference_mode()
@@ -129,10 +162,7 @@ def _generate_batch(
     while alive:
         arguments = {cache_argument: cache, "use_cache": True, "logits_to_keep": 1}
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments).logits[:, -1]
-        if not torch.isfinite(logits.amax(-1)).all():
-            raise ModelError(
-                "the model's logits are not finite: its weights or the adapter are broken", "tune again, or use another base"
-            )
+        _check_finite(logits)
         tokens = choose(logits, alive)
         keep = []
         for place, (row, token) in enumerate(zip(alive, tokens, strict=True)):

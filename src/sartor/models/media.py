@@ -83,6 +83,10 @@ class Media(Protocol):
         """Per key (T, D) embeddings of its tokens, in the width of the text's."""
         ...
 
+    def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
+        """What the model's own forward takes for one row of (1, T) ids. is_blank: without what media show."""
+        ...
+
 
 class MediaEmbedding(torch.nn.Module):
     """The text's embedding, and that of virtual ids: a base with it in place of its own takes ids of both kinds."""
@@ -120,6 +124,15 @@ def embedding_of(model: Any) -> MediaEmbedding | None:
     """The MediaEmbedding of a model, if it has one."""
     embedding = model.get_input_embeddings()
     return embedding if isinstance(embedding, MediaEmbedding) else None
+
+
+def own_inputs(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `model` itself takes for one row of (1, T) ids."""
+    embedding = embedding_of(model)
+    if embedding is None:
+        return {"input_ids": ids}
+    found: dict[str, torch.Tensor] = embedding.media.inputs(ids, is_blank=embedding.is_blank)
+    return found
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 
 from sartor.core.home import folder
 from sartor.models import batches, kernels
-from sartor.models.attention import packing
+from sartor.models.attention import decoder, packing
 from sartor.models.base import quiet
 from sartor.models.batches import Encoded
 from sartor.models.forward import Fast
@@ -168,7 +168,7 @@ def with_recompute(path: General) -> General:
     # Only the reentrant kind needs it; here it would send gradients below the lowest adapted layer
     model.disable_input_require_grads()
     # the layers are called again in the backward pass, when `packing` has long been left
-    model.set_attn_implementation("sartor_packed")
+    decoder(model).set_attn_implementation("sartor_packed")
     path.reason += f"; {RECOMPUTED}"
     return path
 

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
+from sartor.core.errors import ConfigError
 from sartor.core.home import folder
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
 from sartor.models.composed import ComposedMedia, compose, open_towers
 from sartor.models.media import keys_in
+from sartor.models.native import parts
+from sartor.models.native.media import NativeMedia
 from sartor.models.shelf import Shelf
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import Recipe, Targets
 from sartor.tune.rows import Rows
 
 Notice = Callable[[str], object]
@@ -40,16 +43,31 @@ def calibrate(base: Base, data: Rows) -> None:
 
 def adapted(recipe: Recipe, base: Base) -> Any:
     """The base's model with fresh factors, and what else of it the recipe trains."""
-    method = recipe.method
+    method, asked = recipe.method, recipe.method.targets
+    is_native = isinstance(base.media, NativeMedia)
+    if not is_native:
+        _check_parts(asked)
     model = adapters.inject_lora(
         base.model,
         rank=method.rank,
         alpha=method.alpha,
         dropout=method.dropout,
-        targets=method.targets.modules,
-        top_layers=method.targets.top,
+        targets=_parts(base.model, asked) if is_native else asked.modules,
+        top_layers=None if is_native else asked.top,
         seed=recipe.seed,
     )
-    if method.targets.projector == "full":
+    if asked.projector == "full" and not is_native:
         adapters.train_projectors(model)
     return model
+
+
+def _parts(model: Any, asked: Targets) -> parts.Targeted:
+    return parts.choose(model, asked.modules, asked.top, asked.projector, asked.tower)
+
+
+def _check_parts(asked: Targets) -> None:
+    """Raise ConfigError for what only a native multi-modal base can train."""
+    for name, value in (("projector", asked.projector), ("tower", asked.tower)):
+        if value == "all-linear":
+            problem = f"method.targets.{name} is all-linear, which native multi-modal bases alone can train"
+            raise ConfigError(problem, "targets: {language: all-linear, projector: full, tower: none}")

@@ -81,8 +81,10 @@ class Targets:
     modules: str | tuple[str, ...] = option("all-linear", "all-linear, or names of linear modules")
     layers: str = option("all", "all, or top-N: the N layers next to the head, so that the layers below stay frozen")
     language: Language | None = option(None, "the same two, beside the other parts: all-linear, names, or {modules:, layers:}")
-    projector: Literal["full", "none"] = option("full", "what turns media into tokens: trained whole, or frozen")
-    tower: Literal["none"] = option("none", "the encoders of media stay frozen")
+    projector: Literal["full", "all-linear", "none"] = option(
+        "full", "what turns media into tokens: trained whole, by an adapter (native bases), or frozen"
+    )
+    tower: Literal["all-linear", "none"] = option("none", "the encoders of media: frozen, or an adapter (native bases)")
 
     def __post_init__(self) -> None:
         if self.language:

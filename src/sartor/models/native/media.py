@@ -1,0 +1,239 @@
+"""Media of a native base: its own processor says which tokens a picture or a recording has, its own forward what they mean.
+
+A placeholder of the processor becomes a virtual id (`models/media.py`). `embedded` is what the model itself puts in the
+places of placeholders before its first layer, taken where it enters the decoder. Where a model does more with media than
+that (positions in two dimensions, attention both ways, features for deeper layers), `inputs` turns a row back into what its
+own forward takes; which of the two is right is measured (`batches.agrees`, `replies.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sartor.core import pictures, sounds
+from sartor.core.errors import MediaError, ModelError, SourceError
+from sartor.core.records import Part
+from sartor.models.media import PLACE_BITS, content_of, embedding_of, key_of, keys_in, virtual_ids
+
+# Of decoded media and of embeddings that are kept in memory; the others are made again
+HELD_BYTES = 1 << 29
+KINDS = ("image", "audio")
+
+
+class Written(list[int]):
+    """The ids of one media, and `text`: what the processor writes for it, placeholders and what stands around them."""
+
+    def __init__(self, ids: Sequence[int], text: str) -> None:
+        super().__init__(ids)
+        self.text = text
+
+
+class Held:
+    """Things by key, the latest of them as long as there is room."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._things: OrderedDict[int, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: int) -> Any:
+        """What is held, or None."""
+        if key not in self._things:
+            return None
+        self._things.move_to_end(key)
+        return self._things[key][0]
+
+    def put(self, key: int, thing: Any, size: int) -> None:
+        """Hold `thing`, of `size` bytes."""
+        self._things[key] = (thing, size)
+        self._room -= size
+        while self._room < 0 and len(self._things) > 1:
+            self._room += self._things.popitem(last=False)[1][1]
+
+
+class _Reached(Exception):
+    """The decoder was reached: what goes into it is known, and the rest need not be computed."""
+
+
+class NativeMedia:
+    """See `media.Media`. `plain`: by kinds of media, whether their embeddings are all that the model makes of them."""
+
+    def __init__(self, processor: Any, model: Any) -> None:
+        self._processor, self._model = processor, model
+        self.tokens = {kind: str(token) for kind in KINDS if (token := getattr(processor, f"{kind}_token", None)) is not None}
+        self.placeholders = {kind: self._placeholder(kind) for kind in self.tokens}
+        self.plain: dict[frozenset[str], bool] = {}
+        self._origins: dict[int, tuple[Part, Path | None]] = {}
+        self._counts: dict[int, int] = {}
+        self._decoded, self._embeddings = Held(HELD_BYTES), Held(HELD_BYTES)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """See `media.Media`."""
+        return tuple(self.tokens)
+
+    def said(self) -> dict[str, dict[str, Any]]:
+        """See `media.Media`: the towers are the base's own."""
+        return {}
+
+    def ids(self, part: Part, folder: Path | None) -> Written:
+        """See `media.Media`."""
+        if part.kind not in self.tokens:
+            raise SourceError(f"this base reads no {part.kind}", "use a base that does, or leave these rows out")
+        content = content_of(part, folder)
+        key = key_of(f"native:{part.kind}", hashlib.sha256(content).hexdigest())
+        self._origins[key] = (part, folder)
+        self._decode(key, content)
+        made = self._process([key], None)
+        found = made.get("text_replacement_offsets")
+        text = found[0][0]["replacement"] if found else self.tokens[part.kind]
+        tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        self._counts[key] = tokens.count(self.placeholders[part.kind])
+        virtual = iter(virtual_ids(key, self._counts[key]))
+        return Written([next(virtual) if token == self.placeholders[part.kind] else token for token in tokens], text)
+
+    def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
+        """See `media.Media`. Raises ModelError where the decoder of this model is not given embeddings."""
+        is_learnt = torch.is_grad_enabled() and any(part.requires_grad for part in self._model.parameters())
+        found = {key: None if is_learnt else self._embeddings.get(key) for key in keys}
+        if lacking := [key for key, held in found.items() if held is None]:
+            ids: list[int] = []
+            for key in lacking:  # a plain token between them: neighbours of a kind would be one media to some models
+                ids += [self._between, *virtual_ids(key, self._counts[key])]
+            made = self._entering(torch.tensor([ids], device=self._model.device))
+            virtual = torch.tensor([token < 0 for token in ids], device=made.device)
+            parts = made[virtual].split([self._counts[key] for key in lacking])
+            for key, part in zip(lacking, parts, strict=True):
+                found[key] = part
+                if not part.requires_grad and not self._is_tuned:
+                    self._embeddings.put(key, part.clone(), part.nbytes)
+        return [found[key] for key in keys]
+
+    def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
+        """What the model's own forward takes for one row of (1, T) ids. is_blank: media are given as zeros."""
+        row = ids[0].tolist()
+        keys = keys_in(row)
+        if not keys:
+            return {"input_ids": ids}
+        kinds = {key: self._origins[key][0].kind for key in keys}
+        own = [token if token >= 0 else self.placeholders[kinds[(-1 - token) >> PLACE_BITS]] for token in row]
+        made = self._process(keys, own)
+        made.pop("text_replacement_offsets", None)
+        dtype = self._model.get_output_embeddings().weight.dtype
+        placed = {}
+        for name, tensor in made.items():
+            if tensor.is_floating_point():
+                tensor = torch.zeros_like(tensor, dtype=dtype) if is_blank else tensor.to(dtype)
+            placed[name] = tensor.to(self._model.device)
+        return placed
+
+    def kinds_of(self, keys: Sequence[int]) -> frozenset[str]:
+        """The kinds of some media."""
+        return frozenset(self._origins[key][0].kind for key in keys)
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self._processor.tokenizer
+
+    @property
+    def _is_tuned(self) -> bool:
+        """Whether a part that makes embeddings learns, so that they change."""
+        decoder = {id(part) for part in self._model.get_decoder().parameters()}
+        return any(part.requires_grad and id(part) not in decoder for part in self._model.parameters())
+
+    @property
+    def _between(self) -> int:
+        return next(token for token in range(1, 9) if token not in self.placeholders.values())
+
+    def _placeholder(self, kind: str) -> int:
+        """The id that is repeated for each feature: not always that of the token that a template writes (Gemma 3)."""
+        found = [token for token in getattr(self._processor, f"{kind}_token_ids") if token is not None]
+        if len(found) != 1:
+            raise ModelError(f"the processor has {len(found)} placeholders for {kind}, and one is expected", "another base")
+        return int(found[0])
+
+    def _decode(self, key: int, content: bytes | None) -> Any:
+        if (held := self._decoded.get(key)) is not None:
+            return held
+        part, folder = self._origins[key]
+        content = content_of(part, folder) if content is None else content
+        if part.kind == "image":
+            image = pictures.open_image(content)
+            self._decoded.put(key, image, image.width * image.height * 3)
+            return image
+        sound = sounds.read_sound(content, self._rate)
+        self._decoded.put(key, sound, sound.nbytes)
+        return sound
+
+    @property
+    def _rate(self) -> int:
+        names = [name for name in ("feature_extractor", "audio_processor") if name in self._processor.get_attributes()]
+        return int(getattr(self._processor, names[0]).sampling_rate)
+
+    def _process(self, keys: Sequence[int], ids: list[int] | None) -> dict[str, Any]:
+        """The processor's tensors for media in order, with `ids` in place of the tokens of its text if given."""
+        kinds = [self._origins[key][0].kind for key in keys]
+        processor = copy.copy(self._processor)
+        processor.tokenizer = _Given(self._tokenizer, ids)
+        media: dict[str, list[Any]] = {"images": [], "audio": []}
+        for key, kind in zip(keys, kinds, strict=True):
+            media["images" if kind == "image" else kind].append(self._decode(key, None))
+        text = "".join(self.tokens[kind] for kind in kinds)
+        given = {name: found for name, found in media.items() if found}
+        try:
+            made = processor(text=[text], return_tensors="pt", return_text_replacement_offsets=True, **given)
+        except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            problem = f"the base's processor refuses it: {said}"
+            raise MediaError(f"unreadable_{kinds[0]}", problem, "leave the row out, or scale the media") from None
+        return dict(made)
+
+    def _entering(self, ids: torch.Tensor) -> torch.Tensor:
+        """(T, D) what enters the decoder for a row."""
+        entered: list[torch.Tensor] = []
+
+        def catch(module: Any, positional: Any, named: dict[str, Any]) -> None:
+            if named.get("inputs_embeds") is not None:
+                entered.append(named["inputs_embeds"][0])
+            raise _Reached
+
+        hook = self._model.get_decoder().register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            self._model(**self.inputs(ids), use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        if not entered:
+            raise ModelError("this base's decoder is given no embeddings", "its rows are computed one at a time")
+        return entered[0]
+
+
+def is_native(model: Any) -> bool:
+    """Whether a model is a native multi-modal base, with an adapter or without."""
+    embedding = embedding_of(model)
+    return embedding is not None and isinstance(embedding.media, NativeMedia)
+
+
+class _Given:
+    """A tokenizer that says of any text that it has these ids."""
+
+    def __init__(self, tokenizer: Any, ids: list[int] | None) -> None:
+        self._tokenizer, self._ids = tokenizer, ids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        options.pop("return_tensors", None)
+        coded = self._tokenizer(text, **options)
+        if self._ids is not None:
+            coded["input_ids"], coded["attention_mask"] = [self._ids], [[1] * len(self._ids)]
+            coded.pop("token_type_ids", None)
+        return coded

@@ -1,0 +1,71 @@
+"""Which bases are native multi-modal models, and their processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from sartor.core.errors import ModelError, need
+
+_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def thinker(config: Any) -> Any:
+    """Of an omni model the part that reads and writes text; any other config as it is."""
+    return getattr(config, "thinker_config", config)
+
+
+def is_native(path: Path, config: Any) -> bool:
+    """Whether the base in `path` reads media by itself. Without a processor's files it is read as text, if it can be."""
+    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return False
+    if any((path / name).is_file() for name in _FILES):
+        return True
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    problem = f"{path} is a {config.model_type} model without a processor, so what it sees cannot be made ready"
+    raise ModelError(problem, "save the processor beside it: AutoProcessor.from_pretrained(...).save_pretrained(...)")
+
+
+def open_processor(path: Path, config: Any) -> Any:
+    """The processor in a base's directory. Raises ModelError; ExtraError where it needs torchvision.
+
+    Pictures are prepared by Pillow wherever there is a way by it: what a model sees then does not depend on what else is
+    installed. A part that prepares videos is left out, since none are read.
+    """
+    try:
+        kind = PROCESSOR_MAPPING[type(config)]
+        parts = [_part(path, config, name) for name in kind.get_attributes()]
+        settings, unused = kind.get_processor_dict(str(path), local_files_only=True)
+        return _without_video(kind).from_args_and_dict(parts, settings, **unused)
+    except ImportError as error:
+        if "torchvision" in str(error).lower():
+            raise need("torchvision", "multimodal") from None
+        raise
+    except Exception as error:  # each part of a processor raises its own kinds
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise ModelError(f"{path} has no usable processor: {said}", "save the processor beside the model") from None
+
+
+def _part(path: Path, config: Any, name: str) -> Any:
+    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if "tokenizer" in name:
+        return transformers.AutoTokenizer.from_pretrained(str(path), **where)
+    if name == "image_processor":
+        return transformers.AutoImageProcessor.from_pretrained(str(path), backend="pil", **where)
+    if name == "video_processor":
+        return None
+    return transformers.AutoFeatureExtractor.from_pretrained(str(path), **where)
+
+
+def _without_video(kind: Any) -> Any:
+    """`kind` of processor, which takes None in the place of a part."""
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        return None if part is None else kind.check_argument_for_proper_class(self, name, part)
+
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})

@@ -1,0 +1,127 @@
+"""Which modules of a native base are its language model, its projector and its tower: what `targets` of a recipe names.
+
+The language model is what transformers calls the decoder. A projector is a module with a name of PROJECTORS outside of it; all
+else but the LM head is the tower. So an architecture whose projector has a name of its own is one new entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sartor.core.errors import ConfigError
+
+PROJECTORS = {
+    "multi_modal_projector",  # LLaVA, LLaVA-NeXT, OneVision, Gemma 3, Llama vision, Qwen2-Audio, InternVL, Voxtral, ...
+    "connector",  # Idefics 3, SmolVLM
+    "merger",  # Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen2.5-Omni
+    "deepstack_merger_list",  # Qwen3-VL
+    "embed_vision",  # Gemma 3n
+    "embed_audio",
+    "proj",  # Qwen2.5-Omni's audio tower; a patch embedding of that name is none
+    "projector",  # Granite Speech
+    "img_projection_up",  # Phi-4 multimodal
+    "img_projection_down",
+    "up_proj_for_speech",
+    "down_proj_for_speech",
+    "up_proj_for_vision_speech",
+    "down_proj_for_vision_speech",
+}
+
+
+@dataclass(frozen=True)
+class Targeted:
+    """What of a native base learns: names of linear modules that get factors, and of modules that are trained whole."""
+
+    linear: tuple[str, ...]
+    whole: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Names of modules. decoder: the language model; language, projector_linear, tower: linear modules; projector: whole."""
+
+    decoder: str
+    language: tuple[str, ...]
+    projector: tuple[str, ...]
+    projector_linear: tuple[str, ...]
+    tower: tuple[str, ...]
+
+
+def parts_of(model: Any) -> Parts:
+    """The parts of a native base without an adapter."""
+    names = {id(module): name for name, module in model.named_modules()}
+    decoder, head = names[id(model.get_decoder())], model.get_output_embeddings()
+    projector = tuple(_projectors(model, decoder))
+    linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not head]
+    ours = [name for name in linear if any(_is_in(name, one) for one in projector)]
+    language = [name for name in linear if _is_in(name, decoder) and name not in ours]
+    tower = [name for name in linear if name not in ours and name not in language]
+    return Parts(decoder, tuple(language), projector, tuple(ours), tuple(tower))
+
+
+def choose(model: Any, language: Sequence[str] | str, top: int | None, projector: str, tower: str) -> Targeted:
+    """What the `targets` of a recipe name. Raises ConfigError where this base has no such part."""
+    parts = parts_of(model)
+    linear = _language(model, parts, language, top)
+    for name, asked, found in (("projector", projector, parts.projector), ("tower", tower, parts.tower)):
+        if asked != "none" and not found:
+            raise ConfigError(f"method.targets.{name} is {asked}, and this base has no {name}", f"targets: {{{name}: none}}")
+    if projector == "all-linear":
+        linear += parts.projector_linear
+    if tower == "all-linear":
+        linear += parts.tower
+    return Targeted(linear, parts.projector if projector == "full" else ())
+
+
+def _language(model: Any, parts: Parts, wanted: Sequence[str] | str, top: int | None) -> tuple[str, ...]:
+    found = parts.language
+    if top is not None:
+        layers = len(model.get_decoder().layers)
+        if top > layers:
+            raise ConfigError(f"method.targets.layers: top-{top}, and the base has {layers} layers", f"layers: top-{layers}")
+        above = [f"{parts.decoder}.layers.{place}" for place in range(layers - top, layers)]
+        found = tuple(name for name in found if any(_is_in(name, layer) for layer in above))
+    if isinstance(wanted, str):
+        return found
+    for target in wanted:
+        if not any(_ends(name, target) for name in parts.language):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in parts.language}))
+            problem = f"method.targets: {target!r} names no module of this base's language model"
+            raise ConfigError(problem, f"method.targets: all-linear, or some of {known}")
+    return tuple(name for name in found if any(_ends(name, target) for target in wanted))
+
+
+def _projectors(model: Any, decoder: str) -> Iterator[str]:
+    """Names of the outermost projectors; of a list of modules each member, since a list cannot be trained as one."""
+    taken: list[str] = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] not in PROJECTORS or any(_is_in(name, one) for one in taken):
+            continue
+        # a parameter-free one has nothing to learn; a convolution is a patch embedding
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d) or not any(True for _ in module.parameters()):
+            continue
+        if _is_in(name, decoder) and _is_layer(name, decoder):
+            continue
+        if not isinstance(module, torch.nn.ModuleList):
+            taken.append(name)
+            yield name
+            continue
+        for place in range(len(module)):
+            taken.append(f"{name}.{place}")
+            yield f"{name}.{place}"
+
+
+def _is_layer(name: str, decoder: str) -> bool:
+    return name.removeprefix(f"{decoder}.").startswith("layers.")
+
+
+def _is_in(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.") or not outer
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

@@ -1,0 +1,148 @@
+"""A native base's chat: the processor's template, with content in the form that it takes, and each media as the processor
+writes it.
+
+The template writes a placeholder for each part; it becomes a mark (`models/chat.py`), so that what is learnt is found as in
+any base. When the text is tokenised the mark stands for all that the processor writes there, and the whole row is tokenised
+as one: the tokens are those of the processor itself.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from sartor.core.errors import SourceError
+from sartor.core.records import Message
+from sartor.models.chat import MARK, Chat, Seen, with_content
+from sartor.models.native.media import NativeMedia
+
+_PROBE = "SartorProbe0SartoR"
+_AS_LIST, _AS_TEXT = True, False
+
+
+class NativeChat(Chat):
+    """See `Chat`. media: what the base reads."""
+
+    def __init__(self, tokenizer: Any, media: NativeMedia, extra_stops: Sequence[int] = ()) -> None:
+        self._native = media
+        self._written = re.compile("|".join(re.escape(token) for token in media.tokens.values()))
+        self._has_parts = False
+        self._lists: dict[str, bool] = {}
+        self._template_of(tokenizer)
+        super().__init__(tokenizer, extra_stops)
+        self.media = media
+
+    def render(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
+        """See `Chat.render`. Raises SourceError too where a text holds a placeholder of the base."""
+        text = super().render(messages, tools=tools, reply_next=reply_next)
+        kinds = [part.kind for message in messages for part in message.content if part.kind != "text"]
+        found = self._written.findall(text)
+        if not self._has_parts:  # marks stand already
+            if found:
+                raise SourceError(f"a text holds the base's own placeholder {found[0]!r}", "take it out: repair_text")
+            return text
+        if found != [self._native.tokens.get(kind) for kind in kinds]:
+            problem = f"the turns hold {len(kinds)} media and the chat template writes {' '.join(found[:4]) or 'none'}"
+            raise SourceError(problem, "take placeholders out of the texts, or use another base")
+        places = itertools.count()
+        return self._written.sub(lambda match: MARK.format(next(places)), text)
+
+    def _turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        if not self._has_parts:
+            return super()._turns(messages)
+        self.check_private(messages)
+        kinds = {part.kind for message in messages for part in message.content} - {"text", *self._native.kinds}
+        if kinds:
+            raise SourceError(f"this base reads no {min(kinds)}", "use a base that does, or leave these rows out")
+        return [with_content(message, self._content(message)) for message in messages]
+
+    def _content(self, message: Message) -> Any:
+        if all(part.kind == "text" for part in message.content) and not self._lists.get(message.role, False):
+            return message.text
+        return [{"type": "text", "text": part.text} if part.kind == "text" else {"type": part.kind} for part in message.content]
+
+    def _coded(self, text: str, seen: Seen) -> list[tuple[int, int, int]]:
+        """See `Chat._coded`. The whole text is tokenised as one, each mark as what the processor writes for its media."""
+        whole = _Whole(text, self.marks(text, seen), seen)
+        coded = self.tokenizer(whole.text, add_special_tokens=False, return_offsets_mapping=True)
+        placeholders = set(self._native.placeholders.values())
+        virtual = iter([token for part in seen for token in part if token < 0])
+        pieces, reached = [], 0
+        for token, (start, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+            begin, stop = whole.place(start, is_start=True), whole.place(end, is_start=False)
+            if token in placeholders:
+                if not whole.is_media(start):
+                    raise SourceError("a text holds the base's own placeholder of media", "take it out: repair_text")
+                token = next(virtual)
+            pieces.append((token, min(begin, reached), stop))
+            reached = stop
+        return pieces
+
+    def _template_of(self, tokenizer: Any) -> None:
+        """Find out in which form the template takes the content of turns."""
+        if not tokenizer.chat_template:
+            return
+
+        def says(*turns: tuple[str, bool]) -> bool:
+            return _says(tokenizer, [{"role": role, "content": _probe(as_list)} for role, as_list in turns])
+
+        kind = next(iter(self._native.tokens))
+        media = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": _PROBE}]}
+        text = _rendered(tokenizer, [media])
+        self._has_parts = text.count(_PROBE) == 1 and text.count(self._native.tokens[kind]) == 1
+        forms = (_AS_TEXT, _AS_LIST)
+        user = next((form for form in forms if says(("user", form))), _AS_LIST)
+        self._lists["user"] = user
+        self._lists["assistant"] = next((form for form in forms if says(("user", user), ("assistant", form))), _AS_LIST)
+        self._lists["system"] = next((form for form in forms if says(("system", form), ("user", user))), _AS_LIST)
+
+
+def _probe(as_list: bool) -> Any:
+    return [{"type": "text", "text": _PROBE}] if as_list else _PROBE
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, Any]]) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # templates fail on forms that they do not take in ways of their own
+        return ""
+
+
+def _says(tokenizer: Any, turns: list[dict[str, Any]]) -> bool:
+    """Whether the template writes each turn's text once, and not the list that it stands in."""
+    text = _rendered(tokenizer, turns)
+    return text.count(_PROBE) == len(turns) and "'type'" not in text
+
+
+class _Whole:
+    """A text with its marks as what the processor writes, and where in the text each character of that stands."""
+
+    def __init__(self, text: str, marks: Sequence[re.Match[str]], seen: Seen) -> None:
+        self._begins: list[int] = []  # of each media in the whole
+        self._spans: list[tuple[int, int, int]] = []  # its end in the whole, start and end of its mark
+        whole, done = "", 0
+        for place, mark in enumerate(marks):
+            whole += text[done : mark.start()]
+            self._begins.append(len(whole))
+            whole += seen[place].text  # type: ignore[attr-defined]  # the media of a native base write texts
+            self._spans.append((len(whole), mark.start(), mark.end()))
+            done = mark.end()
+        self.text = whole + text[done:]
+
+    def is_media(self, place: int) -> bool:
+        """Whether a character is one that the processor writes."""
+        index = bisect.bisect_right(self._begins, place) - 1
+        return index >= 0 and place < self._spans[index][0]
+
+    def place(self, place: int, *, is_start: bool) -> int:
+        """Where a place in the whole is in the text; inside a media the start or the end of its mark."""
+        index = bisect.bisect_right(self._begins, place if is_start else place - 1) - 1
+        if index < 0:
+            return place
+        end, mark_start, mark_end = self._spans[index]
+        if place >= end:
+            return place - end + mark_end
+        return mark_start if is_start else mark_end
