@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import random
@@ -19,11 +18,10 @@ from PIL import Image
 import sartor
 import tiny
 from conftest import write_jsonl
-from sartor.core.records import Example, Message, Part
-from sartor.evaluate import audit, tasks
-from sartor.evaluate.ablation import media_of, modalities, shuffled
+from sartor.core.records import Example, Message
+from sartor.evaluate import audit
 from sartor.models import composed
-from seeing import Fake, picture, said
+from seeing import Fake
 
 
 class Grey(Fake):
