@@ -14,6 +14,7 @@ from sartor.core.artifacts import MANIFESTS, Artifact, check_free, new_directory
 from sartor.core.errors import ConfigError, GateError, HubError, ModelError
 from sartor.core.licences import Use
 from sartor.evaluate import permission, training
+from sartor.evaluate.measures import LOWER_IS_BETTER
 
 # Nats per token by which the chitchat probe may get worse (docs/decisions/003-demo-rows.md has what was seen).
 FORGETTING_LIMIT_NATS = 0.5
@@ -21,6 +22,8 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*$")
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
 # of an adapter that reads media
 _PROJECTORS = "projectors.safetensors"
+_OTHERS = {"image": "pictures: it does not look", "audio": "recordings: it does not listen"}
+_NOUNS = {"image": "a picture", "audio": "a recording"}
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def gate(adapter: Artifact, report: Artifact, waivers: Sequence[Waiver], use: Us
         "gain": _gain(primary, manifest["metrics"][primary]),
         "forgetting": _forgetting(manifest["forgetting"]),
         "licence": _licence(adapter, use),
+        **_modality(adapter, manifest),
     }
     for waiver in waivers:
         if waiver.check not in checks:
@@ -140,7 +144,39 @@ def gate(adapter: Artifact, report: Artifact, waivers: Sequence[Waiver], use: Us
 
 def _gain(name: str, metric: Mapping[str, float]) -> Check:
     detail = f"{name} {metric['base']:.3f} -> {metric['tuned']:.3f}, gain in [{metric['low']:.3f}, {metric['high']:.3f}]"
-    return Check("pass" if metric["low"] > 0 else "fail", detail + ("" if metric["low"] > 0 else " does not exclude 0"))
+    is_better = metric["high"] < 0 if name in LOWER_IS_BETTER else metric["low"] > 0
+    return Check("pass" if is_better else "fail", detail + ("" if is_better else " does not exclude 0"))
+
+
+def _modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:
+    """Whether the replies take something from each kind of media that the adapter reads; no check of one that reads text."""
+    counted = report.get("modalities", {})
+    kinds = [kind for kind in _OTHERS if kind in adapter.manifest["base"].get("towers", {}) or counted.get(kind)]
+    if not kinds:
+        return {}
+    if "ablation" not in report:
+        detail = "the Report has no ablation: it is of an older version"
+        return {"modality": Check("fail", detail, f"evaluate again: sartor evaluate {adapter.path}")}
+    said = [_looks(kind, report["ablation"].get(kind)) for kind in kinds]
+    remedies = dict.fromkeys(remedy for _, _, remedy in said if remedy)
+    is_fit = all(passes for passes, _, _ in said)
+    return {"modality": Check("pass" if is_fit else "fail", "; ".join(detail for _, detail, _ in said), "; ".join(remedies))}
+
+
+def _looks(kind: str, found: Mapping[str, Any] | None) -> tuple[bool, str, str]:
+    """(whether other media of a kind cost something, what was found, what would help)."""
+    if not found:
+        return False, f"no row of the Report holds {_NOUNS[kind]}", f"evaluate on rows with {_NOUNS[kind]}: --data FILE"
+    costs = {
+        found["metric"]: found["shuffled"],
+        **({"exact_match": found["exact_match"]["shuffled"]} if "exact_match" in found else {}),
+    }
+    said = [f"{name} {cost['difference']:+.3f} in [{cost['low']:.3f}, {cost['high']:.3f}]" for name, cost in costs.items()]
+    detail = f"what {_NOUNS[kind]} of another row cost: {', '.join(said)}"
+    if any(cost["low"] > 0 for cost in costs.values()):
+        return True, detail, ""
+    remedy = f"give rows that only {_NOUNS[kind]} can answer, or train the projector for longer (align, budget)"
+    return False, f"the model answers as well with other {_OTHERS[kind]}; {detail}", remedy
 
 
 def _forgetting(found: Mapping[str, Any]) -> Check:
