@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,8 @@ class Slice:
 class Rules:
     """What a rules file says. text: as it stood, and is signed into the Release."""
 
-    slices: tuple[Slice, ...] = option(REQUIRED, "rules about some of the rows")
-    text: str = field(default="", metadata={"help": ""})
+    slices: tuple[Slice, ...]
+    text: str
 
     def as_manifest(self) -> dict[str, str]:
         """How a Release names its rules."""
@@ -89,6 +89,8 @@ class Rules:
 
 @dataclass(frozen=True)
 class _Said:
+    """The options of a rules file."""
+
     slices: tuple[Slice, ...] = option(REQUIRED, "rules about some of the rows")
 
 
