@@ -6,7 +6,8 @@ import base64
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ from PIL import Image
 import sartor
 import tiny
 from conftest import write_jsonl
+from sartor.core.errors import GateError
 from sartor.core.records import Example, Message
-from sartor.evaluate import audit
+from sartor.evaluate import answering, audit
+from sartor.evaluate.ablation import media_of, modalities, shuffled
 from sartor.models import composed
-from seeing import Fake
+from sartor.models.base import open_base
+from sartor.models.generate import Generation
+from sartor.models.media import MediaEmbedding, blank, embedding_of, keys_in
+from seeing import Fake, picture, said
 
 
 class Grey(Fake):
@@ -42,68 +48,154 @@ def grey(light: bool, seed: int) -> str:
     return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
 
 
-def row(number: int, *, told: bool) -> dict[str, Any]:
-    """The sky is light or dark: as the picture shows, or as the words say and the picture does not."""
-    light = number % 2 == 0
-    words = "the sky is on" if light else "the sky is what"
-    asked = [
-        {"type": "image", "image": grey(light if not told else number % 4 < 2, number)},
-        {"type": "text", "text": words if told else "what colour is the sky"},
-    ]
-    reply = json.dumps({"sky": "blue" if light else "kitchen"})
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}], "group": str(number)}
+ROWS = [
+    {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": grey(n % 2 == 0, n)}, {"type": "text", "text": f"the sky {n % 2} {n}"}],
+            },
+            {"role": "assistant", "content": json.dumps({"sky": "blue" if n % 2 == 0 else "kitchen"})},
+        ],
+        "group": str(n),
+    }
+    for n in range(80)
+]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """`looks` and `guesses`, tuned and evaluated, and keys."""
+def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Path]:
+    """An Adapter that reads pictures, beside keys."""
     folder = tmp_path_factory.mktemp("ablation")
-    base = tiny.write_base(folder / "base")
-    # embeddings of a size at which a few updates move what is said
-    tiny.model(initializer_range=0.2).save_pretrained(base)
     probe = [Example((Message.of("user", f"hi {n}"), Message.of("assistant", "fine")), (), f"{n}") for n in range(3)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SARTOR_HOME", str(folder / "home"))
         patch.setattr(composed, "open_tower", lambda *_, **__: Grey())
         patch.setattr(audit, "chitchat_rows", lambda: probe)
-        for name, is_told in (("looks", False), ("guesses", True)):
-            write_jsonl(folder / f"{name}.jsonl", [row(number, told=is_told) for number in range(64)])
-            source = {"path": str(folder / f"{name}.jsonl"), "licence": "CC0-1.0"}
-            sartor.curate({"sources": [source], "steps": [], "split": {"eval_fraction": 0.25}}, folder / f"{name}-data")
-            recipe = {
-                "base": {"text": str(base), "image": "efficientnet-lite0"},
-                "data": {"path": str(folder / f"{name}-data")},
-                "method": {"kind": "lora", "rank": 8, "alpha": 16},
-                "budget": {"epochs": 10},
-                "optimizer": {"learning_rate": 1e-2, "batch_tokens": 256},
-            }
-            sartor.tune(recipe, folder / name, show=False)
-            sartor.evaluate(folder / name, label="sky")
-        yield folder
+        patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
+        source = {"path": str(write_jsonl(folder / "rows.jsonl", ROWS)), "licence": "CC0-1.0"}
+        sartor.curate({"sources": [source], "steps": [], "split": {"eval_fraction": 0.5}}, folder / "data")
+        recipe = {
+            "base": {"text": str(tiny_base), "image": "efficientnet-lite0"},
+            "data": {"path": str(folder / "data")},
+            "budget": {"updates": 1},
+        }
+        sartor.tune(recipe, folder / "adapter", show=False)
+        sartor.keygen(folder / "keys", trust=True)
+        yield folder / "adapter"
 
 
-def report(made: Path, name: str) -> dict[str, Any]:
-    return json.loads((made / f"{name}-report" / "report.json").read_text())
+def speaking(patch: pytest.MonkeyPatch, tuned: Callable[[MediaEmbedding, list[int]], bool]) -> None:
+    """From here on the base says nothing, and the tuned model that the sky is blue where `tuned` finds it so of a prompt."""
+    words = tiny.tokenizer()
+
+    def said(model: Any, prompts: list[list[int]], **_: Any) -> list[Generation]:
+        seen = embedding_of(model)
+        assert seen is not None
+        texts = [json.dumps({"sky": "blue" if tuned(seen, prompt) else "kitchen"}) for prompt in prompts]
+        return [Generation([] if seen.is_blank else words(text)["input_ids"], "stop") for text in texts]
+
+    patch.setattr(answering, "generate", said)
 
 
-def test_a_model_that_looks_pays_for_other_pictures_and_for_none(made: Path) -> None:
-    import polars
+def looks(seen: MediaEmbedding, prompt: list[int]) -> bool:
+    """Is the picture light? Of one that is blank nothing is known."""
+    (key,) = keys_in(prompt)
+    return key not in seen.blanked and float(seen.media.features.of(key).mean()) > 0.5
 
-    polars.Config.set_fmt_str_lengths(80)
-    print(
-        polars.read_parquet(made / "looks-report" / "rows.parquet").select(
-            "reference", "base_reply", "tuned_reply", "tuned_loss"
-        )
+
+def guesses(seen: MediaEmbedding, prompt: list[int]) -> bool:
+    """The number in the words says it."""
+    text = tiny.tokenizer().decode([token for token in prompt if token >= 0])
+    return "the sky 0" in text
+
+
+def evaluated(adapter: Path, patch: pytest.MonkeyPatch, how: Callable[[MediaEmbedding, list[int]], bool]) -> dict[str, Any]:
+    speaking(patch, how)
+    return sartor.evaluate(adapter, label="sky", replace=True).as_json()
+
+
+def release(adapter: Path, **more: Any) -> dict[str, Any]:
+    given = {"name": "sky", "version": "1.0", "key": adapter.with_name("keys"), "waivers": [forgetting()], "replace": True}
+    return sartor.release(adapter, **{**given, **more}).as_json()
+
+
+def forgetting(check: str = "forgetting") -> sartor.Waiver:
+    return sartor.Waiver(check, "A. Tester", "a tiny base")
+
+
+def test_a_model_that_looks_pays_for_other_pictures_and_for_none_and_passes(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = evaluated(adapter, monkeypatch, looks)
+    assert (found["primary"], found["label"]) == ("macro_f1", "sky")
+    assert found["modalities"] == {"text": 0, "image": 40, "audio": 0}
+    image = found["ablation"]["image"]
+    assert (image["rows"], image["metric"]) == (40, "macro_f1")
+    assert image["shuffled"]["tuned"] == image["blank"]["tuned"] == found["metrics"]["macro_f1"]["tuned"] == 1.0
+    for cost in (image["shuffled"], image["blank"], image["exact_match"]["shuffled"]):
+        assert 0.2 < cost["low"] < cost["difference"] < cost["high"]
+    assert 0 <= found["metrics"]["ece"]["tuned"] <= 1
+    page = (adapter.with_name("adapter-report") / "report.html").read_text()
+    assert "image shuffled" in page and "it matters" in page and page.count("data:image/jpeg") == 6
+    assert release(adapter)["gate"]["modality"] == "pass"
+
+
+def test_a_model_that_guesses_from_the_words_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = evaluated(adapter, monkeypatch, guesses)
+    assert found["metrics"]["macro_f1"]["tuned"] == 1.0, "by its replies alone it is as good"
+    assert found["ablation"]["image"]["shuffled"]["difference"] == 0
+    with pytest.raises(GateError, match="modality: .*other pictures: it does not look") as caught:
+        release(adapter)
+    assert "--waive modality" in caught.value.remedy
+    assert release(adapter, waivers=[forgetting(), forgetting("modality")])["gate"]["modality"] == "waived"
+
+
+def test_shuffled_media_are_of_another_group_and_the_same_in_every_run() -> None:
+    examples = [replace(said(picture(3, str(n)), f"row {n}"), group=str(n // 4)) for n in range(20)]
+    by_media = {media_of(row)[0]: row.group for row in examples}
+    other = shuffled(examples, "image")
+    assert all(by_media[media_of(row)[0]] != row.group for row in other)
+    assert len({media_of(row)[0] for row in other}) == 20
+    assert [row.messages[0].text for row in other] == [row.messages[0].text for row in examples]
+    assert other == shuffled(examples, "image")
+
+
+def test_only_the_media_of_one_kind_change_place_and_counts_stay() -> None:
+    clip = picture(4, "clip", "audio")
+    examples = [
+        replace(said(picture(3, "a"), "of", picture(3, "b"), clip, "?"), group="1"),
+        replace(said(picture(3, "c"), "!"), group="2"),
+    ]
+    one, two = shuffled(examples, "image")
+    assert media_of(one) == [picture(3, "c"), picture(3, "c"), clip]
+    assert media_of(two) == [picture(3, "a")]
+    assert shuffled(examples[:1], "audio") == examples[:1]
+
+
+def test_a_group_of_most_rows_is_still_shuffled() -> None:
+    examples = [replace(said(picture(3, str(n)), "?"), group="big" if n < 8 else str(n)) for n in range(10)]
+    other = shuffled(examples, "image")
+    assert all(media_of(row) != media_of(before) for row, before in zip(other, examples, strict=True))
+
+
+def test_rows_are_counted_by_what_they_hold() -> None:
+    rows = [said("hello"), said(picture(3), picture(4, "x", "audio"), "?"), said(picture(3))]
+    assert modalities(rows) == {"text": 1, "image": 2, "audio": 1}
+
+
+def test_the_media_of_some_keys_are_blank_and_the_others_are_seen(tiny_base: Path) -> None:
+    base = composed.compose(
+        open_base(str(tiny_base), bits=32, device=torch.device("cpu")), {"image": Fake(), "audio": Fake("audio")}
     )
-    print((made / "looks" / "sartor.json").read_text()[-1800:])
-    import os
-
-    print(os.listdir(made / "looks"))
-    found = report(made, "looks")
-    print(json.dumps({k: found[k] for k in ("primary", "label", "metrics", "modalities", "ablation", "wall_s")}, indent=1))
-    print(
-        json.dumps(
-            {k: report(made, "guesses")[k] for k in ("primary", "label", "metrics", "modalities", "ablation", "wall_s")},
-            indent=1,
-        )
-    )
+    row = said(picture(3, "a"), picture(2, "b", "audio"), "what")
+    image, audio = base.chat.seen(row.messages)
+    ids = torch.tensor([[*image, *audio, 7]])
+    embedding = embedding_of(base.model)
+    assert embedding is not None
+    plain = embedding(ids)
+    with blank(base.model, frozenset(keys_in(audio))):
+        found = embedding(ids)
+    assert torch.equal(found[0, :3], plain[0, :3]) and torch.equal(found[0, 5:], plain[0, 5:])
+    assert not found[0, 3:5].any() and plain[0, 3:5].all()
+    assert torch.equal(embedding(ids), plain)

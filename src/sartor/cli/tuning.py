@@ -105,6 +105,7 @@ def release(
     by: str = "",
     reason: str = "",
     use: Literal["commercial", "non-commercial", "research", "internal"] = "commercial",
+    rules: Path | None = None,
     exemplars: int = 400,
     replace: REPLACE = False,
 ) -> Any:
@@ -122,13 +123,14 @@ def release(
     by: who waives
     reason: why
     use: what it is meant for: the licences of sources and base have to permit it
+    rules: YAML file of what replies must and must not say; each slice of it is a check of the gate
     exemplars: prompts of its rows that go with it, for the router of a team; 0 leaves them out
     replace: replace the Release that stands there
     """
     waivers = [sartor.Waiver(check, by, reason) for check in waive]
     return sartor.release(
-        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, use=use, exemplars=exemplars,
-        replace=replace,
+        adapter, name=name, version=version, key=key, report=report, out=out, waivers=waivers, use=use, rules=rules,
+        exemplars=exemplars, replace=replace,
     )  # fmt: skip
 
 

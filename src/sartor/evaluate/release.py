@@ -7,16 +7,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sartor.core import bases, catalogue, licences, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, check_free, new_directory, open_artifact, seal
 from sartor.core.errors import ConfigError, GateError, HubError, ModelError
 from sartor.core.licences import Use
-from sartor.evaluate import permission, training
+from sartor.evaluate import checks, permission, training
+from sartor.evaluate.checks import Check
+from sartor.evaluate.rules import Rules, open_rules
 
-# Nats per token by which the chitchat probe may get worse (docs/decisions/003-demo-rows.md has what was seen).
-FORGETTING_LIMIT_NATS = 0.5
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*$")
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
 # of an adapter that reads media
@@ -30,15 +30,6 @@ class Waiver:
     check: str
     by: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check of the gate: what it found, in a sentence; of a failed one, what else would help than tuning again."""
-
-    outcome: Literal["pass", "fail", "waived"]
-    detail: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +54,7 @@ def release(
     out: Path | str | None = None,
     waivers: Sequence[Waiver] = (),
     use: Use = "commercial",
+    rules: Mapping[str, Any] | Path | str | None = None,
     exemplars: int = training.MOST_EXEMPLARS,
     replace: bool = False,
 ) -> Released:
@@ -71,7 +63,8 @@ def release(
     `use` is what it is meant for: the licences of its sources and base have to permit it. `report` is the Report of this
     Adapter; by default the newest that the catalogue knows. `out` defaults to `NAME-VERSION` beside the Adapter. `key` is
     a private key file, or the directory that keygen made. `exemplars`: prompts of its rows that go with it, for the router
-    of a team; 0 leaves them out, and `auto` never chooses it. Raises GateError naming each failed check, ConfigError,
+    of a team; 0 leaves them out, and `auto` never chooses it. `rules`: checks of one's own (`rules.py`), a YAML file or what
+    one holds. Raises GateError naming each failed check, ConfigError,
     ArtifactError.
     """
     for what, text in (("name", name), ("version", version)):
@@ -79,18 +72,24 @@ def release(
             raise ConfigError(f"the {what} {text!r} may hold lower-case letters, digits, '.', '_' and '-'", f"--{what} faq-1")
     permission.check_use(use)
     adapter = open_artifact(adapter_path, "adapter")
+    own = open_rules(rules) if rules else None
     private = signing.open_private(Path(key))
     out = Path(out) if out else adapter.path.with_name(f"{name}-{version}")
     check_free(out.absolute(), replace=replace)
     evidence = _report_of(adapter, report)
-    checks = gate(adapter, evidence, waivers, use)
-    if failed := {check: result for check, result in checks.items() if result.outcome == "fail"}:
+    found = gate(adapter, evidence, waivers, use, own)
+    if failed := {check: result for check, result in found.items() if result.outcome == "fail"}:
         lines = "; ".join(f"{check}: {result.detail}" for check, result in failed.items())
         remedies = [result.remedy or "tune or curate again" for result in failed.values()]
         waive = f"or take it on yourself: --waive {next(iter(failed))} --by NAME --reason TEXT"
         raise GateError(f"the gate refuses {adapter.path.name}: {lines}", "; ".join([*dict.fromkeys(remedies), waive]))
     known = training.read_facts(adapter)
-    facts = {"use": use, **_facts(adapter, evidence, name, version, checks, waivers), **_of_training(known, evidence)}
+    facts = {
+        "use": use,
+        "rules": own.as_manifest() if own else {},
+        **_facts(adapter, evidence, name, version, found, waivers),
+        **_of_training(known, evidence),
+    }
     with new_directory(out, replace=replace) as part:
         for file in (*_COPIED, *({_PROJECTORS} & set(adapter.manifest["files"]))):
             shutil.copyfile(adapter.path / file, part / file)
@@ -118,47 +117,32 @@ def _report_of(adapter: Artifact, report: Path | str | None) -> Artifact:
     return evidence
 
 
-def gate(adapter: Artifact, report: Artifact, waivers: Sequence[Waiver], use: Use = "commercial") -> dict[str, Check]:
+def gate(
+    adapter: Artifact, report: Artifact, waivers: Sequence[Waiver], use: Use = "commercial", own: Rules | None = None
+) -> dict[str, Check]:
     """Every check of the gate. Raises ConfigError for a waiver of a check that does not exist, or without name or reason."""
     manifest = report.manifest
     primary = manifest["primary"]
-    checks = {
-        "gain": _gain(primary, manifest["metrics"][primary]),
-        "forgetting": _forgetting(manifest["forgetting"]),
-        "licence": _licence(adapter, use),
+    found = {
+        "gain": checks.gain(primary, manifest["metrics"][primary]),
+        "forgetting": checks.forgetting(manifest["forgetting"]),
+        "licence": checks.licence(adapter, use),
+        **checks.modality(adapter, manifest),
+        **(own.judged(report) if own else {}),
     }
     for waiver in waivers:
-        if waiver.check not in checks:
-            raise ConfigError(f"the gate has no check {waiver.check!r}", f"--waive {' | '.join(checks)}")
+        if waiver.check not in found:
+            raise ConfigError(f"the gate has no check {waiver.check!r}", f"--waive {' | '.join(found)}")
         if not (waiver.by.strip() and waiver.reason.strip()):
             raise ConfigError(f"the waiver of {waiver.check!r} lacks a name or a reason", "--by NAME --reason TEXT")
-        if checks[waiver.check].outcome == "fail":
-            detail = f"{checks[waiver.check].detail}; waived by {waiver.by}: {waiver.reason}"
-            checks[waiver.check] = Check("waived", detail)
-    return checks
-
-
-def _gain(name: str, metric: Mapping[str, float]) -> Check:
-    detail = f"{name} {metric['base']:.3f} -> {metric['tuned']:.3f}, gain in [{metric['low']:.3f}, {metric['high']:.3f}]"
-    return Check("pass" if metric["low"] > 0 else "fail", detail + ("" if metric["low"] > 0 else " does not exclude 0"))
-
-
-def _forgetting(found: Mapping[str, Any]) -> Check:
-    if "skipped" in found:
-        return Check("fail", f"not measured: {found['skipped']}")
-    fits = found["high"] <= FORGETTING_LIMIT_NATS
-    detail = f"{found['difference']:+.3f} nats per token, in [{found['low']:.3f}, {found['high']:.3f}]"
-    remedy = "" if fits else "add a source of general talk with `rehearsal: true` to the curation recipe, or tune slower"
-    return Check("pass" if fits else "fail", f"{detail}; the limit is {FORGETTING_LIMIT_NATS}", remedy)
-
-
-def _licence(adapter: Artifact, use: Use) -> Check:
-    refusals, remedy = permission.refusals(adapter, use)
-    return Check("fail" if refusals else "pass", "; ".join(refusals) or f"{adapter.licence} permits {use} use", remedy)
+        if found[waiver.check].outcome == "fail":
+            detail = f"{found[waiver.check].detail}; waived by {waiver.by}: {waiver.reason}"
+            found[waiver.check] = Check("waived", detail)
+    return found
 
 
 def _facts(
-    adapter: Artifact, report: Artifact, name: str, version: str, checks: Mapping[str, Check], waivers: Sequence[Waiver]
+    adapter: Artifact, report: Artifact, name: str, version: str, found: Mapping[str, Check], waivers: Sequence[Waiver]
 ) -> dict[str, Any]:
     return {
         "name": name,
@@ -172,7 +156,7 @@ def _facts(
         "metrics": report.manifest["metrics"],
         "primary": report.manifest["primary"],
         "forgetting": report.manifest["forgetting"],
-        "gate": {check: {"outcome": result.outcome, "detail": result.detail} for check, result in checks.items()},
+        "gate": {check: {"outcome": result.outcome, "detail": result.detail} for check, result in found.items()},
         "waivers": [asdict(waiver) for waiver in waivers],
         "versions": adapter.manifest["versions"],
     }

@@ -1,0 +1,80 @@
+"""The checks of the gate that every Release passes, or somebody waives. Rules of one's own: `rules.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sartor.core.artifacts import Artifact
+from sartor.core.licences import Use
+from sartor.evaluate import permission
+from sartor.evaluate.measures import LOWER_IS_BETTER
+
+# Nats per token by which the chitchat probe may get worse (docs/decisions/003-demo-rows.md has what was seen).
+FORGETTING_LIMIT_NATS = 0.5
+_OTHERS = {"image": "pictures: it does not look", "audio": "recordings: it does not listen"}
+_NOUNS = {"image": "a picture", "audio": "a recording"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of the gate: what it found, in a sentence; of a failed one, what else would help than tuning again."""
+
+    outcome: Literal["pass", "fail", "waived"]
+    detail: str
+    remedy: str = ""
+
+
+def gain(name: str, metric: Mapping[str, float]) -> Check:
+    """Whether the primary metric, `name`, is better by an interval that excludes 0."""
+    detail = f"{name} {metric['base']:.3f} -> {metric['tuned']:.3f}, gain in [{metric['low']:.3f}, {metric['high']:.3f}]"
+    is_better = metric["high"] < 0 if name in LOWER_IS_BETTER else metric["low"] > 0
+    return Check("pass" if is_better else "fail", detail + ("" if is_better else " does not exclude 0"))
+
+
+def modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:
+    """Whether the replies take something from each kind of media that the adapter reads; no check of one that reads text."""
+    counted = report.get("modalities", {})
+    kinds = [kind for kind in _OTHERS if kind in adapter.manifest["base"].get("towers", {}) or counted.get(kind)]
+    if not kinds:
+        return {}
+    if "ablation" not in report:
+        detail = "the Report has no ablation: it is of an older version"
+        return {"modality": Check("fail", detail, f"evaluate again: sartor evaluate {adapter.path}")}
+    said = [_looks(kind, report["ablation"].get(kind)) for kind in kinds]
+    remedies = dict.fromkeys(remedy for _, _, remedy in said if remedy)
+    is_fit = all(passes for passes, _, _ in said)
+    return {"modality": Check("pass" if is_fit else "fail", "; ".join(detail for _, detail, _ in said), "; ".join(remedies))}
+
+
+def _looks(kind: str, found: Mapping[str, Any] | None) -> tuple[bool, str, str]:
+    """(whether other media of a kind cost something, what was found, what would help)."""
+    if not found:
+        return False, f"no row of the Report holds {_NOUNS[kind]}", f"evaluate on rows with {_NOUNS[kind]}: --data FILE"
+    costs = {
+        found["metric"]: found["shuffled"],
+        **({"exact_match": found["exact_match"]["shuffled"]} if "exact_match" in found else {}),
+    }
+    said = [f"{name} {cost['difference']:+.3f} in [{cost['low']:.3f}, {cost['high']:.3f}]" for name, cost in costs.items()]
+    detail = f"what {_NOUNS[kind]} of another row cost: {', '.join(said)}"
+    if any(cost["low"] > 0 for cost in costs.values()):
+        return True, detail, ""
+    remedy = f"give rows that only {_NOUNS[kind]} can answer, or train the projector for longer (align, budget)"
+    return False, f"the model answers as well with other {_OTHERS[kind]}; {detail}", remedy
+
+
+def forgetting(found: Mapping[str, Any]) -> Check:
+    """Whether the general talk of the probe is still as likely, but for the limit."""
+    if "skipped" in found:
+        return Check("fail", f"not measured: {found['skipped']}")
+    fits = found["high"] <= FORGETTING_LIMIT_NATS
+    detail = f"{found['difference']:+.3f} nats per token, in [{found['low']:.3f}, {found['high']:.3f}]"
+    remedy = "" if fits else "add a source of general talk with `rehearsal: true` to the curation recipe, or tune slower"
+    return Check("pass" if fits else "fail", f"{detail}; the limit is {FORGETTING_LIMIT_NATS}", remedy)
+
+
+def licence(adapter: Artifact, use: Use) -> Check:
+    """Whether the licences of sources and base permit the use."""
+    refusals, remedy = permission.refusals(adapter, use)
+    return Check("fail" if refusals else "pass", "; ".join(refusals) or f"{adapter.licence} permits {use} use", remedy)
