@@ -12,9 +12,8 @@ import serving
 from serving import chat
 
 from media_files import audio_part, bomb, data_url, image_part, png, sound
-from sartor.agents.serve.bodies import check_weight
+from sartor.agents.serve.bodies import TooLargeError, check_weight
 from sartor.agents.serve.media import Looking
-from sartor.agents.serve.bodies import TooLargeError
 from sartor.agents.team import Limits, MediaLimits, load
 from sartor.core.errors import BusyError, ConfigError
 

@@ -138,13 +138,20 @@ def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:
 def canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, Any]]:
     """A few held-out prompts of the Report with the tuned model's greedy replies: what admission asks again before it serves.
 
-    The shortest replies, since they are compared as they stand and numbers that are rounded otherwise part long ones.
+    The shortest replies, since they are compared as they stand and numbers that are rounded otherwise part long ones. None with
+    a picture or a recording: no file of the rows goes into a Release.
     """
-    found = [row for row in rows.read_file(report.path / "rows.parquet") if row["tuned_reply"].strip()]
+    found = [row for row in rows.read_file(report.path / "rows.parquet") if row["tuned_reply"].strip() and _is_text(facts, row)]
     found.sort(key=lambda row: (len(row["tuned_reply"]), row["id"]))
     distinct = {row["tuned_reply"]: row for row in reversed(found)}
     chosen = sorted(distinct.values(), key=lambda row: (len(row["tuned_reply"]), row["id"]))[:CANARIES]
     return [{"messages": _messages(facts, row), "reply": row["tuned_reply"]} for row in chosen]
+
+
+def _is_text(facts: TrainingFacts, row: dict[str, Any]) -> bool:
+    """Whether a row's prompt is text alone; of one from another file than the Dataset, whether the Dataset's own are."""
+    prompts = [facts.prompts[row["id"]]] if row["id"] in facts.prompts else list(facts.prompts.values())
+    return not any(part.media for prompt in prompts for message in prompt for part in message.content)
 
 
 def _messages(facts: TrainingFacts, row: dict[str, Any]) -> list[dict[str, str]]:
