@@ -53,7 +53,7 @@ CHECKS = {
     "dtypes": "floats of 16 or 32 bits",
     "finite": "no NaN, no infinity",
     "norms": "what is added to a weight is not out of scale with it",
-    "projectors": "each fits its tower and the base and is finite, and the tower is on this machine (also ModelError, AssetError)",
+    "projectors": "finite, of the shapes of base and towers, and the towers are on this machine (also ModelError, AssetError)",
     "canary": "a process of its own can load it and answers a few prompts (also ModelError, UnavailableError)",
     "degenerate": "the replies say something and do not repeat one piece",
     "agreement": "the replies are like those that its Report recorded",

@@ -99,10 +99,8 @@ def _check_tower(said: Said) -> None:
             "use the tower that it was tuned with, or tune again with this one",
         )
     if ref.is_asset and not ref.path.is_dir() and not assets.entry(said.name).is_installed:
-        raise AssetError(
-            f"it reads {said.kind} by the tower {said.name!r}, which is not on this machine",
-            f"sartor assets install {said.name}",
-        )
+        problem = f"it reads {said.kind} by the tower {said.name!r}, which is not on this machine"
+        raise AssetError(problem, f"sartor assets install {said.name}")
 
 
 def check_values(found: Projectors, width: int) -> str:
