@@ -152,7 +152,7 @@ _USE_PROJECTORS = """
 
 It also reads {towers}. `projectors.safetensors` holds what turns a tower's features into tokens: per kind
 project_out(gelu(project_in((features - mean) / spread))), RMS-normed and multiplied by gain, over `stack` neighbouring features
-(its metadata say how many). No other runtime has that: what is said above loads the part that reads text. Sartor serves the whole."""
+(its metadata say how many). No other runtime has that: what is said above loads what reads text. Sartor serves the whole."""
 _USE_MERGED = """    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")

@@ -135,7 +135,7 @@ def _check_media(release: Artifact, to: str) -> bool:
         name, kinds = release.manifest["name"], " and ".join(reads)
         where = "llama.cpp has" if to == "gguf" else "transformers' layout of a text model has"
         raise ModelError(
-            f"{name} reads {kinds} by projectors of its own, and {where} no place for them: it would answer as if it saw nothing",
+            f"{name} reads {kinds} by projectors of its own, and {where} no place for them: it would see nothing",
             "--to peft carries them; sartor serve and sartor ask read them",
         )
     return bool(reads)

@@ -1,4 +1,4 @@
-"""A small picture and a short clip, made here: what a canary shows to an agent that reads them. No library decodes on the way."""
+"""A small picture and a short clip, made here: what a canary shows to an agent that reads them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ def sample(kind: str) -> str:
 
 
 def _picture() -> bytes:
-    rows = b"".join(
-        b"\0" + bytes(value for x in range(SIDE) for value in (4 * x, 4 * y, 255 - 2 * (x + y))) for y in range(SIDE)
-    )
+    shades = [[(4 * x, 4 * y, 255 - 2 * (x + y)) for x in range(SIDE)] for y in range(SIDE)]
+    rows = b"".join(b"\0" + bytes(value for pixel in row for value in pixel) for row in shades)
     head = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
