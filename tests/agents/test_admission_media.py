@@ -153,11 +153,9 @@ def test_projectors_that_are_wrong_are_refused_before_anything_loads_them(
 def test_towers_that_are_not_here_are_named_with_a_remedy(
     maker: Maker, ground: Ground, tower: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said, error, problem = said_of(tower), ModelError, ""
-    spoil: Callable[[Path], object] = lambda path: None
+    said, error, problem, cut = said_of(tower), ModelError, "", 0
     if kind == "cut":
-        spoil = lambda path: (path / PROJECTORS).write_bytes((path / PROJECTORS).read_bytes()[:-9])
-        problem = "no whole safetensors file"
+        cut, problem = 9, "no whole safetensors file"
     elif kind == "another tower":
         said["image"]["digest"] = "f" * 64
         problem = "ffffffffffff, and the one here is"
@@ -177,7 +175,7 @@ def test_towers_that_are_not_here_are_named_with_a_remedy(
 
     def files(path: Path) -> None:
         write_projectors(path, said)
-        spoil(path)
+        (path / PROJECTORS).write_bytes((path / PROJECTORS).read_bytes()[: -cut or None])
 
     path = maker.write(tmp_path / "bad", maker.draft(), Bad("", files=files))
     with pytest.raises(error, match=problem) as caught:
