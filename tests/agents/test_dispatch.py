@@ -21,6 +21,7 @@ from dispatch_fakes import (
     version,
 )
 
+from sartor.agents.asking import Route
 from sartor.agents.book import list_agents
 from sartor.agents.roster import Roster
 from sartor.agents.team import Member, Rollout
@@ -562,5 +563,92 @@ def test_a_promotion_is_a_trial_where_the_team_asks_for_one(tmp_path: Path) -> N
             assert {"faq@1", "faq@2"} == set(agents)
             changed = await roster.promote("faq", "", "2", "1")
             assert (changed["live"], changed["candidate"]) == ("2", "")
+
+    run(work())
+
+
+PICTURE = {"type": "image", "image": "data:image/png;base64,AAAA"}
+CLIP = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+
+
+def shown(model: str, *parts: Any, **options: Any) -> Any:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return replace(asked(model, **options), messages=({"role": "user", "content": content},))
+
+
+def seeing(agent: str, number: str, *reads: str) -> Any:
+    return version(agent, number, reads=list(reads))
+
+
+def test_a_picture_goes_to_who_reads_pictures_and_to_nobody_else(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew, router = FakeCrew(), FakeRouter("faq")
+        held = registry(tmp_path, version("faq", "1"), seeing("eye", "2", "image"), seeing("all", "3", "audio", "image"))
+        async with dispatching(team(tmp_path), crew, held, router=router) as dispatch:
+            assert (await said(dispatch, shown("eye", PICTURE, "what is it?")))[0] == "eye@2"
+            assert (await said(dispatch, shown("all@3", PICTURE, CLIP)))[0] == "all@3"
+            for model, parts, problem in (
+                ("faq", [PICTURE], "faq@1 reads text, and the request holds image"),
+                ("faq@1", [PICTURE], "faq@1 reads text"),
+                ("eye", [PICTURE, CLIP], "eye@2 reads text, image, and the request holds audio and image"),
+                ("base", [CLIP], "base reads text, and the request holds audio"),
+            ):
+                with pytest.raises(RequestError, match=problem) as caught:
+                    await dispatch.open(shown(model, *parts))
+                assert '"model": "all"' in caught.value.remedy or '"model": "eye"' in caught.value.remedy
+            with pytest.raises(RequestError, match="reads text") as caught:
+                await dispatch.open(shown("faq", PICTURE, openable=frozenset({"faq"})))
+            assert "eye" not in caught.value.remedy, "what the key does not open is not named"
+            assert (await said(dispatch, asked("base")))[0].startswith("base@")
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "scores", "parts", "found"),
+    [
+        ("eye", {"eye": 0.9}, [PICTURE, "look"], "eye@2"),
+        ("eye", {"eye": 0.9}, [CLIP, "listen"], "base reads no audio"),  # the router names who does not hear
+        ("base", {"eye": 0.1}, [PICTURE, "a joke"], "base reads no image: no agent fits"),
+        ("base", {}, [CLIP], "all@3"),  # no text to go by, and one alone hears
+        ("base", {}, [PICTURE], "name one that does: eye, all"),
+    ],
+)
+def test_auto_chooses_among_those_that_read_all_of_a_request(
+    tmp_path: Path, chosen: str, scores: dict[str, float], parts: list[Any], found: str
+) -> None:
+    class Router(FakeRouter):
+        async def route(self, messages: Any, openable: Any) -> Route:
+            self.openable = set(openable)
+            return Route(chosen, "no agent fits", scores)
+
+    async def work() -> None:
+        crew, router = FakeCrew(), Router()
+        held = registry(tmp_path, version("faq", "1"), seeing("eye", "2", "image"), seeing("all", "3", "audio", "image"))
+        async with dispatching(team(tmp_path), crew, held, router=router) as dispatch:
+            try:
+                agent, _, _ = await said(dispatch, shown("auto", *parts))
+                assert agent == found
+            except RequestError as error:
+                assert found in f"{error.problem}; {error.remedy}"
+            assert router.openable == ({"all"} if CLIP in parts else {"eye", "all"})
+            with pytest.raises(RequestError):
+                await dispatch.open(shown("auto", *parts, openable=frozenset({"faq"})))
+
+    run(work())
+
+
+def test_who_steps_in_or_is_on_trial_reads_the_request_too(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew = FakeCrew()
+        held = registry(tmp_path, version("eye", "1"), seeing("eye", "2", "image"), version("eye", "3"))
+        held.promote("eye", "2")
+        held.bring_in("eye", "3", canary=1.0, shadow=0.0)
+        async with dispatching(team(tmp_path), crew, held) as dispatch:
+            assert (await said(dispatch, asked("eye")))[0] == "eye@3"
+            assert (await said(dispatch, shown("eye", PICTURE)))[0] == "eye@2"
+            crew.faults["eye-2"] = ModelError("NaN", "tune it again")
+            with pytest.raises(ModelError):  # neither eye@1 nor the base would see it
+                await dispatch.open(shown("eye", PICTURE))
 
     run(work())

@@ -21,10 +21,12 @@ from typing import Any
 
 import pytest
 
+import media_files
 import sartor
 from sartor import cli
 from sartor.agents import receipts
 from sartor.agents.asking import Given
+from sartor.agents.receipt_content import Content, digest_by
 from sartor.agents.receipts import ReceiptBook, Seal
 from sartor.agents.team import Limits, Team
 from sartor.core import catalogue, lineage_index, rows, signing
@@ -546,3 +548,29 @@ def test_no_receipt_that_was_acknowledged_is_lost_to_a_kill(team: Team) -> None:
         assert ids[: int(newest) + 1] == [f"r{number}" for number in range(int(newest) + 1)]
     assert book.read(f"r{int(acknowledged[-1])}")
     book.close()
+
+
+def test_media_count_by_their_bytes_in_whichever_form_and_place() -> None:
+    picture, clip = media_files.png(), media_files.sound(0.1)
+    url = media_files.data_url(picture)
+    digest = digest_by(b"k" * 32)
+
+    def digests(*parts: Any) -> str:
+        return Content.of_request({"messages": [{"role": "user", "content": list(parts)}]}).digests(digest)["messages"]
+
+    text = {"type": "text", "text": "What is it?"}
+    short = ({"type": "image", "image": url}, text, {"type": "audio", "audio": media_files.data_url(clip, "audio/x-wav")})
+    long = (media_files.image_part(picture), text, media_files.audio_part(clip))
+    call = Call("r", messages=({"role": "user", "content": list(short)},))
+    assert digests(*short) == digests(*long) == Content.of_call(call).digests(digest)["messages"]
+    others = [
+        digests(long[1], long[0], long[2]), digests(*long[:2]), digests(media_files.image_part(clip), *long[1:]), digests(text),
+        digests({"type": "image_url", "image_url": {"url": "https://example.org"}}, *long[1:]), digests({"type": "image_url"}, *long[1:]),
+    ]  # fmt: skip
+    assert len({digests(*long), *others}) == 7
+    content = Content.of_call(call)
+    assert content.messages[0]["content"] == list(short), "an engine can be asked the same again"
+    assert (
+        digests(text)
+        == Content.of_request({"messages": [{"role": "user", "content": "What is it?"}]}).digests(digest)["messages"]
+    )

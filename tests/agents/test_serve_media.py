@@ -12,6 +12,7 @@ import serving
 from serving import chat
 
 from media_files import audio_part, bomb, data_url, image_part, png, sound
+from sartor.agents.asking import Listed
 from sartor.agents.serve.bodies import TooLargeError, check_weight
 from sartor.agents.serve.media import Looking
 from sartor.agents.team import Limits, MediaLimits, load
@@ -88,6 +89,7 @@ WRONG: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "url is a text": (user({"type": "image_url", "image_url": "data:image/png;base64,AA"}), 400, "invalid_request", "is a text"),
     "url is a number": (user(url_part(7)), 400, "invalid_request", "image_url.url is 7"),
     "a good picture beside a wrong field": ({**user(image_part(png())), "temprature": 1}, 400, "invalid_request", "temprature"),
+    "many times": ({**user(image_part(png() + bytes(200_000))), "n": 16}, 413, "request_too_large", "16 times"),
     "large": (user(url_part("data:image/png;base64," + "A" * 4_000_000)), 413, "request_too_large", "the limit is 2000000"),
     "larger": (user(url_part("data:image/png;base64," + "A" * 9_000_000)), 413, "request_too_large", "the limit is"),
     "a large text beside": (user({**TEXT, "text": "a" * 2_100_000}, image_part(png())), 413, "request_too_large", "2000000"),
@@ -171,3 +173,18 @@ def test_the_openapi_shows_the_parts(tmp_path: Path) -> None:
     schemas = asyncio.run(main())["components"]["schemas"]
     assert {"ImagePart", "ImageUrl", "AudioPart", "InputAudio"} <= set(schemas)
     assert "mp3" in schemas["InputAudio"]["properties"]["format"]["enum"]
+
+
+def test_models_say_what_they_read(tmp_path: Path) -> None:
+    class Roster(serving.Roster):
+        async def listed(self) -> Any:
+            seeing = Listed("eye", "2", ("2", "1"), {}, True, {"2": ("image",), "1": ()})
+            return [*await super().listed(), seeing]
+
+    async def main() -> Any:
+        async with serving.client(serving.house(roster=Roster()), serving.team(tmp_path)) as client:
+            return (await client.get("/v1/models")).json()["data"]
+
+    reads = {model["id"]: model["modalities"] for model in asyncio.run(main())}
+    assert (reads["eye"], reads["eye@2"], reads["eye@1"]) == (["text", "image"], ["text", "image"], ["text"])
+    assert (reads["auto"], reads["base"], reads["faq"]) == (["text", "image"], ["text"], ["text"])

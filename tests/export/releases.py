@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,14 @@ def tuned(base: Base, seed: int = 1, spread: float = 0.2, **settings: Any) -> An
     return model
 
 
-def signed(folder: Path, base_name: Path | str, spread: float = 0.2, **facts: Any) -> Artifact:
-    """A Release at folder/release, its key pair in folder/keys."""
+def signed(
+    folder: Path,
+    base_name: Path | str,
+    spread: float = 0.2,
+    files: Callable[[Path], object] = lambda part: None,
+    **facts: Any,
+) -> Artifact:
+    """A Release at folder/release, its key pair in folder/keys. files: writes more into it, before it is sealed."""
     base = open_base(str(base_name), bits=32)
     sartor.keygen(folder / "keys")
     model = tuned(base, spread=spread)
@@ -47,6 +54,7 @@ def signed(folder: Path, base_name: Path | str, spread: float = 0.2, **facts: An
         (part / "report").mkdir()
         prompts = [f"switch {place} {word}" for place in ("den", "loft", "attic", "hall", "porch") for word in ("on", "off")]
         pq.write_table(pa.table({"prompt": prompts, "reference": prompts}), part / "report" / "rows.parquet")
+        files(part)
         seal(part, "release", said)
         document = (part / "release.json").read_bytes()
         (part / "signature").write_text(signing.sign(document, signing.open_private(folder / "keys")))

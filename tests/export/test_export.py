@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sartor
 import tiny
@@ -33,7 +34,7 @@ from sartor.core.errors import (
 from sartor.core.records import Message
 from sartor.evaluate.release import verify_release
 from sartor.export import companions, forms, llamacpp, measure, prompts, runtimes, verb
-from sartor.models import adapters, memory
+from sartor.models import adapters, composed, memory
 from sartor.models.base import open_base
 from sartor.models.generate import generate
 from sartor.models.sampling import Sampling
@@ -375,3 +376,31 @@ v.export({release!r}, {str(out)!r}, to='merged', options=v.Options(key={keys!r})
     run_killed(code, moment_s)
     how = sartor.ExportOptions(**options)
     check(out, lambda: sartor.export(made / "release", out, to="merged", options=how, replace=True))
+
+
+def write_projectors(part: Path) -> None:
+    """What an adapter that reads pictures has beside it; no tower is opened for an export."""
+    said = {"name": "efficientnet-lite0", "digest": "ab" * 32, "licence": "Apache-2.0", "width": 4, "stack": 1}
+    save_file({"image.mean": torch.zeros(4)}, part / composed.FILE, {"schema": "1", "towers": json.dumps({"image": said})})
+
+
+@pytest.mark.parametrize(("form", "where"), [("merged", "transformers"), ("gguf", "llama.cpp")])
+def test_what_reads_pictures_is_refused_where_there_is_no_place_for_projectors(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, form: Any, where: str
+) -> None:
+    monkeypatch.setattr(runtimes, "has_llama_cpp", lambda: True)
+    release = releases.signed(tmp_path, tiny_base, files=write_projectors)
+    monkeypatch.setattr(verb, "open_base", lambda *_, **__: pytest.fail("a base was opened"))
+    with pytest.raises(ModelError, match=f"reads image by projectors of its own, and {where}") as caught:
+        sartor.export(release.path, tmp_path / "out", to=form, options=sartor.ExportOptions(key=tmp_path / "keys"))
+    assert "--to peft" in caught.value.remedy and not (tmp_path / "out").exists()
+
+
+def test_a_peft_export_carries_projectors_and_says_how_they_compute(tmp_path: Path, tiny_base: Path) -> None:
+    release = releases.signed(tmp_path, tiny_base, files=write_projectors)
+    options = sartor.ExportOptions(key=tmp_path / "keys")
+    made = sartor.export(release.path, tmp_path / "out", to="peft", options=options).export
+    assert (made.path / composed.FILE).read_bytes() == (release.path / composed.FILE).read_bytes()
+    card = (made.path / "README.md").read_text()
+    assert "image by `efficientnet-lite0` (`abababababab`)" in card and "project_out(gelu(project_in" in card
+    assert any("text alone" in note for note in made.manifest["parity"]["notes"])

@@ -171,7 +171,8 @@ class Receipts(Protocol):
 class Listed:
     """An agent as it is served. versions: every one that may be asked for by `name@version`, the live one too.
 
-    is_ready: whether a version of it was ever admitted, so that somebody answers in its name.
+    is_ready: whether a version of it was ever admitted, so that somebody answers in its name. reads: by version, of `image`
+    and `audio` those that it reads beside text.
     """
 
     name: str
@@ -179,3 +180,4 @@ class Listed:
     versions: tuple[str, ...]
     state: Mapping[str, Any] = field(default_factory=dict)
     is_ready: bool = True
+    reads: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sartor.agents.asking import Request, Router
+from sartor.agents.asking import Request, Route, Router
 from sartor.agents.entries import Agent
 from sartor.agents.rollout import takes
-from sartor.core.errors import KeyRefusedError, SartorError, UnavailableError, UnknownAgentError
+from sartor.core.errors import KeyRefusedError, RequestError, SartorError, UnavailableError, UnknownAgentError
+from sartor.models.engine.parts import kinds_in
 
 BASE_AGENT = "base"
 AUTO = "auto"
+# Of an exact version, or the base: what it reads beside text
+Reads = Callable[[str], Collection[str]]
 
 
 @dataclass(frozen=True)
@@ -30,26 +33,64 @@ class Plan:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
-async def plan(request: Request, agents: Mapping[str, Agent], router: Router | None, id: str) -> Plan:
+@dataclass(frozen=True)
+class Senses:
+    """What a request holds beside text, and who reads it. others: agents that do, for the remedy."""
+
+    kinds: Collection[str]
+    reads: Reads
+    others: Sequence[str] = ()
+
+    def fit(self, agent: str) -> bool:
+        """Whether an exact version, or the base, reads all of the request."""
+        return set(self.kinds) <= set(self.reads(agent))
+
+    def check(self, agent: str) -> None:
+        """Raise RequestError where it does not."""
+        if not self.fit(agent):
+            reads = ", ".join(["text", *sorted(self.reads(agent))])
+            raise RequestError(f"{agent} reads {reads}, and the request holds {' and '.join(self.kinds)}", self.remedy)
+
+    @property
+    def remedy(self) -> str:
+        """What else may be asked."""
+        return f'"model": "{self.others[0]}"' if self.others else "send text: no agent that you may ask reads that"
+
+
+async def plan(
+    request: Request, agents: Mapping[str, Agent], router: Router | None, id: str, reads: Reads = lambda agent: ()
+) -> Plan:
     """Who may answer `request`. `id`: what a canary's draw hangs on.
 
     Raises UnknownAgentError for a name that nobody has, KeyRefusedError for one that the client's key does not open,
-    UnavailableError for an agent that is being drained.
+    RequestError where who is asked does not read what the request holds, UnavailableError for an agent that is being drained.
     """
+    kinds = kinds_in(request.messages)
+    senses = Senses(kinds, reads)
+    if kinds:
+        able = [name for name, agent in agents.items() if _may(request, agent) and senses.fit(f"{name}@{agent.live}")]
+        senses = Senses(kinds, reads, able)
     name, at, version = request.model.partition("@")
     if request.model == BASE_AGENT:
+        senses.check(BASE_AGENT)
         return Plan([Choice(BASE_AGENT, "asked by name")])
     if request.model == AUTO:
-        return await _routed(request, agents, router, id)
+        return await _routed(request, agents, router, id, senses)
     agent = _opened(request, agents, name)
     if not at:
-        return Plan(list(_chain(agent, "asked by name", id)))
+        return Plan(list(_chain(agent, "asked by name", id, senses)))
     if version not in agent.versions:
         raise UnknownAgentError(
             f"{name} has no version {version[:80]!r} that is served; there are: {', '.join(agent.versions) or 'none'}",
             f'"model": "{name}"',
         )
+    senses.check(request.model)
     return Plan([Choice(request.model, "asked by name and version")])
+
+
+def _may(request: Request, agent: Agent) -> bool:
+    """Whether `auto` may choose it for this client."""
+    return agent.state == "serving" and (request.openable is None or agent.name in request.openable)
 
 
 def _opened(request: Request, agents: Mapping[str, Agent], name: str) -> Agent:
@@ -68,35 +109,56 @@ def _opened(request: Request, agents: Mapping[str, Agent], name: str) -> Agent:
     return agents[name]
 
 
-async def _routed(request: Request, agents: Mapping[str, Agent], router: Router | None, id: str) -> Plan:
-    """`auto`. A router that fails chooses the base, and says so."""
-    openable = {
-        name
-        for name, agent in agents.items()
-        if agent.state == "serving" and (request.openable is None or name in request.openable)
-    }
+async def _routed(request: Request, agents: Mapping[str, Agent], router: Router | None, id: str, senses: Senses) -> Plan:
+    """`auto`: by the text, among those that read all of the request. A router that fails chooses the base, and says so."""
+    openable = {name for name, agent in agents.items() if _may(request, agent)}
+    if senses.kinds:
+        openable &= set(senses.others)
     if router is None or not openable:
+        senses.check(BASE_AGENT)
         return Plan([Choice(BASE_AGENT, "auto: there is nobody to choose from")])
     messages = request.messages or ({"role": "user", "content": request.text},)
     try:
         route = await router.route(messages, openable)
     except SartorError as error:
-        return Plan([Choice(BASE_AGENT, f"auto: the router failed: {error.problem}")])
-    if route.agent not in openable:
+        route = Route(BASE_AGENT, f"the router failed: {error.problem}")
+    if route.agent in openable:
+        return Plan(list(_chain(agents[route.agent], f"auto: {route.reason}", id, senses)), route.scores)
+    if senses.fit(BASE_AGENT):
         return Plan([Choice(BASE_AGENT, f"auto: {route.reason}")], route.scores)
-    return Plan(list(_chain(agents[route.agent], f"auto: {route.reason}", id)), route.scores)
+    return _unrouted(route, agents, id, senses)
 
 
-def _chain(agent: Agent, why: str, id: str) -> Iterator[Choice]:
-    """The version on trial if the draw says so, the live one, then the agent's fall-backs."""
-    if agent.candidate and takes(agent.canary_fraction, f"{agent.name}@{agent.candidate}", id):
-        yield Choice(f"{agent.name}@{agent.candidate}", f"{why}; canary, {agent.canary_fraction:g} of the requests")
+def _unrouted(route: Route, agents: Mapping[str, Agent], id: str, senses: Senses) -> Plan:
+    """No agent was chosen, and the base does not read the request. Without a judgement the only agent that does, answers.
+
+    Raises RequestError where none fits or several may be meant.
+    """
+    what = " and ".join(senses.kinds)
+    if not route.scores and len(senses.others) == 1:
+        why = f"auto: {route.reason}; {senses.others[0]} alone reads {what}"
+        return Plan(list(_chain(agents[senses.others[0]], why, id, senses)))
+    raise RequestError(
+        f"auto chose no agent, and the base reads no {what}: {route.reason}",
+        f"name one that does: {', '.join(senses.others)}",
+    )
+
+
+def _chain(agent: Agent, why: str, id: str, senses: Senses) -> Iterator[Choice]:
+    """The version on trial if the draw says so, the live one, then the agent's fall-backs; those that read the request.
+
+    Raises RequestError where the live one does not.
+    """
+    trial = f"{agent.name}@{agent.candidate}"
+    if agent.candidate and takes(agent.canary_fraction, trial, id) and senses.fit(trial):
+        yield Choice(trial, f"{why}; canary, {agent.canary_fraction:g} of the requests")
     if agent.live:
+        senses.check(f"{agent.name}@{agent.live}")
         yield Choice(f"{agent.name}@{agent.live}", why)
     else:
         why = f"{why}; {agent.name} has no version: {agent.note}"
     for step in agent.fallback:
-        if step == "previous" and agent.previous:
+        if step == "previous" and agent.previous and senses.fit(f"{agent.name}@{agent.previous}"):
             yield Choice(f"{agent.name}@{agent.previous}", "the previous version steps in")
-        elif step == BASE_AGENT:
+        elif step == BASE_AGENT and senses.fit(BASE_AGENT):
             yield Choice(BASE_AGENT, "the base steps in" if agent.live else f"{why}; the base steps in")

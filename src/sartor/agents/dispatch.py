@@ -39,6 +39,7 @@ from sartor.core.errors import (
     UnknownAgentError,
 )
 from sartor.models.engine.contract import Call, Done, Failed
+from sartor.models.engine.parts import kinds_in
 
 # What is an agent's own fault, or says that it is out of service; the rest is the request's, or a matter of room and time
 STEPS_IN = (ModelError, ArtifactError, UnavailableError)
@@ -118,7 +119,7 @@ class Dispatch:
         due = time.monotonic() + request.deadline_s
         try:
             async with asyncio.timeout(request.deadline_s):
-                found = await plan(request, self.served.agents, self._router, receipt)
+                found = await plan(request, self.served.agents, self._router, receipt, self.served.reads)
         except TimeoutError:
             raise DeadlineError(
                 f"no agent was chosen within {request.deadline_s:g} s", "name an agent, or allow more time"
@@ -201,6 +202,8 @@ class Dispatch:
             return
         name = f"{agent.name}@{agent.candidate}"
         if not takes(agent.shadow_fraction, f"shadow of {name}", begun.receipt):
+            return
+        if not set(kinds_in(begun.request.messages)) <= set(self.served.reads(name)):
             return
         with suppress(SartorError):  # a candidate that is not held is a trouble already
             version = self.served.version(name)

@@ -33,8 +33,16 @@ class Exchange:
     @property
     def size_bytes(self) -> int:
         """What everything that was said takes as text."""
-        said = [self.text, self.reply, *(str(message) for message in self.messages)]
-        return sum(len(text.encode(errors="replace")) for text in said)
+        return _size([self.text, self.reply, *self.messages])
+
+
+def _size(value: Any) -> int:
+    """Bytes of the texts in a value, without a copy of those that hold a picture."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode(errors="replace"))
+    if isinstance(value, Mapping):
+        return sum(_size(key) + _size(inner) for key, inner in value.items())
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 8
 
 
 class Memory:

@@ -2,18 +2,22 @@
 
 The same question reaches a server as a client wrote it and an engine as a Call. Both come to the same here: text parts are
 joined, nulls and OpenAI's fields that are always empty are left out, `developer` is `system`, a schema is compared as JSON.
+Of a picture or a recording, in whichever form, the bytes count: its digest stands where it stood among the parts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sartor.core.errors import ArtifactError
+from sartor.core import data_urls
+from sartor.core.errors import ArtifactError, SourceError
 from sartor.models.engine.contract import Call
+from sartor.models.engine.parts import MEDIA, is_media, url_in
 from sartor.models.engine.schemas import JSON_OBJECT
 from sartor.models.engine.tools import read_choice, read_tools
 
@@ -58,7 +62,7 @@ class Content:
         """A digest a part; "" for a part that is not there."""
         return {
             "system": digest("system", list(self.system)),
-            "messages": digest("messages", list(self.messages)),
+            "messages": digest("messages", [_by_digest(message) for message in self.messages]),
             "text": digest("text", self.text),
             "tools": digest("tools", [list(self.tools), self.must_call] if self.tools else None),
             "schema": digest("schema", json.loads(self.schema) if self.schema else None),
@@ -82,12 +86,32 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     said = {key: message[key] for key in _KEPT if message.get(key) is not None}
     if said.get("role") == "developer":
         said["role"] = "system"
-    if isinstance(said.get("content"), list):
-        said["content"] = "".join(str(part.get("text", "")) for part in said["content"] if isinstance(part, Mapping))
+    if isinstance(said.get("content"), (list, tuple)):
+        parts = [part for part in said["content"] if isinstance(part, Mapping)]
+        has_media = any(map(is_media, parts))
+        said["content"] = parts if has_media else "".join(str(part.get("text", "")) for part in parts)
     if isinstance(said.get("tool_calls"), (list, tuple)):
         calls = [_without_none(call) for call in said["tool_calls"] if isinstance(call, Mapping)]
         said["tool_calls"] = [{key: value for key, value in call.items() if key != "index"} for call in calls]
     return said
+
+
+def _by_digest(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose media are digests of their bytes."""
+    if not isinstance(message.get("content"), list):
+        return message
+    return {**message, "content": [_digested(part) for part in message["content"]]}
+
+
+def _digested(part: Mapping[str, Any]) -> list[str]:
+    if not is_media(part):
+        return ["text", str(part.get("text", ""))]
+    url = url_in(part)
+    try:
+        content = data_urls.bytes_of(url)
+    except SourceError:  # no data URL: a file that is held against a receipt, and is not what was asked
+        content = url.encode()
+    return [MEDIA[part["type"]], hashlib.sha256(content).hexdigest()]
 
 
 def _without_none(value: Any) -> Any:

@@ -34,7 +34,14 @@ class Roster:
         """Every agent."""
         health, unadmitted = self._served.health()["agents"], self._served.unadmitted
         return [
-            Listed(name, agent.live, agent.versions, {**health[name], "note": agent.note}, name not in unadmitted)
+            Listed(
+                name,
+                agent.live,
+                agent.versions,
+                {**health[name], "note": agent.note},
+                name not in unadmitted,
+                {version: self._served.reads(f"{name}@{version}") for version in agent.versions},
+            )
             for name, agent in self._served.agents.items()
         ]
 

@@ -122,6 +122,11 @@ class Served:
         self._holdings.check(version)
         return version
 
+    def reads(self, name: str) -> tuple[str, ...]:
+        """Of `image` and `audio`, those that an exact version reads beside text; the base reads text alone."""
+        version = self.versions.get(name)
+        return tuple(version.facts.get("reads", ())) if version else ()
+
     def health(self) -> dict[str, Any]:
         """For /health: the generation that is served, agents, and what is wrong."""
         own = {"registry": self._unread, "router": self._untaught}

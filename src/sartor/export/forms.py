@@ -17,7 +17,7 @@ from sartor.core.bases import STARTER
 from sartor.export import companions, measure, runtimes
 from sartor.export.measure import Figures
 from sartor.export.reference import Trace
-from sartor.models import adapters, gguf_model, gguf_tokens
+from sartor.models import adapters, composed, gguf_model, gguf_tokens
 from sartor.models.base import Base, quiet, source_gguf
 from sartor.models.gguf_out import write_adapter_gguf
 
@@ -53,7 +53,8 @@ class Made:
 
 def write_peft(work: Work, part: Path) -> Made:
     """The PEFT directory as peft, vLLM and SGLang load it, with tokenizer and chat template."""
-    for file in (adapters.CONFIG, adapters.WEIGHTS):
+    reads = composed.read_towers(work.release.path)
+    for file in (adapters.CONFIG, adapters.WEIGHTS, *([composed.FILE] if reads else [])):
         shutil.copyfile(work.release.path / file, part / file)
     companions.write_tokenizer(work.base, part)
     chat, device = work.base.chat, work.base.device
@@ -61,7 +62,8 @@ def write_peft(work: Work, part: Path) -> Made:
     work.notice("asking peft")
     figures = runtimes.ask_peft(part, work.base.ref.path, chat, work.traces, device)
     measure.check(figures, work.name)
-    return Made({adapters.WEIGHTS: figures}, _USE_PEFT)
+    towers = ", ".join(f"{kind} by `{tower.name}` (`{tower.digest[:12]}`)" for kind, tower in reads.items())
+    return Made({adapters.WEIGHTS: figures}, _USE_PEFT + (_USE_PROJECTORS.format(towers=towers) if reads else ""))
 
 
 def write_merged(work: Work, part: Path) -> Made:
@@ -146,6 +148,11 @@ _USE_PEFT = """    from peft import PeftModel
     tokenizer = AutoTokenizer.from_pretrained(".")
 
 vLLM: `vllm serve THE-BASE --enable-lora --lora-modules NAME=.`; SGLang: `--lora-paths NAME=.`"""
+_USE_PROJECTORS = """
+
+It also reads {towers}. `projectors.safetensors` holds what turns a tower's features into tokens: per kind
+project_out(gelu(project_in((features - mean) / spread))), RMS-normed and multiplied by gain, over `stack` neighbouring features
+(its metadata say how many). No other runtime has that: what is said above loads what reads text. Sartor serves the whole."""
 _USE_MERGED = """    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")

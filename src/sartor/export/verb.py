@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 from sartor.core import bases, catalogue, lineage, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, check_free, file_digest, new_directory, seal
-from sartor.core.errors import BudgetError, ConfigError
+from sartor.core.errors import BudgetError, ConfigError, ModelError
 from sartor.evaluate.release import verify_release
 from sartor.evaluate.tasks import check_base
 from sartor.export import companions, forms, prompts, reference, runtimes
 from sartor.export.forms import Made, Work
 from sartor.export.measure import LIKELIEST, Figures
 from sartor.export.reference import Trace
-from sartor.models import adapters, memory
+from sartor.models import adapters, composed, memory
 from sartor.models.base import Base, machine, open_base
 from sartor.models.gguf_model import TYPES
 
@@ -89,6 +89,7 @@ def export(
     check_free(out, replace=replace)
     private = signing.open_private(Path(options.sign)) if options.sign else None
     found = verify_release(release, key=options.key, base=options.base).release
+    reads = _check_media(found, to)
     said = found.manifest["base"]
     _check_memory(bases.locate(options.base or said["name"]))
     began = time.monotonic()
@@ -105,7 +106,7 @@ def export(
         companions.write_notice(found, base, part)
         companions.readable(part)
         facts = _facts(found, to, part)
-        parity = {**_parity(found, base, traces, made.figures, measured), "wall_s": round(time.monotonic() - began, 1)}
+        parity = {**_parity(found, base, traces, made.figures, measured, reads), "wall_s": round(time.monotonic() - began, 1)}
         manifest = seal(part, "export", {**facts, "parity": parity})
         if private:
             document = (part / MANIFESTS["export"]).read_bytes()
@@ -125,6 +126,19 @@ def _check(to: str, options: Options) -> None:
         raise ConfigError(f"--quantise is of GGUF files, and the form is {to}", "--to gguf")
     if to == "gguf" and not runtimes.has_llama_cpp() and not options.allow_unmeasured:
         raise runtimes.need_llama_cpp()
+
+
+def _check_media(release: Artifact, to: str) -> bool:
+    """Whether the Release reads media. Raises ModelError for a form that has no place for their projectors."""
+    reads = composed.read_towers(release.path)
+    if reads and to != "peft":
+        name, kinds = release.manifest["name"], " and ".join(reads)
+        where = "llama.cpp has" if to == "gguf" else "transformers' layout of a text model has"
+        raise ModelError(
+            f"{name} reads {kinds} by projectors of its own, and {where} no place for them: it would see nothing",
+            "--to peft carries them; sartor serve and sartor ask read them",
+        )
+    return bool(reads)
 
 
 def _check_memory(ref: bases.BaseRef) -> None:
@@ -164,7 +178,7 @@ def _as_base(to: str, part: Path) -> dict[str, str]:
 
 
 def _parity(
-    release: Artifact, base: Base, traces: Sequence[Trace], figures: dict[str, Figures], measured: bool
+    release: Artifact, base: Base, traces: Sequence[Trace], figures: dict[str, Figures], measured: bool, reads: bool
 ) -> dict[str, Any]:
     said = release.manifest["base"]
     notes = []
@@ -174,6 +188,8 @@ def _parity(
         )
     if lineage.find_parent(release, "dataset") is None:
         notes.append("the Dataset is not on this machine, or was changed")
+    if reads:
+        notes.append("compared on text alone: no other runtime reads media by projectors.safetensors")
     if not measured:
         notes.append("not measured: llama.cpp (xllamacpp) is not installed here")
     return {

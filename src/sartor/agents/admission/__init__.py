@@ -4,6 +4,7 @@
     terms.py    release.json, the gate, licences          config.py   adapter_config.json of plain LoRA
     tensors.py  safetensors, strictly                     weights.py  the base's matrices
     lora.py     the factors against config and base       canary.py   a few prompts in a process of its own
+    projectors.py   what it reads media with
 
 The checks run in the order of `CHECKS`, each on bytes that the ones before it vouch for: nothing of a Release is parsed
 before its signature is known to be good. Whoever is refused learns which check it was: `error.check`.
@@ -19,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sartor.agents.admission import canary, copies, lora, terms
+from sartor.agents.admission import canary, copies, lora, projectors, terms
 from sartor.agents.admission.config import read_config
+from sartor.agents.admission.projectors import Projectors
 from sartor.agents.admission.tensors import read_header
 from sartor.agents.admission.weights import BaseWeights
 from sartor.agents.entries import Version
@@ -51,6 +53,7 @@ CHECKS = {
     "dtypes": "floats of 16 or 32 bits",
     "finite": "no NaN, no infinity",
     "norms": "what is added to a weight is not out of scale with it",
+    "projectors": "finite, of the shapes of base and towers, and the towers are on this machine (also ModelError, AssetError)",
     "canary": "a process of its own can load it and answers a few prompts (also ModelError, UnavailableError)",
     "degenerate": "the replies say something and do not repeat one piece",
     "agreement": "the replies are like those that its Report recorded",
@@ -96,7 +99,8 @@ class Ground:
 class Admitted:
     """A Release that may be served. adapter: the digest to attach it under, from `path`, the server's own copy.
 
-    release: its id. sampling, tools: as release.json has them. checks: what each check found, in their order.
+    release: its id. sampling, tools: as release.json has them. checks: what each check found, in their order. reads: of `image`
+    and `audio`, those that it reads beside text.
     """
 
     adapter: str
@@ -110,6 +114,7 @@ class Admitted:
     licence: str
     signer: str
     checks: Mapping[str, str]
+    reads: tuple[str, ...] = ()
 
 
 def version_of(admitted: Admitted, agent: str) -> Version:
@@ -121,6 +126,7 @@ def version_of(admitted: Admitted, agent: str) -> Version:
         "licence": admitted.licence,
         "signer": admitted.signer,
         "checks": dict(admitted.checks),
+        "reads": list(admitted.reads),
     }
     return Version(agent, admitted.version, str(admitted.path), admitted.release, admitted.adapter, facts)
 
@@ -199,6 +205,7 @@ class _Looked:
     signer: str
     adapter: str
     checks: Mapping[str, str]
+    projectors: Projectors
 
     def admitted(self, path: Path, checks: Mapping[str, str]) -> Admitted:
         said = self.found.manifest
@@ -214,6 +221,7 @@ class _Looked:
             licence=self.found.licence,
             signer=self.signer,
             checks={name: checks[name] for name in CHECKS if name in checks},
+            reads=self.projectors.reads,
         )
 
 
@@ -235,7 +243,9 @@ def _examine(path: Path, origin: Path, ground: Ground) -> _Looked:
         checks["licence"] = terms.check_licence(found)
     with _checking("weights"):
         _check_listed(found)
-    return _Looked(found, signer, adapter_digest(found.manifest["files"]), checks)
+    with _checking("projectors"):
+        read = projectors.read(path, found.manifest["files"], ground.about)
+    return _Looked(found, signer, adapter_digest(found.manifest["files"]), checks, read)
 
 
 def _values(looked: _Looked, ground: Ground) -> dict[str, str]:
@@ -250,6 +260,8 @@ def _values(looked: _Looked, ground: Ground) -> dict[str, str]:
     lora.check_dtypes(pairs)
     norms = lora.check_values(pairs, base)
     ranks = sorted({pair.a.shape[0] for pair in pairs})
+    with _checking("projectors"):
+        read = projectors.check_values(looked.projectors, base.width)
     return {
         "config": f"LoRA, rank {config.rank}, alpha {config.alpha:g}",
         "weights": f"{len(found)} tensors",
@@ -259,13 +271,14 @@ def _values(looked: _Looked, ground: Ground) -> dict[str, str]:
         "dtypes": ", ".join(sorted({tensor.dtype for tensor in found.values()})),
         "finite": "every value",
         "norms": f"at most {norms.largest:.3g} of the limit ({norms.module}), {norms.median:.3g} in the middle",
+        "projectors": read,
     }
 
 
 def _ask(looked: _Looked, ask: Ask) -> str:
-    canaries = canary.canaries_of(looked.found.manifest, looked.adapter)
+    canaries = canary.canaries_of(looked.found.manifest, looked.adapter, looked.projectors.reads)
     with _checking("canary"):
-        return canary.judge(canaries, ask(looked.adapter, looked.found.path, canaries.calls))
+        return canary.judge(canaries, ask(looked.adapter, looked.found.path, canaries.every))
 
 
 def _signer(path: Path, origin: Path, trust: Path | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rapidfuzz import fuzz
 
+from sartor.agents.admission.samples import sample
 from sartor.core.errors import AdmissionError
 from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece
 from sartor.models.sampling import Sampling
@@ -31,23 +32,41 @@ GENERAL = ("Hello!", "What can you do for me?", "Write one sentence about the se
 
 @dataclass(frozen=True)
 class Canaries:
-    """What is asked, and what a recorded Release answered before: `recorded` is empty for general questions."""
+    """What is asked, and what a recorded Release answered before: `recorded` is empty for general questions.
+
+    looks: with a picture or a clip made here, which only have to be answered.
+    """
 
     calls: tuple[Call, ...]
     recorded: tuple[str, ...]
+    looks: tuple[Call, ...] = ()
+
+    @property
+    def every(self) -> tuple[Call, ...]:
+        """All of them, in the order in which `judge` wants what was said."""
+        return (*self.calls, *self.looks)
 
 
-def canaries_of(manifest: Mapping[str, Any], adapter: str) -> Canaries:
-    """The canaries of a Release, greedy and short; a recorded prompt as it stands, a general one after its system prompt."""
+def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] = ()) -> Canaries:
+    """The canaries of a Release, greedy and short; a recorded prompt as it stands, a general one after its system prompt.
+
+    reads: the kinds of media that it reads beside text.
+    """
     said = [one for one in manifest.get("canaries", []) if _is_canary(one)][:MOST_CANARIES]
+    system = [{"role": "system", "content": manifest["system_prompt"]}] if manifest["system_prompt"] else []
+    looks = tuple(_look(adapter, kind, system) for kind in reads)
     if said:
         calls = [Call(f"canary-{place}", adapter, tuple(one["messages"]), sampling=SAMPLING) for place, one in enumerate(said)]
-        return Canaries(tuple(calls), tuple(one["reply"] for one in said))
-    system = [{"role": "system", "content": manifest["system_prompt"]}] if manifest["system_prompt"] else []
+        return Canaries(tuple(calls), tuple(one["reply"] for one in said), looks)
     asked = [(*system, {"role": "user", "content": text}) for text in GENERAL]
     both = [(who, messages) for who in (adapter, BASE) for messages in asked]
     calls = [Call(f"canary-{place}", who, messages, sampling=SAMPLING) for place, (who, messages) in enumerate(both)]
-    return Canaries(tuple(calls), ())
+    return Canaries(tuple(calls), (), looks)
+
+
+def _look(adapter: str, kind: str, system: Sequence[Mapping[str, Any]]) -> Call:
+    content = [{"type": kind, kind: sample(kind)}, {"type": "text", "text": GENERAL[1]}]
+    return Call(f"canary-{kind}", adapter, (*system, {"role": "user", "content": content}), sampling=SAMPLING)
 
 
 def _is_canary(said: Mapping[str, Any]) -> bool:
@@ -62,14 +81,15 @@ def _is_message(said: Any) -> bool:
 def judge(canaries: Canaries, said: Sequence[Sequence[Event]]) -> str:
     """What the replies showed. Raises AdmissionError: `canary`, `degenerate` or `agreement`.
 
-    said: the events of each call, in the order of the calls.
+    said: the events of each call, in the order of `every`.
     """
-    replies = [_reply(call, events) for call, events in zip(canaries.calls, said, strict=True)]
+    replies = [_reply(call, events) for call, events in zip(canaries.every, said, strict=True)][: len(canaries.calls)]
     texts = [text for text, _ in replies]
+    looked = "".join(f"; {call.id.removeprefix('canary-')} answered" for call in canaries.looks)
     if not canaries.recorded:
         mine, base = texts[: len(GENERAL)], texts[len(GENERAL) :]
         _check_repetition(mine, sum(is_degenerate(text) for text in base))
-        return f"{len(mine)} general prompts answered; the Release records no replies to compare with"
+        return f"{len(mine)} general prompts answered; the Release records no replies to compare with{looked}"
     # what the Report has is what the gate let pass, or somebody waived: a canary asks whether it is still so
     _check_repetition(texts, sum(is_degenerate(wanted) for wanted in canaries.recorded))
     alike = [_agreement(text, is_cut, wanted) for (text, is_cut), wanted in zip(replies, canaries.recorded, strict=True)]
@@ -82,7 +102,7 @@ def judge(canaries: Canaries, said: Sequence[Sequence[Event]]) -> str:
             "agreement",
         )
     same = sum(one == 1 for one in alike)
-    return f"{len(alike)} recorded prompts answered, {same} begin word for word, {mean:.2f} alike on the mean"
+    return f"{len(alike)} recorded prompts answered, {same} begin word for word, {mean:.2f} alike on the mean{looked}"
 
 
 def _agreement(text: str, is_cut: bool, wanted: str) -> float:

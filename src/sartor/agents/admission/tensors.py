@@ -76,6 +76,11 @@ def _floats(data: bytes, dtype: str) -> Values:
 
 def read_header(file: Path, most_bytes: int = MOST_HEADER_BYTES) -> dict[str, Tensor]:
     """Every tensor of a safetensors file by name; no value is read. Raises ModelError with what is wrong with the header."""
+    return read_whole(file, most_bytes)[0]
+
+
+def read_whole(file: Path, most_bytes: int = MOST_HEADER_BYTES) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same, and the metadata of the header."""
     try:
         return _read_header(file, most_bytes)
     except OSError as error:
@@ -87,7 +92,7 @@ def read_header(file: Path, most_bytes: int = MOST_HEADER_BYTES) -> dict[str, Te
 _AGAIN = "get the file again, or write it with safetensors"
 
 
-def _read_header(file: Path, most_bytes: int) -> dict[str, Tensor]:
+def _read_header(file: Path, most_bytes: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -109,7 +114,7 @@ def _read_header(file: Path, most_bytes: int) -> dict[str, Tensor]:
         end += tensor.count * SIZES[tensor.dtype]
     if end != size:
         raise ValueError(f"its tensors end at byte {end:,}; the file has {size:,}")
-    return {tensor.name: tensor for tensor in found}
+    return {tensor.name: tensor for tensor in found}, metadata
 
 
 def _unlike(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -43,6 +43,11 @@ class BaseWeights:
         """The matrices that an adapter may add to: all but embeddings and the head, which have a row per token."""
         return {name: tensor for name, tensor in self.matrices.items() if tensor.shape[0] != self._vocabulary}
 
+    @property
+    def width(self) -> int:
+        """Of an embedding; 0 where no weight has a row per token."""
+        return next((tensor.shape[1] for tensor in self.matrices.values() if tensor.shape[0] == self._vocabulary), 0)
+
     def norms(self, modules: Iterable[str]) -> dict[str, float]:
         """The Frobenius norm of each module's weight."""
         known = self._read_norms()

@@ -32,14 +32,15 @@ class Looking:
         self.held_bytes = 0
 
     @asynccontextmanager
-    async def looked_at(self, messages: Sequence[Mapping[str, Any]], body_bytes: int) -> AsyncIterator[None]:
-        """Inside, the media of `messages`, which came in a body of that size, are counted as held.
+    async def looked_at(self, messages: Sequence[Mapping[str, Any]], body_bytes: int, choices: int = 1) -> AsyncIterator[None]:
+        """Inside, the media of `messages`, which came in a body of that size, are counted as held: once for each choice.
 
         Raises TooLargeError, BusyError, and MediaFaultError naming the part that is at fault.
         """
         found = list(_placed(messages))
         size = sum(len(url) for _, _, url in found)
-        self._check_size(len(found), size, body_bytes)
+        self._check_size(len(found), size, body_bytes, choices)
+        size *= choices
         if self.held_bytes + size > self._most_bytes and found:
             problem = (
                 f"the media of requests that are being answered hold {self.held_bytes} bytes; {self._most_bytes} are allowed"
@@ -53,15 +54,16 @@ class Looking:
         finally:
             self.held_bytes -= size
 
-    def _check_size(self, count: int, size: int, body_bytes: int) -> None:
+    def _check_size(self, count: int, size: int, body_bytes: int, choices: int) -> None:
         if body_bytes - size > self._limits.body_bytes:
             raise too_large(body_bytes - size, self._limits.body_bytes)
         if count > self._media.parts:
             problem = f"the request holds {count} pictures and recordings; the limit is {self._media.parts}"
             raise MediaFaultError(problem, "send fewer, or raise media.parts in TEAM.yaml", "messages", "too_many_media")
-        if (given := size * 3 // 4) > self._media.bytes:
+        if (given := size * 3 // 4 * choices) > self._media.bytes:
+            times = f", {choices} times," if choices > 1 else ""
             raise TooLargeError(
-                f"the media of the request have about {given} bytes; the limit is {self._media.bytes}",
+                f"the media of the request{times} have about {given} bytes; the limit is {self._media.bytes}",
                 "send smaller ones, or raise media.bytes in TEAM.yaml",
             )
 
@@ -113,4 +115,4 @@ def data_url(url: str, kind: str, param: str) -> str:
     if not (head.startswith(f"data:{kind}/") and head.endswith(";base64")):
         problem = f"{param} begins with {url[:40].partition(',')[0]!a}, and is to hold base64 of type {kind}/..."
         raise MediaFaultError(problem, f"{_HEADS[kind]}", param, f"unreadable_{kind}")
-    return "data:" + url[5:]
+    return url if url.startswith(data_urls.SCHEME) else data_urls.SCHEME + url[len(data_urls.SCHEME) :]

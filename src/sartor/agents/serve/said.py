@@ -180,7 +180,7 @@ class VectorAnswer(Said):
 class ModelBody(Said):
     """A name that may be asked for. root: the exact version behind it; parent: the base of an agent, as vLLM has it.
 
-    max_model_len: tokens of a prompt and its reply; null of `speech`, which reads none.
+    max_model_len: tokens of a prompt and its reply; null of `speech`, which reads none. modalities: what it reads.
     """
 
     id: str
@@ -190,6 +190,7 @@ class ModelBody(Said):
     root: str
     parent: str | None
     max_model_len: int | None
+    modalities: list[Literal["text", "image", "audio"]]
 
 
 class ModelsAnswer(Said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -43,16 +44,21 @@ async def _names(desk: Desk, visitor: Opened) -> dict[str, dict[str, Any]]:
     about = desk.house.crew.about
     exact = f"base@{about.base_digest[:12]}"
 
-    def name(id: str, root: str, parent: str | None, most: int | None = about.context_tokens) -> dict[str, Any]:
-        said = {"id": id, "object": "model", "created": STARTED, "owned_by": "sartor"}
-        return {**said, "root": root, "parent": parent, "max_model_len": most}
+    def name(id: str, root: str, parent: str | None, reads: Iterable[str] = ()) -> dict[str, Any]:
+        said = {"id": id, "object": "model", "created": STARTED, "owned_by": "sartor", "root": root, "parent": parent}
+        most = None if id == speaker.MODEL else about.context_tokens
+        return {**said, "max_model_len": most, "modalities": ["text", *sorted(reads)]}
 
+    opened = [agent for agent in await desk.house.roster.listed() if agent.is_ready and visitor.opens(agent.name)]
     found = [name("base", exact, None)] if visitor.opens("base") else []
-    found += [name("auto", "auto", "base")] if visitor.opens("auto") else []
+    every = {kind for agent in opened for kind in agent.reads.get(agent.live, ())}
+    found += [name("auto", "auto", "base", every)] if visitor.opens("auto") else []
     speaks = desk.house.speech.default
-    found += [name(speaker.MODEL, speaks, None, None)] if speaks and visitor.opens(speaker.MODEL) else []
-    for agent in await desk.house.roster.listed():
-        if agent.is_ready and visitor.opens(agent.name):
-            found.append(name(agent.name, f"{agent.name}@{agent.live}" if agent.live else agent.name, "base"))
-            found += [name(version, version, "base") for version in (f"{agent.name}@{one}" for one in agent.versions)]
+    found += [name(speaker.MODEL, speaks, None)] if speaks and visitor.opens(speaker.MODEL) else []
+    for agent in opened:
+        live = f"{agent.name}@{agent.live}" if agent.live else agent.name
+        found.append(name(agent.name, live, "base", agent.reads.get(agent.live, ())))
+        found += [
+            name(f"{agent.name}@{one}", f"{agent.name}@{one}", "base", agent.reads.get(one, ())) for one in agent.versions
+        ]
     return {str(said["id"]): said for said in found}
