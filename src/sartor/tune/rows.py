@@ -58,7 +58,9 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat) -> Rows:
     examples = _hold_out(list(rows.read_examples(dataset)), recipe.data, recipe.seed)
     data = Rows()
     for example in examples:
-        if example.split == "eval" and example.is_derived:  # its group is held out here and not in the Dataset: no copy is asked
+        if (
+            example.split == "eval" and example.is_derived
+        ):  # its group is held out here and not in the Dataset: no copy is asked
             data.left_out.setdefault("copy_of_held_out", []).append(example.id)
             continue
         try:
