@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 from PIL import Image
 
 import sartor
@@ -85,3 +88,31 @@ def test_a_missing_file_is_a_drop_and_said(tmp_path: Path) -> None:
     _, dropped = curated(tmp_path, chat("<image>", image="a.png"), chat("<image>", image="none.png"))
     assert dropped == {"missing_media": 1}
     assert "none.png" in json.dumps([drop.detail for drop in rows.read_drops(sartor.open(tmp_path / "d"))])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "what is it", "chosen": "red", "rejected": "blue", "image": "a.png"},
+        {"prompt": "<image> or <image>?", "chosen": "the first", "rejected": "the other", "images": ["a.png", "b.png"]},
+        {"text": "a red square", "image": "a.png"},
+        {"question": "which is red", "answer": "the first", "images": '["a.png", "b.png"]'},
+    ],
+)
+def test_preferences_captions_and_lists_in_cells_keep_their_pictures(tmp_path: Path, row: dict[str, Any]) -> None:
+    shown, dropped = curated(tmp_path, row)
+    wanted = 2 if "images" in row else 1
+    assert [kind for kind, _ in shown[0]].count("image") == wanted and not dropped
+
+
+def test_a_part_without_a_picture_in_a_row_that_names_none_is_a_drop(tmp_path: Path) -> None:
+    _, dropped = curated(tmp_path, chat("<image>", image="a.png"), chat([{"type": "image"}, {"type": "text", "text": "?"}]))
+    assert dropped == {"placeholder_count": 1}
+
+
+def test_recordings_and_pictures_in_openais_spelling_are_taken(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    soundfile.write(out, [0.0, 0.1] * 400, 8000, format="WAV")
+    heard = {"type": "input_audio", "input_audio": {"data": base64.b64encode(out.getvalue()).decode(), "format": "wav"}}
+    shown, dropped = curated(tmp_path, chat([heard, {"type": "image_url", "image_url": {"url": "a.png"}}]))
+    assert [kind for kind, _ in shown[0]] == ["audio", "image"] and not dropped

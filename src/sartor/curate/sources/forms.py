@@ -174,7 +174,7 @@ def _sharegpt(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...]
 
 
 def _preference(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    prompt = _prompt(row["prompt"], media)
+    prompt = _prompt(row, media)
     chosen, rejected = (_answer(row[key], key, media) for key in ("chosen", "rejected"))
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if len(turns) != 1:
@@ -190,9 +190,7 @@ def _alpaca(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], 
 
 
 def _prompt_completion(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    prompt = _loads(row["prompt"])
-    turns = (_question(row, prompt, media),) if isinstance(prompt, str) else _turns(placed(row, prompt), media)
-    return turns + _answer(row["completion"], "completion", media), ()
+    return _prompt(row, media) + _answer(row["completion"], "completion", media), ()
 
 
 def _question_answer(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -200,7 +198,9 @@ def _question_answer(row: Mapping[str, Any], media: Media) -> tuple[tuple[Messag
 
 
 def _text_row(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    return (Message.of("assistant", _text(row, "text")),), ()
+    said = Message.of("assistant", _text(row, "text"))
+    seen = asked(row, "")  # of a text that names a picture or a recording: it is what is said of them
+    return ((Message("user", tuple(_parts(seen, 1, media))), said) if seen else (said,)), ()
 
 
 _PARSERS: dict[str, Callable[[Mapping[str, Any], Media], tuple[tuple[Message, ...], tuple[Message, ...]]]] = {
@@ -220,9 +220,9 @@ def _question(row: Mapping[str, Any], text: str, media: Media) -> Message:
     return Message("user", tuple(_parts(asked(row, text), 1, media)))
 
 
-def _prompt(value: Any, media: Media) -> tuple[Message, ...]:
-    value = _loads(value)
-    return (Message.of("user", value),) if isinstance(value, str) else _turns(value, media)
+def _prompt(row: Mapping[str, Any], media: Media) -> tuple[Message, ...]:
+    value = _loads(row["prompt"])
+    return (_question(row, value, media),) if isinstance(value, str) else _turns(placed(row, value), media)
 
 
 def _answer(value: Any, name: str, media: Media) -> tuple[Message, ...]:
@@ -275,12 +275,19 @@ def _parts(content: Any, place: int, media: Media) -> list[Part]:
         kind = {"image_url": "image", "input_audio": "audio"}.get(str(kind), kind)
         if kind not in ("text", "image", "audio"):
             raise Malformed("bad_content", f"turn {place} has a part of type {kind!r}; known are text, image, audio")
-        value = part.get(kind, part.get("image_url"))
-        value = value.get("url") if isinstance(value, Mapping) else value
+        value = _value(part, kind)
         if not isinstance(value, str):
             raise Malformed("bad_content", f"the {kind} part of turn {place} has no {kind!r} text")
         parts.append(Part("text", value) if kind == "text" else Part(cast(PartKind, kind), media=media(kind, value)))
     return parts
+
+
+def _value(part: Mapping[str, Any], kind: str) -> Any:
+    """What a part holds, also in OpenAI's spellings: {image_url: {url}} and {input_audio: {data, format}}."""
+    value = part.get(kind, part.get("image_url" if kind == "image" else "input_audio"))
+    if isinstance(value, Mapping) and isinstance(value.get("data"), str):
+        return f"data:audio/{value.get('format', '')};base64,{value['data']}"
+    return value.get("url") if isinstance(value, Mapping) else value
 
 
 def _check_turns(messages: tuple[Message, ...], form: str) -> None:

@@ -6,6 +6,8 @@ r"""Rows that name their media beside the turns, and say by a mark in the text w
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,14 +21,14 @@ _FIELDS = {"image": ("image", "images"), "audio": ("audio", "audios")}
 def placed(row: Mapping[str, Any], turns: Any) -> Any:
     """The turns with each mark in their texts, or part without a value, replaced by the media that the row names, in order.
 
-    Turns of a row that names none are left as they are. Raises Malformed unless there are as many marks as media.
+    Texts of a row that names none are left as they are. Raises Malformed unless there are as many marks as media.
     """
-    named = {kind: _named(row, kind) for kind in _FIELDS}
-    if not any(named.values()) or not isinstance(turns, Sequence) or isinstance(turns, str):
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
         return turns
+    named = {kind: _named(row, kind) for kind in _FIELDS}
     left = {kind: iter(found) for kind, found in named.items()}
     counts = dict.fromkeys(_FIELDS, 0)
-    made = [_turn(turn, left, counts) for turn in turns]
+    made = [_turn(turn, left, counts, has_marks=any(named.values())) for turn in turns]
     for kind, found in named.items():
         if counts[kind] != len(found):
             problem = f"the turns hold {counts[kind]} <{kind}> and the row names {len(found)}: each mark is one {kind}"
@@ -46,18 +48,21 @@ def _named(row: Mapping[str, Any], kind: str) -> list[Any]:
     """The media of a kind that the row names beside its turns."""
     for field in _FIELDS[kind]:
         value = row.get(field)
+        if isinstance(value, str) and value.lstrip().startswith("["):  # a list as a cell of a CSV file has it
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
         if value is not None and value != "" and value != []:
             return list(value) if isinstance(value, list | tuple) else [value]
     return []
 
 
-def _turn(turn: Any, left: Mapping[str, Iterator[Any]], counts: dict[str, int]) -> Any:
+def _turn(turn: Any, left: Mapping[str, Iterator[Any]], counts: dict[str, int], *, has_marks: bool) -> Any:
     if not isinstance(turn, Mapping):
         return turn
     content = turn.get("content")
-    if isinstance(content, str):
+    if isinstance(content, str) and has_marks:
         parts = list(_parts(content, left, counts))
-    elif isinstance(content, list | tuple):
+    elif isinstance(content, Sequence) and not isinstance(content, str):
         parts = [_part(part, left, counts) for part in content]
     else:
         return turn
@@ -78,7 +83,7 @@ def _parts(text: str, left: Mapping[str, Iterator[Any]], counts: dict[str, int])
 def _part(part: Any, left: Mapping[str, Iterator[Any]], counts: dict[str, int]) -> Any:
     """A part of media without a value takes the next that the row names; one beyond them is counted and left."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in _FIELDS or part.get(kind) is not None:
+    if kind not in _FIELDS or any(part.get(name) is not None for name in (kind, "image_url", "input_audio")):
         return part
     counts[kind] += 1
     return {**part, kind: next(left[kind], None)}
