@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ import transformers
 from PIL import Image
 
 import tiny
+from sartor.core.pictures import open_image
 from sartor.core.records import Example, Message, Part
+from sartor.core.sounds import read_sound
+from sartor.models.media import content_of
+from sartor.models.native.opening import without_video
 
 # The form of published templates: content is a text or a list of parts
 TEMPLATE = (
@@ -61,7 +66,186 @@ def llava() -> tuple[Any, Any]:
     return transformers.LlavaForConditionalGeneration(config), processor
 
 
-MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {"llava": llava}
+def llava_next() -> tuple[Any, Any]:
+    coded = tokenizer("<image>", image="<image>\n")
+    pinpoints = [[28, 56], [56, 28], [56, 56]]
+    config = transformers.LlavaNextConfig(
+        text_config=transformers.MistralConfig(**TEXT, sliding_window=None),
+        vision_config=transformers.CLIPVisionConfig(**VISION),
+        image_token_index=coded.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        image_grid_pinpoints=pinpoints,
+    )
+    pictures = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
+    )
+    processor = transformers.LlavaNextProcessor(
+        pictures, coded, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=coded.chat_template,
+    )  # fmt: skip
+    return transformers.LlavaNextForConditionalGeneration(config), processor
+
+
+def llava_onevision() -> tuple[Any, Any]:
+    coded = tokenizer("<image>", "<video>", image="<image>\n")
+    pinpoints = [[28, 56], [56, 28], [56, 56]]
+    config = transformers.LlavaOnevisionConfig(
+        text_config=transformers.Qwen2Config(**TEXT),
+        vision_config=transformers.SiglipVisionConfig(**VISION),
+        image_token_index=coded.convert_tokens_to_ids("<image>"),
+        video_token_index=coded.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=pinpoints,
+    )
+    pictures = transformers.LlavaOnevisionImageProcessorPil(
+        size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
+    )
+    processor = without_video(transformers.LlavaOnevisionProcessor)(
+        pictures, coded, num_image_tokens=4, vision_feature_select_strategy="full", chat_template=coded.chat_template
+    )
+    return transformers.LlavaOnevisionForConditionalGeneration(config), processor
+
+
+def internvl() -> tuple[Any, Any]:
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    coded = tokenizer("<video>", image="<IMG_CONTEXT>\n", **named, video_token="<video>")
+    vision = {**VISION, "image_size": [28, 28], "patch_size": [7, 7]}
+    config = transformers.InternVLConfig(
+        text_config=transformers.Qwen2Config(**TEXT),
+        vision_config=transformers.InternVLVisionConfig(**vision),
+        image_token_id=coded.convert_tokens_to_ids("<IMG_CONTEXT>"),
+    )
+    pictures = transformers.GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=False)
+    processor = without_video(transformers.InternVLProcessor)(
+        pictures, coded, image_seq_length=4, chat_template=coded.chat_template
+    )
+    return transformers.InternVLForConditionalGeneration(config), processor
+
+
+def paligemma() -> tuple[Any, Any]:
+    coded = tokenizer("<image>", image="<image>")
+    text = {**TEXT, "tie_word_embeddings": True, "head_dim": 8}
+    config = transformers.PaliGemmaConfig(
+        text_config=transformers.GemmaConfig(**text),
+        vision_config=transformers.SiglipVisionConfig(**VISION, projection_dim=32),
+        image_token_index=coded.convert_tokens_to_ids("<image>"),
+        projection_dim=32,
+        hidden_size=32,
+    )
+    pictures = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    pictures.image_seq_length = 4
+    processor = transformers.PaliGemmaProcessor(pictures, coded, chat_template=coded.chat_template)
+    return transformers.PaliGemmaForConditionalGeneration(config), processor
+
+
+_QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 7,
+                "spatial_merge_size": 2, "out_hidden_size": 32, "initializer_range": 0.2}  # fmt: skip
+_QWEN_ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+
+
+def _qwen_pictures() -> Any:
+    return transformers.Qwen2VLImageProcessorPil(
+        patch_size=7, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 14 * 14, "longest_edge": 56 * 56}
+    )
+
+
+def qwen2_5_vl() -> tuple[Any, Any]:
+    coded = tokenizer(*_QWEN, image="<|vision_start|><|image_pad|><|vision_end|>")
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": _QWEN_ROPE},
+        vision_config={**_QWEN_VISION, "window_size": 28, "fullatt_block_indexes": [1]},
+        **_qwen_ids(coded),
+    )
+    processor = without_video(transformers.Qwen2_5_VLProcessor)(_qwen_pictures(), coded, chat_template=coded.chat_template)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def qwen3_vl() -> tuple[Any, Any]:
+    coded = tokenizer(*_QWEN, image="<|vision_start|><|image_pad|><|vision_end|>")
+    config = transformers.Qwen3VLConfig(
+        text_config={**TEXT, "head_dim": 8, "rope_parameters": {**_QWEN_ROPE, "mrope_interleaved": True}},
+        vision_config={**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        **_qwen_ids(coded),
+    )
+    processor = without_video(transformers.Qwen3VLProcessor)(_qwen_pictures(), coded, chat_template=coded.chat_template)
+    return transformers.Qwen3VLForConditionalGeneration(config), processor
+
+
+def _qwen_ids(coded: Any) -> dict[str, int]:
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    return dict(zip(names, coded.convert_tokens_to_ids(list(_QWEN)), strict=True))
+
+
+def idefics3() -> tuple[Any, Any]:
+    coded = tokenizer("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", image="<image>")
+    config = transformers.Idefics3Config(
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config={**VISION, "patch_size": 7},
+        image_token_id=coded.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+    pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    processor = transformers.Idefics3Processor(pictures, coded, image_seq_len=4, chat_template=coded.chat_template)
+    return transformers.Idefics3ForConditionalGeneration(config), processor
+
+
+def smolvlm() -> tuple[Any, Any]:
+    named = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"}
+    coded = tokenizer("<end_of_utterance>", image="<image>", **named)
+    config = transformers.SmolVLMConfig(
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config={**VISION, "patch_size": 7},
+        image_token_id=coded.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+    pictures = transformers.SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    kind = without_video(transformers.SmolVLMProcessor)
+    processor = kind(pictures, coded, None, image_seq_len=4, chat_template=coded.chat_template)
+    return transformers.SmolVLMForConditionalGeneration(config), processor
+
+
+def gemma3() -> tuple[Any, Any]:
+    named = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
+    coded = tokenizer(image="<start_of_image>", **named)
+    text = {**TEXT, "tie_word_embeddings": True, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512}
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config={**VISION, "patch_size": 7},
+        mm_tokens_per_image=4,
+        boi_token_index=coded.boi_token_id,
+        eoi_token_index=coded.eoi_token_id,
+        image_token_index=coded.image_token_id,
+    )
+    pictures = transformers.Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    processor = transformers.Gemma3Processor(pictures, coded, image_seq_length=4, chat_template=coded.chat_template)
+    return transformers.Gemma3ForConditionalGeneration(config), processor
+
+
+def mllama() -> tuple[Any, Any]:
+    coded = tokenizer("<|image|>", "<|python_tag|>", image="<|image|>")
+    config = transformers.MllamaConfig(
+        text_config={**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        vision_config={
+            "hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4, "intermediate_size": 64,
+            "vision_output_dim": 64, "image_size": 28, "patch_size": 14, "max_num_tiles": 2,
+            "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "initializer_range": 0.2,
+        },
+        image_token_index=coded.convert_tokens_to_ids("<|image|>"),
+    )  # fmt: skip
+    pictures = transformers.MllamaImageProcessorPil(size={"height": 28, "width": 28}, max_image_tiles=2)
+    model = transformers.MllamaForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):  # at 0 what is seen would not reach the text
+            torch.nn.init.constant_(parameter, 0.7)
+    return model, transformers.MllamaProcessor(pictures, coded, chat_template=coded.chat_template)
+
+
+MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    made.__name__: made
+    for made in (
+        llava, llava_next, llava_onevision, internvl, paligemma, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, gemma3, mllama,
+    )
+}  # fmt: skip
 
 
 def write(name: str, folder: Path) -> Path:
@@ -69,7 +253,10 @@ def write(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model, processor = MODELS[name]()
     model.eval().save_pretrained(str(folder))
-    processor.save_pretrained(str(folder))
+    # not `save_pretrained`, which wants the part for videos too; that needs torchvision
+    said = {key: value for key, value in processor.to_dict().items() if value is not None}
+    (folder / "processor_config.json").write_text(json.dumps(said))
+    processor.tokenizer.save_pretrained(str(folder))
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# tiny\n")
     return folder
 
@@ -92,6 +279,14 @@ def part(kind: str, seed: int, **how: Any) -> Part:
     content = picture(seed, **how) if kind == "image" else sound(seed, **how)
     name = "image/png" if kind == "image" else "audio/wav"
     return Part(kind, media=f"data:{name};base64," + base64.b64encode(content).decode())  # type: ignore[arg-type]
+
+
+def image_of(one: Part) -> Any:
+    return open_image(content_of(one, None))
+
+
+def samples_of(one: Part) -> Any:
+    return read_sound(content_of(one, None), 16000)
 
 
 def row(*parts: Part | str, reply: str = "the sky is blue") -> Example:

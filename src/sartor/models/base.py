@@ -130,6 +130,8 @@ def open_base(
 def _seeing(ref: bases.BaseRef, model: Any, device: torch.device) -> Base:
     """A native multi-modal base."""
     processor = opening.open_processor(ref.path, model.config)
+    if processor.chat_template:  # older ones have it in a file of the processor's alone
+        processor.tokenizer.chat_template = processor.chat_template
     media = NativeMedia(processor, model)
     model.set_input_embeddings(MediaEmbedding(model.get_input_embeddings(), media))
     return Base(ref, model, NativeChat(processor.tokenizer, media, _stops(model.generation_config)), device, media)

@@ -41,7 +41,7 @@ def open_processor(path: Path, config: Any) -> Any:
         kind = PROCESSOR_MAPPING[type(config)]
         parts = [_part(path, config, name) for name in kind.get_attributes()]
         settings, unused = kind.get_processor_dict(str(path), local_files_only=True)
-        return _without_video(kind).from_args_and_dict(parts, settings, **unused)
+        return without_video(kind).from_args_and_dict(parts, settings, **unused)
     except ImportError as error:
         if "torchvision" in str(error).lower():
             raise need("torchvision", "multimodal") from None
@@ -62,7 +62,7 @@ def _part(path: Path, config: Any, name: str) -> Any:
     return transformers.AutoFeatureExtractor.from_pretrained(str(path), **where)
 
 
-def _without_video(kind: Any) -> Any:
+def without_video(kind: Any) -> Any:
     """`kind` of processor, which takes None in the place of a part."""
 
     def check(self: Any, name: str, part: Any) -> Any:

@@ -1,0 +1,191 @@
+"""What every native multi-modal base keeps, over tiny models with random weights of the real classes and real processors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_native
+import torch
+
+from sartor.core.errors import ConfigError, MediaError, SourceError
+from sartor.core.records import Message, Part
+from sartor.models import adapters, batches, paths
+from sartor.models.base import Base, open_base
+from sartor.models.batches import Encoded
+from sartor.models.generate import generate
+from sartor.models.media import blank
+from sartor.models.native import parts
+from sartor.models.sampling import Sampling
+
+CPU = torch.device("cpu")
+# Whose media are embeddings of their tokens and nothing else, so that rows with media are packed
+PACKED = {"llava", "llava_next", "llava_onevision", "internvl", "smolvlm", "idefics3", "qwen2_audio", "audioflamingo3", "glmasr"}
+
+
+@pytest.fixture(scope="module", params=list(tiny_native.MODELS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_native.write(request.param, tmp_path_factory.mktemp("native") / request.param)
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Base:
+    return opened(folder)
+
+
+def opened(folder: Path) -> Base:
+    return open_base(str(folder), bits=32, device=CPU)
+
+
+@pytest.fixture
+def tuned(base: Base) -> Iterator[Callable[..., Any]]:
+    """A model with factors on parts of the base, taken off afterwards."""
+    made: list[Any] = []
+
+    def tune(language: Any = "all-linear", projector: str = "full", tower: str = "none", top: int | None = None) -> Any:
+        chosen = parts.choose(base.model, language, top, projector, tower)
+        made.append(adapters.inject_lora(base.model, rank=2, alpha=4, dropout=0, targets=chosen, seed=0))
+        return made[0].eval()
+
+    yield tune
+    for model in made:
+        adapters.undo(model)
+        base.model.requires_grad_(False)
+
+
+def rows(base: Base) -> list[Encoded]:
+    """Two media in one row, one in another, none in a third."""
+    kind, other = base.media.kinds[0], base.media.kinds[-1]
+    first, second = tiny_native.part(kind, 1), tiny_native.part(other, 2)
+    made = [
+        tiny_native.row("what is ", first, " beside ", second, " here"),
+        tiny_native.row(second, "turn on the light", reply="on"),
+        tiny_native.row("what colour is the sky", reply="blue"),
+    ]
+    return [base.chat.encode(example) for example in made]
+
+
+def test_what_is_learnt_is_the_reply(base: Base) -> None:
+    for row, reply in zip(rows(base), ("the sky is blue", "on", "blue"), strict=True):
+        learnt = [token for token, is_learnt in zip(row.ids, row.learnt, strict=True) if is_learnt]
+        assert base.chat.decode(learnt) == reply
+        assert learnt[-1] in base.chat.stops
+        assert min(learnt) >= 0
+
+
+def test_the_tokens_of_a_row_are_the_processors_own(base: Base) -> None:
+    media = base.media
+    sent = [tiny_native.part(kind, place) for place, kind in enumerate((*media.kinds, *media.kinds))]
+    content = [Part("text", "see\n"), *sent[:1], Part("text", " and\n"), *sent[1:], Part("text", "\nwhat is it")]
+    turns = [Message("user", tuple(content))]
+    plain = [{"type": "text", "text": part.text} if part.kind == "text" else {"type": part.kind} for part in content]
+    text = base.chat.tokenizer.apply_chat_template(
+        [{"role": "user", "content": plain}], tokenize=False, add_generation_prompt=True
+    )
+    images = [tiny_native.image_of(part) for part in sent if part.kind == "image"]
+    sounds = [tiny_native.samples_of(part) for part in sent if part.kind == "audio"]
+    given = {name: found for name, found in (("images", images), ("audio", sounds)) if found}
+    wanted = media._processor(text=[text], add_special_tokens=False, **given)["input_ids"][0]
+    ids = base.chat.prompt_ids(turns)
+    found = media.inputs(torch.tensor([ids]))["input_ids"][0].tolist()
+    assert found == list(wanted)
+    assert sum(token < 0 for token in ids) == sum(token in media.placeholders.values() for token in wanted)
+
+
+def test_packs_have_the_losses_of_single_rows_or_rows_are_taken_one_at_a_time(base: Base, folder: Path) -> None:
+    encoded = rows(base)
+    path = paths.choose(base.model, encoded, CPU)
+    assert path.name == ("general" if folder.name in PACKED else "one-row"), path.reason
+    with torch.no_grad():
+        found, single = path.losses(encoded)[0], batches.row_losses(base.model, encoded, CPU)
+    assert (found - single).abs().max() <= 1e-5
+
+
+def test_what_is_seen_reaches_the_losses(base: Base) -> None:
+    encoded = rows(base)[:2]
+    with torch.no_grad():
+        seen = batches.row_losses(base.model, encoded, CPU)
+        with blank(base.model):
+            unseen = batches.row_losses(base.model, encoded, CPU)
+    assert (seen - unseen).abs().max() > 1e-4
+
+
+def test_an_adapter_is_the_same_when_opened(base: Base, folder: Path, tuned: Callable[..., Any], tmp_path: Path) -> None:
+    model = tuned(tower="all-linear")
+    moved(model)
+    encoded = rows(base)
+    with torch.no_grad():
+        wanted = batches.row_losses(model, encoded, CPU)
+        with model.disable_adapter():
+            before = batches.row_losses(model, encoded, CPU)
+    adapters.write_adapter(model, tmp_path, "tiny")
+    fresh = opened(folder)
+    again = adapters.open_adapter(fresh.model, tmp_path)
+    with torch.no_grad():
+        found = batches.row_losses(again, rows(fresh), CPU)
+        with again.disable_adapter():
+            assert torch.equal(batches.row_losses(again, rows(fresh), CPU), before)
+    assert (found - wanted).abs().max() <= 1e-6
+    assert (wanted - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "targets", [{}, {"projector": "none"}, {"projector": "all-linear", "tower": "all-linear"}, {"top": 1, "projector": "none"}]
+)
+def test_gradients_reach_what_is_named_and_nothing_else(base: Base, tuned: Callable[..., Any], targets: dict[str, Any]) -> None:
+    asked = {"projector": "full", "tower": "none", "top": None, **targets}
+    found = parts.parts_of(base.model)
+    model = tuned(**targets)
+    moved(model)
+    batches.row_losses(model, rows(base), CPU).sum().backward()
+    reached = {name for name, part in model.named_parameters() if part.grad is not None and part.grad.abs().sum() > 0}
+    learnt = {name for name, part in model.named_parameters() if part.requires_grad}
+    assert reached <= learnt
+    for names, on in (
+        (found.language, True),
+        (found.projector_linear, asked["projector"] != "none"),
+        (found.tower, asked["tower"] != "none"),
+    ):
+        assert any(f".{name}." in one for name in names for one in reached) == on
+    lowest = [one for one in learnt if ".layers.0." in one and any(f".{name}." in one for name in found.language)]
+    assert not (asked["top"] and lowest)
+
+
+def test_greedy_replies_are_transformers_own(base: Base) -> None:
+    media, prompts = base.media, []
+    for seed in (1, 2):
+        content = (Part("text", "look "), tiny_native.part(media.kinds[0], seed), Part("text", " what" * seed))
+        prompts.append(base.chat.prompt_ids([Message("user", content)]))
+    prompts.append(base.chat.prompt_ids([Message.of("user", "what colour is the sky")]))
+    made = generate(base.model, prompts, stop=base.chat.stops, pad=base.chat.pad, sampling=Sampling(6))
+    for prompt, reply in zip(prompts, made, strict=True):
+        given = media.inputs(torch.tensor([prompt]))
+        stops = base.chat.stops
+        wanted = base.model.generate(**given, max_new_tokens=6, do_sample=False, eos_token_id=stops, pad_token_id=base.chat.pad)
+        new = wanted[0, len(prompt) :].tolist()
+        assert reply.ids == [token for token in new if token not in stops]
+
+
+def test_refusals(base: Base, tuned: Callable[..., Any]) -> None:
+    kind = base.media.kinds[0]
+    broken = Part(kind, media="data:x/y;base64,aaaa")
+    with pytest.raises(MediaError):
+        base.chat.encode(tiny_native.row(broken, "what"))
+    with pytest.raises(SourceError, match="placeholder"):
+        base.chat.encode(tiny_native.row(f"what is {base.media.tokens[kind]}"))
+    for other in {"image", "audio"} - set(base.media.kinds):
+        with pytest.raises(SourceError, match=f"reads no {other}"):
+            base.chat.encode(tiny_native.row(tiny_native.part(other, 1), "what"))
+    with pytest.raises(ConfigError, match="names no module"):
+        tuned(language=["nope"])
+
+
+def moved(model: Any) -> None:
+    """Factors and whole modules away from where they begin."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
