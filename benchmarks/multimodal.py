@@ -138,11 +138,9 @@ def by_label(examples: Sequence[Example], field: str) -> Callable[[Reply, Reply]
     references = [row.reply for row in examples]
     labels = [str(json.loads(reply)[field]) for reply in references]
     measures = Measures(references, [row.group for row in examples], field, labels)
-    nothing = [0.0] * len(references)
 
     def compared(one: Reply, other: Reply) -> dict[str, float]:
-        sides = [Side(list(said), nothing, [1] * len(references), nothing) for said in (one, other)]
-        return asdict(measures.compared(*sides)["macro_f1"])
+        return asdict(measures.compared(Side(one), Side(other))["macro_f1"])
 
     return compared
 
@@ -266,7 +264,7 @@ def speech(work: Path, commands: int, voices: int) -> dict[str, Any]:
     end_to_end = answers(adapter, examples, data)
     blind = answers(adapter, shuffled(examples), data)
     heard, wer = cascade(folder, examples, data)
-    over = sartor_paired(blind, end_to_end, references, groups)
+    over = paired(blind, end_to_end, references, groups)
     return {
         "exact_match": {"end_to_end": exact(end_to_end, references), "cascade": exact(heard, references)},
         "shuffled": exact(blind, references),
@@ -281,11 +279,9 @@ def exact(replies: Reply, references: Reply) -> float:
     return round(statistics.mean(said.strip() == wanted for said, wanted in zip(replies, references, strict=True)), 4)
 
 
-def sartor_paired(one: Reply, other: Reply, references: Reply, groups: Sequence[str]) -> dict[str, float]:
+def paired(one: Reply, other: Reply, references: Reply, groups: Sequence[str]) -> dict[str, float]:
     """The difference in exact match, with its interval."""
-    nothing = [0.0] * len(references)
-    sides = [Side(list(said), nothing, [1] * len(references), nothing) for said in (one, other)]
-    found = Measures(list(references), list(groups)).compared(*sides)["exact_match"]
+    found = Measures(references, groups).compared(Side(one), Side(other))["exact_match"]
     return {"estimate": round(found.difference, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
 
 
