@@ -223,7 +223,7 @@ def solar_rows(out: Path, limit: int) -> None:
 def one_side(folder: Path, out: Path, side: str) -> None:
     """The rows with both parts, the picture alone, or the note alone."""
     out.mkdir()
-    (out / "images").symlink_to(folder.resolve() / "images")
+    shutil.copytree(folder / "images", out / "images", copy_function=os.link)
     kept = {"both": ("image", "text"), "image_only": ("image",), "text_only": ("text",)}[side]
     for split in ("train", "eval"):
         written = lines(folder / f"{split}.jsonl")
@@ -352,7 +352,7 @@ def cached(work: Path) -> dict[str, Any]:
 
 
 def epochs(kind: str, tower: str, data: Path) -> dict[str, Any]:
-    """Losses and gradients of rows with media, as in tuning, with features that the tower computes and with such that are read."""
+    """Losses and gradients of rows with media, as in tuning, with features that the tower computes and that are read."""
     found = [row for row in rows.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)][:MOST_MEDIA]
     base = open_base("starter")
     base = compose(base, open_towers({kind: tower}, base.device, lambda line: None), shelf=None)
