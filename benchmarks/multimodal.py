@@ -89,10 +89,12 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def dataset(folder: Path, name: str, licence: str) -> Path:
     """The Dataset of folder/train.jsonl and folder/eval.jsonl."""
-    sources = [
+    sources: list[dict[str, Any]] = [
         {"path": str(folder / f"{split}.jsonl"), "licence": licence, "use": ["commercial"], "split": split}
         for split in ("train", "eval")
     ]
+    if (folder / "general.jsonl").exists():
+        sources.append({**sources[0], "path": str(folder / "general.jsonl"), "licence": "Apache-2.0", "rehearsal": True})
     return once(folder / name, lambda out: sartor.curate({"sources": sources, "steps": []}, out))
 
 
@@ -225,6 +227,7 @@ def one_side(folder: Path, out: Path, side: str) -> None:
     out.mkdir()
     shutil.copytree(folder / "images", out / "images", copy_function=os.link)
     kept = {"both": ("image", "text"), "image_only": ("image",), "text_only": ("text",)}[side]
+    shutil.copyfile(folder / "general.jsonl", out / "general.jsonl")
     for split in ("train", "eval"):
         written = lines(folder / f"{split}.jsonl")
         for row in written:

@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 from sartor.core import assets
+from sartor.intents import rehearsal_rows
 from sartor.speech.many import Clip, say_many
 
 HERE = Path(__file__).parent
@@ -59,7 +60,7 @@ def dictated(shown: str, is_held: bool, contradict: float, draw: random.Random) 
 
 
 def write(out: Path, images: Path, limit: int, contradict: float) -> None:
-    """train.jsonl, eval.jsonl, images/ and clips/ below `out`."""
+    """train.jsonl, eval.jsonl, general.jsonl (rehearsal), images/ and clips/ below `out`."""
     table = checks()
     (out / "images").mkdir(parents=True, exist_ok=True)
     drawn: list[tuple[str, str, str, Clip, bool]] = []
@@ -84,6 +85,7 @@ def write(out: Path, images: Path, limit: int, contradict: float) -> None:
         ]
         split = "eval" if is_held else "train"
         lines[split].append(json.dumps({"messages": turns, "group": name, "split": split}) + "\n")
+    lines["general"] = [json.dumps(row) + "\n" for row in rehearsal_rows()]
     for split, written in lines.items():
         (out / f"{split}.jsonl").write_text("".join(written), encoding="utf-8")
 

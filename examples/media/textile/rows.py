@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import assets
+from sartor.intents import rehearsal_rows
 from sartor.speech.many import Clip, say_many
 
 HERE = Path(__file__).parent
@@ -108,7 +109,7 @@ def speak(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def write(out: Path, images: Path, limit: int, *, is_spoken: bool) -> None:
-    """train.jsonl, eval.jsonl, images/ and, where the notes are spoken, clips/ below `out`."""
+    """train.jsonl, eval.jsonl, general.jsonl (rehearsal), images/ and, where the notes are spoken, clips/ below `out`."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     table, rows = protocols(), []
     for folder, defect in DEFECTS.items():
@@ -122,6 +123,8 @@ def write(out: Path, images: Path, limit: int, *, is_spoken: bool) -> None:
     for split in ("train", "eval"):
         lines = [json.dumps(row) + "\n" for row in rows if row["split"] == split]
         (out / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    general = "".join(json.dumps(row) + "\n" for row in rehearsal_rows())
+    (out / "general.jsonl").write_text(general, encoding="utf-8")
 
 
 def main() -> None:
