@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sartor.evaluate.measures import Measures, Side
+import yaml
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -41,9 +41,10 @@ from sartor.core import assets, rows
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.records import Example
 from sartor.core.sounds import read_sound
+from sartor.evaluate.measures import Measures, Side
 from sartor.evaluate.scorers import spoken, word_errors
 from sartor.evaluate.tasks import open_tuned
-from sartor.models import paths
+from sartor.models import adapters, paths
 from sartor.models.base import machine, open_base
 from sartor.models.composed import Features, compose, open_towers
 from sartor.models.generate import generate
@@ -56,7 +57,7 @@ HERE = Path(__file__).parent
 TEXTILE = HERE.parent / "examples/media/textile"
 SOLAR = "Say whether the solar cell has a defect. Answer with JSON: defect."
 PARTS = ("textile", "solar", "speech", "cached")
-PAIRS = 5
+PAIRS, MOST_MEDIA = 5, 24
 WHISPER, LITE = "whisper-tiny-en", "efficientnet-lite0"
 SPOKEN_RECIPE = {
     "base": {"text": "starter", "audio": WHISPER},
@@ -138,11 +139,9 @@ def by_label(examples: Sequence[Example], field: str) -> Callable[[Reply, Reply]
     references = [row.reply for row in examples]
     labels = [str(json.loads(reply)[field]) for reply in references]
     measures = Measures(references, [row.group for row in examples], field, labels)
-    nothing = [0.0] * len(references)
 
     def compared(one: Reply, other: Reply) -> dict[str, float]:
-        sides = [Side(list(said), nothing, [1] * len(references), nothing) for said in (one, other)]
-        return asdict(measures.compared(*sides)["macro_f1"])
+        return asdict(measures.compared(Side(one), Side(other))["macro_f1"])
 
     return compared
 
@@ -150,10 +149,21 @@ def by_label(examples: Sequence[Example], field: str) -> Callable[[Reply, Reply]
 # ---------------------------------------------------------------------------------------------------------------- textile
 
 
+def textile_rows(work: Path, limit: int) -> Path:
+    """The rows of examples/media/textile."""
+    command = [sys.executable, TEXTILE / "rows.py"]
+    return once(work / "textile", lambda out: subprocess.run([*command, out, "--limit", str(limit)], check=True))
+
+
+def textile_recipe() -> dict[str, Any]:
+    """Its tuning recipe."""
+    found: dict[str, Any] = yaml.safe_load((TEXTILE / "tune.yaml").read_text(encoding="utf-8"))
+    return found
+
+
 def textile(work: Path, limit: int) -> dict[str, Any]:
     """See the module."""
-    folder, recipe = work / "textile", sartor.load_recipe(TEXTILE / "tune.yaml")
-    once(folder, lambda out: subprocess.run([sys.executable, TEXTILE / "rows.py", out, "--limit", str(limit)], check=True))
+    folder, recipe = textile_rows(work, limit), textile_recipe()
     began = time.monotonic()
     said: dict[str, Reply] = {}
     for side in ("both", "image_only", "text_only"):
@@ -181,7 +191,7 @@ def solar(work: Path, limit: int) -> dict[str, Any]:
     """See the module."""
     folder = once(work / "solar", lambda out: solar_rows(out, limit))
     data = dataset(folder, "data", "CC-BY-NC-SA-4.0")
-    adapter = open_artifact(tuned(folder, sartor.load_recipe(TEXTILE / "tune.yaml"), data), "adapter")
+    adapter = open_artifact(tuned(folder, textile_recipe(), data), "adapter")
     examples = held_out(data)
     said = {"model": answers(adapter, examples, data), "shuffled": answers(adapter, shuffled(examples), data)}
     said["linear_probe"] = [json.dumps({"defect": found}) for found in probed(data, examples)]
@@ -213,7 +223,7 @@ def solar_rows(out: Path, limit: int) -> None:
 def one_side(folder: Path, out: Path, side: str) -> None:
     """The rows with both parts, the picture alone, or the note alone."""
     out.mkdir()
-    (out / "images").symlink_to(folder.resolve() / "images")
+    shutil.copytree(folder / "images", out / "images", copy_function=os.link)
     kept = {"both": ("image", "text"), "image_only": ("image",), "text_only": ("text",)}[side]
     for split in ("train", "eval"):
         written = lines(folder / f"{split}.jsonl")
@@ -256,9 +266,14 @@ def probe(data: Path, asked: Sequence[Example]) -> Reply:
 # ----------------------------------------------------------------------------------------------------------------- speech
 
 
+def spoken_rows(work: Path, commands: int, voices: int) -> Path:
+    """The rows of spoken_rows.py."""
+    return once(work / "spoken", lambda out: write_spoken(out, commands, voices))
+
+
 def speech(work: Path, commands: int, voices: int) -> dict[str, Any]:
     """See the module."""
-    folder = once(work / "spoken", lambda out: write_spoken(out, commands, voices))
+    folder = spoken_rows(work, commands, voices)
     data = dataset(folder, "data", "Apache-2.0")
     adapter = open_artifact(tuned(folder, SPOKEN_RECIPE, data), "adapter")
     examples = held_out(data)
@@ -266,7 +281,7 @@ def speech(work: Path, commands: int, voices: int) -> dict[str, Any]:
     end_to_end = answers(adapter, examples, data)
     blind = answers(adapter, shuffled(examples), data)
     heard, wer = cascade(folder, examples, data)
-    over = sartor_paired(blind, end_to_end, references, groups)
+    over = paired(blind, end_to_end, references, groups)
     return {
         "exact_match": {"end_to_end": exact(end_to_end, references), "cascade": exact(heard, references)},
         "shuffled": exact(blind, references),
@@ -281,11 +296,9 @@ def exact(replies: Reply, references: Reply) -> float:
     return round(statistics.mean(said.strip() == wanted for said, wanted in zip(replies, references, strict=True)), 4)
 
 
-def sartor_paired(one: Reply, other: Reply, references: Reply, groups: Sequence[str]) -> dict[str, float]:
+def paired(one: Reply, other: Reply, references: Reply, groups: Sequence[str]) -> dict[str, float]:
     """The difference in exact match, with its interval."""
-    nothing = [0.0] * len(references)
-    sides = [Side(list(said), nothing, [1] * len(references), nothing) for said in (one, other)]
-    found = Measures(list(references), list(groups)).compared(*sides)["exact_match"]
+    found = Measures(references, groups).compared(Side(one), Side(other))["exact_match"]
     return {"estimate": round(found.difference, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
 
 
@@ -330,44 +343,46 @@ def cascade(folder: Path, examples: Sequence[Example], data: Path) -> tuple[Repl
 
 
 def cached(work: Path) -> dict[str, Any]:
-    """See the module. Features of a few media, computed by the tower in each epoch or read from the shelf."""
-    made: dict[str, Any] = {}
-    for kind, tower, data in (
-        ("image", LITE, dataset(work / "textile-both", "data", "MIT")),
-        ("audio", WHISPER, dataset(work / "spoken", "data", "Apache-2.0")),
-    ):
-        found = [row for row in rows.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)][:24]
-        base = open_base("starter")
-        base = compose(base, open_towers({kind: tower}, base.device, lambda line: None), shelf=None)
-        encoded = [base.chat.encode(row, data) for row in found]
-        base.media.requires_grad_(True)
-        media = base.media
-        with tempfile.TemporaryDirectory() as folder:
-            ways = {"computed": None, "read": Shelf(Path(folder), 1 << 32)}
-            features = {name: Features(media.features.towers, shelf, held_bytes=0) for name, shelf in ways.items()}
-            for each in features.values():
-                for row in found:
-                    each.key(media_of(row)[0], data)
-            keys = list(media.features._origins)
-            is_equal = all(torch.equal(features["computed"].of(key), features["read"].of(key)) for key in keys)
-            ratios, parts = [], []
-            for _ in range(PAIRS):
-                seconds = {}
-                for name, each in features.items():
-                    media.features = each
-                    path = paths.choose(base.model, encoded[:2], base.device)
-                    began = time.perf_counter()
-                    for start in range(0, len(encoded), 8):
-                        path.losses(encoded[start : start + 8])[0].mean().backward()
-                    seconds[name] = time.perf_counter() - began
-                ratios.append(seconds["computed"] / seconds["read"])
-                parts.append(seconds["read"] / len(encoded))
-        made[kind] = {
-            "ratio": round(statistics.median(ratios), 2),
-            "equal": is_equal,
-            "epoch_ms_a_row": round(1e3 * statistics.median(parts), 1),
+    """See the module."""
+    textile = once(work / "textile-both", lambda out: one_side(textile_rows(work, MOST_MEDIA), out, "both"))
+    return {
+        "image": epochs("image", LITE, dataset(textile, "data", "MIT")),
+        "audio": epochs("audio", WHISPER, dataset(spoken_rows(work, MOST_MEDIA, 1), "data", "Apache-2.0")),
+    }
+
+
+def epochs(kind: str, tower: str, data: Path) -> dict[str, Any]:
+    """Losses and gradients of rows with media, as in tuning, with features that the tower computes and that are read."""
+    found = [row for row in rows.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)][:MOST_MEDIA]
+    base = open_base("starter")
+    base = compose(base, open_towers({kind: tower}, base.device, lambda line: None), shelf=None)
+    encoded, media = [base.chat.encode(row, data) for row in found], base.media
+    model = adapters.inject_lora(base.model, rank=16, alpha=32, dropout=0.0, targets="all-linear", seed=0)
+    adapters.train_projectors(model)
+    path = paths.choose(model, encoded, base.device)
+    with tempfile.TemporaryDirectory() as folder:
+        ways = {"computed": None, "read": Shelf(Path(folder), 1 << 32)}
+        features = {name: Features(media.features.towers, shelf, held_bytes=0) for name, shelf in ways.items()}
+        for each in features.values():
+            keys = [each.key(media_of(row)[0], data) for row in found]
+
+        def seconds(name: str) -> float:
+            media.features = features[name]
+            began = time.perf_counter()
+            for start in range(0, len(encoded), 8):
+                path.losses(encoded[start : start + 8])[0].mean().backward()
+            return time.perf_counter() - began
+
+        seconds("read")
+        pairs = [(seconds("computed"), seconds("read")) for _ in range(PAIRS)]
+        return {
+            "ratio": round(statistics.median(slow / quick for slow, quick in pairs), 2),
+            "equal": all(torch.equal(features["computed"].of(key), features["read"].of(key)) for key in keys),
+            "ms_a_row": {
+                "computed": round(1e3 * statistics.median(slow for slow, _ in pairs) / len(found), 1),
+                "read": round(1e3 * statistics.median(quick for _, quick in pairs) / len(found), 1),
+            },
         }
-    return made
 
 
 def main() -> None:
