@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,13 @@ def test_no_pack_cuts_media(base: Base) -> None:
     rows = [base.chat.encode(row) for row in ROWS]
     cut = batches.micro_batches(rows, 8, share=True)
     assert sorted(len(row.ids) for group in cut for row in group) == sorted(len(row.ids) for row in rows)
+
+
+def test_rows_turned_round_to_measure_a_path_never_have_media_as_what_is_to_be_said(base: Base) -> None:
+    row = base.chat.encode(said(picture(9), "?", reply="turn on the kitchen light " * 4))
+    for ids, holds in ((row.ids[::-1], False), (batches.turned(row.ids), True)):
+        assert bool((batches.pack([replace(row, ids=ids)]).targets >= 0).all()) is holds
+    assert sorted(batches.turned(row.ids)) == sorted(row.ids) != batches.turned(row.ids)
 
 
 def test_what_follows_depends_on_the_media_and_not_if_they_are_blank(base: Base) -> None:

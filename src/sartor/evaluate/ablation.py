@@ -1,8 +1,7 @@
 """Does the model look and listen? It is asked again with other pictures or recordings, and with none to be seen or heard.
 
-*Shuffled*: each row has the media of a row of another group. *Blank*: each token of the media is a zero vector, as it is to
-the text base. What either costs is what the replies take from the media; a model that guesses from the words around them
-loses nothing.
+*Shuffled*: each row has the media of a row of another group. *Blank*: a grey picture, or silence (`blank.py`). What either
+costs is what the replies take from the media; a model that guesses from the words around them loses nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from typing import Any
 
 from sartor.core.records import Example, Message, Part
 from sartor.evaluate.answering import reply_ids, reply_limit
+from sartor.evaluate.blank import blanked
 from sartor.evaluate.compare import Comparison
 from sartor.evaluate.held_out import HeldOut
 from sartor.evaluate.measures import LOWER_IS_BETTER, Measures, Side
 from sartor.models.base import Base
-from sartor.models.media import blank, keys_in
 
 MEDIA = ("image", "audio")
 # Beside the primary metric: where that is of one field, a recording may matter to the others
@@ -55,8 +54,8 @@ def ablate(
         own, some = measures.of(places), HeldOut([asked.examples[place] for place in places], asked.folder)
         whole = Side([full.replies[place] for place in places])
         other = Side(_texts(base, model, replace(some, examples=shuffled(some.examples, kind)), limit))
-        with blank(model, _keys(base, some, kind)):
-            none = Side(_texts(base, model, some, limit))
+        empty = [blanked(row, kind, some.folder) for row in some.examples]
+        none = Side(_texts(base, model, replace(some, examples=empty), limit))
         name = metric if metric in own.names else WHOLE
         costs = {
             each: {"shuffled": _cost(own, each, other, whole), "blank": _cost(own, each, none, whole)} for each in {name, WHOLE}
@@ -102,15 +101,6 @@ def _replaced(message: Message, kind: str, parts: Iterator[Part]) -> Message:
 
 def _texts(base: Base, model: Any, asked: HeldOut, limit: int) -> list[str]:
     return [base.chat.decode(ids) for ids in reply_ids(base, model, asked, limit)]
-
-
-def _keys(base: Base, asked: HeldOut, kind: str) -> frozenset[int]:
-    """The keys of all media of a kind."""
-    found: set[int] = set()
-    for example in asked.examples:
-        for part, ids in zip(media_of(example), base.chat.seen(example.messages, asked.folder), strict=True):
-            found |= set(keys_in(ids)) if part.kind == kind else set()
-    return frozenset(found)
 
 
 def _cost(measures: Measures, name: str, ablated: Side, full: Side) -> dict[str, float]:

@@ -71,9 +71,9 @@ def _headlines(report: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[tu
 
 
 def _intervals(report: Mapping[str, Any]) -> str:
-    """Each 0..1 metric as a line: base, tuned, and the interval of the gain drawn from the base."""
-    # a loss and a rate of errors have no end at 1
-    rows = [(name, metric) for name, metric in report["metrics"].items() if name not in ("loss", "wer")]
+    """Each metric that is better when higher as a line: base, tuned, and the interval of the gain drawn from the base."""
+    # what is better when lower is no gain, and a loss or a rate of errors has no end at 1
+    rows = [(name, metric) for name, metric in report["metrics"].items() if name not in LOWER_IS_BETTER]
     left, width, step = 130, 700, 46
     marks = [
         f'<line x1="{left + width * tick / 4}" y1="0" x2="{left + width * tick / 4}" y2="{step * len(rows)}" stroke="var(--line)"/>'
@@ -130,7 +130,7 @@ def _ablation(report: Mapping[str, Any]) -> str:
     head = "".join(f"<th class=n>{name}</th>" for name in ("as it is", "without", "cost", "low", "high"))
     return (
         "<h2>Does it look and listen?</h2><p class=lead>The tuned model was asked again with the media of other rows "
-        f"(shuffled) and with media that say nothing (blank): {rows}. A cost whose interval excludes 0 is what the replies take "
+        f"(shuffled) and with media that say nothing (blank): {rows}. A cost whose interval lies above 0 is what the replies take "
         f"from them.</p><table><tr><th></th><th></th>{head}<th></th></tr>{''.join(lines)}</table>"
     )
 

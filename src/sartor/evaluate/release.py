@@ -86,7 +86,7 @@ def release(
     known = training.read_facts(adapter)
     facts = {
         "use": use,
-        "rules": own.as_manifest() if own else {},
+        **({"rules": own.as_manifest()} if own else {}),
         **_facts(adapter, evidence, name, version, found, waivers),
         **_of_training(known, evidence),
     }

@@ -8,7 +8,7 @@ token without a feature, or a feature without a token, cannot be written.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,7 +95,6 @@ class MediaEmbedding(torch.nn.Module):
         super().__init__()
         self.text, self.media = text, media
         self.is_blank = False
-        self.blanked: Collection[int] = ()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -113,8 +112,6 @@ class MediaEmbedding(torch.nn.Module):
         found = -1 - ids[virtual]
         keys, of = torch.unique(found >> PLACE_BITS, return_inverse=True)
         parts = self.media.embedded(keys.tolist())
-        if self.blanked:
-            parts = [part * (key not in self.blanked) for key, part in zip(keys.tolist(), parts, strict=True)]
         starts = torch.tensor([0, *(len(part) for part in parts[:-1])], device=ids.device).cumsum(0)
         rows = torch.cat(parts)[starts[of] + (found & (MOST_TOKENS - 1))]
         return x.index_put((virtual,), rows.to(x.dtype))
@@ -136,16 +133,14 @@ def own_inputs(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def blank(model: Any, keys: Collection[int] | None = None) -> Iterator[None]:
-    """Inside, media tokens of `model` are zero vectors: those of the media of `keys`; without `keys` all of them, which is the
-    text base as it is without a tower.
-    """
+def blank(model: Any) -> Iterator[None]:
+    """Inside, every media token of `model` is a zero vector: the text base as it is without a tower."""
     embedding = embedding_of(model)
     if embedding is None:
         yield
         return
-    embedding.is_blank, embedding.blanked = keys is None, keys or ()
+    embedding.is_blank = True
     try:
         yield
     finally:
-        embedding.is_blank, embedding.blanked = False, ()
+        embedding.is_blank = False
