@@ -59,7 +59,7 @@ def errors_of(client: httpx.Client) -> None:
     """Whatever is wrong with media is the request's fault, streamed or not, and no worker ends by it."""
     cut = image_part(PICTURE[:-30] + bytes(30))  # whole by its header
     for asked, code, problem in (
-        (body("eye", cut, TEXT), "invalid_request", "picture"),
+        (body("eye", cut, TEXT), "invalid_request", "give a whole PNG"),
         (body("eye", cut, TEXT, stream=True), "invalid_request", ""),
         (body("eye", image_part(bomb()), TEXT), "image_bomb", "pixels"),
         (body("text", image_part(PICTURE), TEXT), "invalid_request", "text@1.0 reads text, and the request holds image"),

@@ -41,7 +41,7 @@ def _size(value: Any) -> int:
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode(errors="replace"))
     if isinstance(value, Mapping):
-        return sum(_size(key) + _size(inner) for key, inner in value.items())
+        return sum(_size(key) + _size(inner) + 8 for key, inner in value.items())
     return sum(map(_size, value)) if isinstance(value, list | tuple) else 8
 
 

@@ -27,11 +27,15 @@ MOST_FRAMES = 1000
 _SUFFIXES = {
     "image/png": ".png",
     "image/jpeg": ".jpg",
+    "image/jpg": ".jpg",
+    "image/bmp": ".bmp",
+    "image/tiff": ".tiff",
     "image/webp": ".webp",
     "image/gif": ".gif",
     "audio/wav": ".wav",
     "audio/x-wav": ".wav",
     "audio/mpeg": ".mp3",
+    "audio/mp3": ".mp3",
     "audio/flac": ".flac",
     "audio/ogg": ".ogg",
 }
