@@ -22,7 +22,17 @@ from sartor.models.sampling import Sampling
 
 CPU = torch.device("cpu")
 # Whose media are embeddings of their tokens and nothing else, so that rows with media are packed
-PACKED = {"llava", "llava_next", "llava_onevision", "internvl", "smolvlm", "idefics3", "qwen2_audio", "audioflamingo3", "glmasr"}
+PACKED = {
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "internvl",
+    "smolvlm",
+    "idefics3",
+    "qwen2_audio",
+    "audioflamingo3",
+    "glmasr",
+}
 
 
 @pytest.fixture(scope="module", params=list(tiny_native.MODELS))

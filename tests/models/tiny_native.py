@@ -96,9 +96,7 @@ def llava_onevision() -> tuple[Any, Any]:
         video_token_index=coded.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=pinpoints,
     )
-    pictures = transformers.LlavaOnevisionImageProcessorPil(
-        size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
-    )
+    pictures = transformers.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints)
     processor = without_video(transformers.LlavaOnevisionProcessor)(
         pictures, coded, num_image_tokens=4, vision_feature_select_strategy="full", chat_template=coded.chat_template
     )
