@@ -21,6 +21,7 @@ from sartor.core.errors import ConfigError
 from sartor.core.records import Origin
 from sartor.curate.sources import forms, media, readers
 from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.places import open_regular
 from sartor.curate.sources.tables import Read
 
 _HEAD_ROWS = 50
@@ -103,7 +104,7 @@ def _noted(folder: Path, seen: list[str], kind: str, value: str) -> str:
         if value.startswith("data:"):
             seen.append(media.digest_of(media.of_data_url(kind, value)))
         else:
-            with media.open_regular(media.locate(kind, value, folder)) as stream:
+            with open_regular(media.locate(kind, value, folder)) as stream:
                 seen.append(media.digest_of(stream))
     return value
 
