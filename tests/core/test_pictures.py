@@ -161,6 +161,19 @@ def test_more_than_eight_bits_are_scaled_to_the_depth_in_use(form: str, dtype: A
     assert white == 0 or 0.4 < seen.mean() / white < 0.6
 
 
+@pytest.mark.parametrize(
+    ("mode", "form", "seen"),
+    [("1", "PNG", (255, 255, 255)), ("L", "PNG", (200, 200, 200)), ("P", "GIF", (204, 204, 204)), ("RGB", "BMP", (200, 200, 200)),
+     ("CMYK", "TIFF", (200, 200, 200)), ("LA", "WEBP", (200, 200, 200)), ("I;16", "PNG", (255, 255, 255))],
+)  # fmt: skip
+def test_a_single_pixel_of_every_mode_is_a_picture(mode: str, form: str, seen: tuple[int, ...]) -> None:
+    whole = Image.new("L", (1, 1), 200)
+    pixel = Image.fromarray(np.full((1, 1), 65535, np.uint16)) if mode == "I;16" else whole.convert("RGB").convert(mode)
+    image = open_image(encoded(pixel, form))
+    assert image.mode == "RGB" and image.size == (1, 1)
+    assert is_near([image.getpixel((0, 0))], [seen], 2)
+
+
 def test_values_that_are_no_numbers_are_refused() -> None:
     bad = np.full((8, 8), np.nan, np.float32)
     with pytest.raises(MediaError, match="no numbers") as found:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from sartor.core import assets, towers
 from sartor.core.errors import MediaError, ModelError
 from sartor.core.home import folder
+from sartor.core.sounds import read_sound
 from sartor.models import speech_to_text
 from sartor.models.base import quiet
 from sartor.models.converted import STAMP
@@ -310,6 +311,21 @@ def test_the_features_are_the_encoders_own_a_window_at_a_time(hearing: whisper.W
             heard = prepare(window, sampling_rate=RATE, return_tensors="pt").input_features
             wanted = model.model.encoder(heard).last_hidden_state[0, : len(features)].half()
             assert torch.equal(features, wanted)
+
+
+@pytest.mark.parametrize(("rate", "channels", "seconds"), [(44_100, 2, 95.0), (8000, 1, 4.3)])
+def test_of_a_long_recording_every_window_is_there_and_in_order(
+    rate: int, channels: int, seconds: float, hearing: whisper.WhisperTower
+) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, (int(rate * seconds), channels))
+    out = io.BytesIO()
+    soundfile.write(out, noise, rate, format="WAV")
+    sound, found = read_sound(out.getvalue(), 16_000), hearing.features(out.getvalue())
+    assert len(sound) == pytest.approx(16_000 * seconds, abs=1) and len(found) == math.ceil(len(sound) / 320)
+    size = hearing.prepare.n_samples
+    for window in (0, len(sound) // size // 2, len(sound) // size):
+        alone = hearing.heard(sound[window * size : (window + 1) * size])
+        torch.testing.assert_close(found[window * (size // 320) :][: len(alone)], alone)
 
 
 def test_a_recording_of_another_rate_is_heard_as_at_the_models(hearing: whisper.WhisperTower) -> None:

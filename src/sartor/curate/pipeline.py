@@ -74,7 +74,7 @@ class Curated:
     @property
     def made(self) -> int:
         """Copies that steps made of rows, those that were dropped among them: `read` and `made` are `kept` and `dropped`."""
-        return int(self.counts["made"])
+        return int(self.counts.get("made", 0))  # a Dataset of an older Sartor has no such count
 
     @property
     def kept(self) -> int:

@@ -209,8 +209,12 @@ def index_table(some: Sequence[Coming]) -> Any:
 
 
 def prompt_group(row: Example) -> str:
-    """A name for what the row asks: rows with the same user turns share it."""
+    """A name for what the row asks: rows with the same user turns share it, and rows about the same pictures and recordings,
+    whatever they ask of them: a picture that is held out must not be one that was trained on.
+    """
     if row.is_document:
         return row.id
-    prompt = [message.plain() for message in row.messages if message.role == "user"]
-    return f"prompt:{digest(prompt)[:16]}"
+    prompt = [message for message in row.messages if message.role == "user"]
+    if media := [part.plain() for message in prompt for part in message.content if part.media]:
+        return f"media:{digest(media)[:16]}"
+    return f"prompt:{digest([message.plain() for message in prompt])[:16]}"

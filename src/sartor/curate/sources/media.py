@@ -93,13 +93,16 @@ def locate(kind: str, value: str, folder: Path | None) -> Path:
 
 
 def _place_data_url(kind: str, value: str, into: Path) -> str:
-    head, _, body = value.partition(",")
-    mime = head.removeprefix("data:").partition(";")[0].lower()
+    mime = value.partition(",")[0].removeprefix("data:").partition(";")[0].lower()
+    return copy(io.BytesIO(of_data_url(kind, value)), f"data URL{_SUFFIXES.get(mime, '')}", into)
+
+
+def of_data_url(kind: str, value: str) -> bytes:
+    """The bytes in a data URL. Raises Malformed."""
     try:
-        content = base64.b64decode(body, validate=True)
+        return base64.b64decode(value.partition(",")[2], validate=True)
     except (binascii.Error, ValueError):
         raise Malformed("bad_media", f"the {kind} data URL is not base64") from None
-    return copy(io.BytesIO(content), f"data URL{_SUFFIXES.get(mime, '')}", into)
 
 
 def copy(stream: BinaryIO, name: str, into: Path, sha256: str = "") -> str:
