@@ -153,7 +153,11 @@ class NativeMedia:
 
     def _placeholder(self, kind: str) -> int:
         """The id that is repeated for each feature: not always that of the token that a template writes (Gemma 3)."""
-        found = [token for token in getattr(self._processor, f"{kind}_token_ids") if token is not None]
+        config, processor = self._model.config, self._processor
+        for said in (getattr(config, f"{kind}_token_id", None), getattr(config, f"{kind}_token_index", None)):
+            if isinstance(said, int):
+                return said
+        found = [token for token in getattr(processor, f"{kind}_token_ids") if token is not None]
         if len(found) != 1:
             raise ModelError(f"the processor has {len(found)} placeholders for {kind}, and one is expected", "another base")
         return int(found[0])
