@@ -97,9 +97,7 @@ def llava_onevision() -> tuple[Any, Any]:
         video_token_index=coded.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=pinpoints,
     )
-    pictures = transformers.LlavaOnevisionImageProcessorPil(
-        size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
-    )
+    pictures = transformers.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints)
     processor = without_video(transformers.LlavaOnevisionProcessor)(
         pictures, coded, num_image_tokens=4, vision_feature_select_strategy="full", chat_template=coded.chat_template
     )
@@ -120,22 +118,6 @@ def internvl() -> tuple[Any, Any]:
         pictures, coded, image_seq_length=4, chat_template=coded.chat_template
     )
     return transformers.InternVLForConditionalGeneration(config), processor
-
-
-def paligemma() -> tuple[Any, Any]:
-    coded = tokenizer("<image>", image="<image>")
-    text = {**TEXT, "tie_word_embeddings": True, "head_dim": 8}
-    config = transformers.PaliGemmaConfig(
-        text_config=transformers.GemmaConfig(**text),
-        vision_config=transformers.SiglipVisionConfig(**VISION, projection_dim=32),
-        image_token_index=coded.convert_tokens_to_ids("<image>"),
-        projection_dim=32,
-        hidden_size=32,
-    )
-    pictures = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
-    pictures.image_seq_length = 4
-    processor = transformers.PaliGemmaProcessor(pictures, coded, chat_template=coded.chat_template)
-    return transformers.PaliGemmaForConditionalGeneration(config), processor
 
 
 _QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -209,6 +191,7 @@ def gemma3() -> tuple[Any, Any]:
 
 def mllama() -> tuple[Any, Any]:
     coded = tokenizer("<|image|>", "<|python_tag|>", image="<|image|>")
+    coded.chat_template = "{{ bos_token }}" + coded.chat_template  # which its processor would add
     config = transformers.MllamaConfig(
         text_config={**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         vision_config={
@@ -273,7 +256,7 @@ def qwen2_5_omni() -> tuple[Any, Any]:
 MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     made.__name__: made
     for made in (
-        llava, llava_next, llava_onevision, internvl, paligemma, qwen2_5_vl, qwen3_vl, idefics3, gemma3, mllama,
+        llava, llava_next, llava_onevision, internvl, qwen2_5_vl, qwen3_vl, idefics3, gemma3, mllama,
         qwen2_audio, qwen2_5_omni,
     )
 }  # fmt: skip
