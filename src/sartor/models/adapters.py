@@ -42,7 +42,7 @@ def inject_lora(
     torch.manual_seed(seed)
     whole: tuple[str, ...] = ()
     if isinstance(targets, Targeted):
-        targets, whole = targets.linear, targets.whole
+        whole, targets = targets.whole, targets.linear
     layers = _top(model, top_layers)
     if isinstance(targets, str) and (layers is not None or embedding_of(model)):
         targets = sorted(_linear_names(model))  # peft takes either all linear modules or some layers

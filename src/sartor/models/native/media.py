@@ -121,7 +121,8 @@ class NativeMedia:
         row = ids[0].tolist()
         keys = keys_in(row)
         if not keys:
-            return {"input_ids": ids}
+            # said, since transformers' generation takes a pad for one that is not attended to, wherever it stands
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         kinds = {key: self._origins[key][0].kind for key in keys}
         own = [token if token >= 0 else self.placeholders[kinds[(-1 - token) >> PLACE_BITS]] for token in row]
         made = self._process(keys, own)
