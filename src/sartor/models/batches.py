@@ -210,6 +210,8 @@ def pack_losses(model: Any, batch: Pack) -> torch.Tensor:
         use_cache=False,
         rows=batch.rows,
     ).logits[0]
+    if len(logits) == batch.tokens:  # a model that does not know `logits_to_keep`
+        logits = logits[batch.predict]
     return F.cross_entropy(_at_least_fp32(logits), batch.targets, reduction="none")
 
 

@@ -25,6 +25,7 @@ from sartor.models.media import PLACE_BITS, content_of, embedding_of, key_of, ke
 # Of decoded media and of embeddings that are kept in memory; the others are made again
 HELD_BYTES = 1 << 29
 KINDS = ("image", "audio")
+BLANK = 1e-6
 
 
 class Written(list[int]):
@@ -116,11 +117,12 @@ class NativeMedia:
         return [found[key] for key in keys]
 
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
-        """What the model's own forward takes for one row of (1, T) ids. is_blank: media are given as zeros."""
+        """What the model's own forward takes for one row of (1, T) ids. is_blank: media are all grey or silent."""
         row = ids[0].tolist()
         keys = keys_in(row)
         if not keys:
-            return {"input_ids": ids}
+            # said, since transformers' generation takes a pad for one that is not attended to, wherever it stands
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         kinds = {key: self._origins[key][0].kind for key in keys}
         own = [token if token >= 0 else self.placeholders[kinds[(-1 - token) >> PLACE_BITS]] for token in row]
         made = self._process(keys, own)
@@ -129,7 +131,8 @@ class NativeMedia:
         placed = {}
         for name, tensor in made.items():
             if tensor.is_floating_point():
-                tensor = torch.zeros_like(tensor, dtype=dtype) if is_blank else tensor.to(dtype)
+                # to some models what is all 0 is no picture at all, but padding
+                tensor = torch.full_like(tensor, BLANK, dtype=dtype) if is_blank else tensor.to(dtype)
             placed[name] = tensor.to(self._model.device)
         return placed
 
@@ -153,7 +156,11 @@ class NativeMedia:
 
     def _placeholder(self, kind: str) -> int:
         """The id that is repeated for each feature: not always that of the token that a template writes (Gemma 3)."""
-        found = [token for token in getattr(self._processor, f"{kind}_token_ids") if token is not None]
+        config, processor = self._model.config, self._processor
+        for said in (getattr(config, f"{kind}_token_id", None), getattr(config, f"{kind}_token_index", None)):
+            if isinstance(said, int):
+                return said
+        found = [token for token in getattr(processor, f"{kind}_token_ids") if token is not None]
         if len(found) != 1:
             raise ModelError(f"the processor has {len(found)} placeholders for {kind}, and one is expected", "another base")
         return int(found[0])
@@ -185,7 +192,9 @@ class NativeMedia:
         for key, kind in zip(keys, kinds, strict=True):
             media["images" if kind == "image" else kind].append(self._decode(key, None))
         text = "".join(self.tokens[kind] for kind in kinds)
-        given = {name: found for name, found in media.items() if found}
+        given: dict[str, Any] = {name: found for name, found in media.items() if found}
+        if media["audio"]:
+            given["sampling_rate"] = self._rate
         try:
             made = processor(text=[text], return_tensors="pt", return_text_replacement_offsets=True, **given)
         except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from sartor.core.errors import ModelError, need
+from sartor.core.errors import ModelError
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -32,23 +33,30 @@ def is_native(path: Path, config: Any) -> bool:
 
 
 def open_processor(path: Path, config: Any) -> Any:
-    """The processor in a base's directory. Raises ModelError; ExtraError where it needs torchvision.
+    """The processor in a base's directory. Raises ModelError.
 
     Pictures are prepared by Pillow wherever there is a way by it: what a model sees then does not depend on what else is
     installed. A part that prepares videos is left out, since none are read.
     """
     try:
-        kind = PROCESSOR_MAPPING[type(config)]
+        kind = _kind(path, config)
         parts = [_part(path, config, name) for name in kind.get_attributes()]
         settings, unused = kind.get_processor_dict(str(path), local_files_only=True)
         return without_video(kind).from_args_and_dict(parts, settings, **unused)
     except ImportError as error:
-        if "torchvision" in str(error).lower():
-            raise need("torchvision", "multimodal") from None
-        raise
+        said = " ".join(str(error).split())[:300]
+        raise ModelError(f"the processor of {path} needs a package: {said}", "pip install it") from None
     except Exception as error:  # each part of a processor raises its own kinds
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ModelError(f"{path} has no usable processor: {said}", "save the processor beside the model") from None
+
+
+def _kind(path: Path, config: Any) -> Any:
+    """The class of a processor: as its files name it (an omni model's thinker has none of its own), or by the model's."""
+    for name in _FILES:
+        if (path / name).is_file() and (named := json.loads((path / name).read_text()).get("processor_class")):
+            return getattr(transformers, named)
+    return PROCESSOR_MAPPING[type(config)]
 
 
 def _part(path: Path, config: Any, name: str) -> Any:

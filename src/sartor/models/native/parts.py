@@ -71,6 +71,9 @@ def choose(model: Any, language: Sequence[str] | str, top: int | None, projector
         if asked != "none" and not found:
             raise ConfigError(f"method.targets.{name} is {asked}, and this base has no {name}", f"targets: {{{name}: none}}")
     if projector == "all-linear":
+        if not parts.projector_linear:
+            problem = "method.targets.projector is all-linear, and this base's projector has no linear module"
+            raise ConfigError(problem, "targets: {projector: full}")
         linear += parts.projector_linear
     if tower == "all-linear":
         linear += parts.tower

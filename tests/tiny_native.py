@@ -42,11 +42,12 @@ VISION = {
 
 def tokenizer(*special: str, image: str = "", audio: str = "", **named: str) -> Any:
     """The tiny tokenizer with placeholders. named: tokens that a processor looks for on it (`boi_token`)."""
-    made = tiny.tokenizer(TEMPLATE.replace("IMAGE", image).replace("AUDIO", audio))
-    made.add_special_tokens({"additional_special_tokens": [*special, *named.values()]})
-    for name, token in named.items():
-        setattr(made, name, token)
-        setattr(made, f"{name}_id", made.convert_tokens_to_ids(token))
+    plain = tiny.tokenizer()
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|endoftext|>",
+        extra_special_tokens=list(special), model_specific_special_tokens=named,
+    )  # fmt: skip
+    made.chat_template = TEMPLATE.replace("IMAGE", image).replace("AUDIO", audio)
     return made
 
 
@@ -119,22 +120,6 @@ def internvl() -> tuple[Any, Any]:
     return transformers.InternVLForConditionalGeneration(config), processor
 
 
-def paligemma() -> tuple[Any, Any]:
-    coded = tokenizer("<image>", image="<image>")
-    text = {**TEXT, "tie_word_embeddings": True, "head_dim": 8}
-    config = transformers.PaliGemmaConfig(
-        text_config=transformers.GemmaConfig(**text),
-        vision_config=transformers.SiglipVisionConfig(**VISION, projection_dim=32),
-        image_token_index=coded.convert_tokens_to_ids("<image>"),
-        projection_dim=32,
-        hidden_size=32,
-    )
-    pictures = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
-    pictures.image_seq_length = 4
-    processor = transformers.PaliGemmaProcessor(pictures, coded, chat_template=coded.chat_template)
-    return transformers.PaliGemmaForConditionalGeneration(config), processor
-
-
 _QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 7,
                 "spatial_merge_size": 2, "out_hidden_size": 32, "initializer_range": 0.2}  # fmt: skip
@@ -174,7 +159,7 @@ def _qwen_ids(coded: Any) -> dict[str, int]:
     return dict(zip(names, coded.convert_tokens_to_ids(list(_QWEN)), strict=True))
 
 
-def idefics3() -> tuple[Any, Any]:
+def idefics3() -> tuple[Any, Any]:  # and SmolVLM, which is of this class
     coded = tokenizer("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", image="<image>")
     config = transformers.Idefics3Config(
         text_config=transformers.LlamaConfig(**TEXT),
@@ -185,21 +170,6 @@ def idefics3() -> tuple[Any, Any]:
     pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
     processor = transformers.Idefics3Processor(pictures, coded, image_seq_len=4, chat_template=coded.chat_template)
     return transformers.Idefics3ForConditionalGeneration(config), processor
-
-
-def smolvlm() -> tuple[Any, Any]:
-    named = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"}
-    coded = tokenizer("<end_of_utterance>", image="<image>", **named)
-    config = transformers.SmolVLMConfig(
-        text_config=transformers.LlamaConfig(**TEXT),
-        vision_config={**VISION, "patch_size": 7},
-        image_token_id=coded.convert_tokens_to_ids("<image>"),
-        scale_factor=2,
-    )
-    pictures = transformers.SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
-    kind = without_video(transformers.SmolVLMProcessor)
-    processor = kind(pictures, coded, None, image_seq_len=4, chat_template=coded.chat_template)
-    return transformers.SmolVLMForConditionalGeneration(config), processor
 
 
 def gemma3() -> tuple[Any, Any]:
@@ -221,6 +191,7 @@ def gemma3() -> tuple[Any, Any]:
 
 def mllama() -> tuple[Any, Any]:
     coded = tokenizer("<|image|>", "<|python_tag|>", image="<|image|>")
+    coded.chat_template = "{{ bos_token }}" + coded.chat_template  # which its processor would add
     config = transformers.MllamaConfig(
         text_config={**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         vision_config={
@@ -238,10 +209,55 @@ def mllama() -> tuple[Any, Any]:
     return model, transformers.MllamaProcessor(pictures, coded, chat_template=coded.chat_template)
 
 
+def _ears() -> Any:
+    return transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=2)
+
+
+def qwen2_audio() -> tuple[Any, Any]:
+    named = {"audio_bos_token": "<|audio_bos|>", "audio_token": "<|AUDIO|>", "audio_eos_token": "<|audio_eos|>"}
+    coded = tokenizer(audio="<|audio_bos|><|AUDIO|><|audio_eos|>\n", **named)
+    config = transformers.Qwen2AudioConfig(
+        text_config={"model_type": "qwen2", **TEXT},
+        audio_config={
+            "num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "d_model": 32,
+            "max_source_positions": 100, "initializer_range": 0.2,
+        },
+        audio_token_index=coded.audio_token_id,
+    )  # fmt: skip
+    processor = transformers.Qwen2AudioProcessor(_ears(), coded, chat_template=coded.chat_template)
+    return transformers.Qwen2AudioForConditionalGeneration(config), processor
+
+
+def qwen2_5_omni() -> tuple[Any, Any]:
+    named = {
+        "image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
+        "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
+        "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
+    }  # fmt: skip
+    image, audio = "<|vision_bos|><|IMAGE|><|vision_eos|>", "<|audio_bos|><|AUDIO|><|audio_eos|>"
+    coded = tokenizer(image=image, audio=audio, **named)
+    config = transformers.Qwen2_5OmniThinkerConfig(
+        text_config={**TEXT, "rope_parameters": _QWEN_ROPE},
+        vision_config={**_QWEN_VISION, "window_size": 28, "fullatt_block_indexes": [1]},
+        audio_config={
+            "num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "d_model": 32,
+            "max_source_positions": 100, "n_window": 50, "output_dim": 32, "initializer_range": 0.2,
+        },
+        image_token_index=coded.image_token_id, audio_token_index=coded.audio_token_id,
+        video_token_index=coded.video_token_id, audio_start_token_id=coded.audio_bos_token_id,
+        audio_end_token_id=coded.audio_eos_token_id, vision_start_token_id=coded.vision_bos_token_id,
+        vision_end_token_id=coded.vision_eos_token_id, initializer_range=0.2,
+    )  # fmt: skip
+    kind = without_video(transformers.Qwen2_5OmniProcessor)
+    processor = kind(_qwen_pictures(), None, _ears(), coded, chat_template=coded.chat_template)
+    return transformers.Qwen2_5OmniThinkerForConditionalGeneration(config), processor
+
+
 MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     made.__name__: made
     for made in (
-        llava, llava_next, llava_onevision, internvl, paligemma, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, gemma3, mllama,
+        llava, llava_next, llava_onevision, internvl, qwen2_5_vl, qwen3_vl, idefics3, gemma3, mllama,
+        qwen2_audio, qwen2_5_omni,
     )
 }  # fmt: skip
 
@@ -250,6 +266,10 @@ def write(name: str, folder: Path) -> Path:
     """One of MODELS as a directory in transformers' layout."""
     torch.manual_seed(0)
     model, processor = MODELS[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():  # a projection that begins at 0 would hide what is seen
+                parameter.normal_(0, 0.2)
     model.eval().save_pretrained(str(folder))
     # not `save_pretrained`, which wants the part for videos too; that needs torchvision
     said = {key: value for key, value in processor.to_dict().items() if value is not None}
