@@ -1,0 +1,55 @@
+"""What the gate makes of a Report's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sartor.core.artifacts import Artifact
+from sartor.evaluate import checks
+
+COST = {"base": 0.4, "tuned": 0.8, "difference": 0.4, "low": 0.2, "high": 0.6}
+NONE = {**COST, "difference": 0.1, "low": -0.1}
+
+
+def modality(report: dict[str, Any], *towers: str) -> checks.Check | None:
+    return checks.modality(Artifact(Path("a"), {"base": {"towers": dict.fromkeys(towers)}}), report).get("modality")
+
+
+def of(**kinds: dict[str, Any]) -> dict[str, Any]:
+    ablation = {kind: {"rows": 9, "metric": "macro_f1", "shuffled": cost, "blank": COST} for kind, cost in kinds.items()}
+    return {"modalities": {"text": 0, **dict.fromkeys(kinds, 9)}, "ablation": ablation}
+
+
+def test_what_reads_text_alone_has_no_check_of_media() -> None:
+    assert modality({"modalities": {"text": 9, "image": 0, "audio": 0}, "ablation": {}}) is None
+    assert modality({}) is None
+
+
+@pytest.mark.parametrize(
+    ("report", "towers", "outcome", "said"),
+    [(of(image=COST), ["image"], "pass", "a picture of another row cost: macro_f1 +0.400"),
+     (of(image=NONE), ["image"], "fail", "other pictures: it does not look"), (of(audio=NONE), ["audio"], "fail", "it does not listen"),
+     (of(image=COST, audio=NONE), ["image", "audio"], "fail", "it does not listen"), (of(image=NONE), [], "fail", "it does not look"),
+     (of(image=COST), ["image", "audio"], "fail", "no row of the Report holds a recording"), ({}, ["image"], "fail", "no ablation")],
+)  # fmt: skip
+def test_each_kind_of_media_must_matter(report: dict[str, Any], towers: list[str], outcome: str, said: str) -> None:
+    found = modality(report, *towers)
+    assert found is not None and (found.outcome, bool(found.remedy)) == (outcome, outcome == "fail")
+    assert said in found.detail
+
+
+def test_it_may_matter_to_the_rest_of_the_reply_and_not_to_the_label() -> None:
+    report = of(audio=NONE)
+    report["ablation"]["audio"]["exact_match"] = {"shuffled": COST, "blank": COST}
+    found = modality(report, "audio")
+    assert found is not None and found.outcome == "pass"
+
+
+def test_of_an_error_rate_a_gain_is_a_fall() -> None:
+    assert checks.gain("f1", COST).outcome == "pass"
+    assert checks.gain("wer", COST).outcome == "fail"
+    assert checks.gain("wer", {**COST, "low": -0.5, "high": -0.1}).outcome == "pass"
+    assert checks.gain("wer", {**COST, "low": -0.5, "high": 0.1}).outcome == "fail"
