@@ -6,6 +6,7 @@ word under which it is counted.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -283,10 +284,14 @@ def _parts(content: Any, place: int, media: Media) -> list[Part]:
 
 
 def _value(part: Mapping[str, Any], kind: str) -> Any:
-    """What a part holds, also in OpenAI's spellings: {image_url: {url}} and {input_audio: {data, format}}."""
+    """What a part holds, also in OpenAI's spellings, {image_url: {url}} and {input_audio: {data, format}}, and as the hub's
+    Parquet files have it, {bytes, path}.
+    """
     value = part.get(kind, part.get("image_url" if kind == "image" else "input_audio"))
     if isinstance(value, Mapping) and isinstance(value.get("data"), str):
         return f"data:audio/{value.get('format', '')};base64,{value['data']}"
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        return f"data:;base64,{base64.b64encode(value['bytes']).decode()}"
     return value.get("url") if isinstance(value, Mapping) else value
 
 
