@@ -200,7 +200,8 @@ def _question_answer(row: Mapping[str, Any], media: Media) -> tuple[tuple[Messag
 
 def _text_row(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     said = Message.of("assistant", _text(row, "text"))
-    seen = asked(row, "")  # of a text that names a picture or a recording: it is what is said of them
+    # a text that names a picture or a recording is what is said of them
+    seen = [part for part in asked(row, "") if part["type"] != "text"]
     return ((Message("user", tuple(_parts(seen, 1, media))), said) if seen else (said,)), ()
 
 
