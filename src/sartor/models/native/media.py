@@ -97,9 +97,13 @@ class NativeMedia:
         found = made.get("text_replacement_offsets")
         text = found[0][0]["replacement"] if found else self.tokens[part.kind]
         tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        self._counts[key] = tokens.count(self.placeholders[part.kind])
+        placeholder = self.placeholders[part.kind]
+        self._counts[key] = tokens.count(placeholder)
+        if self._counts[key] != int((made["input_ids"] == placeholder).sum()):
+            problem = f"the processor does not say what it writes for {part.kind} parts"
+            raise ModelError(problem, "pip install -U transformers; or use another base")
         virtual = iter(virtual_ids(key, self._counts[key]))
-        return Written([next(virtual) if token == self.placeholders[part.kind] else token for token in tokens], text)
+        return Written([next(virtual) if token == placeholder else token for token in tokens], text)
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
         """See `media.Media`. Raises ModelError where the decoder of this model is not given embeddings."""
@@ -116,7 +120,8 @@ class NativeMedia:
             for key, part in zip(lacking, parts, strict=True):
                 found[key] = part
                 if is_fixed:
-                    self._embeddings.put(key, part.clone(), part.nbytes)
+                    with torch.inference_mode(False):  # what is made in it could not be learnt through later
+                        self._embeddings.put(key, part.clone(), part.nbytes)
         return [found[key] for key in keys]
 
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
