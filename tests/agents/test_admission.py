@@ -205,7 +205,7 @@ def test_what_was_looked_at_is_what_is_loaded_whatever_becomes_of_the_original(
     with pytest.raises(ArtifactError, match="not .* as admitted"):
         check_digest(admitted.path, admitted.adapter)
     (admitted.path / weights.name).unlink()
-    with pytest.raises(ArtifactError, match="cannot be read"):
+    with pytest.raises(ArtifactError, match="has no 'adapter_model.safetensors'"):
         check_digest(admitted.path, admitted.adapter)
 
 
@@ -432,7 +432,8 @@ def test_an_adapter_that_ends_the_process_that_tries_it_is_refused(maker: Maker,
 
 
 def test_the_corpus_reaches_every_check_but_that_of_a_process_and_each_is_documented() -> None:
-    assert {bad.check for bad in CORPUS.values()} == set(CHECKS) - {"canary"}
+    # what is wrong with projectors: test_admission_media.py
+    assert {bad.check for bad in CORPUS.values()} == set(CHECKS) - {"canary", "projectors"}
     page = (Path(__file__).parents[2] / "docs/admission.md").read_text()
     assert [name for name in CHECKS if f"| `{name}` |" not in page] == []
 

@@ -20,7 +20,7 @@ def test_every_error_has_an_exit_code_a_place_in_the_drawing_and_carries_a_remed
     tree = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, errors.SartorError)]
     assert len(tree) > 10
     for kind in tree:
-        made = kind("too much", "less")
+        made = kind(*(["size"] if kind is errors.MediaError else []), "too much", "less")
         assert (made.problem, made.remedy, made.kind) == ("too much", "less", kind.__name__)
         assert kind.__name__ in (errors.__doc__ or "")
         assert kind is errors.SartorError or 2 <= kind.exit_code <= 6 or kind is errors.StoppedError

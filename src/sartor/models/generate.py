@@ -106,7 +106,8 @@ def generate(
         )
     choose = Chooser(sampling, len(prompts))
     replies = _by_own_forward(model, prompts, stop, pad, choose)
-    progress(len(replies))
+    if replies:
+        progress(len(replies))
     by_length = sorted((index for index in range(len(prompts)) if index not in replies), key=lambda index: len(prompts[index]))
     for start in range(0, len(by_length), batch_rows):
         rows = by_length[start : start + batch_rows]
