@@ -18,6 +18,13 @@ def png(shade: int = 200, side: int = 40) -> bytes:
     return file.getvalue()
 
 
+def noise(side: int = 40) -> bytes:
+    """A PNG that cannot be made small: cut in its middle, it is no picture."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
 def bomb(side: int = 100_000) -> bytes:
     """A PNG whose header says so many pixels, and that holds few bytes."""
     chunks = {b"IHDR": side.to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00", b"IDAT": zlib.compress(bytes(1000)), b"IEND": b""}

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from PIL import Image
@@ -116,3 +118,15 @@ def test_recordings_and_pictures_in_openais_spelling_are_taken(tmp_path: Path) -
     heard = {"type": "input_audio", "input_audio": {"data": base64.b64encode(out.getvalue()).decode(), "format": "wav"}}
     shown, dropped = curated(tmp_path, chat([heard, {"type": "image_url", "image_url": {"url": "a.png"}}]))
     assert [kind for kind, _ in shown[0]] == ["audio", "image"] and not dropped
+
+
+def test_parquet_as_the_hub_writes_it_holds_its_pictures_itself(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (40, 40), (9, 9, 9)).save(out, "BMP")
+    row = {"question": "what is it", "answer": "black", "image": {"bytes": out.getvalue(), "path": "x.bmp"}}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    made = sartor.curate({"sources": [str(tmp_path / "a.parquet")], "split": {"eval_fraction": 0}}, tmp_path / "d")
+    (found,) = rows.read_examples(made.dataset)
+    (file,) = (tmp_path / "d" / "media").iterdir()
+    assert file.suffix == ".bmp" and file.read_bytes() == out.getvalue()
+    assert [part.kind for part in found.messages[0].content] == ["image", "text"]

@@ -245,6 +245,9 @@ class Stubborn(nn.Module):
     def config(self) -> Any:
         return self.inner.config
 
+    def get_input_embeddings(self) -> Any:
+        return self.inner.get_input_embeddings()
+
     def set_attn_implementation(self, name: str) -> None:
         self.inner.set_attn_implementation(name)
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import tiny_native
-from sartor.core.errors import ConfigError, MediaError, SourceError
+from sartor.core.errors import ConfigError, MediaError, ModelError, SourceError
 from sartor.core.records import Message, Part
 from sartor.models import adapters, batches, paths
 from sartor.models.base import Base, open_base
 from sartor.models.batches import Encoded
+from sartor.models.engine.local import LocalEngine
 from sartor.models.generate import generate
 from sartor.models.media import blank
 from sartor.models.native import parts
@@ -130,6 +131,10 @@ def test_an_adapter_is_the_same_when_opened(base: Base, folder: Path, tuned: Cal
         found = batches.row_losses(again, rows(fresh), CPU)
         with again.disable_adapter():
             assert torch.equal(batches.row_losses(again, rows(fresh), CPU), before)
+        path = paths.choose(again, rows(fresh), CPU, paths.Wish(fast=False))
+        with again.disable_adapter():
+            assert (path.losses(rows(fresh))[0] - before).abs().max() <= 1e-4
+        assert (path.losses(rows(fresh))[0] - wanted).abs().max() <= 1e-4
     assert (found - wanted).abs().max() <= 1e-6
     assert (wanted - before).abs().max() > 1e-3
 
@@ -173,6 +178,11 @@ def test_greedy_replies_are_transformers_own(base: Base) -> None:
         wanted = base.model.generate(**given, max_new_tokens=6, do_sample=False, eos_token_id=stops, pad_token_id=base.chat.pad)
         new = wanted[0, len(prompt) :].tolist()
         assert reply.ids == [token for token in new if token not in stops]
+
+
+def test_the_engine_says_what_it_does_not_serve(base: Base) -> None:
+    with pytest.raises(ModelError, match="cannot serve this base"):
+        LocalEngine(base)
 
 
 def test_refusals(base: Base, tuned: Callable[..., Any]) -> None:

@@ -25,10 +25,11 @@ from sartor.core.holdout import held_out_groups
 from sartor.core.lineage import tally
 from sartor.core.records import Drop, Example, digest
 from sartor.curate import card, finish
+from sartor.curate.curated import Curated
 from sartor.curate.dedup import clusters, ledger
 from sartor.curate.dedup import rethreshold as of_files
 from sartor.curate.dedup.pairs import METHODS, Pairs
-from sartor.curate.pipeline import Curated, digests, licence_facts, load_recipe
+from sartor.curate.pipeline import digests, licence_facts, load_recipe
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.steps import makes_copies, needs_all_rows
 from sartor.curate.steps.contract import RowFunction, dropped

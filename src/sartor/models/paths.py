@@ -149,7 +149,8 @@ def _frozen(fast: Fast, rows: Sequence[Encoded], device: torch.device, wish: Wis
 def _general(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish, reason: str) -> Path:
     is_exact, difference = batches.packs_exactly(model, rows, device)
     if not is_exact:
-        return OneRow(model, device, f"{reason}; packed losses differ by {difference:.2g} nats from single rows", difference)
+        how = f"differ by {difference:.2g} nats from single rows" if math.isfinite(difference) else "cannot be computed"
+        return OneRow(model, device, f"{reason}; packed losses {how}", difference)
     path = General(model, device, reason, wish.share, difference)
     return with_recompute(path) if wish.recompute else path
 

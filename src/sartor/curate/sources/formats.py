@@ -143,6 +143,12 @@ def sniff(head: bytes) -> str:
     return "HTML" if _HTML.match(head.removeprefix(b"\xef\xbb\xbf")) else ""
 
 
+def suffix_of(head: bytes) -> str:
+    """The extension of a picture or a recording that begins so; empty where the bytes do not say that it is one."""
+    found = sniff(head)
+    return next((suffix for suffix, holds in _SUFFIX_HOLDS.items() if found in holds and KINDS[suffix] in MEDIA_KINDS), "")
+
+
 def mismatch(name: str, head: bytes) -> Malformed | None:
     """A file whose first bytes are those of another format than its extension says."""
     suffix, found = os.path.splitext(name)[1].lower(), sniff(head)

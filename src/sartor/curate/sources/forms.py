@@ -6,6 +6,7 @@ word under which it is counted.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -199,7 +200,8 @@ def _question_answer(row: Mapping[str, Any], media: Media) -> tuple[tuple[Messag
 
 def _text_row(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     said = Message.of("assistant", _text(row, "text"))
-    seen = asked(row, "")  # of a text that names a picture or a recording: it is what is said of them
+    # a text that names a picture or a recording is what is said of them
+    seen = [part for part in asked(row, "") if part["type"] != "text"]
     return ((Message("user", tuple(_parts(seen, 1, media))), said) if seen else (said,)), ()
 
 
@@ -283,10 +285,14 @@ def _parts(content: Any, place: int, media: Media) -> list[Part]:
 
 
 def _value(part: Mapping[str, Any], kind: str) -> Any:
-    """What a part holds, also in OpenAI's spellings: {image_url: {url}} and {input_audio: {data, format}}."""
+    """What a part holds, also in OpenAI's spellings, {image_url: {url}} and {input_audio: {data, format}}, and as the hub's
+    Parquet files have it, {bytes, path}.
+    """
     value = part.get(kind, part.get("image_url" if kind == "image" else "input_audio"))
     if isinstance(value, Mapping) and isinstance(value.get("data"), str):
         return f"data:audio/{value.get('format', '')};base64,{value['data']}"
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        return f"data:;base64,{base64.b64encode(value['bytes']).decode()}"
     return value.get("url") if isinstance(value, Mapping) else value
 
 

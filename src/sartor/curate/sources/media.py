@@ -94,7 +94,9 @@ def locate(kind: str, value: str, folder: Path | None) -> Path:
 
 def _place_data_url(kind: str, value: str, into: Path) -> str:
     mime = value.partition(",")[0].removeprefix("data:").partition(";")[0].lower()
-    return copy(io.BytesIO(of_data_url(kind, value)), f"data URL{_SUFFIXES.get(mime, '')}", into)
+    content = of_data_url(kind, value)
+    suffix = _SUFFIXES.get(mime, "") or formats.suffix_of(content[: formats.HEAD_BYTES])
+    return copy(io.BytesIO(content), f"data URL{suffix}", into)
 
 
 def of_data_url(kind: str, value: str) -> bytes:

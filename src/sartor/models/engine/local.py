@@ -42,7 +42,7 @@ class LocalEngine:
             problem = f"rows is {rows}, waiting {waiting}, cache_tokens {cache_tokens}; at least 1, 1 and {PAGE_TOKENS}"
             raise ConfigError(problem, "engine: {rows: 16, waiting: 256, cache_tokens: 32768}")
         self._base, self._rows, self._most_waiting = base, rows, waiting
-        trained = int(base.model.config.max_position_embeddings)
+        trained = int(base.model.config.get_text_config().max_position_embeddings)
         context = min(trained, cache_tokens // PAGE_TOKENS * PAGE_TOKENS)
         vocabulary = {"vocab_size": base.model.get_output_embeddings().weight.shape[0]}
         self._reader = Reader(base.ref, base.chat, vocabulary, context)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from sartor.core import pictures, sounds
 from sartor.core.errors import MediaError, ModelError, SourceError
@@ -95,25 +97,31 @@ class NativeMedia:
         found = made.get("text_replacement_offsets")
         text = found[0][0]["replacement"] if found else self.tokens[part.kind]
         tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        self._counts[key] = tokens.count(self.placeholders[part.kind])
+        placeholder = self.placeholders[part.kind]
+        self._counts[key] = tokens.count(placeholder)
+        if self._counts[key] != int((made["input_ids"] == placeholder).sum()):
+            problem = f"the processor does not say what it writes for {part.kind} parts"
+            raise ModelError(problem, "pip install -U transformers; or use another base")
         virtual = iter(virtual_ids(key, self._counts[key]))
-        return Written([next(virtual) if token == self.placeholders[part.kind] else token for token in tokens], text)
+        return Written([next(virtual) if token == placeholder else token for token in tokens], text)
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
         """See `media.Media`. Raises ModelError where the decoder of this model is not given embeddings."""
-        is_learnt = torch.is_grad_enabled() and any(part.requires_grad for part in self._model.parameters())
-        found = {key: None if is_learnt else self._embeddings.get(key) for key in keys}
+        is_fixed = self._is_fixed
+        found = {key: self._embeddings.get(key) if is_fixed else None for key in keys}
         if lacking := [key for key, held in found.items() if held is None]:
             ids: list[int] = []
             for key in lacking:  # a plain token between them: neighbours of a kind would be one media to some models
                 ids += [self._between, *virtual_ids(key, self._counts[key])]
-            made = self._entering(torch.tensor([ids], device=self._model.device))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not is_fixed):
+                made = self._entering(torch.tensor([ids], device=self._model.device))
             virtual = torch.tensor([token < 0 for token in ids], device=made.device)
             parts = made[virtual].split([self._counts[key] for key in lacking])
             for key, part in zip(lacking, parts, strict=True):
                 found[key] = part
-                if not part.requires_grad and not self._is_tuned:
-                    self._embeddings.put(key, part.clone(), part.nbytes)
+                if is_fixed:
+                    with torch.inference_mode(False):  # what is made in it could not be learnt through later
+                        self._embeddings.put(key, part.clone(), part.nbytes)
         return [found[key] for key in keys]
 
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
@@ -145,10 +153,13 @@ class NativeMedia:
         return self._processor.tokenizer
 
     @property
-    def _is_tuned(self) -> bool:
-        """Whether a part that makes embeddings learns, so that they change."""
-        decoder = {id(part) for part in self._model.get_decoder().parameters()}
-        return any(part.requires_grad and id(part) not in decoder for part in self._model.parameters())
+    def _is_fixed(self) -> bool:
+        """Whether embeddings are always the same: nothing that makes them learns or has an adapter that may be on or off."""
+        decoder = {id(module) for module in self._model.get_decoder().modules()}
+        others = [module for module in self._model.modules() if id(module) not in decoder]
+        if any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in others):
+            return False
+        return not any(part.requires_grad for module in others for part in module.parameters(recurse=False))
 
     @property
     def _between(self) -> int:
