@@ -36,7 +36,7 @@ def test_confidence_is_the_product_over_them(base: Base) -> None:
     given = [(ids, TEXT), ([], ""), (base.chat.tokens("no JSON"), "no JSON")]
     found = _confidences(base, model, asked, given, "sky")
     prompt = base.chat.prompt_ids(example.prompt)
-    chances = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0].softmax(-1)
+    chances = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0].detach().softmax(-1)
     first, last = _spelling(base.chat, ids, *span_of(TEXT, "sky"))
     wanted = 1.0
     for place in range(len(prompt) + first, len(prompt) + last):
