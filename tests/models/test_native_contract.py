@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny_native
 from sartor.core.errors import ConfigError, MediaError, ModelError, SourceError
@@ -58,19 +60,20 @@ def tuned(base: Base) -> Iterator[Callable[..., Any]]:
 
 
 def rows(base: Base) -> list[Encoded]:
-    """Two media in one row, one in another, none in a third."""
+    """Two media in one row, one in two others that begin alike, none in the last."""
     kind, other = base.media.kinds[0], base.media.kinds[-1]
     first, second = tiny_native.part(kind, 1), tiny_native.part(other, 2)
     made = [
         tiny_native.row("what is ", first, " beside ", second, " here"),
         tiny_native.row(second, "turn on the light", reply="on"),
+        tiny_native.row(second, "turn on the kitchen light", reply="kitchen"),
         tiny_native.row("what colour is the sky", reply="blue"),
     ]
     return [base.chat.encode(example) for example in made]
 
 
 def test_what_is_learnt_is_the_reply(base: Base) -> None:
-    for row, reply in zip(rows(base), ("the sky is blue", "on", "blue"), strict=True):
+    for row, reply in zip(rows(base), ("the sky is blue", "on", "kitchen", "blue"), strict=True):
         learnt = [token for token, is_learnt in zip(row.ids, row.learnt, strict=True) if is_learnt]
         assert base.chat.decode(learnt) == reply
         assert learnt[-1] in base.chat.stops
@@ -100,7 +103,7 @@ def test_the_tokens_of_a_row_are_the_processors_own(base: Base) -> None:
 
 def test_packs_have_the_losses_of_single_rows_or_rows_are_taken_one_at_a_time(base: Base, folder: Path) -> None:
     encoded = rows(base)
-    path = paths.choose(base.model, encoded, CPU)
+    path = paths.choose(base.model, encoded, CPU)  # which computes once what rows begin with, a picture too
     assert path.name == ("general" if folder.name in PACKED else "one-row"), path.reason
     with torch.no_grad():
         found, single = path.losses(encoded)[0], batches.row_losses(base.model, encoded, CPU)
@@ -197,6 +200,23 @@ def test_refusals(base: Base, tuned: Callable[..., Any]) -> None:
             base.chat.encode(tiny_native.row(tiny_native.part(other, 1), "what"))
     with pytest.raises(ConfigError, match="names no module"):
         tuned(language=["nope"])
+
+
+def test_an_omni_directory_opens_as_its_thinker(tmp_path: Path) -> None:
+    folder = tiny_native.write("qwen2_5_omni", tmp_path / "omni")
+    row = tiny_native.row("what is ", tiny_native.part("image", 1), " and ", tiny_native.part("audio", 2))
+
+    def losses() -> torch.Tensor:
+        base = opened(folder)
+        with torch.no_grad():
+            return batches.row_losses(base.model, [base.chat.encode(row)], CPU)
+
+    alone = losses()
+    weights = {f"thinker.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file({**weights, "talker.model.weight": torch.zeros(2, 2)}, folder / "model.safetensors", {"format": "pt"})
+    thinker = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_omni", "thinker_config": thinker}))
+    assert torch.equal(losses(), alone)
 
 
 def moved(model: Any) -> None:
