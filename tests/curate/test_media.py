@@ -243,6 +243,25 @@ def test_bad_pictures_are_told_by_reason(tmp_path: Path) -> None:
     assert verdict(step, tmp_path, placed(tmp_path, Image.new("RGB", (100, 100), "white"))) == "blurred_image"
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "written", "reason"),
+    [
+        ("a.png", "image", b"hello", "format_mismatch"),
+        ("a.wav", "audio", b"x" * 99, "format_mismatch"),
+        ("a.jpg", "image", b"", "bad_media"),
+        ("a", "audio", b"", "bad_media"),
+    ],
+)
+def test_what_begins_as_no_picture_or_recording_is_a_drop_of_every_recipe(
+    tmp_path: Path, name: str, kind: str, written: bytes, reason: str
+) -> None:
+    """Rows that name a file are held to what a folder of captioned files is: no step is needed."""
+    (tmp_path / name).write_bytes(written)
+    asked = [{"type": kind, kind: name}, {"type": "text", "text": "What is this?"}]
+    write_jsonl(tmp_path / "rows.jsonl", [chat(asked, "a")])
+    assert Rows(tmp_path / "media", tmp_path / "rows.jsonl").reasons == {reason: 1}
+
+
 @pytest.mark.parametrize("place", ["work", "it's a \\ place"])
 def test_where_the_work_lies_is_in_no_drop(tmp_path: Path, place: str) -> None:
     picture = placed(tmp_path / place, b"\x89PNG\r\n\x1a\n and then nothing")

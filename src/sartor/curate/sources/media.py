@@ -143,9 +143,11 @@ def _write(stream: BinaryIO, target: Path) -> None:
 
 
 def check(stream: BinaryIO, name: str) -> None:
-    """Raises Malformed for a file that is not what its name says, or a picture that unfolds too large."""
+    """Raises Malformed for an empty file, one that is not what its name says, or a picture that unfolds too large."""
     head = stream.read(formats.HEAD_BYTES)
-    if (fault := formats.mismatch(name, head)) is not None:
+    if not head:
+        raise Malformed("bad_media", f"the media file {name[:80]!r} is empty")
+    if (fault := formats.must_be(name, head)) is not None:
         raise fault
     found = formats.sniff(head)
     if found not in ("PNG", "JPEG", "GIF", "WebP", "BMP", "TIFF"):
