@@ -110,6 +110,12 @@ def test_packs_have_the_losses_of_single_rows_or_rows_are_taken_one_at_a_time(ba
     assert (found - single).abs().max() <= 1e-5
 
 
+def test_in_16_bits_the_same_rows_are_packed(folder: Path) -> None:
+    base = open_base(str(folder), bits=16, device=CPU)
+    path = paths.choose(base.model, rows(base), CPU)
+    assert path.name == ("general" if folder.name in PACKED else "one-row"), path.reason
+
+
 def test_what_is_seen_reaches_the_losses(base: Base) -> None:
     encoded = rows(base)[:2]
     with torch.no_grad():
