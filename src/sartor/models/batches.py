@@ -271,8 +271,8 @@ def agrees(
     if not few:
         return True, 0.0  # nothing is supervised, so nothing can leak
     media = native_media(model)
-    for row in few if media else ():
-        if not is_plain(model, media, row.ids):
+    for row in few:
+        if media is not None and not is_plain(model, media, row.ids):
             return False, max(media.apart.values())
     plain = row_losses(model, few, device)
     other = replace(few[0], ids=turned(few[0].ids))

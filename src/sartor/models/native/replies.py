@@ -23,7 +23,7 @@ MOST_APART, MOST_SPREAD = 1e-3, 1e-2
 
 @torch.inference_mode()
 def is_plain(model: Any, media: NativeMedia, prompt: Sequence[int]) -> bool:
-    """Whether rows with such media may be computed with virtual ids, in batches and packs; `media.apart`: how far that is off."""
+    """Whether rows with such media may be computed with virtual ids, in batches and packs; `media.apart` says how far off."""
     kinds = media.kinds_of(keys_in(prompt))
     is_exact = model.get_output_embeddings().weight.dtype not in (torch.bfloat16, torch.float16)
     if kinds not in media.apart:
