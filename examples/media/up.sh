@@ -55,13 +55,18 @@ rows() {
 # agent NAME LABEL: Dataset, Adapter, Report, Release. LABEL: the field of the reply that is measured as a class
 agent() {
   local name=$1 label=$2
-  local less=() fewer=() waive=() rules=() # below, an empty one is nothing for the bash of macOS too
+  local less=() fewer=() waive=() rules=() slice # below, an empty one is nothing for the bash of macOS too
   if [ -n "$quick" ]; then
     less=(--budget.epochs null --budget.updates 4 --data.eval_rows 8)
     fewer=(--rows 8)
     waive=(--waive gain --waive forgetting --waive modality --by up.sh --reason "four updates (--quick) show the way, not a gain")
   fi
-  [ -e "$here/$name/rules.yaml" ] && rules=(--rules "$here/$name/rules.yaml")
+  if [ -e "$here/$name/rules.yaml" ]; then
+    rules=(--rules "$here/$name/rules.yaml")
+    for slice in $(sed -n 's/^ *- name: *//p' "$here/$name/rules.yaml"); do
+      [ -z "$quick" ] || waive+=(--waive "slice:$slice")
+    done
+  fi
   once "rows/$name" rows "$name"
   once "data/$name" sartor curate "$here/$name/curate.yaml" --out "data/$name" >&2
   once "adapters/$name" sartor tune "$here/$name/tune.yaml" --base.text "$base" --out "adapters/$name" --resume ${less[@]+"${less[@]}"} >&2

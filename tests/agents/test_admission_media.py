@@ -53,7 +53,7 @@ Change = Callable[[Tensors, dict[str, Any]], object]
 def write_projectors(path: Path, said: dict[str, Any], change: Change = lambda tensors, metadata: None) -> None:
     tensors: Tensors = {}
     for kind, one in said.items():
-        width, stack = one["width"], one["stack"]
+        width, stack = one["width"], 1 if kind == "image" else one["stack"]
         shapes = {
             "mean": (width,), "spread": (width,), "gain": (), "project_in.weight": (WIDTH, stack * width),
             "project_in.bias": (WIDTH,), "project_out.weight": (WIDTH, WIDTH), "project_out.bias": (WIDTH,),
@@ -102,7 +102,7 @@ def test_what_reads_pictures_is_admitted_shown_one_and_registered_so(
     fake = Fake()
     admitted = admission.admit_by(released(maker, tmp_path / "eye", said_of(tower)), ground, fake)
     assert admitted.reads == ("image",) and list(admission.version_of(admitted, "eye").facts["reads"]) == ["image"]
-    assert admitted.checks["projectors"] == f"image by {said_of(tower)['image']['name']}; 1,485 parameters"
+    assert admitted.checks["projectors"] == f"image by {said_of(tower)['image']['name']}; 1,293 parameters"
     assert fake.calls[-1].messages[-1]["content"][0] == {"type": "image", "image": samples.sample("image")}
     assert "image answered" in admitted.checks["canary"]
     again = admission.admit_by(admitted.path, ground, Fake())  # at a later start, from the server's own copy

@@ -121,7 +121,8 @@ def _shapes(tower: Said, width: int) -> dict[str, tuple[int, ...]]:
     """Tensor -> its shape, (out, in) of weights."""
     shapes: dict[str, tuple[int, ...]] = {
         "mean": (tower.width,), "spread": (tower.width,), "gain": (),
-        "project_in.weight": (width, tower.stack * tower.width), "project_in.bias": (width,),
+        # places of a picture are averaged behind it, moments of a recording stand side by side before it
+        "project_in.weight": (width, (1 if tower.kind == "image" else tower.stack) * tower.width), "project_in.bias": (width,),
         "project_out.weight": (width, width), "project_out.bias": (width,),
     }  # fmt: skip
     return {f"{tower.kind}.{name}": shape for name, shape in shapes.items()}
