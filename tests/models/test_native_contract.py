@@ -148,6 +148,15 @@ def test_an_adapter_is_the_same_when_opened(base: Base, folder: Path, tuned: Cal
     assert (wanted - before).abs().max() > 1e-3
 
 
+def test_a_base_is_as_it_was_when_its_adapter_is_taken_off(base: Base, tuned: Callable[..., Any]) -> None:
+    weights = {name: part.clone() for name, part in base.model.state_dict().items()}
+    model = tuned(tower="all-linear")
+    moved(model)
+    bare = adapters.undo(model).state_dict()
+    assert bare.keys() == weights.keys()
+    assert all(torch.equal(part, weights[name]) for name, part in bare.items())
+
+
 @pytest.mark.parametrize(
     "targets", [{}, {"projector": "none"}, {"projector": "all-linear", "tower": "all-linear"}, {"top": 1, "projector": "none"}]
 )

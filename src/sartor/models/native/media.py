@@ -108,6 +108,8 @@ class NativeMedia:
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
         """See `media.Media`. Raises ModelError where the decoder of this model is not given embeddings."""
         is_fixed = self._is_fixed
+        if not is_fixed:  # what makes them may be another when it is fixed again: merged
+            self._embeddings = Held(HELD_BYTES)
         found = {key: self._embeddings.get(key) if is_fixed else None for key in keys}
         if lacking := [key for key, held in found.items() if held is None]:
             ids: list[int] = []
