@@ -234,6 +234,14 @@ def test_an_omni_directory_opens_as_its_thinker(tmp_path: Path) -> None:
     assert torch.equal(losses(), alone)
 
 
+def test_a_base_with_an_encoder_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"some": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="encoder and a decoder"):
+        opened(tmp_path)
+
+
 def moved(model: Any) -> None:
     """Factors and whole modules away from where they begin."""
     generator = torch.Generator().manual_seed(0)
