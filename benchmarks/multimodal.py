@@ -62,9 +62,9 @@ WHISPER, LITE = "whisper-tiny-en", "efficientnet-lite0"
 SPOKEN_RECIPE = {
     "base": {"text": "starter", "audio": WHISPER},
     "method": {"kind": "lora", "rank": 32, "alpha": 64},
-    "align": {"fraction": 0.1, "learning_rate": 1e-3},
-    "budget": {"epochs": 5},
-    "optimizer": {"learning_rate": 1e-3, "batch_tokens": 1024},
+    "align": {"fraction": 0.05, "learning_rate": 1e-3},
+    "budget": {"epochs": 3},
+    "optimizer": {"learning_rate": 1e-3, "batch_tokens": 768},
 }
 HEARD_RECIPE = {
     "base": "starter",
