@@ -110,6 +110,12 @@ def test_packs_have_the_losses_of_single_rows_or_rows_are_taken_one_at_a_time(ba
     assert (found - single).abs().max() <= 1e-5
 
 
+def test_in_16_bits_the_same_rows_are_packed(folder: Path) -> None:
+    base = open_base(str(folder), bits=16, device=CPU)
+    path = paths.choose(base.model, rows(base), CPU)
+    assert path.name == ("general" if folder.name in PACKED else "one-row"), path.reason
+
+
 def test_what_is_seen_reaches_the_losses(base: Base) -> None:
     encoded = rows(base)[:2]
     with torch.no_grad():
@@ -140,6 +146,15 @@ def test_an_adapter_is_the_same_when_opened(base: Base, folder: Path, tuned: Cal
         assert (path.losses(rows(fresh))[0] - wanted).abs().max() <= 1e-4
     assert (found - wanted).abs().max() <= 1e-6
     assert (wanted - before).abs().max() > 1e-3
+
+
+def test_a_base_is_as_it_was_when_its_adapter_is_taken_off(base: Base, tuned: Callable[..., Any]) -> None:
+    weights = {name: part.clone() for name, part in base.model.state_dict().items()}
+    model = tuned(tower="all-linear")
+    moved(model)
+    bare = adapters.undo(model).state_dict()
+    assert bare.keys() == weights.keys()
+    assert all(torch.equal(part, weights[name]) for name, part in bare.items())
 
 
 @pytest.mark.parametrize(
@@ -217,6 +232,14 @@ def test_an_omni_directory_opens_as_its_thinker(tmp_path: Path) -> None:
     thinker = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_omni", "thinker_config": thinker}))
     assert torch.equal(losses(), alone)
+
+
+def test_a_base_with_an_encoder_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"some": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="encoder and a decoder"):
+        opened(tmp_path)
 
 
 def moved(model: Any) -> None:

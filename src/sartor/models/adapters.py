@@ -115,7 +115,12 @@ def _wrong_target(model: Any, targets: Sequence[str] | str) -> str:
 
 def undo(model: Any) -> Any:
     """The model as it was before `inject_lora` or `open_adapter`, bit for bit (unless it was merged)."""
-    return model.unload()
+    inside = without_peft(model)
+    own = {name: part.original_module for name, part in inside.named_modules() if isinstance(part, ModulesToSaveWrapper)}
+    bare = model.unload()
+    for name, module in own.items():  # PEFT leaves what was trained whole in its place
+        bare.set_submodule(name, module)
+    return bare
 
 
 def train_projectors(model: Any) -> None:

@@ -201,6 +201,9 @@ def _config(path: Path) -> Any:
         problem = f"{path} cannot be opened as a causal language model: {first_line(error)}"
         raise ModelError(problem, "check that its files are whole") from None
     config = opening.thinker(config)
+    if config.is_encoder_decoder:  # of which transformers would open the decoder alone, deaf to what the encoder reads
+        problem = f"{path} is a {config.model_type} model of an encoder and a decoder, and a base is a decoder alone"
+        raise ModelError(problem, "another base; a Whisper can be its audio tower (base.audio)")
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "gguf":
         del config.quantization_config
     return config

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from sartor.models.attention import Rows, Segment, packing, rows_of
 from sartor.models.media import own_inputs
+from sartor.models.native.media import native_media
+from sartor.models.native.replies import is_plain
 
 # A shorter common beginning saves less than the extra segment costs.
 SHARED_TOKENS = 8
@@ -268,6 +270,10 @@ def agrees(
         few += [row for row in rows if any(token < 0 for token in row.ids)][:1]
     if not few:
         return True, 0.0  # nothing is supervised, so nothing can leak
+    media = native_media(model)
+    for row in few:
+        if media is not None and not is_plain(model, media, row.ids):
+            return False, max(media.apart.values())
     plain = row_losses(model, few, device)
     other = replace(few[0], ids=turned(few[0].ids))
     try:

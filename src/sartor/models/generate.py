@@ -17,9 +17,8 @@ from transformers import DynamicCache
 
 from sartor.core.errors import ModelError
 from sartor.models.adapters import without_peft
-from sartor.models.media import embedding_of
 from sartor.models.native import replies as native_replies
-from sartor.models.native.media import NativeMedia
+from sartor.models.native.media import native_media
 from sartor.models.sampling import Sampling
 
 
@@ -120,10 +119,10 @@ def _by_own_forward(
     model: Any, prompts: Sequence[Sequence[int]], stop: Sequence[int], pad: int, choose: Chooser
 ) -> dict[int, Generation]:
     """Replies of a native multi-modal base that it does not give in batches: by its own forward, one at a time."""
-    embedding = embedding_of(model)
-    if embedding is None or not isinstance(embedding.media, NativeMedia):
+    media = native_media(model)
+    if media is None:
         return {}
-    media, inside, made = embedding.media, without_peft(model), {}
+    inside, made = without_peft(model), {}
     for row, prompt in enumerate(prompts):
         if native_replies.is_plain(inside, media, prompt):
             continue

@@ -65,13 +65,13 @@ class _Reached(Exception):
 
 
 class NativeMedia:
-    """See `media.Media`. `plain`: by kinds of media, whether their embeddings are all that the model makes of them."""
+    """See `media.Media`. `apart`: by kinds of media, nats by which what their embeddings give is off the own forward."""
 
     def __init__(self, processor: Any, model: Any) -> None:
         self._processor, self._model = processor, model
         self.tokens = {kind: str(token) for kind in KINDS if (token := getattr(processor, f"{kind}_token", None)) is not None}
         self.placeholders = {kind: self._placeholder(kind) for kind in self.tokens}
-        self.plain: dict[frozenset[str], bool] = {}
+        self.apart: dict[frozenset[str], float] = {}
         self._origins: dict[int, tuple[Part, Path | None]] = {}
         self._counts: dict[int, int] = {}
         self._decoded, self._embeddings = Held(HELD_BYTES), Held(HELD_BYTES)
@@ -108,6 +108,8 @@ class NativeMedia:
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
         """See `media.Media`. Raises ModelError where the decoder of this model is not given embeddings."""
         is_fixed = self._is_fixed
+        if not is_fixed:  # what makes them may be another when it is fixed again: merged
+            self._embeddings = Held(HELD_BYTES)
         found = {key: self._embeddings.get(key) if is_fixed else None for key in keys}
         if lacking := [key for key, held in found.items() if held is None]:
             ids: list[int] = []
@@ -237,8 +239,13 @@ class NativeMedia:
 
 def is_native(model: Any) -> bool:
     """Whether a model is a native multi-modal base, with an adapter or without."""
+    return native_media(model) is not None
+
+
+def native_media(model: Any) -> NativeMedia | None:
+    """What a native base reads, if `model` is one."""
     embedding = embedding_of(model)
-    return embedding is not None and isinstance(embedding.media, NativeMedia)
+    return embedding.media if embedding is not None and isinstance(embedding.media, NativeMedia) else None
 
 
 class _Given:
