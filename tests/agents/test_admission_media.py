@@ -59,7 +59,7 @@ def write_projectors(path: Path, said: dict[str, Any], change: Change = lambda t
             "project_in.bias": (WIDTH,), "project_out.weight": (WIDTH, WIDTH), "project_out.bias": (WIDTH,),
         }  # fmt: skip
         tensors |= {f"{kind}.{name}": np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
-    metadata: dict[str, Any] = {"schema": "1", "towers": json.dumps(said)}
+    metadata: dict[str, Any] = {towers.SAID: json.dumps(said)}
     change(tensors, metadata)
     header, data = {"__metadata__": metadata} if metadata else {}, b""
     for name, values in tensors.items():
@@ -124,14 +124,16 @@ WRONG: dict[str, tuple[Change, str]] = {
     "whole numbers": (_set("image.mean", np.zeros(TOWER, np.int32)), "in I32"),
     "surplus": (_set("audio.mean", np.zeros(TOWER, np.float32)), "surplus tensor, audio.mean"),
     "lacks one": (lambda tensors, metadata: tensors.pop("image.gain"), "lacks image.gain"),
-    "schema": (lambda tensors, metadata: metadata.update(schema="2"), "schema '2'"),
-    "no metadata": (lambda tensors, metadata: metadata.clear(), "schema ''"),
-    "no towers": (lambda tensors, metadata: metadata.update(towers="{}"), "names no towers"),
-    "towers are no JSON": (lambda tensors, metadata: metadata.update(towers="[" * 5000), "names no towers"),
-    "another kind": (lambda tensors, metadata: metadata.update(towers='{"video": {}}'), "names no towers"),
-    "no name": (lambda tensors, metadata: metadata.update(towers='{"image": {"digest": "a"}}'), "by name and digest"),
+    "schema": (lambda tensors, metadata: metadata.update({"towers.2": metadata.pop(towers.SAID)}), "says ['towers.2']"),
+    "no metadata": (lambda tensors, metadata: metadata.clear(), "says []"),
+    "no towers": (lambda tensors, metadata: metadata.update({towers.SAID: "{}"}), "names no towers"),
+    "towers are no JSON": (lambda tensors, metadata: metadata.update({towers.SAID: "[" * 5000}), "names no towers"),
+    "another kind": (lambda tensors, metadata: metadata.update({towers.SAID: '{"video": {}}'}), "names no towers"),
+    "no name": (lambda tensors, metadata: metadata.update({towers.SAID: '{"image": {"digest": "a"}}'}), "by name and digest"),
     "width": (
-        lambda tensors, metadata: metadata.update(towers='{"image": {"name": "a", "digest": "b", "width": 0, "stack": 1}}'),
+        lambda tensors, metadata: metadata.update(
+            {towers.SAID: '{"image": {"name": "a", "digest": "b", "width": 0, "stack": 1}}'}
+        ),
         "says width '0'",
     ),
 }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 import sartor
 from conftest import ROWS, write_jsonl
+from media_files import data_url, png, sound
 from sartor.core import rows
 from sartor.core.artifacts import file_digest, open_artifact
 from sartor.core.errors import ConfigError, HubError, SourceError
@@ -241,8 +241,8 @@ def test_the_manifest_names_each_file_with_licence_digest_and_counts(tmp_path: P
 
 
 def test_media_are_copied_under_their_digest_and_bad_ones_leave_nothing(tmp_path: Path) -> None:
-    (tmp_path / "x.png").write_bytes(b"png bytes")
-    url = "data:audio/wav;base64," + base64.b64encode(b"wav bytes").decode()
+    (tmp_path / "x.png").write_bytes(png())
+    url = data_url(sound(), "audio/wav")
     content = [{"type": "image", "image": "x.png"}, {"type": "audio", "audio": url}, {"type": "text", "text": "what is this?"}]
     broken = [{"type": "image", "image": "x.png"}, {"type": "image", "image": "data:image/png;base64,@@@"}]
     write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": parts}, BOT]} for parts in (content, broken)])
@@ -250,7 +250,7 @@ def test_media_are_copied_under_their_digest_and_bad_ones_leave_nothing(tmp_path
     (example,), _ = read(tmp_path / "d")
     media = [part.media for part in example.messages[0].content if part.media]
     assert made.dropped == {"bad_media": 1}
-    assert [(tmp_path / "d" / name).read_bytes() for name in media] == [b"png bytes", b"wav bytes"]
+    assert [(tmp_path / "d" / name).read_bytes() for name in media] == [png(), sound()]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from sartor.core.errors import (
     SignatureError,
 )
 from sartor.core.records import Message
+from sartor.core.towers import SAID
 from sartor.evaluate.release import verify_release
 from sartor.export import companions, forms, llamacpp, measure, prompts, runtimes, verb
 from sartor.models import adapters, composed, memory
@@ -381,7 +382,7 @@ v.export({release!r}, {str(out)!r}, to='merged', options=v.Options(key={keys!r})
 def write_projectors(part: Path) -> None:
     """What an adapter that reads pictures has beside it; no tower is opened for an export."""
     said = {"name": "efficientnet-lite0", "digest": "ab" * 32, "licence": "Apache-2.0", "width": 4, "stack": 1}
-    save_file({"image.mean": torch.zeros(4)}, part / composed.FILE, {"schema": "1", "towers": json.dumps({"image": said})})
+    save_file({"image.mean": torch.zeros(4)}, part / composed.FILE, {SAID: json.dumps({"image": said})})
 
 
 @pytest.mark.parametrize(("form", "where"), [("merged", "transformers"), ("gguf", "llama.cpp")])

@@ -33,8 +33,11 @@ print, log or exit; `cli` does that once. A bug is not a SartorError: it ends in
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
+
+_IN_MEMORY = re.compile(r"<_io\.\w+ object at 0x[0-9a-f]+>")
 
 
 class SartorError(Exception):
@@ -216,4 +219,5 @@ def said_of(error: Exception, file: Path | None = None) -> str:
     first = (str(error).splitlines() or [""])[0]
     for path in (str(file), repr(str(file))[1:-1]) if file else ():
         first = first.replace(path, file.name if file else "")
+    first = _IN_MEMORY.sub("the bytes", first)
     return f"{type(error).__name__}: {first[:150]}"

@@ -30,6 +30,9 @@ MODEL_TYPES: dict[str, Modality] = {
     "siglip_vision_model": "image",
     "dinov2": "image",
 }
+# The one key of metadata of an adapter's projectors: which towers they read, and the form in which that is said. One, since
+# the order of several is the writer's whim, and equal adapters are to be equal files
+SAID = "towers.1"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Part
+from sartor.core.towers import SAID
 from sartor.models.base import Base
 from sartor.models.media import MediaEmbedding, content_of, key_of, virtual_ids
 from sartor.models.shelf import Shelf
@@ -31,7 +32,6 @@ from sartor.models.towers import open_tower
 from sartor.models.towers.contract import Tower
 
 FILE = "projectors.safetensors"
-SCHEMA = 1
 # Of features that are kept in memory; the others are on disk, or computed again
 HELD_BYTES = 1 << 29
 # Media by which a projector's input is scaled; and how far from the mean a feature may be, in spreads
@@ -247,7 +247,7 @@ def write_projectors(media: ComposedMedia, folder: Path) -> None:
     """Beside an adapter: the projectors' weights, and which towers they read."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in media.projectors.state_dict().items()}
     said = json.dumps(media.said(), sort_keys=True)
-    save_file(tensors, folder / FILE, {"schema": str(SCHEMA), "towers": said})
+    save_file(tensors, folder / FILE, {SAID: said})
 
 
 def read_towers(folder: Path) -> dict[str, TowerSaid]:
@@ -257,9 +257,9 @@ def read_towers(folder: Path) -> dict[str, TowerSaid]:
     try:
         with safetensors.safe_open(folder / FILE, "pt") as opened:  # type: ignore[no-untyped-call]
             metadata = opened.metadata() or {}
-        if metadata.get("schema") != str(SCHEMA):
-            raise ModelError(f"{folder / FILE} is of schema {metadata.get('schema')}; this reads {SCHEMA}", "a newer Sartor")
-        return {kind: TowerSaid(**said) for kind, said in json.loads(metadata["towers"]).items()}
+        if SAID not in metadata:
+            raise ModelError(f"{folder / FILE} says {sorted(metadata)}; this reads {SAID!r}", "tune it again")
+        return {kind: TowerSaid(**said) for kind, said in json.loads(metadata[SAID]).items()}
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / FILE} cannot be read: {error}", _REMEDY) from None
 

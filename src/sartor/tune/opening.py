@@ -46,7 +46,7 @@ def adapted(recipe: Recipe, base: Base) -> Any:
     method, asked = recipe.method, recipe.method.targets
     is_native = isinstance(base.media, NativeMedia)
     if not is_native:
-        _check_parts(asked)
+        _check_parts(asked, is_composed=base.media is not None)
     model = adapters.inject_lora(
         base.model,
         rank=method.rank,
@@ -65,9 +65,12 @@ def _parts(model: Any, asked: Targets) -> parts.Targeted:
     return parts.choose(model, asked.modules, asked.top, asked.projector, asked.tower)
 
 
-def _check_parts(asked: Targets) -> None:
-    """Raise ConfigError for what only a native multi-modal base can train."""
+def _check_parts(asked: Targets, *, is_composed: bool) -> None:
+    """Raise ConfigError for what only a native multi-modal base can train, or leave untrained."""
     for name, value in (("projector", asked.projector), ("tower", asked.tower)):
+        if value == "none" and name == "projector" and is_composed:
+            problem = "method.targets.projector is none: a composed base's projector begins untrained, and would stay so"
+            raise ConfigError(problem, "targets: {projector: full}")
         if value == "all-linear":
             problem = f"method.targets.{name} is all-linear, which native multi-modal bases alone can train"
             raise ConfigError(problem, "targets: {language: all-linear, projector: full, tower: none}")

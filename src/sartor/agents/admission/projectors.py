@@ -1,6 +1,6 @@
 """What an adapter reads media with, before a worker loads it: projectors that fit the base and towers that are here. No torch.
 
-projectors.safetensors   metadata {"schema": "1", "towers": JSON of kind -> name, digest, licence, width, stack}
+projectors.safetensors   metadata {"towers.1": JSON of kind -> name, digest, licence, width, stack}
 tensors KIND.mean, .spread, .gain, .project_in.*, .project_out.* (models/composed.py, Projector)
 """
 
@@ -21,7 +21,6 @@ from sartor.core.towers import Modality
 from sartor.models.engine.contract import PROJECTORS, About
 
 CHECK = "projectors"
-SCHEMA = "1"
 KINDS: tuple[Modality, ...] = ("image", "audio")
 MOST_WIDTH, MOST_STACK = 1 << 16, 256
 # A channel is divided by its spread (models/composed.py never writes a smaller one)
@@ -64,9 +63,9 @@ def read(path: Path, files: Mapping[str, Any], about: About) -> Projectors:
     if about.kind != "local":
         raise ModelError(f"it reads media by projectors, and the engine {about.kind!r} reads text", "engine: {kind: local}")
     tensors, metadata = read_whole(path / PROJECTORS)
-    if metadata.get("schema") != SCHEMA:
-        raise _refusal(f"is of schema {metadata.get('schema', '')[:20]!a}; this reads {SCHEMA}")
-    found = Projectors(_towers(metadata.get("towers", "")), tensors)
+    if towers.SAID not in metadata:
+        raise _refusal(f"says {sorted(metadata)!a:.80}; this reads {towers.SAID!r}")
+    found = Projectors(_towers(metadata[towers.SAID]), tensors)
     for tower in found.towers:
         _check_tower(tower)
     return found
