@@ -179,7 +179,7 @@ def test_ten_megabytes_are_refused_fast_and_the_connection_goes_on(served: Any, 
 
 def test_a_client_that_waits_to_be_told_sends_no_large_body(served: Any) -> None:
     raw = connect(served[0])
-    raw.sendall(head(10_000_000, "Expect: 100-continue"))
+    raw.sendall(head(40_000_000, "Expect: 100-continue"))
     assert receive(raw, b"remedy").startswith(b"HTTP/1.1 413")
     raw.close()
 
@@ -193,7 +193,7 @@ def test_clients_that_trickle_or_do_not_read_are_cut_off_and_others_are_not(tmp_
         slow_head, slow_body, refused, deaf = (connect(url) for _ in range(4))
         slow_head.sendall(b"POST /v1/chat")
         slow_body.sendall(head(100) + b'{"model"')
-        refused.sendall(head(10_000_000) + b"{")
+        refused.sendall(head(40_000_000) + b"{")
         deaf_body = json.dumps(chat(stream=True)).encode()
         deaf.sendall(head(deaf_body) + deaf_body)
         ends = {}
