@@ -240,7 +240,7 @@ async def slow_clients(scene: Scene) -> Outcome:
 
 
 async def large_prompts(scene: Scene) -> Outcome:
-    """A prompt of 10 MB is refused though that much media would be read; one that fits the body and not the base is refused, too."""
+    """A prompt of 10 MB is refused, though so much media would be read; one that fits the body and not the base is, too."""
     moment = time.monotonic()
     statuses = []
     async with client(scene.server.url, scene.server.key) as http:
