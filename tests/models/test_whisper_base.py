@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 import transformers
 
+import sartor
 import tiny_native
-from sartor.core.errors import MediaError, SourceError
+from sartor.core.artifacts import open_artifact
+from sartor.core.errors import ConfigError, MediaError, SourceError
 from sartor.core.records import Example, Message, Part
+from sartor.evaluate.tasks import open_tuned
 from sartor.models import adapters, batches, paths
 from sartor.models.base import Base, open_base
 from sartor.models.generate import generate
@@ -114,7 +118,7 @@ def test_lora_lowers_the_loss_and_is_opened_as_it_was_written(base: Base, folder
     assert losses[-1] < losses[0] - 0.1
     adapters.write_adapter(model, tmp_path, str(folder))
     other = open_base(str(folder), bits=32, device=CPU)
-    other.chat.encode(tiny_native.row(SOUND))  # it hears what it is told of
+    other.chat.encode(tiny_native.row(SOUND, reply="a"))  # it hears what it is told of
     opened = adapters.open_adapter(other.model, tmp_path)
     with torch.no_grad():
         assert torch.equal(batches.row_losses(opened, [row], CPU), batches.row_losses(model.eval(), [row], CPU))
@@ -154,7 +158,8 @@ def test_the_language_is_that_of_the_generation_config(said: dict[str, Any], tas
 
 
 @pytest.fixture
-def recipe(folder: Path, tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def recipe(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr("sartor.models.base.best_dtype", lambda device: torch.float32)
     monkeypatch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
     rows = []
     for number in range(13):
@@ -183,12 +188,15 @@ def test_rows_of_recordings_are_tuned_measured_and_replied_to(recipe: dict[str, 
     assert report["primary"] == "wer"
     assert report["metrics"]["loss"]["tuned"] < report["metrics"]["loss"]["base"]
     assert "takes none of" in report["forgetting"]["skipped"]
-    left_out = {**report["left_out"], **{k: len(v) for k, v in open_artifact(tmp_path / "adapter", "adapter").manifest.get("left_out", {}).items()}}
+    left_out = {
+        **report["left_out"],
+        **{k: len(v) for k, v in open_artifact(tmp_path / "adapter", "adapter").manifest.get("left_out", {}).items()},
+    }
     assert "long_audio" in left_out
     base, model = open_tuned(open_artifact(tmp_path / "adapter", "adapter"))
     prompt = base.chat.prompt_ids([Message("user", (Part("audio", media="0.wav"),))], folder=tmp_path)
     reply = generate(model, [prompt], stop=base.chat.stops, pad=base.chat.pad, sampling=Sampling(8))[0]
-    assert base.chat.decode(reply.ids) in ("light", "dark")
+    assert base.chat.decode(reply.ids).startswith(("light", "dark"))
 
 
 def test_a_projector_that_is_asked_for_is_an_error(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def reply(
     given = media.inputs(torch.tensor([list(prompt)], device=model.device))
     said = model.generation_config
     settings = transformers.GenerationConfig(
-        max_new_tokens=min(most, model.config.max_target_positions - len(prompt)),
+        max_length=min(len(prompt) + most, model.config.max_target_positions),
         do_sample=False,
         eos_token_id=list(stop),
         pad_token_id=pad,
