@@ -31,9 +31,10 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from sartor.core import assets
 from sartor.core.sounds import read_sound
-from sartor.models.base import quiet
+from sartor.models import whisper_files
+from sartor.models.loading import quiet
 from sartor.models.speech_to_text import SpeechToText, open_speech_to_text
-from sartor.models.towers import whisper, whisper_files
+from sartor.models.towers import whisper
 
 CLIP_S = 2.5
 AFTER_S = (1.0, 2.0, 5.0)  # of a short window, behind the clip

@@ -9,8 +9,8 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-from sartor.models.base import quiet
-from sartor.models.towers import whisper_files
+from sartor.models import whisper_files
+from sartor.models.loading import quiet
 
 RATE = 16_000
 WINDOW_S, HOP = 2, 160  # of the tiny Whisper

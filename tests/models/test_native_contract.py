@@ -235,7 +235,7 @@ def test_an_omni_directory_opens_as_its_thinker(tmp_path: Path) -> None:
 
 
 def test_a_base_with_an_encoder_is_refused(tmp_path: Path) -> None:
-    config = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
+    config = {"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"some": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="encoder and a decoder"):

@@ -24,12 +24,12 @@ from sartor.core import assets, towers
 from sartor.core.errors import MediaError, ModelError
 from sartor.core.home import folder
 from sartor.core.sounds import read_sound
-from sartor.models import speech_to_text
-from sartor.models.base import quiet
+from sartor.models import speech_to_text, whisper_files
 from sartor.models.converted import STAMP
-from sartor.models.towers import efficientnet, open_tower, whisper, whisper_files
+from sartor.models.ctranslate import read_model
+from sartor.models.loading import quiet
+from sartor.models.towers import efficientnet, open_tower, whisper
 from sartor.models.towers.contract import Tower
-from sartor.models.towers.ctranslate import read_model
 from tiny_towers import RATE, SMALL, VISION, cropping, save, tiny_clip, tiny_tokenizer, tiny_whisper
 
 CPU = torch.device("cpu")

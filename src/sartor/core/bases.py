@@ -1,8 +1,8 @@
 """Which base a name means: its directory, digest, licence and chat template. No torch: `verify` needs no model.
 
-A base is `starter` (the offline asset), a GGUF file (both are converted once by `models/base.py`), a local directory in
-transformers' layout, or the name of a model on the Hugging Face hub. Its digest is the same on every machine: of the asset
-or file and the converter's version for the first two, of the weight, tokenizer and config files for the others.
+A base is an offline asset (`starter`, `whisper-tiny-en`), a GGUF file (both are converted once by `models/base.py`), a local
+directory in transformers' layout, or the name of a model on the Hugging Face hub. Its digest is the same on every machine:
+of the asset or file and the converter's version for the first two, of the weight, tokenizer and config files for the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sartor.core.home import folder, home
 from sartor.core.records import digest
 from sartor.core.spdx import UNKNOWN
 
-STARTER = "starter"
+STARTER, WHISPER = "starter", "whisper-tiny-en"
 # Raised when `models/base.py` writes other bytes for the same asset: adapters bind to the digest.
 CONVERTER_VERSION = 1
 _FILES = re.compile(r"(.*\.safetensors|.*\.json|tokenizer.*|vocab.*|merges\.txt|.*\.jinja|.*\.model)$")
@@ -51,6 +51,11 @@ class BaseRef:
     gguf: Path | None = None
 
     @property
+    def is_converted(self) -> bool:
+        """Whether `path` is made from an asset or a GGUF file."""
+        return self.gguf is not None or self.name in (STARTER, WHISPER)
+
+    @property
     def short_digest(self) -> str:
         """The digest's first 12 digits, for messages."""
         return self.digest[:12]
@@ -61,10 +66,10 @@ def locate(name: str, revision: str = "", licence: str = "") -> BaseRef:
 
     Raises ModelError for a directory or file that holds no usable model, HubError when a hub name cannot be fetched.
     """
-    if name == STARTER:
-        entry = assets.entry(STARTER)
+    if name in (STARTER, WHISPER):
+        entry = assets.entry(name)
         identity = digest({"asset": [file.sha256 for file in entry.files], "converter": CONVERTER_VERSION})
-        return BaseRef(STARTER, folder("bases") / f"starter-{identity[:12]}", identity, licence or entry.licence)
+        return BaseRef(name, folder("bases") / f"{name}-{identity[:12]}", identity, licence or entry.licence)
     if not name:
         raise ModelError("there is no base '': the name is empty", "base: starter")
     path = Path(name).expanduser()

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from sartor.core import catalogue, rows
 from sartor.core.artifacts import Artifact, check_free, open_artifact, write_artifact
-from sartor.core.errors import AssetError, ConfigError, ModelError
+from sartor.core.errors import AssetError, ConfigError, ModelError, SourceError
 from sartor.core.records import Example
 from sartor.evaluate import audit, compare, page
 from sartor.evaluate.ablation import ablate, media_of, modalities
@@ -184,13 +184,21 @@ def measure_forgetting(base: Base, model: Any) -> dict[str, Any]:
         probe = audit.chitchat_rows()
     except AssetError as error:
         return {"skipped": f"{error.problem} ({error.remedy})"}
-    found = []
+    encoded, problem = [], ""
+    for example in probe:
+        try:
+            encoded.append(base.chat.encode(example))
+        except SourceError as error:
+            problem = error.problem
+    if not encoded:  # a base that only hears
+        return {"skipped": f"the base takes none of the {len(probe)} rows of the probe: {problem}"}
+    groups, found = {example.id: example.group for example in probe}, []
     for tuned in (False, True):
         with side(model, tuned=tuned):
-            found.append(losses(base, model, [base.chat.encode(example) for example in probe]))
+            found.append(losses(base, model, encoded))
     (before, tokens), (after, _) = found
-    comparison = compare.paired(before, after, [example.group for example in probe], tokens)
-    return {"unit": "nats per token", "rows": len(probe), **dataclasses.asdict(comparison)}
+    comparison = compare.paired(before, after, [groups[row.example_id] for row in encoded], tokens)
+    return {"unit": "nats per token", "rows": len(encoded), **dataclasses.asdict(comparison)}
 
 
 def _primary(measures: Measures) -> str:

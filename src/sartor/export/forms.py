@@ -18,8 +18,9 @@ from sartor.export import companions, measure, runtimes
 from sartor.export.measure import Figures
 from sartor.export.reference import Trace
 from sartor.models import adapters, composed, gguf_model, gguf_tokens
-from sartor.models.base import Base, quiet, source_gguf
+from sartor.models.base import Base, source_gguf
 from sartor.models.gguf_out import write_adapter_gguf
+from sartor.models.loading import quiet
 
 _WIDTHS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHARD = "4GB"

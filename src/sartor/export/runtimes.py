@@ -23,8 +23,8 @@ from sartor.core.errors import ExtraError, GateError, need
 from sartor.export import measure
 from sartor.export.measure import LIKELIEST, Answers, Figures
 from sartor.export.reference import REPLY_TOKENS, ROWS_TOGETHER, Trace, along
-from sartor.models.base import quiet
 from sartor.models.chat import Chat
+from sartor.models.loading import quiet
 
 LLAMA_CPP = "xllamacpp"
 # of a whole run of llama.cpp; a model of a few billions on two cores needs minutes

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from sartor.core.errors import ConfigError, ModelError
 from sartor.models import composed, quantised
-from sartor.models.base import quiet
 from sartor.models.composed import ComposedMedia
+from sartor.models.loading import quiet
 from sartor.models.media import MediaEmbedding, embedding_of
 from sartor.models.native.parts import Targeted
 
@@ -47,7 +47,8 @@ def inject_lora(
     if isinstance(targets, str) and (layers is not None or embedding_of(model)):
         targets = sorted(_linear_names(model))  # peft takes either all linear modules or some layers
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        # PEFT's own model of an encoder and a decoder would hand on text for the encoder to read
+        task_type=None if model.config.is_encoder_decoder else "CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft declares int and divides as float
         lora_dropout=dropout,

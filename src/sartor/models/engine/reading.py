@@ -12,12 +12,13 @@ import transformers
 
 from sartor.core import bases
 from sartor.core.errors import ModelError, RequestError
-from sartor.models.base import convert, open_chat, quiet
+from sartor.models.base import convert, open_chat
 from sartor.models.chat import Chat
 from sartor.models.engine.contract import Call
 from sartor.models.engine.grammar import Constraint, Grammar
 from sartor.models.engine.prompts import prompt_ids
 from sartor.models.engine.tools import reply_schema
+from sartor.models.loading import quiet
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Reader:
 def open_reader(base: str, most_tokens: int) -> Reader:
     """The base that a name means. Raises what `bases.locate` and `open_chat` do, ModelError for a config that is not whole."""
     ref = bases.locate(base)
-    if ref.gguf or ref.name == bases.STARTER:
+    if ref.is_converted:
         convert(ref)
     try:
         config = json.loads((ref.path / "config.json").read_text(encoding="utf-8"))

@@ -20,6 +20,18 @@ def thinker(config: Any) -> Any:
     return getattr(config, "thinker_config", config)
 
 
+def is_whisper(config: Any) -> bool:
+    """Whether it is a Whisper: the one model of an encoder and a decoder that is a base."""
+    return isinstance(config, transformers.WhisperConfig)
+
+
+def kind_of(path: Path, config: Any) -> Any:
+    """The class of transformers that opens the base in `path`. Raises ModelError for a multi-modal one without a processor."""
+    if is_whisper(config):
+        return transformers.WhisperForConditionalGeneration
+    return transformers.AutoModelForMultimodalLM if is_native(path, config) else transformers.AutoModelForCausalLM
+
+
 def is_native(path: Path, config: Any) -> bool:
     """Whether the base in `path` reads media by itself. Without a processor's files it is read as text, if it can be."""
     if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:

@@ -39,13 +39,14 @@ def is_plain(model: Any, media: NativeMedia, prompt: Sequence[int]) -> bool:
     return media.apart[kinds] <= (MOST_APART if is_exact else MOST_SPREAD)
 
 
-class _Chosen(transformers.LogitsProcessor):
+class Chosen(transformers.LogitsProcessor):
     """Leaves nothing but the token that `choose` takes of (1, V) logits."""
 
     def __init__(self, choose: Callable[[torch.Tensor], int]) -> None:
         self._choose = choose
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(1, V) scores -> 0 for the token that is chosen, else -inf."""
         left = torch.full_like(scores, -torch.inf)
         left[0, self._choose(scores)] = 0.0
         return left
@@ -65,6 +66,6 @@ def reply(
     given = media.inputs(torch.tensor([list(prompt)], device=model.device))
     settings = transformers.GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=list(stop), pad_token_id=pad)
     made = model.generate(
-        **given, generation_config=settings, logits_processor=transformers.LogitsProcessorList([_Chosen(choose)])
+        **given, generation_config=settings, logits_processor=transformers.LogitsProcessorList([Chosen(choose)])
     )
     return [int(token) for token in made[0, given["input_ids"].shape[1] :]]

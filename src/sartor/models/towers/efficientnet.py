@@ -19,8 +19,8 @@ from sartor.core import assets
 from sartor.core.errors import ModelError
 from sartor.core.pictures import open_image, squared
 from sartor.core.towers import TowerRef
-from sartor.models.base import first_line
 from sartor.models.converted import WEIGHTS, make_once
+from sartor.models.loading import first_line
 from sartor.models.towers.contract import Located, stored
 
 NAME = "efficientnet-lite0"

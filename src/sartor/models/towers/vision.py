@@ -13,7 +13,7 @@ import transformers
 from sartor.core.errors import ModelError
 from sartor.core.pictures import open_image, squared
 from sartor.core.towers import TowerRef
-from sartor.models.base import first_line, quiet
+from sartor.models.loading import first_line, quiet
 from sartor.models.towers.contract import WHOLE, Located, stored
 
 # (which of the hidden states, counted from the last; how many states stand before the patches') by transformers' model_type.

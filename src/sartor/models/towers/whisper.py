@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from sartor.core.errors import ModelError
 from sartor.core.sounds import read_sound
 from sartor.core.towers import TowerRef
-from sartor.models.base import first_line, quiet
-from sartor.models.towers import whisper_files
+from sartor.models import whisper_files
+from sartor.models.loading import first_line, quiet
 from sartor.models.towers.contract import WHOLE, Located, stored
 
 F32 = NDArray[np.float32]

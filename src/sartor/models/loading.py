@@ -1,0 +1,74 @@
+"""How weights are read with transformers: quietly, without a second copy of them in memory; and what its errors say."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import warnings
+from collections.abc import Iterator
+
+import transformers
+
+
+@contextlib.contextmanager
+def copied_while_read() -> Iterator[None]:
+    """Inside, transformers reads a tensor at a time into memory of its own instead of mapping the files.
+
+    Where weights change their width while they are read, pages of a mapped file stay resident beside the new weights until
+    all are done: the whole 16-bit base a second time. (A base that is kept as it stands in the files is mapped and not copied.)
+    """
+    loading = transformers.modeling_utils
+    mapping = loading.safe_open
+    if "backend" not in (getattr(mapping, "__text_signature__", "") or ""):  # an older safetensors only maps
+        yield
+        return
+    loading.safe_open = lambda file, **options: mapping(file, **{**options, "backend": "pread"})
+    try:
+        with freed_at_once():
+            yield
+    finally:
+        loading.safe_open = mapping
+
+
+@contextlib.contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Inside, glibc gives each large piece of memory a mapping of its own, which goes back to the system when it is freed.
+
+    Else what a weight was read into stays in the heap, as gaps between the weights that are kept. After, as glibc's own
+    adaptive threshold ends up in a process that has freed large pieces. Without glibc nothing is done.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        yield
+        return
+    threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    mallopt(threshold, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(threshold, 32 << 20)
+        mallopt(trim, 64 << 20)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers prints its own progress bars and advice while loading; the caller shows what matters."""
+    bars = transformers.utils.logging
+    was_on, level = bars.is_progress_bar_enabled(), bars.get_verbosity()
+    bars.disable_progress_bar()
+    bars.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        bars.set_verbosity(level)
+        if was_on:
+            bars.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

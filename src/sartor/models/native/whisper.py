@@ -1,0 +1,174 @@
+"""A Whisper as a base: rows of one recording and its transcript (Radford et al. 2022, arXiv:2212.04356).
+
+The recording's one virtual id stands where `<|startoftranscript|>` does: the decoder reads that token there, and through its
+cross-attention the encoder's features of the recording. So a row has a token for each place of the decoder, and nothing else
+of a loss or a loop has to know that there is an encoder. A text beside the recording stands where Whisper was trained to read
+one, behind `<|startofprev|>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+from sartor.core import sounds
+from sartor.core.errors import MediaError, SourceError
+from sartor.core.records import Example, Message, Part
+from sartor.models.batches import Encoded
+from sartor.models.media import content_of, key_of, keys_in, virtual_ids
+from sartor.models.native.media import BLANK, HELD_BYTES, Held, NativeMedia, Written
+from sartor.models.native.replies import Chosen
+from sartor.models.native.turns import NativeChat
+
+_MARK = re.compile(r"<\|.+\|>")
+START = "<|startoftranscript|>"
+# Whisper's texts begin with a space, what is said before and what is said alike
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ ' ' + message.content + eos_token }}{% else %}"
+    "{% for part in message.content if part.type == 'text' and part.text | trim %}"
+    "{% if loop.first %}<|startofprev|>{% endif %}{{ ' ' + part.text | trim }}{% endfor %}"
+    "{% for part in message.content if part.type == 'audio' %}" + START + "TASK{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def template(generation: Any) -> str:
+    """The chat template of a Whisper with this generation config: without time stamps, in the config's language or English."""
+    task = "<|notimestamps|>"
+    if getattr(generation, "is_multilingual", False):
+        language = (getattr(generation, "language", None) or "en").strip("<|>").lower()
+        task = f"<|{TO_LANGUAGE_CODE.get(language, language)}|><|transcribe|>{task}"
+    return TEMPLATE.replace("TASK", task)
+
+
+class WhisperMedia(NativeMedia):
+    """See `NativeMedia`. features: transformers' feature extractor. `places`: tokens that the decoder has room for."""
+
+    def __init__(self, features: Any, model: Any) -> None:
+        self._features, self._model = features, model
+        self.tokens, self.placeholders = {"audio": START}, {"audio": int(model.config.decoder_start_token_id)}
+        # what is heard goes in by cross-attention, so no row can be computed without the model's own forward
+        self.apart = {frozenset({"audio"}): math.inf}
+        self.places = int(model.config.max_target_positions)
+        self.template = template(model.generation_config)
+        self._origins: dict[int, tuple[Part, Path | None]] = {}
+        self._held = Held(HELD_BYTES)
+
+    def ids(self, part: Part, folder: Path | None) -> Written:
+        """See `media.Media`. Raises MediaError for a recording that is longer than the encoder hears."""
+        if part.kind != "audio":
+            raise SourceError(f"this base reads no {part.kind}", "use a base that does, or leave these rows out")
+        key = key_of("whisper", hashlib.sha256(content_of(part, folder)).hexdigest())
+        self._origins[key] = (part, folder)
+        self._spectrogram(key)
+        return Written(virtual_ids(key, 1), START)
+
+    def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
+        """See `media.Media`: never, since what is heard goes in by cross-attention."""
+        raise NotImplementedError
+
+    def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
+        """See `media.Media`."""
+        weight = self._model.get_output_embeddings().weight
+        heard = self._spectrogram(keys_in(ids[0].tolist())[0]).to(weight.device, weight.dtype)
+        if is_blank:
+            heard = torch.full_like(heard, BLANK)
+        return {"input_features": heard, "decoder_input_ids": ids.masked_fill(ids < 0, self.placeholders["audio"])}
+
+    def _spectrogram(self, key: int) -> torch.Tensor:
+        """(1, mels, frames) of a recording, fp32."""
+        if (held := self._held.get(key)) is not None:
+            return held  # type: ignore[no-any-return]
+        part, folder = self._origins[key]
+        rate = self._features.sampling_rate
+        sound = sounds.read_sound(content_of(part, folder), rate)
+        if len(sound) > self._features.n_samples:
+            problem = f"the recording has {len(sound) / rate:.1f} s, and the base hears {self._features.n_samples / rate:.0f} s"
+            raise MediaError("long_audio", problem, "cut it, with its transcript")
+        made = self._features(sound, sampling_rate=rate, return_tensors="pt").input_features
+        self._held.put(key, made, made.nbytes)
+        return made  # type: ignore[no-any-return]
+
+
+class WhisperChat(NativeChat):
+    """See `Chat`: turns are one recording and its transcript."""
+
+    def __init__(self, tokenizer: Any, media: WhisperMedia, extra_stops: Sequence[int] = ()) -> None:
+        tokenizer.chat_template = media.template
+        # a vocabulary without a list of added tokens reads a mark as the characters that it is written with
+        known = tokenizer.added_tokens_encoder
+        marks = [token for token in tokenizer.get_vocab() if _MARK.fullmatch(token) and token not in known]
+        tokenizer.add_tokens(sorted(marks), special_tokens=True)
+        super().__init__(tokenizer, media, extra_stops)
+        self._places = media.places
+
+    def encode(self, example: Example, folder: Path | None = None) -> Encoded:
+        """See `Chat.encode`. Raises MediaError too for a transcript that the decoder has no room for."""
+        if example.is_document:
+            raise _not_heard("a document")
+        row = super().encode(example, folder)
+        if len(row.ids) > self._places:
+            problem = f"the row has {len(row.ids)} tokens, and the base's decoder {self._places} places"
+            raise MediaError("long_transcript", problem, "cut the recording, with its transcript")
+        return row
+
+    def prompt_ids(self, messages: Sequence[Message], tools: str = "", folder: Path | None = None) -> list[int]:
+        """See `Chat.prompt_ids`. Raises SourceError too for one that leaves no room for a reply."""
+        ids = super().prompt_ids(messages, tools, folder)
+        if len(ids) >= self._places:
+            raise SourceError(f"a prompt of {len(ids)} tokens leaves none of {self._places} for the reply", "shorten the text")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Chat.decode`."""
+        return super().decode(ids).removeprefix(" ")
+
+    def render(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
+        """See `Chat.render`. Raises SourceError too for turns that are not one recording, or that and its transcript."""
+        if [message.role for message in messages] not in (["user"], ["user", "assistant"]):
+            raise _not_heard(f"the turns ({', '.join(message.role for message in messages)})")
+        count = sum(part.kind == "audio" for message in messages for part in message.content)
+        if count != 1:
+            raise _not_heard(f"{count} recordings")
+        return super().render(messages, tools=tools, reply_next=reply_next)
+
+
+def _not_heard(what: str) -> SourceError:
+    return SourceError(f"a Whisper takes one recording and its transcript, not {what}", "use another base for these rows")
+
+
+@torch.inference_mode()
+def reply(
+    model: Any,
+    media: NativeMedia,
+    prompt: Sequence[int],
+    stop: Sequence[int],
+    pad: int,
+    most: int,
+    choose: Callable[[torch.Tensor], int],
+) -> list[int]:
+    """See `replies.reply`: one transcript, at most as long as the decoder has places.
+
+    By transformers' general generation with what Whisper's own suppresses; its own would write the prompt anew.
+    """
+    given = media.inputs(torch.tensor([list(prompt)], device=model.device))
+    said = model.generation_config
+    settings = transformers.GenerationConfig(
+        max_length=min(len(prompt) + most, model.config.max_target_positions),
+        do_sample=False,
+        eos_token_id=list(stop),
+        pad_token_id=pad,
+        suppress_tokens=said.suppress_tokens,
+        begin_suppress_tokens=said.begin_suppress_tokens,
+        decoder_start_token_id=model.config.decoder_start_token_id,
+    )
+    processors = transformers.LogitsProcessorList([Chosen(choose)])
+    made = transformers.GenerationMixin.generate(model, **given, generation_config=settings, logits_processor=processors)
+    return [int(token) for token in made[0, len(prompt) :]]
