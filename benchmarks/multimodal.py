@@ -237,7 +237,8 @@ def one_side(folder: Path, out: Path, side: str) -> None:
 
 def probed(data: Path, asked: Sequence[Example]) -> Sequence[str]:
     """Logistic regression on the mean features of each picture -> the defect."""
-    tower, train = open_tower(LITE, "image"), list(rows.read_examples(open_artifact(data, "dataset"), "train"))
+    tower = open_tower(LITE, "image")
+    train = [row for row in rows.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)]
 
     def pooled(examples: Sequence[Example]) -> Any:
         pictures = [(data / media_of(row)[0].media).read_bytes() for row in examples]
