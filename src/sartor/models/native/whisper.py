@@ -20,7 +20,7 @@ import transformers
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from sartor.core import sounds
-from sartor.core.errors import MediaError, SourceError
+from sartor.core.errors import MediaError, ModelError, SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.models.batches import Encoded
 from sartor.models.media import content_of, key_of, keys_in, virtual_ids
@@ -71,8 +71,8 @@ class WhisperMedia(NativeMedia):
         return Written(virtual_ids(key, 1), START)
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
-        """See `media.Media`: never, since what is heard goes in by cross-attention."""
-        raise NotImplementedError
+        """See `media.Media`. Raises ModelError: what is heard goes in by cross-attention, and rows go one at a time."""
+        raise ModelError("a Whisper's recordings are no embeddings of tokens", "read them by its own forward: `inputs`")
 
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
         """See `media.Media`."""
