@@ -113,7 +113,8 @@ def test_a_signal_lets_a_running_reply_end_and_takes_the_workers_along(tiny_base
     stages = ["opening the base", "admitting", "agents open", "ready", "trouble", "draining"]
     assert [line["event"] for line in said if line["event"] != "request"] == stages
     assert said[0]["base"] == str(tiny_base) and (said[1]["agent"], said[2]["served"]) == ("nobody", [])
-    assert said[-1]["reply_tokens"] == 300
+    asked = [line for line in said if line["event"] == "request"]  # the last may end before the signal is heard: a busy machine
+    assert asked[-1]["reply_tokens"] == 300
     assert workers and not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
