@@ -33,36 +33,31 @@ from seeing import Fake, picture, said
 
 
 class Grey(Fake):
-    """A tower that sees how light a picture is."""
+    """A tower that sees how light a picture is, at every twelfth column."""
 
     def features(self, content: bytes) -> torch.Tensor:
-        light = float(np.asarray(Image.open(io.BytesIO(content)).convert("L")).mean()) / 255
-        return torch.full((2, self.width), light).half()
+        seen = np.asarray(Image.open(io.BytesIO(content)).convert("L"))
+        return torch.full((seen.shape[1] // 12, self.width), float(seen.mean()) / 255).half()
 
 
-def grey(light: bool, seed: int) -> str:
+def grey(light: bool, seed: int, width: int = 24) -> str:
     """A picture as a data URL."""
     draw = random.Random(seed)
-    image = Image.new("L", (24, 24), draw.randint(180, 250) if light else draw.randint(5, 75))
+    image = Image.new("L", (width, 24), draw.randint(180, 250) if light else draw.randint(5, 75))
     image.putpixel((seed % 24, seed // 24), 128)
     written = io.BytesIO()
     image.save(written, "PNG")
     return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
 
 
-ROWS = [
-    {
-        "messages": [
-            {
-                "role": "user",
-                "content": [{"type": "image", "image": grey(n % 2 == 0, n)}, {"type": "text", "text": f"the sky {n % 2} {n}"}],
-            },
-            {"role": "assistant", "content": json.dumps({"sky": "blue" if n % 2 == 0 else "kitchen"})},
-        ],
-        "group": str(n),
-    }
-    for n in range(80)
-]
+def row(n: int, words: str, width: int = 24) -> dict[str, Any]:
+    """A picture and words about it -> the sky."""
+    content = [{"type": "image", "image": grey(n % 2 == 0, n, width)}, {"type": "text", "text": words}]
+    reply = json.dumps({"sky": "blue" if n % 2 == 0 else "kitchen"})
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": reply}], "group": str(n)}
+
+
+ROWS = [row(n, f"the sky {n % 2} {n}") for n in range(80)]
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +146,26 @@ def test_a_model_that_guesses_from_the_words_is_refused(adapter: Path, monkeypat
         release(adapter)
     assert "--waive modality" in caught.value.remedy
     assert release(adapter, waivers=[forgetting(), forgetting("modality")])["gate"]["modality"] == "waived"
+
+
+def test_rows_too_long_for_the_model_are_left_out_also_with_the_picture_of_another(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "the sky " * 130
+    # of the tiny base's 512 tokens a picture of 3,000 columns takes 250, and so do the words
+    given = [row(100, "few", 3000), row(101, long), row(102, long, 3000)]
+    asked: list[list[int]] = []
+
+    def counting(seen: MediaEmbedding, prompt: list[int]) -> bool:
+        asked.append(prompt)
+        return looks(seen, prompt)
+
+    speaking(monkeypatch, counting)
+    data = write_jsonl(tmp_path / "held.jsonl", given)
+    found = sartor.evaluate(adapter, data=data, label="sky", replace=True).as_json()
+    assert found["left_out"] == {"too_long": 1} and found["rows"] == 2
+    assert found["modalities"]["image"] == 2 and found["ablation"]["image"]["rows"] == 1
+    assert max(map(len, asked)) <= 512
 
 
 def test_shuffled_media_are_of_another_group_and_the_same_in_every_run() -> None:

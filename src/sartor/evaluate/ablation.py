@@ -16,7 +16,7 @@ from sartor.core.records import Example, Message, Part
 from sartor.evaluate.answering import reply_ids, reply_limit
 from sartor.evaluate.blank import blanked
 from sartor.evaluate.compare import Comparison
-from sartor.evaluate.held_out import HeldOut
+from sartor.evaluate.held_out import HeldOut, refusal
 from sartor.evaluate.measures import LOWER_IS_BETTER, Measures, Side
 from sartor.models.base import Base
 
@@ -44,6 +44,7 @@ def ablate(
     full: what it answers to the rows as they are. Each kind has `rows`, `metric`, and `shuffled` and `blank`: Comparisons with
     `base` the ablated replies and `tuned` the full ones, so that `difference` is the cost, positive where the media helped;
     for a metric that is better when lower too. Where `metric` is not `exact_match`, both stand under `exact_match` as well.
+    Rows that another's media make too long for the model are left out.
     """
     limit, found = reply_limit(base, asked.examples), {}
     for kind in MEDIA:
@@ -51,11 +52,15 @@ def ablate(
         if not places:
             continue
         notice(f"asking {len(places)} rows again with each {kind} shuffled and blank")
-        own, some = measures.of(places), HeldOut([asked.examples[place] for place in places], asked.folder)
-        whole = Side([full.replies[place] for place in places])
-        other = Side(_texts(base, model, replace(some, examples=shuffled(some.examples, kind)), limit))
-        empty = [blanked(row, kind, some.folder) for row in some.examples]
-        none = Side(_texts(base, model, replace(some, examples=empty), limit))
+        others = dict(zip(places, shuffled([asked.examples[place] for place in places], kind), strict=True))
+        # a larger picture may be more tokens than the row has room for
+        places = [place for place in places if not refusal(base, others[place], asked.folder, limit)[0]]
+        if not places:
+            continue
+        own, whole = measures.of(places), Side([full.replies[place] for place in places])
+        other = Side(_texts(base, model, HeldOut([others[place] for place in places], asked.folder), limit))
+        empty = [blanked(asked.examples[place], kind, asked.folder) for place in places]
+        none = Side(_texts(base, model, HeldOut(empty, asked.folder), limit))
         name = metric if metric in own.names else WHOLE
         costs = {
             each: {"shuffled": _cost(own, each, other, whole), "blank": _cost(own, each, none, whole)} for each in {name, WHOLE}

@@ -13,6 +13,7 @@ from sartor.core.records import Drop, Example
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import read_all
 from sartor.models.base import Base
+from sartor.models.generate import context_tokens
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,35 @@ def _rows_of(data: Path, dataset: Artifact | None, folder: Path) -> tuple[list[E
     return examples, left_out
 
 
-def fitting(base: Base, rows: HeldOut) -> HeldOut:
-    """The rows that the base's chat template and towers take. Raises SourceError when they refuse all."""
+def fitting(base: Base, rows: HeldOut, limit: int) -> HeldOut:
+    """The rows that the base's chat template, towers and context take, with a reply of `limit` tokens.
+
+    Raises SourceError when they refuse all.
+    """
     fitting, refused, problem = [], dict(rows.left_out), ""
     for example in rows.examples:
-        try:
-            base.chat.encode(example, rows.folder)
-            fitting.append(example)
-        except SourceError as error:
-            problem = error.problem
-            reason = error.reason if isinstance(error, MediaError) else "template"
+        reason, why = refusal(base, example, rows.folder, limit)
+        if reason:
+            problem = why
             refused[reason] = refused.get(reason, 0) + 1
+        else:
+            fitting.append(example)
     if not fitting:
         raise SourceError(
             f"the base can read none of the {len(rows.examples)} rows: {problem}", "give rows in its chat template's form"
         )
     return HeldOut(fitting, rows.folder, refused)
+
+
+def refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple[str, str]:
+    """(reason, problem) why a row cannot be asked; both empty where it can. limit: tokens of the reply."""
+    try:
+        tokens = len(base.chat.encode(example, folder).ids)
+        if not example.is_document:
+            tokens = max(tokens, len(base.chat.prompt_ids(example.prompt, example.tools, folder)) + limit)
+    except SourceError as error:
+        return (error.reason if isinstance(error, MediaError) else "template"), error.problem
+    context = context_tokens(base.model)
+    if context and tokens > context:
+        return "too_long", f"a row of {tokens} tokens with its reply; the model has {context} positions"
+    return "", ""

@@ -23,7 +23,7 @@ from sartor.core.errors import AssetError, ConfigError, ModelError, SourceError
 from sartor.core.records import Example
 from sartor.evaluate import audit, compare, page
 from sartor.evaluate.ablation import ablate, media_of, modalities
-from sartor.evaluate.answering import answer, losses, side
+from sartor.evaluate.answering import answer, losses, reply_limit, side
 from sartor.evaluate.held_out import HeldOut, fitting, held_out
 from sartor.evaluate.labels import is_json
 from sartor.evaluate.measures import NAMES, Measures, Side
@@ -115,7 +115,7 @@ def _measure(adapter: Artifact, asked: HeldOut, label: str, scorer: str, notice:
     _measures(asked, label).check(scorer or "exact_match")
     base, model = open_tuned(adapter, notice)
     notice(f"evaluating base and tuned on {len(asked.examples)} held-out rows")
-    asked = fitting(base, asked)
+    asked = fitting(base, asked, reply_limit(base, asked.examples))
     measures = _measures(asked, label)
     primary = scorer or _primary(measures)
     before, after = (answer(base, model, asked, label, tuned=tuned) for tuned in (False, True))

@@ -80,6 +80,12 @@ class Chooser:
         return [draw(row, self.generators[prompt]) for row, prompt in zip(probabilities, alive, strict=True)]
 
 
+def context_tokens(model: Any) -> int | None:
+    """Positions of a prompt and its reply together; None where the model does not say."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else None
+
+
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -96,7 +102,7 @@ def generate(
     Raises ModelError when a prompt and its reply cannot fit the model's context. `progress` is told of finished rows.
     """
     sampling = sampling or Sampling()
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_tokens(model)
     longest = max((len(prompt) for prompt in prompts), default=0)
     if context and longest + sampling.max_tokens > context:
         raise ModelError(
