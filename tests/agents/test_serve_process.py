@@ -80,6 +80,7 @@ def extremes(url: str) -> None:
 
 
 @pytest.mark.services
+@pytest.mark.alone
 def test_a_signal_lets_a_running_reply_end_and_takes_the_workers_along(tiny_base: Path, tmp_path: Path) -> None:
     told: list[Any] = []
 
@@ -119,6 +120,7 @@ def test_a_signal_lets_a_running_reply_end_and_takes_the_workers_along(tiny_base
 
 
 @pytest.mark.services
+@pytest.mark.alone
 def test_ctrl_c_before_it_answers_ends_everything(tiny_base: Path, tmp_path: Path) -> None:
     with serve(tmp_path / "state", str(tiny_base)) as (process, _):
         while not (workers := children(process)):
@@ -130,6 +132,7 @@ def test_ctrl_c_before_it_answers_ends_everything(tiny_base: Path, tmp_path: Pat
 
 
 @pytest.mark.services
+@pytest.mark.alone
 @pytest.mark.parametrize("flags", [("--host", "0.0.0.0"), ("--http.prot", "1"), ("--http.otel", "", "--port", "99999")])
 def test_what_cannot_be_served_is_said_before_any_worker_starts(tmp_path: Path, flags: tuple[str, ...]) -> None:
     with serve(tmp_path / "state", "starter", *flags) as (process, _):
@@ -170,6 +173,7 @@ def test_openais_client_against_the_starter_base(tmp_path: Path) -> None:
 
 @needs_espeak
 @pytest.mark.services
+@pytest.mark.alone
 def test_a_served_team_speaks_and_leaves_no_voice_behind(tmp_path: Path, tiny_base: Path) -> None:
     with serve(tmp_path / "state", str(tiny_base)) as (process, _):
         url = address(process)

@@ -22,7 +22,7 @@ from sartor.agents.serve.journal import Journal
 from sartor.agents.serve.server import Server
 from sartor.models.engine.contract import Done, Piece
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.alone]
 COMPLETIONS = "/v1/chat/completions"
 TOOLS: Any = [{"type": "function", "function": {"name": "light", "parameters": {"type": "object", "properties": {}}}}]
 SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "i", "schema": {"type": "object"}, "strict": True}}

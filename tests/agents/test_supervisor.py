@@ -28,7 +28,7 @@ from sartor.core.errors import BusyError, DeadlineError, InputError, ModelError,
 from sartor.models.engine.contract import Call, Event, Failed, Piece
 from sartor.models.sampling import Sampling
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.alone]
 AGENTS = ("a", "b", "c", "d")
 
 
