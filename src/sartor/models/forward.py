@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 
-from sartor.models.adapters import without_peft
 from sartor.models.attention import Shape
 from sartor.models.batches import Pack
 from sartor.models.kernels.eager import Eager, Geometry, Layout
@@ -273,23 +272,26 @@ class _HeadNode(torch.autograd.Function):
 
 
 class Fast:
-    """A causal language model of a known family as blocks. Raises Unsupported, with the reason, for any other."""
+    """A causal language model of a known family as blocks. Raises Unsupported, with the reason, for any other.
+
+    model: transformers' module, adapters in place and without PEFT's shell (`adapters.without_peft`), or a device's own of the
+    same parts (`edge/llama.py`): neither transformers nor peft is imported for it.
+    """
 
     def __init__(self, model: Any, kernels: Eager, *, recompute: bool = False) -> None:
-        inner = without_peft(model)
-        family = FAMILIES.get(inner.config.model_type)
+        family = FAMILIES.get(model.config.model_type)
         if family is None:
-            raise Unsupported(f"architecture {inner.config.model_type!r} is not in the fast path's table")
-        body, head = inner.get_decoder(), inner.get_output_embeddings()
-        self._check(family, inner, body, head)
+            raise Unsupported(f"architecture {model.config.model_type!r} is not in the fast path's table")
+        body, head = model.get_decoder(), model.get_output_embeddings()
+        self._check(family, model, body, head)
         self.kernels, self.recompute = kernels, recompute
-        self.embed, self.rope, self.family_name = body.embed_tokens, body.rotary_emb, inner.config.model_type
+        self.embed, self.rope, self.family_name = body.embed_tokens, body.rotary_emb, model.config.model_type
         inputs = [parameter for parameter in body.embed_tokens.parameters() if parameter.requires_grad]
-        self.blocks = [Block(layer, family, inner, kernels) for layer in body.layers]
+        self.blocks = [Block(layer, family, model, kernels) for layer in body.layers]
         self.norm = Norm(body.norm, family, kernels)
         self.head = head.weight.detach()
         self._logits: torch.Tensor | None = None
-        self.softcap = inner.config.final_logit_softcapping if family.softcaps else None
+        self.softcap = model.config.final_logit_softcapping if family.softcaps else None
         adapted = [place for place, block in enumerate(self.blocks) if block.parameters]
         # what makes the inputs (a projector of media) is learnt through every block
         self.lowest = 0 if inputs else min(adapted, default=len(self.blocks))
@@ -318,7 +320,7 @@ class Fast:
                 raise Unsupported(f"the base has {name}")
 
     def losses(self, batch: Pack) -> torch.Tensor:
-        """(S,) losses in nats of the supervised tokens of a pack, as `batches.pack_losses` gives."""
+        """(S,) losses in nats of the supervised tokens of a pack, as `general.pack_losses` gives."""
         geometries = self.geometries(batch)
         x = self.embed(batch.ids[0])
         with torch.no_grad():

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 
 from sartor.models.quantised import dense_weight, is_quantised
 
@@ -30,6 +29,15 @@ class Factors:
     a: torch.nn.Parameter
     b: torch.nn.Parameter
     scale: float
+
+
+class LoraLinear(torch.nn.Module):
+    """A frozen linear module and LoRA factors on it, where there is no peft (a device): a (R, D), b (outs, R), fp32."""
+
+    def __init__(self, base: torch.nn.Linear, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        self.base_layer, self.scale = base, scale
+        self.a, self.b = torch.nn.Parameter(a), torch.nn.Parameter(b)
 
 
 class Unsupported(Exception):
@@ -150,7 +158,11 @@ class Projection:
 
 
 def _factors(module: Any, low: int, high: int) -> list[Factors]:
-    """The LoRA factors of a peft module that are switched on and trained."""
+    """The LoRA factors of a module that are switched on and trained."""
+    if isinstance(module, LoraLinear):
+        return [Factors(low, high, module.a, module.b, module.scale)]
+    from peft.tuners.lora import LoraLayer  # 190 MB, and a device has none
+
     if not isinstance(module, LoraLayer):
         raise Unsupported(f"a {type(module).__name__} adapter")
     if set(module.active_adapters) != {"default"} or module.merged_adapters:

@@ -18,11 +18,12 @@ from typing import Any, Protocol
 import torch
 
 from sartor.core.home import folder
-from sartor.models import batches, kernels
-from sartor.models.attention import decoder, packing
+from sartor.models import batches, general, kernels
+from sartor.models.adapters import without_peft
 from sartor.models.batches import Encoded
 from sartor.models.forward import Fast
 from sartor.models.frozen import Frozen
+from sartor.models.general import decoder, packing
 from sartor.models.linear import Unsupported
 from sartor.models.loading import quiet
 from sartor.models.shelf import Shelf
@@ -98,7 +99,7 @@ class General:
         """See `Path`."""
         batch = batches.pack(rows, self.device, share=self.share)
         with packing(self.model):
-            return batches.pack_losses(self.model, batch), batch.weights
+            return general.pack_losses(self.model, batch), batch.weights
 
 
 @dataclass
@@ -113,7 +114,7 @@ class OneRow:
 
     def losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Path`."""
-        losses = batches.row_losses(self.model, rows, self.device)
+        losses = general.row_losses(self.model, rows, self.device)
         weights = [row.weight for row in rows for _ in range(row.supervised_tokens)]
         return losses, torch.tensor(weights, device=losses.device)
 
@@ -124,8 +125,8 @@ def choose(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish
         if not wish.fast:
             raise Unsupported("compute.path is general")
         made, why = kernels.choose(device)
-        fast = Fast(model, made, recompute=wish.recompute)
-        is_exact, difference = batches.agrees(model, rows, device, lambda few: fast.losses(batches.pack(few, device)))
+        fast = Fast(without_peft(model), made, recompute=wish.recompute)
+        is_exact, difference = general.agrees(model, rows, device, lambda few: fast.losses(batches.pack(few, device)))
         if not is_exact:
             how = f"differs from the model's own losses by {difference:.2g} nats" if math.isfinite(difference) else "fails"
             raise Unsupported(f"it {how} on rows of this run")
@@ -147,7 +148,7 @@ def _frozen(fast: Fast, rows: Sequence[Encoded], device: torch.device, wish: Wis
 
 
 def _general(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish, reason: str) -> Path:
-    is_exact, difference = batches.packs_exactly(model, rows, device)
+    is_exact, difference = general.packs_exactly(model, rows, device)
     if not is_exact:
         how = f"differ by {difference:.2g} nats from single rows" if math.isfinite(difference) else "cannot be computed"
         return OneRow(model, device, f"{reason}; packed losses {how}", difference)
