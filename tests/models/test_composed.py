@@ -17,6 +17,7 @@ from sartor.models.base import Base, open_base
 from sartor.models.composed import compose
 from sartor.models.generate import generate
 from sartor.models.media import blank, keys_in
+from sartor.models.path import Wish
 from sartor.models.sampling import Sampling
 from sartor.models.shelf import Shelf
 from seeing import Fake, picture, said
@@ -71,7 +72,7 @@ def test_losses_and_gradients_are_the_same_on_every_path(base: Base, train: bool
         adapters.train_projectors(model)
     rows = [base.chat.encode(row) for row in ROWS]
     fast = paths.choose(model, rows, CPU)
-    general = paths.choose(model, rows, CPU, paths.Wish(fast=False))
+    general = paths.choose(model, rows, CPU, Wish(fast=False))
     assert (fast.name, general.name) == ("fast", "general")
     single = paths.OneRow(model, CPU, "")
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -19,6 +19,7 @@ from sartor.models.forward import FAMILIES, Fast
 from sartor.models.kernels import native
 from sartor.models.kernels.eager import Eager
 from sartor.models.linear import Unsupported
+from sartor.models.path import Wish, prove
 
 V = 97
 SHAPE = {
@@ -176,7 +177,7 @@ def test_frozen_activations_from_disk_change_nothing(kind: str, made: Eager) -> 
         model, examples = tuned(kind, dtype, top=1), rows(20, 5, 33, 12, 40, head=10)
         path = fast_path(model, examples, reuse_bytes=1 << 30)
         assert path.frozen is not None
-        proof = paths.prove(path, examples)
+        proof = prove(path, examples)
         assert proof["loss"] <= limit and 0 <= proof["gradient"] <= limit
         assert (path.frozen.computed, path.frozen.reused) == (1, 0)
         again = fast_path(model, examples, reuse_bytes=1 << 30)
@@ -185,7 +186,7 @@ def test_frozen_activations_from_disk_change_nothing(kind: str, made: Eager) -> 
 
 
 def fast_path(model: Any, examples: Sequence[Encoded], **wish: Any) -> paths.FastPath:
-    path = paths.choose(model, examples, torch.device("cpu"), paths.Wish(identity="base", **wish))
+    path = paths.choose(model, examples, torch.device("cpu"), Wish(identity="base", **wish))
     assert isinstance(path, paths.FastPath), path.reason
     return path
 
@@ -261,7 +262,7 @@ def test_the_base_is_not_copied() -> None:
 def test_what_the_fast_path_cannot_take_goes_the_general_way_and_says_why(
     kind: str, changes: dict[str, Any], wish: dict[str, Any], reason: str
 ) -> None:
-    path = paths.choose(tuned(kind, torch.float32, **changes), rows(20, 9), torch.device("cpu"), paths.Wish(**wish))
+    path = paths.choose(tuned(kind, torch.float32, **changes), rows(20, 9), torch.device("cpu"), Wish(**wish))
     assert path.name == "general"
     assert reason in path.reason
 

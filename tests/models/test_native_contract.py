@@ -21,6 +21,7 @@ from sartor.models.engine.local import LocalEngine
 from sartor.models.generate import generate
 from sartor.models.media import blank
 from sartor.models.native import parts
+from sartor.models.path import Wish
 from sartor.models.sampling import Sampling
 
 CPU = torch.device("cpu")
@@ -140,7 +141,7 @@ def test_an_adapter_is_the_same_when_opened(base: Base, folder: Path, tuned: Cal
         found = general.row_losses(again, rows(fresh), CPU)
         with again.disable_adapter():
             assert torch.equal(general.row_losses(again, rows(fresh), CPU), before)
-        path = paths.choose(again, rows(fresh), CPU, paths.Wish(fast=False))
+        path = paths.choose(again, rows(fresh), CPU, Wish(fast=False))
         with again.disable_adapter():
             assert (path.losses(rows(fresh))[0] - before).abs().max() <= 1e-4
         assert (path.losses(rows(fresh))[0] - wanted).abs().max() <= 1e-4

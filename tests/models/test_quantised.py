@@ -17,6 +17,7 @@ import tiny
 from sartor.core.errors import ConfigError, ExtraError, ModelError
 from sartor.models import adapters, batches, general, paths, quantised
 from sartor.models.base import Base, open_base
+from sartor.models.path import Wish
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'sartor[quant]'")
 CPU = torch.device("cpu")
@@ -203,7 +204,7 @@ def test_rows_pack_exactly(tiny_base: Path, bits: int) -> None:
     is_exact, difference = general.packs_exactly(model, ROWS, CPU)
     assert is_exact, difference
     assert isinstance(paths.choose(model, ROWS, CPU), paths.FastPath)
-    assert isinstance(paths.choose(model, ROWS, CPU, paths.Wish(fast=False)), paths.General)
+    assert isinstance(paths.choose(model, ROWS, CPU, Wish(fast=False)), paths.General)
 
 
 def test_a_token_of_an_int8_layer_does_not_see_its_neighbours(wide_base: Path) -> None:
