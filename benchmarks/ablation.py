@@ -27,9 +27,8 @@ import tables
 import torch
 
 from sartor.models import batches, general, paths
-from sartor.models.adapters import without_peft
 from sartor.models.forward import Fast
-from sartor.models.general import packing
+from sartor.models.general import packing, without_peft
 from sartor.models.kernels.eager import Eager
 
 Way = Callable[[], torch.Tensor]

@@ -28,7 +28,7 @@ class MappedEmbedding(torch.nn.Module):
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight, self.dtype = weight, dtype  # no parameter: nothing here is trained
+        self.weight, self.dtype = torch.nn.Parameter(weight, requires_grad=False), dtype
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """See the class."""
@@ -48,42 +48,62 @@ class Rotary:
         return both.cos().to(like.dtype), both.sin().to(like.dtype)
 
 
-class MappedLlama:
+class Parts(torch.nn.Module):
+    """Modules and settings by name."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+class Config(SimpleNamespace):
+    """config.json as attributes."""
+
+    def get_text_config(self) -> Config:
+        """As transformers': a text base has no other."""
+        return self
+
+
+class MappedLlama(torch.nn.Module):
     """A base below a directory in transformers' layout. linear: its blocks' linear modules by PEFT's names.
 
     dtype: what it computes in. Raises ModelError for another architecture, or for files that are not whole.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
         self.config = _config(folder)
         self._tensors, self._dtype = _mapped(folder), dtype
         config = self.config
         embedding = self._tensor("model.embed_tokens.weight")
         self.linear: dict[str, Any] = {}
-        self._decoder = SimpleNamespace(
+        self.model = Parts(
             embed_tokens=MappedEmbedding(embedding, dtype),
             rotary_emb=Rotary(config.rope_theta, config.head_dim),
-            layers=[self._layer(place) for place in range(config.num_hidden_layers)],
+            layers=torch.nn.ModuleList(self._layer(place) for place in range(config.num_hidden_layers)),
             norm=self._norm("model.norm"),
         )
-        is_tied = config.tie_word_embeddings
-        self._head = MappedLinear(embedding if is_tied else self._tensor("lm_head.weight"), None)
+        self.lm_head = MappedLinear(embedding if config.tie_word_embeddings else self._tensor("lm_head.weight"), None)
 
-    def get_decoder(self) -> Any:
+    def get_decoder(self) -> Parts:
         """What `Fast` reads: embed_tokens, rotary_emb, layers, norm."""
-        return self._decoder
+        return self.model
+
+    def get_input_embeddings(self) -> MappedEmbedding:
+        """The embedding."""
+        found: MappedEmbedding = self.model.embed_tokens
+        return found
 
     def get_output_embeddings(self) -> MappedLinear:
         """The LM head."""
-        return self._head
+        return self.lm_head
 
-    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """The factors that are trained, by PEFT's names."""
-        found = []
-        for name, module in self.linear.items():
-            if isinstance(module, LoraLinear):
-                found += [(f"{name}.lora_A", module.a), (f"{name}.lora_B", module.b)]
-        return found
+    def factors(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained, by the names that PEFT's adapter files have."""
+        adapted = {name: module for name, module in self.linear.items() if isinstance(module, LoraLinear)}
+        pairs = ((name, (("lora_A", module.a), ("lora_B", module.b))) for name, module in adapted.items())
+        return {f"base_model.model.{name}.{kind}.weight": part for name, both in pairs for kind, part in both}
 
     def adapt(self, rank: int, alpha: float, seed: int, targets: tuple[str, ...] = (*ATTENTION, *MLP), top: int = 0) -> None:
         """Put fresh LoRA factors on modules of the `top` layers next to the head (0: all): A random, B zero, as PEFT does."""
@@ -101,16 +121,16 @@ class MappedLlama:
         """A module in the place of the linear module `name`."""
         self.linear[name] = module
         _, _, layer, part, last = name.split(".")
-        setattr(getattr(self._decoder.layers[int(layer)], part), last, module)
+        setattr(getattr(self.model.layers[int(layer)], part), last, module)
 
     def _layer(self, place: int) -> Any:
         config, name = self.config, f"model.layers.{place}"
         attention: dict[str, Any] = {part: self._linear(f"{name}.self_attn.{part}") for part in ATTENTION}
-        return SimpleNamespace(
-            self_attn=SimpleNamespace(
+        return Parts(
+            self_attn=Parts(
                 **attention, head_dim=config.head_dim, layer_idx=place, scaling=config.head_dim**-0.5, sliding_window=None
             ),
-            mlp=SimpleNamespace(**{part: self._linear(f"{name}.mlp.{part}") for part in MLP}),
+            mlp=Parts(**{part: self._linear(f"{name}.mlp.{part}") for part in MLP}),
             input_layernorm=self._norm(f"{name}.input_layernorm"),
             post_attention_layernorm=self._norm(f"{name}.post_attention_layernorm"),
         )
@@ -146,7 +166,7 @@ def _config(folder: Path) -> Any:
         raise ModelError(f"a device tunes bases of the Llama architecture, and this is {kind!r}", REMEDY)
     if rope.get("rope_type", "default") != "default":
         raise ModelError(f"a device does not compute rotary embeddings of the kind {rope['rope_type']!r}", REMEDY)
-    return SimpleNamespace(**said)
+    return Config(**said)
 
 
 def _mapped(folder: Path) -> dict[str, torch.Tensor]:

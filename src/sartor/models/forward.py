@@ -276,7 +276,7 @@ class _HeadNode(torch.autograd.Function):
 class Fast:
     """A causal language model of a known family as blocks. Raises Unsupported, with the reason, for any other.
 
-    model: transformers' module, adapters in place and without PEFT's shell (`adapters.without_peft`), or a device's own of the
+    model: transformers' module, adapters in place and without PEFT's shell (`general.without_peft`), or a device's own of the
     same parts (`edge/llama.py`): neither transformers nor peft is imported for it.
     """
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import peft
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
@@ -57,6 +58,11 @@ def packing(model: Any) -> Iterator[None]:
         yield
     finally:
         text.set_attn_implementation(before)
+
+
+def without_peft(model: Any) -> Any:
+    """Transformers' module inside: `model` itself if it has no adapter."""
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
 def decoder(model: Any) -> Any:

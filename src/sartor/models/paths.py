@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from sartor.models import batches, general, kernels
-from sartor.models.adapters import without_peft
 from sartor.models.batches import Encoded
 from sartor.models.forward import Fast
-from sartor.models.general import decoder, packing
+from sartor.models.general import decoder, packing, without_peft
 from sartor.models.linear import Unsupported
 from sartor.models.loading import quiet
 from sartor.models.path import WISH, FastPath, Path, Wish, reuse
