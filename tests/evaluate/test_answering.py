@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from sartor.evaluate.answering import _confidences, _spelling
-from sartor.evaluate.held_out import HeldOut
+from sartor.evaluate.answering import _confidence, _spelling
 from sartor.evaluate.labels import span_of
-from sartor.models import adapters
 from sartor.models.base import Base, open_base
-from seeing import said
+from sartor.models.generate import Generation
 
 TEXT = '{"n": 1, "sky": "the sky is blue", "on": {"at": "kitchen"}}'
 
@@ -30,17 +29,11 @@ def test_the_tokens_that_spell_a_label(base: Base, field: str, value: str) -> No
 
 
 def test_confidence_is_the_product_over_them(base: Base) -> None:
-    model = adapters.inject_lora(base.model, rank=2, alpha=4.0, dropout=0.0, targets="all-linear", seed=0)
-    example, ids = said("what colour", reply=TEXT), base.chat.tokens(TEXT)
-    asked = HeldOut([example] * 3, Path())
-    given = [(ids, TEXT), ([], ""), (base.chat.tokens("no JSON"), "no JSON")]
-    found = _confidences(base, model, asked, given, "sky")
-    prompt = base.chat.prompt_ids(example.prompt)
-    chances = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0].detach().softmax(-1)
+    ids = base.chat.tokens(TEXT)
+    logprobs = [-0.01 * (place + 1) for place in range(len(ids))]
     first, last = _spelling(base.chat, ids, *span_of(TEXT, "sky"))
-    wanted = 1.0
-    for place in range(len(prompt) + first, len(prompt) + last):
-        wanted *= float(chances[place - 1, [*prompt, *ids][place]])
-    assert 0 < wanted < 1
-    assert found == [pytest.approx(wanted, rel=1e-3), 0.0, 0.0]
-    assert _confidences(base, model, asked, [([], "")] * 3, "sky") == [0.0] * 3
+    found = _confidence(base.chat, Generation(ids, "stop", logprobs), TEXT, "sky")
+    assert found == pytest.approx(math.exp(sum(logprobs[first:last]))) and 0 < found < 1
+    assert _confidence(base.chat, Generation([], "stop"), "", "sky") == 0.0
+    other = base.chat.tokens("no JSON")
+    assert _confidence(base.chat, Generation(other, "stop", [-1.0] * len(other)), "no JSON", "sky") == 0.0

@@ -117,6 +117,15 @@ def test_a_reply_ends_before_its_stop_token_and_says_why(llama: Any) -> None:
     assert reply(llama, asked, stop=[stop]) == [Generation(whole.ids[: whole.ids.index(stop)], "stop")]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_reply_knows_how_likely_its_tokens_were(llama: Any, temperature: float) -> None:
+    asked = prompts(*LENGTHS)
+    for prompt, said in zip(asked, reply(llama, asked, temperature=temperature), strict=True):
+        logits = llama(input_ids=torch.tensor([[*prompt, *said.ids]])).logits[0, len(prompt) - 1 : -1]
+        wanted = logits.log_softmax(-1)[range(len(said.ids)), said.ids]
+        assert said.logprobs == pytest.approx(wanted.tolist(), abs=1e-4) and said.ids
+
+
 def test_a_stop_at_once_is_an_empty_reply(llama: Any) -> None:
     asked = prompts(11, 5)
     first = [one.ids[0] for one in reply(llama, asked)]

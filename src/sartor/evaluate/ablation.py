@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from sartor.core.records import Example, Message, Part
-from sartor.evaluate.answering import reply_ids, reply_limit
+from sartor.evaluate.answering import replies, reply_limit
 from sartor.evaluate.blank import blanked
 from sartor.evaluate.compare import Comparison
 from sartor.evaluate.held_out import HeldOut, refusal
@@ -105,7 +105,7 @@ def _replaced(message: Message, kind: str, parts: Iterator[Part]) -> Message:
 
 
 def _texts(base: Base, model: Any, asked: HeldOut, limit: int) -> list[str]:
-    return [base.chat.decode(ids) for ids in reply_ids(base, model, asked, limit)]
+    return [base.chat.decode(one.ids) for one in replies(base, model, asked, limit)]
 
 
 def _cost(measures: Measures, name: str, ablated: Side, full: Side) -> dict[str, float]:

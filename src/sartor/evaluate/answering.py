@@ -18,7 +18,7 @@ from sartor.models import batches
 from sartor.models.base import Base
 from sartor.models.batches import Encoded
 from sartor.models.chat import Chat
-from sartor.models.generate import generate
+from sartor.models.generate import Generation, generate
 from sartor.models.media import blank
 from sartor.models.native.media import is_native
 from sartor.models.path import Wish
@@ -48,19 +48,19 @@ def reply_limit(base: Base, examples: Sequence[Example]) -> int:
 def answer(base: Base, model: Any, asked: HeldOut, field: str, *, tuned: bool) -> Side:
     """All that is measured of one side. field: where a reply names a class; empty where none is asked for."""
     with side(model, tuned=tuned):
-        said = reply_ids(base, model, asked, reply_limit(base, asked.examples))
+        said = replies(base, model, asked, reply_limit(base, asked.examples))
         loss, tokens = losses(base, model, [base.chat.encode(example, asked.folder) for example in asked.examples])
-        texts = [base.chat.decode(ids) for ids in said]
-        confidence = _confidences(base, model, asked, list(zip(said, texts, strict=True)), field) if field else []
+    texts = [base.chat.decode(one.ids) for one in said]
+    confidence = [_confidence(base.chat, one, text, field) for one, text in zip(said, texts, strict=True)] if field else []
     return Side(texts, loss, tokens, confidence)
 
 
-def reply_ids(base: Base, model: Any, asked: HeldOut, limit: int) -> list[list[int]]:
-    """The token ids of greedy replies under the model as it stands, at most `limit` each; none to a document."""
+def replies(base: Base, model: Any, asked: HeldOut, limit: int) -> list[Generation]:
+    """Greedy replies under the model as it stands, at most `limit` tokens each; an empty one to a document."""
     chat = base.chat
     prompts = [chat.prompt_ids(row.prompt, row.tools, asked.folder) for row in asked.examples if not row.is_document]
     made = iter(generate(model, prompts, stop=chat.stops, pad=chat.pad, sampling=Sampling(limit)))
-    return [[] if row.is_document else next(made).ids for row in asked.examples]
+    return [Generation([], "stop") if row.is_document else next(made) for row in asked.examples]
 
 
 @torch.no_grad()
@@ -77,21 +77,12 @@ def losses(base: Base, model: Any, encoded: Sequence[Encoded], pack_tokens: int 
     return means, [row.supervised_tokens for row in encoded]
 
 
-def _confidences(base: Base, model: Any, asked: HeldOut, said: Sequence[tuple[Sequence[int], str]], field: str) -> list[float]:
-    """Per row the probability of the label that its reply named: the product over the tokens that spell it, each given all
-    that stands before it; 0 where it named none.
-    """
-    rows: dict[int, Encoded] = {}
-    for place, (example, (ids, text)) in enumerate(zip(asked.examples, said, strict=True)):
-        if ids and label_of(text, field) is not None:
-            prompt = base.chat.prompt_ids(example.prompt, example.tools, asked.folder)
-            first, last = _spelling(base.chat, ids, *span_of(text, field))
-            learnt = [False] * (len(prompt) + first) + [True] * (last - first) + [False] * (len(ids) - last)
-            rows[place] = Encoded([*prompt, *ids], learnt, example.id)
-    if not rows:
-        return [0.0] * len(said)
-    found = dict(zip(rows, zip(*losses(base, model, list(rows.values())), strict=True), strict=True))
-    return [math.exp(-math.prod(found[place])) if place in found and found[place][1] else 0.0 for place in range(len(said))]
+def _confidence(chat: Chat, said: Generation, text: str, field: str) -> float:
+    """The probability of the label that a reply named: the product over the tokens that spell it; 0 where it named none."""
+    if not said.ids or label_of(text, field) is None:
+        return 0.0
+    first, last = _spelling(chat, said.ids, *span_of(text, field))
+    return math.exp(sum(said.logprobs[first:last]))
 
 
 def _spelling(chat: Chat, ids: Sequence[int], start: int, end: int) -> tuple[int, int]:

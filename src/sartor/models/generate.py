@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,10 +25,14 @@ from sartor.models.sampling import Sampling
 
 @dataclass(frozen=True)
 class Generation:
-    """One reply: its tokens without the stop token, and why it ended (`stop` or `length`)."""
+    """One reply: its tokens without the stop token, and why it ended (`stop` or `length`).
+
+    logprobs: of each token the natural logarithm of its probability, given all before it, at temperature 1.
+    """
 
     ids: list[int]
     finish: str
+    logprobs: list[float] = field(default_factory=list, compare=False)  # batches round otherwise
 
 
 # As good as greedy. What is colder is 0 in fp32, or takes logits beyond what fp32 holds
@@ -71,13 +75,23 @@ class Chooser:
     def __init__(self, sampling: Sampling, count: int) -> None:
         self.sampling = sampling
         self.generators = [source(sampling, row) for row in range(count)]
+        self.logprobs: list[list[float]] = [[] for _ in range(count)]
 
     def __call__(self, logits: torch.Tensor, alive: Sequence[int]) -> list[int]:
-        """logits: (B, V) of the rows `alive` (indices of their prompts). Returns B token ids."""
+        """logits: (B, V) of the rows `alive` (indices of their prompts). Returns B token ids; `logprobs` gains theirs."""
         if self.sampling.temperature == 0:
-            return [int(token) for token in logits.argmax(-1)]
-        probabilities = likely(logits, self.sampling)
-        return [draw(row, self.generators[prompt]) for row, prompt in zip(probabilities, alive, strict=True)]
+            tokens = [int(token) for token in logits.argmax(-1)]
+        else:
+            probabilities = likely(logits, self.sampling)
+            tokens = [draw(row, self.generators[prompt]) for row, prompt in zip(probabilities, alive, strict=True)]
+        own = logits.float().log_softmax(-1)[range(len(tokens)), tokens]
+        for prompt, logprob in zip(alive, own.tolist(), strict=True):
+            self.logprobs[prompt].append(logprob)
+        return tokens
+
+    def ended(self, prompt: int, ids: list[int], finish: str) -> Generation:
+        """The reply of a prompt, all of whose tokens were chosen here; a stop token is none of `ids`."""
+        return Generation(ids, finish, self.logprobs[prompt][: len(ids)])
 
 
 def context_tokens(model: Any) -> int | None:
@@ -141,7 +155,7 @@ def _by_own_forward(
 
         ids = reply(inside, media, prompt, stop, pad, choose.sampling.max_tokens, chosen)
         has_ended = bool(ids) and ids[-1] in set(stop)
-        made[row] = Generation(ids[:-1] if has_ended else ids, "stop" if has_ended else "length")
+        made[row] = choose.ended(row, ids[:-1] if has_ended else ids, "stop" if has_ended else "length")
     return made
 
 
@@ -177,7 +191,7 @@ def _generate_batch(
             if token not in stop:
                 written[row].append(token)
             if token in stop or len(written[row]) >= choose.sampling.max_tokens:
-                done[row] = Generation(written[row], "stop" if token in stop else "length")
+                done[row] = choose.ended(row, written[row], "stop" if token in stop else "length")
             else:
                 keep.append(place)
         if len(keep) < len(alive) and keep:
