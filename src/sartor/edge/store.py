@@ -293,14 +293,12 @@ class Store:
         pointer = self._read(name)
         if pointer.current is None or pointer.previous is None:
             raise StoreError(f"{name} has no previous version to go back to", "publish a version that works, and sync")
-        if broken := self._trees.broken(name, pointer.previous):
-            raise StoreError(
-                f"{name} {pointer.previous.version}, the previous version, is damaged: {broken[0][0]}",
-                "verify the store, and sync",
-            )
-        bad = pointer.current
+        bad, old = pointer.current, pointer.previous
         refused = {**pointer.refused, bad.version: reason}
         with self._writing(f"{name} {old.version}"):
+            self._trees.mend(name, old, bad)
+            if broken := self._trees.broken(name, old):
+                raise StoreError(f"{name} {old.version}, the previous version, is damaged: {broken[0][0]}", "verify, and sync")
             self._pointers.write(replace(pointer, current=old.now(), previous=None, refused=refused))
         back = self.current(name)
         assert back is not None
