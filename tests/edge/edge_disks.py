@@ -83,7 +83,7 @@ class MemoryDisk(Disk):
 
     def _find(self, path: Path) -> File | Folder | None:
         node: File | Folder | None = self.root
-        for part in path.parts[1:]:
+        for part in filter(None, str(path).split("/")):
             node = node.names.get(part) if isinstance(node, Folder) else None
         return node
 

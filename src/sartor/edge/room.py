@@ -49,28 +49,30 @@ class Room:
         copied = fetched if not self._trees.links else 0
         return fetched + copied + sum(self._trees.copied_bytes(pointer.name, digest, pointer.current) for digest in sizes)
 
-    def fits(self, needed: int, kept: int) -> bool:
-        """Whether that much more fits when the store has been collected down to `kept` bytes."""
-        return self._above_limit(needed, kept) <= 0 and self._above_free(needed, kept) <= 0
+    def fits(self, needed: int, freed: int = 0) -> bool:
+        """Whether that much more fits once `freed` bytes of what is used are collected."""
+        return self._above_limit(needed, freed) <= 0 and self._above_free(needed, freed) <= 0
 
-    def refusal(self, what: str, needed: int, kept: int) -> SartorError:
+    def refusal(self, what: str, needed: int, freed: int = 0) -> SartorError:
         """The error for what does not fit: BudgetError for the store's own limit, MissingError for the disk."""
-        if (above := self._above_limit(needed, kept)) > 0:
+        if (above := self._above_limit(needed, freed)) > 0:
+            kept = self.used_bytes() - freed
             return BudgetError(
                 f"{what} needs {needed:,} bytes beside the {kept:,} that stay; the store may take {self.limit_bytes:,}",
                 f"raise limit_bytes by {above:,} to {self.limit_bytes + above:,}, or publish a smaller release",
             )
-        above = self._above_free(needed, kept)
+        free = self._disk.free_bytes(self._folder) + freed
         return MissingError(
-            f"the disk is full: {what} needs {needed:,} bytes, {self._disk.free_bytes(self._folder):,} are free",
-            f"free {above:,} bytes on the disk that holds {self._folder}",
+            f"the disk is full: {what} needs {needed:,} bytes and {_SPARE_BYTES:,} to spare, {free:,} are free or can be freed",
+            f"free {self._above_free(needed, freed):,} bytes on the disk that holds {self._folder}",
         )
 
-    def _above_limit(self, needed: int, kept: int) -> int:
-        return kept + needed - self.limit_bytes if self.limit_bytes else 0
+    def _above_limit(self, needed: int, freed: int) -> int:
+        # Walking the store takes a while, and most stores have no limit of their own.
+        return self.used_bytes() - freed + needed - self.limit_bytes if self.limit_bytes else 0
 
-    def _above_free(self, needed: int, kept: int) -> int:
-        return needed + _SPARE_BYTES - self._disk.free_bytes(self._folder) - (self.used_bytes() - kept)
+    def _above_free(self, needed: int, freed: int) -> int:
+        return needed + _SPARE_BYTES - self._disk.free_bytes(self._folder) - freed
 
     def _files(self, path: Path) -> Iterator[tuple[int, int]]:
         found = self._disk.stat(path)

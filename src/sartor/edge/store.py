@@ -197,7 +197,7 @@ class Store:
         with self._writing(what):
             self._blobs.wanted = set(sizes)
             needed = self._room.needed_bytes(pointer, sizes)
-            if not self._room.fits(needed, self._room.used_bytes()):
+            if not self._room.fits(needed):
                 self._clear(pointer, what, needed)
             self._blobs.want(sizes)
 
@@ -205,10 +205,11 @@ class Store:
         """Collect garbage, and give up the previous version if that is not enough. Raises before, if neither is."""
         others = [one for one in self._pointers.all() if one.name != pointer.name]
         alone = replace(pointer, previous=None, staged=None)
-        if not self._room.fits(needed, self._room.kept_bytes([pointer, *others])):
-            kept = self._room.kept_bytes([alone, *others])
-            if not self._room.fits(needed, kept) or not self._rot.is_whole(pointer):
-                raise self._room.refusal(what, needed, kept)
+        used = self._room.used_bytes()
+        if not self._room.fits(needed, used - self._room.kept_bytes([pointer, *others])):
+            freed = used - self._room.kept_bytes([alone, *others])
+            if not self._room.fits(needed, freed) or not self._rot.is_whole(pointer):
+                raise self._room.refusal(what, needed, freed)
             self._collect()  # on a disk that is full to the last byte, the pointer needs some of this
             self._pointers.write(alone)
         self._collect()
@@ -356,11 +357,11 @@ class Store:
 
     def _make_room(self, what: str, needed: int) -> None:
         """Collect garbage if need be; raise what says that it is not enough."""
-        if self._room.fits(needed, self._room.used_bytes()):
+        if self._room.fits(needed):
             return
         self._collect()
-        if not self._room.fits(needed, kept := self._room.used_bytes()):
-            raise self._room.refusal(what, needed, kept)
+        if not self._room.fits(needed):
+            raise self._room.refusal(what, needed)
 
     def verify(self) -> list[str]:
         """Read every byte; the digests of blobs whose bytes differ, on the disk or in the tree of a version.
