@@ -9,19 +9,18 @@ harsher than they are.
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import io
 import itertools
-import os
 import random
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from sartor.core.errors import HealthError
+from sartor.core.errors import HealthError, StoreError
 from sartor.edge.disk import Disk, Stat
 from sartor.edge.store import Installed, Store
 
@@ -191,8 +190,10 @@ class MemoryDisk(Disk):
     def lock(self, path: Path) -> Callable[[], None]:
         return lambda: None
 
-    def after(self, cut: Cut) -> MemoryDisk:
-        """The disk as it is found when the power is back."""
+    def after(self, cut: Cut | None) -> MemoryDisk:
+        """The disk as it is found when the power is back; without a cut, as the next process finds it after a kill."""
+        if cut is None:
+            return MemoryDisk(copy.deepcopy(self.root))
         return MemoryDisk(_Survivor(cut).folder(self.root))
 
     def files(self, path: Path) -> Iterator[tuple[Path, File]]:
@@ -291,14 +292,18 @@ def fetch(store: Store, contents: dict[str, bytes]) -> None:
                 store.append(digest, have, piece)
         try:
             store.finish(digest)
-        except Exception:  # what the power cut left of a download was garbage: it begins anew, once
+        except StoreError:  # what the power cut left of a download was garbage: it begins anew, once
             store.append(digest, 0, content)
             store.finish(digest)
 
 
+def sizes(version: str) -> dict[str, int]:
+    return {digest_of(content): len(content) for content in VERSIONS[version].values()}
+
+
 def install(store: Store, version: str, disk: Disk) -> None:
     contents = VERSIONS[version]
-    store.make_room(NAME, {digest_of(content): len(content) for content in contents.values()})
+    store.make_room(NAME, sizes(version))
     fetch(store, contents)
 
     def healthy(path: Path) -> None:
@@ -337,6 +342,15 @@ STEPS = (
 
 def version_of(installed: Installed | None) -> str | None:
     return installed.version if installed else None
+
+
+def steps_on(folder: Path) -> Iterator[tuple[Step, MemoryDisk]]:
+    """A disk of its own for each step, as the steps before it left it."""
+    disk = MemoryDisk()
+    for step in STEPS:
+        yield step, disk.after(Cut("all", "all"))
+        with Store(folder, disk=disk) as store:
+            step.act(store, disk)
 
 
 def check_whole(store: Store, disk: Disk) -> None:
@@ -378,15 +392,3 @@ def walk(disk: Disk, path: Path) -> Iterator[str]:
     for name in disk.names(path):
         yield name
         yield from walk(disk, path / name)
-
-
-def made_by_store() -> str:
-    """Which line of the store asked the disk for the operation that is being made."""
-    frame = sys._getframe(1)
-    while frame and (
-        "edge_disks" in frame.f_code.co_filename
-        or "test_" in os.path.basename(frame.f_code.co_filename)
-        or frame.f_code.co_name in ("replace", "copy", "remove")
-    ):
-        frame = frame.f_back  # type: ignore[assignment]
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"

@@ -11,8 +11,8 @@ from sartor.edge.disk import Disk
 from sartor.edge.pointers import Pointer
 from sartor.edge.trees import Trees
 
-# Pointers, folders and the file system's own blocks: not to be filled to the last byte by content.
-_SPARE_BYTES = 1 << 18
+# What an update writes beside its content: pointers in two copies, the list of what is wanted, blocks of folders.
+_SPARE_BYTES = 1 << 16
 
 
 class Room:
@@ -47,7 +47,8 @@ class Room:
         )
         # Without hard links what is fetched is written a second time, into the tree.
         copied = fetched if not self._trees.links else 0
-        return fetched + copied + sum(self._trees.copied_bytes(pointer.name, digest, pointer.current) for digest in sizes)
+        copied += sum(self._trees.copied_bytes(pointer.name, digest, pointer.current) for digest in sizes)
+        return fetched + copied + _SPARE_BYTES
 
     def fits(self, needed: int, freed: int = 0) -> bool:
         """Whether that much more fits once `freed` bytes of what is used are collected."""
@@ -63,7 +64,7 @@ class Room:
             )
         free = self._disk.free_bytes(self._folder) + freed
         return MissingError(
-            f"the disk is full: {what} needs {needed:,} bytes and {_SPARE_BYTES:,} to spare, {free:,} are free or can be freed",
+            f"the disk is full: {what} needs {needed:,} bytes, {free:,} are free or can be freed",
             f"free {self._above_free(needed, freed):,} bytes on the disk that holds {self._folder}",
         )
 
@@ -72,7 +73,7 @@ class Room:
         return self.used_bytes() - freed + needed - self.limit_bytes if self.limit_bytes else 0
 
     def _above_free(self, needed: int, freed: int) -> int:
-        return needed + _SPARE_BYTES - self._disk.free_bytes(self._folder) - freed
+        return needed - self._disk.free_bytes(self._folder) - freed
 
     def _files(self, path: Path) -> Iterator[tuple[int, int]]:
         found = self._disk.stat(path)

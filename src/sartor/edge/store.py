@@ -102,7 +102,7 @@ class Store:
             if self._disk.stat(path) is None:
                 self._disk.mkdir(path)
         # What a killed process renamed is seen, but durable only now: nothing is built on it before.
-        for path in (self.folder.parent, self.folder, *folders):
+        for path in (self.folder.parent, self.folder, *self._pointers.folders, self._blobs.folder, self._trees.folder):
             self._disk.sync_folder(path)
         self._sweep()
         self._blobs.recall()
