@@ -55,8 +55,9 @@ def full_at(step: Step, disk: MemoryDisk, full: Full) -> None:
 
 def points(stays: bool, code: int = errno.ENOSPC, each: int = 1) -> Iterator[str]:
     for step, disk in steps_on(FOLDER):
-        at, count = 0, 1
-        while at < count:
+        never = Full(1 << 30, stays)
+        full_at(step, disk.after(Cut("all", "all")), never)
+        for at in range(0, never.count, each):
             full = Full(at, stays, code)
             try:
                 full_at(step, disk.after(Cut("all", "all")), full)
@@ -64,8 +65,6 @@ def points(stays: bool, code: int = errno.ENOSPC, each: int = 1) -> Iterator[str
                 raise AssertionError(f"{step.name}, full from {full.met} ({at})") from error
             if full.met:  # an unlink works on a full disk
                 yield f"{step.name} {full.met}"
-            at += each
-            count = max(count, full.count)
 
 
 @pytest.mark.parametrize("stays", [True, False])

@@ -8,7 +8,7 @@ from pathlib import Path
 from sartor.core.errors import BudgetError, MissingError, SartorError
 from sartor.edge.blobs import Blobs
 from sartor.edge.disk import Disk
-from sartor.edge.pointers import Pointer
+from sartor.edge.pointers import Pointer, Pointers
 from sartor.edge.trees import Trees
 
 # What an update writes beside its content: pointers in two copies, the list of what is wanted, blocks of folders.
@@ -18,9 +18,10 @@ _SPARE_BYTES = 1 << 16
 class Room:
     """Bytes of a store. A file with several names counts once. `limit_bytes` 0: the disk is the bound."""
 
-    def __init__(self, disk: Disk, folder: Path, limit_bytes: int, blobs: Blobs, trees: Trees) -> None:
-        self._disk, self._folder, self._blobs, self._trees = disk, folder, blobs, trees
+    def __init__(self, limit_bytes: int, disk: Disk, pointers: Pointers, blobs: Blobs, trees: Trees) -> None:
         self.limit_bytes = limit_bytes
+        self._disk, self._pointers, self._blobs, self._trees = disk, pointers, blobs, trees
+        self._folder = blobs.folder.parent
 
     def used_bytes(self) -> int:
         """Bytes of every file in the store."""
@@ -28,7 +29,7 @@ class Room:
 
     def kept_bytes(self, pointers: Iterable[Pointer]) -> int:
         """What would be used after a collection that spares what these point at."""
-        files: dict[int, int] = {}
+        files = {inode: size for folder in self._pointers.folders for inode, size in self._files(folder)}
         held = set(self._blobs.wanted)
         for pointer in pointers:
             for version in pointer.versions:

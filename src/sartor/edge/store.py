@@ -71,7 +71,7 @@ class Store:
         self._pointers = Pointers(self._disk, self.folder)
         self._blobs = Blobs(self._disk, self.folder)
         self._trees = Trees(self._disk, self.folder, self._blobs)
-        self._room = Room(self._disk, self.folder, limit_bytes, self._blobs, self._trees)
+        self._room = Room(limit_bytes, self._disk, self._pointers, self._blobs, self._trees)
         self._rot = Rot(self._disk, self._pointers, self._blobs, self._trees)
         self._unlock: Callable[[], None] = lambda: None
         try:
