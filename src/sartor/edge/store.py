@@ -206,9 +206,11 @@ class Store:
         others = [one for one in self._pointers.all() if one.name != pointer.name]
         alone = replace(pointer, previous=None, staged=None)
         used = self._room.used_bytes()
-        if not self._room.fits(needed, used - self._room.kept_bytes([pointer, *others])):
-            freed = used - self._room.kept_bytes([alone, *others])
-            if not self._room.fits(needed, freed) or not self._rot.is_whole(pointer):
+        freed = used - self._room.kept_bytes([pointer, *others])
+        if not self._room.fits(needed, freed):
+            if self._rot.is_whole(pointer):  # else the previous version may be the only one that works
+                freed = used - self._room.kept_bytes([alone, *others])
+            if not self._room.fits(needed, freed):
                 raise self._room.refusal(what, needed, freed)
             self._collect()  # on a disk that is full to the last byte, the pointer needs some of this
             self._pointers.write(alone)
