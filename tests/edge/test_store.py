@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from edge_disks import NAME, SHARED, VERSIONS, check_whole, digest_of, digests, fetch, install, sizes, tree, version_of
+from edge_disks import NAME, VERSIONS, check_whole, digest_of, digests, fetch, install, sizes, tree, version_of
 
 from sartor.core.artifacts import open_artifact, write_artifact
 from sartor.core.errors import BusyError, HealthError, MissingError, SartorError, StoreError
@@ -186,13 +186,10 @@ def test_a_version_is_not_staged_with_other_files_than_it_is_installed_with(upda
     assert tree(Disk(), path) == VERSIONS["1.2"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["../x", "/x", "a/../x", "a//x", "./x", "", "a/.", "a\\x", "a\0", "x" * 300, "a\n"],
-)
-def test_a_path_that_leads_outside_a_release_is_refused(updated: Store, path: str) -> None:
-    with pytest.raises(StoreError, match="no path inside a release"):
-        updated.stage(NAME, "2.0", {path: digests("1.1")["release.json"]})
+def test_a_path_that_leads_outside_a_release_is_refused(updated: Store) -> None:
+    for path in ("../x", "/x", "a/../x", "a//x", "./x", "", "a/.", "a\\x", "a\0", "x" * 300, "a\n"):
+        with pytest.raises(StoreError, match="no path inside a release"):
+            updated.stage(NAME, "2.0", {path: digests("1.1")["release.json"]})
 
 
 def test_a_file_below_a_file_is_refused(updated: Store) -> None:
@@ -201,19 +198,17 @@ def test_a_file_below_a_file_is_refused(updated: Store) -> None:
         updated.stage(NAME, "2.0", {"a": digest, "a/b": digest})
 
 
-@pytest.mark.parametrize(
-    ("name", "version"), [("../x", "1"), (NAME, "../1"), (NAME, ".1"), ("", "1"), (NAME, "1\n"), ("A", "1")]
-)
-def test_a_name_that_is_no_name_is_refused(updated: Store, name: str, version: str) -> None:
-    with pytest.raises(StoreError):
-        updated.stage(name, version, digests("1.1"))
+def test_a_name_that_is_no_name_is_refused(updated: Store) -> None:
+    for name, version in (("../x", "1"), (NAME, "../1"), (NAME, ".1"), ("", "1"), (NAME, "1\n"), ("A", "1")):
+        with pytest.raises(StoreError):
+            updated.stage(name, version, digests("1.1"))
 
 
-@pytest.mark.parametrize("digest", ["", "../lock", "A" * 64, "a" * 63, "a" * 64 + "\n"])
-def test_a_digest_that_is_none_is_refused(store: Store, digest: str) -> None:
-    for call in (store.has, store.partial, store.open, store.finish, store.discard, lambda one: store.append(one, 0, b"x")):
-        with pytest.raises(StoreError, match="no sha256"):
-            call(digest)
+def test_a_digest_that_is_none_is_refused(store: Store) -> None:
+    for digest in ("", "../lock", "A" * 64, "a" * 63, "a" * 64 + "\n"):
+        for call in (store.has, store.partial, store.open, store.finish, store.discard, lambda one: store.append(one, 0, b"x")):
+            with pytest.raises(StoreError, match="no sha256"):
+                call(digest)
 
 
 def test_a_version_that_lacks_a_blob_is_not_staged(updated: Store) -> None:
@@ -324,9 +319,3 @@ def test_files_and_folders_are_really_synced(tmp_path: Path, monkeypatch: pytest
     disk.replace(tmp_path / "file", b"content")
     assert synced == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
     assert (tmp_path / "file").read_bytes() == b"content"
-    assert list(SHARED)
-
-
-def test_the_package_loads_no_library_of_tensors() -> None:
-    code = "import sartor.edge.store, sys; print({'torch', 'numpy', 'pyarrow', 'transformers'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"

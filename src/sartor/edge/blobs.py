@@ -131,11 +131,15 @@ class Blobs:
             self._disk.remove(self._wanted_file)
 
     def recall(self) -> None:
-        """Read what was wanted before a restart. A list that is not whole costs a download, so it is no error."""
+        """Know again, after a restart, what was wanted, and what came in part.
+
+        A list that is not whole costs a download at most, so it is no error.
+        """
+        self.wanted = set(self._disk.names(self.partials))
         try:
             with self._disk.open(self._wanted_file) as stream:
                 said = json.loads(stream.read())
         except (OSError, ValueError, RecursionError):
             return
         if isinstance(said, list):
-            self.wanted = {one for one in said if isinstance(one, str) and DIGEST.fullmatch(one)}
+            self.wanted |= {one for one in said if isinstance(one, str) and DIGEST.fullmatch(one)}
