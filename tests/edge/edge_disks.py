@@ -363,6 +363,7 @@ def check_whole(store: Store, disk: Disk) -> None:
 def check_after(disk: Disk, folder: Path, step: Step) -> None:
     """Opened again: the old or the new version, whole, and the step then goes through; nobody mended anything by hand."""
     with Store(folder, disk=disk) as store:
+        check_swept(disk, folder)
         found = version_of(store.current(NAME))
         assert found in (step.before, step.after), f"{step.name} left {found}"
         check_whole(store, disk)
@@ -384,8 +385,12 @@ def check_done(store: Store, disk: Disk, step: Step) -> None:
             assert version_of(store.current(NAME)) == "1.0"
         else:
             raise AssertionError("a version that was rolled back was activated again")
-    hidden = [name for name in walk(disk, store.folder) if name.startswith(".")]
-    assert hidden == []
+    check_swept(disk, store.folder)
+
+
+def check_swept(disk: Disk, folder: Path) -> None:
+    """Nothing is left of an interrupted write."""
+    assert [name for name in walk(disk, folder) if name.startswith(".")] == []
 
 
 def walk(disk: Disk, path: Path) -> Iterator[str]:

@@ -8,7 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from edge_disks import NAME, Cut, MemoryDisk, Step, check_done, check_whole, install, sizes, steps_on, tree, version_of
+from edge_disks import (
+    NAME,
+    VERSIONS,
+    Cut,
+    MemoryDisk,
+    Step,
+    check_done,
+    check_whole,
+    digests,
+    fetch,
+    install,
+    sizes,
+    steps_on,
+    tree,
+    version_of,
+)
 
 from sartor.core.errors import BudgetError, MissingError
 from sartor.edge.store import Store
@@ -171,3 +186,47 @@ def test_a_download_above_the_limit_is_refused(disk: MemoryDisk) -> None:
     with pytest.raises(BudgetError):
         store.append("c" * 64, 100, b"1")
     assert store.partial("c" * 64) == 100
+
+
+def failing_sync_of_pointers(operation: str, path: Path) -> None:
+    if (operation, path) == ("sync_folder", FOLDER / "current"):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def works(operation: str, path: Path) -> None:
+    return
+
+
+def test_nothing_is_removed_before_the_pointer_that_no_longer_names_it_is_durable(disk: MemoryDisk) -> None:
+    store = Store(FOLDER, disk=disk)
+    install(store, "1.1", disk)
+    disk.before = failing_sync_of_pointers
+    with pytest.raises(MissingError):
+        install(store, "1.2", disk)
+    with pytest.raises(MissingError):
+        store.rollback(NAME)
+    disk.before = works
+    store.collect()
+    for cut in (Cut("none", "lost"), Cut("all", "garbage")):
+        left = disk.after(cut)
+        check_whole(Store(FOLDER, disk=left), left)
+    disk.before = failing_sync_of_pointers
+    with pytest.raises(MissingError):
+        store.collect()
+
+
+def test_a_staged_tree_is_replaced_only_when_no_durable_pointer_names_it(disk: MemoryDisk) -> None:
+    store = Store(FOLDER, disk=disk)
+    for version in ("1.1", "1.2"):
+        fetch(store, VERSIONS[version])
+    store.stage(NAME, "1.2", digests("1.2"))
+    disk.before = failing_sync_of_pointers
+    with pytest.raises(MissingError):
+        store.stage(NAME, "1.2", digests("1.1"))
+    lefts: list[MemoryDisk] = []
+    disk.before = lambda operation, path: lefts.append(disk.after(Cut("none", "lost")))
+    store.stage(NAME, "1.2", digests("1.1"))
+    for left in lefts:
+        again = Store(FOLDER, disk=left)
+        if staged := again.staged(NAME):
+            assert {path: left.digest(staged.path / path) for path in staged.files} == dict(staged.files)

@@ -69,7 +69,7 @@ def failures(disk: MemoryDisk, cuts: list[Cut], rotate: bool = False) -> tuple[i
 def test_a_power_cut_at_any_operation_leaves_the_old_or_the_new_version() -> None:
     count, failed = failures(MemoryDisk(), CUTS, rotate=True)
     assert failed == []
-    assert count >= 200
+    assert count >= 150
 
 
 @pytest.mark.services
@@ -86,7 +86,7 @@ def test_a_power_cut_while_the_store_recovers_from_a_kill_or_a_power_cut() -> No
     count, again = 0, [Cut("none", "lost"), Cut("all", "garbage"), Cut("random", "random", 5)]
     first = [None, Cut("random", "random", 3)]
     for number, operation, step, kind, left in interrupted(MemoryDisk(), first):  # type: ignore[arg-type]
-        if number % 2:
+        if number % 5:
             continue
         seconds: list[tuple[str, MemoryDisk]] = []
         left.before = lambda what, path: seconds.append(  # noqa: B023
@@ -95,13 +95,13 @@ def test_a_power_cut_while_the_store_recovers_from_a_kill_or_a_power_cut() -> No
         with Store(FOLDER, disk=left) as store:
             step.act(store, left)
             store.collect()
-        for second, disk in seconds[:: 1 + number % 5]:
+        for second, disk in seconds[:: 2 + number % 3]:
             count += 1
             try:
                 check_after(disk, FOLDER, step)
             except Exception as error:
                 raise AssertionError(f"{kind or 'kill'} before {operation} ({number}) of {step.name}, then {second}") from error
-    assert count >= 1000
+    assert count >= 500
 
 
 def is_in(folder: str) -> Callable[[str, Path], bool]:
