@@ -178,3 +178,19 @@ def test_without_either_pointer_the_store_opens_and_says_so(updated: MemoryDisk)
         assert store.current(NAME) is None
         install(store, "1.1", disk)
         assert version_of(store.current(NAME)) == "1.1"
+
+
+def test_a_blob_that_rotted_is_not_copied_into_a_new_version(updated: MemoryDisk) -> None:
+    path, content = next(iter(SHARED.items()))
+    disk = copied(updated)
+    with Store(FOLDER, disk=disk) as store:
+        store.rollback(NAME)  # 1.0 is current: its file and the blob are one
+        disk._file(FOLDER / "blobs" / digest_of(content)).content = bytes(len(content))
+        fetch(store, VERSIONS["1.2"])
+        with pytest.raises(StoreError, match="is damaged"):
+            store.stage(NAME, "1.2", digests("1.2"))
+        assert store.staged(NAME) is None
+        assert store.verify() == [digest_of(content)]  # the copy of 1.1 is garbage and not asked
+        fetch(store, VERSIONS["1.0"])
+        install(store, "1.2", disk)
+        check_whole(store, disk)
