@@ -16,7 +16,6 @@ one, so neighbours in that order have differences of one width. The device has t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import lzma
 import os
@@ -30,6 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from sartor.core.artifacts import file_digest
 from sartor.core.errors import ArtifactError
 
 MAGIC = b"SARTORD1"
@@ -137,7 +137,7 @@ def make(base: Path | None, result: Path, out: Path) -> Delta | None:
             fits = before is not None and (before.dtype, before.shape) == (tensor.dtype, tensor.shape)
             words = _words(new, tensor)
             form.append(_code(tensor, _words(old, before) if old and before and fits else None, words, planes))
-        digests = [hashlib.file_digest(one, "sha256").hexdigest() for one in (_rewound(old), _rewound(new)) if one]
+        digests = [file_digest(path) for path in (base, result) if path]
     streams = planes.finish()
     head = {
         "schema": SCHEMA, "from": digests[0] if base else "", "to": digests[-1], "bytes": target.file_bytes,
@@ -149,7 +149,7 @@ def make(base: Path | None, result: Path, out: Path) -> Delta | None:
     if len(written) >= target.file_bytes:
         return None
     out.write_bytes(written)
-    return Delta(head["from"], digests[-1], len(written), target.file_bytes)
+    return Delta(digests[0] if base else "", digests[-1], len(written), target.file_bytes)
 
 
 def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator[bytes]:
@@ -327,12 +327,6 @@ def _words(stream: BinaryIO, tensor: Tensor) -> Words:
     """A tensor's bit patterns as unsigned little-endian integers, flat."""
     stream.seek(tensor.start)
     return np.frombuffer(stream.read(tensor.end - tensor.start), f"<u{_DTYPES[tensor.dtype]}")
-
-
-def _rewound(stream: BinaryIO | None) -> BinaryIO | None:
-    if stream:
-        stream.seek(0)
-    return stream
 
 
 def _unfit(why: str) -> ArtifactError:

@@ -77,10 +77,10 @@ def publish(
             raise ConfigError(f"{repository} has {name} {version} already", "release it under another version")
         offers = offers_of(documents, name)
         files = _add_files(repository, checked)
-        steps, fetched = _deltas(
-            repository, [(offer.version, _content(documents, repository, name, offer)) for offer in offers], files
-        )
-        offer = Offer(version, 1 + max((one.order for one in offers), default=0), percent, False, int(time.time()))
+        earlier = [(offer.version, _content(documents, repository, name, offer)) for offer in offers]
+        steps, fetched = _deltas(repository, earlier, files)
+        order = 1 + max((offer.order for offer in offers), default=0)
+        offer = Offer(version, order, percent, False, int(time.time()))
         _set_target(documents, repository, Content(name, version, files, steps), offer)
         documents.write(keys, expiry)
     whole = sum(blob.bytes for blob in files.values())

@@ -173,7 +173,6 @@ class Documents:
             self._write(f"{self.targets.signed.version}.targets.json", self.targets)
         self._write(f"{self.snapshot.signed.version}.snapshot.json", self.snapshot)
         self._write("timestamp.json", self.timestamp)
-        assert root is self.root.signed
 
     def _next(self, document: Metadata[Any], keys: Path, role: RoleName, expiry: Expiry) -> None:
         document.signed.version += 1
