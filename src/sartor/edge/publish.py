@@ -102,7 +102,7 @@ def rotate(repository: Path, keys: Path, role: RoleName, *, old: Sequence[str] =
     expiry = expiry or Expiry()
     with _locked(repository):
         documents = Documents.open(repository / "metadata")
-        root, before = documents.root.signed, type(documents.root.signed).from_dict(documents.root.signed.to_dict())
+        root, before = documents.root.signed, copy.deepcopy(documents.root.signed)
         known = {public(folder).keyid: folder for folder in folders(keys, role)}
         gone = [identity for identity in root.roles[role].keyids if not old or known.get(identity, Path()).name in old]
         if not gone or len(gone) < len(old):

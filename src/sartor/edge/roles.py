@@ -23,7 +23,7 @@ from sartor.edge.files import write_whole
 
 try:
     from securesystemslib.signer import CryptoSigner, SSlibKey
-    from tuf.api.metadata import Metadata, MetaFile, Role, Root, Signed, Snapshot, Targets, Timestamp
+    from tuf.api.metadata import Metadata, MetaFile, Role, Root, Snapshot, Targets, Timestamp
     from tuf.api.serialization import DeserializationError
 except ModuleNotFoundError as error:
     raise need(error.name or "tuf", "edge") from None

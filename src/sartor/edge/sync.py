@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -196,17 +196,15 @@ def sync(
     failed = {} if again else _failed(folder).get(name, {})
     offer = _choose(mine, device_id, was, failed)
     if offer is None or offer.version == was:
-        notes = () if offer else (f"no version of {name} is offered to ring {ring}",)
+        notes = [] if offer else [f"no version of {name} is offered to ring {ring}"]
         return Synced(name, was, was, False, ring, fetched_bytes=fetcher.fetched_bytes, notes=(*notes, *fetcher.broken))
     transfer = _Transfer(store, url, fetcher)
     content = _described(url, name, offer, targets, fetcher)
     transfer.bring(content)
     store.stage(name, offer.version, {path: blob.sha256 for path, blob in content.files.items()})
     _activate(store, name, offer.version, healthy, folder)
-    notes = (*transfer.notes, *fetcher.broken)
-    return Synced(
-        name, offer.version, was, True, ring, transfer.missing_bytes, fetcher.fetched_bytes, transfer.deltas, transfer.whole, notes
-    )  # fmt: skip
+    done = Synced(name, offer.version, was, True, ring, transfer.missing_bytes, fetcher.fetched_bytes)
+    return replace(done, deltas=transfer.deltas, whole=transfer.whole, notes=(*transfer.notes, *fetcher.broken))
 
 
 def _choose(offers: list[Offer], device_id: str, was: str, failed: Mapping[str, Any]) -> Offer | None:
