@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -153,10 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
         trick = None
         if self.mirror.only in self.path:
             trick = self.mirror.tricks.pop(0) if self.mirror.tricks else self.mirror.always
-        try:
+        with contextlib.suppress(OSError):  # the client has gone
             (trick or honest)(self, file.read_bytes(), start)
-        except OSError:
-            pass  # the client has gone
         self.close_connection = True
 
     def log_message(self, *_: object) -> None: ...

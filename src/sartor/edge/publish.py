@@ -11,6 +11,7 @@ a device. One publication at a time: the repository is locked.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
