@@ -58,7 +58,7 @@ def applied(old: Path | None, difference: Path, size: int) -> bytes:
             return b"".join(delta.apply(base, stream, size))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(pair=pairs(), with_base=st.booleans())
 def test_what_is_applied_is_the_file_to_the_byte_and_no_delta_is_larger(pair, with_base: bool) -> None:
     with tempfile.TemporaryDirectory() as name:

@@ -16,7 +16,7 @@ import pytest
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
 from sartor.edge import publish
 from sartor.edge.fetch import AbsentError, Fetcher
-from sartor.edge.sync import sync
+from sartor.edge.sync import Device, sync
 from updating import QUICK, FolderStore, Mirror, World, adapter, answer, cut, drip, honest, nothing, release, serving
 
 CONTENT = np.random.default_rng(0).bytes(600_000)
@@ -231,9 +231,7 @@ def test_a_folder_is_read_like_a_mirror(mirror: Mirror, store: FolderStore) -> N
 
 
 def synced(world: World, url: str) -> Any:
-    return sync(
-        world.store, url, "home", "device-1", folder=world.device, root=world.root, healthy=nothing, limits=QUICK
-    )  # fmt: skip
+    return sync(world.store, url, "home", Device("device-1", world.device, world.root), nothing, limits=QUICK)
 
 
 def test_an_update_over_a_flaky_mirror_fetches_at_most_a_tenth_more_than_was_missing(world: World) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sartor.core.errors import ConfigError, MissingError, RefusedError, SignatureError
 from sartor.edge import content, publish, roles
 from sartor.edge.roles import Documents, Expiry
-from sartor.edge.sync import Synced, sync
+from sartor.edge.sync import Device, Synced, sync
 from updating import QUICK, World, adapter, nothing, release
 
 INSIDE = [device for device in (f"device-{number}" for number in range(200)) if content.ring_of(device) < 10][0]
@@ -23,11 +23,9 @@ def add(world: World, version: str, moved: float = 0.05, **options: Any) -> publ
     return publish.publish(made, world.repository, world.keys, key=world.key, **options)
 
 
-def synced(world: World, device_id: str = "device-1", name: str = "home", **options: Any) -> Synced:
-    given = {"healthy": nothing, **options}
-    return sync(
-        world.store, world.repository.as_uri(), name, device_id, folder=world.device, root=world.root, limits=QUICK, **given
-    )  # fmt: skip
+def synced(world: World, device_id: str = "device-1", name: str = "home", healthy: Any = nothing, **options: Any) -> Synced:
+    device = Device(device_id, world.device, world.root)
+    return sync(world.store, world.repository.as_uri(), name, device, healthy, **options)
 
 
 def test_private_keys_are_the_owners_alone(world: World) -> None:
@@ -174,14 +172,12 @@ def test_a_name_that_is_not_offered_is_named(world: World) -> None:
 
 def test_an_address_without_a_repository_is_named(world: World, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="no update repository"):
-        sync(world.store, tmp_path.as_uri(), "home", "d", folder=world.device, root=world.root, healthy=nothing, limits=QUICK)
+        sync(world.store, tmp_path.as_uri(), "home", Device("d", world.device, world.root), nothing, limits=QUICK)
 
 
 def test_a_first_root_that_is_no_root_is_refused(world: World) -> None:
     with pytest.raises(SignatureError):
-        sync(
-            world.store, world.repository.as_uri(), "home", "d", folder=world.device, root=b"{}", healthy=nothing, limits=QUICK
-        )  # fmt: skip
+        sync(world.store, world.repository.as_uri(), "home", Device("d", world.device, b"{}"), nothing)
 
 
 def test_a_delta_whose_base_is_another_falls_back_to_the_whole_file(world: World) -> None:

@@ -16,15 +16,14 @@ from sartor.core.errors import ArtifactError, SartorError, SignatureError
 from sartor.edge import publish, roles
 from sartor.edge.fetch import Limits
 from sartor.edge.roles import Documents, Expiry
-from sartor.edge.sync import Synced, sync
+from sartor.edge.sync import Device, Synced, sync
 from updating import QUICK, World, adapter, nothing, release, serving
 
 
 def synced(world: World, url: str = "", limits: Limits = QUICK, **options: Any) -> Synced:
     url = url or world.repository.as_uri()
-    return sync(
-        world.store, url, "home", "device-1", folder=world.device, root=world.root, healthy=nothing, limits=limits, **options
-    )
+    device = Device("device-1", world.device, world.root)
+    return sync(world.store, url, "home", device, nothing, limits=limits, **options)
 
 
 def publish_next(world: World, version: str = "1.1", **options: Any) -> None:

@@ -16,17 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from securesystemslib.signer import CryptoSigner, SSlibKey
+from tuf.api.metadata import Metadata, MetaFile, Role, Root, Snapshot, Targets, Timestamp
+from tuf.api.serialization import DeserializationError
+
 from sartor.core import signing
 from sartor.core.artifacts import make_parent
-from sartor.core.errors import ArtifactError, ConfigError, SignatureError, need
+from sartor.core.errors import ArtifactError, ConfigError, SignatureError
 from sartor.edge.files import write_whole
-
-try:
-    from securesystemslib.signer import CryptoSigner, SSlibKey
-    from tuf.api.metadata import Metadata, MetaFile, Role, Root, Snapshot, Targets, Timestamp
-    from tuf.api.serialization import DeserializationError
-except ModuleNotFoundError as error:
-    raise need(error.name or "tuf", "edge") from None
 
 RoleName = Literal["root", "targets", "snapshot", "timestamp"]
 ROLES: tuple[RoleName, ...] = ("root", "targets", "snapshot", "timestamp")

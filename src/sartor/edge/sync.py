@@ -19,20 +19,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from sartor.core.errors import ArtifactError, ConfigError, MissingError, SartorError, SignatureError, need
+from tuf.api import exceptions
+from tuf.api.metadata import Metadata, Targets
+from tuf.ngclient import Updater
+from tuf.ngclient.fetcher import FetcherInterface
+
+from sartor.core.errors import ArtifactError, ConfigError, MissingError, SartorError, SignatureError
 from sartor.edge import content as words
 from sartor.edge import delta
 from sartor.edge.content import Content, Offer, Step
 from sartor.edge.fetch import AbsentError, Fetcher, Limits
 from sartor.edge.files import write_whole
-
-try:
-    from tuf.api import exceptions
-    from tuf.api.metadata import Metadata, Targets
-    from tuf.ngclient import Updater
-    from tuf.ngclient.fetcher import FetcherInterface
-except ModuleNotFoundError as error:
-    raise need(error.name or "tuf", "edge") from None
 
 _CHUNK_BYTES = 1 << 18
 # A clock may be this far behind the publisher's without being called wrong
@@ -61,6 +58,17 @@ class Store(Protocol):
     def stage(self, name: str, version: str, files: Mapping[str, str]) -> Path: ...  # noqa: D102
     def activate(self, name: str, version: str, healthy: Callable[[Path], None]) -> None: ...  # noqa: D102
     def current(self, name: str) -> Installed | None: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Device:
+    """Who syncs: `id` decides its ring; `folder` is its own, for what it verified; `root` the first root document, or its
+    file, which the device was set up with: everything that it trusts comes from there.
+    """
+
+    id: str
+    folder: Path
+    root: bytes | Path
 
 
 @dataclass(frozen=True)
@@ -166,18 +174,15 @@ def sync(
     store: Store,
     url: str,
     name: str,
-    device_id: str,
-    *,
-    folder: Path,
-    root: bytes | Path,
+    device: Device,
     healthy: Callable[[Path], None],
+    *,
     limits: Limits | None = None,
     again: bool = False,
 ) -> Synced:
     """Bring the release `name` to the newest version that is signed for this device, and activate it if `healthy` agrees.
 
-    `url`: the repository's folder, http(s) or file. `folder`: the device's own, for what it verified. `root`: the first
-    root document, which the device was set up with. `healthy` gets the staged version's path and raises if it is not to be.
+    `url`: the repository's folder, http(s) or file. `healthy` gets the staged version's path and raises if it is not to be.
     `again`: also a version that failed its check here before.
     Raises SignatureError: metadata that is forged, too old, expired, or of another time than this device's clock;
     ArtifactError: content that is not what was signed; MissingError: unreachable or too slow, and what came is kept; what
@@ -185,16 +190,16 @@ def sync(
     """
     url = url.rstrip("/")
     fetcher = Fetcher(limits or Limits())
-    offers, targets = _refreshed(url, folder, root if isinstance(root, bytes) else _read(root), fetcher)
+    offers, targets = _refreshed(url, device, fetcher)
     mine = sorted((offer for named, offer in offers if named == name), key=lambda offer: -offer.order)
     if not mine:
         names = ", ".join(sorted({named for named, _ in offers})) or "nothing"
         raise MissingError(f"{url} offers no {name!r}; it has {names}", "check the name, or the address")
     _check_clock(mine)
     now = store.current(name)
-    was, ring = now.version if now else "", words.ring_of(device_id)
-    failed = {} if again else _failed(folder).get(name, {})
-    offer = _choose(mine, device_id, was, failed)
+    was, ring = now.version if now else "", words.ring_of(device.id)
+    failed = {} if again else _failed(device.folder).get(name, {})
+    offer = _choose(mine, device.id, was, failed)
     if offer is None or offer.version == was:
         notes = [] if offer else [f"no version of {name} is offered to ring {ring}"]
         return Synced(name, was, was, False, ring, fetched_bytes=fetcher.fetched_bytes, notes=(*notes, *fetcher.broken))
@@ -202,7 +207,7 @@ def sync(
     content = _described(url, name, offer, targets, fetcher)
     transfer.bring(content)
     store.stage(name, offer.version, {path: blob.sha256 for path, blob in content.files.items()})
-    _activate(store, name, offer.version, healthy, folder)
+    _activate(store, name, offer.version, healthy, device.folder)
     done = Synced(name, offer.version, was, True, ring, transfer.missing_bytes, fetcher.fetched_bytes)
     return replace(done, deltas=transfer.deltas, whole=transfer.whole, notes=(*transfer.notes, *fetcher.broken))
 
@@ -253,11 +258,12 @@ class _Metadata(FetcherInterface):
             raise exceptions.DownloadLengthMismatchError(error.problem) from error
 
 
-def _refreshed(url: str, folder: Path, root: bytes, fetcher: Fetcher) -> tuple[list[tuple[str, Offer]], Metadata[Targets]]:
+def _refreshed(url: str, device: Device, fetcher: Fetcher) -> tuple[list[tuple[str, Offer]], Metadata[Targets]]:
     """TUF's client workflow on a copy of what is trusted. What it verified is kept also if a later step is refused."""
-    trusted = folder / "metadata"
+    root = device.root if isinstance(device.root, bytes) else _read(device.root)
+    trusted = device.folder / "metadata"
     trusted.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".metadata-", dir=folder) as work:
+    with tempfile.TemporaryDirectory(prefix=".metadata-", dir=device.folder) as work:
         shutil.copytree(trusted, work, dirs_exist_ok=True, symlinks=True, ignore=shutil.ignore_patterns(".*"))
         try:
             updater = Updater(work, f"{url}/metadata", fetcher=_Metadata(fetcher), bootstrap=root)
