@@ -15,7 +15,7 @@ import pytest
 
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
 from sartor.edge import publish
-from sartor.edge.fetch import AbsentError, Fetcher
+from sartor.edge.fetch import Fetcher
 from sartor.edge.sync import Device, sync
 from updating import QUICK, FolderStore, Mirror, World, adapter, answer, cut, drip, honest, nothing, release, serving
 
@@ -180,9 +180,11 @@ def test_an_error_of_the_server_is_tried_again(mirror: Mirror, store: FolderStor
 
 
 def test_a_file_that_is_absent_is_not_tried_again(mirror: Mirror) -> None:
-    with pytest.raises(AbsentError):
-        Fetcher(QUICK).small(f"{mirror.url}/blobs/none", 100)
-    assert len(mirror.asked) == 1
+    fetcher = Fetcher(QUICK)
+    assert fetcher.small(f"{mirror.url}/blobs/none", 100) is None
+    with pytest.raises(MissingError, match="not there"):
+        fetcher.resume(f"{mirror.url}/blobs/none", 100, lambda: 0, lambda at, piece: None)
+    assert (len(mirror.asked), fetcher.broken) == (2, [])
 
 
 def test_a_mirror_that_is_away_is_named(tmp_path: Path) -> None:

@@ -51,10 +51,8 @@ class BrokenError(Exception):
     """One attempt broke off in a way that the next may mend: a cut, a timeout, a 5xx. Never leaves this package."""
 
 
-class AbsentError(MissingError):
-    """The mirror says that it has no such file. `status`: its HTTP status."""
-
-    status = 404
+class AbsentError(Exception):
+    """The mirror says that it has no such file. Never leaves this module."""
 
 
 @dataclass
@@ -74,15 +72,20 @@ class Fetcher:
     fetched_bytes: int = 0
     broken: list[str] = field(default_factory=list)  # what failed and was tried again
 
-    def small(self, url: str, most_bytes: int) -> bytes:
-        """A whole small file. Raises MissingError, and ArtifactError where it has more than `most_bytes`."""
+    def small(self, url: str, most_bytes: int) -> bytes | None:
+        """A whole small file; None where the mirror has none. Raises MissingError: unreachable, too slow, cut too often;
+        ArtifactError: more than `most_bytes`.
+        """
         parts = bytearray()
 
         def take(offset: int, content: bytes) -> None:
             del parts[offset:]
             parts.extend(content)
 
-        self._until_done(url, most_bytes, exact=False, done=lambda: len(parts), take=take)
+        try:
+            self._until_done(url, most_bytes, exact=False, done=lambda: len(parts), take=take)
+        except AbsentError:
+            return None
         return bytes(parts)
 
     def resume(self, url: str, length: int, done: Callable[[], int], take: Sink) -> None:
@@ -91,8 +94,11 @@ class Fetcher:
         Returns once `done() == length`. Raises MissingError: absent, unreachable, too slow, cut too often (what came is
         kept, so a later call goes on); ArtifactError: the mirror sends more, or another range, than the length declares.
         """
-        if done() < length:
-            self._until_done(url, length, exact=True, done=done, take=take)
+        try:
+            if done() < length:
+                self._until_done(url, length, exact=True, done=done, take=take)
+        except AbsentError as error:
+            raise MissingError(f"{url} is not there ({error})", "try again later, or another mirror") from None
 
     def _until_done(self, url: str, length: int, *, exact: bool, done: Callable[[], int], take: Sink) -> None:
         failures = 0
@@ -191,7 +197,7 @@ def _local(url: str, offset: int) -> Iterator[Body]:
             stream.seek(offset)
             yield Body(offset, max(0, path.stat().st_size - offset), stream.read)
     except (FileNotFoundError, IsADirectoryError):
-        raise AbsentError(f"there is no {path}", "check the address of the repository") from None
+        raise AbsentError("no such file") from None
 
 
 def _connection(parts: urllib.parse.SplitResult, limits: Limits) -> http.client.HTTPConnection:
@@ -258,7 +264,7 @@ def _next(url: str, location: str) -> str:
 def _body(url: str, answer: http.client.HTTPResponse, offset: int, length: int) -> Body:
     status = answer.status
     if status in (403, 404, 410):
-        raise AbsentError(f"{url} is not there (HTTP {status})", "check the address, or try another mirror")
+        raise AbsentError(f"HTTP {status}")
     if status == 416:
         raise ArtifactError(f"{url} has no bytes after {offset:,}; {length:,} are signed", "try another mirror")
     if status not in (200, 206):

@@ -28,7 +28,7 @@ from sartor.core.errors import ArtifactError, ConfigError, MissingError, SartorE
 from sartor.edge import content as words
 from sartor.edge import delta
 from sartor.edge.content import Content, Offer, Step
-from sartor.edge.fetch import AbsentError, Fetcher, Limits
+from sartor.edge.fetch import Fetcher, Limits
 from sartor.edge.files import write_whole
 
 _CHUNK_BYTES = 1 << 18
@@ -251,11 +251,13 @@ class _Metadata(FetcherInterface):
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
         try:
-            return self.fetcher.small(url, max_length)
-        except AbsentError as error:
-            raise exceptions.DownloadHTTPError(error.problem, error.status) from error
+            found = self.fetcher.small(url, max_length)
         except ArtifactError as error:
             raise exceptions.DownloadLengthMismatchError(error.problem) from error
+        if found is None:
+            # how the client learns that there is no newer root
+            raise exceptions.DownloadHTTPError(f"there is no {url}", 404)
+        return found
 
 
 def _refreshed(url: str, device: Device, fetcher: Fetcher) -> tuple[list[tuple[str, Offer]], Metadata[Targets]]:
@@ -301,6 +303,8 @@ def _described(url: str, name: str, offer: Offer, targets: Metadata[Targets], fe
     """The version's document, of the length and digest that are signed."""
     target = targets.signed.targets[words.target_path(name, offer.version)]
     document = fetcher.small(f"{url}/targets/{target.get_prefixed_paths()[0]}", target.length)
+    if document is None:
+        raise MissingError(f"{url} lacks {target.path}, which it lists", "try again later, or another mirror")
     try:
         target.verify_length_and_hashes(document)
     except exceptions.LengthOrHashMismatchError as error:
