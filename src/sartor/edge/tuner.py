@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from sartor.core import config
 from sartor.core.bases import BaseRef
 from sartor.core.errors import BudgetError, ConfigError, ModelError, SartorError
+from sartor.edge.files import write_whole
 from sartor.edge.llama import ATTENTION, MLP, MappedLlama
 from sartor.edge.tokens import read_tokens
 from sartor.models import kernels
@@ -104,7 +105,7 @@ def tune(job: Job, *, show: bool = False) -> dict[str, Any]:
             "path": run.path.reason,
         }
     _write(model, recipe, job, out)
-    _replace(out / "run.json", json.dumps(said) + "\n")  # last: whoever finds it finds all
+    write_whole(out / "run.json", f"{json.dumps(said)}\n".encode())  # last: whoever finds it finds all
     return said
 
 
@@ -157,16 +158,7 @@ def _write(model: MappedLlama, recipe: Recipe, job: Job, out: Path) -> None:
     part = out / ".adapter_model.safetensors"
     save_file({name: factor.detach().contiguous() for name, factor in model.factors().items()}, str(part), {"format": "pt"})
     os.replace(part, out / "adapter_model.safetensors")
-    _replace(out / "adapter_config.json", json.dumps(said, indent=2, sort_keys=True) + "\n")
-
-
-def _replace(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}")
-    with part.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, file)
+    write_whole(out / "adapter_config.json", f"{json.dumps(said, indent=2, sort_keys=True)}\n".encode())
 
 
 def main(arguments: Sequence[str]) -> int:
