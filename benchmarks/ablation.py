@@ -26,9 +26,9 @@ import savings
 import tables
 import torch
 
-from sartor.models import batches, paths
-from sartor.models.attention import packing
+from sartor.models import batches, general, paths
 from sartor.models.forward import Fast
+from sartor.models.general import packing, without_peft
 from sartor.models.kernels.eager import Eager
 
 Way = Callable[[], torch.Tensor]
@@ -46,8 +46,8 @@ class Ways:
         path = paths.choose(self.model, self.rows, self.device)
         assert isinstance(path, paths.FastPath), path.reason
         self.fast = path.fast
-        self.eager = Fast(self.model, Eager())
-        self.recompute = Fast(self.model, self.fast.kernels, recompute=True)
+        self.eager = Fast(without_peft(self.model), Eager())
+        self.recompute = Fast(without_peft(self.model), self.fast.kernels, recompute=True)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def of(self, fast: Fast, examples: list[batches.Encoded], share: bool = False) -> Way:
@@ -62,7 +62,7 @@ class Ways:
 
     def module(self) -> torch.Tensor:
         with packing(self.model):
-            return batches.pack_losses(self.model, batches.pack(self.rows, self.device)).mean()
+            return general.pack_losses(self.model, batches.pack(self.rows, self.device)).mean()
 
     def all_rows_to_the_head(self) -> torch.Tensor:
         """Every row's logits are made and masked afterwards, as most trainers do it."""
@@ -78,17 +78,21 @@ class Ways:
         yield (
             "the C++ attention alone (torch's instead)",
             whole,
-            self.of(Fast(self.model, self.mixed(("attention",))), self.rows),
+            self.of(Fast(without_peft(self.model), self.mixed(("attention",))), self.rows),
         )
         rest = ("rms_norm", "glu", "cross_entropy")
-        yield "the C++ elementwise parts alone (torch's instead)", whole, self.of(Fast(self.model, self.mixed(rest)), self.rows)
+        yield (
+            "the C++ elementwise parts alone (torch's instead)",
+            whole,
+            self.of(Fast(without_peft(self.model), self.mixed(rest)), self.rows),
+        )
         yield "masked rows kept from the head and the last layer's tail", whole, self.all_rows_to_the_head
         yield "keeping activations (`compute.recompute`)", whole, self.of(self.recompute, self.rows)
         yield "the block by hand (transformers' module, packed, instead)", whole, self.module
         yield (
             "packing (transformers' module, a row at a time, instead)",
             whole,
-            lambda: batches.row_losses(self.model, self.rows, self.device).mean(),
+            lambda: general.row_losses(self.model, self.rows, self.device).mean(),
         )
         yield (
             "shared prefixes, on rows that have 40 % in common",

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sartor.models import attention, batches
+from sartor.models import batches, general
 
 ROWS, PAIRS = 12, 5
 
@@ -47,12 +47,12 @@ def rows() -> list[batches.Encoded]:
 
 
 def packed(model: LlamaForCausalLM, examples: list[batches.Encoded]) -> torch.Tensor:
-    with attention.packing(model):
-        return batches.pack_losses(model, batches.pack(examples)).mean()
+    with general.packing(model):
+        return general.pack_losses(model, batches.pack(examples)).mean()
 
 
 def one_row(model: LlamaForCausalLM, examples: list[batches.Encoded]) -> torch.Tensor:
-    return batches.row_losses(model, examples, "cpu").mean()
+    return general.row_losses(model, examples, "cpu").mean()
 
 
 def padded(model: LlamaForCausalLM, examples: list[batches.Encoded]) -> torch.Tensor:

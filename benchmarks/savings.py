@@ -27,6 +27,7 @@ import torch
 from sartor.models import adapters, paths
 from sartor.models.base import open_base
 from sartor.models.batches import Encoded
+from sartor.models.path import Wish
 
 ROWS, COMMON_FRACTION, SUPERVISED = 14, 0.4, 0.43
 
@@ -78,7 +79,7 @@ def shared_prefix(layers: int, pairs: int, prove: bool) -> dict[str, Any]:
     """The ratio, on rows whose first 40 % of tokens are common."""
     base, model = tuned(layers, None)
     examples = rows(ROWS, COMMON_FRACTION, len(base.chat.tokenizer))
-    shared, plain = (paths.choose(model, examples, base.device, paths.Wish(share=share)) for share in (True, False))
+    shared, plain = (paths.choose(model, examples, base.device, Wish(share=share)) for share in (True, False))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found, each = ratio(lambda: seconds(shared, examples, trained), lambda: seconds(plain, examples, trained), pairs)
     tokens = sum(len(row.ids) for row in examples)
@@ -90,10 +91,10 @@ def frozen_prefix(top: int, layers: int, pairs: int, prove: bool) -> dict[str, A
     """The ratio of an epoch after the first, with `top` layers adapted."""
     base, model = tuned(layers, top)
     examples = rows(ROWS, 0.0, len(base.chat.tokenizer))
-    plain = paths.choose(model, examples, base.device, paths.Wish(share=False))
+    plain = paths.choose(model, examples, base.device, Wish(share=False))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with tempfile.TemporaryDirectory() as store:  # not the user's own cache
-        wish = paths.Wish(share=False, reuse_bytes=1 << 30, identity=base.ref.digest, store=Path(store))
+        wish = Wish(share=False, reuse_bytes=1 << 30, identity=base.ref.digest, store=Path(store))
         reusing = paths.choose(model, examples, base.device, wish)
         first_s = seconds(reusing, examples, trained)  # the first epoch: computed and stored
         found, each = ratio(lambda: seconds(reusing, examples, trained), lambda: seconds(plain, examples, trained), pairs)

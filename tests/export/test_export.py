@@ -35,7 +35,7 @@ from sartor.core.records import Message
 from sartor.core.towers import SAID
 from sartor.evaluate.release import verify_release
 from sartor.export import companions, forms, llamacpp, measure, prompts, runtimes, verb
-from sartor.models import adapters, composed, memory
+from sartor.models import adapters, composed, general, memory
 from sartor.models.base import open_base
 from sartor.models.generate import generate
 from sartor.models.sampling import Sampling
@@ -197,7 +197,7 @@ def halved(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.Linear):
             module.scaling["default"] *= -4
-    return adapters.without_peft(model.merge_and_unload())
+    return general.without_peft(model.merge_and_unload())
 
 
 def test_one_that_answers_otherwise_is_not_written(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiny
-from sartor.models import attention, batches
+from sartor.models import batches, general
 from sartor.models.attention import BLOCKED_ATTENTION_TOKENS
 from sartor.models.batches import Encoded
 
@@ -97,8 +97,8 @@ def random_lengths(seed: int) -> list[int]:
 
 
 def packed_losses(model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
-    with attention.packing(model):
-        return batches.pack_losses(model, batches.pack(examples))
+    with general.packing(model):
+        return general.pack_losses(model, batches.pack(examples))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -106,7 +106,7 @@ def packed_losses(model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
 @torch.no_grad()
 def test_packed_losses_equal_those_of_the_rows_one_by_one(name: str, seed: int) -> None:
     made, examples = model(name), rows(*random_lengths(seed), seed=seed)
-    difference = packed_losses(made, examples) - batches.row_losses(made, examples, "cpu")
+    difference = packed_losses(made, examples) - general.row_losses(made, examples, "cpu")
     assert difference.abs().max() < 1e-5
 
 
@@ -114,7 +114,7 @@ def test_packed_losses_equal_those_of_the_rows_one_by_one(name: str, seed: int) 
 @torch.no_grad()
 def test_a_row_longer_than_the_blocked_kernel_takes_packs_exactly_too(name: str) -> None:
     made, examples = model(name), rows(5, BLOCKED_ATTENTION_TOKENS + 70, 30, BLOCKED_ATTENTION_TOKENS, 1)
-    difference = packed_losses(made, examples) - batches.row_losses(made, examples, "cpu")
+    difference = packed_losses(made, examples) - general.row_losses(made, examples, "cpu")
     assert difference.abs().max() < 1e-5
 
 
@@ -134,7 +134,7 @@ def gradients(made: Any, losses: torch.Tensor) -> torch.Tensor:
 def test_packed_gradients_equal_those_of_the_rows_one_by_one(name: str, tolerance: float, lengths: tuple[int, ...]) -> None:
     made, examples = model(name, torch.float64), rows(*lengths)
     packed = gradients(made, packed_losses(made, examples))
-    plain = gradients(made, batches.row_losses(made, examples, "cpu"))
+    plain = gradients(made, general.row_losses(made, examples, "cpu"))
     assert len(packed) == len(plain) == sum(parameter.numel() for parameter in made.parameters())
     assert (packed - plain).norm() <= tolerance * plain.norm()
 
@@ -197,7 +197,7 @@ def test_fill_takes_every_row_once_in_order_within_capacity(data: st.DataObject,
 def test_packing_puts_the_attention_back_also_after_an_error() -> None:
     made = tiny.model()
     before = made.config._attn_implementation
-    with pytest.raises(ZeroDivisionError), attention.packing(made):
+    with pytest.raises(ZeroDivisionError), general.packing(made):
         assert made.config._attn_implementation == "sartor_packed"
         _ = 1 / 0
     assert made.config._attn_implementation == before
@@ -206,32 +206,32 @@ def test_packing_puts_the_attention_back_also_after_an_error() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", EXACT)
 def test_a_model_that_packs_exactly_is_said_to(name: str, dtype: torch.dtype) -> None:
-    exact, difference = batches.packs_exactly(model(name, dtype), rows(40, 7, 25), "cpu")
+    exact, difference = general.packs_exactly(model(name, dtype), rows(40, 7, 25), "cpu")
     assert exact, difference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LEAKY)
 def test_a_model_that_leaks_between_rows_is_found_out(name: str, dtype: torch.dtype) -> None:
-    exact, difference = batches.packs_exactly(model(name, dtype), rows(40, 7, 25), "cpu")
+    exact, difference = general.packs_exactly(model(name, dtype), rows(40, 7, 25), "cpu")
     assert not exact
     assert difference > 0
 
 
 def test_attention_sinks_that_packing_does_not_know_are_found_out() -> None:
-    assert not batches.packs_exactly(model("GptOss"), rows(40, 7, 25), "cpu")[0]
+    assert not general.packs_exactly(model("GptOss"), rows(40, 7, 25), "cpu")[0]
 
 
 def test_a_difference_that_only_long_rows_show_is_found_out() -> None:
     """Llama 4 attends within chunks, which its mask says and its attention function is not told."""
-    assert not batches.packs_exactly(model("Llama4Text"), [*rows(40, 7, 25), *rows(200)], "cpu")[0]
+    assert not general.packs_exactly(model("Llama4Text"), [*rows(40, 7, 25), *rows(200)], "cpu")[0]
 
 
 @pytest.mark.parametrize("unsupervised", [2, 3])
 def test_a_leak_is_found_out_behind_rows_that_teach_nothing(unsupervised: int) -> None:
     idle = [Encoded([5, 6, 7], [False] * 3)] * unsupervised
     examples = [*rows(30)[: 3 - unsupervised], *idle, *rows(40, 25, seed=1)]
-    assert not batches.packs_exactly(model("Mamba"), examples, "cpu")[0]
+    assert not general.packs_exactly(model("Mamba"), examples, "cpu")[0]
 
 
 class Stubborn(nn.Module):
@@ -262,9 +262,9 @@ class Stubborn(nn.Module):
 )
 def test_a_model_that_fails_when_packed_is_left_unpacked(error: type[Exception]) -> None:
     made = Stubborn(error)
-    assert batches.packs_exactly(made, rows(12, 8), "cpu") == (False, float("inf"))
+    assert general.packs_exactly(made, rows(12, 8), "cpu") == (False, float("inf"))
     assert made.config._attn_implementation == "sdpa"
 
 
 def test_a_model_that_ignores_the_rows_is_left_unpacked() -> None:
-    assert not batches.packs_exactly(Stubborn(None), rows(12, 8), "cpu")[0]
+    assert not general.packs_exactly(Stubborn(None), rows(12, 8), "cpu")[0]

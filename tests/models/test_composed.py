@@ -12,11 +12,12 @@ import torch
 import tiny
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message, Part
-from sartor.models import adapters, batches, composed, paths
+from sartor.models import adapters, batches, composed, general, paths
 from sartor.models.base import Base, open_base
 from sartor.models.composed import compose
 from sartor.models.generate import generate
 from sartor.models.media import blank, keys_in
+from sartor.models.path import Wish
 from sartor.models.sampling import Sampling
 from sartor.models.shelf import Shelf
 from seeing import Fake, picture, said
@@ -71,7 +72,7 @@ def test_losses_and_gradients_are_the_same_on_every_path(base: Base, train: bool
         adapters.train_projectors(model)
     rows = [base.chat.encode(row) for row in ROWS]
     fast = paths.choose(model, rows, CPU)
-    general = paths.choose(model, rows, CPU, paths.Wish(fast=False))
+    general = paths.choose(model, rows, CPU, Wish(fast=False))
     assert (fast.name, general.name) == ("fast", "general")
     single = paths.OneRow(model, CPU, "")
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -102,9 +103,9 @@ def test_no_pack_cuts_media(base: Base) -> None:
 
 def test_rows_turned_round_to_measure_a_path_never_have_media_as_what_is_to_be_said(base: Base) -> None:
     row = base.chat.encode(said(picture(9), "?", reply="turn on the kitchen light " * 4))
-    for ids, holds in ((row.ids[::-1], False), (batches.turned(row.ids), True)):
+    for ids, holds in ((row.ids[::-1], False), (general.turned(row.ids), True)):
         assert bool((batches.pack([replace(row, ids=ids)]).targets >= 0).all()) is holds
-    assert sorted(batches.turned(row.ids)) == sorted(row.ids) != batches.turned(row.ids)
+    assert sorted(general.turned(row.ids)) == sorted(row.ids) != general.turned(row.ids)
 
 
 def test_what_follows_depends_on_the_media_and_not_if_they_are_blank(base: Base) -> None:

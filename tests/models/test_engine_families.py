@@ -13,7 +13,8 @@ from test_forward import MODELS, tuned
 import loras
 from replies import replies
 from sartor.models import adapters
-from sartor.models.base import _cpu_flags, open_base
+from sartor.models.base import open_base
+from sartor.models.device import _cpu_flags
 from sartor.models.engine.blocks import Run
 from sartor.models.engine.contract import Call
 from sartor.models.engine.local import LocalEngine

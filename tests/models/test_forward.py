@@ -13,12 +13,13 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sartor.models import adapters, batches, paths
+from sartor.models import adapters, batches, general, paths
 from sartor.models.batches import Encoded
 from sartor.models.forward import FAMILIES, Fast
 from sartor.models.kernels import native
 from sartor.models.kernels.eager import Eager
 from sartor.models.linear import Unsupported
+from sartor.models.path import Wish, prove
 
 V = 97
 SHAPE = {
@@ -116,8 +117,8 @@ def test_every_family_in_the_table_is_tested() -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_losses_and_gradients_are_transformers_own_in_fp64(kind: str, made: Eager, recompute: bool) -> None:
     model, examples = tuned(kind), rows(20, 5, 33, 12, 1, 40)
-    wanted = batches.row_losses(model, examples, "cpu")
-    fast = Fast(model, made, recompute=recompute)
+    wanted = general.row_losses(model, examples, "cpu")
+    fast = Fast(general.without_peft(model), made, recompute=recompute)
     got = fast.losses(batches.pack(examples))
     assert apart(got, wanted) < 1e-6  # the head of transformers' path is asked in fp64, its rotary angles in fp32
     assert worst(gradients(model, got), gradients(model, wanted)) < 1e-6
@@ -130,8 +131,8 @@ def test_losses_are_transformers_own_at_the_precisions_that_are_trained_in(
     kind: str, made: Eager, dtype: torch.dtype, limit: float
 ) -> None:
     model, examples = tuned(kind, dtype), rows(20, 5, 33, 12)
-    got = Fast(model, made).losses(batches.pack(examples, share=True))
-    assert apart(got, batches.row_losses(model, examples, "cpu")) < limit
+    got = Fast(general.without_peft(model), made).losses(batches.pack(examples, share=True))
+    assert apart(got, general.row_losses(model, examples, "cpu")) < limit
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -156,7 +157,7 @@ def test_shared_prefixes_change_nothing(
     for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model = tuned(kind, dtype, **changes)
         for made in kernels():
-            fast = Fast(model, made)
+            fast = Fast(general.without_peft(model), made)
             plain, shared = (fast.losses(batches.pack(examples, share=share)) for share in (False, True))
             if len(plain):
                 assert apart(shared, plain) <= limit
@@ -176,7 +177,7 @@ def test_frozen_activations_from_disk_change_nothing(kind: str, made: Eager) -> 
         model, examples = tuned(kind, dtype, top=1), rows(20, 5, 33, 12, 40, head=10)
         path = fast_path(model, examples, reuse_bytes=1 << 30)
         assert path.frozen is not None
-        proof = paths.prove(path, examples)
+        proof = prove(path, examples)
         assert proof["loss"] <= limit and 0 <= proof["gradient"] <= limit
         assert (path.frozen.computed, path.frozen.reused) == (1, 0)
         again = fast_path(model, examples, reuse_bytes=1 << 30)
@@ -185,7 +186,7 @@ def test_frozen_activations_from_disk_change_nothing(kind: str, made: Eager) -> 
 
 
 def fast_path(model: Any, examples: Sequence[Encoded], **wish: Any) -> paths.FastPath:
-    path = paths.choose(model, examples, torch.device("cpu"), paths.Wish(identity="base", **wish))
+    path = paths.choose(model, examples, torch.device("cpu"), Wish(identity="base", **wish))
     assert isinstance(path, paths.FastPath), path.reason
     return path
 
@@ -231,7 +232,7 @@ def test_nothing_is_stored_when_every_layer_is_adapted_or_rows_are_read_once() -
 
 def test_layers_below_the_lowest_adapted_one_get_no_gradient_and_the_head_sees_supervised_rows_only() -> None:
     model, examples = tuned("llama", torch.float32, top=1), rows(20, 30)
-    fast = Fast(model, Eager())
+    fast = Fast(general.without_peft(model), Eager())
     assert fast.lowest == 2
     seen: list[int] = []
     fast.kernels.cross_entropy = lambda logits, *rest: (seen.append(len(logits)), Eager().cross_entropy(logits, *rest))[1]  # type: ignore[method-assign]
@@ -242,7 +243,7 @@ def test_layers_below_the_lowest_adapted_one_get_no_gradient_and_the_head_sees_s
 def test_the_base_is_not_copied() -> None:
     model = tuned("llama", torch.float32)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    fast = Fast(model, Eager())
+    fast = Fast(general.without_peft(model), Eager())
     attention = model.get_base_model().model.layers[0].self_attn
     fused = fast.blocks[0].attention_in.weight()
     for module in (attention.q_proj, attention.k_proj, attention.v_proj):
@@ -261,7 +262,7 @@ def test_the_base_is_not_copied() -> None:
 def test_what_the_fast_path_cannot_take_goes_the_general_way_and_says_why(
     kind: str, changes: dict[str, Any], wish: dict[str, Any], reason: str
 ) -> None:
-    path = paths.choose(tuned(kind, torch.float32, **changes), rows(20, 9), torch.device("cpu"), paths.Wish(**wish))
+    path = paths.choose(tuned(kind, torch.float32, **changes), rows(20, 9), torch.device("cpu"), Wish(**wish))
     assert path.name == "general"
     assert reason in path.reason
 
@@ -277,14 +278,14 @@ def test_an_unknown_architecture_and_dropout_go_the_general_way() -> None:
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).requires_grad_(False)
     dropping = adapters.inject_lora(llama, rank=4, alpha=8, dropout=0.1, targets="all-linear", seed=0).eval()
     with pytest.raises(Unsupported, match="dropout before A"):
-        Fast(dropping, Eager())
+        Fast(general.without_peft(dropping), Eager())
 
 
 @pytest.mark.parametrize("made", kernels(), ids=lambda made: made.name)
 def test_a_value_that_is_not_finite_is_not_hidden(made: Eager) -> None:
     model, examples = tuned("llama", torch.float32), rows(20, 9)
     model.get_base_model().model.layers[1].mlp.down_proj.base_layer.weight.data[0, 0] = float("nan")
-    assert not torch.isfinite(Fast(model, made).losses(batches.pack(examples))).all()
+    assert not torch.isfinite(Fast(general.without_peft(model), made).losses(batches.pack(examples))).all()
 
 
 @pytest.mark.parametrize("compiler", [None, "false"])

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 import tiny_native
 from sartor.core.errors import ConfigError, MediaError, ModelError, SourceError
 from sartor.core.records import Message, Part
-from sartor.models import adapters, batches, paths
+from sartor.models import adapters, general, paths
 from sartor.models.base import Base, open_base
 from sartor.models.batches import Encoded
 from sartor.models.engine.local import LocalEngine
 from sartor.models.generate import generate
 from sartor.models.media import blank
 from sartor.models.native import parts
+from sartor.models.path import Wish
 from sartor.models.sampling import Sampling
 
 CPU = torch.device("cpu")
@@ -106,7 +107,7 @@ def test_packs_have_the_losses_of_single_rows_or_rows_are_taken_one_at_a_time(ba
     path = paths.choose(base.model, encoded, CPU)  # which computes once what rows begin with, a picture too
     assert path.name == ("general" if folder.name in PACKED else "one-row"), path.reason
     with torch.no_grad():
-        found, single = path.losses(encoded)[0], batches.row_losses(base.model, encoded, CPU)
+        found, single = path.losses(encoded)[0], general.row_losses(base.model, encoded, CPU)
     assert (found - single).abs().max() <= 1e-5
 
 
@@ -119,9 +120,9 @@ def test_in_16_bits_the_same_rows_are_packed(folder: Path) -> None:
 def test_what_is_seen_reaches_the_losses(base: Base) -> None:
     encoded = rows(base)[:2]
     with torch.no_grad():
-        seen = batches.row_losses(base.model, encoded, CPU)
+        seen = general.row_losses(base.model, encoded, CPU)
         with blank(base.model):
-            unseen = batches.row_losses(base.model, encoded, CPU)
+            unseen = general.row_losses(base.model, encoded, CPU)
     assert (seen - unseen).abs().max() > 1e-4
 
 
@@ -130,17 +131,17 @@ def test_an_adapter_is_the_same_when_opened(base: Base, folder: Path, tuned: Cal
     moved(model)
     encoded = rows(base)
     with torch.no_grad():
-        wanted = batches.row_losses(model, encoded, CPU)
+        wanted = general.row_losses(model, encoded, CPU)
         with model.disable_adapter():
-            before = batches.row_losses(model, encoded, CPU)
+            before = general.row_losses(model, encoded, CPU)
     adapters.write_adapter(model, tmp_path, "tiny")
     fresh = opened(folder)
     again = adapters.open_adapter(fresh.model, tmp_path)
     with torch.no_grad():
-        found = batches.row_losses(again, rows(fresh), CPU)
+        found = general.row_losses(again, rows(fresh), CPU)
         with again.disable_adapter():
-            assert torch.equal(batches.row_losses(again, rows(fresh), CPU), before)
-        path = paths.choose(again, rows(fresh), CPU, paths.Wish(fast=False))
+            assert torch.equal(general.row_losses(again, rows(fresh), CPU), before)
+        path = paths.choose(again, rows(fresh), CPU, Wish(fast=False))
         with again.disable_adapter():
             assert (path.losses(rows(fresh))[0] - before).abs().max() <= 1e-4
         assert (path.losses(rows(fresh))[0] - wanted).abs().max() <= 1e-4
@@ -169,7 +170,7 @@ def test_gradients_reach_what_is_named_and_nothing_else(base: Base, tuned: Calla
         return
     model = tuned(**targets)
     moved(model)
-    batches.row_losses(model, rows(base), CPU).sum().backward()
+    general.row_losses(model, rows(base), CPU).sum().backward()
     reached = {name for name, part in model.named_parameters() if part.grad is not None and part.grad.abs().sum() > 0}
     learnt = {name for name, part in model.named_parameters() if part.requires_grad}
     assert reached <= learnt
@@ -224,7 +225,7 @@ def test_an_omni_directory_opens_as_its_thinker(tmp_path: Path) -> None:
     def losses() -> torch.Tensor:
         base = opened(folder)
         with torch.no_grad():
-            return batches.row_losses(base.model, [base.chat.encode(row)], CPU)
+            return general.row_losses(base.model, [base.chat.encode(row)], CPU)
 
     alone = losses()
     weights = {f"thinker.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}

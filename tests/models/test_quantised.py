@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 import sartor
 import tiny
 from sartor.core.errors import ConfigError, ExtraError, ModelError
-from sartor.models import adapters, batches, paths, quantised
+from sartor.models import adapters, batches, general, paths, quantised
 from sartor.models.base import Base, open_base
+from sartor.models.path import Wish
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'sartor[quant]'")
 CPU = torch.device("cpu")
@@ -138,7 +139,7 @@ def test_an_embedding_of_its_own_is_held_as_it_was_read(tmp_path: Path, bits: in
     assert embedding.weight.dtype == torch.bfloat16
     assert embedding(ids).dtype == base.dtype
     assert torch.equal(embedding(ids), plain.get_input_embeddings()(ids).to(base.dtype))
-    assert batches.packs_exactly(inject(base).eval(), ROWS, CPU)[1] < 1e-3
+    assert general.packs_exactly(inject(base).eval(), ROWS, CPU)[1] < 1e-3
 
 
 # --- what a layer computes
@@ -200,10 +201,10 @@ def test_the_gradient_is_that_of_the_same_base_dense(tiny_base: Path, bits: int)
 @BITS
 def test_rows_pack_exactly(tiny_base: Path, bits: int) -> None:
     model = inject(opened(tiny_base, bits)).eval()
-    is_exact, difference = batches.packs_exactly(model, ROWS, CPU)
+    is_exact, difference = general.packs_exactly(model, ROWS, CPU)
     assert is_exact, difference
     assert isinstance(paths.choose(model, ROWS, CPU), paths.FastPath)
-    assert isinstance(paths.choose(model, ROWS, CPU, paths.Wish(fast=False)), paths.General)
+    assert isinstance(paths.choose(model, ROWS, CPU, Wish(fast=False)), paths.General)
 
 
 def test_a_token_of_an_int8_layer_does_not_see_its_neighbours(wide_base: Path) -> None:

@@ -16,7 +16,7 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, MediaError, SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.evaluate.tasks import open_tuned
-from sartor.models import adapters, batches, paths
+from sartor.models import adapters, general, paths
 from sartor.models.base import Base, open_base
 from sartor.models.generate import generate
 from sartor.models.native import parts, whisper
@@ -110,7 +110,7 @@ def test_lora_lowers_the_loss_and_is_opened_as_it_was_written(base: Base, folder
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], 1e-2)
     losses = []
     for _ in range(8):
-        loss = batches.row_losses(model, [row], CPU).mean()
+        loss = general.row_losses(model, [row], CPU).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -121,7 +121,7 @@ def test_lora_lowers_the_loss_and_is_opened_as_it_was_written(base: Base, folder
     other.chat.encode(tiny_native.row(SOUND, reply="a"))  # it hears what it is told of
     opened = adapters.open_adapter(other.model, tmp_path)
     with torch.no_grad():
-        assert torch.equal(batches.row_losses(opened, [row], CPU), batches.row_losses(model.eval(), [row], CPU))
+        assert torch.equal(general.row_losses(opened, [row], CPU), general.row_losses(model.eval(), [row], CPU))
 
 
 def test_what_does_not_fit_is_refused(base: Base) -> None:

@@ -14,7 +14,7 @@ import sartor
 from conftest import ROWS, write_jsonl
 from sartor.core.artifacts import file_digest, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
-from sartor.models import batches
+from sartor.models import general
 from sartor.models.frozen import Frozen
 from sartor.tune import objectives, optimizers, order
 from sartor.tune.recipe import Optimizer
@@ -129,7 +129,7 @@ def test_a_model_that_cannot_pack_takes_the_plain_path_to_the_same_adapter(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = tune(tune_recipe, tmp_path / "a")
-    monkeypatch.setattr(batches, "agrees", lambda *args: (False, float("inf")))
+    monkeypatch.setattr(general, "agrees", lambda *args: (False, float("inf")))
     plain = tune(tune_recipe, tmp_path / "b")
     assert (packed["packed"], plain["packed"]) == (True, False)
     assert packed["loss"]["last"] == pytest.approx(plain["loss"]["last"], abs=1e-4)

@@ -17,7 +17,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     """Every update of the job, and then what its matrix products alone would take."""
     import torch
 
-    from sartor.models import adapters, batches, paths
+    from sartor.models import adapters, batches, general, paths
     from sartor.models.base import open_base
     from sartor.models.forward import Fast
     from sartor.models.kernels.eager import Eager
@@ -51,7 +51,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     said |= _roofline(job, watch, model)
     examples = [row for rows in updates for row in rows]
     by_default = paths.choose(model.eval(), examples, base.device).losses
-    by_torch = Fast(model, Eager())
+    by_torch = Fast(general.without_peft(model), Eager())
     return said | {
         # as `tune` does it by default: what rows begin with alike is computed once
         "shared_tokens_per_s": _rate(lambda rows: by_default(rows)[0], updates, optimizer),

@@ -7,7 +7,8 @@
     |   |   `-- MediaError                  ... a picture or a recording
     |   |-- ArtifactError                 ... a Dataset, Adapter, Report or Release: tampered, truncated, foreign
     |   |-- ModelError                    ... a base, tokenizer or adapter weights
-    |   `-- RequestError                  ... what a client asks a served team for
+    |   |-- RequestError                  ... what a client asks a served team for
+    |   `-- StoreError                    ... blobs and versions of the releases on a device
     |-- StoppedError           130, 143   a signal ended the work; what was done is saved
     |-- BudgetError                  4    memory, disk or time cannot hold it
     |   |-- BusyError                     ... a queue is full, or a rate is used up: ask again later
@@ -19,6 +20,7 @@
     |   |-- KeyRefusedError               ... a key that is absent, unknown, or not for this
     |   |-- ConflictError                 ... a change that was based on what is no longer so
     |   |-- LicenceError                  ... a licence of the data or the base
+    |   |-- HealthError                   ... the health check of a release on a device
     |   `-- GuardError                    ... a removal that would take too much
     `-- MissingError                 6    something outside is not there
         |-- AssetError                    ... an offline asset or the registry that serves it
@@ -104,6 +106,10 @@ class RequestError(InputError):
     """What a client asks a served team for is malformed, too large or not supported."""
 
 
+class StoreError(InputError):
+    """A blob, a path or a version that a device's store cannot use: other bytes than its digest says, missing, damaged."""
+
+
 class StoppedError(SartorError):
     """A signal ended the work; what was done is saved, and can be gone on from. `number`: the signal's, by default SIGINT's."""
 
@@ -176,6 +182,10 @@ class ConflictError(RefusedError):
 
 class LicenceError(RefusedError):
     """A licence of the data or the base forbids what was asked."""
+
+
+class HealthError(RefusedError):
+    """A release did not pass its health check on this device, or was rolled back on it; the version before it works on."""
 
 
 class GuardError(RefusedError):

@@ -26,6 +26,8 @@ _EXTRAS = {
     "torch": "tune",
     "transformers": "tune",
     "bitsandbytes": "quant",
+    "securesystemslib": "edge",
+    "tuf": "edge",
     "hassil": "demo",
     "datasets": "hub",
     "alembic": "serve",

@@ -14,13 +14,14 @@ from sartor.core.records import Example
 from sartor.evaluate.held_out import HeldOut
 from sartor.evaluate.labels import label_of, span_of
 from sartor.evaluate.measures import Side
-from sartor.models import batches, paths
+from sartor.models import batches
 from sartor.models.base import Base
 from sartor.models.batches import Encoded
 from sartor.models.chat import Chat
 from sartor.models.generate import Generation, generate
 from sartor.models.media import blank
 from sartor.models.native.media import is_native
+from sartor.models.path import Wish
 from sartor.models.sampling import Sampling
 
 # A reply may be this much longer than the longest reference before it is cut (and then it is wrong anyway)
@@ -66,7 +67,7 @@ def replies(base: Base, model: Any, asked: HeldOut, limit: int) -> list[Generati
 def losses(base: Base, model: Any, encoded: Sequence[Encoded], pack_tokens: int = 2048) -> tuple[list[float], list[int]]:
     """(nats per supervised token, supervised tokens) of each row under the model as it stands."""
     # the fast path would always see the adapter, and `side` switches it off
-    path = paths.choose(model, encoded, base.device, paths.Wish(fast=False, share=False))
+    path = base.path(model, encoded, Wish(fast=False, share=False))
     means: list[float] = []
     for group in batches.fill([len(row.ids) for row in encoded], max(pack_tokens, *(len(row.ids) for row in encoded))):
         chosen = [encoded[index] for index in group]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from sartor.core.errors import ConfigError, ModelError
 from sartor.models import composed, quantised
 from sartor.models.composed import ComposedMedia
+from sartor.models.general import without_peft
 from sartor.models.loading import quiet
 from sartor.models.media import MediaEmbedding, embedding_of
 from sartor.models.native.parts import Targeted
@@ -129,11 +130,6 @@ def train_projectors(model: Any) -> None:
     embedding = embedding_of(model)
     if embedding is not None and isinstance(embedding.media, ComposedMedia):
         embedding.media.requires_grad_(True)
-
-
-def without_peft(model: Any) -> Any:
-    """Transformers' module inside: `model` itself if it has no adapter."""
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
 def merge(model: Any) -> Any:

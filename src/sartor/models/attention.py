@@ -4,21 +4,15 @@ A pack is a forest of segments (`Segments`): without shared prefixes every segme
 segment goes on where its parent ends. Two readers of that forest compute the same thing: the C++ kernel walks the
 segments themselves (`kernels/native.cpp`); `attend` below gathers segments of about equal length into rectangles
 (`Rows`) and uses batched matrix products, on any device and under autograd.
-
-`packed_attention` hands `attend` to transformers under the name `sartor_packed`: any architecture whose attention goes
-through transformers' AttentionInterface then packs exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
 # Above this row length torch's blocked kernel beats batched matrix products and keeps memory linear in the length.
 BLOCKED_ATTENTION_TOKENS = 512
@@ -159,45 +153,3 @@ def _hidden(rows: Rows, window: int | None) -> torch.Tensor:
     if not rows.is_plain:
         distance = distance + rows.first[:, None, None, None]
     return (distance < 0) | (distance >= window) if window else distance < 0
-
-
-def packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """`attend` as transformers calls attention: query (1, H, T, K), key and value (1, G, T, K) -> ((1, T, H, K), None).
-
-    `options` are theirs: scaling, softcap, sliding_window, dropout, and our `rows`.
-    """
-    shape = Shape(
-        heads=query.shape[1],
-        groups=key.shape[1],
-        scale=options.get("scaling") or query.shape[3] ** -0.5,
-        softcap=options.get("softcap"),
-        window=options.get("sliding_window"),
-    )
-    return attend(query[0], key[0], value[0], options["rows"], shape, options.get("dropout") or 0.0)[None], None
-
-
-AttentionInterface.register("sartor_packed", packed_attention)
-
-
-@contextmanager
-def packing(model: Any) -> Iterator[None]:
-    """Inside, `model` attends within segments (and makes no mask of its own); after, as before."""
-    text = decoder(model)
-    before = text.config._attn_implementation
-    text.set_attn_implementation("sartor_packed")
-    try:
-        yield
-    finally:
-        text.set_attn_implementation(before)
-
-
-def decoder(model: Any) -> Any:
-    """What of a model attends among tokens: the model itself, or beside towers its language model."""
-    return model if model.config.get_text_config(decoder=True) is model.config else model.get_decoder()

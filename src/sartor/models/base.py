@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,18 @@ import transformers
 
 from sartor.core import assets, bases, gguf
 from sartor.core.errors import ConfigError, ModelError
-from sartor.models import quantised, whisper_files
+from sartor.models import paths, quantised, whisper_files
+from sartor.models.batches import Encoded
 from sartor.models.chat import Chat
 from sartor.models.converted import make_once
+from sartor.models.device import best_device, best_dtype
 from sartor.models.loading import copied_while_read, first_line, quiet
 from sartor.models.media import Media, MediaEmbedding
 from sartor.models.native import opening, whisper
 from sartor.models.native.media import NativeMedia
 from sartor.models.native.turns import NativeChat
+from sartor.models.path import Path as LossPath
+from sartor.models.path import Wish
 
 
 @dataclass
@@ -45,6 +49,10 @@ class Base:
     def dtype(self) -> torch.dtype:
         """What the base computes in."""
         return self.model.get_output_embeddings().weight.dtype
+
+    def path(self, model: Any, rows: Sequence[Encoded], wish: Wish) -> LossPath:
+        """The fastest way to losses that is right for `model`, this base with an adapter."""
+        return paths.choose(model, rows, self.device, wish)
 
     @property
     def tower_licences(self) -> list[str]:
@@ -63,35 +71,6 @@ class Base:
             "quantisation": quantised.KINDS.get(quantised.bits_of(self.model), "none"),
         }
         return said | ({"towers": self.media.said()} if self.media and self.media.said() else {})
-
-
-def best_device() -> torch.device:
-    """CUDA, else Apple's GPU, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def best_dtype(device: torch.device, cpu_flags: str | None = None) -> torch.dtype:
-    """bf16 where the hardware multiplies it natively, else fp32 (fp16 on a CUDA device without bf16).
-
-    On a CPU without avx512_bf16, amx_bf16 or Arm's bf16, bf16 products run several times slower than fp32 ones.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "mps":
-        return torch.float32
-    flags = _cpu_flags() if cpu_flags is None else cpu_flags
-    return torch.bfloat16 if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()) else torch.float32
-
-
-def _cpu_flags() -> str:
-    """The first flags (x86) or Features (Arm) line of /proc/cpuinfo; empty where there is no such file."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return line.partition(":")[2]
-    return ""
 
 
 def open_base(

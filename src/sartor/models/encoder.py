@@ -19,7 +19,7 @@ import transformers
 from sartor.core import assets
 from sartor.core.encoders import Encoder
 from sartor.core.errors import AssetError, ModelError
-from sartor.models.base import best_device, best_dtype
+from sartor.models.device import best_device, best_dtype
 from sartor.models.loading import first_line, quiet
 
 MINILM = "minilm"

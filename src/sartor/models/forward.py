@@ -15,14 +15,15 @@ from typing import Any, Literal
 
 import torch
 
-from sartor.models.adapters import without_peft
 from sartor.models.attention import Shape
 from sartor.models.batches import Pack
 from sartor.models.kernels.eager import Eager, Geometry, Layout
-from sartor.models.linear import Projection, Unsupported
+from sartor.models.linear import MappedLinear, Projection, Unsupported
 
 # Logits are made in chunks of about this size: a larger one is slower to walk, a smaller one reads the head more often.
 LOGITS_BYTES = 64 << 20
+# Rows of a mapped head that are widened at once
+HEAD_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -254,13 +255,13 @@ class _HeadNode(torch.autograd.Function):
         normed, rstd = fast.norm.forward(hidden)
         wants = ctx.needs_input_grad[0]
         losses, slopes = [], []
-        rows = max(1, LOGITS_BYTES // (fast.head.shape[0] * hidden.element_size()))
+        rows = max(1, fast.logits_bytes // (fast.head.shape[0] * hidden.element_size()))
         for part, aims in zip(normed.split(rows), targets.split(rows), strict=True):
-            logits = torch.mm(part, fast.head.T, out=fast.logits(len(part)))
+            logits = fast.logits(part)
             loss, gradient = fast.kernels.cross_entropy(logits, aims, fast.softcap, wants)
             losses.append(loss)
             if gradient is not None:
-                slopes.append(gradient @ fast.head)
+                slopes.append(fast.through_head(gradient))
         ctx.fast = fast
         ctx.save_for_backward(hidden, rstd, *slopes)
         return torch.cat(losses)
@@ -273,23 +274,28 @@ class _HeadNode(torch.autograd.Function):
 
 
 class Fast:
-    """A causal language model of a known family as blocks. Raises Unsupported, with the reason, for any other."""
+    """A causal language model of a known family as blocks. Raises Unsupported, with the reason, for any other.
 
-    def __init__(self, model: Any, kernels: Eager, *, recompute: bool = False) -> None:
-        inner = without_peft(model)
-        family = FAMILIES.get(inner.config.model_type)
+    model: transformers' module, adapters in place and without PEFT's shell (`general.without_peft`), or a device's own of the
+    same parts (`edge/llama.py`): neither transformers nor peft is imported for it.
+    """
+
+    def __init__(self, model: Any, kernels: Eager, *, recompute: bool = False, logits_bytes: int = LOGITS_BYTES) -> None:
+        family = FAMILIES.get(model.config.model_type)
         if family is None:
-            raise Unsupported(f"architecture {inner.config.model_type!r} is not in the fast path's table")
-        body, head = inner.get_decoder(), inner.get_output_embeddings()
-        self._check(family, inner, body, head)
+            raise Unsupported(f"architecture {model.config.model_type!r} is not in the fast path's table")
+        body, head = model.get_decoder(), model.get_output_embeddings()
+        self._check(family, model, body, head)
         self.kernels, self.recompute = kernels, recompute
-        self.embed, self.rope, self.family_name = body.embed_tokens, body.rotary_emb, inner.config.model_type
+        self.embed, self.rope, self.family_name = body.embed_tokens, body.rotary_emb, model.config.model_type
         inputs = [parameter for parameter in body.embed_tokens.parameters() if parameter.requires_grad]
-        self.blocks = [Block(layer, family, inner, kernels) for layer in body.layers]
+        self.blocks = [Block(layer, family, model, kernels) for layer in body.layers]
         self.norm = Norm(body.norm, family, kernels)
-        self.head = head.weight.detach()
+        self.head, self.dtype, self.logits_bytes = head.weight.detach(), body.norm.weight.dtype, logits_bytes
+        size = HEAD_ROWS if isinstance(head, MappedLinear) else len(self.head)
+        self._parts = [slice(low, low + size) for low in range(0, len(self.head), size)]
         self._logits: torch.Tensor | None = None
-        self.softcap = inner.config.final_logit_softcapping if family.softcaps else None
+        self.softcap = model.config.final_logit_softcapping if family.softcaps else None
         adapted = [place for place, block in enumerate(self.blocks) if block.parameters]
         # what makes the inputs (a projector of media) is learnt through every block
         self.lowest = 0 if inputs else min(adapted, default=len(self.blocks))
@@ -299,17 +305,28 @@ class Fast:
         ]:
             raise Unsupported(f"{left[0]} is trained, which lies outside the blocks' linear modules")
 
-    def logits(self, rows: int) -> torch.Tensor:
-        """Room for (rows, V) logits, the same every time: pages of that size are costly to get anew."""
-        if self._logits is None or len(self._logits) < rows:
-            self._logits = self.head.new_empty(rows, len(self.head))
-        return self._logits[:rows]
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x (N, D) -> (N, V), in the same room every time: pages of that size are costly to get anew."""
+        if self._logits is None or len(self._logits) < len(x):
+            self._logits = x.new_empty(len(x), len(self.head))
+        out = self._logits[: len(x)]
+        for part in self._parts:
+            torch.mm(x, self.head[part].to(x.dtype).T, out=out[:, part])
+        return out
+
+    def through_head(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient (N, V) of logits -> that of what the head read, (N, D)."""
+        first, *rest = self._parts
+        d = gradient[:, first] @ self.head[first].to(gradient.dtype)
+        for part in rest:
+            d.addmm_(gradient[:, part], self.head[part].to(gradient.dtype))
+        return d
 
     @staticmethod
     def _check(family: Family, inner: Any, body: Any, head: Any) -> None:
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:
             raise Unsupported("the LM head is no plain linear module")
-        if head.weight.dtype != body.norm.weight.dtype:
+        if head.weight.dtype != body.norm.weight.dtype and not isinstance(head, MappedLinear):
             raise Unsupported("the LM head and the norms have unlike dtypes")
         if inner.config.num_hidden_layers != len(body.layers):
             raise Unsupported("layers are left out by the config")
@@ -318,7 +335,7 @@ class Fast:
                 raise Unsupported(f"the base has {name}")
 
     def losses(self, batch: Pack) -> torch.Tensor:
-        """(S,) losses in nats of the supervised tokens of a pack, as `batches.pack_losses` gives."""
+        """(S,) losses in nats of the supervised tokens of a pack, as `general.pack_losses` gives."""
         geometries = self.geometries(batch)
         x = self.embed(batch.ids[0])
         with torch.no_grad():
@@ -328,7 +345,7 @@ class Fast:
     def geometries(self, batch: Pack) -> list[Geometry]:
         """How each layer attends over this pack."""
         layout = Layout(batch.segments, batch.rows, batch.tokens)
-        like = torch.empty(0, dtype=self.head.dtype, device=batch.ids.device)
+        like = torch.empty(0, dtype=self.dtype, device=batch.ids.device)
         turns: dict[str, list[torch.Tensor]] = {}
         made = []
         for block in self.blocks:

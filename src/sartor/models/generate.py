@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from sartor.core.errors import ModelError
-from sartor.models.adapters import without_peft
+from sartor.models.general import without_peft
 from sartor.models.native import replies as native_replies
 from sartor.models.native import whisper
 from sartor.models.native.media import native_media

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 
 from sartor.models.quantised import dense_weight, is_quantised
 
@@ -30,6 +29,29 @@ class Factors:
     a: torch.nn.Parameter
     b: torch.nn.Parameter
     scale: float
+
+
+class MappedLinear(torch.nn.Linear):
+    """A frozen linear module whose weight is a view of a mapped file, in the dtype that it has there.
+
+    It is widened for each product and let go: what a device then holds of the base is the kernel's page cache, which it may
+    take back at any time.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        torch.nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+
+
+class LoraLinear(torch.nn.Module):
+    """A frozen linear module and LoRA factors on it, where there is no peft (a device): a (R, D), b (outs, R), fp32."""
+
+    def __init__(self, base: torch.nn.Linear, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        self.base_layer, self.scale = base, scale
+        self.a, self.b = torch.nn.Parameter(a), torch.nn.Parameter(b)
 
 
 class Unsupported(Exception):
@@ -58,9 +80,9 @@ class Projection:
             raise Unsupported("some of the fused modules have a bias and others none")
         self.bias = torch.cat([bias.detach().to(dtype) for bias in biases]) if biases else None
         # W is held in fewer bits, and made dense for each product
-        self.is_quantised = any(is_quantised(base) for base in frozen)
+        self.is_narrow = any(_is_narrow(base) for base in frozen)
         self._fused: torch.Tensor | None = None
-        wrong = [base.weight.dtype for base in frozen if not is_quantised(base) and base.weight.dtype != self.dtype]
+        wrong = [base.weight.dtype for base in frozen if not _is_narrow(base) and base.weight.dtype != self.dtype]
         if wrong:
             raise Unsupported(f"weights in {wrong[0]} where the base computes in {self.dtype}")
 
@@ -87,11 +109,11 @@ class Projection:
         return [part for factors in self.factors for part in (factors.a, factors.b)]
 
     def weight(self) -> torch.Tensor:
-        """The frozen W, (outs, D). A quantised one is made dense for this one product and not kept."""
-        if not self.is_quantised:
+        """The frozen W, (outs, D). A quantised or mapped one is made dense for this one product and not kept."""
+        if not self.is_narrow:
             self._fused = self._fuse() if self._fused is None else self._fused
             return self._fused
-        parts = [dense_weight(base, self.dtype) if is_quantised(base) else base.weight.detach() for base in self.modules]
+        parts = [_dense(base, self.dtype) for base in self.modules]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -149,8 +171,20 @@ class Projection:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _is_narrow(base: Any) -> bool:
+    return isinstance(base, MappedLinear) or is_quantised(base)
+
+
+def _dense(base: Any, dtype: torch.dtype) -> torch.Tensor:
+    return dense_weight(base, dtype) if is_quantised(base) else base.weight.detach().to(dtype)
+
+
 def _factors(module: Any, low: int, high: int) -> list[Factors]:
-    """The LoRA factors of a peft module that are switched on and trained."""
+    """The LoRA factors of a module that are switched on and trained."""
+    if isinstance(module, LoraLinear):
+        return [Factors(low, high, module.a, module.b, module.scale)]
+    from peft.tuners.lora import LoraLayer  # 190 MB, and a device has none
+
     if not isinstance(module, LoraLayer):
         raise Unsupported(f"a {type(module).__name__} adapter")
     if set(module.active_adapters) != {"default"} or module.merged_adapters:

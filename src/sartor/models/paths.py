@@ -1,86 +1,30 @@
 """Which way a model's losses are computed: decided once per run, measured, and said with the reason.
 
     fast       our own forward and backward of the Llama-shaped block (`forward.py`), frozen layers from disk (`frozen.py`)
-    general    transformers' own module, with our packing and loss (`batches.py`)
+    general    transformers' own module, with our packing and loss (`general.py`)
     one-row    transformers' own module, a row at a time: for models that do not pack exactly
 
-Every path gives the same losses up to rounding; what differs is time and memory.
+Every path gives the same losses up to rounding; what differs is time and memory. What needs torch alone is in `path.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path as Folder
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from sartor.core.home import folder
-from sartor.models import batches, kernels
-from sartor.models.attention import decoder, packing
+from sartor.models import batches, general, kernels
 from sartor.models.batches import Encoded
 from sartor.models.forward import Fast
-from sartor.models.frozen import Frozen
+from sartor.models.general import decoder, packing, without_peft
 from sartor.models.linear import Unsupported
 from sartor.models.loading import quiet
-from sartor.models.shelf import Shelf
+from sartor.models.path import WISH, FastPath, Path, Wish, reuse
 
-Notice = Callable[[str], object]
 RECOMPUTED = "activations are computed again in the backward pass"
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a run asks of a path. Nothing here changes losses, but by rounding.
-
-    fast: false takes transformers' module anyway. recompute: keep a tensor a layer and compute the rest again. share:
-    compute common beginnings of rows once. reuse_bytes: room on disk for frozen activations, 0 for none; identity: the
-    base's digest, under which they are kept; store: where, if not in SARTOR_HOME/activations.
-    """
-
-    fast: bool = True
-    recompute: bool = False
-    share: bool = True
-    reuse_bytes: int = 0
-    identity: str = ""
-    store: Folder | None = None
-    notice: Notice = field(default=lambda line: None, compare=False)
-
-
-class Path(Protocol):
-    """A way to compute losses."""
-
-    name: str
-    reason: str
-    packing_difference: float | None
-
-    def losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        """((S,) losses in nats, (S,) weights) of the supervised tokens of `rows`, in the rows' order; differentiable."""
-        ...
-
-
-@dataclass
-class FastPath:
-    """Our own forward and backward."""
-
-    fast: Fast
-    device: torch.device
-    reason: str
-    share: bool
-    frozen: Frozen | None = None
-    packing_difference: float | None = None
-    name: str = "fast"
-
-    def losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Path`."""
-        batch = batches.pack(rows, self.device, share=self.share)
-        if self.frozen is None:
-            return self.fast.losses(batch), batch.weights
-        with torch.no_grad():
-            x = self.frozen.inputs(rows, batch)
-        return self.fast.tuned(x, batch, self.fast.geometries(batch)), batch.weights
 
 
 @dataclass
@@ -98,7 +42,16 @@ class General:
         """See `Path`."""
         batch = batches.pack(rows, self.device, share=self.share)
         with packing(self.model):
-            return batches.pack_losses(self.model, batch), batch.weights
+            return general.pack_losses(self.model, batch), batch.weights
+
+    def plain(self) -> Path:
+        """See `Path`."""
+        return General(self.model, self.device, "")
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """See `Path`."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
 @dataclass
@@ -113,19 +66,27 @@ class OneRow:
 
     def losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Path`."""
-        losses = batches.row_losses(self.model, rows, self.device)
+        losses = general.row_losses(self.model, rows, self.device)
         weights = [row.weight for row in rows for _ in range(row.supervised_tokens)]
         return losses, torch.tensor(weights, device=losses.device)
 
+    def plain(self) -> None:
+        """See `Path`."""
 
-def choose(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish = Wish()) -> Path:
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """See `Path`."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def choose(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish = WISH) -> Path:
     """The fastest path that is right for `model`, measured on a few of `rows`. The model should be in eval mode."""
     try:
         if not wish.fast:
             raise Unsupported("compute.path is general")
         made, why = kernels.choose(device)
-        fast = Fast(model, made, recompute=wish.recompute)
-        is_exact, difference = batches.agrees(model, rows, device, lambda few: fast.losses(batches.pack(few, device)))
+        fast = Fast(without_peft(model), made, recompute=wish.recompute)
+        is_exact, difference = general.agrees(model, rows, device, lambda few: fast.losses(batches.pack(few, device)))
         if not is_exact:
             how = f"differs from the model's own losses by {difference:.2g} nats" if math.isfinite(difference) else "fails"
             raise Unsupported(f"it {how} on rows of this run")
@@ -134,20 +95,11 @@ def choose(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish
     reason = f"{fast.family_name} block by hand, {why}"
     if wish.recompute:
         reason += f"; {RECOMPUTED}"
-    return FastPath(fast, device, reason, wish.share, _frozen(fast, rows, device, wish), difference)
-
-
-def _frozen(fast: Fast, rows: Sequence[Encoded], device: torch.device, wish: Wish) -> Frozen | None:
-    if not (wish.reuse_bytes and 0 < fast.lowest < len(fast.blocks)):
-        return None
-    store = wish.store or folder("activations")
-    frozen = Frozen(fast, device, Shelf(store, wish.reuse_bytes, wish.notice), wish.identity)
-    frozen.plan(rows)
-    return frozen
+    return FastPath(fast, device, reason, wish.share, reuse(fast, rows, device, wish), difference)
 
 
 def _general(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish, reason: str) -> Path:
-    is_exact, difference = batches.packs_exactly(model, rows, device)
+    is_exact, difference = general.packs_exactly(model, rows, device)
     if not is_exact:
         how = f"differ by {difference:.2g} nats from single rows" if math.isfinite(difference) else "cannot be computed"
         return OneRow(model, device, f"{reason}; packed losses {how}", difference)
@@ -172,42 +124,3 @@ def with_recompute(path: General) -> General:
     decoder(model).set_attn_implementation("sartor_packed")
     path.reason += f"; {RECOMPUTED}"
     return path
-
-
-def prove(path: Path, rows: Sequence[Encoded]) -> dict[str, float]:
-    """How far a path's savings (shared prefixes, frozen activations) are from the plain computation on `rows`.
-
-    {loss, gradient}: norm of the difference over norm, of the losses and of the worst gradient tensor. B is 0 at a run's
-    start and would hide A's gradient, so it is set to small random numbers meanwhile.
-    """
-    if isinstance(path, FastPath):
-        plain: Path = FastPath(path.fast, path.device, "", share=False)
-        parameters = [parameter for block in path.fast.blocks for parameter in block.parameters]
-    elif isinstance(path, General):
-        plain = General(path.model, path.device, "")
-        parameters = [parameter for parameter in path.model.parameters() if parameter.requires_grad]
-    else:
-        return {"loss": 0.0, "gradient": 0.0}
-    held = [parameter.detach().clone() for parameter in parameters]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in parameters:
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter.add_(noise * (0.02 if not parameter.any() else 0.0))
-    try:
-        (saved, saved_gradients), (full, gradients) = (_loss_and_gradients(way, rows, parameters) for way in (path, plain))
-    finally:
-        with torch.no_grad():
-            for parameter, before in zip(parameters, held, strict=True):
-                parameter.copy_(before)
-    worst = max(_apart(got, wanted) for got, wanted in zip(saved_gradients, gradients, strict=True))
-    return {"loss": _apart(saved, full), "gradient": worst}
-
-
-def _loss_and_gradients(path: Path, rows: Sequence[Encoded], parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Any]:
-    losses, weights = path.losses(rows)
-    return losses.detach(), torch.autograd.grad((losses * weights).sum() / weights.sum(), parameters)
-
-
-def _apart(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got - wanted).norm() / wanted.norm().clamp_min(torch.finfo(wanted.dtype).tiny))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sartor.core import towers
 from sartor.core.errors import ModelError
-from sartor.models.base import best_device
+from sartor.models.device import best_device
 from sartor.models.loading import first_line, quiet
 from sartor.models.towers import whisper
 from sartor.models.towers.contract import WHOLE

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sartor.models import paths
 from sartor.models.batches import Encoded
+from sartor.models.path import Path
 from sartor.tune import forecast, refusals
 from sartor.tune.forecast import FORWARD_FRACTION, TIME_ALLOWANCE, Interval, Progress, Settled
 from sartor.tune.probe import Probe, load_of, take
@@ -99,7 +99,7 @@ def calibrate(probe: Probe, rows: Sequence[Encoded], most_tokens: float | None) 
 
 def foresee(
     recipe: Recipe,
-    path: paths.Path,
+    path: Path,
     model: Any,
     device: torch.device,
     train: Sequence[Encoded],

@@ -13,8 +13,9 @@ import torch
 
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, SourceError
-from sartor.models import paths
-from sartor.models.base import Base, best_device, machine
+from sartor.models.base import Base, machine
+from sartor.models.device import best_device
+from sartor.models.path import Path as LossPath
 from sartor.tune import forecast, order, refusals
 from sartor.tune.forecast import Interval, Settled, TimeModel
 from sartor.tune.opening import adapted, calibrate, open_chosen
@@ -41,7 +42,7 @@ class Plan:
     counters: Counters = field(default_factory=Counters)
     trainable: int = 0
     settled: Settled | None = None
-    path: paths.Path | None = None
+    path: LossPath | None = None
     device: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
     refusals: Sequence[refusals.Refusal] = ()
@@ -118,7 +119,7 @@ def _forecast(recipe: Recipe, base: Base, model: Any, data: Rows, price_h: float
     model.eval()
     # nothing is stored: a plan leaves no file behind
     asked = replace(wish(recipe, data, base), reuse_bytes=0)
-    path = paths.choose(model, data.train, base.device, asked)
+    path = base.path(model, data.train, asked)
     start_s = time.monotonic() - began
     loads = [load_of(row) for row in data.train]
     counters = Counters()

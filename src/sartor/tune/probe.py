@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from sartor.models import memory, paths
+from sartor.models import memory
 from sartor.models.attention import BLOCKED_ATTENTION_TOKENS
 from sartor.models.batches import Encoded
+from sartor.models.path import Path
 from sartor.tune import objectives
 
 
@@ -77,7 +78,7 @@ def take(rows: Sequence[Encoded], tokens: int) -> list[Encoded]:
 class Probe:
     """Forward and backward of micro-batches, timed; gradients, random numbers and the model's mode are put back."""
 
-    def __init__(self, path: paths.Path, model: Any, device: torch.device) -> None:
+    def __init__(self, path: Path, model: Any, device: torch.device) -> None:
         self.path, self.model, self.device = path, model, device
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.resident_bytes = memory.resident_bytes(device)

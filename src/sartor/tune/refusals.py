@@ -16,8 +16,8 @@ import torch
 from sartor.core import bases, config
 from sartor.core.errors import BudgetError, ConfigError, SartorError, SourceError
 from sartor.models import memory
-from sartor.models.base import best_device, best_dtype
 from sartor.models.batches import Encoded
+from sartor.models.device import best_device, best_dtype
 from sartor.tune.forecast import LADDER, MemoryModel, Shape, settle
 from sartor.tune.probe import Load
 from sartor.tune.recipe import Recipe

@@ -10,14 +10,15 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from sartor.core.bases import BaseRef
 from sartor.core.errors import ArtifactError, ModelError, StoppedError
-from sartor.models import batches, memory, paths
-from sartor.models.base import Base
+from sartor.models import batches, memory
 from sartor.models.media import embedding_of
+from sartor.models.path import Path, Wish, prove
 from sartor.tune import objectives, optimizers, order, outlook
 from sartor.tune.checkpoint import Checkpoint, Saver
 from sartor.tune.journal import Journal
@@ -60,11 +61,34 @@ class Resolved:
     micro_batch_tokens: int
 
 
+class Ground(Protocol):
+    """What of a base a run stands on: `models.base.Base`, or a device's own of torch alone."""
+
+    @property
+    def ref(self) -> BaseRef:
+        """Which base."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        ...
+
+    def path(self, model: Any, rows: Sequence[batches.Encoded], wish: Wish) -> Path:
+        """The fastest way to losses that is right for `model`."""
+        ...
+
+
 class Run:
     """The state of one run: model, optimiser, counters. `train` goes through the budget."""
 
     def __init__(
-        self, recipe: Recipe, base: Base, model: Any, data: Rows, journal: Journal, saver: Saver, resolved: Resolved | None
+        self, recipe: Recipe, base: Ground, model: Any, data: Rows, journal: Journal, saver: Saver, resolved: Resolved | None
     ) -> None:
         self.recipe, self.base, self.model, self.data = recipe, base, model, data
         self.journal, self.saver = journal, saver
@@ -91,7 +115,7 @@ class Run:
         torch.set_num_threads(torch.get_num_threads())
         model.eval()  # a fresh adapter comes in training mode, and dropout would look like a leak between rows
         asked = replace(wish(recipe, data, base), notice=lambda line: journal.note(notice=line))
-        self.path = paths.choose(model, [*data.train, *data.held_out], base.device, asked)
+        self.path = base.path(model, [*data.train, *data.held_out], asked)
         if resolved:
             recipe = replace(recipe, compute=replace(recipe.compute, micro_batch_tokens=resolved.micro_batch_tokens))
         self.outlook = outlook.foresee(recipe, self.path, model, base.device, data.train, data.held_out, Counters())
@@ -132,7 +156,7 @@ class Run:
         chosen = next(order.updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed, self.position))
         rows = self._cut([self.data.train[index] for index in chosen])[0]
         limit = PROOF[self.base.dtype]
-        self.proof = {**paths.prove(self.path, rows), "limit": limit, "rows": len(rows)}
+        self.proof = {**prove(self.path, rows), "limit": limit, "rows": len(rows)}
         said = f"loss {self.proof['loss']:.1e}, worst gradient {self.proof['gradient']:.1e} off the plain computation"
         if not (self.proof["loss"] <= limit and self.proof["gradient"] <= limit):
             raise ModelError(f"{said}, over {limit:g}", "compute: {share_prefixes: false, reuse_frozen: false}")
@@ -303,11 +327,11 @@ class Run:
         self.journal.note(update=self.counters.updates, eval_loss=loss)
 
 
-def wish(recipe: Recipe, data: Rows, base: Base) -> paths.Wish:
+def wish(recipe: Recipe, data: Rows, base: Ground) -> Wish:
     """What a recipe asks of a path."""
     compute, budget = recipe.compute, recipe.budget
     is_one_epoch = (budget.epochs or math.inf) <= 1 or (budget.tokens or math.inf) <= data.tokens
-    return paths.Wish(
+    return Wish(
         fast=compute.path == "auto",
         recompute=compute.recompute,
         share=compute.share_prefixes,

@@ -245,7 +245,7 @@ def _site(part: Projection, names: Mapping[int, str]) -> Site:
 
 def linear(part: Projection) -> Linear:
     """x (N, D) -> x W^T + bias. A dense W on a CPU is laid out anew for its products, and the module's own is let go."""
-    if part.is_quantised:
+    if part.is_narrow:
         return lambda x: F.linear(x, part.weight(), part.bias)
     weight = part.weight()
     if weight.device.type == "cpu":

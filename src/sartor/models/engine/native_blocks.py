@@ -146,7 +146,7 @@ def _check(fast: Fast, projections: Sequence[Projection]) -> None:
     norms = [fast.norm, *(norm for block in fast.blocks for norm in _norms(block))]
     tensors = [fast.head, *(norm.weight for norm in norms), *(m.weight for part in projections for m in part.modules)]
     reasons = {
-        "quantised weights": any(part.is_quantised for part in projections),
+        "quantised weights": any(part.is_narrow for part in projections),
         "weights of unlike dtypes": any(tensor.dtype != fast.head.dtype for tensor in tensors),
         "weights that are no plain rows": not all(tensor.is_contiguous() for tensor in tensors),
         "norms of unlike epsilons": len({(norm.eps, norm.offset) for norm in norms}) > 1,

@@ -3,7 +3,7 @@
 A placeholder of the processor becomes a virtual id (`models/media.py`). `embedded` is what the model itself puts in the
 places of placeholders before its first layer, taken where it enters the decoder. Where a model does more with media than
 that (positions in two dimensions, attention both ways, features for deeper layers), `inputs` turns a row back into what its
-own forward takes; which of the two is right is measured (`batches.agrees`, `replies.py`).
+own forward takes; which of the two is right is measured (`general.agrees`, `replies.py`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 
 from sartor.core import towers
 from sartor.core.towers import Modality
-from sartor.models.base import best_device
+from sartor.models.device import best_device
 from sartor.models.towers import efficientnet, vision, whisper
 from sartor.models.towers.contract import Tower
 

@@ -1,0 +1,145 @@
+"""Content by its sha256: a download that goes on where it stopped, and a blob that is whole and checked.
+
+partial/SHA256      what came so far
+blobs/SHA256        all of it, checked: its bytes were durable before it got this name
+quarantine/SHA256   a blob whose bytes differ now; out of the way, so that it is fetched again
+wanted.json         the digests of the update that is being fetched, so that no collection takes what came already
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from sartor.core import records
+from sartor.core.errors import StoreError
+from sartor.edge.disk import LEFTOVER, Disk
+from sartor.edge.pointers import DIGEST
+
+# An fsync takes tens of milliseconds on an SD card, so not every piece has its own. ext4, F2FS and btrfs make a file longer
+# only after its bytes are on the disk, so a power cut shortens a partial download; were it garbage, `finish` would tell.
+_SYNC_EACH_BYTES = 4 << 20
+
+
+class Blobs:
+    """The blobs of a store, whole and partial."""
+
+    def __init__(self, disk: Disk, folder: Path) -> None:
+        self._disk = disk
+        self.folder, self.partials, self.quarantined = (folder / name for name in ("blobs", "partial", "quarantine"))
+        self._wanted_file = folder / "wanted.json"
+        self.wanted: set[str] = set()
+        self._unsynced: dict[str, int] = {}
+
+    def path(self, digest: str) -> Path:
+        """Where a blob is, if it is whole. Raises StoreError for what is no sha256: it would be a path."""
+        if not DIGEST.fullmatch(digest):
+            raise StoreError(f"{digest!r:.80} is no sha256 in 64 hexadecimal digits", "give the digest of the blob")
+        return self.folder / digest
+
+    def has(self, digest: str) -> bool:
+        """Whether a blob is there; it was checked before it got its name."""
+        return self._disk.stat(self.path(digest)) is not None
+
+    def digests(self) -> list[str]:
+        """Every blob that is whole."""
+        return self._disk.names(self.folder)
+
+    def partial(self, digest: str) -> int:
+        """Bytes of an interrupted download; 0 if there is none."""
+        found = self._disk.stat(self.partials / self.path(digest).name)
+        return found.size if found else 0
+
+    def append(self, digest: str, offset: int, content: bytes) -> None:
+        """Add to a partial blob. Raises StoreError if `offset` is not where it ends."""
+        have = self.partial(digest)
+        if offset != have:
+            raise StoreError(
+                f"the partial blob {digest[:16]} has {have:,} bytes; content for byte {offset:,} does not go on from there",
+                f"fetch from byte {have:,}, or discard the partial blob and begin anew",
+            )
+        self.wanted.add(digest)
+        self._disk.append(self.partials / digest, content)
+        self._unsynced[digest] = self._unsynced.get(digest, 0) + len(content)
+        if self._unsynced[digest] >= _SYNC_EACH_BYTES:
+            self._sync(digest)
+
+    def _sync(self, digest: str) -> None:
+        try:
+            self._disk.sync(self.partials / digest)
+        except OSError:
+            # After a failed fsync the kernel takes the pages for written, and the next fsync succeeds without them:
+            # the bytes that are read here are then not those on the disk, so they are not built upon.
+            self.discard(digest)
+            raise
+        self._unsynced.pop(digest, None)
+
+    def finish(self, digest: str) -> None:
+        """Check a partial blob and make it a whole one. Raises StoreError, and removes it, if its bytes are others."""
+        if self.has(digest):
+            self.discard(digest)
+            return
+        self.wanted.add(digest)
+        part = self.partials / digest
+        if self._disk.stat(part) is None:
+            self._disk.write(part, b"")  # of an empty file nothing was to be fetched
+        self._sync(digest)
+        if not self._disk.is_whole(part, digest):
+            found = self._disk.digest(part)
+            self.discard(digest)
+            raise StoreError(
+                f"what was fetched as {digest[:16]} has the sha256 {found[:16]}; it was removed",
+                "fetch it again; if it happens again, from another mirror",
+            )
+        self._disk.rename(part, self.path(digest))
+        self._disk.sync_folder(self.folder)
+
+    def discard(self, digest: str) -> None:
+        """Remove a partial blob, if there is one."""
+        self._unsynced.pop(digest, None)
+        self._disk.remove(self.partials / self.path(digest).name)
+
+    def open(self, digest: str) -> BinaryIO:
+        """A whole blob to read from. Raises StoreError if there is none."""
+        if not self.has(digest):
+            raise StoreError(f"the store holds no blob {digest[:16]}", "fetch it")
+        return self._disk.open(self.path(digest))
+
+    def mend(self, digest: str, source: Path) -> None:
+        """Write a blob anew from a file that is whole."""
+        part = self.partials / f".{digest}{LEFTOVER}"
+        self._disk.copy(source, part)
+        self._disk.rename(part, self.path(digest))
+        self._disk.sync_folder(self.folder)
+
+    def quarantine(self, digest: str) -> None:
+        """Put a blob out of the way."""
+        self._disk.rename(self.path(digest), self.quarantined / digest)
+        self._disk.sync_folder(self.folder)
+
+    def want(self, digests: Iterable[str]) -> None:
+        """Spare these, durably, until they are part of a staged version."""
+        self.wanted = set(digests)
+        self._disk.replace(self._wanted_file, records.canonical(sorted(self.wanted)))
+
+    def staged(self, digests: Iterable[str]) -> None:
+        """These are part of a version now, which spares them by itself."""
+        self.wanted -= set(digests)
+        if not self.wanted:
+            self._disk.remove(self._wanted_file)
+
+    def recall(self) -> None:
+        """Know again, after a restart, what was wanted, and what came in part.
+
+        A list that is not whole costs a download at most, so it is no error.
+        """
+        self.wanted = set(self._disk.names(self.partials))
+        try:
+            with self._disk.open(self._wanted_file) as stream:
+                said = json.loads(stream.read())
+        except (OSError, ValueError, RecursionError):
+            return
+        if isinstance(said, list):
+            self.wanted |= {one for one in said if isinstance(one, str) and DIGEST.fullmatch(one)}

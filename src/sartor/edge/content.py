@@ -1,0 +1,149 @@
+"""What an update repository says of a version, in the words that publisher and device share.
+
+targets/NAME/DIGEST.VERSION.json   a TUF target: every file of the version by digest, and the deltas that lead to them
+its `custom` in targets.json       order, percent, halted, published: who may take it (signed, and changed without it)
+blobs/ab/abcd...                   content by sha256: named by a signed document, so no mirror has to be trusted
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from sartor.core.errors import ArtifactError
+
+SCHEMA = 1
+MOST_FILES = 10_000
+_DIGEST = re.compile(r"[0-9a-f]{64}$")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}$")
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A file's content by its sha256."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A delta: the blob `sha256` makes `result` out of `base`; an empty base needs nothing (a packed file)."""
+
+    base: str
+    result: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Content:
+    """One version: its files by path, and the deltas to them."""
+
+    name: str
+    version: str
+    files: Mapping[str, Blob]
+    deltas: tuple[Step, ...] = ()
+
+    def as_bytes(self) -> bytes:
+        """The document that is signed."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":")).encode()
+
+    @property
+    def blobs(self) -> dict[str, int]:
+        """Digest -> bytes of every file."""
+        return {blob.sha256: blob.bytes for blob in self.files.values()}
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Who may take a version. `order` rises with each publication; `percent` of the devices, by `ring_of`; `published` in
+    seconds since 1970: a device whose clock is before it cannot judge what is expired.
+    """
+
+    version: str
+    order: int
+    percent: int
+    halted: bool
+    published: int
+
+    def admits(self, device_id: str) -> bool:
+        """Whether this device is in the rings that have it."""
+        return not self.halted and ring_of(device_id) < self.percent
+
+    def as_custom(self) -> dict[str, Any]:
+        """The target's `custom`; whole numbers, since canonical JSON has no others."""
+        return {key: value for key, value in asdict(self).items() if key != "version"}
+
+
+def ring_of(device_id: str) -> int:
+    """0..99, even over devices and always the same for one, so that a ring that is widened keeps whom it had."""
+    return int.from_bytes(hashlib.sha256(device_id.encode()).digest()[:8], "big") % 100
+
+
+def is_name(text: str) -> bool:
+    """Whether it may be a release's name or version."""
+    return bool(_NAME.match(text))
+
+
+def target_path(name: str, version: str) -> str:
+    """The name of a version's document among the targets."""
+    return f"{name}/{version}.json"
+
+
+def blob_path(digest: str) -> str:
+    """Where a blob lies in the repository."""
+    return f"blobs/{digest[:2]}/{digest}"
+
+
+def offer_of(path: str, custom: Any) -> tuple[str, Offer] | None:
+    """(name, offer) of a signed target; None for what is no version, such as a target of another program."""
+    name, _, file = path.partition("/")
+    version = file.removesuffix(".json")
+    if not file.endswith(".json") or not (is_name(name) and is_name(version)) or not isinstance(custom, dict):
+        return None
+    numbers = [custom.get(key) for key in ("order", "percent", "published")]
+    if not all(type(number) is int and number >= 0 for number in numbers) or type(custom.get("halted")) is not bool:
+        return None
+    return name, Offer(version, custom["order"], custom["percent"], custom["halted"], custom["published"])
+
+
+def read(document: bytes, name: str, version: str) -> Content:
+    """A version's document, checked for what a device relies on. Raises ArtifactError: another version's, paths that lead
+    out of the release, sizes or digests that are none. It is signed, but a signer can be wrong too.
+    """
+    try:
+        said = json.loads(document)
+        files = {path: Blob(**blob) for path, blob in said["files"].items()}
+        found = Content(said["name"], said["version"], files, tuple(Step(**step) for step in said["deltas"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _wrong(name, version, type(error).__name__) from None
+    if said.get("schema") != SCHEMA:
+        raise _wrong(name, version, f"it has schema {said.get('schema')}; this version of Sartor reads {SCHEMA}")
+    if (found.name, found.version) != (name, version):
+        raise _wrong(name, version, f"it is of {found.name} {found.version}")
+    if len(files) > MOST_FILES or any(not _is_inside(path) for path in files):
+        raise _wrong(name, version, "a path in it leads out of the release, or there are too many")
+    digests = [*found.blobs, *(step.sha256 for step in found.deltas), *(step.result for step in found.deltas)]
+    sizes = [*found.blobs.values(), *(step.bytes for step in found.deltas)]
+    digests += [step.base for step in found.deltas if step.base]
+    if not all(isinstance(one, str) and _DIGEST.match(one) for one in digests) or not all(
+        type(size) is int and size >= 0 for size in sizes
+    ):
+        raise _wrong(name, version, "a digest or a size in it is none")
+    return found
+
+
+def _is_inside(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    plain = "\\" not in path and "\0" not in path and ":" not in path and str(PurePosixPath(path)) == path
+    return bool(parts) and plain and not path.startswith("/") and ".." not in parts
+
+
+def _wrong(name: str, version: str, why: str) -> ArtifactError:
+    return ArtifactError(f"the document of {name} {version} cannot be used: {why}", "tell its publisher: publish it again")

@@ -1,0 +1,337 @@
+"""What changed between two safetensors files, tensor by tensor: exact to the byte, and never larger than the whole file.
+
+    delta  =  "SARTORD1"  length of head (4 bytes, little endian)  head (LZMA)  streams (LZMA), one after the other
+    head   =  JSON: from, to (sha256), bytes of the result, `form` of each tensor in file order, lengths of the streams;
+              then the header of the resulting file as it stands
+
+A tensor that did not change is one character of `form`. A changed one is a difference of its bit patterns, either of the two
+forms that codes shorter: integers in the order of the numbers that they stand for, subtracted and folded to small unsigned
+ones; or XOR. Two ideas make noise shorter. Each byte of the difference goes into a stream of its own (byte planes, as in
+Blosc's shuffle), since the upper ones hardly vary. And the values are visited in the order of the base's magnitude: Adam moves
+every weight by about the same absolute amount, which is many units in the last place of a small weight and few of a large
+one, so neighbours in that order have differences of one width. The device has the base, so the order costs nothing.
+`from` empty: nothing is needed, the file is only packed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import lzma
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sartor.core.artifacts import file_digest
+from sartor.core.errors import ArtifactError
+
+MAGIC = b"SARTORD1"
+SCHEMA = 1
+# safetensors' own limit is 100 MB; an adapter's header has some hundred bytes a tensor
+MOST_HEADER_BYTES = 1 << 24
+_DTYPES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_SAME, _SUBTRACTED, _XORED, _NEW = "=", "-", "^", "r"
+# Contexts of neighbouring bytes say nothing of noise and dilute the statistics: lc=lp=pb=0 is an adaptive order-0 coder.
+_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 20}]
+_PIECE_BYTES = 1 << 16
+Words = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies in a file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A safetensors file's header, as it stands, and its tensors in file order; they cover everything after the header."""
+
+    header: bytes
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the whole file."""
+        return self.tensors[-1].end if self.tensors else len(self.header)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A delta that `make` wrote: digests of both files (`base` empty: none is needed), its size and the result's."""
+
+    base: str
+    result: str
+    delta_bytes: int
+    result_bytes: int
+
+
+def layout_of(stream: BinaryIO) -> Layout:
+    """The layout of a safetensors file. Raises ArtifactError: another format, truncated, tensors that overlap or leave gaps."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    lead = stream.read(8)
+    length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else 0
+    if not 2 <= length <= min(MOST_HEADER_BYTES, size - 8):
+        raise _unfit(f"its header has {length:,} bytes")
+    found = _layout(lead + stream.read(length))
+    if found.file_bytes != size:
+        raise _unfit(f"its header is of a file of {found.file_bytes:,} bytes, it has {size:,}")
+    return found
+
+
+def _layout(header: bytes) -> Layout:
+    try:
+        said = json.loads(header[8:])
+        tensors = sorted(
+            (
+                Tensor(name, one["dtype"], tuple(one["shape"]), *(len(header) + int(at) for at in one["data_offsets"]))
+                for name, one in said.items()
+                if name != "__metadata__"
+            ),
+            key=lambda tensor: (tensor.start, tensor.end),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _unfit(f"its header cannot be read ({type(error).__name__})") from None
+    at = len(header)
+    for tensor in tensors:
+        width = _DTYPES.get(tensor.dtype, 0)
+        if not width or tensor.start != at or tensor.end < at or (tensor.end - at) % width:
+            raise _unfit(f"the tensor {tensor.name[:80]!r} ({tensor.dtype}) lies where it cannot")
+        at = tensor.end
+    return Layout(header, tuple(tensors))
+
+
+def make(base: Path | None, result: Path, out: Path) -> Delta | None:
+    """Write the delta from `base` (None: from nothing) to `result` as `out`; None, and no file, where it would save nothing.
+
+    Files that are no safetensors give None: a delta is an economy, and the whole file is always there.
+    """
+    with contextlib.ExitStack() as stack:
+        new = stack.enter_context(result.open("rb"))
+        old = stack.enter_context(base.open("rb")) if base else None
+        try:
+            target = layout_of(new)
+            had = {tensor.name: tensor for tensor in layout_of(old).tensors} if old else {}
+        except ArtifactError:
+            return None
+        form, planes = [], _Planes()
+        for tensor in target.tensors:
+            before = had.get(tensor.name)
+            fits = before is not None and (before.dtype, before.shape) == (tensor.dtype, tensor.shape)
+            words = _words(new, tensor)
+            form.append(_code(tensor, _words(old, before) if old and before and fits else None, words, planes))
+        digests = [file_digest(path) for path in (base, result) if path]
+    streams = planes.finish()
+    head = {
+        "schema": SCHEMA, "from": digests[0] if base else "", "to": digests[-1], "bytes": target.file_bytes,
+        "form": "".join(form), "streams": {key: len(content) for key, content in streams.items()},
+    }  # fmt: skip
+    text = json.dumps(head, separators=(",", ":")).encode()
+    packed = lzma.compress(struct.pack("<I", len(text)) + text + target.header, lzma.FORMAT_RAW, filters=_FILTERS)
+    written = b"".join((MAGIC, struct.pack("<I", len(packed)), packed, *streams.values()))
+    if len(written) >= target.file_bytes:
+        return None
+    out.write_bytes(written)
+    return Delta(digests[0] if base else "", digests[-1], len(written), target.file_bytes)
+
+
+def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator[bytes]:
+    """The bytes of the result, a tensor at a time: in memory are one tensor, its base and its difference.
+
+    `result_bytes`: the signed size; nothing longer is made of whatever `delta` says. Raises ArtifactError for a delta that
+    is not one, or is not of this base. The caller checks the digest of what comes: only that proves it.
+    """
+    try:
+        head, header, at = _head(delta)
+        target = _layout(header)
+        if target.file_bytes != result_bytes or len(head["form"]) != len(target.tensors):
+            raise _wrong(f"it makes {target.file_bytes:,} bytes; {result_bytes:,} are signed")
+        had = {tensor.name: tensor for tensor in layout_of(base).tensors} if base else {}
+        streams = _open_streams(delta, head["streams"], at)
+        yield header
+        for tensor, form in zip(target.tensors, head["form"], strict=True):
+            before = had.get(tensor.name)
+            if form != _NEW and (before is None or (before.dtype, before.shape) != (tensor.dtype, tensor.shape)):
+                raise _wrong(f"it is not of this base, which has no such tensor as {tensor.name[:80]!r}")
+            old = _words(base, before) if base and before and form != _NEW else None
+            yield _decode(tensor, form, old, streams).tobytes()
+    except (lzma.LZMAError, struct.error, KeyError, ValueError, TypeError, AttributeError, EOFError, RecursionError) as error:
+        raise _wrong(f"it cannot be read ({type(error).__name__})") from None
+
+
+def _code(tensor: Tensor, old: Words | None, new: Words, planes: _Planes) -> str:
+    """The form of one tensor; its planes are added to the streams."""
+    if old is None:
+        planes.add(_NEW, new)
+        return _NEW
+    if np.array_equal(old, new):
+        return _SAME
+    order = _order(tensor.dtype, old)
+    forms = {
+        _SUBTRACTED: _folded(_ordinal(tensor.dtype, new) - _ordinal(tensor.dtype, old))[order],
+        _XORED: (new ^ old)[order],
+        _NEW: new,
+    }
+    best = min(forms, key=lambda form: _coded_bytes(forms[form]))
+    planes.add(best, forms[best])
+    return best
+
+
+def _decode(tensor: Tensor, form: str, old: Words | None, streams: dict[str, _Stream]) -> Words:
+    count, width = (tensor.end - tensor.start) // _DTYPES[tensor.dtype], _DTYPES[tensor.dtype]
+    if form == _SAME:
+        assert old is not None
+        return old
+    planes = np.empty((count, width), np.uint8)
+    for plane in range(width):
+        planes[:, plane] = np.frombuffer(streams[f"{form}{width}{plane}"].take(count), np.uint8)
+    words = planes.reshape(-1).view(f"<u{width}")
+    if form == _NEW:
+        return words
+    if form not in (_SUBTRACTED, _XORED) or old is None:
+        raise _wrong(f"it has the form {form!r}")
+    placed = np.empty_like(words)
+    placed[_order(tensor.dtype, old)] = words
+    if form == _XORED:
+        return placed ^ old
+    return _bits(tensor.dtype, _ordinal(tensor.dtype, old) + _unfolded(placed))
+
+
+def _order(dtype: str, old: Words) -> NDArray[np.intp]:
+    """Positions by rising magnitude of the base, ties as they stand; only the upper 15 bits are looked at (a radix sort)."""
+    if dtype not in _FLOATS:
+        return np.arange(len(old))
+    upper = (old >> (8 * old.itemsize - 16)).astype(np.uint16)
+    return np.argsort(upper & 0x7FFF, kind="stable")
+
+
+def _ordinal(dtype: str, bits: Words) -> Words:
+    """Bit patterns -> unsigned integers in the order of the numbers; integers stand for themselves (differences wrap)."""
+    if dtype not in _FLOATS:
+        return bits
+    sign = bits.dtype.type(1 << (8 * bits.itemsize - 1))
+    return np.where(bits & sign, ~bits, bits | sign)
+
+
+def _bits(dtype: str, ordinals: Words) -> Words:
+    """The inverse of `_ordinal`."""
+    if dtype not in _FLOATS:
+        return ordinals
+    sign = ordinals.dtype.type(1 << (8 * ordinals.itemsize - 1))
+    return np.where(ordinals & sign, ordinals ^ sign, ~ordinals)
+
+
+def _folded(difference: Words) -> Words:
+    """Signed differences -> small unsigned ones: 0, -1, 1, -2 ... -> 0, 1, 2, 3 (zigzag, as in protocol buffers)."""
+    signed = difference.view(f"<i{difference.itemsize}")
+    return ((signed << 1) ^ (signed >> (8 * difference.itemsize - 1))).view(difference.dtype)
+
+
+def _unfolded(folded: Words) -> Words:
+    """The inverse of `_folded`."""
+    return (folded >> 1) ^ (0 - (folded & 1)).astype(folded.dtype)
+
+
+def _coded_bytes(words: Words) -> int:
+    """About how long it will code: Huffman alone, which takes a hundredth of LZMA's time and ranks the forms as it does."""
+    coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    return sum(len(coder.compress(plane.tobytes())) for plane in _split(words)) + len(coder.flush())
+
+
+def _split(words: Words) -> Words:
+    """(width, count): the byte planes, lowest first."""
+    return words.view(np.uint8).reshape(-1, words.itemsize).T
+
+
+class _Planes:
+    """The streams while they are written: one coder for each form, width and byte."""
+
+    def __init__(self) -> None:
+        self.coders: dict[str, tuple[lzma.LZMACompressor, bytearray]] = {}
+
+    def add(self, form: str, words: Words) -> None:
+        for number, plane in enumerate(_split(words)):
+            key = f"{form}{words.itemsize}{number}"
+            if key not in self.coders:
+                self.coders[key] = (lzma.LZMACompressor(lzma.FORMAT_RAW, filters=_FILTERS), bytearray())
+            coder, written = self.coders[key]
+            written += coder.compress(plane.tobytes())
+
+    def finish(self) -> dict[str, bytes]:
+        return {key: bytes(written) + coder.flush() for key, (coder, written) in sorted(self.coders.items())}
+
+
+class _Stream:
+    """One stream while it is read: as much at a time as is asked for, so that nothing can unpack to more."""
+
+    def __init__(self, source: BinaryIO, start: int, length: int) -> None:
+        self.source, self.at, self.end = source, start, start + length
+        self.coder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
+
+    def take(self, count: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < count:
+            piece = b""
+            if self.coder.needs_input:
+                self.source.seek(self.at)
+                piece = self.source.read(min(_PIECE_BYTES, self.end - self.at))
+                self.at += len(piece)
+                if not piece:
+                    raise EOFError
+            parts += self.coder.decompress(piece, count - len(parts))
+        return bytes(parts)
+
+
+def _open_streams(delta: BinaryIO, lengths: dict[str, int], at: int) -> dict[str, _Stream]:
+    found = {}
+    for key, length in lengths.items():
+        found[key] = _Stream(delta, at, length)
+        at += length
+    return found
+
+
+def _head(delta: BinaryIO) -> tuple[dict[str, Any], bytes, int]:
+    """The head's JSON, the result's header, and where the streams begin."""
+    delta.seek(0)
+    lead = delta.read(len(MAGIC) + 4)
+    if not lead.startswith(MAGIC):
+        raise _wrong("it does not begin as one")
+    length = struct.unpack("<I", lead[len(MAGIC) :])[0]
+    coder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
+    text = coder.decompress(delta.read(min(length, MOST_HEADER_BYTES)), 2 * MOST_HEADER_BYTES)
+    split = 4 + struct.unpack("<I", text[:4])[0]
+    head = json.loads(text[4:split])
+    if head["schema"] != SCHEMA:
+        raise _wrong(f"it has schema {head['schema']}; this version reads {SCHEMA}")
+    return head, text[split:], len(lead) + length
+
+
+def _words(stream: BinaryIO, tensor: Tensor) -> Words:
+    """A tensor's bit patterns as unsigned little-endian integers, flat."""
+    stream.seek(tensor.start)
+    return np.frombuffer(stream.read(tensor.end - tensor.start), f"<u{_DTYPES[tensor.dtype]}")
+
+
+def _unfit(why: str) -> ArtifactError:
+    return ArtifactError(f"this is no safetensors file: {why}", "fetch the whole file instead of a delta")
+
+
+def _wrong(why: str) -> ArtifactError:
+    return ArtifactError(f"this is no delta for this file: {why}", "fetch the whole file instead")

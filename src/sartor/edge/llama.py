@@ -1,0 +1,184 @@
+"""A Llama-shaped base from its files alone: what a device tunes on, where there is neither transformers nor peft.
+
+Weights stay in the mapped file, in the dtype that they have there, and are widened product by product; what is held of them
+is page cache, which the kernel may take back. The modules have the names that `models/forward.py` reads off transformers'.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch.nn import functional as F
+
+from sartor.core.errors import ModelError
+from sartor.models.linear import LoraLinear, MappedLinear
+
+# Where a base and its adapter must agree: PEFT's names of the linear modules of a block
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+REMEDY = "tune it on a machine with sartor[tune], or use a base of the Llama architecture"
+
+
+class MappedEmbedding(torch.nn.Module):
+    """ids (T,) -> (T, D), widened from the mapped rows that are looked up."""
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.dtype = torch.nn.Parameter(weight, requires_grad=False), dtype
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return F.embedding(ids, self.weight).to(self.dtype)
+
+
+class Rotary:
+    """(like, positions (1, T)) -> cos, sin (1, T, K): rotary embedding (Su et al. 2021), both halves written out."""
+
+    def __init__(self, theta: float, width: int) -> None:
+        self._rates = theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+
+    def __call__(self, like: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the class; in the dtype of `like`."""
+        angles = positions[..., None].float() * self._rates
+        both = torch.cat([angles, angles], -1)
+        return both.cos().to(like.dtype), both.sin().to(like.dtype)
+
+
+class Parts(torch.nn.Module):
+    """Modules and settings by name."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+class Config(SimpleNamespace):
+    """config.json as attributes."""
+
+    def get_text_config(self) -> Config:
+        """As transformers': a text base has no other."""
+        return self
+
+
+class MappedLlama(torch.nn.Module):
+    """A base below a directory in transformers' layout. linear: its blocks' linear modules by PEFT's names.
+
+    dtype: what it computes in. Raises ModelError for another architecture, or for files that are not whole.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = _config(folder)
+        self._tensors, self._dtype = _mapped(folder), dtype
+        config = self.config
+        embedding = self._tensor("model.embed_tokens.weight")
+        self.linear: dict[str, Any] = {}
+        self.model = Parts(
+            embed_tokens=MappedEmbedding(embedding, dtype),
+            rotary_emb=Rotary(config.rope_theta, config.head_dim),
+            layers=torch.nn.ModuleList(self._layer(place) for place in range(config.num_hidden_layers)),
+            norm=self._norm("model.norm"),
+        )
+        self.lm_head = MappedLinear(embedding if config.tie_word_embeddings else self._tensor("lm_head.weight"), None)
+
+    def get_decoder(self) -> Parts:
+        """What `Fast` reads: embed_tokens, rotary_emb, layers, norm."""
+        return self.model
+
+    def get_input_embeddings(self) -> MappedEmbedding:
+        """The embedding."""
+        found: MappedEmbedding = self.model.embed_tokens
+        return found
+
+    def get_output_embeddings(self) -> MappedLinear:
+        """The LM head."""
+        return self.lm_head
+
+    def factors(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained, by the names that PEFT's adapter files have."""
+        adapted = {name: module for name, module in self.linear.items() if isinstance(module, LoraLinear)}
+        pairs = ((name, (("lora_A", module.a), ("lora_B", module.b))) for name, module in adapted.items())
+        return {f"base_model.model.{name}.{kind}.weight": part for name, both in pairs for kind, part in both}
+
+    def adapt(self, rank: int, alpha: float, seed: int, targets: tuple[str, ...] = (*ATTENTION, *MLP), top: int = 0) -> None:
+        """Put fresh LoRA factors on modules of the `top` layers next to the head (0: all): A random, B zero, as PEFT does."""
+        generator = torch.Generator().manual_seed(seed)
+        lowest = self.config.num_hidden_layers - top if top else 0
+        for name in list(self.linear):
+            layer, last = int(name.split(".")[2]), name.rpartition(".")[2]
+            if last in targets and layer >= lowest:
+                base = self.linear[name]
+                # kaiming_uniform_(a=sqrt(5)) of (R, D): within 1 / sqrt(D)
+                a = torch.empty(rank, base.in_features).uniform_(-1, 1, generator=generator) / base.in_features**0.5
+                self.put(name, LoraLinear(base, a, torch.zeros(base.out_features, rank), alpha / rank))
+
+    def put(self, name: str, module: Any) -> None:
+        """A module in the place of the linear module `name`."""
+        self.linear[name] = module
+        _, _, layer, part, last = name.split(".")
+        setattr(getattr(self.model.layers[int(layer)], part), last, module)
+
+    def _layer(self, place: int) -> Any:
+        config, name = self.config, f"model.layers.{place}"
+        attention: dict[str, Any] = {part: self._linear(f"{name}.self_attn.{part}") for part in ATTENTION}
+        return Parts(
+            self_attn=Parts(
+                **attention, head_dim=config.head_dim, layer_idx=place, scaling=config.head_dim**-0.5, sliding_window=None
+            ),
+            mlp=Parts(**{part: self._linear(f"{name}.mlp.{part}") for part in MLP}),
+            input_layernorm=self._norm(f"{name}.input_layernorm"),
+            post_attention_layernorm=self._norm(f"{name}.post_attention_layernorm"),
+        )
+
+    def _linear(self, name: str) -> MappedLinear:
+        bias = self._tensors.get(f"{name}.bias")
+        made = MappedLinear(self._tensor(f"{name}.weight"), None if bias is None else bias.to(self._dtype))
+        self.linear[name] = made
+        return made
+
+    def _norm(self, name: str) -> Any:
+        return SimpleNamespace(weight=self._tensor(f"{name}.weight").to(self._dtype), variance_epsilon=self.config.rms_norm_eps)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise ModelError(f"the base's files hold no {name}", "restore them from a copy")
+        return self._tensors[name]
+
+
+def _config(folder: Path) -> Any:
+    """config.json as attributes, of the kinds that `MappedLlama` computes."""
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = said["model_type"]
+        rope = said.get("rope_parameters") or {"rope_type": "default", "rope_theta": said.get("rope_theta", 10_000.0)}
+        said["rope_theta"] = float(rope["rope_theta"])
+        said.setdefault("head_dim", said["hidden_size"] // said["num_attention_heads"])
+        said.setdefault("attention_dropout", 0.0)
+        said.setdefault("tie_word_embeddings", False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / 'config.json'} is not whole: {error!r}", "restore it from a copy") from None
+    if kind != "llama":
+        raise ModelError(f"a device tunes bases of the Llama architecture, and this is {kind!r}", REMEDY)
+    if rope.get("rope_type", "default") != "default":
+        raise ModelError(f"a device does not compute rotary embeddings of the kind {rope['rope_type']!r}", REMEDY)
+    return Config(**said)
+
+
+def _mapped(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the base's safetensors files, as views of the mapped files."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no safetensors file", "convert the base: sartor tune opens it once")
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+        except Exception as error:  # safetensors' own errors have no common base but Exception
+            raise ModelError(f"{file} is not whole: {error}", "restore it from a copy") from None
+    return found

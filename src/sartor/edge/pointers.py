@@ -1,0 +1,178 @@
+"""Which version of a release is current, previous, staged or refused: one small JSON file per name, in two copies.
+
+    current/NAME.json   {"current": {"version": "1.1", "path": "releases/NAME/1.1", ...}, "previous": ..., "refused": ...}
+    backup/NAME.json    the same bytes
+
+One file holds the whole state, so that one rename changes all of it: there is no moment at which a version is current and
+no longer known. It is a file and not a symbolic link because FAT, on which SD cards come, has none, and a link cannot say
+which version was refused. `path` is relative to the store, which may be mounted elsewhere tomorrow.
+
+The backup is written first: the rename of current/NAME.json is the commit, and all that can fail on a full disk is behind by
+then. Each copy ends with the digest of what it says, so a copy that rotted, or that a power cut left empty, is known for
+that, and opening the store writes it anew from the other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sartor.core import records
+from sartor.core.artifacts import manifest_id
+from sartor.core.errors import StoreError
+from sartor.edge.disk import Disk
+
+SCHEMA = 1
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def tree_of(name: str, version: str) -> str:
+    """Where a version's files are, from the store's folder on."""
+    return f"releases/{name}/{version}"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a release: path inside it -> digest of the blob. `since`: when it came to be what it is, UTC."""
+
+    version: str
+    files: Mapping[str, str]
+    since: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+    def now(self) -> Version:
+        """The same version, as of now."""
+        return Version(self.version, self.files)
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """The state of one name. `refused`: version -> why it was rolled back; it is not activated again."""
+
+    name: str
+    current: Version | None = None
+    previous: Version | None = None
+    staged: Version | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def versions(self) -> tuple[Version, ...]:
+        """Every version whose files the store keeps, the current one first."""
+        return tuple(one for one in (self.current, self.previous, self.staged) if one)
+
+    def beside(self, version: Version) -> Version | None:
+        """The version that takes over where this one is damaged: the two share no file on the disk."""
+        return self.previous if self.current and version.version == self.current.version else self.current
+
+    def find(self, version: str) -> Version | None:
+        """The version of that name, if the store keeps it."""
+        return next((one for one in self.versions if one.version == version), None)
+
+
+class Pointers:
+    """The pointers of a store, by name."""
+
+    def __init__(self, disk: Disk, folder: Path) -> None:
+        self._disk = disk
+        self.folders = (folder / "current", folder / "backup")
+
+    def names(self) -> list[str]:
+        """Every name that has a pointer, or half of one."""
+        files = {file for folder in self.folders for file in self._disk.names(folder)}
+        return sorted(file.removesuffix(".json") for file in files if file.endswith(".json") and not file.startswith("."))
+
+    def read(self, name: str) -> Pointer:
+        """The state of a name; an empty one where it has none. Raises StoreError if a later Sartor wrote it."""
+        return next((pointer for content in self._copies(name) if (pointer := parse(content, name))), Pointer(name))
+
+    def all(self) -> Iterator[Pointer]:
+        """The state of every name."""
+        return map(self.read, self.names())
+
+    def write(self, pointer: Pointer) -> None:
+        """Make this the state of its name, durably: the commit of every change."""
+        content = write(pointer)
+        for folder in reversed(self.folders):
+            self._disk.replace(folder / f"{pointer.name}.json", content)
+
+    def settle(self) -> None:
+        """Make what `read` says durable: a rename whose fsync failed, or was killed before it, is seen already."""
+        for folder in self.folders:
+            self._disk.sync_folder(folder)
+
+    def restore(self) -> list[str]:
+        """Write each copy that is not whole, or that is behind, from the other. Returns what was done, in words."""
+        return [said for name in self.names() for said in self._restore(name)]
+
+    def _restore(self, name: str) -> Iterator[str]:
+        copies = list(self._copies(name))
+        whole = next((content for content in copies if parse(content, name)), None)
+        if whole is None:
+            yield f"neither copy of the pointer of {name} is whole: it has no current version until the next update"
+            return
+        for folder, content in zip(self.folders, copies, strict=True):
+            if content == whole:
+                continue
+            try:
+                self._disk.replace(folder / f"{name}.json", whole)
+            except OSError as error:
+                # A full disk is no reason not to open: the other copy is whole.
+                yield f"{folder.name}/{name}.json could not be written anew: {error.strerror}"
+            else:
+                yield f"{folder.name}/{name}.json was written anew from the other copy"
+
+    def _copies(self, name: str) -> Iterator[bytes]:
+        for folder in self.folders:
+            try:
+                with self._disk.open(folder / f"{name}.json") as stream:
+                    yield stream.read()
+            except OSError:  # absent, or a block that cannot be read: the other copy says it
+                yield b""
+
+
+def write(pointer: Pointer) -> bytes:
+    """The bytes of a pointer."""
+    said: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "pointer",
+        "name": pointer.name,
+        "current": _said(pointer.name, pointer.current),
+        "previous": _said(pointer.name, pointer.previous),
+        "staged": _said(pointer.name, pointer.staged),
+        "refused": dict(pointer.refused),
+    }
+    said["id"] = manifest_id(said)
+    return records.canonical(said) + b"\n"
+
+
+def _said(name: str, version: Version | None) -> dict[str, Any] | None:
+    if version is None:
+        return None
+    path = tree_of(name, version.version)
+    return {"version": version.version, "path": path, "since": version.since, "files": dict(version.files)}
+
+
+def parse(content: bytes, name: str) -> Pointer | None:
+    """What a copy says; None if it is not whole. Raises StoreError if a later Sartor wrote it."""
+    try:
+        said = json.loads(content)
+        if not isinstance(said, dict) or manifest_id(said) != said.get("id") or said.get("name") != name:
+            return None
+    except (ValueError, RecursionError):
+        return None
+    if said["schema"] != SCHEMA:
+        raise StoreError(
+            f"the pointer of {name} has schema {said['schema']}; this version of Sartor reads {SCHEMA}",
+            "open the store with the version of Sartor that wrote it",
+        )
+    current, previous, staged = (_version(said[which]) for which in ("current", "previous", "staged"))
+    return Pointer(name, current, previous, staged, said["refused"])
+
+
+def _version(said: Mapping[str, Any] | None) -> Version | None:
+    return Version(said["version"], said["files"], said["since"]) if said else None

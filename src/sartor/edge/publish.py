@@ -1,0 +1,288 @@
+"""Release -> a directory that any plain file server can serve: signed documents (TUF), content by digest, deltas, rings.
+
+    REPOSITORY/metadata/1.root.json  N.targets.json  N.snapshot.json  timestamp.json
+    REPOSITORY/targets/NAME/DIGEST.VERSION.json
+    REPOSITORY/blobs/ab/DIGEST
+
+A device is given `metadata/1.root.json` once, when it is set up; all later trust comes from it (TUF 5.2). Everything that a
+new document names is on disk before it, and the timestamp comes last, so a publication that is cut short changes nothing for
+a device. One publication at a time: the repository is locked.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tuf.api.metadata import TargetFile
+
+from sartor.core import signing
+from sartor.core.artifacts import MANIFESTS, file_digest, make_parent, writer_lock
+from sartor.core.errors import ArtifactError, ConfigError
+from sartor.edge import content as words
+from sartor.edge import delta
+from sartor.edge.content import Blob, Content, Offer, Step
+from sartor.edge.files import write_whole
+from sartor.edge.roles import Documents, Expiry, RoleName, folders, public
+from sartor.evaluate.release import Verified, verify
+
+# Below this a delta saves less than its request costs
+LEAST_DELTA_BYTES = 1 << 12
+# A packed whole file is decoded by LZMA on the device; it has to save this fraction to be worth it
+PACKED_FRACTION = 0.95
+
+
+@dataclass(frozen=True)
+class Published:
+    """What `publish` did. `deltas`: version -> fraction of the whole files that a device with that version fetches."""
+
+    name: str
+    version: str
+    release_bytes: int
+    deltas: dict[str, float]
+    percent: int
+
+
+def publish(
+    release: Path | str,
+    repository: Path,
+    keys: Path,
+    *,
+    key: Path | None = None,
+    percent: int = 100,
+    expiry: Expiry | None = None,
+) -> Published:
+    """Add a signed Release (or export) to `repository`, made if absent, for `percent` of the devices.
+
+    The Release is verified first, by `key` or the trusted keys, and goes out byte for byte as it was signed. Raises what
+    `verify` raises, ConfigError (version taken, percent out of 0..100, no keys), SignatureError (too few keys are here).
+    """
+    checked = verify(release, key=key)
+    _check_percent(percent)
+    name, version = checked.release.manifest["name"], checked.release.manifest["version"]
+    if not (words.is_name(name) and words.is_name(version)):
+        raise ConfigError(
+            f"{name!r} {version!r} is no name and version that a device takes", "release it with --name and --version"
+        )
+    expiry = expiry or Expiry()
+    with _locked(repository):
+        documents = _open_or_new(repository, keys, expiry)
+        path = words.target_path(name, version)
+        if path in documents.targets.signed.targets:
+            raise ConfigError(f"{repository} has {name} {version} already", "release it under another version")
+        offers = offers_of(documents, name)
+        files = _add_files(repository, checked)
+        earlier = [(offer.version, _content(documents, repository, name, offer)) for offer in offers]
+        steps, fetched = _deltas(repository, earlier, files)
+        order = 1 + max((offer.order for offer in offers), default=0)
+        offer = Offer(version, order, percent, False, int(time.time()))
+        _set_target(documents, repository, Content(name, version, files, steps), offer)
+        documents.write(keys, expiry)
+    whole = sum(blob.bytes for blob in files.values())
+    return Published(name, version, whole, {known: round(count / whole, 4) for known, count in fetched.items()}, percent)
+
+
+def refresh(repository: Path, keys: Path, *, expiry: Expiry | None = None) -> None:
+    """Sign snapshot and timestamp anew before they expire; needs the keys of these two roles alone."""
+    with _locked(repository):
+        Documents.open(repository / "metadata").write(keys, expiry or Expiry(), targets=False)
+
+
+def rotate(repository: Path, keys: Path, role: RoleName, *, old: Sequence[str] = (), expiry: Expiry | None = None) -> list[str]:
+    """Replace keys of a role by new ones: those whose folders `old` names (`targets-1`), by default all; returns the new ids.
+
+    The new root is signed by the old root keys and, where root's own are replaced, by the new ones (TUF 5.3.4, 6.1). After a
+    theft of the timestamp and snapshot keys, rotate both: devices then forget the versions that the thief made (5.3.11).
+    """
+    expiry = expiry or Expiry()
+    with _locked(repository):
+        documents = Documents.open(repository / "metadata")
+        root, before = documents.root.signed, copy.deepcopy(documents.root.signed)
+        known = {public(folder).keyid: folder for folder in folders(keys, role)}
+        gone = [identity for identity in root.roles[role].keyids if not old or known.get(identity, Path()).name in old]
+        if not gone or len(gone) < len(old):
+            there = ", ".join(folder.name for folder in known.values())
+            raise ConfigError(f"{role} has no such key as {', '.join(old)}; in {keys} are {there}", f"--old {role}-1")
+        number = max([int(folder.name.rpartition("-")[2]) for folder in known.values()], default=0)
+        made = [keys / f"{role}-{number + place + 1}" for place in range(len(gone))]
+        for identity, folder in zip(gone, made, strict=True):
+            signing.keygen(folder)
+            root.revoke_key(identity, role)
+            root.add_key(public(folder), role)
+        root.version += 1
+        root.expires = expiry.of("root")
+        documents.write_root(keys, [before, root])
+        documents.write(keys, expiry, targets=role == "targets")
+    return [public(folder).keyid for folder in made]
+
+
+def widen(repository: Path, keys: Path, name: str, version: str, percent: int, *, expiry: Expiry | None = None) -> Offer:
+    """Offer a version to more devices. Raises ConfigError for fewer (a ring is taken back by `halt`) or a halted version."""
+    _check_percent(percent)
+
+    def change(offer: Offer) -> Offer:
+        if offer.halted or percent < offer.percent:
+            state = "is halted" if offer.halted else f"is offered to {offer.percent} % already"
+            raise ConfigError(f"{name} {version} {state}", "publish the mended release as another version, or halt this one")
+        return replace(offer, percent=percent)
+
+    return _change(repository, keys, name, version, change, expiry)
+
+
+def halt(repository: Path, keys: Path, name: str, version: str, *, expiry: Expiry | None = None) -> Offer:
+    """Offer a version to nobody any more; devices that have it go back to the newest that is offered to them."""
+    return _change(repository, keys, name, version, lambda offer: replace(offer, halted=True), expiry)
+
+
+def withdraw(repository: Path, keys: Path, name: str, version: str, *, expiry: Expiry | None = None) -> int:
+    """Take a version out, and every blob that no version that stays refers to; returns the bytes that this freed.
+
+    A device that is just fetching it fails and takes another at its next sync.
+    """
+    with _locked(repository):
+        documents = Documents.open(repository / "metadata")
+        _find(documents, name, version)
+        target = documents.targets.signed.targets.pop(words.target_path(name, version))
+        documents.write(keys, expiry or Expiry())
+        (repository / "targets" / target.get_prefixed_paths()[0]).unlink(missing_ok=True)
+        return _sweep(repository, documents)
+
+
+def offers_of(documents: Documents, name: str) -> list[Offer]:
+    """The versions of a name, newest first."""
+    found = (words.offer_of(path, target.custom) for path, target in documents.targets.signed.targets.items())
+    return sorted((one[1] for one in found if one and one[0] == name), key=lambda offer: -offer.order)
+
+
+@contextmanager
+def _locked(repository: Path) -> Iterator[None]:
+    make_parent(repository)
+    with writer_lock(repository.absolute()):
+        yield
+
+
+def _open_or_new(repository: Path, keys: Path, expiry: Expiry) -> Documents:
+    metadata = repository / "metadata"
+    if (metadata / "timestamp.json").is_file():
+        return Documents.open(metadata)
+    if any(path.name != "metadata" for path in repository.glob("[!.]*")) and not (metadata / "1.root.json").is_file():
+        raise ConfigError(f"{repository} holds something else", "give an empty or a new directory")
+    return Documents.new(metadata, keys, expiry)
+
+
+def _add_files(repository: Path, checked: Verified) -> dict[str, Blob]:
+    """Every file of the release as a blob, the manifest and its signature too."""
+    root = checked.release.path
+    manifest = checked.release.manifest
+    names = [*manifest["files"], MANIFESTS[checked.release.kind], "signature"]
+    files = {}
+    for name in names:
+        digest = file_digest(root / name)
+        if name in manifest["files"] and digest != manifest["files"][name]["sha256"]:
+            raise ArtifactError(f"{root / name} was changed while it was published", "make the release again")
+        _add_blob(repository, root / name, digest)
+        files[name] = Blob(digest, (root / name).stat().st_size)
+    return files
+
+
+def _add_blob(repository: Path, source: Path, digest: str) -> None:
+    place = repository / words.blob_path(digest)
+    if not place.is_file() or place.stat().st_size != source.stat().st_size:
+        write_whole(place, source.read_bytes())
+
+
+def _deltas(
+    repository: Path, earlier: Iterable[tuple[str, Content]], files: dict[str, Blob]
+) -> tuple[tuple[Step, ...], dict[str, int]]:
+    """The deltas from each earlier version, and how many bytes a device with that version will fetch; packed files too."""
+    steps: dict[tuple[str, str], Step] = {}
+    fetched = {}
+    large = {path: blob for path, blob in files.items() if blob.bytes >= LEAST_DELTA_BYTES}
+    for blob in large.values():
+        _add_step(repository, "", blob, steps, PACKED_FRACTION)
+    packed = {result: step.bytes for (_, result), step in steps.items()}
+    for version, known in earlier:
+        count = 0
+        for path, blob in files.items():
+            if blob.sha256 in known.blobs:
+                continue
+            if path in large and path in known.files:
+                _add_step(repository, known.files[path].sha256, blob, steps, 1.0)
+            step = steps.get((known.files[path].sha256, blob.sha256)) if path in known.files else None
+            count += min(blob.bytes, packed.get(blob.sha256, blob.bytes), step.bytes if step else blob.bytes)
+        fetched[version] = count
+    return tuple(steps.values()), fetched
+
+
+def _add_step(repository: Path, base: str, blob: Blob, steps: dict[tuple[str, str], Step], fraction: float) -> None:
+    """Make a delta and keep it if it is below `fraction` of the whole file."""
+    if (base, blob.sha256) in steps:
+        return
+    with tempfile.TemporaryDirectory(prefix="sartor-delta-") as folder:
+        out = Path(folder) / "delta"
+        source = repository / words.blob_path(base) if base else None
+        made = delta.make(source, repository / words.blob_path(blob.sha256), out)
+        if made and made.delta_bytes < fraction * blob.bytes:
+            digest = file_digest(out)
+            _add_blob(repository, out, digest)
+            steps[base, blob.sha256] = Step(base, blob.sha256, digest, made.delta_bytes)
+
+
+def _content(documents: Documents, repository: Path, name: str, offer: Offer) -> Content:
+    target = documents.targets.signed.targets[words.target_path(name, offer.version)]
+    path = repository / "targets" / target.get_prefixed_paths()[0]
+    return words.read(path.read_bytes(), name, offer.version)
+
+
+def _set_target(documents: Documents, repository: Path, described: Content, offer: Offer) -> None:
+    path, document = words.target_path(described.name, described.version), described.as_bytes()
+    target = TargetFile.from_data(path, document, ["sha256"])
+    target.unrecognized_fields["custom"] = offer.as_custom()
+    write_whole(repository / "targets" / target.get_prefixed_paths()[0], document)
+    documents.targets.signed.targets[path] = target
+
+
+def _change(repository: Path, keys: Path, name: str, version: str, change: Any, expiry: Expiry | None) -> Offer:
+    with _locked(repository):
+        documents = Documents.open(repository / "metadata")
+        offer: Offer = change(_find(documents, name, version))
+        target = documents.targets.signed.targets[words.target_path(name, version)]
+        target.unrecognized_fields["custom"] = offer.as_custom()
+        documents.write(keys, expiry or Expiry())
+    return offer
+
+
+def _find(documents: Documents, name: str, version: str) -> Offer:
+    offers = offers_of(documents, name)
+    for offer in offers:
+        if offer.version == version:
+            return offer
+    there = ", ".join(offer.version for offer in offers) or "none of that name"
+    raise ConfigError(f"the repository has no {name} {version}; it has {there}", "give one of these")
+
+
+def _sweep(repository: Path, documents: Documents) -> int:
+    """Remove the blobs that no version names; returns their bytes."""
+    used: set[str] = set()
+    for path in documents.targets.signed.targets:
+        found = words.offer_of(path, documents.targets.signed.targets[path].custom)
+        if found:
+            known = _content(documents, repository, *found)
+            used |= set(known.blobs) | {step.sha256 for step in known.deltas}
+    freed = 0
+    for blob in sorted((repository / "blobs").glob("*/*")):
+        if blob.name not in used:
+            freed += blob.stat().st_size
+            blob.unlink()
+    return freed
+
+
+def _check_percent(percent: int) -> None:
+    if not 0 <= percent <= 100:
+        raise ConfigError(f"percent is {percent}; it must be in 0..100", "percent=10")

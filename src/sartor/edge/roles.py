@@ -1,0 +1,190 @@
+"""The keys of an update repository and its signed documents: the four roles of TUF (specification 1.0, sections 2.1 and 4).
+
+    KEYS/root-1  root-2  root-3  targets-1  targets-2  snapshot-1  timestamp-1     each: sartor.key (0600), sartor.pub
+
+root says whose keys count, targets what may be installed, snapshot which documents belong together, timestamp how fresh that
+is. A role's threshold is how many of its keys have to sign, so that one stolen key is not enough. The folders of root and
+targets belong on media that are plugged in for a publication; `refresh` needs those of snapshot and timestamp alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from securesystemslib.signer import CryptoSigner, SSlibKey
+from tuf.api.metadata import Metadata, MetaFile, Role, Root, Snapshot, Targets, Timestamp
+from tuf.api.serialization import DeserializationError
+
+from sartor.core import signing
+from sartor.core.artifacts import make_parent
+from sartor.core.errors import ArtifactError, ConfigError, SignatureError
+from sartor.edge.files import write_whole
+
+RoleName = Literal["root", "targets", "snapshot", "timestamp"]
+ROLES: tuple[RoleName, ...] = ("root", "targets", "snapshot", "timestamp")
+# role -> (keys that are made, keys that have to sign)
+THRESHOLDS: Mapping[RoleName, tuple[int, int]] = {"root": (3, 2), "targets": (2, 2), "snapshot": (1, 1), "timestamp": (1, 1)}
+_FOLDER = re.compile(r"(root|targets|snapshot|timestamp)-(\d+)$")
+T = TypeVar("T", Root, Targets, Snapshot, Timestamp)
+
+
+@dataclass(frozen=True)
+class Expiry:
+    """Days until a role's document is refused. A short timestamp is what a freeze attack runs into: `refresh` renews it."""
+
+    root: float = 365.0
+    targets: float = 90.0
+    snapshot: float = 14.0
+    timestamp: float = 7.0
+
+    def of(self, role: RoleName) -> datetime.datetime:
+        """When a document that is signed now expires; TUF counts whole seconds."""
+        days = datetime.timedelta(days=getattr(self, role))
+        return datetime.datetime.now(datetime.UTC).replace(microsecond=0) + days
+
+
+def keygen(keys: Path, thresholds: Mapping[RoleName, tuple[int, int]] = THRESHOLDS) -> dict[RoleName, list[str]]:
+    """Make the keys of the four roles below `keys`; returns their ids by role. The thresholds stand in `keys/thresholds`.
+
+    Encrypted with SARTOR_KEY_PASSPHRASE when it is set. Raises ConfigError: keys stand there, or a threshold cannot be met.
+    """
+    for role in ROLES:
+        made, needed = thresholds.get(role, (0, 0))
+        if not 1 <= needed <= made:
+            raise ConfigError(f"the role {role} has {made} keys and a threshold of {needed}", f"{role}: (2, 2)")
+    if any(_FOLDER.match(path.name) for path in keys.glob("*")):
+        raise ConfigError(f"{keys} holds keys already", "choose another directory; an overwritten key is lost for ever")
+    make_parent(keys)
+    found: dict[RoleName, list[str]] = {}
+    for role in ROLES:
+        found[role] = [signing.keygen(keys / f"{role}-{number + 1}")["key_id"] for number in range(thresholds[role][0])]
+    lines = "".join(f"{role} {thresholds[role][1]}\n" for role in ROLES)
+    (keys / "thresholds").write_text(lines, encoding="utf-8")
+    return found
+
+
+def folders(keys: Path, role: RoleName) -> list[Path]:
+    """The folders of a role's keys that are here, by number."""
+    found = [(int(match[2]), path) for path in keys.glob("*") if (match := _FOLDER.match(path.name)) and match[1] == role]
+    return [path for _, path in sorted(found)]
+
+
+def public(folder: Path) -> SSlibKey:
+    """A key as TUF writes it."""
+    return SSlibKey.from_crypto(signing.open_public(folder))
+
+
+def first_root(keys: Path, expiry: Expiry) -> Root:
+    """Version 1 of the root, unsigned: the keys that are here and the thresholds that `keygen` wrote."""
+    try:
+        lines = (keys / "thresholds").read_text(encoding="utf-8").split("\n")
+        thresholds = {role: int(count) for role, count in (line.split() for line in lines if line)}
+    except (OSError, ValueError):
+        raise ConfigError(f"{keys} has no keys of an update repository", "make them with edge.keygen(KEYS)") from None
+    found: dict[str, Any] = {role: Role([], thresholds[role]) for role in ROLES}
+    root = Root(expires=expiry.of("root"), roles=found, consistent_snapshot=True)
+    for role in ROLES:
+        for folder in folders(keys, role):
+            root.add_key(public(folder), role)
+    return root
+
+
+def sign(document: Metadata[Any], keys: Path, role: RoleName, roots: Iterable[Root]) -> None:
+    """Sign with every key of `role` that is here and that one of `roots` names; then each of them has to be satisfied.
+
+    A new root needs the threshold of the old one and its own (TUF 5.3.4), so both are given. Raises SignatureError naming
+    how many signatures are missing, and what `signing.open_private` raises.
+    """
+    document.signatures.clear()
+    roots = list(roots)
+    wanted = {identity for root in roots for identity in root.roles[role].keyids}
+    for folder in folders(keys, role):
+        key = public(folder)
+        if key.keyid in wanted and (folder / "sartor.key").is_file():
+            document.sign(CryptoSigner(signing.open_private(folder), key), append=True)
+    for root in roots:
+        result = root.get_verification_result(role, document.signed_bytes, document.signatures)
+        if not result:
+            raise SignatureError(
+                f"{role} needs {result.threshold} signatures; {len(result.signed)} of its keys are in {keys}",
+                f"bring the folders of {result.missing} more of the keys {', '.join(k[:8] for k in result.unsigned)} there",
+            )
+
+
+@dataclass
+class Documents:
+    """The newest documents of a repository, and writing their next versions. Blobs and targets are on disk before them."""
+
+    folder: Path
+    root: Metadata[Root]
+    targets: Metadata[Targets]
+    snapshot: Metadata[Snapshot]
+    timestamp: Metadata[Timestamp]
+
+    @classmethod
+    def new(cls, folder: Path, keys: Path, expiry: Expiry) -> Documents:
+        """Those of an empty repository; nothing but the root is written, by `write_root`."""
+        root = Metadata(first_root(keys, expiry))
+        # version 0 is never seen: every write counts up first
+        rest = (Metadata(Targets(version=1)), Metadata(Snapshot(version=1)), Metadata(Timestamp(version=1)))
+        made = cls(folder, root, *rest)
+        for document in rest:
+            document.signed.version = 0
+        made.write_root(keys, [root.signed])
+        return made
+
+    @classmethod
+    def open(cls, folder: Path) -> Documents:
+        """Those of a repository. Raises ConfigError where there is none, ArtifactError for documents that cannot be read."""
+        roots = sorted((int(path.name.split(".")[0]), path) for path in folder.glob("*.root.json"))
+        if not roots:
+            raise ConfigError(f"{folder.parent} is no update repository", "edge.publish(RELEASE, REPOSITORY, KEYS) makes one")
+        timestamp = _read(Timestamp, folder / "timestamp.json")
+        snapshot = _read(Snapshot, folder / f"{timestamp.signed.snapshot_meta.version}.snapshot.json")
+        version = snapshot.signed.meta["targets.json"].version
+        targets = _read(Targets, folder / f"{version}.targets.json")
+        return cls(folder, _read(Root, roots[-1][1]), targets, snapshot, timestamp)
+
+    def write_root(self, keys: Path, roots: Sequence[Root]) -> None:
+        """Sign and write the root as it stands."""
+        sign(self.root, keys, "root", roots)
+        self._write(f"{self.root.signed.version}.root.json", self.root)
+
+    def write(self, keys: Path, expiry: Expiry, *, targets: bool = True) -> None:
+        """Sign and write the next timestamp and snapshot, and with `targets` the next targets. The timestamp comes last:
+        until then a device sees what was there before (consistent snapshots, TUF 6.2).
+        """
+        if targets:
+            self._next(self.targets, keys, "targets", expiry)
+        self.snapshot.signed.meta["targets.json"] = MetaFile(self.targets.signed.version)
+        self._next(self.snapshot, keys, "snapshot", expiry)
+        self.timestamp.signed.snapshot_meta = MetaFile(self.snapshot.signed.version)
+        self._next(self.timestamp, keys, "timestamp", expiry)
+        # written once all are signed: a key that is missing leaves nothing half done
+        if targets:
+            self._write(f"{self.targets.signed.version}.targets.json", self.targets)
+        self._write(f"{self.snapshot.signed.version}.snapshot.json", self.snapshot)
+        self._write("timestamp.json", self.timestamp)
+
+    def _next(self, document: Metadata[Any], keys: Path, role: RoleName, expiry: Expiry) -> None:
+        document.signed.version += 1
+        document.signed.expires = expiry.of(role)
+        sign(document, keys, role, [self.root.signed])
+
+    def _write(self, name: str, document: Metadata[Any]) -> None:
+        write_whole(self.folder / name, document.to_bytes())
+
+
+def _read(kind: type[T], path: Path) -> Metadata[T]:
+    try:
+        found: Metadata[T] = Metadata.from_bytes(path.read_bytes())
+    except (OSError, DeserializationError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}", "restore the repository's metadata from a copy") from None
+    if not isinstance(found.signed, kind):
+        raise ArtifactError(f"{path} is no {kind.type}", "restore the repository's metadata from a copy")
+    return found

@@ -1,0 +1,85 @@
+"""The bound on the disk: what the store takes, what a collection would leave, what fits, and what is said where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from sartor.core.errors import BudgetError, MissingError, SartorError
+from sartor.edge.blobs import Blobs
+from sartor.edge.disk import Disk
+from sartor.edge.pointers import Pointer, Pointers
+from sartor.edge.trees import Trees
+
+# What an update writes beside its content: pointers in two copies, the list of what is wanted, blocks of folders.
+_SPARE_BYTES = 1 << 16
+
+
+class Room:
+    """Bytes of a store. A file with several names counts once. `limit_bytes` 0: the disk is the bound."""
+
+    def __init__(self, limit_bytes: int, disk: Disk, pointers: Pointers, blobs: Blobs, trees: Trees) -> None:
+        self.limit_bytes = limit_bytes
+        self._disk, self._pointers, self._blobs, self._trees = disk, pointers, blobs, trees
+        self._folder = blobs.folder.parent
+
+    def used_bytes(self) -> int:
+        """Bytes of every file in the store."""
+        return sum(dict(self._files(self._folder)).values())
+
+    def kept_bytes(self, pointers: Iterable[Pointer]) -> int:
+        """What would be used after a collection that spares what these point at."""
+        files = {inode: size for folder in self._pointers.folders for inode, size in self._files(folder)}
+        held = set(self._blobs.wanted)
+        for pointer in pointers:
+            for version in pointer.versions:
+                held |= set(version.files.values())
+                files.update(self._files(self._trees.path(pointer.name, version.version)))
+        for digest in held:
+            files.update(self._files(self._blobs.path(digest)))
+        for digest in self._blobs.wanted:
+            files.update(self._files(self._blobs.partials / digest))
+        return sum(files.values())
+
+    def needed_bytes(self, pointer: Pointer, sizes: Mapping[str, int]) -> int:
+        """What blobs of these sizes take beside the current version: to be fetched, and to be copied into the new tree."""
+        fetched = sum(
+            max(0, size - self._blobs.partial(digest)) for digest, size in sizes.items() if not self._blobs.has(digest)
+        )
+        # Without hard links what is fetched is written a second time, into the tree.
+        copied = fetched if not self._trees.links else 0
+        copied += sum(self._trees.copied_bytes(pointer.name, digest, pointer.current) for digest in sizes)
+        return fetched + copied + _SPARE_BYTES
+
+    def fits(self, needed: int, freed: int = 0) -> bool:
+        """Whether that much more fits once `freed` bytes of what is used are collected."""
+        return self._above_limit(needed, freed) <= 0 and self._above_free(needed, freed) <= 0
+
+    def refusal(self, what: str, needed: int, freed: int = 0) -> SartorError:
+        """The error for what does not fit: BudgetError for the store's own limit, MissingError for the disk."""
+        if (above := self._above_limit(needed, freed)) > 0:
+            kept = self.used_bytes() - freed
+            return BudgetError(
+                f"{what} needs {needed:,} bytes beside the {kept:,} that stay; the store may take {self.limit_bytes:,}",
+                f"raise limit_bytes by {above:,} to {self.limit_bytes + above:,}, or publish a smaller release",
+            )
+        free = self._disk.free_bytes(self._folder) + freed
+        return MissingError(
+            f"the disk is full: {what} needs {needed:,} bytes, {free:,} are free or can be freed",
+            f"free {self._above_free(needed, freed):,} bytes on the disk that holds {self._folder}",
+        )
+
+    def _above_limit(self, needed: int, freed: int) -> int:
+        # Walking the store takes a while, and most stores have no limit of their own.
+        return self.used_bytes() - freed + needed - self.limit_bytes if self.limit_bytes else 0
+
+    def _above_free(self, needed: int, freed: int) -> int:
+        return needed - self._disk.free_bytes(self._folder) - freed
+
+    def _files(self, path: Path) -> Iterator[tuple[int, int]]:
+        found = self._disk.stat(path)
+        if found and found.is_folder:
+            for name in self._disk.names(path):
+                yield from self._files(path / name)
+        elif found:
+            yield found.inode, found.size

@@ -1,0 +1,383 @@
+"""The releases of a device, and the update that cannot break it: stage, check, activate; A/B, as in Android, RAUC and Mender.
+
+    append, finish   blobs arrive                              the device works with 1.0
+    stage            a tree of 1.1 beside that of 1.0          ... with 1.0
+    activate         health check of 1.1, then one rename      ... with 1.0 until the rename, with 1.1 from it on
+    rollback         one rename back                           ... with 1.1 until the rename, with 1.0 from it on
+
+Three rules carry it. (1) What is named is durable first: bytes are fsynced before they get a name, a tree and its folders
+before the pointer names it. (2) One rename commits, and it replaces a file that holds the whole state. (3) Nothing is
+removed before the pointer that no longer names it is durable. So a kill or a power cut at any operation leaves files that
+nothing names, which the next opening or collection removes, and never a name without its files.
+
+The running program reads with `installed`, which takes no lock and never waits for an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from sartor.core.artifacts import DISK_FULL
+from sartor.core.errors import HealthError, MissingError, SartorError, StoreError
+from sartor.edge.blobs import Blobs
+from sartor.edge.disk import Disk
+from sartor.edge.pointers import NAME, Pointer, Pointers, Version, tree_of
+from sartor.edge.room import Room
+from sartor.edge.rot import Rot
+from sartor.edge.trees import Trees, check_files
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A version that is on the device. `path` opens as a Release; `since`: UTC; `files`: path inside it -> blob."""
+
+    name: str
+    version: str
+    path: Path
+    since: str
+    files: Mapping[str, str]
+
+
+def installed(folder: Path, name: str) -> Installed | None:
+    """What is current in the store at `folder`, for a program that only reads: without the lock, in one read of one file."""
+    return _installed(folder.absolute(), name, Pointers(Disk(), folder.absolute()).read(name).current)
+
+
+def _installed(folder: Path, name: str, version: Version | None) -> Installed | None:
+    if version is None:
+        return None
+    return Installed(name, version.version, folder / tree_of(name, version.version), version.since, version.files)
+
+
+class Store:
+    """The store at a folder, made if absent; the one writer of it until `close`, or the end of the process.
+
+    Opening it removes what a killed update left and writes a damaged pointer anew; `mended` says what, in words.
+    `limit_bytes`: what it may take of the disk; 0 is no bound. Raises BusyError if another process writes to it.
+
+    Every method raises MissingError where the disk is full or cannot be written to: what was current still is, and the same
+    call goes through once there is room.
+    """
+
+    def __init__(self, folder: Path, *, limit_bytes: int = 0, disk: Disk | None = None) -> None:
+        self.folder = folder.absolute()
+        self.mended: list[str] = []
+        self._disk = disk or Disk()
+        self._pointers = Pointers(self._disk, self.folder)
+        self._blobs = Blobs(self._disk, self.folder)
+        self._trees = Trees(self._disk, self.folder, self._blobs)
+        self._room = Room(limit_bytes, self._disk, self._pointers, self._blobs, self._trees)
+        self._rot = Rot(self._disk, self._pointers, self._blobs, self._trees)
+        self._unlock: Callable[[], None] = lambda: None
+        try:
+            with self._writing("the store"):
+                self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process write."""
+        self._unlock()
+
+    def _open(self) -> None:
+        folders = self._folders()
+        for path in (*reversed(self.folder.parents), self.folder):
+            if self._disk.stat(path) is None:
+                self._disk.mkdir(path)
+                self._disk.sync_folder(path.parent)
+        self._unlock = self._disk.lock(self.folder / "lock")
+        for path in folders:
+            if self._disk.stat(path) is None:
+                self._disk.mkdir(path)
+        # What a killed process renamed is seen, but durable only now: nothing is built on it before.
+        for path in (self.folder.parent, self.folder, *self._pointers.folders, self._blobs.folder, self._trees.folder):
+            self._disk.sync_folder(path)
+        self._sweep()
+        self._blobs.recall()
+        self.mended += self._pointers.restore()
+
+    def _folders(self) -> tuple[Path, ...]:
+        blobs = self._blobs
+        return (*self._pointers.folders, blobs.folder, blobs.partials, blobs.quarantined, self._trees.folder)
+
+    def _sweep(self) -> None:
+        """Remove what an interrupted write left under a hidden name: nothing ever names it."""
+        for folder in (self.folder, *self._folders()):
+            for name in self._disk.names(folder):
+                if name.startswith("."):
+                    self._disk.remove(folder / name)
+        for tree in self._trees.all():
+            if tree.name.startswith("."):
+                self._disk.remove(tree)
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise MissingError(
+                    f"{what} could not be written to {self.folder}: {error.strerror or error}", "see to the disk and its rights"
+                ) from error
+            self._try_to_sweep()
+            raise MissingError(
+                f"the disk is full: {what} could not be written; current: {self._standing()}",
+                f"free some space on the disk that holds {self.folder}; the same call then goes on where this one stopped",
+            ) from error
+
+    def _try_to_sweep(self) -> None:
+        try:
+            self._sweep()
+        except OSError:  # the next opening does it
+            return
+
+    def _standing(self) -> str:
+        """What is current, after all: a commit whose fsync failed can be seen already."""
+        return ", ".join(f"{one.name} {one.current.version}" for one in self._pointers.all() if one.current) or "nothing yet"
+
+    # blobs
+
+    def has(self, digest: str) -> bool:
+        """Whether the blob with this sha256 (hex) is there, whole and checked."""
+        return self._blobs.has(digest)
+
+    def partial(self, digest: str) -> int:
+        """Bytes of an interrupted download, which `append` goes on from."""
+        return self._blobs.partial(digest)
+
+    def append(self, digest: str, offset: int, content: bytes) -> None:
+        """Add to a download. Raises StoreError if `offset` is not `partial(digest)`, BudgetError above the store's limit."""
+        with self._writing(f"the blob {digest[:16]}"):
+            self._make_room(f"the blob {digest[:16]}", len(content))
+            self._blobs.append(digest, offset, content)
+
+    def finish(self, digest: str) -> None:
+        """Check a download and make it a whole blob, durably. Raises StoreError if its bytes are others; it is removed then.
+
+        A blob that was quarantined comes back by this, and so do the files of the versions that it belongs to.
+        """
+        with self._writing(f"the blob {digest[:16]}"):
+            new = not self._blobs.has(digest)
+            self._blobs.finish(digest)
+            if new:
+                self._rot.mend_trees(digest)
+
+    def discard(self, digest: str) -> None:
+        """Remove a partial download, to begin anew."""
+        with self._writing(f"the blob {digest[:16]}"):
+            self._blobs.discard(digest)
+
+    def open(self, digest: str) -> BinaryIO:
+        """A whole blob to read from. Raises StoreError if there is none."""
+        return self._blobs.open(digest)
+
+    # versions
+
+    def make_room(self, name: str, sizes: Mapping[str, int]) -> None:
+        """Call before an update is fetched: `sizes` is the bytes of each blob of the new version, by digest.
+
+        Garbage is collected if need be, then the previous version is given up (the new one goes into the slot of the old,
+        as in every A/B update) unless the current one is damaged. From here on no collection takes these blobs. Raises
+        BudgetError or MissingError, before anything is removed or fetched, if it cannot fit beside the current version.
+        """
+        pointer = self._read(name)
+        what = f"the update of {name}"
+        with self._writing(what):
+            self._blobs.wanted = set(sizes)
+            needed = self._room.needed_bytes(pointer, sizes)
+            if not self._room.fits(needed):
+                self._clear(pointer, what, needed)
+            self._blobs.want(sizes)
+
+    def _clear(self, pointer: Pointer, what: str, needed: int) -> None:
+        """Collect garbage, and give up the previous version if that is not enough. Raises before, if neither is."""
+        others = [one for one in self._pointers.all() if one.name != pointer.name]
+        alone = replace(pointer, previous=None, staged=None)
+        used = self._room.used_bytes()
+        freed = used - self._room.kept_bytes([pointer, *others])
+        if not self._room.fits(needed, freed):
+            if self._rot.is_whole(pointer):  # else the previous version may be the only one that works
+                freed = used - self._room.kept_bytes([alone, *others])
+            if not self._room.fits(needed, freed):
+                raise self._room.refusal(what, needed, freed)
+            self._collect()  # on a disk that is full to the last byte, the pointer needs some of this
+            self._pointers.write(alone)
+        self._collect()
+
+    def stage(self, name: str, version: str, files: Mapping[str, str]) -> Path:
+        """Make a directory of blobs that can be opened as a Release; `files`: path inside it -> digest.
+
+        A version that is there already is mended where it is damaged. One version is staged at a time: another that was
+        staged is given up. Raises StoreError for a blob that is missing, a path that leads outside, or a version that is
+        installed with other files; HealthError for a version that was rolled back here.
+        """
+        pointer = self._read(name)
+        new = self._checked(pointer, version, files)
+        with self._writing(f"{name} {version}"):
+            known = pointer.find(version)
+            if known and known.files == new.files:
+                self._trees.mend(name, known, pointer.beside(known))
+            else:
+                if known:  # it was staged with other files: nothing may name a tree that is not whole
+                    pointer = replace(pointer, staged=None)
+                    self._pointers.write(pointer)
+                copied = sum(self._trees.copied_bytes(name, one, pointer.current) for one in files.values())
+                self._make_room(f"{name} {version}", copied)
+                self._pointers.settle()  # a tree of this name may be replaced
+                self._trees.build(name, new, pointer.current)
+                self._pointers.write(replace(pointer, staged=new))
+            self._blobs.staged(files.values())
+        return self._trees.path(name, version)
+
+    def _checked(self, pointer: Pointer, version: str, files: Mapping[str, str]) -> Version:
+        if not NAME.fullmatch(version):
+            raise StoreError(f"{version!r:.80} is no version", "lower-case letters, digits, '.', '_' and '-'")
+        self._check_refused(pointer, version)
+        check_files(dict(files))
+        if missing := sorted({digest for digest in files.values() if not self._blobs.has(digest)}):
+            raise StoreError(
+                f"{pointer.name} {version} lacks {len(missing)} of its blobs, as {missing[0][:16]}", "fetch what `has` denies"
+            )
+        known = pointer.find(version)
+        if known and known is not pointer.staged and known.files != dict(files):
+            raise StoreError(f"{pointer.name} {version} is installed with other files", "publish them as another version")
+        return Version(version, dict(files))
+
+    def _check_refused(self, pointer: Pointer, version: str) -> None:
+        if version in pointer.refused:
+            raise HealthError(
+                f"{pointer.name} {version} was rolled back on this device: {pointer.refused[version]}",
+                "publish another version",
+            )
+
+    def activate(self, name: str, version: str, healthy: Callable[[Path], None]) -> None:
+        """Make a staged version the current one, durably, if it is whole and `healthy` returns.
+
+        `healthy` gets its directory and raises what is wrong; the old version is current until it has returned, so one that
+        hangs, or takes the process with it, changes nothing. Raises HealthError saying why, StoreError for a version that is
+        not staged or is damaged.
+        """
+        pointer = self._read(name)
+        self._check_refused(pointer, version)
+        found = pointer.find(version)
+        if found is None:
+            raise StoreError(f"{name} {version} is not in the store", "stage it first")
+        if broken := self._trees.broken(name, found):
+            raise StoreError(f"{name} {version} is damaged: {broken[0][0]}", "verify the store, sync, and stage it again")
+        try:
+            healthy(self._trees.path(name, version))
+        except Exception as error:
+            why = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
+            stays = f"{pointer.current.version} stays current" if pointer.current else "nothing is current"
+            raise HealthError(f"{name} {version} is not healthy: {why}; {stays}", "publish a version that passes") from error
+        if found is pointer.current:
+            return
+        staged = None if found is pointer.staged else pointer.staged
+        with self._writing(f"{name} {version}"):
+            self._pointers.write(replace(pointer, current=found.now(), previous=pointer.current, staged=staged))
+
+    def rollback(self, name: str, reason: str = "no reason was given") -> Installed:
+        """Make the previous version current again, durably; the one that is left is remembered as refused, with the reason.
+
+        Raises StoreError if there is no previous version, or it is damaged.
+        """
+        pointer = self._read(name)
+        if pointer.current is None or pointer.previous is None:
+            raise StoreError(f"{name} has no previous version to go back to", "publish a version that works, and sync")
+        bad, old = pointer.current, pointer.previous
+        refused = {**pointer.refused, bad.version: reason}
+        with self._writing(f"{name} {old.version}"):
+            self._trees.mend(name, old, bad)
+            if broken := self._trees.broken(name, old):
+                raise StoreError(f"{name} {old.version}, the previous version, is damaged: {broken[0][0]}", "verify, and sync")
+            self._pointers.write(replace(pointer, current=old.now(), previous=None, refused=refused))
+        back = self.current(name)
+        assert back is not None
+        return back
+
+    def current(self, name: str) -> Installed | None:
+        """The version that the device works with."""
+        return _installed(self.folder, name, self._read(name).current)
+
+    def previous(self, name: str) -> Installed | None:
+        """The version that `rollback` goes back to."""
+        return _installed(self.folder, name, self._read(name).previous)
+
+    def staged(self, name: str) -> Installed | None:
+        """The version that waits to be activated."""
+        return _installed(self.folder, name, self._read(name).staged)
+
+    def refused(self, name: str) -> Mapping[str, str]:
+        """Versions that were rolled back here, and why: not worth fetching."""
+        return self._read(name).refused
+
+    def _read(self, name: str) -> Pointer:
+        if not NAME.fullmatch(name):
+            raise StoreError(f"{name!r:.80} is no name of a release", "lower-case letters, digits, '.', '_' and '-'")
+        return self._pointers.read(name)
+
+    # room and rot
+
+    def used_bytes(self) -> int:
+        """Bytes of every file in the store; a file with several names counts once."""
+        return self._room.used_bytes()
+
+    def collect(self) -> int:
+        """Remove what no version needs; returns the bytes freed.
+
+        Never the current, the previous or the staged version, nor what came of an update that is being fetched.
+        """
+        with self._writing("the store"):
+            return self._collect()
+
+    def _collect(self) -> int:
+        before = self._room.used_bytes()
+        self._pointers.settle()
+        pointers = list(self._pointers.all())
+        trees = {self._trees.path(one.name, version.version) for one in pointers for version in one.versions}
+        held = {digest for one in pointers for version in one.versions for digest in version.files.values()}
+        blobs, wanted = self._blobs, self._blobs.wanted
+        garbage = [tree for tree in self._trees.all() if tree not in trees]
+        garbage += [blobs.folder / name for name in blobs.digests() if name not in held | wanted]
+        garbage += [blobs.partials / name for name in self._disk.names(blobs.partials) if name not in wanted]
+        garbage += [blobs.quarantined / name for name in self._disk.names(blobs.quarantined)]
+        for path in garbage:
+            self._disk.remove(path)
+        return before - self._room.used_bytes()
+
+    def _make_room(self, what: str, needed: int) -> None:
+        """Collect garbage if need be; raise what says that it is not enough."""
+        if self._room.fits(needed):
+            return
+        self._collect()
+        if not self._room.fits(needed):
+            raise self._room.refusal(what, needed)
+
+    def verify(self) -> list[str]:
+        """Read every byte; the digests of blobs whose bytes differ, on the disk or in the tree of a version.
+
+        What is there twice is mended, and `has` says so; any other blob is quarantined, so that a sync fetches it again. If
+        the current version is damaged by that and the previous is whole, the previous becomes current, and the damaged one
+        waits as staged.
+        """
+        with self._writing("what was mended"):
+            self.mended += self._pointers.restore()
+            found = self._rot.found()
+            for digest in found:
+                self._rot.mend_blob(digest)
+            for digest in found:
+                self._rot.mend_trees(digest)
+            self.mended += [said for pointer in list(self._pointers.all()) if (said := self._rot.fall_back(pointer))]
+        return found

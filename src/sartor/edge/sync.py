@@ -1,0 +1,349 @@
+"""A device fetches what is signed for it: metadata by TUF's client workflow, then a delta or the whole files, then activation.
+
+`sync` is the only function of a device that uses the network. The mirror is trusted in nothing: who may say what is in the
+root that the device was set up with, and in what that root's holders signed since (TUF specification 1.0, section 5).
+
+    FOLDER/metadata/   what was verified: timestamp, snapshot, targets, every root. fsynced, as rollback protection rests on it
+    FOLDER/failed.json versions that a health check refused here, so that they are not tried at every sync
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from tuf.api import exceptions
+from tuf.api.metadata import Metadata, Targets
+from tuf.ngclient import Updater
+from tuf.ngclient.fetcher import FetcherInterface
+
+from sartor.core.errors import ArtifactError, ConfigError, MissingError, SartorError, SignatureError
+from sartor.edge import content as words
+from sartor.edge import delta
+from sartor.edge.content import Content, Offer, Step
+from sartor.edge.fetch import Fetcher, Limits
+from sartor.edge.files import write_whole
+
+_CHUNK_BYTES = 1 << 18
+# A clock may be this far behind the publisher's without being called wrong
+_CLOCK_S = 86_400
+
+
+class Installed(Protocol):
+    """What a store says of the version that is active."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def version(self) -> str: ...  # noqa: D102
+    @property
+    def path(self) -> Path: ...  # noqa: D102
+
+
+class Store(Protocol):
+    """What `sync` asks of the device's store (edge/store.py): blobs by digest, and one active version of each name."""
+
+    def has(self, digest: str) -> bool: ...  # noqa: D102
+    def partial(self, digest: str) -> int: ...  # noqa: D102
+    def append(self, digest: str, offset: int, content: bytes) -> None: ...  # noqa: D102
+    def finish(self, digest: str) -> None: ...  # noqa: D102
+    def open(self, digest: str) -> BinaryIO: ...  # noqa: D102
+    def stage(self, name: str, version: str, files: Mapping[str, str]) -> Path: ...  # noqa: D102
+    def activate(self, name: str, version: str, healthy: Callable[[Path], None]) -> None: ...  # noqa: D102
+    def current(self, name: str) -> Installed | None: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Device:
+    """Who syncs: `id` decides its ring; `folder` is its own, for what it verified; `root` the first root document, or its
+    file, which the device was set up with: everything that it trusts comes from there.
+    """
+
+    id: str
+    folder: Path
+    root: bytes | Path
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What one sync did.
+
+    `missing_bytes`: what had to come, by the cheaper of delta and whole file, less what an interrupted sync had brought.
+    `fetched_bytes`: what came, metadata too. `deltas` and `whole`: bytes of each by number. `notes`: what did not go
+    straight: attempts that broke off, a delta that was given up. `changed`: whether another version is active now.
+    """
+
+    name: str
+    version: str
+    was: str
+    changed: bool
+    ring: int
+    missing_bytes: int = 0
+    fetched_bytes: int = 0
+    deltas: int = 0
+    whole: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Transfer:
+    """Bringing the blobs of one version into the store."""
+
+    store: Store
+    url: str
+    fetcher: Fetcher
+    missing_bytes: int = 0
+    deltas: int = 0
+    whole: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def bring(self, content: Content) -> None:
+        """Every file of the version: each by the cheapest way that this device has."""
+        plan = [
+            (digest, length, self._cheapest(content, digest, length))
+            for digest, length in content.blobs.items()
+            if not self.store.has(digest)
+        ]
+        self.missing_bytes = sum(
+            self._left(step.sha256, step.bytes) if step else self._left(digest, length) for digest, length, step in plan
+        )
+        for digest, length, step in plan:
+            if not (step and self._by_delta(step, length)):
+                self._blob(digest, length)
+                self.whole += 1
+
+    def _left(self, digest: str, length: int) -> int:
+        return 0 if self.store.has(digest) else max(0, length - self.store.partial(digest))
+
+    def _cheapest(self, content: Content, digest: str, length: int) -> Step | None:
+        """The delta that takes fewer bytes than the file itself; None: the file."""
+        usable = [step for step in content.deltas if step.result == digest and (not step.base or self.store.has(step.base))]
+        best = min(usable, key=lambda step: self._left(step.sha256, step.bytes), default=None)
+        return best if best and self._left(best.sha256, best.bytes) < self._left(digest, length) else None
+
+    def _by_delta(self, step: Step, length: int) -> bool:
+        """Fetch and apply one delta; false where it does not lead to the file, which then is fetched whole."""
+        self._blob(step.sha256, step.bytes)
+        try:
+            with self.store.open(step.sha256) as difference, _opened(self.store, step.base) as base:
+                for offset, piece in _joined(delta.apply(base, difference, length)):
+                    # the store goes on from what an interrupted sync left of this file
+                    fresh = piece[max(0, self.store.partial(step.result) - offset) :]
+                    if fresh:
+                        self.store.append(step.result, offset + len(piece) - len(fresh), fresh)
+            self.store.finish(step.result)
+        except ArtifactError as error:
+            self.notes.append(f"a delta was given up: {error.problem}")
+            return False
+        self.deltas += 1
+        return True
+
+    def _blob(self, digest: str, length: int) -> None:
+        """Fetch a blob; once more from its beginning, if what was pieced together has another digest."""
+        for attempt in (1, 2):
+            if self.store.has(digest):
+                return
+            try:
+                self._resume(digest, length)
+                self.store.finish(digest)
+                return
+            except ArtifactError as error:
+                if attempt == 2 or self.store.partial(digest):
+                    raise
+                self.notes.append(f"fetched again: {error.problem}")
+
+    def _resume(self, digest: str, length: int) -> None:
+        if length == 0:
+            self.store.append(digest, 0, b"")
+        self.fetcher.resume(
+            f"{self.url}/{words.blob_path(digest)}",
+            length,
+            lambda: self.store.partial(digest),
+            lambda offset, piece: self.store.append(digest, offset, piece),
+        )
+
+
+def sync(
+    store: Store,
+    url: str,
+    name: str,
+    device: Device,
+    healthy: Callable[[Path], None],
+    *,
+    limits: Limits | None = None,
+    again: bool = False,
+) -> Synced:
+    """Bring the release `name` to the newest version that is signed for this device, and activate it if `healthy` agrees.
+
+    `url`: the repository's folder, http(s) or file. `healthy` gets the staged version's path and raises if it is not to be.
+    `again`: also a version that failed its check here before.
+    Raises SignatureError: metadata that is forged, too old, expired, or of another time than this device's clock;
+    ArtifactError: content that is not what was signed; MissingError: unreachable or too slow, and what came is kept; what
+    the store raises. In each case the active version stays.
+    """
+    url = url.rstrip("/")
+    fetcher = Fetcher(limits or Limits())
+    offers, targets = _refreshed(url, device, fetcher)
+    mine = sorted((offer for named, offer in offers if named == name), key=lambda offer: -offer.order)
+    if not mine:
+        names = ", ".join(sorted({named for named, _ in offers})) or "nothing"
+        raise MissingError(f"{url} offers no {name!r}; it has {names}", "check the name, or the address")
+    _check_clock(mine)
+    now = store.current(name)
+    was, ring = now.version if now else "", words.ring_of(device.id)
+    failed = {} if again else _failed(device.folder).get(name, {})
+    offer = _choose(mine, device.id, was, failed)
+    if offer is None or offer.version == was:
+        notes = [] if offer else [f"no version of {name} is offered to ring {ring}"]
+        return Synced(name, was, was, False, ring, fetched_bytes=fetcher.fetched_bytes, notes=(*notes, *fetcher.broken))
+    transfer = _Transfer(store, url, fetcher)
+    content = _described(url, name, offer, targets, fetcher)
+    transfer.bring(content)
+    store.stage(name, offer.version, {path: blob.sha256 for path, blob in content.files.items()})
+    _activate(store, name, offer.version, healthy, device.folder)
+    done = Synced(name, offer.version, was, True, ring, transfer.missing_bytes, fetcher.fetched_bytes)
+    return replace(done, deltas=transfer.deltas, whole=transfer.whole, notes=(*transfer.notes, *fetcher.broken))
+
+
+def _choose(offers: list[Offer], device_id: str, was: str, failed: Mapping[str, Any]) -> Offer | None:
+    """The newest version that this device is admitted to. What it has stays admitted until it is halted."""
+    for offer in offers:
+        if offer.version in failed and offer.version != was:
+            continue
+        if offer.admits(device_id) or (offer.version == was and not offer.halted):
+            return offer
+    return None
+
+
+def _activate(store: Store, name: str, version: str, healthy: Callable[[Path], None], folder: Path) -> None:
+    try:
+        store.activate(name, version, healthy)
+    except SartorError as error:
+        known = _failed(folder)
+        known.setdefault(name, {})[version] = error.problem
+        write_whole(folder / "failed.json", json.dumps(known, indent=1).encode())
+        raise
+
+
+def _failed(folder: Path) -> dict[str, dict[str, str]]:
+    try:
+        said = json.loads((folder / "failed.json").read_bytes())
+    except (OSError, ValueError):
+        return {}  # a memory of failures that is lost costs one more try
+    return said if isinstance(said, dict) and all(isinstance(one, dict) for one in said.values()) else {}
+
+
+class _Metadata(FetcherInterface):
+    """TUF's client fetches by ours."""
+
+    def __init__(self, fetcher: Fetcher) -> None:
+        self.fetcher = fetcher
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        yield self.download_bytes(url, 1 << 20)
+
+    def download_bytes(self, url: str, max_length: int) -> bytes:
+        try:
+            found = self.fetcher.small(url, max_length)
+        except ArtifactError as error:
+            raise exceptions.DownloadLengthMismatchError(error.problem) from error
+        if found is None:
+            # how the client learns that there is no newer root
+            raise exceptions.DownloadHTTPError(f"there is no {url}", 404)
+        return found
+
+
+def _refreshed(url: str, device: Device, fetcher: Fetcher) -> tuple[list[tuple[str, Offer]], Metadata[Targets]]:
+    """TUF's client workflow on a copy of what is trusted. What it verified is kept also if a later step is refused."""
+    root = device.root if isinstance(device.root, bytes) else _read(device.root)
+    trusted = device.folder / "metadata"
+    trusted.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".metadata-", dir=device.folder) as work:
+        shutil.copytree(trusted, work, dirs_exist_ok=True, symlinks=True, ignore=shutil.ignore_patterns(".*"))
+        try:
+            updater = Updater(work, f"{url}/metadata", fetcher=_Metadata(fetcher), bootstrap=root)
+            try:
+                updater.refresh()
+            finally:
+                _keep(Path(work), trusted)
+        except exceptions.ExpiredMetadataError as error:
+            raise SignatureError(
+                f"what {url} serves has expired: {error}",
+                "the publisher runs edge.refresh, or the mirror is stuck in the past; is the device's clock right?",
+            ) from None
+        except exceptions.RepositoryError as error:
+            raise SignatureError(f"what {url} serves is not as it was signed: {error}", "try another mirror") from None
+        except exceptions.DownloadLengthMismatchError as error:
+            raise ArtifactError(str(error), "try another mirror: this one is broken or lies") from None
+        except exceptions.DownloadError as error:
+            raise MissingError(f"{url} serves no update repository: {error}", "check the address") from None
+        targets: Metadata[Targets] = Metadata.from_file(str(Path(work) / "targets.json"))
+    found = (words.offer_of(path, target.custom) for path, target in targets.signed.targets.items())
+    return [one for one in found if one], targets
+
+
+def _keep(work: Path, trusted: Path) -> None:
+    """Make what was verified durable, file by file. python-tuf renames without fsync: after a power cut a timestamp of no
+    bytes would be taken for none, and with it the protection against rollback.
+    """
+    for file in sorted(work.rglob("*.json")):
+        place = trusted / file.relative_to(work)
+        if file.is_file() and not file.is_symlink() and (not place.is_file() or place.read_bytes() != file.read_bytes()):
+            write_whole(place, file.read_bytes())
+
+
+def _described(url: str, name: str, offer: Offer, targets: Metadata[Targets], fetcher: Fetcher) -> Content:
+    """The version's document, of the length and digest that are signed."""
+    target = targets.signed.targets[words.target_path(name, offer.version)]
+    document = fetcher.small(f"{url}/targets/{target.get_prefixed_paths()[0]}", target.length)
+    if document is None:
+        raise MissingError(f"{url} lacks {target.path}, which it lists", "try again later, or another mirror")
+    try:
+        target.verify_length_and_hashes(document)
+    except exceptions.LengthOrHashMismatchError as error:
+        raise SignatureError(f"{url} serves another {target.path} than was signed: {error}", "try another mirror") from None
+    return words.read(document, name, offer.version)
+
+
+def _check_clock(offers: list[Offer]) -> None:
+    """A clock before the newest publication makes every expiry date void, and with it the protection against a freeze."""
+    newest, now = max(offer.published for offer in offers), time.time()
+    if now < newest - _CLOCK_S:
+        said = time.strftime("%Y-%m-%d", time.gmtime(now))
+        raise SignatureError(f"the device's clock says {said}, before the newest publication", "set the clock")
+
+
+def _joined(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(offset, piece), of at least _CHUNK_BYTES each but the last: an append costs an fsync, and tensors are small."""
+    held, at = bytearray(), 0
+    for piece in pieces:
+        held += piece
+        if len(held) >= _CHUNK_BYTES:
+            yield at, bytes(held)
+            at, held = at + len(held), bytearray()
+    if held:
+        yield at, bytes(held)
+
+
+@contextmanager
+def _opened(store: Store, digest: str) -> Iterator[BinaryIO | None]:
+    """A blob of the store; None for no digest: a packed file has no base."""
+    if not digest:
+        yield None
+        return
+    with store.open(digest) as stream:
+        yield stream
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", "give the repository's metadata/1.root.json") from None

@@ -1,0 +1,184 @@
+"""The process that tunes on a device, under limits that its parent has the system hold: `python -m sartor.edge.tuner JOB`.
+
+It loads torch and nothing else of this trade: rows come as tokens (`tokens.py`), the base as mapped files (`llama.py`), and
+the loop is that of `tune`. It saves when a save is due and at SIGTERM; started again it goes on from there. What it makes is
+PEFT's adapter directory. Exit codes are those of the command line (143 after SIGTERM, 4 where memory fails).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sartor.core import config
+from sartor.core.bases import BaseRef
+from sartor.core.errors import BudgetError, ConfigError, ModelError, SartorError
+from sartor.edge.files import write_whole
+from sartor.edge.llama import ATTENTION, MLP, MappedLlama
+from sartor.edge.tokens import read_tokens
+from sartor.models import kernels
+from sartor.models.batches import Encoded
+from sartor.models.forward import Fast
+from sartor.models.path import FastPath, Wish
+from sartor.models.path import Path as LossPath
+from sartor.tune.checkpoint import Saver, newest
+from sartor.tune.journal import Journal
+from sartor.tune.recipe import Recipe
+from sartor.tune.run import Resolved, Run
+from sartor.tune.signals import Signals
+
+# Logits are made in chunks of about this size: beside 400 MB, the 64 of a server would be much
+LOGITS_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be tuned. base: a directory in transformers' layout; tokens: a file of `tokens.py`; out: a directory for
+    the adapter, its log and its checkpoints. name, digest, licence: of the base, as an adapter says them. start: an adapter
+    directory to go on from; empty for a fresh one.
+    """
+
+    base: str
+    name: str
+    digest: str
+    licence: str
+    tokens: str
+    out: str
+    recipe: dict[str, Any]
+    start: str = ""
+
+
+@dataclass
+class Ground:
+    """A base as a run stands on it: see `tune.run.Ground`."""
+
+    ref: BaseRef
+    device: torch.device
+    dtype: torch.dtype
+
+    def path(self, model: Any, rows: Sequence[Encoded], wish: Wish) -> LossPath:
+        """The fast path, whose activations are computed again in the backward pass if the recipe says so."""
+        made, why = kernels.choose(self.device)
+        fast = Fast(model, made, recompute=wish.recompute, logits_bytes=LOGITS_BYTES)
+        return FastPath(fast, self.device, f"llama block by hand, {why}; weights mapped", wish.share)
+
+
+def tune(job: Job, *, show: bool = False) -> dict[str, Any]:
+    """Tune until the budget is spent, from the last checkpoint if there is one. Returns what `run.json` says.
+
+    Raises StoppedError after a signal, once its state is saved; ModelError, ArtifactError and ConfigError for a base, rows
+    or a recipe that a device cannot use; BudgetError where memory cannot hold it.
+    """
+    out = Path(job.out)
+    out.mkdir(parents=True, exist_ok=True)
+    recipe = config.load(Recipe, job.recipe)
+    model = _adapted(MappedLlama(Path(job.base)), recipe)
+    if job.start:
+        _start(model, Path(job.start))
+    ground = Ground(BaseRef(job.name, Path(job.base), job.digest, job.licence), torch.device("cpu"), torch.float32)
+    checkpoint = newest(out / "checkpoints").checkpoint
+    resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else None
+    saver = Saver(out / "checkpoints", recipe.checkpoints, {}, checkpoint)
+    so_far = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
+    with Journal(out / "log.jsonl", show=show, **so_far) as journal:
+        run = Run(recipe, ground, model, read_tokens(Path(job.tokens)), journal, saver, resolved)
+        if checkpoint:
+            run.restore(checkpoint)
+        with Signals() as signals:
+            run.train(signals)
+        said = {
+            "updates": run.counters.updates,
+            "tokens": run.counters.tokens,
+            "supervised_tokens": run.counters.supervised_tokens,
+            "loss": run.losses,
+            "wall_s": round(journal.wall_s, 3),
+            "micro_batch_tokens": run.resolved.micro_batch_tokens,
+            "resumed_at": [line["resumed_at"] for line in journal.lines if "resumed_at" in line],
+            "path": run.path.reason,
+        }
+    _write(model, recipe, job, out)
+    write_whole(out / "run.json", f"{json.dumps(said)}\n".encode())  # last: whoever finds it finds all
+    return said
+
+
+def _adapted(model: MappedLlama, recipe: Recipe) -> MappedLlama:
+    method = recipe.method
+    if method.kind != "lora" or method.dropout:
+        raise ConfigError(f"a device tunes plain LoRA without dropout, not {method.kind}", "method: {kind: lora}")
+    wished = method.targets.modules
+    targets = (*ATTENTION, *MLP) if wished == "all-linear" else tuple(wished)
+    if unknown := set(targets) - {*ATTENTION, *MLP}:
+        raise ConfigError(f"the base has no {', '.join(sorted(unknown))}", f"targets of {', '.join((*ATTENTION, *MLP))}")
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    model.adapt(method.rank, float(method.alpha), recipe.seed, targets, method.targets.top or 0)
+    return model
+
+
+def _start(model: MappedLlama, folder: Path) -> None:
+    """Put the factors of an adapter that stands into the model. Raises ModelError where they are not the recipe's."""
+    try:
+        held = load_file(str(folder / "adapter_model.safetensors"))
+    except Exception as error:  # safetensors' own errors have no common base but Exception
+        raise ModelError(f"the adapter {folder} is not whole: {error}", "sync it again") from None
+    wanted = {name: factor.shape for name, factor in model.factors().items()}
+    if {name: factor.shape for name, factor in held.items()} != wanted:
+        raise ModelError(f"the adapter {folder} has other factors than the recipe's", "its own method: rank, targets, layers")
+    with torch.no_grad():
+        for name, factor in model.factors().items():
+            factor.copy_(held[name])
+
+
+def _write(model: MappedLlama, recipe: Recipe, job: Job, out: Path) -> None:
+    """PEFT's two files, each whole or not at all."""
+    names = sorted(
+        {name.rpartition(".")[2] for name in model.linear if f"base_model.model.{name}.lora_A.weight" in model.factors()}
+    )
+    top, layers = recipe.method.targets.top, model.config.num_hidden_layers
+    said = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": job.name,
+        "r": recipe.method.rank,
+        "lora_alpha": recipe.method.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": names,
+        "layers_to_transform": list(range(layers - top, layers)) if top else None,
+        "inference_mode": True,
+    }
+    part = out / ".adapter_model.safetensors"
+    save_file({name: factor.detach().contiguous() for name, factor in model.factors().items()}, str(part), {"format": "pt"})
+    os.replace(part, out / "adapter_model.safetensors")
+    write_whole(out / "adapter_config.json", f"{json.dumps(said, indent=2, sort_keys=True)}\n".encode())
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Read JOB (the JSON of a Job), tune, and say the error of it as JSON on the last line of stderr."""
+    try:
+        tune(Job(**json.loads(Path(arguments[0]).read_text(encoding="utf-8"))))
+    except SartorError as error:
+        return _told(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        return _told(BudgetError(f"memory failed: {str(error).splitlines()[0]}", "a smaller micro-batch, rank or fewer layers"))
+    return 0
+
+
+def _told(error: SartorError) -> int:
+    said = {"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}
+    sys.stderr.write(json.dumps(said) + "\n")
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,148 @@
+"""A tokenizer and chat template from a base's files alone, as `models/chat.py` wants them, where there is no transformers.
+
+The tokens are those of the `tokenizers` library, which transformers' fast tokenizers are a shell of; the template is rendered
+in the same sandbox with the same names (transformers' `utils/chat_template_utils.py` says which).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+
+from sartor.core.errors import ModelError
+
+
+class Words:
+    """The tokenizer of a base below a directory in transformers' layout. Raises ModelError for files that are not whole."""
+
+    is_fast = True
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            template = folder / "chat_template.jinja"
+            self.chat_template = template.read_text(encoding="utf-8") if template.is_file() else said.get("chat_template")
+        except Exception as error:  # tokenizers' own errors have no common base but Exception
+            raise ModelError(f"the tokenizer below {folder} is not whole: {error}", "restore its files from a copy") from None
+        self._inner.no_padding()
+        self._inner.no_truncation()
+        self._named = {name: _text(said.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self._named = {name: token for name, token in self._named.items() if token is not None}
+        self.eos_token = self._named.get("eos_token", "")
+        self.added_tokens_decoder = {
+            token_id: SimpleNamespace(special=token.special, content=token.content)
+            for token_id, token in self._inner.get_added_tokens_decoder().items()
+        }
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that opens a text, if the base has one."""
+        return self._id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text."""
+        return self._id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The token that pads, if the base has one."""
+        return self._id("pad_token")
+
+    @property
+    def unk_token_id(self) -> int | None:
+        """The token of what is not in the vocabulary, if the base has one."""
+        return self._id("unk_token")
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The named tokens' ids."""
+        return [token_id for name in self._named if (token_id := self._id(name)) is not None]
+
+    def __len__(self) -> int:
+        return int(self._inner.get_vocab_size(with_added_tokens=True))
+
+    def __call__(self, text: str, add_special_tokens: bool = True, return_offsets_mapping: bool = False) -> dict[str, Any]:
+        """{input_ids, and by wish offset_mapping}, both (T,)."""
+        coded = self._inner.encode(text, add_special_tokens=add_special_tokens)
+        return {"input_ids": coded.ids, **({"offset_mapping": coded.offsets} if return_offsets_mapping else {})}
+
+    def get_vocab(self) -> dict[str, int]:
+        """token -> id."""
+        return dict(self._inner.get_vocab(with_added_tokens=True))
+
+    def convert_ids_to_tokens(self, token_id: int) -> str | None:
+        """A token as the vocabulary writes it."""
+        token: str | None = self._inner.id_to_token(token_id)
+        return token
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of tokens."""
+        return str(self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def apply_chat_template(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str,
+        tools: Any = None,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The text that a template writes. Raises jinja2.TemplateError where it refuses the turns."""
+        assert not tokenize
+        made = _SANDBOX.from_string(chat_template)
+        return made.render(
+            messages=turns, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self._named
+        )
+
+    def _id(self, name: str) -> int | None:
+        token = self._named.get(name)
+        return None if token is None else self._inner.token_to_id(token)
+
+
+def _text(token: Any) -> str | None:
+    """A token of tokenizer_config.json: a string, or a mapping with its content."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what the assistant says; the text is what stands inside."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja2's own declaration
+
+    def parse(self, parser: Any) -> Any:
+        """See jinja2.ext.Extension."""
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def _refuse(problem: str) -> None:
+    raise jinja2.TemplateError(problem)
+
+
+def _json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """As transformers' `tojson`, which unlike jinja2's escapes nothing for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _sandbox() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+    )
+    made.filters["tojson"] = _json
+    made.globals["raise_exception"] = _refuse
+    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return made
+
+
+_SANDBOX = _sandbox()

@@ -1,0 +1,100 @@
+"""The system holds a command to its limits, and what it used is told."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sartor.core.errors import BudgetError, MissingError
+from sartor.edge import limits
+from sartor.edge.limits import CGROUPS, Limits, Usage, holder, run
+
+MB = 1 << 20
+TAKES = "import sys, time; held = bytearray(int(sys.argv[1])); held[::4096] = b'x' * len(held[::4096]); time.sleep(0.3)"
+
+
+def taking(megabytes: int, most: int, cgroups: Path = CGROUPS) -> Usage:
+    return run([sys.executable, "-c", TAKES, str(megabytes * MB)], Limits(memory_bytes=most * MB), cgroups=cgroups)
+
+
+def has_cgroup() -> bool:
+    made = holder(100 * MB)
+    made.close()
+    return made.name.startswith("cgroup")
+
+
+needs_cgroup = pytest.mark.skipif(not has_cgroup(), reason="no cgroup can be made here: run as root")
+
+
+@needs_cgroup
+def test_a_command_within_its_memory_ends_well_and_its_peak_is_told() -> None:
+    used = taking(50, 150)
+    assert (used.exit_code, used.killed, used.limit_bytes) == (0, "", 150 * MB)
+    assert 50 * MB < used.peak_bytes < 75 * MB and used.held_by.startswith("cgroup")
+    assert 0.3 < used.wall_s < 30 and 0 < used.cpu_s < used.wall_s * 4
+
+
+@needs_cgroup
+def test_a_command_above_its_memory_is_killed_by_the_kernel() -> None:
+    used = taking(200, 100)
+    assert used.killed == "memory" and used.exit_code == -9
+    assert used.peak_bytes <= 100 * MB
+
+
+@needs_cgroup
+def test_page_cache_is_not_counted_and_kills_nobody(tmp_path: Path) -> None:
+    code = "import sys; open(sys.argv[1], 'wb').write(b'x' * (1 << 20)); f = open(sys.argv[1], 'ab')\n"
+    code += "for n in range(150): f.write(b'x' * (1 << 20)); f.flush()\n"
+    code += "f.close(); f = open(sys.argv[1], 'rb')\nwhile f.read(1 << 20): pass"
+    used = run([sys.executable, "-c", code, str(tmp_path / "file")], Limits(memory_bytes=80 * MB))
+    assert (used.exit_code, used.killed) == (0, "") and used.peak_bytes < 40 * MB
+
+
+@needs_cgroup
+def test_nothing_is_left_of_a_cgroup() -> None:
+    folders = [folder for folder in (CGROUPS, CGROUPS / "memory") if folder.is_dir()]
+    taking(10, 100)
+    assert not [made for folder in folders for made in folder.glob(f"sartor-{os.getpid()}-*")]
+
+
+def test_without_cgroups_an_allocation_fails(tmp_path: Path) -> None:
+    used = taking(300, 150, tmp_path)
+    assert used.held_by == "RLIMIT_DATA" and used.exit_code == 1  # MemoryError
+    used = taking(40, 150, tmp_path)
+    assert used.exit_code == 0 and 40 * MB < used.peak_bytes < 65 * MB
+
+
+def test_time_is_held_by_a_signal_that_can_be_heard_and_one_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print(flush=True); time.sleep(60)"
+    )
+    used = run([sys.executable, "-c", heard], Limits(wall_s=1.0))
+    assert (used.killed, used.exit_code, used.held_by) == ("wall", 143, "nothing")
+    monkeypatch.setattr(limits, "GRACE_S", 0.5)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    used = run([sys.executable, "-c", deaf], Limits(wall_s=1.0))
+    assert (used.killed, used.exit_code) == ("wall", -9) and used.wall_s < 30
+
+
+def test_processor_time_is_held() -> None:
+    used = run([sys.executable, "-c", "while True: pass"], Limits(cpu_s=0.3))
+    assert used.killed == "cpu" and used.exit_code == -15 and used.cpu_s >= 0.3
+
+
+def test_it_stops_when_it_is_told_to() -> None:
+    began = time.monotonic()
+    used = run([sys.executable, "-c", "import time; time.sleep(60)"], Limits(), stop=lambda: time.monotonic() - began > 0.2)
+    assert (used.killed, used.exit_code) == ("stopped", -15) and used.wall_s < 30
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(BudgetError, match="below 0"):
+        Limits(wall_s=-1)
+    with pytest.raises(BudgetError, match="no Python"):
+        Limits(memory_bytes=1)
+    with pytest.raises(MissingError, match="could not be started"):
+        run(["/nowhere/at-all"], Limits())
