@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import struct
 import threading
@@ -13,69 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from sartor.core import signing
 from sartor.core.artifacts import MANIFESTS, write_artifact
-from sartor.core.errors import ArtifactError
 from sartor.edge.fetch import Limits
+from sartor.edge.store import Store
 
 QUICK = Limits(connect_s=2.0, read_s=2.0, grace_s=0.4, least_bytes_per_s=20_000.0, attempts=3, backoff_s=0.01)
-
-
-@dataclass
-class Active:
-    name: str
-    version: str
-    path: Path
-
-
-class FolderStore:
-    """The interface of edge/store.py, without its durability."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.active = folder, {}
-        for name in ("blobs", "partial", "staged"):
-            (folder / name).mkdir(parents=True)
-
-    def has(self, digest: str) -> bool:
-        return (self.folder / "blobs" / digest).is_file()
-
-    def partial(self, digest: str) -> int:
-        file = self.folder / "partial" / digest
-        return file.stat().st_size if file.is_file() else 0
-
-    def append(self, digest: str, offset: int, content: bytes) -> None:
-        assert offset == self.partial(digest), (offset, self.partial(digest))
-        with (self.folder / "partial" / digest).open("ab") as stream:
-            stream.write(content)
-
-    def finish(self, digest: str) -> None:
-        file = self.folder / "partial" / digest
-        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            file.unlink()
-            raise ArtifactError(f"{digest[:8]} has another digest", "fetch it again")
-        file.rename(self.folder / "blobs" / digest)
-
-    def open(self, digest: str) -> BinaryIO:
-        return (self.folder / "blobs" / digest).open("rb")
-
-    def stage(self, name: str, version: str, files: Mapping[str, str]) -> Path:
-        path = self.folder / "staged" / f"{name}-{version}"
-        for file, digest in files.items():
-            (path / file).parent.mkdir(parents=True, exist_ok=True)
-            (path / file).write_bytes((self.folder / "blobs" / digest).read_bytes())
-        return path
-
-    def activate(self, name: str, version: str, healthy: Callable[[Path], None]) -> None:
-        path = self.folder / "staged" / f"{name}-{version}"
-        healthy(path)
-        self.active[name] = Active(name, version, path)
-
-    def current(self, name: str) -> Active | None:
-        return self.active.get(name)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, np.ndarray]]) -> Path:
@@ -222,7 +167,7 @@ class World:
     key: Path
     keys: Path
     repository: Path
-    store: FolderStore
+    store: Store
     device: Path
 
     @property

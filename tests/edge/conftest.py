@@ -11,7 +11,8 @@ pytest.importorskip("tuf", reason="pip install 'sartor[edge]'")
 
 from sartor.core import signing
 from sartor.edge import publish, roles
-from updating import FolderStore, World, adapter, release
+from sartor.edge.store import Store
+from updating import World, adapter, release
 
 
 @pytest.fixture(scope="session")
@@ -32,5 +33,5 @@ def world(published: Path, tmp_path: Path) -> World:
     """A copy of `published`, and a device that never synced."""
     for name in ("signer", "keys", "repository"):
         shutil.copytree(published / name, tmp_path / name)
-    store = FolderStore(tmp_path / "store")
+    store = Store(tmp_path / "store")
     return World(tmp_path, tmp_path / "signer", tmp_path / "keys", tmp_path / "repository", store, tmp_path / "device")

@@ -11,6 +11,7 @@ import pytest
 from sartor.core.errors import ConfigError, MissingError, RefusedError, SignatureError
 from sartor.edge import content, publish, roles
 from sartor.edge.roles import Documents, Expiry
+from sartor.edge.store import Store
 from sartor.edge.sync import Device, Synced, sync
 from updating import QUICK, World, adapter, nothing, release
 
@@ -116,7 +117,7 @@ def test_a_canary_reaches_its_ring_and_widens(world: World) -> None:
     add(world, "1.1", percent=10)
     assert not synced(world, OUTSIDE).changed
     assert synced(world, INSIDE).version == "1.1"
-    world.store.active.clear()
+    world.store = Store(world.folder / "another")
     synced(world, OUTSIDE)
     publish.widen(world.repository, world.keys, "home", "1.1", 100)
     assert synced(world, OUTSIDE).version == "1.1"

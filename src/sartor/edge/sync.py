@@ -17,47 +17,24 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from tuf.api import exceptions
 from tuf.api.metadata import Metadata, Targets
 from tuf.ngclient import Updater
 from tuf.ngclient.fetcher import FetcherInterface
 
-from sartor.core.errors import ArtifactError, ConfigError, MissingError, SartorError, SignatureError
+from sartor.core.errors import ArtifactError, ConfigError, MissingError, SartorError, SignatureError, StoreError
 from sartor.edge import content as words
 from sartor.edge import delta
 from sartor.edge.content import Content, Offer, Step
 from sartor.edge.fetch import Fetcher, Limits
 from sartor.edge.files import write_whole
+from sartor.edge.store import Store
 
 _CHUNK_BYTES = 1 << 18
 # A clock may be this far behind the publisher's without being called wrong
 _CLOCK_S = 86_400
-
-
-class Installed(Protocol):
-    """What a store says of the version that is active."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def version(self) -> str: ...  # noqa: D102
-    @property
-    def path(self) -> Path: ...  # noqa: D102
-
-
-class Store(Protocol):
-    """What `sync` asks of the device's store (edge/store.py): blobs by digest, and one active version of each name."""
-
-    def has(self, digest: str) -> bool: ...  # noqa: D102
-    def partial(self, digest: str) -> int: ...  # noqa: D102
-    def append(self, digest: str, offset: int, content: bytes) -> None: ...  # noqa: D102
-    def finish(self, digest: str) -> None: ...  # noqa: D102
-    def open(self, digest: str) -> BinaryIO: ...  # noqa: D102
-    def stage(self, name: str, version: str, files: Mapping[str, str]) -> Path: ...  # noqa: D102
-    def activate(self, name: str, version: str, healthy: Callable[[Path], None]) -> None: ...  # noqa: D102
-    def current(self, name: str) -> Installed | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -105,7 +82,7 @@ class _Transfer:
     notes: list[str] = field(default_factory=list)
 
     def bring(self, content: Content) -> None:
-        """Every file of the version: each by the cheapest way that this device has."""
+        """Every file of the version: each by the cheapest way that this device has. Room for all is made first."""
         plan = [
             (digest, length, self._cheapest(content, digest, length))
             for digest, length in content.blobs.items()
@@ -114,6 +91,8 @@ class _Transfer:
         self.missing_bytes = sum(
             self._left(step.sha256, step.bytes) if step else self._left(digest, length) for digest, length, step in plan
         )
+        wanted = {step.sha256: step.bytes for _, _, step in plan if step}
+        self.store.make_room(content.name, {**content.blobs, **wanted})
         for digest, length, step in plan:
             if not (step and self._by_delta(step, length)):
                 self._blob(digest, length)
@@ -139,7 +118,7 @@ class _Transfer:
                     if fresh:
                         self.store.append(step.result, offset + len(piece) - len(fresh), fresh)
             self.store.finish(step.result)
-        except ArtifactError as error:
+        except (ArtifactError, StoreError) as error:
             self.notes.append(f"a delta was given up: {error.problem}")
             return False
         self.deltas += 1
@@ -154,7 +133,7 @@ class _Transfer:
                 self._resume(digest, length)
                 self.store.finish(digest)
                 return
-            except ArtifactError as error:
+            except (ArtifactError, StoreError) as error:
                 if attempt == 2 or self.store.partial(digest):
                     raise
                 self.notes.append(f"fetched again: {error.problem}")
@@ -185,8 +164,8 @@ def sync(
     `url`: the repository's folder, http(s) or file. `healthy` gets the staged version's path and raises if it is not to be.
     `again`: also a version that failed its check here before.
     Raises SignatureError: metadata that is forged, too old, expired, or of another time than this device's clock;
-    ArtifactError: content that is not what was signed; MissingError: unreachable or too slow, and what came is kept; what
-    the store raises. In each case the active version stays.
+    ArtifactError, StoreError: content that is not what was signed; MissingError: unreachable or too slow, and what came is
+    kept; what the store raises. In each case the active version stays.
     """
     url = url.rstrip("/")
     fetcher = Fetcher(limits or Limits())
@@ -198,7 +177,7 @@ def sync(
     _check_clock(mine)
     now = store.current(name)
     was, ring = now.version if now else "", words.ring_of(device.id)
-    failed = {} if again else _failed(device.folder).get(name, {})
+    failed = {**store.refused(name), **({} if again else _failed(device.folder).get(name, {}))}
     offer = _choose(mine, device.id, was, failed)
     if offer is None or offer.version == was:
         notes = [] if offer else [f"no version of {name} is offered to ring {ring}"]
@@ -208,6 +187,7 @@ def sync(
     transfer.bring(content)
     store.stage(name, offer.version, {path: blob.sha256 for path, blob in content.files.items()})
     _activate(store, name, offer.version, healthy, device.folder)
+    store.collect()  # deltas, and what the version before the last one held
     done = Synced(name, offer.version, was, True, ring, transfer.missing_bytes, fetcher.fetched_bytes)
     return replace(done, deltas=transfer.deltas, whole=transfer.whole, notes=(*transfer.notes, *fetcher.broken))
 
