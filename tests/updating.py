@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import struct
 import threading
 import time
@@ -14,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from sartor.core import signing
 from sartor.core.artifacts import MANIFESTS, write_artifact
@@ -178,3 +180,27 @@ class World:
     def version(self) -> str:
         now = self.store.current("home")
         return now.version if now else ""
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once: keys, and a repository with version 1.0 for all devices."""
+    from sartor.edge import publish, roles  # tuf, which a session without these tests need not load
+
+    folder = tmp_path_factory.mktemp("published")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SARTOR_HOME", str(folder / "home"))
+        signing.keygen(folder / "signer")
+        roles.keygen(folder / "keys")
+        made = release(folder / "1.0", "1.0", adapter(0), folder / "signer")
+        publish.publish(made, folder / "repository", folder / "keys", key=folder / "signer")
+    return folder
+
+
+@pytest.fixture
+def world(published: Path, tmp_path: Path) -> World:
+    """A copy of `published`, and a device that never synced."""
+    for name in ("signer", "keys", "repository"):
+        shutil.copytree(published / name, tmp_path / name)
+    store = Store(tmp_path / "store")
+    return World(tmp_path, tmp_path / "signer", tmp_path / "keys", tmp_path / "repository", store, tmp_path / "device")
