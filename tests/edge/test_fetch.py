@@ -203,6 +203,7 @@ def test_a_redirect_on_the_same_host_is_followed(mirror: Mirror, store: Store) -
     mirror.tricks = [redirect("/blobs/../blobs/content")]
     fetch(mirror, store)
     store.finish(DIGEST)
+    assert store.has(DIGEST) and len(mirror.asked) == 2
 
 
 @pytest.mark.parametrize("to", ["http://192.0.2.1/x", "file:///etc/passwd", "gopher://127.0.0.1/x", ""])
