@@ -19,8 +19,8 @@ import pytest
 
 from sartor.core import signing
 from sartor.core.artifacts import MANIFESTS, write_artifact
-from sartor.edge.fetch import Limits
 from sartor.edge.store import Store
+from sartor.edge.update.fetch import Limits
 
 QUICK = Limits(connect_s=2.0, read_s=2.0, grace_s=0.4, least_bytes_per_s=20_000.0, attempts=3, backoff_s=0.01)
 
@@ -185,7 +185,7 @@ class World:
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made once: keys, and a repository with version 1.0 for all devices."""
-    from sartor.edge import publish, roles  # tuf, which a session without these tests need not load
+    from sartor.edge.update import publish, roles  # tuf, which a session without these tests need not load
 
     folder = tmp_path_factory.mktemp("published")
     with pytest.MonkeyPatch.context() as patch:

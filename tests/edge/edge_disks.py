@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from sartor.core.errors import HealthError, StoreError
-from sartor.edge.disk import Disk, Stat
 from sartor.edge.store import Installed, Store
+from sartor.edge.store.disk import Disk, Stat
 
 _numbers = itertools.count(1)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from edge_disks import STEPS
 
-from sartor.edge.disk import Disk
 from sartor.edge.store import Store
+from sartor.edge.store.disk import Disk
 
 CHANGES = ("write", "append", "sync", "sync_folder", "rename", "link", "unlink", "mkdir", "rmdir")
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sartor.core.errors import ArtifactError
-from sartor.edge import delta
+from sartor.edge.update import delta
 from updating import adapter, write_safetensors
 
 DTYPES = sorted(delta._DTYPES)

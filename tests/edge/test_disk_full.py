@@ -105,7 +105,7 @@ SPARE_BYTES = 4096
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> MemoryDisk:
     """1.0 is installed. The files are small, and so is what is spared for pointers."""
-    monkeypatch.setattr("sartor.edge.room._SPARE_BYTES", SPARE_BYTES)
+    monkeypatch.setattr("sartor.edge.store.room._SPARE_BYTES", SPARE_BYTES)
     disk = MemoryDisk()
     with Store(FOLDER, disk=disk) as store:
         install(store, "1.0", disk)

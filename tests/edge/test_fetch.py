@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, StoreError
-from sartor.edge import publish
-from sartor.edge.fetch import Fetcher
 from sartor.edge.store import Store
-from sartor.edge.sync import Device, sync
+from sartor.edge.update import publish
+from sartor.edge.update.fetch import Fetcher
+from sartor.edge.update.sync import Device, sync
 from updating import QUICK, Mirror, World, adapter, answer, cut, drip, honest, nothing, release, serving
 
 CONTENT = np.random.default_rng(0).bytes(600_000)

@@ -14,7 +14,7 @@ import pytest
 from edge_disks import STEPS, check_after
 from killed_update import CHANGES, Killer
 
-from sartor.edge.disk import Disk
+from sartor.edge.store.disk import Disk
 
 Kill = tuple[int, str, str]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sartor.core.errors import BudgetError, MissingError
-from sartor.edge import limits
-from sartor.edge.limits import CGROUPS, Limits, Usage, holder, run
+from sartor.edge.tuning import limits
+from sartor.edge.tuning.limits import CGROUPS, Limits, Usage, holder, run
 
 MB = 1 << 20
 TAKES = "import sys, time; held = bytearray(int(sys.argv[1])); held[::4096] = b'x' * len(held[::4096]); time.sleep(0.3)"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sartor.core.errors import ModelError
-from sartor.edge.llama import MappedLlama
+from sartor.edge.tuning.llama import MappedLlama
 from sartor.models import adapters, batches, general
 from sartor.models.base import open_base
 from sartor.models.batches import Encoded
@@ -108,7 +108,7 @@ def test_files_that_are_cut_are_refused(tiny_base: Path, tmp_path: Path) -> None
 
 def test_neither_transformers_nor_peft_is_loaded() -> None:
     code = (
-        "import sys, sartor.edge.llama, sartor.models.forward, sartor.models.kernels\n"
+        "import sys, sartor.edge.tuning.llama, sartor.models.forward, sartor.models.kernels\n"
         "sys.exit(', '.join({'transformers', 'peft', 'pyarrow'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from sartor.core.errors import ConfigError, MissingError, RefusedError, SignatureError
-from sartor.edge import content, publish, roles
-from sartor.edge.roles import Documents, Expiry
 from sartor.edge.store import Store
-from sartor.edge.sync import Device, Synced, sync
+from sartor.edge.update import content, publish, roles
+from sartor.edge.update.roles import Documents, Expiry
+from sartor.edge.update.sync import Device, Synced, sync
 from updating import QUICK, World, adapter, nothing, release
 
 INSIDE = [device for device in (f"device-{number}" for number in range(200)) if content.ring_of(device) < 10][0]

@@ -14,9 +14,9 @@ from edge_disks import NAME, VERSIONS, check_whole, digest_of, digests, fetch, i
 
 from sartor.core.artifacts import open_artifact, write_artifact
 from sartor.core.errors import BusyError, HealthError, MissingError, SartorError, StoreError
-from sartor.edge.disk import Disk
-from sartor.edge.pointers import parse
 from sartor.edge.store import Store, installed
+from sartor.edge.store.disk import Disk
+from sartor.edge.store.pointers import parse
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_other_bytes_than_the_digest_says_are_refused_and_removed(store: Store) 
 
 
 def test_a_long_download_is_durable_before_it_is_finished(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sartor.edge.blobs._SYNC_EACH_BYTES", 100)
+    monkeypatch.setattr("sartor.edge.store.blobs._SYNC_EACH_BYTES", 100)
     synced: list[str] = []
     monkeypatch.setattr(Disk, "sync", lambda self, path: synced.append(path.name))
     digest = digest_of(bytes(250))

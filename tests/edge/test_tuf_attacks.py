@@ -13,10 +13,10 @@ from tuf.api.metadata import Metadata, MetaFile
 
 from sartor.core import signing
 from sartor.core.errors import ArtifactError, SartorError, SignatureError, StoreError
-from sartor.edge import publish, roles
-from sartor.edge.fetch import Limits
-from sartor.edge.roles import Documents, Expiry
-from sartor.edge.sync import Device, Synced, sync
+from sartor.edge.update import publish, roles
+from sartor.edge.update.fetch import Limits
+from sartor.edge.update.roles import Documents, Expiry
+from sartor.edge.update.sync import Device, Synced, sync
 from updating import QUICK, World, adapter, nothing, release, serving
 
 

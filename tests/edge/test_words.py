@@ -12,7 +12,7 @@ import pytest
 
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message
-from sartor.edge.words import Words
+from sartor.edge.tuning.words import Words
 from sartor.models.base import open_chat
 from sartor.models.chat import Chat
 
@@ -82,5 +82,5 @@ def test_files_that_are_not_whole_are_refused(tiny_base: Path, tmp_path: Path, n
 
 
 def test_transformers_is_not_loaded() -> None:
-    code = "import sys, sartor.edge.words, sartor.models.chat\nsys.exit('transformers' in sys.modules)"
+    code = "import sys, sartor.edge.tuning.words, sartor.models.chat\nsys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

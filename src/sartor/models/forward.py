@@ -277,7 +277,7 @@ class Fast:
     """A causal language model of a known family as blocks. Raises Unsupported, with the reason, for any other.
 
     model: transformers' module, adapters in place and without PEFT's shell (`general.without_peft`), or a device's own of the
-    same parts (`edge/llama.py`): neither transformers nor peft is imported for it.
+    same parts (`edge/tuning/llama.py`): neither transformers nor peft is imported for it.
     """
 
     def __init__(self, model: Any, kernels: Eager, *, recompute: bool = False, logits_bytes: int = LOGITS_BYTES) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sartor.core.errors import BudgetError, MissingError, SartorError
-from sartor.edge.blobs import Blobs
-from sartor.edge.disk import Disk
-from sartor.edge.pointers import Pointer, Pointers
-from sartor.edge.trees import Trees
+from sartor.edge.store.blobs import Blobs
+from sartor.edge.store.disk import Disk
+from sartor.edge.store.pointers import Pointer, Pointers
+from sartor.edge.store.trees import Trees
 
 # What an update writes beside its content: pointers in two copies, the list of what is wanted, blocks of folders.
 _SPARE_BYTES = 1 << 16

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sartor.edge.blobs import Blobs
-from sartor.edge.disk import Disk
-from sartor.edge.pointers import Pointer, Pointers
-from sartor.edge.trees import Trees
+from sartor.edge.store.blobs import Blobs
+from sartor.edge.store.disk import Disk
+from sartor.edge.store.pointers import Pointer, Pointers
+from sartor.edge.store.trees import Trees
 
 
 class Rot:

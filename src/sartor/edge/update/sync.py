@@ -25,12 +25,12 @@ from tuf.ngclient import Updater
 from tuf.ngclient.fetcher import FetcherInterface
 
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SartorError, SignatureError, StoreError
-from sartor.edge import content as words
-from sartor.edge import delta
-from sartor.edge.content import Content, Offer, Step
-from sartor.edge.fetch import Fetcher, Limits
 from sartor.edge.files import write_whole
 from sartor.edge.store import Store
+from sartor.edge.update import content as words
+from sartor.edge.update import delta
+from sartor.edge.update.content import Content, Offer, Step
+from sartor.edge.update.fetch import Fetcher, Limits
 
 _CHUNK_BYTES = 1 << 18
 # A clock may be this far behind the publisher's without being called wrong

@@ -15,8 +15,8 @@ from typing import BinaryIO
 
 from sartor.core import records
 from sartor.core.errors import StoreError
-from sartor.edge.disk import LEFTOVER, Disk
-from sartor.edge.pointers import DIGEST
+from sartor.edge.store.disk import LEFTOVER, Disk
+from sartor.edge.store.pointers import DIGEST
 
 # An fsync takes tens of milliseconds on an SD card, so not every piece has its own. ext4, F2FS and btrfs make a file longer
 # only after its bytes are on the disk, so a power cut shortens a partial download; were it garbage, `finish` would tell.

@@ -25,7 +25,7 @@ from typing import Any
 from sartor.core import records
 from sartor.core.artifacts import manifest_id
 from sartor.core.errors import StoreError
-from sartor.edge.disk import Disk
+from sartor.edge.store.disk import Disk
 
 SCHEMA = 1
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")

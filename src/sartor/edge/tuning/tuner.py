@@ -1,4 +1,4 @@
-"""The process that tunes on a device, under limits that its parent has the system hold: `python -m sartor.edge.tuner JOB`.
+"""The process that tunes on a device, under limits that its parent has the system hold: `python -m ...tuning.tuner JOB`.
 
 It loads torch and nothing else of this trade: rows come as tokens (`tokens.py`), the base as mapped files (`llama.py`), and
 the loop is that of `tune`. It saves when a save is due and at SIGTERM; started again it goes on from there. What it makes is
@@ -22,8 +22,8 @@ from sartor.core import config
 from sartor.core.bases import BaseRef
 from sartor.core.errors import BudgetError, ConfigError, ModelError, SartorError
 from sartor.edge.files import write_whole
-from sartor.edge.llama import ATTENTION, MLP, MappedLlama
-from sartor.edge.tokens import read_tokens
+from sartor.edge.tuning.llama import ATTENTION, MLP, MappedLlama
+from sartor.edge.tuning.tokens import read_tokens
 from sartor.models import kernels
 from sartor.models.batches import Encoded
 from sartor.models.forward import Fast

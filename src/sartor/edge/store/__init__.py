@@ -11,6 +11,13 @@ removed before the pointer that no longer names it is durable. So a kill or a po
 nothing names, which the next opening or collection removes, and never a name without its files.
 
 The running program reads with `installed`, which takes no lock and never waits for an update.
+
+    disk.py      every operation on files that the store makes, one method each: tests kill, fill and cut the power at them
+    pointers.py  NAME.json: which version is current, previous, staged, refused; two copies, each written whole or not at all
+    blobs.py     content by its sha256: downloads that go on where they stopped, checked and durable when finished
+    trees.py     a version's files as a directory that can be opened as a Release
+    rot.py       bytes that differ from what was written: mended from a second copy, or fetched again
+    room.py      the bound on the disk: what would be freed, what fits, and what is said where it does not
 """
 
 from __future__ import annotations
@@ -24,12 +31,12 @@ from typing import BinaryIO, Self
 
 from sartor.core.artifacts import DISK_FULL
 from sartor.core.errors import HealthError, MissingError, SartorError, StoreError
-from sartor.edge.blobs import Blobs
-from sartor.edge.disk import Disk
-from sartor.edge.pointers import NAME, Pointer, Pointers, Version, tree_of
-from sartor.edge.room import Room
-from sartor.edge.rot import Rot
-from sartor.edge.trees import Trees, check_files
+from sartor.edge.store.blobs import Blobs
+from sartor.edge.store.disk import Disk
+from sartor.edge.store.pointers import NAME, Pointer, Pointers, Version, tree_of
+from sartor.edge.store.room import Room
+from sartor.edge.store.rot import Rot
+from sartor.edge.store.trees import Trees, check_files
 
 
 @dataclass(frozen=True)

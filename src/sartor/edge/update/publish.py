@@ -25,11 +25,11 @@ from tuf.api.metadata import TargetFile
 from sartor.core import signing
 from sartor.core.artifacts import MANIFESTS, file_digest, make_parent, writer_lock
 from sartor.core.errors import ArtifactError, ConfigError
-from sartor.edge import content as words
-from sartor.edge import delta
-from sartor.edge.content import Blob, Content, Offer, Step
 from sartor.edge.files import write_whole
-from sartor.edge.roles import Documents, Expiry, RoleName, folders, public
+from sartor.edge.update import content as words
+from sartor.edge.update import delta
+from sartor.edge.update.content import Blob, Content, Offer, Step
+from sartor.edge.update.roles import Documents, Expiry, RoleName, folders, public
 from sartor.evaluate.release import Verified, verify
 
 # Below this a delta saves less than its request costs

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sartor.core.errors import StoreError
-from sartor.edge.blobs import Blobs
-from sartor.edge.disk import LEFTOVER, Disk
-from sartor.edge.pointers import Version, tree_of
+from sartor.edge.store.blobs import Blobs
+from sartor.edge.store.disk import LEFTOVER, Disk
+from sartor.edge.store.pointers import Version, tree_of
 
 # FAT has no hard links, some network file systems neither; and one file has only so many names.
 _CANNOT_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
