@@ -159,7 +159,7 @@ def _qwen_ids(coded: Any) -> dict[str, int]:
     return dict(zip(names, coded.convert_tokens_to_ids(list(_QWEN)), strict=True))
 
 
-def idefics3() -> tuple[Any, Any]:  # and SmolVLM, which is of this class
+def idefics3() -> tuple[Any, Any]:  # and the first SmolVLM, which is of this class
     coded = tokenizer("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", image="<image>")
     config = transformers.Idefics3Config(
         text_config=transformers.LlamaConfig(**TEXT),
@@ -170,6 +170,21 @@ def idefics3() -> tuple[Any, Any]:  # and SmolVLM, which is of this class
     pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
     processor = transformers.Idefics3Processor(pictures, coded, image_seq_len=4, chat_template=coded.chat_template)
     return transformers.Idefics3ForConditionalGeneration(config), processor
+
+
+def smolvlm() -> tuple[Any, Any]:
+    coded = tokenizer("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", image="<image>")
+    config = transformers.SmolVLMConfig(
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config={**VISION, "patch_size": 7},
+        image_token_id=coded.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+    pictures = transformers.SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    processor = without_video(transformers.SmolVLMProcessor)(
+        pictures, coded, None, image_seq_len=4, chat_template=coded.chat_template
+    )
+    return transformers.SmolVLMForConditionalGeneration(config), processor
 
 
 def gemma3() -> tuple[Any, Any]:
@@ -256,10 +271,12 @@ def qwen2_5_omni() -> tuple[Any, Any]:
 MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     made.__name__: made
     for made in (
-        llava, llava_next, llava_onevision, internvl, qwen2_5_vl, qwen3_vl, idefics3, gemma3, mllama,
-        qwen2_audio, qwen2_5_omni,
+        llava, llava_next, llava_onevision, internvl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, gemma3,
+        mllama, qwen2_audio, qwen2_5_omni,
     )
 }  # fmt: skip
+# What transformers needs to make the processor or the tower, beside what Sartor installs
+NEEDS = {"smolvlm": "num2words"}
 
 
 def write(name: str, folder: Path) -> Path:

@@ -26,11 +26,14 @@ from sartor.models.sampling import Sampling
 
 CPU = torch.device("cpu")
 # Whose media are embeddings of their tokens and nothing else, so that rows with media are packed
-PACKED = {"llava", "llava_next", "llava_onevision", "internvl", "idefics3", "qwen2_audio"}
+PACKED = {"llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "qwen2_audio"}
 
 
 @pytest.fixture(scope="module", params=list(tiny_native.MODELS))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param in tiny_native.NEEDS:
+        needed = tiny_native.NEEDS[request.param]
+        pytest.importorskip(needed, reason=f"{request.param} needs {needed}")
     return tiny_native.write(request.param, tmp_path_factory.mktemp("native") / request.param)
 
 
