@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import soundfile
 import torch
 import transformers
 from PIL import Image
+from transformers.integrations.mistral import convert_tekken_tokenizer
 
 import tiny
 from sartor.core.pictures import open_image
@@ -159,7 +161,7 @@ def _qwen_ids(coded: Any) -> dict[str, int]:
     return dict(zip(names, coded.convert_tokens_to_ids(list(_QWEN)), strict=True))
 
 
-def idefics3() -> tuple[Any, Any]:  # and SmolVLM, which is of this class
+def idefics3() -> tuple[Any, Any]:  # and the first SmolVLM, which is of this class
     coded = tokenizer("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", image="<image>")
     config = transformers.Idefics3Config(
         text_config=transformers.LlamaConfig(**TEXT),
@@ -170,6 +172,21 @@ def idefics3() -> tuple[Any, Any]:  # and SmolVLM, which is of this class
     pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
     processor = transformers.Idefics3Processor(pictures, coded, image_seq_len=4, chat_template=coded.chat_template)
     return transformers.Idefics3ForConditionalGeneration(config), processor
+
+
+def smolvlm() -> tuple[Any, Any]:
+    coded = tokenizer("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", image="<image>")
+    config = transformers.SmolVLMConfig(
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config={**VISION, "patch_size": 7},
+        image_token_id=coded.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+    pictures = transformers.SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    processor = without_video(transformers.SmolVLMProcessor)(
+        pictures, coded, None, image_seq_len=4, chat_template=coded.chat_template
+    )
+    return transformers.SmolVLMForConditionalGeneration(config), processor
 
 
 def gemma3() -> tuple[Any, Any]:
@@ -187,6 +204,65 @@ def gemma3() -> tuple[Any, Any]:
     pictures = transformers.Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
     processor = transformers.Gemma3Processor(pictures, coded, image_seq_length=4, chat_template=coded.chat_template)
     return transformers.Gemma3ForConditionalGeneration(config), processor
+
+
+def gemma3n() -> tuple[Any, Any]:
+    named = {
+        "boi_token": "<start_of_image>", "boa_token": "<start_of_audio>",
+        "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
+        "eoa_token": "<end_of_audio>", "audio_token": "<audio_soft_token>",
+    }  # fmt: skip
+    coded = tokenizer(image="<image_soft_token>", audio="<audio_soft_token>", **named)
+    begins = {"vision": coded.eoi_token_id, "audio": coded.eoa_token_id}  # ids from which on another embedding has them
+    text = {
+        **TEXT, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+        "tie_word_embeddings": True, "head_dim": 8, "laurel_rank": 4, "altup_num_inputs": 2, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": begins["vision"],
+    }  # fmt: skip
+    config = transformers.Gemma3nConfig(
+        text_config=text,
+        vision_config={
+            "architecture": "mobilenetv5_base", "model_args": {"channel_multiplier": 0.01, "msfa_output_resolution": 2},
+            "vocab_offset": begins["vision"], "vocab_size": begins["audio"] - begins["vision"],
+        },
+        audio_config={
+            "input_feat_size": 16, "hidden_size": 32, "conf_num_attention_heads": 4, "conf_num_hidden_layers": 2,
+            "sscp_conv_channel_size": [8, 4], "vocab_offset": begins["audio"], "vocab_size": TEXT["vocab_size"] - begins["audio"],
+        },
+        vision_soft_tokens_per_image=4, audio_soft_tokens_per_image=12,
+        boi_token_id=coded.boi_token_id, eoi_token_id=coded.eoi_token_id, image_token_id=coded.image_token_id,
+        boa_token_id=coded.boa_token_id, eoa_token_id=coded.eoa_token_id, audio_token_id=coded.audio_token_id,
+        initializer_range=0.2,
+    )  # fmt: skip
+    processor = transformers.Gemma3nProcessor(
+        transformers.Gemma3nAudioFeatureExtractor(feature_size=16),
+        transformers.SiglipImageProcessorPil(size={"height": 64, "width": 64}),
+        coded, audio_seq_length=12, image_seq_length=4, chat_template=coded.chat_template,
+    )  # fmt: skip
+    return transformers.Gemma3nForConditionalGeneration(config), processor
+
+
+def phi4_multimodal() -> tuple[Any, Any]:
+    coded = tokenizer(image="<|image|>", audio="<|audio|>", image_token="<|image|>", audio_token="<|audio|>")
+    config = transformers.Phi4MultimodalConfig(
+        **TEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        vision_config={  # a picture has 273 tokens and more: its processor counts with 448 and 14 whatever it is given
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "image_token_id": coded.image_token_id,
+        },
+        audio_config={
+            "input_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_blocks": 2, "num_attention_heads": 4,
+            "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32, "initializer_range": 0.2,
+            "audio_token_id": coded.audio_token_id,
+        },
+    )  # fmt: skip
+    processor = transformers.Phi4MultimodalProcessor(
+        transformers.Phi4MultimodalImageProcessor(),
+        transformers.Phi4MultimodalFeatureExtractor(feature_size=16),
+        coded, chat_template=coded.chat_template,
+    )  # fmt: skip
+    return transformers.Phi4MultimodalForCausalLM(config), processor
 
 
 def mllama() -> tuple[Any, Any]:
@@ -253,13 +329,69 @@ def qwen2_5_omni() -> tuple[Any, Any]:
     return transformers.Qwen2_5OmniThinkerForConditionalGeneration(config), processor
 
 
+# The published ids of what Mistral's form has: its processor takes 24 for a recording's features
+_MISTRAL = {
+    0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 5: "[AVAILABLE_TOOLS]", 6: "[/AVAILABLE_TOOLS]",
+    7: "[TOOL_RESULTS]", 8: "[/TOOL_RESULTS]", 9: "[TOOL_CALLS]", 10: "[IMG]", 11: "<pad>", 12: "[IMG_BREAK]", 13: "[IMG_END]",
+    14: "[PREFIX]", 15: "[MIDDLE]", 16: "[SUFFIX]", 17: "[SYSTEM_PROMPT]", 18: "[/SYSTEM_PROMPT]", 19: "[TOOL_CONTENT]",
+    24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]",
+}  # fmt: skip
+# As much of mistral-common's template as the contract takes; recordings have OpenAI's word there
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST]"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% elif part.type == 'input_audio' %}[AUDIO]"
+    "{% else %}{{ raise_exception('only text and input_audio') }}{% endif %}{% endfor %}{% endif %}[/INST]"
+    "{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def write_tekken(folder: Path) -> Path:
+    """A tokenizer in Mistral's own file: a token for each byte."""
+    special = [_MISTRAL.get(rank, f"<SPECIAL_{rank}>") for rank in range(40)]
+    said = {
+        "config": {
+            "pattern": r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            "num_vocab_tokens": 256, "default_vocab_size": 256 + len(special), "default_num_special_tokens": len(special),
+            "version": "v7",
+        },
+        "vocab": [
+            {"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode(), "token_str": None} for byte in range(256)
+        ],
+        "special_tokens": [{"rank": rank, "token_str": token, "is_control": True} for rank, token in enumerate(special)],
+        "audio": {
+            "sampling_rate": 16000, "frame_rate": 12.5, "chunk_length_s": 30.0,
+            "audio_encoding_config": {"num_mel_bins": 16, "hop_length": 160, "window_size": 400},
+        },
+    }  # fmt: skip
+    (folder / "tekken.json").write_text(json.dumps(said))
+    return folder / "tekken.json"
+
+
+def voxtral() -> tuple[Any, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        coded = convert_tekken_tokenizer(str(write_tekken(Path(folder))), MISTRAL_TEMPLATE)
+    config = transformers.VoxtralConfig(
+        text_config={"model_type": "llama", **TEXT, "head_dim": 8},
+        audio_config={
+            "num_mel_bins": 16, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "initializer_range": 0.2,
+        },
+        audio_token_id=24,
+    )  # fmt: skip
+    ears = transformers.WhisperFeatureExtractor(feature_size=16)
+    return transformers.VoxtralForConditionalGeneration(config), transformers.VoxtralProcessor(ears, coded)
+
+
 MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     made.__name__: made
     for made in (
-        llava, llava_next, llava_onevision, internvl, qwen2_5_vl, qwen3_vl, idefics3, gemma3, mllama,
-        qwen2_audio, qwen2_5_omni,
+        llava, llava_next, llava_onevision, internvl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, gemma3,
+        gemma3n, phi4_multimodal, mllama, qwen2_audio, qwen2_5_omni, voxtral,
     )
 }  # fmt: skip
+# What a template calls parts of a kind, where that is not the kind
+NAMED = {"voxtral": {"audio": "input_audio"}}
 
 
 def write(name: str, folder: Path) -> Path:
@@ -274,7 +406,11 @@ def write(name: str, folder: Path) -> Path:
     # not `save_pretrained`, which wants the part for videos too; that needs torchvision
     said = {key: value for key, value in processor.to_dict().items() if value is not None}
     (folder / "processor_config.json").write_text(json.dumps(said))
-    processor.tokenizer.save_pretrained(str(folder))
+    if name == "voxtral":  # which is published without a tokenizer.json
+        write_tekken(folder)
+        (folder / "chat_template.jinja").write_text(MISTRAL_TEMPLATE)
+    else:
+        processor.tokenizer.save_pretrained(str(folder))
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# tiny\n")
     return folder
 

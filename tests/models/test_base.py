@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+import tiny_native
 from sartor.core import assets, bases
 from sartor.core.artifacts import file_digest
 from sartor.core.errors import HubError, ModelError
@@ -74,6 +75,14 @@ def test_stops_of_the_generation_config_are_read(base: Path) -> None:
     file = base / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 17]}))
     assert open_base(str(base)).chat.stops == [2, 17]
+
+
+def test_a_tokenizer_is_transformers_own_also_beside_mistrals_file(base: Path) -> None:
+    pytest.importorskip("mistral_common", reason="needs mistral-common")
+    tiny_native.write_tekken(base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    assert open_chat(base).tokens("the sky") == tiny.tokenizer()("the sky")["input_ids"]
 
 
 def test_a_base_without_a_template_opens_with_the_plain_one(tmp_path: Path) -> None:

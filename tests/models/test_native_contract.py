@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import tiny_native
@@ -20,17 +21,19 @@ from sartor.models.batches import Encoded
 from sartor.models.engine.local import LocalEngine
 from sartor.models.generate import generate
 from sartor.models.media import blank
-from sartor.models.native import parts
+from sartor.models.native import opening, parts
 from sartor.models.path import Wish
 from sartor.models.sampling import Sampling
 
 CPU = torch.device("cpu")
 # Whose media are embeddings of their tokens and nothing else, so that rows with media are packed
-PACKED = {"llava", "llava_next", "llava_onevision", "internvl", "idefics3", "qwen2_audio"}
+PACKED = {"llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "gemma3n", "qwen2_audio", "voxtral"}
 
 
 @pytest.fixture(scope="module", params=list(tiny_native.MODELS))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param in opening.PACKAGES:
+        pytest.importorskip(opening.PACKAGES[request.param], reason=f"needs {opening.PACKAGES[request.param]}")
     return tiny_native.write(request.param, tmp_path_factory.mktemp("native") / request.param)
 
 
@@ -81,12 +84,15 @@ def test_what_is_learnt_is_the_reply(base: Base) -> None:
         assert min(learnt) >= 0
 
 
-def test_the_tokens_of_a_row_are_the_processors_own(base: Base) -> None:
-    media = base.media
+def test_the_tokens_of_a_row_are_the_processors_own(base: Base, folder: Path) -> None:
+    media, named = base.media, tiny_native.NAMED.get(folder.name, {})
     sent = [tiny_native.part(kind, place) for place, kind in enumerate((*media.kinds, *media.kinds))]
     content = [Part("text", "see\n"), *sent[:1], Part("text", " and\n"), *sent[1:], Part("text", "\nwhat is it")]
     turns = [Message("user", tuple(content))]
-    plain = [{"type": "text", "text": part.text} if part.kind == "text" else {"type": part.kind} for part in content]
+    plain = [
+        {"type": "text", "text": part.text} if part.kind == "text" else {"type": named.get(part.kind, part.kind)}
+        for part in content
+    ]
     text = base.chat.tokenizer.apply_chat_template(
         [{"role": "user", "content": plain}], tokenize=False, add_generation_prompt=True
     )
@@ -233,6 +239,49 @@ def test_an_omni_directory_opens_as_its_thinker(tmp_path: Path) -> None:
     thinker = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_omni", "thinker_config": thinker}))
     assert torch.equal(losses(), alone)
+
+
+def test_a_voxtral_is_given_what_mistral_common_gives_it(tmp_path: Path) -> None:
+    pytest.importorskip("mistral_common", reason="needs mistral-common")
+    folder = tiny_native.write("voxtral", tmp_path / "voxtral")
+    (folder / "chat_template.jinja").unlink()  # so that the template is mistral-common's too, as in what is published
+    base = opened(folder)
+    sounds = [tiny_native.part("audio", 1), tiny_native.part("audio", 2, seconds=31)]
+    content = (Part("text", "hear "), sounds[0], Part("text", "\nand "), sounds[1], Part("text", " what is it"))
+    turns = [Message("user", content), Message.of("assistant", "noise"), Message.of("user", "are you sure")]
+    found = base.media.inputs(torch.tensor([base.chat.prompt_ids(turns)]))
+    plain = [
+        {"type": "text", "text": part.text}
+        if part.kind == "text"
+        else {"type": "audio", "base64": part.media.partition(",")[2]}
+        for part in content
+    ]
+    theirs = transformers.VoxtralProcessor(
+        transformers.WhisperFeatureExtractor(feature_size=16), transformers.MistralCommonBackend.from_pretrained(str(folder))
+    )
+    said = [{"role": "user", "content": plain}, *({"role": turn.role, "content": turn.text} for turn in turns[1:])]
+    wanted = theirs.apply_chat_template(said)
+    assert found["input_ids"].tolist() == wanted["input_ids"].tolist()
+    assert torch.equal(found["input_features"], wanted["input_features"])
+
+
+def test_a_voxtral_without_a_template_says_what_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.mistral.tokenizer.is_mistral_common_available", lambda: False)
+    folder = tiny_native.write("voxtral", tmp_path / "voxtral")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="mistral-common") as caught:
+        opened(folder)
+    assert "pip install mistral-common" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", opening.PACKAGES)
+def test_a_package_that_is_missing_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "find_spec", lambda name: None)
+    (tmp_path / "processor_config.json").write_text("{}")
+    config = transformers.AutoConfig.for_model(kind)
+    with pytest.raises(ModelError, match=f"needs {opening.PACKAGES[kind]}") as caught:
+        opening.kind_of(tmp_path, config)
+    assert f"pip install {opening.PACKAGES[kind]}" in str(caught.value)
 
 
 def test_a_base_with_an_encoder_is_refused(tmp_path: Path) -> None:

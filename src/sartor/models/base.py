@@ -122,7 +122,10 @@ def _with_media(ref: bases.BaseRef, model: Any, chat: Chat, device: torch.device
 def open_chat(path: Path, generation_config: Any = None) -> Chat:
     """The tokenizer and template in a base's directory."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        # not mistral-common's, where that is installed: it says of no token where it stands
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False, mistral_format=False
+        )
     except Exception as error:  # tokenizers raises its own, undocumented kinds
         raise ModelError(f"{path} has no usable tokenizer: {first_line(error)}", "save the tokenizer beside it") from None
     return Chat(tokenizer, _stops(generation_config))

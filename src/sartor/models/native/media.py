@@ -141,8 +141,9 @@ class NativeMedia:
         placed = {}
         for name, tensor in made.items():
             if tensor.is_floating_point():
-                # to some models what is all 0 is no picture at all, but padding
-                tensor = torch.full_like(tensor, BLANK, dtype=dtype) if is_blank else tensor.to(dtype)
+                # to some models what is all 0 is no picture at all, but padding; a mask says how much there is to see
+                is_emptied = is_blank and not name.endswith("mask")
+                tensor = torch.full_like(tensor, BLANK, dtype=dtype) if is_emptied else tensor.to(dtype)
             placed[name] = tensor.to(self._model.device)
         return placed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from sartor.core.errors import ModelError
+from sartor.models.native import voxtral
 
+# What transformers needs for some of them, beside what Sartor installs
+PACKAGES = {"smolvlm": "num2words", "gemma3n": "timm", "phi4_multimodal": "torchvision"}
 _FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -26,10 +30,19 @@ def is_whisper(config: Any) -> bool:
 
 
 def kind_of(path: Path, config: Any) -> Any:
-    """The class of transformers that opens the base in `path`. Raises ModelError for a multi-modal one without a processor."""
+    """The class of transformers that opens the base in `path`.
+
+    Raises ModelError for a multi-modal one without a processor, and without a package that it needs.
+    """
     if is_whisper(config):
         return transformers.WhisperForConditionalGeneration
-    return transformers.AutoModelForMultimodalLM if is_native(path, config) else transformers.AutoModelForCausalLM
+    if not is_native(path, config):
+        return transformers.AutoModelForCausalLM
+    package = PACKAGES.get(config.model_type)
+    if package and find_spec(package) is None:
+        problem = f"{path} is a {config.model_type} model, for which transformers needs {package}, and it is not installed"
+        raise ModelError(problem, f"pip install {package}")
+    return transformers.AutoModelForMultimodalLM
 
 
 def is_native(path: Path, config: Any) -> bool:
@@ -55,6 +68,8 @@ def open_processor(path: Path, config: Any) -> Any:
         parts = [_part(path, config, name) for name in kind.get_attributes()]
         settings, unused = kind.get_processor_dict(str(path), local_files_only=True)
         return without_video(kind).from_args_and_dict(parts, settings, **unused)
+    except ModelError:
+        raise
     except ImportError as error:
         said = " ".join(str(error).split())[:300]
         raise ModelError(f"the processor of {path} needs a package: {said}", "pip install it") from None
@@ -64,17 +79,26 @@ def open_processor(path: Path, config: Any) -> Any:
 
 
 def _kind(path: Path, config: Any) -> Any:
-    """The class of a processor: as its files name it (an omni model's thinker has none of its own), or by the model's."""
+    """The class of a processor: ours; as its files name it (an omni model's thinker has none of its own); by the model's."""
+    if ours := _ours(config):
+        return ours.VoxtralProcessor
     for name in _FILES:
         if (path / name).is_file() and (named := json.loads((path / name).read_text()).get("processor_class")):
             return getattr(transformers, named)
     return PROCESSOR_MAPPING[type(config)]
 
 
+def _ours(config: Any) -> Any:
+    """The module here that has a processor and a tokenizer in place of transformers', or None."""
+    return voxtral if isinstance(config, transformers.VoxtralConfig) else None
+
+
 def _part(path: Path, config: Any, name: str) -> Any:
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if "tokenizer" in name:
-        return transformers.AutoTokenizer.from_pretrained(str(path), **where)
+        if (ours := _ours(config)) and (path / ours.TEKKEN).is_file():
+            return ours.tokenizer(path)
+        return transformers.AutoTokenizer.from_pretrained(str(path), mistral_format=False, **where)
     if name == "image_processor":
         return transformers.AutoImageProcessor.from_pretrained(str(path), backend="pil", **where)
     if name == "video_processor":

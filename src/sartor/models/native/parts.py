@@ -1,7 +1,8 @@
 """Which modules of a native base are its language model, its projector and its tower: what `targets` of a recipe names.
 
-The language model is what transformers calls the decoder. A projector is a module with a name of PROJECTORS outside of it; all
-else but the LM head is the tower. So an architecture whose projector has a name of its own is one new entry.
+The language model is what transformers calls the decoder. A projector is a module with a name of PROJECTORS outside of its
+layers; all else but the LM head is the tower, also where it stands beside a projector within the decoder (Phi-4 multimodal). So
+an architecture whose projector has a name of its own is one new entry.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def parts_of(model: Any) -> Parts:
     projector = tuple(_projectors(model, decoder))
     linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not head]
     ours = [name for name in linear if any(_is_in(name, one) for one in projector)]
-    language = [name for name in linear if _is_in(name, decoder) and name not in ours]
+    within = {_child(name, decoder) for name in projector if _is_in(name, decoder)}
+    language = [name for name in linear if _is_in(name, decoder) and name not in ours and _child(name, decoder) not in within]
     tower = [name for name in linear if name not in ours and name not in language]
     return Parts(decoder, tuple(language), projector, tuple(ours), tuple(tower))
 
@@ -120,6 +122,11 @@ def _projectors(model: Any, decoder: str) -> Iterator[str]:
 
 def _is_layer(name: str, decoder: str) -> bool:
     return name.removeprefix(f"{decoder}.").startswith("layers.")
+
+
+def _child(name: str, outer: str) -> str:
+    """The part of `outer` that a module below it is in."""
+    return name.removeprefix(f"{outer}.").partition(".")[0]
 
 
 def _is_in(name: str, outer: str) -> bool:

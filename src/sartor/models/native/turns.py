@@ -21,6 +21,8 @@ from sartor.models.native.media import NativeMedia
 
 _PROBE = "SartorProbe0SartoR"
 _AS_LIST, _AS_TEXT = True, False
+# What templates call a part of a kind: Mistral's say OpenAI's word
+_NAMES = {"image": ("image",), "audio": ("audio", "input_audio")}
 
 
 class NativeChat(Chat):
@@ -30,6 +32,7 @@ class NativeChat(Chat):
         self._native = media
         self._written = re.compile("|".join(re.escape(token) for token in media.tokens.values()))
         self._has_parts = False
+        self._names: dict[str, str] = {}
         self._lists: dict[str, bool] = {}
         self._template_of(tokenizer)
         super().__init__(tokenizer, extra_stops)
@@ -62,7 +65,11 @@ class NativeChat(Chat):
     def _content(self, message: Message) -> Any:
         if all(part.kind == "text" for part in message.content) and not self._lists.get(message.role, False):
             return message.text
-        return [{"type": "text", "text": part.text} if part.kind == "text" else {"type": part.kind} for part in message.content]
+        named = self._names
+        return [
+            {"type": "text", "text": part.text} if part.kind == "text" else {"type": named.get(part.kind, part.kind)}
+            for part in message.content
+        ]
 
     def _coded(self, text: str, seen: Seen) -> list[tuple[int, int, int]]:
         """See `Chat._coded`. The whole text is tokenised as one, each mark as what the processor writes for its media."""
@@ -89,15 +96,20 @@ class NativeChat(Chat):
         def says(*turns: tuple[str, bool]) -> bool:
             return _says(tokenizer, [{"role": role, "content": _probe(as_list)} for role, as_list in turns])
 
-        kind = next(iter(self._native.tokens))
-        media = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": _PROBE}]}
-        text = _rendered(tokenizer, [media])
-        self._has_parts = text.count(_PROBE) == 1 and text.count(self._native.tokens[kind]) == 1
+        kinds = list(self._native.tokens)
+        self._names = {kind: name for kind in kinds for name in _NAMES[kind] if self._has_written(tokenizer, kind, name)}
+        self._has_parts = kinds[0] in self._names
         forms = (_AS_TEXT, _AS_LIST)
         user = next((form for form in forms if says(("user", form))), _AS_LIST)
         self._lists["user"] = user
         self._lists["assistant"] = next((form for form in forms if says(("user", user), ("assistant", form))), _AS_LIST)
         self._lists["system"] = next((form for form in forms if says(("system", form), ("user", user))), _AS_LIST)
+
+    def _has_written(self, tokenizer: Any, kind: str, name: str) -> bool:
+        """Whether the template writes the placeholder of a media part that is called `name`, and the text beside it."""
+        media = {"role": "user", "content": [{"type": name}, {"type": "text", "text": _PROBE}]}
+        text = _rendered(tokenizer, [media])
+        return text.count(_PROBE) == 1 and text.count(self._native.tokens[kind]) == 1
 
 
 def _probe(as_list: bool) -> Any:
