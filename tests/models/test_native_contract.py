@@ -29,6 +29,9 @@ CPU = torch.device("cpu")
 # Whose media are embeddings of their tokens and nothing else, so that rows with media are packed
 PACKED = {"llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "gemma3n", "qwen2_audio", "voxtral"}
 
+# Whose processors read the first seconds of a longer recording and say nothing
+CUT = {"qwen2_audio", "gemma3n", "qwen2_5_omni"}
+
 
 @pytest.fixture(scope="module", params=list(tiny_native.MODELS))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -222,6 +225,19 @@ def test_refusals(base: Base, tuned: Callable[..., Any]) -> None:
             base.chat.encode(tiny_native.row(tiny_native.part(other, 1), "what"))
     with pytest.raises(ConfigError, match="names no module"):
         tuned(language=["nope"])
+
+
+def test_a_recording_is_heard_to_its_end_or_refused(folder: Path, base: Base) -> None:
+    if "audio" not in base.media.kinds:
+        pytest.skip("hears nothing")
+    heard = base.media.ids(tiny_native.part("audio", 1, seconds=1.9), None)
+    assert len(heard) > 0
+    if folder.name in CUT:
+        with pytest.raises(MediaError, match="cuts it") as cut:
+            base.media.ids(tiny_native.part("audio", 1, seconds=31.0), None)
+        assert cut.value.reason == "long_audio"
+    else:
+        base.media.ids(tiny_native.part("audio", 1, seconds=31.0), None)
 
 
 def test_an_omni_directory_opens_as_its_thinker(tmp_path: Path) -> None:

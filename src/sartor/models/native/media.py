@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from sartor.models.media import PLACE_BITS, content_of, embedding_of, key_of, ke
 HELD_BYTES = 1 << 29
 KINDS = ("image", "audio")
 BLANK = 1e-6
+# A processor that changes nothing where the end of a recording changes has cut it; shorter than this may fall between frames
+END_S = 0.05
 
 
 class Written(list[int]):
@@ -86,7 +89,7 @@ class NativeMedia:
         return {}
 
     def ids(self, part: Part, folder: Path | None) -> Written:
-        """See `media.Media`."""
+        """See `media.Media`. Raises MediaError for a recording that the processor would cut."""
         if part.kind not in self.tokens:
             raise SourceError(f"this base reads no {part.kind}", "use a base that does, or leave these rows out")
         content = content_of(part, folder)
@@ -94,6 +97,8 @@ class NativeMedia:
         self._origins[key] = (part, folder)
         self._decode(key, content)
         made = self._process([key], None)
+        if part.kind == "audio":
+            self._check_heard(key, made)
         found = made.get("text_replacement_offsets")
         text = found[0][0]["replacement"] if found else self.tokens[part.kind]
         tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -197,14 +202,32 @@ class NativeMedia:
         names = [name for name in ("feature_extractor", "audio_processor") if name in self._processor.get_attributes()]
         return int(getattr(self._processor, names[0]).sampling_rate)
 
-    def _process(self, keys: Sequence[int], ids: list[int] | None) -> dict[str, Any]:
-        """The processor's tensors for media in order, with `ids` in place of the tokens of its text if given."""
+    def _check_heard(self, key: int, made: dict[str, Any]) -> None:
+        """Raise MediaError if the end of a recording is not in `made`, what the processor makes of it: most cut at 30 s."""
+        sound, rate = self._decode(key, None), self._rate
+        other = sound.copy()
+        end = other[-max(1, int(END_S * rate)) :]
+        end[::2], end[1::2] = 0.5, -0.5
+        changed = self._process([key], None, {key: other})
+        # of another length: heard
+        if any(found.shape != changed[name].shape or not torch.equal(found, changed[name]) for name, found in _tensors(made)):
+            return
+        problem = f"the recording has {len(sound) / rate:.1f} s, and the base's processor cuts it"
+        raise MediaError("long_audio", problem, "cut it, with its transcript")
+
+    def _process(
+        self, keys: Sequence[int], ids: list[int] | None, instead: Mapping[int, Any] = MappingProxyType({})
+    ) -> dict[str, Any]:
+        """The processor's tensors for media in order, with `ids` in place of the tokens of its text if given.
+
+        instead: other media than those that keys name.
+        """
         kinds = [self._origins[key][0].kind for key in keys]
         processor = copy.copy(self._processor)
         processor.tokenizer = _Given(self._tokenizer, ids)
         media: dict[str, list[Any]] = {"images": [], "audio": []}
         for key, kind in zip(keys, kinds, strict=True):
-            media["images" if kind == "image" else kind].append(self._decode(key, None))
+            media["images" if kind == "image" else kind].append(instead[key] if key in instead else self._decode(key, None))
         text = "".join(self.tokens[kind] for kind in kinds)
         given: dict[str, Any] = {name: found for name, found in media.items() if found}
         if media["audio"]:
@@ -265,3 +288,7 @@ class _Given:
             coded["input_ids"], coded["attention_mask"] = [self._ids], [[1] * len(self._ids)]
             coded.pop("token_type_ids", None)
         return coded
+
+
+def _tensors(made: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, found) for name, found in made.items() if isinstance(found, torch.Tensor) and found.is_floating_point())
