@@ -1,0 +1,59 @@
+"""What a tuning holds before it has anything of its own: Python, torch, our modules, the loop. Measured once a machine.
+
+`smallest.py` tunes a base of a few numbers and says what it then holds. No torch here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from sartor.core.errors import MissingError
+from sartor.core.home import folder
+from sartor.edge.files import write_whole
+
+SCHEMA = 1
+
+
+def floor_bytes() -> int:
+    """From the file below SARTOR_HOME, or measured now. Raises MissingError where the tuner does not run here."""
+    return _floor(str(folder("edge")))
+
+
+@functools.cache
+def _floor(kept: str) -> int:
+    versions = [importlib.metadata.version(name) for name in ("torch", "sartor")]
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    key = " ".join([str(SCHEMA), *versions, platform.python_version(), platform.machine(), threads])
+    file = Path(kept) / "floor.json"
+    try:
+        known: dict[str, int] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        known[key] = _measured()
+        write_whole(file, json.dumps(known).encode())
+    return known[key]
+
+
+def _measured() -> int:
+    with tempfile.TemporaryDirectory(prefix="sartor-floor-") as place:
+        command = [sys.executable, "-m", "sartor.edge.tuning.smallest", place]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        problem = f"the tuner does not run on this machine: {done.stderr.strip().splitlines()[-1:]}"
+        raise MissingError(problem, "pip install 'sartor[edge]'")
+    return int(done.stdout.splitlines()[-1])
+
+
+def held_bytes() -> int:
+    """Anonymous and shared memory of this process now."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
