@@ -8,7 +8,7 @@ from typing import Any
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.tokens import write_tokens
 from sartor.models.batches import Encoded
-from sartor.tune.rows import Rows
+from sartor.tune.tokenised import Rows
 
 
 def rows(count: int = 20, length: int = 12) -> Rows:

@@ -25,8 +25,8 @@ from sartor.tune.checkpoint import Checkpoint, Saver
 from sartor.tune.journal import Journal
 from sartor.tune.recipe import Budget, Optimizer, Recipe
 from sartor.tune.rng import Rng, seed_all
-from sartor.tune.rows import Rows
 from sartor.tune.signals import Signals
+from sartor.tune.tokenised import Rows
 
 # A loss above both has exploded: a model that knows nothing and says so has ln V, and a hard first update may be higher.
 EXPLODED_OVER_UNIFORM, EXPLODED_OVER_FIRST = 2.0, 4.0

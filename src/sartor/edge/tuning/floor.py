@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -31,7 +32,7 @@ def floor_bytes() -> int:
 def _floor(kept: str) -> int:
     versions = [importlib.metadata.version(name) for name in ("torch", "sartor")]
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    key = " ".join([str(SCHEMA), *versions, platform.python_version(), platform.machine(), threads])
+    key = " ".join([str(SCHEMA), *versions, _sources(), platform.python_version(), platform.machine(), threads])
     file = Path(kept) / "floor.json"
     try:
         known: dict[str, int] = json.loads(file.read_text(encoding="utf-8"))
@@ -41,6 +42,13 @@ def _floor(kept: str) -> int:
         known[key] = _measured()
         write_whole(file, json.dumps(known).encode())
     return known[key]
+
+
+def _sources() -> str:
+    """Our own modules, by their sizes: a checkout changes without its version."""
+    root = Path(__file__).parents[2]
+    sizes = [f"{file.relative_to(root)} {file.stat().st_size}" for file in sorted(root.rglob("*.py"))]
+    return hashlib.sha256("\n".join(sizes).encode()).hexdigest()[:12]
 
 
 def _measured() -> int:

@@ -103,7 +103,7 @@ class Planner:
         self.recipe = config.load(Recipe, job.recipe)
         self.shape: Shape = shape_of(Path(job.base), self.recipe)
         self.rows = rows_of(Path(job.tokens))
-        self._floor = floor_bytes() if floor is None else floor
+        self.floor = floor_bytes() if floor is None else floor
 
     def rungs(self, barred: Collection[str] = ()) -> Iterator[Rung]:
         """Every rung whose id is not barred, in order; within one, the largest micro-batch first."""
@@ -121,7 +121,7 @@ class Planner:
         tokens = max(self.rows.longest, rung.micro_batch_tokens)
         supervised = min(tokens, round(tokens * self.rows.densest))
         is_part = tokens < max(self.recipe.optimizer.batch_tokens, self.rows.longest)
-        return peak(self.shape, Load(tokens, supervised, is_part, self.rows.tokens), rung.way, self._floor)
+        return peak(self.shape, Load(tokens, supervised, is_part, self.rows.tokens), rung.way, self.floor)
 
     def choose(self, limit_bytes: int, barred: Collection[str] = (), narrow_bytes: int = 0) -> Plan:
         """The first rung that fits. limit_bytes: 0 for none. narrow_bytes: of the same base in 4 bits; 0 if there is none.

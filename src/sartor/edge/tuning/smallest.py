@@ -18,7 +18,7 @@ from sartor.edge.tuning.llama import ATTENTION, MLP
 from sartor.edge.tuning.tokens import write_tokens
 from sartor.models.batches import Encoded
 from sartor.models.streamed import write_tensors
-from sartor.tune.rows import Rows
+from sartor.tune.tokenised import Rows
 
 WIDTH, VOCABULARY, TOKENS = 64, 64, 16
 

@@ -149,11 +149,10 @@ class Ladder:
     def _attempt(self, plan: Plan, left: Limits) -> Attempt:
         self.out.mkdir(parents=True, exist_ok=True)
         file, said = self.out / "job.json", self.out / "stderr.txt"
-        _job(self.job, plan, self.narrow).write(file)
-        tuner = [sys.executable, "-m", "sartor.edge.tuning.tuner", str(file)]
-        command = ["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(said), *tuner]
+        base = str(self.narrow) if self.narrow and plan.is_narrow else self.job.base
+        replace(planned_job(self.job, plan.rung), base=base).write(file)
         self._why = ""
-        usage = limits.run(command, left, environment=_environment(), stop=self._must_stop)
+        usage = limits.run(tuner_command(file, said), left, environment=_environment(), stop=self._must_stop)
         updates = _updates(self.out / "log.jsonl")
         reason = self._why or usage.killed or ("memory" if usage.exit_code == BUDGET_EXIT else "")
         rung: Rung = plan.rung
@@ -212,13 +211,16 @@ class Ladder:
         return found if is_same else None
 
 
-def _job(job: Job, plan: Plan, narrow: Path | None) -> Job:
-    """The job as the plan has it done."""
-    compute = {"micro_batch_tokens": plan.rung.micro_batch_tokens, "recompute": plan.rung.way.recompute}
+def planned_job(job: Job, rung: Rung) -> Job:
+    """The job as a rung has it done."""
+    compute = {"micro_batch_tokens": rung.micro_batch_tokens, "recompute": rung.way.recompute}
     recipe = {**job.recipe, "compute": {**job.recipe.get("compute", {}), **compute}}
-    top = plan.rung.learning if plan.rung.name == "layers" else 0
-    base = str(narrow) if narrow and plan.is_narrow else job.base
-    return replace(job, recipe=recipe, base=base, top=top, zeroth=plan.rung.way.zeroth)
+    return replace(job, recipe=recipe, top=rung.learning if rung.name == "layers" else 0, zeroth=rung.way.zeroth)
+
+
+def tuner_command(job: Path, said: Path) -> list[str]:
+    """The tuner on the file `job`, its stderr into the file `said`."""
+    return ["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(said), sys.executable, "-m", "sartor.edge.tuning.tuner", str(job)]
 
 
 def _environment() -> dict[str, str]:
