@@ -94,8 +94,8 @@ def test_a_checkpoint_of_another_adapter_is_refused(tiny_base: Path, tmp_path: P
 
 def test_without_gradients_the_loss_falls(tiny_base: Path, tmp_path: Path) -> None:
     rate = {"optimizer": {"learning_rate": 3e-2, "batch_tokens": 400, "schedule": "constant"}}
-    said = tune(job(tiny_base, tmp_path, updates=200, zeroth=True, recipe=rate))
-    assert said["loss"]["last"] < 0.98 * said["loss"]["first"]
+    said = tune(job(tiny_base, tmp_path, updates=60, zeroth=True, recipe=rate))
+    assert said["loss"]["last"] < said["loss"]["first"] - 0.03
 
 
 def test_its_slope_is_that_of_the_gradient_along_the_direction(tiny_base: Path, tmp_path: Path, monkeypatch: Any) -> None:

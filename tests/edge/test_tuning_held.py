@@ -95,8 +95,8 @@ def test_a_memory_kill_goes_on_smaller_and_is_in_the_receipt(tiny_base: Path, tm
     hog.write_text(
         "import json, sys\nfrom sartor.edge.tuning import tuner\n"
         "job = json.load(open(sys.argv[1]))\n"
-        "held = bytearray(400_000_000) if not job['recipe']['compute']['recompute'] else b''\n"
-        "held[::4096] = b'x' * len(held[::4096]) if held else b''\n"
+        "held = bytearray(0 if job['recipe']['compute']['recompute'] else 400_000_000)\n"
+        "held[::4096] = b'x' * len(held[::4096])\n"
         "sys.exit(tuner.main(sys.argv[1:]))\n"
     )
     with pytest.MonkeyPatch.context() as patch:

@@ -123,13 +123,16 @@ class Planner:
         is_part = tokens < max(self.recipe.optimizer.batch_tokens, self.rows.longest)
         return peak(self.shape, Load(tokens, supervised, is_part, self.rows.tokens), rung.way, self.floor)
 
-    def choose(self, limit_bytes: int, barred: Collection[str] = (), narrow_bytes: int = 0) -> Plan:
-        """The first rung that fits. limit_bytes: 0 for none. narrow_bytes: of the same base in 4 bits; 0 if there is none.
+    def choose(self, limit_bytes: int, barred: Collection[str] = (), *, most_tokens: int = 0, narrow_bytes: int = 0) -> Plan:
+        """The first rung that fits. limit_bytes: 0 for none. most_tokens: no larger micro-batch than that; 0 for any.
+        narrow_bytes: of the same base in 4 bits; 0 if there is none.
 
         Raises BudgetError where none fits, with the least limit that would do.
         """
         least: tuple[int, Rung] | None = None
         for rung in self.rungs(barred):
+            if 0 < most_tokens < rung.micro_batch_tokens:
+                continue
             held = self.held(rung)
             needed = round(total(held) / (1 - SPARE))
             if not limit_bytes or needed <= limit_bytes:

@@ -32,8 +32,6 @@ from sartor.tune.signals import Signals
 
 # How often the policy is asked, and the disk looked at
 ASK_S = 1.0
-# A rung after a memory kill must be predicted to hold at most so much of what the killed one was
-SMALLER = 0.97
 # log.jsonl, PEFT's config, run.json, the receipt, and what is not counted
 FILES_BYTES = 1 << 20
 BUDGET_EXIT = BudgetError.exit_code
@@ -110,11 +108,11 @@ class Ladder:
         """See `tune_within`."""
         if why := self.policy():
             return self._end("paused", why, {})
-        most = self.budget.memory_bytes
+        most_tokens = 0
         plan: Plan | None = None
         while True:
             try:
-                plan = self._plan(planner, most)
+                plan = self._plan(planner, most_tokens)
                 left = self.budget.without(self.attempts)
             except BudgetError as error:
                 if self.attempts:  # in no case silently: what was tried is in the receipt
@@ -125,14 +123,16 @@ class Ladder:
             if attempt.usage.exit_code == 0:
                 return self._end("done", "", plan.held)
             if attempt.reason == "memory":
-                most = min(most or plan.peak_bytes, int(SMALLER * plan.peak_bytes))
+                # rungs are ordered by what they hold for one micro-batch, whatever was wrong in the prediction
+                most_tokens = plan.rung.micro_batch_tokens
                 continue
             return self._ended(attempt, plan)
 
-    def _plan(self, planner: Planner, most: int) -> Plan:
+    def _plan(self, planner: Planner, most_tokens: int) -> Plan:
         killed = [one.rung for one in (*self.before, *self.attempts) if one.reason == "memory" and self._is_held(one)]
         narrow_bytes = sum(file.stat().st_size for file in self.narrow.glob("*.safetensors")) if self.narrow else 0
-        plan = planner.choose(most, killed, narrow_bytes)
+        limit = self.budget.memory_bytes
+        plan = planner.choose(limit, killed, most_tokens=most_tokens, narrow_bytes=narrow_bytes)
         # a save stands beside those that are kept before the oldest goes; with bf16 the adapter is smaller than counted
         needed = (planner.recipe.checkpoints.keep + 2) * plan.checkpoint_bytes + FILES_BYTES
         if 0 < self.budget.disk_bytes < needed:
