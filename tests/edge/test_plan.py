@@ -12,10 +12,11 @@ import pytest
 from edge_jobs import job, rows
 
 from sartor.core.errors import ArtifactError, BudgetError, ModelError
+from sartor.edge.tuning.floor import Floor
 from sartor.edge.tuning.peak import Load, Shape, Way, peak, total
 from sartor.edge.tuning.plan import NAMES, Planner
 
-FLOOR = 100_000_000
+FLOOR = Floor(100_000_000, True)
 
 
 @pytest.fixture
@@ -72,9 +73,9 @@ def test_four_bits_are_read_where_the_pages_of_sixteen_find_no_room(planner: Pla
 
 def test_what_learns_by_two_losses_holds_neither_gradients_nor_moments() -> None:
     shape = Shape(30, 576, 1536, 9, 3, 64, 49152, 8, ("q_proj",), 30, 0)
-    held = peak(shape, Load(256, 192, False, 10_000), Way(30, True, zeroth=True), FLOOR)
+    held = peak(shape, Load(256, 192, 256, False, 10_000), Way(30, True, zeroth=True), 0)
     assert held["moments"] == 0 and "gradients" not in held and held["factors"] == 4 * 30 * 8 * 2 * 576
-    fewer = peak(shape, Load(256, 192, False, 10_000), Way(10, True), FLOOR)
+    fewer = peak(shape, Load(256, 192, 256, False, 10_000), Way(10, True), 0)
     assert fewer["factors"] == held["factors"] and fewer["moments"] == 2 * held["factors"] // 3
 
 
@@ -90,3 +91,10 @@ def test_what_is_not_whole_is_refused(tiny_base: Path, tmp_path: Path) -> None:
 def test_planning_loads_no_torch() -> None:
     code = "import sys, sartor.edge.tuning.within\nsys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_a_compiler_attention_keeps_a_number_for_each_two_tokens(planner: Planner) -> None:
+    rung = next(planner.rungs())
+    native = total(planner.held(rung))
+    planner.floor = Floor(FLOOR.held_bytes, False)
+    assert total(planner.held(rung)) > native + 4 * 9 * planner.rows.longest**2

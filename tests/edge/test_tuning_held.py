@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from sartor.core import bases
 from sartor.core.signing import keygen, open_public
 from sartor.edge.tuning import within
+from sartor.edge.tuning.floor import Floor
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.limits import Limits, holder, run
 from sartor.edge.tuning.plan import Planner, Rung
@@ -113,7 +114,7 @@ def test_a_memory_kill_goes_on_smaller_and_is_in_the_receipt(tiny_base: Path, tm
 @pytest.mark.usefixtures("threads")
 def test_paused_by_the_policy_and_by_a_signal_it_ends_at_the_same_bits(tiny_base: Path, tmp_path: Path, key: Path) -> None:
     whole, cut = job(tiny_base, tmp_path / "a", updates=60), job(tiny_base, tmp_path / "b", updates=60)
-    planner = Planner(whole, floor=200 * MB)
+    planner = Planner(whole, Floor(200 * MB, True))
     assert tune_within(whole, Budget(), key=key, planner=planner).outcome == "done"
 
     def after(updates: int) -> Iterator[str]:

@@ -14,13 +14,14 @@ from edge_jobs import job
 from sartor.core.errors import ArtifactError, BudgetError, ModelError, SignatureError
 from sartor.core.signing import keygen, open_public
 from sartor.edge.tuning import within
+from sartor.edge.tuning.floor import Floor
 from sartor.edge.tuning.job import Job, read_job
 from sartor.edge.tuning.limits import Killed, Limits, Usage
 from sartor.edge.tuning.plan import Planner
 from sartor.edge.tuning.receipt import verify_receipt
 from sartor.edge.tuning.within import Budget, tune_within
 
-FLOOR = 100_000_000
+FLOOR = Floor(100_000_000, True)
 BUDGET = Budget(memory_bytes=1_000_000_000)
 
 
@@ -157,4 +158,4 @@ def test_what_the_tuner_said_is_what_is_raised(ended: Callable[..., Tuner], one:
 
 def _without_floor(one: Job) -> Planner:
     """So that rungs of a tiny base are told apart: what is always there is nothing."""
-    return Planner(one, -(6 << 20))
+    return Planner(one, Floor(-(6 << 20), True))

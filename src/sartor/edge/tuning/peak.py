@@ -24,6 +24,8 @@ ROW_TOKEN_BYTES = 48
 HEAD_SLICE, LOGITS_BYTES = 2048, 8 << 20
 # What products pack their operands into, beyond those of the floor's small ones, and pages that are half used
 SLACK_BYTES = 6 << 20
+# `models/attention.py`: above this row length torch's own attention keeps no weights
+BLOCKED_TOKENS = 512
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
@@ -67,21 +69,27 @@ class Shape:
 
 @dataclass(frozen=True)
 class Load:
-    """The fullest micro-batch: tokens, of them supervised; whether an update has more than one; tokens of all rows."""
+    """The fullest micro-batch: tokens, of them supervised; its longest row; whether an update has more than one; tokens of
+    all rows.
+    """
 
     tokens: int
     supervised: int
+    longest: int
     is_part: bool
     rows_tokens: int
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a rung computes. learning: layers that learn. recompute, zeroth: see `tune.recipe.Compute`, `job.Job`."""
+    """How a rung computes. learning: layers that learn. recompute, zeroth: see `tune.recipe.Compute`, `job.Job`. native: by the
+    C++ kernels.
+    """
 
     learning: int
     recompute: bool
     zeroth: bool = False
+    native: bool = True
 
 
 def shape_of(base: Path, recipe: Recipe) -> Shape:
@@ -111,7 +119,7 @@ def peak(shape: Shape, load: Load, way: Way, floor_bytes: int) -> dict[str, int]
     """What is held at the peak, by what it is, in bytes; its sum is the peak."""
     factors, learnt = shape.adapted * shape.layer_factors, way.learning * shape.layer_factors
     moments = 0 if way.zeroth else 2 * learnt
-    work = _zeroth(shape, load) if way.zeroth else _gradients(shape, load, way, learnt)
+    work = _zeroth(shape, load, way) if way.zeroth else _gradients(shape, load, way, learnt)
     return {
         "floor": floor_bytes + SLACK_BYTES,
         "rows": ROW_TOKEN_BYTES * load.rows_tokens,
@@ -135,21 +143,30 @@ def _kept(shape: Shape, tokens: int, tail: int) -> int:
     return head + tail * (shape.width + 1 + 2 * shape.inner + low_tail)
 
 
-def _forward(shape: Shape, tokens: int) -> int:
+def _attention(shape: Shape, load: Load, way: Way, pairs: int) -> int:
+    """What attention holds besides its input and result: torch's own operations keep `pairs` numbers for each two tokens."""
+    if way.native:
+        return 0
+    gathered = 5 * load.tokens * shape.qkv
+    return gathered + (0 if load.longest > BLOCKED_TOKENS else pairs * shape.heads * load.tokens * load.longest)
+
+
+def _forward(shape: Shape, load: Load, way: Way) -> int:
     """The fullest moment of a block's forward pass, without its input."""
-    t, d, i = tokens, shape.width, shape.inner
+    t, d, i = load.tokens, shape.width, shape.inner
+    attention = t * (shape.qkv + shape.mixed) + _attention(shape, load, way, 2)
     first = t * (shape.qkv + shape.mixed + d + d + 2 * i) + 2 * i * d
-    second = _kept(shape, t, t) + t * i + d * i + t * d
-    return max(first, second)
+    second = _kept(shape, t, t) + t * i * (1 if way.native else 2) + d * i + t * d
+    return max(attention, first, second)
 
 
-def _backward(shape: Shape, tokens: int) -> int:
+def _backward(shape: Shape, load: Load, way: Way) -> int:
     """The fullest moment of a block's backward pass, with the gradient that it gets, without its input and what is kept."""
-    t, d, i = tokens, shape.width, shape.inner
+    t, d, i = load.tokens, shape.width, shape.inner
     through_down = d * i + t * i
-    through_glu = 2 * t * i
+    through_glu = (2 if way.native else 7) * t * i
     through_gate_up = 2 * t * d + 2 * i * d
-    attention = t * (d + shape.mixed + shape.qkv) - 2 * t * i
+    attention = t * (d + shape.mixed + shape.qkv) - 2 * t * i + _attention(shape, load, way, 4)
     through_qkv = t * (d + shape.mixed + shape.qkv + 2 * d) + shape.qkv * d - 2 * t * i
     return t * d + max(through_down, through_glu, through_gate_up, attention, through_qkv)
 
@@ -168,24 +185,24 @@ def _gradients(shape: Shape, load: Load, way: Way, learnt: int) -> dict[str, int
     before = learnt if load.is_part else 0
     if way.recompute:
         every, one, inside = way.learning * x, x, _kept(shape, tokens, tokens)
-        inside = max(inside + _backward(shape, tokens), _forward(shape, tokens) + x)
+        inside = max(inside + _backward(shape, load, way), _forward(shape, load, way) + x)
     else:
         kept = _kept(shape, tokens, tokens)
         last = _kept(shape, tokens, min(tokens, load.supervised))
-        every, one, inside = way.learning * x + (way.learning - 1) * kept + last, x + kept, _backward(shape, tokens)
+        every, one, inside = way.learning * x + (way.learning - 1) * kept + last, x + kept, _backward(shape, load, way)
     moments: list[dict[str, int]] = [
         {"activations": every, "head": _head(shape, load, True), "gradients": before},
         {"activations": every, "block": inside, "gradients": before},
         {"activations": one, "block": inside, "gradients": learnt},
-        {"activations": x + every - one, "block": _forward(shape, tokens), "gradients": before},
+        {"activations": x + every - one, "block": _forward(shape, load, way), "gradients": before},
     ]
     return max(moments, key=total)
 
 
-def _zeroth(shape: Shape, load: Load) -> dict[str, int]:
+def _zeroth(shape: Shape, load: Load, way: Way) -> dict[str, int]:
     x = load.tokens * shape.width
     direction = shape.rank * max(shape.width, shape.inner)
-    forward: dict[str, int] = {"activations": x, "block": _forward(shape, load.tokens)}
+    forward: dict[str, int] = {"activations": x, "block": _forward(shape, load, way)}
     head: dict[str, int] = {"head": _head(shape, load, False)}
     fullest = max([forward, head], key=total)
     return {**fullest, "direction": direction}

@@ -11,7 +11,7 @@ The order, and where 4 bits stand: docs/decisions/014-rungs.md.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from sartor.core import config
 from sartor.core.errors import ArtifactError, BudgetError
-from sartor.edge.tuning.floor import floor_bytes
+from sartor.edge.tuning.floor import Floor, floor
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.peak import Load, Shape, Way, peak, shape_of, state_bytes, total
 from sartor.tune.recipe import Recipe
@@ -96,14 +96,14 @@ def rows_of(file: Path) -> Rows:
 
 
 class Planner:
-    """What a job would hold on every rung. floor: `floor_bytes()`, or what is known of another machine."""
+    """What a job would hold on every rung. known: the floor, if not that of this machine."""
 
-    def __init__(self, job: Job, floor: int | None = None) -> None:
+    def __init__(self, job: Job, known: Floor | None = None) -> None:
         self.job = job
         self.recipe = config.load(Recipe, job.recipe)
         self.shape: Shape = shape_of(Path(job.base), self.recipe)
         self.rows = rows_of(Path(job.tokens))
-        self.floor = floor_bytes() if floor is None else floor
+        self.floor = known or floor()
 
     def rungs(self, barred: Collection[str] = ()) -> Iterator[Rung]:
         """Every rung whose id is not barred, in order; within one, the largest micro-batch first."""
@@ -121,7 +121,9 @@ class Planner:
         tokens = max(self.rows.longest, rung.micro_batch_tokens)
         supervised = min(tokens, round(tokens * self.rows.densest))
         is_part = tokens < max(self.recipe.optimizer.batch_tokens, self.rows.longest)
-        return peak(self.shape, Load(tokens, supervised, is_part, self.rows.tokens), rung.way, self.floor)
+        load = Load(tokens, supervised, self.rows.longest, is_part, self.rows.tokens)
+        way = replace(rung.way, native=self.floor.is_native)
+        return peak(self.shape, load, way, self.floor.held_bytes)
 
     def choose(self, limit_bytes: int, barred: Collection[str] = (), *, most_tokens: int = 0, narrow_bytes: int = 0) -> Plan:
         """The first rung that fits. limit_bytes: 0 for none. most_tokens: no larger micro-batch than that; 0 for any.

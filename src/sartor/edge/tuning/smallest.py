@@ -17,6 +17,7 @@ from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.llama import ATTENTION, MLP
 from sartor.edge.tuning.tokens import write_tokens
 from sartor.models.batches import Encoded
+from sartor.models.kernels.native import Native
 from sartor.models.streamed import write_tensors
 from sartor.tune.tokenised import Rows
 
@@ -40,7 +41,9 @@ def main(place: Path) -> None:
     job.write(place / "job.json")
     if code := tuner.main([str(place / "job.json")]):
         sys.exit(code)
-    sys.stdout.write(f"{held_bytes()}\n")
+    said = json.loads((place / "out" / "run.json").read_text(encoding="utf-8"))
+    found = {"held_bytes": held_bytes(), "is_native": Native.name in said["path"]}
+    sys.stdout.write(f"{json.dumps(found)}\n")
 
 
 def _base(folder: Path) -> Path:
