@@ -143,18 +143,18 @@ def _kept(shape: Shape, tokens: int, tail: int) -> int:
     return head + tail * (shape.width + 1 + 2 * shape.inner + low_tail)
 
 
-def _attention(shape: Shape, load: Load, way: Way, pairs: int) -> int:
-    """What attention holds besides its input and result: torch's own operations keep `pairs` numbers for each two tokens."""
+def _attention(shape: Shape, load: Load, way: Way) -> int:
+    """What attention holds besides its input and result: torch's own operations keep two numbers for each two tokens."""
     if way.native:
         return 0
     gathered = 5 * load.tokens * shape.qkv
-    return gathered + (0 if load.longest > BLOCKED_TOKENS else pairs * shape.heads * load.tokens * load.longest)
+    return gathered + (0 if load.longest > BLOCKED_TOKENS else 2 * shape.heads * load.tokens * load.longest)
 
 
 def _forward(shape: Shape, load: Load, way: Way) -> int:
     """The fullest moment of a block's forward pass, without its input."""
     t, d, i = load.tokens, shape.width, shape.inner
-    attention = t * (shape.qkv + shape.mixed) + _attention(shape, load, way, 2)
+    attention = t * (shape.qkv + shape.mixed) + _attention(shape, load, way)
     first = t * (shape.qkv + shape.mixed + d + d + 2 * i) + 2 * i * d
     second = _kept(shape, t, t) + t * i * (1 if way.native else 2) + d * i + t * d
     return max(attention, first, second)
@@ -166,7 +166,7 @@ def _backward(shape: Shape, load: Load, way: Way) -> int:
     through_down = d * i + t * i
     through_glu = (2 if way.native else 7) * t * i
     through_gate_up = 2 * t * d + 2 * i * d
-    attention = t * (d + shape.mixed + shape.qkv) - 2 * t * i + _attention(shape, load, way, 4)
+    attention = t * (d + shape.mixed + shape.qkv) - 2 * t * i + _attention(shape, load, way)
     through_qkv = t * (d + shape.mixed + shape.qkv + 2 * d) + shape.qkv * d - 2 * t * i
     return t * d + max(through_down, through_glu, through_gate_up, attention, through_qkv)
 
