@@ -145,6 +145,28 @@ def test_the_disk_is_planned(ended: Callable[..., Tuner], one: Job, key: Path) -
         tune_within(one, replace(BUDGET, disk_bytes=1000), key=key, planner=Planner(one, FLOOR))
 
 
+def test_the_disk_is_watched(ended: Callable[..., Tuner], one: Job, key: Path) -> None:
+    ended("stopped")
+    Path(one.out).mkdir()
+    (Path(one.out) / "big").write_bytes(bytes(3_000_000))
+    receipt = tune_within(one, replace(BUDGET, disk_bytes=2_000_000), key=key, planner=Planner(one, FLOOR))
+    assert receipt.outcome == "spent" and receipt.reason.startswith("disk: 3,0")
+
+
+def test_four_bits_are_tuned_on_where_they_are_planned(
+    ended: Callable[..., Tuner], one: Job, key: Path, tmp_path: Path
+) -> None:
+    tuner = ended(0)
+    narrow = tmp_path / "narrow"
+    narrow.mkdir()
+    (narrow / "model.safetensors").write_bytes(bytes(10))
+    planner = Planner(one, FLOOR)
+    planner.shape = replace(planner.shape, base_bytes=2_000_000_000)
+    receipt = tune_within(one, BUDGET, key=key, planner=planner, narrow=narrow)
+    assert receipt.attempts[0].is_narrow and tuner.jobs[0].base == str(narrow)
+    assert receipt.base["digest"] == one.digest, "an adapter is of the base, whatever form it was read in"
+
+
 def test_what_the_tuner_said_is_what_is_raised(ended: Callable[..., Tuner], one: Job, key: Path) -> None:
     ended({"kind": "ModelError", "problem": "update 3: the loss is nan", "remedy": "look at these rows"})
     with pytest.raises(ModelError, match="the loss is nan"):

@@ -22,7 +22,7 @@ from sartor.edge.files import write_whole
 from sartor.edge.tuning.limits import Usage
 
 SCHEMA, FILE, ADAPTER = 1, "receipt.json", "adapter_model.safetensors"
-# done; paused by the policy or a signal, and can go on; spent: time or processor time ran out, what was learnt is saved
+# done; paused by the policy or a signal, and can go on; spent: time or disk ran out, what was learnt is saved
 Outcome = Literal["done", "paused", "spent", "refused", "failed"]
 
 

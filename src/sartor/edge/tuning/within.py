@@ -34,6 +34,7 @@ from sartor.tune.signals import Signals
 ASK_S = 1.0
 # log.jsonl, PEFT's config, run.json, the receipt, and what is not counted
 FILES_BYTES = 1 << 20
+DISK = "disk: "
 BUDGET_EXIT = BudgetError.exit_code
 Policy = Callable[[], str]
 
@@ -171,13 +172,15 @@ class Ladder:
         if not self.budget.disk_bytes:
             return ""
         used = _used_bytes(self.out)
-        return f"disk: {used:,} of {self.budget.disk_bytes:,} bytes" if used > self.budget.disk_bytes else ""
+        return f"{DISK}{used:,} of {self.budget.disk_bytes:,} bytes" if used > self.budget.disk_bytes else ""
 
     def _ended(self, attempt: Attempt, plan: Plan) -> Receipt:
         """The receipt of a call that is not done; raises the tuner's error if it was one."""
         usage = attempt.usage
         if usage.killed in ("wall", "cpu"):
             return self._end("spent", f"{usage.killed} time is up", plan.held)
+        if attempt.reason.startswith(DISK):
+            return self._end("spent", attempt.reason, plan.held)
         if attempt.reason or usage.exit_code in (-2, -15, 130, 143):
             return self._end("paused", attempt.reason or "a signal", plan.held)
         error = _error(self.out / "stderr.txt", usage)
