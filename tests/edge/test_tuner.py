@@ -21,7 +21,7 @@ from sartor.edge.tuning.tuner import Job, tune
 from sartor.models import adapters, general
 from sartor.models.base import open_base
 from sartor.models.batches import Encoded
-from sartor.tune.rows import Rows
+from sartor.tune.tokenised import Rows
 
 RECIPE: dict[str, Any] = {
     "base": "tiny",

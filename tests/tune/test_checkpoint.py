@@ -375,7 +375,7 @@ def test_a_loss_that_is_not_finite_or_explodes_stops_and_leaves_the_state_before
 def full(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """The disk is full from the `at`-th save on."""
     count = 0
-    write = checkpoint.save_file
+    write = checkpoint.write_tensors
 
     def fails(tensors: Any, path: Path) -> None:
         nonlocal count
@@ -385,7 +385,7 @@ def full(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", fails)
+    monkeypatch.setattr(checkpoint, "write_tensors", fails)
 
 
 def test_a_full_disk_loses_nothing(monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, whole: str) -> None:

@@ -17,13 +17,12 @@ import torch
 
 from sartor.models.attention import Shape
 from sartor.models.batches import Pack
+from sartor.models.head import mapped_losses
 from sartor.models.kernels.eager import Eager, Geometry, Layout
 from sartor.models.linear import MappedLinear, Projection, Unsupported
 
 # Logits are made in chunks of about this size: a larger one is slower to walk, a smaller one reads the head more often.
 LOGITS_BYTES = 64 << 20
-# Rows of a mapped head that are widened at once
-HEAD_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -199,10 +198,14 @@ class Block:
             self.mlp_out.input_gradient(d, lowered), kept.pop("gate_up"), self.activation
         )
         down = self.mlp_out.factor_gradients(d, glu, kept["low_down"], lowered)
+        del glu  # what is not read again is let go: on a device the peak is here
         lowered = self.mlp_in.lower(d_gate_up)
         h, _ = self.mlp_norm.forward(middle) if self.mlp_in.factors else (middle, None)
         mlp = self.mlp_in.factor_gradients(d_gate_up, h, kept["low_mlp"], lowered)
-        d_middle = self.mlp_norm.backward(self.mlp_in.input_gradient(d_gate_up, lowered), middle, kept["mlp_rstd"], dy)
+        d_h = self.mlp_in.input_gradient(d_gate_up, lowered)
+        del h, d_gate_up
+        d_middle = self.mlp_norm.backward(d_h, middle, kept["mlp_rstd"], dy)
+        del d_h
         d = self._before_norm(d_middle, kept, 0)
         lowered = self.attention_out.lower(d)
         mixed, qkv = kept["mixed"], kept["qkv"]
@@ -254,6 +257,11 @@ class _HeadNode(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, fast: Fast, targets: torch.Tensor) -> torch.Tensor:
         normed, rstd = fast.norm.forward(hidden)
         wants = ctx.needs_input_grad[0]
+        ctx.fast = fast
+        if fast.mapped is not None:
+            found, slope = mapped_losses(normed, fast.mapped, targets, wants, fast.logits_bytes)
+            ctx.save_for_backward(hidden, rstd, *(() if slope is None else (slope,)))
+            return found
         losses, slopes = [], []
         rows = max(1, fast.logits_bytes // (fast.head.shape[0] * hidden.element_size()))
         for part, aims in zip(normed.split(rows), targets.split(rows), strict=True):
@@ -261,15 +269,14 @@ class _HeadNode(torch.autograd.Function):
             loss, gradient = fast.kernels.cross_entropy(logits, aims, fast.softcap, wants)
             losses.append(loss)
             if gradient is not None:
-                slopes.append(fast.through_head(gradient))
-        ctx.fast = fast
+                slopes.append(gradient @ fast.head)
         ctx.save_for_backward(hidden, rstd, *slopes)
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor) -> Any:
         hidden, rstd, *slopes = ctx.saved_tensors
-        dy = torch.cat(slopes) * d.to(hidden.dtype)[:, None]
+        dy = (slopes[0] if len(slopes) == 1 else torch.cat(slopes)) * d.to(hidden.dtype)[:, None]
         return ctx.fast.norm.backward(dy, hidden, rstd), None, None
 
 
@@ -292,11 +299,12 @@ class Fast:
         self.blocks = [Block(layer, family, model, kernels) for layer in body.layers]
         self.norm = Norm(body.norm, family, kernels)
         self.head, self.dtype, self.logits_bytes = head.weight.detach(), body.norm.weight.dtype, logits_bytes
-        size = HEAD_ROWS if isinstance(head, MappedLinear) else len(self.head)
-        self._parts = [slice(low, low + size) for low in range(0, len(self.head), size)]
         self._logits: torch.Tensor | None = None
         self.softcap = model.config.final_logit_softcapping if family.softcaps else None
-        adapted = [place for place, block in enumerate(self.blocks) if block.parameters]
+        self.mapped = head if isinstance(head, MappedLinear) else None
+        if self.mapped is not None and self.softcap:
+            raise Unsupported("a mapped LM head whose logits are capped")
+        adapted = [place for place, block in enumerate(self.blocks) if any(part.requires_grad for part in block.parameters)]
         # what makes the inputs (a projector of media) is learnt through every block
         self.lowest = 0 if inputs else min(adapted, default=len(self.blocks))
         covered = {id(parameter) for parameter in [*inputs, *(part for block in self.blocks for part in block.parameters)]}
@@ -309,18 +317,7 @@ class Fast:
         """x (N, D) -> (N, V), in the same room every time: pages of that size are costly to get anew."""
         if self._logits is None or len(self._logits) < len(x):
             self._logits = x.new_empty(len(x), len(self.head))
-        out = self._logits[: len(x)]
-        for part in self._parts:
-            torch.mm(x, self.head[part].to(x.dtype).T, out=out[:, part])
-        return out
-
-    def through_head(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient (N, V) of logits -> that of what the head read, (N, D)."""
-        first, *rest = self._parts
-        d = gradient[:, first] @ self.head[first].to(gradient.dtype)
-        for part in rest:
-            d.addmm_(gradient[:, part], self.head[part].to(gradient.dtype))
-        return d
+        return torch.mm(x, self.head.T, out=self._logits[: len(x)])
 
     @staticmethod
     def _check(family: Family, inner: Any, body: Any, head: Any) -> None:

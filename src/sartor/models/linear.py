@@ -44,6 +44,10 @@ class MappedLinear(torch.nn.Linear):
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
 
+    def widen(self, out: torch.Tensor, low: int = 0) -> torch.Tensor:
+        """Rows of the weight from `low` on, as many as `out` (rows, D) has, written into it in its dtype."""
+        return out.copy_(self.weight.detach()[low : low + len(out)])
+
 
 class LoraLinear(torch.nn.Module):
     """A frozen linear module and LoRA factors on it, where there is no peft (a device): a (R, D), b (outs, R), fp32."""
@@ -105,7 +109,7 @@ class Projection:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The factors in order: a, b of the first, a, b of the second, ..."""
+        """The factors in order: a, b of the first, a, b of the second, ... Also those that do not learn."""
         return [part for factors in self.factors for part in (factors.a, factors.b)]
 
     def weight(self) -> torch.Tensor:
@@ -113,8 +117,19 @@ class Projection:
         if not self.is_narrow:
             self._fused = self._fuse() if self._fused is None else self._fused
             return self._fused
+        if all(isinstance(base, MappedLinear) for base in self.modules):
+            return self._widened()
         parts = [_dense(base, self.dtype) for base in self.modules]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _widened(self) -> torch.Tensor:
+        """All weights, each written straight to its place: never one of them twice in memory."""
+        out = torch.empty(sum(base.out_features for base in self.modules), self.modules[0].in_features, dtype=self.dtype)
+        low = 0
+        for base in self.modules:
+            base.widen(out[low : low + base.out_features])
+            low += base.out_features
+        return out
 
     def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x (N, D) -> y (N, outs), added to `onto` (N, outs) if given; and x A^T (N, sum of R) for the backward."""
@@ -176,6 +191,8 @@ def _is_narrow(base: Any) -> bool:
 
 
 def _dense(base: Any, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(base, MappedLinear):
+        return base.widen(torch.empty(base.out_features, base.in_features, dtype=dtype))
     return dense_weight(base, dtype) if is_quantised(base) else base.weight.detach().to(dtype)
 
 

@@ -89,7 +89,7 @@ class FastPath:
     @property
     def trained(self) -> list[torch.nn.Parameter]:
         """See `Path`."""
-        return [parameter for block in self.fast.blocks for parameter in block.parameters]
+        return [part for block in self.fast.blocks for part in block.parameters if part.requires_grad]
 
 
 def reuse(fast: Fast, rows: Sequence[Encoded], device: torch.device, wish: Wish) -> Frozen | None:

@@ -27,10 +27,11 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sartor.core.artifacts import file_digest, fsync_directory, manifest_id
 from sartor.core.errors import ArtifactError, MissingError
+from sartor.models.streamed import write_tensors
 from sartor.tune.recipe import Checkpoints
 
 SCHEMA = 1
@@ -133,7 +134,7 @@ def save(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, 
 
 
 def _write(part: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], lines: Sequence[Any]) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part / STATE)
+    write_tensors(tensors, part / STATE)
     (part / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     manifest: dict[str, Any] = {
         "schema": SCHEMA,

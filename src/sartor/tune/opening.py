@@ -18,7 +18,7 @@ from sartor.models.native.media import NativeMedia
 from sartor.models.native.whisper import WhisperMedia
 from sartor.models.shelf import Shelf
 from sartor.tune.recipe import Recipe, Targets
-from sartor.tune.rows import Rows
+from sartor.tune.tokenised import Rows
 
 Notice = Callable[[str], object]
 

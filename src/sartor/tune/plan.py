@@ -22,8 +22,9 @@ from sartor.tune.opening import adapted, calibrate, open_chosen
 from sartor.tune.probe import Load, Probe, load_of, take, total
 from sartor.tune.recipe import Recipe
 from sartor.tune.recipe import load as load_recipe
-from sartor.tune.rows import Rows, encode_rows
+from sartor.tune.rows import encode_rows
 from sartor.tune.run import Counters, wish
+from sartor.tune.tokenised import Rows
 
 Notice = Callable[[str], object]
 _HOURS = {"h": 1.0, "d": 24.0, "min": 1 / 60, "s": 1 / 3600}

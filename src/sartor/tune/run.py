@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path as Folder
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +25,8 @@ from sartor.tune.checkpoint import Checkpoint, Saver
 from sartor.tune.journal import Journal
 from sartor.tune.recipe import Budget, Optimizer, Recipe
 from sartor.tune.rng import Rng, seed_all
-from sartor.tune.rows import Rows
 from sartor.tune.signals import Signals
+from sartor.tune.tokenised import Rows
 
 # A loss above both has exploded: a model that knows nothing and says so has ln V, and a hard first update may be higher.
 EXPLODED_OVER_UNIFORM, EXPLODED_OVER_FIRST = 2.0, 4.0
@@ -101,8 +102,7 @@ class Run:
         self.named = {name: part for name, part in named.items() if id(part) not in ids}
         self.named |= {name: part for name, part in named.items() if id(part) in ids}
         self.parameters = list(self.named.values())
-        settings = recipe.optimizer
-        self.optimizer = optimizers.make(self.factors, settings, base.device, self.projectors)
+        self.optimizer: Any = self._optimizer()
         self.scaler = optimizers.scaler(base.dtype, base.device)
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
@@ -118,9 +118,17 @@ class Run:
         self.path = base.path(model, [*data.train, *data.held_out], asked)
         if resolved:
             recipe = replace(recipe, compute=replace(recipe.compute, micro_batch_tokens=resolved.micro_batch_tokens))
-        self.outlook = outlook.foresee(recipe, self.path, model, base.device, data.train, data.held_out, Counters())
+        self.outlook = self._foresee(recipe)
         self.resolved = Resolved(self.outlook.settled.micro_batch_tokens)
         seed_all(recipe.seed)
+
+    def _optimizer(self) -> Any:
+        """What takes the steps."""
+        return optimizers.make(self.factors, self.recipe.optimizer, self.base.device, self.projectors)
+
+    def _foresee(self, recipe: Recipe) -> outlook.Outlook:
+        """What it will cost, with its micro-batch settled. Raises BudgetError where memory cannot hold it."""
+        return outlook.foresee(recipe, self.path, self.model, self.base.device, self.data.train, self.data.held_out, Counters())
 
     def train(self, signals: Signals) -> None:
         """Update until the budget is spent. Raises StoppedError after a signal, ModelError when the loss explodes; in
@@ -188,10 +196,12 @@ class Run:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become the state that a checkpoint holds. Raises ArtifactError when its tensors do not fit this model."""
-        tensors, facts = checkpoint.tensors(), checkpoint.manifest
+        self._become(checkpoint.tensors(), checkpoint.manifest, checkpoint.path)
+
+    def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], where: Folder) -> None:
         wanted = {f"adapter.{name}": parameter.shape for name, parameter in self.named.items()}
         if {name: held.shape for name, held in tensors.items() if name.startswith("adapter.")} != wanted:
-            problem = f"the factors in {checkpoint.path} do not fit this adapter"
+            problem = f"the factors in {where} do not fit this adapter"
             raise ArtifactError(problem, "start over with --replace")
         with torch.no_grad():
             for name, parameter in self.named.items():

@@ -26,9 +26,10 @@ from sartor.tune.journal import Journal, plot_losses
 from sartor.tune.opening import adapted, calibrate, open_chosen
 from sartor.tune.recipe import Recipe
 from sartor.tune.recipe import load as load_recipe
-from sartor.tune.rows import Rows, encode_rows
+from sartor.tune.rows import encode_rows
 from sartor.tune.run import Resolved, Run
 from sartor.tune.signals import Signals
+from sartor.tune.tokenised import Rows
 
 Notice = Callable[[str], object]
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from sartor.core.errors import ModelError
+from sartor.edge.tuning.narrow import narrow_linear
 from sartor.models.linear import LoraLinear, MappedLinear
 
 # Where a base and its adapter must agree: PEFT's names of the linear modules of a block
@@ -105,6 +106,13 @@ class MappedLlama(torch.nn.Module):
         pairs = ((name, (("lora_A", module.a), ("lora_B", module.b))) for name, module in adapted.items())
         return {f"base_model.model.{name}.{kind}.weight": part for name, both in pairs for kind, part in both}
 
+    def learn(self, top: int) -> None:
+        """Let the factors of the `top` layers next to the head learn (0: of all), and hold the others still."""
+        lowest = self.config.num_hidden_layers - top if top else 0
+        for name, module in self.linear.items():
+            if isinstance(module, LoraLinear):
+                module.a.requires_grad = module.b.requires_grad = int(name.split(".")[2]) >= lowest
+
     def adapt(self, rank: int, alpha: float, seed: int, targets: tuple[str, ...] = (*ATTENTION, *MLP), top: int = 0) -> None:
         """Put fresh LoRA factors on modules of the `top` layers next to the head (0: all): A random, B zero, as PEFT does."""
         generator = torch.Generator().manual_seed(seed)
@@ -137,7 +145,8 @@ class MappedLlama(torch.nn.Module):
 
     def _linear(self, name: str) -> MappedLinear:
         bias = self._tensors.get(f"{name}.bias")
-        made = MappedLinear(self._tensor(f"{name}.weight"), None if bias is None else bias.to(self._dtype))
+        bias = None if bias is None else bias.to(self._dtype)
+        made = narrow_linear(self._tensors, name, bias) or MappedLinear(self._tensor(f"{name}.weight"), bias)
         self.linear[name] = made
         return made
 

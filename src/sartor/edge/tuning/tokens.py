@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from sartor.core.errors import ArtifactError
 from sartor.models.batches import Encoded
-from sartor.tune.rows import Rows
+from sartor.tune.tokenised import Rows
 
 SCHEMA = "1"
 

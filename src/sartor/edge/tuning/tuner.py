@@ -7,21 +7,25 @@ PEFT's adapter directory. Exit codes are those of the command line (143 after SI
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sartor.core import config
 from sartor.core.bases import BaseRef
 from sartor.core.errors import BudgetError, ConfigError, ModelError, SartorError
 from sartor.edge.files import write_whole
+from sartor.edge.tuning.job import Job, read_job
+from sartor.edge.tuning.learning import DeviceRun, ZerothRun
 from sartor.edge.tuning.llama import ATTENTION, MLP, MappedLlama
 from sartor.edge.tuning.tokens import read_tokens
 from sartor.models import kernels
@@ -29,31 +33,17 @@ from sartor.models.batches import Encoded
 from sartor.models.forward import Fast
 from sartor.models.path import FastPath, Wish
 from sartor.models.path import Path as LossPath
+from sartor.models.streamed import write_tensors
 from sartor.tune.checkpoint import Saver, newest
 from sartor.tune.journal import Journal
 from sartor.tune.recipe import Recipe
-from sartor.tune.run import Resolved, Run
+from sartor.tune.run import Resolved
 from sartor.tune.signals import Signals
 
 # Logits are made in chunks of about this size: beside 400 MB, the 64 of a server would be much
 LOGITS_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be tuned. base: a directory in transformers' layout; tokens: a file of `tokens.py`; out: a directory for
-    the adapter, its log and its checkpoints. name, digest, licence: of the base, as an adapter says them. start: an adapter
-    directory to go on from; empty for a fresh one.
-    """
-
-    base: str
-    name: str
-    digest: str
-    licence: str
-    tokens: str
-    out: str
-    recipe: dict[str, Any]
-    start: str = ""
+# glibc: <malloc.h>
+_M_MMAP_THRESHOLD, _M_MMAP_MAX, MAPPED_BYTES = -3, -4, 256 << 10
 
 
 @dataclass
@@ -83,13 +73,17 @@ def tune(job: Job, *, show: bool = False) -> dict[str, Any]:
     model = _adapted(MappedLlama(Path(job.base)), recipe)
     if job.start:
         _start(model, Path(job.start))
+    model.learn(job.top)
     ground = Ground(BaseRef(job.name, Path(job.base), job.digest, job.licence), torch.device("cpu"), torch.float32)
     checkpoint = newest(out / "checkpoints").checkpoint
-    resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else None
+    # a number is the plan's, and a run that goes on smaller has another than before
+    is_open = recipe.compute.micro_batch_tokens == "auto"
+    resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint and is_open else None
     saver = Saver(out / "checkpoints", recipe.checkpoints, {}, checkpoint)
     so_far = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
     with Journal(out / "log.jsonl", show=show, **so_far) as journal:
-        run = Run(recipe, ground, model, read_tokens(Path(job.tokens)), journal, saver, resolved)
+        kind = ZerothRun if job.zeroth else DeviceRun
+        run = kind(recipe, ground, model, read_tokens(Path(job.tokens)), journal, saver, resolved)
         if checkpoint:
             run.restore(checkpoint)
         with Signals() as signals:
@@ -155,8 +149,8 @@ def _write(model: MappedLlama, recipe: Recipe, job: Job, out: Path) -> None:
         "layers_to_transform": list(range(layers - top, layers)) if top else None,
         "inference_mode": True,
     }
-    part = out / ".adapter_model.safetensors"
-    save_file({name: factor.detach().contiguous() for name, factor in model.factors().items()}, str(part), {"format": "pt"})
+    part, dtype = out / ".adapter_model.safetensors", torch.bfloat16 if job.store == "bf16" else torch.float32
+    write_tensors({name: factor.detach().to(dtype) for name, factor in model.factors().items()}, part, {"format": "pt"})
     os.replace(part, out / "adapter_model.safetensors")
     write_whole(out / "adapter_config.json", f"{json.dumps(said, indent=2, sort_keys=True)}\n".encode())
 
@@ -164,7 +158,8 @@ def _write(model: MappedLlama, recipe: Recipe, job: Job, out: Path) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Read JOB (the JSON of a Job), tune, and say the error of it as JSON on the last line of stderr."""
     try:
-        tune(Job(**json.loads(Path(arguments[0]).read_text(encoding="utf-8"))))
+        _give_back_at_once()
+        tune(read_job(Path(arguments[0])))
     except SartorError as error:
         return _told(error)
     except (MemoryError, RuntimeError) as error:
@@ -172,6 +167,17 @@ def main(arguments: Sequence[str]) -> int:
             raise
         return _told(BudgetError(f"memory failed: {str(error).splitlines()[0]}", "a smaller micro-batch, rank or fewer layers"))
     return 0
+
+
+def _give_back_at_once() -> None:
+    """Have glibc map what is large and unmap it when it is let go: what is held is then what is used, and can be planned.
+
+    Left alone it raises the size from which it does so as it goes, and keeps holes.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt(_M_MMAP_MAX, 1 << 20)
 
 
 def _told(error: SartorError) -> int:

@@ -107,7 +107,8 @@ class Eager:
         with torch.enable_grad():
             leaf = qkv.detach().requires_grad_()
             again, _ = Eager.attention(self, leaf, geometry)
-            (gradient,) = torch.autograd.grad(again, leaf, d)
+            # to the bit what `grad(again, leaf, d)` gives, for which torch would load sympy, 35 MB
+            (gradient,) = torch.autograd.grad((again * d).sum(), leaf)
         return gradient
 
 

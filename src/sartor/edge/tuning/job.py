@@ -1,0 +1,51 @@
+"""What is to be tuned on a device: the JSON that the process that tunes is given. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sartor.core.errors import ConfigError
+
+STORES = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Job:
+    """base: a directory in transformers' layout, or one that `narrow.py` wrote; tokens: a file of `tokens.py`; out: a
+    directory for the adapter, its log and its checkpoints. name, digest, licence: of the base, as an adapter says them.
+
+    start: an adapter directory to go on from; empty for a fresh one. store: the dtype in which the adapter is written (in
+    bf16 one more epoch changes fewer bytes). top: so many layers next to the head go on learning, 0 for all; the factors of
+    the others stay. zeroth: learn by differences of two losses, without gradients.
+    """
+
+    base: str
+    name: str
+    digest: str
+    licence: str
+    tokens: str
+    out: str
+    recipe: dict[str, Any]
+    start: str = ""
+    store: str = "fp32"
+    top: int = 0
+    zeroth: bool = False
+
+    def __post_init__(self) -> None:
+        if self.store not in STORES:
+            raise ConfigError(f"an adapter is stored in {' or '.join(STORES)}, not in {self.store!r}", "store: bf16")
+
+    def write(self, file: Path) -> None:
+        """As JSON."""
+        file.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def read_job(file: Path) -> Job:
+    """What `Job.write` wrote. Raises ConfigError."""
+    try:
+        return Job(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{file} is no job: {error}", "write it with Job.write") from None

@@ -1,0 +1,120 @@
+"""The loop of `tune` as a device runs it: an optimiser without torch's compiler, no probing, layers that may be held still.
+
+Memory is planned before the process starts (`plan.py`), so nothing is measured here: the micro-batch is the recipe's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sartor.core.errors import ArtifactError
+from sartor.edge.tuning.adamw import AdamW, Still
+from sartor.models.batches import Encoded
+from sartor.tune import objectives
+from sartor.tune.forecast import Interval, Settled
+from sartor.tune.outlook import Outlook
+from sartor.tune.probe import Load
+from sartor.tune.recipe import Recipe
+from sartor.tune.run import Run
+
+# `auto` without a plan
+MICRO_BATCH_TOKENS = 512
+# How far the two looks of zeroth-order learning are from where it stands (MeZO, arXiv:2305.17333, table 15)
+STEP = 1e-3
+_STILL = "still."
+
+
+class DeviceRun(Run):
+    """A run on a device. A checkpoint holds the factors of all layers, so that the next run may let others learn."""
+
+    def _optimizer(self) -> Any:
+        return AdamW(self.parameters, self.recipe.optimizer)
+
+    def _foresee(self, recipe: Recipe) -> Outlook:
+        rows, asked = self.data.train, recipe.compute.micro_batch_tokens
+        longest = max(len(row.ids) for row in rows)
+        most = max(longest, min(recipe.optimizer.batch_tokens, MICRO_BATCH_TOKENS) if asked == "auto" else asked)
+        nothing = Interval(0.0, 0.0, 0.0)
+        course = self._course_tokens(recipe)
+        evaluated = recipe.evaluations * sum(len(row.ids) for row in self.data.held_out)
+        minutes = recipe.budget.minutes
+        return Outlook(Settled(most, Load(), True, "planned"), nothing, course, evaluated, minutes and minutes * 60)
+
+    def _course_tokens(self, recipe: Recipe) -> int | None:
+        """Tokens until the budget is spent, about; None where only minutes limit it."""
+        budget, tokens = recipe.budget, self.data.tokens
+        per_update = min(recipe.optimizer.batch_tokens, tokens)
+        limits = [budget.tokens, budget.epochs and budget.epochs * tokens, budget.updates and budget.updates * per_update]
+        return int(min(limit for limit in limits if limit)) if any(limits) else None
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """See `Run`; the factors that are held still too."""
+        tensors, facts = super().state()
+        return {**tensors, **{f"{_STILL}{name}": part.data for name, part in self._still().items()}}, facts
+
+    def _still(self) -> dict[str, torch.nn.Parameter]:
+        factors = {id(part) for part in self.model.factors().values()}
+        return {name: part for name, part in self.model.named_parameters() if id(part) in factors and not part.requires_grad}
+
+    def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], where: Path) -> None:
+        """See `Run`: of whatever learnt there, what learns here goes on, and what does not is held as it was."""
+        held = {name.removeprefix("adapter.").removeprefix(_STILL): part for name, part in tensors.items() if _is_factor(name)}
+        still = self._still()
+        if set(held) != {*self.named, *still} or any(held[name].shape != part.shape for name, part in still.items()):
+            raise ArtifactError(f"the factors in {where} do not fit this adapter", "start over in another directory")
+        with torch.no_grad():
+            for name, part in still.items():
+                part.copy_(held[name])
+        mine = {f"adapter.{name}": held[name] for name in self.named}
+        mine |= {name: part for name, part in tensors.items() if not _is_factor(name)}
+        super()._become(mine, facts, where)
+
+
+class ZerothRun(DeviceRun):
+    """Learns from two losses an update, on either side of where it stands along a random direction: no gradient, no moments.
+
+    SPSA (Spall 1992) as MeZO does it (Malladi et al. 2023, arXiv:2305.17333): the direction is drawn again from its seed each
+    time that it is needed, and never held. The slope along it is what the gradient's norm is in the other runs: logged, and
+    clipped to `optimizer.clip_norm`.
+    """
+
+    def _optimizer(self) -> Any:
+        return Still(self.parameters, self.recipe.optimizer)
+
+    @torch.no_grad()
+    def _update(self, chosen: Sequence[Encoded]) -> None:
+        began = time.monotonic()
+        settings, rates = self.recipe.optimizer, self._rates()
+        self._move(STEP)
+        up = self._loss(chosen)
+        self._move(-2 * STEP)
+        down = self._loss(chosen)
+        self._move(STEP)
+        slope, loss = (up - down) / (2 * STEP), (up + down) / 2
+        self._check(chosen, loss, abs(slope))
+        if settings.weight_decay:
+            for parameter in self.parameters:
+                parameter.mul_(1 - rates[0] * settings.weight_decay)
+        self._move(-rates[0] * max(-settings.clip_norm, min(slope, settings.clip_norm)))
+        self._count(chosen, loss, abs(slope), rates, time.monotonic() - began)
+
+    def _move(self, far: float) -> None:
+        """Every factor, along this update's direction."""
+        drawn = hashlib.sha256(f"{self.recipe.seed} {self.counters.updates}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(drawn[:4], "big"))
+        for parameter in self.parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=far)
+
+    def _loss(self, chosen: Sequence[Encoded]) -> float:
+        weight = sum(row.weight * row.supervised_tokens for row in chosen) or 1.0
+        return sum(float(objectives.sft(*self.path.losses(micro), weight)) for micro in self._cut(chosen))
+
+
+def _is_factor(name: str) -> bool:
+    return name.startswith(("adapter.", _STILL))

@@ -1,0 +1,174 @@
+"""How to tune within a memory limit: of the rungs the first that fits, with the largest micro-batch that does. No torch.
+
+    lora        factors of every layer, activations kept
+    recompute   the same to rounding: a tensor a layer is kept, the rest computed again from weights that are widened again
+    layers      as that, but only the layers next to the head go on learning; the others' factors are held still
+    zeroth      no gradients: two losses an update
+
+The order, and where 4 bits stand: docs/decisions/014-rungs.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from safetensors import safe_open
+
+from sartor.core import config
+from sartor.core.errors import ArtifactError, BudgetError
+from sartor.edge.tuning.floor import Floor, floor
+from sartor.edge.tuning.job import Job
+from sartor.edge.tuning.peak import Load, Shape, Way, peak, shape_of, state_bytes, total
+from sartor.tune.recipe import Recipe
+
+Name = Literal["lora", "recompute", "layers", "zeroth"]
+NAMES: tuple[Name, ...] = ("lora", "recompute", "layers", "zeroth")
+# Of a limit so much is left free: predictions are off by less (docs/edge.md)
+SPARE = 0.04
+MICRO_BATCH_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A way to tune. learning: layers that go on learning, next to the head."""
+
+    name: Name
+    learning: int
+    micro_batch_tokens: int
+
+    @property
+    def id(self) -> str:
+        """Its name, and of fewer layers how many."""
+        return f"layers-{self.learning}" if self.name == "layers" else self.name
+
+    @property
+    def way(self) -> Way:
+        """As `peak.py` reads it."""
+        return Way(self.learning, self.name != "lora", self.name == "zeroth")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rung, what it is predicted to hold at its peak, by what it is, and the checkpoint's size.
+
+    is_narrow: the base is read in 4 bits. reason: why this rung.
+    """
+
+    rung: Rung
+    held: dict[str, int]
+    limit_bytes: int
+    checkpoint_bytes: int
+    is_narrow: bool
+    reason: str
+
+    @property
+    def peak_bytes(self) -> int:
+        """Anonymous and shared memory at the peak."""
+        return total(self.held)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of a file of tokens what a plan needs."""
+
+    longest: int
+    tokens: int
+    densest: float
+
+
+def rows_of(file: Path) -> Rows:
+    """Read without torch. Raises ArtifactError where the file is not whole."""
+    try:
+        with safe_open(str(file), framework="np") as opened:
+            lengths, learnt = opened.get_tensor("lengths").tolist(), opened.get_tensor("learnt")
+            count = int(opened.get_tensor("train")[0])
+    except Exception as error:  # safetensors' own errors have no common base but Exception
+        raise ArtifactError(f"{file} is not whole: {error}", "make it again from the rows") from None
+    densest, low = 0.0, 0
+    for length in lengths[:count]:
+        densest, low = max(densest, float(learnt[low : low + length].sum()) / length), low + length
+    if not densest:
+        raise ArtifactError(f"{file} holds no row to learn from", "make it again from other rows")
+    return Rows(max(lengths), sum(lengths), densest)
+
+
+class Planner:
+    """What a job would hold on every rung. known: the floor, if not that of this machine."""
+
+    def __init__(self, job: Job, known: Floor | None = None) -> None:
+        self.job = job
+        self.recipe = config.load(Recipe, job.recipe)
+        self.shape: Shape = shape_of(Path(job.base), self.recipe)
+        self.rows = rows_of(Path(job.tokens))
+        self.floor = known or floor()
+
+    def rungs(self, barred: Collection[str] = ()) -> Iterator[Rung]:
+        """Every rung whose id is not barred, in order; within one, the largest micro-batch first."""
+        every = self.shape.adapted
+        fewer = sorted({count for count in (every * 2 // 3, every // 3, every // 6, 1) if 0 < count < every}, reverse=True)
+        for name in NAMES:
+            if name == "lora" and self.recipe.compute.recompute:
+                continue
+            for learning in fewer if name == "layers" else [every]:
+                sizes = (Rung(name, learning, size) for size in self._sizes())
+                yield from (rung for rung in sizes if rung.id not in barred)
+
+    def held(self, rung: Rung) -> dict[str, int]:
+        """What it is predicted to hold at its peak."""
+        tokens = max(self.rows.longest, rung.micro_batch_tokens)
+        supervised = min(tokens, round(tokens * self.rows.densest))
+        is_part = tokens < max(self.recipe.optimizer.batch_tokens, self.rows.longest)
+        load = Load(tokens, supervised, self.rows.longest, is_part, self.rows.tokens)
+        way = replace(rung.way, native=self.floor.is_native)
+        return peak(self.shape, load, way, self.floor.held_bytes)
+
+    def choose(self, limit_bytes: int, barred: Collection[str] = (), *, most_tokens: int = 0, narrow_bytes: int = 0) -> Plan:
+        """The first rung that fits. limit_bytes: 0 for none. most_tokens: no larger micro-batch than that; 0 for any.
+        narrow_bytes: of the same base in 4 bits; 0 if there is none.
+
+        Raises BudgetError where none fits, with the least limit that would do.
+        """
+        least: tuple[int, Rung] | None = None
+        for rung in self.rungs(barred):
+            if 0 < most_tokens < rung.micro_batch_tokens:
+                continue
+            held = self.held(rung)
+            needed = round(total(held) / (1 - SPARE))
+            if not limit_bytes or needed <= limit_bytes:
+                return self._plan(rung, held, limit_bytes, narrow_bytes)
+            if least is None or needed < least[0]:
+                least = needed, rung
+        if least is None:
+            raise BudgetError(f"every rung is used up: {', '.join(sorted(barred))}", "a larger limit, or a smaller base")
+        problem = f"no way to tune {self.job.name} fits in {limit_bytes / 1e6:,.0f} MB of memory"
+        raise BudgetError(
+            problem, f"at least {_above(least[0]):,} bytes ({least[1].id}); shorter rows or a lower rank need less"
+        )
+
+    def _sizes(self) -> list[int]:
+        """Micro-batches, the largest first: whole multiples of the longest row."""
+        longest, asked = self.rows.longest, self.recipe.compute.micro_batch_tokens
+        most = self.recipe.optimizer.batch_tokens
+        most = min(most, MICRO_BATCH_TOKENS) if asked == "auto" else min(asked, most)
+        sizes, count = [], max(1, most // longest)
+        while count:
+            sizes.append(count * longest)
+            count //= 2
+        return sizes
+
+    def _plan(self, rung: Rung, held: dict[str, int], limit_bytes: int, narrow_bytes: int) -> Plan:
+        # mapped pages are not held, but where they find no room they are read again with each pass
+        room = limit_bytes - total(held) if limit_bytes else self.shape.base_bytes
+        is_narrow = 0 < narrow_bytes < self.shape.base_bytes and room < self.shape.base_bytes
+        reason = f"the first that fits in {limit_bytes / 1e6:,.0f} MB" if limit_bytes else "no limit"
+        if is_narrow:
+            reason += f"; {room / 1e6:,.0f} MB are left for pages of the base, so it is read in 4 bits"
+        return Plan(rung, held, limit_bytes, state_bytes(self.shape, rung.way), is_narrow, reason)
+
+
+def _above(number: int) -> int:
+    """Rounded up to a million."""
+    return -(-number // 1_000_000) * 1_000_000

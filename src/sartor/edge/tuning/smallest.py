@@ -1,0 +1,67 @@
+"""Tunes a base of a few numbers, and says what it then holds: `python -m ...tuning.smallest FOLDER`, for `floor.py`.
+
+It also compiles the kernels where there is a compiler, which is no work for a process with little memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from sartor.edge.tuning import tuner
+from sartor.edge.tuning.floor import held_bytes
+from sartor.edge.tuning.job import Job
+from sartor.edge.tuning.llama import ATTENTION, MLP
+from sartor.edge.tuning.tokens import write_tokens
+from sartor.models.batches import Encoded
+from sartor.models.kernels.native import Native
+from sartor.models.streamed import write_tensors
+from sartor.tune.tokenised import Rows
+
+WIDTH, VOCABULARY, TOKENS = 64, 64, 16
+
+
+def main(place: Path) -> None:
+    """See the module's text."""
+    ids = [token % VOCABULARY for token in range(TOKENS)]
+    write_tokens(Rows([Encoded(ids, [True] * TOKENS, "row")], []), place / "tokens")
+    recipe = {
+        "base": "smallest",
+        "data": {"path": "rows"},
+        "method": {"rank": 1},
+        "budget": {"updates": 2},
+        "evaluations": 0,
+        "compute": {"recompute": True},
+        "checkpoints": {"every_minutes": 0},
+    }
+    job = Job(str(_base(place / "base")), "smallest", "-", "-", str(place / "tokens"), str(place / "out"), recipe)
+    job.write(place / "job.json")
+    if code := tuner.main([str(place / "job.json")]):
+        sys.exit(code)
+    said = json.loads((place / "out" / "run.json").read_text(encoding="utf-8"))
+    found = {"held_bytes": held_bytes(), "is_native": Native.name in said["path"]}
+    sys.stdout.write(f"{json.dumps(found)}\n")
+
+
+def _base(folder: Path) -> Path:
+    """One layer."""
+    folder.mkdir()
+    config = {
+        "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True, "hidden_act": "silu",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    names = [f"self_attn.{part}" for part in ATTENTION] + [f"mlp.{part}" for part in MLP]
+    layer = {f"model.layers.0.{name}.weight": torch.full((WIDTH, WIDTH), 1e-3) for name in names}
+    norms = ("model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm")
+    tensors = {**layer, **{f"{name}.weight": torch.ones(WIDTH) for name in norms}}
+    write_tensors({**tensors, "model.embed_tokens.weight": torch.eye(WIDTH)}, folder / "model.safetensors")
+    return folder
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,269 @@
+"""Tune within a budget: plan, run the tuner under limits that the system holds, go on smaller where memory fails, say so.
+
+    plan -> tuner under limits -> done
+      ^             |-> memory kill: the next rung, from the last checkpoint, each rung once
+      |             |-> the policy says no: paused; the same call goes on there
+      +-------------+-> time is up: what was learnt is saved
+
+Nothing here loads torch: on a device the parent must be small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from sartor.core import errors
+from sartor.core.errors import ArtifactError, BudgetError, SartorError, SignatureError
+from sartor.core.signing import open_private
+from sartor.edge.tuning import limits
+from sartor.edge.tuning.job import Job
+from sartor.edge.tuning.limits import Limits, Usage
+from sartor.edge.tuning.plan import Plan, Planner, Rung
+from sartor.edge.tuning.receipt import SCHEMA, Attempt, Outcome, Receipt, digests, verify_receipt
+from sartor.tune.signals import Signals
+
+# How often the policy is asked, and the disk looked at
+ASK_S = 1.0
+# log.jsonl, PEFT's config, run.json, the receipt, and what is not counted
+FILES_BYTES = 1 << 20
+DISK = "disk: "
+BUDGET_EXIT = BudgetError.exit_code
+Policy = Callable[[], str]
+
+
+def _may_run() -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits; 0 is none. memory_bytes: anonymous and shared memory; wall_s, cpu_s: of one call; disk_bytes: what stands in
+    the job's `out` at any time.
+    """
+
+    memory_bytes: int = 0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    disk_bytes: int = 0
+
+    def without(self, attempts: list[Attempt]) -> Limits:
+        """What is left after some attempts, as limits of a process. Raises BudgetError where time is spent."""
+        left = []
+        for limit, used in (
+            (self.wall_s, sum(one.usage.wall_s for one in attempts)),
+            (self.cpu_s, sum(one.usage.cpu_s for one in attempts)),
+        ):
+            if limit and used >= limit:
+                raise BudgetError(f"{used:.0f} s of {limit:.0f} s are used", "the same call again goes on with a new budget")
+            left.append(max(limit - used, 0.0))
+        return Limits(self.memory_bytes, *left)
+
+
+def tune_within(
+    job: Job,
+    budget: Budget,
+    *,
+    key: Path,
+    policy: Policy | None = None,
+    narrow: Path | None = None,
+    planner: Planner | None = None,
+) -> Receipt:
+    """Tune `job` within `budget`, and sign a receipt with the private key in `key`. Called again it goes on where it stopped.
+
+    policy: asked before and while it runs, "" if it may; else why not, at which it pauses. narrow: the same base in 4 bits
+    (`narrow.write_narrow`), taken where the pages of the other would not fit beside what is held. The receipt is written
+    whatever the outcome is. Raises BudgetError where no rung fits, naming the least limit that would; and the tuner's own
+    error where it failed for another reason.
+    """
+    ladder = Ladder(job, budget, open_private(key), policy or _may_run, narrow)
+    if ladder.earlier and ladder.earlier.outcome == "done":
+        return ladder.earlier
+    with Signals() as signals:
+        ladder.signals = signals
+        return ladder.climb_down(planner or Planner(job))
+
+
+class Ladder:
+    """One call's way through the rungs."""
+
+    def __init__(
+        self, job: Job, budget: Budget, key: Ed25519PrivateKey, policy: Policy = _may_run, narrow: Path | None = None
+    ) -> None:
+        self.job, self.budget, self.key, self.policy, self.narrow = job, budget, key, policy, narrow
+        self.out = Path(job.out)
+        self.earlier = self._earlier()
+        self.before = self.earlier.attempts if self.earlier else []
+        self.attempts: list[Attempt] = []
+        self.signals = Signals()
+        self._asked_at, self._why = 0.0, ""
+
+    def climb_down(self, planner: Planner) -> Receipt:
+        """See `tune_within`."""
+        if why := self.policy():
+            return self._end("paused", why, {})
+        most_tokens = 0
+        plan: Plan | None = None
+        while True:
+            try:
+                plan = self._plan(planner, most_tokens)
+                left = self.budget.without(self.attempts)
+            except BudgetError as error:
+                if self.attempts:  # in no case silently: what was tried is in the receipt
+                    self._end("failed", error.problem, plan.held if plan else {})
+                raise
+            attempt = self._attempt(plan, left)
+            self.attempts.append(attempt)
+            if attempt.usage.exit_code == 0:
+                return self._end("done", "", plan.held)
+            if attempt.reason == "memory":
+                # rungs are ordered by what they hold for one micro-batch, whatever was wrong in the prediction
+                most_tokens = plan.rung.micro_batch_tokens
+                continue
+            return self._ended(attempt, plan)
+
+    def _plan(self, planner: Planner, most_tokens: int) -> Plan:
+        killed = [one.rung for one in (*self.before, *self.attempts) if one.reason == "memory" and self._is_held(one)]
+        narrow_bytes = sum(file.stat().st_size for file in self.narrow.glob("*.safetensors")) if self.narrow else 0
+        limit = self.budget.memory_bytes
+        plan = planner.choose(limit, killed, most_tokens=most_tokens, narrow_bytes=narrow_bytes)
+        # a save stands beside those that are kept before the oldest goes; with bf16 the adapter is smaller than counted
+        needed = (planner.recipe.checkpoints.keep + 2) * plan.checkpoint_bytes + FILES_BYTES
+        if 0 < self.budget.disk_bytes < needed:
+            raise BudgetError(
+                f"checkpoints and the adapter want {needed:,} bytes of disk; the budget is {self.budget.disk_bytes:,}",
+                f"disk_bytes of {needed:,}, a lower rank, or checkpoints: {{keep: 1}}",
+            )
+        return plan
+
+    def _is_held(self, one: Attempt) -> bool:
+        """Whether a rung that was killed would be so again: under no larger limit than then."""
+        return not one.usage.limit_bytes or 0 < self.budget.memory_bytes <= one.usage.limit_bytes
+
+    def _attempt(self, plan: Plan, left: Limits) -> Attempt:
+        self.out.mkdir(parents=True, exist_ok=True)
+        file, said = self.out / "job.json", self.out / "stderr.txt"
+        base = str(self.narrow) if self.narrow and plan.is_narrow else self.job.base
+        replace(planned_job(self.job, plan.rung), base=base).write(file)
+        self._why = ""
+        usage = limits.run(tuner_command(file, said), left, environment=_environment(), stop=self._must_stop)
+        updates = _updates(self.out / "log.jsonl")
+        reason = self._why or usage.killed or ("memory" if usage.exit_code == BUDGET_EXIT else "")
+        rung: Rung = plan.rung
+        return Attempt(rung.id, rung.micro_batch_tokens, plan.is_narrow, plan.peak_bytes, usage, updates, reason)
+
+    def _must_stop(self) -> bool:
+        now = time.monotonic()
+        if self.signals.received:
+            self._why = self.signals.received.name
+        if not self._why and now - self._asked_at >= ASK_S:
+            self._asked_at = now
+            self._why = self.policy() or self._over_disk()
+        return bool(self._why)
+
+    def _over_disk(self) -> str:
+        if not self.budget.disk_bytes:
+            return ""
+        used = _used_bytes(self.out)
+        return f"{DISK}{used:,} of {self.budget.disk_bytes:,} bytes" if used > self.budget.disk_bytes else ""
+
+    def _ended(self, attempt: Attempt, plan: Plan) -> Receipt:
+        """The receipt of a call that is not done; raises the tuner's error if it was one."""
+        usage = attempt.usage
+        if usage.killed in ("wall", "cpu"):
+            return self._end("spent", f"{usage.killed} time is up", plan.held)
+        if attempt.reason.startswith(DISK):
+            return self._end("spent", attempt.reason, plan.held)
+        if attempt.reason or usage.exit_code in (-2, -15, 130, 143):
+            return self._end("paused", attempt.reason or "a signal", plan.held)
+        error = _error(self.out / "stderr.txt", usage)
+        self._end("failed", error.problem, plan.held)
+        raise error
+
+    def _end(self, outcome: Outcome, reason: str, held: dict[str, int]) -> Receipt:
+        job, resumed = self.job, [one.updates for one in (*self.before, *self.attempts)[:-1] if one.updates]
+        receipt = Receipt(
+            SCHEMA,
+            {"name": job.name, "digest": job.digest, "licence": job.licence},
+            job.recipe,
+            asdict(self.budget),
+            held,
+            [*self.before, *self.attempts],
+            resumed,
+            digests(self.out) if outcome == "done" else {},
+            outcome,
+            reason,
+        )
+        receipt.write(self.out, self.key)
+        return receipt
+
+    def _earlier(self) -> Receipt | None:
+        """The receipt of the calls before, if this very device says so of this very job."""
+        try:
+            found = verify_receipt(self.out, [self.key.public_key()])
+        except (ArtifactError, SignatureError):
+            return None
+        is_same = found.base["digest"] == self.job.digest and found.recipe == json.loads(json.dumps(self.job.recipe))
+        return found if is_same else None
+
+
+def planned_job(job: Job, rung: Rung) -> Job:
+    """The job as a rung has it done."""
+    compute = {"micro_batch_tokens": rung.micro_batch_tokens, "recompute": rung.way.recompute}
+    recipe = {**job.recipe, "compute": {**job.recipe.get("compute", {}), **compute}}
+    return replace(job, recipe=recipe, top=rung.learning if rung.name == "layers" else 0, zeroth=rung.way.zeroth)
+
+
+def tuner_command(job: Path, said: Path) -> list[str]:
+    """The tuner on the file `job`, its stderr into the file `said`."""
+    return ["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(said), sys.executable, "-m", "sartor.edge.tuning.tuner", str(job)]
+
+
+def _environment() -> dict[str, str]:
+    """As here, with one arena: each thread's own would keep what the others could use."""
+    return {"MALLOC_ARENA_MAX": "1", **os.environ}
+
+
+def _updates(log: Path) -> int:
+    """Updates that the log tells of."""
+    try:
+        lines = log.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    found = 0
+    for line in lines:
+        try:
+            found = max(found, int(json.loads(line).get("update", 0)))
+        except ValueError:  # the last line of a process that was killed
+            continue
+    return found
+
+
+def _used_bytes(folder: Path) -> int:
+    used = 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            try:
+                used += os.lstat(os.path.join(place, name)).st_size
+            except OSError:  # it was renamed between two looks
+                continue
+    return used
+
+
+def _error(said: Path, usage: Usage) -> SartorError:
+    """What the tuner said on the last line of its stderr, as the error that it was."""
+    lines = said.read_text(encoding="utf-8", errors="replace").splitlines() if said.is_file() else []
+    try:
+        found = json.loads(lines[-1])["error"]
+        kind = getattr(errors, found["kind"], SartorError)
+        return kind(found["problem"], found["remedy"]) if issubclass(kind, SartorError) else SartorError("", "")
+    except (IndexError, ValueError, KeyError, TypeError):
+        last = lines[-1] if lines else "it said nothing"
+        return ArtifactError(f"the tuner ended with {usage.exit_code}: {last}", f"look into {said}")

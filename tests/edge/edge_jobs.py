@@ -1,0 +1,36 @@
+"""Small jobs for the tests of tuning on a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sartor.edge.tuning.job import Job
+from sartor.edge.tuning.tokens import write_tokens
+from sartor.models.batches import Encoded
+from sartor.tune.tokenised import Rows
+
+
+def rows(count: int = 20, length: int = 12) -> Rows:
+    def row(n: int) -> Encoded:
+        ids = [5 + (n * 7 + place * 3) % 40 for place in range(length + n % 5)]
+        return Encoded(ids, [False] * 6 + [True] * (len(ids) - 6), f"row-{n}")
+
+    return Rows([row(n) for n in range(count)], [row(n) for n in range(count, count + 4)])
+
+
+def job(base: Path, folder: Path, updates: int, **changes: Any) -> Job:
+    """A job over `rows`, saved at every update. recipe: sections in the place of others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokens").exists():
+        write_tokens(changes.pop("rows", rows()), folder / "tokens")
+    recipe = {
+        "base": "tiny",
+        "data": {"path": "rows"},
+        "method": {"kind": "lora", "rank": 4, "alpha": 8},
+        "budget": {"updates": updates},
+        "optimizer": {"learning_rate": 3e-2, "batch_tokens": 64},
+        "checkpoints": {"every_minutes": 0},
+        **changes.pop("recipe", {}),
+    }
+    return Job(str(base), "tiny", "d", "MIT", str(folder / "tokens"), str(folder / "out"), recipe, **changes)
