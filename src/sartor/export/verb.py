@@ -156,7 +156,7 @@ def _check_memory(ref: bases.BaseRef) -> None:
 def _facts(release: Artifact, to: str, part: Path) -> dict[str, Any]:
     """What the receipt says of the export and of where it is from."""
     manifest = release.manifest
-    known = ("name", "version", "base", "sources", "obligations", "system_prompt", "sampling")
+    known = ("name", "version", "base", "sources", "obligations", "system_prompt", "sampling", "canaries")
     return {
         "form": to,
         "use": manifest.get("use", "commercial"),
