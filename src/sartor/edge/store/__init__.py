@@ -41,9 +41,9 @@ from sartor.edge.store.pointers import Pointer, Pointers, Version
 from sartor.edge.store.room import Room
 from sartor.edge.store.rot import Rot
 from sartor.edge.store.trees import Trees, check_files
-from sartor.edge.store.view import Installed, installed
+from sartor.edge.store.view import Installed, State, installed, states
 
-__all__ = ["Installed", "Store", "installed"]
+__all__ = ["Installed", "State", "Store", "installed", "states"]
 
 
 class Store:
@@ -295,7 +295,7 @@ class Store:
         """The current version works: its trial, if it is on one, is over."""
         pointer = self._read(name)
         if pointer.trial:
-            with self._writing(f"{name} {pointer.current.version}"):
+            with self._writing(f"the end of the trial of {name}"):
                 self._pointers.write(replace(pointer, trial=None))
 
     def forgive(self, name: str, version: str) -> None:

@@ -31,6 +31,32 @@ def installed(folder: Path, name: str) -> Installed | None:
     return of(folder.absolute(), name, pointer.current, pointer.trial)
 
 
+@dataclass(frozen=True)
+class State:
+    """Everything that a store says of one name. `refused`: version -> why."""
+
+    name: str
+    current: Installed | None
+    previous: Installed | None
+    staged: Installed | None
+    refused: Mapping[str, str]
+
+
+def states(folder: Path) -> list[State]:
+    """The state of every name in the store at `folder`; nothing where there is none."""
+    folder = folder.absolute()
+    return [
+        State(
+            one.name,
+            of(folder, one.name, one.current, one.trial),
+            of(folder, one.name, one.previous),
+            of(folder, one.name, one.staged),
+            one.refused,
+        )
+        for one in Pointers(Disk(), folder).all()
+    ]
+
+
 def of(folder: Path, name: str, version: Version | None, trial: Trial | None = None) -> Installed | None:
     """A version of a pointer as a program sees it."""
     if version is None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.artifacts import open_artifact
-from sartor.core.errors import AdmissionError, ConfigError, HealthError, SartorError
+from sartor.core.errors import AdmissionError, ConfigError, HealthError, InputError, SartorError
 from sartor.edge.runtime import process, system_of
 from sartor.edge.tuning.limits import Limits
 from sartor.evaluate import canary
@@ -102,6 +102,8 @@ class Health:
             events, used = process.asked(release, calls, self.limits, self.base)
         except HealthError as error:
             return Result(0, (error.problem,))
+        except InputError as error:
+            return Result(0, (f"opens: {error.problem}",))
         reasons = [*_judged(shipped, events[: len(shipped.calls)]), *self._told(events[len(shipped.calls) :])]
         if self.evaluation and not reasons and (wrong := self._evaluated(release)):
             reasons.append(f"evaluation: {wrong}")

@@ -155,6 +155,12 @@ def withdraw(repository: Path, keys: Path, name: str, version: str, *, expiry: E
         return _sweep(repository, documents)
 
 
+def names_of(documents: Documents) -> list[str]:
+    """The names that have a version."""
+    found = (words.offer_of(path, target.custom) for path, target in documents.targets.signed.targets.items())
+    return sorted({one[0] for one in found if one})
+
+
 def offers_of(documents: Documents, name: str) -> list[Offer]:
     """The versions of a name, newest first."""
     found = (words.offer_of(path, target.custom) for path, target in documents.targets.signed.targets.items())

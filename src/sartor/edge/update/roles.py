@@ -180,6 +180,13 @@ class Documents:
         write_whole(self.folder / name, document.to_bytes())
 
 
+def expiries(folder: Path) -> dict[str, str]:
+    """When each of a repository's newest documents expires, UTC."""
+    found = Documents.open(folder)
+    every: tuple[Metadata[Any], ...] = (found.root, found.targets, found.snapshot, found.timestamp)
+    return {one.signed.type: one.signed.expires.strftime("%Y-%m-%dT%H:%M:%SZ") for one in every}
+
+
 def _read(kind: type[T], path: Path) -> Metadata[T]:
     try:
         found: Metadata[T] = Metadata.from_bytes(path.read_bytes())
