@@ -148,7 +148,7 @@ def watch(
     widen_below: fraction of failures that the upper end has to stay under
     rings: percents that a version is widened to, in turn
     """
-    steps = tuple(int(step) for step in rings.split(",") if step.strip().isdigit())
+    steps = tuple(int(step) if step.strip().isdigit() else 0 for step in rings.split(","))
     policy = sartor.FleetPolicy(least_reports, halt_above, widen_below, rings=steps)
     return sartor.edge_watch(repository, reports, devices, keys=keys, widen=widen, policy=policy)
 

@@ -85,6 +85,6 @@ def _files(export: Artifact, base: str) -> tuple[Path, list[Path]]:
             f"the adapter is of the base {said['digest'][:12]} ({said['name']!r}); {found.name!r} is {found.short_digest}",
             "give the GGUF file of the base that it was tuned on",
         )
-    if found.gguf is None:
+    if found.gguf is None and found.name != bases.STARTER:
         raise ModelError(f"the base {found.name!r} is no GGUF file", "give one with --base, or export with a merged file")
-    return found.gguf, adapters
+    return bases.source_gguf(found), adapters

@@ -26,7 +26,6 @@ import httpx
 
 from sartor.core import bases
 from sartor.core.errors import ModelError, RequestError, UnavailableError
-from sartor.models.base import source_gguf
 from sartor.models.engine.base_file import BaseFile, check_tokens, f16_file, open_base_file
 from sartor.models.engine.contract import BASE, About, Call, Event, Finish, Logprob, Vector
 from sartor.models.engine.inner import PLAIN, Bounds, Inner, embeddings
@@ -208,7 +207,7 @@ def _file_of(ref: bases.BaseRef, given: str) -> Path:
         if not Path(given).is_file():
             raise ModelError(f"there is no file {given}", "engine.gguf: a GGUF file of the base")
         return Path(given)
-    return source_gguf(ref) if ref.gguf or ref.name == bases.STARTER else f16_file(ref)
+    return bases.source_gguf(ref) if ref.gguf or ref.name == bases.STARTER else f16_file(ref)
 
 
 def _logprob(item: Mapping[str, Any], most: int) -> Logprob:
