@@ -18,7 +18,7 @@ from sartor.core import signing
 from sartor.core.errors import ArtifactError, ConfigError, HealthError, MissingError
 from sartor.edge import device as verbs
 from sartor.edge.store import Store
-from sartor.edge.update import fleet, publish, reports
+from sartor.edge.update import content, fleet, publish, reports
 from sartor.edge.update.content import ring_of
 from sartor.edge.update.fleet import Counted, Policy, Tally
 from sartor.edge.update.reports import Report
@@ -197,6 +197,15 @@ def test_few_reports_decide_nothing_and_a_doubtful_rate_waits(ballot: Ballot) ->
     assert of(ballot.count(*failed, *passed[:1]), "1.0").action == "halt"
     found = of(ballot.count(failed[0], *passed), "1.0")
     assert found.action == "done" and found.low < 0.05 < found.high
+
+
+@pytest.mark.parametrize(
+    ("failed", "count", "action"),
+    [(2, 5, "halt"), (1, 5, "wait"), (10, 100, "halt"), (9, 100, "widen"), (0, 12, "widen"), (0, 11, "wait"), (4, 4, "wait")],
+)
+def test_the_figures_of_the_page(failed: int, count: int, action: str) -> None:
+    low, high = fleet._interval(failed, count, 0.95)
+    assert fleet._decided(content.Offer("1.0", 1, 10, False, 0), count, low, high, Policy())[0] == action
 
 
 def test_rules_out_of_range_are_refused() -> None:
