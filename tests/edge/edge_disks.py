@@ -251,7 +251,7 @@ VERSIONS: dict[str, dict[str, bytes]] = {
         "empty": b"",
         **SHARED,
     }
-    for version in ("1.0", "1.1", "1.2", "1.3", "1.4")
+    for version in ("1.0", "1.1", "1.2", "1.3", "1.4", "1.5")
 }
 
 
@@ -333,6 +333,14 @@ def try_out(store: Store, disk: Disk) -> None:
         assert version_of(store.start(NAME)) in ("1.2", "1.3")
 
 
+def keep(store: Store, disk: Disk) -> None:
+    """An update on trial that confirms."""
+    if version_of(store.current(NAME)) != "1.5":
+        install(store, "1.5", disk, starts=5)
+    store.start(NAME)
+    store.confirm(NAME)
+
+
 def refuse(store: Store, disk: Disk) -> None:
     """An update whose health check fails."""
     if "1.4" in store.refused(NAME):
@@ -368,6 +376,7 @@ STEPS = (
     Step("collect", collect, "1.2", "1.2"),
     Step("trial", try_out, "1.2", "1.2", during="1.3"),
     Step("refuse", refuse, "1.2", "1.2"),
+    Step("keep", keep, "1.2", "1.5"),
 )
 
 
@@ -418,6 +427,9 @@ def check_done(store: Store, disk: Disk, step: Step) -> None:
             raise AssertionError("a version that was rolled back was activated again")
     if step.name == "trial":
         assert store.refused(NAME)["1.3"] == "starts: it did not confirm within 2"
+    if step.name == "keep":
+        found = store.current(NAME)
+        assert found is not None and found.trial is None
     if step.name == "refuse":
         assert "riddles" in store.refused(NAME)["1.4"] and store.staged(NAME) is None
     check_swept(disk, store.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from sartor.edge.runtime.ask import ask
 from sartor.edge.store import Store
 from sartor.edge.tuning.limits import Limits
 from sartor.edge.update.health import Health, read_prompts
+from sartor.models import gguf_model, gguf_tokens
+from sartor.models.chat import Chat
 from sartor.models.engine.contract import BASE, Call, Done, Piece
 from sartor.models.sampling import Sampling
 
@@ -113,6 +116,23 @@ def test_the_health_check_asks_what_the_release_ships_and_what_the_device_knows(
     assert Health(read_prompts(file), limits).check(made / form).reasons == (
         "canary: 1 of 1 of the device's prompts: line 1 (exact)",
     )
+
+
+def test_the_adapter_alone_runs_on_the_base_s_own_file(made: Path, tmp_path: Path) -> None:
+    chat = Chat(tiny.tokenizer())
+    about = gguf_model.About("tiny", "1", "Apache-2.0", chat.template)
+    file = gguf_model.write_model_gguf(tiny.model(), gguf_tokens.from_chat(chat, 320), about, tmp_path / "base.gguf", "f32")
+    releases.signed(tmp_path, file)
+    options = sartor.ExportOptions(["none"], key=tmp_path / "keys", sign=tmp_path / "keys")
+    export = sartor.export(tmp_path / "release", tmp_path / "gguf", to="gguf", options=options).export.path
+    assert [path.name for path in export.glob("*.gguf")] == ["switch-1.0-adapter.gguf"]
+    assert replies(export) == replies(export, str(file)) == replies(tmp_path / "release")
+    (tmp_path / "other").mkdir()
+    changed = shutil.copy(file, tmp_path / "other" / "base.gguf")
+    with open(changed, "ab") as stream:
+        stream.write(b"\0")
+    with pytest.raises(ModelError, match="the adapter is of the base"), opened(export, str(changed)):
+        pass
 
 
 def test_a_question_on_trial_is_a_start_and_its_answer_confirms(made: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A plain file server behind a bad radio: every second answer breaks off in the middle.
 
-`python lossy.py FOLDER` says its address in a line. Nobody trusts it: what it serves is signed, and a download goes on where it broke off.
+`python lossy.py FOLDER` says its address in a line. Nobody trusts it:
+what it serves is signed, and a download goes on where it broke off.
 """
 
 from __future__ import annotations

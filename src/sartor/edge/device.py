@@ -13,7 +13,7 @@ from sartor.edge.store import Installed, State, Store, states
 from sartor.edge.tuning.limits import Limits
 from sartor.edge.update import health as checks
 from sartor.edge.update import reports
-from sartor.edge.update.health import Health
+from sartor.edge.update.health import Health, Result
 from sartor.edge.update.sync import Device, Synced
 from sartor.edge.update.sync import sync as bring
 
@@ -116,10 +116,8 @@ def _synced(done: Synced, current: Installed | None) -> dict[str, Any]:
 
 
 def _of_check(healthy: Health) -> dict[str, Any]:
-    """What the health check took; nothing where none was made."""
-    if not healthy.results:
-        return {}
-    found = healthy.results[-1]
+    """What the health check took; nothing where none was made, since nothing changed."""
+    found = healthy.results[-1] if healthy.results else Result(0)
     limit_bytes = healthy.limits.memory_bytes
     return {"prompts": found.asked, "peak_memory_bytes": found.peak_memory_bytes, "limit_bytes": limit_bytes}
 
@@ -133,7 +131,9 @@ def status(store: Path | str, name: str = "") -> dict[str, Any]:
     found = [one for one in states(Path(store)) if not name or one.name == name]
     if not found:
         raise StoreError(f"{store} holds no {name or 'release'}", "sartor edge sync URL NAME --store DIR")
-    return {"releases": [_state(one) for one in found]}
+    said = [_state(one) for one in found]
+    alone = {key: said[0][key] for key in ("release", "version")} if len(said) == 1 else {}
+    return {**alone, "releases": said}
 
 
 def _state(one: State) -> dict[str, Any]:
