@@ -35,6 +35,7 @@ def run(folder: Path, *options: str) -> dict[str, dict[str, Any]]:
         "SARTOR_HOME": str(folder / "home"),
     }
     command = ["bash", str(FARM / "up.sh"), *options, "--quick", "--base", str(decided_base(folder / "base")), "farm"]
+    command += ["--optimizer.learning_rate", "1e-2"]  # which a tiny base wants
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     steps = [json.loads(line) for line in done.stdout.splitlines()]

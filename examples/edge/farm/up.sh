@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A sensor box that is off line for days, from its data to its third version: `bash examples/edge/farm/up.sh [OPTIONS] [DIRECTORY]`,
-# by default in ./farm (./farm-quick).
+# A sensor box that is off line for days, from its data to its third version: `bash examples/edge/farm/up.sh [OPTIONS] [DIRECTORY
+# [OPTIONS OF sartor tune]]`, by default in ./farm (./farm-quick).
 #
 # Every line is a command that you would type. Whatever stands already is not made again. On stdout comes what each command of the
 # device and of its publisher says, as a JSON object with the step before it.
@@ -17,8 +17,8 @@ while [ $# -gt 0 ]; do
     --quick) quick=yes ;;
     --gguf) gguf=yes ;;
     --base) base=${2:?--base needs a name}; shift ;;
-    -*) echo "unknown option $1; there are --quick, --gguf and --base" >&2; exit 2 ;;
-    *) out=$1 ;;
+    -*) echo "unknown option $1; there are --quick, --gguf and --base; options of tune go behind the directory" >&2; exit 2 ;;
+    *) out=$1; shift; break ;;
   esac
   shift
 done
@@ -28,6 +28,7 @@ python -c 'import torch, tuf' 2>/dev/null || {
   exit 6
 }
 out=${out:-farm${quick:+-quick}}
+tuning=("$@")
 mkdir -p "$out/rows"
 cd "$out"
 
@@ -55,9 +56,10 @@ step() {
 # version V ROWS UPDATES: Dataset, Adapter, Report, Release, and with --gguf the export; `made` is what is published
 version() {
   local v=$1 rows=$2 budget=(--budget.epochs "$3")
-  [ -z "$quick" ] || budget=(--budget.epochs null --budget.updates "$(($3 * 20))")
+  [ -z "$quick" ] || budget=(--budget.epochs null --budget.updates "$(($3 * 30))")
   once "data/$rows" sartor curate --out "data/$rows" "rows/$rows.yaml" >&2
-  once "adapters/$v" sartor tune "$here/tune.yaml" --base.name "$base" --data.path "data/$rows" "${budget[@]}" --out "adapters/$v" --resume >&2
+  once "adapters/$v" sartor tune "$here/tune.yaml" --base.name "$base" --data.path "data/$rows" "${budget[@]}" \
+    ${tuning[@]+"${tuning[@]}"} --out "adapters/$v" --resume >&2
   once "reports/$v" sartor evaluate "adapters/$v" --scorer exact_match --out "reports/$v" --rows 8 >&2
   once "releases/$v" sartor release "adapters/$v" --name farm --version "$v" --key signer --report "reports/$v" --out "releases/$v" \
     --waive gain --waive forgetting --by up.sh --reason "a box by a valve: it is asked nothing else" >&2

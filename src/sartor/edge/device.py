@@ -186,21 +186,18 @@ def verify(store: Path | str) -> dict[str, Any]:
     with _held(store) as opened:
         damaged = opened.verify()
         mended = list(opened.mended)
-    broken = [one.name for one in states(Path(store)) if one.current and not _is_whole(Path(store), one.current)]
+        # `verify` has just put the damaged blobs away that nothing could mend
+        found = [(one.name, one.current.files.values()) for one in states(opened.folder) if one.current]
+        broken = [name for name, digests in found if not all(map(opened.has, digests))]
     if broken:
         raise StoreError(f"{', '.join(broken)}: the current version is damaged, and nothing here can mend it", "sync")
     return {"damaged": damaged, "mended": mended}
 
 
-def _is_whole(store: Path, current: Installed) -> bool:
-    """Whether every blob is there: `verify` has just put the damaged ones away."""
-    return all((store / "blobs" / digest).is_file() for digest in current.files.values())
-
-
 @contextmanager
 def _held(store: Path | str) -> Iterator[Store]:
     """The store that is there: a command that only looks makes none."""
-    if not (Path(store) / "current").is_dir():
+    if not states(Path(store)):
         raise StoreError(f"there is no store at {store}", "sartor edge sync URL NAME --store DIR makes it")
     with Store(Path(store)) as opened:
         yield opened
