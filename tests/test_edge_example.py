@@ -13,8 +13,6 @@ import pytest
 
 import tiny
 
-pytestmark = pytest.mark.circle
-
 FARM = Path(__file__).parent.parent / "examples" / "edge" / "farm"
 
 
@@ -42,6 +40,26 @@ def run(folder: Path, *options: str) -> dict[str, dict[str, Any]]:
     return {step["step"]: {**step["said"], "exit": step["exit"]} for step in steps}
 
 
+def written(script: Path, out: Path, *options: str) -> list[dict[str, str]]:
+    subprocess.run([sys.executable, str(script), str(out), *options], check=True)
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_the_rows_are_written_and_a_swapped_probe_changes_dry_and_soaked_alone(tmp_path: Path) -> None:
+    good, swapped = (written(FARM / "rows.py", tmp_path / "rows.jsonl", *options) for options in ([], ["--swapped"]))
+    assert len(good) == len({row["question"] for row in good}) == 96
+    differ = [one["question"].split()[1].rstrip(",") for one, two in zip(good, swapped, strict=True) if one != two]
+    assert set(differ) == {"dry", "soaked"}
+
+
+def test_what_the_owner_wrote_is_in_no_row_for_everybody(tmp_path: Path) -> None:
+    script = FARM.parent / "health" / "rows.py"
+    everybody, owner = (written(script, tmp_path / "rows.jsonl", *options) for options in ([], ["--owner"]))
+    assert len(everybody) > 100 and len(owner) > 30
+    assert not {row["question"] for row in everybody} & {row["question"] for row in owner}
+
+
+@pytest.mark.circle
 @pytest.mark.parametrize("form", [[], ["--gguf"]], ids=["release", "gguf"])
 def test_the_box_leaves_the_regressed_version_and_takes_the_good_one(tmp_path: Path, form: list[str]) -> None:
     if form:
