@@ -85,7 +85,7 @@ def first_root(keys: Path, expiry: Expiry) -> Root:
         lines = (keys / "thresholds").read_text(encoding="utf-8").split("\n")
         thresholds = {role: int(count) for role, count in (line.split() for line in lines if line)}
     except (OSError, ValueError):
-        raise ConfigError(f"{keys} has no keys of an update repository", "make them with edge.keygen(KEYS)") from None
+        raise ConfigError(f"{keys} has no keys of an update repository", f"sartor edge keygen {keys}") from None
     found: dict[str, Any] = {role: Role([], thresholds[role]) for role in ROLES}
     root = Root(expires=expiry.of("root"), roles=found, consistent_snapshot=True)
     for role in ROLES:
@@ -143,7 +143,7 @@ class Documents:
         """Those of a repository. Raises ConfigError where there is none, ArtifactError for documents that cannot be read."""
         roots = sorted((int(path.name.split(".")[0]), path) for path in folder.glob("*.root.json"))
         if not roots:
-            raise ConfigError(f"{folder.parent} is no update repository", "edge.publish(RELEASE, REPOSITORY, KEYS) makes one")
+            raise ConfigError(f"{folder.parent} is no update repository", f"sartor edge publish RELEASE {folder.parent} makes one")
         timestamp = _read(Timestamp, folder / "timestamp.json")
         snapshot = _read(Snapshot, folder / f"{timestamp.signed.snapshot_meta.version}.snapshot.json")
         version = snapshot.signed.meta["targets.json"].version

@@ -239,7 +239,7 @@ def _refreshed(url: str, device: Device, fetcher: Fetcher) -> tuple[list[tuple[s
         except exceptions.ExpiredMetadataError as error:
             raise SignatureError(
                 f"what {url} serves has expired: {error}",
-                "the publisher runs edge.refresh, or the mirror is stuck in the past; is the device's clock right?",
+                "the publisher runs sartor edge refresh, or the mirror is stuck in the past; is the device's clock right?",
             ) from None
         except exceptions.RepositoryError as error:
             raise SignatureError(f"what {url} serves is not as it was signed: {error}", "try another mirror") from None
