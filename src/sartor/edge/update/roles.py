@@ -143,7 +143,9 @@ class Documents:
         """Those of a repository. Raises ConfigError where there is none, ArtifactError for documents that cannot be read."""
         roots = sorted((int(path.name.split(".")[0]), path) for path in folder.glob("*.root.json"))
         if not roots:
-            raise ConfigError(f"{folder.parent} is no update repository", f"sartor edge publish RELEASE {folder.parent} makes one")
+            raise ConfigError(
+                f"{folder.parent} is no update repository", f"sartor edge publish RELEASE {folder.parent} makes one"
+            )
         timestamp = _read(Timestamp, folder / "timestamp.json")
         snapshot = _read(Snapshot, folder / f"{timestamp.signed.snapshot_meta.version}.snapshot.json")
         version = snapshot.signed.meta["targets.json"].version
