@@ -31,7 +31,17 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
 
 
 # Ten seconds to half a minute of real runs on one page: not for the inner loop
-SLOW = {"recipes.md", "curation.md", "agents.md", "export.md", "serving.md", "admission.md", "engines.md", "multimodal.md"}
+SLOW = {
+    "recipes.md",
+    "curation.md",
+    "agents.md",
+    "export.md",
+    "serving.md",
+    "admission.md",
+    "engines.md",
+    "multimodal.md",
+    "edge-publish.md",
+}
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_help_starts_in_under_a_second_and_loads_no_torch() -> None:
         "index",
         "keygen",
         "assets",
+        "edge",
     ):
         assert verb in done.stdout
 

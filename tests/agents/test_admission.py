@@ -21,12 +21,13 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # the corpus is 
 import bad_adapters  # noqa: E402, I001
 from bad_adapters import CORPUS, Maker, safetensors  # noqa: E402
 from sartor.agents import admission
-from sartor.agents.admission import CHECKS, Ground, canary, copies, weights
+from sartor.agents.admission import CHECKS, Ground, copies, weights
 from sartor.agents.admission.config import LoraConfig, read_config
 from sartor.agents.fingerprint import check_digest
 from sartor.core import signing
 from sartor.core.errors import AdmissionError, ArtifactError, InputError, MissingError, ModelError, RefusedError, SignatureError
 from sartor.core.home import folder
+from sartor.evaluate import canary
 from sartor.models.engine.contract import BASE, About, Call, Done, Event, Failed, Piece
 
 Says = Callable[[Call], Sequence[Event]]

@@ -15,11 +15,12 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from bad_adapters import Bad, Maker, with_header  # noqa: E402
 
 from sartor.agents import admission
-from sartor.agents.admission import Ground, samples
+from sartor.agents.admission import Ground
 from sartor.agents.fingerprint import check_digest
 from sartor.core import pictures, sounds, towers
 from sartor.core.data_urls import bytes_of
 from sartor.core.errors import AdmissionError, AssetError, ModelError, SartorError
+from sartor.evaluate import samples
 from sartor.models.engine.contract import PROJECTORS, About, Call, Done, Event, Failed, Piece
 
 WIDTH, TOWER, STACK = 32, 6, 2

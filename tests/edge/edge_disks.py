@@ -251,7 +251,7 @@ VERSIONS: dict[str, dict[str, bytes]] = {
         "empty": b"",
         **SHARED,
     }
-    for version in ("1.0", "1.1", "1.2")
+    for version in ("1.0", "1.1", "1.2", "1.3", "1.4", "1.5")
 }
 
 
@@ -301,7 +301,7 @@ def sizes(version: str) -> dict[str, int]:
     return {digest_of(content): len(content) for content in VERSIONS[version].values()}
 
 
-def install(store: Store, version: str, disk: Disk) -> None:
+def install(store: Store, version: str, disk: Disk, starts: int = 0) -> None:
     contents = VERSIONS[version]
     store.make_room(NAME, sizes(version))
     fetch(store, contents)
@@ -311,7 +311,7 @@ def install(store: Store, version: str, disk: Disk) -> None:
             raise ValueError("it is not what was published")
 
     store.stage(NAME, version, digests(version))
-    store.activate(NAME, version, healthy)
+    store.activate(NAME, version, healthy, starts=starts)
 
 
 def rollback(store: Store, disk: Disk) -> None:
@@ -323,12 +323,49 @@ def collect(store: Store, disk: Disk) -> None:
     store.collect()
 
 
+def try_out(store: Store, disk: Disk) -> None:
+    """An update on trial for two starts, of which none confirms: the third start goes back."""
+    if "1.3" in store.refused(NAME):
+        return
+    if version_of(store.current(NAME)) != "1.3":
+        install(store, "1.3", disk, starts=2)
+    for _ in range(3):
+        assert version_of(store.start(NAME)) in ("1.2", "1.3")
+
+
+def keep(store: Store, disk: Disk) -> None:
+    """An update on trial that confirms."""
+    if version_of(store.current(NAME)) != "1.5":
+        install(store, "1.5", disk, starts=5)
+    store.start(NAME)
+    store.confirm(NAME)
+
+
+def refuse(store: Store, disk: Disk) -> None:
+    """An update whose health check fails."""
+    if "1.4" in store.refused(NAME):
+        return
+    store.make_room(NAME, sizes("1.4"))
+    fetch(store, VERSIONS["1.4"])
+    store.stage(NAME, "1.4", digests("1.4"))
+    try:
+        store.activate(NAME, "1.4", ill)
+    except HealthError:
+        return
+    raise AssertionError("an ill version was activated")
+
+
+def ill(path: Path) -> None:
+    raise ValueError("canary: it answers in riddles")
+
+
 @dataclass(frozen=True)
 class Step:
     name: str
     act: Callable[[Store, Disk], None]
     before: str | None
     after: str
+    during: str = ""
 
 
 STEPS = (
@@ -337,6 +374,9 @@ STEPS = (
     Step("rollback", rollback, "1.1", "1.0"),
     Step("update again", lambda store, disk: install(store, "1.2", disk), "1.0", "1.2"),
     Step("collect", collect, "1.2", "1.2"),
+    Step("trial", try_out, "1.2", "1.2", during="1.3"),
+    Step("refuse", refuse, "1.2", "1.2"),
+    Step("keep", keep, "1.2", "1.5"),
 )
 
 
@@ -365,7 +405,7 @@ def check_after(disk: Disk, folder: Path, step: Step) -> None:
     with Store(folder, disk=disk) as store:
         check_swept(disk, folder)
         found = version_of(store.current(NAME))
-        assert found in (step.before, step.after), f"{step.name} left {found}"
+        assert found in (step.before, step.after, step.during), f"{step.name} left {found}"
         check_whole(store, disk)
         step.act(store, disk)
         check_done(store, disk, step)
@@ -385,6 +425,13 @@ def check_done(store: Store, disk: Disk, step: Step) -> None:
             assert version_of(store.current(NAME)) == "1.0"
         else:
             raise AssertionError("a version that was rolled back was activated again")
+    if step.name == "trial":
+        assert store.refused(NAME)["1.3"] == "starts: it did not confirm within 2"
+    if step.name == "keep":
+        found = store.current(NAME)
+        assert found is not None and found.trial is None
+    if step.name == "refuse":
+        assert "riddles" in store.refused(NAME)["1.4"] and store.staged(NAME) is None
     check_swept(disk, store.folder)
 
 

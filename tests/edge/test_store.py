@@ -16,7 +16,7 @@ from sartor.core.artifacts import open_artifact, write_artifact
 from sartor.core.errors import BusyError, HealthError, MissingError, SartorError, StoreError
 from sartor.edge.store import Store, installed
 from sartor.edge.store.disk import Disk
-from sartor.edge.store.pointers import parse
+from sartor.edge.store.pointers import Trial, parse
 
 
 @pytest.fixture
@@ -147,9 +147,103 @@ def test_an_unhealthy_version_is_not_activated(updated: Store) -> None:
         updated.activate(NAME, "1.2", unhealthy)
     assert asked == [path]
     assert version_of(updated.current(NAME)) == "1.1"
-    updated.collect()
-    updated.activate(NAME, "1.2", lambda staged: None)
+    assert "canary prompt 3" in updated.refused(NAME)["1.2"] and updated.staged(NAME) is None
+    with pytest.raises(HealthError, match="refused on this device"):
+        updated.stage(NAME, "1.2", digests("1.2"))
+    updated.forgive(NAME, "1.2")
+    install(updated, "1.2", Disk())
     assert version_of(updated.current(NAME)) == "1.2"
+
+
+def test_a_check_that_could_not_be_made_says_nothing_of_the_version(updated: Store) -> None:
+    fetch(updated, VERSIONS["1.2"])
+    updated.stage(NAME, "1.2", digests("1.2"))
+
+    def no_base(staged: Path) -> None:
+        raise MissingError("no base", "install it")
+
+    with pytest.raises(HealthError, match="no base"):
+        updated.activate(NAME, "1.2", no_base)
+    assert not updated.refused(NAME)
+    updated.activate(NAME, "1.2", lambda staged: None)
+
+
+def on_trial(store: Store, starts: int = 2) -> Store:
+    fetch(store, VERSIONS["1.2"])
+    store.stage(NAME, "1.2", digests("1.2"))
+    store.activate(NAME, "1.2", lambda staged: None, starts=starts)
+    return store
+
+
+def test_a_version_that_never_confirms_is_left_after_its_starts(updated: Store) -> None:
+    on_trial(updated)
+    assert [version_of(updated.start(NAME)) for _ in range(4)] == ["1.2", "1.2", "1.1", "1.1"]
+    assert updated.refused(NAME)["1.2"] == "starts: it did not confirm within 2"
+    found = updated.current(NAME)
+    assert found is not None and found.trial is None
+    check_whole(updated, Disk())
+
+
+def test_a_version_that_confirms_stays(updated: Store) -> None:
+    on_trial(updated)
+    updated.start(NAME)
+    said = installed(updated.folder, NAME)
+    assert said is not None and said.trial == Trial(1, 2)
+    updated.confirm(NAME)
+    assert [version_of(updated.start(NAME)) for _ in range(4)] == ["1.2"] * 4
+    assert not updated.refused(NAME)
+
+
+def test_starts_are_counted_over_restarts_of_the_machine(updated: Store) -> None:
+    on_trial(updated, 3)
+    versions = []
+    for _ in range(4):
+        updated.close()
+        updated = Store(updated.folder)
+        versions.append(version_of(updated.start(NAME)))
+    assert versions == ["1.2", "1.2", "1.2", "1.1"]
+
+
+def test_a_version_on_trial_is_not_what_the_next_one_goes_back_to(updated: Store) -> None:
+    on_trial(updated)
+    fetch(updated, VERSIONS["1.0"])
+    updated.stage(NAME, "2.0", digests("1.0"))
+    updated.activate(NAME, "2.0", lambda staged: None, starts=1)
+    assert version_of(updated.previous(NAME)) == "1.1"
+    assert [version_of(updated.start(NAME)) for _ in range(2)] == ["2.0", "1.1"]
+
+
+def test_the_first_version_and_one_that_proved_itself_are_on_no_trial(store: Store) -> None:
+    fetch(store, VERSIONS["1.0"])
+    store.stage(NAME, "1.0", digests("1.0"))
+    store.activate(NAME, "1.0", lambda staged: None, starts=1)
+    assert [version_of(store.start(NAME)) for _ in range(3)] == ["1.0"] * 3
+    install(store, "1.1", Disk())
+    store.activate(NAME, "1.0", lambda staged: None, starts=1)  # back to it, as after a halt
+    assert [version_of(store.start(NAME)) for _ in range(3)] == ["1.0"] * 3
+
+
+def test_a_trial_whose_way_back_is_damaged_goes_on(updated: Store) -> None:
+    on_trial(updated, 1)
+    back = updated.previous(NAME)
+    assert back is not None
+    for file in (back.path / "adapter.safetensors", updated.folder / "blobs" / digests("1.1")["adapter.safetensors"]):
+        file.write_bytes(b"rot")
+    assert [version_of(updated.start(NAME)) for _ in range(3)] == ["1.2"] * 3
+
+
+def test_a_pointer_that_knows_no_trial_is_read(updated: Store) -> None:
+    from sartor.core.artifacts import manifest_id
+
+    for folder in ("current", "backup"):
+        file = updated.folder / folder / f"{NAME}.json"
+        said = json.loads(file.read_text())
+        del said["trial"]
+        said["schema"] = 1
+        said["id"] = manifest_id(said)
+        file.write_text(json.dumps(said))
+    found = updated.current(NAME)
+    assert found is not None and (found.version, found.trial) == ("1.1", None)
 
 
 def test_an_error_of_ours_in_a_health_check_is_said_without_its_remedy(updated: Store) -> None:
@@ -164,7 +258,7 @@ def test_an_error_of_ours_in_a_health_check_is_said_without_its_remedy(updated: 
 def test_a_version_that_was_rolled_back_is_not_staged_or_activated_again(updated: Store) -> None:
     updated.rollback(NAME, "it answered in riddles")
     for again in (lambda: updated.stage(NAME, "1.1", digests("1.1")), lambda: updated.activate(NAME, "1.1", lambda path: None)):
-        with pytest.raises(HealthError, match="rolled back on this device: it answered in riddles"):
+        with pytest.raises(HealthError, match="refused on this device: it answered in riddles"):
             again()
     with pytest.raises(StoreError, match="no previous version"):
         updated.rollback(NAME)

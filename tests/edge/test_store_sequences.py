@@ -40,6 +40,7 @@ class Verbs(RuleBasedStateMachine):
         self.previous: dict[str, str | None] = dict.fromkeys(NAMES)
         self.staged: dict[str, str | None] = dict.fromkeys(NAMES)
         self.refused: dict[str, set[str]] = {name: set() for name in NAMES}
+        self.left: dict[str, int | None] = dict.fromkeys(NAMES)
 
     def known(self, name: str) -> set[str | None]:
         return {self.current[name], self.previous[name], self.staged[name]}
@@ -70,16 +71,19 @@ class Verbs(RuleBasedStateMachine):
         if not self.store.has(digest) and self.store.partial(digest) == 0:
             self.store.append(digest, 0, content[: int(share * len(content))])
 
-    @rule(name=st.sampled_from(NAMES), version=st.sampled_from(VERSIONS), is_healthy=st.booleans())
-    def activate(self, name: str, version: str, is_healthy: bool) -> None:
+    @rule(name=st.sampled_from(NAMES), version=st.sampled_from(VERSIONS), is_healthy=st.booleans(), starts=st.integers(0, 2))
+    def activate(self, name: str, version: str, is_healthy: bool, starts: int) -> None:
         def healthy(path: Path) -> None:
             if not is_healthy:
                 raise ValueError("no")
 
         try:
-            self.store.activate(name, version, healthy)
+            self.store.activate(name, version, healthy, starts=starts)
         except HealthError:
             assert version in self.refused[name] or (version in self.known(name) and not is_healthy)
+            if version != self.current[name]:
+                self.refused[name].add(version)
+                self.staged[name] = None if self.staged[name] == version else self.staged[name]
             return
         except StoreError:
             assert version not in self.known(name)
@@ -88,7 +92,12 @@ class Verbs(RuleBasedStateMachine):
         if version != self.current[name]:
             if self.staged[name] == version:
                 self.staged[name] = None
-            self.current[name], self.previous[name] = version, self.current[name]
+            is_back = version == self.previous[name]
+            proven = self.previous[name] if self.left[name] is not None else self.current[name]
+            if proven is None or proven == version:
+                proven = self.current[name]
+            self.current[name], self.previous[name] = version, proven
+            self.left[name] = starts if starts and proven and not is_back else None
 
     @rule(name=st.sampled_from(NAMES))
     def rollback(self, name: str) -> None:
@@ -100,7 +109,29 @@ class Verbs(RuleBasedStateMachine):
         bad = self.current[name]
         assert bad is not None and self.previous[name] is not None
         self.refused[name].add(bad)
-        self.current[name], self.previous[name] = self.previous[name], None
+        self.current[name], self.previous[name], self.left[name] = self.previous[name], None, None
+
+    @rule(name=st.sampled_from(NAMES))
+    def start(self, name: str) -> None:
+        found = version_of(self.store.start(name))
+        if self.left[name] == 0:
+            bad = self.current[name]
+            assert bad is not None
+            self.refused[name].add(bad)
+            self.current[name], self.previous[name], self.left[name] = self.previous[name], None, None
+        elif (left := self.left[name]) is not None:
+            self.left[name] = left - 1
+        assert found == self.current[name]
+
+    @rule(name=st.sampled_from(NAMES))
+    def confirm(self, name: str) -> None:
+        self.store.confirm(name)
+        self.left[name] = None
+
+    @rule(name=st.sampled_from(NAMES), version=st.sampled_from(VERSIONS))
+    def forgive(self, name: str, version: str) -> None:
+        self.store.forgive(name, version)
+        self.refused[name].discard(version)
 
     @rule()
     def collect(self) -> None:
@@ -149,6 +180,8 @@ class Verbs(RuleBasedStateMachine):
             if now is not None and self.previous[name] is not None:
                 assert tree(self.disk, FOLDER / "releases" / name / now) == contents(name, now)
             self.previous[name] = version_of(self.store.previous(name))
+            if now != self.current[name]:
+                self.left[name] = None
             self.current[name], self.staged[name] = now, version_of(self.store.staged(name))
             for version in filter(None, self.known(name)):
                 for content in contents(name, version).values():
@@ -168,6 +201,8 @@ class Verbs(RuleBasedStateMachine):
                 if found:
                     assert tree(self.disk, found.path) == contents(name, found.version)
             assert set(self.store.refused(name)) == self.refused[name]
+            now = self.store.current(name)
+            assert (now.trial.left if now and now.trial else None) == self.left[name]
 
 
 def run(examples: int, steps: int) -> None:

@@ -10,11 +10,12 @@ import pytest
 
 import sartor
 from export import releases
+from sartor.core.bases import source_gguf
 from sartor.core.records import Message
 from sartor.export import prompts, reference, runtimes
 from sartor.export.llamacpp import Asked
 from sartor.models import adapters, gguf_tokens
-from sartor.models.base import open_base, source_gguf
+from sartor.models.base import open_base
 from sartor.models.generate import generate
 from sartor.models.gguf_model import About, write_model_gguf
 from sartor.models.sampling import Sampling

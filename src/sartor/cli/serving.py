@@ -31,7 +31,7 @@ def export(
     release: the Release; it is verified first
     to: peft (a directory for peft, vLLM, SGLang), merged (one for transformers) or gguf (adapter and merged, for llama.cpp)
     out: directory of the export
-    quantise: further types of the merged GGUF, as q8_0,q4_0; f16 always comes, unless bf16 or f32 is named
+    quantise: further types of the merged GGUF, as q8_0,q4_0; f16 comes too, unless bf16 or f32 is named; none: no merged file
     key: trust this public key instead of those in SARTOR_HOME/trusted
     base: the base in another place than the Release names
     sign: private key, or the directory that `sartor keygen` made, to sign the receipt with

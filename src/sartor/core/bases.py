@@ -85,6 +85,11 @@ def locate(name: str, revision: str = "", licence: str = "") -> BaseRef:
     return _local(name, _from_hub(name, revision), licence)
 
 
+def source_gguf(ref: BaseRef) -> Path:
+    """The GGUF file that a starter or GGUF base is converted from; the asset is fetched if it is not here."""
+    return ref.gguf or assets.install(STARTER) / assets.entry(STARTER).paths[0]
+
+
 def _local(name: str, path: Path, licence: str) -> BaseRef:
     if (kind := kind_of(path)) not in (None, "export"):
         raise ModelError(f"{path} is a Sartor {kind}, not a base", "give the base that it was made from: sartor inspect")

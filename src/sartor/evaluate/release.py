@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,11 +12,11 @@ from sartor.core import bases, catalogue, licences, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, check_free, new_directory, open_artifact, seal
 from sartor.core.errors import ConfigError, GateError, HubError, ModelError
 from sartor.core.licences import Use
+from sartor.core.names import is_name
 from sartor.evaluate import checks, permission, training
 from sartor.evaluate.checks import Check
 from sartor.evaluate.rules import Rules, open_rules
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*$")
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
 # of an adapter that reads media
 _PROJECTORS = "projectors.safetensors"
@@ -68,8 +67,10 @@ def release(
     ArtifactError.
     """
     for what, text in (("name", name), ("version", version)):
-        if not _NAME.match(text):
-            raise ConfigError(f"the {what} {text!r} may hold lower-case letters, digits, '.', '_' and '-'", f"--{what} faq-1")
+        if not is_name(text):
+            raise ConfigError(
+                f"the {what} {text!r:.80} may hold up to 128 lower-case letters, digits, '.', '_' and '-'", f"--{what} faq-1"
+            )
     permission.check_use(use)
     adapter = open_artifact(adapter_path, "adapter")
     own = open_rules(rules) if rules else None

@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 
 from sartor.core.artifacts import Artifact
-from sartor.core.bases import STARTER
+from sartor.core.bases import STARTER, source_gguf
 from sartor.export import companions, measure, runtimes
 from sartor.export.measure import Figures
 from sartor.export.reference import Trace
 from sartor.models import adapters, composed, gguf_model, gguf_tokens
-from sartor.models.base import Base, source_gguf
+from sartor.models.base import Base
 from sartor.models.gguf_out import write_adapter_gguf
 from sartor.models.loading import quiet
 
@@ -106,8 +106,8 @@ def write_gguf(work: Work, part: Path) -> Made:
     figures: dict[str, Figures] = {}
     if work.measured:
         figures[adapter.name] = _ask_of_adapter(work, adapter, vocabulary, about)
-    model = adapters.merge(work.model)
     companions.write_template(base, part)
+    model = adapters.merge(work.model) if work.types else None
     for kind in work.types:
         file = gguf_model.write_model_gguf(model, vocabulary, about, part / f"{work.name}-{kind}.gguf", kind)
         if work.measured:
@@ -115,7 +115,8 @@ def write_gguf(work: Work, part: Path) -> Made:
             figures[file.name] = runtimes.ask_llama_cpp(file, kind, work.traces, template)
     for file_name, found in figures.items():
         measure.check(found, f"{work.name} ({file_name})")
-    return Made(figures, _USE_GGUF.format(name=work.name, kind=work.types[0]))
+    use = _USE_GGUF.format(name=work.name, kind=work.types[0]) if work.types else _USE_ADAPTER.format(name=work.name)
+    return Made(figures, use)
 
 
 def _vocabulary(base: Base, rows: int) -> gguf_tokens.Vocabulary:
@@ -159,6 +160,9 @@ _USE_MERGED = """    from transformers import AutoModelForCausalLM, AutoTokenize
     model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 
 vLLM: `vllm serve .`; SGLang: `--model-path .`; Sartor: `base: THIS DIRECTORY` in a recipe."""
+_USE_ADAPTER = """    llama-server --jinja -m BASE.gguf --lora {name}-adapter.gguf
+
+BASE.gguf is the base that it was tuned on; a device has it (`sartor edge ask --base BASE.gguf`)."""
 _USE_GGUF = """    llama-server --jinja -m {name}-{kind}.gguf
     llama-server --jinja -m BASE.gguf --lora {name}-adapter.gguf
 

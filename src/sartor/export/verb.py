@@ -23,6 +23,7 @@ from sartor.models.base import Base, machine, open_base
 from sartor.models.gguf_model import TYPES
 
 Form = Literal["peft", "merged", "gguf"]
+NO_MERGED = "none"
 Notice = Callable[[str], object]
 _WRITERS: dict[str, Callable[[Work, Path], Made]] = {
     "peft": forms.write_peft,
@@ -51,7 +52,8 @@ class Exported:
 class Options:
     """How an export is made, beside where and of what.
 
-    quantise: types of the merged GGUF (gguf_model.TYPES) beside f16, which is left away where bf16 or f32 is named.
+    quantise: types of the merged GGUF (gguf_model.TYPES) beside f16, which is left away where bf16 or f32 is named; `none`
+    alone: no merged file, so the adapter is all that travels to a device that has the base's own file.
     allow_unmeasured: also where the runtime is not installed. sign: a private key for the receipt. key, base: as in `verify`.
     """
 
@@ -64,6 +66,8 @@ class Options:
     @property
     def types(self) -> list[str]:
         """Of the merged GGUF files, each once."""
+        if list(self.quantise) == [NO_MERGED]:
+            return []
         wide = [] if {"bf16", "f32"} & set(self.quantise) else ["f16"]
         return list(dict.fromkeys([*wide, *self.quantise]))
 
@@ -120,7 +124,7 @@ def _check(to: str, options: Options) -> None:
     """Refuse before any work what could not be done after it."""
     if to not in _WRITERS:
         raise ConfigError(f"there is no form {to!r} of an export; there are {', '.join(_WRITERS)}", "--to peft")
-    if unknown := [kind for kind in options.quantise if kind not in TYPES]:
+    if unknown := [kind for kind in options.quantise if kind not in TYPES and list(options.quantise) != [NO_MERGED]]:
         raise ConfigError(f"there is no type {unknown[0]!r} of GGUF weights; there are {', '.join(TYPES)}", "--quantise q8_0")
     if to != "gguf" and options.quantise:
         raise ConfigError(f"--quantise is of GGUF files, and the form is {to}", "--to gguf")
@@ -156,7 +160,7 @@ def _check_memory(ref: bases.BaseRef) -> None:
 def _facts(release: Artifact, to: str, part: Path) -> dict[str, Any]:
     """What the receipt says of the export and of where it is from."""
     manifest = release.manifest
-    known = ("name", "version", "base", "sources", "obligations", "system_prompt", "sampling")
+    known = ("name", "version", "base", "sources", "obligations", "system_prompt", "sampling", "canaries")
     return {
         "form": to,
         "use": manifest.get("use", "commercial"),

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from sartor.core import assets, bases, gguf
+from sartor.core import bases, gguf
 from sartor.core.errors import ConfigError, ModelError
 from sartor.models import paths, quantised, whisper_files
 from sartor.models.batches import Encoded
@@ -203,7 +203,7 @@ def convert(ref: bases.BaseRef, notice: Callable[[str], object] = lambda line: N
     """
 
     def fill(part: Path) -> dict[str, str]:
-        file = source_gguf(ref)
+        file = bases.source_gguf(ref)
         # the starter's file is one that is rounded
         dtype = torch.bfloat16 if ref.gguf is None or gguf.read_head(file).is_rounded else torch.float32
         notice(f"converting the base {ref.name}; this is done once")
@@ -214,11 +214,6 @@ def convert(ref: bases.BaseRef, notice: Callable[[str], object] = lambda line: N
         whisper_files.convert(ref, notice)
     else:
         make_once(ref.path, ref.digest, fill)
-
-
-def source_gguf(ref: bases.BaseRef) -> Path:
-    """The GGUF file that a starter or GGUF base is converted from; the asset is fetched if it is not here."""
-    return ref.gguf or assets.install(bases.STARTER) / assets.entry(bases.STARTER).paths[0]
 
 
 def _convert(file: Path, part: Path, dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
     copies.py   the server's own copy: what is looked at is what is loaded
     terms.py    release.json, the gate, licences          config.py   adapter_config.json of plain LoRA
     tensors.py  safetensors, strictly                     weights.py  the base's matrices
-    lora.py     the factors against config and base       canary.py   a few prompts in a process of its own
+    lora.py     the factors against config and base
     projectors.py   what it reads media with
 
 The checks run in the order of `CHECKS`, each on bytes that the ones before it vouch for: nothing of a Release is parsed
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sartor.agents.admission import canary, copies, lora, projectors, terms
+from sartor.agents.admission import copies, lora, projectors, terms
 from sartor.agents.admission.config import read_config
 from sartor.agents.admission.projectors import Projectors
 from sartor.agents.admission.tensors import read_header
@@ -30,6 +30,7 @@ from sartor.agents.team import Team
 from sartor.core import bases, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
 from sartor.core.errors import InputError, ModelError, RefusedError, SignatureError
+from sartor.evaluate import canary
 from sartor.models.engine.contract import About, Call, Event, adapter_digest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

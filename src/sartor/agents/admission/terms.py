@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import AdmissionError, ConfigError, LicenceError
 from sartor.core.licences import USES
+from sartor.core.names import is_name
 from sartor.evaluate import permission
 from sartor.models.sampling import Sampling
 
 GATE = ("gain", "forgetting", "licence")
 OUTCOMES = ("pass", "waived")
 MOST_PROMPT = 1 << 20  # characters of a system prompt
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _AGAIN = "release it again with this version of Sartor"
 _TEXTS = ("source", "path", "licence", "consent", "expires")
 _SAMPLING = frozenset(Sampling.__dataclass_fields__)
@@ -24,7 +23,7 @@ _SAMPLING = frozenset(Sampling.__dataclass_fields__)
 def check_form(manifest: Mapping[str, Any]) -> None:
     """Raise AdmissionError (`manifest`) unless what a server reads of release.json has the form that `release` writes."""
     for key in ("name", "version"):
-        if not (isinstance(manifest.get(key), str) and _NAME.fullmatch(manifest[key])):
+        if not is_name(manifest.get(key)):
             raise _malformed(key, manifest.get(key))
     base = manifest.get("base")
     if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("name", "digest", "template_digest")):

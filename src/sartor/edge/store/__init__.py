@@ -3,6 +3,7 @@
     append, finish   blobs arrive                              the device works with 1.0
     stage            a tree of 1.1 beside that of 1.0          ... with 1.0
     activate         health check of 1.1, then one rename      ... with 1.0 until the rename, with 1.1 from it on
+    start, confirm   1.1 on trial says that it works           ... with 1.1, or with 1.0 once its starts are used up
     rollback         one rename back                           ... with 1.1 until the rename, with 1.0 from it on
 
 Three rules carry it. (1) What is named is durable first: bytes are fsynced before they get a name, a tree and its folders
@@ -14,6 +15,7 @@ The running program reads with `installed`, which takes no lock and never waits 
 
     disk.py      every operation on files that the store makes, one method each: tests kill, fill and cut the power at them
     pointers.py  NAME.json: which version is current, previous, staged, refused; two copies, each written whole or not at all
+    trial.py     a version that has so many starts to say that it works; view.py what a program sees of all this
     blobs.py     content by its sha256: downloads that go on where they stopped, checked and durable when finished
     trees.py     a version's files as a directory that can be opened as a Release
     rot.py       bytes that differ from what was written: mended from a second copy, or fetched again
@@ -23,42 +25,25 @@ The running program reads with `installed`, which takes no lock and never waits 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
 from sartor.core.artifacts import DISK_FULL
-from sartor.core.errors import HealthError, MissingError, SartorError, StoreError
+from sartor.core.errors import BudgetError, HealthError, MissingError, SartorError, StoreError
+from sartor.core.names import is_name
+from sartor.edge.store import trial, view
 from sartor.edge.store.blobs import Blobs
 from sartor.edge.store.disk import Disk
-from sartor.edge.store.pointers import NAME, Pointer, Pointers, Version, tree_of
+from sartor.edge.store.pointers import Pointer, Pointers, Version
 from sartor.edge.store.room import Room
 from sartor.edge.store.rot import Rot
 from sartor.edge.store.trees import Trees, check_files
+from sartor.edge.store.view import Installed, State, installed, states
 
-
-@dataclass(frozen=True)
-class Installed:
-    """A version that is on the device. `path` opens as a Release; `since`: UTC; `files`: path inside it -> blob."""
-
-    name: str
-    version: str
-    path: Path
-    since: str
-    files: Mapping[str, str]
-
-
-def installed(folder: Path, name: str) -> Installed | None:
-    """What is current in the store at `folder`, for a program that only reads: without the lock, in one read of one file."""
-    return _installed(folder.absolute(), name, Pointers(Disk(), folder.absolute()).read(name).current)
-
-
-def _installed(folder: Path, name: str, version: Version | None) -> Installed | None:
-    if version is None:
-        return None
-    return Installed(name, version.version, folder / tree_of(name, version.version), version.since, version.files)
+__all__ = ["Installed", "State", "Store", "installed", "states"]
 
 
 class Store:
@@ -116,8 +101,7 @@ class Store:
         self.mended += self._pointers.restore()
 
     def _folders(self) -> tuple[Path, ...]:
-        blobs = self._blobs
-        return (*self._pointers.folders, blobs.folder, blobs.partials, blobs.quarantined, self._trees.folder)
+        return (*self._pointers.folders, *self._blobs.folders, self._trees.folder)
 
     def _sweep(self) -> None:
         """Remove what an interrupted write left under a hidden name: nothing ever names it."""
@@ -215,7 +199,8 @@ class Store:
         used = self._room.used_bytes()
         freed = used - self._room.kept_bytes([pointer, *others])
         if not self._room.fits(needed, freed):
-            if self._rot.is_whole(pointer):  # else the previous version may be the only one that works
+            # else the previous version may be the only one that works
+            if self._rot.is_whole(pointer) and not pointer.trial:
                 freed = used - self._room.kept_bytes([alone, *others])
             if not self._room.fits(needed, freed):
                 raise self._room.refusal(what, needed, freed)
@@ -249,9 +234,9 @@ class Store:
         return self._trees.path(name, version)
 
     def _checked(self, pointer: Pointer, version: str, files: Mapping[str, str]) -> Version:
-        if not NAME.fullmatch(version):
+        if not is_name(version):
             raise StoreError(f"{version!r:.80} is no version", "lower-case letters, digits, '.', '_' and '-'")
-        self._check_refused(pointer, version)
+        trial.check(pointer, version)
         check_files(dict(files))
         if missing := sorted({digest for digest in files.values() if not self._blobs.has(digest)}):
             raise StoreError(
@@ -262,22 +247,16 @@ class Store:
             raise StoreError(f"{pointer.name} {version} is installed with other files", "publish them as another version")
         return Version(version, dict(files))
 
-    def _check_refused(self, pointer: Pointer, version: str) -> None:
-        if version in pointer.refused:
-            raise HealthError(
-                f"{pointer.name} {version} was rolled back on this device: {pointer.refused[version]}",
-                "publish another version",
-            )
-
-    def activate(self, name: str, version: str, healthy: Callable[[Path], None]) -> None:
+    def activate(self, name: str, version: str, healthy: Callable[[Path], None], *, starts: int = 0) -> None:
         """Make a staged version the current one, durably, if it is whole and `healthy` returns.
 
         `healthy` gets its directory and raises what is wrong; the old version is current until it has returned, so one that
-        hangs, or takes the process with it, changes nothing. Raises HealthError saying why, StoreError for a version that is
-        not staged or is damaged.
+        hangs, or takes the process with it, changes nothing. `starts`: it is on trial, see `start`. Raises HealthError saying
+        why, StoreError for a version that is not staged or is damaged. What fails is refused from then on (`refused`), unless
+        something outside was missing for the check, or memory (MissingError, BudgetError): that says nothing of the version.
         """
         pointer = self._read(name)
-        self._check_refused(pointer, version)
+        trial.check(pointer, version)
         found = pointer.find(version)
         if found is None:
             raise StoreError(f"{name} {version} is not in the store", "stage it first")
@@ -287,13 +266,44 @@ class Store:
             healthy(self._trees.path(name, version))
         except Exception as error:
             why = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
+            if found is not pointer.current and not isinstance(error, (MissingError, BudgetError)):
+                with self._writing(f"{name} {version}"):
+                    self._pointers.write(trial.refused(pointer, version, why))
             stays = f"{pointer.current.version} stays current" if pointer.current else "nothing is current"
             raise HealthError(f"{name} {version} is not healthy: {why}; {stays}", "publish a version that passes") from error
         if found is pointer.current:
             return
-        staged = None if found is pointer.staged else pointer.staged
         with self._writing(f"{name} {version}"):
-            self._pointers.write(replace(pointer, current=found.now(), previous=pointer.current, staged=staged))
+            self._pointers.write(trial.activated(pointer, found, starts))
+
+    def start(self, name: str) -> Installed | None:
+        """Call before the device's program runs, and run what is returned. On trial, this start is counted first, durably.
+
+        Where none is left, the version that never confirmed is rolled back, and the one before it is returned; where that is
+        damaged too, the version stays, since nothing better is there.
+        """
+        pointer = self._read(name)
+        if pointer.trial and pointer.trial.left > 0:
+            with self._writing(f"a start of {name}"):
+                self._pointers.write(trial.counted(pointer))
+        elif pointer.trial:
+            with suppress(StoreError):
+                return self.rollback(name, f"starts: it did not confirm within {pointer.trial.of}")
+        return self.current(name)
+
+    def confirm(self, name: str) -> None:
+        """The current version works: its trial, if it is on one, is over."""
+        pointer = self._read(name)
+        if pointer.trial:
+            with self._writing(f"the end of the trial of {name}"):
+                self._pointers.write(replace(pointer, trial=None))
+
+    def forgive(self, name: str, version: str) -> None:
+        """Let a refused version be tried again."""
+        pointer = self._read(name)
+        if version in pointer.refused:
+            with self._writing(f"{name} {version}"):
+                self._pointers.write(trial.forgiven(pointer, version))
 
     def rollback(self, name: str, reason: str = "no reason was given") -> Installed:
         """Make the previous version current again, durably; the one that is left is remembered as refused, with the reason.
@@ -304,34 +314,34 @@ class Store:
         if pointer.current is None or pointer.previous is None:
             raise StoreError(f"{name} has no previous version to go back to", "publish a version that works, and sync")
         bad, old = pointer.current, pointer.previous
-        refused = {**pointer.refused, bad.version: reason}
         with self._writing(f"{name} {old.version}"):
             self._trees.mend(name, old, bad)
             if broken := self._trees.broken(name, old):
                 raise StoreError(f"{name} {old.version}, the previous version, is damaged: {broken[0][0]}", "verify, and sync")
-            self._pointers.write(replace(pointer, current=old.now(), previous=None, refused=refused))
+            self._pointers.write(trial.went_back(pointer, reason))
         back = self.current(name)
         assert back is not None
         return back
 
     def current(self, name: str) -> Installed | None:
         """The version that the device works with."""
-        return _installed(self.folder, name, self._read(name).current)
+        pointer = self._read(name)
+        return view.of(self.folder, name, pointer.current, pointer.trial)
 
     def previous(self, name: str) -> Installed | None:
         """The version that `rollback` goes back to."""
-        return _installed(self.folder, name, self._read(name).previous)
+        return view.of(self.folder, name, self._read(name).previous)
 
     def staged(self, name: str) -> Installed | None:
         """The version that waits to be activated."""
-        return _installed(self.folder, name, self._read(name).staged)
+        return view.of(self.folder, name, self._read(name).staged)
 
     def refused(self, name: str) -> Mapping[str, str]:
-        """Versions that were rolled back here, and why: not worth fetching."""
+        """Versions that were rolled back here or failed their check, and why: not worth fetching."""
         return self._read(name).refused
 
     def _read(self, name: str) -> Pointer:
-        if not NAME.fullmatch(name):
+        if not is_name(name):
             raise StoreError(f"{name!r:.80} is no name of a release", "lower-case letters, digits, '.', '_' and '-'")
         return self._pointers.read(name)
 

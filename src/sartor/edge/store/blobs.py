@@ -28,7 +28,8 @@ class Blobs:
 
     def __init__(self, disk: Disk, folder: Path) -> None:
         self._disk = disk
-        self.folder, self.partials, self.quarantined = (folder / name for name in ("blobs", "partial", "quarantine"))
+        self.folders = tuple(folder / name for name in ("blobs", "partial", "quarantine"))
+        self.folder, self.partials, self.quarantined = self.folders
         self._wanted_file = folder / "wanted.json"
         self.wanted: set[str] = set()
         self._unsynced: dict[str, int] = {}

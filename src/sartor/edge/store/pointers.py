@@ -27,8 +27,7 @@ from sartor.core.artifacts import manifest_id
 from sartor.core.errors import StoreError
 from sartor.edge.store.disk import Disk
 
-SCHEMA = 1
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+SCHEMA = 2  # 1 knew no trial
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -51,14 +50,26 @@ class Version:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What the current version has to prove itself: so many starts are left of so many."""
+
+    left: int
+    of: int
+
+
+@dataclass(frozen=True)
 class Pointer:
-    """The state of one name. `refused`: version -> why it was rolled back; it is not activated again."""
+    """The state of one name. `refused`: version -> why it was rolled back or not activated; it is not activated again.
+
+    `trial`: of the current version; None: it proved itself, or was never asked to.
+    """
 
     name: str
     current: Version | None = None
     previous: Version | None = None
     staged: Version | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
+    trial: Trial | None = None
 
     @property
     def versions(self) -> tuple[Version, ...]:
@@ -145,6 +156,7 @@ def write(pointer: Pointer) -> bytes:
         "previous": _said(pointer.name, pointer.previous),
         "staged": _said(pointer.name, pointer.staged),
         "refused": dict(pointer.refused),
+        "trial": {"left": pointer.trial.left, "of": pointer.trial.of} if pointer.trial else None,
     }
     said["id"] = manifest_id(said)
     return records.canonical(said) + b"\n"
@@ -165,13 +177,14 @@ def parse(content: bytes, name: str) -> Pointer | None:
             return None
     except (ValueError, RecursionError):
         return None
-    if said["schema"] != SCHEMA:
+    if said["schema"] not in (SCHEMA - 1, SCHEMA):
         raise StoreError(
-            f"the pointer of {name} has schema {said['schema']}; this version of Sartor reads {SCHEMA}",
+            f"the pointer of {name} has schema {said['schema']}; this version of Sartor reads {SCHEMA - 1} and {SCHEMA}",
             "open the store with the version of Sartor that wrote it",
         )
     current, previous, staged = (_version(said[which]) for which in ("current", "previous", "staged"))
-    return Pointer(name, current, previous, staged, said["refused"])
+    trial = said.get("trial")
+    return Pointer(name, current, previous, staged, said["refused"], Trial(trial["left"], trial["of"]) if trial else None)
 
 
 def _version(said: Mapping[str, Any] | None) -> Version | None:

@@ -60,7 +60,8 @@ class Rot:
         bad, old = pointer.current, pointer.previous
         if bad is None or old is None or self.is_whole(pointer) or self._trees.broken(pointer.name, old):
             return ""
-        self._pointers.write(replace(pointer, current=old.now(), previous=None, staged=pointer.staged or bad))
+        back = replace(pointer, current=old.now(), previous=None, staged=pointer.staged or bad, trial=None)
+        self._pointers.write(back)
         return f"{pointer.name} {bad.version} is damaged: {old.version} is current again"
 
     def is_whole(self, pointer: Pointer) -> bool:

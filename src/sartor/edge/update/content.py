@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from sartor.core.errors import ArtifactError
+from sartor.core.names import is_name
+from sartor.edge.store.pointers import DIGEST
 
 SCHEMA = 1
 MOST_FILES = 10_000
-_DIGEST = re.compile(r"[0-9a-f]{64}$")
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}$")
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,6 @@ def ring_of(device_id: str) -> int:
     return int.from_bytes(hashlib.sha256(device_id.encode()).digest()[:8], "big") % 100
 
 
-def is_name(text: str) -> bool:
-    """Whether it may be a release's name or version."""
-    return bool(_NAME.match(text))
-
-
 def target_path(name: str, version: str) -> str:
     """The name of a version's document among the targets."""
     return f"{name}/{version}.json"
@@ -132,7 +126,7 @@ def read(document: bytes, name: str, version: str) -> Content:
     digests = [*found.blobs, *(step.sha256 for step in found.deltas), *(step.result for step in found.deltas)]
     sizes = [*found.blobs.values(), *(step.bytes for step in found.deltas)]
     digests += [step.base for step in found.deltas if step.base]
-    if not all(isinstance(one, str) and _DIGEST.match(one) for one in digests) or not all(
+    if not all(isinstance(one, str) and DIGEST.fullmatch(one) for one in digests) or not all(
         type(size) is int and size >= 0 for size in sizes
     ):
         raise _wrong(name, version, "a digest or a size in it is none")

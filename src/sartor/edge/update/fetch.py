@@ -100,6 +100,23 @@ class Fetcher:
         except AbsentError as error:
             raise MissingError(f"{url} is not there ({error})", "try again later, or another mirror") from None
 
+    def post(self, url: str, body: bytes) -> None:
+        """Send a few bytes, once. Raises MissingError unless they are taken (a 2xx), ConfigError for what is no address."""
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{url} is no http or https address", "give an address, or a folder")
+        try:
+            connection = _connection(parts, self.limits)
+            try:
+                with _watched(connection, self.limits.grace_s + self.limits.connect_s):
+                    status = _asked(connection, parts, 0, body).status
+            finally:
+                connection.close()
+        except BrokenError as error:
+            raise MissingError(f"{url}: {error}", "try again later: the next sync says it again") from None
+        if not 200 <= status < 300:
+            raise MissingError(f"{url} does not take it: HTTP {status}", "see what listens there") from None
+
     def _until_done(self, url: str, length: int, *, exact: bool, done: Callable[[], int], take: Sink) -> None:
         failures = 0
         while True:
@@ -238,14 +255,19 @@ def _watched(connection: http.client.HTTPConnection, seconds: float) -> Iterator
         timer.cancel()
 
 
-def _asked(connection: http.client.HTTPConnection, parts: urllib.parse.SplitResult, offset: int) -> http.client.HTTPResponse:
+def _asked(
+    connection: http.client.HTTPConnection, parts: urllib.parse.SplitResult, offset: int, body: bytes | None = None
+) -> http.client.HTTPResponse:
+    """The head of an answer: to a GET, from `offset` on; with a body to a POST of it."""
     target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     # identity: a compressed answer could unpack to any size, and a range of one is no range of the file
     headers = {"Accept-Encoding": "identity", "User-Agent": "sartor", "Connection": "close"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
     try:
-        connection.request("GET", target, headers=headers)
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        connection.request("GET" if body is None else "POST", target, body, headers)
         return connection.getresponse()
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise BrokenError(f"no answer ({type(error).__name__})") from None

@@ -25,6 +25,7 @@ from tuf.api.metadata import TargetFile
 from sartor.core import signing
 from sartor.core.artifacts import MANIFESTS, file_digest, make_parent, writer_lock
 from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.names import is_name
 from sartor.edge.files import write_whole
 from sartor.edge.update import content as words
 from sartor.edge.update import delta
@@ -66,7 +67,7 @@ def publish(
     checked = verify(release, key=key)
     _check_percent(percent)
     name, version = checked.release.manifest["name"], checked.release.manifest["version"]
-    if not (words.is_name(name) and words.is_name(version)):
+    if not (is_name(name) and is_name(version)):
         raise ConfigError(
             f"{name!r} {version!r} is no name and version that a device takes", "release it with --name and --version"
         )
@@ -152,6 +153,12 @@ def withdraw(repository: Path, keys: Path, name: str, version: str, *, expiry: E
         documents.write(keys, expiry or Expiry())
         (repository / "targets" / target.get_prefixed_paths()[0]).unlink(missing_ok=True)
         return _sweep(repository, documents)
+
+
+def names_of(documents: Documents) -> list[str]:
+    """The names that have a version."""
+    found = (words.offer_of(path, target.custom) for path, target in documents.targets.signed.targets.items())
+    return sorted({one[0] for one in found if one})
 
 
 def offers_of(documents: Documents, name: str) -> list[Offer]:

@@ -85,7 +85,7 @@ def first_root(keys: Path, expiry: Expiry) -> Root:
         lines = (keys / "thresholds").read_text(encoding="utf-8").split("\n")
         thresholds = {role: int(count) for role, count in (line.split() for line in lines if line)}
     except (OSError, ValueError):
-        raise ConfigError(f"{keys} has no keys of an update repository", "make them with edge.keygen(KEYS)") from None
+        raise ConfigError(f"{keys} has no keys of an update repository", f"sartor edge keygen {keys}") from None
     found: dict[str, Any] = {role: Role([], thresholds[role]) for role in ROLES}
     root = Root(expires=expiry.of("root"), roles=found, consistent_snapshot=True)
     for role in ROLES:
@@ -143,7 +143,9 @@ class Documents:
         """Those of a repository. Raises ConfigError where there is none, ArtifactError for documents that cannot be read."""
         roots = sorted((int(path.name.split(".")[0]), path) for path in folder.glob("*.root.json"))
         if not roots:
-            raise ConfigError(f"{folder.parent} is no update repository", "edge.publish(RELEASE, REPOSITORY, KEYS) makes one")
+            raise ConfigError(
+                f"{folder.parent} is no update repository", f"sartor edge publish RELEASE {folder.parent} makes one"
+            )
         timestamp = _read(Timestamp, folder / "timestamp.json")
         snapshot = _read(Snapshot, folder / f"{timestamp.signed.snapshot_meta.version}.snapshot.json")
         version = snapshot.signed.meta["targets.json"].version
@@ -178,6 +180,13 @@ class Documents:
 
     def _write(self, name: str, document: Metadata[Any]) -> None:
         write_whole(self.folder / name, document.to_bytes())
+
+
+def expiries(folder: Path) -> dict[str, str]:
+    """When each of a repository's newest documents expires, UTC."""
+    found = Documents.open(folder)
+    every: tuple[Metadata[Any], ...] = (found.root, found.targets, found.snapshot, found.timestamp)
+    return {one.signed.type: one.signed.expires.strftime("%Y-%m-%dT%H:%M:%SZ") for one in every}
 
 
 def _read(kind: type[T], path: Path) -> Metadata[T]:

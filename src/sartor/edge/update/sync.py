@@ -3,13 +3,12 @@
 `sync` is the only function of a device that uses the network. The mirror is trusted in nothing: who may say what is in the
 root that the device was set up with, and in what that root's holders signed since (TUF specification 1.0, section 5).
 
-    FOLDER/metadata/   what was verified: timestamp, snapshot, targets, every root. fsynced, as rollback protection rests on it
-    FOLDER/failed.json versions that a health check refused here, so that they are not tried at every sync
+    FOLDER/metadata/     what was verified: timestamp, snapshot, targets, every root; fsynced: rollback protection rests on it
+    FOLDER/reported.json what was said of which version (reports.py)
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -17,14 +16,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from tuf.api import exceptions
 from tuf.api.metadata import Metadata, Targets
 from tuf.ngclient import Updater
 from tuf.ngclient.fetcher import FetcherInterface
 
-from sartor.core.errors import ArtifactError, ConfigError, MissingError, SartorError, SignatureError, StoreError
+from sartor.core.errors import ArtifactError, ConfigError, MissingError, SignatureError, StoreError
 from sartor.edge.files import write_whole
 from sartor.edge.store import Store
 from sartor.edge.update import content as words
@@ -40,12 +39,14 @@ _CLOCK_S = 86_400
 @dataclass(frozen=True)
 class Device:
     """Who syncs: `id` decides its ring; `folder` is its own, for what it verified; `root` the first root document, or its
-    file, which the device was set up with: everything that it trusts comes from there.
+    file, which the device was set up with: everything that it trusts comes from there. `starts`: a new version has so many to
+    confirm that it works, or the device goes back (`Store.start`); 0: it is not asked to.
     """
 
     id: str
     folder: Path
     root: bytes | Path
+    starts: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def sync(
     """Bring the release `name` to the newest version that is signed for this device, and activate it if `healthy` agrees.
 
     `url`: the repository's folder, http(s) or file. `healthy` gets the staged version's path and raises if it is not to be.
-    `again`: also a version that failed its check here before.
+    `again`: also a version that was refused here before, for its check, its trial or by a rollback.
     Raises SignatureError: metadata that is forged, too old, expired, or of another time than this device's clock;
     ArtifactError, StoreError: content that is not what was signed; MissingError: unreachable or too slow, and what came is
     kept; what the store raises. In each case the active version stays.
@@ -177,47 +178,29 @@ def sync(
     _check_clock(mine)
     now = store.current(name)
     was, ring = now.version if now else "", words.ring_of(device.id)
-    failed = {**store.refused(name), **({} if again else _failed(device.folder).get(name, {}))}
-    offer = _choose(mine, device.id, was, failed)
+    offer = _choose(mine, device.id, was, {} if again else store.refused(name))
     if offer is None or offer.version == was:
         notes = [] if offer else [f"no version of {name} is offered to ring {ring}"]
         return Synced(name, was, was, False, ring, fetched_bytes=fetcher.fetched_bytes, notes=(*notes, *fetcher.broken))
     transfer = _Transfer(store, url, fetcher)
     content = _described(url, name, offer, targets, fetcher)
     transfer.bring(content)
+    store.forgive(name, offer.version)
     store.stage(name, offer.version, {path: blob.sha256 for path, blob in content.files.items()})
-    _activate(store, name, offer.version, healthy, device.folder)
+    store.activate(name, offer.version, healthy, starts=device.starts)
     store.collect()  # deltas, and what the version before the last one held
     done = Synced(name, offer.version, was, True, ring, transfer.missing_bytes, fetcher.fetched_bytes)
     return replace(done, deltas=transfer.deltas, whole=transfer.whole, notes=(*transfer.notes, *fetcher.broken))
 
 
-def _choose(offers: list[Offer], device_id: str, was: str, failed: Mapping[str, Any]) -> Offer | None:
+def _choose(offers: list[Offer], device_id: str, was: str, refused: Mapping[str, str]) -> Offer | None:
     """The newest version that this device is admitted to. What it has stays admitted until it is halted."""
     for offer in offers:
-        if offer.version in failed and offer.version != was:
+        if offer.version in refused and offer.version != was:
             continue
         if offer.admits(device_id) or (offer.version == was and not offer.halted):
             return offer
     return None
-
-
-def _activate(store: Store, name: str, version: str, healthy: Callable[[Path], None], folder: Path) -> None:
-    try:
-        store.activate(name, version, healthy)
-    except SartorError as error:
-        known = _failed(folder)
-        known.setdefault(name, {})[version] = error.problem
-        write_whole(folder / "failed.json", json.dumps(known, indent=1).encode())
-        raise
-
-
-def _failed(folder: Path) -> dict[str, dict[str, str]]:
-    try:
-        said = json.loads((folder / "failed.json").read_bytes())
-    except (OSError, ValueError):
-        return {}  # a memory of failures that is lost costs one more try
-    return said if isinstance(said, dict) and all(isinstance(one, dict) for one in said.values()) else {}
 
 
 class _Metadata(FetcherInterface):
@@ -256,7 +239,7 @@ def _refreshed(url: str, device: Device, fetcher: Fetcher) -> tuple[list[tuple[s
         except exceptions.ExpiredMetadataError as error:
             raise SignatureError(
                 f"what {url} serves has expired: {error}",
-                "the publisher runs edge.refresh, or the mirror is stuck in the past; is the device's clock right?",
+                "the publisher runs sartor edge refresh, or the mirror is stuck in the past; is the device's clock right?",
             ) from None
         except exceptions.RepositoryError as error:
             raise SignatureError(f"what {url} serves is not as it was signed: {error}", "try another mirror") from None

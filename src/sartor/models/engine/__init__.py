@@ -7,6 +7,6 @@ blocks.py     the base's blocks over a paged cache, every row with factors of it
 factors.py    the adapters' factors, stacked
 pages.py      which pages are free, used and kept for later prompts
 reading.py    a base without its weights; prompts.py, tools.py, grammar.py, schemas.py: a call -> prompt and constraint
-llamacpp.py   llama.cpp in this process; inner.py is its library
+llamacpp.py   llama.cpp in this process; inner.py is its library (no torch), base_file.py a base as it reads one
 remote.py     servers that speak OpenAI's protocol; streams.py is what both share
 """

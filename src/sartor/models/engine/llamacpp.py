@@ -26,9 +26,9 @@ import httpx
 
 from sartor.core import bases
 from sartor.core.errors import ModelError, RequestError, UnavailableError
-from sartor.models.base import source_gguf
+from sartor.models.engine.base_file import BaseFile, check_tokens, f16_file, open_base_file
 from sartor.models.engine.contract import BASE, About, Call, Event, Finish, Logprob, Vector
-from sartor.models.engine.inner import BaseFile, Bounds, Inner, check_tokens, embeddings, f16_file, open_base_file
+from sartor.models.engine.inner import PLAIN, Bounds, Inner, embeddings
 from sartor.models.engine.reading import Reader, open_reader
 from sartor.models.engine.streams import Reply, StreamEngine, events_of
 from sartor.models.engine.tools import reply_schema
@@ -36,11 +36,6 @@ from sartor.models.gguf_out import write_adapter_gguf
 
 # Tokens of prompt and reply in one slot: the server takes memory for the whole of every slot when it starts
 MOST_CONTEXT = 4096
-# llama.cpp's own defaults would cut the distribution. Temperature goes before top_p, as in our engine.
-_PLAIN: dict[str, Any] = {
-    "stream": True, "return_tokens": True, "cache_prompt": True, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0,
-    "repeat_last_n": MOST_CONTEXT, "samplers": ["penalties", "temperature", "top_p"],
-}  # fmt: skip
 _ENDS: dict[str, Finish] = {"limit": "length", "eos": "stop", "word": "stop"}
 Convert = Callable[[Path, Path, Path], Path]
 
@@ -143,7 +138,9 @@ class LlamaCppEngine(StreamEngine):
     def _body(self, reply: Reply) -> dict[str, Any]:
         call, sampling = reply.call, reply.call.sampling
         body: dict[str, Any] = {
-            **_PLAIN,
+            **PLAIN,
+            "stream": True,
+            "repeat_last_n": MOST_CONTEXT,
             "prompt": reply.prompt,
             "id_slot": reply.seat,
             "lora": [{"id": place, "scale": float(adapter == call.adapter)} for place, adapter in enumerate(self._loaded)],
@@ -210,7 +207,7 @@ def _file_of(ref: bases.BaseRef, given: str) -> Path:
         if not Path(given).is_file():
             raise ModelError(f"there is no file {given}", "engine.gguf: a GGUF file of the base")
         return Path(given)
-    return source_gguf(ref) if ref.gguf or ref.name == bases.STARTER else f16_file(ref)
+    return bases.source_gguf(ref) if ref.gguf or ref.name == bases.STARTER else f16_file(ref)
 
 
 def _logprob(item: Mapping[str, Any], most: int) -> Logprob:

@@ -12,8 +12,8 @@ from typing import Any
 
 from rapidfuzz import fuzz
 
-from sartor.agents.admission.samples import sample
 from sartor.core.errors import AdmissionError
+from sartor.evaluate.samples import sample
 from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece
 from sartor.models.sampling import Sampling
 

@@ -1,0 +1,78 @@
+"""The verbs of a publisher: keys, versions, rings, and what the fleet says. What they return is what the commands say."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sartor.edge.update import fleet, roles
+from sartor.edge.update import publish as repositories
+from sartor.edge.update.content import Offer
+from sartor.edge.update.fleet import Policy
+from sartor.edge.update.roles import Expiry, RoleName
+
+__all__ = ["Expiry", "Policy"]
+
+
+def keygen(keys: Path) -> dict[str, Any]:
+    """Make the keys of the four roles of an update repository, once."""
+    return {"keys": str(keys), "roles": roles.keygen(keys)}
+
+
+def publish(
+    release: Path, repository: Path, keys: Path, *, key: Path | None = None, percent: int = 100, expiry: Expiry | None = None
+) -> dict[str, Any]:
+    """Add a signed Release, or a signed export of one, to a repository."""
+    done = repositories.publish(release, repository, keys, key=key, percent=percent, expiry=expiry)
+    return {"repository": str(repository), "release": str(release), **asdict(done)}
+
+
+def widen(repository: Path, keys: Path, name: str, version: str, percent: int) -> dict[str, Any]:
+    """Offer a version to more devices."""
+    return _offer(name, repositories.widen(repository, keys, name, version, percent))
+
+
+def halt(repository: Path, keys: Path, name: str, version: str) -> dict[str, Any]:
+    """Offer a version to nobody any more; devices that have it go back."""
+    return _offer(name, repositories.halt(repository, keys, name, version))
+
+
+def refresh(repository: Path, keys: Path, *, expiry: Expiry | None = None) -> dict[str, Any]:
+    """Sign anew what expires first, before it does."""
+    repositories.refresh(repository, keys, expiry=expiry)
+    return {"repository": str(repository), "expires": roles.expiries(repository / "metadata")}
+
+
+def rotate(repository: Path, keys: Path, role: RoleName, *, old: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Replace keys of a role."""
+    return {"role": role, "keys": repositories.rotate(repository, keys, role, old=old)}
+
+
+def withdraw(repository: Path, keys: Path, name: str, version: str) -> dict[str, Any]:
+    """Take a version out, with what no other needs."""
+    return {"name": name, "version": version, "freed_bytes": repositories.withdraw(repository, keys, name, version)}
+
+
+def watch(
+    repository: Path,
+    found: Path,
+    devices: Path,
+    *,
+    keys: Path | None = None,
+    widen: bool = False,
+    policy: Policy | None = None,
+) -> dict[str, Any]:
+    """Count the reports of devices; with `keys`, halt what fails and with `widen` widen what works."""
+    counted = fleet.tally(found, repository, devices, policy)
+    done = fleet.watch(repository, keys, counted, widen=widen)
+    acts = [{"name": one.name, "version": one.version, "did": one.action, **_to(one.to)} for one in done]
+    return {"versions": [one.as_json() for one in counted.tallies], "refused": counted.refused, "done": acts}
+
+
+def _to(percent: int) -> dict[str, int]:
+    return {"percent": percent} if percent else {}
+
+
+def _offer(name: str, offer: Offer) -> dict[str, Any]:
+    return {"name": name, "version": offer.version, "percent": offer.percent, "halted": offer.halted}

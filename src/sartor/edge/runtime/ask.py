@@ -1,0 +1,75 @@
+"""One reply of the version that is current; on trial, the question is a start, and the answer confirms it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sartor.core import errors
+from sartor.core.errors import BusyError, ConfigError, HealthError, StoreError
+from sartor.edge.runtime import opened, system_of
+from sartor.edge.store import Installed, Store, installed
+from sartor.edge.tuning.limits import DataLimit
+from sartor.models.engine.contract import BASE, Call, Failed, Piece
+from sartor.models.sampling import Sampling
+
+
+def ask(
+    store: Path | str, name: str, prompt: str, *, base: str = "", sampling: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Answer a prompt by the current version, by its own system prompt and sampling but for the options given.
+
+    Raises StoreError where nothing is current, ConfigError for an empty prompt, what `runtime.opened` raises, and the error
+    that the reply ended with.
+    """
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty", 'sartor edge ask NAME "..." --store DIR')
+    with _started(Path(store), name) as found, opened(found.path, base) as (runtime, manifest):
+        chosen = Sampling(**{**manifest.get("sampling", {}), **(sampling or {})})
+        messages = (*system_of(manifest), {"role": "user", "content": prompt})
+        events = runtime.answer([Call("ask", BASE, messages, sampling=chosen)])[0]
+        memory_bytes = DataLimit().bytes_now(os.getpid())
+        end = events[-1]
+        if isinstance(end, Failed):
+            raise getattr(errors, end.kind, HealthError)(end.problem, end.remedy)
+    return {
+        "reply": "".join(event.text for event in events if isinstance(event, Piece)),
+        "agent": f"{found.name}@{found.version}",
+        "release": str(found.path),
+        "version": found.version,
+        "runtime": runtime.name,
+        "memory_bytes": memory_bytes,
+    }
+
+
+@contextmanager
+def _started(store: Path, name: str) -> Iterator[Installed]:
+    """The current version. On trial, the start is counted before, and confirmed if nothing is raised inside.
+
+    While a sync writes to the store nothing is counted: who asks never waits for an update.
+    """
+    found = installed(store, name)
+    if found and found.trial:
+        found = _in_store(store, lambda opened: opened.start(name)) or found
+    if found is None:
+        raise StoreError(f"{store} holds no {name}", f"sartor edge sync URL {name} --store {store}")
+    yield found
+    if found.trial:
+        _in_store(store, lambda opened: opened.confirm(name) if _is_current(opened, found) else None)
+
+
+def _is_current(store: Store, found: Installed) -> bool:
+    now = store.current(found.name)
+    return now is not None and now.version == found.version
+
+
+def _in_store(folder: Path, act: Any) -> Installed | None:
+    try:
+        with Store(folder) as store:
+            done: Installed | None = act(store)
+            return done
+    except BusyError:
+        return None

@@ -1,0 +1,90 @@
+"""A GGUF export by llama.cpp: its merged file, or its adapter on the base's own file. Nothing but xllamacpp is loaded.
+
+The chat template is the one in the file, which the export's parity receipt compared with the Release's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sartor.core import bases
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import ModelError, SartorError
+from sartor.models.engine.contract import Call, Done, Event, Failed, Finish, Piece
+from sartor.models.engine.inner import PLAIN, Bounds, Inner
+
+# Prompt and reply together; llama.cpp takes the memory for all of it when it starts
+CONTEXT_TOKENS = 2048
+# A whole reply on a slow device
+REPLY_S = 600.0
+_ADAPTER = "-adapter.gguf"
+
+
+class Gguf:
+    """See `runtime.Runtime`."""
+
+    name = "llama.cpp"
+
+    def __init__(self, export: Artifact, base: str) -> None:
+        model, adapters = _files(export, base)
+        self._adapters = len(adapters)
+        self._inner: Inner | None = Inner(model, adapters, Bounds(1, 0, CONTEXT_TOKENS))
+
+    def answer(self, calls: Sequence[Call]) -> list[list[Event]]:
+        """See `runtime.Runtime`. One after the other: a device has few cores."""
+        return [self._events(call) for call in calls]
+
+    def close(self) -> None:
+        """See `runtime.Runtime`."""
+        self._inner = None
+
+    def _events(self, call: Call) -> list[Event]:
+        assert self._inner
+        try:
+            prompt = call.text
+            if call.messages:
+                prompt = str(self._inner.ask("/apply-template", {"messages": list(call.messages)})["prompt"])
+            said = self._inner.ask("/completion", self._body(call, prompt), REPLY_S)
+            finish: Finish = "length" if said.get("stop_type") == "limit" else "stop"
+            done = Done(call.id, finish, int(said["tokens_evaluated"]), int(said["tokens_predicted"]))
+            return [Piece(call.id, str(said["content"]), done.reply_tokens), done]
+        except SartorError as error:
+            return [Failed(call.id, error.kind, error.problem, error.remedy)]
+        except (KeyError, TypeError, ValueError) as error:
+            return [Failed(call.id, "UnavailableError", f"llama.cpp's answer has another form: {error!r}", "check its version")]
+
+    def _body(self, call: Call, prompt: str) -> dict[str, Any]:
+        sampling = call.sampling
+        return {
+            **PLAIN,
+            "prompt": prompt,
+            "lora": [{"id": place, "scale": 1.0} for place in range(self._adapters)],
+            "n_predict": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+            "stop": list(sampling.stop),
+        }
+
+
+def _files(export: Artifact, base: str) -> tuple[Path, list[Path]]:
+    """The model's file and the adapters': with `base`, the adapter on that file; else the smallest merged file."""
+    names = [name for name in export.manifest["files"] if name.endswith(".gguf")]
+    merged = [export.path / name for name in names if not name.endswith(_ADAPTER)]
+    adapters = [export.path / name for name in names if name.endswith(_ADAPTER)]
+    if merged and not base:
+        return min(merged, key=lambda file: file.stat().st_size), []
+    if not adapters:
+        raise ModelError(f"{export.path.name} holds no adapter to put on {base}", "leave --base away")
+    said = export.manifest["base"]
+    found = bases.locate(base or said["name"])
+    if found.digest != said["digest"]:
+        raise ModelError(
+            f"the adapter is of the base {said['digest'][:12]} ({said['name']!r}); {found.name!r} is {found.short_digest}",
+            "give the GGUF file of the base that it was tuned on",
+        )
+    if found.gguf is None and found.name != bases.STARTER:
+        raise ModelError(f"the base {found.name!r} is no GGUF file", "give one with --base, or export with a merged file")
+    return bases.source_gguf(found), adapters

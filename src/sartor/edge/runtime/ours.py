@@ -1,0 +1,41 @@
+"""A Release on its base, as `sartor ask` and the Report's own replies were computed: transformers' layout, torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import SartorError
+from sartor.evaluate.tasks import open_tuned
+from sartor.models.engine.contract import Call, Done, Event, Failed, Finish, Piece
+from sartor.models.engine.prompts import prompt_ids
+from sartor.models.generate import context_tokens, generate
+
+# Of a base that says nothing of its context
+UNKNOWN_TOKENS = 4096
+
+
+class Ours:
+    """See `runtime.Runtime`."""
+
+    name = "sartor"
+
+    def __init__(self, release: Artifact, base: str) -> None:
+        self._base, self._model = open_tuned(release, base_name=base)
+
+    def answer(self, calls: Sequence[Call]) -> list[list[Event]]:
+        """See `runtime.Runtime`."""
+        return [self._events(call) for call in calls]
+
+    def close(self) -> None:
+        """See `runtime.Runtime`."""
+
+    def _events(self, call: Call) -> list[Event]:
+        chat = self._base.chat
+        try:
+            ids = prompt_ids(chat, call, context_tokens(self._model) or UNKNOWN_TOKENS)
+            made = generate(self._model, [ids], stop=chat.stops, pad=chat.pad, sampling=call.sampling)[0]
+        except SartorError as error:
+            return [Failed(call.id, error.kind, error.problem, error.remedy)]
+        finish: Finish = "length" if made.finish == "length" else "stop"
+        return [Piece(call.id, chat.decode(made.ids), len(made.ids)), Done(call.id, finish, len(ids), len(made.ids))]

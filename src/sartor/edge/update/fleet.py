@@ -1,0 +1,186 @@
+"""What a fleet says of its versions, and what follows: a ring that fails is halted, one that works is widened.
+
+A vote counts if it is signed by the key that is enrolled for its device, `DEVICES/ID.pub`, if the version was offered to that
+device, and if it is that device's newest on this version. What does not count is counted by why. The fraction of failures has a
+Wilson interval (1927): halted is what fails in more than `halt_above` of the devices even at its lower end, widened what fails
+in fewer than `widen_below` even at its upper end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from scipy.stats import binomtest
+
+from sartor.core import signing
+from sartor.core.errors import ArtifactError, ConfigError, SartorError, SignatureError
+from sartor.edge.update import publish, reports
+from sartor.edge.update.content import Offer, ring_of
+from sartor.edge.update.reports import MOST_BYTES, Report
+from sartor.edge.update.roles import Documents
+
+Action = Literal["halt", "widen", "wait", "done", "halted"]
+# A device's clock may be this far from the publisher's
+_CLOCK_S = 86_400
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When to act. Fractions 0..1 of the devices that report; `rings`: percents that a version is widened to, in turn."""
+
+    least_reports: int = 5
+    halt_above: float = 0.05
+    widen_below: float = 0.25
+    confidence: float = 0.95
+    rings: tuple[int, ...] = (10, 25, 50, 100)
+
+    def __post_init__(self) -> None:
+        if not (self.least_reports >= 1 and 0 <= self.halt_above < 1 and 0 < self.widen_below <= 1):
+            raise ConfigError(f"a rule for a fleet is out of range: {self}", "--least-reports 5 --halt-above 0.05")
+        if not 0 < self.confidence < 1 or not all(0 < ring <= 100 for ring in self.rings):
+            raise ConfigError(f"a rule for a fleet is out of range: {self}", "--confidence 0.95, --rings 10,25,50,100")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What is known of one version. `low`, `high`: of the fraction of failures. `to`: the percent that it is widened to."""
+
+    name: str
+    version: str
+    percent: int
+    passed: int
+    failed: int
+    low: float
+    high: float
+    action: Action
+    to: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """As the command says it."""
+        return {**asdict(self), "low": round(self.low, 4), "high": round(self.high, 4)}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Every version that somebody votes on or may. `refused`: reports that do not count, by why."""
+
+    tallies: tuple[Tally, ...]
+    refused: dict[str, int]
+
+
+def tally(found: Path | Iterable[bytes], repository: Path, devices: Path, policy: Policy | None = None) -> Counted:
+    """Count reports (a folder of files, or their bytes). `devices`: a folder of public keys, ID.pub. Changes nothing."""
+    policy = policy or Policy()
+    documents = Documents.open(repository / "metadata")
+    offers = {
+        (name, offer.version): offer for name in publish.names_of(documents) for offer in publish.offers_of(documents, name)
+    }
+    refused: Counter[str] = Counter()
+    votes = _votes(_contents(found) if isinstance(found, Path) else found, offers, devices, refused)
+    tallies = (_tallied(name, offer, votes, policy) for (name, _), offer in sorted(offers.items(), key=_newest_first))
+    return Counted(tuple(tallies), dict(sorted(refused.items())))
+
+
+def watch(repository: Path, keys: Path | None, counted: Counted, *, widen: bool = False) -> list[Tally]:
+    """Do what the tallies say: halt, and with `widen` widen. Returns what was done.
+
+    `keys`: of targets, snapshot and timestamp; without them nothing is done. Raises what `publish.halt` raises.
+    """
+    done = []
+    for one in counted.tallies if keys else ():
+        assert keys
+        if one.action == "halt":
+            publish.halt(repository, keys, one.name, one.version)
+        elif one.action == "widen" and widen:
+            publish.widen(repository, keys, one.name, one.version, one.to)
+        else:
+            continue
+        done.append(one)
+    return done
+
+
+def _newest_first(item: tuple[tuple[str, str], Offer]) -> tuple[str, int]:
+    return item[0][0], -item[1].order
+
+
+def _contents(folder: Path) -> Iterator[bytes]:
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}", "--reports: where the devices' reports are gathered")
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and not file.name.startswith("."):
+            with file.open("rb") as stream:
+                yield stream.read(MOST_BYTES + 1)
+
+
+def _votes(
+    found: Iterable[bytes], offers: dict[tuple[str, str], Offer], devices: Path, refused: Counter[str]
+) -> dict[tuple[str, str, str], Report]:
+    """(name, version, device) -> that device's newest report."""
+    votes: dict[tuple[str, str, str], Report] = {}
+    for content in found:
+        try:
+            report, signature = reports.read(content)
+        except ArtifactError:
+            refused["malformed"] += 1
+            continue
+        if why := _wrong(report, signature, offers, devices):
+            refused[why] += 1
+            continue
+        place = (report.name, report.version, report.device)
+        if (known := votes.get(place)) is not None:
+            refused["replayed"] += 1  # a copy of it, or what that device said before
+        if known is None or report.time > known.time:
+            votes[place] = report
+    return votes
+
+
+def _wrong(report: Report, signature: Any, offers: dict[tuple[str, str], Offer], devices: Path) -> str:
+    """Why a report does not count; empty where it does."""
+    file = devices / f"{report.device}.pub"
+    if not file.is_file():
+        return "unknown device"
+    try:
+        signing.check_said(report.document(), signature, file, report.device, [signing.open_public(file)])
+    except SignatureError:
+        return "forged"
+    except SartorError:
+        return "unknown device"  # what is enrolled is no key
+    offer = offers.get((report.name, report.version))
+    if offer is None:
+        return "unknown version"
+    if not offer.published - _CLOCK_S <= report.time <= time.time() + _CLOCK_S:
+        return "of another time"
+    return "" if report.ring == ring_of(report.device) < offer.percent else "not offered to it"
+
+
+def _tallied(name: str, offer: Offer, votes: dict[tuple[str, str, str], Report], policy: Policy) -> Tally:
+    mine = [vote for (named, version, _), vote in votes.items() if (named, version) == (name, offer.version)]
+    failed = sum(vote.outcome == "fail" for vote in mine)
+    low, high = _interval(failed, len(mine), policy.confidence)
+    action, to = _decided(offer, len(mine), low, high, policy)
+    reasons = dict(sorted(Counter(vote.reason for vote in mine if vote.outcome == "fail").items()))
+    return Tally(name, offer.version, offer.percent, len(mine) - failed, failed, low, high, action, to, reasons)
+
+
+def _interval(failed: int, count: int, confidence: float) -> tuple[float, float]:
+    if not count:
+        return 0.0, 1.0
+    found = binomtest(failed, count).proportion_ci(confidence, "wilson")
+    return float(found.low), float(found.high)
+
+
+def _decided(offer: Offer, count: int, low: float, high: float, policy: Policy) -> tuple[Action, int]:
+    if offer.halted:
+        return "halted", 0
+    if count >= policy.least_reports and low > policy.halt_above:
+        return "halt", 0
+    if offer.percent >= 100:
+        return "done", 0
+    to = next((ring for ring in sorted(policy.rings) if ring > offer.percent), 100)
+    return ("widen", to) if count >= policy.least_reports and high < policy.widen_below else ("wait", 0)

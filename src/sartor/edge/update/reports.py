@@ -1,0 +1,132 @@
+"""What a device says of a version: signed with its own key, a few words, no data; at a sync, and only where it is asked to.
+
+    {"schema": 1, "kind": "fleet-report", "device": "sensor-0017", "name": "faq", "version": "1.1", "ring": 42,
+     "outcome": "fail", "reason": "canary", "time": 1780000000, "signature": {...}}
+
+The reason is a word of a closed list: what the device's own prompts were, and what was answered, stays on the device. What is
+to be said follows from the store: a version that is refused failed, the current one passed once its trial is over.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from sartor.core import records, signing
+from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.names import is_name
+from sartor.edge.files import write_whole
+from sartor.edge.store import Store
+from sartor.edge.update.content import ring_of
+from sartor.edge.update.fetch import Fetcher
+
+SCHEMA, KIND = 1, "fleet-report"
+MOST_BYTES = 4096
+Outcome = Literal["pass", "fail"]
+# as the reasons in the store begin: those of the health check, of a trial, of a person's rollback
+REASONS = ("opens", "time", "memory", "crash", "canary", "degenerate", "evaluation", "starts", "person", "other")
+_MEMORY = "reported.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One device on one version. `time`: seconds since 1970 by the device's clock. `reason`: one of REASONS, "" for a pass."""
+
+    device: str
+    name: str
+    version: str
+    ring: int
+    outcome: Outcome
+    reason: str
+    time: int
+
+    def document(self) -> bytes:
+        """What is signed."""
+        return records.canonical({"schema": SCHEMA, "kind": KIND, **asdict(self)})
+
+    def signed(self, key: Ed25519PrivateKey) -> bytes:
+        """What is sent."""
+        said = json.loads(self.document())
+        return records.canonical({**said, "signature": signing.signature_of(self.document(), key)}) + b"\n"
+
+
+def read(content: bytes) -> tuple[Report, Any]:
+    """A report and its signature, which is not checked here. Raises ArtifactError for what is none."""
+    try:
+        said = json.loads(content) if len(content) <= MOST_BYTES else None
+        if not isinstance(said, dict):
+            raise TypeError("no JSON object of a report's size")
+        signature = said.pop("signature")
+        if (said.pop("schema"), said.pop("kind")) != (SCHEMA, KIND):
+            raise ValueError("another schema or kind")
+        found = Report(**said)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ArtifactError(f"this is no report of a device: {error}", "look at who sends it") from None
+    numbers = type(found.ring) is int and type(found.time) is int
+    words = found.outcome in ("pass", "fail") and found.reason in ("", *REASONS)
+    if not (numbers and words and all(map(is_name, (found.device, found.name, found.version)))):
+        raise ArtifactError("a field of this report has another form", "look at who sends it")
+    return found, signature
+
+
+def reason_of(text: str) -> str:
+    """The word for why a version was refused."""
+    word = text.partition(":")[0]
+    return word if word in REASONS else "other"
+
+
+def check_id(device: str) -> None:
+    """Raise ConfigError for a device's id that names no file: its key is enrolled under it."""
+    if not is_name(device):
+        raise ConfigError(f"{device!r:.80} is no id that can report", "--device: lower-case letters, digits, '.', '_' and '-'")
+
+
+def due(store: Store, name: str, device: str, said: dict[str, str]) -> Iterator[Report]:
+    """What is to be said of `name` and was not yet; `said`: version -> outcome."""
+    now, ring = int(time.time()), ring_of(device)
+    for version, why in store.refused(name).items():
+        if said.get(version) != "fail":
+            yield Report(device, name, version, ring, "fail", reason_of(why), now)
+    current = store.current(name)
+    if current and not current.trial and said.get(current.version) != "pass":
+        yield Report(device, name, current.version, ring, "pass", "", now)
+
+
+def send_due(store: Store, name: str, device: str, key: Path, where: str, folder: Path) -> list[Report]:
+    """Sign and send what is to be said, to a folder or by POST to an http(s) address; what was sent stands in `folder`.
+
+    Raises MissingError where it cannot be sent: the next sync says it again.
+    """
+    check_id(device)
+    private = signing.open_private(key)
+    memory = _remembered(folder)
+    said = memory.setdefault(name, {})
+    sent = []
+    for report in due(store, name, device, dict(said)):
+        _send(report.signed(private), report, where)
+        said[report.version] = report.outcome
+        write_whole(folder / _MEMORY, records.canonical(memory))
+        sent.append(report)
+    return sent
+
+
+def _send(document: bytes, report: Report, where: str) -> None:
+    if where.startswith(("http://", "https://")):
+        Fetcher().post(where, document)
+    else:
+        write_whole(Path(where) / f"{report.device}.{report.name}.{report.version}.json", document)
+
+
+def _remembered(folder: Path) -> dict[str, dict[str, str]]:
+    """What was said already; a memory that is lost costs one more report, which counts once."""
+    try:
+        said = json.loads((folder / _MEMORY).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) and all(isinstance(one, dict) for one in said.values()) else {}

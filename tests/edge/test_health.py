@@ -1,0 +1,213 @@
+"""The health check: what a device asks a version, what it says of the answers, and what a process that fails tells."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sartor.core.artifacts import write_artifact
+from sartor.core.errors import ConfigError, HealthError, MissingError
+from sartor.edge.runtime import process
+from sartor.edge.tuning.limits import Limits, Usage
+from sartor.edge.update import health
+from sartor.edge.update.health import Health, read_prompts
+from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece
+
+CANARIES = [
+    {"messages": [{"role": "user", "content": "turn on the light"}], "reply": '{"intent":"HassTurnOn"}'},
+    {"messages": [{"role": "user", "content": "what colour is the sky"}], "reply": "the sky is blue"},
+]
+
+
+def version(folder: Path, **facts: Any) -> Path:
+    """A Release without weights: what answers is a function of the test."""
+    facts = {"name": "home", "version": "1.0", "system_prompt": "Be brief.", **facts}
+    return write_artifact(folder / "release", "release", lambda part: facts).path
+
+
+def lines(folder: Path, *rows: object) -> Path:
+    file = folder / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return file
+
+
+class Fake:
+    """Answers by prompt, in place of the process."""
+
+    def __init__(self, answers: dict[str, str | Failed]) -> None:
+        self.answers, self.asked = answers, list[Call]()
+
+    def __call__(self, release: Path, calls: Sequence[Call], limits: Limits, base: str) -> Any:
+        self.asked += calls
+        return [self.events(call) for call in calls], Usage("nothing", 0, 123, 0.1, 0.1, 0, "")
+
+    def events(self, call: Call) -> list[Event]:
+        said = self.answers[str(call.messages[-1]["content"])]
+        return [said] if isinstance(said, Failed) else [Piece(call.id, said, 3), Done(call.id, "stop", 5, 3)]
+
+
+GOOD: dict[str, str | Failed] = {
+    "turn on the light": '{"intent":"HassTurnOn"}',
+    "what colour is the sky": "the sky is blue",
+    "hello": " Hello! ",
+    "where": "in the hall, by the door",
+    "off": '{"intent": "HassTurnOff", "slots": {"area": "kitchen", "level": 3}}',
+}
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "hello", "expected": {"exact": "Hello!"}},
+    {"prompt": "where", "expected": {"contains": "by the door"}},
+    {
+        "messages": [{"role": "user", "content": "off"}],
+        "expected": {"json": {"intent": "HassTurnOff", "slots.area": "kitchen", "slots.level": 3}},
+    },
+]
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def use(**changes: str | Failed) -> Fake:
+        fake = Fake({**GOOD, **{key.replace("_", " "): value for key, value in changes.items()}})
+        monkeypatch.setattr(process, "asked", fake)
+        return fake
+
+    return use
+
+
+def test_a_version_passes_that_says_what_its_report_recorded_and_what_the_device_expects(
+    tmp_path: Path, answering: Any
+) -> None:
+    fake = answering()
+    found = Health(read_prompts(lines(tmp_path, *ROWS))).check(version(tmp_path, canaries=CANARIES))
+    assert found.passed and (found.asked, found.peak_memory_bytes) == (5, 123)
+    asked = {call.messages[-1]["content"]: [one["role"] for one in call.messages] for call in fake.asked}
+    assert asked["hello"] == ["system", "user"]  # a bare prompt comes after the version's system prompt
+    assert asked["off"] == ["user"]
+    assert {call.adapter for call in fake.asked} == {BASE}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hello": "Hello! I am your assistant."}, "line 1 (exact)"),
+        ({"where": "in the hall"}, "line 2 (contains)"),
+        ({"off": '{"intent": "HassTurnOn", "slots": {"area": "kitchen", "level": 3}}'}, "line 3 (json: intent)"),
+        ({"off": "certainly"}, "line 3 (json: intent, slots.area, slots.level)"),
+        ({"hello": Failed("x", "ModelError", "not finite", "tune")}, "line 1 (no answer: ModelError)"),
+        ({"what_colour_is_the_sky": "Mary had a little lamb", "turn_on_the_light": "no"}, "canary: of the release's own"),
+        ({"what_colour_is_the_sky": "ha" * 60, "turn_on_the_light": ""}, "degenerate: of the release's own"),
+    ],
+)
+def test_what_is_wrong_is_said_by_line_and_kind(tmp_path: Path, answering: Any, changes: Any, said: str) -> None:
+    answering(**changes)
+    check = Health(read_prompts(lines(tmp_path, *ROWS)))
+    with pytest.raises(HealthError) as raised:
+        check(version(tmp_path, canaries=CANARIES))
+    assert said in raised.value.problem
+    for secret in ("assistant", "in the hall", "certainly", "Mary", "haha"):
+        assert secret not in raised.value.problem
+
+
+def test_a_release_without_canaries_has_to_answer_something(tmp_path: Path, answering: Any) -> None:
+    fake = answering(**{"Hello!": "..."})
+    assert Health().check(version(tmp_path)).passed and len(fake.asked) == 1
+    answering(**{"Hello!": Failed("x", "ModelError", "it is broken", "tune")})
+    assert Health().check(version(tmp_path / "again")).reasons == ("canary: no answer: ModelError",)
+
+
+def test_a_private_measure_is_asked_last_and_may_say_no(tmp_path: Path, answering: Any) -> None:
+    answering()
+    release = version(tmp_path, canaries=CANARIES)
+    asked: list[Path] = []
+
+    def measured(path: Path) -> str:
+        asked.append(path)
+        return "0.41 of the owner's own questions; 0.60 before"
+
+    assert Health(evaluation=measured).check(release).reasons[0].startswith("evaluation: 0.41")
+    assert Health(evaluation=lambda path: None).check(release).passed
+    assert Health(evaluation=lambda path: str(1 / 0)).check(release).reasons == ("evaluation: ZeroDivisionError",)
+    answering(what_colour_is_the_sky="no", turn_on_the_light="no")
+    assert not Health(evaluation=measured).check(release).passed and asked == [release]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("x", "a JSON object is due"),
+        ({"prompt": "x"}, "expected is one of exact, contains, json"),
+        ({"prompt": "x", "expected": {"regex": "y"}}, "expected is one of"),
+        ({"prompt": "x", "expected": {"json": {}}}, "json takes fields"),
+        ({"prompt": "x", "expected": {"contains": ""}}, "contains takes a text"),
+        ({"prompt": "x", "messages": [], "expected": "y"}, "one of them"),
+        ({"messages": [], "expected": "y"}, "messages a list"),
+        ({"prompt": 3, "expected": "y"}, "prompt is a text"),
+        ({"promt": "x", "expected": "y"}, "unknown key 'promt'"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, row: object, said: str) -> None:
+    with pytest.raises(ConfigError, match="line 2") as raised:
+        read_prompts(lines(tmp_path, {"prompt": "a", "expected": "b"}, row))
+    assert said in raised.value.problem
+
+
+def test_a_file_of_nothing_is_no_check(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for file in ("empty.jsonl", "absent.jsonl"):
+        with pytest.raises(ConfigError):
+            read_prompts(tmp_path / file)
+
+
+def test_a_release_that_was_changed_does_not_open(tmp_path: Path) -> None:
+    release = version(tmp_path)
+    (release / "release.json").write_text("{}")
+    assert Health().check(release).reasons[0].startswith("opens: ")
+
+
+# the process itself
+
+
+def gguf_export(folder: Path, content: bytes, **facts: Any) -> Path:
+    def fill(part: Path) -> dict[str, Any]:
+        (part / "home-1.0-f16.gguf").write_bytes(content)
+        return {"form": "gguf", "name": "home", "version": "1.0", "base": {"name": "nowhere", "digest": "0" * 64}, **facts}
+
+    return write_artifact(folder / "export", "export", fill).path
+
+
+CALL = Call("x", BASE, ({"role": "user", "content": "hello"},))
+
+
+def test_a_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    with pytest.raises(HealthError, match=r"^time: it was not done in 0.05 s"):
+        process.asked(version(tmp_path), [CALL], Limits(wall_s=0.05))
+
+
+def test_what_a_version_did_to_its_process_begins_with_a_word(tmp_path: Path) -> None:
+    limits, log = Limits(memory_bytes=1 << 30, wall_s=5), tmp_path / "log"
+    log.write_text("loading\nterminate called\n")
+    for killed, code, said in (
+        ("memory", -9, "memory: it took more than 1,073,741,824"),
+        ("", -11, "crash: .*terminate called"),
+    ):
+        with pytest.raises(HealthError, match=said):
+            process._check(Usage("x", 0, 0, 0, 0, code, killed), limits, log)  # type: ignore[arg-type]
+    assert isinstance(process._error({"kind": "AssetError", "problem": "no starter", "remedy": "x"}), MissingError)
+    assert "opens: no base" in process._error({"kind": "ModelError", "problem": "no base", "remedy": "x"}).problem
+
+
+@pytest.mark.services
+def test_a_gguf_file_that_llama_cpp_cannot_take_is_a_verdict(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
+    with pytest.raises(HealthError, match="opens: llama.cpp does not start"):
+        process.asked(gguf_export(tmp_path, b"GGUF" + bytes(100)), [CALL], Limits(wall_s=120))
+
+
+def test_the_words_for_reasons_are_those_that_a_report_may_say() -> None:
+    from sartor.edge.update.reports import REASONS
+
+    assert {"opens", "time", "memory", "crash", "canary", "degenerate", "evaluation"} <= set(REASONS)
+    assert health.KINDS == ("exact", "contains", "json")
