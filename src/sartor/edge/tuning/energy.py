@@ -34,7 +34,7 @@ Plugged = Literal["yes", "no", "unknown"]
 
 @dataclass(frozen=True)
 class Reading:
-    """What sysfs says now. level: of the emptiest battery, 0..1, None without one. drains: a battery is being emptied, or may be.
+    """What sysfs says now. level: of the emptiest battery, 0..1, None without one. drains: a battery is emptied, or may be.
 
     zones: degrees C by type of thermal zone. faults: what was not to be read of supplies and batteries; notes: of the zones.
     """
@@ -122,7 +122,7 @@ def read(root: Path = Path("/sys")) -> Reading:
         else:
             faults.append(f"{supply.name} says {kind!r:.40} for what it is")
     plugged = _whether(plugs, states)
-    zones = {}
+    zones: dict[str, float] = {}
     for zone in sorted((root / "class/thermal").glob("thermal_zone*")):
         celsius = _number(zone / "temp", COLDEST_C * 1000, HOTTEST_C * 1000)
         name = _unlike(_word(zone / "type") or zone.name, zone.name, zones)
