@@ -31,7 +31,8 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
 
 
 # Ten seconds to half a minute of real runs on one page: not for the inner loop
-SLOW = {"recipes.md", "curation.md", "agents.md", "export.md", "serving.md", "admission.md", "engines.md", "multimodal.md"}
+SLOW = {"recipes.md", "curation.md", "agents.md", "export.md", "serving.md", "admission.md", "engines.md", "multimodal.md",
+        "edge-personal.md"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

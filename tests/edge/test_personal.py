@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from conftest import ROWS
 from sartor.core import signing
@@ -134,6 +135,7 @@ def test_a_delta_that_is_better_becomes_current_and_is_bound_to_its_release(shop
     assert me.adapt().delta and me.status().delta and len(shop.jobs) == 2
 
 
+@pytest.mark.services
 def test_the_split_is_by_prompt_and_no_held_out_row_goes_to_the_tuner(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     me = shop.filled()
     for row in ROWS[:10]:
@@ -151,6 +153,7 @@ def test_the_split_is_by_prompt_and_no_held_out_row_goes_to_the_tuner(shop: Shop
     assert {row.example_id for row in seen[0].train}.isdisjoint(held) and seen[0].held_out == []
 
 
+@pytest.mark.services
 def test_what_is_not_better_is_not_taken_and_not_tuned_again(shop: Shop) -> None:
     me = shop.personal(settings=replace(shop.settings, recipe={**RECIPE, "optimizer": {"learning_rate": 1e-9}}))
     for row in ROWS:
@@ -168,6 +171,7 @@ def test_a_delta_that_forgets_the_probe_is_not_taken(shop: Shop) -> None:
     assert done.delta == "" and "the probe's loss may have risen" in done.why
 
 
+@pytest.mark.services
 def test_the_releases_own_canaries_are_the_probe_where_none_is_given(shop: Shop) -> None:
     shop.settings = replace(shop.settings, probe=())
     me = shop.filled()
@@ -200,6 +204,7 @@ def test_a_device_that_may_not_tune_says_why(shop: Shop) -> None:
     unlock()
 
 
+@pytest.mark.services
 def test_losses_are_those_that_the_tuner_computes(shop: Shop, tmp_path: Path) -> None:
     me = shop.filled()
     done = me.adapt()
@@ -215,6 +220,37 @@ def test_losses_are_those_that_the_tuner_computes(shop: Shop, tmp_path: Path) ->
     assert told["loss"]["eval"] == pytest.approx(mean, abs=1e-3)
     with pytest.raises(ModelError, match="other factors"):
         Judge(shop.base, Lora(rank=2)).losses(me.adapter(), found.held_out)
+
+
+def test_the_method_is_read_off_the_adapters_weights(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "a")
+    file, weights = tmp_path / "a/adapter_config.json", tmp_path / "a/adapter_model.safetensors"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({**said, "target_modules": ["model.layers.0.self_attn.q_proj"], "layers_to_transform": None}))
+    method = work.recipe_of(tmp_path / "a", tiny_base, {})["method"]
+    assert (method["rank"], method["alpha"], len(method["targets"]["modules"]), "layers" in method["targets"]) == (
+        4,
+        8,
+        7,
+        False,
+    )
+    held = load_file(weights)
+    save_file({name: part for name, part in held.items() if ".1." in name and "q_proj" in name}, weights)
+    assert work.recipe_of(tmp_path / "a", tiny_base, {})["method"]["targets"] == {"modules": ["q_proj"], "layers": "top-1"}
+    for odd in (
+        {name: part for name, part in held.items() if ".0." in name},
+        {**held, "lm_head": held[next(iter(held))].clone()},
+    ):
+        save_file(odd, weights)
+        with pytest.raises(ConfigError, match="no plain LoRA"):
+            work.recipe_of(tmp_path / "a", tiny_base, {})
+    save_file(held, weights)
+    file.write_text(json.dumps({**said, "use_dora": True}))
+    with pytest.raises(ConfigError, match="use_dora"):
+        work.recipe_of(tmp_path / "a", tiny_base, {})
+    file.write_text("{")
+    with pytest.raises(ModelError, match="not whole"):
+        work.recipe_of(tmp_path / "a", tiny_base, {})
 
 
 # where the tokens are
@@ -279,6 +315,7 @@ def test_a_room_of_somebody_else_is_refused(tmp_path: Path) -> None:
 # undoing
 
 
+@pytest.mark.services
 def test_undo_goes_back_to_the_delta_before_and_then_to_the_release(shop: Shop) -> None:
     first = shop.filled(24, settings=replace(shop.settings, recipe=WEAK)).adapt()
     me = shop.personal()
@@ -328,6 +365,7 @@ def test_without_another_tuning_the_delta_is_removed(shop: Shop) -> None:
     assert b"kitchen" not in done.file.read_bytes().lower()  # type: ignore[union-attr]
 
 
+@pytest.mark.services
 def test_the_delta_before_is_removed_too_and_one_that_did_not_use_the_rows_stays(shop: Shop) -> None:
     first = shop.filled(24, settings=replace(shop.settings, recipe=WEAK)).adapt()
     me = shop.personal()
@@ -345,6 +383,7 @@ def test_the_delta_before_is_removed_too_and_one_that_did_not_use_the_rows_stays
     assert not {first.delta, second.delta, third.delta} & shop.weights()
 
 
+@pytest.mark.services
 def test_rows_that_no_delta_was_tuned_on_leave_it_alone(shop: Shop) -> None:
     me = shop.filled()
     first = me.adapt()
@@ -380,6 +419,7 @@ class Off(BaseException):
     """The power goes."""
 
 
+@pytest.mark.services
 def test_a_forgetting_that_is_interrupted_anywhere_is_ended_at_the_next_start(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,6 +522,7 @@ def test_the_tuners_own_process_does_it_and_a_stopped_one_goes_on(shop: Shop) ->
         shop.personal(tune=work.tune_in_process(Limits(wall_s=0.01))).adapt(again=True) if me.add(ROWS[0]) else None
 
 
+@pytest.mark.services
 def test_the_network_is_not_used(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the network was used")

@@ -3,5 +3,6 @@
 update/      Release -> what any file server can hand out -> this device's version (TUF, deltas, mirrors nobody trusts)
 store/       the versions on the device: stage, check, activate, go back; no kill and no power cut leaves neither
 tuning/      a tuning that fits the device: its process, and the limits that the system holds it to
+personal/    what the device learns from its own person, encrypted, undone and forgotten at will
 files.py     writing a file so that a power cut leaves the old one or the new one
 """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -20,10 +21,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from sartor.core import config
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, ModelError, SourceError
 from sartor.core.records import Example
-from sartor.edge.personal.local import CONFIG
+from sartor.edge.personal.local import CONFIG, WEIGHTS
 from sartor.edge.personal.rows import Row
 from sartor.edge.tuning.limits import Limits, run
 from sartor.edge.tuning.tokens import write_tokens
@@ -33,6 +36,7 @@ from sartor.models.chat import Chat
 from sartor.tune.recipe import Recipe
 from sartor.tune.rows import Rows
 
+_FACTOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.\w+\.(\w+)\.lora_[AB]\.weight")
 IN_MEMORY = ("tmpfs", "ramfs")
 # Small steps from an adapter that stands: a person's rows are few
 DEFAULTS: dict[str, Any] = {
@@ -92,18 +96,23 @@ def recipe_of(adapter: Path, base: Path, changes: Mapping[str, Any]) -> dict[str
 
 
 def _method(adapter: Path, base: Path) -> dict[str, Any]:
+    """Rank and scale by the adapter's config; which modules by its weights, since a config may name them in many ways."""
     try:
         said = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-        layers = json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-        rank, alpha, modules = said["r"], said["lora_alpha"], said["target_modules"]
-        adapted = said.get("layers_to_transform")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"the config of {adapter} or {base} is not whole: {error!r}", "sync the release again") from None
+        layers = int(json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
+        rank, alpha = said["r"], said["lora_alpha"]
+        with safe_open(str(adapter / WEIGHTS), framework="pt") as opened:
+            found = [_FACTOR.fullmatch(name) for name in opened.keys()]  # noqa: SIM118  # no mapping
+    except Exception as error:  # safetensors' own errors have no common base but Exception
+        raise ModelError(f"the adapter {adapter} or the base {base} is not whole: {error!r}", "sync them again") from None
+    adapted = {(int(match[1]), match[2]) for match in found if match}
+    lowest, modules = min((layer for layer, _ in adapted), default=layers), sorted({module for _, module in adapted})
+    whole = {(layer, module) for layer in range(lowest, layers) for module in modules}
     odd = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if said.get(name)]
-    top = len(adapted) if adapted else 0
-    if odd or said.get("peft_type", "LORA") != "LORA" or (top and adapted != list(range(layers - top, layers))):
-        raise ConfigError(f"{adapter} is no plain LoRA of the layers next to the head ({odd})", "a release tuned by sartor")
-    targets = {"modules": modules if isinstance(modules, str) else sorted(modules), **({"layers": f"top-{top}"} if top else {})}
+    if odd or not adapted or adapted != whole or not all(found):
+        why = f": {', '.join(odd)}" if odd else ""
+        raise ConfigError(f"{adapter} is no plain LoRA of the layers next to the head{why}", "a release tuned by sartor tune")
+    targets = {"modules": modules, **({"layers": f"top-{layers - lowest}"} if lowest else {})}
     return {"kind": "lora", "rank": rank, "alpha": alpha, "targets": targets}
 
 
