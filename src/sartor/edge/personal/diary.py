@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class _State:
     lines: list[bytes] = field(default_factory=list)
     is_torn: bool = False
 
-    @property
+    @cached_property
     def said(self) -> dict[str, Any]:
         """The header as a mapping."""
         found: dict[str, Any] = json.loads(self.header)
@@ -168,7 +169,8 @@ class Diary:
             every = state.rows()
             gone = tuple(row.id for row in every if chosen(row))
             if gone:
-                self._rewrite(state, [row for row in every if row.id not in gone], self._source)
+                left = set(gone)
+                self._rewrite(state, [row for row in every if row.id not in left], self._source)
         return gone
 
     def rekey(self, source: Source) -> None:

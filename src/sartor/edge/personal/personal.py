@@ -119,8 +119,9 @@ class Personal:
 
     def undo(self, reason: str = "the person undid it") -> Path:
         """Go back to the delta before, or to the shipped release. Returns what works now. Raises StoreError if none works."""
-        left = self._locals.undo(reason)
-        self._adapting.settle(str(left.said["key"]), f"it was undone: {reason}")
+        with self._writing():  # neither the key nor the end of a tuning is waited for
+            left = self._locals.undo(reason)
+            self._adapting.settle(str(left.said["key"]), f"it was undone: {reason}")
         return self.adapter()
 
     # forgetting
@@ -159,7 +160,8 @@ class Personal:
 
     def _purge(self, intent: Intent) -> Intent:
         """Rows first, then what was tuned on them: a delta that is made meanwhile finds its rows gone."""
-        self.diary.forget(lambda row: row.id in intent.ids)
+        ids = set(intent.ids)
+        self.diary.forget(lambda row: row.id in ids)
         names = set(self.diary.names(intent.ids).values())
         found = [one.digest for one in self._locals.using(names)]
         intent = Intent(intent.ids, tuple(dict.fromkeys([*intent.gone, *found])), intent.began)
@@ -224,9 +226,15 @@ class Personal:
         self.diary.count()  # makes the folder, and says at once whether the key fits
         unlock = self._disk.lock(self.folder / f"{name}.lock")
         try:
+            with self._writing():
+                yield
+        finally:
+            unlock()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
             yield
         except OSError as error:
             why = "the disk is full" if error.errno in DISK_FULL else error.strerror or str(error)
             raise MissingError(f"{self.folder} could not be written: {why}", "see to its disk; then the same call") from error
-        finally:
-            unlock()
