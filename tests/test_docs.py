@@ -41,6 +41,7 @@ SLOW = {
     "engines.md",
     "multimodal.md",
     "edge-publish.md",
+    "edge-personal.md",
 }
 
 

@@ -114,3 +114,12 @@ def test_a_reader_that_goes_is_no_traceback() -> None:
     said = process.stderr.read()
     process.stderr.close()
     assert (process.wait(), said) == (0, "")
+
+
+def test_a_commands_help_says_what_its_options_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert "an Adapter or a Release" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["edge", "tune", "--help"])
+    assert "directory of the person's rows" in " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -25,14 +25,13 @@ def key(
 ) -> Any:
     """Make an API key that opens the agents named; it is shown once. With --list or --revoke, what keys there are.
 
-    Parameters
-    ----------
-    names: agents that the key opens; '*' opens every one, base and auto are names too
-    team: the team's YAML file
-    admin: make an admin's key, which promotes and rolls back, and opens no agent
-    expires: 30d, 12h, 2w, or a date after which the key opens nothing
-    revoke: id of a key that is to open nothing from now on
-    list: every key, without its secret
+    Args:
+        names: agents that the key opens; '*' opens every one, base and auto are names too
+        team: the team's YAML file
+        admin: make an admin's key, which promotes and rolls back, and opens no agent
+        expires: 30d, 12h, 2w, or a date after which the key opens nothing
+        revoke: id of a key that is to open nothing from now on
+        list: every key, without its secret
     """
     if (bool(names) or admin) + bool(revoke) + list != 1:
         raise ConfigError("name an agent, or one of --admin, --revoke ID and --list", "sartor agents key faq")
@@ -47,13 +46,12 @@ def verify(
 ) -> Any:
     """Check a receipt: its signature; the digests of what was asked and said; and of a greedy reply that it is said again.
 
-    Parameters
-    ----------
-    file: what GET /v1/receipts/ID answered, or JSON of it under `receipt`, with the `messages` and the `reply`
-    team: the team's YAML file: its public key, its key of digests, its base and engine
-    key: trust this public key instead of the team's or those in SARTOR_HOME/trusted
-    messages: JSON file of the messages, or of the whole body of the request
-    reply: the text of the reply
+    Args:
+        file: what GET /v1/receipts/ID answered, or JSON of it under `receipt`, with the `messages` and the `reply`
+        team: the team's YAML file: its public key, its key of digests, its base and engine
+        key: trust this public key instead of the team's or those in SARTOR_HOME/trusted
+        messages: JSON file of the messages, or of the whole body of the request
+        reply: the text of the reply
     """
     return sartor.verify_receipt(file, team=team, key=key, messages=messages, reply=reply, notice=notice)
 
@@ -62,9 +60,8 @@ def verify(
 def agents_list(*, team: Path = TEAM) -> Any:
     """Every agent: the version that is live, the one before it, the one on trial.
 
-    Parameters
-    ----------
-    team: the team's YAML file
+    Args:
+        team: the team's YAML file
     """
     return sartor.list_agents(team)
 
@@ -73,12 +70,11 @@ def agents_list(*, team: Path = TEAM) -> Any:
 def agents_add(release: Path, *, name: str = "", why: str = "", team: Path = TEAM) -> Any:
     """Register a Release, after every check that needs no engine; the first version of an agent is live at once.
 
-    Parameters
-    ----------
-    release: the Release
-    name: what clients ask for; by default the Release's own name
-    why: for the log
-    team: the team's YAML file
+    Args:
+        release: the Release
+        name: what clients ask for; by default the Release's own name
+        why: for the log
+        team: the team's YAML file
     """
     return sartor.add_agent(team, release, name=name, why=why)
 
@@ -96,15 +92,14 @@ def agents_promote(
 ) -> Any:
     """Make a registered version live, or put it on trial; without fractions, one that is on trial already becomes live.
 
-    Parameters
-    ----------
-    name: the agent
-    version: the version
-    expected_version: change nothing unless this one is live
-    canary: fraction of the requests that it answers at first; by default that of the team's file
-    shadow: fraction of the requests that it also answers, unseen; by default that of the team's file
-    why: for the log
-    team: the team's YAML file
+    Args:
+        name: the agent
+        version: the version
+        expected_version: change nothing unless this one is live
+        canary: fraction of the requests that it answers at first; by default that of the team's file
+        shadow: fraction of the requests that it also answers, unseen; by default that of the team's file
+        why: for the log
+        team: the team's YAML file
     """
     return sartor.promote_agent(team, name, version, expected=expected_version, canary=canary, shadow=shadow, why=why)
 
@@ -113,13 +108,12 @@ def agents_promote(
 def agents_canary(name: str, version: str, fraction: float, *, why: str = "", team: Path = TEAM) -> Any:
     """Let a registered version answer a fraction of the requests.
 
-    Parameters
-    ----------
-    name: the agent
-    version: the version
-    fraction: of the requests
-    why: for the log
-    team: the team's YAML file
+    Args:
+        name: the agent
+        version: the version
+        fraction: of the requests
+        why: for the log
+        team: the team's YAML file
     """
     return sartor.promote_agent(team, name, version, canary=fraction, why=why)
 
@@ -128,13 +122,12 @@ def agents_canary(name: str, version: str, fraction: float, *, why: str = "", te
 def agents_shadow(name: str, version: str, fraction: float, *, why: str = "", team: Path = TEAM) -> Any:
     """Let a registered version answer a fraction of the requests too, unseen.
 
-    Parameters
-    ----------
-    name: the agent
-    version: the version
-    fraction: of the requests
-    why: for the log
-    team: the team's YAML file
+    Args:
+        name: the agent
+        version: the version
+        fraction: of the requests
+        why: for the log
+        team: the team's YAML file
     """
     return sartor.promote_agent(team, name, version, shadow=fraction, why=why)
 
@@ -143,12 +136,11 @@ def agents_shadow(name: str, version: str, fraction: float, *, why: str = "", te
 def agents_rollback(name: str, *, expected_version: str | None = None, why: str = "", team: Path = TEAM) -> Any:
     """End a trial, if one runs; else make the version live that was before.
 
-    Parameters
-    ----------
-    name: the agent
-    expected_version: change nothing unless this one is live
-    why: for the log
-    team: the team's YAML file
+    Args:
+        name: the agent
+        expected_version: change nothing unless this one is live
+        why: for the log
+        team: the team's YAML file
     """
     return sartor.rollback_agent(team, name, expected=expected_version, why=why)
 
@@ -157,11 +149,10 @@ def agents_rollback(name: str, *, expected_version: str | None = None, why: str 
 def agents_drain(name: str, *, why: str = "", team: Path = TEAM) -> Any:
     """Let an agent end what it has begun and take nothing new, until a version of it is promoted.
 
-    Parameters
-    ----------
-    name: the agent
-    why: for the log
-    team: the team's YAML file
+    Args:
+        name: the agent
+        why: for the log
+        team: the team's YAML file
     """
     return sartor.drain_agent(team, name, why=why)
 
@@ -170,11 +161,10 @@ def agents_drain(name: str, *, why: str = "", team: Path = TEAM) -> Any:
 def agents_remove(name: str, *, why: str = "", team: Path = TEAM) -> Any:
     """Serve an agent no more. None of its versions' names will ever mean another Release.
 
-    Parameters
-    ----------
-    name: the agent
-    why: for the log
-    team: the team's YAML file
+    Args:
+        name: the agent
+        why: for the log
+        team: the team's YAML file
     """
     return sartor.remove_agent(team, name, why=why)
 
@@ -183,11 +173,10 @@ def agents_remove(name: str, *, why: str = "", team: Path = TEAM) -> Any:
 def agents_repair(name: str, *, why: str = "", team: Path = TEAM) -> Any:
     """Write an agent's row anew as the log has it, after it was changed from outside.
 
-    Parameters
-    ----------
-    name: the agent
-    why: for the log
-    team: the team's YAML file
+    Args:
+        name: the agent
+        why: for the log
+        team: the team's YAML file
     """
     return sartor.repair_agent(team, name, why=why)
 
@@ -196,10 +185,9 @@ def agents_repair(name: str, *, why: str = "", team: Path = TEAM) -> Any:
 def agents_events(name: str = "", *, most: int = 100, team: Path = TEAM) -> Any:
     """Who changed what, when, from what to what, and why; the newest last.
 
-    Parameters
-    ----------
-    name: of one agent; by default of all
-    most: so many of the newest
-    team: the team's YAML file
+    Args:
+        name: of one agent; by default of all
+        most: so many of the newest
+        team: the team's YAML file
     """
     return sartor.agent_events(team, name, most=most)

@@ -24,14 +24,13 @@ def curate(
 
     A run of the same recipe that was interrupted is gone on with.
 
-    Parameters
-    ----------
-    recipe: YAML file, `sources:` alone is enough
-    out: directory of the new Dataset
-    on: local processes, or Ray Data (the cluster that RAY_ADDRESS names, else one on this machine)
-    strict: stop at the first row that cannot be used
-    resume: also take a finished Dataset of the same recipe and sources for an answer
-    replace: replace the Dataset that stands there
+    Args:
+        recipe: YAML file, `sources:` alone is enough
+        out: directory of the new Dataset
+        on: local processes, or Ray Data (the cluster that RAY_ADDRESS names, else one on this machine)
+        strict: stop at the first row that cannot be used
+        resume: also take a finished Dataset of the same recipe and sources for an answer
+        replace: replace the Dataset that stands there
     """
     loaded = sartor.load_curate_recipe(recipe, flags)
     return sartor.curate(loaded, out, on=on, strict=strict, resume=resume, replace=replace, notice=notice)
@@ -60,23 +59,22 @@ def dedup(
     Writes DIR/kept (each file without its duplicates), DIR/dropped.parquet (every other row, whole, and the row that
     stays for it) and DIR/pairs.parquet (every verified pair, for `sartor rethreshold`).
 
-    Parameters
-    ----------
-    files: the files; rows are numbered from 0 over all of them in this order
-    out: directory of the result
-    text_field: what is compared: field, a,b or a.b; by default `text`, the fields of a known form, or all fields joined
-    threshold: Jaccard similarity from which rows are duplicates; 0 takes 0.65 for words, 0.45 for characters
-    pairs: also list the duplicates as (a, b, score, method), in a .csv, .jsonl or .parquet file
-    contained: share of the shorter row that must stand in the longer, 0 for never; by default 0.9 for words
-    unit: words, characters or auto: what shingles are runs of
-    size: length of a shingle; 0 takes 2 words or 3 characters
-    keep: which of several stays: longest or first
-    allow: a file of which all may go
-    max_source_fraction: stop if one cluster would remove more of a file
-    max_fraction: stop if more of all rows would be removed
-    max_row_bytes: longer rows are put aside
-    processes: worker processes; 0 decides by the size of the files
-    replace: replace what stands at --out
+    Args:
+        files: the files; rows are numbered from 0 over all of them in this order
+        out: directory of the result
+        text_field: what is compared: field, a,b or a.b; by default `text`, the fields of a known form, or all fields joined
+        threshold: Jaccard similarity from which rows are duplicates; 0 takes 0.65 for words, 0.45 for characters
+        pairs: also list the duplicates as (a, b, score, method), in a .csv, .jsonl or .parquet file
+        contained: share of the shorter row that must stand in the longer, 0 for never; by default 0.9 for words
+        unit: words, characters or auto: what shingles are runs of
+        size: length of a shingle; 0 takes 2 words or 3 characters
+        keep: which of several stays: longest or first
+        allow: a file of which all may go
+        max_source_fraction: stop if one cluster would remove more of a file
+        max_fraction: stop if more of all rows would be removed
+        max_row_bytes: longer rows are put aside
+        processes: worker processes; 0 decides by the size of the files
+        replace: replace what stands at --out
     """
     said = {"contained": contained, "unit": unit, "size": size, "keep": keep, "allow": allow, "processes": processes}
     limits = {"max_source_fraction": max_source_fraction, "max_fraction": max_fraction, "max_row_bytes": max_row_bytes}
@@ -88,12 +86,11 @@ def dedup(
 def rethreshold(path: Path, *, threshold: float, out: Path, replace: REPLACE = False) -> Any:
     """What `sartor dedup` or a Dataset's `near_duplicates` found, at another threshold. Nothing is compared again.
 
-    Parameters
-    ----------
-    path: what `sartor dedup` wrote, or a Dataset made with `near_duplicates`
-    threshold: not below the `floor` that its JSON names
-    out: directory of the new result
-    replace: replace what stands at --out
+    Args:
+        path: what `sartor dedup` wrote, or a Dataset made with `near_duplicates`
+        threshold: not below the `floor` that its JSON names
+        out: directory of the new result
+        replace: replace what stands at --out
     """
     return sartor.rethreshold(path, out, threshold=threshold, replace=replace, show=True)
 
@@ -102,10 +99,9 @@ def rethreshold(path: Path, *, threshold: float, out: Path, replace: REPLACE = F
 def inspect(path: Path, *, example: str = "") -> Any:
     """What an artefact is, its licence, and the walk back to its sources; or one row of a Dataset.
 
-    Parameters
-    ----------
-    path: the artefact
-    example: id of a row: its origins, what it was made from, the steps that changed it, its duplicates
+    Args:
+        path: the artefact
+        example: id of a row: its origins, what it was made from, the steps that changed it, its duplicates
     """
     return sartor.inspect(path, example=example)
 
@@ -114,11 +110,10 @@ def inspect(path: Path, *, example: str = "") -> Any:
 def revoke(dataset: Path, *, source: str = "", example: str = "") -> Any:
     """List what a source or an example reaches: rows, rows made from them, adapters, reports, releases. Changes nothing.
 
-    Parameters
-    ----------
-    dataset: the Dataset
-    source: a source as the recipe names it, a file's path, or source/path
-    example: id of one row
+    Args:
+        dataset: the Dataset
+        source: a source as the recipe names it, a file's path, or source/path
+        example: id of one row
     """
     return sartor.revoke(dataset, source=source, example=example)
 

@@ -24,9 +24,8 @@ Role = Literal["root", "targets", "snapshot", "timestamp"]
 def keygen(keys: Path = KEYS) -> Any:
     """Make the keys of an update repository, once: root (3, of which 2 sign), targets (2 of 2), snapshot, timestamp.
 
-    Parameters
-    ----------
-    keys: directory; the folders of root and targets belong on media that are plugged in for a publication
+    Args:
+        keys: directory; the folders of root and targets belong on media that are plugged in for a publication
     """
     return sartor.edge_keygen(keys)
 
@@ -37,14 +36,13 @@ def publish(
 ) -> Any:
     """Add a signed Release, or a signed export of one, to a directory that any file server can serve.
 
-    Parameters
-    ----------
-    release: it is verified first, and goes out byte for byte as it was signed
-    repository: made if absent; devices are set up with its metadata/1.root.json
-    keys: directory of the repository's keys
-    key: trust this public key for the release instead of those in SARTOR_HOME/trusted
-    percent: of the devices that may take it, by their rings
-    days: until the timestamp expires, which `refresh` renews; beyond the longest time that a device is offline
+    Args:
+        release: it is verified first, and goes out byte for byte as it was signed
+        repository: made if absent; devices are set up with its metadata/1.root.json
+        keys: directory of the repository's keys
+        key: trust this public key for the release instead of those in SARTOR_HOME/trusted
+        percent: of the devices that may take it, by their rings
+        days: until the timestamp expires, which `refresh` renews; beyond the longest time that a device is offline
     """
     return sartor.edge_publish(release, repository, keys, key=key, percent=percent, expiry=sartor.Expiry(timestamp=days))
 
@@ -53,13 +51,12 @@ def publish(
 def widen(repository: Path, name: str, version: str, percent: int, *, keys: Path = KEYS) -> Any:
     """Offer a version to more devices.
 
-    Parameters
-    ----------
-    repository: the directory
-    name: of the release
-    version: of the release
-    percent: of the devices; never fewer than before
-    keys: directory of the repository's keys
+    Args:
+        repository: the directory
+        name: of the release
+        version: of the release
+        percent: of the devices; never fewer than before
+        keys: directory of the repository's keys
     """
     return sartor.edge_widen(repository, keys, name, version, percent)
 
@@ -68,12 +65,11 @@ def widen(repository: Path, name: str, version: str, percent: int, *, keys: Path
 def halt(repository: Path, name: str, version: str, *, keys: Path = KEYS) -> Any:
     """Offer a version to nobody any more; devices that have it go back at their next sync.
 
-    Parameters
-    ----------
-    repository: the directory
-    name: of the release
-    version: of the release
-    keys: directory of the repository's keys
+    Args:
+        repository: the directory
+        name: of the release
+        version: of the release
+        keys: directory of the repository's keys
     """
     return sartor.edge_halt(repository, keys, name, version)
 
@@ -82,11 +78,10 @@ def halt(repository: Path, name: str, version: str, *, keys: Path = KEYS) -> Any
 def refresh(repository: Path, *, keys: Path = KEYS, days: float = 7.0) -> Any:
     """Sign the timestamp and the snapshot anew before they expire: daily, from cron. Needs the keys of these two alone.
 
-    Parameters
-    ----------
-    repository: the directory
-    keys: directory of the repository's keys
-    days: until the timestamp expires
+    Args:
+        repository: the directory
+        keys: directory of the repository's keys
+        days: until the timestamp expires
     """
     return sartor.edge_refresh(repository, keys, expiry=sartor.Expiry(timestamp=days))
 
@@ -97,12 +92,11 @@ def rotate(
 ) -> Any:
     """Replace keys of a role by new ones, which devices follow.
 
-    Parameters
-    ----------
-    repository: the directory
-    role: root, targets, snapshot or timestamp
-    keys: directory of the repository's keys
-    old: folder names of the keys to replace, as targets-1; by default all of the role
+    Args:
+        repository: the directory
+        role: root, targets, snapshot or timestamp
+        keys: directory of the repository's keys
+        old: folder names of the keys to replace, as targets-1; by default all of the role
     """
     return sartor.edge_rotate(repository, keys, role, old=old)
 
@@ -111,12 +105,11 @@ def rotate(
 def withdraw(repository: Path, name: str, version: str, *, keys: Path = KEYS) -> Any:
     """Take a version out of a repository, with every blob that no other version needs.
 
-    Parameters
-    ----------
-    repository: the directory
-    name: of the release
-    version: of the release
-    keys: directory of the repository's keys
+    Args:
+        repository: the directory
+        name: of the release
+        version: of the release
+        keys: directory of the repository's keys
     """
     return sartor.edge_withdraw(repository, keys, name, version)
 
@@ -136,17 +129,16 @@ def watch(
 ) -> Any:
     """Count what devices report, one vote each, and halt a version that fails; without --keys only say what would be done.
 
-    Parameters
-    ----------
-    repository: the directory
-    reports: folder of the reports that devices wrote or sent
-    devices: folder of the devices' public keys, ID.pub
-    keys: directory of the repository's keys: act
-    widen: also offer a version that works to the next ring
-    least_reports: below so many nothing is decided
-    halt_above: fraction of failures that the lower end of its Wilson interval has to exceed
-    widen_below: fraction of failures that the upper end has to stay under
-    rings: percents that a version is widened to, in turn
+    Args:
+        repository: the directory
+        reports: folder of the reports that devices wrote or sent
+        devices: folder of the devices' public keys, ID.pub
+        keys: directory of the repository's keys: act
+        widen: also offer a version that works to the next ring
+        least_reports: below so many nothing is decided
+        halt_above: fraction of failures that the lower end of its Wilson interval has to exceed
+        widen_below: fraction of failures that the upper end has to stay under
+        rings: percents that a version is widened to, in turn
     """
     steps = tuple(int(step) if step.strip().isdigit() else 0 for step in rings.split(","))
     policy = sartor.FleetPolicy(least_reports, halt_above, widen_below, rings=steps)
@@ -177,23 +169,22 @@ def sync(
 ) -> Any:
     """Bring a release to the newest version for this device, and make it current if it passes its health check here.
 
-    Parameters
-    ----------
-    url: of the repository: http(s):// or file:// (a USB stick); no mirror is trusted
-    name: of the release
-    device: id of this device, which decides its ring
-    root: the repository's metadata/1.root.json that the device was set up with
-    store: directory of the device's releases, made if absent
-    health: JSONL of canary prompts: prompt or messages, and expected: {exact | contains: text} or {json: {field: value}}
-    base: the base in another place than the release names; for an export's adapter, the base's GGUF file
-    starts: so many has a new version to confirm that it works, or the device goes back; 0 asks for none
-    check_s: the health check's time limit in seconds
-    memory_bytes: the health check's memory limit; 0 is none
-    limit_bytes: what the store may take of the disk; 0 is no bound
-    again: also a version that was refused here
-    report: folder or http(s) address for a signed report of pass or fail; nothing is sent without it
-    key: directory of the device's key, which signs reports (sartor keygen DIR)
-    private: refuse every address that is on a network
+    Args:
+        url: of the repository: http(s):// or file:// (a USB stick); no mirror is trusted
+        name: of the release
+        device: id of this device, which decides its ring
+        root: the repository's metadata/1.root.json that the device was set up with
+        store: directory of the device's releases, made if absent
+        health: JSONL of canary prompts: prompt or messages, and expected: {exact | contains: text} or {json: {field: value}}
+        base: the base in another place than the release names; for an export's adapter, the base's GGUF file
+        starts: so many has a new version to confirm that it works, or the device goes back; 0 asks for none
+        check_s: the health check's time limit in seconds
+        memory_bytes: the health check's memory limit; 0 is none
+        limit_bytes: what the store may take of the disk; 0 is no bound
+        again: also a version that was refused here
+        report: folder or http(s) address for a signed report of pass or fail; nothing is sent without it
+        key: directory of the device's key, which signs reports (sartor keygen DIR)
+        private: refuse every address that is on a network
     """
     options = sartor.DeviceOptions(store, device, root, health, base, starts, check_s, memory_bytes, limit_bytes, key)
     return sartor.edge_sync(url, name, options, again=again, report=report, private=private, notice=notice)
@@ -203,10 +194,9 @@ def sync(
 def status(name: str = "", *, store: Path = STORE) -> Any:
     """Which versions are on the device: current, previous, on trial, refused and why.
 
-    Parameters
-    ----------
-    name: of one release; by default all
-    store: directory of the device's releases
+    Args:
+        name: of one release; by default all
+        store: directory of the device's releases
     """
     return sartor.edge_status(store, name)
 
@@ -215,10 +205,9 @@ def status(name: str = "", *, store: Path = STORE) -> Any:
 def start(name: str, *, store: Path = STORE) -> Any:
     """Before the device's program runs: which version it is to run. On trial, the start is counted, and the last goes back.
 
-    Parameters
-    ----------
-    name: of the release
-    store: directory of the device's releases
+    Args:
+        name: of the release
+        store: directory of the device's releases
     """
     return sartor.edge_start(store, name)
 
@@ -227,10 +216,9 @@ def start(name: str, *, store: Path = STORE) -> Any:
 def confirm(name: str, *, store: Path = STORE) -> Any:
     """The device's program works with the current version: its trial is over.
 
-    Parameters
-    ----------
-    name: of the release
-    store: directory of the device's releases
+    Args:
+        name: of the release
+        store: directory of the device's releases
     """
     return sartor.edge_confirm(store, name)
 
@@ -239,11 +227,10 @@ def confirm(name: str, *, store: Path = STORE) -> Any:
 def rollback(name: str, *, reason: str = "", store: Path = STORE) -> Any:
     """Go back to the previous version; the one that is left is not taken again, but by `sync --again`.
 
-    Parameters
-    ----------
-    name: of the release
-    reason: remembered on the device
-    store: directory of the device's releases
+    Args:
+        name: of the release
+        reason: remembered on the device
+        store: directory of the device's releases
     """
     return sartor.edge_rollback(store, name, reason=reason)
 
@@ -252,9 +239,8 @@ def rollback(name: str, *, reason: str = "", store: Path = STORE) -> Any:
 def verify(*, store: Path = STORE) -> Any:
     """Read every byte of the device's releases, and mend what is there twice.
 
-    Parameters
-    ----------
-    store: directory of the device's releases
+    Args:
+        store: directory of the device's releases
     """
     return sartor.edge_verify(store)
 
@@ -263,16 +249,12 @@ def verify(*, store: Path = STORE) -> Any:
 def ask(name: str, prompt: str, *, store: Path = STORE, base: str = "", max_tokens: int | None = None) -> Any:
     """One reply of the current version, by llama.cpp for a GGUF export. On trial, a reply confirms that the version works.
 
-    Parameters
-    ----------
-    name: of the release
-    prompt: the question
-    store: directory of the device's releases
-    base: the base in another place than the release names; for an export's adapter, the base's GGUF file
-    max_tokens: longest reply
+    Args:
+        name: of the release
+        prompt: the question
+        store: directory of the device's releases
+        base: the base in another place than the release names; for an export's adapter, the base's GGUF file
+        max_tokens: longest reply
     """
     chosen = {"max_tokens": max_tokens} if max_tokens is not None else {}
     return sartor.edge_ask(store, name, prompt, base=base, sampling=chosen)
-
-
-# of a device's own data: tune, forget

@@ -25,11 +25,10 @@ MEDIA = Annotated[tuple[Any, ...], Parameter(name=("--image", "--audio"), conver
 def demo(*, out: Path = Path("demo-out"), limit: int = 0, replace: REPLACE = False) -> Any:
     """The whole circle on real data: curate, tune, evaluate, release, ask.
 
-    Parameters
-    ----------
-    out: directory for everything that is made
-    limit: take that many rows only; 0 takes all
-    replace: replace what an earlier demo left there
+    Args:
+        out: directory for everything that is made
+        limit: take that many rows only; 0 takes all
+        replace: replace what an earlier demo left there
     """
     return sartor.demo(out, limit=limit, replace=replace, notice=notice)
 
@@ -40,11 +39,10 @@ def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
 
     A refusal is an answer: the command lists it under `refusals` and exits 0. `tune` raises it.
 
-    Parameters
-    ----------
-    recipe: YAML file of a tuning
-    device: cpu, cuda or mps; by default the one that tune would take
-    price: of this machine, 0.45/h (also /d, /min, /s), for the cost
+    Args:
+        recipe: YAML file of a tuning
+        device: cpu, cuda or mps; by default the one that tune would take
+        price: of this machine, 0.45/h (also /d, /min, /s), for the cost
     """
     return sartor.plan(sartor.load_recipe(recipe, flags), device=device, price=price, notice=notice)
 
@@ -55,13 +53,12 @@ def tune(
 ) -> Any:
     """Dataset -> Adapter: fine-tune a base. Options of the recipe can be given as flags (--method.rank 8).
 
-    Parameters
-    ----------
-    recipe: YAML file
-    out: directory of the new Adapter
-    resume: go on from the newest checkpoint of a run that was stopped or killed
-    prove: first compare losses and every gradient with the plain computation, and stop if they differ
-    replace: start over, and replace the Adapter that stands there
+    Args:
+        recipe: YAML file
+        out: directory of the new Adapter
+        resume: go on from the newest checkpoint of a run that was stopped or killed
+        prove: first compare losses and every gradient with the plain computation, and stop if they differ
+        replace: start over, and replace the Adapter that stands there
     """
     return sartor.tune(sartor.load_recipe(recipe, flags), out, resume=resume, prove=prove, replace=replace, notice=notice)
 
@@ -79,15 +76,14 @@ def evaluate(
 ) -> Any:
     """Adapter -> Report: base against tuned on held-out rows, what was forgotten, and what pictures and recordings are worth.
 
-    Parameters
-    ----------
-    path: an Adapter or a Release
-    data: rows in any input form, instead of those that the Dataset holds out
-    scorer: the metric that the gate looks at: exact_match, f1, rouge_l, wer (transcripts), accuracy or macro_f1 (with --label)
-    label: the field of the JSON replies that names a class, a dotted path; . is the whole reply
-    out: directory of the new Report; by default PATH-report
-    rows: most rows to evaluate on
-    replace: replace the Report that stands there
+    Args:
+        path: an Adapter or a Release
+        data: rows in any input form, instead of those that the Dataset holds out
+        scorer: what the gate looks at: exact_match, f1, rouge_l, wer (transcripts), accuracy or macro_f1 (with --label)
+        label: the field of the JSON replies that names a class, a dotted path; . is the whole reply
+        out: directory of the new Report; by default PATH-report
+        rows: most rows to evaluate on
+        replace: replace the Report that stands there
     """
     return sartor.evaluate(path, data=data, scorer=scorer, label=label, out=out, most_rows=rows, replace=replace, notice=notice)
 
@@ -111,21 +107,20 @@ def release(
 ) -> Any:
     """Adapter -> signed Release, if the gate lets it pass.
 
-    Parameters
-    ----------
-    adapter: an evaluated Adapter
-    name: name of the agent that it will be
-    version: version of this Release
-    key: private key, or the directory that `sartor keygen` made
-    report: its Report; by default the newest one known
-    out: directory of the Release; by default NAME-VERSION beside the Adapter
-    waive: let a failed check pass; needs --by and --reason, which are signed in
-    by: who waives
-    reason: why
-    use: what it is meant for: the licences of sources and base have to permit it
-    rules: YAML file of what replies must and must not say; each slice of it is a check of the gate
-    exemplars: prompts of its rows that go with it, for the router of a team; 0 leaves them out
-    replace: replace the Release that stands there
+    Args:
+        adapter: an evaluated Adapter
+        name: name of the agent that it will be
+        version: version of this Release
+        key: private key, or the directory that `sartor keygen` made
+        report: its Report; by default the newest one known
+        out: directory of the Release; by default NAME-VERSION beside the Adapter
+        waive: let a failed check pass; needs --by and --reason, which are signed in
+        by: who waives
+        reason: why
+        use: what it is meant for: the licences of sources and base have to permit it
+        rules: YAML file of what replies must and must not say; each slice of it is a check of the gate
+        exemplars: prompts of its rows that go with it, for the router of a team; 0 leaves them out
+        replace: replace the Release that stands there
     """
     waivers = [sartor.Waiver(check, by, reason) for check in waive]
     return sartor.release(
@@ -138,11 +133,10 @@ def release(
 def verify(release: Path, *, key: Path | None = None, base: str = "") -> Any:
     """Check a Release, or a signed export of one: every byte, its signer, the base and chat template that it is bound to.
 
-    Parameters
-    ----------
-    release: the Release or export
-    key: trust this public key instead of those in SARTOR_HOME/trusted
-    base: compare with this base instead of the one that the Release names
+    Args:
+        release: the Release or export
+        key: trust this public key instead of those in SARTOR_HOME/trusted
+        base: compare with this base instead of the one that the Release names
     """
     return sartor.verify(release, key=key, base=base)
 
@@ -167,20 +161,19 @@ def ask(
 
     The Release's own sampling holds unless a flag says otherwise.
 
-    Parameters
-    ----------
-    release: the Release, which is verified first; or the YAML file of a team
-    prompt: the question; may be left out beside media that say it all
-    media: picture or recording that goes before the question, several in their order; `--image=-` is standard input
-    agent: of a team: name, name@version, base, or auto, which chooses
-    key: of a Release: trust this public key instead of those in SARTOR_HOME/trusted
-    base: of a Release: the base in another place than it names
-    temperature: 0 is greedy
-    top_p: sample from the likeliest tokens of this mass
-    max_tokens: longest reply
-    seed: of the sampling
-    speak: say the reply into this file too: .wav, .flac, .mp3, .opus or .ogg
-    voice: who speaks: espeak, espeak:LANGUAGE+VARIANT (espeak:de, espeak:en-us+f3), piper:joe, piper:FILE.onnx
+    Args:
+        release: the Release, which is verified first; or the YAML file of a team
+        prompt: the question; may be left out beside media that say it all
+        media: picture or recording that goes before the question, several in their order; `--image=-` is standard input
+        agent: of a team: name, name@version, base, or auto, which chooses
+        key: of a Release: trust this public key instead of those in SARTOR_HOME/trusted
+        base: of a Release: the base in another place than it names
+        temperature: 0 is greedy
+        top_p: sample from the likeliest tokens of this mass
+        max_tokens: longest reply
+        seed: of the sampling
+        speak: say the reply into this file too: .wav, .flac, .mp3, .opus or .ogg
+        voice: who speaks: espeak, espeak:LANGUAGE+VARIANT (espeak:de, espeak:en-us+f3), piper:joe, piper:FILE.onnx
     """
     spoken = sartor.speaking(speak, voice) if speak else lambda reply: reply
     said = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
@@ -195,9 +188,8 @@ def ask(
 def keygen(directory: Path, *, trust: REPLACE = False) -> Any:
     """Make an Ed25519 key pair for signing releases.
 
-    Parameters
-    ----------
-    directory: where sartor.key (keep it) and sartor.pub (give it away) go
-    trust: also trust the public key on this machine
+    Args:
+        directory: where sartor.key (keep it) and sartor.pub (give it away) go
+        trust: also trust the public key on this machine
     """
     return sartor.keygen(directory, trust=trust)

@@ -107,7 +107,7 @@ class RequestError(InputError):
 
 
 class StoreError(InputError):
-    """A blob, a path or a version that a device's store cannot use: other bytes than its digest says, missing, damaged."""
+    """A blob, a version or a person's row on a device that cannot be used: other bytes than were written, missing, damaged."""
 
 
 class StoppedError(SartorError):
@@ -173,7 +173,7 @@ class AdmissionError(RefusedError):
 
 
 class KeyRefusedError(RefusedError):
-    """An API key is absent, unknown or revoked, or does not open what was asked for."""
+    """A key (of an API, of a person's rows on a device) is absent, unknown or revoked, or does not open what was asked for."""
 
 
 class ConflictError(RefusedError):

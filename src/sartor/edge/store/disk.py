@@ -33,13 +33,15 @@ class Stat(NamedTuple):
 class Disk:
     """The file system of this machine. Every method raises OSError as the system call does."""
 
+    _rights = 0o644
+
     def write(self, path: Path, content: bytes) -> None:
         """Create a file, or empty it, and write to it."""
-        _write(path, os.O_TRUNC, content)
+        _write(path, os.O_TRUNC, content, self._rights)
 
     def append(self, path: Path, content: bytes) -> None:
         """Write at the end of a file, which is created if there is none."""
-        _write(path, os.O_APPEND, content)
+        _write(path, os.O_APPEND, content, self._rights)
 
     def sync(self, path: Path) -> None:
         """The bytes of a file survive a power cut from here on; its name does not by this alone."""
@@ -151,9 +153,19 @@ class Disk:
         self.rmdir(path)
 
 
-def _write(path: Path, how: int, content: bytes) -> None:
+class OwnersDisk(Disk):
+    """What it makes its owner alone may read: it is so from the first moment on."""
+
+    _rights = 0o600
+
+    def mkdir(self, path: Path) -> None:
+        """See Disk."""
+        os.mkdir(path, 0o700)
+
+
+def _write(path: Path, how: int, content: bytes, rights: int) -> None:
     # unbuffered: a buffer that could not be written would be written again on closing
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | how, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | how, rights)
     try:
         left = memoryview(content)
         while left:

@@ -36,7 +36,7 @@ from sartor.models.path import Path as LossPath
 from sartor.models.streamed import write_tensors
 from sartor.tune.checkpoint import Saver, newest
 from sartor.tune.journal import Journal
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import Lora, Recipe
 from sartor.tune.run import Resolved
 from sartor.tune.signals import Signals
 
@@ -70,9 +70,9 @@ def tune(job: Job, *, show: bool = False) -> dict[str, Any]:
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     recipe = config.load(Recipe, job.recipe)
-    model = _adapted(MappedLlama(Path(job.base)), recipe)
+    model = adapted(MappedLlama(Path(job.base)), recipe.method, recipe.seed)
     if job.start:
-        _start(model, Path(job.start))
+        load_factors(model, Path(job.start))
     model.learn(job.top)
     ground = Ground(BaseRef(job.name, Path(job.base), job.digest, job.licence), torch.device("cpu"), torch.float32)
     checkpoint = newest(out / "checkpoints").checkpoint
@@ -103,8 +103,8 @@ def tune(job: Job, *, show: bool = False) -> dict[str, Any]:
     return said
 
 
-def _adapted(model: MappedLlama, recipe: Recipe) -> MappedLlama:
-    method = recipe.method
+def adapted(model: MappedLlama, method: Lora, seed: int = 0) -> MappedLlama:
+    """The model with fresh factors where a method wants them: nothing else learns. Raises ConfigError for another method."""
     if method.kind != "lora" or method.dropout:
         raise ConfigError(f"a device tunes plain LoRA without dropout, not {method.kind}", "method: {kind: lora}")
     wished = method.targets.modules
@@ -113,19 +113,21 @@ def _adapted(model: MappedLlama, recipe: Recipe) -> MappedLlama:
         raise ConfigError(f"the base has no {', '.join(sorted(unknown))}", f"targets of {', '.join((*ATTENTION, *MLP))}")
     for parameter in model.parameters():
         parameter.requires_grad = False
-    model.adapt(method.rank, float(method.alpha), recipe.seed, targets, method.targets.top or 0)
+    model.adapt(method.rank, float(method.alpha), seed, targets, method.targets.top or 0)
     return model
 
 
-def _start(model: MappedLlama, folder: Path) -> None:
-    """Put the factors of an adapter that stands into the model. Raises ModelError where they are not the recipe's."""
+def load_factors(model: MappedLlama, folder: Path) -> None:
+    """Put the factors of an adapter that stands into the model. Raises ModelError where they are not those that it has."""
     try:
         held = load_file(str(folder / "adapter_model.safetensors"))
     except Exception as error:  # safetensors' own errors have no common base but Exception
         raise ModelError(f"the adapter {folder} is not whole: {error}", "sync it again") from None
     wanted = {name: factor.shape for name, factor in model.factors().items()}
     if {name: factor.shape for name, factor in held.items()} != wanted:
-        raise ModelError(f"the adapter {folder} has other factors than the recipe's", "its own method: rank, targets, layers")
+        raise ModelError(
+            f"the adapter {folder} has other factors than its recipe says", "its rank, targets, layers; or sync again"
+        )
     with torch.no_grad():
         for name, factor in model.factors().items():
             factor.copy_(held[name])

@@ -1,0 +1,213 @@
+"""The verbs of a device's person: add, tune, undo, forget. None of them uses the network.
+
+DeviceOptions of `device.py` say how releases come; PersonOptions what is learnt on top of one, and what that may take.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sartor.core import bases, signing
+from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, ModelError, SourceError
+from sartor.core.records import Example
+from sartor.edge.personal.adapting import Adapted, Settings
+from sartor.edge.personal.keys import FileKey, Keyring, Passphrase, Source
+from sartor.edge.personal.local import shipped
+from sartor.edge.personal.personal import Personal
+from sartor.edge.personal.rows import example_of, now
+from sartor.edge.tuning.energy import Policy
+from sartor.edge.tuning.job import Job
+from sartor.edge.tuning.receipt import FILE, Receipt
+from sartor.edge.tuning.within import Budget, tune_within
+
+PASSPHRASE_VARIABLE = "SARTOR_PERSON_PASSPHRASE"
+# What of a row's JSON is not the row itself
+_SAID = ("rating", "correction")
+
+
+@dataclass(frozen=True)
+class PersonOptions:
+    """Whose rows, on which release, and what a tuning may take.
+
+    name: of the release in `store`. folder: the person's. key: of the rows: a file, `keyring`, or `passphrase` (in
+    SARTOR_PERSON_PASSPHRASE); by default a file in the folder, which protects from other users alone. base: in transformers'
+    layout, in another place than the release names. probe: rows whose loss may not rise; by default the release's canaries.
+    recipe: what differs from `personal.work.DEFAULTS`. root: of sysfs, for `policy`.
+    """
+
+    name: str
+    store: Path
+    folder: Path
+    key: str = ""
+    base: str = ""
+    probe: Path | None = None
+    most_probe_loss: float = 0.05
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    budget: Budget = field(default_factory=Budget)
+    policy: Policy = field(default_factory=Policy)
+
+
+def add(options: PersonOptions, rows: Path | str) -> dict[str, Any]:
+    """Put rows of a JSONL file into the encrypted store: any form that `curate` reads, with `rating` (-1 bad .. 1 good) and
+    `correction` if there are. All or none are added. The file itself stays, in plain: remove it.
+
+    Raises SourceError for a row that cannot be read, with its line.
+    """
+    person = _person(options)
+    read = _read(Path(rows))
+    ids = [person.add(row, said.get("rating"), str(said.get("correction", ""))) for row, said in read]
+    return {"name": options.name, "added": len(ids), "ids": ids, "rows": person.diary.count()}
+
+
+def tune(options: PersonOptions, *, again: bool = False) -> dict[str, Any]:
+    """Tune a delta on the person's rows within the budget, and make it current if it is better on rows it never saw.
+
+    again: also on rows that were tuned to no avail. Raises BusyError where the policy says no, now or meanwhile: the same call
+    goes on there; BudgetError where no way fits, or time is up.
+    """
+    done = _person(options).adapt(again=again)
+    return {**_works(options), **_adapted(done)}
+
+
+def undo(options: PersonOptions, *, reason: str = "") -> dict[str, Any]:
+    """Go back to the delta before, or to the shipped release."""
+    _person(options).undo(reason or "the person undid it")
+    return _works(options)
+
+
+def forget(
+    options: PersonOptions,
+    ids: tuple[str, ...] = (),
+    *,
+    since: str = "",
+    before: str = "",
+    containing: str = "",
+    retune: bool = True,
+) -> dict[str, Any]:
+    """Remove rows for good, and every delta that was tuned on one; with `retune`, tune another on the rows that stay.
+
+    All that is given must hold: ids; ISO dates (since inclusive, before exclusive); a text, whatever its case. The receipt,
+    signed, says which rows and which deltas went, and which came. Raises ConfigError where nothing is given.
+    """
+    gone = _person(options).forget(ids, since=since, before=before, containing=containing, retune=retune)
+    said = {"forgotten": list(gone.rows), "deltas_gone": list(gone.gone), "delta_came": gone.came, "why": gone.why}
+    return {**_works(options), **said, "receipt": str(gone.file or "")}
+
+
+def _works(options: PersonOptions) -> dict[str, Any]:
+    """What answers now."""
+    now_ = _person(options).status()
+    said = {"name": options.name, "version": now_.release, "release": str(shipped(options.store, options.name).path)}
+    return {**said, "adapter": str(now_.adapter), "delta": now_.delta, "rows": now_.rows, "notes": list(now_.notes)}
+
+
+def _adapted(done: Adapted) -> dict[str, Any]:
+    verdict = asdict(done.verdict) if done.verdict else None
+    counts = {"trained": done.trained, "held_out": done.held_out, "left_out": dict(done.left_out)}
+    budget = {"peak_memory_bytes": 0, "limit_bytes": 0, "receipt": "", "rungs": []}
+    return {"changed": bool(done.delta), "why": done.why, **counts, "verdict": verdict, **budget, **done.facts}
+
+
+def _person(options: PersonOptions) -> Personal:
+    release = shipped(options.store, options.name)
+    settings = Settings(
+        options.name,
+        _base(options, release.path),
+        probe=[said for _, said in _read(options.probe)] if options.probe else [],
+        most_probe_loss=options.most_probe_loss,
+        recipe=options.recipe,
+    )
+    return Personal(
+        options.folder,
+        options.store,
+        _key(options),
+        settings,
+        tune=lambda job: _tuned(options, job),
+        may_run=options.policy.refusal,
+    )
+
+
+def _tuned(options: PersonOptions, job: Job) -> dict[str, Any]:
+    """Tune within the budget; the receipt is kept, the rest of the work goes with its tokens."""
+    signer = options.folder / "signer"
+    if not (signer / "sartor.key").exists():
+        signing.keygen(signer)
+    receipt = tune_within(job, options.budget, key=signer, policy=options.policy.refusal)
+    kept = options.folder / "receipts" / f"tuning-{now().replace(':', '')}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(job.out) / FILE, kept)
+    if receipt.outcome == "paused":
+        raise BusyError(f"the tuning pauses: {receipt.reason}; what it has is saved", "the same command goes on there", 600)
+    if receipt.outcome != "done":
+        raise BudgetError(f"the tuning is not done: {receipt.reason}; {kept} says more", "the same command, a larger budget")
+    return _of_receipt(receipt, kept)
+
+
+def _of_receipt(receipt: Receipt, kept: Path) -> dict[str, Any]:
+    """What a command says of a receipt."""
+    used = [attempt.usage for attempt in receipt.attempts]
+    return {
+        "peak_memory_bytes": max(one.peak_bytes for one in used),
+        "predicted_peak_bytes": receipt.attempts[-1].predicted_peak_bytes,
+        "limit_bytes": used[-1].limit_bytes,
+        "held_by": used[-1].held_by,
+        "rungs": [attempt.rung for attempt in receipt.attempts],
+        "receipt": str(kept),
+    }
+
+
+def _base(options: PersonOptions, release: Path) -> Path:
+    """The release's base in transformers' layout. Raises ModelError for another one, MissingError where it is not here."""
+    said = json.loads((release / "release.json").read_bytes())["base"]
+    found = bases.locate(options.base or said["name"])
+    if found.digest != said["digest"]:
+        raise ModelError(
+            f"{release} was tuned on the base {said['digest'][:12]}, and {found.name} is {found.short_digest}", "--base DIR"
+        )
+    if not (found.path / "config.json").is_file():
+        raise MissingError(
+            f"the base {found.name} is not on this device in transformers' layout, at {found.path}",
+            "`sartor ask` with the release converts it once; or copy that folder here",
+        )
+    return found.path
+
+
+def _key(options: PersonOptions) -> Source:
+    if options.key == "keyring":
+        return Keyring()
+    if options.key == "passphrase":
+        if not (said := os.environ.get(PASSPHRASE_VARIABLE, "")):
+            raise ConfigError(f"{PASSPHRASE_VARIABLE} is not set", "set it to the passphrase, or --key FILE")
+        return Passphrase(said)
+    return FileKey(Path(options.key) if options.key else options.folder / "device.key")
+
+
+def _read(file: Path) -> list[tuple[Example, dict[str, Any]]]:
+    """(the row, what its line says) of a JSONL file: all of them, before anything is done with one."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{file} cannot be read: {error}", "a JSONL file in UTF-8") from None
+    return [_row(f"{file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _row(place: str, line: str) -> tuple[Example, dict[str, Any]]:
+    try:
+        said = json.loads(line)
+    except ValueError as error:
+        raise SourceError(f"{place}: no JSON: {error}", "one JSON object a line; nothing was added") from None
+    if not isinstance(said, dict):
+        raise SourceError(f"{place}: no JSON object", "one JSON object a line; nothing was added")
+    rating = said.get("rating")
+    if rating is not None and not (isinstance(rating, int | float) and -1 <= rating <= 1):
+        raise SourceError(f"{place}: the rating is {rating!r}", "a number from -1 (bad) to 1 (good); nothing was added")
+    try:
+        return example_of({name: value for name, value in said.items() if name not in _SAID}), said
+    except SourceError as error:
+        raise SourceError(f"{place}: {error.problem}", f"{error.remedy}; nothing was added") from None

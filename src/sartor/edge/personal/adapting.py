@@ -1,0 +1,245 @@
+"""One adaptation: rows -> tokens -> a delta on the shipped release -> a verdict on rows it never saw -> current, or not.
+
+FOLDER/work/         a tuning under way: weights and log, no text
+FOLDER/settled.json  what was tuned and not taken, or undone, so that it is not tuned again
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sartor.core import records
+from sartor.core.errors import ConfigError, HealthError, SourceError, StoreError
+from sartor.core.records import Example
+from sartor.edge.personal import work
+from sartor.edge.personal.diary import LIMIT_BYTES, Diary
+from sartor.edge.personal.judge import Asked, Judge, Verdict, judge
+from sartor.edge.personal.local import CONFIG, WEIGHTS, Delta, Locals, applied, digest_of, shipped
+from sartor.edge.personal.rows import example_of, now
+from sartor.edge.personal.work import Material, Tune
+from sartor.edge.store import Installed
+from sartor.edge.store.disk import Disk
+from sartor.edge.tuning.job import Job
+from sartor.edge.tuning.limits import Limits
+from sartor.edge.tuning.words import Words
+from sartor.models.chat import Chat
+from sartor.tune.recipe import Lora, Recipe, load
+
+# Fewer prompts than this make no interval worth the name
+LEAST_HELD_OUT, LEAST_TRAINED = 5, 5
+# Row sets that are remembered as not worth another tuning
+_SETTLED = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is tuned, and how it is judged. name: of the release in the store; base: its base, in transformers' layout.
+
+    probe: rows whose loss may not rise; empty takes the canaries that the release ships with. most_probe_loss: nats a token.
+    recipe: changes to work.DEFAULTS. limits, stop: of the default tuner. limit_bytes: of the rows.
+    """
+
+    name: str
+    base: Path
+    probe: Sequence[Mapping[str, Any]] = ()
+    most_probe_loss: float = 0.05
+    held_out_fraction: float = 0.25
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    limits: Limits = Limits()
+    stop: Callable[[], bool] = lambda: False
+    limit_bytes: int = LIMIT_BYTES
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What came of a tuning. delta: digest of what was made current, '' for nothing; why: why not, or how it was judged.
+
+    trained, held_out: how many rows; left_out: reason -> how many. facts: what `tune` returned.
+    """
+
+    delta: str
+    why: str
+    trained: int = 0
+    held_out: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Adapting:
+    """What tunes for the rows of a diary, in the folder of their person."""
+
+    def __init__(self, folder: Path, store: Path, settings: Settings, diary: Diary, tune: Tune, disk: Disk) -> None:
+        self.folder, self.store, self.settings, self.diary = folder, store, settings, diary
+        self.locals = Locals(store, settings.name)
+        self._tune, self._disk, self._settled = tune, disk, folder / "settled.json"
+
+    def adapt(self, room: Path, again: bool) -> Adapted:
+        """See Personal.adapt. room: in memory, for the tokens."""
+        release = shipped(self.store, self.settings.name)
+        recipe, loaded, chat, found = self._read(release)
+        probe = self._probe(release, chat, loaded)
+        names = self.diary.names(row.example_id for row in [*found.train, *found.held_out])
+        key = records.digest([digest_of(release), recipe, [names[row.example_id] for row in found.train]])
+        if why := self._no_need(found, key, again):
+            return _adapted("", why, found)
+        out = self._work(key)
+        job = _job(release, self.settings.base, recipe, room / "tokens.safetensors", out)
+        work.write_job(job, found.train)
+        facts = dict(self._tune(job))
+        verdict = self._judge(release, out, found, probe, loaded.method)
+        if verdict.why:
+            self.settle(key, verdict.why)
+            shutil.rmtree(out, ignore_errors=True)
+            return _adapted("", verdict.why, found, verdict, facts)
+        try:
+            made = self._make_current(release, out, found, names, {"key": key, "verdict": asdict(verdict)})
+        except HealthError as error:
+            return _adapted("", error.problem, found, verdict, facts)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+        return _adapted(made.digest, str(made.said["why"]), found, verdict, facts)
+
+    def evaluate(self) -> Verdict:
+        """See Personal.evaluate."""
+        release = shipped(self.store, self.settings.name)
+        _, loaded, chat, found = self._read(release)
+        if not found.held_out:
+            raise SourceError("no row is held out yet", "add more rows: the digests of their prompts decide")
+        works, _ = applied(self.folder, self.store, self.settings.name)
+        paths = (release.path, works.path if works else release.path)
+        judged = Judge(self.settings.base, loaded.method)
+        mine, probe = Asked(found.held_out, found.groups), self._probe(release, chat, loaded)
+        private, other = ([judged.losses(path, asked.rows) for path in paths] for asked in (mine, probe))
+        return judge((mine, private[0], private[1]), (probe, other[0], other[1]), self.settings.most_probe_loss)
+
+    def _read(self, release: Installed) -> tuple[dict[str, Any], Recipe, Chat, Material]:
+        """What is to be tuned, and the rows as tokens."""
+        recipe = work.recipe_of(release.path, self.settings.base, self.settings.recipe)
+        loaded, chat = load(recipe), Chat(Words(self.settings.base))
+        found = work.material(self.diary.rows(), chat, self.settings.held_out_fraction, loaded.data.max_length_tokens)
+        return recipe, loaded, chat, found
+
+    def _no_need(self, found: Material, key: str, again: bool) -> str:
+        """Why no tuning is worth while; empty if one is."""
+        if len(found.train) < LEAST_TRAINED or len(set(found.groups)) < LEAST_HELD_OUT:
+            return (
+                f"{len(found.train)} rows to train on and {len(set(found.groups))} held-out prompts are too few: "
+                f"{LEAST_TRAINED} and {LEAST_HELD_OUT} are needed"
+            )
+        works, _ = applied(self.folder, self.store, self.settings.name)
+        if works and works.said["key"] == key:
+            return "the delta that works was tuned on these very rows"
+        return "" if again else self._known_settled().get(key, "")
+
+    def _probe(self, release: Installed, chat: Chat, recipe: Recipe) -> Asked:
+        rows = [example_of(row) for row in self.settings.probe] or _canaries(release.path)
+        coded = [work.encoded(row, row.id, chat, recipe.data.max_length_tokens) for row in rows]
+        usable = [(one, row.id) for one, row in zip(coded, rows, strict=True) if not isinstance(one, str)]
+        if len({name for _, name in usable}) < 2:
+            raise ConfigError(
+                f"the probe has {len(usable)} rows that can be used; two at least tell whether a delta forgets",
+                "Settings(probe=[...]), rows of what the release must go on to know",
+            )
+        return Asked([one for one, _ in usable], [name for _, name in usable])
+
+    def _judge(self, release: Installed, out: Path, found: Material, probe: Asked, method: Lora) -> Verdict:
+        """Own rows against what works now, the probe against the shipped release: else it could decay step by step."""
+        works, _ = applied(self.folder, self.store, self.settings.name)
+        judged, mine = Judge(self.settings.base, method), Asked(found.held_out, found.groups)
+        now_, after = (judged.losses(path, mine.rows) for path in (works.path if works else release.path, out))
+        before_probe, after_probe = (judged.losses(path, probe.rows) for path in (release.path, out))
+        return judge((mine, now_, after), (probe, before_probe, after_probe), self.settings.most_probe_loss)
+
+    def _make_current(
+        self, release: Installed, out: Path, found: Material, names: Mapping[str, str], more: Mapping[str, Any]
+    ) -> Delta:
+        files = {name: (out / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+        trained, held_out = ([names[row.example_id] for row in rows] for rows in (found.train, found.held_out))
+        said = {
+            "delta": _digest(files[WEIGHTS]),
+            "of": {"name": release.name, "version": release.version, "digest": digest_of(release)},
+            "rows": sorted(trained),
+            "held_out": sorted(held_out),
+            "tuned": now(),
+            "why": f"better on {len(held_out)} rows that it never saw",
+            **more,
+        }
+
+        def check(path: Path) -> None:
+            there = {row.id for row in self.diary.rows()}
+            if not {row.example_id for row in found.train} <= there:
+                raise StoreError("rows that it was tuned on were forgotten meanwhile", "adapt again")
+            if digest_of(shipped(self.store, self.settings.name)) != digest_of(release):
+                raise StoreError("another release was shipped meanwhile", "adapt again")
+
+        return self.locals.put(files, said, check)
+
+    def _work(self, key: str) -> Path:
+        """The folder of a tuning; those of others are removed."""
+        every = self.folder / "work"
+        for name in self._disk.names(every):
+            if name != key[:16]:
+                self._disk.remove(every / name)
+        for folder in (every, every / key[:16]):
+            if self._disk.stat(folder) is None:
+                self._disk.mkdir(folder)
+        return every / key[:16]
+
+    def _known_settled(self) -> dict[str, str]:
+        try:
+            said = json.loads(self._settled.read_bytes())
+            return {str(key): str(why) for key, why in said.items()}
+        except (OSError, ValueError, AttributeError, RecursionError):  # it costs a tuning at most
+            return {}
+
+    def settle(self, key: str, why: str) -> None:
+        """Do not tune these rows again, for this reason."""
+        kept = list({**self._known_settled(), key: why}.items())[-_SETTLED:]
+        self._disk.replace(self._settled, records.canonical(dict(kept)))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _adapted(
+    delta: str, why: str, found: Material, verdict: Verdict | None = None, facts: Mapping[str, Any] | None = None
+) -> Adapted:
+    left_out = {reason: len(ids) for reason, ids in found.left_out.items()}
+    return Adapted(delta, why, len(found.train), len(found.held_out), left_out, verdict, facts or {})
+
+
+def _job(release: Installed, base: Path, recipe: dict[str, Any], tokens: Path, out: Path) -> Job:
+    said = _manifest(release.path)
+    about = said.get("base", {})
+    return Job(
+        base=str(base),
+        name=str(about.get("name", base.name)),
+        digest=str(about.get("digest", "")),
+        licence=str(said.get("licence", "NOASSERTION")),
+        tokens=str(tokens),
+        out=str(out),
+        recipe=recipe,
+        start=str(release.path),
+    )
+
+
+def _canaries(release: Path) -> list[Example]:
+    """Held-out prompts of the release with the replies that it was signed with."""
+    told = _manifest(release).get("canaries", [])
+    return [example_of({"messages": [*one["messages"], {"role": "assistant", "content": one["reply"]}]}) for one in told]
+
+
+def _manifest(release: Path) -> dict[str, Any]:
+    try:
+        said = json.loads((release / "release.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}

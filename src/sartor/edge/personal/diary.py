@@ -1,0 +1,281 @@
+"""A person's rows in one encrypted file: add, read, forget.
+
+    FOLDER/diary   {"schema": 1, "kind": "diary", "name": ..., "generation": ..., "source": {...}, "wrapped": ...}
+                   ID base64(nonce, ciphertext)          one line a row, ChaCha20-Poly1305 (RFC 8439)
+
+The header wraps two secrets (`keys.py`): the key of the rows, and one that names rows in manifests. A row is bound to its file,
+generation, place and id: one that is moved, repeated, taken out of the middle or brought from an older file does not open. Rows
+are padded, so that their lengths say little. What cannot be seen is an older copy of the whole file, or an end that is gone.
+
+A row is on the disk when `add` returns. What a power cut leaves of the next one is the last line at most, which is left out and
+said. `forget` writes the others under a new key into a new file, which takes the name in one rename; then the old key goes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import json
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from sartor.core import records
+from sartor.core.artifacts import DISK_FULL
+from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, SourceError, StoreError
+from sartor.core.records import Example
+from sartor.edge.personal.keys import KEY_BYTES, NONCE_BYTES, Source, unwrap, wrap
+from sartor.edge.personal.rows import Row, example_of, now
+from sartor.edge.store.disk import Disk, OwnersDisk
+
+SCHEMA = 1
+LIMIT_BYTES = 16 << 20
+ROW_BYTES = 1 << 18
+# Lengths are told in steps of this
+PAD_BYTES = 256
+# How long another process's write is waited for
+LOCK_S = 10.0
+_LINE = re.compile(rb"[0-9a-f]{16} [A-Za-z0-9+/]+=*")
+_TORN = "the last row is not whole and was left out: the power went while it was written, or it was changed since"
+
+
+@dataclass
+class _State:
+    """The file as it was read. secret: of the rows, then of their names."""
+
+    header: bytes
+    secret: bytes
+    lines: list[bytes] = field(default_factory=list)
+    is_torn: bool = False
+
+    @cached_property
+    def said(self) -> dict[str, Any]:
+        """The header as a mapping."""
+        found: dict[str, Any] = json.loads(self.header)
+        return found
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + 1 + sum(len(line) + 1 for line in self.lines)
+
+    @property
+    def content(self) -> bytes:
+        """The file."""
+        return b"".join(line + b"\n" for line in (self.header, *self.lines))
+
+    def seal(self, row: Row, place: int) -> bytes:
+        """A row as the line at a place."""
+        try:
+            plain = records.canonical(row.as_json())
+        except UnicodeEncodeError:
+            raise SourceError("the row holds half of a surrogate pair, which no file can", "leave the character out") from None
+        plain += b" " * (-len(plain) % PAD_BYTES)
+        nonce = os.urandom(NONCE_BYTES)
+        sealed = ChaCha20Poly1305(self.secret[:KEY_BYTES]).encrypt(nonce, plain, self._about(row.id, place))
+        return row.id.encode() + b" " + base64.b64encode(nonce + sealed)
+
+    def plain(self, place: int) -> bytes | None:
+        """The row at a place as it was sealed; None where it does not open."""
+        try:
+            id, _, sealed = self.lines[place].partition(b" ")
+            content = base64.b64decode(sealed, validate=True)
+            about = self._about(id.decode("ascii"), place)
+            return ChaCha20Poly1305(self.secret[:KEY_BYTES]).decrypt(content[:NONCE_BYTES], content[NONCE_BYTES:], about)
+        except (InvalidTag, ValueError):
+            return None
+
+    def rows(self) -> list[Row]:
+        """Every row."""
+        plain = (self.plain(place) for place in range(len(self.lines)))
+        names = (line.partition(b" ")[0].decode() for line in self.lines)
+        return [Row.from_json(name, json.loads(one)) for name, one in zip(names, plain, strict=True) if one is not None]
+
+    def _about(self, id: str, place: int) -> bytes:
+        return records.canonical([self.said["name"], self.said["generation"], place, id])
+
+
+def _may_be_torn(tail: Sequence[bytes]) -> bool:
+    """Whether what does not open at the end of the file may be one row that was being written: cut off, or garbage."""
+    return sum(map(len, tail)) <= ROW_BYTES and not any(map(_LINE.fullmatch, tail[1:]))
+
+
+class Diary:
+    """The rows in a folder, which is made if absent. limit_bytes: of its file. notes: what was not whole, in words.
+
+    Any number of processes may open it; each call holds it alone. Every call raises KeyRefusedError for a wrong key, StoreError
+    where the file was changed, MissingError where the disk does not take it, and BusyError where another process holds it long.
+    """
+
+    def __init__(self, folder: Path, source: Source, *, limit_bytes: int = LIMIT_BYTES, disk: Disk | None = None) -> None:
+        self.folder, self.limit_bytes, self.notes = folder.absolute(), limit_bytes, list[str]()
+        self._source, self._disk = source, disk or OwnersDisk()
+        self._file = self.folder / "diary"
+        self._mine = threading.Lock()
+        self._known: tuple[bytes | None, bytes] = (None, b"")  # header, secret: a passphrase takes a second
+
+    def add(self, row: Mapping[str, Any] | Example, rating: float | None = None, correction: str = "") -> str:
+        """Keep a row in any form that `curate` reads, and how it was rated; returns its id. It is on the disk then.
+
+        Raises SourceError for a row that cannot be read, BudgetError above the limit: nothing is dropped to make room.
+        """
+        if rating is not None and not -1 <= rating <= 1:
+            raise ConfigError(f"the rating is {rating}; it is between -1 (bad) and 1 (good)", "rating=1.0")
+        with self._alone("a row"):
+            state = self._load()
+            made = Row(secrets.token_hex(8), now(), example_of(row), rating, correction)
+            line = state.seal(made, len(state.lines))
+            self._check_size(state, line)
+            if state.is_torn:
+                self._disk.replace(self._file, state.content)
+            try:
+                self._disk.append(self._file, line + b"\n")
+                self._disk.sync(self._file)
+            except OSError:
+                with suppress(OSError):  # after an fsync that failed, what is read here may not be on the disk
+                    self._disk.replace(self._file, state.content)
+                raise
+        return made.id
+
+    def rows(self) -> list[Row]:
+        """Every row, the oldest first: in memory alone."""
+        with self._alone("the rows"):
+            return self._load().rows()
+
+    def count(self) -> int:
+        """How many rows there are."""
+        with self._alone("the rows"):
+            return len(self._load().lines)
+
+    def forget(self, chosen: Callable[[Row], bool]) -> tuple[str, ...]:
+        """Remove the rows for which `chosen` is true, and give the others another key. Returns the ids of what went.
+
+        Nothing is written where nothing is chosen. A kill or a power cut leaves all rows under the old key, or those that stay
+        under the new one.
+        """
+        with self._alone("the rows that stay"):
+            state = self._load()
+            every = state.rows()
+            gone = tuple(row.id for row in every if chosen(row))
+            if gone:
+                left = set(gone)
+                self._rewrite(state, [row for row in every if row.id not in left], self._source)
+        return gone
+
+    def rekey(self, source: Source) -> None:
+        """Put the rows under the key of another source, or of another passphrase; the old one no longer opens them."""
+        with self._alone("the rows"):
+            state = self._load()
+            self._rewrite(state, state.rows(), source)
+            self._source = source
+
+    def names(self, ids: Iterable[str]) -> dict[str, str]:
+        """id -> how a manifest names the row: keyed, so that nobody else finds a row by it. The same after every `forget`."""
+        with self._alone("the rows"):
+            key = self._load().secret[KEY_BYTES:]
+        return {id: hmac.digest(key, id.encode(), "sha256").hex()[:32] for id in ids}
+
+    def _rewrite(self, state: _State, kept: Sequence[Row], source: Source) -> None:
+        new = self._fresh(state.said["name"], state.secret[KEY_BYTES:], source)
+        new.lines = [new.seal(row, place) for place, row in enumerate(kept)]
+        self._disk.replace(self._file, new.content)
+        source.settle(new.said["source"])
+        self._known = (new.header, new.secret)
+
+    def _fresh(self, name: str, naming: bytes, source: Source) -> _State:
+        secret = secrets.token_bytes(KEY_BYTES) + naming
+        about = {"schema": SCHEMA, "kind": "diary", "name": name, "generation": secrets.token_hex(8)}
+        return _State(records.canonical(wrap(secret, about, source, name)), secret)
+
+    def _load(self) -> _State:
+        """The file as it stands, every row of it checked. Raises StoreError where it was changed."""
+        if self._disk.stat(self._file) is None:
+            made = self._fresh(secrets.token_hex(8), secrets.token_bytes(KEY_BYTES), self._source)
+            self._disk.replace(self._file, made.content)
+        with self._disk.open(self._file) as stream:
+            header, *lines = stream.read().split(b"\n")
+        state = _State(header, self._secret(header), [line for line in lines if line], bool(lines and lines[-1]))
+        broken = next((place for place in range(len(state.lines)) if state.plain(place) is None), len(state.lines))
+        if tail := state.lines[broken:]:
+            if not _may_be_torn(tail):
+                raise StoreError(
+                    f"row {broken + 1} of {self._file} was changed, moved or brought from elsewhere", "restore it from a copy"
+                )
+            state.is_torn = True
+            del state.lines[broken:]
+            if _TORN not in self.notes:
+                self.notes.append(_TORN)
+        return state
+
+    def _secret(self, header: bytes) -> bytes:
+        known, secret = self._known
+        if header == known:
+            return secret
+        try:
+            said = json.loads(header)
+            is_ours = said["kind"] == "diary" and isinstance(said["name"], str) and isinstance(said["generation"], str)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            is_ours = False
+        if not is_ours:
+            raise StoreError(f"{self._file} is no diary, or its first line was changed", "restore it from a copy")
+        if said.get("schema") != SCHEMA:
+            raise StoreError(f"{self._file} has schema {said.get('schema')!r}; this reads {SCHEMA}", "a newer Sartor")
+        secret = unwrap(said, self._source)
+        # what a killed process renamed is seen and not yet durable: the key of the file before must not go first
+        self._disk.sync_folder(self.folder)
+        self._source.settle(said["source"])
+        self._known = (header, secret)
+        return secret
+
+    def _check_size(self, state: _State, line: bytes) -> None:
+        if len(line) > ROW_BYTES:
+            raise BudgetError(f"the row takes {len(line):,} bytes; a row may take {ROW_BYTES:,}", "a shorter row")
+        if state.size + len(line) + 1 > self.limit_bytes:
+            raise BudgetError(
+                f"{self._file} holds {len(state.lines):,} rows in {state.size:,} bytes; it may take {self.limit_bytes:,}",
+                "forget old rows (before=DATE), or raise limit_bytes",
+            )
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        with self._mine:
+            try:
+                self._make_folder()
+                unlock = self._lock()
+                try:
+                    yield
+                finally:
+                    unlock()
+            except OSError as error:
+                if error.errno in DISK_FULL:
+                    raise MissingError(
+                        f"the disk is full: {what} could not be written", f"free some of {self.folder}"
+                    ) from error
+                raise MissingError(f"{self._file} could not be used: {error.strerror or error}", "see to its disk") from error
+
+    def _make_folder(self) -> None:
+        missing = [path for path in (self.folder, *self.folder.parents) if self._disk.stat(path) is None]
+        for path in reversed(missing):
+            self._disk.mkdir(path)
+            self._disk.sync_folder(path.parent)
+
+    def _lock(self) -> Callable[[], None]:
+        until = time.monotonic() + LOCK_S
+        while True:
+            try:
+                return self._disk.lock(self.folder / "lock")
+            except BusyError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(0.02)

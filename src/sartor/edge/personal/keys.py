@@ -1,0 +1,267 @@
+"""The key of a person's rows: random, wrapped by a key that a file or a keyring of the device keeps, or a passphrase gives.
+
+    FileKey     a file that its owner alone may read     Keyring     the system's keyring (the package `keyring`)
+    Passphrase  scrypt (RFC 7914) of what a person types
+
+What wraps is called a source. It gives a fresh key whenever the rows get one, and drops the old ones once the rows stand under
+the new: so a copy of the old rows opens with nothing that the device still names. docs/edge-personal.md says what each source
+protects from, and from what it does not.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from sartor.core import records
+from sartor.core.errors import ConfigError, ExtraError, KeyRefusedError, MissingError, StoreError
+from sartor.edge.store.disk import Disk, OwnersDisk
+
+KEY_BYTES, NONCE_BYTES = 32, 12
+# N = 2**15, r = 8, p = 3: 32 MiB, the smaller of the settings that OWASP's Password Storage Cheat Sheet holds equal
+SCRYPT_N, SCRYPT_R, SCRYPT_P = 1 << 15, 8, 3
+# A header comes from the disk: what it asks for may not take the device's memory
+_MOST_SCRYPT_BYTES = 256 << 20
+
+
+class Source(Protocol):
+    """Where the key comes from that wraps. kind: as a header says it."""
+
+    kind: str
+
+    def fresh(self, owner: str) -> tuple[dict[str, Any], bytes]:
+        """(what a header says of it, a new key), durable, beside those that were there. owner: whose key it is."""
+        ...
+
+    def find(self, said: Mapping[str, Any]) -> bytes:
+        """The key that a header names. Raises KeyRefusedError where it is not that of this source."""
+        ...
+
+    def settle(self, said: Mapping[str, Any]) -> None:
+        """Drop every key of the same owner but the one that this header names."""
+        ...
+
+
+def wrap(secret: bytes, about: Mapping[str, Any], source: Source, owner: str) -> dict[str, Any]:
+    """A header: `about`, what the source says, and the secret under a fresh key of it. ChaCha20-Poly1305 (RFC 8439)."""
+    said, key = source.fresh(owner)
+    header = {**about, "source": {"kind": source.kind, **said}}
+    nonce = os.urandom(NONCE_BYTES)
+    sealed = ChaCha20Poly1305(key).encrypt(nonce, secret, records.canonical(header))
+    return {**header, "wrapped": base64.b64encode(nonce + sealed).decode()}
+
+
+def unwrap(header: Mapping[str, Any], source: Source) -> bytes:
+    """The secret of a header. Raises KeyRefusedError for another key, or a header that was changed; StoreError for none."""
+    about = {name: value for name, value in header.items() if name != "wrapped"}
+    said = about.get("source")
+    if not isinstance(said, dict) or not isinstance(header.get("wrapped"), str):
+        raise StoreError("the header of the rows is not whole", "restore the file from a copy")
+    if said.get("kind") != source.kind:
+        raise KeyRefusedError(
+            f"the rows are under a key of the kind {said.get('kind')!r:.40}, not {source.kind!r}", "give the key of that kind"
+        )
+    key = source.find(said)
+    try:
+        sealed = base64.b64decode(header["wrapped"], validate=True)
+        return ChaCha20Poly1305(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], records.canonical(about))
+    except (InvalidTag, ValueError):
+        raise KeyRefusedError(
+            f"the {source.kind} does not open the rows: it is another one, or the header of the rows was changed",
+            "give the one that they were written with",
+        ) from None
+
+
+def _new(held: Mapping[str, bytes], owner: str) -> tuple[str, dict[str, bytes]]:
+    """(name of a new key, all keys)."""
+    key = secrets.token_bytes(KEY_BYTES)
+    name = f"{owner}.{hashlib.sha256(key).hexdigest()[:16]}"
+    return name, {**held, name: key}
+
+
+def _left(held: Mapping[str, bytes], said: Mapping[str, Any]) -> dict[str, bytes]:
+    """The keys without those of the same owner that the header does not name."""
+    owner = said["key"].partition(".")[0]
+    return {name: key for name, key in held.items() if name == said["key"] or name.partition(".")[0] != owner}
+
+
+def _dump(held: Mapping[str, bytes]) -> str:
+    keys = {name: base64.b64encode(key).decode() for name, key in held.items()}
+    return json.dumps({"schema": 1, "kind": "device key", "keys": keys}) + "\n"
+
+
+def _parse(text: str | bytes, where: str) -> dict[str, bytes]:
+    try:
+        said = json.loads(text)
+        held = {name: base64.b64decode(key, validate=True) for name, key in said["keys"].items()}
+        if said["schema"] != 1 or any(len(key) != KEY_BYTES for key in held.values()):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise KeyRefusedError(
+            f"{where} holds no key of a device", "restore it from a copy; without it the rows are lost"
+        ) from None
+    return held
+
+
+def _named(held: Mapping[str, bytes], said: Mapping[str, Any], where: str) -> bytes:
+    name = said.get("key")
+    if not isinstance(name, str) or name not in held:
+        raise KeyRefusedError(
+            f"{where} does not hold the key {name!r:.40} of these rows", "give the key that they were written with"
+        )
+    return held[name]
+
+
+@dataclass
+class FileKey:
+    """Keys in a file that its owner alone may read; made when first wanted. Put it on another disk than the rows'.
+
+    Raises ConfigError for a file that others may read or that belongs to somebody else.
+    """
+
+    path: Path
+    disk: Disk = field(default_factory=OwnersDisk)
+    kind: str = "file"
+
+    def fresh(self, owner: str) -> tuple[dict[str, Any], bytes]:
+        """See Source."""
+        name, held = _new(self._held(), owner)
+        self._write(held)
+        return {"key": name}, held[name]
+
+    def find(self, said: Mapping[str, Any]) -> bytes:
+        """See Source."""
+        if self.disk.stat(self.path) is None:
+            raise KeyRefusedError(f"there is no key at {self.path}", "restore it from a copy; without it the rows are lost")
+        return _named(self._held(), said, str(self.path))
+
+    def settle(self, said: Mapping[str, Any]) -> None:
+        """See Source."""
+        held = self._held()
+        if (left := _left(held, said)) != held:
+            self._write(left)
+
+    def check_rights(self) -> None:
+        """Raise ConfigError unless the file is this user's, a plain one, and nobody else may read it."""
+        found = os.lstat(self.path)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{self.path} is no plain file", "give the path of the key itself, not of a link")
+        if os.name == "posix" and found.st_mode & 0o077:
+            raise ConfigError(f"{self.path} is open to others (mode {found.st_mode & 0o777:o})", f"chmod 600 {self.path}")
+        if os.name == "posix" and found.st_uid != os.geteuid():
+            raise ConfigError(f"{self.path} belongs to the user {found.st_uid}, not {os.geteuid()}", "give a key of your own")
+
+    def _held(self) -> dict[str, bytes]:
+        if self.disk.stat(self.path) is None:
+            return {}
+        self.check_rights()
+        with self.disk.open(self.path) as stream:
+            return _parse(stream.read(), str(self.path))
+
+    def _write(self, held: Mapping[str, bytes]) -> None:
+        try:
+            missing = [folder for folder in (self.path.parent, *self.path.parent.parents) if self.disk.stat(folder) is None]
+            for folder in reversed(missing):
+                self.disk.mkdir(folder)
+                self.disk.sync_folder(folder.parent)
+            self.disk.replace(self.path, _dump(held).encode())
+        except OSError as error:
+            raise MissingError(f"the key {self.path} could not be written: {error.strerror}", "see to its disk") from error
+
+
+@dataclass
+class Keyring:
+    """Keys in an entry of the system's keyring: Secret Service, KWallet, macOS's keychain, Windows' vault.
+
+    Raises ExtraError without the package `keyring`, MissingError where the system has no keyring or it is locked.
+    """
+
+    user: str = "personal"
+    service: str = "sartor"
+    kind: str = "keyring"
+
+    def fresh(self, owner: str) -> tuple[dict[str, Any], bytes]:
+        """See Source."""
+        name, held = _new(self._held(), owner)
+        self._write(held)
+        return {"key": name}, held[name]
+
+    def find(self, said: Mapping[str, Any]) -> bytes:
+        """See Source."""
+        return _named(self._held(), said, f"the keyring's entry {self.service}/{self.user}")
+
+    def settle(self, said: Mapping[str, Any]) -> None:
+        """See Source."""
+        held = self._held()
+        if (left := _left(held, said)) != held:
+            self._write(left)
+
+    def _held(self) -> dict[str, bytes]:
+        text = self._ask("get_password", self.service, self.user)
+        return _parse(text, f"the keyring's entry {self.service}/{self.user}") if text else {}
+
+    def _write(self, held: Mapping[str, bytes]) -> None:
+        self._ask("set_password", self.service, self.user, _dump(held))
+        if self._held() != held:  # there is a backend that keeps nothing
+            raise MissingError("the system's keyring did not keep what it was given", "another backend, or a file: FileKey")
+
+    def _ask(self, call: str, *arguments: str) -> Any:
+        try:
+            package = importlib.import_module("keyring")
+        except ImportError:
+            raise ExtraError(
+                "this needs the Python package 'keyring', which is not installed", "pip install keyring, or a file: FileKey"
+            ) from None
+        try:
+            return getattr(package, call)(*arguments)
+        except Exception as error:  # backends raise what their systems do
+            raise MissingError(
+                f"the system's keyring does not answer: {type(error).__name__}: {error}", "unlock it, or a file: FileKey"
+            ) from error
+
+
+@dataclass
+class Passphrase:
+    """A key out of what a person types. n, r, p: of scrypt, for fresh keys; older rows say theirs."""
+
+    text: str = field(repr=False)
+    n: int = SCRYPT_N
+    r: int = SCRYPT_R
+    p: int = SCRYPT_P
+    kind: str = "passphrase"
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ConfigError("the passphrase is empty", "type one; six random words are strong")
+
+    def fresh(self, owner: str) -> tuple[dict[str, Any], bytes]:
+        """See Source."""
+        said = {"salt": base64.b64encode(os.urandom(16)).decode(), "n": self.n, "r": self.r, "p": self.p}
+        return said, self.find(said)
+
+    def find(self, said: Mapping[str, Any]) -> bytes:
+        """See Source."""
+        try:
+            salt, n, r, p = base64.b64decode(said["salt"], validate=True), *(int(said[name]) for name in "nrp")
+            if 128 * n * r * p > _MOST_SCRYPT_BYTES:
+                raise ValueError
+            return hashlib.scrypt(self.text.encode(), salt=salt, n=n, r=r, p=p, maxmem=2 * _MOST_SCRYPT_BYTES, dklen=KEY_BYTES)
+        except (KeyError, ValueError, TypeError, OverflowError):
+            raise StoreError(
+                "the header of the rows asks for a scrypt that cannot be", "restore the file from a copy"
+            ) from None
+
+    def settle(self, said: Mapping[str, Any]) -> None:
+        """See Source: nothing is kept."""

@@ -1,0 +1,178 @@
+"""The local deltas of a release: versions 1, 2, ... of NAME.local in the device's store, which has A/B, undo and power cuts.
+
+A version is PEFT's two files and `local.json`: of which shipped release it is (by the digest of that release's files), which
+rows it was tuned on (keyed names, `diary.py`), how it was judged. It is applied to that release alone. A blank version has
+`local.json` alone, and means that the shipped release works as it is: the store keeps two versions of a name, so what must go
+for good is followed by a blank one, or two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sartor.core import records
+from sartor.core.errors import HealthError, StoreError
+from sartor.edge.store import Installed, Store, installed
+
+SCHEMA = 1
+# Below the person's folder, while rows are being forgotten
+FORGETTING = "forgetting.json"
+MANIFEST, WEIGHTS, CONFIG = "local.json", "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A version of NAME.local. path: PEFT's directory. said: its manifest."""
+
+    version: str
+    path: Path
+    said: Mapping[str, Any]
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it only says that the shipped release works alone."""
+        return not self.said["delta"]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of its weights; empty for a blank one."""
+        return str(self.said["delta"])
+
+    def used(self, names: Collection[str]) -> bool:
+        """Whether a row of these was trained on."""
+        return not set(names).isdisjoint(self.said["rows"])
+
+
+def shipped(store: Path, name: str) -> Installed:
+    """The release that a device was given. Raises StoreError if there is none."""
+    found = installed(store, name)
+    if found is None:
+        raise StoreError(f"the store {store} holds no release {name}", "sync it first")
+    return found
+
+
+def digest_of(release: Installed) -> str:
+    """What a delta binds to: the digest of every file of a release."""
+    return records.digest(dict(release.files))
+
+
+def applied(folder: Path, store: Path, name: str) -> tuple[Delta | None, str]:
+    """(the delta that works on top of a release, or None; why). For a running program: no lock, no key of the rows, no torch.
+
+    folder: the person's. Where it is None, the shipped release works as it is.
+    """
+    delta, release = _delta(installed(store, f"{name}.local")), shipped(store, name)
+    if delta is None or delta.is_blank:
+        return None, str(delta.said["why"]) if delta else "nothing was tuned yet"
+    if (folder / FORGETTING).exists():
+        return None, "rows are being forgotten"
+    if delta.said["of"]["digest"] != digest_of(release):
+        return None, f"the delta is of {name} {delta.said['of']['version']}; {release.version} is shipped now: adapt again"
+    return delta, str(delta.said["why"])
+
+
+class Locals:
+    """The local deltas of a release in a store. limit_bytes: see Store."""
+
+    def __init__(self, store: Path, name: str, limit_bytes: int = 0) -> None:
+        self.store, self.name, self._limit_bytes = store, f"{name}.local", limit_bytes
+
+    def current(self) -> Delta | None:
+        """What is current, without the store's lock; None if there never was one."""
+        return _delta(installed(self.store, self.name))
+
+    def put(self, files: Mapping[str, bytes], said: Mapping[str, Any], check: Callable[[Path], None]) -> Delta:
+        """Make a delta the current one, if `check` of its directory returns; it is asked last, with the store locked.
+
+        Raises HealthError where it does not, and nothing of the delta stays.
+        """
+        with self._open() as store:
+            try:
+                self._put(store, files, said, check)
+            except HealthError:
+                self._put_blank(store, "it was not taken", activate=False)
+                store.collect()
+                raise
+        made = self.current()
+        assert made is not None
+        return made
+
+    def undo(self, reason: str) -> Delta:
+        """Go back to the delta before, or to none. Returns the one that was left. Raises StoreError where there is none."""
+        with self._open() as store:
+            left, before = _delta(store.current(self.name)), _delta(store.previous(self.name))
+            if left is None or left.is_blank:
+                raise StoreError(f"there is no delta of {self.name} to undo", "the shipped release works alone")
+            if before:
+                store.rollback(self.name, reason)
+            else:
+                self._put_blank(store, reason)
+        return left
+
+    def using(self, names: Collection[str]) -> list[Delta]:
+        """Every delta that the store keeps, and that used one of these rows."""
+        with self._open() as store:
+            return [one for one in self._every(store) if one.used(names)]
+
+    def purge(self, names: Collection[str]) -> None:
+        """Remove every delta that used one of these rows, files and all. One that did not stays, and works on if it did."""
+        with self._open() as store:
+            current, before = (_delta(found) for found in (store.current(self.name), store.previous(self.name)))
+            if current and current.used(names):
+                if before and not before.used(names):
+                    store.rollback(self.name, "rows that it used were forgotten")
+                else:
+                    for _ in range(2):  # the first makes what was current the previous one
+                        self._put_blank(store, "rows were forgotten")
+            elif current and before and before.used(names):
+                self._put_blank(store, "rows were forgotten")
+                store.activate(self.name, current.version, lambda path: None)
+            if (staged := _delta(store.staged(self.name))) and staged.used(names):
+                self._put_blank(store, "rows were forgotten", activate=False)
+            store.collect()
+
+    def _open(self) -> Store:
+        return Store(self.store, limit_bytes=self._limit_bytes)
+
+    def _every(self, store: Store) -> list[Delta]:
+        found = (store.current(self.name), store.previous(self.name), store.staged(self.name))
+        return [one for one in map(_delta, found) if one]
+
+    def _put_blank(self, store: Store, why: str, *, activate: bool = True) -> None:
+        said = {"delta": "", "rows": [], "held_out": [], "why": why}
+        self._put(store, {}, said, (lambda path: None) if activate else None)
+
+    def _put(
+        self, store: Store, files: Mapping[str, bytes], said: Mapping[str, Any], check: Callable[[Path], None] | None
+    ) -> None:
+        known = [one.version for one in self._every(store)] + list(store.refused(self.name))
+        version = str(1 + max((int(one) for one in known if one.isdigit()), default=0))
+        manifest = records.canonical({"schema": SCHEMA, "kind": "local", "version": version, **said})
+        contents = {**files, MANIFEST: manifest}
+        digests = {path: hashlib.sha256(content).hexdigest() for path, content in contents.items()}
+        store.make_room(self.name, {digests[path]: len(content) for path, content in contents.items()})
+        for path, content in contents.items():
+            if not store.has(digests[path]):
+                store.discard(digests[path])
+                store.append(digests[path], 0, content)
+                store.finish(digests[path])
+        store.stage(self.name, version, digests)
+        if check:
+            store.activate(self.name, version, check)
+
+
+def _delta(found: Installed | None) -> Delta | None:
+    if found is None:
+        return None
+    try:
+        said = json.loads((found.path / MANIFEST).read_bytes())
+        if said["schema"] != SCHEMA or said["kind"] != "local":
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise StoreError(f"{found.path / MANIFEST} is not whole, or of another schema", "verify the store") from None
+    return Delta(found.version, found.path, said)

@@ -1,0 +1,99 @@
+"""One row of a person's own: what was said, how it was rated, what it should have been; and what of it is learnt."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+from sartor.core import records
+from sartor.core.errors import SourceError
+from sartor.core.records import Example, Feedback, Message, Origin
+from sartor.curate.sources import forms
+from sartor.curate.sources.faults import Malformed
+
+SOURCE = "this device"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row. id: random, and so says nothing of its content. date: ISO, UTC. rating: -1 (bad) .. 1 (good).
+
+    correction: what the reply should have been.
+    """
+
+    id: str
+    date: str
+    example: Example
+    rating: float | None = None
+    correction: str = ""
+
+    @property
+    def group(self) -> str:
+        """Digest of the prompt: rows that answer the same are trained on together, or held out together."""
+        return records.digest([message.plain() for message in self.example.prompt])[:32]
+
+    @property
+    def text(self) -> str:
+        """Everything that was said, for a search."""
+        return "\n".join([*(message.text for message in self.example.messages), self.correction])
+
+    @property
+    def learnt(self) -> Example | None:
+        """What a tuning learns of it: the correction, or the reply unless it was rated bad. None: nothing."""
+        if self.correction:
+            return replace(self.example, messages=(*self.example.prompt, Message.of("assistant", self.correction)))
+        return None if self.rating is not None and self.rating < 0 else self.example
+
+    def is_held_out(self, fraction: float) -> bool:
+        """Whether it is never trained on. By the prompt's digest alone, so that no later row changes it."""
+        return int(hashlib.sha256(self.group.encode()).hexdigest()[:8], 16) < fraction * (1 << 32)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        said: dict[str, Any] = {"date": self.date, "messages": [message.plain() for message in self.example.messages]}
+        optional = {"tools": self.example.tools, "correction": self.correction}
+        said |= {name: value for name, value in optional.items() if value}
+        return said | ({} if self.rating is None else {"rating": self.rating})
+
+    @classmethod
+    def from_json(cls, id: str, said: Mapping[str, Any]) -> Row:
+        """The row that `as_json` said. Raises SourceError, KeyError or TypeError for none."""
+        return cls(id, str(said["date"]), example_of(said), said.get("rating"), str(said.get("correction", "")))
+
+
+def now() -> str:
+    """ISO, UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def example_of(row: Mapping[str, Any] | Example) -> Example:
+    """The Example of a row in any form that `curate` reads, as {messages: [...]}. Raises SourceError.
+
+    A device's tuner reads text: rows with media are refused.
+    """
+    if isinstance(row, Example):
+        if any(part.kind != "text" for message in row.messages for part in message.content):
+            _refuse_media("", "")
+        return row
+    form = forms.detect(row)
+    try:
+        if form is None:
+            raise Malformed("unknown_form", f"no known form has the fields {sorted(map(str, row))[:8]}")
+        return forms.parse(row, form, Origin(SOURCE, ""), _refuse_media)
+    except Malformed as error:
+        remedy = "{messages: [{role: user, ...}, {role: assistant, ...}]}"
+        raise SourceError(f"the row cannot be read: {error.detail}", remedy) from None
+
+
+def of_feedback(said: Feedback) -> Example:
+    """The Example of what a person said of a reply. Raises SourceError where the server no longer knew what was asked."""
+    if said.messages:
+        return example_of({"messages": [*said.messages, {"role": "assistant", "content": said.reply or said.correction}]})
+    return example_of({"prompt": said.text, "completion": said.reply or said.correction})
+
+
+def _refuse_media(kind: str, value: str) -> NoReturn:
+    raise SourceError("the row holds a picture or a recording, and a device learns from text alone", "rows of text")
