@@ -77,7 +77,7 @@ for kind in good swapped; do
 done
 
 # the publisher's side is made anew each time, and the box with it: what is shown is a story, not a state
-rm -rf update-keys repository box stick gathered
+rm -rf update-keys repository box stick gathered address
 step "keys" 0 keygen update-keys
 version 1.0 good 3
 step "publish 1.0" 0 publish "$made" repository --days 30
