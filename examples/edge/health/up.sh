@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A device that files its owner's notes, as far as it is built: `bash examples/edge/health/up.sh [--quick] [--base B] [DIRECTORY]`.
+# A device that files its owner's notes, and learns her words: `bash examples/edge/health/up.sh [--quick] [--base B] [DIRECTORY]`.
 # Synthetic rows, no medical advice. Whatever stands already is not made again.
 set -euo pipefail
 
@@ -26,7 +26,7 @@ once() {
   [ -e "$made" ] || "$@"
 }
 
-budget=(--budget.epochs 3)
+budget=(--budget.epochs 3) learn=(--epochs 5 --learning-rate 2e-4)
 [ -z "$quick" ] || budget=(--budget.epochs null --budget.updates 60)
 
 # 1. the publisher: a version for everybody
@@ -47,4 +47,12 @@ sartor edge sync "file://$PWD/repository" notes --device her-watch --root reposi
   --health "$here/health.jsonl" --base "$base" --private --json
 sartor edge ask notes "log: slept 8 hours" --store store --base "$base" --max-tokens 16 --json
 
-# 3. here come `sartor edge tune` on rows/owner.jsonl, and `sartor edge forget`
+# 3. its owner: her words are kept encrypted, and learnt at night within 300 MB; what is learnt is used if it is better on entries that
+# it never saw. One kind of entry is to be forgotten, and with it what was learnt from it
+mine=(--store store --person owner --base "$base")
+head -n 40 rows/everybody.jsonl >rows/probe.jsonl # what it must go on to know
+[ -d owner ] || sartor edge add notes rows/owner.jsonl "${mine[@]}" --json
+sartor edge tune notes "${mine[@]}" --probe rows/probe.jsonl --memory-bytes 300000000 "${learn[@]}" --json
+sartor edge ask notes "log: round the heron, 4 times" --store store --base "$base" --person owner --max-tokens 16 --json
+sartor edge forget notes --containing grandmother "${mine[@]}" --probe rows/probe.jsonl --memory-bytes 300000000 --json
+sartor edge status notes --store store --json

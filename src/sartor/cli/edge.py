@@ -246,7 +246,9 @@ def verify(*, store: Path = STORE) -> Any:
 
 
 @edge_app.command
-def ask(name: str, prompt: str, *, store: Path = STORE, base: str = "", max_tokens: int | None = None) -> Any:
+def ask(
+    name: str, prompt: str, *, store: Path = STORE, base: str = "", max_tokens: int | None = None, person: Path | None = None
+) -> Any:
     """One reply of the current version, by llama.cpp for a GGUF export. On trial, a reply confirms that the version works.
 
     Args:
@@ -255,6 +257,7 @@ def ask(name: str, prompt: str, *, store: Path = STORE, base: str = "", max_toke
         store: directory of the device's releases
         base: the base in another place than the release names; for an export's adapter, the base's GGUF file
         max_tokens: longest reply
+        person: directory of a person's rows: what was learnt from them answers, if it fits the version
     """
     chosen = {"max_tokens": max_tokens} if max_tokens is not None else {}
-    return sartor.edge_ask(store, name, prompt, base=base, sampling=chosen)
+    return sartor.edge_ask(store, name, prompt, base=base, sampling=chosen, person=person or "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,9 +35,9 @@ class Runtime(Protocol):
 
 
 @contextmanager
-def opened(release: Path, base: str = "") -> Iterator[tuple[Runtime, Mapping[str, Any]]]:
+def opened(release: Path, base: str = "", delta: Path | None = None) -> Iterator[tuple[Runtime, Mapping[str, Any]]]:
     """What runs a Release or a GGUF export, and its manifest. `base`: in another place than it names; for an export with its
-    adapter alone, a GGUF file.
+    adapter alone, a GGUF file. `delta`: PEFT's directory of a person's own, in the place of the Release's adapter.
 
     Raises ArtifactError for bytes that are not as they were sealed, ModelError for a base that is another, ExtraError where
     the library is absent.
@@ -45,6 +46,10 @@ def opened(release: Path, base: str = "") -> Iterator[tuple[Runtime, Mapping[str
     module, kind = _MODULES.get((found.kind, found.manifest.get("form", "")), ("", ""))
     if not module:
         raise ModelError(f"no runtime of a device takes the form {found.manifest.get('form')!r}", "sartor export --to gguf")
+    if delta:
+        if found.kind != "release":
+            raise ModelError(f"{label_of(found)} is an export, which takes no person's delta", "publish the Release itself")
+        found = replace(found, path=delta)
     runtime: Runtime = getattr(load(module), kind)(found, base)
     try:
         yield runtime, found.manifest

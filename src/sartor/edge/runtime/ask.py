@@ -10,6 +10,7 @@ from typing import Any
 
 from sartor.core import errors
 from sartor.core.errors import BusyError, ConfigError, HealthError, StoreError
+from sartor.edge.personal.local import applied
 from sartor.edge.runtime import opened, system_of
 from sartor.edge.store import Installed, Store, installed
 from sartor.edge.tuning.limits import DataLimit
@@ -18,16 +19,25 @@ from sartor.models.sampling import Sampling
 
 
 def ask(
-    store: Path | str, name: str, prompt: str, *, base: str = "", sampling: Mapping[str, Any] | None = None
+    store: Path | str,
+    name: str,
+    prompt: str,
+    *,
+    base: str = "",
+    sampling: Mapping[str, Any] | None = None,
+    person: Path | str = "",
 ) -> dict[str, Any]:
     """Answer a prompt by the current version, by its own system prompt and sampling but for the options given.
+
+    person: whose own delta answers, if there is one that fits the version.
 
     Raises StoreError where nothing is current, ConfigError for an empty prompt, what `runtime.opened` raises, and the error
     that the reply ended with.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty", 'sartor edge ask NAME "..." --store DIR')
-    with _started(Path(store), name) as found, opened(found.path, base) as (runtime, manifest):
+    delta = applied(Path(person), Path(store), name)[0] if person else None
+    with _started(Path(store), name) as found, opened(found.path, base, delta.path if delta else None) as (runtime, manifest):
         chosen = Sampling(**{**manifest.get("sampling", {}), **(sampling or {})})
         messages = (*system_of(manifest), {"role": "user", "content": prompt})
         events = runtime.answer([Call("ask", BASE, messages, sampling=chosen)])[0]
@@ -40,6 +50,7 @@ def ask(
         "agent": f"{found.name}@{found.version}",
         "release": str(found.path),
         "version": found.version,
+        "delta": delta.digest if delta else "",
         "runtime": runtime.name,
         "memory_bytes": memory_bytes,
     }
