@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,6 +104,12 @@ def test_imports_point_down() -> None:
 )  # fmt: skip
 def test_a_planted_import_upwards_is_found(name: str, line: str) -> None:
     assert len(wrong_imports(name, ast.parse(line))) == 1
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    files = sorted(Path(__file__).parent.rglob("*.py"), key=lambda file: file.name)
+    same = [str(one) for one, other in itertools.pairwise(files) if one.name == other.name]
+    assert same == [], "pytest imports by basename: the second is an error, and a second conftest.py hides the first"
 
 
 def test_imports_of_our_own_stand_at_the_top_of_a_module() -> None:
