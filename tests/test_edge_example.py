@@ -59,12 +59,10 @@ def test_what_the_owner_wrote_is_in_no_row_for_everybody(tmp_path: Path) -> None
     assert not {row["question"] for row in everybody} & {row["question"] for row in owner}
 
 
-@pytest.mark.circle
-@pytest.mark.parametrize("form", [[], ["--gguf"]], ids=["release", "gguf"])
-def test_the_box_leaves_the_regressed_version_and_takes_the_good_one(tmp_path: Path, form: list[str]) -> None:
-    if form:
-        pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
-    said = run(tmp_path, *form)
+@pytest.mark.circle  # as exports, which a box runs without torch; Releases go the same way in docs/edge-publish.md
+def test_the_box_leaves_the_regressed_version_and_takes_the_good_one(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
+    said = run(tmp_path, "--gguf")
     assert said["first version, by stick"]["version"] == "1.0" and said["first version, by stick"]["prompts"] > 4
     assert '"open"' in said["ask"]["reply"]
     assert "expired" in said["an old stick is refused"]["error"]["problem"]
@@ -76,7 +74,7 @@ def test_the_box_leaves_the_regressed_version_and_takes_the_good_one(tmp_path: P
     assert said["1.1 is gone"]["changed"] is False
     assert (said["1.2"]["version"], said["1.2"]["trial"]) == ("1.2", {"left": 3, "of": 3})
     assert said["1.2"]["notes"], "the server broke off, and nobody noticed"
-    assert said["it answers, and stays"]["runtime"] == ("llama.cpp" if form else "sartor")
+    assert said["it answers, and stays"]["runtime"] == "llama.cpp"
     assert said["it is reported"]["reported"] == [{"version": "1.2", "outcome": "pass", "reason": ""}]
     assert said["widen the ring"]["done"] == [{"name": "farm", "version": "1.2", "did": "widen", "percent": 50}]
     [box] = said["what is on the box at last"]["releases"]
