@@ -114,3 +114,9 @@ def test_the_key_is_asked_for_and_a_wrong_one_refused(device: Device, monkeypatc
     device("add", device.folder / "mine.jsonl", "--key", "passphrase")
     monkeypatch.setenv(person.PASSPHRASE_VARIABLE, "crane")
     assert "error" in device("add", device.folder / "mine.jsonl", "--key", "passphrase", code=5)
+
+
+def test_an_export_has_no_place_for_what_a_person_teaches(device: Device, tmp_path: Path) -> None:
+    for manifest in (tmp_path / "store/releases" / NAME / "1.0").glob("release.json"):
+        manifest.unlink()
+    assert "is an export here" in device("add", device.folder / "mine.jsonl", code=3)["error"]["problem"]

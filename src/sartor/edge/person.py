@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sartor.core import bases, signing
+from sartor.core import bases
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, ModelError, SourceError
 from sartor.core.records import Example
 from sartor.edge.personal.adapting import Adapted, Settings
 from sartor.edge.personal.keys import FileKey, Keyring, Passphrase, Source
 from sartor.edge.personal.local import shipped
-from sartor.edge.personal.personal import Personal
+from sartor.edge.personal.personal import Personal, signing_key
 from sartor.edge.personal.rows import example_of, now
 from sartor.edge.tuning.energy import Policy
 from sartor.edge.tuning.job import Job
@@ -71,14 +71,16 @@ def tune(options: PersonOptions, *, again: bool = False) -> dict[str, Any]:
     again: also on rows that were tuned to no avail. Raises BusyError where the policy says no, now or meanwhile: the same call
     goes on there; BudgetError where no way fits, or time is up.
     """
-    done = _person(options).adapt(again=again)
-    return {**_works(options), **_adapted(done)}
+    person = _person(options)
+    done = person.adapt(again=again)
+    return {**_works(options, person), **_adapted(done)}
 
 
 def undo(options: PersonOptions, *, reason: str = "") -> dict[str, Any]:
     """Go back to the delta before, or to the shipped release."""
-    _person(options).undo(reason or "the person undid it")
-    return _works(options)
+    person = _person(options)
+    person.undo(reason or "the person undid it")
+    return _works(options, person)
 
 
 def forget(
@@ -95,14 +97,15 @@ def forget(
     All that is given must hold: ids; ISO dates (since inclusive, before exclusive); a text, whatever its case. The receipt,
     signed, says which rows and which deltas went, and which came. Raises ConfigError where nothing is given.
     """
-    gone = _person(options).forget(ids, since=since, before=before, containing=containing, retune=retune)
+    person = _person(options)
+    gone = person.forget(ids, since=since, before=before, containing=containing, retune=retune)
     said = {"forgotten": list(gone.rows), "deltas_gone": list(gone.gone), "delta_came": gone.came, "why": gone.why}
-    return {**_works(options), **said, "receipt": str(gone.file or "")}
+    return {**_works(options, person), **said, "receipt": str(gone.file or "")}
 
 
-def _works(options: PersonOptions) -> dict[str, Any]:
+def _works(options: PersonOptions, person: Personal) -> dict[str, Any]:
     """What answers now."""
-    now_ = _person(options).status()
+    now_ = person.status()
     said = {"name": options.name, "version": now_.release, "release": str(shipped(options.store, options.name).path)}
     return {**said, "adapter": str(now_.adapter), "delta": now_.delta, "rows": now_.rows, "notes": list(now_.notes)}
 
@@ -135,10 +138,7 @@ def _person(options: PersonOptions) -> Personal:
 
 def _tuned(options: PersonOptions, job: Job) -> dict[str, Any]:
     """Tune within the budget; the receipt is kept, the rest of the work goes with its tokens."""
-    signer = options.folder / "signer"
-    if not (signer / "sartor.key").exists():
-        signing.keygen(signer)
-    receipt = tune_within(job, options.budget, key=signer, policy=options.policy.refusal)
+    receipt = tune_within(job, options.budget, key=signing_key(options.folder / "signer"), policy=options.policy.refusal)
     kept = options.folder / "receipts" / f"tuning-{now().replace(':', '')}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(job.out) / FILE, kept)
@@ -164,6 +164,8 @@ def _of_receipt(receipt: Receipt, kept: Path) -> dict[str, Any]:
 
 def _base(options: PersonOptions, release: Path) -> Path:
     """The release's base in transformers' layout. Raises ModelError for another one, MissingError where it is not here."""
+    if not (release / "release.json").is_file():
+        raise ModelError(f"{options.name} is an export here, and a person teaches a Release alone", "publish the Release")
     said = json.loads((release / "release.json").read_bytes())["base"]
     found = bases.locate(options.base or said["name"])
     if found.digest != said["digest"]:

@@ -202,7 +202,7 @@ class Personal:
             "began": intent.began,
             "release": {"name": release.name, "version": release.version, "digest": digest_of(release)},
         }
-        file = write_receipt(self._disk, self.folder / "receipts", said, signing.open_private(self._signing_key()))
+        file = write_receipt(self._disk, self.folder / "receipts", said, signing.open_private(signing_key(self._signer)))
         self._disk.remove(self._intent)
         self._disk.sync_folder(self.folder)
         return Forgotten(intent.ids, intent.gone, came, why, file)
@@ -214,11 +214,6 @@ class Personal:
         with suppress(BusyError), self._alone("forgetting"):
             if intent := Intent.read(self._disk, self._intent):
                 self._end(self._purge(intent), "", "it was interrupted before another was tuned: adapt does that")
-
-    def _signing_key(self) -> Path:
-        if not (self._signer / "sartor.key").exists():
-            signing.keygen(self._signer)
-        return self._signer
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
@@ -238,3 +233,10 @@ class Personal:
         except OSError as error:
             why = "the disk is full" if error.errno in DISK_FULL else error.strerror or str(error)
             raise MissingError(f"{self.folder} could not be written: {why}", "see to its disk; then the same call") from error
+
+
+def signing_key(folder: Path) -> Path:
+    """The folder of the key that signs a device's receipts, made if absent."""
+    if not (folder / "sartor.key").exists():
+        signing.keygen(folder)
+    return folder
