@@ -181,6 +181,8 @@ def test_terms_that_can_be_no_sum_are_refused(changes: dict[str, object]) -> Non
 
 
 BODIES = [
+    messages.Invite(b"manifest", messages.Payload(b"tensors")),
+    messages.Outcome("done", ("a",), DIGEST, ""),
     messages.Keys(b"k" * 32, b"m" * 32),
     messages.Peers((b"one", b"two")),
     messages.Shares(b"c" * 32, {"ward-1": b"box"}),

@@ -2,8 +2,8 @@ r"""What is sent: frozen dataclasses, each written in one way only, signed by it
 
     {"boxes":{...},"kind":"shares","round":"<digest>","schema":1,"sender":"ward-3","signature":"..."}\n<payload>
 
-A line of canonical JSON, then the raw payload, which only `Masked` has: 4 bytes a number. The line holds the payload's digest,
-and the signature is over the line without the signature. A message that is not written as `sealed` would write it is refused,
+A line of canonical JSON, then the raw payload, which `Masked` and `Invite` have. The line holds the payload's digest, and the
+signature is over the line without the signature. A message that is not written as `sealed` would write it is refused,
 so the digest of its bytes names it: sent twice, it is the same message.
 """
 
@@ -25,6 +25,15 @@ SCHEMA = 1
 # of the line: keys or signatures of a few thousand neighbours
 MOST_HEAD_BYTES = 16 << 20
 Payload = NewType("Payload", bytes)
+
+
+@dataclass(frozen=True)
+class Invite:
+    """Coordinator: the signed manifest of a round, and the tensors that it starts from (rounds/tensors.py)."""
+
+    kind: ClassVar[str] = "invite"
+    manifest: bytes
+    shared: Payload
 
 
 @dataclass(frozen=True)
@@ -109,11 +118,22 @@ class Reveal:
     keys: dict[str, bytes]
 
 
-Body = Keys | Peers | Shares | Boxes | Masked | Lists | Consent | Unmask | Reveal
+@dataclass(frozen=True)
+class Outcome:
+    """Coordinator: how the round ended, `done` or `abandoned`; who is in the sum, the digest of the new tensors."""
+
+    kind: ClassVar[str] = "outcome"
+    state: str
+    active: tuple[str, ...]
+    shared: str
+    reason: str
+
+
+Body = Invite | Keys | Peers | Shares | Boxes | Masked | Lists | Consent | Unmask | Reveal | Outcome
 BODIES: dict[str, type[Body]] = {
-    body.kind: body for body in (Keys, Peers, Shares, Boxes, Masked, Lists, Consent, Unmask, Reveal)
+    body.kind: body for body in (Invite, Keys, Peers, Shares, Boxes, Masked, Lists, Consent, Unmask, Reveal, Outcome)
 }
-Any_Body = TypeVar("Any_Body", Keys, Peers, Shares, Boxes, Masked, Lists, Consent, Unmask, Reveal)
+Any_Body = TypeVar("Any_Body", Invite, Keys, Peers, Shares, Boxes, Masked, Lists, Consent, Unmask, Reveal, Outcome)
 
 
 @dataclass(frozen=True)
@@ -135,6 +155,11 @@ def sealed(body: Body, round_digest: str, me: Identity) -> bytes:
     """The bytes of a message."""
     head = _head(body, round_digest, me.name)
     return _written(head, me.sign(records.canonical(head)), _payload(body))
+
+
+def without_payload(content: bytes) -> bytes:
+    """What a transcript keeps of a message: the line that is signed, with the payload's digest."""
+    return content.partition(b"\n")[0] + b"\n"
 
 
 def digest(content: bytes) -> str:
@@ -196,7 +221,9 @@ def _written(head: Mapping[str, Any], signature: bytes, payload: bytes) -> bytes
 
 
 def _payload(body: Body) -> bytes:
-    return body.vector if isinstance(body, Masked) else b""
+    if isinstance(body, Masked):
+        return body.vector
+    return body.shared if isinstance(body, Invite) else b""
 
 
 def _plain(value: Any) -> Any:
