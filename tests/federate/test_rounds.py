@@ -303,9 +303,9 @@ def test_a_coordinator_opens_one_round_at_a_time_that_somebody_would_join() -> N
 def test_a_round_whose_time_is_over_is_abandoned() -> None:
     now = [1_000.0]
     house = House(clock=lambda: now[0])
-    house.coordinator.begin(house.plan(stage_s=60, length_s=600))
+    house.coordinator.begin(house.plan(stage_s=60, work_s=100, length_s=600))
     assert house.coordinator.advance() is True
-    assert (house.coordinator.stage, house.coordinator.left_s()) == ("keys", 60)
+    assert (house.coordinator.stage, house.coordinator.left_s()) == ("keys", 160)
     now[0] += 601
     ended = finish(house.coordinator, house.transport)
     assert (ended.state, "time is over" in ended.reason) == ("abandoned", True)
