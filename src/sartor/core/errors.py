@@ -21,6 +21,7 @@
     |   |-- ConflictError                 ... a change that was based on what is no longer so
     |   |-- LicenceError                  ... a licence of the data or the base
     |   |-- HealthError                   ... the health check of a release on a device
+    |   |-- RoundError                    ... a federated round, refused by a client or given up
     |   `-- GuardError                    ... a removal that would take too much
     `-- MissingError                 6    something outside is not there
         |-- AssetError                    ... an offline asset or the registry that serves it
@@ -186,6 +187,22 @@ class LicenceError(RefusedError):
 
 class HealthError(RefusedError):
     """A release did not pass its health check on this device, or was rolled back on it; the version before it works on."""
+
+
+class RoundError(RefusedError):
+    """A federated round that a client will not take part in or go on with, or that too few clients stayed in.
+
+    `check`: which demand was not met: cohort, threshold, manifest, keys, shares, lists, unmask, replayed,
+    stage, task, noise or deadline.
+    """
+
+    def __init__(self, problem: str, remedy: str, check: str = "") -> None:
+        super().__init__(problem, remedy)
+        self.check = check
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See SartorError."""
+        return type(self), (self.problem, self.remedy, self.check)
 
 
 class GuardError(RefusedError):

@@ -124,7 +124,7 @@ def check_said(document: bytes, said: Any, file: Path, what: str, trusted: Itera
         raise SignatureError(f"{file} is not a signature of Sartor", "get it again from its maker")
     keys = list(_trusted_here() if trusted is None else trusted)
     identity = said["key_id"]
-    if identity in {key_id(key) for key in _keys_in("revoked")}:
+    if identity in revoked_ids():
         raise SignatureError(f"the signer {identity} of {file} is revoked", "ask its maker for a new one")
     by_id = {key_id(key): key for key in keys}
     if identity not in by_id:
@@ -141,6 +141,11 @@ def check_said(document: bytes, said: Any, file: Path, what: str, trusted: Itera
             "get it again from its maker",
         ) from None
     return identity
+
+
+def revoked_ids() -> set[str]:
+    """The ids of the keys in SARTOR_HOME/revoked."""
+    return {key_id(key) for key in _keys_in("revoked")}
 
 
 def _is_signature(said: Any) -> bool:

@@ -1,0 +1,252 @@
+"""One client of the rounds: a request in, an answer out; the same answer to the same request, also after a kill.
+
+An answer is in the journal before it is returned, so what was sent is known to whoever goes on. Which rounds it took part in
+stays in the journal for good: a round that is replayed, and a second manifest of one number, are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from sartor.core import records
+from sartor.core.errors import RoundError
+from sartor.federate.rounds import tensors as arrays
+from sartor.federate.rounds.journal import Journal, Kept, State
+from sartor.federate.rounds.manifest import Manifest, read
+from sartor.federate.rounds.task import Learnt, Noise, Tasks, find
+from sartor.federate.secure import messages, ring
+from sartor.federate.secure.client import ROOT_BYTES, Client
+from sartor.federate.secure.identity import Identity, Roster
+from sartor.federate.secure.messages import Boxes, Invite, Lists, Outcome, Peers, Signed, Unmask
+from sartor.federate.secure.terms import Policy
+
+
+@dataclass(frozen=True)
+class Member:
+    """Who one is, whom one knows, and what one demands. coordinator: the name whose manifests are heard."""
+
+    me: Identity
+    roster: Roster
+    coordinator: str = "coordinator"
+    policy: Policy = field(default_factory=Policy)
+
+
+@dataclass
+class _Session:
+    """The open round, as the journal has it. answers: digest of a request -> what was answered."""
+
+    manifest: Manifest
+    client: Client
+    answers: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What was learnt, and for which round of a run."""
+
+    number: int
+    learnt: Learnt
+
+    def content(self) -> bytes:
+        head = {"number": self.number, "examples": self.learnt.examples}
+        return records.canonical(head) + b"\n" + arrays.pack(self.learnt.tensors)
+
+    @classmethod
+    def of(cls, content: bytes) -> _Update:
+        line, _, packed = content.partition(b"\n")
+        said = json.loads(line)
+        return cls(said["number"], Learnt(arrays.unpack(packed), said["examples"]))
+
+
+class RoundClient:
+    """A client with its journal and its tasks. noise: adds its part of a round's noise; without it such a round is refused."""
+
+    def __init__(
+        self,
+        member: Member,
+        journal: Journal,
+        tasks: Tasks,
+        noise: Noise | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._member, self._journal, self._tasks, self._noise, self._clock = member, journal, tasks, noise, clock
+        self._session: _Session | None = None
+
+    def answer(self, request: bytes) -> bytes:
+        """The answer to any request of the coordinator; empty where none is due.
+
+        Raises RoundError, SignatureError or ArtifactError for what this client will not do, and whatever its task raises.
+        """
+        signed = messages.read(request)
+        if isinstance(signed.body, Outcome):
+            self._ended(request, signed)
+            return b""
+        if isinstance(signed.body, Invite):
+            return self._invited(request, signed)
+        try:
+            return self._stepped(request, signed)
+        except BaseException:
+            # what a step changed in memory and not in the journal must not be gone on from
+            self._session = None
+            raise
+
+    def _invited(self, request: bytes, signed: Signed) -> bytes:
+        sender, invite = messages.opened(request, Invite, signed.round, self._member.roster)
+        manifest = read(invite.manifest, self._member.coordinator, self._member.roster)
+        if sender != self._member.coordinator or manifest.digest != signed.round:
+            raise RoundError("the manifest is not that of the round that it comes with", "leave this coordinator", "manifest")
+        if arrays.digest(invite.shared) != manifest.work.shared:
+            raise RoundError("the shared tensors are not those of the manifest", "get them again", "manifest")
+        kept = self._journal.find(manifest.digest)
+        if kept is None:
+            kept = self._begun(manifest, invite.manifest)
+        if kept.state != "open":
+            raise RoundError(
+                f"round {kept.number} of {kept.run} is over for this client", "wait for the next round", "replayed"
+            )
+        self._learn(manifest, invite.shared)
+        return self._opened(kept).client.keys()
+
+    def _begun(self, manifest: Manifest, content: bytes) -> Kept:
+        """Check everything that a round demands and may not demand, then write it down."""
+        member = self._member
+        self._check_time(manifest)
+        member.policy.check(manifest.terms, member.me.name, member.roster.keys)
+        find(self._tasks, manifest)
+        if manifest.rules.noise and self._noise is None:
+            raise RoundError(
+                f"the round adds noise ({manifest.rules.noise:g} clips), and nothing here adds this client's part of it",
+                "give RoundClient its noise",
+                "noise",
+            )
+        before = self._journal.rounds(manifest.run)
+        if before and manifest.number <= before[0].number:
+            raise RoundError(
+                f"round {manifest.number} of {manifest.run} comes after round {before[0].number}: it is replayed, or false",
+                "wait for the next round",
+                "replayed",
+            )
+        for open_ in (one for one in before if one.state == "open"):
+            self._give_up(open_)
+        kept = Kept(manifest.digest, manifest.run, manifest.number, content, os.urandom(ROOT_BYTES), "open")
+        self._journal.begin(kept)
+        return kept
+
+    def _give_up(self, kept: Kept) -> None:
+        """A round whose end was never heard of: an update that may have been summed is not offered again."""
+        sent = any(kind == "masked" for kind, _ in self._journal.entries(kept.digest))
+        self._journal.end(kept.digest, "abandoned", {_place(kept.run): None} if sent else None)
+        self._session = None
+
+    def _learn(self, manifest: Manifest, shared: bytes) -> None:
+        """Have an update for this round: the one that was made for it, one that missed its sum, or a new one."""
+        content = self._journal.kept(_place(manifest.run))
+        update = _Update.of(content) if content else None
+        # one that was made for this round is 0 rounds old
+        if update and manifest.number - update.number <= manifest.rules.stale_rounds and _fits(update.learnt.tensors, manifest):
+            return
+        learnt = find(self._tasks, manifest).update(manifest, arrays.unpack(shared))
+        self._journal.keep(_place(manifest.run), _Update(manifest.number, learnt).content())
+
+    def _stepped(self, request: bytes, signed: Signed) -> bytes:
+        kept = self._journal.find(signed.round)
+        if kept is None or kept.state != "open":
+            what = "was never invited to" if kept is None else "is done with"
+            raise RoundError(f"{signed.sender} asks of a round that this client {what}", "wait for the next round", "replayed")
+        session = self._opened(kept)
+        if (known := session.answers.get(messages.digest(request))) is not None:
+            return known
+        self._check_time(session.manifest)
+        kind, answer = self._computed(session, request, signed)
+        self._journal.add(kept.digest, ("request", request), (kind, answer))
+        session.answers[messages.digest(request)] = answer
+        return answer
+
+    def _computed(self, session: _Session, request: bytes, signed: Signed) -> tuple[str, bytes]:
+        """(kind of the answer, answer)."""
+        client = session.client
+        match signed.body:
+            case Peers():
+                return "shares", client.share(request)
+            case Boxes():
+                client.hold(request)
+                return "masked", client.mask(self._vector(session.manifest))
+            case Lists():
+                return "consent", client.consent(request)
+            case Unmask():
+                return "reveal", client.reveal(request)
+            case _:
+                raise RoundError(f"{signed.sender} sends {signed.body.kind!r}, which asks for nothing", "look at it", "stage")
+
+    def _vector(self, manifest: Manifest) -> ring.Vector:
+        """The update, clipped, with its part of the noise, weighted, in the ring."""
+        content = self._journal.kept(_place(manifest.run))
+        if content is None:
+            raise RoundError("this client has no update for the round", "invite it first", "stage")
+        update = _Update.of(content)
+        tensors: arrays.Tensors = arrays.clipped(update.learnt.tensors, manifest.rules.clip)
+        if manifest.rules.noise and self._noise:
+            tensors = self._noise(tensors, manifest)
+        weight = manifest.rules.weight(update.learnt.examples, manifest.number - update.number)
+        return ring.encode(arrays.weighted(tensors, weight), manifest.terms, "stochastic")
+
+    def _opened(self, kept: Kept) -> _Session:
+        """The session of an open round, rebuilt from the journal where it is not in memory."""
+        if self._session and self._session.manifest.digest == kept.digest:
+            return self._session
+        member = self._member
+        manifest = read(kept.manifest, member.coordinator, member.roster)
+        client = Client(manifest.round, member.me, member.roster, kept.secret, member.policy)
+        session = _Session(manifest, client, {})
+        entries = self._journal.entries(kept.digest)
+        for (_, request), (kind, answer) in zip(entries[::2], entries[1::2], strict=True):
+            _replay(client, kind, request)
+            session.answers[messages.digest(request)] = answer
+        self._session = session
+        return session
+
+    def _ended(self, request: bytes, signed: Signed) -> None:
+        sender, outcome = messages.opened(request, Outcome, signed.round, self._member.roster)
+        kept = self._journal.find(signed.round)
+        if sender != self._member.coordinator or outcome.state not in ("done", "abandoned"):
+            raise RoundError(f"{sender} ends a round as {outcome.state!r:.40}", "look at it", "stage")
+        if kept is None or kept.state != "open":
+            return
+        is_in = outcome.state == "done" and self._member.me.name in outcome.active
+        state: State = "done" if is_in else "abandoned" if outcome.state == "abandoned" else "left out"
+        self._journal.end(kept.digest, state, {_place(kept.run): None} if is_in else None)
+        self._session = None
+
+    def _check_time(self, manifest: Manifest) -> None:
+        if (late_s := self._clock() - manifest.deadline) > 0:
+            raise RoundError(
+                f"round {manifest.number} of {manifest.run} ended {late_s:.0f} s ago by this clock",
+                "wait for the next round; see to the clock if it is wrong",
+                "deadline",
+            )
+
+
+def _fits(tensors: arrays.Tensors, manifest: Manifest) -> bool:
+    """Whether these are the tensors that the round sums: a later round may train others."""
+    wanted = {slot.name: slot.shape for slot in manifest.terms.layout if slot.name != arrays.WEIGHT}
+    return {name: value.shape for name, value in tensors.items()} == wanted
+
+
+def _place(run: str) -> str:
+    return f"update {run}"
+
+
+def _replay(client: Client, kind: str, request: bytes) -> None:
+    replays: Mapping[str, Callable[[bytes], object]] = {
+        "shares": client.share,
+        "masked": client.hold,
+        "consent": client.consent,
+        "reveal": client.reveal,
+    }
+    replays[kind](request)
+    if kind == "masked":
+        client.masked_before()

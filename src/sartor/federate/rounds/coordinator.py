@@ -1,0 +1,260 @@
+"""One coordinator of one run: it opens a round, takes answers, closes stages, and applies the mean.
+
+Each answer that counts, and each stage that is closed, is in the journal before anything follows from it; a coordinator that
+was killed replays them and asks on with the same bytes. A round that too few stayed in is abandoned, and the next may begin. Of
+a round that is over the journal keeps the transcript: every signed line, without the vectors.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from sartor.core import records
+from sartor.core.errors import ConfigError, ConflictError, RoundError
+from sartor.federate.rounds import tensors as arrays
+from sartor.federate.rounds.client import Member
+from sartor.federate.rounds.journal import Journal, Kept
+from sartor.federate.rounds.manifest import Manifest, Rules, Work, read, terms_for
+from sartor.federate.rounds.tensors import Tensors
+from sartor.federate.secure import messages, ring
+from sartor.federate.secure.messages import Invite, Outcome, Payload
+from sartor.federate.secure.server import Server
+
+# (shared tensors, weighted mean of the updates) -> the next shared tensors
+Merge = Callable[[Tensors, Tensors], Tensors]
+
+
+def added(shared: Tensors, mean: Tensors) -> Tensors:
+    """The mean change added to the tensors that it changes."""
+    return {name: value + mean[name] if name in mean else value for name, value in shared.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a round is to be; its number, tensors and terms follow from the run. trained: names that are changed; (): all.
+
+    degree: of the graph, 0 joins everyone with everyone. stage_s, work_s: as a Manifest has them; length_s: the whole round.
+    """
+
+    task: str
+    cohort: tuple[str, ...]
+    rules: Rules = field(default_factory=Rules)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    base: str = ""
+    recipe: str = ""
+    trained: tuple[str, ...] = ()
+    degree: int = 0
+    threshold: int = 0
+    stage_s: int = 60
+    work_s: int = 0
+    length_s: int = 3_600
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a round ended. active: who is in the sum; mean: of their updates, empty where it was abandoned for `reason`."""
+
+    number: int
+    state: Literal["done", "abandoned"]
+    active: tuple[str, ...]
+    reason: str = ""
+    mean: Tensors = field(default_factory=dict)
+
+
+@dataclass
+class _Open:
+    """The open round. since: when its stage began, by this process's clock."""
+
+    manifest: Manifest
+    server: Server
+    since: float
+    invite: bytes
+
+    @cached_property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+
+class Coordinator:
+    """The rounds of one run, from its journal. member.me is the coordinator's identity.
+
+    Raises ArtifactError or SignatureError where the journal holds a round that this identity did not sign.
+    """
+
+    def __init__(
+        self, member: Member, journal: Journal, run: str, merge: Merge = added, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._member, self._journal, self.run, self._merge, self._clock = member, journal, run, merge, clock
+        self._open: _Open | None = None
+        self.last: Ended | None = None
+        for kept in journal.rounds(run)[:1]:
+            if kept.state == "open":
+                self._go_on(kept)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a round is under way."""
+        return self._open is not None
+
+    @property
+    def stage(self) -> str:
+        """Of the open round: what is waited for; "" without one."""
+        return self._open.server.stage if self._open else ""
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The tensors of the run as they stand. Raises ConfigError before `start`."""
+        return arrays.unpack(self._packed())
+
+    def start(self, tensors: Tensors) -> None:
+        """Set the tensors that the run starts from. Raises ConflictError where it has some."""
+        if self._journal.kept(self._shared_place) is not None:
+            raise ConflictError(f"the run {self.run} has tensors already", "begin its next round, or choose another name")
+        self._journal.keep(self._shared_place, arrays.pack(tensors))
+
+    def begin(self, plan: Plan) -> Manifest:
+        """Sign and open the next round. Raises ConflictError while one is open, RoundError for one that nobody would join."""
+        if self._open:
+            raise ConflictError(f"round {self._open.manifest.number} of {self.run} is open", "advance() until it has ended")
+        packed = self._packed()
+        shared = arrays.unpack(packed)
+        unknown = sorted(set(plan.trained) - set(shared))
+        if unknown or not plan.cohort:
+            raise ConfigError(f"the plan trains {unknown[:1]} of a cohort of {len(plan.cohort)}", f"of {sorted(shared)[:3]}")
+        trained = {name: shared[name] for name in plan.trained or shared}
+        before = self._journal.rounds(self.run)
+        manifest = Manifest(
+            self.run,
+            before[0].number + 1 if before else 1,
+            self._member.me.name,
+            Work(plan.task, arrays.digest(packed), plan.base, plan.recipe, plan.settings),
+            terms_for(plan.cohort, trained, plan.rules, degree=plan.degree, threshold=plan.threshold),
+            int(self._clock()) + plan.length_s,
+            plan.rules,
+            plan.stage_s,
+            plan.work_s,
+        )
+        self._member.policy.check(manifest.terms, manifest.terms.cohort[0], self._member.roster.keys)
+        kept = Kept(manifest.digest, self.run, manifest.number, manifest.signed(self._member.me), b"", "open")
+        self._journal.begin(kept)
+        self._go_on(kept)
+        return manifest
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Whose answers the stage still waits for."""
+        return self._open.server.missing if self._open else ()
+
+    def requests(self) -> dict[str, bytes]:
+        """What each client that has not answered is to be sent; the same bytes until it has."""
+        if not self._open:
+            return {}
+        server = self._open.server
+        return {name: server.request(name) or self._open.invite for name in server.missing}
+
+    def take(self, answer: bytes) -> bool:
+        """Take an answer; it counts from when this returns True. False: it came before, or for what is over.
+
+        Raises ArtifactError, SignatureError, RoundError or ConflictError for what no honest client sends.
+        """
+        signed = messages.read(answer)
+        if not self._open or signed.round != self._open.digest:
+            if self._journal.find(signed.round) is None:
+                raise RoundError(f"{signed.sender} answers a round that never was", "look at that client", "manifest")
+            return False
+        if counts := self._open.server.take(answer):
+            self._write("answer", answer)
+        return counts
+
+    def left_s(self) -> float:
+        """Seconds until the stage is closed without those who are missing; 0 where nobody is."""
+        if not self._open or not self._open.server.missing:
+            return 0.0
+        manifest, now = self._open.manifest, self._clock()
+        longest_s = manifest.stage_s + (manifest.work_s if self.stage == "keys" else 0)
+        return max(0.0, min(self._open.since + longest_s, manifest.deadline) - now)
+
+    def advance(self) -> bool:
+        """Close the stage if everyone answered or its time is over; end the round after the last. Whether one is open."""
+        if not self._open or self.left_s() > 0:
+            return self.is_open
+        server = self._open.server
+        try:
+            if self._clock() > self._open.manifest.deadline:
+                raise RoundError(f"the round's time is over at the stage {server.stage!r}", "give it more", "deadline")
+            stage = server.close()
+            if stage == "done":
+                self._finish()
+                return False
+        except RoundError as error:
+            self._end(Ended(self._open.manifest.number, "abandoned", (), error.problem), self._packed())
+            return False
+        self._write("close", stage.encode())
+        self._open.since = self._clock()
+        return True
+
+    def outcomes(self) -> dict[str, bytes]:
+        """What the clients of the last round are to be told of its end, until the next one begins."""
+        content = self._journal.kept(f"outcome {self.run}")
+        if self._open or content is None:
+            return {}
+        line, _, message = content.partition(b"\n")
+        return dict.fromkeys(json.loads(line), message)
+
+    def transcript(self, digest: str) -> list[bytes]:
+        """The signed lines of a round, in the order in which they counted."""
+        return [messages.without_payload(content) for kind, content in self._journal.entries(digest) if kind == "answer"]
+
+    def _finish(self) -> None:
+        assert self._open
+        manifest, found = self._open.manifest, self._open.server.result()
+        mean = arrays.mean_of(ring.decode(found.vector, manifest.terms.layout))
+        packed = arrays.pack(self._merge(self.shared, mean))
+        self._end(Ended(manifest.number, "done", found.active, mean=mean), packed)
+
+    def _end(self, ended: Ended, packed: bytes) -> None:
+        assert self._open
+        digest, cohort = self._open.digest, self._open.manifest.terms.cohort
+        said = Outcome(ended.state, ended.active, arrays.digest(packed), ended.reason)
+        outcome = records.canonical(cohort) + b"\n" + messages.sealed(said, digest, self._member.me)
+        left = [("answer", line) for line in self.transcript(digest)]
+        self._journal.end(digest, ended.state, {self._shared_place: packed, f"outcome {self.run}": outcome}, left)
+        self._open, self.last = None, ended
+
+    def _write(self, kind: str, content: bytes) -> None:
+        assert self._open
+        try:
+            self._journal.add(self._open.digest, (kind, content))
+        except BaseException:
+            # memory is ahead of the journal: go on from what stands there
+            if kept := self._journal.find(self._open.digest):
+                self._go_on(kept)
+            raise
+
+    def _go_on(self, kept: Kept) -> None:
+        """The open round, from what the journal has of it; its stage has its whole time again."""
+        member = self._member
+        manifest = read(kept.manifest, member.me.name, member.roster)
+        server = Server(manifest.round, member.me, member.roster)
+        for kind, content in self._journal.entries(kept.digest):
+            if kind == "answer":
+                server.take(content)
+            else:
+                server.close()
+        invite = messages.sealed(Invite(kept.manifest, Payload(self._packed())), manifest.digest, member.me)
+        self._open = _Open(manifest, server, self._clock(), invite)
+
+    def _packed(self) -> bytes:
+        content = self._journal.kept(self._shared_place)
+        if content is None:
+            raise ConfigError(f"the run {self.run} has no tensors", "start() gives it some")
+        return content
+
+    @property
+    def _shared_place(self) -> str:
+        return f"shared {self.run}"

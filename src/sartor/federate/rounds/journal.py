@@ -1,0 +1,193 @@
+"""What a party of the rounds has said and heard, in SQLite: on the disk before anybody hears of it.
+
+WAL with synchronous=FULL: a commit is durable when it returns. The file is its owner's alone (0600), since it holds a client's
+secrets of the round, and one process's alone: two would answer twice. Secrets are overwritten when their round ends.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from sartor.core.artifacts import fsync_directory
+from sartor.core.errors import BusyError, ConfigError, MissingError, StoreError
+
+SCHEMA = 1
+State = Literal["open", "done", "left out", "abandoned"]
+_TABLES = """
+CREATE TABLE IF NOT EXISTS rounds (
+  digest TEXT PRIMARY KEY, run TEXT NOT NULL, number INTEGER NOT NULL, manifest BLOB NOT NULL, secret BLOB, state TEXT NOT NULL,
+  UNIQUE (run, number));
+CREATE TABLE IF NOT EXISTS entries (
+  place INTEGER PRIMARY KEY, round TEXT NOT NULL REFERENCES rounds (digest), kind TEXT NOT NULL, content BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS entries_of_round ON entries (round, place);
+CREATE TABLE IF NOT EXISTS kept (name TEXT PRIMARY KEY, content BLOB NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A round as it was written down. secret: a client's root, until the round ends."""
+
+    digest: str
+    run: str
+    number: int
+    manifest: bytes
+    secret: bytes
+    state: State
+
+
+class Journal:
+    """One party's journal. `path` None: in memory, for simulations.
+
+    Raises ConfigError for a file that others may read, BusyError where another process has it, StoreError where it is none, and
+    from every method MissingError where the disk does not take it.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._what = str(path or "the journal in memory")
+        if path:
+            _make(path)
+        with self._explained():
+            self._base = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=0)
+            try:
+                self._base.executescript(
+                    "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=ON;"
+                )
+                self._check_schema()
+                self._base.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version={SCHEMA}; COMMIT;")
+            except sqlite3.Error:
+                self._base.close()
+                raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._base.close()
+
+    def begin(self, kept: Kept) -> None:
+        """Write a round down, before anything is said in it."""
+        with self._alone():
+            self._base.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)", tuple(vars(kept).values()))
+
+    def find(self, digest: str) -> Kept | None:
+        """The round of that digest."""
+        return next(self._rounds("digest = ?", digest), None)
+
+    def rounds(self, run: str) -> list[Kept]:
+        """The rounds of a run, the newest first."""
+        return list(self._rounds("run = ?", run))
+
+    def add(self, digest: str, *entries: tuple[str, bytes]) -> None:
+        """Write entries of a round, each a kind and its bytes: all of them, or none."""
+        with self._alone():
+            self._add(digest, entries)
+
+    def entries(self, digest: str) -> list[tuple[str, bytes]]:
+        """The entries of a round in their order."""
+        with self._explained():
+            return self._base.execute("SELECT kind, content FROM entries WHERE round = ? ORDER BY place", (digest,)).fetchall()
+
+    def kept(self, name: str) -> bytes | None:
+        """What is kept under a name."""
+        with self._explained():
+            found = self._base.execute("SELECT content FROM kept WHERE name = ?", (name,)).fetchone()
+        return found[0] if found else None
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Keep something under a name, in place of what was."""
+        with self._alone():
+            self._keep(name, content)
+
+    def end(
+        self,
+        digest: str,
+        state: State,
+        keep: Mapping[str, bytes | None] | None = None,
+        transcript: Iterable[tuple[str, bytes]] = (),
+    ) -> None:
+        """End a round: its secret goes, and of its entries all but the transcript. keep: what is kept, or (None) no longer.
+
+        All of it in one commit.
+        """
+        with self._alone():
+            self._base.execute("UPDATE rounds SET state = ?, secret = NULL WHERE digest = ?", (state, digest))
+            self._base.execute("DELETE FROM entries WHERE round = ?", (digest,))
+            self._add(digest, transcript)
+            for name, content in (keep or {}).items():
+                self._keep(name, content)
+        with self._explained():
+            # what was overwritten in the file stands in the log until it is emptied
+            self._base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _add(self, digest: str, entries: Iterable[tuple[str, bytes]]) -> None:
+        self._base.executemany(
+            "INSERT INTO entries (round, kind, content) VALUES (?, ?, ?)", [(digest, *entry) for entry in entries]
+        )
+
+    def _keep(self, name: str, content: bytes | None) -> None:
+        if content is None:
+            self._base.execute("DELETE FROM kept WHERE name = ?", (name,))
+        else:
+            self._base.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (name, content))
+
+    def _rounds(self, where: str, value: str) -> Iterator[Kept]:
+        with self._explained():
+            rows = self._base.execute(
+                f"SELECT digest, run, number, manifest, secret, state FROM rounds WHERE {where} ORDER BY number DESC", (value,)
+            ).fetchall()
+        return (
+            Kept(digest, run, number, manifest, secret or b"", state) for digest, run, number, manifest, secret, state in rows
+        )
+
+    def _check_schema(self) -> None:
+        found = self._base.execute("PRAGMA user_version").fetchone()[0]
+        if found not in (0, SCHEMA):
+            self._base.close()
+            raise StoreError(f"{self._what} has schema {found}; this version of Sartor reads {SCHEMA}", "a newer Sartor")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._explained():
+            self._base.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._base.execute("COMMIT")
+            except BaseException:
+                # a commit that failed for the disk may have ended the transaction itself
+                if self._base.in_transaction:
+                    self._base.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise BusyError(f"another process has {self._what} open", "wait until it has ended") from None
+            raise MissingError(f"{self._what} could not be used: {error}", "see to its disk and its rights") from error
+        except sqlite3.DatabaseError as error:
+            raise StoreError(f"{self._what} is no journal, or is damaged: {error}", "restore it from a copy") from error
+
+
+def _make(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise MissingError(f"{path} cannot be opened: {error.strerror}", "see to its folder and its rights") from error
+    if os.name == "posix" and path.stat().st_mode & 0o077:
+        raise ConfigError(f"{path} can be read by others (mode {path.stat().st_mode & 0o777:o})", f"chmod 600 {path}")

@@ -1,0 +1,178 @@
+"""What a round is, signed by its coordinator; every key, mask and message of the round is bound to its digest.
+
+    {"schema": 1, "kind": "round", "run": "triage", "number": 4, "coordinator": "coordinator", "work": {...}, "rules": {...},
+     "terms": {...}, "stage_s": 60, "work_s": 600, "deadline": 1780000000, "signature": {...}}
+
+One that is signed and malformed is refused as well: what a coordinator signs is not thereby harmless.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sartor.core import records, signing
+from sartor.core.errors import ArtifactError, ConfigError, SignatureError
+from sartor.core.names import is_name
+from sartor.federate.rounds.tensors import WEIGHT, Tensors
+from sartor.federate.secure.identity import Identity, Roster
+from sartor.federate.secure.ring import layout_for
+from sartor.federate.secure.terms import Round, Terms, least_threshold
+
+SCHEMA, KIND = 1, "round"
+# of a manifest: names of some ten thousand clients, a layout of some thousand tensors
+MOST_BYTES = 4 << 20
+# noise of every client is within so many of its standard deviations, but for a chance of 1e-15 a number
+_TAIL = 8.0
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What clients compute. task: a type that they have installed; settings: JSON for it, never code.
+
+    base, recipe: digests of what is tuned, and how; shared: of the packed tensors that the round starts from.
+    """
+
+    task: str
+    shared: str
+    base: str = ""
+    recipe: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """clip: the norm that an update is scaled down to. noise: standard deviation of the sum's noise, in clips; 0: none.
+
+    most_examples: more than these count as these; 1: every client counts the same, which noise demands. stale_rounds: how many
+    rounds old an update that missed its sum may be; it counts 1 / sqrt(1 + age) (Nguyen et al. 2022, FedBuff).
+    """
+
+    clip: float = 1.0
+    noise: float = 0.0
+    most_examples: int = 1_000
+    stale_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        in_range = math.isfinite(self.clip) and self.clip > 0 and math.isfinite(self.noise) and self.noise >= 0
+        if not in_range or self.most_examples < 1 or self.stale_rounds < 0:
+            raise ConfigError(
+                f"a rule of the round is out of range: {self}", "clip above 0, noise from 0, most_examples from 1"
+            )
+        if self.noise and (self.most_examples > 1 or self.stale_rounds):
+            raise ConfigError(
+                "noise is fitted to what one client can change, so each counts the same, and none twice",
+                "most_examples: 1, stale_rounds: 0",
+            )
+
+    def weight(self, examples: int, age: int) -> float:
+        """How much an update counts, in (0, 1]. age: in rounds."""
+        return min(max(examples, 1), self.most_examples) / self.most_examples / math.sqrt(1 + age)
+
+    def bound(self) -> float:
+        """The largest magnitude of a number in a client's update, noise included."""
+        # a hair more, as an update that is clipped to one number is rounded to float32
+        return self.clip * (1 + 1e-6 + _TAIL * self.noise)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One round of a run. number: from 1, rising. deadline: seconds since 1970.
+
+    stage_s: how long an exchange may take; the first, in which clients compute their updates, work_s longer.
+    """
+
+    run: str
+    number: int
+    coordinator: str
+    work: Work
+    terms: Terms
+    deadline: int
+    rules: Rules = field(default_factory=Rules)
+    stage_s: int = 60
+    work_s: int = 0
+
+    def document(self) -> bytes:
+        """What is signed."""
+        return self._document
+
+    @cached_property
+    def _document(self) -> bytes:
+        said = {one.name: getattr(self, one.name) for one in fields(self)}
+        nested = {"work": asdict(self.work), "rules": asdict(self.rules), "terms": self.terms.as_json()}
+        return records.canonical({"schema": SCHEMA, "kind": KIND, **said, **nested})
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the document, hex: the round's name in every message."""
+        return hashlib.sha256(self._document).hexdigest()
+
+    @property
+    def round(self) -> Round:
+        """What the sum needs of it."""
+        return Round(self.digest, self.terms, self.coordinator)
+
+    def signed(self, me: Identity) -> bytes:
+        """What is sent."""
+        return records.canonical({**json.loads(self.document()), "signature": signing.signature_of(self.document(), me.key)})
+
+
+def read(content: bytes, coordinator: str, roster: Roster) -> Manifest:
+    """A manifest that this coordinator signed. Raises ArtifactError for what is none, SignatureError for another signer."""
+    try:
+        said = json.loads(content) if len(content) <= MOST_BYTES else None
+        if not isinstance(said, dict):
+            raise TypeError("no JSON object of a manifest's size")
+        signature = said.pop("signature")
+        if (said.pop("schema"), said.pop("kind")) != (SCHEMA, KIND):
+            raise ValueError("another schema or kind")
+        work, rules, terms = Work(**said.pop("work")), Rules(**said.pop("rules")), Terms.of(said.pop("terms"))
+        found = Manifest(work=work, rules=rules, terms=terms, **said)
+        _check(found)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError) as error:
+        raise ArtifactError(f"this is no manifest of a round: {error}", "look at who sends it") from None
+    if found.coordinator != coordinator or coordinator not in roster.keys:
+        raise SignatureError(
+            f"the manifest is of {found.coordinator}; this client listens to {coordinator}",
+            "ask the coordinator that you enrolled with",
+        )
+    signing.check_said(found.document(), signature, Path("manifest"), "the round", [roster.keys[coordinator]])
+    return found
+
+
+def _check(found: Manifest) -> None:
+    whole = (found.number, found.deadline, found.stage_s, found.work_s, found.rules.most_examples, found.rules.stale_rounds)
+    if any(type(value) is not int for value in whole) or found.number < 1 or min(found.stage_s, found.work_s) < 0:
+        raise TypeError("a number that is not whole, or below its range")
+    if not (is_name(found.run) and is_name(found.coordinator) and is_name(found.work.task)):
+        raise TypeError("a name of another form")
+    if not isinstance(found.work.settings, dict) or not _DIGEST.fullmatch(found.work.shared):
+        raise TypeError("settings or a digest of another form")
+
+
+def terms_for(
+    cohort: Iterable[str], tensors: Tensors, rules: Rules, *, degree: int = 0, threshold: int = 0, seed: str = ""
+) -> Terms:
+    """The terms of a sum of updates to these tensors, at the finest scale that the rules allow.
+
+    threshold: by default the smallest above 2/3; degree: of the graph, 0 joins everyone; seed: of the graph, by default drawn.
+    """
+    names = tuple(sorted(set(cohort)))
+    shapes = {**tensors, WEIGHT: _Number()}
+    bounds = {name: 1.0 if name == WEIGHT else rules.bound() for name in shapes}
+    layout = layout_for(shapes, bounds, len(names))
+    return Terms(names, threshold or least_threshold(len(names)), layout, degree, seed or os.urandom(32).hex())
+
+
+@dataclass(frozen=True)
+class _Number:
+    shape: tuple[int, ...] = (1,)

@@ -1,0 +1,230 @@
+"""A client's side of one sum: five answers, and the refusals that keep them harmless.
+
+What it draws comes from one secret of the round (`root`), so the same requests have the same answers, to the byte: a client
+that was killed goes on from its root and the requests that it kept. To a second, different request of one stage it says no: a
+server that asks twice wants to learn what one answer does not tell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sartor.core.errors import RoundError
+from sartor.federate.secure import masks, messages, shares
+from sartor.federate.secure.identity import Identity, Roster
+from sartor.federate.secure.messages import (
+    Any_Body,
+    Boxes,
+    Consent,
+    Keys,
+    Lists,
+    Masked,
+    Payload,
+    Peers,
+    Reveal,
+    Shares,
+    Unmask,
+)
+from sartor.federate.secure.ring import Vector
+from sartor.federate.secure.shares import COEFFICIENT_BYTES, SHARE_BYTES
+from sartor.federate.secure.terms import Policy, Round
+
+ROOT_BYTES = 32
+_CHEAT = "leave this coordinator, and tell the others"
+
+
+def commitment(seed: bytes, round_digest: str, name: str) -> bytes:
+    """What is published of a seed before it is revealed."""
+    return hashlib.sha256(masks.derive(seed, round_digest, "commitment", name)).digest()
+
+
+def own_mask_key(seed: bytes, round_digest: str, name: str) -> bytes:
+    """The key of the mask that only `name` adds."""
+    return masks.derive(seed, round_digest, "own mask", name)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The shares that a client holds of another's secrets."""
+
+    seed: bytes
+    key: bytes
+
+
+class Client:
+    """One client in one round. `root`: 32 secret random bytes, of this round alone; kept where a kill does not lose them.
+
+    Raises RoundError, before anything is said, where the terms break the policy.
+    """
+
+    def __init__(self, round_: Round, me: Identity, roster: Roster, root: bytes, policy: Policy | None = None) -> None:
+        (policy or Policy()).check(round_.terms, me.name, roster.keys)
+        self.round, self.name = round_, me.name
+        self._me, self._roster = me, roster
+        digest = round_.digest
+        self._channel = masks.private_key(root, digest, "channel key")
+        self._mask_secret = masks.derive(root, digest, "mask key")
+        self._mask = masks.private_key(root, digest, "mask key")
+        self._seed = masks.derive(root, digest, "seed")
+        length = (round_.terms.share_threshold - 1) * COEFFICIENT_BYTES
+        randomness = masks.stream_bytes(masks.derive(root, digest, "coefficients"), 2 * length)
+        self._randomness = randomness[:length], randomness[length:]
+        self._neighbours = round_.terms.graph.neighbours(me.name)
+        self._asked: dict[str, str] = {}
+        self._peers: dict[str, Keys] = {}
+        self._agreements: dict[str, bytes] = {}
+        self._own = Held(b"", b"")
+        self._held: dict[str, Held] = {}
+        self._lists: Lists | None = None
+
+    def keys(self) -> bytes:
+        """The first answer: this client's keys of the round."""
+        channel, mask = (key.public_key().public_bytes_raw() for key in (self._channel, self._mask))
+        return self._sealed(Keys(channel, mask))
+
+    def share(self, request: bytes) -> bytes:
+        """Peers -> Shares. Raises SignatureError for a key that its owner did not sign, RoundError for too few or strangers."""
+        peers = self._opened(request, Peers)
+        found: dict[str, Keys] = {}
+        for content in peers.keys:
+            sender, keys = messages.opened(content, Keys, self.round.digest, self._roster)
+            if sender not in self._neighbours or sender in found:
+                raise RoundError(f"{sender} is given as a neighbour, and is none or is given twice", _CHEAT, "keys")
+            found[sender] = keys
+        self._check_count(len(found) + 1, "have sent their keys")
+        self._note("share", request)
+        self._peers = found
+        terms, digest = self.round.terms, self.round.digest
+        places = [terms.places[holder] for holder in (self.name, *sorted(found))]
+        seeds = shares.split(self._seed, terms.share_threshold, places, self._randomness[0])
+        keys_ = shares.split(self._mask_secret, terms.share_threshold, places, self._randomness[1])
+        mine = terms.places[self.name]
+        self._own = Held(seeds[mine], keys_[mine])
+        boxes = {
+            holder: masks.seal(
+                seeds[terms.places[holder]] + keys_[terms.places[holder]], self._agreed(holder), digest, self.name, holder
+            )
+            for holder in sorted(found)
+        }
+        return self._sealed(Shares(commitment(self._seed, digest, self.name), boxes))
+
+    def hold(self, request: bytes) -> None:
+        """Take the shares that are for this client. Raises SignatureError for a changed box, RoundError if too few came."""
+        boxes = self._opened(request, Boxes).boxes
+        if strangers := sorted(set(boxes) - set(self._peers)):
+            raise RoundError(f"{strangers[0]} sends shares, and is no neighbour that sent its keys", _CHEAT, "keys")
+        self._check_count(len(boxes) + 1, "have shared their secrets")
+        held = {}
+        for sender, box in boxes.items():
+            plain = masks.unseal(box, self._agreed(sender), self.round.digest, sender, self.name)
+            if len(plain) != 2 * SHARE_BYTES:
+                raise RoundError(f"the shares of {sender} have {len(plain)} bytes", "leave that client out", "shares")
+            held[sender] = Held(plain[:SHARE_BYTES], plain[SHARE_BYTES:])
+        self._note("hold", request)
+        self._held = {self.name: self._own, **held}
+
+    def mask(self, vector: Vector) -> bytes:
+        """The vector (of the layout's size, changed in place) under this client's masks. Once a round, whatever the vector."""
+        if vector.size != self.round.terms.size:
+            raise RoundError(
+                f"the vector has {vector.size} numbers; the round's {self.round.terms.size}", "the round's layout", "manifest"
+            )
+        self.masked_before()
+        digest = self.round.digest
+        masks.add_stream(vector, own_mask_key(self._seed, digest, self.name), 1)
+        for peer in sorted(set(self._held) - {self.name}):
+            agreed = masks.agree(self._mask, self._peers[peer].mask, peer)
+            masks.add_stream(vector, masks.pair_key(agreed, digest, self.name, peer), masks.sign_between(self.name, peer))
+        return self._sealed(Masked(Payload(vector.astype("<u4", copy=False).tobytes())))
+
+    def masked_before(self) -> None:
+        """Note that `mask` is done, also on going on after a kill with the answer that was kept. RoundError: it was before."""
+        if "mask" in self._asked:
+            # two vectors under one mask have a difference that no mask covers
+            raise RoundError(f"{self.name} sent its vector of this round before", "send the one that is kept", "replayed")
+        self._note("mask", b"")
+
+    def consent(self, request: bytes) -> bytes:
+        """Lists -> Consent. Raises RoundError for lists that no honest coordinator makes, and for second ones."""
+        lists = self._opened(request, Lists)
+        if "mask" not in self._asked:
+            raise RoundError("lists came before this client sent its vector", _CHEAT, "stage")
+        self._check_lists(lists)
+        self._note("consent", request)
+        self._lists = lists
+        return self._sealed(Consent(lists.digest))
+
+    def reveal(self, request: bytes) -> bytes:
+        """Unmask -> Reveal: once a round, for the lists that it consented to, if a quorum of its holders consented too."""
+        unmask = self._opened(request, Unmask)
+        if self._lists is None or unmask.lists != self._lists.digest:
+            raise RoundError("shares are asked for by lists that this client did not consent to", _CHEAT, "unmask")
+        consenting = set()
+        for content in unmask.consents:
+            sender, consent = messages.opened(content, Consent, self.round.digest, self._roster)
+            if consent.lists != unmask.lists:
+                raise RoundError(f"{sender} consented to other lists: it was told something else", _CHEAT, "lists")
+            consenting.add(sender)
+        self._check_count(len((consenting & set(self._held)) | {self.name}), "consented to these lists")
+        self._note("reveal", request)
+        seeds = {name: held.seed for name, held in self._held.items() if name in self._lists.active}
+        keys = {name: held.key for name, held in self._held.items() if name in self._lists.dropped}
+        return self._sealed(Reveal(seeds, keys))
+
+    def _check_lists(self, lists: Lists) -> None:
+        terms, active, dropped = self.round.terms, set(lists.active), set(lists.dropped)
+        if both := sorted(active & dropped):
+            raise RoundError(f"{both[0]} is in both lists: the two together would unmask its vector", _CHEAT, "lists")
+        in_order = all(list(names) == sorted(set(names)) for names in (lists.active, lists.dropped))
+        if not in_order or not active | dropped <= set(terms.places):
+            raise RoundError("the lists are not names of the cohort in order", _CHEAT, "lists")
+        if self.name not in active:
+            raise RoundError(f"{self.name} sent its vector, and the lists leave it out", "wait for the next round", "lists")
+        if len(active) < terms.threshold:
+            raise RoundError(
+                f"{len(active)} of {len(terms.cohort)} clients are in the sum; {terms.threshold} are the threshold",
+                "begin a new round",
+                "threshold",
+            )
+        if unknown := sorted((active | dropped) & self._neighbours - set(self._held)):
+            raise RoundError(f"{unknown[0]} is listed, and never shared its secrets with {self.name}", _CHEAT, "lists")
+        self._check_count(len(active & set(self._held)), "are in the sum")
+
+    def _check_count(self, count: int, what: str) -> None:
+        terms = self.round.terms
+        if count < terms.share_threshold:
+            raise RoundError(
+                f"{count} of the {terms.holders} holders of {self.name} {what}; {terms.share_threshold} are the threshold",
+                "wait for more clients, or begin a new round",
+                "threshold",
+            )
+
+    def _agreed(self, peer: str) -> bytes:
+        if peer not in self._agreements:
+            self._agreements[peer] = masks.agree(self._channel, self._peers[peer].channel, peer)
+        return self._agreements[peer]
+
+    def _opened(self, request: bytes, kind: type[Any_Body]) -> Any_Body:
+        sender, body = messages.opened(request, kind, self.round.digest, self._roster)
+        if sender != self.round.coordinator:
+            raise RoundError(f"{sender} asks for what only {self.round.coordinator} may", _CHEAT, "stage")
+        return body
+
+    def _note(self, stage: str, request: bytes) -> None:
+        """Let each stage have one request, in order. Raises RoundError for another one."""
+        order = STAGES.index(stage)
+        if missing := [before for before in STAGES[:order] if before not in self._asked]:
+            raise RoundError(f"{stage!r} is asked for before {missing[0]!r}", _CHEAT, "stage")
+        digest = messages.digest(request)
+        if self._asked.setdefault(stage, digest) != digest:
+            raise RoundError(
+                f"{stage!r} was asked for before, by another request", _CHEAT, "unmask" if stage == "reveal" else "replayed"
+            )
+
+    def _sealed(self, body: Keys | Shares | Masked | Consent | Reveal) -> bytes:
+        return messages.sealed(body, self.round.digest, self._me)
+
+
+STAGES: Sequence[str] = ("share", "hold", "mask", "consent", "reveal")

@@ -1,0 +1,66 @@
+"""Who is who: an Ed25519 key each, pinned at enrolment, never learnt from a message.
+
+A roster is a folder of public keys, NAME.pub, as `sartor keygen` writes them; of the clients and of the coordinator. Who fills
+it is the root of trust: a roster of clients that are all the coordinator's protects nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from sartor.core import signing
+from sartor.core.errors import ConfigError, SignatureError
+from sartor.core.names import is_name
+
+# what is signed here is never mistaken for another document that the same key signs
+_DOMAIN = b"sartor federated round\n"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A name and its private key."""
+
+    name: str
+    key: Ed25519PrivateKey
+
+    @classmethod
+    def open(cls, name: str, path: Path) -> Identity:
+        """The key that `sartor keygen` made at `path`. Raises ConfigError as signing.open_private does."""
+        return cls(name, signing.open_private(path))
+
+    def sign(self, document: bytes) -> bytes:
+        """64 bytes; the same ones each time."""
+        return self.key.sign(_DOMAIN + document)
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Name -> pinned key."""
+
+    keys: Mapping[str, Ed25519PublicKey]
+
+    @classmethod
+    def open(cls, folder: Path) -> Roster:
+        """The keys of a folder, without those that this machine holds for revoked."""
+        if not folder.is_dir():
+            raise ConfigError(f"there is no folder {folder}", "a folder of NAME.pub, as sartor keygen writes them")
+        revoked = signing.revoked_ids()
+        found = {file.stem: signing.open_public(file) for file in sorted(folder.glob("*.pub")) if is_name(file.stem)}
+        return cls({name: key for name, key in found.items() if signing.key_id(key) not in revoked})
+
+    def check(self, name: str, document: bytes, signature: bytes) -> None:
+        """Raise SignatureError unless the key pinned for `name` signed the document."""
+        key = self.keys.get(name)
+        if key is None:
+            raise SignatureError(f"no key is pinned for {name!r:.80}", "enrol it, if you know it")
+        try:
+            key.verify(signature, _DOMAIN + document)
+        except InvalidSignature:
+            raise SignatureError(
+                f"this message is not {name}'s: the pinned key did not sign it, or it was changed", "look at who carries it"
+            ) from None

@@ -1,0 +1,91 @@
+"""Keys and masks: X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), ChaCha20 (RFC 8439).
+
+Every derived key is bound to the digest of the round's manifest, to what it is for and to whom: a key of one round, pair or use
+is no key of another.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from sartor.core import records
+from sartor.core.errors import RoundError, SignatureError
+from sartor.federate.secure.ring import Vector
+
+KEY_BYTES = 32
+# 256 KiB at a time: the key stream and the part of the vector stay in the cache
+_CHUNK = 1 << 16
+_ZEROS = bytes(4 * _CHUNK)
+
+
+def derive(secret: bytes, round_digest: str, *purpose: str, length: int = KEY_BYTES) -> bytes:
+    """`length` bytes for one purpose of one round."""
+    return HKDF(hashes.SHA256(), length, bytes.fromhex(round_digest), records.canonical(purpose)).derive(secret)
+
+
+def private_key(secret: bytes, round_digest: str, purpose: str) -> X25519PrivateKey:
+    """The X25519 key that this secret makes for a purpose."""
+    return X25519PrivateKey.from_private_bytes(derive(secret, round_digest, purpose))
+
+
+def agree(mine: X25519PrivateKey, theirs: bytes, name: str) -> bytes:
+    """The secret that both sides share. Raises RoundError for a key of `name` that is none, or of small order."""
+    try:
+        return mine.exchange(X25519PublicKey.from_public_bytes(theirs))
+    except ValueError:
+        raise RoundError(f"the key of {name} agrees on nothing", "leave that client out", "keys") from None
+
+
+def pair_key(agreed: bytes, round_digest: str, one: str, other: str) -> bytes:
+    """The key of the mask between two clients, the same for both."""
+    return derive(agreed, round_digest, "mask", *sorted((one, other)))
+
+
+def sign_between(name: str, other: str) -> int:
+    """Which of two clients adds their mask (1) and which takes it away (-1)."""
+    return 1 if name < other else -1
+
+
+def add_stream(vector: Vector, key: bytes, sign: int) -> None:
+    """Add (1) or take away (-1), modulo 2**32 and in place, the numbers that the key streams. A key makes one mask, ever."""
+    stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
+    for start in range(0, vector.size, _CHUNK):
+        part = vector[start : start + _CHUNK]
+        numbers = np.frombuffer(stream.update(_ZEROS[: 4 * part.size]), "<u4")
+        if sign > 0:
+            part += numbers
+        else:
+            part -= numbers
+
+
+def stream_bytes(key: bytes, count: int) -> bytes:
+    """`count` bytes of a key's stream, from its beginning."""
+    return Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(count))
+
+
+def seal(plain: bytes, agreed: bytes, round_digest: str, sender: str, recipient: str) -> bytes:
+    """ChaCha20-Poly1305 under a key of this direction, pair and round, which seals one message: its nonce may be fixed."""
+    key, about = _box(agreed, round_digest, sender, recipient)
+    return ChaCha20Poly1305(key).encrypt(bytes(12), plain, about)
+
+
+def unseal(sealed: bytes, agreed: bytes, round_digest: str, sender: str, recipient: str) -> bytes:
+    """What `seal` sealed. Raises SignatureError where it was changed, or is of another round, sender or recipient."""
+    key, about = _box(agreed, round_digest, sender, recipient)
+    try:
+        return ChaCha20Poly1305(key).decrypt(bytes(12), sealed, about)
+    except InvalidTag:
+        raise SignatureError(
+            f"the shares of {sender} for {recipient} were changed, or are of another round", "begin a new round"
+        ) from None
+
+
+def _box(agreed: bytes, round_digest: str, sender: str, recipient: str) -> tuple[bytes, bytes]:
+    return derive(agreed, round_digest, "box", sender, recipient), records.canonical([round_digest, sender, recipient])

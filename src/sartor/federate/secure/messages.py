@@ -1,0 +1,274 @@
+r"""What is sent: frozen dataclasses, each written in one way only, signed by its sender.
+
+    {"boxes":{...},"kind":"shares","round":"<digest>","schema":1,"sender":"ward-3","signature":"..."}\n<payload>
+
+A line of canonical JSON, then the raw payload, which `Masked` and `Invite` have. The line holds the payload's digest, and the
+signature is over the line without the signature. A message that is not written as `sealed` would write it is refused,
+so the digest of its bytes names it: sent twice, it is the same message.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NewType, TypeVar, get_type_hints
+
+from sartor.core import records
+from sartor.core.errors import ArtifactError, RoundError
+from sartor.core.names import is_name
+from sartor.federate.secure.identity import Identity, Roster
+
+SCHEMA = 1
+# of the line: keys or signatures of a few thousand neighbours
+MOST_HEAD_BYTES = 16 << 20
+Payload = NewType("Payload", bytes)
+
+
+@dataclass(frozen=True)
+class Invite:
+    """Coordinator: the signed manifest of a round, and the tensors that it starts from (rounds/tensors.py)."""
+
+    kind: ClassVar[str] = "invite"
+    manifest: bytes
+    shared: Payload
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Client: fresh X25519 public keys of this round, for sealing shares and for masks; 32 bytes each."""
+
+    kind: ClassVar[str] = "keys"
+    channel: bytes
+    mask: bytes
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Coordinator: the signed Keys of the recipient's neighbours, as they sent them."""
+
+    kind: ClassVar[str] = "peers"
+    keys: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Client: sealed shares by holder, and the digest of the seed, against which what is rebuilt is held."""
+
+    kind: ClassVar[str] = "shares"
+    commitment: bytes
+    boxes: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Coordinator: the sealed shares for the recipient, by sender."""
+
+    kind: ClassVar[str] = "boxes"
+    boxes: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Client: its masked vector, little-endian uint32."""
+
+    kind: ClassVar[str] = "masked"
+    vector: Payload
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Coordinator: whose vectors are in the sum, and who shared secrets and vanished since; names in order."""
+
+    kind: ClassVar[str] = "lists"
+    active: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """What a client consents to."""
+        return records.digest([self.active, self.dropped])
+
+
+@dataclass(frozen=True)
+class Consent:
+    """Client: it holds these lists for the only ones of this round. `lists`: their digest."""
+
+    kind: ClassVar[str] = "consent"
+    lists: str
+
+
+@dataclass(frozen=True)
+class Unmask:
+    """Coordinator: the signed Consents of the recipient's holders."""
+
+    kind: ClassVar[str] = "unmask"
+    lists: str
+    consents: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Reveal:
+    """Client: shares of the seeds of those in the sum, and of the mask keys of those who vanished."""
+
+    kind: ClassVar[str] = "reveal"
+    seeds: dict[str, bytes]
+    keys: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Coordinator: how the round ended, `done` or `abandoned`; who is in the sum, the digest of the new tensors."""
+
+    kind: ClassVar[str] = "outcome"
+    state: str
+    active: tuple[str, ...]
+    shared: str
+    reason: str
+
+
+Body = Invite | Keys | Peers | Shares | Boxes | Masked | Lists | Consent | Unmask | Reveal | Outcome
+BODIES: dict[str, type[Body]] = {
+    body.kind: body for body in (Invite, Keys, Peers, Shares, Boxes, Masked, Lists, Consent, Unmask, Reveal, Outcome)
+}
+Any_Body = TypeVar("Any_Body", Invite, Keys, Peers, Shares, Boxes, Masked, Lists, Consent, Unmask, Reveal, Outcome)
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A message as it was read; its signature is not checked yet. `document`: what it should sign."""
+
+    round: str
+    sender: str
+    body: Body
+    document: bytes
+    signature: bytes
+
+    def check(self, roster: Roster) -> None:
+        """Raise SignatureError unless the sender's pinned key signed it."""
+        roster.check(self.sender, self.document, self.signature)
+
+
+def sealed(body: Body, round_digest: str, me: Identity) -> bytes:
+    """The bytes of a message."""
+    head = _head(body, round_digest, me.name)
+    return _written(head, me.sign(records.canonical(head)), _payload(body))
+
+
+def without_payload(content: bytes) -> bytes:
+    """What a transcript keeps of a message: the line that is signed, with the payload's digest."""
+    return content.partition(b"\n")[0] + b"\n"
+
+
+def digest(content: bytes) -> str:
+    """The id of a message: sha256 of its bytes, hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def read(content: bytes) -> Signed:
+    """A message from its bytes. Raises ArtifactError for what is none, or is written in another way than `sealed` writes."""
+    line, _, payload = content.partition(b"\n")
+    try:
+        said = json.loads(line) if len(line) <= MOST_HEAD_BYTES else None
+        if not isinstance(said, dict):
+            raise TypeError("no JSON object of a message's size")
+        if said.get("schema") != SCHEMA or said.get("kind") not in BODIES:
+            raise ValueError(f"schema {said.get('schema')!r:.20}, kind {said.get('kind')!r:.20}")
+        signature, sender, round_digest = _bytes(said["signature"]), said["sender"], said["round"]
+        body = _body(BODIES[said["kind"]], said, payload)
+        if not is_name(sender) or not isinstance(round_digest, str):
+            raise TypeError("a sender or a round of another form")
+        head = _head(body, round_digest, sender)
+        if _written(head, signature, _payload(body)) != content:
+            raise ValueError("it is not written as this version writes it")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ArtifactError(f"this is no message of a round: {error}", "look at who sends it") from None
+    return Signed(round_digest, sender, body, records.canonical(head), signature)
+
+
+def opened(content: bytes, kind: type[Any_Body], round_digest: str, roster: Roster) -> tuple[str, Any_Body]:
+    """(sender, body) of a message of this kind and round whose signature holds.
+
+    Raises ArtifactError, SignatureError, and RoundError where it is another round's or another kind.
+    """
+    signed = read(content)
+    if signed.round != round_digest:
+        raise RoundError(
+            f"a message of {signed.sender} is of another round ({signed.round[:16]}) than this ({round_digest[:16]}): "
+            "it is replayed, or the manifest that it was given is another",
+            "begin a new round",
+            "manifest",
+        )
+    if not isinstance(signed.body, kind):
+        raise RoundError(f"{signed.sender} sends {signed.body.kind!r} where {kind.kind!r} is due", "wait for it", "stage")
+    signed.check(roster)
+    return signed.sender, signed.body
+
+
+def _head(body: Body, round_digest: str, sender: str) -> dict[str, Any]:
+    said = {
+        field.name: _plain(getattr(body, field.name)) for field in fields(body) if _HINTS[body.kind][field.name] is not Payload
+    }
+    if payload := _payload(body):
+        said["payload_sha256"] = hashlib.sha256(payload).hexdigest()
+    return {**said, "schema": SCHEMA, "kind": body.kind, "round": round_digest, "sender": sender}
+
+
+def _written(head: Mapping[str, Any], signature: bytes, payload: bytes) -> bytes:
+    return records.canonical({**head, "signature": _plain(signature)}) + b"\n" + payload
+
+
+def _payload(body: Body) -> bytes:
+    if isinstance(body, Masked):
+        return body.vector
+    return body.shared if isinstance(body, Invite) else b""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _bytes(said: Any) -> bytes:
+    return base64.b64decode(_text(said), validate=True)
+
+
+def _text(said: Any) -> str:
+    if not isinstance(said, str):
+        raise TypeError(f"{said!r:.40} where text is due")
+    return said
+
+
+def _list(said: Any) -> list[Any]:
+    if not isinstance(said, list):
+        raise TypeError(f"{said!r:.40} where a list is due")
+    return said
+
+
+_READERS: dict[Any, Callable[[Any], Any]] = {
+    bytes: _bytes,
+    str: _text,
+    tuple[str, ...]: lambda said: tuple(map(_text, _list(said))),
+    tuple[bytes, ...]: lambda said: tuple(map(_bytes, _list(said))),
+    dict[str, bytes]: lambda said: {name: _bytes(one) for name, one in said.items()},
+}
+
+
+_HINTS: dict[str, dict[str, Any]] = {
+    kind: {name: hint for name, hint in get_type_hints(body).items() if name != "kind"} for kind, body in BODIES.items()
+}
+
+
+def _body(kind: type[Body], said: Mapping[str, Any], payload: bytes) -> Body:
+    try:
+        found: dict[str, Any] = {
+            name: payload if hint is Payload else _READERS[hint](said[name]) for name, hint in _HINTS[kind.kind].items()
+        }
+    except AttributeError:
+        raise TypeError("something else where names are due") from None
+    return kind(**found)

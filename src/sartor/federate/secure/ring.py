@@ -1,0 +1,110 @@
+"""float32 tensors <-> integers modulo 2**32, in which masks are added: a vector of uint32, 4 bytes a number.
+
+A tensor's scale (the value of one unit) stands in the manifest, so each client rounds alike and the sum needs none of them. No
+client may send more than (2**31 - 1) / n units, so the sum of n never leaves the ring; what is larger is refused, not clipped:
+a value that was clipped would be wrong in silence. Rounding is to the nearest unit, or stochastic (up or down with the
+probability that makes it right on average: Suresh et al. 2017), whose errors do not add up over rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from sartor.core.errors import BudgetError, ConfigError, RoundError
+from sartor.federate.secure.terms import MOST_SUM, Slot, Terms
+
+Vector = npt.NDArray[np.uint32]
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Rounding = Literal["nearest", "stochastic"]
+
+
+def scale_for(bound: float, cohort_size: int) -> float:
+    """The finest scale at which `cohort_size` clients may each send values of a magnitude up to `bound`."""
+    if not (bound > 0 and 1 <= cohort_size <= MOST_SUM):
+        raise ConfigError(f"no scale holds {bound} of {cohort_size} clients", "a bound above 0, such as the clip")
+    # a hair wider, so that a value equal to the bound is not refused for the division's last bit
+    return bound / (MOST_SUM // cohort_size) * (1 + 1e-12)
+
+
+def layout_for(tensors: Mapping[str, Any], bound: float | Mapping[str, float], cohort_size: int) -> tuple[Slot, ...]:
+    """A layout for tensors of these names and shapes, in the order of names. `bound`: the largest magnitude, or one a name."""
+    bounds = bound if isinstance(bound, Mapping) else dict.fromkeys(tensors, bound)
+    return tuple(Slot(name, tuple(tensors[name].shape), scale_for(bounds[name], cohort_size)) for name in sorted(tensors))
+
+
+def quantise(
+    tensors: Mapping[str, Any],
+    layout: Sequence[Slot],
+    rounding: Rounding = "nearest",
+    chance: np.random.Generator | None = None,
+) -> Integers:
+    """All tensors in units of their scales, as one vector in the layout's order.
+
+    `chance` is drawn from where rounding is stochastic; by default from the system. Raises ConfigError where a name or a shape
+    is not the layout's or a value is not finite.
+    """
+    if set(tensors) != {slot.name for slot in layout}:
+        differing = sorted(set(tensors) ^ {slot.name for slot in layout})
+        raise ConfigError(f"the update's tensors are not the manifest's: {', '.join(differing[:3])}", "the layout of the round")
+    chance = chance or np.random.default_rng()
+    units = np.empty(sum(slot.size for slot in layout), np.int64)
+    start = 0
+    for slot in layout:
+        values = np.asarray(tensors[slot.name])
+        if values.shape != slot.shape:
+            raise ConfigError(f"{slot.name} has the shape {values.shape}; the round's is {slot.shape}", "the round's layout")
+        scaled = values.astype(np.float64).ravel() / slot.scale
+        if not np.isfinite(scaled).all():
+            raise ConfigError(f"{slot.name} holds a value that is not finite", "look at the tuning: its loss has diverged")
+        # beyond 2**62 a float is no int64; 2**40 units are too many in any case, and are still seen by `to_ring`
+        np.clip(scaled, -(2.0**40), 2.0**40, out=scaled)
+        rounded = np.rint(scaled) if rounding == "nearest" else np.floor(scaled + chance.random(scaled.size))
+        units[start : start + slot.size] = rounded
+        start += slot.size
+    return units
+
+
+def to_ring(units: Integers, terms: Terms) -> Vector:
+    """Integers (noise added, if there is any) as elements of the ring. Raises BudgetError above the headroom of the cohort."""
+    worst = int(np.abs(units).max(initial=0))
+    if worst > terms.most:
+        place = int(np.abs(units).argmax())
+        slot = _slot_at(terms.layout, place)
+        raise BudgetError(
+            f"{slot.name} holds {units[place] * slot.scale:.6g}; of {len(terms.cohort)} clients each may send "
+            f"{terms.most * slot.scale:.6g} at most, or the sum could leave the ring",
+            "clip the update, or begin the round with a larger scale",
+        )
+    return (units & 0xFFFFFFFF).astype(np.uint32)
+
+
+def encode(
+    tensors: Mapping[str, Any], terms: Terms, rounding: Rounding = "nearest", chance: np.random.Generator | None = None
+) -> Vector:
+    """`quantise`, then `to_ring`."""
+    return to_ring(quantise(tensors, terms.layout, rounding, chance), terms)
+
+
+def decode(vector: Vector, layout: Sequence[Slot]) -> dict[str, Floats]:
+    """The sum's tensors, float64: a sum in the ring has up to 31 bits, and float32 holds 24."""
+    if vector.size != (size := sum(slot.size for slot in layout)):
+        raise RoundError(f"the vector has {vector.size} numbers; the layout {size}", "the layout of the round", "manifest")
+    found, start = {}, 0
+    for slot in layout:
+        units = vector[start : start + slot.size].view(np.int32).astype(np.float64)
+        found[slot.name] = (units * slot.scale).reshape(slot.shape)
+        start += slot.size
+    return found
+
+
+def _slot_at(layout: Sequence[Slot], place: int) -> Slot:
+    for slot in layout:
+        if place < slot.size:
+            return slot
+        place -= slot.size
+    raise IndexError(place)

@@ -1,0 +1,234 @@
+"""The coordinator's side of one sum: it gathers, forwards, and takes the masks off the sum.
+
+Pure: what it holds follows from the messages it took and the stages it closed, in their order, so a coordinator that was killed
+is rebuilt from its journal. It learns the sum of those in `active`, as long as fewer than a third of each client's holders tell
+it more than this protocol says.
+
+Why a reveal to lists L leaves no vector bare: the seed of v opens only where a quorum of v's holders accepted L; each of them
+accepted because a quorum of its own holders signed L, so no other list finds a quorum among those, and its mask key stays
+closed. So the masks between v and more than a third of its holders, less those that collude, stand and fall only in the sum.
+"""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from sartor.core.errors import ConflictError, RoundError
+from sartor.federate.secure import masks, messages, shares
+from sartor.federate.secure.client import commitment, own_mask_key
+from sartor.federate.secure.identity import Identity, Roster
+from sartor.federate.secure.messages import Body, Boxes, Consent, Keys, Lists, Masked, Peers, Reveal, Shares, Unmask
+from sartor.federate.secure.ring import Vector
+from sartor.federate.secure.terms import Round
+
+Stage = Literal["keys", "shares", "masked", "consent", "reveal", "done"]
+STAGES: tuple[Stage, ...] = ("keys", "shares", "masked", "consent", "reveal", "done")
+
+
+@dataclass(frozen=True)
+class Sum:
+    """`vector`: modulo 2**32, of the clients in `active`. ring.decode makes tensors of it."""
+
+    vector: Vector
+    active: tuple[str, ...]
+
+
+@dataclass
+class _Gathered:
+    """What came, by stage and sender. Of a masked vector the id alone: it is in the total."""
+
+    keys: dict[str, Keys] = field(default_factory=dict)
+    shares: dict[str, Shares] = field(default_factory=dict)
+    consents: dict[str, bytes] = field(default_factory=dict)
+    reveals: dict[str, Reveal] = field(default_factory=dict)
+    signed_keys: dict[str, bytes] = field(default_factory=dict)
+    ids: dict[Stage, dict[str, str]] = field(default_factory=lambda: {stage: {} for stage in STAGES})
+
+
+class Server:
+    """One sum. The stage `keys` is open from the beginning: its request is the manifest."""
+
+    def __init__(self, round_: Round, me: Identity, roster: Roster) -> None:
+        self.round, self._me, self._roster = round_, me, roster
+        self.stage: Stage = "keys"
+        self._total = np.zeros(round_.terms.size, np.uint32)
+        self._got = _Gathered()
+        self._lists = Lists((), ())
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """Whose answers the stage waits for, in order: those who answered every stage before."""
+        before = STAGES[STAGES.index(self.stage) - 1]
+        return self.round.terms.cohort if self.stage == "keys" else tuple(sorted(self._got.ids[before]))
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Whose answers are not there yet."""
+        return tuple(name for name in self.expected if name not in self._got.ids[self.stage])
+
+    @property
+    def lists(self) -> Lists:
+        """Who is in the sum and who vanished, once the stage `masked` is closed."""
+        return self._lists
+
+    def request(self, name: str) -> bytes:
+        """What `name` is to answer now; the same bytes each time. Empty in the stage `keys`, and once the sum is done."""
+        body = self._request(name)
+        return messages.sealed(body, self.round.digest, self._me) if body else b""
+
+    def _request(self, name: str) -> Body | None:
+        neighbours = self.round.terms.graph.neighbours(name)
+        match self.stage:
+            case "shares":
+                return Peers(tuple(self._got.signed_keys[peer] for peer in sorted(neighbours & set(self._got.keys))))
+            case "masked":
+                found = {peer: sent.boxes for peer, sent in self._got.shares.items() if peer in neighbours}
+                return Boxes({peer: boxes[name] for peer, boxes in sorted(found.items()) if name in boxes})
+            case "consent":
+                return self._lists
+            case "reveal":
+                holders = sorted((neighbours | {name}) & set(self._got.consents))
+                return Unmask(self._lists.digest, tuple(self._got.consents[holder] for holder in holders))
+            case _:
+                return None
+
+    def take(self, content: bytes) -> bool:
+        """Take an answer. False where it changes nothing: it came before, or too late for its stage.
+
+        Raises ArtifactError, SignatureError, and RoundError for one that is due from nobody; ConflictError for a second one.
+        """
+        signed = messages.read(content)
+        stage = _STAGE_OF.get(type(signed.body))
+        if signed.round != self.round.digest or stage is None:
+            raise RoundError(
+                f"{signed.sender} sends {signed.body.kind!r} of another round, or what it may not", "look at it", "stage"
+            )
+        signed.check(self._roster)
+        known, identity = self._got.ids[stage].get(signed.sender), messages.digest(content)
+        if known == identity:
+            return False
+        if known is not None:
+            raise ConflictError(
+                f"{signed.sender} sent another {signed.body.kind!r} before, which counts", "look at that client"
+            )
+        if STAGES.index(stage) < STAGES.index(self.stage):
+            return False
+        if stage != self.stage or signed.sender not in self.expected:
+            raise RoundError(f"{signed.body.kind!r} of {signed.sender} is not due", "wait for the request", "stage")
+        self._keep(signed.sender, signed.body, content)
+        self._got.ids[stage][signed.sender] = identity
+        return True
+
+    def _keep(self, sender: str, body: Body, content: bytes) -> None:
+        match body:
+            case Keys():
+                self._got.keys[sender], self._got.signed_keys[sender] = body, content
+            case Shares():
+                self._got.shares[sender] = body
+            case Masked():
+                if len(body.vector) != 4 * self._total.size:
+                    raise RoundError(
+                        f"{sender} sends {len(body.vector):,} bytes; the round's vectors have {4 * self._total.size:,}",
+                        "look at that client",
+                        "manifest",
+                    )
+                self._total += np.frombuffer(body.vector, "<u4")
+            case Consent():
+                if body.lists != self._lists.digest:
+                    raise RoundError(f"{sender} consents to lists that were not sent", "look at that client", "lists")
+                self._got.consents[sender] = content
+            case Reveal():
+                self._got.reveals[sender] = body
+
+    def close(self) -> Stage:
+        """End the stage with those who answered, and open the next, which is returned.
+
+        Raises RoundError where fewer than the threshold did: the round is over, and nobody is asked for anything more.
+        """
+        answered, terms = len(self._got.ids[self.stage]), self.round.terms
+        if self.stage == "done":
+            return self.stage
+        if answered < terms.threshold and self.stage != "reveal":
+            raise RoundError(
+                f"{answered} of {len(terms.cohort)} clients answered at the stage {self.stage!r}; "
+                f"the threshold is {terms.threshold}",
+                "begin a new round when more are there; nothing of this one was revealed",
+                "threshold",
+            )
+        if self.stage == "masked":
+            active = self._got.ids["masked"]
+            self._lists = Lists(tuple(sorted(active)), tuple(sorted(set(self._got.shares) - set(active))))
+        if self.stage == "reveal":
+            self._unmask()
+        self.stage = STAGES[STAGES.index(self.stage) + 1]
+        return self.stage
+
+    def result(self) -> Sum:
+        """The sum, once every stage is closed."""
+        if self.stage != "done":
+            raise RoundError(f"the sum is not done: its stage is {self.stage!r}", "close the stages before", "stage")
+        return Sum(self._total.copy(), self._lists.active)
+
+    def _unmask(self) -> None:
+        """Take the own masks of those in the sum off the total, and the masks with those who vanished.
+
+        Everything is rebuilt before anything is taken off: what cannot be rebuilt leaves the total masked.
+        """
+        digest = self.round.digest
+        seeds = {name: self._rebuilt(name, "seeds") for name in self._lists.active}
+        keys = {name: self._rebuilt(name, "keys") for name in self._lists.dropped if self._is_masked_with(name)}
+        for name, seed in seeds.items():
+            if not hmac.compare_digest(commitment(seed, digest, name), self._got.shares[name].commitment):
+                raise _false_share(name)
+        privates = {name: X25519PrivateKey.from_private_bytes(key) for name, key in keys.items()}
+        for name, private in privates.items():
+            if private.public_key().public_bytes_raw() != self._got.keys[name].mask:
+                raise _false_share(name)
+        for name, seed in seeds.items():
+            masks.add_stream(self._total, own_mask_key(seed, digest, name), -1)
+        for name, private in privates.items():
+            for peer in self._is_masked_with(name):
+                agreed = masks.agree(private, self._got.keys[peer].mask, peer)
+                masks.add_stream(self._total, masks.pair_key(agreed, digest, peer, name), -masks.sign_between(peer, name))
+
+    def _is_masked_with(self, dropped: str) -> list[str]:
+        """Who in the sum added a mask with one who vanished: those who were given its shares."""
+        given = self.round.terms.graph.neighbours(dropped) & set(self._got.shares[dropped].boxes)
+        return sorted(given & set(self._lists.active))
+
+    def _rebuilt(self, name: str, which: Literal["seeds", "keys"]) -> bytes:
+        terms, found = self.round.terms, {}
+        for holder in sorted((terms.graph.neighbours(name) | {name}) & set(self._got.reveals)):
+            reveal = self._got.reveals[holder]
+            if share := (reveal.seeds if which == "seeds" else reveal.keys).get(name):
+                found[terms.places[holder]] = share
+        if len(found) < terms.share_threshold:
+            raise RoundError(
+                f"{len(found)} of the {terms.holders} holders of {name} revealed their shares; {terms.share_threshold} are the "
+                "threshold, and without them the sum stays masked",
+                "begin a new round when more clients are there",
+                "threshold",
+            )
+        return shares.combine(found, terms.share_threshold)
+
+
+def _false_share(name: str) -> RoundError:
+    return RoundError(
+        f"the shares of {name} rebuild another secret than it committed to: {name} or a holder of it lies",
+        "begin a new round; look at the clients, or leave out whom it fails with",
+        "shares",
+    )
+
+
+_STAGE_OF: dict[type[Body], Stage] = {
+    Keys: "keys",
+    Shares: "shares",
+    Masked: "masked",
+    Consent: "consent",
+    Reveal: "reveal",
+}

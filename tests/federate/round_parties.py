@@ -1,0 +1,83 @@
+"""A coordinator and clients of whole rounds, in this process, for the tests of federate/rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from federating import COORDINATOR, LENIENT, identity, names, roster_of
+
+from sartor.federate.rounds.client import Member, RoundClient
+from sartor.federate.rounds.coordinator import Coordinator, Plan
+from sartor.federate.rounds.journal import Journal
+from sartor.federate.rounds.manifest import Manifest, Rules
+from sartor.federate.rounds.task import Learnt
+from sartor.federate.rounds.tensors import Tensors
+from sartor.federate.rounds.transport import InProcess
+
+RULES = Rules(clip=1.0, most_examples=10)
+START = {"head.weight": np.zeros((2, 3), np.float32), "tail.weight": np.ones(4, np.float32)}
+
+
+@dataclass
+class Pull:
+    """A task without chance: towards this client's number, from so many examples."""
+
+    number: int
+    calls: int = 0
+
+    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+        self.calls += 1
+        rate = float(manifest.work.settings.get("rate", 0.01))
+        return Learnt({name: np.full_like(value, rate * (self.number + 1)) for name, value in shared.items()}, self.number + 1)
+
+
+def mean_of_numbers(numbers: list[int], rate: float = 0.01) -> float:
+    """What the weighted mean of their updates is, in each place."""
+    return rate * sum((number + 1) ** 2 for number in numbers) / sum(number + 1 for number in numbers)
+
+
+@dataclass
+class House:
+    """A run with n clients; folder None: journals in memory."""
+
+    count: int = 5
+    folder: Path | None = None
+    clock: Callable[[], float] = field(default=lambda: 1_000.0)
+
+    def __post_init__(self) -> None:
+        self.names = names(self.count)
+        people = [identity(name) for name in self.names]
+        self.me = identity(COORDINATOR)
+        self.roster = roster_of(self.me, *people)
+        self.members = {one.name: Member(one, self.roster, COORDINATOR, LENIENT) for one in people}
+        self.tasks = {name: Pull(number) for number, name in enumerate(self.names)}
+        self.journals: dict[str, Journal] = {}
+        self.clients = {name: self.client(name) for name in self.names}
+        self.transport = InProcess(self.clients)
+        self.coordinator = self.lead()
+        self.coordinator.start(START)
+
+    def path(self, name: str) -> Path | None:
+        return self.folder / f"{name}.sqlite" if self.folder else None
+
+    def client(self, name: str, **options: object) -> RoundClient:
+        """Opened anew, as after a kill."""
+        journal = self._journal(name)
+        return RoundClient(self.members[name], journal, {"pull": self.tasks[name]}, clock=self.clock, **options)
+
+    def lead(self) -> Coordinator:
+        member = Member(self.me, self.roster, COORDINATOR, LENIENT)
+        return Coordinator(member, self._journal(COORDINATOR), "triage", clock=self.clock)
+
+    def _journal(self, name: str) -> Journal:
+        if self.folder and name in self.journals:
+            self.journals.pop(name).close()
+        if name not in self.journals:
+            self.journals[name] = Journal(self.path(name))
+        return self.journals[name]
+
+    def plan(self, **options: object) -> Plan:
+        return Plan(**{"task": "pull", "cohort": self.names, "stage_s": 0, "rules": RULES, **options})
