@@ -21,7 +21,7 @@ LEVELS = {
     "models": 2, "curate": 2, "speech": 2,
     "tune": 3, "evaluate": 3,
     "agents": 4, "edge": 4, "export": 4, "intents": 4,
-    "circle": 5,
+    "circle": 5, "federate": 5,
     "__init__": 6,
     "cli": 7,
     "__main__": 8,

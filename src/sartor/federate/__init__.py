@@ -1,0 +1,1 @@
+"""Many devices, one Adapter: rounds, exact aggregation, secure summation, accounted privacy."""
