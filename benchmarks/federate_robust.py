@@ -3,7 +3,7 @@
     python benchmarks/federate_robust.py --json
     python benchmarks/federate_robust.py --table
 
-The model is a softmax regression whose weight is W0 + B A, tuned under `freeze_a`: 16 features, 5 classes, a tenth of the labels
+The model is a softmax regression whose weight is W0 + B A, tuned under `freeze_a`: 16 features, 5 classes, a tenth of labels
 wrong; the clients' classes are unequal (Dirichlet 1). 30 rounds of 5 steps. A figure is the loss on 4,000 other rows over the
 loss that the plain mean reaches with ten honest clients, as the median over seeds.
 
@@ -154,7 +154,11 @@ def main() -> None:
         for rule, by_attack in found.items():
             print(f"| `{rule}` | " + " | ".join(f"{by_attack[attack]:.2f}" for attack in ATTACKS) + " |")
     else:
-        print(json.dumps({"benchmark": "federate_robust", "machine": platform.processor() or platform.machine(), "over_clean": found}))
+        print(
+            json.dumps(
+                {"benchmark": "federate_robust", "machine": platform.processor() or platform.machine(), "over_clean": found}
+            )
+        )
 
 
 if __name__ == "__main__":
