@@ -71,3 +71,12 @@ def _happens(chances: NDArray[np.float64], source: Source) -> NDArray[np.bool_]:
 
 def _words(count: int, source: Source) -> NDArray[np.uint64]:
     return np.frombuffer(source(8 * count), np.uint64)
+
+
+def gaussian(sigma: float, count: int, source: Source = os.urandom) -> NDArray[np.float64]:
+    """`count` Gaussian values of standard deviation sigma (Box & Muller 1958), for sums that are rounded afterwards."""
+    half = (count + 1) // 2
+    both = (_words(2 * half, source) >> np.uint64(11)).astype(np.float64)
+    radius = np.sqrt(-2 * np.log((both[:half] + 1) / 2**53))
+    angle = 2 * math.pi * both[half:] / 2**53
+    return sigma * np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
