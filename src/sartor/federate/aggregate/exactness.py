@@ -2,7 +2,8 @@
 
 The canary is some modules with random inputs X (in, K), drawn from the round's seed: ||(P - mean(B_i A_i)) X|| over
 ||mean(B_i A_i) X||. For Gaussian X its squares are the Frobenius norms' in expectation. A client's response B_i A_i X is a
-few thousand numbers and linear in its product, so under a secure sum it goes along in the sum, and no server sees one.
+few thousand numbers and linear in its product, so under a secure sum it goes along in the sum, and no server sees one. Where
+noise is added for privacy nobody sends a response: it would be a second release, without noise.
 """
 
 from __future__ import annotations

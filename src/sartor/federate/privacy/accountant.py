@@ -29,6 +29,9 @@ from sartor.edge.files import write_whole
 
 SCHEMA, KIND = 1, "privacy-account"
 MOST_TIMES = 10_000_000
+# Orders at which a sampled Gaussian's divergence is looked at. dp-accounting's own are finer; below 2 its series does not end for
+# large samples. Any set of orders gives a bound that holds; this one's is less than 1 % higher.
+SAMPLED_ORDERS = [*(ten / 10 for ten in range(20, 60)), *(two / 2 for two in range(12, 22)), *range(11, 64), 128, 512]
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def epsilon_of(spent: Sequence[Spending], delta: float) -> float:
     times: Counter[tuple[float, float]] = Counter()
     for one in spent:
         times[one.noise_multiplier, one.fraction] += one.times
-    accountant = dp_accounting.rdp.RdpAccountant()
+    is_sampled = any(fraction < 1 for _, fraction in times)
+    accountant = dp_accounting.rdp.RdpAccountant(SAMPLED_ORDERS if is_sampled else None)
     for (noise, fraction), count in times.items():
         event = dp_accounting.GaussianDpEvent(noise)
         accountant.compose(event if fraction == 1 else dp_accounting.PoissonSampledDpEvent(fraction, event), count)

@@ -93,7 +93,11 @@ class ClientNoise:
         return {name: (value * (self.step / clients)).astype(np.float32) for name, value in summed.items()}
 
 
+def bound_of(clip_norm: float, noise_multiplier: float, sharers: int) -> float:
+    """The largest magnitude that a value of one client has, its noise included: what a ring's scale has to leave room for."""
+    return clip_norm * (1 + FAR * noise_multiplier / math.sqrt(sharers))
+
+
 def step_of(clip_norm: float, noise_multiplier: float, sharers: int, clients: int, bits: int = 32) -> float:
-    """The finest step with which the sum of so many clients, and its noise, does not wrap around in a ring of so many bits."""
-    noise = FAR * noise_multiplier * clip_norm * math.sqrt(max(1.0, clients / sharers))
-    return (clients * clip_norm + noise) / (2 ** (bits - 1) - 1 - clients)
+    """The finest step at which so many clients each fit, noise included, into a ring of so many bits: their sum cannot wrap."""
+    return clients * bound_of(clip_norm, noise_multiplier, sharers) / (2 ** (bits - 1) - 1 - clients)

@@ -59,8 +59,8 @@ def one_run(scores: Sequence[float], is_in: Sequence[bool], delta: float, guess_
     each = max(1, int(len(values) * guess_fraction / 2))
     order = np.argsort(values, kind="stable")
     right = int(truth[order[-each:]].sum() + (~truth[order[:each]]).sum())
-    bounds = (_least_epsilon(len(values), 2 * each, count, delta) for count in (right, 2 * each))
-    return Audit(*bounds, right, 2 * each, len(values), delta)
+    low, most = (_least_epsilon(len(values), 2 * each, count, delta) for count in (right, 2 * each))
+    return Audit(low, most, right, 2 * each, len(values), delta)
 
 
 def many_runs(scores_in: Sequence[float], scores_out: Sequence[float], delta: float, threshold: float) -> Audit:
@@ -72,8 +72,8 @@ def many_runs(scores_in: Sequence[float], scores_out: Sequence[float], delta: fl
     runs, others = len(scores_in), len(scores_out)
     if not (runs and others):
         raise ConfigError(f"{runs} runs with the row and {others} without", "both are needed")
-    bounds = (_of_rates(*counts, delta) for counts in ((found, runs, false, others), (runs, runs, 0, others)))
-    return Audit(*bounds, found + others - false, runs + others, runs + others, delta)
+    low, most = _of_rates(found, runs, false, others, delta), _of_rates(runs, runs, 0, others, delta)
+    return Audit(low, most, found + others - false, runs + others, runs + others, delta)
 
 
 def _of_rates(found: int, runs: int, false: int, others: int, delta: float) -> float:
