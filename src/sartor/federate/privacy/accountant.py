@@ -29,8 +29,8 @@ from sartor.edge.files import write_whole
 
 SCHEMA, KIND = 1, "privacy-account"
 MOST_TIMES = 10_000_000
-# Orders at which a sampled Gaussian's divergence is looked at. dp-accounting's own are finer; below 2 its series does not end for
-# large samples. Any set of orders gives a bound that holds; this one's is less than 1 % higher.
+# Orders at which a sampled Gaussian's divergence is looked at. dp-accounting has finer ones; below 2 its series does not end
+# for large samples. Any set of orders gives a bound that holds; that of these is less than 1 % higher.
 SAMPLED_ORDERS = [*(ten / 10 for ten in range(20, 60)), *(two / 2 for two in range(12, 22)), *range(11, 64), 128, 512]
 
 
