@@ -13,9 +13,10 @@ from hypothesis import strategies as some
 
 from sartor.core import config
 from sartor.core.errors import ConfigError, InputError
-from sartor.federate.aggregate import exactness, ranks, weighing
+from sartor.federate.aggregate import exactness, ranks
 from sartor.federate.aggregate.modes import Alternate, AnyMode, Combined, Factors, FreezeA, Mode, Residual, fold
 from sartor.federate.aggregate.tensors import A, B, Update, flat, mean, modules, pair, plus, unflat
+from sartor.federate.rounds.tensors import mean_of, weighted
 
 MODES = [member() for member in get_args(AnyMode)]
 EXACT = [mode for mode in MODES if mode.is_exact]
@@ -117,9 +118,9 @@ def test_a_linear_mode_needs_the_sums_alone(mode: Mode, seed: int, number: int, 
     seen = mode.combine(held, sent, number).tensors
     summed: dict[str, np.ndarray] = {}
     for one in sent:
-        for name, value in weighing.weighted(one.tensors, one.examples, most=500).items():
+        for name, value in weighted(one.tensors, one.examples / 500).items():
             summed[name] = summed.get(name, 0) + value.astype(np.float64)
-    unseen = mode.applied(held, weighing.mean_of(summed), number)
+    unseen = mode.applied(held, mean_of(summed), number)
     assert all(np.allclose(unseen[name], value, atol=2e-6 * np.abs(value).max()) for name, value in seen.items())
 
 
@@ -208,16 +209,6 @@ def test_an_update_that_cannot_be_used_is_refused_by_name(mode: Mode) -> None:
         mode.combine(held, [good, good], 1)
     with pytest.raises(ConfigError, match="without one update"):
         mode.combine(held, [], 1)
-
-
-def test_weights_are_bounded_and_a_sum_of_nobody_is_refused() -> None:
-    upload = {Q + B: np.ones((2, 2), np.float32)}
-    assert weighing.weighted(upload, 900, most=100)[weighing.WEIGHT] == 1
-    assert np.allclose(weighing.weighted(upload, 25, most=100)[Q + B], 0.25)
-    with pytest.raises(ConfigError, match="at least 1"):
-        weighing.weighted(upload, 0, most=100)
-    with pytest.raises(InputError, match="sum to 0"):
-        weighing.mean_of({weighing.WEIGHT: np.zeros(1)})
 
 
 def test_one_half_of_a_pair_alone_is_refused_and_a_vector_comes_back() -> None:

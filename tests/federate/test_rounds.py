@@ -13,6 +13,7 @@ from federating import COORDINATOR, identity
 from round_parties import RULES, START, House, mean_of_numbers
 
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, ConflictError, RoundError, SartorError, SignatureError
+from sartor.federate.aggregate.tensors import norm
 from sartor.federate.rounds import manifest as manifests
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.coordinator import Ended
@@ -67,7 +68,7 @@ def test_equal_weights_and_a_part_of_the_tensors() -> None:
 def test_an_update_is_clipped_to_the_manifests_norm() -> None:
     house = House()
     ended = run(house, rules=Rules(clip=0.05, most_examples=1), settings={"rate": 1.0})
-    assert arrays.norm(ended.mean) == pytest.approx(0.05, rel=1e-5)
+    assert norm(ended.mean) == pytest.approx(0.05, rel=1e-5)
 
 
 def test_no_count_of_examples_is_in_any_message() -> None:

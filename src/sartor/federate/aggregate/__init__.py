@@ -4,7 +4,6 @@
     modes.py       freeze_a, alternate, residual, factors: what is trained, sent and made of it
     ranks.py       a client with less memory trains the first r ranks of the shared adapter
     exactness.py   how far the adapter that was made is from the mean of the products, on a canary
-    weighing.py    means weighted by examples from a sum alone, so that no count is told
 
 Arrays are numpy's: who only sums needs no torch.
 """

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from sartor.core import records
 from sartor.core.errors import ConfigError, ConflictError, RoundError
+from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.client import Member
 from sartor.federate.rounds.journal import Journal, Kept
 from sartor.federate.rounds.manifest import Manifest, Rules, Work, read, terms_for
-from sartor.federate.rounds.tensors import Tensors
 from sartor.federate.secure import messages, ring
 from sartor.federate.secure.messages import Invite, Outcome, Payload
 from sartor.federate.secure.server import Server

@@ -22,7 +22,8 @@ from typing import Any
 from sartor.core import records, signing
 from sartor.core.errors import ArtifactError, ConfigError, SignatureError
 from sartor.core.names import is_name
-from sartor.federate.rounds.tensors import WEIGHT, Tensors
+from sartor.federate.aggregate.tensors import Tensors
+from sartor.federate.rounds.tensors import WEIGHT
 from sartor.federate.secure.identity import Identity, Roster
 from sartor.federate.secure.ring import layout_for
 from sartor.federate.secure.terms import Round, Terms, least_threshold
