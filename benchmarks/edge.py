@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import train as peers_side
 from peers import venvs
+from peers.work import plain_base
 
 from sartor.core import bases
 from sartor.edge.tuning import limits
@@ -255,7 +256,7 @@ def peer(work: Work, name: str, cap_bytes: int) -> dict[str, Any]:
         python = str(venvs.interpreter(side.folder))
     except venvs.NotInstalled as error:
         return {"failed": str(error)}
-    base = work.base("starter")
+    base = plain_base(work.base("starter"), folder / "plain", 0)
     vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
     rows = [{"ids": row.ids, "learnt": row.learnt} for row in rows_of(ROW_TOKENS, 3, vocabulary)]
     job = {"base": str(base), "updates": [[row] for row in rows], "dtype": side.dtype, "compile": side.compile, "device": "cpu"}
@@ -267,8 +268,10 @@ def peer(work: Work, name: str, cap_bytes: int) -> dict[str, Any]:
     for what, limit in (("free", MUCH), ("at_cap", cap_bytes)):
         (folder / "result.json").unlink(missing_ok=True)
         used = limits.run(command, Limits(limit, wall_s=1800), environment=environment)
-        ended = "failed" not in json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else False
-        found[what] = {"peak_bytes": used.peak_bytes, "ended": ended, "killed": used.killed}
+        said = (
+            json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {"failed": used.killed}
+        )
+        found[what] = {"peak_bytes": used.peak_bytes, "ended": "failed" not in said, "why": said.get("failed", "")}
     return found
 
 

@@ -169,11 +169,6 @@ def textile_steps() -> list[Any]:
     return found
 
 
-def rows_per_row() -> int:
-    """Rows that its steps make of a row with a picture."""
-    return 1 + sum(step["augment_images"]["copies"] for step in textile_steps() if "augment_images" in step)
-
-
 def textile(work: Path, limit: int) -> dict[str, Any]:
     """See the module."""
     folder, recipe = textile_rows(work, limit), textile_recipe()
@@ -182,9 +177,7 @@ def textile(work: Path, limit: int) -> dict[str, Any]:
     for side in ("both", "image_only", "text_only"):
         own = once(work / f"textile-{side}", lambda out, side=side: one_side(folder, out, side))
         data = dataset(own, "data", "MIT", textile_steps())
-        own_recipe = {**recipe}
-        if side == "text_only":  # no pictures, so no copies: as many updates, in more epochs
-            own_recipe |= {"base": "starter", "budget": {"epochs": rows_per_row() * recipe["budget"]["epochs"]}}
+        own_recipe = {**recipe, **({"base": "starter"} if side == "text_only" else {})}
         adapter = open_artifact(tuned(own, own_recipe, data), "adapter")
         examples = held_out(data)
         said[side] = answers(adapter, examples, data)
