@@ -1,0 +1,28 @@
+"""The ServerApp: rounds led over Flower's grid. Of the run's config it takes lead="ABSOLUTE PATH OF THE YAML", see lead.py."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from sartor.federate.flower.lead import Lead, lead_rounds
+from sartor.federate.flower.transport import FlowerTransport
+from sartor.federate.flower.wire import GridPost
+
+# what this logger says, `flwr run --stream` shows
+LOG = logging.getLogger("flwr")
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Go on from where the journal stands, to the last round that the YAML asks for."""
+    lead = Lead.open(Path(str(context.run_config["lead"])))
+    transport = FlowerTransport(GridPost(grid), lead.places)
+    for line in lead_rounds(lead, transport):
+        LOG.info("%s", line)
+    transport.deliver(lead.round.stage_s)

@@ -1,0 +1,227 @@
+"""Requests to clients behind nodes that come and go, and their answers back: what Flower carries, without a line of Flower.
+
+A node is believed in one thing, the name of the client behind it, and only for where to send: an answer counts by its client's
+signature. One that claims a name which is not its own gets that client's requests, which are no secret, and can lose them; the
+client's own node gets them too. What has no hurry (how a round ended) rides along with the next request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+_POLL_S = 0.25
+# between two tries to reach a client whose trainer did not answer, or whose node was lost
+_AGAIN_S = 5.0
+# a message is let expire so long after nobody waits for its answer
+_GRACE_S = 60.0
+ANSWERED, AGAIN = "answered", "again"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a node says to a letter. name: of the client behind it, "" for unknown; to each request what came of it, and an answer.
+
+    said: "answered", "again" (busy, or nobody was there), or `no KIND check`.
+    """
+
+    name: str
+    said: tuple[str, ...] = ()
+    answers: tuple[bytes, ...] = ()
+
+
+class Post(Protocol):
+    """What carries letters: Flower's grid, or what stands for it."""
+
+    def nodes(self) -> Mapping[int, str]:
+        """The nodes that are there -> when each came: another text once it has been away."""
+        ...
+
+    def send(self, node: int, requests: Sequence[bytes], keep_s: float) -> str:
+        """Hand a letter in; its id. keep_s: how long it is worth delivering. No requests: only the name is asked for."""
+        ...
+
+    def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, Reply | None]]:
+        """The replies that are there, by the letter's id; None: it was lost. Does not wait."""
+        ...
+
+
+class _Request(NamedTuple):
+    """A request, and the digest that names it: large ones are read once for it."""
+
+    digest: str
+    content: bytes
+
+    @classmethod
+    def of(cls, content: bytes) -> _Request:
+        return cls(hashlib.sha256(content).hexdigest(), content)
+
+
+# stands for a letter without requests: the question for the name
+_NAME = _Request.of(b"")
+
+
+@dataclass
+class _Letter:
+    """A letter that is under way. came: the node's mark when it was sent."""
+
+    node: int
+    came: str
+    requests: tuple[_Request, ...]
+
+
+@dataclass
+class FlowerTransport:
+    """A Transport over a Post. places: file that remembers which node is whose, so that nobody is asked anew in each run.
+
+    said_no: `NAME KIND check` -> how often a client refused; lost: letters whose node vanished or whose client was not there.
+    """
+
+    post: Post
+    places: Path | None = None
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    said_no: Counter[str] = field(default_factory=Counter)
+    lost: int = 0
+    _nodes: dict[str, set[int]] = field(default_factory=dict)
+    _held: dict[str, _Request] = field(default_factory=dict)
+    _way: _Way = field(default_factory=lambda: _Way())
+
+    def __post_init__(self) -> None:
+        self._nodes = _read(self.places) if self.places else {}
+
+    def exchange(self, requests: Mapping[str, bytes], wait_s: float) -> Iterator[bytes]:
+        """See Transport. Without time to wait, what is sent is held until the next exchange, or `deliver`."""
+        named = {name: _Request.of(request) for name, request in requests.items()}
+        if wait_s <= 0:
+            self._held = named
+            return
+        until = self.clock() + wait_s
+        while True:
+            self._send({name: (*self._due(name), request) for name, request in named.items()}, until - self.clock())
+            self._collect()
+            while self._way.arrived:
+                yield self._way.arrived.popleft()
+            if (left_s := until - self.clock()) <= 0:
+                return
+            self.sleep(min(_POLL_S, left_s))
+
+    def deliver(self, wait_s: float) -> None:
+        """Send what is held, and wait until it has arrived, or for `wait_s`."""
+        until = self.clock() + wait_s
+        while (due := {name: self._due(name) for name in self._held if self._due(name)}) and self.clock() < until:
+            self._send(due, until - self.clock())
+            self._collect()
+            self.sleep(_POLL_S)
+
+    def _due(self, name: str) -> tuple[_Request, ...]:
+        held = self._held.get(name)
+        heard = held is not None and any((node, held.digest) in self._way.settled for node in self._of(name))
+        return () if held is None or heard else (held,)
+
+    def _of(self, name: str) -> set[int]:
+        return self._nodes.get(name, set())
+
+    def _send(self, letters: Mapping[str, tuple[_Request, ...]], left_s: float) -> None:
+        there = self.post.nodes()
+        known = set().union(*self._nodes.values())
+        to_send = [(node, ()) for node in there.keys() - known]
+        to_send += [(node, requests) for name, requests in letters.items() for node in self._of(name) & there.keys()]
+        for node, requests in to_send:
+            if self._way.needs(node, there[node], requests, self.clock()):
+                number = self.post.send(node, [one.content for one in requests], max(left_s, 0.0) + _GRACE_S)
+                self._way.letters[number] = _Letter(node, there[node], requests)
+
+    def _collect(self) -> None:
+        for number, reply in self.post.collect(tuple(self._way.letters)):
+            letter = self._way.letters.pop(number)
+            if reply is None or not reply.name:
+                self.lost += 1
+                self._way.wait(letter.node, letter.requests, self.clock() + _AGAIN_S)
+            else:
+                self._learn(reply.name, letter.node)
+                self._take(letter, reply)
+
+    def _take(self, letter: _Letter, reply: Reply) -> None:
+        """What came of each request of a letter."""
+        again = []
+        for place, request in enumerate(letter.requests):
+            said = reply.said[place] if place < len(reply.said) else AGAIN
+            if said == AGAIN:
+                again.append(request)
+                continue
+            self._way.settled.add((letter.node, request.digest))
+            if said != ANSWERED:
+                self.said_no[f"{reply.name} {said.removeprefix('no ')}"] += 1
+            elif place < len(reply.answers) and reply.answers[place]:
+                self._way.arrived.append(reply.answers[place])
+        if again:
+            self.lost += 1
+            self._way.wait(letter.node, again, self.clock() + _AGAIN_S)
+
+    def _learn(self, name: str, node: int) -> None:
+        if node in self._of(name):
+            return
+        for nodes in self._nodes.values():
+            nodes.discard(node)
+        self._nodes.setdefault(name, set()).add(node)
+        if self.places:
+            _write(self.places, self._nodes)
+
+
+@dataclass
+class _Way:
+    """What is under way, what arrived, and what is not to be sent again before a time.
+
+    settled: (node, digest of a request) that was answered or refused; not_before: (node, digest) -> when to try again.
+    """
+
+    letters: dict[str, _Letter] = field(default_factory=dict)
+    arrived: deque[bytes] = field(default_factory=deque)
+    settled: set[tuple[int, str]] = field(default_factory=set)
+    not_before: dict[tuple[int, str], float] = field(default_factory=dict)
+
+    def needs(self, node: int, came: str, requests: tuple[_Request, ...], now: float) -> bool:
+        """Whether a letter to the node brings something that it does not have; what it had before it was away, it lost."""
+        under_way = {
+            request.digest
+            for letter in self.letters.values()
+            if (letter.node, letter.came) == (node, came)
+            for request in letter.requests or (_NAME,)
+        }
+        return any(
+            request.digest not in under_way
+            and (node, request.digest) not in self.settled
+            and self.not_before.get((node, request.digest), now) <= now
+            for request in requests or (_NAME,)
+        )
+
+    def wait(self, node: int, requests: Sequence[_Request], until: float) -> None:
+        """These were not answered: not again before a time."""
+        for request in requests or (_NAME,):
+            self.not_before[node, request.digest] = until
+
+
+def _read(path: Path) -> dict[str, set[int]]:
+    """Which node is whose; nothing where the file is absent or damaged, for then they are asked."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): {int(node) for node in nodes} for name, nodes in said.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(path: Path, nodes: Mapping[str, set[int]]) -> None:
+    part = path.with_name(f"{path.name}.part")
+    # a place that is not remembered costs one question
+    with contextlib.suppress(OSError):
+        part.write_text(json.dumps({name: sorted(ids) for name, ids in nodes.items()}), encoding="utf-8")
+        os.replace(part, path)

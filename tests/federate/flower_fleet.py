@@ -1,0 +1,145 @@
+"""A SuperLink with TLS and node keys, SuperNodes and trainers on loopback, as processes that can be killed."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from sartor.federate.flower.app import ENVIRONMENT, write_app
+
+HERE = Path(__file__).parent
+PEM, RAW = serialization.Encoding.PEM, serialization.NoEncryption()
+
+
+def free_port() -> int:
+    with socket.socket() as end:
+        end.bind(("127.0.0.1", 0))
+        return int(end.getsockname()[1])
+
+
+def until(what: Callable[[], object], within_s: float, why: str) -> None:
+    end = time.monotonic() + within_s
+    while not what():
+        assert time.monotonic() < end, why
+        time.sleep(0.1)
+
+
+def certificates(folder: Path) -> None:
+    """ca.crt, server.pem, server.key for 127.0.0.1."""
+    folder.mkdir()
+    now = datetime.datetime.now(datetime.UTC)
+    keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("ca", "server")}
+    names = {name: x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in keys}
+    for name, file in (("ca", "ca.crt"), ("server", "server.pem")):
+        is_ca = name == "ca"
+        usage = x509.KeyUsage(True, False, False, False, False, is_ca, is_ca, False, False)
+        builder = x509.CertificateBuilder().subject_name(names[name]).issuer_name(names["ca"]).public_key(keys[name].public_key())
+        builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(hours=1))
+        builder = builder.not_valid_after(now + datetime.timedelta(days=1))
+        builder = builder.add_extension(x509.BasicConstraints(is_ca, None), True).add_extension(usage, True)
+        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(keys[name].public_key()), False)
+        builder = builder.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(keys["ca"].public_key()), False)
+        if not is_ca:
+            hosts = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+            builder = builder.add_extension(x509.SubjectAlternativeName(hosts), False)
+        (folder / file).write_bytes(builder.sign(keys["ca"], hashes.SHA256()).public_bytes(PEM))
+    (folder / "server.key").write_bytes(keys["server"].private_bytes(PEM, serialization.PrivateFormat.PKCS8, RAW))
+
+
+def node_key(path: Path) -> None:
+    """As `ssh-keygen -t ecdsa -b 384` writes it."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    path.touch(mode=0o600)
+    path.write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, RAW))
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    path.with_suffix(".pub").write_bytes(public + b" test\n")
+
+
+@dataclass
+class Fleet:
+    """Everything in one folder; each process has a session of its own, so that it is killed with its children."""
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        certificates(self.folder / "certs")
+        write_app(self.folder / "app")
+        (self.folder / "home").mkdir()
+        link = f'address = "127.0.0.1:{self.port}"\nroot-certificates = "{self.folder}/certs/ca.crt"\n'
+        (self.folder / "home" / "config.toml").write_text(f'[superlink]\ndefault = "loop"\n[superlink.loop]\n{link}')
+
+    @property
+    def environment(self) -> dict[str, str]:
+        own = {"FLWR_HOME": str(self.folder / "home"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        return {**os.environ, **ENVIRONMENT, **own, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", "PYTHONUNBUFFERED": "1"}
+
+    def start(self, name: str, *command: str) -> None:
+        with self.log(name).open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                command, cwd=self.folder, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    def said(self, name: str) -> str:
+        return self.log(name).read_text(errors="replace") if self.log(name).exists() else ""
+
+    def kill(self, name: str) -> None:
+        """SIGKILL of it and of everything that it started."""
+        process = self.running.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def link(self) -> None:
+        certs = self.folder / "certs"
+        self.start("link", "flower-superlink", "--host", "127.0.0.1", "--port", str(self.port), "--database", "link.db",
+                   "--enable-supernode-auth", "--ssl-ca-certfile", f"{certs}/ca.crt", "--ssl-certfile", f"{certs}/server.pem",
+                   "--ssl-keyfile", f"{certs}/server.key", "--disable-runtime-dependency-installation")  # fmt: skip
+        until(self._listens, 120, self.said("link"))
+
+    def _listens(self) -> bool:
+        with socket.socket() as end:
+            return end.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def trainer(self, name: str) -> None:
+        self.start(f"trainer-{name}", sys.executable, str(HERE / "flower_trainer.py"), str(self.folder), name, f"{self.folder}/{name}.sock")
+
+    def node(self, name: str, key: str = "") -> None:
+        self.start(f"node-{name}", "flower-supernode", "--superlink", f"127.0.0.1:{self.port}",
+                   "--root-certificates", f"{self.folder}/certs/ca.crt", "--host", "127.0.0.1", "--port", str(free_port()),
+                   "--auth-supernode-private-key", f"{self.folder}/{key or name}.node",
+                   "--node-config", f'trainer="{self.folder}/{name}.sock"')  # fmt: skip
+
+    def flwr(self, *arguments: str) -> subprocess.Popen[bytes]:
+        with self.log("flwr").open("ab") as log:
+            return subprocess.Popen(("flwr", *arguments), cwd=self.folder, env=self.environment, stdout=log, stderr=log)
+
+    def run(self) -> None:
+        assert self.flwr("run", "./app", "loop", "--run-config", f'lead="{self.folder}/lead.yaml"').wait(300) == 0, self.said("flwr")
+
+    def kill_server_app(self) -> None:
+        for stat in Path("/proc").glob("[0-9]*/cmdline"):
+            command = stat.read_bytes().split(b"\0")
+            if any(part.endswith(b"flwr-serverapp") for part in command) and f"127.0.0.1:{self.port}".encode() in command:
+                os.kill(int(stat.parent.name), signal.SIGKILL)
+
+    def close(self) -> None:
+        for name in list(self.running):
+            self.kill(name)
