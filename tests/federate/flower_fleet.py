@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
+import json
 import os
 import signal
 import socket
@@ -18,10 +20,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from federating import COORDINATOR, identity, names, roster_of, write_keys
+from round_parties import START
 
 from sartor.federate.flower.app import ENVIRONMENT, write_app
+from sartor.federate.rounds import tensors as arrays
 
 HERE = Path(__file__).parent
+WARDS = names(3)
+ROUNDS = 2
 PEM, RAW = serialization.Encoding.PEM, serialization.NoEncryption()
 
 
@@ -47,7 +54,9 @@ def certificates(folder: Path) -> None:
     for name, file in (("ca", "ca.crt"), ("server", "server.pem")):
         is_ca = name == "ca"
         usage = x509.KeyUsage(True, False, False, False, False, is_ca, is_ca, False, False)
-        builder = x509.CertificateBuilder().subject_name(names[name]).issuer_name(names["ca"]).public_key(keys[name].public_key())
+        builder = (
+            x509.CertificateBuilder().subject_name(names[name]).issuer_name(names["ca"]).public_key(keys[name].public_key())
+        )
         builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(hours=1))
         builder = builder.not_valid_after(now + datetime.timedelta(days=1))
         builder = builder.add_extension(x509.BasicConstraints(is_ca, None), True).add_extension(usage, True)
@@ -69,16 +78,37 @@ def node_key(path: Path) -> None:
     path.with_suffix(".pub").write_bytes(public + b" test\n")
 
 
+def coordinator_files(folder: Path) -> Path:
+    """The YAML of two rounds, and what it names."""
+    me = identity(COORDINATOR)
+    write_keys(folder, me, roster_of(me, *map(identity, WARDS)))
+    (folder / "start").write_bytes(arrays.pack(START))
+    how = {"task": "pull", "cohort": list(WARDS), "settings": {"rate": 0.01}, "rules": {"most_examples": 10}, "stage_s": 900}
+    said = {
+        "run": "triage",
+        "rounds": ROUNDS,
+        "key": "coordinator.key",
+        "roster": "roster",
+        "journal": "coordinator.sqlite",
+        "start": "start",
+    }
+    (folder / "lead.yaml").write_text(json.dumps({**said, "round": how}))
+    return folder / "lead.yaml"
+
+
 @dataclass
 class Fleet:
-    """Everything in one folder; each process has a session of its own, so that it is killed with its children."""
+    """Everything in one folder; each process has a session of its own, so that nothing of it is left at the end."""
 
     folder: Path
     port: int = field(default_factory=free_port)
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.folder.chmod(0o700)
         certificates(self.folder / "certs")
+        coordinator_files(self.folder)
         write_app(self.folder / "app")
         (self.folder / "home").mkdir()
         link = f'address = "127.0.0.1:{self.port}"\nroot-certificates = "{self.folder}/certs/ca.crt"\n'
@@ -91,9 +121,11 @@ class Fleet:
 
     def start(self, name: str, *command: str) -> None:
         with self.log(name).open("ab") as log:
-            self.running[name] = subprocess.Popen(
+            process = subprocess.Popen(
                 command, cwd=self.folder, env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
+        self.running[name] = process
+        self.started.append(process)
 
     def log(self, name: str) -> Path:
         return self.folder / f"{name}.log"
@@ -102,10 +134,8 @@ class Fleet:
         return self.log(name).read_text(errors="replace") if self.log(name).exists() else ""
 
     def kill(self, name: str) -> None:
-        """SIGKILL of it and of everything that it started."""
-        process = self.running.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        """SIGKILL of it alone, as from a system that is out of memory."""
+        self.running.pop(name).kill()
 
     def link(self) -> None:
         certs = self.folder / "certs"
@@ -119,7 +149,14 @@ class Fleet:
             return end.connect_ex(("127.0.0.1", self.port)) == 0
 
     def trainer(self, name: str) -> None:
-        self.start(f"trainer-{name}", sys.executable, str(HERE / "flower_trainer.py"), str(self.folder), name, f"{self.folder}/{name}.sock")
+        self.start(
+            f"trainer-{name}",
+            sys.executable,
+            str(HERE / "flower_trainer.py"),
+            str(self.folder),
+            name,
+            f"{self.folder}/{name}.sock",
+        )
 
     def node(self, name: str, key: str = "") -> None:
         self.start(f"node-{name}", "flower-supernode", "--superlink", f"127.0.0.1:{self.port}",
@@ -132,7 +169,9 @@ class Fleet:
             return subprocess.Popen(("flwr", *arguments), cwd=self.folder, env=self.environment, stdout=log, stderr=log)
 
     def run(self) -> None:
-        assert self.flwr("run", "./app", "loop", "--run-config", f'lead="{self.folder}/lead.yaml"').wait(300) == 0, self.said("flwr")
+        assert self.flwr("run", "./app", "loop", "--run-config", f'lead="{self.folder}/lead.yaml"').wait(300) == 0, self.said(
+            "flwr"
+        )
 
     def kill_server_app(self) -> None:
         for stat in Path("/proc").glob("[0-9]*/cmdline"):
@@ -141,5 +180,7 @@ class Fleet:
                 os.kill(int(stat.parent.name), signal.SIGKILL)
 
     def close(self) -> None:
-        for name in list(self.running):
-            self.kill(name)
+        for process in self.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

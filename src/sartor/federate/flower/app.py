@@ -1,4 +1,4 @@
-"""The folder that `flwr run` bundles: three lines of Python that name the installed apps, and what Flower wants to know of them.
+"""The folder that `flwr run` bundles: lines of Python that name the installed apps, and what Flower wants to know of them.
 
 The bundle is not where the code is: each side runs the Sartor that it has installed. See docs/federate-flower.md for what a
 SuperLink that sends another bundle can reach.

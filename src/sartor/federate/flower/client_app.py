@@ -35,9 +35,7 @@ def _reply(place: Path, requests: list[bytes], wait_s: float) -> Reply:
     if name.kind != "answer":
         return Reply("")
     heard = [_asked(place, request, wait_s) for request in requests]
-    return Reply(
-        name.content.decode(errors="replace"), tuple(said for said, _ in heard), tuple(answer for _, answer in heard)
-    )
+    return Reply(name.content.decode(errors="replace"), tuple(said for said, _ in heard), tuple(answer for _, answer in heard))
 
 
 def _asked(place: Path, request: bytes, wait_s: float) -> tuple[str, bytes]:

@@ -15,6 +15,9 @@ from sartor.federate.flower.wire import GridPost
 # what this logger says, `flwr run --stream` shows
 LOG = logging.getLogger("flwr")
 
+# how long it is waited for that everybody hears how the last round ended; who does not, hears of it in the next run
+_FAREWELL_S = 60.0
+
 app = ServerApp()
 
 
@@ -25,4 +28,4 @@ def main(grid: Grid, context: Context) -> None:
     transport = FlowerTransport(GridPost(grid), lead.places)
     for line in lead_rounds(lead, transport):
         LOG.info("%s", line)
-    transport.deliver(lead.round.stage_s)
+    transport.deliver(min(lead.round.stage_s, _FAREWELL_S))

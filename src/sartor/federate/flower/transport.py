@@ -28,9 +28,9 @@ ANSWERED, AGAIN = "answered", "again"
 
 @dataclass(frozen=True)
 class Reply:
-    """What a node says to a letter. name: of the client behind it, "" for unknown; to each request what came of it, and an answer.
+    """What a node says to a letter. name: of the client behind it, "" where nobody answers.
 
-    said: "answered", "again" (busy, or nobody was there), or `no KIND check`.
+    said: of each request "answered", "again" (busy, or nobody was there), or `no KIND check`; answers: of each, b"" for none.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Letters as messages of Flower 1.42: a Post over its Grid, and the two ends of a RecordDict. Imports flwr: the apps alone do.
 
-    requests   ArrayRecord: "0000", "0001", ... the bytes of each; arrays are what Flower cuts into pieces and sends on from
-               where a transfer stopped, so no message is too large for it
-    reply      ConfigRecord "reply": name, said; ArrayRecord "answers": those that are not empty, by the request's place
+requests   ArrayRecord: "0000", "0001", ... the bytes of each; arrays are what Flower cuts into pieces and sends on from
+           where a transfer stopped, so no message is too large for it
+reply      ConfigRecord "reply": name, said; ArrayRecord "answers": those that are not empty, by the request's place
 """
 
 from __future__ import annotations
