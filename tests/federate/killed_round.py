@@ -1,7 +1,7 @@
 """Rounds of real processes, one of which kills itself: a coordinator and clients on Unix sockets, each with its journal on disk.
 
     killed_round.py ROOT WHO EACH COMES_BACK   ROOT/N/ is the house as it stood after the N-th kill and two rounds; WHO:
-        "coordinator", or a client's number; prints a JSON line [N, what was being written, states, active, values] for each
+        "coordinator", or a client's number; prints a JSON line [N, what was being written, states, values] for each
 
 A party kills itself (SIGKILL) before or after the N-th time that it writes to its journal; its parent starts it again, or, where
 COMES_BACK is 0, only once the first round is over. EACH 1 leaves no write out.
@@ -161,33 +161,26 @@ def one_kill(folder: Path, who: str, at: int, comes_back: bool) -> str:
         if os.WIFSIGNALED(house.wait(COORDINATOR)):
             house.start(COORDINATOR)
             assert house.wait(COORDINATOR) == 0
-    elif comes_back:
+    elif not comes_back:
+        house.start(COORDINATOR, stage_s=1, until=1)
+        assert house.wait(COORDINATOR) == 0
+    if who != COORDINATOR:
         house.start(COORDINATOR)
-        while COORDINATOR in house.processes and not house.is_dead(COORDINATOR):
+        while not house.is_dead(COORDINATOR):
             if who in house.processes and house.is_dead(who):
                 house.start(who)
             time.sleep(0.002)
-    else:
-        house.start(COORDINATOR, stage_s=1, until=1)
-        assert house.wait(COORDINATOR) == 0
-        if house.is_dead(who):
-            house.start(who)
-            (folder / f"{who}.sock").unlink(missing_ok=True)
-            while not (folder / f"{who}.sock").exists():
-                time.sleep(0.001)
-        house.start(COORDINATOR)
-        assert house.wait(COORDINATOR) == 0
     house.end()
     said = folder / f"{who}.killed"
     return said.read_text() if said.exists() else ""
 
 
 def found(folder: Path) -> list[Any]:
-    """[states of the rounds, who is in the last sum, the values of one tensor]."""
+    """[states of the rounds, the values of one tensor]."""
     with Journal(folder / f"{COORDINATOR}.sqlite") as journal:
         coordinator = Coordinator(Member(PEOPLE[COORDINATOR], ROSTER, COORDINATOR, LENIENT), journal, "triage")
         states = [kept.state for kept in reversed(journal.rounds("triage"))]
-        return [states, sorted(coordinator.outcomes()), coordinator.shared["head.weight"].ravel().tolist()]
+        return [states, coordinator.shared["head.weight"].ravel().tolist()]
 
 
 def main(root: Path, who: str, each: int, comes_back: bool) -> None:

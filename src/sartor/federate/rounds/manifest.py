@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,18 @@ class Manifest:
 
     def document(self) -> bytes:
         """What is signed."""
-        said = {**asdict(self), "terms": self.terms.as_json()}
-        return records.canonical({"schema": SCHEMA, "kind": KIND, **said})
+        return self._document
+
+    @cached_property
+    def _document(self) -> bytes:
+        said = {one.name: getattr(self, one.name) for one in fields(self)}
+        nested = {"work": asdict(self.work), "rules": asdict(self.rules), "terms": self.terms.as_json()}
+        return records.canonical({"schema": SCHEMA, "kind": KIND, **said, **nested})
 
     @cached_property
     def digest(self) -> str:
         """sha256 of the document, hex: the round's name in every message."""
-        return records.digest(json.loads(self.document()))
+        return hashlib.sha256(self._document).hexdigest()
 
     @property
     def round(self) -> Round:

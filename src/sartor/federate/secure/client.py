@@ -74,6 +74,7 @@ class Client:
         self._neighbours = round_.terms.graph.neighbours(me.name)
         self._asked: dict[str, str] = {}
         self._peers: dict[str, Keys] = {}
+        self._agreements: dict[str, bytes] = {}
         self._own = Held(b"", b"")
         self._held: dict[str, Held] = {}
         self._lists: Lists | None = None
@@ -201,7 +202,9 @@ class Client:
             )
 
     def _agreed(self, peer: str) -> bytes:
-        return masks.agree(self._channel, self._peers[peer].channel, peer)
+        if peer not in self._agreements:
+            self._agreements[peer] = masks.agree(self._channel, self._peers[peer].channel, peer)
+        return self._agreements[peer]
 
     def _opened(self, request: bytes, kind: type[Any_Body]) -> Any_Body:
         sender, body = messages.opened(request, kind, self.round.digest, self._roster)

@@ -99,7 +99,9 @@ class Terms:
 
     def as_json(self) -> dict[str, Any]:
         """As a manifest says it."""
-        return asdict(self)
+        layout = [asdict(slot) for slot in self.layout]
+        # not asdict: it copies the cohort name by name
+        return {"cohort": self.cohort, "threshold": self.threshold, "layout": layout, "degree": self.degree, "seed": self.seed}
 
     @classmethod
     def of(cls, said: Any) -> Terms:
