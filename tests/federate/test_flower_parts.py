@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -29,6 +31,7 @@ from sartor.federate.flower.transport import AGAIN, ANSWERED, FlowerTransport, R
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.transport import InProcess, run_round
 
+NOBODY = 65_534
 SHORT = Limits(most_bytes=1000, transfer_s=0.3, most_waiting=2)
 
 
@@ -109,6 +112,32 @@ def test_only_users_on_the_list_are_heard(folder: Path) -> None:
     with opened(folder / "s", allowed=frozenset({os.geteuid() + 1})) as path:
         assert ask(path, b"", 5).kind == "stranger"
         assert ask(path, b"x" * 900, 5) == Said("stranger")
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Another user and group, until the end: what the system then says of who connects is theirs."""
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone becomes another user")
+def test_a_carrier_of_another_user_is_heard_if_it_is_on_the_list() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o711)
+        with opened(Path(name) / "own") as path, as_nobody(), pytest.raises(MissingError):
+            ask(path, b"", 5)
+        with opened(Path(name) / "unlisted", group=NOBODY) as path, as_nobody():
+            assert ask(path, b"", 5).kind == "stranger"
+        with opened(Path(name) / "listed", group=NOBODY, allowed=frozenset({NOBODY})) as path:
+            with as_nobody():
+                assert ask(path, b"anything", 5) == Said("answer", b"anything")
+            assert ask(path, b"", 5).kind == "stranger", "nor is root, where it is not on the list"
 
 
 def test_the_rights_of_the_socket_and_of_its_folder(folder: Path) -> None:

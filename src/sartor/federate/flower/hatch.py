@@ -81,7 +81,8 @@ class Hatch:
         # SimpleQueue: a signal handler may call stop() while the serving thread stands in the queue
         self._turns: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(self.limits.most_waiting)
-        self._stopped = False
+        self._stopped, self._name = False, ""
+        self._accepting = threading.Thread(target=self._accept, name="hatch", daemon=True)
         _check_place(path)
         self._end = _listening(path, group, self.limits.most_waiting)
 
@@ -94,6 +95,11 @@ class Hatch:
     def close(self) -> None:
         """Stop, and take the socket away."""
         self.stop()
+        with contextlib.suppress(OSError):
+            self._end.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        if self._accepting.is_alive():
+            # closed under it, its descriptor's number could become another socket's
+            self._accepting.join()
         self._end.close()
         with contextlib.suppress(OSError):
             self.path.unlink()
@@ -105,12 +111,13 @@ class Hatch:
 
     def serve(self, name: str, answer: Callable[[bytes], Said]) -> None:
         """Answer one request after the other in this thread, until `stop`. `answer` raises nothing."""
-        threading.Thread(target=self._accept, args=(name,), name="hatch", daemon=True).start()
+        self._name = name
+        self._accepting.start()
         while (waiting := self._turns.get()) is not None and not self._stopped:
             waiting.said = answer(waiting.request)
             waiting.over.set()
 
-    def _accept(self, name: str) -> None:
+    def _accept(self) -> None:
         while not self._stopped:
             try:
                 end, _ = self._end.accept()
@@ -119,17 +126,17 @@ class Hatch:
                 time.sleep(0.05)
                 continue
             if self._room.acquire(blocking=False):
-                threading.Thread(target=self._attend, args=(end, name), daemon=True).start()
+                threading.Thread(target=self._attend, args=(end,), daemon=True).start()
             else:
                 self._say(end, Said("busy"))
 
-    def _attend(self, end: socket.socket, name: str) -> None:
+    def _attend(self, end: socket.socket) -> None:
         try:
-            self._say(end, self._heard(end, name))
+            self._say(end, self._heard(end))
         finally:
             self._room.release()
 
-    def _heard(self, end: socket.socket, name: str) -> Said:
+    def _heard(self, end: socket.socket) -> Said:
         try:
             _, user, _ = _PEER.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
             if user not in self.allowed:
@@ -138,7 +145,7 @@ class Hatch:
         except (OSError, RequestError):
             return Said("none")
         if not request:
-            return Said("answer", name.encode())
+            return Said("answer", self._name.encode())
         waiting = _Waiting(request)
         self._turns.put(waiting)
         while not waiting.over.wait(0.5):

@@ -133,7 +133,7 @@ class FlowerTransport:
     def _send(self, letters: Mapping[str, tuple[_Request, ...]], left_s: float) -> None:
         there = self.post.nodes()
         known = set().union(*self._nodes.values())
-        to_send = [(node, ()) for node in there.keys() - known]
+        to_send: list[tuple[int, tuple[_Request, ...]]] = [(node, ()) for node in there.keys() - known]
         to_send += [(node, requests) for name, requests in letters.items() for node in self._of(name) & there.keys()]
         for node, requests in to_send:
             if self._way.needs(node, there[node], requests, self.clock()):
