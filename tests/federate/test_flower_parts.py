@@ -23,12 +23,14 @@ from federating import write_keys
 from round_parties import START, House, mean_of_numbers
 
 from sartor.core.errors import BusyError, ConfigError, MissingError, RequestError, RoundError
+from sartor.federate.flower import lead as leading
 from sartor.federate.flower.app import write_app
 from sartor.federate.flower.hatch import Hatch, Limits, Said, ask
 from sartor.federate.flower.lead import Lead, lead_rounds
 from sartor.federate.flower.trainer import said_to
 from sartor.federate.flower.transport import AGAIN, ANSWERED, FlowerTransport, Reply
 from sartor.federate.rounds import tensors as arrays
+from sartor.federate.rounds.journal import Journal
 from sartor.federate.rounds.transport import InProcess, run_round
 
 NOBODY = 65_534
@@ -346,6 +348,19 @@ def test_rounds_are_led_by_a_file_and_gone_on_with(tmp_path: Path) -> None:
     assert [json.loads(line)["state"] for line in lead.record.read_text().splitlines()] == ["done", "done"]
     assert list(lead_rounds(lead, InProcess(house.clients))) == []
     assert [house.journals[name].rounds("triage")[0].state for name in house.names] == ["done"] * 5
+
+
+def test_who_leads_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ServerApp whose SuperLink was killed has the journal for some seconds more."""
+    house = House(clock=time.time)
+    lead = Lead.open(written(tmp_path, house, rounds=1))
+    before = Journal(Path(lead.journal))
+    monkeypatch.setattr(leading, "_PATIENCE_S", -1.0)
+    with pytest.raises(BusyError):
+        next(lead_rounds(lead, InProcess(house.clients)))
+    monkeypatch.setattr(leading, "_PATIENCE_S", 60.0)
+    monkeypatch.setattr(time, "sleep", lambda seconds: before.close())
+    assert json.loads(next(lead_rounds(lead, InProcess(house.clients))))["state"] == "done"
 
 
 def test_a_file_that_leads_nowhere_says_which_option(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Limits:
 
     most_bytes: int = 256 << 20
     transfer_s: float = 60.0
-    most_waiting: int = 8
+    most_waiting: int = 4
 
 
 def _own() -> frozenset[int]:
