@@ -75,7 +75,7 @@ def tell(story: Story) -> None:
     for name in WARDS:
         fleet.trainer(name)
     fleet.link()
-    registered = [fleet.flwr("supernode", "register", f"{fleet.folder}/{name}.pub", "loop") for name in WARDS]
+    registered = [fleet.flwr("supernode", "register", f"{fleet.folder}/{name}.pub", "loop", "--name", name) for name in WARDS]
     assert [one.wait(SLOW_S) for one in registered] == [0, 0, 0], fleet.said("flwr")
     for name in WARDS:
         fleet.node(name)

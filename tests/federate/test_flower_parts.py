@@ -28,7 +28,7 @@ from sartor.federate.flower.app import write_app
 from sartor.federate.flower.hatch import Hatch, Limits, Said, ask
 from sartor.federate.flower.lead import Lead, lead_rounds
 from sartor.federate.flower.trainer import said_to
-from sartor.federate.flower.transport import AGAIN, ANSWERED, FlowerTransport, Reply
+from sartor.federate.flower.transport import AGAIN, ANSWERED, FlowerTransport, Node, Reply
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.journal import Journal
 from sartor.federate.rounds.transport import InProcess, run_round
@@ -189,13 +189,18 @@ class Nodes:
     clients: Mapping[str, object]
     away: set[int] = field(default_factory=set)
     came: dict[int, int] = field(default_factory=dict)
-    claims: dict[int, str] = field(default_factory=dict)
+    called: dict[int, str] = field(default_factory=dict)
     dumb: set[int] = field(default_factory=set)
     sent: list[tuple[int, int]] = field(default_factory=list)
     under_way: dict[str, tuple[int, Sequence[bytes]]] = field(default_factory=dict)
 
-    def nodes(self) -> Mapping[int, str]:
-        return {node: str(self.came.get(node, 0)) for node in range(len(self.clients)) if node not in self.away}
+    def nodes(self) -> Mapping[int, Node]:
+        names = sorted(self.clients)
+        return {
+            node: Node(self.called.get(node, name), str(self.came.get(node, 0)))
+            for node, name in enumerate(names)
+            if node not in self.away
+        }
 
     def send(self, node: int, requests: Sequence[bytes], keep_s: float) -> str:
         assert keep_s > 0
@@ -214,7 +219,7 @@ class Nodes:
         name = sorted(self.clients)[node]
         heard = [said_to(self.clients[name], request) for request in requests]
         said = tuple(ANSWERED if one.kind == "answer" else f"no {one.content.decode()}" for one in heard)
-        return Reply(self.claims.get(node, name), said, tuple(one.content if one.kind == "answer" else b"" for one in heard))
+        return Reply(said, tuple(one.content if one.kind == "answer" else b"" for one in heard))
 
 
 @dataclass
@@ -234,25 +239,22 @@ def housed(count: int = 5) -> House:
     return House(count=count, clock=Clock())
 
 
-def carried(house: House, post: Nodes, places: Path | None = None) -> FlowerTransport:
-    return FlowerTransport(post, places, house.clock, house.clock.sleep)
+def carried(house: House, post: Nodes) -> FlowerTransport:
+    return FlowerTransport(post, house.clock, house.clock.sleep)
 
 
-def test_rounds_over_nodes_are_those_of_one_process(tmp_path: Path) -> None:
-    house, places = housed(), tmp_path / "places.json"
+def test_rounds_over_nodes_are_those_of_one_process() -> None:
+    house = housed()
     post = Nodes(house.clients)
-    transport = carried(house, post, places)
+    transport = carried(house, post)
     for _ in range(2):
         ended = run_round(house.coordinator, transport, house.plan(stage_s=100))
         assert (ended.state, ended.active) == ("done", house.names)
     np.testing.assert_allclose(house.coordinator.shared["tail.weight"], 1 + 2 * mean_of_numbers(list(range(5))), atol=1e-6)
-    # a question for the name, five exchanges twice; how the first round ended rides with the second's invitation
-    assert sorted(post.sent) == sorted([(node, count) for node in range(5) for count in (0, *[1] * 9, 2)])
+    # five exchanges, twice; how the first round ended rides with the second's invitation
+    assert sorted(post.sent) == sorted([(node, count) for node in range(5) for count in (*[1] * 9, 2)])
     transport.deliver(10.0)
     assert [house.journals[name].rounds("triage")[0].state for name in house.names] == ["done"] * 5
-    post.sent.clear()
-    assert run_round(house.coordinator, carried(house, post, places), house.plan(stage_s=100)).state == "done"
-    assert 0 not in [count for _, count in post.sent], "who is where is remembered"
 
 
 def test_a_node_that_lost_its_letter_gets_it_again_when_it_is_back() -> None:
@@ -288,10 +290,11 @@ def test_a_node_that_is_away_costs_its_client_the_stage() -> None:
     assert run_round(house.coordinator, transport, house.plan(stage_s=1)).active == house.names
 
 
-def test_a_node_that_claims_anothers_name_hinders_nobody_else() -> None:
+def test_a_node_of_the_wrong_name_hinders_nobody_else() -> None:
     house = housed()
-    post = Nodes(house.clients, claims={4: house.names[0]})
-    ended = run_round(house.coordinator, carried(house, post), house.plan(stage_s=1))
+    post = Nodes(house.clients, called={4: house.names[0]})
+    transport = carried(house, post)
+    ended = run_round(house.coordinator, transport, house.plan(stage_s=1))
     assert (ended.state, ended.active) == ("done", house.names[:4])
 
 
@@ -310,22 +313,15 @@ def test_a_trainer_that_is_not_there_is_asked_again_later() -> None:
     replied = post.replied
 
     def absent(node: int, requests: Sequence[bytes]) -> Reply:
-        if node == 3 and len(calls) < 3:
+        if node == 3 and len(calls) < 2:
             calls.append(len(requests))
-            return Reply("") if len(calls) < 2 else Reply(house.names[3], tuple(AGAIN for _ in requests))
+            return Reply() if len(calls) < 2 else Reply(tuple(AGAIN for _ in requests))
         return replied(node, requests)
 
     post.replied = absent
     transport = carried(house, post)
     ended = run_round(house.coordinator, transport, house.plan(stage_s=60))
     assert (ended.active, transport.lost) == (house.names, 2)
-
-
-def test_damaged_places_are_asked_for_anew(tmp_path: Path) -> None:
-    house, places = housed(), tmp_path / "places.json"
-    places.write_text('{"ward-0001": 7')
-    assert run_round(house.coordinator, carried(house, Nodes(house.clients), places), house.plan(stage_s=9)).state == "done"
-    assert json.loads(places.read_text()) == {name: [place] for place, name in enumerate(house.names)}
 
 
 def written(folder: Path, house: House, **options: object) -> Path:

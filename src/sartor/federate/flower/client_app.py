@@ -14,9 +14,6 @@ from sartor.core.errors import MissingError, RequestError
 from sartor.federate.flower import hatch, wire
 from sartor.federate.flower.transport import AGAIN, ANSWERED, Reply
 
-# for the name, and to be there at all
-_NAME_S = 10.0
-
 app = ClientApp()
 
 
@@ -24,18 +21,9 @@ app = ClientApp()
 def hand_over(message: Message, context: Context) -> Message:
     """One letter: each request to the trainer, in order; what it says to each."""
     place = Path(str(context.node_config["trainer"]))
-    return Message(wire.content_of(_reply(place, wire.requests_of(message.content), message.metadata.ttl)), reply_to=message)
-
-
-def _reply(place: Path, requests: list[bytes], wait_s: float) -> Reply:
-    try:
-        name = hatch.ask(place, b"", _NAME_S)
-    except (MissingError, RequestError):
-        return Reply("")
-    if name.kind != "answer":
-        return Reply("")
-    heard = [_asked(place, request, wait_s) for request in requests]
-    return Reply(name.content.decode(errors="replace"), tuple(said for said, _ in heard), tuple(answer for _, answer in heard))
+    heard = [_asked(place, request, message.metadata.ttl) for request in wire.requests_of(message.content)]
+    reply = Reply(tuple(said for said, _ in heard), tuple(answer for _, answer in heard))
+    return Message(wire.content_of(reply), reply_to=message)
 
 
 def _asked(place: Path, request: bytes, wait_s: float) -> tuple[str, bytes]:

@@ -8,7 +8,7 @@
     start: start.tensors            rounds/tensors.pack(...): what the first round starts from
     round: {task: pull, cohort: [ward-1, ward-2, ward-3], rules: {clip: 1.0}, stage_s: 600}
 
-Beside the journal are written NAME.rounds.jsonl, a line for each round that ended, and NAME.places.json, which node is whose.
+Beside the journal is written NAME.rounds.jsonl, a line for each round that ended.
 """
 
 from __future__ import annotations
@@ -80,11 +80,6 @@ class Lead:
         return cls(**{**{one.name: getattr(found, one.name) for one in fields(cls)}, **places})
 
     @property
-    def places(self) -> Path:
-        """Where it is remembered which node is whose."""
-        return Path(self.journal).with_suffix(".places.json")
-
-    @property
     def record(self) -> Path:
         """Where a line is written for each round that ended."""
         return Path(self.journal).with_suffix(".rounds.jsonl")
@@ -123,9 +118,11 @@ def _number(journal: Journal, run: str) -> int:
 
 def _said(ended: Ended, carried: Carried, took_s: float, transport: Transport) -> dict[str, Any]:
     """What the record keeps of a round: nothing of its tensors."""
-    said = {"number": ended.number, "state": ended.state, "active": ended.active, "reason": ended.reason}
-    on_the_way = {"said_no": dict(transport.said_no), "lost": transport.lost} if isinstance(transport, FlowerTransport) else {}
-    return {**said, "took_s": round(took_s, 2), **asdict(carried), **on_the_way}
+    said: dict[str, Any] = {"number": ended.number, "state": ended.state, "active": ended.active, "reason": ended.reason}
+    said |= {"took_s": round(took_s, 2), **asdict(carried)}
+    if isinstance(transport, FlowerTransport):
+        said |= {"said_no": dict(transport.said_no), "lost": transport.lost, "away": sorted(transport.away)}
+    return said
 
 
 def _recorded(path: Path, said: dict[str, Any]) -> str:

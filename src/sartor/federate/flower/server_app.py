@@ -25,7 +25,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Go on from where the journal stands, to the last round that the YAML asks for."""
     lead = Lead.open(Path(str(context.run_config["lead"])))
-    transport = FlowerTransport(GridPost(grid), lead.places)
+    transport = FlowerTransport(GridPost(grid))
     for line in lead_rounds(lead, transport):
         LOG.info("%s", line)
     transport.deliver(min(lead.round.stage_s, _FAREWELL_S))

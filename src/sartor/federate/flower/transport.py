@@ -1,21 +1,17 @@
 """Requests to clients behind nodes that come and go, and their answers back: what Flower carries, without a line of Flower.
 
-A node is believed in one thing, the name of the client behind it, and only for where to send: an answer counts by its client's
-signature. One that claims a name which is not its own gets that client's requests, which are no secret, and can lose them; the
-client's own node gets them too. What has no hurry (how a round ended) rides along with the next request.
+Which node is whose is said by whoever registers its key (`flwr supernode register KEY --name CLIENT`), and is believed only for
+where to send: an answer counts by its client's signature. Of two nodes with one name each gets that client's requests, which
+are no secret. What has no hurry (how a round ended) rides along with the next request.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 _POLL_S = 0.25
@@ -26,14 +22,20 @@ _GRACE_S = 60.0
 ANSWERED, AGAIN = "answered", "again"
 
 
+class Node(NamedTuple):
+    """A node that is there. client: whose; came: since when, another text once it has been away."""
+
+    client: str
+    came: str
+
+
 @dataclass(frozen=True)
 class Reply:
-    """What a node says to a letter. name: of the client behind it, "" where nobody answers.
+    """What came of each request of a letter: "answered", "again" (busy, or nobody was there) or `no KIND check`.
 
-    said: of each request "answered", "again" (busy, or nobody was there), or `no KIND check`; answers: of each, b"" for none.
+    answers: of each; b"" where none is due, or none was given.
     """
 
-    name: str
     said: tuple[str, ...] = ()
     answers: tuple[bytes, ...] = ()
 
@@ -41,12 +43,12 @@ class Reply:
 class Post(Protocol):
     """What carries letters: Flower's grid, or what stands for it."""
 
-    def nodes(self) -> Mapping[int, str]:
-        """The nodes that are there -> when each came: another text once it has been away."""
+    def nodes(self) -> Mapping[int, Node]:
+        """The nodes that are there."""
         ...
 
     def send(self, node: int, requests: Sequence[bytes], keep_s: float) -> str:
-        """Hand a letter in; its id. keep_s: how long it is worth delivering. No requests: only the name is asked for."""
+        """Hand a letter in; its id. keep_s: how long it is worth delivering."""
         ...
 
     def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, Reply | None]]:
@@ -65,14 +67,11 @@ class _Request(NamedTuple):
         return cls(hashlib.sha256(content).hexdigest(), content)
 
 
-# stands for a letter without requests: the question for the name
-_NAME = _Request.of(b"")
-
-
 @dataclass
 class _Letter:
     """A letter that is under way. came: the node's mark when it was sent."""
 
+    client: str
     node: int
     came: str
     requests: tuple[_Request, ...]
@@ -80,23 +79,21 @@ class _Letter:
 
 @dataclass
 class FlowerTransport:
-    """A Transport over a Post. places: file that remembers which node is whose, so that nobody is asked anew in each run.
+    """A Transport over a Post.
 
-    said_no: `NAME KIND check` -> how often a client refused; lost: letters whose node vanished or whose client was not there.
+    said_no: `CLIENT KIND check` -> how often a client refused; lost: letters whose node vanished, or whose trainer was not
+    there; away: clients of the last exchange that no node was there for.
     """
 
     post: Post
-    places: Path | None = None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     said_no: Counter[str] = field(default_factory=Counter)
     lost: int = 0
+    away: set[str] = field(default_factory=set)
     _nodes: dict[str, set[int]] = field(default_factory=dict)
     _held: dict[str, _Request] = field(default_factory=dict)
     _way: _Way = field(default_factory=lambda: _Way())
-
-    def __post_init__(self) -> None:
-        self._nodes = _read(self.places) if self.places else {}
 
     def exchange(self, requests: Mapping[str, bytes], wait_s: float) -> Iterator[bytes]:
         """See Transport. Without time to wait, what is sent is held until the next exchange, or `deliver`."""
@@ -132,23 +129,18 @@ class FlowerTransport:
 
     def _send(self, letters: Mapping[str, tuple[_Request, ...]], left_s: float) -> None:
         there = self.post.nodes()
-        known = set().union(*self._nodes.values())
-        to_send: list[tuple[int, tuple[_Request, ...]]] = [(node, ()) for node in there.keys() - known]
-        to_send += [(node, requests) for name, requests in letters.items() for node in self._of(name) & there.keys()]
-        for node, requests in to_send:
-            if self._way.needs(node, there[node], requests, self.clock()):
-                number = self.post.send(node, [one.content for one in requests], max(left_s, 0.0) + _GRACE_S)
-                self._way.letters[number] = _Letter(node, there[node], requests)
+        for number, node in there.items():
+            self._nodes.setdefault(node.client, set()).add(number)
+        self.away = letters.keys() - {node.client for node in there.values()}
+        for name, requests in letters.items():
+            for node in self._of(name) & there.keys():
+                if self._way.needs(node, there[node].came, requests, self.clock()):
+                    number = self.post.send(node, [one.content for one in requests], max(left_s, 0.0) + _GRACE_S)
+                    self._way.letters[number] = _Letter(name, node, there[node].came, requests)
 
     def _collect(self) -> None:
         for number, reply in self.post.collect(tuple(self._way.letters)):
-            letter = self._way.letters.pop(number)
-            if reply is None or not reply.name:
-                self.lost += 1
-                self._way.wait(letter.node, letter.requests, self.clock() + _AGAIN_S)
-            else:
-                self._learn(reply.name, letter.node)
-                self._take(letter, reply)
+            self._take(self._way.letters.pop(number), reply or Reply())
 
     def _take(self, letter: _Letter, reply: Reply) -> None:
         """What came of each request of a letter."""
@@ -160,21 +152,12 @@ class FlowerTransport:
                 continue
             self._way.settled.add((letter.node, request.digest))
             if said != ANSWERED:
-                self.said_no[f"{reply.name} {said.removeprefix('no ')}"] += 1
+                self.said_no[f"{letter.client} {said.removeprefix('no ')}"] += 1
             elif place < len(reply.answers) and reply.answers[place]:
                 self._way.arrived.append(reply.answers[place])
         if again:
             self.lost += 1
             self._way.wait(letter.node, again, self.clock() + _AGAIN_S)
-
-    def _learn(self, name: str, node: int) -> None:
-        if node in self._of(name):
-            return
-        for nodes in self._nodes.values():
-            nodes.discard(node)
-        self._nodes.setdefault(name, set()).add(node)
-        if self.places:
-            _write(self.places, self._nodes)
 
 
 @dataclass
@@ -195,33 +178,16 @@ class _Way:
             request.digest
             for letter in self.letters.values()
             if (letter.node, letter.came) == (node, came)
-            for request in letter.requests or (_NAME,)
+            for request in letter.requests
         }
         return any(
             request.digest not in under_way
             and (node, request.digest) not in self.settled
             and self.not_before.get((node, request.digest), now) <= now
-            for request in requests or (_NAME,)
+            for request in requests
         )
 
     def wait(self, node: int, requests: Sequence[_Request], until: float) -> None:
         """These were not answered: not again before a time."""
-        for request in requests or (_NAME,):
+        for request in requests:
             self.not_before[node, request.digest] = until
-
-
-def _read(path: Path) -> dict[str, set[int]]:
-    """Which node is whose; nothing where the file is absent or damaged, for then they are asked."""
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): {int(node) for node in nodes} for name, nodes in said.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def _write(path: Path, nodes: Mapping[str, set[int]]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    # a place that is not remembered costs one question
-    with contextlib.suppress(OSError):
-        part.write_text(json.dumps({name: sorted(ids) for name, ids in nodes.items()}), encoding="utf-8")
-        os.replace(part, path)

@@ -2,7 +2,7 @@
 
 requests   ArrayRecord: "0000", "0001", ... the bytes of each; arrays are what Flower cuts into pieces and sends on from
            where a transfer stopped, so no message is too large for it
-reply      ConfigRecord "reply": name, said; ArrayRecord "answers": those that are not empty, by the request's place
+reply      ConfigRecord "reply": said; ArrayRecord "answers": those that are not empty, by the request's place
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from sartor.federate.flower.transport import Reply
+from sartor.federate.flower.transport import Node, Reply
 
 # a query: Flower's own counters of training and evaluation stay empty
 KIND = "query"
@@ -27,9 +27,9 @@ class GridPost:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
 
-    def nodes(self) -> Mapping[int, str]:
+    def nodes(self) -> Mapping[int, Node]:
         """See Post."""
-        return {info.node_id: info.last_activated_at for info in self._grid.get_nodes()}
+        return {info.node_id: Node(info.name, info.last_activated_at) for info in self._grid.get_nodes()}
 
     def send(self, node: int, requests: Sequence[bytes], keep_s: float) -> str:
         """See Post."""
@@ -57,21 +57,21 @@ def requests_of(content: RecordDict) -> list[bytes]:
 def content_of(reply: Reply) -> RecordDict:
     """What a node sends back."""
     answers = {place: answer for place, answer in enumerate(reply.answers) if answer}
-    head = ConfigRecord({"name": reply.name, "said": list(reply.said)})
+    head = ConfigRecord({"said": list(reply.said)})
     return RecordDict({_REPLY: head, _ANSWERS: _array(answers)})
 
 
 def _reply(content: RecordDict) -> Reply | None:
     """What a node sent; None where it is of another form, as of another app."""
     head = content.config_records.get(_REPLY)
-    name, said = (head.get("name"), head.get("said")) if head else (None, None)
-    if not isinstance(name, str) or not isinstance(said, list) or not all(isinstance(one, str) for one in said):
+    said = head.get("said") if head else None
+    if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
         return None
     try:
         answers = _bytes(content.array_records.get(_ANSWERS))
     except ValueError:
         return None
-    return Reply(name, tuple(map(str, said)), tuple(answers.get(place, b"") for place in range(len(said))))
+    return Reply(tuple(map(str, said)), tuple(answers.get(place, b"") for place in range(len(said))))
 
 
 def _array(contents: Mapping[int, bytes]) -> ArrayRecord:
