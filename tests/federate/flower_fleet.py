@@ -135,7 +135,9 @@ class Fleet:
 
     def kill(self, name: str) -> None:
         """SIGKILL of it alone, as from a system that is out of memory."""
-        self.running.pop(name).kill()
+        process = self.running.pop(name)
+        process.kill()
+        process.wait()
 
     def link(self) -> None:
         certs = self.folder / "certs"
