@@ -87,7 +87,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def dataset(folder: Path, name: str, licence: str) -> Path:
+def dataset(folder: Path, name: str, licence: str, steps: Sequence[Any] = ()) -> Path:
     """The Dataset of folder/train.jsonl and folder/eval.jsonl."""
     sources: list[dict[str, Any]] = [
         {"path": str(folder / f"{split}.jsonl"), "licence": licence, "use": ["commercial"], "split": split}
@@ -95,7 +95,7 @@ def dataset(folder: Path, name: str, licence: str) -> Path:
     ]
     if (folder / "general.jsonl").exists():
         sources.append({**sources[0], "path": str(folder / "general.jsonl"), "licence": "Apache-2.0", "rehearsal": True})
-    return once(folder / name, lambda out: sartor.curate({"sources": sources, "steps": []}, out))
+    return once(folder / name, lambda out: sartor.curate({"sources": sources, "steps": list(steps)}, out))
 
 
 def tuned(folder: Path, recipe: dict[str, Any], data: Path) -> Path:
@@ -163,6 +163,17 @@ def textile_recipe() -> dict[str, Any]:
     return found
 
 
+def textile_steps() -> list[Any]:
+    """Its curation steps: they add changed copies of the pictures that are learnt from."""
+    found: list[Any] = yaml.safe_load((TEXTILE / "curate.yaml").read_text(encoding="utf-8"))["steps"]
+    return found
+
+
+def rows_per_row() -> int:
+    """Rows that its steps make of a row with a picture."""
+    return 1 + sum(step["augment_images"]["copies"] for step in textile_steps() if "augment_images" in step)
+
+
 def textile(work: Path, limit: int) -> dict[str, Any]:
     """See the module."""
     folder, recipe = textile_rows(work, limit), textile_recipe()
@@ -170,8 +181,10 @@ def textile(work: Path, limit: int) -> dict[str, Any]:
     said: dict[str, Reply] = {}
     for side in ("both", "image_only", "text_only"):
         own = once(work / f"textile-{side}", lambda out, side=side: one_side(folder, out, side))
-        data = dataset(own, "data", "MIT")
-        own_recipe = {**recipe, **({"base": "starter"} if side == "text_only" else {})}
+        data = dataset(own, "data", "MIT", textile_steps())
+        own_recipe = {**recipe}
+        if side == "text_only":  # no pictures, so no copies: as many updates, in more epochs
+            own_recipe |= {"base": "starter", "budget": {"epochs": rows_per_row() * recipe["budget"]["epochs"]}}
         adapter = open_artifact(tuned(own, own_recipe, data), "adapter")
         examples = held_out(data)
         said[side] = answers(adapter, examples, data)
@@ -192,7 +205,7 @@ def textile(work: Path, limit: int) -> dict[str, Any]:
 def solar(work: Path, limit: int) -> dict[str, Any]:
     """See the module."""
     folder = once(work / "solar", lambda out: solar_rows(out, limit))
-    data = dataset(folder, "data", "CC-BY-NC-SA-4.0")
+    data = dataset(folder, "data", "CC-BY-NC-SA-4.0", textile_steps())
     adapter = open_artifact(tuned(folder, textile_recipe(), data), "adapter")
     examples = held_out(data)
     said = {"model": answers(adapter, examples, data), "shuffled": answers(adapter, shuffled(examples), data)}

@@ -42,6 +42,7 @@ SLOW = {
     "multimodal.md",
     "edge-publish.md",
     "edge-personal.md",
+    "federate-privacy.md",
 }
 
 

@@ -55,9 +55,9 @@ rows() {
 # agent NAME LABEL: Dataset, Adapter, Report, Release. LABEL: the field of the reply that is measured as a class
 agent() {
   local name=$1 label=$2
-  # whoever answers small talk is the base: `auto` sends it there, and these agents lose it (README.md has the figure)
-  local waive=(--waive forgetting --by up.sh --reason "an agent of a team: small talk goes to the base")
-  local less=() fewer=() rules=() slice # below, an empty one is nothing for the bash of macOS too
+  local waive=() less=() fewer=() rules=() slice # below, an empty one is nothing for the bash of macOS too
+  # whoever answers small talk is the base: `auto` sends it there, and this agent loses it (README.md has the figure)
+  [ "$name" != dictation ] || waive=(--waive forgetting --by up.sh --reason "an agent of a team: small talk goes to the base")
   if [ -n "$quick" ]; then
     less=(--budget.epochs null --budget.updates 4 --data.eval_rows 8)
     fewer=(--rows 8)

@@ -182,7 +182,9 @@ def test_a_worker_above_its_memory_is_recycled_when_its_rows_have_ended(tmp_path
     async def scene() -> None:
         async with running(tmp_path, workers={"memory_bytes": 100 << 20, "hang_s": 0.4}, step_s=0.05) as crew:
             first = pids(crew, "answers")
-            greedy = call("GROW", "a", 9)  # 72 MiB: with the interpreter's own more than the limit, not 1.5 times it (_FAR_ABOVE)
+            greedy = call(
+                "GROW", "a", 9
+            )  # 72 MiB: with the interpreter's own more than the limit, not 1.5 times it (_FAR_ABOVE)
             grown = asyncio.ensure_future(asked(crew, greedy))
             await until(lambda: pids(crew, "retiring"))
             await load(crew, ("b", "c"), clients=2, calls=2)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from federating import COORDINATOR, LENIENT, identity, names, roster_of
 
+from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.client import Member, RoundClient
 from sartor.federate.rounds.coordinator import Coordinator, Plan
 from sartor.federate.rounds.journal import Journal
 from sartor.federate.rounds.manifest import Manifest, Rules
 from sartor.federate.rounds.task import Learnt
-from sartor.federate.rounds.tensors import Tensors
 from sartor.federate.rounds.transport import InProcess
 
 RULES = Rules(clip=1.0, most_examples=10)

@@ -329,7 +329,7 @@ def written(folder: Path, house: House, **options: object) -> Path:
     write_keys(folder, house.me, house.roster)
     (folder / "start").write_bytes(arrays.pack(START))
     said = {"run": "triage", "rounds": 2, "key": "coordinator.key", "roster": "roster", "journal": "coordinator.sqlite", "start": "start",
-            "round": {"task": "pull", "cohort": list(house.names), "settings": {"rate": 0.01}, "rules": {"most_examples": 10}, "stage_s": 0}}  # fmt: skip
+            "round": {"task": "pull", "cohort": list(house.names), "settings": {"rate": 0.01}, "rules": {"most_examples": 10}, "stage_s": 0, "work_s": 0}}  # fmt: skip
     (folder / "lead.yaml").write_text(json.dumps({**said, **options}))
     return folder / "lead.yaml"
 

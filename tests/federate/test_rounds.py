@@ -13,6 +13,7 @@ from federating import COORDINATOR, identity
 from round_parties import RULES, START, House, mean_of_numbers
 
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, ConflictError, RoundError, SartorError, SignatureError
+from sartor.federate.aggregate.tensors import norm
 from sartor.federate.rounds import manifest as manifests
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.coordinator import Ended
@@ -67,7 +68,7 @@ def test_equal_weights_and_a_part_of_the_tensors() -> None:
 def test_an_update_is_clipped_to_the_manifests_norm() -> None:
     house = House()
     ended = run(house, rules=Rules(clip=0.05, most_examples=1), settings={"rate": 1.0})
-    assert arrays.norm(ended.mean) == pytest.approx(0.05, rel=1e-5)
+    assert norm(ended.mean) == pytest.approx(0.05, rel=1e-5)
 
 
 def test_no_count_of_examples_is_in_any_message() -> None:
@@ -303,9 +304,9 @@ def test_a_coordinator_opens_one_round_at_a_time_that_somebody_would_join() -> N
 def test_a_round_whose_time_is_over_is_abandoned() -> None:
     now = [1_000.0]
     house = House(clock=lambda: now[0])
-    house.coordinator.begin(house.plan(stage_s=60, length_s=600))
+    house.coordinator.begin(house.plan(stage_s=60, work_s=100, length_s=600))
     assert house.coordinator.advance() is True
-    assert (house.coordinator.stage, house.coordinator.left_s()) == ("keys", 60)
+    assert (house.coordinator.stage, house.coordinator.left_s()) == ("keys", 160)
     now[0] += 601
     ended = finish(house.coordinator, house.transport)
     assert (ended.state, "time is over" in ended.reason) == ("abandoned", True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from federating import Session, names
@@ -125,3 +127,12 @@ def test_what_quantising_costs_of_the_norm_of_the_sum() -> None:
         total = ring.decode(np.sum(units, axis=0, dtype=np.uint32), session.terms.layout)["weight"]
         exact = updates.astype(np.float64).sum(axis=0)
         assert np.linalg.norm(total - exact) <= 1e-3 * np.linalg.norm(exact) * (0.005 if rounding == "nearest" else 0.01)
+
+
+@pytest.mark.parametrize(("degree", "vanish"), [(0, 0.3), (20, 0.0)])
+def test_the_benchmark_of_a_round_measures_what_it_says(degree: int, vanish: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import secure_sum
+
+    said = secure_sum.measure(24, 40, degree, vanish)
+    assert (said["state"], said["vanished"], said["error"] < 1e-3) == ("done", int(24 * vanish), True)

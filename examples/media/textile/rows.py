@@ -51,6 +51,16 @@ TRAIN = [
     "From {name} at loom {loom}: {seen}. It is {zone}, roll {roll}, {time}.",
     "Roll {roll}: {zone}. {time}, loom {loom}, {seen}.",
     "{seen}: loom {loom}, {time}, roll {roll}, {zone}.",
+    "{name}, {time}: {zone} on roll {roll}, loom {loom}. {seen}.",
+    "Could you look at this? Loom {loom}, roll {roll}, {zone}, around {time}. {seen}.",
+    "This is roll {roll}, {zone}, taken at {time} at machine {loom}. {seen}.",
+    "Where? {zone}. When? {time}. Loom {loom}, roll {roll}; {seen}.",
+    "At {time} the cloth on loom {loom} looked like this {zone}. {seen}. Roll {roll}.",
+    "{seen}. {name} sends this from machine {loom}, {zone}, roll {roll}, {time}.",
+    "I am at loom {loom}. I took roll {roll} {zone} at {time}, {seen}.",
+    "Machine {loom}, {zone}: roll {roll}, {seen} ({time}).",
+    "Shift of {name}. {time}. {zone}. {seen}. Loom {loom} with roll {roll}.",
+    "Hello, it is {name}. Here you see roll {roll} {zone}; loom {loom}, {time}, {seen}.",
 ]
 HELD_OUT = [
     "{name} here. At {time} on loom {loom} I stopped to photograph roll {roll}, {zone}. {seen}.",

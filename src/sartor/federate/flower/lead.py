@@ -6,7 +6,7 @@
     roster: roster                  NAME.pub of the coordinator and of each client
     journal: coordinator.sqlite
     start: start.tensors            rounds/tensors.pack(...): what the first round starts from
-    round: {task: pull, cohort: [ward-1, ward-2, ward-3], rules: {clip: 1.0}, stage_s: 600}
+    round: {task: pull, cohort: [ward-1, ward-2, ward-3], rules: {clip: 1.0}, stage_s: 300}
 
 Beside the journal is written NAME.rounds.jsonl, a line for each round that ended.
 """
@@ -50,7 +50,8 @@ class RoundOptions:
     recipe: str = option("", "digest of how")
     degree: int = option(0, "of the graph; 0 joins everyone with everyone")
     threshold: int = option(0, "how many must stay to the end; 0: the least above 2/3")
-    stage_s: int = option(600, "seconds that an exchange may take; Flower alone takes ten")
+    stage_s: int = option(300, "seconds that an exchange may take; Flower alone takes ten")
+    work_s: int = option(3_600, "seconds more for the first, in which clients compute")
     length_s: int = option(86_400, "seconds that the round may take")
 
     def plan(self) -> Plan:

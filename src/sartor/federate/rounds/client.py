@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from sartor.core import records
 from sartor.core.errors import RoundError
+from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.journal import Journal, Kept, State
 from sartor.federate.rounds.manifest import Manifest, read
@@ -188,7 +189,7 @@ class RoundClient:
         if content is None:
             raise RoundError("this client has no update for the round", "invite it first", "stage")
         update = _Update.of(content)
-        tensors: arrays.Tensors = arrays.clipped(update.learnt.tensors, manifest.rules.clip)
+        tensors: Tensors = arrays.clipped(update.learnt.tensors, manifest.rules.clip)
         if manifest.rules.noise and self._noise:
             tensors = self._noise(tensors, manifest)
         weight = manifest.rules.weight(update.learnt.examples, manifest.number - update.number)
@@ -230,7 +231,7 @@ class RoundClient:
             )
 
 
-def _fits(tensors: arrays.Tensors, manifest: Manifest) -> bool:
+def _fits(tensors: Tensors, manifest: Manifest) -> bool:
     """Whether these are the tensors that the round sums: a later round may train others."""
     wanted = {slot.name: slot.shape for slot in manifest.terms.layout if slot.name != arrays.WEIGHT}
     return {name: value.shape for name, value in tensors.items()} == wanted

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from sartor.core import records
 from sartor.core.errors import ConfigError, ConflictError, RoundError
+from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.client import Member
 from sartor.federate.rounds.journal import Journal, Kept
 from sartor.federate.rounds.manifest import Manifest, Rules, Work, read, terms_for
-from sartor.federate.rounds.tensors import Tensors
 from sartor.federate.secure import messages, ring
 from sartor.federate.secure.messages import Invite, Outcome, Payload
 from sartor.federate.secure.server import Server
@@ -38,7 +38,7 @@ def added(shared: Tensors, mean: Tensors) -> Tensors:
 class Plan:
     """What a round is to be; its number, tensors and terms follow from the run. trained: names that are changed; (): all.
 
-    degree: of the graph, 0 joins everyone with everyone. stage_s: how long an exchange may take; length_s: the whole round.
+    degree: of the graph, 0 joins everyone with everyone. stage_s, work_s: as a Manifest has them; length_s: the whole round.
     """
 
     task: str
@@ -51,6 +51,7 @@ class Plan:
     degree: int = 0
     threshold: int = 0
     stage_s: int = 60
+    work_s: int = 0
     length_s: int = 3_600
 
 
@@ -136,6 +137,7 @@ class Coordinator:
             int(self._clock()) + plan.length_s,
             plan.rules,
             plan.stage_s,
+            plan.work_s,
         )
         self._member.policy.check(manifest.terms, manifest.terms.cohort[0], self._member.roster.keys)
         kept = Kept(manifest.digest, self.run, manifest.number, manifest.signed(self._member.me), b"", "open")
@@ -174,7 +176,8 @@ class Coordinator:
         if not self._open or not self._open.server.missing:
             return 0.0
         manifest, now = self._open.manifest, self._clock()
-        return max(0.0, min(self._open.since + manifest.stage_s, manifest.deadline) - now)
+        longest_s = manifest.stage_s + (manifest.work_s if self.stage == "keys" else 0)
+        return max(0.0, min(self._open.since + longest_s, manifest.deadline) - now)
 
     def advance(self) -> bool:
         """Close the stage if everyone answered or its time is over; end the round after the last. Whether one is open."""

@@ -1,7 +1,9 @@
 """What a round is, signed by its coordinator; every key, mask and message of the round is bound to its digest.
 
-{"schema": 1, "kind": "round", "run": "triage", "number": 4, "coordinator": "coordinator", "work": {...}, "rules": {...},
- "terms": {...}, "stage_s": 60, "deadline": 1780000000, "signature": {...}}
+    {"schema": 1, "kind": "round", "run": "triage", "number": 4, "coordinator": "coordinator", "work": {...}, "rules": {...},
+     "terms": {...}, "stage_s": 60, "work_s": 600, "deadline": 1780000000, "signature": {...}}
+
+One that is signed and malformed is refused as well: what a coordinator signs is not thereby harmless.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any
 from sartor.core import records, signing
 from sartor.core.errors import ArtifactError, ConfigError, SignatureError
 from sartor.core.names import is_name
-from sartor.federate.rounds.tensors import WEIGHT, Tensors
+from sartor.federate.aggregate.tensors import Tensors
+from sartor.federate.rounds.tensors import WEIGHT
 from sartor.federate.secure.identity import Identity, Roster
 from sartor.federate.secure.ring import layout_for
 from sartor.federate.secure.terms import Round, Terms, least_threshold
@@ -84,7 +87,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One round of a run. number: from 1, rising. stage_s: how long an exchange may take; deadline: seconds since 1970."""
+    """One round of a run. number: from 1, rising. deadline: seconds since 1970.
+
+    stage_s: how long an exchange may take; the first, in which clients compute their updates, work_s longer.
+    """
 
     run: str
     number: int
@@ -94,6 +100,7 @@ class Manifest:
     deadline: int
     rules: Rules = field(default_factory=Rules)
     stage_s: int = 60
+    work_s: int = 0
 
     def document(self) -> bytes:
         """What is signed."""
@@ -144,8 +151,8 @@ def read(content: bytes, coordinator: str, roster: Roster) -> Manifest:
 
 
 def _check(found: Manifest) -> None:
-    whole = (found.number, found.deadline, found.stage_s, found.rules.most_examples, found.rules.stale_rounds)
-    if any(type(value) is not int for value in whole) or found.number < 1 or found.stage_s < 0:
+    whole = (found.number, found.deadline, found.stage_s, found.work_s, found.rules.most_examples, found.rules.stale_rounds)
+    if any(type(value) is not int for value in whole) or found.number < 1 or min(found.stage_s, found.work_s) < 0:
         raise TypeError("a number that is not whole, or below its range")
     if not (is_name(found.run) and is_name(found.coordinator) and is_name(found.work.task)):
         raise TypeError("a name of another form")

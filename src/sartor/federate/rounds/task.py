@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sartor.core.errors import RoundError
+from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.manifest import Manifest
-from sartor.federate.rounds.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Task(Protocol):
         ...
 
 
-# adds this client's part of the round's noise to an update that was clipped
+# Adds this client's part of the round's noise to an update that was clipped. What is promised must hold where as few as
+# terms.threshold clients stay in the sum, so a part is the whole divided among so many, not among the cohort.
 Noise = Callable[[Tensors, Manifest], Tensors]
 Tasks = Mapping[str, Task]
 

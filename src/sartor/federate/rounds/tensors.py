@@ -11,16 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sartor.core import records
 from sartor.core.errors import ArtifactError, ConfigError, RoundError
+from sartor.federate.aggregate.tensors import Tensors, norm
 
-Tensors = Mapping[str, npt.NDArray[Any]]
 # the name of the one more number
 WEIGHT = "weight of the update"
 
@@ -51,11 +49,6 @@ def unpack(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
 def digest(content: bytes) -> str:
     """sha256 of packed tensors, hex."""
     return hashlib.sha256(content).hexdigest()
-
-
-def norm(tensors: Tensors) -> float:
-    """The Euclidean norm of all values as one vector."""
-    return math.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in tensors.values()))
 
 
 def clipped(tensors: Tensors, clip: float) -> dict[str, npt.NDArray[np.float32]]:

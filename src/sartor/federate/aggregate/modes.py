@@ -1,0 +1,209 @@
+"""What the clients of a round train and send, and what is made of it: one small class a mode, chosen by `kind`.
+
+    mode: freeze_a          # or alternate, residual, factors
+
+The mean of factors is no mean: mean(B_i) mean(A_i) is not mean(B_i A_i). A mode is exact if what it makes computes
+mean(B_i A_i), and linear if that follows from the sum of what is sent, so that a secure sum, which shows nothing else, will do.
+
+| mode | exact | linear | source |
+|---|---|---|---|
+| freeze_a | yes | yes | FFA-LoRA, arXiv:2403.12313 |
+| alternate | yes | yes | RoLoRA, arXiv:2409.02346 |
+| residual | yes | no | FedEx-LoRA, arXiv:2410.09432 |
+| factors | no | yes | FedIT, arXiv:2305.05644: a baseline to compare with |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from sartor.core.errors import InputError
+from sartor.federate.aggregate.ranks import widened
+from sartor.federate.aggregate.tensors import A, Array, B, Pair, Tensors, Update, cohort, mean, modules, pair, plus
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a round made: the shared adapter, and module -> what is to be added to its frozen weight (`fold`), as factors."""
+
+    tensors: Tensors
+    residual: dict[str, Pair] = field(default_factory=dict)
+
+
+class Mode(Protocol):
+    """How a round's adapters become one. Rounds count from 1."""
+
+    @property
+    def kind(self) -> str:
+        """Its word in a manifest."""
+        ...
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether what is made computes the mean of the clients' products, but for rounding."""
+        ...
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it needs the weighted mean of what is sent and nothing else: only then `applied` may be called."""
+        ...
+
+    def trains(self, name: str, number: int) -> bool:
+        """Whether clients train the tensor `name` in round `number`."""
+        ...
+
+    def sent(self, shared: Tensors, number: int) -> Tensors:
+        """Tensors with the names and shapes of an upload, to check one against (`tensors.checked`)."""
+        ...
+
+    def upload(self, shared: Tensors, trained: Tensors, number: int) -> Tensors:
+        """What a client sends, who began with the shared adapter and ended with `trained`.
+
+        Raises InputError where a tensor was trained that the round holds still.
+        """
+        ...
+
+    def applied(self, shared: Tensors, mean: Tensors, number: int) -> Tensors:
+        """The next shared adapter from the mean of the uploads. Of one upload it is that client's own adapter."""
+        ...
+
+    def combine(self, shared: Tensors, updates: Sequence[Update], number: int) -> Combined:
+        """The next shared adapter where the uploads are seen one by one. Raises InputError for one that cannot be used."""
+        ...
+
+
+class _Changes:
+    """Sends the change of what is trained: of one half of each pair, so the product is linear in it."""
+
+    is_exact = is_linear = True
+
+    def trains(self, name: str, number: int) -> bool:
+        """See Mode."""
+        raise NotImplementedError
+
+    def sent(self, shared: Tensors, number: int) -> Tensors:
+        """See Mode."""
+        return {name: value for name, value in shared.items() if self.trains(name, number)}
+
+    def upload(self, shared: Tensors, trained: Tensors, number: int) -> Tensors:
+        """See Mode. `trained` may be of a lower rank (`ranks.cut`)."""
+        whole = widened(trained, shared)
+        if strange := sorted(set(whole) ^ set(shared)):
+            raise InputError(f"{strange[0]} is not in both, what was shared and what was trained", "train the shared adapter")
+        still = [name for name in shared if not self.trains(name, number)]
+        if moved := [name for name in still if not np.array_equal(whole[name], shared[name])]:
+            problem = f"{len(moved)} tensors were trained that round {number} holds still, the first is {moved[0]}"
+            raise InputError(problem, "set requires_grad as the mode's `trains` says")
+        return {
+            name: (whole[name].astype(np.float64) - shared[name]).astype(whole[name].dtype)
+            for name in shared
+            if self.trains(name, number)
+        }
+
+    def applied(self, shared: Tensors, mean: Tensors, number: int) -> Tensors:
+        """See Mode."""
+        return plus(shared, mean)
+
+    def combine(self, shared: Tensors, updates: Sequence[Update], number: int) -> Combined:
+        """See Mode."""
+        cohort(updates, self.sent(shared, number))
+        return Combined(self.applied(shared, mean(updates), number))
+
+
+@dataclass(frozen=True)
+class FreezeA(_Changes):
+    """A is random, the same everywhere, and never trained; B is. Half of the upload; noise, if any, is in one factor."""
+
+    kind: Literal["freeze_a"] = "freeze_a"
+
+    def trains(self, name: str, number: int) -> bool:
+        """See Mode."""
+        return not name.endswith(A)
+
+
+@dataclass(frozen=True)
+class Alternate(_Changes):
+    """B in odd rounds, A in even ones. B first: it begins at zero, and until it moved A has no gradient."""
+
+    kind: Literal["alternate"] = "alternate"
+
+    def trains(self, name: str, number: int) -> bool:
+        """See Mode."""
+        return not name.endswith(A if number % 2 else B)
+
+
+class _Whole:
+    """Sends both factors as they are."""
+
+    def trains(self, name: str, number: int) -> bool:
+        """See Mode."""
+        return True
+
+    def sent(self, shared: Tensors, number: int) -> Tensors:
+        """See Mode."""
+        return shared
+
+    def upload(self, shared: Tensors, trained: Tensors, number: int) -> Tensors:
+        """See Mode."""
+        return dict(trained)
+
+
+@dataclass(frozen=True)
+class Residual(_Whole):
+    """Means of both factors, and what they miss, mean(B_i A_i) - mean(B_i) mean(A_i), added to the frozen weights.
+
+    The one who sums sees every client's factors. The residual goes to the clients, of rank (clients + 1) R at most.
+    """
+
+    kind: Literal["residual"] = "residual"
+    is_exact = True
+    is_linear = False
+
+    def applied(self, shared: Tensors, mean: Tensors, number: int) -> Tensors:
+        """See Mode: right of one upload alone, of which nothing is missed."""
+        return mean
+
+    def combine(self, shared: Tensors, updates: Sequence[Update], number: int) -> Combined:
+        """See Mode."""
+        cohort(updates, shared)
+        made = mean(updates)
+        return Combined(made, {module: _missed(module, made, updates) for module in modules(shared)})
+
+
+def _missed(module: str, made: Tensors, updates: Sequence[Update]) -> Pair:
+    """mean(B_i A_i) - B A as one pair of factors: [w_1 B_1 .. w_n B_n, -B] times all A above each other."""
+    total = sum(update.examples for update in updates)
+    each, both = [pair(update.tensors, module) for update in updates], pair(made, module)
+    weighted = [one.b * np.float64(update.examples / total) for one, update in zip(each, updates, strict=True)]
+    b = np.concatenate([*weighted, -both.b.astype(np.float64)], axis=1)
+    return Pair(np.concatenate([*(one.a for one in each), both.a]).astype(np.float64), b)
+
+
+@dataclass(frozen=True)
+class Factors(_Whole):
+    """Means of both factors, and nothing for what they miss. Not exact: here to be compared with, never a default."""
+
+    kind: Literal["factors"] = "factors"
+    is_exact = False
+    is_linear = True
+
+    def applied(self, shared: Tensors, mean: Tensors, number: int) -> Tensors:
+        """See Mode."""
+        return mean
+
+    def combine(self, shared: Tensors, updates: Sequence[Update], number: int) -> Combined:
+        """See Mode."""
+        cohort(updates, shared)
+        return Combined(mean(updates))
+
+
+AnyMode = FreezeA | Alternate | Residual | Factors
+
+
+def fold(weight: Array, residual: Pair, scale: float) -> Array:
+    """A frozen weight (out, in) with a residual added, as the adapter's product is: times scale, alpha / R."""
+    return (weight + scale * residual.product).astype(weight.dtype)

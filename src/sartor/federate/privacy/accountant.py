@@ -1,0 +1,213 @@
+"""A privacy budget on disk: what was spent, and the refusal of whatever would exceed it.
+
+Renyi accounts (Mironov 2017, arXiv:1702.07476) through Google's dp-accounting: a release is a Gaussian of a noise multiplier
+(standard deviation over the most that one client, or row, can change), perhaps on a Poisson sample, perhaps several times.
+Neighbours are data sets with and without one of them. The account is written before the noise is used, never after:
+
+    {"schema": 1, "kind": "privacy-account", "budget": {"epsilon": 8.0, "delta": 1e-05},
+     "spent": [{"name": "round-1", "noise_multiplier": 1.1, "fraction": 1.0, "times": 1}]}
+
+A sample amplifies only towards those who do not know who was drawn. Who asks clients to take part knows it: rounds are spent
+with fraction 1, unless clients draw in secret whether they do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sartor.core.config import REQUIRED, option
+from sartor.core.errors import ArtifactError, BudgetError, ConfigError, ConflictError, need
+from sartor.edge.files import write_whole
+
+SCHEMA, KIND = 1, "privacy-account"
+MOST_TIMES = 10_000_000
+# Orders at which a sampled Gaussian's divergence is looked at. dp-accounting has finer ones; below 2 its series does not end
+# for large samples. Any set of orders gives a bound that holds; that of these is less than 1 % higher.
+SAMPLED_ORDERS = [*(ten / 10 for ten in range(20, 60)), *(two / 2 for two in range(12, 22)), *range(11, 64), 128, 512]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all releases together may tell of one client, or row."""
+
+    epsilon: float = option(REQUIRED, "above 0; below 1 is strong, above 10 says little")
+    delta: float = option(1e-5, "chance that epsilon does not hold, 0..1; below one over the number of those who are protected")
+
+    def __post_init__(self) -> None:
+        if not (0 < self.epsilon < math.inf and 0 < self.delta < 1):
+            problem = f"epsilon is {self.epsilon}, delta {self.delta}; epsilon must be above 0 and delta in 0..1"
+            raise ConfigError(problem, "epsilon: 8, delta: 1.0e-5")
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A release, or `times` alike. name: of what was released; fraction: drawn into it, each for itself, 0..1."""
+
+    name: str
+    noise_multiplier: float
+    fraction: float = 1.0
+    times: int = 1
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.noise_multiplier < math.inf and 0 < self.fraction <= 1 and 1 <= self.times <= MOST_TIMES):
+            problem = f"{self.name}: noise_multiplier {self.noise_multiplier}, fraction {self.fraction}, times {self.times}"
+            raise ConfigError(problem, f"noise_multiplier at least 0, fraction in 0..1, times 1 to {MOST_TIMES:,}")
+
+
+def epsilon_of(spent: Sequence[Spending], delta: float) -> float:
+    """The epsilon of all of these together; infinite where one has no noise. Raises ExtraError without dp-accounting."""
+    if any(not one.noise_multiplier for one in spent):
+        return math.inf
+    if not spent:
+        return 0.0
+    try:
+        import dp_accounting
+    except ImportError:
+        raise need("dp-accounting", "federated") from None
+    times: Counter[tuple[float, float]] = Counter()
+    for one in spent:
+        times[one.noise_multiplier, one.fraction] += one.times
+    is_sampled = any(fraction < 1 for _, fraction in times)
+    accountant = dp_accounting.rdp.RdpAccountant(SAMPLED_ORDERS if is_sampled else None)
+    for (noise, fraction), count in times.items():
+        event = dp_accounting.GaussianDpEvent(noise)
+        accountant.compose(event if fraction == 1 else dp_accounting.PoissonSampledDpEvent(fraction, event), count)
+    return float(accountant.get_epsilon(delta))
+
+
+def calibrated(budget: Budget, times: int, fraction: float = 1.0, spent: Sequence[Spending] = ()) -> float:
+    """The least noise multiplier, to a thousandth, with which so many releases stay within the budget after what was spent.
+
+    Raises BudgetError where no noise is enough.
+    """
+
+    def fits(noise: float) -> bool:
+        return epsilon_of([*spent, Spending("next", noise, fraction, times)], budget.delta) <= budget.epsilon
+
+    high = 1.0
+    while not fits(high):
+        high *= 2
+        if high > 1e6:
+            problem = (
+                f"epsilon {epsilon_of(spent, budget.delta):.3g} of {budget.epsilon:g} is spent; no noise is enough for more"
+            )
+            raise BudgetError(problem, "release what is there, or begin with other data and a new budget")
+    low = 0.0 if high == 1.0 else high / 2
+    while high - low > 1e-3 * min(1.0, high):
+        middle = (low + high) / 2
+        low, high = (low, middle) if middle > 0 and fits(middle) else (middle, high)
+    return high
+
+
+def most_times(budget: Budget, one: Spending, spent: Sequence[Spending] = ()) -> int:
+    """How many releases like this the budget holds after what was spent; 0 if none."""
+
+    def fits(times: int) -> bool:
+        return epsilon_of([*spent, replace(one, times=times)], budget.delta) <= budget.epsilon
+
+    return _most(fits)
+
+
+def _most(fits: Callable[[int], bool]) -> int:
+    if not fits(1):
+        return 0
+    high = 2
+    while high <= MOST_TIMES and fits(high):
+        high *= 2
+    low, high = high // 2, min(high, MOST_TIMES + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+class Account:
+    """A budget's account in a file, begun where there is none. Several processes may use one.
+
+    Raises ArtifactError for a file that is none, ConflictError where it was begun with another budget: what was promised to
+    those whose data it is does not change later.
+    """
+
+    def __init__(self, file: Path, budget: Budget) -> None:
+        self.file, self.budget = file, budget
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(f"{file}.lock")
+        with self._lock:
+            if file.exists():
+                self.spent()
+            else:
+                self._write([])
+
+    def spent(self) -> list[Spending]:
+        """What was spent, in order."""
+        try:
+            said = json.loads(self.file.read_text(encoding="utf-8"))
+            if (said["schema"], said["kind"]) != (SCHEMA, KIND):
+                raise ValueError("another schema or kind")
+            budget, spent = Budget(**said["budget"]), [Spending(**one) for one in said["spent"]]
+        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+            raise ArtifactError(f"{self.file} is no privacy account: {error!r}", "restore it from a copy") from None
+        if budget != self.budget:
+            begun = f"epsilon {budget.epsilon:g}, delta {budget.delta:g}"
+            raise ConflictError(f"{self.file} was begun with {begun}; asked is {self.budget}", f"keep {begun}")
+        return spent
+
+    def epsilon(self) -> float:
+        """Spent so far."""
+        return epsilon_of(self.spent(), self.budget.delta)
+
+    def left(self, like: Spending) -> int:
+        """How many more releases like this there may be."""
+        return most_times(self.budget, like, self.spent())
+
+    def spend(self, one: Spending) -> float:
+        """Write a release down before its noise is drawn; returns epsilon with it.
+
+        The same release under the same name costs once, so a round that goes on after a kill is not paid for twice; its noise
+        must then be the same too, or it needs another name. Raises ConflictError for another release of a name that was spent,
+        BudgetError beyond the budget, with what would fit: nothing is written then.
+        """
+        with self._lock:
+            spent = self.spent()
+            if before := [other for other in spent if other.name == one.name]:
+                if before != [one]:
+                    raise ConflictError(
+                        f"{one.name} was spent as {before[0]}; asked is {one}", "give this release another name"
+                    )
+                return epsilon_of(spent, self.budget.delta)
+            epsilon = epsilon_of([*spent, one], self.budget.delta)
+            if epsilon > self.budget.epsilon:
+                raise self._over(one, epsilon, spent)
+            self._write([*spent, one])
+            return epsilon
+
+    def _over(self, one: Spending, epsilon: float, spent: Sequence[Spending]) -> BudgetError:
+        now, most = epsilon_of(spent, self.budget.delta), self.budget.epsilon
+        budget = f"the budget is {most:g} at delta {self.budget.delta:g}"
+        problem = f"{one.name} would bring epsilon from {now:.3g} to {epsilon:.3g}; {budget}"
+        if fewer := most_times(self.budget, one, spent):
+            return BudgetError(problem, f"times={fewer} of {one.times}, with the same noise")
+        try:
+            noise = calibrated(self.budget, one.times, one.fraction, spent)
+        except BudgetError as error:
+            return BudgetError(problem, error.remedy)
+        return BudgetError(
+            problem, f"noise_multiplier={noise:.3f} (asked was {one.noise_multiplier:g}), or release what is there"
+        )
+
+    def _write(self, spent: Sequence[Spending]) -> None:
+        said: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": KIND,
+            "budget": asdict(self.budget),
+            "spent": list(map(asdict, spent)),
+        }
+        write_whole(self.file, json.dumps(said, indent=1).encode() + b"\n")

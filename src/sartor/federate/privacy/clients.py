@@ -1,0 +1,103 @@
+"""Client-level privacy inside a secure sum: each clips its update, rounds it to the ring's step and adds its share of noise.
+
+The distributed discrete Gaussian (Kairouz, Liu, Steinke 2021, arXiv:2102.06387). The sum of t clients' noise, each of variance
+sigma^2 = (z C)^2 / t, is nearly a discrete Gaussian of (z C)^2: how nearly is tau, 10 sum_{k<t} exp(-2 pi^2 sigma^2 k/(k + 1))
+in units of the step, and the sum of P values is concentrated-DP as a Gaussian of multiplier 1 / (D / (z C) + sqrt(P) tau) is
+(proposition 14). D is C and what rounding to the nearest step can add, sqrt(P) / 2 steps. We differ from the paper: no random
+rotation and no conditional rounding, since the 32-bit ring leaves steps so fine that D is C within a thousandth.
+
+Dropouts. t is the number of clients that the round needs at least, less those who might tell each other their noise. If more
+survive there is more noise than was paid for; if fewer do, the secure sum must not be opened, so t stands in the signed
+manifest beside the threshold, and is at most as high. A client that sends no noise takes its share out of it: t is what is
+trusted.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sartor.core.config import REQUIRED, option
+from sartor.core.errors import ConfigError, InputError
+from sartor.federate.aggregate.tensors import Array, Tensors, norm
+from sartor.federate.privacy.accountant import Spending
+from sartor.federate.privacy.noise import Integers, Source, discrete_gaussian
+
+# Gaussian values further out than this many standard deviations do not occur: 1e-32 a value
+FAR = 12.0
+
+
+@dataclass(frozen=True)
+class ClientNoise:
+    """What every client of a round does to its update, as the signed manifest says it."""
+
+    clip_norm: float = option(REQUIRED, "C: the Euclidean norm that an update has at most")
+    noise_multiplier: float = option(REQUIRED, "z: standard deviation of the sum's noise over C")
+    sharers: int = option(REQUIRED, "t: clients that surely add their share: the threshold, less those who might collude")
+    step: float = option(REQUIRED, "the value of one unit of the ring, as `step_of` has it")
+
+    def __post_init__(self) -> None:
+        if min(self.clip_norm, self.step) <= 0 or self.noise_multiplier < 0 or self.sharers < 1:
+            raise ConfigError(
+                f"{self} is no noise", "clip_norm and step above 0, noise_multiplier at least 0, sharers at least 1"
+            )
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of one client's share, in units of the ring."""
+        return self.noise_multiplier * self.clip_norm / math.sqrt(self.sharers) / self.step
+
+    def effective_multiplier(self, values: int) -> float:
+        """The noise multiplier of a Gaussian that tells no less than the sum of so many values does: a little below z.
+
+        Raises ConfigError where it is below 0.95 z, since the step is too coarse.
+        """
+        if not self.noise_multiplier:
+            return 0.0
+        reach = self.clip_norm + self.step * math.sqrt(values) / 2
+        tau = 10 * sum(math.exp(-2 * (math.pi * self.sigma) ** 2 * k / (k + 1)) for k in range(1, self.sharers))
+        found = 1 / (reach / (self.noise_multiplier * self.clip_norm) + math.sqrt(values) * tau)
+        if found < 0.95 * self.noise_multiplier:
+            finest = self.noise_multiplier * self.clip_norm / math.sqrt(self.sharers) / 3
+            step = min(0.05 * self.clip_norm / math.sqrt(values), finest)
+            problem = f"at a step of {self.step:.3g} the noise counts as {found:.3g}, not {self.noise_multiplier:g}"
+            raise ConfigError(problem, f"step: {step:.3g} or finer")
+        return found
+
+    def spending(self, name: str, values: int) -> Spending:
+        """What a round costs, whose upload has so many values."""
+        return Spending(name, self.effective_multiplier(values))
+
+    def encoded(self, upload: Tensors, source: Source = os.urandom) -> dict[str, Integers]:
+        """The update as integers in units of the ring, clipped and noised: what a client puts into the secure sum.
+
+        The ring takes them modulo its size. Weights are equal here (`rounds.manifest.Rules`). Raises InputError for values
+        that are not finite.
+        """
+        length = norm(upload)
+        if not math.isfinite(length):
+            raise InputError(f"this update has a norm of {length}", "lower the learning rate, and train again")
+        factor = min(1.0, self.clip_norm / length) if length else 1.0
+        return {
+            name: np.rint(value.astype(np.float64) * (factor / self.step)).astype(np.int64)
+            + discrete_gaussian(self.sigma, value.size, source).reshape(value.shape)
+            for name, value in upload.items()
+        }
+
+    def mean_of(self, summed: Mapping[str, Integers], clients: int) -> dict[str, Array]:
+        """The mean of the clients that were summed, from the sum in units."""
+        return {name: (value * (self.step / clients)).astype(np.float32) for name, value in summed.items()}
+
+
+def bound_of(clip_norm: float, noise_multiplier: float, sharers: int) -> float:
+    """The largest magnitude that a value of one client has, its noise included: what a ring's scale has to leave room for."""
+    return clip_norm * (1 + FAR * noise_multiplier / math.sqrt(sharers))
+
+
+def step_of(clip_norm: float, noise_multiplier: float, sharers: int, clients: int, bits: int = 32) -> float:
+    """The finest step at which so many clients each fit, noise included, into a ring of so many bits: their sum cannot wrap."""
+    return clients * bound_of(clip_norm, noise_multiplier, sharers) / (2 ** (bits - 1) - 1 - clients)

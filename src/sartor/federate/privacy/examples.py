@@ -1,0 +1,142 @@
+"""Example-level privacy in the client: DP-SGD (Abadi et al. 2016, arXiv:1607.00133) through opacus, around any model and loss.
+
+Each row's gradient is clipped to a norm, their sum gets noise, and the optimiser goes on from that. It needs a gradient of each
+row alone, so rows are not packed and share no beginnings: the general path, a row of the batch a row of the data. What an
+update takes is drawn for each row by itself (Poisson), which is what the account counts. What the client sends is then private
+towards everybody, without any secure sum; one client's many rows are not protected together.
+
+opacus gives the gradients of single rows and clips them. The noise is ours: its is PyTorch's Mersenne twister. Here it is the
+system's randomness, and the noisy sum is rounded to a grid of sigma / 2^20, so that a float's low bits tell nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from sartor.core.config import REQUIRED, option
+from sartor.core.errors import ConfigError, ModelError, need
+from sartor.federate.privacy.accountant import Spending
+from sartor.federate.privacy.noise import Source, gaussian
+
+T = TypeVar("T")
+Losses = Callable[[Sequence[T]], torch.Tensor]
+GRID = 2.0**-20
+
+
+@dataclass(frozen=True)
+class RowNoise:
+    """How a client's updates protect its rows."""
+
+    clip_norm: float = option(REQUIRED, "the Euclidean norm that one row's gradient has at most")
+    noise_multiplier: float = option(REQUIRED, "standard deviation of the noise over clip_norm")
+    batch_rows: int = option(REQUIRED, "rows of an update on average; the sum of gradients is divided by it")
+
+    def __post_init__(self) -> None:
+        if self.clip_norm <= 0 or self.noise_multiplier < 0 or self.batch_rows < 1:
+            raise ConfigError(f"{self} is no noise", "clip_norm above 0, noise_multiplier at least 0, batch_rows at least 1")
+
+    def fraction(self, rows: int) -> float:
+        """Of so many rows, that an update draws on average. Raises ConfigError for fewer rows than batch_rows."""
+        if rows < self.batch_rows:
+            raise ConfigError(f"batch_rows is {self.batch_rows}, and there are {rows} rows", f"batch_rows: {max(1, rows // 2)}")
+        return self.batch_rows / rows
+
+    def spending(self, name: str, rows: int, updates: int) -> Spending:
+        """What so many updates on so many rows cost."""
+        return Spending(name, self.noise_multiplier, self.fraction(rows), updates)
+
+
+def drawn(rows: Sequence[T], how: RowNoise, source: Source = os.urandom) -> list[T]:
+    """The rows of an update: each with the same chance, by itself. Their number varies, and may be 0."""
+    chances = np.frombuffer(source(8 * len(rows)), np.uint64) / 2.0**64
+    return [row for row, chance in zip(rows, chances, strict=True) if chance < how.fraction(len(rows))]
+
+
+@contextmanager
+def private_updates(
+    model: Any, optimizer: Any, losses: Losses[T], how: RowNoise, *, micro_rows: int = 8, source: Source = os.urandom
+) -> Iterator[Callable[[Sequence[T]], None]]:
+    """Yields a function that makes one update from the rows it is given (`drawn`); the model is as it was afterwards.
+
+    model: a torch module, as from `adapters.inject_lora`; what requires a gradient learns. losses: rows -> (B,), a row's loss a
+    function of that row alone; it calls `model`. micro_rows: how many are computed at once. Raises ExtraError without opacus,
+    ModelError where a gradient is not that of single rows.
+    """
+    try:
+        from opacus import GradSampleModule
+        from opacus.optimizers import DPOptimizer
+    except ImportError:
+        raise need("opacus", "federated") from None
+    learning = [part for part in model.parameters() if part.requires_grad]
+    _check(model, learning, optimizer)
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()  # opacus looks at modules that are in training only
+    hooks = GradSampleModule(model, loss_reduction="sum", strict=False)
+    stepping = DPOptimizer(optimizer, noise_multiplier=0.0, max_grad_norm=how.clip_norm, expected_batch_size=how.batch_rows)
+    stepping.attach_step_hook(lambda stepped: _noise(stepped.params, how, source))
+
+    def update(rows: Sequence[T]) -> None:
+        stepping.zero_grad()
+        micros = [rows[place : place + micro_rows] for place in range(0, len(rows), micro_rows)]
+        for micro in micros:
+            with warnings.catch_warnings():  # of the lowest adapted layer, whose input needs no gradient
+                warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+                losses(micro).sum().backward()
+            _check_rows(learning, len(micro))
+            stepping.signal_skip_step(micro is not micros[-1])
+            stepping.step()
+            stepping.zero_grad()
+        if not micros:  # nobody was drawn: noise alone
+            for part in learning:
+                part.grad_sample = part.new_zeros((0, *part.shape))
+            stepping.step()
+            stepping.zero_grad()
+
+    try:
+        yield update
+    finally:
+        hooks.to_standard_module()
+        for module, mode in modes:
+            module.training = mode
+
+
+def _noise(parameters: Sequence[Any], how: RowNoise, source: Source) -> None:
+    """Noise onto the gradients, which are the clipped sum over batch_rows; rounded to the grid."""
+    sigma = how.noise_multiplier * how.clip_norm / how.batch_rows
+    if not sigma:
+        return
+    for part in parameters:
+        noise = torch.from_numpy(gaussian(sigma, part.numel(), source)).reshape(part.shape)
+        noisy = part.grad.double().cpu() + noise
+        part.grad = ((noisy / (sigma * GRID)).round() * (sigma * GRID)).to(part.grad)
+
+
+def _check(model: Any, learning: Sequence[Any], optimizer: Any) -> None:
+    if not learning:
+        raise ModelError("nothing of this model requires a gradient", "put an adapter on it: adapters.inject_lora")
+    held = {id(part) for group in optimizer.param_groups for part in group["params"]}
+    if held != {id(part) for part in learning}:
+        raise ModelError(
+            f"the optimiser moves {len(held)} tensors, and {len(learning)} of the model learn", "give it just those"
+        )
+    for name, module in model.named_modules():
+        learns = any(part.requires_grad for part in module.parameters(recurse=False))
+        if learns and next(module.buffers(recurse=False), None) is not None:
+            raise ModelError(f"{name} learns and keeps statistics of all rows, which nothing hides", "leave it frozen")
+
+
+def _check_rows(learning: Sequence[Any], rows: int) -> None:
+    for part in learning:
+        sample = part.grad_sample
+        if not isinstance(sample, torch.Tensor) or len(sample) != rows:
+            found = "no gradient" if sample is None else f"{len(sample)} gradients"
+            problem = f"a tensor of shape {tuple(part.shape)} has {found} for {rows} rows"
+            raise ModelError(problem, "losses must call the model once, with one row of the batch for each row")

@@ -1,0 +1,254 @@
+"""The rules, a union by `kind`, as a round's manifest declares one. docs/federate-privacy.md says which guards against what.
+
+rule: {trimmed: {fraction: 0.2}}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from sartor.core.config import option
+from sartor.core.errors import ConfigError, GuardError
+from sartor.federate.aggregate.tensors import Tensors, Update, cohort, mean
+from sartor.federate.robust.distances import by_value, cosines, norms, squared_distances
+
+Action = Literal["refused", "bounded"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was done with a client's update, other than to take it as it is, and why."""
+
+    client: str
+    action: Action
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What stands for the mean, and what was done with whom."""
+
+    tensors: Tensors
+    verdicts: tuple[Verdict, ...] = ()
+
+
+class Rule(Protocol):
+    """Updates of a round -> one."""
+
+    @property
+    def kind(self) -> str:
+        """Its word in a manifest."""
+        ...
+
+    @property
+    def sees_updates(self) -> bool:
+        """Whether it needs the updates one by one: then there can be no secure sum."""
+        ...
+
+    def pool(self, updates: Sequence[Update]) -> Pooled:
+        """What stands for the mean. Raises InputError, ConfigError for updates or cohorts that it cannot take."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean, weighted by examples. One client can move it anywhere."""
+
+    kind: Literal["mean"] = "mean"
+    sees_updates = False
+
+    def pool(self, updates: Sequence[Update]) -> Pooled:
+        """See Rule."""
+        return Pooled(mean(_taken(updates)))
+
+
+@dataclass(frozen=True)
+class NormBound:
+    """The mean of updates scaled down to a norm (Sun et al. 2019, arXiv:1911.07963): nobody pulls further than all others."""
+
+    times_median: float = option(1.0, "the norm that an update may have, in medians of the round's norms")
+    kind: Literal["norm_bound"] = "norm_bound"
+    sees_updates = True
+
+    def __post_init__(self) -> None:
+        if self.times_median <= 0:
+            raise ConfigError(f"times_median is {self.times_median}; it must be above 0", "times_median: 1.0")
+
+    def pool(self, updates: Sequence[Update]) -> Pooled:
+        """See Rule."""
+        lengths = norms(_taken(updates))
+        most = self.times_median * float(np.median(lengths))
+        factors = [min(1.0, most / length) if length else 1.0 for length in lengths]
+        kept = [_scaled(one, factor) for one, factor in zip(updates, factors, strict=True)]
+        verdicts = tuple(
+            Verdict(one.client, "bounded", f"its norm is {length:.3g}; the bound is {most:.3g}")
+            for one, length, factor in zip(updates, lengths, factors, strict=True)
+            if factor < 1
+        )
+        return Pooled(_plain(kept), verdicts)
+
+
+@dataclass(frozen=True)
+class Median:
+    """The median of each value (Yin et al. 2018, arXiv:1803.01498), while fewer than half of the clients lie."""
+
+    kind: Literal["median"] = "median"
+    sees_updates = True
+
+    def pool(self, updates: Sequence[Update]) -> Pooled:
+        """See Rule."""
+        return Pooled(by_value(_taken(updates), lambda values: np.median(values, axis=0)))
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """The mean of each value without its lowest and highest (Yin et al. 2018, arXiv:1803.01498)."""
+
+    fraction: float = option(0.2, "of the clients, that may lie: so many are left out at either end of each value, 0..0.5")
+    kind: Literal["trimmed"] = "trimmed"
+    sees_updates = True
+
+    def __post_init__(self) -> None:
+        _check_fraction("fraction", self.fraction)
+
+    def pool(self, updates: Sequence[Update]) -> Pooled:
+        """See Rule."""
+        count = _liars(self.fraction, _taken(updates))
+        if 2 * count >= len(updates):
+            raise _too_few(len(updates), count, 2 * count + 1)
+        return Pooled(by_value(updates, lambda values: np.sort(values, axis=0)[count : len(values) - count].mean(axis=0)))
+
+
+@dataclass(frozen=True)
+class Krum:
+    """The one update that is nearest to its nearest neighbours (Blanchard et al. 2017, arXiv:1703.02757)."""
+
+    fraction: float = option(0.2, "of the clients, that may lie, 0..0.5")
+    kind: Literal["krum"] = "krum"
+    sees_updates = True
+
+    def __post_init__(self) -> None:
+        _check_fraction("fraction", self.fraction)
+
+    def pool(self, updates: Sequence[Update]) -> Pooled:
+        """See Rule. A cohort of n takes f liars if n >= 2 f + 3."""
+        return _nearest(updates, _liars(self.fraction, updates), 1)
+
+
+@dataclass(frozen=True)
+class MultiKrum:
+    """The mean of the updates that Krum would choose first: all but as many as may lie."""
+
+    fraction: float = option(0.2, "of the clients, that may lie, 0..0.5")
+    kind: Literal["multi_krum"] = "multi_krum"
+    sees_updates = True
+
+    def __post_init__(self) -> None:
+        _check_fraction("fraction", self.fraction)
+
+    def pool(self, updates: Sequence[Update]) -> Pooled:
+        """See Rule. A cohort of n takes f liars if n >= 2 f + 3."""
+        count = _liars(self.fraction, updates)
+        return _nearest(updates, count, len(updates) - count)
+
+
+@dataclass(frozen=True)
+class Screened:
+    """Updates that look odd are left out, each by name and reason; the mean of the others.
+
+    Odd: it points away from the round's median update, or is many times longer. A round that would lose half of its clients
+    is stopped, since then nobody knows which half lies.
+    """
+
+    least_cosine: float = option(0.0, "to the median of all updates, -1..1")
+    most_times_median: float = option(3.0, "norm of an update, in medians of the round's norms")
+    kind: Literal["screened"] = "screened"
+    sees_updates = True
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.least_cosine < 1 or self.most_times_median < 1:
+            problem = f"least_cosine is {self.least_cosine}, most_times_median {self.most_times_median}"
+            raise ConfigError(problem, "least_cosine in -1..1, most_times_median at least 1")
+
+    def pool(self, updates: Sequence[Update]) -> Pooled:
+        """See Rule. Raises GuardError where half of the clients or more would be left out."""
+        reasons = self._reasons(_taken(updates))
+        odd = tuple(Verdict(client, "refused", reason) for client, reason in reasons.items())
+        if 2 * len(odd) >= len(updates):
+            problem = (
+                f"screening would leave out {len(odd)} of {len(updates)} clients, the first {odd[0].client!r}: {odd[0].reason}"
+            )
+            raise GuardError(problem, "look at the clients, or lower least_cosine and raise most_times_median")
+        return Pooled(_plain([one for one in updates if one.client not in reasons]), odd)
+
+    def _reasons(self, updates: Sequence[Update]) -> dict[str, str]:
+        """Client -> why it is left out."""
+        lengths = norms(updates)
+        most = self.most_times_median * float(np.median(lengths))
+        alike = cosines(updates, Median().pool(updates).tensors)
+        found = {}
+        for one, length, cosine in zip(updates, lengths, alike, strict=True):
+            if length > most:
+                found[one.client] = f"its norm is {length:.3g}; the limit is {most:.3g}"
+            elif length and cosine < self.least_cosine:
+                found[one.client] = f"its cosine to the median update is {cosine:.2f}; the limit is {self.least_cosine:.2f}"
+        return found
+
+
+AnyRule = Mean | NormBound | Median | Trimmed | Krum | MultiKrum | Screened
+
+
+def _taken(updates: Sequence[Update]) -> Sequence[Update]:
+    cohort(updates, updates[0].tensors if updates else {})
+    return updates
+
+
+def _plain(updates: Sequence[Update]) -> Tensors:
+    """The mean, each client alike."""
+    return mean([Update(one.client, one.tensors) for one in updates])
+
+
+def _scaled(update: Update, factor: float) -> Update:
+    if factor == 1:
+        return update
+    return Update(update.client, {name: (value * factor).astype(value.dtype) for name, value in update.tensors.items()})
+
+
+def _nearest(updates: Sequence[Update], liars: int, keep: int) -> Pooled:
+    """The mean of the `keep` updates with the least sums of squared distances to their n - f - 2 nearest."""
+    neighbours = len(_taken(updates)) - liars - 2
+    if len(updates) < 2 * liars + 3:
+        raise _too_few(len(updates), liars, 2 * liars + 3)
+    between = squared_distances(updates)
+    np.fill_diagonal(between, np.inf)
+    scores = np.sort(between, axis=1)[:, :neighbours].sum(axis=1)
+    order = np.argsort(scores, kind="stable")
+    last = scores[order[keep - 1]]
+    reasons = [
+        f"its distance to its {neighbours} nearest is {scores[place] ** 0.5:.3g}; taken were up to {last**0.5:.3g}"
+        for place in order[keep:]
+    ]
+    verdicts = tuple(Verdict(updates[place].client, "refused", why) for place, why in zip(order[keep:], reasons, strict=True))
+    return Pooled(_plain([updates[place] for place in sorted(order[:keep])]), verdicts)
+
+
+def _liars(fraction: float, updates: Sequence[Update]) -> int:
+    """How many of these clients may lie."""
+    return math.ceil(round(fraction * len(updates), 9))
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value < 0.5:
+        raise ConfigError(f"{name} is {value}; it must be at least 0 and below 0.5", f"{name}: 0.2")
+
+
+def _too_few(clients: int, liars: int, least: int) -> ConfigError:
+    return ConfigError(
+        f"{clients} clients, of which {liars} may lie; this rule needs {least}",
+        f"wait for {least - clients} more, or rule: median",
+    )
