@@ -129,9 +129,9 @@ class FlowerTransport:
 
     def _send(self, letters: Mapping[str, tuple[_Request, ...]], left_s: float) -> None:
         there = self.post.nodes()
-        for number, node in there.items():
-            self._nodes.setdefault(node.client, set()).add(number)
-        self.away = letters.keys() - {node.client for node in there.values()}
+        for node, whose in there.items():
+            self._nodes.setdefault(whose.client, set()).add(node)
+        self.away = letters.keys() - {whose.client for whose in there.values()}
         for name, requests in letters.items():
             for node in self._of(name) & there.keys():
                 if self._way.needs(node, there[node].came, requests, self.clock()):
