@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def coordinator_files(folder: Path) -> Path:
 
 @dataclass
 class Fleet:
-    """Everything in one folder; each process has a session of its own, so that nothing of it is left at the end."""
+    """Everything in one folder. What was started for it is known by its FLWR_HOME, also what outlived who started it."""
 
     folder: Path
     port: int = field(default_factory=free_port)
@@ -176,13 +176,23 @@ class Fleet:
         )
 
     def kill_server_app(self) -> None:
-        for stat in Path("/proc").glob("[0-9]*/cmdline"):
-            command = stat.read_bytes().split(b"\0")
-            if any(part.endswith(b"flwr-serverapp") for part in command) and f"127.0.0.1:{self.port}".encode() in command:
-                os.kill(int(stat.parent.name), signal.SIGKILL)
+        found = [process for process in self._processes() if "flwr-serverapp" in (process / "cmdline").read_text()]
+        assert found, "no ServerApp runs"
+        for process in found:
+            os.kill(int(process.name), signal.SIGKILL)
+
+    def _processes(self) -> Iterator[Path]:
+        """Everything that was started for this fleet: SuperExecs have sessions of their own, and outlive who started them."""
+        mark = f"FLWR_HOME={self.folder}/home".encode()
+        for place in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (place / "environ").read_bytes().split(b"\0"):
+                    yield place
 
     def close(self) -> None:
         for process in self.started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
+        for place in list(self._processes()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(place.name), signal.SIGKILL)

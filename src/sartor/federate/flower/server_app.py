@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
+import time
 from pathlib import Path
 
 from flwr.app import Context
@@ -24,8 +27,20 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Go on from where the journal stands, to the last round that the YAML asks for."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     lead = Lead.open(Path(str(context.run_config["lead"])))
     transport = FlowerTransport(GridPost(grid))
     for line in lead_rounds(lead, transport):
         LOG.info("%s", line)
     transport.deliver(min(lead.round.stage_s, _FAREWELL_S))
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent is gone, as when SuperLink is killed.
+
+    Flower itself asks it to stop, and then waits while the grid tries again for many minutes: so long nobody else would get the
+    journal. That is written before anything follows from it, so an end at any point loses nothing.
+    """
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
