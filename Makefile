@@ -16,11 +16,11 @@ $(VENV)/.demo: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,static,multimodal,serve,otel,llamacpp,edge,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,static,multimodal,serve,otel,llamacpp,edge,federated,dev]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,static,multimodal,serve,otel,llamacpp,edge,dev,bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,static,multimodal,serve,otel,llamacpp,edge,federated,dev,bench]'
 	touch $@
 
 demo: $(VENV)/.demo  ## the whole circle on real data

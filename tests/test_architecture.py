@@ -35,6 +35,7 @@ TORCH_FREE = ("sartor", "sartor.core.rows", "sartor.core.lineage", "sartor.core.
               "sartor.edge.runtime.gguf",
               "sartor.edge.tuning.energy", "sartor.edge.personal.keys", "sartor.edge.personal.diary", "sartor.edge.personal.local",
               "sartor.federate.secure.client", "sartor.federate.secure.server", "sartor.federate.rounds.transport",
+              "sartor.federate.flower.lead", "sartor.federate.flower.trainer",
               "sartor.federate.aggregate.exactness", "sartor.federate.robust.rules", "sartor.federate.privacy.clients",
               "sartor.federate.privacy.worth", "sartor.federate.privacy.attacks.report")  # fmt: skip
 LINES, BODY, ARGUMENTS, FIELDS, NESTING = 400, 60, 7, 12, 4

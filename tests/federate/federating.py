@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sartor.federate.secure.client import Client
@@ -39,6 +41,17 @@ def terms(count: int, size: int = 50, degree: int = 0, threshold: int = 0, bound
 
 def roster_of(*identities: Identity) -> Roster:
     return Roster({one.name: one.key.public_key() for one in identities})
+
+
+def write_keys(folder: Path, me: Identity, roster: Roster) -> None:
+    """NAME.key and roster/NAME.pub, as somebody who enrolled has them."""
+    secret_ = me.key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / f"{me.name}.key").touch(mode=0o600)
+    (folder / f"{me.name}.key").write_bytes(secret_)
+    (folder / "roster").mkdir()
+    for name, key in roster.keys.items():
+        public = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        (folder / "roster" / f"{name}.pub").write_bytes(public)
 
 
 @dataclass

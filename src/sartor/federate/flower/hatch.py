@@ -1,0 +1,267 @@
+"""The hatch between whoever carries messages and the process that has keys and data: a Unix socket, and nothing else of it.
+
+    the carrier says   8 bytes: length N, big-endian; N bytes: one request
+    and hears          1 byte: what it is (Said.kind); 8 bytes: length; that many bytes; the end of the connection
+
+A request of no bytes asks for the name of who answers. A connection carries one request. Who connects is asked of the system
+(SO_PEERCRED: Linux alone), not of the carrier. What is too long, too slow, malformed or of a stranger ends that connection and
+touches nothing else; requests are answered one at a time, by the thread that serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import stat
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from sartor.core.errors import BusyError, ConfigError, MissingError, RequestError
+
+# answer; no: a refusal, as `KIND check`; busy: ask again later; stranger: this user is not heard; none: a request of no form
+Kind = Literal["answer", "no", "busy", "stranger", "none"]
+_KINDS: dict[bytes, Kind] = {b"a": "answer", b"n": "no", b"b": "busy", b"s": "stranger", b"x": "none"}
+_BYTES = {kind: byte for byte, kind in _KINDS.items()}
+_LENGTH = struct.Struct(">Q")
+_PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_PIECE_BYTES = 1 << 20
+# of a path in sockaddr_un, with its final zero
+_MOST_PATH_BYTES = 107
+
+
+@dataclass(frozen=True)
+class Said:
+    """What comes back through the hatch."""
+
+    kind: Kind
+    content: bytes = b""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """most_bytes: of a request or an answer. transfer_s: for all bytes of one of them. most_waiting: connections at a time."""
+
+    most_bytes: int = 256 << 20
+    transfer_s: float = 60.0
+    most_waiting: int = 4
+
+
+def _own() -> frozenset[int]:
+    return frozenset({os.geteuid()})
+
+
+@dataclass
+class _Waiting:
+    """A request that waits for its turn."""
+
+    request: bytes
+    said: Said = Said("busy")
+    over: threading.Event = field(default_factory=threading.Event)
+
+
+class Hatch:
+    """The side that answers. allowed: user ids that are heard; group: whose members may connect (0660), None: the owner (0600).
+
+    Raises ConfigError for a folder in which others could put their own socket, BusyError where somebody answers already,
+    MissingError where the system has no such sockets.
+    """
+
+    def __init__(
+        self, path: Path, allowed: frozenset[int] | None = None, group: int | None = None, limits: Limits | None = None
+    ) -> None:
+        self.path, self.allowed, self.limits = path, _own() if allowed is None else allowed, limits or Limits()
+        # SimpleQueue: a signal handler may call stop() while the serving thread stands in the queue
+        self._turns: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(self.limits.most_waiting)
+        self._stopped, self._name = False, ""
+        self._accepting = threading.Thread(target=self._accept, name="hatch", daemon=True)
+        _check_place(path)
+        self._end = _listening(path, group, self.limits.most_waiting)
+
+    def __enter__(self) -> Hatch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop, and take the socket away."""
+        self.stop()
+        with contextlib.suppress(OSError):
+            self._end.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        if self._accepting.is_alive():
+            # closed under it, its descriptor's number could become another socket's
+            self._accepting.join()
+        self._end.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    def stop(self) -> None:
+        """Have `serve` return after the request that it is at. May be called from a signal handler."""
+        self._stopped = True
+        self._turns.put(None)
+
+    def serve(self, name: str, answer: Callable[[bytes], Said]) -> None:
+        """Answer one request after the other in this thread, until `stop`. `answer` raises nothing."""
+        self._name = name
+        self._accepting.start()
+        while (waiting := self._turns.get()) is not None and not self._stopped:
+            waiting.said = answer(waiting.request)
+            waiting.over.set()
+
+    def _accept(self) -> None:
+        while not self._stopped:
+            try:
+                end, _ = self._end.accept()
+            except OSError:
+                # closed, or no descriptor is free: in that case those who wait go on waiting
+                time.sleep(0.05)
+                continue
+            if self._room.acquire(blocking=False):
+                threading.Thread(target=self._attend, args=(end,), daemon=True).start()
+            else:
+                self._say(end, Said("busy"))
+
+    def _attend(self, end: socket.socket) -> None:
+        try:
+            self._say(end, self._heard(end))
+        finally:
+            self._room.release()
+
+    def _heard(self, end: socket.socket) -> Said:
+        try:
+            _, user, _ = _PEER.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+            if user not in self.allowed:
+                return Said("stranger")
+            request = _received(end, self.limits.most_bytes, time.monotonic() + self.limits.transfer_s)
+        except (OSError, RequestError):
+            return Said("none")
+        if not request:
+            return Said("answer", self._name.encode())
+        waiting = _Waiting(request)
+        self._turns.put(waiting)
+        while not waiting.over.wait(0.5):
+            if self._stopped:
+                return Said("busy")
+        return waiting.said
+
+    def _say(self, end: socket.socket, said: Said) -> None:
+        with end, contextlib.suppress(OSError, RequestError):
+            _send(end, (_BYTES[said.kind] + _LENGTH.pack(len(said.content)), said.content), self.limits.transfer_s)
+
+
+def ask(path: Path, request: bytes, wait_s: float, limits: Limits | None = None) -> Said:
+    """What is said to a request; `b""` asks for the name. wait_s: for the answer to begin.
+
+    Raises MissingError where nobody answers, RequestError where the answer is of another form or does not come.
+    """
+    limits = limits or Limits()
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with end:
+        try:
+            end.settimeout(limits.transfer_s)
+            end.connect(str(path))
+        except OSError as error:
+            raise MissingError(f"nobody answers at {path}: {error.strerror}", "start the trainer; see its rights") from None
+        try:
+            # one who is not heard is answered before it has said all
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                _send(end, (_LENGTH.pack(len(request)), request), limits.transfer_s)
+            kind = _exactly(end, 1, time.monotonic() + wait_s)
+            content = _received(end, limits.most_bytes, time.monotonic() + limits.transfer_s)
+            return Said(_KINDS[kind], content)
+        except (OSError, KeyError) as error:
+            raise RequestError(f"the answer at {path} did not come whole: {error!r:.80}", "ask again") from None
+
+
+def _send(end: socket.socket, pieces: tuple[bytes, ...], within_s: float) -> None:
+    # sendall's time-out is for the whole of it
+    end.settimeout(within_s)
+    for piece in pieces:
+        end.sendall(piece)
+
+
+def _received(end: socket.socket, most_bytes: int, until: float) -> bytes:
+    (length,) = _LENGTH.unpack(_exactly(end, _LENGTH.size, until))
+    if length > most_bytes:
+        raise RequestError(f"a message of {length:,} bytes; at most {most_bytes:,} pass", "raise Limits.most_bytes")
+    return _exactly(end, length, until)
+
+
+def _exactly(end: socket.socket, count: int, until: float) -> bytes:
+    return b"".join(_pieces(end, count, until))
+
+
+def _pieces(end: socket.socket, count: int, until: float) -> Iterator[bytes]:
+    """`count` bytes as they come: nothing is set aside for what is only announced."""
+    while count:
+        left_s = until - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError(f"{count:,} bytes did not come in time")
+        end.settimeout(left_s)
+        piece = end.recv(min(count, _PIECE_BYTES))
+        if not piece:
+            raise ConnectionResetError(f"the connection ended {count:,} bytes early")
+        count -= len(piece)
+        yield piece
+
+
+def _check_place(path: Path) -> None:
+    if len(os.fsencode(path)) > _MOST_PATH_BYTES:
+        raise ConfigError(f"{path} has more than {_MOST_PATH_BYTES} bytes, which no socket's path may", "a shorter path")
+    try:
+        folder = path.parent.stat()
+    except OSError as error:
+        raise ConfigError(f"{path.parent} cannot be used: {error.strerror}", f"install -d -m 0750 {path.parent}") from None
+    theirs = folder.st_uid not in (os.geteuid(), 0) or (folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX)
+    if theirs:
+        raise ConfigError(
+            f"others may write in {path.parent} (mode {stat.S_IMODE(folder.st_mode):04o}), and put their own socket there",
+            f"a folder of your own: chmod 0750 {path.parent}",
+        )
+
+
+def _listening(path: Path, group: int | None, backlog: int) -> socket.socket:
+    if not _has_peers():
+        raise MissingError("this system does not say who connects to a socket", "run the trainer on Linux")
+    _clear(path)
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)  # nobody connects before the rights are what they shall be
+    try:
+        end.bind(str(path))
+        if group is not None:
+            os.chown(path, -1, group)
+            os.chmod(path, 0o660)
+        end.listen(backlog)
+    except OSError as error:
+        end.close()
+        raise MissingError(f"{path} cannot be listened at: {error.strerror}", "see to its folder and group") from None
+    finally:
+        os.umask(before)
+    return end
+
+
+def _has_peers() -> bool:
+    return "SO_PEERCRED" in vars(socket)
+
+
+def _clear(path: Path) -> None:
+    """Take away the socket of one that was killed. Raises BusyError where somebody listens, ConfigError for another file."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError(f"{path} is there, and is no socket", "choose another path")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(5.0)
+        if probe.connect_ex(str(path)) == 0:
+            raise BusyError(f"another process answers at {path}", "stop it, or choose another path")
+    path.unlink()

@@ -1,0 +1,151 @@
+"""What a coordinator is to lead, as a YAML file beside its key and journal; and the rounds led by it, over any transport.
+
+    run: triage
+    rounds: 10                      up to this number, also in a run that goes on
+    key: coordinator.key            paths are read from the file's own folder
+    roster: roster                  NAME.pub of the coordinator and of each client
+    journal: coordinator.sqlite
+    start: start.tensors            rounds/tensors.pack(...): what the first round starts from
+    round: {task: pull, cohort: [ward-1, ward-2, ward-3], rules: {clip: 1.0}, stage_s: 300}
+
+Beside the journal is written NAME.rounds.jsonl, a line for each round that ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sartor.core import config
+from sartor.core.config import REQUIRED, option
+from sartor.core.errors import BusyError, ConflictError, MissingError
+from sartor.federate.flower.transport import FlowerTransport
+from sartor.federate.rounds import tensors as arrays
+from sartor.federate.rounds.client import Member
+from sartor.federate.rounds.coordinator import Coordinator, Ended, Plan
+from sartor.federate.rounds.journal import Journal
+from sartor.federate.rounds.manifest import Rules
+from sartor.federate.rounds.transport import Carried, Transport, finish, run_round
+from sartor.federate.secure.identity import Identity, Roster
+
+# a ServerApp whose SuperLink was killed ends some seconds after it, and has the journal until then
+_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class RoundOptions:
+    """See Plan, whose fields these are."""
+
+    task: str = option(REQUIRED, "the type of work, which each client has installed")
+    cohort: tuple[str, ...] = option(REQUIRED, "names of the clients")
+    settings: Any = option(None, "a mapping for the task")
+    rules: Rules = option(Rules(), "clip, noise, most_examples, stale_rounds")
+    trained: tuple[str, ...] = option((), "names of the tensors that are changed; none: all")
+    base: str = option("", "digest of what is tuned")
+    recipe: str = option("", "digest of how")
+    degree: int = option(0, "of the graph; 0 joins everyone with everyone")
+    threshold: int = option(0, "how many must stay to the end; 0: the least above 2/3")
+    stage_s: int = option(300, "seconds that an exchange may take; Flower alone takes ten")
+    work_s: int = option(3_600, "seconds more for the first, in which clients compute")
+    length_s: int = option(86_400, "seconds that the round may take")
+
+    def plan(self) -> Plan:
+        """What the coordinator takes."""
+        said = {one.name: getattr(self, one.name) for one in fields(self)}
+        return Plan(**{**said, "settings": self.settings or {}})
+
+
+@dataclass(frozen=True)
+class Lead:
+    """The file's options; the paths are absolute once it was opened."""
+
+    run: str = option(REQUIRED, "name of the run")
+    key: str = option(REQUIRED, "the coordinator's private key, as sartor keygen writes it")
+    roster: str = option(REQUIRED, "folder of NAME.pub")
+    journal: str = option(REQUIRED, "the coordinator's journal")
+    start: str = option(REQUIRED, "packed tensors that the first round starts from")
+    round: RoundOptions = option(REQUIRED, "what each round is")
+    rounds: int = option(1, "the number of the last round")
+    name: str = option("coordinator", "the coordinator's name in the roster")
+
+    @classmethod
+    def open(cls, path: Path) -> Lead:
+        """Read the file. Raises ConfigError with the line or the option that is wrong."""
+        found = config.load(cls, config.read_yaml(path))
+        places = {name: str(path.parent.absolute() / getattr(found, name)) for name in ("key", "roster", "journal", "start")}
+        return cls(**{**{one.name: getattr(found, one.name) for one in fields(cls)}, **places})
+
+    @property
+    def record(self) -> Path:
+        """Where a line is written for each round that ended."""
+        return Path(self.journal).with_suffix(".rounds.jsonl")
+
+
+def lead_rounds(lead: Lead, transport: Transport) -> Iterator[str]:
+    """Bring an open round to its end, then begin the next ones, up to `lead.rounds`; a JSON line for each that ended.
+
+    May be stopped and called again at any point: it goes on from the journal. Raises BusyError where another process leads, and
+    what Coordinator raises.
+    """
+    with _opened(Path(lead.journal)) as journal:
+        me = Identity.open(lead.name, Path(lead.key))
+        coordinator = Coordinator(Member(me, Roster.open(Path(lead.roster)), lead.name), journal, lead.run)
+        if not journal.rounds(lead.run):
+            # one that was stopped before its first round has its tensors already
+            with contextlib.suppress(ConflictError):
+                coordinator.start(arrays.unpack(_read(Path(lead.start))))
+        while True:
+            since, carried = time.monotonic(), Carried()
+            if coordinator.is_open:
+                ended = finish(coordinator, transport, carried)
+            elif _number(journal, lead.run) < lead.rounds:
+                ended = run_round(coordinator, transport, lead.round.plan(), carried)
+            else:
+                # who missed the last end is told of it now
+                finish(coordinator, transport, carried)
+                return
+            assert ended
+            yield _recorded(lead.record, _said(ended, carried, time.monotonic() - since, transport))
+
+
+def _number(journal: Journal, run: str) -> int:
+    return max((kept.number for kept in journal.rounds(run)), default=0)
+
+
+def _said(ended: Ended, carried: Carried, took_s: float, transport: Transport) -> dict[str, Any]:
+    """What the record keeps of a round: nothing of its tensors."""
+    said: dict[str, Any] = {"number": ended.number, "state": ended.state, "active": ended.active, "reason": ended.reason}
+    said |= {"took_s": round(took_s, 2), **asdict(carried)}
+    if isinstance(transport, FlowerTransport):
+        said |= {"said_no": dict(transport.said_no), "lost": transport.lost, "away": sorted(transport.away)}
+    return said
+
+
+def _recorded(path: Path, said: dict[str, Any]) -> str:
+    line = json.dumps(said)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    return line
+
+
+def _opened(path: Path) -> Journal:
+    until = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return Journal(path)
+        except BusyError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(1.0)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise MissingError(f"{path} cannot be read: {error.strerror}", "write what the first round starts from") from None

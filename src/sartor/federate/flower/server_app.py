@@ -1,0 +1,46 @@
+"""The ServerApp: rounds led over Flower's grid. Of the run's config it takes lead="ABSOLUTE PATH OF THE YAML", see lead.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from sartor.federate.flower.lead import Lead, lead_rounds
+from sartor.federate.flower.transport import FlowerTransport
+from sartor.federate.flower.wire import GridPost
+
+# what this logger says, `flwr run --stream` shows
+LOG = logging.getLogger("flwr")
+
+# how long it is waited for that everybody hears how the last round ended; who does not, hears of it in the next run
+_FAREWELL_S = 60.0
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Go on from where the journal stands, to the last round that the YAML asks for."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    lead = Lead.open(Path(str(context.run_config["lead"])))
+    transport = FlowerTransport(GridPost(grid))
+    for line in lead_rounds(lead, transport):
+        LOG.info("%s", line)
+    transport.deliver(min(lead.round.stage_s, _FAREWELL_S))
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent is gone, as when SuperLink is killed.
+
+    Flower itself asks it to stop, and then waits while the grid tries again for many minutes: so long nobody else would get the
+    journal. That is written before anything follows from it, so an end at any point loses nothing.
+    """
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)

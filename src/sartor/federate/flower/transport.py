@@ -1,0 +1,193 @@
+"""Requests to clients behind nodes that come and go, and their answers back: what Flower carries, without a line of Flower.
+
+Which node is whose is said by whoever registers its key (`flwr supernode register KEY --name CLIENT`), and is believed only for
+where to send: an answer counts by its client's signature. Of two nodes with one name each gets that client's requests, which
+are no secret. What has no hurry (how a round ended) rides along with the next request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+_POLL_S = 0.25
+# between two tries to reach a client whose trainer did not answer, or whose node was lost
+_AGAIN_S = 5.0
+# a message is let expire so long after nobody waits for its answer
+_GRACE_S = 60.0
+ANSWERED, AGAIN = "answered", "again"
+
+
+class Node(NamedTuple):
+    """A node that is there. client: whose; came: since when, another text once it has been away."""
+
+    client: str
+    came: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of each request of a letter: "answered", "again" (busy, or nobody was there) or `no KIND check`.
+
+    answers: of each; b"" where none is due, or none was given.
+    """
+
+    said: tuple[str, ...] = ()
+    answers: tuple[bytes, ...] = ()
+
+
+class Post(Protocol):
+    """What carries letters: Flower's grid, or what stands for it."""
+
+    def nodes(self) -> Mapping[int, Node]:
+        """The nodes that are there."""
+        ...
+
+    def send(self, node: int, requests: Sequence[bytes], keep_s: float) -> str:
+        """Hand a letter in; its id. keep_s: how long it is worth delivering."""
+        ...
+
+    def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, Reply | None]]:
+        """The replies that are there, by the letter's id; None: it was lost. Does not wait."""
+        ...
+
+
+class _Request(NamedTuple):
+    """A request, and the digest that names it: large ones are read once for it."""
+
+    digest: str
+    content: bytes
+
+    @classmethod
+    def of(cls, content: bytes) -> _Request:
+        return cls(hashlib.sha256(content).hexdigest(), content)
+
+
+@dataclass
+class _Letter:
+    """A letter that is under way. came: the node's mark when it was sent."""
+
+    client: str
+    node: int
+    came: str
+    requests: tuple[_Request, ...]
+
+
+@dataclass
+class FlowerTransport:
+    """A Transport over a Post.
+
+    said_no: `CLIENT KIND check` -> how often a client refused; lost: letters whose node vanished, or whose trainer was not
+    there; away: clients of the last exchange that no node was there for.
+    """
+
+    post: Post
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    said_no: Counter[str] = field(default_factory=Counter)
+    lost: int = 0
+    away: set[str] = field(default_factory=set)
+    _nodes: dict[str, set[int]] = field(default_factory=dict)
+    _held: dict[str, _Request] = field(default_factory=dict)
+    _way: _Way = field(default_factory=lambda: _Way())
+
+    def exchange(self, requests: Mapping[str, bytes], wait_s: float) -> Iterator[bytes]:
+        """See Transport. Without time to wait, what is sent is held until the next exchange, or `deliver`."""
+        named = {name: _Request.of(request) for name, request in requests.items()}
+        if wait_s <= 0:
+            self._held = named
+            return
+        until = self.clock() + wait_s
+        while True:
+            self._send({name: (*self._due(name), request) for name, request in named.items()}, until - self.clock())
+            self._collect()
+            while self._way.arrived:
+                yield self._way.arrived.popleft()
+            if (left_s := until - self.clock()) <= 0:
+                return
+            self.sleep(min(_POLL_S, left_s))
+
+    def deliver(self, wait_s: float) -> None:
+        """Send what is held, and wait until it has arrived, or for `wait_s`."""
+        until = self.clock() + wait_s
+        while (due := {name: self._due(name) for name in self._held if self._due(name)}) and self.clock() < until:
+            self._send(due, until - self.clock())
+            self._collect()
+            self.sleep(_POLL_S)
+
+    def _due(self, name: str) -> tuple[_Request, ...]:
+        held = self._held.get(name)
+        heard = held is not None and any((node, held.digest) in self._way.settled for node in self._of(name))
+        return () if held is None or heard else (held,)
+
+    def _of(self, name: str) -> set[int]:
+        return self._nodes.get(name, set())
+
+    def _send(self, letters: Mapping[str, tuple[_Request, ...]], left_s: float) -> None:
+        there = self.post.nodes()
+        for node, whose in there.items():
+            self._nodes.setdefault(whose.client, set()).add(node)
+        self.away = letters.keys() - {whose.client for whose in there.values()}
+        for name, requests in letters.items():
+            for node in self._of(name) & there.keys():
+                if self._way.needs(node, there[node].came, requests, self.clock()):
+                    number = self.post.send(node, [one.content for one in requests], max(left_s, 0.0) + _GRACE_S)
+                    self._way.letters[number] = _Letter(name, node, there[node].came, requests)
+
+    def _collect(self) -> None:
+        for number, reply in self.post.collect(tuple(self._way.letters)):
+            self._take(self._way.letters.pop(number), reply or Reply())
+
+    def _take(self, letter: _Letter, reply: Reply) -> None:
+        """What came of each request of a letter."""
+        again = []
+        for place, request in enumerate(letter.requests):
+            said = reply.said[place] if place < len(reply.said) else AGAIN
+            if said == AGAIN:
+                again.append(request)
+                continue
+            self._way.settled.add((letter.node, request.digest))
+            if said != ANSWERED:
+                self.said_no[f"{letter.client} {said.removeprefix('no ')}"] += 1
+            elif place < len(reply.answers) and reply.answers[place]:
+                self._way.arrived.append(reply.answers[place])
+        if again:
+            self.lost += 1
+            self._way.wait(letter.node, again, self.clock() + _AGAIN_S)
+
+
+@dataclass
+class _Way:
+    """What is under way, what arrived, and what is not to be sent again before a time.
+
+    settled: (node, digest of a request) that was answered or refused; not_before: (node, digest) -> when to try again.
+    """
+
+    letters: dict[str, _Letter] = field(default_factory=dict)
+    arrived: deque[bytes] = field(default_factory=deque)
+    settled: set[tuple[int, str]] = field(default_factory=set)
+    not_before: dict[tuple[int, str], float] = field(default_factory=dict)
+
+    def needs(self, node: int, came: str, requests: tuple[_Request, ...], now: float) -> bool:
+        """Whether a letter to the node brings something that it does not have; what it had before it was away, it lost."""
+        under_way = {
+            request.digest
+            for letter in self.letters.values()
+            if (letter.node, letter.came) == (node, came)
+            for request in letter.requests
+        }
+        return any(
+            request.digest not in under_way
+            and (node, request.digest) not in self.settled
+            and self.not_before.get((node, request.digest), now) <= now
+            for request in requests
+        )
+
+    def wait(self, node: int, requests: Sequence[_Request], until: float) -> None:
+        """These were not answered: not again before a time."""
+        for request in requests:
+            self.not_before[node, request.digest] = until

@@ -1,0 +1,82 @@
+"""Letters as messages of Flower 1.42: a Post over its Grid, and the two ends of a RecordDict. Imports flwr: the apps alone do.
+
+requests   ArrayRecord: "0000", "0001", ... the bytes of each; arrays are what Flower cuts into pieces and sends on from
+           where a transfer stopped, so no message is too large for it
+reply      ConfigRecord "reply": said; ArrayRecord "answers": those that are not empty, by the request's place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from sartor.federate.flower.transport import Node, Reply
+
+# a query: Flower's own counters of training and evaluation stay empty
+KIND = "query"
+_REQUESTS, _REPLY, _ANSWERS = "requests", "reply", "answers"
+# a letter holds the request of the stage, and how the round before ended; a few more do no harm
+MOST_REQUESTS = 16
+
+
+class GridPost:
+    """Post over Flower's grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def nodes(self) -> Mapping[int, Node]:
+        """See Post."""
+        return {info.node_id: Node(info.name, info.last_activated_at) for info in self._grid.get_nodes()}
+
+    def send(self, node: int, requests: Sequence[bytes], keep_s: float) -> str:
+        """See Post."""
+        message = Message(RecordDict({_REQUESTS: _array(dict(enumerate(requests)))}), node, KIND, ttl=keep_s)
+        return next(iter(self._grid.push_messages([message])), "") or ""
+
+    def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, Reply | None]]:
+        """See Post. What SuperLink did not take has the id ""."""
+        if "" in ids:
+            yield "", None
+        if asked := [one for one in ids if one]:
+            for message in self._grid.pull_messages(asked):
+                found = None if message.has_error() else _reply(message.content)
+                yield message.metadata.reply_to_message_id, found
+
+
+def requests_of(content: RecordDict) -> list[bytes]:
+    """The requests of a letter, in order. Raises ValueError for what is none."""
+    found = _bytes(content.array_records.get(_REQUESTS))
+    if len(found) > MOST_REQUESTS or sorted(found) != list(range(len(found))):
+        raise ValueError(f"a letter of {len(found)} requests; at most {MOST_REQUESTS}, in order")
+    return [found[place] for place in sorted(found)]
+
+
+def content_of(reply: Reply) -> RecordDict:
+    """What a node sends back."""
+    answers = {place: answer for place, answer in enumerate(reply.answers) if answer}
+    head = ConfigRecord({"said": list(reply.said)})
+    return RecordDict({_REPLY: head, _ANSWERS: _array(answers)})
+
+
+def _reply(content: RecordDict) -> Reply | None:
+    """What a node sent; None where it is of another form, as of another app."""
+    head = content.config_records.get(_REPLY)
+    said = head.get("said") if head else None
+    if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
+        return None
+    try:
+        answers = _bytes(content.array_records.get(_ANSWERS))
+    except ValueError:
+        return None
+    return Reply(tuple(map(str, said)), tuple(answers.get(place, b"") for place in range(len(said))))
+
+
+def _array(contents: Mapping[int, bytes]) -> ArrayRecord:
+    return ArrayRecord({f"{place:04}": Array("uint8", (len(one),), "bytes", one) for place, one in contents.items()})
+
+
+def _bytes(record: ArrayRecord | None) -> dict[int, bytes]:
+    return {int(place): array.data for place, array in (record or {}).items()}

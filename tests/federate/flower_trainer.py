@@ -1,0 +1,41 @@
+"""A client's trainer as a process: `flower_trainer.py FOLDER NAME SOCKET`; what it does, it logs to stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+from federating import COORDINATOR, LENIENT, identity, names
+from round_parties import Pull
+
+from sartor.federate.aggregate.tensors import Tensors
+from sartor.federate.flower.trainer import serve
+from sartor.federate.rounds.client import Member, RoundClient
+from sartor.federate.rounds.journal import Journal
+from sartor.federate.rounds.manifest import Manifest
+from sartor.federate.rounds.task import Learnt
+from sartor.federate.secure.identity import Roster
+
+
+class Logged(Pull):
+    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+        logging.info("learns round %d", manifest.number)
+        return super().update(manifest, shared)
+
+
+def certain() -> None:
+    """Stochastic rounding without chance, in each process alike, so that two runs can be compared to the bit."""
+    seeded = np.random.default_rng
+    np.random.default_rng = lambda seed=0: seeded(seed)  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    folder, name, path = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    certain()
+    member = Member(identity(name), Roster.open(folder / "roster"), COORDINATOR, LENIENT)
+    task = Logged(names(9).index(name))
+    with Journal(folder / f"{name}.sqlite") as journal:
+        serve(RoundClient(member, journal, {"pull": task}), name, path)
