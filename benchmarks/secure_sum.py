@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.client import Member, RoundClient
 from sartor.federate.rounds.coordinator import Coordinator, Plan
 from sartor.federate.rounds.journal import Journal
 from sartor.federate.rounds.manifest import Manifest, Rules
 from sartor.federate.rounds.task import Learnt
-from sartor.federate.rounds.tensors import Tensors
 from sartor.federate.rounds.transport import Carried, InProcess, run_round
 from sartor.federate.secure.graph import failure_bound
 from sartor.federate.secure.identity import Identity, Roster

@@ -7,6 +7,7 @@
     assets.py   assets list, assets install
     serving.py  export, serve
     edge.py     edge: what a publisher of updates does, and what a device does
+    federate.py federate: keys, and a run simulated on one machine
     person.py   edge add, tune, undo, forget: what a release learns from a device's owner
 
 Every command takes `--json`: one JSON object on the last line of stdout; progress and notices always go to stderr.
@@ -24,11 +25,11 @@ from typing import Any, NoReturn
 from cyclopts import CycloptsError
 
 import sartor
-from sartor.cli import agents, assets, data, edge, person, serving, tuning
+from sartor.cli import agents, assets, data, edge, federate, person, serving, tuning
 from sartor.cli.app import AS_JSON, app
 from sartor.core.errors import ConfigError, SartorError
 
-__all__ = ["agents", "app", "assets", "data", "edge", "main", "person", "serving", "tuning"]
+__all__ = ["agents", "app", "assets", "data", "edge", "federate", "main", "person", "serving", "tuning"]
 
 
 # command -> the name of its recipe's class: loaded for the help of that command alone, since that takes a while

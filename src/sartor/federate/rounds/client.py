@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from sartor.core import records
 from sartor.core.errors import RoundError
 from sartor.federate.aggregate.tensors import Tensors
@@ -24,6 +26,8 @@ from sartor.federate.secure.client import ROOT_BYTES, Client
 from sartor.federate.secure.identity import Identity, Roster
 from sartor.federate.secure.messages import Boxes, Invite, Lists, Outcome, Peers, Signed, Unmask
 from sartor.federate.secure.terms import Policy
+
+Chance = Callable[[Manifest], np.random.Generator | None]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,10 @@ class _Update:
 
 
 class RoundClient:
-    """A client with its journal and its tasks. noise: adds its part of a round's noise; without it such a round is refused."""
+    """A client with its journal and its tasks. noise: adds its part of a round's noise; without it such a round is refused.
+
+    chance: what the ring's rounding is drawn from in a round; None, as by default: the system.
+    """
 
     def __init__(
         self,
@@ -73,8 +80,10 @@ class RoundClient:
         tasks: Tasks,
         noise: Noise | None = None,
         clock: Callable[[], float] = time.time,
+        chance: Chance = lambda manifest: None,
     ) -> None:
         self._member, self._journal, self._tasks, self._noise, self._clock = member, journal, tasks, noise, clock
+        self._chance = chance
         self._session: _Session | None = None
 
     def answer(self, request: bytes) -> bytes:
@@ -193,7 +202,9 @@ class RoundClient:
         if manifest.rules.noise and self._noise:
             tensors = self._noise(tensors, manifest)
         weight = manifest.rules.weight(update.learnt.examples, manifest.number - update.number)
-        return ring.encode(arrays.weighted(tensors, weight), manifest.terms, "stochastic")
+        # noise stands in whole units already, and to the nearest they stay as they were drawn
+        rounding: ring.Rounding = "nearest" if manifest.rules.noise else "stochastic"
+        return ring.encode(arrays.weighted(tensors, weight), manifest.terms, rounding, self._chance(manifest))
 
     def _opened(self, kept: Kept) -> _Session:
         """The session of an open round, rebuilt from the journal where it is not in memory."""

@@ -1,0 +1,276 @@
+"""Homes: home-intents over 8 clients by Dirichlet(0.3) of the intent; local, federated and centralised tuning on held-out rows.
+
+    python benchmarks/federate.py --work DIR --json
+    python benchmarks/federate.py --work DIR --parts data,untuned,federated --json     # the rest another time
+    python benchmarks/federate.py --work DIR --quick --json                            # a tiny random base, made-up rows
+
+Every part leaves what it found in DIR, and is not done again; the last line is made of what is there. `local` and `centralised`
+train both factors by the loop of the clients: as many rounds, of one client with its rows, or with all of them. `factors` is
+the mean of factors beside it, `epsilon` the federated run under privacy of a client. Exact match of greedy replies on rows of
+templates that nobody trained on. `malicious` counts tests in tests/federate/test_malicious_server.py, `byzantine` is
+benchmarks/federate_robust.py: loss over the clean loss, the worst of its attacks by a sign flip, a scale or false labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import federate_robust
+import torch
+from safetensors.numpy import load_file
+
+import sartor
+from sartor import intents
+from sartor.core import assets, config
+from sartor.core import rows as stored
+from sartor.evaluate.answering import replies, reply_limit
+from sartor.evaluate.compare import paired
+from sartor.evaluate.held_out import HeldOut, fitting
+from sartor.evaluate.scorers import exact_match
+from sartor.federate.aggregate.tensors import Tensors, plus
+from sartor.federate.rounds import tensors as arrays
+from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
+from sartor.federate.tuning.clients import Clients, open_clients
+from sartor.federate.tuning.recipe import FederateRecipe, Settings, load
+from sartor.federate.tuning.shards import Shards
+from sartor.federate.tuning.simulation import simulate
+from sartor.federate.tuning.task import LoraTask
+from sartor.tune.tokenised import Rows
+
+TESTS = Path(__file__).parent.parent / "tests"
+PARTS = ("data", "untuned", "local", "federated", "centralised", "factors", "epsilon", "malicious", "byzantine")
+ATTACKS = ("sign flip", "sign flip x4", "scale", "label flip")
+
+
+@dataclass
+class Homes:
+    """The work folder with what was found so far."""
+
+    work: Path
+    asked: argparse.Namespace
+
+    def kept(self, name: str, find: Callable[[], Any]) -> Any:
+        """What an earlier call found under a name; else `find` is called, and what it finds is kept."""
+        file = self.work / f"{name}.json"
+        if not file.exists():
+            file.write_text(json.dumps(find()))
+        return json.loads(file.read_text())
+
+    def found(self, name: str) -> Any:
+        """What was found under a name; None if nothing was."""
+        file = self.work / f"{name}.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    @cached_property
+    def base(self) -> str:
+        if not self.asked.quick:
+            return "starter"
+        sys.path.insert(0, str(TESTS))
+        import tiny
+
+        return str(tiny.write_base(self.work / "tiny")) if not (self.work / "tiny").exists() else str(self.work / "tiny")
+
+    def recipe(self, **changes: Any) -> FederateRecipe:
+        said = {
+            "base": self.base,
+            "data": {"path": str(self.work / "dataset")},
+            "method": {"rank": self.asked.rank, "alpha": 2.0 * self.asked.rank},
+            "rounds": self.asked.rounds,
+            "local": {"epochs": 1},
+            "optimizer": {"learning_rate": self.asked.learning_rate, "batch_tokens": 512 if self.asked.quick else 2048},
+            "rules": {"clip": self.asked.clip},
+            "mode": self.asked.mode,
+        }
+        return load({**said, **changes})
+
+    @cached_property
+    def shards(self) -> Shards:
+        return Shards(self.asked.clients, 0.3, "intent", 0)
+
+    @cached_property
+    def clients(self) -> Clients:
+        return open_clients(self.recipe(), [], self.shards)
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        dataset = sartor.open(self.work / "dataset")
+        examples = list(stored.read_examples(dataset, "eval"))[: self.asked.most_held_out]
+        base = self.clients.resident.base
+        return fitting(base, HeldOut(examples, dataset.path), reply_limit(base, examples))
+
+    def data(self) -> dict[str, Any]:
+        """Rows of the grammar as a Dataset, held out by template."""
+        made = made_up() if self.asked.quick else intents.rows(assets.install("home-intents"), per_intent=self.asked.per_intent)
+        file = self.work / "rows.jsonl"
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in made))
+        source = {"path": str(file), "licence": "Apache-2.0"}
+        split = {"eval_fraction": self.asked.eval_fraction}
+        return sartor.curate({"sources": [source], "split": split}, self.work / "dataset", replace=True).as_json()
+
+    def scores(self, adapter: Tensors) -> list[float]:
+        """Exact match of each held-out row."""
+        resident, asked = self.clients.resident, self.held_out
+        resident.put(adapter)
+        resident.model.eval()
+        with torch.no_grad():
+            said = replies(resident.base, resident.model, asked, reply_limit(resident.base, asked.examples))
+        texts = [resident.base.chat.decode(one.ids) for one in said]
+        return [exact_match(text, row.reply) for text, row in zip(texts, asked.examples, strict=True)]
+
+    def alone(self, rows: Rows) -> list[float]:
+        """One client, or all rows as one: both factors, as many rounds."""
+        recipe, resident = self.recipe(mode="factors"), self.clients.resident
+        task, shared = LoraTask(resident, rows), dict(self.start)
+        for number in range(1, recipe.rounds + 1):
+            work = Work("lora", arrays.digest(b""), resident.ref.digest, resident.digest, config.dump(Settings.of(recipe)))
+            terms = terms_for(["one"], shared, Rules(), seed="0" * 64)
+            learnt = task.update(Manifest("alone", number, "nobody", work, terms, 0), shared)
+            shared = plus(shared, learnt.tensors)
+        return self.scores(shared)
+
+    @cached_property
+    def start(self) -> Tensors:
+        return self.clients.resident.taken()
+
+    def together(self, name: str, **changes: Any) -> dict[str, Any]:
+        """A federated run, with what it said of itself."""
+        out, began = self.work / f"adapter-{name}", time.monotonic()
+        made = simulate(self.recipe(**changes), out, shards=self.shards, resume=True, notice=print_line).as_json()
+        wall_s = round(time.monotonic() - began, 1)
+        return {**made, "wall_s": wall_s, "scores": self.scores(load_file(out / "adapter_model.safetensors"))}
+
+    def run(self, part: str) -> None:
+        """One part; nothing where it was done."""
+        start = self.start if part in ("untuned", "local", "centralised") else {}
+        if part == "untuned":
+            self.kept(part, lambda: self.scores(start))
+        elif part == "local":
+            for name, rows in self.clients.rows.items():
+                self.kept(f"local-{name}", lambda rows=rows: self.alone(rows))
+        elif part == "centralised":
+            everyone = Rows(train=[row for rows in self.clients.rows.values() for row in rows.train])
+            self.kept(part, lambda: self.alone(everyone))
+        elif part in ("federated", "factors"):
+            self.kept(part, lambda: self.together(part, **({"mode": "factors"} if part == "factors" else {})))
+        elif part == "epsilon":
+            for epsilon in self.asked.epsilons:
+                privacy = {"privacy": {"epsilon": epsilon, "delta": 1e-2}, "rules": {"clip": self.asked.private_clip}}
+                name = f"epsilon-{epsilon:g}"
+                self.kept(name, lambda name=name, privacy=privacy: self.together(name, **privacy))
+        else:
+            self.kept(part, {"data": self.data, "malicious": malicious, "byzantine": self.byzantine}[part])
+
+    def byzantine(self) -> dict[str, float]:
+        """Rule -> loss over the clean loss under the worst of the attacks."""
+        measured = federate_robust.measured(range(1 if self.asked.quick else 5))
+        return {rule: max(by[attack] for attack in ATTACKS) for rule, by in measured.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """What INTERFACES says of it, from what was found; None for what was not."""
+        untuned, central, malicious_ = (self.found(name) for name in ("untuned", "centralised", "malicious"))
+        federated, factors = self.found("federated") or {}, self.found("factors") or {}
+        locals_ = [json.loads(file.read_text()) for file in sorted(self.work.glob("local-*.json"))]
+        best = max(locals_, key=_mean) if locals_ else None
+        scores = federated.get("scores")
+        curve = {
+            name: {"epsilon": said["epsilon"], "exact_match": _mean(said["scores"])}
+            for name in (f"epsilon-{epsilon:g}" for epsilon in self.asked.epsilons)
+            if (said := self.found(name))
+        }
+        return {
+            "untuned": _mean(untuned),
+            "local_only": _mean(best),
+            "local_mean": _mean([_mean(one) for one in locals_]),
+            "federated": _mean(scores),
+            "centralised": _mean(central),
+            "factors": _mean(factors.get("scores")),
+            "over_local": self.over(best, scores),
+            "over_centralised": self.over(central, scores),
+            "exactness_error": federated.get("exactness_error"),
+            "exactness_error_of_factors": factors.get("exactness_error"),
+            "quantisation_error": federated.get("quantisation_error"),
+            "upload_bytes_per_parameter": federated.get("upload_bytes_per_parameter"),
+            "uploaded_megabytes_per_client": federated["uploaded_bytes"] / federated["clients"] / 1e6 if federated else None,
+            "federated_s": federated.get("wall_s"),
+            "held_out": scores and len(scores),
+            "epsilon": curve,
+            "malicious": malicious_ and malicious_["malicious"],
+            "malicious_refused": malicious_ and malicious_["refused"],
+            "byzantine": self.found("byzantine"),
+        }
+
+    def over(self, before: list[float] | None, after: list[float] | None) -> dict[str, float] | None:
+        """The difference with its 95 % interval; templates are drawn, not rows."""
+        if not before or not after:
+            return None
+        groups = [row.group or row.id for row in self.held_out.examples]
+        compared = paired(before, after, groups)
+        return {"estimate": compared.difference, "low": compared.low, "high": compared.high}
+
+
+def _mean(scores: list[Any] | None) -> float | None:
+    return sum(scores) / len(scores) if scores else None
+
+
+def malicious() -> dict[str, int]:
+    """Tests of a coordinator that lies, and how many of them pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "federate/test_malicious_server.py")]
+    said = subprocess.run([*command, "-rA"], capture_output=True, text=True, check=False, cwd=TESTS.parent).stdout.splitlines()
+    passed, failed = (sum(line.startswith(word) for line in said) for word in ("PASSED", "FAILED"))
+    return {"malicious": passed + failed, "refused": passed}
+
+
+def made_up() -> list[dict[str, Any]]:
+    """Rows for --quick: four intents in so many rooms."""
+    rooms = ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft")
+    return [
+        {"messages": [{"role": "user", "content": f"switch {room} {word}"},
+                      {"role": "assistant", "content": json.dumps({"intent": word, "area": room})}], "group": f"{room} {word}"}
+        for room in rooms for word in ("on", "off", "up", "down")
+    ]  # fmt: skip
+
+
+def print_line(line: str) -> None:
+    """Progress, to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--mode", default="freeze_a")
+    for name, value in (("clients", 8), ("rounds", 10), ("rank", 16), ("per-intent", 100), ("most-held-out", 2_000)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, number in (("learning-rate", 1e-3), ("eval-fraction", 0.45), ("clip", 20.0), ("private-clip", 1.0)):
+        parser.add_argument(f"--{name}", type=float, default=number)
+    parser.add_argument("--epsilons", type=float, nargs="*", default=[1.0, 8.0, 64.0, 512.0])
+    asked = parser.parse_args()
+    if asked.quick:
+        asked.clients, asked.rounds, asked.rank, asked.most_held_out, asked.epsilons = 3, 1, 4, 4, [8.0]
+    if unknown := sorted(set(parts := asked.parts.split(",")) - set(PARTS)):
+        parser.error(f"there is no part {unknown[0]}; the parts are {', '.join(PARTS)}")
+    asked.work.mkdir(parents=True, exist_ok=True)
+    homes = Homes(asked.work.absolute(), asked)
+    for part in parts:
+        print_line(f"part {part}")
+        homes.run(part)
+    said = {"benchmark": "federate", "machine": platform.processor() or platform.machine(), "mode": asked.mode}
+    print(json.dumps({**said, **homes.summary()}))
+
+
+if __name__ == "__main__":
+    main()

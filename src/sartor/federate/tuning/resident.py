@@ -1,0 +1,111 @@
+"""A base that is opened once and stays: clients of one machine take turns on it, and only factors are swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sartor.core.bases import BaseRef
+from sartor.core.errors import ConfigError, RoundError
+from sartor.federate.aggregate.tensors import Array, Tensors, modules
+from sartor.federate.tuning.recipe import recipe_digest
+from sartor.models import adapters, batches
+from sartor.models.base import Base
+from sartor.models.path import Path, Wish
+from sartor.tune.opening import adapted, open_chosen
+from sartor.tune.recipe import Recipe
+
+Notice = Callable[[str], object]
+
+
+class Resident:
+    """The base of a recipe with fresh factors: see `tune.run.Ground` for what a run asks of it.
+
+    Raises what opening a base raises, and ConfigError for one that reads media: its projectors are no factors.
+    """
+
+    def __init__(self, recipe: Recipe, base: Base) -> None:
+        if base.media is not None:
+            raise ConfigError(f"the base {base.ref.name} reads media; rounds tune text bases", "base: starter")
+        self.recipe, self.base = recipe, base
+        self.model = adapted(recipe, base)
+        # PEFT's files leave the adapter's name out
+        named = self.model.named_parameters()
+        self.factors = {name.replace(".default.", "."): one for name, one in named if one.requires_grad}
+        modules(self.factors)
+        self.digest = recipe_digest(recipe, base.chat.template_digest)
+        self._path: Path | None = None
+
+    @classmethod
+    def open(cls, recipe: Recipe, notice: Notice = lambda line: None) -> Resident:
+        """Open the base that the recipe names."""
+        return cls(recipe, open_chosen(recipe, notice))
+
+    @property
+    def ref(self) -> BaseRef:
+        """See Ground."""
+        return self.base.ref
+
+    @property
+    def device(self) -> torch.device:
+        """See Ground."""
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See Ground."""
+        return self.base.dtype
+
+    def path(self, model: Any, rows: Sequence[batches.Encoded], wish: Wish) -> Path:
+        """See Ground: chosen once, by the rows of whoever comes first, with every factor learning."""
+        if self._path is None:
+            still = [one for one in self.factors.values() if not one.requires_grad]
+            for parameter in still:
+                parameter.requires_grad_(True)
+            self._path = self.base.path(model, rows, wish)
+            for parameter in still:
+                parameter.requires_grad_(False)
+        return self._path
+
+    def put(self, shared: Tensors) -> None:
+        """Become the shared adapter. Raises RoundError where its tensors are not those of the recipe's method."""
+        wanted = {name: tuple(parameter.shape) for name, parameter in self.factors.items()}
+        if {name: tuple(value.shape) for name, value in shared.items()} != wanted:
+            first = next(iter(sorted(set(wanted) ^ set(shared))), "a tensor of another shape")
+            problem = f"the shared adapter is not that of this client's recipe: {first}"
+            raise RoundError(problem, "the method of the recipe that the coordinator has", "manifest")
+        with torch.no_grad():
+            for name, parameter in self.factors.items():
+                parameter.copy_(torch.from_numpy(shared[name]))
+
+    def taken(self) -> dict[str, Array]:
+        """The factors as they stand, fp32, by PEFT's names."""
+        return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.factors.items()}
+
+    def hold(self, trains: Callable[[str], bool]) -> None:
+        """Let those factors learn whose names `trains` says, and no others."""
+        for name, parameter in self.factors.items():
+            parameter.requires_grad_(trains(name))
+
+    @torch.no_grad()
+    def loss(self, shared: Tensors, rows: Sequence[batches.Encoded]) -> float | None:
+        """Nats per supervised token of rows under an adapter; None of no rows."""
+        if not rows:
+            return None
+        self.put(shared)
+        self.model.eval()
+        path, total, count = self.path(self.model, rows, Wish()), 0.0, 0
+        longest = max(len(row.ids) for row in rows)
+        asked = self.recipe.compute.micro_batch_tokens
+        most = max(longest, asked if isinstance(asked, int) else longest)
+        for micro in batches.micro_batches(rows, most, share=path.name != "one-row"):
+            losses, _ = path.losses(micro)
+            total, count = total + float(losses.sum()), count + len(losses)
+        return total / count
+
+    def write(self, shared: Tensors, folder: Any) -> None:
+        """The PEFT directory of an adapter."""
+        self.put(shared)
+        adapters.write_adapter(self.model, folder, self.base.ref.name)

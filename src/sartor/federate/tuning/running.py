@@ -1,0 +1,271 @@
+"""The rounds of a simulation in this process: by a secure sum, or by a robust rule that sees every update.
+
+Both go on after a kill, from journals on the disk, to the bits: rounding is drawn from the seed, and a client that was cut
+short does its work again. Noise is the exception: it is drawn from the system, once, and stands in the journal.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from sartor.core import config, records, signing
+from sartor.federate.aggregate.tensors import Tensors, norm, plus
+from sartor.federate.privacy.accountant import Account
+from sartor.federate.robust.rules import AnyRule
+from sartor.federate.rounds import tensors as arrays
+from sartor.federate.rounds.client import Member, RoundClient
+from sartor.federate.rounds.coordinator import Coordinator, Plan
+from sartor.federate.rounds.journal import Journal
+from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
+from sartor.federate.rounds.manifest import read as read_manifest
+from sartor.federate.rounds.task import Learnt
+from sartor.federate.rounds.transport import Carried, InProcess, finish
+from sartor.federate.secure.identity import Identity, Roster
+from sartor.federate.tuning import measures
+from sartor.federate.tuning.measures import Line
+from sartor.federate.tuning.noise import noise_of, noised, values_of
+from sartor.federate.tuning.recipe import MODES, FederateRecipe, Settings
+from sartor.federate.tuning.task import NAME, LoraTask
+
+RUN, COORDINATOR = "simulation", "coordinator"
+# every client answers at once or says no, so nothing waits for a clock: rounds do not depend on it
+_LENGTH_S = 3_600
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a simulation runs: tasks by client, with the rules as they were resolved. folder: of journals and keys."""
+
+    recipe: FederateRecipe
+    rules: Rules
+    tasks: Mapping[str, LoraTask]
+    start: Tensors
+    folder: Path
+
+    @property
+    def work(self) -> dict[str, Any]:
+        """What a manifest says of the work: digests of base and recipe, and the task's settings."""
+        resident = next(iter(self.tasks.values())).resident
+        settings = config.dump(Settings.of(self.recipe))
+        return {"task": NAME, "settings": settings, "base": resident.ref.digest, "recipe": resident.digest}
+
+    def losses(self, number: int) -> tuple[float | None, float | None]:
+        """Means over the clients that trained in this process."""
+        found = [task.losses[number] for task in self.tasks.values() if number in task.losses]
+        first = [one for one, _ in found if one is not None]
+        last = [one for _, one in found if one is not None]
+        return (float(np.mean(first)) if first else None), (float(np.mean(last)) if last else None)
+
+
+class Rounds(Protocol):
+    """A simulation's rounds: `step` until as many are done as the recipe says."""
+
+    @property
+    def shared(self) -> Tensors:
+        """The adapter as it stands."""
+        ...
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """A line for each round that is done."""
+        ...
+
+    def step(self) -> None:
+        """The next round, or the rest of one that was cut short."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the journals."""
+        ...
+
+
+@dataclass
+class _Seen:
+    """A client's task, watched: a simulation sees every update, a coordinator none."""
+
+    task: LoraTask
+    learnt: dict[int, Learnt] = field(default_factory=dict)
+
+    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+        """See Task."""
+        self.learnt = {manifest.number: self.task.update(manifest, shared)}
+        return self.learnt[manifest.number]
+
+    def of(self, manifest: Manifest, shared: Tensors) -> Learnt:
+        """What it learnt in a round: done again, to the bits, where another process saw it."""
+        return self.learnt.get(manifest.number) or self.update(manifest, shared)
+
+
+class _Strict(InProcess):
+    """A client that says no ends the simulation with its reason, at once."""
+
+    def exchange(self, requests: Mapping[str, bytes], wait_s: float) -> Iterator[bytes]:
+        """See Transport. Raises what the client raised."""
+        yield from super().exchange(requests, wait_s)
+        for error in self.said_no.values():
+            raise error
+
+
+class SecureRounds:
+    """Coordinator and clients with journals of their own, and a secure sum between them."""
+
+    def __init__(self, setting: Setting, account: Account | None) -> None:
+        self._setting, self._account, self._stack, self._carried = setting, account, ExitStack(), Carried()
+        folder, names = setting.folder, tuple(sorted(setting.tasks))
+        roster = _enrolled(folder, (*names, COORDINATOR))
+        self._member = Member(Identity.open(COORDINATOR, folder / "keys" / COORDINATOR), roster)
+        self._seen = {name: _Seen(setting.tasks[name]) for name in names}
+        self._journal = self._open(COORDINATOR)
+        clients = {name: self._client(name, place, roster) for place, name in enumerate(names)}
+        self._transport = _Strict(clients)
+        self._coordinator = Coordinator(self._member, self._journal, RUN, self._merged, lambda: 0.0)
+        if self._journal.kept(f"shared {RUN}") is None:
+            self._coordinator.start(setting.start)
+
+    def _open(self, name: str) -> Journal:
+        return self._stack.enter_context(Journal(self._setting.folder / f"{name}.sqlite"))
+
+    def _client(self, name: str, place: int, roster: Roster) -> RoundClient:
+        me, seed = Identity.open(name, self._setting.folder / "keys" / name), self._setting.recipe.seed
+        return RoundClient(
+            Member(me, roster),
+            self._open(name),
+            {NAME: self._seen[name]},
+            noised,
+            lambda: 0.0,
+            lambda manifest: np.random.default_rng([seed, place, manifest.number]),
+        )
+
+    @property
+    def shared(self) -> Tensors:
+        """See Rounds."""
+        return self._coordinator.shared
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """See Rounds."""
+        done = (one.number for one in reversed(self._journal.rounds(RUN)) if one.state == "done")
+        return [json.loads(self._journal.kept(_line(number)) or b"{}") for number in done]
+
+    def step(self) -> None:
+        """See Rounds. Raises what a client raised, BudgetError before a round that the privacy budget does not hold."""
+        setting = self._setting
+        if not self._coordinator.is_open:
+            number = len(self._journal.rounds(RUN)) + 1
+            trained = tuple(MODES[setting.recipe.mode].sent(self.shared, number))
+            self._coordinator.begin(
+                Plan(cohort=tuple(self._seen), rules=setting.rules, trained=trained, length_s=_LENGTH_S, **setting.work)
+            )
+        if self._account:
+            # before a noised number is seen; for a round that goes on it is paid
+            self._account.spend(self._spending(self._manifest()))
+        self._carried = Carried()
+        finish(self._coordinator, self._transport, self._carried)
+
+    def _manifest(self) -> Manifest:
+        return read_manifest(self._journal.rounds(RUN)[0].manifest, COORDINATOR, self._member.roster)
+
+    def _spending(self, manifest: Manifest) -> Any:
+        return noise_of(manifest).spending(f"round-{manifest.number}", values_of(manifest))
+
+    def _merged(self, shared: Tensors, mean: Tensors) -> Tensors:
+        """The next shared adapter. The round's line is in the journal before the round's end is: once, whatever is killed."""
+        manifest, rules = self._manifest(), self._setting.rules
+        learnt = {name: task.of(manifest, shared) for name, task in self._seen.items()}
+        updates = measures.seen(learnt, rules)
+        line = Line(
+            manifest.number,
+            len(updates),
+            measures.clipped_of(learnt, rules),
+            norm(mean),
+            measures.exactness_error(shared, updates, self._setting.recipe.seed + manifest.number),
+            None if rules.noise else measures.rounding_error(mean, updates),
+            self._carried.received_bytes,
+            *self._setting.losses(manifest.number),
+            self._account.epsilon() if self._account else None,
+        )
+        self._journal.keep(_line(manifest.number), records.canonical(line.as_json()))
+        return plus(shared, mean)
+
+    def close(self) -> None:
+        """See Rounds."""
+        self._stack.close()
+
+
+class InspectedRounds:
+    """Every update is seen, and a declared rule makes one of them."""
+
+    def __init__(self, setting: Setting, rule: AnyRule) -> None:
+        self._setting, self._rule = setting, rule
+        self._journal = Journal(setting.folder / f"{COORDINATOR}.sqlite")
+        content = self._journal.kept(RUN)
+        self._lines, self._shared = ([], setting.start) if content is None else _read(content)
+
+    @property
+    def shared(self) -> Tensors:
+        """See Rounds."""
+        return self._shared
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """See Rounds."""
+        return self._lines
+
+    def step(self) -> None:
+        """See Rounds. Raises GuardError where the rule stops the round."""
+        setting, shared, number = self._setting, self._shared, len(self._lines) + 1
+        mode = MODES[setting.recipe.mode]
+        sent, work = mode.sent(shared, number), setting.work
+        terms = terms_for(setting.tasks, sent, setting.rules, seed="0" * 64)
+        said = Work(work["task"], arrays.digest(arrays.pack(shared)), work["base"], work["recipe"], work["settings"])
+        manifest = Manifest(RUN, number, COORDINATOR, said, terms, _LENGTH_S, setting.rules)
+        learnt = {name: setting.tasks[name].update(manifest, shared) for name in sorted(setting.tasks)}
+        updates = measures.seen(learnt, setting.rules)
+        pooled = self._rule.pool(updates)
+        line = Line(
+            number,
+            len(updates),
+            measures.clipped_of(learnt, setting.rules),
+            norm(pooled.tensors),
+            measures.exactness_error(shared, updates, setting.recipe.seed + number),
+            0.0,
+            sum(len(arrays.pack(one.tensors)) for one in updates),
+            *setting.losses(number),
+            verdicts=tuple(f"{one.client} {one.action}: {one.reason}" for one in pooled.verdicts),
+        )
+        self._lines, self._shared = [*self._lines, line.as_json()], plus(shared, pooled.tensors)
+        self._journal.keep(RUN, records.canonical(self._lines) + b"\n" + arrays.pack(self._shared))
+
+    def close(self) -> None:
+        """See Rounds."""
+        self._journal.close()
+
+
+def _read(content: bytes) -> tuple[list[dict[str, Any]], Tensors]:
+    lines, _, packed = content.partition(b"\n")
+    return json.loads(lines), arrays.unpack(packed)
+
+
+def _line(number: int) -> str:
+    return f"line {number}"
+
+
+def _enrolled(folder: Path, names: tuple[str, ...]) -> Roster:
+    """Keys of everyone, made once, and the roster of them."""
+    (folder / "roster").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        public = folder / "roster" / f"{name}.pub"
+        if not public.exists():
+            # what a kill left between the two is no key that anybody has seen
+            shutil.rmtree(folder / "keys" / name, ignore_errors=True)
+            signing.keygen(folder / "keys" / name)
+            shutil.copyfile(folder / "keys" / name / "sartor.pub", public)
+    return Roster.open(folder / "roster")

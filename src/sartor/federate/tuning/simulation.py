@@ -1,0 +1,235 @@
+"""simulate(recipe, out) -> Adapter: coordinator and clients of a federated tuning in this process.
+
+    Datasets, or one dealt out --rows--> clients --updates--> secure sum (or a declared robust rule) --mean--> shared adapter
+
+Beside OUT stand journals and keys (`OUT.rounds`) until the Adapter does: `resume` goes on from them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sartor.core import catalogue, config, licences, records
+from sartor.core.artifacts import Artifact, check_free, kind_of, write_artifact, writer_lock
+from sartor.core.errors import ConfigError
+from sartor.federate.aggregate.tensors import Tensors
+from sartor.federate.privacy.accountant import Account, calibrated
+from sartor.federate.privacy.clients import ClientNoise
+from sartor.federate.rounds.manifest import Rules, terms_for
+from sartor.federate.secure.terms import least_threshold
+from sartor.federate.tuning.clients import Clients, open_clients
+from sartor.federate.tuning.recipe import MODES, FederateRecipe
+from sartor.federate.tuning.recipe import load as load_recipe
+from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting
+from sartor.federate.tuning.shards import Shards
+from sartor.federate.tuning.task import LoraTask
+from sartor.models import adapters, memory
+from sartor.models.base import machine
+from sartor.tune import resume as resumption
+from sartor.tune.checkpoint import Found, full_disk
+
+Notice = Callable[[str], object]
+_FINGERPRINT = "fingerprint.json"
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What `simulate` made: the Adapter, and what its rounds said."""
+
+    adapter: Artifact
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        run = self.adapter.manifest["run"]
+        names = ("rounds", "clients", "uploaded_bytes", "upload_bytes_per_parameter", "exactness_error", "quantisation_error",
+                 "epsilon", "metrics", "trainable", "wall_s")  # fmt: skip
+        return {"adapter": str(self.adapter.path), **{name: run[name] for name in names}}
+
+
+def simulate(
+    recipe: FederateRecipe | Mapping[str, Any] | Path | str,
+    out: Path | str,
+    *,
+    clients: Sequence[Path | str] = (),
+    shards: Shards | Mapping[str, Any] | None = None,
+    resume: bool = False,
+    replace: bool = False,
+    notice: Notice = lambda line: None,
+) -> Simulated:
+    """Tune one adapter over many clients, all in this process, and write it to `out` as `tune` does.
+
+    clients: a Dataset each; or shards: {count, alpha, by, seed} deals out the one at the recipe's data.path. `resume` goes on
+    after the last round that ended, to the bits that an uninterrupted run gives (but for noise, which is drawn once).
+
+    Raises ConfigError (recipe, clients, taken `out`, a run of something else), ArtifactError, SourceError (a client's Dataset),
+    ModelError (base; a client whose loss explodes), RoundError (a cohort below 3), BudgetError (privacy), GuardError (a rule).
+    """
+    recipe, out = load_recipe(recipe), Path(out).absolute()
+    dealt = config.load_any(Shards, shards) if shards is not None else None
+    folder = out.with_name(f"{out.name}.rounds")
+    _look(out, folder, resume=resume, replace=replace)
+    with full_disk(f"{folder} could not be written"), writer_lock(folder):
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
+        people = open_clients(recipe, clients, dealt, notice)
+        setting = _setting(recipe, people, folder)
+        now = _fingerprint(setting, people)
+        if resume and (standing := resumption.finished(out, Found(), now)):
+            notice(f"{out} is finished: nothing is left to do")
+            return Simulated(standing)
+        _check_same(folder, now)
+        adapter = _run(setting, people, out, replace=replace, notice=notice)
+        shutil.rmtree(folder, ignore_errors=True)
+    return Simulated(adapter)
+
+
+def _look(out: Path, folder: Path, *, resume: bool, replace: bool) -> None:
+    if resume and replace:
+        raise ConfigError("--resume goes on and --replace starts over; both were given", "give one of them")
+    if not (resume and kind_of(out) == "adapter"):
+        check_free(out, replace=replace)
+    if folder.exists() and not (resume or replace):
+        problem = f"an unfinished simulation of {out} stands in {folder}"
+        raise ConfigError(problem, "add --resume to go on there, or --replace to start over")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _setting(recipe: FederateRecipe, people: Clients, folder: Path) -> Setting:
+    """Tasks on one resident base, with the rules resolved."""
+    tasks = {name: LoraTask(people.resident, rows) for name, rows in people.rows.items()}
+    start = people.resident.taken()
+    largest = max(len(rows.train) for rows in people.rows.values())
+    return Setting(recipe, resolved(recipe, start, len(tasks), largest), tasks, start, folder)
+
+
+def resolved(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int) -> Rules:
+    """The rules of a run. largest: examples of the largest client. `auto` noise is the least with which all rounds are within
+    the privacy asked for; the noise that a sum of discrete Gaussians lacks to be one is added. Raises ConfigError, BudgetError.
+    """
+    asked = recipe.rules
+    noise = calibrated(recipe.privacy, recipe.rounds) if recipe.privacy and asked.noise == "auto" else recipe.noise_asked
+    most = asked.most_examples if asked.most_examples != "auto" else 1 if noise else largest
+    rules = Rules(clip=asked.clip, noise=noise, most_examples=most)
+    if not (noise and asked.noise == "auto"):
+        return rules
+    # the finest noise is wanted for the largest upload of any round: all its factors
+    sent = MODES[recipe.mode].sent(shared, 1)
+    layout = terms_for([f"client-{place}" for place in range(clients)], sent, rules, seed="0" * 64).layout
+    how = ClientNoise(rules.clip, noise, least_threshold(clients), layout[0].scale)
+    counted = how.effective_multiplier(sum(value.size for value in shared.values()))
+    return replace(rules, noise=noise * noise / counted * (1 + 1e-4))
+
+
+def _fingerprint(setting: Setting, people: Clients) -> dict[str, Any]:
+    """What decides the result."""
+    resident = people.resident
+    rows = {name: rows.digest() for name, rows in people.rows.items()}
+    return {
+        "recipe": config.dump(setting.recipe),
+        "base": resident.ref.digest,
+        "template": resident.base.chat.template_digest,
+        "rows": records.digest(rows),
+    }
+
+
+def _check_same(folder: Path, now: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the journals in `folder` are of another run; write down whose they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / _FINGERPRINT
+    if file.exists():
+        if differing := resumption.differences(json.loads(file.read_text(encoding="utf-8")), now):
+            problem = f"the rounds in {folder} are of another run: {'; '.join(differing)}"
+            raise ConfigError(problem, "undo the change, or start over with --replace")
+        return
+    part = file.with_suffix(".part")
+    part.write_bytes(records.canonical(now))
+    part.rename(file)
+
+
+def _run(setting: Setting, people: Clients, out: Path, *, replace: bool, notice: Notice) -> Artifact:
+    """All rounds that are left, then the Adapter."""
+    began, recipe = time.monotonic(), setting.recipe
+    account = Account(setting.folder / "privacy.json", recipe.privacy) if recipe.privacy else None
+    rounds: Rounds = InspectedRounds(setting, recipe.robust) if recipe.robust else SecureRounds(setting, account)
+    with contextlib.closing(rounds):
+        for line in people.said(setting.rules):
+            notice(line)
+        if rounds.lines:
+            notice(f"going on after round {len(rounds.lines)} of {recipe.rounds}")
+        while len(rounds.lines) < recipe.rounds:
+            rounds.step()
+            notice(_said(rounds.lines[-1], recipe.rounds))
+        shared, lines = rounds.shared, rounds.lines
+    facts = _facts(setting, people, lines, shared) | {"fingerprint": _without_recipe(_fingerprint(setting, people))}
+    facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
+
+    def fill(part: Path) -> Mapping[str, Any]:
+        (part / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        people.resident.write(shared, part)
+        return facts
+
+    adapter = write_artifact(out, "adapter", fill, replace=replace)
+    catalogue.register(adapter)
+    return adapter
+
+
+def _without_recipe(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: digest for name, digest in fingerprint.items() if name != "recipe"}
+
+
+def _said(line: Mapping[str, Any], rounds: int) -> str:
+    loss = "" if line["loss_first"] is None else f"loss {line['loss_first']:.3f} -> {line['loss_last']:.3f}, "
+    clipped = f", {line['clipped']} of {line['clients']} updates clipped" if line["clipped"] else ""
+    epsilon = "" if line["epsilon"] is None else f", epsilon {line['epsilon']:.3g}"
+    verdicts = "".join(f"; {verdict}" for verdict in line["verdicts"])
+    return f"round {line['round']} of {rounds}: {loss}exactness error {line['exactness_error']:.1e}{clipped}{epsilon}{verdicts}"
+
+
+def _facts(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]], shared: Tensors) -> dict[str, Any]:
+    """The manifest of the Adapter: that of `tune`, and of the rounds."""
+    resident, base = people.resident, people.resident.base
+    mode, rules = MODES[setting.recipe.mode], setting.rules
+    resident.hold(lambda name: True)
+    trained, everything = adapters.trainable(resident.model)
+    uploaded = sum(line["uploaded_bytes"] for line in lines)
+    sent = sum(value.size for line in lines for value in mode.sent(shared, line["round"]).values()) * len(people.rows)
+    rounding = [line["quantisation_error"] for line in lines]
+    return {
+        "base": base.as_manifest(),
+        "recipe": config.dump(setting.recipe),
+        "parents": [dataset.as_parent() for dataset in people.datasets],
+        "sources": people.sources,
+        "licence": licences.combine([*(dataset.licence for dataset in people.datasets), base.ref.licence]),
+        "left_out": people.left_out,
+        "run": {
+            "federated": {
+                "task": "lora",
+                "mode": mode.kind,
+                "sum": setting.recipe.robust.kind if setting.recipe.robust else "secure",
+                "rules": config.dump(rules),
+                "examples": {name: len(rows.train) for name, rows in people.rows.items()},
+            },
+            "rounds": len(lines),
+            "clients": len(people.rows),
+            "uploaded_bytes": uploaded,
+            "upload_bytes_per_parameter": round(uploaded / sent, 4),
+            "exactness_error": max(line["exactness_error"] for line in lines),
+            "quantisation_error": None if None in rounding else max(rounding),
+            "epsilon": lines[-1]["epsilon"],
+            "metrics": {"eval_loss": people.losses(setting.start, shared)},
+            "loss": {"first": lines[0]["loss_first"], "last": lines[-1]["loss_last"], "eval": None},
+            "peak_memory_bytes": memory.peak_bytes(),
+            "trainable": trained,
+            "trainable_fraction": trained / everything,
+        },
+        "machine": machine(),
+        "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
+    }
