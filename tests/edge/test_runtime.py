@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import sartor
 import tiny
@@ -29,6 +30,12 @@ pytestmark = pytest.mark.services
 pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
 
 PROMPTS = ("turn on the kitchen light", "what colour is the sky")
+
+
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CPU has bf16 our runtime rounds to it, and replies of random weights part from those of another runtime."""
+    monkeypatch.setattr("sartor.models.base.best_dtype", lambda device: torch.float32)
 
 
 def call(text: str) -> Call:
