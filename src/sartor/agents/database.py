@@ -132,7 +132,7 @@ class Database:
         where = f"the registry {self.name}"
         if primary in _BUSY:
             return BusyError(f"{where} is locked by another process: {said}", "try again", BUSY_S)
-        if primary in _DAMAGED:
+        if primary in _DAMAGED or (primary == sqlite3.SQLITE_ERROR and said.startswith("no such")):  # written over, or emptied
             return ArtifactError(f"{where} is damaged: {said}", "restore it from a copy, or move it away and start anew")
         if primary == sqlite3.SQLITE_READONLY or (primary == sqlite3.SQLITE_CANTOPEN and not self._is_there()):
             return ConfigError(f"{where} cannot be written to: {said}", "give a directory that can be written to")
