@@ -5,8 +5,8 @@
     python benchmarks/federate.py --work DIR --quick --json                            # a tiny random base, made-up rows
 
 Every part leaves what it found in DIR, and is not done again; the last line is made of what is there. `local` and `centralised`
-train both factors by the loop of the clients, one client with its rows, or with all of them, for `--alone-rounds` epochs. `factors` is
-the mean of factors beside it, `epsilon` the federated run under privacy of a client. Exact match of greedy replies on rows of
+train both factors by the loop of the clients, of one client's rows, or of all, for `--alone-rounds` epochs. `factors` is the
+mean of factors beside it, `epsilon` the federated run under privacy of a client. Exact match of greedy replies on rows of
 templates that nobody trained on. `malicious` counts tests in tests/federate/test_malicious_server.py, `byzantine` is
 benchmarks/federate_robust.py: loss over the clean loss, the worst of its attacks by a sign flip, a scale or false labels.
 """
