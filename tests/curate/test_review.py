@@ -201,6 +201,8 @@ def test_apply_makes_drops_and_children_and_carries_what_is_open(data: Path, tmp
     assert counts["read"] + counts["made"] == counts["kept"] + sum(counts["dropped"].values())
     assert made.manifest["sources"][0]["kept"] == 11 and made.licence == "CC-BY-4.0", "an edited row is still its source's"
     assert made.manifest["parents"][0]["id"] == sartor.open(data).id
+    assert "review.jsonl" not in made.manifest["files"], "later findings and decisions are added to it"
+    assert len(findings.read(tmp_path / "new" / "evidence" / "review.jsonl").decisions) == 3
     assert sartor.inspect(tmp_path / "new", example=edited.id)["ancestors"][0]["id"] == old.id
     assert sartor.open_items(tmp_path / "new") == 2 and sartor.review_counts(tmp_path / "new")["accepted"] == 1
     assert sartor.review_counts(tmp_path / "new")["conflicts"] == 1

@@ -25,7 +25,7 @@ def test_the_plan_is_the_smallest_sample_that_does(population: int, error: float
     count = sampling.size(population, error, 0.95)
     bad = math.floor(error * population + 1e-9) + 1
     assert missed(population, bad, count) <= 0.05 < missed(population, bad, count - 1)
-    assert sampling.most_bad(population, count, 0, 0.95) == bad - 1
+    assert sampling.most_bad(population, count, 0, 0.95) <= bad - 1
     assert sampling.most_bad(population, count - 1, 0, 0.95) >= bad
 
 

@@ -96,17 +96,28 @@ class Database:
             yield connection
 
     def migrate(self) -> None:
-        """Bring the tables to their newest form, from none or from an older one, whole or not at all."""
-        with self._typed(), _one_migration, self._opening(), self._changing.begin() as connection:
-            if not self._is_sqlite:
-                connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _ADVISORY})
-            config = Config()
-            config.set_main_option("script_location", str(self.form.migrations).replace("%", "%%"))
-            config.attributes |= {"connection": connection, "version_table": self.form.version_table}
-            opts = {"version_table": self.form.version_table}
-            standing = MigrationContext.configure(connection, opts=opts).get_current_revision()
-            if standing != ScriptDirectory.from_config(config).get_current_head():
-                self._upgrade(config, standing)
+        """Bring the tables to their newest form, from none or from an older one, whole or not at all.
+
+        Where they are that already, no lock is taken: who only looks does not wait for a writer.
+        """
+        config = Config()
+        config.set_main_option("script_location", str(self.form.migrations).replace("%", "%%"))
+        head = ScriptDirectory.from_config(config).get_current_head()
+        with self._typed(), _one_migration, self._opening():
+            with self._engine.begin() as connection:
+                if self._standing(connection) == head:
+                    return
+            with self._changing.begin() as connection:
+                if not self._is_sqlite:
+                    connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _ADVISORY})
+                config.attributes |= {"connection": connection, "version_table": self.form.version_table}
+                if (standing := self._standing(connection)) != head:
+                    self._upgrade(config, standing)
+
+    def _standing(self, connection: Connection) -> str | None:
+        """The revision of the tables as they are, None of none."""
+        opts = {"version_table": self.form.version_table}
+        return MigrationContext.configure(connection, opts=opts).get_current_revision()
 
     def _upgrade(self, config: Config, standing: str | None) -> None:
         try:

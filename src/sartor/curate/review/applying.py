@@ -1,7 +1,8 @@
 """A new Dataset in which the decisions are done: rejected rows are Drops with who, when and why; edited ones new Examples.
 
 What was made of a row that goes or changes (copies, variants) goes with it, since it says what the row said; `keep_derived`
-leaves it. Items that nobody has decided, and conflicts, come along in the new `review.jsonl`, beside every decision.
+leaves it. Items that nobody has decided, and conflicts, come along in the new `review.jsonl`, beside every decision; what was
+done stands in `evidence/review.jsonl` too, which the manifest lists, so that nobody can change it later.
 """
 
 from __future__ import annotations
@@ -272,6 +273,10 @@ class _Applying:
         decisions = [decision for entry in self.entries for decision in entry.decisions]
         samples = [*self.view.lines.samples, *({"dataset": self.old.id, **plan} for plan in self.view.samples)]
         findings.write(folder / findings.FILE, (entry.item for entry in self.entries), decisions, samples)
+        done = [entry for entry in self.entries if entry.standing.state == "decided"]
+        (folder / "evidence").mkdir(exist_ok=True)
+        said = [decision for entry in done for decision in entry.decisions]
+        findings.write(folder / "evidence" / findings.FILE, (entry.item for entry in done), said, samples)
 
     def _facts(self, folder: Path, total: int, drops: Sequence[Drop]) -> dict[str, Any]:
         manifest = self.old.manifest

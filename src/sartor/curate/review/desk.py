@@ -152,7 +152,7 @@ def review_apply(dataset: Path | str, out: Path | str, queue: str = "", *, repla
 def review_add(dataset: Path | str, found: Iterable[Mapping[str, Any]], queue: str = "") -> dict[str, Any]:
     """Put findings, each a mapping in the form of a line of `review.jsonl`, into the queue of a Dataset. Raises SourceError.
 
-    The same finding again changes nothing. A stage that writes the Dataset itself may rather write them into its `review.jsonl`.
+    The same finding again changes nothing. Whoever writes the Dataset itself may rather write them into its `review.jsonl`.
     """
     with opened(dataset, queue, make=True) as view:
         lines = findings.Lines()

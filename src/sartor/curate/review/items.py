@@ -136,7 +136,16 @@ def decision_of(said: Mapping[str, Any]) -> Decision:
     mappings = {name: said.get(name) or {} for name in ("change", "signature")}
     if wrong := next((name for name, value in mappings.items() if not isinstance(value, Mapping)), ""):
         raise SourceError(f"a decision's {wrong} is no mapping", f"{wrong}: {{...}}")
-    return Decision(**texts, settles=bool(said.get("settles")), **mappings)
+    return Decision(
+        texts["item"],
+        texts["verdict"],
+        texts["by"],
+        texts["at"],
+        texts["reason"],
+        mappings["change"],
+        bool(said.get("settles")),
+        mappings["signature"],
+    )
 
 
 def check_change(change: Mapping[str, Any]) -> None:

@@ -45,7 +45,7 @@ class Queue:
         query = select(tables.items).join(tables.found, tables.found.c.item == column.id).order_by(column.id)
         with self.database.read() as connection:
             rows = connection.execute(query.where(tables.found.c.dataset == dataset)).mappings().all()
-        return {str(row["id"]): item_of(_said(row, "item", row["id"])) for row in rows}
+        return {str(row["id"]): item_of(_said(dict(row), "item", row["id"])) for row in rows}
 
     def decisions(self, items: Iterable[str]) -> dict[str, list[Decision]]:
         """Every decision about these items, by item, in the order in which they came in."""
@@ -55,7 +55,7 @@ class Queue:
             for some in _batched(items):
                 query = select(column.key, column.item, column.said, column.checksum).where(column.item.in_(some))
                 for row in connection.execute(query.order_by(column.number)).mappings():
-                    found.setdefault(str(row["item"]), []).append(decision_of(_said(row, "decision about", row["item"])))
+                    found.setdefault(str(row["item"]), []).append(decision_of(_said(dict(row), "decision about", row["item"])))
         return found
 
     def samples(self, dataset: str) -> list[dict[str, Any]]:
