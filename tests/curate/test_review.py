@@ -287,6 +287,18 @@ def test_an_edited_synthetic_row_keeps_its_mark(data: Path, tmp_path: Path) -> N
     assert ("made", "made") not in kept_by_file(tmp_path / "new")
 
 
+def test_an_edited_row_that_was_made_of_nothing_is_still_counted_and_marked(data: Path, tmp_path: Path) -> None:
+    made = Example(
+        row("Say hello.", "hello").messages, (sartor.Origin("synthesize:fill", "fill:1", "CC0-1.0", (), "synthesize:fill"),)
+    )
+    (item,) = add(data, {"kind": "synthetic", "reason": "made", "row": example_row(made)})
+    decide(data, item, "edit", change={"reply": "good day"})
+    sartor.review_apply(data, tmp_path / "new")
+    (origin,) = rows_in(tmp_path / "new")["Say hello."].origins
+    assert origin.step.startswith("synthesize:fill") and origin.parents == (made.id,)
+    assert kept_by_file(tmp_path / "new")["synthesize:fill", "fill"] == 1
+
+
 def test_edits_that_differ_are_refused_by_name_and_reject_is_stronger(data: Path, tmp_path: Path) -> None:
     one, two, three = add(data, found(data, 1), found(data, 1, reason="other"), found(data, 1, reason="third"))
     decide(data, one, "edit", change={"reply": "x"})

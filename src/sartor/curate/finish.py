@@ -23,7 +23,7 @@ from sartor.curate.steps.contract import Removal, dropped
 from sartor.curate.work import Merged
 
 ROWS_PER_FILE = 100_000
-EDITED = "review"  # the step of an origin whose row a person changed
+EDITED = "review"  # how the step of an origin ends whose row a person changed
 SET_ASIDE = rows.EXAMPLES.append(pa.field("was", pa.string()))
 
 
@@ -278,7 +278,7 @@ def kept_by_file(folder: Path) -> Counter[tuple[str, str]]:
             for batch in parquet.iter_batches(65536, columns=["origins"]):
                 origins = batch["origins"].flatten()
                 is_read = pc.equal(pc.list_value_length(origins.field("parents")), 0)
-                origins = origins.filter(pc.or_(is_read, pc.equal(origins.field("step"), EDITED)))
+                origins = origins.filter(pc.or_(is_read, pc.ends_with(origins.field("step"), EDITED)))
                 places = pc.replace_substring_regex(origins.field("locator"), pattern=r":[^:]*$", replacement="")
                 pairs = pa.table({"source": origins.field("source"), "file": places})
                 for row in pairs.group_by(["source", "file"]).aggregate([([], "count_all")]).to_pylist():

@@ -54,8 +54,13 @@ def masked_text(text: str) -> str:
 
 
 def _child(origin: Origin, parent: Example) -> Origin:
-    """A row that was read stays its source's, as edited; one that a step made keeps that step's mark for ever."""
-    return replace(origin, parents=(parent.id,), step=origin.step if origin.parents else STEP)
+    """A row that was read stays its source's, as edited; one that a step made keeps that step's mark for ever.
+
+    `made+review` is the mark of one that a step made of nothing: it has a parent now, and still counts as its source's row.
+    """
+    if origin.parents or origin.step.endswith(STEP):
+        return replace(origin, parents=(parent.id,))
+    return replace(origin, parents=(parent.id,), step=STEP if origin.step == "read" else f"{origin.step}+{STEP}")
 
 
 def _turns(example: Example, change: Mapping[str, Any]) -> list[tuple[int, str]]:
