@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_jsonl
 from safetensors.numpy import load_file
 
 import sartor
+from conftest import write_jsonl
 from sartor.core import rows as stored
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError
@@ -190,7 +190,10 @@ def test_held_out_rows_go_where_rows_of_their_label_went(tiny_base: Path, datase
 
 def test_joined_is_the_inverse_of_cut() -> None:
     source = np.random.default_rng(0)
-    whole = {"m" + A: source.standard_normal((6, 5)).astype(np.float32), "m" + B: source.standard_normal((7, 6)).astype(np.float32)}
+    whole = {
+        "m" + A: source.standard_normal((6, 5)).astype(np.float32),
+        "m" + B: source.standard_normal((7, 6)).astype(np.float32),
+    }
     again = joined(*cut(whole, 4))
     assert all(np.array_equal(again[name], value) for name, value in whole.items())
     assert load_tuning({"base": "starter", "data": {"path": "x"}}).optimizer.weight_decay == 0.0
