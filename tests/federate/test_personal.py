@@ -26,7 +26,7 @@ from sartor.federate.tuning.shards import Shards
 from sartor.federate.tuning.simulation import simulate
 from sartor.tune.recipe import load as load_tuning
 
-PLACES = ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft", "barn", "shed")
+PLACES = ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den")
 
 
 def recipe(base: Path, **changes: Any) -> dict[str, Any]:
@@ -43,25 +43,40 @@ def recipe(base: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def homes(tmp_path: Path) -> list[Path]:
-    """Three clients who say different things to the same words: one adapter cannot be right for all."""
+    """Three clients: what a place is called they have in common, but each has seen two thirds of them; a word is its own."""
     made = []
-    for client, reply in enumerate(("yes", "no", "off")):
+    for client, word in enumerate(("yes", "no", "off")):
         rows = [
-            {"messages": [{"role": "user", "content": f"light {place} {when}"}, {"role": "assistant", "content": reply}],
-             "group": f"{place} {when}"}
-            for place in PLACES for when in ("now", "later")
+            {"messages": [{"role": "user", "content": f"{place} {when}"},
+                          {"role": "assistant", "content": f"{'abcdefghi'[number] * 3} {word}"}],
+             "group": place, "split": "eval" if number % 3 == client else "train"}
+            for number, place in enumerate(PLACES) for when in ("now", "later", "soon")
         ]  # fmt: skip
         source = {"path": str(write_jsonl(tmp_path / f"{client}.jsonl", rows)), "licence": "CC-BY-4.0"}
-        sartor.curate({"sources": [source], "steps": [], "split": {"eval_fraction": 0.4}}, tmp_path / f"home-{client}")
+        sartor.curate({"sources": [source], "steps": []}, tmp_path / f"home-{client}")
         made.append(tmp_path / f"home-{client}")
     return made
+
+
+@pytest.fixture
+def intents(tmp_path: Path) -> Path:
+    """A Dataset of four intents in nine places, a third held out."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"{word} {place}"},
+                      {"role": "assistant", "content": json.dumps({"intent": word})}]}
+        for word in ("on", "off", "up", "down") for place in PLACES
+    ]  # fmt: skip
+    source = {"path": str(write_jsonl(tmp_path / "intents.jsonl", rows)), "licence": "CC-BY-4.0"}
+    sartor.curate({"sources": [source], "steps": [], "split": {"eval_fraction": 0.33}}, tmp_path / "intents")
+    return tmp_path / "intents"
 
 
 def test_each_client_has_its_own_and_is_better_by_it(
     tiny_base: Path, homes: list[Path], tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(simulation.shutil, "rmtree", lambda folder, **options: None)  # the journals stay, to be looked into
-    asked = recipe(tiny_base, rounds=2, local={"updates": 3}, personal={"rank": 4, "updates": 6, "compare": True})
+    settings = {"rounds": 4, "local": {"updates": 4}, "personal": {"rank": 4, "updates": 8, "compare": True}}
+    asked = recipe(tiny_base, **settings, optimizer={"learning_rate": 4e-2, "batch_tokens": 512})
     out, said = tmp_path / "shared", []
     made = simulate(asked, out, clients=homes, notice=said.append).as_json()
     report = made["personal"]
@@ -76,13 +91,14 @@ def test_each_client_has_its_own_and_is_better_by_it(
         assert all(np.array_equal(head[one], value) for one, value in shared.items()), "the shared adapter is held still"
         assert rank_of(own) == 4 and norm({one: value for one, value in own.items() if one.endswith(B)}) > 0
         of = report["clients"][name]
-        assert of["held_out"] >= 8 and of["asked"] == of["held_out"]
-        for other in ("base", "shared"):
-            assert of[f"over_{other}"]["loss"]["verdict"] == "better" and of[f"over_{other}"]["loss"]["high"] < 0
+        assert (of["rows"], of["held_out"], of["asked"]) == (18, 9, 9)
+        assert of["loss"]["personal"] < of["loss"]["shared"]
         assert set(of["loss"]) == {"base", "shared", "local_only", "centralised", "personal"}
         assert_nowhere(own, out.with_name("shared.rounds"))
-    assert report["verdicts"]["over_shared"] == {"better": 3}
-    assert report["all"]["loss"]["personal"] < report["all"]["loss"]["centralised"]
+    for other in ("base", "shared", "local_only", "centralised"):
+        lift = report["all"][f"over_{other}"]["loss"]
+        assert lift["verdict"] == "better" and lift["low"] <= lift["estimate"] <= lift["high"] < 0, other
+    assert sum(report["verdicts"]["over_local_only"].values()) == 3 and report["not_dealt"] == 0
     again = simulate(asked, out, clients=homes, resume=True, notice=said.append)
     assert again.adapter.id == open_artifact(out).id and "no round is left to do" in " ".join(said)
     with pytest.raises(ConfigError, match=r"another run.*personal.rank: 4 -> 2"):
@@ -152,7 +168,7 @@ def test_a_killed_run_goes_on_and_nothing_is_overwritten_unasked(
     tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None
 ) -> None:
     asked = recipe(tiny_base, data={"path": str(dataset)})
-    shards, out = {"count": 3, "by": "."}, tmp_path / "shared"
+    shards, out = {"count": 3, "alpha": 9.0}, tmp_path / "shared"
 
     def killed(line: str) -> None:
         if line.startswith("client-1: "):
@@ -170,20 +186,21 @@ def test_a_killed_run_goes_on_and_nothing_is_overwritten_unasked(
     report = simulate(asked, out, shards=shards, resume=True).as_json()["personal"]
     assert (folder / "client-0" / "adapter_model.safetensors").read_bytes() == first
     assert set(report["clients"]) == {"client-0", "client-1", "client-2"}
-    assert sum(one["held_out"] for one in report["clients"].values()) <= 10, "a row is one client's"
+    assert sum(one["held_out"] for one in report["clients"].values()) == 10, "a row is one client's"
 
 
-def test_held_out_rows_go_where_rows_of_their_label_went(tiny_base: Path, dataset: Path, fp32: None) -> None:
-    asked = load({**recipe(tiny_base), "data": {"path": str(dataset)}})
-    people = open_clients(asked, [], Shards(3, 0.1, ".", 5))
-    examples = {one.id: one for one in stored.read_examples(open_artifact(dataset))}
+def test_held_out_rows_go_where_rows_of_their_label_went(tiny_base: Path, intents: Path, fp32: None) -> None:
+    asked = load({**recipe(tiny_base), "data": {"path": str(intents)}})
+    people = open_clients(asked, [], Shards(3, 0.3, "intent", 1))
+    examples = {one.id: one for one in stored.read_examples(open_artifact(intents))}
 
     def labels(rows: list[Any]) -> set[str]:
         return {examples[row.example_id].reply for row in rows}
 
     trained = {row.example_id for rows in people.rows.values() for row in rows.train}
     held_out = [row.example_id for rows in people.rows.values() for row in rows.held_out]
-    assert held_out and len(set(held_out)) == len(held_out) and trained.isdisjoint(held_out)
+    assert len(set(held_out)) == len(held_out) == len(people.held_out) and trained.isdisjoint(held_out)
+    assert any(labels(rows.train) != {examples[name].reply for name in trained} for rows in people.rows.values()), "unlike"
     for rows in people.rows.values():
         assert labels(rows.held_out) <= labels(rows.train)
 

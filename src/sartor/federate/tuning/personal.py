@@ -211,7 +211,8 @@ def _judged(desk: Desk, made: Mapping[str, Artifact], notice: Notice) -> dict[st
         sides = {what: lifts.side(desk.resident, one, own) for what, one in _adapters(desk, name, adapter, central, own)}
         judged[name] = lifts.Judged(own, sides, len(desk.people.rows[name].train))
         notice(f"{name}: {judged[name]}")
-    return lifts.report(judged)
+    mine = {row.example_id for rows in desk.people.rows.values() for row in rows.held_out}
+    return {**lifts.report(judged), "not_dealt": sum(row.example_id not in mine for row in desk.people.held_out)}
 
 
 def _adapters(
