@@ -9,8 +9,8 @@ train both factors by the loop of the clients: as many rounds, of one client wit
 the mean of factors beside it, `epsilon` the federated run under privacy of a client (of each client's rows, with
 `--privacy-level example`). `personal` goes on from `federated`: ranks of each client's own, on held-out rows like the client's.
 Exact match of greedy replies on rows of templates that nobody trained on. `malicious` counts tests in
-tests/federate/test_malicious_server.py, `byzantine` is benchmarks/federate_robust.py: loss over the clean loss, the worst of its
-attacks by a sign flip, a scale or false labels.
+tests/federate/test_malicious_server.py, `byzantine` is benchmarks/federate_robust.py: loss over the clean loss, the worst
+of its attacks by a sign flip, a scale or false labels.
 """
 
 from __future__ import annotations

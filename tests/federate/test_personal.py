@@ -43,17 +43,17 @@ def recipe(base: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def homes(tmp_path: Path) -> list[Path]:
-    """Three clients: what a place is called they have in common, but each has seen two thirds of them; a word is its own."""
+    """Three clients: what a place is called they have in common, a word is each one's own."""
     made = []
     for client, word in enumerate(("yes", "no", "off")):
         rows = [
             {"messages": [{"role": "user", "content": f"{place} {when}"},
                           {"role": "assistant", "content": f"{'abcdefghi'[number] * 3} {word}"}],
-             "group": place, "split": "eval" if number % 3 == client else "train"}
+             "group": place}
             for number, place in enumerate(PLACES) for when in ("now", "later", "soon")
         ]  # fmt: skip
         source = {"path": str(write_jsonl(tmp_path / f"{client}.jsonl", rows)), "licence": "CC-BY-4.0"}
-        sartor.curate({"sources": [source], "steps": []}, tmp_path / f"home-{client}")
+        sartor.curate({"sources": [source], "steps": [], "split": {"eval_fraction": 0.34}}, tmp_path / f"home-{client}")
         made.append(tmp_path / f"home-{client}")
     return made
 
