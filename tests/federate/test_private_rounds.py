@@ -168,6 +168,7 @@ def test_a_budget_that_does_not_hold_the_next_round_stops_the_run(
     [
         ({"base": {"name": "starter", "bits": 4}}, "not quantised"),
         ({"rules": {"noise": 1.0}}, "of the secure sum"),
+        ({"rules": {"most_examples": 100}}, "tell of each row"),
         ({"method": {"rank": 8, "ranks": [4, 4, 8]}}, "clipped with the rest"),
         ({"mode": "residual", "robust": "mean"}, "clipped with the rest"),
         ({"privacy": {"epsilon": 1.0, "batch_rows": 4}}, "level is client"),

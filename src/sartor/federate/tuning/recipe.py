@@ -179,6 +179,9 @@ class FederateRecipe:
         if self.noise_asked:
             problem = f"rules.noise {self.noise_asked:g} is of the secure sum, and the privacy is of level {asked.level}"
             raise ConfigError(problem, "privacy.noise_multiplier, or level: client")
+        if self.rules.most_examples not in ("auto", 1):
+            problem = f"rules.most_examples is {self.rules.most_examples}: a weight by the count of rows would tell of each row"
+            raise ConfigError(problem, "most_examples: 1, or auto")
         if self.base.bits in (4, 8):
             problem = f"base.bits is {self.base.bits}: the gradients of single rows are taken on a base that is not quantised"
             raise ConfigError(problem, "base.bits: 16")
