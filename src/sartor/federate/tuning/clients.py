@@ -120,9 +120,11 @@ def _dealt(dataset: Artifact, encoded: Rows, shards: Shards) -> dict[str, Rows]:
     owners = shards.deal(train)
     owners |= shards.deal_like(owners, train, held_out)
     width = len(str(shards.count))
+
+    def of(place: int, rows: Sequence[Encoded]) -> list[Encoded]:
+        return [row for row in rows if owners.get(row.example_id) == place]
+
     return {
-        f"client-{place:0{width}}": Rows(
-            *([row for row in part if owners.get(row.example_id) == place] for part in (encoded.train, encoded.held_out))
-        )
+        f"client-{place:0{width}}": Rows(train=of(place, encoded.train), held_out=of(place, encoded.held_out))
         for place in range(shards.count)
     }
