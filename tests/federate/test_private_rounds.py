@@ -205,6 +205,7 @@ def test_residual_rounds_are_exact_and_so_is_the_adapter(tiny_base: Path, datase
     assert said["metrics"]["eval_loss"]["tuned"] < said["metrics"]["eval_loss"]["base"]
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     means, residual = cut(tensors, 4)
+    assert said["trainable"] == sum(value.size for value in means.values())
     assert rank_of(residual) > 4 and norm({name: value for name, value in residual.items() if name.endswith(B)}) > 0
     config_ = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config_["lora_alpha"] / config_["r"] == pytest.approx(8 / 4) and config_["r"] == rank_of(tensors)

@@ -219,7 +219,9 @@ def _facts(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]]
     resident, base = people.resident, people.resident.base
     mode, rules = MODES[setting.recipe.mode], setting.rules
     resident.hold(lambda name: True)
-    trained, everything = adapters.trainable(resident.model)
+    _, everything = adapters.trainable(resident.model)
+    # without the ranks of a residual, which are held still
+    trained = sum(value.size for value in setting.start.values())
     uploaded = sum(line["uploaded_bytes"] for line in lines)
     sent = sum(value.size for line in lines for value in mode.sent(setting.start, line["round"]).values()) * len(people.rows)
     rounding = [line["quantisation_error"] for line in lines]
