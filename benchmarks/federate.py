@@ -6,15 +6,18 @@
 
 Every part leaves what it found in DIR, and is not done again; the last line is made of what is there. `local` and `centralised`
 train both factors by the loop of the clients, of one client's rows, or of all, for `--alone-rounds` epochs. `factors` is the
-mean of factors beside it, `epsilon` the federated run under privacy of a client. Exact match of greedy replies on rows of
-templates that nobody trained on. `malicious` counts tests in tests/federate/test_malicious_server.py, `byzantine` is
-benchmarks/federate_robust.py: loss over the clean loss, the worst of its attacks by a sign flip, a scale or false labels.
+mean of factors beside it, `epsilon` the federated run under privacy of a client (of each client's rows, with
+`--privacy-level example`). `personal` goes on from `federated`: ranks of each client's own, on held-out rows like the client's.
+Exact match of greedy replies on rows of templates that nobody trained on. `malicious` counts tests in
+tests/federate/test_malicious_server.py, `byzantine` is benchmarks/federate_robust.py: loss over the clean loss, the worst
+of its attacks by a sign flip, a scale or false labels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -41,14 +44,18 @@ from sartor.federate.aggregate.tensors import Tensors, plus
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
 from sartor.federate.tuning.clients import Clients, open_clients
-from sartor.federate.tuning.recipe import FederateRecipe, Settings, load
+from sartor.federate.tuning.personal import personalise
+from sartor.federate.tuning.recipe import FederateRecipe, Personal, Settings, load
+from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.shards import Shards
 from sartor.federate.tuning.simulation import simulate
 from sartor.federate.tuning.task import LoraTask
 from sartor.tune.tokenised import Rows
 
 TESTS = Path(__file__).parent.parent / "tests"
-PARTS = ("data", "untuned", "local", "federated", "centralised", "factors", "epsilon", "malicious", "byzantine")
+PARTS = ("data", "untuned", "local", "federated", "centralised", "factors", "personal", "epsilon", "malicious", "byzantine")
+# where rank buys most
+PRIVATE_TARGETS = ["q_proj", "v_proj"]
 ATTACKS = ("sign flip", "sign flip x4", "scale", "label flip")
 
 
@@ -123,9 +130,9 @@ class Homes:
         split = {"eval_fraction": self.asked.eval_fraction}
         return sartor.curate({"sources": [source], "split": split}, self.work / "dataset", replace=True).as_json()
 
-    def scores(self, adapter: Tensors) -> list[float]:
-        """Exact match of each held-out row."""
-        resident, asked = self.clients.resident, self.held_out
+    def scores(self, adapter: Tensors, resident: Resident | None = None) -> list[float]:
+        """Exact match of each held-out row. resident: of a method that is not the others'."""
+        resident, asked = resident or self.clients.resident, self.held_out
         resident.put(adapter)
         resident.model.eval()
         with torch.no_grad():
@@ -153,7 +160,8 @@ class Homes:
         out, began = self.work / f"adapter-{name}", time.monotonic()
         made = simulate(self.recipe(**changes), out, shards=self.shards, resume=True, notice=print_line).as_json()
         wall_s = round(time.monotonic() - began, 1)
-        return {**made, "wall_s": wall_s, "scores": self.scores(load_file(out / "adapter_model.safetensors"))}
+        resident = open_clients(self.recipe(**changes), [], self.shards).resident if "method" in changes else None
+        return {**made, "wall_s": wall_s, "scores": self.scores(load_file(out / "adapter_model.safetensors"), resident)}
 
     def run(self, part: str) -> None:
         """One part; nothing where it was done."""
@@ -169,12 +177,39 @@ class Homes:
         elif part in ("federated", "factors"):
             self.kept(part, lambda: self.together(part, **(self.both_factors if part == "factors" else {})))
         elif part == "epsilon":
-            for epsilon in self.asked.epsilons:
-                privacy = {"privacy": {"epsilon": epsilon, "delta": 1e-2}, "rules": {"clip": self.asked.private_clip}}
-                name = f"epsilon-{epsilon:g}"
+            for epsilon, name in self.curve.items():
+                privacy = self.privacy(epsilon)
                 self.kept(name, lambda name=name, privacy=privacy: self.together(name, **privacy))
+        elif part == "personal":
+            self.kept(part, self.personal)
         else:
             self.kept(part, {"data": self.data, "malicious": malicious, "byzantine": self.byzantine}[part])
+
+    @property
+    def curve(self) -> dict[float, str]:
+        """Epsilon -> the name of what was found under it."""
+        level = "" if self.asked.privacy_level == "client" else f"{self.asked.privacy_level}-"
+        return {epsilon: f"epsilon-{level}{epsilon:g}" for epsilon in self.asked.epsilons}
+
+    def privacy(self, epsilon: float) -> dict[str, Any]:
+        """What a recipe says of it: 8 clients, or hundreds of rows of each, bound delta. Noise is of every trained number, so few
+        are trained; `inf` is that recipe without noise.
+        """
+        rank = self.asked.private_rank
+        small = {"rounds": self.asked.private_rounds, "method": {"rank": rank, "alpha": 2.0 * rank, "targets": PRIVATE_TARGETS}}
+        if math.isinf(epsilon):
+            return small
+        if self.asked.privacy_level == "client":
+            return {**small, "privacy": {"epsilon": epsilon, "delta": 1e-2}, "rules": {"clip": self.asked.private_clip}}
+        return {**small, "privacy": {"epsilon": epsilon, "delta": 1e-3, "level": "example"}}
+
+    def personal(self) -> dict[str, Any]:
+        """The report on each client's own ranks beside those of the part `federated`."""
+        data = {"path": str(self.work / "dataset"), "eval_rows": self.asked.personal_held_out}
+        recipe, shared = self.recipe(data=data), sartor.open(self.work / "adapter-federated")
+        people = open_clients(recipe, [], self.shards)
+        own = Personal(epochs=1, rank=self.asked.rank, compare=self.asked.compare)
+        return personalise(people, shared, recipe, own, again=False, notice=print_line)
 
     def byzantine(self) -> dict[str, float]:
         """Rule -> loss over the clean loss under the worst of the attacks."""
@@ -190,9 +225,10 @@ class Homes:
         scores = federated.get("scores")
         curve = {
             name: {"epsilon": said["epsilon"], "exact_match": _mean(said["scores"])}
-            for name in (f"epsilon-{epsilon:g}" for epsilon in self.asked.epsilons)
+            for name in self.curve.values()
             if (said := self.found(name))
         }
+        personal = self.found("personal") or {}
         return {
             "untuned": _mean(untuned),
             "local_only": _mean(best),
@@ -209,7 +245,11 @@ class Homes:
             "uploaded_megabytes_per_client": federated["uploaded_bytes"] / federated["clients"] / 1e6 if federated else None,
             "federated_s": federated.get("wall_s"),
             "held_out": scores and len(scores),
+            "personal": {name: lifts(said) for name, said in {**personal["clients"], "all": personal["all"]}.items()}
+            if personal
+            else None,
             "epsilon": curve,
+            "privacy_level": self.asked.privacy_level,
             "malicious": malicious_ and malicious_["malicious"],
             "malicious_refused": malicious_ and malicious_["refused"],
             "byzantine": self.found("byzantine"),
@@ -222,6 +262,12 @@ class Homes:
         groups = [row.group or row.id for row in self.held_out.examples]
         compared = paired(before, after, groups)
         return {"estimate": compared.difference, "low": compared.low, "high": compared.high}
+
+
+def lifts(said: dict[str, Any]) -> dict[str, Any]:
+    """Of a client: how many rows, and how much more often its own adapter is right than another."""
+    over = {what: one.get("exact_match") for what, one in said.items() if what.startswith("over_")}
+    return {"rows": said["rows"], "held_out": said["held_out"], "exact_match": said["exact_match"], **over}
 
 
 def _mean(scores: list[Any] | None) -> float | None:
@@ -259,13 +305,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--mode", default="freeze_a")
+    parser.add_argument("--privacy-level", choices=("client", "example"), default="client")
+    parser.add_argument("--compare", action="store_true", help="personal: beside local-only and centralised, tuned for that")
+    parser.add_argument("--personal-held-out", type=int, default=800)
     for name, value in (("clients", 8), ("rounds", 10), ("alone-rounds", 5), ("rank", 16), ("per-intent", 100),
-                        ("most-held-out", 2_000)):  # fmt: skip
+                        ("most-held-out", 2_000), ("private-rank", 4), ("private-rounds", 2)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, number in (("learning-rate", 4e-3), ("both-learning-rate", 1e-3), ("eval-fraction", 0.5), ("clip", 100.0),
                          ("private-clip", 1.0)):  # fmt: skip
         parser.add_argument(f"--{name}", type=float, default=number)
-    parser.add_argument("--epsilons", type=float, nargs="*", default=[1.0, 8.0, 64.0, 512.0])
+    parser.add_argument("--epsilons", type=float, nargs="*", default=[8.0, 64.0, math.inf])
     asked = parser.parse_args()
     if asked.quick:
         asked.clients, asked.rounds, asked.alone_rounds, asked.rank, asked.most_held_out, asked.epsilons = 3, 1, 1, 4, 4, [8.0]

@@ -37,6 +37,8 @@ def simulate(
     alpha: float = 0.3,
     by: str = "",
     shard_seed: int = 0,
+    personal: int | None = None,
+    compare: REPLACE = False,
     resume: REPLACE = False,
     replace: REPLACE = False,
 ) -> Any:
@@ -50,11 +52,14 @@ def simulate(
         alpha: of the Dirichlet distribution that it is dealt by; small is unlike
         by: field of the JSON replies that is dealt unlike, a dotted path; . is the whole reply
         shard_seed: what is dealt follows from it
+        personal: after the rounds each client tunes so many ranks of its own, into OUT.personal: --personal.rank of the recipe
+        compare: and is compared with its rows alone, and with all clients' rows as one, both tuned for that: --personal.compare
         resume: go on after the last round that ended
         replace: start over, and replace the Adapter that stands there
     """
     dealt = {"count": shards, "alpha": alpha, "by": by, "seed": shard_seed} if shards is not None else None
+    asked = [*flags, *([f"--personal.rank={personal}"] if personal else []), *(["--personal.compare=true"] if compare else [])]
     return sartor.federate_simulate(
-        sartor.load_federate_recipe(recipe, flags), out, clients=clients, shards=dealt, resume=resume, replace=replace,
+        sartor.load_federate_recipe(recipe, asked), out, clients=clients, shards=dealt, resume=resume, replace=replace,
         notice=notice,
     )  # fmt: skip

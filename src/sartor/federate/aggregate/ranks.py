@@ -31,6 +31,33 @@ def cut(shared: Tensors, rank: int) -> tuple[dict[str, Array], dict[str, Array]]
     return own, tail
 
 
+def joined(own: Tensors, tail: Tensors) -> dict[str, Array]:
+    """One adapter of the ranks of both, whose products are the sums of theirs: what `cut` parted. Both on one scale.
+
+    Raises InputError unless both have the same modules.
+    """
+    if strange := sorted(set(modules(own)) ^ set(modules(tail))):
+        raise InputError(f"{strange[0]} has factors in one of the two adapters", "join adapters of the same modules")
+    whole = dict(own)
+    for module in modules(own):
+        whole[module + A] = np.concatenate([own[module + A], tail[module + A]])
+        whole[module + B] = np.concatenate([own[module + B], tail[module + B]], axis=1)
+    return whole
+
+
+def nothing(like: Tensors) -> dict[str, Array]:
+    """An adapter of these shapes that changes nothing."""
+    return {name: np.zeros_like(value) for name, value in like.items()}
+
+
+def rank_of(tensors: Tensors) -> int:
+    """The rank R of an adapter whose modules all have one. Raises InputError for one without factors, or of several ranks."""
+    ranks = {len(tensors[module + A]) for module in modules(tensors)}
+    if len(ranks) != 1:
+        raise InputError(f"the adapter's modules have the ranks {sorted(ranks)}", "an adapter of one rank")
+    return ranks.pop()
+
+
 def widened(own: Tensors, shared: Tensors) -> dict[str, Array]:
     """What a client trained, with the ranks behind that it held still. Raises InputError where the two do not fit."""
     whole = dict(own)

@@ -6,6 +6,8 @@ is no key of another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -65,9 +67,15 @@ def add_stream(vector: Vector, key: bytes, sign: int) -> None:
             part -= numbers
 
 
+def stream(key: bytes) -> Callable[[int], bytes]:
+    """A key's stream: each call gives as many bytes as asked for, on from where the last one stopped."""
+    encryptor = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
+    return lambda count: encryptor.update(bytes(count))
+
+
 def stream_bytes(key: bytes, count: int) -> bytes:
     """`count` bytes of a key's stream, from its beginning."""
-    return Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(count))
+    return stream(key)(count)
 
 
 def seal(plain: bytes, agreed: bytes, round_digest: str, sender: str, recipient: str) -> bytes:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sartor.core import rows as stored
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
+from sartor.federate.aggregate.ranks import nothing
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.manifest import Rules
+from sartor.federate.tuning.guard import RowGuard
 from sartor.federate.tuning.recipe import FederateRecipe, tuning
 from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.shards import Shards
+from sartor.federate.tuning.task import LoraTask
 from sartor.models.batches import Encoded
 from sartor.tune.rows import encode_rows
 from sartor.tune.tokenised import Rows
@@ -24,7 +27,10 @@ Notice = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Clients:
-    """rows: by client. held_out: of all Datasets, without a row that any client trains on."""
+    """rows: by client; what each holds out is like what it trains on, and no client trains on it.
+
+    held_out: of all Datasets, without a row that any client trains on.
+    """
 
     resident: Resident
     datasets: Sequence[Artifact]
@@ -40,9 +46,29 @@ class Clients:
             found += [source for source in dataset.manifest["sources"] if source not in found]
         return found
 
-    def losses(self, start: Tensors, shared: Tensors) -> dict[str, float | None]:
+    def dataset_of(self, name: str) -> Artifact:
+        """Where a client's rows are from."""
+        return self.datasets[0 if len(self.datasets) == 1 else list(self.rows).index(name)]
+
+    def tasks(self, recipe: FederateRecipe, folder: Path) -> dict[str, LoraTask]:
+        """What each client does in a round. folder: of the accounts of rows, each client's below its name.
+
+        Raises ConfigError unless as many ranks as clients are given.
+        """
+        ranks: Sequence[int | None] = recipe.method.ranks or [None] * len(self.rows)
+        if len(ranks) != len(self.rows):
+            problem = f"method.ranks has {len(ranks)} ranks, and there are {len(self.rows)} clients"
+            raise ConfigError(problem, "a rank for each client, in their order")
+        asked = recipe.privacy if recipe.privacy and recipe.privacy.level == "example" else None
+        return {
+            name: LoraTask(self.resident, rows, rank, RowGuard.open(asked, folder / name) if asked else None)
+            for (name, rows), rank in zip(self.rows.items(), ranks, strict=True)
+        }
+
+    def losses(self, shared: Tensors) -> dict[str, float | None]:
         """Nats per supervised token of the held-out rows, of the base and of what was tuned."""
-        return {"base": self.resident.loss(start, self.held_out), "tuned": self.resident.loss(shared, self.held_out)}
+        both = {"base": nothing(shared), "tuned": shared}
+        return {side: self.resident.loss(adapter, self.held_out) for side, adapter in both.items()}
 
     def said(self, rules: Rules) -> Iterator[str]:
         """Lines for a person, before the first round."""
@@ -75,6 +101,10 @@ def open_clients(
     else:
         rows = {f"client-{place:0{len(str(len(encoded)))}}": one for place, one in enumerate(encoded)}
     trained = {row.example_id for one in rows.values() for row in one.train}
+    rows = {
+        name: replace(one, held_out=[row for row in one.held_out if row.example_id not in trained])
+        for name, one in rows.items()
+    }
     held_out = {row.example_id: row for one in encoded for row in one.held_out if row.example_id not in trained}
     left_out: dict[str, list[str]] = {}
     for one in encoded:
@@ -84,9 +114,17 @@ def open_clients(
 
 
 def _dealt(dataset: Artifact, encoded: Rows, shards: Shards) -> dict[str, Rows]:
-    """The training rows of one Dataset by client."""
-    kept = {row.example_id for row in encoded.train}
-    owners = shards.deal([one for one in stored.read_examples(dataset) if one.id in kept])
+    """The rows of one Dataset by client, the held-out ones like the others."""
+    examples = {one.id: one for one in stored.read_examples(dataset)}
+    train, held_out = ([examples[row.example_id] for row in part] for part in (encoded.train, encoded.held_out))
+    owners = shards.deal(train)
+    owners |= shards.deal_like(owners, train, held_out)
     width = len(str(shards.count))
-    dealt = {place: [row for row in encoded.train if owners[row.example_id] == place] for place in range(shards.count)}
-    return {f"client-{place:0{width}}": Rows(train=rows) for place, rows in dealt.items()}
+
+    def of(place: int, rows: Sequence[Encoded]) -> list[Encoded]:
+        return [row for row in rows if owners.get(row.example_id) == place]
+
+    return {
+        f"client-{place:0{width}}": Rows(train=of(place, encoded.train), held_out=of(place, encoded.held_out))
+        for place in range(shards.count)
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sartor.federate.aggregate import exactness
@@ -20,8 +20,8 @@ class Line:
 
     exactness_error: of the adapter that the mean makes, before the ring's rounding and noise, from the mean of the clients'
     products, relative (`aggregate.exactness`). quantisation_error: of the mean by the ring's rounding, over the mean's norm;
-    None under noise. uploaded_bytes: of all clients, in this process. epsilon: spent with this round; None without privacy.
-    verdicts: of a robust rule.
+    None under noise. uploaded_bytes: of all clients, in this process. epsilon: spent with this round; None without privacy; of
+    the worst client where each has a budget of its own, which epsilons has. verdicts: of a robust rule.
     """
 
     round: int
@@ -34,6 +34,7 @@ class Line:
     loss_first: float | None
     loss_last: float | None
     epsilon: float | None = None
+    epsilons: Mapping[str, float] = field(default_factory=dict)
     verdicts: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:

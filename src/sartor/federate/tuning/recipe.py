@@ -39,6 +39,69 @@ class Local:
 
 
 @dataclass(frozen=True)
+class Ranked(Lora):
+    """LoRA of one shared rank, of which clients with less memory train the first few (`aggregate.ranks`)."""
+
+    ranks: tuple[int, ...] = option((), "what each client trains of rank, in the clients' order; empty: all of it")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if wrong := [rank for rank in self.ranks if not 1 <= rank <= self.rank]:
+            raise ConfigError(f"a client of rank {wrong[0]} under a shared rank of {self.rank}", f"ranks of 1 to {self.rank}")
+
+    @property
+    def shared(self) -> Lora:
+        """The method of the shared adapter."""
+        return Lora(self.rank, self.alpha, self.dropout, self.targets)
+
+
+@dataclass(frozen=True)
+class Personal(Local):
+    """After the rounds: ranks of each client's own on top of the shared adapter, which is held still."""
+
+    rank: int = option(8, "ranks of the private delta")
+    learning_rate: float | None = option(None, "peak learning rate; by default that of the rounds")
+    compare: bool = option(False, "tune each client's rows alone, and all clients' rows as one, to compare with: costly")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1 or (self.learning_rate is not None and self.learning_rate <= 0):
+            problem = f"rank is {self.rank}, learning_rate {self.learning_rate}"
+            raise ConfigError(problem, "rank: 8, learning_rate: 2.0e-4")
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What the adapter may tell of one client, or of one row of a client, over all rounds."""
+
+    epsilon: float = option(REQUIRED, "above 0; below 1 is strong, above 10 says little")
+    delta: float = option(1e-5, "chance that epsilon does not hold, 0..1; below one over the number of those who are protected")
+    level: Literal["client", "example"] = option(
+        "client", "client: noise inside the secure sum; example: DP-SGD in the client, who has a budget of its own"
+    )
+    max_grad_norm: float = option(1.0, "level example: the norm that one row's gradient is scaled down to")
+    batch_rows: int = option(16, "level example: rows of an update on average; all, if a client has fewer")
+    noise_multiplier: float | Literal["auto"] = option(
+        "auto", "level example: noise of an update in max_grad_norm; auto: the least that all rounds allow"
+    )
+
+    def __post_init__(self) -> None:
+        _ = self.budget
+        if self.max_grad_norm <= 0 or self.batch_rows < 1 or (self.noise_multiplier != "auto" and self.noise_multiplier <= 0):
+            problem = f"max_grad_norm {self.max_grad_norm}, batch_rows {self.batch_rows}, noise {self.noise_multiplier}"
+            raise ConfigError(problem, "max_grad_norm above 0, batch_rows at least 1, noise_multiplier above 0 or auto")
+        of_rows, unsaid = ((one.max_grad_norm, one.batch_rows, one.noise_multiplier) for one in (self, Privacy))
+        if self.level == "client" and of_rows != unsaid:
+            problem = "max_grad_norm, batch_rows and noise_multiplier are of level example; level is client"
+            raise ConfigError(problem, "level: example; or leave them out")
+
+    @property
+    def budget(self) -> PrivacyBudget:
+        """Of one client at level client; of each client's rows at level example."""
+        return PrivacyBudget(self.epsilon, self.delta)
+
+
+@dataclass(frozen=True)
 class LocalData:
     """What every client makes of its Dataset."""
 
@@ -46,6 +109,7 @@ class LocalData:
     eval_fraction: float = option(0.1, "fraction held out by group, if a Dataset itself holds out nothing")
     eval_rows: int = option(64, "most held-out rows of a Dataset whose loss is measured at the end")
     max_length_tokens: int = option(1024, "a longer row is left out and counted")
+    micro_batch_tokens: int = option(2048, "tokens that a client computes at once")
 
 
 @dataclass(frozen=True)
@@ -71,31 +135,65 @@ class FederateRecipe:
 
     base: BaseChoice = option(REQUIRED, "which pretrained weights: every client has the same")
     data: LocalData = option(LocalData(), "what a client makes of its Dataset")
-    method: Lora = option(Lora(), "what is trained")
-    mode: ModeName = option("freeze_a", "what clients train and send: freeze_a, alternate, or factors to compare with")
+    method: Ranked = option(Ranked(), "what is trained")
+    mode: ModeName = option("freeze_a", "what clients train and send: freeze_a, alternate, residual; factors to compare with")
     rounds: int = option(10, "how many rounds")
     local: Local = option(Local(), "how long a client trains in a round")
     optimizer: Optimizer = option(Optimizer(), "how it gets there; warm-up and schedule go over all rounds")
     rules: RoundRules = option(RoundRules(), "what becomes of an update before it is summed")
-    privacy: PrivacyBudget | None = option(None, "what the adapter may tell of one client: {epsilon, delta}")
+    privacy: Privacy | None = option(None, "what the adapter may tell of one client or row: {epsilon, delta, level}")
     robust: AnyRule | None = option(None, "declared instead of a secure sum: how updates, each seen, become one")
-    micro_batch_tokens: int = option(2048, "tokens that a client computes at once")
+    personal: Personal | None = option(None, "what each client adds for itself after the rounds: {rank, epochs}")
     seed: int = option(0, "seed of the adapter's start, the order of rows and the ring's rounding")
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("micro_batch_tokens", 1), ("seed", 0)):
+        for name, least in (("rounds", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}", f"{name}: {least}")
         if self.base.towers:
             raise ConfigError("the base is composed; rounds tune text bases", "base: starter")
         if self.method.dropout:
             raise ConfigError(f"method.dropout is {self.method.dropout}; a client's work is repeatable", "dropout: 0.0")
-        if self.robust and (self.privacy or self.noise_asked):
+        self._check_sum()
+        if self.privacy and self.privacy.level == "example":
+            self._check_rows(self.privacy)
+        held = [name for name, value in (("method.ranks", self.method.ranks), ("personal", self.personal)) if value]
+        if self.optimizer.weight_decay and (held or self.mode == "residual"):
+            problem = f"optimizer.weight_decay moves the ranks that {', '.join(held) or 'mode residual'} holds still"
+            raise ConfigError(problem, "weight_decay: 0.0")
+
+    def _check_sum(self) -> None:
+        """Raise ConfigError unless mode, sum and privacy fit each other."""
+        if self.robust and (self.of_clients or self.noise_asked):
             problem = f"robust {self.robust.kind} sees every update, which the privacy of a secure sum forbids"
-            raise ConfigError(problem, "robust or privacy: a run claims one of the two")
-        if self.mode == "residual":
-            problem = "mode residual changes the frozen weights, and an Adapter is bound to the base as it was"
-            raise ConfigError(problem, "mode: freeze_a or alternate, exact as well")
+            raise ConfigError(problem, "robust or privacy: a run claims one of the two; or privacy: {level: example}")
+        if self.mode == "residual" and (self.robust is None or self.robust.kind != "mean"):
+            problem = "mode residual adds to the frozen weights what only one who sees every client's factors can compute"
+            raise ConfigError(problem, "robust: mean, which declares a sum that is seen; or mode: freeze_a or alternate")
+        if self.method.ranks and not isinstance(MODES[self.mode], FreezeA | Alternate):
+            problem = f"method.ranks under mode {self.mode}: a mean of whole factors takes one rank only"
+            raise ConfigError(problem, "mode: freeze_a or alternate")
+
+    def _check_rows(self, asked: Privacy) -> None:
+        """Raise ConfigError where gradients of single rows cannot be had, or noise is asked for twice."""
+        if self.noise_asked:
+            problem = f"rules.noise {self.noise_asked:g} is of the secure sum, and the privacy is of level {asked.level}"
+            raise ConfigError(problem, "privacy.noise_multiplier, or level: client")
+        if self.rules.most_examples not in ("auto", 1):
+            problem = f"rules.most_examples is {self.rules.most_examples}: a weight by the count of rows would tell of each row"
+            raise ConfigError(problem, "most_examples: 1, or auto")
+        if self.base.bits in (4, 8):
+            problem = f"base.bits is {self.base.bits}: the gradients of single rows are taken on a base that is not quantised"
+            raise ConfigError(problem, "base.bits: 16")
+        if self.method.ranks or self.mode == "residual":
+            what = "method.ranks" if self.method.ranks else "mode residual"
+            problem = f"{what} holds ranks still, and the gradient that a row has in them would be clipped with the rest"
+            raise ConfigError(problem, "privacy of level example: mode freeze_a or alternate, and ranks: []")
+
+    @property
+    def of_clients(self) -> PrivacyBudget | None:
+        """The budget of one client, whose noise goes into the secure sum; None where there is none."""
+        return self.privacy.budget if self.privacy and self.privacy.level == "client" else None
 
     @property
     def noise_asked(self) -> float:
@@ -114,10 +212,10 @@ def tuning(recipe: FederateRecipe, path: str) -> Recipe:
     return Recipe(
         base=recipe.base,
         data=Data(path, data.eval_fraction, data.eval_rows, data.max_length_tokens),
-        method=recipe.method,
+        method=recipe.method.shared,
         budget=Budget(epochs=1.0),
         optimizer=recipe.optimizer,
-        compute=Compute(micro_batch_tokens=recipe.micro_batch_tokens, reuse_frozen=False),
+        compute=Compute(micro_batch_tokens=recipe.data.micro_batch_tokens, reuse_frozen=False),
         evaluations=0,
         seed=recipe.seed,
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from sartor.core.bases import BaseRef
 from sartor.core.errors import ConfigError, RoundError
-from sartor.federate.aggregate.tensors import Array, Tensors, modules
+from sartor.federate.aggregate.ranks import alpha_of
+from sartor.federate.aggregate.tensors import A, Array, Tensors, modules
 from sartor.federate.tuning.recipe import recipe_digest
 from sartor.models import adapters, batches
 from sartor.models.base import Base
@@ -30,18 +32,41 @@ class Resident:
         if base.media is not None:
             raise ConfigError(f"the base {base.ref.name} reads media; rounds tune text bases", "base: starter")
         self.recipe, self.base = recipe, base
-        self.model = adapted(recipe, base)
+        self.digest = recipe_digest(recipe, base.chat.template_digest)
+        self.model: Any = None
+        self._inject()
+
+    def _inject(self) -> None:
+        self.model = adapted(self.recipe, self.base)
         # PEFT's files leave the adapter's name out
         named = self.model.named_parameters()
         self.factors = {name.replace(".default.", "."): one for name, one in named if one.requires_grad}
         modules(self.factors)
-        self.digest = recipe_digest(recipe, base.chat.template_digest)
         self._path: Path | None = None
+        self._masks: list[Any] = []
 
     @classmethod
     def open(cls, recipe: Recipe, notice: Notice = lambda line: None) -> Resident:
         """Open the base that the recipe names."""
         return cls(recipe, open_chosen(recipe, notice))
+
+    @property
+    def rank(self) -> int:
+        """R, of the factors as they stand."""
+        return self.recipe.method.rank
+
+    def refit(self, rank: int) -> None:
+        """Have fresh factors of this rank, on the same scale, alpha / R; nothing changes where it is the rank already.
+
+        For ranks that are held still beside those that the recipe trains: its digest stays.
+        """
+        method = self.recipe.method
+        if rank == method.rank:
+            return
+        wide = replace(method, rank=rank, alpha=alpha_of(method.alpha, method.rank, rank))
+        self.recipe = replace(self.recipe, method=wide)
+        self.base.model = adapters.undo(self.model)
+        self._inject()
 
     @property
     def ref(self) -> BaseRef:
@@ -84,10 +109,18 @@ class Resident:
         """The factors as they stand, fp32, by PEFT's names."""
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.factors.items()}
 
-    def hold(self, trains: Callable[[str], bool]) -> None:
-        """Let those factors learn whose names `trains` says, and no others."""
+    def hold(self, trains: Callable[[str], bool], ranks: slice = slice(None)) -> None:
+        """Let those factors learn whose names `trains` says, of them those ranks, and nothing else.
+
+        The gradient of the other ranks is zero, so that AdamW without weight decay does not move them.
+        """
+        for mask in self._masks:
+            mask.remove()
+        self._masks = []
         for name, parameter in self.factors.items():
             parameter.requires_grad_(trains(name))
+            if trains(name) and len(range(self.rank)[ranks]) < self.rank:
+                self._masks.append(parameter.register_hook(_only(ranks, by_row=name.endswith(A))))
 
     @torch.no_grad()
     def loss(self, shared: Tensors, rows: Sequence[batches.Encoded]) -> float | None:
@@ -109,3 +142,15 @@ class Resident:
         """The PEFT directory of an adapter."""
         self.put(shared)
         adapters.write_adapter(self.model, folder, self.base.ref.name)
+
+
+def _only(ranks: slice, *, by_row: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The gradient of these ranks, which are rows of A and columns of B; zero elsewhere."""
+
+    def masked(gradient: torch.Tensor) -> torch.Tensor:
+        kept = torch.zeros_like(gradient)
+        place = (ranks,) if by_row else (slice(None), ranks)
+        kept[place] = gradient[place]
+        return kept
+
+    return masked

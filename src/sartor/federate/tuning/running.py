@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sartor.core import config, records, signing
-from sartor.federate.aggregate.tensors import Tensors, norm, plus
+from sartor.federate.aggregate.tensors import Tensors, Update, norm, plus
 from sartor.federate.privacy.accountant import Account
 from sartor.federate.robust.rules import AnyRule
 from sartor.federate.rounds import tensors as arrays
@@ -33,6 +33,7 @@ from sartor.federate.tuning import measures
 from sartor.federate.tuning.measures import Line
 from sartor.federate.tuning.noise import noise_of, noised, values_of
 from sartor.federate.tuning.recipe import MODES, FederateRecipe, Settings
+from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.task import NAME, LoraTask
 
 RUN, COORDINATOR = "simulation", "coordinator"
@@ -53,9 +54,20 @@ class Setting:
     @property
     def work(self) -> dict[str, Any]:
         """What a manifest says of the work: digests of base and recipe, and the task's settings."""
-        resident = next(iter(self.tasks.values())).resident
+        resident = self.resident
         settings = config.dump(Settings.of(self.recipe))
         return {"task": NAME, "settings": settings, "base": resident.ref.digest, "recipe": resident.digest}
+
+    @property
+    def resident(self) -> Resident:
+        """The base that the tasks take turns on."""
+        return next(iter(self.tasks.values())).resident
+
+    @property
+    def spent(self) -> tuple[float | None, dict[str, float]]:
+        """(the worst client's epsilon so far, each client's) of its rows; (None, {}) where rows have no budget."""
+        each = {name: task.guard.account.epsilon() for name, task in sorted(self.tasks.items()) if task.guard}
+        return (max(each.values()) if each else None), each
 
     def losses(self, number: int) -> tuple[float | None, float | None]:
         """Means over the clients that trained in this process."""
@@ -190,7 +202,7 @@ class SecureRounds:
             None if rules.noise else measures.rounding_error(mean, updates),
             self._carried.received_bytes,
             *self._setting.losses(manifest.number),
-            self._account.epsilon() if self._account else None,
+            *((self._account.epsilon(),) if self._account else self._setting.spent),
         )
         self._journal.keep(_line(manifest.number), records.canonical(line.as_json()))
         return plus(shared, mean)
@@ -222,27 +234,37 @@ class InspectedRounds:
     def step(self) -> None:
         """See Rounds. Raises GuardError where the rule stops the round."""
         setting, shared, number = self._setting, self._shared, len(self._lines) + 1
-        mode = MODES[setting.recipe.mode]
-        sent, work = mode.sent(shared, number), setting.work
-        terms = terms_for(setting.tasks, sent, setting.rules, seed="0" * 64)
-        said = Work(work["task"], arrays.digest(arrays.pack(shared)), work["base"], work["recipe"], work["settings"])
-        manifest = Manifest(RUN, number, COORDINATOR, said, terms, _LENGTH_S, setting.rules)
-        learnt = {name: setting.tasks[name].update(manifest, shared) for name in sorted(setting.tasks)}
+        learnt = self._learnt(shared, number)
         updates = measures.seen(learnt, setting.rules)
         pooled = self._rule.pool(updates)
+        made, error = self._made(shared, updates, pooled.tensors, setting.recipe.seed + number)
         line = Line(
             number,
             len(updates),
             measures.clipped_of(learnt, setting.rules),
             norm(pooled.tensors),
-            measures.exactness_error(shared, updates, setting.recipe.seed + number),
+            error,
             0.0,
             sum(len(arrays.pack(one.tensors)) for one in updates),
             *setting.losses(number),
+            *setting.spent,
             verdicts=tuple(f"{one.client} {one.action}: {one.reason}" for one in pooled.verdicts),
         )
-        self._lines, self._shared = [*self._lines, line.as_json()], plus(shared, pooled.tensors)
-        self._journal.keep(RUN, records.canonical(self._lines) + b"\n" + arrays.pack(self._shared))
+        self._lines, self._shared = [*self._lines, line.as_json()], made
+        self._journal.keep(RUN, records.canonical(self._lines) + b"\n" + arrays.pack(made))
+
+    def _learnt(self, shared: Tensors, number: int) -> dict[str, Learnt]:
+        """What each client learnt of the shared adapter in a round."""
+        setting = self._setting
+        work, sent = setting.work, MODES[setting.recipe.mode].sent(shared, number)
+        terms = terms_for(setting.tasks, sent, setting.rules, seed="0" * 64)
+        said = Work(work["task"], arrays.digest(arrays.pack(shared)), work["base"], work["recipe"], work["settings"])
+        manifest = Manifest(RUN, number, COORDINATOR, said, terms, _LENGTH_S, setting.rules)
+        return {name: setting.tasks[name].update(manifest, shared) for name in sorted(setting.tasks)}
+
+    def _made(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
+        """(the next shared adapter, how far it is from the mean of the clients' products, on a canary of this seed)."""
+        return plus(shared, pooled), measures.exactness_error(shared, updates, seed)
 
     def close(self) -> None:
         """See Rounds."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
@@ -42,23 +43,44 @@ class Shards:
         A group has the label that most of its rows have. Raises ConfigError where no row has the field, or where there are
         too few groups for so many clients.
         """
-        members: dict[str, list[Example]] = defaultdict(list)
-        for example in examples:
-            members[example.group or example.id].append(example)
-        labels = self._labels(examples)
-        of_label: dict[str, list[str]] = defaultdict(list)
-        for group in sorted(members):
-            counted = Counter(labels[one.id] for one in members[group])
-            of_label[min(counted, key=lambda label: (-counted[label], label))].append(group)
+        members = _members(examples)
+        if self.by and all(label_of(one.reply, self.by) is None for one in examples):
+            raise ConfigError(f"no reply has the field {self.by!r}", "--by FIELD of the JSON replies, or . for the whole reply")
         sizes = {group: len(rows) for group, rows in members.items()}
-        owners = self._owners(of_label, sizes)
+        owners = self._owners(self._of_label(members), sizes)
         return {one.id: owners[group] for group, rows in members.items() for one in rows}
 
+    def deal_like(self, owners: Mapping[str, int], dealt: Sequence[Example], others: Sequence[Example]) -> dict[str, int]:
+        """Other rows, by example's id, of each label in the shares in which `dealt` has gone to its `owners`.
+
+        Rows of a label that was not dealt go to nobody, and are not in what is returned.
+        """
+        given, members = _members(dealt), _members(others)
+        shares = {
+            label: np.bincount([owners[one.id] for group in groups for one in given[group]], minlength=self.count)
+            for label, groups in self._of_label(given).items()
+        }
+        shuffle, found = random.Random(self.seed), {}
+        for label, groups in sorted(self._of_label(members).items()):
+            if label in shares:
+                shuffle.shuffle(groups)
+                sizes = [len(members[group]) for group in groups]
+                ends = np.cumsum(shares[label]) * (sum(sizes) / shares[label].sum())
+                for group, owner in zip(groups, _by_middle(sizes, ends), strict=True):
+                    found.update({one.id: owner for one in members[group]})
+        return found
+
+    def _of_label(self, members: Mapping[str, Sequence[Example]]) -> dict[str, list[str]]:
+        """Label -> groups, sorted. A group has the label that most of its rows have."""
+        labels = self._labels([one for rows in members.values() for one in rows])
+        found: dict[str, list[str]] = defaultdict(list)
+        for group in sorted(members):
+            counted = Counter(labels[one.id] for one in members[group])
+            found[min(counted, key=lambda label: (-counted[label], label))].append(group)
+        return found
+
     def _labels(self, examples: Sequence[Example]) -> dict[str, str]:
-        found = {one.id: label_of(one.reply, self.by) if self.by else "" for one in examples}
-        if self.by and not any(label is not None for label in found.values()):
-            raise ConfigError(f"no reply has the field {self.by!r}", "--by FIELD of the JSON replies, or . for the whole reply")
-        return {name: "" if label is None else label for name, label in found.items()}
+        return {one.id: (label_of(one.reply, self.by) or "") if self.by else "" for one in examples}
 
     def _owners(self, of_label: dict[str, list[str]], sizes: dict[str, int]) -> dict[str, int]:
         """Group -> client."""
@@ -71,14 +93,27 @@ class Shards:
                 groups = list(of_label[label])
                 shuffle.shuffle(groups)
                 ends = np.cumsum(source.dirichlet([self.alpha] * self.count)) * sum(sizes[group] for group in groups)
-                dealt = 0.0
-                for group in groups:
-                    # by the middle of the group, so that a large one goes where most of it falls
-                    owners[group] = min(int(np.searchsorted(ends, dealt + sizes[group] / 2)), self.count - 1)
-                    dealt += sizes[group]
+                owners |= zip(groups, _by_middle([sizes[group] for group in groups], ends), strict=True)
             if len(set(owners.values())) == self.count:
                 return owners
         problem = (
             f"{_TRIES} times a client was left without a row: {len(sizes)} groups, {self.count} clients, alpha {self.alpha}"
         )
         raise ConfigError(problem, "a larger alpha, or fewer shards")
+
+
+def _members(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    """Group -> its rows."""
+    found: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        found[example.group or example.id].append(example)
+    return found
+
+
+def _by_middle(sizes: Sequence[int], ends: NDArray[np.float64]) -> list[int]:
+    """Of groups laid end to end, in which part each has its middle, so that a large one goes where most of it falls.
+
+    ends: (P,) where each part ends.
+    """
+    middles = np.cumsum(sizes) - np.asarray(sizes) / 2
+    return np.minimum(np.searchsorted(ends, middles), len(ends) - 1).tolist()  # type: ignore[no-any-return]

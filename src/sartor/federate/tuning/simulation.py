@@ -8,12 +8,13 @@ Beside OUT stand journals and keys (`OUT.rounds`) until the Adapter does: `resum
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from sartor.federate.privacy.clients import ClientNoise
 from sartor.federate.rounds.manifest import Rules, terms_for
 from sartor.federate.secure.terms import least_threshold
 from sartor.federate.tuning.clients import Clients, open_clients
+from sartor.federate.tuning.personal import check_free as check_personal_free
+from sartor.federate.tuning.personal import personalise
 from sartor.federate.tuning.recipe import MODES, FederateRecipe
 from sartor.federate.tuning.recipe import load as load_recipe
+from sartor.federate.tuning.residual import ResidualRounds
 from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting
 from sartor.federate.tuning.shards import Shards
-from sartor.federate.tuning.task import LoraTask
 from sartor.models import adapters, memory
 from sartor.models.base import machine
 from sartor.tune import resume as resumption
@@ -42,16 +45,18 @@ _FINGERPRINT = "fingerprint.json"
 
 @dataclass(frozen=True)
 class Simulated:
-    """What `simulate` made: the Adapter, and what its rounds said."""
+    """What `simulate` made: the Adapter, what its rounds said, and the report on each client's own Adapter if there are any."""
 
     adapter: Artifact
+    personal: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
         run = self.adapter.manifest["run"]
         names = ("rounds", "clients", "uploaded_bytes", "upload_bytes_per_parameter", "exactness_error", "quantisation_error",
                  "epsilon", "metrics", "trainable", "wall_s")  # fmt: skip
-        return {"adapter": str(self.adapter.path), **{name: run[name] for name in names}}
+        said = {"adapter": str(self.adapter.path), **{name: run[name] for name in names}}
+        return said if self.personal is None else {**said, "personal": dict(self.personal)}
 
 
 def simulate(
@@ -73,22 +78,29 @@ def simulate(
     ModelError (base; a client whose loss explodes), RoundError (a cohort below 3), BudgetError (privacy), GuardError (a rule).
     """
     recipe, out = load_recipe(recipe), Path(out).absolute()
+    # what clients do afterwards, for themselves, changes no round
+    personal, recipe = recipe.personal, dataclasses.replace(recipe, personal=None)
     dealt = config.load_any(Shards, shards) if shards is not None else None
     folder = out.with_name(f"{out.name}.rounds")
     _look(out, folder, resume=resume, replace=replace)
+    if personal:
+        check_personal_free(out, is_meant=resume or replace)
     with full_disk(f"{folder} could not be written"), writer_lock(folder):
         if replace:
             shutil.rmtree(folder, ignore_errors=True)
         people = open_clients(recipe, clients, dealt, notice)
-        setting = _setting(recipe, people, folder)
-        now = _fingerprint(setting, people)
-        if resume and (standing := resumption.finished(out, Found(), now)):
-            notice(f"{out} is finished: nothing is left to do")
-            return Simulated(standing)
-        _check_same(folder, now)
-        adapter = _run(setting, people, out, replace=replace, notice=notice)
-        shutil.rmtree(folder, ignore_errors=True)
-    return Simulated(adapter)
+        now = _fingerprint(recipe, people)
+        if resume and (adapter := resumption.finished(out, Found(), now)):
+            notice(f"{out} is finished: no round is left to do")
+        else:
+            setting = _setting(recipe, people, folder)
+            _check_same(folder, now)
+            adapter = _run(setting, people, out, replace=replace, notice=notice)
+            shutil.rmtree(folder, ignore_errors=True)
+        if personal is None:
+            return Simulated(adapter)
+        report = personalise(people, adapter, recipe, personal, again=replace, notice=notice)
+    return Simulated(adapter, report)
 
 
 def _look(out: Path, folder: Path, *, resume: bool, replace: bool) -> None:
@@ -104,7 +116,7 @@ def _look(out: Path, folder: Path, *, resume: bool, replace: bool) -> None:
 
 def _setting(recipe: FederateRecipe, people: Clients, folder: Path) -> Setting:
     """Tasks on one resident base, with the rules resolved."""
-    tasks = {name: LoraTask(people.resident, rows) for name, rows in people.rows.items()}
+    tasks = people.tasks(recipe, folder / "rows")
     start = people.resident.taken()
     largest = max(len(rows.train) for rows in people.rows.values())
     return Setting(recipe, resolved(recipe, start, len(tasks), largest), tasks, start, folder)
@@ -115,8 +127,10 @@ def resolved(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int
     the privacy asked for; the noise that a sum of discrete Gaussians lacks to be one is added. Raises ConfigError, BudgetError.
     """
     asked = recipe.rules
-    noise = calibrated(recipe.privacy, recipe.rounds) if recipe.privacy and asked.noise == "auto" else recipe.noise_asked
-    most = asked.most_examples if asked.most_examples != "auto" else 1 if noise else largest
+    budget = recipe.of_clients
+    noise = calibrated(budget, recipe.rounds) if budget and asked.noise == "auto" else recipe.noise_asked
+    # a weight by a count of rows would tell of each row
+    most = asked.most_examples if asked.most_examples != "auto" else 1 if noise or recipe.privacy else largest
     rules = Rules(clip=asked.clip, noise=noise, most_examples=most)
     if not (noise and asked.noise == "auto"):
         return rules
@@ -125,15 +139,15 @@ def resolved(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int
     layout = terms_for([f"client-{place}" for place in range(clients)], sent, rules, seed="0" * 64).layout
     how = ClientNoise(rules.clip, noise, least_threshold(clients), layout[0].scale)
     counted = how.effective_multiplier(sum(value.size for value in shared.values()))
-    return replace(rules, noise=noise * noise / counted * (1 + 1e-4))
+    return dataclasses.replace(rules, noise=noise * noise / counted * (1 + 1e-4))
 
 
-def _fingerprint(setting: Setting, people: Clients) -> dict[str, Any]:
+def _fingerprint(recipe: FederateRecipe, people: Clients) -> dict[str, Any]:
     """What decides the result."""
     resident = people.resident
     rows = {name: rows.digest() for name, rows in people.rows.items()}
     return {
-        "recipe": config.dump(setting.recipe),
+        "recipe": config.dump(recipe),
         "base": resident.ref.digest,
         "template": resident.base.chat.template_digest,
         "rows": records.digest(rows),
@@ -157,8 +171,8 @@ def _check_same(folder: Path, now: Mapping[str, Any]) -> None:
 def _run(setting: Setting, people: Clients, out: Path, *, replace: bool, notice: Notice) -> Artifact:
     """All rounds that are left, then the Adapter."""
     began, recipe = time.monotonic(), setting.recipe
-    account = Account(setting.folder / "privacy.json", recipe.privacy) if recipe.privacy else None
-    rounds: Rounds = InspectedRounds(setting, recipe.robust) if recipe.robust else SecureRounds(setting, account)
+    account = Account(setting.folder / "privacy.json", recipe.of_clients) if recipe.of_clients else None
+    rounds = _rounds(setting, account)
     with contextlib.closing(rounds):
         for line in people.said(setting.rules):
             notice(line)
@@ -168,7 +182,7 @@ def _run(setting: Setting, people: Clients, out: Path, *, replace: bool, notice:
             rounds.step()
             notice(_said(rounds.lines[-1], recipe.rounds))
         shared, lines = rounds.shared, rounds.lines
-    facts = _facts(setting, people, lines, shared) | {"fingerprint": _without_recipe(_fingerprint(setting, people))}
+    facts = _facts(setting, people, lines, shared) | {"fingerprint": _without_recipe(_fingerprint(recipe, people))}
     facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
 
     def fill(part: Path) -> Mapping[str, Any]:
@@ -179,6 +193,13 @@ def _run(setting: Setting, people: Clients, out: Path, *, replace: bool, notice:
     adapter = write_artifact(out, "adapter", fill, replace=replace)
     catalogue.register(adapter)
     return adapter
+
+
+def _rounds(setting: Setting, account: Account | None) -> Rounds:
+    recipe = setting.recipe
+    if recipe.robust is None:
+        return SecureRounds(setting, account)
+    return (ResidualRounds if recipe.mode == "residual" else InspectedRounds)(setting, recipe.robust)
 
 
 def _without_recipe(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,9 +219,11 @@ def _facts(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]]
     resident, base = people.resident, people.resident.base
     mode, rules = MODES[setting.recipe.mode], setting.rules
     resident.hold(lambda name: True)
-    trained, everything = adapters.trainable(resident.model)
+    _, everything = adapters.trainable(resident.model)
+    # without the ranks of a residual, which are held still
+    trained = sum(value.size for value in setting.start.values())
     uploaded = sum(line["uploaded_bytes"] for line in lines)
-    sent = sum(value.size for line in lines for value in mode.sent(shared, line["round"]).values()) * len(people.rows)
+    sent = sum(value.size for line in lines for value in mode.sent(setting.start, line["round"]).values()) * len(people.rows)
     rounding = [line["quantisation_error"] for line in lines]
     return {
         "base": base.as_manifest(),
@@ -224,7 +247,7 @@ def _facts(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]]
             "exactness_error": max(line["exactness_error"] for line in lines),
             "quantisation_error": None if None in rounding else max(rounding),
             "epsilon": lines[-1]["epsilon"],
-            "metrics": {"eval_loss": people.losses(setting.start, shared)},
+            "metrics": {"eval_loss": people.losses(shared)},
             "loss": {"first": lines[0]["loss_first"], "last": lines[-1]["loss_last"], "eval": None},
             "peak_memory_bytes": memory.peak_bytes(),
             "trainable": trained,

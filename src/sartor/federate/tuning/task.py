@@ -17,6 +17,7 @@ from sartor.federate.aggregate.modes import Mode
 from sartor.federate.aggregate.tensors import Array, Tensors, plus
 from sartor.federate.rounds.manifest import Manifest
 from sartor.federate.rounds.task import Learnt
+from sartor.federate.tuning.guard import RowGuard
 from sartor.federate.tuning.recipe import MODES, Settings
 from sartor.federate.tuning.resident import Resident
 from sartor.tune import order
@@ -55,12 +56,37 @@ class LocalRun(Run):
         return rate, rate
 
 
+@dataclass(frozen=True)
+class Course:
+    """Where a piece of training stands in a longer one. done: of `rounds` alike, before it; position: in the rows."""
+
+    done: int = 0
+    rounds: int = 1
+    position: order.Position = order.START
+
+
+def train(resident: Resident, rows: Rows, recipe: Recipe, course: Course = Course()) -> LocalRun:
+    """Train what of the resident may learn, from where it stands, for the recipe's budget. Raises ModelError."""
+    with Journal(_NOWHERE, show=False) as journal:
+        saver = Saver(_NOWHERE, recipe.checkpoints, {}, None)
+        run = LocalRun(recipe, resident, resident.model, rows, journal, saver, None)
+        run.done, run.rounds, run.position = course.done, course.rounds, course.position
+        run.train(Signals())
+    return run
+
+
 @dataclass
 class LoraTask:
-    """See `rounds.task.Task`. rows: this client's; losses: round -> (loss of the first update, of the last)."""
+    """See `rounds.task.Task`. rows: this client's; losses: round -> (loss of the first update, of the last).
+
+    rank: of the shared ranks this client trains the first so many, and holds the others still; None: it trains all.
+    guard: makes its updates private of its rows.
+    """
 
     resident: Resident
     rows: Rows
+    rank: int | None = None
+    guard: RowGuard | None = None
     losses: dict[int, tuple[float | None, float | None]] = field(default_factory=dict)
 
     def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
@@ -72,15 +98,11 @@ class LoraTask:
         self._check(manifest)
         mode, resident, number = MODES[settings.mode], self.resident, manifest.number
         resident.put(shared)
-        resident.hold(lambda name: mode.trains(name, number))
-        with Journal(_NOWHERE, show=False) as journal:
-            run = self._run(settings, number, journal)
-            try:
-                run.train(Signals())
-            except ModelError as error:
-                problem = f"round {number}: {error.problem.partition(';')[0]}"
-                raise ModelError(problem, "lower optimizer.learning_rate, or look at this client's rows") from None
-        self.losses[number] = run.losses["first"], run.losses["last"]
+        resident.hold(lambda name: mode.trains(name, number), slice(self.rank))
+        if self.guard:
+            self.guard.train(resident, self.rows, settings, manifest)
+        else:
+            self._train(settings, number)
         return Learnt(change(mode, shared, resident.taken(), number), len(self.rows.train))
 
     def _check(self, manifest: Manifest) -> None:
@@ -95,15 +117,17 @@ class LoraTask:
                     "manifest",
                 )
 
-    def _run(self, settings: Settings, number: int, journal: Journal) -> LocalRun:
+    def _train(self, settings: Settings, number: int) -> None:
         local, recipe = settings.local, self.resident.recipe
         budget = Budget(epochs=local.epochs and float(local.epochs), updates=local.updates)
         optimizer = replace(recipe.optimizer, learning_rate=settings.learning_rate)
         recipe = replace(recipe, budget=budget, optimizer=optimizer)
-        saver = Saver(_NOWHERE, recipe.checkpoints, {}, None)
-        run = LocalRun(recipe, self.resident, self.resident.model, self.rows, journal, saver, None)
-        run.done, run.rounds, run.position = number - 1, settings.rounds, self._start(recipe, number)
-        return run
+        try:
+            run = train(self.resident, self.rows, recipe, Course(number - 1, settings.rounds, self._start(recipe, number)))
+        except ModelError as error:
+            problem = f"round {number}: {error.problem.partition(';')[0]}"
+            raise ModelError(problem, "lower optimizer.learning_rate, or look at this client's rows") from None
+        self.losses[number] = run.losses["first"], run.losses["last"]
 
     def _start(self, recipe: Recipe, number: int) -> order.Position:
         """Where in this client's rows the round begins: where the one before it ended."""

@@ -1,0 +1,133 @@
+"""A client's rows kept private in the rounds of a run: DP-SGD as its training, a budget of its own, and noise that repeats.
+
+Neighbours are the client's rows with and without one of them; how many they are counts as known. All that the client sends is
+computed from what the noise went into, so the rest, the coordinator included, may know every update. The noise is a ChaCha20
+stream under a secret that was drawn from the system once and stays here: for each manifest and set of rows another, and the
+same for the same, so that a client that was killed does its round again to the bits and nobody gets two draws of one round.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from sartor.core.errors import ArtifactError, ConfigError
+from sartor.edge.store.disk import OwnersDisk
+from sartor.federate.privacy.accountant import Account, Budget, Spending, calibrated
+from sartor.federate.privacy.examples import RowNoise, drawn, private_updates
+from sartor.federate.rounds.manifest import Manifest
+from sartor.federate.secure import masks
+from sartor.federate.tuning.recipe import Local, Privacy, Settings
+from sartor.federate.tuning.resident import Resident
+from sartor.models import quantised
+from sartor.models.batches import Encoded, pack
+from sartor.tune import optimizers
+from sartor.tune.run import learning_rate
+from sartor.tune.tokenised import Rows
+
+SECRET, ACCOUNT = "noise.secret", "account.json"
+
+
+@dataclass(frozen=True)
+class RowGuard:
+    """What a client's rows may cost: the budget's account, and the secret (32 bytes) of its noise, in a folder of its own."""
+
+    asked: Privacy
+    account: Account
+    secret: bytes
+
+    @classmethod
+    def open(cls, asked: Privacy, folder: Path) -> RowGuard:
+        """The guard of a folder, begun where there is none. Raises ArtifactError, ConflictError as `Account` does."""
+        account = Account(folder / ACCOUNT, asked.budget)
+        if not (folder / SECRET).exists():
+            OwnersDisk().replace(folder / SECRET, os.urandom(masks.KEY_BYTES))
+        secret = (folder / SECRET).read_bytes()
+        if len(secret) != masks.KEY_BYTES:
+            raise ArtifactError(f"{folder / SECRET} is not the secret of a client's noise", "restore it from a copy")
+        return cls(asked, account, secret)
+
+    def noise(self, settings: Settings, rows: int) -> RowNoise:
+        """How one update of a round protects the rows: `auto` noise is the least with which all rounds fit into the budget."""
+        asked, batch = self.asked, min(self.asked.batch_rows, rows)
+        multiplier = asked.noise_multiplier
+        if multiplier == "auto":
+            times = settings.rounds * updates_of(settings.local, rows, batch)
+            multiplier = _calibrated(asked.budget, times, batch / rows)
+        return RowNoise(asked.max_grad_norm, multiplier, batch)
+
+    def spending(self, manifest: Manifest, settings: Settings, rows: int) -> Spending:
+        """What a round costs. Another manifest of one number is another release, and costs again."""
+        how = self.noise(settings, rows)
+        name = f"{manifest.run} round {manifest.number} {manifest.digest[:16]}"
+        return how.spending(name, rows, updates_of(settings.local, rows, how.batch_rows))
+
+    def train(self, resident: Resident, rows: Rows, settings: Settings, manifest: Manifest) -> None:
+        """A round's training of what of the resident may learn. Its rate goes its course over all rounds.
+
+        Raises BudgetError before anything is drawn where the budget does not hold the round; ExtraError without opacus.
+        """
+        _check(resident)
+        spending, how = self.spending(manifest, settings, len(rows.train)), self.noise(settings, len(rows.train))
+        self.account.spend(spending)
+        source = masks.stream(masks.derive(self.secret, manifest.digest, "rows", rows.digest()))
+        learning = [one for one in resident.factors.values() if one.requires_grad]
+        optimizer = optimizers.make(learning, resident.recipe.optimizer, resident.device)
+
+        def losses(chosen: Sequence[Encoded]) -> torch.Tensor:
+            return row_means(resident.model, chosen, resident.device)
+
+        with private_updates(resident.model, optimizer, losses, how, source=source) as update:
+            for place in range(spending.times):
+                fraction = (manifest.number - 1 + place / spending.times) / settings.rounds
+                for group in optimizer.param_groups:
+                    group["lr"] = _rate(resident, settings, min(1.0, fraction))
+                update(drawn(rows.train, how, source))
+
+
+def updates_of(local: Local, rows: int, batch_rows: int) -> int:
+    """Updates of a client in a round: an epoch is as many as draw each row once on average."""
+    return local.updates or max(1, math.ceil((local.epochs or 1) * rows / batch_rows))
+
+
+def row_means(model: Any, rows: Sequence[Encoded], device: torch.device) -> torch.Tensor:
+    """(B,) nats per supervised token of each row, times its weight; a row of the batch is a row, padded at its end.
+
+    Nothing of a causal model sees what comes after it, so the padding changes no loss.
+    """
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows], device=device)
+    logits = model(input_ids=ids, use_cache=False).logits
+    means = []
+    for row, said in zip(rows, logits, strict=True):
+        batch = pack([row], device)
+        wide = said[batch.predict].to(torch.promote_types(said.dtype, torch.float32))
+        means.append(row.weight * F.cross_entropy(wide, batch.targets))
+    return torch.stack(means)
+
+
+def _rate(resident: Resident, settings: Settings, fraction: float) -> float:
+    optimizer = resident.recipe.optimizer
+    return learning_rate(optimizer, fraction) * settings.learning_rate / optimizer.learning_rate
+
+
+@functools.cache
+def _calibrated(budget: Budget, times: int, fraction: float) -> float:
+    return calibrated(budget, times, fraction)
+
+
+def _check(resident: Resident) -> None:
+    """Raise ConfigError for a base whose single gradients cannot be had."""
+    if bits := quantised.bits_of(resident.model):
+        problem = f"the base is in {bits} bits: the gradients of single rows are taken on one that is not quantised"
+        raise ConfigError(problem, "base.bits: 16")
+    if resident.model.config.is_encoder_decoder:
+        raise ConfigError("the base has an encoder, which sees the padding of a batch", "a causal base")

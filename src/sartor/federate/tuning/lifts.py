@@ -1,0 +1,173 @@
+"""What a client's own adapter is worth: on its own held-out rows, over the base, the shared adapter, and what else was tuned.
+
+Losses of whole rows, in nats per supervised token, and where replies are short exact match of greedy ones; each difference
+(the client's own adapter minus another) with its 95 % interval of a paired bootstrap over groups (`evaluate.compare`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sartor.core import rows as stored
+from sartor.core.records import Example
+from sartor.evaluate import answering
+from sartor.evaluate.compare import Comparison, paired
+from sartor.evaluate.held_out import HeldOut, refusal
+from sartor.evaluate.scorers import exact_match
+from sartor.federate.aggregate.tensors import Tensors
+from sartor.federate.tuning.clients import Clients
+from sartor.federate.tuning.resident import Resident
+from sartor.models.batches import Encoded
+
+SCHEMA, KIND = 1, "personal-report"
+# what is longer is hardly ever said word by word
+SHORT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Own:
+    """A client's held-out rows. groups: of each; asked: those that may be answered, with replies of `limit` tokens at most."""
+
+    encoded: Sequence[Encoded]
+    groups: Sequence[str]
+    asked: HeldOut
+    limit: int = 0
+
+    @property
+    def asked_groups(self) -> list[str]:
+        """Of the rows that are asked."""
+        return [one.group or one.id for one in self.asked.examples]
+
+    @property
+    def tokens(self) -> list[float]:
+        """Supervised tokens of each row."""
+        return [float(row.supervised_tokens) for row in self.encoded]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One adapter on a client's rows. losses: (N,) nats per supervised token; matches: (M,) 0 or 1 of the rows asked."""
+
+    losses: list[float]
+    matches: list[float]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """All adapters on one client's rows; `personal` is the client's own. trained: rows that it has to train on."""
+
+    own: Own
+    sides: Mapping[str, Side]
+    trained: int = 0
+
+    def __str__(self) -> str:
+        if not self.sides:
+            return "no held-out row to judge by"
+        means = {what: _mean(side.losses, self.own.tokens) for what, side in self.sides.items()}
+        return "loss " + ", ".join(f"{mean:.3f} {what.replace('_', ' ')}" for what, mean in means.items())
+
+
+def examples_of(people: Clients) -> dict[str, Example]:
+    """Every row of every Dataset, by its id."""
+    return {one.id: one for dataset in people.datasets for one in stored.read_examples(dataset)}
+
+
+def own_rows(people: Clients, name: str, examples: Mapping[str, Example]) -> Own:
+    """What a client is judged by. Rows whose replies are too long to be said word by word are judged by their loss alone."""
+    encoded, base = people.rows[name].held_out, people.resident.base
+    found = [examples[row.example_id] for row in encoded]
+    groups = [one.group or one.id for one in found]
+    folder = people.dataset_of(name).path
+    if not found or (limit := answering.reply_limit(base, found)) > SHORT_TOKENS + answering.SPARE_TOKENS:
+        return Own(encoded, groups, HeldOut([], folder, {"reply_too_long": len(found)} if found else {}))
+    asked: list[Example] = []
+    left_out: Counter[str] = Counter()
+    for one in found:
+        reason = "no_reply" if one.is_document else refusal(base, one, folder, limit)[0]
+        if reason:
+            left_out[reason] += 1
+        else:
+            asked.append(one)
+    return Own(encoded, groups, HeldOut(asked, folder, dict(left_out)), limit)
+
+
+@torch.no_grad()
+def side(resident: Resident, adapter: Tensors, own: Own) -> Side:
+    """What an adapter makes of a client's rows."""
+    resident.put(adapter)
+    resident.model.eval()
+    losses, _ = answering.losses(resident.base, resident.model, own.encoded)
+    rows = own.asked.examples
+    said = answering.replies(resident.base, resident.model, own.asked, own.limit) if rows else []
+    texts = [resident.base.chat.decode(one.ids) for one in said]
+    return Side(losses, [exact_match(text, row.reply) for text, row in zip(texts, rows, strict=True)])
+
+
+def report(judged: Mapping[str, Judged]) -> dict[str, Any]:
+    """Of each client, and of all their rows together: means, differences with intervals, and how many are better or worse."""
+    clients = {name: _said(one) for name, one in judged.items()}
+    others = {what for one in judged.values() for what in one.sides} - {"personal"}
+    verdicts = {
+        f"over_{what}": dict(Counter(said[f"over_{what}"]["loss"]["verdict"] for said in clients.values() if said["held_out"]))
+        for what in sorted(others)
+    }
+    return {"schema": SCHEMA, "kind": KIND, "clients": clients, "all": _said(_pooled(judged)), "verdicts": verdicts}
+
+
+def _pooled(judged: Mapping[str, Judged]) -> Judged:
+    """All clients' rows as one set."""
+    with_rows = {name: one for name, one in judged.items() if one.sides}
+    whats = next(iter(with_rows.values())).sides if with_rows else {}
+    own = Own(
+        [row for one in with_rows.values() for row in one.own.encoded],
+        [group for one in with_rows.values() for group in one.own.groups],
+        HeldOut([row for one in with_rows.values() for row in one.own.asked.examples], Path()),
+    )
+    sides = {
+        what: Side(
+            [loss for one in with_rows.values() for loss in one.sides[what].losses],
+            [match for one in with_rows.values() for match in one.sides[what].matches],
+        )
+        for what in whats
+    }
+    return Judged(own, sides, sum(one.trained for one in judged.values()))
+
+
+def _said(one: Judged) -> dict[str, Any]:
+    own, sides = one.own, one.sides
+    said: dict[str, Any] = {
+        "rows": one.trained,
+        "held_out": len(own.encoded),
+        "asked": len(own.asked.examples),
+        "not_asked": own.asked.left_out,
+        "loss": {what: _mean(found.losses, own.tokens) for what, found in sides.items()},
+        "exact_match": {what: _mean(found.matches) for what, found in sides.items()},
+    }
+    for what, other in sides.items():
+        if what != "personal":
+            said[f"over_{what}"] = _over(own, other, sides["personal"])
+    return said
+
+
+def _over(own: Own, other: Side, mine: Side) -> dict[str, Any]:
+    found = {"loss": _difference(paired(other.losses, mine.losses, own.groups, own.tokens), higher_is_better=False)}
+    if mine.matches:
+        found["exact_match"] = _difference(paired(other.matches, mine.matches, own.asked_groups), higher_is_better=True)
+    return found
+
+
+def _difference(compared: Comparison, *, higher_is_better: bool) -> dict[str, Any]:
+    verdict = compared.verdict(higher_is_better=higher_is_better)
+    return {"estimate": compared.difference, "low": compared.low, "high": compared.high, "verdict": verdict}
+
+
+def _mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float | None:
+    weights = weights or [1.0] * len(values)
+    total = sum(weights)
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total if total else None
