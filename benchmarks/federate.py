@@ -192,8 +192,9 @@ class Homes:
         return {epsilon: f"epsilon-{level}{epsilon:g}" for epsilon in self.asked.epsilons}
 
     def privacy(self, epsilon: float) -> dict[str, Any]:
-        """What a recipe says of it: 8 clients, or hundreds of rows of each, bound delta. Noise is of every trained number, so few
-        are trained; `inf` is that recipe without noise.
+        """What a recipe says of it: 8 clients, or hundreds of rows of each, bound delta.
+
+        Every trained number gets noise, so few are trained; `inf` is the same recipe without noise.
         """
         rank = self.asked.private_rank
         small = {"rounds": self.asked.private_rounds, "method": {"rank": rank, "alpha": 2.0 * rank, "targets": PRIVATE_TARGETS}}
