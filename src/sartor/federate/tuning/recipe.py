@@ -46,6 +46,13 @@ class LocalData:
     eval_fraction: float = option(0.1, "fraction held out by group, if a Dataset itself holds out nothing")
     eval_rows: int = option(64, "most held-out rows of a Dataset whose loss is measured at the end")
     max_length_tokens: int = option(1024, "a longer row is left out and counted")
+    attack_rows: int = option(
+        128, "rows that the attack report looks at, of trained and of held-out ones; 0: no attack, and it says so"
+    )
+
+    def __post_init__(self) -> None:
+        if self.attack_rows < 0:
+            raise ConfigError(f"attack_rows is {self.attack_rows}", "attack_rows: 128, or 0 for no attack")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sartor.core import config, records, signing
+from sartor.core.errors import BudgetError
 from sartor.federate.aggregate.tensors import Tensors, norm, plus
 from sartor.federate.privacy.accountant import Account
 from sartor.federate.robust.rules import AnyRule
@@ -26,18 +27,25 @@ from sartor.federate.rounds.coordinator import Coordinator, Plan
 from sartor.federate.rounds.journal import Journal
 from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
 from sartor.federate.rounds.manifest import read as read_manifest
-from sartor.federate.rounds.task import Learnt
+from sartor.federate.rounds.task import Learnt, Task
 from sartor.federate.rounds.transport import Carried, InProcess, finish
 from sartor.federate.secure.identity import Identity, Roster
 from sartor.federate.tuning import measures
 from sartor.federate.tuning.measures import Line
 from sartor.federate.tuning.noise import noise_of, noised, values_of
 from sartor.federate.tuning.recipe import MODES, FederateRecipe, Settings
-from sartor.federate.tuning.task import NAME, LoraTask
+from sartor.federate.tuning.resident import Resident
+from sartor.federate.tuning.task import NAME, Losses
 
 RUN, COORDINATOR = "simulation", "coordinator"
 # every client answers at once or says no, so nothing waits for a clock: rounds do not depend on it
 _LENGTH_S = 3_600
+
+
+class TuningTask(Task, Protocol):
+    """A client's work as a simulation watches it. losses: round -> those of what was trained here."""
+
+    losses: dict[int, Losses]
 
 
 @dataclass(frozen=True)
@@ -46,16 +54,22 @@ class Setting:
 
     recipe: FederateRecipe
     rules: Rules
-    tasks: Mapping[str, LoraTask]
+    resident: Resident
+    tasks: Mapping[str, TuningTask]
     start: Tensors
     folder: Path
 
     @property
     def work(self) -> dict[str, Any]:
         """What a manifest says of the work: digests of base and recipe, and the task's settings."""
-        resident = next(iter(self.tasks.values())).resident
         settings = config.dump(Settings.of(self.recipe))
-        return {"task": NAME, "settings": settings, "base": resident.ref.digest, "recipe": resident.digest}
+        return {"task": NAME, "settings": settings, "base": self.resident.ref.digest, "recipe": self.resident.digest}
+
+    def manifest(self, shared: Tensors, number: int) -> Manifest:
+        """Of a round in which every update is seen: unsigned."""
+        terms = terms_for(self.tasks, MODES[self.recipe.mode].sent(shared, number), self.rules, seed="0" * 64)
+        said = Work(shared=arrays.digest(arrays.pack(shared)), **self.work)
+        return Manifest(RUN, number, COORDINATOR, said, terms, _LENGTH_S, self.rules)
 
     def losses(self, number: int) -> tuple[float | None, float | None]:
         """Means over the clients that trained in this process."""
@@ -91,7 +105,7 @@ class Rounds(Protocol):
 class _Seen:
     """A client's task, watched: a simulation sees every update, a coordinator none."""
 
-    task: LoraTask
+    task: TuningTask
     learnt: dict[int, Learnt] = field(default_factory=dict)
 
     def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
@@ -105,13 +119,19 @@ class _Seen:
 
 
 class _Strict(InProcess):
-    """A client that says no ends the simulation with its reason, at once."""
+    """A client that says no ends the simulation with its reason, at once; but for one whose budget the round does not fit."""
+
+    @property
+    def declined(self) -> dict[str, BudgetError]:
+        """Who declined the round, and why."""
+        return {name: error for name, error in sorted(self.said_no.items()) if isinstance(error, BudgetError)}
 
     def exchange(self, requests: Mapping[str, bytes], wait_s: float) -> Iterator[bytes]:
         """See Transport. Raises what the client raised."""
         yield from super().exchange(requests, wait_s)
-        for error in self.said_no.values():
-            raise error
+        for name, error in self.said_no.items():
+            if name not in self.declined:
+                raise error
 
 
 class SecureRounds:
@@ -156,7 +176,9 @@ class SecureRounds:
         return [json.loads(self._journal.kept(_line(number)) or b"{}") for number in done]
 
     def step(self) -> None:
-        """See Rounds. Raises what a client raised, BudgetError before a round that the privacy budget does not hold."""
+        """See Rounds. Raises what a client raised, BudgetError before a round that the privacy budget does not hold, and
+        where too many clients decline one.
+        """
         setting = self._setting
         if not self._coordinator.is_open:
             number = len(self._journal.rounds(RUN)) + 1
@@ -168,7 +190,12 @@ class SecureRounds:
             # before a noised number is seen; for a round that goes on it is paid
             self._account.spend(self._spending(self._manifest()))
         self._carried = Carried()
-        finish(self._coordinator, self._transport, self._carried)
+        self._transport.said_no.clear()
+        ended = finish(self._coordinator, self._transport, self._carried)
+        if ended and ended.state == "abandoned":
+            said = "; ".join(_no(name, error) for name, error in self._transport.declined.items())
+            remedy = next((error.remedy for error in self._transport.declined.values()), "more clients")
+            raise BudgetError(f"round {ended.number} was given up: {ended.reason}{'; ' * bool(said)}{said}", remedy)
 
     def _manifest(self) -> Manifest:
         return read_manifest(self._journal.rounds(RUN)[0].manifest, COORDINATOR, self._member.roster)
@@ -179,7 +206,8 @@ class SecureRounds:
     def _merged(self, shared: Tensors, mean: Tensors) -> Tensors:
         """The next shared adapter. The round's line is in the journal before the round's end is: once, whatever is killed."""
         manifest, rules = self._manifest(), self._setting.rules
-        learnt = {name: task.of(manifest, shared) for name, task in self._seen.items()}
+        declined = self._transport.declined
+        learnt = {name: task.of(manifest, shared) for name, task in self._seen.items() if name not in declined}
         updates = measures.seen(learnt, rules)
         line = Line(
             manifest.number,
@@ -191,6 +219,7 @@ class SecureRounds:
             self._carried.received_bytes,
             *self._setting.losses(manifest.number),
             self._account.epsilon() if self._account else None,
+            tuple(_no(name, error) for name, error in declined.items()),
         )
         self._journal.keep(_line(manifest.number), records.canonical(line.as_json()))
         return plus(shared, mean)
@@ -222,12 +251,8 @@ class InspectedRounds:
     def step(self) -> None:
         """See Rounds. Raises GuardError where the rule stops the round."""
         setting, shared, number = self._setting, self._shared, len(self._lines) + 1
-        mode = MODES[setting.recipe.mode]
-        sent, work = mode.sent(shared, number), setting.work
-        terms = terms_for(setting.tasks, sent, setting.rules, seed="0" * 64)
-        said = Work(work["task"], arrays.digest(arrays.pack(shared)), work["base"], work["recipe"], work["settings"])
-        manifest = Manifest(RUN, number, COORDINATOR, said, terms, _LENGTH_S, setting.rules)
-        learnt = {name: setting.tasks[name].update(manifest, shared) for name in sorted(setting.tasks)}
+        manifest = setting.manifest(shared, number)
+        learnt, declined = _each(setting, manifest, shared)
         updates = measures.seen(learnt, setting.rules)
         pooled = self._rule.pool(updates)
         line = Line(
@@ -239,7 +264,7 @@ class InspectedRounds:
             0.0,
             sum(len(arrays.pack(one.tensors)) for one in updates),
             *setting.losses(number),
-            verdicts=tuple(f"{one.client} {one.action}: {one.reason}" for one in pooled.verdicts),
+            verdicts=(*declined, *(f"{one.client} {one.action}: {one.reason}" for one in pooled.verdicts)),
         )
         self._lines, self._shared = [*self._lines, line.as_json()], plus(shared, pooled.tensors)
         self._journal.keep(RUN, records.canonical(self._lines) + b"\n" + arrays.pack(self._shared))
@@ -247,6 +272,23 @@ class InspectedRounds:
     def close(self) -> None:
         """See Rounds."""
         self._journal.close()
+
+
+def _each(setting: Setting, manifest: Manifest, shared: Tensors) -> tuple[dict[str, Learnt], list[str]]:
+    """What each client learnt, and who declined. Raises BudgetError where nobody is left."""
+    learnt, declined = dict[str, Learnt](), list[str]()
+    for name in sorted(setting.tasks):
+        try:
+            learnt[name] = setting.tasks[name].update(manifest, shared)
+        except BudgetError as error:
+            declined.append(_no(name, error))
+            if len(declined) == len(setting.tasks):
+                raise
+    return learnt, declined
+
+
+def _no(name: str, error: BudgetError) -> str:
+    return f"{name} declined: {error.problem}"
 
 
 def _read(content: bytes) -> tuple[list[dict[str, Any]], Tensors]:
