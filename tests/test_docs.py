@@ -44,6 +44,7 @@ SLOW = {
     "edge-personal.md",
     "federate-privacy.md",
     "federate-tune.md",
+    "federate-devices.md",
 }
 
 
