@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,7 +193,7 @@ class SecureRounds:
         self._transport.said_no.clear()
         ended = finish(self._coordinator, self._transport, self._carried)
         if ended and ended.state == "abandoned":
-            said = "; ".join(_no(name, error) for name, error in self._transport.declined.items())
+            said = "; ".join(_said(self._transport.declined))
             remedy = next((error.remedy for error in self._transport.declined.values()), "more clients")
             raise BudgetError(f"round {ended.number} was given up: {ended.reason}{'; ' * bool(said)}{said}", remedy)
 
@@ -207,7 +207,7 @@ class SecureRounds:
         """The next shared adapter. The round's line is in the journal before the round's end is: once, whatever is killed."""
         manifest, rules = self._manifest(), self._setting.rules
         declined = self._transport.declined
-        learnt = {name: task.of(manifest, shared) for name, task in self._seen.items() if name not in declined}
+        learnt = _each({name: task.of for name, task in self._seen.items()}, manifest, shared, declined)
         updates = measures.seen(learnt, rules)
         line = Line(
             manifest.number,
@@ -219,7 +219,7 @@ class SecureRounds:
             self._carried.received_bytes,
             *self._setting.losses(manifest.number),
             self._account.epsilon() if self._account else None,
-            tuple(_no(name, error) for name, error in declined.items()),
+            tuple(_said(declined)),
         )
         self._journal.keep(_line(manifest.number), records.canonical(line.as_json()))
         return plus(shared, mean)
@@ -252,7 +252,11 @@ class InspectedRounds:
         """See Rounds. Raises GuardError where the rule stops the round."""
         setting, shared, number = self._setting, self._shared, len(self._lines) + 1
         manifest = setting.manifest(shared, number)
-        learnt, declined = _each(setting, manifest, shared)
+        declined: dict[str, BudgetError] = {}
+        tasks = {name: setting.tasks[name].update for name in sorted(setting.tasks)}
+        learnt = _each(tasks, manifest, shared, declined)
+        if not learnt:
+            raise next(iter(declined.values()))
         updates = measures.seen(learnt, setting.rules)
         pooled = self._rule.pool(updates)
         line = Line(
@@ -264,7 +268,7 @@ class InspectedRounds:
             0.0,
             sum(len(arrays.pack(one.tensors)) for one in updates),
             *setting.losses(number),
-            verdicts=(*declined, *(f"{one.client} {one.action}: {one.reason}" for one in pooled.verdicts)),
+            verdicts=(*_said(declined), *(f"{one.client} {one.action}: {one.reason}" for one in pooled.verdicts)),
         )
         self._lines, self._shared = [*self._lines, line.as_json()], plus(shared, pooled.tensors)
         self._journal.keep(RUN, records.canonical(self._lines) + b"\n" + arrays.pack(self._shared))
@@ -274,21 +278,26 @@ class InspectedRounds:
         self._journal.close()
 
 
-def _each(setting: Setting, manifest: Manifest, shared: Tensors) -> tuple[dict[str, Learnt], list[str]]:
-    """What each client learnt, and who declined. Raises BudgetError where nobody is left."""
-    learnt, declined = dict[str, Learnt](), list[str]()
-    for name in sorted(setting.tasks):
+def _each(
+    tasks: Mapping[str, Callable[[Manifest, Tensors], Learnt]],
+    manifest: Manifest,
+    shared: Tensors,
+    declined: dict[str, BudgetError],
+) -> dict[str, Learnt]:
+    """What each client learnt. Who declines, here or before, has learnt nothing, and is in `declined`."""
+    learnt = dict[str, Learnt]()
+    for name, update in tasks.items():
+        if name in declined:
+            continue
         try:
-            learnt[name] = setting.tasks[name].update(manifest, shared)
+            learnt[name] = update(manifest, shared)
         except BudgetError as error:
-            declined.append(_no(name, error))
-            if len(declined) == len(setting.tasks):
-                raise
-    return learnt, declined
+            declined[name] = error
+    return learnt
 
 
-def _no(name: str, error: BudgetError) -> str:
-    return f"{name} declined: {error.problem}"
+def _said(declined: Mapping[str, BudgetError]) -> list[str]:
+    return [f"{name} declined: {error.problem}" for name, error in declined.items()]
 
 
 def _read(content: bytes) -> tuple[list[dict[str, Any]], Tensors]:
