@@ -66,8 +66,8 @@ def resealed(adapter: Path, out: Path, change: Callable[[Path, dict[str, Any]], 
     return open_artifact(out, "adapter")
 
 
-def said(adapter: Path, **changes: Any) -> None:
-    file = adapter / attacked.FILE
+def said(at: Path, /, **changes: Any) -> None:
+    file = at / attacked.FILE
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
