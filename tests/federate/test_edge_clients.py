@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +21,14 @@ from sartor.edge.store import installed, states
 from sartor.edge.tuning import plan
 from sartor.edge.tuning.floor import Floor
 from sartor.edge.tuning.receipt import verify_receipt
-from sartor.federate.aggregate.tensors import A, B, norm, plus
+from sartor.federate.aggregate.tensors import A, B, Tensors, norm, plus
+from sartor.federate.rounds.manifest import Manifest, Rules
+from sartor.federate.rounds.task import Learnt
 from sartor.federate.tuning.clients import Clients, open_clients
 from sartor.federate.tuning.device import Device, EdgeTask, devices_of
 from sartor.federate.tuning.recipe import FederateRecipe, load
-from sartor.federate.tuning.task import LoraTask
+from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting
+from sartor.federate.tuning.task import LoraTask, Losses
 
 
 @pytest.fixture
@@ -106,12 +112,51 @@ def test_a_pace_that_is_not_known_is_measured_first(
     assert pace["start_s"] > 0 and pace["tokens_per_s"] > 0
 
 
+@dataclass
+class Still:
+    """A client without a base; fits: whether the round fits its budget."""
+
+    fits: bool = True
+    losses: dict[int, Losses] = field(default_factory=dict)
+
+    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+        if not self.fits:
+            raise BudgetError("this device declines the round: it is small", "a larger one")
+        return Learnt({name: np.full_like(value, 0.01) for name, value in shared.items() if name.endswith(B)}, 5)
+
+
+@pytest.mark.parametrize("robust", [None, {"norm_bound": {}}])
+def test_a_round_goes_on_without_who_declines_while_enough_stay(robust: Any, tmp_path: Path) -> None:
+    source = np.random.default_rng(0)
+    start = {f"x.lora_{half}.weight": source.standard_normal((4, 4)).astype(np.float32) for half in "AB"}
+    resident: Any = SimpleNamespace(ref=SimpleNamespace(digest="b" * 64), digest="r" * 64)
+
+    def rounds(count: int) -> Rounds:
+        tasks = {f"client-{place}": Still(place != 1) for place in range(count)}
+        asked = load({"base": "starter", "rounds": 1, **({"robust": robust} if robust else {})})
+        (tmp_path / str(count)).mkdir()
+        setting = Setting(asked, Rules(), resident, tasks, start, tmp_path / str(count))
+        return InspectedRounds(setting, asked.robust) if asked.robust else SecureRounds(setting, None)
+
+    with closing(rounds(4)) as four:
+        four.step()
+        line = four.lines[0]
+        assert line["clients"] == 3 and line["verdicts"][0] == "client-1 declined: this device declines the round: it is small"
+        assert np.allclose(four.shared["x.lora_B.weight"], start["x.lora_B.weight"] + 0.01, atol=1e-5)
+    if robust:
+        return
+    with closing(rounds(3)) as three, pytest.raises(BudgetError, match=r"round 1 was given up: .*client-1 declined") as ended:
+        three.step()
+    assert ended.value.exit_code == 4 and ended.value.remedy == "a larger one"
+
+
 def written(folder: Path, name: str, dataset: Path, key: Path, **limits: Any) -> Path:
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump({"data": str(dataset), "store": str(folder / f"{name}-store"), "key": str(key), **limits}))
     return file
 
 
+@pytest.mark.services
 def test_a_simulation_goes_on_without_the_device_that_declines(tiny_base: Path, tmp_path: Path, key: Path, fp32: None) -> None:
     datasets = []
     for place in range(4):

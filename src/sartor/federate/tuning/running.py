@@ -38,7 +38,7 @@ from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.task import NAME, Losses
 
 RUN, COORDINATOR = "simulation", "coordinator"
-# every client answers at once or says no, so nothing waits for a clock: rounds do not depend on it
+# every client answers at once or says no, so nothing waits for a clock (which stands still), and a stage is over at once
 _LENGTH_S = 3_600
 
 
@@ -184,7 +184,14 @@ class SecureRounds:
             number = len(self._journal.rounds(RUN)) + 1
             trained = tuple(MODES[setting.recipe.mode].sent(self.shared, number))
             self._coordinator.begin(
-                Plan(cohort=tuple(self._seen), rules=setting.rules, trained=trained, length_s=_LENGTH_S, **setting.work)
+                Plan(
+                    cohort=tuple(self._seen),
+                    rules=setting.rules,
+                    trained=trained,
+                    length_s=_LENGTH_S,
+                    stage_s=0,
+                    **setting.work,
+                )
             )
         if self._account:
             # before a noised number is seen; for a round that goes on it is paid
