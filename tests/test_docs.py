@@ -45,6 +45,7 @@ SLOW = {
     "edge-personal.md",
     "federate-privacy.md",
     "federate-tune.md",
+    "federate-devices.md",
 }
 
 

@@ -76,6 +76,8 @@ def test_tokens_of_an_embedding_and_of_a_factor_are_found_while_there_are_more_r
         found = inversion.judged("factor", inversion.from_factor(change.astype(np.float32), a, inputs), true)
         assert found.is_blind == is_blind and (is_blind or (found.precision, found.recall) == (1.0, 1.0))
         assert ("blind" in str(found)) == is_blind
+    few = source.standard_normal((4, 5)) @ (inputs[list(true)] @ source.standard_normal((16, 32)).T)
+    assert inversion.from_factor(few, source.standard_normal((16, 32)), inputs) is None, "four outputs, five tokens"
     assert inversion.from_factor(np.zeros((24, 16)), source.standard_normal((16, 32)), inputs) == set()
     with pytest.raises(ConfigError, match="do not fit"):
         inversion.from_factor(np.zeros((24, 5)), np.zeros((16, 32)), inputs)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tuning_rounds import manifest
 
 import sartor
-from sartor.core import config
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, RoundError
 from sartor.core.records import Example, Message, Origin
 from sartor.federate.aggregate.tensors import B, Tensors, norm
-from sartor.federate.rounds import tensors as arrays
-from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
 from sartor.federate.secure.identity import Identity, Roster
 from sartor.federate.tuning.clients import Clients, open_clients
-from sartor.federate.tuning.recipe import FederateRecipe, Settings, load
+from sartor.federate.tuning.recipe import FederateRecipe, load
 from sartor.federate.tuning.shards import Shards
 from sartor.federate.tuning.simulation import simulate
 from sartor.federate.tuning.task import LoraTask
@@ -34,19 +31,13 @@ from sartor.tune.run import learning_rate
 def recipe(base: Path, dataset: Path, **changes: Any) -> dict[str, Any]:
     return {
         "base": str(base),
-        "data": {"path": str(dataset)},
+        "data": {"path": str(dataset), "attack_rows": 0},
         "method": {"rank": 8, "alpha": 16},
         "rounds": 2,
         "local": {"updates": 2},
         "optimizer": {"learning_rate": 1e-2, "batch_tokens": 128},
         **changes,
     }
-
-
-def manifest(asked: FederateRecipe, people: Clients, shared: Tensors, number: int = 1, **work: Any) -> Manifest:
-    said = Work("lora", arrays.digest(arrays.pack(shared)), people.resident.ref.digest, people.resident.digest)
-    said = replace(said, **{"settings": config.dump(Settings.of(asked)), **work})
-    return Manifest("test", number, "coordinator", said, terms_for(("a", "b", "c"), shared, Rules()), 0)
 
 
 @pytest.fixture
@@ -114,6 +105,7 @@ def test_four_clients_sum_exactly_and_a_killed_run_goes_on_to_the_bits(
     assert (whole["rounds"], whole["clients"], whole["epsilon"]) == (2, 4, None)
     assert whole["exactness_error"] <= 1e-6 and 0 < whole["quantisation_error"] <= 1e-3
     assert whole["upload_bytes_per_parameter"] <= 4.2
+    assert sum("attack_rows is 0" in line for line in whole["attacks"]) == 4, "what was not attacked says so"
     assert whole["metrics"]["eval_loss"]["tuned"] < whole["metrics"]["eval_loss"]["base"]
 
     def killed(line: str) -> None:

@@ -63,6 +63,14 @@ def find_parent(artifact: Artifact, kind: str) -> Artifact | None:
     return None
 
 
+def find_parents(artifact: Artifact, kind: str) -> list[Artifact]:
+    """Its own parents of a kind, as far as they still stand and are whole; where it has none, the nearest ancestor."""
+    own = {parent["id"] for parent in artifact.manifest.get("parents", []) if parent["kind"] == kind}
+    found = [open_artifact(step.path) for step in walk(artifact) if step.id in own and step.state == "opened"]
+    nearest = None if own else find_parent(artifact, kind)
+    return found or ([nearest] if nearest else [])
+
+
 def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
     """With `example`, one row of a Dataset: origins, ancestors, duplicates. Else the artefact.
 

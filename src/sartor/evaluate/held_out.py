@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,29 +29,28 @@ class HeldOut:
 def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) -> HeldOut:
     """The rows to evaluate on, and how many were left out and why.
 
-    Rows that were trained on are never among them; where the Dataset is gone that cannot be checked, and `left_out` says so.
+    Rows that were trained on are never among them; where a Dataset is gone that cannot be checked, and `left_out` says so. An
+    Adapter of many clients has a Dataset of each: what one holds out and another trained on is left out.
     media: a folder of the caller's, into which the media of `data` are copied.
     """
-    dataset = lineage.find_parent(adapter, "dataset")
+    datasets = lineage.find_parents(adapter, "dataset")
     left_out: dict[str, int] = {}
     if most_rows < 1:
         raise ConfigError(f"--rows is {most_rows}; there must be at least one row to evaluate on", "--rows 200")
     if data is None:
-        if dataset is None:
+        if not datasets:
             raise ArtifactError(
                 f"the Dataset of {adapter.path} is not where it was, or was changed",
                 "sartor index DIR finds it; or give --data FILE",
             )
-        examples, folder = list(rows.read_examples(dataset, "eval")), dataset.path
+        examples, folder = _held_out_of(datasets, left_out), datasets[0].path
         if not examples:
-            raise SourceError(
-                f"{dataset.path} holds out no row", "curate with split.eval_fraction above 0, or give --data FILE"
-            )
+            raise SourceError(f"{folder} holds out no row", "curate with split.eval_fraction above 0, or give --data FILE")
     else:
-        if dataset is None:
+        if not datasets:
             left_out["not_compared_with_training_rows"] = 0  # the Dataset is gone: said, since nothing was left out for it
         folder = media
-        examples, refused = _rows_of(data, dataset, media)
+        examples, refused = _rows_of(data, datasets, media)
         left_out |= refused
     # a fixed sample: the same rows in every run, whatever their order
     examples.sort(key=lambda example: hashlib.sha256(example.id.encode()).digest())
@@ -59,9 +59,22 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) 
     return HeldOut(examples[:most_rows], folder, left_out)
 
 
-def _rows_of(data: Path, dataset: Artifact | None, folder: Path) -> tuple[list[Example], dict[str, int]]:
+def _held_out_of(datasets: Sequence[Artifact], left_out: dict[str, int]) -> list[Example]:
+    """What Datasets hold out, each row once, without what another of them trained on. Media lie below the first one."""
+    every = {example.id: example for dataset in datasets for example in rows.read_examples(dataset, "eval")}
+    trained_on = _trained_on(datasets) & set(every) if len(datasets) > 1 else set()
+    if trained_on:
+        left_out["trained_on"] = len(trained_on)
+    return [example for name, example in every.items() if name not in trained_on]
+
+
+def _trained_on(datasets: Sequence[Artifact]) -> set[str]:
+    return {example.id for dataset in datasets for example in rows.read_examples(dataset, "train")}
+
+
+def _rows_of(data: Path, datasets: Sequence[Artifact], folder: Path) -> tuple[list[Example], dict[str, int]]:
     """The rows of a file that were not trained on. Raises SourceError where none is left."""
-    trained_on = {example.id for example in rows.read_examples(dataset, "train")} if dataset else set()
+    trained_on = _trained_on(datasets)
     # as in a Dataset, so that a row has the id that it has there
     read = list(read_all(Source(str(data)), 4 << 20, folder / "media"))
     known = [row for row in read if isinstance(row, Example)]

@@ -13,13 +13,13 @@ from sartor.core.artifacts import MANIFESTS, Artifact, check_free, new_directory
 from sartor.core.errors import ConfigError, GateError, HubError, ModelError
 from sartor.core.licences import Use
 from sartor.core.names import is_name
-from sartor.evaluate import checks, permission, training
+from sartor.evaluate import attacked, checks, permission, training
 from sartor.evaluate.checks import Check
 from sartor.evaluate.rules import Rules, open_rules
 
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
-# of an adapter that reads media
-_PROJECTORS = "projectors.safetensors"
+# of an adapter that reads media, and of a federated one
+_SOME_HAVE = {"projectors.safetensors", attacked.FILE}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def release(
         **_of_training(known, evidence),
     }
     with new_directory(out, replace=replace) as part:
-        for file in (*_COPIED, *({_PROJECTORS} & set(adapter.manifest["files"]))):
+        for file in (*_COPIED, *sorted(_SOME_HAVE & set(adapter.manifest["files"]))):
             shutil.copyfile(adapter.path / file, part / file)
         shutil.copytree(evidence.path, part / "report", ignore=shutil.ignore_patterns(".*"))
         facts["exemplars"] = training.write_exemplars(known, part, exemplars)
@@ -129,6 +129,7 @@ def gate(
         "forgetting": checks.forgetting(manifest["forgetting"]),
         "licence": checks.licence(adapter, use),
         **checks.modality(adapter, manifest),
+        **attacked.privacy(adapter),
         **(own.judged(report) if own else {}),
     }
     for waiver in waivers:

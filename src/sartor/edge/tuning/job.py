@@ -8,8 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ConfigError
+from sartor.tune.part import Part
 
 STORES = ("fp32", "bf16")
+FACTORS = ("A", "B", "AB")
+
+
+@dataclass(frozen=True)
+class Share(Part):
+    """What of a longer tuning this one is. factors: which of each pair learn; the other ones are held still."""
+
+    factors: str = "AB"
+
+    def __post_init__(self) -> None:
+        if self.factors not in FACTORS:
+            raise ConfigError(f"the factors {self.factors!r} are to learn", f"factors: {', '.join(FACTORS)}")
 
 
 @dataclass(frozen=True)
@@ -19,7 +32,7 @@ class Job:
 
     start: an adapter directory to go on from; empty for a fresh one. store: the dtype in which the adapter is written (in
     bf16 one more epoch changes fewer bytes). top: so many layers next to the head go on learning, 0 for all; the factors of
-    the others stay. zeroth: learn by differences of two losses, without gradients.
+    the others stay. zeroth: learn by differences of two losses, without gradients. share: of a round, what it asks for.
     """
 
     base: str
@@ -33,6 +46,7 @@ class Job:
     store: str = "fp32"
     top: int = 0
     zeroth: bool = False
+    share: Share = Share()
 
     def __post_init__(self) -> None:
         if self.store not in STORES:
@@ -46,6 +60,7 @@ class Job:
 def read_job(file: Path) -> Job:
     """What `Job.write` wrote. Raises ConfigError."""
     try:
-        return Job(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        return Job(**{**said, "share": Share(**said.get("share", {}))})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is no job: {error}", "write it with Job.write") from None

@@ -19,9 +19,10 @@ from sartor.models.batches import Encoded
 from sartor.tune import objectives
 from sartor.tune.forecast import Interval, Settled
 from sartor.tune.outlook import Outlook
+from sartor.tune.part import Part
 from sartor.tune.probe import Load
 from sartor.tune.recipe import Recipe
-from sartor.tune.run import Run
+from sartor.tune.run import Run, learning_rate
 
 # `auto` without a plan
 MICRO_BATCH_TOKENS = 512
@@ -32,6 +33,17 @@ _STILL = "still."
 
 class DeviceRun(Run):
     """A run on a device. A checkpoint holds the factors of all layers, so that the next run may let others learn."""
+
+    part = Part()
+
+    def take(self, part: Part) -> None:
+        """Be this part of a longer course; from its beginning, unless a checkpoint is restored."""
+        self.part, self.position = part, part.start(self.recipe, [len(row.ids) for row in self.data.train])
+
+    def _rates(self) -> tuple[float, float]:
+        """A device has no projectors."""
+        rate = learning_rate(self.recipe.optimizer, self.part.course(self._fraction()))
+        return rate, rate
 
     def _optimizer(self) -> Any:
         return AdamW(self.parameters, self.recipe.optimizer)

@@ -106,12 +106,13 @@ class MappedLlama(torch.nn.Module):
         pairs = ((name, (("lora_A", module.a), ("lora_B", module.b))) for name, module in adapted.items())
         return {f"base_model.model.{name}.{kind}.weight": part for name, both in pairs for kind, part in both}
 
-    def learn(self, top: int) -> None:
-        """Let the factors of the `top` layers next to the head learn (0: of all), and hold the others still."""
+    def learn(self, top: int, factors: str = "AB") -> None:
+        """Let the factors of the `top` layers next to the head learn (0: of all; factors: A, B or AB), and no others."""
         lowest = self.config.num_hidden_layers - top if top else 0
         for name, module in self.linear.items():
             if isinstance(module, LoraLinear):
-                module.a.requires_grad = module.b.requires_grad = int(name.split(".")[2]) >= lowest
+                learns = int(name.split(".")[2]) >= lowest
+                module.a.requires_grad, module.b.requires_grad = learns and "A" in factors, learns and "B" in factors
 
     def adapt(self, rank: int, alpha: float, seed: int, targets: tuple[str, ...] = (*ATTENTION, *MLP), top: int = 0) -> None:
         """Put fresh LoRA factors on modules of the `top` layers next to the head (0: all): A random, B zero, as PEFT does."""

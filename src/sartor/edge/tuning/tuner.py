@@ -73,7 +73,7 @@ def tune(job: Job, *, show: bool = False) -> dict[str, Any]:
     model = adapted(MappedLlama(Path(job.base)), recipe.method, recipe.seed)
     if job.start:
         load_factors(model, Path(job.start))
-    model.learn(job.top)
+    model.learn(job.top, job.share.factors)
     ground = Ground(BaseRef(job.name, Path(job.base), job.digest, job.licence), torch.device("cpu"), torch.float32)
     checkpoint = newest(out / "checkpoints").checkpoint
     # a number is the plan's, and a run that goes on smaller has another than before
@@ -84,6 +84,7 @@ def tune(job: Job, *, show: bool = False) -> dict[str, Any]:
     with Journal(out / "log.jsonl", show=show, **so_far) as journal:
         kind = ZerothRun if job.zeroth else DeviceRun
         run = kind(recipe, ground, model, read_tokens(Path(job.tokens)), journal, saver, resolved)
+        run.take(job.share)
         if checkpoint:
             run.restore(checkpoint)
         with Signals() as signals:

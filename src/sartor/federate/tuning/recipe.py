@@ -110,6 +110,13 @@ class LocalData:
     eval_rows: int = option(64, "most held-out rows of a Dataset whose loss is measured at the end")
     max_length_tokens: int = option(1024, "a longer row is left out and counted")
     micro_batch_tokens: int = option(2048, "tokens that a client computes at once")
+    attack_rows: int = option(
+        128, "rows that the attack report looks at, of trained and of held-out ones; 0: no attack, and it says so"
+    )
+
+    def __post_init__(self) -> None:
+        if self.attack_rows < 0:
+            raise ConfigError(f"attack_rows is {self.attack_rows}", "attack_rows: 128, or 0 for no attack")
 
 
 @dataclass(frozen=True)

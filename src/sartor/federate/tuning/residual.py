@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from sartor.core.errors import BudgetError
 from sartor.federate.aggregate import exactness
 from sartor.federate.aggregate.modes import Combined, Residual
 from sartor.federate.aggregate.ranks import cut, joined, rank_of
@@ -18,6 +19,7 @@ from sartor.federate.aggregate.tensors import A, Array, B, Pair, Tensors, Update
 from sartor.federate.robust.rules import AnyRule
 from sartor.federate.rounds.task import Learnt
 from sartor.federate.tuning.running import InspectedRounds, Setting
+from sartor.federate.tuning.task import LoraTask
 
 # a singular value below this, of the largest, is rounding in fp64
 _NOTHING = 1e-12
@@ -30,9 +32,9 @@ class ResidualRounds(InspectedRounds):
         super().__init__(setting, rule)
         self._fit(self._shared)
 
-    def _learnt(self, shared: Tensors, number: int) -> dict[str, Learnt]:
+    def _learnt(self, shared: Tensors, number: int, declined: dict[str, BudgetError]) -> dict[str, Learnt]:
         self._fit(shared)
-        whole = super()._learnt(shared, number)
+        whole = super()._learnt(shared, number, declined)
         return {name: replace(one, tensors=cut(one.tensors, self._rank)[0]) for name, one in whole.items()}
 
     def _made(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
@@ -59,7 +61,8 @@ class ResidualRounds(InspectedRounds):
         """Give the tasks a base with room for all ranks, of which they train the first R."""
         self._setting.resident.refit(rank_of(shared))
         for task in self._setting.tasks.values():
-            task.rank = self._rank
+            if isinstance(task, LoraTask):
+                task.rank = self._rank
 
 
 def _together(one: Pair, other: Pair | None) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sartor.core import config, records, signing
+from sartor.core.errors import BudgetError
 from sartor.federate.aggregate.tensors import Tensors, Update, norm, plus
 from sartor.federate.privacy.accountant import Account
 from sartor.federate.robust.rules import AnyRule
@@ -26,7 +27,7 @@ from sartor.federate.rounds.coordinator import Coordinator, Plan
 from sartor.federate.rounds.journal import Journal
 from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
 from sartor.federate.rounds.manifest import read as read_manifest
-from sartor.federate.rounds.task import Learnt
+from sartor.federate.rounds.task import Learnt, Task
 from sartor.federate.rounds.transport import Carried, InProcess, finish
 from sartor.federate.secure.identity import Identity, Roster
 from sartor.federate.tuning import measures
@@ -34,11 +35,17 @@ from sartor.federate.tuning.measures import Line
 from sartor.federate.tuning.noise import noise_of, noised, values_of
 from sartor.federate.tuning.recipe import MODES, FederateRecipe, Settings
 from sartor.federate.tuning.resident import Resident
-from sartor.federate.tuning.task import NAME, LoraTask
+from sartor.federate.tuning.task import NAME, LoraTask, Losses
 
 RUN, COORDINATOR = "simulation", "coordinator"
-# every client answers at once or says no, so nothing waits for a clock: rounds do not depend on it
+# every client answers at once or says no, so nothing waits for a clock (which stands still), and a stage is over at once
 _LENGTH_S = 3_600
+
+
+class TuningTask(Task, Protocol):
+    """A client's work as a simulation watches it. losses: round -> those of what was trained here."""
+
+    losses: dict[int, Losses]
 
 
 @dataclass(frozen=True)
@@ -47,26 +54,28 @@ class Setting:
 
     recipe: FederateRecipe
     rules: Rules
-    tasks: Mapping[str, LoraTask]
+    resident: Resident
+    tasks: Mapping[str, TuningTask]
     start: Tensors
     folder: Path
 
     @property
     def work(self) -> dict[str, Any]:
         """What a manifest says of the work: digests of base and recipe, and the task's settings."""
-        resident = self.resident
         settings = config.dump(Settings.of(self.recipe))
-        return {"task": NAME, "settings": settings, "base": resident.ref.digest, "recipe": resident.digest}
+        return {"task": NAME, "settings": settings, "base": self.resident.ref.digest, "recipe": self.resident.digest}
 
-    @property
-    def resident(self) -> Resident:
-        """The base that the tasks take turns on."""
-        return next(iter(self.tasks.values())).resident
+    def manifest(self, shared: Tensors, number: int) -> Manifest:
+        """Of a round in which every update is seen: unsigned."""
+        terms = terms_for(self.tasks, MODES[self.recipe.mode].sent(shared, number), self.rules, seed="0" * 64)
+        said = Work(shared=arrays.digest(arrays.pack(shared)), **self.work)
+        return Manifest(RUN, number, COORDINATOR, said, terms, _LENGTH_S, self.rules)
 
     @property
     def spent(self) -> tuple[float | None, dict[str, float]]:
         """(the worst client's epsilon so far, each client's) of its rows; (None, {}) where rows have no budget."""
-        each = {name: task.guard.account.epsilon() for name, task in sorted(self.tasks.items()) if task.guard}
+        guards = {name: task.guard for name, task in sorted(self.tasks.items()) if isinstance(task, LoraTask)}
+        each = {name: guard.account.epsilon() for name, guard in guards.items() if guard}
         return (max(each.values()) if each else None), each
 
     def losses(self, number: int) -> tuple[float | None, float | None]:
@@ -103,7 +112,7 @@ class Rounds(Protocol):
 class _Seen:
     """A client's task, watched: a simulation sees every update, a coordinator none."""
 
-    task: LoraTask
+    task: TuningTask
     learnt: dict[int, Learnt] = field(default_factory=dict)
 
     def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
@@ -117,13 +126,19 @@ class _Seen:
 
 
 class _Strict(InProcess):
-    """A client that says no ends the simulation with its reason, at once."""
+    """A client that says no ends the simulation with its reason, at once; but for one whose budget the round does not fit."""
+
+    @property
+    def declined(self) -> dict[str, BudgetError]:
+        """Who declined the round, and why."""
+        return {name: error for name, error in sorted(self.said_no.items()) if isinstance(error, BudgetError)}
 
     def exchange(self, requests: Mapping[str, bytes], wait_s: float) -> Iterator[bytes]:
         """See Transport. Raises what the client raised."""
         yield from super().exchange(requests, wait_s)
-        for error in self.said_no.values():
-            raise error
+        for name, error in self.said_no.items():
+            if name not in self.declined:
+                raise error
 
 
 class SecureRounds:
@@ -168,19 +183,33 @@ class SecureRounds:
         return [json.loads(self._journal.kept(_line(number)) or b"{}") for number in done]
 
     def step(self) -> None:
-        """See Rounds. Raises what a client raised, BudgetError before a round that the privacy budget does not hold."""
+        """See Rounds. Raises what a client raised, BudgetError before a round that the privacy budget does not hold, and
+        where too many clients decline one.
+        """
         setting = self._setting
         if not self._coordinator.is_open:
             number = len(self._journal.rounds(RUN)) + 1
             trained = tuple(MODES[setting.recipe.mode].sent(self.shared, number))
             self._coordinator.begin(
-                Plan(cohort=tuple(self._seen), rules=setting.rules, trained=trained, length_s=_LENGTH_S, **setting.work)
+                Plan(
+                    cohort=tuple(self._seen),
+                    rules=setting.rules,
+                    trained=trained,
+                    length_s=_LENGTH_S,
+                    stage_s=0,
+                    **setting.work,
+                )
             )
         if self._account:
             # before a noised number is seen; for a round that goes on it is paid
             self._account.spend(self._spending(self._manifest()))
         self._carried = Carried()
-        finish(self._coordinator, self._transport, self._carried)
+        self._transport.said_no.clear()
+        ended = finish(self._coordinator, self._transport, self._carried)
+        if ended and ended.state == "abandoned":
+            said = "; ".join(_said(self._transport.declined))
+            remedy = next((error.remedy for error in self._transport.declined.values()), "more clients")
+            raise BudgetError(f"round {ended.number} was given up: {ended.reason}{'; ' * bool(said)}{said}", remedy)
 
     def _manifest(self) -> Manifest:
         return read_manifest(self._journal.rounds(RUN)[0].manifest, COORDINATOR, self._member.roster)
@@ -191,8 +220,10 @@ class SecureRounds:
     def _merged(self, shared: Tensors, mean: Tensors) -> Tensors:
         """The next shared adapter. The round's line is in the journal before the round's end is: once, whatever is killed."""
         manifest, rules = self._manifest(), self._setting.rules
-        learnt = {name: task.of(manifest, shared) for name, task in self._seen.items()}
+        declined = self._transport.declined
+        learnt = _each({name: task.of for name, task in self._seen.items()}, manifest, shared, declined)
         updates = measures.seen(learnt, rules)
+        epsilon, epsilons = (self._account.epsilon(), {}) if self._account else self._setting.spent
         line = Line(
             manifest.number,
             len(updates),
@@ -202,7 +233,9 @@ class SecureRounds:
             None if rules.noise else measures.rounding_error(mean, updates),
             self._carried.received_bytes,
             *self._setting.losses(manifest.number),
-            *((self._account.epsilon(),) if self._account else self._setting.spent),
+            epsilon,
+            epsilons,
+            verdicts=tuple(_said(declined)),
         )
         self._journal.keep(_line(manifest.number), records.canonical(line.as_json()))
         return plus(shared, mean)
@@ -234,7 +267,10 @@ class InspectedRounds:
     def step(self) -> None:
         """See Rounds. Raises GuardError where the rule stops the round."""
         setting, shared, number = self._setting, self._shared, len(self._lines) + 1
-        learnt = self._learnt(shared, number)
+        declined: dict[str, BudgetError] = {}
+        learnt = self._learnt(shared, number, declined)
+        if not learnt:
+            raise next(iter(declined.values()))
         updates = measures.seen(learnt, setting.rules)
         pooled = self._rule.pool(updates)
         made, error = self._made(shared, updates, pooled.tensors, setting.recipe.seed + number)
@@ -248,19 +284,16 @@ class InspectedRounds:
             sum(len(arrays.pack(one.tensors)) for one in updates),
             *setting.losses(number),
             *setting.spent,
-            verdicts=tuple(f"{one.client} {one.action}: {one.reason}" for one in pooled.verdicts),
+            verdicts=(*_said(declined), *(f"{one.client} {one.action}: {one.reason}" for one in pooled.verdicts)),
         )
         self._lines, self._shared = [*self._lines, line.as_json()], made
         self._journal.keep(RUN, records.canonical(self._lines) + b"\n" + arrays.pack(made))
 
-    def _learnt(self, shared: Tensors, number: int) -> dict[str, Learnt]:
-        """What each client learnt of the shared adapter in a round."""
+    def _learnt(self, shared: Tensors, number: int, declined: dict[str, BudgetError]) -> dict[str, Learnt]:
+        """What each client learnt of the shared adapter in a round; who declines is put down."""
         setting = self._setting
-        work, sent = setting.work, MODES[setting.recipe.mode].sent(shared, number)
-        terms = terms_for(setting.tasks, sent, setting.rules, seed="0" * 64)
-        said = Work(work["task"], arrays.digest(arrays.pack(shared)), work["base"], work["recipe"], work["settings"])
-        manifest = Manifest(RUN, number, COORDINATOR, said, terms, _LENGTH_S, setting.rules)
-        return {name: setting.tasks[name].update(manifest, shared) for name in sorted(setting.tasks)}
+        tasks = {name: setting.tasks[name].update for name in sorted(setting.tasks)}
+        return _each(tasks, setting.manifest(shared, number), shared, declined)
 
     def _made(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
         """(the next shared adapter, how far it is from the mean of the clients' products, on a canary of this seed)."""
@@ -269,6 +302,28 @@ class InspectedRounds:
     def close(self) -> None:
         """See Rounds."""
         self._journal.close()
+
+
+def _each(
+    tasks: Mapping[str, Callable[[Manifest, Tensors], Learnt]],
+    manifest: Manifest,
+    shared: Tensors,
+    declined: dict[str, BudgetError],
+) -> dict[str, Learnt]:
+    """What each client learnt. Who declines, here or before, has learnt nothing, and is in `declined`."""
+    learnt = dict[str, Learnt]()
+    for name, update in tasks.items():
+        if name in declined:
+            continue
+        try:
+            learnt[name] = update(manifest, shared)
+        except BudgetError as error:
+            declined[name] = error
+    return learnt
+
+
+def _said(declined: Mapping[str, BudgetError]) -> list[str]:
+    return [f"{name} declined: {error.problem}" for name, error in declined.items()]
 
 
 def _read(content: bytes) -> tuple[list[dict[str, Any]], Tensors]:

@@ -23,16 +23,19 @@ from sartor.core.artifacts import Artifact, check_free, kind_of, write_artifact,
 from sartor.core.errors import ConfigError
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.privacy.accountant import Account, calibrated
+from sartor.federate.privacy.attacks.report import open_report
 from sartor.federate.privacy.clients import ClientNoise
 from sartor.federate.rounds.manifest import Rules, terms_for
 from sartor.federate.secure.terms import least_threshold
+from sartor.federate.tuning.attacking import Target, attacked
 from sartor.federate.tuning.clients import Clients, open_clients
+from sartor.federate.tuning.device import Device, EdgeTask, devices_of
 from sartor.federate.tuning.personal import check_free as check_personal_free
 from sartor.federate.tuning.personal import personalise
 from sartor.federate.tuning.recipe import MODES, FederateRecipe
 from sartor.federate.tuning.recipe import load as load_recipe
 from sartor.federate.tuning.residual import ResidualRounds
-from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting
+from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting, TuningTask
 from sartor.federate.tuning.shards import Shards
 from sartor.models import adapters, memory
 from sartor.models.base import machine
@@ -53,9 +56,10 @@ class Simulated:
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
         run = self.adapter.manifest["run"]
+        report = open_report(self.adapter.path)
         names = ("rounds", "clients", "uploaded_bytes", "upload_bytes_per_parameter", "exactness_error", "quantisation_error",
                  "epsilon", "metrics", "trainable", "wall_s")  # fmt: skip
-        said = {"adapter": str(self.adapter.path), **{name: run[name] for name in names}}
+        said = {"adapter": str(self.adapter.path), **{name: run[name] for name in names}, "attacks": list(report.sentences())}
         return said if self.personal is None else {**said, "personal": dict(self.personal)}
 
 
@@ -71,8 +75,9 @@ def simulate(
 ) -> Simulated:
     """Tune one adapter over many clients, all in this process, and write it to `out` as `tune` does.
 
-    clients: a Dataset each; or shards: {count, alpha, by, seed} deals out the one at the recipe's data.path. `resume` goes on
-    after the last round that ended, to the bits that an uninterrupted run gives (but for noise, which is drawn once).
+    clients: a Dataset each, or a device file (`device.Device`), whose work runs within its budget; or shards: {count, alpha,
+    by, seed} deals out the one at the recipe's data.path. `resume` goes on after the last round that ended, to the bits that an
+    uninterrupted run gives (but for noise, which is drawn once).
 
     Raises ConfigError (recipe, clients, taken `out`, a run of something else), ArtifactError, SourceError (a client's Dataset),
     ModelError (base; a client whose loss explodes), RoundError (a cohort below 3), BudgetError (privacy), GuardError (a rule).
@@ -88,12 +93,13 @@ def simulate(
     with full_disk(f"{folder} could not be written"), writer_lock(folder):
         if replace:
             shutil.rmtree(folder, ignore_errors=True)
-        people = open_clients(recipe, clients, dealt, notice)
+        devices = devices_of(clients)
+        people = open_clients(recipe, list(devices) or clients, dealt, notice)
         now = _fingerprint(recipe, people)
         if resume and (adapter := resumption.finished(out, Found(), now)):
             notice(f"{out} is finished: no round is left to do")
         else:
-            setting = _setting(recipe, people, folder)
+            setting = _setting(recipe, people, folder, list(devices.values()))
             _check_same(folder, now)
             adapter = _run(setting, people, out, replace=replace, notice=notice)
             shutil.rmtree(folder, ignore_errors=True)
@@ -114,12 +120,25 @@ def _look(out: Path, folder: Path, *, resume: bool, replace: bool) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _setting(recipe: FederateRecipe, people: Clients, folder: Path) -> Setting:
-    """Tasks on one resident base, with the rules resolved."""
-    tasks = people.tasks(recipe, folder / "rows")
+def _setting(recipe: FederateRecipe, people: Clients, folder: Path, devices: Sequence[Device]) -> Setting:
+    """Tasks on one resident base, or each on its device, with the rules resolved."""
+    tasks: dict[str, TuningTask] = {**people.tasks(recipe, folder / "rows")}
+    if devices:
+        _check_devices(recipe)
+    resident = people.resident
+    for device, (name, rows) in zip(devices, people.rows.items(), strict=False):
+        tasks[name] = EdgeTask(device, resident.recipe, resident.digest, resident.ref, rows)
     start = people.resident.taken()
     largest = max(len(rows.train) for rows in people.rows.values())
-    return Setting(recipe, resolved(recipe, start, len(tasks), largest), tasks, start, folder)
+    return Setting(recipe, resolved(recipe, start, len(tasks), largest), people.resident, tasks, start, folder)
+
+
+def _check_devices(recipe: FederateRecipe) -> None:
+    """Raise ConfigError for what a device's tuner does not do."""
+    of_rows = recipe.privacy is not None and recipe.privacy.level == "example"
+    for is_asked, what in ((of_rows, "privacy of level example"), (recipe.method.ranks, "method.ranks")):
+        if is_asked:
+            raise ConfigError(f"the clients are devices, whose tuner has no {what}", "a Dataset for each client")
 
 
 def resolved(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int) -> Rules:
@@ -182,12 +201,14 @@ def _run(setting: Setting, people: Clients, out: Path, *, replace: bool, notice:
             rounds.step()
             notice(_said(rounds.lines[-1], recipe.rounds))
         shared, lines = rounds.shared, rounds.lines
+    report = attacked(Target(setting, shared, people.rows, people.held_out, recipe.data.attack_rows), notice)
     facts = _facts(setting, people, lines, shared) | {"fingerprint": _without_recipe(_fingerprint(recipe, people))}
     facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
 
     def fill(part: Path) -> Mapping[str, Any]:
         (part / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
         people.resident.write(shared, part)
+        report.write(part)
         return facts
 
     adapter = write_artifact(out, "adapter", fill, replace=replace)
@@ -223,7 +244,7 @@ def _facts(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]]
     # without the ranks of a residual, which are held still
     trained = sum(value.size for value in setting.start.values())
     uploaded = sum(line["uploaded_bytes"] for line in lines)
-    sent = sum(value.size for line in lines for value in mode.sent(setting.start, line["round"]).values()) * len(people.rows)
+    sent = sum(line["clients"] * value.size for line in lines for value in mode.sent(setting.start, line["round"]).values())
     rounding = [line["quantisation_error"] for line in lines]
     return {
         "base": base.as_manifest(),

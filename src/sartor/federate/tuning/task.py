@@ -6,7 +6,6 @@ shared adapter, the rows, the round's number and the recipe alone, so that a cli
 
 from __future__ import annotations
 
-import itertools
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,11 +19,11 @@ from sartor.federate.rounds.task import Learnt
 from sartor.federate.tuning.guard import RowGuard
 from sartor.federate.tuning.recipe import MODES, Settings
 from sartor.federate.tuning.resident import Resident
-from sartor.tune import order
 from sartor.tune.checkpoint import Saver
 from sartor.tune.forecast import Interval, Settled
 from sartor.tune.journal import Journal
 from sartor.tune.outlook import Outlook
+from sartor.tune.part import Part
 from sartor.tune.probe import Load
 from sartor.tune.recipe import Budget, Recipe
 from sartor.tune.run import Run, learning_rate
@@ -32,14 +31,17 @@ from sartor.tune.signals import Signals
 from sartor.tune.tokenised import Rows
 
 NAME = "lora"
+# of the first update of a round, and of the last; None where none was made here
+Losses = tuple[float | None, float | None]
 # a round keeps no log of its own, and saves nothing on its way
 _NOWHERE = Path(os.devnull)
+_WHOLE = Part()
 
 
 class LocalRun(Run):
-    """A run of `tune` within one round: `done` is the round's number less 1, of `rounds`."""
+    """A run of `tune` within one round: part is the round, of all."""
 
-    done, rounds = 0, 1
+    part = Part()
 
     def save(self) -> None:
         """Nothing: what a killed client did is done again."""
@@ -51,26 +53,16 @@ class LocalRun(Run):
         return Outlook(Settled(most, Load(), True, "the recipe's"), nothing, None, 0, None)
 
     def _rates(self) -> tuple[float, float]:
-        """The course of the rate goes over all rounds; in each alone it would warm up again."""
-        rate = learning_rate(self.recipe.optimizer, min(1.0, (self.done + self._fraction()) / self.rounds))
+        rate = learning_rate(self.recipe.optimizer, self.part.course(self._fraction()))
         return rate, rate
 
 
-@dataclass(frozen=True)
-class Course:
-    """Where a piece of training stands in a longer one. done: of `rounds` alike, before it; position: in the rows."""
-
-    done: int = 0
-    rounds: int = 1
-    position: order.Position = order.START
-
-
-def train(resident: Resident, rows: Rows, recipe: Recipe, course: Course = Course()) -> LocalRun:
+def train(resident: Resident, rows: Rows, recipe: Recipe, part: Part = _WHOLE) -> LocalRun:
     """Train what of the resident may learn, from where it stands, for the recipe's budget. Raises ModelError."""
     with Journal(_NOWHERE, show=False) as journal:
         saver = Saver(_NOWHERE, recipe.checkpoints, {}, None)
         run = LocalRun(recipe, resident, resident.model, rows, journal, saver, None)
-        run.done, run.rounds, run.position = course.done, course.rounds, course.position
+        run.part, run.position = part, part.start(recipe, [len(row.ids) for row in rows.train])
         run.train(Signals())
     return run
 
@@ -87,15 +79,14 @@ class LoraTask:
     rows: Rows
     rank: int | None = None
     guard: RowGuard | None = None
-    losses: dict[int, tuple[float | None, float | None]] = field(default_factory=dict)
+    losses: dict[int, Losses] = field(default_factory=dict)
 
     def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
         """The change of what the round's mode trains, by PEFT's names; of factors too it is the change that is sent.
 
         Raises RoundError for another base, recipe or settings than this client has, ModelError for a loss that explodes.
         """
-        settings = _settings(manifest)
-        self._check(manifest)
+        settings = settings_of(manifest, self.resident.ref.digest, self.resident.digest)
         mode, resident, number = MODES[settings.mode], self.resident, manifest.number
         resident.put(shared)
         resident.hold(lambda name: mode.trains(name, number), slice(self.rank))
@@ -105,40 +96,21 @@ class LoraTask:
             self._train(settings, number)
         return Learnt(change(mode, shared, resident.taken(), number), len(self.rows.train))
 
-    def _check(self, manifest: Manifest) -> None:
-        for what, said, here in (
-            ("base", manifest.work.base, self.resident.ref.digest),
-            ("recipe", manifest.work.recipe, self.resident.digest),
-        ):
-            if said != here:
-                raise RoundError(
-                    f"the round is of a {what} with the digest {said[:16] or 'none'}; this client's has {here[:16]}",
-                    f"tune with the {what} that the coordinator has",
-                    "manifest",
-                )
-
     def _train(self, settings: Settings, number: int) -> None:
-        local, recipe = settings.local, self.resident.recipe
-        budget = Budget(epochs=local.epochs and float(local.epochs), updates=local.updates)
-        optimizer = replace(recipe.optimizer, learning_rate=settings.learning_rate)
-        recipe = replace(recipe, budget=budget, optimizer=optimizer)
+        recipe, part = local_recipe(self.resident.recipe, settings), Part(number - 1, settings.rounds)
         try:
-            run = train(self.resident, self.rows, recipe, Course(number - 1, settings.rounds, self._start(recipe, number)))
+            run = train(self.resident, self.rows, recipe, part)
         except ModelError as error:
             problem = f"round {number}: {error.problem.partition(';')[0]}"
             raise ModelError(problem, "lower optimizer.learning_rate, or look at this client's rows") from None
         self.losses[number] = run.losses["first"], run.losses["last"]
 
-    def _start(self, recipe: Recipe, number: int) -> order.Position:
-        """Where in this client's rows the round begins: where the one before it ended."""
-        budget, lengths = recipe.budget, [len(row.ids) for row in self.rows.train]
-        if budget.updates is None:
-            return order.Position(round((number - 1) * (budget.epochs or 1)))
-        position = order.START
-        read = order.updates(lengths, recipe.optimizer.batch_tokens, recipe.seed)
-        for chosen in itertools.islice(read, (number - 1) * budget.updates):
-            position = position.after(len(chosen), len(lengths))
-        return position
+
+def local_recipe(recipe: Recipe, settings: Settings) -> Recipe:
+    """A client's recipe with what a round decides."""
+    local, optimizer = settings.local, replace(recipe.optimizer, learning_rate=settings.learning_rate)
+    budget = Budget(epochs=local.epochs and float(local.epochs), updates=local.updates)
+    return replace(recipe, budget=budget, optimizer=optimizer)
 
 
 def change(mode: Mode, shared: Tensors, trained: Tensors, number: int) -> dict[str, Array]:
@@ -151,7 +123,17 @@ def change(mode: Mode, shared: Tensors, trained: Tensors, number: int) -> dict[s
     return plus(upload, {name: shared[name] for name in upload}, -1.0) if is_whole else dict(upload)
 
 
-def _settings(manifest: Manifest) -> Settings:
+def settings_of(manifest: Manifest, base: str, recipe: str) -> Settings:
+    """What a round says of the task. base, recipe: digests of this client's. Raises RoundError for others, or for settings
+    that it lacks.
+    """
+    for what, said, here in (("base", manifest.work.base, base), ("recipe", manifest.work.recipe, recipe)):
+        if said != here:
+            raise RoundError(
+                f"the round is of a {what} with the digest {said[:16] or 'none'}; this client's has {here[:16]}",
+                f"tune with the {what} that the coordinator has",
+                "manifest",
+            )
     try:
         return config.load(Settings, dict(manifest.work.settings))
     except ConfigError as error:

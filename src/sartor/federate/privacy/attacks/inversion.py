@@ -45,7 +45,7 @@ def from_embedding(gradient: Array, tolerance: float = 1e-6) -> set[int]:
 
 
 def from_factor(change: Array, a: Array, inputs: Array, tolerance: float = 1e-3) -> set[int] | None:
-    """Tokens v whose A x_v lies in the row space of `change`; None where that is everything.
+    """Tokens v whose A x_v lies in the row space of `change`; None where that is everything, or full without one of them.
 
     change: (out, R) of B; a: (R, in); inputs: x_v (V, in), what the module reads where token v is alone, as in a first layer.
     tolerance: distance from the span over length. Raises ConfigError for shapes that do not fit.
@@ -60,7 +60,9 @@ def from_factor(change: Array, a: Array, inputs: Array, tolerance: float = 1e-3)
     mapped = inputs.astype(np.float64) @ a.astype(np.float64).T
     outside = np.linalg.norm(mapped - mapped @ span.T @ span, axis=1)
     lengths = np.linalg.norm(mapped, axis=1)
-    return set(np.flatnonzero((outside <= tolerance * lengths) & (lengths > 0)).tolist())
+    found = set(np.flatnonzero((outside <= tolerance * lengths) & (lengths > 0)).tolist())
+    # a module of few outputs spans no more than so many tokens, and of more says as little as one of few ranks
+    return None if not found and len(span) == min(change.shape) else found
 
 
 def judged(attack: str, named: Collection[int] | None, true: Collection[int]) -> Inversion:

@@ -6,60 +6,48 @@ attacks.json    {"schema": 1, "kind": "attack-report", "adapter": {file: sha256}
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sartor.core.errors import ArtifactError, GateError
 from sartor.edge.files import write_whole
 from sartor.edge.tuning.receipt import digests
+from sartor.evaluate import attacked
+from sartor.evaluate.attacked import FILE, KIND, SCHEMA
 from sartor.federate.privacy.accountant import Budget
 from sartor.federate.privacy.attacks.audit import Audit
 from sartor.federate.privacy.attacks.canaries import Exposure
 from sartor.federate.privacy.attacks.inversion import Inversion
 from sartor.federate.privacy.attacks.membership import Membership
 
-SCHEMA, KIND, FILE = 1, "attack-report", "attacks.json"
-
 
 @dataclass(frozen=True)
 class AttackReport:
-    """claimed: the privacy that the adapter is said to have, None for none. adapter: {file: sha256}, once written."""
+    """claimed: the privacy that the adapter is said to have, None for none. skipped: attack -> why it was not made."""
 
     claimed: Budget | None
     membership: tuple[Membership, ...] = ()
     canaries: tuple[Exposure, ...] = ()
     inversions: tuple[Inversion, ...] = ()
     audit: Audit | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise GateError where epsilon was shown to be above the claimed one, or is claimed and was not audited."""
-        if self.claimed is None:
-            return
-        claimed = f"epsilon {self.claimed.epsilon:g} at delta {self.claimed.delta:g}"
-        if self.audit is None:
-            raise GateError(
-                f"{claimed} is claimed, and no audit was made", "train on canaries by coin, and give their scores to `one_run`"
-            )
-        if self.audit.delta > self.claimed.delta:
-            problem = f"{claimed} is claimed, and the audit was made at delta {self.audit.delta:g}"
-            raise GateError(problem, f"audit at delta {self.claimed.delta:g}")
-        if self.audit.epsilon_low > self.claimed.epsilon:
-            shown = f"{self.audit.right} of {self.audit.guesses} guesses show epsilon {self.audit.epsilon_low:.2f} or more"
-            raise GateError(
-                f"{claimed} is claimed; {shown}", "look for rows that bypass the noise; claim nothing until it is found"
-            )
+        claimed, audit = (asdict(one) if one else None for one in (self.claimed, self.audit))
+        if found := attacked.fault(claimed, audit):
+            raise GateError(*found)
 
     def sentences(self) -> Iterator[str]:
         """What was found, a line each."""
-        yield (
-            f"claimed: epsilon {self.claimed.epsilon:g} at delta {self.claimed.delta:g}"
-            if self.claimed
-            else "no privacy is claimed"
-        )
+        yield (f"claimed: {attacked.claim(asdict(self.claimed))}" if self.claimed else "no privacy is claimed")
         for found in (*self.membership, *self.canaries, *self.inversions):
             yield str(found)
-        yield str(self.audit) if self.audit else "no audit was made"
+        if "audit" not in self.skipped:
+            yield str(self.audit) if self.audit else "no audit was made"
+        for attack, why in self.skipped.items():
+            yield f"{attack}: not measured, {why}"
 
     def write(self, folder: Path) -> Path:
         """Write it beside the adapter in `folder`, whole, also where `check` refuses. Returns the file.
@@ -87,6 +75,7 @@ def open_report(folder: Path) -> AttackReport:
             canaries=tuple(Exposure(**one) for one in said["canaries"]),
             inversions=tuple(Inversion(**one) for one in said["inversions"]),
             audit=Audit(**said["audit"]) if said["audit"] else None,
+            skipped=dict(said.get("skipped", {})),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} is no attack report: {error!r}", "attack the adapter, and write one") from None

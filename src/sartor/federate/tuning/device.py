@@ -1,0 +1,240 @@
+"""A client that is an edge device: its round's work is a tuning of `edge`, from its store, within its budget.
+
+    store   NAME.base, the base; NAME.shared, the adapter that the round starts from: whole versions, as releases are
+    work    a process of the device's own tuner (`python -m sartor.edge.tuning.tuner`) under limits that the system holds
+
+The update is `LoraTask`'s but for rounding: rows in the same order at the same rates, the same factors held still. A way to
+tune that saves memory by learning less is not taken: it would be another update. What does not fit, in memory as planned or in
+time as measured, is declined before it begins, with the reason; the round goes on without this client while enough others stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file, save
+
+from sartor.core import config
+from sartor.core.artifacts import file_digest
+from sartor.core.bases import BaseRef
+from sartor.core.config import REQUIRED, option
+from sartor.core.errors import BudgetError, ConfigError
+from sartor.edge.files import write_whole
+from sartor.edge.personal.work import room_in_memory, write_job
+from sartor.edge.store import Store
+from sartor.edge.tuning.job import Job, Share
+from sartor.edge.tuning.plan import Planner, Rung
+from sartor.edge.tuning.receipt import ADAPTER, Receipt
+from sartor.edge.tuning.within import Budget, tune_within
+from sartor.federate.aggregate.tensors import Tensors
+from sartor.federate.rounds.manifest import Manifest
+from sartor.federate.rounds.task import Learnt
+from sartor.federate.tuning.recipe import MODES, Settings
+from sartor.federate.tuning.task import Losses, change, local_recipe, settings_of
+from sartor.tune import order
+from sartor.tune.recipe import Recipe
+from sartor.tune.tokenised import Rows
+
+# of the time that a round is forecast to take so much more is wanted: a device does other things too
+SPARE_TIME = 0.25
+# rungs that learn what `LoraTask` learns
+_WHOLE = ("lora", "recompute")
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device file of `sartor federate simulate --clients DEVICE.yaml...`; paths are relative to where it is run."""
+
+    data: str = option(REQUIRED, "the Dataset of its own rows")
+    store: str = option(REQUIRED, "its store: the base and the shared adapter stand there; made if absent")
+    key: str = option(REQUIRED, "its private key, or the folder that keygen made: it signs a receipt of each round's work")
+    memory_bytes: int = option(0, "anonymous and shared memory that a round's work may hold; 0: no limit")
+    wall_s: float = option(0.0, "seconds that a round's work may take; 0: no limit")
+    disk_bytes: int = option(0, "that a round's work may take on the disk; 0: no limit")
+    store_bytes: int = option(0, "that the store may take; 0: no limit")
+
+    @property
+    def budget(self) -> Budget:
+        """Of one round's work."""
+        return Budget(self.memory_bytes, self.wall_s, disk_bytes=self.disk_bytes)
+
+    @property
+    def work(self) -> Path:
+        """Where its rounds are worked on."""
+        return Path(f"{self.store}.rounds").absolute()
+
+
+def devices_of(clients: Sequence[Path | str]) -> dict[str, Device]:
+    """Dataset -> device, where clients are device files; nothing where they are Datasets. Raises ConfigError for both."""
+    files = [Path(one) for one in clients if Path(one).suffix in (".yaml", ".yml")]
+    if files and len(files) < len(clients):
+        raise ConfigError(
+            f"{len(files)} of {len(clients)} clients are device files", "device files, or Datasets, for all of them"
+        )
+    found = [config.load_any(Device, file) for file in files]
+    for what, said in (("Dataset", [one.data for one in found]), ("store", [one.store for one in found])):
+        if len(set(said)) < len(said):
+            raise ConfigError(f"two devices have one {what}", f"a {what} for each")
+    return {one.data: one for one in found}
+
+
+class WholePlanner(Planner):
+    """Plans none but the ways that learn all that is asked for."""
+
+    def rungs(self, barred: Collection[str] = ()) -> Iterator[Rung]:
+        """See Planner."""
+        return (rung for rung in super().rungs(barred) if rung.name in _WHOLE)
+
+
+@dataclass
+class EdgeTask:
+    """See `rounds.task.Task`. recipe, digest, ref: as `Resident` has them; rows: this device's.
+
+    receipts: round -> what the device signed of its work.
+    """
+
+    device: Device
+    recipe: Recipe
+    digest: str
+    ref: BaseRef
+    rows: Rows
+    losses: dict[int, Losses] = field(default_factory=dict)
+    receipts: dict[int, Receipt] = field(default_factory=dict)
+
+    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+        """As `LoraTask.update`. Raises BudgetError, before anything is trained, where the round does not fit the device."""
+        settings = settings_of(manifest, self.ref.digest, self.digest)
+        mode, number, work = MODES[settings.mode], manifest.number, self.device.work
+        base, start = self._stored(manifest, shared)
+        out = work / f"round-{number}-{manifest.work.shared[:12]}"
+        self._sweep(out)
+        learning = [half for half in "AB" if any(mode.trains(name, number) for name in shared if f"lora_{half}." in name)]
+        with room_in_memory(work) as room:
+            job = Job(
+                base=str(base),
+                name=self.ref.name,
+                digest=self.ref.digest,
+                licence=self.ref.licence,
+                tokens=str(room / "tokens"),
+                out=str(out),
+                recipe=config.dump(local_recipe(self.recipe, settings)),
+                start=str(start),
+                share=Share(number - 1, settings.rounds, "".join(learning)),
+            )
+            write_job(job, self.rows.train)
+            self._check_time(job, settings, room)
+            receipt = self._tuned(job)
+        said = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        self.receipts[number], self.losses[number] = receipt, (said["loss"]["first"], said["loss"]["last"])
+        return Learnt(change(mode, shared, load_file(str(out / ADAPTER)), number), len(self.rows.train))
+
+    def _stored(self, manifest: Manifest, shared: Tensors) -> tuple[Path, Path]:
+        """(the base, the shared adapter): as they stand in the store, put there where they do not yet."""
+        name = manifest.run
+        with Store(Path(self.device.store), limit_bytes=self.device.store_bytes) as store:
+            files = {file.name: file for file in sorted(self.ref.path.iterdir()) if file.is_file()}
+            base = put(store, f"{name}.base", self.ref.digest, files)
+            version = f"round-{manifest.number}-{manifest.work.shared[:12]}"
+            return base, put(store, f"{name}.shared", version, {ADAPTER: save(dict(shared))})
+
+    def _sweep(self, out: Path) -> None:
+        """Rounds before this one; what a kill left of this one is gone on from."""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for folder in out.parent.glob("round-*"):
+            if folder != out:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _tuned(self, job: Job) -> Receipt:
+        try:
+            receipt = tune_within(job, self.device.budget, key=Path(self.device.key), planner=WholePlanner(job))
+        except BudgetError as error:
+            raise BudgetError(f"this device declines the round: {error.problem}", error.remedy) from None
+        if receipt.outcome != "done":
+            problem = f"this device gives the round up: {receipt.outcome}, {receipt.reason}"
+            raise BudgetError(problem, "a larger budget of the device, or fewer local updates a round")
+        write_whole(self._pace_file, json.dumps(_pace(receipt, Path(job.out))).encode())
+        return receipt
+
+    def _check_time(self, job: Job, settings: Settings, room: Path) -> None:
+        """Raise BudgetError where the round would take longer than the device has, as far as its pace is known.
+
+        A pace that is not known yet is measured by one update, which goes nowhere.
+        """
+        limit_s = self.device.wall_s
+        if not limit_s:
+            return
+        if not self._pace_file.exists():
+            one = {**job.recipe, "budget": {"updates": 1}}
+            self._tuned(replace(job, recipe=one, out=str(room / "pace"), share=Share(factors=job.share.factors)))
+        pace = json.loads(self._pace_file.read_text(encoding="utf-8"))
+        tokens = self._tokens(settings)
+        wanted_s = (pace["start_s"] + tokens / pace["tokens_per_s"]) * (1 + SPARE_TIME)
+        if wanted_s > limit_s:
+            raise BudgetError(
+                f"this device declines the round: {tokens:,} tokens would take about {wanted_s:.0f} s, "
+                f"a quarter to spare, and it has {limit_s:g} s",
+                f"wall_s of {wanted_s:.0f} or more on the device, or fewer local updates a round",
+            )
+
+    @property
+    def _pace_file(self) -> Path:
+        return self.device.work / "pace.json"
+
+    def _tokens(self, settings: Settings) -> int:
+        """Tokens of one round's work, about: a part's rows differ a little from the next one's."""
+        if settings.local.updates is None:
+            return self.rows.tokens * (settings.local.epochs or 1)
+        lengths = [len(row.ids) for row in self.rows.train]
+        read = order.updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed)
+        return sum(lengths[row] for _ in range(settings.local.updates) for row in next(read))
+
+
+def put(store: Store, name: str, version: str, files: Mapping[str, Path | bytes]) -> Path:
+    """Make these files the current version of a name; nothing is written where they are. Returns their folder."""
+    current = store.current(name)
+    if current and current.version == version:
+        return current.path
+    digests = {path: _digest(content) for path, content in files.items()}
+    store.make_room(name, {digests[path]: _bytes_of(content) for path, content in files.items()})
+    for path, content in files.items():
+        if not store.has(digests[path]):
+            store.discard(digests[path])
+            for offset, chunk in _chunks(content):
+                store.append(digests[path], offset, chunk)
+            store.finish(digests[path])
+    made = store.stage(name, version, digests)
+    store.activate(name, version, lambda path: None)
+    return made
+
+
+def _chunks(content: Path | bytes) -> Iterator[tuple[int, bytes]]:
+    if isinstance(content, bytes):
+        yield 0, content
+        return
+    with content.open("rb") as stream:
+        offset = 0
+        while chunk := stream.read(_CHUNK):
+            yield offset, chunk
+            offset += len(chunk)
+
+
+def _digest(content: Path | bytes) -> str:
+    return file_digest(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+
+
+def _bytes_of(content: Path | bytes) -> int:
+    return content.stat().st_size if isinstance(content, Path) else len(content)
+
+
+def _pace(receipt: Receipt, out: Path) -> dict[str, Any]:
+    """Seconds until a tuning begins, and tokens a second from then on, as one that is done took them."""
+    said = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    wall_s = max(said["wall_s"], 1e-3)
+    return {"start_s": max(receipt.attempts[-1].usage.wall_s - wall_s, 0.0), "tokens_per_s": said["tokens"] / wall_s}
