@@ -19,7 +19,7 @@ from sartor.core.errors import RoundError
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.journal import Journal, Kept, State
-from sartor.federate.rounds.manifest import Manifest, read
+from sartor.federate.rounds.manifest import Manifest, Mode, read
 from sartor.federate.rounds.task import Learnt, Noise, Tasks, find
 from sartor.federate.secure import messages, ring
 from sartor.federate.secure.client import ROOT_BYTES, Client
@@ -30,6 +30,23 @@ from sartor.federate.secure.terms import Policy
 Chance = Callable[[Manifest], np.random.Generator | None]
 
 
+class Agreement:
+    """What one enrolled for: rounds of this mode, and no others."""
+
+    def __init__(self, mode: Mode = "private") -> None:
+        self.mode = mode
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise RoundError for a round that is not what was agreed to. Called once a round, before anything is said in it."""
+        if (asked := manifest.rules.mode) != self.mode:
+            shows = {"private": "shows the sum alone", "inspectable": "shows each client's update to the coordinator"}
+            raise RoundError(
+                f"the round is {asked} ({shows[asked]}); this client enrolled for {self.mode} rounds",
+                f"leave this coordinator, or enrol for {asked} rounds if their owner agrees to that",
+                "mode",
+            )
+
+
 @dataclass(frozen=True)
 class Member:
     """Who one is, whom one knows, and what one demands. coordinator: the name whose manifests are heard."""
@@ -38,6 +55,7 @@ class Member:
     roster: Roster
     coordinator: str = "coordinator"
     policy: Policy = field(default_factory=Policy)
+    agreement: Agreement = field(default_factory=Agreement)
 
 
 @dataclass
@@ -57,14 +75,18 @@ class _Update:
     learnt: Learnt
 
     def content(self) -> bytes:
-        head = {"number": self.number, "examples": self.learnt.examples}
-        return records.canonical(head) + b"\n" + arrays.pack(self.learnt.tensors)
+        packed, beside = arrays.pack(self.learnt.tensors), arrays.pack(self.learnt.beside)
+        head = {"number": self.number, "examples": self.learnt.examples, "bytes": len(packed)}
+        return records.canonical(head) + b"\n" + packed + beside
 
     @classmethod
     def of(cls, content: bytes) -> _Update:
         line, _, packed = content.partition(b"\n")
         said = json.loads(line)
-        return cls(said["number"], Learnt(arrays.unpack(packed), said["examples"]))
+        # one that an older version kept has nothing beside it
+        size = said.get("bytes", len(packed))
+        beside = arrays.unpack(packed[size:]) if size < len(packed) else {}
+        return cls(said["number"], Learnt(arrays.unpack(packed[:size]), said["examples"], beside))
 
 
 class RoundClient:
@@ -140,6 +162,7 @@ class RoundClient:
                 "wait for the next round",
                 "replayed",
             )
+        member.agreement.check(manifest)
         for open_ in (one for one in before if one.state == "open"):
             self._give_up(open_)
         kept = Kept(manifest.digest, manifest.run, manifest.number, content, os.urandom(ROOT_BYTES), "open")
@@ -157,7 +180,7 @@ class RoundClient:
         content = self._journal.kept(_place(manifest.run))
         update = _Update.of(content) if content else None
         # one that was made for this round is 0 rounds old
-        if update and manifest.number - update.number <= manifest.rules.stale_rounds and _fits(update.learnt.tensors, manifest):
+        if update and manifest.number - update.number <= manifest.rules.stale_rounds and _fits(update, manifest):
             return
         learnt = find(self._tasks, manifest).update(manifest, arrays.unpack(shared))
         self._journal.keep(_place(manifest.run), _Update(manifest.number, learnt).content())
@@ -198,7 +221,7 @@ class RoundClient:
         if content is None:
             raise RoundError("this client has no update for the round", "invite it first", "stage")
         update = _Update.of(content)
-        tensors: Tensors = arrays.clipped(update.learnt.tensors, manifest.rules.clip)
+        tensors: Tensors = {**arrays.clipped(update.learnt.tensors, manifest.rules.clip), **update.learnt.beside}
         if manifest.rules.noise and self._noise:
             tensors = self._noise(tensors, manifest)
         weight = manifest.rules.weight(update.learnt.examples, manifest.number - update.number)
@@ -242,10 +265,12 @@ class RoundClient:
             )
 
 
-def _fits(tensors: Tensors, manifest: Manifest) -> bool:
-    """Whether these are the tensors that the round sums: a later round may train others."""
+def _fits(update: _Update, manifest: Manifest) -> bool:
+    """Whether these are the tensors that the round sums: a later round may train others, and asks for others beside them."""
+    learnt = update.learnt
     wanted = {slot.name: slot.shape for slot in manifest.terms.layout if slot.name != arrays.WEIGHT}
-    return {name: value.shape for name, value in tensors.items()} == wanted
+    is_new = update.number == manifest.number or not learnt.beside
+    return is_new and {name: value.shape for name, value in {**learnt.tensors, **learnt.beside}.items()} == wanted
 
 
 def _place(run: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.client import Member
 from sartor.federate.rounds.journal import Journal, Kept
-from sartor.federate.rounds.manifest import Manifest, Rules, Work, read, terms_for
+from sartor.federate.rounds.manifest import Beside, Manifest, Rules, Work, read, terms_for
 from sartor.federate.secure import messages, ring
 from sartor.federate.secure.messages import Invite, Outcome, Payload
 from sartor.federate.secure.server import Server
@@ -102,6 +102,16 @@ class Coordinator:
         return self._open is not None
 
     @property
+    def manifest(self) -> Manifest | None:
+        """Of the open round."""
+        return self._open.manifest if self._open else None
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Who is in the sum of the open round, once that is known."""
+        return self._open.server.lists.active if self._open else ()
+
+    @property
     def stage(self) -> str:
         """Of the open round: what is waited for; "" without one."""
         return self._open.server.stage if self._open else ""
@@ -117,8 +127,11 @@ class Coordinator:
             raise ConflictError(f"the run {self.run} has tensors already", "begin its next round, or choose another name")
         self._journal.keep(self._shared_place, arrays.pack(tensors))
 
-    def begin(self, plan: Plan) -> Manifest:
-        """Sign and open the next round. Raises ConflictError while one is open, RoundError for one that nobody would join."""
+    def begin(self, plan: Plan, beside: Iterable[Beside] = ()) -> Manifest:
+        """Sign and open the next round; beside: what is to be summed besides the updates, which `merge` then gets as well.
+
+        Raises ConflictError while one is open, RoundError for one that nobody would join.
+        """
         if self._open:
             raise ConflictError(f"round {self._open.manifest.number} of {self.run} is open", "advance() until it has ended")
         packed = self._packed()
@@ -133,7 +146,7 @@ class Coordinator:
             before[0].number + 1 if before else 1,
             self._member.me.name,
             Work(plan.task, arrays.digest(packed), plan.base, plan.recipe, plan.settings),
-            terms_for(plan.cohort, trained, plan.rules, degree=plan.degree, threshold=plan.threshold),
+            terms_for(plan.cohort, trained, plan.rules, degree=plan.degree, threshold=plan.threshold, beside=beside),
             int(self._clock()) + plan.length_s,
             plan.rules,
             plan.stage_s,

@@ -99,6 +99,14 @@ class Journal:
         with self._explained():
             return self._base.execute("SELECT kind, content FROM entries WHERE round = ? ORDER BY place", (digest,)).fetchall()
 
+    def bytes_of(self, digest: str, kind: str) -> int:
+        """How long all entries of this kind are, of a round that is open: none of them is read."""
+        with self._explained():
+            found = self._base.execute(
+                "SELECT SUM(LENGTH(content)) FROM entries WHERE round = ? AND kind = ?", (digest, kind)
+            ).fetchone()
+        return int(found[0] or 0)
+
     def kept(self, name: str) -> bytes | None:
         """What is kept under a name."""
         with self._explained():

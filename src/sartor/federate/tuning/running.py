@@ -30,6 +30,7 @@ from sartor.federate.rounds.task import Learnt
 from sartor.federate.rounds.transport import Carried, InProcess, finish
 from sartor.federate.secure.identity import Identity, Roster
 from sartor.federate.tuning import measures
+from sartor.federate.tuning.course import line_place, lines_of
 from sartor.federate.tuning.measures import Line
 from sartor.federate.tuning.noise import noise_of, noised, values_of
 from sartor.federate.tuning.recipe import MODES, FederateRecipe, Settings
@@ -152,8 +153,7 @@ class SecureRounds:
     @property
     def lines(self) -> list[dict[str, Any]]:
         """See Rounds."""
-        done = (one.number for one in reversed(self._journal.rounds(RUN)) if one.state == "done")
-        return [json.loads(self._journal.kept(_line(number)) or b"{}") for number in done]
+        return lines_of(self._journal, RUN)
 
     def step(self) -> None:
         """See Rounds. Raises what a client raised, BudgetError before a round that the privacy budget does not hold."""
@@ -192,7 +192,7 @@ class SecureRounds:
             *self._setting.losses(manifest.number),
             self._account.epsilon() if self._account else None,
         )
-        self._journal.keep(_line(manifest.number), records.canonical(line.as_json()))
+        self._journal.keep(line_place(manifest.number), records.canonical(line.as_json()))
         return plus(shared, mean)
 
     def close(self) -> None:
@@ -252,10 +252,6 @@ class InspectedRounds:
 def _read(content: bytes) -> tuple[list[dict[str, Any]], Tensors]:
     lines, _, packed = content.partition(b"\n")
     return json.loads(lines), arrays.unpack(packed)
-
-
-def _line(number: int) -> str:
-    return f"line {number}"
 
 
 def _enrolled(folder: Path, names: tuple[str, ...]) -> Roster:

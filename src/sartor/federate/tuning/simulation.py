@@ -75,7 +75,7 @@ def simulate(
     recipe, out = load_recipe(recipe), Path(out).absolute()
     dealt = config.load_any(Shards, shards) if shards is not None else None
     folder = out.with_name(f"{out.name}.rounds")
-    _look(out, folder, resume=resume, replace=replace)
+    look(out, folder, resume=resume, replace=replace)
     with full_disk(f"{folder} could not be written"), writer_lock(folder):
         if replace:
             shutil.rmtree(folder, ignore_errors=True)
@@ -85,19 +85,20 @@ def simulate(
         if resume and (standing := resumption.finished(out, Found(), now)):
             notice(f"{out} is finished: nothing is left to do")
             return Simulated(standing)
-        _check_same(folder, now)
+        check_same(folder, now)
         adapter = _run(setting, people, out, replace=replace, notice=notice)
         shutil.rmtree(folder, ignore_errors=True)
     return Simulated(adapter)
 
 
-def _look(out: Path, folder: Path, *, resume: bool, replace: bool) -> None:
+def look(out: Path, folder: Path, *, resume: bool, replace: bool) -> None:
+    """Raise ConfigError where the output is taken, or where an unfinished run stands and it is not said what becomes of it."""
     if resume and replace:
         raise ConfigError("--resume goes on and --replace starts over; both were given", "give one of them")
     if not (resume and kind_of(out) == "adapter"):
         check_free(out, replace=replace)
     if folder.exists() and not (resume or replace):
-        problem = f"an unfinished simulation of {out} stands in {folder}"
+        problem = f"an unfinished run of {out} stands in {folder}"
         raise ConfigError(problem, "add --resume to go on there, or --replace to start over")
     folder.parent.mkdir(parents=True, exist_ok=True)
 
@@ -140,7 +141,7 @@ def _fingerprint(setting: Setting, people: Clients) -> dict[str, Any]:
     }
 
 
-def _check_same(folder: Path, now: Mapping[str, Any]) -> None:
+def check_same(folder: Path, now: Mapping[str, Any]) -> None:
     """Raise ConfigError where the journals in `folder` are of another run; write down whose they are."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / _FINGERPRINT
@@ -166,9 +167,9 @@ def _run(setting: Setting, people: Clients, out: Path, *, replace: bool, notice:
             notice(f"going on after round {len(rounds.lines)} of {recipe.rounds}")
         while len(rounds.lines) < recipe.rounds:
             rounds.step()
-            notice(_said(rounds.lines[-1], recipe.rounds))
+            notice(said_of(rounds.lines[-1], recipe.rounds))
         shared, lines = rounds.shared, rounds.lines
-    facts = _facts(setting, people, lines, shared) | {"fingerprint": _without_recipe(_fingerprint(setting, people))}
+    facts = facts_of(setting, people, lines, shared) | {"fingerprint": _without_recipe(_fingerprint(setting, people))}
     facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
 
     def fill(part: Path) -> Mapping[str, Any]:
@@ -185,15 +186,17 @@ def _without_recipe(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     return {name: digest for name, digest in fingerprint.items() if name != "recipe"}
 
 
-def _said(line: Mapping[str, Any], rounds: int) -> str:
+def said_of(line: Mapping[str, Any], rounds: int) -> str:
+    """A line of the log, for a person."""
     loss = "" if line["loss_first"] is None else f"loss {line['loss_first']:.3f} -> {line['loss_last']:.3f}, "
     clipped = f", {line['clipped']} of {line['clients']} updates clipped" if line["clipped"] else ""
     epsilon = "" if line["epsilon"] is None else f", epsilon {line['epsilon']:.3g}"
     verdicts = "".join(f"; {verdict}" for verdict in line["verdicts"])
-    return f"round {line['round']} of {rounds}: {loss}exactness error {line['exactness_error']:.1e}{clipped}{epsilon}{verdicts}"
+    exact = "not measured" if line["exactness_error"] is None else f"{line['exactness_error']:.1e}"
+    return f"round {line['round']} of {rounds}: {loss}exactness error {exact}{clipped}{epsilon}{verdicts}"
 
 
-def _facts(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]], shared: Tensors) -> dict[str, Any]:
+def facts_of(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]], shared: Tensors) -> dict[str, Any]:
     """The manifest of the Adapter: that of `tune`, and of the rounds."""
     resident, base = people.resident, people.resident.base
     mode, rules = MODES[setting.recipe.mode], setting.rules
@@ -201,7 +204,7 @@ def _facts(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]]
     trained, everything = adapters.trainable(resident.model)
     uploaded = sum(line["uploaded_bytes"] for line in lines)
     sent = sum(value.size for line in lines for value in mode.sent(shared, line["round"]).values()) * len(people.rows)
-    rounding = [line["quantisation_error"] for line in lines]
+    rounding, errors = ([line[name] for line in lines] for name in ("quantisation_error", "exactness_error"))
     return {
         "base": base.as_manifest(),
         "recipe": config.dump(setting.recipe),
@@ -221,7 +224,7 @@ def _facts(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]]
             "clients": len(people.rows),
             "uploaded_bytes": uploaded,
             "upload_bytes_per_parameter": round(uploaded / sent, 4),
-            "exactness_error": max(line["exactness_error"] for line in lines),
+            "exactness_error": None if None in errors else max(errors),
             "quantisation_error": None if None in rounding else max(rounding),
             "epsilon": lines[-1]["epsilon"],
             "metrics": {"eval_loss": people.losses(setting.start, shared)},

@@ -17,6 +17,7 @@ from sartor.federate.aggregate.modes import Mode
 from sartor.federate.aggregate.tensors import Array, Tensors, plus
 from sartor.federate.rounds.manifest import Manifest
 from sartor.federate.rounds.task import Learnt
+from sartor.federate.tuning import canaries
 from sartor.federate.tuning.recipe import MODES, Settings
 from sartor.federate.tuning.resident import Resident
 from sartor.tune import order
@@ -81,7 +82,8 @@ class LoraTask:
                 problem = f"round {number}: {error.problem.partition(';')[0]}"
                 raise ModelError(problem, "lower optimizer.learning_rate, or look at this client's rows") from None
         self.losses[number] = run.losses["first"], run.losses["last"]
-        return Learnt(change(mode, shared, resident.taken(), number), len(self.rows.train))
+        learnt = change(mode, shared, resident.taken(), number)
+        return Learnt(learnt, len(self.rows.train), canaries.responses(manifest, shared, learnt, resident.recipe.seed))
 
     def _check(self, manifest: Manifest) -> None:
         for what, said, here in (
