@@ -59,7 +59,7 @@ def responses(manifest: Manifest, shared: Tensors, change: Tensors, seed: int) -
 
 
 def error_of(shared: Tensors, mean: Tensors, seed: int, number: int) -> float | None:
-    """How far the adapter of the mean change is from the mean of the clients' products, relative; None where none was asked for.
+    """How far the adapter of the mean change is from the mean of the clients' products, relative; None if none was asked for.
 
     mean: of the updates and, by the names of a canary, of the responses.
     """

@@ -1,4 +1,4 @@
-"""The rounds of a recipe as a coordinator leads them who sees no update: what each is to be, and what is said of it. No torch."""
+"""The rounds of a recipe, led by who sees no update: what each is to be, and what can be said of it. No torch."""
 
 from __future__ import annotations
 

@@ -34,11 +34,18 @@ from sartor.federate.tuning.course import line_place, lines_of
 from sartor.federate.tuning.measures import Line
 from sartor.federate.tuning.noise import noise_of, noised, values_of
 from sartor.federate.tuning.recipe import MODES, FederateRecipe, Settings
+from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.task import NAME, LoraTask
 
 RUN, COORDINATOR = "simulation", "coordinator"
 # every client answers at once or says no, so nothing waits for a clock: rounds do not depend on it
 _LENGTH_S = 3_600
+
+
+def work_of(recipe: FederateRecipe, resident: Resident) -> dict[str, Any]:
+    """What a manifest says of the work: digests of base and recipe, and the task's settings."""
+    settings = config.dump(Settings.of(recipe))
+    return {"task": NAME, "settings": settings, "base": resident.ref.digest, "recipe": resident.digest}
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,8 @@ class Setting:
 
     @property
     def work(self) -> dict[str, Any]:
-        """What a manifest says of the work: digests of base and recipe, and the task's settings."""
-        resident = next(iter(self.tasks.values())).resident
-        settings = config.dump(Settings.of(self.recipe))
-        return {"task": NAME, "settings": settings, "base": resident.ref.digest, "recipe": resident.digest}
+        """See `work_of`."""
+        return work_of(self.recipe, next(iter(self.tasks.values())).resident)
 
     def losses(self, number: int) -> tuple[float | None, float | None]:
         """Means over the clients that trained in this process."""

@@ -28,6 +28,7 @@ from sartor.federate.secure.terms import least_threshold
 from sartor.federate.tuning.clients import Clients, open_clients
 from sartor.federate.tuning.recipe import MODES, FederateRecipe
 from sartor.federate.tuning.recipe import load as load_recipe
+from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting
 from sartor.federate.tuning.shards import Shards
 from sartor.federate.tuning.task import LoraTask
@@ -169,12 +170,25 @@ def _run(setting: Setting, people: Clients, out: Path, *, replace: bool, notice:
             rounds.step()
             notice(said_of(rounds.lines[-1], recipe.rounds))
         shared, lines = rounds.shared, rounds.lines
-    facts = facts_of(setting, people, lines, shared) | {"fingerprint": _without_recipe(_fingerprint(setting, people))}
+    facts = facts_of(setting, people, lines, shared) | {"fingerprint": without_recipe(_fingerprint(setting, people))}
     facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
+    return written(out, people.resident, lines, shared, facts, replace=replace)
+
+
+def written(
+    out: Path,
+    resident: Resident,
+    lines: Sequence[Mapping[str, Any]],
+    shared: Tensors,
+    facts: Mapping[str, Any],
+    *,
+    replace: bool,
+) -> Artifact:
+    """The Adapter: its log, a line a round, PEFT's files and the manifest."""
 
     def fill(part: Path) -> Mapping[str, Any]:
         (part / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-        people.resident.write(shared, part)
+        resident.write(shared, part)
         return facts
 
     adapter = write_artifact(out, "adapter", fill, replace=replace)
@@ -182,7 +196,8 @@ def _run(setting: Setting, people: Clients, out: Path, *, replace: bool, notice:
     return adapter
 
 
-def _without_recipe(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def without_recipe(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What an Adapter keeps of it: the recipe stands beside it."""
     return {name: digest for name, digest in fingerprint.items() if name != "recipe"}
 
 
