@@ -144,9 +144,6 @@ def _cohort(recipe: FederateRecipe, options: CoordinatorOptions) -> tuple[str, .
         raise ConfigError(
             problem, f"enrol {least - len(cohort)} more: sartor federate keygen, and NAME.pub to {options.roster}"
         )
-    if recipe.robust:
-        problem = f"robust {recipe.robust.kind} sees every update, and over a network there is the secure sum alone"
-        raise ConfigError(problem, "leave robust out, or `sartor federate simulate` it")
     if recipe.rules.most_examples == "auto" and not (recipe.privacy or recipe.noise_asked):
         problem = "rules.most_examples is auto, the largest client's number of rows, which stays with that client"
         raise ConfigError(problem, "rules.most_examples: 1000, or near the largest expected; 1: every client counts the same")
@@ -196,7 +193,7 @@ def _prepared(setting: Setting, options: CoordinatorOptions, people: Clients, na
         round=_round(setting, options, people),
         rounds=recipe.rounds,
         name=options.name,
-        lora=LoraOptions(recipe.mode, recipe.seed, recipe.privacy),
+        lora=LoraOptions(recipe.mode, recipe.seed, recipe.privacy, recipe.robust),
     )
     write_whole(file, yaml.safe_dump(config.dump(lead), sort_keys=False).encode())
     return Lead.open(file)

@@ -29,7 +29,7 @@ from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.flower.transport import FlowerTransport
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.client import Member
-from sartor.federate.rounds.coordinator import Coordinator, Ended, Plan, added
+from sartor.federate.rounds.coordinator import Coordinator, Ended, Plan, Pool, added
 from sartor.federate.rounds.journal import Journal
 from sartor.federate.rounds.manifest import Beside, Rules
 from sartor.federate.rounds.transport import Carried, Transport, finish
@@ -78,11 +78,17 @@ class Course(Protocol):
         """See rounds.coordinator.Merge."""
         ...
 
+    @property
+    def pool(self) -> Pool | None:
+        """See Coordinator."""
+        ...
+
 
 class _Plain:
     """Each round like the one before."""
 
     merged = staticmethod(added)
+    pool = None
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -143,7 +149,8 @@ def lead_rounds(lead: Lead, transport: Transport) -> Iterator[str]:
     with _opened(Path(lead.journal)) as journal:
         me = Identity.open(lead.name, Path(lead.key))
         course = lead.course(journal)
-        coordinator = Coordinator(Member(me, Roster.open(Path(lead.roster)), lead.name), journal, lead.run, course.merged)
+        member = Member(me, Roster.open(Path(lead.roster)), lead.name)
+        coordinator = Coordinator(member, journal, lead.run, course.merged, pool=course.pool)
         if not journal.rounds(lead.run):
             # one that was stopped before its first round has its tensors already
             with contextlib.suppress(ConflictError):

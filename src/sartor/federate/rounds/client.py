@@ -24,7 +24,7 @@ from sartor.federate.rounds.task import Learnt, Noise, Tasks, find
 from sartor.federate.secure import messages, ring
 from sartor.federate.secure.client import ROOT_BYTES, Client
 from sartor.federate.secure.identity import Identity, Roster
-from sartor.federate.secure.messages import Boxes, Invite, Lists, Outcome, Peers, Signed, Unmask
+from sartor.federate.secure.messages import Boxes, Invite, Lists, Outcome, Payload, Peers, Shown, Signed, Unmask
 from sartor.federate.secure.terms import Policy
 
 Chance = Callable[[Manifest], np.random.Generator | None]
@@ -141,7 +141,11 @@ class RoundClient:
                 f"round {kept.number} of {kept.run} is over for this client", "wait for the next round", "replayed"
             )
         self._learn(manifest, invite.shared)
-        return self._opened(kept).client.keys()
+        return self._shown(manifest) if manifest.rules.mode == "inspectable" else self._opened(kept).client.keys()
+
+    def _shown(self, manifest: Manifest) -> bytes:
+        """The update for all to see who carry it, which this client agreed to: the same bytes until the round ends."""
+        return messages.sealed(Shown(Payload(arrays.pack(self._outgoing(manifest)))), manifest.digest, self._member.me)
 
     def _begun(self, manifest: Manifest, content: bytes) -> Kept:
         """Check everything that a round demands and may not demand, then write it down."""
@@ -171,7 +175,9 @@ class RoundClient:
 
     def _give_up(self, kept: Kept) -> None:
         """A round whose end was never heard of: an update that may have been summed is not offered again."""
-        sent = any(kind == "masked" for kind, _ in self._journal.entries(kept.digest))
+        member = self._member
+        is_shown = read(kept.manifest, member.coordinator, member.roster).rules.mode == "inspectable"
+        sent = is_shown or any(kind == "masked" for kind, _ in self._journal.entries(kept.digest))
         self._journal.end(kept.digest, "abandoned", {_place(kept.run): None} if sent else None)
         self._session = None
 
@@ -202,6 +208,8 @@ class RoundClient:
     def _computed(self, session: _Session, request: bytes, signed: Signed) -> tuple[str, bytes]:
         """(kind of the answer, answer)."""
         client = session.client
+        if session.manifest.rules.mode == "inspectable":
+            raise RoundError("an inspectable round has no stages but the first", "leave this coordinator", "stage")
         match signed.body:
             case Peers():
                 return "shares", client.share(request)
@@ -216,7 +224,18 @@ class RoundClient:
                 raise RoundError(f"{signed.sender} sends {signed.body.kind!r}, which asks for nothing", "look at it", "stage")
 
     def _vector(self, manifest: Manifest) -> ring.Vector:
-        """The update, clipped, with its part of the noise, weighted, in the ring."""
+        """What goes out of this client, in the ring."""
+        # noise stands in whole units already, and to the nearest they stay as they were drawn
+        rounding: ring.Rounding = "nearest" if manifest.rules.noise else "stochastic"
+        weight, tensors = self._clipped(manifest)
+        return ring.encode(arrays.weighted(tensors, weight), manifest.terms, rounding, self._chance(manifest))
+
+    def _outgoing(self, manifest: Manifest) -> Tensors:
+        weight, tensors = self._clipped(manifest)
+        return {**tensors, arrays.WEIGHT: np.array([weight], np.float32)}
+
+    def _clipped(self, manifest: Manifest) -> tuple[float, Tensors]:
+        """The weight; the update, clipped, with its part of the noise, and what is asked for beside it."""
         content = self._journal.kept(_place(manifest.run))
         if content is None:
             raise RoundError("this client has no update for the round", "invite it first", "stage")
@@ -224,10 +243,7 @@ class RoundClient:
         tensors: Tensors = {**arrays.clipped(update.learnt.tensors, manifest.rules.clip), **update.learnt.beside}
         if manifest.rules.noise and self._noise:
             tensors = self._noise(tensors, manifest)
-        weight = manifest.rules.weight(update.learnt.examples, manifest.number - update.number)
-        # noise stands in whole units already, and to the nearest they stay as they were drawn
-        rounding: ring.Rounding = "nearest" if manifest.rules.noise else "stochastic"
-        return ring.encode(arrays.weighted(tensors, weight), manifest.terms, rounding, self._chance(manifest))
+        return manifest.rules.weight(update.learnt.examples, manifest.number - update.number), tensors
 
     def _opened(self, kept: Kept) -> _Session:
         """The session of an open round, rebuilt from the journal where it is not in memory."""

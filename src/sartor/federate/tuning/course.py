@@ -10,12 +10,13 @@ from typing import Any
 
 from sartor.core import records
 from sartor.core.config import REQUIRED, option
-from sartor.federate.aggregate.tensors import Tensors, norm, plus
+from sartor.federate.aggregate.tensors import Tensors, Update, norm, plus
 from sartor.federate.privacy.accountant import Account, Budget
+from sartor.federate.robust.rules import AnyRule, Pooled
 from sartor.federate.rounds.coordinator import Coordinator, Plan
 from sartor.federate.rounds.journal import Journal
 from sartor.federate.rounds.manifest import Beside, Manifest
-from sartor.federate.tuning import canaries
+from sartor.federate.tuning import canaries, measures
 from sartor.federate.tuning.measures import Line
 from sartor.federate.tuning.noise import noise_of, values_of
 from sartor.federate.tuning.recipe import MODES, ModeName
@@ -28,6 +29,7 @@ class LoraOptions:
     mode: ModeName = option(REQUIRED, "what clients train and send")
     seed: int = option(0, "the recipe's: of the canary")
     privacy: Budget | None = option(None, "what the adapter may tell of one client")
+    robust: AnyRule | None = option(None, "of inspectable rounds: how the updates become one")
 
 
 class LoraCourse:
@@ -37,6 +39,7 @@ class LoraCourse:
         self._options, self._common, self._journal = options, plan, journal
         self._account = Account(account, options.privacy) if options.privacy else None
         self._coordinator: Coordinator | None = None
+        self._seen: tuple[list[Update], Pooled] | None = None
 
     def plan(self, number: int, shared: Tensors) -> tuple[Plan, Sequence[Beside]]:
         """What the round trains follows from its mode; without noise a canary's responses go along in the sum."""
@@ -53,10 +56,21 @@ class LoraCourse:
         if self._account and (manifest := coordinator.manifest):
             self._account.spend(noise_of(manifest).spending(f"round-{manifest.number}", values_of(manifest)))
 
+    def pool(self, updates: Sequence[Update]) -> Tensors:
+        """What the recipe's rule makes of the updates. Raises GuardError where it stops the run."""
+        assert self._options.robust
+        self._seen = list(updates), self._options.robust.pool(updates)
+        return self._seen[1].tensors
+
     def merged(self, shared: Tensors, mean: Tensors) -> Tensors:
         """The next shared adapter. The round's line is in the journal before the round's end is: once, whatever is killed."""
         assert self._coordinator and self._coordinator.manifest
         line = self._line(self._coordinator.manifest, self._coordinator.active, shared, mean)
+        if self._seen:
+            updates, pooled = self._seen
+            verdicts = tuple(f"{one.client} {one.action}: {one.reason}" for one in pooled.verdicts)
+            error = measures.exactness_error(shared, updates, self._options.seed + line.round)
+            line = replace(line, exactness_error=error, quantisation_error=0.0, verdicts=verdicts)
         self._journal.keep(line_place(line.round), records.canonical(line.as_json()))
         return plus(shared, mean)
 

@@ -23,7 +23,7 @@ from sartor.core.errors import ConfigError
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.privacy.accountant import Account, calibrated
 from sartor.federate.privacy.clients import ClientNoise
-from sartor.federate.rounds.manifest import Rules, terms_for
+from sartor.federate.rounds.manifest import Mode, Rules, terms_for
 from sartor.federate.secure.terms import least_threshold
 from sartor.federate.tuning.clients import Clients, open_clients
 from sartor.federate.tuning.recipe import MODES, FederateRecipe
@@ -119,7 +119,8 @@ def resolved(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int
     asked = recipe.rules
     noise = calibrated(recipe.privacy, recipe.rounds) if recipe.privacy and asked.noise == "auto" else recipe.noise_asked
     most = asked.most_examples if asked.most_examples != "auto" else 1 if noise else largest
-    rules = Rules(clip=asked.clip, noise=noise, most_examples=most)
+    mode: Mode = "inspectable" if recipe.robust else "private"
+    rules = Rules(clip=asked.clip, noise=noise, most_examples=most, mode=mode)
     if not (noise and asked.noise == "auto"):
         return rules
     # the finest noise is wanted for the largest upload of any round: all its factors
