@@ -257,10 +257,12 @@ def test_a_super_link_that_takes_no_run_is_tried_again_and_given_up(
     with pytest.raises(MissingError, match="nobody is at that address"):
         coordinate(federation.asked, tmp_path / "out", federation.options(link="wards", patience_s=1.0))
     assert len(begun) > 1
-    # what ended the process that led, and would end another
-    (tmp_path / "out.rounds" / "coordinator.error.json").write_text(
-        '{"kind": "GuardError", "problem": "half", "remedy": "look"}'
-    )
+
+    def stopped(watch: waiting.Watch) -> subprocess.Popen[bytes]:
+        watch.lead.trouble.write_text('{"kind": "GuardError", "problem": "half", "remedy": "look"}')
+        return fails(watch)
+
+    monkeypatch.setattr(waiting, "_begun", stopped)
     with pytest.raises(GuardError, match="half"):
         coordinate(federation.asked, tmp_path / "out", federation.options(link="wards"), resume=True)
 

@@ -176,16 +176,18 @@ def _fingerprint(setting: Setting, people: Clients, cohort: Sequence[str]) -> di
 
 
 def _prepared(setting: Setting, options: CoordinatorOptions, people: Clients, name: str) -> Lead:
-    """What the ServerApp is to lead, written down once."""
+    """What the ServerApp is to lead, written down: by a run that goes on anew, with the times and paths that are given now."""
     folder, recipe, file = setting.folder, setting.recipe, setting.folder / "lead.yaml"
     if file.exists():
-        return Lead.open(file)
-    shutil.rmtree(folder / "app", ignore_errors=True)  # what was cut short
-    write_app(folder / "app")
-    write_whole(folder / "start.tensors", arrays.pack(setting.start))
-    lead = Lead(
+        run = Lead.open(file).run
+    else:
         # of another name each time: clients take part in a round of a run once
-        run=f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')[:40] or 'run'}-{secrets.token_hex(4)}",
+        run = f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')[:40] or 'run'}-{secrets.token_hex(4)}"
+        shutil.rmtree(folder / "app", ignore_errors=True)  # what was cut short
+        write_app(folder / "app")
+        write_whole(folder / "start.tensors", arrays.pack(setting.start))
+    lead = Lead(
+        run=run,
         key=str(Path(options.key).absolute()),
         roster=str(Path(options.roster).absolute()),
         journal="coordinator.sqlite",

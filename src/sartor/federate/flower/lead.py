@@ -47,7 +47,7 @@ class RoundOptions:
     task: str = option(REQUIRED, "the type of work, which each client has installed")
     cohort: tuple[str, ...] = option(REQUIRED, "names of the clients")
     settings: Any = option(None, "a mapping for the task")
-    rules: Rules = option(Rules(), "clip, noise, most_examples, stale_rounds")
+    rules: Rules = option(Rules(), "clip, noise, most_examples, stale_rounds, mode")
     trained: tuple[str, ...] = option((), "names of the tensors that are changed; none: all")
     base: str = option("", "digest of what is tuned")
     recipe: str = option("", "digest of how")

@@ -50,6 +50,8 @@ class Watch:
 
     def __post_init__(self) -> None:
         self._heard = len(self._lines())
+        # of a run before this: the next says it again, if it is still so
+        self.lead.trouble.unlink(missing_ok=True)
 
     @property
     def command(self) -> list[str]:
