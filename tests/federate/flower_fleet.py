@@ -245,7 +245,6 @@ class Fleet:
         self.start(f"client-{name}", "sartor", "federate", "client", str(recipe), "--dataset", f"data/{name}", "--name", name,
                    "--key", f"enrolled/{name}", "--roster", "enrolled/roster", "--socket", str(self.socket(name)),
                    "--journal", f"enrolled/{name}.sqlite", *heard, "--json")  # fmt: skip
-        until(lambda: f"{name} answers at" in self.said(f"client-{name}"), 240, self.said(f"client-{name}"))
 
     def coordinator(self, recipe: Path, *more: str) -> None:
         """The command of the coordinator."""

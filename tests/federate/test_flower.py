@@ -131,6 +131,8 @@ def tell_of_commands(story: Story, base: Path) -> None:
         assert fleet.end(f"trainer-{name}") == 0
     for name in WARDS:
         fleet.client(name, recipe)
+    for name in WARDS:
+        until(lambda name=name: f"{name} answers at" in fleet.said(f"client-{name}"), SLOW_S, f"client-{name}")
     story.took_s["clients open base and rows"] = round(time.monotonic() - since, 1)
     since = time.monotonic()
     fleet.coordinator(recipe)

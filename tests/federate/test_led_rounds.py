@@ -18,6 +18,7 @@ from federating import COORDINATOR
 from test_lora_rounds import recipe
 
 import sartor
+from sartor.cli import main
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, GuardError, MissingError, RoundError, SartorError
 from sartor.federate.flower import waiting
@@ -294,3 +295,24 @@ def test_a_canary_in_the_sum_tells_an_exact_mean_from_one_that_is_none(sent: str
     error = canaries.error_of(shared, mean, 5, 1)
     assert error is not None and (error <= 1e-6 if exact else error > 1e-3)
     assert canaries.error_of(shared, {name: mean[name] for name in trained}, 5, 1) is None
+
+
+def test_the_commands_refuse_before_anything_takes_long(
+    federation: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, keys, roster = tmp_path / "federate.yaml", federation.folder / "keys", str(federation.folder / "roster")
+    file.write_text(json.dumps(federation.asked))
+
+    def run(command: str, *arguments: str) -> dict[str, Any]:
+        with pytest.raises(SystemExit) as ended:
+            main(["federate", command, str(file), *arguments, "--roster", roster, "--json"])
+        assert ended.value.code == 2
+        return dict(json.loads(capsys.readouterr().out.splitlines()[-1])["error"])
+
+    lead = ("--key", str(keys / COORDINATOR), "--out", str(tmp_path / "out"))
+    assert "most_examples is auto" in run("coordinator", *lead, "--rules.most_examples", "auto")["problem"]
+    assert "cohort has 2" in run("coordinator", *lead, "--clients", "ward-a", "ward-b")["problem"]
+    follow = ("--dataset", str(federation.datasets["ward-a"]), "--name", "ward-a", "--socket", str(tmp_path / "s.sock"))
+    assert "the roster has the key" in run("client", *follow, "--key", str(keys / "ward-b"))["problem"]
+    assert "no such user" in run("client", *follow, "--key", str(keys / "ward-a"), "--hear", "nobody-of-here")["problem"]
+    assert not (tmp_path / "out.rounds").exists() and not Path("ward-a.sqlite").exists()

@@ -115,7 +115,7 @@ def take_part(
         counted = _Counted(round_client(member, journal, task, recipe.seed))
         for reason, ids in task.rows.left_out.items():
             notice(f"left out: {len(ids):,} rows, {reason}")
-        notice(f"{name} answers at {options.socket}: {len(task.rows.train):,} rows, {member.agreement.mode} rounds only")
+        notice(f"{name} has {len(task.rows.train):,} rows, and takes part in {member.agreement.mode} rounds only")
         with _logged(notice):
             serve(counted, name, Path(options.socket), allowed=allowed, group=group)
         return _said(member, journal, counted, task)
