@@ -46,10 +46,10 @@ def free_port() -> int:
         return int(end.getsockname()[1])
 
 
-def until(what: Callable[[], object], within_s: float, why: str) -> None:
+def until(what: Callable[[], object], within_s: float, why: str | Callable[[], str]) -> None:
     end = time.monotonic() + within_s
     while not what():
-        assert time.monotonic() < end, why
+        assert time.monotonic() < end, why if isinstance(why, str) else why()
         time.sleep(0.1)
 
 
