@@ -44,6 +44,7 @@ SLOW = {
     "edge-publish.md",
     "edge-personal.md",
     "federate-privacy.md",
+    "federate-run.md",
     "federate-tune.md",
     "federate-devices.md",
 }

@@ -52,6 +52,8 @@ _NAMES = {
     "edge_withdraw": "sartor.edge.publisher:withdraw",
     "evaluate": "sartor.evaluate",
     "export": "sartor.export",
+    "federate_client": "sartor.federate.flower.client:take_part",
+    "federate_coordinator": "sartor.federate.flower.coordinator:coordinate",
     "federate_keygen": "sartor.federate.enrolment:keygen",
     "federate_simulate": "sartor.federate.tuning.simulation:simulate",
     "index": "sartor.core.catalogue:index",
@@ -92,7 +94,9 @@ _NAMES = {
     "verify_receipt": "sartor.agents.receipt_check:verify_receipt",
     # nouns
     "Artifact": "sartor.core.artifacts:Artifact",
+    "ClientOptions": "sartor.federate.flower.client:ClientOptions",
     "Clip": "sartor.speech.many:Clip",
+    "CoordinatorOptions": "sartor.federate.flower.coordinator:CoordinatorOptions",
     "DedupOptions": "sartor.curate.dedup.files:DedupOptions",
     "CurateRecipe": "sartor.curate.recipe:CurateRecipe",
     "DeviceBudget": "sartor.edge.tuning.within:Budget",

@@ -7,15 +7,19 @@ import datetime
 import ipaddress
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -23,12 +27,16 @@ from cryptography.x509.oid import NameOID
 from federating import COORDINATOR, identity, names, roster_of, write_keys
 from round_parties import START
 
+import sartor
 from sartor.federate.flower.app import ENVIRONMENT, write_app
 from sartor.federate.rounds import tensors as arrays
 
 HERE = Path(__file__).parent
 WARDS = names(3)
 ROUNDS = 2
+# whose ClientApp runs apart from its SuperNode, as another user where this one may start processes as another
+APART = WARDS[-1]
+NOBODY = 65534
 PEM, RAW = serialization.Encoding.PEM, serialization.NoEncryption()
 
 
@@ -38,10 +46,10 @@ def free_port() -> int:
         return int(end.getsockname()[1])
 
 
-def until(what: Callable[[], object], within_s: float, why: str) -> None:
+def until(what: Callable[[], object], within_s: float, why: str | Callable[[], str]) -> None:
     end = time.monotonic() + within_s
     while not what():
-        assert time.monotonic() < end, why
+        assert time.monotonic() < end, why if isinstance(why, str) else why()
         time.sleep(0.1)
 
 
@@ -96,6 +104,65 @@ def coordinator_files(folder: Path) -> Path:
     return folder / "lead.yaml"
 
 
+def python_for(user: int) -> str:
+    """A Python that another user can start, and that finds Flower and us; "" where there is none, or none can be started so."""
+    beside = f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+    for python in (sys.executable, beside) if os.geteuid() == 0 else ():
+        code = "import sartor.federate.flower.client_app"
+        with contextlib.suppress(OSError):
+            done = subprocess.run([python, "-c", code], env=path_for_another(), user=user, group=user, extra_groups=[], cwd="/",
+                                  capture_output=True, check=False)  # fmt: skip
+            if done.returncode == 0:
+                return python
+    return ""
+
+
+def path_for_another() -> dict[str, str]:
+    """What a Python that is not this environment's needs, to find what is installed in it."""
+    installed = Path(numpy.__file__).parent.parent
+    return {"PYTHONPATH": f"{Path(sartor.__file__).parent.parent}:{installed}", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@dataclass
+class Apart:
+    """Where a ClientApp lives that runs apart: a folder that its user may enter, and only ours writes in."""
+
+    place: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="sartor-apart-")))
+    python: str = field(default_factory=lambda: python_for(NOBODY))
+
+    def __post_init__(self) -> None:
+        self.place.chmod(0o711)
+        (self.place / "bin").mkdir()
+        (self.place / "home").mkdir()
+        self.secret.write_bytes(os.urandom(32).hex().encode())
+        self.secret.chmod(0o400)
+        for file in (self.place / "home", self.secret):
+            os.chown(file, self.user, -1)
+        entries = {"flower-superexec": "flwr.supercore.cli", "flwr-clientapp": "flwr.supernode.cli"}
+        for name, module in entries.items():
+            function = name.replace("-", "_")
+            script = self.place / "bin" / name
+            script.write_text(f"#!{self.python or sys.executable}\nfrom {module} import {function}\n{function}()\n")
+            script.chmod(0o755)
+
+    @property
+    def secret(self) -> Path:
+        return self.place / "secret"
+
+    @property
+    def user(self) -> int:
+        return NOBODY if self.python else os.geteuid()
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Of Popen: as whom, and where."""
+        return {"user": self.user, "group": self.user, "extra_groups": [], "cwd": self.place} if self.python else {}
+
+    def environment(self, whole: dict[str, str]) -> dict[str, str]:
+        own = {"FLWR_HOME": str(self.place / "home"), "HOME": str(self.place), "PATH": f"{self.place}/bin:/usr/bin:/bin"}
+        return {**whole, **own, **path_for_another()}
+
+
 @dataclass
 class Fleet:
     """Everything in one folder. What was started for it is known by its FLWR_HOME, also what outlived who started it."""
@@ -104,6 +171,7 @@ class Fleet:
     port: int = field(default_factory=free_port)
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    apart: Apart = field(default_factory=Apart)
 
     def __post_init__(self) -> None:
         self.folder.chmod(0o700)
@@ -117,13 +185,13 @@ class Fleet:
     @property
     def environment(self) -> dict[str, str]:
         own = {"FLWR_HOME": str(self.folder / "home"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        return {**os.environ, **ENVIRONMENT, **own, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", "PYTHONUNBUFFERED": "1"}
+        own |= {"SARTOR_HOME": str(self.folder / "sartor-home"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+        return {**os.environ, **ENVIRONMENT, **own, "PYTHONUNBUFFERED": "1"}
 
-    def start(self, name: str, *command: str) -> None:
+    def start(self, name: str, *command: str, **how: Any) -> None:
+        how = {"cwd": self.folder, "env": self.environment, **how}
         with self.log(name).open("ab") as log:
-            process = subprocess.Popen(
-                command, cwd=self.folder, env=self.environment, stdout=log, stderr=log, start_new_session=True
-            )
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **how)
         self.running[name] = process
         self.started.append(process)
 
@@ -138,6 +206,16 @@ class Fleet:
         process = self.running.pop(name)
         process.kill()
         process.wait()
+
+    def end(self, name: str) -> int:
+        """SIGTERM, and how it ended."""
+        process = self.running.pop(name)
+        process.terminate()
+        return process.wait(120)
+
+    def socket(self, name: str) -> Path:
+        """Where a ward's trainer answers."""
+        return (self.apart.place if name == APART else self.folder) / f"{name}.sock"
 
     def link(self) -> None:
         certs = self.folder / "certs"
@@ -157,14 +235,41 @@ class Fleet:
             str(HERE / "flower_trainer.py"),
             str(self.folder),
             name,
-            f"{self.folder}/{name}.sock",
+            str(self.socket(name)),
+            *([str(self.apart.user)] if name == APART else []),
         )
 
+    def client(self, name: str, recipe: Path) -> None:
+        """The command of a client, in place of its trainer."""
+        heard = ["--hear", str(self.apart.user), "--group", str(self.apart.user)] if name == APART else []
+        self.start(f"client-{name}", "sartor", "federate", "client", str(recipe), "--dataset", f"data/{name}", "--name", name,
+                   "--key", f"enrolled/{name}", "--roster", "enrolled/roster", "--socket", str(self.socket(name)),
+                   "--journal", f"enrolled/{name}.sqlite", *heard, "--json")  # fmt: skip
+
+    def coordinator(self, recipe: Path, *more: str) -> None:
+        """The command of the coordinator."""
+        self.start("coordinator", "sartor", "federate", "coordinator", str(recipe), "--key", f"enrolled/{COORDINATOR}",
+                   "--roster", "enrolled/roster", "--out", "adapter", "--link", "loop", "--licence", "CC-BY-4.0",
+                   "--stage-s", "900", "--json", *more)  # fmt: skip
+
+    def enrol(self) -> None:
+        """Keys as the command makes them, and the roster of them."""
+        (self.folder / "enrolled" / "roster").mkdir(parents=True)
+        for name in (COORDINATOR, *WARDS):
+            made = sartor.federate_keygen(self.folder / "enrolled" / name, name)
+            shutil.copy(made["public"], self.folder / "enrolled" / "roster")
+
     def node(self, name: str, key: str = "") -> None:
+        port, apart = free_port(), []
+        if name == APART:
+            apart = ["--isolation", "process", "--superexec-auth-secret-file", str(self.apart.secret)]
+            self.start("superexec", str(self.apart.place / "bin" / "flower-superexec"), "--insecure", "--runtime-api-address",
+                       f"127.0.0.1:{port}", "--superexec-auth-secret-file", str(self.apart.secret),
+                       **self.apart.how, env=self.apart.environment(self.environment))  # fmt: skip
         self.start(f"node-{name}", "flower-supernode", "--superlink", f"127.0.0.1:{self.port}",
-                   "--root-certificates", f"{self.folder}/certs/ca.crt", "--host", "127.0.0.1", "--port", str(free_port()),
+                   "--root-certificates", f"{self.folder}/certs/ca.crt", "--host", "127.0.0.1", "--port", str(port),
                    "--auth-supernode-private-key", f"{self.folder}/{key or name}.node",
-                   "--node-config", f'trainer="{self.folder}/{name}.sock"')  # fmt: skip
+                   "--node-config", f'trainer="{self.socket(name)}"', *apart)  # fmt: skip
 
     def flwr(self, *arguments: str) -> subprocess.Popen[bytes]:
         with self.log("flwr").open("ab") as log:
@@ -183,13 +288,17 @@ class Fleet:
 
     def _processes(self) -> Iterator[Path]:
         """Everything that was started for this fleet: SuperExecs have sessions of their own, and outlive who started them."""
-        mark = f"FLWR_HOME={self.folder}/home".encode()
+        marks = {f"FLWR_HOME={place}/home".encode() for place in (self.folder, self.apart.place)}
         for place in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if mark in (place / "environ").read_bytes().split(b"\0"):
+                if marks & set((place / "environ").read_bytes().split(b"\0")):
                     yield place
 
     def close(self) -> None:
+        self._end_all()
+        shutil.rmtree(self.apart.place, ignore_errors=True)
+
+    def _end_all(self) -> None:
         for process in self.started:
             process.kill()
             process.wait()

@@ -1,4 +1,4 @@
-"""A client's trainer as a process: `flower_trainer.py FOLDER NAME SOCKET`; what it does, it logs to stderr."""
+"""A client's trainer as a process: `flower_trainer.py FOLDER NAME SOCKET [USER]`; what it does, it logs to stderr."""
 
 from __future__ import annotations
 
@@ -38,4 +38,6 @@ if __name__ == "__main__":
     member = Member(identity(name), Roster.open(folder / "roster"), COORDINATOR, LENIENT)
     task = Logged(names(9).index(name))
     with Journal(folder / f"{name}.sqlite") as journal:
-        serve(RoundClient(member, journal, {"pull": task}), name, path)
+        user = int(sys.argv[4]) if sys.argv[4:] else None
+        heard = frozenset({user}) if user is not None else None
+        serve(RoundClient(member, journal, {"pull": task}), name, path, allowed=heard, group=user)

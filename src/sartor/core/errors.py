@@ -193,7 +193,7 @@ class RoundError(RefusedError):
     """A federated round that a client will not take part in or go on with, or that too few clients stayed in.
 
     `check`: which demand was not met: cohort, threshold, manifest, keys, shares, lists, unmask, replayed,
-    stage, task, noise or deadline.
+    stage, task, noise, mode or deadline.
     """
 
     def __init__(self, problem: str, remedy: str, check: str = "") -> None:

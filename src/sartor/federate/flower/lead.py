@@ -7,6 +7,7 @@
     journal: coordinator.sqlite
     start: start.tensors            rounds/tensors.pack(...): what the first round starts from
     round: {task: pull, cohort: [ward-1, ward-2, ward-3], rules: {clip: 1.0}, stage_s: 300}
+    lora: {mode: freeze_a}          of the task lora, which `sartor federate coordinator` writes down
 
 Beside the journal is written NAME.rounds.jsonl, a line for each round that ended.
 """
@@ -16,22 +17,24 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import BusyError, ConflictError, MissingError
+from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.flower.transport import FlowerTransport
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.client import Member
-from sartor.federate.rounds.coordinator import Coordinator, Ended, Plan
+from sartor.federate.rounds.coordinator import Coordinator, Ended, Plan, Pool, added
 from sartor.federate.rounds.journal import Journal
-from sartor.federate.rounds.manifest import Rules
-from sartor.federate.rounds.transport import Carried, Transport, finish, run_round
+from sartor.federate.rounds.manifest import Beside, Rules
+from sartor.federate.rounds.transport import Carried, Transport, finish
 from sartor.federate.secure.identity import Identity, Roster
+from sartor.federate.tuning.course import LoraCourse, LoraOptions
 
 # a ServerApp whose SuperLink was killed ends some seconds after it, and has the journal until then
 _PATIENCE_S = 60.0
@@ -44,7 +47,7 @@ class RoundOptions:
     task: str = option(REQUIRED, "the type of work, which each client has installed")
     cohort: tuple[str, ...] = option(REQUIRED, "names of the clients")
     settings: Any = option(None, "a mapping for the task")
-    rules: Rules = option(Rules(), "clip, noise, most_examples, stale_rounds")
+    rules: Rules = option(Rules(), "clip, noise, most_examples, stale_rounds, mode")
     trained: tuple[str, ...] = option((), "names of the tensors that are changed; none: all")
     base: str = option("", "digest of what is tuned")
     recipe: str = option("", "digest of how")
@@ -60,6 +63,44 @@ class RoundOptions:
         return Plan(**{**said, "settings": self.settings or {}})
 
 
+class Course(Protocol):
+    """What each round of a run is to be, and what becomes of its mean."""
+
+    def plan(self, number: int, shared: Tensors) -> tuple[Plan, Sequence[Beside]]:
+        """The next round, from the tensors as they stand; and what is summed besides."""
+        ...
+
+    def opened(self, coordinator: Coordinator) -> None:
+        """A round is open: before anything of it is sent, and again where another process goes on with it."""
+        ...
+
+    def merged(self, shared: Tensors, mean: Tensors) -> Tensors:
+        """See rounds.coordinator.Merge."""
+        ...
+
+    @property
+    def pool(self) -> Pool | None:
+        """See Coordinator."""
+        ...
+
+
+class _Plain:
+    """Each round like the one before."""
+
+    merged = staticmethod(added)
+    pool = None
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def plan(self, number: int, shared: Tensors) -> tuple[Plan, Sequence[Beside]]:
+        """See Course."""
+        return self._plan, ()
+
+    def opened(self, coordinator: Coordinator) -> None:
+        """Nothing is to be done."""
+
+
 @dataclass(frozen=True)
 class Lead:
     """The file's options; the paths are absolute once it was opened."""
@@ -72,6 +113,7 @@ class Lead:
     round: RoundOptions = option(REQUIRED, "what each round is")
     rounds: int = option(1, "the number of the last round")
     name: str = option("coordinator", "the coordinator's name in the roster")
+    lora: LoraOptions | None = option(None, "of the task lora: mode, seed, privacy")
 
     @classmethod
     def open(cls, path: Path) -> Lead:
@@ -85,6 +127,18 @@ class Lead:
         """Where a line is written for each round that ended."""
         return Path(self.journal).with_suffix(".rounds.jsonl")
 
+    @property
+    def trouble(self) -> Path:
+        """Where it is written why a process that led could not go on."""
+        return Path(self.journal).with_suffix(".error.json")
+
+    def course(self, journal: Journal) -> Course:
+        """What the rounds are to be."""
+        plan = self.round.plan()
+        if self.lora is None:
+            return _Plain(plan)
+        return LoraCourse(self.lora, plan, journal, Path(self.journal).with_suffix(".privacy.json"))
+
 
 def lead_rounds(lead: Lead, transport: Transport) -> Iterator[str]:
     """Bring an open round to its end, then begin the next ones, up to `lead.rounds`; a JSON line for each that ended.
@@ -94,26 +148,29 @@ def lead_rounds(lead: Lead, transport: Transport) -> Iterator[str]:
     """
     with _opened(Path(lead.journal)) as journal:
         me = Identity.open(lead.name, Path(lead.key))
-        coordinator = Coordinator(Member(me, Roster.open(Path(lead.roster)), lead.name), journal, lead.run)
+        course = lead.course(journal)
+        member = Member(me, Roster.open(Path(lead.roster)), lead.name)
+        coordinator = Coordinator(member, journal, lead.run, course.merged, pool=course.pool)
         if not journal.rounds(lead.run):
             # one that was stopped before its first round has its tensors already
             with contextlib.suppress(ConflictError):
                 coordinator.start(arrays.unpack(_read(Path(lead.start))))
         while True:
             since, carried = time.monotonic(), Carried()
-            if coordinator.is_open:
-                ended = finish(coordinator, transport, carried)
-            elif _number(journal, lead.run) < lead.rounds:
-                ended = run_round(coordinator, transport, lead.round.plan(), carried)
-            else:
-                # who missed the last end is told of it now
-                finish(coordinator, transport, carried)
-                return
+            if not coordinator.is_open:
+                if (number := last_number(journal, lead.run)) >= lead.rounds:
+                    # who missed the last end is told of it now
+                    finish(coordinator, transport, carried)
+                    return
+                coordinator.begin(*course.plan(number + 1, coordinator.shared))
+            course.opened(coordinator)
+            ended = finish(coordinator, transport, carried)
             assert ended
             yield _recorded(lead.record, _said(ended, carried, time.monotonic() - since, transport))
 
 
-def _number(journal: Journal, run: str) -> int:
+def last_number(journal: Journal, run: str) -> int:
+    """The number of the last round that began; 0 before the first."""
     return max((kept.number for kept in journal.rounds(run)), default=0)
 
 

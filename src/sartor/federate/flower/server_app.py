@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -11,6 +12,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from sartor.core.errors import SartorError
+from sartor.edge.files import write_whole
 from sartor.federate.flower.lead import Lead, lead_rounds
 from sartor.federate.flower.transport import FlowerTransport
 from sartor.federate.flower.wire import GridPost
@@ -30,8 +33,13 @@ def main(grid: Grid, context: Context) -> None:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     lead = Lead.open(Path(str(context.run_config["lead"])))
     transport = FlowerTransport(GridPost(grid))
-    for line in lead_rounds(lead, transport):
-        LOG.info("%s", line)
+    try:
+        for line in lead_rounds(lead, transport):
+            LOG.info("%s", line)
+    except SartorError as error:
+        # for the command that waits for the rounds: of a run that failed Flower tells it no more than that
+        write_whole(lead.trouble, json.dumps({"kind": error.kind, "problem": error.problem, "remedy": error.remedy}).encode())
+        raise
     transport.deliver(min(lead.round.stage_s, _FAREWELL_S))
 
 

@@ -5,6 +5,7 @@ task.py          what a client computes: a declared type of work, run by the cli
 tensors.py       named float32 arrays <-> bytes; the update as it goes into the sum, and the mean that comes out of it
 journal.py       SQLite: what a party has said and heard, on the disk before anybody hears of it
 client.py        one client: a request in, an answer out, the same answer each time
+inspected.py     the updates of a round in which they are seen
 coordinator.py   one coordinator: answers in, stages closed, the mean applied
 transport.py     requests out, answers in: the Protocol, a run of rounds, and the transport of one process
 

@@ -19,15 +19,32 @@ from sartor.core.errors import RoundError
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.journal import Journal, Kept, State
-from sartor.federate.rounds.manifest import Manifest, read
+from sartor.federate.rounds.manifest import Manifest, Mode, read
 from sartor.federate.rounds.task import Learnt, Noise, Tasks, find
 from sartor.federate.secure import messages, ring
 from sartor.federate.secure.client import ROOT_BYTES, Client
 from sartor.federate.secure.identity import Identity, Roster
-from sartor.federate.secure.messages import Boxes, Invite, Lists, Outcome, Peers, Signed, Unmask
+from sartor.federate.secure.messages import Boxes, Invite, Lists, Outcome, Payload, Peers, Shown, Signed, Unmask
 from sartor.federate.secure.terms import Policy
 
 Chance = Callable[[Manifest], np.random.Generator | None]
+
+
+class Agreement:
+    """What one enrolled for: rounds of this mode, and no others."""
+
+    def __init__(self, mode: Mode = "private") -> None:
+        self.mode = mode
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise RoundError for a round that is not what was agreed to. Called once a round, before anything is said in it."""
+        if (asked := manifest.rules.mode) != self.mode:
+            shows = {"private": "shows the sum alone", "inspectable": "shows each client's update to the coordinator"}
+            raise RoundError(
+                f"the round is {asked} ({shows[asked]}); this client enrolled for {self.mode} rounds",
+                f"leave this coordinator, or enrol for {asked} rounds if their owner agrees to that",
+                "mode",
+            )
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,7 @@ class Member:
     roster: Roster
     coordinator: str = "coordinator"
     policy: Policy = field(default_factory=Policy)
+    agreement: Agreement = field(default_factory=Agreement)
 
 
 @dataclass
@@ -57,14 +75,18 @@ class _Update:
     learnt: Learnt
 
     def content(self) -> bytes:
-        head = {"number": self.number, "examples": self.learnt.examples}
-        return records.canonical(head) + b"\n" + arrays.pack(self.learnt.tensors)
+        packed, beside = arrays.pack(self.learnt.tensors), arrays.pack(self.learnt.beside)
+        head = {"number": self.number, "examples": self.learnt.examples, "bytes": len(packed)}
+        return records.canonical(head) + b"\n" + packed + beside
 
     @classmethod
     def of(cls, content: bytes) -> _Update:
         line, _, packed = content.partition(b"\n")
         said = json.loads(line)
-        return cls(said["number"], Learnt(arrays.unpack(packed), said["examples"]))
+        # one that an older version kept has nothing beside it
+        size = said.get("bytes", len(packed))
+        beside = arrays.unpack(packed[size:]) if size < len(packed) else {}
+        return cls(said["number"], Learnt(arrays.unpack(packed[:size]), said["examples"], beside))
 
 
 class RoundClient:
@@ -119,7 +141,11 @@ class RoundClient:
                 f"round {kept.number} of {kept.run} is over for this client", "wait for the next round", "replayed"
             )
         self._learn(manifest, invite.shared)
-        return self._opened(kept).client.keys()
+        return self._shown(manifest) if manifest.rules.mode == "inspectable" else self._opened(kept).client.keys()
+
+    def _shown(self, manifest: Manifest) -> bytes:
+        """The update for all to see who carry it, which this client agreed to: the same bytes until the round ends."""
+        return messages.sealed(Shown(Payload(arrays.pack(self._outgoing(manifest)))), manifest.digest, self._member.me)
 
     def _begun(self, manifest: Manifest, content: bytes) -> Kept:
         """Check everything that a round demands and may not demand, then write it down."""
@@ -140,6 +166,7 @@ class RoundClient:
                 "wait for the next round",
                 "replayed",
             )
+        member.agreement.check(manifest)
         for open_ in (one for one in before if one.state == "open"):
             self._give_up(open_)
         kept = Kept(manifest.digest, manifest.run, manifest.number, content, os.urandom(ROOT_BYTES), "open")
@@ -148,7 +175,9 @@ class RoundClient:
 
     def _give_up(self, kept: Kept) -> None:
         """A round whose end was never heard of: an update that may have been summed is not offered again."""
-        sent = any(kind == "masked" for kind, _ in self._journal.entries(kept.digest))
+        member = self._member
+        is_shown = read(kept.manifest, member.coordinator, member.roster).rules.mode == "inspectable"
+        sent = is_shown or any(kind == "masked" for kind, _ in self._journal.entries(kept.digest))
         self._journal.end(kept.digest, "abandoned", {_place(kept.run): None} if sent else None)
         self._session = None
 
@@ -157,7 +186,7 @@ class RoundClient:
         content = self._journal.kept(_place(manifest.run))
         update = _Update.of(content) if content else None
         # one that was made for this round is 0 rounds old
-        if update and manifest.number - update.number <= manifest.rules.stale_rounds and _fits(update.learnt.tensors, manifest):
+        if update and manifest.number - update.number <= manifest.rules.stale_rounds and _fits(update, manifest):
             return
         learnt = find(self._tasks, manifest).update(manifest, arrays.unpack(shared))
         self._journal.keep(_place(manifest.run), _Update(manifest.number, learnt).content())
@@ -179,6 +208,8 @@ class RoundClient:
     def _computed(self, session: _Session, request: bytes, signed: Signed) -> tuple[str, bytes]:
         """(kind of the answer, answer)."""
         client = session.client
+        if session.manifest.rules.mode == "inspectable":
+            raise RoundError("an inspectable round has no stages but the first", "leave this coordinator", "stage")
         match signed.body:
             case Peers():
                 return "shares", client.share(request)
@@ -193,18 +224,26 @@ class RoundClient:
                 raise RoundError(f"{signed.sender} sends {signed.body.kind!r}, which asks for nothing", "look at it", "stage")
 
     def _vector(self, manifest: Manifest) -> ring.Vector:
-        """The update, clipped, with its part of the noise, weighted, in the ring."""
+        """What goes out of this client, in the ring."""
+        # noise stands in whole units already, and to the nearest they stay as they were drawn
+        rounding: ring.Rounding = "nearest" if manifest.rules.noise else "stochastic"
+        weight, tensors = self._clipped(manifest)
+        return ring.encode(arrays.weighted(tensors, weight), manifest.terms, rounding, self._chance(manifest))
+
+    def _outgoing(self, manifest: Manifest) -> Tensors:
+        weight, tensors = self._clipped(manifest)
+        return {**tensors, arrays.WEIGHT: np.array([weight], np.float32)}
+
+    def _clipped(self, manifest: Manifest) -> tuple[float, Tensors]:
+        """The weight; the update, clipped, with its part of the noise, and what is asked for beside it."""
         content = self._journal.kept(_place(manifest.run))
         if content is None:
             raise RoundError("this client has no update for the round", "invite it first", "stage")
         update = _Update.of(content)
-        tensors: Tensors = arrays.clipped(update.learnt.tensors, manifest.rules.clip)
+        tensors: Tensors = {**arrays.clipped(update.learnt.tensors, manifest.rules.clip), **update.learnt.beside}
         if manifest.rules.noise and self._noise:
             tensors = self._noise(tensors, manifest)
-        weight = manifest.rules.weight(update.learnt.examples, manifest.number - update.number)
-        # noise stands in whole units already, and to the nearest they stay as they were drawn
-        rounding: ring.Rounding = "nearest" if manifest.rules.noise else "stochastic"
-        return ring.encode(arrays.weighted(tensors, weight), manifest.terms, rounding, self._chance(manifest))
+        return manifest.rules.weight(update.learnt.examples, manifest.number - update.number), tensors
 
     def _opened(self, kept: Kept) -> _Session:
         """The session of an open round, rebuilt from the journal where it is not in memory."""
@@ -242,10 +281,12 @@ class RoundClient:
             )
 
 
-def _fits(tensors: Tensors, manifest: Manifest) -> bool:
-    """Whether these are the tensors that the round sums: a later round may train others."""
+def _fits(update: _Update, manifest: Manifest) -> bool:
+    """Whether these are the tensors that the round sums: a later round may train others, and asks for others beside them."""
+    learnt = update.learnt
     wanted = {slot.name: slot.shape for slot in manifest.terms.layout if slot.name != arrays.WEIGHT}
-    return {name: value.shape for name, value in tensors.items()} == wanted
+    is_new = update.number == manifest.number or not learnt.beside
+    return is_new and {name: value.shape for name, value in {**learnt.tensors, **learnt.beside}.items()} == wanted
 
 
 def _place(run: str) -> str:

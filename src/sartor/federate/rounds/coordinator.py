@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from sartor.core import records
 from sartor.core.errors import ConfigError, ConflictError, RoundError
-from sartor.federate.aggregate.tensors import Tensors
+from sartor.federate.aggregate.tensors import Tensors, Update
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.client import Member
+from sartor.federate.rounds.inspected import Inspected
 from sartor.federate.rounds.journal import Journal, Kept
-from sartor.federate.rounds.manifest import Manifest, Rules, Work, read, terms_for
+from sartor.federate.rounds.manifest import Beside, Manifest, Rules, Work, read, terms_for
 from sartor.federate.secure import messages, ring
 from sartor.federate.secure.messages import Invite, Outcome, Payload
 from sartor.federate.secure.server import Server
 
 # (shared tensors, weighted mean of the updates) -> the next shared tensors
 Merge = Callable[[Tensors, Tensors], Tensors]
+# updates of an inspectable round, in the order of names -> what stands for their mean
+Pool = Callable[[Sequence[Update]], Tensors]
 
 
 def added(shared: Tensors, mean: Tensors) -> Tensors:
@@ -71,7 +74,7 @@ class _Open:
     """The open round. since: when its stage began, by this process's clock."""
 
     manifest: Manifest
-    server: Server
+    server: Server | Inspected
     since: float
     invite: bytes
 
@@ -83,13 +86,21 @@ class _Open:
 class Coordinator:
     """The rounds of one run, from its journal. member.me is the coordinator's identity.
 
-    Raises ArtifactError or SignatureError where the journal holds a round that this identity did not sign.
+    pool: makes one of the updates of an inspectable round; without it there is none. Raises ArtifactError or SignatureError
+    where the journal holds a round that this identity did not sign.
     """
 
     def __init__(
-        self, member: Member, journal: Journal, run: str, merge: Merge = added, clock: Callable[[], float] = time.time
+        self,
+        member: Member,
+        journal: Journal,
+        run: str,
+        merge: Merge = added,
+        clock: Callable[[], float] = time.time,
+        pool: Pool | None = None,
     ) -> None:
         self._member, self._journal, self.run, self._merge, self._clock = member, journal, run, merge, clock
+        self._pool = pool
         self._open: _Open | None = None
         self.last: Ended | None = None
         for kept in journal.rounds(run)[:1]:
@@ -100,6 +111,16 @@ class Coordinator:
     def is_open(self) -> bool:
         """Whether a round is under way."""
         return self._open is not None
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """Of the open round."""
+        return self._open.manifest if self._open else None
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Who is in the sum of the open round, once that is known."""
+        return self._open.server.lists.active if self._open else ()
 
     @property
     def stage(self) -> str:
@@ -117,10 +138,15 @@ class Coordinator:
             raise ConflictError(f"the run {self.run} has tensors already", "begin its next round, or choose another name")
         self._journal.keep(self._shared_place, arrays.pack(tensors))
 
-    def begin(self, plan: Plan) -> Manifest:
-        """Sign and open the next round. Raises ConflictError while one is open, RoundError for one that nobody would join."""
+    def begin(self, plan: Plan, beside: Iterable[Beside] = ()) -> Manifest:
+        """Sign and open the next round; beside: what is to be summed besides the updates, which `merge` then gets as well.
+
+        Raises ConflictError while one is open, RoundError for one that nobody would join.
+        """
         if self._open:
             raise ConflictError(f"round {self._open.manifest.number} of {self.run} is open", "advance() until it has ended")
+        if plan.rules.mode == "inspectable" and self._pool is None:
+            raise ConfigError("the plan is inspectable, and nothing here makes one of the updates", "give Coordinator its pool")
         packed = self._packed()
         shared = arrays.unpack(packed)
         unknown = sorted(set(plan.trained) - set(shared))
@@ -133,7 +159,7 @@ class Coordinator:
             before[0].number + 1 if before else 1,
             self._member.me.name,
             Work(plan.task, arrays.digest(packed), plan.base, plan.recipe, plan.settings),
-            terms_for(plan.cohort, trained, plan.rules, degree=plan.degree, threshold=plan.threshold),
+            terms_for(plan.cohort, trained, plan.rules, degree=plan.degree, threshold=plan.threshold, beside=beside),
             int(self._clock()) + plan.length_s,
             plan.rules,
             plan.stage_s,
@@ -176,7 +202,7 @@ class Coordinator:
         if not self._open or not self._open.server.missing:
             return 0.0
         manifest, now = self._open.manifest, self._clock()
-        longest_s = manifest.stage_s + (manifest.work_s if self.stage == "keys" else 0)
+        longest_s = manifest.stage_s + (manifest.work_s if self.stage in ("keys", "updates") else 0)
         return max(0.0, min(self._open.since + longest_s, manifest.deadline) - now)
 
     def advance(self) -> bool:
@@ -212,10 +238,14 @@ class Coordinator:
 
     def _finish(self) -> None:
         assert self._open
-        manifest, found = self._open.manifest, self._open.server.result()
-        mean = arrays.mean_of(ring.decode(found.vector, manifest.terms.layout))
+        manifest, server = self._open.manifest, self._open.server
+        if isinstance(server, Inspected):
+            assert self._pool
+            mean = self._pool(server.updates())
+        else:
+            mean = arrays.mean_of(ring.decode(server.result().vector, manifest.terms.layout))
         packed = arrays.pack(self._merge(self.shared, mean))
-        self._end(Ended(manifest.number, "done", found.active, mean=mean), packed)
+        self._end(Ended(manifest.number, "done", server.lists.active, mean=mean), packed)
 
     def _end(self, ended: Ended, packed: bytes) -> None:
         assert self._open
@@ -240,7 +270,8 @@ class Coordinator:
         """The open round, from what the journal has of it; its stage has its whole time again."""
         member = self._member
         manifest = read(kept.manifest, member.me.name, member.roster)
-        server = Server(manifest.round, member.me, member.roster)
+        is_shown = manifest.rules.mode == "inspectable"
+        server = Inspected(manifest, member.roster) if is_shown else Server(manifest.round, member.me, member.roster)
         for kind, content in self._journal.entries(kept.digest):
             if kind == "answer":
                 server.take(content)

@@ -89,6 +89,10 @@ class Journal:
         """The rounds of a run, the newest first."""
         return list(self._rounds("run = ?", run))
 
+    def latest(self) -> Kept | None:
+        """The round that was begun last, of whichever run."""
+        return next(self._rounds("rowid = (SELECT MAX(rowid) FROM rounds)"), None)
+
     def add(self, digest: str, *entries: tuple[str, bytes]) -> None:
         """Write entries of a round, each a kind and its bytes: all of them, or none."""
         with self._alone():
@@ -98,6 +102,14 @@ class Journal:
         """The entries of a round in their order."""
         with self._explained():
             return self._base.execute("SELECT kind, content FROM entries WHERE round = ? ORDER BY place", (digest,)).fetchall()
+
+    def bytes_of(self, digest: str, kind: str) -> int:
+        """How long all entries of this kind are, of a round that is open: none of them is read."""
+        with self._explained():
+            found = self._base.execute(
+                "SELECT SUM(LENGTH(content)) FROM entries WHERE round = ? AND kind = ?", (digest, kind)
+            ).fetchone()
+        return int(found[0] or 0)
 
     def kept(self, name: str) -> bytes | None:
         """What is kept under a name."""
@@ -142,10 +154,10 @@ class Journal:
         else:
             self._base.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (name, content))
 
-    def _rounds(self, where: str, value: str) -> Iterator[Kept]:
+    def _rounds(self, where: str, *values: str) -> Iterator[Kept]:
         with self._explained():
             rows = self._base.execute(
-                f"SELECT digest, run, number, manifest, secret, state FROM rounds WHERE {where} ORDER BY number DESC", (value,)
+                f"SELECT digest, run, number, manifest, secret, state FROM rounds WHERE {where} ORDER BY number DESC", values
             ).fetchall()
         return (
             Kept(digest, run, number, manifest, secret or b"", state) for digest, run, number, manifest, secret, state in rows

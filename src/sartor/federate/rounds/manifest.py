@@ -1,6 +1,6 @@
 """What a round is, signed by its coordinator; every key, mask and message of the round is bound to its digest.
 
-    {"schema": 1, "kind": "round", "run": "triage", "number": 4, "coordinator": "coordinator", "work": {...}, "rules": {...},
+    {"schema": 2, "kind": "round", "run": "triage", "number": 4, "coordinator": "coordinator", "work": {...}, "rules": {...},
      "terms": {...}, "stage_s": 60, "work_s": 600, "deadline": 1780000000, "signature": {...}}
 
 One that is signed and malformed is refused as well: what a coordinator signs is not thereby harmless.
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sartor.core import records, signing
 from sartor.core.errors import ArtifactError, ConfigError, SignatureError
@@ -25,10 +25,12 @@ from sartor.core.names import is_name
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.tensors import WEIGHT
 from sartor.federate.secure.identity import Identity, Roster
-from sartor.federate.secure.ring import layout_for
-from sartor.federate.secure.terms import Round, Terms, least_threshold
+from sartor.federate.secure.ring import layout_for, scale_for
+from sartor.federate.secure.terms import Round, Slot, Terms, least_threshold
 
-SCHEMA, KIND = 1, "round"
+SCHEMA, KIND = 2, "round"
+# private: the coordinator learns the sum alone. inspectable: it sees each update, as a robust rule has to.
+Mode = Literal["private", "inspectable"]
 # of a manifest: names of some ten thousand clients, a layout of some thousand tensors
 MOST_BYTES = 4 << 20
 # noise of every client is within so many of its standard deviations, but for a chance of 1e-15 a number
@@ -55,13 +57,15 @@ class Rules:
     """clip: the norm that an update is scaled down to. noise: standard deviation of the sum's noise, in clips; 0: none.
 
     most_examples: more than these count as these; 1: every client counts the same, which noise demands. stale_rounds: how many
-    rounds old an update that missed its sum may be; it counts 1 / sqrt(1 + age) (Nguyen et al. 2022, FedBuff).
+    rounds old an update that missed its sum may be; it counts 1 / sqrt(1 + age) (Nguyen et al. 2022, FedBuff). mode: who sees
+    the updates; a client takes part in what it agreed to when it enrolled, and in nothing else.
     """
 
     clip: float = 1.0
     noise: float = 0.0
     most_examples: int = 1_000
     stale_rounds: int = 0
+    mode: Mode = "private"
 
     def __post_init__(self) -> None:
         in_range = math.isfinite(self.clip) and self.clip > 0 and math.isfinite(self.noise) and self.noise >= 0
@@ -69,6 +73,8 @@ class Rules:
             raise ConfigError(
                 f"a rule of the round is out of range: {self}", "clip above 0, noise from 0, most_examples from 1"
             )
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"the mode of the round is {self.mode!r:.40}", " or ".join(get_args(Mode)))
         if self.noise and (self.most_examples > 1 or self.stale_rounds):
             raise ConfigError(
                 "noise is fitted to what one client can change, so each counts the same, and none twice",
@@ -160,8 +166,27 @@ def _check(found: Manifest) -> None:
         raise TypeError("settings or a digest of another form")
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Numbers that go along in the sum, and are no part of the update: not clipped with it, not added to what is shared.
+
+    bound: the largest magnitude of one of them, before its weight.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bound: float
+
+
 def terms_for(
-    cohort: Iterable[str], tensors: Tensors, rules: Rules, *, degree: int = 0, threshold: int = 0, seed: str = ""
+    cohort: Iterable[str],
+    tensors: Tensors,
+    rules: Rules,
+    *,
+    degree: int = 0,
+    threshold: int = 0,
+    seed: str = "",
+    beside: Iterable[Beside] = (),
 ) -> Terms:
     """The terms of a sum of updates to these tensors, at the finest scale that the rules allow.
 
@@ -170,8 +195,10 @@ def terms_for(
     names = tuple(sorted(set(cohort)))
     shapes = {**tensors, WEIGHT: _Number()}
     bounds = {name: 1.0 if name == WEIGHT else rules.bound() for name in shapes}
+    # last, so that what is rounded by chance is rounded alike with them and without
+    more = tuple(Slot(one.name, one.shape, scale_for(one.bound, len(names))) for one in beside)
     layout = layout_for(shapes, bounds, len(names))
-    return Terms(names, threshold or least_threshold(len(names)), layout, degree, seed or os.urandom(32).hex())
+    return Terms(names, threshold or least_threshold(len(names)), layout + more, degree, seed or os.urandom(32).hex())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from sartor.core.errors import RoundError
@@ -13,10 +13,14 @@ from sartor.federate.rounds.manifest import Manifest
 
 @dataclass(frozen=True)
 class Learnt:
-    """What came of it. tensors: the change to each shared tensor of the layout, float32; examples: how many taught it."""
+    """What came of it. tensors: the change to each shared tensor of the layout, float32; examples: how many taught it.
+
+    beside: what the layout asks for besides (manifest.Beside), of this update as it is once it was clipped.
+    """
 
     tensors: Tensors
     examples: int
+    beside: Tensors = field(default_factory=dict)
 
 
 class Task(Protocol):

@@ -33,6 +33,14 @@ class Identity:
         """The key that `sartor keygen` made at `path`. Raises ConfigError as signing.open_private does."""
         return cls(name, signing.open_private(path))
 
+    def check_in(self, roster: Roster) -> None:
+        """Raise ConfigError unless the roster has this key under this name."""
+        pinned = roster.keys.get(self.name)
+        if pinned is None or signing.key_id(pinned) != signing.key_id(self.key.public_key()):
+            has = "no key" if pinned is None else f"the key {signing.key_id(pinned)}"
+            problem = f"the roster has {has} for {self.name}; the private key given is {signing.key_id(self.key.public_key())}"
+            raise ConfigError(problem, f"its public key into the roster, as {self.name}.pub; or the key that belongs to it")
+
     def sign(self, document: bytes) -> bytes:
         """64 bytes; the same ones each time."""
         return self.key.sign(_DOMAIN + document)

@@ -119,6 +119,14 @@ class Reveal:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """Client, in an inspectable round: its update and its weight, for the coordinator to see (rounds/tensors.py)."""
+
+    kind: ClassVar[str] = "shown"
+    tensors: Payload
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Coordinator: how the round ended, `done` or `abandoned`; who is in the sum, the digest of the new tensors."""
 
@@ -129,11 +137,11 @@ class Outcome:
     reason: str
 
 
-Body = Invite | Keys | Peers | Shares | Boxes | Masked | Lists | Consent | Unmask | Reveal | Outcome
+Body = Invite | Keys | Peers | Shares | Boxes | Masked | Lists | Consent | Unmask | Reveal | Shown | Outcome
 BODIES: dict[str, type[Body]] = {
-    body.kind: body for body in (Invite, Keys, Peers, Shares, Boxes, Masked, Lists, Consent, Unmask, Reveal, Outcome)
+    body.kind: body for body in (Invite, Keys, Peers, Shares, Boxes, Masked, Lists, Consent, Unmask, Reveal, Shown, Outcome)
 }
-Any_Body = TypeVar("Any_Body", Invite, Keys, Peers, Shares, Boxes, Masked, Lists, Consent, Unmask, Reveal, Outcome)
+Any_Body = TypeVar("Any_Body", Invite, Keys, Peers, Shares, Boxes, Masked, Lists, Consent, Unmask, Reveal, Shown, Outcome)
 
 
 @dataclass(frozen=True)
@@ -223,6 +231,8 @@ def _written(head: Mapping[str, Any], signature: bytes, payload: bytes) -> bytes
 def _payload(body: Body) -> bytes:
     if isinstance(body, Masked):
         return body.vector
+    if isinstance(body, Shown):
+        return body.tensors
     return body.shared if isinstance(body, Invite) else b""
 
 

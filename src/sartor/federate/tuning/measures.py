@@ -16,19 +16,21 @@ from sartor.federate.rounds.task import Learnt
 
 @dataclass(frozen=True)
 class Line:
-    """One round. losses: mean over clients, of their first and last updates. clipped: clients whose update was too long.
+    """One round. losses: mean over clients, of their first and last updates. clipped: clients whose update was too long; these
+    are None where updates stay unseen, as over a network.
 
     exactness_error: of the adapter that the mean makes, before the ring's rounding and noise, from the mean of the clients'
-    products, relative (`aggregate.exactness`). quantisation_error: of the mean by the ring's rounding, over the mean's norm;
-    None under noise. uploaded_bytes: of all clients, in this process. epsilon: spent with this round; None without privacy; of
-    the worst client where each has a budget of its own, which epsilons has. verdicts: of a robust rule.
+    products, relative (`aggregate.exactness`); over a network it has the ring's rounding in it, and is None under noise
+    (`canaries`). quantisation_error: of the mean by the ring's rounding, over the mean's norm; None under noise and over a
+    network. uploaded_bytes: of all clients. epsilon: spent with this round; None without privacy; of the worst client where
+    each has a budget of its own, which epsilons has. verdicts: of a robust rule.
     """
 
     round: int
     clients: int
-    clipped: int
+    clipped: int | None
     update_norm: float
-    exactness_error: float
+    exactness_error: float | None
     quantisation_error: float | None
     uploaded_bytes: int
     loss_first: float | None

@@ -31,6 +31,7 @@ from sartor.federate.rounds.task import Learnt, Task
 from sartor.federate.rounds.transport import Carried, InProcess, finish
 from sartor.federate.secure.identity import Identity, Roster
 from sartor.federate.tuning import measures
+from sartor.federate.tuning.course import line_place, lines_of
 from sartor.federate.tuning.measures import Line
 from sartor.federate.tuning.noise import noise_of, noised, values_of
 from sartor.federate.tuning.recipe import MODES, FederateRecipe, Settings
@@ -48,6 +49,12 @@ class TuningTask(Task, Protocol):
     losses: dict[int, Losses]
 
 
+def work_of(recipe: FederateRecipe, resident: Resident) -> dict[str, Any]:
+    """What a manifest says of the work: digests of base and recipe, and the task's settings."""
+    settings = config.dump(Settings.of(recipe))
+    return {"task": NAME, "settings": settings, "base": resident.ref.digest, "recipe": resident.digest}
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a simulation runs: tasks by client, with the rules as they were resolved. folder: of journals and keys."""
@@ -61,9 +68,8 @@ class Setting:
 
     @property
     def work(self) -> dict[str, Any]:
-        """What a manifest says of the work: digests of base and recipe, and the task's settings."""
-        settings = config.dump(Settings.of(self.recipe))
-        return {"task": NAME, "settings": settings, "base": self.resident.ref.digest, "recipe": self.resident.digest}
+        """See `work_of`."""
+        return work_of(self.recipe, self.resident)
 
     def manifest(self, shared: Tensors, number: int) -> Manifest:
         """Of a round in which every update is seen: unsigned."""
@@ -179,8 +185,7 @@ class SecureRounds:
     @property
     def lines(self) -> list[dict[str, Any]]:
         """See Rounds."""
-        done = (one.number for one in reversed(self._journal.rounds(RUN)) if one.state == "done")
-        return [json.loads(self._journal.kept(_line(number)) or b"{}") for number in done]
+        return lines_of(self._journal, RUN)
 
     def step(self) -> None:
         """See Rounds. Raises what a client raised, BudgetError before a round that the privacy budget does not hold, and
@@ -237,7 +242,7 @@ class SecureRounds:
             epsilons,
             verdicts=tuple(_said(declined)),
         )
-        self._journal.keep(_line(manifest.number), records.canonical(line.as_json()))
+        self._journal.keep(line_place(manifest.number), records.canonical(line.as_json()))
         return plus(shared, mean)
 
     def close(self) -> None:
@@ -329,10 +334,6 @@ def _said(declined: Mapping[str, BudgetError]) -> list[str]:
 def _read(content: bytes) -> tuple[list[dict[str, Any]], Tensors]:
     lines, _, packed = content.partition(b"\n")
     return json.loads(lines), arrays.unpack(packed)
-
-
-def _line(number: int) -> str:
-    return f"line {number}"
 
 
 def _enrolled(folder: Path, names: tuple[str, ...]) -> Roster:

@@ -23,9 +23,9 @@ from sartor.core.artifacts import Artifact, check_free, kind_of, write_artifact,
 from sartor.core.errors import ConfigError
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.privacy.accountant import Account, calibrated
-from sartor.federate.privacy.attacks.report import open_report
+from sartor.federate.privacy.attacks.report import AttackReport, open_report
 from sartor.federate.privacy.clients import ClientNoise
-from sartor.federate.rounds.manifest import Rules, terms_for
+from sartor.federate.rounds.manifest import Mode, Rules, terms_for
 from sartor.federate.secure.terms import least_threshold
 from sartor.federate.tuning.attacking import Target, attacked
 from sartor.federate.tuning.clients import Clients, open_clients
@@ -34,6 +34,7 @@ from sartor.federate.tuning.personal import check_free as check_personal_free
 from sartor.federate.tuning.personal import personalise
 from sartor.federate.tuning.recipe import MODES, FederateRecipe
 from sartor.federate.tuning.recipe import load as load_recipe
+from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.residual import ResidualRounds
 from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting, TuningTask
 from sartor.federate.tuning.shards import Shards
@@ -87,7 +88,7 @@ def simulate(
     personal, recipe = recipe.personal, dataclasses.replace(recipe, personal=None)
     dealt = config.load_any(Shards, shards) if shards is not None else None
     folder = out.with_name(f"{out.name}.rounds")
-    _look(out, folder, resume=resume, replace=replace)
+    look(out, folder, resume=resume, replace=replace)
     if personal:
         check_personal_free(out, is_meant=resume or replace)
     with full_disk(f"{folder} could not be written"), writer_lock(folder):
@@ -100,7 +101,7 @@ def simulate(
             notice(f"{out} is finished: no round is left to do")
         else:
             setting = _setting(recipe, people, folder, list(devices.values()))
-            _check_same(folder, now)
+            check_same(folder, now)
             adapter = _run(setting, people, out, replace=replace, notice=notice)
             shutil.rmtree(folder, ignore_errors=True)
         if personal is None:
@@ -109,13 +110,14 @@ def simulate(
     return Simulated(adapter, report)
 
 
-def _look(out: Path, folder: Path, *, resume: bool, replace: bool) -> None:
+def look(out: Path, folder: Path, *, resume: bool, replace: bool) -> None:
+    """Raise ConfigError where the output is taken, or where an unfinished run stands and it is not said what becomes of it."""
     if resume and replace:
         raise ConfigError("--resume goes on and --replace starts over; both were given", "give one of them")
     if not (resume and kind_of(out) == "adapter"):
         check_free(out, replace=replace)
     if folder.exists() and not (resume or replace):
-        problem = f"an unfinished simulation of {out} stands in {folder}"
+        problem = f"an unfinished run of {out} stands in {folder}"
         raise ConfigError(problem, "add --resume to go on there, or --replace to start over")
     folder.parent.mkdir(parents=True, exist_ok=True)
 
@@ -150,7 +152,8 @@ def resolved(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int
     noise = calibrated(budget, recipe.rounds) if budget and asked.noise == "auto" else recipe.noise_asked
     # a weight by a count of rows would tell of each row
     most = asked.most_examples if asked.most_examples != "auto" else 1 if noise or recipe.privacy else largest
-    rules = Rules(clip=asked.clip, noise=noise, most_examples=most)
+    mode: Mode = "inspectable" if recipe.robust else "private"
+    rules = Rules(clip=asked.clip, noise=noise, most_examples=most, mode=mode)
     if not (noise and asked.noise == "auto"):
         return rules
     # the finest noise is wanted for the largest upload of any round: all its factors
@@ -173,7 +176,7 @@ def _fingerprint(recipe: FederateRecipe, people: Clients) -> dict[str, Any]:
     }
 
 
-def _check_same(folder: Path, now: Mapping[str, Any]) -> None:
+def check_same(folder: Path, now: Mapping[str, Any]) -> None:
     """Raise ConfigError where the journals in `folder` are of another run; write down whose they are."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / _FINGERPRINT
@@ -199,15 +202,29 @@ def _run(setting: Setting, people: Clients, out: Path, *, replace: bool, notice:
             notice(f"going on after round {len(rounds.lines)} of {recipe.rounds}")
         while len(rounds.lines) < recipe.rounds:
             rounds.step()
-            notice(_said(rounds.lines[-1], recipe.rounds))
+            notice(said_of(rounds.lines[-1], recipe.rounds))
         shared, lines = rounds.shared, rounds.lines
     report = attacked(Target(setting, shared, people.rows, people.held_out, recipe.data.attack_rows), notice)
-    facts = _facts(setting, people, lines, shared) | {"fingerprint": _without_recipe(_fingerprint(recipe, people))}
+    facts = facts_of(setting, people, lines, shared) | {"fingerprint": without_recipe(_fingerprint(recipe, people))}
     facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
+    return written(out, people.resident, lines, shared, facts, report, replace=replace)
+
+
+def written(
+    out: Path,
+    resident: Resident,
+    lines: Sequence[Mapping[str, Any]],
+    shared: Tensors,
+    facts: Mapping[str, Any],
+    report: AttackReport,
+    *,
+    replace: bool,
+) -> Artifact:
+    """The Adapter: its log, a line a round, PEFT's files, the attack report and the manifest."""
 
     def fill(part: Path) -> Mapping[str, Any]:
         (part / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-        people.resident.write(shared, part)
+        resident.write(shared, part)
         report.write(part)
         return facts
 
@@ -223,19 +240,22 @@ def _rounds(setting: Setting, account: Account | None) -> Rounds:
     return (ResidualRounds if recipe.mode == "residual" else InspectedRounds)(setting, recipe.robust)
 
 
-def _without_recipe(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def without_recipe(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What an Adapter keeps of it: the recipe stands beside it."""
     return {name: digest for name, digest in fingerprint.items() if name != "recipe"}
 
 
-def _said(line: Mapping[str, Any], rounds: int) -> str:
+def said_of(line: Mapping[str, Any], rounds: int) -> str:
+    """A line of the log, for a person."""
     loss = "" if line["loss_first"] is None else f"loss {line['loss_first']:.3f} -> {line['loss_last']:.3f}, "
     clipped = f", {line['clipped']} of {line['clients']} updates clipped" if line["clipped"] else ""
     epsilon = "" if line["epsilon"] is None else f", epsilon {line['epsilon']:.3g}"
     verdicts = "".join(f"; {verdict}" for verdict in line["verdicts"])
-    return f"round {line['round']} of {rounds}: {loss}exactness error {line['exactness_error']:.1e}{clipped}{epsilon}{verdicts}"
+    exact = "not measured" if line["exactness_error"] is None else f"{line['exactness_error']:.1e}"
+    return f"round {line['round']} of {rounds}: {loss}exactness error {exact}{clipped}{epsilon}{verdicts}"
 
 
-def _facts(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]], shared: Tensors) -> dict[str, Any]:
+def facts_of(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]], shared: Tensors) -> dict[str, Any]:
     """The manifest of the Adapter: that of `tune`, and of the rounds."""
     resident, base = people.resident, people.resident.base
     mode, rules = MODES[setting.recipe.mode], setting.rules
@@ -245,7 +265,7 @@ def _facts(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]]
     trained = sum(value.size for value in setting.start.values())
     uploaded = sum(line["uploaded_bytes"] for line in lines)
     sent = sum(line["clients"] * value.size for line in lines for value in mode.sent(setting.start, line["round"]).values())
-    rounding = [line["quantisation_error"] for line in lines]
+    rounding, errors = ([line[name] for line in lines] for name in ("quantisation_error", "exactness_error"))
     return {
         "base": base.as_manifest(),
         "recipe": config.dump(setting.recipe),
@@ -265,7 +285,7 @@ def _facts(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]]
             "clients": len(people.rows),
             "uploaded_bytes": uploaded,
             "upload_bytes_per_parameter": round(uploaded / sent, 4),
-            "exactness_error": max(line["exactness_error"] for line in lines),
+            "exactness_error": None if None in errors else max(errors),
             "quantisation_error": None if None in rounding else max(rounding),
             "epsilon": lines[-1]["epsilon"],
             "metrics": {"eval_loss": people.losses(shared)},

@@ -16,6 +16,7 @@ from sartor.federate.aggregate.modes import Mode
 from sartor.federate.aggregate.tensors import Array, Tensors, plus
 from sartor.federate.rounds.manifest import Manifest
 from sartor.federate.rounds.task import Learnt
+from sartor.federate.tuning import canaries
 from sartor.federate.tuning.guard import RowGuard
 from sartor.federate.tuning.recipe import MODES, Settings
 from sartor.federate.tuning.resident import Resident
@@ -94,7 +95,8 @@ class LoraTask:
             self.guard.train(resident, self.rows, settings, manifest)
         else:
             self._train(settings, number)
-        return Learnt(change(mode, shared, resident.taken(), number), len(self.rows.train))
+        learnt = change(mode, shared, resident.taken(), number)
+        return Learnt(learnt, len(self.rows.train), canaries.responses(manifest, shared, learnt, resident.recipe.seed))
 
     def _train(self, settings: Settings, number: int) -> None:
         recipe, part = local_recipe(self.resident.recipe, settings), Part(number - 1, settings.rounds)

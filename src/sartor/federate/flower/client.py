@@ -1,0 +1,212 @@
+"""take_part(recipe, dataset, name, options): a client of rounds over Flower, with its rows, its key and a model that stays.
+
+It answers at a socket to the ClientApp of this machine's SuperNode (`trainer`, `hatch`), until it is told to stop. Whatever
+comes through the socket is held against what this client agreed to: its coordinator's key, its roster, its recipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import logging
+import pwd
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sartor.core import config
+from sartor.core.artifacts import open_artifact
+from sartor.core.config import REQUIRED, option
+from sartor.core.errors import ConfigError, RoundError
+from sartor.core.names import is_name
+from sartor.federate.flower.trainer import LOG, serve
+from sartor.federate.privacy.accountant import Account
+from sartor.federate.rounds.client import Agreement, Member, RoundClient
+from sartor.federate.rounds.journal import Journal
+from sartor.federate.rounds.manifest import Manifest, read
+from sartor.federate.secure.identity import Identity, Roster
+from sartor.federate.tuning.guard import RowGuard
+from sartor.federate.tuning.noise import noise_of, noised, values_of
+from sartor.federate.tuning.recipe import FederateRecipe, tuning
+from sartor.federate.tuning.recipe import load as load_recipe
+from sartor.federate.tuning.resident import Resident
+from sartor.federate.tuning.task import NAME, LoraTask
+from sartor.tune.rows import encode_rows
+
+Notice = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """With what a client takes part, and who may carry its messages."""
+
+    key: str = option(REQUIRED, "this client's private key, as keygen writes it")
+    roster: str = option(REQUIRED, "folder of NAME.pub: this client's own copy, compared with the keys' owners")
+    socket: str = option(REQUIRED, "where it answers: a path in a folder that others cannot write in")
+    journal: str = option("", "what it has said and heard; NAME.sqlite, if nothing is said")
+    coordinator: str = option("coordinator", "what the roster calls the coordinator, the only one whose rounds are heard")
+    hear: tuple[str, ...] = option((), "users whose processes are heard: the ClientApp's; this one's own, if nothing is said")
+    group: str = option("", "whose members may connect to the socket; its owner alone, if nothing is said")
+
+
+class RecipeAgreement(Agreement):
+    """What a client agreed to with its recipe: who sees its updates, and what the rounds may tell of it altogether.
+
+    account: this client's own, of all rounds that it noised its update for, whatever a coordinator says of them.
+    """
+
+    def __init__(self, recipe: FederateRecipe, account: Path) -> None:
+        super().__init__("inspectable" if recipe.robust else "private")
+        self._privacy = recipe.of_clients
+        self._account = Account(account, recipe.of_clients) if recipe.of_clients else None
+
+    def check(self, manifest: Manifest) -> None:
+        """See Agreement. Raises RoundError for a round without the noise agreed to, BudgetError for one beyond the budget."""
+        super().check(manifest)
+        if self._account is None:
+            return
+        if not manifest.rules.noise:
+            problem = f"the round adds no noise; this client agreed to {self._privacy}"
+            raise RoundError(problem, "leave this coordinator, or agree to a recipe without privacy", "noise")
+        name = f"{manifest.run} round {manifest.number}"
+        self._account.spend(noise_of(manifest).spending(name, values_of(manifest)))
+
+    def epsilon(self) -> float | None:
+        """Spent; None where nothing was agreed."""
+        return self._account.epsilon() if self._account else None
+
+
+@dataclass
+class _Counted:
+    """A client whose answers are counted."""
+
+    client: RoundClient
+    sent_bytes: int = 0
+
+    def answer(self, request: bytes) -> bytes:
+        """See trainer.Answers."""
+        answer = self.client.answer(request)
+        self.sent_bytes += len(answer)
+        return answer
+
+
+def take_part(
+    recipe: FederateRecipe | Mapping[str, Any] | Path | str,
+    dataset: Path | str,
+    name: str,
+    options: ClientOptions | Mapping[str, Any],
+    *,
+    notice: Notice = lambda line: None,
+) -> dict[str, Any]:
+    """Answer at the socket until SIGTERM or SIGINT; then what became of it since it began.
+
+    name: in the roster. Returns client, rounds (of the last run, done with this client in the sum), clients (of its last
+    cohort), uploaded_bytes (since this process began), exactness_error (None: a client cannot know it), epsilon, metrics (loss
+    of the last round that this process trained).
+    Raises ConfigError for an enrolment or a socket that cannot be, BusyError where another process answers, and what opening
+    base and Dataset raises.
+    """
+    recipe, options = load_recipe(recipe), config.load_any(ClientOptions, options)
+    member, allowed, group = enrolled(recipe, name, options), _users(options.hear), _group(options.group)
+    with Journal(_journal(name, options)) as journal:
+        task = task_of(recipe, dataset, _journal(name, options).with_suffix(".rows"), notice)
+        counted = _Counted(round_client(member, journal, task, recipe.seed))
+        for reason, ids in task.rows.left_out.items():
+            notice(f"left out: {len(ids):,} rows, {reason}")
+        notice(f"{name} has {len(task.rows.train):,} rows, and takes part in {member.agreement.mode} rounds only")
+        with _logged(notice):
+            serve(counted, name, Path(options.socket), allowed=allowed, group=group)
+        return _said(member, journal, counted, task)
+
+
+def task_of(recipe: FederateRecipe, dataset: Path | str, folder: Path, notice: Notice = lambda line: None) -> LoraTask:
+    """The task `lora` on this client's Dataset, with a base of its own. folder: of its rows' account, if they have one."""
+    rows = open_artifact(Path(dataset), "dataset")
+    asked = tuning(recipe, str(rows.path))
+    resident = Resident.open(asked, notice)
+    guard = RowGuard.open(recipe.privacy, folder) if recipe.privacy and recipe.privacy.level == "example" else None
+    return LoraTask(resident, encode_rows(rows, asked, resident.base.chat), guard=guard)
+
+
+def round_client(member: Member, journal: Journal, task: LoraTask, seed: int) -> RoundClient:
+    """A client whose rounding is drawn from the recipe's seed, as in a simulation: a run can be repeated to the bit."""
+
+    def chance(manifest: Manifest) -> np.random.Generator:
+        return np.random.default_rng([seed, manifest.terms.places[member.me.name] - 1, manifest.number])
+
+    return RoundClient(member, journal, {NAME: task}, noised, chance=chance)
+
+
+def enrolled(recipe: FederateRecipe, name: str, options: ClientOptions) -> Member:
+    """Who this client is. Raises ConfigError for a name that is none, or a key that is another's."""
+    if not is_name(name):
+        raise ConfigError(f"{name!r:.80} is no name of a client", "the name that its key was made with")
+    me, roster = Identity.open(name, Path(options.key)), Roster.open(Path(options.roster))
+    me.check_in(roster)
+    if options.coordinator not in roster.keys:
+        problem = f"{options.roster} has no key of {options.coordinator}, whose rounds are to be heard"
+        raise ConfigError(problem, f"put {options.coordinator}.pub there, as its owner hands it over")
+    account = _journal(name, options).with_suffix(".privacy.json")
+    return Member(me, roster, options.coordinator, agreement=RecipeAgreement(recipe, account))
+
+
+def _journal(name: str, options: ClientOptions) -> Path:
+    return Path(options.journal or f"{name}.sqlite")
+
+
+def _users(names: Sequence[str]) -> frozenset[int] | None:
+    try:
+        return frozenset(int(one) if one.isdigit() else pwd.getpwnam(one).pw_uid for one in names) or None
+    except KeyError as error:
+        raise ConfigError(f"this machine has no such user: {error.args[0]}", "useradd --system flower, or a number") from None
+
+
+def _group(name: str) -> int | None:
+    try:
+        return None if not name else int(name) if name.isdigit() else grp.getgrnam(name).gr_gid
+    except KeyError as error:
+        raise ConfigError(f"this machine has no such group: {error.args[0]}", "groupadd --system flower, or a number") from None
+
+
+class _Noticed(logging.Handler):
+    """What the trainer logs, as lines for a person."""
+
+    def __init__(self, notice: Notice) -> None:
+        super().__init__()
+        self._notice = notice
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        self._notice(self.format(record))
+
+
+@contextlib.contextmanager
+def _logged(notice: Notice) -> Iterator[None]:
+    handler, before = _Noticed(notice), LOG.level
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        LOG.setLevel(before)
+
+
+def _said(member: Member, journal: Journal, counted: _Counted, task: LoraTask) -> dict[str, Any]:
+    first, last = task.losses.get(max(task.losses, default=0), (None, None))
+    agreed, latest = member.agreement, journal.latest()
+    assert isinstance(agreed, RecipeAgreement)
+    run = journal.rounds(latest.run) if latest else []
+    cohort = read(latest.manifest, member.coordinator, member.roster).terms.cohort if latest else ()
+    return {
+        "client": member.me.name,
+        "rounds": sum(kept.state == "done" for kept in run),
+        "clients": len(cohort),
+        "uploaded_bytes": counted.sent_bytes,
+        "exactness_error": None,
+        "epsilon": task.guard.account.epsilon() if task.guard else agreed.epsilon(),
+        "metrics": {"loss": {"first": first, "last": last}},
+    }

@@ -1,0 +1,236 @@
+"""coordinate(recipe, out, options) -> Adapter: the rounds of a recipe over Flower, led to their end whatever is killed.
+
+    OUT.rounds/   lead.yaml, start.tensors    what the ServerApp leads, and from where
+                  app/                        the folder that `flwr run` bundles
+                  coordinator.sqlite          the journal: signed manifests, the transcript, what was made of each sum
+                  coordinator.rounds.jsonl    a line for each round that ended
+
+SuperLink runs the ServerApp, on this machine: that process has the journal while it leads (`lead.lead_rounds`). This one begins
+a run of it where none leads, and waits; once all rounds are over it writes the Adapter from the journal. Killed, it is
+started again with `resume`; rounds go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sartor.core import config, licences
+from sartor.core.artifacts import open_artifact, writer_lock
+from sartor.core.config import REQUIRED, option
+from sartor.core.errors import ConfigError, RoundError
+from sartor.core.spdx import UNKNOWN
+from sartor.edge.files import write_whole
+from sartor.federate.aggregate.tensors import Tensors
+from sartor.federate.flower.app import write_app
+from sartor.federate.flower.lead import Lead, RoundOptions
+from sartor.federate.flower.waiting import Watch, run_to_the_end
+from sartor.federate.rounds import tensors as arrays
+from sartor.federate.rounds.journal import Journal
+from sartor.federate.secure.identity import Identity, Roster
+from sartor.federate.secure.terms import Policy
+from sartor.federate.tuning.attacking import Target, attacked
+from sartor.federate.tuning.clients import Clients
+from sartor.federate.tuning.course import LoraOptions, lines_of
+from sartor.federate.tuning.recipe import FederateRecipe, tuning
+from sartor.federate.tuning.recipe import load as load_recipe
+from sartor.federate.tuning.resident import Resident
+from sartor.federate.tuning.running import Setting, TuningTask, work_of
+from sartor.federate.tuning.simulation import (
+    Simulated,
+    check_same,
+    facts_of,
+    look,
+    resolved,
+    said_of,
+    without_recipe,
+    written,
+)
+from sartor.federate.tuning.task import LoraTask
+from sartor.tune import resume as resumption
+from sartor.tune.checkpoint import Found, full_disk
+from sartor.tune.rows import encode_rows
+from sartor.tune.tokenised import Rows
+
+Notice = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class CoordinatorOptions:
+    """Who leads whom, and over which SuperLink."""
+
+    key: str = option(REQUIRED, "the coordinator's private key, as keygen writes it")
+    roster: str = option(REQUIRED, "folder of NAME.pub: the coordinator's and each client's")
+    name: str = option("coordinator", "what the roster calls the coordinator")
+    clients: tuple[str, ...] = option((), "who takes part; everyone of the roster, if nothing is said")
+    link: str = option("", "the SuperLink's name in Flower's config.toml; without it `flwr run` is left to you, and waited for")
+    licence: str = option("", "SPDX licence that the clients' rows are under, as agreed with them; else it is unknown")
+    stage_s: int = option(300, "seconds that an exchange may take; Flower alone takes ten")
+    work_s: int = option(3_600, "seconds more for the first, in which clients compute")
+    patience_s: float = option(600.0, "seconds for which a SuperLink that does not answer is tried again")
+
+    def __post_init__(self) -> None:
+        if min(self.stage_s, self.patience_s) <= 0 or self.work_s < 0:
+            problem = f"stage_s is {self.stage_s}, work_s {self.work_s}, patience_s {self.patience_s}"
+            raise ConfigError(problem, "stage_s and patience_s above 0, work_s from 0")
+
+
+def coordinate(
+    recipe: FederateRecipe | Mapping[str, Any] | Path | str,
+    out: Path | str,
+    options: CoordinatorOptions | Mapping[str, Any],
+    *,
+    resume: bool = False,
+    replace: bool = False,
+    notice: Notice = lambda line: None,
+) -> Simulated:
+    """Lead the recipe's rounds over Flower, and write the Adapter to `out` as `simulate` does.
+
+    What a coordinator that sees no update cannot know is None: losses of training, how many updates were clipped, what the
+    ring's rounding did. exactness_error is that of a canary whose responses go along in the sum; eval_loss is of the
+    held-out rows of the Dataset at the recipe's data.path, where it names one.
+
+    Raises ConfigError, BudgetError for a recipe or an enrolment that cannot be, MissingError where SuperLink takes no run for
+    `patience_s`, RoundError where no round was done, and what ended the process that led.
+    """
+    recipe, options, out = load_recipe(recipe), config.load_any(CoordinatorOptions, options), Path(out).absolute()
+    folder = out.with_name(f"{out.name}.rounds")
+    cohort = _cohort(recipe, options)
+    look(out, folder, resume=resume, replace=replace)
+    with full_disk(f"{folder} could not be written"), writer_lock(folder):
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
+        people = _opened(recipe, cohort, notice)
+        setting = _setting(recipe, people, folder)
+        now = _fingerprint(setting, people, cohort)
+        if resume and (standing := resumption.finished(out, Found(), now)):
+            notice(f"{out} is finished: nothing is left to do")
+            return Simulated(standing)
+        check_same(folder, now)
+        lead, began = _prepared(setting, options, people, out.name), time.monotonic()
+        watch = Watch(lead, folder / "lead.yaml", options.link, options.patience_s, notice)
+        with run_to_the_end(watch) as journal:
+            lines, shared = lines_of(journal, lead.run), _shared(journal, lead.run)
+        for line in lines:
+            notice(said_of(line, recipe.rounds))
+        if not lines:
+            raise RoundError(
+                f"none of the {lead.rounds} rounds was done: {watch.reasons()}", "look at the clients, and begin with --replace"
+            )
+        facts = facts_of(setting, people, lines, shared) | {"fingerprint": without_recipe(now)}
+        facts |= _sources(facts["licence"], options.licence or UNKNOWN, cohort)
+        report = attacked(Target(setting, shared, {}, people.held_out, recipe.data.attack_rows), notice)
+        facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
+        abandoned = lead.rounds - len(lines)
+        facts["run"]["federated"] |= {"transport": "flower", "run": lead.run, "abandoned": abandoned, "examples": None}
+        return Simulated(written(out, people.resident, lines, shared, facts, report, replace=replace))
+
+
+def _cohort(recipe: FederateRecipe, options: CoordinatorOptions) -> tuple[str, ...]:
+    """Who takes part. Raises ConfigError for what is found to be wrong before anything takes long."""
+    roster = Roster.open(Path(options.roster))
+    Identity.open(options.name, Path(options.key)).check_in(roster)
+    cohort = tuple(sorted(set(options.clients or roster.keys) - {options.name}))
+    if unknown := sorted(set(cohort) - set(roster.keys)):
+        problem = f"{unknown[0]} is to take part, and {options.roster} has no key of it"
+        raise ConfigError(problem, f"put {unknown[0]}.pub there, as its owner hands it over")
+    if len(cohort) < (least := Policy().least_cohort):
+        problem = f"the cohort has {len(cohort)} clients; of two each could subtract its own update from the sum"
+        raise ConfigError(
+            problem, f"enrol {least - len(cohort)} more: sartor federate keygen, and NAME.pub to {options.roster}"
+        )
+    for is_asked, what in (
+        (recipe.mode == "residual", "mode residual"),
+        (recipe.method.ranks, "method.ranks"),
+        (recipe.personal, "personal"),
+    ):
+        if is_asked:
+            problem = f"{what} is of simulations; rounds over a network do not have it yet"
+            raise ConfigError(problem, f"leave {what} out, or sartor federate simulate")
+    if recipe.rules.most_examples == "auto" and not (recipe.privacy or recipe.noise_asked):
+        problem = "rules.most_examples is auto, the largest client's number of rows, which stays with that client"
+        raise ConfigError(problem, "rules.most_examples: 1000, or near the largest expected; 1: every client counts the same")
+    return cohort
+
+
+def _opened(recipe: FederateRecipe, cohort: Sequence[str], notice: Notice) -> Clients:
+    """The base, and the coordinator's own held-out rows; of its clients it knows the names."""
+    path = recipe.data.path
+    resident, held_out = Resident.open(tuning(recipe, path), notice), []
+    if path:
+        held_out = encode_rows(open_artifact(Path(path), "dataset"), tuning(recipe, path), resident.base.chat).held_out
+    return Clients(resident, [], {name: Rows() for name in cohort}, held_out, {})
+
+
+def _setting(recipe: FederateRecipe, people: Clients, folder: Path) -> Setting:
+    resident, start = people.resident, people.resident.taken()
+    # their work is not done here: the attack report's made-up clients have their names
+    tasks: dict[str, TuningTask] = {name: LoraTask(resident, rows) for name, rows in people.rows.items()}
+    return Setting(recipe, resolved(recipe, start, len(tasks), 1), resident, tasks, start, folder)
+
+
+def _fingerprint(setting: Setting, people: Clients, cohort: Sequence[str]) -> dict[str, Any]:
+    """What a run that goes on must have in common with the one that began."""
+    resident = people.resident
+    return {
+        "recipe": config.dump(setting.recipe),
+        "base": resident.ref.digest,
+        "template": resident.base.chat.template_digest,
+        "clients": list(cohort),
+    }
+
+
+def _prepared(setting: Setting, options: CoordinatorOptions, people: Clients, name: str) -> Lead:
+    """What the ServerApp is to lead, written down: by a run that goes on anew, with the times and paths that are given now."""
+    folder, recipe, file = setting.folder, setting.recipe, setting.folder / "lead.yaml"
+    if file.exists():
+        run = Lead.open(file).run
+    else:
+        # of another name each time: clients take part in a round of a run once
+        run = f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')[:40] or 'run'}-{secrets.token_hex(4)}"
+        shutil.rmtree(folder / "app", ignore_errors=True)  # what was cut short
+        write_app(folder / "app")
+        write_whole(folder / "start.tensors", arrays.pack(setting.start))
+    lead = Lead(
+        run=run,
+        key=str(Path(options.key).absolute()),
+        roster=str(Path(options.roster).absolute()),
+        journal="coordinator.sqlite",
+        start="start.tensors",
+        round=_round(setting, options, people),
+        rounds=recipe.rounds,
+        name=options.name,
+        lora=LoraOptions(recipe.mode, recipe.seed, recipe.of_clients, recipe.robust),
+    )
+    write_whole(file, yaml.safe_dump(config.dump(lead), sort_keys=False).encode())
+    return Lead.open(file)
+
+
+def _round(setting: Setting, options: CoordinatorOptions, people: Clients) -> RoundOptions:
+    exchanges = 5
+    return RoundOptions(
+        cohort=tuple(people.rows),
+        rules=setting.rules,
+        stage_s=options.stage_s,
+        work_s=options.work_s,
+        length_s=exchanges * options.stage_s + options.work_s + 600,
+        **work_of(setting.recipe, people.resident),
+    )
+
+
+def _sources(base: str, licence: str, cohort: Sequence[str]) -> dict[str, Any]:
+    """Where the rows are from: from clients, and their licence is what was agreed with them."""
+    sources = [{"source": f"client {name}", "licence": licence} for name in cohort]
+    return {"sources": sources, "licence": licences.combine([base, licence])}
+
+
+def _shared(journal: Journal, run: str) -> Tensors:
+    return arrays.unpack(journal.kept(f"shared {run}") or b"")

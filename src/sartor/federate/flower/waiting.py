@@ -1,0 +1,204 @@
+"""Whoever waits for rounds that another process leads: sees to it that one leads, and says what it hears of them.
+
+The ServerApp has the journal while it leads. Where nobody has it and rounds are left, a run is begun: by `flwr run`, in a
+process that ends with the run; or by a person, who is told the command. A run that fails, as when SuperLink is killed, is
+begun again; what no run can mend, the ServerApp has written down before it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sartor.core import errors
+from sartor.core.errors import BusyError, MissingError, need
+from sartor.federate.flower.app import ENVIRONMENT
+from sartor.federate.flower.lead import Lead
+from sartor.federate.rounds.journal import Journal
+
+_POLL_S = 1.0
+# between two tries to begin a run
+_AGAIN_S = 5.0
+# a run that was begun lets its clients hear of the end: longer than the ServerApp's farewell
+_FAREWELL_S = 90.0
+
+
+@dataclass
+class Watch:
+    """A lead, and what was heard of its rounds. link: of Flower's config.toml; "": a person begins the runs.
+
+    file: the lead's; patience_s: for a SuperLink that takes no run.
+    """
+
+    lead: Lead
+    file: Path
+    link: str
+    patience_s: float
+    notice: Callable[[str], object]
+    _heard: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._heard = len(self._lines())
+        # of a run before this: the next says it again, if it is still so
+        self.lead.trouble.unlink(missing_ok=True)
+
+    @property
+    def command(self) -> list[str]:
+        """What begins a run."""
+        return ["flwr", "run", str(self.file.parent / "app"), *([self.link] if self.link else []), "--stream",
+                "--run-config", f"lead={json.dumps(str(self.file))}"]  # fmt: skip
+
+    @property
+    def log(self) -> Path:
+        """What `flwr run` says."""
+        return self.file.parent / "flwr.log"
+
+    def tell(self) -> bool:
+        """Say what ended since the last time; whether anything did."""
+        new = self._lines()[self._heard :]
+        for line in new:
+            self.notice(_said(line, self.lead.rounds))
+        self._heard += len(new)
+        return bool(new)
+
+    def reasons(self) -> str:
+        """Why rounds were abandoned, each reason once."""
+        found = dict.fromkeys(line["reason"] for line in self._lines() if line["reason"])
+        return "; ".join(found) or "nothing is known of why"
+
+    def _lines(self) -> list[dict[str, Any]]:
+        with contextlib.suppress(FileNotFoundError):
+            # a line that is being written has no end yet
+            whole = self.lead.record.read_text(encoding="utf-8").rpartition("\n")[0]
+            return [json.loads(line) for line in whole.splitlines()]
+        return []
+
+
+@contextmanager
+def run_to_the_end(watch: Watch) -> Iterator[Journal]:
+    """The journal, once all rounds are over. Raises what ended the ServerApp for good, MissingError after `patience_s`."""
+    run = _Run(watch)
+    try:
+        with _awaited(watch, run) as journal:
+            watch.tell()
+            yield journal
+        run.farewell()
+    finally:
+        run.close()
+
+
+def _awaited(watch: Watch, run: _Run) -> Journal:
+    """The journal, when no round is left and nobody leads."""
+    well = time.monotonic()
+    while True:
+        if watch.tell():
+            well = time.monotonic()
+        _check_trouble(watch.lead)
+        try:
+            journal = Journal(Path(watch.lead.journal))
+        except BusyError:
+            well = time.monotonic()  # somebody leads
+        else:
+            if _is_over(journal, watch.lead):
+                return journal
+            journal.close()
+            if time.monotonic() - well > watch.patience_s and watch.link:
+                raise _given_up(watch)
+            run.begin()
+        time.sleep(_POLL_S)
+
+
+def _is_over(journal: Journal, lead: Lead) -> bool:
+    found = journal.rounds(lead.run)
+    return bool(found) and found[0].number >= lead.rounds and found[0].state != "open"
+
+
+class _Run:
+    """`flwr run` in a process, or the advice to begin one. What it begins goes on in SuperLink whatever becomes of it."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._child: subprocess.Popen[bytes] | None = None
+        self._not_before, self._is_told = 0.0, False
+
+    def begin(self) -> None:
+        """Begin a run, if none was begun that may still lead."""
+        if not self._watch.link:
+            self._tell()
+        elif self._child is None and time.monotonic() >= self._not_before:
+            self._child = _begun(self._watch)
+        elif self._child and self._child.poll() is not None:
+            self._child, self._not_before = None, time.monotonic() + _AGAIN_S
+
+    def farewell(self) -> None:
+        """Wait until the clients have heard of the end."""
+        if self._child:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(_FAREWELL_S)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._child and self._child.poll() is None:
+            self._child.terminate()
+            self._child.wait()
+
+    def _tell(self) -> None:
+        if not self._is_told:
+            settings = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+            said = shlex.join(self._watch.command)
+            self._watch.notice(f"begin the rounds, by Flower's config.toml for this machine's SuperLink:\n  {settings} {said}")
+        self._is_told = True
+
+
+def _begun(watch: Watch) -> subprocess.Popen[bytes]:
+    """`flwr run`, which ends with the run, or with its SuperLink."""
+    beside = Path(sys.executable).with_name("flwr")
+    flwr = str(beside) if beside.exists() else shutil.which("flwr")
+    if flwr is None:
+        raise need("flwr", "federated")
+    with watch.log.open("ab") as log:
+        return subprocess.Popen(
+            [flwr, *watch.command[1:]],
+            env={**os.environ, **ENVIRONMENT},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            # a run goes on in SuperLink whatever becomes of who asked for it
+            start_new_session=True,
+        )
+
+
+def _check_trouble(lead: Lead) -> None:
+    """Raise what ended the ServerApp, if another run would end alike."""
+    try:
+        said = json.loads(lead.trouble.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    lead.trouble.unlink()
+    kind = vars(errors).get(said["kind"], MissingError)
+    if kind not in (BusyError, MissingError):
+        raise kind(said["problem"], said["remedy"])
+
+
+def _given_up(watch: Watch) -> MissingError:
+    last = " / ".join(watch.log.read_text(encoding="utf-8", errors="replace").split("\n")[-8:]).strip(" /")
+    problem = f"for {watch.patience_s:.0f} s no round ended, and no run was taken or went on: {last or 'it says nothing'}"
+    return MissingError(problem, f"see to SuperLink and to {watch.link} in Flower's config.toml, then --resume")
+
+
+def _said(line: dict[str, Any], rounds: int) -> str:
+    who = f"{len(line['active'])} clients" if line["state"] == "done" else line["reason"]
+    away = f"; away: {', '.join(line['away'])}" if line.get("away") else ""
+    no = "".join(f"; {said} ({count} times)" for said, count in line.get("said_no", {}).items())
+    return f"round {line['number']} of {rounds} {line['state']}: {who}, {line['took_s']:.0f} s{away}{no}"
