@@ -38,6 +38,7 @@ _ORIGIN = pa.struct(
         ("parents", pa.list_(pa.string())),
         ("step", pa.string()),
         ("date", pa.string()),
+        ("made_by", pa.string()),
     ]
 )
 _FOOTER = {b"sartor.schema": str(SCHEMA).encode()}

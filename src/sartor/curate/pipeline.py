@@ -192,7 +192,7 @@ class Line:
         assert read + made == kept + dropped.total(), f"{read} rows read, {made} made, {kept} kept, {dropped.total()} dropped"
         if not kept:
             raise SourceError(_nothing_kept(read, folder), "mend the rows or the sources")
-        self._link_media(folder)
+        finish.link_media(self.work, folder)
         for name, table in evidence_of(state):
             finish.write_evidence(folder, name, finish.masked(table, masks))
         if self.copies.steps:
@@ -209,16 +209,6 @@ class Line:
             if isinstance(step, PersonalData):
                 return finish.Masks(step.masker(), step.row_masker(), are_none=False)
         return finish.Masks()
-
-    def _link_media(self, folder: Path) -> None:
-        """Media go in by a hard link: if this is interrupted they are still in the work."""
-        for file in sorted((self.work / "media").glob("*")):
-            (folder / "media").mkdir(exist_ok=True)
-            try:
-                os.link(file, folder / "media" / file.name)
-            except OSError:
-                shutil.copyfile(file, folder / "media" / file.name)
-        finish.drop_unused_media(folder)
 
     def _facts(self, state: State, folder: Path, counts: dict[str, Any], masks: finish.Masks) -> dict[str, Any]:
         kept = finish.kept_by_file(folder)
