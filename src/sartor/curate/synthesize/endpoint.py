@@ -125,9 +125,10 @@ class EndpointTeacher:
             with self._opener.open(request, timeout=self.patience.timeout_s) as response:
                 return read_body(response, response.headers.get("Content-Type", ""))
         except urllib.error.HTTPError as error:
-            if error.code == 422:
-                return Answer("", "refused")
-            raise self._refused(error) from None
+            with error:  # it holds the socket
+                if error.code == 422:
+                    return Answer("", "refused")
+                raise self._refused(error) from None
         except BrokenError as error:
             raise _AgainError(self._redacted(str(error))) from None
         except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError are OSErrors

@@ -61,8 +61,8 @@ class Structured:
             models = draw_of(seed, self.kind, number).sample(shown, min(MODELS, len(shown)))
             style = "".join(f"An example:\n{quoted(said(row))}\n" for row in models)
             text = (
-                f"{style}The task: {self.task}\nWrite a new text that somebody could send for this task, and the right reply as "
-                f"JSON of this schema: {json.dumps(wanted)}\nText {number} of {self.count}."
+                f"{style}The task: {self.task}\nWrite a new text that somebody could send for this task, and the right reply "
+                f"as JSON of this schema: {json.dumps(wanted)}\nText {number} of {self.count}."
                 '\nAnswer with {"question": "...", "reply": {...}}.'
             )
             yield Ask(str(number), (("system", SYSTEM), ("user", text)), schema, tuple(models))
