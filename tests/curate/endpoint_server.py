@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -15,6 +15,7 @@ from sartor.core.teachers import Question
 from sartor.curate.synthesize.teachers import FakeTeacher
 
 FAULTS = ("429", "503", "silent", "cut", "no_end", "malformed", "not_json", "error_event", "hang_up")
+REFUSALS = ("429", "503", "401", "400", "422", "302", "hang_up", "silent")
 
 
 class EndpointServer:
@@ -43,79 +44,80 @@ class EndpointServer:
         return FakeTeacher().answer(Question(messages, body["seed"], body["max_tokens"], body["temperature"], schema)).text
 
 
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.0"
+    told: EndpointServer  # set by `serving`, on a class of its own
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        with self.told.lock:
+            self.told.asked[raw] += 1
+            times = self.told.asked[raw]
+            self.told.headers.append(dict(self.headers))
+            self.told.times.append(time.monotonic())
+        fault = self.told.fault(raw, times)
+        with self.told.lock:
+            self.told.faults[fault] += 1
+        with suppress(OSError):  # whoever asked is gone
+            if fault in REFUSALS:
+                self.fail(fault)
+            else:
+                self.say(raw, fault)
+
+    def fail(self, fault: str) -> None:
+        if fault in ("hang_up", "silent"):
+            time.sleep(0.6 if fault == "silent" else 0)
+            self.connection.close()
+            return
+        self.send_response(int(fault))
+        if fault == "429":
+            self.send_header("Retry-After", "0.05")
+        if fault == "302":
+            self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+        self.end_headers()
+        self.wfile.write(json.dumps({"error": {"message": f"{fault} for {self.headers.get('Authorization')}"}}).encode())
+
+    def say(self, raw: str, fault: str) -> None:
+        self.told.held.wait()
+        text = self.told.reply(json.loads(raw))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        half = len(text) // 2
+        for number, piece in enumerate((text[:half], text[half:])):
+            self.event({"choices": [{"delta": {"content": piece}, "finish_reason": None}]})
+            if number == 0 and fault in ("cut", "malformed", "not_json", "error_event"):
+                body = {"malformed": 'data: {"choices": [{"del\n\n', "not_json": "data: <html>\n\n", "cut": ""}
+                self.wfile.write(body.get(fault, 'data: {"error": {"message": "overloaded"}}\n\n').encode())
+                return
+        if fault == "no_end":
+            return
+        self.event({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        self.event({"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}})
+        self.wfile.write(b"data: [DONE]\n\n")
+        self.wfile.flush()
+        with self.told.lock:
+            self.told.answered[raw] += 1
+
+    def event(self, said: dict[str, Any]) -> None:
+        self.wfile.write(f"data: {json.dumps(said)}\n\n".encode())
+        self.wfile.flush()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *arguments: Any) -> None:
+        pass
+
+
 @contextmanager
 def serving(server: EndpointServer) -> Iterator[EndpointServer]:
     """The server, listening."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.0"
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-        def do_POST(self) -> None:
-            raw = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            with server.lock:
-                server.asked[raw] += 1
-                times = server.asked[raw]
-                server.headers.append(dict(self.headers))
-                server.times.append(time.monotonic())
-            fault = server.fault(raw, times)
-            with server.lock:
-                server.faults[fault] += 1
-            try:
-                self.fail(fault) if fault in ("429", "503", "401", "400", "422", "302", "hang_up", "silent") else self.say(
-                    raw, fault
-                )
-            except OSError:
-                pass
-
-        def fail(self, fault: str) -> None:
-            if fault in ("hang_up", "silent"):
-                time.sleep(0.6 if fault == "silent" else 0)
-                self.connection.close()
-                return
-            self.send_response(int(fault))
-            if fault == "429":
-                self.send_header("Retry-After", "0.05")
-            if fault == "302":
-                self.send_header("Location", "http://127.0.0.1:9/elsewhere")
-            self.end_headers()
-            self.wfile.write(json.dumps({"error": {"message": f"{fault} for {self.headers.get('Authorization')}"}}).encode())
-
-        def say(self, raw: str, fault: str) -> None:
-            server.held.wait()
-            text = server.reply(json.loads(raw))
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.end_headers()
-            half = len(text) // 2
-            for number, piece in enumerate((text[:half], text[half:])):
-                self.event({"choices": [{"delta": {"content": piece}, "finish_reason": None}]})
-                if number == 0 and fault in ("cut", "malformed", "not_json", "error_event"):
-                    body = {"malformed": 'data: {"choices": [{"del\n\n', "not_json": "data: <html>\n\n", "cut": ""}
-                    self.wfile.write(body.get(fault, 'data: {"error": {"message": "overloaded"}}\n\n').encode())
-                    return
-            if fault == "no_end":
-                return
-            self.event({"choices": [{"delta": {}, "finish_reason": "stop"}]})
-            self.event({"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}})
-            self.wfile.write(b"data: [DONE]\n\n")
-            self.wfile.flush()
-            with server.lock:
-                server.answered[raw] += 1
-
-        def event(self, said: dict[str, Any]) -> None:
-            self.wfile.write(f"data: {json.dumps(said)}\n\n".encode())
-            self.wfile.flush()
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *arguments: Any) -> None:
-            pass
-
-    http = Server(("127.0.0.1", 0), Handler)
+    http = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"told": server}))
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     server.url = f"http://127.0.0.1:{http.server_port}/v1"
