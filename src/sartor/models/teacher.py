@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from sartor.core import errors
-from sartor.core.errors import ExtraError, ModelError
+from sartor.core.errors import ExtraError, ModelError, RequestError
 from sartor.core.teachers import Answer, Question
 from sartor.models.base import open_base
 from sartor.models.engine.contract import Call, Done, Event, Failed, Piece
@@ -24,7 +25,8 @@ class LocalTeacher:
 
     def __init__(self, base: str, at_once: int, notice: Callable[[str], object] = lambda line: None) -> None:
         opened = open_base(base, notice=notice)
-        self.name = f"{opened.ref.name if base == opened.ref.name else opened.ref.path.name}@{opened.ref.digest[:12]}"
+        # a path says where this machine keeps its bases
+        self.name = f"{Path(base).name if Path(base).is_dir() else base}@{opened.ref.digest[:12]}"
         self.at_once = at_once
         self._engine = LocalEngine(opened, rows=at_once)
         self._notice, self._is_strict = notice, True
@@ -33,9 +35,12 @@ class LocalTeacher:
         self._ended: dict[str, Done | Failed] = {}
 
     def answer(self, question: Question) -> Answer:
-        """See Teacher. Raises ModelError when the question and its answer do not fit the base's context."""
-        with self._lock:
-            name = self._submit(question)
+        """See Teacher. A question that leaves no room for an answer in the base's context is `refused`."""
+        try:
+            with self._lock:
+                name = self._submit(question)
+        except RequestError:  # it does not fit the context: of this question alone
+            return Answer("", "refused")
         while True:
             with self._lock:
                 if name in self._ended:

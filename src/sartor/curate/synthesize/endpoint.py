@@ -3,7 +3,7 @@
     429, 503          asked again after Retry-After (all threads wait), or after a doubling pause
     408, 5xx, time-out, cut stream, malformed JSON    asked again after a doubling pause
     401, 403          KeyRefusedError          400, 404, 3xx, other    ConfigError: asking again would change nothing
-    422, content_filter                        the answer `refused`: of this question alone
+    413, 422, content_filter, context_length_exceeded    the answer `refused`: of this question alone
 
 The key comes from the environment and stands in no message, file or name. Standard library alone: the plain install has no
 HTTP client of its own.
@@ -32,6 +32,8 @@ from sartor.curate.synthesize.stream import BrokenError, read_body
 LONGEST_PAUSE_S = 60.0
 MOST_RETRY_AFTER_S = 600.0
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+OF_THE_QUESTION = (413, 422)
+TOO_LONG = "context_length_exceeded"  # OpenAI's word in a 400, vLLM's too
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CHARACTERS_PER_TOKEN = 4  # of an estimate, where a server counts none
 
@@ -126,19 +128,23 @@ class EndpointTeacher:
                 return read_body(response, response.headers.get("Content-Type", ""))
         except urllib.error.HTTPError as error:
             with error:  # it holds the socket
-                if error.code == 422:
-                    return Answer("", "refused")
-                raise self._refused(error) from None
+                failure = self._failure(error)
+            if failure is None:
+                return Answer("", "refused")
+            raise failure from None
         except BrokenError as error:
             raise _AgainError(self._redacted(str(error))) from None
         except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError are OSErrors
             raise _AgainError(self._redacted(f"{type(error).__name__}: {error}")) from None
 
-    def _refused(self, error: urllib.error.HTTPError) -> Exception:
+    def _failure(self, error: urllib.error.HTTPError) -> Exception | None:
+        """What an error status means; None where it is of this question alone."""
         try:
             said = error.read(2000).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
             said = ""
+        if error.code in OF_THE_QUESTION or (error.code == 400 and TOO_LONG in said):
+            return None
         problem = self._redacted(f"{self.access.url} says {error.code}: {' '.join(said.split())[:300]}")
         if error.code in AGAIN:
             is_busy = error.code in (429, 503, 529)
