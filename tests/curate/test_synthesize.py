@@ -84,6 +84,9 @@ def test_a_way_accounts_for_all_and_marks_every_row(folder: Path, kind: str) -> 
     evidence = {row["id"]: row for row in pq.read_table(result.dataset.path / "evidence/synthetic.parquet").to_pylist()}
     seeds = {seed.id for seed in sartor_seeds(folder)}
     asks = kind in kinds(AnyAskingWay)
+    card = (result.dataset.path / "card.md").read_text()
+    assert f"{len(rows)} synthetic rows of" in card and "do not add up" not in card
+    assert not list(folder.glob("out.synthesizing"))
     for row in rows:
         origin = row.origins[0]
         said = json.loads(origin.made_by)

@@ -159,7 +159,8 @@ def example_of(row: dict[str, Any]) -> Example:
 
 def origin_of(row: dict[str, Any]) -> Origin:
     """The Origin in an element of the column `origins`."""
-    return Origin(**{**row, "parents": tuple(row["parents"])})
+    # an older Dataset has no `made_by`
+    return Origin(**{**row, "parents": tuple(row["parents"]), "made_by": row.get("made_by") or ""})
 
 
 def _message_of(row: dict[str, Any]) -> Message:

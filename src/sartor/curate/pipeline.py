@@ -75,10 +75,10 @@ def curate(
     out = Path(out).absolute()
     work = out.with_name(f"{out.name}.curating")
     if resume and (there := _finished(recipe, out)):
-        with _workplace(work, anew=True):  # a run that was killed between the Dataset and its end has left its work
+        with workplace(work, anew=True):  # a run that was killed between the Dataset and its end has left its work
             return Curated(there, 0, time.monotonic() - began)
     check_free(out, replace=replace)
-    with _workplace(work, anew=replace):
+    with workplace(work, anew=replace):
         line = Line(recipe, work, on, notice)
         try:
             with line.progress:
@@ -118,7 +118,7 @@ def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
 
 
 @contextlib.contextmanager
-def _workplace(work: Path, *, anew: bool) -> Iterator[None]:
+def workplace(work: Path, *, anew: bool) -> Iterator[None]:
     """The work's directory, locked. It stays when the work is interrupted, so that the same command can go on."""
     make_parent(work)
     with writer_lock(work):

@@ -50,7 +50,6 @@ class Answers:
         self.teacher, self.folder, self.price = teacher, folder, price
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def answer(self, question: Question) -> Answer:
         """The answer. Raises what the teacher raises, and BudgetError once `price.most` is spent."""
@@ -60,6 +59,7 @@ class Answers:
             return kept
         self._check_cost()
         answer = self.teacher.answer(question)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         _write(file, answer)
         counts = {"tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out, "estimated": int(answer.is_estimated)}
         self._count(calls=1, **counts)

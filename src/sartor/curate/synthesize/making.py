@@ -24,14 +24,13 @@ from sartor.core.artifacts import (
     Artifact,
     check_free,
     kind_of,
-    make_parent,
     open_artifact,
     write_artifact,
-    writer_lock,
 )
 from sartor.core.errors import ConfigError, MissingError, StoppedError
 from sartor.core.records import Drop, canonical_text, digest
 from sartor.core.teachers import Answer, Question, Teacher
+from sartor.curate.pipeline import workplace
 from sartor.curate.steps.contract import TEXT_KEPT
 from sartor.curate.synthesize import reading, seeds, writing
 from sartor.curate.synthesize.answers import Answers
@@ -73,9 +72,7 @@ def synthesize(
         return Synthesized(_finished(recipe, out), None, time.monotonic() - began, found=True)
     check_free(out, replace=replace)
     work = out.with_name(f"{out.name}.synthesizing")
-    make_parent(work)
-    with writer_lock(work):
-        work.mkdir(exist_ok=True)
+    with workplace(work, anew=False):
         run = Run(recipe, work, teacher, notice)
         try:
             dataset = write_artifact(out, "dataset", run.write, replace=replace)
@@ -124,7 +121,7 @@ def _finished(recipe: SynthesizeRecipe, out: Path) -> Artifact:
     if not said or digest(there.manifest["recipe"]) != digest(_said(recipe)):
         raise ConfigError(f"{out} is a finished Dataset of another recipe", "choose another --out, or --replace")
     work = out.with_name(f"{out.name}.synthesizing")
-    with writer_lock(work):
+    with workplace(work, anew=False):
         found = seeds.read(recipe.sources, recipe.max_row_bytes, work)
         shutil.rmtree(work, ignore_errors=True)
     if found.digest != said["of"]:

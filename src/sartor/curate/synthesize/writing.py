@@ -125,7 +125,7 @@ def _facts(folder: Path, found: Rows, seeds: Seeds, reasons: Counter[str], said:
     entries = [*seeds.files, *(_pseudo(place, found.licences[0]) for place in of_nothing)]
     places = [(entry["source"], entry["path"]) for entry in entries]
     sources = [{**entry, "read": seeds.read[place], "kept": kept[place]} for entry, place in zip(entries, places, strict=True)]
-    made = sum(counts["made"] + counts["dropped"] for counts in found.ways.values())
+    made = sum(map(_tried, found.ways.values()))
     assert made + len(seeds.drops) == len(found.rows) + reasons.total()
     groups = {row.group for row in found.rows.values()}
     ways = {kind: dict(sorted(counts.items())) for kind, counts in found.ways.items()}
@@ -144,7 +144,8 @@ def _facts(folder: Path, found: Rows, seeds: Seeds, reasons: Counter[str], said:
             "splits": {"train": len(found.rows)},
             "groups": {"train": len(groups)},
         },
-        "steps": {f"synthesize:{kind}": counts for kind, counts in ways.items()},
+        # `copies`: rows that a step adds, of which the card draws how many were left
+        "steps": {f"synthesize:{kind}": {**counts, "copies": _tried(counts)} for kind, counts in ways.items()},
         "synthetic": {
             "teacher": said["teacher"],
             "ways": ways,
@@ -160,6 +161,11 @@ def _facts(folder: Path, found: Rows, seeds: Seeds, reasons: Counter[str], said:
         "parents": seeds.parents,
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
     }
+
+
+def _tried(counts: Mapping[str, int]) -> int:
+    """Rows that a way made and Drops."""
+    return counts.get("made", 0) + counts.get("dropped", 0)
 
 
 def _pseudo(place: tuple[str, str], licence: str) -> dict[str, Any]:

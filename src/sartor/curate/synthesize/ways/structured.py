@@ -49,7 +49,7 @@ class Structured:
     def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
         """See AskingWay."""
         wanted = self.wanted()
-        schema = {
+        schema: dict[str, Any] = {
             "type": "object",
             "properties": {"question": {"type": "string", "minLength": 1}, "reply": wanted},
             "required": ["question", "reply"],
