@@ -15,7 +15,7 @@ from sartor.core.teachers import Question
 from sartor.curate.synthesize.teachers import FakeTeacher
 
 FAULTS = ("429", "503", "silent", "cut", "no_end", "malformed", "not_json", "error_event", "hang_up")
-REFUSALS = ("429", "503", "401", "400", "422", "302", "hang_up", "silent")
+REFUSALS = ("413", "429", "503", "401", "400", "422", "302", "hang_up", "silent")
 
 
 class EndpointServer:
@@ -29,6 +29,7 @@ class EndpointServer:
         self.headers: list[dict[str, str]] = []
         self.held = threading.Event()
         self.held.set()
+        self.word = ""  # in the body of a refusal
         self.text: Callable[[dict[str, Any]], str] | None = None
         self.lock = threading.Lock()
         self.times: list[float] = []
@@ -78,7 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "302":
             self.send_header("Location", "http://127.0.0.1:9/elsewhere")
         self.end_headers()
-        self.wfile.write(json.dumps({"error": {"message": f"{fault} for {self.headers.get('Authorization')}"}}).encode())
+        self.wfile.write(
+            json.dumps({"error": {"message": f"{self.told.word} {fault} for {self.headers.get('Authorization')}"}}).encode()
+        )
 
     def say(self, raw: str, fault: str) -> None:
         self.told.held.wait()

@@ -159,6 +159,14 @@ def test_the_key_is_in_the_environment_and_nowhere_else(tmp_path: Path, monkeypa
     assert key not in repr(Access("http://127.0.0.1/v1", "m", key))
 
 
+@pytest.mark.parametrize(("code", "word"), [("422", ""), ("413", ""), ("400", "context_length_exceeded")])
+def test_a_refusal_of_one_question_alone_stops_nothing(tmp_path: Path, code: str, word: str) -> None:
+    with serving(EndpointServer(lambda body, times: code)) as server:
+        server.word = word
+        answer = EndpointTeacher(Access(server.url, "m"), Pace(), Patience(), 1).answer(Question((("user", "a"),)))
+    assert answer.finish == "refused" and server.asked.total() == 1
+
+
 def test_a_question_that_is_refused_is_a_drop_and_an_endpoint_that_is_gone_stops_the_run(tmp_path: Path) -> None:
     with serving(EndpointServer(lambda body, times: "422" if "number 0" in body else "")) as server:
         made = sartor.synthesize(recipe(tmp_path, server.url), tmp_path / "a")

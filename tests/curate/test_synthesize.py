@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,8 +14,9 @@ import sartor
 from conftest import write_jsonl
 from media_files import png
 from sartor.core.errors import ConfigError, SourceError
-from sartor.core.records import Drop, Example
+from sartor.core.records import Drop, Example, Message, Origin
 from sartor.core.teachers import Answer, Question
+from sartor.curate.steps import survivor
 from sartor.curate.synthesize.ways import AnyAskingWay, AnyCopyingWay, AnyMakingWay
 from sartor.curate.synthesize.ways.questions import found, pieces
 
@@ -127,6 +128,16 @@ def test_a_synthetic_row_stays_marked_and_is_never_held_out(folder: Path) -> Non
         assert [row.reply for row in both] == ['{"room":"hall","on":"on"}']
     third = sartor.curate({"sources": [{"path": str(folder / "again-0" / "examples")}]}, folder / "third").dataset
     assert ids & {row.id for row in sartor.read_examples(third) if row.origins[0].made_by}
+
+
+def test_of_duplicates_the_row_that_people_wrote_stays() -> None:
+    written = Example((Message.of("user", "a"), Message.of("assistant", "b")), (Origin("a", "a:1"),))
+    longer = Example(
+        (Message.of("user", "a"), Message.of("assistant", "b" * 999)), (Origin("a", "a:2", date="2026-01-01", made_by="{}"),)
+    )
+    for rule in get_args(survivor.Keep):
+        first, second = survivor.ranks([written, longer], rule, "both")
+        assert first > second, rule
 
 
 def test_a_synthetic_row_of_a_held_out_source_is_a_drop(folder: Path) -> None:
