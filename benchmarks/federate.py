@@ -5,8 +5,8 @@
     python benchmarks/federate.py --work DIR --quick --json                            # a tiny random base, made-up rows
 
 Every part leaves what it found in DIR, and is not done again; the last line is made of what is there. `local` and `centralised`
-train both factors by the loop of the clients: as many rounds, of one client with its rows, or with all of them. `factors` is
-the mean of factors beside it, `epsilon` the federated run under privacy of a client. Exact match of greedy replies on rows of
+train both factors by the loop of the clients, of one client's rows, or of all, for `--alone-rounds` epochs. `factors` is the
+mean of factors beside it, `epsilon` the federated run under privacy of a client. Exact match of greedy replies on rows of
 templates that nobody trained on. `malicious` counts tests in tests/federate/test_malicious_server.py, `byzantine` is
 benchmarks/federate_robust.py: loss over the clean loss, the worst of its attacks by a sign flip, a scale or false labels.
 """
@@ -87,11 +87,17 @@ class Homes:
             "method": {"rank": self.asked.rank, "alpha": 2.0 * self.asked.rank},
             "rounds": self.asked.rounds,
             "local": {"epochs": 1},
-            "optimizer": {"learning_rate": self.asked.learning_rate, "batch_tokens": 512 if self.asked.quick else 2048},
+            "optimizer": {"learning_rate": self.asked.learning_rate, "batch_tokens": 512 if self.asked.quick else 256},
             "rules": {"clip": self.asked.clip},
             "mode": self.asked.mode,
         }
         return load({**said, **changes})
+
+    @property
+    def both_factors(self) -> dict[str, Any]:
+        """Changes of the recipe for what trains A as well: B alone takes larger steps."""
+        batch_tokens = self.recipe().optimizer.batch_tokens
+        return {"mode": "factors", "optimizer": {"learning_rate": self.asked.both_learning_rate, "batch_tokens": batch_tokens}}
 
     @cached_property
     def shards(self) -> Shards:
@@ -128,8 +134,8 @@ class Homes:
         return [exact_match(text, row.reply) for text, row in zip(texts, asked.examples, strict=True)]
 
     def alone(self, rows: Rows) -> list[float]:
-        """One client, or all rows as one: both factors, as many rounds."""
-        recipe, resident = self.recipe(mode="factors"), self.clients.resident
+        """One client, or all rows as one: both factors."""
+        recipe, resident = self.recipe(**self.both_factors, rounds=self.asked.alone_rounds), self.clients.resident
         task, shared = LoraTask(resident, rows), dict(self.start)
         for number in range(1, recipe.rounds + 1):
             work = Work("lora", arrays.digest(b""), resident.ref.digest, resident.digest, config.dump(Settings.of(recipe)))
@@ -161,7 +167,7 @@ class Homes:
             everyone = Rows(train=[row for rows in self.clients.rows.values() for row in rows.train])
             self.kept(part, lambda: self.alone(everyone))
         elif part in ("federated", "factors"):
-            self.kept(part, lambda: self.together(part, **({"mode": "factors"} if part == "factors" else {})))
+            self.kept(part, lambda: self.together(part, **(self.both_factors if part == "factors" else {})))
         elif part == "epsilon":
             for epsilon in self.asked.epsilons:
                 privacy = {"privacy": {"epsilon": epsilon, "delta": 1e-2}, "rules": {"clip": self.asked.private_clip}}
@@ -253,14 +259,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--mode", default="freeze_a")
-    for name, value in (("clients", 8), ("rounds", 10), ("rank", 16), ("per-intent", 100), ("most-held-out", 2_000)):
+    for name, value in (("clients", 8), ("rounds", 10), ("alone-rounds", 5), ("rank", 16), ("per-intent", 100),
+                        ("most-held-out", 2_000)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, number in (("learning-rate", 1e-3), ("eval-fraction", 0.45), ("clip", 20.0), ("private-clip", 1.0)):
+    for name, number in (("learning-rate", 4e-3), ("both-learning-rate", 1e-3), ("eval-fraction", 0.5), ("clip", 100.0),
+                         ("private-clip", 1.0)):  # fmt: skip
         parser.add_argument(f"--{name}", type=float, default=number)
     parser.add_argument("--epsilons", type=float, nargs="*", default=[1.0, 8.0, 64.0, 512.0])
     asked = parser.parse_args()
     if asked.quick:
-        asked.clients, asked.rounds, asked.rank, asked.most_held_out, asked.epsilons = 3, 1, 4, 4, [8.0]
+        asked.clients, asked.rounds, asked.alone_rounds, asked.rank, asked.most_held_out, asked.epsilons = 3, 1, 1, 4, 4, [8.0]
     if unknown := sorted(set(parts := asked.parts.split(",")) - set(PARTS)):
         parser.error(f"there is no part {unknown[0]}; the parts are {', '.join(PARTS)}")
     asked.work.mkdir(parents=True, exist_ok=True)

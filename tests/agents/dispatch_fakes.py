@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from sartor.agents import database
 from sartor.agents.asking import Embedded, Given, Request, Route
 from sartor.agents.dispatch import Dispatch
 from sartor.agents.entries import Version
 from sartor.agents.registry import Registry
 from sartor.agents.team import Team
+from sartor.core import database
 from sartor.core.errors import AdmissionError, ModelError, SartorError, UnavailableError
 from sartor.models.engine.contract import About, Call, Done, Event, Failed, Piece
 

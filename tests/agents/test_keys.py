@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from sartor.agents import keys as keys_module
-from sartor.agents.database import open_database
 from sartor.agents.keys import Keys
 from sartor.agents.rates import MOST_KEYS, Rates
+from sartor.agents.tables import open_database
 from sartor.agents.team import Limits, Team
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, KeyRefusedError
 

@@ -2,15 +2,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 
-from sartor.agents import database
+from postgres_server import postgres
+from sartor.agents import tables
 from sartor.agents.entries import MOST_EARLIER
 from sartor.agents.registry import Cause, Registry
+from sartor.core import database
 from sartor.core.errors import (
     ArtifactError,
     BusyError,
@@ -191,11 +190,11 @@ def test_a_file_that_is_no_database_and_one_of_a_newer_sartor_are_refused(tmp_pa
 
 def test_a_migration_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "migrations"
-    shutil.copytree(database.MIGRATIONS, broken, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(tables.MIGRATIONS, broken, ignore=shutil.ignore_patterns("__pycache__"))
     revision = broken / "versions" / "r0001_registry.py"
     revision.write_text(revision.read_text() + "\n    op.execute('select no_such_thing')\n")
-    monkeypatch.setattr(database, "MIGRATIONS", broken)
-    with pytest.raises(MissingError, match="no_such_thing"):
+    monkeypatch.setattr(tables, "MIGRATIONS", broken)
+    with pytest.raises(ArtifactError, match="no_such_thing"):
         Registry.open(sqlite_url(tmp_path / "state"))
     monkeypatch.undo()
     assert sqlite3.connect(tmp_path / "state" / "registry.sqlite").execute("select count(*) from sqlite_master").fetchone() == (
@@ -207,12 +206,12 @@ def test_a_migration_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 def test_an_older_form_comes_to_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Registry.open(sqlite_url(tmp_path)).add(FAQ[0])
     newer = tmp_path / "migrations"
-    shutil.copytree(database.MIGRATIONS, newer, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(tables.MIGRATIONS, newer, ignore=shutil.ignore_patterns("__pycache__"))
     (newer / "versions" / "r0002_more.py").write_text(
         "import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '0002', '0001'\n"
         "def upgrade():\n    op.create_table('more', sa.Column('id', sa.Integer, primary_key=True))\n"
     )
-    monkeypatch.setattr(database, "MIGRATIONS", newer)
+    monkeypatch.setattr(tables, "MIGRATIONS", newer)
     opened = Registry.open(sqlite_url(tmp_path))
     assert opened.read().agents["faq"].live == "0"
     execute(tmp_path, "insert into more values (1)")
@@ -254,19 +253,6 @@ def test_a_full_disk_and_a_locked_file_change_nothing(
     other.execute("rollback")
     other.close()
     assert registry.promote("faq", "1").live == "1"
-
-
-def test_a_password_comes_from_the_environment_and_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="spells out") as caught:
-        Registry.open("postgresql+psycopg://team:hunter2@localhost/db")
-    assert "hunter2" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"\$\{DB_PASSWORD\}, which is not set"):
-        Registry.open("postgresql+psycopg://team:${DB_PASSWORD}@localhost/db")
-    monkeypatch.setenv("DB_PASSWORD", "hunter2")
-    url, secrets, name = database._filled("postgresql+psycopg://team:${DB_PASSWORD}@localhost/db")
-    assert url.password == "hunter2" and "hunter2" not in name and "${DB_PASSWORD}" in name
-    fault = database.Database(database.make_url("sqlite:////tmp/x"), secrets, name)._fault(Exception("bad password hunter2"))
-    assert "hunter2" not in fault.problem and "${DB_PASSWORD}" in fault.problem
 
 
 def test_who_listens_is_told_of_each_change_made_here(registry: Registry) -> None:
@@ -494,43 +480,10 @@ def test_a_process_that_is_killed_in_the_middle_of_changes_leaves_whole_ones(tmp
     registry.close()
 
 
-@contextmanager
-def postgres(tmp_path: Path) -> Iterator[int]:
-    """A server of its own, its password needed; as another user where this one is root, whom Postgres refuses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    home = Path(tempfile.mkdtemp(prefix="sartor-postgres-"))
-    (home / "password").write_text(os.environ["DB_PASSWORD"])
-    user: dict[str, Any] = {}
-    if os.geteuid() == 0:
-        user = {"user": "nobody"}
-        for path in (home, home / "password"):
-            shutil.chown(path, "nobody")
-    options: dict[str, Any] = {"check": True, "capture_output": True, "cwd": home, **user}
-    data, at = home / "data", f"-p {port} -k {home} -c listen_addresses=127.0.0.1"
-    try:
-        subprocess.run(["initdb", "-D", data, "-U", "team", "-A", "scram-sha-256", f"--pwfile={home}/password"], **options)
-        options.pop("capture_output")  # the server would keep the pipe open
-        subprocess.run(
-            ["pg_ctl", "-D", data, "-o", at, "-l", home / "log", "-w", "start"], stdout=subprocess.DEVNULL, **options
-        )
-        try:
-            yield port
-        finally:
-            subprocess.run(["pg_ctl", "-D", data, "-m", "immediate", "stop"], stdout=subprocess.DEVNULL, **options)
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
-
-
 @pytest.mark.services
 def test_postgres_keeps_a_registry_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("psycopg", reason="pip install 'psycopg[binary]'")
-    if shutil.which("initdb") is None or shutil.which("pg_ctl") is None:
-        pytest.skip("apt-get install postgresql, and its bin directory into PATH")
     monkeypatch.setenv("DB_PASSWORD", "hunter:2/@%")
-    with postgres(tmp_path) as port:
-        url = f"postgresql+psycopg://team:${{DB_PASSWORD}}@127.0.0.1:{port}/postgres"
+    with postgres() as url:
         handles = []
         opening = [threading.Thread(target=lambda: handles.append(Registry.open(url))) for _ in range(2)]
         for thread in opening:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from sartor.agents import tables
 from sartor.core import records
+from sartor.core.database import sealed
 from sartor.core.errors import ConfigError, ConflictError
 
 # versions that were live before, the newest last: how often one may go back
@@ -109,7 +109,7 @@ class Agent:
 
     def as_row(self) -> dict[str, Any]:
         """The row, sealed."""
-        return tables.sealed({**self.as_json(), "earlier": _json(self.earlier), "fallback": _json(self.fallback)})
+        return sealed({**self.as_json(), "earlier": _json(self.earlier), "fallback": _json(self.fallback)})
 
     def as_json(self) -> dict[str, Any]:
         """Every field, as an event and `agents list` say it."""
@@ -151,7 +151,7 @@ class Version:
 
     def as_row(self) -> dict[str, Any]:
         """The row, sealed."""
-        return tables.sealed({**vars(self), "facts": _json(self.facts)})
+        return sealed({**vars(self), "facts": _json(self.facts)})
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Version:

@@ -26,9 +26,9 @@ from typing import Any
 from sqlalchemy import Connection, insert, select, update
 
 from sartor.agents import tables
-from sartor.agents.database import Database, open_database
 from sartor.agents.team import Team, load
 from sartor.core import records
+from sartor.core.database import Database, is_whole, sealed
 from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, SartorError
 
 ANY = "*"
@@ -97,7 +97,7 @@ class Keys:
     @classmethod
     def of(cls, team: Team) -> Keys:
         """The keys of a team. Raises what `open_database` raises."""
-        return cls(open_database(team.registry_url))
+        return cls(tables.open_database(team.registry_url))
 
     def close(self) -> None:
         """Give the database back."""
@@ -145,7 +145,7 @@ class Keys:
         ends = _ends(expires)
         identity = secrets.token_hex(6)
         secret = f"{PREFIX}-{identity}-{secrets.token_urlsafe(SECRET_BYTES)}"
-        row = tables.sealed({
+        row = sealed({
             "id": identity, "name": ", ".join(names) or "admin", "agents": records.canonical(names).decode(),
             "admin": int(is_admin), "digest": hashlib.sha256(secret.encode()).hexdigest(), "created": _now(),
             "expires": ends, "revoked": "",
@@ -162,10 +162,10 @@ class Keys:
             if row is None:
                 known = ", ".join(str(one) for one in connection.execute(select(tables.keys.c.id)).scalars()) or "none"
                 raise ConfigError(f"there is no key {identity[:40]!a}; there are: {known}", "sartor agents key --list")
-            sealed = tables.sealed({**row, "revoked": row["revoked"] or _now()})
-            connection.execute(update(tables.keys).where(tables.keys.c.id == identity).values(sealed))
+            row = sealed({**row, "revoked": row["revoked"] or _now()})
+            connection.execute(update(tables.keys).where(tables.keys.c.id == identity).values(row))
         self._rows = None
-        return _key(sealed)
+        return _key(row)
 
     def listed(self) -> list[Key]:
         """Every key that is whole, the oldest first; one that was changed from outside opens nothing and is left out."""
@@ -196,7 +196,7 @@ class Keys:
     def _read(self) -> dict[str, Mapping[str, Any] | None]:
         with self._database.read() as connection:
             rows = [dict(row) for row in connection.execute(select(tables.keys)).mappings()]
-        return {str(row["id"]): row if tables.is_whole(row) else None for row in rows}
+        return {str(row["id"]): row if is_whole(row) else None for row in rows}
 
 
 def make_key(team: Path | str, agents: Sequence[str], *, is_admin: bool = False, expires: str = "") -> dict[str, Any]:
@@ -226,7 +226,7 @@ def _whole(connection: Connection, identity: str) -> Mapping[str, Any] | None:
     found = connection.execute(select(tables.keys).where(tables.keys.c.id == identity)).mappings().one_or_none()
     if found is None:
         return None
-    if not tables.is_whole(row := dict(found)):
+    if not is_whole(row := dict(found)):
         raise ArtifactError(f"the row of the key {identity} was changed from outside", "make a new key")
     return row
 

@@ -19,9 +19,9 @@ from typing import Any
 from sqlalchemy import Connection, Select, Table, insert, select
 
 from sartor.agents import tables
-from sartor.agents.database import Database, generation_of, next_generation, open_database
 from sartor.agents.entries import Agent, Event, Version
 from sartor.core import records
+from sartor.core.database import Database, is_whole, sealed
 from sartor.core.errors import ArtifactError, ConflictError, UnknownAgentError
 
 Change = Callable[[Agent], Agent]
@@ -59,7 +59,7 @@ class Registry:
     @classmethod
     def open(cls, url: str) -> Registry:
         """The registry at a SQLAlchemy URL, made if absent, brought to its newest form if older. Raises as `open_database`."""
-        return cls(open_database(url))
+        return cls(tables.open_database(url))
 
     def close(self) -> None:
         """Give the connections back."""
@@ -77,24 +77,24 @@ class Registry:
     def generation(self) -> int:
         """The number of the newest change, whoever made it."""
         with self.database.read() as connection:
-            return generation_of(connection)
+            return tables.generation_of(connection)
 
     def read(self) -> Snapshot:
         """Everything but the log, at one moment."""
         hurt: dict[str, str] = {}
         with self.database.read() as connection:
-            generation = generation_of(connection)
+            generation = tables.generation_of(connection)
             agent_rows = _rows(connection, select(tables.agents))
             version_rows = _rows(connection, select(tables.versions))
         agents, versions = {}, {}
         for row in agent_rows:
-            if tables.is_whole(row):
+            if is_whole(row):
                 agents[str(row["name"])] = Agent.from_row(row)
             else:
                 hurt[str(row["name"])] = f"its row was changed from outside; sartor agents repair {row['name']}"
         for row in version_rows:
             name = f"{row['agent']}@{row['version']}"
-            if tables.is_whole(row):
+            if is_whole(row):
                 versions[name] = Version.from_row(row)
             else:
                 hurt[name] = f"its row was changed from outside; sartor agents add {row['release']}"
@@ -115,9 +115,7 @@ class Registry:
 
         def write(connection: Connection) -> Agent:
             standing = self._row(connection, tables.agents, name=version.agent)
-            is_new = standing is None or (
-                tables.is_whole(standing) and (standing["state"] == "removed" or not standing["live"])
-            )
+            is_new = standing is None or (is_whole(standing) and (standing["state"] == "removed" or not standing["live"]))
             before = None if standing is None else self._agent(connection, version.agent, removed=True)
             fresh = Agent(version.agent, version.version, fallback=tuple(fallback))
             agent = before if before is not None and not is_new else fresh
@@ -233,7 +231,7 @@ class Registry:
 
         def write(connection: Connection) -> Agent:
             row = self._row(connection, tables.agents, name=name)
-            if row is not None and tables.is_whole(row):
+            if row is not None and is_whole(row):
                 raise ConflictError(f"the row of {name} is as it was written", f"sartor agents events {name}")
             return self._record(connection, "repaired", None, self._recall(connection, name), "", cause)
 
@@ -262,7 +260,7 @@ class Registry:
 
     def _agent(self, connection: Connection, name: str, *, heals: bool = False, removed: bool = False) -> Agent:
         row = self._row(connection, tables.agents, name=name)
-        if row is not None and not tables.is_whole(row):
+        if row is not None and not is_whole(row):
             if heals:
                 return self._recall(connection, name)
             raise ArtifactError(f"the row of {name} was changed from outside", f"sartor agents repair {name}")
@@ -289,7 +287,7 @@ class Registry:
                 f"{name} has no version {version!r}; it has: {', '.join(known) or 'none'}",
                 f"sartor agents add {name}-{version}",
             )
-        if not tables.is_whole(row):
+        if not is_whole(row):
             raise ArtifactError(f"the row of {name}@{version} was changed from outside", f"sartor agents add {row['release']}")
 
     def _put_version(self, connection: Connection, version: Version) -> str:
@@ -298,7 +296,7 @@ class Registry:
         if row is None:
             connection.execute(insert(tables.versions).values(version.as_row()))
             return "added"
-        whole = tables.is_whole(row)
+        whole = is_whole(row)
         known = str(row["release_id"]) if whole else self._logged_id(connection, version)
         if known not in ("", version.release_id):
             raise ConflictError(
@@ -319,7 +317,7 @@ class Registry:
     def _mark(self, connection: Connection, name: str, status: Any) -> None:
         agent, _, version = name.rpartition("@")
         row = self._row(connection, tables.versions, agent=agent, version=version)
-        if row is not None and tables.is_whole(row) and row["status"] != status:
+        if row is not None and is_whole(row) and row["status"] != status:
             marked = replace(Version.from_row(row), status=status)
             self._put(connection, tables.versions, marked.as_row(), agent=agent, version=version)
 
@@ -327,7 +325,7 @@ class Registry:
         self, connection: Connection, what: str, before: Agent | None, after: Agent, version: str, cause: Cause
     ) -> Agent:
         """Write the agent, and the event that says so; both under the next generation."""
-        after = replace(after, generation=next_generation(connection), changed=_now())
+        after = replace(after, generation=tables.next_generation(connection), changed=_now())
         self._put(connection, tables.agents, after.as_row(), name=after.name)
         numbers = dict(cause.numbers)
         if what in ("added", "moved", "repaired") and version:
@@ -345,7 +343,7 @@ class Registry:
             "became": records.canonical(after.as_json()).decode(),
             "numbers": records.canonical(numbers).decode(),
         }
-        connection.execute(insert(tables.events).values(tables.sealed(event)))
+        connection.execute(insert(tables.events).values(sealed(event)))
         return after
 
     def _events(self, connection: Connection, agent: str, most: int) -> list[Event]:
@@ -354,9 +352,7 @@ class Registry:
         if agent:
             query = query.where(column.agent == agent)
         whole = [
-            row
-            for row in _rows(connection, query)
-            if tables.is_whole({name: value for name, value in row.items() if name != "id"})
+            row for row in _rows(connection, query) if is_whole({name: value for name, value in row.items() if name != "id"})
         ]
         return [Event.from_row(row) for row in reversed(whole)]
 

@@ -13,12 +13,26 @@ was written, on SQLite and on Postgres, and a damaged one cannot keep the rows b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
-from sqlalchemy import BigInteger, Column, Double, ForeignKey, Integer, MetaData, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Double,
+    ForeignKey,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    func,
+    insert,
+    select,
+    update,
+)
 
-from sartor.core import records
+from sartor.core import database
+from sartor.core.database import Database, Form
 
 metadata = MetaData()
 
@@ -99,20 +113,23 @@ generation = Table(
     Column("value", BigInteger, nullable=False),
 )
 
-
-def checksum(row: Mapping[str, Any]) -> str:
-    """sha256 over every column of a row but `checksum`; an event is digested before the database gives it its number."""
-    return records.digest({name: value for name, value in row.items() if name != "checksum"})
+MIGRATIONS = Path(__file__).parent / "migrations"
 
 
-def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with its checksum, to be written."""
-    return {**row, "checksum": checksum(row)}
+def open_database(url: str) -> Database:
+    """The database of a team's registry at a SQLAlchemy URL. Raises as `sartor.core.database.open_database`."""
+    return database.open_database(url, Form("registry", "registry: ", MIGRATIONS, generation.c.value))
 
 
-def is_whole(row: Mapping[str, Any]) -> bool:
-    """Whether a row that was read is the one that was written."""
-    try:
-        return bool(checksum(row) == row["checksum"])
-    except (TypeError, ValueError):  # bytes, or text with a lone surrogate: nothing that was ever written
-        return False
+def generation_of(connection: Connection) -> int:
+    """The number of the newest change; of a registry that lost its counter, the one that its log knows."""
+    found = connection.execute(select(generation.c.value)).scalar_one_or_none()
+    return int(found if found is not None else connection.execute(select(func.max(events.c.generation))).scalar() or 0)
+
+
+def next_generation(connection: Connection) -> int:
+    """The number of the change that is being made."""
+    number = generation_of(connection) + 1
+    if not connection.execute(update(generation).values(value=number)).rowcount:
+        connection.execute(insert(generation).values(id=1, value=number))
+    return number

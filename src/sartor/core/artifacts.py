@@ -202,7 +202,7 @@ def seal(part: Path, kind: Kind, facts: Mapping[str, Any]) -> dict[str, Any]:
     files = {
         str(file.relative_to(part).as_posix()): {"sha256": file_digest(file), "bytes": file.stat().st_size}
         for file in sorted(part.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.relative_to(part).as_posix() not in UNLISTED
     }
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     manifest: dict[str, Any] = {"schema": SCHEMA, "kind": kind, "created": created, **facts, "files": files}

@@ -68,12 +68,12 @@ DROPS = pa.schema(
 
 def examples_table(examples: Iterable[Example]) -> Any:
     """Examples as an Arrow table in the schema EXAMPLES."""
-    return pa.Table.from_pylist([_example_row(example) for example in examples], EXAMPLES)
+    return pa.Table.from_pylist([example_row(example) for example in examples], EXAMPLES)
 
 
 def write_examples(file: Path, examples: Iterable[Example]) -> int:
     """Write Examples to a Parquet file; returns how many."""
-    return write_rows(file, EXAMPLES, (_example_row(example) for example in examples))
+    return write_rows(file, EXAMPLES, (example_row(example) for example in examples))
 
 
 def write_drops(file: Path, drops: Iterable[Drop]) -> int:
@@ -125,7 +125,8 @@ def read_file(path: Path) -> Iterator[dict[str, Any]]:
         raise ArtifactError(f"{path} is not readable Parquet: {error}", "curate it again") from None
 
 
-def _example_row(example: Example) -> dict[str, Any]:
+def example_row(example: Example) -> dict[str, Any]:
+    """An Example as `examples/*.parquet` holds it; `example_of` turns it back."""
     return {
         "id": example.id,
         "messages": [_message_row(message) for message in example.messages],

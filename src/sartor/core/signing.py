@@ -143,6 +143,11 @@ def check_said(document: bytes, said: Any, file: Path, what: str, trusted: Itera
     return identity
 
 
+def trusted_ids() -> set[str]:
+    """The ids of the keys in SARTOR_HOME/trusted."""
+    return {key_id(key) for key in _trusted_here()}
+
+
 def revoked_ids() -> set[str]:
     """The ids of the keys in SARTOR_HOME/revoked."""
     return {key_id(key) for key in _keys_in("revoked")}

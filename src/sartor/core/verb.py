@@ -30,7 +30,6 @@ _EXTRAS = {
     "tuf": "edge",
     "hassil": "demo",
     "datasets": "hub",
-    "alembic": "serve",
     "fastapi": "serve",
     "h11": "serve",
     "prometheus_client": "serve",

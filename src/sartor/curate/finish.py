@@ -25,6 +25,7 @@ from sartor.curate.steps.contract import Removal, dropped
 from sartor.curate.work import Merged
 
 ROWS_PER_FILE = 100_000
+EDITED = "review"  # how the step of an origin ends whose row a person changed
 SET_ASIDE = rows.EXAMPLES.append(pa.field("was", pa.string()))
 
 
@@ -271,15 +272,18 @@ def regrouped(tables: Iterable[Any], schema: Any, size: int) -> Iterator[Any]:
 
 def kept_by_file(folder: Path) -> Counter[tuple[str, str]]:
     """Rows by (source, file), as the origins of the written Examples say; a row with two origins counts for both, one that was
-    made of another row for none, unless it was synthesised: those are all that a synthetic Dataset has.
+    made of another row for none, but where a person edited it (it is still its source's) or it was synthesised: those are
+    all that a synthetic Dataset has.
     """
     found: Counter[tuple[str, str]] = Counter()
     for file in sorted((folder / "examples").glob("*.parquet")):
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(65536, columns=["origins"]):
                 origins = batch["origins"].flatten()
-                is_own = pc.equal(pc.list_value_length(origins.field("parents")), 0)
-                origins = origins.filter(pc.or_(is_own, pc.starts_with(origins.field("step"), "synthesize:")))
+                is_read = pc.equal(pc.list_value_length(origins.field("parents")), 0)
+                step = origins.field("step")
+                is_own = pc.or_(pc.ends_with(step, EDITED), pc.starts_with(step, "synthesize:"))
+                origins = origins.filter(pc.or_(is_read, is_own))
                 places = pc.replace_substring_regex(origins.field("locator"), pattern=r":[^:]*$", replacement="")
                 pairs = pa.table({"source": origins.field("source"), "file": places})
                 for row in pairs.group_by(["source", "file"]).aggregate([([], "count_all")]).to_pylist():

@@ -21,9 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import beta
-
-from sartor.core import config, rows
+from sartor.core import config, proportions, rows
 from sartor.core.artifacts import Artifact
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
@@ -132,7 +130,7 @@ def upper_bound(count: int, of: int) -> float:
     >>> round(upper_bound(0, 100), 3)
     0.03
     """
-    return 1.0 if count >= of else float(beta.ppf(CONFIDENCE, count + 1, of - count))
+    return proportions.upper_bound(count, of, CONFIDENCE)
 
 
 def _values(said: Mapping[str, Any] | None) -> Iterable[tuple[str, set[str]]]:

@@ -1,8 +1,7 @@
-"""What alembic runs: the revisions, on the connection and in the transaction of `sartor.agents.database`."""
+"""What alembic runs for the registry: its revisions, on the connection and in the transaction of `sartor.core.database`."""
 
 from __future__ import annotations
 
-from alembic import context
+from sartor.core.database import run_revisions
 
-context.configure(connection=context.config.attributes["connection"])
-context.run_migrations()
+run_revisions()

@@ -68,6 +68,31 @@ def as_label(text: str) -> str | None:
     return " ".join(text.casefold().split()).strip(" .!,;:\"'`*") or None
 
 
+def with_label(reply: str, form: str, label: str) -> str | None:
+    """A reply with another label, where `form` says which part of it the label is; None where that part is not there."""
+    if form == "reply":
+        return label
+    kind, _, name = form.partition(":")
+    text = reply.strip()
+    fenced = _FENCE.match(text)
+    body = fenced.group(1).strip() if fenced else text
+    if kind != "json" or name not in (_object(reply) or {}):
+        return None
+    row = json.loads(body)
+    _put(row, name, label)
+    said = json.dumps(row, ensure_ascii=False)
+    return text.replace(body, said, 1) if fenced else said
+
+
+def _put(row: dict[str, Any], name: str, label: str) -> None:
+    """Give the field `outer.inner` another value of its own type; a key may hold a full stop itself."""
+    if name in row:
+        row[name] = label if isinstance(row[name], str) else json.loads(label)
+        return
+    outer = next(key for key in row if name.startswith(f"{key}.") and isinstance(row[key], dict))
+    _put(row[outer], name[len(outer) + 1 :], label)
+
+
 def _auto(replies: Sequence[str]) -> Target:
     objects = [_object(reply) for reply in replies]
     found = list(_json_fields(objects, len(replies)))

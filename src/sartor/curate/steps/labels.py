@@ -14,12 +14,13 @@ from sartor.core.config import option
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Example
 from sartor.curate.labels import target
-from sartor.curate.labels.queue import Ruling, table
+from sartor.curate.labels.queue import BY_LABEL, SHOWN_CHARACTERS, Ruling, table
 from sartor.curate.labels.ruling import Settings, rule
 from sartor.curate.likeness import vectors
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
 from sartor.curate.steps.survivor import has_media
 
+__all__ = ["BY_LABEL", "EVIDENCE", "SHOWN_CHARACTERS", "SuspiciousLabels"]  # what whoever reads the evidence needs
 EVIDENCE = "suspicious_labels"
 
 

@@ -1,7 +1,9 @@
-"""The registry's database: opened and brought to its newest form, one changing transaction at a time, faults as typed errors.
+"""A database of tables: opened and brought to its newest form, one changing transaction at a time, faults as typed errors.
 
 SQLite by default (write-ahead log, foreign keys, waits for another's lock), Postgres by URL. The URL holds no secret: `${NAME}`
-in it is filled from the environment, and what was filled in is taken out of every message.
+in it is filled from the environment, and what was filled in is taken out of every message. A `Form` says what it holds: the
+registry of a team, a queue of review. A row carries the digest of its content, so that one that was changed from outside is
+recognised.
 """
 
 from __future__ import annotations
@@ -10,28 +12,28 @@ import os
 import re
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alembic import command
+from alembic import command, context
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from filelock import FileLock, Timeout
-from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, func, insert, make_url, select, text, update
+from sqlalchemy import URL, Column, Connection, Engine, NullPool, create_engine, event, make_url, select, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from sartor.agents import tables
+from sartor.core import records
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, MissingError, SartorError, need
 
 BUSY_S = 5.0
 # A change that was told survives a power cut
 SYNCHRONOUS = "full"
 OPEN_S = 60.0
-MIGRATIONS = Path(__file__).parent / "migrations"
 _NAME = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _PARTS = ("username", "password", "host", "database")
 # an arbitrary number: who holds this advisory lock of Postgres is bringing the tables to their newest form
@@ -44,11 +46,27 @@ _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a database holds.
+
+    noun: what errors call it. given_as: how its URL is given, for remedies. migrations: the directory of alembic's revisions,
+    whose env.py calls `run_revisions`. counter: the column of the one row that every change locks. version_table: where alembic
+    notes the revision; two forms in one Postgres database need two.
+    """
+
+    noun: str
+    given_as: str
+    migrations: Path
+    counter: Column[int]
+    version_table: str = "alembic_version"
+
+
 class Database:
     """Connections of one database. `name` is its URL without secrets."""
 
-    def __init__(self, url: URL, secrets: dict[str, str], name: str) -> None:
-        self.name = name
+    def __init__(self, url: URL, secrets: dict[str, str], name: str, form: Form) -> None:
+        self.name, self.form = name, form
         self._secrets = secrets
         self._is_sqlite = url.get_backend_name() == "sqlite"
         # a SQLite connection costs a millisecond, and one that is kept would hold a file that a restored copy has replaced
@@ -74,27 +92,39 @@ class Database:
         """
         with self._typed(), self._changing.begin() as connection:
             # on Postgres the row's lock does what BEGIN IMMEDIATE does on SQLite
-            connection.execute(select(tables.generation.c.value).with_for_update())
+            connection.execute(select(self.form.counter).with_for_update())
             yield connection
 
     def migrate(self) -> None:
-        """Bring the tables to their newest form, from none or from an older one, whole or not at all."""
-        with self._typed(), _one_migration, self._opening(), self._changing.begin() as connection:
-            if not self._is_sqlite:
-                connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _ADVISORY})
-            config = Config()
-            config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-            config.attributes["connection"] = connection
-            standing = MigrationContext.configure(connection).get_current_revision()
-            if standing != ScriptDirectory.from_config(config).get_current_head():
-                self._upgrade(config, standing)
+        """Bring the tables to their newest form, from none or from an older one, whole or not at all.
+
+        Where they are that already, no lock is taken: who only looks does not wait for a writer.
+        """
+        config = Config()
+        config.set_main_option("script_location", str(self.form.migrations).replace("%", "%%"))
+        head = ScriptDirectory.from_config(config).get_current_head()
+        with self._typed(), _one_migration, self._opening():
+            with self._engine.begin() as connection:
+                if self._standing(connection) == head:
+                    return
+            with self._changing.begin() as connection:
+                if not self._is_sqlite:
+                    connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _ADVISORY})
+                config.attributes |= {"connection": connection, "version_table": self.form.version_table}
+                if (standing := self._standing(connection)) != head:
+                    self._upgrade(config, standing)
+
+    def _standing(self, connection: Connection) -> str | None:
+        """The revision of the tables as they are, None of none."""
+        opts = {"version_table": self.form.version_table}
+        return MigrationContext.configure(connection, opts=opts).get_current_revision()
 
     def _upgrade(self, config: Config, standing: str | None) -> None:
         try:
             command.upgrade(config, "head")
         except CommandError:
             raise ArtifactError(
-                f"the registry {self.name} has the form {standing!r}, which this version of Sartor does not know",
+                f"the {self.form.noun} {self.name} has the form {standing!r}, which this version of Sartor does not know",
                 "open it with the version of Sartor that wrote it last",
             ) from None
 
@@ -109,7 +139,7 @@ class Database:
         except Timeout:
             raise BusyError(f"another process has been opening {file} for {OPEN_S:.0f} s", "end it, or wait") from None
         except OSError as error:
-            raise ConfigError(f"{file} cannot be made: {error.strerror}", "state: DIRECTORY that can be written to") from None
+            raise ConfigError(f"{file} cannot be made: {error.strerror}", "give a directory that can be written to") from None
 
     def close(self) -> None:
         """Give the connections back."""
@@ -129,7 +159,7 @@ class Database:
             said = said.replace(value, f"${{{name}}}")
         code = getattr(error, "sqlite_errorcode", 0)  # of sqlite3's errors only
         primary = code & 0xFF
-        where = f"the registry {self.name}"
+        where = f"the {self.form.noun} {self.name}"
         if primary in _BUSY:
             return BusyError(f"{where} is locked by another process: {said}", "try again", BUSY_S)
         if primary in _DAMAGED or (primary == sqlite3.SQLITE_ERROR and said.startswith("no such")):  # written over, or emptied
@@ -144,46 +174,43 @@ class Database:
         return Path(self._engine.url.database or "").exists()
 
 
-def open_database(url: str) -> Database:
+def open_database(url: str, form: Form) -> Database:
     """The database at a SQLAlchemy URL, its tables in their newest form. Two processes may do so at once.
 
     Raises ConfigError for a URL that is none or spells out a password, ExtraError for a driver that is not installed,
     ArtifactError for a database that a newer Sartor wrote, and what `Database.change` raises.
     """
-    parsed, secrets, name = _filled(url)
+    parsed, secrets, name = _filled(url, form)
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise ConfigError(f"the registry {name} is neither SQLite nor Postgres", "registry: postgresql+psycopg://...")
+        raise ConfigError(f"the {form.noun} {name} is neither SQLite nor Postgres", f"{form.given_as}postgresql+psycopg://...")
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
-        raise ConfigError(
-            "a registry in memory would be another one for each connection", "registry: sqlite:///registry.sqlite"
-        )
+        problem = f"a {form.noun} in memory would be another one for each connection"
+        raise ConfigError(problem, f"{form.given_as}sqlite:///{form.noun.split()[0]}.sqlite")
     try:
-        database = Database(parsed, secrets, name)
+        database = Database(parsed, secrets, name, form)
     except ModuleNotFoundError as error:
         raise need(str(error.name)) from None
     except NoSuchModuleError:
-        raise ConfigError(f"the registry {name} names a driver that SQLAlchemy lacks", "postgresql+psycopg://...") from None
+        problem = f"the {form.noun} {name} names a driver that SQLAlchemy lacks"
+        raise ConfigError(problem, f"{form.given_as}postgresql+psycopg://...") from None
     database.migrate()
     return database
 
 
-def _filled(url: str) -> tuple[URL, dict[str, str], str]:
+def _filled(url: str, form: Form) -> tuple[URL, dict[str, str], str]:
     """The URL with every ${NAME} filled in, the filled values by name, and the URL as it may be shown."""
+    remedy = f"{form.given_as}postgresql+psycopg://team:${{DB_PASSWORD}}@host/db"
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        raise ConfigError(
-            "`registry` is no URL that SQLAlchemy knows", "postgresql+psycopg://team:${DB_PASSWORD}@host/db"
-        ) from None
+        raise ConfigError(f"the URL of the {form.noun} is none that SQLAlchemy knows", remedy) from None
     spelled = [parsed.password, *(value for key, value in parsed.query.items() if "pass" in key.lower())]
     if any(secret and not _NAME.fullmatch(str(secret)) for secret in spelled):
-        raise ConfigError(
-            "the URL of the registry spells out a password", "registry: postgresql+psycopg://team:${DB_PASSWORD}@host/db"
-        )
+        raise ConfigError(f"the URL of the {form.noun} spells out a password", remedy)
     secrets: dict[str, str] = {}
 
     def fill(part: str) -> str:
-        return _NAME.sub(lambda name: secrets.setdefault(name[1], _environment(name[1])), part)
+        return _NAME.sub(lambda name: secrets.setdefault(name[1], _environment(name[1], form)), part)
 
     parts = {part: fill(value) for part in _PARTS if (value := getattr(parsed, part))}
     query = {key: fill(value) if isinstance(value, str) else value for key, value in parsed.query.items()}
@@ -191,10 +218,17 @@ def _filled(url: str) -> tuple[URL, dict[str, str], str]:
     return filled, secrets, url
 
 
-def _environment(name: str) -> str:
+def _environment(name: str, form: Form) -> str:
     if not (value := os.environ.get(name)):
-        raise ConfigError(f"the URL of the registry names ${{{name}}}, which is not set", f"export {name}=...")
+        raise ConfigError(f"the URL of the {form.noun} names ${{{name}}}, which is not set", f"export {name}=...")
     return value
+
+
+def run_revisions() -> None:
+    """What the env.py of a Form's migrations does: the revisions, on the connection and in the transaction of `migrate`."""
+    said = context.config.attributes
+    context.configure(connection=said["connection"], version_table=said["version_table"])
+    context.run_migrations()
 
 
 def _prepare(connection: sqlite3.Connection, record: object) -> None:
@@ -212,15 +246,19 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("begin immediate" if changes else "begin")
 
 
-def generation_of(connection: Connection) -> int:
-    """The number of the newest change; of a registry that lost its counter, the one that its log knows."""
-    found = connection.execute(select(tables.generation.c.value)).scalar_one_or_none()
-    return int(found if found is not None else connection.execute(select(func.max(tables.events.c.generation))).scalar() or 0)
+def checksum(row: Mapping[str, Any]) -> str:
+    """sha256 over every column of a row but `checksum`; a numbered row is digested before the database gives it its number."""
+    return records.digest({name: value for name, value in row.items() if name != "checksum"})
 
 
-def next_generation(connection: Connection) -> int:
-    """The number of the change that is being made."""
-    number = generation_of(connection) + 1
-    if not connection.execute(update(tables.generation).values(value=number)).rowcount:
-        connection.execute(insert(tables.generation).values(id=1, value=number))
-    return number
+def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with its checksum, to be written."""
+    return {**row, "checksum": checksum(row)}
+
+
+def is_whole(row: Mapping[str, Any]) -> bool:
+    """Whether a row that was read is the one that was written."""
+    try:
+        return bool(checksum(row) == row["checksum"])
+    except (TypeError, ValueError):  # bytes, or text with a lone surrogate: nothing that was ever written
+        return False

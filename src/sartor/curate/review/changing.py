@@ -1,0 +1,112 @@
+"""A row as an edit leaves it: a new Example, whose origins name the old one as their parent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sartor.core.errors import ConfigError
+from sartor.core.records import Example, Message, Origin, Part
+from sartor.curate import finish
+from sartor.curate.labels import target
+from sartor.curate.personal.findings import ENTITIES
+from sartor.curate.review.items import check_change
+from sartor.curate.steps.personal_data import Masking, PersonalData
+from sartor.curate.work import prompt_group
+
+STEP = finish.EDITED
+
+
+def changed(example: Example, change: Mapping[str, Any]) -> Example:
+    """The row with the change done. Raises ConfigError where it does not fit the row, or changes nothing of it."""
+    check_change(change)
+    after = example
+    for place, text in _turns(example, change):
+        after = _with_text(after, place, text)
+    if "value" in change:
+        after = _with_label(after, str(change.get("label", "reply")), str(change["value"]))
+    if "weight" in change:
+        after = replace(after, weight=_weight(change["weight"]))
+    if change.get("mask"):
+        after = everywhere_masked(after)
+    if after.id == example.id and after.weight == example.weight:
+        raise ConfigError(f"the edit leaves row {example.id} as it is", "accept it, or say what is to be changed")
+    if after.id == example.id:  # another weight is no other row
+        return replace(after, steps=(*example.steps, STEP))
+    group = prompt_group(after) if example.group == prompt_group(example) else after.group
+    return replace(after, origins=tuple(_child(origin, example) for origin in example.origins), group=group,
+                   steps=(*example.steps, STEP))  # fmt: skip
+
+
+def everywhere_masked(example: Example) -> Example:
+    """The row with placeholders for whatever may be personal in it, names of people among it."""
+    step = PersonalData(entities=ENTITIES)  # type: ignore[arg-type]
+    masking = step.open(Path())
+    assert isinstance(masking, Masking)
+    return masking.everywhere(example)
+
+
+def masked_text(text: str) -> str:
+    """A sentence of a person's with placeholders for personal data."""
+    return PersonalData(entities=ENTITIES).masker()(text)  # type: ignore[arg-type]
+
+
+def _child(origin: Origin, parent: Example) -> Origin:
+    """A row that was read stays its source's, as edited; one that a step made keeps that step's mark for ever.
+
+    `made+review` is the mark of one that a step made of nothing: it has a parent now, and still counts as its source's row.
+    """
+    if origin.parents or origin.step.endswith(STEP):
+        return replace(origin, parents=(parent.id,))
+    return replace(origin, parents=(parent.id,), step=STEP if origin.step == "read" else f"{origin.step}+{STEP}")
+
+
+def _turns(example: Example, change: Mapping[str, Any]) -> list[tuple[int, str]]:
+    found = [(_turn_number(example, key), str(text)) for key, text in dict(change.get("turns") or {}).items()]
+    if "reply" in change:
+        found.append((len(example.messages) - 1, str(change["reply"])))
+    if "prompt" in change:
+        users = [place for place, message in enumerate(example.messages) if message.role == "user"]
+        if not users:
+            raise ConfigError(f"row {example.id} has no question", "change its reply")
+        found.append((users[-1], str(change["prompt"])))
+    return found
+
+
+def _turn_number(example: Example, said: Any) -> int:
+    last = len(example.messages) - 1
+    if not str(said).isdecimal() or int(said) > last:
+        raise ConfigError(f"row {example.id} has no turn {said!r}", f"a number from 0 to {last}")
+    return int(said)
+
+
+def _with_text(example: Example, place: int, text: str) -> Example:
+    """Another text in a message; its pictures and recordings stay."""
+    if not text.strip():
+        raise ConfigError("an edit would leave an empty turn", "reject the row, or say what is to stand there")
+    message = example.messages[place]
+    parts: list[Part] = []
+    for part in message.content:
+        if part.kind != "text":
+            parts.append(part)
+        elif not any(one.kind == "text" for one in parts):
+            parts.append(Part("text", text))
+    if not any(part.kind == "text" for part in parts):
+        parts.append(Part("text", text))
+    renewed: Message = replace(message, content=tuple(parts))
+    return replace(example, messages=(*example.messages[:place], renewed, *example.messages[place + 1 :]))
+
+
+def _with_label(example: Example, form: str, value: str) -> Example:
+    reply = target.with_label(example.reply, form, value)
+    if reply is None:
+        raise ConfigError(f"the reply of row {example.id} has no label {form}", "edit its reply as a whole: --reply TEXT")
+    return _with_text(example, len(example.messages) - 1, reply)
+
+
+def _weight(said: Any) -> float:
+    if not isinstance(said, int | float) or isinstance(said, bool) or not 0 < said < float("inf"):
+        raise ConfigError(f"the weight is {said!r}", "a number above 0; 1 is the usual; reject a row that is to weigh nothing")
+    return float(said)

@@ -1,0 +1,254 @@
+"""What a person does at the queue: look, decide, draw a sample, compare two reviewers, and make a Dataset of what was decided.
+
+The command line calls these, and a page may: each takes paths and words, and hands back plain values.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sartor.core import catalogue
+from sartor.core.artifacts import Artifact, check_free, kind_of
+from sartor.core.errors import ConfigError
+from sartor.curate.review import findings, sampling
+from sartor.curate.review.agreement import agreements
+from sartor.curate.review.applying import apply
+from sartor.curate.review.changing import everywhere_masked
+from sartor.curate.review.deciding import Opinion, decide
+from sartor.curate.review.items import KINDS, Item
+from sartor.curate.review.rows import rows_of
+from sartor.curate.review.standing import newest
+from sartor.curate.review.view import Entry, Rule, View, opened, signer
+
+DRAWN = "drawn"
+
+
+def open_items(dataset: Path | str | Artifact, queue: str = "", *, reviewers: int = 1, signed: bool = False) -> int:
+    """How many items of a Dataset nobody has decided, or two people differently: what the gate asks.
+
+    Findings that stand in the Dataset's files count whether or not anybody has looked at the queue yet. `reviewers` is how many
+    people must agree; with `signed` only decisions count that a key which this machine trusts has signed.
+    """
+    path = dataset.path if isinstance(dataset, Artifact) else Path(dataset)
+    with opened(path, queue, Rule(reviewers, signed)) as view:
+        return sum(entry.is_open for entry in view.entries())
+
+
+def review_counts(dataset: Path | str, queue: str = "", *, reviewers: int = 1, signed: bool = False) -> dict[str, int]:
+    """Items of a Dataset: open, in conflict (among the open), and decided, by what was decided."""
+    with opened(dataset, queue, Rule(reviewers, signed)) as view:
+        return _counts(view.entries())
+
+
+def review_list(dataset: Path | str, queue: str = "", *, kind: str = "", state: str = "open", by: str = "",
+                most: int = 50, rule: Rule | None = None) -> dict[str, Any]:  # fmt: skip
+    """The items of a Dataset, `most` of them, and the counts of all. Raises ConfigError for a kind or state that is none.
+
+    state: open (conflicts among them), conflict, decided or all. by: only items about which this person has not decided, and
+    nothing of what others did: a second reviewer should not know.
+    """
+    if kind and kind not in KINDS:
+        raise ConfigError(f"there is no kind {kind!r}", f"one of {', '.join(KINDS)}")
+    if state not in ("open", "conflict", "decided", "all"):
+        raise ConfigError(f"there is no state {state!r}", "open, conflict, decided or all")
+    with opened(dataset, queue, rule) as view:
+        entries = view.entries()
+        found = [entry for entry in entries if not kind or entry.item.kind == kind]
+        if by:
+            found = [entry for entry in found if by not in newest(entry.decisions)]
+        elif state != "all":
+            found = [entry for entry in found if _is_in(entry, state)]
+        said = [_line(entry, blind=bool(by)) for entry in found[:most]]
+        return {**_counts(entries), "listed": len(said), "more": len(found) - len(said), "items": said}
+
+
+def review_show(dataset: Path | str, item: str, queue: str = "", *, reveal: bool = False) -> dict[str, Any]:
+    """One item: what was found and why, the rows as they stand, what each verdict would do, who decided what.
+
+    Rows of a finding of personal data are shown masked, unless `reveal`.
+    """
+    with opened(dataset, queue) as view:
+        entry = view.entry(item)
+        masked = entry.item.kind == "personal" and not reveal
+        proposed = entry.item.proposed
+        rows = rows_of(view.dataset, entry.item.examples)
+        shown = [*rows.values(), *([proposed] if proposed is not None and proposed.id not in rows else [])]
+        said = entry.item.as_json()
+        said.pop("row", None)
+        return {
+            **{name: value for name, value in said.items() if name not in ("schema", "what")},
+            "state": entry.standing.state,
+            "rows": [_row(everywhere_masked(row) if masked else row, row.id) for row in shown],
+            "would": _would(entry.item, proposed is not None),
+            "decisions": [_decision(one) for one in entry.decisions],
+        }
+
+
+def review_decide(dataset: Path | str, items: Sequence[str], opinion: Opinion, queue: str = "") -> dict[str, Any]:
+    """Keep what a person decided about items, beside what others did; and the counts then.
+
+    Each is kept by itself, in its order: where one is refused, those before it stay. Raises ConfigError, ConflictError,
+    BusyError.
+    """
+    if not items:
+        raise ConfigError("no item is named", "sartor review list DATASET has their ids")
+    with opened(dataset, queue, make=True) as view:
+        said = [_decided(*decide(view, item, opinion), opinion) for item in items]
+        return {"decisions": said, **_counts(view.entries())}
+
+
+def _decided(entry: Entry, is_new: bool, opinion: Opinion) -> dict[str, Any]:
+    said = {"item": entry.item.id, "verdict": opinion.verdict, "by": opinion.by.strip(), "new": is_new}
+    signed = is_new and bool(entry.decisions[-1].signature)
+    return {**said, "signed": signed, "state": entry.standing.state, "holds": entry.standing.verdict}
+
+
+def review_sample(dataset: Path | str, queue: str = "", *, error: float = 0.01, confidence: float = 0.95, allow: int = 0,
+                  split: str = "", seed: int = 0) -> dict[str, Any]:  # fmt: skip
+    """Draw as many rows as a bound on the fraction of bad ones needs, put them into the queue, and say what they tell so far.
+
+    Asked again with the same numbers it draws the same rows, so what was decided meanwhile counts. `upper` is the bound that
+    holds with `confidence`: a row that nobody has judged yet counts as bad.
+    """
+    with opened(dataset, queue, make=True) as view:
+        assert view.queue is not None
+        ids = _of_split(view, split)
+        count = sampling.size(len(ids), error, confidence, allow)
+        rows = sampling.drawn(ids, count, seed)
+        items = [Item("sample", (one,), reason=DRAWN, origin="review sample") for one in rows]
+        plan = {"error": error, "confidence": confidence, "allow": allow, "split": split, "seed": seed,
+                "population": len(ids), "size": count}  # fmt: skip
+        view.queue.sample(view.dataset.id, {**plan, "rows": rows}, items)
+        decisions = view.queue.decisions(item.id for item in items)
+        verdicts = Counter(view.stand(decisions.get(item.id, [])).verdict for item in items)
+        bad, waiting = verdicts["edit"] + verdicts["reject"], verdicts[""]
+        upper = sampling.most_bad(len(ids), count, bad + waiting, confidence)
+        next_ones = [item.id for item in items if not view.stand(decisions.get(item.id, [])).verdict]
+        return {**plan, "good": verdicts["accept"], "bad": bad, "waiting": waiting, "upper": upper / len(ids),
+                "upper_rows": upper, "holds": waiting == 0 and upper / len(ids) <= error, "next": next_ones[:10]}  # fmt: skip
+
+
+def review_agreement(dataset: Path | str, queue: str = "", *, kind: str = "") -> dict[str, Any]:
+    """How far each two reviewers agree, by what each said first, and the items about which they differ."""
+    with opened(dataset, queue) as view:
+        entries = [entry for entry in view.all_entries() if not kind or entry.item.kind == kind]
+    conflicts = [_line(entry) for entry in entries if entry.standing.state == "conflict"]
+    return {"pairs": [one.as_json() for one in agreements([entry.decisions for entry in entries])], "conflicts": conflicts}
+
+
+def review_apply(dataset: Path | str, out: Path | str, queue: str = "", *, replace: bool = False, keep_derived: bool = False,
+                 rule: Rule | None = None) -> dict[str, Any]:  # fmt: skip
+    """A new Dataset in which what was decided is done; the old one stays. Raises as `applying.apply`."""
+    check_free(Path(out).absolute(), replace=replace)
+    with opened(dataset, queue, rule) as view:
+        made, said = apply(view, Path(out), replace=replace, keep_derived=keep_derived)
+    catalogue.register(made)
+    return {"dataset": str(made.path), **said, "kept": made.manifest["counts"]["kept"]}
+
+
+def review_add(dataset: Path | str, found: Iterable[Mapping[str, Any]], queue: str = "") -> dict[str, Any]:
+    """Put findings, each a mapping in the form of a line of `review.jsonl`, into the queue of a Dataset. Raises SourceError.
+
+    The same finding again changes nothing. Whoever writes the Dataset itself may rather write them into its `review.jsonl`.
+    """
+    with opened(dataset, queue, make=True) as view:
+        lines = findings.Lines()
+        for said in found:
+            lines.add(said, findings.content_of(view.dataset))
+        return _taken(view, lines, "what was given")
+
+
+def review_import(dataset: Path | str, source: Path | str, queue: str = "") -> dict[str, Any]:
+    """Take findings and decisions of a `review.jsonl`, or of another Dataset's files, into the queue of a Dataset.
+
+    Raises SourceError for a line that cannot be read, SignatureError for a decision that a trusted key signed otherwise. A
+    decision about an item that neither knows is refused: nothing is taken in then.
+    """
+    source = Path(source)
+    with opened(dataset, queue, make=True) as view:
+        if kind_of(source) == "dataset":
+            with opened(source, queue) as other:
+                lines = findings.Lines(dict(other.items), [one for entry in other.all_entries() for one in entry.decisions])
+        else:
+            lines = findings.read(source, of=findings.content_of(view.dataset))
+        return _taken(view, lines, str(source))
+
+
+def _taken(view: View, lines: findings.Lines, source: str) -> dict[str, Any]:
+    """Take lines into the queue, all or none; returns how many, and how many of them are new."""
+    assert view.queue is not None
+    known = {**view.items, **lines.items}
+    if strange := [one.item for one in lines.decisions if one.item not in known]:
+        problem = f"{source} decides about {strange[0]}, which is no item of it or of the Dataset"
+        raise ConfigError(problem, "give a file that has its finding too: sartor review export")
+    signed = sum(bool(signer(one)) for one in lines.decisions)
+    items = [*lines.items.values(), *(known[one.item] for one in lines.decisions if one.item not in lines.items)]
+    added, decided = view.queue.add(view.dataset.id, items, lines.decisions)
+    elsewhere = sum(not view.concerns(item) for item in lines.items.values())
+    counts = {"findings": len(lines.items), "new": added, "of_other_rows": elsewhere}
+    return {**counts, "decisions": len(lines.decisions), "new_decisions": decided, "signed": signed}
+
+
+def review_export(dataset: Path | str, out: Path | str, queue: str = "") -> dict[str, Any]:
+    """Findings and decisions of a Dataset as a `review.jsonl`, for a reviewer elsewhere. Raises ConfigError if it is there."""
+    out = Path(out)
+    if out.exists():
+        raise ConfigError(f"{out} exists", "choose another --out")
+    with opened(dataset, queue) as view:
+        entries = view.entries()
+        decisions = [one for entry in entries for one in entry.decisions]
+        part = out.with_name(f".{out.name}.part")
+        findings.write(part, (entry.item for entry in entries), decisions)
+        part.replace(out)
+    return {"file": str(out), "findings": len(entries), "decisions": len(decisions)}
+
+
+def _of_split(view: View, split: str) -> list[str]:
+    return sorted(view.ids) if not split else view.ids_of(split)
+
+
+def _counts(entries: list[Entry]) -> dict[str, int]:
+    verdicts = Counter(entry.standing.verdict for entry in entries)
+    conflicts = sum(entry.standing.state == "conflict" for entry in entries)
+    decided = {"accepted": verdicts["accept"], "edited": verdicts["edit"], "rejected": verdicts["reject"]}
+    return {"open": sum(entry.is_open for entry in entries), "conflicts": conflicts, **decided}
+
+
+def _is_in(entry: Entry, state: str) -> bool:
+    return entry.is_open if state == "open" else entry.standing.state == state
+
+
+def _line(entry: Entry, *, blind: bool = False) -> dict[str, Any]:
+    item = entry.item
+    said: dict[str, Any] = {"id": item.id, "kind": item.kind, "reason": item.reason, "examples": list(item.examples)}
+    said |= {"slice": item.slice, "detail": item.detail, "suggestion": dict(item.suggestion)}
+    said = {name: value for name, value in said.items() if value not in ("", [], {})}
+    if blind:
+        return said
+    people = {by: one.verdict for by, one in newest(entry.decisions).items()}
+    return {**said, "state": entry.standing.state, **({"by": people} if people else {})}
+
+
+def _row(row: Any, identity: str) -> dict[str, Any]:
+    messages = [{"role": message.role, "text": message.text, "media": [part.media for part in message.content if part.media]}
+                for message in row.messages]  # fmt: skip
+    return {"id": identity, "split": row.split, "messages": [{k: v for k, v in one.items() if v} for one in messages]}
+
+
+def _would(item: Item, joins: bool) -> dict[str, str]:
+    """What each verdict would do."""
+    if not item.examples:
+        return {"accept": "the finding may stand; nothing changes"}
+    if len(item.examples) > 1:
+        return {"accept": f"{len(item.examples)} rows stay as they are", "reject": f"{len(item.examples)} rows become Drops"}
+    edit = f"puts {dict(item.suggestion)}" if item.suggestion else "with --reply or --prompt"
+    accept, reject = ("the row joins", "the row stays out") if joins else ("the row stays as it is", "the row becomes a Drop")
+    return {"accept": accept, "edit": edit, "reject": reject}
+
+
+def _decision(one: Any) -> dict[str, Any]:
+    said = {name: value for name, value in one.as_json().items() if name not in ("schema", "what", "item", "signature")}
+    return {**said, "signed_by": signer(one) or ("an unknown key" if one.signature else "nobody")}

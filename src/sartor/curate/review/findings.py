@@ -1,0 +1,131 @@
+"""What a Dataset's own files put before a person: `review.jsonl`, and the queue of suspicious labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from sartor.core.artifacts import Artifact, check_file
+from sartor.core.errors import SartorError, SourceError
+from sartor.core.records import canonical
+from sartor.curate.review.items import SCHEMA, Decision, Item, decision_of, item_of
+from sartor.curate.steps.labels import BY_LABEL, EVIDENCE, SHOWN_CHARACTERS
+
+FILE = "review.jsonl"
+LABELS = f"evidence/{EVIDENCE}.parquet"
+MOST_LINE_BYTES = 4 << 20
+
+
+@dataclass
+class Lines:
+    """What a `review.jsonl` holds. `samples` are the plans of samples that were drawn, with what came of them."""
+
+    items: dict[str, Item] = field(default_factory=dict)
+    decisions: list[Decision] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, said: Mapping[str, Any], of: str) -> None:
+        """Take in a line. Raises SourceError for one that is neither a finding nor a decision."""
+        what = said.get("what", "decision" if "verdict" in said else "finding")
+        if what == "decision":
+            self.decisions.append(decision_of(said))
+        elif what == "sample":
+            self.samples.append(dict(said))
+        elif what == "finding":
+            item = item_of(said, of=of)
+            self.items.setdefault(item.id, item)
+        else:
+            raise SourceError(f"a line is a {what!r}", "what: finding, decision or sample")
+
+
+def content_of(dataset: Artifact) -> str:
+    """The digest of a Dataset's content: a slice is a finding of that, whenever and wherever it was curated."""
+    return str(dataset.manifest.get("digest") or dataset.id)
+
+
+def of_dataset(dataset: Artifact) -> Lines:
+    """Everything that the Dataset's files say. Raises SourceError for a line that cannot be read."""
+    lines = Lines()
+    if (dataset.path / FILE).is_file():
+        if FILE in dataset.manifest["files"]:
+            check_file(dataset, FILE)
+        lines = read(dataset.path / FILE, of=content_of(dataset))
+    for item in _suspicious(dataset):
+        lines.items.setdefault(item.id, item)
+    return lines
+
+
+def read(file: Path, *, of: str = "") -> Lines:
+    """The lines of a `review.jsonl`. `of` is the content of the Dataset that its slices are of. Raises SourceError."""
+    lines = Lines()
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(MOST_LINE_BYTES + 1), b""), 1):
+                if line.strip():
+                    _take(lines, line, f"{file}:{number}", of)
+    except OSError as error:
+        raise SourceError(
+            f"{file} cannot be read: {error.strerror}", "give a review.jsonl, or a Dataset that has one"
+        ) from None
+    return lines
+
+
+def _take(lines: Lines, line: bytes, place: str, of: str) -> None:
+    if len(line) > MOST_LINE_BYTES:
+        raise SourceError(f"{place} is longer than {MOST_LINE_BYTES:,} bytes", "no finding is: name rows by their ids")
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{place} is no JSON: {error}", "mend the line, or take it out") from None
+    if not isinstance(said, dict):
+        raise SourceError(f"{place} is no JSON object", "one finding or decision a line")
+    try:
+        lines.add(said, of)
+        canonical(said)  # half of a surrogate pair could not be written again
+    except SartorError as error:
+        raise SourceError(f"{place}: {error.problem}", error.remedy) from None
+    except UnicodeEncodeError as error:
+        raise SourceError(f"{place} holds what no file can: {error.reason}", "mend the line, or take it out") from None
+
+
+def write(file: Path, items: Iterable[Item], decisions: Iterable[Decision], samples: Iterable[Mapping[str, Any]] = ()) -> int:
+    """Write a `review.jsonl`; returns how many lines. `read` turns it back."""
+    said = [*(item.as_json() for item in items), *(decision.as_json() for decision in decisions)]
+    said += [{"schema": SCHEMA, **sample, "what": "sample"} for sample in samples]
+    file.write_bytes(b"".join(canonical(one) + b"\n" for one in said))
+    return len(said)
+
+
+def _suspicious(dataset: Artifact) -> Iterator[Item]:
+    """The rows of the queue of labels that look wrong."""
+    if LABELS not in dataset.manifest["files"]:
+        return
+    check_file(dataset, LABELS)
+    form = str((dataset.manifest.get("steps", {}).get("suspicious_labels") or {}).get("label", ""))
+    columns = ["id", "given", "suggested", "score", "looks_wrong", "kind", "evidence"]
+    for row in pq.read_table(dataset.path / LABELS, columns=columns).to_pylist():
+        if row["looks_wrong"]:
+            yield Item(
+                "label",
+                (row["id"],),
+                reason="suspicious_label",
+                detail=f"labelled {row['given']!r}; the other rows say {row['suggested']!r}",
+                evidence={"score": round(row["score"], 6), "judged_by": row["kind"], "near": row["evidence"]},
+                suggestion=_suggestion(row, form),
+                origin="suspicious_labels",
+            )
+
+
+def _suggestion(row: Mapping[str, Any], form: str) -> dict[str, Any]:
+    """What an edit would put in the label's place; nothing where the queue holds it cut, or a pattern found the label."""
+    suggested = str(row["suggested"])
+    if not suggested or len(suggested) == SHOWN_CHARACTERS and suggested.endswith("…"):
+        return {}
+    if row["kind"] != BY_LABEL or form == "reply":
+        return {"reply": suggested}
+    return {"label": form, "value": suggested} if form.startswith("json:") else {}

@@ -1,0 +1,195 @@
+"""What is put before a person, and what they decide: one line of `review.jsonl` each.
+
+    {"what": "finding", "kind": "label", "examples": ["3f..."], "reason": "suspicious_label", "detail": "...",
+     "evidence": {...}, "suggestion": {"reply": "No."}, "origin": "suspicious_labels"}
+    {"what": "decision", "item": "9a...", "verdict": "reject", "by": "Ada", "at": "2026-11-26T05:00:00.000000Z"}
+
+A finding's id is the digest of what is the matter with which rows, so the same one found twice is one item, also in a Dataset
+that was curated again. Of personal data only kind and span are kept: a finding that holds more is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from sartor.core import records, rows
+from sartor.core.errors import SourceError
+from sartor.core.records import Example
+
+SCHEMA = 1
+Kind = Literal["label", "bias", "validation", "personal", "synthetic", "sample"]
+Verdict = Literal["accept", "edit", "reject"]
+KINDS: tuple[str, ...] = get_args(Kind)
+VERDICTS: tuple[str, ...] = get_args(Verdict)
+# what an edit may say: texts of the last reply, of the last question, of turns by number; a label's value in a JSON reply;
+# the row's weight; or that personal data is masked
+CHANGES = ("reply", "prompt", "turns", "label", "value", "weight", "mask")
+SPAN = {"entity", "place", "start", "end", "score"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One finding. `reason` is a stable word, `detail` a sentence, `origin` what found it.
+
+    examples: ids of the rows; with `row`, that of a row which is not in the Dataset and would join it. slice: in words, of what
+    concerns many rows ("group=women"); without examples it belongs to the Dataset whose digest is `of`. evidence: numbers and
+    names that show it. suggestion: a change (see CHANGES) that an edit may take over.
+    """
+
+    kind: str
+    examples: tuple[str, ...] = ()
+    slice: str = ""
+    reason: str = ""
+    detail: str = ""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    suggestion: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    row: Mapping[str, Any] | None = None
+    of: str = ""
+
+    @cached_property
+    def id(self) -> str:
+        """16 hex digits of the digest of what is the matter, and where: not of when, nor of the sentence that says it."""
+        said: dict[str, Any] = {"kind": self.kind, "examples": sorted(self.examples), "slice": self.slice}
+        said |= {"reason": self.reason, "suggestion": self.suggestion}
+        if self.kind == "personal":
+            said["evidence"] = self.evidence
+        if not self.examples:
+            said["of"] = self.of
+        return records.digest(said)[:16]
+
+    @property
+    def proposed(self) -> Example | None:
+        """The row that would join the Dataset."""
+        return None if self.row is None else rows.example_of(dict(self.row))
+
+    def as_json(self) -> dict[str, Any]:
+        """A line of `review.jsonl`; `item_of` turns it back."""
+        said = {name: getattr(self, name) for name in self.__dataclass_fields__} | {"examples": list(self.examples)}
+        filled = {name: value for name, value in said.items() if value not in ("", None, [], {})}
+        return {"schema": SCHEMA, "what": "finding", "id": self.id, **filled}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a person decided about an item. The row stays as it is (accept), is changed (edit) or goes (reject).
+
+    `at` is UTC, to the microsecond. `settles`: it ends a disagreement. `signature` is that of `document`, {} for none.
+    """
+
+    item: str
+    verdict: str
+    by: str
+    at: str
+    reason: str = ""
+    change: Mapping[str, Any] = field(default_factory=dict)
+    settles: bool = False
+    signature: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def outcome(self) -> tuple[str, bytes]:
+        """What is to be done, for comparison: two edits agree when they say the same."""
+        return self.verdict, records.canonical(self.change)
+
+    @property
+    def document(self) -> bytes:
+        """What is signed: everything but the signature."""
+        return records.canonical({name: value for name, value in self.as_json().items() if name != "signature"})
+
+    def as_json(self) -> dict[str, Any]:
+        """A line of `review.jsonl`; `decision_of` turns it back."""
+        said = {name: value for name, value in vars(self).items() if value not in ("", {}, False)}
+        return {"schema": SCHEMA, "what": "decision", **said}
+
+
+def item_of(said: Mapping[str, Any], *, of: str = "") -> Item:
+    """A line of findings as an Item. `example` may stand for `examples` of one. Raises SourceError for what is none."""
+    _check_schema(said)
+    kind = said.get("kind")
+    if kind not in KINDS:
+        raise SourceError(f"a finding's kind is {kind!r}", f"one of {', '.join(KINDS)}")
+    examples = said.get("examples") or ([said["example"]] if said.get("example") else [])
+    row = said.get("row")
+    for name in ("evidence", "suggestion", "row"):
+        if not isinstance(said.get(name) or {}, Mapping):
+            raise SourceError(f"a finding's {name} is a {type(said[name]).__name__}", f"{name}: a mapping")
+    if not isinstance(examples, list):
+        raise SourceError(f"a finding's examples are a {type(examples).__name__}", "examples: a list of ids")
+    texts = {name: str(said.get(name) or "") for name in ("slice", "reason", "detail", "origin")}
+    item = Item(kind, tuple(map(str, examples)), evidence=said.get("evidence") or {}, suggestion=said.get("suggestion") or {},
+                row=row, of=str(said.get("of") or of), **texts)  # fmt: skip
+    return _checked(_with_row_id(item))
+
+
+def decision_of(said: Mapping[str, Any]) -> Decision:
+    """A line of decisions as a Decision. Raises SourceError for what is none."""
+    _check_schema(said)
+    texts = {name: str(said.get(name) or "") for name in ("item", "verdict", "by", "at", "reason")}
+    if texts["verdict"] not in VERDICTS or not (texts["item"] and texts["by"].strip() and texts["at"]):
+        missing = next((name for name in ("item", "by", "at") if not texts[name].strip()), "verdict")
+        raise SourceError(
+            f"a decision's {missing} is {said.get(missing)!r}", f"item, verdict ({', '.join(VERDICTS)}), by and at"
+        )
+    mappings = {name: said.get(name) or {} for name in ("change", "signature")}
+    if wrong := next((name for name, value in mappings.items() if not isinstance(value, Mapping)), ""):
+        raise SourceError(f"a decision's {wrong} is no mapping", f"{wrong}: {{...}}")
+    return Decision(
+        texts["item"],
+        texts["verdict"],
+        texts["by"],
+        texts["at"],
+        texts["reason"],
+        mappings["change"],
+        bool(said.get("settles")),
+        mappings["signature"],
+    )
+
+
+def check_change(change: Mapping[str, Any]) -> None:
+    """Raise SourceError for what no edit can be."""
+    if not change or set(change) - set(CHANGES):
+        problem = f"an edit says {', '.join(change) or 'nothing'}"
+        raise SourceError(problem, f"what it may say: {', '.join(CHANGES)}")
+
+
+def _check_schema(said: Mapping[str, Any]) -> None:
+    if said.get("schema", SCHEMA) != SCHEMA:
+        raise SourceError(f"a line of schema {said.get('schema')!r}; this reads {SCHEMA}", "a newer Sartor")
+
+
+def _with_row_id(item: Item) -> Item:
+    """A proposed row is known by its own id, whatever the line says."""
+    try:
+        proposed = item.proposed
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SourceError(f"a finding's row is no row of examples/*.parquet: {error!r}", "rows.example_row(example)") from None
+    if proposed is None:
+        return item
+    return Item(**{**_fields(item), "examples": (proposed.id,)})
+
+
+def _fields(item: Item) -> dict[str, Any]:
+    return {name: getattr(item, name) for name in Item.__dataclass_fields__}
+
+
+def _checked(item: Item) -> Item:
+    if not item.examples and not item.slice:
+        raise SourceError("a finding names neither rows nor a slice", "examples: [id], or slice: in words")
+    if item.kind == "personal":
+        _check_personal(item)
+    return item
+
+
+def _check_personal(item: Item) -> None:
+    """Personal data found is never written: kind and span, and no word of it."""
+    spans = item.evidence.get("spans", [])
+    named = isinstance(spans, list) and all(isinstance(span, Mapping) and set(span) <= SPAN for span in spans)
+    extra = [*sorted(set(item.evidence) - {"spans"}), *(["detail"] if item.detail else []), *(["row"] if item.row else []),
+             *(["slice"] if item.slice else []), *sorted(set(item.suggestion) - {"mask"})]  # fmt: skip
+    if extra or not named:
+        what = ", ".join(extra) or "spans of another form"
+        remedy = f"evidence: {{spans: [{{{', '.join(sorted(SPAN))}}}]}}, suggestion: {{mask: true}}"
+        raise SourceError(f"a finding of personal data holds {what}; only id, kind and span may be written", remedy)

@@ -1,0 +1,7 @@
+"""What alembic runs for the queue: its revisions, on the connection and in the transaction of `sartor.core.database`."""
+
+from __future__ import annotations
+
+from sartor.core.database import run_revisions
+
+run_revisions()
