@@ -27,7 +27,8 @@ LEVELS = {
     "__main__": 8,
 }  # fmt: skip
 TORCH_FREE = ("sartor", "sartor.core.rows", "sartor.core.lineage", "sartor.core.bases", "sartor.core.signing",
-              "sartor.curate.pipeline", "sartor.curate.review.desk", "sartor.curate.dedup.files", "sartor.tune.recipe", "sartor.evaluate.release", "sartor.cli",
+              "sartor.curate.pipeline", "sartor.curate.review.desk", "sartor.curate.dedup.files", "sartor.curate.synthesize.making",
+              "sartor.core.groups", "sartor.tune.recipe", "sartor.evaluate.release", "sartor.cli",
               "sartor.agents.dispatch", "sartor.agents.book", "sartor.agents.ask_team",
               "sartor.agents.serve.server", "sartor.speech.many", "sartor.speech.spoken",
               "sartor.edge.store", "sartor.edge.update.publish", "sartor.edge.update.sync", "sartor.edge.tuning.limits",

@@ -34,6 +34,7 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
 SLOW = {
     "review.md",
     "recipes.md",
+    "synthetic.md",
     "curation.md",
     "agents.md",
     "export.md",

@@ -66,7 +66,7 @@ def test_help_starts_in_under_a_second_and_loads_no_torch() -> None:
         assert verb in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["curate", "plan", "tune"])
+@pytest.mark.parametrize("verb", ["curate", "plan", "synthesize", "tune"])
 def test_help_of_a_verb_lists_the_recipes_options(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])

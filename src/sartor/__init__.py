@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from sartor.core.encoders import offer, offer_directories
+from sartor.core.teachers import offer_local, offer_speech
 from sartor.core.verb import load
 
 __version__ = "0.1.0"
@@ -89,6 +90,7 @@ _NAMES = {
     "serve": "sartor.agents.serve.opening:serve",
     "speaking": "sartor.agents.speaking:speaking",
     "spoken": "sartor.speech.spoken:spoken",
+    "synthesize": "sartor.curate.synthesize",
     "tune": "sartor.tune",
     "verify": "sartor.evaluate.release:verify",
     "verify_receipt": "sartor.agents.receipt_check:verify_receipt",
@@ -119,6 +121,7 @@ _NAMES = {
     "ReviewRule": "sartor.curate.review.view:Rule",
     "Sampling": "sartor.models.sampling:Sampling",
     "SartorError": "sartor.core.errors:SartorError",
+    "SynthesizeRecipe": "sartor.curate.synthesize.recipe:SynthesizeRecipe",
     "Team": "sartor.agents.team:Team",
     "Waiver": "sartor.evaluate.release:Waiver",
     # what is known of them
@@ -127,6 +130,7 @@ _NAMES = {
     "load_curate_recipe": "sartor.curate.pipeline:load_recipe",
     "load_federate_recipe": "sartor.federate.tuning.recipe:load",
     "load_recipe": "sartor.tune.recipe:load",
+    "load_synthesize_recipe": "sartor.curate.synthesize.making:load_recipe",
     "options": "sartor.core.config:describe",
     "read_drops": "sartor.core.rows:read_drops",
     "read_examples": "sartor.core.rows:read_examples",
@@ -142,6 +146,10 @@ offer_directories(
 offer_directories(
     lambda path: (path / "config.json").is_file(), lambda path: load("sartor.models.encoder").SentenceEncoder(path)
 )
+
+# who writes synthetic rows on this machine, and who speaks them
+offer_local(lambda base, at_once, notice: load("sartor.models.teacher").LocalTeacher(base, at_once, notice))
+offer_speech(lambda texts, voice, speed, folder: load("sartor.speech.many").said_files(texts, voice, speed, folder))
 
 __all__ = sorted(_NAMES)  # noqa: PLE0605
 

@@ -34,7 +34,7 @@ __all__ = ["agents", "app", "assets", "data", "edge", "federate", "main", "perso
 
 
 # command -> the name of its recipe's class: loaded for the help of that command alone, since that takes a while
-RECIPES = {"curate": "CurateRecipe", "plan": "Recipe", "serve": "Team", "tune": "Recipe"}
+RECIPES = {"curate": "CurateRecipe", "plan": "Recipe", "serve": "Team", "synthesize": "SynthesizeRecipe", "tune": "Recipe"}
 
 
 def _add_options(command: str) -> None:

@@ -37,6 +37,22 @@ def curate(
 
 
 @app.command
+def synthesize(recipe: Path, *flags: Flags, out: Path, resume: REPLACE = False, replace: REPLACE = False) -> Any:
+    """Rows, documents or nothing -> a Dataset of synthetic rows, which nobody has validated yet.
+
+    A run of the same recipe that was interrupted is gone on with: what the teacher answered is not asked again.
+
+    Args:
+        recipe: YAML file: `ways:`, and as they need them `sources:` and `teacher:`
+        out: directory of the new Dataset
+        resume: also take a finished Dataset of the same recipe and sources for an answer
+        replace: replace the Dataset that stands there
+    """
+    loaded = sartor.load_synthesize_recipe(recipe, flags)
+    return sartor.synthesize(loaded, out, resume=resume, replace=replace, notice=notice)
+
+
+@app.command
 def dedup(
     *files: Path,
     out: Path,

@@ -87,7 +87,8 @@ class Origin:
     """Where a row came from. `source` is the declared path, `locator` the place inside it (`faq.jsonl:12`).
 
     `licence` is an SPDX expression; `parents` are ids of Examples that this one was made from; `step` names what made it;
-    `date` is the ISO date of the row, or of its source, where one is known.
+    `date` is the ISO date of the row, or of its source, where one is known. `made_by` is empty where people wrote the row; else
+    it says how it was synthesised, as JSON text: way, teacher, digests of prompt and answer, seed. It stays for ever.
     """
 
     source: str
@@ -96,6 +97,7 @@ class Origin:
     parents: tuple[str, ...] = ()
     step: str = "read"
     date: str = ""
+    made_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,11 @@ class Example:
     def is_derived(self) -> bool:
         """Made of other Examples, as copies with changed media are."""
         return any(origin.parents for origin in self.origins)
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Made by a teacher or a rule and by nobody else: such a row is never held out as if it were reality."""
+        return bool(self.origins) and all(origin.made_by for origin in self.origins)
 
     @property
     def prompt(self) -> tuple[Message, ...]:

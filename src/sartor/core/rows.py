@@ -38,6 +38,7 @@ _ORIGIN = pa.struct(
         ("parents", pa.list_(pa.string())),
         ("step", pa.string()),
         ("date", pa.string()),
+        ("made_by", pa.string()),
     ]
 )
 _FOOTER = {b"sartor.schema": str(SCHEMA).encode()}
@@ -159,7 +160,8 @@ def example_of(row: dict[str, Any]) -> Example:
 
 def origin_of(row: dict[str, Any]) -> Origin:
     """The Origin in an element of the column `origins`."""
-    return Origin(**{**row, "parents": tuple(row["parents"])})
+    # an older Dataset has no `made_by`
+    return Origin(**{**row, "parents": tuple(row["parents"]), "made_by": row.get("made_by") or ""})
 
 
 def _message_of(row: dict[str, Any]) -> Message:

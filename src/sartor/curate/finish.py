@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -270,7 +272,8 @@ def regrouped(tables: Iterable[Any], schema: Any, size: int) -> Iterator[Any]:
 
 def kept_by_file(folder: Path) -> Counter[tuple[str, str]]:
     """Rows by (source, file), as the origins of the written Examples say; a row with two origins counts for both, one that was
-    made of another row for none. A row that a person edited is still its source's.
+    made of another row for none, but where a person edited it (it is still its source's) or it was synthesised: those are
+    all that a synthetic Dataset has.
     """
     found: Counter[tuple[str, str]] = Counter()
     for file in sorted((folder / "examples").glob("*.parquet")):
@@ -278,12 +281,25 @@ def kept_by_file(folder: Path) -> Counter[tuple[str, str]]:
             for batch in parquet.iter_batches(65536, columns=["origins"]):
                 origins = batch["origins"].flatten()
                 is_read = pc.equal(pc.list_value_length(origins.field("parents")), 0)
-                origins = origins.filter(pc.or_(is_read, pc.ends_with(origins.field("step"), EDITED)))
+                step = origins.field("step")
+                is_own = pc.or_(pc.ends_with(step, EDITED), pc.starts_with(step, "synthesize:"))
+                origins = origins.filter(pc.or_(is_read, is_own))
                 places = pc.replace_substring_regex(origins.field("locator"), pattern=r":[^:]*$", replacement="")
                 pairs = pa.table({"source": origins.field("source"), "file": places})
                 for row in pairs.group_by(["source", "file"]).aggregate([([], "count_all")]).to_pylist():
                     found[row["source"], row["file"]] += row["count_all"]
     return found
+
+
+def link_media(work: Path, folder: Path) -> None:
+    """The work's media, into a Dataset's directory by hard links: if this is interrupted they are still in the work."""
+    for file in sorted((work / "media").glob("*")):
+        (folder / "media").mkdir(exist_ok=True)
+        try:
+            os.link(file, folder / "media" / file.name)
+        except OSError:
+            shutil.copyfile(file, folder / "media" / file.name)
+    drop_unused_media(folder)
 
 
 def drop_unused_media(folder: Path) -> None:

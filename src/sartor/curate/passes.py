@@ -31,7 +31,7 @@ from sartor.curate.work import Merged, Task
 
 Run = Callable[[str, Sequence[Task]], list[Part]]
 # Rises when a worker makes another part of the same input: parts of an older Sartor are then made again.
-FORMAT = 2
+FORMAT = 3
 GUARDS = ("allow", "max_fraction", "max_source_fraction")
 
 

@@ -75,10 +75,10 @@ def curate(
     out = Path(out).absolute()
     work = out.with_name(f"{out.name}.curating")
     if resume and (there := _finished(recipe, out)):
-        with _workplace(work, anew=True):  # a run that was killed between the Dataset and its end has left its work
+        with workplace(work, anew=True):  # a run that was killed between the Dataset and its end has left its work
             return Curated(there, 0, time.monotonic() - began)
     check_free(out, replace=replace)
-    with _workplace(work, anew=replace):
+    with workplace(work, anew=replace):
         line = Line(recipe, work, on, notice)
         try:
             with line.progress:
@@ -118,7 +118,7 @@ def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
 
 
 @contextlib.contextmanager
-def _workplace(work: Path, *, anew: bool) -> Iterator[None]:
+def workplace(work: Path, *, anew: bool) -> Iterator[None]:
     """The work's directory, locked. It stays when the work is interrupted, so that the same command can go on."""
     make_parent(work)
     with writer_lock(work):
@@ -192,7 +192,7 @@ class Line:
         assert read + made == kept + dropped.total(), f"{read} rows read, {made} made, {kept} kept, {dropped.total()} dropped"
         if not kept:
             raise SourceError(_nothing_kept(read, folder), "mend the rows or the sources")
-        self._link_media(folder)
+        finish.link_media(self.work, folder)
         for name, table in evidence_of(state):
             finish.write_evidence(folder, name, finish.masked(table, masks))
         if self.copies.steps:
@@ -209,16 +209,6 @@ class Line:
             if isinstance(step, PersonalData):
                 return finish.Masks(step.masker(), step.row_masker(), are_none=False)
         return finish.Masks()
-
-    def _link_media(self, folder: Path) -> None:
-        """Media go in by a hard link: if this is interrupted they are still in the work."""
-        for file in sorted((self.work / "media").glob("*")):
-            (folder / "media").mkdir(exist_ok=True)
-            try:
-                os.link(file, folder / "media" / file.name)
-            except OSError:
-                shutil.copyfile(file, folder / "media" / file.name)
-        finish.drop_unused_media(folder)
 
     def _facts(self, state: State, folder: Path, counts: dict[str, Any], masks: finish.Masks) -> dict[str, Any]:
         kept = finish.kept_by_file(folder)

@@ -24,7 +24,7 @@ from sartor.core.records import Drop, Example, Origin, digest
 from sartor.curate import parts
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import Unit, read
-from sartor.curate.steps.contract import Copy, CopyStep, Counting, RowFunction, RowStep, SetStep
+from sartor.curate.steps.contract import Copy, CopyStep, Counting, RowFunction, RowStep, SetStep, dropped
 
 BATCH_ROWS = 1024
 
@@ -133,17 +133,29 @@ class _Line:
         for found in read(task.unit, task.source, task.folder / "media", task.strict, self.notes):
             place = found.locator if isinstance(found, Drop) else found.origins[0].locator
             self.read[place.rpartition(":")[0]] += 1
+            found = found if isinstance(found, Drop) else _in_its_split(found, task.source)
             if isinstance(found, Drop):
                 self.drops.append(found)
             else:
-                # replace() forgets the id that was computed
-                yield replace(found, split=task.source.split) if task.source.split else found
+                yield found
 
     def summary(self) -> dict[str, Any]:
         """What the pipeline needs to know of the part."""
         tally = {kind: dict(function.tally) for kind, function in self.counting.items()}
         notes = [[*note, count] for note, count in self.notes.items()]
         return {"read": dict(self.read), "notes": notes, "kept": self.kept, "dropped": len(self.drops), "tally": tally}
+
+
+def _in_its_split(row: Example, source: Source) -> Example | Drop:
+    """The row in the split that is declared for it. What a machine made is for training alone, whatever is declared: held out
+    it would pass for reality.
+    """
+    if not row.is_synthetic:
+        # replace() forgets the id that was computed
+        return replace(row, split=source.split) if source.split else row
+    if source.split == "eval":
+        return dropped(row, "synthetic_held_out", "a synthetic row is no reality to be measured on", step="split")
+    return replace(row, split="train")
 
 
 def through(row: Example, functions: Sequence[tuple[str, RowFunction]]) -> Example | Drop:

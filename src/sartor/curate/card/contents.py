@@ -54,6 +54,12 @@ class Contents:
         return int(self.counts.get("read", self.kept + sum(self.dropped.values())))
 
     @property
+    def made_by(self) -> str:
+        """Who wrote the rows, where nobody did: a teacher's name, or "rules alone"; empty of rows that people wrote."""
+        said = self.facts.get("synthetic")
+        return str(said["teacher"] or "rules alone") if said else ""
+
+    @property
     def made(self) -> int:
         """Copies that steps made of rows, those among them that are Drops."""
         return int(self.counts.get("made", 0))

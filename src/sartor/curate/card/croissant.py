@@ -91,6 +91,11 @@ def describe(contents: Contents) -> dict[str, Any]:
 
 
 def _description(contents: Contents) -> str:
+    if contents.made_by:
+        return (
+            f"{contents.kept:,} synthetic rows for tuning a language model, made by {visible(contents.made_by)} with Sartor; "
+            f"what could not be used is in drops/. Licence: {visible(contents.licence)}."
+        )
     return (
         f"{contents.kept:,} rows for tuning a language model, curated by Sartor from {contents.read:,} rows read; "
         f"{sum(contents.dropped.values()):,} dropped, each with its reason, in drops/. Licence: {visible(contents.licence)}."
@@ -176,7 +181,7 @@ def _responsible(contents: Contents) -> dict[str, Any]:
         "rai:dataCollection": f"Read from existing files: {visible(sources)}{more}."
         if sources
         else "Read from existing files.",
-        "rai:dataCollectionType": "Secondary data analysis",
+        "rai:dataCollectionType": "Software Generated" if contents.made_by else "Secondary data analysis",
         "rai:dataCollectionMissingData": f"{unusable:,} of {contents.read:,} rows could not be used as they stood.",
         "rai:dataPreprocessingProtocol": _protocol(contents.facts.get("recipe") or {}),
         "rai:dataUseCases": "Fine-tuning of language models.",

@@ -56,7 +56,9 @@ def sections(contents: Contents) -> list[Section]:
 def _lead(contents: Contents) -> Line:
     files = len(contents.sources)
     kept = f"{contents.kept:,} of {contents.read:,} rows read"
-    if contents.made:
+    if contents.made_by:
+        kept = f"{contents.kept:,} synthetic rows of {contents.made:,} tried, made"
+    elif contents.made:
         kept = f"{contents.kept:,} rows, made of {contents.read:,} rows read and {contents.made:,} changed copies of them,"
     return (
         f"A dataset for tuning, written by Sartor: {kept}"
@@ -69,7 +71,10 @@ def _headlines(contents: Contents) -> list[tuple[str, str]]:
     dropped = sum(contents.dropped.values())
     words = contents.rows.total_words("prompt"), contents.rows.total_words("reply")
     sources = len({file.get("source") for file in contents.sources})
-    rows, what = contents.read + contents.made, "rows and copies" if contents.made else "the rows read"
+    rows, what = (
+        contents.read + contents.made,
+        "rows tried" if contents.made_by else "rows and copies" if contents.made else "the rows read",
+    )
     shown = [
         (f"{contents.kept:,}", "rows kept"),
         (f"{dropped:,}", f"dropped, {plots.percent(dropped / rows)} of {what}" if rows else "dropped"),

@@ -75,12 +75,33 @@ def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
         raise Malformed("bad_field", f"`group` is a {type(group).__name__}, not text")
     return Example(
         messages=messages,
-        origins=(replace(origin, date=date_of(row)[0] or origin.date),),
+        origins=_marked(row, replace(origin, date=date_of(row)[0] or origin.date)),
         group="" if group is None else str(group),
         weight=_weight(row),
         rejected=rejected,
         tools=_json_text(row.get("tools"), "tools"),
     )
+
+
+def _marked(row: Mapping[str, Any], origin: Origin) -> tuple[Origin, ...]:
+    """The Origin of a row, and the marks of a synthetic one: a Dataset's own Parquet has them in `origins`.
+
+    A row that people wrote as well keeps its plain Origin beside the marks.
+    """
+    said = row.get("origins")
+    if not isinstance(said, Sequence) or isinstance(said, (str, bytes)):
+        return (origin,)
+    marks = [one for one in said if isinstance(one, Mapping) and isinstance(one.get("made_by"), str) and one["made_by"]]
+    made = [
+        replace(
+            origin,
+            parents=tuple(str(parent) for parent in mark.get("parents") or ()),
+            step=str(mark.get("step") or origin.step),
+            made_by=mark["made_by"],
+        )
+        for mark in marks
+    ]
+    return tuple(made) if marks and len(marks) == len(said) else (origin, *made)
 
 
 def date_of(row: Mapping[str, Any]) -> tuple[str, str]:

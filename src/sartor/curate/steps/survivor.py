@@ -18,9 +18,13 @@ KEEP_HELP = "which row stays: the longest, first (read), newest (by its date), b
 FIELD_HELP = "what is compared: prompt (the user's turns), reply (the last), both (all of user and assistant), all (system too)"
 
 
+UNDATED = -1e14  # seconds: older than any date
+BEHIND = 1e15  # above every number of a rule, and exact beside whole ones
+
+
 def ranks(examples: Sequence[Example], rule: Keep, field: Field) -> Any:
-    """(N,) float64."""
-    return np.array([_RULES[rule](example, field) for example in examples], np.float64)
+    """(N,) float64. Whatever the rule, what people wrote goes before what was synthesised."""
+    return np.array([_RULES[rule](example, field) - BEHIND * example.is_synthetic for example in examples], np.float64)
 
 
 def text_of(example: Example, field: Field) -> str:
@@ -42,7 +46,7 @@ def _length(example: Example, field: Field) -> float:
 
 def _date(example: Example, field: Field) -> float:
     """Seconds since 1970 of the newest origin; a row without a date is older than any with one."""
-    found = [-np.inf]
+    found = [UNDATED]
     for origin in example.origins:
         if origin.date:
             date = datetime.datetime.fromisoformat(origin.date)

@@ -1,0 +1,111 @@
+"""A teacher's answers on disk, each under the digest of its question: what was paid for is never asked again.
+
+    FOLDER/ab/ab12....json      text, finish, tokens
+
+An answer is written by the thread that got it, before anybody reads it, atomically; a file that is damaged is asked for
+again. Answers may quote the seeds, personal data included: the folder is its owner's alone, and goes when the Dataset stands,
+unless the recipe names one to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sartor.core.artifacts import fsync_directory
+from sartor.core.errors import BudgetError
+from sartor.core.teachers import Answer, Question, Teacher
+from sartor.curate.synthesize.teachers import Price
+
+SCHEMA = 1
+_COUNTED = ("calls", "cached", "tokens_in", "tokens_out", "estimated")
+PER = 1_000_000  # tokens of a price
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a run asked and paid. cached: questions whose answer stood on disk. Tokens and cost are of this run's calls."""
+
+    calls: int
+    cached: int
+    tokens_in: int
+    tokens_out: int
+    estimated: int
+    cost: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For the command's JSON. `estimated`: calls whose tokens the teacher did not count."""
+        return {**asdict(self), "cost": round(self.cost, 6)}
+
+
+class Answers:
+    """Asks a teacher, or remembers. Used from many threads."""
+
+    def __init__(self, teacher: Teacher, folder: Path, price: Price) -> None:
+        self.teacher, self.folder, self.price = teacher, folder, price
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def answer(self, question: Question) -> Answer:
+        """The answer. Raises what the teacher raises, and BudgetError once `price.most` is spent."""
+        file = self._file(question)
+        if (kept := _read(file)) is not None:
+            self._count(cached=1)
+            return kept
+        self._check_cost()
+        answer = self.teacher.answer(question)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write(file, answer)
+        counts = {"tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out, "estimated": int(answer.is_estimated)}
+        self._count(calls=1, **counts)
+        return answer
+
+    @property
+    def spent(self) -> Spent:
+        """So far."""
+        with self._lock:
+            calls, cached, tokens_in, tokens_out, estimated = (self._counts[name] for name in _COUNTED)
+            return Spent(calls, cached, tokens_in, tokens_out, estimated, self._cost())
+
+    def _cost(self) -> float:
+        paid = self._counts["tokens_in"] * self.price.input + self._counts["tokens_out"] * self.price.output
+        return paid / PER
+
+    def _check_cost(self) -> None:
+        if self.price.most and (cost := self.spent.cost) >= self.price.most:
+            problem = f"{cost:.4f} is spent, and price.most is {self.price.most:g}; what was answered is kept"
+            raise BudgetError(problem, f"--teacher.price.most {2 * self.price.most:g}")
+
+    def _count(self, **counts: int) -> None:
+        with self._lock:
+            self._counts.update(counts)
+
+    def _file(self, question: Question) -> Path:
+        name = question.digest(self.teacher.name)
+        return self.folder / name[:2] / f"{name}.json"
+
+
+def _read(file: Path) -> Answer | None:
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        if said.pop("schema") != SCHEMA:
+            return None
+        return Answer(**said)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write(file: Path, answer: Answer) -> None:
+    file.parent.mkdir(exist_ok=True, mode=0o700)
+    part = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident():x}")
+    with open(part, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+        json.dump({"schema": SCHEMA, **asdict(answer)}, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, file)
+    fsync_directory(file.parent)

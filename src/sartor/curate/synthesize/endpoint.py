@@ -1,0 +1,206 @@
+"""A teacher behind OpenAI's protocol, asked over HTTP: at its pace, again where it failed, for what it costs.
+
+    429, 503          asked again after Retry-After (all threads wait), or after a doubling pause
+    408, 5xx, time-out, cut stream, malformed JSON    asked again after a doubling pause
+    401, 403          KeyRefusedError          400, 404, 3xx, other    ConfigError: asking again would change nothing
+    413, 422, content_filter, context_length_exceeded    the answer `refused`: of this question alone
+
+The key comes from the environment and stands in no message, file or name. Standard library alone: the plain install has no
+HTTP client of its own.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import json
+import os
+import random
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from sartor.core.errors import BusyError, ConfigError, KeyRefusedError, UnavailableError
+from sartor.core.teachers import Answer, Question
+from sartor.curate.synthesize.pace import Pace
+from sartor.curate.synthesize.stream import BrokenError, read_body
+
+LONGEST_PAUSE_S = 60.0
+MOST_RETRY_AFTER_S = 600.0
+AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+OF_THE_QUESTION = (413, 422)
+TOO_LONG = "context_length_exceeded"  # OpenAI's word in a 400, vLLM's too
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+CHARACTERS_PER_TOKEN = 4  # of an estimate, where a server counts none
+
+
+@dataclass(frozen=True)
+class Access:
+    """Where and as whom: `key` is a secret, and in no repr."""
+
+    url: str
+    model: str
+    key: str = ""
+
+    def __repr__(self) -> str:
+        return f"Access({self.url!r}, {self.model!r})"
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often and how long: tries of one question, the first pause (doubled each time), silence of a socket."""
+
+    tries: int = 6
+    pause_s: float = 1.0
+    timeout_s: float = 120.0
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib would take the key along to wherever it is sent."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        """None: the answer is an HTTPError of 3xx."""
+        return
+
+
+class EndpointTeacher:
+    """See the module. `told` hears of each retry: for the progress line and for tests."""
+
+    def __init__(
+        self, access: Access, pace: Pace, patience: Patience, at_once: int, told: Callable[[str], object] = lambda line: None
+    ) -> None:
+        _check(access)
+        self.access, self.pace, self.patience, self.at_once, self._told = access, pace, patience, at_once, told
+        self.name = f"{access.model}@{urlsplit(access.url).netloc.rpartition('@')[2]}"
+        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
+        if urlsplit(access.url).hostname in LOOPBACK:
+            handlers.append(urllib.request.ProxyHandler({}))
+        self._opener = urllib.request.build_opener(*handlers)
+
+    def answer(self, question: Question) -> Answer:
+        """See Teacher."""
+        body, size = self._body(question)
+        jitter = random.Random(question.digest(self.name))
+        for attempt in range(self.patience.tries):
+            self.pace.wait(size)
+            try:
+                return _counted(self._asked(body), question)
+            except _AgainError as again:
+                self._told(f"{self.name}: {again.problem}; try {attempt + 1} of {self.patience.tries}")
+                pause = min(LONGEST_PAUSE_S, self.patience.pause_s * 2**attempt) * jitter.uniform(0.5, 1.0)
+                last = again
+            if attempt + 1 < self.patience.tries:
+                if last.after_s:
+                    self.pace.pause(last.after_s)
+                else:
+                    time.sleep(pause)
+        problem = f"{self.access.url} failed {self.patience.tries} times: {last.problem}"
+        remedy = "the same command goes on where it stopped; what was answered is not asked again"
+        raise BusyError(problem, remedy, last.after_s or pause) if last.is_busy else UnavailableError(problem, remedy)
+
+    def _body(self, question: Question) -> tuple[bytes, int]:
+        """The request, and about how many tokens it takes."""
+        said: dict[str, Any] = {
+            "model": self.access.model,
+            "messages": [{"role": role, "content": text} for role, text in question.messages],
+            "max_tokens": question.max_tokens,
+            "temperature": question.temperature,
+            "seed": question.seed,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if question.schema:
+            form = {"name": "answer", "schema": json.loads(question.schema)}
+            said["response_format"] = {"type": "json_schema", "json_schema": form}
+        return json.dumps(said).encode(), _tokens(question) + question.max_tokens
+
+    def _asked(self, body: bytes) -> Answer:
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "User-Agent": "sartor"}
+        if self.access.key:
+            headers["Authorization"] = f"Bearer {self.access.key}"
+        request = urllib.request.Request(f"{self.access.url.rstrip('/')}/chat/completions", body, headers)
+        try:
+            with self._opener.open(request, timeout=self.patience.timeout_s) as response:
+                return read_body(response, response.headers.get("Content-Type", ""))
+        except urllib.error.HTTPError as error:
+            with error:  # it holds the socket
+                failure = self._failure(error)
+            if failure is None:
+                return Answer("", "refused")
+            raise failure from None
+        except BrokenError as error:
+            raise _AgainError(self._redacted(str(error))) from None
+        except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError are OSErrors
+            raise _AgainError(self._redacted(f"{type(error).__name__}: {error}")) from None
+
+    def _failure(self, error: urllib.error.HTTPError) -> Exception | None:
+        """What an error status means; None where it is of this question alone."""
+        try:
+            said = error.read(2000).decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException):
+            said = ""
+        if error.code in OF_THE_QUESTION or (error.code == 400 and TOO_LONG in said):
+            return None
+        problem = self._redacted(f"{self.access.url} says {error.code}: {' '.join(said.split())[:300]}")
+        if error.code in AGAIN:
+            is_busy = error.code in (429, 503, 529)
+            return _AgainError(problem, _retry_after(error.headers.get("Retry-After", "")) if is_busy else 0.0, is_busy=is_busy)
+        if error.code in (401, 403):
+            return KeyRefusedError(problem, "set the environment variable that teacher.key_env names to a valid key")
+        return ConfigError(problem, "check teacher.url and teacher.model; what was answered is kept")
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self.access.key, "***") if self.access.key else text
+
+
+class _AgainError(Exception):
+    """A failure that may pass. after_s: when the endpoint wants to be asked again; 0 where it did not say."""
+
+    def __init__(self, problem: str, after_s: float = 0.0, *, is_busy: bool = False) -> None:
+        super().__init__(problem)
+        self.problem, self.after_s, self.is_busy = problem, after_s, is_busy
+
+
+def key_of(variable: str) -> str:
+    """The key in an environment variable; "" where none is named. Raises KeyRefusedError where it is not set."""
+    if not variable:
+        return ""
+    if not (key := os.environ.get(variable, "").strip()):
+        raise KeyRefusedError(f"the environment variable {variable} of teacher.key_env holds no key", f"export {variable}=...")
+    return key
+
+
+def _check(access: Access) -> None:
+    parts = urlsplit(access.url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"teacher.url is {access.url!r}", "url: https://HOST/v1")
+    if parts.username or parts.password:
+        raise ConfigError("teacher.url holds a password", "put the key into the environment, and name it in teacher.key_env")
+    if access.key and parts.scheme == "http" and parts.hostname not in LOOPBACK:
+        raise ConfigError(f"a key would go to {parts.hostname} unencrypted", "url: https://...")
+
+
+def _retry_after(value: str) -> float:
+    """Seconds of a Retry-After: a number, or a date; 0 where it is neither."""
+    try:
+        return min(max(float(value), 0.0), MOST_RETRY_AFTER_S)
+    except ValueError:
+        pass
+    try:
+        return min(max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0), MOST_RETRY_AFTER_S)
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _tokens(question: Question) -> int:
+    return sum(len(text) for _, text in question.messages) // CHARACTERS_PER_TOKEN + 1
+
+
+def _counted(answer: Answer, question: Question) -> Answer:
+    if not answer.is_estimated:
+        return answer
+    return replace(answer, tokens_in=_tokens(question), tokens_out=len(answer.text) // CHARACTERS_PER_TOKEN + 1)

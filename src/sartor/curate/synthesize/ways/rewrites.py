@@ -1,0 +1,192 @@
+"""`vary`, `persona`, `extend`, `harder`: another row of the same task, made of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from sartor.core.config import option
+from sartor.core.errors import ConfigError
+from sartor.core.records import Example, Message
+from sartor.curate.synthesize.contract import (
+    Ask,
+    Made,
+    Skipped,
+    Unusable,
+    draw_of,
+    group_of,
+    quoted,
+    said,
+    some,
+    texts,
+    why_no_question,
+    with_text,
+    words,
+)
+
+SYSTEM = "You write training data. You answer with the JSON object that is asked for, and nothing else."
+PER_ROW, ROWS = "rows made of each row", "make them of that many rows, drawn by the seed; 0 is all"
+MOST_PER_ROW = 100
+
+
+def check_count(per_row: int, rows: int) -> None:
+    """Raises ConfigError for counts that cannot be."""
+    if not 1 <= per_row <= MOST_PER_ROW or rows < 0:
+        problem = f"per_row is {per_row}, rows {rows}; they must be from 1 to {MOST_PER_ROW}, and 0 or more"
+        raise ConfigError(problem, "per_row: 2")
+
+
+def asks(
+    kind: str, counts: tuple[int, int], seeds: Sequence[Example], seed: int, text: Any, schema: Mapping[str, Any]
+) -> Iterator[Ask | Skipped]:
+    """`counts`: (per_row, rows). text: (row, number of the variant, draw) -> what is asked of it."""
+    per_row, rows = counts
+    for row in some(seeds, rows, seed, kind):
+        if why := why_no_question(row):
+            yield Skipped(why)
+            continue
+        for number in range(1, per_row + 1):
+            place = f"{row.id[:16]}.{number}"
+            asked = text(row, number, draw_of(seed, kind, place))
+            yield Ask(place, (("system", SYSTEM), ("user", asked)), schema, (row,))
+
+
+def rewritten(ask: Ask, question: str, reply: str | None, changes: str) -> Made | Unusable:
+    """The parent with another last question, and another reply where there is one."""
+    (parent,) = ask.parents
+    question = question.strip()
+    if not question or (reply is not None and not reply.strip()):
+        return Unusable("empty_answer", "the question or the reply is empty")
+    asked = parent.messages[-2]
+    if words(question) == words(asked.text):
+        return Unusable("same_as_seed", "the question is the seed's own")
+    last = parent.messages[-1] if reply is None else Message.of("assistant", reply.strip())
+    row = replace(parent, messages=(*parent.messages[:-2], with_text(asked, question), last))
+    return Made(row, ask.number, ask.parents, group_of(parent), changes)
+
+
+@dataclass(frozen=True)
+class Vary:
+    """The same question in other words; the reply stays as it is, word for word."""
+
+    per_row: int = option(1, PER_ROW)
+    rows: int = option(0, ROWS)
+    kind: Literal["vary"] = "vary"
+
+    def __post_init__(self) -> None:
+        check_count(self.per_row, self.rows)
+
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+        """See AskingWay."""
+
+        def text(row: Example, number: int, draw: Any) -> str:
+            style = draw.choice(("shorter", "longer", "more formal", "more casual", "as a request", "as spoken"))
+            return (
+                f"Somebody said:\n{quoted(row.messages[-2].text)}\nSay the same in other words, {style}, so that the same "
+                f"answer is right. Keep names, numbers and codes as they are. Variant {number}."
+                '\nAnswer with {"question": "..."}.'
+            )
+
+        yield from asks(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("question"))
+
+    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+        """See AskingWay."""
+        return rewritten(ask, value["question"], None, "in other words")
+
+
+@dataclass(frozen=True)
+class Persona:
+    """The same question as somebody else would ask it; the reply stays as it is."""
+
+    personas: tuple[str, ...] = option(
+        (
+            "a hurried customer",
+            "somebody to whom all this is new",
+            "an expert of the field",
+            "somebody who writes in a second language",
+        ),
+        "who asks",
+    )
+    per_row: int = option(1, PER_ROW)
+    rows: int = option(0, ROWS)
+    kind: Literal["persona"] = "persona"
+
+    def __post_init__(self) -> None:
+        check_count(self.per_row, self.rows)
+        if not self.personas:
+            raise ConfigError("personas is empty", "personas: [a hurried customer]")
+
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+        """See AskingWay."""
+
+        def text(row: Example, number: int, draw: Any) -> str:
+            return (
+                f"Somebody said:\n{quoted(row.messages[-2].text)}\nSay it as {self._who(row, number)} would, so that the "
+                'same answer is right. Keep names, numbers and codes as they are.\nAnswer with {"question": "..."}.'
+            )
+
+        yield from asks(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("question"))
+
+    def _who(self, row: Example, number: int) -> str:
+        """Personas in turn, begun at another one for each row."""
+        return self.personas[(int(row.id[:8], 16) + number) % len(self.personas)]
+
+    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+        """See AskingWay."""
+        number = int(ask.number.rpartition(".")[2])
+        return rewritten(ask, value["question"], None, f"as {self._who(ask.parents[0], number)}")
+
+
+@dataclass(frozen=True)
+class Extend:
+    """A question that asks for more than the row's, and its reply: the teacher's word."""
+
+    per_row: int = option(1, PER_ROW)
+    rows: int = option(0, ROWS)
+    kind: Literal["extend"] = "extend"
+
+    def __post_init__(self) -> None:
+        check_count(self.per_row, self.rows)
+
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+        """See AskingWay."""
+        yield from asks(self.kind, (self.per_row, self.rows), seeds, seed, _grown("asks for one thing more"), texts(*_BOTH))
+
+    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+        """See AskingWay."""
+        return rewritten(ask, value["question"], value["answer"], "asks for more")
+
+
+@dataclass(frozen=True)
+class Harder:
+    """A question of the same subject that is harder to answer, and its reply: the teacher's word."""
+
+    per_row: int = option(1, PER_ROW)
+    rows: int = option(0, ROWS)
+    kind: Literal["harder"] = "harder"
+
+    def __post_init__(self) -> None:
+        check_count(self.per_row, self.rows)
+
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+        """See AskingWay."""
+        grown = _grown("is harder to answer: it needs another step of thought, or has a condition that matters")
+        yield from asks(self.kind, (self.per_row, self.rows), seeds, seed, grown, texts(*_BOTH))
+
+    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+        """See AskingWay."""
+        return rewritten(ask, value["question"], value["answer"], "harder")
+
+
+_BOTH = ("question", "answer")
+
+
+def _grown(how: str) -> Any:
+    def text(row: Example, number: int, draw: Any) -> str:
+        return (
+            f"A conversation:\n{quoted(said(row))}\nWrite another last question of the same subject that {how}, and a right "
+            f'answer in the style of the one above. Variant {number}.\nAnswer with {{"question": "...", "answer": "..."}}.'
+        )
+
+    return text

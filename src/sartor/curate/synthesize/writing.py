@@ -1,0 +1,186 @@
+"""Rows and Drops -> the files of the Dataset, the same in every run whoever was asked and however often."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from sartor.core import lineage_index, rows
+from sartor.core.errors import SourceError
+from sartor.core.licences import combine
+from sartor.core.records import Drop, Example, Origin, canonical_text, digest
+from sartor.curate import card, finish
+from sartor.curate.pipeline import digests, licence_facts
+from sartor.curate.synthesize.contract import Made
+from sartor.curate.synthesize.seeds import TERMS, Seeds
+from sartor.curate.work import prompt_group
+
+EVIDENCE = pa.schema(
+    [
+        ("id", pa.string()),
+        ("way", pa.string()),
+        ("parents", pa.list_(pa.string())),
+        ("teacher", pa.string()),
+        ("prompt", pa.string()),  # digest of what was asked; empty without a teacher, as the answer's
+        ("answer", pa.string()),
+        ("seed", pa.int64()),
+        ("changes", pa.string()),
+        ("span_start", pa.int64()),  # of what is cited, in characters of the parent's text; null where nothing is
+        ("span_end", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a row came of: empty without a teacher."""
+
+    teacher: str = ""
+    prompt: str = ""
+    answer: str = ""
+    seed: int = 0
+
+
+@dataclass
+class Rows:
+    """Rows as they come, each content once. `licences`: of rows made of nothing, and of the teacher's word ("" for none)."""
+
+    licences: tuple[str, str]
+    seeds: Mapping[str, str]  # id -> locator
+    rows: dict[str, Example] = field(default_factory=dict)
+    drops: list[Drop] = field(default_factory=list)
+    evidence: list[dict[str, Any]] = field(default_factory=list)
+    ways: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def count(self, kind: str, what: str) -> None:
+        """One more of a way's `made`, `dropped` or `skipped:why`."""
+        self.ways.setdefault(kind, Counter())[what] += 1
+
+    def add(self, kind: str, made: Made, asked: Asked) -> None:
+        """A row, or the Drop of one that is there already."""
+        row = self._row(kind, made, asked)
+        if row.id in self.seeds or row.id in self.rows:
+            there = f"the seed {self.seeds[row.id]}" if row.id in self.seeds else f"{self.rows[row.id].origins[0].step}'s"
+            detail = f"the same content as {there}"
+            self.drop(
+                kind, Drop("exact_duplicate", "", "", detail, id=row.id, kept=row.id, method="equal content"), made.number
+            )
+            return
+        self.rows[row.id] = row
+        self.count(kind, "made")
+        span = made.span or (None, None)
+        said = {"id": row.id, "way": kind, "parents": [parent.id for parent in made.parents], **asdict(asked)}
+        self.evidence.append({**said, "changes": made.changes, "span_start": span[0], "span_end": span[1]})
+
+    def drop(self, kind: str, drop: Drop, number: str) -> None:
+        """What was tried and did not become a row."""
+        step = f"synthesize:{kind}"
+        self.drops.append(replace(drop, step=step, source=drop.source or step, locator=drop.locator or f"{kind}:{number}"))
+        self.count(kind, "dropped")
+
+    def _row(self, kind: str, made: Made, asked: Asked) -> Example:
+        step = f"synthesize:{kind}"
+        made_by = canonical_text({"way": kind, **asdict(asked)})
+        of_nothing, of_teacher = self.licences
+        origins: dict[Origin, None] = {}
+        for parent in made.parents:
+            for origin in parent.origins:
+                licence = combine([origin.licence, of_teacher]) if of_teacher and asked.teacher else origin.licence
+                origins[replace(origin, licence=licence, parents=(parent.id,), step=step, made_by=made_by)] = None
+        if not made.parents:
+            licence = combine([of_nothing, of_teacher]) if of_teacher and asked.teacher else of_nothing
+            origins[Origin(step, f"{kind}:{made.number}", licence, (), step, made_by=made_by)] = None
+        content = made.row
+        row = Example(content.messages, tuple(origins), split="train", rejected=content.rejected, tools=content.tools)
+        return replace(row, group=made.group or prompt_group(row))
+
+
+def write(folder: Path, work: Path, found: Rows, seeds: Seeds, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill the Dataset's directory; returns what its manifest says. `said`: recipe and teacher."""
+    drops = [*seeds.drops, *found.drops]
+    reasons = Counter(drop.reason for drop in drops)
+    if not found.rows:
+        first = f"; the first: {drops[0].detail}" if drops else ""
+        counted = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "the ways had nothing to do"
+        raise SourceError(f"no row was made ({counted}{first})", "mend the sources, the ways or the teacher")
+    finish.write_tables(folder / "examples", rows.EXAMPLES, _tables(found.rows.values()))
+    finish.write_tables(folder / "drops", rows.DROPS, _drop_tables(drops))
+    finish.link_media(work, folder)
+    finish.write_evidence(folder, "synthetic", pa.Table.from_pylist(found.evidence, EVIDENCE))
+    facts = _facts(folder, found, seeds, reasons, said)
+    lineage_index.write(folder)
+    card.write(folder, facts)
+    return {**facts, "digest": digest(digests(folder))}
+
+
+def _facts(folder: Path, found: Rows, seeds: Seeds, reasons: Counter[str], said: Mapping[str, Any]) -> dict[str, Any]:
+    kept = finish.kept_by_file(folder)
+    of_nothing = sorted({place for place in kept if place[0].startswith("synthesize:")})
+    entries = [*seeds.files, *(_pseudo(place, found.licences[0]) for place in of_nothing)]
+    places = [(entry["source"], entry["path"]) for entry in entries]
+    sources = [{**entry, "read": seeds.read[place], "kept": kept[place]} for entry, place in zip(entries, places, strict=True)]
+    made = sum(map(_tried, found.ways.values()))
+    assert made + len(seeds.drops) == len(found.rows) + reasons.total()
+    groups = {row.group for row in found.rows.values()}
+    ways = {kind: dict(sorted(counts.items())) for kind, counts in found.ways.items()}
+    facts = licence_facts(sources)
+    by_licence = {origin.licence for row in found.rows.values() for origin in row.origins}
+    return {
+        "recipe": said["recipe"],
+        "sources": sources,
+        **facts,
+        "licence": combine(by_licence),  # of the seeds and, where it has one, of the teacher's word
+        "counts": {
+            "read": len(seeds.drops),
+            "made": made,
+            "kept": len(found.rows),
+            "dropped": dict(reasons.most_common()),
+            "splits": {"train": len(found.rows)},
+            "groups": {"train": len(groups)},
+        },
+        # `copies`: rows that a step adds, of which the card draws how many were left
+        "steps": {f"synthesize:{kind}": {**counts, "copies": _tried(counts)} for kind, counts in ways.items()},
+        "synthetic": {
+            "teacher": said["teacher"],
+            "ways": ways,
+            "seeds": {
+                "read": seeds.total,
+                "used": len(seeds.rows),
+                "held_out": seeds.held_out,
+                "repeated": seeds.repeated,
+                "dropped": len(seeds.drops),
+            },
+            "of": said["of"],
+        },
+        "parents": seeds.parents,
+        "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
+    }
+
+
+def _tried(counts: Mapping[str, int]) -> int:
+    """Rows that a way made and Drops."""
+    return counts.get("made", 0) + counts.get("dropped", 0)
+
+
+def _pseudo(place: tuple[str, str], licence: str) -> dict[str, Any]:
+    """The entry of rows that are made of nothing but the recipe."""
+    terms: dict[str, Any] = {"share_alike": False, "non_commercial": False, "expires": "", "consent": "", "rehearsal": False}
+    assert terms.keys() == set(TERMS)
+    own = {"source": place[0], "path": place[1], "sha256": "", "bytes": 0, "licence": licence, "use": (), "form": "synthetic"}
+    return {**own, **terms, "notes": {}}
+
+
+def _tables(found: Any) -> Iterator[Any]:
+    for some in finish.batched(found, 1024):
+        yield rows.examples_table(some)
+
+
+def _drop_tables(drops: Sequence[Drop]) -> Iterator[Any]:
+    for some in finish.batched(drops, 4096):
+        yield pa.Table.from_pylist([asdict(drop) for drop in some], rows.DROPS)

@@ -1,0 +1,78 @@
+"""A base of this machine as a teacher: the embedded engine behind `core.teachers.Teacher`.
+
+Every thread that waits for its answer drives the engine for all of them, so questions that are asked at once are answered in
+one batch. Answers obey the question's schema where llguidance is installed; without it they are read as they come.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from sartor.core import errors
+from sartor.core.errors import ExtraError, ModelError, RequestError
+from sartor.core.teachers import Answer, Question
+from sartor.models.base import open_base
+from sartor.models.engine.contract import Call, Done, Event, Failed, Piece
+from sartor.models.engine.local import LocalEngine
+from sartor.models.sampling import Sampling
+
+
+class LocalTeacher:
+    """See the module."""
+
+    def __init__(self, base: str, at_once: int, notice: Callable[[str], object] = lambda line: None) -> None:
+        opened = open_base(base, notice=notice)
+        # a path says where this machine keeps its bases
+        self.name = f"{Path(base).name if Path(base).is_dir() else base}@{opened.ref.digest[:12]}"
+        self.at_once = at_once
+        self._engine = LocalEngine(opened, rows=at_once)
+        self._notice, self._is_strict = notice, True
+        self._lock, self._numbers = threading.Lock(), itertools.count()
+        self._texts: dict[str, list[str]] = {}
+        self._ended: dict[str, Done | Failed] = {}
+
+    def answer(self, question: Question) -> Answer:
+        """See Teacher. A question that leaves no room for an answer in the base's context is `refused`."""
+        try:
+            with self._lock:
+                name = self._submit(question)
+        except RequestError:  # it does not fit the context: of this question alone
+            return Answer("", "refused")
+        while True:
+            with self._lock:
+                if name in self._ended:
+                    return self._answered(name)
+                for event in self._engine.step():
+                    self._take(event)
+
+    def _submit(self, question: Question) -> str:
+        name = str(next(self._numbers))
+        sampling = Sampling(question.max_tokens, question.temperature, seed=question.seed)
+        messages = tuple({"role": role, "content": text} for role, text in question.messages)
+        self._texts[name] = []
+        try:
+            self._engine.submit(
+                Call(name, messages=messages, sampling=sampling, schema=question.schema if self._is_strict else "")
+            )
+        except ExtraError as error:
+            if not self._is_strict:
+                raise
+            self._is_strict = False
+            self._notice(f"answers are not held to their schema: {error.problem}")
+            return self._submit(question)
+        return name
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Piece):
+            self._texts[event.call].append(event.text)
+        else:
+            self._ended[event.call] = event
+
+    def _answered(self, name: str) -> Answer:
+        ended, text = self._ended.pop(name), "".join(self._texts.pop(name))
+        if isinstance(ended, Failed):
+            raise getattr(errors, ended.kind, ModelError)(ended.problem, ended.remedy)
+        return Answer(text, "length" if ended.finish == "length" else "stop", ended.prompt_tokens, ended.reply_tokens)
