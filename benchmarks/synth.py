@@ -3,7 +3,7 @@
 `false_alarm`: the fraction of runs in which synthetic rows like reality (real rows of other groups) fail any test.
 `power`: for each planted fault the fraction of runs in which a test that is meant for it fails. Both also by set of rows.
 
-    python benchmarks/synth.py --json [--parts false_alarm power] [--seeds 40] [--rows 200]
+    python benchmarks/synth.py --json [--parts false_alarm power] [--seeds 40] [--rows 160]
 
 A part that was not asked for is null. `lift`, `audit` and `mitigation` are `measure(seeds)` of `synth_lift.py`,
 `synth_audit.py` and `synth_mitigation.py` beside this file.
@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import random
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,10 @@ def options(seed: int, permutations: int, encoder: str) -> ValidateOptions:
     return ValidateOptions(encoder=encoder, permutations=permutations, seed=seed)
 
 
+def notice(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def failed(synthetic: list[Row], real: list[Row], seeds: list[Row], how: ValidateOptions) -> list[str]:
     """The tests that failed."""
     return [test.name for test in validated(synth_rows.sides(synthetic, real, seeds), how).failed]
@@ -48,6 +53,7 @@ def false_alarm(rows: dict[str, list[Row]], asked: argparse.Namespace) -> dict[s
         for name in SETS:
             real, seeds, pool = synth_rows.split(rows[name], asked.rows, seed)
             found[name].append(failed(pool[: len(real)], real, seeds, options(seed, asked.permutations, asked.encoder)))
+        notice(f"false alarm, seed {seed}: {sum(bool(run) for some in found.values() for run in some)}")
     runs = [run for some in found.values() for run in some]
     return {
         "false_alarm": sum(bool(run) for run in runs) / len(runs),
@@ -71,6 +77,7 @@ def power(rows: dict[str, list[Row]], asked: argparse.Namespace) -> dict[str, An
                 hits[name].append(bool(meant & set(tests)))
                 any_hits.append(bool(tests))
         runs = [hit for some in hits.values() for hit in some]
+        notice(f"{plant}: {sum(runs)} of {len(runs)}")
         said["power"][plant] = sum(runs) / len(runs)
         said["any_test"][plant] = sum(any_hits) / len(any_hits)
         said["by_set"][plant] = {name: sum(some) / len(some) for name, some in hits.items()}
@@ -91,8 +98,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="(always: the last line is one JSON object)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["false_alarm", "power"])
     parser.add_argument("--seeds", type=int, default=40)
-    parser.add_argument("--rows", type=int, default=200, help="most rows of a side")
-    parser.add_argument("--permutations", type=int, default=999)
+    parser.add_argument("--rows", type=int, default=160, help="most rows of a side")
+    parser.add_argument("--permutations", type=int, default=699)
     parser.add_argument("--encoder", default="tfidf")
     asked = parser.parse_args()
     began = time.monotonic()

@@ -95,26 +95,44 @@ def _distinct(texts: Sequence[Sequence[str]], size: int) -> float:
 def self_bleu(texts: Sequence[Sequence[str]]) -> float:
     """Mean BLEU of each text against all others as references (Zhu et al. 2018), 0..1: high where texts repeat one another.
 
-    Up to pairs of four words; counts of 0 are smoothed as in Lin and Och 2004 (1 added from pairs of words on).
+    Up to runs of four words; from pairs on 1 is added to hits and total (Lin and Och 2004).
     """
     grams = [[_grams(text, size) for size in range(1, _GRAMS + 1)] for text in texts]
-    scores = [_bleu(place, grams) for place, text in enumerate(texts) if text]
+    tops = [_tops([of[size] for of in grams]) for size in range(_GRAMS)]
+    lengths = [len(text) for text in texts]
+    scores = [_bleu(place, grams[place], tops, lengths) for place in range(len(texts)) if lengths[place]]
     return sum(scores) / len(scores) if scores else 0.0
 
 
-def _bleu(place: int, grams: Sequence[Sequence[Counter[tuple[str, ...]]]]) -> float:
+def _tops(counts: Sequence[Counter[tuple[str, ...]]]) -> dict[tuple[str, ...], tuple[int, int, int]]:
+    """run of words -> (most often in a text, which text, most often in another one)."""
+    found: dict[tuple[str, ...], tuple[int, int, int]] = {}
+    for place, of in enumerate(counts):
+        for gram, count in of.items():
+            most, holder, second = found.get(gram, (0, -1, 0))
+            found[gram] = (count, place, most) if count > most else (most, holder, max(second, count))
+    return found
+
+
+def _bleu(
+    place: int,
+    own: Sequence[Counter[tuple[str, ...]]],
+    tops: Sequence[dict[tuple[str, ...], tuple[int, int, int]]],
+    lengths: Sequence[int],
+) -> float:
     logs = []
-    for size in range(_GRAMS):
-        own = grams[place][size]
-        most = {gram: max(grams[other][size][gram] for other in range(len(grams)) if other != place) for gram in own}
-        hits, total = sum(min(count, most[gram]) for gram, count in own.items()), own.total()
+    for size, top in enumerate(tops):
+        hits = 0
+        for gram, count in own[size].items():
+            most, holder, second = top[gram]
+            hits += min(count, second if holder == place else most)
         smooth = 1 if size else 0
         if hits + smooth == 0:
             return 0.0
-        logs.append(math.log((hits + smooth) / (total + smooth)))
-    length = grams[place][0].total()
-    nearest = min((abs(other[0].total() - length), other[0].total()) for at, other in enumerate(grams) if at != place)[1]
-    return math.exp(sum(logs) / _GRAMS + min(0.0, 1 - nearest / length))
+        logs.append(math.log((hits + smooth) / (own[size].total() + smooth)))
+    others = (length for at, length in enumerate(lengths) if at != place)
+    nearest = min(others, key=lambda length: (abs(length - lengths[place]), length), default=0)
+    return math.exp(sum(logs) / _GRAMS + min(0.0, 1 - nearest / lengths[place]))
 
 
 def vendi_score(vectors: F32) -> float:
