@@ -47,7 +47,6 @@ EXCEPTIONS = {
     ("cli/edge.py:sync", "arguments"): "a command's arguments are its flags",
     ("cli/edge.py:watch", "arguments"): "a command's arguments are its flags",
     ("cli/federate.py:simulate", "arguments"): "a command's arguments are its flags",
-    ("cli/validation.py:validate", "arguments"): "a command's arguments are its flags",
     ("cli/data.py:dedup", "arguments"): "a command's arguments are its flags",
     ("cli/person.py:tune", "arguments"): "a command's arguments are its flags",
     ("cli/person.py:forget", "arguments"): "a command's arguments are its flags",

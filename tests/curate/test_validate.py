@@ -254,7 +254,7 @@ SOURCE = "The bridge was opened in 1932. It is 503 metres long and carries eight
 )
 def test_an_answer_is_held_against_the_span_that_it_cites(answer: str, quote: str, fault: str) -> None:
     row = example(f"{SOURCE}\n\nWhen was the bridge opened?", json.dumps({"answer": answer, "quote": quote}))
-    faults, citing = spans.faults([row], {})
+    faults, citing = spans.faults([row], {}, {})
     assert citing == 1
     assert (fault in faults.get(0, "")) if fault else not faults
 
@@ -263,10 +263,12 @@ def test_spans_by_line_by_place_and_none() -> None:
     document = Example((Message.of("assistant", SOURCE),), (Origin("a", "a:1"),))
     by_place = example("How long is it?", "It is 503 metres long.")
     start = SOURCE.index("It is")
-    cited = dataclasses.replace(by_place, origins=(Origin("t", f"doc#char={start},{start + 50}", parents=(document.id,)),))
+    cited = dataclasses.replace(by_place, origins=(Origin("t", "doc:1", parents=(document.id,)),))
     wrong = dataclasses.replace(cited, messages=example("How long is it?", "It is 530 metres long.").messages)
     line = example("How long is it?", 'It is 503 metres long.\nSource: "It is 503 metres long"')
-    faults, citing = spans.faults([cited, wrong, line, by_place], {document.id: document})
+    faults, citing = spans.faults(
+        [cited, wrong, line], {document.id: document}, dict.fromkeys((cited.id, wrong.id), (start, start + 50))
+    )
     assert (set(faults), citing) == ({1}, 3)
 
 

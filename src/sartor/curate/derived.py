@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, lineage_index, rows
+from sartor.core import catalogue, licences, lineage_index, rows
 from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.errors import SourceError
 from sartor.core.lineage import tally
@@ -90,11 +90,13 @@ def _facts(
     for example in kept:
         groups.setdefault(example.split, set()).add(example.group)
     steps = {name: facts for parent in parents for name, facts in parent.manifest["steps"].items()}
-    licences = licence_facts(list(sources.values()))
     return {
         "recipe": {**parents[0].manifest["recipe"], "derived": list(step)},
         "sources": list(sources.values()),
-        **licences,
+        **licence_facts(list(sources.values())),
+        # of the rows: what is made of a source may be under its licence and a teacher's word
+        "licence": licences.combine(sorted({one.licence for example in kept for one in example.origins})),
+        **next(({"synthetic": parent.manifest["synthetic"]} for parent in parents if "synthetic" in parent.manifest), {}),
         "counts": {
             "read": len(kept) + len(dropped),
             "made": 0,

@@ -25,12 +25,16 @@ _ROW_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Sides:
-    """Synthetic rows, real rows that the generator did not see, and those that it did. left_out: reason -> rows."""
+    """Synthetic rows, real rows that the generator did not see, and those that it did. left_out: reason -> rows.
+
+    cited: of a synthetic row by its id, which characters of its parent's text it cites.
+    """
 
     synthetic: list[Example]
     real: list[Example]
     seeds: list[Example]
     left_out: Mapping[str, int] = field(default_factory=dict)
+    cited: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def opened(synthetic: Path, reality: Path, seeds: Path | None) -> Sides:
@@ -41,7 +45,10 @@ def opened(synthetic: Path, reality: Path, seeds: Path | None) -> Sides:
     Raises SourceError where fewer than FEWEST_ROWS are left of a side.
     """
     made, dropped = _rows_of(synthetic)
-    real, more = _rows_of(reality)
+    made = [row for row in made if is_made(row)] or made  # of a Dataset in which both stand
+    everything, more = _rows_of(reality)
+    real = [row for row in everything if not is_made(row)]
+    more += ["synthetic"] * (len(everything) - len(real))
     known = _rows_of(seeds)[0] if seeds else [row for row in real if row.split == "train"]
     if any(row.split == "eval" for row in real):
         real = [row for row in real if row.split == "eval"]
@@ -58,7 +65,21 @@ def opened(synthetic: Path, reality: Path, seeds: Path | None) -> Sides:
                 f"with under {FEWEST_ROWS} nothing can be told",
                 f"give {FEWEST_ROWS} {name} rows or more" + (" that no seed is in a group with" if name != "synthetic" else ""),
             )
-    return Sides(made, unseen, known, left_out)
+    return Sides(made, unseen, known, left_out, _cited(synthetic))
+
+
+def is_made(row: Example) -> bool:
+    """Whether a row was synthesised, and by nobody said else."""
+    return all(origin.step.startswith("synthesize:") for origin in row.origins)
+
+
+def _cited(synthetic: Path) -> dict[str, tuple[int, int]]:
+    """What `sartor synthesize` wrote down of the spans that its rows cite."""
+    file = synthetic / "evidence" / "synthetic.parquet"
+    if not file.is_file():
+        return {}
+    told = rows.read_file(file)
+    return {row["id"]: (row["span_start"], row["span_end"]) for row in told if row.get("span_start") is not None}
 
 
 def _rows_of(path: Path) -> tuple[list[Example], list[str]]:

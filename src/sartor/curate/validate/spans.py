@@ -1,7 +1,7 @@
 """Does an answer stand in the span that it cites? A look at words and numbers; it does not reason.
 
 A row cites where its reply is JSON with an answer and one of the fields of QUOTES, where a line of it is `Source: "..."`, or
-where the locator of its Origin ends in `#char=START,END` (RFC 5147) of a parent. The span must stand in its source, which is
+where `evidence/synthetic.parquet` says which characters of its parent it cites. The span must stand in its source, which is
 what the row was asked with or a parent among the seeds, word for word but for space, case and quotation marks; the answer
 must hold no number that neither the span nor the question has, and share a part of its telling words with them.
 """
@@ -23,7 +23,6 @@ from sartor.curate.validate.verdicts import SHOWN_ROWS, Finding, not_tested
 QUOTES = ("quote", "span", "citation", "cited", "evidence", "source_text", "cited_span")
 _ANSWERS = ("answer", "reply", "text", "response")
 _LINE = re.compile(r"^\W*(?:source|quote|span|cited|citation|evidence)\W*[:=]\s*(.+)$", re.IGNORECASE | re.MULTILINE)
-_PLACE = re.compile(r"#char=(\d+),(\d+)$")
 _SHARED = 0.3  # of the answer's telling words
 _FEWEST = 3  # telling words from which that is asked
 _QUOTED = str.maketrans("", "", "\"'“”„«»‘’`*_")  # noqa: RUF001
@@ -39,34 +38,31 @@ class Cited:
     sources: tuple[str, ...]
 
 
-def faults(rows: Sequence[Example], seeds: Mapping[str, Example]) -> tuple[dict[int, str], int]:
-    """(row -> what does not hold, how many rows cite something)."""
+def faults(
+    rows: Sequence[Example], seeds: Mapping[str, Example], places: Mapping[str, tuple[int, int]]
+) -> tuple[dict[int, str], int]:
+    """(row -> what does not hold, how many rows cite something). places: id of a row -> characters of its parent's text."""
     found, citing = {}, 0
     for place, row in enumerate(rows):
-        if cited := cited_by(row, seeds):
+        if cited := cited_by(row, seeds, places.get(row.id)):
             citing += 1
             if fault := fault_of(cited):
                 found[place] = fault
     return found, citing
 
 
-def cited_by(row: Example, seeds: Mapping[str, Example]) -> Cited | None:
-    """What a row cites, None where it cites nothing."""
+def cited_by(row: Example, seeds: Mapping[str, Example], place: tuple[int, int] | None) -> Cited | None:
+    """What a row cites, None where it cites nothing, or a place in a parent that is not among the seeds."""
     parents = [seeds[parent] for origin in row.origins for parent in origin.parents if parent in seeds]
     documents = tuple("\n".join(message.text for message in parent.messages) for parent in parents)
     question = row.prompt[-1].text if row.prompt else ""
-    context = tuple(message.text for message in row.prompt)
     for answer, span in _said(row.reply):
         # a question of a line has no room for its source
-        asked_with = tuple(text for text in context if len(text) > len(span) + len(answer))
+        asked_with = tuple(message.text for message in row.prompt if len(message.text) > len(span) + len(answer))
         return Cited(answer, span, question, documents + asked_with)
-    for origin in row.origins:
-        place = _PLACE.search(origin.locator)
-        parent = next((seeds[name] for name in origin.parents if name in seeds), None)
-        if place and parent is not None:
-            start, end = map(int, place.groups())
-            span = parent.reply[start:end] if parent.is_document else "\n".join(one.text for one in parent.messages)[start:end]
-            return Cited(row.reply, span, question, documents)
+    if place is not None and documents:
+        start, end = place
+        return Cited(row.reply, documents[0][start:end], question, documents)
     return None
 
 
