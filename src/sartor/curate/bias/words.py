@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from sartor.core import groups
@@ -58,7 +59,7 @@ def beside(rows: Sequence[Example], people: Memberships, seed: int = 0) -> list[
 
 
 def _strongest(
-    attribute: str, group: str, vocabulary: Sequence[str], has: np.ndarray, inside: np.ndarray, times: np.ndarray
+    attribute: str, group: str, vocabulary: Sequence[str], has: NDArray[Any], inside: NDArray[Any], times: NDArray[Any]
 ) -> list[Beside]:
     rows = times.shape[1]
     joint, alone, share = times @ (has * inside[:, None]), times @ has, times @ inside

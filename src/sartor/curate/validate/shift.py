@@ -6,8 +6,10 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sartor.curate.bias.membership import Memberships
 from sartor.curate.validate.options import Limits
@@ -55,7 +57,7 @@ def group_outcome(pool: Pool, people: Memberships, named: Sequence[str | None], 
     return finding_of("group_outcome", z.max(0), limits.group_outcome, detail, ids, effect=abs(change))
 
 
-def _cells(people: Memberships, named: Sequence[str | None], own: np.ndarray) -> list[Cell]:
+def _cells(people: Memberships, named: Sequence[str | None], own: NDArray[Any]) -> list[Cell]:
     known = np.array([name is not None for name in named], np.float32)
     outcomes = [name for name, _ in Counter(name for name in named if name is not None).most_common(_OUTCOMES)]
     hits = {
@@ -92,7 +94,7 @@ def _change(cell: Cell, members: F32) -> tuple[F64, F64]:
     return gap[0] - gap[1], np.sqrt(squared)
 
 
-def _rate(cell: Cell, side: np.ndarray) -> tuple[float, float]:
+def _rate(cell: Cell, side: NDArray[Any]) -> tuple[float, float]:
     return tuple(float((side * some * cell.hit).sum() / (side * some).sum()) for some in (cell.inside, cell.others))  # type: ignore[return-value]
 
 
