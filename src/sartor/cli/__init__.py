@@ -2,6 +2,7 @@
 
     app.py      the application, and what signatures share
     data.py     curate, dedup, rethreshold, inspect, revoke, index
+    validation.py  validate, bias
     tuning.py   demo, plan, tune, evaluate, release, verify, ask, keygen
     agents.py   agents key; receipt verify
     assets.py   assets list, assets install
@@ -26,15 +27,19 @@ from typing import Any, NoReturn
 from cyclopts import CycloptsError
 
 import sartor
-from sartor.cli import agents, assets, data, edge, federate, person, review, serving, tuning
+from sartor.cli import agents, assets, data, edge, federate, person, review, serving, tuning, validation
 from sartor.cli.app import AS_JSON, app
 from sartor.core.errors import ConfigError, SartorError
 
-__all__ = ["agents", "app", "assets", "data", "edge", "federate", "main", "person", "review", "serving", "tuning"]
+__all__ = ["agents", "app", "assets", "data", "edge", "federate", "main", "person", "review", "serving", "tuning", "validation"]
 
 
 # command -> the name of its recipe's class: loaded for the help of that command alone, since that takes a while
-RECIPES = {"curate": "CurateRecipe", "plan": "Recipe", "serve": "Team", "synthesize": "SynthesizeRecipe", "tune": "Recipe"}
+RECIPES = {"curate": "CurateRecipe", "plan": "Recipe", "serve": "Team", "synthesize": "SynthesizeRecipe", "tune": "Recipe",
+           "validate": "ValidateOptions"}  # fmt: skip
+
+
+_OF = {"serve": " of the team", "validate": ""}
 
 
 def _add_options(command: str) -> None:
@@ -43,7 +48,7 @@ def _add_options(command: str) -> None:
     lines = [f"- `{'' if '[]' in name else '--'}{name}` ({kind}): {text}" for name, kind, text in options]
     if command == "curate":
         lines += ["", *sartor.describe_steps(table=False)]
-    app[command].help_epilogue = "\n".join([f"Options of the {'team' if command == 'serve' else 'recipe'}:", "", *lines])
+    app[command].help_epilogue = "\n".join([f"Options{_OF.get(command, ' of the recipe')}:", "", *lines])
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

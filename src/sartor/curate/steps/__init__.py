@@ -7,10 +7,12 @@ from typing import Any, TypeGuard, get_args
 from sartor.curate.steps.audio import Audio
 from sartor.curate.steps.augment_audio import AugmentAudio
 from sartor.curate.steps.augment_images import AugmentImages
+from sartor.curate.steps.bias import Bias
 from sartor.curate.steps.boilerplate import Boilerplate
 from sartor.curate.steps.chat_quality import ChatQuality
 from sartor.curate.steps.contamination import Contamination
 from sartor.curate.steps.contract import CopyStep, SetStep
+from sartor.curate.steps.counterfactuals import Counterfactuals
 from sartor.curate.steps.domain import Domain
 from sartor.curate.steps.exact import ExactDuplicates
 from sartor.curate.steps.image_duplicates import ImageDuplicates
@@ -37,8 +39,9 @@ AnySetStep = (
     | SemanticDuplicates
     | ImageDuplicates
     | SuspiciousLabels
+    | Bias
 )
-AnyCopyStep = AugmentImages | AugmentAudio
+AnyCopyStep = AugmentImages | AugmentAudio | Counterfactuals
 Step = AnyRowStep | AnySetStep | AnyCopyStep
 
 

@@ -1,0 +1,123 @@
+"""Which groups of people a row speaks of: attribute -> value, by the lexicon of `core/groups.py` and by fields of the rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sartor.core import groups
+from sartor.core.errors import ConfigError
+from sartor.core.records import Example
+
+Memberships = dict[str, list[str | None]]
+LEXICON = "lexicon"
+ROW_GROUP = "group"  # the row's own group, where no field has that name
+# Fields of JSON or of lines `Name: value` that name groups of people: looked for where none is asked for.
+FIELDS = (
+    "gender", "sex", "race", "ethnicity", "nationality", "religion", "age_group", "disability", "marital_status", "region",
+)  # fmt: skip
+_MOST_VALUES = 12
+# what the lexicon knows, and what its kinds are called in core/groups.py
+ATTRIBUTES = ("sex", "name_origin", "age", "nationality", "disability")
+_CALLED = {"pronouns": "sex", "names": "name_origin"}
+_OF_PRONOUN = {"she": "female", "he": "male"}
+
+
+def memberships(rows: Sequence[Example], fields: Sequence[str] = ()) -> Memberships:
+    """attribute -> the group of each row, None where it names none or several; of attributes with two groups or more.
+
+    fields: `lexicon`, one of ATTRIBUTES, or a field of the rows; by default the lexicon and fields of well-known names. Raises
+    ConfigError for a field that no row has.
+    """
+    found = every(rows, fields)
+    if absent := [name for name in fields if name != LEXICON and not any(found[_CALLED.get(name, name)])]:
+        raise ConfigError(f"no row has the group field {absent[0]!r}", f"lexicon, {', '.join(ATTRIBUTES)}, or {_known(rows)}")
+    several = {name: values for name, values in found.items() if len({value for value in values if value}) > 1}
+    return {name: values for name, values in several.items() if name in fields or len(set(values)) <= _MOST_VALUES}
+
+
+def every(rows: Sequence[Example], fields: Sequence[str] = ()) -> Memberships:
+    """The same, of a row whatever the others say: for a worker that sees some of the rows."""
+    found: Memberships = {}
+    for field in fields or (LEXICON, *FIELDS):
+        attribute = _CALLED.get(field, field)
+        if field == LEXICON:
+            found |= {name: values for name, values in _by_lexicon(rows).items() if name not in found}
+        elif fields and attribute in ATTRIBUTES:
+            # a field of that name says it better than the words of the text
+            said = zip(rows, _by_lexicon(rows)[attribute], strict=True)
+            found[attribute] = [field_value(row, field) or named for row, named in said]
+        elif attribute not in found:
+            found[attribute] = [field_value(row, field) for row in rows]
+        else:
+            found[attribute] = [field_value(row, field) or known for row, known in zip(rows, found[attribute], strict=True)]
+    return found
+
+
+def _by_lexicon(rows: Sequence[Example]) -> Memberships:
+    found: Memberships = {name: [] for name in ATTRIBUTES}
+    for row in rows:
+        text = spoken_of(row)
+        said = {"sex": sexes_of(text), "name_origin": origins_of(text)}
+        said |= {kind: {one.group for one in groups.mentions(text, kind)} for kind in ("age", "nationality", "disability")}
+        for name, values in said.items():
+            found[name].append(next(iter(values)) if len(values) == 1 else None)
+    return found
+
+
+def sexes_of(text: str) -> set[str]:
+    """female, male: by the first names and pronouns of a text."""
+    names = {one.group.rpartition("_")[2] for one in groups.mentions(text, "names") if one.form == "first"}
+    return names | {_OF_PRONOUN[one.group] for one in groups.mentions(text, "pronouns") if one.group in _OF_PRONOUN}
+
+
+def origins_of(text: str) -> set[str]:
+    """Which origins the first names of a text signal: black, hispanic, ...; common ones signal none, and are called so."""
+    return {one.group.rpartition("_")[0] for one in groups.mentions(text, "names") if one.form == "first"}
+
+
+def spoken_of(row: Example) -> str:
+    """The text that says who it is about: what is asked, or a document itself."""
+    return row.reply if row.is_document else "\n".join(message.text for message in row.prompt if message.role != "system")
+
+
+def field_value(row: Example, field: str) -> str | None:
+    """The value of a field: of the reply's JSON, of a message's JSON, or of a line or clause `Field: value` of the prompt."""
+    for message in reversed(row.messages):
+        if (value := _of_json(message.text, field)) is not None:
+            return value
+    name = r"[ _-]".join(re.escape(part) for part in re.split(r"[ _-]", field))
+    said = re.search(rf"(?:^|[\n,;.(|]\s*|\s)[\"']?{name}[\"']?\s*[:=]\s*[\"']?([^\n,;.|)\"']+)", spoken_of(row), re.IGNORECASE)
+    if said:
+        return said.group(1).strip().casefold() or None
+    return row.group or None if field == ROW_GROUP else None
+
+
+def _of_json(text: str, field: str) -> str | None:
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        value: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    for key in field.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return None if value is None or isinstance(value, (dict, list)) else str(value).strip().casefold() or None
+
+
+def _known(rows: Sequence[Example]) -> str:
+    names: Counter[str] = Counter()
+    for row in rows[:500]:
+        for message in row.messages:
+            try:
+                said = json.loads(message.text) if message.text.lstrip().startswith("{") else {}
+            except (ValueError, RecursionError):
+                said = {}
+            names.update(list(said))
+            names.update(
+                name.strip().casefold() for name in re.findall(r"^\s*(\w[\w ]{1,30}?):\s*\S", message.text, re.MULTILINE)
+            )
+    return ", ".join(name for name, _ in names.most_common(8)) or "the fields of JSON or `Name: value` lines (there are none)"

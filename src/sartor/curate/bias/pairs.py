@@ -1,0 +1,90 @@
+"""Counterfactual pairs: a row again about somebody of another group, the outcome kept (Lu et al. 2020, Zmigrod et al. 2019)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from sartor.core import groups
+from sartor.core.groups import Kind
+from sartor.core.records import Example, Message, Origin, Part, digest
+from sartor.curate.bias.membership import origins_of, sexes_of
+
+STEP = "counterfactual"
+_OTHER = {"female": "male", "male": "female"}
+_PRONOUN = {"female": "she", "male": "he"}
+_KINDS: dict[str, Kind] = {"age": "age", "nationality": "nationality", "disability": "disability"}
+ATTRIBUTES = ("sex", "name_origin", *_KINDS)
+
+
+def counterfactuals(row: Example, attributes: Sequence[str]) -> Iterator[tuple[Example, str]]:
+    """(copy, what was changed) of a row for each attribute of ATTRIBUTES by which it names somebody.
+
+    Which other group it is then about is drawn by the row's digest. Nothing comes of a row in which grammar or sense cannot be
+    kept (`core/groups.py`), nor of one that speaks of people of several groups.
+    """
+    for attribute in attributes:
+        there = {one for message in row.messages for one in _named(message.text, attribute)}
+        others = [group for group in _groups(attribute) if group not in there]
+        if len(there) != 1 or not others:
+            continue
+        to = others[int(digest([row.id, attribute])[:8], 16) % len(others)]
+        if (changed := _changed(row, attribute, to)) is not None:
+            yield changed, f"{attribute}: {next(iter(there))} to {to}"
+
+
+def _groups(attribute: str) -> tuple[str, ...]:
+    if attribute == "sex":
+        return tuple(_OTHER)
+    if attribute == "name_origin":
+        return tuple(dict.fromkeys(name.rpartition("_")[0] for name in groups.groups("names")))
+    return groups.groups(_KINDS[attribute])
+
+
+def _named(text: str, attribute: str) -> set[str]:
+    if attribute == "sex":
+        return sexes_of(text)
+    if attribute == "name_origin":
+        return origins_of(text)
+    return {one.group for one in groups.mentions(text, _KINDS[attribute])}
+
+
+def _changed(row: Example, attribute: str, to: str) -> Example | None:
+    messages, rejected = _swapped(row.messages, attribute, to), _swapped(row.rejected, attribute, to)
+    if messages is None or rejected is None or messages == row.messages:
+        return None
+    origins = tuple(dataclasses.replace(origin, parents=(row.id,), step=f"{STEP}:{attribute}") for origin in row.origins)
+    return dataclasses.replace(row, messages=messages, rejected=rejected, origins=origins, steps=(*row.steps, STEP))
+
+
+def _swapped(messages: Sequence[Message], attribute: str, to: str) -> tuple[Message, ...] | None:
+    found = []
+    for message in messages:
+        parts = []
+        for part in message.content:
+            text = _turned(part.text, attribute, to) if _named(part.text, attribute) - {to} else part.text
+            if text is None:
+                return None
+            parts.append(Part("text", text) if part.kind == "text" else part)
+        found.append(dataclasses.replace(message, content=tuple(parts)))
+    return tuple(found)
+
+
+def _turned(text: str, attribute: str, to: str) -> str | None:
+    """The text about somebody of the group `to`; None where that cannot be said well."""
+    names = [one.group for one in groups.mentions(text, "names") if one.form == "first"]
+    if attribute == "sex":
+        # pronouns take the first names along; a text of names alone has only those to turn
+        if groups.mentions(text, "pronouns"):
+            return groups.swap(text, "pronouns", _PRONOUN[to])
+        origins = {name.rpartition("_")[0] for name in names}
+        return groups.swap(text, "names", f"{origins.pop()}_{to}") if len(origins) == 1 else None
+    if attribute == "name_origin":
+        sexes = {name.rpartition("_")[2] for name in names}
+        return groups.swap(text, "names", f"{to}_{sexes.pop()}") if len(sexes) == 1 else None
+    return groups.swap(text, _KINDS[attribute], to)
+
+
+def is_counterfactual(origin: Origin) -> bool:
+    """Whether a row with that origin is such a copy."""
+    return origin.step.startswith(STEP)

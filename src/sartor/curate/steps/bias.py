@@ -1,0 +1,139 @@
+"""`bias`: how outcomes fall on groups of people, and weights or removals that make them fall evenly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from sartor.core.config import option
+from sartor.core.errors import ConfigError
+from sartor.core.records import Drop, Example
+from sartor.curate.bias import cells, weights
+from sartor.curate.bias.membership import Memberships, every
+from sartor.curate.bias.outcomes import of_replies
+from sartor.curate.bias.rates import Rates, measured
+from sartor.curate.labels import target
+from sartor.curate.steps.contract import Gathered, Removal, RowFunction, Verdicts
+
+EVIDENCE = "bias"
+_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("when", "attribute", "group", "outcome")]
+    + [(name, pa.float64()) for name in ("rows", "rate", "low", "high")]
+)
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Outcome rates by group with intervals and tests, before and after: in the manifest and in `evidence/bias.parquet`.
+
+    `mitigate: reweight` sets weights that make group and outcome independent (Kamiran and Calders 2012), `drop` removes the
+    fewest rows for it. For counterfactual pairs there is the step `counterfactuals`.
+    """
+
+    group: tuple[str, ...] = option(
+        (), "lexicon, sex, age, ..., or fields of the rows; empty: the lexicon and well-known fields"
+    )
+    outcome: str = option("auto", "what a reply's outcome is: auto, reply, json:KEY or regex:PATTERN")
+    mitigate: Literal["none", "reweight", "drop"] = option("none", "what is done about it")
+    seed: int = option(0, "of the rows that are dropped")
+    kind: Literal["bias"] = "bias"
+
+    def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
+        """See SetStep. Columns: people (attribute -> group, as JSON), reply, weight."""
+        people = every(examples, self.group)
+        said = [{name: values[row] for name, values in people.items()} for row in range(len(examples))]
+        return pa.table(
+            {
+                "people": pa.array([json.dumps(one) for one in said], pa.string()),
+                "reply": pa.array([example.reply for example in examples], pa.string()),
+                "weight": pa.array([example.weight for example in examples], pa.float64()),
+            }
+        )
+
+    def decide(self, gathered: Gathered) -> Verdicts:
+        """See SetStep. Raises ConfigError where a mitigation is asked for and no group or outcome is there."""
+        people = _people(gathered.table["people"].to_pylist())
+        found = of_replies(gathered.table["reply"].to_pylist(), self.outcome)
+        weight = gathered.table["weight"].to_pylist()
+        if not people or not any(found.labels):
+            what = "name no two groups of people" if not people else "have no outcome: their replies are free text"
+            if self.mitigate != "none":
+                raise ConfigError(f"bias: the rows {what}", "name group and outcome, or leave out mitigate")
+            return Verdicts(facts={"outcome": found.why, "not_measured": f"the rows {what}"})
+        before = measured(people, found.labels, weight)
+        removals, then, after = self._mitigated(people, found, weight, gathered)
+        facts = {"outcome": found.why, "mitigate": self.mitigate, "before": before.as_json()}
+        if after is not None:
+            facts["after"] = after.as_json()
+        return Verdicts(removals, {EVIDENCE: _table(before, after)}, facts, then)
+
+    def _mitigated(
+        self, people: Memberships, found: target.Target, weight: Sequence[float], gathered: Gathered
+    ) -> tuple[list[Removal], Weigh | None, Rates | None]:
+        if self.mitigate == "reweight":
+            factors = weights.factors(people, found.labels, weight)
+            then = Weigh(tuple((*key, factor) for key, factor in sorted(factors.items())), self.group, found.chosen)
+            said = ({name: values[row] for name, values in people.items()} for row in range(len(weight)))
+            rows = zip(weight, said, found.labels, strict=True)
+            new = [old * weights.weight_of(factors, groups, outcome) for old, groups, outcome in rows]
+            return [], then, measured(people, found.labels, new)
+        if self.mitigate == "drop":
+            if len(people) > 1:
+                raise ConfigError(f"bias: the rows name {', '.join(people)}; drop takes one", f"group: [{next(iter(people))}]")
+            (name, values), *_ = people.items()
+            gone = cells.superfluous(cells.table(values, found.labels), self.seed)
+            said_of = [f"{name} {values[row]}, {found.labels[row]!r:.60}: more of it than of the other groups" for row in gone]
+            removals = [Removal(row, "group_outcome", said) for row, said in zip(gone, said_of, strict=True)]
+            kept = sorted(set(range(len(gathered))) - set(gone))
+            left = {name: [values[row] for row in kept]}
+            return removals, None, measured(left, [found.labels[row] for row in kept], [weight[row] for row in kept])
+        return [], None, None
+
+
+@dataclass(frozen=True)
+class Weigh:
+    """Multiply a row's weight by the factor of its groups and outcome: what `bias` asks for.
+
+    factors: (attribute, group, outcome, factor) each.
+    """
+
+    factors: tuple[tuple[str, str, str, float], ...]
+    group: tuple[str, ...]
+    outcome: str
+    kind: Literal["bias"] = "bias"
+
+    def open(self, folder: Path) -> RowFunction:
+        """See RowStep."""
+        found = {(attribute, group, outcome): factor for attribute, group, outcome, factor in self.factors}
+
+        def apply(example: Example) -> Example | Drop:
+            said = {name: values[0] for name, values in every([example], self.group).items()}
+            factor = weights.weight_of(found, said, target.find([example.reply], self.outcome).labels[0])
+            return example if factor == 1 else replace(example, weight=example.weight * factor)
+
+        return apply
+
+
+def _people(said: Sequence[str]) -> Memberships:
+    """attribute -> the group of each row, of attributes with two groups or more."""
+    rows: list[Mapping[str, str | None]] = [json.loads(one) for one in said]
+    names = dict.fromkeys(name for row in rows for name in row)
+    people = {name: [row.get(name) for row in rows] for name in names}
+    return {name: values for name, values in people.items() if len({value for value in values if value}) > 1}
+
+
+def _table(before: Rates, after: Rates | None) -> Any:
+    rows = [
+        {"when": when, "attribute": attribute, "group": group, "outcome": outcome, **asdict(rate)}
+        for when, rates in (("before", before), ("after", after))
+        if rates is not None
+        for attribute, groups in rates.rates.items()
+        for group, outcomes in groups.items()
+        for outcome, rate in outcomes.items()
+    ]
+    return pa.Table.from_pylist(rows, _SCHEMA)

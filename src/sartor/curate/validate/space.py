@@ -1,0 +1,81 @@
+"""Both sides as vectors: one encoder over all rows, likeness of every pair, a kernel, neighbours, topics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from sartor.core.records import Example
+from sartor.curate.likeness.vectors import MOST_CHARACTERS, Chosen, prompt_text
+from sartor.curate.validate.sides import I64, Pool
+
+F32 = NDArray[np.float32]
+_TOPICS = (4, 8, 16)
+_ROWS_PER_TOPIC = 12
+
+
+def encoded(chosen: Chosen, some: Sequence[Example]) -> tuple[F32, int]:
+    """((N, D) unit vectors, texts that were cut): what is asked and what is replied side by side, so that neither drowns.
+
+    A row of one part alone, such as a document, has the other part empty.
+    """
+    parts, cut = [], 0
+    for texts in ([prompt_text(row) for row in some], [row.reply[:MOST_CHARACTERS] for row in some]):
+        if any(text.strip() for text in texts):
+            parts.append(np.asarray(chosen.encoder.encode(texts), np.float32))
+            cut += chosen.encoder.cut
+    vectors = np.concatenate(parts, axis=1) if parts else np.zeros((len(some), 1), np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32), cut
+
+
+@dataclass(frozen=True)
+class Space:
+    """n rows of a pool as (n, D) unit vectors."""
+
+    pool: Pool
+    vectors: F32
+    seed: int
+
+    @cached_property
+    def cosines(self) -> F32:
+        """(n, n)."""
+        return np.asarray(self.vectors @ self.vectors.T)
+
+    @cached_property
+    def kernel(self) -> F32:
+        """(n, n) Gaussian kernel, as wide as the median distance of two rows (Gretton et al. 2012, section 8)."""
+        squared = np.maximum(2 - 2 * self.cosines, 0)
+        above = squared[np.triu_indices(len(squared), 1)]
+        width = float(np.median(above[above > 1e-6])) if (above > 1e-6).any() else 1.0
+        return np.exp(-squared / width).astype(np.float32)
+
+    @cached_property
+    def _order(self) -> I64:
+        """(n, n) rows by likeness to each, rows of its own unit last."""
+        likeness = self.cosines.copy()
+        likeness[self.pool.units[:, None] == self.pool.units[None, :]] = -2
+        # of equally near ones the order is by a draw: by number all synthetic ones would come first
+        shuffled = np.random.default_rng([self.seed, 2]).permutation(len(likeness))
+        return shuffled[np.argsort(-likeness[:, shuffled], axis=1, kind="stable")]
+
+    def neighbours(self, count: int) -> Any:
+        """(n, n) sparse 0/1: row i has a 1 for each of its `count` nearest rows of other units."""
+        near = self._order[:, :count]
+        rows = np.repeat(np.arange(len(near)), near.shape[1])
+        return sparse.csr_matrix((np.ones(near.size, np.float32), (rows, near.ravel())), shape=self.cosines.shape)
+
+    @cached_property
+    def topics(self) -> list[I64]:
+        """(n,) the cluster of each row, of k-means over both sides, coarse to fine: a drift may be of few or of many."""
+        from sklearn.cluster import KMeans
+
+        counts = [count for count in _TOPICS if count * _ROWS_PER_TOPIC <= len(self.vectors)] or [2]
+        made = (KMeans(count, n_init=3, random_state=self.seed).fit_predict(self.vectors) for count in counts)
+        return [np.asarray(found, np.int64) for found in made]

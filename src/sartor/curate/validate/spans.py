@@ -1,0 +1,115 @@
+"""Does an answer stand in the span that it cites? A look at words and numbers; it does not reason.
+
+A row cites where its reply is JSON with an answer and one of the fields of QUOTES, where a line of it is `Source: "..."`, or
+where `evidence/synthetic.parquet` says which characters of its parent it cites. The span must stand in its source, which is
+what the row was asked with or a parent among the seeds, word for word but for space, case and quotation marks; the answer
+must hold no number that neither the span nor the question has, and share a part of its telling words with them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+from sartor.core.records import Example
+from sartor.curate.likeness.alike import Read
+from sartor.curate.validate.options import Limits
+from sartor.curate.validate.verdicts import SHOWN_ROWS, Finding, not_tested
+
+QUOTES = ("quote", "span", "citation", "cited", "evidence", "source_text", "cited_span")
+_ANSWERS = ("answer", "reply", "text", "response")
+_LINE = re.compile(r"^\W*(?:source|quote|span|cited|citation|evidence)\W*[:=]\s*(.+)$", re.IGNORECASE | re.MULTILINE)
+_SHARED = 0.3  # of the answer's telling words
+_FEWEST = 3  # telling words from which that is asked
+_QUOTED = str.maketrans("", "", "\"'“”„«»‘’`*_")  # noqa: RUF001
+
+
+@dataclass(frozen=True)
+class Cited:
+    """A row's answer, the span that it cites, and the texts in which that may stand: none where nobody has its source."""
+
+    answer: str
+    span: str
+    question: str
+    sources: tuple[str, ...]
+
+
+def faults(
+    rows: Sequence[Example], seeds: Mapping[str, Example], places: Mapping[str, tuple[int, int]]
+) -> tuple[dict[int, str], int]:
+    """(row -> what does not hold, how many rows cite something). places: id of a row -> characters of its parent's text."""
+    found, citing = {}, 0
+    for place, row in enumerate(rows):
+        if cited := cited_by(row, seeds, places.get(row.id)):
+            citing += 1
+            if fault := fault_of(cited):
+                found[place] = fault
+    return found, citing
+
+
+def cited_by(row: Example, seeds: Mapping[str, Example], place: tuple[int, int] | None) -> Cited | None:
+    """What a row cites, None where it cites nothing, or a place in a parent that is not among the seeds."""
+    parents = [seeds[parent] for origin in row.origins for parent in origin.parents if parent in seeds]
+    documents = tuple("\n".join(message.text for message in parent.messages) for parent in parents)
+    question = row.prompt[-1].text if row.prompt else ""
+    for answer, span in _said(row.reply):
+        # a question of a line has no room for its source
+        asked_with = tuple(message.text for message in row.prompt if len(message.text) > len(span) + len(answer))
+        return Cited(answer, span, question, documents + asked_with)
+    if place is not None and documents:
+        start, end = place
+        return Cited(row.reply, documents[0][start:end], question, documents)
+    return None
+
+
+def _said(reply: str) -> Iterator[tuple[str, str]]:
+    try:
+        data = json.loads(reply) if reply.lstrip().startswith("{") else None
+    except (ValueError, RecursionError):
+        data = None
+    if isinstance(data, dict):
+        span = next((data[name] for name in QUOTES if isinstance(data.get(name), str)), None)
+        answer = next((data[name] for name in _ANSWERS if isinstance(data.get(name), str)), "")
+        if span is not None:
+            yield answer, span
+        return
+    if line := _LINE.search(reply):
+        yield (reply[: line.start()] + reply[line.end() :]).strip(), line.group(1)
+
+
+def fault_of(cited: Cited) -> str:
+    """What does not hold, empty where all does."""
+    span = _plain(cited.span)
+    if not span:
+        return "it cites an empty span"
+    if cited.sources and not any(span in _plain(source) for source in cited.sources):
+        return f"the span {cited.span[:80]!r} does not stand in its source"
+    answer, known = Read.of(cited.answer), [Read.of(cited.span), Read.of(cited.question)]
+    numbers = {number for read in known for number in read.numbers}
+    if foreign := [number for number in answer.numbers if number not in numbers]:
+        return f"the answer says {foreign[0]}, which the span {cited.span[:80]!r} does not"
+    telling = answer.content({})
+    stems = {stem for read in known for stem in read.stems}
+    shared = sum(stem in stems for stem in telling)
+    if len(telling) >= _FEWEST and shared < _SHARED * len(telling):
+        return f"{shared} of {len(telling)} telling words of the answer stand in the span {cited.span[:80]!r}"
+    return ""
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.translate(_QUOTED).casefold().split()).strip(" .…")
+
+
+def consistency(found: Mapping[int, str], citing: int, ids: Sequence[str], limits: Limits) -> Finding:
+    """More spans that do not hold than the limit: an exact binomial test against it."""
+    if not citing:
+        return not_tested("span", limits.span, "no row cites a span")
+    part = len(found) / citing
+    p = float(stats.binomtest(len(found), citing, limits.span, alternative="greater").pvalue)
+    detail = f"{len(found)} of {citing} cited spans do not hold"
+    rows = tuple(ids[place] for place in sorted(found))[:SHOWN_ROWS]
+    return Finding("span", part, part, limits.span, p, detail, rows)

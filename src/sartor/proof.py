@@ -1,0 +1,133 @@
+"""The measure that counts of synthetic rows: tuning with and without them, compared on real rows that neither saw."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sartor.core import rows
+from sartor.core.artifacts import Artifact, check_free, open_artifact
+from sartor.core.errors import ArtifactError, SourceError
+from sartor.core.records import Example
+from sartor.curate.derived import write_derived
+from sartor.curate.steps.contract import dropped
+from sartor.evaluate import compare
+from sartor.evaluate.compare import Comparison
+from sartor.evaluate.tasks import evaluate
+from sartor.tune import recipe as recipes
+from sartor.tune.recipe import Recipe
+from sartor.tune.trainer import Tuned, tune
+
+Notice = Callable[[str], object]
+STEP = "prove"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Scores on real held-out rows: `base` is tuned without the synthetic rows, `tuned` with them. metric: of a row, 0..1."""
+
+    compared: Comparison
+    metric: str
+    rows: int
+    synthetic: int
+    left_out: int
+    runs: dict[str, dict[str, Any]]
+    wall_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For the command's JSON."""
+        found = self.compared
+        return {
+            "metric": self.metric,
+            "without": found.base,
+            "with": found.tuned,
+            "gain": {"estimate": found.difference, "low": found.low, "high": found.high},
+            "verdict": found.verdict(),
+            "rows": self.rows,
+            "synthetic": self.synthetic,
+            "left_out": self.left_out,
+            "runs": self.runs,
+            "wall_s": round(self.wall_s, 1),
+        }
+
+
+def prove(
+    synthetic: Path | str,
+    reality: Path | str,
+    recipe: Recipe | Path | str,
+    out: Path | str,
+    *,
+    scorer: str = "",
+    most_rows: int = 200,
+    replace: bool = False,
+    notice: Notice = lambda line: None,
+) -> Proof:
+    """Tune a recipe on the training rows of the Dataset `reality`, then with those of `synthetic`; compare on held-out rows.
+
+    Both runs have the recipe as it is but for `data.path`: with a budget of epochs the second makes more updates, with one of
+    updates the same. Synthetic rows in the group of a held-out row are left out. The interval is of a paired bootstrap over
+    groups (`evaluate/compare.py`). Below `out` stand `with` (the Dataset), `adapter-without`, `adapter-with` and their reports.
+    Raises what `tune` and `evaluate` do, SourceError where nothing is held out.
+    """
+    began = time.monotonic()
+    out = Path(out).absolute()
+    real, made = open_artifact(reality, "dataset"), open_artifact(synthetic, "dataset")
+    names = ("with", "adapter-without", "adapter-with", "report-without", "report-with")
+    for name in names:
+        check_free(out / name, replace=replace)
+    both, taken, left_out = _together(real, made, out / "with", replace)
+    tuned, scored, metric = {}, {}, scorer
+    for name, dataset in (("without", real), ("with", both)):
+        notice(f"tuning {name} synthetic rows")
+        chosen = recipes.load(recipe, ["--data.path", str(dataset.path)])
+        tuned[name] = tune(chosen, out / f"adapter-{name}", replace=replace, show=False, notice=notice)
+        report = evaluate(
+            out / f"adapter-{name}",
+            out=out / f"report-{name}",
+            scorer=scorer,
+            most_rows=most_rows,
+            replace=replace,
+            notice=notice,
+        ).report
+        scored[name] = {row["id"]: row for row in rows.read_file(report.path / "rows.parquet")}
+        metric = metric or str(report.manifest["primary"])
+    return _compared(scored, metric, (taken, left_out), tuned, time.monotonic() - began)
+
+
+def _together(real: Artifact, made: Artifact, out: Path, replace: bool) -> tuple[Artifact, int, int]:
+    """(the Dataset of both, synthetic rows in it, synthetic rows that were left out)."""
+    known = list(rows.read_examples(real))
+    held_out = {row.group for row in known if row.split == "eval"}
+    if not held_out:
+        raise SourceError(f"{real.path} holds out no row to compare on", "curate it with split.eval_fraction above 0")
+    ids = {row.id for row in known}
+    taken: list[Example] = []
+    drops = []
+    for row in rows.read_examples(made):
+        if row.group in held_out or row.id in ids:
+            drops.append(dropped(row, "group_held_out", "a real row of its group is held out, or is it itself", step=STEP))
+        else:
+            taken.append(Example(row.messages, row.origins, row.group, "train", row.weight, row.rejected, row.tools, row.steps))
+    dataset = write_derived(out, [real, made], [*known, *taken], drops, step={STEP: {"added": len(taken)}}, replace=replace)
+    return dataset, len(taken), len(drops)
+
+
+def _compared(
+    scored: dict[str, dict[str, dict[str, Any]]], metric: str, counts: tuple[int, int], tuned: dict[str, Tuned], wall_s: float
+) -> Proof:
+    shared = [name for name in scored["without"] if name in scored["with"]]
+    if not shared:
+        raise ArtifactError("the two reports share no row", "the same recipe for both")
+    # a metric of the whole set, such as macro-F1, has no scores of rows
+    column = f"tuned_{metric}" if f"tuned_{metric}" in scored["without"][shared[0]] else "tuned_exact_match"
+    sides: list[Sequence[float]] = [[float(scored[name][row][column]) for row in shared] for name in ("without", "with")]
+    groups = [scored["without"][row]["group"] for row in shared]
+    runs = {name: {"adapter": str(one.adapter.path), "updates": one.as_json()["updates"]} for name, one in tuned.items()}
+    found = compare.paired(sides[0], sides[1], groups)
+    return Proof(found, column.removeprefix("tuned_"), len(shared), *counts, runs, wall_s)
+
+
+__all__ = ["Proof", "prove"]
