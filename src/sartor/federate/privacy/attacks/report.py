@@ -13,11 +13,11 @@ from pathlib import Path
 from sartor.core.errors import ArtifactError, GateError
 from sartor.edge.files import write_whole
 from sartor.edge.tuning.receipt import digests
+from sartor.evaluate.audit.membership import Membership
 from sartor.federate.privacy.accountant import Budget
 from sartor.federate.privacy.attacks.audit import Audit
 from sartor.federate.privacy.attacks.canaries import Exposure
 from sartor.federate.privacy.attacks.inversion import Inversion
-from sartor.federate.privacy.attacks.membership import Membership
 
 SCHEMA, KIND, FILE = 1, "attack-report", "attacks.json"
 
