@@ -1,0 +1,337 @@
+"""Terms that name a group of people, and the same text about another group: for bias in data, in models, and for augmentation.
+
+    mentions("Emily is 28.", "age")                    -> a Mention of `young`
+    swap("Emily said her car is hers.", "pronouns", "he") -> "Brad said his car is his." (see `swap` for which name)
+
+The lexicon is `groups.toml`, which states the source of each list. English alone. A term is taken where the words around it
+say that it is of a person: `a German applicant`, not `German lessons`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sartor.core import pronouns
+from sartor.core.errors import ConfigError
+from sartor.core.grammar import cased, with_articles
+
+Kind = Literal["names", "pronouns", "age", "nationality", "disability"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SEXES = {"female": "she", "male": "he"}
+ADULT, OLDER, YEARS_APART = 18, 40, 32
+_BE = r"(?:is|am|are|was|were|be|been|being|'s|’s|'m|’m|'re|’re)"
+_VERY = r"(?:(?:very|quite|too|rather|also|originally|legally) )?"
+_AFTER_NOUN = r"(?=\s*(?:[.,;:!?)]|$)|\s+(?:who|with|from|and|or|is|was|has|had|in|of|by|living|applying|applied)\b)"
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A term of a group in a text: `text[start:end]`. `index` is its place in the group's list, where it has one."""
+
+    group: str
+    start: int
+    end: int
+    text: str
+    form: str = ""
+    index: int = 0
+
+
+@functools.cache
+def lexicon() -> dict[str, Any]:
+    """The tables of groups.toml."""
+    return tomllib.loads((Path(__file__).parent / "groups.toml").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def groups(kind: Kind) -> tuple[str, ...]:
+    """The groups of a kind: what `swap` takes as `to`. Names are of an origin and a sex (`black_female`)."""
+    _check_kind(kind)
+    if kind == "names":
+        return tuple(f"{origin}_{sex}" for origin in lexicon()["names"] for sex in SEXES)
+    fixed = {"pronouns": pronouns.GROUPS, "age": ("young", "older")}
+    return fixed[kind] if kind in fixed else tuple(lexicon()[kind])
+
+
+def mentions(text: str, kind: Kind) -> list[Mention]:
+    """The terms of a kind in a text, in order, none overlapping. Raises ConfigError for an unknown kind."""
+    _check_kind(kind)
+    found = sorted(_FINDERS[kind](text), key=lambda one: (one.start, -one.end))
+    apart: list[Mention] = []
+    for one in found:
+        if not apart or one.start >= apart[-1].end:
+            apart.append(one)
+    return apart
+
+
+def swap(text: str, kind: Kind, to: str) -> str | None:
+    """The text about somebody of another group: pronouns, verbs, articles and capitals made to fit.
+
+    None where no term of the kind is there, where all are of that group already, or where grammar or sense cannot be kept: a
+    text that speaks of a `he` and a `she`, a `they` of many, "she's" of a verb that could be "is" or "has". First names go
+    along with pronouns (to a name of the same origin), and pronouns with first names of the other sex. The same text gives the
+    same answer always. Raises ConfigError for an unknown kind or group.
+    """
+    if to not in groups(kind):
+        raise ConfigError(f"{to!r} is no group of {kind}", f"one of {', '.join(groups(kind))}")
+    changed = _SWAPS[kind](text, to)
+    return None if changed is None or changed == text else changed
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(f"there is no kind of group {kind!r}", f"one of {', '.join(KINDS)}")
+
+
+def _edited(text: str, edits: dict[tuple[int, int], str]) -> str:
+    """The text with spans replaced and the articles before them made to fit."""
+    places, out, at = [], "", 0
+    for (start, end), new in sorted(edits.items()):
+        out += text[at:start]
+        places.append(len(out))
+        out, at = out + new, end
+    return with_articles(out + text[at:], places)
+
+
+def _any(words: list[str]) -> str:
+    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+
+
+@functools.cache
+def _person() -> str:
+    return rf"(?:{_any(lexicon()['person']['nouns'])})"
+
+
+# names
+
+
+@functools.cache
+def _name_tables() -> tuple[re.Pattern[str], dict[str, tuple[str, int]], dict[str, tuple[str, int]]]:
+    first, last = {}, {}
+    for origin, lists in lexicon()["names"].items():
+        for sex in SEXES:
+            first.update({name: (f"{origin}_{sex}", place) for place, name in enumerate(lists[sex])})
+        last.update({name: (origin, place) for place, name in enumerate(lists["surnames"])})
+    return re.compile(rf"\b({_any(list(first))})(?: ({_any(list(last))}))?\b(?!-)"), first, last
+
+
+def _names(text: str) -> Iterator[Mention]:
+    """First names, and the surnames behind them wherever else they stand (Mr Walsh)."""
+    pattern, first, last = _name_tables()
+    of_surname = {}
+    for match in pattern.finditer(text):
+        group, place = first[match[1]]
+        yield Mention(group, match.start(1), match.end(1), match[1], "first", place)
+        if match[2]:
+            of_surname.setdefault(match[2], group)
+    for again in re.finditer(rf"\b(?:{_any(list(of_surname))})\b(?!-)", text) if of_surname else ():
+        yield Mention(of_surname[again[0]], again.start(), again.end(), again[0], "last", last[again[0]][1])
+
+
+def _renamed(text: str, target: Callable[[str], str]) -> str:
+    """The text with names of other groups than `target(group)`. A name becomes the one at its place in the other list, or the
+    next that the text does not hold; one name is renamed one way throughout.
+    """
+    used = {one.text for one in mentions(text, "names")}
+    names: dict[tuple[str, str], str] = {}
+    edits = {}
+    for one in mentions(text, "names"):
+        origin, _, sex = target(one.group).partition("_")
+        # a surname says the origin alone
+        if target(one.group) == one.group or (one.form == "last" and one.group.startswith(f"{origin}_")):
+            continue
+        table = lexicon()["names"][origin]["surnames" if one.form == "last" else sex]
+        if (one.form, one.text) not in names:
+            turned = [table[(one.index + turn) % len(table)] for turn in range(len(table))]
+            names[one.form, one.text] = next((name for name in turned if name not in used), turned[0])
+            used.add(names[one.form, one.text])
+        edits[one.start, one.end] = names[one.form, one.text]
+    return _edited(text, edits)
+
+
+def _swap_names(text: str, to: str) -> str | None:
+    there = mentions(text, "names")
+    if all(one.group == to for one in there):
+        return None
+    sex = to.rpartition("_")[2]
+    renamed = _renamed(text, lambda group: to)
+    if any(not one.group.endswith(f"_{sex}") for one in there) and {one.group for one in mentions(text, "pronouns")}:
+        return pronouns.swap(renamed, SEXES[sex], lexicon()["gendered"])
+    return renamed
+
+
+# pronouns
+
+
+def _pronouns(text: str) -> Iterator[Mention]:
+    for group, start, end in pronouns.find(text, lexicon()["gendered"]):
+        yield Mention(group, start, end, text[start:end])
+
+
+def _swap_pronouns(text: str, to: str) -> str | None:
+    changed = pronouns.swap(text, to, lexicon()["gendered"])
+    if changed is None or to == "they":
+        return changed
+    sex, other = ("male", "female") if to == "he" else ("female", "male")
+    return _renamed(changed, lambda group: group.replace(f"_{other}", f"_{sex}"))
+
+
+# age
+
+
+@functools.cache
+def _age_pattern() -> re.Pattern[str]:
+    """One group per form: numbers, words before somebody, words after "to be", decades."""
+    words = lexicon()["age"]
+    adjectives = _any([*words["young"], *words["older"]])
+    decades = _any([*words["decades_young"], *words["decades_older"]])
+    return re.compile(
+        rf"(?<![\d.,])(\d\d)(?=[- ]years?[- ]old\b)|\b(?:aged|age of|age:?) (\d\d)\b(?![.,]?\d)"
+        rf"|\b(?:I am|I'm|[Ss]?[Hh]e is|[Ss]?[Hh]e was|[Ss]?[Hh]e's|[Tt]hey are|[Tt]hey're) (\d\d)(?=[.;,!?]?(?:\s|$)(?! ?%))"
+        rf"|\b[A-Z][a-z]+, (\d\d),|(?<![\w-])({adjectives})(?= {_person()}\b)"
+        rf"|{_BE} {_VERY}({adjectives})\b(?! than\b| enough\b| (?!and\b|or\b|but\b)[a-z])"
+        rf"|\b(?:her|his|their|my|your) (?:early |mid[- ]?|late )?({decades})\b"
+    )
+
+
+def _ages(text: str) -> Iterator[Mention]:
+    words = lexicon()["age"]
+    for match in _age_pattern().finditer(text):
+        start, end = match.span(match.lastindex or 0)
+        found = text[start:end]
+        if not found.isdigit():
+            group = "young" if found in (*words["young"], *words["decades_young"]) else "older"
+            yield Mention(group, start, end, found, "decade" if match.lastindex == 7 else "word")
+        elif int(found) >= ADULT:  # a child's age is another matter
+            yield Mention("young" if int(found) < OLDER else "older", start, end, found, "number")
+
+
+def _swap_age(text: str, to: str) -> str | None:
+    words, edits = lexicon()["age"], {}
+    for one in mentions(text, "age"):
+        if one.group == to:
+            continue
+        if one.form == "number":
+            years = int(one.text)
+            new = str(years + YEARS_APART if to == "older" else min(max(years - YEARS_APART, ADULT), OLDER - 1))
+        elif one.form == "decade":
+            new = words[f"decades_{to}"][words[f"decades_{one.group}"].index(one.text)]
+        else:
+            new = cased(words[to][0], one.text)
+        edits[one.start, one.end] = new
+    return _edited(text, edits) if edits else None
+
+
+# nationality
+
+
+@functools.cache
+def _nationality() -> tuple[re.Pattern[str], dict[str, list[tuple[str, str]]]]:
+    """The pattern, groups as in `_age_pattern`; and what each word is: (group, form) for each of its forms."""
+    words: dict[str, list[tuple[str, str]]] = {}
+    for group, (adjective, noun, *countries) in lexicon()["nationality"].items():
+        for word, form in [(adjective, "adjective"), (noun, "noun"), *((country, "country") for country in countries)]:
+            words.setdefault(word, []).append((group, form))
+    of = {form: _any([word for word, said in words.items() if form in {one[1] for one in said}]) for form in _FORMS}
+    return re.compile(
+        rf"\b({of['adjective']})(?= {_person()}\b| (?:national|citizen|passport|origin|descent|nationality)\b)"
+        rf"|{_BE} {_VERY}({of['adjective']})\b(?=\s*(?:[.,;:!?)]|$)|\s+(?:and|or|but|by|who)\b)"
+        rf"|\b(?:[Aa]n?|[Tt]he|[Aa]nother|[Ee]very|[Tt]his|[Tt]hat) ({of['noun']}){_AFTER_NOUN}"
+        rf"|\b(?:from|born in|citizens? of|nationals? of|grew up in|lived in|raised in|native of) ({of['country']})\b(?!-)"
+    ), words
+
+
+_FORMS = ("adjective", "noun", "country")
+_FORM_OF_GROUP = {1: "adjective", 2: "adjective", 3: "noun", 4: "country"}
+
+
+def _nationalities(text: str) -> Iterator[Mention]:
+    pattern, words = _nationality()
+    for match in pattern.finditer(text):
+        form = _FORM_OF_GROUP[match.lastindex or 0]
+        start, end = match.span(match.lastindex or 0)
+        group = next(group for group, of in words[text[start:end]] if of == form)
+        yield Mention(group, start, end, text[start:end], form)
+
+
+def _swap_nationality(text: str, to: str) -> str | None:
+    new = dict(zip(_FORMS, lexicon()["nationality"][to], strict=False))
+    return _edited(text, {(one.start, one.end): new[one.form] for one in mentions(text, "nationality") if one.group != to})
+
+
+# disability
+
+
+@functools.cache
+def _disability_pattern() -> re.Pattern[str]:
+    """Groups: before a noun, after "to be", a verb with a wheelchair, `with` and its noun, `in a wheelchair`."""
+    lists = lexicon()["disability"]
+    before = _any([before for before, _, _ in lists.values()])
+    after = _any([word for _, single, plural in lists.values() for word in (single, plural)])
+    return re.compile(
+        rf"\b({before})(?= {_person()}\b)|{_BE} (?:also |legally |fully )?({after})\b(?! to\b)"
+        rf"|\b((?:uses?|used) a wheelchair)\b"
+        r"|(?<=[a-z]) (with(?:out)? a disability|with(?:out)? disabilities)\b"
+        rf"|{_BE} (in a wheelchair)\b|(?<=[a-z]) (in a wheelchair)\b"
+    )
+
+
+_ARE = re.compile(r"(?:\bare|\bwere|'re|’re) (?:also |legally |fully )?$")
+_MANY = re.compile(r"(?:s|people|men|women|children) $")
+
+
+def _disabilities(text: str) -> Iterator[Mention]:
+    forms = {1: "before", 2: "after", 3: "verb", 4: "with", 5: "after", 6: "with"}
+    for match in _disability_pattern().finditer(text):
+        form = forms[match.lastindex or 0]
+        start, end = match.span(match.lastindex or 0)
+        found = text[start:end]
+        if "wheelchair" in found:
+            group = "wheelchair"
+        elif form == "with":
+            group = "none" if found.startswith("without") else "disabled"
+        else:
+            group = next(group for group, words in lexicon()["disability"].items() if found in words)
+        yield Mention(group, start, end, found, form)
+
+
+def _swap_disability(text: str, to: str) -> str | None:
+    before, single, plural = lexicon()["disability"][to]
+    edits = {}
+    for one in mentions(text, "disability"):
+        if one.group == to:
+            continue
+        ahead = text[: one.start]
+        if one.form == "before":
+            new = before
+        elif one.form == "after":
+            new = plural if _ARE.search(ahead) else single
+        elif one.form == "with":
+            new = f"who are {plural}" if _MANY.search(ahead) else f"who is {single}"
+        else:
+            verb = one.text.split()[0]
+            be = {"uses": "is", "used": "was"}.get(verb) or ("am" if re.search(r"\bI $", ahead) else "are")
+            new = f"{be} {plural if be == 'are' else single}"
+        edits[one.start, one.end] = new
+    return _edited(text, edits) if edits else None
+
+
+_FINDERS: dict[Kind, Callable[[str], Iterator[Mention]]] = {
+    "names": _names,
+    "pronouns": _pronouns,
+    "age": _ages,
+    "nationality": _nationalities,
+    "disability": _disabilities,
+}
+_SWAPS: dict[Kind, Callable[[str, str], str | None]] = {
+    "names": _swap_names,
+    "pronouns": _swap_pronouns,
+    "age": _swap_age,
+    "nationality": _swap_nationality,
+    "disability": _swap_disability,
+}

@@ -1,0 +1,238 @@
+"""he, she, they: a text about one person with the pronouns, nouns, titles and verbs of another.
+
+Only a text about one person is turned: where a `he` and a `she` are spoken of, the two would become one.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from sartor.core.grammar import (
+    ADVERBS,
+    LY_ADJECTIVES,
+    WORDS,
+    cased,
+    is_determiner,
+    is_function,
+    plural_contraction,
+    plural_verb,
+    singular_verb,
+    with_articles,
+)
+
+GROUPS = ("he", "she", "they")
+# subject, object, before its noun, standing alone, reflexive
+_ROLES = ("subject", "object", "determiner", "possessive", "reflexive")
+_FORMS = {
+    "he": ("he", "him", "his", "his", "himself"),
+    "she": ("she", "her", "her", "hers", "herself"),
+    "they": ("they", "them", "their", "theirs", "themself"),
+}
+_ALL = {form: group for group, forms in _FORMS.items() for form in forms} | {"themselves": "they"}
+_PRONOUN = re.compile(rf"(?<![\w'’-])({'|'.join(sorted(_ALL, key=len, reverse=True))})(?:['’](s|re|ve|ll|d))?(?![\w'’-])", re.I)
+_EITHER = {
+    "subject": r"he or she|she or he|s/he|\(s\)he|he/she|she/he",
+    "object": r"him or her|him/her|her or him",
+    "determiner": r"his or her|his/her|her or his|her/his",
+    "possessive": r"his or hers|his/hers",
+    "reflexive": r"himself or herself|himself/herself|herself or himself",
+}
+_EITHER_PATTERN = re.compile(
+    "|".join(rf"(?P<{role}>(?<!\w)(?:{words})(?!\w))" for role, words in reversed(_EITHER.items())), re.IGNORECASE
+)
+_WORD = re.compile(r"[A-Za-z]+(?:['’][a-z]+)?")
+_NEXT = re.compile(r" ([A-Za-z]+(?:['’-][A-Za-z]+)*)")
+_BEFORE = re.compile(r"([A-Za-z]+(?:['’][a-z]+)?) $")
+_CLAUSE = r"(?:^|[.,;:!?\"“(\n]\s*|\b(?:where|how|what|who|whom|why|when|which|and|but|or|not|so|nor|neither|only|then) )"
+_INVERTED = re.compile(
+    rf"{_CLAUSE}((?:is|was|has|does|are|were|have|do|isn|wasn|hasn|doesn|aren|weren|haven|don)(?:['’]t|n['’]t)?) $",
+    re.IGNORECASE,
+)
+_AND_VERB = re.compile(
+    r"\s*,? (?:and|or|but|then|and then)((?: [a-z]+ly| also| often| never| always| still| now| then)*) ([a-z]+(?:['’]t)?)\b"
+)
+_VERBS_ALONE = WORDS["verbs_alone"]
+# a noun behind this is of another person than the one that is swapped: her son, has a sister
+_OF_SOMEBODY = re.compile(
+    r"(?:\b(?:my|your|his|her|their|our|whose|(?:has|have|had|having) (?:an?|one|no|\w+))|['’]s)(?: [a-z]+)? $", re.I
+)
+_ONE_PERSON = re.compile(
+    r"\b(?:an?|the|this|that|every|each|any|one|our|my|your) (?:[a-z-]+ ){0,3}(?:person|applicant|candidate|employee|worker"
+    r"|colleague|customer|client|patient|student|teacher|nurse|doctor|engineer|manager|lawyer|driver|tenant|citizen|borrower|user|parent"
+    r"|individual|friend|neighbou?r|professional|graduate|developer|accountant|adult|spouse|sibling|child)\b(?!')",
+    re.IGNORECASE,
+)
+Gendered = Mapping[str, Sequence[Sequence[str]]]
+
+
+def find(text: str, gendered: Gendered) -> Iterator[tuple[str, int, int]]:
+    """(group, start, end) of pronouns, nouns and titles of a person, in no order. `they` counts where it is of one person;
+    `he or she` is of nobody's group, as is a word of the partner of somebody (husband).
+    """
+    text = _EITHER_PATTERN.sub(lambda match: "_" * len(match[0]), text)
+    they = _is_of_one(text)
+    for match in _PRONOUN.finditer(text):
+        group = _ALL[match[1].lower()]
+        if group != "they" or they:
+            yield group, match.start(1), match.end(1)
+    for match in _nouns(_key(gendered), False).finditer(text):
+        if not _OF_SOMEBODY.search(text, *_ahead(match.start())) and (group := _noun_group(match[0], gendered)) != "they":
+            yield group, match.start(), match.end()
+
+
+def swap(text: str, to: str, gendered: Gendered) -> str | None:
+    """The text in the pronouns of `to`; None where nothing is to be changed or it cannot be kept right."""
+    there = {group for group, _, _ in find(text, gendered)}
+    from_ = there - {to}
+    either = bool(_EITHER_PATTERN.search(text))
+    if len(there) > 1 or (not from_ and not either) or (either and there):
+        return None
+    whole = _EITHER_PATTERN.sub(lambda match: cased(_form(to, match.lastgroup or ""), match[0]), text)
+    if either:
+        # the verbs agree with he or she; the new pronouns are all that is of `to`
+        return _agreed(whole, plural_verb, to) if to == "they" else whole
+    (was,) = from_
+    turned = _turned(text, was, to)
+    return turned and _with_nouns(turned, was, to, gendered)
+
+
+def _ahead(place: int) -> tuple[int, int]:
+    """Where a search for the words right before a place looks: a text may be long."""
+    return max(0, place - 60), place
+
+
+def _form(group: str, role: str) -> str:
+    return _FORMS[group][_ROLES.index(role)]
+
+
+def _is_of_one(text: str) -> bool:
+    return bool(re.search(r"\bthemself\b", text, re.IGNORECASE) or _ONE_PERSON.search(text))
+
+
+def _role(text: str, start: int, end: int, word: str) -> str:
+    """What the pronoun does in its sentence."""
+    said = _NEXT.match(text, end)
+    before, after = _BEFORE.search(text, *_ahead(start)), said[1].lower() if said else ""
+    ahead = before[1].lower() if before else ""
+    if said and after in LY_ADJECTIVES:  # met her early in May, but in her early career
+        behind = _NEXT.match(text, said.end())
+        after = after if behind and not is_function(behind[1].lower()) else ""
+    if word == "her":
+        return "determiner" if is_determiner(ahead, after, possessive=False) else "object"
+    if word == "his":
+        return "determiner" if is_determiner(ahead, after, possessive=True) else "possessive"
+    if word == "themselves":
+        return "reflexive"
+    return _ROLES[_FORMS[_ALL[word]].index(word)]
+
+
+def _turned(text: str, was: str, to: str) -> str | None:
+    """Every pronoun of `was` in the form of `to`, and the verbs behind subjects; None where one cannot be decided."""
+    agree = plural_verb if to == "they" else singular_verb if was == "they" else None
+    out, at = "", 0
+    for match in _PRONOUN.finditer(text):
+        if at > match.start() or _ALL[match[1].lower()] != was:
+            continue
+        role = _role(text, match.start(1), match.end(1), match[1].lower())
+        short = _contraction(text, match, was, to) if match[2] else ""
+        if short is None:
+            return None
+        head = text[at : match.start()]
+        if role == "subject" and agree and not short:
+            head = _inverted(out + head, agree, len(out))[len(out) :]
+        out += head + cased(_form(to, role), match[1]) + short
+        at = match.end()
+        if role == "subject" and agree:
+            tail, at = _verbs(text, at, agree, bool(short) or head != text[match.start() - len(head) : match.start()])
+            out += tail
+    return out + text[at:]
+
+
+def _contraction(text: str, match: re.Match[str], was: str, to: str) -> str | None:
+    mark, short = match[0][len(match[1])], match[2].lower()
+    if to == "they" and short == "s":
+        said = _NEXT.match(text, match.end())
+        if match[1].lower() not in ("he", "she"):
+            return None
+        new = plural_contraction(said[1].lower() if said else "")
+        return mark + new if new else None
+    if was == "they":
+        short = {"re": "s", "ve": "s"}.get(short, short)
+    return mark + short
+
+
+def _inverted(head: str, agree: Callable[[str], str], after: int = 0) -> str:
+    """The text ahead of a subject, whose verb may stand before it: `Is she ...`. It stands behind `after`."""
+    match = _INVERTED.search(head, *_ahead(len(head)))
+    if not match or match.start(1) < after:
+        return head
+    return head[: match.start(1)] + agree(match[1]) + head[match.end(1) :]
+
+
+def _verbs(text: str, at: int, agree: Callable[[str], str], has_verb: bool) -> tuple[str, int]:
+    """The text from `at`, behind a subject, up to the last verb that belongs to it, with those verbs agreeing; and that end."""
+    out = ""
+    if not has_verb:
+        while (match := _NEXT.match(text, at)) and match[1].lower() in ADVERBS | {"who"} or (match and match[1].endswith("ly")):
+            out, at = out + match[0], match.end()
+        if not match:
+            return out, at
+        out, at = out + " " + agree(match[1]), match.end()
+        while match := _AND_VERB.match(text, at):
+            # right behind a verb, with no object between them: the next word is a verb as well
+            out += text[at : match.start(2)] + agree(match[2])
+            at = match.end()
+    if agree is plural_verb:
+        end = min((place for mark in ".!?;\n" if (place := text.find(mark, at)) >= 0), default=len(text))
+        for match in _AND_VERB.finditer(text, at, end):
+            if match[2] in _VERBS_ALONE:
+                out, at = out + text[at : match.start(2)] + agree(match[2]), match.end()
+    return out, at
+
+
+def _agreed(text: str, agree: Callable[[str], str], to: str) -> str:
+    """The verbs behind the subjects of a text in which all pronouns are of `to` already."""
+    out, at = "", 0
+    for match in _PRONOUN.finditer(text):
+        if match.start() >= at and match[1].lower() == _form(to, "subject") and not match[2]:
+            head = _inverted(out + text[at : match.start()], agree)
+            tail, end = _verbs(text, match.end(), agree, head != out + text[at : match.start()])
+            out, at = head + match[0] + tail, end
+    return out + text[at:]
+
+
+@functools.cache
+def _nouns(gendered: tuple[tuple[str, ...], ...], with_partners: bool) -> re.Pattern[str]:
+    words = sorted({word for row in gendered[: None if with_partners else -2] for word in row[:2]}, key=len, reverse=True)
+    return re.compile(rf"(?<![\w-])(?:{'|'.join(words)})(?![\w-])", re.IGNORECASE)
+
+
+def _key(gendered: Gendered) -> tuple[tuple[str, ...], ...]:
+    """The rows of the tables, partners last."""
+    return tuple(tuple(row) for table in ("nouns", "titles", "partners") for row in gendered[table])
+
+
+def _noun_group(word: str, gendered: Gendered) -> str:
+    row = next(row for row in _key(gendered) if word.lower() in (row[0].lower(), row[1].lower()))
+    return "he" if word.lower() == row[0].lower() else "she"
+
+
+def _with_nouns(text: str, was: str, to: str, gendered: Gendered) -> str:
+    """Nouns and titles of `was` as those of `to`; of partners the other, or with `they` the neutral word."""
+    partners = {word for row in gendered["partners"] for word in row[:2]}
+    out, at, places = "", 0, []
+    for match in _nouns(_key(gendered), True).finditer(text):
+        word = match[0].lower()
+        row = next(row for row in _key(gendered) if word in (row[0].lower(), row[1].lower()))
+        if word in partners:
+            new = row[2] if to == "they" else row[1 if word == row[0] else 0] if was != "they" else word
+        elif _noun_group(word, gendered) == was and not _OF_SOMEBODY.search(text, *_ahead(match.start())):
+            new = row[GROUPS.index(to)]
+        else:
+            continue
+        out += text[at : match.start()]
+        places.append(len(out))
+        out, at = out + cased(new, match[0]), match.end()
+    return with_articles(out + text[at:], places)
