@@ -123,7 +123,7 @@ def _name_tables() -> tuple[re.Pattern[str], dict[str, tuple[str, int]], dict[st
 def _names(text: str) -> Iterator[Mention]:
     """First names, and the surnames behind them wherever else they stand (Mr Walsh)."""
     pattern, first, last = _name_tables()
-    of_surname = {}
+    of_surname: dict[str, str] = {}
     for match in pattern.finditer(text):
         group, place = first[match[1]]
         yield Mention(group, match.start(1), match.end(1), match[1], "first", place)
