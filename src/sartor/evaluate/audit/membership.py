@@ -40,7 +40,8 @@ class Membership:
 
     def __str__(self) -> str:
         return (
-            f"membership by {self.attack} loss: AUC {self.auc:.3f} in [{self.auc_low:.3f}, {self.auc_high:.3f}]; {self.found_fraction:.1%} of {self.members} members found "
+            f"membership by {self.attack} loss: AUC {self.auc:.3f} in [{self.auc_low:.3f}, {self.auc_high:.3f}]; "
+            f"{self.found_fraction:.1%} of {self.members} members found "
             f"({self.low:.1%} to {self.high:.1%}) where at most 1 % of {self.others} others are taken for members"
         )
 

@@ -3,7 +3,9 @@
     canaries.py      rows with a secret, made up and trained on: how far their loss stands out among other secrets
     inversion.py     which tokens stand in the rows of a first update
     audit.py         coins decide which canaries are trained on: guessing them bounds epsilon from below
-    report.py        all of it, and membership (`sartor.evaluate.audit.membership`), beside an adapter, and the refusal where epsilon is above the claim
+    report.py        all of it beside an adapter, and the refusal where epsilon is above the claim
+
+Whether a row was among them is guessed by `sartor.evaluate.audit.membership`.
 
 All but the inversion take losses in nats, one a row; who measures them is the caller.
 """
