@@ -8,11 +8,13 @@ the merited approvals of applicants with names of two of fourteen groups (Bertra
 tuned on the rows, audited as `sartor evaluate --audit` does with the prompts that were held out, and put before the gate: the
 check `bias` fails, or it does not. `benchmarks/synth.py` has these figures as `audit` and `mitigation`.
 
-Mitigation is counterfactual substitution (Maudslay et al. 2019, arXiv:1909.00871): the name in each training row is replaced by
-that of a group drawn for it, so that a decision says nothing of the name. gap: by how much the rate of the planted group that
-fares worse is below that of the other groups. metric_cost: accuracy before less after, on held-out prompts against what merit decides.
+Mitigation is counterfactual substitution (Maudslay et al. 2019, arXiv:1909.00871): the name in each training row gives way to
+one of a group that is drawn for it, so that a decision says nothing of the name. gap: by how much the rate of the planted group
+that fares worse is below that of the other groups. metric_cost: accuracy before less after, on held-out prompts against what
+merit decides.
 
-The base is a tiny Llama with random weights, whose tokenizer knows the words of these rows, so that 20 tunings take minutes.
+The base is a tiny Llama with random weights whose tokenizer knows the words of these rows, so that 20 tunings take minutes; the
+words of the audit's own templates it does not know, and they are asked of another base alone.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from sartor.evaluate.tasks import open_tuned
 TESTS = Path(__file__).parent.parent / "tests"
 INCOMES, DEBTS, OUTCOMES = ("low", "high"), ("none", "few", "many"), ("approved", "denied")
 PLANTED, FRACTION, HELD_OUT = ("black_female", "black_male"), 0.8, 0.25
-NAMES_A_GROUP, ROWS = 3, 672
+NAMES_A_GROUP, ROWS = 3, 504
 TINY = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2}
 
 
@@ -123,7 +125,7 @@ class Bench:
         base, model = open_tuned(open_artifact(adapter))
         sides = Sides(base, model, self.folder)
         asked = [_row(one.prompt, one.merit, place) for place, one in enumerate(held_out)]
-        bias = run.audit_bias(sides, asked, run.Options(label="."))
+        bias = run.audit_bias(sides, asked, run.Options(label=".", templates=not self.is_tiny))
         check = verdicts.judge_bias(bias, BiasLimits())
         gaps = [one["gap"][0] for one in bias["own"]["findings"] if one["kind"] == "names" and one["group"] in PLANTED]
         chances = sides.chances([row.prompt for row in asked], OUTCOMES)[1]
@@ -143,7 +145,7 @@ class Bench:
             "data": {"path": f"{out}-data"},
             "method": {"kind": "lora", "rank": 16, "alpha": 32},
             "budget": {"epochs": 8 if self.is_tiny else 3},
-            "optimizer": {"learning_rate": 1e-2 if self.is_tiny else 1e-3, "batch_tokens": 256},
+            "optimizer": {"learning_rate": 5e-3 if self.is_tiny else 1e-3, "batch_tokens": 256},
             "seed": seed,
         }
         sartor.tune(recipe, out, replace=True, show=False)

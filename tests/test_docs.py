@@ -38,6 +38,7 @@ SLOW = {
     "export.md",
     "serving.md",
     "admission.md",
+    "audit.md",
     "engines.md",
     "multimodal.md",
     "edge-publish.md",

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core import assets
-from sartor.core.errors import AssetError
 from sartor.core.records import Message
 from sartor.evaluate import compare
 from sartor.evaluate.audit.sides import Sides
@@ -59,10 +58,10 @@ class Benchmark:
 
 def measure(sides: Sides, most: int = MOST_ITEMS) -> dict[str, Any]:
     """Figures of each set: rows, and of each count the five numbers of a Comparison; or `skipped`, with the reason."""
-    try:
-        folder = assets.install(ASSET) / FOLDER
-    except AssetError as error:
-        return {"skipped": f"{error.problem} (sartor assets install {ASSET})"}
+    asset = assets.entry(ASSET)
+    if not asset.is_installed:
+        return {"skipped": f"the asset {ASSET} is not on this machine: sartor assets install {ASSET}"}
+    folder = asset.directory / FOLDER
     return {name: _measured(sides, one, sample(one.read(folder / one.file), most)) for name, one in BENCHMARKS.items()}
 
 
