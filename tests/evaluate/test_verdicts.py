@@ -145,16 +145,16 @@ def test_a_slice_has_a_floor_and_the_rows_below_it_are_named(tmp_path: Path) -> 
 
 def test_items_of_the_queue_that_nobody_decided_hold_a_release_back(tmp_path: Path) -> None:
     dataset = Artifact(tmp_path, {})
-    assert queue.open_items(dataset) is None and checks.review(None, None, "data") == {}
-    items = [{"id": "a"}, {"id": "b"}, {"item": "a", "verdict": "accept", "by": "Ada"}]
-    (tmp_path / "review.jsonl").write_text("".join(json.dumps(one) + "\n" for one in items))
+    assert queue.open_items(dataset) == 0 and checks.review(0, None, "data") == {}
+    lines = [{"what": "finding"}, {"what": "finding"}, {"what": "decision", "item": "a", "by": "Ada"}]
+    (tmp_path / "review.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     assert queue.open_items(dataset) == 1
     found = checks.review(1, None, "data")["review"]
     assert found.outcome == "fail" and "1 items of data wait" in found.detail and found.remedy == "sartor review data"
     assert checks.review(1, ReviewLimit(1), "data")["review"].outcome == "pass"
-    assert checks.review(None, ReviewLimit(), "data")["review"].outcome == "pass"
+    assert checks.review(0, ReviewLimit(), "data")["review"].outcome == "pass"
     (tmp_path / "review.jsonl").write_text("{}\n")
-    with pytest.raises(ArtifactError, match=r"review.jsonl:1 is neither an item nor a decision"):
+    with pytest.raises(ArtifactError, match=r"review.jsonl:1 is neither a finding nor a decision"):
         queue.open_items(dataset)
 
 

@@ -81,13 +81,10 @@ def licence(adapter: Artifact, use: Use) -> Check:
     return Check("fail" if refusals else "pass", "; ".join(refusals) or f"{adapter.licence} permits {use} use", remedy)
 
 
-def review(items: int | None, limit: ReviewLimit | None, where: str) -> dict[str, Check]:
-    """Whether the queue of what a person has to look at is empty, but for the limit; no check where there is no queue.
-
-    items: that are open, None without a queue; one that a limit was given for counts as empty. where: the Dataset.
-    """
-    if items is None and limit is None:
+def review(items: int, limit: ReviewLimit | None, where: str) -> dict[str, Check]:
+    """Whether few enough items wait for a person; no check where none does and no limit was given. where: the Dataset."""
+    if not items and limit is None:
         return {}
-    most, count = (limit or ReviewLimit()).open, items or 0
-    detail = f"{count} items of {where} wait for a person's decision; the limit is {most}"
-    return {"review": Check("pass" if count <= most else "fail", detail, "" if count <= most else f"sartor review {where}")}
+    most = (limit or ReviewLimit()).open
+    detail = f"{items} items of {where} wait for a person's decision; the limit is {most}"
+    return {"review": Check("pass" if items <= most else "fail", detail, "" if items <= most else f"sartor review {where}")}

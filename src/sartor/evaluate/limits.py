@@ -65,7 +65,7 @@ class ReviewLimit:
 
 @dataclass(frozen=True)
 class Limits:
-    """All of them. What is None is asked only of a Report or Dataset that has it, at its default."""
+    """All of them. What is None is asked only of a Report that has it, or where items wait, at its default."""
 
     gain: GainLimit = GainLimit()
     forgetting: ForgettingLimit = ForgettingLimit()

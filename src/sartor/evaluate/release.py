@@ -19,8 +19,8 @@ from sartor.evaluate.checks import Check
 from sartor.evaluate.limits import Limits, ReviewLimit
 from sartor.evaluate.rules import Rules, open_rules
 
-# How many items of a Dataset wait for a person; None where it has no queue
-OpenItems = Callable[[Artifact], int | None]
+# How many items of a Dataset wait for a person
+OpenItems = Callable[[Artifact], int]
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
 # of an adapter that reads media
 _PROJECTORS = "projectors.safetensors"

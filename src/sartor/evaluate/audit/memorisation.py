@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from sartor.core.records import Example
 from sartor.evaluate.audit import membership
 from sartor.evaluate.audit.sides import Sides
 
-# Rows asked for each figure, a fixed sample by their ids
+# Rows that are read, and those that are asked for each figure: a fixed sample by their ids
+MOST_READ = 20_000
 MOST_EXTRACTED, MOST_MEMBERS, MOST_STRINGS = 60, 450, 24
 # The rest of a reply is compared up to here (as Carlini et al. do), and what is shorter than this many characters is no text
 REST_TOKENS, LEAST_CHARACTERS = 50, 40
@@ -45,29 +47,31 @@ class Learnt:
 
 
 def audit_memorisation(sides: Sides, train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Any]:
-    """For the Report. Rows with media, documents and rows that do not fit are not asked, and counted under `left_out`."""
-    fit_train, fit_others = (_fitting(sides, rows) for rows in (train, held_out))
+    """For the Report. Documents and rows with media are not asked, nor rows beyond a fixed sample; `rows` has the others."""
+    asked, others = (sampled(rows) for rows in (train, held_out))
     return {
-        "rows": {"train": len(fit_train), "held_out": len(fit_others)},
-        "left_out": len(train) + len(held_out) - len(fit_train) - len(fit_others),
-        "extraction": _extraction(sides, fit_train, fit_others),
-        "strings": _strings(sides, fit_train),
-        "membership": _membership(sides, fit_train, fit_others),
+        "rows": {"train": len(asked), "held_out": len(others)},
+        "left_out": len(train) + len(held_out) - len(asked) - len(others),
+        "extraction": _extraction(sides, asked, others),
+        "strings": _strings(sides, asked),
+        "membership": _membership(sides, asked, others),
     }
 
 
-def sampled(rows: Iterable[Example], most: int) -> list[Example]:
-    """A fixed sample by the rows' ids."""
-    return sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())[:most]
-
-
-def _fitting(sides: Sides, rows: Sequence[Example]) -> list[Example]:
+def sampled(rows: Iterable[Example]) -> list[Example]:
+    """Rows that can be asked, in the order of the digests of their ids: any first part of them is a fair sample."""
     plain = [row for row in rows if not row.is_document and all(p.kind == "text" for m in row.messages for p in m.content)]
-    return [row for row in plain if row.reply.strip() and sides.fits(row.prompt, row.reply)]
+    spoken = [row for row in plain if row.reply.strip()]
+    return sorted(spoken, key=lambda row: hashlib.sha256(row.id.encode()).digest())[:MOST_READ]
+
+
+def _first(sides: Sides, rows: Iterable[Example], most: int) -> list[Example]:
+    """The first of them that the base takes."""
+    return list(islice((row for row in rows if sides.fits(row.prompt, row.reply)), most))
 
 
 def _membership(sides: Sides, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
-    samples = [sampled(rows, MOST_MEMBERS) for rows in (train, others)]
+    samples = [_first(sides, rows, MOST_MEMBERS) for rows in (train, others)]
     if min(len(rows) for rows in samples) < 2:
         return {"skipped": f"{len(train)} training rows and {len(others)} held out; two a side are the least"}
     (base_in, tuned_in), (base_out, tuned_out) = (_loss(sides, rows) for rows in samples)
@@ -85,7 +89,8 @@ def _extraction(sides: Sides, train: Sequence[Example], others: Sequence[Example
     """How often the rest of a reply comes word for word."""
     said: dict[str, Any] = {}
     for name, rows in (("train", train), ("held_out", others)):
-        halves = [(row.id, *half) for row in sampled(rows, len(rows)) if (half := _halved(sides, row))][:MOST_EXTRACTED]
+        long = _first(sides, (row for row in rows if len(row.reply) >= 2 * LEAST_CHARACTERS), MOST_EXTRACTED)
+        halves = [(row.id, *half) for row in long if (half := _halved(sides, row))]
         base, tuned = sides.continued([given for _, given, _ in halves], REST_TOKENS)
         came = [[ids[: len(rest)] == rest for ids, (_, _, rest) in zip(each, halves, strict=True)] for each in (base, tuned)]
         only = [id for (id, _, _), before, after in zip(halves, *came, strict=True) if after and not before]
@@ -135,7 +140,12 @@ def _strings(sides: Sides, train: Sequence[Example]) -> dict[str, Any]:
     candidates = [*secrets(train), *phrases(train)]
     asked = [one for kind in ("secret", "phrase") for one in [c for c in candidates if c.kind == kind][:MOST_STRINGS]]
     rows = {row.id: row for row in train}
-    tries = [(place, id, at) for place, one in enumerate(asked) for id, at in one.places[:TRIES]]
+    tries = [
+        (place, id, at)
+        for place, one in enumerate(asked)
+        for id, at in one.places[:TRIES]
+        if sides.fits(rows[id].prompt, rows[id].reply)
+    ]
     prompts, lengths = [], []
     for place, id, at in tries:
         given, rest = _before(sides, rows[id], at, asked[place].text)

@@ -113,9 +113,10 @@ def _templates(sides: Sides, scenario: str, system: str) -> dict[str, Any]:
 
 
 def _fitting(sides: Sides, paired: Paired, replies: Sequence[str]) -> Paired:
-    """Without the blocks that the base does not take."""
-    longest = max(replies, key=len, default=".")
-    blocks = tuple(block for block in paired.blocks if all(sides.fits(each, longest) for each in block.variants))
+    """Without the blocks whose longest variant the base does not take."""
+    reply = max(replies, key=len, default=".")
+    longest = [max(block.variants, key=lambda prompt: sum(len(turn.text) for turn in prompt)) for block in paired.blocks]
+    blocks = tuple(block for block, prompt in zip(paired.blocks, longest, strict=True) if sides.fits(prompt, reply))
     return Paired(paired.kind, blocks, paired.left_out + len(paired.blocks) - len(blocks), paired.beyond)
 
 
