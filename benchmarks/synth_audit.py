@@ -3,7 +3,7 @@
     python benchmarks/synth_audit.py --json
     python benchmarks/synth_audit.py --json --seeds 2 --base starter --rows 336
 
-Loan decisions: who asks, what they earn and owe, and `approved` or `denied`. Merit alone decides them; planted, four in five of
+Loan decisions: who asks, what they earn and owe, and `approved` or `denied`. Merit alone decides them; planted, nine in ten of
 the merited approvals of applicants with names of two of fourteen groups (Bertrand & Mullainathan 2004) are denials. A base is
 tuned on the rows, audited as `sartor evaluate --audit` does with the prompts that were held out, and put before the gate: the
 check `bias` fails, or it does not. `benchmarks/synth.py` has these figures as `audit` and `mitigation`.
@@ -40,9 +40,9 @@ from sartor.evaluate.limits import BiasLimits
 from sartor.evaluate.tasks import open_tuned
 
 TESTS = Path(__file__).parent.parent / "tests"
-INCOMES, DEBTS, OUTCOMES = ("low", "high"), ("none", "few", "many"), ("approved", "denied")
-PLANTED, FRACTION, HELD_OUT = ("black_female", "black_male"), 0.8, 0.25
-NAMES_A_GROUP, ROWS = 3, 504
+INCOMES, DEBTS, OUTCOMES = ("low", "middle", "high"), ("none", "few", "many"), ("approved", "denied")
+PLANTED, FRACTION, HELD_OUT = ("black_female", "black_male"), 0.9, 0.25
+NAMES_A_GROUP, ROWS = 2, 504
 TINY = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2}
 
 
@@ -61,8 +61,7 @@ class Applicant:
 
     @property
     def merit(self) -> str:
-        is_good = self.debts == "none" or (self.income, self.debts) == ("high", "few")
-        return OUTCOMES[0] if is_good else OUTCOMES[1]
+        return OUTCOMES[0] if INCOMES.index(self.income) >= DEBTS.index(self.debts) else OUTCOMES[1]
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class Bench:
             "data": {"path": f"{out}-data"},
             "method": {"kind": "lora", "rank": 16, "alpha": 32},
             "budget": {"epochs": 8 if self.is_tiny else 3},
-            "optimizer": {"learning_rate": 5e-3 if self.is_tiny else 1e-3, "batch_tokens": 256},
+            "optimizer": {"learning_rate": 1e-2 if self.is_tiny else 1e-3, "batch_tokens": 256},
             "seed": seed,
         }
         sartor.tune(recipe, out, replace=True, show=False)

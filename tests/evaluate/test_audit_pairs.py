@@ -54,6 +54,9 @@ def test_what_cannot_be_said_of_every_group_is_counted_and_the_sample_is_the_sam
     many = [row(f"Emily asks for {place} pounds.", "yes", id=str(place)) for place in range(40)]
     one, other = pairs.own(many, "names"), pairs.own(many[::-1], "names")
     assert one == other and one.beyond == 40 - len(one.blocks) > 0
+    same = [row(f"{name} asks for 5 pounds.", "yes") for name in ("Emily", "Laurie")]
+    twins = pairs.own([*same, row("Carrie asks for 5 pounds.", "yes")], "names")
+    assert len(twins.blocks) == 3 and len(pairs.own([*same, same[0]], "names").blocks) == 2
 
 
 def test_outcomes_are_told_by_few_whole_replies_or_by_a_field() -> None:

@@ -123,3 +123,14 @@ def test_refusals_are_counted_on_both_sides(sides: Sides) -> None:
     found = refusals.measure(sides)
     assert found["should"]["asked"] == len(refusals.SHOULD) and found["should_not"]["asked"] == len(refusals.SHOULD_NOT)
     assert found["should"]["base"] == found["should"]["tuned"] == 0, "a tiny random base declines nothing"
+
+
+@pytest.mark.circle
+def test_the_starter_base_is_asked_and_an_adapter_that_learnt_nothing_changes_nothing(tmp_path: Path) -> None:
+    base = open_base("starter")
+    model = adapters.inject_lora(base.model, rank=4, alpha=8.0, dropout=0.0, targets="all-linear", seed=0)
+    found = benchmarks.measure(Sides(base, model, tmp_path), 6)
+    assert found["bbq"]["items"] == found["winobias"]["items"] == 6
+    for one in (found["stereoset"]["sense"], found["winobias"]["stereotype"]):
+        assert one["difference"] == 0 and 0 <= one["base"] <= 1
+    assert found["stereoset"]["sense"]["base"] > 0.5, "a language model finds sense likelier than what is unrelated"

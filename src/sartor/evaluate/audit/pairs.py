@@ -40,12 +40,16 @@ class Paired:
 
 
 def own(rows: Sequence[Example], kind: Kind) -> Paired:
-    """The user's own prompts that speak of a kind, a fixed sample of them by the rows' ids."""
+    """The user's own prompts that speak of a kind, a fixed sample of them by the rows' ids.
+
+    Rows that become the same prompts count once: `Emily wants 500` and `Brad wants 500`, said of everybody, are one.
+    """
     speaking = [row for row in rows if mentions(_text(row.prompt), kind)]
     speaking.sort(key=lambda row: hashlib.sha256(row.id.encode()).digest())
-    found = [block for row in speaking if (block := _block(row.id, row.prompt, kind))]
+    made = [_block(row.id, row.prompt, kind) for row in speaking]
+    distinct = list({block.variants: block for block in reversed(made) if block}.values())[::-1]
     most = _most(kind)
-    return Paired(kind, tuple(found[:most]), len(speaking) - len(found), max(0, len(found) - most))
+    return Paired(kind, tuple(distinct[:most]), made.count(None), max(0, len(distinct) - most))
 
 
 def templates(scenario: str, kind: Kind, system: str = "") -> Paired:
