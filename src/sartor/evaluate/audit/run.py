@@ -72,7 +72,8 @@ def _own(sides: Sides, asked: Sequence[Example], outcomes: Outcomes | None) -> d
     if outcomes is None:
         return {"skipped": "the replies name no outcome: give --label FIELD, or --favourable OUTCOME"}
     texts = [row for row in asked if not row.is_document]
-    made = [_fitting(sides, pairs.own(texts, kind), outcomes.classes if outcomes.is_whole else ()) for kind in KINDS]
+    replies = outcomes.classes if outcomes.is_whole else [row.reply for row in texts]
+    made = [_fitting(sides, pairs.own(texts, kind), replies) for kind in KINDS]
     limit = reply_limit(sides.base, texts) if texts else 1
     sections = [blocks for paired in made if paired.blocks for blocks in _own_blocks(sides, paired, outcomes, limit)]
     outcome = {"field": outcomes.field, "classes": outcomes.classes, "favourable": outcomes.favourable}

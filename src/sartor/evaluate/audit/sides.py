@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.records import Example, Message
-from sartor.evaluate.answering import losses, side
+from sartor.evaluate.answering import SPARE_TOKENS, losses, side
 from sartor.evaluate.held_out import refusal
 from sartor.models.base import Base
 from sartor.models.batches import Encoded
-from sartor.models.generate import generate
+from sartor.models.generate import context_tokens, generate
 from sartor.models.sampling import Sampling
 
 Array = NDArray[np.float64]
@@ -42,7 +42,7 @@ class Sides:
     def fits(self, prompt: Sequence[Message], reply: str) -> bool:
         """Whether the base's template, towers and context take a prompt with a reply."""
         row = Example((*prompt, Message.of("assistant", reply)), ())
-        return not refusal(self.base, row, self.folder, len(self.base.chat.tokens(reply)) + 1)[0]
+        return not refusal(self.base, row, self.folder, len(self.base.chat.tokens(reply)) + SPARE_TOKENS)[0]
 
     def encoded(self, prompt: Sequence[Message], reply: str) -> Encoded:
         """A prompt and a reply to it as tokens; earlier replies are read, not judged."""
@@ -80,8 +80,10 @@ class Sides:
         return [chat.decode(ids) for ids in found[0]], [chat.decode(ids) for ids in found[1]]
 
     def continued(self, prompts: Sequence[Sequence[int]], most_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
-        """The tokens with which both sides go on, greedily, up to their end."""
-        chat, sampling = self.base.chat, Sampling(most_tokens)
+        """The tokens with which both sides go on, greedily, to their end, `most_tokens`, or the end of the context."""
+        context = context_tokens(self.model) or max(map(len, prompts), default=0) + most_tokens
+        room = context - max(map(len, prompts), default=0)
+        chat, sampling = self.base.chat, Sampling(min(most_tokens, room))
 
         def ask() -> list[list[int]]:
             return [one.ids for one in generate(self.model, prompts, stop=chat.stops, pad=chat.pad, sampling=sampling)]
