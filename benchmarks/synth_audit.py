@@ -143,7 +143,7 @@ class Bench:
             "base": self.base,
             "data": {"path": f"{out}-data"},
             "method": {"kind": "lora", "rank": 16, "alpha": 32},
-            "budget": {"epochs": 8 if self.is_tiny else 3},
+            "budget": {"epochs": 16 if self.is_tiny else 3},
             "optimizer": {"learning_rate": 1e-2 if self.is_tiny else 1e-3, "batch_tokens": 256},
             "seed": seed,
         }
