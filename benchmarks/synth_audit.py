@@ -144,7 +144,7 @@ class Bench:
             "data": {"path": f"{out}-data"},
             "method": {"kind": "lora", "rank": 16, "alpha": 32},
             "budget": {"epochs": 16 if self.is_tiny else 3},
-            "optimizer": {"learning_rate": 1e-2 if self.is_tiny else 1e-3, "batch_tokens": 256},
+            "optimizer": {"learning_rate": 3e-3 if self.is_tiny else 1e-3, "batch_tokens": 256},
             "seed": seed,
         }
         sartor.tune(recipe, out, replace=True, show=False)
