@@ -40,6 +40,7 @@ SLOW = {
     "export.md",
     "serving.md",
     "admission.md",
+    "audit.md",
     "engines.md",
     "multimodal.md",
     "edge-publish.md",

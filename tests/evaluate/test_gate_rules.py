@@ -92,9 +92,9 @@ def test_a_wrong_rule_is_named(change: dict[str, Any], said: str) -> None:
 def test_two_slices_of_one_name_or_none_at_all_are_refused() -> None:
     with pytest.raises(ConfigError, match="two slices"):
         open_rules({"slices": [RULE, RULE]})
-    with pytest.raises(ConfigError, match="no slice"):
+    with pytest.raises(ConfigError, match="say nothing"):
         open_rules({"slices": []})
-    with pytest.raises(ConfigError, match="'slices' is missing"):
+    with pytest.raises(ConfigError, match="say nothing"):
         open_rules({})
 
 

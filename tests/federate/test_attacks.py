@@ -10,8 +10,9 @@ import pytest
 from scipy.stats import norm
 
 from sartor.core.errors import ArtifactError, ConfigError, GateError
+from sartor.evaluate.audit import membership
 from sartor.federate.privacy.accountant import Budget, calibrated
-from sartor.federate.privacy.attacks import audit, inversion, membership
+from sartor.federate.privacy.attacks import audit, inversion
 from sartor.federate.privacy.attacks.canaries import Exposure, exposure
 from sartor.federate.privacy.attacks.report import AttackReport, open_report
 
@@ -28,15 +29,18 @@ def test_membership_of_strangers_is_guessing_and_of_the_learnt_is_certain() -> N
     assert few.found_fraction == 1 and few.low == 0, "a hundred others do not show that a threshold takes one in a hundred"
     by_hand = membership.by_threshold([0.0, 2.0], [1.0, 3.0])
     assert by_hand.auc == 0.75 and by_hand.found_fraction == 0.5
+    assert alike.auc_low < 0.5 < alike.auc_high and alike.auc_high - alike.auc_low < 0.05
+    assert by_hand.auc_low < 0.1 and by_hand.auc_high == 1, "two rows a side show little"
 
 
 def test_the_interval_holds_as_often_as_it_says() -> None:
-    source, held = np.random.default_rng(7), 0
+    source, held, ranked = np.random.default_rng(7), 0, 0
     true = float(norm.cdf(norm.ppf(0.01) + 1))  # members are one standard deviation lower
     for _ in range(100):
         found = membership.by_threshold(source.normal(-1, 1, 200), source.normal(0, 1, 600))
         held += found.low <= true <= found.high
-    assert held >= 90
+        ranked += found.auc_low <= norm.cdf(2**-0.5) <= found.auc_high
+    assert held >= 90 and 90 <= ranked < 100
 
 
 def test_a_reference_finds_what_a_threshold_does_not() -> None:

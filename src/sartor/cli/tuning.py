@@ -70,6 +70,8 @@ def evaluate(
     data: Path | None = None,
     scorer: str = "",
     label: str = "",
+    audit: REPLACE = False,
+    favourable: tuple[str, ...] = (),
     out: Path | None = None,
     rows: int = 200,
     replace: REPLACE = False,
@@ -81,11 +83,16 @@ def evaluate(
         data: rows in any input form, instead of those that the Dataset holds out
         scorer: what the gate looks at: exact_match, f1, rouge_l, wer (transcripts), accuracy or macro_f1 (with --label)
         label: the field of the JSON replies that names a class, a dotted path; . is the whole reply
+        audit: look for bias, for what was learnt by heart, and for refusals that changed; the gate then looks at them too
+        favourable: with --audit: an outcome that is to be wished for (approved), of those that replies name; also several
         out: directory of the new Report; by default PATH-report
         rows: most rows to evaluate on
         replace: replace the Report that stands there
     """
-    return sartor.evaluate(path, data=data, scorer=scorer, label=label, out=out, most_rows=rows, replace=replace, notice=notice)
+    return sartor.evaluate(
+        path, data=data, scorer=scorer, label=label, audit=audit, favourable=favourable, out=out, most_rows=rows,
+        replace=replace, notice=notice,
+    )  # fmt: skip
 
 
 @app.command
@@ -118,7 +125,7 @@ def release(
         by: who waives
         reason: why
         use: what it is meant for: the licences of sources and base have to permit it
-        rules: YAML file of what replies must and must not say; each slice of it is a check of the gate
+        rules: YAML file (gate.yaml) of limits, and of what replies must and must not say; each slice of it is a check
         exemplars: prompts of its rows that go with it, for the router of a team; 0 leaves them out
         replace: replace the Release that stands there
     """

@@ -64,10 +64,15 @@ def replies(base: Base, model: Any, asked: HeldOut, limit: int) -> list[Generati
 
 
 @torch.no_grad()
-def losses(base: Base, model: Any, encoded: Sequence[Encoded], pack_tokens: int = 2048) -> tuple[list[float], list[int]]:
-    """(nats per supervised token, supervised tokens) of each row under the model as it stands."""
+def losses(
+    base: Base, model: Any, encoded: Sequence[Encoded], pack_tokens: int = 2048, *, share: bool = False
+) -> tuple[list[float], list[int]]:
+    """(nats per supervised token, supervised tokens) of each row under the model as it stands.
+
+    share: what neighbouring rows begin with is computed once, which rounds otherwise.
+    """
     # the fast path would always see the adapter, and `side` switches it off
-    path = base.path(model, encoded, Wish(fast=False, share=False))
+    path = base.path(model, encoded, Wish(fast=False, share=share))
     means: list[float] = []
     for group in batches.fill([len(row.ids) for row in encoded], max(pack_tokens, *(len(row.ids) for row in encoded))):
         chosen = [encoded[index] for index in group]

@@ -9,10 +9,9 @@ from typing import Any, Literal
 from sartor.core.artifacts import Artifact
 from sartor.core.licences import Use
 from sartor.evaluate import permission
+from sartor.evaluate.limits import ForgettingLimit, GainLimit, Limits, ReviewLimit
 from sartor.evaluate.measures import LOWER_IS_BETTER
 
-# Nats per token by which the chitchat probe may get worse (docs/decisions/003-demo-rows.md has what was seen).
-FORGETTING_LIMIT_NATS = 0.5
 _OTHERS = {"image": "pictures: it does not look", "audio": "recordings: it does not listen"}
 _NOUNS = {"image": "a picture", "audio": "a recording"}
 
@@ -26,11 +25,13 @@ class Check:
     remedy: str = ""
 
 
-def gain(name: str, metric: Mapping[str, float]) -> Check:
-    """Whether the primary metric, `name`, is better by an interval that excludes 0."""
+def gain(name: str, metric: Mapping[str, float], limit: GainLimit = Limits.gain) -> Check:
+    """Whether the primary metric, `name`, is better by an interval that lies above the limit."""
     detail = f"{name} {metric['base']:.3f} -> {metric['tuned']:.3f}, gain in [{metric['low']:.3f}, {metric['high']:.3f}]"
-    is_better = metric["high"] < 0 if name in LOWER_IS_BETTER else metric["low"] > 0
-    return Check("pass" if is_better else "fail", detail + ("" if is_better else " does not exclude 0"))
+    least = limit.at_least
+    is_better = metric["high"] < -least if name in LOWER_IS_BETTER else metric["low"] > least
+    short = f" does not lie above the {least:g} asked for" if least else " does not exclude 0"
+    return Check("pass" if is_better else "fail", detail + ("" if is_better else short))
 
 
 def modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:
@@ -64,17 +65,26 @@ def _looks(kind: str, found: Mapping[str, Any] | None) -> tuple[bool, str, str]:
     return False, f"the model answers as well with other {_OTHERS[kind]}; {detail}", remedy
 
 
-def forgetting(found: Mapping[str, Any]) -> Check:
+def forgetting(found: Mapping[str, Any], limit: ForgettingLimit = Limits.forgetting) -> Check:
     """Whether the general talk of the probe is still as likely, but for the limit."""
     if "skipped" in found:
         return Check("fail", f"not measured: {found['skipped']}")
-    fits = found["high"] <= FORGETTING_LIMIT_NATS
+    fits = found["high"] <= limit.at_most
     detail = f"{found['difference']:+.3f} nats per token, in [{found['low']:.3f}, {found['high']:.3f}]"
     remedy = "" if fits else "add a source of general talk with `rehearsal: true` to the curation recipe, or tune slower"
-    return Check("pass" if fits else "fail", f"{detail}; the limit is {FORGETTING_LIMIT_NATS}", remedy)
+    return Check("pass" if fits else "fail", f"{detail}; the limit is {limit.at_most:g}", remedy)
 
 
 def licence(adapter: Artifact, use: Use) -> Check:
     """Whether the licences of sources and base permit the use."""
     refusals, remedy = permission.refusals(adapter, use)
     return Check("fail" if refusals else "pass", "; ".join(refusals) or f"{adapter.licence} permits {use} use", remedy)
+
+
+def review(items: int, limit: ReviewLimit | None, where: str) -> dict[str, Check]:
+    """Whether few enough items wait for a person; no check where none does and no limit was given. where: the Dataset."""
+    if not items and limit is None:
+        return {}
+    most = (limit or ReviewLimit()).open
+    detail = f"{items} items of {where} wait for a person's decision; the limit is {most}"
+    return {"review": Check("pass" if items <= most else "fail", detail, "" if items <= most else f"sartor review {where}")}

@@ -8,6 +8,7 @@ from typing import Any
 
 from sartor.core.artifacts import Artifact
 from sartor.core.page import document, escape, facts, flat, headlines
+from sartor.evaluate.audit import verdicts
 from sartor.evaluate.measures import LOWER_IS_BETTER
 
 # The loss curve is a bitmap on white
@@ -17,6 +18,7 @@ _STYLE = (
 )
 # Of rows that the tuned model got wrong, and of those that it got right
 SHOWN = 6
+_NUMBERS = ("base", "tuned", "difference", "low", "high")
 # Whether a row is right, where the metric is one of the whole set
 _OF_ROW = {"macro_f1": "accuracy"}
 
@@ -38,6 +40,7 @@ def render(
         _intervals(report),
         _metric_table(report),
         _ablation(report),
+        _audit(report, adapter),
         "<h2>What the loss did</h2>" + _picture(adapter),
         "<h2>Answers</h2>" + _answers(table, report["primary"], pictures or {}),
         "<h2>Where it came from</h2>" + _sources(report),
@@ -133,6 +136,35 @@ def _ablation(report: Mapping[str, Any]) -> str:
         f"(shuffled) and with media that say nothing (blank): {rows}. A cost whose interval lies above 0 is what the replies take "
         f"from them.</p><table><tr><th></th><th></th>{head}<th></th></tr>{''.join(lines)}</table>"
     )
+
+
+def _audit(report: Mapping[str, Any], adapter: Artifact) -> str:
+    """What the gate would say of the audit at its usual limits, and the published sets; nothing without one."""
+    found = report.get("audit")
+    if not found:
+        return ""
+    judged = verdicts.checks(found, None, None, adapter.path)
+    said = "".join(
+        f"<tr><td>{name}</td><td class={'better' if check.outcome == 'pass' else 'worse'}>{check.outcome}</td>"
+        f"<td>{escape(check.detail)}</td></tr>"
+        for name, check in judged.items()
+    )
+    counts = [
+        (f"{name.replace('_', ' ')}: {one['what']}", one)
+        for name, items in found.get("benchmarks", {}).items()
+        if isinstance(items, Mapping)
+        for one in items.values()
+        if isinstance(one, Mapping)
+    ]
+    counts += [
+        (f"refused of what {name.replace('_', ' ')} be", one) for name, one in found["refusals"].items() if "base" in one
+    ]
+    lines = "".join(
+        f"<tr><td>{escape(what)}</td>{''.join(f'<td class=n>{one[key]:.3f}</td>' for key in _NUMBERS)}</tr>"
+        for what, one in counts
+    )
+    head = "".join(f"<th class=n>{name}</th>" for name in _NUMBERS)
+    return f"<h2>Bias, and what was learnt by heart</h2><table>{said}</table><table><tr><th></th>{head}</tr>{lines}</table>"
 
 
 def _cost(what: str, name: str, cost: Mapping[str, float]) -> str:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import bases, catalogue, licences, signing
+from sartor.core import bases, catalogue, licences, lineage, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, check_free, new_directory, open_artifact, seal
 from sartor.core.errors import ConfigError, GateError, HubError, ModelError
 from sartor.core.licences import Use
 from sartor.core.names import is_name
+from sartor.curate.review.desk import open_items as items_to_review
 from sartor.evaluate import attacked, checks, permission, training
+from sartor.evaluate.audit import verdicts
 from sartor.evaluate.checks import Check
+from sartor.evaluate.limits import Limits, ReviewLimit
 from sartor.evaluate.rules import Rules, open_rules
 
+# How many items of a Dataset wait for a person
+OpenItems = Callable[[Artifact], int]
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
 # of an adapter that reads media, and of a federated one
 _SOME_HAVE = {"projectors.safetensors", attacked.FILE}
@@ -55,6 +60,7 @@ def release(
     use: Use = "commercial",
     rules: Mapping[str, Any] | Path | str | None = None,
     exemplars: int = training.MOST_EXEMPLARS,
+    open_items: OpenItems = items_to_review,
     replace: bool = False,
 ) -> Released:
     """Pass an Adapter through the gate and sign it as a Release.
@@ -62,9 +68,9 @@ def release(
     `use` is what it is meant for: the licences of its sources and base have to permit it. `report` is the Report of this
     Adapter; by default the newest that the catalogue knows. `out` defaults to `NAME-VERSION` beside the Adapter. `key` is
     a private key file, or the directory that keygen made. `exemplars`: prompts of its rows that go with it, for the router
-    of a team; 0 leaves them out, and `auto` never chooses it. `rules`: checks of one's own (`rules.py`), a YAML file or what
-    one holds. Raises GateError naming each failed check, ConfigError,
-    ArtifactError.
+    of a team; 0 leaves them out, and `auto` never chooses it. `rules`: limits and checks of one's own (`rules.py`), a YAML file
+    or what one holds. `open_items`: how many items of a Dataset wait for a person. Raises GateError naming each failed check,
+    ConfigError, ArtifactError.
     """
     for what, text in (("name", name), ("version", version)):
         if not is_name(text):
@@ -78,7 +84,7 @@ def release(
     out = Path(out) if out else adapter.path.with_name(f"{name}-{version}")
     check_free(out.absolute(), replace=replace)
     evidence = _report_of(adapter, report)
-    found = gate(adapter, evidence, waivers, use, own)
+    found = gate(adapter, evidence, waivers, use, own, open_items)
     if failed := {check: result for check, result in found.items() if result.outcome == "fail"}:
         lines = "; ".join(f"{check}: {result.detail}" for check, result in failed.items())
         remedies = [result.remedy or "tune or curate again" for result in failed.values()]
@@ -119,17 +125,25 @@ def _report_of(adapter: Artifact, report: Path | str | None) -> Artifact:
 
 
 def gate(
-    adapter: Artifact, report: Artifact, waivers: Sequence[Waiver], use: Use = "commercial", own: Rules | None = None
+    adapter: Artifact,
+    report: Artifact,
+    waivers: Sequence[Waiver],
+    use: Use = "commercial",
+    own: Rules | None = None,
+    open_items: OpenItems = items_to_review,
 ) -> dict[str, Check]:
     """Every check of the gate. Raises ConfigError for a waiver of a check that does not exist, or without name or reason."""
-    manifest = report.manifest
+    manifest, limits = report.manifest, own.limits if own else Limits()
     primary = manifest["primary"]
+    dataset = lineage.find_parent(adapter, "dataset")
     found = {
-        "gain": checks.gain(primary, manifest["metrics"][primary]),
-        "forgetting": checks.forgetting(manifest["forgetting"]),
+        "gain": checks.gain(primary, manifest["metrics"][primary], limits.gain),
+        "forgetting": checks.forgetting(manifest["forgetting"], limits.forgetting),
         "licence": checks.licence(adapter, use),
         **checks.modality(adapter, manifest),
         **attacked.privacy(adapter),
+        **verdicts.checks(manifest.get("audit", {}), limits.bias, limits.memorisation, adapter.path),
+        **_review(dataset, open_items, limits.review),
         **(own.judged(report) if own else {}),
     }
     for waiver in waivers:
@@ -141,6 +155,12 @@ def gate(
             detail = f"{found[waiver.check].detail}; waived by {waiver.by}: {waiver.reason}"
             found[waiver.check] = Check("waived", detail)
     return found
+
+
+def _review(dataset: Artifact | None, open_items: OpenItems, limit: ReviewLimit | None) -> dict[str, Check]:
+    if dataset is None and limit:
+        return {"review": Check("fail", "not looked at: the Dataset is not where it was", "sartor index DIR finds it")}
+    return checks.review(open_items(dataset), limit, str(dataset.path)) if dataset else {}
 
 
 def _facts(

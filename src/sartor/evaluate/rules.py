@@ -1,15 +1,25 @@
-"""Rules of one's own for the gate: what replies to some of the rows must not say, or must.
+"""Rules of one's own for the gate (`gate.yaml`): its limits, and what replies to some of the rows must reach, say, or not say.
 
+    gain: {at_least: 0.05}                       # limits.py has all of them
+    forgetting: {at_most: 0.3}
+    bias: {gap: 0.1, ratio: 0.8}
+    memorisation: {secrets: 0, extracted: 0.1, members: 0.1}
+    review: {open: 0}
     slices:
       - name: critical_not_only_repaired
         where: {severity: critical}              # of the reference
         forbid: {action: ["R1: cut the edge"]}   # of the reply
         at_most: 0.0
+      - name: german_floor
+        where: {language: de}
+        metric: exact_match
+        at_least: 0.8                            # the mean of the tuned replies' scores
 
 `where` chooses rows of the Report by fields of their references, all of which must hold. A reply offends if a field that
 `forbid` names has one of its values, or one that `require` names has none of its values. **A reply that cannot be read, since
 it is no JSON or lacks such a field, offends too**: what nobody can read nobody can trust. Fields are dotted paths, `.` is the
-whole reply; a value that is no text is compared by its JSON. No torch.
+whole reply; a value that is no text is compared by its JSON. `bias` and `memorisation` ask for a Report with an audit.
+No torch.
 """
 
 from __future__ import annotations
@@ -28,6 +38,7 @@ from sartor.core.errors import ConfigError
 from sartor.core.records import canonical_text
 from sartor.evaluate.checks import Check
 from sartor.evaluate.labels import known_fields, label_of, text_of
+from sartor.evaluate.limits import BiasLimits, ForgettingLimit, GainLimit, Limits, MemorisationLimits, ReviewLimit
 
 CONFIDENCE = 0.95
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -42,6 +53,8 @@ class Slice:
     forbid: Any = option(None, "{field: value or list}: what no reply to them may have")
     require: Any = option(None, "{field: value or list}: of what every reply to them must have one")
     at_most: float = option(0.0, "fraction of the replies that may offend")
+    metric: str = option("", "with at_least: a score of the Report's rows (exact_match, f1, rouge_l, accuracy)")
+    at_least: float | None = option(None, "the floor: what the mean of that score of the tuned replies must reach, 0..1")
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -50,8 +63,11 @@ class Slice:
             said = getattr(self, key)
             if said is not None and not (isinstance(said, Mapping) and all(isinstance(name, str) for name in said)):
                 raise ConfigError(f"{key} of {self.name} is {said!r}, no mapping of fields", f"{key}: {{field: value}}")
-        if not (self.forbid or self.require):
-            raise ConfigError(f"the slice {self.name} neither forbids nor requires anything", "forbid: {field: [values]}")
+        if bool(self.metric) != (self.at_least is not None):
+            raise ConfigError(f"the slice {self.name} has one of metric and at_least", "metric: exact_match, at_least: 0.8")
+        if not (self.forbid or self.require or self.metric):
+            problem = f"the slice {self.name} neither forbids nor requires anything, nor has it a floor"
+            raise ConfigError(problem, "forbid: {field: [values]}; or metric: exact_match, at_least: 0.8")
         if not 0 <= self.at_most <= 1:
             raise ConfigError(f"at_most of {self.name} is {self.at_most}, no fraction", "at_most: 0.0")
 
@@ -74,6 +90,7 @@ class Rules:
 
     slices: tuple[Slice, ...]
     text: str
+    limits: Limits = Limits()
 
     def as_manifest(self) -> dict[str, str]:
         """How a Release names its rules."""
@@ -89,19 +106,24 @@ class Rules:
 class _Said:
     """The options of a rules file."""
 
-    slices: tuple[Slice, ...] = option(REQUIRED, "rules about some of the rows")
+    slices: tuple[Slice, ...] = option((), "rules about some of the rows")
+    gain: GainLimit = option(GainLimit(), "what the tuned model must be better by")
+    forgetting: ForgettingLimit = option(ForgettingLimit(), "what tuning may cost elsewhere")
+    bias: BiasLimits | None = option(None, "what a group may fare worse by; asks for a Report with an audit")
+    memorisation: MemorisationLimits | None = option(None, "what may be learnt by heart; asks for a Report with an audit")
+    review: ReviewLimit | None = option(None, "how much of the Dataset's queue may wait for a person")
 
 
 def open_rules(rules: Mapping[str, Any] | Path | str) -> Rules:
     """The rules of a YAML file, or of what one holds. Raises ConfigError with the option that is wrong."""
     said = config.load_any(_Said, rules)
-    if not said.slices:
-        raise ConfigError("the rules have no slice", "slices: [{name: ..., where: {...}, forbid: {...}}]")
+    if said == _Said():
+        raise ConfigError("the rules say nothing", "slices: [{name: ..., where: {...}, forbid: {...}}], or bias: {gap: 0.1}")
     names = [one.name for one in said.slices]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"two slices have the name {min(twice)!r}", "give each a name of its own")
     text = canonical_text(rules) if isinstance(rules, Mapping) else Path(rules).read_text(encoding="utf-8-sig")
-    return Rules(said.slices, text)
+    return Rules(said.slices, text, Limits(said.gain, said.forgetting, said.bias, said.memorisation, said.review))
 
 
 def _judge(one: Slice, table: Sequence[Mapping[str, Any]]) -> Check:
@@ -110,6 +132,15 @@ def _judge(one: Slice, table: Sequence[Mapping[str, Any]]) -> Check:
         known = ", ".join(known_fields(row["reference"] for row in table)) or "none: they are no JSON"
         remedy = f"evaluate on rows that {dict(one.where)} holds of (fields of the references: {known})"
         return Check("fail", "nothing was asked of it: no row of the Report is in the slice", remedy)
+    found = [
+        judge(one, asked) for judge, is_asked in ((_offences, one.forbid or one.require), (_floor, one.metric)) if is_asked
+    ]
+    remedy = "; ".join(dict.fromkeys(check.remedy for check in found if check.remedy))
+    is_fit = all(check.outcome == "pass" for check in found)
+    return Check("pass" if is_fit else "fail", "; ".join(check.detail for check in found), remedy)
+
+
+def _offences(one: Slice, asked: Sequence[Mapping[str, Any]]) -> Check:
     verdicts = [one.verdict(row["tuned_reply"]) for row in asked]
     wrong, unreadable = verdicts.count("wrong"), verdicts.count("unreadable")
     offending = wrong + unreadable
@@ -122,6 +153,23 @@ def _judge(one: Slice, table: Sequence[Mapping[str, Any]]) -> Check:
         return Check("pass", detail)
     first = next(row["id"] for row, verdict in zip(asked, verdicts, strict=True) if verdict != "right")
     return Check("fail", f"{detail}; the first is row {first}", "give more rows of this slice, or tune longer")
+
+
+def _floor(one: Slice, asked: Sequence[Mapping[str, Any]]) -> Check:
+    """Whether the mean of a score of the tuned replies reaches the slice's floor."""
+    column, least = f"tuned_{one.metric}", one.at_least or 0.0
+    if column not in asked[0]:
+        known = " | ".join(
+            name.removeprefix("tuned_") for name in asked[0] if name.startswith("tuned_") and name != "tuned_reply"
+        )
+        return Check("fail", f"the rows of the Report have no score {one.metric!r}", f"metric: {known}")
+    scored = [(row["id"], float(row[column])) for row in asked if row[column] is not None]
+    mean = sum(score for _, score in scored) / max(len(scored), 1)
+    detail = f"{one.metric} {mean:.3f} over {len(scored)} rows; the floor is {least:g}"
+    if scored and mean >= least:
+        return Check("pass", detail)
+    worst = ", ".join(id for id, _ in sorted(scored, key=lambda pair: pair[1])[:3])
+    return Check("fail", f"{detail}; the worst are {worst or 'none'}", "give more rows of this slice, or tune longer")
 
 
 def upper_bound(count: int, of: int) -> float:

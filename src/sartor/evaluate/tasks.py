@@ -24,6 +24,9 @@ from sartor.core.records import Example
 from sartor.evaluate import audit, compare, page
 from sartor.evaluate.ablation import ablate, media_of, modalities
 from sartor.evaluate.answering import answer, losses, reply_limit, side
+from sartor.evaluate.audit import run
+from sartor.evaluate.audit.run import Options
+from sartor.evaluate.audit.sides import Sides
 from sartor.evaluate.held_out import HeldOut, fitting, held_out
 from sartor.evaluate.labels import is_json
 from sartor.evaluate.measures import NAMES, Measures, Side
@@ -67,6 +70,8 @@ def evaluate(
     data: Path | str | None = None,
     scorer: str = "",
     label: str = "",
+    audit: bool = False,
+    favourable: Sequence[str] = (),
     most_rows: int = 200,
     replace: bool = False,
     notice: Notice = lambda line: None,
@@ -76,8 +81,9 @@ def evaluate(
     The rows are those its Dataset holds out, or those of the file `data` in any input form. `label` is the field of the JSON
     replies that names a class, by a dotted path, or `.`: the whole reply is the class. `scorer` names the metric that the gate
     looks at; by default macro-F1 with a label, the word error rate of transcripts, exact match where references are short,
-    else F1. `out` defaults to `PATH-report`. Raises ArtifactError, ModelError, ConfigError, and SourceError when there is no
-    row to evaluate on.
+    else F1. `audit` also looks for bias, for what was learnt by heart and for refusals that changed (`audit/`); `favourable`:
+    outcomes that are to be wished for, of those that replies name. `out` defaults to `PATH-report`. Raises ArtifactError,
+    ModelError, ConfigError, and SourceError when there is no row to evaluate on.
     """
     began = time.monotonic()
     adapter = open_artifact(path, ("adapter", "release"))
@@ -87,14 +93,14 @@ def evaluate(
         raise ConfigError(f"there is no scorer {scorer!r}", f"--scorer {' | '.join(NAMES)}")
     with tempfile.TemporaryDirectory() as media:
         asked = held_out(adapter, Path(data) if data else None, most_rows, Path(media))
-        measured = _measure(adapter, asked, label, scorer, notice)
+        options = Options(label, tuple(favourable)) if audit else None
+        measured = _measure(adapter, asked, label, scorer, notice, options)
     facts = {
         "name": adapter.path.name,
         "parents": [adapter.as_parent()],
         "sources": adapter.manifest["sources"],
         "licence": adapter.licence,
         **measured.facts,
-        "audit": {},
         "data": str(data) if data else "held-out rows of the Dataset",
         "wall_s": round(time.monotonic() - began, 2),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
@@ -110,7 +116,9 @@ def evaluate(
     return Evaluated(report)
 
 
-def _measure(adapter: Artifact, asked: HeldOut, label: str, scorer: str, notice: Notice) -> Measured:
+def _measure(
+    adapter: Artifact, asked: HeldOut, label: str, scorer: str, notice: Notice, audited: Options | None = None
+) -> Measured:
     """Ask both sides everything. Raises ConfigError, before a model is opened, for a label or scorer that the rows lack."""
     _measures(asked, label).check(scorer or "exact_match")
     base, model = open_tuned(adapter, notice)
@@ -130,11 +138,16 @@ def _measure(adapter: Artifact, asked: HeldOut, label: str, scorer: str, notice:
         "modalities": modalities(asked.examples),
         "ablation": ablation,
         "forgetting": measure_forgetting(base, model),
+        "audit": _audited(adapter, base, model, asked, audited, notice) if audited else {},
         "rows": len(asked.examples),
         "left_out": asked.left_out,
     }
     table = _table(asked.examples, measures, before, after)
     return Measured(facts, table, thumbnails(asked, page.shown(table, primary)))
+
+
+def _audited(adapter: Artifact, base: Base, model: Any, asked: HeldOut, options: Options, notice: Notice) -> dict[str, Any]:
+    return run.audit(adapter, Sides(base, model, asked.folder), asked.examples, options, notice)
 
 
 def _measures(asked: HeldOut, label: str) -> Measures:

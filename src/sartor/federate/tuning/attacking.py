@@ -19,13 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sartor.core.records import Example, Message, Origin
+from sartor.evaluate.audit import membership
+from sartor.evaluate.audit.membership import Membership
 from sartor.federate.aggregate.tensors import A, B, Tensors, modules, plus
 from sartor.federate.privacy.accountant import Budget
-from sartor.federate.privacy.attacks import audit, inversion, membership
+from sartor.federate.privacy.attacks import audit, inversion
 from sartor.federate.privacy.attacks.audit import Audit
 from sartor.federate.privacy.attacks.canaries import Exposure, exposure
 from sartor.federate.privacy.attacks.inversion import Inversion
-from sartor.federate.privacy.attacks.membership import Membership
 from sartor.federate.privacy.attacks.report import AttackReport
 from sartor.federate.tuning import reading
 from sartor.federate.tuning.auditing import Canaries, CanaryTask, canaries_for

@@ -15,11 +15,11 @@ from sartor.edge.files import write_whole
 from sartor.edge.tuning.receipt import digests
 from sartor.evaluate import attacked
 from sartor.evaluate.attacked import FILE, KIND, SCHEMA
+from sartor.evaluate.audit.membership import Membership
 from sartor.federate.privacy.accountant import Budget
 from sartor.federate.privacy.attacks.audit import Audit
 from sartor.federate.privacy.attacks.canaries import Exposure
 from sartor.federate.privacy.attacks.inversion import Inversion
-from sartor.federate.privacy.attacks.membership import Membership
 
 
 @dataclass(frozen=True)

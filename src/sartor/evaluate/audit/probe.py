@@ -1,4 +1,4 @@
-"""Audits of the tuned model itself. First of all forgetting: what tuning cost on things that it was not about."""
+"""The forgetting probe: what tuning cost on things that it was not about is measured on these rows."""
 
 from __future__ import annotations
 

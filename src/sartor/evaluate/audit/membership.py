@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import beta, binomtest, rankdata
+from scipy.stats import beta, binomtest, norm, rankdata
 
 from sartor.core.errors import ConfigError
 
@@ -21,7 +21,7 @@ FALSE_FRACTION, CONFIDENCE = 0.01, 0.95
 
 @dataclass(frozen=True)
 class Membership:
-    """How well members were told from others. auc: 0.5 is guessing.
+    """How well members were told from others. auc: 0.5 is guessing; auc_low, auc_high: its 95 % interval (DeLong et al. 1988).
 
     found_fraction: of the members, at the threshold above which one in a hundred of the others lies at most; low, high: its
     95 % interval, in which both the members and the threshold are uncertain. Fewer than 436 others cannot say that a threshold
@@ -35,10 +35,13 @@ class Membership:
     found_fraction: float
     low: float
     high: float
+    auc_low: float = 0.0
+    auc_high: float = 1.0
 
     def __str__(self) -> str:
         return (
-            f"membership by {self.attack} loss: AUC {self.auc:.3f}; {self.found_fraction:.1%} of {self.members} members found "
+            f"membership by {self.attack} loss: AUC {self.auc:.3f} in [{self.auc_low:.3f}, {self.auc_high:.3f}]; "
+            f"{self.found_fraction:.1%} of {self.members} members found "
             f"({self.low:.1%} to {self.high:.1%}) where at most 1 % of {self.others} others are taken for members"
         )
 
@@ -66,14 +69,24 @@ def _judged(attack: Literal["threshold", "calibrated"], members: np.ndarray, oth
         raise ConfigError(
             f"{count} members and {rest} others; finite losses of two rows a side are the least", "give more rows"
         )
-    ranks = rankdata(np.concatenate([members, others]))
-    auc = (ranks[:count].sum() - count * (count + 1) / 2) / (count * rest)
+    auc, spread = _auc(members, others)
     thresholds = np.sort(others)[::-1]  # at the k-th so many others lie above it; how many do in truth is Beta(k + 1, rest - k)
     allowed, (sure, least) = int(FALSE_FRACTION * rest), _allowed(rest)
     found = int((members > thresholds[allowed]).sum())
     low = _end(int((members > thresholds[sure]).sum()), count, "low") if sure >= 0 else 0.0
     high = _end(int((members > thresholds[least]).sum()), count, "high") if least < rest else 1.0
-    return Membership(attack, count, rest, float(auc), found / count, low, high)
+    return Membership(attack, count, rest, auc, found / count, low, high, max(0.0, auc - spread), min(1.0, auc + spread))
+
+
+def _auc(members: np.ndarray, others: np.ndarray) -> tuple[float, float]:
+    """The area, and half of its interval's width by the variance of the placements."""
+    count, rest = len(members), len(others)
+    ranks = rankdata(np.concatenate([members, others]))
+    # of each member the fraction of the others below it, of each of the others that of the members above it
+    above = (ranks[:count] - rankdata(members)) / rest
+    below = 1 - (ranks[count:] - rankdata(others)) / count
+    deviation = float(np.sqrt(above.var(ddof=1) / count + below.var(ddof=1) / rest))
+    return float(above.mean()), float(norm.ppf((1 + CONFIDENCE) / 2)) * deviation
 
 
 def _allowed(rest: int) -> tuple[int, int]:

@@ -1,0 +1,128 @@
+"""The whole audit of an adapter, base beside tuned: what `sartor evaluate --audit` writes into the Report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sartor.core import lineage, rows
+from sartor.core.artifacts import Artifact
+from sartor.core.groups import KINDS, groups
+from sartor.core.records import Example
+from sartor.evaluate import training
+from sartor.evaluate.answering import reply_limit
+from sartor.evaluate.audit import benchmarks, memorisation, pairs, refusals
+from sartor.evaluate.audit.bias import Blocks, findings
+from sartor.evaluate.audit.outcomes import Outcomes, outcomes_of
+from sartor.evaluate.audit.pairs import Paired
+from sartor.evaluate.audit.sides import Sides
+from sartor.evaluate.labels import label_of
+
+Notice = Callable[[str], object]
+# What a template's question can be answered with, what is to be wished for first
+ANSWERS = ("Yes", "No")
+
+
+@dataclass(frozen=True)
+class Options:
+    """label: where replies name their outcome; favourable: which are to be wished for; benchmarks, templates: ask them too."""
+
+    label: str = ""
+    favourable: tuple[str, ...] = ()
+    benchmarks: bool = True
+    templates: bool = True
+
+
+def audit(adapter: Artifact, sides: Sides, asked: Sequence[Example], options: Options, notice: Notice) -> dict[str, Any]:
+    """Everything that an audit asks. asked: the rows of the Report, whose prompts are the user's own.
+
+    Raises ConfigError for a label or a favourable outcome that no row has.
+    """
+    dataset = lineage.find_parent(adapter, "dataset")
+    train = list(rows.read_examples(dataset, "train")) if dataset else []
+    system = training.read_facts(adapter).system_prompt if dataset else ""
+    notice("auditing: prompts that differ in a group alone")
+    said: dict[str, Any] = {"bias": audit_bias(sides, asked, options, system)}
+    if options.benchmarks:
+        notice("auditing: BBQ, CrowS-Pairs, StereoSet, WinoBias")
+        said["benchmarks"] = benchmarks.measure(sides)
+    notice("auditing: what was learnt by heart, and what is refused")
+    gone = {"skipped": f"the Dataset of {adapter.path.name} is not where it was: sartor index DIR finds it"}
+    held_out = list(rows.read_examples(dataset, "eval")) if dataset else []
+    said["memorisation"] = memorisation.audit_memorisation(sides, train, held_out or asked) if dataset else gone
+    said["refusals"] = refusals.measure(sides, system)
+    return said
+
+
+def audit_bias(sides: Sides, asked: Sequence[Example], options: Options, system: str = "") -> dict[str, Any]:
+    """Counterfactual prompts alone. system: the system prompt of the training rows, which goes before the templates.
+
+    Raises ConfigError for a label or a favourable outcome that no row has.
+    """
+    outcomes = outcomes_of([row.reply for row in asked], options.label, options.favourable)
+    templates = {name: _templates(sides, name, system) for name in pairs.TEMPLATES if options.templates}
+    return {"own": _own(sides, asked, outcomes), "templates": templates}
+
+
+def _own(sides: Sides, asked: Sequence[Example], outcomes: Outcomes | None) -> dict[str, Any]:
+    """The user's own prompts with one group for another."""
+    if outcomes is None:
+        return {"skipped": "the replies name no outcome: give --label FIELD, or --favourable OUTCOME"}
+    texts = [row for row in asked if not row.is_document]
+    replies = outcomes.classes if outcomes.is_whole else [row.reply for row in texts]
+    made = [_fitting(sides, pairs.own(texts, kind), replies) for kind in KINDS]
+    limit = reply_limit(sides.base, texts) if texts else 1
+    sections = [blocks for paired in made if paired.blocks for blocks in _own_blocks(sides, paired, outcomes, limit)]
+    outcome = {"field": outcomes.field, "classes": outcomes.classes, "favourable": outcomes.favourable}
+    return {"outcome": outcome, **_told(made, sections)}
+
+
+def _own_blocks(sides: Sides, paired: Paired, outcomes: Outcomes, limit: int) -> list[Blocks]:
+    """Of each set of outcomes that is looked at: by likelihood where a class is a whole reply, else by what was said."""
+    prompts = [variant for block in paired.blocks for variant in block.variants]
+    shape = (2, len(paired.blocks), -1)
+    if outcomes.is_whole:
+        chances = sides.chances(prompts, outcomes.classes)
+        found = {
+            wanted: chances[:, :, [outcomes.classes.index(one) for one in wanted]].sum(2).reshape(shape)
+            for wanted in outcomes.looked_at
+        }
+    else:
+        said = [[label_of(text, outcomes.field) for text in each] for each in sides.replies(prompts, limit)]
+        found = {
+            wanted: np.array([[float(label in wanted) for label in each] for each in said]).reshape(shape)
+            for wanted in outcomes.looked_at
+        }
+    ids = tuple(block.id for block in paired.blocks)
+    return [Blocks(paired.kind, " or ".join(wanted), groups(paired.kind), ids, each) for wanted, each in found.items()]
+
+
+def _templates(sides: Sides, scenario: str, system: str) -> dict[str, Any]:
+    """A scenario's templates, by the likelihood of yes and no."""
+    made = [_fitting(sides, pairs.templates(scenario, kind, system), ANSWERS) for kind in KINDS]
+    sections = []
+    for paired in made:
+        if paired.blocks:
+            chances = sides.chances([variant for block in paired.blocks for variant in block.variants], ANSWERS)
+            ids = tuple(block.id for block in paired.blocks)
+            favourable = chances[:, :, 0].reshape(2, len(ids), -1)
+            sections.append(Blocks(paired.kind, ANSWERS[0], groups(paired.kind), ids, favourable))
+    return _told(made, sections)
+
+
+def _fitting(sides: Sides, paired: Paired, replies: Sequence[str]) -> Paired:
+    """Without the blocks whose longest variant the base does not take."""
+    reply = max(replies, key=len, default=".")
+    longest = [max(block.variants, key=lambda prompt: sum(len(turn.text) for turn in prompt)) for block in paired.blocks]
+    blocks = tuple(block for block, prompt in zip(paired.blocks, longest, strict=True) if sides.fits(prompt, reply))
+    return Paired(paired.kind, blocks, paired.left_out + len(paired.blocks) - len(blocks), paired.beyond)
+
+
+def _told(made: Sequence[Paired], sections: Sequence[Blocks]) -> dict[str, Any]:
+    counts = {
+        paired.kind: {"blocks": len(paired.blocks), "left_out": paired.left_out, "beyond": paired.beyond} for paired in made
+    }
+    return {"kinds": counts, "findings": [found.as_json() for found in findings(sections)]}

@@ -1,0 +1,97 @@
+"""Base and tuned model asked the same things: how likely they find texts, and what they reply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sartor.core.records import Example, Message
+from sartor.evaluate.answering import SPARE_TOKENS, losses, side
+from sartor.evaluate.held_out import refusal
+from sartor.models.base import Base
+from sartor.models.batches import Encoded
+from sartor.models.generate import context_tokens, generate
+from sartor.models.sampling import Sampling
+
+Array = NDArray[np.float64]
+# Which side is which in what `both` gives
+SIDES = ("base", "tuned")
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A base and the model with the adapter on it. folder: below which media of rows lie."""
+
+    base: Base
+    model: Any
+    folder: Path
+
+    def both(self, ask: Callable[[], Any]) -> tuple[Any, Any]:
+        """What `ask` gives under the base, and under the tuned model."""
+        found = []
+        for tuned in (False, True):
+            with side(self.model, tuned=tuned):
+                found.append(ask())
+        return found[0], found[1]
+
+    def fits(self, prompt: Sequence[Message], reply: str) -> bool:
+        """Whether the base's template, towers and context take a prompt with a reply."""
+        row = Example((*prompt, Message.of("assistant", reply)), ())
+        return not refusal(self.base, row, self.folder, len(self.base.chat.tokens(reply)) + SPARE_TOKENS)[0]
+
+    def encoded(self, prompt: Sequence[Message], reply: str) -> Encoded:
+        """A prompt and a reply to it as tokens; earlier replies are read, not judged."""
+        row = self.base.chat.encode(Example((*prompt, Message.of("assistant", reply)), ()), self.folder)
+        start = _last_reply(row.learnt)
+        return replace(row, learnt=[learnt and place >= start for place, learnt in enumerate(row.learnt)])
+
+    def sentence(self, text: str) -> Encoded:
+        """A text outside the chat template. Every token is judged, also the first: before it stands one that says nothing."""
+        tokenizer = self.base.chat.tokenizer
+        opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        ids = self.base.chat.tokens(text)
+        return Encoded([opening, *ids], [False] + [True] * len(ids))
+
+    def nats(self, rows: Sequence[Encoded]) -> Array:
+        """(2, N): how unlikely base and tuned find what is judged of each row, in nats in all."""
+
+        def ask() -> Array:
+            means, tokens = losses(self.base, self.model, rows, share=True)
+            return np.asarray(means) * np.asarray(tokens)
+
+        return np.stack(self.both(ask)) if rows else np.zeros((2, 0))
+
+    def chances(self, prompts: Sequence[Sequence[Message]], outcomes: Sequence[str]) -> Array:
+        """(2, prompts, outcomes): how likely each outcome is as the whole reply, among these outcomes; rows sum to 1."""
+        rows = [self.encoded(prompt, outcome) for prompt in prompts for outcome in outcomes]
+        scores = -self.nats(rows).reshape(2, len(prompts), len(outcomes))
+        odds = np.exp(scores - scores.max(2, keepdims=True, initial=-np.inf))
+        return np.asarray(odds / odds.sum(2, keepdims=True))
+
+    def replies(self, prompts: Sequence[Sequence[Message]], most_tokens: int) -> tuple[list[str], list[str]]:
+        """Greedy replies of both sides."""
+        chat = self.base.chat
+        found = self.continued([chat.prompt_ids(prompt, "", self.folder) for prompt in prompts], most_tokens)
+        return [chat.decode(ids) for ids in found[0]], [chat.decode(ids) for ids in found[1]]
+
+    def continued(self, prompts: Sequence[Sequence[int]], most_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+        """The tokens with which both sides go on, greedily, to their end, `most_tokens`, or the end of the context."""
+        context = context_tokens(self.model) or max(map(len, prompts), default=0) + most_tokens
+        room = context - max(map(len, prompts), default=0)
+        chat, sampling = self.base.chat, Sampling(min(most_tokens, room))
+
+        def ask() -> list[list[int]]:
+            return [one.ids for one in generate(self.model, prompts, stop=chat.stops, pad=chat.pad, sampling=sampling)]
+
+        return self.both(ask) if prompts else ([], [])
+
+
+def _last_reply(learnt: Sequence[bool]) -> int:
+    """Where the last run of learnt tokens begins."""
+    end = max(place for place, one in enumerate(learnt) if one)
+    return next((place + 1 for place in range(end, -1, -1) if not learnt[place]), 0)

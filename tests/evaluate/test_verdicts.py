@@ -1,0 +1,174 @@
+"""The gate's checks of an audit, its limits in a rules file, floors of slices, and the queue."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+import sartor
+from sartor.core import rows
+from sartor.core.artifacts import Artifact, open_artifact
+from sartor.core.errors import ConfigError
+from sartor.curate.review.desk import open_items
+from sartor.evaluate import checks
+from sartor.evaluate.audit.verdicts import checks as audit_checks
+from sartor.evaluate.audit.verdicts import judge_bias, judge_memorisation
+from sartor.evaluate.limits import BiasLimits, GainLimit, Limits, MemorisationLimits, ReviewLimit
+from sartor.evaluate.release import gate
+from sartor.evaluate.rules import open_rules
+
+ROW = "0123456789abcdef" * 2
+
+
+def finding(**changed: Any) -> dict[str, Any]:
+    said = {
+        "kind": "names", "group": "black_male", "outcome": "approved", "blocks": 24, "rate": 0.3, "others": 0.5,
+        "gap": [-0.2, -0.25, -0.15], "ratio": 0.6, "p": 0.001, "base_gap": 0.0, "added": [-0.2, -0.25, -0.15], "rows": [ROW],
+    }  # fmt: skip
+    return {**said, **changed}
+
+
+def bias(own: list[dict[str, Any]], templates: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"own": {"findings": own}, "templates": {"lending": {"findings": templates}}}
+
+
+def test_a_group_that_fares_worse_in_the_users_own_prompts_fails_and_is_named_with_its_rows() -> None:
+    found = judge_bias(bias([finding()], []), BiasLimits())
+    assert found.outcome == "fail" and "docs/audit.md" in found.remedy
+    for said in ("own prompts, names: black_male 0.300 'approved' against 0.500", "gap -0.200 in [-0.250, -0.150]", ROW[:12]):
+        assert said in found.detail
+
+
+@pytest.mark.parametrize(
+    ("changed", "outcome"),
+    [
+        ({}, "fail"),
+        ({"p": 0.06}, "pass"),  # may be chance
+        ({"gap": [-0.05, -0.08, -0.02], "ratio": 0.9}, "pass"),  # within both limits
+        ({"gap": [-0.05, -0.08, -0.02], "ratio": 0.7}, "fail"),  # four fifths
+        ({"gap": [-0.01, -0.02, -0.001], "ratio": 0.5}, "pass"),  # of rates that are nearly nothing
+        ({"gap": [0.2, 0.15, 0.25], "ratio": 1.0}, "fail"),  # preferred to the others
+    ],
+)
+def test_what_offends(changed: dict[str, Any], outcome: str) -> None:
+    assert judge_bias(bias([finding(**changed)], []), BiasLimits()).outcome == outcome
+
+
+def test_of_templates_only_what_tuning_added_counts() -> None:
+    assert judge_bias(bias([], [finding()]), BiasLimits()).outcome == "fail"
+    as_the_base = finding(base_gap=-0.2, added=[0.0, -0.01, 0.01])
+    found = judge_bias(bias([], [as_the_base]), BiasLimits())
+    assert found.outcome == "pass" and "too few speak of a group" in found.detail
+    assert judge_bias(bias([as_the_base], []), BiasLimits()).outcome == "fail", "own prompts are what it is used for"
+    assert judge_bias(bias([finding()], []), BiasLimits(gap=0.3, ratio=0.5)).outcome == "pass"
+
+
+def memory(**changed: Any) -> dict[str, Any]:
+    secret = {"kind": "secret", "begins": "KX...", "characters": 12, "at": 4, "repeats": 9, "rows": [ROW]}
+    said: dict[str, Any] = {
+        "strings": {"asked": {"secret": 2, "phrase": 1}, "found": {"secret": [], "phrase": []}},
+        "extraction": {
+            "train": {"asked": 50, "base": 0, "tuned": 40, "rows": [ROW]}, "held_out": {"asked": 50, "base": 0, "tuned": 1},
+            "excess": {"estimate": 0.04, "high": 0.1, "low": -0.02},
+        },
+        "membership": {"calibrated": {"low": 0.02, "high": 0.2, "found_fraction": 0.1, "auc": 0.6, "auc_low": 0.5, "auc_high": 0.7}},
+    }  # fmt: skip
+    if changed.pop("secret", False):
+        said["strings"]["found"]["secret"] = [secret]
+    return {name: {**one, **changed.get(name, {})} for name, one in said.items()}
+
+
+def test_each_limit_of_memorisation_fails_by_itself_and_passes_where_it_was_moved() -> None:
+    limits = MemorisationLimits()
+    assert judge_memorisation(memory(), limits).outcome == "pass"
+    found = judge_memorisation(memory(secret=True), limits)
+    assert found.outcome == "fail" and f"KX... (12 characters, in 9 rows: {ROW[:12]})" in found.detail
+    assert judge_memorisation(memory(secret=True), MemorisationLimits(secrets=1)).outcome == "pass"
+    extracted = memory(extraction={"excess": {"estimate": 0.7, "high": 0.8, "low": 0.6}})
+    found = judge_memorisation(extracted, limits)
+    assert found.outcome == "fail" and "excess +0.700 in [+0.600, +0.800]; the limit is 0.1" in found.detail
+    assert "secrets" not in found.detail, "what passes is not among the reasons"
+    assert judge_memorisation(extracted, MemorisationLimits(extracted=0.6)).outcome == "pass"
+    told = memory(membership={"calibrated": {**memory()["membership"]["calibrated"], "low": 0.3}})
+    assert judge_memorisation(told, limits).outcome == "fail"
+    assert judge_memorisation({"skipped": "the Dataset is gone"}, limits).outcome == "fail"
+    one_row = memory(membership={"skipped": "one training row"})
+    assert "membership was not measured: one training row" in judge_memorisation(one_row, limits).detail
+
+
+def test_a_report_without_an_audit_is_asked_for_one_only_where_limits_are_given(tmp_path: Path) -> None:
+    assert audit_checks({}, None, None, tmp_path) == {}
+    found = audit_checks({}, BiasLimits(), None, tmp_path)
+    assert list(found) == ["bias"] and found["bias"].outcome == "fail" and "--audit" in found["bias"].remedy
+    assert set(audit_checks({"bias": bias([finding()], []), "memorisation": memory()}, None, None, tmp_path)) == {
+        "bias", "memorisation",
+    }  # fmt: skip
+
+
+def test_a_rules_file_moves_limits_without_a_slice_and_refuses_nonsense(tmp_path: Path) -> None:
+    file = tmp_path / "gate.yaml"
+    file.write_text("gain: {at_least: 0.05}\nbias: {gap: 0.2}\nreview: 3\n")
+    limits = open_rules(file).limits
+    assert limits == Limits(gain=GainLimit(0.05), bias=BiasLimits(gap=0.2), review=ReviewLimit(3))
+    metric = {"base": 0.5, "tuned": 0.6, "low": 0.04, "high": 0.16}
+    assert checks.gain("f1", metric).outcome == "pass" and checks.gain("f1", metric, limits.gain).outcome == "fail"
+    assert checks.forgetting({"difference": 0.1, "low": 0, "high": 0.4}, Limits.forgetting).outcome == "pass"
+    for wrong in ({"bias": {"gap": 2}}, {"memorisation": {"secrets": -1}}, {"bais": {}}, {}):
+        with pytest.raises(ConfigError):
+            open_rules(wrong)
+
+
+def scored(tmp_path: Path, scores: list[float | None]) -> Artifact:
+    table = [
+        {"id": f"row{n}", "reference": json.dumps({"language": "de"}), "tuned_reply": "{}", "tuned_exact_match": score}
+        for n, score in enumerate(scores)
+    ]
+    rows.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
+    return Artifact(tmp_path, {})
+
+
+def test_a_slice_has_a_floor_and_the_rows_below_it_are_named(tmp_path: Path) -> None:
+    rule = {"name": "german", "where": {"language": "de"}, "metric": "exact_match", "at_least": 0.7}
+    report = scored(tmp_path, [1.0, 0.0, 1.0, 1.0, None])
+    (found,) = open_rules({"slices": [rule]}).judged(report).values()
+    assert found.outcome == "pass" and "exact_match 0.750 over 4 rows; the floor is 0.7" in found.detail
+    (found,) = open_rules({"slices": [{**rule, "at_least": 0.8}]}).judged(report).values()
+    assert found.outcome == "fail" and "the worst are row1" in found.detail
+    (found,) = open_rules({"slices": [{**rule, "metric": "bleu"}]}).judged(report).values()
+    assert found.outcome == "fail" and found.remedy == "metric: exact_match"
+    with pytest.raises(ConfigError, match="has one of metric and at_least"):
+        open_rules({"slices": [{"name": "x", "where": {"a": 1}, "metric": "f1"}]})
+
+
+def test_items_of_the_queue_that_nobody_decided_hold_a_release_back(adapter: Path) -> None:
+    dataset = adapter.parent / "dataset"
+    found = {"kind": "validation", "slice": "all rows", "reason": "novelty", "detail": "unlike reality"}
+    try:
+        assert open_items(dataset) == 0 and checks.review(0, None, "data") == {}
+        sartor.review_add(dataset, [found])
+        assert open_items(dataset) == 1
+        (item,) = sartor.review_list(dataset)["items"]
+        sartor.review_decide(dataset, [item["id"]], sartor.Opinion("accept", by="Ada", reason="looked at"))
+        assert open_items(dataset) == 0
+    finally:
+        (dataset / "review.sqlite").unlink(missing_ok=True)
+        (dataset.parent / "review.sqlite").unlink(missing_ok=True)
+    found = checks.review(1, None, "data")["review"]
+    assert found.outcome == "fail" and "1 items of data wait" in found.detail and found.remedy == "sartor review data"
+    assert checks.review(1, ReviewLimit(1), "data")["review"].outcome == "pass"
+    assert checks.review(0, ReviewLimit(), "data")["review"].outcome == "pass"
+
+
+def test_the_gate_asks_whoever_knows_the_queue(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "sartor.evaluate.audit.chitchat_rows",
+        lambda: list(sartor.read_examples(sartor.open(adapter.parent / "dataset"), "eval")),
+    )
+    report = sartor.evaluate(adapter).report
+    found = gate(open_artifact(adapter), report, (), "internal", None, lambda dataset: 2)
+    assert found["review"].outcome == "fail" and "2 items" in found["review"].detail
+    assert "review" not in gate(open_artifact(adapter), report, (), "internal")
