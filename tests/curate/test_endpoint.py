@@ -125,14 +125,15 @@ def test_a_cache_of_ones_own_serves_later_runs(tmp_path: Path) -> None:
     assert oct((tmp_path / "cache").stat().st_mode)[-3:] == "700" and oct(damaged.stat().st_mode)[-3:] == "600"
 
 
-def test_what_it_cost_is_said_and_a_limit_stops_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_what_it_cost_is_said_and_a_limit_stops_it(tmp_path: Path, at_once: int) -> None:
     with serving(EndpointServer()) as server:
         price = {"input": 1.0, "output": 10.0}
         said = sartor.synthesize(recipe(tmp_path, server.url, price=price), tmp_path / "a").as_json()
         calls = len(SEEDS) * 4
         assert said["tokens"] == {"input": 100 * calls, "output": 10 * calls, "estimated_calls": 0}
         assert said["cost"] == pytest.approx(calls * 200 / 1e6)
-        limited = recipe(tmp_path, server.url, at_once=1, price={**price, "most": 0.001})
+        limited = recipe(tmp_path, server.url, at_once=at_once, price={**price, "most": 0.001})
         with pytest.raises(BudgetError, match=r"0\.0010 is spent, and price\.most is 0\.001"):
             sartor.synthesize(limited, tmp_path / "b")
         more = recipe(tmp_path, server.url, at_once=1, price={**price, "most": 1.0})

@@ -185,7 +185,7 @@ def test_an_answer_of_no_use_is_a_drop_with_its_digest(folder: Path) -> None:
     }  # fmt: skip
     drops: list[Drop] = list(sartor.read_drops(result.dataset))
     assert all(re.search(r"\(answer [0-9a-f]{16} to questions ", drop.detail) and drop.source for drop in drops)
-    assert drops[0].text == good % "takes three days"
+    assert not any(drop.text for drop in drops)  # an answer may name people
     rows = pq.read_table(result.dataset.path / "evidence/synthetic.parquet").to_pylist()
     assert [DOCUMENT[row["span_start"] : row["span_end"]] for row in rows] == ["takes two days", "costs 4 euros"]
     assert (

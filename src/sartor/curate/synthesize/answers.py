@@ -9,10 +9,13 @@ unless the recipe names one to keep.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,8 @@ class Answers:
         self.teacher, self.folder, self.price = teacher, folder, price
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._under_way: list[float] = []  # what the calls under way may cost at most
 
     def answer(self, question: Question) -> Answer:
         """The answer. Raises what the teacher raises, and BudgetError once `price.most` is spent."""
@@ -57,12 +62,12 @@ class Answers:
         if (kept := _read(file)) is not None:
             self._count(cached=1)
             return kept
-        self._check_cost()
-        answer = self.teacher.answer(question)
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write(file, answer)
-        counts = {"tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out, "estimated": int(answer.is_estimated)}
-        self._count(calls=1, **counts)
+        with self._paid(question):
+            answer = self.teacher.answer(question)
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _write(file, answer)
+            counts = {"tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out, "estimated": int(answer.is_estimated)}
+            self._count(calls=1, **counts)
         return answer
 
     @property
@@ -76,8 +81,29 @@ class Answers:
         paid = self._counts["tokens_in"] * self.price.input + self._counts["tokens_out"] * self.price.output
         return paid / PER
 
+    @contextlib.contextmanager
+    def _paid(self, question: Question) -> Iterator[None]:
+        """Room for a call under `price.most` beside those under way; the last one alone may go beyond it."""
+        may_cost = self._may_cost(question)
+        with self._room:
+            while self._under_way and self._cost() + sum(self._under_way) + may_cost > (self.price.most or math.inf):
+                self._room.wait()
+            self._check_cost()
+            self._under_way.append(may_cost)
+        try:
+            yield
+        finally:
+            with self._room:
+                self._under_way.remove(may_cost)
+                self._room.notify_all()
+
+    def _may_cost(self, question: Question) -> float:
+        # no tokeniser makes more tokens of a text than it has bytes
+        asked = sum(len(text.encode()) for _, text in question.messages)
+        return (asked * self.price.input + question.max_tokens * self.price.output) / PER
+
     def _check_cost(self) -> None:
-        if self.price.most and (cost := self.spent.cost) >= self.price.most:
+        if self.price.most and (cost := self._cost()) >= self.price.most:
             problem = f"{cost:.4f} is spent, and price.most is {self.price.most:g}; what was answered is kept"
             raise BudgetError(problem, f"--teacher.price.most {2 * self.price.most:g}")
 

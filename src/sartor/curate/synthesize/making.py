@@ -31,7 +31,7 @@ from sartor.core.errors import ConfigError, MissingError, StoppedError
 from sartor.core.records import Drop, canonical_text, digest
 from sartor.core.teachers import Answer, Question, Teacher
 from sartor.curate.pipeline import workplace
-from sartor.curate.steps.contract import TEXT_KEPT
+from sartor.curate.review.changing import masked_text
 from sartor.curate.synthesize import reading, seeds, writing
 from sartor.curate.synthesize.answers import Answers
 from sartor.curate.synthesize.contract import Ask, AskingWay, Made, Skipped, Unusable
@@ -232,9 +232,10 @@ class Run:
             return
         parents = outcome.ask.parents
         origin = parents[0].origins[0] if parents else None
-        detail = f"{made.detail} (answer {outcome.answer.digest} to {way.kind} {outcome.ask.number})"
+        # a reason may quote the answer, in which people may be named; of the answer itself only the digest is kept
+        detail = f"{masked_text(made.detail)} (answer {outcome.answer.digest} to {way.kind} {outcome.ask.number})"
         place = (origin.source, origin.locator) if origin else ("", "")
-        self.rows.drop(way.kind, Drop(made.reason, *place, detail, text=outcome.answer.text[:TEXT_KEPT]), outcome.ask.number)
+        self.rows.drop(way.kind, Drop(made.reason, *place, detail), outcome.ask.number)
 
     def _tell(self, kind: str) -> None:
         if time.monotonic() - self._said_at > SECONDS_BETWEEN_LINES and self.answers:
