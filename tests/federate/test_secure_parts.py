@@ -192,6 +192,7 @@ BODIES = [
     messages.Consent(DIGEST),
     messages.Unmask(DIGEST, (b"one",)),
     messages.Reveal({"a": b"1"}, {}),
+    messages.Shown(messages.Payload(b"tensors")),
 ]
 
 

@@ -267,7 +267,8 @@ class Diary:
     def _make_folder(self) -> None:
         missing = [path for path in (self.folder, *self.folder.parents) if self._disk.stat(path) is None]
         for path in reversed(missing):
-            self._disk.mkdir(path)
+            with suppress(FileExistsError):  # another who writes made it meanwhile
+                self._disk.mkdir(path)
             self._disk.sync_folder(path.parent)
 
     def _lock(self) -> Callable[[], None]:
