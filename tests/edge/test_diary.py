@@ -451,6 +451,20 @@ def test_two_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     assert sorted(texts(opened(tmp_path).rows())) == sorted(f"{n} {p}" for n in range(3) for p in range(5))
 
 
+class MadeMeanwhile(OwnersDisk):
+    """Another process makes each folder between this one's look and its making of it."""
+
+    def mkdir(self, path: Path) -> None:
+        super().mkdir(path)
+        super().mkdir(path)
+
+
+def test_a_folder_that_another_made_meanwhile_is_used(tmp_path: Path) -> None:
+    diary = opened(tmp_path, disk=MadeMeanwhile())
+    diary.add(row("a"))
+    assert texts(diary.rows()) == ["a"]
+
+
 def test_one_that_holds_it_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     diary = opened(tmp_path)
     diary.add(row("a"))
