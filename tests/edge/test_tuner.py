@@ -105,7 +105,7 @@ def test_killed_and_started_again_it_ends_at_the_same_bits_and_loads_neither_tra
 
     def start(one: Job) -> subprocess.Popen[bytes]:
         file = Path(one.out).with_name("job.json")
-        file.write_text(json.dumps(one.__dict__))
+        one.write(file)
         return subprocess.Popen([sys.executable, "-c", code, str(file)], stderr=subprocess.PIPE)
 
     with start(whole) as process:
