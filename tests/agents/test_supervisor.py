@@ -202,7 +202,8 @@ def test_a_call_that_takes_far_too_much_memory_fails_alone(tmp_path: Path) -> No
             await load(crew, ("b", "c", "d"), clients=3, calls=30)
             with pytest.raises(ModelError, match="died"):
                 await greedy
-            assert crew.health()["ends"]["memory"] + crew.health()["ends"].get("crashed", 0) >= 2
+            ends = crew.health()["ends"]
+            assert ends.get("memory", 0) + ends.get("crashed", 0) >= 2
 
     asyncio.run(scene())
 

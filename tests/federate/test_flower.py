@@ -246,7 +246,9 @@ def test_a_killed_coordinator_command_goes_on(story: Story) -> None:
     assert all(f"round {number} of 2: exactness error" in said for number in (1, 2))
     for name in WARDS:
         client = json.loads(story.fleet.said(f"client-{name}").splitlines()[-1])
-        assert (client["rounds"], client["clients"]) == (ROUNDS, len(WARDS)) and client["uploaded_bytes"] > 0
+        # the last outcome is sent as the run ends, and not waited for: a client that is stopped then has not heard it
+        assert client["rounds"] in (ROUNDS - 1, ROUNDS)
+        assert client["clients"] == len(WARDS) and client["uploaded_bytes"] > 0
 
 
 def test_a_client_app_may_run_apart_from_its_super_node(story: Story) -> None:
