@@ -4,13 +4,13 @@
     python benchmarks/federate.py --work DIR --parts data,untuned,federated --json     # the rest another time
     python benchmarks/federate.py --work DIR --quick --json                            # a tiny random base, made-up rows
 
-Every part leaves what it found in DIR, and is not done again; the last line is made of what is there. `local` and `centralised`
-train both factors by the loop of the clients, of one client's rows, or of all, for `--alone-rounds` epochs. `factors` is the
-mean of factors beside it, `epsilon` the federated run under privacy of a client (of each client's rows, with
-`--privacy-level example`). `personal` goes on from `federated`: ranks of each client's own, on held-out rows like the client's.
-Exact match of greedy replies on rows of templates that nobody trained on. `malicious` counts tests in
-tests/federate/test_malicious_server.py, `byzantine` is benchmarks/federate_robust.py: loss over the clean loss, the worst
-of its attacks by a sign flip, a scale or false labels.
+Every part leaves what it found in DIR, and is not done again; the last line is made of what is there. No attack report is made,
+which would train as well. `local` and `centralised` train both factors by the loop of the clients, of one client's rows, or of
+all, for `--alone-rounds` epochs. `factors` is the mean of factors beside it, `epsilon` the federated run under privacy of a
+client (of each client's rows, with `--privacy-level example`). `personal` goes on from `federated`: ranks of each client's own,
+on held-out rows like the client's. Exact match of greedy replies on rows of templates that nobody trained on. `malicious`
+counts tests in tests/federate/test_malicious_server.py, `byzantine` is benchmarks/federate_robust.py: loss over the clean loss,
+the worst of its attacks by a sign flip, a scale or false labels.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Homes:
     def recipe(self, **changes: Any) -> FederateRecipe:
         said = {
             "base": self.base,
-            "data": {"path": str(self.work / "dataset")},
+            "data": {"path": str(self.work / "dataset"), "attack_rows": 0},
             "method": {"rank": self.asked.rank, "alpha": 2.0 * self.asked.rank},
             "rounds": self.asked.rounds,
             "local": {"epochs": 1},
@@ -206,7 +206,7 @@ class Homes:
 
     def personal(self) -> dict[str, Any]:
         """The report on each client's own ranks beside those of the part `federated`."""
-        data = {"path": str(self.work / "dataset"), "eval_rows": self.asked.personal_held_out}
+        data = {"path": str(self.work / "dataset"), "eval_rows": self.asked.personal_held_out, "attack_rows": 0}
         recipe, shared = self.recipe(data=data), sartor.open(self.work / "adapter-federated")
         people = open_clients(recipe, [], self.shards)
         own = Personal(epochs=1, rank=self.asked.rank, compare=self.asked.compare)
