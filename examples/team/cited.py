@@ -1,4 +1,4 @@
-"""Questions on building in Sweden, answered with the cited source, as JSONL: `python examples/team/cited.py construction.jsonl`.
+"""Questions on building in Sweden, answered with the cited source: `python examples/team/cited.py construction.jsonl`.
 
 Of the asset `construction-faq`, in English and in Swedish. Each entry is asked as it is, and one in three as a briefing too:
 its passage among two others, each under its source, out of which answer and source are taken. An entry is one group.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import write
+
 from sartor.core import assets
 
 FILES = {"faq-en.jsonl": "Source", "faq.jsonl": "Källa"}
