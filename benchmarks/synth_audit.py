@@ -145,8 +145,8 @@ class Bench:
             "base": self.base,
             "data": {"path": str(data)},
             "method": {"kind": "lora", "rank": 16, "alpha": 32},
-            "budget": {"epochs": 8 if self.is_tiny else 3},
-            "optimizer": {"learning_rate": 3e-3 if self.is_tiny else 1e-3, "batch_tokens": 256},
+            "budget": {"epochs": 4 if self.is_tiny else 3},
+            "optimizer": {"learning_rate": 4e-3 if self.is_tiny else 1e-3, "batch_tokens": 512 if self.is_tiny else 256},
             "seed": seed,
         }
         sartor.tune(recipe, out, replace=True, show=False)
