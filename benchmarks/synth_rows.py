@@ -60,6 +60,20 @@ def faq(file: str) -> list[Row]:
     return [row(one["q"], one["a"], one["category"], one["id"]) for one in rows]
 
 
+# what the FAQ's categories are about: tax and cost, the firm, permits, work, faults, rooms, the shell, heating
+_THEMES = (
+    "rot-avdrag rut-avdrag f-skatt omvand-moms kostnader",
+    "kontrakt dispute reklamation-process garantier forsakring-ansvar verifiera-byggfirma",
+    "bbr-pbl bygglov marklov-rivningslov strandskydd attefallshus-friggebod tillbyggnad altan-staket-plank "
+    "tomtgrans-servitut buller-granne",
+    "arbetsmiljo personalliggare yrkesbevis-certifikat",
+    "dolda-fel besiktning radon-fuktskador energideklaration",
+    "badrumsrenovering koksrenovering vvs elinstallation",
+    "takläggning fasadrenovering isolering",
+    "varmesystem ventilation solceller-varmpump bergvarme-jordvarme oppen-spis-vedeldning",
+)
+
+
 _LOAN = (
     "{name}, {age}, works as {job} and earns {income} euros a month. {they} asks for {amount} euros over {years} years.",
     "Application: {name} ({age} years old), {job}. Net income {income}. Wants to borrow {amount} for {purpose}.",
@@ -111,7 +125,10 @@ def read(name: str) -> list[Row]:
 
 
 def split(rows: list[Row], most: int, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
-    """(held-out rows, seeds, all others), groups whole, by seed: of the first two at most `most`, and a fifth of the rows."""
+    """(held-out rows, seeds, all others), groups whole, by seed.
+
+    Held out are at most `most` rows and a third, seeds at most half as many and a tenth: few sets have rows to spare.
+    """
     rng = random.Random(seed)
     by_group: dict[str, list[Row]] = {}
     for one in rows:
@@ -119,12 +136,12 @@ def split(rows: list[Row], most: int, seed: int) -> tuple[list[Row], list[Row], 
     names = sorted(by_group)
     rng.shuffle(names)
     drawn = [one for name in names for one in by_group[name]]
-    most = min(most, len(rows) // 5)
+    wanted = (min(most, len(rows) // 3), min(most // 2, len(rows) // 10))
     # a group on a cut goes with the rows before it
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     place = 0
     for at, one in enumerate(drawn):
-        if place < 2 and len(parts[place]) >= most and one.example.group != drawn[at - 1].example.group:
+        if place < 2 and len(parts[place]) >= wanted[place] and one.example.group != drawn[at - 1].example.group:
             place += 1
         parts[place].append(one)
     return parts
@@ -185,9 +202,30 @@ def copied_seeds(pool: list[Row], count: int, seeds: list[Row], rng: random.Rand
 
 def topic_drift(pool: list[Row], count: int, seeds: list[Row], rng: random.Random) -> list[Row]:
     """Half of the rows are of a fifth of the modes; the others are as they were."""
-    grown = _some_modes(pool, 1 / 5, rng)
-    few = [one for one in pool if one.mode in grown][: count // 2]
-    return few + [one for one in pool if one.mode not in grown][: count - len(few)]
+    return _drifted(pool, count, _some_modes(pool, 1 / 5, rng), 1 / 2)
+
+
+def theme_drift(pool: list[Row], count: int, seeds: list[Row], rng: random.Random) -> list[Row]:
+    """Three rows in four are of themes that a fifth of the real rows are of.
+
+    Of the FAQ's rows there are not enough for less: half of the rows in a fifth of its 39 categories is a shift that even a
+    test which is told the categories misses (docs/log.md).
+    """
+    theme = {mode: number for number, modes in enumerate(_THEMES) for mode in modes.split()}
+    order = rng.sample(range(len(_THEMES)), len(_THEMES))
+    grown: set[str] = set()
+    while sum(one.mode in grown for one in pool) < len(pool) / 5:
+        number = order.pop()
+        grown |= {mode for mode in theme if theme[mode] == number}
+    return _drifted(pool, count, grown, 3 / 4)
+
+
+def _drifted(pool: list[Row], count: int, grown: set[str], part: float) -> list[Row]:
+    """Rows of which `part` are of the grown modes: `count`, or as many as there are grown rows for."""
+    few, others = ([one for one in pool if (one.mode in grown) == is_grown] for is_grown in (True, False))
+    count = min(count, int(len(few) / part))
+    kept = few[: int(count * part)]
+    return kept + others[: count - len(kept)]
 
 
 def _some_modes(pool: list[Row], part: float, rng: random.Random) -> set[str]:
@@ -204,5 +242,8 @@ PLANTS: dict[str, tuple[dict[str, Callable[..., list[Row]]], frozenset[str]]] = 
         frozenset({"coverage", "distinct", "vendi", "repeated"}),
     ),
     "copied_seeds": (dict.fromkeys(("chat", "loans", *_TEXTS), copied_seeds), frozenset({"copies_of_seeds"})),
-    "topic_drift": (dict.fromkeys(_TEXTS, topic_drift), frozenset({"topic", "label"})),
+    "topic_drift": (
+        {"commands": topic_drift, "faq_sv": theme_drift, "faq_en": theme_drift},
+        frozenset({"topic", "label"}),
+    ),
 }

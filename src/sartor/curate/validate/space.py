@@ -18,10 +18,21 @@ from sartor.curate.validate.sides import I64, Pool
 F32 = NDArray[np.float32]
 _TOPICS = (4, 8, 16)
 _ROWS_PER_TOPIC = 12
+_DRAWS = 3  # of each count: one k-means is a matter of where it began
+_DIRECTIONS = 20
 
 
-def encoded(chosen: Chosen, some: Sequence[Example]) -> tuple[F32, int]:
-    """((N, D) unit vectors, texts that were cut): what is asked and what is replied side by side, so that neither drowns.
+@dataclass(frozen=True)
+class Encoded:
+    """(N, D) unit vectors; in the columns from `replies_at` on stand the replies. cut: texts that were cut."""
+
+    vectors: F32
+    replies_at: int
+    cut: int
+
+
+def encoded(chosen: Chosen, some: Sequence[Example]) -> Encoded:
+    """What is asked and what is replied as vectors side by side, so that neither drowns.
 
     A row of one part alone, such as a document, has the other part empty.
     """
@@ -32,7 +43,8 @@ def encoded(chosen: Chosen, some: Sequence[Example]) -> tuple[F32, int]:
             cut += chosen.encoder.cut
     vectors = np.concatenate(parts, axis=1) if parts else np.zeros((len(some), 1), np.float32)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32), cut
+    replies_at = vectors.shape[1] - parts[-1].shape[1] if parts else 0
+    return Encoded(np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32), replies_at, cut)
 
 
 @dataclass(frozen=True)
@@ -73,9 +85,23 @@ class Space:
 
     @cached_property
     def topics(self) -> list[I64]:
-        """(n,) the cluster of each row, of k-means over both sides, coarse to fine: a drift may be of few or of many."""
+        """(n,) the cluster of each row, by k-means over both sides, coarse to fine and each several times over.
+
+        A drift may be of few topics or of many. The rows are clustered in the directions in which they differ most (latent
+        semantic analysis, Deerwester et al. 1990): in the others are the words of single rows.
+        """
         from sklearn.cluster import KMeans
 
         counts = [count for count in _TOPICS if count * _ROWS_PER_TOPIC <= len(self.vectors)] or [2]
-        made = (KMeans(count, n_init=3, random_state=self.seed).fit_predict(self.vectors) for count in counts)
+        strongest = self._strongest()
+        draws = [(count, _DRAWS * self.seed + draw) for count in counts for draw in range(_DRAWS)]
+        made = (KMeans(count, n_init=1, random_state=seed).fit_predict(strongest) for count, seed in draws)
         return [np.asarray(found, np.int64) for found in made]
+
+    def _strongest(self) -> F32:
+        """(n, up to _DIRECTIONS) the rows along the directions in which they differ most."""
+        middle = self.vectors.mean(0)
+        centred = self.vectors - middle
+        values, directions = np.linalg.eigh((centred @ centred.T).astype(np.float64))
+        kept = slice(-min(_DIRECTIONS, len(values)), None)
+        return np.asarray(directions[:, kept] * np.sqrt(np.maximum(values[kept], 0)), np.float32)
