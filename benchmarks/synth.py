@@ -64,16 +64,12 @@ class Remembered:
 
     def __init__(self, encoder: str, cases: list[Case]) -> None:
         rows = [row for case in cases for side in (case.sides.synthetic, case.sides.real) for row in side]
-        self._of: list[dict[str, Any]] = []
-        for texts in ({prompt_text(row) for row in rows}, {row.reply for row in rows}):
-            known = sorted(texts)
-            vectors = np.asarray(open_encoder(encoder).encode(known), np.float32)
-            self._of.append(dict(zip(known, vectors, strict=True)))
+        known = sorted({text for row in rows for text in (prompt_text(row), row.reply)})
+        self._of = dict(zip(known, np.asarray(open_encoder(encoder).encode(known), np.float32), strict=True))
 
     def encode(self, texts: Sequence[str]) -> Any:
-        """See Encoder. The texts are all prompts, or all replies."""
-        known = next(of for of in self._of if all(text in of for text in texts))
-        return np.stack([known[text] for text in texts])
+        """See Encoder."""
+        return np.stack([self._of[text] for text in texts])
 
 
 def cases_of(name: str, asked: argparse.Namespace) -> list[Case]:
@@ -100,8 +96,18 @@ def failures(asked: argparse.Namespace) -> list[tuple[Case, list[str]]]:
         for case in cases:
             how = ValidateOptions(encoder=remembered.name, permutations=asked.permutations, seed=case.seed)
             found.append((case, [test.name for test in verdicts(case.sides, how) if test.verdict == "fail"]))
-        notice(f"{name}: {len(cases)} runs")
+        notice(f"{name}: {heard(found, name)}")
     return found
+
+
+def heard(runs: list[tuple[Case, list[str]]], name: str) -> str:
+    """Of a set, by plant: in how many runs a test failed that is meant for it, or any where nothing is planted."""
+    counts: dict[str, list[bool]] = {}
+    for case, failed in runs:
+        if case.name == name:
+            meant = set(failed) if case.plant == NOTHING else PLANTS[case.plant][1] & set(failed)
+            counts.setdefault(case.plant or "nothing planted", []).append(bool(meant))
+    return ", ".join(f"{plant} {sum(hits)}/{len(hits)}" for plant, hits in counts.items())
 
 
 def false_alarm(runs: list[tuple[Case, list[str]]]) -> dict[str, Any]:

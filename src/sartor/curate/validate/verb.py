@@ -119,7 +119,7 @@ def _read(sides: Sides, options: ValidateOptions) -> _Read:
     replies = vectors[:, found.replies_at :]
     lengths = np.linalg.norm(replies, axis=1, keepdims=True)
     faults, citing = spans.faults(sides.synthetic, {row.id: row for row in (*sides.seeds, *sides.real)}, sides.cited)
-    space = Space(pool, vectors, options.seed)
+    space = Space(pool, vectors, options.seed, found.replies_at)
     return _Read(chosen, found, space, replies / np.where(lengths > 0, lengths, 1), faults, citing)
 
 
