@@ -77,7 +77,7 @@ class Space:
     @cached_property
     def _coarse_order(self) -> I64:
         lengths = np.linalg.norm(self._about, axis=1, keepdims=True)
-        unit = self._about / np.where(lengths > 0, lengths, 1)
+        unit = np.asarray(self._about / np.where(lengths > 0, lengths, 1), np.float32)
         return self._by_likeness(unit @ unit.T)
 
     def _by_likeness(self, cosines: F32) -> I64:

@@ -120,7 +120,8 @@ def _read(sides: Sides, options: ValidateOptions) -> _Read:
     lengths = np.linalg.norm(replies, axis=1, keepdims=True)
     faults, citing = spans.faults(sides.synthetic, {row.id: row for row in (*sides.seeds, *sides.real)}, sides.cited)
     space = Space(pool, vectors, options.seed, found.replies_at)
-    return _Read(chosen, found, space, replies / np.where(lengths > 0, lengths, 1), faults, citing)
+    unit = np.asarray(replies / np.where(lengths > 0, lengths, 1), np.float32)
+    return _Read(chosen, found, space, unit, faults, citing)
 
 
 def _judged(read: _Read, sides: Sides, options: ValidateOptions) -> list[Finding]:
