@@ -13,6 +13,7 @@ from sartor.agents.feedback import Exchange, Inbox, Memory
 from sartor.agents.keys import Opened
 from sartor.agents.serve.bodies import Reading
 from sartor.agents.serve.entry import Entry
+from sartor.agents.serve.faults import FieldError
 from sartor.agents.serve.media import Looking
 from sartor.agents.serve.meters import Meters
 from sartor.agents.serve.replies import Answers
@@ -24,6 +25,7 @@ from sartor.core.errors import KeyRefusedError, UnknownAgentError
 
 MOST_HEADER = 512
 SPECIAL = ("base", "auto")
+USER_HEADER = "x-sartor-user"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,21 @@ class Desk:
     def remember(self, answer: Answer, question: Question, reply: str) -> None:
         """Keep a reply that is whole, so that feedback on it can be learnt from."""
         self.memory.keep(answer.receipt, Exchange(answer.agent, question.messages, question.text, reply))
+
+    def person(self, user: str, header: str, visitor: Opened) -> str:
+        """Whom a request is for, "" for nobody in particular. user: OpenAI's field; header: `x-sartor-user`.
+
+        A key that may not speak for a person changes nothing by `user`, as on other servers. Raises KeyRefusedError where the
+        header names one for whom it may not speak, FieldError where both are given and differ.
+        """
+        if header and user and header != user:
+            raise FieldError(f"user and the header {USER_HEADER} name two persons", "send one of the two", "user")
+        person = self.house.people.person_of(header or user)
+        if person and not visitor.may_speak_for(person):
+            if header:
+                raise KeyRefusedError("this key may not speak for that user", "sartor personal allow lets it")
+            return ""
+        return person
 
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`: of the base that all agents stand on."""

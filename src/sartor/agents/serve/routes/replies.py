@@ -13,7 +13,7 @@ from sartor.agents.asking import Request as Question
 from sartor.agents.serve.aloud import Aloud
 from sartor.agents.serve.app import JsonResponse, Route
 from sartor.agents.serve.asked import ChatRequest, Delivered, TextRequest
-from sartor.agents.serve.desk import desk_of, entry_of, reply_headers
+from sartor.agents.serve.desk import USER_HEADER, desk_of, entry_of, reply_headers
 from sartor.agents.serve.faults import FieldError
 from sartor.agents.serve.replies import Answers, Terms, open_answers
 from sartor.agents.serve.running import while_there
@@ -68,8 +68,9 @@ async def _deliver(
     desk, entry = desk_of(request), entry_of(request)
     terms = Terms(entry, desk.shift, asked.n or 1, desk.remember)
     openable, deadline_s = entry.visitor.agents, desk.limits.deadline_s
+    person = desk.person(asked.user or "", request.headers.get(USER_HEADER, ""), entry.visitor)
     every = [
-        replace(choice, openable=openable, deadline_s=deadline_s)
+        replace(choice, openable=openable, deadline_s=deadline_s, person=person)
         for question in questions
         for choice in choices(question, terms.per_prompt)
     ]
