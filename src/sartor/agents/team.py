@@ -169,6 +169,17 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class FeedbackTerms:
+    """What is kept of what people say of replies, and how much of it."""
+
+    consent: Literal["assumed", "required"] = option(
+        "assumed", "required: words are kept only of feedback that says consent: true; assumed: unless it says false"
+    )
+    per_minute: int = option(600, "feedback of one key; above it 429; 0 is no limit")
+    per_day: int = option(20_000, "feedback of one key; above it 429; 0 is no limit")
+    allow: tuple[str, ...] = option((), "values that are not personal and stay, as in curate's personal_data: +49 30 1234567")
+
+
 class PersonalTerms:
     """Personal versions: a few ranks of a user's own on top of an agent's live version."""
 
@@ -234,6 +245,7 @@ class Team(Basis):
     router: Routing = option(Routing(), "how `auto` chooses")
     rollout: Rollout = option(Rollout(), "how a new version comes in")
     speech: Speech = option(Speech(), "who speaks")
+    feedback: FeedbackTerms = option(FeedbackTerms(), "what is kept of what people say of replies")
     personal: PersonalTerms = option(PersonalTerms(), "versions of users' own")
 
     def __post_init__(self) -> None:

@@ -9,7 +9,8 @@ from fastapi import Request
 
 from sartor.agents.asking import Answer
 from sartor.agents.asking import Request as Question
-from sartor.agents.feedback import Exchange, Inbox, Memory
+from sartor.agents.feedback import Exchange, Memory
+from sartor.agents.hearing import Hearing
 from sartor.agents.keys import Opened
 from sartor.agents.serve.bodies import Reading
 from sartor.agents.serve.entry import Entry
@@ -37,7 +38,7 @@ class Desk:
     shift: Shift
     meters: Meters
     memory: Memory
-    inbox: Inbox
+    hearing: Hearing
     reading: Reading
     looking: Looking
     media: MediaLimits
@@ -66,24 +67,27 @@ class Desk:
         if not visitor.opens(MODEL):
             raise KeyRefusedError(f"this key does not open {MODEL!r}", f"sartor agents key {MODEL} makes one that does")
 
-    def remember(self, answer: Answer, question: Question, reply: str) -> None:
-        """Keep a reply that is whole, so that feedback on it can be learnt from."""
-        self.memory.keep(answer.receipt, Exchange(answer.agent, question.messages, question.text, reply))
+    def remember(self, key: str, person: str, answer: Answer, question: Question, reply: str) -> None:
+        """Keep a reply that is whole, and who got it, so that feedback on it can be learnt from."""
+        exchange = Exchange(answer.agent, question.messages, question.text, reply, key, person)
+        self.memory.keep(answer.receipt, exchange)
 
-    def person(self, user: str, header: str, visitor: Opened) -> str:
-        """Whom a request is for, "" for nobody in particular. user: OpenAI's field; header: `x-sartor-user`.
-
-        A key that may not speak for a person changes nothing by `user`, as on other servers. Raises KeyRefusedError where the
-        header names one for whom it may not speak, FieldError where both are given and differ.
-        """
+    def person(self, user: str, header: str) -> str:
+        """Whom a request names, "" for nobody. user: OpenAI's field; header: `x-sartor-user`. Raises FieldError if they differ."""
         if header and user and header != user:
             raise FieldError(f"user and the header {USER_HEADER} name two persons", "send one of the two", "user")
-        person = self.house.people.person_of(header or user)
-        if person and not visitor.may_speak_for(person):
-            if header:
-                raise KeyRefusedError("this key may not speak for that user", "sartor personal allow lets it")
-            return ""
-        return person
+        return self.house.people.person_of(header or user)
+
+    def spoken_for(self, person: str, header: str, visitor: Opened) -> str:
+        """Whose own versions may answer. A key that may not speak for a person changes nothing by `user`, as on other servers.
+
+        Raises KeyRefusedError where the header asks for somebody for whom it may not speak.
+        """
+        if not person or visitor.may_speak_for(person):
+            return person
+        if header:
+            raise KeyRefusedError("this key may not speak for that user", "sartor personal allow lets it")
+        return ""
 
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`: of the base that all agents stand on."""

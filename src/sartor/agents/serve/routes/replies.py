@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -66,11 +67,12 @@ async def _deliver(
 ) -> Response:
     """Open every choice of every question, and answer in the form that was asked for."""
     desk, entry = desk_of(request), entry_of(request)
-    terms = Terms(entry, desk.shift, asked.n or 1, desk.remember)
-    openable, deadline_s = entry.visitor.agents, desk.limits.deadline_s
-    person = desk.person(asked.user or "", request.headers.get(USER_HEADER, ""), entry.visitor)
+    header, visitor = request.headers.get(USER_HEADER, ""), entry.visitor
+    person = desk.person(asked.user or "", header)
+    terms = Terms(entry, desk.shift, asked.n or 1, partial(desk.remember, visitor.key, person))
+    facts = {"openable": visitor.agents, "deadline_s": desk.limits.deadline_s}
     every = [
-        replace(choice, openable=openable, deadline_s=deadline_s, person=person)
+        replace(choice, **facts, person=desk.spoken_for(person, header, visitor))
         for question in questions
         for choice in choices(question, terms.per_prompt)
     ]
