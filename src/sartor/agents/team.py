@@ -180,6 +180,7 @@ class FeedbackTerms:
     allow: tuple[str, ...] = option((), "values that are not personal and stay, as in curate's personal_data: +49 30 1234567")
 
 
+@dataclass(frozen=True)
 class PersonalTerms:
     """Personal versions: a few ranks of a user's own on top of an agent's live version."""
 
@@ -189,9 +190,7 @@ class PersonalTerms:
         0.05, "nats a token by which it may be worse than the live version on the user's held-out rows, at the interval's end"
     )
     most_elsewhere: float = option(0.1, "the same on the live version's own held-out rows")
-    backups: tuple[str, ...] = option(
-        (), "where copies of `state` and the registry are kept: forget names them to who must act"
-    )
+    backups: tuple[str, ...] = option((), "where copies of `state` and the registry are kept: forget names them")
 
     def __post_init__(self) -> None:
         if self.held < 1 or not 1 <= self.rank <= MOST_OWN_RANKS:

@@ -77,14 +77,14 @@ class PeopleBook:
     """The rows of one team's registry. Safe to use from several threads and processes."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        self.database = database
 
     def read(self, person: str = "") -> People:
         """Everybody's, or one person's."""
         query = select(tables.people)
         if person:
             query = query.where(tables.people.c.person == person)
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             generation = tables.generation_of(connection)
             rows = [dict(row) for row in connection.execute(query).mappings()]
         whole = [Personal.from_row(row) for row in rows if is_whole(row)]
@@ -92,13 +92,13 @@ class PeopleBook:
 
     def put(self, personal: Personal, cause: Cause = NOBODY) -> None:
         """Serve this from now on; what the person had of the agent before is gone. Raises as `Database.change`."""
-        with self._database.change() as connection:
+        with self.database.change() as connection:
             _replace(connection, replace(personal, added=_now()))
             _note(connection, TUNED, personal.agent, personal.version, cause, {"person": personal.person})
 
     def refuse(self, personal: Personal, why: str, cause: Cause = NOBODY) -> None:
         """Keep why a tuning was refused. What the person has of the agent goes on."""
-        with self._database.change() as connection:
+        with self.database.change() as connection:
             key = {"person": personal.person, "agent": personal.agent}
             found = connection.execute(select(tables.people).filter_by(**key)).mappings().first()
             standing = Personal.from_row(dict(found)) if found is not None and is_whole(dict(found)) else personal
@@ -107,7 +107,7 @@ class PeopleBook:
 
     def forget(self, person: str, cause: Cause = NOBODY) -> tuple[int, dict[str, int]]:
         """Remove every row of a person. Returns (the generation that servers hear it under, rows removed by table)."""
-        with self._database.change() as connection:
+        with self.database.change() as connection:
             removed = {
                 table.name: connection.execute(delete(table).where(table.c.person == person)).rowcount
                 for table in (tables.people, tables.speakers)
@@ -118,12 +118,12 @@ class PeopleBook:
         """Whom changes after this generation say to forget."""
         column = tables.events.c
         query = select(column.numbers).where(column.generation > generation, column.what == FORGOTTEN).order_by(column.id)
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             return [str(json.loads(said)["person"]) for said in connection.execute(query).scalars()]
 
     def allow(self, key: str, person: str, cause: Cause = NOBODY) -> None:
         """Let a key speak for a person, or for anybody (`names.ANYBODY`)."""
-        with self._database.change() as connection:
+        with self.database.change() as connection:
             connection.execute(delete(tables.speakers).filter_by(key=key, person=person))
             connection.execute(insert(tables.speakers).values(sealed({"key": key, "person": person})))
             _note(connection, ALLOWED, "", "", cause, {"key": key})
@@ -134,7 +134,7 @@ class PeopleBook:
         def count(connection: Connection, table: Table) -> int:
             return len(connection.execute(select(table.c.person).where(table.c.person == person)).all())
 
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             return {table.name: count(connection, table) for table in (tables.people, tables.speakers)}
 
 

@@ -73,7 +73,7 @@ class Desk:
         self.memory.keep(answer.receipt, exchange)
 
     def person(self, user: str, header: str) -> str:
-        """Whom a request names, "" for nobody. user: OpenAI's field; header: `x-sartor-user`. Raises FieldError if they differ."""
+        """Whom a request names, "" for nobody. user: OpenAI's field; header: `x-sartor-user`. Raises FieldError for two."""
         if header and user and header != user:
             raise FieldError(f"user and the header {USER_HEADER} name two persons", "send one of the two", "user")
         return self.house.people.person_of(header or user)

@@ -1,0 +1,113 @@
+"""A user's own rows -> a Dataset below their folder: what they said of replies (the inbox), or a file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sartor.agents.feedback import Inbox
+from sartor.agents.people.names import ANYBODY
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import ConfigError, SourceError
+from sartor.core.records import Feedback
+from sartor.curate.pipeline import curate
+from sartor.edge.personal.rows import Row, of_feedback
+from sartor.personal.options import INBOX
+
+# Of what a person says there is no licence; it is used for that person alone
+LICENCE = "LicenseRef-personal"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Whose rows, of which agent, and from where: `inbox`, or a file in any form that curate reads.
+
+    speakers: by key, for whom it may speak. Where keys are used, what others say in a person's name is not learnt from.
+    system: the live version's system prompt, which stands before what clients send without one.
+    """
+
+    person: str
+    agent: str
+    data: str
+    speakers: Mapping[str, Collection[str]]
+    eval_fraction: float
+    seed: int
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The Dataset, and what of the inbox is not in it."""
+
+    dataset: Artifact
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+def collect(inbox: Inbox, wanted: Wanted, folder: Path) -> Collected:
+    """Write the Dataset into `folder`/rows; a quarter of its prompts, say, held out by group. Raises SourceError for no row."""
+    left_out: Counter[str] = Counter()
+    source = folder / "rows.jsonl"
+    if wanted.data == INBOX:
+        lines = list(_learnt(inbox, wanted, left_out))
+        if not lines:
+            said = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "nothing was said of its replies"
+            raise SourceError(f"the inbox has no row of that user for {wanted.agent} ({said})", "--data FILE, or wait for more")
+        source.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    else:
+        source = _copied(Path(wanted.data), folder)
+    recipe = {
+        # the copy's name, not the file's: that may be the user's
+        "sources": [{"path": str(source), "licence": LICENCE, "consent": "given"}],
+        "split": {"eval_fraction": wanted.eval_fraction},
+        "seed": wanted.seed,
+        "workers": 1,
+    }
+    try:
+        dataset: Artifact = curate(recipe, folder / "rows").dataset
+    finally:
+        source.unlink()
+    return Collected(dataset, dict(left_out))
+
+
+def _copied(file: Path, folder: Path) -> Path:
+    if not file.is_file():
+        raise ConfigError(f"there is no file {file}", f"--data FILE in any form that curate reads, or --data {INBOX}")
+    return Path(shutil.copyfile(file, folder / f"rows{file.suffix}"))
+
+
+def _learnt(inbox: Inbox, wanted: Wanted, left_out: Counter[str]) -> Iterator[Mapping[str, Any]]:
+    """Of each line of the person on the agent what is to be learnt: the correction, or a reply that was not found bad."""
+    for kept in inbox.lines():
+        said = kept.said
+        if said is None or said.by.user != wanted.person or said.agent.partition("@")[0] != wanted.agent:
+            continue
+        if why := _unfit(said, wanted):
+            left_out[why] += 1
+            continue
+        try:
+            learnt = Row(said.receipt, said.date, of_feedback(said), said.rating, said.correction).learnt
+        except SourceError as error:
+            left_out[error.problem] += 1
+            continue
+        if learnt is None:
+            left_out["rated bad, and not corrected"] += 1
+            continue
+        messages = [message.plain() for message in learnt.messages]
+        if wanted.system and messages[0]["role"] != "system":  # the server puts it there, too
+            messages.insert(0, {"role": "system", "content": wanted.system})
+        yield {"messages": messages}
+
+
+def _unfit(said: Feedback, wanted: Wanted) -> str:
+    if said.by.key and not {wanted.person, ANYBODY} & set(wanted.speakers.get(said.by.key, ())):
+        return "said by a key that may not speak for that user"
+    if said.by.consent == "refused":
+        return "without consent"
+    if not said.has_words:
+        return "the server no longer knew what was asked"
+    return "" if said.correction or said.rating is not None else "a comment alone"
