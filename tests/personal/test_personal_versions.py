@@ -47,11 +47,10 @@ def options(**changes: Any) -> Any:
 
 def holding(text: str, *folders: Path) -> list[str]:
     """Every file below these folders that has a text in its bytes, or in the columns of its rows; the inbox of a test apart."""
-    needles, found = Needles([text]), []
+    found = []
     for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
         if text.encode() in file.read_bytes() or file.suffix == ".parquet" and text in json.dumps(sartor_rows(file)):
             found.append(file.name)
-    assert needles.texts == 1
     return found
 
 
@@ -148,7 +147,7 @@ def test_what_is_worse_is_refused_and_what_stood_goes_on(team: Path, tmp_path: P
     made = sartor.tune_personal(team, options(epochs=2.0, rank=4))
     assert made["rank"] == 4
     with pytest.raises(GateError, match="stays as it is.*worse"):
-        sartor.tune_personal(team, options(data=str(others_rows(tmp_path)), learning_rate=0.2))
+        sartor.tune_personal(strict(team), options(data=str(others_rows(tmp_path)), learning_rate=0.1))
     (row,) = sartor.list_personal(team, "ada").rows
     assert row["state"] == "answers" and row["path"] == made["adapter"] and "worse" in row["note"]
     parent = Path(made["adapter"]).parent.parent
@@ -163,6 +162,12 @@ def test_what_is_worse_is_refused_and_what_stood_goes_on(team: Path, tmp_path: P
     assert asyncio.run(reply_for(team, "ada"))[0] == "switch@1.0", "one changed byte, and it is not loaded"
 
 
+def strict(team: Path) -> Path:
+    """The same team, which lets nothing be worse."""
+    team.write_text(team.read_text().replace("most_elsewhere: 3.0", "most_elsewhere: 0.01"))
+    return team
+
+
 def write_few(tmp_path: Path) -> Path:
     file = tmp_path / "few.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
@@ -172,14 +177,13 @@ def write_few(tmp_path: Path) -> Path:
 def test_words_that_are_left_somewhere_are_found_and_the_proof_says_so(team: Path) -> None:
     say(team)
     state = state_of(team)
-    source = {"path": str(state / "inbox"), "licence": "LicenseRef-feedback"}
     (state / "notes.txt").write_text(f"somebody wrote down: {CANARY}")
     with pytest.raises(RefusedError, match=r"notes\.txt"):
         sartor.forget_personal(team, "ada")
     (proof,) = (state / "deletions").iterdir()
     said = sartor.check_personal_proof(proof, state / "keys")
     assert not said["complete"] and said["searched"]["found"] == [str(state / "notes.txt")]
-    assert source and said["not_reached"] and said["searched"]["bytes"] > 0
+    assert said["not_reached"] and said["searched"]["bytes"] > 0
 
 
 def test_every_way_in_which_a_file_spells_a_text_is_found(tmp_path: Path) -> None:
@@ -195,7 +199,7 @@ def test_every_way_in_which_a_file_spells_a_text_is_found(tmp_path: Path) -> Non
     for said_ in spelled:
         for shift in range(9):
             assert needles.are_in(b"." * shift + said_.encode() + b"."), said_
-    assert not needles.are_in(b"") and not needles.are_in(b"Frau M") and not needles.are_in(b"." * 100_000)
+    assert not needles.are_in(b"") and not needles.are_in(b"Frau Mueller") and not needles.are_in(b"." * 100_000)
     assert Needles([text], others=[f"hello: {text}!"]).said_by_others == 1
     assert not Needles([]).are_in(b"anything that is here")
     long = "".join(chr(97 + place * 7 % 26) for place in range(5000))

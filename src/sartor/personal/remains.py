@@ -1,7 +1,7 @@
 """What of somebody's words is on disk: every file below a few folders, by bytes; Parquet by its columns, which are packed.
 
-A text is looked for by windows of its bytes, as UTF-8 and as JSON and HTML spell it, so that a part of it is found too. Texts
-of under `LEAST_BYTES` bytes say nothing about whose they are, nor do those that others have said, too: both are counted.
+A text is looked for by pieces of it, one from each word on, as UTF-8 and as JSON and HTML spell it, so that a part of it is found
+too. Texts of under `LEAST` characters say nothing about whose they are, nor do those that others have said too: both are counted.
 Words that also stand in an artefact that was not made from this team's state ("switch on the light" in a public data set) are
 told apart by that artefact's sources.
 """
@@ -24,22 +24,23 @@ from numpy.typing import NDArray
 from sartor.core.artifacts import MANIFESTS, kind_of
 from sartor.core.errors import MissingError
 
-LEAST_BYTES = 12
-WINDOW_BYTES = 48
-_WORD = 8
-_PIECE = 1 << 24
+LEAST, PIECE = 12, 32  # characters
+_WORD, _BLOCK = 8, 1 << 24
+# of a piece as JSON spells it, \\ud83d\\ude00 a character
+_LONGEST = 12 * PIECE
 
 
 class Needles:
-    """Texts to be looked for; any number of them costs one pass."""
+    """Texts to be looked for, but for what others have said; any number of them costs one pass."""
 
     def __init__(self, texts: Iterable[str], others: Iterable[str] = ()) -> None:
-        said, known = {text for text in texts if text.strip()}, "\0".join(others)
-        long = {text for text in said if len(text.encode("utf-8", "replace")) >= LEAST_BYTES}
-        usable = {text for text in long if text not in known}
-        self.texts, self.too_short, self.said_by_others = len(usable), len(said) - len(long), len(long) - len(usable)
+        said, known = {text.strip() for text in texts} - {""}, "\0".join(others)
+        pieces = {text: [piece for piece in _pieces(text) if piece not in known] for text in said if len(text) >= LEAST}
+        self.texts = sum(map(bool, pieces.values()))
+        self.too_short, self.said_by_others = len(said) - len(pieces), len(pieces) - self.texts
+        windows = {window for some in pieces.values() for piece in some for window in _spelled(piece)}
         self._windows: dict[int, list[bytes]] = {}
-        for window in {window for text in usable for window in _windows(text)}:
+        for window in windows:
             self._windows.setdefault(int.from_bytes(window[:_WORD], "little"), []).append(window)
         self._heads: NDArray[np.uint64] = np.sort(np.fromiter(self._windows, np.uint64, len(self._windows)))
 
@@ -48,7 +49,7 @@ class Needles:
         if not len(self._heads):
             return False
         view = memoryview(data).cast("B")
-        return any(self._begin_in(view[start : start + _PIECE + WINDOW_BYTES]) for start in range(0, max(len(view), 1), _PIECE))
+        return any(self._begin_in(view[start : start + _BLOCK + _LONGEST]) for start in range(0, max(len(view), 1), _BLOCK))
 
     def _begin_in(self, view: memoryview) -> bool:
         for offset in range(min(_WORD, len(view))):
@@ -61,14 +62,16 @@ class Needles:
         return False
 
 
-def _windows(text: str) -> Iterator[bytes]:
-    """The beginning, middle and end of a text, in each way in which files here spell it."""
-    spelled = {text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], html.escape(text)}
-    for said in spelled:
-        raw = said.encode("utf-8", "replace")
-        last = max(len(raw) - WINDOW_BYTES, 0)
-        for start in {0, last // 2, last}:
-            yield raw[start : start + WINDOW_BYTES]
+def _pieces(text: str) -> Iterator[str]:
+    """What begins at each word of a text, and at every PIECE characters where there are no words."""
+    starts = [place for place in range(len(text)) if place % PIECE == 0 or text[place - 1].isspace()]
+    yield from {piece for start in starts if len(piece := text[start : start + PIECE]) >= LEAST}
+
+
+def _spelled(piece: str) -> set[bytes]:
+    """As files here spell it."""
+    said = {piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1], html.escape(piece)}
+    return {one.encode("utf-8", "replace") for one in said}
 
 
 @dataclass(frozen=True)

@@ -8,5 +8,5 @@ They are tuned, listed and forgotten in `sartor.personal`. No torch here.
 
     STATE/people/<person>/<agent>/adapter/    one stacked Adapter, PEFT's directory
     STATE/people/<person>/<agent>/rows/       the Dataset that it was tuned on
-    STATE/servers/<pid>.json                  a server that runs
+    STATE/servers/                            servers that run
 """

@@ -1,6 +1,6 @@
 """Which servers run on a state directory, and up to which change of the registry each has let go of what is no longer served.
 
-    STATE/servers/<pid>.json    {"pid", "generation"}      STATE/servers/<pid>.lock    held as long as the server runs
+    STATE/servers/<pid>-<random>.json    {"pid", "generation"}      the same .lock    held as long as the server runs
 
 By the lock a server is known to run: it goes with the process, whatever its end.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,7 +27,7 @@ class Presence:
     """A server's own; generation: what it has said last. `close` at its end."""
 
     def __init__(self, state: Path) -> None:
-        self._file = state / FOLDER / f"{os.getpid()}.json"
+        self._file = state / FOLDER / f"{os.getpid()}-{secrets.token_hex(4)}.json"
         self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # held for the process, whichever thread takes it and lets it go
         self._lock = FileLock(self._file.with_suffix(".lock"), thread_local=False)
@@ -59,7 +60,8 @@ def running(state: Path) -> Mapping[int, int]:
         except Timeout:
             with suppress(OSError, ValueError, KeyError):
                 said = json.loads(file.read_bytes())
-                found[int(said["pid"])] = int(said["generation"])
+                pid, generation = int(said["pid"]), int(said["generation"])
+                found[pid] = min(generation, found.get(pid, generation))
             continue
         file.unlink(missing_ok=True)
         Path(lock.lock_file).unlink(missing_ok=True)

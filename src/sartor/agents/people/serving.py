@@ -137,7 +137,10 @@ class Serving:
     async def _told(self) -> None:
         """Say up to where this server has heard, once nothing that was removed is held by any worker."""
         if self._presence is None:
-            self._presence = await asyncio.to_thread(Presence, self._state)
+            try:
+                self._presence = await asyncio.to_thread(Presence, self._state)
+            except OSError:  # a disk that takes nothing: who forgets somebody is told that nobody has confirmed it
+                return
         if self._telling is None or self._telling.done():
             self._telling = asyncio.ensure_future(self._tell(self._presence))
 
