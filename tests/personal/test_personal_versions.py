@@ -190,6 +190,7 @@ def test_every_way_in_which_a_file_spells_a_text_is_found(tmp_path: Path) -> Non
     text = 'Frau Müller said "yes & no" on\nTuesday'
     needles = Needles([text, "short"], others=["it is short"])
     assert (needles.texts, needles.too_short) == (1, 1)
+    assert Needles([f"{text} {CANARY}"]).are_in(CANARY.encode()), "a part, from any word on"
     spelled = [
         text,
         json.dumps(text),

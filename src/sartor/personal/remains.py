@@ -1,7 +1,8 @@
 """What of somebody's words is on disk: every file below a few folders, by bytes; Parquet by its columns, which are packed.
 
-A text is looked for by pieces of it, one from each word on, as UTF-8 and as JSON and HTML spell it, so that a part of it is found
-too. Texts of under `LEAST` characters say nothing about whose they are, nor do those that others have said too: both are counted.
+A text is looked for by pieces of it, one from each word on, as UTF-8 and as JSON and HTML spell it, so that a part of it is
+found too. Texts of under `LEAST` characters say nothing about whose they are, nor do those that others have said too: both are
+counted.
 Words that also stand in an artefact that was not made from this team's state ("switch on the light" in a public data set) are
 told apart by that artefact's sources.
 """
