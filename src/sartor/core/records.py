@@ -105,7 +105,8 @@ class Origin:
 class Example:
     """One training row. `group` may never straddle a split; `rejected` holds the worse reply of a preference pair.
 
-    `steps` names the curation steps that changed the content, in order.
+    `rating` is what people made of the last reply: -1 (bad) .. 1 (good), 0 where nobody said. `steps` names the curation steps
+    that changed the content, in order.
     """
 
     messages: tuple[Message, ...]
@@ -116,15 +117,18 @@ class Example:
     rejected: tuple[Message, ...] = ()
     tools: str = ""
     steps: tuple[str, ...] = ()
+    rating: float = 0.0
 
     @cached_property
     def id(self) -> str:
-        """32 hex digits of the sha256 of the content (messages, rejected, tools): not of where it came from."""
+        """32 hex digits of the sha256 of the content (messages, rejected, tools, rating): not of where it came from."""
         content: dict[str, Any] = {"messages": [message.plain() for message in self.messages]}
         if self.rejected:
             content["rejected"] = [message.plain() for message in self.rejected]
         if self.tools:
             content["tools"] = self.tools
+        if self.rating:
+            content["rating"] = float(self.rating)
         return digest(content)[:32]
 
     @property
@@ -217,8 +221,8 @@ class Feedback:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> Feedback:
-        """The record that `as_json` said, of this schema or the one before. Raises SourceError for another, KeyError or TypeError
-        for no record.
+        """The record that `as_json` said, of this schema or the one before. Raises SourceError for another, KeyError or
+        TypeError for no record.
         """
         if said.get("schema") not in (FEEDBACK_SCHEMA - 1, FEEDBACK_SCHEMA):
             raise SourceError(f"feedback of schema {said.get('schema')!r}; this reads {FEEDBACK_SCHEMA}", "a newer Sartor")
