@@ -11,7 +11,7 @@ import pytest
 import serving
 from serving import KEYS, chat
 
-from sartor.agents.feedback import Exchange, Memory
+from sartor.agents.feedback import Exchange, Inbox, Memory
 from sartor.agents.people.names import MOST_CHARACTERS, named, person_of
 from sartor.agents.receipt_content import digest_by
 from sartor.agents.serve.seams import Persons
@@ -68,6 +68,18 @@ def test_who_is_forgotten_is_forgotten_in_memory_whoever_asked_for_them(tmp_path
     assert memory.find("r1") is None and memory.find("r2") is not None
     memory.forget_person(person_of("ben", DIGEST))
     assert memory._bytes == 0
+
+
+@pytest.mark.parametrize(("user", "by"), [({}, ADA), ({"user": "ada"}, "digest of the team's own key")])
+def test_feedback_on_what_a_user_asked_is_that_users(tmp_path: Path, user: dict[str, str], by: str) -> None:
+    async def main() -> None:
+        async with serving.client(serving.house(people=people()), serving.team(tmp_path)) as client:
+            await client.post("/v1/chat/completions", json=chat("hello", user="ada"))
+            assert (await client.post("/v1/feedback", json={"receipt": "r1", "rating": 1, **user})).status_code == 200
+
+    asyncio.run(main())
+    (kept,) = Inbox(tmp_path / "inbox").lines()
+    assert kept.said is not None and (kept.said.by.user == ADA) == (by == ADA) and len(kept.said.by.user) == 64
 
 
 def test_a_person_is_a_keyed_digest_and_no_name() -> None:

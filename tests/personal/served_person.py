@@ -61,7 +61,7 @@ def say(team: Path, user: str = "ada", rows: list[dict[str, Any]] = ROWS, canary
         correction = f"{reply['content'].upper()}{f' {canary}' if not place else ''}"
         inbox.add(
             Feedback(
-                f"{place:032x}", "switch@1.0", "2026-11-20T10:00:00Z", correction=correction, messages=(prompt,),
+                f"{person(team, user)[:8]}{place:024x}", "switch@1.0", "2026-11-20T10:00:00Z", correction=correction, messages=(prompt,),
                 reply=reply["content"], by=Voice(key, person(team, user), "given"),
             )
         )  # fmt: skip

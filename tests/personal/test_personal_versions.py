@@ -176,12 +176,20 @@ def write_few(tmp_path: Path) -> Path:
 
 def test_words_that_are_left_somewhere_are_found_and_the_proof_says_so(team: Path) -> None:
     say(team)
-    state = state_of(team)
+    say(team, "ben", ROWS[:8], "benjamin-quux-4242 speaks")
+    state, data = state_of(team), team.parent / "feedback"
+    source = {"path": f"inbox:{state / 'inbox'}", "inbox": {"most_fraction": 1.0}}
+    sartor.curate({"sources": [source], "steps": [], "workers": 1}, data)
+    assert len(list(sartor.read_examples(sartor.open(data)))) == 48 and holding(CANARY, data)
     (state / "notes.txt").write_text(f"somebody wrote down: {CANARY}")
     with pytest.raises(RefusedError, match=r"notes\.txt"):
         sartor.forget_personal(team, "ada")
     (proof,) = (state / "deletions").iterdir()
     said = sartor.check_personal_proof(proof, state / "keys")
+    (taken,) = said["removed"]["datasets"]
+    assert (taken["path"], taken["rows"]) == (str(data), 40) and holding(CANARY, data) == []
+    kept = sartor.open(data)
+    assert kept.id == taken["became"] and len(list(sartor.read_examples(kept))) == 8 and holding("benjamin-quux", data)
     assert not said["complete"] and said["searched"]["found"] == [str(state / "notes.txt")]
     assert said["not_reached"] and said["searched"]["bytes"] > 0
 

@@ -160,4 +160,9 @@ def _sources(manifest: Path) -> list[Mapping[str, Any]]:
 
 def is_made_of(source: Mapping[str, Any], state: Path) -> bool:
     """Whether a source that a manifest names lies in this state directory."""
-    return str(state.absolute()) in f"{source.get('source', '')} {source.get('path', '')}"
+    for said in (str(source.get("source", "")), str(source.get("path", ""))):
+        bare = said.removeprefix("inbox:")
+        # from where a relative path was seen, nobody knows any more: an inbox may be this one
+        if str(state.absolute()) in bare or (bare != said and not Path(bare).is_absolute()):
+            return True
+    return False

@@ -15,8 +15,9 @@ from sartor.agents.people.names import ANYBODY
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import Feedback
+from sartor.curate.inbox.lines import over
+from sartor.curate.inbox.reading import row_of
 from sartor.curate.pipeline import curate
-from sartor.edge.personal.rows import Row, of_feedback
 from sartor.personal.options import INBOX
 
 # Of what a person says there is no licence; it is used for that person alone
@@ -81,26 +82,23 @@ def _copied(file: Path, folder: Path) -> Path:
 
 
 def _learnt(inbox: Inbox, wanted: Wanted, left_out: Counter[str]) -> Iterator[Mapping[str, Any]]:
-    """Of each line of the person on the agent what is to be learnt: the correction, or a reply that was not found bad."""
+    """What is to be learnt of each reply that the person spoke of: the correction, or the reply, if it was found good."""
+    newest: dict[str, Feedback] = {}
     for kept in inbox.lines():
         said = kept.said
-        if said is None or said.by.user != wanted.person or said.agent.partition("@")[0] != wanted.agent:
-            continue
+        if said is not None and said.by.user == wanted.person and said.agent.partition("@")[0] == wanted.agent:
+            older = newest.pop(said.receipt, None)
+            newest[said.receipt] = over(said, older) if older else said
+    for said in newest.values():
         if why := _unfit(said, wanted):
             left_out[why] += 1
             continue
-        try:
-            learnt = Row(said.receipt, said.date, of_feedback(said), said.rating, said.correction).learnt
-        except SourceError as error:
-            left_out[error.problem] += 1
-            continue
-        if learnt is None:
-            left_out["rated bad, and not corrected"] += 1
-            continue
-        messages = [message.plain() for message in learnt.messages]
-        if wanted.system and messages[0]["role"] != "system":  # the server puts it there, too
-            messages.insert(0, {"role": "system", "content": wanted.system})
-        yield {"messages": messages}
+        row = row_of(said)
+        # the server puts the system prompt there, too
+        has_system = row["prompt"][0]["role"] in ("system", "developer") or not wanted.system
+        system = [] if has_system else [{"role": "system", "content": wanted.system}]
+        # one form for all: a file has one
+        yield {"messages": [*system, *row["prompt"], *(row.get("chosen") or row["completion"])], "date": said.date}
 
 
 def _unfit(said: Feedback, wanted: Wanted) -> str:
@@ -110,4 +108,6 @@ def _unfit(said: Feedback, wanted: Wanted) -> str:
         return "without consent"
     if not said.has_words:
         return "the server no longer knew what was asked"
-    return "" if said.correction or said.rating is not None else "a comment alone"
+    if said.correction or (said.rating or 0) > 0:
+        return ""
+    return "rated bad, and not corrected" if said.rating else "neither rated nor corrected"
