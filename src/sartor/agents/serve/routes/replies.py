@@ -70,9 +70,9 @@ async def _deliver(
     header, visitor = request.headers.get(USER_HEADER, ""), entry.visitor
     person = desk.person(asked.user or "", header)
     terms = Terms(entry, desk.shift, asked.n or 1, partial(desk.remember, visitor.key, person))
-    facts = {"openable": visitor.agents, "deadline_s": desk.limits.deadline_s}
+    own, deadline_s = desk.spoken_for(person, header, visitor), desk.limits.deadline_s
     every = [
-        replace(choice, **facts, person=desk.spoken_for(person, header, visitor))
+        replace(choice, openable=visitor.agents, deadline_s=deadline_s, person=own)
         for question in questions
         for choice in choices(question, terms.per_prompt)
     ]
