@@ -24,7 +24,7 @@ from sartor.agents.receipts import ReceiptBook
 from sartor.agents.registry import Registry
 from sartor.agents.team import load
 from sartor.core import home
-from sartor.core.artifacts import open_artifact
+from sartor.core.artifacts import open_artifact, writer_lock
 from sartor.core.errors import (
     ConfigError,
     GateError,
@@ -181,6 +181,11 @@ def test_words_that_are_left_somewhere_are_found_and_the_proof_says_so(team: Pat
     source = {"path": f"inbox:{state / 'inbox'}", "inbox": {"most_fraction": 1.0}}
     sartor.curate({"sources": [source], "steps": [], "workers": 1}, data)
     assert len(list(sartor.read_examples(sartor.open(data)))) == 48 and holding(CANARY, data)
+    folder = state / "people" / person(team) / "switch"
+    folder.mkdir(parents=True)
+    with writer_lock(folder / "tuning"), pytest.raises(ConfigError, match="another process"):
+        sartor.forget_personal(team, "ada")
+    assert sartor.show_personal(team, "ada")["feedback"] == 40, "nothing is removed while somebody is tuned for"
     (state / "notes.txt").write_text(f"somebody wrote down: {CANARY}")
     with pytest.raises(RefusedError, match=r"notes\.txt"):
         sartor.forget_personal(team, "ada")

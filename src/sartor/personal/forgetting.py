@@ -14,6 +14,7 @@ from __future__ import annotations
 import getpass
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ from sartor.agents.feedback import Inbox
 from sartor.agents.people import presence
 from sartor.agents.people.book import PeopleBook
 from sartor.agents.people.erasing import erase_receipts
-from sartor.agents.people.names import FOLDER, folder_of, named
+from sartor.agents.people.names import FOLDER, TUNING, folder_of, named
 from sartor.agents.receipts import Seal, team_digest
 from sartor.agents.registry import Cause
 from sartor.agents.team import Remote, Team
 from sartor.core import catalogue, home, signing
 from sartor.core import rows as stored
-from sartor.core.artifacts import Artifact, file_digest, fsync_directory, open_artifact
+from sartor.core.artifacts import Artifact, file_digest, fsync_directory, open_artifact, writer_lock
 from sartor.core.database import Database, scrub_file
 from sartor.core.errors import ArtifactError, BusyError, RefusedError
 from sartor.core.receipt_index import INDEX
@@ -73,11 +74,14 @@ def forget_personal(
 
     by: who orders it. within_s: how long running servers may take. What is returned has `proof`, its file. Raises BusyError
     where a server has not confirmed that it let go, RefusedError where words of the user are still found; so says the proof.
+    ConfigError while the user is tuned for: nothing is removed then.
     """
-    with opened(team) as (made, registry):
+    with opened(team) as (made, registry), ExitStack() as stack:
         state, book = Path(made.state).absolute(), PeopleBook(registry.database)
         digest = team_digest(state)
         person = named(user, digest)
+        for agent in folder_of(state, person).glob("*"):
+            stack.enter_context(writer_lock(agent / TUNING))  # a tuning would bring all of it back
         inbox = Inbox(state / "inbox")
         words = [*_words(inbox, person), *_rows_of(state, person)]
         done = _Done()
@@ -165,7 +169,7 @@ def _said_by(example: Example) -> Iterator[str]:
 def _remove_files(state: Path, person: str, done: _Done) -> None:
     folder = folder_of(state, person)
     for file in sorted(folder.rglob("*")) if folder.is_dir() else []:
-        if file.is_file():
+        if file.is_file() and file.name != f".{TUNING}.lock":
             done.files[str(file.relative_to(state))] = {"sha256": file_digest(file), "bytes": file.stat().st_size}
     done.artifacts = catalogue.forget(folder)
     if folder.is_dir():

@@ -18,7 +18,7 @@ from sartor.agents.admission import copies
 from sartor.agents.entries import Version
 from sartor.agents.feedback import Inbox
 from sartor.agents.people.book import PeopleBook, Personal, speakers
-from sartor.agents.people.names import ADAPTER, folder_of, named
+from sartor.agents.people.names import ADAPTER, TUNING, folder_of, named
 from sartor.agents.receipts import team_digest
 from sartor.agents.registry import Cause, Registry
 from sartor.agents.team import Team, load
@@ -135,7 +135,7 @@ def _workplace(team: Team, ground: _Ground) -> Iterator[Path]:
     make_parent(parent)
     for above in (parent.parent.parent, parent.parent, parent):
         above.mkdir(mode=0o700, exist_ok=True)
-    with writer_lock(parent / "tuning"):
+    with writer_lock(parent / TUNING):
         folder = parent / secrets.token_hex(4)
         folder.mkdir(mode=0o700)
         try:

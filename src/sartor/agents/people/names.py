@@ -13,7 +13,9 @@ from sartor.core.errors import ConfigError, RequestError
 SUFFIX = "+personal"
 ANYBODY = "*"
 MOST_CHARACTERS = 256
-FOLDER, ADAPTER, ROWS = "people", "adapter", "rows"
+FOLDER, ADAPTER = "people", "adapter"
+# locked beside an agent's folder of a person while they are tuned for, or forgotten
+TUNING = "tuning"
 
 
 def person_of(user: str, digest: Digest) -> str:
