@@ -79,7 +79,7 @@ def allow(team: Path, *, key: str, user: str) -> Any:
 
 
 @personal_app.command
-def forget(team: Path, *, user: str, by: str = "", within_s: float = 60.0) -> Any:
+def forget(team: Path, *, user: str, by: str = "", within_s: float = 300.0) -> Any:
     """Remove everything of a user, search for what is left, and sign a proof. Exits 4 while a server has not let go, 5 if words
     of the user are found.
 

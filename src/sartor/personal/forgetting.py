@@ -42,7 +42,7 @@ from sartor.edge.store.disk import Disk
 from sartor.personal.people import opened
 from sartor.personal.remains import Found, Needles, is_made_of, search
 
-WITHIN_S = 60.0
+WITHIN_S = 300.0
 # What everybody has, checked against published digests whenever it is opened: nothing of a user can be in it
 SHARED = ("assets", "bases", "towers")
 UNREACHED = (
