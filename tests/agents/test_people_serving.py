@@ -93,6 +93,7 @@ def test_what_was_tuned_on_another_version_waits_for_another_tuning(tmp_path: Pa
             assert (await told(dispatch, BEN))[2] == "asked by name", "others hear nothing of it"
             book.put(own(ADA, "2", name="new"))
             await dispatch.served.reload()
+            await dispatch.served.settle()
             assert (await told(dispatch, ADA))[:2] == ("faq@2+personal", "by new-aaaa")
 
     asyncio.run(scenario())
@@ -129,6 +130,7 @@ def test_the_one_that_was_asked_for_longest_ago_goes_first(tmp_path: Path) -> No
             await until(lambda: "own-bbbb" not in crew.attached)
             assert {"own-aaaa", "own-cccc", "faq-1"} <= set(crew.attached) and dispatch.persons.held == 2
             await dispatch.served.reload()
+            await dispatch.served.settle()
             assert {"own-aaaa", "own-cccc"} <= set(crew.attached), "a reading of the registry takes none of them"
             assert (await told(dispatch, BEN))[0] == "faq@1+personal", "and is there again when it is asked for"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -58,8 +58,8 @@ class Served:
         self._later: dict[str, tuple[int, float, float]] = {}
         self._unread = ""
         self._read_at = 0.0
-        # told after each reading of the registry
-        self.followers: list[Callable[[], Awaitable[object]]] = []
+        # told after each reading of the registry; `settle` waits for them
+        self.followers: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
     async def register(self, members: Mapping[str, Member], admit: Admit) -> None:
         """Register the members of TEAM.yaml that are new to the registry. One that is not admitted is a trouble, no error."""
@@ -92,7 +92,7 @@ class Served:
             self._unread, self._read_at = "", time.monotonic()
             self._take(snapshot)
             for follower in self.followers:
-                await follower()
+                self._spawn(follower())
 
     async def settle(self) -> None:
         """Wait until everything is fetched, or found not to be had, and is served."""
@@ -251,9 +251,12 @@ class Served:
         }
         if self._router is not None and releases != self._routed:
             self._routed = releases
-            task = asyncio.ensure_future(self._learn(self._router, releases))
-            self._teaching.add(task)
-            task.add_done_callback(self._teaching.discard)
+            self._spawn(self._learn(self._router, releases))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._teaching.add(task)
+        task.add_done_callback(self._teaching.discard)
 
     async def _learn(self, router: Router, releases: Mapping[str, Path]) -> None:
         async with self._learning:

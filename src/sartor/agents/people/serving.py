@@ -39,6 +39,7 @@ class Serving:
         self._held: OrderedDict[str, tuple[Personal, Version, ExitStack]] = OrderedDict()
         self._presence: Presence | None = None
         self._telling: asyncio.Task[None] | None = None
+        self._following = asyncio.Lock()
         self._renews = False  # workers still hold what somebody who was forgotten has said
         self.listeners: list[Callable[[str], object]] = []
 
@@ -82,18 +83,23 @@ class Serving:
 
     async def follow(self) -> None:
         """Take the registry's rows as they are now; let go of what they do not name any more, and forget whom they say."""
+        async with self._following:
+            await self._follow()
+
+    async def _follow(self) -> None:
         try:
             before = self._people.generation
-            self._people = await asyncio.to_thread(self._book.read)
+            now = await asyncio.to_thread(self._book.read)
             gone = await asyncio.to_thread(self._book.forgotten_since, before) if before >= 0 else []
         except SartorError:  # the registry's troubles are told by who reads the agents
             return
-        artifacts = {one.artifact for one in self._people.known.values()}
+        self._people = now
+        artifacts = {one.artifact for one in now.known.values()}
         for adapter, (personal, _, _) in list(self._held.items()):
             if personal.artifact not in artifacts:
                 self._let_go(adapter)
-        if self._people.generation != before:
-            for name in {one.name for one in self._people.known.values()}:
+        if now.generation != before:
+            for name in {one.name for one in now.known.values()}:
                 self._crew.release(name)
         for person in gone:
             for listener in self.listeners:
