@@ -50,6 +50,7 @@ SLOW = {
     "federate-run.md",
     "federate-tune.md",
     "federate-devices.md",
+    "personal.md",
 }
 
 

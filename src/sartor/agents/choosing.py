@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sartor.agents.asking import Request, Route, Router
-from sartor.agents.entries import Agent
+from sartor.agents.entries import Agent, Version
 from sartor.agents.rollout import takes
 from sartor.core.errors import KeyRefusedError, RequestError, SartorError, UnavailableError, UnknownAgentError
 from sartor.models.engine.parts import kinds_in
@@ -19,10 +19,11 @@ Reads = Callable[[str], Collection[str]]
 
 @dataclass(frozen=True)
 class Choice:
-    """One who may answer: an exact version, or `base`; and why."""
+    """One who may answer: an exact version, or `base`; and why. own: the version of the person who asks, where it is that."""
 
     agent: str
     why: str
+    own: Version | None = None
 
 
 @dataclass(frozen=True)

@@ -226,6 +226,8 @@ def _unfit(given: _Evidence, sampling: Sampling) -> str:
         return "the reply was sampled"
     if receipt["finish"] == FAILED or receipt["reply"].get("tool_calls"):
         return "the reply failed" if receipt["finish"] == FAILED else "the reply calls tools"
+    if receipt.get("person"):
+        return "a personal version made the reply, and its adapter is its person's"
     if given.content is None or given.reply is None:
         return "give the messages and the reply"
     if receipt["release"] and given.release is None:

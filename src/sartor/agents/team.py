@@ -14,6 +14,7 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.speech.voices import seen_from
 
+MOST_OWN_RANKS = 4
 RESERVED = ("base", "auto", "previous", "speech")
 
 
@@ -180,6 +181,24 @@ class FeedbackTerms:
 
 
 @dataclass(frozen=True)
+class PersonalTerms:
+    """Personal versions: a few ranks of a user's own on top of an agent's live version."""
+
+    held: int = option(16, "personal adapters that a worker holds at once; the one that was asked for longest ago goes first")
+    rank: int = option(2, "ranks of a user's own, 1 to 4")
+    most_worse: float = option(
+        0.05, "nats a token by which it may be worse than the live version on the user's held-out rows, at the interval's end"
+    )
+    most_elsewhere: float = option(0.1, "the same on the live version's own held-out rows")
+    backups: tuple[str, ...] = option((), "where copies of `state` and the registry are kept: forget names them")
+
+    def __post_init__(self) -> None:
+        if self.held < 1 or not 1 <= self.rank <= MOST_OWN_RANKS:
+            problem = f"personal.held is {self.held}, personal.rank {self.rank}"
+            raise ConfigError(problem, f"held: 16, and a rank of 1 to {MOST_OWN_RANKS}")
+
+
+@dataclass(frozen=True)
 class Speech:
     """Who speaks, in processes of a lower priority than the workers'."""
 
@@ -226,6 +245,7 @@ class Team(Basis):
     rollout: Rollout = option(Rollout(), "how a new version comes in")
     speech: Speech = option(Speech(), "who speaks")
     feedback: FeedbackTerms = option(FeedbackTerms(), "what is kept of what people say of replies")
+    personal: PersonalTerms = option(PersonalTerms(), "versions of users' own")
 
     def __post_init__(self) -> None:
         names = [member.name for member in self.agents]
