@@ -17,6 +17,7 @@ from sartor.agents.holdings import Admit
 from sartor.agents.keys import Keys
 from sartor.agents.rates import Rates
 from sartor.agents.receipts import ReceiptBook
+from sartor.agents.presence import served
 from sartor.agents.registry import Registry
 from sartor.agents.roster import Roster
 from sartor.agents.router import AutoRouter
@@ -65,6 +66,7 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
     async with AsyncExitStack() as stack:
         # digests of keys and receipts lie in it
         Path(team.state).mkdir(mode=0o700, parents=True, exist_ok=True)
+        stack.enter_context(served(Path(team.state)))
         registry = await asyncio.to_thread(Registry.open, team.registry_url)
         stack.callback(registry.close)
         doors = Keys(registry.database)
