@@ -104,7 +104,8 @@ class Origin:
 class Example:
     """One training row. `group` may never straddle a split; `rejected` holds the worse reply of a preference pair.
 
-    `steps` names the curation steps that changed the content, in order.
+    `rating` is what people made of the last reply: -1 (bad) .. 1 (good), 0 where nobody said. `steps` names the curation steps
+    that changed the content, in order.
     """
 
     messages: tuple[Message, ...]
@@ -115,15 +116,18 @@ class Example:
     rejected: tuple[Message, ...] = ()
     tools: str = ""
     steps: tuple[str, ...] = ()
+    rating: float = 0.0
 
     @cached_property
     def id(self) -> str:
-        """32 hex digits of the sha256 of the content (messages, rejected, tools): not of where it came from."""
+        """32 hex digits of the sha256 of the content (messages, rejected, tools, rating): not of where it came from."""
         content: dict[str, Any] = {"messages": [message.plain() for message in self.messages]}
         if self.rejected:
             content["rejected"] = [message.plain() for message in self.rejected]
         if self.tools:
             content["tools"] = self.tools
+        if self.rating:
+            content["rating"] = float(self.rating)
         return digest(content)[:32]
 
     @property

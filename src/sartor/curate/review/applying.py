@@ -318,4 +318,6 @@ def _in_form(table: Any) -> Any:
     if "steps" not in table.column_names:
         empty = pa.array([[]] * len(table), pa.list_(pa.string()))
         table = table.append_column("steps", empty)
+    if "rating" not in table.column_names:
+        table = table.append_column("rating", pa.array([0.0] * len(table), pa.float64()))
     return table.select(rows.EXAMPLES.names).cast(rows.EXAMPLES)
