@@ -47,7 +47,9 @@ class NotWorse:
 
     margin: float = option(0.02, "the held-out mean may fall by at most this, at the lower end of what is likely")
     slice_margin: float = option(0.1, "in no slice may it fall by more than this, where the interval excludes 0")
-    slices: tuple[str, ...] = option((), "fields of the JSON replies that cut the rows into slices; empty takes all of few values")
+    slices: tuple[str, ...] = option(
+        (), "fields of the JSON replies that cut the rows into slices; empty takes all of few values"
+    )
     slice_rows: int = option(5, "a slice of fewer rows is not judged")
     rows: int = option(400, "most held-out rows that the versions are compared on")
 
@@ -80,5 +82,6 @@ class Retraining:
         if not 0 < self.canary <= 1:
             raise ConfigError(f"canary is {self.canary}, no fraction of the requests", "canary: 0.1")
         if not 0 <= self.nice <= 19 or self.rehearsal < 0 or self.every_hours < 0 or self.memory_bytes < 0:
-            problem = f"nice is {self.nice}, rehearsal {self.rehearsal}, every_hours {self.every_hours}, memory_bytes {self.memory_bytes}"
+            said = (self.nice, self.rehearsal, self.every_hours, self.memory_bytes)
+            problem = f"nice, rehearsal, every_hours and memory_bytes are {said}; one is out of range"
             raise ConfigError(problem, "nice: 10, rehearsal: 2.0, every_hours: 0, memory_bytes: 0")

@@ -1,4 +1,4 @@
-"""A new version and the one that is live, on the rows of the new one's Report: scores row by row, so that they can be paired."""
+"""A new version and the one that is live on the rows of the new one's Report: scores row by row, to be paired."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OF_A_ROW = {"macro_f1": "accuracy"}
 
 @dataclass(frozen=True)
 class Beside:
-    """metric: what the scores are. table: of each row `id, group, reference, live_reply, new_reply, live, new`, higher better."""
+    """metric: what the scores are. table: of each row `id, group, reference, live_reply, new_reply, live, new`; higher is better."""
 
     metric: str
     table: list[dict[str, Any]]
@@ -49,7 +49,9 @@ def beside(
     primary = str(found.manifest["primary"])
     metric = _OF_A_ROW.get(primary, primary)
     heard = [place for place, row in enumerate(said) if row.get(f"tuned_{metric}") is not None] if metric == "wer" else []
-    measures = Measures([row["reference"] for row in said], [row["group"] for row in said], found.manifest["label"], None, heard)
+    measures = Measures(
+        [row["reference"] for row in said], [row["group"] for row in said], found.manifest["label"], None, heard
+    )
     mine = answered.loss if metric == "loss" else measures.by_row(answered)[metric]
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
     table = [
@@ -71,7 +73,9 @@ def write_beside(file: Path, found: Beside) -> None:
     rows.write_rows(file, pa.Table.from_pylist(found.table).schema, found.table)
 
 
-def likelihoods(path: Path | str, examples: Sequence[Example], notice: Callable[[str], object] = lambda line: None) -> list[float]:
+def likelihoods(
+    path: Path | str, examples: Sequence[Example], notice: Callable[[str], object] = lambda line: None
+) -> list[float]:
     """Nats per token that a Release or Adapter gives to each row's own reply, negative: the higher, the likelier. Text rows."""
     base, model = open_tuned(open_artifact(path, ("adapter", "release")), notice)
     with side(model, tuned=True):

@@ -16,19 +16,23 @@ from sartor.agents.team import Team
 from sartor.core import lineage
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, UnknownAgentError
-from sartor.retrain.work import Live, Work
+from sartor.evaluate.release import Waiver
+from sartor.retrain.work import FINAL, Live, Work
 
 Notice = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a person asks of this one retrain. believe, ignore: keys. promote: also where nobody serves the team."""
+    """What a person asks of this one retrain. believe, ignore: keys. promote: also where nobody serves the team. anyway: with
+    less feedback than is asked for. waivers: of checks of the Release's own gate, not of those against the live version.
+    """
 
     promote: bool = False
     anyway: bool = False
     believe: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    waivers: tuple[Waiver, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,26 @@ def live_version(team: Team, agent: str) -> Live:
     standing = read.agents[agent]
     version = read.versions.get(f"{agent}@{standing.live}")
     if version is None:
-        raise ArtifactError(f"{agent} has no live version: {standing.note or 'nothing was added'}", f"sartor agents add {agent}-1.0")
+        raise ArtifactError(
+            f"{agent} has no live version: {standing.note or 'nothing was added'}", f"sartor agents add {agent}-1.0"
+        )
     return Live(version.version, version.release, version.release_id)
+
+
+def settle(team: Team, work: Work) -> None:
+    """What became of a version that was on trial: live by now, sent back by the monitors or a person, or on trial still."""
+    record = work.record
+    if record.decision in FINAL:
+        return
+    version = str(record.stages["release"]["version"])
+    read = read_registry(team)
+    agent, known = read.agents.get(record.agent), read.versions.get(f"{record.agent}@{version}")
+    if agent is not None and agent.live == version:
+        work.decide("promoted", f"{record.agent}@{version} has become live after its trial")
+    elif agent is None or agent.candidate != version:
+        sent_back = known is not None and known.status == "rolled_back"
+        why = "was sent back: sartor agents events " + record.agent if sent_back else "is no longer on trial"
+        work.decide("rolled back", f"{record.agent}@{version} {why}")
 
 
 def bumped(version: str, taken: Collection[str]) -> str:

@@ -124,7 +124,8 @@ def hours_since(date: str) -> float:
 
 def _worse_liked(found: News, margin: float) -> Iterator[str]:
     if margin < 1 and excess(found.ratings, found.before, margin) >= -math.log(ALPHA):
-        yield f"bad ratings: {found.before.bad} of {found.before.seen} before, {found.ratings.bad} of {found.ratings.seen} since"
+        before, since = found.before, found.ratings
+        yield f"bad ratings: {before.bad} of {before.seen} before, {since.bad} of {since.seen} since"
 
 
 def _moved(before: Sequence[float], after: Sequence[float], least: float) -> Iterator[str]:

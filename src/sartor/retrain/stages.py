@@ -9,10 +9,9 @@ from typing import Any
 
 from sartor.agents.book import add_agent, promote_agent
 from sartor.agents.presence import is_served
-from sartor.core import config, rows
+from sartor.core import rows
 from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import ConfigError, GateError
-from sartor.core.records import Example
 from sartor.evaluate.beside import beside, likelihoods, write_beside
 from sartor.evaluate.checks import Check
 from sartor.evaluate.release import release as sign
@@ -123,7 +122,9 @@ def judged(job: Job) -> tuple[dict[str, Check], verdicts.Comparison, str]:
     }
     compared = {kind: verdicts.of_rows(some) for kind, some in kinds.items() if len(some) > 1}
     if "held_out" not in compared:
-        raise GateError("the live version's Dataset holds out too few rows to tell what would suffer", "curate with eval_fraction")
+        raise GateError(
+            "the live version's Dataset holds out too few rows to tell what would suffer", "curate with eval_fraction"
+        )
     better, of = verdicts.gain(compared)
     rules = job.rules.gate
     checks = {
@@ -147,7 +148,8 @@ def release(job: Job) -> Mapping[str, Any]:
         rules.write_text(said["text"], encoding="utf-8")
     sign(
         Path(job.work.facts("tune")["adapter"]), name=live.manifest["name"], version=version, key=job.rules.key,
-        report=job.at("report"), out=out, use=live.manifest.get("use", "commercial"), rules=rules if said else None,
+        report=job.at("report"), out=out, waivers=job.wishes.waivers, use=live.manifest.get("use", "commercial"),
+        rules=rules if said else None,
     )  # fmt: skip
     return {"release": str(out), "version": version}
 

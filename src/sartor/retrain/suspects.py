@@ -1,7 +1,7 @@
 """Keys whose ratings are unlike everybody else's: one that turns good and bad around is found by how often it says bad.
 
-Each key is held against all others by the monitors' own evidence (`agents/monitors.py`), both ways. A key that is named has done
-nothing wrong for sure: whoever asks harder questions is unlike the others too. A person decides (`--believe`, `--ignore`).
+Each key is held against all others by the monitors' own evidence (`agents/monitors.py`), both ways. A key that is named has
+done nothing wrong for sure: whoever asks harder questions is unlike the others. A person decides (`--believe`, `--ignore`).
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from typing import Any
 from sartor.agents.bounds import limit_data
 from sartor.agents.retraining import Retraining
 from sartor.agents.team import Team, load
-from sartor.core.errors import AdmissionError, ConfigError, ConflictError, GateError, LicenceError 
+from sartor.core.errors import AdmissionError, ConfigError, ConflictError, GateError, LicenceError
 from sartor.retrain import news
-from sartor.retrain.job import Job, Notice, Stage, Wishes, live_version, read_registry
+from sartor.retrain.job import Job, Notice, Stage, Wishes, live_version, settle
 from sartor.retrain.stages import STAGES
-from sartor.retrain.work import FINAL, Work, held
+from sartor.retrain.work import Work, held
 
 # Somebody's rule says no: an answer, and the end of this retrain. Other errors leave it to be gone on with.
 REFUSALS = (GateError, LicenceError, AdmissionError)
@@ -69,7 +69,9 @@ def retrain(
     began = time.monotonic()
     made = team if isinstance(team, Team) else load(Path(team), flags)
     if not made.retrain.key:
-        raise ConfigError("retrain.key is not set: nobody would sign the new Release", "retrain: {key: keys}, of sartor keygen keys")
+        raise ConfigError(
+            "retrain.key is not set: nobody would sign the new Release", "retrain: {key: keys}, of sartor keygen keys"
+        )
     if steps_back:
         _step_back(made.retrain)
     wishes, state = wishes or Wishes(), Path(made.state)
@@ -81,7 +83,9 @@ def retrain(
         if work is not None and work.record.decision == "canary":
             return Retrained.of(work, began)
         if work is not None and work.is_open and work.record.live != live:
-            work.decide("refused", f"{agent}@{live.version} has become live since; it was held against {work.record.live.version}")
+            work.decide(
+                "refused", f"{agent}@{live.version} has become live since; it was held against {work.record.live.version}"
+            )
         if work is None or not work.is_open:
             due = news.due(state, agent, made.retrain, news.routed(state, agent, live.release_id))
             if not (due.triggers or wishes.anyway):
@@ -117,25 +121,8 @@ def _run(job: Job, stages: Mapping[str, Stage]) -> None:
     work.decide(last["decision"], last["reason"], found["gain"])
 
 
-def settle(team: Team, work: Work) -> None:
-    """What became of a version that was on trial: live by now, sent back by the monitors or a person, or on trial still."""
-    record = work.record
-    if record.decision in FINAL:
-        return
-    version = str(record.stages["release"]["version"])
-    read = read_registry(team)
-    agent, known = read.agents.get(record.agent), read.versions.get(f"{record.agent}@{version}")
-    if agent is not None and agent.live == version:
-        work.decide("promoted", f"{record.agent}@{version} has become live after its trial")
-    elif agent is None or agent.candidate != version:
-        sent_back = known is not None and known.status == "rolled_back"
-        why = "was sent back: sartor agents events " + record.agent if sent_back else "is no longer on trial"
-        work.decide("rolled back", f"{record.agent}@{version} {why}")
-
-
 def _step_back(rules: Retraining) -> None:
     """For this process and what it starts: who serves goes first, and memory has an end."""
     os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), rules.nice))
     if rules.memory_bytes:
         limit_data(rules.memory_bytes)
-

@@ -77,4 +77,3 @@ def _has_few(table: Sequence[Row], field: str, least: int) -> bool:
 def told(found: Comparison) -> str:
     """A comparison in a line."""
     return f"{found.base:.3f} -> {found.tuned:.3f}, {found.difference:+.3f} in [{found.low:+.3f}, {found.high:+.3f}]"
-

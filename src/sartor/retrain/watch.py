@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.team import load
-from sartor.core.errors import SartorError
+from sartor.agents.team import Team, load
+from sartor.core.errors import ConfigError, SartorError
 from sartor.retrain import news
-from sartor.retrain.job import Notice, live_version, read_registry
-from sartor.retrain.verb import settle
+from sartor.retrain.job import Notice, live_version, read_registry, settle
 from sartor.retrain.work import held
 
 # How often the loop looks
@@ -45,17 +44,24 @@ def due(team: Path | str, flags: Sequence[str] = ()) -> Dues:
     names = made.retrain.agents or sorted({*(member.name for member in made.agents), *read_registry(made).agents})
     for name in names:
         live = live_version(made, name)
-        with held(state, name):
-            work = news.last(state, name)
-            if work is not None and not work.is_open:
-                settle(made, work)
         found = news.due(state, name, made.retrain, news.routed(state, name, live.release_id)).as_json()
-        if work is not None and work.is_open:
-            found |= {"due": True, "why": f"{work.folder} was not finished"}
-        elif work is not None and work.record.decision == "canary":
-            found |= {"due": False, "why": work.record.reason}
-        rows.append({**found, "live": live.version})
+        rows.append({**found, **_standing(made, name), "live": live.version})
     return Dues(rows)
+
+
+def _standing(team: Team, name: str) -> dict[str, Any]:
+    """What stands in the way of a new retrain, or has to be gone on with."""
+    try:
+        with held(Path(team.state), name):
+            work = news.last(Path(team.state), name)
+            if work is None:
+                return {}
+            if work.is_open:
+                return {"due": True, "why": f"{work.folder} was not finished"}
+            settle(team, work)
+            return {"due": False, "why": work.record.reason} if work.record.decision == "canary" else {}
+    except ConfigError as error:
+        return {"due": False, "why": error.problem}
 
 
 def watch(

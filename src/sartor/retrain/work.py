@@ -86,7 +86,9 @@ class Work:
         try:
             return cls(folder, Record.from_json(json.loads(file.read_text(encoding="utf-8"))))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{file} is no whole record: {error}", f"move {folder} elsewhere: a new retrain begins") from None
+            raise ArtifactError(
+                f"{file} is no whole record: {error}", f"move {folder} elsewhere: a new retrain begins"
+            ) from None
 
     def done(self, stage: str) -> bool:
         """Whether the stage is."""

@@ -15,9 +15,9 @@ from sartor.agents.dispatch import Dispatch
 from sartor.agents.entries import Version
 from sartor.agents.holdings import Admit
 from sartor.agents.keys import Keys
+from sartor.agents.presence import served
 from sartor.agents.rates import Rates
 from sartor.agents.receipts import ReceiptBook
-from sartor.agents.presence import served
 from sartor.agents.registry import Registry
 from sartor.agents.roster import Roster
 from sartor.agents.router import AutoRouter
