@@ -1,8 +1,8 @@
 """How much one key may ask: token buckets of requests, of tokens and of feedback, on a clock that no one can set back.
 
-A bucket holds a minute's worth (or a day's), is full at the start, and fills evenly. A request takes one from the first at its
-beginning. What a reply costs is known at its end only, so the second is charged then and may go below nothing: who asks while it
-is empty waits until it is not. Requests of one agent at once are bounded elsewhere (the bulkhead).
+A bucket holds a minute's worth (or a day's), is full at the start, and fills evenly. A request takes one from the first at
+its beginning. What a reply costs is known at its end only, so the second is charged then and may go below nothing: who asks
+while it is empty waits until it is not. Requests of one agent at once are bounded elsewhere (the bulkhead).
 """
 
 from __future__ import annotations

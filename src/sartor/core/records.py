@@ -221,8 +221,8 @@ class Feedback:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> Feedback:
-        """The record that `as_json` said, of this schema or the one before. Raises SourceError for another, KeyError or TypeError
-        for no record.
+        """The record that `as_json` said, of this schema or the one before. Raises SourceError for another, KeyError or
+        TypeError for no record.
         """
         if said.get("schema") not in (FEEDBACK_SCHEMA - 1, FEEDBACK_SCHEMA):
             raise SourceError(f"feedback of schema {said.get('schema')!r}; this reads {FEEDBACK_SCHEMA}", "a newer Sartor")

@@ -26,6 +26,7 @@ from sartor.core.errors import ConfigError, ConflictError, SourceError
 from sartor.core.lineage import tally
 from sartor.core.records import Drop, Example, digest
 from sartor.curate import card, finish
+from sartor.curate.grouping import prompt_group
 from sartor.curate.pipeline import digests, licence_facts
 from sartor.curate.review import findings
 from sartor.curate.review.changing import STEP, changed
@@ -33,7 +34,6 @@ from sartor.curate.review.items import Decision, Item
 from sartor.curate.review.rows import rows_of
 from sartor.curate.review.view import Entry, View
 from sartor.curate.steps.contract import dropped
-from sartor.curate.work import prompt_group
 
 # what is written anew; everything else of the old Dataset comes along as it is
 WRITTEN = ("examples/", "drops/", "lineage/", "card/", "card.", "croissant.json", findings.FILE)

@@ -16,10 +16,10 @@ from sartor.core.errors import SourceError
 from sartor.core.licences import combine
 from sartor.core.records import Drop, Example, Origin, canonical_text, digest
 from sartor.curate import card, finish
+from sartor.curate.grouping import prompt_group
 from sartor.curate.pipeline import digests, licence_facts
 from sartor.curate.synthesize.contract import Made
 from sartor.curate.synthesize.seeds import TERMS, Seeds
-from sartor.curate.work import prompt_group
 
 EVIDENCE = pa.schema(
     [
