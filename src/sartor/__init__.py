@@ -74,7 +74,7 @@ _NAMES = {
     "remove_agent": "sartor.agents.book:remove_agent",
     "repair_agent": "sartor.agents.book:repair_agent",
     "rethreshold": "sartor.curate.rethreshold:rethreshold",
-    "retrain": "sartor.retrain.verb:retrain",
+    "retrain": "sartor.retrain",
     "retrain_due": "sartor.retrain.watch:due",
     "retrain_watch": "sartor.retrain.watch:watch",
     "review_add": "sartor.curate.review.desk:review_add",

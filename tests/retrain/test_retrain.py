@@ -52,9 +52,9 @@ def say(team: Team, count: int, *, agent: str = "faq@1", key: str = "k", **field
     file.parent.mkdir(exist_ok=True)
     lines = file.read_text().splitlines() if file.exists() else []
     for number in range(len(lines), len(lines) + count):
-        date = fields.get("date", "2026-01-01T00:00:00Z")
         messages = ({"role": "user", "content": f"question {number}"},)
-        said = Feedback(f"r{number}", agent, date, messages=messages, reply="no", by=Voice(key), **{**fields, "date": date})
+        known = {"date": "2026-01-01T00:00:00Z", "messages": messages, "reply": "no", "by": Voice(key)}
+        said = Feedback(f"r{number}", agent, **{**known, **fields})
         lines.append(json.dumps(said.as_json()))
     file.write_text("\n".join([*lines, ""]))
 
@@ -188,7 +188,10 @@ def test_a_trial_is_looked_after_before_anything_new_begins(team: Team, then: st
     assert works(Path(team.state), "faq")[0].record.decision == decision
     assert row["due"] is (decision != "canary")
     found = retrain(team, "faq", stages=stages())
-    assert len(works(Path(team.state), "faq")) == (1 if decision == "canary" else 2) and found.decision in ("canary", "promoted")
+    assert len(works(Path(team.state), "faq")) == (1 if decision == "canary" else 2) and found.decision in (
+        "canary",
+        "promoted",
+    )
 
 
 def test_triggers(team: Team) -> None:
@@ -296,7 +299,13 @@ def test_a_key_that_turns_ratings_around_is_named_and_one_that_rates_alike_is_no
 
 
 def test_versions_go_up() -> None:
-    assert [bumped(one, ["1.1", "2.0-b"]) for one in ("1.0", "1.9", "2.0-a", "first", "3")] == ["1.2", "1.10", "2.1-a", "first.1", "4"]
+    assert [bumped(one, ["1.1", "2.0-b"]) for one in ("1.0", "1.9", "2.0-a", "first", "3")] == [
+        "1.2",
+        "1.10",
+        "2.1-a",
+        "first.1",
+        "4",
+    ]
 
 
 def test_the_commands_say_json(team: Team, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +325,10 @@ def test_the_commands_say_json(team: Team, capsys: pytest.CaptureFixture[str], m
     code, said = run("--agent", "faq")
     assert code == 0 and said["decision"] == "refused" and said["gain"] is None and "4 more corrections" in said["reason"]
     assert run("--agent", "nobody")[0] == 6 and run()[0] == 2
-    assert run("--agent", "faq", "--retrain.canary", "7")[1]["error"]["problem"] == "retrain: canary is 7.0, no fraction of the requests"
+    assert (
+        run("--agent", "faq", "--retrain.canary", "7")[1]["error"]["problem"]
+        == "retrain: canary is 7.0, no fraction of the requests"
+    )
     code, said = run("--agent", "faq", "--retrain.key", "")
     assert code == 2 and "retrain.key" in said["error"]["problem"]
 

@@ -8,4 +8,10 @@ beside.py   the new version and the live one, compared
 suspects.py keys whose ratings are unlike everybody else's
 verb.py     the verb: begins, goes on, settles
 watch.py    --due and --watch
+
+`sartor.retrain(...)` calls the verb.
 """
+
+from sartor.core.verb import callable_package
+
+callable_package(__name__, "sartor.retrain.verb")

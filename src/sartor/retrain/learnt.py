@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ from typing import Any
 from sartor.agents.monitors import Rate
 from sartor.core import rows
 from sartor.core.artifacts import Artifact, kind_of, open_artifact
-from sartor.core.errors import ArtifactError, GateError
+from sartor.core.errors import ArtifactError
 from sartor.core.records import Drop, Example
 from sartor.curate.derived import write_derived
 from sartor.curate.pipeline import curate
 from sartor.curate.steps.contract import dropped
-from sartor.edge.files import write_whole
 from sartor.retrain import news, suspects
 from sartor.retrain.job import Job
 
@@ -33,12 +31,15 @@ STEP = "retrain"
 FEEDBACK, FOLDERS = "feedback", {"sft": "data", "kto": "ratings"}
 # with --anyway; else a quarter of at_least
 FEWEST = 4
-LICENCE = "LicenseRef-feedback"
+NO_KEY = "(no key)"
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """legs: which tunings there are rows for, in order. corrections, ratings: rows of each; held: those that are held out."""
+    """legs: which tunings there are rows for, in order. corrections, ratings: rows of each; held: those that are held out.
+
+    ignored: rows of keys that a person ignores. rates: of each key, how many replies it rated, and how many of them bad.
+    """
 
     legs: tuple[str, ...]
     corrections: int
@@ -46,34 +47,35 @@ class Learnt:
     held: Mapping[str, int]
     rehearsal: int
     ignored: int
+    rates: Mapping[str, Rate]
 
 
 def heard(job: Job) -> Artifact:
-    """feedback/: what the inbox holds of the agent now, without the keys that a person ignores."""
+    """feedback/: what the inbox holds of the agent now, as curate trusts it."""
     out = job.at(FEEDBACK)
     if kind_of(out) == "dataset":
         return open_artifact(out, "dataset")
-    inbox = job.at("inbox")
-    lines = [json.dumps(said.as_json(), ensure_ascii=False) for said in _of_agent(job) if said.by.key not in job.wishes.ignore]
-    if not lines:
-        raise GateError(f"nothing was said of {job.agent} that may be learnt from", "see /v1/feedback in docs/serving.md")
-    # a copy: what is said meanwhile is the next retrain's, and a killed curation finds the same bytes
-    write_whole(inbox / "feedback-all.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    own = job.own_rows()
+    # whoever rates a reply to one of the agent's own prompts is held against what is known of it
+    known = [name for name in own.manifest["files"] if name.startswith("examples/")]
+    terms = {"agent": job.agent, **({"known": str(own.path / known[0])} if len(known) == 1 else {})}
     use = job.live().manifest.get("use", "commercial")
     recipe = {
-        "sources": [{"path": f"inbox:{inbox}", "licence": LICENCE, "use": [use]}],
-        "split": {"eval_fraction": job.rules.eval_fraction, "by": "prompt"},
+        "sources": [{"path": f"inbox:{_inbox(job)}", "use": [use], "inbox": terms}],
+        "split": {"eval_fraction": job.rules.eval_fraction},
+        "workers": 1,
     }
-    made = curate(recipe, out, notice=job.notice).dataset
-    shutil.rmtree(inbox)
-    return made
+    return curate(recipe, out, notice=job.notice).dataset
 
 
 def written(job: Job, feedback: Artifact) -> Learnt:
     """data/ and ratings/, as far as there are enough rows of each."""
     own = job.own_rows()
-    said = list(rows.read_examples(feedback))
+    keys = keys_of_lines(_inbox(job))
+    every = list(rows.read_examples(feedback))
+    said = [row for row in every if not _keys_of(row, keys) <= set(job.wishes.ignore)]
     corrections, ratings = [row for row in said if not row.rating], [row for row in said if row.rating]
+    rates = suspects.by_key((key, row.rating) for row in ratings for key in sorted(_keys_of(row, keys)))
     held = _held_out(job, own, corrections)
     least = job.rules.at_least
     counted = {"sft": (corrections, least.corrections), "kto": (ratings, least.ratings)}
@@ -90,8 +92,8 @@ def written(job: Job, feedback: Artifact) -> Learnt:
         "feedback": sum(row.split == "eval" for row in corrections),
         "ratings": sum(row.split == "eval" for row in ratings),
     }
-    ignored = sum(one.by.key in job.wishes.ignore for one in _of_agent(job)) if job.wishes.ignore else 0
-    return Learnt(tuple(legs), len(corrections), len(ratings), {**counts, "all": len(held)}, rehearsal, ignored)
+    ignored = len(every) - len(said)
+    return Learnt(tuple(legs), len(corrections), len(ratings), {**counts, "all": len(held)}, rehearsal, ignored, rates)
 
 
 def rehearsed(own: Artifact, count: int, seed: int) -> list[Example]:
@@ -110,13 +112,18 @@ def held_ratings(job: Job) -> list[Example]:
     """Rated replies that were not trained on, where ratings were learnt from at all."""
     if "kto" not in job.work.facts("curate")["legs"]:
         return []
-    return [row for row in rows.read_examples(open_artifact(job.at(FEEDBACK), "dataset"), "eval") if row.rating]
+    keys, ignored = keys_of_lines(_inbox(job)), set(job.wishes.ignore)
+    said = rows.read_examples(open_artifact(job.at(FEEDBACK), "dataset"), "eval")
+    return [row for row in said if row.rating and not _keys_of(row, keys) <= ignored]
 
 
-def rates_of_keys(job: Job) -> dict[str, Rate]:
-    """What each key said of the agent's replies; an inbox without keys has one that is called (no key)."""
-    told = (said for said in _of_agent(job) if said.by.key not in job.wishes.ignore)
-    return suspects.by_key((said.by.key or "(no key)", said.rating or 0.0) for said in told)
+def keys_of_lines(inbox: Path) -> dict[str, str]:
+    """Locator of a line -> the key that said it; "(no key)" where a team has none."""
+    return {f"{file.name}:{line}": said.by.key or NO_KEY for file, line, said in news.lines(inbox)}
+
+
+def _keys_of(row: Example, keys: Mapping[str, str]) -> set[str]:
+    return {keys.get(origin.locator, NO_KEY) for origin in row.origins}
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
@@ -127,11 +134,8 @@ def read_recipe(file: Path) -> dict[str, Any]:
         raise ArtifactError(f"{file} says no recipe: {error}", "restore the Release from a copy") from None
 
 
-def _of_agent(job: Job) -> Iterator[Any]:
-    """Feedback on any version of the agent, up to when the retrain began."""
-    for said in news.feedback(Path(job.team.state) / "inbox"):
-        if said.agent.rpartition("@")[0] == job.agent and said.date <= job.work.record.began:
-            yield said
+def _inbox(job: Job) -> Path:
+    return Path(job.team.state) / "inbox"
 
 
 def _held_out(job: Job, own: Artifact, corrections: Sequence[Example]) -> list[Example]:

@@ -60,25 +60,24 @@ class Due:
 def news(inbox: Path, agent: str, since: str) -> News:
     """What an inbox holds of an agent, whatever version was asked."""
     corrections, unlearnable, after, before = 0, 0, Rate(), Rate()
-    for said in feedback(inbox):
+    for _, _, said in lines(inbox):
         if said.agent.rpartition("@")[0] != agent:
             continue
         is_new = said.date > since
         if said.rating:
             (after if is_new else before).count(said.rating < 0)
         if is_new and said.correction:
-            learnable = bool(said.messages or said.text)
-            corrections, unlearnable = corrections + learnable, unlearnable + (not learnable)
+            corrections, unlearnable = corrections + said.has_words, unlearnable + (not said.has_words)
     return News(agent, since, corrections, after, before, unlearnable)
 
 
-def feedback(inbox: Path) -> Iterator[Feedback]:
-    """What an inbox holds, file by file, line by line; a line that is none is curate's to count, and passed over."""
+def lines(inbox: Path) -> Iterator[tuple[Path, int, Feedback]]:
+    """What an inbox holds, line by line, and where; a line that is none is curate's to count, and passed over."""
     for file in sorted(inbox.glob("feedback-*.jsonl")):
         with file.open(encoding="utf-8", errors="replace") as stream:
-            for line in stream:
+            for number, line in enumerate(stream, 1):
                 try:
-                    yield Feedback.from_json(json.loads(line))
+                    yield file, number, Feedback.from_json(json.loads(line))
                 except (ValueError, KeyError, TypeError, SourceError):
                     continue
 

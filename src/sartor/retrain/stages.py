@@ -35,7 +35,10 @@ def curate(job: Job) -> Mapping[str, Any]:
             f"{dict(said.manifest['counts']['dropped']) or 'none'}",
             f"it takes {job.rules.at_least.corrections} corrections or {job.rules.at_least.ratings} ratings: retrain.at_least",
         )
-    return dataclasses.asdict(found)
+    keys = suspects.check(found.rates, job.wishes.believe)
+    if keys.outcome == "fail":  # before anything is spent on what they said
+        raise GateError(f"keys: {keys.detail}", keys.remedy)
+    return {**dataclasses.asdict(found), "keys": keys.detail}
 
 
 def tune(job: Job) -> Mapping[str, Any]:
@@ -58,7 +61,8 @@ def recipe_of(job: Job, leg: str, start: Path) -> dict[str, Any]:
     known["data"] = {**known["data"], "path": str(job.at(learnt.FOLDERS[leg])), "rows": 0}
     known["objective"] = {"kind": leg}
     known["budget"] = {"epochs": EPOCHS}
-    known["optimizer"] = {**known["optimizer"], "learning_rate": known["optimizer"]["learning_rate"] * GENTLE}
+    if not known["method"].get("start"):  # that of a version which was retrained itself is gentle already
+        known["optimizer"] = {**known["optimizer"], "learning_rate": known["optimizer"]["learning_rate"] * GENTLE}
     known["method"] = {**known["method"], "start": str(start)}
     return merged(known, job.rules.tuning or {})
 
@@ -131,7 +135,6 @@ def judged(job: Job) -> tuple[dict[str, Check], verdicts.Comparison, str]:
         "gain over live": better,
         "not worse": verdicts.not_worse(compared["held_out"], rules.margin),
         **verdicts.slices(kinds["held_out"], rules),
-        "keys": suspects.check(learnt.rates_of_keys(job), job.wishes.believe),
     }
     return checks, compared[of], of
 

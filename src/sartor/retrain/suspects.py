@@ -14,7 +14,7 @@ from sartor.agents.monitors import Rate, excess
 from sartor.evaluate.checks import Check
 
 # by which a key's rate of bad ratings may differ from that of all others
-MARGIN = 0.25
+MARGIN = 0.15
 # the probability that any key is named of people who rate alike, within the margin
 FALSE_ALARM = 0.01
 

@@ -1,8 +1,8 @@
 """Is the new version better than the live one, and nowhere worse? Checks beside those of the gate of every Release.
 
-Two kinds of rows are compared: `held_out`, which the live version's own Dataset holds out, and `feedback`, corrections that were
-not trained on. The second were chosen because the live version erred on them, so it is behind on them by the choosing alone:
-they show that what people said was learnt, and only the first can show that nothing else suffered.
+Two kinds of rows are compared: `held_out`, which the live version's own Dataset holds out, and `feedback`, corrections that
+were not trained on. The second were chosen because the live version erred on them, so it is behind on them by the choosing
+alone: they show that what people said was learnt, and only the first can show that nothing else suffered.
 """
 
 from __future__ import annotations
