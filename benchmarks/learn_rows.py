@@ -23,14 +23,8 @@ from sartor.core.records import Feedback, Voice
 from sartor.intents import rehearsal_rows, rows
 
 KNOWN = (
-    "HassTurnOn",
-    "HassTurnOff",
-    "HassGetWeather",
-    "HassSetVolume",
-    "HassMediaPause",
-    "HassStartTimer",
-    "HassVacuumCleanArea",
-)
+    "HassTurnOn", "HassTurnOff", "HassGetWeather", "HassSetVolume", "HassMediaPause", "HassStartTimer", "HassVacuumCleanArea",
+)  # fmt: skip
 UNKNOWN = ("HassListRemoveItem", "HassClimateSetTemperature", "HassCancelTimer")
 HELD_OUT, TRAIN = 8, 20  # rows of an intent
 KEYS = 5
@@ -93,10 +87,12 @@ def _make(folder: Path, release: Path, notice: Callable[[str], object]) -> None:
     sartor.release(folder / "adapter", name="home", version="1.0", key=folder / "keys", report=folder / "report", out=release)
 
 
-def corrections(
-    intents: Sequence[str], count: int, told: Callable[[Row], str] = lambda row: row["messages"][-1]["content"]
-) -> list[Feedback]:
-    """`count` corrections of prompts of these intents in turn, by KEYS people: what the reply should have been, as `told` says."""
+def right(row: Row) -> str:
+    return str(row["messages"][-1]["content"])
+
+
+def corrections(intents: Sequence[str], count: int, told: Callable[[Row], str] = right) -> list[Feedback]:
+    """`count` corrections of prompts of these intents in turn, by KEYS people: what the reply should be, as `told` says."""
     every = of_intents()
     drawn = [row for some in zip(*(every[name][HELD_OUT:] for name in intents), strict=True) for row in some][:count]
     return [_feedback(number, row, correction=told(row), reply='{"intent":"HassTurnOn"}') for number, row in enumerate(drawn)]
