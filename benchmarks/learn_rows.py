@@ -95,10 +95,10 @@ def corrections(intents: Sequence[str], count: int, told: Callable[[Row], str] =
     """`count` corrections of prompts of these intents in turn, by KEYS people: what the reply should be, as `told` says."""
     every = of_intents()
     drawn = [row for some in zip(*(every[name][HELD_OUT:] for name in intents), strict=True) for row in some][:count]
-    return [_feedback(number, row, correction=told(row), reply='{"intent":"HassTurnOn"}') for number, row in enumerate(drawn)]
+    return [feedback(number, row, correction=told(row), reply='{"intent":"HassTurnOn"}') for number, row in enumerate(drawn)]
 
 
-def _feedback(number: int, row: Row, **fields: Any) -> Feedback:
+def feedback(number: int, row: Row, **fields: Any) -> Feedback:
     said = Voice(key=f"key-{number % KEYS}")
     return Feedback(f"r{number}", "home@1.0", "2026-01-01T00:00:00Z", messages=tuple(row["messages"][:-1]), by=said, **fields)
 

@@ -24,7 +24,7 @@ _OF_A_ROW = {"macro_f1": "accuracy"}
 
 @dataclass(frozen=True)
 class Beside:
-    """metric: of what the scores are, the higher the better. table: `id, group, reference, live_reply, new_reply, live, new`"""
+    """Scores of `metric`, the higher the better; of each row `id, group, reference, live_reply, new_reply, live, new`."""
 
     metric: str
     table: list[dict[str, Any]]

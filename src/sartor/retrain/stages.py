@@ -108,15 +108,16 @@ def _liked(job: Job, adapter: Path) -> dict[str, Any]:
 
 def gate(job: Job) -> Mapping[str, Any]:
     """Whether it is better than the live version somewhere, and nowhere worse; `refused` says why not."""
-    found, gain, of = judged(job)
+    found, compared, of = judged(job)
     told = {name: {"outcome": check.outcome, "detail": check.detail} for name, check in found.items()}
-    facts = {"checks": told, "gain": {"of": of, "estimate": gain.difference, "low": gain.low, "high": gain.high}}
+    gains = {kind: {"estimate": one.difference, "low": one.low, "high": one.high} for kind, one in compared.items()}
+    facts = {"checks": told, "gain": {"of": of, **gains[of]}, "compared": gains}
     lines = [f"{name}: {check.detail}" for name, check in found.items() if check.outcome == "fail"]
     return {**facts, "refused": "; ".join(lines)}
 
 
-def judged(job: Job) -> tuple[dict[str, Check], verdicts.Comparison, str]:
-    """(every check by name, the comparison that says most for the new version, of which rows that is)."""
+def judged(job: Job) -> tuple[dict[str, Check], dict[str, verdicts.Comparison], str]:
+    """(every check by name, the comparisons by kind of rows, the kind that says most for the new version)."""
     table = list(rows.read_file(job.at("beside.parquet")))
     feedback = learnt.ids_of_feedback(job)
     kinds = {
@@ -136,7 +137,7 @@ def judged(job: Job) -> tuple[dict[str, Check], verdicts.Comparison, str]:
         "not worse": verdicts.not_worse(compared["held_out"], rules.margin),
         **verdicts.slices(kinds["held_out"], rules),
     }
-    return checks, compared[of], of
+    return checks, compared, of
 
 
 def release(job: Job) -> Mapping[str, Any]:
