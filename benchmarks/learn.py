@@ -2,12 +2,12 @@
 
     python benchmarks/learn.py --json [--work DIR] [--parts corrections poisoned broken_slice rollback personal deleted]
 
-corrections     a specialist that was never shown three of ten intents is corrected 60 times by five people; `sartor retrain`. The gain
-                is of rows by template that its Dataset holds out: nobody chose, corrected or trained on them.
+corrections     a specialist that was never shown three of ten intents is corrected 60 times by five people; `sartor retrain`.
+                The gain is of rows by template that its Dataset holds out: nobody chose, corrected or trained on them.
 poisoned        one of five keys turns the ratings that it gives around, a fifth of all; `sartor retrain`. And the same drawn many
-                times without a tuning: how often the key is named, and how often one is that rates as all others do.
-broken_slice    the corrections of one intent that it never saw are right, those of one that it knows are wrong: on average it is as
-                good as before, and an intent is broken.
+                times without a tuning: how often the key is named, and how often anybody is where nobody does so.
+broken_slice    the corrections of one intent that it never saw are right, those of one that it knows are wrong: on average it is
+                about as good as before, and an intent is broken.
 rollback        `learn_rollback.py`: requests until a version that drifts after its promotion is sent back.
 personal, deleted   `measure()` of learn_personal.py, where it stands beside this file.
 
@@ -105,7 +105,7 @@ def poisoned(folder: Path) -> dict[str, Any]:
 
 
 def named(draws: int) -> dict[str, Any]:
-    """How often a key that turns around is named, at several rates of good replies; and how often anybody is where nobody does."""
+    """How often a key that turns around is named, at several rates of good replies; and anybody where nobody does."""
     said: dict[str, Any] = {"named": {}, "false_alarm": {}}
     for good in (0.5, 0.65, 0.8, 0.9):
         for what, liar in (("named", 0), ("false_alarm", -1)):

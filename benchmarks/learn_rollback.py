@@ -1,8 +1,8 @@
-"""After how many requests a version that drifts after its promotion is sent back: `agents/rollout.py` itself, on simulated replies.
+"""After how many requests a version that drifts after its promotion is sent back: `agents/rollout.py`, on simulated replies.
 
-Of the version before, WINDOW_REPLIES replies were seen. The promoted one is as good for `calm` requests; then a fraction `bad` of its
-replies breaks the format, or is rated bad by those who rate (a fraction RATED of the requests). Counted are the requests since the
-drift began. The interval of a quantile is by order statistics (binomial, 95 %).
+Of the version before, WINDOW_REPLIES replies were seen. The promoted one is as good for `calm` requests; then a fraction `bad` of
+its replies breaks the format, or is rated bad by those who rate (a fraction RATED of the requests). Counted are the requests
+since the drift began. The interval of a quantile is by order statistics (binomial, 95 %).
 
     python benchmarks/learn_rollback.py [--runs 100]
 """
@@ -79,7 +79,7 @@ def quantile(found: list[int], fraction: float) -> dict[str, int]:
 
 
 def measure(runs: int = 100, seed: int = 0) -> dict[str, Any]:
-    """{drift: {median, p95, missed, too soon}} of so many runs each, and how often a version that does not drift is sent back."""
+    """{drift: {median, p95, missed, too_soon}} of so many runs each; and how often one that does not drift is sent back."""
     said: dict[str, Any] = {}
     for drift in DRIFTS:
         found = [until_rollback(drift, random.Random(f"{seed}{drift}{run}")) for run in range(runs)]

@@ -2,8 +2,9 @@
 
     python benchmarks/learn_rows.py DIR      # the live specialist below DIR, once; learn.py makes it where it is absent
 
-Its training rows are of seven intents; the rows that its Dataset holds out are of all ten, each of a template that no training row
-and no correction has. So it errs on three tenths of what it is asked, and what a retrain is worth is seen on rows that nobody chose.
+Its training rows are of seven intents; the rows that its Dataset holds out are of all ten, each of a template that no training
+row and no correction has. So it errs on three tenths of what it is asked, and what a retrain is worth is seen on rows that
+nobody chose.
 """
 
 from __future__ import annotations
