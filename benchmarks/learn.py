@@ -4,10 +4,10 @@
 
 corrections     a specialist that was never shown three of ten intents is corrected 60 times by five people; `sartor retrain`.
                 The gain is of rows by template that its Dataset holds out: nobody chose, corrected or trained on them.
-poisoned        one of five keys turns the ratings that it gives around, a fifth of all; `sartor retrain`. And the same drawn many
-                times without a tuning: how often the key is named, and how often anybody is where nobody does so.
-broken_slice    the corrections of one intent that it never saw are right, those of one that it knows are wrong: on average it is
-                about as good as before, and an intent is broken.
+poisoned        one of five keys turns the ratings that it gives around, a fifth of all; `sartor retrain`. And the same drawn
+                many times without a tuning: how often the key is named, and how often anybody is where nobody does so.
+broken_slice    the corrections of one intent that it never saw are right, those of one that it knows are wrong: on average
+                it is about as good as before, and an intent is broken.
 rollback        `learn_rollback.py`: requests until a version that drifts after its promotion is sent back.
 personal, deleted   `measure()` of learn_personal.py, where it stands beside this file.
 

@@ -1,7 +1,7 @@
 """After how many requests a version that drifts after its promotion is sent back: `agents/rollout.py`, on simulated replies.
 
-Of the version before, WINDOW_REPLIES replies were seen. The promoted one is as good for `calm` requests; then a fraction `bad` of
-its replies breaks the format, or is rated bad by those who rate (a fraction RATED of the requests). Counted are the requests
+Of the version before, WINDOW_REPLIES replies were seen. The promoted one is as good for `calm` requests; then a fraction `bad`
+of its replies breaks the format, or is rated bad by those who rate (a fraction RATED of the requests). Counted are the requests
 since the drift began. The interval of a quantile is by order statistics (binomial, 95 %).
 
     python benchmarks/learn_rollback.py [--runs 100]
