@@ -57,7 +57,8 @@ def _texts(said: Feedback) -> Iterator[list[str]]:
 
 def _changed(said: Feedback, change: Change) -> Feedback:
     messages = tuple(_walk(message, change) for message in said.messages)
-    return replace(said, messages=messages, **{name: change(getattr(said, name)) for name in _OWN})
+    own: dict[str, Any] = {name: change(getattr(said, name)) for name in _OWN}
+    return replace(said, messages=messages, **own)
 
 
 def _walk(value: Any, change: Change) -> Any:

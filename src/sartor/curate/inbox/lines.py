@@ -18,8 +18,8 @@ Place = tuple[int, int]  # number of the file, number of the line
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What is known of a line. correction, reply: digests, "" for none. item: digest of the prompt and its reply; question: of the
-    prompt without system messages, "" where the words are not there. known: whether the reply is known as good (1) or bad (-1).
+    """What is known of a line. correction, reply: digests, "" for none. item: digest of the prompt and its reply, "" where the
+    words are not there. known: whether the reply is known as good (1) or bad (-1).
     """
 
     place: Place
@@ -42,7 +42,7 @@ class Line:
         return 0 if not self.rating else 1 if self.rating > 0 else -1
 
     def over(self, older: Line) -> Line:
-        """This line and an older one of the same key on the same reply, as one: the newer says what both say."""
+        """The two lines of one key on one reply as one: the newer says what both say."""
         words = self if self.item else older
         return replace(
             self,
@@ -81,7 +81,7 @@ def _mark(text: str) -> str:
 
 
 def asked(said: Feedback, *, with_system: bool) -> list[list[Any]]:
-    """The prompt as (role, text) pairs, media as they were sent: equal for equal prompts, in whichever form they were written."""
+    """The prompt as (role, text) pairs, media as they were sent: equal for equal prompts, in whichever form they came."""
     if not said.messages:
         return [["user", said.text]]
     turns = [(str(message.get("role")), message) for message in said.messages]
@@ -91,9 +91,9 @@ def asked(said: Feedback, *, with_system: bool) -> list[list[Any]]:
 def spoken(message: Mapping[str, Any]) -> Any:
     """The text of a message in OpenAI form; a list where it holds more than text."""
     content, calls = message.get("content"), message.get("tool_calls")
-    parts = (
-        content if isinstance(content, Sequence) and not isinstance(content, str) else [{"type": "text", "text": content or ""}]
-    )
+    if content is None or isinstance(content, str):
+        return [content, calls] if calls else content or ""
+    parts = content if isinstance(content, Sequence) else []
     if calls or any(part.get("type") != "text" for part in parts):
         return [list(parts), calls]
     return "".join(str(part.get("text", "")) for part in parts)

@@ -1,13 +1,14 @@
 """An inbox as a source: which line becomes a row, and why every other one does not.
 
-A correction is a row whose reply is the correction, with the reply that was given as `rejected` where it is another. A rating is
-a row of the reply with its `rating`. A conversation is one group, whichever of its turns was commented on.
+A correction is a row whose reply is the correction, with the reply that was given as `rejected` where it is another. A rating
+is a row of the reply with its `rating`. A conversation is one group, whichever of its turns was commented on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sartor.core.records import Feedback
@@ -19,6 +20,7 @@ from sartor.curate.sources.tables import Read
 
 FORM = "feedback"
 DISTRUSTED = "distrusted"
+MOST_BYTES = 4 << 20
 Said = tuple[str, str]  # receipt and key: of what one key says of one reply the newest counts
 
 
@@ -85,6 +87,16 @@ class Inbox:
                     yield lines.line_of((file.number, number), said, answers.sign(said))
         except (Malformed, OSError):  # met again when its rows are read, and told there
             return
+
+
+def of_folder(path: Path, terms: InboxTerms | None = None, most_bytes: int = MOST_BYTES) -> Inbox:
+    """An inbox as it is now, judged; of a folder that is not there, an empty one."""
+    files = []
+    for number, file in enumerate(sorted(path.glob("feedback-*.jsonl"))):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            files.append(InboxFile(number, str(file), size, lines.prefix_digest(stream, size)))
+    return Inbox(files, terms or InboxTerms(), most_bytes)
 
 
 def _unfit(line: Line, terms: InboxTerms, aside: Mapping[trust.Giver, trust.Standing]) -> SetAside | None:

@@ -15,8 +15,8 @@ Giver = tuple[str, str]
 def over_share(lines: Sequence[Line], terms: InboxTerms) -> dict[Place, str]:
     """Lines that are too many of one user or one key, drawn by the seed, each with the sentence that says so."""
     gone: dict[Place, str] = {}
-    for what, giver_of in (("user", _user), ("key", _key)):
-        gone |= _cut([line for line in lines if line.place not in gone], terms, what, giver_of)
+    for giver_of in (_user, _key):
+        gone |= _cut([line for line in lines if line.place not in gone], terms, giver_of)
     return gone
 
 
@@ -28,7 +28,7 @@ def _key(line: Line) -> Giver:
     return line.key, ""
 
 
-def _cut(lines: Sequence[Line], terms: InboxTerms, what: str, giver_of: Callable[[Line], Giver]) -> dict[Place, str]:
+def _cut(lines: Sequence[Line], terms: InboxTerms, giver_of: Callable[[Line], Giver]) -> dict[Place, str]:
     counts = Counter(map(giver_of, lines))
     most = allowed(list(counts.values()), terms)
     taken: Counter[Giver] = Counter()
@@ -37,6 +37,7 @@ def _cut(lines: Sequence[Line], terms: InboxTerms, what: str, giver_of: Callable
         giver = giver_of(line)
         taken[giver] += 1
         if taken[giver] > most:
+            what = "user" if giver[1] else "key"
             gone[line.place] = f"its {what} gives {counts[giver]} rows; of {len(counts)} that speak, one may give {most}"
     return gone
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from sartor.core.config import option
@@ -20,7 +20,7 @@ class InboxTerms:
     most_rows: int = option(20, "a key may give so many rows in any case")
     most_fraction: float = option(0.25, "of the rows that one key, or one user, may give; twice the even share where few speak")
     disagreement: float = option(
-        0.33, "of its ratings a key may contradict the others', or what is known; more, and it is set aside"
+        0.33, "of its ratings a key may contradict the others', or what is known; with more it is distrusted"
     )
     alpha: float = option(0.01, "how probable it may be that an honest key is set aside, of all keys together")
     known: str = option(
@@ -32,8 +32,7 @@ class InboxTerms:
         for name, low, high in (("most_fraction", 0.0, 1.0), ("disagreement", 0.0, 0.9), ("alpha", 1e-9, 0.5)):
             value = getattr(self, name)
             if not low <= value <= high:
-                raise ConfigError(
-                    f"inbox.{name} is {value:g}; it must be from {low:g} to {high:g}", f"{name}: {low + (high - low) / 4:g}"
-                )
+                default = next(one.default for one in fields(self) if one.name == name)
+                raise ConfigError(f"inbox.{name} is {value:g}; it must be from {low:g} to {high:g}", f"{name}: {default:g}")
         if self.most_rows < 0:
             raise ConfigError(f"inbox.most_rows is {self.most_rows}; it must be 0 or more", "most_rows: 20")

@@ -1,11 +1,11 @@
 """Whose ratings contradict the others' on the same replies, or what is known of them: those are set aside, and named.
 
-A trial is a reply that a voice rated and that is judged elsewhere too: by what is known of it, else by most of the other voices,
-one vote each. A voice is set aside when it stands against that judgement both in more of its trials than `disagreement`
-allows (exact binomial test) and more often than the other voices do (Fisher's exact test, 1922), by p-values that Holm corrects
-over all voices. Only the worst goes at once: whoever rated the same replies as a voice that lies is contradicted by it, and
-what remains is judged anew without. Who merely thinks otherwise now and then stays; so does a majority that lies, unless it is
-held against what is known.
+A trial is a reply that a voice rated and that is judged elsewhere too: by what is known of it, else by most of the other
+voices, one vote each. A voice is set aside when it stands against that judgement both in more of its trials than `disagreement`
+allows (exact binomial test) and more often than the other voices do (Fisher's exact test, 1922), by p-values that Holm
+corrects over all voices. Only the worst goes at once: whoever rated the same replies as a voice that lies is contradicted by
+it, and what remains is judged anew without. Who merely thinks otherwise now and then stays; so does a majority that lies,
+unless it is held against what is known.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Votes = Mapping[str, Mapping[Giver, int]]  # of a reply, what each giver says of
 
 @dataclass(frozen=True)
 class Standing:
-    """How what a voice says goes with the rest. user: "*" of a key as a whole. compared: its trials. against: of these, those in
+    """How what a voice says goes with the rest. user: "*" of a key as a whole. compared: its trials. against: those of them in
     which it contradicts. p: that it does so by chance, corrected.
     """
 
