@@ -110,7 +110,7 @@ def test_a_retrain_that_is_killed_anywhere_comes_to_the_same(team: Team) -> None
     (whole,) = works(Path(team.state), "faq")
     names = list(stages())
     for name in names:
-        for moment in ("before", "inside"):
+        for moment in ("inside",) if name != "curate" else ("before", "inside"):
             wishes = Wishes(anyway=True)
             status = run_in_child(lambda at=f"{name}:{moment}": retrain(team, "faq", wishes=wishes, stages=stages(at)))
             assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
@@ -123,6 +123,19 @@ def test_a_retrain_that_is_killed_anywhere_comes_to_the_same(team: Team) -> None
             # what was finished before the kill was not done again
             assert (cut.folder / "worked.txt").read_text().split("\n")[:-1] == names
             assert not list(cut.folder.glob(".*"))
+
+
+def test_one_that_is_killed_right_behind_its_promotion_is_promoted(team: Team) -> None:
+    def promoting(job: Job) -> Mapping[str, Any]:
+        sartor.promote_agent(team, "faq", "2", expected="1")
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    say(team, 4, correction="yes")
+    run_in_child(lambda: retrain(team, "faq", stages={**stages(), "bring in": promoting}))
+    assert works(Path(team.state), "faq")[0].is_open
+    found = retrain(team, "faq", stages=stages())
+    assert (found.decision, found.gain, len(works(Path(team.state), "faq"))) == ("promoted", GAIN, 1)
 
 
 def test_two_do_not_retrain_one_agent_and_a_killed_one_holds_nothing(team: Team) -> None:

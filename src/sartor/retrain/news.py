@@ -14,9 +14,10 @@ from scipy.stats import mannwhitneyu
 
 from sartor.agents.monitors import Rate, excess
 from sartor.agents.retraining import Retraining
-from sartor.core.errors import SourceError
 from sartor.core.receipt_index import Placed, ReceiptIndex
 from sartor.core.records import Feedback
+from sartor.curate.inbox.lines import prefix_digest, read
+from sartor.curate.inbox.reading import MOST_BYTES
 from sartor.retrain.work import Work, works
 
 # Below this a rise of bad ratings, or of what the router finds, is taken for chance
@@ -74,12 +75,12 @@ def news(inbox: Path, agent: str, since: str) -> News:
 def lines(inbox: Path) -> Iterator[tuple[Path, int, Feedback]]:
     """What an inbox holds, line by line, and where; a line that is none is curate's to count, and passed over."""
     for file in sorted(inbox.glob("feedback-*.jsonl")):
-        with file.open(encoding="utf-8", errors="replace") as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    yield file, number, Feedback.from_json(json.loads(line))
-                except (ValueError, KeyError, TypeError, SourceError):
-                    continue
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            sha256 = prefix_digest(stream, size)
+        for number, said in read(str(file), size, sha256, MOST_BYTES):
+            if isinstance(said, Feedback):
+                yield file, number, said
 
 
 def last(state: Path, agent: str) -> Work | None:

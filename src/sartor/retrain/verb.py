@@ -16,7 +16,7 @@ from sartor.core.errors import AdmissionError, ConfigError, ConflictError, GateE
 from sartor.retrain import news
 from sartor.retrain.job import Job, Notice, Stage, Wishes, live_version, settle
 from sartor.retrain.stages import STAGES
-from sartor.retrain.work import Work, held
+from sartor.retrain.work import Live, Work, held
 
 # Somebody's rule says no: an answer, and the end of this retrain. Other errors leave it to be gone on with.
 REFUSALS = (GateError, LicenceError, AdmissionError)
@@ -82,10 +82,10 @@ def retrain(
             settle(made, work)
         if work is not None and work.record.decision == "canary":
             return Retrained.of(work, began)
-        if work is not None and work.is_open and work.record.live != live:
-            work.decide(
-                "refused", f"{agent}@{live.version} has become live since; it was held against {work.record.live.version}"
-            )
+        if work is not None and work.is_open and work.record.live.release_id != live.release_id:
+            _overtaken(work, live)
+            if work.record.decision == "promoted":
+                return Retrained.of(work, began)
         if work is None or not work.is_open:
             due = news.due(state, agent, made.retrain, news.routed(state, agent, live.release_id))
             if not (due.triggers or wishes.anyway):
@@ -96,6 +96,15 @@ def retrain(
             notice(f"going on with {work.folder}, after {list(work.record.stages) or 'nothing'}")
         _run(Job(made, work, wishes, notice), stages)
         return Retrained.of(work, began)
+
+
+def _overtaken(work: Work, live: Live) -> None:
+    """Another version is live than the one that it was held against: its own, if it was killed right behind the promotion."""
+    name = f"{work.record.agent}@{live.version}"
+    if work.done("release") and work.facts("release")["version"] == live.version:
+        work.decide("promoted", f"{name} is live", work.facts("gate")["gain"])
+    else:
+        work.decide("refused", f"{name} has become live since; it was held against {work.record.live.version}")
 
 
 def _run(job: Job, stages: Mapping[str, Stage]) -> None:
