@@ -18,6 +18,9 @@ from sartor.core.errors import ArtifactError
 from sartor.core.example_lineage import inspect_example
 from sartor.core.spdx import UNKNOWN
 
+# the role of a Dataset whose rows were read beside those that an Adapter is for
+REHEARSAL = "rehearsal"
+
 
 @dataclasses.dataclass(frozen=True)
 class Ancestor:
@@ -63,9 +66,18 @@ def find_parent(artifact: Artifact, kind: str) -> Artifact | None:
     return None
 
 
+def find_all(artifact: Artifact, kind: str) -> list[Artifact]:
+    """Its ancestors of a kind that still stand and are whole, nearest first."""
+    return [open_artifact(step.path) for step in walk(artifact) if step.kind == kind and step.state == "opened"]
+
+
 def find_parents(artifact: Artifact, kind: str) -> list[Artifact]:
-    """Its own parents of a kind, as far as they still stand and are whole; where it has none, the nearest ancestor."""
-    own = {parent["id"] for parent in artifact.manifest.get("parents", []) if parent["kind"] == kind}
+    """Its own parents of a kind, as far as they still stand and are whole; where it has none, the nearest ancestor.
+
+    What was only rehearsed is no parent here.
+    """
+    parents = artifact.manifest.get("parents", [])
+    own = {parent["id"] for parent in parents if parent["kind"] == kind and parent.get("role") != REHEARSAL}
     found = [open_artifact(step.path) for step in walk(artifact) if step.id in own and step.state == "opened"]
     nearest = None if own else find_parent(artifact, kind)
     return found or ([nearest] if nearest else [])

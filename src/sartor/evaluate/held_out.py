@@ -43,14 +43,14 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) 
                 f"the Dataset of {adapter.path} is not where it was, or was changed",
                 "sartor index DIR finds it; or give --data FILE",
             )
-        examples, folder = _held_out_of(datasets, left_out), datasets[0].path
+        examples, folder = _held_out_of(datasets, lineage.find_all(adapter, "dataset"), left_out), datasets[0].path
         if not examples:
             raise SourceError(f"{folder} holds out no row", "curate with split.eval_fraction above 0, or give --data FILE")
     else:
         if not datasets:
             left_out["not_compared_with_training_rows"] = 0  # the Dataset is gone: said, since nothing was left out for it
         folder = media
-        examples, refused = _rows_of(data, datasets, media)
+        examples, refused = _rows_of(data, lineage.find_all(adapter, "dataset"), media)
         left_out |= refused
     if bad := sum(example.rating < 0 for example in examples):
         left_out["rated_bad"] = bad  # such a reply is no reference
@@ -64,10 +64,12 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) 
     return HeldOut(examples[:most_rows], folder, left_out)
 
 
-def _held_out_of(datasets: Sequence[Artifact], left_out: dict[str, int]) -> list[Example]:
-    """What Datasets hold out, each row once, without what another of them trained on. Media lie below the first one."""
+def _held_out_of(datasets: Sequence[Artifact], every_one: Sequence[Artifact], left_out: dict[str, int]) -> list[Example]:
+    """What Datasets hold out, each row once, without what another was trained on: of them, or of `every_one`, among which are
+    those of the rehearsal and of what the Adapter went on from. Media lie below the first one.
+    """
     every = {example.id: example for dataset in datasets for example in rows.read_examples(dataset, "eval")}
-    trained_on = _trained_on(datasets) & set(every) if len(datasets) > 1 else set()
+    trained_on = _trained_on(every_one) & set(every) if len(every_one) > 1 else set()
     if trained_on:
         left_out["trained_on"] = len(trained_on)
     return [example for name, example in every.items() if name not in trained_on]

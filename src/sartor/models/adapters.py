@@ -193,6 +193,35 @@ def open_adapter(model: Any, path: Path) -> Any:
     return tuned.to(model.device).eval()
 
 
+def begin_from(model: Any, path: Path) -> None:
+    """Give the factors that `inject_lora` put on a model the values of the adapter in `path`, and a composed base's projectors.
+
+    Raises ConfigError where it is another method (rank, alpha, targets), ModelError as `open_adapter`.
+    """
+    weights = read_weights(path)
+    said = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    asked = model.peft_config["default"]
+    held = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    differing = [
+        f"{name} {there} there, {here} here"
+        for name, there, here in (("rank", said["r"], asked.r), ("alpha", float(said["lora_alpha"]), float(asked.lora_alpha)))
+        if there != here
+    ]
+    if set(held) != set(weights):
+        differing.append(
+            f"its targets are {', '.join(said['target_modules'])}, in layers {said['layers_to_transform'] or 'all'}"
+        )
+    elif not differing:
+        differing += [f"the shape of {name}" for name, tensor in held.items() if tensor.shape != weights[name].shape][:1]
+    if differing:
+        remedy = f"method: {{rank: {said['r']}, alpha: {said['lora_alpha']}, targets: ...}} as it has them, or no start"
+        raise ConfigError(f"method.start {path} is of another method: {'; '.join(differing)}", remedy)
+    if (media := _composed(model)) is not None:
+        composed.load_projectors(media, path)
+    with quiet():
+        peft.set_peft_model_state_dict(model, weights)
+
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of an adapter, each finite."""
     if not (path / CONFIG).is_file():

@@ -36,6 +36,11 @@ class Encoded:
         """Tokens that get a loss. The first token of a row has no predecessor and so never counts."""
         return sum(self.learnt[1:])
 
+    @property
+    def tokens(self) -> int:
+        """T; of a row that is learnt beside another, the tokens of both."""
+        return len(self.ids)
+
 
 @dataclass(frozen=True)
 class Pack:

@@ -86,12 +86,13 @@ class Shape:
         (scores, weights). The head: logits in fp32, their log-softmax and its gradient.
         """
         token_bytes = (12 * self.width + 4 * self.inner) * self.element_bytes
-        layer_bytes = load.tokens * token_bytes + load.stored_pairs * self.heads * 3 * self.element_bytes
+        tokens = load.tokens - load.aside
+        layer_bytes = tokens * token_bytes + load.stored_pairs * self.heads * 3 * self.element_bytes
         head_bytes = load.supervised * self.vocabulary * 3 * 4
         if not self.recompute:
             return layer_bytes * self.adapted + head_bytes
         # one tensor a layer; of one layer at a time all of them. The head is done before the first layer is
-        return load.tokens * self.width * self.element_bytes * self.adapted + max(layer_bytes, head_bytes)
+        return tokens * self.width * self.element_bytes * self.adapted + max(layer_bytes, head_bytes)
 
     @property
     def state_bytes(self) -> int:
@@ -184,7 +185,9 @@ class TimeModel:
 
     def seconds(self, load: Load, micro_batches: float = 1) -> float:
         """Seconds of `micro_batches` that hold `load` together."""
-        return self.base_s * micro_batches + self.token_s * load.tokens + self.pair_s * load.pairs
+        # pairs of what has no backward pass are as the rest of it: rows of one length
+        done = 1 - (1 - FORWARD_FRACTION) * load.aside / max(load.tokens, 1)
+        return self.base_s * micro_batches + done * (self.token_s * load.tokens + self.pair_s * load.pairs)
 
 
 def time_model(samples: Sequence[Sample], update_s: float) -> TimeModel:
@@ -219,29 +222,36 @@ class Progress(Protocol):
     updates: int
     tokens: int
     supervised_tokens: int
+    rehearsal_tokens: int
 
     def fraction(self, budget: Budget, epoch_tokens: int, wall_s: float) -> float:
         """How much of the budget is used, 0..1."""
         ...
 
 
-def course(recipe: Recipe, loads: Sequence[Load], counters: Progress) -> list[list[Load]] | None:
+def course(
+    recipe: Recipe, loads: Sequence[Load], counters: Progress, rehearsal: Sequence[Load] = ()
+) -> list[list[Load]] | None:
     """The updates that the run will make, each as its rows; `counters` is moved to their end.
 
-    None where only minutes limit it: then time is known, and the updates are not.
+    rehearsal: the rows that are read beside them. None where only minutes limit it: then time is known, the updates are not.
     """
     budget = recipe.budget
     if budget.epochs is None and budget.updates is None and budget.tokens is None:
         return None
     lengths = [load.tokens for load in loads]
     epoch_tokens, made = sum(lengths), []
+    beside, others = order.Beside(), [load.tokens for load in rehearsal]
     for chosen in order.updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
-        update = [loads[index] for index in chosen]
+        own = sum(lengths[index] for index in chosen)
+        rehearsed, beside = beside.after(others, own, recipe.data.rehearsal.fraction, recipe.seed)
+        update = [*(loads[index] for index in chosen), *(rehearsal[index] for index in rehearsed)]
         made.append(update)
         together = total(update)
         counters.updates += 1
         counters.tokens += together.tokens
         counters.supervised_tokens += together.supervised
+        counters.rehearsal_tokens += together.tokens - own
         if counters.fraction(budget, epoch_tokens, 0.0) >= 1:
             break
     return made

@@ -78,7 +78,8 @@ def plot_losses(lines: list[dict[str, Any]], file: Path) -> None:
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o", color="#d1495b", label="held out")
     axes.set_xlabel("update")
-    axes.set_ylabel("loss (nats per supervised token)")
+    is_sft = not any("agreement" in line for line in lines)
+    axes.set_ylabel("loss (nats per supervised token)" if is_sft else "loss")
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.home import folder
 from sartor.models import adapters
@@ -43,7 +44,7 @@ def calibrate(base: Base, data: Rows) -> None:
 
 
 def adapted(recipe: Recipe, base: Base) -> Any:
-    """The base's model with fresh factors, and what else of it the recipe trains."""
+    """The base's model with factors, fresh or the start's, and what else of it the recipe trains."""
     method, asked = recipe.method, recipe.method.targets
     is_native = isinstance(base.media, NativeMedia)
     if not is_native:
@@ -59,7 +60,29 @@ def adapted(recipe: Recipe, base: Base) -> Any:
     )
     if asked.projector == "full" and not is_native:
         adapters.train_projectors(model)
+    if (start := start_of(recipe, base)) is not None:
+        adapters.begin_from(model, start.path)
     return model
+
+
+def start_of(recipe: Recipe, base: Base) -> Artifact | None:
+    """The Adapter or Release from whose weights a recipe's tuning goes on. Raises ArtifactError, and ConfigError for another
+    base than it was made for.
+    """
+    if not recipe.method.start:
+        return None
+    start = open_artifact(recipe.method.start, ("adapter", "release"))
+    made_for = start.manifest["base"]
+    if made_for["digest"] != base.ref.digest:
+        problem = f"method.start {start.path} was made for the base {made_for['name']} ({made_for['digest'][:16]})"
+        raise ConfigError(f"{problem}, not {base.ref.name} ({base.ref.digest[:16]})", "the base that it names")
+    return start
+
+
+def rehearsal_of(recipe: Recipe) -> Artifact | None:
+    """The Dataset of general rows that a recipe names. Raises ArtifactError."""
+    path = recipe.data.rehearsal.path
+    return open_artifact(path, "dataset") if path else None
 
 
 def _parts(base: Base, asked: Targets) -> parts.Targeted:

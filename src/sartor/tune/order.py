@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,8 +32,7 @@ def updates(lengths: Sequence[int], batch_tokens: int, seed: int, start: Positio
     """
     position = start
     while True:
-        order = list(range(len(lengths)))
-        random.Random(seed * 1_000_003 + position.epoch).shuffle(order)
+        order = _shuffled(len(lengths), seed * 1_000_003 + position.epoch)
         chosen: list[int] = []
         tokens = 0
         for row in order[position.place :]:
@@ -44,3 +44,36 @@ def updates(lengths: Sequence[int], batch_tokens: int, seed: int, start: Positio
         if chosen:
             yield chosen
         position = Position(position.epoch + 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled(count: int, seed: int) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A place in rows that are read beside an update's own. owed: tokens of them that should have been read and were not; below
+    0 where a whole row was more than was owed.
+    """
+
+    position: Position = START
+    owed: float = 0.0
+
+    def after(self, lengths: Sequence[int], own_tokens: int, fraction: float, seed: int) -> tuple[list[int], Beside]:
+        """(row indices that go with an update of `own_tokens`, the place behind them).
+
+        lengths: tokens per row, of which `fraction` of all tokens are to be. Each of their epochs is a shuffle of its own.
+        """
+        if not lengths:
+            return [], self
+        owed, position, chosen = self.owed + own_tokens * fraction / (1 - fraction), self.position, list[int]()
+        while owed > 0:
+            # another seed than that of the update's own rows
+            row = _shuffled(len(lengths), ~(seed * 1_000_003 + position.epoch))[position.place]
+            chosen.append(row)
+            owed -= lengths[row]
+            position = position.after(1, len(lengths))
+        return chosen, Beside(position, owed)

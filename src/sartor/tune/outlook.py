@@ -19,6 +19,7 @@ from sartor.tune import forecast, refusals
 from sartor.tune.forecast import FORWARD_FRACTION, TIME_ALLOWANCE, Interval, Progress, Settled
 from sartor.tune.probe import Probe, load_of, take
 from sartor.tune.recipe import Recipe
+from sartor.tune.tokenised import Rows, flat
 
 # What a calibration may read of the tokens that the run reads
 PROBE_FRACTION = 0.03
@@ -102,18 +103,18 @@ def foresee(
     path: Path,
     model: Any,
     device: torch.device,
-    train: Sequence[Encoded],
-    held_out: Sequence[Encoded],
+    data: Rows,
     counters: Progress,
 ) -> Outlook:
     """The Outlook of a run, with its micro-batch settled. `counters`: fresh ones, to count the course with.
 
     Nothing that is learnt changes. Raises BudgetError where memory cannot hold the run, with changes that it could.
     """
-    loads = [load_of(row) for row in train]
-    is_counted = forecast.course(recipe, loads, counters) is not None
+    loads, beside = ([load_of(row) for row in part] for part in (data.train, data.rehearsal))
+    is_counted = forecast.course(recipe, loads, counters, beside) is not None
+    loads += beside
     probe = Probe(path, model, device)
-    calibrate(probe, train, PROBE_FRACTION * counters.tokens if is_counted else None)
+    calibrate(probe, flat(data.train), PROBE_FRACTION * counters.tokens if is_counted else None)
     expected = forecast.memory_model(forecast.shape_of(model, recipe), probe)
     for refusal in refusals.of_memory(expected, recipe, loads):
         raise refusal.error
@@ -122,6 +123,6 @@ def foresee(
         settled,
         expected.peak(settled.load),
         counters.tokens if is_counted else None,
-        recipe.evaluations * sum(len(row.ids) for row in held_out),
+        recipe.evaluations * sum(row.tokens for row in data.held_out),
         recipe.budget.minutes and recipe.budget.minutes * 60,
     )

@@ -18,13 +18,14 @@ from sartor.models.device import best_device
 from sartor.models.path import Path as LossPath
 from sartor.tune import forecast, order, refusals
 from sartor.tune.forecast import Interval, Settled, TimeModel
-from sartor.tune.opening import adapted, calibrate, open_chosen
+from sartor.tune.opening import adapted, calibrate, open_chosen, rehearsal_of
+from sartor.tune.preferences import reached
 from sartor.tune.probe import Load, Probe, load_of, take, total
 from sartor.tune.recipe import Recipe
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.rows import encode_rows
 from sartor.tune.run import Counters, wish
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenised import Rows, flat
 
 Notice = Callable[[str], object]
 _HOURS = {"h": 1.0, "d": 24.0, "min": 1 / 60, "s": 1 / 3600}
@@ -107,7 +108,7 @@ def plan(
         return Plan(device=str(where or best_device()), refusals=refused)
     base = open_chosen(recipe, notice, where)
     try:
-        data = encode_rows(dataset, recipe, base.chat)
+        data = encode_rows(dataset, recipe, base.chat, rehearsal_of(recipe))
     except SourceError as error:
         unsupervised = refusals.Refusal(refusals.UNSUPERVISED, error.problem, error.remedy)
         return Plan(device=str(base.device), refusals=[unsupervised])
@@ -120,15 +121,17 @@ def _forecast(recipe: Recipe, base: Base, model: Any, data: Rows, price_h: float
     model.eval()
     # nothing is stored: a plan leaves no file behind
     asked = replace(wish(recipe, data, base), reuse_bytes=0)
-    path = base.path(model, data.train, asked)
+    sequences = flat(data.train)
+    path = base.path(model, sequences, asked)
     start_s = time.monotonic() - began
-    loads = [load_of(row) for row in data.train]
+    loads, beside = ([load_of(row) for row in part] for part in (data.train, data.rehearsal))
     counters = Counters()
-    updates = forecast.course(recipe, loads, counters)
+    updates = forecast.course(recipe, loads, counters, beside)
+    loads += beside
     probe, shape = Probe(path, model, base.device), forecast.shape_of(model, recipe)
-    refused = [*refusals.of_lengths(data.lengths, recipe), *refusals.of_ends(base.chat, data.train)]
+    refused = list(refusals.of_rows(recipe, base.chat, data))
     memory = forecast.memory_model(shape, probe)
-    smallest = take(data.train, 1)
+    smallest = take(sequences, 1)
     # not even one row: a probe would end as the system ends it
     timed = memory.fits(total(load_of(row) for row in smallest))
     if timed:
@@ -138,6 +141,8 @@ def _forecast(recipe: Recipe, base: Base, model: Any, data: Rows, price_h: float
     took = None
     if timed:
         times = forecast.time_model(probe.samples, probe.optimizer_seconds())
+        # the reference is computed before the first update, once
+        start_s += times.seconds(total(load_of(row) for row in flat(reached(recipe, data)))) * forecast.FORWARD_FRACTION
         took = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s)
         if updates is None:
             _count_by_minutes(counters, times, recipe, loads)
@@ -160,7 +165,7 @@ def _probe(
 ) -> forecast.MemoryModel:
     """Time micro-batches of two sizes, and one of the longest row where rows differ; returns the calibrated memory model."""
     shuffled = next(order.updates([load.tokens for load in loads], 1 << 40, recipe.seed))
-    rows = [data.train[index] for index in shuffled]
+    rows = flat(data.train[index] for index in shuffled if index < len(data.train))
     small = take(rows, _SMALL_TOKENS)
     probe.run(small, warm_up=True)
     second_s = probe.run(small)
@@ -170,7 +175,7 @@ def _probe(
     # a quarter of the time for each of two passes of the large size; the rest for warm-up and the small one again
     large = take(rows, max(2 * tokens, min(micro, int(tokens * _PROBE_S / 4 / second_s))))
     groups = [small, large] if len(large) > len(small) else [small]
-    longest = max(data.train, key=lambda row: len(row.ids))
+    longest = max(rows, key=lambda row: len(row.ids))
     if len(longest.ids) > 2 * tokens / len(small) and len(longest.ids) * second_s / tokens < _PROBE_S / 4:
         groups.append([longest])
     groups = [group for group in groups if memory.fits(total(load_of(row) for row in group))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from sartor.models.attention import BLOCKED_ATTENTION_TOKENS
 from sartor.models.batches import Encoded
 from sartor.models.path import Path
 from sartor.tune import objectives
+from sartor.tune.tokenised import Lesson
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,14 @@ class Load:
     """How much a micro-batch, or a row, asks: tokens, of them supervised, and what attention does for them.
 
     pairs: token pairs, the sum of row length squared. stored_pairs: those whose weights are kept for the backward pass
-    (above `BLOCKED_ATTENTION_TOKENS` the kernel keeps none).
+    (above `BLOCKED_ATTENTION_TOKENS` the kernel keeps none). aside: of the tokens those that have no backward pass.
     """
 
     tokens: int = 0
     supervised: int = 0
     pairs: int = 0
     stored_pairs: int = 0
+    aside: int = 0
 
     def __add__(self, other: Load) -> Load:
         return Load(
@@ -36,6 +38,7 @@ class Load:
             self.supervised + other.supervised,
             self.pairs + other.pairs,
             self.stored_pairs + other.stored_pairs,
+            self.aside + other.aside,
         )
 
 
@@ -52,10 +55,14 @@ class Sample:
 
 
 def load_of(row: Encoded) -> Load:
-    """What one row asks."""
+    """What one row asks, with what it is learnt beside."""
     length = len(row.ids)
     pairs = length * length
-    return Load(length, row.supervised_tokens, pairs, pairs if length <= BLOCKED_ATTENTION_TOKENS else 0)
+    own = Load(length, row.supervised_tokens, pairs, pairs if length <= BLOCKED_ATTENTION_TOKENS else 0)
+    if not isinstance(row, Lesson) or row.other is None:
+        return own
+    other = load_of(row.other)
+    return own + (other if row.term == "pair" else replace(other, stored_pairs=0, aside=other.tokens))
 
 
 def total(loads: Iterable[Load]) -> Load:

@@ -47,6 +47,18 @@ class BaseChoice:
 
 
 @dataclass(frozen=True)
+class Rehearsal:
+    """Rows of another Dataset in the updates, learnt by sft whatever the objective: against forgetting (arXiv:1811.11682)."""
+
+    path: str = option("", "directory of a Dataset of general rows, whose training split is taken; empty: none")
+    fraction: float = option(0.2, "of the tokens that are read, above 0 and below 1")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise ConfigError(f"fraction is {self.fraction}; it must be above 0 and below 1", "fraction: 0.2")
+
+
+@dataclass(frozen=True)
 class Data:
     """Which Dataset, and how its rows are cut into training and evaluation."""
 
@@ -56,6 +68,7 @@ class Data:
     max_length_tokens: int = option(1024, "a longer row is left out and counted: a cut one would lose its answer")
     rows: int = option(0, "at most this many training rows; 0 takes all")
     too_long_fraction: float = option(0.1, "the run is refused if more of the rows than this are too long")
+    rehearsal: Rehearsal = option(Rehearsal(), "rows of another Dataset that are read beside them")
 
     def __post_init__(self) -> None:
         if not 0 <= self.too_long_fraction <= 1:
@@ -111,6 +124,9 @@ class Lora:
     alpha: float = option(32.0, "scale: the update is alpha / rank * B A")
     dropout: float = option(0.0, "dropout before A, 0..1")
     targets: Targets = option(Targets(), "which linear modules: all-linear, names, or {modules: ..., layers: top-10}")
+    start: str = option(
+        "", "directory of an Adapter or Release of the same method, from whose weights tuning goes on; empty: afresh"
+    )
     kind: Literal["lora"] = "lora"
 
     def __post_init__(self) -> None:
@@ -124,6 +140,48 @@ class Sft:
     """Supervised fine-tuning: cross-entropy of the assistant's tokens."""
 
     kind: Literal["sft"] = "sft"
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) of rows with a rejected reply."""
+
+    beta: float = option(0.1, "how dear it is to leave the reference: the larger, the closer it stays")
+    label_smoothing: float = option(
+        0.0, "fraction of the pairs, below 0.5, that may stand the wrong way round (conservative dpo)"
+    )
+    sft_weight: float = option(0.0, "weight of the preferred reply's own cross-entropy beside it (arXiv:2404.19733 has 1)")
+    plain_weight: float = option(1.0, "weight of the cross-entropy of rows that are no pair, rehearsal among them")
+    kind: Literal["dpo"] = "dpo"
+
+    def __post_init__(self) -> None:
+        _preferring(self, "sft_weight", "plain_weight")
+        if not 0 <= self.label_smoothing < 0.5:
+            problem = f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 0.5"
+            raise ConfigError(problem, "label_smoothing: 0.0")
+
+
+@dataclass(frozen=True)
+class Kto:
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306) of rated rows; a pair is a good and a bad."""
+
+    beta: float = option(0.1, "how dear it is to leave the reference: the larger, the closer it stays")
+    desirable_weight: float = option(1.0, "lambda_D: weight of rows rated good")
+    undesirable_weight: float = option(1.0, "lambda_U: weight of rows rated bad")
+    divergence: Literal["estimate", "none"] = option(
+        "estimate", "z_0: the KL divergence from the reference, by replies to other prompts, which costs a pass; or 0"
+    )
+    plain_weight: float = option(1.0, "weight of the cross-entropy of rows that nobody rated, rehearsal among them")
+    kind: Literal["kto"] = "kto"
+
+    def __post_init__(self) -> None:
+        _preferring(self, "desirable_weight", "undesirable_weight", "plain_weight")
+
+
+def _preferring(objective: Dpo | Kto, *weights: str) -> None:
+    _at_least(objective, 0, *weights)
+    if objective.beta <= 0:
+        raise ConfigError(f"beta is {objective.beta}; it must be above 0", "beta: 0.1")
 
 
 @dataclass(frozen=True)
@@ -216,7 +274,7 @@ class Recipe:
     base: BaseChoice = option(REQUIRED, "which pretrained weights")
     data: Data = option(REQUIRED, "which Dataset")
     method: Lora = option(Lora(), "what is trained")
-    objective: Sft = option(Sft(), "what is minimised")
+    objective: Sft | Dpo | Kto = option(Sft(), "what is minimised")
     budget: Budget = option(Budget(epochs=1.0), "when to stop")
     optimizer: Optimizer = option(Optimizer(), "how it gets there")
     align: Align = option(Align(), "how a composed base begins")

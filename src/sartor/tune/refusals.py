@@ -20,8 +20,10 @@ from sartor.models.batches import Encoded
 from sartor.models.device import best_device, best_dtype
 from sartor.tune.forecast import LADDER, MemoryModel, Shape, settle
 from sartor.tune.probe import Load
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import Dpo, Recipe, Sft
+from sartor.tune.tokenised import Rows, flat, lessons
 
+NO_PREFERENCE = "nothing_preferred"
 MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = "memory", "cut_answers", "nothing_supervised", "pad_is_stop", "end_unsupervised"
 # Quantised linear weights over 16-bit and 32-bit ones: 4 bits and an absmax per 64 values; 8 bits and a scale per row
 _BYTES_PER_WEIGHT: dict[Any, float] = {4: 0.5 + 4 / 64, 8: 1.05, 16: 2.0}
@@ -89,6 +91,27 @@ def of_lengths(lengths: Sequence[int], recipe: Recipe) -> Iterator[Refusal]:
 def length_that_keeps(lengths: Sequence[int], fraction: float = _KEPT_FRACTION) -> int:
     """The smallest limit in tokens under which at least `fraction` of the rows stay."""
     return sorted(lengths)[math.ceil(fraction * len(lengths)) - 1]
+
+
+def of_rows(recipe: Recipe, chat: Tokenised, data: Rows) -> Iterator[Refusal]:
+    """Everything for which the rows of a run are refused."""
+    yield from of_objective(recipe, data)
+    yield from of_lengths(data.lengths, recipe)
+    yield from of_ends(chat, flat(data.train))
+
+
+def of_objective(recipe: Recipe, data: Rows) -> Iterator[Refusal]:
+    """No row shows what the objective learns from."""
+    objective = recipe.objective
+    if isinstance(objective, Sft) or lessons(data.train):
+        return
+    wanted = "has a rejected reply" if isinstance(objective, Dpo) else "is rated, or has a rejected reply"
+    forms = "{prompt, chosen, rejected}" if isinstance(objective, Dpo) else "{prompt, completion, rating}"
+    yield Refusal(
+        NO_PREFERENCE,
+        f"objective.kind is {objective.kind}, and none of the {len(data.train):,} training rows {wanted}",
+        f"rows of the form {forms}, or objective: {{kind: sft}}",
+    )
 
 
 def of_ends(chat: Tokenised, rows: Sequence[Encoded]) -> Iterator[Refusal]:

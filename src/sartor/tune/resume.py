@@ -19,7 +19,7 @@ from sartor.tune.tokenised import Rows
 
 # Options that may differ between a run and its resumption: when state is saved, and where the same bytes are found (the
 # Dataset and the base are compared by digest).
-FREE_OPTIONS = ("checkpoints.", "data.path", "base.name", "base.revision")
+FREE_OPTIONS = ("checkpoints.", "data.path", "data.rehearsal.path", "method.start", "base.name", "base.revision")
 
 
 def look(out: Path, *, resume: bool, replace: bool, notice: Callable[[str], object]) -> Found:
@@ -76,14 +76,15 @@ def standing_id(out: Path) -> str:
         return ""
 
 
-def fingerprint(recipe: Recipe, dataset: Artifact, base: Base, data: Rows) -> dict[str, Any]:
-    """What decides a run's result. `rows` covers what the recipe, the Dataset and the tokenizer make of each other."""
+def fingerprint(recipe: Recipe, dataset: Artifact, base: Base, data: Rows, start: Artifact | None) -> dict[str, Any]:
+    """What decides a run's result. `rows` covers what the recipe, the Datasets and the tokenizer make of each other."""
     return {
         "recipe": config.dump(recipe),
         "dataset": records.digest(dataset.manifest["files"]),
         "base": base.ref.digest,
         "template": base.chat.template_digest,
         "rows": data.digest(),
+        **({"start": records.digest(start.manifest["files"])} if start else {}),
     }
 
 

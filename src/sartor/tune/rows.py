@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from sartor.core import rows
@@ -10,51 +11,90 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import MediaError, SourceError
 from sartor.core.holdout import held_out_groups
 from sartor.core.records import Example
+from sartor.models.batches import Encoded
 from sartor.models.chat import Chat
-from sartor.tune import refusals
-from sartor.tune.recipe import Data, Recipe
-from sartor.tune.tokenised import Rows
+from sartor.tune import lessons, refusals
+from sartor.tune.recipe import Data, Kto, Recipe, Sft
+from sartor.tune.tokenised import Rows, flat
 
 
-def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat) -> Rows:
-    """The Dataset's rows as tokens. A row that is too long, refused by the template or without a supervised token is
-    left out and counted. Raises SourceError when nothing is left to learn from.
+def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat, rehearsal: Artifact | None = None) -> Rows:
+    """The Dataset's rows as tokens, as the recipe's objective learns them; and of `rehearsal` the training rows.
+
+    A row that is too long, refused by the template or without a supervised token, or of whose bad reply the objective learns
+    nothing, is left out and counted. Raises SourceError when nothing is left to learn from.
     """
-    examples = _hold_out(list(rows.read_examples(dataset)), recipe.data, recipe.seed)
     data = Rows()
+    examples = _hold_out(list(rows.read_examples(dataset)), recipe.data, recipe.seed)
+    train = _read([one for one in examples if one.split == "train"], dataset, recipe, chat, data)
+    held_out = _read([one for one in examples if one.split != "train"], dataset, recipe, chat, data)
+    if recipe.data.rows and (beyond := train[recipe.data.rows :]):
+        data.leave_out("beyond_data_rows", *dict.fromkeys(row.example_id for row, _ in beyond))
+        train = train[: recipe.data.rows]
+    # A fixed sample, so that the held-out loss of two runs on one Dataset compares
+    held_out = random.Random(0).sample(held_out, min(recipe.data.eval_rows, len(held_out)))
+    data.train = lessons.numbered(_as_lessons(train, dataset, recipe, chat), 0)
+    data.held_out = lessons.numbered(_as_lessons(held_out, dataset, recipe, chat), len(data.train))
+    if not data.supervised_tokens:
+        raise _nothing(dataset, recipe, data)
+    if rehearsal:
+        plain = replace(recipe, objective=Sft())
+        # what is measured on must not be learnt beside it
+        watched = {row.example_id for row in data.held_out}
+        taken = [one for one in rows.read_examples(rehearsal, "train") if one.id not in watched]
+        data.rehearsal = [row for row, _ in _read(taken, rehearsal, plain, chat, data)]
+        if not data.rehearsal:
+            raise _nothing(rehearsal, recipe, data)
+    return data
+
+
+def _read(
+    examples: Iterable[Example], dataset: Artifact, recipe: Recipe, chat: Chat, data: Rows
+) -> list[tuple[Encoded, Example]]:
+    """The rows that can be learnt, with the Example whose last reply each has; of the others `data` is told the reason."""
+    found: list[tuple[Encoded, Example]] = []
     for example in examples:
         if (
             example.split == "eval" and example.is_derived
         ):  # its group is held out here and not in the Dataset: no copy is asked
-            data.left_out.setdefault("copy_of_held_out", []).append(example.id)
+            data.leave_out("copy_of_held_out", example.id)
             continue
         try:
-            row = chat.encode(example, dataset.path)
+            learnt = lessons.encode(example, recipe.objective, chat, dataset.path)
         except SourceError as error:
             reason = error.reason if isinstance(error, MediaError) else f"template: {error.problem[:120]}"
-            data.left_out.setdefault(reason, []).append(example.id)
+            data.leave_out(reason, example.id)
             continue
-        data.lengths.append(len(row.ids))
-        if len(row.ids) > recipe.data.max_length_tokens:
-            data.left_out.setdefault("too_long", []).append(example.id)
-        elif not row.supervised_tokens:
-            data.left_out.setdefault("nothing_supervised", []).append(example.id)
+        sequences = flat(row for row, _ in learnt)
+        data.lengths += [len(row.ids) for row in sequences]
+        if not learnt:
+            data.leave_out("rated_bad", example.id)
+        elif any(len(row.ids) > recipe.data.max_length_tokens for row in sequences):
+            data.leave_out("too_long", example.id)
+        elif not all(row.supervised_tokens for row in sequences):
+            data.leave_out("nothing_supervised", example.id)
         else:
-            (data.train if example.split == "train" else data.held_out).append(row)
-    if recipe.data.rows:
-        beyond = data.train[recipe.data.rows :]
-        data.train = data.train[: recipe.data.rows]
-        if beyond:
-            data.left_out["beyond_data_rows"] = [row.example_id for row in beyond]
-    # A fixed sample, so that the held-out loss of two runs on one Dataset compares
-    data.held_out = random.Random(0).sample(data.held_out, min(recipe.data.eval_rows, len(data.held_out)))
-    if not data.supervised_tokens:
-        reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in data.left_out.items()) or "the Dataset has none"
-        remedy = f"look at the rows of {dataset.path}"
-        if "too_long" in data.left_out:
-            remedy = f"data.max_length_tokens={refusals.length_that_keeps(data.lengths)} (now {recipe.data.max_length_tokens})"
-        raise SourceError(f"no training row with a supervised token is left ({reasons})", remedy)
-    return data
+            found += learnt
+    return found
+
+
+def _as_lessons(read: Sequence[tuple[Encoded, Example]], dataset: Artifact, recipe: Recipe, chat: Chat) -> list[Encoded]:
+    """The rows; of kto, with what their divergence is estimated on."""
+    found = [row for row, _ in read]
+    if not isinstance(recipe.objective, Kto) or recipe.objective.divergence == "none":
+        return found
+    examples = [example for _, example in read]
+    return lessons.mismatched(found, examples, chat, dataset.path, recipe.data.max_length_tokens, recipe.seed)
+
+
+def _nothing(dataset: Artifact, recipe: Recipe, data: Rows) -> SourceError:
+    reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in data.left_out.items()) or "the Dataset has none"
+    remedy = f"look at the rows of {dataset.path}"
+    if "rated_bad" in data.left_out:
+        remedy = "objective: {kind: kto} learns from rows that were rated bad"
+    if "too_long" in data.left_out:
+        remedy = f"data.max_length_tokens={refusals.length_that_keeps(data.lengths)} (now {recipe.data.max_length_tokens})"
+    return SourceError(f"no training row with a supervised token is left ({reasons})", remedy)
 
 
 def _hold_out(examples: list[Example], data: Data, seed: int) -> list[Example]:

@@ -26,7 +26,7 @@ from sartor.tune.journal import Journal
 from sartor.tune.recipe import Budget, Optimizer, Recipe
 from sartor.tune.rng import Rng, seed_all
 from sartor.tune.signals import Signals
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenised import Rows, flat, lessons
 
 # A loss above both has exploded: a model that knows nothing and says so has ln V, and a hard first update may be higher.
 EXPLODED_OVER_UNIFORM, EXPLODED_OVER_FIRST = 2.0, 4.0
@@ -43,13 +43,14 @@ class Counters:
     updates: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    rehearsal_tokens: int = 0  # of the tokens; they are no part of an epoch
 
     def fraction(self, budget: Budget, epoch_tokens: int, wall_s: float) -> float:
         """How much of the budget is used, 0..1: of its limits the one that is nearest."""
         limits = [
             (self.updates, budget.updates),
             (self.tokens, budget.tokens),
-            (self.tokens / epoch_tokens, budget.epochs),
+            ((self.tokens - self.rehearsal_tokens) / epoch_tokens, budget.epochs),
             (wall_s / 60, budget.minutes),
         ]
         return max(used / limit for used, limit in limits if limit is not None)
@@ -107,7 +108,9 @@ class Run:
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
         self.proof: dict[str, float] | None = None
-        self.position = order.START
+        self.position, self.beside = order.START, order.Beside()
+        # what the objective says of the update that was last computed, beside its loss
+        self.said: dict[str, float] = {}
         count = recipe.evaluations if data.held_out else 0
         self.evaluation_points = [(place + 1) / count for place in range(count)]
         # MKL may use fewer threads than it has when the machine is busy, and then adds in another order; a number that
@@ -115,7 +118,7 @@ class Run:
         torch.set_num_threads(torch.get_num_threads())
         model.eval()  # a fresh adapter comes in training mode, and dropout would look like a leak between rows
         asked = replace(wish(recipe, data, base), notice=lambda line: journal.note(notice=line))
-        self.path = base.path(model, [*data.train, *data.held_out], asked)
+        self.path = base.path(model, data.every, asked)
         if resolved:
             recipe = replace(recipe, compute=replace(recipe.compute, micro_batch_tokens=resolved.micro_batch_tokens))
         self.outlook = self._foresee(recipe)
@@ -128,7 +131,7 @@ class Run:
 
     def _foresee(self, recipe: Recipe) -> outlook.Outlook:
         """What it will cost, with its micro-batch settled. Raises BudgetError where memory cannot hold it."""
-        return outlook.foresee(recipe, self.path, self.model, self.base.device, self.data.train, self.data.held_out, Counters())
+        return outlook.foresee(recipe, self.path, self.model, self.base.device, self.data, Counters())
 
     def train(self, signals: Signals) -> None:
         """Update until the budget is spent. Raises StoppedError after a signal, ModelError when the loss explodes; in
@@ -137,10 +140,13 @@ class Run:
         said = {"path": self.path.name, "reason": self.path.reason, "packing_difference_nats": self.path.packing_difference}
         self.journal.note(**said, **({"resumed_at": self.counters.updates} if self.counters.updates else {}))
         self.model.train()
-        lengths = [len(row.ids) for row in self.data.train]
+        lengths = [row.tokens for row in self.data.train]
         settings = self.recipe.optimizer
         for chosen in order.updates(lengths, settings.batch_tokens, self.recipe.seed, self.position):
-            self._update_or_save([self.data.train[index] for index in chosen])
+            rehearsed, beside = self._rehearsed(sum(lengths[index] for index in chosen))
+            self._update_or_save([*(self.data.train[index] for index in chosen), *rehearsed])
+            self.beside = beside
+            self.counters.rehearsal_tokens += sum(row.tokens for row in rehearsed)
             self.position = self.position.after(len(chosen), len(lengths))
             fraction = self._fraction()
             if self.evaluation_points and fraction >= self.evaluation_points[0]:
@@ -155,14 +161,20 @@ class Run:
                 raise StoppedError(done, "the same command with --resume goes on there", int(signals.received))
         self.model.eval()
 
+    def _rehearsed(self, own_tokens: int) -> tuple[list[batches.Encoded], order.Beside]:
+        """(rows of the rehearsal that go with an update, the place behind them)."""
+        rows, fraction = self.data.rehearsal, self.recipe.data.rehearsal.fraction
+        chosen, beside = self.beside.after([row.tokens for row in rows], own_tokens, fraction, self.recipe.seed)
+        return [rows[index] for index in chosen], beside
+
     def prove(self) -> str:
         """Compare losses and gradients of the next update's rows with the plain computation. Returns what to say.
 
         Raises ModelError when they differ by more than PROOF of the dtype, as norm of the difference over norm.
         """
-        lengths = [len(row.ids) for row in self.data.train]
+        lengths = [row.tokens for row in self.data.train]
         chosen = next(order.updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed, self.position))
-        rows = self._cut([self.data.train[index] for index in chosen])[0]
+        rows = self._cut(flat(self.data.train[index] for index in chosen))[0]
         limit = PROOF[self.base.dtype]
         self.proof = {**prove(self.path, rows), "limit": limit, "rows": len(rows)}
         said = f"loss {self.proof['loss']:.1e}, worst gradient {self.proof['gradient']:.1e} off the plain computation"
@@ -180,6 +192,7 @@ class Run:
         facts = {
             "counters": asdict(self.counters),
             "position": asdict(self.position),
+            "beside": asdict(self.beside),
             "losses": dict(self.losses),
             "evaluation_points": list(self.evaluation_points),
             "wall_s": self.journal.wall_s,
@@ -222,6 +235,8 @@ class Run:
             self.scaler.load_state_dict(facts["scaler"])
         self.counters = Counters(**facts["counters"])
         self.position = order.Position(**facts["position"])
+        if beside := facts.get("beside"):  # a checkpoint of an older version has no rehearsal
+            self.beside = order.Beside(order.Position(**beside["position"]), beside["owed"])
         self.losses, self.evaluation_points = dict(facts["losses"]), list(facts["evaluation_points"])
         Rng.read(tensors, facts["rng"]).put_back(self.base.device)
 
@@ -249,13 +264,7 @@ class Run:
         rates = self._rates()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
             group["lr"] = rate
-        total_weight = sum(row.weight * row.supervised_tokens for row in chosen)
-        loss_sum = 0.0
-        for micro in self._cut(chosen):
-            losses, weights = self.path.losses(micro)
-            objective = objectives.sft(losses, weights, total_weight or 1.0)
-            self.scaler.scale(objective).backward()
-            loss_sum += float(objective.detach())
+        loss_sum = self._backward(chosen)
         if not rates[0]:
             for parameter in self.factors:  # without a gradient AdamW leaves a parameter and its state alone
                 parameter.grad = None
@@ -266,6 +275,17 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(chosen, loss_sum, norm, rates, time.monotonic() - began)
+
+    def _backward(self, chosen: Sequence[batches.Encoded], weight: float = 1.0) -> float:
+        """The gradients of an update, times `weight`; returns its loss, times that too."""
+        total_weight = sum(row.weight * row.supervised_tokens for row in chosen)
+        loss_sum = 0.0
+        for micro in self._cut(chosen):
+            losses, weights = self.path.losses(micro)
+            objective = weight * objectives.sft(losses, weights, total_weight or 1.0)
+            self.scaler.scale(objective).backward()
+            loss_sum += float(objective.detach())
+        return loss_sum
 
     def _rates(self) -> tuple[float, float]:
         """(rate of the factors, of the projectors) now. Each phase has a warm-up and a course of its own."""
@@ -299,10 +319,10 @@ class Run:
         self, chosen: Sequence[batches.Encoded], loss: float, norm: float, rates: tuple[float, float], seconds: float
     ) -> None:
         counters = self.counters
-        tokens = sum(len(row.ids) for row in chosen)
+        tokens = sum(row.tokens for row in chosen)
         counters.updates += 1
         counters.tokens += tokens
-        counters.supervised_tokens += sum(row.supervised_tokens for row in chosen)
+        counters.supervised_tokens += sum(row.supervised_tokens for row in flat(chosen))
         if self.losses["first"] is None:
             self.losses["first"] = loss
         self.losses["last"] = loss
@@ -311,6 +331,7 @@ class Run:
             loss=loss,
             grad_norm=norm if math.isfinite(norm) else None,
             learning_rate=rates[0],
+            **self.said,
             **({"projector_rate": rates[1]} if self.projectors else {}),
             tokens=tokens,
             tokens_per_s=round(tokens / seconds, 1),
@@ -322,19 +343,23 @@ class Run:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        """Loss per supervised token on the held-out rows."""
+        """The objective's loss on the held-out rows."""
         self.model.eval()
-        total, count = 0.0, 0
-        for micro in self._cut(self.data.held_out):
-            losses, _ = self.path.losses(micro)
-            total, count = total + float(losses.sum()), count + len(losses)
+        loss, said = self._loss_of(self.data.held_out)
         self.model.train()
-        loss = total / count
         if not math.isfinite(loss):
             done = f"after update {self.counters.updates} the loss of the held-out rows is {loss}"
             raise ModelError(done, "lower optimizer.learning_rate and start over with --replace")
         self.losses["eval"] = loss
-        self.journal.note(update=self.counters.updates, eval_loss=loss)
+        self.journal.note(update=self.counters.updates, eval_loss=loss, **said)
+
+    def _loss_of(self, rows: Sequence[batches.Encoded]) -> tuple[float, dict[str, float]]:
+        """(loss per supervised token of rows, what else is said of them). Call under no_grad."""
+        total, count = 0.0, 0
+        for micro in self._cut(rows):
+            losses, _ = self.path.losses(micro)
+            total, count = total + float(losses.sum()), count + len(losses)
+        return total / max(count, 1), {}
 
 
 def wish(recipe: Recipe, data: Rows, base: Ground) -> Wish:
@@ -345,8 +370,10 @@ def wish(recipe: Recipe, data: Rows, base: Ground) -> Wish:
         fast=compute.path == "auto",
         recompute=compute.recompute,
         share=compute.share_prefixes,
-        # what is read once is not worth storing
-        reuse_bytes=int(compute.cache_gb * 1e9) if compute.reuse_frozen and not is_one_epoch else 0,
+        # what is read once is not worth storing; a lesson is read once more, for the reference
+        reuse_bytes=int(compute.cache_gb * 1e9)
+        if compute.reuse_frozen and not (is_one_epoch and not lessons(data.train))
+        else 0,
         identity=base.ref.digest,
     )
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, config, licences
+from sartor.core import catalogue, config, licences, lineage
 from sartor.core.artifacts import Artifact, open_artifact, write_artifact, writer_lock
 from sartor.core.errors import ConfigError
 from sartor.models import adapters
@@ -23,13 +23,14 @@ from sartor.tune import refusals
 from sartor.tune import resume as resumption
 from sartor.tune.checkpoint import Found, Saver, clear, folder_of, full_disk, sweep
 from sartor.tune.journal import Journal, plot_losses
-from sartor.tune.opening import adapted, calibrate, open_chosen
-from sartor.tune.recipe import Recipe
+from sartor.tune.opening import adapted, calibrate, open_chosen, rehearsal_of, start_of
+from sartor.tune.preferences import PreferenceRun
+from sartor.tune.recipe import Recipe, Sft
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.rows import encode_rows
 from sartor.tune.run import Resolved, Run
 from sartor.tune.signals import Signals
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenised import Rows, lessons
 
 Notice = Callable[[str], object]
 
@@ -74,9 +75,12 @@ def tune(
     for refusal in refusals.of_base(recipe):
         raise refusal.error
     base = open_chosen(recipe, notice)
-    data = encode_rows(dataset, recipe, base.chat)
+    rehearsal, start = rehearsal_of(recipe), start_of(recipe, base)
+    data = encode_rows(dataset, recipe, base.chat, rehearsal)
     calibrate(base, data)
-    work = Work(recipe, dataset, base, data, found, resumption.fingerprint(recipe, dataset, base, data), prove)
+    fingerprint = resumption.fingerprint(recipe, dataset, base, data, start)
+    parents = [dataset, *(one for one in (rehearsal, start) if one)]
+    work = Work(recipe, parents, base, data, found, fingerprint, prove)
     if resume and (adapter := resumption.finished(out, found, work.fingerprint)):
         notice(f"{out} is finished: nothing is left to do")
     else:
@@ -89,10 +93,13 @@ def tune(
 
 @dataclass(frozen=True)
 class Work:
-    """What a run works on, opened and compared with what stands on disk."""
+    """What a run works on, opened and compared with what stands on disk.
+
+    parents: the Dataset, then that of the rehearsal, and what tuning goes on from.
+    """
 
     recipe: Recipe
-    dataset: Artifact
+    parents: list[Artifact]
     base: Base
     data: Rows
     found: Found
@@ -105,7 +112,7 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
     model = adapted(recipe, base)
     for line in describe(work.data, base, model):
         notice(line)
-    for refusal in (*refusals.of_lengths(work.data.lengths, recipe), *refusals.of_ends(base.chat, work.data.train)):
+    for refusal in refusals.of_rows(recipe, base.chat, work.data):
         raise refusal.error
     environment = resumption.environment(base)
     replaces = checkpoint.manifest["replaces"] if checkpoint else resumption.standing_id(out) if replace else ""
@@ -121,7 +128,8 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
         so_far = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
         with full_disk(f"{out} could not be written"):
             with Journal(part / "log.jsonl", show=show, **so_far) as journal:
-                run = Run(recipe, base, model, work.data, journal, saver, resolved)
+                kind = Run if isinstance(recipe.objective, Sft) else PreferenceRun
+                run = kind(recipe, base, model, work.data, journal, saver, resolved)
                 if checkpoint:
                     run.restore(checkpoint)
                     notice(f"going on after update {checkpoint.update}, from {checkpoint.path}")
@@ -153,6 +161,11 @@ def describe(data: Rows, base: Base, model: Any) -> Iterator[str]:
         f"{trained:,} of {everything:,} parameters trained ({trained / everything:.2%}); "
         f"base {base.ref.name} in {str(base.dtype).removeprefix('torch.')} on {base.device.type}"
     )
+    if taught := lessons(data.train):
+        terms = ", ".join(f"{count:,} {term}" for term, count in lineage.tally(one.term for one in taught).items())
+        yield f"preferences: {terms}; {len(data.train) - len(taught):,} rows by sft"
+    if data.rehearsal:
+        yield f"rehearsal: {len(data.rehearsal):,} rows stand ready beside them"
     for reason, ids in data.left_out.items():
         yield f"left out: {len(ids):,} rows, {reason}"
     if not base.chat.has_template:
@@ -163,13 +176,13 @@ def _facts(work: Work, run: Run) -> dict[str, Any]:
     """The manifest of the Adapter."""
     trained, everything = adapters.trainable(run.model)
     counters, wall_s = run.counters, run.journal.wall_s
-    dataset, base = work.dataset, work.base
+    base = work.base
     return {
         "base": base.as_manifest(),
         "recipe": config.dump(work.recipe),
-        "parents": [dataset.as_parent()],
-        "sources": dataset.manifest["sources"],
-        "licence": licences.combine([dataset.licence, base.ref.licence, *base.tower_licences]),
+        "parents": [one.as_parent() | _role(one, place) for place, one in enumerate(work.parents)],
+        "sources": _sources(work.parents),
+        "licence": licences.combine([*(one.licence for one in work.parents), base.ref.licence, *base.tower_licences]),
         "left_out": work.data.left_out,
         "fingerprint": {name: digest for name, digest in work.fingerprint.items() if name != "recipe"},
         "run": {
@@ -196,3 +209,19 @@ def _facts(work: Work, run: Run) -> dict[str, Any]:
         "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
     }
+
+
+def _role(parent: Artifact, place: int) -> dict[str, str]:
+    """What a Dataset that is not the first one is to the Adapter: what it holds out is not what the Adapter is for."""
+    return {"role": lineage.REHEARSAL} if place and parent.kind == "dataset" else {}
+
+
+def _sources(parents: Sequence[Artifact]) -> list[dict[str, Any]]:
+    """Those of all parents, each once."""
+    found: list[dict[str, Any]] = []
+    for place, parent in enumerate(parents):
+        for source in parent.manifest.get("sources", []):
+            said = {**source, "rehearsal": True} if _role(parent, place) else source
+            if said not in found:
+                found.append(said)
+    return found

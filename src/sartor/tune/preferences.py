@@ -1,0 +1,188 @@
+"""A run under dpo or kto: lessons beside plain rows, and the reference that they are held against.
+
+The reference is the model before its first update: the base under a fresh adapter, or what the adapter was that tuning goes on
+from. So its log-probabilities are one number a reply, computed once, before anything moves, and kept in every checkpoint: no
+second model is held, and no update pays for it (docs/objectives.md has what that saves).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path as Folder
+from typing import Any, NamedTuple
+
+import torch
+
+from sartor.models.batches import Encoded
+from sartor.tune import objectives, order
+from sartor.tune.recipe import Dpo, Recipe, Sft
+from sartor.tune.run import Counters, Run
+from sartor.tune.signals import Signals
+from sartor.tune.tokenised import Lesson, Rows, flat, lessons, micro_batches
+
+REFERENCE = "reference"
+
+
+class Judged(NamedTuple):
+    """N lessons of a micro-batch. losses, weights: (N,). agree: (N,) whether the model has moved as people said. replies: of
+    pairs, the (S,) losses and weights of the preferred replies' tokens.
+    """
+
+    losses: torch.Tensor
+    weights: torch.Tensor
+    agree: torch.Tensor
+    replies: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class PreferenceRun(Run):
+    """See `Run`. An update's loss is the weighted mean over its lessons, plus `plain_weight` times that of sft over its plain
+    rows; of dpo, plus `sft_weight` times that of the preferred replies.
+    """
+
+    reference: torch.Tensor | None = None
+
+    @property
+    def _asked(self) -> Any:
+        assert not isinstance(self.recipe.objective, Sft)
+        return self.recipe.objective
+
+    def train(self, signals: Signals) -> None:
+        """See `Run`; the reference is computed first, unless a checkpoint brought it."""
+        if self.reference is None:
+            needed = [*reached(self.recipe, self.data), *(lessons(self.data.held_out) if self.evaluation_points else [])]
+            self.reference = self._refer(needed)
+        super().train(signals)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """See `Run`."""
+        tensors, facts = super().state()
+        return ({**tensors, REFERENCE: self.reference} if self.reference is not None else tensors), facts
+
+    def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], where: Folder) -> None:
+        self.reference = tensors[REFERENCE].to(self.base.device)
+        super()._become(tensors, facts, where)
+
+    @torch.no_grad()
+    def _refer(self, needed: Sequence[Lesson]) -> torch.Tensor:
+        """(N, 2): by a lesson's number the log-probability of its reply and of the other one; nan where none is needed.
+
+        Every row of the run has a line. Call it before the first update.
+        """
+        numbers = [row.number for row in lessons([*self.data.train, *self.data.held_out])]
+        table = torch.full((max(numbers) + 1, 2), math.nan, device=self.base.device)
+        places: dict[int, tuple[int, int]] = {}
+        for lesson in needed:
+            places[id(lesson)] = lesson.number, 0
+            if lesson.other:
+                places[id(lesson.other)] = lesson.number, 1
+        self.model.eval()
+        for micro in self._cut(flat(needed)):
+            for row, found in zip(micro, self._log_probabilities(micro), strict=True):
+                table[places[id(row)]] = found
+        self.journal.note(reference_rows=len(places))
+        return table
+
+    def _log_probabilities(self, rows: Sequence[Encoded]) -> torch.Tensor:
+        losses, _ = self.path.losses(rows)
+        return objectives.log_probabilities(losses, [row.supervised_tokens for row in rows])
+
+    def _backward(self, chosen: Sequence[Encoded], weight: float = 1.0) -> float:
+        mine, plain = apart(chosen)
+        loss = super()._backward(plain, weight * self._asked.plain_weight) if plain else 0.0
+        divergence = self._divergence(mine)
+        total = sum(row.weight for row in mine) or 1.0
+        replies = sum(row.weight * row.supervised_tokens for row in mine) or 1.0
+        agree = 0
+        for micro in self._micro_batches(mine):
+            judged = self._judge(micro, divergence)
+            objective = weight * self._sum(judged, total, replies)
+            self.scaler.scale(objective).backward()
+            loss, agree = loss + float(objective.detach()), agree + int(judged.agree.sum())
+        self.said = self._report(mine, agree, divergence)
+        return loss
+
+    def _loss_of(self, rows: Sequence[Encoded]) -> tuple[float, dict[str, float]]:
+        mine, plain = apart(rows)
+        loss = self._asked.plain_weight * super()._loss_of(plain)[0] if plain else 0.0
+        divergence = self._divergence(mine)
+        total = sum(row.weight for row in mine) or 1.0
+        replies = sum(row.weight * row.supervised_tokens for row in mine) or 1.0
+        agree = 0
+        for micro in self._micro_batches(mine):
+            judged = self._judge(micro, divergence)
+            loss, agree = loss + float(self._sum(judged, total, replies)), agree + int(judged.agree.sum())
+        return loss, {f"eval_{name}": value for name, value in self._report(mine, agree, divergence).items()}
+
+    def _micro_batches(self, rows: Sequence[Lesson]) -> list[list[Lesson]]:
+        share = self.recipe.compute.share_prefixes and self.path.name != "one-row"
+        return micro_batches(rows, self.resolved.micro_batch_tokens, share=share) if rows else []
+
+    def _judge(self, rows: Sequence[Lesson], divergence: torch.Tensor) -> Judged:
+        assert self.reference is not None
+        asked, reference = self._asked, self.reference[[row.number for row in rows]]
+        weights = torch.tensor([row.weight for row in rows], device=self.base.device)
+        if isinstance(asked, Dpo):
+            sequences = flat(rows)
+            losses, of_tokens = self.path.losses(sequences)
+            lengths = [row.supervised_tokens for row in sequences]
+            chosen, rejected = objectives.log_probabilities(losses, lengths).view(-1, 2).unbind(1)
+            found = objectives.dpo(
+                chosen, rejected, *reference.unbind(1), beta=asked.beta, label_smoothing=asked.label_smoothing
+            )
+            parts = [pair[::2] for pair in (losses.split(lengths), of_tokens.split(lengths))]
+            agree = chosen - reference[:, 0] > rejected - reference[:, 1]
+            return Judged(found, weights, agree, (torch.cat(parts[0]), torch.cat(parts[1])))
+        is_good = torch.tensor([row.term == "good" for row in rows], device=self.base.device)
+        policy = self._log_probabilities(rows)
+        found = objectives.kto(
+            policy, reference[:, 0], is_good, divergence, beta=asked.beta,
+            desirable_weight=asked.desirable_weight, undesirable_weight=asked.undesirable_weight,
+        )  # fmt: skip
+        return Judged(found, weights, (policy - reference[:, 0] > divergence) == is_good)
+
+    def _sum(self, judged: Judged, total: float, replies: float) -> torch.Tensor:
+        """What a micro-batch adds to an update's loss. total, replies: weights of the update's lessons, and of their tokens."""
+        loss = (judged.losses * judged.weights).sum() / total
+        if judged.replies and self._asked.sft_weight:
+            loss = loss + self._asked.sft_weight * objectives.sft(*judged.replies, replies)
+        return loss
+
+    @torch.no_grad()
+    def _divergence(self, rows: Sequence[Lesson]) -> torch.Tensor:
+        """z_0 of an update's rated rows; 0 under dpo."""
+        others = [(row.number, row.other) for row in rows if row.term != "pair" and row.other]
+        if not others:
+            return torch.zeros((), device=self.base.device)
+        assert self.reference is not None
+        reference = {id(row): self.reference[number, 1] for number, row in others}
+        policy, held = [], []
+        for micro in self._cut([row for _, row in others]):
+            policy.append(self._log_probabilities(micro))
+            held += [reference[id(row)] for row in micro]
+        return objectives.divergence(torch.cat(policy), torch.stack(held))
+
+    def _report(self, rows: Sequence[Lesson], agree: int, divergence: torch.Tensor) -> dict[str, float]:
+        """What is said of lessons: the fraction on which the model has moved as people said; of kto, the divergence too."""
+        if not rows:
+            return {}
+        is_dpo = isinstance(self._asked, Dpo)
+        return {"agreement": round(agree / len(rows), 4), **({} if is_dpo else {"divergence": float(divergence)})}
+
+
+def apart(rows: Iterable[Encoded]) -> tuple[list[Lesson], list[Encoded]]:
+    """(lessons, plain rows)."""
+    every = list(rows)
+    return lessons(every), [row for row in every if not isinstance(row, Lesson)]
+
+
+def reached(recipe: Recipe, data: Rows) -> list[Lesson]:
+    """The lessons that a run's budget reaches; all, where minutes alone limit it."""
+    lengths, counters, seen = [row.tokens for row in data.train], Counters(), set[int]()
+    for chosen in order.updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
+        seen.update(chosen)
+        counters.updates += 1
+        counters.tokens += sum(lengths[index] for index in chosen)
+        if len(seen) == len(lengths) or counters.fraction(recipe.budget, sum(lengths), 0.0) >= 1:
+            break
+    return lessons(data.train[index] for index in sorted(seen))

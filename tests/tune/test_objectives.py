@@ -1,0 +1,115 @@
+"""Objectives: values against the papers' formulas written out in plain Python, and gradients against finite differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from sartor.tune import objectives
+
+N = 5
+
+
+def doubles(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+SMOOTHING = (0.0, 0.2)
+GOOD = torch.tensor([True, False, True, False, False])
+CHECKED: dict[str, Callable[..., torch.Tensor]] = {
+    "sft": lambda a, b, c, d: objectives.sft(a, b, 3.0),
+    "log_probabilities": lambda a, b, c, d: objectives.log_probabilities(a, [2, 0, 3]),
+    "dpo": lambda a, b, c, d: objectives.dpo(a, b, c, d, beta=0.3),
+    "dpo, smoothed": lambda a, b, c, d: objectives.dpo(a, b, c, d, beta=0.3, label_smoothing=0.2),
+    "kto": lambda a, b, c, d: objectives.kto(a, b, GOOD, 0.4, beta=0.3),
+    "kto, weighed": lambda a, b, c, d: objectives.kto(a, b, GOOD, 0.4, beta=2, desirable_weight=1.5, undesirable_weight=0.5),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    inputs = tuple(doubles(N, seed=seed) for seed in range(4))
+    assert torch.autograd.gradcheck(CHECKED[name], inputs)
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHING)
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_dpo_is_the_papers_formula(beta: float, smoothing: float) -> None:
+    """arXiv:2305.18290, eq. 7, with its conservative form: -(1-e) log s(m) - e log s(-m)."""
+    chosen, rejected, of_chosen, of_rejected = (doubles(N, seed=seed).detach() * 3 for seed in range(4))
+    found = objectives.dpo(chosen, rejected, of_chosen, of_rejected, beta=beta, label_smoothing=smoothing)
+    for place in range(N):
+        margin = beta * math.log(math.exp(chosen[place] - of_chosen[place]) / math.exp(rejected[place] - of_rejected[place]))
+        wanted = -(1 - smoothing) * math.log(sigmoid(margin)) - smoothing * math.log(sigmoid(-margin))
+        assert float(found[place]) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("divergence", [0.0, 0.7])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.3, 0.6)])
+def test_kto_is_the_papers_formula(divergence: float, weights: tuple[float, float]) -> None:
+    """arXiv:2402.01306: lambda_y - v, v = lambda_D s(beta (r - z0)) of a good reply and lambda_U s(beta (z0 - r)) of a bad one."""
+    policy, reference = (doubles(N, seed=seed).detach() * 3 for seed in range(2))
+    found = objectives.kto(
+        policy, reference, GOOD, divergence, beta=0.5, desirable_weight=weights[0], undesirable_weight=weights[1]
+    )
+    for place in range(N):
+        ratio = float(policy[place] - reference[place])
+        if GOOD[place]:
+            wanted = weights[0] - weights[0] * sigmoid(0.5 * (ratio - divergence))
+        else:
+            wanted = weights[1] - weights[1] * sigmoid(0.5 * (divergence - ratio))
+        assert float(found[place]) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_at_the_reference_nothing_is_known_and_the_gradient_points_to_what_people_want() -> None:
+    same = torch.zeros(2, dtype=torch.float64)
+    chosen, rejected = same.clone().requires_grad_(), same.clone().requires_grad_()
+    loss = objectives.dpo(chosen, rejected, same, same, beta=0.1)
+    assert loss.tolist() == pytest.approx([math.log(2)] * 2)
+    loss.sum().backward()
+    assert chosen.grad is not None and rejected.grad is not None
+    assert (chosen.grad < 0).all() and (rejected.grad > 0).all()
+    policy = same.clone().requires_grad_()
+    loss = objectives.kto(policy, same, torch.tensor([True, False]), 0.0, beta=0.1)
+    assert loss.tolist() == [0.5, 0.5]
+    loss.sum().backward()
+    assert policy.grad is not None and policy.grad[0] < 0 < policy.grad[1]
+
+
+def test_far_from_the_reference_nothing_overflows() -> None:
+    far = torch.tensor([1e5, -1e5], requires_grad=True)
+    nought = torch.zeros(2)
+    for found in (
+        objectives.dpo(far, nought, nought, nought, beta=1.0),
+        objectives.kto(far, nought, torch.tensor([True, False]), 0.0, beta=1.0),
+    ):
+        (slope,) = torch.autograd.grad(found.sum(), far)
+        assert torch.isfinite(found).all() and torch.isfinite(slope).all()
+
+
+def test_the_divergence_is_the_mean_log_ratio_not_below_0_and_has_no_gradient() -> None:
+    policy, reference = torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([0.0, 1.0])
+    found = objectives.divergence(policy, reference)
+    assert float(found) == 1.5 and not found.requires_grad
+    assert float(objectives.divergence(reference, policy.detach())) == 0.0
+    assert float(objectives.divergence(torch.zeros(0), torch.zeros(0))) == 0.0
+
+
+def test_a_reply_is_as_probable_as_its_tokens_together() -> None:
+    losses = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+    assert objectives.log_probabilities(losses, [1, 3]).tolist() == [-0.5, -7.0]
+
+
+def test_how_an_update_is_cut_changes_no_weighted_mean() -> None:
+    losses, weights = doubles(6).detach().abs(), doubles(6, seed=1).detach().abs()
+    total = float(weights.sum())
+    parts: list[Any] = [objectives.sft(losses[part], weights[part], total) for part in (slice(0, 2), slice(2, 6))]
+    assert float(sum(parts)) == pytest.approx(float((losses * weights).sum() / weights.sum()))
