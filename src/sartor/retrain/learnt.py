@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from sartor.agents.monitors import Rate
-from sartor.core import rows
+from sartor.core import config, rows
 from sartor.core.artifacts import Artifact, kind_of, open_artifact
 from sartor.core.errors import ArtifactError
 from sartor.core.records import Drop, Example
 from sartor.curate.derived import write_derived
+from sartor.curate.inbox.reading import of_folder
+from sartor.curate.inbox.terms import InboxTerms
 from sartor.curate.pipeline import curate
 from sartor.curate.steps.contract import dropped
 from sartor.retrain import news, suspects
@@ -55,17 +57,26 @@ def heard(job: Job) -> Artifact:
     out = job.at(FEEDBACK)
     if kind_of(out) == "dataset":
         return open_artifact(out, "dataset")
-    own = job.own_rows()
-    # whoever rates a reply to one of the agent's own prompts is held against what is known of it
-    known = [name for name in own.manifest["files"] if name.startswith("examples/")]
-    terms = {"agent": job.agent, **({"known": str(own.path / known[0])} if len(known) == 1 else {})}
     use = job.live().manifest.get("use", "commercial")
     recipe = {
-        "sources": [{"path": f"inbox:{_inbox(job)}", "use": [use], "inbox": terms}],
+        "sources": [{"path": f"inbox:{_inbox(job)}", "use": [use], "inbox": config.dump(_terms(job))}],
         "split": {"eval_fraction": job.rules.eval_fraction},
         "workers": 1,
     }
     return curate(recipe, out, notice=job.notice).dataset
+
+
+def _terms(job: Job) -> InboxTerms:
+    """Whoever rates a reply to one of the agent's own prompts is held against what is known of it."""
+    own = job.own_rows()
+    known = [name for name in own.manifest["files"] if name.startswith("examples/")]
+    return InboxTerms(agent=job.agent, known=str(own.path / known[0]) if len(known) == 1 else "")
+
+
+def distrusted(job: Job) -> list[str]:
+    """A line for each voice that contradicts the rest, but for the keys that a person ignores: nothing of it is learnt."""
+    standings = of_folder(_inbox(job), _terms(job)).standings
+    return [one.why for one in standings if one.is_aside and one.key not in job.wishes.ignore]
 
 
 def written(job: Job, feedback: Artifact) -> Learnt:

@@ -27,18 +27,21 @@ EPOCHS = 3.0
 
 def curate(job: Job) -> Mapping[str, Any]:
     """feedback/ what the inbox holds, as a Dataset; data/ and ratings/ what is learnt from it, with rehearsal."""
+    if found := learnt.distrusted(job):
+        # nothing of theirs would be learnt; but whoever lies by one key may have others, and a person should look first
+        raise GateError(f"keys: {'; '.join(found)}", "look at what they said (sartor agents feedback); then --ignore KEY")
     said = learnt.heard(job)
-    found = learnt.written(job, said)
-    if not found.legs:
+    made = learnt.written(job, said)
+    if not made.legs:
         raise GateError(
-            f"of what was said {found.corrections} corrections and {found.ratings} ratings can be learnt from; dropped: "
+            f"of what was said {made.corrections} corrections and {made.ratings} ratings can be learnt from; dropped: "
             f"{dict(said.manifest['counts']['dropped']) or 'none'}",
             f"it takes {job.rules.at_least.corrections} corrections or {job.rules.at_least.ratings} ratings: retrain.at_least",
         )
-    keys = suspects.check(found.rates, job.wishes.believe)
+    keys = suspects.check(made.rates, job.wishes.believe)
     if keys.outcome == "fail":  # before anything is spent on what they said
         raise GateError(f"keys: {keys.detail}", keys.remedy)
-    return {**dataclasses.asdict(found), "keys": keys.detail}
+    return {**dataclasses.asdict(made), "keys": keys.detail}
 
 
 def tune(job: Job) -> Mapping[str, Any]:
