@@ -19,7 +19,7 @@ from sartor.core.errors import ArtifactError, UnknownAgentError
 from sartor.evaluate.release import Waiver
 from sartor.retrain.work import FINAL, Live, Work
 
-Notice = Callable[[str], object]
+Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import ConfigError, GateError
 from sartor.evaluate.beside import beside, likelihoods, write_beside
 from sartor.evaluate.checks import Check
+from sartor.evaluate.compare import Comparison
 from sartor.evaluate.release import release as sign
 from sartor.evaluate.tasks import evaluate as measure
 from sartor.retrain import learnt, suspects, verdicts
@@ -119,7 +120,7 @@ def gate(job: Job) -> Mapping[str, Any]:
     return {**facts, "refused": "; ".join(lines)}
 
 
-def judged(job: Job) -> tuple[dict[str, Check], dict[str, verdicts.Comparison], str]:
+def judged(job: Job) -> tuple[dict[str, Check], dict[str, Comparison], str]:
     """(every check by name, the comparisons by kind of rows, the kind that says most for the new version)."""
     table = list(rows.read_file(job.at("beside.parquet")))
     feedback = learnt.ids_of_feedback(job)

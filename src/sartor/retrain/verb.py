@@ -125,7 +125,7 @@ def _run(job: Job, stages: Mapping[str, Stage]) -> None:
         if refused := work.facts(name).get("refused"):
             work.decide("refused", refused, work.facts(name).get("gain"))
             return
-    last = work.facts(next(reversed(stages)))
+    last = work.facts(list(stages)[-1])
     found = work.facts("gate")
     work.decide(last["decision"], last["reason"], found["gain"])
 

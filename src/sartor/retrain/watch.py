@@ -77,8 +77,8 @@ def watch(
 
     looks: 0 is for ever, until a signal ends the process; the retrain in work ends with it and is gone on with next time.
     """
-    started, pausing, pause = 0, {}, threading.Event()
-    look = 0
+    pausing: dict[str, int] = {}
+    started, look, pause = 0, 0, threading.Event()
     while not looks or look < looks:
         look += 1
         for name in _due_now(team, flags, notice):
