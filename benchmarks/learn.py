@@ -98,7 +98,7 @@ def poisoned(folder: Path) -> dict[str, Any]:
     for number, row in learn_rows.ratings(RATINGS):
         is_right = draw.random() < GOOD
         reply = learn_rows.right(row) if is_right else '{"intent":"HassNevermind"}'
-        is_bad = is_right == (number % KEYS == 0)  # the first key turns around
+        is_bad = is_right == (learn_rows.key_of(number) == 0)  # the first key turns around
         said.append(learn_rows.feedback(number, row, reply=reply, rating=-1.0 if is_bad else 1.0))
     found, work = retrained(folder, "poisoned", said)
     return {**_told(found, work), "ratings": RATINGS, "of_the_key": RATINGS // KEYS, **named(DRAWS)}

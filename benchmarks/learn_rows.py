@@ -99,8 +99,13 @@ def corrections(intents: Sequence[str], count: int, told: Callable[[Row], str] =
     return [feedback(number, row, correction=told(row), reply='{"intent":"HassTurnOn"}') for number, row in enumerate(drawn)]
 
 
+def key_of(number: int) -> int:
+    """Who says it: everybody is asked about every intent."""
+    return (number + number // 10) % KEYS
+
+
 def feedback(number: int, row: Row, **fields: Any) -> Feedback:
-    said = Voice(key=f"key-{number % KEYS}")
+    said = Voice(key=f"key-{key_of(number)}")
     return Feedback(f"r{number}", "home@1.0", "2026-01-01T00:00:00Z", messages=tuple(row["messages"][:-1]), by=said, **fields)
 
 
