@@ -119,7 +119,7 @@ def test_what_teaches_nothing_is_a_drop_that_says_why_and_holds_no_words(tmp_pat
         )),
         ("notes.txt:1", "not_feedback"),
     ]  # fmt: skip
-    assert all("secret" not in drop.detail + drop.text for drop in drops)
+    assert all("secret" not in drop.detail and not drop.text for drop in drops)
     with pytest.raises(SourceError, match="empty_answer"):  # the first that is no matter of the source's own terms
         read(folder, strict=True, agent="faq", consent="given")
 

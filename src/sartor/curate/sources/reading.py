@@ -234,7 +234,8 @@ class _Reading:
                 example = forms.parse(row, form, origin, place)
                 _check_text(example)
             except Malformed as fault:
-                yield self._drop(fault, origin, row)
+                # what people said stands in the inbox, from which it can be taken out again
+                yield self._drop(fault, origin, None if file.kind == inbox.FORM else row)
                 continue
             except RecursionError:
                 yield self._drop(Malformed("bad_json", "the row is nested too deeply"), origin, None)
