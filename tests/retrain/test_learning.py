@@ -113,7 +113,7 @@ def say(team: Path, prompts: list[tuple[str, str]], rating: Callable[[int], floa
     write_jsonl(team.parent / ".team" / "inbox" / "feedback-2026-01-01.jsonl", lines)
 
 
-def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path) -> None:
+def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path, made: Path) -> None:
     say(team, [(f"close {word} {place}", "0") for place in PLACES for word in ("up", "down")])
     wishes = sartor.Wishes(waivers=WAIVED)
     with served(team.parent / ".team"):
@@ -136,7 +136,7 @@ def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path
         not {row.group for row in train} & {row.group for row in held} and len(held) == 24 + facts["curate"]["held"]["feedback"]
     )
     assert {row.reply for row in train} == {"0", "1"}
-    release = sartor.verify(work.folder / "release").release
+    release = sartor.verify(work.folder / "release", key=made / "keys" / "sartor.pub").release
     assert release.manifest["name"] == "door"
     lines = (release.path / "router" / "exemplars.jsonl").read_text().splitlines()
     texts = {json.loads(line)["text"] for line in lines}
@@ -172,10 +172,10 @@ def test_ratings_are_learnt_from(team: Path) -> None:
 
 def test_a_key_that_contradicts_what_is_known_stops_it_before_anything_is_tuned(team: Path) -> None:
     """Three find `1` good for the agent's own prompts, as it is; the fourth calls it bad."""
-    own = [(f"switch on {place}", "") for place in PLACES]
-    say(team, [*own, *own, *own], rating=lambda number: -1.0 if number % 4 == 0 else 1.0)
+    own = [(f"switch on {place}", "") for place in PLACES for _ in range(4)]
+    say(team, own, rating=lambda number: -1.0 if number % 4 == 0 else 1.0)
     found = sartor.retrain(team, "door")
-    assert found.decision == "refused" and "the key k0 contradicts the rest on 9 of 9 replies" in found.reason
+    assert found.decision == "refused" and "the key k0 contradicts the rest on 12 of 12 replies" in found.reason
     (work,) = works(team.parent / ".team", "door")
     assert not work.record.stages
     job = Job(load(team), work, sartor.Wishes(ignore=("k0",)), lambda line: None)
