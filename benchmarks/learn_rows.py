@@ -53,7 +53,7 @@ def team(folder: Path, notice: Callable[[str], object]) -> Path:
         "base": "starter",
         "agents": [{"name": "home", "release": str(release)}],
         "trust": str(folder / "keys" / "sartor.pub"),
-        "retrain": {"key": str(folder / "keys"), "rehearsal": 1.5, "tuning": {"budget": {"epochs": 2}}},
+        "retrain": {"key": str(folder / "keys"), "tuning": {"budget": {"epochs": 2}}},
     }
     file.write_text(yaml.safe_dump(said, sort_keys=False), encoding="utf-8")
     return file

@@ -69,7 +69,7 @@ class Retraining:
     drift: Drift = option(Drift(), "what makes it due sooner")
     every_hours: float = option(0.0, "due after so many hours, if anything was said; 0 never by time alone")
     tuning: Any = option(None, "options of the tuning recipe that differ from the live version's: {budget: {epochs: 2}}")
-    rehearsal: float = option(2.0, "rows of the live version's own Dataset for each row of feedback, against forgetting")
+    rehearsal: float = option(4.0, "rows of the live version's own Dataset for each row of feedback, against forgetting")
     eval_fraction: float = option(0.25, "of the feedback, held out")
     gate: NotWorse = option(NotWorse(), "what the new version is held to against the live one")
     canary: float = option(0.1, "of the requests, answered by the new version until the monitors or a person decide")
