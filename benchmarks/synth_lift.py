@@ -33,7 +33,8 @@ from sartor.core import assets
 from sartor.core.errors import GateError
 
 REAL = 60
-UPDATES = 60
+# few enough for ten minutes, and enough for each of 350 rows to be seen some seven times
+UPDATES = 200
 AREA, FLOOR = list(intents.AREAS), list(intents.FLOORS)
 PLAYER, FAN, HEATER = (list(intents.NAMES[kind]) for kind in ("media_player", "fan", "climate"))
 LISTS, LAMP, COVER = (list(intents.NAMES[kind]) for kind in ("todo", "light", "cover"))
