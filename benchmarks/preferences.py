@@ -42,7 +42,6 @@ Order = tuple[str, str, str]
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 384}
 # of the base's own training rows those in the form that people will prefer
 SELDOM = 0.1
-OBJECTIVES: dict[str, dict[str, Any]] = {"dpo": {"kind": "dpo"}, "kto": {"kind": "kto"}}
 
 
 def asked(order: Order) -> str:
@@ -169,7 +168,11 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     before = judged(replies(base, method.get("start", ""), held_out), held_out)
     data = feedback(folder, told, rng)
     found = {}
-    for kind, objective in OBJECTIVES.items():
+    objectives: dict[str, dict[str, Any]] = {
+        "dpo": {"kind": "dpo", "beta": options.beta, "sft_weight": options.sft_weight},
+        "kto": {"kind": "kto", "beta": options.beta},
+    }
+    for kind, objective in objectives.items():
         recipe = {
             "base": base, "data": data[kind], "method": method, "objective": objective, "evaluations": 0, "seed": options.seed,
             "budget": {"epochs": options.epochs}, "optimizer": {"learning_rate": options.rate, "batch_tokens": 1024},
@@ -183,11 +186,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--starter", action="store_true", help="on the starter base; minutes")
-    parser.add_argument("--updates", type=int, default=600, help="of the tiny base's own training")
+    parser.add_argument("--updates", type=int, default=700, help="of the tiny base's own training")
     parser.add_argument("--told", type=int, default=160, help="orders on which people say what they prefer")
     parser.add_argument("--asked", type=int, default=200, help="held-out orders")
     parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the adapters")
+    # replies of a few tokens: at 0.1 the loss would ask for 50 nats, where 5 settle which form is said
+    parser.add_argument("--beta", type=float, default=1.0, help="of dpo and kto")
+    parser.add_argument("--sft-weight", type=float, default=0.2, help="of dpo: the preferred reply's own cross-entropy")
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of the adapters")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.monotonic()

@@ -44,6 +44,7 @@ SLOW = {
     "audit.md",
     "engines.md",
     "multimodal.md",
+    "objectives.md",
     "edge-publish.md",
     "edge-personal.md",
     "federate-privacy.md",

@@ -2,7 +2,7 @@
 
 The reference is the model before its first update: the base under a fresh adapter, or what the adapter was that tuning goes on
 from. So its log-probabilities are one number a reply, computed once, before anything moves, and kept in every checkpoint: no
-second model is held, and no update pays for it (docs/objectives.md has what that saves).
+second model is held, and no update pays a forward pass for it; computed with the updates it would be paid again in each epoch.
 """
 
 from __future__ import annotations
