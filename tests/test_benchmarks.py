@@ -219,3 +219,16 @@ def test_chaos_knows_a_wrong_reply() -> None:
     assert said == {"hello": "", "hullo": "another reply than in peace"}
     assert "nobody knows" in load.judged(Reply("faq", "hi", 0.0, 1.0, "faq@2", "hello")).wrong
     assert load.judged(Reply("faq", "hi", 0.0, 1.0, wrong="HTTP 503")).wrong == "HTTP 503"
+
+
+def test_learning_from_use_is_measured_on_what_nobody_chose() -> None:
+    import random
+
+    import learn_rollback
+    from learn_rollback import Drift, until_rollback
+
+    assert until_rollback(Drift("format", 0, 1.0), random.Random(0)) == 20  # the fewest replies that monitors judge
+    assert until_rollback(Drift("format", 100, 1.0), random.Random(0)) > 20
+    assert until_rollback(None, random.Random(0), most=300) == 0
+    found = learn_rollback.quantile(list(range(1, 101)), 0.5)
+    assert found["low"] < found["estimate"] < found["high"]

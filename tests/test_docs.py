@@ -33,6 +33,7 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
 # Ten seconds to half a minute of real runs on one page: not for the inner loop
 SLOW = {
     "review.md",
+    "retrain.md",
     "recipes.md",
     "synthetic.md",
     "curation.md",

@@ -82,6 +82,9 @@ _NAMES = {
     "remove_feedback": "sartor.agents.feedback_book:remove_feedback",
     "repair_agent": "sartor.agents.book:repair_agent",
     "rethreshold": "sartor.curate.rethreshold:rethreshold",
+    "retrain": "sartor.retrain",
+    "retrain_due": "sartor.retrain.watch:due",
+    "retrain_watch": "sartor.retrain.watch:watch",
     "review_add": "sartor.curate.review.desk:review_add",
     "review_agreement": "sartor.curate.review.desk:review_agreement",
     "review_apply": "sartor.curate.review.desk:review_apply",
@@ -137,6 +140,7 @@ _NAMES = {
     "Team": "sartor.agents.team:Team",
     "ValidateOptions": "sartor.curate.validate.options:ValidateOptions",
     "Waiver": "sartor.evaluate.release:Waiver",
+    "Wishes": "sartor.retrain.job:Wishes",
     # what is known of them
     "assets": "sartor.core.assets:entries",
     "describe_steps": "sartor.curate.steps.reference:lines",

@@ -9,6 +9,7 @@ from typing import Literal
 
 from sqlalchemy import URL
 
+from sartor.agents.retraining import Retraining
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
@@ -244,6 +245,7 @@ class Team(Basis):
     router: Routing = option(Routing(), "how `auto` chooses")
     rollout: Rollout = option(Rollout(), "how a new version comes in")
     speech: Speech = option(Speech(), "who speaks")
+    retrain: Retraining = option(Retraining(), "how agents learn from what is said of them")
     feedback: FeedbackTerms = option(FeedbackTerms(), "what is kept of what people say of replies")
     personal: PersonalTerms = option(PersonalTerms(), "versions of users' own")
 
@@ -275,6 +277,7 @@ def load(path: Path, flags: Sequence[str] = ()) -> Team:
         agents=tuple(replace(member, release=str(root / member.release)) for member in team.agents),
         state=str(root / (team.state or f".{path.stem}")),
         trust=str(root / team.trust) if team.trust else "",
+        retrain=replace(team.retrain, key=str(root / team.retrain.key) if team.retrain.key else ""),
         speech=replace(
             team.speech,
             voice=seen_from(team.speech.voice, root),

@@ -7,6 +7,7 @@
     agents.py   agents key; receipt verify
     assets.py   assets list, assets install
     serving.py  export, serve
+    learning.py retrain
     edge.py     edge: what a publisher of updates does, and what a device does
     federate.py federate: keys, and a run simulated on one machine
     review.py   review: the person's queue of a Dataset
@@ -28,20 +29,20 @@ from typing import Any, NoReturn
 from cyclopts import CycloptsError
 
 import sartor
-from sartor.cli import agents, assets, data, edge, federate, person, personal, review, serving, tuning, validation
+from sartor.cli import agents, assets, data, edge, federate, learning, person, personal, review, serving, tuning, validation
 from sartor.cli.app import AS_JSON, app
 from sartor.core.errors import ConfigError, SartorError
 
-__all__ = ["agents", "app", "assets", "data", "edge", "federate", "main", "person", "personal", "review", "serving", "tuning",
-           "validation"]  # fmt: skip
+__all__ = ["agents", "app", "assets", "data", "edge", "federate", "learning", "main", "person", "personal", "review", "serving",
+           "tuning", "validation"]  # fmt: skip
 
 
 # command -> the name of its recipe's class: loaded for the help of that command alone, since that takes a while
-RECIPES = {"curate": "CurateRecipe", "plan": "Recipe", "serve": "Team", "synthesize": "SynthesizeRecipe", "tune": "Recipe",
-           "validate": "ValidateOptions"}  # fmt: skip
+RECIPES = {"curate": "CurateRecipe", "plan": "Recipe", "retrain": "Team", "serve": "Team", "synthesize": "SynthesizeRecipe",
+           "tune": "Recipe", "validate": "ValidateOptions"}  # fmt: skip
 
 
-_OF = {"serve": " of the team", "validate": ""}
+_OF = {"retrain": " of the team", "serve": " of the team", "validate": ""}
 
 
 def _add_options(command: str) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from sartor.core import lineage, rows
-from sartor.core.artifacts import Artifact
+from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError
 from sartor.core.records import Example, Message
 from sartor.curate.steps.personal_data import PersonalData
@@ -87,19 +87,37 @@ class TrainingFacts:
 
 
 def read_facts(adapter: Artifact) -> TrainingFacts:
-    """The facts of an Adapter's Dataset, in one pass. Raises ArtifactError where the Dataset is not to be found."""
-    dataset = lineage.find_parent(adapter, "dataset")
-    if dataset is None:
+    """The facts of an Adapter's Dataset, and of those of what its tuning went on from; each row once.
+
+    Raises ArtifactError where the Dataset is not to be found.
+    """
+    own = lineage.find_parent(adapter, "dataset")
+    if own is None:
         raise ArtifactError(
             f"the Dataset of {adapter.path} is not where it was, so the system prompt of its rows is unknown",
             "sartor index DIR finds a Dataset that was moved",
         )
-    facts = TrainingFacts()
-    rehearsed = {source["source"] for source in dataset.manifest["sources"] if source.get("rehearsal")}
-    for example in rows.read_examples(dataset):
-        is_rehearsal = all(origin.source in rehearsed for origin in example.origins)
-        (facts.rehearse if is_rehearsal else facts.add)(example)
+    facts, seen = TrainingFacts(), set[str]()
+    for dataset in (own, *_earlier(adapter)):
+        rehearsed = {source["source"] for source in dataset.manifest["sources"] if source.get("rehearsal")}
+        for example in rows.read_examples(dataset):
+            if example.id in seen or example.rating < 0:  # what was rated bad shows no reply of the agent's
+                continue
+            seen.add(example.id)
+            is_rehearsal = all(origin.source in rehearsed for origin in example.origins)
+            (facts.rehearse if is_rehearsal else facts.add)(example)
     return facts
+
+
+def _earlier(adapter: Artifact) -> Iterator[Artifact]:
+    """The Datasets of the Adapters that a tuning went on from, the nearest first, as far as they still stand."""
+    starts = {parent["id"] for parent in adapter.manifest["parents"] if parent["kind"] in ("adapter", "release")}
+    for step in lineage.walk(adapter):
+        if step.id in starts and step.state == "opened":
+            start = open_artifact(step.path)
+            if (dataset := lineage.find_parent(start, "dataset")) is not None:
+                yield dataset
+            yield from _earlier(start)
 
 
 def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:

@@ -1,0 +1,171 @@
+"""What a retrain learns from: the feedback of one agent by kind, and rows of the live version's own Dataset beside it.
+
+    feedback/     Dataset: what the inbox held of the agent when the retrain began, as curate reads it; a quarter held out
+    data/         Dataset: corrections and rehearsal to train on; held out are the live version's own rows and corrections
+    ratings/      Dataset: rated replies and rehearsal to train on; the same rows held out
+
+Held-out ratings stay in feedback/: a rated reply is no reference to be compared with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sartor.agents.monitors import Rate
+from sartor.core import config, rows
+from sartor.core.artifacts import Artifact, kind_of, open_artifact
+from sartor.core.errors import ArtifactError
+from sartor.core.records import Drop, Example
+from sartor.curate.derived import write_derived
+from sartor.curate.inbox.reading import of_folder
+from sartor.curate.inbox.terms import InboxTerms
+from sartor.curate.pipeline import curate
+from sartor.curate.steps.contract import dropped
+from sartor.retrain import news, suspects
+from sartor.retrain.job import Job
+
+STEP = "retrain"
+FEEDBACK, FOLDERS = "feedback", {"sft": "data", "kto": "ratings"}
+# with --anyway; else a quarter of at_least
+FEWEST = 4
+NO_KEY = "(no key)"
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """legs: which tunings there are rows for, in order. corrections, ratings: rows of each; held: those that are held out.
+
+    ignored: rows of keys that a person ignores. rates: of each key, how many replies it rated, and how many of them bad.
+    """
+
+    legs: tuple[str, ...]
+    corrections: int
+    ratings: int
+    held: Mapping[str, int]
+    rehearsal: int
+    ignored: int
+    rates: Mapping[str, Rate]
+
+
+def heard(job: Job) -> Artifact:
+    """feedback/: what the inbox holds of the agent now, as curate trusts it."""
+    out = job.at(FEEDBACK)
+    if kind_of(out) == "dataset":
+        return open_artifact(out, "dataset")
+    use = job.live().manifest.get("use", "commercial")
+    recipe = {
+        "sources": [{"path": f"inbox:{_inbox(job)}", "use": [use], "inbox": config.dump(_terms(job))}],
+        "split": {"eval_fraction": job.rules.eval_fraction},
+        "workers": 1,
+    }
+    return curate(recipe, out, notice=job.notice).dataset
+
+
+def _terms(job: Job) -> InboxTerms:
+    """Whoever rates a reply to one of the agent's own prompts is held against what is known of it."""
+    own = job.own_rows()
+    known = [name for name in own.manifest["files"] if name.startswith("examples/")]
+    return InboxTerms(agent=job.agent, known=str(own.path / known[0]) if len(known) == 1 else "")
+
+
+def distrusted(job: Job) -> list[str]:
+    """A line for each voice that contradicts the rest, but for the keys that a person ignores: nothing of it is learnt."""
+    standings = of_folder(_inbox(job), _terms(job)).standings
+    return [one.why for one in standings if one.is_aside and one.key not in job.wishes.ignore]
+
+
+def written(job: Job, feedback: Artifact) -> Learnt:
+    """data/ and ratings/, as far as there are enough rows of each."""
+    own = job.own_rows()
+    keys = keys_of_lines(_inbox(job))
+    every = list(rows.read_examples(feedback))
+    said = [row for row in every if not _keys_of(row, keys) <= set(job.wishes.ignore)]
+    corrections, ratings = [row for row in said if not row.rating], [row for row in said if row.rating]
+    rates = suspects.by_key((key, row.rating) for row in ratings for key in sorted(_keys_of(row, keys)))
+    held = _held_out(job, own, corrections)
+    least = job.rules.at_least
+    counted = {"sft": (corrections, least.corrections), "kto": (ratings, least.ratings)}
+    legs, rehearsal = [], 0
+    for leg, (some, enough) in counted.items():
+        if len(some) < (FEWEST if job.wishes.anyway else enough * news.EARLY_FRACTION):
+            continue
+        train = [row for row in some if row.split == "train"]
+        beside = rehearsed(own, round(job.rules.rehearsal * len(train)), job.work.record.number)
+        legs.append(leg)
+        rehearsal += len(beside)
+        _write(job.at(FOLDERS[leg]), [feedback, own], [*train, *beside], held)
+    counts = {
+        "feedback": sum(row.split == "eval" for row in corrections),
+        "ratings": sum(row.split == "eval" for row in ratings),
+    }
+    ignored = len(every) - len(said)
+    return Learnt(tuple(legs), len(corrections), len(ratings), {**counts, "all": len(held)}, rehearsal, ignored, rates)
+
+
+def rehearsed(own: Artifact, count: int, seed: int) -> list[Example]:
+    """Training rows of the live version's own Dataset: another draw for each retrain, the same in a resumed one."""
+    every = [row for row in rows.read_examples(own, "train") if not row.rating]
+    every.sort(key=lambda row: hashlib.sha256(f"{seed}:{row.id}".encode()).digest())
+    return every[:count]
+
+
+def ids_of_feedback(job: Job) -> set[str]:
+    """Of the corrections: which rows of a Report are such."""
+    return {row.id for row in rows.read_examples(open_artifact(job.at(FEEDBACK), "dataset")) if not row.rating}
+
+
+def held_ratings(job: Job) -> list[Example]:
+    """Rated replies that were not trained on, where ratings were learnt from at all."""
+    if "kto" not in job.work.facts("curate")["legs"]:
+        return []
+    keys, ignored = keys_of_lines(_inbox(job)), set(job.wishes.ignore)
+    said = rows.read_examples(open_artifact(job.at(FEEDBACK), "dataset"), "eval")
+    return [row for row in said if row.rating and not _keys_of(row, keys) <= ignored]
+
+
+def keys_of_lines(inbox: Path) -> dict[str, str]:
+    """Locator of a line -> the key that said it; "(no key)" where a team has none."""
+    return {f"{file.name}:{line}": said.by.key or NO_KEY for file, line, said in news.lines(inbox)}
+
+
+def _keys_of(row: Example, keys: Mapping[str, str]) -> set[str]:
+    return {keys.get(origin.locator, NO_KEY) for origin in row.origins}
+
+
+def read_recipe(file: Path) -> dict[str, Any]:
+    """The tuning recipe in a manifest of an Adapter (`sartor.json`). Raises ArtifactError."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["recipe"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{file} says no recipe: {error}", "restore the Release from a copy") from None
+
+
+def _inbox(job: Job) -> Path:
+    return Path(job.team.state) / "inbox"
+
+
+def _held_out(job: Job, own: Artifact, corrections: Sequence[Example]) -> list[Example]:
+    """Held-out corrections, and of the live version's own held-out rows as many as the gate asks; the same for every leg."""
+    said = [row for row in corrections if row.split == "eval"]
+    known = {row.id for row in said}
+    theirs = [row for row in rows.read_examples(own, "eval") if not row.rating and row.id not in known]
+    theirs.sort(key=lambda row: hashlib.sha256(row.id.encode()).digest())
+    return [*said, *theirs[: max(job.rules.gate.rows - len(said), 0)]]
+
+
+def _write(out: Path, parents: Sequence[Artifact], train: Sequence[Example], held: Sequence[Example]) -> None:
+    if kind_of(out) == "dataset":  # killed between this Dataset and the record
+        return
+    groups, kept, drops = {row.group for row in held}, [], list[Drop]()
+    for row in train:
+        if row.group in groups:
+            drops.append(dropped(row, "group_held_out", "a held-out row is of its group", step=STEP))
+        else:
+            kept.append(row)
+    facts = {STEP: {"train": len(kept), "held_out": len(held)}}
+    write_derived(out, parents, [*kept, *(replace(row, split="eval") for row in held)], drops, step=facts)

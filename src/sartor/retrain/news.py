@@ -1,0 +1,164 @@
+"""What was said of an agent since it was retrained last, and whether that makes a retrain due."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import mannwhitneyu
+
+from sartor.agents.monitors import Rate, excess
+from sartor.agents.retraining import Retraining
+from sartor.core.receipt_index import Placed, ReceiptIndex
+from sartor.core.records import Feedback
+from sartor.curate.inbox.lines import prefix_digest, read
+from sartor.curate.inbox.reading import MOST_BYTES
+from sartor.retrain.work import Work, works
+
+# Below this a rise of bad ratings, or of what the router finds, is taken for chance
+ALPHA = 0.01
+# of the newest receipts, on either side of the last retrain
+MOST_RECEIPTS = 500
+FEWEST_RECEIPTS = 30
+EARLY_FRACTION = 0.25
+
+
+@dataclass(frozen=True)
+class News:
+    """Counts since `since` (ISO, "" for ever). ratings: with how many of them were bad; `before`: those up to then."""
+
+    agent: str
+    since: str
+    corrections: int
+    ratings: Rate
+    before: Rate
+    unlearnable: int
+
+    def as_json(self) -> dict[str, Any]:
+        """For --due."""
+        said = {"agent": self.agent, "since": self.since, "corrections": self.corrections, "ratings": self.ratings.seen}
+        return {**said, "bad_ratings": self.ratings.bad, "not_learnable": self.unlearnable}
+
+
+@dataclass(frozen=True)
+class Due:
+    """Whether an agent is to be retrained now, and by which trigger; or how much is lacking."""
+
+    news: News
+    triggers: tuple[str, ...]
+    lacking: str
+
+    def as_json(self) -> dict[str, Any]:
+        """A row of --due."""
+        return {**self.news.as_json(), "due": bool(self.triggers), "why": "; ".join(self.triggers) or self.lacking}
+
+
+def news(inbox: Path, agent: str, since: str) -> News:
+    """What an inbox holds of an agent, whatever version was asked."""
+    corrections, unlearnable, after, before = 0, 0, Rate(), Rate()
+    for _, _, said in lines(inbox):
+        if said.agent.rpartition("@")[0] != agent:
+            continue
+        is_new = said.date > since
+        if said.rating:
+            (after if is_new else before).count(said.rating < 0)
+        if is_new and said.correction:
+            corrections, unlearnable = corrections + said.has_words, unlearnable + (not said.has_words)
+    return News(agent, since, corrections, after, before, unlearnable)
+
+
+def lines(inbox: Path) -> Iterator[tuple[Path, int, Feedback]]:
+    """What an inbox holds, line by line, and where; a line that is none is curate's to count, and passed over."""
+    for file in sorted(inbox.glob("feedback-*.jsonl")):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            sha256 = prefix_digest(stream, size)
+        for number, said in read(str(file), size, sha256, MOST_BYTES):
+            if isinstance(said, Feedback):
+                yield file, number, said
+
+
+def last(state: Path, agent: str) -> Work | None:
+    """The newest retrain of an agent that took what was said into account."""
+    return next(iter(reversed(works(state, agent))), None)
+
+
+def due(state: Path, agent: str, rules: Retraining, scores: tuple[Sequence[float], Sequence[float]] = ((), ())) -> Due:
+    """Whether an agent is to be retrained. scores: the router's of its requests, before the last retrain and since."""
+    newest = last(state, agent)
+    since = newest.record.began if newest else ""
+    found = news(state / "inbox", agent, since)
+    least, drift = rules.at_least, rules.drift
+    triggers = []
+    if found.corrections >= least.corrections:
+        triggers.append(f"{found.corrections} corrections")
+    if found.ratings.seen >= least.ratings:
+        triggers.append(f"{found.ratings.seen} ratings")
+    if found.corrections >= least.corrections * EARLY_FRACTION or found.ratings.seen >= least.ratings * EARLY_FRACTION:
+        triggers += [*_worse_liked(found, drift.bad_ratings), *_moved(*scores, drift.input)]
+    hours = hours_since(since)
+    if rules.every_hours and hours >= rules.every_hours and (found.corrections or found.ratings.seen):
+        triggers.append(f"{hours:.0f} hours" if since else "never retrained")
+    return Due(found, tuple(triggers), lacking(found, rules))
+
+
+def lacking(found: News, rules: Retraining) -> str:
+    """How much more has to be said, in a sentence."""
+    least = rules.at_least
+    more = f"{max(least.corrections - found.corrections, 0)} more corrections or {max(least.ratings - found.ratings.seen, 0)}"
+    return (
+        f"{found.corrections} corrections and {found.ratings.seen} ratings since {found.since or 'ever'}; "
+        f"it takes {more} more ratings"
+    )
+
+
+def hours_since(date: str) -> float:
+    """Since an ISO date; infinite for none."""
+    return (datetime.now(UTC) - datetime.fromisoformat(date)).total_seconds() / 3600 if date else math.inf
+
+
+def _worse_liked(found: News, margin: float) -> Iterator[str]:
+    if margin < 1 and excess(found.ratings, found.before, margin) >= -math.log(ALPHA):
+        before, since = found.before, found.ratings
+        yield f"bad ratings: {before.bad} of {before.seen} before, {since.bad} of {since.seen} since"
+
+
+def _moved(before: Sequence[float], after: Sequence[float], least: float) -> Iterator[str]:
+    """The probability that a request since is found less like the agent's than one before, if that is beyond chance."""
+    if least >= 1 or min(len(before), len(after)) < FEWEST_RECEIPTS:
+        return
+    test = mannwhitneyu(before, after, alternative="greater")
+    # the effect in 0..1: 0 where neither side is above the other, 1 where every request before was
+    effect = 2 * float(test.statistic) / (len(before) * len(after)) - 1
+    if test.pvalue < ALPHA and effect >= least:
+        yield f"input: the router finds the requests less like the agent's than before, by {effect:.2f} of 1"
+
+
+def routed(state: Path, agent: str, release_id: str) -> tuple[list[float], list[float]]:
+    """What the router found of requests that it gave to one Release of an agent: the first ones, and the newest as many."""
+    folder = state / "receipts"
+    if not folder.is_dir():
+        return [], []
+    placed = list(ReceiptIndex(folder).of_releases([release_id]))
+    many = min(len(placed) // 2, MOST_RECEIPTS)
+    early, late = (
+        [score for one in some if (score := _score(folder, one, agent)) is not None]
+        for some in (placed[:many], placed[len(placed) - many :])
+    )
+    return early, late
+
+
+def _score(folder: Path, placed: Placed, agent: str) -> float | None:
+    """None for a request that named its agent, and for a receipt that is damaged."""
+    try:
+        with (folder / placed.segment).open("rb") as stream:
+            stream.seek(placed.start)
+            found = json.loads(stream.read(placed.length))["choice"]["scores"].get(agent)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return float(found) if isinstance(found, int | float) else None

@@ -1,0 +1,184 @@
+"""The stages of a retrain, in their order. Each finds what it had finished before a kill, and makes the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sartor.agents.book import add_agent, promote_agent
+from sartor.agents.presence import is_served
+from sartor.core import rows
+from sartor.core.artifacts import kind_of, open_artifact
+from sartor.core.errors import ConfigError, GateError
+from sartor.evaluate.beside import beside, likelihoods, write_beside
+from sartor.evaluate.checks import Check
+from sartor.evaluate.compare import Comparison
+from sartor.evaluate.release import release as sign
+from sartor.evaluate.tasks import evaluate as measure
+from sartor.retrain import learnt, suspects, verdicts
+from sartor.retrain.job import Job, Stage, bumped, read_registry
+from sartor.tune.trainer import tune as train
+
+# what the tuning of the live version is changed by, unless `retrain.tuning` says otherwise: few rows, seen a few times
+GENTLE = 0.5
+EPOCHS = 3.0
+
+
+def curate(job: Job) -> Mapping[str, Any]:
+    """feedback/ what the inbox holds, as a Dataset; data/ and ratings/ what is learnt from it, with rehearsal."""
+    if found := learnt.distrusted(job):
+        # nothing of theirs would be learnt; but whoever lies by one key may have others, and a person should look first
+        raise GateError(f"keys: {'; '.join(found)}", "look at what they said (sartor agents feedback); then --ignore KEY")
+    said = learnt.heard(job)
+    made = learnt.written(job, said)
+    if not made.legs:
+        raise GateError(
+            f"of what was said {made.corrections} corrections and {made.ratings} ratings can be learnt from; dropped: "
+            f"{dict(said.manifest['counts']['dropped']) or 'none'}",
+            f"it takes {job.rules.at_least.corrections} corrections or {job.rules.at_least.ratings} ratings: retrain.at_least",
+        )
+    keys = suspects.check(made.rates, job.wishes.believe)
+    if keys.outcome == "fail":  # before anything is spent on what they said
+        raise GateError(f"keys: {keys.detail}", keys.remedy)
+    return {**dataclasses.asdict(made), "keys": keys.detail}
+
+
+def tune(job: Job) -> Mapping[str, Any]:
+    """adapter-sft/, adapter-kto/: the live version's adapter gone on with, on corrections and then on ratings."""
+    start, made = Path(job.work.record.live.release), []
+    for leg in job.work.facts("curate")["legs"]:
+        out = job.at(f"adapter-{leg}")
+        recipe = recipe_of(job, leg, start)
+        job.notice(f"tuning: {leg} on {recipe['data']['path']}, going on from {start}")
+        tuned = train(recipe, out, resume=True, show=False, notice=job.notice)
+        made.append({"leg": leg, "adapter": str(tuned.adapter.path), "loss": tuned.adapter.manifest["run"]["loss"]})
+        start = out
+    return {"adapter": str(start), "legs": made}
+
+
+def recipe_of(job: Job, leg: str, start: Path) -> dict[str, Any]:
+    """The tuning recipe of a leg: the live version's own, gentler, and what `retrain.tuning` changes."""
+    own = open_artifact(job.work.record.live.release, "release").path / "sartor.json"
+    known = learnt.read_recipe(own)
+    known["data"] = {**known["data"], "path": str(job.at(learnt.FOLDERS[leg])), "rows": 0}
+    known["objective"] = {"kind": leg}
+    known["budget"] = {"epochs": EPOCHS}
+    if not known["method"].get("start"):  # that of a version which was retrained itself is gentle already
+        known["optimizer"] = {**known["optimizer"], "learning_rate": known["optimizer"]["learning_rate"] * GENTLE}
+    known["method"] = {**known["method"], "start": str(start)}
+    return merged(known, job.rules.tuning or {})
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with others laid over them, mapping by mapping; a limit of the budget takes the place of all others."""
+    if not isinstance(over, Mapping):
+        raise ConfigError(f"retrain.tuning is {over!r}, no mapping of options", "tuning: {budget: {epochs: 2}}")
+    found = dict(under)
+    for name, value in over.items():
+        is_inner = isinstance(value, Mapping) and isinstance(found.get(name), Mapping) and name != "budget"
+        found[name] = merged(found[name], value) if is_inner else value
+    return found
+
+
+def evaluate(job: Job) -> Mapping[str, Any]:
+    """report/ the new adapter against the base; beside.parquet the live version on the same rows; and the held-out ratings."""
+    adapter, out = Path(job.work.facts("tune")["adapter"]), job.at("report")
+    if kind_of(out) != "report":
+        said = job.live().manifest
+        label = open_artifact(Path(job.work.record.live.release) / "report", "report").manifest["label"]
+        measure(
+            adapter, out=out, scorer=said["primary"], label=label, most_rows=job.rules.gate.rows, notice=job.notice,
+        )  # fmt: skip
+    found = beside(adapter, out, job.work.record.live.release, job.notice)
+    write_beside(job.at("beside.parquet"), found)
+    return {"report": str(out), "metric": found.metric, "rows": len(found.table), **_liked(job, adapter)}
+
+
+def _liked(job: Job, adapter: Path) -> dict[str, Any]:
+    """How likely both versions find the held-out replies that people rated, the rating's sign before it."""
+    held = learnt.held_ratings(job)
+    if not held:
+        return {"ratings": []}
+    live, new = (likelihoods(path, held, job.notice) for path in (job.work.record.live.release, adapter))
+    return {
+        "ratings": [
+            {"id": row.id, "group": row.group, "live": row.rating * before, "new": row.rating * after}
+            for row, before, after in zip(held, live, new, strict=True)
+        ]
+    }
+
+
+def gate(job: Job) -> Mapping[str, Any]:
+    """Whether it is better than the live version somewhere, and nowhere worse; `refused` says why not."""
+    found, compared, of = judged(job)
+    told = {name: {"outcome": check.outcome, "detail": check.detail} for name, check in found.items()}
+    gains = {kind: {"estimate": one.difference, "low": one.low, "high": one.high} for kind, one in compared.items()}
+    facts = {"checks": told, "gain": {"of": of, **gains[of]}, "compared": gains}
+    lines = [f"{name}: {check.detail}" for name, check in found.items() if check.outcome == "fail"]
+    return {**facts, "refused": "; ".join(lines)}
+
+
+def judged(job: Job) -> tuple[dict[str, Check], dict[str, Comparison], str]:
+    """(every check by name, the comparisons by kind of rows, the kind that says most for the new version)."""
+    table = list(rows.read_file(job.at("beside.parquet")))
+    feedback = learnt.ids_of_feedback(job)
+    kinds = {
+        "feedback": [row for row in table if row["id"] in feedback],
+        "held_out": [row for row in table if row["id"] not in feedback],
+        "ratings": list(job.work.facts("evaluate")["ratings"]),
+    }
+    compared = {kind: verdicts.of_rows(some) for kind, some in kinds.items() if len(some) > 1}
+    if "held_out" not in compared:
+        raise GateError(
+            "the live version's Dataset holds out too few rows to tell what would suffer", "curate with eval_fraction"
+        )
+    better, of = verdicts.gain(compared)
+    rules = job.rules.gate
+    checks = {
+        "gain over live": better,
+        "not worse": verdicts.not_worse(compared["held_out"], rules.margin),
+        **verdicts.slices(kinds["held_out"], rules),
+    }
+    return checks, compared, of
+
+
+def release(job: Job) -> Mapping[str, Any]:
+    """release/: the Adapter through the gate of every Release, under the rules of the live one, signed as its next version."""
+    live, out = job.live(), job.at("release")
+    taken = [one.version for one in read_registry(job.team).versions.values() if one.agent == job.agent]
+    if kind_of(out) == "release":  # killed between the Release and the record
+        return {"release": str(out), "version": open_artifact(out, "release").manifest["version"]}
+    version = bumped(live.manifest["version"], taken)
+    rules = job.at("gate.yaml")
+    if said := live.manifest.get("rules"):
+        rules.write_text(said["text"], encoding="utf-8")
+    sign(
+        Path(job.work.facts("tune")["adapter"]), name=live.manifest["name"], version=version, key=job.rules.key,
+        report=job.at("report"), out=out, waivers=job.wishes.waivers, use=live.manifest.get("use", "commercial"),
+        rules=rules if said else None,
+    )  # fmt: skip
+    return {"release": str(out), "version": version}
+
+
+def bring_in(job: Job) -> Mapping[str, Any]:
+    """Registered; on trial where somebody serves the team, live at once where a person asks for it, else waiting."""
+    made, live = job.work.facts("release"), job.work.record.live
+    why = f"retrain {job.work.record.number}: {job.work.facts('gate')['gain']}"
+    name = f"{job.agent}@{made['version']}"
+    add_agent(job.team, made["release"], name=job.agent, why=why)
+    if is_served(Path(job.team.state)):
+        promote_agent(job.team, job.agent, made["version"], expected=live.version, canary=job.rules.canary, why=why)
+        told = f"answers {job.rules.canary:.0%} of the requests until the monitors or a person decide"
+        return {"decision": "canary", "reason": f"{name} {told}"}
+    if job.wishes.promote:
+        promote_agent(job.team, job.agent, made["version"], expected=live.version, canary=0.0, shadow=0.0, why=why)
+        return {"decision": "promoted", "reason": f"{name} is live: {why}"}
+    how = f"sartor agents promote {job.agent} {made['version']}"
+    return {"decision": "candidate", "reason": f"{name} waits, since nobody serves the team: {how}, or --promote"}
+
+
+STAGES: dict[str, Stage] = {
+    "curate": curate, "tune": tune, "evaluate": evaluate, "gate": gate, "release": release, "bring in": bring_in
+}  # fmt: skip

@@ -1,0 +1,79 @@
+"""Is the new version better than the live one, and nowhere worse? Checks beside those of the gate of every Release.
+
+Two kinds of rows are compared: `held_out`, which the live version's own Dataset holds out, and `feedback`, corrections that
+were not trained on. The second were chosen because the live version erred on them, so it is behind on them by the choosing
+alone: they show that what people said was learnt, and only the first can show that nothing else suffered.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sartor.agents.retraining import NotWorse
+from sartor.evaluate import compare
+from sartor.evaluate.checks import Check
+from sartor.evaluate.compare import Comparison
+from sartor.evaluate.labels import known_fields, label_of
+
+Row = Mapping[str, Any]
+# a field of more values cuts the rows into slices too thin to judge
+MOST_VALUES = 40
+
+
+def of_rows(table: Sequence[Row]) -> Comparison:
+    """The new version's scores less the live one's, with the interval over groups."""
+    return compare.paired([row["live"] for row in table], [row["new"] for row in table], [row["group"] for row in table])
+
+
+def gain(compared: Mapping[str, Comparison]) -> tuple[Check, str]:
+    """(whether any kind of rows is better by an interval above 0, the kind that says so or else the first)."""
+    better = [kind for kind, found in compared.items() if found.low > 0]
+    lines = "; ".join(f"{kind}: {told(found)}" for kind, found in compared.items())
+    chosen = better[0] if better else next(iter(compared))
+    if better:
+        return Check("pass", lines), chosen
+    return Check("fail", f"no interval lies above 0: {lines}", "more feedback, or a longer tuning (retrain.tuning)"), chosen
+
+
+def not_worse(found: Comparison, margin: float) -> Check:
+    """Whether the mean over rows that nobody chose is the live version's, but for the margin: non-inferiority."""
+    fits = found.low >= -margin or found.low > 0
+    remedy = "" if fits else "more rehearsal (retrain.rehearsal), fewer epochs (retrain.tuning), or more held-out rows to tell"
+    return Check("pass" if fits else "fail", f"{told(found)}; it may fall by {margin:g}", remedy)
+
+
+def slices(table: Sequence[Row], rules: NotWorse) -> dict[str, Check]:
+    """Of each slice whether it has fallen by more than the margin, by an interval that excludes 0. None where there is none."""
+    found = {}
+    for name, rows in cut(table, rules.slices, rules.slice_rows):
+        compared = of_rows(rows)
+        is_worse = compared.high < 0 and -compared.difference > rules.slice_margin
+        remedy = f"rows of {name} among the rehearsal, or look at what was said of it" if is_worse else ""
+        detail = f"{told(compared)} over {len(rows)} rows; it may fall by {rules.slice_margin:g}"
+        found[f"slice:{name}"] = Check("fail" if is_worse else "pass", detail, remedy)
+    return found
+
+
+def cut(table: Sequence[Row], fields: Sequence[str], least: int) -> Iterator[tuple[str, list[Row]]]:
+    """(field=value, rows) of each slice with enough rows. No fields: each that the references have and that has few values."""
+    every = fields or [name for name in known_fields(row["reference"] for row in table) if _has_few(table, name, least)]
+    for field in every:
+        by_value: dict[str, list[Row]] = {}
+        for row in table:
+            if (value := label_of(row["reference"], field)) is not None:
+                by_value.setdefault(value, []).append(row)
+        yield from ((f"{field}={value}", rows) for value, rows in sorted(by_value.items()) if len(rows) >= least)
+
+
+def _has_few(table: Sequence[Row], field: str, least: int) -> bool:
+    """Whether a field tells kinds of rows apart, as an intent does, and not rows, as a name does."""
+    counts = Counter(value for row in table if (value := label_of(row["reference"], field)) is not None)
+    return 1 < len(counts) <= MOST_VALUES and statistics.median(counts.values()) > 1 and max(counts.values()) >= least
+
+
+def told(found: Comparison) -> str:
+    """A comparison in a line."""
+    return f"{found.base:.3f} -> {found.tuned:.3f}, {found.difference:+.3f} in [{found.low:+.3f}, {found.high:+.3f}]"
