@@ -18,7 +18,6 @@ from sartor.agents.holdings import Admit
 from sartor.agents.keys import Keys
 from sartor.agents.people.admitting import admit_personal
 from sartor.agents.people.names import is_personal, person_of
-from sartor.agents.presence import served
 from sartor.agents.rates import Rates
 from sartor.agents.receipts import ReceiptBook, team_digest
 from sartor.agents.registry import Registry
@@ -69,7 +68,6 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
     async with AsyncExitStack() as stack:
         # digests of keys and receipts lie in it
         Path(team.state).mkdir(mode=0o700, parents=True, exist_ok=True)
-        stack.enter_context(served(Path(team.state)))
         registry = await asyncio.to_thread(Registry.open, team.registry_url)
         stack.callback(registry.close)
         doors = Keys(registry.database)
