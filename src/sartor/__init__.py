@@ -72,6 +72,7 @@ _NAMES = {
     "promote_agent": "sartor.agents.book:promote_agent",
     "release": "sartor.evaluate.release:release",
     "remove_agent": "sartor.agents.book:remove_agent",
+    "replay_plans": "sartor.agents.plans.replay:replay_plans",
     "repair_agent": "sartor.agents.book:repair_agent",
     "rethreshold": "sartor.curate.rethreshold:rethreshold",
     "review_add": "sartor.curate.review.desk:review_add",

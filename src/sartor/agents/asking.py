@@ -20,7 +20,7 @@ class Request:
 
     model: name, name@version, base or auto. sampling: the options that the client gave; the Release's own hold for the rest.
     messages or text, schema, tools, must_call, top_logprobs: as in `Call`. openable: the agents that the client's key opens
-    (None: all); `auto` chooses among these. deadline_s: seconds from now.
+    (None: all); `auto` chooses among these. deadline_s: seconds from now. streams: the client is told the reply as it is made.
     """
 
     model: str
@@ -33,6 +33,7 @@ class Request:
     top_logprobs: int = -1
     openable: frozenset[str] | None = None
     deadline_s: float = 120.0
+    streams: bool = False
 
 
 class Events(Protocol):
@@ -145,7 +146,8 @@ class Router(Protocol):
 class Given:
     """A reply that has ended, for its receipt. agent: the exact version; release_id: "" for the base. done: None if it failed.
 
-    call: what was computed, the Release's system prompt and sampling in it. began: seconds since the epoch.
+    call: what was computed, the Release's system prompt and sampling in it. began: seconds since the epoch. steps: of a plan's
+    answer, the receipts of its steps.
     """
 
     receipt: str
@@ -157,6 +159,7 @@ class Given:
     done: Done | None
     scores: Mapping[str, float]
     began: float
+    steps: tuple[str, ...] = ()
 
 
 class Receipts(Protocol):

@@ -110,6 +110,7 @@ def receipt_of(given: Given, about: About, seal: Seal) -> dict[str, Any]:
         "reply": {"text": seal.digest("reply", given.text), "tool_calls": seal.digest("tool_calls", calls)},
         "finish": done.finish if done else FAILED,
         "tokens": {"prompt": done.prompt_tokens, "reply": done.reply_tokens, "cached": done.cached_tokens} if done else {},
+        **({"steps": list(given.steps)} if given.steps else {}),
     })  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from typing import Literal
 
 from sqlalchemy import URL
 
+from sartor.agents.plans import declared
+from sartor.agents.plans.declared import Plan
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
@@ -213,6 +215,7 @@ class Team(Basis):
     router: Routing = option(Routing(), "how `auto` chooses")
     rollout: Rollout = option(Rollout(), "how a new version comes in")
     speech: Speech = option(Speech(), "who speaks")
+    plans: tuple[Plan, ...] = option((), "several agents for one request: sequence, parallel or verify (docs/collaboration.md)")
 
     def __post_init__(self) -> None:
         names = [member.name for member in self.agents]
@@ -220,6 +223,7 @@ class Team(Basis):
             raise ConfigError(f"two agents have the name {twice!r}", "give each its own")
         if taken := next((name for name in names if name in RESERVED), ""):
             raise ConfigError(f"an agent cannot have the name {taken!r}, which means something else", "choose another name")
+        declared.check_plans(self.plans, names, RESERVED)
 
     @property
     def registry_url(self) -> str:
@@ -247,4 +251,5 @@ def load(path: Path, flags: Sequence[str] = ()) -> Team:
             voice=seen_from(team.speech.voice, root),
             voices=tuple(seen_from(voice, root) for voice in team.speech.voices),
         ),
+        plans=tuple(declared.seen_from(plan, root) for plan in team.plans),
     )

@@ -15,6 +15,8 @@ from sartor.agents.dispatch import Dispatch
 from sartor.agents.entries import Version
 from sartor.agents.holdings import Admit
 from sartor.agents.keys import Keys
+from sartor.agents.plans.front import Plans
+from sartor.agents.plans.log import PlanLog
 from sartor.agents.rates import Rates
 from sartor.agents.receipts import ReceiptBook
 from sartor.agents.registry import Registry
@@ -86,16 +88,19 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
         await dispatch.start()
         tell("agents open", served=[name for name in dispatch.served.agents if name not in dispatch.served.unadmitted])
         stack.push_async_callback(dispatch.close)
+        plans = Plans(team, dispatch, PlanLog.of(team), receipts=book, known=lambda: dispatch.served.agents)
+        stack.push_async_callback(plans.close)
         yield House(
-            replies=dispatch,
+            replies=plans,
             crew=crew,
             doors=doors,
             rates=Rates(team.limits),
             roster=Roster(dispatch, crew, admit, team.rollout),
             receipts=book,
-            troubles=lambda: {**dispatch.health()["troubles"], **router.troubles},
+            troubles=lambda: {**dispatch.health()["troubles"], **router.troubles, **plans.troubles},
             receipts_lost=lambda: book.lost,
             speech=speech,
+            plans=plans.listed,
         )
 
 

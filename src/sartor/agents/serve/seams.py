@@ -115,6 +115,7 @@ class House:
     """Everything behind the server.
 
     troubles: what cannot be served as it should, by agent or version, and why. receipts_lost: how many could not be written.
+    plans: what may be asked for as an agent is, and is several of them.
     """
 
     replies: Replies
@@ -126,3 +127,4 @@ class House:
     troubles: Callable[[], Mapping[str, str]] = dict
     receipts_lost: Callable[[], int] = int
     speech: Speaker = field(default_factory=lambda: Speaker(Speech(voice=OFF)))
+    plans: Sequence[Listed] = ()
