@@ -76,12 +76,13 @@ def _plain(value: Any) -> Any:
 def digests(line: Line, digest: Digest) -> dict[str, Any]:
     """Of what a step was asked and said; "" of nothing."""
     asked, schema = line.asked, line.asked.get("schema", "")
-    content = Content.of_request({"messages": list(asked.get("messages", ())), "response_format": _format(schema)})
+    content = Content.of_request({"messages": list(asked.get("messages", ())), "response_format": response_format(schema)})
     parts = content.digests(digest) if asked else {}
     return {"asked": digest("asked", parts), "said": digest("said", line.said)}
 
 
-def _format(schema: str) -> Mapping[str, Any]:
+def response_format(schema: str) -> Mapping[str, Any]:
+    """A schema as the body of a request has it; "" is text."""
     return {"type": "json_schema", "json_schema": {"schema": json.loads(schema)}} if schema else {"type": "text"}
 
 

@@ -8,7 +8,6 @@ is left out again, so that the steps after it can be compared; time plays no par
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from sartor.agents.asking import Answer, Request
 from sartor.agents.choosing import BASE_AGENT
 from sartor.agents.plans.declared import Plan, digest
 from sartor.agents.plans.front import Plans, Replies
-from sartor.agents.plans.log import PlanLog, Ran, read_runs
+from sartor.agents.plans.log import PlanLog, Ran, read_runs, response_format
 from sartor.agents.receipt_check import question_in
 from sartor.agents.receipt_content import Content, Digest
 from sartor.agents.receipts import Seal
@@ -196,8 +195,7 @@ def _words(opens: Mapping[str, Any], asked: Mapping[str, Any]) -> Mapping[str, A
             raise ConfigError(f"the log has no words of the run {opens['run']}", "--messages FILE, or log: content in the plan")
         return asked
     said = opens["content"]["asked"]
-    schema = {"response_format": {"type": "json_schema", "json_schema": {"schema": json.loads(said["schema"])}}}
-    return {"messages": said["messages"], **(schema if said["schema"] else {})}
+    return {"messages": said["messages"], "response_format": response_format(said["schema"])}
 
 
 def _check_plan(plans: Sequence[Plan], version: str) -> None:
