@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import pytest
 from plan_fakes import DIGEST, FakeReplies, ask, asked, planned
 
 from sartor.agents.asking import Request
-from sartor.agents.plans.log import read_runs
+from sartor.agents.plans.log import PlanLog, Ran, read_runs
 from sartor.agents.plans.replay import Remaking, Replayed, replay_plans
+from sartor.agents.plans.steps import Line
 from sartor.agents.team import Team
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError
 
@@ -60,6 +63,18 @@ def test_every_step_is_a_line_and_no_word_is_in_it(tmp_path: Path) -> None:
     assert rows[-1]["tokens"] == {"prompt": 30, "reply": 7, "cached": 6} and rows[0]["sampling"] == {"seed": 5, "stop": ["END"]}
     assert rows[2]["findings"] == 1 and len(rows[1]["said"]) == 64 and rows[1]["receipt"] == "r1"
     assert len({row["run"] for row in rows}) == 1 and rows[-1]["receipt"] == rows[0]["run"]
+
+
+def test_old_files_are_removed_when_receipts_are(tmp_path: Path) -> None:
+    folder = tmp_path / "plans"
+    folder.mkdir()
+    for days, name in ((3, "plans-old.jsonl"), (1, "plans-young.jsonl")):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - days * 86_400 - 60,) * 2)
+    line = Line("", "answer", "p@1", "answered")
+    log = PlanLog(folder, DIGEST, days=2)
+    log.write(Ran("r", "p@1", line, (), line, content=False, began=0.0))
+    assert log.lost == 0 and len(list(folder.iterdir())) == 2 and not (folder / "plans-old.jsonl").exists()
 
 
 def test_a_plan_that_declares_it_keeps_the_words(tmp_path: Path) -> None:

@@ -89,11 +89,11 @@ def response_format(schema: str) -> Mapping[str, Any]:
 class PlanLog:
     """Where the runs of one team's plans are written; each process has a file of its own a day. Safe from several threads.
 
-    lost: runs that could not be written.
+    days: after which a file is removed, as receipts are; 0 keeps it. lost: runs that could not be written.
     """
 
-    def __init__(self, folder: Path, digest: Digest) -> None:
-        self._folder, self._digest = folder, digest
+    def __init__(self, folder: Path, digest: Digest, days: int = 0) -> None:
+        self._folder, self._digest, self._days = folder, digest, days
         self._process = f"{os.getpid():x}{secrets.token_hex(4)}"
         self._lock = threading.Lock()
         self.lost = 0
@@ -102,7 +102,7 @@ class PlanLog:
     def of(cls, team: Team) -> PlanLog:
         """The log of a team, by whose key it digests."""
         state = Path(team.state)
-        return cls(state / "plans", Seal.of(state).digest)
+        return cls(state / "plans", Seal.of(state).digest, team.limits.receipts_days)
 
     def write(self, ran: Ran) -> None:
         """Append a run, whole, and see it onto the disk; where that cannot be it is counted."""
@@ -130,6 +130,13 @@ class PlanLog:
             os.close(descriptor)
         if is_new:
             fsync_directory(self._folder)
+            self._prune()
+
+    def _prune(self) -> None:
+        before = time.time() - self._days * 86_400
+        for file in self._folder.glob("plans-*.jsonl") if self._days else ():
+            if file.stat().st_mtime < before:
+                file.unlink(missing_ok=True)
 
 
 def read_runs(file: Path) -> Iterator[list[dict[str, Any]]]:
