@@ -5,12 +5,13 @@ wordings that it never saw. All sides are answered by the package's own engine i
 conductor. What the home knows of itself (intents, their slots and values, its areas, floors and names) is a JSON Schema, which
 every side may decode under: else the plan would win by what it is told and not by how it works.
 
-    single         one greedy reply                      vote           the single one and n - 1 sampled replies, majority
-    single_schema  the same, decoded under the schema    vote_schema    the same, decoded under the schema
+    single         one greedy reply
     checked        draft -> JSON of the schema? said in the request? -> the same specialist again, sampled, under the schema
+    vote           the greedy reply and n - 1 sampled ones, the majority of them
+    .._schema      the same, every reply decoded under the schema
 
-n is the least odd number, 3 at least, by which a vote takes no fewer tokens than `checked`, prompts and replies together. An
-interval is of a paired bootstrap over wordings. Temperature and the number of mends were set before anything was measured.
+n is the least odd number, 3 at least, by which a vote takes no fewer tokens than `checked` beside it, prompts and replies
+together. An interval is of a paired bootstrap over wordings. Temperature and mends were set before anything was measured.
 
     nice -n 3 python benchmarks/collaborate.py --out DIR --json          # what is in DIR already is not made again
 """
@@ -43,7 +44,7 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.rows import read_examples
 from sartor.evaluate.compare import paired
 from sartor.evaluate.scorers import exact_match
-from sartor.models.engine.contract import Call, Done, Engine, Event, Piece, adapter_digest
+from sartor.models.engine.contract import Call, Done, Engine, Event, Piece, adapter_digest, event_as_json, event_from_json
 from sartor.models.engine.local import open_engine
 
 TESTS = Path(__file__).parent.parent / "tests"
@@ -84,9 +85,22 @@ class House:
 
     engine: Engine
     version: Version
+    file: Path
     live: dict[str, tuple[str, Events, list[Event]]] = field(default_factory=dict)
     known: dict[str, list[Event]] = field(default_factory=dict)
     made: int = 0
+
+    def __post_init__(self) -> None:
+        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else ():
+            key, events = json.loads(line)
+            self.known[key] = [event_from_json(event) for event in events]
+
+    def keep(self) -> None:
+        """What was answered so far, for the next time."""
+        lines = [json.dumps([key, [event_as_json(event) for event in events]]) for key, events in self.known.items()]
+        part = self.file.with_suffix(".part")
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        part.replace(self.file)
 
     async def open(self, request: Request) -> Answer:
         call = call_of(request, self.version, f"c{self.made}", MOST_TOKENS)
@@ -191,6 +205,7 @@ async def measured(
 ) -> tuple[dict[str, Side], dict[str, int]]:
     """(sides, how many vote in two of them)."""
     members: dict[str, int] = {}
+    sides: dict[str, Side] = {}
     working = asyncio.ensure_future(house.work())
     text = json.dumps(schema)
 
@@ -201,16 +216,16 @@ async def measured(
         began = time.monotonic()
         found = await answered(plans(members), rows, model, schema, at_once)
         exact = sum(found.scores) / len(rows)
+        house.keep()
         print(f"{name}: {exact:.3f}, {found.mean_tokens:.0f} tokens a row, {time.monotonic() - began:.0f} s", file=sys.stderr)
         return found
 
     try:
-        sides = {"single": await side("single", AGENT), "single_schema": await side("single_schema", AGENT, text)}
-        sides["checked"] = await side("checked", "checked")
-        for name, alone in (("vote", ""), ("vote_schema", text)):
-            single = sides["single_schema" if alone else "single"]
-            members[name] = max(3, math.ceil(sides["checked"].mean_tokens / single.mean_tokens) | 1)
-            sides[name] = await side(name, "vote", alone, members[name])
+        for name, schema_text in (("_schema", text), ("", "")):
+            single = sides[f"single{name}"] = await side(f"single{name}", AGENT, schema_text)
+            checked = sides[f"checked{name}"] = await side(f"checked{name}", "checked", schema_text)
+            count = members[f"vote{name}"] = max(3, math.ceil(checked.mean_tokens / single.mean_tokens) | 1)
+            sides[f"vote{name}"] = await side(f"vote{name}", "vote", schema_text, count)
     finally:
         working.cancel()
     return sides, members
@@ -259,13 +274,14 @@ def specialist(asked: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> 
     return out / "adapter", base
 
 
-def compared(sides: Mapping[str, Side], groups: Sequence[str]) -> dict[str, Any]:
-    """`checked` over each other side."""
-    found = {}
-    for name, side in sides.items():
-        if name != "checked":
-            one = paired(side.scores, sides["checked"].scores, groups)
-            found[name] = {"estimate": round(one.difference, 4), "low": round(one.low, 4), "high": round(one.high, 4)}
+def compared(sides: Mapping[str, Side], groups: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Each checked side over each that is not."""
+    found: dict[str, dict[str, Any]] = {}
+    for ours in (name for name in sides if name.startswith("checked")):
+        for name in (name for name in sides if not name.startswith("checked")):
+            one = paired(sides[name].scores, sides[ours].scores, groups)
+            interval = {"estimate": round(one.difference, 4), "low": round(one.low, 4), "high": round(one.high, 4)}
+            found.setdefault(ours, {})[name] = interval
     return found
 
 
@@ -290,7 +306,11 @@ def main() -> None:
     engine = open_engine(base, rows=16, threads=asked.threads)
     digest = adapter_digest(artifact.manifest["files"])
     engine.attach(digest, adapter)
-    house = House(engine, Version(AGENT, "1", str(adapter), "", digest, {"sampling": {"max_tokens": MOST_TOKENS}}))
+    house = House(
+        engine,
+        Version(AGENT, "1", str(adapter), "", digest, {"sampling": {"max_tokens": MOST_TOKENS}}),
+        asked.out / "known.jsonl",
+    )
     sides, members = asyncio.run(measured(house, held_out, schema_of(every), asked.out, 32))
     report = {
         "rows": {"train": artifact.manifest["run"].get("rows", asked.train), "held_out": len(held_out)},
@@ -299,7 +319,7 @@ def main() -> None:
             for name, side in sides.items()
         },
         "vote_members": members,
-        "checked_over": compared(sides, [one.group or one.id for one in held_out]),
+        "over": compared(sides, [one.group or one.id for one in held_out]),
         "specialist_s": round(made_s, 1),
         "wall_s": round(time.monotonic() - began, 1),
     }
