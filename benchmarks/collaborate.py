@@ -159,9 +159,9 @@ def _intent(intent: str, slots: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
 
 
 def _slot(name: str, values: Sequence[Any]) -> dict[str, Any]:
-    if name in KNOWN:
+    if name in KNOWN and set(values) <= set(KNOWN[name]):
         return {"enum": list(KNOWN[name])}
-    if name in intents.WILDCARDS:
+    if name in SAID:  # what people call a timer is theirs to choose
         return {"type": "string", "maxLength": 60}
     if all(isinstance(value, int) for value in values):
         return {"type": "integer"}
@@ -289,7 +289,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train", type=int, default=240, help="rows that the specialist is tuned on")
-    parser.add_argument("--held-out", type=int, default=200, help="rows that are asked")
+    parser.add_argument("--held-out", type=int, default=200, help="rows that it never sees")
+    parser.add_argument("--ask", type=int, default=0, help="of these, so many are asked; 0 is all")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="the tiny base and made-up rows: shows that it runs")
@@ -302,7 +303,8 @@ def main() -> None:
     adapter, base = specialist(asked, rows)
     artifact = open_artifact(adapter, "adapter")
     made_s = time.monotonic() - began
-    held_out = [one for one in read_examples(open_artifact(asked.out / "dataset")) if one.split == "eval"][: asked.held_out]
+    held_out = [one for one in read_examples(open_artifact(asked.out / "dataset")) if one.split == "eval"]
+    held_out = held_out[: asked.ask or asked.held_out]
     engine = open_engine(base, rows=16, threads=asked.threads)
     digest = adapter_digest(artifact.manifest["files"])
     engine.attach(digest, adapter)
