@@ -270,7 +270,7 @@ def specialist(asked: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> 
             "budget": {"epochs": asked.epochs},
             "optimizer": {"learning_rate": 2e-3, "batch_tokens": 256},
         }
-        sartor.tune(recipe, out / "adapter", show=False, notice=lambda line: print(line, file=sys.stderr))
+        sartor.tune(recipe, out / "adapter", resume=True, show=False, notice=lambda line: print(line, file=sys.stderr))
     return out / "adapter", base
 
 
