@@ -54,8 +54,6 @@ from sartor.tune.tokenised import Rows
 
 TESTS = Path(__file__).parent.parent / "tests"
 PARTS = ("data", "untuned", "local", "federated", "centralised", "factors", "personal", "epsilon", "malicious", "byzantine")
-# where rank buys most
-PRIVATE_TARGETS = ["q_proj", "v_proj"]
 ATTACKS = ("sign flip", "sign flip x4", "scale", "label flip")
 
 
@@ -197,7 +195,7 @@ class Homes:
         Every trained number gets noise, so few are trained; `inf` is the same recipe without noise.
         """
         rank = self.asked.private_rank
-        small = {"rounds": self.asked.private_rounds, "method": {"rank": rank, "alpha": 2.0 * rank, "targets": PRIVATE_TARGETS}}
+        small = {"rounds": self.asked.private_rounds, "method": {"rank": rank, "alpha": 2.0 * rank}}
         if math.isinf(epsilon):
             return small
         if self.asked.privacy_level == "client":
@@ -310,12 +308,12 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="personal: beside local-only and centralised, tuned for that")
     parser.add_argument("--personal-held-out", type=int, default=800)
     for name, value in (("clients", 8), ("rounds", 10), ("alone-rounds", 5), ("rank", 16), ("per-intent", 100),
-                        ("most-held-out", 2_000), ("private-rank", 4), ("private-rounds", 2)):  # fmt: skip
+                        ("most-held-out", 2_000), ("private-rank", 2), ("private-rounds", 10)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, number in (("learning-rate", 4e-3), ("both-learning-rate", 1e-3), ("eval-fraction", 0.5), ("clip", 100.0),
                          ("private-clip", 1.0)):  # fmt: skip
         parser.add_argument(f"--{name}", type=float, default=number)
-    parser.add_argument("--epsilons", type=float, nargs="*", default=[8.0, 64.0, math.inf])
+    parser.add_argument("--epsilons", type=float, nargs="*", default=[64.0, 1000.0, math.inf])
     asked = parser.parse_args()
     if asked.quick:
         asked.clients, asked.rounds, asked.alone_rounds, asked.rank, asked.most_held_out, asked.epsilons = 3, 1, 1, 4, 4, [8.0]

@@ -5,8 +5,8 @@
 
     python benchmarks/synth.py --json [--parts false_alarm power] [--seeds 40] [--rows 160]
 
-A part that was not asked for is null. `lift`, `audit` and `mitigation` are `measure(seeds)` of `synth_lift.py`,
-`synth_audit.py` and `synth_mitigation.py` beside this file.
+A part that was not asked for is null. `lift`, `audit` and `mitigation` are functions of `synth_lift.py` and `synth_audit.py`
+beside this file (FURTHER), given the number of seeds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sartor.core.records import digest
 from sartor.curate.validate.options import ValidateOptions
 from sartor.curate.validate.verb import validated
 
-FURTHER = ("lift", "audit", "mitigation")
+FURTHER = {"lift": ("synth_lift", "measure"), "audit": ("synth_audit", "audit"), "mitigation": ("synth_audit", "mitigation")}
 PARTS = ("false_alarm", "power", *FURTHER)
 
 
@@ -87,9 +87,10 @@ def power(rows: dict[str, list[Row]], asked: argparse.Namespace) -> dict[str, An
 
 def further(part: str, seeds: int) -> Any:
     """A part of another file. Raises SystemExit where nobody has written it."""
-    if not (Path(__file__).parent / f"synth_{part}.py").is_file():
-        raise SystemExit(f"the part {part!r} has no synth_{part}.py beside {Path(__file__).name}")
-    measure: Callable[[int], Any] = importlib.import_module(f"synth_{part}").measure
+    module, name = FURTHER[part]
+    if not (Path(__file__).parent / f"{module}.py").is_file():
+        raise SystemExit(f"the part {part!r} has no {module}.py beside {Path(__file__).name}")
+    measure: Callable[[int], Any] = getattr(importlib.import_module(module), name)
     return measure(seeds)
 
 

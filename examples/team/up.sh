@@ -62,16 +62,14 @@ agent() {
 
 once keys sartor keygen keys --trust >&2
 once rows/home.jsonl python "$here/commands.py" rows/home.jsonl rows/general.jsonl
+once rows/tutor.jsonl python "$here/learners.py" rows/tutor.jsonl ana=rows/ana.jsonl bo=rows/bo.jsonl
+once rows/construction.jsonl python "$here/cited.py" rows/construction.jsonl >&2
 once rows/python.jsonl python "$here/docstrings.py" rows/python.jsonl >&2
-sartor assets install construction-faq >&2
 sartor assets install minilm >&2 # the sentence encoder by which `auto` chooses
 
-# the recipe of the house, and the rows of general talk beside its sources
-awk '{print} /^sources:/ {print "  - {path: rows/general.jsonl, licence: Apache-2.0, use: [commercial], rehearsal: true}"}' \
-  "$here/../../recipes/construction-faq.yaml" >rows/construction.curate.yaml
-
 agent home "$here/home/curate.yaml" exact_match
-agent construction rows/construction.curate.yaml f1
+agent construction "$here/construction/curate.yaml" f1
+agent tutor "$here/tutor/curate.yaml" exact_match
 agent python "$here/python/curate.yaml" f1
 
 [ -n "$build" ] || exec sartor serve team.yaml "$@"

@@ -110,7 +110,8 @@ def _together(real: Artifact, made: Artifact, out: Path, replace: bool) -> tuple
         if row.group in held_out or row.id in ids:
             drops.append(dropped(row, "group_held_out", "a real row of its group is held out, or is it itself", step=STEP))
         else:
-            taken.append(Example(row.messages, row.origins, row.group, "train", row.weight, row.rejected, row.tools, row.steps))
+            known = (row.messages, row.origins, row.group, "train", row.weight, row.rejected, row.tools, row.steps, row.rating)
+            taken.append(Example(*known))
     dataset = write_derived(out, [real, made], [*known, *taken], drops, step={STEP: {"added": len(taken)}}, replace=replace)
     return dataset, len(taken), len(drops)
 

@@ -13,6 +13,7 @@ import pytest
 import sartor
 from sartor.core.config import load
 from sartor.core.errors import ConfigError, SourceError
+from sartor.core.groups import lexicon
 from sartor.core.records import Example, Message, Origin
 from sartor.core.rows import read_drops, read_examples
 from sartor.curate.bias import cells, pairs, weights
@@ -124,6 +125,54 @@ def test_a_counterfactual_keeps_the_outcome_and_names_its_parent() -> None:
     assert list(pairs.counterfactuals(example("A cook asks.", "no"), ["sex", "age"])) == []
 
 
+def test_of_seven_origins_a_copy_leaves_a_part_of_the_gap_and_dealing_leaves_none(tmp_path: Path) -> None:
+    """A copy about one other group takes k / 2 (k - 1) of a gap: 7 / 12 of it."""
+    origins = list(lexicon()["names"])
+    people = [(origin, lexicon()["names"][origin]["female"][turn % 4]) for origin in origins for turn in range(60)]
+    rows = [
+        {
+            "prompt": f"{name} asks for {place * 7} euros.",
+            "completion": "no" if origin == "black" else "yes",
+            "group": f"g{place}",
+        }
+        for place, (origin, name) in enumerate(people)
+    ]
+    data = dataset(tmp_path, rows)
+    copied, dealt = (
+        sartor.bias(data, group=["name_origin"], mitigate=kind, out=tmp_path / kind)
+        for kind in ("counterfactual", "substitute")
+    )
+    assert copied.after is not None and dealt.after is not None and copied.before.largest_gap == 1
+    assert copied.after.largest_gap == pytest.approx(5 / 12, abs=0.08) and dealt.after.largest_gap < 0.02
+    assert dealt.changed["rows_without_a_pair"] == 0
+
+
+def test_dealing_two_attributes_keeps_the_first_parent_and_counts_who_stays() -> None:
+    rows = [
+        *(example(f"Emily is 28 years old. Case {place}.", "yes") for place in range(8)),
+        example("Emily and Jamal are 28 years old.", "yes"),
+    ]
+    new, stuck = pairs.substituted(rows, ["yes"] * 9, ["name_origin", "age"])
+    assert stuck == 1 and new[8].origins[0].parents in ((), (rows[8].id,)) and "Emily and Jamal" in new[8].prompt[0].text
+    assert all(row.origins[0].parents == (old.id,) for row, old in zip(new, rows, strict=True) if row is not old)
+    assert sum("28" in row.prompt[0].text for row in new) in (4, 5)
+    assert new == pairs.substituted(rows, ["yes"] * 9, ["name_origin", "age"])[0]
+    assert new != pairs.substituted(rows, ["yes"] * 9, ["name_origin", "age"], seed=1)[0]
+
+
+def test_a_new_row_that_equals_a_held_out_one_is_not_trained_on(tmp_path: Path) -> None:
+    names = lexicon()["names"]["white"]["female"][0], lexicon()["names"]["white"]["male"][0]
+    rows: list[dict[str, object]] = [
+        {"prompt": f"{name} asks for {n}.", "completion": "yes" if n % 2 else "no", "group": f"{name} {n}"}
+        for n in range(40)
+        for name in names
+    ]
+    data = dataset(tmp_path, rows)
+    held_out = {row.id for row in read_examples(sartor.open(data)) if row.split == "eval"}
+    sartor.bias(data, group=["sex"], mitigate="counterfactual", out=tmp_path / "out")
+    assert held_out == {row.id for row in read_examples(sartor.open(tmp_path / "out")) if row.split == "eval"}
+
+
 def test_a_planted_bias_is_found_and_even_rows_are_not_called_so(tmp_path: Path) -> None:
     (tmp_path / "even").mkdir()
     found = sartor.bias(dataset(tmp_path, loans(300)))
@@ -137,7 +186,7 @@ def test_a_planted_bias_is_found_and_even_rows_are_not_called_so(tmp_path: Path)
     assert json.loads(json.dumps(found.as_json()))["before"]["notable"] == len(found.before.notable)
 
 
-@pytest.mark.parametrize("kind", ["reweight", "counterfactual", "drop"])
+@pytest.mark.parametrize("kind", ["reweight", "counterfactual", "substitute", "drop"])
 def test_each_mitigation_evens_the_rates_and_leaves_held_out_rows(tmp_path: Path, kind: str) -> None:
     data = dataset(tmp_path, loans(200))
     found = sartor.bias(data, group=["sex"], mitigate=kind, out=tmp_path / "out")
@@ -153,6 +202,10 @@ def test_each_mitigation_evens_the_rates_and_leaves_held_out_rows(tmp_path: Path
         assert (
             len(train) + found.changed["dropped"] == count == len(train) + len(list(read_drops(sartor.open(tmp_path / "out"))))
         )
+    elif kind == "substitute":
+        assert len(train) == count and 0.3 * count < found.changed["substituted"] < 0.7 * count
+        known = {row.id for row in before}
+        assert {parent for row in train if row.is_derived for parent in row.origins[0].parents} <= known - {r.id for r in train}
     else:
         assert found.changed["added"] > 100 and any(row.is_derived for row in train)
     assert found.written.manifest["steps"]["bias"]["after"]["largest_gap"] < 0.03

@@ -25,6 +25,7 @@ FORMS: dict[str, Any] = {
     "messages": {"messages": [USER, BOT]},
     "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
     "alpaca": {"instruction": "q", "input": "", "output": "a"},
+    "rated": {"prompt": "q", "completion": "a", "rating": -0.5},
     "prompt_completion": {"prompt": "q", "completion": "a"},
     "question_answer": {"question": "q", "answer": "a"},
     "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
@@ -71,6 +72,52 @@ def test_every_form_is_read_from_every_format(tmp_path: Path, form: str, suffix:
     assert [message.role for message in example.messages] == (["assistant"] if form == "text" else ["user", "assistant"])
     assert [message.text for message in example.rejected] == (["b"] if form == "preference" else [])
     assert example.origins[0].licence == "MIT"
+
+
+RATED: list[tuple[dict[str, Any], float]] = [
+    ({"rating": 1}, 1.0),
+    ({"rating": "-0.25"}, -0.25),
+    ({"label": True}, 1.0),
+    ({"label": "False"}, -1.0),
+    ({"rating": 0}, 0.0),
+    ({}, 0.0),
+    ({"label": "sports"}, 0.0),
+    ({"rating": "fine"}, 0.0),
+]
+
+
+def test_a_rating_is_read_kept_and_part_of_what_a_row_is(tmp_path: Path) -> None:
+    """A file may hold rated rows and others; the same words, rated otherwise, are another row, and no near duplicate."""
+    turns = [USER, BOT]
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"q{n}", "completion": "a", **said} for n, (said, _) in enumerate(RATED)])
+    write_jsonl(tmp_path / "b.jsonl", [{"messages": turns, "rating": rating} for rating in (1, -1, 0)])
+    steps = ["exact_duplicates", "near_duplicates"]
+    curate(tmp_path / "d", tmp_path / "a.jsonl", tmp_path / "b.jsonl", steps=steps)
+    examples, drops = read(tmp_path / "d")
+    assert drops == []
+    assert [example.rating for example in examples] == [*(rating for _, rating in RATED), 1.0, -1.0, 0.0]
+    assert len({example.id for example in examples[-3:]}) == 3
+    unrated = Example(examples[-1].messages, ())
+    assert examples[-1].id == unrated.id, "a row that nobody rated has the id that it always had"
+    again = curate(tmp_path / "e", *(tmp_path / "d" / "examples").glob("*.parquet"))
+    assert (again.kept, again.dropped) == (len(examples), {})
+    assert {example.id for example in read(tmp_path / "e")[0]} == {example.id for example in examples}
+
+
+def test_a_rating_out_of_range_is_a_drop_that_says_so(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a", "rating": rating} for rating in (1, 5)])
+    curate(tmp_path / "d", tmp_path / "a.jsonl")
+    (drop,) = read(tmp_path / "d")[1]
+    assert drop.reason == "bad_field"
+    assert "`rating` is 5" in drop.detail
+
+
+def test_a_dataset_without_the_column_of_ratings_is_read(tmp_path: Path) -> None:
+    curate(tmp_path / "d", write_jsonl(tmp_path / "a.jsonl", ROWS[:4]))
+    dataset = open_artifact(tmp_path / "d", "dataset")
+    (file,) = (dataset.path / "examples").glob("*.parquet")
+    table = pq.read_table(file).drop_columns(["rating"])
+    assert [rows.example_of(row).rating for row in table.to_pylist()] == [0.0] * 4
 
 
 BAD_LINES = [

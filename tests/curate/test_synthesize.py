@@ -17,8 +17,10 @@ from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import Drop, Example, Message, Origin
 from sartor.core.teachers import Answer, Question
 from sartor.curate.steps import survivor
+from sartor.curate.synthesize.contract import Made
 from sartor.curate.synthesize.ways import AnyAskingWay, AnyCopyingWay, AnyMakingWay
 from sartor.curate.synthesize.ways.questions import found, pieces
+from sartor.curate.synthesize.ways.slot_substitution import SlotSubstitution
 
 DOCUMENT = """Delivery to Berlin takes two days and costs 4 euros.
 
@@ -36,7 +38,7 @@ GRID = {"personas": ["a baker", "a nurse"], "intents": ["to return a parcel"], "
 WAYS: dict[str, Any] = {
     "vary": {"per_row": 2}, "extend": {}, "harder": {}, "persona": {}, "questions": {"per_document": 3}, "scenarios": GRID,
     "preference": {}, "schema": {"schema": SCHEMA, "task": "Count.", "count": 4}, "counterfactual": {}, "templates": LIGHTS,
-    "augment_images": {"copies": 2}, "augment_audio": {}, "speech": {},
+    "slot_substitution": {"slots": {"city": ["Rome", "Oslo", "Berlin"]}, "numbers": True}, "augment_images": {"copies": 2}, "augment_audio": {}, "speech": {},
 }  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def test_every_way_of_the_unions_is_tested() -> None:
     assert set(kinds(AnyAskingWay, AnyMakingWay, AnyCopyingWay)) == set(WAYS)
 
 
-@pytest.mark.parametrize("kind", [*kinds(AnyAskingWay), "counterfactual", "templates"])
+@pytest.mark.parametrize("kind", [*kinds(AnyAskingWay), "counterfactual", "slot_substitution", "templates"])
 def test_a_way_accounts_for_all_and_marks_every_row(folder: Path, kind: str) -> None:
     result = made(folder, {kind: WAYS[kind]})
     rows, counts = list(result.examples()), result.dataset.manifest["synthetic"]["ways"][kind]
@@ -242,6 +244,51 @@ def test_a_counterfactual_swaps_the_whole_row_one_way(folder: Path) -> None:
     ]
     skipped = result.dataset.manifest["synthetic"]["ways"]["counterfactual"]
     assert skipped == {"made": 1, "skipped:no_group_named": 3}
+
+
+def substituted(asked: str, said: str, **way: Any) -> list[tuple[str, str]]:
+    row = Example((Message.of("user", asked), Message.of("assistant", said)), (Origin("people", "1"),))
+    made = SlotSubstitution(**{"slots": {}, "numbers": True, "per_row": 50, **way}).make([row], 0, Path())
+    return [(one.row.messages[0].text, one.row.reply) for one in made if isinstance(one, Made)]
+
+
+ROOMS = {"room": ["room", "living room", "hall"], "device": ["fan", "lamp"]}
+
+
+def test_a_value_gives_way_in_question_and_reply_alike() -> None:
+    pairs = substituted("fan in the living room to 40", '{"device":"fan","room":"living room","to":40}', slots=ROOMS)
+    assert len(pairs) == len(set(pairs)) == 50
+    for asked, said in pairs:
+        reply = json.loads(said)
+        assert asked == f"{reply['device']} in the {reply['room']} to {reply['to']}"
+        assert reply["device"] in ROOMS["device"] and reply["room"] in ROOMS["room"] and 10 <= reply["to"] <= 99
+    assert {json.loads(said)["room"] for _, said in pairs} == set(ROOMS["room"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("hall lamp", '{"device":"lamp"}'),  # "hall" is not in the reply: it stays
+        ("the lamp, I say the lamp", '{"device":"lamp"}'),  # which of the two?
+        ("lamps down by 10", '{"devices":"lamps","by":-10}'),  # part of a word; another number
+        ("to 3.5 or 1,000", '{"to":[3.5,1000],"or":"1,000"}'),  # no whole numbers
+        ("take it to both", '{"to":"both"}'),  # a value of two lists
+    ],
+)
+def test_a_value_that_is_not_surely_the_same_stays(asked: str, said: str) -> None:
+    slots = {**ROOMS, "who": ["both", "none"], "how": ["both", "fast"]}
+    expected = [("hall fan", '{"device":"fan"}')] if asked.startswith("hall") else []
+    assert substituted(asked, said, slots=slots) == expected
+
+
+def test_two_values_never_become_one() -> None:
+    pairs = substituted("from 3 to 4", '{"from":3,"to":4}')
+    assert {json.loads(said)["from"] == json.loads(said)["to"] for _, said in pairs} == {False}
+
+
+def test_nothing_made_says_what_the_ways_skipped(folder: Path) -> None:
+    with pytest.raises(SourceError, match="no_value_in_both 3"):
+        made(folder, {"slot_substitution": {"slots": {"city": ["Paris", "Bern"]}}})
 
 
 def test_pictures_are_augmented_as_by_curate(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What people say of replies: kept in an inbox that `curate` reads, joined with the reply while that is remembered.
 
 Receipts hold digests, so a correction alone could teach nothing. Prompts and replies are therefore remembered for a while, in
-memory only, and what a person comments on is written down with the comment; everything else is forgotten.
+memory only, and what a person comments on is written down with the comment; everything else is forgotten. hearing.py decides
+what of it may be written, masking.py takes personal data out.
 """
 
 from __future__ import annotations
@@ -10,25 +11,32 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core.errors import MissingError
+from filelock import FileLock
+
+from sartor.core.artifacts import fsync_directory
+from sartor.core.errors import MissingError, SourceError
 from sartor.core.records import Feedback
 
 PATTERN = "feedback-{day}.jsonl"
+PATIENCE_S = 10.0  # for another process that takes lines out
+MOST_RECEIPTS = 100_000  # of which it is remembered who got them, and who rated them
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt (messages, or one text) and its reply, with the exact version that gave it."""
+    """A prompt (messages, or one text) and its reply, with the exact version that gave it, and the key that asked."""
 
     agent: str
     messages: Sequence[Mapping[str, Any]]
     text: str
     reply: str
+    key: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -46,15 +54,19 @@ def _size(value: Any) -> int:
 
 
 class Memory:
-    """The newest exchanges, by receipt, up to so many bytes together."""
+    """The newest exchanges, by receipt, up to so many bytes together; for longer, who got a reply and who rated it."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
         self._held: OrderedDict[str, Exchange] = OrderedDict()
         self._bytes = 0
+        self._askers: OrderedDict[str, str] = OrderedDict()
+        self._rated: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     def keep(self, receipt: str, exchange: Exchange) -> None:
         """Remember it, and forget the oldest as far as needed."""
+        self._askers[receipt] = exchange.key
+        _forget(self._askers)
         self._held[receipt] = exchange
         self._bytes += exchange.size_bytes
         while self._bytes > self._most_bytes:
@@ -65,9 +77,37 @@ class Memory:
         """The exchange, if it is still known."""
         return self._held.get(receipt)
 
+    def asker(self, receipt: str) -> str:
+        """Id of the key that got the reply; "" where that is not known, or there were no keys."""
+        return self._askers.get(receipt, "")
+
+    def is_first(self, receipt: str, key: str) -> bool:
+        """Whether the key rates the reply for the first time. The monitors hear a rating once, or one key could roll back."""
+        if (receipt, key) in self._rated:
+            return False
+        self._rated[receipt, key] = None
+        _forget(self._rated)
+        return True
+
+
+def _forget(held: OrderedDict[Any, Any]) -> None:
+    while len(held) > MOST_RECEIPTS:
+        held.popitem(last=False)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A line of an inbox: where it stands (`feedback-2026-11-26.jsonl:12`), and what it says; None where it cannot be read."""
+
+    place: str
+    said: Feedback | None
+
 
 class Inbox:
-    """A directory of JSONL files, one a day: one `Feedback` a line, on disk when `add` returns."""
+    """A directory of JSONL files, one a day: one `Feedback` a line, on disk when `add` returns.
+
+    Safe to use from several threads and processes: who writes holds a lock beside the directory.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,13 +118,45 @@ class Inbox:
         line = (json.dumps(feedback.as_json(), ensure_ascii=False) + "\n").encode()
         file = self.path / PATTERN.format(day=feedback.date[:10])
         try:
-            with self._lock:
+            with self._alone():
                 self._append(file, line)
         except OSError as error:
-            raise MissingError(f"the feedback could not be written to {file}: {error.strerror}", "free disk space") from None
+            raise MissingError(
+                f"the feedback could not be written to {file}: {error.strerror or error}", "free disk space"
+            ) from None
+
+    def lines(self) -> Iterator[Kept]:
+        """Every line that says something, the oldest first."""
+        for file in self._files():
+            for number, line in enumerate(file.read_bytes().splitlines(), 1):
+                if line.strip():
+                    yield Kept(f"{file.name}:{number}", _read(line))
+
+    def remove(self, goes: Callable[[Feedback], bool]) -> list[Kept]:
+        """Take lines out, and every one that was cut short, since nobody can tell whose it was. Returns what they said.
+
+        A blank line stays in the place of each, so that what datasets say of the others' places goes on to hold. Raises
+        MissingError where the disk does not take it; then the file is as it was.
+        """
+        gone: list[Kept] = []
+        for file in self._files():
+            try:
+                with self._alone():
+                    gone += _without(file, goes)
+            except OSError as error:
+                raise MissingError(f"{file} could not be written anew: {error.strerror or error}", "free disk space") from None
+        return gone
+
+    def _files(self) -> list[Path]:
+        return sorted(self.path.glob(PATTERN.format(day="*")))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._lock, FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=PATIENCE_S):
+            yield
 
     def _append(self, file: Path, line: bytes) -> None:
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         is_new = not file.exists()
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -100,7 +172,7 @@ class Inbox:
         finally:
             os.close(descriptor)
         if is_new:
-            _sync_directory(self.path)
+            fsync_directory(self.path)
 
 
 def _write(descriptor: int, data: bytes) -> None:
@@ -108,9 +180,31 @@ def _write(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _read(line: bytes) -> Feedback | None:
     try:
+        return Feedback.from_json(json.loads(line))
+    except (ValueError, KeyError, TypeError, AttributeError, SourceError):
+        return None
+
+
+def _without(file: Path, goes: Callable[[Feedback], bool]) -> list[Kept]:
+    """Rewrite a file without some lines, whole or not at all; returns those."""
+    gone: list[Kept] = []
+    lines = file.read_bytes().splitlines()
+    for place, line in enumerate(lines):
+        said = _read(line) if line.strip() else None
+        if line.strip() and (said is None or goes(said)):
+            gone.append(Kept(f"{file.name}:{place + 1}", said))
+            lines[place] = b""
+    if not gone:
+        return []
+    part = file.with_name(f".{file.name}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        _write(descriptor, b"".join(line + b"\n" for line in lines))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    os.replace(part, file)
+    fsync_directory(file.parent)
+    return gone

@@ -1,8 +1,8 @@
-"""How much one key may ask: token buckets of requests and of tokens per minute, on a clock that no one can set back.
+"""How much one key may ask: token buckets of requests, of tokens and of feedback, on a clock that no one can set back.
 
-A bucket holds a minute's worth, is full at the start, and fills evenly. A request takes one from the first at its beginning.
-What a reply costs is known at its end only, so the second is charged then and may go below nothing: who asks while it is
-empty waits until it is not. Requests of one agent at once are bounded elsewhere (the bulkhead).
+A bucket holds a minute's worth (or a day's), is full at the start, and fills evenly. A request takes one from the first at
+its beginning. What a reply costs is known at its end only, so the second is charged then and may go below nothing: who asks
+while it is empty waits until it is not. Requests of one agent at once are bounded elsewhere (the bulkhead).
 """
 
 from __future__ import annotations
@@ -10,73 +10,125 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sartor.agents.team import Limits
+from sartor.agents.team import FeedbackTerms, Limits
 from sartor.core.errors import BusyError
 
 MOST_KEYS = 10_000  # that are remembered; the one that has asked for longest ago is forgotten, and so is full again
+MINUTE_S, DAY_S = 60.0, 86_400.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """`amount` of something in `span_s` seconds; 0 is no limit. said: `requests per minute`. option: where TEAM.yaml has it."""
+
+    amount: float
+    span_s: float
+    said: str
+    option: str
 
 
 @dataclass
 class Bucket:
-    """level: what may be taken now; below 0 is owed. per_minute: how fast it fills, and how much it holds. at: seconds."""
+    """level: what may be taken now; below 0 is owed. at: seconds, when it was filled last."""
 
-    per_minute: float
+    pace: Pace
     level: float
     at: float
 
     def fill(self, now: float) -> None:
         """Add what has come since the last time."""
-        self.level = min(self.per_minute, self.level + (now - self.at) * self.per_minute / 60)
+        self.level = min(self.pace.amount, self.level + (now - self.at) * self.pace.amount / self.pace.span_s)
         self.at = now
 
     def wait_s(self, amount: float) -> float:
         """Seconds until `amount` is there."""
-        return max(0.0, round((amount - self.level) * 60 / self.per_minute, 6))  # who waited as long as told is let in
+        # who waited as long as told is let in
+        return max(0.0, round((amount - self.level) * self.pace.span_s / self.pace.amount, 6))
 
 
-class Rates:
-    """What each key has used. A limit of 0 is none. Safe to use from several threads."""
+class Buckets:
+    """Buckets of each key, one a pace. Safe to use from several threads."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_minute = {"requests": float(limits.requests_per_minute), "tokens": float(limits.tokens_per_minute)}
+    def __init__(self, paces: Sequence[Pace], clock: Callable[[], float] = time.monotonic) -> None:
+        self._paces = [pace for pace in paces if pace.amount > 0]
         self._clock = clock
         self._lock = threading.Lock()
-        self._buckets: OrderedDict[str, dict[str, Bucket]] = OrderedDict()
+        self._held: OrderedDict[str, dict[str, Bucket]] = OrderedDict()
 
-    def begin(self, key: str) -> None:
-        """Count a request. Raises BusyError, with the seconds to wait, when requests or tokens are used up."""
+    def __len__(self) -> int:
+        """How many keys are remembered."""
+        return len(self._held)
+
+    def take(self, key: str, charged: Sequence[str]) -> None:
+        """Take one from the buckets `charged` (by their option), if every bucket holds one. Raises BusyError."""
         with self._lock:
             buckets = self._of(key)
-            # the whole of a request, and at least one token: a reply of any length may follow
-            waits = {what: bucket.wait_s(1.0) for what, bucket in buckets.items()}
-            what = max(waits, key=lambda name: waits[name], default="")
-            if what and waits[what] > 0:
+            waits = {name: bucket.wait_s(1.0) for name, bucket in buckets.items()}
+            longest = max(waits, key=lambda name: waits[name], default="")
+            if longest and waits[longest] > 0:
+                pace = buckets[longest].pace
                 raise BusyError(
-                    f"this key has used up its {self._per_minute[what]:g} {what} per minute",
-                    f"ask again in {waits[what]:.1f} s, or raise limits.{what}_per_minute in TEAM.yaml",
-                    waits[what],
+                    f"this key has used up its {pace.amount:g} {pace.said}",
+                    f"ask again in {waits[longest]:.1f} s, or raise {pace.option} in TEAM.yaml",
+                    waits[longest],
                 )
-            if "requests" in buckets:
-                buckets["requests"].level -= 1
+            for name in charged:
+                if name in buckets:
+                    buckets[name].level -= 1
 
-    def count(self, key: str, tokens: int) -> None:
-        """Count what a reply took, of prompt and reply together."""
+    def charge(self, key: str, option: str, amount: float) -> None:
+        """Take what is spent already, though it be more than is there."""
         with self._lock:
             buckets = self._of(key)
-            if "tokens" in buckets:
-                buckets["tokens"].level -= tokens
+            if option in buckets:
+                buckets[option].level -= amount
 
     def _of(self, key: str) -> dict[str, Bucket]:
         now = self._clock()
-        buckets = self._buckets.pop(key, None)
+        buckets = self._held.pop(key, None)
         if buckets is None:
-            buckets = {what: Bucket(rate, rate, now) for what, rate in self._per_minute.items() if rate > 0}
-        self._buckets[key] = buckets
-        while len(self._buckets) > MOST_KEYS:
-            self._buckets.popitem(last=False)
+            buckets = {pace.option: Bucket(pace, pace.amount, now) for pace in self._paces}
+        self._held[key] = buckets
+        while len(self._held) > MOST_KEYS:
+            self._held.popitem(last=False)
         for bucket in buckets.values():
             bucket.fill(now)
         return buckets
+
+
+REQUESTS, TOKENS = "limits.requests_per_minute", "limits.tokens_per_minute"
+
+
+class Rates:
+    """What each key has used of `limits`."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        requests = Pace(limits.requests_per_minute, MINUTE_S, "requests per minute", REQUESTS)
+        tokens = Pace(limits.tokens_per_minute, MINUTE_S, "tokens per minute", TOKENS)
+        self._buckets = Buckets([requests, tokens], clock)
+
+    def begin(self, key: str) -> None:
+        """Count a request. Raises BusyError, with the seconds to wait, when requests or tokens are used up."""
+        # the whole of a request, and at least one token: a reply of any length may follow
+        self._buckets.take(key, [REQUESTS])
+
+    def count(self, key: str, tokens: int) -> None:
+        """Count what a reply took, of prompt and reply together."""
+        self._buckets.charge(key, TOKENS, tokens)
+
+
+class FeedbackRates:
+    """What each key has used of `feedback`: of a running server, so that a new start gives a day's worth anew."""
+
+    def __init__(self, terms: FeedbackTerms, clock: Callable[[], float] = time.monotonic) -> None:
+        minute = Pace(terms.per_minute, MINUTE_S, "ratings, corrections and comments per minute", "feedback.per_minute")
+        day = Pace(terms.per_day, DAY_S, "ratings, corrections and comments per day", "feedback.per_day")
+        self._paces = [minute.option, day.option]
+        self._buckets = Buckets([minute, day], clock)
+
+    def begin(self, key: str) -> None:
+        """Count one. Raises BusyError, with the seconds to wait."""
+        self._buckets.take(key, self._paces)

@@ -27,7 +27,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sartor.agents.asking import Given
-from sartor.agents.receipt_content import Content, digest_by
+from sartor.agents.receipt_content import Content, Digest, digest_by
 from sartor.agents.team import Team
 from sartor.core import catalogue, records, signing
 from sartor.core.artifacts import DISK_FULL, fsync_directory
@@ -65,6 +65,12 @@ class Seal:
     def sign(self, receipt: Mapping[str, Any]) -> dict[str, Any]:
         """The receipt with its signature in it."""
         return {**receipt, "signature": signing.signature_of(records.canonical(receipt), self._key)}
+
+
+def team_digest(state: Path) -> Digest:
+    """The keyed digest of a team, whose state directory it is; its key is made if absent. Raises as `read_secret`."""
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return digest_by(_secret(state / "receipts.key"))
 
 
 def _secret(file: Path) -> bytes:

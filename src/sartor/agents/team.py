@@ -170,6 +170,18 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class FeedbackTerms:
+    """What is kept of what people say of replies, and how much of it."""
+
+    consent: Literal["assumed", "required"] = option(
+        "assumed", "required: words are kept only of feedback that says consent: true; assumed: unless it says false"
+    )
+    per_minute: int = option(600, "feedback of one key; above it 429; 0 is no limit")
+    per_day: int = option(20_000, "feedback of one key; above it 429; 0 is no limit")
+    allow: tuple[str, ...] = option((), "values that are not personal and stay, as in curate's personal_data: +49 30 1234567")
+
+
+@dataclass(frozen=True)
 class Speech:
     """Who speaks, in processes of a lower priority than the workers'."""
 
@@ -216,6 +228,7 @@ class Team(Basis):
     rollout: Rollout = option(Rollout(), "how a new version comes in")
     speech: Speech = option(Speech(), "who speaks")
     plans: tuple[Plan, ...] = option((), "several agents for one request: sequence, parallel or verify (docs/collaboration.md)")
+    feedback: FeedbackTerms = option(FeedbackTerms(), "what is kept of what people say of replies")
 
     def __post_init__(self) -> None:
         names = [member.name for member in self.agents]

@@ -194,6 +194,20 @@ def agents_replay(log: Path, *, run: str = "", messages: Path | None = None, tea
     return sartor.replay_plans(team, log, run=run, messages=messages, notice=notice)
 
 
+@agents_app.command(name="feedback")
+def agents_feedback(*, key: str = "", user: str = "", remove: REPLACE = False, team: Path = TEAM) -> Any:
+    """Who said how much of the team's replies, and whether it is trusted; with --remove, what they said is taken out.
+
+    Args:
+        key: id of an API key, of which alone is told
+        user: id of a person, as the feedback was sent with
+        remove: take out of the inbox what that key or user said
+        team: the team's YAML file
+    """
+    call = sartor.remove_feedback if remove else sartor.list_feedback
+    return call(team, key=key, user=user)
+
+
 @agents_app.command(name="events")
 def agents_events(name: str = "", *, most: int = 100, team: Path = TEAM) -> Any:
     """Who changed what, when, from what to what, and why; the newest last.

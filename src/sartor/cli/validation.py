@@ -50,7 +50,7 @@ def bias(
     *,
     group: tuple[str, ...] = (),
     outcome: str = "auto",
-    mitigate: Literal["", "reweight", "counterfactual", "drop"] = "",
+    mitigate: Literal["", "reweight", "counterfactual", "substitute", "drop"] = "",
     out: Path | None = None,
     seed: int = 0,
     replace: REPLACE = False,
@@ -61,7 +61,8 @@ def bias(
         dataset: the Dataset; its training rows are looked at
         group: lexicon, sex, name_origin, age, nationality, disability, or a field of JSON or of `Name: value` lines
         outcome: auto, reply, json:KEY (or KEY), regex:PATTERN
-        mitigate: reweight (weights), counterfactual (each row again about another group) or drop (the fewest rows)
+        mitigate: reweight (weights), counterfactual (each row again about another group), substitute (each row about a group
+            that is dealt to it) or drop (the fewest rows)
         out: directory of the new Dataset
         seed: of what is drawn
         replace: replace what stands at --out

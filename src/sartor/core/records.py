@@ -17,7 +17,8 @@ from sartor.core.errors import SourceError
 
 PartKind = Literal["text", "image", "audio"]
 ROLES = ("system", "user", "assistant", "tool")
-FEEDBACK_SCHEMA = 1
+FEEDBACK_SCHEMA = 2
+Agreed = Literal["given", "assumed", "refused"]
 
 
 # json.dumps would make an encoder at each call
@@ -104,7 +105,8 @@ class Origin:
 class Example:
     """One training row. `group` may never straddle a split; `rejected` holds the worse reply of a preference pair.
 
-    `steps` names the curation steps that changed the content, in order.
+    `rating` is what people made of the last reply: -1 (bad) .. 1 (good), 0 where nobody said. `steps` names the curation steps
+    that changed the content, in order.
     """
 
     messages: tuple[Message, ...]
@@ -115,15 +117,18 @@ class Example:
     rejected: tuple[Message, ...] = ()
     tools: str = ""
     steps: tuple[str, ...] = ()
+    rating: float = 0.0
 
     @cached_property
     def id(self) -> str:
-        """32 hex digits of the sha256 of the content (messages, rejected, tools): not of where it came from."""
+        """32 hex digits of the sha256 of the content (messages, rejected, tools, rating): not of where it came from."""
         content: dict[str, Any] = {"messages": [message.plain() for message in self.messages]}
         if self.rejected:
             content["rejected"] = [message.plain() for message in self.rejected]
         if self.tools:
             content["tools"] = self.tools
+        if self.rating:
+            content["rating"] = float(self.rating)
         return digest(content)[:32]
 
     @property
@@ -173,12 +178,24 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Voice:
+    """Who says something of a reply. key: id of the API key, "" where there are none. user: keyed digest of the id that the key
+    gave for a person, "" for none. consent: whether what was said may be kept and learnt from; assumed where nobody asked.
+    """
+
+    key: str = ""
+    user: str = ""
+    consent: Agreed = "assumed"
+
+
+@dataclass(frozen=True)
 class Feedback:
     """What a person said of a reply: one line of a team's inbox.
 
     receipt: of the reply. agent: the exact version that gave it. date: ISO, UTC. rating: -1 (bad) .. 1 (good). correction: what
     the reply should have been. messages: the prompt in OpenAI form, or `text`, a raw one; with `reply` they are empty where the
-    server no longer knew them, so that a correction can be kept but not learnt from.
+    server no longer knew them, so that a correction can be kept but not learnt from. Without consent there is the rating alone.
+    masked: how many values of personal data have placeholders in their stead, by kind.
     """
 
     receipt: str
@@ -190,6 +207,13 @@ class Feedback:
     messages: tuple[Mapping[str, Any], ...] = ()
     text: str = ""
     reply: str = ""
+    by: Voice = Voice()
+    masked: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether it is known what was asked."""
+        return bool(self.messages or self.text)
 
     def as_json(self) -> dict[str, Any]:
         """A line of the inbox; `from_json` turns it back into an equal record."""
@@ -197,8 +221,11 @@ class Feedback:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> Feedback:
-        """The record that `as_json` said. Raises SourceError for another schema, KeyError or TypeError for no record."""
-        if said.get("schema") != FEEDBACK_SCHEMA:
+        """The record that `as_json` said, of this schema or the one before. Raises SourceError for another, KeyError or
+        TypeError for no record.
+        """
+        if said.get("schema") not in (FEEDBACK_SCHEMA - 1, FEEDBACK_SCHEMA):
             raise SourceError(f"feedback of schema {said.get('schema')!r}; this reads {FEEDBACK_SCHEMA}", "a newer Sartor")
         fields = {key: value for key, value in said.items() if key != "schema"}
-        return cls(**{**fields, "messages": tuple(fields["messages"])})
+        by = Voice(**fields.pop("by", {}))
+        return cls(**{**fields, "messages": tuple(fields["messages"]), "by": by})

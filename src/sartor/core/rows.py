@@ -53,6 +53,7 @@ EXAMPLES = pa.schema(
         ("weight", pa.float64()),
         ("origins", pa.list_(_ORIGIN)),
         ("steps", pa.list_(pa.string())),
+        ("rating", pa.float64()),
     ],
     metadata=_FOOTER,
 )
@@ -137,6 +138,7 @@ def example_row(example: Example) -> dict[str, Any]:
         "weight": example.weight,
         "origins": [vars(origin) for origin in example.origins],  # asdict copies to the depths, at ten times the cost
         "steps": list(example.steps),
+        "rating": example.rating,
     }
 
 
@@ -155,6 +157,7 @@ def example_of(row: dict[str, Any]) -> Example:
         rejected=tuple(_message_of(message) for message in row["rejected"]),
         tools=row["tools"],
         steps=tuple(row.get("steps") or ()),  # a Dataset of schema 1 has none
+        rating=row.get("rating") or 0.0,  # an older Dataset has no ratings
     )
 
 

@@ -62,7 +62,7 @@ def _merged(examples: Iterable[Example]) -> list[Example]:
             # the fields by hand: dataclasses.replace would carry no cached id, and cost nothing else
             found[example.id] = Example(
                 known.messages, (*known.origins, *more), known.group, known.split, known.weight, known.rejected, known.tools,
-                known.steps,
+                known.steps, known.rating,
             )  # fmt: skip
     return list(found.values())
 

@@ -29,13 +29,14 @@ from sartor.curate.curated import Curated
 from sartor.curate.dedup import clusters, ledger
 from sartor.curate.dedup import rethreshold as of_files
 from sartor.curate.dedup.pairs import METHODS, Pairs
+from sartor.curate.grouping import prompt_group
 from sartor.curate.pipeline import digests, licence_facts, load_recipe
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.steps import makes_copies, needs_all_rows
 from sartor.curate.steps.contract import RowFunction, dropped
 from sartor.curate.steps.exact import ExactDuplicates
 from sartor.curate.steps.near import NearDuplicates
-from sartor.curate.work import prompt_group, through
+from sartor.curate.work import through
 
 
 def rethreshold(path: Path | str, out: Path | str, *, threshold: float, replace: bool = False, show: bool = False) -> Any:

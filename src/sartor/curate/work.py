@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sartor.core import rows
-from sartor.core.records import Drop, Example, Origin, digest
+from sartor.core.records import Drop, Example, Origin
 from sartor.curate import parts
+from sartor.curate.grouping import prompt_group
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import Unit, read
 from sartor.curate.steps.contract import Copy, CopyStep, Counting, RowFunction, RowStep, SetStep, dropped
@@ -218,15 +219,3 @@ def index_table(some: Sequence[Coming]) -> Any:
         },
         schema=parts.INDEX,
     )
-
-
-def prompt_group(row: Example) -> str:
-    """A name for what the row asks: rows with the same user turns share it, and rows about the same pictures and recordings,
-    whatever they ask of them: a picture that is held out must not be one that was trained on.
-    """
-    if row.is_document:
-        return row.id
-    prompt = [message for message in row.messages if message.role == "user"]
-    if media := [part.plain() for message in prompt for part in message.content if part.media]:
-        return f"media:{digest(media)[:16]}"
-    return f"prompt:{digest([message.plain() for message in prompt])[:16]}"

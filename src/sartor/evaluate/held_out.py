@@ -52,6 +52,11 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) 
         folder = media
         examples, refused = _rows_of(data, datasets, media)
         left_out |= refused
+    if bad := sum(example.rating < 0 for example in examples):
+        left_out["rated_bad"] = bad  # such a reply is no reference
+        examples = [example for example in examples if example.rating >= 0]
+        if not examples:
+            raise SourceError(f"all {bad} rows were rated bad, and so show no reply to be like", "give rows of good replies")
     # a fixed sample: the same rows in every run, whatever their order
     examples.sort(key=lambda example: hashlib.sha256(example.id.encode()).digest())
     if len(examples) > most_rows:

@@ -22,7 +22,7 @@ from typing import Any
 
 from sartor.agents.plans.steps import Line
 from sartor.agents.receipt_content import Content, Digest
-from sartor.agents.receipts import Seal
+from sartor.agents.receipts import team_digest
 from sartor.agents.team import Team
 from sartor.core.artifacts import fsync_directory
 from sartor.core.errors import ArtifactError, MissingError
@@ -102,7 +102,7 @@ class PlanLog:
     def of(cls, team: Team) -> PlanLog:
         """The log of a team, by whose key it digests."""
         state = Path(team.state)
-        return cls(state / "plans", Seal.of(state).digest, team.limits.receipts_days)
+        return cls(state / "plans", team_digest(state), team.limits.receipts_days)
 
     def write(self, ran: Ran) -> None:
         """Append a run, whole, and see it onto the disk; where that cannot be it is counted."""

@@ -21,7 +21,7 @@ from sartor.agents.plans.front import Plans, Replies
 from sartor.agents.plans.log import PlanLog, Ran, read_runs, response_format
 from sartor.agents.receipt_check import question_in
 from sartor.agents.receipt_content import Content, Digest
-from sartor.agents.receipts import Seal
+from sartor.agents.receipts import team_digest
 from sartor.agents.serve.opening import open_house
 from sartor.agents.team import Team, load
 from sartor.core import config
@@ -174,7 +174,7 @@ def replay_plans(
 
 async def _replay(team: Team, runs: Sequence[Rows], asked: Mapping[str, Any]) -> list[Replayed]:
     async with open_house(team) as house:
-        remaking = Remaking(team, house.replies, Seal.of(Path(team.state)).digest, asked)
+        remaking = Remaking(team, house.replies, team_digest(Path(team.state)), asked)
         return [await remaking.remake(rows) for rows in runs]
 
 

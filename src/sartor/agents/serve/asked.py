@@ -315,12 +315,18 @@ class SpeechRequest(Asked):
 
 
 class FeedbackRequest(Asked):
-    """Body of POST /v1/feedback: what a person says of a reply."""
+    """Body of POST /v1/feedback: what a person says of a reply.
+
+    consent: whether the words (prompt, reply, correction, comment) may be kept and learnt from; left out, it is as the team
+    says. user: the client's id of the person, of which a keyed digest is kept.
+    """
 
     receipt: Annotated[str, Field(min_length=1, max_length=128)]
     rating: Annotated[float, Field(ge=-1, le=1)] | None = None
     correction: Annotated[str, Field(max_length=MOST_SAID)] | None = None
     comment: Annotated[str, Field(max_length=MOST_SAID)] | None = None
+    consent: bool | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
 
 
 class PromoteRequest(Asked):

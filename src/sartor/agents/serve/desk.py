@@ -9,7 +9,8 @@ from fastapi import Request
 
 from sartor.agents.asking import Answer
 from sartor.agents.asking import Request as Question
-from sartor.agents.feedback import Exchange, Inbox, Memory
+from sartor.agents.feedback import Exchange, Memory
+from sartor.agents.hearing import Hearing
 from sartor.agents.keys import Opened
 from sartor.agents.serve.bodies import Reading
 from sartor.agents.serve.entry import Entry
@@ -35,7 +36,7 @@ class Desk:
     shift: Shift
     meters: Meters
     memory: Memory
-    inbox: Inbox
+    hearing: Hearing
     reading: Reading
     looking: Looking
     media: MediaLimits
@@ -64,9 +65,9 @@ class Desk:
         if not visitor.opens(MODEL):
             raise KeyRefusedError(f"this key does not open {MODEL!r}", f"sartor agents key {MODEL} makes one that does")
 
-    def remember(self, answer: Answer, question: Question, reply: str) -> None:
-        """Keep a reply that is whole, so that feedback on it can be learnt from."""
-        self.memory.keep(answer.receipt, Exchange(answer.agent, question.messages, question.text, reply))
+    def remember(self, visitor: Opened, answer: Answer, question: Question, reply: str) -> None:
+        """Keep a reply that is whole, and who got it, so that feedback on it can be learnt from."""
+        self.memory.keep(answer.receipt, Exchange(answer.agent, question.messages, question.text, reply, visitor.key))
 
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`: of the base that all agents stand on."""

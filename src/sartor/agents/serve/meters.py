@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from sartor.agents.serve.entry import Entry
 from sartor.agents.serve.seams import House
+from sartor.core.records import Feedback
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -25,7 +26,8 @@ class Meters:
         self._tokens = self._counter("tokens", "tokens of prompts, of them cached, and of replies", "agent", "kind")
         self._wall = self._histogram("request_seconds", "from a request's head to the end of its answer", "route", "agent")
         self._first = self._histogram("first_token_seconds", "from a request's head to its reply's first text", "agent")
-        self.feedback = self._counter("feedback", "what people said of replies", "agent", "kind")
+        self._feedback = self._counter("feedback", "what people said of replies", "agent", "kind")
+        self._masked = self._counter("feedback_masked", "values of personal data masked in what people said", "kind")
         self._registry.register(_State(house, connections, lines_lost))
 
     def count(self, entry: Entry) -> None:
@@ -40,6 +42,16 @@ class Meters:
         for kind, tokens in (("prompt", usage.prompt), ("cached", usage.cached), ("reply", usage.reply)):
             if tokens:
                 self._tokens.labels(entry.agent, kind).inc(tokens)
+
+    def hear(self, said: Feedback, kept: Feedback) -> None:
+        """Feedback as it came, and as it was written: `withheld` counts words that were not kept for want of consent."""
+        kinds = {"rating": said.rating is not None, "correction": said.correction, "comment": said.comment}
+        kinds["withheld"] = (said.has_words or said.correction or said.comment) and kept.by.consent == "refused"
+        for kind, is_so in kinds.items():
+            if is_so:
+                self._feedback.labels(said.agent, kind).inc()
+        for entity, count in kept.masked.items():
+            self._masked.labels(entity).inc(count)
 
     def page(self) -> bytes:
         """All numbers in Prometheus' text format."""

@@ -231,7 +231,7 @@ class HealthAnswer(Said):
 
 
 class FeedbackAnswer(Said):
-    """Answer of POST /v1/feedback. `learnable`: the prompt was still known, so that a correction can be learnt from."""
+    """Answer of POST /v1/feedback. `learnable`: the prompt was still known, and its words may be kept and learnt from."""
 
     receipt: str
     agent: str

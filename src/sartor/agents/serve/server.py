@@ -17,7 +17,8 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from sartor.agents.feedback import Inbox, Memory
+from sartor.agents.feedback import Memory
+from sartor.agents.hearing import Hearing
 from sartor.agents.serve import openapi, protocol
 from sartor.agents.serve.app import build_app
 from sartor.agents.serve.bodies import Reading
@@ -61,7 +62,7 @@ class Server:
             shift=self.shift,
             meters=meters,
             memory=Memory(team.limits.remembered_bytes),
-            inbox=Inbox(Path(team.state) / "inbox"),
+            hearing=Hearing(team.feedback, Path(team.state)),
             reading=Reading(),
             looking=Looking(team.limits, team.media),
             media=team.media,

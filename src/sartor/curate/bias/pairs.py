@@ -1,9 +1,13 @@
-"""Counterfactual pairs: a row again about somebody of another group, the outcome kept (Lu et al. 2020, Zmigrod et al. 2019)."""
+"""Counterfactuals: a row again about somebody of another group, the outcome kept (Lu et al. 2020, Zmigrod et al. 2019), or in
+the row's own place (Maudslay et al. 2019).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from sartor.core import groups
 from sartor.core.groups import Kind
@@ -31,6 +35,38 @@ def counterfactuals(row: Example, attributes: Sequence[str]) -> Iterator[tuple[E
         to = others[int(digest([row.id, attribute])[:8], 16) % len(others)]
         if (changed := _changed(row, attribute, to)) is not None:
             yield changed, f"{attribute}: {next(iter(there))} to {to}"
+
+
+def substituted(
+    rows: Sequence[Example], outcomes: Sequence[str | None], attributes: Sequence[str], seed: int = 0
+) -> tuple[list[Example], int]:
+    """(each row about somebody of the group that is dealt to it, of ATTRIBUTES by which it names somebody; how many rows could
+    not be so, since grammar or sense would be lost or the row speaks of several groups, and stay as they are).
+
+    The rows of one outcome are dealt all groups of an attribute equally often, so that the outcome says nothing of the group.
+    Where a copy of each row about one other group leaves a part of a gap between three groups or more, this leaves none.
+    """
+    new, stuck = list(rows), set[int]()
+    for attribute in attributes:
+        known, rng = _groups(attribute), np.random.default_rng([seed, ATTRIBUTES.index(attribute)])
+        named = [{one for message in row.messages for one in _named(message.text, attribute)} for row in rows]
+        for outcome in dict.fromkeys(outcomes):
+            places = [place for place, there in enumerate(named) if there and outcomes[place] == outcome]
+            first = int(rng.integers(len(known)))
+            for turn, place in enumerate(rng.permutation(places).astype(int).tolist()):
+                to = known[(first + turn) % len(known)]
+                if named[place] == {to}:
+                    continue
+                changed = _changed(new[place], attribute, to) if len(named[place]) == 1 else None
+                new[place] = _of_parent(changed, rows[place]) if changed else new[place]
+                stuck |= {place} if changed is None else set()
+    return new, len(stuck)
+
+
+def _of_parent(row: Example, parent: Example) -> Example:
+    """Made of the parent, whatever it was between one attribute and the next: that stands in no Dataset."""
+    origins = tuple(dataclasses.replace(origin, parents=(parent.id,)) for origin in row.origins)
+    return dataclasses.replace(row, origins=origins, steps=(*parent.steps, STEP))
 
 
 def _groups(attribute: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sartor.core.family import holm
 from sartor.curate.bias.membership import Memberships
 
 F64 = NDArray[np.float64]
@@ -199,8 +200,5 @@ def _ratio(attribute: str, outcome: str, rates: dict[str, Rate]) -> Ratio | None
 
 
 def _corrected(gaps: Sequence[Gap]) -> list[Gap]:
-    worst, found = 0.0, {}
-    for rank, place in enumerate(sorted(range(len(gaps)), key=lambda place: gaps[place].p)):
-        worst = max(worst, min(1.0, gaps[place].p * (len(gaps) - rank)))
-        found[place] = worst
-    return [Gap(**{**asdict(gap), "p_corrected": found[place]}) for place, gap in enumerate(gaps)]
+    found = holm([gap.p for gap in gaps])
+    return [Gap(**{**asdict(gap), "p_corrected": p}) for gap, p in zip(gaps, found, strict=True)]

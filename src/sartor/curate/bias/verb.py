@@ -22,7 +22,7 @@ from sartor.curate.bias.words import beside
 from sartor.curate.derived import write_derived
 from sartor.curate.steps.contract import dropped
 
-Mitigation = Literal["", "reweight", "counterfactual", "drop", "generate"]
+Mitigation = Literal["", "reweight", "counterfactual", "substitute", "drop", "generate"]
 # (group, outcome), how many rows of it are wanted, the rows that there are -> new rows
 Generate = Callable[[Cell, int, Sequence[Example]], Iterable[Example]]
 STEP = "bias"
@@ -100,8 +100,9 @@ def bias(
 
     group: `lexicon`, and fields of the rows' JSON or `Name: value` lines; by default the lexicon and well-known fields.
     outcome: auto, reply, json:KEY (or KEY), regex:PATTERN. mitigate: `reweight` sets weights, `counterfactual` adds each row
-    again about another group, `drop` removes the fewest rows, `generate` asks `generate` for the rows that are needed. Held-out
-    rows stay as they are. Raises ConfigError for a field that no row has, SourceError where no group or outcome is found.
+    again about another group, `substitute` makes each row one about a group that is dealt to it, `drop` removes the fewest
+    rows, `generate` asks `generate` for the rows that are needed. Held-out rows stay as they are. Raises ConfigError for a
+    field that no row has, SourceError where no group or outcome is found.
     """
     if mitigate not in get_args(Mitigation):
         known = " | ".join(name for name in get_args(Mitigation) if name)
@@ -136,9 +137,10 @@ def bias(
     new, drops = work.run(mitigate, tables, needed, generate)
     after_people, after = _people(new, group), outcomes(new, target.chosen if target.chosen != "text" else outcome)
     after_rates = measured(after_people, after.labels, [row.weight for row in new])
+    # they stand first: a new row that equals one of them is that one, and is not trained on
     held_out = [row for row in everything if row.split == "eval"]
     facts = {"mitigation": mitigate, "changed": work.changed, "before": found.before.as_json(), "after": after_rates.as_json()}
-    written = write_derived(out, [opened], [*new, *held_out], drops, step={STEP: facts}, replace=replace)
+    written = write_derived(out, [opened], [*held_out, *new], drops, step={STEP: facts}, replace=replace)
     return dataclasses.replace(found, mitigation=mitigate, after=after_rates, changed=work.changed, written=written)
 
 
@@ -164,6 +166,8 @@ class _Mitigation:
             return self._weighed(), []
         if kind == "counterfactual":
             return self._paired(), []
+        if kind == "substitute":
+            return self._substituted(), []
         if kind == "drop":
             return self._dropped(tables)
         assert generate is not None
@@ -179,13 +183,25 @@ class _Mitigation:
         self.changed = {"weights": sum(one.weight != row.weight for one, row in zip(new, self.training, strict=True))}
         return new
 
-    def _paired(self) -> list[Example]:
+    def _attributes(self) -> list[str]:
+        """Those by which a row can be said of somebody else."""
         attributes = [name for name in self.people if name in pairs.ATTRIBUTES]
         if not attributes:
             known = ", ".join(pairs.ATTRIBUTES)
             raise ConfigError(
                 f"no counterfactual is known of {', '.join(self.people)}; of {known} it is", "--mitigate reweight"
             )
+        return attributes
+
+    def _substituted(self) -> list[Example]:
+        new, stuck = pairs.substituted(self.training, self.labels, self._attributes(), self.seed)
+        distinct = list({row.id: row for row in new}.values())
+        moved = sum(one.id != row.id for one, row in zip(new, self.training, strict=True))
+        self.changed = {"substituted": moved, "rows_without_a_pair": stuck, "became_equal": len(new) - len(distinct)}
+        return distinct
+
+    def _paired(self) -> list[Example]:
+        attributes = self._attributes()
         new, known_ids = list(self.training), {row.id for row in self.training}
         unchanged = 0
         for place, row in enumerate(self.training):

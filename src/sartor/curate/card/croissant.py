@@ -41,6 +41,7 @@ _EXAMPLES = {
     "split": ("sc:Text", "train or eval; a group stands in one only."),
     "group": ("sc:Text", "What may never straddle a split."),
     "weight": ("sc:Float", "Weight of the row in tuning."),
+    "rating": ("sc:Float", "What people made of the reply: -1 (bad) to 1 (good); 0 where nobody said."),
     "tools": ("sc:Text", "JSON text of the tools that the row may call; empty where there are none."),
 }
 # field -> (column, path inside an item, type, what it is): lists, one entry per item

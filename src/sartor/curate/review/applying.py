@@ -26,6 +26,7 @@ from sartor.core.errors import ConfigError, ConflictError, SourceError
 from sartor.core.lineage import tally
 from sartor.core.records import Drop, Example, digest
 from sartor.curate import card, finish
+from sartor.curate.grouping import prompt_group
 from sartor.curate.pipeline import digests, licence_facts
 from sartor.curate.review import findings
 from sartor.curate.review.changing import STEP, changed
@@ -33,7 +34,6 @@ from sartor.curate.review.items import Decision, Item
 from sartor.curate.review.rows import rows_of
 from sartor.curate.review.view import Entry, View
 from sartor.curate.steps.contract import dropped
-from sartor.curate.work import prompt_group
 
 # what is written anew; everything else of the old Dataset comes along as it is
 WRITTEN = ("examples/", "drops/", "lineage/", "card/", "card.", "croissant.json", findings.FILE)
@@ -318,4 +318,6 @@ def _in_form(table: Any) -> Any:
     if "steps" not in table.column_names:
         empty = pa.array([[]] * len(table), pa.list_(pa.string()))
         table = table.append_column("steps", empty)
+    if "rating" not in table.column_names:
+        table = table.append_column("rating", pa.array([0.0] * len(table), pa.float64()))
     return table.select(rows.EXAMPLES.names).cast(rows.EXAMPLES)

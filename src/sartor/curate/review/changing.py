@@ -10,11 +10,11 @@ from typing import Any
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.curate import finish
+from sartor.curate.grouping import prompt_group
 from sartor.curate.labels import target
 from sartor.curate.personal.findings import ENTITIES
 from sartor.curate.review.items import check_change
 from sartor.curate.steps.personal_data import Masking, PersonalData
-from sartor.curate.work import prompt_group
 
 STEP = finish.EDITED
 

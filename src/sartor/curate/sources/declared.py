@@ -19,6 +19,7 @@ from sartor.curate.sources.tables import Read
 
 # Rows looked at to find a file's form: the commonest one among them is the file's.
 HEAD_ROWS = 50
+FEEDBACK = "LicenseRef-feedback"
 
 
 @dataclass
@@ -37,21 +38,26 @@ class FileFacts:
 
 
 def scheme(path: str) -> str:
-    """`sql`, `hub` or `asset`, or empty for files."""
-    return next((name for name in ("sql", "hub", "asset") if path.startswith(f"{name}:")), "")
+    """`sql`, `hub`, `asset` or `inbox`, or empty for files."""
+    return next((name for name in ("sql", "hub", "asset", "inbox") if path.startswith(f"{name}:")), "")
 
 
 def with_licence(source: Source) -> Source:
-    """The source; one that names an asset and no licence has the asset's."""
-    if scheme(source.path) != "asset" or source.licence != UNKNOWN:
+    """The source; one that names an asset and no licence has the asset's, and an inbox terms of its own.
+
+    What people told a team is licensed by nobody's table: what it may be used for is for `use` to say.
+    """
+    if source.licence != UNKNOWN:
         return source
-    return replace(source, licence=assets.entry(_asset(source.path)[0]).licence)
+    if scheme(source.path) == "inbox":
+        return replace(source, licence=FEEDBACK)
+    return replace(source, licence=assets.entry(_asset(source.path)[0]).licence) if scheme(source.path) == "asset" else source
 
 
 def files_of(source: Source) -> list[Found]:
     """The files of a source. An asset is installed first. Raises ConfigError, AssetError."""
     if scheme(source.path) != "asset":
-        return places.find(source.path)
+        return places.find(source.path.removeprefix("inbox:"))
     name, inner = _asset(source.path)
     folder = assets.install(name)
     if inner.startswith("/") or ".." in Path(inner).parts:

@@ -9,3 +9,7 @@ class Malformed(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason, self.detail = reason, detail
+
+
+class SetAside(Malformed):
+    """A row that is as it should be, and is not used for a reason of its source: a Drop, and no fault under `--strict`."""

@@ -7,6 +7,7 @@ word under which it is counted.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "preference": ("prompt", "chosen", "rejected"),
     "alpaca": ("instruction", "output"),
+    "rated": ("prompt", "completion"),  # and a rating, which `detect` looks at
     "prompt_completion": ("prompt", "completion"),
     "question_answer": ("question", "answer"),
     "text": ("text",),
@@ -52,7 +54,8 @@ def detect(row: Mapping[str, Any], *, of_media: bool = False) -> str | None:
     """The form of a row by its keys, or None. `of_media`: the file may be a table of media."""
     if of_media and row.get("file_name") is not None and caption_field(row):
         return CAPTIONED
-    return next((form for form, keys in FORMS.items() if all(row.get(key) is not None for key in keys)), None)
+    fitting = (form for form, keys in FORMS.items() if all(row.get(key) is not None for key in keys))
+    return next((form for form in fitting if form != "rated" or _said(row) is not None), None)
 
 
 def caption_field(row: Mapping[str, Any]) -> str:
@@ -64,7 +67,8 @@ def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
     """The Example in a row of a form, its Origin with the row's own date. Raises Malformed."""
     if not isinstance(row, Mapping):
         raise Malformed("not_an_object", f"the row is a {type(row).__name__}, not an object with fields")
-    if detect(row, of_media=form == CAPTIONED) != form:
+    found = detect(row, of_media=form == CAPTIONED)
+    if found != form and {found, form} != {"rated", "prompt_completion"}:  # of a file's replies some may be rated
         raise _other_form(row, form)
     messages, rejected = _PARSERS[form](row, media)
     _check_turns(messages, form)
@@ -80,6 +84,7 @@ def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
         weight=_weight(row),
         rejected=rejected,
         tools=_json_text(row.get("tools"), "tools"),
+        rating=_rating(row) if found in ("rated", "messages") else 0.0,
     )
 
 
@@ -231,6 +236,7 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any], Media], tuple[tuple[Message, ..
     "sharegpt": _sharegpt,
     "preference": _preference,
     "alpaca": _alpaca,
+    "rated": _prompt_completion,
     "prompt_completion": _prompt_completion,
     "question_answer": _question_answer,
     "text": _text_row,
@@ -350,6 +356,22 @@ def _weight(row: Mapping[str, Any]) -> float:
     if not 0 <= weight < float("inf"):
         raise Malformed("bad_field", f"`weight` is {value}; it must be finite and not negative")
     return weight
+
+
+def _said(row: Mapping[str, Any]) -> float | None:
+    """What a row says of its reply: the number in `rating`, or yes and no in `label`, as 1 and -1. None: neither is there."""
+    if isinstance(rating := row.get("rating"), (int, float, str)) and not isinstance(rating, bool):
+        with contextlib.suppress(ValueError):
+            return float(rating)
+    # as text in CSV files; a label of `messages` says what they are about
+    return {"true": 1.0, "false": -1.0}.get(str(row.get("label")).lower()) if row.get("messages") is None else None
+
+
+def _rating(row: Mapping[str, Any]) -> float:
+    rating = _said(row) or 0.0
+    if not -1 <= rating <= 1:
+        raise Malformed("bad_field", f"`rating` is {rating:g}; it must be from -1 (bad) to 1 (good), 0 where nobody said")
+    return rating
 
 
 def _loads(value: Any) -> Any:

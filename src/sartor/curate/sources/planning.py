@@ -10,10 +10,12 @@ import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sartor.core import records
+from sartor.curate.inbox import known
+from sartor.curate.inbox import reading as inbox
 from sartor.curate.recipe import Source
 from sartor.curate.sources import declared, formats, forms, readers
 from sartor.curate.sources.declared import FileFacts
@@ -48,6 +50,12 @@ def plan(wanted: Sequence[Source], max_row_bytes: int) -> Plan:
             made.files.append(replace(facts, form=form or "unknown"))
             made.units.append(Unit(len(made.units), index, _asked(source), form, max_row_bytes))
             continue
+        if declared.scheme(source.path) == "inbox":
+            files = tuple(_of_inbox(found, max_row_bytes) for found in declared.files_of(source))
+            made.files += [_facts(source, file) for file in files]
+            asked = records.digest([_asked(source), asdict(source.inbox), known.mark(source.inbox.known)])[:16]
+            made.units.append(Unit(len(made.units), index, asked, inbox.FORM, max_row_bytes, files))
+            continue
         cutter = _Cutter(made, index, _asked(source), max_row_bytes)
         for file, pieces in _surveyed(source, max_row_bytes):
             made.files.append(_facts(source, file))
@@ -56,6 +64,14 @@ def plan(wanted: Sequence[Source], max_row_bytes: int) -> Plan:
             cutter.add(file, pieces)
         cutter.flush()
     return made
+
+
+def _of_inbox(found: Found, most_bytes: int) -> InputFile:
+    """A file of an inbox, to which a server may be appending: what is there now is what is read."""
+    file, _ = _inspect(found, "jsonl", most_bytes, of_media=False)
+    if not file.refusal[0] and not found.path.endswith(".jsonl"):
+        file = replace(file, refusal=("not_feedback", "an inbox holds files feedback-DAY.jsonl, and nothing else"))
+    return replace(file, kind=inbox.FORM, form=inbox.FORM)
 
 
 def _asked(source: Source) -> str:

@@ -20,9 +20,11 @@ from typing import Any, BinaryIO
 from sartor.core import records
 from sartor.core.errors import SourceError
 from sartor.core.records import Drop, Example, Origin
+from sartor.curate.grouping import conversation_group
+from sartor.curate.inbox import reading as inbox
 from sartor.curate.recipe import Source
 from sartor.curate.sources import declared, documents, formats, forms, media, readers, tables
-from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.faults import Malformed, SetAside
 from sartor.curate.sources.places import open_regular
 from sartor.curate.sources.survey import Piece, checksum
 from sartor.curate.sources.tables import Read
@@ -110,10 +112,38 @@ def read(
         name = "query" if declared.scheme(source.path) == "sql" else source.path
         yield from reading.rows(InputFile("", name, "query", form=unit.form), declared.queried(source, unit.most_bytes))
         return
+    if unit.form == inbox.FORM:
+        yield from _of_inbox(unit, source, reading)
+        return
     with ExitStack() as stack:
         pages = stack.enter_context(documents.Pages())
         for file in unit.files:
             yield from reading.rows(file, _raw(unit, file, pages, noted))
+
+
+def _of_inbox(unit: Unit, source: Source, reading: _Reading) -> Iterator[Example | Drop]:
+    """An inbox is read whole: who is trusted shows in all of its lines together."""
+    files = [inbox.InboxFile(place, file.path, file.bytes, file.sha256) for place, file in enumerate(unit.files)]
+    judged = inbox.Inbox(
+        [file for file, one in zip(files, unit.files, strict=True) if not one.refusal[0]], source.inbox, unit.most_bytes
+    )
+    for file, one in zip(files, unit.files, strict=True):
+        yield from reading.rows(one, _feedback(judged, file, one, reading.notes))
+
+
+def _feedback(judged: inbox.Inbox, file: inbox.InboxFile, one: InputFile, notes: Counter[tuple[str, str]]) -> Read:
+    if one.refusal[0]:
+        yield "1", Malformed(*one.refusal)
+        return
+    try:
+        for line, row in judged.rows(file):
+            if isinstance(row, SetAside) and row.reason == inbox.DISTRUSTED:
+                notes[one.name, row.detail] += 1
+            yield line, row
+    except Malformed as fault:
+        yield "1", fault
+    except OSError as error:
+        yield "1", Malformed("unreadable_file", f"{error.strerror or error}")
 
 
 def _raw(unit: Unit, file: InputFile, pages: documents.Pages, notes: Counter[tuple[str, str]]) -> Read:
@@ -195,6 +225,8 @@ class _Reading:
             try:
                 if isinstance(row, Malformed):
                     raise row
+                if file.kind == inbox.FORM:
+                    form = forms.detect(row) or ""
                 if not form:
                     raise Malformed("unknown_form", f"no known form has these fields: {_fields(row)}")
                 if form == forms.CAPTIONED and self.source.prompt:
@@ -202,13 +234,16 @@ class _Reading:
                 example = forms.parse(row, form, origin, place)
                 _check_text(example)
             except Malformed as fault:
-                yield self._drop(fault, origin, row)
+                # what people said stands in the inbox, from which it can be taken out again
+                yield self._drop(fault, origin, None if file.kind == inbox.FORM else row)
                 continue
             except RecursionError:
                 yield self._drop(Malformed("bad_json", "the row is nested too deeply"), origin, None)
                 continue
             if field := forms.date_of(row)[1]:
                 self.notes[file.name, f"`{field}` is no date"] += 1
+            if file.kind == inbox.FORM:
+                example = replace(example, group=conversation_group(example))
             yield replace(example, group=group) if group and not example.group else example
 
     def _place(self, file: InputFile, kind: str, value: str) -> str:
@@ -218,7 +253,7 @@ class _Reading:
 
     def _drop(self, fault: Malformed, origin: Origin, row: Any) -> Drop:
         detail = _storable(fault.detail)
-        if self.strict:
+        if self.strict and not isinstance(fault, SetAside):
             raise SourceError(f"{origin.locator}: {fault.reason}: {detail}", "mend the row, or run without --strict")
         text = "" if row is None or isinstance(row, Malformed) else records.canonical_text(row)[:2000]
         return Drop(fault.reason, origin.source, origin.locator, detail, text=_storable(text))

@@ -49,6 +49,7 @@ def lines(stream: BinaryIO, end: int, first: int, most_bytes: int) -> Iterator[t
             problem = f"the row has {size:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
             yield number, Malformed("oversize_row", problem)
             continue
+        raw = raw[: end - at]  # of a file that grows meanwhile, what was there
         begins, at = at == 0, at + len(raw)
         if begins:
             raw = raw.removeprefix(b"\xef\xbb\xbf")

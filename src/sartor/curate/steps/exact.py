@@ -14,7 +14,7 @@ from sartor.core.config import option
 from sartor.core.records import Example
 from sartor.curate.dedup import shingles
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
-from sartor.curate.steps.survivor import FIELD_HELP, KEEP_HELP, Field, Keep, has_media, ranks, text_of
+from sartor.curate.steps.survivor import FIELD_HELP, KEEP_HELP, Field, Keep, is_apart, ranks, text_of
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class ExactDuplicates:
     """Rows of equal content become one; each further row is a Drop that names it.
 
     With `match: words` rows also go that differ in case, white space and punctuation only (`dedup/shingles.py` has the normal
-    form). Their content is not the same, so the survivor does not take over their origins. Rows with an image or a recording
-    go by their content alone.
+    form). Their content is not the same, so the survivor does not take over their origins. Rows with an image, a recording or a
+    rating go by their content alone.
     """
 
     match: Literal["content", "words"] = option(
@@ -40,7 +40,7 @@ class ExactDuplicates:
         plain = shingles.resolve("words", 0, ())
         found = shingles.sketch([text_of(example, self.field) for example in examples], plain)
         empty = found.offsets[1:] == found.offsets[:-1]
-        apart = [none or has_media(example) for none, example in zip(empty, examples, strict=True)]
+        apart = [none or is_apart(example) for none, example in zip(empty, examples, strict=True)]
         words = [None if alone else row.tobytes().hex() for row, alone in zip(found.digests, apart, strict=True)]
         return pa.table({"words": pa.array(words, pa.string()), "rank": ranks(examples, self.keep, self.field)})
 

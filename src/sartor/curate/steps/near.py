@@ -19,7 +19,7 @@ from sartor.curate.dedup.pairs import METHODS
 from sartor.curate.dedup.verify import Rules, rules_for
 from sartor.curate.dedup.workers import Workers
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
-from sartor.curate.steps.survivor import FIELD_HELP, KEEP_HELP, Field, Keep, has_media, ranks, text_of
+from sartor.curate.steps.survivor import FIELD_HELP, KEEP_HELP, Field, Keep, has_media, is_apart, ranks, text_of
 
 _SAID = {"exact": "the same words as", "near": "Jaccard similarity to", "contained": "containment in or of"}
 # Below this many rows a second process costs more than it saves.
@@ -30,7 +30,7 @@ WORTH_WORKERS = 20_000
 class NearDuplicates:
     """MinHash proposes pairs, true Jaccard or containment of their shingles decides; stars around survivors, never chains.
 
-    Rows with an image or a recording are let be: their text does not tell what they show. `image_duplicates` compares them.
+    Rows with an image, a recording or a rating are let be: their text does not tell it all. `image_duplicates` compares them.
     """
 
     threshold: float = option(0.0, "Jaccard similarity from which two rows are duplicates; 0 takes the unit's own")
@@ -59,9 +59,8 @@ class NearDuplicates:
         return shingles.resolve(self.unit, self.size, ())
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
-        """See SetStep. Columns: shingles, digest, rank, media. A row with media has no shingles, and so no like."""
-        media = [has_media(example) for example in examples]
-        texts = ["" if shown else text_of(example, self.field) for example, shown in zip(examples, media, strict=True)]
+        """See SetStep. Columns: shingles, digest, rank, media, rated. A row that is apart has no shingles, and so no like."""
+        texts = ["" if is_apart(example) else text_of(example, self.field) for example in examples]
         found = shingles.sketch(texts, self._shingling())
         offsets = pa.array(found.offsets.astype(np.int32))
         return pa.table(
@@ -71,7 +70,8 @@ class NearDuplicates:
                     pa.binary(16), len(examples), [None, pa.py_buffer(found.digests)]
                 ),
                 "rank": ranks(examples, self.keep, self.field),
-                "media": pa.array(media, pa.bool_()),
+                "media": pa.array([has_media(example) for example in examples], pa.bool_()),
+                "rated": pa.array([is_apart(example) and not has_media(example) for example in examples], pa.bool_()),
             }
         )
 
@@ -86,7 +86,7 @@ class NearDuplicates:
             found = near.near_duplicates(flat, offsets, digests, rules, rank, Means(spread=pool.spread))
         removals = clusters.resolve(found.pairs, rank, rules)
         locators = table["locator"]
-        media = sum(table["media"].to_pylist())
+        media, rated = (sum(table[name].to_pylist()) for name in ("media", "rated"))
         limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         clusters.guard(removals, table["source"].to_numpy(), gathered.sources, limits, lambda row: str(locators[row].as_py()))
         facts = {
@@ -98,11 +98,13 @@ class NearDuplicates:
             "largest_cluster": removals.largest_cluster,
             "removed": removals.by_method(),
             "ignored_shingles": found.common,
-            "rows_without_words": found.empty - media,
+            "rows_without_words": found.empty - media - rated,
             "verified_candidates": found.candidates,
         }
         if media:
             facts["rows_with_media"] = media
+        if rated:
+            facts["rows_rated"] = rated
         evidence = {"near_duplicates": _ledger(found.pairs, rules, rank, gathered)}
         return Verdicts(_removals(removals, locators), evidence, facts, set_aside=True)
 

@@ -100,7 +100,11 @@ class PersonalData:
 
     def row_masker(self) -> Callable[[Example], Example]:
         """Row -> row with placeholders in every field, for all entities: for rows that are set aside."""
-        return Masking(self, self._scanner()).everywhere
+        return self.masking().everywhere
+
+    def masking(self) -> Masking:
+        """What masks rows and counts what it finds, with a tally of its own."""
+        return Masking(self, self._scanner())
 
     def said_of_entities(self) -> Mapping[str, str]:
         """Entity -> what `entities` says about it: an action, or "" where it is looked for and nothing more is said."""

@@ -18,7 +18,7 @@ from sartor.curate.dedup.pairs import Pairs
 from sartor.curate.dedup.verify import Rules
 from sartor.curate.likeness import meaning, vectors
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
-from sartor.curate.steps.survivor import KEEP_HELP, Field, Keep, has_media, ranks
+from sartor.curate.steps.survivor import KEEP_HELP, Field, Keep, is_apart, ranks
 
 EVIDENCE = "semantic_pairs"
 METHOD = "vectors and words"
@@ -67,7 +67,7 @@ class SemanticDuplicates:
         )
 
     def _text(self, example: Example) -> str:
-        if has_media(example):
+        if is_apart(example):
             return ""  # compared with nothing
         prompt = vectors.prompt_text(example)
         if self.field == "all":

@@ -40,6 +40,13 @@ def has_media(example: Example) -> bool:
     return any(part.media for message in example.messages + example.rejected for part in message.content)
 
 
+def is_apart(example: Example) -> bool:
+    """Whether its text does not tell what it repeats: it shows something, or people rated its reply. Of two like replies to one
+    question, one rated good and one bad, neither repeats the other.
+    """
+    return has_media(example) or bool(example.rating)
+
+
 def _length(example: Example, field: Field) -> float:
     return float(len(text_of(example, field)))
 

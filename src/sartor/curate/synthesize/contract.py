@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from sartor.core.records import Drop, Example, Message, Part, canonical
-from sartor.curate.work import prompt_group
+from sartor.curate.grouping import prompt_group
 
 OPEN, CLOSE = "<<<", ">>>"
 

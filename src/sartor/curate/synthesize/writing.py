@@ -16,10 +16,10 @@ from sartor.core.errors import SourceError
 from sartor.core.licences import combine
 from sartor.core.records import Drop, Example, Origin, canonical_text, digest
 from sartor.curate import card, finish
+from sartor.curate.grouping import prompt_group
 from sartor.curate.pipeline import digests, licence_facts
 from sartor.curate.synthesize.contract import Made
 from sartor.curate.synthesize.seeds import TERMS, Seeds
-from sartor.curate.work import prompt_group
 
 EVIDENCE = pa.schema(
     [
@@ -107,6 +107,8 @@ def write(folder: Path, work: Path, found: Rows, seeds: Seeds, said: Mapping[str
     reasons = Counter(drop.reason for drop in drops)
     if not found.rows:
         first = f"; the first: {drops[0].detail}" if drops else ""
+        for counts in found.ways.values():
+            reasons.update({name.removeprefix("skipped:"): count for name, count in counts.items() if "skipped:" in name})
         counted = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "the ways had nothing to do"
         raise SourceError(f"no row was made ({counted}{first})", "mend the sources, the ways or the teacher")
     finish.write_tables(folder / "examples", rows.EXAMPLES, _tables(found.rows.values()))

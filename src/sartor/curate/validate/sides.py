@@ -14,9 +14,9 @@ from sartor.core import lineage, rows
 from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import SourceError
 from sartor.core.records import Drop, Example
+from sartor.curate.grouping import prompt_group
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import read_all
-from sartor.curate.work import prompt_group
 
 I64 = NDArray[np.int64]
 FEWEST_ROWS = 20

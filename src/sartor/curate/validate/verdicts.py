@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sartor.core.family import holm
 from sartor.curate.validate.sides import Pool
 
 F64 = NDArray[np.float64]
@@ -96,12 +97,8 @@ def judged(tests: Sequence[Finding], alpha: float) -> list[Finding]:
     """The tests with their verdicts. Holm's step-down (Holm 1979) over those that have a p: at most `alpha` false alarms of the
     whole family, however the tests depend on one another.
     """
-    family = sorted((test.p, place) for place, test in enumerate(tests) if test.p is not None)
-    corrected: dict[int, float] = {}
-    worst = 0.0
-    for rank, (p, place) in enumerate(family):
-        worst = max(worst, min(1.0, p * (len(family) - rank)))
-        corrected[place] = worst
+    family = {place: test.p for place, test in enumerate(tests) if test.p is not None}
+    corrected = dict(zip(family, holm(list(family.values())), strict=True))
     return [_with_verdict(test, corrected.get(place), alpha) for place, test in enumerate(tests)]
 
 

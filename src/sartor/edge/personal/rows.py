@@ -45,7 +45,7 @@ class Row:
         """What a tuning learns of it: the correction, or the reply unless it was rated bad. None: nothing."""
         if self.correction:
             return replace(self.example, messages=(*self.example.prompt, Message.of("assistant", self.correction)))
-        return None if self.rating is not None and self.rating < 0 else self.example
+        return None if (self.example.rating if self.rating is None else self.rating) < 0 else self.example
 
     def is_held_out(self, fraction: float) -> bool:
         """Whether it is never trained on. By the prompt's digest alone, so that no later row changes it."""
@@ -82,7 +82,8 @@ def example_of(row: Mapping[str, Any] | Example) -> Example:
     try:
         if form is None:
             raise Malformed("unknown_form", f"no known form has the fields {sorted(map(str, row))[:8]}")
-        return forms.parse(row, form, Origin(SOURCE, ""), _refuse_media)
+        example = forms.parse(row, form, Origin(SOURCE, ""), _refuse_media)
+        return replace(example, rating=0.0) if row.get("rating") is not None else example  # a Row bears it itself
     except Malformed as error:
         remedy = "{messages: [{role: user, ...}, {role: assistant, ...}]}"
         raise SourceError(f"the row cannot be read: {error.detail}", remedy) from None

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import permutation_test
 
+from sartor.core.family import holm
 from sartor.evaluate import compare
 
 Array = NDArray[np.float64]
@@ -69,19 +70,6 @@ def findings(sections: Sequence[Blocks]) -> list[Finding]:
     told = [found for blocks in sections if len(blocks.ids) >= LEAST_BLOCKS for found in _of_groups(blocks)]
     corrected = holm([p for _, p in told])
     return [Finding(**{**fields, "p": p}) for (fields, _), p in zip(told, corrected, strict=True)]
-
-
-def holm(chances: Sequence[float]) -> list[float]:
-    """p-values corrected for being one of many: family-wise, without assumptions on how they hang together (Holm 1979).
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    corrected, most = [0.0] * len(chances), 0.0
-    for rank, place in enumerate(np.argsort(chances, kind="stable")):
-        most = max(most, min(1.0, chances[place] * (len(chances) - rank)))
-        corrected[place] = most
-    return corrected
 
 
 def _of_groups(blocks: Blocks) -> list[tuple[dict[str, Any], float]]:

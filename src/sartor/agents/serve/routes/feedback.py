@@ -28,10 +28,11 @@ async def feedback(asked: FeedbackRequest, request: Request) -> JsonResponse:
     desk, entry = desk_of(request), entry_of(request)
     if asked.rating is None and not asked.correction and not asked.comment:
         raise FieldError("the feedback says nothing", '"rating": 1, or a correction, or a comment', "rating")
+    desk.hearing.rates.begin(entry.visitor.key)
     receipt = _bare(asked.receipt)
     known = desk.memory.find(receipt)
     agent = entry.agent = known.agent if known else str((await _find(desk, receipt))["agent"])
-    _check_opens(entry.visitor, agent)
+    _check_may_rate(entry.visitor, agent, desk.memory.asker(receipt))
     said = Feedback(
         receipt=receipt,
         agent=agent,
@@ -42,14 +43,15 @@ async def feedback(asked: FeedbackRequest, request: Request) -> JsonResponse:
         messages=tuple(known.messages) if known else (),
         text=known.text if known else "",
         reply=known.reply if known else "",
+        by=await asyncio.to_thread(desk.hearing.voice, entry.visitor.key, asked.user or "", asked.consent),
     )
-    await asyncio.to_thread(desk.inbox.add, said)
-    if asked.rating is not None:
-        await desk.house.roster.hear(agent, asked.rating)
-    for kind in ("rating", "correction", "comment"):
-        if getattr(asked, kind) not in (None, ""):
-            desk.meters.feedback.labels(agent, kind).inc()
-    return JsonResponse({"receipt": receipt, "agent": agent, "learnable": known is not None})
+    if said.by.consent == "refused" and said.rating is None:
+        raise FieldError("words without consent are not kept", '"consent": true, or a rating beside them', "consent")
+    kept = await asyncio.to_thread(desk.hearing.keep, said)
+    if said.rating is not None and desk.memory.is_first(receipt, entry.visitor.key):
+        await desk.house.roster.hear(agent, said.rating)
+    desk.meters.hear(said, kept)
+    return JsonResponse({"receipt": receipt, "agent": agent, "learnable": kept.has_words})
 
 
 @router.get("/v1/receipts/{receipt}", responses={200: {"model": dict[str, Any]}})
@@ -70,6 +72,15 @@ async def _find(desk: Desk, receipt: str) -> Mapping[str, Any]:
 def _check_opens(visitor: Opened, agent: str) -> None:
     if not visitor.opens(agent_of(agent)):
         raise KeyRefusedError("this key does not open the agent of that receipt", "send a key of that agent")
+
+
+def _check_may_rate(visitor: Opened, agent: str, asker: str) -> None:
+    """Raises KeyRefusedError for a key that does not open the agent, or did not get the reply, where that is known."""
+    if visitor.is_admin:
+        return
+    _check_opens(visitor, agent)
+    if asker and asker != visitor.key:
+        raise KeyRefusedError("that receipt is of a reply to another key", "send the key that asked, or the admin's")
 
 
 def _bare(receipt: str) -> str:

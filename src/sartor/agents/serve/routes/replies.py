@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -66,7 +67,7 @@ async def _deliver(
 ) -> Response:
     """Open every choice of every question, and answer in the form that was asked for."""
     desk, entry = desk_of(request), entry_of(request)
-    terms = Terms(entry, desk.shift, asked.n or 1, desk.remember)
+    terms = Terms(entry, desk.shift, asked.n or 1, partial(desk.remember, entry.visitor))
     openable, deadline_s = entry.visitor.agents, desk.limits.deadline_s
     every = [
         replace(choice, openable=openable, deadline_s=deadline_s)

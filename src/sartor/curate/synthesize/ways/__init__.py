@@ -16,11 +16,12 @@ from sartor.curate.synthesize.ways.preference import Preference
 from sartor.curate.synthesize.ways.questions import Questions
 from sartor.curate.synthesize.ways.rewrites import Extend, Harder, Persona, Vary
 from sartor.curate.synthesize.ways.scenarios import Scenarios
+from sartor.curate.synthesize.ways.slot_substitution import SlotSubstitution
 from sartor.curate.synthesize.ways.structured import Structured
 from sartor.curate.synthesize.ways.templates import Templates
 
 AnyAskingWay = Vary | Extend | Harder | Persona | Questions | Scenarios | Preference | Structured
-AnyMakingWay = Counterfactual | Templates | Speech
+AnyMakingWay = Counterfactual | SlotSubstitution | Templates | Speech
 AnyCopyingWay = AugmentImages | AugmentAudio
 Way = AnyAskingWay | AnyMakingWay | AnyCopyingWay
 # what makes rows of nothing: the others need sources

@@ -1,0 +1,141 @@
+"""Files of an inbox -> one small fact a line, however long the line; what is read once more are the lines that become rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sartor.core.errors import SourceError
+from sartor.core.records import Agreed, Feedback, digest
+from sartor.curate.sources import tables
+from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.places import open_regular
+
+Place = tuple[int, int]  # number of the file, number of the line
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What is known of a line. correction, reply: digests, "" for none. item: digest of the prompt and its reply, "" where the
+    words are not there. known: whether the reply is known as good (1) or bad (-1).
+    """
+
+    place: Place
+    receipt: str
+    key: str
+    user: str
+    agent: str
+    consent: Agreed
+    rating: float | None
+    correction: str
+    reply: str
+    item: str
+    known: int
+
+    @property
+    def sign(self) -> int:
+        """What is said of the reply: 1 good, -1 bad, 0 nothing. Who corrects it finds it bad, rated or not."""
+        if self.correction:
+            return 0 if not self.reply else 1 if self.correction == self.reply else -1
+        return 0 if not self.rating else 1 if self.rating > 0 else -1
+
+    def over(self, older: Line) -> Line:
+        """The two lines of one key on one reply as one: the newer says what both say."""
+        words = self if self.item else older
+        return replace(
+            self,
+            user=self.user or older.user,
+            rating=older.rating if self.rating is None else self.rating,
+            correction=self.correction or older.correction,
+            reply=words.reply,
+            item=words.item,
+            known=words.known,
+        )
+
+
+def over(newer: Feedback, older: Feedback) -> Feedback:
+    """The same of the records themselves."""
+    words = newer if newer.has_words else older
+    return replace(
+        newer,
+        rating=older.rating if newer.rating is None else newer.rating,
+        correction=newer.correction or older.correction,
+        messages=words.messages,
+        text=words.text,
+        reply=words.reply,
+    )
+
+
+def line_of(place: Place, said: Feedback, known: int) -> Line:
+    """The facts of a line."""
+    by, words = said.by, said.has_words
+    item = digest([asked(said, with_system=True), said.reply])[:32] if words else ""
+    correction, reply = _mark(said.correction), _mark(said.reply) if words else ""
+    return Line(place, said.receipt, by.key, by.user, said.agent, by.consent, said.rating, correction, reply, item, known)
+
+
+def _mark(text: str) -> str:
+    return hashlib.sha256(" ".join(text.split()).encode("utf-8", "replace")).hexdigest()[:32] if text.strip() else ""
+
+
+def asked(said: Feedback, *, with_system: bool) -> list[list[Any]]:
+    """The prompt as (role, text) pairs, media as they were sent: equal for equal prompts, in whichever form they came."""
+    if not said.messages:
+        return [["user", said.text]]
+    turns = [(str(message.get("role")), message) for message in said.messages]
+    return [[role, spoken(message)] for role, message in turns if with_system or role not in ("system", "developer")]
+
+
+def spoken(message: Mapping[str, Any]) -> Any:
+    """The text of a message in OpenAI form; a list where it holds more than text."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    if content is None or isinstance(content, str):
+        return [content, calls] if calls else content or ""
+    parts = content if isinstance(content, Sequence) else []
+    if calls or any(part.get("type") != "text" for part in parts):
+        return [list(parts), calls]
+    return "".join(str(part.get("text", "")) for part in parts)
+
+
+def read(path: str, size: int, sha256: str, most_bytes: int) -> Iterator[tuple[int, Feedback | Malformed]]:
+    """(line, what it says) of the first `size` bytes of a file, to which a server may be appending.
+
+    Raises Malformed where these are not the bytes of that digest, OSError where the system refuses.
+    """
+    with open_regular(path) as stream:
+        if prefix_digest(stream, size) != sha256:
+            raise Malformed("changed_file", "lines of it were changed after the run began; nothing of it is read")
+        stream.seek(0)
+        for number, row in tables.jsonl(stream, size, 1, most_bytes):
+            yield int(number), _feedback(row)
+
+
+def prefix_digest(stream: Any, size: int) -> str:
+    """sha256 of the first `size` bytes of an open file."""
+    stream.seek(0)
+    found = hashlib.sha256()
+    while size > 0 and (block := stream.read(min(size, 1 << 20))):
+        found.update(block)
+        size -= len(block)
+    return found.hexdigest()
+
+
+def _feedback(row: Any) -> Feedback | Malformed:
+    if isinstance(row, Malformed):
+        torn = "the line was cut short by a kill or a full disk"
+        return Malformed("torn_line", torn) if row.reason == "bad_json" else row
+    try:
+        said = Feedback.from_json(row)
+        return said if _is_whole(said) else Malformed("not_feedback", "its fields are not those of feedback")
+    except SourceError as error:
+        return Malformed("newer_schema", error.problem)
+    except (KeyError, TypeError, AttributeError):
+        return Malformed("not_feedback", "the line is no feedback of a team; its fields are others")
+
+
+def _is_whole(said: Feedback) -> bool:
+    texts = (said.receipt, said.agent, said.date, said.correction, said.text, said.reply, said.by.key, said.by.user)
+    rated = said.rating is None or (isinstance(said.rating, int | float) and -1 <= said.rating <= 1)
+    return rated and all(isinstance(text, str) for text in texts) and all(isinstance(one, Mapping) for one in said.messages)
