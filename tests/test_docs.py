@@ -40,6 +40,7 @@ SLOW = {
     "agents.md",
     "export.md",
     "serving.md",
+    "collaboration.md",
     "admission.md",
     "audit.md",
     "engines.md",

@@ -81,6 +81,7 @@ _NAMES = {
     "remove_agent": "sartor.agents.book:remove_agent",
     "remove_feedback": "sartor.agents.feedback_book:remove_feedback",
     "repair_agent": "sartor.agents.book:repair_agent",
+    "replay_plans": "sartor.agents.plans.replay:replay_plans",
     "rethreshold": "sartor.curate.rethreshold:rethreshold",
     "retrain": "sartor.retrain",
     "retrain_due": "sartor.retrain.watch:due",

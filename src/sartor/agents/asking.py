@@ -21,7 +21,7 @@ class Request:
     model: name, name@version, base or auto. sampling: the options that the client gave; the Release's own hold for the rest.
     messages or text, schema, tools, must_call, top_logprobs: as in `Call`. openable: the agents that the client's key opens
     (None: all); `auto` chooses among these. deadline_s: seconds from now. person: whom the client speaks for, as the registry
-    knows them; "" for nobody.
+    knows them; "" for nobody. streams: the client is told the reply as it is made.
     """
 
     model: str
@@ -35,6 +35,7 @@ class Request:
     openable: frozenset[str] | None = None
     deadline_s: float = 120.0
     person: str = ""
+    streams: bool = False
 
 
 class Events(Protocol):
@@ -152,7 +153,8 @@ class Given:
     """A reply that has ended, for its receipt. agent: the exact version; release_id: "" for the base. done: None if it failed.
 
     call: what was computed, the Release's system prompt and sampling in it. began: seconds since the epoch. person: whose
-    personal version answered, "" for none; release_id is then of the Release that it stands on.
+    personal version answered, "" for none; release_id is then of the Release that it stands on. steps: of a plan's answer, the
+    receipts of its steps.
     """
 
     receipt: str
@@ -165,6 +167,7 @@ class Given:
     scores: Mapping[str, float]
     began: float
     person: str = ""
+    steps: tuple[str, ...] = ()
 
 
 class Receipts(Protocol):

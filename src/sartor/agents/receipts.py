@@ -117,6 +117,7 @@ def receipt_of(given: Given, about: About, seal: Seal) -> dict[str, Any]:
         **({"person": given.person} if given.person else {}),
         "finish": done.finish if done else FAILED,
         "tokens": {"prompt": done.prompt_tokens, "reply": done.reply_tokens, "cached": done.cached_tokens} if done else {},
+        **({"steps": list(given.steps)} if given.steps else {}),
     })  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from typing import Literal
 
 from sqlalchemy import URL
 
+from sartor.agents.plans import declared
+from sartor.agents.plans.declared import Plan
 from sartor.agents.retraining import Retraining
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
@@ -246,6 +248,7 @@ class Team(Basis):
     rollout: Rollout = option(Rollout(), "how a new version comes in")
     speech: Speech = option(Speech(), "who speaks")
     retrain: Retraining = option(Retraining(), "how agents learn from what is said of them")
+    plans: tuple[Plan, ...] = option((), "several agents for one request: sequence, parallel or verify (docs/collaboration.md)")
     feedback: FeedbackTerms = option(FeedbackTerms(), "what is kept of what people say of replies")
     personal: PersonalTerms = option(PersonalTerms(), "versions of users' own")
 
@@ -255,6 +258,7 @@ class Team(Basis):
             raise ConfigError(f"two agents have the name {twice!r}", "give each its own")
         if taken := next((name for name in names if name in RESERVED), ""):
             raise ConfigError(f"an agent cannot have the name {taken!r}, which means something else", "choose another name")
+        declared.check_plans(self.plans, names, RESERVED)
 
     @property
     def registry_url(self) -> str:
@@ -283,4 +287,5 @@ def load(path: Path, flags: Sequence[str] = ()) -> Team:
             voice=seen_from(team.speech.voice, root),
             voices=tuple(seen_from(voice, root) for voice in team.speech.voices),
         ),
+        plans=tuple(declared.seen_from(plan, root) for plan in team.plans),
     )

@@ -50,7 +50,7 @@ class Desk:
     async def check_model(self, model: str, visitor: Opened) -> None:
         """Raises UnknownAgentError for a name that nobody has, KeyRefusedError for one that the visitor's key does not open."""
         name, at, version = model.partition("@")
-        listed = {agent.name: agent for agent in await self.house.roster.listed()}
+        listed = {agent.name: agent for agent in (*await self.house.roster.listed(), *self.house.plans)}
         is_special = name in SPECIAL and not at
         if not (is_special or (name in listed and (not at or version in listed[name].versions))):
             opened = [other for other in (*SPECIAL, *listed) if visitor.opens(other)]

@@ -18,6 +18,8 @@ from sartor.agents.holdings import Admit
 from sartor.agents.keys import Keys
 from sartor.agents.people.admitting import admit_personal
 from sartor.agents.people.names import is_personal, person_of
+from sartor.agents.plans.front import Plans
+from sartor.agents.plans.log import PlanLog
 from sartor.agents.rates import Rates
 from sartor.agents.receipts import ReceiptBook, team_digest
 from sartor.agents.registry import Registry
@@ -89,17 +91,20 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
         await dispatch.start()
         tell("agents open", served=[name for name in dispatch.served.agents if name not in dispatch.served.unadmitted])
         stack.push_async_callback(dispatch.close)
+        plans = Plans(team, dispatch, PlanLog.of(team), receipts=book, known=lambda: dispatch.served.agents)
+        stack.push_async_callback(plans.close)
         yield House(
-            replies=dispatch,
+            replies=plans,
             crew=crew,
             doors=doors,
             rates=Rates(team.limits),
             roster=Roster(dispatch, crew, admit, team.rollout),
             receipts=book,
-            troubles=lambda: {**dispatch.health()["troubles"], **router.troubles},
+            troubles=lambda: {**dispatch.health()["troubles"], **router.troubles, **plans.troubles},
             receipts_lost=lambda: book.lost,
             speech=speech,
             people=Persons(partial(person_of, digest=team_digest(Path(team.state))), dispatch.persons.listeners),
+            plans=plans.listed,
         )
 
 

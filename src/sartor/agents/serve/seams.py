@@ -126,6 +126,7 @@ class House:
     """Everything behind the server.
 
     troubles: what cannot be served as it should, by agent or version, and why. receipts_lost: how many could not be written.
+    plans: what may be asked for as an agent is, and is several of them.
     """
 
     replies: Replies
@@ -138,3 +139,4 @@ class House:
     receipts_lost: Callable[[], int] = int
     people: Persons = field(default_factory=Persons)
     speech: Speaker = field(default_factory=lambda: Speaker(Speech(voice=OFF)))
+    plans: Sequence[Listed] = ()
