@@ -1,11 +1,12 @@
 """`auto` beside the nearest centroid: who gets a prompt, how far its confidence can be trusted, and what 10 to 500 agents cost.
 
-Thirteen agents made of the offline assets (route_sets.py): exemplars to fit on, others to set the threshold with, and prompts of
-templates that neither saw. Beside them prompts for the base: chitchat, trivia, other languages, subjects near an agent's, and
-near misses in an agent's own words (in other frames than the router makes for itself). The peer, on the same split and with the
-same encoder, sends a prompt to the agent whose exemplars' mean vector has the nearest cosine; its threshold is tuned with the
-same held-out prompts, general prompts and near misses, by the same rule. `centroid_platt` is the same with its cosine calibrated
-by a logistic curve on those. No model is trained and no server runs.
+Thirteen agents made of the offline assets (route_sets.py): exemplars to fit on, others to set the threshold with, and prompts
+of templates that neither saw. Beside them prompts for the base: chitchat, trivia, other languages, subjects near an agent's,
+and near misses in an agent's own words (in other frames than the router makes for itself).
+
+The peer, on the same split and with the same encoder, sends a prompt to the agent whose exemplars' mean vector has the nearest
+cosine; its threshold is tuned with the same held-out prompts, general prompts and near misses, by the same rule.
+`centroid_platt` is the same with its cosine calibrated by a logistic curve on those. No model is trained, no server runs.
 
     python benchmarks/route.py --json
     python benchmarks/route.py --team team --json     # and the team of examples/team, see route_team.py
@@ -17,11 +18,9 @@ abstain_out_of_domain: foreign prompts left to the base there. aurc, ece: of the
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import platform
 import random
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,16 +30,14 @@ from typing import Any
 import numpy as np
 import route_sets as sets
 import route_team
-from route_curve import curve
+from route_curve import ENCODERS, curve
 
 from sartor.agents.asking import Embedded
-from sartor.agents.router import AutoRouter
-from sartor.agents.routing import curves, fitting
+from sartor.agents.router import chosen
+from sartor.agents.routing import curves, fitting, part, space
 from sartor.agents.routing.near_misses import near_misses
-from sartor.agents.routing.space import general_texts
 from sartor.agents.team import Routing
 from sartor.evaluate.measures import BINS
-from sartor.evaluate.training import EXEMPLARS
 from sartor.models.encoder import Encoder, MiniLM, SentenceEncoder
 
 RESAMPLES = 500
@@ -111,32 +108,21 @@ class Draw:
         return cls(known, [row[0] for row in rows], np.array([row[1] for row in rows]), [row[2] for row in rows])
 
 
-async def ours(draw: Draw, crew: Crew, rules: Routing) -> tuple[Asked, Mapping[str, Any]]:
-    """As a server does it: exemplars from directories of Releases, every prompt routed by itself."""
-    names = list(draw.known)
-    with tempfile.TemporaryDirectory() as work:
-        for name, one in draw.known.items():
-            file = Path(work) / name / EXEMPLARS
-            file.parent.mkdir(parents=True)
-            found = [("train", one.exemplars.train), ("eval", one.exemplars.held_out)]
-            lines = [json.dumps({"text": prompt.text, "split": split}) for split, part in found for prompt in part]
-            file.write_text("\n".join(lines), encoding="utf-8")
-        router = AutoRouter(crew, rules, Path(work) / "state")
-        await router.learn({name: Path(work) / name for name in names})
-        await router.settle()
-        if router.troubles:
-            raise SystemExit(f"the router is not whole: {router.troubles}")
-        crew.vectors(draw.texts)
-        routes = [await router.route([{"role": "user", "content": text}], set(names)) for text in draw.texts]
-        figures = router.figures
-        await router.close()
-    best = [max(route.scores, key=lambda name, route=route: route.scores[name]) for route in routes]
-    confidence = np.array([route.scores[name] for route, name in zip(routes, best, strict=True)])
-    at = float(figures["threshold"])
-    wrong = [text for text, route, score in zip(draw.texts, routes, confidence, strict=True) if (route.agent == "base") == (score > at + 1e-3)]
-    if wrong:
-        raise SystemExit(f"the route does not follow from score and threshold: {wrong[:3]}")
-    return Asked(confidence, np.array([names.index(name) for name in best]), at), figures
+def ours(draw: Draw, crew: Crew, rules: Routing) -> tuple[Asked, Mapping[str, Any]]:
+    """What a server's router finds and chooses; the last is checked against the score and the threshold."""
+    ground = space.make("minilm", crew.vectors(space.general_texts()))
+    parts = {
+        name: part.fit(one.exemplars, ground, crew.vectors(part.rows_of(one.exemplars).texts))
+        for name, one in draw.known.items()
+    }
+    fitted = fitting.assemble(parts, ground, rules.target, rules.risk)
+    judged = fitted.judge(draw.texts, crew.vectors(draw.texts))
+    best = [max(one.score.items(), key=lambda pair: pair[1]) for one in judged]
+    for text, one, (name, score) in zip(draw.texts, judged, best, strict=True):
+        if chosen(fitted, [one], set(parts)).agent != (name if score >= fitted.threshold else "base"):
+            raise SystemExit(f"what is chosen does not follow from score and threshold: {text}")
+    places = np.array([fitted.agents.index(name) for name, _ in best])
+    return Asked(np.array([score for _, score in best]), places, fitted.threshold), fitted.figures
 
 
 def centroid(draw: Draw, crew: Crew, rules: Routing) -> dict[str, Asked]:
@@ -152,7 +138,7 @@ def centroid(draw: Draw, crew: Crew, rules: Routing) -> dict[str, Asked]:
     others = cosine.copy()
     others[np.arange(len(whose)), whose] = -1
     missed = [text for known in draw.known.values() for text in near_misses(known.exemplars.held_out)]
-    foreign = [(crew.vectors(texts) @ means.T).max(axis=1) for texts in (general_texts(), missed)] + [others.max(axis=1)]
+    foreign = [(crew.vectors(texts) @ means.T).max(axis=1) for texts in (space.general_texts(), missed)] + [others.max(axis=1)]
     best, right = np.clip(cosine.max(axis=1), 0, 1), cosine.argmax(axis=1) == whose
     own = [best[whose == place] for place in range(len(held))]
     at = fitting.choose(own, [right[whose == place] for place in range(len(held))], foreign, rules.target, rules.risk)
@@ -199,12 +185,14 @@ def compared(us: Asked, them: Asked, owner: Any) -> dict[str, Any]:
 def measured(seed: int, crew: Crew, rules: Routing, foreign: int) -> dict[str, Any]:
     """One draw, all routers."""
     draw = Draw.of(seed, foreign)
-    us, figures = asyncio.run(ours(draw, crew, rules))
+    us, figures = ours(draw, crew, rules)
     peers = centroid(draw, crew, rules)
     kinds = np.array(draw.kinds)
 
     def by_kind(asked: Asked) -> dict[str, float]:
-        right = np.where(draw.owner >= 0, (asked.agent == draw.owner), True) & ((asked.confidence >= asked.threshold) == (draw.owner >= 0))
+        right = np.where(draw.owner >= 0, (asked.agent == draw.owner), True) & (
+            (asked.confidence >= asked.threshold) == (draw.owner >= 0)
+        )
         return {kind: round(float(right[kinds == kind].mean()), 3) for kind in dict.fromkeys(draw.kinds)}
 
     return {
@@ -232,6 +220,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=10)
     parser.add_argument("--foreign", type=int, default=80, help="prompts of each kind for the base")
     parser.add_argument("--sizes", type=int, nargs="*", default=[10, 30, 100, 500], help="of the teams of the curve")
+    parser.add_argument("--encoders", nargs="*", default=ENCODERS, help="of the curve: words alone, and beside them")
     parser.add_argument("--vectors", type=Path, help="file that keeps the encoder's vectors between runs")
     parser.add_argument("--team", type=Path, help="what examples/team/up.sh made, measured too")
     parser.add_argument("--rounds", type=int, default=5, help="of --team")
@@ -243,10 +232,14 @@ def main() -> None:
         draws.append(measured(seed, crew, rules, arguments.foreign))
         crew.keep()
         if not arguments.json:
-            print({key: draws[-1][key] for key in KEYS}, {name: mean([one]) for name, one in draws[-1]["peers"].items()}, flush=True)
+            print(
+                {key: draws[-1][key] for key in KEYS},
+                {name: mean([one]) for name, one in draws[-1]["peers"].items()},
+                flush=True,
+            )
     found = {**(mean(draws) if draws else {}), "bins": BINS}
     found["peers"] = {name: mean([one["peers"][name] for one in draws]) for name in (draws[0]["peers"] if draws else {})}
-    found |= {"draws": draws, "curve": curve(arguments.sizes, crew, rules)}
+    found |= {"draws": draws, "curve": {one: curve(arguments.sizes, one, crew, rules) for one in arguments.encoders}}
     crew.keep()
     if arguments.team:
         found["team"] = route_team.measured(arguments.team, crew, arguments.rounds, arguments.chitchat)

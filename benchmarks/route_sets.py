@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +106,18 @@ def known(name: str, rows: Sequence[tuple[str, str]], rng: random.Random) -> Kno
     return Known(Exemplars(tuple(numbered[:most]), tuple(numbered[most:])), tuple(asked[:MOST_ASKED]))
 
 
+@cache
 def pools() -> dict[str, list[tuple[str, str]]]:
     """(prompt, group) rows by agent."""
     by_intent: dict[str, list[tuple[str, str]]] = {}
-    for row in intents.rows(assets.install("home-intents"), per_intent=60):
+    for row in commands():
         name = json.loads(row["messages"][2]["content"])["intent"].removeprefix("Hass")
         by_intent.setdefault(name, []).append((row["messages"][1]["content"], row["group"]))
     found = {agent: [row for name in names for row in by_intent[name]] for agent, names in HOME.items()}
     faq = assets.install("construction-faq") / "zaragoza_construction_faq/data"
-    found |= {f"construction_{name}": plain(lines(faq / file, "q")) for name, file in (("sv", "faq.jsonl"), ("en", "faq-en.jsonl"))}
+    found |= {
+        f"construction_{name}": plain(lines(faq / file, "q")) for name, file in (("sv", "faq.jsonl"), ("en", "faq-en.jsonl"))
+    }
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples/team"))
     import docstrings
 
@@ -121,14 +125,19 @@ def pools() -> dict[str, list[tuple[str, str]]]:
     return found | {name: plain(questions(*where)) for name, where in QUESTIONS.items()}
 
 
+@cache
+def commands() -> list[dict[str, Any]]:
+    """The English ones."""
+    return intents.rows(assets.install("home-intents"), per_intent=60)
+
+
 def foreign(asked: Mapping[str, Known], each: int, rng: random.Random) -> dict[str, list[str]]:
     """Prompts for the base by kind, up to `each` of a kind: far from every agent, near one, in other languages, near misses."""
     found = {name: questions(*where) for name, where in {**FAR, **NEAR}.items()}
     found["chitchat"] = small_talk()
     owned = {f"Hass{name}" for names in HOME.values() for name in names}
-    rest = (row for row in intents.rows(assets.install("home-intents"), per_intent=60))
     found["other_commands"] = [
-        row["messages"][1]["content"] for row in rest if json.loads(row["messages"][2]["content"])["intent"] not in owned
+        row["messages"][1]["content"] for row in commands() if json.loads(row["messages"][2]["content"])["intent"] not in owned
     ]
     found["other_languages"] = [text for language in LANGUAGES for rows in spoken(language).values() for text, _ in rows]
     found["near_misses"] = list(near_misses([text for one in asked.values() for text in one.asked], NEAR_MISSES, rng))
@@ -168,6 +177,7 @@ def plain(texts: Sequence[str]) -> list[tuple[str, str]]:
     return [(text, text) for text in texts]
 
 
+@cache
 def spoken(language: str, most: int = 24, seed: int = 0) -> dict[str, list[tuple[str, str]]]:
     """(command, template) rows by intent of one of the asset's 65 languages: of templates that need no name of a home."""
     from hassil.intents import Intents

@@ -19,7 +19,7 @@ from sartor.agents.asking import Embedded, Route
 from sartor.agents.router import AutoRouter, chosen, user_turns
 from sartor.agents.routing import curves, exemplars, fitting, lift, part, space, store
 from sartor.agents.routing.exemplars import Exemplars, Prompt
-from sartor.agents.routing.fitted import CANDIDATES, Fitted, Judged, Slice
+from sartor.agents.routing.fitted import CANDIDATES, Fitted, Judged
 from sartor.agents.team import Routing
 from sartor.core import rows
 from sartor.core.artifacts import MANIFESTS
@@ -125,7 +125,9 @@ def test_a_part_that_was_written_is_read_back_to_the_bit_and_a_damaged_one_is_na
     store.save_part(tmp_path, "tfidf", one)
     again = store.open_part(tmp_path, "tfidf", one.digest)
     assert again is not None and again.ids == one.ids
-    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(arrays_of(one).values(), arrays_of(again).values(), strict=True))
+    assert all(
+        np.array_equal(a, b, equal_nan=True) for a, b in zip(arrays_of(one).values(), arrays_of(again).values(), strict=True)
+    )
     assert replace(two, parts=(again, two.parts[1])).judge(["switch on the oven"]) == two.judge(["switch on the oven"])
     assert store.open_part(tmp_path, "tfidf", "0" * 64) is None and store.open_part(tmp_path, "minilm", one.digest) is None
     (file,) = tmp_path.glob("*/*.npz")
@@ -154,7 +156,9 @@ def test_the_threshold_is_set_by_the_risk_coverage_curve() -> None:
     assert fitting.choose(own, right, foreign, 1.0) == pytest.approx(0.875)
     dear = fitting.choose([np.array([0.9, 0.5])], [np.array([True, True])], [np.array([0.6, *[0.0] * 3])], 0.0)
     assert dear < 0.5, "a prompt that misses its agent weighs more than a foreign one that gets one"
-    assert fitting.choose([np.array([0.5])], [np.array([True])], [np.array([0.0])], 0.9) > 0, "a score of nothing is never enough"
+    assert fitting.choose([np.array([0.5])], [np.array([True])], [np.array([0.0])], 0.9) > 0, (
+        "a score of nothing is never enough"
+    )
 
 
 def test_risk_by_coverage_and_calibration_of_a_case_worked_by_hand() -> None:

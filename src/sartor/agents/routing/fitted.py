@@ -60,7 +60,8 @@ class Looked:
 @dataclass(frozen=True)
 class Shared:
     """The figures that no part has: how much a score and a likeness say of an agent, and of the base a likeness to general
-    prompts. A conditional logit (McFadden 1974) over the candidates and the base."""
+    prompts. A conditional logit (McFadden 1974) over the candidates and the base.
+    """
 
     score: float
     likeness: float
@@ -105,7 +106,7 @@ class Fitted:
         return {**said, "unproven": dict(self.unproven), **self.figures}
 
     def judge(self, texts: Sequence[str], vectors: F32 | None = None, openable: Collection[str] | None = None) -> list[Judged]:
-        """Each text judged; `vectors` are the encoder's (N, D). Agents of `openable` are looked at even if others are nearer."""
+        """Each text judged; `vectors` are the encoder's (N, D). The best of `openable` are looked at among others."""
         asked = self.space.features(texts, vectors)
         found = self._linear.look(asked, self._places(openable))
         probability = self.shared.probability(found)

@@ -1,8 +1,8 @@
 """Parts -> a router: the figures they share, and a threshold, on prompts that no part was fitted on.
 
-What is foreign cannot be listed, so it is simulated three times: general prompts, each by classifiers that saw none of its kind;
-each agent's held-out prompts as the others see them when that agent is not there; and near misses of held-out prompts. None of
-these asks for another fit of a part.
+What is foreign cannot be listed, so it is simulated three times: general prompts, each by classifiers that saw none of its
+kind; each agent's held-out prompts as the others see them when that agent is not there; and near misses of held-out prompts.
+None of these asks for another fit of a part.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ def assemble(
         return _assembled(agents, space, (target, risk), unproven or {})
 
 
-def _assembled(
-    agents: Mapping[str, Part], space: Space, limits: tuple[float, float], unproven: Mapping[str, str]
-) -> Fitted:
+def _assembled(agents: Mapping[str, Part], space: Space, limits: tuple[float, float], unproven: Mapping[str, str]) -> Fitted:
     names, parts = tuple(agents), tuple(agents.values())
     held, *foreign = _samples(space, parts)
     foreign = [one for one in foreign if len(one.agent)]
@@ -133,8 +131,8 @@ def _shared(held: Sample, foreign: Sequence[Sample]) -> Shared:
 
 def choose(own: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], target: float, risk: float = 1.0) -> float:
     """The threshold: of those that leave `target` of the foreign prompts to the base and route at most `risk` wrongly, the
-    lowest with the largest sum (but for SAME) of own prompts that get their agent, times OWN_WEIGHT, less those that get another
-    one, and foreign ones left to the base.
+    lowest with the largest sum (but for SAME) of own prompts that get their agent, times OWN_WEIGHT, less those that get
+    another one, and foreign ones left to the base.
 
     own: by agent, the best probabilities of held-out prompts; right: whether that is the agent's; each agent counts the same,
     and each kind of foreign prompts. Where nothing keeps both limits, what breaks them least. It lies midway between a
@@ -168,7 +166,10 @@ def _curve(own: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], thr
     is_right = np.concatenate([*right, *(np.zeros(len(one), dtype=bool) for one in foreign)])
     held = [one for one in own if len(one)]
     weight = np.concatenate(
-        [*(np.full(len(one), 0.5 / len(held) / len(one)) for one in held), *(np.full(len(o), 0.5 / len(foreign) / len(o)) for o in foreign)]
+        [
+            *(np.full(len(one), 0.5 / len(held) / len(one)) for one in held),
+            *(np.full(len(o), 0.5 / len(foreign) / len(o)) for o in foreign),
+        ]
     )
     is_routed, is_own = score >= threshold, np.arange(len(score)) < sum(map(len, own))
     coverage = float(weight[is_routed].sum())

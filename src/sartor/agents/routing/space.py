@@ -15,7 +15,8 @@ from sartor.agents.routing.features import F32, Dense, Features, Lexical, neighb
 @dataclass(frozen=True)
 class Space:
     """Of G general prompts. folds: (G,) by their kind; likeness: (G, G); foreign: (G,) mean likeness to the nearest prompts of
-    other folds, which is what a general prompt of a kind that is not on the list would have."""
+    other folds, which is what a general prompt of a kind that is not on the list would have.
+    """
 
     encoder: str
     lexical: Lexical
