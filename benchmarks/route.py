@@ -5,8 +5,9 @@ of templates that neither saw. Beside them prompts for the base: chitchat, trivi
 and near misses in an agent's own words (in other frames than the router makes for itself).
 
 The peer, on the same split and with the same encoder, sends a prompt to the agent whose exemplars' mean vector has the nearest
-cosine; its threshold is tuned with the same held-out prompts, general prompts and near misses, by the same rule.
-`centroid_platt` is the same with its cosine calibrated by a logistic curve on those. No model is trained, no server runs.
+cosine; its threshold is tuned with the same held-out prompts, general prompts and near misses, for the largest sum of both
+fractions that leaves `router.target` of the foreign ones to the base. `centroid_platt` is the same with its cosine calibrated by
+a logistic curve on those, `centroid_risk` with a threshold that keeps to `router.risk` as ours does. No model is trained.
 
     python benchmarks/route.py --json
     python benchmarks/route.py --team team --json     # and the team of examples/team, see route_team.py
@@ -23,7 +24,7 @@ import platform
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def ours(draw: Draw, crew: Crew, rules: Routing) -> tuple[Asked, Mapping[str, An
 
 
 def centroid(draw: Draw, crew: Crew, rules: Routing) -> dict[str, Asked]:
-    """The nearest mean of exemplars by cosine: as it is, and calibrated."""
+    """The nearest mean of exemplars by cosine: as it is, calibrated, and with a threshold that keeps to `rules.risk`."""
     from sklearn.linear_model import LogisticRegression
 
     fitted = [[one.text for one in known.exemplars.train] for known in draw.known.values()]
@@ -141,7 +142,8 @@ def centroid(draw: Draw, crew: Crew, rules: Routing) -> dict[str, Asked]:
     foreign = [(crew.vectors(texts) @ means.T).max(axis=1) for texts in (space.general_texts(), missed)] + [others.max(axis=1)]
     best, right = np.clip(cosine.max(axis=1), 0, 1), cosine.argmax(axis=1) == whose
     own = [best[whose == place] for place in range(len(held))]
-    at = fitting.choose(own, [right[whose == place] for place in range(len(held))], foreign, rules.target, rules.risk)
+    hits = [right[whose == place] for place in range(len(held))]
+    at, strict = (fitting.choose(own, hits, foreign, rules.target, risk) for risk in (1.0, rules.risk))
     asked = crew.vectors(draw.texts) @ means.T
     plain = Asked(np.clip(asked.max(axis=1), 0, 1), asked.argmax(axis=1), at)
     shares = [np.full(len(best), 1 / len(best)), *(np.full(len(one), 1 / len(foreign) / len(one)) for one in foreign)]
@@ -149,7 +151,11 @@ def centroid(draw: Draw, crew: Crew, rules: Routing) -> dict[str, Asked]:
     outcomes = np.concatenate([right, *(np.zeros(len(one), dtype=bool) for one in foreign)])
     curve_.fit(np.concatenate([best, *foreign])[:, None], outcomes, np.concatenate(shares) * len(best))
     sure = curve_.predict_proba(np.append(plain.confidence, at)[:, None])[:, 1]
-    return {"centroid": plain, "centroid_platt": Asked(sure[:-1], plain.agent, float(sure[-1]))}
+    return {
+        "centroid": plain,
+        "centroid_platt": Asked(sure[:-1], plain.agent, float(sure[-1])),
+        "centroid_risk": replace(plain, threshold=strict),
+    }
 
 
 def figures_of(asked: Asked, owner: Any, rows: Any = slice(None)) -> dict[str, float]:

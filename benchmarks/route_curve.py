@@ -43,19 +43,20 @@ class Vectors(Protocol):
 
 
 def members(most: int, seed: int = 0) -> dict[str, sets.Known]:
-    """Up to `most` agents, the same first ones however many are asked for."""
-    rng = random.Random(seed)
-    pool = []
-    for language in sets.languages():
+    """Up to `most` agents, the same first ones however many are asked for: all of one language, then all of the next."""
+    languages = sets.languages()
+    random.Random(seed).shuffle(languages)
+    found: dict[str, sets.Known] = {}
+    for language in languages:
         for intent, rows in sets.spoken(language, FITTED + HELD + ASKED, seed).items():
-            if len(rows) == FITTED + HELD + ASKED:
-                pool.append((f"{language}-{intent}", [text for text, _ in rows]))
-    rng.shuffle(pool)
-    found = {}
-    for name, texts in pool[:most]:
-        numbered = [Prompt(f"{name}:{n}", text) for n, text in enumerate(texts, 1)]
-        exemplars = Exemplars(tuple(numbered[:FITTED]), tuple(numbered[FITTED : FITTED + HELD]))
-        found[name] = sets.Known(exemplars, tuple(texts[FITTED + HELD :]))
+            if len(rows) < FITTED + HELD + ASKED:
+                continue
+            name, texts = f"{language}-{intent}", [text for text, _ in rows]
+            numbered = [Prompt(f"{name}:{n}", text) for n, text in enumerate(texts, 1)]
+            exemplars = Exemplars(tuple(numbered[:FITTED]), tuple(numbered[FITTED : FITTED + HELD]))
+            found[name] = sets.Known(exemplars, tuple(texts[FITTED + HELD :]))
+            if len(found) == most:
+                return found
     return found
 
 

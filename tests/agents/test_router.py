@@ -289,6 +289,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exemplars, "general", lambda: found)
     monkeypatch.setattr(space, "general", lambda: found)
     monkeypatch.setattr(router, "BUSY_WAIT_S", 0.0)
+    monkeypatch.setattr(router, "FIRST_WAIT_S", 60.0)
 
 
 def test_agents_are_learnt_in_the_background_and_found_again_after_a_restart(few: None, tmp_path: Path) -> None:
@@ -344,8 +345,8 @@ def test_agents_that_come_to_an_empty_team_are_waited_for_and_a_fit_holds_up_no_
         await auto.learn(releases)
         assert (await auto.route(ask("switch on the lamp in the hall"), set(LISTED))).agent == "home"
         monkeypatch.setattr(part, "fit", slow)
-        for name in LISTED:  # the first is being fitted, the second is not wanted any more when its turn comes
-            await auto.learn({name: releases[name]})
+        for name in ("cook", "baker"):  # the first is being fitted, the second is not wanted any more when its turn comes
+            await auto.learn({name: release(tmp_path, name, train=LISTED["chef"][:20])})
             await asyncio.to_thread(begun.wait, 60)
         await auto.close()
 
