@@ -5,9 +5,11 @@ of templates that neither saw. Beside them prompts for the base: chitchat, trivi
 and near misses in an agent's own words (in other frames than the router makes for itself).
 
 The peer, on the same split and with the same encoder, sends a prompt to the agent whose exemplars' mean vector has the nearest
-cosine; its threshold is tuned with the same held-out prompts, general prompts and near misses, for the largest sum of both
-fractions that leaves `router.target` of the foreign ones to the base. `centroid_platt` is the same with its cosine calibrated by
-a logistic curve on those, `centroid_risk` with a threshold that keeps to `router.risk` as ours does. No model is trained.
+cosine; its threshold is tuned with the same held-out prompts, general prompts and near misses for the largest sum of own ones
+that get their agent and foreign ones left to the base. `centroid_platt` is the same with its cosine calibrated by a logistic
+curve on those, `centroid_risk` with a threshold that keeps to `router.target` and `router.risk` as ours does. Since accuracy
+and abstention trade against each other, `abstain_at_its_accuracy` is ours at the threshold where we have the peer's accuracy.
+No model is trained.
 
     python benchmarks/route.py --json
     python benchmarks/route.py --team team --json     # and the team of examples/team, see route_team.py
@@ -143,7 +145,7 @@ def centroid(draw: Draw, crew: Crew, rules: Routing) -> dict[str, Asked]:
     best, right = np.clip(cosine.max(axis=1), 0, 1), cosine.argmax(axis=1) == whose
     own = [best[whose == place] for place in range(len(held))]
     hits = [right[whose == place] for place in range(len(held))]
-    at, strict = (fitting.choose(own, hits, foreign, rules.target, risk) for risk in (1.0, rules.risk))
+    at, strict = (fitting.choose(own, hits, foreign, *limits) for limits in ((0.0, 1.0), (rules.target, rules.risk)))
     asked = crew.vectors(draw.texts) @ means.T
     plain = Asked(np.clip(asked.max(axis=1), 0, 1), asked.argmax(axis=1), at)
     shares = [np.full(len(best), 1 / len(best)), *(np.full(len(one), 1 / len(foreign) / len(one)) for one in foreign)]
@@ -188,6 +190,15 @@ def compared(us: Asked, them: Asked, owner: Any) -> dict[str, Any]:
     }
 
 
+def at_accuracy(us: Asked, them: Asked, owner: Any) -> float:
+    """What we leave to the base of foreign prompts at the threshold where as many own ones get their agent as of the peer."""
+    wanted = figures_of(them, owner)["accuracy"]
+    is_own = owner >= 0
+    right = np.sort(us.confidence[is_own & (us.agent == owner)])[::-1]
+    place = min(int(np.ceil(wanted * is_own.sum())), len(right)) - 1
+    return float((us.confidence[~is_own] < right[max(place, 0)]).mean())
+
+
 def measured(seed: int, crew: Crew, rules: Routing, foreign: int) -> dict[str, Any]:
     """One draw, all routers."""
     draw = Draw.of(seed, foreign)
@@ -207,7 +218,12 @@ def measured(seed: int, crew: Crew, rules: Routing, foreign: int) -> dict[str, A
         "held_out": {key: figures[key] for key in ("accuracy", "to_base", "coverage", "risk", "aurc", "ece")},
         "threshold": us.threshold,
         "peers": {
-            name: {**figures_of(one, draw.owner), "by_kind": by_kind(one), "ours_less": compared(us, one, draw.owner)}
+            name: {
+                **figures_of(one, draw.owner),
+                "by_kind": by_kind(one),
+                "ours_less": compared(us, one, draw.owner),
+                "abstain_at_its_accuracy": at_accuracy(us, one, draw.owner),
+            }
             for name, one in peers.items()
         },
         "prompts": {"own": int((draw.owner >= 0).sum()), "foreign": int((draw.owner < 0).sum())},
