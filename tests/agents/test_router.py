@@ -308,9 +308,7 @@ def test_agents_are_learnt_in_the_background_and_found_again_after_a_restart(few
         await auto.settle()
         assert (await auto.route(ask("which herbs go into a lasagne for 2 guests"), set(LISTED))).agent == "chef"
         assert auto.figures["agents"] == ["home", "chef"] and auto.troubles == {}
-        await auto.learn({})
-        await auto.settle()
-        assert (await auto.route(ask("switch on the lamp"), {"home"})).reason == "no live agent has exemplars"
+        await auto.close()
 
         def never(*arguments: object) -> None:
             raise AssertionError("fitted again")
@@ -320,7 +318,12 @@ def test_agents_are_learnt_in_the_background_and_found_again_after_a_restart(few
             again = AutoRouter(Crew(), Routing("tfidf"), tmp_path / "state")
             await again.learn(releases)
             assert (await again.route(ask("switch on the lamp in the hall"), set(LISTED))).agent == "home"
-            await again.close()
+            await again.settle()
+            assert len(list((tmp_path / "state").rglob("*.npz"))) == 2
+            await again.learn({})
+            await again.settle()
+            assert (await again.route(ask("switch on the lamp"), {"home"})).reason == "no live agent has exemplars"
+            assert not list((tmp_path / "state").rglob("*.npz")), "no prompts stay of an agent that is gone"
 
     asyncio.run(story())
 

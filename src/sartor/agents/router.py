@@ -140,6 +140,8 @@ class AutoRouter:
             self._silent = tuple(name for name in releases if name not in agents)
             if not agents:
                 self._fitted = self._words = None
+                self._parts = {}
+                await asyncio.to_thread(store.keep_only, self._folder, ())
             else:
                 await self._fit_all(agents)
         except (SartorError, OSError, MemoryError) as error:
