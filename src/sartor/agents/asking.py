@@ -126,11 +126,15 @@ class Crew(Protocol):
 
 @dataclass(frozen=True)
 class Route:
-    """What `auto` chose: an agent's name or `base`, why in a sentence, and the score of each agent."""
+    """What `auto` chose: an agent's name or `base`, why in a sentence, and the score of each agent.
+
+    fits: whose request it is, where the base was chosen because that agent is no better by its Report; else "".
+    """
 
     agent: str
     reason: str
     scores: Mapping[str, float] = field(default_factory=dict)
+    fits: str = ""
 
 
 class Router(Protocol):

@@ -152,6 +152,10 @@ class Routing:
 
     encoder: str = option("auto", "minilm, tfidf, base, or a directory; auto is the best of those on this machine")
     target: float = option(0.9, "fraction of foreign prompts that must go to the base where the threshold is chosen")
+    risk: float = option(0.05, "most of the prompts that get an agent that may get a wrong one where the threshold is chosen")
+    lift: Literal["measured", "ignored"] = option(
+        "measured", "measured: an agent gets what its Report shows a gain over the base for; ignored: whatever fits it"
+    )
 
 
 @dataclass(frozen=True)
