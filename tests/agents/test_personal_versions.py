@@ -178,9 +178,11 @@ def test_words_that_are_left_somewhere_are_found_and_the_proof_says_so(team: Pat
     say(team)
     say(team, "ben", ROWS[:8], "benjamin-quux-4242 speaks")
     state, data = state_of(team), team.parent / "feedback"
-    source = {"path": f"inbox:{state / 'inbox'}", "inbox": {"most_fraction": 1.0}}
+    source = {"path": f"inbox:{state / 'inbox'}", "inbox": {"most_fraction": 1.0, "most_rows": 1000}}
     sartor.curate({"sources": [source], "steps": [], "workers": 1}, data)
-    assert len(list(sartor.read_examples(sartor.open(data)))) == 48 and holding(CANARY, data)
+    lines = [int(one.origins[0].locator.rpartition(":")[2]) for one in sartor.read_examples(sartor.open(data))]
+    hers = sum(line <= len(ROWS) for line in lines)  # of the inbox's lines the first forty
+    assert hers and hers < len(lines) and holding(CANARY, data)
     folder = state / "people" / person(team) / "switch"
     folder.mkdir(parents=True)
     with writer_lock(folder / "tuning"), pytest.raises(ConfigError, match="another process"):
@@ -192,9 +194,9 @@ def test_words_that_are_left_somewhere_are_found_and_the_proof_says_so(team: Pat
     (proof,) = (state / "deletions").iterdir()
     said = sartor.check_personal_proof(proof, state / "keys")
     (taken,) = said["removed"]["datasets"]
-    assert (taken["path"], taken["rows"]) == (str(data), 40) and holding(CANARY, data) == []
+    assert (taken["path"], taken["rows"]) == (str(data), hers) and holding(CANARY, data) == []
     kept = sartor.open(data)
-    assert kept.id == taken["became"] and len(list(sartor.read_examples(kept))) == 8 and holding("benjamin-quux", data)
+    assert kept.id == taken["became"] and len(list(sartor.read_examples(kept))) == len(lines) - hers
     assert not said["complete"] and said["searched"]["found"] == [str(state / "notes.txt")]
     assert said["not_reached"] and said["searched"]["bytes"] > 0
 
