@@ -3,7 +3,7 @@
 `false_alarm`: the fraction of runs in which synthetic rows like reality (real rows of other groups) fail any test.
 `power`: for each planted fault the fraction of runs in which a test that is meant for it fails. Both also by set of rows.
 
-    python benchmarks/synth.py --json [--parts false_alarm power] [--seeds 40] [--first 0] [--rows 300]
+    python benchmarks/synth.py --json [--parts false_alarm power] [--seeds 40] [--first 0] [--rows 400]
 
 The tests and limits are those of `sartor validate` with its defaults, but for fewer permutations, and that an encoder reads all
 texts of a set once and not those of each run.
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument(
         "--first", type=int, default=0, help="the first seed: what was chosen by seeds of 100 on is told by those below"
     )
-    parser.add_argument("--rows", type=int, default=300, help="most rows of a side")
+    parser.add_argument("--rows", type=int, default=400, help="most rows of a side")
     parser.add_argument("--permutations", type=int, default=499)
     parser.add_argument("--encoder", default="tfidf")
     asked = parser.parse_args()
