@@ -91,11 +91,21 @@ def somebody(seed: str) -> Learner:
     return Learner(small, large, draw.choice(THINGS), draw.choice(STEPS))
 
 
+def together() -> list[dict[str, Any]]:
+    """Twelve learners' records, in one order."""
+    rows = [row for number in range(SHARED) for row in records(somebody(f"learner {number}"), RECORDS, f"records {number}")]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def of(name: str) -> list[dict[str, Any]]:
+    """Records of one who is not among them."""
+    return list(records(somebody(name), 2 * RECORDS, name))
+
+
 if __name__ == "__main__":
     if len(sys.argv) < 2 or any("=" not in each for each in sys.argv[2:]):
         sys.exit("python examples/team/learners.py TUTOR.jsonl [LEARNER=RECORDS.jsonl ...]")
-    together = [row for number in range(SHARED) for row in records(somebody(f"learner {number}"), RECORDS, f"records {number}")]
-    random.Random(0).shuffle(together)
-    write(Path(sys.argv[1]), together)
+    write(Path(sys.argv[1]), together())
     for name, _, file in (each.partition("=") for each in sys.argv[2:]):
-        write(Path(file), list(records(somebody(name), 2 * RECORDS, name)))
+        write(Path(file), of(name))
