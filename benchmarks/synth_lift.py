@@ -3,8 +3,8 @@
     python benchmarks/synth_lift.py --json
 
 The generator has no model: wordings that somebody who knows the home would write for each kind of command
-(synth_wordings.yaml, filled from lists), and the real rows again with other values (`slot_substitution`). What is a near-copy of
-a held-out row `sartor validate` does not accept. Both tunings have the same recipe and make the same number of updates. `lift`:
+(synth_wordings.yaml, filled from lists), and the real rows again with other values (`slot_substitution`). A near-copy of a
+held-out row is not accepted by `sartor validate`. Both tunings have one recipe and as many updates. `lift`:
 exact match with less exact match without, on held-out rows of templates that no training row has, with a paired interval over
 templates.
 

@@ -6,9 +6,11 @@ that are like reality are real rows of other groups; a plant changes them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +60,20 @@ def faq(file: str) -> list[Row]:
     place = next(Path(assets.install("construction-faq")).rglob(file))
     rows = [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
     return [row(one["q"], one["a"], one["category"], one["id"]) for one in rows]
+
+
+# what the FAQ's categories are about: tax and cost, the firm, permits, work, faults, rooms, the shell, heating
+_THEMES = (
+    "rot-avdrag rut-avdrag f-skatt omvand-moms kostnader",
+    "kontrakt dispute reklamation-process garantier forsakring-ansvar verifiera-byggfirma",
+    "bbr-pbl bygglov marklov-rivningslov strandskydd attefallshus-friggebod tillbyggnad altan-staket-plank "
+    "tomtgrans-servitut buller-granne",
+    "arbetsmiljo personalliggare yrkesbevis-certifikat",
+    "dolda-fel besiktning radon-fuktskador energideklaration",
+    "badrumsrenovering koksrenovering vvs elinstallation",
+    "takläggning fasadrenovering isolering",
+    "varmesystem ventilation solceller-varmpump bergvarme-jordvarme oppen-spis-vedeldning",
+)
 
 
 _LOAN = (
@@ -111,7 +127,10 @@ def read(name: str) -> list[Row]:
 
 
 def split(rows: list[Row], most: int, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
-    """(held-out rows, seeds, all others), groups whole, by seed: of the first two at most `most`, and a fifth of the rows."""
+    """(held-out rows, seeds, all others), groups whole, by seed.
+
+    Held out are at most `most` rows and a third, seeds at most half as many and a tenth: few sets have rows to spare.
+    """
     rng = random.Random(seed)
     by_group: dict[str, list[Row]] = {}
     for one in rows:
@@ -119,12 +138,12 @@ def split(rows: list[Row], most: int, seed: int) -> tuple[list[Row], list[Row], 
     names = sorted(by_group)
     rng.shuffle(names)
     drawn = [one for name in names for one in by_group[name]]
-    most = min(most, len(rows) // 5)
+    wanted = (min(most, len(rows) // 3), min(most // 2, len(rows) // 10))
     # a group on a cut goes with the rows before it
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     place = 0
     for at, one in enumerate(drawn):
-        if place < 2 and len(parts[place]) >= most and one.example.group != drawn[at - 1].example.group:
+        if place < 2 and len(parts[place]) >= wanted[place] and one.example.group != drawn[at - 1].example.group:
             place += 1
         parts[place].append(one)
     return parts
@@ -185,9 +204,29 @@ def copied_seeds(pool: list[Row], count: int, seeds: list[Row], rng: random.Rand
 
 def topic_drift(pool: list[Row], count: int, seeds: list[Row], rng: random.Random) -> list[Row]:
     """Half of the rows are of a fifth of the modes; the others are as they were."""
-    grown = _some_modes(pool, 1 / 5, rng)
-    few = [one for one in pool if one.mode in grown][: count // 2]
-    return few + [one for one in pool if one.mode not in grown][: count - len(few)]
+    return _drifted(pool, count, _some_modes(pool, 1 / 5, rng), 1 / 2)
+
+
+def theme_drift(pool: list[Row], count: int, seeds: list[Row], rng: random.Random) -> list[Row]:
+    """Three rows in four are of themes that a fifth of the real rows are of, give or take a twentieth.
+
+    Of the FAQ's rows there are not enough for less: half of the rows in a fifth of its 39 categories is a shift that even a
+    test which is told the categories misses (docs/log.md).
+    """
+    theme = {mode: number for number, modes in enumerate(_THEMES) for mode in modes.split()}
+    sizes = Counter(theme[one.mode] for one in pool)
+    some = [few for size in (1, 2, 3) for few in itertools.combinations(range(len(_THEMES)), size)]
+    fitting = [few for few in some if 0.15 <= sum(sizes[number] for number in few) / len(pool) <= 0.25]
+    few = rng.choice(fitting)
+    return _drifted(pool, count, {mode for mode in theme if theme[mode] in few}, 3 / 4)
+
+
+def _drifted(pool: list[Row], count: int, grown: set[str], part: float) -> list[Row]:
+    """Rows of which `part` are of the grown modes: `count`, or as many as there are grown rows for."""
+    few, others = ([one for one in pool if (one.mode in grown) == is_grown] for is_grown in (True, False))
+    count = min(count, int(len(few) / part))
+    kept = few[: int(count * part)]
+    return kept + others[: count - len(kept)]
 
 
 def _some_modes(pool: list[Row], part: float, rng: random.Random) -> set[str]:
@@ -201,8 +240,11 @@ PLANTS: dict[str, tuple[dict[str, Callable[..., list[Row]]], frozenset[str]]] = 
     "group_shift": ({"loans": group_shift, "loans_text": group_shift}, frozenset({"group_outcome"})),
     "mode_collapse": (
         {"chat": repetition, **dict.fromkeys(_TEXTS, mode_collapse)},
-        frozenset({"coverage", "distinct", "vendi", "repeated"}),
+        frozenset({"coverage", "distinct", "vendi", "repeated", "topic", "label"}),
     ),
     "copied_seeds": (dict.fromkeys(("chat", "loans", *_TEXTS), copied_seeds), frozenset({"copies_of_seeds"})),
-    "topic_drift": (dict.fromkeys(_TEXTS, topic_drift), frozenset({"topic", "label"})),
+    "topic_drift": (
+        {"commands": topic_drift, "faq_sv": theme_drift, "faq_en": theme_drift},
+        frozenset({"topic", "label"}),
+    ),
 }

@@ -76,6 +76,20 @@ def test_ratios_are_medians_of_pairs() -> None:
     assert (said["tokens_per_s"], said["supervised_tokens_per_s"], said["pairs"]) == (3.0, 3.0, 3)
 
 
+def test_a_homes_schema_takes_every_right_reply_and_no_room_that_is_not_there() -> None:
+    import collaborate
+
+    from sartor.agents.plans.handover import wrong_in
+
+    timer = {"messages": [{"content": '{"intent":"HassStartTimer","name":"pizza","hours":2}'}]}
+    rows = [*collaborate.made_rows(quick=True), timer]
+    schema = collaborate.schema_of(rows)
+    assert not any(wrong_in(json.loads(row["messages"][-1]["content"]), schema) for row in rows)
+    assert not wrong_in({"intent": "HassStartTimer", "name": "tea", "hours": 3}, schema)
+    for wrong in ({"intent": "HassTurnOn", "area": "cellar"}, {"intent": "HassTurnUp"}, {"intent": "HassTurnOn", "hours": 2}):
+        assert wrong_in(wrong, schema)
+
+
 def test_a_peer_that_cannot_run_says_why(tmp_path: Path) -> None:
     """By an interpreter that has none of it."""
     (tmp_path / "job.json").write_text("{}")

@@ -40,6 +40,7 @@ SLOW = {
     "agents.md",
     "export.md",
     "serving.md",
+    "collaboration.md",
     "admission.md",
     "audit.md",
     "engines.md",
@@ -51,6 +52,7 @@ SLOW = {
     "federate-run.md",
     "federate-tune.md",
     "federate-devices.md",
+    "personal.md",
 }
 
 

@@ -90,5 +90,7 @@ done
 if [ ! -e team.yaml ]; then # one that you changed stays
   printf 'base: %s\nagents:\n' "$base" >team.yaml
   for name in $agents; do printf '  - {name: %s, release: releases/%s-1.0}\n' "$name" "$name" >>team.yaml; done
+  # four updates are no gain over the base, and `auto` would leave all to it
+  [ -z "$quick" ] || echo 'router: {lift: ignored}' >>team.yaml
 fi
 [ -n "$build" ] || exec sartor serve team.yaml "$@"

@@ -31,7 +31,11 @@ python -c 'import hassil, torch, sartor.agents.serve.opening' 2>/dev/null || {
 out=${out:-team${quick:+-quick}}
 mkdir -p "$out/rows"
 cd "$out"
-[ -e team.yaml ] || sed "s|^base:.*|base: $base|" "$here/team.yaml" >team.yaml # one that you changed stays
+if [ ! -e team.yaml ]; then # one that you changed stays
+  sed "s|^base:.*|base: $base|" "$here/team.yaml" >team.yaml
+  # four updates are no gain over the base, and `auto` would leave all to it
+  [ -z "$quick" ] || echo 'router: {lift: ignored}' >>team.yaml
+fi
 
 say() { echo "team: $*" >&2; }
 

@@ -24,6 +24,12 @@ __version__ = "0.1.0"
 
 _NAMES = {
     # verbs
+    "allow_personal": "sartor.personal.people:allow_personal",
+    "check_personal_proof": "sartor.personal.forgetting:check_proof",
+    "forget_personal": "sartor.personal.forgetting:forget_personal",
+    "list_personal": "sartor.personal.people:list_personal",
+    "show_personal": "sartor.personal.people:show_personal",
+    "tune_personal": "sartor.personal.tuning:tune_personal",
     "add_agent": "sartor.agents.book:add_agent",
     "agent_events": "sartor.agents.book:agent_events",
     "ask": "sartor.agents.ask:ask",
@@ -75,6 +81,7 @@ _NAMES = {
     "remove_agent": "sartor.agents.book:remove_agent",
     "remove_feedback": "sartor.agents.feedback_book:remove_feedback",
     "repair_agent": "sartor.agents.book:repair_agent",
+    "replay_plans": "sartor.agents.plans.replay:replay_plans",
     "rethreshold": "sartor.curate.rethreshold:rethreshold",
     "retrain": "sartor.retrain",
     "retrain_due": "sartor.retrain.watch:due",
@@ -123,6 +130,7 @@ _NAMES = {
     "Opinion": "sartor.curate.review.deciding:Opinion",
     "Origin": "sartor.core.records:Origin",
     "Part": "sartor.core.records:Part",
+    "PersonalOptions": "sartor.personal.options:PersonalOptions",
     "PersonOptions": "sartor.edge.person:PersonOptions",
     "Question": "sartor.agents.questions:Question",
     "Recipe": "sartor.tune.recipe:Recipe",

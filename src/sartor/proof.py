@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,7 @@ def _together(real: Artifact, made: Artifact, out: Path, replace: bool) -> tuple
         if row.group in held_out or row.id in ids:
             drops.append(dropped(row, "group_held_out", "a real row of its group is held out, or is it itself", step=STEP))
         else:
-            known = (row.messages, row.origins, row.group, "train", row.weight, row.rejected, row.tools, row.steps, row.rating)
-            taken.append(Example(*known))
+            taken.append(replace_fields(row, split="train"))
     dataset = write_derived(out, [real, made], [*known, *taken], drops, step={STEP: {"added": len(taken)}}, replace=replace)
     return dataset, len(taken), len(drops)
 

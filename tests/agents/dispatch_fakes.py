@@ -68,6 +68,7 @@ class FakeCrew:
         self.lost: list[str] = []
         self.live: dict[str, int] = {}
         self.released: list[str] = []
+        self.renewals = 0
         self.breakers: dict[str, str] = {}
         self.slow = 0
         self.rows = 16
@@ -104,6 +105,10 @@ class FakeCrew:
 
     async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
         return Embedded([[1.0] for _ in texts])
+
+    async def renew(self) -> None:
+        await asyncio.sleep(0)
+        self.renewals += 1
 
     def blame(self, agent: str, why: str) -> None:
         pass

@@ -610,6 +610,7 @@ def test_a_picture_goes_to_who_reads_pictures_and_to_nobody_else(tmp_path: Path)
         ("eye", {"eye": 0.9}, [PICTURE, "look"], "eye@2"),
         ("eye", {"eye": 0.9}, [CLIP, "listen"], "base reads no audio"),  # the router names who does not hear
         ("base", {"eye": 0.1}, [PICTURE, "a joke"], "base reads no image: no agent fits"),
+        ("base fits eye", {"eye": 0.9}, [PICTURE, "look"], "eye@2"),  # no gain over a base that would see
         ("base", {}, [CLIP], "all@3"),  # no text to go by, and one alone hears
         ("base", {}, [PICTURE], "name one that does: eye, all"),
     ],
@@ -620,7 +621,8 @@ def test_auto_chooses_among_those_that_read_all_of_a_request(
     class Router(FakeRouter):
         async def route(self, messages: Any, openable: Any) -> Route:
             self.openable = set(openable)
-            return Route(chosen, "no agent fits", scores)
+            agent, _, fits = chosen.partition(" fits ")
+            return Route(agent, "no agent fits", scores, fits)
 
     async def work() -> None:
         crew, router = FakeCrew(), Router()

@@ -195,6 +195,19 @@ def test_a_worker_above_its_memory_is_recycled_when_its_rows_have_ended(tmp_path
     asyncio.run(scene())
 
 
+@pytest.mark.parametrize("workers", [{"count": 2, "spare": 0}, {"count": 1, "spare": 1}])
+def test_every_worker_is_replaced_and_no_reply_suffers(tmp_path: Path, workers: dict[str, int]) -> None:
+    async def scene() -> None:
+        async with running(tmp_path, workers={**workers, "hang_s": 0.4}, limits=Limits(deadline_s=30.0)) as crew:
+            first = pids(crew)
+            await asyncio.gather(load(crew, clients=4, calls=6), crew.renew())
+            assert len(first) == 2 and not any(alive(pid) for pid in first), "with all that was in their memory"
+            await load(crew, clients=2, calls=2)
+            assert crew.health()["ends"] == {"renewed": 2}
+
+    asyncio.run(scene())
+
+
 def test_a_call_that_takes_far_too_much_memory_fails_alone(tmp_path: Path) -> None:
     async def scene() -> None:
         async with running(tmp_path, workers={"memory_bytes": 60 << 20, "hang_s": 0.4}, step_s=0.01) as crew:

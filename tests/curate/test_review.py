@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,21 @@ def add(dataset: Path, *said: Mapping[str, Any]) -> list[str]:
 
 def decide(dataset: Path, item: str, verdict: str, by: str = "Ada", **options: Any) -> dict[str, Any]:
     return dict(sartor.review_decide(dataset, [item], sartor.Opinion(verdict, by, **options))["decisions"][0])
+
+
+def test_writers_of_findings_wait_for_one_another_and_each_replaces_its_own(data: Path) -> None:
+    def write(origin: str) -> None:
+        for number in range(4):
+            findings.renew(data, origin, [found(data, number)])
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(write, [f"check {number}" for number in range(8)]))
+    written = [json.loads(line) for line in (data / findings.FILE).read_text().splitlines()]
+    assert sorted(line["origin"] for line in written) == [f"check {number}" for number in range(8)]
+    assert {line["example"] for line in written} == {found(data, 3)["example"]}
+    with pytest.raises(SourceError, match="kind"):
+        findings.renew(data, "check 0", [{"kind": "nonsense"}])
+    assert len((data / findings.FILE).read_text().splitlines()) == 8
 
 
 def test_the_same_finding_twice_is_one_item_and_looking_leaves_nothing_behind(data: Path) -> None:

@@ -15,7 +15,7 @@ import sartor
 from sartor.core.errors import ConfigError, GateError, SourceError
 from sartor.core.records import Example, Message, Origin
 from sartor.core.rows import read_drops, read_examples
-from sartor.curate.validate import apart, diversity, spans, spread
+from sartor.curate.validate import apart, diversity, drift, shift, spans, spread
 from sartor.curate.validate.options import Limits, ValidateOptions
 from sartor.curate.validate.outcome import Validated
 from sartor.curate.validate.sides import Sides, pooled
@@ -155,6 +155,20 @@ def test_free_text_outcomes_are_known_by_what_the_replies_say() -> None:
     assert "group_outcome" in {test.name for test in found.failed}
 
 
+def test_replies_that_say_a_decision_in_many_words_are_taken_together() -> None:
+    said = [
+        "We can grant it.",
+        "Approved.",
+        "You are eligible.",
+        "We cannot grant it.",
+        "It wasn't approved.",
+        "We regret: no.",
+    ] * 4
+    assert shift.decisions(said) == (["favourable"] * 3 + ["unfavourable"] * 3) * 4
+    assert shift.decisions([*said, *["The oven is hot."] * 12]) == []  # of too few is known what they decide
+    assert shift.decisions(said[:3] * 8) == []
+
+
 def test_near_copies_of_held_out_rows_are_named_row_by_row() -> None:
     real = talk(100, 2)
     leaked = [example(f" {row.messages[0].text}!", row.reply, f"leak {place}") for place, row in enumerate(real[:15])]
@@ -190,14 +204,36 @@ def test_permutations_move_whole_units_and_keep_the_size() -> None:
             assert len(set(draw[pool.units == unit])) == 1
 
 
-def test_holm_corrects_the_family_and_a_limit_lets_small_effects_pass() -> None:
-    def finding(p: float, effect: float) -> Finding:
-        return Finding("x", 0.0, effect, 0.1, p, "said")
+def test_one_correction_for_all_tests_and_a_limit_lets_small_effects_pass() -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(3, 1000))
+    draws[:, 0] = (3.5, 2.2, 0)
 
-    verdicts = [test.verdict for test in judged([finding(0.001, 0.5), finding(0.03, 0.5), finding(0.001, 0.05)], 0.05)]
-    assert verdicts == ["fail", "pass", "pass"] or verdicts == ["fail", "fail", "pass"]
-    assert [test.p_corrected for test in judged([finding(0.01, 1), finding(0.04, 1)], 0.05)] == [0.02, 0.04]
-    assert [test.p_corrected for test in judged([finding(0.04, 1), finding(0.03, 1)], 0.05)] == [0.06, 0.06]
+    def findings(values: np.ndarray, effect: float = 1.0) -> list[Finding]:
+        return [finding_of("x", one, 0.1, "said", effect=effect) for one in values]
+
+    def corrected(tests: list[Finding]) -> list[float | None]:
+        return [test.p_corrected for test in judged(tests, 0.05)]
+
+    alone = [test.p for test in findings(draws)]
+    # three that say the same cost nothing; three that know nothing of one another cost what Holm takes
+    assert corrected(findings(draws[[0, 0, 0]])) == [alone[0]] * 3
+    assert corrected(findings(draws)) == pytest.approx([3 * alone[0], 2 * alone[1], alone[2]], rel=0.25)  # type: ignore[operator]
+    # one without permutations has its part of alpha, and takes it from the others
+    span = Finding("span", 0.5, 0.5, 0.05, 0.01, "said")
+    assert corrected([*findings(draws[[0, 0]]), span]) == pytest.approx([1.5 * alone[0], 1.5 * alone[0], 0.03])  # type: ignore[operator]
+    assert [test.verdict for test in judged([*findings(draws[:1]), *findings(draws[:1], 0.05)], 0.05)] == ["fail", "pass"]
+
+
+def test_of_sets_with_nothing_wrong_at_most_alpha_fail_any_test() -> None:
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(400):
+        shared = rng.normal(size=200)  # what makes tests alike
+        values = [0.8 * shared + rng.normal(size=200) for _ in range(5)]
+        tests = judged([finding_of("x", one, 0.0, "said", effect=1.0) for one in values], 0.2)
+        alarms += any(test.verdict == "fail" for test in tests)
+    assert 0.15 < alarms / 400 < 0.25
 
 
 def test_p_is_the_rank_among_the_permutations() -> None:
@@ -219,6 +255,22 @@ def test_mmd_and_auc_are_what_their_definitions_say() -> None:
     scores, labels = np.array([[0.9, 0.2, 0.5, 0.7]], np.float32), np.array([[1, 0, 0, 1]], np.float32)
     assert apart._auc(scores, labels)[0] == 1
     assert apart._auc(-scores, labels)[0] == 0
+
+
+def test_topics_of_both_sides_show_a_drift_that_chance_does_not() -> None:
+    rng = np.random.default_rng(0)
+    pool = pooled(Sides(talk(100, 1), talk(100, 2), []), 1000, 0)
+    centres = rng.normal(size=(8, 30))
+    kinds = {"same": np.arange(200) % 8, "drifted": np.where(np.arange(200) < 70, np.arange(200) % 2, np.arange(200) % 8)}
+    p = {}
+    for name, kind in kinds.items():
+        vectors = (centres[kind] + 0.7 * rng.normal(size=(200, 30))).astype(np.float32)
+        space = Space(pool, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), 0)
+        assert [int(topic.max()) + 1 for topic in space.topics] == [8] * 3 + [16] * 3
+        found = drift.topics(space, permuted(pool, 199, 0), Limits())
+        p[name] = found.p
+    assert p["drifted"] == pytest.approx(1 / 200) and p["same"] > 0.1
+    assert found.effect > 0.3
 
 
 def test_diversity_scores_of_known_sets() -> None:
@@ -316,6 +368,11 @@ def test_a_set_that_fails_is_not_written_and_lines_of_others_stay(tmp_path: Path
     sartor.validate(synthetic, real, options=QUICK)
     again = [json.loads(line) for line in file.read_text().splitlines()]
     assert again == [*others, *lines]
+    sartor.open(synthetic)  # nor is the lock of its writers part of the manifest
+    file.write_text("not JSON\n")
+    with pytest.raises(SourceError, match=r"review.jsonl:1 is no JSON"):
+        sartor.validate(synthetic, real, options=QUICK)
+    assert file.read_text() == "not JSON\n"
 
 
 def test_files_are_read_as_they_are_and_seen_rows_are_left_out(tmp_path: Path) -> None:

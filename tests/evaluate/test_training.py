@@ -82,6 +82,20 @@ def test_general_talk_and_prompts_that_look_personal_are_no_exemplars_of_the_age
     assert by_split["other"] == {"hello 0", "hello 1", "hello 2"}
 
 
+def test_half_of_the_general_talk_is_what_is_most_like_the_agents_own_prompts(tmp_path: Path) -> None:
+    made = facts(*(example(f"switch on lamp {n} in the hall", "[1]") for n in range(80)))
+    for n in range(40):
+        made.rehearse(example(f"tell me a story about {n} ducks", "once", system=""))
+    near = {f"who invented the lamp of hall {n}" for n in range(4)}
+    for text in near:
+        made.rehearse(example(text, "somebody", system=""))
+    training.write_exemplars(made, tmp_path, 50)
+    lines = [json.loads(line) for line in (tmp_path / training.EXEMPLARS).read_text().splitlines()]
+    others = [line["text"] for line in lines if line["split"] == "other"]
+    assert len(others) == len(set(others)) == 10 and near <= set(others)
+    assert sum("ducks" in text for text in others) >= 5
+
+
 def test_canaries_are_short_distinct_and_asked_as_they_were(tmp_path: Path) -> None:
     held_out = [example(f"q{n}", "r" * n, "eval", system="Own.") for n in range(1, 8)]
     table = [{"id": one.id, "prompt": one.prompt[-1].text, "tuned_reply": one.reply} for one in held_out]

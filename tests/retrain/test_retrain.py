@@ -16,7 +16,6 @@ import pytest
 import sartor
 from sartor import cli
 from sartor.agents.entries import Version
-from sartor.agents.presence import is_served, served
 from sartor.agents.registry import Registry
 from sartor.agents.retraining import NotWorse
 from sartor.agents.team import Team, load
@@ -254,13 +253,6 @@ def test_the_loop_starts_what_is_due_once_and_waits_after_a_fault(team: Team) ->
     say(team, 4, correction="yes")
     assert watch.watch(file, every_s=0.0, looks=5, start=start, notice=told.append) == 1
     assert started == [["retrain", str(file), "--agent", "faq"]] and "ended with 1" in told[-1]
-
-
-def test_whether_a_team_is_served_is_known_while_it_is(tmp_path: Path) -> None:
-    assert not is_served(tmp_path)
-    with served(tmp_path), served(tmp_path):
-        assert is_served(tmp_path)
-    assert not is_served(tmp_path)
 
 
 def rows(count: int, live: float, new: float, **fields: str) -> Iterator[dict[str, Any]]:

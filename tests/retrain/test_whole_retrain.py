@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import sartor
 import tiny
 from conftest import write_jsonl
 from sartor.agents import admission
-from sartor.agents.presence import served
+from sartor.agents.people.presence import Presence
 from sartor.agents.team import load
 from sartor.core.records import Feedback, Voice
 from sartor.core.rows import read_examples
@@ -116,7 +117,7 @@ def say(team: Path, prompts: list[tuple[str, str]], rating: Callable[[int], floa
 def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path, made: Path) -> None:
     say(team, [(f"close {word} {place}", "0") for place in PLACES for word in ("up", "down")])
     wishes = sartor.Wishes(waivers=WAIVED)
-    with served(team.parent / ".team"):
+    with closing(Presence(team.parent / ".team")):
         found = sartor.retrain(team, "door", wishes=wishes)
     assert found.decision == "canary", found.reason
     assert found.gain and found.gain["low"] > 0 and found.version == "1.1"

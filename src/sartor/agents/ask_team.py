@@ -30,7 +30,7 @@ def ask_team(
     top: int = 3,
     notice: Callable[[str], object] = lambda line: None,
 ) -> Reply:
-    """Ask a team once: `agent` is a name, `name@version`, `base` or `auto`. One worker is started, and ended again.
+    """Ask a team once: `agent` is a name, `name@version`, a plan, `base` or `auto`. One worker is started, and ended again.
 
     Raises UnknownAgentError for a name that nobody has, RequestError for media that the agent does not read, UnavailableError,
     and what the worker told where it did not start.
@@ -38,12 +38,16 @@ def ask_team(
     question = asked(prompt)
     question.check(question.kinds, "")
     made = team if isinstance(team, Team) else load(Path(team))
-    # nobody connects: the address is any free one
-    alone = replace(made, workers=replace(made.workers, count=1, spare=0), http=Http(port=0))
+    alone = unheard(made)
     notice(f"opening the base {made.base!r} and the agents of the team")
     reply = asyncio.run(_ask(alone, Request(agent, (question.plain(),), sampling=sampling or {})))
     nearest, note = _nearest(alone, reply.agent, question.text, top)
     return replace(reply, prompt=question.text, media=question.said(), nearest=nearest, nearest_note=note)
+
+
+def unheard(team: Team) -> Team:
+    """The same for one who asks without HTTP: a worker, and nobody connects, so that the address is any free one."""
+    return replace(team, workers=replace(team.workers, count=1, spare=0), http=Http(port=0))
 
 
 async def _ask(team: Team, request: Request) -> Reply:
@@ -68,6 +72,8 @@ def _nearest(team: Team, agent: str, prompt: str, top: int) -> tuple[list[dict[s
     """Training examples of the version that answered, as far as its Dataset is on this machine."""
     with closing(Registry.open(team.registry_url)) as registry:
         version = registry.read().versions.get(agent)
+    if any(agent.partition("@")[0] == plan.name for plan in team.plans):
+        return [], "a plan answered; ask an agent by name for what it learnt from"
     if version is None:
         return [], "the base answered, which has no examples of yours"
     try:

@@ -20,7 +20,8 @@ class Request:
 
     model: name, name@version, base or auto. sampling: the options that the client gave; the Release's own hold for the rest.
     messages or text, schema, tools, must_call, top_logprobs: as in `Call`. openable: the agents that the client's key opens
-    (None: all); `auto` chooses among these. deadline_s: seconds from now.
+    (None: all); `auto` chooses among these. deadline_s: seconds from now. person: whom the client speaks for, as the registry
+    knows them; "" for nobody. streams: the client is told the reply as it is made.
     """
 
     model: str
@@ -33,6 +34,8 @@ class Request:
     top_logprobs: int = -1
     openable: frozenset[str] | None = None
     deadline_s: float = 120.0
+    person: str = ""
+    streams: bool = False
 
 
 class Events(Protocol):
@@ -104,6 +107,10 @@ class Crew(Protocol):
         """Vectors of unit length by the base (`base`) or an encoder that the façade offers (`minilm`, `tfidf`, a directory)."""
         ...
 
+    async def renew(self) -> None:
+        """Replace every worker, one after the other, so that nothing stays in memory of what was asked and said."""
+        ...
+
     def blame(self, agent: str, why: str) -> None:
         """Count a failure that only its holder could see (an answer of the wrong form, say) against an agent's breaker."""
         ...
@@ -119,11 +126,15 @@ class Crew(Protocol):
 
 @dataclass(frozen=True)
 class Route:
-    """What `auto` chose: an agent's name or `base`, why in a sentence, and the score of each agent."""
+    """What `auto` chose: an agent's name or `base`, why in a sentence, and the score of each agent.
+
+    fits: whose request it is, where the base was chosen because that agent is no better by its Report; else "".
+    """
 
     agent: str
     reason: str
     scores: Mapping[str, float] = field(default_factory=dict)
+    fits: str = ""
 
 
 class Router(Protocol):
@@ -145,7 +156,9 @@ class Router(Protocol):
 class Given:
     """A reply that has ended, for its receipt. agent: the exact version; release_id: "" for the base. done: None if it failed.
 
-    call: what was computed, the Release's system prompt and sampling in it. began: seconds since the epoch.
+    call: what was computed, the Release's system prompt and sampling in it. began: seconds since the epoch. person: whose
+    personal version answered, "" for none; release_id is then of the Release that it stands on. steps: of a plan's answer, the
+    receipts of its steps.
     """
 
     receipt: str
@@ -157,6 +170,8 @@ class Given:
     done: Done | None
     scores: Mapping[str, float]
     began: float
+    person: str = ""
+    steps: tuple[str, ...] = ()
 
 
 class Receipts(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sartor.agents.asking import Request, Route, Router
-from sartor.agents.entries import Agent
+from sartor.agents.entries import Agent, Version
 from sartor.agents.rollout import takes
 from sartor.core.errors import KeyRefusedError, RequestError, SartorError, UnavailableError, UnknownAgentError
 from sartor.models.engine.parts import kinds_in
@@ -19,10 +19,11 @@ Reads = Callable[[str], Collection[str]]
 
 @dataclass(frozen=True)
 class Choice:
-    """One who may answer: an exact version, or `base`; and why."""
+    """One who may answer: an exact version, or `base`; and why. own: the version of the person who asks, where it is that."""
 
     agent: str
     why: str
+    own: Version | None = None
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,15 @@ async def _routed(request: Request, agents: Mapping[str, Agent], router: Router 
 
 
 def _unrouted(route: Route, agents: Mapping[str, Agent], id: str, senses: Senses) -> Plan:
-    """No agent was chosen, and the base does not read the request. Without a judgement the only agent that does, answers.
+    """No agent was chosen, and the base does not read the request. Without a judgement the only agent that does, answers, and
+    so does one that fits and is only no better than a base that could see it.
 
     Raises RequestError where none fits or several may be meant.
     """
     what = " and ".join(senses.kinds)
+    if route.fits:
+        why = f"auto: {route.reason}, and the base reads no {what}"
+        return Plan(list(_chain(agents[route.fits], why, id, senses)), route.scores)
     if not route.scores and len(senses.others) == 1:
         why = f"auto: {route.reason}; {senses.others[0]} alone reads {what}"
         return Plan(list(_chain(agents[senses.others[0]], why, id, senses)))

@@ -1,6 +1,7 @@
 """Request -> Answer: which version answers, that it stays until the reply has ended, and who steps in when it cannot.
 
 choosing.py  who may answer, in order       calling.py   what an engine is asked
+people/      users who have their own
 served.py    the agents as they are held    holdings.py  adapters, and who still needs them
 rollout.py   trials, watches, verdicts      shadows.py   requests answered again, unseen
 roster.py    what the admin changes
@@ -21,8 +22,10 @@ from sartor.agents.admission import copies
 from sartor.agents.asking import Answer, Crew, Events, Given, Receipts, Request, Router
 from sartor.agents.calling import call_of
 from sartor.agents.choosing import BASE_AGENT, Plan, plan
-from sartor.agents.entries import Version
 from sartor.agents.holdings import Admit, Holdings
+from sartor.agents.people.book import PeopleBook
+from sartor.agents.people.names import SUFFIX
+from sartor.agents.people.serving import Serving
 from sartor.agents.registry import Cause, Registry
 from sartor.agents.replying import Replying
 from sartor.agents.rollout import Rollouts, Seen, Verdict, is_json, takes
@@ -56,10 +59,11 @@ class _Begun:
     agent: str
     said_agent: str
     reason: str
-    version: Version | None
+    release_id: str
     scores: Mapping[str, float]
     began: float
     in_flight: int
+    person: str
 
 
 class Dispatch:
@@ -84,6 +88,8 @@ class Dispatch:
         self.holdings = Holdings(crew, admit, copies.folder(Path(team.state)))
         self.rollouts = Rollouts(team.rollout, clock)
         self.served = Served(registry, crew, self.holdings, self.rollouts, router)
+        self.persons = Serving(PeopleBook(registry.database), self.holdings, crew, Path(team.state), team.personal.held)
+        self.served.followers.append(self.persons.follow)
         self.shadows = Shadows(crew, self._has_room, self.holdings.leased, self._shadowed, team.limits.deadline_s)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loops: list[asyncio.Task[None]] = []
@@ -107,6 +113,7 @@ class Dispatch:
         await asyncio.gather(*self._loops, return_exceptions=True)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.served.close()
+        await self.persons.close()
         await self.holdings.close()
 
     async def open(self, request: Request) -> Answer:
@@ -119,7 +126,9 @@ class Dispatch:
         due = time.monotonic() + request.deadline_s
         try:
             async with asyncio.timeout(request.deadline_s):
-                found = await plan(request, self.served.agents, self._router, receipt, self.served.reads)
+                asked = self.persons.plain(request)
+                found = await plan(asked, self.served.agents, self._router, receipt, self.served.reads)
+                found = await self.persons.own(found, request, self.served.agents, self.served.versions)
         except TimeoutError:
             raise DeadlineError(
                 f"no agent was chosen within {request.deadline_s:g} s", "name an agent, or allow more time"
@@ -153,15 +162,18 @@ class Dispatch:
 
     async def _begin(self, request: Request, found: Plan, place: int, receipt: str, reason: str) -> Answer:
         choice = found.choices[place]
-        version = self.served.version(choice.agent)
+        version = choice.own or self.served.version(choice.agent)
         call = call_of(request, version, f"{receipt}-{place}" if place else receipt, self._team.limits.reply_tokens)
         said_agent = choice.agent if version else f"{BASE_AGENT}@{self._crew.about.base_digest[:12]}"
         with ExitStack() as stack:
             stack.enter_context(self.holdings.leased(call.adapter))
             stack.enter_context(self._counted())
+            on = self.served.version(choice.agent.removesuffix(SUFFIX)) if choice.own else version
+            release_id, person = on.release_id if on else "", request.person if choice.own else ""
             begun = _Begun(
-                receipt, request, call, choice.agent, said_agent, reason, version, found.scores, time.time(), self.in_flight
-            )
+                receipt, request, call, choice.agent, said_agent, reason, release_id, found.scores, time.time(), self.in_flight,
+                person,
+            )  # fmt: skip
             began = time.monotonic()
             try:
                 events = cast(Events, await self._crew.reply(call, choice.agent, request.deadline_s))
@@ -182,11 +194,11 @@ class Dispatch:
             self._see(begun.agent, reply.text, bool(end.tool_calls), reply.took_s / max(1, tokens), begun.in_flight)
             self._shadow(begun, reply.text)
         if self._receipts is not None:
-            release_id = begun.version.release_id if begun.version else ""
             done = end if isinstance(end, Done) else None
-            facts = (begun.receipt, begun.said_agent, begun.reason, release_id, begun.call, reply.text, done)
+            facts = (begun.receipt, begun.said_agent, begun.reason, begun.release_id, begun.call, reply.text, done)
+            given = Given(*facts, scores=begun.scores, began=begun.began, person=begun.person)
             # a client that goes now must not keep the receipt from being written
-            await asyncio.shield(self._spawn(self._keep(Given(*facts, scores=begun.scores, began=begun.began))))
+            await asyncio.shield(self._spawn(self._keep(given)))
 
     async def _keep(self, given: Given) -> None:
         assert self._receipts is not None

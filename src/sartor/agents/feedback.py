@@ -30,13 +30,14 @@ MOST_RECEIPTS = 100_000  # of which it is remembered who got them, and who rated
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt (messages, or one text) and its reply, with the exact version that gave it, and the key that asked."""
+    """A prompt (messages, or one text) and its reply, with the exact version that gave it, the key that asked, and for whom."""
 
     agent: str
     messages: Sequence[Mapping[str, Any]]
     text: str
     reply: str
     key: str = ""
+    person: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -76,6 +77,11 @@ class Memory:
     def find(self, receipt: str) -> Exchange | None:
         """The exchange, if it is still known."""
         return self._held.get(receipt)
+
+    def forget_person(self, person: str) -> None:
+        """Forget what was said for a person, whoever asked."""
+        for receipt in [receipt for receipt, held in self._held.items() if held.person == person]:
+            self._bytes -= self._held.pop(receipt).size_bytes
 
     def asker(self, receipt: str) -> str:
         """Id of the key that got the reply; "" where that is not known, or there were no keys."""

@@ -32,7 +32,7 @@ class Holdings:
         self._admitted: set[str] = set()
         # id of each Release that was checked -> its directory. Two may have the same adapter: each is checked for itself
         self.places: dict[str, Path] = {}
-        self._coming: dict[str, asyncio.Task[None]] = {}
+        self._coming: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._wanted: set[str] = set()
         self._kept: list[Version] = []
         self._leases: Counter[str] = Counter()
@@ -86,13 +86,14 @@ class Holdings:
         self._wanted.add(version.adapter)
         if self.holds(version):
             return
-        if version.name not in self._coming:
-            task = self._coming[version.name] = asyncio.ensure_future(self._bring(version))
-            task.add_done_callback(lambda done: self._came(version.name, done))
-        await asyncio.shield(self._coming[version.name])  # others may wait for it too
+        known = version.name, version.release_id  # personal versions of one agent have one name
+        if known not in self._coming:
+            task = self._coming[known] = asyncio.ensure_future(self._bring(version))
+            task.add_done_callback(lambda done: self._came(known, done))
+        await asyncio.shield(self._coming[known])  # others may wait for it too
 
-    def _came(self, name: str, done: asyncio.Task[None]) -> None:
-        del self._coming[name]
+    def _came(self, known: tuple[str, str], done: asyncio.Task[None]) -> None:
+        del self._coming[known]
         if not done.cancelled():
             done.exception()  # it is among the troubles, also where nobody waits for it any more
 
@@ -137,6 +138,19 @@ class Holdings:
         self.troubles = {name: trouble for name, trouble in self.troubles.items() if name in names}
         for adapter in list(self._held):
             self._let_go(adapter)
+
+    def drop(self, version: Version) -> None:
+        """Let go of one, as soon as no reply of it lives."""
+        self._wanted.discard(version.adapter)
+        self.places.pop(version.release_id, None)
+        self._admitted.discard(version.release_id)
+        self.troubles.pop(version.name, None)
+        self._let_go(version.adapter)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the workers hold nothing that nobody wants: no reply of such a one lives any more."""
+        return not self._leaving and self._held <= self._wanted
 
     async def settle(self) -> None:
         """Wait for what is being let go of."""

@@ -26,6 +26,8 @@ from typing import Any
 from sqlalchemy import Connection, insert, select, update
 
 from sartor.agents import tables
+from sartor.agents.people.book import speakers
+from sartor.agents.people.names import ANYBODY
 from sartor.agents.team import Team, load
 from sartor.core import records
 from sartor.core.database import Database, is_whole, sealed
@@ -46,15 +48,23 @@ _NOBODY = "0" * 64
 
 @dataclass(frozen=True)
 class Opened:
-    """Who asks. key: the id, never the secret. agents: those that the key opens; None is all of them."""
+    """Who asks. key: the id, never the secret. agents: those that the key opens; None is all of them.
+
+    speaks_for: the persons (`people.names`) that it may name as `user` and be answered by what is theirs; None is anybody.
+    """
 
     key: str
     agents: frozenset[str] | None
     is_admin: bool
+    speaks_for: frozenset[str] | None = frozenset()
 
     def opens(self, agent: str) -> bool:
         """Whether the key opens the agent of that name (without version), `base` or `auto`."""
         return self.agents is None or agent in self.agents
+
+    def may_speak_for(self, person: str) -> bool:
+        """Whether it may be answered by what is this person's."""
+        return self.speaks_for is None or bool(self.speaks_for & {person, ANYBODY})
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,7 @@ class Keys:
         self._database = database
         self._clock = clock
         self._rows: dict[str, Mapping[str, Any] | None] | None = None
+        self._speakers: Mapping[str, frozenset[str]] = {}
         self._read_at = 0.0
 
     @classmethod
@@ -125,7 +136,7 @@ class Keys:
         if key.state != "valid":
             raise KeyRefusedError(f"the API key {key.id} is {key.state}", _REMEDY)
         agents = frozenset() if key.is_admin else None if ANY in key.agents else frozenset(key.agents)
-        return Opened(key.id, agents, key.is_admin)
+        return Opened(key.id, agents, key.is_admin, self._speakers.get(key.id, frozenset()))
 
     def check(self, header: str) -> Opened:
         """Who sends this Authorization header (`Bearer KEY`). Raises KeyRefusedError."""
@@ -196,6 +207,7 @@ class Keys:
     def _read(self) -> dict[str, Mapping[str, Any] | None]:
         with self._database.read() as connection:
             rows = [dict(row) for row in connection.execute(select(tables.keys)).mappings()]
+            self._speakers = speakers(connection)
         return {str(row["id"]): row if is_whole(row) else None for row in rows}
 
 

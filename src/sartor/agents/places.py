@@ -18,6 +18,7 @@ from sartor.models.engine.contract import About
 
 HANGS = "hangs"
 RECYCLED = "recycled: it took more than workers.memory_bytes"
+RENEWED = "renewed: nothing that it held is to stay in memory"
 # A worker above its limit gets no new calls, and so long for those that it has; this far above, it is ended at once.
 _RETIRE_S = 30.0
 _FAR_ABOVE = 1.5
@@ -60,6 +61,7 @@ class Places:
         self._some_ready = asyncio.Event()
         self._first: asyncio.Future[About] | None = None
         self._silent: set[Child] = set()
+        self._outdated: set[Child] = set()
         self._beat_s = min(_MOST_BEAT_S, rules.hang_s / 4)
         self.ends: Counter[str] = Counter()
 
@@ -78,6 +80,12 @@ class Places:
         children = [child for child in self._children() if child.state != "gone"]
         await asyncio.gather(*(child.close(_CLOSE_S) for child in children))
         await asyncio.gather(*(child.gone() for child in children))
+
+    async def renew(self) -> None:
+        """End every worker that there is now, one after the other as others are ready; returns when they are gone."""
+        old = [child for child in self._children() if child.state != "gone"]
+        self._outdated |= set(old)
+        await asyncio.gather(*(child.gone() for child in old))
 
     def ready(self) -> list[Child]:
         """The workers that are ready, spares first."""
@@ -207,6 +215,7 @@ class Places:
 
     def _ended(self, child: Child) -> None:
         self._silent.discard(child)
+        self._outdated.discard(child)
         self.ends[child.why.partition(":")[0]] += 1
         _LOG.warning("worker %d ended: %s", child.pid, child.why)
         self._hooks.lost(child)
@@ -247,10 +256,17 @@ class Places:
             child.kill(f"memory: it took {child.memory_bytes} bytes; workers.memory_bytes is {limit}")
         elif child.state == "retiring":
             if not child.calls or time.monotonic() - place.retiring_since > _RETIRE_S:
-                child.kill(RECYCLED)
-        elif limit and child.state == "ready" and child.memory_bytes > limit and not self._is_one_retiring():
+                child.kill(RENEWED if child in self._outdated else RECYCLED)
+        elif self._is_to_retire(child, limit):
             child.state, place.retiring_since = "retiring", time.monotonic()
             self._hooks.changed()
+
+    def _is_to_retire(self, child: Child, limit: int) -> bool:
+        if child.state != "ready" or self._is_one_retiring():
+            return False
+        if child in self._outdated:  # not before all that ended stand again
+            return len(self.ready()) == len(self._places)
+        return bool(limit) and child.memory_bytes > limit
 
     def _is_one_retiring(self) -> bool:
         return any(child.state == "retiring" for child in self._children())

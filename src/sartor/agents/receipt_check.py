@@ -78,7 +78,7 @@ def verify_receipt(
     opened = load(Path(team)) if team else None
     signer = _check_signature(receipt, Path(file), Path(key) if key else None, opened)
     if messages is not None:
-        asked = {**asked, **_question(Path(messages))}
+        asked = {**asked, **question_in(Path(messages))}
     content = Content.of_request(asked) if asked.get("messages") or asked.get("text") or asked.get("prompt") else None
     text = reply if reply is not None else asked.get("reply")
     release = _release_of(receipt, opened)
@@ -105,7 +105,8 @@ def _json(file: Path) -> Any:
         raise ArtifactError(f"{file} is no JSON file: {error}", "give what GET /v1/receipts/ID answered") from None
 
 
-def _question(file: Path) -> dict[str, Any]:
+def question_in(file: Path) -> dict[str, Any]:
+    """A request's body, or its messages alone, in a JSON file. Raises ArtifactError where it holds neither."""
     said = _json(file)
     if not isinstance(said, (dict, list)):
         raise ArtifactError(f"{file} holds no messages", "give a list of messages, or the body of the request")
@@ -222,10 +223,14 @@ def _check_text(given: _Evidence, notice: Callable[[str], object]) -> str:
 
 def _unfit(given: _Evidence, sampling: Sampling) -> str:
     receipt = given.receipt
+    if receipt.get("steps"):
+        return "a plan made the reply, in steps that have receipts of their own (sartor agents replay makes them anew)"
     if not sampling.is_greedy:
         return "the reply was sampled"
     if receipt["finish"] == FAILED or receipt["reply"].get("tool_calls"):
         return "the reply failed" if receipt["finish"] == FAILED else "the reply calls tools"
+    if receipt.get("person"):
+        return "a personal version made the reply, and its adapter is its person's"
     if given.content is None or given.reply is None:
         return "give the messages and the reply"
     if receipt["release"] and given.release is None:

@@ -114,8 +114,10 @@ def receipt_of(given: Given, about: About, seal: Seal) -> dict[str, Any]:
         "choice": {"reason": given.reason, "scores": dict(given.scores), "place": int(place) if place.isdigit() else 0},
         "prompt": Content.of_call(call).digests(seal.digest),
         "reply": {"text": seal.digest("reply", given.text), "tool_calls": seal.digest("tool_calls", calls)},
+        **({"person": given.person} if given.person else {}),
         "finish": done.finish if done else FAILED,
         "tokens": {"prompt": done.prompt_tokens, "reply": done.reply_tokens, "cached": done.cached_tokens} if done else {},
+        **({"steps": list(given.steps)} if given.steps else {}),
     })  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 A router is fitted in the background when the team starts and whenever its agents change; the old one answers meanwhile. The
 first of a new server knows words alone; one with an encoder takes its place when it is ready and better on prompts that
-neither saw. Fitted routers stand in STATE/router and are found again at the next start.
+neither saw. Each agent has a part of its own: who comes or goes leaves the others' parts as they are, bit for bit. Parts stand
+in STATE/router and are found again at the next start.
 """
 
 from __future__ import annotations
@@ -11,20 +12,24 @@ import asyncio
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from sartor.agents.asking import Embedded, Route
-from sartor.agents.routing import exemplars, fitting
+from sartor.agents.routing import exemplars, fitting, part, space, store
 from sartor.agents.routing.exemplars import Exemplars, shortened
-from sartor.agents.routing.fitted import BASE, Fitted, Judged, open_fitted
+from sartor.agents.routing.fitted import BASE, Fitted, Judged
+from sartor.agents.routing.part import Part
+from sartor.agents.routing.space import Space
 from sartor.agents.team import Routing
 from sartor.core import assets
 from sartor.core.errors import ArtifactError, BusyError, SartorError
 
 WORDS = "tfidf"
+Made = TypeVar("Made")
 # A request of a server that has just started waits so long for its first router
 FIRST_WAIT_S = 10.0
 # And so long for the encoder's vectors of one prompt; then words alone decide
@@ -59,7 +64,8 @@ class AutoRouter:
         self._task: asyncio.Task[None] | None = None
         self._is_ready = asyncio.Event()
         self._silent: tuple[str, ...] = ()
-        self._vectors: dict[str, dict[str, Any]] = {}
+        self._spaces: dict[str, Space] = {}
+        self._parts: dict[tuple[str, str], Part] = {}
         self.troubles: dict[str, str] = {}
 
     async def learn(self, releases: Mapping[str, Path]) -> None:
@@ -82,10 +88,7 @@ class AutoRouter:
     @property
     def figures(self) -> Mapping[str, Any]:
         """Of the router that answers: its encoder, agents, threshold and held-out figures. Empty while there is none."""
-        if self._fitted is None:
-            return {}
-        said = {"encoder": self._fitted.encoder, "threshold": self._fitted.threshold, "agents": list(self._fitted.agents)}
-        return {**said, **self._fitted.figures}
+        return {} if self._fitted is None else self._fitted.told
 
     async def route(self, messages: Sequence[Mapping[str, Any]], openable: Collection[str]) -> Route:
         """See Router. The last user turn decides; the one before helps where it says too little."""
@@ -100,19 +103,21 @@ class AutoRouter:
             return Route(BASE, "the router is being made" if not self._is_ready.is_set() else "no live agent has exemplars")
         texts = [shortened(turns[-1]), *([shortened("\n".join(turns[-2:]))] if len(turns) > 1 else [])]
         try:
-            fitted, judged, note = await self._judged(self._fitted, texts)
+            fitted, judged, note = await self._judged(self._fitted, texts, openable)
         except Exception as error:  # a fault of the router must be none of the request: dispatch knows SartorError alone
             why = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
             return Route(BASE, f"the router failed: {why}")
         route = chosen(fitted, judged, openable)
         silent = [name for name in self._silent if name in openable]
         more = f"; without exemplars: {', '.join(sorted(silent))}" if silent else ""
-        return Route(route.agent, f"{route.reason}{note}{more}", route.scores)
+        return replace(route, reason=f"{route.reason}{note}{more}")
 
-    async def _judged(self, fitted: Fitted, texts: Sequence[str]) -> tuple[Fitted, list[Judged], str]:
+    async def _judged(
+        self, fitted: Fitted, texts: Sequence[str], openable: Collection[str]
+    ) -> tuple[Fitted, list[Judged], str]:
         """What a router finds; by words alone where the encoder does not answer."""
-        if fitted.dense is None:
-            return fitted, await asyncio.to_thread(fitted.judge, texts), ""
+        if not fitted.has_encoder:
+            return fitted, await asyncio.to_thread(fitted.judge, texts, None, openable), ""
         try:
             async with asyncio.timeout(EMBED_WAIT_S):
                 vectors = np.array((await self._crew.embed(texts, fitted.encoder)).vectors, dtype=np.float32)
@@ -121,10 +126,10 @@ class AutoRouter:
         except SartorError as error:
             why = f"{fitted.encoder}: {error.problem}"
         else:
-            return fitted, await asyncio.to_thread(fitted.judge, texts, vectors), ""
+            return fitted, await asyncio.to_thread(fitted.judge, texts, vectors, openable), ""
         if self._words is None:
             raise ArtifactError(why, "ask again")
-        return self._words, await asyncio.to_thread(self._words.judge, texts), f"; by words alone ({why})"
+        return self._words, await asyncio.to_thread(self._words.judge, texts, None, openable), f"; by words alone ({why})"
 
     async def _refit(self, releases: Mapping[str, Path]) -> None:
         """Fit routers for these Releases, the cheapest first, and answer by the best."""
@@ -135,6 +140,8 @@ class AutoRouter:
             self._silent = tuple(name for name in releases if name not in agents)
             if not agents:
                 self._fitted = self._words = None
+                self._parts = {}
+                await asyncio.to_thread(store.keep_only, self._folder, ())
             else:
                 await self._fit_all(agents)
         except (SartorError, OSError, MemoryError) as error:
@@ -166,27 +173,67 @@ class AutoRouter:
         return ["base"] if self._engine == "local" else []
 
     async def _fit_one(self, agents: Mapping[str, Exemplars], encoder: str) -> Fitted:
-        digest = exemplars.digest(agents)
-        with suppress(ArtifactError):  # a damaged one is made anew
-            if found := await asyncio.to_thread(open_fitted, self._folder, encoder, digest):
-                return found
+        """The router by one encoder: parts that are there already, and the lacking ones."""
+        ground = await self._space(encoder)
+        parts = {name: await self._part(found, ground) for name, found in agents.items()}
+        kept = {(encoder, one.digest) for one in parts.values()}
+        self._parts = {key: one for key, one in self._parts.items() if key[0] != encoder or key in kept}
+        with suppress(OSError):
+            await asyncio.to_thread(store.keep_only, self._folder, {one.digest for one in parts.values()})
+        measured = self._rules.lift == "measured"
+        unproven = {
+            name: found.gain.detail for name, found in agents.items() if measured and found.gain and not found.gain.is_shown
+        }
+        rules = self._rules
+        fitted = await _apart(lambda: fitting.assemble(parts, ground, rules.target, rules.risk, unproven))
+        with suppress(OSError):
+            await asyncio.to_thread(store.save_figures, self._folder, encoder, fitted.told)
+        return fitted if measured else replace(fitted, parts=tuple(replace(one, slices=None) for one in fitted.parts))
+
+    async def _space(self, encoder: str) -> Space:
+        """The general prompts by this encoder."""
+        digest = exemplars.general_digest()
+        if (known := self._spaces.get(f"{encoder} {digest}")) is not None:
+            return known
         vectors = None
         if encoder != WORDS:
-            vectors = await self._embedded(fitting.rows_of(agents).texts, encoder)
-        fitted = await _apart(lambda: fitting.fit(agents, encoder, vectors, self._rules.target))
+            with suppress(ArtifactError):  # damaged ones are made anew
+                vectors = await asyncio.to_thread(store.open_vectors, self._folder, encoder, digest)
+            if vectors is None:
+                vectors = await self._embedded(space.general_texts(), encoder)
+                with suppress(OSError):  # a full disk costs the next start a few seconds
+                    await asyncio.to_thread(store.save_vectors, self._folder, encoder, digest, vectors)
+        self._spaces = {f"{encoder} {digest}": await _apart(lambda: space.make(encoder, vectors)), **self._spaces}
+        return self._spaces[f"{encoder} {digest}"]
+
+    async def _part(self, found: Exemplars, ground: Space) -> Part:
+        """One agent's part: of this server, from the disk, or fitted."""
+        digest = exemplars.digest(found)
+        key = (ground.encoder, digest)
+        if key not in self._parts:
+            known = None
+            with suppress(ArtifactError):  # a damaged one is made anew
+                known = await asyncio.to_thread(store.open_part, self._folder, ground.encoder, digest)
+            self._parts[key] = known or await self._fitted_part(found, ground)
+        return self._parts[key]
+
+    async def _fitted_part(self, found: Exemplars, ground: Space) -> Part:
+        vectors = None
+        if ground.dense is not None:
+            vectors = await self._embedded(part.rows_of(found).texts, ground.encoder)
+        made = await _apart(lambda: part.fit(found, ground, vectors))
         with suppress(OSError):  # a full disk costs the next start a few seconds
-            await asyncio.to_thread(fitted.save, self._folder)
-        return fitted
+            await asyncio.to_thread(store.save_part, self._folder, ground.encoder, made)
+        return made
 
     async def _embedded(self, texts: Sequence[str], encoder: str) -> Any:
-        """(N, D) vectors; those of an earlier fit are not asked for again."""
-        known = self._vectors.get(encoder, {})
-        lacking = [text for text in dict.fromkeys(texts) if text not in known]
+        """(N, D) vectors."""
+        known: dict[str, Any] = {}
+        lacking = list(dict.fromkeys(texts))
         for start in range(0, len(lacking), EMBEDDED_AT_ONCE):
             some = lacking[start : start + EMBEDDED_AT_ONCE]
             vectors = np.array(await self._patiently(some, encoder), dtype=np.float32)
             known |= dict(zip(some, vectors, strict=True))
-        self._vectors[encoder] = {text: known[text] for text in texts}
         return np.stack([known[text] for text in texts])
 
     async def _patiently(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
@@ -218,15 +265,15 @@ class AutoRouter:
 _FIT = threading.Lock()
 
 
-async def _apart(fit: Callable[[], Fitted]) -> Fitted:
+async def _apart(fit: Callable[[], Made]) -> Made:
     """A fit in a thread that the server's end does not wait for: it takes seconds and cannot be broken off.
 
     One that nobody waits for any more is not begun.
     """
     loop = asyncio.get_running_loop()
-    found: asyncio.Future[Fitted] = loop.create_future()
+    found: asyncio.Future[Made] = loop.create_future()
 
-    def tell(fitted: Fitted | None, error: Exception | None) -> None:
+    def tell(fitted: Made | None, error: Exception | None) -> None:
         if fitted is not None and not found.done():
             found.set_result(fitted)
         elif error is not None and not found.done():
@@ -251,7 +298,7 @@ async def _apart(fit: Callable[[], Fitted]) -> Fitted:
 def chosen(fitted: Fitted, judged: Sequence[Judged], openable: Collection[str]) -> Route:
     """The agent among `openable` for a last turn, judged[0], and that turn with the one before it, judged[1] if there is one.
 
-    The reason names no agent that may not be chosen.
+    The base, if the agent that it is for is no better by its Report. The reason names no agent that may not be chosen.
     """
     by_turn = judged[0].best(openable)
     if not by_turn:
@@ -261,14 +308,27 @@ def chosen(fitted: Fitted, judged: Sequence[Judged], openable: Collection[str]) 
     found = judged[0]
     if score < fitted.threshold and len(judged) > 1:
         other, together = judged[1].best(openable)[0]
-        if together >= fitted.threshold and judged[0].score[other] >= LEAN * fitted.threshold:
+        if together >= fitted.threshold and judged[0].score.get(other, 0.0) >= LEAN * fitted.threshold:
             name, score, note, found = other, together, " with the turn before", judged[1]
     id, likeness = found.nearest[name]
     rest = [pair for pair in found.best(openable) if pair[0] != name]
     then = f", then {rest[0][0]} {rest[0][1]:.3f}" if rest else ""
     said = f"{name} {score:.3f}{note}{then}; threshold {fitted.threshold:.3f}; nearest exemplar {id} ({likeness:.2f})"
     said = f"{said}; {fitted.encoder}"
-    return Route(name, said, scores) if score >= fitted.threshold else Route(BASE, f"no agent fits: {said}", scores)
+    if score < fitted.threshold:
+        return Route(BASE, f"no agent fits: {said}", scores)
+    if why := _no_gain(fitted, found, name):
+        return Route(BASE, f"{name} fits, {why}: {said}", scores, name)
+    return Route(name, said, scores)
+
+
+def _no_gain(fitted: Fitted, found: Judged, name: str) -> str:
+    """Why the base is as good as this agent by the agent's own Report; "" where it is not."""
+    if name in fitted.unproven:
+        return f"but its Report shows no gain over the base ({fitted.unproven[name]})"
+    if one := found.poor.get(name):
+        return f"but its Report shows no gain on the {one.rows} rows that this is most like ({one.gain:+.3f})"
+    return ""
 
 
 def user_turns(messages: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from sartor.agents.asking import Crew, Router
 from sartor.agents.choosing import BASE_AGENT
 from sartor.agents.entries import Agent, Version
 from sartor.agents.holdings import Admit, Holdings
+from sartor.agents.people.names import SUFFIX
 from sartor.agents.registry import Cause, Registry, Snapshot
 from sartor.agents.rollout import Rollouts
 from sartor.agents.team import Member
@@ -57,6 +58,8 @@ class Served:
         self._later: dict[str, tuple[int, float, float]] = {}
         self._unread = ""
         self._read_at = 0.0
+        # told after each reading of the registry; `settle` waits for them
+        self.followers: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
     async def register(self, members: Mapping[str, Member], admit: Admit) -> None:
         """Register the members of TEAM.yaml that are new to the registry. One that is not admitted is a trouble, no error."""
@@ -88,6 +91,8 @@ class Served:
                 return
             self._unread, self._read_at = "", time.monotonic()
             self._take(snapshot)
+            for follower in self.followers:
+                self._spawn(follower())
 
     async def settle(self) -> None:
         """Wait until everything is fetched, or found not to be had, and is served."""
@@ -131,7 +136,8 @@ class Served:
         """For /health: the generation that is served, agents, and what is wrong."""
         own = {"registry": self._unread, "router": self._untaught}
         troubles = {**self.troubles, **{name: why for name, why in own.items() if why}}
-        troubles |= {name: error.problem for name, error in self._holdings.troubles.items()}
+        # what is wrong with a person's own is that person's to hear
+        troubles |= {name: error.problem for name, error in self._holdings.troubles.items() if not name.endswith(SUFFIX)}
         agents = {
             name: {"live": agent.live, "previous": agent.previous, "state": agent.state, "rollout": self._rollouts.status(name)}
             for name, agent in self.agents.items()
@@ -245,9 +251,12 @@ class Served:
         }
         if self._router is not None and releases != self._routed:
             self._routed = releases
-            task = asyncio.ensure_future(self._learn(self._router, releases))
-            self._teaching.add(task)
-            task.add_done_callback(self._teaching.discard)
+            self._spawn(self._learn(self._router, releases))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._teaching.add(task)
+        task.add_done_callback(self._teaching.discard)
 
     async def _learn(self, router: Router, releases: Mapping[str, Path]) -> None:
         async with self._learning:

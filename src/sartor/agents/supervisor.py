@@ -143,6 +143,10 @@ class Supervisor:
         self._refuse_when_closing()
         return await self._probation.events(adapter, path, calls)
 
+    async def renew(self) -> None:
+        """See Crew."""
+        await self._places.renew()
+
     def blame(self, agent: str, why: str) -> None:
         """See Crew."""
         self._standing.blame(agent, why)

@@ -5,6 +5,8 @@ recognised by name and not served.
     versions    immutable: a name and a version mean one Release for ever; only where it lies and its status may change
     events      append-only: who changed what, when, from what to what, and why
     keys        API keys, hashed
+    people      personal versions: whose (an HMAC, never a name), of which agent, tuned on which version
+    speakers    which key may speak for whom
     generation  one row: a number that rises with every change, and the lock that makes changes follow each other
 
 Lists and mappings are canonical JSON in text columns, times are UTC text, flags are 0 or 1: every value comes back as it
@@ -105,6 +107,24 @@ keys = Table(
     _text("revoked"),
     _text("checksum"),
 )
+
+people = Table(
+    "people",
+    metadata,
+    _text("person", key=True),
+    _text("agent", key=True),
+    _text("version"),
+    _text("release_id"),
+    _text("adapter"),
+    _text("artifact"),
+    _text("path"),
+    _text("facts"),
+    _text("note"),
+    _text("added"),
+    _text("checksum"),
+)
+
+speakers = Table("speakers", metadata, _text("key", key=True), _text("person", key=True), _text("checksum"))
 
 generation = Table(
     "generation",

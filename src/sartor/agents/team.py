@@ -9,12 +9,15 @@ from typing import Literal
 
 from sqlalchemy import URL
 
+from sartor.agents.plans import declared
+from sartor.agents.plans.declared import Plan
 from sartor.agents.retraining import Retraining
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.speech.voices import seen_from
 
+MOST_OWN_RANKS = 4
 RESERVED = ("base", "auto", "previous", "speech")
 
 
@@ -149,6 +152,10 @@ class Routing:
 
     encoder: str = option("auto", "minilm, tfidf, base, or a directory; auto is the best of those on this machine")
     target: float = option(0.9, "fraction of foreign prompts that must go to the base where the threshold is chosen")
+    risk: float = option(0.05, "most of the prompts that get an agent that may get a wrong one where the threshold is chosen")
+    lift: Literal["measured", "ignored"] = option(
+        "measured", "measured: an agent gets what its Report shows a gain over the base for; ignored: whatever fits it"
+    )
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,24 @@ class FeedbackTerms:
     per_minute: int = option(600, "feedback of one key; above it 429; 0 is no limit")
     per_day: int = option(20_000, "feedback of one key; above it 429; 0 is no limit")
     allow: tuple[str, ...] = option((), "values that are not personal and stay, as in curate's personal_data: +49 30 1234567")
+
+
+@dataclass(frozen=True)
+class PersonalTerms:
+    """Personal versions: a few ranks of a user's own on top of an agent's live version."""
+
+    held: int = option(16, "personal adapters that a worker holds at once; the one that was asked for longest ago goes first")
+    rank: int = option(2, "ranks of a user's own, 1 to 4")
+    most_worse: float = option(
+        0.05, "nats a token by which it may be worse than the live version on the user's held-out rows, at the interval's end"
+    )
+    most_elsewhere: float = option(0.1, "the same on the live version's own held-out rows")
+    backups: tuple[str, ...] = option((), "where copies of `state` and the registry are kept: forget names them")
+
+    def __post_init__(self) -> None:
+        if self.held < 1 or not 1 <= self.rank <= MOST_OWN_RANKS:
+            problem = f"personal.held is {self.held}, personal.rank {self.rank}"
+            raise ConfigError(problem, f"held: 16, and a rank of 1 to {MOST_OWN_RANKS}")
 
 
 @dataclass(frozen=True)
@@ -227,7 +252,9 @@ class Team(Basis):
     rollout: Rollout = option(Rollout(), "how a new version comes in")
     speech: Speech = option(Speech(), "who speaks")
     retrain: Retraining = option(Retraining(), "how agents learn from what is said of them")
+    plans: tuple[Plan, ...] = option((), "several agents for one request: sequence, parallel or verify (docs/collaboration.md)")
     feedback: FeedbackTerms = option(FeedbackTerms(), "what is kept of what people say of replies")
+    personal: PersonalTerms = option(PersonalTerms(), "versions of users' own")
 
     def __post_init__(self) -> None:
         names = [member.name for member in self.agents]
@@ -235,6 +262,7 @@ class Team(Basis):
             raise ConfigError(f"two agents have the name {twice!r}", "give each its own")
         if taken := next((name for name in names if name in RESERVED), ""):
             raise ConfigError(f"an agent cannot have the name {taken!r}, which means something else", "choose another name")
+        declared.check_plans(self.plans, names, RESERVED)
 
     @property
     def registry_url(self) -> str:
@@ -263,4 +291,5 @@ def load(path: Path, flags: Sequence[str] = ()) -> Team:
             voice=seen_from(team.speech.voice, root),
             voices=tuple(seen_from(voice, root) for voice in team.speech.voices),
         ),
+        plans=tuple(declared.seen_from(plan, root) for plan in team.plans),
     )

@@ -11,6 +11,7 @@
     edge.py     edge: what a publisher of updates does, and what a device does
     federate.py federate: keys, and a run simulated on one machine
     review.py   review: the person's queue of a Dataset
+    personal.py personal: versions of a served agent for one user, tuned, shown, forgotten
     person.py   edge add, tune, undo, forget: what a release learns from a device's owner
 
 Every command takes `--json`: one JSON object on the last line of stdout; progress and notices always go to stderr.
@@ -28,12 +29,12 @@ from typing import Any, NoReturn
 from cyclopts import CycloptsError
 
 import sartor
-from sartor.cli import agents, assets, data, edge, federate, learning, person, review, serving, tuning, validation
+from sartor.cli import agents, assets, data, edge, federate, learning, person, personal, review, serving, tuning, validation
 from sartor.cli.app import AS_JSON, app
 from sartor.core.errors import ConfigError, SartorError
 
-__all__ = ["agents", "app", "assets", "data", "edge", "federate", "learning", "main", "person", "review", "serving", "tuning",
-           "validation"]  # fmt: skip
+__all__ = ["agents", "app", "assets", "data", "edge", "federate", "learning", "main", "person", "personal", "review", "serving",
+           "tuning", "validation"]  # fmt: skip
 
 
 # command -> the name of its recipe's class: loaded for the help of that command alone, since that takes a while

@@ -181,6 +181,19 @@ def agents_repair(name: str, *, why: str = "", team: Path = TEAM) -> Any:
     return sartor.repair_agent(team, name, why=why)
 
 
+@agents_app.command(name="replay")
+def agents_replay(log: Path, *, run: str = "", messages: Path | None = None, team: Path = TEAM) -> Any:
+    """Make what plans did anew, by the versions that did it, and say where it differs; greedy steps are the same.
+
+    Args:
+        log: a file of the team's log of plans, STATE/plans/plans-*.jsonl
+        run: id of one run, which is the receipt of its answer; by default every run
+        messages: where the log has no words: JSON file of the messages, or of the whole body of that run's request
+        team: the team's YAML file, with the plans as they were
+    """
+    return sartor.replay_plans(team, log, run=run, messages=messages, notice=notice)
+
+
 @agents_app.command(name="feedback")
 def agents_feedback(*, key: str = "", user: str = "", remove: REPLACE = False, team: Path = TEAM) -> Any:
     """Who said how much of the team's replies, and whether it is trusted; with --remove, what they said is taken out.

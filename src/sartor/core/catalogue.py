@@ -62,6 +62,21 @@ def register(artifact: Artifact) -> None:
         )
 
 
+def forget(path: Path) -> list[str]:
+    """Leave out what lives at a path or below it, so that nothing of it stays in the file. Returns the ids."""
+    below = f"{path.absolute()}/"
+    if not (home() / "catalogue.sqlite").exists():
+        return []
+    with _open() as connection:
+        connection.execute("pragma secure_delete = on")
+        known = connection.execute("select id, path from artifacts").fetchall()
+        gone = [identity for identity, where in known if f"{where}/".startswith(below)]
+        for identity in gone:
+            connection.execute("delete from parents where child = ? or parent = ?", (identity, identity))
+            connection.execute("delete from artifacts where id = ?", (identity,))
+    return gone
+
+
 def register_receipts(folder: Path) -> None:
     """Note where a served team keeps its receipts, so that `revoke` finds the replies of a Release."""
     with contextlib.suppress(sqlite3.OperationalError), _open() as connection:
@@ -93,6 +108,13 @@ def children(artifact_id: str, kind: str) -> list[Path]:
     )
     with _open() as connection:
         rows = connection.execute(query, (artifact_id, kind)).fetchall()
+    return [Path(row[0]) for row in rows if kind_of(Path(row[0])) == kind]
+
+
+def standing(kind: str) -> list[Path]:
+    """Where artefacts of a kind stand, of all that are known."""
+    with _open() as connection:
+        rows = connection.execute("select path from artifacts where kind = ? order by path", (kind,)).fetchall()
     return [Path(row[0]) for row in rows if kind_of(Path(row[0])) == kind]
 
 

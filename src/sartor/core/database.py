@@ -13,7 +13,7 @@ import re
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,26 @@ class Database:
         except OSError as error:
             raise ConfigError(f"{file} cannot be made: {error.strerror}", "give a directory that can be written to") from None
 
+    def scrub(self, *tables: str) -> str:
+        """Leave nothing of removed rows in the file: free pages, and the write-ahead log. Returns what was done, in a sentence.
+
+        tables: those that Postgres rewrites; SQLite rewrites the whole file. Raises as `change`.
+        """
+        if self._is_sqlite:
+            return scrub_file(Path(str(self._engine.url.database)))
+        with self._typed(), self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            for table in tables:
+                connection.exec_driver_sql(f"vacuum full {table}")
+        return f"vacuum full of {', '.join(tables)}; the server's own log (WAL), its replicas and archives are not reached"
+
+    @property
+    def files(self) -> list[Path]:
+        """What a SQLite database is on disk; nothing for a server's."""
+        if not self._is_sqlite:
+            return []
+        file = Path(str(self._engine.url.database))
+        return [one for one in (file, Path(f"{file}-wal"), Path(f"{file}-shm")) if one.exists()]
+
     def close(self) -> None:
         """Give the connections back."""
         self._engine.dispose()
@@ -172,6 +192,22 @@ class Database:
 
     def _is_there(self) -> bool:
         return Path(self._engine.url.database or "").exists()
+
+
+def scrub_file(file: Path) -> str:
+    """Rewrite a SQLite file without its free pages, and empty its write-ahead log. Returns what was done, in a sentence.
+
+    Raises BusyError where others read or write it all the time.
+    """
+    with closing(sqlite3.connect(file, timeout=BUSY_S, isolation_level=None)) as connection:
+        try:
+            connection.execute("vacuum")
+            is_busy = next(connection.execute("pragma wal_checkpoint(truncate)"))[0]
+        except sqlite3.OperationalError as error:
+            raise BusyError(f"{file} is used by another process: {error}", "try again", BUSY_S) from None
+    if is_busy:
+        raise BusyError(f"the write-ahead log of {file} is read by another process", "try again", BUSY_S)
+    return "rewritten without free pages (vacuum), write-ahead log emptied"
 
 
 def open_database(url: str, form: Form) -> Database:

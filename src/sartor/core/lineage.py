@@ -66,9 +66,16 @@ def find_parent(artifact: Artifact, kind: str) -> Artifact | None:
     return None
 
 
-def find_all(artifact: Artifact, kind: str) -> list[Artifact]:
-    """Its ancestors of a kind that still stand and are whole, nearest first."""
-    return [open_artifact(step.path) for step in walk(artifact) if step.kind == kind and step.state == "opened"]
+def learnt_from(artifact: Artifact) -> list[Artifact]:
+    """The Datasets that still stand and are whole of those that its tuning read, rehearsal included, and the tuning of each
+    adapter that it went on from; nearest first. What a Dataset was made of was not learnt.
+    """
+    steps = walk(artifact)
+    tuned = [open_artifact(step.path) for step in steps if step.kind in ("adapter", "release") and step.state == "opened"]
+    read = {
+        parent["id"] for one in (artifact, *tuned) for parent in one.manifest.get("parents", []) if parent["kind"] == "dataset"
+    }
+    return [open_artifact(step.path) for step in steps if step.id in read and step.state == "opened"]
 
 
 def find_parents(artifact: Artifact, kind: str) -> list[Artifact]:

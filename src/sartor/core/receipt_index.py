@@ -98,6 +98,15 @@ class ReceiptIndex:
             connection.execute("delete from receipts where segment = ?", (segment,))
             connection.execute("delete from segments where name = ?", (segment,))
 
+    def leave_out(self, segment: str, starts: Sequence[int]) -> None:
+        """Leave out receipts by where they began: their lines are blank now. Nothing of them stays in the index's file."""
+        self.catch_up()
+        with self._open() as connection:
+            connection.execute("pragma secure_delete = on")
+            connection.executemany(
+                "delete from receipts where segment = ? and start = ?", [(segment, start) for start in starts]
+            )
+
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection that commits on leaving."""
@@ -139,7 +148,7 @@ def _read(connection: sqlite3.Connection, file: Path, start: int) -> bool:
             for line in lines:
                 if (placed := _placed(line, file.name, start)) is not None:
                     found.append(placed)
-                else:
+                elif line.strip():  # a blank one was forgotten
                     damaged += 1
                 start += len(line) + 1
             _note(connection, found)

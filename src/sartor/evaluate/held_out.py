@@ -43,14 +43,14 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) 
                 f"the Dataset of {adapter.path} is not where it was, or was changed",
                 "sartor index DIR finds it; or give --data FILE",
             )
-        examples, folder = _held_out_of(datasets, lineage.find_all(adapter, "dataset"), left_out), datasets[0].path
+        examples, folder = _held_out_of(datasets, lineage.learnt_from(adapter), left_out), datasets[0].path
         if not examples:
             raise SourceError(f"{folder} holds out no row", "curate with split.eval_fraction above 0, or give --data FILE")
     else:
         if not datasets:
             left_out["not_compared_with_training_rows"] = 0  # the Dataset is gone: said, since nothing was left out for it
         folder = media
-        examples, refused = _rows_of(data, lineage.find_all(adapter, "dataset"), media)
+        examples, refused = _rows_of(data, lineage.learnt_from(adapter), media)
         left_out |= refused
     if bad := sum(example.rating < 0 for example in examples):
         left_out["rated_bad"] = bad  # such a reply is no reference

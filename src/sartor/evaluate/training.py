@@ -19,6 +19,7 @@ from sartor.core import lineage, rows
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError
 from sartor.core.records import Example, Message
+from sartor.curate.likeness.tfidf import counts, rarity
 from sartor.curate.steps.personal_data import PersonalData
 from sartor.evaluate.labels import is_json
 
@@ -30,6 +31,8 @@ MOST_CHARACTERS = 600
 # Rows of general talk, which some add to keep a specialist's manners: what the router should leave to the base
 OTHER = "other"
 MOST_OTHER = 60
+# So many of the general rows are looked through for those that are most like the agent's own
+MOST_MINED = 2_000
 CANARIES = 4
 # A reply is JSON if the training replies are, but for a few
 JSON_FRACTION = 0.95
@@ -125,8 +128,9 @@ def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:
 
     split: `train`, `eval` (held out: the router's threshold is chosen with them), or `other`: rehearsal, and training rows
     without a system prompt where most have one, which are general talk and what the agent is not for. Rows are taken in the
-    order of their ids, which are digests: any part of them is a fair sample, and the same one each time. Prompts that look
-    personal are left out.
+    order of their ids, which are digests: any part of them is a fair sample, and the same one each time. Where there is more
+    general talk than room, half of it is that which is most like the agent's own prompts. Prompts that look personal are left
+    out.
     """
     is_general = bool(facts.system_prompt)
     own: list[tuple[str, str]] = []
@@ -136,7 +140,7 @@ def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:
     seen = {text for _, text, _ in facts.exemplars["train"]} | {text for _, text in facts.rehearsed}
     unseen = [(id, text) for id, text, system in facts.exemplars["eval"] if text not in seen and (system or not is_general)]
     held_out = _chosen(unseen, round(most * HELD_OUT_FRACTION))
-    others = _chosen(general, min(MOST_OTHER, most // 5))
+    others = _hard(general, [text for _, text in own], min(MOST_OTHER, most // 5))
     chosen = [("train", text) for text in _chosen(own, most - len(held_out) - len(others))]
     chosen += [*(("eval", text) for text in held_out), *((OTHER, text) for text in others)]
     if chosen:
@@ -179,6 +183,21 @@ def _exemplar(example: Example) -> str:
 def _chosen(found: Sequence[tuple[str, str]], most: int) -> list[str]:
     texts = dict.fromkeys(text for _, text in sorted(found))
     return list(itertools.islice((text for text in texts if not _is_personal(text)), most))
+
+
+def _hard(general: Sequence[tuple[str, str]], own: Sequence[str], most: int) -> list[str]:
+    """Of general talk a fair sample, and as many that have most words in common with one of the agent's own prompts."""
+    texts = _chosen(general, MOST_MINED)
+    if len(texts) <= most or not own:
+        return texts[:most]
+    from sklearn.preprocessing import normalize  # a second to import, and few Releases have so much talk
+
+    weights = rarity(texts)
+    others, mine = (normalize(counts(some).multiply(weights).tocsr()) for some in (texts, own[:MOST_MINED]))
+    likeness = (others @ mine.T).max(axis=1).toarray()[:, 0]
+    fair = texts[: most - most // 2]
+    nearest = sorted(range(len(fair), len(texts)), key=lambda place: -likeness[place])
+    return [*fair, *(texts[place] for place in nearest[: most // 2])]
 
 
 def _is_personal(text: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.agents.book import add_agent, promote_agent
-from sartor.agents.presence import is_served
+from sartor.agents.people import presence
 from sartor.core import rows
 from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import ConfigError, GateError
@@ -168,7 +168,7 @@ def bring_in(job: Job) -> Mapping[str, Any]:
     why = f"retrain {job.work.record.number}: {job.work.facts('gate')['gain']}"
     name = f"{job.agent}@{made['version']}"
     add_agent(job.team, made["release"], name=job.agent, why=why)
-    if is_served(Path(job.team.state)):
+    if presence.running(Path(job.team.state)):
         promote_agent(job.team, job.agent, made["version"], expected=live.version, canary=job.rules.canary, why=why)
         told = f"answers {job.rules.canary:.0%} of the requests until the monitors or a person decide"
         return {"decision": "canary", "reason": f"{name} {told}"}

@@ -237,7 +237,7 @@ def _examine(path: Path, origin: Path, ground: Ground) -> _Looked:
         checks["files"] = f"{len(found.manifest['files'])} files as signed"
     with _checking("manifest"):
         terms.check_form(found.manifest)
-    _check_ground(found, ground.about)
+    check_ground(found, ground.about)
     checks |= {"base": ground.about.base_digest[:12], "template": ground.about.template_digest[:12]}
     checks["gate"] = terms.check_gate(found.manifest)
     with _checking("licence"):
@@ -250,10 +250,14 @@ def _examine(path: Path, origin: Path, ground: Ground) -> _Looked:
 
 
 def _values(looked: _Looked, ground: Ground) -> dict[str, str]:
-    """Everything about the adapter's two files, except what only running it can show."""
-    config = read_config(looked.found.path / CONFIG)
+    return check_values(looked.found.path, looked.projectors, ground)
+
+
+def check_values(path: Path, media: Projectors, ground: Ground) -> dict[str, str]:
+    """What each check of an adapter's files found, of everything but what only running it can show. Raises as `admit_by`."""
+    config = read_config(path / CONFIG)
     with _checking("weights"):
-        found = read_header(looked.found.path / WEIGHTS)
+        found = read_header(path / WEIGHTS)
         base = BaseWeights(ground.base, ground.about.base_digest, ground.state / "base-norms.json")
     pairs = lora.pair_up(found, config, base)
     lora.check_shapes(pairs, config, base)
@@ -262,7 +266,7 @@ def _values(looked: _Looked, ground: Ground) -> dict[str, str]:
     norms = lora.check_values(pairs, base)
     ranks = sorted({pair.a.shape[0] for pair in pairs})
     with _checking("projectors"):
-        read = projectors.check_values(looked.projectors, base.width)
+        read = projectors.check_values(media, base.width)
     return {
         "config": f"LoRA, rank {config.rank}, alpha {config.alpha:g}",
         "weights": f"{len(found)} tensors",
@@ -295,14 +299,15 @@ def _signer(path: Path, origin: Path, trust: Path | None) -> str:
     return signing.check(manifest.read_bytes(), signature, [signing.open_public(trust)] if trust else None)
 
 
-def _check_ground(found: Artifact, about: About) -> None:
+def check_ground(found: Artifact, about: About) -> None:
     """Raise ModelError (`base`, `template`) unless the Release is bound to what the engine serves."""
     said = found.manifest["base"]
     for check, key, served in (("base", "digest", about.base_digest), ("template", "template_digest", about.template_digest)):
         with _checking(check):
             if said[key] != served:
+                name = found.manifest.get("name", found.kind)
                 raise ModelError(
-                    f"{found.manifest['name']} is bound to the {check} {said[key][:12]} ({said['name']!r}); "
+                    f"{name} is bound to the {check} {said[key][:12]} ({said['name']!r}); "
                     f"the engine serves {served[:12]} ({about.base!r})",
                     "serve the base that it was tuned on, or tune again on this one",
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import yaml
 
+from sartor.agents.routing.lift import Gain
+from sartor.agents.routing.lift import read as read_gain
 from sartor.core import records
 from sartor.core.errors import ArtifactError
 from sartor.evaluate.training import EXEMPLARS, OTHER
@@ -19,6 +22,7 @@ MOST_BYTES = 4 << 20
 MOST_LINES = 2_000
 # Of a text; of a longer one the beginning and the end, where questions stand
 MOST_CHARACTERS = 2_000
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,21 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Exemplars:
-    """Of one agent: prompts that its tuning saw, prompts that it never saw, and prompts among its rows that are not for it."""
+    """Of one agent: prompts that its tuning saw, prompts that it never saw, and prompts among its rows that are not for it.
+
+    gain: what its Report measured; None where there is no Report.
+    """
 
     train: tuple[Prompt, ...] = ()
     held_out: tuple[Prompt, ...] = ()
     other: tuple[Prompt, ...] = ()
+    gain: Gain | None = None
 
 
 def read(release: Path, agent: str) -> Exemplars:
     """The exemplars of a Release; none for one without any (`sartor release --exemplars 0`, or an older Release).
 
-    Raises ArtifactError for a file that has another form.
+    With what its Report measured, where it is a whole Release. Raises ArtifactError for a file that has another form.
     """
     file = release / EXEMPLARS
     if not file.is_file():
@@ -57,7 +65,7 @@ def read(release: Path, agent: str) -> Exemplars:
                 found[said["split"]].append(Prompt(f"{agent}:{number}", text))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{file} is not a file of exemplars: {type(error).__name__}: {error}", remedy) from None
-    return Exemplars(tuple(found["train"]), tuple(found["eval"]), tuple(found[OTHER]))
+    return Exemplars(tuple(found["train"]), tuple(found["eval"]), tuple(found[OTHER]), read_gain(release))
 
 
 @cache
@@ -70,11 +78,21 @@ def general() -> Mapping[str, tuple[Prompt, ...]]:
     }
 
 
-def digest(agents: Mapping[str, Exemplars]) -> str:
-    """Equal exactly when the same agents have the same exemplars, and the general prompts are the same."""
-    said = {name: [[one.text for one in part] for part in vars(found).values()] for name, found in agents.items()}
-    kinds = {kind: [one.text for one in prompts] for kind, prompts in general().items()}
-    return records.digest([said, kinds])
+def digest(found: Exemplars) -> str:
+    """Equal exactly when an agent has the same exemplars under the same name and the general prompts are the same."""
+    parts = [[(one.id, one.text) for one in part] for part in (found.train, found.held_out, found.other)]
+    gain = [(row.prompt, row.label, row.gain) for row in found.gain.rows] if found.gain else None
+    return records.digest([parts, gain, general_digest()])
+
+
+def general_digest() -> str:
+    """Of the general prompts."""
+    return records.digest({kind: [one.text for one in prompts] for kind, prompts in general().items()})
+
+
+def fold(kind: str) -> int:
+    """Which of FOLDS a kind of general prompts is left out with."""
+    return zlib.crc32(kind.encode()) % FOLDS
 
 
 def shortened(text: str) -> str:

@@ -1,5 +1,7 @@
 """A text as two unit vectors side by side: its words and pieces of words, and what an encoder makes of it.
 
+What both are measured by (rarity, mean, spread) is fitted on general prompts alone, so that no agent changes another's.
+
 Both are linear features, so all that the classifier needs of two texts is their inner product, which is also how alike they
 are, -1..1: the mean of the two cosines. Words alone mistake other questions of the same form for an agent's, an encoder alone
 mistakes others of the same subject; docs/decisions/010-auto.md has the figures.
@@ -7,7 +9,7 @@ mistakes others of the same subject; docs/decisions/010-auto.md has the figures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +18,12 @@ import numpy as np
 from sartor.curate.likeness.tfidf import COMMON, counts, rarity
 
 F32 = Any  # numpy arrays of float32
+NEIGHBOURS = 3
 
 
 @dataclass(frozen=True)
 class Lexical:
-    """Weights of hashed words and pieces, by their rarity among the texts that the router was fitted on: (1, D) float32."""
+    """Weights of hashed words and pieces, by their rarity among the general prompts: (1, D) float32."""
 
     weights: F32
 
@@ -40,7 +43,7 @@ class Lexical:
 
 @dataclass(frozen=True)
 class Dense:
-    """How an encoder's vectors are spread over the texts of the fit: what all have in common tells nothing. (1, D) each."""
+    """How an encoder's vectors are spread over the general prompts: what all have in common tells nothing. (1, D) each."""
 
     mean: F32
     scale: F32
@@ -69,3 +72,49 @@ class Features:
         if self.dense is None or others.dense is None:
             return found
         return (found + self.dense @ others.dense.T) / 2
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return int(self.words.shape[0])
+
+    def at(self, rows: Any) -> Features:
+        """Of some of the texts."""
+        return Features(self.words[rows], self.dense[rows] if self.dense is not None else None)
+
+    def as_arrays(self, name: str) -> dict[str, Any]:
+        """Plain arrays whose names begin with `name`."""
+        words = self.words.tocsr()
+        found = {"data": words.data, "indices": words.indices, "indptr": words.indptr, "shape": np.array(words.shape)}
+        found |= {"dense": self.dense} if self.dense is not None else {}
+        return {f"{name}_{key}": array for key, array in found.items()}
+
+    @classmethod
+    def from_arrays(cls, name: str, found: Mapping[str, Any]) -> Features:
+        """What `as_arrays` told of."""
+        import scipy.sparse
+
+        parts = tuple(found[f"{name}_{key}"] for key in ("data", "indices", "indptr"))
+        return cls(scipy.sparse.csr_matrix(parts, tuple(found[f"{name}_shape"])), found.get(f"{name}_dense"))
+
+
+def stacked(parts: Sequence[Features]) -> Features:
+    """One below the other."""
+    import scipy.sparse
+
+    dense = [part.dense for part in parts if part.dense is not None]
+    words = scipy.sparse.vstack([part.words for part in parts], format="csr")
+    return Features(words, np.vstack(dense) if dense else None)
+
+
+def neighbours(likeness: F32) -> F32:
+    """(N,): mean of the NEIGHBOURS largest of each row of (N, M), or of as many as there are."""
+    most = min(NEIGHBOURS, likeness.shape[1])
+    if not most:
+        return np.zeros(len(likeness), dtype=np.float32)
+    return np.partition(likeness, likeness.shape[1] - most, axis=1)[:, likeness.shape[1] - most :].mean(axis=1)
+
+
+def neighbours_of(likeness: F32, labels: Any, classes: int) -> F32:
+    """(N, classes): the same over the columns of each class; labels: (M,)."""
+    return np.stack([neighbours(likeness[:, labels == one]) for one in range(classes)], axis=1)

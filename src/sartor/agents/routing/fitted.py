@@ -1,32 +1,43 @@
-"""A router that is ready: prompts, weights over them, a threshold. Plain arrays, written as .npz and JSON, never pickled."""
+"""A router that is ready: parts, the few figures that they share, a threshold. No pickles: see store.py for the disk."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from sartor.agents.routing.features import F32, Dense, Features, Lexical
-from sartor.core.errors import ArtifactError
+from sartor.agents.routing.features import F32, Features, neighbours
+from sartor.agents.routing.part import Part
+from sartor.agents.routing.space import Space
 
-SCHEMA = 1
-NEIGHBOURS = 3
 BASE = "base"
+# Agents whose prompts a text is compared with, by the scores of all
+CANDIDATES = 8
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where a text belongs among the rows of an agent's Report, and the mean gain there."""
+
+    number: int
+    rows: int
+    gain: float
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What the router finds in one text. score: by agent, 0..1; nearest: by agent, (exemplar's id, likeness)."""
+    """What the router finds in one text. score: probability by agent, of the CANDIDATES best (the rest have next to none).
+
+    nearest: by agent, (exemplar's id, likeness). poor: the slice of its Report that the text belongs to, of agents that were no
+    better than the base there.
+    """
 
     score: Mapping[str, float]
     nearest: Mapping[str, tuple[str, float]]
+    poor: Mapping[str, Slice] = field(default_factory=dict)
 
     def best(self, openable: Collection[str]) -> list[tuple[str, float]]:
         """(agent, score) of those that may be chosen, the best first."""
@@ -34,126 +45,151 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """The classifier. `labels` says whose each of the N prompts is: an agent's place, or len(agents) for a general one.
+class Looked:
+    """N texts and K candidates of each. agents: (N, K) places, best score first; score, likeness: (N, K), -inf for nobody.
 
-    A text's logits are its likenesses to the prompts times `weights` (N, agents + 1), plus `intercept`: a linear classifier,
-    said by the rows that it was fitted on. Its score for an agent is the probability times the mean likeness to the agent's
-    NEIGHBOURS nearest prompts: what is like nothing that the agent has seen is not for it, whatever the classifier believes.
+    foreign: (N,) likeness to the general prompts.
     """
 
+    agents: Any
+    score: F32
+    likeness: F32
+    foreign: F32
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The figures that no part has: how much a score and a likeness say of an agent, and of the base a likeness to general
+    prompts. A conditional logit (McFadden 1974) over the candidates and the base.
+    """
+
+    score: float
+    likeness: float
+    base: float
+    foreign: float
+
+    def probability(self, found: Looked) -> F32:
+        """(N, K): that the text is for each candidate; the base has the rest."""
+        said = np.where(np.isfinite(found.score), self.score * found.score + self.likeness * found.likeness, -np.inf)
+        base = self.base + self.foreign * found.foreign[:, None]
+        most = np.maximum(said.max(axis=1, keepdims=True), base)
+        raised = np.exp(said - most)
+        return np.asarray(raised / (raised.sum(axis=1, keepdims=True) + np.exp(base - most)))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A team's router. Its parts know nothing of each other; `shared` and `threshold` are of all, and cheap to find again."""
+
     agents: tuple[str, ...]
-    encoder: str
-    digest: str
+    space: Space
+    parts: tuple[Part, ...]
+    shared: Shared
     threshold: float
-    ids: tuple[str, ...]
-    labels: Any
-    lexical: Lexical
-    dense: Dense | None
-    features: Features
-    weights: F32
-    intercept: F32
     figures: Mapping[str, Any] = field(default_factory=dict)
+    unproven: Mapping[str, str] = field(default_factory=dict)
 
-    def judge(self, texts: Sequence[str], vectors: F32 | None = None) -> list[Judged]:
-        """Each text judged; `vectors` are the encoder's (N, D), where the router has an encoder."""
-        asked = Features(self.lexical(texts), self.dense(vectors) if self.dense is not None else None)
-        likeness = asked.likeness(self.features)
-        score = scores(likeness, likeness @ self.weights + self.intercept, self.labels)
-        return [self._judged(*row) for row in zip(likeness, score, strict=True)]
+    @property
+    def encoder(self) -> str:
+        """Whose vectors `judge` takes; `tfidf` for words alone."""
+        return self.space.encoder
 
-    def _judged(self, likeness: F32, score: F32) -> Judged:
-        nearest = {}
-        for place, agent in enumerate(self.agents):
-            own = np.flatnonzero(self.labels == place)
-            best = own[np.argmax(likeness[own])]
-            nearest[agent] = (self.ids[best], float(likeness[best]))
-        return Judged(dict(zip(self.agents, map(float, score), strict=True)), nearest)
+    @property
+    def has_encoder(self) -> bool:
+        """Whether `judge` takes vectors."""
+        return self.space.dense is not None
 
-    def save(self, folder: Path) -> None:
-        """Write `ENCODER.npz` and `ENCODER.json` below a folder of the team's own, each in one rename, the JSON last."""
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        words = self.features.words
-        arrays = {"labels": self.labels, "weights": self.weights, "intercept": self.intercept, "rarity": self.lexical.weights}
-        arrays |= {"data": words.data, "indices": words.indices, "indptr": words.indptr, "shape": np.array(words.shape)}
-        if self.dense is not None:
-            arrays |= {"mean": self.dense.mean, "scale": self.dense.scale, "dense": self.features.dense}
-        said = {"schema": SCHEMA, "digest": self.digest, "encoder": self.encoder, "agents": self.agents, "ids": self.ids}
-        said |= {"threshold": self.threshold, "figures": self.figures}
-        stem = _stem(self.encoder)
-        part = folder / f".{stem}.part-{os.getpid()}"
-        try:
-            with part.open("wb") as stream:
-                np.savez(stream, **arrays)
-            os.replace(part, folder / f"{stem}.npz")
-            part.write_text(json.dumps(said), encoding="utf-8")
-            os.replace(part, folder / f"{stem}.json")
-        finally:
-            part.unlink(missing_ok=True)
+    @property
+    def told(self) -> dict[str, Any]:
+        """Encoder, threshold, agents and held-out figures."""
+        said = {"encoder": self.encoder, "threshold": self.threshold, "agents": list(self.agents)}
+        return {**said, "unproven": dict(self.unproven), **self.figures}
 
+    def judge(self, texts: Sequence[str], vectors: F32 | None = None, openable: Collection[str] | None = None) -> list[Judged]:
+        """Each text judged; `vectors` are the encoder's (N, D). The best of `openable` are looked at among others."""
+        asked = self.space.features(texts, vectors)
+        found = self._linear.look(asked, self._places(openable))
+        probability = self.shared.probability(found)
+        return [self._judged(asked.at([row]), found.agents[row], probability[row]) for row in range(len(texts))]
 
-def scores(likeness: F32, logits: F32, labels: Any) -> F32:
-    """(N, agents): probability times likeness. likeness: (N, M) to the prompts; logits: (N, agents + 1)."""
-    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probability = raised / raised.sum(axis=1, keepdims=True)
-    return probability[:, :-1] * np.maximum(neighbours(likeness, labels, logits.shape[1] - 1), 0)
-
-
-def neighbours(likeness: F32, labels: Any, agents: int) -> F32:
-    """(N, agents): mean likeness to the NEIGHBOURS nearest prompts of each agent (of as many as it has)."""
-    found = []
-    for place in range(agents):
-        own = likeness[:, labels == place]
-        most = min(NEIGHBOURS, own.shape[1])
-        found.append(np.partition(own, own.shape[1] - most, axis=1)[:, own.shape[1] - most :].mean(axis=1))
-    return np.stack(found, axis=1)
-
-
-def open_fitted(folder: Path, encoder: str, digest: str) -> Fitted | None:
-    """The router that `save` wrote for these exemplars; None if there is none. Raises ArtifactError for a damaged one."""
-    import scipy.sparse
-
-    stem = _stem(encoder)
-    if not (folder / f"{stem}.json").is_file():
-        return None
-    try:
-        said = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
-        if (said["schema"], said["digest"], said["encoder"]) != (SCHEMA, digest, encoder):
+    def _places(self, openable: Collection[str] | None) -> Any:
+        if openable is None or len(self.agents) <= CANDIDATES:
             return None
-        # numpy leaves a damaged file open
-        stream = io.BytesIO((folder / f"{stem}.npz").read_bytes())
-        with np.load(stream, allow_pickle=False) as arrays:
-            found = dict(arrays)
-        words = scipy.sparse.csr_matrix((found["data"], found["indices"], found["indptr"]), tuple(found["shape"]))
-        has_encoder = "dense" in found
-        fitted = Fitted(
-            agents=tuple(said["agents"]),
-            encoder=encoder,
-            digest=digest,
-            threshold=float(said["threshold"]),
-            ids=tuple(said["ids"]),
-            labels=found["labels"],
-            lexical=Lexical(found["rarity"]),
-            dense=Dense(found["mean"], found["scale"]) if has_encoder else None,
-            features=Features(words, found["dense"] if has_encoder else None),
-            weights=found["weights"],
-            intercept=found["intercept"],
-            figures=said["figures"],
-        )
-        _check(fitted)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
-        raise ArtifactError(f"{folder / stem}.npz cannot be read: {error}", f"rm -r {folder}; it is made anew") from None
-    return fitted
+        return np.array([place for place, name in enumerate(self.agents) if name in openable], dtype=int)
+
+    def _judged(self, asked: Features, agents: Any, probability: F32) -> Judged:
+        score, nearest, poor = {}, {}, {}
+        for place, chance in zip(agents, probability, strict=True):
+            name, part = self.agents[place], self.parts[place]
+            if name in score:  # named twice: its second chance is none
+                continue
+            likeness = asked.likeness(part.own)[0]
+            best = int(likeness.argmax())
+            score[name] = float(chance)
+            nearest[name] = (part.ids[best], float(likeness[best]))
+            if part.slices is not None:
+                number = int(part.slices.nearest(asked)[0])
+                if part.slices.lacks_gain(number):
+                    poor[name] = Slice(number, int(part.slices.size[number]), float(part.slices.gain[number]))
+        return Judged(score, nearest, poor)
+
+    @cached_property
+    def _linear(self) -> Linear:
+        return Linear.of(self.space, self.parts)
 
 
-def _check(fitted: Fitted) -> None:
-    """Raise ValueError where arrays of two writers stand beside each other."""
-    rows, classes = len(fitted.ids), len(fitted.agents) + 1
-    shapes = (fitted.labels.shape, fitted.weights.shape, fitted.intercept.shape, fitted.features.words.shape[0])
-    if shapes != ((rows,), (rows, classes), (classes,), rows):
-        raise ValueError(f"its arrays do not fit each other: {shapes}")
+@dataclass(frozen=True)
+class Linear:
+    """The classifiers of all parts side by side. words: (D, A) sparse; dense: (W, A); general: (G, A); bias: (A,)."""
+
+    space: Space
+    parts: tuple[Part, ...]
+    words: Any
+    dense: F32 | None
+    general: F32
+    bias: F32
+
+    @classmethod
+    def of(cls, space: Space, parts: tuple[Part, ...]) -> Linear:
+        """Of these parts."""
+        import scipy.sparse
+
+        words = scipy.sparse.vstack([scipy.sparse.csr_matrix(part.words) for part in parts], format="csr").T.tocsr()
+        dense = [part.dense for part in parts if part.dense is not None]
+        general = np.stack([part.general for part in parts], axis=1)
+        return cls(space, parts, words, np.stack(dense, axis=1) if dense else None, general, np.array([p.bias for p in parts]))
+
+    def scores(self, asked: Features, to_general: F32) -> F32:
+        """(N, A)."""
+        found = np.asarray((asked.words @ self.words).todense())
+        if self.dense is not None and asked.dense is not None:
+            found = (found + asked.dense @ self.dense) / 2
+        return np.asarray(found + to_general @ self.general + self.bias, dtype=np.float32)
+
+    def look(self, asked: Features, also: Any = None) -> Looked:
+        """The candidates of each text, and the best of the places `also` beside them."""
+        to_general = asked.likeness(self.space.general)
+        scores = self.scores(asked, to_general)
+        agents = best_places(scores)
+        found = np.take_along_axis(scores, agents, 1)
+        if also is not None and len(also):
+            more = also[best_places(scores[:, also])]
+            is_new = (more[:, :, None] != agents[:, None, :]).all(axis=2)
+            found = np.concatenate([found, np.where(is_new, np.take_along_axis(scores, more, 1), -np.inf)], axis=1)
+            agents = np.concatenate([agents, more], axis=1)
+        return Looked(agents, found, self.likeness(asked, agents), neighbours(to_general))
+
+    def likeness(self, asked: Features, agents: Any) -> F32:
+        """(N, K): mean likeness to the nearest prompts of each candidate."""
+        found = np.zeros(agents.shape, dtype=np.float32)
+        for place in np.unique(agents):
+            rows, columns = np.nonzero(agents == place)
+            found[rows, columns] = neighbours(asked.at(rows).likeness(self.parts[place].own))
+        return found
 
 
-def _stem(encoder: str) -> str:
-    """A file's name for an encoder, which may be a path."""
-    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in encoder)[-80:]
+def best_places(scores: F32) -> Any:
+    """(N, K): the columns of the CANDIDATES largest of each row, the largest first."""
+    most = min(CANDIDATES, scores.shape[1])
+    found = np.argpartition(-scores, most - 1, axis=1)[:, :most]
+    return np.take_along_axis(found, np.argsort(-np.take_along_axis(scores, found, 1), axis=1), 1)

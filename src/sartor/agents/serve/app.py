@@ -116,7 +116,7 @@ def build_app(desk: Desk, cors: tuple[str, ...]) -> FastAPI:
             CORSMiddleware,
             allow_origins=cors,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["authorization", "content-type", "x-request-id", "x-sartor-user"],
             expose_headers=["x-request-id", "x-sartor-agent", "x-sartor-reason", "x-sartor-receipt"],
         )
     return app

@@ -229,7 +229,7 @@ class Chosen(Asked):
 
 
 class Delivered(Asked):
-    """By whom, how many, and in which way. `user` changes nothing."""
+    """By whom, how many, and in which way. `user`: whom the key speaks for, if it may; a version of theirs answers."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     n: Choices | None = None

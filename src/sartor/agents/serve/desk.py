@@ -14,6 +14,7 @@ from sartor.agents.hearing import Hearing
 from sartor.agents.keys import Opened
 from sartor.agents.serve.bodies import Reading
 from sartor.agents.serve.entry import Entry
+from sartor.agents.serve.faults import FieldError
 from sartor.agents.serve.media import Looking
 from sartor.agents.serve.meters import Meters
 from sartor.agents.serve.replies import Answers
@@ -25,6 +26,7 @@ from sartor.core.errors import KeyRefusedError, UnknownAgentError
 
 MOST_HEADER = 512
 SPECIAL = ("base", "auto")
+USER_HEADER = "x-sartor-user"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Desk:
     async def check_model(self, model: str, visitor: Opened) -> None:
         """Raises UnknownAgentError for a name that nobody has, KeyRefusedError for one that the visitor's key does not open."""
         name, at, version = model.partition("@")
-        listed = {agent.name: agent for agent in await self.house.roster.listed()}
+        listed = {agent.name: agent for agent in (*await self.house.roster.listed(), *self.house.plans)}
         is_special = name in SPECIAL and not at
         if not (is_special or (name in listed and (not at or version in listed[name].versions))):
             opened = [other for other in (*SPECIAL, *listed) if visitor.opens(other)]
@@ -65,9 +67,27 @@ class Desk:
         if not visitor.opens(MODEL):
             raise KeyRefusedError(f"this key does not open {MODEL!r}", f"sartor agents key {MODEL} makes one that does")
 
-    def remember(self, visitor: Opened, answer: Answer, question: Question, reply: str) -> None:
+    def remember(self, key: str, person: str, answer: Answer, question: Question, reply: str) -> None:
         """Keep a reply that is whole, and who got it, so that feedback on it can be learnt from."""
-        self.memory.keep(answer.receipt, Exchange(answer.agent, question.messages, question.text, reply, visitor.key))
+        exchange = Exchange(answer.agent, question.messages, question.text, reply, key, person)
+        self.memory.keep(answer.receipt, exchange)
+
+    def person(self, user: str, header: str) -> str:
+        """Whom a request names, "" for nobody. user: OpenAI's field; header: `x-sartor-user`. Raises FieldError for two."""
+        if header and user and header != user:
+            raise FieldError(f"user and the header {USER_HEADER} name two persons", "send one of the two", "user")
+        return self.house.people.person_of(header or user)
+
+    def spoken_for(self, person: str, header: str, visitor: Opened) -> str:
+        """Whose own versions may answer. A key that may not speak for a person changes nothing by `user`, as on other servers.
+
+        Raises KeyRefusedError where the header asks for somebody for whom it may not speak.
+        """
+        if not person or visitor.may_speak_for(person):
+            return person
+        if header:
+            raise KeyRefusedError("this key may not speak for that user", "sartor personal allow lets it")
+        return ""
 
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`: of the base that all agents stand on."""

@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from sartor.agents.dispatch import Dispatch
 from sartor.agents.entries import Version
 from sartor.agents.holdings import Admit
 from sartor.agents.keys import Keys
-from sartor.agents.presence import served
+from sartor.agents.people.admitting import admit_personal
+from sartor.agents.people.names import is_personal, person_of
+from sartor.agents.plans.front import Plans
+from sartor.agents.plans.log import PlanLog
 from sartor.agents.rates import Rates
-from sartor.agents.receipts import ReceiptBook
+from sartor.agents.receipts import ReceiptBook, team_digest
 from sartor.agents.registry import Registry
 from sartor.agents.roster import Roster
 from sartor.agents.router import AutoRouter
 from sartor.agents.serve.journal import Journal
-from sartor.agents.serve.seams import House
+from sartor.agents.serve.seams import House, Persons
 from sartor.agents.serve.server import Server, bind, check_bind
 from sartor.agents.serve.speaker import Speaker
 from sartor.agents.supervisor import Supervisor
@@ -66,7 +70,6 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
     async with AsyncExitStack() as stack:
         # digests of keys and receipts lie in it
         Path(team.state).mkdir(mode=0o700, parents=True, exist_ok=True)
-        stack.enter_context(served(Path(team.state)))
         registry = await asyncio.to_thread(Registry.open, team.registry_url)
         stack.callback(registry.close)
         doors = Keys(registry.database)
@@ -84,20 +87,24 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
         admit = _admission(team, crew)
         router = AutoRouter(crew, team.router, Path(team.state), crew.about.kind)
         stack.push_async_callback(router.close)
-        dispatch = Dispatch(team, crew, registry, _told(admit, tell), router=router, receipts=book)
+        dispatch = Dispatch(team, crew, registry, _told(admit, Path(team.state), tell), router=router, receipts=book)
         await dispatch.start()
         tell("agents open", served=[name for name in dispatch.served.agents if name not in dispatch.served.unadmitted])
         stack.push_async_callback(dispatch.close)
+        plans = Plans(team, dispatch, PlanLog.of(team), receipts=book, known=lambda: dispatch.served.agents)
+        stack.push_async_callback(plans.close)
         yield House(
-            replies=dispatch,
+            replies=plans,
             crew=crew,
             doors=doors,
             rates=Rates(team.limits),
             roster=Roster(dispatch, crew, admit, team.rollout),
             receipts=book,
-            troubles=lambda: {**dispatch.health()["troubles"], **router.troubles},
+            troubles=lambda: {**dispatch.health()["troubles"], **router.troubles, **plans.troubles},
             receipts_lost=lambda: book.lost,
             speech=speech,
+            people=Persons(partial(person_of, digest=team_digest(Path(team.state))), dispatch.persons.listeners),
+            plans=plans.listed,
         )
 
 
@@ -106,16 +113,20 @@ def _admission(team: Team, crew: Supervisor) -> Admit:
 
     async def admit(release: Path, agent: str) -> Version:
         ground = await asyncio.to_thread(Ground.of, team, crew.about)
+        if is_personal(release, ground.state):
+            return await asyncio.to_thread(admit_personal, release, agent, ground)
         return version_of(await admission.admit(release, ground, crew.probe), agent)
 
     return admit
 
 
-def _told(admit: Admit, tell: Tell) -> Admit:
+def _told(admit: Admit, state: Path, tell: Tell) -> Admit:
     """The same, which tells of each Release the first time: what is refused is tried again every few seconds."""
     known: set[tuple[Path, str]] = set()
 
     async def admitting(release: Path, agent: str) -> Version:
+        if is_personal(release, state):  # nobody's name, and none of the team's agents
+            return await admit(release, agent)
         if (release, agent) not in known:
             known.add((release, agent))
             tell("admitting", agent=agent)

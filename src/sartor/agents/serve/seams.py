@@ -13,7 +13,7 @@ from sartor.agents.team import Speech
 from sartor.models.engine.contract import About
 
 NOBODY = Opened("", frozenset(), is_admin=False)
-ANYBODY = Opened("", None, is_admin=False)
+ANYBODY = Opened("", None, is_admin=False, speaks_for=None)
 
 
 class Replies(Protocol):
@@ -111,10 +111,22 @@ class Receipts(Protocol):
 
 
 @dataclass(frozen=True)
+class Persons:
+    """Users who may have versions of their own. person_of: the id that a client sends -> who that is here, "" for nobody.
+
+    listeners: told whom the server is to forget.
+    """
+
+    person_of: Callable[[str], str] = lambda user: ""
+    listeners: list[Callable[[str], object]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class House:
     """Everything behind the server.
 
     troubles: what cannot be served as it should, by agent or version, and why. receipts_lost: how many could not be written.
+    plans: what may be asked for as an agent is, and is several of them.
     """
 
     replies: Replies
@@ -125,4 +137,6 @@ class House:
     receipts: Receipts
     troubles: Callable[[], Mapping[str, str]] = dict
     receipts_lost: Callable[[], int] = int
+    people: Persons = field(default_factory=Persons)
     speech: Speaker = field(default_factory=lambda: Speaker(Speech(voice=OFF)))
+    plans: Sequence[Listed] = ()

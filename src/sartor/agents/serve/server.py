@@ -67,6 +67,7 @@ class Server:
             looking=Looking(team.limits, team.media),
             media=team.media,
         )
+        house.people.listeners.append(desk.memory.forget_person)
         self.app = _app(desk, team.http.cors)
         gate = Gate(house.doors, house.rates, team.http, team.limits, self.shift, self.connections)
         self.asgi = Guard(self.app, gate, self.journal, meters, self._tracer)

@@ -64,6 +64,7 @@ def chat_request(asked: ChatRequest, limits: Limits) -> Request:
         tools=tools,
         must_call=must_call,
         top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else -1,
+        streams=bool(asked.stream),
     )
 
 

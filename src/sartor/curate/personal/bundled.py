@@ -74,7 +74,7 @@ def _bare(folder: Path) -> Iterator[None]:
 
 
 def _taken_out() -> dict[str, types.ModuleType]:
-    names = [name for name in sys.modules if name == ROOT or name.startswith(f"{ROOT}.")]
+    names = [name for name in list(sys.modules) if name == ROOT or name.startswith(f"{ROOT}.")]
     return {name: sys.modules.pop(name) for name in names}
 
 

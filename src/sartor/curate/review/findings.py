@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from filelock import FileLock
 
-from sartor.core.artifacts import Artifact, check_file
+from sartor.core.artifacts import Artifact, check_file, fsync_directory
 from sartor.core.errors import SartorError, SourceError
 from sartor.core.records import canonical
 from sartor.curate.review.items import SCHEMA, Decision, Item, decision_of, item_of
@@ -63,19 +65,25 @@ def of_dataset(dataset: Artifact) -> Lines:
 def read(file: Path, *, of: str = "") -> Lines:
     """The lines of a `review.jsonl`. `of` is the content of the Dataset that its slices are of. Raises SourceError."""
     lines = Lines()
+    for place, _, said in _lines_of(file):
+        _take(lines, said, place, of)
+    return lines
+
+
+def _lines_of(file: Path) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    """(where it stands, the line, what it says) of each line that is not empty. Raises SourceError."""
     try:
         with file.open("rb") as stream:
             for number, line in enumerate(iter(lambda: stream.readline(MOST_LINE_BYTES + 1), b""), 1):
                 if line.strip():
-                    _take(lines, line, f"{file}:{number}", of)
+                    yield f"{file}:{number}", line.strip(), _parsed(line, f"{file}:{number}")
     except OSError as error:
         raise SourceError(
             f"{file} cannot be read: {error.strerror}", "give a review.jsonl, or a Dataset that has one"
         ) from None
-    return lines
 
 
-def _take(lines: Lines, line: bytes, place: str, of: str) -> None:
+def _parsed(line: bytes, place: str) -> dict[str, Any]:
     if len(line) > MOST_LINE_BYTES:
         raise SourceError(f"{place} is longer than {MOST_LINE_BYTES:,} bytes", "no finding is: name rows by their ids")
     try:
@@ -84,6 +92,10 @@ def _take(lines: Lines, line: bytes, place: str, of: str) -> None:
         raise SourceError(f"{place} is no JSON: {error}", "mend the line, or take it out") from None
     if not isinstance(said, dict):
         raise SourceError(f"{place} is no JSON object", "one finding or decision a line")
+    return said
+
+
+def _take(lines: Lines, said: Mapping[str, Any], place: str, of: str) -> None:
     try:
         lines.add(said, of)
         canonical(said)  # half of a surrogate pair could not be written again
@@ -99,6 +111,33 @@ def write(file: Path, items: Iterable[Item], decisions: Iterable[Decision], samp
     said += [{"schema": SCHEMA, **sample, "what": "sample"} for sample in samples]
     file.write_bytes(b"".join(canonical(one) + b"\n" for one in said))
     return len(said)
+
+
+def renew(dataset: Path, origin: str, found: Iterable[Mapping[str, Any]]) -> Path:
+    """Put findings, each a line as a mapping, in place of the earlier ones of their origin; returns the `review.jsonl`.
+
+    It stands in the folder of a Dataset, written after its manifest. The lines of others, and what people decided, stay as they
+    are. Of two who do so at once the second waits. Raises SourceError for a line that cannot be read.
+    """
+    file = dataset / FILE
+    with FileLock(dataset / f".{FILE}.lock"):
+        kept = [line for _, line, said in _lines_of(file) if not _is_finding_of(said, origin)] if file.is_file() else []
+        for one in found:
+            item_of(one)
+            kept.append(canonical({**one, "origin": origin}))
+        part = file.with_name(f".{FILE}.{os.getpid()}")
+        with part.open("wb") as stream:
+            stream.write(b"".join(line + b"\n" for line in kept))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+        fsync_directory(dataset)
+    return file
+
+
+def _is_finding_of(said: Mapping[str, Any], origin: str) -> bool:
+    is_finding = said.get("what", "decision" if "verdict" in said else "finding") == "finding"
+    return is_finding and said.get("origin") == origin
 
 
 def _suspicious(dataset: Artifact) -> Iterator[Item]:

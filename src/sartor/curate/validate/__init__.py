@@ -5,7 +5,7 @@ are the synthetic ones is permuted. So a statistic is a function of membership, 
 
     options.py   limits, seed, how many permutations
     sides.py     the rows of both sides, what is left out, units
-    verdicts.py  permutations -> p and effect; Holm over the family
+    verdicts.py  permutations -> p and effect; one correction over the family
     space.py     vectors, kernel, neighbours, topics of both sides together
     apart.py     told apart: classifier two-sample test, MMD
     spread.py    coverage, novelty, outside; diversity.py distinct-n, self-BLEU, Vendi

@@ -43,20 +43,21 @@ def _kolmogorov(values: NDArray[np.int64], members: F32) -> F64:
 
 
 def topics(space: Space, members: F32, limits: Limits) -> Finding:
-    """Total variation of how the two sides fall into topics, at the granularity where it is the most beyond chance.
+    """Chi-squared of how the two sides fall into topics, over all ways in which the topics were drawn.
 
-    The effect is the variation there beyond chance; the rows are of the topics that grew most.
+    The effect is the total variation beyond chance in the way where it is largest, against what chance gives there; the rows
+    are of the topics that grew most.
     """
+    beyond = np.stack([_beyond(_chi_squared(found, members)) for found in space.topics])
     measured = [_variation(found, members) for found in space.topics]
-    beyond = np.stack([(values - values[1:].mean()) / max(float(values[1:].std()), 1e-9) for values, _ in measured])
-    chosen = int(beyond[:, 0].argmax())
+    chosen = int(np.argmax([_beyond(values)[0] for values, _ in measured]))
     found, (values, shift) = space.topics[chosen], measured[chosen]
     grown = np.argsort(-shift)[:SHOWN]
     own = space.pool.is_synthetic
     rows = [row for topic in grown.tolist() if shift[topic] > 0 for row in np.flatnonzero(own & (found == topic)).tolist()]
     detail = f"of {len(shift)} topics one gains {shift.max():+.0%}, one {shift.min():+.0%} ; they differ by {values[0]:.0%}"
     ids = [space.pool.rows[row].id for row in rows]
-    return finding_of("topic", beyond.max(0), limits.topic, detail, ids, effect=beyond_chance(values))
+    return finding_of("topic", beyond.mean(0), limits.topic, detail, ids, effect=beyond_chance(values))
 
 
 def labels(pool: Pool, named: Sequence[str | None], members: F32, limits: Limits) -> Finding:
@@ -74,11 +75,29 @@ def labels(pool: Pool, named: Sequence[str | None], members: F32, limits: Limits
     return finding_of("label", values, limits.label, detail, [pool.rows[row].id for row in rows], effect=beyond_chance(values))
 
 
-def _variation(kinds: NDArray[np.int64], members: F32) -> tuple[F64, F64]:
-    """((B,) total variation of the kinds of rows between members and others, (K,) what each kind gained as it is)."""
+def _beyond(values: F64) -> F64:
+    """(B,) how many deviations of the permutations each value is above their mean."""
+    return np.asarray((values - values[1:].mean()) / max(float(values[1:].std()), 1e-9))
+
+
+def _chi_squared(kinds: NDArray[np.int64], members: F32) -> F64:
+    """(B,) Pearson's statistic of kinds of rows by side."""
+    inside, outside = _counts(kinds, members)
+    share = inside.sum(1, keepdims=True) / len(kinds)
+    usual = (inside + outside) * share
+    return np.asarray(((inside - usual) ** 2 / np.maximum(usual * (1 - share), 1e-9)).sum(1))
+
+
+def _counts(kinds: NDArray[np.int64], members: F32) -> tuple[F64, F64]:
+    """((B, K), (B, K)) how many rows of each kind are members, and how many are not."""
     one_hot = np.eye(int(kinds.max()) + 1, dtype=np.float32)[kinds]
     inside = (members @ one_hot).astype(np.float64)
+    return inside, one_hot.sum(0) - inside
+
+
+def _variation(kinds: NDArray[np.int64], members: F32) -> tuple[F64, F64]:
+    """((B,) total variation of the kinds of rows between members and others, (K,) what each kind gained as it is)."""
+    inside, outside = _counts(kinds, members)
     count = inside.sum(1, keepdims=True)
-    outside = one_hot.sum(0) - inside
     shift = inside / count - outside / (len(kinds) - count)
     return np.abs(shift).sum(1) / 2, shift[0]

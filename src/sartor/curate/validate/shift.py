@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sartor.core.decisions import decision_of
 from sartor.curate.bias.membership import Memberships
 from sartor.curate.validate.options import Limits
 from sartor.curate.validate.sides import Pool
@@ -20,6 +21,7 @@ from sartor.curate.validate.verdicts import F64, Finding, finding_of, not_tested
 FEWEST = 8  # rows of a group, and of the others of its attribute, on each side
 _OUTCOMES = 6
 _CLUSTERS = 4
+_DECIDED = 0.8  # of the replies: then they are decisions, and their words are taken for them
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,16 @@ def _change(cell: Cell, members: F32) -> tuple[F64, F64]:
 
 def _rate(cell: Cell, side: NDArray[Any]) -> tuple[float, float]:
     return tuple(float((side * some * cell.hit).sum() / (side * some).sum()) for some in (cell.inside, cell.others))  # type: ignore[return-value]
+
+
+def decisions(replies: Sequence[str]) -> list[str | None]:
+    """What each reply decides, by its words; empty where fewer than _DECIDED of them decide anything, or all the same.
+
+    One decision is said in many words: taken together they show a shift that none shows alone.
+    """
+    found: list[str | None] = [decision_of(reply) for reply in replies]
+    counts = Counter(one for one in found if one is not None)
+    return found if len(counts) == 2 and counts.total() >= _DECIDED * len(replies) and min(counts.values()) >= FEWEST else []
 
 
 def reply_kinds(space: Space, replies: F32) -> list[str]:

@@ -19,9 +19,12 @@ _FEWEST, _MOST = 3, 100
 
 
 def coverage(space: Space, members: F32, limits: Limits) -> Finding:
-    """Real rows none of whose k nearest is synthetic: 1 - coverage (Naeem et al. 2020), k by how many are synthetic."""
+    """Real rows none of whose k nearest is synthetic: 1 - coverage (Naeem et al. 2020), k by how many are synthetic.
+
+    Near is what is about the same: among neighbours by single words are rows of every topic, and a lost one stays unseen.
+    """
     synthetic = float(space.pool.is_synthetic.mean())
-    alone = _alone(space, members, _k(synthetic, len(members[0])))
+    alone = _alone(space.neighbours(_k(synthetic, len(members[0])), coarse=True), members)
     outside = 1 - members
     values = (alone * outside).sum(1) / outside.sum(1)
     bare = np.flatnonzero(alone[0] * outside[0])
@@ -34,7 +37,7 @@ def coverage(space: Space, members: F32, limits: Limits) -> Finding:
 def novelty(space: Space, members: F32, limits: Limits) -> Finding:
     """Synthetic rows none of whose k nearest is real: 1 - precision in the sense of Kynkaanniemi et al. 2019, k as above."""
     real = 1 - float(space.pool.is_synthetic.mean())
-    alone = _alone(space, 1 - members, _k(real, len(members[0])))
+    alone = _alone(space.neighbours(_k(real, len(members[0]))), 1 - members)
     values = (alone * members).sum(1) / members.sum(1)
     ids = [space.pool.rows[row].id for row in np.flatnonzero(alone[0] * members[0]).tolist()]
     detail = f"{values[0]:.0%} of the synthetic rows have no real neighbour; chance gives {values[1:].mean():.0%}"
@@ -46,9 +49,9 @@ def _k(other: float, rows: int) -> int:
     return min(max(_FEWEST, math.ceil(math.log(_CHANCE) / math.log(1 - other))), _MOST, rows - 1)
 
 
-def _alone(space: Space, members: F32, count: int) -> F32:
-    """(B, n) 1 where none of a row's `count` nearest is a member."""
-    return ((space.neighbours(count) @ members.T) == 0).T.astype(np.float32)
+def _alone(neighbours: Any, members: F32) -> F32:
+    """(B, n) 1 where none of a row's neighbours, (n, n) of 0 and 1, is a member."""
+    return ((neighbours @ members.T) == 0).T.astype(np.float32)
 
 
 def _regions(space: Space, alone: F32) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sartor.core.errors import ConfigError, GateError
 from sartor.core.records import Example
 from sartor.curate.bias.membership import memberships
 from sartor.curate.bias.outcomes import outcomes
+from sartor.curate.labels.target import Target
 from sartor.curate.likeness.vectors import Chosen, choose
 from sartor.curate.validate import apart, copies, diversity, drift, shift, spans, spread
 from sartor.curate.validate.accepted import write_accepted
@@ -22,7 +24,7 @@ from sartor.curate.validate.options import ValidateOptions
 from sartor.curate.validate.outcome import Flaw, Validated
 from sartor.curate.validate.review import write_review
 from sartor.curate.validate.sides import Pool, Sides, group_of, opened, pooled
-from sartor.curate.validate.space import F32, Space, encoded
+from sartor.curate.validate.space import F32, Encoded, Space, encoded
 from sartor.curate.validate.verdicts import Finding, judged, not_tested, permuted
 
 FEWEST_UNITS = 8
@@ -70,16 +72,8 @@ def load_options(options: ValidateOptions | Mapping[str, Any] | Path | str, flag
 
 def validated(sides: Sides, options: ValidateOptions, paths: tuple[Path, Path] = (Path(), Path())) -> Validated:
     """The same for rows in memory; nothing is written."""
-    encoder = choose(options.encoder)
-    pool = pooled(sides, options.most_rows, options.seed)
-    everything = [*sides.synthetic, *sides.real]
-    vectors, cut = encoded(encoder, everything)
-    place = {id(row): number for number, row in enumerate(everything)}
-    space = Space(pool, vectors[[place[id(row)] for row in pool.rows]], options.seed)
-    span_faults, citing = spans.faults(sides.synthetic, {row.id: row for row in (*sides.seeds, *sides.real)}, sides.cited)
-    citations = spans.consistency(span_faults, citing, [row.id for row in sides.synthetic], options.limits)
-    tests = judged([*_tests(space, sides, options, encoder), citations], options.alpha)
-    flaws = _flaws(sides, vectors, options, span_faults)
+    read = _read(sides, options)
+    pool, faults = read.space.pool, read.faults
     rows = {
         "synthetic": len(sides.synthetic),
         "real": len(sides.real),
@@ -89,17 +83,56 @@ def validated(sides: Sides, options: ValidateOptions, paths: tuple[Path, Path] =
         "units": {"synthetic": pool.units_of(synthetic=True), "real": pool.units_of(synthetic=False)},
     }
     facts = {
-        "diversity": diversity.described(space, options.seed),
-        **encoder.facts(),
-        "texts_cut": cut,
+        "diversity": diversity.described(read.space, options.seed),
+        **read.chosen.facts(),
+        "texts_cut": read.encoded.cut,
         "options": config.dump(options),
     }
-    return Validated(*paths, rows, tests, flaws, facts)
+    flaws = _flaws(sides, read.encoded.vectors, options, faults)
+    return Validated(*paths, rows, _judged(read, sides, options), flaws, facts)
 
 
-def _tests(space: Space, sides: Sides, options: ValidateOptions, encoder: Chosen) -> list[Finding]:
+def verdicts(sides: Sides, options: ValidateOptions) -> list[Finding]:
+    """The tests of `validated` alone, without what speaks against single rows."""
+    return _judged(_read(sides, options), sides, options)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Both sides as vectors. replies: (n, D) unit vectors of the pool's replies; faults: row -> what its span lacks."""
+
+    chosen: Chosen
+    encoded: Encoded
+    space: Space
+    replies: F32
+    faults: Mapping[int, str]
+    citing: int
+
+
+def _read(sides: Sides, options: ValidateOptions) -> _Read:
+    chosen = choose(options.encoder)
+    pool = pooled(sides, options.most_rows, options.seed)
+    everything = [*sides.synthetic, *sides.real]
+    found = encoded(chosen, everything)
+    place = {id(row): number for number, row in enumerate(everything)}
+    vectors = found.vectors[[place[id(row)] for row in pool.rows]]
+    replies = vectors[:, found.replies_at :]
+    lengths = np.linalg.norm(replies, axis=1, keepdims=True)
+    faults, citing = spans.faults(sides.synthetic, {row.id: row for row in (*sides.seeds, *sides.real)}, sides.cited)
+    space = Space(pool, vectors, options.seed, found.replies_at)
+    unit = np.asarray(replies / np.where(lengths > 0, lengths, 1), np.float32)
+    return _Read(chosen, found, space, unit, faults, citing)
+
+
+def _judged(read: _Read, sides: Sides, options: ValidateOptions) -> list[Finding]:
+    citations = spans.consistency(read.faults, read.citing, [row.id for row in sides.synthetic], options.limits)
+    return judged([*_tests(read, sides, options), citations], options.alpha)
+
+
+def _tests(read: _Read, sides: Sides, options: ValidateOptions) -> list[Finding]:
     """Every test of the whole set that its rows allow."""
-    pool, limits = space.pool, options.limits
+    space, limits = read.space, options.limits
+    pool = space.pool
     fewest = min(pool.units_of(synthetic=side) for side in (True, False))
     if fewest < FEWEST_UNITS:
         why = f"the rows of a side are of {fewest} units (groups, seeds); under {FEWEST_UNITS} chance cannot be told"
@@ -121,16 +154,20 @@ def _tests(space: Space, sides: Sides, options: ValidateOptions, encoder: Chosen
         copies.repeated(pool, pairs, members, limits),
         diversity.distinct(pool, members, limits),
         diversity.vendi(space, members, limits),
-        shift.group_outcome(pool, people, _outcomes(space, named.labels, people, encoder), members, limits),
+        shift.group_outcome(pool, people, _outcomes(read, options.label, named, people), members, limits),
     ]
 
 
-def _outcomes(space: Space, labels: Sequence[str | None], people: Mapping[str, Any], encoder: Chosen) -> Sequence[str | None]:
-    """The labels, or kinds of free-text replies where there are none and somebody is spoken of."""
-    rows = space.pool.rows
-    if any(labels) or not people or len(rows) < 50:
-        return labels
-    return shift.reply_kinds(space, np.asarray(encoder.encoder.encode([row.reply for row in rows]), np.float32))
+def _outcomes(read: _Read, form: str, named: Target, people: Mapping[str, Any]) -> Sequence[str | None]:
+    """The labels; where none were asked for, of free text what it decides, or kinds of replies where few say that."""
+    rows = read.space.pool.rows
+    if not people or form != "auto" or (any(named.labels) and named.chosen != "reply"):
+        return named.labels
+    if decided := shift.decisions([row.reply for row in rows]):
+        return decided
+    if any(named.labels) or len(rows) < 50:
+        return named.labels
+    return shift.reply_kinds(read.space, read.replies)
 
 
 def _flaws(sides: Sides, vectors: F32, options: ValidateOptions, span_faults: Mapping[int, str]) -> list[Flaw]:
@@ -154,4 +191,4 @@ def _copied(made: Sequence[Example], others: Sequence[Example], reason: str) -> 
     return [Flaw(place, made[place].id, reason, said) for place, (_, said) in sorted(best.items())]
 
 
-__all__ = ["Pool", "validate", "validated"]
+__all__ = ["Pool", "validate", "validated", "verdicts"]

@@ -1,21 +1,21 @@
-"""From statistics under permutation to verdicts: p, effect, limit, and Holm's correction over the whole family."""
+"""From statistics under permutation to verdicts: p, effect, limit, and one correction over the whole family."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.family import holm
 from sartor.curate.validate.sides import Pool
 
 F64 = NDArray[np.float64]
 F32 = NDArray[np.float32]
 Verdict = Literal["pass", "fail", "not tested"]
 SHOWN_ROWS = 50
+_SAID = ("statistic", "effect", "limit", "p", "detail", "rows", "p_corrected", "verdict")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Finding:
     """One test. `effect` is what was found less what chance gives, in the unit of `limit`; p is one-sided: worse than chance.
 
     `fail` needs both: p_corrected of at most alpha, and an effect over the limit. rows: ids of rows that make the effect, the
-    first SHOWN_ROWS. detail: a sentence.
+    first SHOWN_ROWS. detail: a sentence. draws: (1 + permutations,) the p that each permutation would have, the found one
+    first; None of a test that permutes nothing.
     """
 
     name: str
@@ -36,10 +37,11 @@ class Finding:
     p_corrected: float | None = None
     verdict: Verdict = "not tested"
     more: Mapping[str, Any] = field(default_factory=dict)
+    draws: F64 | None = field(default=None, repr=False, compare=False)
 
     def as_json(self) -> dict[str, Any]:
         """For the command's JSON."""
-        said = {key: _rounded(value) for key, value in asdict(self).items() if key not in ("name", "more")}
+        said = {key: _rounded(getattr(self, key)) for key in _SAID}
         return {**said, "rows": list(self.rows), **self.more}
 
 
@@ -81,11 +83,17 @@ def finding_of(
     effect: by default the excess over the permutations' mean. p counts the found one among the permutations (Phipson and
     Smyth 2010), so it is never 0.
     """
-    found, chance = float(values[0]), values[1:]
+    found = float(values[0])
+    draws = _as_large(values)
+    excess = found - float(values[1:].mean()) if effect is None else effect
+    return Finding(name, found, excess, limit, float(draws[0]), detail, tuple(rows)[:SHOWN_ROWS], draws=draws)
+
+
+def _as_large(values: F64) -> F64:
+    """(B,) of each value, the fraction of all that are as large."""
     # float32 sums of one membership in another order may differ in the last digits
-    p = (1 + int((chance >= found - 1e-6 * max(1.0, abs(found))).sum())) / len(values)
-    excess = found - float(chance.mean()) if effect is None else effect
-    return Finding(name, found, excess, limit, p, detail, tuple(rows)[:SHOWN_ROWS])
+    slack = 1e-6 * np.maximum(1.0, np.abs(values))
+    return np.asarray((len(values) - np.searchsorted(np.sort(values), values - slack)) / len(values))
 
 
 def beyond_chance(values: F64) -> float:
@@ -94,12 +102,34 @@ def beyond_chance(values: F64) -> float:
 
 
 def judged(tests: Sequence[Finding], alpha: float) -> list[Finding]:
-    """The tests with their verdicts. Holm's step-down (Holm 1979) over those that have a p: at most `alpha` false alarms of the
-    whole family, however the tests depend on one another.
+    """The tests with their verdicts: of a set in which nothing is wrong, at most a fraction `alpha` fails any test.
+
+    Tests that permute are corrected together by what their smallest p is under the permutations that all of them share
+    (Westfall and Young 1993), so tests that say the same cost nothing. One that does not permute is an alarm of its own: of m
+    tests it has 1/m of alpha, and the others the rest (Bonferroni, weighted).
     """
-    family = {place: test.p for place, test in enumerate(tests) if test.p is not None}
-    corrected = dict(zip(family, holm(list(family.values())), strict=True))
+    tested = [place for place, test in enumerate(tests) if test.p is not None]
+    together = [place for place in tested if tests[place].draws is not None]
+    corrected = {place: min(1.0, (tests[place].p or 0.0) * len(tested)) for place in tested}
+    if together:
+        shared = len(tested) / len(together)
+        joint = jointly(np.stack([one for place in together if (one := tests[place].draws) is not None]))
+        corrected |= {place: min(1.0, p * shared) for place, p in zip(together, joint.tolist(), strict=True)}
     return [_with_verdict(test, corrected.get(place), alpha) for place, test in enumerate(tests)]
+
+
+def jointly(draws: F64) -> F64:
+    """(m,) corrected p of m tests, of their (m, B) p under the same permutations, the found one first.
+
+    Step-down min-p (Westfall and Young 1993, algorithm 2.8): each p against the smallest that the tests which are no better
+    than it reach in a permutation.
+    """
+    order = np.argsort(draws[:, 0], kind="stable")
+    smallest = np.minimum.accumulate(draws[order[::-1]], axis=0)[::-1]
+    stepped = np.maximum.accumulate((smallest <= smallest[:, :1]).mean(1))
+    corrected = np.empty(len(draws))
+    corrected[order] = stepped
+    return corrected
 
 
 def _with_verdict(test: Finding, p: float | None, alpha: float) -> Finding:

@@ -6,17 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sartor.core.decisions import FAVOURABLE
 from sartor.core.errors import ConfigError
 from sartor.evaluate.labels import WHOLE, known_fields, label_of
 
 # Whole replies of so few kinds are decisions, where each is given often
 MOST_CLASSES, LEAST_ROWS_A_CLASS = 6, 5
-# What somebody would wish to hear, in lower case
-FAVOURABLE = frozenset(
-    ["accept", "accepted", "admit", "admitted", "approve", "approved", "eligible", "grant", "granted", "hire", "hired",
-     "interview", "invite", "invited", "low risk", "pass", "passed", "qualified", "select", "selected", "shortlist",
-     "shortlisted", "yes"]
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

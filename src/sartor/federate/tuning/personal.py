@@ -1,6 +1,4 @@
-"""After the rounds: each client tunes ranks of its own on top of the shared adapter, which is held still.
-
-    a client's Adapter = [A_shared; A_own], [B_shared B_own], whose product is the sum of both products, exactly
+"""After the rounds: each client tunes ranks of its own on top of the shared adapter, which is held still (`stacking.py`).
 
 One after the other, as FedDPA-F does (Yang et al. 2024, arXiv:2403.19211): local training after averaging is as good as what is
 far more elaborate (Cheng, Chadha & Duchi 2021, arXiv:2108.07313), and no message of any round depends on what is private. What
@@ -12,28 +10,25 @@ is written is one PEFT directory, as a person's delta on a device is (`edge.pers
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import load_file
 
-from sartor.core import catalogue, config, licences, records
+from sartor.core import catalogue, config, records
 from sartor.core.artifacts import Artifact, write_artifact, writer_lock
-from sartor.core.errors import ConfigError, ModelError
+from sartor.core.errors import ConfigError
 from sartor.edge.files import write_whole
-from sartor.federate.aggregate.ranks import cut, joined, nothing, rank_of
+from sartor.federate.aggregate.ranks import nothing
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.tuning import lifts
 from sartor.federate.tuning.clients import Clients
 from sartor.federate.tuning.recipe import FederateRecipe, Local, Personal
 from sartor.federate.tuning.resident import Resident
-from sartor.federate.tuning.task import train
-from sartor.models import adapters, memory
-from sartor.models.base import machine
+from sartor.federate.tuning.stacking import Losses, Stack
 from sartor.tune import order, resume
 from sartor.tune.checkpoint import Found, full_disk
 from sartor.tune.recipe import Budget
@@ -78,21 +73,19 @@ def personalise(
 
 @dataclass(frozen=True)
 class Desk:
-    """What the clients' own tunings have in common. shared: of R ranks; fresh: of as many as a client's, changing nothing."""
+    """What the clients' own tunings have in common. adapter: the shared one."""
 
     people: Clients
     adapter: Artifact
     recipe: FederateRecipe
     asked: Personal
-    shared: Tensors
-    fresh: Tensors
+    stack: Stack
 
     @classmethod
     def open(cls, people: Clients, adapter: Artifact, recipe: FederateRecipe, asked: Personal) -> Desk:
         """Give the people's base room for both."""
-        shared = load_file(adapter.path / WEIGHTS)
-        people.resident.refit(rank_of(shared) + asked.rank)
-        return cls(people, adapter, recipe, asked, shared, people.resident.taken())
+        stack = Stack.open(people.resident, load_file(adapter.path / WEIGHTS), asked.rank)
+        return cls(people, adapter, recipe, asked, stack)
 
     @property
     def resident(self) -> Resident:
@@ -104,10 +97,10 @@ class Desk:
         now = self._fingerprint(name)
         if not again and (standing := resume.finished(out, Found(), now)):
             return standing
-        began, rank = time.monotonic(), rank_of(self.shared)
-        start = joined(self.shared, cut(self.fresh, rank)[1])
+        began = time.monotonic()
         updates = updates_of(self.people.rows[name], self.asked, self.recipe)
-        tuned, losses = self.tuned(self.people.rows[name], start, slice(rank, None), updates, self._rate)
+        budget, rows = Budget(updates=updates), self.people.rows[name]
+        tuned, losses = self.stack.tuned(rows, self.stack.start, self.stack.own, budget, self._rate)
         facts = self._facts(name, updates, losses) | {
             "recipe": now["recipe"],
             "fingerprint": {what: digest for what, digest in now.items() if what != "recipe"},
@@ -122,25 +115,10 @@ class Desk:
         catalogue.register(adapter)
         return adapter
 
-    def tuned(
-        self, rows: Rows, start: Tensors, ranks: slice, updates: int, learning_rate: float
-    ) -> tuple[Tensors, dict[str, float | None]]:
-        """(the adapter after so many updates of these ranks, losses of the first and the last)."""
-        self.resident.put(start)
-        self.resident.hold(lambda name: True, ranks)
-        recipe = self.resident.recipe
-        optimizer = replace(recipe.optimizer, learning_rate=learning_rate)
-        try:
-            run = train(self.resident, rows, replace(recipe, budget=Budget(updates=updates), optimizer=optimizer))
-        except ModelError as error:
-            problem = f"a client's own tuning: {error.problem.partition(';')[0]}"
-            raise ModelError(problem, "lower personal.learning_rate, or look at this client's rows") from None
-        return self.resident.taken(), run.losses
-
     def alone(self, rows: Rows, updates: int) -> Tensors:
         """What these rows make without anybody else's adapter: both factors, at the rate of the rounds."""
-        ranks = slice(self.recipe.method.rank + self.asked.rank)
-        return self.tuned(rows, self.fresh, ranks, updates, self.recipe.optimizer.learning_rate)[0]
+        ranks, rate = slice(self.recipe.method.rank + self.asked.rank), self.recipe.optimizer.learning_rate
+        return self.stack.tuned(rows, self.stack.fresh, ranks, Budget(updates=updates), rate)[0]
 
     def all_updates(self, name: str) -> int:
         """Of a client, in the rounds and after them."""
@@ -161,28 +139,11 @@ class Desk:
             "rows": self.people.rows[name].digest(),
         }
 
-    def _facts(self, name: str, updates: int, losses: Mapping[str, float | None]) -> dict[str, Any]:
+    def _facts(self, name: str, updates: int, losses: Losses) -> dict[str, Any]:
         """The manifest of a client's Adapter."""
-        dataset, base = self.people.dataset_of(name), self.resident.base
-        self.resident.hold(lambda name: True)
-        trained, everything = adapters.trainable(self.resident.model)
-        return {
-            "base": base.as_manifest(),
-            "parents": [dataset.as_parent(), self.adapter.as_parent()],
-            "sources": self.people.sources,
-            "licence": licences.combine([dataset.licence, self.adapter.licence, base.ref.licence]),
-            "left_out": {},
-            "run": {
-                "personal": {"client": name, "rank": self.asked.rank, "examples": len(self.people.rows[name].train)},
-                "updates": updates,
-                "loss": {"first": losses["first"], "last": losses["last"], "eval": None},
-                "peak_memory_bytes": memory.peak_bytes(),
-                "trainable": trained * self.asked.rank // self.resident.rank,
-                "trainable_fraction": trained * self.asked.rank / self.resident.rank / everything,
-            },
-            "machine": machine(),
-            "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
-        }
+        about = {"client": name, "rank": self.asked.rank, "examples": len(self.people.rows[name].train)}
+        parents, run = [self.people.dataset_of(name), self.adapter], {"personal": about, "updates": updates}
+        return self.stack.facts(parents, self.people.sources, run, losses)
 
 
 def updates_of(rows: Rows, local: Local, recipe: FederateRecipe) -> int:
@@ -221,8 +182,8 @@ def _adapters(
     """(what, the tensors) of all that a client is judged with. One without held-out rows is judged with none."""
     if not own.encoded:
         return
-    yield "base", nothing(desk.fresh)
-    yield "shared", joined(desk.shared, nothing(cut(desk.fresh, rank_of(desk.shared))[1]))
+    yield "base", nothing(desk.stack.fresh)
+    yield "shared", desk.stack.unchanged
     if central is not None:
         yield "local_only", desk.alone(desk.people.rows[name], desk.all_updates(name))
         yield "centralised", central

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request
@@ -33,6 +34,9 @@ async def feedback(asked: FeedbackRequest, request: Request) -> JsonResponse:
     known = desk.memory.find(receipt)
     agent = entry.agent = known.agent if known else str((await _find(desk, receipt))["agent"])
     _check_may_rate(entry.visitor, agent, desk.memory.asker(receipt))
+    voice = await asyncio.to_thread(desk.hearing.voice, entry.visitor.key, asked.user or "", asked.consent)
+    if known and known.person and not voice.user:  # who asked is who is spoken of, so that it can be forgotten
+        voice = replace(voice, user=known.person)
     said = Feedback(
         receipt=receipt,
         agent=agent,
@@ -43,7 +47,7 @@ async def feedback(asked: FeedbackRequest, request: Request) -> JsonResponse:
         messages=tuple(known.messages) if known else (),
         text=known.text if known else "",
         reply=known.reply if known else "",
-        by=await asyncio.to_thread(desk.hearing.voice, entry.visitor.key, asked.user or "", asked.consent),
+        by=voice,
     )
     if said.by.consent == "refused" and said.rating is None:
         raise FieldError("words without consent are not kept", '"consent": true, or a rating beside them', "consent")

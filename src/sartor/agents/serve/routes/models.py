@@ -49,7 +49,8 @@ async def _names(desk: Desk, visitor: Opened) -> dict[str, dict[str, Any]]:
         most = None if id == speaker.MODEL else about.context_tokens
         return {**said, "max_model_len": most, "modalities": ["text", *sorted(reads)]}
 
-    opened = [agent for agent in await desk.house.roster.listed() if agent.is_ready and visitor.opens(agent.name)]
+    listed = (*await desk.house.roster.listed(), *desk.house.plans)
+    opened = [agent for agent in listed if agent.is_ready and visitor.opens(agent.name)]
     found = [name("base", exact, None)] if visitor.opens("base") else []
     every = {kind for agent in opened for kind in agent.reads.get(agent.live, ())}
     found += [name("auto", "auto", "base", every)] if visitor.opens("auto") else []

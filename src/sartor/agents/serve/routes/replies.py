@@ -14,7 +14,7 @@ from sartor.agents.asking import Request as Question
 from sartor.agents.serve.aloud import Aloud
 from sartor.agents.serve.app import JsonResponse, Route
 from sartor.agents.serve.asked import ChatRequest, Delivered, TextRequest
-from sartor.agents.serve.desk import desk_of, entry_of, reply_headers
+from sartor.agents.serve.desk import USER_HEADER, desk_of, entry_of, reply_headers
 from sartor.agents.serve.faults import FieldError
 from sartor.agents.serve.replies import Answers, Terms, open_answers
 from sartor.agents.serve.running import while_there
@@ -67,10 +67,12 @@ async def _deliver(
 ) -> Response:
     """Open every choice of every question, and answer in the form that was asked for."""
     desk, entry = desk_of(request), entry_of(request)
-    terms = Terms(entry, desk.shift, asked.n or 1, partial(desk.remember, entry.visitor))
-    openable, deadline_s = entry.visitor.agents, desk.limits.deadline_s
+    header, visitor = request.headers.get(USER_HEADER, ""), entry.visitor
+    person = desk.person(asked.user or "", header)
+    terms = Terms(entry, desk.shift, asked.n or 1, partial(desk.remember, visitor.key, person))
+    own, deadline_s = desk.spoken_for(person, header, visitor), desk.limits.deadline_s
     every = [
-        replace(choice, openable=openable, deadline_s=deadline_s)
+        replace(choice, openable=visitor.agents, deadline_s=deadline_s, person=own)
         for question in questions
         for choice in choices(question, terms.per_prompt)
     ]

@@ -69,7 +69,9 @@ class SlotSubstitution:
         return list(dict.fromkeys(_NUMBER.findall(text))) if self.numbers else []
 
     def _copies(self, row: Example, values: Sequence[str], homes: dict[str, list[str]], seed: int) -> list[Made]:
-        draw, made, seen = draw_of(seed, self.kind, row.id), [], {()}
+        draw = draw_of(seed, self.kind, row.id)
+        made: list[Made] = []
+        seen: set[tuple[tuple[str, str], ...]] = {()}
         for _ in range(TRIES * self.per_row):
             if len(made) == self.per_row or not values:
                 break

@@ -1,0 +1,167 @@
+"""The registry's rows of persons: which personal version each has of which agent, and which key may speak for whom.
+
+A change raises the registry's generation, as every change does, so that servers hear of it within a second. The log says that
+somebody was forgotten, when, by whom, and under which digest; it never held a name.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from sqlalchemy import Connection, Table, delete, insert, select
+
+from sartor.agents import tables
+from sartor.agents.entries import Version
+from sartor.agents.people.names import SUFFIX
+from sartor.agents.registry import NOBODY, Cause
+from sartor.core import records
+from sartor.core.database import Database, is_whole, sealed
+
+TUNED, REFUSED, FORGOTTEN, ALLOWED = "personal tuned", "personal refused", "person forgotten", "key speaks"
+
+
+@dataclass(frozen=True)
+class Personal:
+    """One person's version of one agent. version, release_id: what it was tuned on; it answers only while that is live.
+
+    adapter: the digest under which engines attach it; artifact: the id of the Adapter in `path`; all three are "" where no
+    tuning has passed the gate yet. facts: rows and the gate's numbers. note: why the newest tuning was refused, if it was.
+    """
+
+    person: str
+    agent: str
+    version: str
+    release_id: str
+    adapter: str = ""
+    artifact: str = ""
+    path: str = ""
+    facts: Mapping[str, Any] | None = None
+    note: str = ""
+    added: str = ""
+
+    @property
+    def name(self) -> str:
+        """What replies are said to be by: `faq@1.0+personal`."""
+        return f"{self.agent}@{self.version}{SUFFIX}"
+
+    def on(self, live: Version) -> Version:
+        """As a version to be held: its adapter, and what the live one says beside it (system prompt, sampling, tools)."""
+        return replace(
+            live, version=f"{self.version}{SUFFIX}", release=self.path, release_id=self.artifact, adapter=self.adapter
+        )
+
+    def as_row(self) -> dict[str, Any]:
+        """The row, sealed."""
+        return sealed({**asdict(self), "facts": records.canonical(dict(self.facts or {})).decode()})
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Personal:
+        """The record of a row that is whole."""
+        return cls(**{**{name: row[name] for name in row if name != "checksum"}, "facts": json.loads(row["facts"])})
+
+
+@dataclass(frozen=True)
+class People:
+    """All of them at one generation, by person and agent. hurt: how many rows were changed from outside, and are not used."""
+
+    generation: int
+    known: Mapping[tuple[str, str], Personal]
+    hurt: int = 0
+
+
+class PeopleBook:
+    """The rows of one team's registry. Safe to use from several threads and processes."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def read(self, person: str = "") -> People:
+        """Everybody's, or one person's."""
+        query = select(tables.people)
+        if person:
+            query = query.where(tables.people.c.person == person)
+        with self.database.read() as connection:
+            generation = tables.generation_of(connection)
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+        whole = [Personal.from_row(row) for row in rows if is_whole(row)]
+        return People(generation, {(one.person, one.agent): one for one in whole}, len(rows) - len(whole))
+
+    def put(self, personal: Personal, cause: Cause = NOBODY) -> None:
+        """Serve this from now on; what the person had of the agent before is gone. Raises as `Database.change`."""
+        with self.database.change() as connection:
+            _replace(connection, replace(personal, added=_now()))
+            _note(connection, TUNED, personal.agent, personal.version, cause, {"person": personal.person})
+
+    def refuse(self, personal: Personal, why: str, cause: Cause = NOBODY) -> None:
+        """Keep why a tuning was refused. What the person has of the agent goes on."""
+        with self.database.change() as connection:
+            key = {"person": personal.person, "agent": personal.agent}
+            found = connection.execute(select(tables.people).filter_by(**key)).mappings().first()
+            standing = Personal.from_row(dict(found)) if found is not None and is_whole(dict(found)) else personal
+            _replace(connection, replace(standing, note=why, added=standing.added or _now()))
+            _note(connection, REFUSED, personal.agent, personal.version, cause, {"person": personal.person})
+
+    def forget(self, person: str, cause: Cause = NOBODY) -> tuple[int, dict[str, int]]:
+        """Remove every row of a person. Returns (the generation that servers hear it under, rows removed by table)."""
+        with self.database.change() as connection:
+            removed = {
+                table.name: connection.execute(delete(table).where(table.c.person == person)).rowcount
+                for table in (tables.people, tables.speakers)
+            }
+            return _note(connection, FORGOTTEN, "", "", cause, {"person": person}), removed
+
+    def forgotten_since(self, generation: int) -> list[str]:
+        """Whom changes after this generation say to forget."""
+        column = tables.events.c
+        query = select(column.numbers).where(column.generation > generation, column.what == FORGOTTEN).order_by(column.id)
+        with self.database.read() as connection:
+            return [str(json.loads(said)["person"]) for said in connection.execute(query).scalars()]
+
+    def allow(self, key: str, person: str, cause: Cause = NOBODY) -> None:
+        """Let a key speak for a person, or for anybody (`names.ANYBODY`)."""
+        with self.database.change() as connection:
+            connection.execute(delete(tables.speakers).filter_by(key=key, person=person))
+            connection.execute(insert(tables.speakers).values(sealed({"key": key, "person": person})))
+            _note(connection, ALLOWED, "", "", cause, {"key": key})
+
+    def mentions(self, person: str) -> dict[str, int]:
+        """How many rows still are of a person, by table."""
+
+        def count(connection: Connection, table: Table) -> int:
+            return len(connection.execute(select(table.c.person).where(table.c.person == person)).all())
+
+        with self.database.read() as connection:
+            return {table.name: count(connection, table) for table in (tables.people, tables.speakers)}
+
+
+def speakers(connection: Connection) -> dict[str, frozenset[str]]:
+    """By key, for whom it may speak; a row that was changed from outside allows nothing."""
+    found: dict[str, frozenset[str]] = {}
+    for row in connection.execute(select(tables.speakers)).mappings():
+        if is_whole(dict(row)):
+            found[row["key"]] = found.get(row["key"], frozenset()) | {row["person"]}
+    return found
+
+
+def _replace(connection: Connection, personal: Personal) -> None:
+    connection.execute(delete(tables.people).filter_by(person=personal.person, agent=personal.agent))
+    connection.execute(insert(tables.people).values(personal.as_row()))
+
+
+def _note(connection: Connection, what: str, agent: str, version: str, cause: Cause, numbers: Mapping[str, Any]) -> int:
+    """Write it into the log, under the next generation, which is returned."""
+    generation = tables.next_generation(connection)
+    event = {
+        "generation": generation, "at": _now(), "who": cause.by, "what": what, "agent": agent, "version": version,
+        "why": cause.why, "was": "{}", "became": "{}", "numbers": records.canonical({**cause.numbers, **numbers}).decode(),
+    }  # fmt: skip
+    connection.execute(insert(tables.events).values(sealed(event)))
+    return generation
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,161 @@
+"""Who is answered by a version of their own: in front of the live version that it stands on, loaded when it is asked for.
+
+Whatever is wrong with it, the live version answers, and the reason says that it does. What was tuned on another version than
+the live one is not used: what it changes was measured on that one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from sartor.agents.asking import Crew, Request
+from sartor.agents.choosing import Choice, Plan
+from sartor.agents.entries import Agent, Version
+from sartor.agents.holdings import Holdings
+from sartor.agents.people.book import People, PeopleBook, Personal
+from sartor.agents.people.names import SUFFIX
+from sartor.agents.people.presence import Presence
+from sartor.core.errors import SartorError, UnavailableError
+
+WHY = "the user's own version"
+_LOOK_S = 0.05
+
+
+class Serving:
+    """The personal versions of a running server. Not thread-safe: the event loop's own. `follow` after each change.
+
+    most: adapters of persons that workers hold at once. listeners: told each person who is to be forgotten.
+    """
+
+    def __init__(self, book: PeopleBook, holdings: Holdings, crew: Crew, state: Path, most: int) -> None:
+        self._book, self._holdings, self._crew, self._state, self._most = book, holdings, crew, state, most
+        self._people = People(-1, {})
+        # adapter -> what keeps it, that which was asked for longest ago first
+        self._held: OrderedDict[str, tuple[Personal, Version, ExitStack]] = OrderedDict()
+        self._presence: Presence | None = None
+        self._telling: asyncio.Task[None] | None = None
+        self._following = asyncio.Lock()
+        self._renews = False  # workers still hold what somebody who was forgotten has said
+        self.listeners: list[Callable[[str], object]] = []
+
+    @property
+    def held(self) -> int:
+        """How many of them the workers hold, or are to hold."""
+        return len(self._held)
+
+    def plain(self, request: Request) -> Request:
+        """The request as it is for everybody: a personal version that was named is asked for by what it stands on."""
+        if request.person and request.model.endswith(SUFFIX):
+            return replace(request, model=request.model.removesuffix(SUFFIX))
+        return request
+
+    async def own(self, plan: Plan, request: Request, agents: Mapping[str, Agent], versions: Mapping[str, Version]) -> Plan:
+        """The plan with the person's own version in front of the live one that it stands on, if it can answer now.
+
+        Who names an exact version gets that one; nobody tries a candidate instead of what is their own.
+        """
+        agent = agents.get(plan.choices[0].agent.partition("@")[0])
+        is_exact = "@" in request.model and not request.model.endswith(SUFFIX)
+        if agent is None or is_exact or not request.person:
+            return plan
+        personal = self._people.known.get((request.person, agent.name))
+        name = f"{agent.name}@{agent.live}"
+        place = next((place for place, choice in enumerate(plan.choices) if choice.agent == name), None)
+        if personal is None or not personal.adapter or place is None:
+            return plan
+        first, live = plan.choices[0], versions.get(name)
+        if live is None or live.release_id != personal.release_id:
+            why = f"{WHY} was tuned on {personal.version}, and is not used until it is tuned again"
+            return replace(plan, choices=[replace(first, why=f"{first.why}; {why}"), *plan.choices[1:]])
+        version = personal.on(live)
+        try:
+            await self._hold(personal, version)
+        except SartorError as error:
+            why = f"{WHY} could not be loaded ({error.kind})"
+            return replace(plan, choices=[replace(first, why=f"{first.why}; {why}"), *plan.choices[1:]])
+        said = first.why.partition("; canary")[0]
+        return replace(plan, choices=[Choice(personal.name, f"{said}; {WHY}", version), *plan.choices[place:]])
+
+    async def follow(self) -> None:
+        """Take the registry's rows as they are now; let go of what they do not name any more, and forget whom they say."""
+        async with self._following:
+            await self._follow()
+
+    async def _follow(self) -> None:
+        try:
+            before = self._people.generation
+            now = await asyncio.to_thread(self._book.read)
+            gone = await asyncio.to_thread(self._book.forgotten_since, before) if before >= 0 else []
+        except SartorError:  # the registry's troubles are told by who reads the agents
+            return
+        self._people = now
+        artifacts = {one.artifact for one in now.known.values()}
+        for adapter, (personal, _, _) in list(self._held.items()):
+            if personal.artifact not in artifacts:
+                self._let_go(adapter)
+        if now.generation != before:
+            for name in {one.name for one in now.known.values()}:
+                self._crew.release(name)
+        for person in gone:
+            for listener in self.listeners:
+                listener(person)
+        self._renews |= bool(gone)
+        await self._told()
+
+    async def close(self) -> None:
+        """Let go of all, and be no server any more."""
+        if self._telling is not None:
+            self._telling.cancel()
+            await asyncio.gather(self._telling, return_exceptions=True)
+        for adapter in list(self._held):
+            self._let_go(adapter)
+        if self._presence is not None:
+            self._presence.close()
+
+    async def _hold(self, personal: Personal, version: Version) -> None:
+        if version.adapter not in self._held:
+            stack = ExitStack()
+            stack.enter_context(self._holdings.kept(version))
+            self._held[version.adapter] = personal, version, stack
+        self._held.move_to_end(version.adapter)
+        while len(self._held) > self._most:
+            self._let_go(next(iter(self._held)))
+        try:
+            await self._holdings.hold(version)
+        except BaseException:
+            self._let_go(version.adapter)
+            raise
+        if version.adapter not in self._held:  # forgotten, or the longest unused, while it was being loaded
+            self._holdings.drop(version)
+            raise UnavailableError(f"{personal.name} was let go of while it was loaded", "ask again")
+
+    def _let_go(self, adapter: str) -> None:
+        if adapter in self._held:
+            _, version, stack = self._held.pop(adapter)
+            stack.close()
+            self._holdings.drop(version)
+
+    async def _told(self) -> None:
+        """Say up to where this server has heard, once nothing that was removed is held by any worker."""
+        if self._presence is None:
+            try:
+                self._presence = await asyncio.to_thread(Presence, self._state)
+            except OSError:  # a disk that takes nothing: who forgets somebody is told that nobody has confirmed it
+                return
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.ensure_future(self._tell(self._presence))
+
+    async def _tell(self, presence: Presence) -> None:
+        while presence.generation != self._people.generation:
+            generation, renews = self._people.generation, self._renews
+            self._renews = False
+            while not self._holdings.is_settled:
+                await asyncio.sleep(_LOOK_S)
+            if renews:
+                await self._crew.renew()
+            await asyncio.to_thread(presence.hear, generation)

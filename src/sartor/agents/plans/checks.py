@@ -1,0 +1,168 @@
+"""Checks that compute: what is wrong with a draft, in sentences that whoever mends it can follow.
+
+They find the same in the same draft, on every machine. A check says nothing of what it was not made for: a reply without an
+equation has no wrong one, unless `least` asks for some.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import regex
+
+from sartor.agents.plans.declared import Arithmetic, Citations, Json, Pattern
+from sartor.agents.plans.handover import is_json, read_json, wrong_in
+from sartor.core.errors import ConfigError
+
+Computed = Json | Pattern | Arithmetic | Citations
+MOST_FINDINGS = 8
+# Of one regular expression on one draft; a longer search is a finding
+SEARCH_S = 0.5
+_DEEPEST = 40
+_SIDE = r"[-+]?[\d(][\d\s.,+\-*/x×÷()]*"
+_EQUATION = re.compile(rf"{_SIDE}(?:=\s*{_SIDE})+")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_SIGNS = str.maketrans({"x": "*", "×": "*", "÷": "/"})
+_OPERATIONS: Mapping[type, Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: lambda one, other: one + other,
+    ast.Sub: lambda one, other: one - other,
+    ast.Mult: lambda one, other: one * other,
+    ast.Div: lambda one, other: one / other,
+}
+
+
+def found_by(check: Computed, draft: str, request: str) -> list[str]:
+    """What a check finds in a draft, at most MOST_FINDINGS sentences; request: what the client said."""
+    if isinstance(check, Json):
+        found = wrong_in(read_json(draft), check.schema or {})
+    elif isinstance(check, Pattern):
+        found = _by_pattern(check, draft)
+    elif isinstance(check, Arithmetic):
+        found = _by_arithmetic(check, draft)
+    else:
+        found = _by_citations(check, draft, request)
+    return found[:MOST_FINDINGS]
+
+
+def _by_pattern(check: Pattern, draft: str) -> list[str]:
+    try:
+        holds = regex.search(check.pattern, draft, timeout=SEARCH_S) is not None
+    except TimeoutError:
+        return [f"the pattern {check.pattern!r} was searched for longer than {SEARCH_S:g} s"]
+    if holds == check.holds:
+        return []
+    return [f"it must {'' if check.holds else 'not '}hold {check.pattern!r}"]
+
+
+def _by_arithmetic(check: Arithmetic, draft: str) -> list[str]:
+    checked = [wrong for wrong in (_wrong_in(match[0]) for match in _EQUATION.finditer(draft)) if wrong is not None]
+    few = [f"it holds {len(checked)} equations; at least {check.least}"] if len(checked) < check.least else []
+    return [*(wrong for wrong in checked if wrong), *few]
+
+
+def _wrong_in(equation: str) -> str | None:
+    """What is wrong with an equation, "" for nothing; None where it is none that can be computed (a date, a part number)."""
+    sides = [side.strip().rstrip(".,+-*/x×÷(") for side in equation.split("=")]
+    values = [_value(side) for side in sides]
+    if any(value is None for value in values) or not any(_is_sum(side) for side in sides):
+        return None
+    first = values[0]
+    assert first is not None
+    for side, value in zip(sides[1:], values[1:], strict=True):
+        assert value is not None
+        # a quotient is written with so many decimals as there is room for
+        if abs(first - value) > Fraction(1, 2 * 10 ** _decimals(side)) or (first != value and not _decimals(side)):
+            return f"{sides[0]} is {_said(first)}, not {side}"
+    return ""
+
+
+def _is_sum(side: str) -> bool:
+    return any(sign in side[1:] for sign in "+-*/x×÷")
+
+
+def _decimals(side: str) -> int:
+    return len(side.rpartition(".")[2]) if re.fullmatch(r"-?[\d,]+\.\d+", side) else 0
+
+
+def _said(value: Fraction) -> str:
+    return str(value.numerator) if value.denominator == 1 else f"{float(value):.10g}"
+
+
+def _value(side: str) -> Fraction | None:
+    text = _THOUSANDS.sub("", side).translate(_SIGNS)
+    try:
+        return _computed(ast.parse(text, mode="eval").body, 0)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+def _computed(node: ast.AST, depth: int) -> Fraction:
+    """The value of numbers, signs, brackets and the four operations, exactly. Raises ValueError for anything else."""
+    if depth > _DEEPEST:
+        raise ValueError("nested too deeply")
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return Fraction(repr(node.value))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        value = _computed(node.operand, depth + 1)
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        return _OPERATIONS[type(node.op)](_computed(node.left, depth + 1), _computed(node.right, depth + 1))
+    raise ValueError("no arithmetic")
+
+
+def _by_citations(check: Citations, draft: str, request: str) -> list[str]:
+    sources = _plain("\n".join(_text(source) for source in check.sources) if check.sources else request)
+    where = "the sources" if check.sources else "the request"
+    try:
+        cited = _in_fields(draft, check.fields) if check.fields else _in_text(draft, check.pattern)
+    except ValueError as error:
+        return [str(error)]
+    few = [f"it cites {len(cited)} times; at least {check.least}"] if len(cited) < check.least else []
+    return [*(f"{said[:200]!r} is not in {where}" for said in cited if not _holds(sources, _plain(said))), *few]
+
+
+def _in_fields(draft: str, fields: Sequence[str]) -> list[str]:
+    value = read_json(draft)
+    if not isinstance(value, dict) or not is_json(value):
+        raise ValueError("it is no JSON object")
+    return [str(one) for name in fields for one in _values(value.get(name)) if str(one).strip()]
+
+
+def _values(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for one in value:
+            yield from _values(one)
+    elif value is not None and not isinstance(value, dict):
+        yield value
+
+
+def _in_text(draft: str, pattern: str) -> list[str]:
+    try:
+        matches = list(regex.finditer(pattern, draft, timeout=SEARCH_S))
+    except TimeoutError:
+        raise ValueError(f"the pattern {pattern!r} was searched for longer than {SEARCH_S:g} s") from None
+    said = [next((group for group in match.groups() if group), match[0]) for match in matches]
+    return [one for one in said if one.strip()]
+
+
+def _holds(sources: str, said: str) -> bool:
+    """Whether a text holds a phrase as words: `hall` is not in `shall`."""
+    return re.search(rf"(?<!\w){re.escape(said)}(?!\w)", sources) is not None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+@functools.lru_cache(maxsize=64)
+def _text(source: str) -> str:
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source} cannot be read to cite from: {error}", "give a UTF-8 text file") from None

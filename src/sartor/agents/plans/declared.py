@@ -1,0 +1,301 @@
+"""`plans` of TEAM.yaml: who does what, what each is given, which checks a draft must pass, and within which limits.
+
+A plan may stand wherever an agent may, so that plans are put together from plans. Whatever can be known of the file alone is
+refused when it is read: a plan that comes back to itself, one that is deeper than its budget, a mend that nothing calls for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import regex
+
+from sartor.core import config, names, records
+from sartor.core.config import REQUIRED, option
+from sartor.core.errors import ConfigError
+from sartor.curate.synthesize.reading import check_schema
+
+Given = Literal["request", "draft", "findings"]
+Rule = Literal["vote", "first", "union", "longest"]
+DIGEST_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Step:
+    """One who is asked, and what for."""
+
+    agent: str = option(REQUIRED, "who is asked: an agent, name@version, base, auto, or another plan")
+    gets: tuple[Given, ...] = option((), "what of request, draft and findings it is given; empty is what its place needs")
+    form: Literal["json", "turns"] = option("json", "how: one JSON object, or the conversation gone on")
+    system: str = option("", "system prompt; empty is the client's, else the Release's own")
+    schema: Any = option("", "JSON Schema that its reply obeys, a mapping or a file of one; empty is the client's, if any")
+    temperature: float = option(-1.0, "of its sampling; -1 is as the client, else the Release has it")
+    max_tokens: int = option(0, "of its reply; 0 is as the client, else the Release has it")
+    seconds: float = option(0.0, "after which it is left out; 0 is what the plan has left")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.schema, Mapping):
+            check_schema(self.schema)
+
+
+@dataclass(frozen=True)
+class Json:
+    """The reply is one JSON value, of a schema where one is given."""
+
+    kind: Literal["json"] = "json"
+    schema: Any = option("", "JSON Schema, a mapping or a file of one; empty takes any JSON")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.schema, Mapping):
+            check_schema(self.schema)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The reply holds what a regular expression finds, or must not."""
+
+    pattern: str = option(REQUIRED, "regular expression")
+    kind: Literal["pattern"] = "pattern"
+    holds: bool = option(True, "false: the reply must not hold it")
+
+    def __post_init__(self) -> None:
+        try:
+            regex.compile(self.pattern)
+        except regex.error as error:
+            raise ConfigError(f"{self.pattern!r} is no regular expression: {error}", "mend the pattern") from None
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Every equation in the reply holds."""
+
+    kind: Literal["arithmetic"] = "arithmetic"
+    least: int = option(0, "so many equations the reply must hold")
+
+
+@dataclass(frozen=True)
+class Citations:
+    """What the reply cites stands in its sources, but for case and white space."""
+
+    kind: Literal["citations"] = "citations"
+    fields: tuple[str, ...] = option((), "what is cited: the texts of these fields of a JSON reply, those that are there")
+    pattern: str = option(r'"([^"]+)"|“([^”]+)”', "what is cited where no fields are named: its groups")
+    sources: tuple[str, ...] = option((), "text files that are cited; none: the request")
+    least: int = option(0, "so many citations the reply must hold")
+
+    def __post_init__(self) -> None:
+        Pattern(pattern=self.pattern)
+
+
+@dataclass(frozen=True)
+class Critic(Step):
+    """An agent that says whether a draft is right. It is asked where the checks before it found nothing."""
+
+    kind: Literal["agent"] = "agent"
+
+
+Check = Json | Pattern | Arithmetic | Citations | Critic
+
+
+@dataclass(frozen=True)
+class Mend(Step):
+    """Who mends a draft that a check found something in."""
+
+    times: int = option(1, "so often at most")
+    repeats: int = option(0, "how often a reply may come again; above it the plan goes round in circles and is stopped")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one request may take of a plan, the plans within it included."""
+
+    tokens: int = option(8192, "of prompts and replies together; looked at before each step, whose reply is held to the rest")
+    seconds: float = option(60.0, "from the request to the answer")
+    depth: int = option(1, "of plans within plans: 1 has none within")
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.seconds <= 0 or self.depth < 1:
+            raise ConfigError(
+                f"tokens is {self.tokens}, seconds {self.seconds:g}, depth {self.depth}; all are above 0", "leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class Vote:
+    """The reply that most members give; of equally many the one whose first member stands first."""
+
+    kind: Literal["vote"] = "vote"
+    fields: tuple[str, ...] = option((), "replies are alike when these fields of their JSON are; none: when all of it is")
+
+
+@dataclass(frozen=True)
+class FieldRule:
+    """How one field of JSON replies is united."""
+
+    name: str = option(REQUIRED, "the field")
+    rule: Rule = option("vote", "vote: what most say, absence included; first; union of lists; longest text")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One JSON object, made field by field of those that the members give."""
+
+    kind: Literal["merge"] = "merge"
+    rule: Rule = option("vote", "of the fields that are not named")
+    fields: tuple[FieldRule, ...] = option((), "fields with a rule of their own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declared:
+    """What every plan has."""
+
+    name: str = option(REQUIRED, "what clients ask for as `model`")
+    budget: Budget = option(Budget(), "what one request may take")
+    log: Literal["digests", "content"] = option("digests", "what the log holds of what was asked and said")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain(Declared):
+    """Each step is given the draft of the one before it; the last draft is checked and mended."""
+
+    kind: Literal["sequence"] = "sequence"
+    steps: tuple[Step, ...] = option(REQUIRED, "who drafts, in order: the first gets the request, the others the draft too")
+    check: tuple[Check, ...] = option((), "what the draft must pass, in order")
+    mend: Mend | None = option(None, "who mends a draft that a check found something in")
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps, "steps", 1)
+        _check_mend(self.check, self.mend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(Declared):
+    """All members are asked the same, side by side, and their replies become one."""
+
+    kind: Literal["parallel"] = "parallel"
+    members: tuple[Step, ...] = option(REQUIRED, "who is asked; sampled replies of one agent differ by their seeds")
+    join: Vote | Merge = option(Vote(), "how their replies become one")
+
+    def __post_init__(self) -> None:
+        _check_steps(self.members, "members", 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divided(Declared):
+    """A planner divides the request into parts, each for a member; the parts are answered, put together, and verified."""
+
+    kind: Literal["verify"] = "verify"
+    plan: Step = option(REQUIRED, "who divides the request")
+    members: tuple[Step, ...] = option(REQUIRED, "who may be given a part")
+    most: int = option(4, "parts at most")
+    answer: Step | None = option(None, "who makes one answer of the parts; nobody: they stand below each other")
+    check: tuple[Check, ...] = option((), "what the answer must pass, in order")
+    mend: Mend | None = option(None, "who mends an answer that a check found something in")
+
+    def __post_init__(self) -> None:
+        _check_steps(self.members, "members", 1)
+        _check_mend(self.check, self.mend)
+        if self.most < 1:
+            raise ConfigError(f"most is {self.most}; a request has at least one part", "most: 4")
+
+
+Plan = Chain | Parallel | Divided
+
+
+def asked(plan: Plan) -> tuple[Step, ...]:
+    """Everybody who is asked."""
+    if isinstance(plan, Parallel):
+        return plan.members
+    critics = [check for check in plan.check if isinstance(check, Critic)]
+    after = (*critics, *((plan.mend,) if plan.mend else ()))
+    if isinstance(plan, Chain):
+        return (*plan.steps, *after)
+    return (plan.plan, *plan.members, *((plan.answer,) if plan.answer else ()), *after)
+
+
+def within(plan: Plan, known: Collection[str]) -> list[str]:
+    """The plans, by name, that a plan asks itself."""
+    return sorted({step.agent for step in asked(plan)} & set(known))
+
+
+def _check_steps(steps: Sequence[Step], what: str, least: int) -> None:
+    if len(steps) < least:
+        raise ConfigError(f"{what} names {len(steps)}; at least {least}", f"{what}: [{', '.join(['base'] * least)}]")
+
+
+def _check_mend(checks: Sequence[Check], mend: Mend | None) -> None:
+    if mend and not checks:
+        raise ConfigError("there is a mend and no check, so that nothing ever calls for it", "check: [json]")
+    if mend and (mend.times < 1 or mend.repeats < 0):
+        raise ConfigError(f"mend.times is {mend.times}, mend.repeats {mend.repeats}", "mend.times: 1, mend.repeats: 0")
+
+
+def check_plans(plans: Sequence[Plan], members: Collection[str], reserved: Collection[str]) -> None:
+    """Raise ConfigError for a name that is taken or none, a plan within itself, and one that is deeper than its budget."""
+    known: dict[str, Plan] = {}
+    for plan in plans:
+        if plan.name in known or plan.name in members or plan.name in reserved:
+            raise ConfigError(f"a plan cannot have the name {plan.name!r}, which another has", "choose another name")
+        if not names.is_name(plan.name):
+            raise ConfigError(f"{plan.name!r} cannot be a plan's name", "small letters, digits, '.', '_' and '-'")
+        known[plan.name] = plan
+    for plan in plans:
+        if (depth := _depth(plan.name, known, ())) > plan.budget.depth:
+            raise ConfigError(
+                f"the plan {plan.name!r} holds plans {depth} deep; its budget.depth is {plan.budget.depth}",
+                f"budget: {{depth: {depth}}}",
+            )
+
+
+def _depth(name: str, known: Mapping[str, Plan], above: tuple[str, ...]) -> int:
+    if name in above:
+        way = " -> ".join([*above[above.index(name) :], name])
+        raise ConfigError(f"a plan comes back to itself: {way}", f"name an agent instead of {name!r} in the plan {above[-1]!r}")
+    return 1 + max((_depth(one, known, (*above, name)) for one in within(known[name], known)), default=0)
+
+
+def seen_from(plan: Plan, root: Path) -> Plan:
+    """A plan with its schemas read and the paths of its sources absolute. Raises ConfigError for what is not there."""
+    return config.load(type(plan), _seen(config.dump(plan), root))
+
+
+def _seen(value: Any, root: Path) -> Any:
+    if isinstance(value, list):
+        return [_seen(item, root) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    said = {key: inner if key == "schema" else _seen(inner, root) for key, inner in value.items()}
+    if isinstance(said.get("schema"), str) and said["schema"]:
+        said["schema"] = _schema_in(root / said["schema"])
+    if said.get("kind") == "citations":
+        said["sources"] = [str(_file(root / source)) for source in said["sources"]]
+    return said
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path} to cite from", "sources: [a text file]")
+    return path
+
+
+def _schema_in(file: Path) -> Any:
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} holds no JSON Schema: {error}", "give a file of one, or write it into the plan") from None
+    if not isinstance(read, Mapping):
+        raise ConfigError(f"{file} holds no JSON Schema but {type(read).__name__}", '{"type": "object"}')
+    return read
+
+
+def digest(plan: Plan, known: Mapping[str, Plan]) -> str:
+    """The version of a plan, 12 hex digits: of all that it declares, the plans within it and the texts that it cites from."""
+    check: tuple[Check, ...] = () if isinstance(plan, Parallel) else plan.check
+    cited = [source for one in check if isinstance(one, Citations) for source in one.sources]
+    texts = [Path(source).read_text(encoding="utf-8") for source in cited]
+    said = config.dump(replace(plan, log="digests"))
+    return records.digest([said, [digest(known[name], known) for name in within(plan, known)], texts])[:DIGEST_DIGITS]

@@ -1,0 +1,244 @@
+"""Request -> Answer, for plans and agents alike: what stands between HTTP and `dispatch` where a team has plans.
+
+A plan is asked for by its name, or `name@digest`, the digest of what it declares: that is its version. Its answer has a
+receipt of its own beside those of its steps, and its tokens are theirs together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Collection, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from sartor.agents.asking import Answer, Given, Listed, Receipts, Request
+from sartor.agents.channel import error_of
+from sartor.agents.choosing import AUTO, BASE_AGENT
+from sartor.agents.plans.declared import Divided, Plan, asked, digest
+from sartor.agents.plans.log import PlanLog, Ran
+from sartor.agents.plans.running import Run, purse_of
+from sartor.agents.plans.steps import Course, Line, Members, Opened, Purse, Said
+from sartor.agents.replying import Replying
+from sartor.agents.team import Team
+from sartor.core.errors import (
+    BusyError,
+    ConfigError,
+    DeadlineError,
+    KeyRefusedError,
+    RequestError,
+    SartorError,
+    UnavailableError,
+    UnknownAgentError,
+)
+from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece
+from sartor.models.sampling import Sampling
+
+# What is told as it is where no step gave anything: it says what the client can do
+_CLIENTS = (RequestError, ConfigError, BusyError, DeadlineError)
+
+
+class Replies(Protocol):
+    """Who answers a request to one agent: `dispatch`."""
+
+    async def open(self, request: Request) -> Answer:
+        """Begin a reply."""
+        ...
+
+
+@dataclass(frozen=True)
+class Single:
+    """The members of plans, as `dispatch` answers for them."""
+
+    replies: Replies
+
+    async def open(self, request: Request, place: str) -> Answer:
+        """See Members."""
+        return await self.replies.open(request)
+
+
+class Plans:
+    """Answers for the plans of a team, and hands on what is not for one. known: the agents that are served now."""
+
+    def __init__(
+        self,
+        team: Team,
+        replies: Replies,
+        log: PlanLog,
+        *,
+        members: Members | None = None,
+        receipts: Receipts | None = None,
+        known: Callable[[], Collection[str]] = tuple,
+    ) -> None:
+        self._replies, self._members = replies, members or Single(replies)
+        self._log, self._receipts, self._known = log, receipts, known
+        self._most_tokens = team.limits.reply_tokens
+        self._plans: dict[str, Plan] = {plan.name: plan for plan in team.plans}
+        self._digests = {name: digest(plan, self._plans) for name, plan in self._plans.items()}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.receipts_lost = 0
+
+    @property
+    def listed(self) -> list[Listed]:
+        """The plans, as what may be asked for."""
+        return [Listed(name, version, (version,), {"plan": self._plans[name].kind}) for name, version in self._digests.items()]
+
+    @property
+    def troubles(self) -> dict[str, str]:
+        """What a plan cannot do as it is declared, by its name."""
+        known = {*self._known(), *self._plans, BASE_AGENT, AUTO}
+        found = {}
+        for name, plan in self._plans.items():
+            if absent := sorted({step.agent for step in asked(plan) if step.agent.partition("@")[0] not in known}):
+                found[name] = f"nobody of its steps is called {', '.join(absent)}"
+            elif name in self._known():
+                found[name] = "an agent has its name too, and the plan answers"
+        if self._log.lost or self.receipts_lost:
+            found["plans"] = f"{self._log.lost} runs and {self.receipts_lost} receipts could not be written"
+        return found
+
+    async def open(self, request: Request) -> Answer:
+        """Begin an answer; returns when its first event is there.
+
+        Raises what `Dispatch.open` raises; for a plan RequestError for what no plan does, and UnavailableError where no step
+        gave anything.
+        """
+        name, at, version = request.model.partition("@")
+        plan = self._plans.get(name)
+        if plan is None:
+            return await self._replies.open(request)
+        self._check(plan, request, version if at else self._digests[name])
+        course = Course(secrets.token_hex(16), request, self._members, self._plans, self._most_tokens)
+        return await self._opened(course, plan)
+
+    async def close(self) -> None:
+        """Wait for what is still to be written."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _check(self, plan: Plan, request: Request, version: str) -> None:
+        if version != self._digests[plan.name]:
+            problem = f"the plan {plan.name} has no version {version[:80]!r}; it is {self._digests[plan.name]}"
+            raise UnknownAgentError(problem, f'"model": "{plan.name}"')
+        if request.openable is not None and plan.name not in request.openable:
+            raise KeyRefusedError(f"this key does not open {plan.name!r}", f"sartor agents key {plan.name} makes one that does")
+        if not request.messages:
+            raise RequestError(f"the plan {plan.name} answers a conversation", "POST /v1/chat/completions")
+        if request.tools or request.must_call:
+            raise RequestError(f"the plan {plan.name} calls no tools", "ask an agent, or leave `tools` out")
+        if request.top_logprobs >= 0:
+            raise RequestError(f"the plan {plan.name} tells no logprobs", "ask an agent, or leave `logprobs` out")
+        if request.schema and isinstance(plan, Divided) and plan.answer is None:
+            raise RequestError(
+                f"the plan {plan.name} puts answers below each other, which obey no schema", "declare who makes one: `answer`"
+            )
+
+    async def _opened(self, course: Course, plan: Plan) -> Answer:
+        """Follow the plan. Whatever happens, the log has it."""
+        purse = purse_of(plan, course.request.deadline_s)
+        running = _Running(course, plan, f"{plan.name}@{self._digests[plan.name]}", purse)
+        try:
+            said = await Run(course, plan, course.request, purse).follow(course.request.streams)
+            if said is None:
+                raise _nothing(plan, course.errors)
+        except asyncio.CancelledError:
+            self._spawn(self._write(running.ran("", "cancelled")))
+            raise
+        except SartorError as error:
+            await asyncio.shield(self._spawn(self._write(running.ran("", "failed", error))))
+            raise
+        running.reason = "; ".join([f"plan {plan.name}", *course.notes])
+        told = _Told(said, course.id, purse, lambda: self._spawn(self._write(running.ran("", "cancelled"))))
+        replying = Replying(told, lambda: None, lambda reply, end: self._ended(running, reply.text, end))
+        return Answer(running.version, running.reason, course.id, replying)
+
+    async def _ended(self, running: _Running, text: str, end: Done | Failed) -> None:
+        """The answer is over: its receipt is kept, and its run logged."""
+        course = running.course
+        done, error = (end, None) if isinstance(end, Done) else (None, error_of(end.kind, end.problem, end.remedy))
+        call = Call(
+            course.id, BASE, course.request.messages, sampling=Sampling(**course.request.sampling), schema=course.request.schema
+        )
+        facts = (course.id, running.version, running.reason, "", call, text, done)
+        given = Given(*facts, scores={}, began=running.began, steps=course.receipts)
+        # a client that goes now must not keep either from being written
+        await asyncio.shield(self._spawn(self._keep(given)))
+        await asyncio.shield(self._spawn(self._write(running.ran(text, "failed" if error else "answered", error))))
+
+    async def _keep(self, given: Given) -> None:
+        if self._receipts is None:
+            return
+        try:
+            await asyncio.to_thread(self._receipts.write, given)
+        except (SartorError, OSError):  # a full disk hurts no answer; /health counts what is lost
+            self.receipts_lost += 1
+
+    async def _write(self, ran: Ran) -> None:
+        await asyncio.to_thread(self._log.write, ran)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+@dataclass
+class _Running:
+    """A plan that is being followed, and what is told of it at its end. began: seconds since the epoch."""
+
+    course: Course
+    plan: Plan
+    version: str
+    purse: Purse
+    reason: str = ""
+    began: float = field(default_factory=time.time)
+
+    def ran(self, text: str, outcome: str, error: SartorError | None = None) -> Ran:
+        """The run as the log has it."""
+        asked = self.course.request
+        told = {"messages": list(asked.messages), "sampling": dict(asked.sampling), "schema": asked.schema}
+        why = f"{error.kind}: {error.problem}" if error else ""
+        tokens = {"prompt": self.purse.prompt, "reply": self.purse.reply, "cached": self.purse.cached}
+        took_s = time.time() - self.began
+        ends = Line("", "answer", self.version, outcome, why, said=text, receipt=self.course.id, tokens=tokens, took_s=took_s)
+        opens = Line("", "request", asked.model, "asked", asked=told)
+        return Ran(self.course.id, self.version, opens, self.course.lines, ends, self.plan.log == "content", self.began)
+
+
+class _Told:
+    """The events of an answer: all of it at once, or those of the last step as they come; the tokens are those of all steps.
+
+    left: called when the client wants no more of it.
+    """
+
+    def __init__(self, source: Said | Opened, id: str, purse: Purse, left: Callable[[], object]) -> None:
+        self._source, self._id, self._purse, self._left = source, id, purse, left
+        self._has_begun = False
+
+    def __aiter__(self) -> _Told:
+        return self
+
+    async def __anext__(self) -> Event:
+        if not self._has_begun:
+            self._has_begun = True
+            # what the steps before said is paid for, and not heard
+            return Piece(self._id, self._source.text if isinstance(self._source, Said) else "", self._purse.reply)
+        event = Done(self._id, self._source.finish, 0, 0) if isinstance(self._source, Said) else await anext(self._source)
+        if isinstance(event, Done):
+            return Done(self._id, event.finish, self._purse.prompt, self._purse.reply, self._purse.cached)
+        return replace(event, call=self._id)
+
+    async def aclose(self) -> None:
+        """See Events."""
+        self._left()
+        if isinstance(self._source, Opened):
+            await self._source.aclose()
+
+
+def _nothing(plan: Plan, errors: list[SartorError]) -> SartorError:
+    """The error of a plan of which no step gave anything: the first one's, where the client can do something about it."""
+    if errors and isinstance(errors[0], _CLIENTS):
+        return errors[0]
+    problems = "; ".join(dict.fromkeys(error.problem for error in errors))
+    return UnavailableError(f"no step of the plan {plan.name} gave anything: {problems}", "ask again in a few seconds")

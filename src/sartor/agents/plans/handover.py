@@ -1,0 +1,177 @@
+"""What one step gives to the next, typed: a request, a draft, what was found in it; and what critics and planners say of them.
+
+Nothing else passes between agents. What an agent is to answer in a given form is asked for by a JSON Schema, which an engine
+that can decodes under, and is checked against that schema here whatever the engine did.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import jsonschema
+import referencing
+import referencing.exceptions
+
+from sartor.agents.plans.declared import Given, Step
+from sartor.models.engine.parts import parts_in
+
+Role = Literal["draft", "check", "mend", "plan", "part", "answer"]
+Messages = tuple[Mapping[str, Any], ...]
+_SYSTEM = ("system", "developer")
+# What a place needs, where the file does not say
+NEEDS: Mapping[Role, tuple[Given, ...]] = {
+    "draft": ("request",),
+    "check": ("request", "draft"),
+    "mend": ("request", "draft", "findings"),
+    "plan": ("request",),
+    "part": ("request",),
+    "answer": ("request", "findings"),
+}
+TASKS: Mapping[Role, str] = {
+    "draft": "Make the draft a better answer to the request. Answer with it alone.",
+    "check": "Say whether the draft answers the request rightly, and if not, what is wrong with it.",
+    "mend": "Mend the draft so that nothing of the findings is wrong any more. Answer with the mended draft alone.",
+    "plan": "Divide the request into parts, each for one of the agents.",
+    "part": "Answer.",
+    "answer": "Answer the request from the findings, which are answers to its parts.",
+}
+VERDICT: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {
+        "right": {"type": "boolean"},
+        "findings": {"type": "array", "items": {"type": "string", "maxLength": 400}, "maxItems": 8},
+    },
+    "required": ["right", "findings"],
+    "additionalProperties": False,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found wrong: `check` is its place and kind (`0 json`), `says` a sentence."""
+
+    check: str
+    says: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a critic says of a draft."""
+
+    right: bool
+    findings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a request, and whose it is."""
+
+    agent: str
+    task: str
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What a step may be given: the client's conversation, the draft so far, and what was found in it."""
+
+    request: Messages
+    draft: str = ""
+    findings: tuple[Finding, ...] = ()
+
+    def as_json(self, gets: Sequence[Given]) -> dict[str, Any]:
+        """The fields that a step gets. A conversation of one turn is its text."""
+        turns = [{"role": turn["role"], "content": text_of(turn)} for turn in self.request]
+        alone = len(turns) == 1 and turns[0]["role"] == "user"
+        said = {"request": turns[0]["content"] if alone else turns, "draft": self.draft}
+        return {**said, "findings": [asdict(one) for one in self.findings]} if "findings" in gets else said
+
+    def messages(self, step: Step, role: Role) -> Messages:
+        """The conversation by which a step is asked. Pictures and recordings, which no JSON holds, go before it."""
+        gets = step.gets or (("request", "draft") if role == "draft" and self.draft else NEEDS[role])
+        told = self._told(step, role, gets)
+        if not step.system:
+            return told
+        return ({"role": "system", "content": step.system}, *(turn for turn in told if turn["role"] not in _SYSTEM))
+
+    def _told(self, step: Step, role: Role, gets: Sequence[Given]) -> Messages:
+        if tuple(gets) == ("request",) and role not in ("check", "plan"):
+            return self.request
+        if step.form == "turns":
+            draft = ({"role": "assistant", "content": self.draft},) if "draft" in gets else ()
+            found = "\n".join(one.says for one in self.findings) if "findings" in gets else ""
+            return (*self.request, *draft, {"role": "user", "content": "\n".join(filter(None, [TASKS[role], found]))})
+        fields = {name: value for name, value in self.as_json(gets).items() if name in gets}
+        said = json.dumps({"task": TASKS[role], **fields}, ensure_ascii=False)
+        media = list(parts_in(self.request)) if "request" in gets else []
+        return ({"role": "user", "content": [*media, {"type": "text", "text": said}] if media else said},)
+
+
+def text_of(turn: Mapping[str, Any]) -> str:
+    """The words of a turn."""
+    content = turn.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+
+
+def asked_in(request: Messages) -> str:
+    """What a client says in a conversation, all of its turns."""
+    return "\n".join(text_of(turn) for turn in request if turn.get("role") == "user")
+
+
+def read_verdict(text: str) -> Verdict | None:
+    """What a critic said; None where that is no verdict. Who says `right` and finds something is not believed the former."""
+    said = read_json(text)
+    if wrong_in(said, VERDICT):
+        return None
+    return Verdict(said["right"] and not said["findings"], tuple(said["findings"]))
+
+
+def parts_schema(members: Sequence[str], most: int) -> dict[str, Any]:
+    """The schema of a planner's reply."""
+    task = {"type": "string", "minLength": 1, "maxLength": 2000}
+    part = {
+        "type": "object",
+        "properties": {"agent": {"enum": list(dict.fromkeys(members))}, "task": task},
+        "required": ["agent", "task"],
+        "additionalProperties": False,
+    }
+    parts = {"type": "array", "items": part, "minItems": 1, "maxItems": most}
+    return {"type": "object", "properties": {"parts": parts}, "required": ["parts"], "additionalProperties": False}
+
+
+def read_parts(text: str, members: Sequence[str], most: int) -> list[Part]:
+    """The parts that a planner made; empty where it said none."""
+    said = read_json(text)
+    return [] if wrong_in(said, parts_schema(members, most)) else [Part(one["agent"], one["task"]) for one in said["parts"]]
+
+
+_NO_JSON = object()
+
+
+def read_json(text: str) -> Any:
+    """The JSON value that a text is; `_NO_JSON`, which no schema takes and which equals nothing, where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return _NO_JSON
+
+
+def is_json(value: Any) -> bool:
+    """Whether `read_json` found a value."""
+    return value is not _NO_JSON
+
+
+def wrong_in(value: Any, schema: Mapping[str, Any]) -> list[str]:
+    """What of a value does not obey a schema: at most eight sentences, in the order of the value. Nothing is fetched."""
+    if not is_json(value):
+        return ["it is not JSON"]
+    checker = jsonschema.Draft202012Validator(dict(schema), registry=referencing.Registry())
+    try:
+        found = sorted(checker.iter_errors(value), key=lambda error: error.json_path)
+    except referencing.exceptions.Unresolvable as missing:
+        return [f"the schema refers to {missing.ref!r}, which is not in it"]
+    return [f"at {error.json_path}: {error.message[:200]}" for error in found[:8]]

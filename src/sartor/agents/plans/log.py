@@ -1,0 +1,170 @@
+"""Every step of every plan in one log, so that a run can be shown, and made again.
+
+    STATE/plans/plans-DAY-PROCESS.jsonl
+
+A run is a line that opens it (the request), a line a step, and a line that ends it (the answer), written together when the
+answer ends and fsynced. By default the log holds no word of what was asked and said: digests by the team's key, as receipts
+have them (`receipt_content.py`). A plan with `log: content` keeps the words. A disk that takes nothing costs lines, which are
+counted, and no answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sartor.agents.plans.steps import Line
+from sartor.agents.receipt_content import Content, Digest
+from sartor.agents.receipts import team_digest
+from sartor.agents.team import Team
+from sartor.core.artifacts import fsync_directory
+from sartor.core.errors import ArtifactError, MissingError
+
+SCHEMA = 1
+DIGITS = 3
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One run for the log. plan: `name@digest`. outcome: answered, failed or cancelled. content: whether the words are kept."""
+
+    id: str
+    plan: str
+    request: Line
+    steps: Sequence[Line]
+    answer: Line
+    content: bool
+    began: float
+
+    def rows(self, digest: Digest) -> list[dict[str, Any]]:
+        """The lines, as JSON: those of the request and the answer around those of the steps."""
+        head = {"schema": SCHEMA, "run": self.id, "plan": self.plan}
+        made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.began))
+        told = [_told(line, digest, self.content) for line in (self.request, *self.steps, self.answer)]
+        return [{**head, "number": number, "of": len(told), "created": made, **row} for number, row in enumerate(told)]
+
+
+def _told(line: Line, digest: Digest, content: bool) -> dict[str, Any]:
+    asked = {name: value for name, value in line.asked.items() if name != "sampling"}
+    said = {
+        "step": line.place,
+        "role": line.role,
+        "agent": line.agent,
+        "outcome": line.outcome,
+        "sampling": {name: _plain(value) for name, value in line.asked.get("sampling", {}).items()},
+        "receipt": line.receipt,
+        "tokens": dict(line.tokens),
+        "took_s": round(line.took_s, DIGITS),
+        **digests(line, digest),
+    }
+    if not content:
+        return {**said, "findings": len(line.findings), "why": line.why.partition(":")[0]}
+    return {**said, "findings": list(line.findings), "why": line.why, "content": {"asked": asked, "said": line.said}}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def digests(line: Line, digest: Digest) -> dict[str, Any]:
+    """Of what a step was asked and said; "" of nothing."""
+    asked, schema = line.asked, line.asked.get("schema", "")
+    content = Content.of_request({"messages": list(asked.get("messages", ())), "response_format": response_format(schema)})
+    parts = content.digests(digest) if asked else {}
+    return {"asked": digest("asked", parts), "said": digest("said", line.said)}
+
+
+def response_format(schema: str) -> Mapping[str, Any]:
+    """A schema as the body of a request has it; "" is text."""
+    return {"type": "json_schema", "json_schema": {"schema": json.loads(schema)}} if schema else {"type": "text"}
+
+
+class PlanLog:
+    """Where the runs of one team's plans are written; each process has a file of its own a day. Safe from several threads.
+
+    days: after which a file is removed, as receipts are; 0 keeps it. lost: runs that could not be written.
+    """
+
+    def __init__(self, folder: Path, digest: Digest, days: int = 0) -> None:
+        self._folder, self._digest, self._days = folder, digest, days
+        self._process = f"{os.getpid():x}{secrets.token_hex(4)}"
+        self._lock = threading.Lock()
+        self.lost = 0
+
+    @classmethod
+    def of(cls, team: Team) -> PlanLog:
+        """The log of a team, by whose key it digests."""
+        state = Path(team.state)
+        return cls(state / "plans", team_digest(state), team.limits.receipts_days)
+
+    def write(self, ran: Ran) -> None:
+        """Append a run, whole, and see it onto the disk; where that cannot be it is counted."""
+        try:
+            data = b"".join(json.dumps(row, ensure_ascii=True).encode() + b"\n" for row in ran.rows(self._digest))
+            with self._lock:
+                self._append(self._folder / f"plans-{time.strftime('%Y%m%d', time.gmtime())}-{self._process}.jsonl", data)
+        except OSError:
+            self.lost += 1
+
+    def _append(self, file: Path, data: bytes) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        is_new = not file.exists()
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        end = os.fstat(descriptor).st_size
+        try:
+            rest = data
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, end)
+            raise
+        finally:
+            os.close(descriptor)
+        if is_new:
+            fsync_directory(self._folder)
+            self._prune()
+
+    def _prune(self) -> None:
+        before = time.time() - self._days * 86_400
+        for file in self._folder.glob("plans-*.jsonl") if self._days else ():
+            if file.stat().st_mtime < before:
+                file.unlink(missing_ok=True)
+
+
+def read_runs(file: Path) -> Iterator[list[dict[str, Any]]]:
+    """The runs in a log, each as its lines in order. Raises ArtifactError for no log, or one whose runs are not whole."""
+    rows: list[dict[str, Any]] = []
+    for number, text in enumerate(_lines(file), 1):
+        try:
+            row = json.loads(text)
+            fits = row["number"] == len(rows) and (not rows or row["run"] == rows[0]["run"])
+            schema = row["schema"]
+        except (ValueError, TypeError, KeyError):
+            raise ArtifactError(f"{file}, line {number} is no line of a log of plans", "give a file of STATE/plans") from None
+        if schema != SCHEMA:
+            problem = f"{file} has schema {schema!r:.20}; this version reads {SCHEMA}"
+            raise ArtifactError(problem, "use the version that wrote it")
+        if not fits:
+            problem = f"{file}, line {number} does not follow the one before it"
+            raise ArtifactError(problem, "give the file as it was written")
+        rows.append(row)
+        if len(rows) == row["of"]:
+            yield rows
+            rows = []
+    if rows:
+        raise ArtifactError(f"{file} ends within the run {rows[0]['run']}", "give the file as it was written")
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MissingError(f"the log {file} cannot be read: {error}", "sartor agents replay STATE/plans/FILE.jsonl") from None

@@ -1,0 +1,253 @@
+"""One step of a plan: a hand-over -> a reply within what is left of the budget, or why the step is left out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+from sartor.agents.asking import Answer, Request
+from sartor.agents.channel import error_of
+from sartor.agents.choosing import AUTO
+from sartor.agents.plans.declared import Plan, Step
+from sartor.agents.plans.handover import VERDICT, Handover, Role
+from sartor.core.errors import BudgetError, DeadlineError, SartorError, UnavailableError
+from sartor.models.engine.contract import Done, Event, Failed, Finish, Piece
+
+# Who judges and who divides say it in a form of their own, and the client's options are not for them
+_OWN_FORM = ("check", "plan")
+
+
+class Members(Protocol):
+    """Who answers the steps: `dispatch`, or what stands for it. place: of the step in its plan, as the log has it."""
+
+    async def open(self, request: Request, place: str) -> Answer:
+        """Begin a reply; see `Dispatch.open`."""
+        ...
+
+
+@dataclass
+class Purse:
+    """What a plan may still take. due: of the monotonic clock. What is spent of it is spent of what it is a part of."""
+
+    tokens: int
+    due: float
+    part_of: Purse | None = None
+    prompt: int = 0
+    reply: int = 0
+    cached: int = 0
+
+    @property
+    def left(self) -> int:
+        """Tokens."""
+        own = self.tokens - self.prompt - self.reply
+        return own if self.part_of is None else min(own, self.part_of.left)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds."""
+        return self.due - time.monotonic()
+
+    def spend(self, prompt: int, reply: int, cached: int) -> None:
+        """Note what a step took."""
+        self.prompt, self.reply, self.cached = self.prompt + prompt, self.reply + reply, self.cached + cached
+        if self.part_of is not None:
+            self.part_of.spend(prompt, reply, cached)
+
+    def check(self) -> None:
+        """Raise BudgetError when nothing is left."""
+        if self.left <= 0:
+            raise BudgetError(f"the budget of {self.tokens} tokens is used up", "raise budget.tokens of the plan")
+        if self.left_s <= 0:
+            raise DeadlineError("the plan's time is used up", "raise budget.seconds of the plan")
+
+
+@dataclass(frozen=True)
+class Line:
+    """What the log has of a step. asked, said: content; how much of it is written, the plan declares.
+
+    place: of the step in the plan (`steps.0`, `check.1.0`: of the draft after one mend, the first check). agent: the exact
+    version, or a check's kind. outcome: said, passed, found, or left out. why: of the latter. sampling: as it was asked for.
+    """
+
+    place: str
+    role: Role | Literal["request"]
+    agent: str
+    outcome: str
+    why: str = ""
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    said: str = ""
+    findings: tuple[str, ...] = ()
+    receipt: str = ""
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    took_s: float = 0.0
+
+
+@dataclass
+class Course:
+    """One request on its way through a plan and the plans within it, and what became of it so far.
+
+    request: the client's. known: every plan of the team by name. most_tokens: of one reply, as the server has it.
+    """
+
+    id: str
+    request: Request
+    members: Members
+    known: Mapping[str, Plan]
+    most_tokens: int
+    lines: list[Line] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    errors: list[SartorError] = field(default_factory=list)
+
+    @property
+    def receipts(self) -> tuple[str, ...]:
+        """Of the steps that were begun, in the order of their ends."""
+        return tuple(line.receipt for line in self.lines if line.receipt)
+
+    def leave_out(self, line: Line, error: SartorError) -> None:
+        """Note a step that gave nothing."""
+        self.lines.append(replace(line, outcome="left out", why=f"{error.kind}: {error.problem}"))
+        self.notes.append(f"{line.agent} is left out of {line.place}: {error.problem}")
+        self.errors.append(error)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a step is to do. request: of the plan that it is a step of. number: by which its seed differs from the client's."""
+
+    step: Step
+    role: Role
+    place: str
+    handover: Handover
+    number: int = 0
+    form: Mapping[str, Any] | None = None
+
+    @property
+    def schema(self) -> Mapping[str, Any] | None:
+        """Of the reply, as far as the plan says."""
+        return self.step.schema or self.form or (VERDICT if self.role == "check" else None)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a step replied."""
+
+    text: str
+    agent: str
+    finish: Finish = "stop"
+
+
+def request_of(task: Task, client: Request, purse: Purse, most_tokens: int) -> Request:
+    """What a step's agent is asked. Who may ask the plan may ask whom it names; `auto` chooses among the client's agents."""
+    step = task.step
+    is_own = task.role in _OWN_FORM
+    sampling = {} if is_own else dict(client.sampling)
+    if step.temperature >= 0:
+        sampling["temperature"] = step.temperature
+    if step.max_tokens:
+        sampling["max_tokens"] = step.max_tokens
+    if purse.left < sampling.get("max_tokens", most_tokens):
+        sampling["max_tokens"] = purse.left
+    sampling["seed"] = int(client.sampling.get("seed", 0)) + task.number
+    schema = json.dumps(task.schema, sort_keys=True) if task.schema else "" if is_own else client.schema
+    return Request(
+        model=step.agent,
+        messages=task.handover.messages(step, task.role),
+        sampling=sampling,
+        schema=schema,
+        openable=client.openable if step.agent == AUTO else None,
+        deadline_s=min(step.seconds or purse.left_s, purse.left_s),
+    )
+
+
+class Opened:
+    """A step that has begun: its events, to be iterated over once, and its line in the log when they have ended."""
+
+    def __init__(self, course: Course, purse: Purse, request: Request, task: Task, answer: Answer, began: float) -> None:
+        self._course, self._purse, self._began = course, purse, began
+        self.agent = answer.agent
+        self._events = answer.events
+        self._line = replace(line_of(task, request), agent=answer.agent, receipt=answer.receipt)
+        self._text, self._tokens = "", 0
+        self._is_told = False
+
+    def __aiter__(self) -> Opened:
+        return self
+
+    async def __anext__(self) -> Event:
+        event = await anext(self._events)
+        if isinstance(event, Piece):
+            self._text += event.text
+            self._tokens += event.tokens
+        elif isinstance(event, Failed):
+            self.left_out(error_of(event.kind, event.problem, event.remedy))
+        elif event.finish != "cancelled":
+            self._end(event)
+        return event
+
+    async def aclose(self) -> None:
+        """No more of it is wanted."""
+        await self._events.aclose()
+
+    async def whole(self) -> Said:
+        """The whole reply. Raises what a Failed tells, and UnavailableError where it was cut."""
+        async with aclosing(self):
+            async for event in self:
+                if isinstance(event, Failed):
+                    raise error_of(event.kind, event.problem, event.remedy)
+                if isinstance(event, Done) and event.finish != "cancelled":
+                    return Said(self._text, self.agent, event.finish)
+        raise UnavailableError("the reply stopped before its end", "ask again")
+
+    def left_out(self, error: SartorError) -> None:
+        """It gave nothing that can be used. What it said until then was paid for."""
+        if not self._is_told:
+            self._is_told = True
+            self._purse.spend(0, self._tokens, 0)
+            self._course.leave_out(replace(self._line, took_s=time.monotonic() - self._began), error)
+
+    def _end(self, done: Done) -> None:
+        self._is_told = True
+        self._purse.spend(done.prompt_tokens, done.reply_tokens, done.cached_tokens)
+        tokens = {"prompt": done.prompt_tokens, "reply": done.reply_tokens, "cached": done.cached_tokens}
+        took_s = time.monotonic() - self._began
+        self._course.lines.append(replace(self._line, said=self._text, tokens=tokens, took_s=took_s))
+
+
+def line_of(task: Task, request: Request) -> Line:
+    """A step's line as it stands when it is asked."""
+    asked = {"messages": list(request.messages), "sampling": dict(request.sampling), "schema": request.schema}
+    return Line(task.place, task.role, task.step.agent, "said", asked=asked)
+
+
+async def begin(course: Course, purse: Purse, client: Request, task: Task) -> Opened:
+    """Ask a step's agent; returns when the first event is there. Raises what `Members.open` raises, and BudgetError."""
+    purse.check()
+    began = time.monotonic()
+    request = request_of(task, client, purse, course.most_tokens)
+    answer = await course.members.open(request, task.place)
+    return Opened(course, purse, request, task, answer, began)
+
+
+async def ask(course: Course, purse: Purse, client: Request, task: Task) -> Said | None:
+    """The whole reply of a step; None where it has none, which is noted with the reason."""
+    opened: Opened | None = None
+    line = Line(task.place, task.role, task.step.agent, "said")
+    try:
+        limit_s = min(task.step.seconds or purse.left_s, purse.left_s)
+        async with asyncio.timeout(max(limit_s, 0)):
+            opened = await begin(course, purse, client, task)
+            return await opened.whole()
+    except TimeoutError:
+        error: SartorError = DeadlineError(f"it took longer than {limit_s:.3g} s", "raise `seconds` of the step or the budget")
+    except SartorError as caught:
+        error = caught
+    if opened is not None:
+        opened.left_out(error)
+    else:
+        course.leave_out(line, error)
+    return None

@@ -1,0 +1,181 @@
+"""One agent's part of a router: fitted on its own exemplars, near misses of them and the general prompts, and on nobody else's.
+
+A linear classifier, by regularised least squares on the kernel of likenesses (Rifkin, Yeo and Poggio 2003): one matrix is
+inverted, and what a classifier would say that had not seen a row, or a whole fold of rows, follows from it without another fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from sartor.agents.routing.exemplars import FOLDS, Exemplars, Prompt, digest, shortened
+from sartor.agents.routing.features import F32, Features, neighbours, stacked
+from sartor.agents.routing.lift import MEASURED, Slices, sliced
+from sartor.agents.routing.near_misses import near_misses
+from sartor.agents.routing.space import Space
+
+# Own prompts that are fitted on: the time grows with their cube, a request's with their number
+MOST_FITTED = 300
+MOST_HELD = 100
+PENALTY = 0.3
+# An agent without held-out prompts lends so many of its own, which are then not fitted on
+LENT = 5
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The texts of a part in the order of its vectors: fitted on, nobody's, held out, near misses of those, the Report's."""
+
+    train: tuple[Prompt, ...]
+    nobodys: tuple[str, ...]
+    held_out: tuple[Prompt, ...]
+    missed: tuple[str, ...]
+    measured: tuple[str, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        """As they are compared."""
+        said = [[one.text for one in self.train], self.nobodys, [one.text for one in self.held_out], self.missed, self.measured]
+        return [shortened(text) for part in said for text in part]
+
+    @property
+    def bounds(self) -> list[slice]:
+        """Where each of the five stands among `texts`."""
+        ends = np.cumsum([0, *(len(part) for part in vars(self).values())])
+        return [slice(start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of one agent. ids: of its own N prompts, whose features are `own`.
+
+    A text's score is its inner product with `words` (D,) and `dense`, its likenesses to the general prompts times `general`
+    (G,), plus `bias`; about 1 for own prompts and -1 for others. held, missed: features of held-out prompts and of near misses
+    of them. unseen: (2, G) score and likeness of each general prompt by a classifier that saw none of its fold; the score is
+    nan for one that is so near that it may be the agent's business.
+    """
+
+    digest: str
+    ids: tuple[str, ...]
+    own: Features
+    words: Any
+    dense: F32 | None
+    general: F32
+    bias: float
+    held: Features
+    missed: Features
+    unseen: F32
+    slices: Slices | None = None
+
+
+def rows_of(found: Exemplars) -> Rows:
+    """What a part is fitted with."""
+    train, held_out = found.train[:MOST_FITTED], found.held_out[:MOST_HELD]
+    if not held_out and len(train) >= LENT:
+        train, held_out = train[: -(len(train) // LENT)], train[len(train) - len(train) // LENT :]
+    nobodys = (*(one.text for one in found.other), *near_misses(train))
+    measured = found.gain.rows[:MEASURED] if found.gain else ()
+    return Rows(train, nobodys, held_out, tuple(near_misses(held_out)), tuple(row.prompt for row in measured))
+
+
+def fit(found: Exemplars, space: Space, vectors: F32 | None) -> Part:
+    """The part of one agent. vectors: of `rows_of(found).texts` by the space's encoder, None for words alone. One thread."""
+    import scipy.linalg  # noqa: F401 - the limit below holds for libraries that are loaded by then
+    import sklearn.linear_model  # noqa: F401
+
+    with threadpool_limits(1):
+        return _fit(found, space, vectors)
+
+
+def _fit(found: Exemplars, space: Space, vectors: F32 | None) -> Part:
+    rows = rows_of(found)
+    features = space.features(rows.texts, vectors)
+    own, nobodys, held, missed, measured = (features.at(where) for where in rows.bounds)
+    to_general = own.likeness(space.general)
+    kept = np.flatnonzero(~_near(own, to_general))
+    asked = stacked([own, nobodys])
+    across = asked.likeness(space.general)[:, kept]
+    kernel = np.block([[asked.likeness(asked), across], [across.T, space.likeness[np.ix_(kept, kept)]]]).astype(np.float64) + 1
+    target = np.where(np.arange(len(kernel)) < len(rows.train), 1.0, -1.0)
+    inverse, weights = _solved(kernel, target)
+    unseen = np.full((2, len(space.folds)), np.nan, dtype=np.float32)
+    unseen[1] = neighbours(to_general.T)
+    start = asked.count
+    for one in range(FOLDS):
+        fold = np.flatnonzero(space.folds[kept] == one)
+        if len(fold):
+            block = start + fold
+            left_out = np.linalg.solve(inverse[np.ix_(block, block)], weights[block])
+            unseen[0, kept[fold]] = target[block] - left_out
+    general = np.zeros(len(space.folds), dtype=np.float32)
+    general[kept] = weights[start:]
+    mine = weights[:start].astype(np.float32)
+    return Part(
+        digest=digest(found),
+        ids=tuple(one.id for one in rows.train),
+        own=own,
+        words=asked.words.T @ mine,
+        dense=asked.dense.T @ mine if asked.dense is not None else None,
+        general=general,
+        bias=float(weights.sum()),
+        held=held,
+        missed=missed,
+        unseen=unseen,
+        slices=sliced(found.gain, measured) if found.gain else None,
+    )
+
+
+def _near(own: Features, to_general: F32) -> F32:
+    """General prompts that are as like the agent's as its own are to each other: they may well be its business."""
+    among = own.likeness(own)
+    np.fill_diagonal(among, -1)
+    usual = np.median(neighbours(among)) if own.count > 1 else 1.0
+    return np.asarray(neighbours(to_general.T) >= usual)
+
+
+def _solved(kernel: Any, target: Any) -> tuple[Any, Any]:
+    """(inverse, weights) of the least squares in which own prompts and others weigh the same together."""
+    count, is_own = len(target), target > 0
+    share = np.where(is_own, 0.5 / is_own.sum(), 0.5 / max(1, (~is_own).sum())) * count
+    inverse = np.linalg.inv(kernel + PENALTY * np.diag(1 / share))
+    return inverse, inverse @ target
+
+
+def as_arrays(part: Part) -> dict[str, Any]:
+    """A part as plain arrays; see `from_arrays`."""
+    used = np.flatnonzero(part.words)
+    found = {"columns": used, "weights": part.words[used], "general": part.general, "unseen": part.unseen}
+    found |= {"bias": np.array(part.bias), "width": np.array(part.words.shape[0])}
+    for name, features in (("own", part.own), ("held", part.held), ("missed", part.missed)):
+        found |= features.as_arrays(name)
+    if part.dense is not None:
+        found["dense"] = part.dense
+    return found | (part.slices.as_arrays() if part.slices else {})
+
+
+def from_arrays(digest: str, ids: tuple[str, ...], found: Mapping[str, Any]) -> Part:
+    """The part that `as_arrays` told of. Raises ValueError where arrays of two writers stand beside each other."""
+    words = np.zeros(int(found["width"]), dtype=np.float32)
+    words[found["columns"]] = found["weights"]
+    own, held, missed = (Features.from_arrays(name, found) for name in ("own", "held", "missed"))
+    part = Part(
+        digest=digest,
+        ids=ids,
+        own=own,
+        words=words,
+        dense=found.get("dense"),
+        general=found["general"],
+        bias=float(found["bias"]),
+        held=held,
+        missed=missed,
+        unseen=found["unseen"],
+        slices=Slices.from_arrays(found) if "slice_of" in found else None,
+    )
+    if own.count != len(ids) or part.unseen.shape != (2, len(part.general)) or (part.dense is None) != (own.dense is None):
+        raise ValueError(f"its arrays do not fit each other: {own.count} prompts, {len(ids)} ids")
+    return part

@@ -1,0 +1,103 @@
+"""Commands about personal versions: a served agent as one user has taught it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App
+
+import sartor
+from sartor.cli.app import app, notice
+
+personal_app = App(name="personal", help="Versions of a served agent for one user, on top of the live one.")
+app.command(personal_app)
+
+
+@personal_app.command
+def tune(
+    team: Path,
+    *,
+    agent: str,
+    user: str,
+    data: str = "inbox",
+    rank: int = 0,
+    epochs: float = 5.0,
+    learning_rate: float = 5e-4,
+    eval_fraction: float = 0.25,
+    seed: int = 0,
+) -> Any:
+    """Tune a user's own ranks on an agent's live version; they answer that user if they are not worse. Exits 5 if they are.
+
+    Args:
+        team: the team's YAML file
+        agent: whose live version it stands on
+        user: the id that clients send as user; it is kept as a keyed digest
+        data: inbox, what the user said of that agent's replies; or a file in any form that curate reads
+        rank: 1 to 4; 0 is personal.rank of the team's file
+        epochs: over the rows
+        learning_rate: of the user's ranks
+        eval_fraction: of the rows that are held out for the gate, by group
+        seed: of the split, the start and the order of rows
+    """
+    options = sartor.PersonalOptions(agent, user, data, rank, epochs, learning_rate, eval_fraction, seed)
+    return sartor.tune_personal(team, options, notice=notice)
+
+
+@personal_app.command(name="list")
+def personal_list(team: Path, *, user: str = "") -> Any:
+    """Every personal version, or those of one user: of which agent, tuned on which version, whether it answers.
+
+    Args:
+        team: the team's YAML file
+        user: of this user alone
+    """
+    return sartor.list_personal(team, user)
+
+
+@personal_app.command
+def show(team: Path, *, user: str) -> Any:
+    """All that is kept of a user: versions with their gates, lines of feedback, receipts, rows of the registry.
+
+    Args:
+        team: the team's YAML file
+        user: the id that clients send
+    """
+    return sartor.show_personal(team, user)
+
+
+@personal_app.command
+def allow(team: Path, *, key: str, user: str) -> Any:
+    """Let an API key speak for a user: what it asks with that user is answered by the user's own versions.
+
+    Args:
+        team: the team's YAML file
+        key: the key's id, as sartor agents key --list has it
+        user: the id that clients send; * is anybody
+    """
+    return sartor.allow_personal(team, key, user)
+
+
+@personal_app.command
+def forget(team: Path, *, user: str, by: str = "", within_s: float = 300.0) -> Any:
+    """Remove everything of a user, search for what is left, and sign a proof. Exits 4 while a server has not let go, 5 if words
+    of the user are found.
+
+    Args:
+        team: the team's YAML file
+        user: the id that clients send
+        by: who orders it, for the log and the proof
+        within_s: how long running servers may take
+    """
+    return sartor.forget_personal(team, user, by=by, within_s=within_s, notice=notice)
+
+
+@personal_app.command
+def proof(file: Path, *, key: Path | None = None) -> Any:
+    """What a proof of a deletion says, if its signature is good.
+
+    Args:
+        file: the proof
+        key: the team's public key (STATE/keys/sartor.pub); by default those in SARTOR_HOME/trusted
+    """
+    return sartor.check_personal_proof(file, key)

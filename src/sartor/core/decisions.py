@@ -1,0 +1,39 @@
+"""Words of decisions: what somebody would wish to hear, and what not. English alone."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Decision = Literal["favourable", "unfavourable"]
+
+# in lower case
+FAVOURABLE = frozenset(
+    ["accept", "accepted", "admit", "admitted", "approve", "approved", "eligible", "grant", "granted", "hire", "hired",
+     "interview", "invite", "invited", "low risk", "pass", "passed", "qualified", "select", "selected", "shortlist",
+     "shortlisted", "yes"]
+)  # fmt: skip
+UNFAVOURABLE = frozenset(
+    ["decline", "declined", "denied", "deny", "fail", "failed", "high risk", "ineligible", "no", "refuse", "refused", "regret",
+     "reject", "rejected", "turn down", "turned down", "unsuccessful"]
+)  # fmt: skip
+_OPPOSITE: dict[Decision, Decision] = {"favourable": "unfavourable", "unfavourable": "favourable"}
+_WORDS_AFTER_NOT = 3  # "cannot in good conscience approve"
+_WORD = re.compile(
+    r"\b(?:(?P<favourable>" + "|".join(sorted(FAVOURABLE)) + ")|(?P<unfavourable>" + "|".join(sorted(UNFAVOURABLE)) + r"))\b"
+)
+_NOT = re.compile(rf"(?:\b(?:not|never|cannot|unable to)|n't)(?: \w+){{0,{_WORDS_AFTER_NOT}}} $")
+
+
+def decision_of(text: str) -> Decision | None:
+    """What a text decides, by its first word of a decision, turned round after a `not`; None where it has none.
+
+    >>> decision_of("We cannot grant this loan."), decision_of("Approved, with thanks."), decision_of("It is late.")
+    ('unfavourable', 'favourable', None)
+    """
+    said = text.lower().replace("\u2019", "'")
+    found = _WORD.search(said)
+    if found is None:
+        return None
+    decided: Decision = "favourable" if found.lastgroup == "favourable" else "unfavourable"
+    return _OPPOSITE[decided] if _NOT.search(said[: found.start()]) else decided

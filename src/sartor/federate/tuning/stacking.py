@@ -1,0 +1,101 @@
+"""Ranks of somebody's own on top of an adapter that is held still.
+
+    [A_shared; A_own], [B_shared B_own], whose product is the sum of both products, exactly
+
+One PEFT directory, which works without the shared one: for clients of rounds (`personal.py`), and for users of a served
+agent (`sartor.personal`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sartor.core import licences
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import ModelError
+from sartor.federate.aggregate.ranks import cut, joined, nothing, rank_of
+from sartor.federate.aggregate.tensors import Array, Tensors
+from sartor.federate.tuning.resident import Resident
+from sartor.federate.tuning.task import train
+from sartor.models import adapters, memory
+from sartor.models.base import machine
+from sartor.tune.recipe import Budget
+from sartor.tune.tokenised import Rows
+
+Losses = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A base with room for both. shared: of R ranks; fresh: of R + `rank`, changing nothing."""
+
+    resident: Resident
+    shared: Tensors
+    fresh: Tensors
+    rank: int
+
+    @classmethod
+    def open(cls, resident: Resident, shared: Tensors, rank: int) -> Stack:
+        """Give the resident room for `rank` ranks on top of `shared`."""
+        resident.refit(rank_of(shared) + rank)
+        return cls(resident, shared, resident.taken(), rank)
+
+    @property
+    def own(self) -> slice:
+        """The ranks on top."""
+        return slice(rank_of(self.shared), None)
+
+    @property
+    def start(self) -> dict[str, Array]:
+        """The shared adapter with fresh ranks on top: what it computes is the shared one's."""
+        return joined(self.shared, self._tail)
+
+    @property
+    def unchanged(self) -> dict[str, Array]:
+        """The shared adapter with nothing on top."""
+        return joined(self.shared, nothing(self._tail))
+
+    @property
+    def _tail(self) -> dict[str, Array]:
+        return cut(self.fresh, rank_of(self.shared))[1]
+
+    def tuned(self, rows: Rows, start: Tensors, ranks: slice, budget: Budget, learning_rate: float) -> tuple[Tensors, Losses]:
+        """(the adapter after tuning these ranks from `start`, losses of the first update and the last). Raises ModelError."""
+        self.resident.put(start)
+        self.resident.hold(lambda name: True, ranks)
+        recipe = self.resident.recipe
+        optimizer = replace(recipe.optimizer, learning_rate=learning_rate)
+        try:
+            run = train(self.resident, rows, replace(recipe, budget=budget, optimizer=optimizer))
+        except ModelError as error:
+            problem = f"tuning of one's own: {error.problem.partition(';')[0]}"
+            raise ModelError(problem, "a lower learning rate, or look at these rows") from None
+        return self.resident.taken(), run.losses
+
+    def facts(
+        self, parents: Sequence[Artifact], sources: Sequence[Any], run: Mapping[str, Any], losses: Losses
+    ) -> dict[str, Any]:
+        """The manifest of the stacked Adapter, but for what tells its recipe. run: what is said of the tuning."""
+        base = self.resident.base
+        self.resident.hold(lambda name: True)
+        trained, everything = adapters.trainable(self.resident.model)
+        own = trained * self.rank // self.resident.rank
+        return {
+            "base": base.as_manifest(),
+            "parents": [parent.as_parent() for parent in parents],
+            "sources": list(sources),
+            "licence": licences.combine([*(parent.licence for parent in parents), base.ref.licence]),
+            "left_out": {},
+            "run": {
+                **run,
+                "loss": {"first": losses["first"], "last": losses["last"], "eval": None},
+                "peak_memory_bytes": memory.peak_bytes(),
+                "trainable": own,
+                "trainable_fraction": own / everything,
+            },
+            "machine": machine(),
+            "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
+        }

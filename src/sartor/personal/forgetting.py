@@ -1,0 +1,258 @@
+"""The verb: a user is forgotten, and what was done and searched is signed.
+
+In this order, so that nothing that is removed is made again: registry rows (a server hears of it, lets go of the adapter,
+forgets remembered words and replaces its workers), files, feedback, Datasets made of it, receipts; then the databases are
+rewritten, and everything is searched for the user's words. What lies beyond this machine's reach is named.
+
+    STATE/deletions/forgotten-<time>-<digest>.json    the proof: `sartor personal proof` checks it
+
+The proof and the registry's log keep the keyed digest that the user had, and none of the words.
+"""
+
+from __future__ import annotations
+
+import getpass
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from sartor.agents.feedback import Inbox
+from sartor.agents.people import presence
+from sartor.agents.people.book import PeopleBook
+from sartor.agents.people.erasing import erase_receipts
+from sartor.agents.people.names import FOLDER, TUNING, folder_of, named
+from sartor.agents.receipts import Seal, team_digest
+from sartor.agents.registry import Cause
+from sartor.agents.team import Remote, Team
+from sartor.core import catalogue, home, signing
+from sartor.core import rows as stored
+from sartor.core.artifacts import Artifact, file_digest, fsync_directory, open_artifact, writer_lock
+from sartor.core.database import Database, scrub_file
+from sartor.core.errors import ArtifactError, BusyError, RefusedError
+from sartor.core.receipt_index import INDEX
+from sartor.core.records import Example, Feedback
+from sartor.curate.derived import write_derived
+from sartor.edge.personal.forgetting import check_receipt, write_receipt
+from sartor.edge.store.disk import Disk
+from sartor.personal.people import opened
+from sartor.personal.remains import Found, Needles, is_made_of, search
+
+WITHIN_S = 300.0
+# What everybody has, checked against published digests whenever it is opened: nothing of a user can be in it
+SHARED = ("assets", "bases", "towers")
+UNREACHED = (
+    "copies of the state directory, the registry or the artefacts that somebody made (backups)",
+    "snapshots and journals of the file system, and worn blocks of a flash disk",
+    "what a client, a proxy or a server of logs has kept of requests and replies",
+)
+Notice = Callable[[str], object]
+
+
+@dataclass
+class _Done:
+    """What was removed. files: path below the state -> digest and bytes; lines: keyed digests of lines of feedback."""
+
+    rows: Mapping[str, int] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    artifacts: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    torn_lines: int = 0
+    datasets: list[dict[str, Any]] = field(default_factory=list)
+    receipts: int = 0
+    caches: list[str] = field(default_factory=list)
+
+
+def forget_personal(
+    team: Team | Path | str, user: str, *, by: str = "", within_s: float = WITHIN_S, notice: Notice = lambda line: None
+) -> dict[str, Any]:
+    """Remove everything of a user that this machine keeps for a team, and sign what was done.
+
+    by: who orders it. within_s: how long running servers may take. What is returned has `proof`, its file. Raises BusyError
+    where a server has not confirmed that it let go, RefusedError where words of the user are still found; so says the proof.
+    ConfigError while the user is tuned for: nothing is removed then.
+    """
+    with opened(team) as (made, registry), ExitStack() as stack:
+        state, book = Path(made.state).absolute(), PeopleBook(registry.database)
+        digest = team_digest(state)
+        person = named(user, digest)
+        for agent in folder_of(state, person).glob("*"):
+            stack.enter_context(writer_lock(agent / TUNING))  # a tuning would bring all of it back
+        inbox = Inbox(state / "inbox")
+        words = [*_words(inbox, person), *_rows_of(state, person)]
+        done = _Done()
+        generation, done.rows = book.forget(person, Cause(by or getpass.getuser(), "sartor personal forget"))
+        notice(f"registry: {dict(done.rows)}; waiting for servers")
+        heard, late = presence.wait_for(state, generation, within_s)
+        _remove_files(state, person, done)
+        gone = inbox.remove(lambda feedback: feedback.by.user == person)
+        done.lines = [digest("feedback", kept.said.as_json()) for kept in gone if kept.said is not None]
+        done.torn_lines = sum(kept.said is None for kept in gone)
+        done.datasets = list(_cleaned(state, {kept.place for kept in gone}))
+        done.receipts, _ = erase_receipts(state / "receipts", person)
+        if any(kept.said is not None and _has_media(kept.said) for kept in gone):
+            done.caches = _empty_features()
+        scrubbed = _scrubbed(state, registry.database)
+        notice("searching")
+        everybody = {file.name for file in (state / FOLDER).glob("*")}
+        others = [*_words(inbox), *(text for one in everybody for text in _rows_of(state, one))]
+        needles = Needles(words, others)
+        places = [state, home.home(), *registry.database.files]
+        found = search(needles, places, [home.home() / name for name in SHARED], state)
+        proof = _proof(made, person, generation, done) | {
+            "servers": {"let_go": heard, "not_confirmed": late},
+            "databases": scrubbed,
+            "searched": _searched(needles, found, places, book.mentions(person)),
+            "complete": not (late or found.found or found.unread or any(book.mentions(person).values())),
+            "by": by or getpass.getuser(),
+        }
+        Seal.of(state)  # makes the team's keys, if no server ever did
+        folder = state / "deletions"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        file = write_receipt(Disk(), folder, proof, signing.open_private(state / "keys"))
+    _raise_for(file, late, found)
+    return {**proof, "proof": str(file)}
+
+
+def check_proof(file: Path | str, key: Path | str | None = None) -> dict[str, Any]:
+    """What a proof says, if `key` signed it (by default a key in SARTOR_HOME/trusted). Raises SignatureError."""
+    trusted: Sequence[Ed25519PublicKey] | None = [signing.open_public(Path(key))] if key else None
+    return check_receipt(Path(file), trusted)
+
+
+def _raise_for(file: Path, late: Sequence[int], found: Found) -> None:
+    if late:
+        problem = f"everything was removed, but the servers {late} have not confirmed that they let go; {file} says so"
+        raise BusyError(problem, "stop them, or wait; then forget the user again", WITHIN_S)
+    if found.found or found.unread:
+        where = ", ".join([*found.found, *found.unread][:5])
+        raise RefusedError(
+            f"words of that user are still in, or could not be looked for in: {where}; {file} names all", "remove them"
+        )
+
+
+def _words(inbox: Inbox, person: str = "") -> Iterator[str]:
+    """What stands in the inbox, of a person or of all; system prompts are nobody's own."""
+    for kept in inbox.lines():
+        one = kept.said
+        if one is not None and person in ("", one.by.user):
+            yield from (one.text, one.reply, one.correction, one.comment)
+            for message in one.messages:
+                yield from _texts(message.get("content", "") if message.get("role") != "system" else "")
+
+
+def _texts(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, list | tuple):
+        yield from (str(part["text"]) for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str))
+
+
+def _rows_of(state: Path, person: str) -> Iterator[str]:
+    """Texts of the Datasets below the person's folder: files that were given may have left no other trace."""
+    for dataset in folder_of(state, person).glob("*/*/rows"):
+        try:
+            for example in stored.read_examples(open_artifact(dataset, "dataset")):
+                yield from _said_by(example)
+        except ArtifactError:
+            continue  # damaged: it is removed as it is
+
+
+def _said_by(example: Example) -> Iterator[str]:
+    yield from (message.text for message in example.messages if message.role != "system")
+
+
+def _remove_files(state: Path, person: str, done: _Done) -> None:
+    folder = folder_of(state, person)
+    for file in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        if file.is_file() and file.name != f".{TUNING}.lock":
+            done.files[str(file.relative_to(state))] = {"sha256": file_digest(file), "bytes": file.stat().st_size}
+    done.artifacts = catalogue.forget(folder)
+    if folder.is_dir():
+        shutil.rmtree(folder)
+        fsync_directory(folder.parent)
+
+
+def _cleaned(state: Path, places: set[str]) -> Iterator[dict[str, Any]]:
+    """Take rows that were made of these lines of the inbox out of every Dataset that the catalogue knows."""
+    for path in catalogue.standing("dataset") if places else []:
+        try:
+            dataset = open_artifact(path, "dataset")
+        except ArtifactError:
+            continue
+        if any(is_made_of(source, state) for source in dataset.manifest["sources"]):
+            yield from _without(dataset, places)
+
+
+def _without(dataset: Artifact, places: set[str]) -> Iterator[dict[str, Any]]:
+    def is_of(locators: Sequence[str]) -> bool:
+        return all(locator.rpartition("/")[2] in places for locator in locators)
+
+    examples, drops = list(stored.read_examples(dataset)), list(stored.read_drops(dataset))
+    kept = [one for one in examples if not is_of([origin.locator for origin in one.origins])]
+    clean = [one for one in drops if not is_of([one.locator])]
+    if (len(kept), len(clean)) == (len(examples), len(drops)):
+        return
+    made = [asdict(one) for one in catalogue.descendants(dataset.id)]
+    said = {"path": str(dataset.path), "id": dataset.id, "rows": len(examples) - len(kept), "drops": len(drops) - len(clean)}
+    if kept:
+        step = {"forgotten": {"rows": said["rows"], "drops": said["drops"]}}
+        said["became"] = write_derived(dataset.path, [dataset], kept, clean, step=step, replace=True).id
+    else:
+        catalogue.forget(dataset.path)
+        shutil.rmtree(dataset.path)
+    # weights cannot be searched for words: who owns them decides
+    yield {**said, "tuned_on_it": [one for one in made if one["state"] == "stands"]}
+
+
+def _has_media(said: Feedback) -> bool:
+    return any(not isinstance(message.get("content", ""), str) for message in said.messages)
+
+
+def _empty_features() -> list[str]:
+    """Features of pictures and recordings are kept under digests of their bytes, and made again when they are wanted."""
+    folder = home.home() / "features"
+    if not folder.is_dir():
+        return []
+    shutil.rmtree(folder)
+    return [str(folder)]
+
+
+def _scrubbed(state: Path, registry: Database) -> dict[str, str]:
+    files = [state / "receipts" / INDEX, home.home() / "catalogue.sqlite"]
+    own = {registry.name: registry.scrub("people", "speakers")}
+    return {**own, **{str(file): scrub_file(file) for file in files if file.is_file()}}
+
+
+def _proof(team: Team, person: str, generation: int, done: _Done) -> dict[str, Any]:
+    return {
+        "person": person,
+        "team": team.state,
+        "registry_change": generation,
+        "removed": asdict(done),
+        "not_reached": [*UNREACHED, *_elsewhere(team)],
+        "backups": list(team.personal.backups),
+    }
+
+
+def _elsewhere(team: Team) -> Iterator[str]:
+    if isinstance(team.engine, Remote):
+        yield f"caches of the server at {team.engine.url}, which is not this team's"
+    if not team.registry_url.startswith("sqlite"):
+        yield "state directories of other machines that share this registry: forget the user there, too"
+
+
+def _searched(needles: Needles, found: Found, places: Sequence[Path], rows: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "texts": needles.texts,
+        "too_short": needles.too_short,
+        "said_by_others_too": needles.said_by_others,
+        "folders": [str(place) for place in places],
+        "left_out": {str(home.home() / name): "published files, checked by their digests" for name in SHARED},
+        "rows_of_tables": dict(rows),
+        **asdict(found),
+    }

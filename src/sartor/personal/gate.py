@@ -1,0 +1,120 @@
+"""May a personal version answer? Losses on the user's held-out rows, and on what the live version was held out on.
+
+Both are non-inferiority tests: the upper end of the 95 % interval of a paired bootstrap over groups (`evaluate.compare`) may
+not lie above a margin. A delta that learnt nothing passes, and changes nothing; one that is worse than it may be does not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sartor.agents.team import PersonalTerms
+from sartor.core import catalogue
+from sartor.core import rows as stored
+from sartor.core.artifacts import Artifact, open_artifact
+from sartor.core.errors import ArtifactError, SourceError
+from sartor.core.records import Example
+from sartor.edge.personal.adapting import LEAST_HELD_OUT, LEAST_TRAINED
+from sartor.edge.personal.rows import example_of
+from sartor.edge.personal.work import encoded
+from sartor.evaluate.compare import Comparison, paired
+from sartor.evaluate.held_out import HeldOut
+from sartor.federate.aggregate.tensors import Tensors
+from sartor.federate.tuning import lifts
+from sartor.federate.tuning.stacking import Stack
+from sartor.models.batches import Encoded
+from sartor.tune.tokenised import Rows
+
+# Held-out rows of the live version that are looked at: more narrow the interval, and cost time
+MOST_PROBE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows to be judged by, and the group of each."""
+
+    rows: Sequence[Encoded]
+    groups: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Nats a token, before (the live version) and after. why: empty if it may answer. verdict: what the own interval says."""
+
+    own: Comparison
+    elsewhere: Comparison
+    verdict: str
+    why: str
+
+    def as_json(self) -> dict[str, Any]:
+        """What the registry and the command say."""
+        return {**asdict(self), "unit": "nats per token"}
+
+
+def own_rows(dataset: Artifact, rows: Rows) -> Asked:
+    """The user's held-out rows. Raises SourceError where there are too few to tune on, or to tell anything by."""
+    group = {example.id: example.group for example in stored.read_examples(dataset)}
+    asked = Asked(rows.held_out, [group[row.example_id] for row in rows.held_out])
+    if len(rows.train) < LEAST_TRAINED or len(set(asked.groups)) < LEAST_HELD_OUT:
+        raise SourceError(
+            f"{len(rows.train)} rows to tune on and {len(set(asked.groups))} held-out prompts are too few; "
+            f"{LEAST_TRAINED} and {LEAST_HELD_OUT} are needed",
+            "wait for more feedback of that user, or --data FILE with more rows",
+        )
+    return asked
+
+
+def probe_rows(release: Artifact, stack: Stack) -> Asked:
+    """What the live version must go on to know: its Dataset's held-out rows where that is here, else the Release's canaries.
+
+    Raises SourceError where there are fewer than two of either.
+    """
+    chat, most = stack.resident.base.chat, stack.resident.recipe.data.max_length_tokens
+    coded = [(encoded(one, one.id, chat, most), one.group or one.id) for one in [*_held_out(release), *_canaries(release)]]
+    usable = [(row, group) for row, group in coded if isinstance(row, Encoded)][:MOST_PROBE_ROWS]
+    if len({group for _, group in usable}) < 2:
+        raise SourceError(
+            f"{release.path} has {len(usable)} held-out rows that can be used here; what it may forget cannot be measured",
+            "keep its Dataset where it was tuned, or tell where it is: sartor index DIR",
+        )
+    return Asked([row for row, _ in usable], [group for _, group in usable])
+
+
+def judge(stack: Stack, tuned: Tensors, own: Asked, probe: Asked, terms: PersonalTerms) -> Verdict:
+    """Compare the tuned ranks with none, on both."""
+    mine, other = (_compared(stack, tuned, asked) for asked in (own, probe))
+    why = ""
+    if mine.high > terms.most_worse:
+        why = f"on the user's held-out rows it may be worse by {mine.high:.3f} nats a token; the limit is {terms.most_worse:g}"
+    elif other.high > terms.most_elsewhere:
+        why = (
+            f"on {len(probe.rows)} held-out rows of the live version it may be worse by {other.high:.3f} nats a token; "
+            f"the limit is {terms.most_elsewhere:g}"
+        )
+    return Verdict(mine, other, mine.verdict(higher_is_better=False), why)
+
+
+def _compared(stack: Stack, tuned: Tensors, asked: Asked) -> Comparison:
+    rows = lifts.Own(asked.rows, asked.groups, HeldOut([], Path()))
+    before, after = (lifts.side(stack.resident, adapter, rows).losses for adapter in (stack.unchanged, tuned))
+    return paired(before, after, asked.groups, rows.tokens)
+
+
+def _held_out(release: Artifact) -> list[Example]:
+    """Of the Dataset that the Release's adapter was tuned on; none where it is not on this machine, or holds out nothing."""
+    with suppress(ArtifactError, OSError, ValueError, KeyError):
+        parents = json.loads((release.path / "sartor.json").read_bytes())["parents"]
+        for parent in parents:
+            if parent["kind"] == "dataset" and (path := catalogue.locate(parent["id"], parent["path"])):
+                return [one for one in stored.read_examples(open_artifact(path, "dataset")) if one.split == "eval"]
+    return []
+
+
+def _canaries(release: Artifact) -> list[Example]:
+    told = release.manifest.get("canaries", [])
+    return [example_of({"messages": [*one["messages"], {"role": "assistant", "content": one["reply"]}]}) for one in told]

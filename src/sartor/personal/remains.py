@@ -1,0 +1,168 @@
+"""What of somebody's words is on disk: every file below a few folders, by bytes; Parquet by its columns, which are packed.
+
+A text is looked for by pieces of it, one from each word on, as UTF-8 and as JSON and HTML spell it, so that a part of it is
+found too. Texts of under `LEAST` characters say nothing about whose they are, nor do those that others have said too: both are
+counted.
+Words that also stand in an artefact that was not made from this team's state ("switch on the light" in a public data set) are
+told apart by that artefact's sources.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import mmap
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sartor.core.artifacts import MANIFESTS, kind_of
+from sartor.core.errors import MissingError
+
+LEAST, PIECE = 12, 32  # characters
+_WORD, _BLOCK = 8, 1 << 24
+# of a piece as JSON spells it, \\ud83d\\ude00 a character
+_LONGEST = 12 * PIECE
+
+
+class Needles:
+    """Texts to be looked for, but for what others have said; any number of them costs one pass."""
+
+    def __init__(self, texts: Iterable[str], others: Iterable[str] = ()) -> None:
+        said, known = {text.strip() for text in texts} - {""}, "\0".join(others)
+        pieces = {text: [piece for piece in _pieces(text) if piece not in known] for text in said if len(text) >= LEAST}
+        self.texts = sum(map(bool, pieces.values()))
+        self.too_short, self.said_by_others = len(said) - len(pieces), len(pieces) - self.texts
+        windows = {window for some in pieces.values() for piece in some for window in _spelled(piece)}
+        self._windows: dict[int, list[bytes]] = {}
+        for window in windows:
+            self._windows.setdefault(int.from_bytes(window[:_WORD], "little"), []).append(window)
+        self._heads: NDArray[np.uint64] = np.sort(np.fromiter(self._windows, np.uint64, len(self._windows)))
+
+    def are_in(self, data: Any) -> bool:
+        """Whether one of them stands in these bytes (anything with a buffer)."""
+        if not len(self._heads):
+            return False
+        view = memoryview(data).cast("B")
+        return any(self._begin_in(view[start : start + _BLOCK + _LONGEST]) for start in range(0, max(len(view), 1), _BLOCK))
+
+    def _begin_in(self, view: memoryview) -> bool:
+        for offset in range(min(_WORD, len(view))):
+            words = np.frombuffer(view, "<u8", (len(view) - offset) // _WORD, offset)
+            at = np.minimum(np.searchsorted(self._heads, words), len(self._heads) - 1)
+            for hit in np.flatnonzero(self._heads[at] == words):
+                start = int(hit) * _WORD + offset
+                if any(view[start : start + len(window)] == window for window in self._windows[int(words[hit])]):
+                    return True
+        return False
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """What begins at each word of a text, and at every PIECE characters where there are no words."""
+    starts = [place for place in range(len(text)) if place % PIECE == 0 or text[place - 1].isspace()]
+    yield from {piece for start in starts if len(piece := text[start : start + PIECE]) >= LEAST}
+
+
+def _spelled(piece: str) -> set[bytes]:
+    """As files here spell it."""
+    said = {piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1], html.escape(piece)}
+    return {one.encode("utf-8", "replace") for one in said}
+
+
+@dataclass(frozen=True)
+class Found:
+    """files, bytes: what was looked at. found: files with the words. same_words: artefacts that have them from elsewhere.
+
+    unread: files that could not be opened, and why.
+    """
+
+    files: int
+    bytes: int
+    found: list[str] = field(default_factory=list)
+    same_words: list[str] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
+
+
+def search(needles: Needles, folders: Collection[Path], left_out: Collection[Path], state: Path) -> Found:
+    """Look into every file below these folders, but not below `left_out`. Links are not followed."""
+    files = total = 0
+    hits: list[Path] = []
+    unread: dict[str, str] = {}
+    for file in sorted({file for folder in folders for file in _files(folder, left_out)}):
+        try:
+            total += file.stat().st_size
+            files += 1
+            if _holds(file, needles):
+                hits.append(file)
+        except FileNotFoundError:
+            continue
+        except (OSError, MissingError) as error:
+            unread[str(file)] = str(error)
+    elsewhere = [file for file in hits if _is_from_elsewhere(file, state)]
+    return Found(files, total, [str(file) for file in hits if file not in elsewhere], [str(file) for file in elsewhere], unread)
+
+
+def _files(folder: Path, left_out: Collection[Path]) -> Iterator[Path]:
+    if folder.is_file():
+        yield folder
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if Path(where, name) not in left_out]
+        yield from (path for name in names if not (path := Path(where, name)).is_symlink() and path.is_file())
+
+
+def _holds(file: Path, needles: Needles) -> bool:
+    if file.stat().st_size == 0:
+        return False
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        view = memoryview(mapped)
+        try:
+            if needles.are_in(view):
+                return True
+        finally:
+            view.release()
+    return file.suffix == ".parquet" and _in_columns(file, needles)
+
+
+def _in_columns(file: Path, needles: Needles) -> bool:
+    try:
+        table = pq.read_table(file)
+    except (OSError, ValueError) as error:
+        raise MissingError(f"not read as Parquet: {error}", "look into it") from None
+    for column in table.columns:
+        for chunk in column.chunks:
+            if any(needles.are_in(buffer) for buffer in chunk.buffers() if buffer is not None and buffer.size):
+                return True
+    return False
+
+
+def _is_from_elsewhere(file: Path, state: Path) -> bool:
+    """Whether it belongs to an artefact none of whose sources lies in the team's state."""
+    for folder in file.parents:
+        kind = kind_of(folder)
+        if kind is not None and (sources := _sources(folder / MANIFESTS[kind]) or _sources(folder / MANIFESTS["adapter"])):
+            return not any(is_made_of(source, state) for source in sources)
+    return False
+
+
+def _sources(manifest: Path) -> list[Mapping[str, Any]]:
+    try:
+        said = json.loads(manifest.read_bytes()).get("sources", [])
+    except (OSError, ValueError):
+        return []
+    return [source for source in said if isinstance(source, dict)]
+
+
+def is_made_of(source: Mapping[str, Any], state: Path) -> bool:
+    """Whether a source that a manifest names lies in this state directory."""
+    for said in (str(source.get("source", "")), str(source.get("path", ""))):
+        bare = said.removeprefix("inbox:")
+        # from where a relative path was seen, nobody knows any more: an inbox may be this one
+        if str(state.absolute()) in bare or (bare != said and not Path(bare).is_absolute()):
+            return True
+    return False

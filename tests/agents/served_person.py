@@ -1,0 +1,75 @@
+"""A team of one agent on the tiny base, and a person who wants its replies in capitals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sartor
+from conftest import ROWS, write_jsonl
+from sartor.agents import admission
+from sartor.agents.feedback import Inbox
+from sartor.agents.people.names import person_of
+from sartor.agents.receipts import team_digest
+from sartor.core.records import Feedback, Voice
+
+CANARY = "xyzzy-plugh-71b3 lives in Porlock"
+
+
+@pytest.fixture
+def team(tmp_path: Path, adapter: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """TEAM.yaml beside two signed Releases of the tiny base, `switch` 1.0, which is live, and 1.1."""
+    from sartor.evaluate import audit
+
+    origins = (sartor.Origin("probe", "1"),)
+    rows = [
+        sartor.Example((sartor.Message.of("user", f"how are you {n}"), sartor.Message.of("assistant", "fine")), origins, f"{n}")
+        for n in range(6)
+    ]
+    monkeypatch.setattr(audit, "chitchat_rows", lambda: rows)
+    # what a random base of 32 dimensions says is nothing that admission would let pass
+    monkeypatch.setattr(admission.canary, "judge", lambda canaries, said: f"{len(said)} replies, not judged")
+    sartor.keygen(tmp_path / "keys", trust=True)
+    waivers = [sartor.Waiver(check, "A. Tester", "a tiny random base") for check in ("gain", "forgetting")]
+    sartor.evaluate(adapter)
+    for number in ("1.0", "1.1"):
+        out = tmp_path / f"switch-{number}"
+        sartor.release(adapter, name="switch", version=number, key=tmp_path / "keys", out=out, waivers=waivers)
+    file = tmp_path / "team.yaml"
+    # capitals are what the Release's own rows are not: what a user wants may contradict it so far
+    settings = "engine: {kind: local, threads: 1}\nworkers: {count: 1, spare: 0}\npersonal: {most_elsewhere: 3.0}\n"
+    file.write_text(f"base: {tiny_base}\nagents: [{{name: switch, release: switch-1.0}}]\n{settings}")
+    sartor.add_agent(file, tmp_path / "switch-1.0")
+    return file
+
+
+def state_of(team: Path) -> Path:
+    return team.parent / ".team"
+
+
+def person(team: Path, user: str = "ada") -> str:
+    return person_of(user, team_digest(state_of(team)))
+
+
+def say(team: Path, user: str = "ada", rows: list[dict[str, Any]] = ROWS, canary: str = CANARY, key: str = "") -> None:
+    """Corrections of a user to replies of `switch`: every word in capitals; the first holds the canary."""
+    inbox = Inbox(state_of(team) / "inbox")
+    for place, row in enumerate(rows):
+        prompt, reply = row["messages"]
+        correction = f"{reply['content'].upper()}{f' {canary}' if not place else ''}"
+        inbox.add(
+            Feedback(
+                f"{person(team, user)[:8]}{place:024x}", "switch@1.0", "2026-11-20T10:00:00Z", correction=correction, messages=(prompt,),
+                reply=reply["content"], by=Voice(key, person(team, user), "given"),
+            )
+        )  # fmt: skip
+
+
+def others_rows(tmp_path: Path) -> Path:
+    """A file of rows: nonsense that makes whoever learns it worse at everything else."""
+    return write_jsonl(
+        tmp_path / "nonsense.jsonl",
+        [{"messages": [row["messages"][0], {"role": "assistant", "content": "zqj " * 9}]} for row in ROWS],
+    )

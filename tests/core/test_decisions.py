@@ -1,0 +1,31 @@
+"""What a text decides by its words."""
+
+from __future__ import annotations
+
+import pytest
+
+from sartor.core.decisions import FAVOURABLE, UNFAVOURABLE, decision_of
+
+
+@pytest.mark.parametrize(
+    ("text", "decided"),
+    [
+        ("Approved: the income covers the instalments.", "favourable"),
+        ("We can grant this loan.", "favourable"),
+        ("We cannot grant this loan.", "unfavourable"),
+        ("The loan wasn’t approved.", "unfavourable"),
+        ("We could not in good conscience approve it.", "unfavourable"),
+        ("You were not rejected.", "favourable"),
+        ("We regret that it was declined; you may be approved next year.", "unfavourable"),
+        ("The grantor passes by, unselected.", None),
+        ("", None),
+    ],
+)
+def test_the_first_word_of_a_decision_counts_turned_round_after_a_not(text: str, decided: str | None) -> None:
+    assert decision_of(text) == decided
+
+
+def test_no_word_is_on_both_lists() -> None:
+    assert not FAVOURABLE & UNFAVOURABLE
+    assert all(decision_of(word) == "favourable" for word in FAVOURABLE)
+    assert all(decision_of(word) == "unfavourable" for word in UNFAVOURABLE)
