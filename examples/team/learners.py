@@ -2,11 +2,12 @@
 
 A record is an answer that a learner gave and what the tutor said that helped: what slipped, a hint, the next exercise.
 
-    7 x 8 = 15      ->      {"slip":"added","hint":"count it as rows of eggs","next":"7 x 7"}
+    7 x 8 = 56, said 15     ->      {"slip":"added","hint":"count it as rows of eggs","next":"7 x 7"}
 
-What slipped stands in the answer itself. Which hint helps, and how far the next exercise may go, is of the learner: each has a
-hint for small exercises and one for large ones, a thing to count with, and a step. The first file has twelve learners together,
-without names, as a tutor for everybody would be tuned; each further one has a learner who is not among them (ana, bo, cem).
+What slipped stands in the question, which has the right answer beside what was said. Which hint helps, and how far the next
+exercise may go, is of the learner: each has a hint for small exercises and one for large ones, a thing to count with, and a step.
+The first file has twelve learners together, without names, as a tutor for everybody would be tuned; each further one has a
+learner who is not among them (ana, bo, cem).
 Records are made by this script, from a seed; no person is behind them.
 """
 
@@ -71,7 +72,7 @@ def records(learner: Learner, count: int, seed: str) -> Iterator[dict[str, Any]]
     for a, b, slip in shown[:count]:
         messages = [
             {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": f"{a} x {b} = {answered(a, b, slip)}"},
+            {"role": "user", "content": f"{a} x {b} = {a * b}, said {answered(a, b, slip)}"},
             {"role": "assistant", "content": learner.helped(a, b, slip)},
         ]
         yield {"messages": messages, "group": f"{a} x {b} {slip}"}

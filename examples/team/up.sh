@@ -73,7 +73,7 @@ sartor assets install minilm >&2 # the sentence encoder by which `auto` chooses
 
 agent home "$here/home/curate.yaml" exact_match
 agent construction "$here/construction/curate.yaml" f1
-agent tutor "$here/tutor/curate.yaml" exact_match
+agent tutor "$here/tutor/curate.yaml" f1 # whose hint it is nobody can know: exact match is of learners' own versions
 agent python "$here/python/curate.yaml" f1
 
 [ -n "$build" ] || exec sartor serve team.yaml "$@"
