@@ -4,9 +4,9 @@ A record is an answer that a learner gave and what the tutor said that helped: w
 
     7 x 8 = 56, said 15     ->      {"slip":"added","hint":"count it as rows of eggs","next":"7 x 7"}
 
-What slipped stands in the question: the right answer is beside what was said. Which hint helps, and how far the next
-exercise may go, is of the learner: each has a hint for small exercises and one for large ones, a thing to count with, and a step.
-The first file has twelve learners together, without names, as a tutor for everybody would be tuned; each further one has a
+What slipped stands in the question: the right answer is beside what was said. Which hint helps, and how far the next exercise
+may go, is of the learner: each has a hint for small exercises and one for large ones, a thing to count with, and a step. The
+first file has twelve learners together, without names, as a tutor for everybody would be tuned; each further one has a
 learner who is not among them (ana, bo, cem).
 Records are made by this script, from a seed; no person is behind them.
 """
