@@ -9,9 +9,10 @@ itself, by JSON, so a server that is started again answers the same clients.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
@@ -55,9 +56,25 @@ class AsTools:
             server, json_response=True, stateless=True, max_request_body_size=team.limits.body_bytes
         )
 
-    def running(self) -> AbstractAsyncContextManager[None]:
-        """While it is open, requests are answered; once."""
-        return self._sessions.run()
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """While it is open, requests are answered; once. In a task of its own: a signal is raised in the server's, and the
+        package's group of tasks would make another error of it.
+        """
+        is_open = asyncio.Event()
+
+        async def hold() -> None:
+            async with self._sessions.run():
+                is_open.set()
+                await asyncio.Event().wait()
+
+        holding = asyncio.ensure_future(hold())
+        try:
+            await is_open.wait()
+            yield
+        finally:
+            holding.cancel()
+            await asyncio.gather(holding, return_exceptions=True)
 
     def answered(self, body: bytes) -> Response:
         """The answer to a request whose body was read."""
