@@ -53,6 +53,7 @@ SLOW = {
     "federate-tune.md",
     "federate-devices.md",
     "personal.md",
+    "tools.md",
 }
 
 

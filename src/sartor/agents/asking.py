@@ -19,7 +19,8 @@ class Request:
     """One request as a client made it, checked for form.
 
     model: name, name@version, base or auto. sampling: the options that the client gave; the Release's own hold for the rest.
-    messages or text, schema, tools, must_call, top_logprobs: as in `Call`. openable: the agents that the client's key opens
+    messages or text, schema, tools, must_call, top_logprobs: as in `Call`; of tools None is those of the team and the Release
+    for the agent, () is none. openable: the agents that the client's key opens
     (None: all); `auto` chooses among these. deadline_s: seconds from now. person: whom the client speaks for, as the registry
     knows them; "" for nobody. streams: the client is told the reply as it is made.
     """
@@ -29,7 +30,7 @@ class Request:
     text: str = ""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     schema: str = ""
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] | None = None
     must_call: str = ""
     top_logprobs: int = -1
     openable: frozenset[str] | None = None

@@ -29,7 +29,7 @@ def call_of(request: Request, version: Version | None, id: str, most_tokens: int
         text=request.text,
         sampling=_sampling(request, dict(facts.get("sampling", {})), most_tokens),
         schema=request.schema,
-        tools=request.tools or tuple(facts.get("tools", ())),
+        tools=tuple(facts.get("tools", ())) if request.tools is None else request.tools,
         must_call=request.must_call,
         top_logprobs=request.top_logprobs,
     )

@@ -95,6 +95,8 @@ class Dispatch:
         self._loops: list[asyncio.Task[None]] = []
         self.in_flight = 0
         self.receipts_lost = 0
+        # the tools that the team runs for an agent, by its name
+        self.offers: Callable[[str], tuple[Mapping[str, Any], ...]] = lambda name: ()
 
     async def start(self) -> None:
         """Register the members that are new, load what is served, and follow the registry. Raises where it cannot be opened.
@@ -163,6 +165,9 @@ class Dispatch:
     async def _begin(self, request: Request, found: Plan, place: int, receipt: str, reason: str) -> Answer:
         choice = found.choices[place]
         version = choice.own or self.served.version(choice.agent)
+        may_call = request.tools is None and not request.schema and bool(request.messages)
+        if may_call and (offered := self.offers(choice.agent.partition("@")[0])):
+            request = replace(request, tools=offered)
         call = call_of(request, version, f"{receipt}-{place}" if place else receipt, self._team.limits.reply_tokens)
         said_agent = choice.agent if version else f"{BASE_AGENT}@{self._crew.about.base_digest[:12]}"
         with ExitStack() as stack:

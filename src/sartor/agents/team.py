@@ -9,6 +9,7 @@ from typing import Literal
 
 from sqlalchemy import URL
 
+from sartor.agents.outside import CardTerms, McpTerms, ToolServer, check_tools
 from sartor.agents.plans import declared
 from sartor.agents.plans.declared import Plan
 from sartor.agents.retraining import Retraining
@@ -30,6 +31,8 @@ class Member:
     fallback: tuple[str, ...] = option(
         ("previous", "base"), "who answers while this agent is in quarantine, in order: previous (version), base, or nobody"
     )
+    about: str = option("", "what it is for, in a sentence: told to who asks by MCP, and by the A2A card")
+    tools: tuple[str, ...] = option((), "the servers of the team's `tools` whose tools it may call")
 
     def __post_init__(self) -> None:
         if foreign := next((step for step in self.fallback if step not in ("previous", "base")), ""):
@@ -237,6 +240,9 @@ class Basis:
     state: str = option("", "directory of registry, receipts and inbox; by default .NAME beside the file")
     registry: str = option("", "SQLAlchemy URL; by default SQLite in `state`. A password stands in the environment: ${NAME}")
     trust: str = option("", "public key that Releases must be signed by; by default those in SARTOR_HOME/trusted")
+    mcp: McpTerms = option(McpTerms(), "the team as an MCP server (docs/tools.md)")
+    tools: tuple[ToolServer, ...] = option((), "MCP servers whose tools the team runs for its agents (docs/tools.md)")
+    a2a: CardTerms = option(CardTerms(), "the team's A2A card (docs/tools.md)")
 
 
 @dataclass(frozen=True)
@@ -263,6 +269,7 @@ class Team(Basis):
         if taken := next((name for name in names if name in RESERVED), ""):
             raise ConfigError(f"an agent cannot have the name {taken!r}, which means something else", "choose another name")
         declared.check_plans(self.plans, names, RESERVED)
+        check_tools([server.name for server in self.tools], {member.name: member.tools for member in self.agents})
 
     @property
     def registry_url(self) -> str:

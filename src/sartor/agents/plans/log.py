@@ -11,20 +11,17 @@ counted, and no answers.
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sartor.agents.day_files import DayFiles
 from sartor.agents.plans.steps import Line
 from sartor.agents.receipt_content import Content, Digest
 from sartor.agents.receipts import team_digest
 from sartor.agents.team import Team
-from sartor.core.artifacts import fsync_directory
 from sartor.core.errors import ArtifactError, MissingError
 
 SCHEMA = 1
@@ -93,9 +90,7 @@ class PlanLog:
     """
 
     def __init__(self, folder: Path, digest: Digest, days: int = 0) -> None:
-        self._folder, self._digest, self._days = folder, digest, days
-        self._process = f"{os.getpid():x}{secrets.token_hex(4)}"
-        self._lock = threading.Lock()
+        self._files, self._digest = DayFiles(folder, "plans", days), digest
         self.lost = 0
 
     @classmethod
@@ -108,35 +103,9 @@ class PlanLog:
         """Append a run, whole, and see it onto the disk; where that cannot be it is counted."""
         try:
             data = b"".join(json.dumps(row, ensure_ascii=True).encode() + b"\n" for row in ran.rows(self._digest))
-            with self._lock:
-                self._append(self._folder / f"plans-{time.strftime('%Y%m%d', time.gmtime())}-{self._process}.jsonl", data)
+            self._files.append(data)
         except OSError:
             self.lost += 1
-
-    def _append(self, file: Path, data: bytes) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        is_new = not file.exists()
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        end = os.fstat(descriptor).st_size
-        try:
-            rest = data
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-            os.fsync(descriptor)
-        except OSError:
-            os.ftruncate(descriptor, end)
-            raise
-        finally:
-            os.close(descriptor)
-        if is_new:
-            fsync_directory(self._folder)
-            self._prune()
-
-    def _prune(self) -> None:
-        before = time.time() - self._days * 86_400
-        for file in self._folder.glob("plans-*.jsonl") if self._days else ():
-            if file.stat().st_mtime < before:
-                file.unlink(missing_ok=True)
 
 
 def read_runs(file: Path) -> Iterator[list[dict[str, Any]]]:

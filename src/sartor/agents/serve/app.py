@@ -59,7 +59,7 @@ class Route(APIRoute):
         has_media = "messages" in known
 
         async def answer(request: Request) -> Response:
-            body = await _body(request, has_media) if asked else b""
+            body = await body_of(request, has_media) if asked else b""
             value = await _value(body, desk_of(request).limits.body_bytes) if asked else None
             try:
                 return await original(_Checked(request, body or b"", value) if asked else request)
@@ -79,7 +79,11 @@ async def _value(body: bytes, limit_bytes: int) -> Any:
     return parse(body) if len(body) < LARGE_BYTES else await asyncio.to_thread(weighed)
 
 
-async def _body(request: Request, has_media: bool) -> bytes:
+async def body_of(request: Request, has_media: bool = False) -> bytes:
+    """A request's body, within its limits of size and time, if it is announced as JSON.
+
+    Raises MediaTypeError, SlowBodyError, TooLargeError, BusyError.
+    """
     desk = desk_of(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":

@@ -30,7 +30,7 @@ from sartor.agents.serve.tracing import Tracer
 from sartor.agents.team import Http, Limits
 from sartor.core.errors import KeyRefusedError, SartorError, UnavailableError
 
-PUBLIC = ("/health", "/openapi.json")
+PUBLIC = ("/health", "/openapi.json", "/.well-known/agent-card.json")
 LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 # A status for the log alone, as nginx has it: the client went before its answer
 CLIENT_GONE = 499

@@ -31,6 +31,7 @@ from sartor.agents.serve.server import Server, bind, check_bind
 from sartor.agents.serve.speaker import Speaker
 from sartor.agents.supervisor import Supervisor
 from sartor.agents.team import Team, load
+from sartor.agents.tools.rounds import Toolbox, Tooled
 
 Ready = Callable[[Mapping[str, Any]], object]
 # Told each stage of the opening, as Journal.say is: an event and its fields
@@ -91,7 +92,12 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
         await dispatch.start()
         tell("agents open", served=[name for name in dispatch.served.agents if name not in dispatch.served.unadmitted])
         stack.push_async_callback(dispatch.close)
-        plans = Plans(team, dispatch, PlanLog.of(team), receipts=book, known=lambda: dispatch.served.agents)
+        box = Toolbox(team)
+        stack.push_async_callback(box.close)
+        await box.start()
+        dispatch.offers = box.declared
+        tooled = Tooled(dispatch, box, team)
+        plans = Plans(team, tooled, PlanLog.of(team), receipts=book, known=lambda: dispatch.served.agents)
         stack.push_async_callback(plans.close)
         yield House(
             replies=plans,
@@ -100,7 +106,13 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
             rates=Rates(team.limits),
             roster=Roster(dispatch, crew, admit, team.rollout),
             receipts=book,
-            troubles=lambda: {**dispatch.health()["troubles"], **router.troubles, **plans.troubles},
+            troubles=lambda: {
+                **dispatch.health()["troubles"],
+                **router.troubles,
+                **plans.troubles,
+                **box.troubles,
+                **tooled.troubles,
+            },
             receipts_lost=lambda: book.lost,
             speech=speech,
             people=Persons(partial(person_of, digest=team_digest(Path(team.state))), dispatch.persons.listeners),

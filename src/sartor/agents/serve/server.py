@@ -21,13 +21,14 @@ from sartor.agents.feedback import Memory
 from sartor.agents.hearing import Hearing
 from sartor.agents.serve import openapi, protocol
 from sartor.agents.serve.app import build_app
+from sartor.agents.serve.as_tools import AsTools
 from sartor.agents.serve.bodies import Reading
 from sartor.agents.serve.desk import Desk
 from sartor.agents.serve.guard import Gate, Guard, is_loopback
 from sartor.agents.serve.journal import LOGGERS, Journal, ServerLines
 from sartor.agents.serve.media import Looking
 from sartor.agents.serve.meters import Meters
-from sartor.agents.serve.routes import admin, feedback, health, models, replies, speech, vectors
+from sartor.agents.serve.routes import admin, card, feedback, health, mcp, models, replies, speech, vectors
 from sartor.agents.serve.running import Shift
 from sartor.agents.serve.seams import Doors, House
 from sartor.agents.serve.tracing import Tracer
@@ -68,7 +69,8 @@ class Server:
             media=team.media,
         )
         house.people.listeners.append(desk.memory.forget_person)
-        self.app = _app(desk, team.http.cors)
+        self._tools = AsTools(desk, team, self.journal.bug) if team.mcp.serve else None
+        self.app = _app(desk, team, self._tools)
         gate = Gate(house.doors, house.rates, team.http, team.limits, self.shift, self.connections)
         self.asgi = Guard(self.app, gate, self.journal, meters, self._tracer)
 
@@ -99,7 +101,8 @@ class Server:
         telling = asyncio.ensure_future(self._tell(server, _address(sock), ready))
         with self._server_lines():
             try:
-                await server.serve(sockets=[sock])
+                async with self._tools.running() if self._tools else contextlib.nullcontext():
+                    await server.serve(sockets=[sock])
             finally:
                 for task in (watching, telling):
                     task.cancel()
@@ -173,10 +176,14 @@ class _Draining(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _app(desk: Desk, cors: tuple[str, ...]) -> FastAPI:
-    app = build_app(desk, cors)
+def _app(desk: Desk, team: Team, tools: AsTools | None) -> FastAPI:
+    app = build_app(desk, team.http.cors)
     for routes in (models, replies, vectors, speech, feedback, health, admin):
         app.include_router(routes.router)
+    if tools is not None:
+        app.include_router(mcp.router_of(tools))
+    if team.a2a.card:
+        app.include_router(card.router_of(team))
     openapi.describe(app)
     return app
 

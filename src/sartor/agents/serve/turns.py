@@ -61,7 +61,7 @@ def chat_request(asked: ChatRequest, limits: Limits) -> Request:
         messages=tuple(_message(turn, place) for place, turn in enumerate(asked.messages)),
         sampling=_sampling(asked, asked.max_completion_tokens or asked.max_tokens, limits),
         schema=_schema(asked),
-        tools=tools,
+        tools=tools if asked.tools else None,
         must_call=must_call,
         top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else -1,
         streams=bool(asked.stream),

@@ -67,21 +67,30 @@ async def _deliver(
 ) -> Response:
     """Open every choice of every question, and answer in the form that was asked for."""
     desk, entry = desk_of(request), entry_of(request)
+    opened = await opened_for(request, questions, asked.user or "", asked.n or 1)
+    head = Head(shape.prefix + opened.first.receipt, opened.first.agent, desk.fingerprint())
+    if asked.stream:
+        with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        return EventStream(chunks(opened, shape, head, entry, with_usage), opened, entry, reply_headers(opened))
+    return await _whole(request, opened, head, shape, aloud)
+
+
+async def opened_for(request: Request, questions: Sequence[Question], user: str = "", count: int = 1) -> Answers:
+    """The Answers to these questions, `count` each, by the rules of who asks: names, persons, times, receipts.
+
+    user: whom the client names. Raises what `open_answers` raises, GoneError when the client goes.
+    """
+    desk, entry = desk_of(request), entry_of(request)
     header, visitor = request.headers.get(USER_HEADER, ""), entry.visitor
-    person = desk.person(asked.user or "", header)
-    terms = Terms(entry, desk.shift, asked.n or 1, partial(desk.remember, visitor.key, person))
+    person = desk.person(user, header)
+    terms = Terms(entry, desk.shift, count, partial(desk.remember, visitor.key, person))
     own, deadline_s = desk.spoken_for(person, header, visitor), desk.limits.deadline_s
     every = [
         replace(choice, openable=visitor.agents, deadline_s=deadline_s, person=own)
         for question in questions
         for choice in choices(question, terms.per_prompt)
     ]
-    opened = await while_there(request.receive, open_answers(desk.house.replies, every, terms))
-    head = Head(shape.prefix + opened.first.receipt, opened.first.agent, desk.fingerprint())
-    if asked.stream:
-        with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        return EventStream(chunks(opened, shape, head, entry, with_usage), opened, entry, reply_headers(opened))
-    return await _whole(request, opened, head, shape, aloud)
+    return await while_there(request.receive, open_answers(desk.house.replies, every, terms))
 
 
 async def _whole(request: Request, opened: Answers, head: Head, shape: Shape, aloud: Aloud | None) -> Response:

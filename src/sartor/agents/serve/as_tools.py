@@ -1,0 +1,207 @@
+"""The team as a server of the Model Context Protocol: agents and plans are tools, and a call is a request as any other.
+
+    /mcp           `ask` (a prompt; an agent, or `auto` chooses), and a tool for each agent and plan that the key opens
+    /mcp/AGENT     that one alone
+
+Keys, limits, names, receipts and reasons are those of the other routes. There are no sessions: each POST is answered by
+itself, by JSON, so a server that is started again answers the same clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from sartor.agents.plans.handover import wrong_in
+from sartor.agents.serve.abilities import ABOUT_AUTO, ABOUT_BASE, Ability, abilities, abouts
+from sartor.agents.serve.asked import ChatRequest
+from sartor.agents.serve.desk import SPECIAL, Desk, entry_of
+from sartor.agents.serve.entry import Entry
+from sartor.agents.serve.faults import BUG, Fault, fault_of
+from sartor.agents.serve.replies import Answers, Reply
+from sartor.agents.serve.routes.replies import opened_for
+from sartor.agents.serve.running import GoneError, while_there
+from sartor.agents.serve.turns import chat_request
+from sartor.agents.team import Team
+from sartor.core.errors import RequestError, SartorError, need
+
+if TYPE_CHECKING:
+    from mcp.server import ServerRequestContext
+    from mcp_types import CallToolRequestParams, CallToolResult, ListToolsResult, PaginatedRequestParams, Tool
+
+ASK = "ask"
+PROMPT = {"type": "string", "minLength": 1, "description": "What is asked."}
+
+
+class AsTools:
+    """MCP over a desk. bug: told of a mistake of the server. Raises ExtraError where the package `mcp` is not installed."""
+
+    def __init__(self, desk: Desk, team: Team, bug: Callable[[Entry, Exception], object]) -> None:
+        try:
+            from mcp.server.lowlevel import Server
+            from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+        except ImportError:
+            raise need("mcp", "mcp") from None
+        self._desk, self._bug, self._abouts = desk, bug, abouts(team)
+        server: Any = Server("sartor", version=desk.fingerprint(), on_list_tools=self._list, on_call_tool=self._call)
+        server.middleware.clear()  # its spans: the guard makes one a request, and knows what must not stand in it
+        self._sessions = StreamableHTTPSessionManager(
+            server, json_response=True, stateless=True, max_request_body_size=team.limits.body_bytes
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """While it is open, requests are answered; once. In a task of its own: a signal is raised in the server's, and the
+        package's group of tasks would make another error of it.
+        """
+        is_open = asyncio.Event()
+
+        async def hold() -> None:
+            async with self._sessions.run():
+                is_open.set()
+                await asyncio.Event().wait()
+
+        holding = asyncio.ensure_future(hold())
+        try:
+            await is_open.wait()
+            yield
+        finally:
+            holding.cancel()
+            await asyncio.gather(holding, return_exceptions=True)
+
+    def answered(self, body: bytes) -> Response:
+        """The answer to a request whose body was read."""
+        return _Handed(self._sessions.handle_request, body)
+
+    async def _list(self, context: ServerRequestContext[Any], params: PaginatedRequestParams | None) -> ListToolsResult:
+        from mcp_types import ListToolsResult
+
+        request: Request = context.request  # type: ignore[assignment]
+        return ListToolsResult(tools=list((await self._tools(request)).values()))
+
+    async def _call(self, context: ServerRequestContext[Any], params: CallToolRequestParams) -> CallToolResult:
+        from mcp.shared.exceptions import MCPError
+        from mcp_types import INTERNAL_ERROR, INVALID_PARAMS
+
+        request: Request = context.request  # type: ignore[assignment]
+        entry = entry_of(request)
+        try:
+            tool = (await self._tools(request)).get(params.name)
+            if tool is None:
+                entry.error = "UnknownAgentError"
+                raise MCPError(INVALID_PARAMS, f"there is no tool {params.name[:80]!a} here; tools/list says which there are")
+            return await self._answer(request, tool, params.arguments or {})
+        except GoneError:
+            entry.error = "Gone"
+            raise MCPError(INTERNAL_ERROR, "the client is gone") from None
+        except SartorError as error:
+            return _failed(entry, fault_of(error))
+        except MCPError:
+            raise
+        except Exception as error:
+            self._bug(entry, error)
+            return _failed(entry, BUG)
+
+    async def _answer(self, request: Request, tool: Tool, arguments: Mapping[str, Any]) -> CallToolResult:
+        desk, entry = self._desk, entry_of(request)
+        if wrong := wrong_in(dict(arguments), tool.input_schema):
+            raise RequestError(f"the arguments of {tool.name!a} are wrong: {'; '.join(wrong)}", "see its inputSchema")
+        desk.house.rates.begin(entry.visitor.key)
+        model = request.path_params.get("agent") or (arguments.get("agent", "auto") if tool.name == ASK else tool.name)
+        await desk.check_model(model, entry.visitor)
+        asked = ChatRequest.model_validate({"model": model, "messages": [{"role": "user", "content": arguments["prompt"]}]})
+        opened = await opened_for(request, [chat_request(asked, desk.limits)])
+        try:
+            (reply,) = await while_there(request.receive, opened.whole())
+        finally:
+            await opened.close()
+        return _said(opened, reply)
+
+    async def _tools(self, request: Request) -> dict[str, Tool]:
+        """What the path and the key of this request open, by name."""
+        visitor, alone = entry_of(request).visitor, request.path_params.get("agent", "")
+        found = await abilities(self._desk, visitor, self._abouts)
+        if alone:
+            return {tool.name: tool for tool in [_tool(_alone(alone, found))]}
+        names = [*(name for name in SPECIAL if visitor.opens(name)), *(one.name for one in found)]
+        # an agent of that name is asked by `agent`
+        tools = [_team_tool(names), *(_tool(one) for one in found if one.name != ASK)] if names else []
+        return {tool.name: tool for tool in tools}
+
+
+def _alone(model: str, found: list[Ability]) -> Ability:
+    """The one that a path names, which `check_model` has let pass: an agent, a version of one, `base` or `auto`."""
+    name = model.partition("@")[0]
+    special = {"base": ABOUT_BASE, "auto": ABOUT_AUTO}
+    return next((one for one in found if one.name == name), Ability(name, "", special.get(name, f"Ask {name}.")))
+
+
+def _tool(one: Ability) -> Tool:
+    from mcp_types import Tool
+
+    return Tool(name=one.name, description=one.about, input_schema=_object({"prompt": PROMPT}))
+
+
+def _team_tool(names: list[str]) -> Tool:
+    from mcp_types import Tool
+
+    agent = {"enum": names, "description": "Who is asked; auto, which it is if left out, chooses."}
+    return Tool(name=ASK, description=ABOUT_AUTO, input_schema=_object({"prompt": PROMPT, "agent": agent}))
+
+
+def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": dict(properties), "required": ["prompt"], "additionalProperties": False}
+
+
+def _said(opened: Answers, reply: Reply) -> CallToolResult:
+    """A reply as the result of a tool. One that calls a client's own tools says these as JSON: nobody here runs them."""
+    from mcp_types import CallToolResult, TextContent
+
+    calls = list(reply.done.tool_calls)
+    text = json.dumps({"tool_calls": calls}, ensure_ascii=False) if calls else reply.text
+    first = opened.first
+    facts = {"agent": first.agent, "reason": first.reason, "receipt": opened.receipts, "finish": reply.done.finish}
+    return CallToolResult(content=[TextContent(type="text", text=text)], _meta=_meta(facts))
+
+
+def _failed(entry: Entry, fault: Fault) -> CallToolResult:
+    """An error as the result of a tool, so that the model that called it reads what to do."""
+    from mcp_types import CallToolResult, TextContent
+
+    entry.error = fault.kind
+    said: dict[str, Any] = {"kind": fault.kind, "code": fault.code, "status": fault.status}
+    if "retry-after" in fault.headers:
+        said["retry_after_s"] = int(fault.headers["retry-after"])
+    text = f"{fault.problem}; try: {fault.remedy}"
+    return CallToolResult(content=[TextContent(type="text", text=text)], is_error=True, _meta=_meta(said))
+
+
+def _meta(facts: Mapping[str, Any]) -> Any:
+    return {f"sartor/{name}": value for name, value in facts.items()}
+
+
+class _Handed(Response):
+    """Answers by another ASGI application, which is handed the body that was read already."""
+
+    def __init__(self, handle: Callable[[Scope, Receive, Send], Any], body: bytes) -> None:
+        super().__init__()
+        self._handle, self._read = handle, body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_told = False
+
+        async def again() -> Message:
+            nonlocal is_told
+            if is_told:
+                return await receive()
+            is_told = True
+            return {"type": "http.request", "body": self._read, "more_body": False}
+
+        await self._handle(scope, again, send)

@@ -1,0 +1,188 @@
+"""One MCP server whose tools are offered: opened, kept, opened again when it dies, and called within its time.
+
+A program is started by its arguments, never by a shell, with the few environment variables that the protocol's package passes
+on and those that TEAM.yaml names; what it writes to stderr is in STATE/tools/NAME.log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+
+from sartor.agents.outside import ToolServer
+from sartor.core.errors import DeadlineError, RequestError, SartorError, UnavailableError, need
+from sartor.models.engine.tools import read_tools
+
+if TYPE_CHECKING:
+    from mcp.client import ClientSession
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
+MOST_TOOLS_READ = 128
+
+
+@dataclass(frozen=True)
+class OfferedTool:
+    """One tool. declared: as OpenAI's `tools` have it. schema: of its arguments."""
+
+    name: str
+    server: HeldServer
+    declared: Mapping[str, Any]
+    schema: Mapping[str, Any]
+
+
+class HeldServer:
+    """A tool server. troubles: what cannot be offered, and why, by `tools NAME` or `tools NAME.TOOL`."""
+
+    def __init__(self, terms: ToolServer, folder: Path) -> None:
+        self.terms, self._folder = terms, folder
+        self.tools: dict[str, OfferedTool] = {}
+        self.troubles: dict[str, str] = {}
+        self._session: ClientSession | None = None
+        self._tried, self._broken = asyncio.Event(), asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be called now."""
+        return self._session is not None
+
+    async def start(self) -> None:
+        """Open it; returns when that was tried once. Raises ExtraError where the package `mcp` is not installed."""
+        try:
+            import mcp  # noqa: F401
+        except ImportError:
+            raise need("mcp", "mcp") from None
+        self._task = asyncio.ensure_future(self._keep())
+        await self._tried.wait()
+
+    async def close(self) -> None:
+        """End it, and its program."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def call(self, name: str, arguments: Mapping[str, Any], most_s: float) -> str:
+        """What a tool says to arguments that obey its schema, within `most_s` and its own time, whichever is shorter.
+
+        Raises DeadlineError, UnavailableError when it is dead or dies, RequestError for what the tool itself calls an error.
+        """
+        from mcp.shared.exceptions import MCPError
+
+        session, limit_s = self._session, min(most_s, self.terms.timeout_s)
+        if session is None:
+            raise UnavailableError(f"the tools {self.terms.name} are not there", "ask again in a while; /health says why")
+        try:
+            async with asyncio.timeout(limit_s):
+                result = await session.call_tool(name, dict(arguments))
+        except TimeoutError:
+            raise DeadlineError(f"the tool {name} took longer than {limit_s:g} s", "timeout_s of its server") from None
+        except MCPError as error:
+            self._broken.set()  # a server that answers by an error of the protocol is opened anew
+            raise UnavailableError(f"the tool {name} failed: {error.message[:200]}", "ask again in a while") from None
+        except (RuntimeError, ValueError, OSError) as error:  # the package's own, of what it cannot read
+            self._broken.set()
+            raise UnavailableError(f"the tool {name} failed: {type(error).__name__}", "ask again in a while") from None
+        text = _cut("\n".join(_text(part) for part in result.content), self.terms.result_bytes)
+        if result.is_error:
+            raise RequestError(f"the tool {name} says: {text}", "other arguments")
+        return text
+
+    async def _keep(self) -> None:
+        """Hold it open in one task, as the package asks for; after its death again, later each time."""
+        wait_s = FIRST_WAIT_S
+        while True:
+            self._broken.clear()
+            try:
+                async with self._opened() as session:
+                    self._session, wait_s = session, FIRST_WAIT_S
+                    self._tried.set()
+                    await self._broken.wait()
+                why = "it broke off, and is opened again"
+            except Exception as error:  # whatever a foreign program does, it is a trouble of this server alone
+                why = error.problem if isinstance(error, SartorError) else _cause(error)
+            self._session, self.troubles = None, {f"tools {self.terms.name}": why}
+            self._tried.set()
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+    @asynccontextmanager
+    async def _opened(self) -> AsyncIterator[ClientSession]:
+        from mcp.client import ClientSession
+
+        async with self._transport() as (read, write), ClientSession(read, write) as session:
+            try:
+                async with asyncio.timeout(self.terms.timeout_s):
+                    await session.initialize()
+                    listed = (await session.list_tools()).tools
+            except TimeoutError:
+                problem = f"it said nothing for {self.terms.timeout_s:g} s"
+                raise UnavailableError(problem, "see its log in STATE/tools") from None
+            self._offer(listed)
+            yield session
+
+    @asynccontextmanager
+    async def _transport(self) -> AsyncIterator[Any]:
+        from mcp.client.stdio import StdioServerParameters, stdio_client
+        from mcp.client.streamable_http import streamable_http_client
+
+        if self.terms.url:
+            async with streamable_http_client(self.terms.url) as streams:
+                yield streams
+            return
+        passed = {name: os.environ[name] for name in self.terms.env if name in os.environ}
+        program, *arguments = self.terms.command
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self._folder / f"{self.terms.name}.log").open("w", encoding="utf-8") as log:
+            async with stdio_client(StdioServerParameters(command=program, args=arguments, env=passed), log) as streams:
+                yield streams
+
+    def _offer(self, listed: list[Any]) -> None:
+        """Take the tools that are allowed and whose schema is one; the others are told."""
+        offered, troubles = {}, {}
+        names = {tool.name for tool in listed}
+        for name in set(self.terms.allow) - names:
+            troubles[f"tools {self.terms.name}.{name}"] = "it is allowed, and the server has no such tool"
+        for tool in listed[:MOST_TOOLS_READ]:
+            if self.terms.allow and tool.name not in self.terms.allow:
+                continue
+            try:
+                offered[tool.name] = _offered(self, tool)
+            except RequestError as error:
+                troubles[f"tools {self.terms.name}.{tool.name}"] = error.problem
+        self.tools, self.troubles = offered, troubles
+
+
+def _offered(server: HeldServer, tool: Any) -> OfferedTool:
+    schema = dict(tool.input_schema)
+    function = {"name": tool.name, "description": tool.description or "", "parameters": schema}
+    (declared,) = read_tools([{"type": "function", "function": function}])
+    try:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise RequestError(f"its inputSchema is no JSON Schema: {error.message[:200]}", "mend the server") from None
+    return OfferedTool(tool.name, server, declared, schema)
+
+
+def _text(part: Any) -> str:
+    return part.text if part.type == "text" else json.dumps({"left out": part.type})
+
+
+def _cut(text: str, most_bytes: int) -> str:
+    data = text.encode("utf-8", "replace")
+    if len(data) <= most_bytes:
+        return text
+    return data[:most_bytes].decode("utf-8", "ignore") + f"\n[cut: {len(data) - most_bytes} more bytes]"
+
+
+def _cause(error: Exception) -> str:
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {str(error)[:200]}"
