@@ -203,13 +203,12 @@ def test_an_error_before_a_reply_is_a_status_and_after_it_an_event(tmp_path: Pat
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_front_keeps_the_deadline_itself(tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the reply has begun long before, also on a busy machine
     monkeypatch.setattr("sartor.agents.serve.replies.GRACE_S", 0.0)
     replies = serving.Replies(hold=asyncio.Event())
 
     async def main() -> Any:
-        async with serving.client(
-            serving.house(replies=replies), serving.team(tmp_path, limits={"deadline_s": 0.05})
-        ) as client:
+        async with serving.client(serving.house(replies=replies), serving.team(tmp_path, limits={"deadline_s": 1.0})) as client:
             return await client.post(COMPLETIONS, json=chat(stream=stream))
 
     answer = asyncio.run(main())
