@@ -210,7 +210,7 @@ def test_every_worker_is_replaced_and_no_reply_suffers(tmp_path: Path, workers: 
 
 def test_a_call_that_takes_far_too_much_memory_fails_alone(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with running(tmp_path, workers={"memory_bytes": 60 << 20, "hang_s": 0.4}, step_s=0.01) as crew:
+        async with running(tmp_path, workers={"memory_bytes": 100 << 20, "hang_s": 0.4}, step_s=0.01) as crew:
             greedy = asyncio.ensure_future(asked(crew, call("GROW", "a", 1000)))
             await load(crew, ("b", "c", "d"), clients=3, calls=30)
             with pytest.raises(ModelError, match="died"):
