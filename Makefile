@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
+# pyproject's `all` without studio, which no test needs; tests/test_packaging.py holds the two together
+TESTED := tune,demo,hub,quant,ray,static,multimodal,serve,mcp,otel,llamacpp,edge,federated
 
 .PHONY: demo quick test check bench bench-peers docs clean
 .DEFAULT_GOAL := demo
@@ -16,11 +18,11 @@ $(VENV)/.demo: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,static,multimodal,serve,otel,llamacpp,edge,federated,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(TESTED),dev]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --editable '.[tune,demo,hub,quant,ray,static,multimodal,serve,otel,llamacpp,edge,federated,dev,bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(TESTED),dev,bench]'
 	touch $@
 
 demo: $(VENV)/.demo  ## the whole circle on real data
