@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from sartor.agents.outside import ToolServer
 from sartor.agents.serve.asked import ChatRequest
 from sartor.agents.serve.turns import chat_request
 from sartor.agents.team import Limits, Member, Team
+from sartor.agents.tools.held import HeldServer
 from sartor.agents.tools.rounds import ROUNDS, Toolbox, Tooled
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ConfigError, UnavailableError
 from sartor.models.engine.contract import Done, Event, Piece
 
 __all__ = ["no_fsync"]
@@ -128,6 +131,80 @@ def test_a_tool_that_hangs_or_dies_costs_its_result_alone_and_is_opened_again(tm
     assert "the tool dies failed" in answer.reason and again == "8"
 
 
+@contextmanager
+def by_http(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A tool server of an address, which knows whoever says `open sesame`; and its port."""
+    with subprocess.Popen([*SMALL, str(port), "open sesame"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def test_tools_of_an_address_are_called_with_the_key_that_the_environment_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMALL_TOKEN", "open sesame")
+    monkeypatch.setenv("WRONG_TOKEN", "open barley")
+
+    async def main(port: int) -> list[str]:
+        url, said = f"http://127.0.0.1:{port}/mcp", []
+        for name in ("SMALL_TOKEN", "WRONG_TOKEN", "NO_TOKEN"):
+            server = HeldServer(ToolServer("small", url=url, token_env=name), tmp_path)
+            await server.start()
+            said.append(await server.call("double", {"number": 21}, 6) if server.is_open else str(server.troubles))
+            await server.close()
+        return said
+
+    with by_http() as (_, port):
+        right, wrong, none = asyncio.run(main(port))
+    assert right == "42" and "NO_TOKEN is not set" in none
+    assert "tools small" in wrong and "barley" not in wrong, wrong
+
+
+def test_an_address_that_goes_away_is_a_trouble_until_it_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMALL_TOKEN", "open sesame")
+
+    async def main() -> tuple[str, str]:
+        with by_http() as (process, port):
+            server = HeldServer(ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN"), tmp_path)
+            await server.start()
+            before = await server.call("double", {"number": 4}, 6)
+            process.kill()
+            process.wait()
+            with pytest.raises(UnavailableError, match="the tool double failed"):
+                await server.call("double", {"number": 3}, 6)
+        while server.is_open:
+            await asyncio.sleep(0.01)
+        with by_http(port):
+            async with asyncio.timeout(60):
+                while not server.is_open:
+                    await asyncio.sleep(0.1)
+            after = await server.call("double", {"number": 4}, 6)
+            await server.close()
+        return before, after
+
+    assert asyncio.run(main()) == ("8", "8")
+
+
+def test_a_server_that_is_closed_while_it_breaks_off_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMALL_TOKEN", "open sesame")
+
+    async def main() -> None:
+        with by_http() as (process, port):
+            server = HeldServer(ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN"), tmp_path)
+            await server.start()
+            process.kill()
+            process.wait()
+            with pytest.raises(UnavailableError):
+                await server.call("double", {"number": 3}, 6)
+            async with asyncio.timeout(20):  # at once: a cancellation reaches the package while it closes the session
+                await server.close()
+
+    asyncio.run(main())
+
+
 def test_the_same_call_twice_and_too_many_rounds_are_stopped(tmp_path: Path) -> None:
     same = run(tmp_path / "same", *[[("double", {"number": 1})]] * 3)
     assert "called twice with the same arguments" in same["answer"].reason and len(same["asked"]) == 3
@@ -155,6 +232,9 @@ def test_only_what_is_allowed_is_offered_and_a_server_that_is_not_there_is_a_tro
 def test_tools_that_nobody_can_open_are_refused_when_the_file_is_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither command and url"):
         ToolServer("x")
+    for wrong in ({"command": SMALL, "token_env": "KEY"}, {"url": "http://127.0.0.1:1/mcp", "env": ("KEY",)}):
+        with pytest.raises(ConfigError, match="a setting of the other kind"):
+            ToolServer("x", **wrong)
     with pytest.raises(ConfigError, match="faq lists the tools 'small', and there are none"):
         serving.team(tmp_path, agents=(Member("faq", "faq", tools=("small",)),))
 

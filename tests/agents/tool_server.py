@@ -1,9 +1,15 @@
-"""A small MCP server over stdio: the program that tests give an agent. Its tools answer, wait, fail or die."""
+"""A small MCP server: the program that tests give an agent. Its tools answer, wait, fail or die.
+
+python tool_server.py               over stdio
+python tool_server.py PORT TOKEN    over streamable HTTP, for who has the token; it prints its port (0: any that is free)
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import sys
 from typing import Any
 
 from mcp.server.lowlevel import Server
@@ -36,11 +42,31 @@ async def called(context: Any, params: Any) -> CallToolResult:
     return CallToolResult(content=[TextContent(type="text", text=text)], is_error=params.name == "fails")
 
 
-async def main() -> None:
-    server: Any = Server("small", on_list_tools=listed, on_call_tool=called)
+async def main(server: Any) -> None:
     async with stdio_server() as (read, write):
         await server.run(read, write, server.create_initialization_options())
 
 
+def by_http(server: Any, port: int, token: str) -> None:
+    import uvicorn
+    from starlette.responses import PlainTextResponse
+
+    app = server.streamable_http_app()
+
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and dict(scope["headers"]).get(b"authorization") != f"Bearer {token}".encode():
+            await PlainTextResponse("who are you?", 401)(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    with socket.create_server(("127.0.0.1", port)) as listening:
+        print(listening.getsockname()[1], flush=True)
+        uvicorn.Server(uvicorn.Config(guarded, log_level="warning")).run([listening])
+
+
 if __name__ == "__main__":
-    asyncio.run(main())
+    small: Any = Server("small", on_list_tools=listed, on_call_tool=called)
+    if len(sys.argv) > 1:
+        by_http(small, int(sys.argv[1]), sys.argv[2])
+    else:
+        asyncio.run(main(small))

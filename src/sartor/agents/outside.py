@@ -32,6 +32,7 @@ class ToolServer:
     name: str = option(REQUIRED, "what an agent's `tools` calls it")
     command: tuple[str, ...] = option((), "the program and its arguments, run as they stand: there is no shell")
     url: str = option("", "address of its streamable HTTP")
+    token_env: str = option("", "of a url: the environment variable whose value is sent as `Authorization: Bearer`")
     env: tuple[str, ...] = option(
         (), "names of environment variables that the program gets, beside HOME, PATH, USER and the like"
     )
@@ -44,6 +45,10 @@ class ToolServer:
             raise ConfigError(f"tools have the name {self.name!r:.80}", "1 to 64 letters, digits, _ or -")
         if bool(self.command) == bool(self.url):
             raise ConfigError(f"the tools {self.name!r} have {'both' if self.url else 'neither'} command and url", "give one")
+        if self.url and self.env or self.command and self.token_env:
+            raise ConfigError(
+                f"the tools {self.name!r} have a setting of the other kind", "env goes with command, token_env with url"
+            )
         if self.timeout_s <= 0 or self.result_bytes < 1:
             raise ConfigError(f"the tools {self.name!r} would never say anything", "timeout_s: 20, result_bytes: 16384")
 

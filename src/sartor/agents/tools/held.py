@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
 MOST_TOOLS_READ = 128
+# a server by address may hold a stream open and say nothing for so long; one call has its own, shorter time
+OPEN_STREAM_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class HeldServer:
         self.tools: dict[str, OfferedTool] = {}
         self.troubles: dict[str, str] = {}
         self._session: ClientSession | None = None
-        self._tried, self._broken = asyncio.Event(), asyncio.Event()
+        self._tried, self._broken, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -65,6 +67,7 @@ class HeldServer:
 
     async def close(self) -> None:
         """End it, and its program."""
+        self._ended.set()  # the package swallows a cancellation that reaches it while it closes a session that broke
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -98,7 +101,7 @@ class HeldServer:
     async def _keep(self) -> None:
         """Hold it open in one task, as the package asks for; after its death again, later each time."""
         wait_s = FIRST_WAIT_S
-        while True:
+        while not self._ended.is_set():
             self._broken.clear()
             try:
                 async with self._opened() as session:
@@ -110,7 +113,8 @@ class HeldServer:
                 why = error.problem if isinstance(error, SartorError) else _cause(error)
             self._session, self.troubles = None, {f"tools {self.terms.name}": why}
             self._tried.set()
-            await asyncio.sleep(wait_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
     @asynccontextmanager
@@ -131,10 +135,9 @@ class HeldServer:
     @asynccontextmanager
     async def _transport(self) -> AsyncIterator[Any]:
         from mcp.client.stdio import StdioServerParameters, stdio_client
-        from mcp.client.streamable_http import streamable_http_client
 
         if self.terms.url:
-            async with streamable_http_client(self.terms.url) as streams:
+            async with self._by_http() as streams:
                 yield streams
             return
         passed = {name: os.environ[name] for name in self.terms.env if name in os.environ}
@@ -143,6 +146,25 @@ class HeldServer:
         with (self._folder / f"{self.terms.name}.log").open("w", encoding="utf-8") as log:
             async with stdio_client(StdioServerParameters(command=program, args=arguments, env=passed), log) as streams:
                 yield streams
+
+    @asynccontextmanager
+    async def _by_http(self) -> AsyncIterator[Any]:
+        import httpx2  # the package's own client
+        from mcp.client.streamable_http import streamable_http_client
+
+        headers = {}
+        if name := self.terms.token_env:
+            if not os.environ.get(name):
+                raise UnavailableError(
+                    f"the environment variable {name} is not set", f"export {name} and start the server anew"
+                )
+            headers["authorization"] = f"Bearer {os.environ[name]}"
+        limits = httpx2.Timeout(self.terms.timeout_s, read=OPEN_STREAM_S)
+        async with (
+            httpx2.AsyncClient(headers=headers, timeout=limits) as client,
+            streamable_http_client(self.terms.url, http_client=client) as streams,
+        ):
+            yield streams
 
     def _offer(self, listed: list[Any]) -> None:
         """Take the tools that are allowed and whose schema is one; the others are told."""
