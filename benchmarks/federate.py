@@ -223,7 +223,7 @@ class Homes:
         best = max(locals_, key=_mean) if locals_ else None
         scores = federated.get("scores")
         curve = {
-            name: {"epsilon": said["epsilon"], "exact_match": _mean(said["scores"])}
+            name: {"epsilon": said["epsilon"], "exact_match": _mean(said["scores"]), **said["metrics"]}
             for name in self.curve.values()
             if (said := self.found(name))
         }
