@@ -5,7 +5,7 @@ Clopper & Pearson, "The use of confidence or fiducial limits illustrated in the 
 
 from __future__ import annotations
 
-from scipy.stats import beta
+from scipy.special import betaincinv  # of scipy.stats, which reads ten times as much, it is `beta.ppf`
 
 
 def upper_bound(count: int, of: int, confidence: float) -> float:
@@ -14,12 +14,12 @@ def upper_bound(count: int, of: int, confidence: float) -> float:
     >>> round(upper_bound(0, 100, 0.95), 3)
     0.03
     """
-    return 1.0 if count >= of else float(beta.ppf(confidence, count + 1, of - count))
+    return 1.0 if count >= of else float(betaincinv(count + 1, of - count, confidence))
 
 
 def lower_bound(count: int, of: int, confidence: float) -> float:
     """The one-sided lower bound."""
-    return 0.0 if count <= 0 else float(beta.ppf(1 - confidence, count, of - count + 1))
+    return 0.0 if count <= 0 else float(betaincinv(count, of - count + 1, 1 - confidence))
 
 
 def interval(count: int, of: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from scipy.stats import hypergeom
-
 from sartor.core.errors import ConfigError
 
 
@@ -35,7 +33,7 @@ def size(population: int, error: float, confidence: float, allow: int = 0) -> in
     low, high = 1, population
     while low < high:
         middle = (low + high) // 2
-        if hypergeom.cdf(allow, population, bad, middle) <= 1 - confidence:
+        if _at_most(allow, middle, bad, population) <= 1 - confidence:
             high = middle
         else:
             low = middle + 1
@@ -51,11 +49,18 @@ def most_bad(population: int, looked_at: int, found: int, confidence: float) -> 
     low, high = found, population - (looked_at - found)
     while low < high:
         middle = (low + high + 1) // 2
-        if hypergeom.cdf(found, population, middle, looked_at) > 1 - confidence:
+        if _at_most(found, looked_at, middle, population) > 1 - confidence:
             low = middle
         else:
             high = middle - 1
     return low
+
+
+def _at_most(found: int, looked_at: int, bad: int, population: int) -> float:
+    """How probable it is that at most `found` of the rows that are looked at are bad."""
+    from scipy.stats import hypergeom  # not above: whatever asks whether a queue is empty would wait a second for it
+
+    return float(hypergeom.cdf(found, population, bad, looked_at))
 
 
 def drawn(ids: Iterable[str], count: int, seed: int) -> list[str]:
