@@ -32,6 +32,9 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
 
 # Ten seconds to half a minute of real runs on one page: not for the inner loop
 SLOW = {
+    "bias.md",
+    "feedback.md",
+    "synthetic-validate.md",
     "review.md",
     "retrain.md",
     "recipes.md",
