@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import warm
+
 # what numpy and torch read of these when they are loaded must be there before: nothing of Sartor's is imported above
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two cores, and tests run beside each other: several OpenMP pools that spin for the same cores slow each other by far.
@@ -47,6 +49,13 @@ ROWS = [
     for word in ("on", "off", "up", "down")
     for place in ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft")
 ]
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What to put into an environment so that `sartor` and `python` have imported everything before (warm.py)."""
+    with warm.commands(tmp_path_factory.mktemp("warm") / "bin") as environment:
+        yield environment
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,10 +16,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @contextmanager
-def served(name: str, folder: Path, base: Path) -> Iterator[tuple[Path, str]]:
-    """The folder of the team and the address of its server. base: the tests' tiny one."""
-    home = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    home.pop("OMP_NUM_THREADS", None)  # all cores, as users run it
+def served(name: str, folder: Path, base: Path, commands: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
+    """The folder of the team and the address of its server. base: the tests' tiny one; commands: conftest.py's."""
+    home = {**os.environ, **commands}
     command = ["bash", str(EXAMPLES / name / "up.sh"), "--quick", "--base", str(base), "team", "--port", "0", "--json"]
     with (
         (folder / "log.txt").open("w") as log,
@@ -34,14 +32,14 @@ def served(name: str, folder: Path, base: Path) -> Iterator[tuple[Path, str]]:
         assert server.wait(60) == 143, (folder / "log.txt").read_text()[-4000:]
 
 
-def run_blocks(name: str, folder: Path, address: str) -> list[str]:
+def run_blocks(name: str, folder: Path, address: str, commands: Mapping[str, str]) -> list[str]:
     """What each block of the example's page prints."""
-    home = {**os.environ, "TEAM": address, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    home = {**os.environ, **commands, "TEAM": address}
     printed = []
     for number, (info, _, body) in enumerate(blocks(EXAMPLES / name / "README.md"), 1):
         if info not in RUN:
             continue
-        command = [sys.executable, "-c", body] if info == "python" else ["bash", "-euo", "pipefail", "-c", body]
+        command = ["python", "-c", body] if info == "python" else ["bash", "-euo", "pipefail", "-c", body]
         done = subprocess.run(command, cwd=folder, env=home, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"block {number}:\n{body}\n{done.stdout}\n{done.stderr}"
         printed.append(done.stdout)

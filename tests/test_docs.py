@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -65,19 +64,14 @@ SLOW = {
     [pytest.param(page, marks=pytest.mark.services) if page.name in SLOW else page for page in PAGES],
     ids=lambda page: page.relative_to(ROOT).as_posix(),
 )
-def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, tiny_base: Path) -> None:
-    environment = {
-        **os.environ,
-        "TINY_BASE": str(tiny_base),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-    }
+def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, tiny_base: Path, commands: dict[str, str]) -> None:
+    environment = {**os.environ, **commands, "TINY_BASE": str(tiny_base)}
     for number, (info, file, body) in enumerate(blocks(page), 1):
         if file:
             (tmp_path / file).write_text(body, encoding="utf-8")
         if info not in RUN:
             continue
-        command = [sys.executable, "-c", body] if info == "python" else ["bash", "-euo", "pipefail", "-c", body]
+        command = ["python", "-c", body] if info == "python" else ["bash", "-euo", "pipefail", "-c", body]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{page.name}, block {number}:\n{body}\n{done.stdout}\n{done.stderr}"
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,9 @@ def decided_base(path: Path) -> Path:
     return path
 
 
-def run(folder: Path, *options: str) -> dict[str, dict[str, Any]]:
+def run(folder: Path, commands: Mapping[str, str], *options: str) -> dict[str, dict[str, Any]]:
     """Step -> what was said; the exit code as `exit`."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "SARTOR_HOME": str(folder / "home"),
-    }
+    environment = {**os.environ, **commands, "SARTOR_HOME": str(folder / "home")}
     command = ["bash", str(FARM / "up.sh"), *options, "--quick", "--base", str(decided_base(folder / "base")), "farm"]
     command += ["--optimizer.learning_rate", "1e-2"]  # which a tiny base wants
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -60,9 +56,9 @@ def test_what_the_owner_wrote_is_in_no_row_for_everybody(tmp_path: Path) -> None
 
 
 @pytest.mark.circle  # as exports, which a box runs without torch; Releases go the same way in docs/edge-publish.md
-def test_the_box_leaves_the_regressed_version_and_takes_the_good_one(tmp_path: Path) -> None:
+def test_the_box_leaves_the_regressed_version_and_takes_the_good_one(tmp_path: Path, commands: dict[str, str]) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
-    said = run(tmp_path, "--gguf")
+    said = run(tmp_path, commands, "--gguf")
     assert said["first version, by stick"]["version"] == "1.0" and said["first version, by stick"]["prompts"] > 4
     assert '"open"' in said["ask"]["reply"]
     assert "expired" in said["an old stick is refused"]["error"]["problem"]

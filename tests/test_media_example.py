@@ -14,14 +14,14 @@ pytestmark = pytest.mark.circle
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[tuple[Path, str]]:
+def team(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, commands: dict[str, str]) -> Iterator[tuple[Path, str]]:
     """The folder of the team and the address of its server."""
-    with served("media", tmp_path_factory.mktemp("example"), tiny_base) as running:
+    with served("media", tmp_path_factory.mktemp("example"), tiny_base, commands) as running:
         yield running
 
 
-def test_every_block_of_the_page_runs_beside_the_server(team: tuple[Path, str]) -> None:
-    printed = run_blocks("media", *team)
+def test_every_block_of_the_page_runs_beside_the_server(team: tuple[Path, str], commands: dict[str, str]) -> None:
+    printed = run_blocks("media", *team, commands)
     assert len(printed) >= 3
     assert "dictation" in printed[1]
     assert (team[0] / "stop.wav").read_bytes()[:4] == b"RIFF"

@@ -17,14 +17,14 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[tuple[Path, str]]:
+def team(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, commands: dict[str, str]) -> Iterator[tuple[Path, str]]:
     """The folder of the team and the address of its server. The base is the tests' tiny one: `auto` goes by prompts alone."""
-    with served("team", tmp_path_factory.mktemp("example"), tiny_base) as running:
+    with served("team", tmp_path_factory.mktemp("example"), tiny_base, commands) as running:
         yield running
 
 
-def test_every_block_of_the_page_runs_beside_the_server(team: tuple[Path, str]) -> None:
-    assert len(run_blocks("team", *team)) >= 6
+def test_every_block_of_the_page_runs_beside_the_server(team: tuple[Path, str], commands: dict[str, str]) -> None:
+    assert len(run_blocks("team", *team, commands)) >= 6
 
 
 def test_auto_sends_held_out_prompts_to_their_agent_and_small_talk_to_the_base(team: tuple[Path, str]) -> None:
