@@ -15,6 +15,8 @@ import pytest
 from sartor.core import bases
 from sartor.core.artifacts import open_artifact
 from sartor.core.home import folder
+from sartor.evaluate import audit
+from sartor.intents import rehearsal_rows
 
 pytestmark = pytest.mark.circle
 
@@ -46,6 +48,12 @@ def test_the_demo_goes_once_around(said: dict[str, Any], out: Path) -> None:
     assert said["ask"]["reply"] and said["ask"]["nearest"][0]["locator"].startswith("rows.jsonl:")
     assert "<svg" in Path(said["report"]).read_text()
     assert json.loads((out / "report/report.json").read_text())["forgetting"]["rows"] == 200
+
+
+def test_no_text_of_the_small_talk_is_one_of_the_forgetting_probe() -> None:
+    probe = {message.text.lower() for row in audit.chitchat_rows() for message in row.messages}
+    talk = [message["content"].lower() for row in rehearsal_rows(200) for message in row["messages"]]
+    assert len(set(talk)) > 390 and not probe & set(talk)
 
 
 def test_its_release_walks_back_to_the_source_file_with_digest_and_licence(said: dict[str, Any]) -> None:

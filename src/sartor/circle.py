@@ -135,7 +135,7 @@ def _write_inputs(out: Path, limit: int) -> None:
     licence = assets.entry("home-intents").licence
     sources = [
         {"path": str(out / "rows.jsonl"), "licence": licence, "use": ["commercial"]},
-        # sartor's own few rows of general talk, so that the specialist keeps its manners (see intents.py)
+        # sartor's own few rows of general talk, so that the specialist keeps its manners (the first of the asset small-talk)
         {"path": str(out / "general.jsonl"), "licence": "Apache-2.0", "use": ["commercial"], "rehearsal": True},
     ]
     fraction = 0.25 if limit else HELD_OUT_FRACTION

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import sartor
 from sartor.core import assets
 from sartor.core.errors import AssetError, ConfigError
 
@@ -49,6 +50,18 @@ def test_an_asset_is_unpacked_once_and_then_looked_up(listed: Path) -> None:
         raise AssertionError("fetched twice")
 
     assert assets.install("tiny", never) == path
+
+
+def test_small_talk_comes_with_the_package_and_is_read_by_a_recipe_that_names_it(tmp_path: Path) -> None:
+    recipe = {"sources": [{"path": "asset:small-talk/*.jsonl", "rehearsal": True}]}
+    made = sartor.curate(recipe, tmp_path / "made").dataset
+    rows = list(sartor.read_examples(made))
+    assert (
+        len(rows) == 200
+        and {row.split for row in rows} == {"train"}
+        and {row.origins[0].licence for row in rows} == {"Apache-2.0"}
+    )
+    assert [row.messages[0].role for row in rows] == ["user"] * 200
 
 
 def test_other_bytes_than_listed_are_refused_and_leave_nothing(listed: Path, tmp_path: Path) -> None:
@@ -109,7 +122,7 @@ def test_the_list_is_complete_and_a_typo_names_what_there_is() -> None:
     assert {"starter", "minilm", "home-intents", "chitchat", "piper-joe", "stamps"} <= names
     for entry in assets.entries().values():
         assert entry.what and entry.licence and entry.files
-        assert all(len(file.sha256) == 64 and file.registry in ("pypi", "debian") for file in entry.files)
+        assert all(len(file.sha256) == 64 and file.registry in ("pypi", "debian", "sartor") for file in entry.files)
         assert dataclasses.is_dataclass(entry)
     with pytest.raises(ConfigError, match="no asset 'startr'") as caught:
         assets.install("startr")

@@ -71,7 +71,8 @@ def forgetting(found: Mapping[str, Any], limit: ForgettingLimit = Limits.forgett
         return Check("fail", f"not measured: {found['skipped']}")
     fits = found["high"] <= limit.at_most
     detail = f"{found['difference']:+.3f} nats per token, in [{found['low']:.3f}, {found['high']:.3f}]"
-    remedy = "" if fits else "add a source of general talk with `rehearsal: true` to the curation recipe, or tune slower"
+    source = "{path: asset:small-talk/*.jsonl, rehearsal: true}"
+    remedy = "" if fits else f"more general talk among the sources of the curation recipe, {source}; or tune slower"
     return Check("pass" if fits else "fail", f"{detail}; the limit is {limit.at_most:g}", remedy)
 
 

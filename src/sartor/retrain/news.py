@@ -10,8 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import mannwhitneyu
-
 from sartor.agents.monitors import Rate, excess
 from sartor.agents.retraining import Retraining
 from sartor.core.receipt_index import Placed, ReceiptIndex
@@ -132,6 +130,8 @@ def _moved(before: Sequence[float], after: Sequence[float], least: float) -> Ite
     """The probability that a request since is found less like the agent's than one before, if that is beyond chance."""
     if least >= 1 or min(len(before), len(after)) < FEWEST_RECEIPTS:
         return
+    from scipy.stats import mannwhitneyu  # not above: whether anything is due is asked often, and this takes a second
+
     test = mannwhitneyu(before, after, alternative="greater")
     # the effect in 0..1: 0 where neither side is above the other, 1 where every request before was
     effect = 2 * float(test.statistic) / (len(before) * len(after)) - 1

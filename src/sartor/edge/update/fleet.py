@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from scipy.stats import binomtest
-
 from sartor.core import signing
 from sartor.core.errors import ArtifactError, ConfigError, SartorError, SignatureError
 from sartor.edge.update import publish, reports
@@ -171,6 +169,8 @@ def _tallied(name: str, offer: Offer, votes: dict[tuple[str, str, str], Report],
 def _interval(failed: int, count: int, confidence: float) -> tuple[float, float]:
     if not count:
         return 0.0, 1.0
+    from scipy.stats import binomtest  # not above: on a small device every command would wait for it
+
     found = binomtest(failed, count).proportion_ci(confidence, "wilson")
     return float(found.low), float(found.high)
 
