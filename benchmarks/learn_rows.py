@@ -27,9 +27,9 @@ KNOWN = (
     "HassTurnOn", "HassTurnOff", "HassGetWeather", "HassSetVolume", "HassMediaPause", "HassStartTimer", "HassVacuumCleanArea",
 )  # fmt: skip
 UNKNOWN = ("HassListRemoveItem", "HassClimateSetTemperature", "HassCancelTimer")
-HELD_OUT, TRAIN = 8, 20  # rows of an intent
+HELD_OUT, TRAIN = 8, 40  # rows of an intent
 KEYS = 5
-GENERAL = 200
+GENERAL = 48  # rows of general talk that the specialist read once
 Row = dict[str, Any]
 
 
@@ -38,9 +38,9 @@ def intent_of(row: Row) -> str:
 
 
 def of_intents() -> dict[str, list[Row]]:
-    """30 rows of each intent, each of a template of its own: the first HELD_OUT are held out."""
+    """Rows of each intent, each of a template of its own: the first HELD_OUT are held out."""
     found: dict[str, list[Row]] = {}
-    for row in rows(assets.install("home-intents")):
+    for row in rows(assets.install("home-intents"), per_intent=HELD_OUT + TRAIN):
         found.setdefault(intent_of(row), []).append(row)
     return {name: found[name] for name in (*KNOWN, *UNKNOWN)}
 
@@ -54,8 +54,7 @@ def team(folder: Path, notice: Callable[[str], object]) -> Path:
         "base": "starter",
         "agents": [{"name": "home", "release": str(release)}],
         "trust": str(folder / "keys" / "sartor.pub"),
-        # twice over everything that is known: a third time learns the general rows by heart (docs/log.md)
-        "retrain": {"key": str(folder / "keys"), "tuning": {"budget": {"epochs": 2}}, "rehearsal": 8.0},
+        "retrain": {"key": str(folder / "keys")},
     }
     file.write_text(yaml.safe_dump(said, sort_keys=False), encoding="utf-8")
     return file
@@ -80,7 +79,7 @@ def _make(folder: Path, release: Path, notice: Callable[[str], object]) -> None:
         "base": "starter",
         "data": {"path": str(folder / "dataset"), "eval_rows": 8},
         "method": {"kind": "lora", "rank": 16, "alpha": 32, "targets": "all-linear"},
-        "budget": {"epochs": 2},
+        "budget": {"epochs": 1},
         "optimizer": {"learning_rate": 2.0e-3, "batch_tokens": 256},
     }
     sartor.tune(recipe, folder / "adapter", replace=True, show=False, notice=notice)
