@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,17 @@ from sartor.core.artifacts import open_artifact
 from sartor.evaluate import audit
 
 
-def run_killed(code: str, moment_s: float) -> None:
+def run_killed(code: str, moment_s: float, commands: dict[str, str]) -> None:
     """Run Python code and kill it that long after it says READY (its imports are done)."""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    environment = {**os.environ, **commands}
+    process = subprocess.Popen(
+        ["python", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "READY"
     time.sleep(moment_s)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    process.communicate()  # until what it was has ended, too, which holds the other end
 
 
 def check(out: Path, again: Any) -> None:
@@ -48,27 +49,33 @@ def moments(longest_s: float, count: int) -> list[float]:
 
 @pytest.mark.services
 @pytest.mark.parametrize("moment_s", moments(0.5, 6))
-def test_killed_curate(tmp_path: Path, moment_s: float) -> None:
+def test_killed_curate(tmp_path: Path, moment_s: float, commands: dict[str, str]) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"question": f"q{n}", "answer": f"a{n}"} for n in range(4000)])
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"sources": [str(tmp_path / "rows.jsonl")]}))
     recipe, out = str(tmp_path / "r.yaml"), tmp_path / "d"
-    run_killed(f"import sartor.curate.pipeline as p; print('READY', flush=True); p.curate({recipe!r}, {str(out)!r})", moment_s)
+    run_killed(
+        f"import sartor.curate.pipeline as p; print('READY', flush=True); p.curate({recipe!r}, {str(out)!r})",
+        moment_s,
+        commands,
+    )
     check(out, lambda: sartor.curate(recipe, out, replace=True))
 
 
 @pytest.mark.services
 @pytest.mark.parametrize("moment_s", moments(1.2, 5))
-def test_killed_tune(tmp_path: Path, tune_recipe: dict[str, Any], moment_s: float) -> None:
+def test_killed_tune(tmp_path: Path, tune_recipe: dict[str, Any], moment_s: float, commands: dict[str, str]) -> None:
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(tune_recipe))
     recipe, out = str(tmp_path / "t.yaml"), tmp_path / "a"
     code = f"import matplotlib.figure, sartor.tune.trainer as t; print('READY', flush=True); t.tune({recipe!r}, {str(out)!r}, show=False)"
-    run_killed(code, moment_s)
+    run_killed(code, moment_s, commands)
     check(out, lambda: sartor.tune(recipe, out, replace=True, show=False))
 
 
 @pytest.mark.services
 @pytest.mark.parametrize("moment_s", moments(0.12, 5))
-def test_killed_release(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, moment_s: float) -> None:
+def test_killed_release(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, moment_s: float, commands: dict[str, str]
+) -> None:
     few = list(sartor.read_examples(sartor.open(tmp_path / "dataset")))[:4]
     monkeypatch.setattr(audit, "chitchat_rows", lambda: few)
     sartor.evaluate(adapter)
@@ -76,7 +83,9 @@ def test_killed_release(tmp_path: Path, adapter: Path, monkeypatch: pytest.Monke
     out = tmp_path / "x-1"
     options = f"name='x', version='1', key={str(tmp_path / 'keys')!r}, waivers=[r.Waiver(c, 'me', 'test') for c in ('gain', 'forgetting')]"
     run_killed(
-        f"import sartor.evaluate.release as r; print('READY', flush=True); r.release({str(adapter)!r}, {options})", moment_s
+        f"import sartor.evaluate.release as r; print('READY', flush=True); r.release({str(adapter)!r}, {options})",
+        moment_s,
+        commands,
     )
     waivers = [sartor.Waiver(check, "me", "test") for check in ("gain", "forgetting")]
     check(out, lambda: sartor.release(adapter, name="x", version="1", key=tmp_path / "keys", waivers=waivers, replace=True))

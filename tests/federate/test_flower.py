@@ -66,8 +66,8 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Story]:
-    fleet = Fleet(tmp_path_factory.mktemp("fleet"))
+def story(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, commands: dict[str, str]) -> Iterator[Story]:
+    fleet = Fleet(tmp_path_factory.mktemp("fleet"), commands)
     story = Story(fleet)
     try:
         tell(story)

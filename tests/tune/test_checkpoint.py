@@ -8,10 +8,9 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -488,9 +487,20 @@ def test_updates_go_on_from_any_position() -> None:
 # Real processes, real signals
 
 
-def start(recipe: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sartor", "tune", str(recipe), "--out", str(out), "--json", *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(commands: dict[str, str]) -> Start:
+    """`sartor tune RECIPE --out OUT` and further flags, begun."""
+
+    def start(recipe: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
+        command = ["sartor", "tune", str(recipe), "--out", str(out), "--json", *flags]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **commands}
+        )
+
+    return start
 
 
 def wait_for(process: subprocess.Popen[str], condition: Any) -> None:
@@ -509,7 +519,7 @@ def slow(tmp_path: Path, recipe: dict[str, Any]) -> tuple[Path, str]:
 
 @pytest.mark.services
 @pytest.mark.parametrize("inside_save", [False, True])
-def test_sigkill_and_resume_give_the_same_bits(slow: tuple[Path, str], out: Path, inside_save: bool) -> None:
+def test_sigkill_and_resume_give_the_same_bits(slow: tuple[Path, str], out: Path, start: Start, inside_save: bool) -> None:
     file, whole = slow
     folder = folder_of(out)
     inside = 0
@@ -534,7 +544,7 @@ def test_sigkill_and_resume_give_the_same_bits(slow: tuple[Path, str], out: Path
 
 @pytest.mark.services
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_from_outside_ends_cleanly(slow: tuple[Path, str], out: Path, number: signal.Signals) -> None:
+def test_a_signal_from_outside_ends_cleanly(slow: tuple[Path, str], out: Path, start: Start, number: signal.Signals) -> None:
     file, whole = slow
     process = start(file, out)
     wait_for(process, lambda: folder_of(out).is_dir())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,11 @@ def test_a_device_that_is_not_here_is_refused() -> None:
 
 
 @pytest.mark.services
-def test_the_command_lists_refusals_and_exits_0(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+def test_the_command_lists_refusals_and_exits_0(tmp_path: Path, tune_recipe: dict[str, Any], commands: dict[str, str]) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(json.dumps(tune_recipe))
-    command = [sys.executable, "-m", "sartor", "plan", str(file), "--data.max_length_tokens", "5", "--device", "cpu", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["sartor", "plan", str(file), "--data.max_length_tokens", "5", "--device", "cpu", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **commands})
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert [refusal["reason"] for refusal in said["refusals"]] == ["nothing_supervised"]
