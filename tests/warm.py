@@ -8,7 +8,7 @@ libraries read while they are imported starts as always, too.
 
     with warm.commands(folder) as variables: subprocess.run(["bash", "-c", "sartor --help"], env={**os.environ, **variables})
 
-The server keeps no state between commands: a fork sees what was imported, and nothing that another fork did.
+The server keeps no state between commands: a fork sees what was imported, and nothing that another fork did. Linux only (pidfd).
 """
 
 from __future__ import annotations

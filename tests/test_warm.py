@@ -1,0 +1,52 @@
+"""warm.py: a fork of the server is the command that it stands for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.services
+
+
+def run(commands: dict[str, str], *command: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **commands, **more}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, input="said\n")
+
+
+def test_arguments_input_output_and_how_it_ended_are_those_of_the_command(commands: dict[str, str], tmp_path: Path) -> None:
+    done = run(commands, "python", "-c", "import sys; print(sys.argv, input(), 'torch' in sys.modules, __name__)", "a b")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "['-c', 'a b'] said True __main__\n", "")
+    (tmp_path / "x.py").write_text("import sys; sys.exit('no ' + __file__)")
+    done = run(commands, "python", str(tmp_path / "x.py"))
+    assert (done.returncode, done.stderr) == (1, f"no {tmp_path / 'x.py'}\n")
+    done = run(commands, "sartor", "frobnicate")
+    assert done.returncode == 2 and 'Unknown command "frobnicate"' in done.stderr
+    done = run(commands, "python", "-c", "raise ValueError(3)")
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: 3\n")
+
+
+def test_what_libraries_read_while_they_are_imported_is_never_that_of_another(commands: dict[str, str]) -> None:
+    code = "import os, sys; print('torch' in sys.modules, os.environ.get('OMP_NUM_THREADS'), os.environ.get('OWN'))"
+    assert run(commands, "python", "-c", code, OWN="x").stdout == f"True {os.environ['OMP_NUM_THREADS']} x\n"
+    assert run(commands, "python", "-c", code, OMP_NUM_THREADS="7").stdout == "False 7 None\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_it_is_one_to_the_fork(commands: dict[str, str], tmp_path: Path, number: signal.Signals) -> None:
+    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'x').write(str(os.getpid())); print(flush=True); time.sleep(60)"
+    environment = {**os.environ, **commands}
+    process = subprocess.Popen(["python", "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline()
+    process.send_signal(number)
+    process.communicate(timeout=20)  # until the fork, too, has let go of it
+    assert process.returncode == -number
+    for _ in range(200):
+        if not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists():
+            return
+        time.sleep(0.05)
+    pytest.fail("the fork is still there")
