@@ -50,15 +50,12 @@ def notice(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def retrained(
-    folder: Path, name: str, said: Sequence[Feedback], rehearsal: float | None = None
-) -> tuple[dict[str, Any], Work | None]:
+def retrained(folder: Path, name: str, said: Sequence[Feedback]) -> tuple[dict[str, Any], Work | None]:
     """What a retrain on this feedback comes to: the command's JSON, and its record. The team's state is made anew."""
     team, state = learn_rows.team(folder, notice), folder / f"state-{name}"
     shutil.rmtree(state, ignore_errors=True)
     learn_rows.write_inbox(state, said)
-    flags = ["--state", str(state), *([] if rehearsal is None else ["--retrain.rehearsal", str(rehearsal)])]
-    found = sartor.retrain(team, "home", wishes=sartor.Wishes(promote=True), flags=flags, notice=notice)
+    found = sartor.retrain(team, "home", wishes=sartor.Wishes(promote=True), flags=["--state", str(state)], notice=notice)
     return found.as_json(), Work.opened(Path(found.folder)) if found.folder else None
 
 
@@ -75,8 +72,7 @@ def broken_slice(folder: Path) -> dict[str, Any]:
     def told(row: learn_rows.Row) -> str:
         return learn_rows.right(row).replace(f'"{known}"', '"HassNevermind"')
 
-    # with as much rehearsal as a retrain has by default the wrong half would not be learnt
-    found, work = retrained(folder, "broken", learn_rows.corrections((new, known), 40, told), rehearsal=1.5)
+    found, work = retrained(folder, "broken", learn_rows.corrections((new, known), 40, told))
     return _told(found, work)
 
 
