@@ -13,6 +13,7 @@ from sartor.core.artifacts import MANIFESTS, Artifact, check_free, new_directory
 from sartor.core.errors import ConfigError, GateError, HubError, ModelError
 from sartor.core.licences import Use
 from sartor.core.names import is_name
+from sartor.curate.review.desk import open_items as items_to_review
 from sartor.evaluate import attacked, checks, permission, training
 from sartor.evaluate.audit import verdicts
 from sartor.evaluate.checks import Check
@@ -24,13 +25,6 @@ OpenItems = Callable[[Artifact], int]
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
 # of an adapter that reads media, and of a federated one
 _SOME_HAVE = {"projectors.safetensors", attacked.FILE}
-
-
-def items_to_review(dataset: Artifact) -> int:
-    """How many items of the Dataset wait for a person."""
-    from sartor.curate.review.desk import open_items  # not above: whoever looks at a Release would wait for curate's steps
-
-    return open_items(dataset)
 
 
 @dataclass(frozen=True)
