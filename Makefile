@@ -43,7 +43,7 @@ test: $(VENV)/.dev  ## every tier
 	-$(BIN)/sartor assets install stamps  # Debian only
 	-$(BIN)/sartor assets install prompts-en
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations 25 -m "(circle or services or browser) and not alone"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 25 -m "(circle or services or browser) and not alone"
 	$(BIN)/python -m pytest -q --durations 10 -m "(circle or services or browser) and alone"
 
 check: $(VENV)/.dev  ## lint and types

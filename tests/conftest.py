@@ -31,13 +31,6 @@ pytest_plugins = ["updating"]
 gc.disable()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For --dist loadgroup: a file's tests share dear fixtures and stay on one worker, the pages of the docs share nothing."""
-    for item in items:
-        if item.path.name != "test_docs.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)

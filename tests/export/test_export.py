@@ -369,12 +369,12 @@ def test_held_out_rows_are_asked_and_a_revoked_source_reaches_the_export(
 @pytest.mark.services
 @pytest.mark.parametrize("moment_s", moments(0.6, 3))
 def test_a_killed_export_leaves_nothing_or_a_whole_one(
-    made: Path, tmp_path: Path, options: dict[str, Any], moment_s: float
+    made: Path, tmp_path: Path, options: dict[str, Any], moment_s: float, commands: dict[str, str]
 ) -> None:
     release, keys, out = str(made / "release"), str(made / "keys"), tmp_path / "out"
     code = f"""import sartor.export.verb as v; print('READY', flush=True)
 v.export({release!r}, {str(out)!r}, to='merged', options=v.Options(key={keys!r}))"""
-    run_killed(code, moment_s)
+    run_killed(code, moment_s, commands)
     how = sartor.ExportOptions(**options)
     check(out, lambda: sartor.export(made / "release", out, to="merged", options=how, replace=True))
 
