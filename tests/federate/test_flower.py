@@ -33,11 +33,10 @@ from sartor.federate.secure.identity import Roster
 
 pytestmark = [
     pytest.mark.services,
-    pytest.mark.alone,
     pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="pip install 'sartor[federated]'"),
 ]
-# of a machine with two cores that does nothing else a stage takes five seconds
-SLOW_S = 240.0
+# of a machine with two cores that does nothing else a stage takes ten seconds, most of which Flower's processes import
+SLOW_S = 600.0
 
 
 @dataclass
