@@ -39,7 +39,7 @@ from typing import Any
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "PYTORCH", "OMP_", "MKL_", "OPENBLAS_", "POLARS_", "PYTHON", "LD_", "CUDA")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-# a page of the docs is tried without them, and their import is what some pages are about
+# Flower's apps and alembic's scripts are run by those, and `__main__` is a command: to import one is to run it
 NEVER = ("flower", "migrations", "__main__")
 CLIENT = '''#!{python} -ISE
 """Ask the server of tests/warm.py for a fork, and be its stand-in: its signals, its end."""

@@ -22,7 +22,7 @@ from sartor.retrain.job import Job, Stage, bumped, read_registry
 from sartor.tune.trainer import tune as train
 
 # what the tuning of the live version is changed by, unless `retrain.tuning` says otherwise: few rows, seen twice. A third time
-# gained nothing on the starter, and cost the base its general talk (docs/log.md, 60 corrections)
+# cost the starter its general talk, and the gate refused every such version (docs/log.md, 60 corrections)
 GENTLE = 0.5
 EPOCHS = 2.0
 
