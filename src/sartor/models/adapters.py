@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from sartor.core.errors import ConfigError, ModelError
 from sartor.models import composed, quantised
+from sartor.models.adapted import round_once
 from sartor.models.composed import ComposedMedia
 from sartor.models.general import without_peft
 from sartor.models.loading import quiet
@@ -61,7 +62,7 @@ def inject_lora(
         known = ", ".join(sorted(_linear_names(model)))
         raise ConfigError(f"method.targets: {problem}", f"method.targets: all-linear, or some of {known}")
     with quiet():
-        return _widened(peft.get_peft_model(model, config))
+        return round_once(_widened(peft.get_peft_model(model, config)))
 
 
 def _widened(model: Any) -> Any:
@@ -190,7 +191,7 @@ def open_adapter(model: Any, path: Path) -> Any:
         raise ModelError(f"{len(surplus)} tensors of the adapter {path} have no place, the first is {surplus[0]}", _REMEDY)
     if any("modules_to_save" in name for name, _ in tuned.named_parameters()):
         peft.set_peft_model_state_dict(_widened(tuned), weights)  # once more, into fp32
-    return tuned.to(model.device).eval()
+    return round_once(tuned.to(model.device).eval())
 
 
 def begin_from(model: Any, path: Path) -> None:

@@ -5,6 +5,12 @@
 Forward and backward are written out (Hu et al. 2021, arXiv:2106.09685), so that nothing is kept but x A^T and nothing
 computed that the factors' gradients do not need. W is one tensor for all modules, made when it is first wanted; the
 modules' own weights become views of it, so the base is in memory once and transformers' module computes with the same numbers.
+
+In 16 bits the order of the two products matters. x W^T rounded to bf16 stands on a grid of 2^-8 of its size; a low-rank term
+below half a step of that grid, added afterwards, is rounded away, and with it what the adapter has learnt. So the low-rank
+product is made first and the frozen one is accumulated onto it: a matrix product adds to its output in fp32 and rounds the sum
+once. The same holds for dx = dy W + (scale dy B) A. The residual stream is added last: on its coarser grid the low-rank term
+alone would be lost. In fp32 the order is as it always was, so that checkpoints go on bit-equal.
 """
 
 from __future__ import annotations
@@ -65,7 +71,8 @@ class Unsupported(Exception):
 class Projection:
     """Modules q, k, v (say) as one. Outputs stand side by side: (N, sum of outs)."""
 
-    def __init__(self, modules: Sequence[Any], dtype: torch.dtype) -> None:
+    def __init__(self, modules: Sequence[Any], dtype: torch.dtype, *, dropout: bool = False) -> None:
+        """dropout: whether the caller applies the modules' dropout before A; else a module that has one is refused."""
         self.dtype = dtype
         self.factors: list[Factors] = []
         frozen, low = [], 0
@@ -75,7 +82,7 @@ class Projection:
                 raise Unsupported(f"a {type(base).__name__} where a linear module is expected")
             high = low + base.out_features
             if base is not module:
-                self.factors.extend(_factors(module, low, high))
+                self.factors.extend(_factors(module, low, high, dropout))
             frozen.append(base)
             low = high
         self.modules = frozen
@@ -91,10 +98,7 @@ class Projection:
             raise Unsupported(f"weights in {wrong[0]} where the base computes in {self.dtype}")
 
     def _fuse(self) -> torch.Tensor:
-        weights = [base.weight.detach() for base in self.modules]
-        if len(weights) == 1:
-            return weights[0]
-        fused, low = torch.cat(weights), 0
+        fused, low = torch.cat([base.weight.detach() for base in self.modules]), 0
         for base in self.modules:
             # a second projection over the same module must find the same storage, not make another
             base.weight.data = fused[low : low + base.out_features]
@@ -114,6 +118,8 @@ class Projection:
 
     def weight(self) -> torch.Tensor:
         """The frozen W, (outs, D). A quantised or mapped one is made dense for this one product and not kept."""
+        if not self.is_narrow and len(self.modules) == 1:
+            return self.modules[0].weight.detach()  # not kept: another projection may have moved it into its own W
         if not self.is_narrow:
             self._fused = self._fuse() if self._fused is None else self._fused
             return self._fused
@@ -131,23 +137,48 @@ class Projection:
             low += base.out_features
         return out
 
-    def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x (N, D) -> y (N, outs), added to `onto` (N, outs) if given; and x A^T (N, sum of R) for the backward."""
-        weight = self.weight()
-        if onto is not None:
-            y = torch.addmm(onto, x, weight.T)
-            if self.bias is not None:
-                y += self.bias
-        else:
-            y = x @ weight.T if self.bias is None else torch.addmm(self.bias, x, weight.T)
+    def forward(
+        self, x: torch.Tensor, onto: torch.Tensor | None = None, kept: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return y (N, outs), added to `onto` (N, outs) if given, and x A^T (N, sum of R) for the backward.
+
+        x: (N, D). kept: (N, D) factors of a dropout before A, 0 or 1 / (1 - p).
+        """
         if not self.factors:
-            return y, None
-        low_rank, rank = x @ self._stacked().T, 0
+            return self._frozen(x, onto), None
+        low_rank = (x if kept is None else x * kept) @ self._stacked().T
+        if rounds(self.dtype):
+            return self._rounded_once(x, low_rank, onto), low_rank
+        y, rank = self._frozen(x, onto), 0
         for factors in self.factors:
             part = low_rank[:, rank : rank + len(factors.a)]
             y[:, factors.low : factors.high].addmm_(part, factors.b.detach().to(self.dtype).T, alpha=factors.scale)
             rank += len(factors.a)
         return y, low_rank
+
+    def _rounded_once(self, x: torch.Tensor, low_rank: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
+        """Return x W^T + bias + scale low_rank B^T + onto, (N, outs), both products in one fp32 accumulator."""
+        weight = self.weight()
+        if self.bias is None:
+            y = low_rank_product(low_rank, self.factors, len(weight)).addmm_(x, weight.T)
+        else:
+            # a bias may be much larger than the low-rank term, so all three meet in one product: [x, x A^T] [W, scale B]^T
+            b, rank = weight.new_zeros(len(weight), low_rank.shape[1]), 0
+            for factors in self.factors:
+                b[factors.low : factors.high, rank : rank + len(factors.a)] = factors.b.detach() * factors.scale
+                rank += len(factors.a)
+            y = torch.addmm(self.bias, torch.cat([x, low_rank], 1), torch.cat([weight, b], 1).T)
+        return y if onto is None else y.add_(onto)
+
+    def _frozen(self, x: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
+        """Return x W^T + bias + onto, (N, outs)."""
+        weight = self.weight()
+        if onto is None:
+            return x @ weight.T if self.bias is None else torch.addmm(self.bias, x, weight.T)
+        y = torch.addmm(onto, x, weight.T)
+        if self.bias is not None:
+            y += self.bias
+        return y
 
     def lower(self, dy: torch.Tensor) -> torch.Tensor | None:
         """dy (N, outs) -> scale dy B, (N, sum of R): the gradient of x A^T."""
@@ -159,15 +190,26 @@ class Projection:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def input_gradient(self, dy: torch.Tensor, lowered: torch.Tensor | None) -> torch.Tensor:
-        """dx (N, D) = dy W + lowered A."""
-        dx = dy @ self.weight()
-        return dx if lowered is None else dx.addmm_(lowered, self._stacked())
+    def input_gradient(
+        self, dy: torch.Tensor, lowered: torch.Tensor | None, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return dx (N, D) = dy W + lowered A, the second term times `kept` (N, D) if there was a dropout."""
+        if lowered is None:
+            return dy @ self.weight()
+        if rounds(self.dtype) or kept is not None:
+            dx = lowered @ self._stacked()
+            if kept is not None:
+                dx *= kept
+            return dx.addmm_(dy, self.weight())
+        return (dy @ self.weight()).addmm_(lowered, self._stacked())
 
     def factor_gradients(
         self, dy: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor | None, lowered: torch.Tensor | None
     ) -> Gradients:
-        """dA and dB of each factor pair, in the order of `parameters`, fp32 (fp64 for fp64)."""
+        """Return dA and dB of each factor pair, in the order of `parameters`, fp32 (fp64 for fp64).
+
+        x: (N, D), what A was multiplied with.
+        """
         if low_rank is None or lowered is None:
             return []
         gradients: Gradients = []
@@ -186,6 +228,23 @@ class Projection:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def rounds(dtype: torch.dtype) -> bool:
+    """Return whether a product in `dtype` is rounded so coarsely that a low-rank term must be added before."""
+    return dtype.itemsize < 4
+
+
+def low_rank_product(low_rank: torch.Tensor, pairs: Sequence[Factors], outs: int) -> torch.Tensor:
+    """Return scale (x A^T) B^T of every pair, (N, outs), zero where no module has factors. low_rank: x A^T, (N, sum of R)."""
+    covers_all = sum(pair.high - pair.low for pair in pairs) == outs
+    y = (low_rank.new_empty if covers_all else low_rank.new_zeros)(len(low_rank), outs)
+    rank = 0
+    for pair in pairs:
+        part, b = low_rank[:, rank : rank + len(pair.a)], pair.b.detach().to(low_rank.dtype)
+        y[:, pair.low : pair.high].addmm_(part, b.T, beta=0, alpha=pair.scale)
+        rank += len(pair.a)
+    return y
+
+
 def _is_narrow(base: Any) -> bool:
     return isinstance(base, MappedLinear) or is_quantised(base)
 
@@ -196,7 +255,7 @@ def _dense(base: Any, dtype: torch.dtype) -> torch.Tensor:
     return dense_weight(base, dtype) if is_quantised(base) else base.weight.detach().to(dtype)
 
 
-def _factors(module: Any, low: int, high: int) -> list[Factors]:
+def _factors(module: Any, low: int, high: int, dropout: bool) -> list[Factors]:
     """The LoRA factors of a module that are switched on and trained."""
     if isinstance(module, LoraLinear):
         return [Factors(low, high, module.a, module.b, module.scale)]
@@ -210,7 +269,7 @@ def _factors(module: Any, low: int, high: int) -> list[Factors]:
         raise Unsupported("DoRA")
     if module.lora_bias.get("default"):
         raise Unsupported("LoRA with a bias")
-    if not isinstance(module.lora_dropout["default"], torch.nn.Identity):
+    if not dropout and not isinstance(module.lora_dropout["default"], torch.nn.Identity):
         raise Unsupported("dropout before A")
     a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
     return [Factors(low, high, a, b, float(module.scaling["default"]))]

@@ -10,7 +10,8 @@ Every path gives the same losses up to rounding; what differs is time and memory
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from sartor.models.loading import quiet
 from sartor.models.path import WISH, FastPath, Path, Wish, reuse
 
 RECOMPUTED = "activations are computed again in the backward pass"
+# Rows by which a refused fast path is timed
+_TIMED_ROWS = 8
 
 
 @dataclass
@@ -80,7 +83,11 @@ class OneRow:
 
 
 def choose(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish = WISH) -> Path:
-    """The fastest path that is right for `model`, measured on a few of `rows`. The model should be in eval mode."""
+    """Return the fastest path that is right for `model`, measured on a few of `rows`. The model should be in eval mode.
+
+    A path that is not the fast one says in its `reason` why, and what that costs where both can be timed.
+    """
+    fast: Fast | None = None
     try:
         if not wish.fast:
             raise Unsupported("compute.path is general")
@@ -91,14 +98,43 @@ def choose(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish
             how = f"differs from the model's own losses by {difference:.2g} nats" if math.isfinite(difference) else "fails"
             raise Unsupported(f"it {how} on rows of this run")
     except Unsupported as error:
-        return _general(model, rows, device, wish, f"not the fast path: {error}")
+        path = _general(model, rows, device, wish, f"not the fast path: {error}")
+        if wish.fast:
+            path.reason += _cost(path, fast, rows, device)
+        return path
     reason = f"{fast.family_name} block by hand, {why}"
     if wish.recompute:
         reason += f"; {RECOMPUTED}"
     return FastPath(fast, device, reason, wish.share, reuse(fast, rows, device, wish), difference)
 
 
-def _general(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish, reason: str) -> Path:
+@torch.no_grad()
+def _cost(path: General | OneRow, fast: Fast | None, rows: Sequence[Encoded], device: torch.device) -> str:
+    """Say what the slower path costs: how long a few rows take on it, over how long they take on the fast one."""
+    few = [row for row in rows if row.supervised_tokens][:_TIMED_ROWS]
+    if fast is None or not few:
+        return "; what that costs cannot be timed here (docs/speed.md has the ratio on the starter)"
+    try:
+        slow_s = _seconds(lambda: path.losses(few))
+        fast_s = _seconds(lambda: fast.losses(batches.pack(few, device)))
+    except Exception:  # a fast path that fails has no time
+        return "; what that costs could not be measured, since the fast path fails"
+    return f"; {len(few)} rows take {slow_s / fast_s:.1f} times as long as on the fast path"
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Return the shortest of three runs' wall time, s, each waiting for the device."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _general(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish, reason: str) -> General | OneRow:
     is_exact, difference = general.packs_exactly(model, rows, device)
     if not is_exact:
         how = f"differ by {difference:.2g} nats from single rows" if math.isfinite(difference) else "cannot be computed"

@@ -27,9 +27,9 @@ class BaseChoice:
     image: str = option("", "image tower: efficientnet-lite0, or a vision encoder as a directory or hub name")
     audio: str = option("", "audio tower: whisper-tiny-en, or a Whisper as a directory or hub name")
     revision: str = option("", "revision of a hub model; empty is its main branch")
-    bits: Literal[4, 8, 16, "auto"] = option(
+    bits: Literal[4, 8, 16, 32, "auto"] = option(
         "auto",
-        "4 is NF4, 8 is int8 (both bitsandbytes), 16 is bf16; auto is bf16 where the hardware has it, else fp32",
+        "4 is NF4, 8 is int8 (both bitsandbytes), 16 is bf16, 32 is fp32; auto is bf16 where the hardware has it, else fp32",
     )
     licence: str = option("", "SPDX licence of the base, where its own files state none")
 

@@ -26,7 +26,7 @@ from sartor.tune.tokenised import Rows, flat, lessons
 NO_PREFERENCE = "nothing_preferred"
 MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = "memory", "cut_answers", "nothing_supervised", "pad_is_stop", "end_unsupervised"
 # Quantised linear weights over 16-bit and 32-bit ones: 4 bits and an absmax per 64 values; 8 bits and a scale per row
-_BYTES_PER_WEIGHT: dict[Any, float] = {4: 0.5 + 4 / 64, 8: 1.05, 16: 2.0}
+_BYTES_PER_WEIGHT: dict[Any, float] = {4: 0.5 + 4 / 64, 8: 1.05, 16: 2.0, 32: 4.0}
 _KEPT_FRACTION = 0.99
 
 

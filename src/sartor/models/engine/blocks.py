@@ -9,6 +9,9 @@ row may have factors of its own. What makes a row's numbers independent of its n
 - attention and LoRA are computed row by row.
 
 It holds in fp32 and in bf16, since it is a matter of order and not of precision.
+
+In 16 bits the low-rank term of each row is made first and the frozen product is accumulated onto it (models/linear.py says
+why), for rows without an adapter onto zeros, so that their product is the same one; and the residual stream is fp32.
 """
 
 from __future__ import annotations
@@ -22,16 +25,17 @@ from torch.nn import functional as F
 
 from sartor.models.engine.factors import Factors, Site
 from sartor.models.engine.pages import PAGE_TOKENS
-from sartor.models.forward import Block, Fast
+from sartor.models.forward import Block, Fast, Norm
+from sartor.models.kernels.eager import Eager
 from sartor.models.kernels.serving import Cache, Looks, Serving, Turns
-from sartor.models.linear import Projection, Unsupported
+from sartor.models.linear import Projection, Unsupported, rounds
 
 BLOCK_ROWS = 16
 # Rotary embeddings whose angles depend on the length of the text cannot be tabled
 _MOVING_ROPE = {"dynamic", "longrope"}
 _FIRST_ANGLES = 1024
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
+Linear = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 Adapt = Callable[[int, torch.Tensor, torch.Tensor], None]
 Mix = Callable[[int, Block, torch.Tensor], torch.Tensor]
 
@@ -98,6 +102,7 @@ class Blocks:
     def __init__(self, fast: Fast, cache_pages: int, angles: Angles, names: Mapping[int, str]) -> None:
         self._fast, self._angles = fast, angles
         self.device, self.dtype = fast.head.device, fast.head.dtype
+        self._residual_dtype = torch.promote_types(self.dtype, torch.float32)
         self._serving = Serving()
         projections = [
             part
@@ -136,11 +141,11 @@ class Blocks:
     @torch.inference_mode()
     def hidden(self, run: Run) -> torch.Tensor:
         """(T, D) hidden states of all tokens of a run, as the LM head reads them."""
-        return self._fast.norm.forward(self._read(run, all_rows=True))[0]
+        return self._normed(self._fast.norm, self._read(run, all_rows=True))
 
     def _scores(self, x: torch.Tensor) -> Scores:
         """Of (N, D) hidden states, at most BLOCK_ROWS."""
-        logits = self._head(_filled(self._fast.norm.forward(x)[0]))[: len(x)]
+        logits = self._head(_filled(self._normed(self._fast.norm, x)), None)[: len(x)]
         logits = logits if self._fast.softcap is None else self._fast.softcap * torch.tanh(logits / self._fast.softcap)
         values, places = logits.max(-1)
         return Scores(logits, torch.where(torch.isfinite(values), places, -1).tolist())
@@ -151,6 +156,7 @@ class Blocks:
         x = self._fast.embed(torch.tensor(list(ids), device=self.device).clamp(min=0))
         if run.seen is not None:
             x = x.index_copy(0, run.seen[0], run.seen[1].to(x.dtype))
+        x = x.to(self._residual_dtype)
         table = torch.tensor(list(pages[: (first + len(ids) - 1) // PAGE_TOKENS + 1]), device=self.device)
 
         def mix(place: int, block: Block, qkv: torch.Tensor) -> torch.Tensor:
@@ -174,7 +180,7 @@ class Blocks:
         table = torch.tensor([[*row, *[0] * (most - len(row))] for row in pages] + [[0] * most] * spare, device=self.device)
         looks = Looks(table, torch.tensor([*positions, *[-1] * spare], device=self.device))
         own = torch.tensor([*slots, *[-1] * spare], device=self.device)
-        x = self._fast.embed(torch.tensor([*ids, *[0] * spare], device=self.device))
+        x = self._fast.embed(torch.tensor([*ids, *[0] * spare], device=self.device)).to(self._residual_dtype)
 
         def mix(place: int, block: Block, qkv: torch.Tensor) -> torch.Tensor:
             turns = self._angles.turns(block.rope_kind, max(positions) + 1)
@@ -190,20 +196,31 @@ class Blocks:
     def _block(self, place: int, x: torch.Tensor, mix: Mix, adapt: Adapt, *, only_last: bool = False) -> torch.Tensor:
         """One layer. only_last: nothing reads the other rows of its result."""
         block, site = self._fast.blocks[place], 4 * place
-        qkv = self._product(site, block.norm.forward(x)[0], adapt)
+        qkv = self._product(site, self._normed(block.norm, x), adapt)
         if block.head_norms is not None:
             qkv = block.head_norms.forward(qkv)
         mixed = mix(place, block, qkv)
         if only_last:
             mixed, x = mixed[-1:], x[-1:]
         x = x + self._after(block, 0, self._product(site + 1, mixed, adapt))
-        gate_up = self._product(site + 2, block.mlp_norm.forward(x)[0], adapt)
+        gate_up = self._product(site + 2, self._normed(block.mlp_norm, x), adapt)
         return x + self._after(block, 1, self._product(site + 3, block.kernels.glu(gate_up, block.activation), adapt))
 
     def _product(self, site: int, x: torch.Tensor, adapt: Adapt) -> torch.Tensor:
-        y = self._linears[site](x)
-        adapt(site, y, x)
-        return y
+        """Return x W^T + bias and each row's low-rank term, (N, O), for x (N, D)."""
+        if not rounds(self.dtype):
+            y = self._linears[site](x, None)
+            adapt(site, y, x)
+            return y
+        low_rank = x.new_zeros(len(x), self.factors.sites[site].high[-1])
+        adapt(site, low_rank, x)
+        return self._linears[site](x, low_rank)
+
+    def _normed(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:
+        """Return the norm of the residual stream x (N, D), in the dtype of the products that read it."""
+        if x.dtype == self.dtype:
+            return norm.forward(x)[0]
+        return Eager().rms_norm(x, norm.weight, norm.eps, norm.offset)[0].to(self.dtype)
 
     @staticmethod
     def _after(block: Block, place: int, y: torch.Tensor) -> torch.Tensor:
@@ -244,9 +261,12 @@ def _site(part: Projection, names: Mapping[int, str]) -> Site:
 
 
 def linear(part: Projection) -> Linear:
-    """x (N, D) -> x W^T + bias. A dense W on a CPU is laid out anew for its products, and the module's own is let go."""
+    """Return x (N, D) -> x W^T + bias, added to a second argument (N, O) unless it is None and rounded once.
+
+    A dense W on a CPU is laid out anew for its products, and the module's own is let go.
+    """
     if part.is_narrow:
-        return lambda x: F.linear(x, part.weight(), part.bias)
+        return lambda x, onto: _plain(x, part.weight(), part.bias, onto)
     weight = part.weight()
     if weight.device.type == "cpu":
         part.release()
@@ -254,11 +274,24 @@ def linear(part: Projection) -> Linear:
 
 
 def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """x (N, D) -> x W^T + bias, W in oneDNN's own order where it has one: plain weights would be reordered at every call."""
+    """Return what `linear` does, W in oneDNN's own order where it has one: plain weights would be reordered at every call."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or weight.dtype == torch.float64:
-        return lambda x: F.linear(x, weight, bias)
+        return lambda x, onto: _plain(x, weight, bias, onto)
     try:
         ordered = torch.ops.mkldnn._reorder_linear_weight(weight, BLOCK_ROWS)
     except RuntimeError:  # bf16 on a processor without AVX-512
-        return lambda x: F.linear(x, weight, bias)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")
+        return lambda x, onto: _plain(x, weight, bias, onto)
+
+    def product(x: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
+        if onto is None:
+            return torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, onto, ordered, bias, "add")
+
+    return product
+
+
+def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, onto: torch.Tensor | None) -> torch.Tensor:
+    if onto is None:
+        return F.linear(x, weight, bias)
+    y = onto.addmm_(x, weight.T)
+    return y if bias is None else y.add_(bias)

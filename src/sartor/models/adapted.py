@@ -1,0 +1,76 @@
+"""LoRA layers of peft in 16 bits: the low-rank term is added before the frozen product is rounded.
+
+peft's own layer rounds the frozen product to bf16 and adds the low-rank term to what stands on that grid, where part of it
+is lost (`linear.py` says why). `round_once` gives each plain LoRA layer the forward and backward of `linear.Projection`
+instead, so that transformers' module computes what the fast path computes. What a Projection does not know (DoRA, LoRA with
+a bias, layers that are not linear) keeps peft's forward, and so does any call that is not the plain one: adapters switched
+off, merged or mixed in a batch, inputs of another dtype, autocast.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from sartor.models.linear import Projection, Unsupported, rounds
+
+
+def round_once(model: Any) -> Any:
+    """Give `model`'s LoRA layers this module's forward where the base computes in 16 bits, and return it.
+
+    Call it when the factors are in place and on their device. An fp32 base keeps peft's arithmetic to the bit.
+    """
+    dtype = model.get_output_embeddings().weight.dtype
+    if not rounds(dtype):
+        return model
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or not hasattr(layer, "lora_A"):
+            continue
+        try:
+            layer.projection = Projection([layer], dtype, dropout=True)
+        except Unsupported:
+            continue
+        layer.forward = MethodType(_forward, layer)
+    return model
+
+
+def _forward(layer: Any, x: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
+    """Return the layer's output, (..., outs), for x (..., D)."""
+    projection: Projection = layer.projection
+    is_plain = not (positional or named or layer.disable_adapters or layer.merged_adapters)
+    if not is_plain or x.dtype != projection.dtype or torch.is_autocast_enabled(x.device.type):
+        return type(layer).forward(layer, x, *positional, **named)
+    rows = x.reshape(-1, x.shape[-1])
+    dropout = layer.lora_dropout["default"]
+    is_dropping = layer.training and not isinstance(dropout, torch.nn.Identity)
+    kept = dropout(torch.ones_like(rows)) if is_dropping else None
+    y = _AdaptedProduct.apply(rows, kept, projection, *projection.parameters)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _AdaptedProduct(torch.autograd.Function):  # type: ignore[misc]  # torch is read as Any
+    """y (N, outs) = x W^T + bias + scale ((x * kept) A^T) B^T, and the gradients of x, A and B.
+
+    A quantised W is made dense in both passes and not kept between them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, kept: torch.Tensor | None, projection: Projection, *factors: torch.Tensor
+    ) -> torch.Tensor:
+        y, low_rank = projection.forward(x, kept=kept)
+        ctx.projection = projection
+        ctx.save_for_backward(x, kept, low_rank)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, kept, low_rank = ctx.saved_tensors
+        projection, dy = ctx.projection, dy.contiguous()
+        lowered = projection.lower(dy)
+        dx = projection.input_gradient(dy, lowered, kept) if ctx.needs_input_grad[0] else None
+        gradients = projection.factor_gradients(dy, x if kept is None else x * kept, low_rank, lowered)
+        return dx, None, None, *gradients

@@ -1,0 +1,97 @@
+"""A model's computation in fp32, with the weights that it has: what 16-bit ways of computing are judged against.
+
+Two ways that round differently cannot be judged by each other. `in_fp32` makes transformers' own module compute in fp32 for a
+few rows: weights are widened a module at a time, linear ones a slice at a time, so memory grows by a slice of a weight and
+not by a second model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from sartor.models import quantised
+from sartor.models.linear import rounds
+
+SLICE_BYTES = 64 << 20
+
+
+@contextmanager
+def in_fp32(model: Any) -> Iterator[None]:
+    """Inside, `model` computes in fp32. Call it under no_grad; models that cast by themselves raise when they are called.
+
+    A parameter of a module that is not linear is replaced while that module computes, and given back afterwards, also when
+    it raised.
+    """
+    narrow: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors that are wide now, and what they held
+    forwards: list[tuple[Any, Any]] = []
+    hooks = [model.get_input_embeddings().register_forward_hook(lambda module, given, made: _wide(made))]
+
+    def widen(module: Any, given: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        for tensor in _own_tensors(module):
+            narrow.append((tensor, tensor.data))
+            tensor.data = tensor.data.float()
+        return _wide(given), _wide(named)
+
+    def give_back(module: Any, given: Any, made: Any) -> None:
+        for tensor in _own_tensors(module, narrowed=False):
+            held = [entry for entry in narrow if entry[0] is tensor]
+            if held:
+                tensor.data = held[-1][1]
+                narrow.remove(held[-1])
+
+    try:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                continue  # a row that is looked up is widened afterwards
+            if quantised.is_quantised(module) or type(module) is torch.nn.Linear:
+                forwards.append((module, module.__dict__.get("forward")))
+                module.forward = MethodType(_linear_in_fp32, module)
+            elif any(True for _ in _own_tensors(module)):
+                hooks.append(module.register_forward_pre_hook(widen, with_kwargs=True))
+                hooks.append(module.register_forward_hook(give_back))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, before in forwards:
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+        for tensor, before in reversed(narrow):
+            tensor.data = before
+
+
+def _own_tensors(module: Any, *, narrowed: bool = True) -> Iterator[torch.Tensor]:
+    """Parameters and buffers of this very module that are floats; those of 16 bits alone, or all."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and tensor.is_floating_point() and (rounds(tensor.dtype) or not narrowed):
+            yield tensor
+
+
+def _linear_in_fp32(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return x W^T + bias in fp32, (..., outs), for x (..., D) of any dtype."""
+    x = x.float()
+    if quantised.is_quantised(linear):
+        y = F.linear(x, quantised.dense_weight(linear, torch.float32))
+    else:
+        rows = max(1, SLICE_BYTES // (4 * linear.in_features))
+        y = torch.cat([F.linear(x, part.float()) for part in linear.weight.detach().split(rows)], -1)
+    return y if linear.bias is None else y + linear.bias.float()
+
+
+def _wide(given: Any) -> Any:
+    """Return `given`, tensors of 16-bit floats in fp32, alone or in tuples and dictionaries."""
+    if isinstance(given, torch.Tensor):
+        return given.float() if given.is_floating_point() and rounds(given.dtype) else given
+    if type(given) in (tuple, list):
+        return type(given)(_wide(part) for part in given)
+    if type(given) is dict:
+        return {name: _wide(part) for name, part in given.items()}
+    return given
