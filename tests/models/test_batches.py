@@ -248,6 +248,9 @@ class Stubborn(nn.Module):
     def get_input_embeddings(self) -> Any:
         return self.inner.get_input_embeddings()
 
+    def get_output_embeddings(self) -> Any:
+        return self.inner.get_output_embeddings()
+
     def set_attn_implementation(self, name: str) -> None:
         self.inner.set_attn_implementation(name)
 
