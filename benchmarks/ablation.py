@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
 import platform
 import statistics
 import time
@@ -23,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import savings
+import smallest
 import tables
 import torch
+from results import print_result
 
 from sartor.models import batches, general, paths
 from sartor.models.forward import Fast
@@ -151,14 +152,16 @@ def main() -> None:
     """Print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
+    smallest.add_argument(parser)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--layers", type=int, default=0, help="keep only that many layers: for a quick trial")
     parser.add_argument("--write", type=Path, help="put the table into this file")
     arguments = parser.parse_args()
-    lines, said = measure(arguments.layers, arguments.pairs), machine()
+    with smallest.home(arguments.small, layers=savings.SMALL_LAYERS):
+        lines, said = measure(arguments.layers, 1 if arguments.small else arguments.pairs), machine()
     if arguments.write:
         tables.write(arguments.write, "ablation", table(lines, said))
-    print(json.dumps({"ablation": lines, "layers": arguments.layers or "all", "machine": said}))
+    print_result({"ablation": lines, "layers": arguments.layers or "all", "machine": said})
 
 
 if __name__ == "__main__":

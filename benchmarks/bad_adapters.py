@@ -1,6 +1,7 @@
 """A corpus of Releases that no server may load, each wrong in one way, and the good one that they are made from.
 
     python benchmarks/bad_adapters.py --base DIR --out DIR      # writes all of them, with the keys that signed them
+    python benchmarks/bad_adapters.py --small --json            # the same for a tiny base, and nothing stays
 
 A signer who is trusted can be mistaken, or robbed of the key: so a Release is signed anew after it was made worse, wherever
 the signature itself is not what is wrong, and `CORPUS` says which check of admission has to find it. No torch; a few
@@ -12,12 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import smallest
+from results import print_result
 
 from sartor.agents.admission.weights import BaseWeights
 from sartor.core import bases, signing
@@ -384,14 +389,28 @@ CORPUS: dict[str, Bad] = {
 def main() -> None:
     """Write the corpus."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="directory of a base in transformers' layout")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
+    smallest.add_argument(parser)
+    parser.add_argument("--base", type=Path, help="directory of a base in transformers' layout")
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    if not (asked.small or (asked.base and asked.out)):
+        parser.error("--base DIR --out DIR: the base, and where the corpus is written")
+    with tempfile.TemporaryDirectory() as folder, smallest.home(asked.small):
+        if asked.small:
+            asked.base, asked.out = bases.locate(bases.STARTER).path, Path(folder)
+        checks = write_corpus(asked)
+    print_result({"releases": len(checks), "checks": dict(Counter(checks.values())), "good": 1})
+
+
+def write_corpus(asked: argparse.Namespace) -> dict[str, str]:
+    """Write the good Release and every bad one, a line for each; return the check that finds each."""
     maker = Maker.on(asked.base, asked.out / "keys")
     maker.good(asked.out / "releases" / "good")
     for name, bad in CORPUS.items():
         path = maker.bad(name, asked.out / "releases" / name.replace(" ", "-"))
         print(json.dumps({"name": name, "path": str(path), "check": bad.check}))
+    return {name: bad.check for name, bad in CORPUS.items()}
 
 
 if __name__ == "__main__":

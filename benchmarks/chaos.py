@@ -8,15 +8,15 @@ another is wrong. `others_success` is the fraction of right ones among the agent
     python benchmarks/chaos.py --json            # adapters tuned by a few updates, every fault, 200 promotions and rollbacks
     python benchmarks/chaos.py --quick --json    # adapters of random factors, 20 changes
     python benchmarks/chaos.py --only slow       # faults whose name has this in it
+    python benchmarks/chaos.py --small --json    # a tiny base, no spare, a few faults and bad adapters, 4 changes
 
-Below the table: a JSON object. Exits 1 if anybody else was hurt, a bad adapter was admitted, or a reply was lost.
+Below the table: a JSON object; `absent` names the faults that were left out. Exits 1 if anybody else was hurt, a bad adapter was admitted, or a reply was lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import resource
 import shutil
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,29 @@ import chaos_faults
 import chaos_house
 import httpx
 import psutil
+import smallest
 from chaos_faults import ALL, FAULTS, PATIENCE_S, Fault, Outcome, Scene
 from chaos_load import Load
 from chaos_tools import Clock
+from results import print_result
 
 TOKENS = 6
-CHANGES, QUICK_CHANGES = 200, 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done. faults: their names, empty for all. bad: of the corpus that is promoted, every so many."""
+
+    changes: int
+    trained: bool = False
+    faults: tuple[str, ...] = ()
+    bad: int = 1
+    is_small: bool = False
+
+
+FULL, QUICK = Plan(200, trained=True), Plan(20)
+# the faults of workers and of their memory, of the disk and of the clock each need more than a second or root
+SMALL = Plan(4, faults=("bad adapters promoted", "corrupt registry rows", "10 MB prompts", "promotions and rollbacks"), bad=8, is_small=True)
 # What an encoder takes that is opened in a worker is more than this, and what replies come to is less
 MARGIN_BYTES = 48 << 20
 CALM_S = 1.0
@@ -47,6 +65,7 @@ def main() -> None:
     """Run, print the table, and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the last line is a JSON object")
+    smallest.add_argument(parser)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default="", help="part of a fault's name")
     parser.add_argument("--changes", type=int, default=0, help="so many promotions and rollbacks")
@@ -55,13 +74,14 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, most), most))
     began = time.monotonic()
-    with workplace(asked.keep) as path:
-        said = asyncio.run(run(path, asked.quick, asked.only, asked.changes or (QUICK_CHANGES if asked.quick else CHANGES)))
+    plan = SMALL if asked.small else QUICK if asked.quick else FULL
+    with smallest.home(asked.small), workplace(asked.keep) as path:
+        said = asyncio.run(run(path, replace(plan, changes=asked.changes or plan.changes), asked.only))
     said["wall_s"] = round(time.monotonic() - began, 1)
     table(said)
     if asked.json:
-        print(json.dumps(said))
-    is_hurt = said["others_success"] < 1 or not said["base_bit_equal"] or said["admitted_bad"] or said["lost_in_flight"]
+        print_result(said)
+    is_hurt = said["others_success"] < 1 or not said["base_bit_equal"] or said.get("admitted_bad") or said.get("lost_in_flight")
     raise SystemExit(1 if is_hurt or any(fault["failed"] for fault in said["faults"].values()) else 0)
 
 
@@ -77,19 +97,20 @@ def workplace(keep: Path | None) -> Iterator[Path]:
         yield keep.absolute()
 
 
-async def run(path: Path, quick: bool, only: str, changes: int) -> dict[str, Any]:
+async def run(path: Path, plan: Plan, only: str) -> dict[str, Any]:
     """Everything that is measured."""
-    home = chaos_house.build(path, trained=not quick)
+    home = chaos_house.build(path, trained=plan.trained)
+    home.is_small = plan.is_small
     home.mount()
-    clock = Clock.made(path)
+    clock = None if plan.is_small else Clock.made(path)
     server = None
     try:
         server, start_s = await opened(home, clock)
         load = Load(server.url, server.key, TOKENS)
         await peace(home, server, load)
-        memory_bytes, again_s = await limited(home, server, load)
-        scene = Scene(home, server, load, clock, changes)
-        chosen = [fault for fault in FAULTS if only in fault.name]
+        again = {} if plan.is_small else await limited(home, server, load)
+        scene = Scene(home, server, load, clock, plan.changes, plan.bad)
+        chosen = [fault for fault in FAULTS if only in fault.name and (not plan.faults or fault.name in plan.faults)]
         faults, replies = await suffer(scene, chosen)
         before, asked = dict(load.known), len(replies)
         await load.learn(["base"])
@@ -106,9 +127,9 @@ async def run(path: Path, quick: bool, only: str, changes: int) -> dict[str, Any
         "others_success": round(1 - len(wrong) / len(others), 6) if others else 0.0,
         "others_requests": len(others),
         "base_bit_equal": before == load.known and not any(reply["wrong"] for reply in bases),
-        "admitted_bad": None if home.admitted is None else len(home.admitted),
-        "bad_adapters": len(chaos_faults.corpus()),
-        "lost_in_flight": home.lost,
+        **({} if home.admitted is None else {"admitted_bad": len(home.admitted)}),
+        "bad_adapters": len(chaos_faults.corpus()[:: plan.bad]),
+        **({} if home.lost is None else {"lost_in_flight": home.lost}),
         "promotions": scene.changed,
         "in_flight_at_a_change": scene.spanning,
         "recovery_s": {name: fault["recovery_s"] for name, fault in faults.items() if "recovery_s" in fault},
@@ -118,8 +139,8 @@ async def run(path: Path, quick: bool, only: str, changes: int) -> dict[str, Any
         "exit_status": status,
         "processors": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[1], 1),
-        "memory_limit_bytes": memory_bytes,
-        "start_again_s": round(again_s, 1),
+        **again,
+        "absent": {fault.name: smallest.LEFT_OUT if plan.is_small else "not asked for" for fault in FAULTS if fault not in chosen},
     }
 
 
@@ -146,7 +167,7 @@ async def changed(server: chaos_house.Server, verb: str, **asked: Any) -> None:
         raise SystemExit(f"{verb}: HTTP {said.status_code} {said.text}")
 
 
-async def limited(home: chaos_house.Home, server: chaos_house.Server, load: Load) -> tuple[int, float]:
+async def limited(home: chaos_house.Home, server: chaos_house.Server, load: Load) -> dict[str, float]:
     """Start it again with a limit of memory a little above what its workers take; all replies must be as they were."""
     most = max(worker["memory_bytes"] for worker in (await server.health())["workers"])
     memory_bytes = most + MARGIN_BYTES
@@ -159,7 +180,7 @@ async def limited(home: chaos_house.Home, server: chaos_house.Server, load: Load
     await load.learn(["base", chaos_house.AGENTS[0]])
     if known != load.known:
         raise SystemExit("after a restart the replies are others")
-    return memory_bytes, again_s
+    return {"memory_limit_bytes": memory_bytes, "start_again_s": round(again_s, 1)}
 
 
 async def suffer(scene: Scene, chosen: list[Fault]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
@@ -217,8 +238,8 @@ def table(said: dict[str, Any]) -> None:
     print(
         f"\nothers' success {said['others_success']:.4%} of {said['others_requests']}; "
         f"base bit-equal {said['base_bit_equal']}; "
-        f"{'?' if said['admitted_bad'] is None else said['admitted_bad']} of {said['bad_adapters']} bad adapters admitted; "
-        f"{'?' if said['lost_in_flight'] is None else said['lost_in_flight']} replies lost in "
+        f"{said.get('admitted_bad', '?')} of {said['bad_adapters']} bad adapters admitted; "
+        f"{said.get('lost_in_flight', '?')} replies lost in "
         f"{said['promotions']} promotions and rollbacks, {said['in_flight_at_a_change']} were in flight at one; "
         f"{said['wall_s']} s in all"
     )

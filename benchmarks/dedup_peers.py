@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -107,3 +108,9 @@ PEERS: dict[str, Callable[[list[str]], list[int]]] = {
     "rensa": rensa_deduplicator,
     "semhash": semhash,
 }
+
+
+def absent() -> dict[str, str]:
+    """Name each peer that is not installed, with the command that installs it."""
+    names = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    return {name: f"not installed: pip install {name} (or 'sartor[bench]')" for name in names}

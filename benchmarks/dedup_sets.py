@@ -41,6 +41,11 @@ def sentences() -> list[str]:
     return list(found.values())
 
 
+def vocabulary_of(pool: list[str], rng: random.Random) -> list[str]:
+    """The words of 5,000 sentences, of all where there are fewer."""
+    return [word for sentence in rng.sample(pool, min(5000, len(pool))) for word in sentence.split()]
+
+
 def originals(count: int, rng: random.Random, pool: list[str]) -> list[str]:
     """`count` rows of WORDS words from shuffled sentences, none of them used twice."""
     pool = pool[:]
@@ -95,7 +100,7 @@ def planted(count: int, seed: int = 0) -> dict[str, Truth]:
     """Sets of `count` originals and one variant of each, by kind of variant; `mixed` has all kinds in one."""
     rng = random.Random(seed)
     pool = sentences()
-    vocabulary = [word for sentence in rng.sample(pool, 5000) for word in sentence.split()]
+    vocabulary = vocabulary_of(pool, rng)
     rows = originals(count, rng, pool)
     spare = rng.sample(pool, 40)
     frames = [(" ".join(spare[i : i + 3]), " ".join(spare[i + 3 : i + 5])) for i in range(0, 40, 5)]
@@ -211,7 +216,7 @@ def long_rows(count: int, seed: int = 0) -> list[str]:
     """`count` rows of about 200 words from passages of the pool, one in twenty an edit of an earlier one."""
     rng = random.Random(seed)
     pool = sentences()
-    vocabulary = [word for sentence in rng.sample(pool, 5000) for word in sentence.split()]
+    vocabulary = vocabulary_of(pool, rng)
     words = [word for sentence in pool for word in sentence.split()]
     rows: list[str] = []
     for number in range(count):

@@ -2,12 +2,13 @@
 
     python benchmarks/edge.py --json
     python benchmarks/edge.py --json --quick            # a small base made here, no bisection on the starter
+    python benchmarks/edge.py --json --small            # the same with fewer runs and points: shows that it runs
     python benchmarks/edge.py --json --peers trl,unsloth
 
 `cap_bytes` is the least limit, found by bisection, at which a tuning of the base (rank 8, every linear module, rows of 256
 tokens) ends; the system holds it (`edge/tuning/limits.py`), and the losses are compared with those of a run without a limit.
 `peak_bytes` is what that run then held. `predicted_error` is the largest of 12 relative errors of the planner. A peer is given
-the same rows under no limit, and then at our cap.
+the same rows under no limit, and then at our cap. A peer that was not asked for is named under `absent`.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ import argparse
 import contextlib
 import json
 import random
-import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import smallest
 import torch
 import train as peers_side
 from peers import venvs
 from peers.work import plain_base
+from results import print_result, run_tests
 
 from sartor.core import bases
 from sartor.edge.tuning import limits
@@ -77,24 +78,51 @@ CONFIGS = (
 )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured: configs of predictions, the base of cap and delta, and every `each`-th point of an update.
+
+    updates, bisections: in place of those that were asked for. attacks: some of their tests, by pytest's -k.
+    """
+
+    configs: tuple[Config, ...]
+    base: str
+    each: int
+    updates: int = 0
+    bisections: int | None = None
+    attacks: str = ""
+
+
+FULL, QUICK = Plan(CONFIGS, "starter", 1), Plan(CONFIGS[:9], "small", 16)
+# what is predicted is what runs without a limit beside the capped one
+SMALL = Plan((Config("small", "recompute"),), "small", 48, updates=1, bisections=0, attacks="rollback_is_refused")
+PEERS = ("trl", "trl_bf16", "unsloth")
+
+
 def main() -> None:
     """Print one JSON line."""
     arguments = _arguments()
+    plan = SMALL if arguments.small else QUICK if arguments.quick else FULL
+    asked = [name for name in arguments.peers.split(",") if name]
     with tempfile.TemporaryDirectory(prefix="sartor-edge-") as folder:
-        work = Work(Path(folder), arguments.updates)
-        said: dict[str, Any] = {"predictions": predictions(work, CONFIGS[:9] if arguments.quick else CONFIGS)}
+        work = Work(Path(folder), plan.updates or arguments.updates)
+        said: dict[str, Any] = {"predictions": predictions(work, plan.configs)}
         said["predicted_error"] = max(one["error"] for one in said["predictions"])
-        said |= cap(work, "small" if arguments.quick else "starter", arguments.bisections)
-        said["delta_fraction"] = delta_fraction(work, "small" if arguments.quick else "starter")
-        said["peers"] = {name: peer(work, name, said["cap_bytes"]) for name in arguments.peers.split(",") if name}
+        said |= cap(work, plan.base, arguments.bisections if plan.bisections is None else plan.bisections)
+        said["delta_fraction"] = delta_fraction(work, plan.base)
+        said["peers"] = {name: peer(work, name, said["cap_bytes"]) for name in asked}
         if not arguments.tuning_only:
-            said |= updates_and_attacks(Path(folder), 16 if arguments.quick else 1)
-    print(json.dumps({**said, "machine": peers_side.machine()}))
+            said |= updates_and_attacks(Path(folder), plan)
+    said["absent"] = {name: f"not asked for: --peers {name}" for name in PEERS if name not in asked}
+    if arguments.tuning_only:
+        said["absent"] |= dict.fromkeys(("updates", "attacks"), "not asked for: --tuning-only")
+    print_result({**said, "machine": peers_side.machine()})
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
+    smallest.add_argument(parser)
     parser.add_argument("--quick", action="store_true", help="the small base alone, every sixteenth point of an update")
     parser.add_argument("--tuning-only", action="store_true", help="leave updates and attacks out")
     parser.add_argument("--updates", type=int, default=3)
@@ -108,6 +136,7 @@ class Work:
 
     def __init__(self, folder: Path, updates: int) -> None:
         self.folder, self.updates, self._count = folder, updates, 0
+        self.unlimited: dict[Config, Job] = {}  # jobs that have run under a limit which they came nowhere near
 
     def base(self, name: str) -> Path:
         """The starter in bf16, or a small Llama of random weights."""
@@ -201,6 +230,7 @@ def predictions(work: Work, configs: tuple[Config, ...]) -> list[dict[str, Any]]
         predicted, used = sum(planner.held(rung).values()), ran(job, rung, MUCH)
         if used.exit_code:
             sys.exit(f"{config} ended with {used}: {Path(job.out).with_name('stderr.txt').read_text()[-400:]}")
+        work.unlimited[config] = job
         error = round(abs(predicted - used.peak_bytes) / used.peak_bytes, 4)
         found.append({**vars(config), "predicted_bytes": predicted, "peak_bytes": used.peak_bytes, "error": error})
         print(found[-1], file=sys.stderr)
@@ -210,10 +240,12 @@ def predictions(work: Work, configs: tuple[Config, ...]) -> list[dict[str, Any]]
 def cap(work: Work, base: str, bisections: int) -> dict[str, Any]:
     """The least limit at which a tuning ends, on the rung that changes no result."""
     config = Config(base, "recompute")
-    free = work.job(config)
+    has_run = config in work.unlimited
+    free = work.unlimited[config] if has_run else work.job(config)
     planner = Planner(free)
     rung = Rung("recompute", planner.shape.layers, ROW_TOKENS)
-    ran(free, rung, 0)
+    if not has_run:
+        ran(free, rung, 0)
     predicted = sum(planner.held(rung).values())
     low, high, best = int(0.85 * predicted), int(1.08 * predicted), (0, 0)
     curve: list[float] = []
@@ -275,24 +307,21 @@ def peer(work: Work, name: str, cap_bytes: int) -> dict[str, Any]:
     return found
 
 
-def updates_and_attacks(folder: Path, each: int) -> dict[str, int]:
+def updates_and_attacks(folder: Path, plan: Plan) -> dict[str, int]:
     """Kills of a real process at each operation of an update, and the tests of attacks on the update's metadata."""
     sys.path[:0] = [str(TESTS), str(TESTS / "edge")]
     from test_killed_update import check_each, kill_each
 
-    kills, survived = kill_each(folder / "kills", each), 0
+    kills, survived = kill_each(folder / "kills", plan.each), 0
     for kill in kills:
         with contextlib.suppress(AssertionError):
             check_each(folder / "kills", [kill])
             survived += 1
-    report = folder / "attacks.xml"
-    tests = [str(TESTS / "edge" / "test_tuf_attacks.py"), "-q", f"--junitxml={report}", "-p", "no:cacheprovider"]
-    subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=HERE.parent, stdout=subprocess.DEVNULL, check=False)
-    cases = [case for case in ElementTree.parse(report).iter("testcase") if "refuse" in case.attrib["name"]]
-    refused = [case for case in cases if not list(case)]
+    tests = run_tests(smallest.python(), TESTS / "edge" / "test_tuf_attacks.py", plan.attacks)
+    attacks = [is_passed for name, is_passed in tests.items() if "refuse" in name]
     return {
         "update_points": len(kills), "update_points_survived": survived,
-        "attacks": len(cases), "attacks_refused": len(refused),
+        "attacks": len(attacks), "attacks_refused": sum(attacks),
     }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/federate.py --work DIR --json
     python benchmarks/federate.py --work DIR --parts data,untuned,federated --json     # the rest another time
-    python benchmarks/federate.py --work DIR --quick --json                            # a tiny random base, made-up rows
+    python benchmarks/federate.py --small --json                                       # a tiny random base, made-up rows
 
 Every part leaves what it found in DIR, and is not done again; the last line is made of what is there. No attack report is made,
 which would train as well. `local` and `centralised` train both factors by the loop of the clients, of one client's rows, or of
@@ -10,7 +10,7 @@ all, for `--alone-rounds` epochs. `factors` is the mean of factors beside it, `e
 client (of each client's rows, with `--privacy-level example`). `personal` goes on from `federated`: ranks of each client's own,
 on held-out rows like the client's. Exact match of greedy replies on rows of templates that nobody trained on. `malicious`
 counts tests in tests/federate/test_malicious_server.py, `byzantine` is benchmarks/federate_robust.py: loss over the clean loss,
-the worst of its attacks by a sign flip, a scale or false labels.
+the worst of its attacks by a sign flip, a scale or false labels. What no part has found in DIR is named under `absent`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import argparse
 import json
 import math
 import platform
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import federate_robust
+import smallest
 import torch
+from results import print_result, run_tests
 from safetensors.numpy import load_file
 
 import sartor
@@ -54,6 +56,8 @@ from sartor.tune.tokenised import Rows
 
 TESTS = Path(__file__).parent.parent / "tests"
 PARTS = ("data", "untuned", "local", "federated", "centralised", "factors", "personal", "epsilon", "malicious", "byzantine")
+# tests of the malicious coordinator, by pytest's -k
+SMALL_LIES = "consents or unmask"
 ATTACKS = ("sign flip", "sign flip x4", "scale", "label flip")
 
 
@@ -78,12 +82,7 @@ class Homes:
 
     @cached_property
     def base(self) -> str:
-        if not self.asked.quick:
-            return "starter"
-        sys.path.insert(0, str(TESTS))
-        import tiny
-
-        return str(tiny.write_base(self.work / "tiny")) if not (self.work / "tiny").exists() else str(self.work / "tiny")
+        return "starter"
 
     def recipe(self, **changes: Any) -> FederateRecipe:
         said = {
@@ -92,7 +91,7 @@ class Homes:
             "method": {"rank": self.asked.rank, "alpha": 2.0 * self.asked.rank},
             "rounds": self.asked.rounds,
             "local": {"epochs": 1},
-            "optimizer": {"learning_rate": self.asked.learning_rate, "batch_tokens": 512 if self.asked.quick else 256},
+            "optimizer": {"learning_rate": self.asked.learning_rate, "batch_tokens": 512 if self.asked.small else 256},
             "rules": {"clip": self.asked.clip},
             "mode": self.asked.mode,
         }
@@ -121,7 +120,7 @@ class Homes:
 
     def data(self) -> dict[str, Any]:
         """Rows of the grammar as a Dataset, held out by template."""
-        made = made_up() if self.asked.quick else intents.rows(assets.install("home-intents"), per_intent=self.asked.per_intent)
+        made = made_up() if self.asked.small else intents.rows(assets.install("home-intents"), per_intent=self.asked.per_intent)
         file = self.work / "rows.jsonl"
         file.write_text("".join(f"{json.dumps(row)}\n" for row in made))
         source = {"path": str(file), "licence": "Apache-2.0"}
@@ -181,7 +180,7 @@ class Homes:
         elif part == "personal":
             self.kept(part, self.personal)
         else:
-            self.kept(part, {"data": self.data, "malicious": malicious, "byzantine": self.byzantine}[part])
+            self.kept(part, {"data": self.data, "malicious": self.malicious, "byzantine": self.byzantine}[part])
 
     @property
     def curve(self) -> dict[float, str]:
@@ -210,9 +209,13 @@ class Homes:
         own = Personal(epochs=1, rank=self.asked.rank, compare=self.asked.compare)
         return personalise(people, shared, recipe, own, again=False, notice=print_line)
 
+    def malicious(self) -> dict[str, int]:
+        """Lies of a coordinator; at the smallest size a few."""
+        return malicious(SMALL_LIES if self.asked.small else "")
+
     def byzantine(self) -> dict[str, float]:
         """Rule -> loss over the clean loss under the worst of the attacks."""
-        measured = federate_robust.measured(range(1 if self.asked.quick else 5))
+        measured = federate_robust.measured(range(1 if self.asked.small else 5))
         return {rule: max(by[attack] for attack in ATTACKS) for rule, by in measured.items()}
 
     def summary(self) -> dict[str, Any]:
@@ -265,7 +268,7 @@ class Homes:
 
 def lifts(said: dict[str, Any]) -> dict[str, Any]:
     """Of a client: how many rows, and how much more often its own adapter is right than another."""
-    over = {what: one.get("exact_match") for what, one in said.items() if what.startswith("over_")}
+    over = {what: one["exact_match"] for what, one in said.items() if what.startswith("over_") and "exact_match" in one}
     return {"rows": said["rows"], "held_out": said["held_out"], "exact_match": said["exact_match"], **over}
 
 
@@ -273,16 +276,14 @@ def _mean(scores: list[Any] | None) -> float | None:
     return sum(scores) / len(scores) if scores else None
 
 
-def malicious() -> dict[str, int]:
+def malicious(keyword: str = "") -> dict[str, int]:
     """Tests of a coordinator that lies, and how many of them pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "federate/test_malicious_server.py")]
-    said = subprocess.run([*command, "-rA"], capture_output=True, text=True, check=False, cwd=TESTS.parent).stdout.splitlines()
-    passed, failed = (sum(line.startswith(word) for line in said) for word in ("PASSED", "FAILED"))
-    return {"malicious": passed + failed, "refused": passed}
+    tests = run_tests(smallest.python(), TESTS / "federate/test_malicious_server.py", keyword)
+    return {"malicious": len(tests), "refused": sum(tests.values())}
 
 
 def made_up() -> list[dict[str, Any]]:
-    """Rows for --quick: four intents in so many rooms."""
+    """Rows for --small: four intents in so many rooms."""
     rooms = ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft")
     return [
         {"messages": [{"role": "user", "content": f"switch {room} {word}"},
@@ -300,8 +301,8 @@ def main() -> None:
     """Print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--work", type=Path, required=True)
+    smallest.add_argument(parser, "--quick")
+    parser.add_argument("--work", type=Path, help="what each part finds stays there; with --small a temporary directory by default")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--mode", default="freeze_a")
     parser.add_argument("--privacy-level", choices=("client", "example"), default="client")
@@ -315,17 +316,28 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=float, default=number)
     parser.add_argument("--epsilons", type=float, nargs="*", default=[64.0, 1000.0, math.inf])
     asked = parser.parse_args()
-    if asked.quick:
+    if asked.small:
+        asked.compare, asked.personal_held_out = True, 4
         asked.clients, asked.rounds, asked.alone_rounds, asked.rank, asked.most_held_out, asked.epsilons = 3, 1, 1, 4, 4, [8.0]
     if unknown := sorted(set(parts := asked.parts.split(",")) - set(PARTS)):
         parser.error(f"there is no part {unknown[0]}; the parts are {', '.join(PARTS)}")
-    asked.work.mkdir(parents=True, exist_ok=True)
-    homes = Homes(asked.work.absolute(), asked)
-    for part in parts:
-        print_line(f"part {part}")
-        homes.run(part)
-    said = {"benchmark": "federate", "machine": platform.processor() or platform.machine(), "mode": asked.mode}
-    print(json.dumps({**said, **homes.summary()}))
+    if not (asked.work or asked.small):
+        parser.error("--work DIR: where each part leaves what it finds")
+    with smallest.home(asked.small), tempfile.TemporaryDirectory(prefix="sartor-federate-") as folder:
+        work = asked.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        homes = Homes(work.absolute(), asked)
+        for part in parts:
+            print_line(f"part {part}")
+            homes.run(part)
+        said = {"benchmark": "federate", "machine": platform.processor() or platform.machine(), "mode": asked.mode}
+        print_result({**said, **present(homes.summary())})
+
+
+def present(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures that some part has found; `absent` names the others, whose part was not run."""
+    found = {name: value for name, value in figures.items() if value is not None and value != {}}
+    return {**found, "absent": {name: "its part was not run in DIR: --parts" for name in figures if name not in found}}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ send the honest mean less 1.5 standard deviations of each value ("a little is en
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 from collections.abc import Sequence
@@ -22,7 +21,9 @@ from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
+import smallest
 from numpy.typing import NDArray
+from results import print_result
 
 from sartor.core.errors import GuardError
 from sartor.federate.aggregate.modes import FreezeA
@@ -145,20 +146,18 @@ def main() -> None:
     """Print one JSON line, or a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
+    smallest.add_argument(parser)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
     asked = parser.parse_args()
-    found = measured(range(asked.seeds))
+    found = measured(range(1 if asked.small else asked.seeds))
     if asked.table:
         print("| rule | " + " | ".join(ATTACKS) + " |\n|---|" + "---|" * len(ATTACKS))
         for rule, by_attack in found.items():
             print(f"| `{rule}` | " + " | ".join(f"{by_attack[attack]:.2f}" for attack in ATTACKS) + " |")
     else:
-        print(
-            json.dumps(
-                {"benchmark": "federate_robust", "machine": platform.processor() or platform.machine(), "over_clean": found}
-            )
-        )
+        machine = platform.processor() or platform.machine()
+        print_result({"benchmark": "federate_robust", "machine": machine, "over_clean": found})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What agents learn from use: what 60 corrections are worth, what poison comes to, and how soon drift is sent back.
 
     python benchmarks/learn.py --json [--work DIR] [--parts corrections poisoned broken_slice rollback personal deleted]
+    python benchmarks/learn.py --json --small    # a tiny base and little feedback: shows that it runs
 
 corrections     a specialist that was never shown three of ten intents is corrected 60 times by five people; `sartor retrain`.
                 The gain is of rows by template that its Dataset holds out: nobody chose, corrected or trained on them.
@@ -9,28 +10,30 @@ poisoned        one of five keys turns the ratings that it gives around, a fifth
 broken_slice    the corrections of one intent that it never saw are right, those of one that it knows are wrong: on average
                 it is about as good as before, and an intent is broken.
 rollback        `learn_rollback.py`: requests until a version that drifts after its promotion is sent back.
-personal, deleted   `measure()` of learn_personal.py, where it stands beside this file.
+personal, deleted   `measure()` of learn_personal.py.
 
-A part that was not asked for is null. One core: everything takes about a quarter of an hour.
+A part that was not asked for is named under `absent`, and so is a figure of a retrain that came to no gate. One core: everything takes about a quarter of an hour.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
 import random
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import learn_personal
 import learn_rollback
 import learn_rows
+import smallest
 from learn_rows import KEYS, KNOWN, UNKNOWN
+from results import print_result
 
 import sartor
 from sartor.core.proportions import interval
@@ -39,7 +42,23 @@ from sartor.retrain import suspects
 from sartor.retrain.work import Work
 
 PARTS = ("corrections", "poisoned", "broken_slice", "rollback", "personal", "deleted")
-CORRECTIONS, RATINGS, DRAWS = 60, 160, 500
+SMALL_ASSETS = ("home-intents", "chitchat")
+
+
+@dataclass
+class Size:
+    """How much people say, and how often it is drawn without a tuning. runs: of `learn_rollback.py`."""
+
+    corrections: int = 60
+    broken: int = 40
+    ratings: int = 160
+    draws: int = 500
+    runs: int = 100
+
+
+size = Size()
+# corrections enough for a retrain, the others too few
+SMALL = Size(20, 8, 40, 5, 2)
 # of the replies that people rate, as many are right as the specialist has right
 GOOD = 0.65
 # the drift that `rollback_requests` is of
@@ -61,8 +80,8 @@ def retrained(folder: Path, name: str, said: Sequence[Feedback]) -> tuple[dict[s
 
 def corrections(folder: Path) -> dict[str, Any]:
     """60 corrections of what the specialist was never shown."""
-    found, work = retrained(folder, "corrections", learn_rows.corrections(UNKNOWN, CORRECTIONS))
-    return {**_told(found, work), "corrections": CORRECTIONS}
+    found, work = retrained(folder, "corrections", learn_rows.corrections(UNKNOWN, size.corrections))
+    return {**_told(found, work), "corrections": size.corrections}
 
 
 def broken_slice(folder: Path) -> dict[str, Any]:
@@ -72,7 +91,7 @@ def broken_slice(folder: Path) -> dict[str, Any]:
     def told(row: learn_rows.Row) -> str:
         return learn_rows.right(row).replace(f'"{known}"', '"HassNevermind"')
 
-    found, work = retrained(folder, "broken", learn_rows.corrections((new, known), 40, told))
+    found, work = retrained(folder, "broken", learn_rows.corrections((new, known), size.broken, told))
     return _told(found, work)
 
 
@@ -81,24 +100,24 @@ def _told(found: dict[str, Any], work: Work | None) -> dict[str, Any]:
     said = {"decision": found["decision"], "reason": found["reason"], "wall_s": found["wall_s"]}
     stages = work.record.stages if work else {}
     if "gate" not in stages:
-        return {**said, "gain": None, "forgetting": None}
+        return {**said, "absent": dict.fromkeys(("gain", "forgetting"), f"no gate was reached: {found['reason']}")}
     gate, report = stages["gate"], sartor.open(stages["evaluate"]["report"]).manifest
     failed = [name for name, check in gate["checks"].items() if check["outcome"] == "fail"]
-    return {**said, "gain": gate["compared"]["held_out"], "of_feedback": gate["compared"].get("feedback"), "failed": failed,
-            "forgetting": report["forgetting"]}  # fmt: skip
+    return {**said, "gain": gate["compared"]["held_out"], "failed": failed, "forgetting": report["forgetting"],
+            **({"of_feedback": gate["compared"]["feedback"]} if "feedback" in gate["compared"] else {})}  # fmt: skip
 
 
 def poisoned(folder: Path) -> dict[str, Any]:
     """One key of five turns what it says around."""
     draw = random.Random(0)
     said = []
-    for number, row in learn_rows.ratings(RATINGS):
+    for number, row in learn_rows.ratings(size.ratings):
         is_right = draw.random() < GOOD
         reply = learn_rows.right(row) if is_right else '{"intent":"HassNevermind"}'
         is_bad = is_right == (learn_rows.key_of(number) == 0)  # the first key turns around
         said.append(learn_rows.feedback(number, row, reply=reply, rating=-1.0 if is_bad else 1.0))
     found, work = retrained(folder, "poisoned", said)
-    return {**_told(found, work), "ratings": RATINGS, "of_the_key": RATINGS // KEYS, **named(DRAWS)}
+    return {**_told(found, work), "ratings": size.ratings, "of_the_key": size.ratings // KEYS, **named(size.draws)}
 
 
 def named(draws: int) -> dict[str, Any]:
@@ -109,7 +128,7 @@ def named(draws: int) -> dict[str, Any]:
             count = 0
             for seed in range(draws):
                 draw = random.Random(f"{good}{what}{seed}")
-                told = [(number % KEYS, draw.random() < good) for number in range(RATINGS)]
+                told = [(number % KEYS, draw.random() < good) for number in range(size.ratings)]
                 rates = suspects.by_key((f"key-{key}", 1.0 if is_right != (key == liar) else -1.0) for key, is_right in told)
                 some = [suspect.key for suspect in suspects.suspects(rates)]
                 count += ("key-0" in some) if liar == 0 else bool(some)
@@ -118,49 +137,40 @@ def named(draws: int) -> dict[str, Any]:
     return said
 
 
-def further(module: str) -> Any:
-    """What a file of somebody else's beside this one measures, if it is there."""
-    try:
-        return importlib.import_module(module).measure()
-    except ModuleNotFoundError:
-        return None
-
-
-def measure(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
+def measure(folder: Path, parts: Sequence[str], is_small: bool) -> dict[str, Any]:
     """Every part that is asked for, by the keys of INTERFACES."""
     own: dict[str, Callable[[], Any]] = {
         "corrections": lambda: corrections(folder),
         "poisoned": lambda: poisoned(folder),
         "broken_slice": lambda: broken_slice(folder),
-        "rollback": lambda: learn_rollback.measure(),
+        "rollback": lambda: learn_rollback.measure(size.runs),
     }
-    found = {name: own[name]() if name in own and name in parts else None for name in PARTS}
+    found = {name: own[name]() for name in PARTS if name in own and name in parts}
+    if "poisoned" in found:
+        found["poisoned_promoted"] = found["poisoned"]["decision"] in ("promoted", "canary", "candidate")
+    if "rollback" in found:
+        found["rollback_requests"] = found["rollback"]["drifts"][STATED]["p95"]["high"]
     if {"personal", "deleted"} & set(parts):
-        more = further("learn_personal") or {}
-        found |= {"personal": more.get("personal"), "deleted": more.get("deleted_found")}
-    poison, rollback = found["poisoned"], found["rollback"]
-    return {
-        "corrections": found["corrections"],
-        "poisoned_promoted": None if poison is None else poison["decision"] in ("promoted", "canary", "candidate"),
-        "poisoned": poison,
-        "broken_slice": found["broken_slice"],
-        "rollback_requests": None if rollback is None else rollback["drifts"][STATED]["p95"]["high"],
-        "rollback": rollback,
-        "personal": found["personal"],
-        "deleted_found": found["deleted"],
-    }
+        more = learn_personal.measure(is_small)
+        found |= {"personal": more["personal"], "deleted_found": more["deleted_found"]}
+    found["absent"] = {part: f"not asked for: --parts {part}" for part in PARTS if part not in parts}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line; progress goes to stderr anyway")
+    smallest.add_argument(parser)
     parser.add_argument("--work", type=Path, help="folder that keeps the live specialist for another run")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     asked = parser.parse_args()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(asked.work or Path(folder), asked.parts)
-    print(json.dumps({**found, "wall_s": round(time.monotonic() - began, 1)}))
+    with smallest.home(asked.small, *SMALL_ASSETS), tempfile.TemporaryDirectory() as folder:
+        if asked.small:
+            vars(size).update(vars(SMALL))
+            learn_rows.shrink()
+        found = measure(asked.work or Path(folder), asked.parts, asked.small)
+    print_result({**found, "wall_s": round(time.monotonic() - began, 1)})
 
 
 if __name__ == "__main__":

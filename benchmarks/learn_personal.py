@@ -1,6 +1,7 @@
 """A tutor's own version for each learner against the shared one, and what is left of a learner who is forgotten.
 
     python benchmarks/learn_personal.py --json [--work DIR]
+    python benchmarks/learn_personal.py --json --small    # a tiny base and few records: shows that it runs
 
 The tutor of examples/team (twelve learners' records together, the starter, 3 epochs) and three learners who are not among them,
 140 records each. `sartor personal tune` learns from three quarters; exact match of greedy replies on the last quarter, by
@@ -17,11 +18,14 @@ import platform
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import smallest
 import torch
+from results import print_result
 
 import sartor
 from sartor.core.artifacts import Artifact, open_artifact
@@ -39,6 +43,20 @@ RULES = {"most_elsewhere": 5.0}  # another learner's records ask for other hints
 OPTIONS = {"rank": 4, "epochs": 6.0, "learning_rate": 2e-3}
 
 
+@dataclass
+class Size:
+    """Learners, records of each and of all together, and what the recipe of the tutor is changed by."""
+
+    learners: tuple[str, ...] = LEARNERS
+    records: int = 1_000_000
+    options: dict[str, Any] = field(default_factory=lambda: dict(OPTIONS))
+    flags: tuple[str, ...] = ()
+
+
+size = Size()
+SMALL = Size(LEARNERS[:1], 48, {**OPTIONS, "epochs": 1.0}, ("--budget", '{"updates": 2}', "--evaluations", "0"))
+
+
 def notice(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -51,14 +69,15 @@ def tutor(folder: Path) -> Path:
     for place in ("rows", "data"):
         (folder / place).mkdir(parents=True, exist_ok=True)
     if not (folder / "rows/tutor.jsonl").exists():
-        learners.write(folder / "rows/tutor.jsonl", learners.together())
-    for name in LEARNERS:
-        learners.write(folder / f"rows/{name}.jsonl", [_marked(row, name) for row in learners.of(name)])
+        learners.write(folder / "rows/tutor.jsonl", learners.together()[: size.records])
+    for name in size.learners:
+        rows = learners.of(name)[: size.records]
+        learners.write(folder / f"rows/{name}.jsonl", [_marked(row, name) for row in rows])
     if not (folder / "data/tutor").exists():
         source = {"path": str(folder / "rows/tutor.jsonl"), "licence": "CC0-1.0"}
         sartor.curate({"sources": [source], "steps": [], "split": {"eval_fraction": 0.12}}, folder / "data/tutor")
     if not (folder / "adapter").exists():
-        flags = ["--data.path", str(folder / "data/tutor")]
+        flags = ["--data.path", str(folder / "data/tutor"), *size.flags]
         sartor.tune(sartor.load_recipe(TEAM / "tutor/tune.yaml", flags), folder / "adapter", show=False, notice=notice)
     if not (folder / "tutor-1.0").exists():
         sartor.evaluate(folder / "adapter", scorer="f1", most_rows=50, notice=notice)
@@ -114,9 +133,9 @@ def measured(folder: Path) -> dict[str, Any]:
     after: list[float] = []
     groups: list[str] = []
     learners: dict[str, Any] = {}
-    for name in LEARNERS:
+    for name in size.learners:
         made = sartor.tune_personal(
-            team, sartor.PersonalOptions("tutor", name, str(folder / f"rows/{name}.jsonl"), **OPTIONS), notice=notice
+            team, sartor.PersonalOptions("tutor", name, str(folder / f"rows/{name}.jsonl"), **size.options), notice=notice
         )
         own = open_artifact(made["adapter"])
         rows = list(read_examples(open_artifact(own.path.parent / "rows"), "eval"))
@@ -129,7 +148,7 @@ def measured(folder: Path) -> dict[str, Any]:
         before, after = before + sides[0], after + sides[1]
         groups += [f"{name} {row.group}" for row in rows]
     left = []
-    for name in LEARNERS:
+    for name in size.learners:
         gone = sartor.forget_personal(team, name, by="benchmark")
         left += [*found_in(state, canary(name)), *gone["searched"]["found"]]
     all_ = paired(before, after, groups)
@@ -140,8 +159,10 @@ def measured(folder: Path) -> dict[str, Any]:
     }
 
 
-def measure() -> dict[str, Any]:
+def measure(is_small: bool = False) -> dict[str, Any]:
     """In a folder of its own."""
+    if is_small:
+        vars(size).update(vars(SMALL))
     with tempfile.TemporaryDirectory() as folder:
         return measured(Path(folder))
 
@@ -150,10 +171,12 @@ def main() -> None:
     """Print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="(always: the last line is one JSON object)")
+    smallest.add_argument(parser)
     parser.add_argument("--work", type=Path)
     asked = parser.parse_args()
-    found = measured(asked.work.absolute()) if asked.work else measure()
-    print(json.dumps({"benchmark": "learn_personal", "machine": platform.processor() or platform.machine(), **found}))
+    with smallest.home(asked.small, "chitchat"):
+        found = measured(asked.work.absolute()) if asked.work else measure(asked.small)
+    print_result({"benchmark": "learn_personal", "machine": platform.processor() or platform.machine(), **found})
 
 
 if __name__ == "__main__":

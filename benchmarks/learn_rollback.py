@@ -4,17 +4,18 @@ Of the version before, WINDOW_REPLIES replies were seen. The promoted one is as 
 of its replies breaks the format, or is rated bad by those who rate (a fraction RATED of the requests). Counted are the requests
 since the drift began. The interval of a quantile is by order statistics (binomial, 95 %).
 
-    python benchmarks/learn_rollback.py [--runs 100]
+    python benchmarks/learn_rollback.py --json [--runs 100]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from dataclasses import dataclass
 from typing import Any
 
+import smallest
+from results import print_result
 from scipy.stats import binom
 
 from sartor.agents.entries import Agent
@@ -23,7 +24,7 @@ from sartor.agents.rollout import Rollouts, Seen
 from sartor.agents.team import Rollout
 
 RATED = 0.2
-GOOD, MOST = 0.02, 4000
+GOOD, MOST, SMALL_RUNS = 0.02, 4000, 2
 BAD_RATINGS = 0.1  # of a version that is as it should be
 
 
@@ -97,5 +98,8 @@ def measure(runs: int = 100, seed: int = 0) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
+    smallest.add_argument(parser)
     parser.add_argument("--runs", type=int, default=100)
-    print(json.dumps(measure(parser.parse_args().runs)))
+    arguments = parser.parse_args()
+    print_result(measure(SMALL_RUNS if arguments.small else arguments.runs))

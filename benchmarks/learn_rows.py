@@ -28,9 +28,17 @@ KNOWN = (
 )  # fmt: skip
 UNKNOWN = ("HassListRemoveItem", "HassClimateSetTemperature", "HassCancelTimer")
 HELD_OUT, TRAIN = 8, 40  # rows of an intent
+SMALL_TRAIN, SMALL_GENERAL = 8, 4
 KEYS = 5
 GENERAL = 48  # rows of general talk that the specialist read once
+waived: tuple[str, ...] = ()  # checks of the gate
 Row = dict[str, Any]
+
+
+def shrink() -> None:
+    """From now on, few rows of an intent and of general talk, and a specialist that learns nothing and is released all the same."""
+    global HELD_OUT, TRAIN, GENERAL, waived
+    HELD_OUT, TRAIN, GENERAL, waived = 3, SMALL_TRAIN, SMALL_GENERAL, ("gain", "forgetting")
 
 
 def intent_of(row: Row) -> str:
@@ -86,7 +94,9 @@ def _make(folder: Path, release: Path, notice: Callable[[str], object]) -> None:
     sartor.evaluate(folder / "adapter", out=folder / "report", replace=True, notice=notice)
     if not (folder / "keys").is_dir():
         sartor.keygen(folder / "keys")
-    sartor.release(folder / "adapter", name="home", version="1.0", key=folder / "keys", report=folder / "report", out=release)
+    waivers = [sartor.Waiver(check, "benchmark", "the smallest size teaches nothing") for check in waived]
+    made = {"name": "home", "version": "1.0", "key": folder / "keys", "report": folder / "report", "waivers": waivers}
+    sartor.release(folder / "adapter", **made, out=release)
 
 
 def right(row: Row) -> str:

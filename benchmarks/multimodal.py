@@ -2,13 +2,15 @@
 beside a cascade, and what keeping a tower's features saves.
 
     python benchmarks/multimodal.py [--parts textile solar speech cached] [--work DIR] [--json]
+    python benchmarks/multimodal.py --small --json    # random towers, a few made-up pictures: shows that it runs
 
 textile: macro-F1 of the action over the held-out pictures, for the model that gets picture and note, for those that get one
 of them, for the first with the pictures shuffled, and for a logistic regression on the same tower's features (told the rest of
 the protocol; fitted with the changed copies of the pictures and without); differences with intervals. solar: the same with
 photographs of solar cells (CC-BY-NC-SA: for benchmarks alone), no note and two classes. speech: exact match of the JSON for
 held-out command templates. cached: seconds of an epoch with the features computed over seconds with them read from disk, pairs
-in one process. What stands in --work is not made again.
+in one process. What stands in --work is not made again. A part that was not asked for, or cannot be run here, is named under
+`absent`.
 """
 
 from __future__ import annotations
@@ -25,16 +27,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import smallest
 import torch
 import yaml
+from results import print_result
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from spoken_rows import PIPER, VOICES
 from spoken_rows import write as write_spoken
 
 import sartor
@@ -58,7 +63,7 @@ HERE = Path(__file__).parent
 TEXTILE = HERE.parent / "examples/media/textile"
 SOLAR = "Say whether the solar cell has a defect. Answer with JSON: defect."
 PARTS = ("textile", "solar", "speech", "cached")
-PAIRS, MOST_MEDIA = 5, 24
+MOST_MEDIA = 24
 WHISPER, LITE = "whisper-tiny-en", "efficientnet-lite0"
 SPOKEN_RECIPE = {
     "base": {"text": "starter", "audio": WHISPER},
@@ -74,6 +79,22 @@ HEARD_RECIPE = {
     "optimizer": {"learning_rate": 2e-3, "batch_tokens": 256},
 }
 Reply = Sequence[str]
+
+
+@dataclass
+class Size:
+    """How much is measured. tower: of pictures; recipe: what is changed in each recipe."""
+
+    tower: str = LITE
+    reply_tokens: int = 96
+    pairs: int = 5
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+size = Size()
+SMALL_ASSETS = (WHISPER, "textile", "solar-cells", "home-intents")
+# five pictures of each kind are learnt from: as many as the probe has folds
+SMALL_PICTURES, SMALL_COMMANDS, SMALL_RECIPE = 7, 8, {"budget": {"updates": 2}, "evaluations": 0}
 
 
 def once(made: Path, make: Callable[[Path], object]) -> Path:
@@ -101,7 +122,7 @@ def dataset(folder: Path, name: str, licence: str, steps: Sequence[Any] = ()) ->
 
 def tuned(folder: Path, recipe: dict[str, Any], data: Path) -> Path:
     """The adapter of a recipe, beside its Dataset."""
-    whole = {**recipe, "data": {"path": str(data), "max_length_tokens": 512}}
+    whole = {**recipe, "data": {"path": str(data), "max_length_tokens": 512}, **size.recipe}
     return once(folder / f"{data.name}-adapter", lambda out: sartor.tune(whole, out, resume=True, show=False))
 
 
@@ -133,7 +154,7 @@ def answers(adapter: Artifact, examples: Sequence[Example], folder: Path) -> Rep
     """What an adapter says to each row, greedily."""
     base, model = open_tuned(adapter)
     prompts = [base.chat.prompt_ids(row.prompt, row.tools, folder) for row in examples]
-    made = generate(model, prompts, stop=base.chat.stops, pad=base.chat.pad, sampling=Sampling(96))
+    made = generate(model, prompts, stop=base.chat.stops, pad=base.chat.pad, sampling=Sampling(size.reply_tokens))
     return [base.chat.decode(one.ids) for one in made]
 
 
@@ -154,13 +175,14 @@ def by_label(examples: Sequence[Example], field: str) -> Callable[[Reply, Reply]
 
 def textile_rows(work: Path, limit: int) -> Path:
     """The rows of examples/media/textile."""
-    command = [sys.executable, TEXTILE / "rows.py"]
+    command = [smallest.python(), TEXTILE / "rows.py"]
     return once(work / "textile", lambda out: subprocess.run([*command, out, "--limit", str(limit)], check=True))
 
 
 def textile_recipe() -> dict[str, Any]:
     """Its tuning recipe."""
     found: dict[str, Any] = yaml.safe_load((TEXTILE / "tune.yaml").read_text(encoding="utf-8"))
+    found["base"]["image"] = size.tower
     return found
 
 
@@ -245,7 +267,7 @@ def one_side(folder: Path, out: Path, side: str) -> None:
 
 def probed(data: Path, asked: Sequence[Example], *, is_copied: bool = True) -> Sequence[str]:
     """Logistic regression on the mean features of each picture -> the defect. is_copied: also of the changed copies."""
-    tower = open_tower(LITE, "image")
+    tower = open_tower(size.tower, "image")
     found = [row for row in rows.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)]
     train = [row for row in found if is_copied or "augment_images" not in row.steps]
 
@@ -280,8 +302,8 @@ def probe(data: Path, asked: Sequence[Example], *, is_copied: bool = True) -> Re
 
 
 def spoken_rows(work: Path, commands: int, voices: int) -> Path:
-    """The rows of spoken_rows.py."""
-    return once(work / "spoken", lambda out: write_spoken(out, commands, voices))
+    """The rows of spoken_rows.py; with one voice it is espeak-ng's alone."""
+    return once(work / "spoken", lambda out: write_spoken(out, commands, voices, PIPER if voices > 1 else VOICES[0]))
 
 
 def speech(work: Path, commands: int, voices: int) -> dict[str, Any]:
@@ -359,7 +381,7 @@ def cached(work: Path) -> dict[str, Any]:
     """See the module."""
     textile = once(work / "textile-both", lambda out: one_side(textile_rows(work, MOST_MEDIA), out, "both"))
     return {
-        "image": epochs("image", LITE, dataset(textile, "data", "MIT")),
+        "image": epochs("image", size.tower, dataset(textile, "data", "MIT")),
         "audio": epochs("audio", WHISPER, dataset(spoken_rows(work, MOST_MEDIA, 1), "data", "Apache-2.0")),
     }
 
@@ -387,7 +409,7 @@ def epochs(kind: str, tower: str, data: Path) -> dict[str, Any]:
             return time.perf_counter() - began
 
         seconds("read")
-        pairs = [(seconds("computed"), seconds("read")) for _ in range(PAIRS)]
+        pairs = [(seconds("computed"), seconds("read")) for _ in range(size.pairs)]
         return {
             "ratio": round(statistics.median(slow / quick for slow, quick in pairs), 2),
             "equal": all(torch.equal(features["computed"].of(key), features["read"].of(key)) for key in keys),
@@ -401,15 +423,37 @@ def epochs(kind: str, tower: str, data: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    smallest.add_argument(parser)
     parser.add_argument("--work", type=Path, default=Path("multimodal-work"))
     parser.add_argument("--limit", type=int, default=500, help="textile pictures of each kind")
     parser.add_argument("--commands", type=int, default=1300)
     parser.add_argument("--voices", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    work = options.work.resolve()
-    found: dict[str, Any] = {"machine": {**machine(), "cores": os.cpu_count()}}
+    if options.small:
+        options.limit, options.commands, options.voices = SMALL_PICTURES, SMALL_COMMANDS, 1
+    with smallest.home(options.small, *SMALL_ASSETS), tempfile.TemporaryDirectory() as folder:
+        if options.small:
+            size.tower = str(smallest.write_image_tower(Path(folder) / "clip"))
+            size.reply_tokens, size.pairs, size.recipe = 8, 1, SMALL_RECIPE
+        found = measure(options, Path(folder) if options.small else options.work)
+    print_result(found, indent=None if options.json else 1)
+
+
+def absent(parts: Sequence[str]) -> dict[str, str]:
+    """Why a part is not measured."""
+    found = {part: f"not asked for: --parts {part}" for part in PARTS if part not in parts}
+    if shutil.which("espeak-ng") is None:
+        found |= dict.fromkeys(("speech", "cached"), "the commands are spoken by espeak-ng: apt-get install espeak-ng")
+    return found
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every part that was asked for, in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    work, missing = folder.resolve(), absent(options.parts)
+    options.parts = [part for part in options.parts if part not in missing]
+    found: dict[str, Any] = {"machine": {**machine(), "cores": os.cpu_count()}, "absent": missing}
     if "textile" in options.parts:
         found["textile"] = textile(work, options.limit)
     if "solar" in options.parts:
@@ -419,7 +463,7 @@ def main() -> None:
     if "cached" in options.parts:
         found["cached"] = cached(work)
         found["cached_ratio"] = {kind: one["ratio"] for kind, one in found["cached"].items()}
-    print(json.dumps(found) if options.json else json.dumps(found, indent=1))
+    return found
 
 
 if __name__ == "__main__":

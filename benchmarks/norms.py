@@ -1,6 +1,7 @@
 """How much real adapters change their base, by the measure that admission limits: what its limit was chosen from.
 
     python benchmarks/norms.py ADAPTER... --json      # directories with sartor.json: Adapters or Releases
+    python benchmarks/norms.py --small --json         # an adapter of a tiny base that is tuned for this
 
 Per module the Frobenius norm of scale * B A, over that of the base's weight and as a share of what is allowed; of each adapter
 the largest and the middle one.
@@ -15,6 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import smallest
+from results import print_result
+
+import sartor
 from sartor.agents.admission import CONFIG, WEIGHTS, lora
 from sartor.agents.admission.config import read_config
 from sartor.agents.admission.tensors import read_header
@@ -49,19 +54,34 @@ def measure(adapter: Path, norms_file: Path) -> dict[str, Any]:
     }
 
 
+def tuned(folder: Path) -> Path:
+    """An adapter of the starter, two updates old."""
+    rows = [{"prompt": f"what is {n} and {n}", "completion": f"it is {2 * n}"} for n in range(24)]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    sartor.curate({"sources": [{"path": str(folder / "rows.jsonl"), "licence": "CC0-1.0"}]}, folder / "dataset")
+    recipe = {"base": bases.STARTER, "data": str(folder / "dataset"), "budget": {"updates": 2}, "method": {"rank": 4}}
+    sartor.tune(recipe, folder / "adapter", show=False)
+    return folder / "adapter"
+
+
 def main() -> None:
     """Print a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapters", type=Path, nargs="+")
+    parser.add_argument("adapters", type=Path, nargs="*")
     parser.add_argument("--json", action="store_true")
+    smallest.add_argument(parser)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    if not (asked.adapters or asked.small):
+        parser.error("ADAPTER...: the directories to measure")
+    with smallest.home(asked.small), tempfile.TemporaryDirectory() as folder:
+        if asked.small:
+            asked.adapters = [tuned(Path(folder))]
         rows = [measure(adapter, Path(folder) / "norms.json") for adapter in asked.adapters]
     said = {"adapters": rows}
     if not asked.json:
         for row in rows:
             print("  ".join(f"{name} {value}" for name, value in row.items()))
-    print(json.dumps(said))
+    print_result(said)
 
 
 if __name__ == "__main__":

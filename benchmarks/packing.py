@@ -10,27 +10,30 @@ is a forward per example. Ratios are medians of pairs, tokens without padding pe
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
 
+import smallest
 import torch
+from results import print_result
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sartor.models import batches, general
 
-ROWS, PAIRS = 12, 5
+ROWS, PAIRS, VOCABULARY = 12, 5, 49152
+# with `--small`
+SMALL_ROWS, SMALL_PAIRS, SMALL_LAYERS, SMALL_VOCABULARY = 4, 1, 1, 512
 
 
-def base(layers: int) -> LlamaForCausalLM:
+def base(layers: int, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     """SmolLM2-135M's shape with fewer layers: the ratio of the ways does not depend on their number."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
+        vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
@@ -39,11 +42,11 @@ def base(layers: int) -> LlamaForCausalLM:
     return model
 
 
-def rows() -> list[batches.Encoded]:
+def rows(count: int = ROWS, vocabulary: int = VOCABULARY) -> list[batches.Encoded]:
     """Rows of 30 to 100 tokens, two fifths of them supervised."""
     rng = random.Random(0)
-    lengths = [rng.randint(30, 100) for _ in range(ROWS)]
-    return [batches.Encoded([rng.randrange(49152) for _ in range(n)], [place > 0.6 * n for place in range(n)]) for n in lengths]
+    lengths = [rng.randint(30, 100) for _ in range(count)]
+    return [batches.Encoded([rng.randrange(vocabulary) for _ in range(n)], [place > 0.6 * n for place in range(n)]) for n in lengths]
 
 
 def packed(model: LlamaForCausalLM, examples: list[batches.Encoded]) -> torch.Tensor:
@@ -89,17 +92,23 @@ def seconds(way: Callable[..., torch.Tensor], model: LlamaForCausalLM, examples:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    smallest.add_argument(parser)
     parser.add_argument("--layers", type=int, default=6)
     arguments = parser.parse_args()
-    model, examples = base(arguments.layers), rows()
+    pairs = PAIRS
+    if arguments.small:
+        arguments.layers, pairs = SMALL_LAYERS, SMALL_PAIRS
+        model, examples = base(arguments.layers, SMALL_VOCABULARY), rows(SMALL_ROWS, SMALL_VOCABULARY)
+    else:
+        model, examples = base(arguments.layers), rows()
     tokens = sum(len(row.ids) for row in examples)
-    said = {"rows": ROWS, "tokens": tokens, "layers": arguments.layers, "ratios": {}, "loss_difference": {}}
+    said = {"rows": len(examples), "tokens": tokens, "layers": arguments.layers, "ratios": {}, "loss_difference": {}}
     seconds(packed, model, examples)
     ours_alone = []
     for way in (padded, dense_mask, one_row):
         seconds(way, model, examples)
         ratios = []
-        for _ in range(PAIRS):
+        for _ in range(pairs):
             ours, our_loss = seconds(packed, model, examples)
             theirs, their_loss = seconds(way, model, examples)
             ratios.append(theirs / ours)
@@ -108,7 +117,7 @@ def main() -> None:
         said["loss_difference"][way.__name__] = abs(our_loss - their_loss)
     said["tokens_per_s"] = round(tokens / statistics.median(ours_alone), 1)
     said["machine"] = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(json.dumps(said))
+    print_result(said)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@ Of each form: what each Release reached, the least of them, and how far chance a
 `agreement_deviation`). `limit` is what `export` holds it against; `margin`, how many such deviations lie between.
 
     python benchmarks/parity.py RELEASE RELEASE RELEASE --key KEYS --json
+    python benchmarks/parity.py --small --json    # a Release of a tiny base that is made for this
+
+`margin` is absent where chance moves nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -16,6 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import norms
+import smallest
+from results import print_result
+
+import sartor
 from sartor.evaluate.release import verify
 from sartor.export import forms, measure, prompts, reference
 from sartor.export.measure import LEAST_AGREEMENT, Figures
@@ -23,6 +32,7 @@ from sartor.models import adapters
 from sartor.models.base import machine, open_base
 
 KINDS = "f16,bf16,q8_0,q5_1,q5_0,q4_1,q4_0"
+SMALL_KINDS = "f16,q8_0"
 
 
 def measured(path: Path, key: Path | None, kinds: Sequence[str]) -> dict[str, Figures]:
@@ -52,7 +62,7 @@ def summary(releases: dict[str, dict[str, Figures]]) -> dict[str, Any]:
             "least": round(least.agreement, 4),
             "deviation": round(chance, 4),
             "limit": LEAST_AGREEMENT[form],
-            "margin": round(over / chance, 1) if chance else None,
+            **({"margin": round(over / chance, 1)} if chance else {}),
         }
     return said
 
@@ -60,12 +70,37 @@ def summary(releases: dict[str, dict[str, Figures]]) -> dict[str, Any]:
 def main() -> None:
     """Measure, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("releases", type=Path, nargs="+")
+    parser.add_argument("releases", type=Path, nargs="*")
     parser.add_argument("--key", type=Path, help="the public key that signed them, where this machine does not trust it")
     parser.add_argument("--kinds", default=KINDS, help=f"types of the merged file, of {KINDS}")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    smallest.add_argument(parser)
     options = parser.parse_args()
+    if not (options.releases or options.small):
+        parser.error("RELEASE...: the Releases to measure")
+    if importlib.util.find_spec("xllamacpp") is None:
+        sys.exit("GGUF files are run by llama.cpp: pip install 'sartor[llamacpp]'")
     measure.check = lambda figures, name: None  # what is below a limit is to be seen too
+    with smallest.home(options.small, "starter"), tempfile.TemporaryDirectory() as folder:
+        if options.small:
+            made_up(options, Path(folder))
+        said = everything(options)
+    print_result(said, indent=None if options.json else 1)
+
+
+def made_up(options: argparse.Namespace, folder: Path) -> None:
+    """Put a Release of the tiny base, its key and fewer kinds in place of what was asked for."""
+    adapter = norms.tuned(folder)
+    sartor.evaluate(adapter, out=folder / "report")
+    sartor.keygen(folder / "keys")
+    waivers = [sartor.Waiver(check, "benchmark", "two updates teach nothing") for check in ("gain", "forgetting")]
+    made = {"name": "tiny", "version": "1.0", "key": folder / "keys", "report": folder / "report", "waivers": waivers}
+    sartor.release(adapter, **made, out=folder / "release")
+    options.releases, options.key, options.kinds = [folder / "release"], folder / "keys" / "sartor.pub", SMALL_KINDS
+
+
+def everything(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure each Release."""
     releases = {}
     for path in options.releases:
         note(f"{path.name} ...")
@@ -77,7 +112,7 @@ def main() -> None:
         "forms": summary(releases),
         "machine": machine(),
     }
-    print(json.dumps(said) if options.json else json.dumps(said, indent=1))
+    return said
 
 
 if __name__ == "__main__":

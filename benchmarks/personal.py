@@ -4,10 +4,11 @@ Values of every entity are made by seeded generators with their own checksums, i
 put into sentences of chat rows; other sentences hold what looks like them: order numbers, versions, dates, prices, ISBN,
 times, hex colours, UUIDs, IMEI, numbers of 16 digits and IBANs whose check digits are wrong, article numbers like telephone
 numbers. `recall` is the fraction of planted values of which nothing is left, `precision` the fraction of findings that
-touch a planted value of their own entity. `by_any` counts a value as found where another entity's finding covers it.
+touch a planted value of their own entity; it is absent where there are none. `by_any` counts a value as found where another entity's finding covers it.
 Speed and findings are also measured on `chitchat`, where that asset is installed.
 
     python benchmarks/personal.py --json
+    python benchmarks/personal.py --json --small    # a few planted rows: shows that it runs
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import smallest
+from results import print_result
 
 from sartor.core.home import home
 from sartor.core.records import Example, Message, Origin
@@ -40,6 +44,9 @@ LAST = (
 )  # fmt: skip
 
 HEX = "0123456789abcdef"
+SPEED_ROWS = 3000
+# with `--small`
+SMALL_ROWS, SMALL_SPEED_ROWS = 12, 100
 MONTHS = (
     "January", "February", "March", "April", "May", "June",
     "July", "August", "September", "October", "November", "December",
@@ -448,7 +455,7 @@ def quality(count: int, seed: int, min_score: float) -> dict[str, Any]:
         entity: {
             "recall": round(right[entity] / count, 4),
             "by_any": round(any_right[entity] / count, 4),
-            "precision": round(true[entity] / found[entity], 4) if found[entity] else None,
+            **({"precision": round(true[entity] / found[entity], 4)} if found[entity] else {}),
         }
         for entity in ENTITIES
     }
@@ -486,11 +493,21 @@ def speed(rows: list[Example], repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
+    smallest.add_argument(parser)
     parser.add_argument("--rows", type=int, default=500, help="planted rows of each entity")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--min-score", type=float, default=0.5)
     parser.add_argument("--show", type=int, default=0, help="so many misses of each entity and so many false findings")
     given = parser.parse_args()
+    if given.small:
+        given.rows = SMALL_ROWS
+    with smallest.home(given.small, "chitchat"):
+        measure(given)
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Print what was found, and the JSON line."""
+    speed_rows, repeats = (SMALL_SPEED_ROWS, 1) if given.small else (SPEED_ROWS, 3)
     result = quality(given.rows, given.seed, given.min_score)
     missed, false = result.pop("missed"), result.pop("false")
     for entity, texts in missed.items():
@@ -502,15 +519,15 @@ def main() -> None:
         for entity, figures in result["entities"].items():
             print(f"{entity:14} {figures}")
     result["default"] = list(DEFAULT)
-    result["planted_speed"] = speed([row_of(planted(Random(n), ENTITIES[n % 12])[0], "Thank you.") for n in range(3000)], 3)
+    result["planted_speed"] = speed([row_of(planted(Random(n), ENTITIES[n % 12])[0], "Thank you.") for n in range(speed_rows)], repeats)
     data = next(iter(sorted(home().glob("assets/chitchat-*/chitchat_dataset/dataset.json"))), None)
     if data is None:
-        print("chitchat is not installed: sartor assets install chitchat")
+        result["absent"] = {"chitchat": "not installed: sartor assets install chitchat"}
     else:
-        result["chitchat"] = speed(chitchat(data), 3)
+        result["chitchat"] = speed(chitchat(data), repeats)
     if not given.json:
-        print(result.get("chitchat"))
-    print(json.dumps(result))
+        print(result.get("chitchat", result.get("absent")))
+    print_result(result)
 
 
 if __name__ == "__main__":

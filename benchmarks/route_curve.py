@@ -88,7 +88,8 @@ def curve(sizes: Sequence[int], encoder: str, crew: Vectors, rules: Routing) -> 
         began = time.process_time()
         parts[name] = part.fit(one.exemplars, ground, vectors)
         took.append(time.process_time() - began)
-    talk = random.Random(0).sample(sets.small_talk(), FOREIGN)
+    turns = sets.small_talk()
+    talk = random.Random(0).sample(turns, min(FOREIGN, len(turns)))
     found: list[dict[str, Any]] = []
     for size in sizes:
         names = list(everyone)[:size]

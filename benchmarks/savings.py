@@ -2,6 +2,7 @@
 
     python benchmarks/savings.py --json
     python benchmarks/savings.py --json --prove
+    python benchmarks/savings.py --json --small    # a tiny base: shows that it runs
 
 Both sides run in one process in alternating pairs, on the starter base, rank 16; ratios are medians of pairs, tokens per
 second with the saving over without. Shared prefixes: 14 rows of which the first 40 % of tokens are common. Frozen activations:
@@ -12,7 +13,6 @@ without reuse. `--prove` compares losses and every gradient tensor with the plai
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import random
 import statistics
@@ -22,14 +22,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import smallest
 import torch
+from results import print_result
 
 from sartor.models import adapters, paths
 from sartor.models.base import open_base
 from sartor.models.batches import Encoded
 from sartor.models.path import Wish
+from sartor.models.path import prove as compare_with_plain
 
 ROWS, COMMON_FRACTION, SUPERVISED = 14, 0.4, 0.43
+# of the tiny base: more than the layers that are adapted above frozen ones, see `tops`
+SMALL_LAYERS = 12
 
 
 def rows(count: int, common_fraction: float, vocabulary: int, seed: int = 0) -> list[Encoded]:
@@ -84,7 +89,7 @@ def shared_prefix(layers: int, pairs: int, prove: bool) -> dict[str, Any]:
     found, each = ratio(lambda: seconds(shared, examples, trained), lambda: seconds(plain, examples, trained), pairs)
     tokens = sum(len(row.ids) for row in examples)
     said = {"shared_prefix_ratio": found, "of_each_pair": each, "tokens": tokens, "path": shared.name}
-    return {**said, **({"proof": paths.prove(shared, examples)} if prove else {})}
+    return {**said, **({"proof": compare_with_plain(shared, examples)} if prove else {})}
 
 
 def frozen_prefix(top: int, layers: int, pairs: int, prove: bool) -> dict[str, Any]:
@@ -99,7 +104,7 @@ def frozen_prefix(top: int, layers: int, pairs: int, prove: bool) -> dict[str, A
         first_s = seconds(reusing, examples, trained)  # the first epoch: computed and stored
         found, each = ratio(lambda: seconds(reusing, examples, trained), lambda: seconds(plain, examples, trained), pairs)
         said = {"ratio": found, "of_each_pair": each, "first_epoch_s": round(first_s, 3)}
-        return {**said, **({"proof": paths.prove(reusing, examples)} if prove else {})}
+        return {**said, **({"proof": compare_with_plain(reusing, examples)} if prove else {})}
 
 
 def tops(layers: int) -> list[int]:
@@ -107,26 +112,33 @@ def tops(layers: int) -> list[int]:
     return [top for top in (10, 6) if not layers or top < layers]
 
 
+def measure(layers: int, pairs: int, prove: bool) -> dict[str, Any]:
+    """Both savings. With too few `layers` none is frozen below those that are adapted, and `absent` names the ratio."""
+    shared = shared_prefix(layers, pairs, prove)
+    frozen = {top: frozen_prefix(top, layers, pairs, prove) for top in tops(layers)}
+    names = {10: "frozen_prefix_ratio", 6: "frozen_prefix_ratio_top_6"}
+    return {
+        "shared_prefix_ratio": shared.pop("shared_prefix_ratio"),
+        **{names[top]: found["ratio"] for top, found in frozen.items()},
+        "shared": shared,
+        "frozen": {f"top_{top}": found for top, found in frozen.items()},
+        "absent": {name: f"no layer is frozen: --layers {top + 1} or more" for top, name in names.items() if top not in frozen},
+    }
+
+
 def main() -> None:
     """Print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
+    smallest.add_argument(parser)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--layers", type=int, default=0, help="keep only that many layers: for a quick trial")
     parser.add_argument("--prove", action="store_true", help="compare losses and gradients with the plain computation")
     arguments = parser.parse_args()
-    shared = shared_prefix(arguments.layers, arguments.pairs, arguments.prove)
-    asked = (arguments.layers, arguments.pairs, arguments.prove)
-    frozen = {f"top_{top}": frozen_prefix(top, *asked) for top in tops(arguments.layers)}
-    said = {
-        "shared_prefix_ratio": shared.pop("shared_prefix_ratio"),
-        "frozen_prefix_ratio": frozen.get("top_10", {}).get("ratio"),
-        "frozen_prefix_ratio_top_6": frozen.get("top_6", {}).get("ratio"),
-        "shared": shared,
-        "frozen": frozen,
-    }
+    with smallest.home(arguments.small, layers=SMALL_LAYERS):
+        said = measure(arguments.layers, 1 if arguments.small else arguments.pairs, arguments.prove or arguments.small)
     said["machine"] = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(json.dumps(said))
+    print_result(said)
 
 
 if __name__ == "__main__":

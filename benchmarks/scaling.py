@@ -15,15 +15,30 @@ import json
 import random
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import smallest
+from results import print_result
 
-ROWS, RANKS, RANK_ROWS = (50, 158, 500, 1581, 5000), (4, 8, 16, 32, 64), 1000
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many rows, which ranks and on how many rows, how often."""
+
+    rows: tuple[int, ...]
+    ranks: tuple[int, ...]
+    rank_rows: int
+    repeats: int
 
 
-def prepare(folder: Path) -> Path:
+FULL = Sizes((50, 158, 500, 1581, 5000), (4, 8, 16, 32, 64), 1000, 3)
+SMALL = Sizes((20, 40, 60), (4, 8, 16), 20, 1)
+
+
+def prepare(folder: Path, most_rows: int) -> Path:
     """A small base and its largest Dataset; returns the base."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,7 +59,7 @@ def prepare(folder: Path) -> Path:
     words = [f"w{number}" for number in range(500)]
     rows = [
         {"prompt": " ".join(rng.choices(words, k=rng.randint(3, 9))), "completion": " ".join(rng.choices(words, k=6))}
-        for _ in range(2 * max(ROWS))
+        for _ in range(2 * most_rows)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"path": str(folder / "rows.jsonl"), "licence": "CC0-1.0"}
@@ -105,18 +120,20 @@ def main() -> None:
     """Print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
+    smallest.add_argument(parser)
     parser.add_argument("--plot", type=Path, help="draw both curves into this file")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    sizes = SMALL if arguments.small else FULL
+    with tempfile.TemporaryDirectory() as scratch, smallest.home(arguments.small):
         folder = Path(scratch)
-        base = prepare(folder)
-        seconds(folder, base, 50, 8)  # warms up
+        base = prepare(folder, max(sizes.rows))
+        seconds(folder, base, sizes.rows[0], 8)  # warms up
         by_rows, by_rank = [], []
-        for rows in ROWS:
+        for rows in sizes.rows:
             took, tokens = seconds(folder, base, rows, 16)
             by_rows.append({"rows": rows, "seconds": took, "tokens": tokens, "per_row": took / rows})
-        for rank in RANKS:
-            took = min(seconds(folder, base, RANK_ROWS, rank)[0] for _ in range(3))
+        for rank in sizes.ranks:
+            took = min(seconds(folder, base, sizes.rank_rows, rank)[0] for _ in range(sizes.repeats))
             by_rank.append({"rank": rank, "seconds": took})
     if arguments.plot:
         plot(arguments.plot, by_rows, by_rank)
@@ -126,7 +143,7 @@ def main() -> None:
     }
     from ablation import machine
 
-    print(json.dumps({"by_rows": by_rows, "by_rank": by_rank, "lines": fits, "machine": machine()}))
+    print_result({"by_rows": by_rows, "by_rank": by_rank, "lines": fits, "machine": machine()})
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import smallest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from results import print_result
 
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.client import Member, RoundClient
@@ -113,8 +116,15 @@ def main() -> None:
     parser.add_argument("--degree", type=int, default=0, help="of the sparse graph; 0: everyone with everyone")
     parser.add_argument("--vanish", type=float, default=0.0)
     parser.add_argument("--json", action="store_true")
+    smallest.add_argument(parser)
     asked = parser.parse_args()
-    print(json.dumps(measure(asked.clients, asked.parameters, asked.degree, asked.vanish)))
+    if asked.small:
+        asked.clients, asked.parameters = 5, 50
+    result = measure(asked.clients, asked.parameters, asked.degree, asked.vanish)
+    if result["state"] != "done":
+        print(json.dumps(result))
+        sys.exit(f"the round ended {result['state']}: {result['reason']}")
+    print_result(result)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/serve.py --json
     python benchmarks/serve.py --json --quick
+    python benchmarks/serve.py --json --small    # a tiny base: shows that it runs
 
 Every side is a process of its own that holds the starter base and adapters of rank 16 on all linear layers (random factors
 that change what the base says), on all cores, and waits idle while another is timed. A round times each side once, one after
@@ -17,6 +18,7 @@ dequantised to F16; `peft_*` is PEFT's `generate(adapter_names=...)`. `ours` com
   exact           adapters whose mixed text equals their text alone, caches dropped between, in fp32 and in bf16
   agrees          fraction of our fp32 texts that begin as PEFT's fp32 texts do, by characters: whether the work is the same
   curve           tokens per second of 16 rows over 1, 4, 16, 64 adapters
+  absent          forms of peers that are not installed or were not asked for
   open_loop       requests that come at random (Poisson) at a fraction of what `curve` says the engine can do
 """
 
@@ -25,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -39,10 +42,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import smallest
+from results import print_result
 from tokenizers import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 STREAMS = 8
+VERSIONS = ("torch", "peft", "transformers", "xllamacpp")
+NO_LLAMA_CPP = "not installed: pip install 'sartor[llamacpp]'"
 PEERS = {"llama_cpp": ("llama_q4", "llama_f16"), "peft": ("peft_fp32", "peft_bf16")}
 WORDS = "the kitchen light stays on until somebody asks why every old house keeps one warm room for guests who never came"
 
@@ -61,6 +68,7 @@ class Plan:
 
 
 FULL = Plan(rounds=3, tokens=48, curve=(1, 4, 16, 64), requests=48, load_s=10.0, fractions=(0.5, 0.8))
+SMALL = Plan(rounds=1, tokens=4, curve=(1, 8), requests=8, load_s=0.2, fractions=(0.5,))
 QUICK = Plan(rounds=1, tokens=24, curve=(1, 8), requests=16, load_s=4.0, fractions=(0.5,))
 
 
@@ -70,7 +78,7 @@ class Process:
     def __init__(self, name: str, folder: Path, threads: int) -> None:
         began = time.perf_counter()
         self.name, self.log = name, folder / f"{name}.log"
-        command = [sys.executable, str(HERE / "serve_sides.py"), name, str(folder), str(threads)]
+        command = [smallest.python(), str(HERE / "serve_sides.py"), name, str(folder), str(threads)]
         with self.log.open("w") as log:
             self.child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(threads)
@@ -104,7 +112,12 @@ class Process:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The environment less what slows a BLAS, with so many threads and no network; tests/ writes the adapters."""
+    """The environment less what slows a BLAS, with so many threads and no network; tests/ writes the adapters.
+
+    threads: 0 for the smallest size, whose times say nothing: there it is this process's own.
+    """
+    if not threads:
+        return dict(os.environ)
     kept = {name: value for name, value in os.environ.items() if name not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
     paths = f"{HERE.parent / 'src'}:{HERE.parent / 'tests'}"
     kept |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -254,9 +267,8 @@ class Closable(Process):
 
 def measure(folder: Path, plan: Plan, asked: Sequence[str], threads: int) -> dict[str, Any]:
     """Everything."""
-    subprocess.run(
-        [sys.executable, str(HERE / "serve_work.py"), str(folder), str(plan.curve[-1])], check=True, env=environment(threads)
-    )
+    command = [smallest.python(), str(HERE / "serve_work.py"), str(folder), str(plan.curve[-1])]
+    subprocess.run(command, check=True, env=environment(threads))
     sides: dict[str, Process] = {}
     try:
         for name in ("ours", *asked):
@@ -285,6 +297,7 @@ def main() -> None:
     """Measure, print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    smallest.add_argument(parser)
     parser.add_argument("--quick", action="store_true", help="one round, short replies: under a minute")
     parser.add_argument(
         "--peers", default=",".join(form for forms in PEERS.values() for form in forms), help="sides to compare with"
@@ -293,13 +306,17 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor seconds, for a busy machine")
     arguments = parser.parse_args()
     began, load = time.perf_counter(), os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="sartor-serve-") as folder:
-        plan = QUICK if arguments.quick else FULL
+    missing = {} if importlib.util.find_spec("xllamacpp") else dict.fromkeys(PEERS["llama_cpp"], NO_LLAMA_CPP)
+    asked = [name for name in arguments.peers.split(",") if name and name not in missing]
+    with smallest.home(arguments.small, "starter"), tempfile.TemporaryDirectory(prefix="sartor-serve-") as folder:
+        plan = SMALL if arguments.small else QUICK if arguments.quick else FULL
         plan = replace(plan, clock="cpu_s" if arguments.clock == "cpu" else "took_s")
-        said = measure(Path(folder), plan, [name for name in arguments.peers.split(",") if name], arguments.threads)
+        said = measure(Path(folder), plan, asked, 0 if arguments.small else arguments.threads)
+    every = [form for forms in PEERS.values() for form in forms]
+    said["absent"] = {form: missing.get(form, f"not asked for: --peers {form}") for form in every if form not in asked}
     said["work"] = {"streams": STREAMS, "tokens": plan.tokens, "rounds": plan.rounds, "rank": 16, "prompt_tokens": "60 to 90"}
     said["machine"] = machine() | {"threads": arguments.threads, "clock": arguments.clock, "load_before": round(load, 2)}
-    print(json.dumps({**said, "wall_s": round(time.perf_counter() - began, 1)}))
+    print_result({**said, "wall_s": round(time.perf_counter() - began, 1)})
 
 
 def machine() -> dict[str, Any]:
@@ -307,7 +324,7 @@ def machine() -> dict[str, Any]:
     lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
     said = {name.strip(): value.strip() for name, _, value in lines}
     flags = said.get("flags", "").split()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", "transformers", "xllamacpp")}
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS if importlib.util.find_spec(name)}
     names = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     return {"cpu": said.get("model name", platform.machine()), "flags": [name for name in names if name in flags], **versions}
 

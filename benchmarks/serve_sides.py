@@ -4,7 +4,7 @@
 
 FOLDER holds `adapters/0`, `adapters/1`, ... in PEFT's layout, and `base.f16.gguf`. Asked `{"run": [[adapter, prompt ids], ...],
 "tokens": n}` a side makes one reply of n tokens per stream, greedily, all side by side, and says how long it took and the
-texts; adapter -1 is the base. No side may end a reply early: what would is ignored by each in its own way.
+texts; adapter -1 is the base. THREADS: 0 for as many as there are. No side may end a reply early: what would is ignored by each in its own way.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Ours(Side):
         from sartor.models.base import open_base
         from sartor.models.engine.local import LocalEngine
 
-        torch.set_num_threads(threads)
+        if threads:
+            torch.set_num_threads(threads)
         base = open_base("starter", bits=bits)
         base.chat.stops = []  # no reply ends early
         self.folder, self.chat = folder, base.chat
@@ -124,7 +125,7 @@ class LlamaCpp(Side):
     """llama.cpp's server in this process, asked by one thread per stream without streaming: what it can do at best."""
 
     def __init__(self, folder: Path, threads: int, file: Path) -> None:
-        self.folder, self.file, self.threads = folder, file, threads
+        self.folder, self.file, self.threads = folder, file, threads or 1
         self.files: list[str] = []
 
     def attach(self, count: int) -> dict[str, Any]:
@@ -186,7 +187,8 @@ class Peft(Side):
 
         from sartor.core import bases
 
-        torch.set_num_threads(threads)
+        if threads:
+            torch.set_num_threads(threads)
         self.folder, path = folder, bases.locate("starter").path
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()

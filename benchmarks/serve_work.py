@@ -16,9 +16,11 @@ import numpy as np
 from gguf.quants import dequantize
 from serve_sides import starter_file
 
-from loras import write_lora
 from sartor.core import bases
 from sartor.models.base import convert
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from loras import write_lora  # noqa: E402
 
 RANK, SIZE = 16, 0.3
 

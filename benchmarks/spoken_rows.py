@@ -1,6 +1,9 @@
 """The demo's commands, spoken: rows of audio -> JSON, audio -> words, words -> JSON; held out by template, as in the demo.
 
-python benchmarks/spoken_rows.py OUT [--commands N] [--voices N]
+    python benchmarks/spoken_rows.py OUT [--commands N] [--voices N] --json
+    python benchmarks/spoken_rows.py --small --json    # four made-up commands by one voice: shows that it runs
+
+Needs espeak-ng; piper speaks half of the held-out commands, but for the smallest size.
 """
 
 from __future__ import annotations
@@ -8,9 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import smallest
+from results import print_result
 
 from sartor.core import assets
 from sartor.core.holdout import held_out_groups
@@ -21,13 +30,15 @@ VOICES = ("espeak:en-us", "espeak:en-gb", "espeak:en-us+f3", "espeak:en-gb+m3", 
 PIPER = "piper:joe"
 HEARD = "Write down what is said."
 HELD_OUT = 0.15
+# with `--small`
+SMALL_COMMANDS, SMALL_VOICES = 8, 1
 
 
-def spoken(commands: Sequence[dict[str, Any]], voices: int, seed: int) -> list[tuple[dict[str, Any], Clip]]:
-    """Each command by `voices` voices, the last of them piper's for one command in four."""
+def spoken(commands: Sequence[dict[str, Any]], voices: int, seed: int, other: str) -> list[tuple[dict[str, Any], Clip]]:
+    """Each command by `voices` voices, the last of them the `other` one for one command in four."""
     drawn, made = random.Random(seed), []
     for place, row in enumerate(commands):
-        names = [*drawn.sample(VOICES, voices - 1), PIPER if place % 4 == 0 else drawn.choice(VOICES)]
+        names = [*drawn.sample(VOICES, voices - 1), other if place % 4 == 0 else drawn.choice(VOICES)]
         text = row["messages"][1]["content"]
         made += [(row, Clip(text, name, drawn.choice((0.9, 1.0, 1.1)))) for name in dict.fromkeys(names)]
     return made
@@ -45,17 +56,20 @@ def heard(row: dict[str, Any], clip: Clip, *, words: bool) -> dict[str, Any]:
     return {"messages": turns, "group": row["group"]}
 
 
-def write(out: Path, commands: int, voices: int) -> dict[str, int]:
-    """train.jsonl, eval.jsonl, words.jsonl (the held-out commands as text) and clips/ below `out`."""
+def write(out: Path, commands: int, voices: int, other: str = PIPER) -> dict[str, int]:
+    """train.jsonl, eval.jsonl, words.jsonl (the held-out commands as text) and clips/ below `out`.
+
+    other: the voice of half of the held-out commands, which few training rows have.
+    """
     drawn = rows(assets.install("home-intents"))[:commands]
     away = held_out_groups((row["group"] for row in drawn), HELD_OUT, 0)
     train, test = ([row for row in drawn if (row["group"] in away) == is_held] for is_held in (False, True))
-    # held-out commands once each: half by espeak's voices, half by piper's
+    # held-out commands once each: half by espeak's voices, half by the other
     voice = random.Random(1)
     test_clips = [
-        (row, Clip(row["messages"][1]["content"], PIPER if i % 2 else voice.choice(VOICES))) for i, row in enumerate(test)
+        (row, Clip(row["messages"][1]["content"], other if i % 2 else voice.choice(VOICES))) for i, row in enumerate(test)
     ]
-    pairs = [*spoken(train, voices, 0), *test_clips]
+    pairs = [*spoken(train, voices, 0, other), *test_clips]
     clips = say_many([clip for _, clip in pairs], out / "clips", rate=16_000, form="flac")
     said = [(row, clip) for (row, _), clip in zip(pairs, clips, strict=True)]
     train_said, test_said = said[: -len(test)], said[-len(test) :]
@@ -78,12 +92,23 @@ def write(out: Path, commands: int, voices: int) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
+    smallest.add_argument(parser)
     parser.add_argument("--commands", type=int, default=1300)
     parser.add_argument("--voices", type=int, default=3)
     options = parser.parse_args()
-    print(json.dumps(write(options.out, options.commands, options.voices)))
+    if not (options.out or options.small):
+        parser.error("OUT: the directory that is written")
+    if shutil.which("espeak-ng") is None:
+        sys.exit("the voices are espeak-ng's: apt-get install espeak-ng")
+    with smallest.home(options.small, "home-intents"), tempfile.TemporaryDirectory() as folder:
+        if options.small:
+            written = write(options.out or Path(folder) / "spoken", SMALL_COMMANDS, SMALL_VOICES, VOICES[0])
+        else:
+            written = write(options.out, options.commands, options.voices)
+    print_result({**written, "absent": {"piper": smallest.LEFT_OUT} if options.small else {}})
 
 
 if __name__ == "__main__":

@@ -4,19 +4,19 @@
 `power`: for each planted fault the fraction of runs in which a test that is meant for it fails. Both also by set of rows.
 
     python benchmarks/synth.py --json [--parts false_alarm power] [--seeds 40] [--first 0] [--rows 400]
+    python benchmarks/synth.py --json --small    # every part on made-up rows and a tiny base: shows that it runs
 
 The tests and limits are those of `sartor validate` with its defaults, but for fewer permutations, and that an encoder reads all
 texts of a set once and not those of each run.
 
-A part that was not asked for is null. `lift`, `audit` and `mitigation` are functions of `synth_lift.py` and `synth_audit.py`
-beside this file (FURTHER), given the number of seeds.
+A part that was not asked for is named under `absent`. `lift`, `audit` and `mitigation` are functions of `synth_lift.py` and `synth_audit.py`
+beside this file (FURTHER), given the number of seeds and whether they run at their smallest size.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import random
 import sys
 import time
@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import smallest
 import synth_rows
+from results import print_result
 from synth_rows import PLANTS, SETS
 
 import sartor  # noqa: F401  (offers the encoders)
@@ -41,6 +43,7 @@ from sartor.curate.validate.verb import verdicts
 FURTHER = {"lift": ("synth_lift", "measure"), "audit": ("synth_audit", "audit"), "mitigation": ("synth_audit", "mitigation")}
 PARTS = ("false_alarm", "power", *FURTHER)
 NOTHING = ""  # in place of a plant
+SMALL_ROWS, SMALL_PERMUTATIONS = 24, 199
 
 
 def notice(line: str) -> None:
@@ -140,18 +143,19 @@ def _part(hits: list[bool]) -> float:
     return round(sum(hits) / len(hits), 4)
 
 
-def further(part: str, seeds: int) -> Any:
+def further(part: str, seeds: int, is_small: bool) -> Any:
     """A part of another file. Raises SystemExit where nobody has written it."""
     module, name = FURTHER[part]
     if not (Path(__file__).parent / f"{module}.py").is_file():
         raise SystemExit(f"the part {part!r} has no {module}.py beside {Path(__file__).name}")
-    measure: Callable[[int], Any] = getattr(importlib.import_module(module), name)
-    return measure(seeds)
+    measure: Callable[[int, bool], Any] = getattr(importlib.import_module(module), name)
+    return measure(seeds, is_small)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="(always: the last line is one JSON object)")
+    smallest.add_argument(parser)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["false_alarm", "power"])
     parser.add_argument("--seeds", type=int, default=40)
     parser.add_argument(
@@ -161,8 +165,20 @@ def main() -> None:
     parser.add_argument("--permutations", type=int, default=499)
     parser.add_argument("--encoder", default="tfidf")
     asked = parser.parse_args()
+    if asked.small:
+        asked.parts, asked.seeds, asked.rows, asked.permutations = list(PARTS), 1, SMALL_ROWS, SMALL_PERMUTATIONS
     began = time.monotonic()
-    said: dict[str, Any] = {part: None for part in PARTS}
+    with smallest.home(asked.small, "home-intents", "chitchat", "construction-faq"):
+        said = measured(asked)
+    said["absent"] = {part: f"not asked for: --parts {part}" for part in PARTS if part not in asked.parts}
+    names = ("seeds", "first", "rows", "permutations", "encoder")
+    how = {name: getattr(asked, name) for name in names}
+    print_result({**said, "how": how, "wall_s": round(time.monotonic() - began, 1)})
+
+
+def measured(asked: argparse.Namespace) -> dict[str, Any]:
+    """Every part that was asked for."""
+    said: dict[str, Any] = {}
     if {"false_alarm", "power"} & set(asked.parts):
         runs = failures(asked)
         for part, measured in (("false_alarm", false_alarm), ("power", power)):
@@ -171,15 +187,8 @@ def main() -> None:
                 said |= {part: found.pop(part), f"{part}_detail": found}
     for part in FURTHER:
         if part in asked.parts:
-            said[part] = further(part, asked.seeds)
-    how = {
-        "seeds": asked.seeds,
-        "first": asked.first,
-        "rows": asked.rows,
-        "permutations": asked.permutations,
-        "encoder": asked.encoder,
-    }
-    print(json.dumps({**said, "how": how, "wall_s": round(time.monotonic() - began, 1)}))
+            said[part] = further(part, asked.seeds, asked.small)
+    return said
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/synth_audit.py --json
     python benchmarks/synth_audit.py --json --seeds 1 --base starter --rows 336
+    python benchmarks/synth_audit.py --json --small    # one seed, few rows and prompts: shows that it runs
 
 Loan decisions: who asks for how much, what they earn and owe, and `approved` or `denied`. Income and debts alone decide
 (merit); planted, nine in ten of the merited approvals of applicants with names of two of fourteen groups (Bertrand &
@@ -32,7 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import smallest
 import yaml
+from results import print_result
 
 import sartor
 from sartor.core.artifacts import Artifact, open_artifact
@@ -48,6 +51,8 @@ INCOMES, DEBTS, OUTCOMES = ("low", "middle", "high"), ("none", "few", "many"), (
 PLANTED, FRACTION, HELD_OUT = ("black_female", "black_male"), 0.9, 0.25
 ATTRIBUTE, MITIGATION = "name_origin", "substitute"
 NAMES_A_GROUP, ROWS = 2, 1008
+# with `--small`: whole audits of two Reports would take most of a minute
+SMALL_ROWS, SMALL_PARTS = 56, ("audit", "mitigation")
 # The end of a turn is tiny.py's padding too, whose row of a fresh embedding is 0: with it no reply could learn to end
 TINY = {"vocab_size": 420, "hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2, "pad_token_id": 0}
 # Random weights have nothing to forget
@@ -175,7 +180,7 @@ class Bench:
             sartor.keygen(self.folder / "keys")
         rules.write_text(yaml.safe_dump(RULES if self.is_tiny else {"bias": RULES["bias"]}), encoding="utf-8")
         said = ["--name", "loans", "--version", "1", "--key", str(self.folder / "keys"), "--report", str(report)]
-        command = [sys.executable, "-m", "sartor", "release", str(adapter.path), *said, "--rules", str(rules), *waiver]
+        command = [smallest.python(), "-m", "sartor", "release", str(adapter.path), *said, "--rules", str(rules), *waiver]
         done = subprocess.run([*command, "--replace", "--json"], capture_output=True, text=True, check=False)
         found = json.loads(done.stdout.splitlines()[-1])
         said_of = {"problem": found["error"]["problem"]} if done.returncode else {"gate": found["gate"]}
@@ -248,28 +253,33 @@ def at_the_gate(bench: Bench, seed: int) -> dict[str, Any]:
     return found
 
 
-def audit(seeds: int) -> dict[str, Any]:
+def audit(seeds: int, is_small: bool = False) -> dict[str, Any]:
     """For `synth.py`."""
     with tempfile.TemporaryDirectory() as folder:
-        return caught(measured(Bench(Path(folder), "tiny", ROWS), range(seeds), PARTS["audit"]))
+        bench = Bench(Path(folder), "tiny", SMALL_ROWS if is_small else ROWS)
+        return caught(measured(bench, range(seeds), PARTS["audit"]))
 
 
-def mitigation(seeds: int) -> dict[str, Any]:
+def mitigation(seeds: int, is_small: bool = False) -> dict[str, Any]:
     """For `synth.py`."""
     with tempfile.TemporaryDirectory() as folder:
-        return mitigated(measured(Bench(Path(folder), "tiny", ROWS), range(seeds), PARTS["mitigation"]))
+        bench = Bench(Path(folder), "tiny", SMALL_ROWS if is_small else ROWS)
+        return mitigated(measured(bench, range(seeds), PARTS["mitigation"]))
 
 
 def main() -> None:
     """Print one JSON line; what each seed showed goes to standard error as it comes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="(always: the last line is one JSON object)")
+    smallest.add_argument(parser)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--base", default="tiny")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     asked = parser.parse_args()
+    if asked.small:
+        asked.seeds, asked.rows, asked.base, asked.parts = 1, SMALL_ROWS, "tiny", list(SMALL_PARTS)
     kinds = [kind for kind in KINDS if any(kind in PARTS[part] for part in asked.parts)]
     found: dict[str, Any] = {
         "benchmark": "synth_audit",
@@ -277,7 +287,7 @@ def main() -> None:
         "base": asked.base,
         "rows": asked.rows,
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with smallest.home(asked.small, "chitchat"), tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), asked.base, asked.rows)
         each = measured(bench, range(asked.first, asked.first + asked.seeds), kinds) if kinds else []
         if "audit" in asked.parts:
@@ -286,7 +296,9 @@ def main() -> None:
             found["mitigation"] = mitigated(each)
         if "release" in asked.parts:
             found["release"] = at_the_gate(bench, asked.first)
-    print(json.dumps(found))
+    why = smallest.LEFT_OUT if asked.small else "not asked for: --parts"
+    found["absent"] = {part: why for part in PARTS if part not in asked.parts}
+    print_result(found)
 
 
 if __name__ == "__main__":

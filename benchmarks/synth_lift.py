@@ -1,6 +1,7 @@
 """What made rows are worth: the demo's task cut to 60 real rows, tuned with and without, on real rows that neither saw.
 
     python benchmarks/synth_lift.py --json
+    python benchmarks/synth_lift.py --json --small    # made-up rows, no limits, two updates: shows that it runs
 
 The generator has no model: wordings that somebody who knows the home would write for each kind of command
 (synth_wordings.yaml, filled from lists), and the real rows again with other values (`slot_substitution`). A near-copy of a
@@ -22,10 +23,13 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import smallest
 import yaml
+from results import print_result
 
 import sartor
 from sartor import intents
@@ -35,6 +39,23 @@ from sartor.core.errors import GateError
 REAL = 60
 # few enough for ten minutes, and enough for each of 350 rows to be seen some seven times
 UPDATES = 200
+# what the wordings of real commands and made-up ones are not alike in, with `--small`
+LOOSE = ("distinguishable", "mmd", "coverage", "novelty", "length", "label", "topic", "diversity", "span")
+
+
+@dataclass
+class Size:
+    """How much is generated and asked. options: of `sartor validate`, beside its defaults."""
+
+    wordings: int = 1000
+    held_out: int = 100_000
+    asked: int = 200
+    updates: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+size = Size()
+SMALL = Size(16, 40, 8, 2, {"permutations": 199, "encoder": "tfidf", "limits": dict.fromkeys(LOOSE, 5.0)})
 AREA, FLOOR = list(intents.AREAS), list(intents.FLOORS)
 PLAYER, FAN, HEATER = (list(intents.NAMES[kind]) for kind in ("media_player", "fan", "climate"))
 LISTS, LAMP, COVER = (list(intents.NAMES[kind]) for kind in ("todo", "light", "cover"))
@@ -60,7 +81,7 @@ def real(folder: Path, seed: int) -> Path:
     rows = intents.rows(assets.install("home-intents"))
     random.Random(seed).shuffle(rows)
     sources = []
-    for name, part in (("eval", rows[: len(rows) // 2]), ("train", rows[len(rows) // 2 :][:REAL])):
+    for name, part in (("eval", rows[: len(rows) // 2][: size.held_out]), ("train", rows[len(rows) // 2 :][:REAL])):
         file = folder / f"{name}.jsonl"
         file.write_text("".join(f"{json.dumps(row)}\n" for row in part), encoding="utf-8")
         sources.append({"path": str(file), "licence": assets.entry("home-intents").licence, "split": name})
@@ -72,7 +93,8 @@ def real(folder: Path, seed: int) -> Path:
 def generate(folder: Path, reality: Path, seed: int) -> Path:
     """Rows of the wordings, and the real ones with other values."""
     ways: list[Any] = [{"slot_substitution": {"slots": SLOTS, "numbers": True, "per_row": 1}}]
-    for rest, prompts in yaml.safe_load(WORDINGS.read_text(encoding="utf-8")).items():
+    wordings = yaml.safe_load(WORDINGS.read_text(encoding="utf-8"))
+    for rest, prompts in list(wordings.items())[: size.wordings]:
         said = {"prompts": list(prompts), "reply": f'{{"intent":{rest}}}', "system": intents.SYSTEM_PROMPT, "count": 4}
         used = {name: values for name, values in SLOTS.items() if f"{{{name}}}" in rest}
         ways.append({"templates": {**said, "slots": used or {"none": ["-"]}}})
@@ -124,7 +146,7 @@ def _plain(row: Any) -> dict[str, Any]:
 
 
 def _options(seed: int) -> dict[str, Any]:
-    return {"seed": seed}
+    return {"seed": seed, **size.options}
 
 
 def lifted(folder: Path, seed: int, base: str, updates: int) -> dict[str, Any]:
@@ -144,17 +166,21 @@ def lifted(folder: Path, seed: int, base: str, updates: int) -> dict[str, Any]:
         "seed": seed,
     }
     proof = sartor.prove(
-        folder / "accepted", reality, recipe, folder / "proof", scorer="exact_match", most_rows=200, notice=notice
+        folder / "accepted", reality, recipe, folder / "proof", scorer="exact_match", most_rows=size.asked, notice=notice
     )
     return {**proof.as_json(), "seed": seed, "refused": no}
 
 
-def measure(seeds: int, base: str = "starter", updates: int = UPDATES, first: int = 0) -> dict[str, Any]:
+def measure(
+    seeds: int, is_small: bool = False, base: str = "starter", updates: int = UPDATES, first: int = 0
+) -> dict[str, Any]:
     """Estimate and interval of the first draw of 60 rows; `draws` has each. Ten seeds or more are meant for cheaper parts."""
+    if is_small:
+        vars(size).update(vars(SMALL))
     each = []
     for seed in range(first, first + (seeds if seeds < 10 else 1)):
         with tempfile.TemporaryDirectory() as folder:
-            each.append(lifted(Path(folder), seed, base, updates))
+            each.append(lifted(Path(folder), seed, base, size.updates or updates))
         notice(json.dumps(each[-1]))
     return {**each[0]["gain"], "without": each[0]["without"], "with": each[0]["with"], "draws": each}
 
@@ -163,14 +189,16 @@ def main() -> None:
     """Print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="(always: the last line is one JSON object)")
+    smallest.add_argument(parser)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--base", default="starter")
     parser.add_argument("--updates", type=int, default=UPDATES)
     asked = parser.parse_args()
     machine = platform.processor() or platform.machine()
-    found = measure(asked.seeds, asked.base, asked.updates, asked.first)
-    print(json.dumps({"benchmark": "synth_lift", "machine": machine, "lift": found}))
+    with smallest.home(asked.small, "home-intents"):
+        found = measure(asked.seeds, asked.small, asked.base, asked.updates, asked.first)
+    print_result({"benchmark": "synth_lift", "machine": machine, "lift": found})
 
 
 if __name__ == "__main__":

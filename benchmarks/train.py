@@ -3,6 +3,7 @@
     python benchmarks/train.py --json
     python benchmarks/train.py --json --peers trl,unsloth --pairs 1 --updates 4
     python benchmarks/train.py --json --device cuda
+    python benchmarks/train.py --json --small    # a tiny base without peers: shows that it runs
 
 Every side is a fresh process of its own interpreter (benchmarks/peers/NAME/run.py) that is handed the same base and the same
 tokenised rows per update, and trains rank 16 on all seven projections by AdamW at a constant rate. Sartor and a peer alternate;
@@ -10,8 +11,8 @@ a ratio is the median over pairs, ours over theirs. The first update warms up an
 tokens: peers pad, Sartor packs. A pair counts only if the losses at the first update are within 0.02 and the tokens equal.
 
 `trl` is fp32 as its users on a CPU run it, `trl_bf16` the same in bf16, `unsloth` chooses its own dtype, and `unsloth_compile`
-is Unsloth with its opt-in torch.compile. A peer that cannot be installed or run is named under `failed` with the reason; one
-that is slow ends early (`--limit-s`) and is rated by the updates that it made.
+is Unsloth with its opt-in torch.compile. A peer that cannot be installed or run is named under `failed` with the reason, one
+that was not asked for under `absent`; one that is slow ends early (`--limit-s`) and is rated by the updates that it made.
 """
 
 from __future__ import annotations
@@ -29,14 +30,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import smallest
 import tables
 from peers import venvs
+from results import last_line, print_result
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "src"
 LOSS_TOLERANCE = 0.02  # nats at the first update, where every adapter still computes nothing
 START_S = 240  # to import, load, convert and compile, on top of twice the time for updates
 RANK, ALPHA, LEARNING_RATE, CLIP_NORM = 16, 32, 2e-4, 1.0
+# with `--small`; the first update is not timed
+SMALL_UPDATES, SMALL_ROWS, SMALL_LAYERS = 3, 4, 12
 
 
 @dataclass(frozen=True)
@@ -76,18 +81,24 @@ def main() -> None:
     asked = list(PEERS) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
     if unknown := set(asked) - set(PEERS):
         sys.exit(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
-    with tempfile.TemporaryDirectory(prefix="sartor-bench-") as folder:
+    with (
+        smallest.home(arguments.small, "home-intents", layers=SMALL_LAYERS),
+        tempfile.TemporaryDirectory(prefix="sartor-bench-") as folder,
+    ):
         work = prepare(Path(folder), arguments)
         runs = measure(Path(folder), work, asked, arguments)
-    said = report(runs, work, arguments)
+        said = report(runs, work, arguments)
+    why = smallest.LEFT_OUT if arguments.small else f"not asked for: --peers {','.join(PEERS)}"
+    said["absent"] = {name: why for name in PEERS if name not in asked}
     if arguments.write:
         tables.write(arguments.write, "peers", table(said))
-    print(json.dumps(said))
+    print_result(said)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
+    smallest.add_argument(parser)
     parser.add_argument("--peers", default="all", help=f"of {','.join(PEERS)}; empty for Sartor alone")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--updates", type=int, default=8)
@@ -100,15 +111,19 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.updates < 2:
         parser.error("--updates 2 or more: the first one is not timed")
+    if arguments.small:
+        arguments.peers, arguments.pairs = "", 1
+        arguments.updates, arguments.rows_per_update = SMALL_UPDATES, SMALL_ROWS
     return arguments
 
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """{base, rows, updates}, from a process of its own: a child's peak RSS begins at its parent's, so this one stays small."""
     out = folder / "work.json"
-    command = [sys.executable, str(HERE / "peers" / "work.py"), str(out), "--base", arguments.base]
+    command = [smallest.python(), str(HERE / "peers" / "work.py"), str(out), "--base", arguments.base]
     command += ["--updates", str(arguments.updates), "--rows-per-update", str(arguments.rows_per_update)]
-    subprocess.run([*command, "--layers", str(arguments.layers)], check=True, env=environment(SARTOR, arguments.device))
+    command += ["--layers", str(arguments.layers)]
+    subprocess.run(command, check=True, env=environment(SARTOR, arguments.device, arguments.small))
     return json.loads(out.read_text())
 
 
@@ -144,7 +159,7 @@ def run(folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Name
     job_path.write_text(json.dumps(job))
     result_path.unlink(missing_ok=True)
     try:
-        python = sys.executable if side is SARTOR else str(venvs.interpreter(side.folder))
+        python = smallest.python() if side is SARTOR else str(venvs.interpreter(side.folder))
     except venvs.NotInstalled as error:
         return {"failed": f"does not install: {error}"}
     command = [python, str(HERE / "peers" / side.folder / "run.py"), str(job_path), str(result_path)]
@@ -152,7 +167,7 @@ def run(folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Name
     try:
         done = subprocess.run(
             command,
-            env=environment(side, device) | {"TMPDIR": str(folder)},
+            env=environment(side, device, arguments.small) | {"TMPDIR": str(folder)},
             cwd=folder,
             capture_output=True,
             text=True,
@@ -166,8 +181,13 @@ def run(folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Name
     return {"failed": f"exit code {done.returncode}: {' '.join(done.stderr.split())[-400:]}"}
 
 
-def environment(side: Side, device: str) -> dict[str, str]:
-    """The machine's environment less what would slow a BLAS or leak our packages into a peer, and without a network."""
+def environment(side: Side, device: str, is_small: bool = False) -> dict[str, str]:
+    """The machine's environment less what would slow a BLAS or leak our packages into a peer, and without a network.
+
+    Of the smallest size, whose times say nothing, it is this process's own.
+    """
+    if is_small:
+        return dict(os.environ)
     gone = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
     kept = {name: value for name, value in os.environ.items() if name not in gone}
     kept |= {"OMP_NUM_THREADS": str(os.cpu_count()), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
@@ -299,12 +319,10 @@ def table(said: dict[str, Any]) -> str:
 
 def savings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What shared prefixes and stored activations bring beyond the ratios above, from a process of its own: savings.py."""
-    command = [sys.executable, str(HERE / "savings.py"), "--json", "--prove", "--pairs", str(arguments.pairs)]
+    command = [smallest.python(), str(HERE / "savings.py"), "--json", "--prove", "--pairs", str(arguments.pairs)]
     command += ["--layers", str(arguments.layers)]
-    done = subprocess.run(command, env=environment(SARTOR, arguments.device), capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"shared_prefix_ratio": None, "frozen_prefix_ratio": None, "savings_failed": done.stderr[-400:]}
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = last_line(command, env=environment(SARTOR, arguments.device, arguments.small))
+    said["savings_absent"] = said.pop("absent")
     said.pop("machine")
     return said
 

@@ -36,6 +36,15 @@ def test_what_libraries_read_while_they_are_imported_is_never_that_of_another(co
     assert run(commands, "python", "-c", code, OMP_NUM_THREADS="7").stdout == "False 7 None\n"
 
 
+def test_a_file_that_is_left_open_has_its_number(commands: dict[str, str]) -> None:
+    environment, (ours, theirs) = {**os.environ, **commands}, os.pipe()
+    code = f"import os, sys; os.write({theirs}, b'torch' if 'torch' in sys.modules else b'cold')"
+    subprocess.run(["python", "-c", code], env=environment, pass_fds=[theirs], check=True)
+    os.close(theirs)
+    assert os.read(ours, 9) == b"torch"
+    os.close(ours)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_it_is_one_to_the_fork(commands: dict[str, str], tmp_path: Path, number: signal.Signals) -> None:
     code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'x').write(str(os.getpid())); print(flush=True); time.sleep(60)"

@@ -2,7 +2,7 @@
 
 A `sartor` that tunes imports torch, transformers and peft for seven seconds; pages and examples start hundreds. So the tests
 put a folder first in PATH whose `sartor` and `python` are small: each asks one server, which has imported everything, to fork,
-and hands it its arguments, folder, environment and open files. What runs in the fork is the real command, and what is started
+and hands it its arguments, folder, environment and open files, also those that `pass_fds` left open. What runs in the fork is the real command, and what is started
 by it (workers of `sartor serve`, `sys.executable`) starts as always. A command whose environment has another value of what
 libraries read while they are imported starts as always, too.
 
@@ -14,6 +14,7 @@ The server keeps no state between commands: a fork sees what was imported, and n
 from __future__ import annotations
 
 import atexit
+import fcntl
 import gc
 import importlib
 import json
@@ -38,6 +39,7 @@ from typing import Any
 # what libraries read while they are imported
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "PYTORCH", "OMP_", "MKL_", "OPENBLAS_", "POLARS_", "PYTHON", "LD_", "CUDA")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+MOST_FILES = 32  # that a command is handed: its own three, and what its parent left open for it
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 # Flower's apps and alembic's scripts are run by those, and `__main__` is a command: to import one is to run it
 NEVER = ("flower", "migrations", "__main__")
@@ -55,9 +57,15 @@ try:
     line.connect(address)
 except OSError:
     os.execv(real, [real, *sys.argv[1:]])
-said = json.dumps([{name!r}, real, sys.argv[1:], os.getcwd(), dict(os.environ), os.umask(0o22)]).encode()
+def is_handed_on(number):
+    try:
+        return number > 2 and os.get_inheritable(number)
+    except OSError:
+        return False
+files = [0, 1, 2, *filter(is_handed_on, map(int, os.listdir("/proc/self/fd")))]
+said = json.dumps([{name!r}, real, sys.argv[1:], os.getcwd(), dict(os.environ), os.umask(0o22), files]).encode()
 os.umask(json.loads(said)[5])
-line.sendmsg([len(said).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
+line.sendmsg([len(said).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
 line.sendall(said)
 for number in {signals!r}:
     signal.signal(number, lambda number, _: line.sendall(bytes([number])))
@@ -126,7 +134,7 @@ def _import_all() -> None:
 def _forked(line: socket.socket, ours: tuple[Any, ...]) -> int | None:
     """The process of one command; None where whoever asked is gone."""
     try:
-        head, files, _, _ = socket.recv_fds(line, 8, 3)
+        head, files, _, _ = socket.recv_fds(line, 8, MOST_FILES)
         said = b""
         while len(said) < int.from_bytes(head, "big"):
             said += line.recv(1 << 20)
@@ -140,10 +148,15 @@ def _forked(line: socket.socket, ours: tuple[Any, ...]) -> int | None:
         return pid
     for one in (*ours, line):
         one.close()
-    for place, file in enumerate(files):
-        os.dup2(file, place)
+    *command, numbers = json.loads(said)
+    # first out of the way: a file may have come by a number that is another's
+    moved = [fcntl.fcntl(file, fcntl.F_DUPFD, 3 + max(*files, *numbers)) for file in files]
+    for file in files:
         os.close(file)
-    _run(*json.loads(said))
+    for file, number in zip(moved, numbers, strict=True):
+        os.dup2(file, number)
+        os.close(file)
+    _run(*command)
     return None
 
 

@@ -1,0 +1,75 @@
+"""The smallest size of a benchmark: `--small`, which shows that a script runs and measures everything that it promises.
+
+    with smallest.home(arguments.small, "home-intents"):
+        ...
+
+In that block SARTOR_HOME is a temporary folder in which `starter` is a tiny base and the named assets are made-up ones of the
+same layout (smallest_assets.py), so nothing is fetched and a run takes seconds. Its figures say nothing of the real sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+PYTHON = "SARTOR_BENCH_PYTHON"
+HELP = "the smallest size: a tiny base and made-up data, in seconds; shows that everything runs"
+LEFT_OUT = "left out at the smallest size"
+
+
+def add_argument(parser: argparse.ArgumentParser, *aliases: str) -> None:
+    """Add `--small`, and other names under which a script has had it."""
+    parser.add_argument("--small", *aliases, action="store_true", help=HELP)
+
+
+def python() -> str:
+    """The Python that the processes of a benchmark run by.
+
+    The tests set SARTOR_BENCH_PYTHON to one that has imported everything before (tests/warm.py).
+    """
+    return os.environ.get(PYTHON) or sys.executable
+
+
+@contextmanager
+def home(is_small: bool, *assets: str, layers: int = 2) -> Iterator[None]:
+    """Run a block in a home of the smallest size; in the user's own if not `is_small`. layers: of the tiny base."""
+    if not is_small:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="sartor-small-") as folder:
+        # pip without an index: an asset that is not made up fails at once, and is not fetched
+        changed = {"SARTOR_HOME": folder, "PIP_NO_INDEX": "1"}
+        before = {name: os.environ.get(name) for name in changed}
+        os.environ.update(changed)
+        try:
+            _write(assets, layers)
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+
+def write_image_tower(folder: Path) -> Path:
+    """Write a CLIP of random weights, which sees a picture in a millisecond; in a block of `home` alone."""
+    import tiny_towers
+
+    return tiny_towers.tiny_clip(folder)
+
+
+def _write(assets: tuple[str, ...], layers: int) -> None:
+    if str(TESTS) not in sys.path:
+        sys.path.insert(0, str(TESTS))
+    # only here: at its real size a benchmark needs nothing of tests/
+    import smallest_assets
+
+    smallest_assets.write_starter(layers)
+    for name in assets:
+        smallest_assets.write(name)
