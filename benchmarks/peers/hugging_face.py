@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from protocol import TARGETS, Job, Watch
+from protocol import TARGETS, Job, Unable, Watch
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -107,5 +107,22 @@ def sft(job: Job, watch: Watch, model: Any, tokenizer: Any, *, bf16: bool, **mor
         callbacks=[clock(watch)],
         **more,
     )
+    if job.start:
+        begin_from(trainer.model, job.start)
     trainer.train()
     return trainer
+
+
+def begin_from(model: Any, start: str) -> None:
+    """Give the factors A of a PeftModel the values in the file `start`. Raises Unable where one has none there."""
+    import torch
+    from safetensors.torch import load_file
+
+    factors = load_file(start)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                module = name.partition(".lora_A.")[0].removeprefix("base_model.model.")
+                if module not in factors:
+                    raise Unable(f"{start} has no factors of {module}")
+                parameter.copy_(factors[module])

@@ -4,7 +4,7 @@ Each side's `run.py` is run by its own interpreter as `run.py JOB.json RESULT.js
 A side that cannot run writes `{"failed": "<reason>"}` and the traceback; it never just dies.
 
     job      {base, dtype, device, rank, alpha, learning_rate, clip_norm, compile, limit_s,
-              updates: [[{ids, learnt}, ...], ...]}
+              updates: [[{ids, learnt}, ...], ...], start?, held_out?: [{ids, learnt}, ...], adapter?, rounds_first?}
     result   {seconds: [...], losses: [...], tokens: [...], supervised_tokens: [...], peak_rss_bytes, versions, ...}
 
 A list of the result has an entry per update. A side that is slow ends after the update in which `limit_s` is over, so its lists
@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Job:
-    """The work. `dtype`: `float32`, `bfloat16`, or `auto` for the side's own choice; `compile`: its compiler on."""
+    """The work. `dtype`: `float32`, `bfloat16`, or `auto` for the side's own choice; `compile`: its compiler on.
+
+    Of fidelity.py. start: a safetensors file with the factors A that every side begins with, by module name. Of Sartor's
+    side alone: held_out, rows whose loss is taken after the last update; adapter, where it is written then; rounds_first,
+    whether the frozen product is rounded before the low-rank term is added, as numerics 1 did.
+    """
 
     base: str
     dtype: str
@@ -69,13 +74,18 @@ class Job:
     compile: bool
     limit_s: float
     updates: list[list[Row]]
+    start: str = ""
+    held_out: list[Row] = field(default_factory=list)
+    adapter: str = ""
+    rounds_first: bool = False
 
     @classmethod
     def read(cls, path: str) -> Job:
         """The job in a file."""
         said = json.loads(Path(path).read_text())
         said["updates"] = [[Row(**row) for row in rows] for rows in said["updates"]]
-        return cls(**{field.name: said[field.name] for field in fields(cls)})
+        said["held_out"] = [Row(**row) for row in said.get("held_out", [])]
+        return cls(**{part.name: said[part.name] for part in fields(cls) if part.name in said})
 
     @property
     def rows(self) -> list[Row]:

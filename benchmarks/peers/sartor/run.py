@@ -9,6 +9,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import hugging_face
 import protocol
 import roofline
 
@@ -23,7 +24,8 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     from sartor.models.kernels.eager import Eager
     from sartor.tune import objectives
 
-    base = open_base(job.base, bits=16 if job.dtype == "bfloat16" else "auto", device=torch.device(job.device))
+    bits = {"bfloat16": 16, "float32": 32}.get(job.dtype, "auto")
+    base = open_base(job.base, bits=bits, device=torch.device(job.device))
     model = adapters.inject_lora(
         base.model, rank=job.rank, alpha=job.alpha, dropout=0.0, targets=list(protocol.TARGETS), seed=0
     )
@@ -31,6 +33,10 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0, fused=True)
     model.eval()
+    if job.start:
+        hugging_face.begin_from(model, job.start)
+    if job.rounds_first:
+        round_first()
     # shared prefixes are measured apart (savings.py): here every side computes every token of every row
     path = paths.choose(model, [row for rows in updates for row in rows], base.device, paths.Wish(share=False))
     model.train()
@@ -46,6 +52,8 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
         watch.update()
         if watch.is_enough:
             break
+    if job.held_out:
+        return {"path": path.name, "dtype": str(base.dtype), "held_out": _held_out(job, path, model)}
     said = {"path": path.name, "path_reason": path.reason, "dtype": str(base.dtype)}
     said |= {"trained": adapters.trainable(model)[0], "peak_rss_bytes": protocol.peak_rss_bytes()}
     said |= _roofline(job, watch, model)
@@ -57,6 +65,40 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
         "shared_tokens_per_s": _rate(lambda rows: by_default(rows)[0], updates, optimizer),
         "no_compiler_tokens_per_s": _rate(lambda rows: by_torch.losses(batches.pack(rows)), updates, optimizer),
     }
+
+
+def round_first() -> None:
+    """Compute as numerics 1 did: the frozen product is rounded, and the low-rank terms are added to what was rounded."""
+    from sartor.models.linear import Projection
+
+    def forward(self: Any, x: Any, onto: Any = None, kept: Any = None) -> Any:
+        y, low_rank, rank = self._frozen(x, onto), x @ self._stacked().T, 0
+        for factors in self.factors:
+            part = low_rank[:, rank : rank + len(factors.a)]
+            b = factors.b.detach().to(self.dtype)
+            y[:, factors.low : factors.high].addmm_(part, b.T, alpha=factors.scale)
+            rank += len(factors.a)
+        return y, low_rank
+
+    def input_gradient(self: Any, dy: Any, lowered: Any, kept: Any = None) -> Any:
+        dx = dy @ self.weight()
+        return dx if lowered is None else dx.addmm_(lowered, self._stacked())
+
+    Projection.forward, Projection.input_gradient = forward, input_gradient
+
+
+def _held_out(job: protocol.Job, path: Any, model: Any) -> float:
+    """Write the adapter where the job wants it, and return the mean loss of the held-out rows in nats a token."""
+    import torch
+
+    from sartor.models import adapters, batches
+
+    if job.adapter:
+        adapters.write_adapter(model, Path(job.adapter), "starter")
+    model.eval()
+    with torch.no_grad():
+        losses, weights = path.losses([batches.Encoded(row.ids, row.learnt) for row in job.held_out])
+    return float((losses * weights).sum() / weights.sum())
 
 
 def _rate(losses: Any, updates: list[Any], optimizer: Any) -> float:
