@@ -294,3 +294,14 @@ def test_bf16_losses_of_both_paths_follow_the_adapter() -> None:
         with torch.no_grad():
             got = losses()
         assert effect(got, base, right - base) > 0.5
+
+
+def test_peft_layer_calls_its_factors_where_hooks_wait_for_them() -> None:
+    model = small_lora(wide_model(), size=0.05)
+    layer, _ = layer_and_term(model, torch.zeros(1, 64))
+    heard: list[tuple[int, ...]] = []
+    hook = layer.lora_A["default"].register_forward_hook(lambda module, given, made: heard.append(made.shape))
+    layer(torch.randn(3, 64).bfloat16())
+    hook.remove()
+    layer(torch.randn(5, 64).bfloat16())
+    assert heard == [(3, R)]

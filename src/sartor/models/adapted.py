@@ -4,7 +4,8 @@ peft's own layer rounds the frozen product to bf16 and adds the low-rank term to
 is lost (`linear.py` says why). `round_once` gives each plain LoRA layer the forward and backward of `linear.Projection`
 instead, so that transformers' module computes what the fast path computes. What a Projection does not know (DoRA, LoRA with
 a bias, layers that are not linear) keeps peft's forward, and so does any call that is not the plain one: adapters switched
-off, merged or mixed in a batch, inputs of another dtype, autocast.
+off, merged or mixed in a batch, inputs of another dtype, autocast, and factors that somebody listens to by hooks (opacus
+takes the gradients of single rows from them).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _forward(layer: Any, x: torch.Tensor, *positional: Any, **named: Any) -> tor
     """Return the layer's output, (..., outs), for x (..., D)."""
     projection: Projection = layer.projection
     is_plain = not (positional or named or layer.disable_adapters or layer.merged_adapters)
-    if not is_plain or x.dtype != projection.dtype or torch.is_autocast_enabled(x.device.type):
+    if not is_plain or x.dtype != projection.dtype or torch.is_autocast_enabled(x.device.type) or _is_heard(layer):
         return type(layer).forward(layer, x, *positional, **named)
     rows = x.reshape(-1, x.shape[-1])
     dropout = layer.lora_dropout["default"]
@@ -49,6 +50,12 @@ def _forward(layer: Any, x: torch.Tensor, *positional: Any, **named: Any) -> tor
     kept = dropout(torch.ones_like(rows)) if is_dropping else None
     y = _AdaptedProduct.apply(rows, kept, projection, *projection.parameters)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _is_heard(layer: Any) -> bool:
+    """Return whether hooks wait for the modules that this forward does not call."""
+    parts = (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
+    return any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
 
 
 class _AdaptedProduct(torch.autograd.Function):  # type: ignore[misc]  # torch is read as Any
