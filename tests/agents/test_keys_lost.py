@@ -116,6 +116,20 @@ def test_each_mark_is_enough_alone(left: str, keys: Keys, state: Path, clock: Cl
         assert is_lost(restarted)
 
 
+def test_new_key_ends_it_where_the_registry_was_replaced_by_an_empty_file(keys: Keys, state: Path, clock: Clock) -> None:
+    keys.make(["faq"])
+    keys.listed()
+    for file in state.glob("registry.sqlite*"):
+        file.unlink()
+    (state / "registry.sqlite").touch()
+    clock.now += keys_module.STALE_S + 1
+    assert is_lost(keys)
+    with closing(opened(state, clock)) as elsewhere:
+        new, _ = elsewhere.make(["faq"])
+    clock.now += keys_module.FRESH_S
+    assert keys.admit(new).agents == {"faq"} and not keys.is_open
+
+
 def test_lost_mark_is_written_again(keys: Keys, state: Path, clock: Clock) -> None:
     keys.make(["faq"])
     lose_database(state)
@@ -325,6 +339,23 @@ def test_key_that_was_made_while_a_read_ran_is_looked_for_again(clock: Clock) ->
     slow.let.set()
     asking.join(10)
     assert slow.reads == 3
+
+
+def test_no_thread_left_is_a_read_that_failed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow()
+    slow.let.set()
+    cache = KeyCache(slow, clock)
+    cache.table(1.0)
+    clock.now += 61
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert cache.table(1.0) == TABLE and cache.age_s == 61
+    clock.now += 1
+    assert cache.table(1.0) == TABLE and cache.age_s == 0
 
 
 def test_first_read_raises_what_went_wrong(clock: Clock) -> None:

@@ -29,7 +29,7 @@ PATIENCE_S = 8.0
 
 
 @dataclass
-class Place:
+class TeamFolder:
     """A team's directory. registry: "" is SQLite in its state."""
 
     folder: Path
@@ -87,22 +87,22 @@ def refuses_everybody(client: httpx.Client, key: str) -> None:
     assert health.status_code == 503 and "had API keys" in health.json()["troubles"]["API keys"]
 
 
-def loses_its_keys(place: Place, empty: Callable[[], None], lose_marks: Callable[[], None]) -> None:
-    key = place.key()
-    with place.serving() as client:
+def loses_its_keys(team: TeamFolder, empty: Callable[[], None], lose_marks: Callable[[], None]) -> None:
+    key = team.key()
+    with team.serving() as client:
         assert ask(client, key).status_code == 200 and ask(client, "").status_code == 401
         empty()
         time.sleep(FRESH_S + 0.2)
         refuses_everybody(client, key)
     lose_marks()
-    with place.serving() as client:
+    with team.serving() as client:
         refuses_everybody(client, key)
-        new = place.key()
+        new = team.key()
         time.sleep(FRESH_S + 0.2)
         assert ask(client, new).status_code == 200
         assert ask(client, key).status_code == ask(client, "").status_code == 401
         assert client.get("/health").status_code == 200
-    assert "Traceback" not in (place.folder / "log").read_text()
+    assert "Traceback" not in (team.folder / "log").read_text()
 
 
 def change(file: Path, statement: str) -> None:
@@ -113,13 +113,13 @@ def change(file: Path, statement: str) -> None:
 
 @pytest.mark.services
 def test_sqlite_server_whose_keys_are_emptied_stays_shut(tiny_base: Path, tmp_path: Path) -> None:
-    place = Place(tmp_path / "team", str(tiny_base))
+    team = TeamFolder(tmp_path / "team", str(tiny_base))
 
     def lose_registry() -> None:
-        for file in place.file.parent.glob("registry.sqlite*"):
+        for file in team.file.parent.glob("registry.sqlite*"):
             file.unlink()
 
-    loses_its_keys(place, lambda: change(place.file, "delete from keys"), lose_registry)
+    loses_its_keys(team, lambda: change(team.file, "delete from keys"), lose_registry)
 
 
 @contextmanager
@@ -138,17 +138,17 @@ def test_postgres_server_whose_keys_are_emptied_stays_shut(
     """Both servers of a team refuse; one keeps its state directory while the registry is emptied, one the other way round."""
     monkeypatch.setenv("DB_PASSWORD", "s3cret")
     with postgres() as url:
-        place = Place(tmp_path / "team", str(tiny_base), url)
+        team = TeamFolder(tmp_path / "team", str(tiny_base), url)
 
         def empty(*tables: str) -> None:
             with rows(url) as connection:
                 connection.execute(f"truncate {', '.join(tables)}")
 
-        loses_its_keys(place, lambda: empty("keys"), (place.folder / ".team" / key_marks.FILE).unlink)
+        loses_its_keys(team, lambda: empty("keys"), (team.folder / ".team" / key_marks.FILE).unlink)
         empty("keys", "events", "generation")
-        with place.serving() as client:
+        with team.serving() as client:
             refuses_everybody(client, "")
-        other = Place(tmp_path / "other", str(tiny_base), url)
+        other = TeamFolder(tmp_path / "other", str(tiny_base), url)
         with other.serving() as client:
             refuses_everybody(client, "")
 
@@ -183,9 +183,9 @@ class Watch:
 
     def is_back(self, status: int) -> None:
         until = time.monotonic() + 20
-        while (found := ask(self.client, self.key).status_code) == 503 and time.monotonic() < until:
+        while (answered := ask(self.client, self.key).status_code) == 503 and time.monotonic() < until:
             time.sleep(0.5)
-        assert found == status
+        assert answered == status
 
 
 def processes_of(url: str) -> list[int]:
@@ -204,8 +204,8 @@ def test_keys_hold_for_a_minute_while_the_registry_is_lost(
     monkeypatch.setenv("DB_PASSWORD", "s3cret")
     with ExitStack() as stack:
         url = stack.enter_context(postgres())
-        files, server = Place(tmp_path / "files", str(tiny_base)), Place(tmp_path / "server", str(tiny_base), url)
-        watches = [Watch(stack.enter_context(place.serving()), key) for place in (files, server) for key in (place.key(),)]
+        files, server = TeamFolder(tmp_path / "files", str(tiny_base)), TeamFolder(tmp_path / "server", str(tiny_base), url)
+        watches = [Watch(stack.enter_context(team.serving()), key) for team in (files, server) for key in (team.key(),)]
         assert [ask(watch.client, watch.key).status_code for watch in watches] == [200, 200]
         change(files.file, "pragma wal_checkpoint(truncate)")
         hidden = files.file.with_name("hidden.sqlite")

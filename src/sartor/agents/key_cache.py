@@ -69,10 +69,10 @@ class KeyCache:
 
         Raises the error of the read where there never was one that succeeded.
         """
-        asked_at = self._clock()
+        requested_at = self._clock()
         while True:
             with self._lock:
-                if asked_at - self._tried_at < fresh_s:
+                if requested_at - self._tried_at < fresh_s:
                     break
                 refresh = self._refresh or self._begin()
             if not refresh.wait():
@@ -94,8 +94,14 @@ class KeyCache:
 
     def _begin(self) -> _Refresh:
         refresh = _Refresh(self._clock(), time.monotonic() + (FIRST_WAIT_S if self.last is None else WAIT_S))
-        # a daemon: one that hangs must not keep the process from ending
-        threading.Thread(target=self._run, args=(refresh,), name="sartor-keys", daemon=True).start()
+        try:
+            # a daemon: one that hangs must not keep the process from ending
+            threading.Thread(target=self._run, args=(refresh,), name="sartor-keys", daemon=True).start()
+        except RuntimeError as fault:  # the system has no thread left: a failed read, tried again later
+            self._tried_at = refresh.started
+            self.error = UnavailableError(f"the keys cannot be read: {fault}", "raise the limit of processes (ulimit -u)")
+            refresh.done.set()
+            return refresh
         self._refresh = refresh
         return refresh
 

@@ -42,8 +42,8 @@ async def health(request: Request) -> JsonResponse:
         troubles["API keys"] = f"{shut.problem}; try: {shut.remedy}"
     can_answer = ready > 0 and shut is None
     status = "unavailable" if not can_answer else "ok" if all_well else "degraded"
-    said_now = {"status": status, "workers": workers, "agents": agents, "troubles": troubles}
-    return JsonResponse(said_now, 200 if can_answer else 503)
+    body = {"status": status, "workers": workers, "agents": agents, "troubles": troubles}
+    return JsonResponse(body, 200 if can_answer else 503)
 
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Numbers"}})
