@@ -50,3 +50,14 @@ def image_part(content: bytes) -> dict[str, Any]:
 
 def audio_part(content: bytes, form: str = "wav") -> dict[str, Any]:
     return {"type": "input_audio", "input_audio": {"data": base64.b64encode(content).decode(), "format": form}}
+
+
+def silence(rate: int, seconds: float, channels: int = 1, form: str = "FLAC", subtype: str | None = None) -> bytes:
+    """A recording of silence: few bytes, however long it is. Made a block at a time."""
+    file, left = io.BytesIO(), round(rate * seconds)
+    block = np.zeros((1 << 20, channels), np.int16)
+    with soundfile.SoundFile(file, "w", rate, channels, subtype, format=form) as out:
+        while left:
+            out.write(block[:left])
+            left -= min(left, len(block))
+    return file.getvalue()

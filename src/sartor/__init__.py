@@ -80,6 +80,7 @@ _NAMES = {
     "release": "sartor.evaluate.release:release",
     "remove_agent": "sartor.agents.book:remove_agent",
     "remove_feedback": "sartor.agents.feedback_book:remove_feedback",
+    "remove_keys": "sartor.agents.keys:remove_keys",
     "repair_agent": "sartor.agents.book:repair_agent",
     "replay_plans": "sartor.agents.plans.replay:replay_plans",
     "rethreshold": "sartor.curate.rethreshold:rethreshold",

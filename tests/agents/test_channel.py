@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 import scripted
 from sartor.agents import channel, child, worker
 from sartor.agents.channel import Channel, Frames, Malformed, frame
+from sartor.agents.supervisor import Supervisor
+from sartor.agents.team import MediaLimits
+from sartor.core import sounds
 from sartor.core.errors import BusyError, ModelError, SartorError
 from sartor.models.engine.contract import Call
 from sartor.models.sampling import Sampling
@@ -189,3 +192,20 @@ def test_threads_of_a_worker_wait_patiently_unless_the_user_says_how(monkeypatch
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     assert "GOMP_SPINCOUNT" not in child.environment()
+
+
+def test_open_frame_limits_the_recordings_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sounds._longest, "seconds", sounds.MOST_SECONDS)
+    for name in ("end_with_parent", "die_first"):  # of a process of its own
+        monkeypatch.setattr(worker.bounds, name, lambda: None)
+    opening = Supervisor(scripted.team(media=MediaLimits(seconds=7.0)), scripted.COMMAND).opening()
+    ours, theirs = socket.socketpair()
+    ours.settimeout(10)
+    thread = threading.Thread(target=worker.serve, args=(theirs, lambda said: scripted.Scripted(), unchecked))
+    with ours, theirs:
+        thread.start()
+        Parent(ours).say({"op": "open", **opening})
+        Parent(ours).until("op", "ready")
+        ours.close()
+        thread.join(10)
+    assert sounds._longest["seconds"] == 7.0

@@ -11,7 +11,7 @@ import pytest
 import serving
 from serving import chat
 
-from media_files import audio_part, bomb, data_url, image_part, png, sound
+from media_files import audio_part, bomb, data_url, image_part, png, silence, sound
 from sartor.agents.asking import Listed
 from sartor.agents.serve.bodies import TooLargeError, check_weight
 from sartor.agents.serve.media import Looking
@@ -79,6 +79,9 @@ WRONG: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "0 samples": (user(audio_part(sound(0.0))), 400, "unreadable_audio", "no samples"),
     "a picture as a sound": (user(audio_part(png())), 400, "unreadable_audio", ""),
     "long": (user(audio_part(sound(301, 1000))), 400, "audio_too_long", "the limit is 300"),
+    "655,350 Hz": (user(audio_part(silence(655_350, 300), "flac")), 400, "unreadable_audio", "at most 384000"),
+    "9 channels": (user(audio_part(silence(8000, 1, 9, "WAV"))), 400, "unreadable_audio", "9 channels; at most 8"),
+    "8 channels at 96 kHz": (user(audio_part(silence(96_000, 200, 8), "flac")), 400, "audio_too_long", "at most 115200000"),
     "no sound": (user(audio_part(b"")), 400, "unreadable_audio", ""),
     "form of no kind": (user(audio_part(sound(), "aiff")), 400, "invalid_request", "input_audio.format"),
     "17 parts": (user(*[image_part(png())] * 17), 400, "too_many_media", "17 pictures and recordings; the limit is 16"),

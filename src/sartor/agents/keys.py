@@ -10,10 +10,12 @@ key opens none: who promotes a Release need not be able to read what it says, an
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import hmac
 import json
+import math
 import re
 import secrets
 import time
@@ -23,21 +25,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
-from sartor.agents import tables
+from sartor.agents import key_marks, tables
+from sartor.agents.key_cache import KeyCache, KeyTable
+from sartor.agents.key_marks import KEYED, UNKEYED
 from sartor.agents.people.book import speakers
 from sartor.agents.people.names import ANYBODY
 from sartor.agents.team import Team, load
 from sartor.core import records
 from sartor.core.database import Database, is_whole, sealed
-from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, SartorError
+from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, SartorError, UnavailableError
 
 ANY = "*"
 PREFIX = "sartor"
 MOST_CHARACTERS = 256
 SECRET_BYTES = 32
 FRESH_S, SOONER_S = 1.0, 0.1
+# How long keys that cannot be read again still open what they opened: so long may a revoked one work
+STALE_S = 60.0
+# How often a server that nobody asks looks at its keys, and tries again to write a mark
+IDLE_S, MARK_AGAIN_S = 5.0, 60.0
+TROUBLE = "API keys"
 _FORM = re.compile(rf"{PREFIX}-([0-9a-f]{{12}})-([A-Za-z0-9_-]{{43}})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SPAN = re.compile(r"(\d{1,5})\s*([hdw])")
@@ -95,20 +104,24 @@ class Keys:
     """The keys of one team, in its registry's database. Safe to use from several threads and processes.
 
     They are read again after `FRESH_S`, by which a key is refused at the latest that another process revoked, and sooner for
-    an id that is not known. While the database cannot be read, what was read last holds: nobody can revoke a key there either.
+    an id that is not known. While the database cannot be read, what was read last holds for `STALE_S` and no longer.
+
+    A team that had keys once (key_marks) never opens by itself: where its keys are gone, nobody is let in.
+    state: the team's directory, in which one of the marks lies. clock: monotonic, in seconds.
     """
 
-    def __init__(self, database: Database, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, database: Database, clock: Callable[[], float] = time.monotonic, *, state: Path | None = None) -> None:
         self._database = database
         self._clock = clock
-        self._rows: dict[str, Mapping[str, Any] | None] | None = None
-        self._speakers: Mapping[str, frozenset[str]] = {}
-        self._read_at = 0.0
+        self._state = state
+        self._cache = KeyCache(self._read, clock)
+        self._was_keyed = False
+        self._marked_at = -math.inf
 
     @classmethod
     def of(cls, team: Team) -> Keys:
         """The keys of a team. Raises what `open_database` raises."""
-        return cls(tables.open_database(team.registry_url))
+        return cls(tables.open_database(team.registry_url), state=Path(team.state))
 
     def close(self) -> None:
         """Give the database back."""
@@ -116,13 +129,28 @@ class Keys:
 
     @property
     def is_open(self) -> bool:
-        """Whether no key was ever made, so that whoever reaches the server may ask. A revoked key still shuts the door."""
-        return not self._known(FRESH_S)
+        """Whether no key was ever made, so that whoever reaches the server may ask. A revoked key still shuts the door.
+
+        Raises UnavailableError where keys were made and nobody can be let in: they are gone, or were read too long ago.
+        """
+        self._usable(FRESH_S)
+        return not self._was_keyed
 
     @property
     def has_admin(self) -> bool:
         """Whether an admin's key is valid; without one the admin's routes are off."""
         return any(key.is_admin and key.state == "valid" for key in self.listed())
+
+    def troubles(self) -> dict[str, str]:
+        """What is wrong with the keys as they were read last; they are read again beside. Waits for nothing."""
+        self._cache.poke(IDLE_S)
+        table, error = self._cache.last, self._cache.error
+        if table is None or not self._was_keyed:
+            return {}
+        if error is not None or self._cache.age_s > STALE_S:
+            why = error.problem if error is not None else "it does not answer"
+            return {TROUBLE: f"the keys cannot be read; those known hold for {STALE_S:.0f} s: {why}"}
+        return {} if table.rows else {TROUBLE: f"the registry {self._database.name} has none any more: nobody is let in"}
 
     def admit(self, secret: str) -> Opened:
         """Who holds this key. Raises KeyRefusedError, which never repeats what was sent."""
@@ -136,7 +164,8 @@ class Keys:
         if key.state != "valid":
             raise KeyRefusedError(f"the API key {key.id} is {key.state}", _REMEDY)
         agents = frozenset() if key.is_admin else None if ANY in key.agents else frozenset(key.agents)
-        return Opened(key.id, agents, key.is_admin, self._speakers.get(key.id, frozenset()))
+        speakers_of = self._usable(FRESH_S).speakers
+        return Opened(key.id, agents, key.is_admin, speakers_of.get(key.id, frozenset()))
 
     def check(self, header: str) -> Opened:
         """Who sends this Authorization header (`Bearer KEY`). Raises KeyRefusedError."""
@@ -162,8 +191,10 @@ class Keys:
             "expires": ends, "revoked": "",
         })  # fmt: skip
         with self._database.change() as connection:
+            if key_marks.read_mark(connection) != KEYED:
+                key_marks.write_mark(connection, KEYED, "sartor agents key")
             connection.execute(insert(tables.keys).values(row))
-        self._rows = None
+        self._changed()
         return secret, _key(row)
 
     def revoke(self, identity: str) -> Key:
@@ -175,40 +206,102 @@ class Keys:
                 raise ConfigError(f"there is no key {identity[:40]!a}; there are: {known}", "sartor agents key --list")
             row = sealed({**row, "revoked": row["revoked"] or _now()})
             connection.execute(update(tables.keys).where(tables.keys.c.id == identity).values(row))
-        self._rows = None
+        self._changed()
         return _key(row)
+
+    def remove_all(self) -> int:
+        """Remove every key, for whom it may speak, and the marks that there were any; returns how many keys there were.
+
+        A server that runs refuses everybody from then on. One that is started afterwards asks for no key. Raises
+        ConfigError where the mark in the state directory cannot be removed.
+        """
+        with self._database.change() as connection:
+            count = connection.execute(delete(tables.keys)).rowcount
+            connection.execute(delete(tables.speakers))
+            key_marks.write_mark(connection, UNKEYED, "sartor agents key --remove-all")
+        try:
+            key_marks.remove_file(self._state)
+        except OSError as error:
+            problem = f"{self._state}/{key_marks.FILE} cannot be removed: {error.strerror}"
+            raise ConfigError(problem, "remove it as the user who owns it, then start the server") from None
+        self._cache.expire()
+        self._was_keyed = False
+        return count
 
     def listed(self) -> list[Key]:
         """Every key that is whole, the oldest first; one that was changed from outside opens nothing and is left out."""
-        keys = [_key(row) for row in self._known(FRESH_S).values() if row is not None]
+        keys = [_key(row) for row in self._cache.table(FRESH_S).rows.values() if row is not None]
         return sorted(keys, key=lambda key: (key.created, key.id))
 
     def _row(self, identity: str) -> Mapping[str, Any] | None:
-        rows = self._known(FRESH_S)
+        rows = self._usable(FRESH_S).rows
         if identity not in rows:
-            rows = self._known(SOONER_S)
+            rows = self._usable(SOONER_S).rows
         row = rows.get(identity)
         if row is None and identity in rows:
             raise KeyRefusedError(f"the row of the key {identity} was changed from outside", "make a new key")
         return row
 
-    def _known(self, fresh_s: float) -> dict[str, Mapping[str, Any] | None]:
-        """Every row by id, None for one that was changed from outside; read anew if it is older than that."""
-        now = self._clock()
-        if self._rows is None or now - self._read_at >= fresh_s:
-            try:
-                self._rows = self._read()
-            except SartorError:
-                if self._rows is None:
-                    raise
-            self._read_at = now
-        return self._rows
+    def _usable(self, fresh_s: float) -> KeyTable:
+        """The keys, of a team that has some or never had any. Raises UnavailableError for another, and for ones too old."""
+        table = self._cache.table(fresh_s)
+        if not self._was_keyed:
+            return table
+        if (age_s := self._cache.age_s) > STALE_S:
+            raise UnavailableError(
+                f"the registry was read {age_s:.0f} s ago and does not answer; until it does, no key is known to be valid",
+                "see whether its disk or server is there: sartor agents key --list",
+            )
+        if not table.rows:
+            raise _lost(table)
+        return table
 
-    def _read(self) -> dict[str, Mapping[str, Any] | None]:
+    def _read(self) -> KeyTable:
+        """Everything in one transaction. From the first key that is seen on, the team counts as one that had keys."""
+        is_on_file = key_marks.has_file(self._state)
         with self._database.read() as connection:
             rows = [dict(row) for row in connection.execute(select(tables.keys)).mappings()]
-            self._speakers = speakers(connection)
-        return {str(row["id"]): row if is_whole(row) else None for row in rows}
+            mark, allowed = key_marks.read_mark(connection), speakers(connection)
+        if rows or is_on_file or mark == KEYED:
+            self._was_keyed = True
+        is_marked = mark == KEYED and (is_on_file or self._state is None)
+        is_taken_back = mark == UNKEYED and not rows
+        if self._was_keyed and not is_marked and not is_taken_back:
+            self._mark()
+        return KeyTable({str(row["id"]): row if is_whole(row) else None for row in rows}, allowed, mark, is_on_file)
+
+    def _mark(self) -> None:
+        """Write the marks that are missing: of keys made by an older version, of a registry that was replaced.
+
+        Where that fails the other mark stands, and it is tried again in a while.
+        """
+        if self._clock() - self._marked_at < MARK_AGAIN_S:
+            return
+        self._marked_at = self._clock()
+        with contextlib.suppress(SartorError, OSError):
+            key_marks.write_file(self._state)
+        with contextlib.suppress(SartorError), self._database.change() as connection:
+            mark = key_marks.read_mark(connection)
+            has_rows = connection.execute(select(tables.keys.c.id).limit(1)).first() is not None
+            if mark == "" or (mark == UNKEYED and has_rows):
+                key_marks.write_mark(connection, KEYED, "a server saw keys")
+
+    def _changed(self) -> None:
+        """After a key was made or revoked: read again, and mark in the state directory that there are keys."""
+        self._cache.expire()
+        self._was_keyed = True
+        with contextlib.suppress(OSError):  # the registry's mark stands, and a server writes the file when it starts
+            key_marks.write_file(self._state)
+
+
+def _lost(table: KeyTable) -> UnavailableError:
+    if table.mark != UNKEYED:
+        return UnavailableError(
+            "this team had API keys and its registry has none any more; nobody is let in",
+            "sartor agents key NAME makes a new one; sartor agents key --remove-all and a restart ask for none",
+        )
+    remedy = "sartor agents key --remove-all, then restart the server" if table.is_on_file else "restart the server"
+    return UnavailableError("the keys of this team were removed while its server asks for one", remedy)
 
 
 def make_key(team: Path | str, agents: Sequence[str], *, is_admin: bool = False, expires: str = "") -> dict[str, Any]:
@@ -222,6 +315,13 @@ def revoke_key(team: Path | str, identity: str) -> dict[str, Any]:
     """End a key of a team for ever. Raises ConfigError for an id that no key has."""
     with closing(Keys.of(load(Path(team)))) as keys:
         return keys.revoke(identity).as_json()
+
+
+def remove_keys(team: Path | str) -> dict[str, Any]:
+    """Remove every key of a team, so that a server started from then on asks for none: see `Keys.remove_all`."""
+    with closing(Keys.of(load(Path(team)))) as keys:
+        note = "a server that is started from now on asks for no key and listens on loopback alone; restart one that runs"
+        return {"removed": keys.remove_all(), "note": note}
 
 
 def list_keys(team: Path | str) -> dict[str, Any]:

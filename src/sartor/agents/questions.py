@@ -101,4 +101,5 @@ def mime_of(kind: str, content: bytes) -> str:
         with pictures.opened(content) as image:
             return f"image/{str(image.format).lower()}"
     with sounds.opened(content) as sound:
+        sounds.check_length(sound, sounds.MOST_SECONDS)
         return f"audio/{str(sound.format).lower()}"

@@ -171,7 +171,12 @@ class Supervisor:
         rules, engine = self._team.workers, self._team.engine
         if not isinstance(engine, Remote) and engine.threads == 0:
             engine = replace(engine, threads=max(1, cores() // rules.count))
-        return {"engine": config.dump(engine), "base": self._team.base, "memory_bytes": rules.memory_bytes}
+        return {
+            "engine": config.dump(engine),
+            "base": self._team.base,
+            "memory_bytes": rules.memory_bytes,
+            "media_seconds": self._team.media.seconds,
+        }
 
     def _beat(self) -> None:
         self._calls.cut_slow_clients(self._team.limits.slow_client_s)

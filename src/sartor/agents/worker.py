@@ -22,6 +22,7 @@ from typing import Any
 from sartor.agents import bounds
 from sartor.agents.channel import BEAT_S, Channel, Malformed, error_as_json
 from sartor.agents.fingerprint import check_digest
+from sartor.core import sounds
 from sartor.core.encoders import Encoder, open_encoder
 from sartor.core.errors import ConfigError, ModelError, SartorError
 from sartor.core.verb import load
@@ -214,6 +215,7 @@ def serve(end: socket.socket, opener: Opener, check: Check) -> int:
     if said is None:
         return 0
     os.nice(int(said.get("nice") or 0))
+    sounds.limit_seconds(float(said.get("media_seconds", sounds.MOST_SECONDS)))
     try:
         with _signs_of_life(channel):
             engine = opener(said)

@@ -21,9 +21,15 @@ TEAM = Path("team.yaml")
 
 @agents_app.command
 def key(
-    *names: str, team: Path = TEAM, admin: REPLACE = False, expires: str = "", revoke: str = "", list: REPLACE = False
+    *names: str,
+    team: Path = TEAM,
+    admin: REPLACE = False,
+    expires: str = "",
+    revoke: str = "",
+    list: REPLACE = False,
+    remove_all: REPLACE = False,
 ) -> Any:
-    """Make an API key that opens the agents named; it is shown once. With --list or --revoke, what keys there are.
+    """Make an API key that opens the agents named; it is shown once. Or list, revoke or remove the keys that there are.
 
     Args:
         names: agents that the key opens; '*' opens every one, base and auto are names too
@@ -32,11 +38,15 @@ def key(
         expires: 30d, 12h, 2w, or a date after which the key opens nothing
         revoke: id of a key that is to open nothing from now on
         list: every key, without its secret
+        remove_all: remove every key, so that a server that is started afterwards asks for none, on loopback alone
     """
-    if (bool(names) or admin) + bool(revoke) + list != 1:
-        raise ConfigError("name an agent, or one of --admin, --revoke ID and --list", "sartor agents key faq")
+    if (bool(names) or admin) + bool(revoke) + list + remove_all != 1:
+        problem = "name an agent, or one of --admin, --revoke ID, --list and --remove-all"
+        raise ConfigError(problem, "sartor agents key faq")
     if list:
         return sartor.list_keys(team)
+    if remove_all:
+        return sartor.remove_keys(team)
     return sartor.revoke_key(team, revoke) if revoke else sartor.make_key(team, names, is_admin=admin, expires=expires)
 
 

@@ -34,6 +34,14 @@ BUSY_S = 5.0
 # A change that was told survives a power cut
 SYNCHRONOUS = "full"
 OPEN_S = 60.0
+# seconds until a connection that is not made, or whose other end is silent, is given up; tcp_user_timeout is in milliseconds
+_LIBPQ = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
 _NAME = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _PARTS = ("username", "password", "host", "database")
 # an arbitrary number: who holds this advisory lock of Postgres is bringing the tables to their newest form
@@ -70,7 +78,7 @@ class Database:
         self._secrets = secrets
         self._is_sqlite = url.get_backend_name() == "sqlite"
         # a SQLite connection costs a millisecond, and one that is kept would hold a file that a restored copy has replaced
-        pool: dict[str, Any] = {"poolclass": NullPool} if self._is_sqlite else {"pool_pre_ping": True, "pool_size": 4}
+        pool: dict[str, Any] = {"poolclass": NullPool} if self._is_sqlite else _server_pool(url)
         self._engine: Engine = create_engine(url, **pool)
         if self._is_sqlite:
             event.listen(self._engine, "connect", _prepare)
@@ -192,6 +200,13 @@ class Database:
 
     def _is_there(self) -> bool:
         return Path(self._engine.url.database or "").exists()
+
+
+def _server_pool(url: URL) -> dict[str, Any]:
+    """Options of an engine on Postgres. A server that is gone without a word is an error after some seconds, not minutes."""
+    is_libpq = url.get_driver_name() in ("psycopg", "psycopg2")
+    given = {name: value for name, value in _LIBPQ.items() if is_libpq and name not in url.query}
+    return {"pool_pre_ping": True, "pool_size": 4, "connect_args": given}
 
 
 def scrub_file(file: Path) -> str:

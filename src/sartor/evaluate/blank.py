@@ -39,6 +39,7 @@ def _blank(part: Part, folder: Path) -> Part:
         with pictures.opened(content) as image:
             return Part("image", media=_grey(image.size))
     with sounds.opened(content) as sound:
+        sounds.check_length(sound, sounds.MOST_SECONDS)
         # whole seconds, so that few silences stand for many recordings and each is heard once
         return Part("audio", media=_silence(max(1, math.ceil(sound.frames / sound.samplerate))))
 

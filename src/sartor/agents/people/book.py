@@ -94,7 +94,7 @@ class PeopleBook:
         """Serve this from now on; what the person had of the agent before is gone. Raises as `Database.change`."""
         with self.database.change() as connection:
             _replace(connection, replace(personal, added=_now()))
-            _note(connection, TUNED, personal.agent, personal.version, cause, {"person": personal.person})
+            note(connection, TUNED, personal.agent, personal.version, cause, {"person": personal.person})
 
     def refuse(self, personal: Personal, why: str, cause: Cause = NOBODY) -> None:
         """Keep why a tuning was refused. What the person has of the agent goes on."""
@@ -103,7 +103,7 @@ class PeopleBook:
             found = connection.execute(select(tables.people).filter_by(**key)).mappings().first()
             standing = Personal.from_row(dict(found)) if found is not None and is_whole(dict(found)) else personal
             _replace(connection, replace(standing, note=why, added=standing.added or _now()))
-            _note(connection, REFUSED, personal.agent, personal.version, cause, {"person": personal.person})
+            note(connection, REFUSED, personal.agent, personal.version, cause, {"person": personal.person})
 
     def forget(self, person: str, cause: Cause = NOBODY) -> tuple[int, dict[str, int]]:
         """Remove every row of a person. Returns (the generation that servers hear it under, rows removed by table)."""
@@ -112,7 +112,7 @@ class PeopleBook:
                 table.name: connection.execute(delete(table).where(table.c.person == person)).rowcount
                 for table in (tables.people, tables.speakers)
             }
-            return _note(connection, FORGOTTEN, "", "", cause, {"person": person}), removed
+            return note(connection, FORGOTTEN, "", "", cause, {"person": person}), removed
 
     def forgotten_since(self, generation: int) -> list[str]:
         """Whom changes after this generation say to forget."""
@@ -126,7 +126,7 @@ class PeopleBook:
         with self.database.change() as connection:
             connection.execute(delete(tables.speakers).filter_by(key=key, person=person))
             connection.execute(insert(tables.speakers).values(sealed({"key": key, "person": person})))
-            _note(connection, ALLOWED, "", "", cause, {"key": key})
+            note(connection, ALLOWED, "", "", cause, {"key": key})
 
     def mentions(self, person: str) -> dict[str, int]:
         """How many rows still are of a person, by table."""
@@ -152,7 +152,7 @@ def _replace(connection: Connection, personal: Personal) -> None:
     connection.execute(insert(tables.people).values(personal.as_row()))
 
 
-def _note(connection: Connection, what: str, agent: str, version: str, cause: Cause, numbers: Mapping[str, Any]) -> int:
+def note(connection: Connection, what: str, agent: str, version: str, cause: Cause, numbers: Mapping[str, Any]) -> int:
     """Write it into the log, under the next generation, which is returned."""
     generation = tables.next_generation(connection)
     event = {

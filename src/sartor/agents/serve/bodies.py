@@ -21,8 +21,8 @@ MOST_DIGITS = 40
 # Every body that is being read at once, together: many clients that each stay below the limit of one
 MOST_HELD_BYTES = 256 << 20
 
-# What `nested` has in numbers of 8 bytes at once
-_PIECE = 1 << 20
+# What `nested` has in numbers of 8 bytes at once, five of them for each: more would outweigh the body
+_PIECE = 1 << 16
 # Of base64 in JSON, with slashes that some writers escape: no structure stands in such a run, so it costs nothing to parse
 _RUN = re.compile(rb"(?<![A-Za-z0-9+/=\\])[A-Za-z0-9+/=\\]{256,}")  # only from its beginning: linear
 _STEPS = np.zeros(256, dtype=np.int8)

@@ -68,7 +68,14 @@ class Gate:
         return visitor
 
     def _enter(self, scope: Scope, headers: Headers) -> Opened:
-        path, is_open = scope["path"], self.doors.is_open
+        path = scope["path"]
+        try:
+            is_open = self.doors.is_open
+        except UnavailableError as error:
+            if path not in PUBLIC and scope["method"] != "OPTIONS":
+                raise
+            scope["state"]["shut"] = error  # /health says so
+            return NOBODY
         if is_open:
             self._check_foreign(scope, headers)
             visitor = ANYBODY

@@ -93,6 +93,7 @@ class Looking:
             if (seconds := sound.frames / sound.samplerate) > self._media.seconds:
                 problem = f"the recording has {seconds:.1f} s; the limit is {self._media.seconds:g}"
                 raise MediaError("audio_too_long", problem, "cut it into pieces, or raise media.seconds in TEAM.yaml")
+            sounds.check_length(sound, self._media.seconds)
 
 
 def _placed(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:

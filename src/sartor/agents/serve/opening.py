@@ -27,7 +27,7 @@ from sartor.agents.roster import Roster
 from sartor.agents.router import AutoRouter
 from sartor.agents.serve.journal import Journal
 from sartor.agents.serve.seams import House, Persons
-from sartor.agents.serve.server import Server, bind, check_bind
+from sartor.agents.serve.server import Server, asks_for_key, bind, check_bind
 from sartor.agents.serve.speaker import Speaker
 from sartor.agents.supervisor import Supervisor
 from sartor.agents.team import Team, load
@@ -61,7 +61,7 @@ async def _open_and_serve(team: Team, ready: Ready, journal: Journal) -> None:
         server = Server(house, team, journal=journal)
         names = [agent.name for agent in await house.roster.listed() if agent.is_ready]
         about = house.crew.about
-        facts = {"base": about.base, "engine": about.kind, "agents": names, "keys": not house.doors.is_open}
+        facts = {"base": about.base, "engine": about.kind, "agents": names, "keys": asks_for_key(house.doors)}
         await server.serve(bind(team), lambda address: ready({"address": address, **facts}))
 
 
@@ -73,8 +73,8 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
         Path(team.state).mkdir(mode=0o700, parents=True, exist_ok=True)
         registry = await asyncio.to_thread(Registry.open, team.registry_url)
         stack.callback(registry.close)
-        doors = Keys(registry.database)
-        check_bind(doors, team.http)
+        doors = Keys(registry.database, state=Path(team.state))
+        await asyncio.to_thread(check_bind, doors, team.http)
         bind(team).close()
         speech = Speaker(team.speech)
         stack.push_async_callback(speech.close)
@@ -107,6 +107,7 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
             roster=Roster(dispatch, crew, admit, team.rollout),
             receipts=book,
             troubles=lambda: {
+                **doors.troubles(),
                 **dispatch.health()["troubles"],
                 **router.troubles,
                 **plans.troubles,

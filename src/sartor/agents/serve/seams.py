@@ -46,7 +46,10 @@ class Doors(Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether no key is set, so that who reaches the server may ask (and it binds to loopback only)."""
+        """Whether no key is set, so that who reaches the server may ask (and it binds to loopback only).
+
+        Raises UnavailableError where there were keys, and nobody can be let in until they are there again.
+        """
         ...
 
     @property

@@ -33,7 +33,7 @@ from sartor.agents.serve.running import Shift
 from sartor.agents.serve.seams import Doors, House
 from sartor.agents.serve.tracing import Tracer
 from sartor.agents.team import Http, Team
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ConfigError, UnavailableError
 
 # Between two requests of one connection
 KEEP_ALIVE_S = 15
@@ -190,7 +190,7 @@ def _app(desk: Desk, team: Team, tools: AsTools | None) -> FastAPI:
 
 def check_bind(doors: Doors, http: Http) -> None:
     """Raise ConfigError where others could reach a server without keys: then it is this machine alone that may."""
-    if not doors.is_open:
+    if asks_for_key(doors):
         return
     if not is_loopback(http.host):
         raise ConfigError(
@@ -201,6 +201,14 @@ def check_bind(doors: Doors, http: Http) -> None:
         raise ConfigError(
             "http.cors allows every page on the internet, and no key is set", "name the origins, or make keys first"
         )
+
+
+def asks_for_key(doors: Doors) -> bool:
+    """Whether nobody is let in without a key; also where there were keys and they are gone."""
+    try:
+        return not doors.is_open
+    except UnavailableError:
+        return True
 
 
 def bind(team: Team) -> socket.socket:

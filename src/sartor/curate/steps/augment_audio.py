@@ -17,6 +17,7 @@ from sartor.curate.steps.contract import CopyFunction
 
 TELEPHONE = 8000  # samples a second
 MOST_RATE = 96_000  # of a copy: FLAC knows none above 655,350
+MOST_SAMPLES = 3600 * 16_000  # of a recording that is changed: it is held whole, several times over
 QUIETEST_NOISE_DB = 40.0
 LOUDEST = 0.999  # of full scale: above it is clipped
 
@@ -72,7 +73,8 @@ class AugmentAudio:
         """Raises MediaError, or ExtraError without soundfile or soxr."""
         with sounds.opened(file) as sound:
             rate = min(int(sound.samplerate), MOST_RATE)
-        return Recording(sounds.read_sound(file, rate), rate)
+        max_seconds = min(sounds.MOST_SECONDS, MOST_SAMPLES / rate)
+        return Recording(sounds.read_sound(file, rate, max_seconds), rate)
 
     def changed(self, medium: Recording, file: Path, draw: np.random.Generator) -> Written:
         """The recording changed: its time first, then its band, what is added, and how loud it is."""

@@ -41,7 +41,7 @@ class WhisperTower(Located):
     @torch.inference_mode()
     def heard(self, sound: F32) -> Any:
         """(T, width) fp16 of samples at the rate that the model hears."""
-        return stored(torch.cat([self._window(window) for window in windows(sound, self.prepare.n_samples)]))
+        return torch.cat([stored(self._window(window)) for window in windows(sound, self.prepare.n_samples)])
 
     def _window(self, window: F32) -> Any:
         states = self.encoder(spectrogram(self.prepare, [window], self.encoder.conv1.weight)).last_hidden_state[0]

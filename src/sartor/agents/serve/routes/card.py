@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from sartor.agents.serve.abilities import ABOUT_AUTO, Ability, abilities, abouts
 from sartor.agents.serve.app import JsonResponse, Route
 from sartor.agents.serve.desk import desk_of, entry_of
+from sartor.agents.serve.seams import ANYBODY
 from sartor.agents.team import Team
 
 TEXT = ["text/plain"]
@@ -30,7 +31,7 @@ def router_of(team: Team) -> APIRouter:
         desk, visitor = desk_of(request), entry_of(request).visitor
         found = await abilities(desk, visitor, said)
         url = (team.a2a.url or str(request.base_url)).rstrip("/")
-        return JsonResponse(_card(team, url, desk.fingerprint(), found, needs_key=not desk.house.doors.is_open))
+        return JsonResponse(_card(team, url, desk.fingerprint(), found, needs_key=visitor != ANYBODY))
 
     return router
 

@@ -22,7 +22,10 @@ _UNHEALTHY: dict[int | str, dict[str, Any]] = {
 
 @router.get("/health", responses=_UNHEALTHY)
 async def health(request: Request) -> JsonResponse:
-    """200 while any agent can be answered. Needs no key; with one, it also tells of the agents that the key opens."""
+    """200 while any agent can be answered. Needs no key; with one, it also tells of the agents that the key opens.
+
+    503 too where the server had keys and they are gone, or its registry has been lost for a minute: `troubles` says so.
+    """
     visitor = entry_of(request).visitor
     said = desk_of(request).house.crew.health()
     workers = [{name: worker[name] for name in ("state", "role", "memory_bytes", "restarts")} for worker in said["workers"]]
@@ -35,8 +38,12 @@ async def health(request: Request) -> JsonResponse:
     known = desk_of(request).house.troubles()
     troubles = {name: why for name, why in known.items() if visitor.opens(agent_of(name))}
     all_well = not known and ready == len(workers) and all(agent["breaker"] == "closed" for agent in said["agents"].values())
-    status = "unavailable" if not ready else "ok" if all_well else "degraded"
-    return JsonResponse({"status": status, "workers": workers, "agents": agents, "troubles": troubles}, 200 if ready else 503)
+    if (shut := request.scope["state"].get("shut")) is not None:
+        troubles["API keys"] = f"{shut.problem}; try: {shut.remedy}"
+    can_answer = ready > 0 and shut is None
+    status = "unavailable" if not can_answer else "ok" if all_well else "degraded"
+    body = {"status": status, "workers": workers, "agents": agents, "troubles": troubles}
+    return JsonResponse(body, 200 if can_answer else 503)
 
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Numbers"}})
