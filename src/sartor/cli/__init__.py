@@ -59,7 +59,7 @@ def _add_options(command: str) -> None:
     recipe, what = RECIPES[command]
     lines = [_help_line(command, *option) for option in sartor.options(getattr(sartor, recipe))]
     if command == "curate":  # the options of each step follow under its name
-        lines = [line for line in lines if "`steps[]." not in line or "`steps[].kind`" in line]
+        lines = [line for line in lines if not line.startswith("- `steps[].") or line.startswith("- `steps[].kind")]
         lines += ["", *sartor.describe_steps(table=False)]
     target = app
     for name in command.split():

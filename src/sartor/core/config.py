@@ -113,30 +113,44 @@ def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield (dotted option, type and default, help text) of every option below `cls`, in order of declaration.
 
     Before the options of a class with a `kind` stand `NAME.kind`, with its choices, and for each choice `NAME.kind CHOICE`,
-    with the first sentence of its docstring.
+    with the first sentence of its docstring. Within lists, equal options are described once.
     """
+    yield from _describe(cls, prefix, {})
+
+
+def _describe(cls: type, prefix: str, seen: dict[tuple[type, ...], str]) -> Iterator[tuple[str, str, str]]:
+    """`seen`: classes of an option below a list -> the option that they were described for."""
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name == "kind":
             continue
         name, hint = f"{prefix}{_key(field.name)}", hints[field.name]
         members, text = _classes(hint), field.metadata.get("help", "")
-        has_kind = any(_has_kind(member) for member in members)
-        below = f"{name}[]" if _is_list(hint) else name
+        declared = f"{_describe_type(hint)}, {_default_text(field)}"
+        if "[]" in prefix and tuple(members) in seen:
+            yield name, f"{declared}, options as of {seen[tuple(members)]}", text
+            continue
         if not members or _is_list(hint):
-            yield name, f"{_describe_type(hint)}, {_default_text(field)}", text
-        if has_kind:
+            yield name, declared, text
+        below = f"{name}[]" if _is_list(hint) else name
+        if members and "[]" in prefix:
+            seen[tuple(members)] = below
+        if any(_has_kind(member) for member in members):
             choices = " | ".join(_kind(member) for member in members)
-            default = "required" if _is_list(hint) else _default_text(field)
-            yield f"{below}.kind", f"{choices}, {default}", text
+            yield f"{below}.kind", f"{choices}, {'required' if _is_list(hint) else _default_text(field)}", text
         for member in members:
-            options = describe(member, f"{below}.")
-            if not has_kind:
-                yield from options
-                continue
-            yield f"{below}.kind {_kind(member)}", "a choice", first_sentence(member)
-            only = f", with kind {_kind(member)}" if len(members) > 1 else ""
-            yield from ((option, f"{declared}{only}", help_text) for option, declared, help_text in options)
+            yield from _describe_member(member, below, len(members) > 1, seen)
+
+
+def _describe_member(
+    member: type, below: str, is_one_of_several: bool, seen: dict[tuple[type, ...], str]
+) -> Iterator[tuple[str, str, str]]:
+    if _has_kind(member):
+        yield f"{below}.kind {_kind(member)}", "a choice", first_sentence(member)
+    for option_name, declared, text in _describe(member, f"{below}.", seen):
+        if is_one_of_several and ", with kind " not in declared and " " not in option_name:
+            declared += f", with kind {_kind(member)}"
+        yield option_name, declared, text
 
 
 def first_sentence(cls: type) -> str:
@@ -154,7 +168,7 @@ def choices_text(classes: Iterable[type]) -> str:
 def _default_text(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
         return "required"
-    if dataclasses.is_dataclass(field.default):
+    if dataclasses.is_dataclass(field.default) and _has_kind(field.default):
         return f"default {_kind(type(field.default))}"
     return f"default {_said(field.default)}"
 
