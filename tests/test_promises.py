@@ -267,7 +267,7 @@ ABSENT = re.compile(
 @pytest.mark.parametrize("page", PAGES, ids=page_ids)
 def test_no_page_denies_what_the_command_line_has(page: Path) -> None:
     known = {*commands(), *(name for name, _, _ in _choices())}
-    sentences = re.split(r"(?<=[.:])\s+(?=[A-Z`*-])", page.read_text(encoding="utf-8"))
+    sentences = re.split(r"(?<=[.:])\s+(?=[A-Z`*-])|\n(?=[|#-])|\n\n", page.read_text(encoding="utf-8"))
     denied = [
         (name, s) for s in sentences if ABSENT.search(s) for name in SPAN.findall(s) if name.removeprefix("sartor ") in known
     ]
