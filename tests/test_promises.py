@@ -260,7 +260,8 @@ def test_readme_names_every_extra_and_every_public_command() -> None:
 
 
 ABSENT = re.compile(
-    r"not (there|here|built|implemented|possible) yet|nobody has built|is absent|are absent|does not exist|reserved for"
+    r"not (there|here|built|implemented|possible) yet|nobody has built|is absent|are absent|does not exist|reserved for",
+    re.IGNORECASE,
 )
 
 
