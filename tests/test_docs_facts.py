@@ -111,7 +111,9 @@ def test_readme_leads_to_every_page() -> None:
 def test_tokens_of_a_picture_are_those_that_are_charged() -> None:
     from sartor.models.towers.efficientnet import GRID, EfficientNetLite0, EfficientNetTower
 
-    tower = EfficientNetTower(SimpleNamespace(name="e", digest="0", licence="MIT", modality="image"), EfficientNetLite0(), "cpu")
+    tower = EfficientNetTower(
+        SimpleNamespace(name="e", digest="0", licence="MIT", modality="image"), EfficientNetLite0(), "cpu"
+    )
     tokens = GRID * GRID // tower.stack
     serving = re.search(r"(\d+) a picture by `efficientnet-lite0`", (ROOT / "docs/serving.md").read_text(encoding="utf-8"))
     multimodal = re.search(

@@ -22,8 +22,6 @@ ROOT = Path(__file__).parent.parent
 INSTALLS = ("pip install", "make demo", "make quick")
 NOT_ON_THE_TINY_BASE = {
     "--speak": "its replies have no words",
-    "--name squares": "it does not look at pictures, so that the gate refuses it",
-    "squares-1.0": "so there is no such Release",
 }
 START_S = 120
 
