@@ -127,6 +127,7 @@ _NAMES = {
     "FederateRecipe": "sartor.federate.tuning.recipe:FederateRecipe",
     "FederateShards": "sartor.federate.tuning.shards:Shards",
     "FleetPolicy": "sartor.edge.publisher:Policy",
+    "GateFile": "sartor.evaluate.rules:GateFile",
     "Message": "sartor.core.records:Message",
     "Opinion": "sartor.curate.review.deciding:Opinion",
     "Origin": "sartor.core.records:Origin",

@@ -1,15 +1,15 @@
 """Verbs -> commands; SartorError -> exit code. No logic of its own: every command is one call of the façade.
 
     app.py      the application, and what signatures share
-    data.py     curate, dedup, rethreshold, inspect, revoke, index
+    data.py     curate, synthesize, dedup, rethreshold, inspect, revoke, index
     validation.py  validate, bias
     tuning.py   demo, plan, tune, evaluate, release, verify, ask, keygen
-    agents.py   agents key; receipt verify
+    agents.py   agents: keys, versions, trials, feedback, replays; receipt verify
     assets.py   assets list, assets install
     serving.py  export, serve
     learning.py retrain
     edge.py     edge: what a publisher of updates does, and what a device does
-    federate.py federate: keys, and a run simulated on one machine
+    federate.py federate: keys, the coordinator and a client over Flower, and a run simulated on one machine
     review.py   review: the person's queue of a Dataset
     personal.py personal: versions of a served agent for one user, tuned, shown, forgotten
     person.py   edge add, tune, undo, forget: what a release learns from a device's owner
@@ -37,21 +37,47 @@ __all__ = ["agents", "app", "assets", "data", "edge", "federate", "learning", "m
            "tuning", "validation"]  # fmt: skip
 
 
-# command -> the name of its recipe's class: loaded for the help of that command alone, since that takes a while
-RECIPES = {"curate": "CurateRecipe", "plan": "Recipe", "retrain": "Team", "serve": "Team", "synthesize": "SynthesizeRecipe",
-           "tune": "Recipe", "validate": "ValidateOptions"}  # fmt: skip
-
-
-_OF = {"retrain": " of the team", "serve": " of the team", "validate": ""}
+# command -> the name of the class of its recipe or file, and what that file is: loaded for the help of that command alone,
+# since that takes a while
+RECIPES = {
+    "curate": ("CurateRecipe", "the recipe"),
+    "federate client": ("FederateRecipe", "the recipe"),
+    "federate coordinator": ("FederateRecipe", "the recipe"),
+    "federate simulate": ("FederateRecipe", "the recipe"),
+    "plan": ("Recipe", "the recipe"),
+    "release": ("GateFile", "the file that --rules names"),
+    "retrain": ("Team", "the team"),
+    "serve": ("Team", "the team"),
+    "synthesize": ("SynthesizeRecipe", "the recipe"),
+    "tune": ("Recipe", "the recipe"),
+    "validate": ("ValidateOptions", "the file that --options names"),
+}
 
 
 def _add_options(command: str) -> None:
-    """The help texts of a recipe's options come from their declaration."""
-    options = sartor.options(getattr(sartor, RECIPES[command]))
-    lines = [f"- `{'' if '[]' in name else '--'}{name}` ({kind}): {text}" for name, kind, text in options]
-    if command == "curate":
+    """Append the options of a command's recipe to its help: their texts come from their declarations."""
+    recipe, what = RECIPES[command]
+    lines = [_help_line(command, *option) for option in sartor.options(getattr(sartor, recipe))]
+    if command == "curate":  # the options of each step follow under its name
+        lines = [line for line in lines if not line.startswith("- `steps[].") or line.startswith("- `steps[].kind")]
         lines += ["", *sartor.describe_steps(table=False)]
-    app[command].help_epilogue = "\n".join([f"Options{_OF.get(command, ' of the recipe')}:", "", *lines])
+    target = app
+    for name in command.split():
+        target = target[name]
+    target.help_epilogue = "\n".join([f"Options of {what}:", "", *lines])
+
+
+def _help_line(command: str, name: str, declared: str, text: str) -> str:
+    """A line of Markdown. Options of a file that takes no flags, and of items of a list, have no dashes."""
+    dashes = "" if "[]" in name or command == "release" else "--"
+    if " " in name:  # a choice of a `kind`
+        return f"- `{dashes}{name}`: {text}"
+    return f"- `{dashes}{name}` ({declared}): {text}"
+
+
+def _command_of(arguments: list[str]) -> str:
+    """Return the command with a recipe that the arguments begin with; empty if it is another."""
+    return next((name for length in (2, 1) if (name := " ".join(arguments[:length])) in RECIPES), "")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -63,8 +89,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     AS_JSON.set(as_json)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        if {"--help", "-h"} & set(arguments) and arguments[0] in RECIPES:
-            _add_options(arguments[0])
+        if {"--help", "-h"} & set(arguments) and (command := _command_of(arguments)):
+            _add_options(command)
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         _show(result, as_json)
     except SartorError as error:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -25,6 +27,7 @@ from sartor.core.errors import ConfigError
 
 T = TypeVar("T")
 REQUIRED: Any = dataclasses.MISSING
+_SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z`])")  # not the one in "et al. 2023"
 
 
 def option(default: Any, text: str) -> Any:
@@ -82,8 +85,10 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
     if flags:
         # a flag may complete what the file lacks, so the file alone need not be whole; but a shorthand in it is expanded
         whole = _expanded(cls, data)
-        for key, text in _flag_pairs(flags):
-            _set(whole, key.split("."), yaml.load(text, _UniqueKeys) if text else text, key)
+        # a kind goes before the options that it decides about, wherever it stands on the command line
+        for key, text in sorted(_flag_pairs(flags), key=lambda pair: not pair[0].endswith(".kind")):
+            _set(whole, key.split("."), _flag_value(key, text), key)
+            whole = _expanded(cls, whole)  # `--objective dpo --objective.beta 0.2`
         data = whole
     return _build(cls, data, "")
 
@@ -105,22 +110,67 @@ def dump(value: Any) -> Any:
 
 
 def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted option, type and default, help text) of every option below `cls`, in order of declaration."""
+    """Yield (dotted option, type and default, help text) of every option below `cls`, in order of declaration.
+
+    Before the options of a class with a `kind` stand `NAME.kind`, with its choices, and for each choice `NAME.kind CHOICE`,
+    with the first sentence of its docstring. Within lists, equal options are described once.
+    """
+    yield from _describe(cls, prefix, {})
+
+
+def _describe(cls: type, prefix: str, seen: dict[tuple[type, ...], str]) -> Iterator[tuple[str, str, str]]:
+    """`seen`: classes of an option below a list -> the option that they were described for."""
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name == "kind":
             continue
-        name = f"{prefix}{_key(field.name)}"
-        hint = hints[field.name]
-        members = _classes(hint)
-        if members and not _is_list(hint):
-            for member in members:
-                yield from describe(member, f"{name}.")
+        name, hint = f"{prefix}{_key(field.name)}", hints[field.name]
+        members, text = _classes(hint), field.metadata.get("help", "")
+        declared = f"{_describe_type(hint)}, {_default_text(field)}"
+        if "[]" in prefix and tuple(members) in seen:
+            yield name, f"{declared}, options as of {seen[tuple(members)]}", text
             continue
-        default = "required" if field.default is dataclasses.MISSING else f"default {_said(field.default)}"
-        yield name, f"{_describe_type(hint)}, {default}", field.metadata.get("help", "")
-        if len(members) == 1:
-            yield from describe(members[0], f"{name}[].")
+        if not members or _is_list(hint):
+            yield name, declared, text
+        below = f"{name}[]" if _is_list(hint) else name
+        if members and "[]" in prefix:
+            seen[tuple(members)] = below
+        if any(_has_kind(member) for member in members):
+            choices = " | ".join(_kind(member) for member in members)
+            yield f"{below}.kind", f"{choices}, {'required' if _is_list(hint) else _default_text(field)}", text
+        for member in members:
+            yield from _describe_member(member, below, len(members) > 1, seen)
+
+
+def _describe_member(
+    member: type, below: str, is_one_of_several: bool, seen: dict[tuple[type, ...], str]
+) -> Iterator[tuple[str, str, str]]:
+    if _has_kind(member):
+        yield f"{below}.kind {_kind(member)}", "a choice", first_sentence(member)
+    for option_name, declared, text in _describe(member, f"{below}.", seen):
+        if is_one_of_several and ", with kind " not in declared and " " not in option_name:
+            declared += f", with kind {_kind(member)}"
+        yield option_name, declared, text
+
+
+def first_sentence(cls: type) -> str:
+    """Return the first sentence of a class's docstring: what its `kind` means."""
+    paragraph = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
+    sentence = _SENTENCE_END.split(paragraph)[0]
+    return sentence if sentence.endswith(".") else f"{sentence}."
+
+
+def choices_text(classes: Iterable[type]) -> str:
+    """Return `kind: what it is` of each class, for an option that names a kind as text."""
+    return " ".join(f"{_kind(cls)}: {first_sentence(cls)}" for cls in classes)
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING:
+        return "required"
+    if dataclasses.is_dataclass(field.default) and _has_kind(field.default):
+        return f"default {_kind(type(field.default))}"
+    return f"default {_said(field.default)}"
 
 
 def _said(default: Any) -> str:
@@ -144,12 +194,21 @@ def _flag_pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield key.replace("-", "_"), text
 
 
+def _flag_value(key: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeys) if text else text
+    except yaml.YAMLError:
+        raise ConfigError(f"--{key} is {text!r}, which is not YAML", f"quote it: --{key} \"'...'\"") from None
+
+
 def _set(data: dict[str, Any], path: list[str], value: Any, flag: str) -> None:
     for key in path[:-1]:
-        data = data.setdefault(key, {})
+        if data.get(key) is None:
+            data[key] = {}
+        data = data[key]
         if not isinstance(data, dict):
             raise ConfigError(f"--{flag} goes below {key!r}, which is {data!r}", f"set --{key} itself")
-    if path[-1] == "kind" and data.get("kind") != value:
+    if path[-1] == "kind" and data.get("kind", value) != value:
         data.clear()  # the options of another kind do not apply to this one
     data[path[-1]] = value
 
@@ -162,9 +221,12 @@ def _expanded(cls: Any, data: Any) -> Any:
         members = _classes(hints[field.name])
         if members and not _is_list(hints[field.name]) and data.get(field.name) is not None:
             value = data[field.name]
-            member = members[0] if len(members) == 1 else None
-            value = value if isinstance(value, Mapping) else _from_shorthand(member, value) if member else {"kind": value}
-            data[field.name] = _expanded(member, value) if member else dict(value)
+            if len(members) > 1:
+                value = _with_kind({_kind(member): member for member in members}, value)
+                data[field.name] = dict(value) if isinstance(value, Mapping) else {"kind": value}
+                continue
+            value = value if isinstance(value, Mapping) else _from_shorthand(members[0], value)
+            data[field.name] = _expanded(members[0], value)
     return data
 
 
@@ -199,7 +261,7 @@ def _build_union(hint: Any, value: Any, where: str) -> Any:
     classes = [member for member in members if dataclasses.is_dataclass(member)]
     if value is None and type(None) in members:
         return None
-    if len(classes) > 1 or (classes and any(f.name == "kind" for f in dataclasses.fields(classes[0]))):
+    if len(classes) > 1 or (classes and _has_kind(classes[0])):
         return _build_class(*_by_kind(classes, value, where), where)
     failure: ConfigError | None = None
     for member in members:
@@ -218,18 +280,28 @@ def _build_union(hint: Any, value: Any, where: str) -> Any:
 def _by_kind(classes: Sequence[Any], value: Any, where: str) -> tuple[Any, Any]:
     """The union's member that `value` names, and the mapping for it."""
     kinds = {_kind(cls): cls for cls in classes}
-    if isinstance(value, str):
-        value = {"kind": value}
-    elif isinstance(value, Mapping) and "kind" not in value and len(value) == 1:
-        ((kind, inner),) = value.items()
-        inner = {} if inner is None else inner
-        if kind in kinds:
-            value = {"kind": kind, **(inner if isinstance(inner, Mapping) else _from_shorthand(kinds[kind], inner))}
+    value = _with_kind(kinds, value)
     kind = value.get("kind") if isinstance(value, Mapping) else value
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         said = next(iter(value), None) if isinstance(value, Mapping) and kind is None else kind
+        if kind is None and (having := [name for name, cls in kinds.items() if said in _options_of(cls)]):
+            problem = f"{where} has {said!r} and no kind; {said!r} is an option of {' and '.join(having)}"
+            raise ConfigError(problem, f"{where}.kind: {having[0]}")
         raise _wrong(f"{where}.kind".lstrip("."), said, f"one of {', '.join(kinds)}", _meant(said, list(kinds)))
     return kinds[kind], value
+
+
+def _with_kind(kinds: Mapping[str, Any], value: Any) -> Any:
+    """Write the shorthands `length` and `{length: {min_words: 3}}` of a union out as a mapping with `kind`."""
+    if isinstance(value, str):
+        return {"kind": value}
+    if not isinstance(value, Mapping) or "kind" in value or len(value) != 1:
+        return value
+    ((kind, inner),) = value.items()
+    if kind not in kinds:
+        return value
+    inner = {} if inner is None else inner
+    return {"kind": kind, **(inner if isinstance(inner, Mapping) else _from_shorthand(kinds[kind], inner))}
 
 
 def _build_class(cls: Any, value: Any, where: str) -> Any:
@@ -258,6 +330,8 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
 
 
 def _from_shorthand(cls: Any, value: Any) -> dict[str, Any]:
+    if _has_kind(cls) and value == _kind(cls):
+        return {"kind": value}
     first = next((_key(field.name) for field in dataclasses.fields(cls) if field.name != "kind"), None)
     return {first: value} if first else {}
 
@@ -269,6 +343,14 @@ def _key(name: str) -> str:
 
 def _kind(cls: Any) -> str:
     return next(str(field.default) for field in dataclasses.fields(cls) if field.name == "kind")
+
+
+def _options_of(cls: Any) -> set[str]:
+    return {_key(field.name) for field in dataclasses.fields(cls)}
+
+
+def _has_kind(cls: Any) -> bool:
+    return any(field.name == "kind" for field in dataclasses.fields(cls))
 
 
 def _classes(hint: Any) -> list[Any]:
@@ -293,8 +375,7 @@ def _wrong(where: str, value: Any, expected: str, meant: str = "") -> ConfigErro
 
 def _describe_type(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
-        named = any(field.name == "kind" for field in dataclasses.fields(hint))
-        return _kind(hint) if named else "a mapping"
+        return _kind(hint) if _has_kind(hint) else "a mapping"
     origin = get_origin(hint)
     if origin is Literal:
         return " | ".join(str(choice) for choice in get_args(hint))

@@ -103,7 +103,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class _Said:
+class GateFile:
     """The options of a rules file."""
 
     slices: tuple[Slice, ...] = option((), "rules about some of the rows")
@@ -116,8 +116,8 @@ class _Said:
 
 def open_rules(rules: Mapping[str, Any] | Path | str) -> Rules:
     """The rules of a YAML file, or of what one holds. Raises ConfigError with the option that is wrong."""
-    said = config.load_any(_Said, rules)
-    if said == _Said():
+    said = config.load_any(GateFile, rules)
+    if said == GateFile():
         raise ConfigError("the rules say nothing", "slices: [{name: ..., where: {...}, forbid: {...}}], or bias: {gap: 0.1}")
     names = [one.name for one in said.slices]
     if twice := {name for name in names if names.count(name) > 1}:

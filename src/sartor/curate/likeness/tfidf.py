@@ -71,7 +71,7 @@ def _parts() -> tuple[Any, Any, Any]:
         import scipy.sparse
         from sklearn.feature_extraction.text import HashingVectorizer
     except ImportError:
-        raise need("sklearn") from None
+        raise need("scikit-learn") from None
     shared = {"n_features": 1 << BITS, "norm": None, "alternate_sign": False, "dtype": np.float32}
     words = HashingVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", **shared)
     return scipy.sparse, words, HashingVectorizer(analyzer="char_wb", ngram_range=(2, 5), **shared)

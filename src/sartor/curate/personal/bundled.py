@@ -44,7 +44,7 @@ def recogniser(place: str) -> Any:
     """
     spec = importlib.util.find_spec(ROOT)
     if spec is None or not spec.submodule_search_locations:
-        raise need(ROOT, "text")
+        raise need(ROOT)
     with _lock, _bare(Path(list(spec.submodule_search_locations)[0])):
         name = f"{ROOT}.predefined_recognizers.{place}_recognizer"
         package = name.rpartition(".")[0]

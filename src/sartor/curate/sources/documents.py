@@ -62,7 +62,7 @@ class Pages:
     def read(self, path: str, sha256: str, kind: str, most_bytes: int) -> Read:
         """Rows of an HTML file (one) or a PDF (one a page, the line is the page number). Raises ExtraError."""
         if importlib.util.find_spec(MODULES[kind]) is None:
-            raise need(MODULES[kind], "documents")
+            raise need(MODULES[kind])
         if self._process is not None and self._process.poll() is not None:
             self._end()
         process = self._process or self._start()

@@ -176,7 +176,7 @@ def _fitted(examples: tuple[Labelled, ...]) -> _Model:
         from sklearn.model_selection import StratifiedKFold, cross_val_predict
         from sklearn.pipeline import make_pipeline, make_union
     except ImportError:
-        raise need("scikit-learn", "curate") from None
+        raise need("scikit-learn") from None
     # the order of the examples must not matter
     ordered = sorted(set(examples), key=lambda example: (example.label, example.text))
     found, labels = [example.text[:_LOOKED_AT] for example in ordered], [example.label for example in ordered]

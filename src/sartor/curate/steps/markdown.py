@@ -36,7 +36,7 @@ def _parser() -> Any:
     try:
         from markdown_it import MarkdownIt
     except ImportError:
-        raise need("markdown-it-py", "curate") from None
+        raise need("markdown-it-py") from None
     # indented code and raw HTML off: in chat they are prose
     return (
         MarkdownIt("commonmark", {"html": False})

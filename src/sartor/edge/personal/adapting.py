@@ -145,7 +145,7 @@ class Adapting:
         if len({name for _, name in usable}) < 2:
             raise ConfigError(
                 f"the probe has {len(usable)} rows that can be used; two at least tell whether a delta forgets",
-                "Settings(probe=[...]), rows of what the release must go on to know",
+                "--probe FILE (Settings(probe=[...]) from Python): rows of what the release must go on to know",
             )
         return Asked([one for one, _ in usable], [name for _, name in usable])
 

@@ -185,7 +185,7 @@ def _missed(module: str, made: Tensors, updates: Sequence[Update]) -> Pair:
 
 @dataclass(frozen=True)
 class Factors(_Whole):
-    """Means of both factors, and nothing for what they miss. Not exact: here to be compared with, never a default."""
+    """Means of both factors, and nothing for what they miss: not exact, here to be compared with, never a default."""
 
     kind: Literal["factors"] = "factors"
     is_exact = False

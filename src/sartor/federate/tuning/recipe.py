@@ -143,7 +143,7 @@ class FederateRecipe:
     base: BaseChoice = option(REQUIRED, "which pretrained weights: every client has the same")
     data: LocalData = option(LocalData(), "what a client makes of its Dataset")
     method: Ranked = option(Ranked(), "what is trained")
-    mode: ModeName = option("freeze_a", "what clients train and send: freeze_a, alternate, residual; factors to compare with")
+    mode: ModeName = option("freeze_a", f"what clients train and send. {config.choices_text(map(type, MODES.values()))}")
     rounds: int = option(10, "how many rounds")
     local: Local = option(Local(), "how long a client trains in a round")
     optimizer: Optimizer = option(Optimizer(), "how it gets there; warm-up and schedule go over all rounds")

@@ -1,0 +1,86 @@
+"""The circle tier: README's commands in their order, those that the docs test passes over among them, end in success as written.
+
+On the tiny base in place of `starter`; a command of which the tiny base makes nothing is named below with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sartor.core.home import home
+from test_docs import blocks
+
+pytestmark = pytest.mark.circle
+ROOT = Path(__file__).parent.parent
+INSTALLS = ("pip install", "make demo", "make quick")
+NOT_ON_THE_TINY_BASE = {
+    "--speak": "its replies have no words",
+}
+START_S = 120
+
+
+def scripts(body: str) -> list[str]:
+    """A block's commands one by one, so that the one that fails is named; a here-document whole."""
+    if "<<" in body:
+        return [body]
+    return [line for line in body.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+
+
+def readme_steps(base: Path) -> Iterator[tuple[str, str, str]]:
+    """(file to write, program, text) of each block, in order."""
+    for info, file, body in blocks(ROOT / "README.md"):
+        body = re.sub(r"\bstarter\b", str(base), body)
+        if file:
+            yield file, "", body
+        elif info == "python":
+            yield "", "python", body
+        elif info.startswith("bash") and not any(word in body for word in INSTALLS):
+            yield from (("", "bash", script) for script in scripts(body))
+
+
+def wait_until_listening(output: Path, server: subprocess.Popen[bytes]) -> None:
+    give_up = time.monotonic() + START_S
+    while "listening" not in output.read_text():
+        assert server.poll() is None and time.monotonic() < give_up, "the server does not listen"
+        time.sleep(0.2)
+
+
+def test_readme_commands_succeed(tmp_path: Path, tiny_base: Path, commands: dict[str, str]) -> None:
+    own = tmp_path / "home"
+    own.mkdir()
+    for name in ("assets", "kernels"):
+        (home() / name).mkdir(exist_ok=True)
+        (own / name).symlink_to(home() / name)
+    environment = {**os.environ, **commands, "SARTOR_HOME": str(own)}
+    work = tmp_path / "work"
+    work.mkdir()
+    servers = []
+    try:
+        for file, program, text in readme_steps(tiny_base):
+            if file:
+                (work / file).write_text(text, encoding="utf-8")
+                continue
+            if any(mark in text for mark in NOT_ON_THE_TINY_BASE):
+                continue
+            if "sartor serve team.yaml" in text:  # 8440 may be taken here
+                text = text.replace("team.yaml", "team.yaml --port 0")
+                output = work / "serve.out"
+                with output.open("wb") as stream:
+                    servers.append(subprocess.Popen(["bash", "-c", f"exec {text}"], cwd=work, env=environment, stdout=stream))
+                wait_until_listening(output, servers[-1])
+                continue
+            command = ["python", "-c", text] if program == "python" else ["bash", "-euo", "pipefail", "-c", text]
+            done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+    finally:
+        for server in servers:
+            server.terminate()
+            server.wait(60)
+    assert (work / "adapters/faq-1.1").is_dir() and (work / "store").is_dir() and (work / "adapters/homes").is_dir()
