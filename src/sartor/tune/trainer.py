@@ -119,7 +119,7 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
     unchanging = {
         "fingerprint": work.fingerprint,
         "environment": environment,
-        "numerics": numerics.numerics(environment["dtype"]),
+        "numerics": numerics.numerics(str(base.dtype)),
         "replaces": replaces,
     }
     saver = Saver(folder_of(out), recipe.checkpoints, unchanging, checkpoint)

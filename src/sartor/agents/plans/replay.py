@@ -120,13 +120,16 @@ class Kept(PlanLog):
 
 @dataclass(frozen=True)
 class Remaking:
-    """What makes runs again: a team whose plans have time, who answers by which engine, and the key of the log's digests."""
+    """What makes runs again: a team whose plans have time, who answers, and the key of the log's digests.
+
+    about: the engine that answers; a log of before logs stated their engine is taken for this one's.
+    """
 
     team: Team
     replies: Replies
-    about: About
     digest: Digest
     messages: Mapping[str, Any] = field(default_factory=dict)
+    about: About | None = None
 
     async def remake(self, rows: Rows) -> Replayed:
         """One run, by its lines. Raises ConfigError for a plan that was declared otherwise, ArtifactError for other words."""
@@ -135,8 +138,8 @@ class Remaking:
         _check_plan(self.team.plans, head[1])
         if ends["outcome"] == "cancelled":
             return Replayed(*head, note="its client left before the end; it was not made again")
-        # a line of before logs stated their engine: it is taken for this one
-        if found := numerics_difference({"engine": self.about.made_by["engine"], **opens}):
+        engine = self.about.made_by["engine"] if self.about else None
+        if found := numerics_difference({"engine": engine, **opens}):
             return Replayed(*head, note=f"not checked: made by {found}")
         content = Content.of_request(_words(opens, self.messages))
         self._check_words(opens, content)
@@ -180,7 +183,7 @@ def replay_plans(
 
 async def _replay(team: Team, runs: Sequence[Rows], asked: Mapping[str, Any]) -> list[Replayed]:
     async with open_house(team) as house:
-        remaking = Remaking(team, house.replies, house.crew.about, team_digest(Path(team.state)), asked)
+        remaking = Remaking(team, house.replies, team_digest(Path(team.state)), asked, house.crew.about)
         return [await remaking.remake(rows) for rows in runs]
 
 
