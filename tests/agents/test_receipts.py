@@ -79,7 +79,7 @@ def test_a_receipt_says_who_answered_on_what_and_how_and_is_signed_by_the_team(b
     assert found is not None and asyncio.run(book.find("r2")) is None
     assert (found["agent"], found["release"], found["adapter"], found["finish"]) == ("faq@1.0", "d" * 64, "e" * 64, "stop")
     assert found["base"] == {"name": "tiny", "digest": "b" * 64, "template_digest": "c" * 64}
-    assert found["engine"] == {"kind": "local", "dtype": "float32", "device": "cpu"}
+    assert found["engine"] == {"kind": "local", "dtype": "float32", "device": "cpu"} and found["numerics"] == 1
     assert found["sampling"] == {**asdict(Sampling(max_tokens=9)), "stop": ["END"]}
     assert found["choice"] == {"reason": "asked by name", "scores": {"faq": 0.75}, "place": 1}
     assert found["tokens"] == {"prompt": 12, "reply": 5, "cached": 3} and found["created"] == "2027-01-15T08:00:00Z"
@@ -426,8 +426,7 @@ def test_the_commands_exit_codes(tmp_path: Path, file: Path, team: Team, capsys:
     assert command(capsys, "agents", "key", "--team", tmp_path / "team.yaml")[0] == 2
 
 
-@pytest.fixture
-def served(tmp_path: Path, tiny_base: Path, fp32: None) -> tuple[Path, Given, ReceiptBook]:
+def replied(tmp_path: Path, tiny_base: Path) -> tuple[Path, Given, ReceiptBook]:
     """A reply that this package's own engine gave, with a Release of the tiny base; its team, and its book."""
     from sartor.models.engine.local import open_engine
 
@@ -452,6 +451,12 @@ def served(tmp_path: Path, tiny_base: Path, fp32: None) -> tuple[Path, Given, Re
     text = "".join(event.text for event in events if isinstance(event, Piece))
     book = ReceiptBook.of(sartor.agents.team.load(tmp_path / "tiny.yaml"), lambda: engine.about)
     return tmp_path / "tiny.yaml", given(call=call, text=text, release_id=release.id, done=events[-1]), book
+
+
+@pytest.fixture
+def served(tmp_path: Path, tiny_base: Path, fp32: None) -> tuple[Path, Given, ReceiptBook]:
+    """See `replied`."""
+    return replied(tmp_path, tiny_base)
 
 
 def test_a_greedy_reply_is_made_anew_and_compared(tmp_path: Path, served: tuple[Path, Given, ReceiptBook]) -> None:

@@ -4,7 +4,8 @@
     digests     where the words and the team's HMAC key are at hand
     text        of a greedy reply, where base and Release are: the reply is made anew by the engine that made it
 
-What is checked and wrong is an error; what could not be checked says why.
+What is checked and wrong is an error; what could not be checked says why. A reply that another arithmetic made
+(core/numerics.py) is not made anew: this version would be right to say something else.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sartor.agents.worker import open_engine
 from sartor.core import bases, catalogue, config, records, signing
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError
-from sartor.models.engine.contract import BASE, About, Call, Engine, Failed, Piece, adapter_digest
+from sartor.models.engine.contract import BASE, About, Call, Engine, Failed, Piece, adapter_digest, numerics_difference
 from sartor.models.sampling import Sampling
 
 MOST_BYTES = 64 << 20
@@ -231,6 +232,8 @@ def _unfit(given: _Evidence, sampling: Sampling) -> str:
         return "the reply failed" if receipt["finish"] == FAILED else "the reply calls tools"
     if receipt.get("person"):
         return "a personal version made the reply, and its adapter is its person's"
+    if found := numerics_difference(receipt):
+        return f"made by {found}"
     if given.content is None or given.reply is None:
         return "give the messages and the reply"
     if receipt["release"] and given.release is None:

@@ -109,7 +109,7 @@ def receipt_of(given: Given, about: About, seal: Seal) -> dict[str, Any]:
         "release": given.release_id,
         "adapter": call.adapter,
         "base": {"name": about.base, "digest": about.base_digest, "template_digest": about.template_digest},
-        "engine": {"kind": about.kind, "dtype": about.dtype, "device": about.device},
+        **about.made_by,
         "sampling": {**asdict(call.sampling), "stop": list(call.sampling.stop)},
         "choice": {"reason": given.reason, "scores": dict(given.scores), "place": int(place) if place.isdigit() else 0},
         "prompt": Content.of_call(call).digests(seal.digest),

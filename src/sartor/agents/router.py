@@ -27,8 +27,9 @@ from sartor.agents.routing.space import Space
 from sartor.agents.team import Routing
 from sartor.core import assets
 from sartor.core.errors import ArtifactError, BusyError, SartorError
+from sartor.models.engine.contract import LOCAL
 
-WORDS = "tfidf"
+WORDS, BASE_ENCODER = "tfidf", "base"
 Made = TypeVar("Made")
 # A request of a server that has just started waits so long for its first router
 FIRST_WAIT_S = 10.0
@@ -53,12 +54,16 @@ class Embedder(Protocol):
 class AutoRouter:
     """A Router (asking.py) of the event loop's own. Close it, or its last fit goes on."""
 
-    def __init__(self, crew: Embedder, rules: Routing, state: Path, engine: str = "local") -> None:
-        """engine: the kind of the crew's engine. Only our own makes vectors of its base fast enough to be asked unasked."""
+    def __init__(self, crew: Embedder, rules: Routing, state: Path, engine: str = LOCAL, dtype: str = "") -> None:
+        """engine: the kind of the crew's engine. Only our own makes vectors of its base fast enough to be asked unasked.
+
+        dtype: what that computes in.
+        """
         self._crew = crew
         self._rules = rules
         self._folder = state / "router"
         self._engine = engine
+        self._dtype = dtype if engine == LOCAL else ""
         self._fitted: Fitted | None = None
         self._words: Fitted | None = None
         self._task: asyncio.Task[None] | None = None
@@ -170,7 +175,11 @@ class AutoRouter:
             return [self._rules.encoder] if self._rules.encoder != WORDS else []
         if assets.entry("minilm").is_installed:
             return ["minilm"]
-        return ["base"] if self._engine == "local" else []
+        return [BASE_ENCODER] if self._engine == LOCAL else []
+
+    def _made_in(self, encoder: str) -> str:
+        """The dtype in which Sartor's engine makes an encoder's vectors; empty where another library does."""
+        return self._dtype if encoder == BASE_ENCODER else ""
 
     async def _fit_one(self, agents: Mapping[str, Exemplars], encoder: str) -> Fitted:
         """The router by one encoder: parts that are there already, and the lacking ones."""
@@ -192,17 +201,17 @@ class AutoRouter:
 
     async def _space(self, encoder: str) -> Space:
         """The general prompts by this encoder."""
-        digest = exemplars.general_digest()
+        digest, made_in = exemplars.general_digest(), self._made_in(encoder)
         if (known := self._spaces.get(f"{encoder} {digest}")) is not None:
             return known
         vectors = None
         if encoder != WORDS:
             with suppress(ArtifactError):  # damaged ones are made anew
-                vectors = await asyncio.to_thread(store.open_vectors, self._folder, encoder, digest)
+                vectors = await asyncio.to_thread(store.open_vectors, self._folder, encoder, digest, made_in)
             if vectors is None:
                 vectors = await self._embedded(space.general_texts(), encoder)
                 with suppress(OSError):  # a full disk costs the next start a few seconds
-                    await asyncio.to_thread(store.save_vectors, self._folder, encoder, digest, vectors)
+                    await asyncio.to_thread(store.save_vectors, self._folder, encoder, digest, vectors, made_in)
         self._spaces = {f"{encoder} {digest}": await _apart(lambda: space.make(encoder, vectors)), **self._spaces}
         return self._spaces[f"{encoder} {digest}"]
 
@@ -213,7 +222,8 @@ class AutoRouter:
         if key not in self._parts:
             known = None
             with suppress(ArtifactError):  # a damaged one is made anew
-                known = await asyncio.to_thread(store.open_part, self._folder, ground.encoder, digest)
+                made_in = self._made_in(ground.encoder)
+                known = await asyncio.to_thread(store.open_part, self._folder, ground.encoder, digest, made_in)
             self._parts[key] = known or await self._fitted_part(found, ground)
         return self._parts[key]
 
@@ -223,7 +233,7 @@ class AutoRouter:
             vectors = await self._embedded(part.rows_of(found).texts, ground.encoder)
         made = await _apart(lambda: part.fit(found, ground, vectors))
         with suppress(OSError):  # a full disk costs the next start a few seconds
-            await asyncio.to_thread(store.save_part, self._folder, ground.encoder, made)
+            await asyncio.to_thread(store.save_part, self._folder, ground.encoder, made, self._made_in(ground.encoder))
         return made
 
     async def _embedded(self, texts: Sequence[str], encoder: str) -> Any:

@@ -83,7 +83,10 @@ def sync(
             raise
         said = _say(store, name, options, report, notice)
         current = store.current(name)
-    return {**_synced(done, current), **_of_check(healthy), "reported": said}
+    checked = _of_check(healthy)
+    if checked["not_checked"]:
+        notice(f"the release's own check prompts: {checked['not_checked']}")
+    return {**_synced(done, current), **checked, "reported": said}
 
 
 def _check_private(url: str, report: str, private: bool) -> None:
@@ -116,10 +119,14 @@ def _synced(done: Synced, current: Installed | None) -> dict[str, Any]:
 
 
 def _of_check(healthy: Health) -> dict[str, Any]:
-    """What the health check took; nothing where none was made, since nothing changed."""
+    """What the health check took, and could not compare; nothing where none was made, since nothing changed."""
     found = healthy.results[-1] if healthy.results else Result(0)
-    limit_bytes = healthy.limits.memory_bytes
-    return {"prompts": found.asked, "peak_memory_bytes": found.peak_memory_bytes, "limit_bytes": limit_bytes}
+    return {
+        "prompts": found.asked,
+        "not_checked": found.not_checked,
+        "peak_memory_bytes": found.peak_memory_bytes,
+        "limit_bytes": healthy.limits.memory_bytes,
+    }
 
 
 def _trial(current: Installed | None) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A few prompts, answered by the adapter in a process of its own, before anybody else is near it.
 
 A Release brings its own: held-out prompts with the replies that its Report recorded (`canaries` in release.json). One that
-has none is asked general questions, and held against what the base itself answers to them.
+has none is asked general questions, and held against what the base itself answers to them. Replies that another arithmetic
+made (core/numerics.py) are compared with nothing: those prompts only have to be answered.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from rapidfuzz import fuzz
 
+from sartor.core import numerics
 from sartor.core.errors import AdmissionError
 from sartor.evaluate.samples import sample
 from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece
@@ -34,12 +36,14 @@ GENERAL = ("Hello!", "What can you do for me?", "Write one sentence about the se
 class Canaries:
     """What is asked, and what a recorded Release answered before: `recorded` is empty for general questions.
 
-    looks: with a picture or a clip made here, which only have to be answered.
+    looks: with a picture or a clip made here, which only have to be answered. not_checked: why what was recorded is not
+    compared with the answers; empty where it is.
     """
 
     calls: tuple[Call, ...]
     recorded: tuple[str, ...]
     looks: tuple[Call, ...] = ()
+    not_checked: str = ""
 
     @property
     def every(self) -> tuple[Call, ...]:
@@ -57,11 +61,18 @@ def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] 
     looks = tuple(_look(adapter, kind, system) for kind in reads)
     if said:
         calls = [Call(f"canary-{place}", adapter, tuple(one["messages"]), sampling=SAMPLING) for place, one in enumerate(said)]
-        return Canaries(tuple(calls), tuple(one["reply"] for one in said), looks)
+        return Canaries(tuple(calls), tuple(one["reply"] for one in said), looks, _not_checked(said, manifest))
     asked = [(*system, {"role": "user", "content": text}) for text in GENERAL]
     both = [(who, messages) for who in (adapter, BASE) for messages in asked]
     calls = [Call(f"canary-{place}", who, messages, sampling=SAMPLING) for place, (who, messages) in enumerate(both)]
     return Canaries(tuple(calls), (), looks)
+
+
+def _not_checked(canaries: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> str:
+    """Return why recorded replies cannot be compared. A canary that states no dtype has that of the Release's base."""
+    dtype = manifest.get("base", {}).get("dtype", "")
+    found = [numerics.not_checked(one.get("numerics"), str(one.get("dtype", dtype))) for one in canaries]
+    return next(filter(None, found), "")
 
 
 def _look(adapter: str, kind: str, system: Sequence[Mapping[str, Any]]) -> Call:
@@ -92,6 +103,8 @@ def judge(canaries: Canaries, said: Sequence[Sequence[Event]]) -> str:
         return f"{len(mine)} general prompts answered; the Release records no replies to compare with{looked}"
     # what the Report has is what the gate let pass, or somebody waived: a canary asks whether it is still so
     _check_repetition(texts, sum(is_degenerate(wanted) for wanted in canaries.recorded))
+    if canaries.not_checked:
+        return f"{canaries.not_checked}; {len(texts)} recorded prompts answered{looked}"
     alike = [_agreement(text, is_cut, wanted) for (text, is_cut), wanted in zip(replies, canaries.recorded, strict=True)]
     mean = sum(alike) / len(alike)
     if mean < LEAST_AGREEMENT:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.core import lineage, rows
+from sartor.core import lineage, numerics, rows
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError
 from sartor.core.records import Example, Message
@@ -154,14 +154,16 @@ def canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, Any]]:
     """A few held-out prompts of the Report with the tuned model's greedy replies: what admission asks again before it serves.
 
     The shortest replies, since they are compared as they stand and numbers that are rounded otherwise part long ones. None of
-    a row with media: a manifest holds text.
+    a row with media: a manifest holds text. Each states by which arithmetic its reply was made (core/numerics.py).
     """
     told = rows.read_file(report.path / "rows.parquet")
     found = [row for row in told if row["tuned_reply"].strip() and not row.get("media")]
     found.sort(key=lambda row: (len(row["tuned_reply"]), row["id"]))
     distinct = {row["tuned_reply"]: row for row in reversed(found)}
     chosen = sorted(distinct.values(), key=lambda row: (len(row["tuned_reply"]), row["id"]))[:CANARIES]
-    return [{"messages": _messages(facts, row), "reply": row["tuned_reply"]} for row in chosen]
+    base = report.manifest.get("base", {})
+    made_by = {"dtype": base["dtype"], "numerics": base.get("numerics", numerics.FIRST)} if "dtype" in base else {}
+    return [{"messages": _messages(facts, row), "reply": row["tuned_reply"], **made_by} for row in chosen]
 
 
 def _messages(facts: TrainingFacts, row: dict[str, Any]) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.core import bases, catalogue, lineage, signing
+from sartor.core import bases, catalogue, lineage, numerics, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, check_free, file_digest, new_directory, seal
 from sartor.core.errors import BudgetError, ConfigError, ModelError
 from sartor.evaluate.release import verify_release
@@ -197,7 +197,13 @@ def _parity(
     if not measured:
         notes.append("not measured: llama.cpp (xllamacpp) is not installed here")
     return {
-        "reference": {"runtime": "sartor", "dtype": "float32", "base_digest": base.ref.digest, "device": str(base.device)},
+        "reference": {
+            "runtime": "sartor",
+            "dtype": "float32",
+            "numerics": numerics.numerics("float32"),
+            "base_digest": base.ref.digest,
+            "device": str(base.device),
+        },
         "prompts": lineage.tally(one.asked.source for one in traces),
         "positions": sum(len(one.reply) for one in traces),
         "most_reply_tokens": reference.REPLY_TOKENS,

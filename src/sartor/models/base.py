@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from sartor.core import bases, gguf
+from sartor.core import bases, gguf, numerics
 from sartor.core.errors import ConfigError, ModelError
 from sartor.models import paths, quantised, whisper_files
 from sartor.models.batches import Encoded
@@ -61,12 +61,14 @@ class Base:
 
     def as_manifest(self) -> dict[str, Any]:
         """How an adapter's manifest names its base."""
+        dtype = str(self.dtype).removeprefix("torch.")
         said: dict[str, Any] = {
             "name": self.ref.name,
             "digest": self.ref.digest,
             "licence": self.ref.licence,
             "template_digest": self.chat.template_digest,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype,
+            "numerics": numerics.numerics(dtype),
             "bits": quantised.bits_of(self.model) or self.dtype.itemsize * 8,
             "quantisation": quantised.KINDS.get(quantised.bits_of(self.model), "none"),
         }

@@ -97,7 +97,8 @@ def reuse(fast: Fast, rows: Sequence[Encoded], device: torch.device, wish: Wish)
     if not (wish.reuse_bytes and 0 < fast.lowest < len(fast.blocks)):
         return None
     store = wish.store or folder("activations")
-    frozen = Frozen(fast, device, Shelf(store, wish.reuse_bytes, wish.notice), wish.identity)
+    shelf = Shelf(store, wish.reuse_bytes, wish.notice, dtype=str(fast.head.dtype))
+    frozen = Frozen(fast, device, shelf, wish.identity)
     frozen.plan(rows)
     return frozen
 

@@ -1,7 +1,8 @@
 """A bounded directory of tensors, each in a file of its own under a name that says what it was computed from.
 
 Written whole or not at all, checked by a digest when read, the least recently used removed first. What stands here can be
-computed again at any time: a full disk or a damaged file costs time, never a run.
+computed again at any time: a full disk or a damaged file costs time, never a run. Each file states by which arithmetic it
+was made (core/numerics.py), in its name too: no version of Sartor takes what another one's made.
 """
 
 from __future__ import annotations
@@ -17,16 +18,31 @@ import safetensors
 import torch
 from safetensors.torch import save
 
+from sartor.core.numerics import FIRST, difference, numerics
+
 SCHEMA = 1
 
 
 class Shelf:
-    """Tensors by name below `folder`, of together at most `limit_bytes` but for those that this object holds open."""
+    """Tensors by name below `folder`, of together at most `limit_bytes` but for those that this object holds open.
 
-    def __init__(self, folder: Path, limit_bytes: int, notice: Callable[[str], object] = lambda line: None) -> None:
+    dtype: in which they are computed, whatever they are stored as. outdated: how many were asked for that stand there as
+    another arithmetic made them, and not as this version does.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limit_bytes: int,
+        notice: Callable[[str], object] = lambda line: None,
+        *,
+        dtype: str = "float32",
+    ) -> None:
         self.folder, self.limit_bytes, self.notice = folder, limit_bytes, notice
+        self._dtype, self._numerics = dtype, numerics(dtype)
         self._own: set[Path] = set()
         self._total: int | None = None
+        self.outdated = 0
 
     def keep(self, name: str) -> None:
         """Never remove this name to make room for another."""
@@ -38,18 +54,37 @@ class Shelf:
         shape: what it must have, where that is known.
         """
         file = self._file(name)
+        if not file.is_file():
+            self._look_for_others(name)
+            return None
         with contextlib.suppress(OSError, safetensors.SafetensorError, KeyError, ValueError):
             opened: Any = safetensors.safe_open(str(file), "pt")
+            said = opened.metadata() or {}
+            if said.get("numerics", str(FIRST)) != str(self._numerics):
+                return None
             whole = opened.get_tensor("hidden")
-            if shape in (None, tuple(whole.shape)) and (opened.metadata() or {}).get("sha256") == _digest(whole):
+            if shape in (None, tuple(whole.shape)) and said.get("sha256") == _digest(whole):
                 os.utime(file)
                 return opened.get_slice("hidden")
         return None
 
+    def _look_for_others(self, name: str) -> None:
+        """Count a tensor that stands there as another arithmetic made it; of the first a line tells."""
+        stem = self.folder / name[:2] / name
+        others = [file.stem.removeprefix(name).removeprefix("-") for file in stem.parent.glob(f"{name}*.safetensors")]
+        made_by = [int(other or FIRST) for other in others if other.isdecimal() or not other]
+        if not made_by:
+            return
+        if not self.outdated:
+            found = difference(max(made_by), self._dtype)
+            self.notice(f"stored {self.folder.name} are not used: made by {found}; they are computed anew")
+        self.outdated += 1
+
     def write(self, name: str, made: torch.Tensor) -> Any:
         """Store a tensor; returns it as `read` would, or itself where the disk is full."""
         file = self._file(name)
-        content = save({"hidden": made}, {"schema": str(SCHEMA), "sha256": _digest(made)})
+        said = {"schema": str(SCHEMA), "sha256": _digest(made), "numerics": str(self._numerics)}
+        content = save({"hidden": made}, said)
         part = file.with_name(f".{file.name}.part-{os.getpid()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +100,8 @@ class Shelf:
         return opened.get_slice("hidden")
 
     def _file(self, name: str) -> Path:
-        return self.folder / name[:2] / f"{name}.safetensors"
+        made_by = "" if self._numerics == FIRST else f"-{self._numerics}"
+        return self.folder / name[:2] / f"{name}{made_by}.safetensors"
 
     def _make_room(self, wanted: int) -> None:
         """Remove the least recently used tensors of others until `wanted` bytes more are within the limit.

@@ -9,7 +9,7 @@ from typing import Any
 
 from sartor.agents.book import add_agent, promote_agent
 from sartor.agents.people import presence
-from sartor.core import rows
+from sartor.core import numerics, rows
 from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import ConfigError, GateError
 from sartor.evaluate.beside import beside, likelihoods, write_beside
@@ -86,15 +86,27 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def evaluate(job: Job) -> Mapping[str, Any]:
     """report/ the new adapter against the base; beside.parquet the live version on the same rows; and the held-out ratings."""
     adapter, out = Path(job.work.facts("tune")["adapter"]), job.at("report")
-    if kind_of(out) != "report":
+    made_otherwise = _numerics_difference(out)
+    if made_otherwise:  # the live version answers by this version's arithmetic
+        job.notice(f"{out} is measured anew: made by {made_otherwise}")
+    if made_otherwise or kind_of(out) != "report":
         said = job.live().manifest
         label = open_artifact(Path(job.work.record.live.release) / "report", "report").manifest["label"]
         measure(
             adapter, out=out, scorer=said["primary"], label=label, most_rows=job.rules.gate.rows, notice=job.notice,
+            replace=bool(made_otherwise),
         )  # fmt: skip
     found = beside(adapter, out, job.work.record.live.release, job.notice)
     write_beside(job.at("beside.parquet"), found)
     return {"report": str(out), "metric": found.metric, "rows": len(found.table), **_liked(job, adapter)}
+
+
+def _numerics_difference(report: Path) -> str:
+    """Return in what the arithmetic of a Report differs from this version's; empty if it does not, or if none stands there."""
+    if kind_of(report) != "report":
+        return ""
+    base = open_artifact(report, "report").manifest["base"]
+    return numerics.difference(base.get("numerics"), base["dtype"])
 
 
 def _liked(job: Job, adapter: Path) -> dict[str, Any]:

@@ -2,19 +2,22 @@
 
     OUT.checkpoints/
       update-00000042/
-        checkpoint.json       schema, fingerprint, position, counters, ...; sha256 of the other files; digest of itself
+        checkpoint.json       schema, fingerprint, environment, numerics, position, counters, ...; sha256 of the others;
+                              digest of itself
         state.safetensors     adapter.*  optimizer.*  rng.*
         log.jsonl             the journal up to there
       .update-00000043.part-PID/   a save that a kill cut short: never read, removed by the next run
 
 A save goes to the hidden sibling, is fsynced and renamed. Opening checks schema, digests and shapes, so a truncated or
-changed checkpoint is never gone on from: the one before it is. No pickle anywhere.
+changed checkpoint is never gone on from: the one before it is. No pickle anywhere. One that another arithmetic began
+(core/numerics.py) is refused by name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.metadata
 import json
 import os
 import re
@@ -29,8 +32,9 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
+from sartor.core import numerics
 from sartor.core.artifacts import file_digest, fsync_directory, manifest_id
-from sartor.core.errors import ArtifactError, MissingError
+from sartor.core.errors import ArtifactError, ConfigError, MissingError
 from sartor.models.streamed import write_tensors
 from sartor.tune.recipe import Checkpoints
 
@@ -110,6 +114,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise _invalid(path, f"it cannot be read: {str(error)[:200]}") from None
     return Checkpoint(path, manifest)
+
+
+def check_numerics(checkpoint: Checkpoint, remedy: str) -> None:
+    """Raise ConfigError for a checkpoint that another arithmetic began: going on would not end at its own run's bits.
+
+    remedy: how this run is started over.
+    """
+    environment = checkpoint.manifest.get("environment", {})
+    found = numerics.difference(checkpoint.manifest.get("numerics"), str(environment.get("dtype", "")))
+    if not found:
+        return
+    began, here = environment.get("sartor", ""), importlib.metadata.version("sartor")
+    which = f" ({began})" if began not in ("", here) else ""
+    raise ConfigError(
+        f"the checkpoint {checkpoint.path} was begun by {found}", f"{remedy}; the Sartor that began it{which} can finish it"
+    )
 
 
 def save(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], lines: Sequence[Any]) -> Checkpoint:

@@ -13,7 +13,7 @@ from sartor.core import config, records
 from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact, read_manifest
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.models.base import Base
-from sartor.tune.checkpoint import Found, folder_of, newest
+from sartor.tune.checkpoint import Found, check_numerics, folder_of, newest
 from sartor.tune.recipe import Recipe
 from sartor.tune.tokenised import Rows
 
@@ -52,7 +52,8 @@ def look(out: Path, *, resume: bool, replace: bool, notice: Callable[[str], obje
 def finished(out: Path, found: Found, now: Mapping[str, Any]) -> Artifact | None:
     """The Adapter at `out`, if it is what this run would make. `now`: the run's fingerprint.
 
-    Raises ConfigError when what is found there, the Adapter or the checkpoint, is of another recipe, Dataset or base.
+    Raises ConfigError when what is found there, the Adapter or the checkpoint, is of another recipe, Dataset or base, or
+    when another arithmetic began the checkpoint.
     """
     if kind_of(out) == "adapter":
         standing = open_artifact(out, "adapter")
@@ -65,6 +66,8 @@ def finished(out: Path, found: Found, now: Mapping[str, Any]) -> Artifact | None
     if found.checkpoint and (differing := differences(found.checkpoint.manifest["fingerprint"], now)):
         problem = f"the checkpoint {found.checkpoint.path} is of another run: {'; '.join(differing)}"
         raise ConfigError(problem, "undo the change, or start over with --replace")
+    if found.checkpoint:
+        check_numerics(found.checkpoint, f"start over with --replace, or rm -r {folder_of(out)}")
     return None
 
 

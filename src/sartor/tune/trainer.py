@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, config, licences, lineage
+from sartor.core import catalogue, config, licences, lineage, numerics
 from sartor.core.artifacts import Artifact, open_artifact, write_artifact, writer_lock
 from sartor.core.errors import ConfigError
 from sartor.models import adapters
@@ -64,9 +64,9 @@ def tune(
     uninterrupted run gives, and returns an Adapter that is finished already; `replace` starts over. `prove` first compares
     losses and every gradient of the first update with the plain computation, without shared prefixes and stored activations.
 
-    Raises ConfigError (recipe, taken `out`, a checkpoint of another recipe, Dataset or base), ArtifactError (Dataset),
-    ModelError (base; a loss that is not finite or has exploded; a proof that fails), SourceError (no row that could be
-    learnt from), StoppedError (SIGTERM or Ctrl-C, after a save), MissingError (a full disk).
+    Raises ConfigError (recipe, taken `out`, a checkpoint of another recipe, Dataset, base or arithmetic), ArtifactError
+    (Dataset), ModelError (base; a loss that is not finite or has exploded; a proof that fails), SourceError (no row that
+    could be learnt from), StoppedError (SIGTERM or Ctrl-C, after a save), MissingError (a full disk).
     """
     recipe = load_recipe(recipe)
     out = Path(out).absolute()
@@ -116,7 +116,12 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
         raise refusal.error
     environment = resumption.environment(base)
     replaces = checkpoint.manifest["replaces"] if checkpoint else resumption.standing_id(out) if replace else ""
-    unchanging = {"fingerprint": work.fingerprint, "environment": environment, "replaces": replaces}
+    unchanging = {
+        "fingerprint": work.fingerprint,
+        "environment": environment,
+        "numerics": numerics.numerics(str(base.dtype)),
+        "replaces": replaces,
+    }
     saver = Saver(folder_of(out), recipe.checkpoints, unchanging, checkpoint)
     resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else None
 

@@ -31,7 +31,7 @@ from sartor.core import bases, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
 from sartor.core.errors import InputError, ModelError, RefusedError, SignatureError
 from sartor.evaluate import canary
-from sartor.models.engine.contract import About, Call, Event, adapter_digest
+from sartor.models.engine.contract import About, Call, Event, adapter_digest, numerics_difference
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MOST_SIGNATURE_BYTES = 1 << 16
@@ -94,6 +94,11 @@ class Ground:
                 f"python -c \"from sartor.models.base import open_base; open_base('{found.name}')\"",
             )
         return cls(about, found.path, Path(team.state), Path(team.trust) if team.trust else None)
+
+    def passed(self, checks: Mapping[str, str]) -> dict[str, Any]:
+        """What a copy is to say of the checks that it passed here: on which base, by which arithmetic."""
+        made_by = {name: value for name, value in self.about.made_by.items() if name == "numerics"}
+        return {"base": self.about.base_digest, **made_by, "checks": dict(checks)}
 
 
 @dataclass(frozen=True)
@@ -175,17 +180,24 @@ def admit_by(release: Path | str, ground: Ground, ask: Ask) -> Admitted:
     with _checking("files"), copies.staged(path, ground.state) as part:
         looked = _examine(part, path, ground)
         checks = {**looked.checks, **_values(looked, ground), "canary": _ask(looked, ask)}
-        kept = copies.keep(part, ground.state, looked.found.id, {"base": ground.about.base_digest, "checks": checks})
+        kept = copies.keep(part, ground.state, looked.found.id, ground.passed(checks))
         return looked.admitted(kept, checks)
 
 
 def _readmit(path: Path, ground: Ground, ask: Ask) -> Admitted:
-    """A copy, at a later start: signer, bytes, base, gate and licence anew; the rest only if that base was never passed."""
+    """A copy, at a later start: signer, bytes, base, gate and licence anew; the rest only if it never passed on that base
+    by the arithmetic of this version.
+    """
     looked = _examine(path, path, ground)
     passed = copies.passed(path)
-    if passed.get("base") == ground.about.base_digest and isinstance(passed.get("checks"), dict):
+    is_same_base = passed.get("base") == ground.about.base_digest and isinstance(passed.get("checks"), dict)
+    made_otherwise = numerics_difference({**ground.about.made_by, "numerics": passed.get("numerics")})
+    if is_same_base and not made_otherwise:
         return looked.admitted(path, {**passed["checks"], **looked.checks})
-    return looked.admitted(path, {**looked.checks, **_values(looked, ground), "canary": _ask(looked, ask)})
+    checks = {**looked.checks, **_values(looked, ground), "canary": _ask(looked, ask)}
+    if is_same_base:
+        copies.renew(path, ground.passed(checks))
+    return looked.admitted(path, checks)
 
 
 def look(release: Path | str, ground: Ground) -> Admitted:

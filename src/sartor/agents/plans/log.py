@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sartor.agents.receipt_content import Content, Digest
 from sartor.agents.receipts import team_digest
 from sartor.agents.team import Team
 from sartor.core.errors import ArtifactError, MissingError
+from sartor.models.engine.contract import About
 
 SCHEMA = 1
 DIGITS = 3
@@ -86,23 +87,27 @@ def response_format(schema: str) -> Mapping[str, Any]:
 class PlanLog:
     """Where the runs of one team's plans are written; each process has a file of its own a day. Safe from several threads.
 
-    days: after which a file is removed, as receipts are; 0 keeps it. lost: runs that could not be written.
+    days: after which a file is removed, as receipts are; 0 keeps it. about: the engine that answers; the line of a request
+    states it as receipts do. lost: runs that could not be written.
     """
 
-    def __init__(self, folder: Path, digest: Digest, days: int = 0) -> None:
-        self._files, self._digest = DayFiles(folder, "plans", days), digest
+    def __init__(self, folder: Path, digest: Digest, days: int = 0, about: Callable[[], About] | None = None) -> None:
+        self._files, self._digest, self._about = DayFiles(folder, "plans", days), digest, about
         self.lost = 0
 
     @classmethod
-    def of(cls, team: Team) -> PlanLog:
+    def of(cls, team: Team, about: Callable[[], About]) -> PlanLog:
         """The log of a team, by whose key it digests."""
         state = Path(team.state)
-        return cls(state / "plans", team_digest(state), team.limits.receipts_days)
+        return cls(state / "plans", team_digest(state), team.limits.receipts_days, about)
 
     def write(self, ran: Ran) -> None:
         """Append a run, whole, and see it onto the disk; where that cannot be it is counted."""
         try:
-            data = b"".join(json.dumps(row, ensure_ascii=True).encode() + b"\n" for row in ran.rows(self._digest))
+            rows = ran.rows(self._digest)
+            if self._about is not None:
+                rows[0] |= self._about().made_by
+            data = b"".join(json.dumps(row, ensure_ascii=True).encode() + b"\n" for row in rows)
             self._files.append(data)
         except OSError:
             self.lost += 1

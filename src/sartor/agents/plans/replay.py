@@ -2,7 +2,8 @@
 
 Where the log has the words (`log: content`) they are compared, else the digests, and the words of the request are given. A
 greedy step says the same to the bit on the machine that it was made on, and a sampled one by its seed. What was left out then
-is left out again, so that the steps after it can be compared; time plays no part.
+is left out again, so that the steps after it can be compared; time plays no part. A run that another arithmetic made
+(core/numerics.py) is not made again: where it would differ says nothing of it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from sartor.agents.serve.opening import open_house
 from sartor.agents.team import Team, load
 from sartor.core import config
 from sartor.core.errors import ArtifactError, ConfigError, SartorError, UnavailableError
+from sartor.models.engine.contract import About, numerics_difference
 
 _PATIENCE_S = 3600.0
 _LEFT_OUT = "left out"
@@ -118,12 +120,16 @@ class Kept(PlanLog):
 
 @dataclass(frozen=True)
 class Remaking:
-    """What makes runs again: a team whose plans have time, who answers, and the key of the log's digests."""
+    """What makes runs again: a team whose plans have time, who answers, and the key of the log's digests.
+
+    about: the engine that answers; a log of before logs stated their engine is taken for this one's.
+    """
 
     team: Team
     replies: Replies
     digest: Digest
     messages: Mapping[str, Any] = field(default_factory=dict)
+    about: About | None = None
 
     async def remake(self, rows: Rows) -> Replayed:
         """One run, by its lines. Raises ConfigError for a plan that was declared otherwise, ArtifactError for other words."""
@@ -132,6 +138,9 @@ class Remaking:
         _check_plan(self.team.plans, head[1])
         if ends["outcome"] == "cancelled":
             return Replayed(*head, note="its client left before the end; it was not made again")
+        engine = self.about.made_by["engine"] if self.about else None
+        if found := numerics_difference({"engine": engine, **opens}):
+            return Replayed(*head, note=f"not checked: made by {found}")
         content = Content.of_request(_words(opens, self.messages))
         self._check_words(opens, content)
         log = Kept()
@@ -174,7 +183,7 @@ def replay_plans(
 
 async def _replay(team: Team, runs: Sequence[Rows], asked: Mapping[str, Any]) -> list[Replayed]:
     async with open_house(team) as house:
-        remaking = Remaking(team, house.replies, team_digest(Path(team.state)), asked)
+        remaking = Remaking(team, house.replies, team_digest(Path(team.state)), asked, house.crew.about)
         return [await remaking.remake(rows) for rows in runs]
 
 

@@ -1,4 +1,8 @@
-"""What was fitted, on disk: a file for each agent's part and one for the general prompts. Plain arrays, never pickled."""
+"""What was fitted, on disk: a file for each agent's part and one for the general prompts. Plain arrays, never pickled.
+
+Where the engine's own base made the vectors, a file states by which arithmetic (core/numerics.py): one of another is made
+anew.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +18,25 @@ import numpy as np
 
 from sartor.agents.routing.part import Part, as_arrays, from_arrays
 from sartor.core.errors import ArtifactError
+from sartor.core.numerics import difference, numerics
 from sartor.core.records import digest as digest_of
 
 SCHEMA = 2
 GENERAL = "general"
 
 
-def save_part(folder: Path, encoder: str, part: Part) -> None:
-    """Write one agent's part."""
-    _save(_file(folder, encoder, part.digest), part.digest, as_arrays(part), {"ids": part.ids})
+def save_part(folder: Path, encoder: str, part: Part, dtype: str = "") -> None:
+    """Write one agent's part. dtype: in which Sartor's engine made the encoder's vectors; "" where it did not."""
+    _save(_file(folder, encoder, part.digest), part.digest, as_arrays(part), {"ids": part.ids, **_made_by(dtype)})
 
 
-def open_part(folder: Path, encoder: str, digest: str) -> Part | None:
-    """The part of an agent with these exemplars; None if there is none. Raises ArtifactError for a damaged one."""
+def open_part(folder: Path, encoder: str, digest: str, dtype: str = "") -> Part | None:
+    """The part of an agent with these exemplars; None if there is none, or of another arithmetic in `dtype`.
+
+    Raises ArtifactError for a damaged one.
+    """
     file = _file(folder, encoder, digest)
-    found = _open(file, digest)
+    found = _open(file, digest, dtype)
     if found is None:
         return None
     arrays, said = found
@@ -38,14 +46,14 @@ def open_part(folder: Path, encoder: str, digest: str) -> Part | None:
         raise _damaged(file, error) from None
 
 
-def save_vectors(folder: Path, encoder: str, digest: str, vectors: Any) -> None:
-    """Write an encoder's vectors of the general prompts."""
-    _save(_file(folder, encoder, GENERAL), digest, {"vectors": vectors}, {})
+def save_vectors(folder: Path, encoder: str, digest: str, vectors: Any, dtype: str = "") -> None:
+    """Write an encoder's vectors of the general prompts. dtype: as in `save_part`."""
+    _save(_file(folder, encoder, GENERAL), digest, {"vectors": vectors}, _made_by(dtype))
 
 
-def open_vectors(folder: Path, encoder: str, digest: str) -> Any:
-    """These; None if there are none of this digest. Raises ArtifactError for damaged ones."""
-    found = _open(_file(folder, encoder, GENERAL), digest)
+def open_vectors(folder: Path, encoder: str, digest: str, dtype: str = "") -> Any:
+    """These; None if there are none of this digest and arithmetic. Raises ArtifactError for damaged ones."""
+    found = _open(_file(folder, encoder, GENERAL), digest, dtype)
     return None if found is None else found[0].get("vectors")
 
 
@@ -82,7 +90,11 @@ def _save(file: Path, digest: str, arrays: Mapping[str, Any], said: Mapping[str,
         part.unlink(missing_ok=True)
 
 
-def _open(file: Path, digest: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def _made_by(dtype: str) -> dict[str, Any]:
+    return {"dtype": dtype, "numerics": numerics(dtype)} if dtype else {}
+
+
+def _open(file: Path, digest: str, dtype: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
     if not file.is_file():
         return None
     try:
@@ -90,7 +102,8 @@ def _open(file: Path, digest: str) -> tuple[dict[str, Any], dict[str, Any]] | No
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
             found = dict(arrays)
         said = json.loads(found.pop("said").tobytes())
-        return (found, said) if (said["schema"], said["digest"]) == (SCHEMA, digest) else None
+        is_current = not dtype or not difference(said.get("numerics"), str(said.get("dtype", dtype)))
+        return (found, said) if is_current and (said["schema"], said["digest"]) == (SCHEMA, digest) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise _damaged(file, error) from None
 

@@ -86,7 +86,7 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
         stack.callback(book.close)
         copies.sweep(Path(team.state))
         admit = _admission(team, crew)
-        router = AutoRouter(crew, team.router, Path(team.state), crew.about.kind)
+        router = AutoRouter(crew, team.router, Path(team.state), crew.about.kind, crew.about.dtype)
         stack.push_async_callback(router.close)
         dispatch = Dispatch(team, crew, registry, _told(admit, Path(team.state), tell), router=router, receipts=book)
         await dispatch.start()
@@ -97,7 +97,7 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
         await box.start()
         dispatch.offers = box.declared
         tooled = Tooled(dispatch, box, team)
-        plans = Plans(team, tooled, PlanLog.of(team), receipts=book, known=lambda: dispatch.served.agents)
+        plans = Plans(team, tooled, PlanLog.of(team, lambda: crew.about), receipts=book, known=lambda: dispatch.served.agents)
         stack.push_async_callback(plans.close)
         yield House(
             replies=plans,

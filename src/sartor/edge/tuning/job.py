@@ -10,6 +10,8 @@ from typing import Any
 from sartor.core.errors import ConfigError
 from sartor.tune.part import Part
 
+# What a device computes in, whatever its base is stored as
+DTYPE = "float32"
 STORES = ("fp32", "bf16")
 FACTORS = ("A", "B", "AB")
 

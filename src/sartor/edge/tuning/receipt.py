@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from sartor.core.artifacts import file_digest
 from sartor.core.errors import ArtifactError, SignatureError
+from sartor.core.numerics import FIRST
 from sartor.core.signing import check_said, signature_of
 from sartor.edge.files import write_whole
 from sartor.edge.tuning.limits import Usage
@@ -41,7 +42,10 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Receipt:
-    """See the module's text. plan: the predicted peak of the last attempt, by what is held. adapter: {file: sha256}."""
+    """See the module's text. plan: the predicted peak of the last attempt, by what is held. adapter: {file: sha256}.
+
+    numerics: of the arithmetic of the last attempt (core/numerics.py).
+    """
 
     schema: int
     base: dict[str, str]
@@ -53,6 +57,7 @@ class Receipt:
     adapter: dict[str, str]
     outcome: Outcome
     reason: str
+    numerics: int = FIRST
 
     @property
     def document(self) -> bytes:

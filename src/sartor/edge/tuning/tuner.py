@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from sartor.core import config
 from sartor.core.bases import BaseRef
 from sartor.core.errors import BudgetError, ConfigError, ModelError, SartorError
+from sartor.core.numerics import numerics
 from sartor.edge.files import write_whole
-from sartor.edge.tuning.job import Job, read_job
+from sartor.edge.tuning.job import DTYPE, Job, read_job
 from sartor.edge.tuning.learning import DeviceRun, ZerothRun
 from sartor.edge.tuning.llama import ATTENTION, MLP, MappedLlama
 from sartor.edge.tuning.tokens import read_tokens
@@ -34,7 +35,7 @@ from sartor.models.forward import Fast
 from sartor.models.path import FastPath, Wish
 from sartor.models.path import Path as LossPath
 from sartor.models.streamed import write_tensors
-from sartor.tune.checkpoint import Saver, newest
+from sartor.tune.checkpoint import Saver, check_numerics, newest
 from sartor.tune.journal import Journal
 from sartor.tune.recipe import Lora, Recipe
 from sartor.tune.run import Resolved
@@ -74,12 +75,15 @@ def tune(job: Job, *, show: bool = False) -> dict[str, Any]:
     if job.start:
         load_factors(model, Path(job.start))
     model.learn(job.top, job.share.factors)
-    ground = Ground(BaseRef(job.name, Path(job.base), job.digest, job.licence), torch.device("cpu"), torch.float32)
+    ground = Ground(BaseRef(job.name, Path(job.base), job.digest, job.licence), torch.device("cpu"), getattr(torch, DTYPE))
     checkpoint = newest(out / "checkpoints").checkpoint
+    if checkpoint:
+        check_numerics(checkpoint, f"start over with rm -r {out / 'checkpoints'}")
     # a number is the plan's, and a run that goes on smaller has another than before
     is_open = recipe.compute.micro_batch_tokens == "auto"
     resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint and is_open else None
-    saver = Saver(out / "checkpoints", recipe.checkpoints, {}, checkpoint)
+    unchanging = {"environment": {"dtype": DTYPE}, "numerics": numerics(DTYPE)}
+    saver = Saver(out / "checkpoints", recipe.checkpoints, unchanging, checkpoint)
     so_far = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
     with Journal(out / "log.jsonl", show=show, **so_far) as journal:
         kind = ZerothRun if job.zeroth else DeviceRun

@@ -22,9 +22,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sartor.core import errors
 from sartor.core.errors import ArtifactError, BudgetError, SartorError, SignatureError
+from sartor.core.numerics import numerics
 from sartor.core.signing import open_private
 from sartor.edge.tuning import limits
-from sartor.edge.tuning.job import Job
+from sartor.edge.tuning.job import DTYPE, Job
 from sartor.edge.tuning.limits import Limits, Usage
 from sartor.edge.tuning.plan import Plan, Planner, Rung
 from sartor.edge.tuning.receipt import SCHEMA, Attempt, Outcome, Receipt, digests, verify_receipt
@@ -200,6 +201,7 @@ class Ladder:
             digests(self.out) if outcome == "done" else {},
             outcome,
             reason,
+            numerics(DTYPE),
         )
         receipt.write(self.out, self.key)
         return receipt

@@ -7,7 +7,9 @@ and a callable of the device's program. Each line of a file:
     {"messages": [{"role": "user", "content": "..."}], "expected": {"json": {"intent": "HassTurnOn"}}}
     {"prompt": "...", "expected": {"contains": "..."}}
 
-What went wrong is said by line and kind, never by content: prompts of a device are its owner's.
+What went wrong is said by line and kind, never by content: prompts of a device are its owner's. Canaries whose replies
+another arithmetic made (core/numerics.py) have to be answered and are compared with nothing: that is no reason against the
+version.
 """
 
 from __future__ import annotations
@@ -58,12 +60,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found. `reasons`: each begins with a word for its kind; empty: it passed."""
+    """What a check found. `reasons`: each begins with a word for its kind; empty: it passed.
+
+    not_checked: why the release's own replies were not compared; empty where they were, or where it has none.
+    """
 
     asked: int
     reasons: tuple[str, ...] = ()
     peak_memory_bytes: int = 0
     wall_s: float = 0.0
+    not_checked: str = ""
 
     @property
     def passed(self) -> bool:
@@ -107,7 +113,7 @@ class Health:
         reasons = [*_judged(shipped, events[: len(shipped.calls)]), *self._told(events[len(shipped.calls) :])]
         if self.evaluation and not reasons and (wrong := self._evaluated(release)):
             reasons.append(f"evaluation: {wrong}")
-        return Result(len(calls), tuple(reasons), used.peak_bytes, used.wall_s)
+        return Result(len(calls), tuple(reasons), used.peak_bytes, used.wall_s, shipped.not_checked)
 
     def _told(self, events: Sequence[Sequence[Event]]) -> list[str]:
         wrong = [

@@ -114,7 +114,7 @@ def coordinate(
         if resume and (standing := resumption.finished(out, Found(), now)):
             notice(f"{out} is finished: nothing is left to do")
             return Simulated(standing)
-        check_same(folder, now)
+        check_same(folder, now, str(people.resident.dtype))
         lead, began = _prepared(setting, options, people, out.name), time.monotonic()
         watch = Watch(lead, folder / "lead.yaml", options.link, options.patience_s, notice)
         with run_to_the_end(watch) as journal:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, config, licences, records
+from sartor.core import catalogue, config, licences, numerics, records
 from sartor.core.artifacts import Artifact, check_free, kind_of, write_artifact, writer_lock
 from sartor.core.errors import ConfigError
 from sartor.federate.aggregate.tensors import Tensors
@@ -101,7 +101,7 @@ def simulate(
             notice(f"{out} is finished: no round is left to do")
         else:
             setting = _setting(recipe, people, folder, list(devices.values()))
-            check_same(folder, now)
+            check_same(folder, now, str(people.resident.dtype))
             adapter = _run(setting, people, out, replace=replace, notice=notice)
             shutil.rmtree(folder, ignore_errors=True)
         if personal is None:
@@ -176,17 +176,24 @@ def _fingerprint(recipe: FederateRecipe, people: Clients) -> dict[str, Any]:
     }
 
 
-def check_same(folder: Path, now: Mapping[str, Any]) -> None:
-    """Raise ConfigError where the journals in `folder` are of another run; write down whose they are."""
+def check_same(folder: Path, now: Mapping[str, Any], dtype: str) -> None:
+    """Raise ConfigError where the journals in `folder` are of another run or arithmetic; write down whose they are.
+
+    dtype: what the base computes in here; and there, where journals of before do not state it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / _FINGERPRINT
     if file.exists():
-        if differing := resumption.differences(json.loads(file.read_text(encoding="utf-8")), now):
+        was = json.loads(file.read_text(encoding="utf-8"))
+        if differing := resumption.differences(was, now):
             problem = f"the rounds in {folder} are of another run: {'; '.join(differing)}"
             raise ConfigError(problem, "undo the change, or start over with --replace")
+        if found := numerics.difference(was.get("numerics"), was.get("dtype", dtype)):
+            problem = f"the rounds in {folder} were begun by {found}"
+            raise ConfigError(problem, "start over with --replace; the Sartor that began them can finish them")
         return
     part = file.with_suffix(".part")
-    part.write_bytes(records.canonical(now))
+    part.write_bytes(records.canonical({**now, "dtype": dtype.removeprefix("torch."), "numerics": numerics.numerics(dtype)}))
     part.rename(file)
 
 

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from sartor.core import records
+from sartor.core import numerics, records
 from sartor.models.sampling import Sampling
 
 BASE = ""
+LOCAL = "local"
 # Beside an adapter that reads media (models/composed.py, which loads torch)
 PROJECTORS = "projectors.safetensors"
 Finish = Literal["stop", "length", "cancelled"]
@@ -136,6 +137,23 @@ class About:
     rows: int
     dtype: str = ""
     device: str = ""
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """What a record of a reply states of the computation. Only Sartor's own engine has `numerics`."""
+        engine = {"kind": self.kind, "dtype": self.dtype, "device": self.device}
+        return {"engine": engine, **({"numerics": numerics.numerics(self.dtype)} if self.kind == LOCAL else {})}
+
+
+def numerics_difference(record: Mapping[str, Any]) -> str:
+    """Return in what the arithmetic that made a reply is another than this version's, from what `About.made_by` said.
+
+    Empty if it is the same, and for an engine that is not Sartor's: what that computes with is not known here.
+    """
+    engine = record.get("engine")
+    if not isinstance(engine, Mapping) or engine.get("kind") != LOCAL:
+        return ""
+    return numerics.difference(record.get("numerics"), str(engine.get("dtype", "")))
 
 
 class Engine(Protocol):

@@ -20,7 +20,7 @@ import torch
 from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError, SartorError
 from sartor.models.base import Base, open_base
 from sartor.models.engine.blocks import Run, Scores
-from sartor.models.engine.contract import BASE, About, Call, Done, Event, Failed, Vector
+from sartor.models.engine.contract import BASE, LOCAL, About, Call, Done, Event, Failed, Vector
 from sartor.models.engine.native_blocks import open_blocks
 from sartor.models.engine.pages import PAGE_TOKENS, Pages
 from sartor.models.engine.parts import kinds_in
@@ -50,7 +50,7 @@ class LocalEngine:
         self._blocks = open_blocks(base.model, self._pages.total, context)
         bits = base.as_manifest()
         self._about = About(
-            "local", base.ref.name, base.ref.digest, base.chat.template_digest, context, rows, bits["dtype"], str(base.device)
+            LOCAL, base.ref.name, base.ref.digest, base.chat.template_digest, context, rows, bits["dtype"], str(base.device)
         )
         self._numbers = itertools.count(1)
         self._adapters = {BASE: 0}

@@ -1,0 +1,69 @@
+"""A retrain that was killed under another arithmetic measures its new version anew before it compares it with the live one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sartor.core.artifacts import write_artifact
+from sartor.evaluate.beside import Beside
+from sartor.retrain import stages
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the Report was to be replaced, each time that it was made."""
+    found: list[bool] = []
+
+    def measure(adapter: Path, *, out: Path, replace: bool, **_: Any) -> None:
+        found.append(replace)
+        report(out, replace=replace, dtype="bfloat16", numerics=2)
+
+    monkeypatch.setattr(stages, "measure", measure)
+    monkeypatch.setattr(stages, "beside", lambda *_: Beside("f1", []))
+    monkeypatch.setattr(stages, "write_beside", lambda *_: None)
+    monkeypatch.setattr(stages, "_liked", lambda *_: {})
+    return found
+
+
+def report(out: Path, *, replace: bool = False, **base: Any) -> None:
+    facts: Mapping[str, Any] = {"base": base, "label": ""}
+    write_artifact(out, "report", lambda part: facts, replace=replace)
+
+
+def job(tmp_path: Path, notices: list[str]) -> Any:
+    report(tmp_path / "live" / "report", dtype="bfloat16", numerics=2)
+    work = SimpleNamespace(
+        facts=lambda stage: {"adapter": "a"}, record=SimpleNamespace(live=SimpleNamespace(release=tmp_path / "live"))
+    )
+    rules = SimpleNamespace(gate=SimpleNamespace(rows=8))
+    live = SimpleNamespace(manifest={"primary": "f1"})
+    return SimpleNamespace(work=work, at=tmp_path.joinpath, live=lambda: live, rules=rules, notice=notices.append)
+
+
+@pytest.mark.parametrize(
+    ("base", "is_replaced"),
+    [
+        ({"dtype": "float32"}, False),
+        ({"dtype": "bfloat16", "numerics": 2}, False),
+        ({"dtype": "bfloat16"}, True),
+        ({"dtype": "bfloat16", "numerics": 3}, True),
+    ],
+)
+def test_a_report_of_another_arithmetic_is_made_anew(
+    base: dict[str, Any], is_replaced: bool, tmp_path: Path, measured: list[bool]
+) -> None:
+    report(tmp_path / "report", **base)
+    notices: list[str] = []
+    assert stages.evaluate(job(tmp_path, notices))["metric"] == "f1"
+    assert measured == ([True] if is_replaced else [])
+    assert bool([line for line in notices if "measured anew: made by numerics" in line]) == is_replaced
+
+
+def test_where_none_stands_it_is_made(tmp_path: Path, measured: list[bool]) -> None:
+    stages.evaluate(job(tmp_path, []))
+    assert measured == [False]
