@@ -17,6 +17,7 @@ import torch
 import tiny
 from sartor.models import adapters, batches, general, kernels, paths, widened
 from sartor.models.base import open_base
+from sartor.models.composed import compose
 from sartor.models.batches import Encoded
 from sartor.models.engine.blocks import Angles, Blocks
 from sartor.models.engine.factors import Pair
@@ -24,6 +25,7 @@ from sartor.models.forward import Fast
 from sartor.models.kernels.eager import Eager
 from sartor.models.linear import LoraLinear, MappedLinear, Projection
 from sartor.tune import recipe
+from seeing import Fake, picture, said
 
 N, D, OUTS, R = 256, 64, (64, 32, 32), 4
 CPU = torch.device("cpu")
@@ -305,3 +307,22 @@ def test_peft_layer_calls_its_factors_where_hooks_wait_for_them() -> None:
     hook.remove()
     layer(torch.randn(5, 64).bfloat16())
     assert heard == [(3, R)]
+
+
+def test_composed_base_with_pictures_and_sound_takes_the_fast_path_in_bf16(tmp_path: Path) -> None:
+    base = open_base(str(tiny.write_base(tmp_path / "base", tie_word_embeddings=False)), bits=16, device=CPU)
+    base.model.lm_head.weight.data *= 400  # both ways then round by tenths of a nat
+    base = compose(base, {"image": Fake(), "audio": Fake("audio", stack=4)})
+    model = small_lora(base.model, size=0.05).eval()
+    rows = [
+        base.chat.encode(said(picture(4 + number, f"a{number}", kind), "what colour is the sky", reply="the sky is blue"))
+        for number in range(8)
+        for kind in ("image", "audio")
+    ]
+    features = [part.clone() for part in base.model.get_input_embeddings().parameters()]
+    plain = general.row_losses(model, rows, CPU).detach()
+    right = general._fp32_losses(model, rows, CPU)
+    assert right is not None and general._root_mean_square(plain - right) > 0.25
+    assert paths.choose(model, rows, CPU).name == "fast"
+    after = base.model.get_input_embeddings().parameters()
+    assert all(torch.equal(now, before) for now, before in zip(after, features, strict=True))

@@ -28,9 +28,11 @@ def in_fp32(model: Any) -> Iterator[None]:
     A parameter of a module that is not linear is replaced while that module computes, and given back afterwards, also when
     it raised.
     """
+    embedding = model.get_input_embeddings()
+    embedded = {id(module) for module in embedding.modules()}  # towers and their caches among them: they stay as they are
     narrow: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors that are wide now, and what they held
     forwards: list[tuple[Any, Any]] = []
-    hooks = [model.get_input_embeddings().register_forward_hook(lambda module, given, made: _wide(made))]
+    hooks = [embedding.register_forward_hook(lambda module, given, made: _wide(made))]
 
     def widen(module: Any, given: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         for tensor in _own_tensors(module):
@@ -47,8 +49,8 @@ def in_fp32(model: Any) -> Iterator[None]:
 
     try:
         for module in model.modules():
-            if isinstance(module, torch.nn.Embedding):
-                continue  # a row that is looked up is widened afterwards
+            if id(module) in embedded or isinstance(module, torch.nn.Embedding):
+                continue  # what is looked up is widened afterwards
             if quantised.is_quantised(module) or type(module) is torch.nn.Linear:
                 forwards.append((module, module.__dict__.get("forward")))
                 module.forward = MethodType(_linear_in_fp32, module)
