@@ -7,7 +7,6 @@ to a value that stands on the grid already.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import torch
 import tiny
 from sartor.models import adapters, batches, general, kernels, paths, widened
 from sartor.models.base import open_base
-from sartor.models.composed import compose
 from sartor.models.batches import Encoded
+from sartor.models.composed import compose
 from sartor.models.engine.blocks import Angles, Blocks
 from sartor.models.engine.factors import Pair
 from sartor.models.forward import Fast
@@ -186,7 +185,6 @@ def torch_blocks(model: Any) -> Blocks:
 
 def test_torch_serving_keeps_the_term_of_each_row_in_bf16() -> None:
     model = wide_model()
-    weight = model.model.layers[0].mlp.down_proj.weight.detach().clone()
     blocks = torch_blocks(model)
     torch.manual_seed(3)
     pair = Pair(torch.randn(R, 128) / 8, torch.randn(64, R) * 2e-5, 4.0)
@@ -201,9 +199,8 @@ def test_torch_serving_keeps_the_term_of_each_row_in_bf16() -> None:
         base = blocks._product(3, x, lambda site, y, x: None)
         assert torch.equal(y[1::2], base[1::2])  # rows of the base have the bits that they have alone
         gaps.append((y - base)[::2])
-        terms.append((4.0 * (x[::2].double() @ pair.a.double().T) @ pair.b.double().T))
+        terms.append(4.0 * (x[::2].double() @ pair.a.double().T) @ pair.b.double().T)
     assert 0.8 < effect(torch.cat(gaps), torch.zeros(320, 64), torch.cat(terms)) < 1.2
-    assert weight.dtype == torch.bfloat16
 
 
 def loud_model() -> Any:
@@ -276,11 +273,6 @@ def test_bits_32_asks_for_fp32_where_auto_means_bf16(tiny_base: Path, monkeypatc
     loaded = recipe.load({"base": {"name": str(tiny_base), "bits": 32}, "data": {"path": "rows"}})
     assert open_base(loaded.base.name, bits=loaded.base.bits, device=CPU).dtype == torch.float32
     assert open_base(loaded.base.name, bits="auto", device=CPU).dtype == torch.bfloat16
-
-
-def relative_gap(losses: Callable[[], torch.Tensor], right: torch.Tensor) -> float:
-    with torch.no_grad():
-        return float((losses() - right).abs().mean())
 
 
 def test_bf16_losses_of_both_paths_follow_the_adapter() -> None:
