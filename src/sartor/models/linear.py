@@ -190,9 +190,7 @@ class Projection:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def input_gradient(
-        self, dy: torch.Tensor, lowered: torch.Tensor | None, kept: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def input_gradient(self, dy: torch.Tensor, lowered: torch.Tensor | None, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Return dx (N, D) = dy W + lowered A, the second term times `kept` (N, D) if there was a dropout."""
         if lowered is None:
             return dy @ self.weight()

@@ -28,44 +28,59 @@ def in_fp32(model: Any) -> Iterator[None]:
     A parameter of a module that is not linear is replaced while that module computes, and given back afterwards, also when
     it raised.
     """
-    narrow: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors that are wide now, and what they held
-    forwards: list[tuple[Any, Any]] = []
-    hooks = [model.get_input_embeddings().register_forward_hook(lambda module, given, made: _wide(made))]
-
-    def widen(module: Any, given: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        for tensor in _own_tensors(module):
-            narrow.append((tensor, tensor.data))
-            tensor.data = tensor.data.float()
-        return _wide(given), _wide(named)
-
-    def give_back(module: Any, given: Any, made: Any) -> None:
-        for tensor in _own_tensors(module, narrowed=False):
-            held = [entry for entry in narrow if entry[0] is tensor]
-            if held:
-                tensor.data = held[-1][1]
-                narrow.remove(held[-1])
-
+    embedding = model.get_input_embeddings()
+    embedded = {id(module) for module in embedding.modules()}  # towers and their caches among them: they stay as they are
+    swap = _Swap()
+    # what is looked up is widened afterwards
+    hooks = [embedding.register_forward_hook(lambda module, given, made: _wide(made))]
+    linears: list[tuple[Any, Any]] = []  # modules, and the forwards that stood on themselves
     try:
         for module in model.modules():
-            if isinstance(module, torch.nn.Embedding):
-                continue  # a row that is looked up is widened afterwards
+            if id(module) in embedded or isinstance(module, torch.nn.Embedding):
+                continue
             if quantised.is_quantised(module) or type(module) is torch.nn.Linear:
-                forwards.append((module, module.__dict__.get("forward")))
+                linears.append((module, module.__dict__.get("forward")))
                 module.forward = MethodType(_linear_in_fp32, module)
             elif any(True for _ in _own_tensors(module)):
-                hooks.append(module.register_forward_pre_hook(widen, with_kwargs=True))
-                hooks.append(module.register_forward_hook(give_back))
+                hooks.append(module.register_forward_pre_hook(swap.widen, with_kwargs=True))
+                hooks.append(module.register_forward_hook(swap.give_back))
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for module, before in forwards:
-            if before is None:
-                del module.forward
-            else:
+        for module, before in linears:
+            del module.forward
+            if before is not None:
                 module.forward = before
-        for tensor, before in reversed(narrow):
+        swap.give_all_back()
+
+
+class _Swap:
+    """Parameters and buffers that are wide now, and what they held before, the latest last."""
+
+    def __init__(self) -> None:
+        self._narrow: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def widen(self, module: Any, given: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Widen a module's own tensors and its inputs, before it computes."""
+        for tensor in _own_tensors(module):
+            self._narrow.append((tensor, tensor.data))
+            tensor.data = tensor.data.float()
+        return _wide(given), _wide(named)
+
+    def give_back(self, module: Any, given: Any, made: Any) -> None:
+        """Give a module's own tensors back what they held, after it has computed."""
+        own = {id(tensor) for tensor in _own_tensors(module, narrowed=False)}
+        for tensor, before in self._narrow:
+            if id(tensor) in own:
+                tensor.data = before
+        self._narrow = [entry for entry in self._narrow if id(entry[0]) not in own]
+
+    def give_all_back(self) -> None:
+        """Give every tensor back what it held, also those of a module that raised."""
+        for tensor, before in reversed(self._narrow):
             tensor.data = before
+        self._narrow = []
 
 
 def _own_tensors(module: Any, *, narrowed: bool = True) -> Iterator[torch.Tensor]:
