@@ -95,6 +95,12 @@ class MediaError(SourceError):
         return type(self), (self.reason, self.problem, self.remedy)
 
 
+class TemplateMarkupError(SourceError):
+    """A reply spells a model's markup (`<|im_end|>`) in its text, and cannot be read into fields."""
+
+    reason = "template_markup"
+
+
 class ArtifactError(InputError):
     """A Dataset, Adapter, Report or Release is tampered with, truncated or of another kind."""
 

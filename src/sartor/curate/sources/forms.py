@@ -16,6 +16,8 @@ from datetime import UTC, date, datetime
 from pathlib import PurePath
 from typing import Any, cast
 
+from sartor.core import reply_markup
+from sartor.core.errors import TemplateMarkupError
 from sartor.core.records import ROLES, Example, Message, Origin, Part, PartKind
 from sartor.curate.sources.faults import Malformed
 from sartor.curate.sources.formats import kind_of
@@ -77,7 +79,7 @@ def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
     group = row.get("group")
     if group is not None and not isinstance(group, (str, int)):
         raise Malformed("bad_field", f"`group` is a {type(group).__name__}, not text")
-    return Example(
+    example = Example(
         messages=messages,
         origins=_marked(row, replace(origin, date=date_of(row)[0] or origin.date)),
         group="" if group is None else str(group),
@@ -86,6 +88,10 @@ def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
         tools=_json_text(row.get("tools"), "tools"),
         rating=_rating(row) if found in ("rated", "messages") else 0.0,
     )
+    try:
+        return reply_markup.read_example(example)
+    except TemplateMarkupError as error:
+        raise Malformed(error.reason, error.problem) from None
 
 
 def _marked(row: Mapping[str, Any], origin: Origin) -> tuple[Origin, ...]:
@@ -284,9 +290,9 @@ def _turn(turn: Any, place: int, media: Media) -> Message:
     content = turn.get("content")
     if content is None and not calls:
         raise Malformed("missing_content", f"turn {place} ({role}) has no content")
-    said = {key: turn.get(key) or "" for key in ("name", "tool_call_id")}
+    said = {key: turn.get(key) or "" for key in ("name", "tool_call_id", "reasoning_content")}
     if not all(isinstance(value, str) for value in said.values()):
-        raise Malformed("bad_field", f"`name` or `tool_call_id` of turn {place} is not text")
+        raise Malformed("bad_field", f"`name`, `tool_call_id` or `reasoning_content` of turn {place} is not text")
     return Message(role, tuple(_parts(content, place, media)), tool_calls=calls, **said)
 
 
