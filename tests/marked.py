@@ -171,5 +171,5 @@ FAMILIES = {
     "llama 2, roles in plain text": Family(
         prepending, LLAMA_2, ("<s>", "</s>"), eos="</s>", takes_system=False, takes_tools=False
     ),
-    "no template": Family(byte_level, None, ("<|endoftext|>",), eos="<|endoftext|>"),
+    "no template": Family(byte_level, None, ("<|endoftext|>",), eos="<|endoftext|>", takes_tools=False),
 }  # fmt: skip

@@ -27,7 +27,20 @@ TEXTS = [
 ]  # fmt: skip
 CALL = json.dumps([{"id": "123456789", "type": "function", "function": {"name": "light", "arguments": {"room": "hall < é"}}}])
 TOOLS = json.dumps([{"type": "function", "function": {"name": "light", "description": "a < b", "parameters": {"type": "object"}}}])
-GOLDEN = {}
+GOLDEN = {
+    "chatml, byte level": "0da504fde39c5b98",
+    "chatml, a space put first": "08a2e2ff3e5a5e7e",
+    "chatml, words normalised": "1513df2bf3885742",
+    "chatml, words of the vocabulary": "60fe63f8ba4962e2",
+    "chatml without tools": "12f66e533afb815f",
+    "llama 3": "2d2846a62f561ea0",
+    "gemma": "55567d48ecb96140",
+    "mistral, word mark first": "fe78444e61cca187",
+    "mistral, word marks put before": "d180dce20a8959f2",
+    "mistral, byte level": "d323b7a8eb83c092",
+    "llama 2, roles in plain text": "7cff25c3a9d56858",
+    "no template": "da9654df13624ee6",
+}
 
 
 def conversations(family: Family) -> Iterator[Example]:

@@ -16,10 +16,8 @@ from datetime import UTC, date, datetime
 from pathlib import PurePath
 from typing import Any, cast
 
-from sartor.core import reply_markup
-from sartor.core.errors import TemplateMarkupError
 from sartor.core.records import ROLES, Example, Message, Origin, Part, PartKind
-from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.faults import Malformed, with_fields
 from sartor.curate.sources.formats import kind_of
 from sartor.curate.sources.placeholders import asked, placed
 
@@ -88,10 +86,7 @@ def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
         tools=_json_text(row.get("tools"), "tools"),
         rating=_rating(row) if found in ("rated", "messages") else 0.0,
     )
-    try:
-        return reply_markup.read_example(example)
-    except TemplateMarkupError as error:
-        raise Malformed(error.reason, error.problem) from None
+    return with_fields(example)
 
 
 def _marked(row: Mapping[str, Any], origin: Origin) -> tuple[Origin, ...]:
