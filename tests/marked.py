@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sartor.models.chat import Chat
 
-WORDS = "the sky is blue what colour system user assistant tool call think name arguments model im start end INST it on".split()
+_WORDS = "the sky is blue what colour system user assistant tool call think name arguments model im start end INST it on"
+WORDS = _WORDS.split()
 # Qwen's, cut to what matters: tools, calls, results, and reasoning that it looks for in the content as well
 CHATML = (
     "{% if tools %}{{ '<|im_start|>system\\n' }}{% if messages[0].role == 'system' %}{{ messages[0].content + '\\n\\n' }}"
@@ -24,7 +25,7 @@ CHATML = (
     "{% set said = said.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
     "{{ '<|im_start|>assistant\\n' }}{% if thought %}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}{{ said }}"
     "{% for call in m.tool_calls or [] %}{% if loop.index0 or said %}{{ '\\n' }}{% endif %}"
-    "{{ '<tool_call>\\n{\"name\": \"' + call.function.name + '\", \"arguments\": ' }}"
+    '{{ \'<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
     "{{ call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}"
     "{{ '}\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% elif m.role == 'tool' %}"
     "{{ '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' }}{% endif %}{% endfor %}"
@@ -54,7 +55,7 @@ MISTRAL = (
     "{% if m.role == 'system' %}{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}"
     "{% elif m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}"
     "{% elif m.role == 'tool' %}{{ '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' }}"
-    "{% elif m.tool_calls %}[TOOL_CALLS][{% for call in m.tool_calls %}{{ '{\"name\": \"' + call.function.name "
+    '{% elif m.tool_calls %}[TOOL_CALLS][{% for call in m.tool_calls %}{{ \'{"name": "\' + call.function.name '
     "+ '\", \"arguments\": ' + (call.function.arguments | tojson) + '}' }}{% endfor %}]</s>"
     "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
 )

@@ -26,7 +26,9 @@ TEXTS = [
     "\\ue002\\ue004", "\\n \\u003c", "mail me at <a@b.org> or <http://c.org/>", "1 << 2 >> 3 <= 4 <=> 5", "<0x0A> ▁ ▁▁ x",
 ]  # fmt: skip
 CALL = json.dumps([{"id": "123456789", "type": "function", "function": {"name": "light", "arguments": {"room": "hall < é"}}}])
-TOOLS = json.dumps([{"type": "function", "function": {"name": "light", "description": "a < b", "parameters": {"type": "object"}}}])
+TOOLS = json.dumps(
+    [{"type": "function", "function": {"name": "light", "description": "a < b", "parameters": {"type": "object"}}}]
+)
 GOLDEN = {
     "chatml, byte level": "0da504fde39c5b98",
     "chatml, a space put first": "08a2e2ff3e5a5e7e",

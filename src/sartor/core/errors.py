@@ -4,7 +4,8 @@
     |-- ConfigError                  2    a recipe, flag or output path is wrong
     |-- InputError                   3    something that was read cannot be used
     |   |-- SourceError                   ... a file or row of training data
-    |   |   `-- MediaError                  ... a picture or a recording
+    |   |   |-- MediaError                  ... a picture or a recording
+    |   |   `-- TemplateMarkupError         ... a reply that spells control tokens
     |   |-- ArtifactError                 ... a Dataset, Adapter, Report or Release: tampered, truncated, foreign
     |   |-- ModelError                    ... a base, tokenizer or adapter weights
     |   |-- RequestError                  ... what a client asks a served team for

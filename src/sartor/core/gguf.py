@@ -45,7 +45,10 @@ def is_gguf(file: Path) -> bool:
 
 
 def read_head(file: Path, arrays: Collection[str] = ()) -> Head:
-    """The head of `file`; `arrays` are the keys of those that are kept. Raises ModelError where it is cut, is of another version, or says sizes that cannot be."""
+    """The head of `file`. arrays: keys of the arrays that are kept.
+
+    Raises ModelError where it is cut, is of another version, or says sizes that cannot be.
+    """
     try:
         with file.open("rb") as stream:
             return _head(stream, arrays)

@@ -99,7 +99,9 @@ def _read_reply(message: Message, spelt: Spelt) -> Message:
 
 def _unreadable(found: str, why: str) -> TemplateMarkupError:
     problem = f"a reply spells {found!r}, which a chat template writes, and cannot be read into fields: {why}"
-    return TemplateMarkupError(problem, "put calls into `tool_calls`, reasoning into `reasoning_content`, and take the rest out")
+    return TemplateMarkupError(
+        problem, "put calls into `tool_calls`, reasoning into `reasoning_content`, and take the rest out"
+    )
 
 
 def _reasoning(text: str) -> tuple[str, str]:
@@ -136,7 +138,12 @@ def _tagged(text: str) -> list[str]:
 def _is_call(call: Any) -> bool:
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
         return False
-    return isinstance(call.get("arguments", call.get("parameters")), dict) and set(call) <= {"name", "arguments", "parameters", "id"}
+    return isinstance(call.get("arguments", call.get("parameters")), dict) and set(call) <= {
+        "name",
+        "arguments",
+        "parameters",
+        "id",
+    }
 
 
 def _as_openai(call: dict[str, Any], number: int) -> dict[str, Any]:

@@ -42,7 +42,11 @@ class Asked:
     @property
     def is_plain(self) -> bool:
         """Whether roles and texts are all of it: no tools, which each runtime writes in its own way, and no markup."""
-        return not self.tools and not self.spells_markup and not any(one.tool_calls or one.tool_call_id or one.name for one in self.messages)
+        return (
+            not self.tools
+            and not self.spells_markup
+            and not any(one.tool_calls or one.tool_call_id or one.name for one in self.messages)
+        )
 
     def as_json(self) -> list[dict[str, Any]]:
         """The conversation in OpenAI's form."""

@@ -1,4 +1,4 @@
-"""Messages as a chat template is given them: markup in their content taken apart, fields it has no form for put into the text."""
+"""Messages as a chat template is given them: markup in their content is taken apart, fields without a form go into the text."""
 
 from __future__ import annotations
 
@@ -81,11 +81,25 @@ def calls_as_text(tool_calls: str, *, ascii_only: bool = True) -> str:
     try:
         calls = [call["function"] for call in json.loads(tool_calls)]
         said = [
-            json.dumps({"name": call["name"], "arguments": call.get("arguments", {})}, ensure_ascii=ascii_only) for call in calls
+            json.dumps({"name": call["name"], "arguments": call.get("arguments", {})}, ensure_ascii=ascii_only)
+            for call in calls
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"tool_calls has another form than OpenAI's: {error!r}", "send tool_calls as they were replied") from None
+        raise SourceError(
+            f"tool_calls has another form than OpenAI's: {error!r}", "send tool_calls as they were replied"
+        ) from None
     return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in said)
+
+
+def reply_text(message: Message) -> str:
+    """Return the text of a reply with its tool calls, as most templates write them; without those of another form."""
+    if not message.tool_calls:
+        return message.text
+    try:
+        calls = calls_as_text(message.tool_calls, ascii_only=False)
+    except SourceError:
+        return message.text
+    return f"{message.text}\n{calls}" if message.text else calls
 
 
 def with_content(message: Message, content: Any) -> dict[str, Any]:

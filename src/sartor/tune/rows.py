@@ -21,8 +21,9 @@ from sartor.tune.tokenised import Rows, flat
 def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat, rehearsal: Artifact | None = None) -> Rows:
     """The Dataset's rows as tokens, as the recipe's objective learns them; and of `rehearsal` the training rows.
 
-    Markup of the base in a reply is read into fields. A row whose reply cannot be read, that is too long, refused by the template or without a supervised token, or of whose bad reply the objective learns
-    nothing, is left out and counted. Raises SourceError when nothing is left to learn from.
+    Markup of the base in a reply is read into fields. A row whose reply cannot be read so, that is too long, refused by the
+    template or without a supervised token, or of whose bad reply the objective learns nothing, is left out and counted.
+    Raises SourceError when nothing is left to learn from.
     """
     data = Rows()
     examples = _hold_out(list(rows.read_examples(dataset)), recipe.data, recipe.seed)
