@@ -30,7 +30,7 @@ from sartor.core import bases
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.models.batches import Encoded
-from sartor.models.markup import Markup, Opened
+from sartor.models.markup import Markup, Opened, has_marks
 from sartor.models.markup_probe import Probed, probe
 from sartor.models.media import Media
 from sartor.models.pieces import Piece, pieces_of
@@ -182,7 +182,8 @@ class Chat:
             spans[-1] = replace(spans[-1], end=len(text))
         seen = self.seen(example.messages, folder)
         opened = self.markup.opened(text)
-        spans = [Span(opened.position(span.start), opened.position(span.end)) for span in spans]
+        if opened.text is not text:
+            spans = [Span(opened.position(span.start), opened.position(span.end)) for span in spans]
         ids, learnt = self._align(opened, spans, seen)
         _check_media(ids, seen)
         self._check(opened.text, spans, ids, learnt)
@@ -312,6 +313,8 @@ class Chat:
 
         Raises SourceError for content that spells markup where the tokenizer cannot be made to read it as text.
         """
+        if not seen and not has_marks(text):
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         opened = self.markup.opened(text)
         if not seen and not opened.cuts:
             return list(self.tokenizer(opened.text, add_special_tokens=False)["input_ids"])

@@ -90,14 +90,19 @@ class Markup:
         self._any = re.compile(_alternation(spelt), flags)
         # a look ahead, so that pieces that overlap are all found
         self._each = re.compile(f"(?=({_alternation(spelt)}))", flags)
-        self._initial = re.compile(f"[{re.escape(''.join({text[0] for text in spelt}))}]" if spelt else r"(?!)", flags)
+        initials = re.escape("".join({text[0] for text in spelt}))
+        # most texts hold none of the characters with which a mark or a piece of markup begins
+        self._needs_look = re.compile("" if fold or composes else f"[{_PRIVATE}\\\\{initials}]", flags)
+        self._initial = re.compile(f"[{initials}]" if spelt else r"(?!)", flags)
 
     def spelt(self, text: str) -> list[str]:
         """Return the pieces of markup that a text spells, in order."""
         return [text[start:end] for start, end in self._places(text)]
 
     def shield(self, text: str) -> str:
-        """Return content as it is rendered: with a BREAK in each piece of markup. Other text comes back unchanged."""
+        """Return content as it is rendered: with a BREAK in each piece of markup. Other text comes back as the very same."""
+        if not self._needs_look.search(text):
+            return text
         if _PRIVATE in text:
             text = text.replace(_PRIVATE, _LITERAL)
         breaks = {start + 1 for start, _ in self._places(text)} | self._unfinished(text)
@@ -122,7 +127,7 @@ class Markup:
 
     def opened(self, rendering: str) -> Opened:
         """Return a rendering without marks, and where content must be cut."""
-        if _PRIVATE not in rendering and _ESCAPED not in rendering:
+        if not has_marks(rendering):
             return Opened(rendering)
         parts, length, done, breaks, moves = [], 0, 0, [], [(0, 0)]
         for code in _CODE.finditer(rendering):
@@ -170,6 +175,11 @@ class Markup:
                 return {end}
             first = match.end()
         return set()
+
+
+def has_marks(rendering: str) -> bool:
+    """Return whether a rendering may hold private marks, as characters or spelt out."""
+    return _PRIVATE in rendering or _ESCAPED in rendering
 
 
 def is_markup(token: str, *, special: bool) -> bool:

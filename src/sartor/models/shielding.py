@@ -29,6 +29,9 @@ def shield_json(markup: Markup, text: str) -> str:
 
 
 def _shielded(markup: Markup, message: Message) -> Message:
+    has_fields = message.name or message.tool_calls or message.tool_call_id or message.reasoning_content
+    if not has_fields and all(markup.shield(part.text) is part.text for part in message.content):
+        return message
     fields: dict[str, Any] = {
         "content": tuple(_shielded_part(markup, part) for part in message.content),
         "name": markup.shield(message.name),
@@ -52,6 +55,8 @@ def in_text(messages: Sequence[Message], *, calls: bool, reasoning: bool) -> lis
 
     Of calls only those that were read from a text (`core/reply_markup.py`) go back there.
     """
+    if not any(message.reasoning_content or message.tool_calls for message in messages):
+        return list(messages)
     return [_in_text(message, calls, reasoning) for message in messages]
 
 
