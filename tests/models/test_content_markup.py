@@ -102,7 +102,7 @@ def test_content_holds_no_markup_and_reads_back(name: str) -> None:
     structure = marks(chat, chat.prompt_ids(*conversation(family, ["a"] * 4)))
 
     @given(texts=st.lists(text_of(family), min_size=4, max_size=4))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None)
     def check(texts: list[str]) -> None:
         messages, tools = conversation(family, texts)
         ids = chat.prompt_ids(messages, tools)
@@ -120,7 +120,7 @@ def test_content_tokens_are_those_of_the_text(name: str) -> None:
     chat = FAMILIES[name].chat()
 
     @given(text=text_of(FAMILIES[name]))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None)
     def check(text: str) -> None:
         ids = chat.content_tokens(text)
         assert not marks(chat, ids)
