@@ -81,7 +81,12 @@ class InputError(SartorError):
 
 
 class SourceError(InputError):
-    """A file or row of training data cannot be used (only raised where a Drop would not do, or under `--strict`)."""
+    """A file or row of training data cannot be used (only raised where a Drop would not do, or under `--strict`).
+
+    reason: the word under which a Drop counts it; empty where it has none of its own.
+    """
+
+    reason: str = ""
 
 
 class MediaError(SourceError):

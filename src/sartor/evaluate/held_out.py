@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sartor.core import lineage, reply_markup, rows
 from sartor.core.artifacts import Artifact
-from sartor.core.errors import ArtifactError, ConfigError, MediaError, SourceError, TemplateMarkupError
+from sartor.core.errors import ArtifactError, ConfigError, SourceError
 from sartor.core.records import Drop, Example
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import read_all
@@ -122,8 +122,7 @@ def refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple[str
         if not example.is_document:
             tokens = max(tokens, len(base.chat.prompt_ids(example.prompt, example.tools, folder)) + limit)
     except SourceError as error:
-        has_reason = isinstance(error, MediaError | TemplateMarkupError)
-        return (error.reason if has_reason else "template"), error.problem
+        return error.reason or "template", error.problem
     context = context_tokens(base.model)
     if context and tokens > context:
         return "too_long", f"a row of {tokens} tokens with its reply; the model has {context} positions"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sartor.core import bases, lineage
+from sartor.core import bases, gguf, lineage
 from sartor.core.artifacts import kind_of
 from sartor.core.verb import load
 
@@ -40,5 +40,5 @@ def _is_base(name: str) -> bool:
     if path.is_dir():
         return kind_of(path) is None and (path / "config.json").is_file()
     if path.is_file():
-        return bases.gguf.is_gguf(path)
+        return gguf.is_gguf(path)
     return name in (bases.STARTER, bases.WHISPER)

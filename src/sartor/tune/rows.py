@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from sartor.core import reply_markup, rows
 from sartor.core.artifacts import Artifact
-from sartor.core.errors import MediaError, SourceError, TemplateMarkupError
+from sartor.core.errors import SourceError
 from sartor.core.holdout import held_out_groups
 from sartor.core.records import Example
 from sartor.models.batches import Encoded
@@ -64,9 +64,7 @@ def _read(
             example = reply_markup.read_example(example, chat.markup.spelt, keep_id=True)
             learnt = lessons.encode(example, recipe.objective, chat, dataset.path)
         except SourceError as error:
-            has_reason = isinstance(error, MediaError | TemplateMarkupError)
-            reason = error.reason if has_reason else f"template: {error.problem[:120]}"
-            data.leave_out(reason, example.id)
+            data.leave_out(error.reason or f"template: {error.problem[:120]}", example.id)
             continue
         sequences = flat(row for row, _ in learnt)
         data.lengths += [len(row.ids) for row in sequences]
