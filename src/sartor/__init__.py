@@ -65,7 +65,7 @@ _NAMES = {
     "federate_keygen": "sartor.federate.enrolment:keygen",
     "federate_simulate": "sartor.federate.tuning.simulation:simulate",
     "index": "sartor.core.catalogue:index",
-    "inspect": "sartor.core.lineage:inspect",
+    "inspect": "sartor.models.inspecting:inspect",
     "install": "sartor.core.assets:install",
     "keygen": "sartor.core.signing:keygen",
     "list_agents": "sartor.agents.book:list_agents",

@@ -113,10 +113,10 @@ def rethreshold(path: Path, *, threshold: float, out: Path, replace: REPLACE = F
 
 @app.command
 def inspect(path: Path, *, example: str = "") -> Any:
-    """What an artefact is, its licence, and the walk back to its sources; or one row of a Dataset.
+    """What an artefact is, its licence, and the walk back to its sources; one row of a Dataset; or a base and its markup.
 
     Args:
-        path: the artefact
+        path: the artefact; or a base (`starter`, a directory, a GGUF file): which tokens no text of a user can spell
         example: id of a row: its origins, what it was made from, the steps that changed it, its duplicates
     """
     return sartor.inspect(path, example=example)

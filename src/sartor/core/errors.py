@@ -4,7 +4,8 @@
     |-- ConfigError                  2    a recipe, flag or output path is wrong
     |-- InputError                   3    something that was read cannot be used
     |   |-- SourceError                   ... a file or row of training data
-    |   |   `-- MediaError                  ... a picture or a recording
+    |   |   |-- MediaError                  ... a picture or a recording
+    |   |   `-- TemplateMarkupError         ... a reply that spells control tokens
     |   |-- ArtifactError                 ... a Dataset, Adapter, Report or Release: tampered, truncated, foreign
     |   |-- ModelError                    ... a base, tokenizer or adapter weights
     |   |-- RequestError                  ... what a client asks a served team for
@@ -80,7 +81,12 @@ class InputError(SartorError):
 
 
 class SourceError(InputError):
-    """A file or row of training data cannot be used (only raised where a Drop would not do, or under `--strict`)."""
+    """A file or row of training data cannot be used (only raised where a Drop would not do, or under `--strict`).
+
+    reason: the word under which a Drop counts it; empty where it has none of its own.
+    """
+
+    reason: str = ""
 
 
 class MediaError(SourceError):
@@ -93,6 +99,12 @@ class MediaError(SourceError):
     def __reduce__(self) -> tuple[Any, ...]:
         """See SartorError."""
         return type(self), (self.reason, self.problem, self.remedy)
+
+
+class TemplateMarkupError(SourceError):
+    """A reply spells a model's markup (`<|im_end|>`) in its text, and cannot be read into fields."""
+
+    reason = "template_markup"
 
 
 class ArtifactError(InputError):

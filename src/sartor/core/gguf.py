@@ -7,7 +7,8 @@ metadata pairs, the pairs, then per tensor its name, shape, type and offset.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +23,14 @@ _LONGEST = 1 << 26  # bytes of a text, items of an array: more is no file that a
 
 @dataclass(frozen=True)
 class Head:
-    """`metadata`: texts and numbers by key, arrays left out. `matrices`: ggml types of the tensors of two or more axes."""
+    """`metadata`: texts and numbers by key. `matrices`: ggml types of the tensors of two or more axes.
+
+    arrays: those that were asked for, by key.
+    """
 
     metadata: dict[str, Any]
     matrices: frozenset[int]
+    arrays: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def is_rounded(self) -> bool:
@@ -39,27 +44,32 @@ def is_gguf(file: Path) -> bool:
         return stream.read(len(MAGIC)) == MAGIC
 
 
-def read_head(file: Path) -> Head:
-    """The head of `file`. Raises ModelError where it is cut, is of another version, or says sizes that cannot be."""
+def read_head(file: Path, arrays: Collection[str] = ()) -> Head:
+    """The head of `file`. arrays: keys of the arrays that are kept.
+
+    Raises ModelError where it is cut, is of another version, or says sizes that cannot be.
+    """
     try:
         with file.open("rb") as stream:
-            return _head(stream)
+            return _head(stream, arrays)
     except (EOFError, ValueError, OverflowError, MemoryError, UnicodeDecodeError) as error:
         raise ModelError(f"{file} is no whole GGUF file: {error}", "get the file again, and compare its sha256") from None
 
 
-def _head(stream: BinaryIO) -> Head:
+def _head(stream: BinaryIO, arrays: Collection[str]) -> Head:
     if stream.read(len(MAGIC)) != MAGIC:
         raise ValueError("it does not begin with GGUF")
     version = _number(stream, "I")
     if version not in (2, 3):
         raise ValueError(f"its version is {version}, and 2 and 3 are read")
     tensors, pairs = _number(stream, "Q"), _number(stream, "Q")
-    metadata = {}
+    metadata, kept = {}, {}
     for _ in range(pairs):
         key = _text(stream)
-        value = _value(stream, _number(stream, "I"))
-        if value is not None:
+        value = _value(stream, _number(stream, "I"), keep=key in arrays)
+        if isinstance(value, list):
+            kept[key] = value
+        elif value is not None:
             metadata[key] = value
     matrices = set()
     for _ in range(tensors):
@@ -73,7 +83,7 @@ def _head(stream: BinaryIO) -> Head:
         _number(stream, "Q")
         if axes > 1:
             matrices.add(kind)
-    return Head(metadata, frozenset(matrices))
+    return Head(metadata, frozenset(matrices), kept)
 
 
 def _bytes(stream: BinaryIO, count: int) -> bytes:
@@ -93,20 +103,21 @@ def _text(stream: BinaryIO) -> str:
     return _bytes(stream, _number(stream, "Q")).decode()
 
 
-def _value(stream: BinaryIO, kind: int) -> Any:
-    """One value of metadata; None for an array, which is passed over."""
+def _value(stream: BinaryIO, kind: int, *, keep: bool = False) -> Any:
+    """One value of metadata; None for an array, which is passed over unless it is to be kept."""
     if kind == _STRING:
         return _text(stream)
     if kind == _ARRAY:
         of, count = _number(stream, "I"), _number(stream, "Q")
         if of in _SCALARS:
-            _bytes(stream, count * struct.calcsize(f"<{_SCALARS[of]}"))
-            return None
+            content = _bytes(stream, count * struct.calcsize(f"<{_SCALARS[of]}"))
+            return list(struct.unpack(f"<{count}{_SCALARS[of]}", content)) if keep else None
         if count > _LONGEST:
             raise ValueError(f"an array of {count} items")
-        for _ in range(count):
+        values = [_value(stream, of) for _ in range(count)] if keep else None
+        for _ in range(0 if keep else count):
             _value(stream, of)
-        return None
+        return values
     if kind not in _SCALARS:
         raise ValueError(f"metadata of the unknown type {kind}")
     return _number(stream, _SCALARS[kind])

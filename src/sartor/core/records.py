@@ -58,13 +58,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `tool_calls` is the JSON text of OpenAI's list, kept as text since its arguments have no fixed form."""
+    """One turn. `tool_calls` is the JSON text of OpenAI's list, kept as text since its arguments have no fixed form.
+
+    reasoning_content: what an assistant wrote before its reply, for templates that have a place for it.
+    """
 
     role: str
     content: tuple[Part, ...]
     name: str = ""
     tool_calls: str = ""
     tool_call_id: str = ""
+    reasoning_content: str = ""
 
     @classmethod
     def of(cls, role: str, text: str) -> Message:
@@ -78,7 +82,12 @@ class Message:
 
     def plain(self) -> dict[str, Any]:
         """The OpenAI message with content parts; empty fields are left out."""
-        said = {"name": self.name, "tool_calls": self.tool_calls, "tool_call_id": self.tool_call_id}
+        said = {
+            "name": self.name,
+            "tool_calls": self.tool_calls,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning_content,
+        }
         parts = [part.plain() for part in self.content]
         return {"role": self.role, "content": parts, **{key: value for key, value in said.items() if value}}
 

@@ -28,6 +28,7 @@ _MESSAGE = pa.struct(
         ("name", pa.string()),
         ("tool_calls", pa.string()),
         ("tool_call_id", pa.string()),
+        ("reasoning_content", pa.string()),
     ]
 )
 _ORIGIN = pa.struct(
@@ -173,4 +174,6 @@ def _message_of(row: dict[str, Any]) -> Message:
         kind = cast(PartKind, part["type"])
         body = part[kind] or ""
         parts.append(Part(kind, text=body) if kind == "text" else Part(kind, media=body))
-    return Message(row["role"], tuple(parts), row["name"] or "", row["tool_calls"] or "", row["tool_call_id"] or "")
+    # an older Dataset has no reasoning
+    said = (row.get(key) or "" for key in ("name", "tool_calls", "tool_call_id", "reasoning_content"))
+    return Message(row["role"], tuple(parts), *said)

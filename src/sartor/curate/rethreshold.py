@@ -237,4 +237,9 @@ def _group(row: Example) -> str:
 def _read(dataset: Artifact, folder: str) -> Any:
     """All of a Dataset's tables of a kind as one; an empty one where there is none."""
     files = sorted((dataset.path / folder).glob("*.parquet"))
-    return pa.concat_tables(pq.read_table(file) for file in files) if files else finish.SET_ASIDE.empty_table()
+    if not files:
+        return finish.SET_ASIDE.empty_table()
+    table = pa.concat_tables(pq.read_table(file) for file in files)
+    # messages of an older Dataset have fewer fields; columns stay as they are
+    fields = [rows.EXAMPLES.field(name) if name in rows.EXAMPLES.names else table.field(name) for name in table.column_names]
+    return table.cast(pa.schema(fields)) if "messages" in table.column_names else table

@@ -23,6 +23,7 @@ from sartor.models.media import blank
 from sartor.models.native.media import is_native
 from sartor.models.path import Wish
 from sartor.models.sampling import Sampling
+from sartor.models.shielding import reply_text
 
 # A reply may be this much longer than the longest reference before it is cut (and then it is wrong anyway)
 SPARE_TOKENS = 8
@@ -41,7 +42,7 @@ def side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
 
 def reply_limit(base: Base, examples: Sequence[Example]) -> int:
     """Tokens after which a reply to any of these rows is cut."""
-    longest = max(len(base.chat.tokenizer(example.reply)["input_ids"]) for example in examples)
+    longest = max(len(base.chat.tokenizer(reply_text(example.messages[-1]))["input_ids"]) for example in examples)
     return min(longest + SPARE_TOKENS, MOST_REPLY_TOKENS)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sartor.core import lineage, rows
+from sartor.core import lineage, reply_markup, rows
 from sartor.core.artifacts import Artifact
-from sartor.core.errors import ArtifactError, ConfigError, MediaError, SourceError
+from sartor.core.errors import ArtifactError, ConfigError, SourceError
 from sartor.core.records import Drop, Example
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import read_all
@@ -117,11 +117,12 @@ def fitting(base: Base, rows: HeldOut, limit: int) -> HeldOut:
 def refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple[str, str]:
     """(reason, problem) why a row cannot be asked; both empty where it can. limit: tokens of the reply."""
     try:
+        reply_markup.read_example(example, base.chat.markup.spelt)
         tokens = len(base.chat.encode(example, folder).ids)
         if not example.is_document:
             tokens = max(tokens, len(base.chat.prompt_ids(example.prompt, example.tools, folder)) + limit)
     except SourceError as error:
-        return (error.reason if isinstance(error, MediaError) else "template"), error.problem
+        return error.reason or "template", error.problem
     context = context_tokens(base.model)
     if context and tokens > context:
         return "too_long", f"a row of {tokens} tokens with its reply; the model has {context} positions"

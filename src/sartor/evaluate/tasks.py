@@ -33,6 +33,7 @@ from sartor.evaluate.measures import NAMES, Measures, Side
 from sartor.evaluate.pictures import thumbnails
 from sartor.models import adapters, composed
 from sartor.models.base import Base, open_base
+from sartor.models.shielding import reply_text
 
 Notice = Callable[[str], object]
 # Up to this median length of the references an exact match is the natural metric, above it the overlap of words
@@ -157,7 +158,12 @@ def _measures(asked: HeldOut, label: str) -> Measures:
         for place, row in enumerate(asked.examples)
         if any(part.kind == "audio" for part in media_of(row)) and not is_json(row.reply)
     ]
-    return Measures([row.reply for row in asked.examples], [row.group for row in asked.examples], label, transcripts=heard)
+    return Measures(
+        [reply_text(row.messages[-1]) for row in asked.examples],
+        [row.group for row in asked.examples],
+        label,
+        transcripts=heard,
+    )
 
 
 def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name: str = "") -> tuple[Base, Any]:

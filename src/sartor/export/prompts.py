@@ -36,11 +36,17 @@ class Asked:
     tools: str
     ids: tuple[int, ...]
     source: str
+    # other runtimes read markup that a text spells as markup
+    spells_markup: bool = False
 
     @property
     def is_plain(self) -> bool:
-        """Whether roles and texts are all of it: no tools, which each runtime writes in its own way."""
-        return not self.tools and not any(one.tool_calls or one.tool_call_id or one.name for one in self.messages)
+        """Whether roles and texts are all of it: no tools, which each runtime writes in its own way, and no markup."""
+        return (
+            not self.tools
+            and not self.spells_markup
+            and not any(one.tool_calls or one.tool_call_id or one.name for one in self.messages)
+        )
 
     def as_json(self) -> list[dict[str, Any]]:
         """The conversation in OpenAI's form."""
@@ -58,7 +64,8 @@ def choose(release: Artifact, chat: Chat, count: int = LEAST) -> list[Asked]:
             ids = tuple(chat.prompt_ids(messages, tools))
         except SourceError:
             continue
-        found.setdefault(ids, Asked(tuple(messages), tools, ids, source))
+        spells = any(chat.markup.spelt(message.text) for message in messages)
+        found.setdefault(ids, Asked(tuple(messages), tools, ids, source, spells))
     return list(found.values())
 
 

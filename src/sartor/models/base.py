@@ -14,6 +14,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -102,18 +103,30 @@ def open_base(
     model = _load(ref.path, config, kind, bits, device).requires_grad_(False).eval()
     if kind is transformers.AutoModelForCausalLM:
         return Base(ref, model, open_chat(ref.path, model.generation_config), device)
-    return _native(ref, model, device)
+    return _with_media(ref, model, _native_chat(ref, model), device)
 
 
-def _native(ref: bases.BaseRef, model: Any, device: torch.device) -> Base:
-    """A base that reads media by itself."""
+def read_chat(ref: bases.BaseRef) -> Chat:
+    """The tokenizer and template of a base whose weights are not read. Raises what `open_base` does for them."""
+    if ref.is_converted:
+        convert(ref)
+    config, generation = _config(ref.path), None
+    if (ref.path / "generation_config.json").is_file():
+        with quiet():
+            generation = transformers.GenerationConfig.from_pretrained(str(ref.path), local_files_only=True)
+    if opening.kind_of(ref.path, config) is transformers.AutoModelForCausalLM:
+        return open_chat(ref.path, generation)
+    return _native_chat(ref, SimpleNamespace(config=config, generation_config=generation))
+
+
+def _native_chat(ref: bases.BaseRef, model: Any) -> Chat:
+    """Of a base that reads media by itself. model: what says its `config` and `generation_config`."""
     processor, stops = opening.open_processor(ref.path, model.config), _stops(model.generation_config)
     if opening.is_whisper(model.config):
-        hearing = whisper.WhisperMedia(processor.feature_extractor, model)
-        return _with_media(ref, model, whisper.WhisperChat(processor.tokenizer, hearing, stops), device)
+        return whisper.WhisperChat(processor.tokenizer, whisper.WhisperMedia(processor.feature_extractor, model), stops)
     if processor.chat_template:  # older ones have it in a file of the processor's alone
         processor.tokenizer.chat_template = processor.chat_template
-    return _with_media(ref, model, NativeChat(processor.tokenizer, NativeMedia(processor, model), stops), device)
+    return NativeChat(processor.tokenizer, NativeMedia(processor, model), stops)
 
 
 def _with_media(ref: bases.BaseRef, model: Any, chat: Chat, device: torch.device) -> Base:

@@ -8,6 +8,8 @@ the template writes between the generation prompt and the end of the turn is wha
 
 An image or a recording is rendered as a mark that no text may hold, and the mark becomes the media's own token ids: they are
 whole or absent, and count what the media has (`media.py`).
+
+Content is shielded before it is rendered: what spells the base's own markup is tokenised as text (`markup.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ from sartor.core import bases
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.models.batches import Encoded
+from sartor.models.markup import Markup, Opened, has_marks
+from sartor.models.markup_probe import Probed, probe
 from sartor.models.media import Media
+from sartor.models.pieces import Piece, pieces_of
+from sartor.models.shielding import in_text, shield_json, shield_messages, with_content
 
 # For bases without a chat template. Plain words, so that any tokenizer can write it; the turn ends with eos.
 PLAIN_TEMPLATE = (
@@ -70,6 +76,7 @@ class Chat:
         self.stops = sorted(ends | ({turn_end} if turn_end is not None else set()))
         self.pad = self._pad()
         self.media: Media | None = None
+        self.probed: Probed = probe(self)
 
     def seeing(self, media: Media) -> Chat:
         """The same for a base that reads `media` too."""
@@ -87,10 +94,36 @@ class Chat:
         """sha256 of the template in use: what a Release binds to."""
         return bases.template_digest(self.template)
 
+    @property
+    def markup(self) -> Markup:
+        """The tokens that no content holds."""
+        return self.probed.markup
+
     def render(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
         """The text that the template writes. `reply_next` adds the prompt for the assistant's turn.
 
         Raises SourceError when the template refuses the messages (Gemma's refuses a system message, for one).
+        """
+        text = self.write(self.shielded(messages), tools=self.shielded_json(tools), reply_next=reply_next)
+        return self.markup.opened(text).text
+
+    def shielded(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages whose markup is taken apart, for `write`. Those that spell none are the very same."""
+        return shield_messages(self.markup, messages)
+
+    def shielded_json(self, text: str) -> str:
+        """JSON text with every text in it shielded; what is no JSON is for `write` to refuse."""
+        return shield_json(self.markup, text)
+
+    def in_text(self, messages: Sequence[Message]) -> list[Message]:
+        """Shielded messages with the fields that the template does not write in the text of the reply, as Sartor reads them."""
+        probed = self.probed
+        return in_text(messages, calls=not probed.writes_calls, reasoning=not probed.writes_reasoning)
+
+    def write(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
+        """The template's text of messages and tools that are shielded, with the marks of `markup.py` in it.
+
+        Raises SourceError as `render` does.
         """
         try:
             return str(
@@ -110,7 +143,8 @@ class Chat:
 
     def prompt_ids(self, messages: Sequence[Message], tools: str = "", folder: Path | None = None) -> list[int]:
         """Token ids of a conversation, ready for the reply. folder: below which its media lie."""
-        return self.tokens(self.render(messages, tools=tools, reply_next=True), self.seen(messages, folder))
+        shown = self.in_text(self.shielded(messages))
+        return self.tokens(self.write(shown, tools=self.shielded_json(tools), reply_next=True), self.seen(messages, folder))
 
     def seen(self, messages: Sequence[Message], folder: Path | None = None) -> Seen:
         """The token ids of each media part of a conversation, in order. Raises SourceError for what cannot be read."""
@@ -134,25 +168,34 @@ class Chat:
         its place cannot be found.
         """
         if example.is_document:
-            text = example.messages[0].text
-            ids = self.tokens(text)
+            ids = self.content_tokens(example.messages[0].text)
             # bos, where the tokenizer has one of its own, opens a document as it did in pretraining
             first = [self.tokenizer.bos_token_id] if self._opens_with_bos() else []
             ids = [*first, *ids, self.tokenizer.eos_token_id]
             return Encoded(ids, [True] * len(ids), example.id, example.weight)
-        text = self.render(example.messages, tools=example.tools)
-        spans = [
-            self._span(example, place, text) for place, message in enumerate(example.messages) if message.role == "assistant"
-        ]
+        shown = self._shown(example)
+        text = self.write(shown.messages, tools=shown.tools)
+        spans = [self._span(shown, place, text) for place, message in enumerate(shown.messages) if message.role == "assistant"]
         if spans and not self._ends_in_stop(text[: spans[-1].end]):
             # the template writes no end-of-turn: without one the model would never learn to stop
             text = text[: spans[-1].end] + self.tokenizer.eos_token
             spans[-1] = replace(spans[-1], end=len(text))
         seen = self.seen(example.messages, folder)
-        ids, learnt = self._align(text, spans, seen)
+        opened = self.markup.opened(text)
+        if opened.text is not text:
+            spans = [Span(opened.position(span.start), opened.position(span.end)) for span in spans]
+        ids, learnt = self._align(opened, spans, seen)
         _check_media(ids, seen)
-        self._check(text, spans, ids, learnt)
+        self._check(opened.text, spans, ids, learnt)
         return Encoded(ids, learnt, example.id, example.weight)
+
+    def _shown(self, example: Example) -> Example:
+        """The Example as the template is given it."""
+        messages = tuple(self.in_text(self.shielded(example.messages)))
+        tools = self.shielded_json(example.tools)
+        if messages == example.messages and tools == example.tools:
+            return example
+        return replace(example, messages=messages, tools=tools)
 
     def _span(self, example: Example, place: int, text: str) -> Span:
         """Which characters of `text` the assistant turn at `place` has to learn."""
@@ -162,8 +205,8 @@ class Chat:
             return self._span_of_calls(example, place, text)
         sentinel = _SENTINEL.format(place)
         messages[place] = replace(message, content=(Part("text", sentinel),))
-        before, found, after = self.render(messages, tools=example.tools).partition(sentinel)
-        prompt = self.render(messages[:place], tools=example.tools, reply_next=True) if place else before
+        before, found, after = self.write(messages, tools=example.tools).partition(sentinel)
+        prompt = self.write(messages[:place], tools=example.tools, reply_next=True) if place else before
         # From the generation prompt on, where the rendering has it: what the template writes after it (a thinking block,
         # say) must be produced too. Else from the content on: templates may render a past turn otherwise than a new one.
         start = next((len(opening) for opening in (prompt, before) if text.startswith(opening)), -1)
@@ -176,8 +219,8 @@ class Chat:
         return Span(start, end + self._turn_tail(after))
 
     def _span_of_calls(self, example: Example, place: int, text: str) -> Span:
-        prompt = self.render(example.messages[:place], tools=example.tools, reply_next=True)
-        whole = self.render(example.messages[: place + 1], tools=example.tools)
+        prompt = self.write(example.messages[:place], tools=example.tools, reply_next=True)
+        whole = self.write(example.messages[: place + 1], tools=example.tools)
         if not (text.startswith(whole) and whole.startswith(prompt)):
             raise SourceError("the chat template rewrites a turn of tool calls", "use a base whose template supports tools")
         return Span(len(prompt), len(whole.rstrip("\n")))
@@ -194,17 +237,18 @@ class Chat:
     def _ends_in_stop(self, text: str) -> bool:
         return any(text.endswith(self.tokenizer.convert_ids_to_tokens(stop)) for stop in self.stops)
 
-    def _align(self, text: str, spans: Sequence[Span], seen: Seen) -> tuple[list[int], list[bool]]:
-        """Tokens of `text`, cut at the start of every span, and whether each lies inside one.
+    def _align(self, opened: Opened, spans: Sequence[Span], seen: Seen) -> tuple[list[int], list[bool]]:
+        """Tokens of a text, cut at the start of every span, and whether each lies inside one.
 
         The cut is where generation will begin, so what stands before it is tokenised as the prompt alone would be: a token
         that ran across the cut in training, or that the prompt's end spells otherwise, could never be met again.
         """
         if not self.tokenizer.is_fast:
             raise ModelError("the tokenizer gives no character offsets", "use a base with a tokenizer.json")
-        coded, done = self._coded(text, seen), 0
+        text, cuts = opened.text, opened.cuts
+        coded, done = self._coded(text, seen, cuts), 0
         for span in spans:
-            before = [piece for piece in self._coded(text[: span.start], seen) if piece[1] >= done]
+            before = [piece for piece in self._coded(text[: span.start], seen, cuts) if piece[1] >= done]
             if not before or before[0][1] > done:  # no border there: what stands between the replies is left as it is
                 before = [piece for piece in coded if done <= piece[1] and piece[2] <= span.start]
             end = max((piece[2] for piece in coded if piece[1] < span.start < piece[2]), default=span.start)
@@ -214,13 +258,13 @@ class Chat:
         learnt = [any(span.start < end and start < span.end for span in spans) for _, start, end in coded]
         return [token for token, _, _ in coded], learnt
 
-    def _coded(self, text: str, seen: Seen) -> list[tuple[int, int, int]]:
+    def _coded(self, text: str, seen: Seen, cuts: Sequence[int] = ()) -> list[Piece]:
         """(token, start, end) of a text, without gaps: some tokenizers leave white space out of a token's characters.
 
         Each mark becomes the ids of its media. Raises SourceError unless the text holds every mark once, in order, as far as
         it goes: a template that leaves a part out, or says it twice, would have the model see other media than the row has.
         """
-        pieces: list[tuple[int, int, int]] = []
+        pieces: list[Piece] = []
         reached, marks = 0, self.marks(text, seen)
         ends = [*(mark.start() for mark in marks), len(text)]
         for place, end in enumerate(ends):
@@ -228,7 +272,8 @@ class Chat:
             if place:
                 pieces += [(token, reached, begin) for token in seen[place - 1]]
                 reached = begin
-            for token, start, stop in self._pieces(text[begin:end], is_first=not place):
+            within = [cut - begin for cut in cuts if begin < cut < end]
+            for token, start, stop in pieces_of(self.tokenizer, text[begin:end], within, is_first=not place):
                 pieces.append((token, min(begin + start, reached), begin + stop))
                 reached = begin + stop
         return pieces
@@ -242,19 +287,11 @@ class Chat:
             raise SourceError(problem, "use a base whose template writes every part once")
         return marks
 
-    def _pieces(self, text: str, *, is_first: bool) -> list[tuple[int, int, int]]:
-        """(token, start, end) as the tokenizer gives them. Behind a media no tokenizer adds its opening space."""
-        opening = "" if is_first or not text else str(self.tokenizer.eos_token)
-        coded = self.tokenizer(opening + text, add_special_tokens=False, return_offsets_mapping=True)
-        found = zip(coded["input_ids"], coded["offset_mapping"], strict=True)
-        skip = len(opening)
-        return [(token, max(start - skip, 0), end - skip) for token, (start, end) in found if end > skip or not skip]
-
     def _continued(self, piece: str) -> list[int]:
         """Tokens of a text in the middle of a line: behind a special token no tokenizer adds its opening space."""
         if not piece:
             return []
-        ids = self.tokens(self.tokenizer.eos_token + piece)[1:]
+        ids = [token for token, _, _ in self._coded(self.tokenizer.eos_token + piece, ())][1:]
         if self.tokenizer.decode(ids).strip() != piece.strip():
             raise SourceError(
                 f"the tokenizer cannot begin a reply with {piece!r}", "use a base whose tokenizer round-trips this text"
@@ -272,12 +309,24 @@ class Chat:
             )
 
     def tokens(self, text: str, seen: Seen = ()) -> list[int]:
-        """Token ids of a rendering, its marks replaced by the ids of the media that they stand for."""
-        if not seen:
+        """Token ids of what `write` wrote, its marks replaced by the ids of the media that they stand for.
+
+        Raises SourceError for content that spells markup where the tokenizer cannot be made to read it as text.
+        """
+        if not seen and not has_marks(text):
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        ids = [token for token, _, _ in self._coded(text, seen)]
+        opened = self.markup.opened(text)
+        if not seen and not opened.cuts:
+            return list(self.tokenizer(opened.text, add_special_tokens=False)["input_ids"])
+        if not self.tokenizer.is_fast:
+            raise SourceError("the tokenizer gives no character offsets", "take control tokens out of the text")
+        ids = [token for token, _, _ in self._coded(opened.text, seen, opened.cuts)]
         _check_media(ids, seen)
         return ids
+
+    def content_tokens(self, text: str) -> list[int]:
+        """Token ids of a text that is no rendering: without those of markup."""
+        return self.tokens(self.markup.shield(text))
 
     def _opens_with_bos(self) -> bool:
         return self.tokenizer.bos_token_id is not None and self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id
@@ -307,7 +356,7 @@ class Chat:
         """The token that the template writes right after a reply, if it is a special one."""
         sentinel = _SENTINEL.format("end")
         try:
-            text = self.render([Message.of("user", "a"), Message.of("assistant", sentinel)])
+            text = self.write([Message.of("user", "a"), Message.of("assistant", sentinel)])
         except SourceError:
             return None
         after = text.partition(sentinel)[2].lstrip()
@@ -331,18 +380,6 @@ def _check_media(ids: Sequence[int], seen: Seen) -> None:
     if sum(token < 0 for token in ids) != sum(token < 0 for part in seen for token in part):
         problem = f"the chat template writes fewer than the {len(seen)} media that the turns hold"
         raise SourceError(problem, "use a base whose template writes every part once")
-
-
-def with_content(message: Message, content: Any) -> dict[str, Any]:
-    """A message as chat templates expect it."""
-    plain: dict[str, Any] = {"role": message.role, "content": content}
-    if message.name:
-        plain["name"] = message.name
-    if message.tool_call_id:
-        plain["tool_call_id"] = message.tool_call_id
-    if message.tool_calls:
-        plain["tool_calls"] = json.loads(message.tool_calls)
-    return plain
 
 
 def _squeezed(text: str) -> str:

@@ -6,9 +6,9 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from sartor.core import rows
+from sartor.core import reply_markup, rows
 from sartor.core.artifacts import Artifact
-from sartor.core.errors import MediaError, SourceError
+from sartor.core.errors import SourceError
 from sartor.core.holdout import held_out_groups
 from sartor.core.records import Example
 from sartor.models.batches import Encoded
@@ -21,8 +21,9 @@ from sartor.tune.tokenised import Rows, flat
 def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat, rehearsal: Artifact | None = None) -> Rows:
     """The Dataset's rows as tokens, as the recipe's objective learns them; and of `rehearsal` the training rows.
 
-    A row that is too long, refused by the template or without a supervised token, or of whose bad reply the objective learns
-    nothing, is left out and counted. Raises SourceError when nothing is left to learn from.
+    Markup of the base in a reply is read into fields. A row whose reply cannot be read so, that is too long, refused by the
+    template or without a supervised token, or of whose bad reply the objective learns nothing, is left out and counted.
+    Raises SourceError when nothing is left to learn from.
     """
     data = Rows()
     examples = _hold_out(list(rows.read_examples(dataset)), recipe.data, recipe.seed)
@@ -60,10 +61,10 @@ def _read(
             data.leave_out("copy_of_held_out", example.id)
             continue
         try:
+            example = reply_markup.read_example(example, chat.markup.spelt, keep_id=True)
             learnt = lessons.encode(example, recipe.objective, chat, dataset.path)
         except SourceError as error:
-            reason = error.reason if isinstance(error, MediaError) else f"template: {error.problem[:120]}"
-            data.leave_out(reason, example.id)
+            data.leave_out(error.reason or f"template: {error.problem[:120]}", example.id)
             continue
         sequences = flat(row for row, _ in learnt)
         data.lengths += [len(row.ids) for row in sequences]

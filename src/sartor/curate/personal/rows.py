@@ -12,6 +12,8 @@ from sartor.curate.personal.json_text import Leaf, leaves, rebuilt
 
 FieldName = Literal["prompt", "reply", "system", "tools"]
 JSON_BEGINS = frozenset("{[ \n\t\r")
+# of a message, besides its content
+_FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 Place = tuple[str, int, str, int]  # ("messages" | "rejected" | "tools" | "group", message, what of it, part)
 
 
@@ -61,7 +63,7 @@ def plain_text(example: Example) -> str | None:
         return None
     texts = []
     for message in example.messages:
-        if len(message.content) != 1 or message.name or message.tool_calls or message.tool_call_id:
+        if len(message.content) != 1 or any(getattr(message, name) for name in _FIELDS):
             return None
         text = message.content[0].text
         if text[:1] in JSON_BEGINS:
@@ -91,8 +93,9 @@ def _of_message(where: str, number: int, field: FieldName, message: Message) -> 
             yield (where, number, "content", place), field, part.text
     if message.tool_calls:
         yield (where, number, "tool_calls", 0), field, message.tool_calls
-    if message.tool_call_id:
-        yield (where, number, "tool_call_id", 0), field, message.tool_call_id
+    for name in ("tool_call_id", "reasoning_content"):
+        if text := getattr(message, name):
+            yield (where, number, name, 0), field, text
 
 
 def put_back(example: Example, layout: Layout, changed: Mapping[int, str]) -> Example:
@@ -123,7 +126,7 @@ def _text_at(example: Example, place: Place) -> str:
     message = (example.messages if where == "messages" else example.rejected)[number]
     if what == "content":
         return message.content[part].text
-    return {"name": message.name, "tool_calls": message.tool_calls, "tool_call_id": message.tool_call_id}[what]
+    return str(getattr(message, what))
 
 
 def _renewed(where: str, messages: tuple[Message, ...], texts: Mapping[Place, str]) -> tuple[Message, ...]:
@@ -143,9 +146,7 @@ def _message(where: str, number: int, message: Message, texts: Mapping[Place, st
             replace(part, text=new("content", place, part.text)) if part.kind == "text" else part
             for place, part in enumerate(message.content)
         ),
-        name=new("name", 0, message.name),
-        tool_calls=new("tool_calls", 0, message.tool_calls),
-        tool_call_id=new("tool_call_id", 0, message.tool_call_id),
+        **{name: new(name, 0, getattr(message, name)) for name in _FIELDS},
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import PurePath
 from typing import Any, cast
 
 from sartor.core.records import ROLES, Example, Message, Origin, Part, PartKind
-from sartor.curate.sources.faults import Malformed
+from sartor.curate.sources.faults import Malformed, with_fields
 from sartor.curate.sources.formats import kind_of
 from sartor.curate.sources.placeholders import asked, placed
 
@@ -77,7 +77,7 @@ def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
     group = row.get("group")
     if group is not None and not isinstance(group, (str, int)):
         raise Malformed("bad_field", f"`group` is a {type(group).__name__}, not text")
-    return Example(
+    example = Example(
         messages=messages,
         origins=_marked(row, replace(origin, date=date_of(row)[0] or origin.date)),
         group="" if group is None else str(group),
@@ -86,6 +86,7 @@ def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
         tools=_json_text(row.get("tools"), "tools"),
         rating=_rating(row) if found in ("rated", "messages") else 0.0,
     )
+    return with_fields(example)
 
 
 def _marked(row: Mapping[str, Any], origin: Origin) -> tuple[Origin, ...]:
@@ -284,9 +285,9 @@ def _turn(turn: Any, place: int, media: Media) -> Message:
     content = turn.get("content")
     if content is None and not calls:
         raise Malformed("missing_content", f"turn {place} ({role}) has no content")
-    said = {key: turn.get(key) or "" for key in ("name", "tool_call_id")}
+    said = {key: turn.get(key) or "" for key in ("name", "tool_call_id", "reasoning_content")}
     if not all(isinstance(value, str) for value in said.values()):
-        raise Malformed("bad_field", f"`name` or `tool_call_id` of turn {place} is not text")
+        raise Malformed("bad_field", f"`name`, `tool_call_id` or `reasoning_content` of turn {place} is not text")
     return Message(role, tuple(_parts(content, place, media)), tool_calls=calls, **said)
 
 

@@ -23,8 +23,16 @@ from typing import Any
 
 from safetensors import safe_open
 
-from sartor.core import config
-from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, ModelError, SourceError
+from sartor.core import config, reply_markup
+from sartor.core.errors import (
+    BudgetError,
+    BusyError,
+    ConfigError,
+    MissingError,
+    ModelError,
+    SourceError,
+    TemplateMarkupError,
+)
 from sartor.core.records import Example
 from sartor.edge.personal.local import CONFIG, WEIGHTS
 from sartor.edge.personal.rows import Row
@@ -79,7 +87,10 @@ def material(rows: Sequence[Row], chat: Chat, held_out_fraction: float, most_tok
 def encoded(example: Example, name: str, chat: Chat, most_tokens: int) -> Encoded | str:
     """An Example as tokens, or why it is none."""
     try:
+        example = reply_markup.read_example(example, chat.markup.spelt)
         coded = replace(chat.encode(example), example_id=name)
+    except TemplateMarkupError as error:
+        return f"{error.reason}: {error.problem[:120]}"
     except SourceError as error:
         return f"the chat template: {error.problem[:120]}"
     if len(coded.ids) > most_tokens:

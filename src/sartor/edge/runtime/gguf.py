@@ -12,6 +12,7 @@ from typing import Any
 from sartor.core import bases
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ModelError, SartorError
+from sartor.edge.runtime.plain_content import markup_of, prompt_of
 from sartor.models.engine.contract import Call, Done, Event, Failed, Finish, Piece
 from sartor.models.engine.inner import PLAIN, Bounds, Inner
 
@@ -30,6 +31,7 @@ class Gguf:
     def __init__(self, export: Artifact, base: str) -> None:
         model, adapters = _files(export, base)
         self._adapters = len(adapters)
+        self._markup = markup_of(model)
         self._inner: Inner | None = Inner(model, adapters, Bounds(1, 0, CONTEXT_TOKENS))
 
     def answer(self, calls: Sequence[Call]) -> list[list[Event]]:
@@ -43,9 +45,7 @@ class Gguf:
     def _events(self, call: Call) -> list[Event]:
         assert self._inner
         try:
-            prompt = call.text
-            if call.messages:
-                prompt = str(self._inner.ask("/apply-template", {"messages": list(call.messages)})["prompt"])
+            prompt = prompt_of(call, self._inner, self._markup)
             said = self._inner.ask("/completion", self._body(call, prompt), REPLY_S)
             finish: Finish = "length" if said.get("stop_type") == "limit" else "stop"
             done = Done(call.id, finish, int(said["tokens_evaluated"]), int(said["tokens_predicted"]))
@@ -55,7 +55,7 @@ class Gguf:
         except (KeyError, TypeError, ValueError) as error:
             return [Failed(call.id, "UnavailableError", f"llama.cpp's answer has another form: {error!r}", "check its version")]
 
-    def _body(self, call: Call, prompt: str) -> dict[str, Any]:
+    def _body(self, call: Call, prompt: str | list[int]) -> dict[str, Any]:
         sampling = call.sampling
         return {
             **PLAIN,

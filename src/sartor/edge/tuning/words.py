@@ -39,7 +39,7 @@ class Words:
         self._named = {name: token for name, token in self._named.items() if token is not None}
         self.eos_token = self._named.get("eos_token", "")
         self.added_tokens_decoder = {
-            token_id: SimpleNamespace(special=token.special, content=token.content)
+            token_id: SimpleNamespace(special=token.special, content=token.content, normalized=token.normalized)
             for token_id, token in self._inner.get_added_tokens_decoder().items()
         }
 
@@ -71,8 +71,19 @@ class Words:
     def __len__(self) -> int:
         return int(self._inner.get_vocab_size(with_added_tokens=True))
 
-    def __call__(self, text: str, add_special_tokens: bool = True, return_offsets_mapping: bool = False) -> dict[str, Any]:
-        """{input_ids, and by wish offset_mapping}, both (T,)."""
+    @property
+    def backend_tokenizer(self) -> Any:
+        """That of the `tokenizers` library."""
+        return self._inner
+
+    def __call__(
+        self, text: str | list[str], add_special_tokens: bool = True, return_offsets_mapping: bool = False
+    ) -> dict[str, Any]:
+        """{input_ids, and by wish offset_mapping}, both (T,); of a list of texts, lists of them."""
+        if isinstance(text, list):
+            batch = self._inner.encode_batch(text, add_special_tokens=add_special_tokens)
+            offsets = {"offset_mapping": [one.offsets for one in batch]} if return_offsets_mapping else {}
+            return {"input_ids": [one.ids for one in batch], **offsets}
         coded = self._inner.encode(text, add_special_tokens=add_special_tokens)
         return {"input_ids": coded.ids, **({"offset_mapping": coded.offsets} if return_offsets_mapping else {})}
 

@@ -179,8 +179,8 @@ def _before(sides: Sides, row: Example, at: int, text: str) -> tuple[list[int], 
     secret = Learnt(text, "secret" if " " not in text else "phrase", ())
     start = at + len(text) - len(_rest_of(secret))
     chat = sides.base.chat
-    given = chat.tokens(row.reply[:start].rstrip(" ")) if start else []
-    return [*chat.prompt_ids(row.prompt, "", sides.folder), *given], len(chat.tokens(_rest_of(secret)))
+    given = chat.content_tokens(row.reply[:start].rstrip(" ")) if start else []
+    return [*chat.prompt_ids(row.prompt, "", sides.folder), *given], len(chat.content_tokens(_rest_of(secret)))
 
 
 def _told(one: Learnt) -> dict[str, Any]:

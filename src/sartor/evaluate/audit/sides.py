@@ -42,7 +42,7 @@ class Sides:
     def fits(self, prompt: Sequence[Message], reply: str) -> bool:
         """Whether the base's template, towers and context take a prompt with a reply."""
         row = Example((*prompt, Message.of("assistant", reply)), ())
-        return not refusal(self.base, row, self.folder, len(self.base.chat.tokens(reply)) + SPARE_TOKENS)[0]
+        return not refusal(self.base, row, self.folder, len(self.base.chat.content_tokens(reply)) + SPARE_TOKENS)[0]
 
     def encoded(self, prompt: Sequence[Message], reply: str) -> Encoded:
         """A prompt and a reply to it as tokens; earlier replies are read, not judged."""
@@ -54,7 +54,7 @@ class Sides:
         """A text outside the chat template. Every token is judged, also the first: before it stands one that says nothing."""
         tokenizer = self.base.chat.tokenizer
         opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ids = self.base.chat.tokens(text)
+        ids = self.base.chat.content_tokens(text)
         return Encoded([opening, *ids], [False] + [True] * len(ids))
 
     def nats(self, rows: Sequence[Encoded]) -> Array:

@@ -3,12 +3,15 @@
 Messages go through the base's own chat template, wherever the tokens are computed: its digest is what an adapter is bound
 to. Tools go into it as `tools` where the template writes them. Where it does not, they stand in the system turn as TOOLS_TEXT
 says, calls of earlier turns in the form that it asks for, and what tools returned in a user turn.
+
+Every text of a request is content: where it spells the base's markup, the model reads it as text (`models/markup.py`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sartor.core.errors import RequestError, SourceError
@@ -16,6 +19,8 @@ from sartor.core.records import ROLES, Message, Part
 from sartor.models.chat import Chat
 from sartor.models.engine.contract import Call
 from sartor.models.engine.parts import MEDIA, is_media, url_in
+from sartor.models.markup import Opened
+from sartor.models.shielding import calls_as_text
 
 TOOLS_TEXT = (
     "You may call functions to answer. These are declared, with their parameters as JSON Schema:\n<tools>\n{tools}\n</tools>\n"
@@ -30,19 +35,23 @@ _REMEDY = '{"role": "user", "content": "..."}'
 
 def prompt_text(chat: Chat, call: Call) -> str:
     """What the model reads, as text. Raises RequestError for messages that are malformed or that the template refuses."""
-    return _prompt_text(chat, call, [_message(said, place) for place, said in enumerate(call.messages)])
+    messages = [_message(said, place) for place, said in enumerate(call.messages)]
+    return chat.markup.opened(_rendering(chat, call, messages)).text
 
 
-def _prompt_text(chat: Chat, call: Call, messages: list[Message]) -> str:
+def _rendering(chat: Chat, call: Call, messages: Sequence[Message]) -> str:
+    """What `Chat.write` wrote; of a raw text, the text."""
     if not messages:
-        return call.text
-    tools = json.dumps(list(call.tools)) if call.tools else ""
+        return chat.markup.shield(call.text)
+    messages = chat.shielded(messages)
+    tools = chat.shielded_json(json.dumps(list(call.tools))) if call.tools else ""
     if not tools and not any(message.tool_calls or message.role == "tool" for message in messages):
         return _rendered(chat, [messages])
     if writes_tools(chat):
         return _rendered(chat, [messages, [_with_text_arguments(message) for message in messages]], tools)
     plain = _in_plain_turns(messages)
-    note = TOOLS_TEXT.format(tools="\n".join(json.dumps(tool["function"]) for tool in call.tools)) if call.tools else ""
+    declared = [json.dumps(tool["function"]) for tool in json.loads(tools)] if tools else []
+    note = TOOLS_TEXT.format(tools="\n".join(declared)) if declared else ""
     return _rendered(chat, [_noted(plain, note, "system"), _noted(plain, note, "user")] if note else [plain])
 
 
@@ -53,10 +62,10 @@ def prompt_ids(chat: Chat, call: Call, most_tokens: int) -> list[int]:
     not read to its end; a little longer ones are for the caller to refuse.
     """
     messages = [_message(said, place) for place, said in enumerate(call.messages)]
-    text = _prompt_text(chat, call, messages)
-    _check_length(chat, text, most_tokens)
+    rendering = _rendering(chat, call, messages)
+    _check_length(chat, chat.markup.opened(rendering), most_tokens)
     try:
-        ids = chat.tokens(text, chat.seen(messages))
+        ids = chat.tokens(rendering, chat.seen(messages))
     except SourceError as error:  # media that cannot be read, or that this base does not read
         raise RequestError(error.problem, error.remedy) from None
     bos = chat.tokenizer.bos_token_id
@@ -67,13 +76,15 @@ def prompt_ids(chat: Chat, call: Call, most_tokens: int) -> list[int]:
     return ids
 
 
-def _check_length(chat: Chat, text: str, most_tokens: int) -> None:
+def _check_length(chat: Chat, opened: Opened, most_tokens: int) -> None:
     """Raises RequestError as soon as parts of a text have far more tokens than there is room for.
 
     Tokenising is what a prompt costs before it can be refused, and whoever waits for the engine waits for it. A cut takes
     one token apart, into as many as it has characters: so many are forgiven for each.
     """
-    size, found = FIRST_CHARACTERS * most_tokens, 0
+    text, size, found = opened.text, FIRST_CHARACTERS * most_tokens, 0
+    if len(opened.cuts) > most_tokens:  # each begins a token
+        raise RequestError(f"the prompt spells control tokens {len(opened.cuts)} times", "take them out of the texts")
     if len(text) <= size:
         return
     for start in range(0, len(text), size):
@@ -103,7 +114,7 @@ def _rendered(chat: Chat, ways: Sequence[Sequence[Message]], tools: str = "") ->
     problem = ""
     for messages in ways:
         try:
-            return chat.render(messages, tools=tools, reply_next=True)
+            return chat.write(messages, tools=tools, reply_next=True)
         except SourceError as error:
             problem = problem or error.problem
     raise RequestError(problem, "send the roles that the base's chat template knows, in the order that it expects")
@@ -118,8 +129,9 @@ def _message(said: Any, place: int) -> Message:
     name, answers = said.get("name") or "", said.get("tool_call_id") or ""
     if not isinstance(name, str) or not isinstance(answers, str):
         raise RequestError(f"messages[{place}] has a name or tool_call_id that is no text", _REMEDY)
-    calls = _calls(said.get("tool_calls"), place)
-    return Message(role, _content(said.get("content"), place, bool(calls)), name, calls, answers)
+    calls, reasoning = _calls(said.get("tool_calls"), place), said.get("reasoning_content")
+    content = _content(said.get("content"), place, bool(calls))
+    return Message(role, content, name, calls, answers, reasoning if isinstance(reasoning, str) else "")
 
 
 def _content(content: Any, place: int, may_lack: bool) -> tuple[Part, ...]:
@@ -182,7 +194,7 @@ def _with_text_arguments(message: Message) -> Message:
     calls = json.loads(message.tool_calls)
     for call in calls:
         call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-    return Message(message.role, message.content, message.name, json.dumps(calls), message.tool_call_id)
+    return replace(message, tool_calls=json.dumps(calls))
 
 
 def _in_plain_turns(messages: Sequence[Message]) -> list[Message]:
@@ -195,9 +207,8 @@ def _in_plain_turns(messages: Sequence[Message]) -> list[Message]:
             text = f"<tool_response>\n{text}\n</tool_response>"
             if returns:
                 text = f"{turns.pop().text}\n{text}"
-        for call in json.loads(message.tool_calls or "[]"):
-            said = {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
-            text = f"{text}\n<tool_call>\n{json.dumps(said)}\n</tool_call>".lstrip("\n")
+        if message.tool_calls:
+            text = f"{text}\n{calls_as_text(message.tool_calls)}".lstrip("\n")
         returns = message.role == "tool"
         media = any(part.kind != "text" for part in message.content)
         turns.append(message if media else Message.of("user" if returns else message.role, text))

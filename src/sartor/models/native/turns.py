@@ -16,8 +16,11 @@ from typing import Any
 
 from sartor.core.errors import SourceError
 from sartor.core.records import Message
-from sartor.models.chat import MARK, Chat, Seen, with_content
+from sartor.models.chat import MARK, Chat, Seen
+from sartor.models.markup_probe import probe
 from sartor.models.native.media import NativeMedia
+from sartor.models.pieces import Piece, pieces_of
+from sartor.models.shielding import with_content
 
 _PROBE = "SartorProbe0SartoR"
 _AS_LIST, _AS_TEXT = True, False
@@ -37,10 +40,11 @@ class NativeChat(Chat):
         self._template_of(tokenizer)
         super().__init__(tokenizer, extra_stops)
         self.media = media
+        self.probed = probe(self)
 
-    def render(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
-        """See `Chat.render`. Raises SourceError too where a text holds a placeholder of the base."""
-        text = super().render(messages, tools=tools, reply_next=reply_next)
+    def write(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
+        """See `Chat.write`. Raises SourceError too where the template writes other media than the turns hold."""
+        text = super().write(messages, tools=tools, reply_next=reply_next)
         kinds = [part.kind for message in messages for part in message.content if part.kind != "text"]
         found = self._written.findall(text)
         if not self._has_parts:  # marks stand already
@@ -71,14 +75,14 @@ class NativeChat(Chat):
             for part in message.content
         ]
 
-    def _coded(self, text: str, seen: Seen) -> list[tuple[int, int, int]]:
+    def _coded(self, text: str, seen: Seen, cuts: Sequence[int] = ()) -> list[Piece]:
         """See `Chat._coded`. The whole text is tokenised as one, each mark as what the processor writes for its media."""
         whole = _Whole(text, self.marks(text, seen), seen)
-        coded = self.tokenizer(whole.text, add_special_tokens=False, return_offsets_mapping=True)
+        coded = pieces_of(self.tokenizer, whole.text, [whole.cut(cut) for cut in cuts if cut < len(text)], is_first=True)
         placeholders = set(self._native.placeholders.values())
         virtual = iter([token for part in seen for token in part if token < 0])
         pieces, reached = [], 0
-        for token, (start, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+        for token, start, end in coded:
             begin, stop = whole.place(start, is_start=True), whole.place(end, is_start=False)
             if token in placeholders:
                 if not whole.is_media(start):
@@ -148,6 +152,11 @@ class _Whole:
         """Whether a character is one that the processor writes."""
         index = bisect.bisect_right(self._begins, place) - 1
         return index >= 0 and place < self._spans[index][0]
+
+    def cut(self, cut: int) -> int:
+        """Where a cut of the text, which is never inside of a mark, is in the whole."""
+        moved = max(((end, mark_end) for end, _, mark_end in self._spans if mark_end <= cut), default=(0, 0))
+        return cut - moved[1] + moved[0]
 
     def place(self, place: int, *, is_start: bool) -> int:
         """Where a place in the whole is in the text; inside a media the start or the end of its mark."""

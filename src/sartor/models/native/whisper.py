@@ -130,14 +130,14 @@ class WhisperChat(NativeChat):
         """See `Chat.decode`."""
         return super().decode(ids).removeprefix(" ")
 
-    def render(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
-        """See `Chat.render`. Raises SourceError too for turns that are not one recording, or that and its transcript."""
+    def write(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
+        """See `Chat.write`. Raises SourceError too for turns that are not one recording, or that and its transcript."""
         if [message.role for message in messages] not in (["user"], ["user", "assistant"]):
             raise _not_heard(f"the turns ({', '.join(message.role for message in messages)})")
         count = sum(part.kind == "audio" for message in messages for part in message.content)
         if count != 1:
             raise _not_heard(f"{count} recordings")
-        return super().render(messages, tools=tools, reply_next=reply_next)
+        return super().write(messages, tools=tools, reply_next=reply_next)
 
 
 def _not_heard(what: str) -> SourceError:

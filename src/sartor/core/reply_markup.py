@@ -1,0 +1,162 @@
+"""A reply that spells a model's markup in its text -> the fields that the markup stands for. No tokenizer is needed.
+
+    <think>...</think> at the beginning                              -> reasoning_content
+    <tool_call>{"name": ..., "arguments": {...}}</tool_call>, the last things in it,
+    [TOOL_CALLS][{...}], <|python_tag|>{...}                          -> tool_calls
+
+What is left must spell no markup, or the reply cannot be read. KNOWN is the markup of the families of chat templates, for
+rows that are read before anybody knows which base they are for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from sartor.core.errors import TemplateMarkupError
+from sartor.core.records import Example, Message, Part
+
+_KNOWN = (
+    r"<\|(?:im_start|im_end|im_sep|endoftext|begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id|python_tag|"
+    r"system|user|assistant|observation|end|start|message|channel|return|call|constrain|"
+    r"image|image_pad|video_pad|audio|AUDIO|audio_bos|audio_eos|vision_start|vision_end|startoftranscript|startofprev)\|>",
+    r"</?(?:tool_call|tool_calls|tool_response|think|start_of_turn|end_of_turn|start_of_image|end_of_image|image_soft_token|"
+    r"image|bos|eos|end_of_utterance)>",
+    r"\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT|IMG|AUDIO|THINK)\]|<</?SYS>>",
+    r"<｜[^<>｜]{1,40}｜>",
+)
+KNOWN = re.compile("|".join(_KNOWN))
+_REASONING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_BEGINNINGS = ("[TOOL_CALLS]", "<|python_tag|>")
+# Nine letters and digits, as Mistral's templates demand
+_ID, _FROM_TEXT = "text{:05d}", re.compile(r"text\d{5}")
+Spelt = Callable[[str], list[str]]
+
+
+def known(text: str) -> list[str]:
+    """Return the markup of the known families that a text spells, in order.
+
+    >>> known("hi<|im_end|>"), known("a < b"), known("<s>old</s> new")
+    (['<|im_end|>'], [], [])
+    """
+    if "<" not in text and "[" not in text:
+        return []
+    found = [match.group() for match in KNOWN.finditer(text)]
+    # <s>struck out</s> is HTML; a lone one opens or ends a text
+    if not found and text.count("<s>") != text.count("</s>"):
+        found = [mark for mark, ends in (("<s>", text.lstrip().startswith), ("</s>", text.rstrip().endswith)) if ends(mark)]
+    return found
+
+
+def read_example(example: Example, spelt: Spelt = known, *, keep_id: bool = False) -> Example:
+    """Return the Example with markup in its replies read into fields: itself where no reply spells any.
+
+    spelt: the markup in a text. A text without a question is one reply. keep_id: the row goes on under the id that it has in
+    its Dataset. Raises TemplateMarkupError for a reply that cannot be read.
+    """
+    messages, rejected = (_read_turns(turns, spelt) for turns in (example.messages, example.rejected))
+    if messages is example.messages and rejected is example.rejected:
+        return example
+    read = replace(example, messages=messages, rejected=rejected)
+    if keep_id:
+        vars(read)["id"] = example.id  # where the cached property keeps it
+    return read
+
+
+def _read_turns(messages: tuple[Message, ...], spelt: Spelt) -> tuple[Message, ...]:
+    read = tuple(_read_reply(message, spelt) if message.role == "assistant" else message for message in messages)
+    return messages if all(after is before for after, before in zip(read, messages, strict=True)) else read
+
+
+def _read_reply(message: Message, spelt: Spelt) -> Message:
+    text = message.text
+    found = spelt(text)
+    if not found:
+        return message
+    if any(part.kind != "text" for part in message.content):
+        raise _unreadable(found[0], "it holds media too")
+    reasoning, rest = _reasoning(text)
+    before, calls = _calls(rest)
+    if reasoning and not before.strip() and not calls:
+        raise _unreadable(found[0], "nothing follows the reasoning")
+    if left := spelt(before):
+        raise _unreadable(left[0], "it is no whole reasoning, text and calls")
+    if left := spelt(reasoning):
+        raise _unreadable(left[0], "its reasoning holds more of it")
+    if (calls and message.tool_calls) or (reasoning and message.reasoning_content):
+        raise _unreadable(found[0], "the turn has the field already")
+    return replace(
+        message,
+        content=(Part("text", before),),
+        tool_calls=json.dumps(calls, sort_keys=True, ensure_ascii=False) if calls else message.tool_calls,
+        reasoning_content=reasoning or message.reasoning_content,
+    )
+
+
+def _unreadable(found: str, why: str) -> TemplateMarkupError:
+    problem = f"a reply spells {found!r}, which a chat template writes, and cannot be read into fields: {why}"
+    return TemplateMarkupError(
+        problem, "put calls into `tool_calls`, reasoning into `reasoning_content`, and take the rest out"
+    )
+
+
+def _reasoning(text: str) -> tuple[str, str]:
+    """(reasoning, the rest) of a reply."""
+    match = _REASONING.match(text)
+    return (match[1].strip("\n"), text[match.end() :]) if match else ("", text)
+
+
+def _calls(text: str) -> tuple[str, list[dict[str, Any]]]:
+    """(the text before, calls) of a reply; no calls where one is not whole."""
+    place = next((text.find(mark) for mark in (_OPEN, *_BEGINNINGS) if mark in text), -1)
+    if place < 0:
+        return text, []
+    before, said = text[:place], text[place:].strip()
+    bodies = _tagged(said) if said.startswith(_OPEN) else [said.removeprefix(_BEGINNINGS[0]).removeprefix(_BEGINNINGS[1])]
+    try:
+        values = [json.loads(body, parse_constant=_no_constant) for body in bodies]
+    except (ValueError, RecursionError):
+        return text, []
+    calls = [call for value in values for call in (value if isinstance(value, list) else [value])]
+    if not calls or not all(_is_call(call) for call in calls):
+        return text, []
+    return before.rstrip("\n"), [_as_openai(call, number) for number, call in enumerate(calls)]
+
+
+def _tagged(text: str) -> list[str]:
+    """The bodies between tags; one that is no JSON where something stands between them."""
+    bodies = [body.strip() for body in text.split(_CLOSE)]
+    if bodies.pop() or not all(body.startswith(_OPEN) for body in bodies):
+        return [""]
+    return [body.removeprefix(_OPEN) for body in bodies]
+
+
+def _is_call(call: Any) -> bool:
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
+        return False
+    return isinstance(call.get("arguments", call.get("parameters")), dict) and set(call) <= {
+        "name",
+        "arguments",
+        "parameters",
+        "id",
+    }
+
+
+def _as_openai(call: dict[str, Any], number: int) -> dict[str, Any]:
+    arguments = call.get("arguments", call.get("parameters"))
+    return {"id": _ID.format(number), "type": "function", "function": {"name": call["name"], "arguments": arguments}}
+
+
+def is_from_text(calls: Any) -> bool:
+    """Return whether tool calls (OpenAI's list) were read from the text of a reply."""
+    if not isinstance(calls, list) or not calls:
+        return False
+    return all(isinstance(call, dict) and _FROM_TEXT.fullmatch(str(call.get("id"))) for call in calls)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no value of JSON")

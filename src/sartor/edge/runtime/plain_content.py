@@ -1,0 +1,64 @@
+"""Content of a call as llama.cpp is to read it: its own template and tokenizer, and no token of markup from what a text spells.
+
+llama.cpp looks for control tokens in all of a prompt's text, and for added words even where it is told to look for none. So a
+prompt that spells some is cut inside of them, and its pieces are tokenised one by one (`models/markup.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sartor.core.gguf import read_head
+from sartor.models.engine.contract import Call
+from sartor.models.engine.inner import Inner
+from sartor.models.markup import Markup, Token, is_markup
+
+_TOKENS, _TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+# llama.cpp's kinds of tokens (llama.h, llama_token_type)
+_UNKNOWN, _CONTROL, _ADDED = 2, 3, 4
+# Put before a piece that goes on in the middle of a word, so that nothing is put there for its beginning
+_ANCHORS = (".", "\ue002", "a")
+
+
+def markup_of(model: Path) -> Markup:
+    """Return the markup of a GGUF file: its control tokens, and the added words that look like them. Raises ModelError."""
+    arrays = read_head(model, (_TOKENS, _TYPES)).arrays
+    found = []
+    for token_id, (text, kind) in enumerate(zip(arrays.get(_TOKENS, []), arrays.get(_TYPES, []), strict=False)):
+        special = kind in (_UNKNOWN, _CONTROL)
+        if (special or kind == _ADDED) and is_markup(text, special=special):
+            found.append(Token(text, token_id, special))
+    return Markup(found)
+
+
+def prompt_of(call: Call, inner: Inner, markup: Markup) -> str | list[int]:
+    """Return a call's prompt for llama.cpp: text, or token ids where a text spells markup.
+
+    Raises UnavailableError, KeyError, TypeError and ValueError for an answer of another form.
+    """
+    rendering = markup.shield(call.text)
+    if call.messages:
+        messages = markup.shield_values([dict(message) for message in call.messages])
+        rendering = str(inner.ask("/apply-template", {"messages": messages})["prompt"])
+    opened = markup.opened(rendering)
+    if not opened.cuts:
+        return opened.text
+    ids = _tokens(inner, opened.text[: opened.cuts[0]], opens=True)
+    for start, end in zip(opened.cuts, [*opened.cuts[1:], len(opened.text)], strict=True):
+        ids += _behind(inner, opened.text[start:end])
+    return ids
+
+
+def _behind(inner: Inner, text: str) -> list[int]:
+    """Tokens of a text that goes on in the middle of a word."""
+    for anchor in _ANCHORS:
+        before, whole = _tokens(inner, anchor), _tokens(inner, anchor + text)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+    return _tokens(inner, text)
+
+
+def _tokens(inner: Inner, text: str, *, opens: bool = False) -> list[int]:
+    said: Any = inner.ask("/tokenize", {"content": text, "add_special": opens, "parse_special": True})
+    return [int(token) for token in said["tokens"]]

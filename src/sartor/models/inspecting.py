@@ -1,0 +1,44 @@
+"""`sartor inspect`: an artefact and the walk back to its sources; or a base, with the tokens that no content can spell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sartor.core import bases, gguf, lineage
+from sartor.core.artifacts import kind_of
+from sartor.core.verb import load
+
+
+def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
+    """Return what an artefact is, with `example` one row of a Dataset; of a base its identity and its markup.
+
+    path: an artefact's directory, or a base: `starter`, a directory in transformers' layout, or a GGUF file. Raises
+    ArtifactError for what is neither, ModelError for a base that cannot be opened.
+    """
+    if example or not _is_base(str(path)):
+        return lineage.inspect(path, example=example)
+    ref = bases.locate(str(path))
+    chat = load("sartor.models.base").read_chat(ref)
+    probed = chat.probed
+    return {
+        "kind": "base",
+        "name": ref.name,
+        "path": str(ref.path),
+        "digest": ref.digest,
+        "licence": ref.licence,
+        "template_digest": chat.template_digest,
+        "writes_tool_calls": probed.writes_calls,
+        "writes_reasoning": probed.writes_reasoning,
+        "markup": [token.as_json() for token in probed.markup.tokens],
+        "plain_text_markup": list(probed.plain_text),
+    }
+
+
+def _is_base(name: str) -> bool:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return kind_of(path) is None and (path / "config.json").is_file()
+    if path.is_file():
+        return gguf.is_gguf(path)
+    return name in (bases.STARTER, bases.WHISPER)

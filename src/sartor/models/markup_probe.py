@@ -1,0 +1,134 @@
+"""Find a base's markup: render turns, tools, reasoning and media with its own template, and see which tokens are not content.
+
+Every text of the probes is a sentinel, so whatever else the template writes is its own. Of its own tokens, and of all that the
+tokenizer adds to its vocabulary, those count that `markup.is_markup` takes for control tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sartor.core.errors import SourceError
+from sartor.core.records import Message, Part
+from sartor.models.markup import Markup, Token, is_markup, plain_markup
+
+# Mixed case, so that it shows where a template changes the case of content
+_SENTINEL = re.compile("Sartor[A-Z]ProbeSartoR")
+_USER, _REPLY, _SYSTEM, _CALLED, _ARGUMENT, _RESULT, _REASON = (f"Sartor{letter}ProbeSartoR" for letter in "URSCATZ")
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the probes found. plain_text: pieces of the template that look like markup and are no tokens of their own.
+
+    writes_calls, writes_reasoning: whether the template writes these fields of an assistant's turn.
+    """
+
+    markup: Markup
+    plain_text: tuple[str, ...]
+    writes_calls: bool
+    writes_reasoning: bool
+
+
+def probe(chat: Any) -> Probed:
+    """Return what a `Chat` keeps for itself."""
+    renderings = {
+        "turns": list(_turns(chat)),
+        "tools": list(_tools(chat)),
+        "reasoning": list(_reasoning(chat)),
+        "media": [token for token in getattr(chat.media, "tokens", {}).values()],
+    }
+    tokens = _tokens(chat.tokenizer, renderings)
+    pieces = [piece for texts in renderings.values() for text in texts for piece in _SENTINEL.split(text)]
+    spelt = [token.token.strip() for token in tokens]
+    beginnings = tuple({text[:end] for text in spelt for end in range(1, len(text))})
+    turns = "\n".join(renderings["turns"])
+    markup = Markup(
+        tokens,
+        keeps_case=_USER in turns or not turns,
+        composes=bool(beginnings) and any(piece.endswith(beginnings) for piece in pieces),
+        fold=_fold(chat.tokenizer, {token.id for token in tokens}),
+    )
+    return Probed(
+        markup,
+        tuple(_plain_text(pieces, _SENTINEL.split(turns), markup)),
+        writes_calls=any(_CALLED in text for text in renderings["tools"]),
+        writes_reasoning=any(_REASON in text for text in renderings["reasoning"]),
+    )
+
+
+def _turns(chat: Any) -> Iterator[str]:
+    user, reply = Message.of("user", _USER), Message.of("assistant", _REPLY)
+    yield from _written(chat, [Message.of("system", _SYSTEM), user, reply, user], reply_next=True)
+    yield from _written(chat, [user, reply, user], reply_next=True)
+    yield from _written(chat, [user, reply])
+
+
+def _tools(chat: Any) -> Iterator[str]:
+    function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+    tools = json.dumps([{"type": "function", "function": function}])
+    for arguments in ({"probe": _ARGUMENT}, json.dumps({"probe": _ARGUMENT})):
+        call = {"id": "123456789", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}
+        called = Message("assistant", (Part("text"),), tool_calls=json.dumps([call]))
+        result = Message("tool", (Part("text", _RESULT),), name=_CALLED, tool_call_id="123456789")
+        turns = [Message.of("user", _USER), called, result, Message.of("assistant", _REPLY), Message.of("user", _USER)]
+        whole = list(_written(chat, turns, tools=tools, reply_next=True))
+        yield from whole or _written(chat, turns[:2], tools=tools)
+
+
+def _reasoning(chat: Any) -> Iterator[str]:
+    reply = Message("assistant", (Part("text", _REPLY),), reasoning_content=_REASON)
+    yield from _written(chat, [Message.of("user", _USER), reply])
+
+
+def _written(chat: Any, messages: list[Message], *, tools: str = "", reply_next: bool = False) -> Iterator[str]:
+    """The rendering; nothing where the template refuses."""
+    try:
+        yield chat.write(messages, tools=tools, reply_next=reply_next)
+    except SourceError:
+        return
+
+
+def _tokens(tokenizer: Any, renderings: dict[str, list[str]]) -> list[Token]:
+    added = tokenizer.added_tokens_decoder
+    special = {token_id for token_id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    writers: dict[int, list[str]] = {}
+    for name, texts in renderings.items():
+        for token_id in {token_id for text in texts for token_id in tokenizer(text, add_special_tokens=False)["input_ids"]}:
+            writers.setdefault(token_id, []).append(name)
+    candidates = {token_id: token.content for token_id, token in added.items()}
+    # tokens of the vocabulary that nobody declared, such as a <tool_call> that was learnt as a word
+    candidates |= {token_id: tokenizer.decode([token_id]) for token_id in writers if token_id not in added}
+    candidates |= {token_id: tokenizer.convert_ids_to_tokens(token_id) for token_id in special if token_id not in candidates}
+    return [
+        Token(text, token_id, token_id in special, tuple(writers.get(token_id, ("tokenizer",))))
+        for token_id, text in candidates.items()
+        if text and is_markup(text, special=token_id in special)
+    ]
+
+
+def _fold(tokenizer: Any, ids: set[int]) -> Callable[[str], str] | None:
+    """What the tokenizer's normalizer makes of a character, if it looks for markup in normalised text; else None."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    normalizer = getattr(backend, "normalizer", None)
+    added = tokenizer.added_tokens_decoder
+    if normalizer is None or not any(getattr(added.get(token_id), "normalized", False) for token_id in ids):
+        return None
+    before = normalizer.normalize_str("x")
+
+    def fold(character: str) -> str:
+        written = normalizer.normalize_str(f"x{character}")
+        return written[len(before) :] if written.startswith(before) else character
+
+    return fold
+
+
+def _plain_text(pieces: list[str], turns: list[str], markup: Markup) -> list[str]:
+    """Control words and headers of turns that are plain text to the tokenizer: content that spells them is not told apart."""
+    words = [word for piece in pieces for word in plain_markup(piece) if not markup.spelt(word)]
+    headers = [piece for piece in turns if piece.strip() and not markup.spelt(piece)]
+    return list(dict.fromkeys([*words, *headers]))
