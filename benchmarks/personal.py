@@ -519,7 +519,9 @@ def measure(given: argparse.Namespace) -> None:
         for entity, figures in result["entities"].items():
             print(f"{entity:14} {figures}")
     result["default"] = list(DEFAULT)
-    result["planted_speed"] = speed([row_of(planted(Random(n), ENTITIES[n % 12])[0], "Thank you.") for n in range(speed_rows)], repeats)
+    result["planted_speed"] = speed(
+        [row_of(planted(Random(n), ENTITIES[n % 12])[0], "Thank you.") for n in range(speed_rows)], repeats
+    )
     data = next(iter(sorted(home().glob("assets/chitchat-*/chitchat_dataset/dataset.json"))), None)
     if data is None:
         result["absent"] = {"chitchat": "not installed: sartor assets install chitchat"}

