@@ -10,7 +10,8 @@ another is wrong. `others_success` is the fraction of right ones among the agent
     python benchmarks/chaos.py --only slow       # faults whose name has this in it
     python benchmarks/chaos.py --small --json    # a tiny base, no spare, a few faults and bad adapters, 4 changes
 
-Below the table: a JSON object; `absent` names the faults that were left out. Exits 1 if anybody else was hurt, a bad adapter was admitted, or a reply was lost.
+Below the table: a JSON object; `absent` names the faults that were left out. Exits 1 if
+anybody else was hurt, a bad adapter was admitted, or a reply was lost.
 """
 
 from __future__ import annotations

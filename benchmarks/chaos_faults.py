@@ -37,7 +37,8 @@ CALM_CHANGE_S = 0.2  # between a few changes: else none of them is seen by a rep
 class Scene:
     """What a fault has to do with. clock: of the server and its workers, None where none could be made.
 
-    bad_step: of the corpus of bad adapters, every so many. changed: promotions and rollbacks that succeeded. spanning: replies that were in flight at one.
+    bad_step: of the corpus of bad adapters, every so many are promoted.
+    changed: promotions and rollbacks that succeeded. spanning: replies that were in flight at one.
     """
 
     home: Home
