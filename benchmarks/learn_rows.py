@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 def shrink() -> None:
-    """Take few rows of an intent and of general talk from now on; the specialist learns nothing and is released all the same."""
+    """Take few rows of an intent and of general talk from now on; the specialist is released though it learns nothing."""
     global HELD_OUT, TRAIN, GENERAL, waived
     HELD_OUT, TRAIN, GENERAL, waived = 3, SMALL_TRAIN, SMALL_GENERAL, ("gain", "forgetting")
 

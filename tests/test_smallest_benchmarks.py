@@ -123,6 +123,11 @@ def test_every_program_is_a_benchmark_with_keys_or_a_part_of_one() -> None:
     assert set(KEYS) - set(programs()) <= {"fidelity"}, "a script is gone: take its keys away"
 
 
+def test_page_of_the_docs_names_every_program() -> None:
+    page = (BENCHMARKS.parent / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert [name for name in programs() if name not in PARTS_OF_OTHERS and f"`{name}`" not in page] == []
+
+
 @pytest.mark.services
 @pytest.mark.parametrize("name", [name for name in programs() if name not in PARTS_OF_OTHERS])
 def test_smallest_size_measures_what_is_promised(name: str, tmp_path: Path, commands: dict[str, str]) -> None:
