@@ -1,8 +1,9 @@
-"""Each script of benchmarks/ runs at its smallest size (`--small`), measures what it promises, and says null of nothing.
+"""Each script of benchmarks/ runs at its smallest size (`--small`), measures what it promises, and says null of
+nothing.
 
-The keys are those of the project's interfaces and of the scripts' own docstrings: to drop one, drop the promise first. A new
-script fails here until it takes `--small` and its keys stand in KEYS. Scripts and the processes that they start are forks of the
-server of warm.py, so a script takes seconds.
+The keys are those of the project's interfaces and of the scripts' own docstrings: to drop one, drop the promise first.
+A new script fails here until it takes `--small` and its keys stand in KEYS. Scripts and the processes that they start
+are forks of the server of warm.py, so a script takes seconds.
 """
 
 from __future__ import annotations
