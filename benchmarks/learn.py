@@ -59,7 +59,7 @@ class Size:
 
 size = Size()
 # corrections enough for a retrain, the others too few
-SMALL = Size(20, 8, 40, 5, 2)
+SMALL = Size(8, 4, 40, 5, 2)
 # of the replies that people rate, as many are right as the specialist has right
 GOOD = 0.65
 # the drift that `rollback_requests` is of
