@@ -8,7 +8,7 @@ DEMO_OUT ?= demo-out
 # pyproject's `all` without studio, which no test needs; tests/test_packaging.py holds the two together
 TESTED := tune,demo,hub,quant,ray,static,multimodal,serve,mcp,otel,llamacpp,edge,federated
 
-.PHONY: demo quick test check bench bench-peers docs clean
+.PHONY: demo quick test assets test-default test-slow test-alone check bench bench-small bench-peers docs clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.demo: pyproject.toml
@@ -31,7 +31,14 @@ demo: $(VENV)/.demo  ## the whole circle on real data
 quick: $(VENV)/.dev  ## the default tier: minutes, no network
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test: $(VENV)/.dev  ## every tier
+# one after the other, also under -j: two tiers at once would wait for each other's cores
+test:  ## every tier
+	$(MAKE) assets
+	$(MAKE) test-default
+	$(MAKE) test-slow
+	$(MAKE) test-alone
+
+assets: $(VENV)/.dev  ## what the slow tiers read
 	$(BIN)/sartor assets install starter
 	$(BIN)/sartor assets install home-intents
 	$(BIN)/sartor assets install chitchat
@@ -42,8 +49,14 @@ test: $(VENV)/.dev  ## every tier
 	$(BIN)/sartor assets install textile
 	-$(BIN)/sartor assets install stamps  # Debian only
 	-$(BIN)/sartor assets install prompts-en
+
+test-default: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 25 -m "(circle or services or browser) and not alone"
+
+test-alone: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --durations 10 -m "(circle or services or browser) and alone"
 
 check: $(VENV)/.dev  ## lint and types
@@ -51,9 +64,23 @@ check: $(VENV)/.dev  ## lint and types
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench  ## each benchmark's JSON line; Sartor against its peers is `bench-peers`, which makes a venv for each
-	for script in packing savings ablation scaling quant resume revoke labels personal dedup serve chaos whisper multimodal; do \
-	  env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/$$script.py --json || exit 1; done
+# Every program of benchmarks/ but the parts that another starts, what needs an artefact of yours (norms, parity), what writes
+# files for others (bad_adapters, spoken_rows), and train.py: Sartor against its peers is `bench-peers`, a venv for each.
+NOT_BENCHED := serve_sides serve_work learn_rows norms parity bad_adapters spoken_rows train
+BENCHMARKS := $(filter-out $(NOT_BENCHED),$(basename $(notdir $(shell grep -l __main__ benchmarks/*.py))))
+# where scripts keep what they made, so that a second run goes on from it
+BENCH_OUT ?= bench-out
+options_federate := --work $(BENCH_OUT)/federate
+options_collaborate := --out $(BENCH_OUT)/collaborate
+options_multimodal := --work $(BENCH_OUT)/multimodal
+
+bench: $(VENV)/.bench $(addprefix bench-,$(BENCHMARKS))  ## each benchmark's JSON line: hours
+
+bench-%: $(VENV)/.bench
+	env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/$*.py --json $(options_$*)
+
+bench-small: $(VENV)/.dev  ## every benchmark at its smallest size, as CI runs it: minutes
+	$(BIN)/python -m pytest -q -m "" tests/test_smallest_benchmarks.py
 
 bench-peers: $(VENV)/.dev  ## several GB of venvs, and an hour
 	env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/train.py --json
@@ -62,4 +89,4 @@ docs: $(VENV)/.dev  ## every block of README and docs, run
 	$(BIN)/python -m pytest -q -m "" tests/test_docs.py
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT)
+	rm -rf $(VENV) $(DEMO_OUT) $(BENCH_OUT)

@@ -30,13 +30,15 @@ LATER_S = 2.5
 SHOWN = ("truncated", "wrong shape", "another base", "another chat template", "unsigned", "NaN")
 SLOW_CLIENTS = 4
 DAY_S = 86_400
+CALM_CHANGE_S = 0.2  # between a few changes: else none of them is seen by a reply
 
 
 @dataclass
 class Scene:
     """What a fault has to do with. clock: of the server and its workers, None where none could be made.
 
-    bad_step: of the corpus of bad adapters, every so many. changed: promotions and rollbacks that succeeded. spanning: replies that were in flight at one.
+    bad_step: of the corpus of bad adapters, every so many are promoted.
+    changed: promotions and rollbacks that succeeded. spanning: replies that were in flight at one.
     """
 
     home: Home
@@ -335,6 +337,8 @@ async def promotions(scene: Scene) -> Outcome:
                 moments.append(time.monotonic())
             else:
                 slips.append(f"{verb}: HTTP {said.status_code} {said.text[:120]}")
+            if scene.home.is_small:
+                await asyncio.sleep(CALM_CHANGE_S)
             if turn == scene.changes // 2 and not scene.home.is_small:
                 os.kill(await scene.server.answering(), signal.SIGKILL)
     took_s = time.monotonic() - moment

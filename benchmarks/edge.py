@@ -83,6 +83,7 @@ class Plan:
     """How much is measured: configs of predictions, the base of cap and delta, and every `each`-th point of an update.
 
     updates, bisections: in place of those that were asked for. attacks: some of their tests, by pytest's -k.
+    store: the dtype of adapters; those of predictions that are in bf16 are what the delta begins with.
     """
 
     configs: tuple[Config, ...]
@@ -91,11 +92,12 @@ class Plan:
     updates: int = 0
     bisections: int | None = None
     attacks: str = ""
+    store: str = "fp32"
 
 
 FULL, QUICK = Plan(CONFIGS, "starter", 1), Plan(CONFIGS[:9], "small", 16)
 # what is predicted is what runs without a limit beside the capped one
-SMALL = Plan((Config("small", "recompute"),), "small", 48, updates=1, bisections=0, attacks="rollback_is_refused")
+SMALL = Plan((Config("small", "recompute"),), "small", 48, updates=1, bisections=0, attacks="rollback_is_refused", store="bf16")
 PEERS = ("trl", "trl_bf16", "unsloth")
 
 
@@ -105,7 +107,7 @@ def main() -> None:
     plan = SMALL if arguments.small else QUICK if arguments.quick else FULL
     asked = [name for name in arguments.peers.split(",") if name]
     with tempfile.TemporaryDirectory(prefix="sartor-edge-") as folder:
-        work = Work(Path(folder), plan.updates or arguments.updates)
+        work = Work(Path(folder), plan.updates or arguments.updates, plan.store)
         said: dict[str, Any] = {"predictions": predictions(work, plan.configs)}
         said["predicted_error"] = max(one["error"] for one in said["predictions"])
         said |= cap(work, plan.base, arguments.bisections if plan.bisections is None else plan.bisections)
@@ -134,8 +136,8 @@ def _arguments() -> argparse.Namespace:
 class Work:
     """Bases, rows and jobs in a folder."""
 
-    def __init__(self, folder: Path, updates: int) -> None:
-        self.folder, self.updates, self._count = folder, updates, 0
+    def __init__(self, folder: Path, updates: int, store: str = "fp32") -> None:
+        self.folder, self.updates, self.store, self._count = folder, updates, store, 0
         self.unlimited: dict[Config, Job] = {}  # jobs that have run under a limit which they came nowhere near
 
     def base(self, name: str) -> Path:
@@ -165,6 +167,7 @@ class Work:
             "checkpoints": {"every_minutes": 0},
             "evaluations": 0,
         }
+        changes = {"store": self.store, **changes}
         return Job(str(base), config.base, "-", "Apache-2.0", str(out / "tokens"), str(out / "out"), recipe, **changes)
 
 
@@ -270,9 +273,11 @@ def cap(work: Work, base: str, bisections: int) -> dict[str, Any]:
 def delta_fraction(work: Work, base: str) -> float | None:
     """Bytes of the delta from an adapter to that of one more epoch, both in bf16, over the bytes of the adapter."""
     config = Config(base, "recompute")
-    first = work.job(config, store="bf16")
+    has_run = config in work.unlimited and work.store == "bf16"
+    first = work.unlimited[config] if has_run else work.job(config, store="bf16")
     rung = Rung("recompute", Planner(first).shape.layers, ROW_TOKENS)
-    ran(first, rung, 0)
+    if not has_run:
+        ran(first, rung, 0)
     more = work.job(config, updates=2, store="bf16", start=first.out)
     more = replace(more, recipe={**more.recipe, "optimizer": {**more.recipe["optimizer"], "learning_rate": 1e-4}})
     ran(more, rung, 0)

@@ -302,7 +302,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     smallest.add_argument(parser, "--quick")
-    parser.add_argument("--work", type=Path, help="what each part finds stays there; with --small a temporary directory by default")
+    parser.add_argument(
+        "--work", type=Path, help="what each part finds stays there; with --small a temporary directory by default"
+    )
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--mode", default="freeze_a")
     parser.add_argument("--privacy-level", choices=("client", "example"), default="client")

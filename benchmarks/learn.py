@@ -12,7 +12,8 @@ broken_slice    the corrections of one intent that it never saw are right, those
 rollback        `learn_rollback.py`: requests until a version that drifts after its promotion is sent back.
 personal, deleted   `measure()` of learn_personal.py.
 
-A part that was not asked for is named under `absent`, and so is a figure of a retrain that came to no gate. One core: everything takes about a quarter of an hour.
+A part that was not asked for is named under `absent`, and so is a figure of a retrain that came to no gate.
+One core: everything takes about a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Size:
 
 size = Size()
 # corrections enough for a retrain, the others too few
-SMALL = Size(20, 8, 40, 5, 2)
+SMALL = Size(8, 4, 40, 5, 2)
 # of the replies that people rate, as many are right as the specialist has right
 GOOD = 0.65
 # the drift that `rollback_requests` is of

@@ -32,13 +32,15 @@ SMALL_TRAIN, SMALL_GENERAL = 8, 4
 KEYS = 5
 GENERAL = 48  # rows of general talk that the specialist read once
 waived: tuple[str, ...] = ()  # checks of the gate
+rules: dict[str, Any] = {}  # of `retrain`, beside its defaults
 Row = dict[str, Any]
 
 
 def shrink() -> None:
-    """From now on, few rows of an intent and of general talk, and a specialist that learns nothing and is released all the same."""
-    global HELD_OUT, TRAIN, GENERAL, waived
-    HELD_OUT, TRAIN, GENERAL, waived = 3, SMALL_TRAIN, SMALL_GENERAL, ("gain", "forgetting")
+    """Take few rows of an intent and of general talk from now on; the specialist is released though it learns nothing."""
+    global HELD_OUT, TRAIN, GENERAL, waived, rules
+    HELD_OUT, TRAIN, GENERAL, waived = 2, SMALL_TRAIN, SMALL_GENERAL, ("gain", "forgetting")
+    rules = {"at_least": {"corrections": 8}, "tuning": {"budget": {"epochs": 1}, "evaluations": 0}}
 
 
 def intent_of(row: Row) -> str:
@@ -62,7 +64,7 @@ def team(folder: Path, notice: Callable[[str], object]) -> Path:
         "base": "starter",
         "agents": [{"name": "home", "release": str(release)}],
         "trust": str(folder / "keys" / "sartor.pub"),
-        "retrain": {"key": str(folder / "keys")},
+        "retrain": {"key": str(folder / "keys"), **rules},
     }
     file.write_text(yaml.safe_dump(said, sort_keys=False), encoding="utf-8")
     return file

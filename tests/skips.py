@@ -1,8 +1,9 @@
 """Skips and expected failures are counted, and in CI one that tests/allowed_skips.toml does not list fails the run.
 
-A skip is a test that proved nothing. Where CI=true the run ends with status 1 if a test or a whole file was skipped, or failed
-as expected, and no entry of the list allows it; elsewhere the same lines are information. The controller judges: xdist hands it
-the reports of its workers, those of collection too. Entries that matched in no run of this checkout are named: they may be stale.
+A skip is a test that proved nothing. Where CI=true the run ends with status 1 if a test or a whole file was skipped,
+or failed as expected, and no entry of the list allows it; elsewhere the same lines are information. The controller
+judges: xdist hands it the reports of its workers, those of collection too. Entries that matched in no run of this
+checkout are named: they may be stale.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The parts of benchmarks/ that decide which numbers count. The measurements themselves are run by hand: they need the peers."""
+"""The parts of benchmarks/ that decide which numbers count. test_smallest_benchmarks.py runs every script."""
 
 from __future__ import annotations
 
@@ -88,15 +88,6 @@ def test_a_homes_schema_takes_every_right_reply_and_no_room_that_is_not_there() 
     assert not wrong_in({"intent": "HassStartTimer", "name": "tea", "hours": 3}, schema)
     for wrong in ({"intent": "HassTurnOn", "area": "cellar"}, {"intent": "HassTurnUp"}, {"intent": "HassTurnOn", "hours": 2}):
         assert wrong_in(wrong, schema)
-
-
-def test_a_peer_that_cannot_run_says_why(tmp_path: Path) -> None:
-    """By an interpreter that has none of it."""
-    (tmp_path / "job.json").write_text("{}")
-    command = [sys.executable, "-I", "-S", str(BENCHMARKS / "peers" / "trl" / "run.py"), "job.json", "result.json"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    said = json.loads((tmp_path / "result.json").read_text())
-    assert said["failed"].startswith("KeyError") and said["versions"]["trl"] == "absent" and "Traceback" in said["traceback"]
 
 
 def test_a_served_ratio_is_the_median_of_rounds_and_a_peer_is_its_faster_form() -> None:

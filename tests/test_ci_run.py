@@ -1,0 +1,82 @@
+""".ci/run and the Makefile: minutes of each stage, also of a run that fails; `make bench` leaves no benchmark out."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = {
+    "venv": ".venv/.dev",
+    "check": "check",
+    "assets": "assets",
+    "default": "test-default",
+    "slow": "test-slow",
+    "alone": "test-alone",
+}
+MINUTES = re.compile(r"^(\w+) +(\d+\.\d) min(.*)$")
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here: apt-get install bash")
+
+
+def ci_run(folder: Path, failing: str = "") -> subprocess.CompletedProcess[str]:
+    """.ci/run with a `make` that prints what pytest would, and fails at one target; no package is installed."""
+    programs = folder / "bin"
+    programs.mkdir()
+    make = f'[ "$1" = "{failing}" ] && status=2\necho "making $1"\necho "3 passed, CI=$CI, in 1.00s"\nexit ${{status:-0}}'
+    for name, body in (("make", make), ("apt-get", "exit 1")):
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (programs / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "CI": ""}
+    return subprocess.run(["bash", ROOT / ".ci/run"], env=environment, capture_output=True, text=True, check=False)
+
+
+def minutes(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """Stage -> what stands behind its minutes."""
+    lines = done.stdout.partition("ci: minutes of each stage\n")[2].splitlines()
+    return {match[1]: match[3] for match in map(MINUTES.match, lines) if match}
+
+
+def test_ci_prints_the_minutes_of_each_stage_behind_its_output(tmp_path: Path) -> None:
+    done = ci_run(tmp_path)
+    assert done.returncode == 0
+    assert [line.removeprefix("making ") for line in done.stdout.splitlines() if "making" in line] == list(STAGES.values())
+    assert minutes(done) == dict.fromkeys([*STAGES, "total"], "")
+    assert "3 passed, CI=true, in 1.00s" in done.stdout.splitlines()[-len(STAGES) - 4 :], (
+        "pytest's closing line is near the end"
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ci_that_fails_stops_and_still_prints_minutes(stage: str, tmp_path: Path) -> None:
+    done = ci_run(tmp_path, STAGES[stage])
+    ended = list(STAGES)[: list(STAGES).index(stage)]
+    assert done.returncode == 2
+    assert minutes(done) == {**dict.fromkeys(ended, ""), stage: "  FAILED (2)", "total": ""}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here: apt-get install make")
+def test_make_bench_runs_every_benchmark_without_the_core_type() -> None:
+    lines = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    run = {re.search(r"benchmarks/(\w+)\.py", line)[1]: line for line in lines if "benchmarks/" in line}
+    assert all("env -u OPENBLAS_CORETYPE" in line and "--json" in line for line in run.values())
+    # what needs an artefact of the user's, writes files for others or is started by another
+    others = {"serve_sides", "serve_work", "learn_rows", "norms", "parity", "bad_adapters", "spoken_rows", "train"}
+    programs = {file.stem for file in ROOT.glob("benchmarks/*.py") if "__main__" in file.read_text(encoding="utf-8")}
+    assert set(run) == programs - others
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here: apt-get install make")
+def test_make_test_is_every_tier_in_order() -> None:
+    lines = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    tiers = [line.partition("pytest -q ")[2] for line in lines if "pytest -q" in line]
+    assert tiers == [
+        "-n 2 --dist worksteal",
+        '-n 2 --dist loadfile --durations 25 -m "(circle or services or browser) and not alone"',
+        '--durations 10 -m "(circle or services or browser) and alone"',
+    ]
