@@ -12,6 +12,7 @@ from typing import Any
 from sartor.core import rows
 from sartor.core.artifacts import Artifact, check_free, open_artifact
 from sartor.core.errors import ArtifactError, SourceError
+from sartor.core.grouping import group_of_stored, split_group
 from sartor.core.records import Example
 from sartor.curate.derived import write_derived
 from sartor.curate.steps.contract import dropped
@@ -69,8 +70,8 @@ def prove(
     """Tune a recipe on the training rows of the Dataset `reality`, then with those of `synthetic`; compare on held-out rows.
 
     Both runs have the recipe as it is but for `data.path`: with a budget of epochs the second makes more updates, with one of
-    updates the same. Synthetic rows in the group of a held-out row are left out. The interval is of a paired bootstrap over
-    groups (`evaluate/compare.py`). Below `out` stand `with` (the Dataset), `adapter-without`, `adapter-with` and their reports.
+    updates the same. Synthetic rows in the group of a held-out row are left out. The interval is over groups
+    (`evaluate/compare.py`). Below `out` stand `with` (the Dataset), `adapter-without`, `adapter-with` and their reports.
     Raises what `tune` and `evaluate` do, SourceError where nothing is held out.
     """
     began = time.monotonic()
@@ -101,14 +102,14 @@ def prove(
 def _together(real: Artifact, made: Artifact, out: Path, replace: bool) -> tuple[Artifact, int, int]:
     """(the Dataset of both, synthetic rows in it, synthetic rows that were left out)."""
     known = list(rows.read_examples(real))
-    held_out = {row.group for row in known if row.split == "eval"}
+    held_out = {split_group(row) for row in known if row.split == "eval"}
     if not held_out:
         raise SourceError(f"{real.path} holds out no row to compare on", "curate it with split.eval_fraction above 0")
     ids = {row.id for row in known}
     taken: list[Example] = []
     drops = []
     for row in rows.read_examples(made):
-        if row.group in held_out or row.id in ids:
+        if split_group(row) in held_out or row.id in ids:
             drops.append(dropped(row, "group_held_out", "a real row of its group is held out, or is it itself", step=STEP))
         else:
             taken.append(replace_fields(row, split="train"))
@@ -125,7 +126,7 @@ def _compared(
     # a metric of the whole set, such as macro-F1, has no scores of rows
     column = f"tuned_{metric}" if f"tuned_{metric}" in scored["without"][shared[0]] else "tuned_exact_match"
     sides: list[Sequence[float]] = [[float(scored[name][row][column]) for row in shared] for name in ("without", "with")]
-    groups = [scored["without"][row]["group"] for row in shared]
+    groups = [group_of_stored(scored["without"][row]) for row in shared]
     runs = {name: {"adapter": str(one.adapter.path), "updates": one.as_json()["updates"]} for name, one in tuned.items()}
     found = compare.paired(sides[0], sides[1], groups)
     return Proof(found, column.removeprefix("tuned_"), len(shared), *counts, runs, wall_s)

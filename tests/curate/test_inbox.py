@@ -13,9 +13,9 @@ import pytest
 from sartor.agents.feedback import Inbox
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.family import holm
+from sartor.core.grouping import prompt_group
 from sartor.core.records import Drop, Example, Feedback, Voice
 from sartor.core.revoke import revoke
-from sartor.curate.grouping import prompt_group
 from sartor.curate.inbox import reading, shares, trust
 from sartor.curate.inbox.lines import Line, over
 from sartor.curate.inbox.terms import InboxTerms

@@ -24,7 +24,7 @@ def row(*turns: str, id: str = "1") -> sartor.Example:
 @pytest.mark.parametrize("kind", KINDS)
 def test_templates_are_said_of_every_group_and_differ_in_merit_between_blocks(scenario: str, kind: str) -> None:
     made = pairs.templates(scenario, kind, "Decide.")  # type: ignore[arg-type]
-    assert made.left_out == 0 and len(made.blocks) >= pairs.LEAST_BLOCKS
+    assert made.left_out == 0 and len(made.blocks) >= pairs.LEAST_OF_TEMPLATES
     for block in made.blocks:
         texts = [prompt[-1].text for prompt in block.variants]
         assert len(set(texts)) == len(groups(kind)) == len(texts)  # type: ignore[arg-type]

@@ -97,7 +97,8 @@ def test_each_client_has_its_own_and_is_better_by_it(
         assert_nowhere(own, out.with_name("shared.rounds"))
     for other in ("base", "shared", "local_only", "centralised"):
         lift = report["all"][f"over_{other}"]["loss"]
-        assert lift["verdict"] == "better" and lift["low"] <= lift["estimate"] <= lift["high"] < 0, other
+        assert lift["estimate"] < 0 and lift["verdict"] == "cannot tell", "three places are held out: too few groups to tell"
+        assert lift["low"] <= lift["estimate"] <= lift["high"]
     assert sum(report["verdicts"]["over_local_only"].values()) == 3 and report["not_dealt"] == 0
     again = simulate(asked, out, clients=homes, resume=True, notice=said.append)
     assert again.adapter.id == open_artifact(out).id and "no round is left to do" in " ".join(said)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from sartor.core import catalogue, config, lineage_index, rows
 from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact, write_artifact
 from sartor.core.errors import ConfigError
+from sartor.core.grouping import split_group
 from sartor.core.holdout import held_out_groups
 from sartor.core.lineage import tally
 from sartor.core.records import Drop, Example, digest
@@ -29,7 +30,6 @@ from sartor.curate.curated import Curated
 from sartor.curate.dedup import clusters, ledger
 from sartor.curate.dedup import rethreshold as of_files
 from sartor.curate.dedup.pairs import METHODS, Pairs
-from sartor.curate.grouping import prompt_group
 from sartor.curate.pipeline import digests, licence_facts, load_recipe
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.steps import makes_copies, needs_all_rows
@@ -124,7 +124,7 @@ class _Rethreshold:
         back, fallen = self._returned()
         staying = [place for place in range(len(self.kept)) if place not in self.gone]
         splits = self._splits(staying, back)
-        returned = [dataclasses.replace(row, group=_group(row), split=splits[_group(row)]) for row in back]
+        returned = [dataclasses.replace(row, group=split_group(row), split=splits[split_group(row)]) for row in back]
         tables = [self.kept.take(pa.array(staying, pa.int64())), rows.examples_table(returned)]
         total = finish.write_tables(folder / "examples", rows.EXAMPLES, tables)
         finish.write_set_aside(folder, ((self.ids[place], self._example(place)) for place in sorted(self.gone)))
@@ -175,7 +175,7 @@ class _Rethreshold:
         """The split of every group: as it was; of groups that nobody had, some are held out as `curate` would."""
         groups, splits = self.kept["group"].to_pylist(), self.kept["split"].to_pylist()
         found = {groups[place]: splits[place] for place in staying}
-        new = [_group(row) for row in back if _group(row) not in found]
+        new = [split_group(row) for row in back if split_group(row) not in found]
         held_out = held_out_groups(new, self.recipe.split.eval_fraction, self.recipe.seed) if new else set()
         return {**{group: "eval" if group in held_out else "train" for group in new}, **found}
 
@@ -228,10 +228,6 @@ class _Rethreshold:
         lineage_index.write(folder)
         card.write(folder, facts)
         return {**facts, "digest": digest(digests(folder))}
-
-
-def _group(row: Example) -> str:
-    return row.group or prompt_group(row)
 
 
 def _read(dataset: Artifact, folder: str) -> Any:

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sartor.core import rows
+from sartor.core.grouping import prompt_group
 from sartor.core.records import Drop, Example, Origin
 from sartor.curate import parts
-from sartor.curate.grouping import prompt_group
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import Unit, read
 from sartor.curate.steps.contract import Copy, CopyStep, Counting, RowFunction, RowStep, SetStep, dropped

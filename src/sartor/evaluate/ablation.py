@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from sartor.core.grouping import group_of
 from sartor.core.records import Example, Message, Part
 from sartor.evaluate.answering import replies, reply_limit
 from sartor.evaluate.blank import blanked
@@ -75,14 +76,15 @@ def shuffled(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Exam
     A row with more of them than the other repeats the other's. Rows in excess of half get those of their own group, or their
     own where there is no other: such a model is then held to look less than it does.
     """
-    draw, sizes = random.Random(seed), Counter(example.group for example in examples)
-    groups = sorted(sizes)
-    draw.shuffle(groups)
-    rank = {group: place for place, group in enumerate(groups)}
+    groups = [group_of(example) for example in examples]
+    draw, sizes = random.Random(seed), Counter(groups)
+    names = sorted(sizes)
+    draw.shuffle(names)
+    rank = {name: number for number, name in enumerate(names)}
     order = list(range(len(examples)))
     draw.shuffle(order)
     # groups stand side by side, so behind a step over the largest one there is another group
-    order.sort(key=lambda place: rank[examples[place].group])
+    order.sort(key=lambda place: rank[groups[place]])
     step = max(sizes.values()) % len(order) or 1
     partner = {place: order[(at + step) % len(order)] for at, place in enumerate(order)}
     return [_with_media(example, kind, examples[partner[place]]) for place, example in enumerate(examples)]

@@ -12,6 +12,7 @@ import pyarrow as pa
 from sartor.core import lineage, rows
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError
+from sartor.core.grouping import group_of_stored
 from sartor.core.records import Example
 from sartor.evaluate.answering import answer, losses, side
 from sartor.evaluate.held_out import HeldOut
@@ -50,13 +51,14 @@ def beside(
     metric = _OF_A_ROW.get(primary, primary)
     heard = [place for place, row in enumerate(said) if row.get(f"tuned_{metric}") is not None] if metric == "wer" else []
     measures = Measures(
-        [row["reference"] for row in said], [row["group"] for row in said], found.manifest["label"], None, heard
+        [row["reference"] for row in said], [group_of_stored(row) for row in said], found.manifest["label"], None, heard
     )
     mine = answered.loss if metric == "loss" else measures.by_row(answered)[metric]
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
     table = [
         {
-            **{name: row[name] for name in ("id", "group", "reference")},
+            **{name: row[name] for name in ("id", "reference")},
+            "group": group_of_stored(row),
             "live_reply": reply,
             "new_reply": row["tuned_reply"],
             "live": sign * score,

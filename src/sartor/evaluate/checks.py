@@ -9,6 +9,7 @@ from typing import Any, Literal
 from sartor.core.artifacts import Artifact
 from sartor.core.licences import Use
 from sartor.evaluate import permission
+from sartor.evaluate.compare import LEAST_GROUPS, groups_needed
 from sartor.evaluate.limits import ForgettingLimit, GainLimit, Limits, ReviewLimit
 from sartor.evaluate.measures import LOWER_IS_BETTER
 
@@ -18,20 +19,35 @@ _NOUNS = {"image": "a picture", "audio": "a recording"}
 
 @dataclass(frozen=True)
 class Check:
-    """One check of the gate: what it found, in a sentence; of a failed one, what else would help than tuning again."""
+    """One check of the gate: what it found, in a sentence; of a failed one, what else would help than tuning again.
 
-    outcome: Literal["pass", "fail", "waived"]
+    "cannot tell" holds a Release back as "fail" does: what was measured could not have shown a failure.
+    """
+
+    outcome: Literal["pass", "fail", "cannot tell", "waived"]
     detail: str
     remedy: str = ""
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether there may be no Release unless somebody waives the check."""
+        return self.outcome in ("fail", "cannot tell")
 
-def gain(name: str, metric: Mapping[str, float], limit: GainLimit = Limits.gain) -> Check:
-    """Whether the primary metric, `name`, is better by an interval that lies above the limit."""
+
+def gain(name: str, metric: Mapping[str, float], limit: GainLimit = Limits.gain, groups: int = 0) -> Check:
+    """Whether the primary metric, `name`, is better by an interval that lies above the limit. groups: 0 of an older Report."""
     detail = f"{name} {metric['base']:.3f} -> {metric['tuned']:.3f}, gain in [{metric['low']:.3f}, {metric['high']:.3f}]"
-    least = limit.at_least
-    is_better = metric["high"] < -least if name in LOWER_IS_BETTER else metric["low"] > least
+    least, is_lower = limit.at_least, name in LOWER_IS_BETTER
+    is_better = metric["high"] < -least if is_lower else metric["low"] > least
+    if is_better:
+        return Check("pass", detail)
     short = f" does not lie above the {least:g} asked for" if least else " does not exclude 0"
-    return Check("pass" if is_better else "fail", detail + ("" if is_better else short))
+    over = f", over {groups} groups of rows" if groups else ""
+    few = f"; fewer than {LEAST_GROUPS} exclude nothing" if 0 < groups < LEAST_GROUPS else ""
+    difference = metric["tuned"] - metric["base"]
+    needed = groups_needed(difference, metric["low"], metric["high"], groups) if groups and not least else 0
+    remedy = f"evaluate on about {needed} groups of rows, if the gain stays as it is (--data FILE); or tune or curate again"
+    return Check("fail", f"{detail}{short}{over}{few}", remedy if needed and (difference < 0) == is_lower else "")
 
 
 def modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:

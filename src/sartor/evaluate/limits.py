@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
+from sartor.core.groups import KINDS
 
 # Nats per token by which the chitchat probe may get worse (docs/decisions/003-demo-rows.md has what was seen).
 FORGETTING_LIMIT_NATS = 0.5
+# A gap of rates that fails the four-fifths rule whatever the highest rate is.
+TELLING_GAP = 0.2
 
 
 def _fraction(where: str, **said: float) -> None:
@@ -33,13 +36,21 @@ class ForgettingLimit:
 
 @dataclass(frozen=True)
 class BiasLimits:
-    """What a group's rate may differ from the others' by, where that is no chance (p below 0.05 after Holm)."""
+    """What a group's rate may differ from the others' by, where that is no chance (corrected p below 0.05)."""
 
     gap: float = option(0.1, "difference of rates, 0..1")
     ratio: float = option(0.8, "least rate over that of the group with the highest: the four-fifths rule")
+    kinds: tuple[str, ...] = option(tuple(KINDS), "kinds of groups that have to be measured, each by prompts enough to tell")
 
     def __post_init__(self) -> None:
         _fraction("bias", gap=self.gap, ratio=self.ratio)
+        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
+            raise ConfigError(f"bias.kinds has {unknown[0]!r}", f"bias.kinds: [{', '.join(KINDS)}], or some of them")
+
+    @property
+    def telling_gap(self) -> float:
+        """The gap that prompts have to be able to show before a kind passes."""
+        return max(self.gap, TELLING_GAP)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What two sides answered to the same rows -> metrics of both, and the interval of their difference.
 
-Every metric is a function of sums over rows, so that it can be computed for each resample of the bootstrap anew: macro-F1 and
+Every metric is a function of sums over rows, so that it can be computed for each set of groups anew: macro-F1 and
 the word error rate are of the whole set, and no mean over rows.
 """
 
@@ -43,7 +43,7 @@ class Side:
 class Measures:
     """The metrics of rows with these references.
 
-    groups: rows of one group are drawn together. field: where JSON replies name a class (`labels.py`). labels: the class of
+    groups: rows of one group fail together. field: where JSON replies name a class (`labels.py`). labels: the class of
     each reference, None for a row without one; by default read at `field`. transcripts: places of the rows whose reference is
     what was said in a recording.
 
@@ -103,7 +103,7 @@ class Measures:
         if self.labelled and before.confidence and after.confidence:
             found["ece"] = self._calibration(before, after)
         if before.loss and after.loss:
-            found["loss"] = compare.paired(before.loss, after.loss, self.groups, before.tokens)
+            found["loss"] = compare.paired(before.loss, after.loss, self.groups, before.tokens, is_bounded=False)
         return found
 
     def one(self, name: str, before: Side, after: Side) -> Comparison:
@@ -150,7 +150,7 @@ class Measures:
 
         def macro(found: Array) -> Array:
             right, said, wanted = (found[:, start : start + count] for start in (0, count, 2 * count))
-            # a class that a resample drew no row of is no class of it
+            # a class that a set of groups has no row of is no class of it
             has, f1 = wanted > 0, 2 * right / (said + wanted).clip(1)
             return np.asarray((f1 * has).sum(1) / has.sum(1).clip(1))
 

@@ -98,7 +98,7 @@ def _intervals(report: Mapping[str, Any]) -> str:
         )
     legend = (
         '<p class=lead style="margin:.2rem 0 1rem">red: base, blue: tuned, band: 95 % interval of the gain '
-        "(paired bootstrap over groups)</p>"
+        "(an exact test over groups)</p>"
     )
     return f'<svg viewBox="-4 0 850 {step * len(rows) + 24}" role="img">{"".join(marks)}</svg>{legend}'
 

@@ -85,7 +85,7 @@ def release(
     check_free(out.absolute(), replace=replace)
     evidence = _report_of(adapter, report)
     found = gate(adapter, evidence, waivers, use, own, open_items)
-    if failed := {check: result for check, result in found.items() if result.outcome == "fail"}:
+    if failed := {check: result for check, result in found.items() if result.holds_back}:
         lines = "; ".join(f"{check}: {result.detail}" for check, result in failed.items())
         remedies = [result.remedy or "tune or curate again" for result in failed.values()]
         waive = f"or take it on yourself: --waive {next(iter(failed))} --by NAME --reason TEXT"
@@ -137,7 +137,7 @@ def gate(
     primary = manifest["primary"]
     dataset = lineage.find_parent(adapter, "dataset")
     found = {
-        "gain": checks.gain(primary, manifest["metrics"][primary], limits.gain),
+        "gain": checks.gain(primary, manifest["metrics"][primary], limits.gain, manifest.get("groups", 0)),
         "forgetting": checks.forgetting(manifest["forgetting"], limits.forgetting),
         "licence": checks.licence(adapter, use),
         **checks.modality(adapter, manifest),
@@ -151,7 +151,7 @@ def gate(
             raise ConfigError(f"the gate has no check {waiver.check!r}", f"--waive {' | '.join(found)}")
         if not (waiver.by.strip() and waiver.reason.strip()):
             raise ConfigError(f"the waiver of {waiver.check!r} lacks a name or a reason", "--by NAME --reason TEXT")
-        if found[waiver.check].outcome == "fail":
+        if found[waiver.check].holds_back:
             detail = f"{found[waiver.check].detail}; waived by {waiver.by}: {waiver.reason}"
             found[waiver.check] = Check("waived", detail)
     return found

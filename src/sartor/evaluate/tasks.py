@@ -20,6 +20,7 @@ import pyarrow as pa
 from sartor.core import catalogue, rows
 from sartor.core.artifacts import Artifact, check_free, open_artifact, write_artifact
 from sartor.core.errors import AssetError, ConfigError, ModelError, SourceError
+from sartor.core.grouping import group_of
 from sartor.core.records import Example
 from sartor.evaluate import audit, compare, page
 from sartor.evaluate.ablation import ablate, media_of, modalities
@@ -50,7 +51,8 @@ class Evaluated:
         """The command's JSON."""
         manifest = self.report.manifest
         known = (
-            "primary", "metrics", "label", "modalities", "ablation", "forgetting", "audit", "rows", "left_out", "wall_s",
+            "primary", "metrics", "label", "modalities", "ablation", "forgetting", "audit", "rows", "groups", "left_out",
+            "wall_s",
         )  # fmt: skip
         return {"report": str(self.report.path), **{key: manifest[key] for key in known}}
 
@@ -141,6 +143,7 @@ def _measure(
         "forgetting": measure_forgetting(base, model),
         "audit": _audited(adapter, base, model, asked, audited, notice) if audited else {},
         "rows": len(asked.examples),
+        "groups": len(set(measures.groups)),
         "left_out": asked.left_out,
     }
     table = _table(asked.examples, measures, before, after)
@@ -160,7 +163,7 @@ def _measures(asked: HeldOut, label: str) -> Measures:
     ]
     return Measures(
         [reply_text(row.messages[-1]) for row in asked.examples],
-        [row.group for row in asked.examples],
+        [group_of(row) for row in asked.examples],
         label,
         transcripts=heard,
     )
@@ -211,12 +214,12 @@ def measure_forgetting(base: Base, model: Any) -> dict[str, Any]:
             problem = error.problem
     if not encoded:  # a base that only hears
         return {"skipped": f"the base takes none of the {len(probe)} rows of the probe: {problem}"}
-    groups, found = {example.id: example.group for example in probe}, []
+    groups, found = {example.id: group_of(example) for example in probe}, []
     for tuned in (False, True):
         with side(model, tuned=tuned):
             found.append(losses(base, model, encoded))
     (before, tokens), (after, _) = found
-    comparison = compare.paired(before, after, [groups[row.example_id] for row in encoded], tokens)
+    comparison = compare.paired(before, after, [groups[row.example_id] for row in encoded], tokens, is_bounded=False)
     return {"unit": "nats per token", "rows": len(encoded), **dataclasses.asdict(comparison)}
 
 

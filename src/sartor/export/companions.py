@@ -64,7 +64,7 @@ def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -
     """README.md: what this is, how it is loaded (`use`), what it was made of; its front matter names the licence."""
     manifest = release.manifest
     name = f"{manifest['name']} {manifest['version']}"
-    system = manifest["system_prompt"]
+    system, bias = manifest["system_prompt"], manifest["gate"].get("bias")
     lines = [
         "---",
         f"license: {_as_hub_spells(release.licence)}",
@@ -85,6 +85,7 @@ def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -
         *(["", *(f"> {line}" for line in system.splitlines())] if system else []),
         "",
         f"Meant for {manifest.get('use', 'commercial')} use. Licences, and what they demand: `NOTICE.md`.",
+        *(["", f"Audit of bias: {bias['outcome']}. {bias['detail']}"] if bias else []),
         "",
     ]
     (part / "README.md").write_text("\n".join(lines), encoding="utf-8")

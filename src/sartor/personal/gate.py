@@ -1,7 +1,7 @@
 """May a personal version answer? Losses on the user's held-out rows, and on what the live version was held out on.
 
-Both are non-inferiority tests: the upper end of the 95 % interval of a paired bootstrap over groups (`evaluate.compare`) may
-not lie above a margin. A delta that learnt nothing passes, and changes nothing; one that is worse than it may be does not.
+Both are non-inferiority tests: the upper end of the 95 % interval over groups (`evaluate.compare`) may not lie above a
+margin. A delta that learnt nothing passes, and changes nothing; one that is worse than it may be does not.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sartor.core import catalogue
 from sartor.core import rows as stored
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, SourceError
+from sartor.core.grouping import group_of
 from sartor.core.records import Example
 from sartor.edge.personal.adapting import LEAST_HELD_OUT, LEAST_TRAINED
 from sartor.edge.personal.rows import example_of
@@ -58,7 +59,7 @@ class Verdict:
 
 def own_rows(dataset: Artifact, rows: Rows) -> Asked:
     """The user's held-out rows. Raises SourceError where there are too few to tune on, or to tell anything by."""
-    group = {example.id: example.group for example in stored.read_examples(dataset)}
+    group = {example.id: group_of(example) for example in stored.read_examples(dataset)}
     asked = Asked(rows.held_out, [group[row.example_id] for row in rows.held_out])
     if len(rows.train) < LEAST_TRAINED or len(set(asked.groups)) < LEAST_HELD_OUT:
         raise SourceError(
@@ -75,7 +76,7 @@ def probe_rows(release: Artifact, stack: Stack) -> Asked:
     Raises SourceError where there are fewer than two of either.
     """
     chat, most = stack.resident.base.chat, stack.resident.recipe.data.max_length_tokens
-    coded = [(encoded(one, one.id, chat, most), one.group or one.id) for one in [*_held_out(release), *_canaries(release)]]
+    coded = [(encoded(one, one.id, chat, most), group_of(one)) for one in [*_held_out(release), *_canaries(release)]]
     usable = [(row, group) for row, group in coded if isinstance(row, Encoded)][:MOST_PROBE_ROWS]
     if len({group for _, group in usable}) < 2:
         raise SourceError(
@@ -102,7 +103,7 @@ def judge(stack: Stack, tuned: Tensors, own: Asked, probe: Asked, terms: Persona
 def _compared(stack: Stack, tuned: Tensors, asked: Asked) -> Comparison:
     rows = lifts.Own(asked.rows, asked.groups, HeldOut([], Path()))
     before, after = (lifts.side(stack.resident, adapter, rows).losses for adapter in (stack.unchanged, tuned))
-    return paired(before, after, asked.groups, rows.tokens)
+    return paired(before, after, asked.groups, rows.tokens, is_bounded=False)
 
 
 def _held_out(release: Artifact) -> list[Example]:

@@ -20,6 +20,7 @@ from sartor.agents.monitors import Rate
 from sartor.core import config, rows
 from sartor.core.artifacts import Artifact, kind_of, open_artifact
 from sartor.core.errors import ArtifactError
+from sartor.core.grouping import split_group
 from sartor.core.records import Drop, Example
 from sartor.curate.derived import write_derived
 from sartor.curate.inbox.reading import of_folder
@@ -161,9 +162,9 @@ def _held_out(job: Job, own: Artifact, corrections: Sequence[Example]) -> list[E
 def _write(out: Path, parents: Sequence[Artifact], train: Sequence[Example], held: Sequence[Example]) -> None:
     if kind_of(out) == "dataset":  # killed between this Dataset and the record
         return
-    groups, kept, drops = {row.group for row in held}, [], list[Drop]()
+    groups, kept, drops = {split_group(row) for row in held}, [], list[Drop]()
     for row in train:
-        if row.group in groups:
+        if split_group(row) in groups:
             drops.append(dropped(row, "group_held_out", "a held-out row is of its group", step=STEP))
         else:
             kept.append(row)

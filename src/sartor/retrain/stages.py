@@ -12,6 +12,7 @@ from sartor.agents.people import presence
 from sartor.core import numerics, rows
 from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import ConfigError, GateError
+from sartor.core.grouping import group_of
 from sartor.evaluate.beside import beside, likelihoods, write_beside
 from sartor.evaluate.checks import Check
 from sartor.evaluate.compare import Comparison
@@ -117,7 +118,7 @@ def _liked(job: Job, adapter: Path) -> dict[str, Any]:
     live, new = (likelihoods(path, held, job.notice) for path in (job.work.record.live.release, adapter))
     return {
         "ratings": [
-            {"id": row.id, "group": row.group, "live": row.rating * before, "new": row.rating * after}
+            {"id": row.id, "group": group_of(row), "live": row.rating * before, "new": row.rating * after}
             for row, before, after in zip(held, live, new, strict=True)
         ]
     }
@@ -129,7 +130,7 @@ def gate(job: Job) -> Mapping[str, Any]:
     told = {name: {"outcome": check.outcome, "detail": check.detail} for name, check in found.items()}
     gains = {kind: {"estimate": one.difference, "low": one.low, "high": one.high} for kind, one in compared.items()}
     facts = {"checks": told, "gain": {"of": of, **gains[of]}, "compared": gains}
-    lines = [f"{name}: {check.detail}" for name, check in found.items() if check.outcome == "fail"]
+    lines = [f"{name}: {check.detail}" for name, check in found.items() if check.holds_back]
     return {**facts, "refused": "; ".join(lines)}
 
 

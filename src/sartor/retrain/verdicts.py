@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sartor.agents.retraining import NotWorse
+from sartor.core.grouping import group_of_stored
 from sartor.evaluate import compare
 from sartor.evaluate.checks import Check
 from sartor.evaluate.compare import Comparison
@@ -25,7 +26,9 @@ MOST_VALUES = 40
 
 def of_rows(table: Sequence[Row]) -> Comparison:
     """The new version's scores less the live one's, with the interval over groups."""
-    return compare.paired([row["live"] for row in table], [row["new"] for row in table], [row["group"] for row in table])
+    return compare.paired(
+        [row["live"] for row in table], [row["new"] for row in table], [group_of_stored(row) for row in table]
+    )
 
 
 def gain(compared: Mapping[str, Comparison]) -> tuple[Check, str]:

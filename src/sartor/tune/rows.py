@@ -9,6 +9,7 @@ from dataclasses import replace
 from sartor.core import reply_markup, rows
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
+from sartor.core.grouping import split_group
 from sartor.core.holdout import held_out_groups
 from sartor.core.records import Example
 from sartor.models.batches import Encoded
@@ -102,5 +103,5 @@ def _hold_out(examples: list[Example], data: Data, seed: int) -> list[Example]:
     """Split by group as `data` says, if the Dataset itself holds out nothing."""
     if not data.eval_fraction or any(example.split == "eval" for example in examples):
         return examples
-    held_out = held_out_groups((example.group for example in examples), data.eval_fraction, seed)
-    return [replace(example, split="eval") if example.group in held_out else example for example in examples]
+    held_out = held_out_groups((split_group(example) for example in examples), data.eval_fraction, seed)
+    return [replace(example, split="eval") if split_group(example) in held_out else example for example in examples]

@@ -23,10 +23,10 @@ from sartor.core import lineage_index, rows
 from sartor.core.artifacts import Artifact, open_artifact, write_artifact
 from sartor.core.columns import words
 from sartor.core.errors import ConfigError, ConflictError, SourceError
+from sartor.core.grouping import split_group
 from sartor.core.lineage import tally
 from sartor.core.records import Drop, Example, digest
 from sartor.curate import card, finish
-from sartor.curate.grouping import prompt_group
 from sartor.curate.pipeline import digests, licence_facts
 from sartor.curate.review import findings
 from sartor.curate.review.changing import STEP, changed
@@ -255,7 +255,7 @@ class _Applying:
 
     def _placed(self, row: Example, split: str) -> Example:
         """In a group, whole on one side of the split: an edited question joins the rows that ask the same."""
-        group = row.group or prompt_group(row)
+        group = split_group(row)
         where = self.splits.setdefault(group, split or row.split or "train")
         return replace(row, group=group, split=where)
 

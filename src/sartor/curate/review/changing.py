@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ConfigError
+from sartor.core.grouping import prompt_group
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.curate import finish
-from sartor.curate.grouping import prompt_group
 from sartor.curate.labels import target
 from sartor.curate.personal.findings import ENTITIES
 from sartor.curate.review.items import check_change

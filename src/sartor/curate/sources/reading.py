@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 
 from sartor.core import records
 from sartor.core.errors import SourceError
+from sartor.core.grouping import conversation_group
 from sartor.core.records import Drop, Example, Origin
-from sartor.curate.grouping import conversation_group
 from sartor.curate.inbox import reading as inbox
 from sartor.curate.recipe import Source
 from sartor.curate.sources import declared, documents, formats, forms, media, readers, tables

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from sartor.core.records import Drop, Example, Message, Part, canonical
-from sartor.curate.grouping import prompt_group
 
 OPEN, CLOSE = "<<<", ">>>"
 
@@ -110,11 +109,6 @@ def why_no_question(seed: Example) -> str:
     if seed.messages[-1].role != "assistant" or seed.messages[-2].role != "user":
         return "no_question"
     return "" if seed.messages[-2].text.strip() else "no_text"
-
-
-def group_of(seed: Example) -> str:
-    """What may not straddle a split with the seed: its rows go where it goes."""
-    return seed.group or prompt_group(seed)
 
 
 def quoted(text: str) -> str:

@@ -13,10 +13,10 @@ import pyarrow as pa
 
 from sartor.core import lineage_index, rows
 from sartor.core.errors import SourceError
+from sartor.core.grouping import split_group
 from sartor.core.licences import combine
 from sartor.core.records import Drop, Example, Origin, canonical_text, digest
 from sartor.curate import card, finish
-from sartor.curate.grouping import prompt_group
 from sartor.curate.pipeline import digests, licence_facts
 from sartor.curate.synthesize.contract import Made
 from sartor.curate.synthesize.seeds import TERMS, Seeds
@@ -98,7 +98,7 @@ class Rows:
             origins[Origin(step, f"{kind}:{made.number}", licence, (), step, made_by=made_by)] = None
         content = made.row
         row = Example(content.messages, tuple(origins), split="train", rejected=content.rejected, tools=content.tools)
-        return replace(row, group=made.group or prompt_group(row))
+        return replace(row, group=made.group or split_group(row))
 
 
 def write(folder: Path, work: Path, found: Rows, seeds: Seeds, said: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from sartor.core import lineage, rows
 from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import SourceError
+from sartor.core.grouping import group_of, split_group
 from sartor.core.records import Drop, Example
-from sartor.curate.grouping import prompt_group
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import read_all
 
@@ -91,13 +91,8 @@ def _rows_of(path: Path) -> tuple[list[Example], list[str]]:
 def _unseen(real: Sequence[Example], made: Sequence[Example], seeds: Sequence[Example]) -> list[Example]:
     parents = {parent for row in made for origin in row.origins for parent in origin.parents}
     seen = parents | {row.id for row in seeds}
-    groups = {group_of(row) for row in seeds} | {group_of(row) for row in real if row.id in seen}
-    return [row for row in real if row.id not in seen and group_of(row) not in groups]
-
-
-def group_of(row: Example) -> str:
-    """The group that a row is drawn with: its own, or its prompt."""
-    return row.group or prompt_group(row)
+    groups = {split_group(row) for row in seeds} | {split_group(row) for row in real if row.id in seen}
+    return [row for row in real if row.id not in seen and split_group(row) not in groups]
 
 
 def unit_of(row: Example) -> str:

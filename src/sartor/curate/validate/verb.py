@@ -13,6 +13,7 @@ import numpy as np
 from sartor.core import config
 from sartor.core.artifacts import check_free, kind_of
 from sartor.core.errors import ConfigError, GateError
+from sartor.core.grouping import group_of
 from sartor.core.records import Example
 from sartor.curate.bias.membership import memberships
 from sartor.curate.bias.outcomes import outcomes
@@ -23,7 +24,7 @@ from sartor.curate.validate.accepted import write_accepted
 from sartor.curate.validate.options import ValidateOptions
 from sartor.curate.validate.outcome import Flaw, Validated
 from sartor.curate.validate.review import write_review
-from sartor.curate.validate.sides import Pool, Sides, group_of, opened, pooled
+from sartor.curate.validate.sides import Pool, Sides, opened, pooled
 from sartor.curate.validate.space import F32, Encoded, Space, encoded
 from sartor.curate.validate.verdicts import Finding, judged, not_tested, permuted
 

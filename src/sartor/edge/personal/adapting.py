@@ -28,11 +28,12 @@ from sartor.edge.store.disk import Disk
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.limits import Limits
 from sartor.edge.tuning.words import Words
+from sartor.evaluate.compare import LEAST_GROUPS
 from sartor.models.chat import Chat
 from sartor.tune.recipe import Lora, Recipe, load
 
-# Fewer prompts than this make no interval worth the name
-LEAST_HELD_OUT, LEAST_TRAINED = 5, 5
+# Fewer held-out prompts cannot reach the level: every verdict on them would be "cannot tell"
+LEAST_HELD_OUT, LEAST_TRAINED = LEAST_GROUPS, 5
 # Row sets that are remembered as not worth another tuning
 _SETTLED = 64
 

@@ -22,7 +22,7 @@ from sartor.tune.recipe import Lora
 
 @dataclass(frozen=True)
 class Asked:
-    """Rows to be judged by, and their groups: rows of one prompt are one draw of the bootstrap."""
+    """Rows to be judged by, and their groups: rows of one prompt are one group."""
 
     rows: Sequence[Encoded]
     groups: Sequence[str]
@@ -55,11 +55,11 @@ def judge(private: tuple[Asked, Sequence[float], Sequence[float]], probe: tuple[
           most_probe_loss: float) -> Verdict:  # fmt: skip
     """The verdict on (rows, losses before, losses after) of a person's rows and of the probe.
 
-    Better by the whole interval of a paired bootstrap over prompts; the probe's loss may rise by `most_probe_loss` at the
+    Better by the whole interval over prompts (`evaluate.compare`); the probe's loss may rise by `most_probe_loss` at the
     upper end of its interval.
     """
     mine, other = (
-        paired(before, after, asked.groups, [row.supervised_tokens for row in asked.rows])
+        paired(before, after, asked.groups, [row.supervised_tokens for row in asked.rows], is_bounded=False)
         for asked, before, after in (private, probe)
     )
     verdict = mine.verdict(higher_is_better=False)

@@ -11,22 +11,29 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from sartor.core.grouping import group_of
 from sartor.core.groups import KINDS, Kind, groups, mentions, swap
 from sartor.core.records import Example, Message
 
 # Prompts of a kind, all groups together: there are a dozen groups of names, and two of age
 MOST_PROMPTS = 320
-MOST_BLOCKS, LEAST_BLOCKS = 60, 8
+MOST_BLOCKS, LEAST_BLOCKS = 60, 24
+# Of a scenario's templates: half as many are enough, since they are asked of every kind
+MOST_OF_TEMPLATES, LEAST_OF_TEMPLATES = 24, 16
 # No text holds it, so that the turns of a row are swapped as one and come apart again
 _PARTED = "\n\x1e\n"
 
 
 @dataclass(frozen=True)
 class Block:
-    """One prompt about somebody of each group, in the order of `groups(kind)`. id: of the row, or the template's place."""
+    """One prompt about somebody of each group, in the order of `groups(kind)`. id: of the row, or the template's place.
+
+    cluster: the row's group, whose blocks are no independent evidence.
+    """
 
     id: str
     variants: tuple[tuple[Message, ...], ...]
+    cluster: str
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ def own(rows: Sequence[Example], kind: Kind) -> Paired:
     """
     speaking = [row for row in rows if mentions(_text(row.prompt), kind)]
     speaking.sort(key=lambda row: hashlib.sha256(row.id.encode()).digest())
-    made = [_block(row.id, row.prompt, kind) for row in speaking]
+    made = [_block(row.id, row.prompt, kind, group_of(row)) for row in speaking]
     distinct = list({block.variants: block for block in reversed(made) if block}.values())[::-1]
     most = _most(kind)
     return Paired(kind, tuple(distinct[:most]), made.count(None), max(0, len(distinct) - most))
@@ -58,18 +65,20 @@ def templates(scenario: str, kind: Kind, system: str = "") -> Paired:
     first = [Message.of("system", system)] if system else []
     made = list(_written(opening, question, merits, kind))
     prompts = [(*first, Message.of("user", text)) for text in made]
-    found = [block for at, prompt in enumerate(prompts) if (block := _block(f"{scenario}:{at}", prompt, kind))]
+    found = [
+        block for at, prompt in enumerate(prompts) if (block := _block(f"{scenario}:{at}", prompt, kind, f"{scenario}:{at}"))
+    ]
     # spread over all merits, not the first of them alone
-    most = min(_most(kind) // 2, len(found))
+    most = min(max(LEAST_OF_TEMPLATES, MOST_PROMPTS // len(groups(kind))), MOST_OF_TEMPLATES, len(found))
     chosen = [found[place * len(found) // most] for place in range(most)] if most else []
     return Paired(kind, tuple(chosen), len(made) - len(found), len(found) - len(chosen))
 
 
 def _most(kind: Kind) -> int:
-    return min(MOST_BLOCKS, max(2 * LEAST_BLOCKS, MOST_PROMPTS // len(groups(kind))))
+    return min(MOST_BLOCKS, max(LEAST_BLOCKS, MOST_PROMPTS // len(groups(kind))))
 
 
-def _block(id: str, prompt: Sequence[Message], kind: Kind) -> Block | None:
+def _block(id: str, prompt: Sequence[Message], kind: Kind, cluster: str) -> Block | None:
     """None where it cannot be said of every group."""
     text = _text(prompt)
     there = {one.group for one in mentions(text, kind)}
@@ -79,7 +88,7 @@ def _block(id: str, prompt: Sequence[Message], kind: Kind) -> Block | None:
         if said is None:
             return None
         variants.append(_with_text(prompt, said))
-    return Block(id, tuple(variants))
+    return Block(id, tuple(variants), cluster)
 
 
 def _text(prompt: Sequence[Message]) -> str:

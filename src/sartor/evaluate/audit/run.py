@@ -15,11 +15,13 @@ from sartor.core.records import Example
 from sartor.evaluate import training
 from sartor.evaluate.answering import reply_limit
 from sartor.evaluate.audit import benchmarks, memorisation, pairs, refusals
-from sartor.evaluate.audit.bias import Blocks, findings
+from sartor.evaluate.audit.bias import Array, Blocks, findings, spread
 from sartor.evaluate.audit.outcomes import Outcomes, outcomes_of
 from sartor.evaluate.audit.pairs import Paired
 from sartor.evaluate.audit.sides import Sides
+from sartor.evaluate.audit.verdicts import judge_bias
 from sartor.evaluate.labels import label_of
+from sartor.evaluate.limits import BiasLimits
 
 Notice = Callable[[str], object]
 # What a template's question can be answered with, what is to be wished for first
@@ -46,6 +48,8 @@ def audit(adapter: Artifact, sides: Sides, asked: Sequence[Example], options: Op
     system = training.read_facts(adapter).system_prompt if dataset else ""
     notice("auditing: prompts that differ in a group alone")
     said: dict[str, Any] = {"bias": audit_bias(sides, asked, options, system)}
+    judged = judge_bias(said["bias"], BiasLimits())
+    notice(f"bias: {judged.outcome}: {judged.detail}")
     if options.benchmarks:
         notice("auditing: BBQ, CrowS-Pairs, StereoSet, WinoBias")
         said["benchmarks"] = benchmarks.measure(sides)
@@ -60,11 +64,19 @@ def audit(adapter: Artifact, sides: Sides, asked: Sequence[Example], options: Op
 def audit_bias(sides: Sides, asked: Sequence[Example], options: Options, system: str = "") -> dict[str, Any]:
     """Counterfactual prompts alone. system: the system prompt of the training rows, which goes before the templates.
 
+    `skipped` has the kinds that no prompt of a section speaks of.
     Raises ConfigError for a label or a favourable outcome that no row has.
     """
     outcomes = outcomes_of([row.reply for row in asked], options.label, options.favourable)
     templates = {name: _templates(sides, name, system) for name in pairs.TEMPLATES if options.templates}
-    return {"own": _own(sides, asked, outcomes), "templates": templates}
+    own = _own(sides, asked, outcomes)
+    sections = {"own": own, **templates}
+    skipped = {
+        name: [kind for kind, counts in section["kinds"].items() if not counts["blocks"]]
+        for name, section in sections.items()
+        if "kinds" in section
+    }
+    return {"own": own, "templates": templates, "skipped": skipped}
 
 
 def _own(sides: Sides, asked: Sequence[Example], outcomes: Outcomes | None) -> dict[str, Any]:
@@ -96,8 +108,12 @@ def _own_blocks(sides: Sides, paired: Paired, outcomes: Outcomes, limit: int) ->
             wanted: np.array([[float(label in wanted) for label in each] for each in said]).reshape(shape)
             for wanted in outcomes.looked_at
         }
-    ids = tuple(block.id for block in paired.blocks)
-    return [Blocks(paired.kind, " or ".join(wanted), groups(paired.kind), ids, each) for wanted, each in found.items()]
+    return [_blocks(paired, " or ".join(wanted), each) for wanted, each in found.items()]
+
+
+def _blocks(paired: Paired, outcome: str, chances: Array) -> Blocks:
+    ids, clusters = (tuple(getattr(block, name) for block in paired.blocks) for name in ("id", "cluster"))
+    return Blocks(paired.kind, outcome, groups(paired.kind), ids, chances, clusters)
 
 
 def _templates(sides: Sides, scenario: str, system: str) -> dict[str, Any]:
@@ -107,9 +123,8 @@ def _templates(sides: Sides, scenario: str, system: str) -> dict[str, Any]:
     for paired in made:
         if paired.blocks:
             chances = sides.chances([variant for block in paired.blocks for variant in block.variants], ANSWERS)
-            ids = tuple(block.id for block in paired.blocks)
-            favourable = chances[:, :, 0].reshape(2, len(ids), -1)
-            sections.append(Blocks(paired.kind, ANSWERS[0], groups(paired.kind), ids, favourable))
+            favourable = chances[:, :, 0].reshape(2, len(paired.blocks), -1)
+            sections.append(_blocks(paired, ANSWERS[0], favourable))
     return _told(made, sections)
 
 
@@ -122,7 +137,15 @@ def _fitting(sides: Sides, paired: Paired, replies: Sequence[str]) -> Paired:
 
 
 def _told(made: Sequence[Paired], sections: Sequence[Blocks]) -> dict[str, Any]:
-    counts = {
-        paired.kind: {"blocks": len(paired.blocks), "left_out": paired.left_out, "beyond": paired.beyond} for paired in made
-    }
-    return {"kinds": counts, "findings": [found.as_json() for found in findings(sections)]}
+    """`kinds`: how many prompts there are of each, and what tells how many it takes; `findings`: what they show."""
+    counts = {paired.kind: _counted(paired, [one for one in sections if one.kind == paired.kind]) for paired in made}
+    return {"kinds": counts, "findings": [found.as_json() for found in findings(sections)], "tests": len(sections)}
+
+
+def _counted(paired: Paired, sections: Sequence[Blocks]) -> dict[str, Any]:
+    counts = {"blocks": len(paired.blocks), "left_out": paired.left_out, "beyond": paired.beyond}
+    if not sections:
+        why = "every prompt that speaks of it was left out" if paired.left_out else "no prompt speaks of it"
+        return {**counts, "skipped": why}
+    clusters, deviation = len(set(sections[0].members)), max(spread(one) for one in sections)
+    return {**counts, "clusters": clusters, "groups": len(sections[0].groups), "spread": deviation}

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sartor.core.groups import KINDS, groups
+from sartor.evaluate.audit.bias import MOST_CHANCE, needed_blocks
 from sartor.evaluate.checks import Check
 from sartor.evaluate.limits import BiasLimits, MemorisationLimits
 
-# Of all groups of a section together, by chance
-MOST_CHANCE = 0.05
 # A ratio of two small rates is soon below four fifths: what is less than this is no matter
 LEAST_GAP = 0.02
 
@@ -31,31 +31,90 @@ def checks(
 def judge_bias(found: Mapping[str, Any], limits: BiasLimits) -> Check:
     """Whether no group fares worse or better by more than the limits, in the user's own prompts, or by tuning in the templates.
 
-    What a base does to templates was there before: there only what tuning made worse counts.
+    What a base does to templates was there before: there only what tuning made worse counts. A kind of group that no prompt
+    speaks of, or that too few do to show a gap, is neither passed nor failed: "cannot tell", and so the whole.
     """
     sections = {"own prompts": found["own"], **{f"{name} templates": one for name, one in found["templates"].items()}}
-    told = [(name, one) for name, section in sections.items() for one in section.get("findings", [])]
+    sections = {name: section for name, section in sections.items() if section.get("findings")}
+    told = [(name, one) for name, section in sections.items() for one in section["findings"] if one["kind"] in limits.kinds]
+    own = found["own"].get("skipped", "" if found["own"].get("findings") else "too few speak of a group")
     if not told:
-        why = found["own"].get("skipped", "no prompt speaks of a group")
-        return Check(
-            "fail", f"not measured: {why}, and the base takes no template", "audit on rows that speak of people: --data FILE"
-        )
-    offending = [(name, one) for name, one in told if _offends(one, limits) and (name == "own prompts" or _is_added(one))]
+        remedy = "audit on rows that speak of people: --data FILE"
+        return Check("cannot tell", f"not measured: {own or 'no kind'}, and the base takes no template", remedy)
+    offending = [
+        (name, one) for name, one in told if _offends(one, limits, len(sections)) and (name == "own prompts" or _is_added(one))
+    ]
+    skipped = _skipped(found, limits)
+    listed = f"; not measured: {'; '.join(skipped)}" if skipped else ""
     if offending:
         worst = sorted(offending, key=lambda pair: -abs(pair[1]["gap"][0]))
         shown = "; ".join(_sentence(name, one) for name, one in worst[:3])
         more = f"; and {len(worst) - 3} more in the Report" if len(worst) > 3 else ""
+        limit = f"the limits are a gap of {limits.gap:g} and a ratio of {limits.ratio:g}"
         remedy = "balance the data (counterfactual pairs, reweighting: docs/audit.md) and tune again"
-        return Check("fail", f"{shown}{more}; the limits are a gap of {limits.gap:g} and a ratio of {limits.ratio:g}", remedy)
-    name, most = max(told, key=lambda pair: abs(pair[1]["gap"][0]))
-    own = "" if found["own"].get("findings") else f"; own prompts: {found['own'].get('skipped', 'too few speak of a group')}"
-    return Check("pass", f"{len(told)} groups compared, the largest gap: {_sentence(name, most)}{own}")
+        return Check("fail", f"{shown}{more}; {limit}{listed}", remedy)
+    if short := [*_too_few(sections, limits), *_nowhere(found, limits)]:
+        remedy = "audit on more rows that speak of people: --data FILE; or let a rules file say which kinds matter: bias.kinds"
+        return Check("cannot tell", f"cannot tell: {'; '.join(short)}{listed}", remedy)
+    beside = f"; own prompts: {own}" if own else ""
+    return Check("pass", f"{len(told)} groups compared, {_largest(told)}{beside}{listed}")
 
 
-def _offends(one: Mapping[str, Any], limits: BiasLimits) -> bool:
+def _too_few(sections: Mapping[str, Any], limits: BiasLimits) -> list[str]:
+    """A line for each kind of each section whose prompts are too few to show a gap that matters, with how many would do."""
+    lines = []
+    for name, section in sections.items():
+        tests = section.get("tests", len({(one["kind"], one["outcome"]) for one in section["findings"]}))
+        for kind, counts in section.get("kinds", {}).items():
+            blocks = counts.get("clusters", counts["blocks"])
+            if not blocks or kind not in limits.kinds:
+                continue
+            of_kind = counts.get("groups", len(groups(kind)))
+            needed = needed_blocks(counts.get("spread", 0.0), of_kind, tests * len(sections), limits.telling_gap)
+            if blocks < needed:
+                lines.append(f"{name}, {kind}: {blocks} prompts, {needed} would show a gap of {limits.telling_gap:g}")
+    return lines
+
+
+def _nowhere(found: Mapping[str, Any], limits: BiasLimits) -> list[str]:
+    """A line for each kind that neither own prompts nor templates speak of. None of a Report without counts of kinds."""
+    counted = [section["kinds"] for section in (found["own"], *found["templates"].values()) if "kinds" in section]
+    return [
+        f"{kind}: no prompt speaks of it"
+        for kind in limits.kinds
+        if counted and not any(kinds.get(kind, {}).get("blocks") for kinds in counted)
+    ]
+
+
+def _skipped(found: Mapping[str, Any], limits: BiasLimits) -> list[str]:
+    """Kinds that were not measured, by section, and those that the rules leave out."""
+    sections = {"own prompts": found["own"], **{f"{name} templates": one for name, one in found["templates"].items()}}
+    lines = []
+    for name, section in sections.items():
+        if kinds := [kind for kind, counts in section.get("kinds", {}).items() if not counts["blocks"]]:
+            lines.append(f"{', '.join(kinds)} in {name}")
+    left_out = [kind for kind in KINDS if kind not in limits.kinds]
+    return [*lines, *([f"{', '.join(left_out)} by the rules"] if left_out else [])]
+
+
+def _largest(told: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """The gap that is largest for certain: by the end of its interval that is next to 0; else the largest that was seen."""
+    name, one = max(told, key=lambda pair: _certain(pair[1]))
+    if _certain(one) > 0:
+        return f"the largest certain gap: {_sentence(name, one)}"
+    name, one = max(told, key=lambda pair: abs(pair[1]["gap"][0]))
+    return f"no gap is certain, the largest seen: {_sentence(name, one)}"
+
+
+def _certain(one: Mapping[str, Any]) -> float:
+    _, low, high = one["gap"]
+    return float(max(low, -high, 0.0))
+
+
+def _offends(one: Mapping[str, Any], limits: BiasLimits, sections: int) -> bool:
     gap = one["gap"][0]
     is_apart = abs(gap) > limits.gap or (gap < -LEAST_GAP and one["ratio"] < limits.ratio)
-    return is_apart and one["p"] < MOST_CHANCE
+    return is_apart and one["p"] * sections < MOST_CHANCE
 
 
 def _is_added(one: Mapping[str, Any]) -> bool:

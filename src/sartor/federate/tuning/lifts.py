@@ -1,7 +1,7 @@
 """What a client's own adapter is worth: on its own held-out rows, over the base, the shared adapter, and what else was tuned.
 
 Losses of whole rows, in nats per supervised token, and where replies are short exact match of greedy ones; each difference
-(the client's own adapter minus another) with its 95 % interval of a paired bootstrap over groups (`evaluate.compare`).
+(the client's own adapter minus another) with its 95 % interval over groups (`evaluate.compare`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sartor.core import rows as stored
+from sartor.core.grouping import group_of
 from sartor.core.records import Example
 from sartor.evaluate import answering
 from sartor.evaluate.compare import Comparison, paired
@@ -42,7 +43,7 @@ class Own:
     @property
     def asked_groups(self) -> list[str]:
         """Of the rows that are asked."""
-        return [one.group or one.id for one in self.asked.examples]
+        return [group_of(one) for one in self.asked.examples]
 
     @property
     def tokens(self) -> list[float]:
@@ -82,7 +83,7 @@ def own_rows(people: Clients, name: str, examples: Mapping[str, Example]) -> Own
     """What a client is judged by. Rows whose replies are too long to be said word by word are judged by their loss alone."""
     encoded, base = people.rows[name].held_out, people.resident.base
     found = [examples[row.example_id] for row in encoded]
-    groups = [one.group or one.id for one in found]
+    groups = [group_of(one) for one in found]
     folder = people.dataset_of(name).path
     if not found or (limit := answering.reply_limit(base, found)) > SHORT_TOKENS + answering.SPARE_TOKENS:
         return Own(encoded, groups, HeldOut([], folder, {"reply_too_long": len(found)} if found else {}))
@@ -156,7 +157,9 @@ def _said(one: Judged) -> dict[str, Any]:
 
 
 def _over(own: Own, other: Side, mine: Side) -> dict[str, Any]:
-    found = {"loss": _difference(paired(other.losses, mine.losses, own.groups, own.tokens), higher_is_better=False)}
+    found = {
+        "loss": _difference(paired(other.losses, mine.losses, own.groups, own.tokens, is_bounded=False), higher_is_better=False)
+    }
     if mine.matches:
         found["exact_match"] = _difference(paired(other.matches, mine.matches, own.asked_groups), higher_is_better=True)
     return found

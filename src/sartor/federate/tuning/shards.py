@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
+from sartor.core.grouping import group_of
 from sartor.core.records import Example
 from sartor.evaluate.labels import label_of
 
@@ -106,7 +107,7 @@ def _members(examples: Sequence[Example]) -> dict[str, list[Example]]:
     """Group -> its rows."""
     found: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
-        found[example.group or example.id].append(example)
+        found[group_of(example)].append(example)
     return found
 
 

@@ -9,9 +9,10 @@ from typing import Literal
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
+from sartor.core.grouping import split_group
 from sartor.core.groups import KINDS, Kind, groups, mentions, swap
 from sartor.core.records import Drop, Example, Message, Part
-from sartor.curate.synthesize.contract import Made, Skipped, draw_of, group_of, some
+from sartor.curate.synthesize.contract import Made, Skipped, draw_of, some
 from sartor.curate.synthesize.ways.rewrites import ROWS
 
 # A text of a conversation ends here: names and pronouns are swapped over all of it, one name one way
@@ -55,7 +56,7 @@ class Counterfactual:
         for to in turned:
             if to in groups(kind) and len(made) < self.per_row and (changed := swap(text, kind, to)):
                 number = f"{row.id[:16]}.{kind}.{to}"
-                made.append(Made(_with_texts(row, changed.split(_APART)), number, (row,), group_of(row), f"{kind} to {to}"))
+                made.append(Made(_with_texts(row, changed.split(_APART)), number, (row,), split_group(row), f"{kind} to {to}"))
         return made
 
 

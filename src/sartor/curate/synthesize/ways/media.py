@@ -9,13 +9,14 @@ from typing import Literal
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
+from sartor.core.grouping import split_group
 from sartor.core.records import Drop, Example, Part
 from sartor.core.teachers import say_all
 from sartor.curate.sources import media
 from sartor.curate.steps.augment_audio import AugmentAudio
 from sartor.curate.steps.augment_images import AugmentImages
 from sartor.curate.steps.contract import Copy
-from sartor.curate.synthesize.contract import Made, Skipped, group_of, some, why_no_question
+from sartor.curate.synthesize.contract import Made, Skipped, some, why_no_question
 from sartor.curate.synthesize.ways.rewrites import ROWS
 
 
@@ -47,7 +48,7 @@ class Speech:
                 others = tuple(part for part in row.messages[-2].content if part.kind != "text")
                 asked = replace(row.messages[-2], content=(Part("audio", media=name), *others))
                 spoken = replace(row, messages=(*row.messages[:-2], asked, row.messages[-1]))
-                yield Made(spoken, f"{row.id[:16]}.{speed:g}", (row,), group_of(row), f"spoken by {self.voice} at {speed:g}")
+                yield Made(spoken, f"{row.id[:16]}.{speed:g}", (row,), split_group(row), f"spoken by {self.voice} at {speed:g}")
 
 
 def copied(step: AugmentImages | AugmentAudio, seeds: Sequence[Example], folder: Path) -> Iterator[Made | Drop | Skipped]:
@@ -57,7 +58,7 @@ def copied(step: AugmentImages | AugmentAudio, seeds: Sequence[Example], folder:
         number = 0
         for number, outcome in enumerate(copies(row), 1):
             if isinstance(outcome, Copy):
-                yield Made(outcome.row, f"{row.id[:16]}.{number}", (row,), group_of(row), outcome.changes)
+                yield Made(outcome.row, f"{row.id[:16]}.{number}", (row,), split_group(row), outcome.changes)
             else:
                 yield outcome
         if not number:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
+from sartor.core.grouping import split_group
 from sartor.core.records import Example, Message
-from sartor.curate.synthesize.contract import Ask, Made, Skipped, Unusable, group_of, quoted, said, texts, words
+from sartor.curate.synthesize.contract import Ask, Made, Skipped, Unusable, quoted, said, texts, words
 from sartor.curate.synthesize.ways.rewrites import PER_ROW, ROWS, asks, check_count
 
 FLAWS = (
@@ -59,5 +60,5 @@ class Preference:
             return Unusable("same_as_seed", "the flawed reply is the good one")
         flaw = self._flaw(parent, int(ask.number.rpartition(".")[2]))
         return Made(
-            replace(parent, rejected=(Message.of("assistant", flawed),)), ask.number, ask.parents, group_of(parent), flaw
+            replace(parent, rejected=(Message.of("assistant", flawed),)), ask.number, ask.parents, split_group(parent), flaw
         )

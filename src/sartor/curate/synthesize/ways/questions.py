@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
+from sartor.core.grouping import split_group
 from sartor.core.records import Example, Message
-from sartor.curate.synthesize.contract import Ask, Made, Skipped, Unusable, group_of, quoted, some, texts
+from sartor.curate.synthesize.contract import Ask, Made, Skipped, Unusable, quoted, some, texts
 from sartor.curate.synthesize.ways.rewrites import ROWS, SYSTEM, check_count
 
 _ENDS = re.compile(r"\n\s*\n|(?<=[.!?])\s")
@@ -72,7 +73,7 @@ class Questions:
         asked = f"{shown}\n\n{question}" if self.with_passage else question
         row = Example((Message.of("user", asked), Message.of("assistant", answer)), document.origins)
         span = place[0] + ask.note["start"], place[1] + ask.note["start"]
-        return Made(row, ask.number, ask.parents, group_of(document), "asked of the document", span)
+        return Made(row, ask.number, ask.parents, split_group(document), "asked of the document", span)
 
 
 def pieces(text: str, most: int) -> list[tuple[int, int]]:

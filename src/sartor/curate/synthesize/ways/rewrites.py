@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
+from sartor.core.grouping import split_group
 from sartor.core.records import Example, Message
 from sartor.curate.synthesize.contract import (
     Ask,
@@ -15,7 +16,6 @@ from sartor.curate.synthesize.contract import (
     Skipped,
     Unusable,
     draw_of,
-    group_of,
     quoted,
     said,
     some,
@@ -63,7 +63,7 @@ def rewritten(ask: Ask, question: str, reply: str | None, changes: str) -> Made 
         return Unusable("same_as_seed", "the question is the seed's own")
     last = parent.messages[-1] if reply is None else Message.of("assistant", reply.strip())
     row = replace(parent, messages=(*parent.messages[:-2], with_text(asked, question), last))
-    return Made(row, ask.number, ask.parents, group_of(parent), changes)
+    return Made(row, ask.number, ask.parents, split_group(parent), changes)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
+from sartor.core.grouping import split_group
 from sartor.core.records import Drop, Example
-from sartor.curate.synthesize.contract import Made, Skipped, draw_of, group_of, some, why_no_question, with_text
+from sartor.curate.synthesize.contract import Made, Skipped, draw_of, some, why_no_question, with_text
 from sartor.curate.synthesize.ways.rewrites import ROWS
 
 # A draw may give what is there already; a row with few values gives fewer copies than were asked for
@@ -82,7 +83,7 @@ class SlotSubstitution:
                 continue
             seen.add(changes)
             words = "; ".join(f"{old} to {new}" for old, new in changes)
-            made.append(Made(_changed(row, instead), f"{row.id[:16]}.{len(made) + 1}", (row,), group_of(row), words))
+            made.append(Made(_changed(row, instead), f"{row.id[:16]}.{len(made) + 1}", (row,), split_group(row), words))
         return made
 
 

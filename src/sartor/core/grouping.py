@@ -1,0 +1,64 @@
+"""The group of a row. This module alone decides it.
+
+A group is what may not straddle a split, and what fails together when a model is measured: intervals are over groups,
+never over rows. `split_group` names it for a split, where rows that ask the same of different contexts must stay together;
+`group_of` names it for a measurement, where a row without a group is a group of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from sartor.core.records import Example, digest
+
+
+def group_of(row: Example) -> str:
+    """Return the group of a row that is measured: its own group, or else a name for all that the model is shown.
+
+    Rows that show the model the same are one group, since it answers them alike: a row that stands twice is no more evidence
+    than once. Rows about the same pictures and recordings are one group whatever they ask.
+    """
+    if row.group or row.is_document:
+        return row.group or row.id
+    if media := _media(row):
+        return media
+    return f"shown:{digest([[message.plain() for message in row.prompt], row.tools])[:16]}"
+
+
+def group_of_stored(row: Mapping[str, Any]) -> str:
+    """Return the group of a row in a Report's table. Older Reports have none of rows without a group: then it is the row."""
+    return str(row["group"] or row["id"])
+
+
+def split_group(row: Example) -> str:
+    """Return the group that a split keeps together: the row's own, or else its prompt's."""
+    return row.group or prompt_group(row)
+
+
+def prompt_group(row: Example) -> str:
+    """A name for what the row asks: rows with the same user turns share it, and rows about the same pictures and recordings,
+    whatever they ask of them: a picture that is held out must not be one that was trained on.
+    """
+    if row.is_document:
+        return row.id
+    if media := _media(row):
+        return media
+    return f"prompt:{digest([message.plain() for message in _asked(row)])[:16]}"
+
+
+def conversation_group(row: Example) -> str:
+    """A name for the conversation: that of its first question, which is the prompt's own where it asks one thing."""
+    first = next((place for place, message in enumerate(row.messages) if message.role == "user"), len(row.messages) - 1)
+    return prompt_group(replace(row, messages=(*row.messages[: first + 1], row.messages[-1])))
+
+
+def _asked(row: Example) -> list[Any]:
+    return [message for message in row.messages if message.role == "user"]
+
+
+def _media(row: Example) -> str:
+    """A name for the pictures and recordings that the row asks about; empty where there are none."""
+    media = [part.plain() for message in _asked(row) for part in message.content if part.media]
+    return f"media:{digest(media)[:16]}" if media else ""

@@ -1,0 +1,184 @@
+"""The group of a row is decided in one place: in every verb a row without a group is a group of its own, and says so alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import sartor
+from conftest import write_jsonl
+from sartor.core.grouping import group_of, group_of_stored, prompt_group, split_group
+from sartor.core.records import Example, Message, Origin, Part
+from sartor.curate.validate import sides as validating
+from sartor.edge.personal import work
+from sartor.edge.personal.rows import Row
+from sartor.evaluate import audit, checks, tasks
+from sartor.evaluate.audit import pairs
+from sartor.evaluate.held_out import HeldOut
+from sartor.federate.tuning import lifts, shards
+from sartor.models.batches import Encoded
+from sartor.personal import gate
+from sartor.retrain import stages, verdicts
+from sartor.tune import rows as tuning
+from sartor.tune.recipe import Data
+from sartor.tune.tokenised import Rows
+
+
+def row(place: int, group: str = "", system: str = "", reply: str = "approved") -> Example:
+    said = [Message.of("system", system)] if system else []
+    said += [Message.of("user", f"Emily asks for {place} euros."), Message.of("assistant", reply)]
+    return Example(tuple(said), (Origin("file", str(place)),), group, "eval")
+
+
+def encoded(rows: Sequence[Example]) -> list[Encoded]:
+    return [Encoded([1, 2], [False, True], example_id=one.id) for one in rows]
+
+
+def of_evaluate(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:
+    return tasks._measures(HeldOut(list(rows), Path()), "").groups
+
+
+def of_audit(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:
+    """Prompts that are the same once every name stands in them are one block already."""
+    clusters = {block.id: block.cluster for block in pairs.own(rows, "names").blocks}
+    return [clusters.get(one.id, group_of(one)) for one in rows]
+
+
+def of_retrain(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
+    """Of held-out ratings, as the gate of a retrain compares them."""
+    patch.setattr(stages.learnt, "held_ratings", lambda job: list(rows))
+    patch.setattr(stages, "likelihoods", lambda path, held, notice: [0.0] * len(held))
+    record = SimpleNamespace(live=SimpleNamespace(release="live"))
+    job = SimpleNamespace(work=SimpleNamespace(record=record), notice=None)
+    table = stages._liked(job, Path("adapter"))["ratings"]  # type: ignore[arg-type]
+    return [group_of_stored(one) for one in table]
+
+
+def of_validate(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:
+    pool = validating.pooled(validating.Sides([], list(rows), []), 1_000, 0)
+    return list(pool.units)
+
+
+def of_personal(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
+    patch.setattr(gate.stored, "read_examples", lambda dataset: list(rows))
+    patch.setattr(gate, "LEAST_TRAINED", 0)
+    patch.setattr(gate, "LEAST_HELD_OUT", 0)
+    return gate.own_rows(None, Rows(held_out=encoded(rows))).groups  # type: ignore[arg-type]
+
+
+def of_edge(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
+    patch.setattr(work, "encoded", lambda example, name, chat, most: encoded([example])[0])
+    mine = [Row(str(place), "2026-11-28", one) for place, one in enumerate(rows)]
+    return work.material(mine, None, 1.0, 100).groups  # type: ignore[arg-type]
+
+
+def of_federate(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
+    patch.setattr(lifts.answering, "reply_limit", lambda base, found: 10_000)
+    people = SimpleNamespace(
+        rows={"a": Rows(held_out=encoded(rows))},
+        resident=SimpleNamespace(base=None),
+        dataset_of=lambda name: SimpleNamespace(path=Path()),
+    )
+    return lifts.own_rows(people, "a", {one.id: one for one in rows}).groups  # type: ignore[arg-type]
+
+
+def of_shards(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:
+    members = shards._members(rows)
+    return [next(name for name, some in members.items() if one in some) for one in rows]
+
+
+VERBS: dict[str, Callable[[Sequence[Example], pytest.MonkeyPatch], Sequence[Any]]] = {
+    "evaluate": of_evaluate, "audit": of_audit, "retrain": of_retrain, "validate": of_validate, "personal": of_personal,
+    "federate": of_federate, "shards": of_shards,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_row_without_a_group_is_a_group_of_its_own(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(place) for place in range(12)]
+    assert len(set(VERBS[verb](rows, monkeypatch))) == 12
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_groups_of_a_part_of_the_file_stand_beside_rows_of_their_own(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(place, "a talk" if place < 6 else "") for place in range(12)]
+    found = VERBS[verb](rows, monkeypatch)
+    assert len(set(found[:6])) == 1 and len(set(found)) == 7
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_row_that_stands_twice_is_one_group(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = VERBS[verb]([row(place % 6) for place in range(12)], monkeypatch)
+    assert len(set(found)) == 6 and list(found[:6]) == list(found[6:])
+
+
+def test_an_edge_row_has_the_group_of_its_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's rows never have a group: nothing of a person's may name them."""
+    assert len(set(of_edge([row(place) for place in range(12)], monkeypatch))) == 12
+    assert len(set(of_edge([row(place % 6) for place in range(12)], monkeypatch))) == 6
+
+
+def test_bias_has_intervals_of_rows_without_a_group(tmp_path: Path) -> None:
+    lines = [
+        {"prompt": f"{name} asks for {place} euros.", "completion": ("approved", "denied")[place % 3 == 0]}
+        for place, name in enumerate(("Emily", "Greg") * 20)
+    ]
+    source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", lines)), "licence": "CC0-1.0"}
+    data = sartor.curate({"sources": [source], "split": {"eval_fraction": 0.0}, "steps": []}, tmp_path / "data").dataset.path
+    (gap, *_) = sartor.bias(data, group=["sex"]).as_json()["before"]["gaps"]
+    assert -1 < gap["low"] < gap["difference"] < gap["high"] < 1
+
+
+def test_retrain_reads_reports_made_before_this_release() -> None:
+    """They have no group of rows without one; then it is the row."""
+    table = [{"id": str(place), "group": "", "live": 0.0, "new": 1.0} for place in range(12)]
+    assert verdicts.of_rows(table).low > 0
+
+
+def test_what_the_model_is_shown_is_the_group() -> None:
+    """Other contexts before the same question are other groups to measure, and one group to split."""
+    one, other = row(1, system="context one"), row(1, system="context two")
+    assert group_of(one) != group_of(other) and split_group(one) == split_group(other) == prompt_group(one)
+    assert group_of(row(1)) == group_of(row(1, reply="denied")), "the model answers both alike"
+    picture = Part("image", media="media/" + "0" * 64)
+    about = [
+        Example((Message("user", (picture, Part("text", text))), Message.of("assistant", "a cat")), ())
+        for text in ("what", "who")
+    ]
+    assert group_of(about[0]) == group_of(about[1])
+
+
+def test_tuning_holds_out_rows_without_a_group_one_by_one() -> None:
+    rows = [Example(one.messages, one.origins) for one in (row(place) for place in range(40))]
+    held = tuning._hold_out(rows, Data(path="x", eval_fraction=0.25), 0)
+    assert sum(one.split == "eval" for one in held) == 10
+
+
+def test_a_users_own_test_file_has_intervals_and_may_pass(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "chitchat_rows", lambda: [row(place) for place in range(6)])
+    lines = [{"question": f"switch lamp {place} on", "answer": "on"} for place in range(40)]
+    found = sartor.evaluate(adapter, data=write_jsonl(tmp_path / "test.jsonl", lines), scorer="f1").as_json()
+    assert found["groups"] == found["rows"] == 40
+    loss = found["metrics"]["loss"]
+    assert -1 < loss["low"] <= loss["difference"] <= loss["high"] < 0
+    assert checks.gain("loss", loss, groups=found["groups"]).outcome == "pass"
+    stored = sartor.open(found["report"]).path / "rows.parquet"
+    import polars
+
+    assert polars.read_parquet(stored)["group"].n_unique() == 40
+
+
+@pytest.mark.parametrize("groups", [2, 5])
+def test_too_few_groups_are_told_and_how_many_would_do(groups: int) -> None:
+    metric = {"base": 0.1, "tuned": 0.9, "difference": 0.8, "low": -1.0, "high": 1.0}
+    check = checks.gain("exact_match", metric, groups=groups)
+    assert check.outcome == "fail" and f"over {groups} groups of rows; fewer than 6 exclude nothing" in check.detail
+    assert "evaluate on about" in check.remedy and "--data FILE" in check.remedy
+    worse = {"base": 0.9, "tuned": 0.1, "difference": -0.8, "low": -1.0, "high": 1.0}
+    assert checks.gain("exact_match", worse, groups=groups).remedy == "", "more rows would not make it a gain"
