@@ -1,7 +1,7 @@
 """False verdicts and power of the interval over groups (`sartor.evaluate.compare`), and of what was tried before it.
 
     python benchmarks/intervals.py --json                # the table of docs/decisions/040-few-groups.md
-    python benchmarks/intervals.py --json --trials 20    # the smallest size
+    python benchmarks/intervals.py --json --small        # Sartor's method alone, 20 draws: shows that it runs
 
 Differences of groups are drawn with mean 0 from each distribution; a verdict of "better" or "worse" is false, at a nominal
 2.5 % each. `false_verdicts` has the larger of the two in per cent, by method, distribution and number of groups; `power` how
@@ -11,14 +11,15 @@ often an effect, in standard deviations of a group's difference, is told.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import smallest
 from numpy.typing import NDArray
+from results import print_result
 from scipy.stats import t as student
 
 from sartor.evaluate import compare
@@ -28,6 +29,8 @@ Interval = Callable[[Array], tuple[float, float]]
 GROUPS = (2, 3, 5, 8, 12, 20, 50)
 EFFECTS = (0.5, 1.0, 2.0)
 TAIL, RESAMPLES = 0.025, 1_999
+# with `--small`
+SMALL_TRIALS, SMALL_GROUPS = 20, (5, 8, 20)
 DRAWS: dict[str, Callable[[np.random.Generator, int], Array]] = {
     "normal": lambda rng, count: rng.normal(size=count),
     "binary": lambda rng, count: rng.choice([-1.0, 1.0], count),
@@ -120,10 +123,13 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="(always: the last line is one JSON object)")
+    smallest.add_argument(parser)
     parser.add_argument("--trials", type=int, default=1_000)
     parser.add_argument("--groups", type=int, nargs="+", default=GROUPS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     asked = parser.parse_args()
+    if asked.small:
+        asked.trials, asked.groups, asked.methods = SMALL_TRIALS, SMALL_GROUPS, ["sartor"]
     began = time.monotonic()
     said: dict[str, Any] = {
         "false_verdicts": {
@@ -141,8 +147,9 @@ def main() -> None:
             for method in asked.methods
         },
         "trials": asked.trials,
+        "absent": {name: smallest.LEFT_OUT if asked.small else "not asked for" for name in METHODS if name not in asked.methods},
     }
-    print(json.dumps({**said, "wall_s": round(time.monotonic() - began, 1)}))
+    print_result({**said, "wall_s": round(time.monotonic() - began, 1)})
 
 
 if __name__ == "__main__":

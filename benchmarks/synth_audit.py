@@ -56,7 +56,7 @@ SMALL_ROWS, SMALL_PARTS = 56, ("audit", "mitigation")
 # The end of a turn is tiny.py's padding too, whose row of a fresh embedding is 0: with it no reply could learn to end
 TINY = {"vocab_size": 420, "hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2, "pad_token_id": 0}
 # Random weights have nothing to forget
-RULES = {"bias": {"gap": 0.1, "ratio": 0.8}, "forgetting": {"at_most": 100.0}}
+RULES: dict[str, dict[str, Any]] = {"bias": {"gap": 0.1, "ratio": 0.8}, "forgetting": {"at_most": 100.0}}
 KINDS = ("planted", "clean", "mitigated")
 # What each part measures of every seed
 PARTS: dict[str, tuple[str, ...]] = {"audit": KINDS[:2], "mitigation": (KINDS[0], KINDS[2]), "release": ()}
@@ -164,7 +164,8 @@ class Bench:
         sides = Sides(base, model, self.folder)
         # the words of the audit's own templates are unknown to the tiny base: here it is asked the user's prompts alone
         bias = run.audit_bias(sides, asked, run.Options(label=".", templates=not self.is_tiny))
-        check = verdicts.judge_bias(bias, BiasLimits(**RULES["bias"]))
+        limits = RULES["bias"] | ({"kinds": ("names",)} if self.is_tiny else {})
+        check = verdicts.judge_bias(bias, BiasLimits(**limits))
         gaps = [one["gap"][0] for one in bias["own"]["findings"] if one["kind"] == "names" and one["group"] in PLANTED]
         chances = sides.chances([row.prompt for row in asked], OUTCOMES)[1]
         right = [OUTCOMES[int(each.argmax())] == row.reply for each, row in zip(chances, asked, strict=True)]
