@@ -38,6 +38,7 @@ from train import SARTOR as OURS
 HERE = Path(__file__).resolve().parent
 LAST = 8  # updates over which losses are compared
 HELD_OUT = 40  # rows
+LONGEST = 256  # tokens of a row
 LIMIT_S, START_S = 3600.0, 600
 SARTOR = {
     "fp32": Side("sartor", "float32"),
@@ -47,7 +48,7 @@ SARTOR = {
 PEERS = {"trl_bf16": Side("trl", "bfloat16"), "unsloth": Side("unsloth")}
 SETS = ("home-intents", "construction-faq")
 # with `--small`
-SMALL_UPDATES, SMALL_ROWS, SMALL_LAYERS = 9, 2, 2
+SMALL_UPDATES, SMALL_TOKENS, SMALL_LAYERS = 9, 256, 2
 
 
 def main() -> None:
@@ -79,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", default=",".join(PEERS), help="empty for Sartor alone")
     parser.add_argument("--data", type=Path, action="append", default=[], help="a further set: a CSV with text and category")
     parser.add_argument("--updates", type=int, default=24)
-    parser.add_argument("--rows-per-update", type=int, default=14)
+    parser.add_argument("--update-tokens", type=int, default=1024, help="about: as many rows an update as come nearest to it")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=3, help="of bf16 and rounded_first, for speed_ratio")
     parser.add_argument("--work", help="a folder for results of single sides; what is there is not done again")
@@ -92,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--updates {LAST} or more: the last {LAST} are compared")
     if arguments.small:
         arguments.peers, arguments.seeds, arguments.pairs, arguments.data = "", 1, 1, []
-        arguments.updates, arguments.rows_per_update = SMALL_UPDATES, SMALL_ROWS
+        arguments.updates, arguments.update_tokens = SMALL_UPDATES, SMALL_TOKENS
     return arguments
 
 
@@ -132,7 +133,7 @@ def measure(folder: Path, peers: dict[str, Side], arguments: argparse.Namespace)
         "gaps": gaps,
         **speeds,
         **served,
-        "work": {"updates": arguments.updates, "rows_per_update": arguments.rows_per_update, "learning_rate": LEARNING_RATE},
+        "work": {"updates": arguments.updates, "update_tokens": arguments.update_tokens, "learning_rate": LEARNING_RATE},
         "machine": machine(),
         "absent": absent | served.pop("absent", {}),
     }
@@ -170,8 +171,9 @@ def job_of(folder: Path, name: str, seed: int, arguments: argparse.Namespace) ->
     convert(ref)
     base = work.plain_base(ref.path, folder / "base", 0)
     rows = encoded(ref.path, name, seed)
-    need = arguments.updates * arguments.rows_per_update
     held_out, rows = rows[:HELD_OUT], rows[HELD_OUT:]
+    step = max(1, round(arguments.update_tokens / statistics.mean(len(row["ids"]) for row in rows)))
+    need = arguments.updates * step
     rows = (rows * -(-need // len(rows)))[:need]
     start = folder / f"start-{seed}.safetensors"
     if not start.is_file():
@@ -186,7 +188,6 @@ def job_of(folder: Path, name: str, seed: int, arguments: argparse.Namespace) ->
             if ".lora_A." in part
         }
         save_file(factors, start)
-    step = arguments.rows_per_update
     return {
         "base": str(base),
         "updates": [rows[index : index + step] for index in range(0, need, step)],
@@ -210,7 +211,7 @@ def encoded(base: Path, name: str, seed: int) -> list[dict[str, Any]]:
     chat, rows = open_chat(base), read_rows(name)
     random.Random(seed).shuffle(rows)
     examples = (Example((Message.of("user", prompt), Message.of("assistant", reply)), ()) for prompt, reply in rows)
-    return [{"ids": row.ids, "learnt": row.learnt} for row in map(chat.encode, examples) if len(row.ids) <= 512]
+    return [{"ids": row.ids, "learnt": row.learnt} for row in map(chat.encode, examples) if len(row.ids) <= LONGEST]
 
 
 def read_rows(name: str) -> list[tuple[str, str]]:
@@ -397,7 +398,7 @@ def table(result: dict[str, Any]) -> str:
     sides = [name for name in (*SARTOR, *PEERS) if any(name in losses for losses in result["sets"].values())]
     lines = [
         f"`python benchmarks/fidelity.py --json --write FILE`: {here['cpu']}, {here['threads']} threads, {flags}; "
-        f"{result['work']['updates']} updates of {result['work']['rows_per_update']} rows. Last loss, and in brackets the mean "
+        f"{result['work']['updates']} updates of about {result['work']['update_tokens']} tokens. Last loss, and in brackets the mean "
         f"absolute difference to Sartor's fp32 over the last {LAST} updates.",
         "",
         f"| set | {' | '.join(sides)} | held out, bf16 less fp32 |",
