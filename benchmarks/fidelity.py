@@ -398,8 +398,8 @@ def table(result: dict[str, Any]) -> str:
     sides = [name for name in (*SARTOR, *PEERS) if any(name in losses for losses in result["sets"].values())]
     lines = [
         f"`python benchmarks/fidelity.py --json --write FILE`: {here['cpu']}, {here['threads']} threads, {flags}; "
-        f"{result['work']['updates']} updates of about {result['work']['update_tokens']} tokens. Last loss, and in brackets the mean "
-        f"absolute difference to Sartor's fp32 over the last {LAST} updates.",
+        f"{result['work']['updates']} updates of about {result['work']['update_tokens']} tokens. Last loss, and in brackets "
+        f"the mean absolute difference to Sartor's fp32 over the last {LAST} updates.",
         "",
         f"| set | {' | '.join(sides)} | held out, bf16 less fp32 |",
         f"|---|{'---|' * len(sides)}---|",

@@ -147,7 +147,9 @@ def main() -> None:
             for method in asked.methods
         },
         "trials": asked.trials,
-        "absent": {name: smallest.LEFT_OUT if asked.small else "not asked for" for name in METHODS if name not in asked.methods},
+        "absent": {
+            name: smallest.LEFT_OUT if asked.small else "not asked for" for name in METHODS if name not in asked.methods
+        },
     }
     print_result({**said, "wall_s": round(time.monotonic() - began, 1)})
 
