@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import tiny
+from sartor.models import adapted as adapted_layers
 from sartor.models import adapters, batches, general, kernels, paths, widened
 from sartor.models.base import open_base
 from sartor.models.batches import Encoded
@@ -318,3 +320,30 @@ def test_composed_base_with_pictures_and_sound_takes_the_fast_path_in_bf16(tmp_p
     assert paths.choose(model, rows, CPU).name == "fast"
     after = base.model.get_input_embeddings().parameters()
     assert all(torch.equal(now, before) for now, before in zip(after, features, strict=True))
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=tiny.SIZE, n_embd=64, n_layer=2, n_head=4, n_positions=128)
+    return transformers.GPT2LMHeadModel(config).bfloat16().requires_grad_(False)
+
+
+def test_conv1d_layers_of_gpt2_keep_the_term_too() -> None:
+    model = small_lora(gpt2(), size=1e-5)
+    layer = general.without_peft(model).transformer.h[0].mlp.c_fc
+    x = torch.randn(N, 64).bfloat16()
+    a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    term = (layer.scaling["default"] * (x.double() @ a.T) @ b.T).detach()
+    with torch.no_grad():
+        assert 0.75 < effect(layer(x), layer.base_layer(x), term) < 1.25
+    assert adapted_layers.rounded_twice(model) == 0
+
+
+def test_fused_experts_are_said_to_round_twice() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(vocab_size=tiny.SIZE, num_key_value_heads=2, num_local_experts=2, **sizes)
+    model = transformers.MixtralForCausalLM(config).bfloat16().requires_grad_(False)
+    model = small_lora(model, size=1e-3).eval()
+    kept = adapted_layers.rounded_twice(model)
+    assert (f"{kept} adapted layers" in paths.choose(model, short_rows(), CPU).reason) == (kept > 0)

@@ -3,7 +3,7 @@
 peft's own layer rounds the frozen product to bf16 and adds the low-rank term to what stands on that grid, where part of it
 is lost (`linear.py` says why). `round_once` gives each plain LoRA layer the forward and backward of `linear.Projection`
 instead, so that transformers' module computes what the fast path computes. What a Projection does not know (DoRA, LoRA with
-a bias, layers that are not linear) keeps peft's forward, and so does any call that is not the plain one: adapters switched
+a bias, the fused experts of a mixture) keeps peft's forward, and so does any call that is not the plain one: adapters switched
 off, merged or mixed in a batch, inputs of another dtype, autocast, and factors that somebody listens to by hooks (opacus
 takes the gradients of single rows from them).
 """
@@ -36,6 +36,13 @@ def round_once(model: Any) -> Any:
             continue
         layer.forward = MethodType(_forward, layer)
     return model
+
+
+def rounded_twice(model: Any) -> int:
+    """Return how many LoRA layers of a model in 16 bits keep peft's own forward."""
+    if not rounds(model.get_output_embeddings().weight.dtype):
+        return 0
+    return sum(isinstance(layer, LoraLayer) and not hasattr(layer, "projection") for layer in model.modules())
 
 
 def _forward(layer: Any, x: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:

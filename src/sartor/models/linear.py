@@ -55,6 +55,26 @@ class MappedLinear(torch.nn.Linear):
         return out.copy_(self.weight.detach()[low : low + len(out)])
 
 
+class TransposedLinear(torch.nn.Linear):
+    """A frozen linear module whose weight is stored as (in, out), as transformers' Conv1D of GPT-2 has it."""
+
+    def __init__(self, conv: Any) -> None:
+        torch.nn.Module.__init__(self)
+        self._conv = (conv,)  # not a module of this one
+        self.in_features, self.out_features = conv.weight.shape
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(out, in), a view."""
+        return self._conv[0].weight.T
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(out,)."""
+        bias: torch.Tensor | None = self._conv[0].bias
+        return bias
+
+
 class LoraLinear(torch.nn.Module):
     """A frozen linear module and LoRA factors on it, where there is no peft (a device): a (R, D), b (outs, R), fp32."""
 
@@ -77,11 +97,12 @@ class Projection:
         self.factors: list[Factors] = []
         frozen, low = [], 0
         for module in modules:
-            base = getattr(module, "base_layer", module)
+            layer = getattr(module, "base_layer", module)
+            base = TransposedLinear(layer) if type(layer).__name__ == "Conv1D" else layer
             if not isinstance(base, torch.nn.Linear):  # bitsandbytes' layers are
                 raise Unsupported(f"a {type(base).__name__} where a linear module is expected")
             high = low + base.out_features
-            if base is not module:
+            if layer is not module:
                 self.factors.extend(_factors(module, low, high, dropout))
             frozen.append(base)
             low = high

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sartor.models import batches, general, kernels
+from sartor.models.adapted import rounded_twice
 from sartor.models.batches import Encoded
 from sartor.models.forward import Fast
 from sartor.models.general import decoder, packing, without_peft
@@ -135,6 +136,8 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _general(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish, reason: str) -> General | OneRow:
+    if count := rounded_twice(model):
+        reason += f"; {count} adapted layers are of a kind that rounds twice in 16 bits (docs/speed.md)"
     is_exact, difference = general.packs_exactly(model, rows, device)
     if not is_exact:
         how = f"differ by {difference:.2g} nats from single rows" if math.isfinite(difference) else "cannot be computed"
