@@ -43,7 +43,11 @@ RECIPE: dict[str, Any] = {
     "optimizer": {"learning_rate": 2e-2, "batch_tokens": 128},
 }
 # A first delta that leaves room for a second one
-WEAK = {**RECIPE, "budget": {"epochs": 1}}
+WEAK = {**RECIPE, "budget": {"epochs": 2}}
+# Rows that come later, so that enough are held out to tell a second delta from the first
+LATER = [
+    {"messages": [{"role": "user", "content": f"please {row['messages'][0]['content']}"}, row["messages"][1]]} for row in ROWS
+]
 PROBE = [
     {"question": "what colour is the sky", "answer": "the sky is blue"},
     {"question": "turn on the kitchen light", "answer": '{"intent":"HassTurnOn","area":"kitchen"}'},
@@ -317,10 +321,10 @@ def test_a_room_of_somebody_else_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.services
 def test_undo_goes_back_to_the_delta_before_and_then_to_the_release(shop: Shop) -> None:
-    first = shop.filled(24, settings=replace(shop.settings, recipe=WEAK)).adapt()
+    first = shop.filled(40, settings=replace(shop.settings, recipe=WEAK)).adapt()
     me = shop.personal()
     path = me.adapter()
-    for row in ROWS[24:]:
+    for row in LATER:
         me.add(row)
     second = me.adapt()
     assert first.delta and second.delta and second.delta != first.delta, (first.why, second.why)
@@ -367,9 +371,9 @@ def test_without_another_tuning_the_delta_is_removed(shop: Shop) -> None:
 
 @pytest.mark.services
 def test_the_delta_before_is_removed_too_and_one_that_did_not_use_the_rows_stays(shop: Shop) -> None:
-    first = shop.filled(24, settings=replace(shop.settings, recipe=WEAK)).adapt()
+    first = shop.filled(40, settings=replace(shop.settings, recipe=WEAK)).adapt()
     me = shop.personal()
-    later = [me.add(row) for row in ROWS[24:]]
+    later = [me.add(row) for row in LATER]
     second = me.adapt()
     used = {row.id for row in me.rows() if not row.is_held_out(0.25)}
     new = next(id for id in later if id in used)
@@ -532,8 +536,9 @@ def test_the_network_is_not_used(shop: Shop, monkeypatch: pytest.MonkeyPatch) ->
     me = shop.filled()
     assert me.adapt().delta
     me.evaluate()
-    me.forget(containing="kitchen")
     me.undo()
+    me.adapt(again=True)
+    me.forget(containing="kitchen")
 
 
 @pytest.mark.services
