@@ -54,8 +54,9 @@ class Comparison:
     high: float
 
     def verdict(self, *, higher_is_better: bool = True) -> Literal["better", "worse", "cannot tell"]:
-        """What the interval says: it lies on one side of 0, or it does not."""
-        if self.low <= 0 <= self.high:
+        """What the interval says: it lies on one side of 0, or it does not. What is not a finite number says nothing."""
+        is_finite = math.isfinite(self.difference) and math.isfinite(self.low) and math.isfinite(self.high)
+        if not is_finite or self.low <= 0 <= self.high:
             return "cannot tell"
         return "better" if (self.low > 0) == higher_is_better else "worse"
 
@@ -119,6 +120,8 @@ def corpus(
 
     before, after = (float(statistic(side.sum(0, keepdims=True))[0]) for side in sums)
     difference = after - before
+    if not math.isfinite(difference):  # a loss that overflowed: anything may be
+        return Comparison(before, after, difference, -math.inf, math.inf)
     if count < LEAST_GROUPS:
         return Comparison(before, after, difference, -widest, widest)
     # what each group says of the difference, by the infinitesimal jackknife (Efron 1982, ch. 6): of a mean over groups of one

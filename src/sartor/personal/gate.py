@@ -90,9 +90,9 @@ def judge(stack: Stack, tuned: Tensors, own: Asked, probe: Asked, terms: Persona
     """Compare the tuned ranks with none, on both."""
     mine, other = (_compared(stack, tuned, asked) for asked in (own, probe))
     why = ""
-    if mine.high > terms.most_worse:
+    if not mine.high <= terms.most_worse:
         why = f"on the user's held-out rows it may be worse by {mine.high:.3f} nats a token; the limit is {terms.most_worse:g}"
-    elif other.high > terms.most_elsewhere:
+    elif not other.high <= terms.most_elsewhere:
         why = (
             f"on {len(probe.rows)} held-out rows of the live version it may be worse by {other.high:.3f} nats a token; "
             f"the limit is {terms.most_elsewhere:g}"
