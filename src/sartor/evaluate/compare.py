@@ -39,6 +39,9 @@ _ALIKE = 1e-6
 # Fewer groups cannot reach the level: of five, all better, the flip of all signs is one of 32
 LEAST_GROUPS = math.ceil(-math.log2(_TAIL))
 
+# ... and the interval of so few reaches as far as the scores allow, which is taken to be this at least
+LEAST_WIDTH = 1.0
+
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
 
@@ -81,7 +84,7 @@ def paired(
     scores = np.concatenate([base_scores, tuned_scores])
     largest = float(np.abs(scores).max())
     is_bounded = largest <= 1 if is_bounded is None else is_bounded
-    widest = max(1.0, largest, float(np.ptp(scores)))
+    widest = max(LEAST_WIDTH, largest, float(np.ptp(scores)))
     return corpus(before, after, groups, _mean, widest=widest, is_bounded=is_bounded, seed=seed)
 
 
