@@ -262,6 +262,19 @@ def rows(count: int, live: float, new: float, **fields: str) -> Iterator[dict[st
         yield {"id": f"{fields}{number}", "group": f"{fields}{number}", "reference": json.dumps(fields), **right}
 
 
+def test_a_slice_of_too_few_rows_is_named_and_never_passes() -> None:
+    lost = [*rows(5, 1.0, 0.0, intent="off"), *rows(40, 1.0, 1.0, intent="on")]
+    assert list(verdicts.slices(lost, NotWorse())) == ["slice:intent=on"]
+    assert verdicts.unjudged(lost, NotWorse()) == "intent=off (5 rows)"
+    asked = verdicts.slices(lost, NotWorse(slice_rows=5))["slice:intent=off"]
+    assert asked.outcome == "cannot tell" and asked.holds_back and "over 5 groups of rows; 6 are the least" in asked.detail
+    of_one_group = [dict(row, group="one") if "off" in row["id"] else row for row in [*lost, *rows(9, 1.0, 0.0, intent="off")]]
+    assert verdicts.slices(of_one_group, NotWorse())["slice:intent=off"].outcome == "cannot tell"
+    even = [*rows(5, 1.0, 1.0, intent="off"), *rows(40, 1.0, 1.0, intent="on")]
+    assert list(verdicts.slices(even, NotWorse(slice_rows=5))) == ["slice:intent=on"]
+    assert verdicts.unjudged(even, NotWorse(slice_rows=5)) == "intent=off (5 rows)"
+
+
 def test_an_equal_average_with_a_broken_slice_fails() -> None:
     rules = NotWorse()
     broken = [*rows(40, 0.8, 0.95, intent="on"), *rows(40, 0.8, 0.95, intent="off"), *rows(15, 0.8, 0.0, intent="lock")]
