@@ -220,4 +220,4 @@ def groups_needed(difference: float, low: float, high: float, groups: int) -> in
     if not difference or not low <= 0 <= high:
         return 0
     half = difference - low if difference > 0 else high - difference
-    return max(LEAST_GROUPS, math.ceil(groups * (half / difference) ** 2))
+    return max(LEAST_GROUPS, groups + 1, math.ceil(groups * (half / difference) ** 2))
