@@ -30,6 +30,8 @@ _TAIL = (1 - CONFIDENCE) / 2
 AGREEING_GROUPS = 13
 # Of fewer groups what none of them showed may still be there in one of ten
 FEW_GROUPS = 40
+# Groups whose differences are within so much of the range of scores say the same
+NEAR = 0.05
 # Up to so many groups every set of them is looked at; up to so many the drawn sets are kept for the next comparison
 _MOST_ENUMERATED, _MOST_KEPT = 13, 256
 # A group's weight is moved by so much, to see what it says
@@ -206,10 +208,11 @@ def _is_of_one_size(each: Array) -> bool:
 def _unseen(each: Array, difference: float, widest: float) -> float:
     """The lower end if groups below all that were seen are as many as chance may hide, and as bad as the scores allow.
 
-    Only where half of the groups or more share the lowest value: there no tail tells how much lower others lie. A fraction u
-    of such groups stays unseen in all of n with probability (1 - u)^n (of 0 in n, Clopper & Pearson 1934).
+    Only where half of the groups or more share the lowest value, but for NEAR of the range: there no tail tells how much
+    lower others lie. A fraction u of such groups stays unseen in all of n with probability (1 - u)^n (of 0 in n, Clopper &
+    Pearson 1934).
     """
-    if 2 * (each < each.min() + _ALIKE).sum() < len(each):
+    if 2 * (each < each.min() + NEAR * widest).sum() < len(each):
         return math.inf
     hidden = 1 - _TAIL ** (1 / len(each))
     return float(difference * (1 - hidden) - widest * hidden)
