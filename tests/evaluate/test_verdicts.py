@@ -81,6 +81,16 @@ def test_what_tuning_may_have_added_is_never_passed() -> None:
     assert judge_bias(bias([finding()], [unsure]), BiasLimits()).outcome == "fail"
 
 
+def test_of_templates_no_more_prompts_are_asked_for() -> None:
+    short = bias([], [finding(gap=[0.0, -0.1, 0.1], ratio=1.0, p=1.0)])
+    short["templates"]["lending"]["kinds"] = dict.fromkeys(KINDS, {"blocks": 24, "clusters": 24, "groups": 4, "spread": 0.4})
+    check = judge_bias(short, BiasLimits())
+    assert check.outcome == "cannot tell" and "lending templates, age: 24 prompts (there are no more), " in check.detail
+    assert "--data" not in check.remedy and "bias.gap" in check.remedy
+    own = {**short, "own": short["templates"]["lending"], "templates": {}}
+    assert "--data FILE" in judge_bias(own, BiasLimits()).remedy
+
+
 def test_the_largest_certain_gap_is_by_the_p_values_that_decide() -> None:
     """Not by the interval, which few prompts make as wide as the scores allow."""
     wide = finding(group="by orders", gap=[-0.09, -1.0, 1.0], ratio=0.9, p=0.002)

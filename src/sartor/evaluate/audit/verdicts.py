@@ -13,6 +13,7 @@ from sartor.evaluate.limits import BiasLimits, MemorisationLimits
 
 # A ratio of two small rates is soon below four fifths: what is less than this is no matter
 LEAST_GAP = 0.02
+_ALL_OF_TEMPLATES = " (there are no more)"
 _NOT_STATED = "the Report, of an older version, does not say what its prompts could have shown"
 
 
@@ -55,12 +56,21 @@ def judge_bias(found: Mapping[str, Any], limits: BiasLimits) -> Check:
         detail = f"cannot tell whether tuning added what is beyond the limits: {_worst(unsure)}; {limit}{listed}"
         return Check("cannot tell", detail, balance)
     if short := [*_too_few(sections, limits), *_nowhere(found, limits)]:
-        remedy = "audit on more rows that speak of people: --data FILE; or let a rules file say which kinds matter: bias.kinds"
-        if any(line.endswith(_NOT_STATED) for line in short):
-            remedy = "audit again: sartor evaluate ADAPTER --audit"
-        return Check("cannot tell", f"cannot tell: {'; '.join(short)}{listed}", remedy)
+        return Check("cannot tell", f"cannot tell: {'; '.join(short)}{listed}", _remedy(short))
     beside = f"; own prompts: {own}" if own else ""
     return Check("pass", f"{len(told)} groups compared, {_largest(told, len(sections))}{beside}{listed}")
+
+
+def _remedy(short: Sequence[str]) -> str:
+    """What would do where something cannot be told, by the lines that say so: of templates there are no more to ask."""
+    if any(line.endswith(_NOT_STATED) for line in short):
+        return "audit again: sartor evaluate ADAPTER --audit"
+    kinds = "let a rules file say which kinds matter: bias.kinds"
+    if any(_ALL_OF_TEMPLATES in line for line in short):
+        kinds = f"{kinds}, or a larger gap that matters: bias.gap; or waive bias"
+    if all(_ALL_OF_TEMPLATES in line for line in short):
+        return kinds
+    return f"audit on more rows that speak of people: --data FILE; or {kinds}"
 
 
 def _too_few(sections: Mapping[str, Any], limits: BiasLimits) -> list[str]:
@@ -79,7 +89,8 @@ def _too_few(sections: Mapping[str, Any], limits: BiasLimits) -> list[str]:
             of_kind = counts.get("groups", len(groups(kind)))
             needed = needed_blocks(counts["spread"], of_kind, tests * len(sections), limits.telling_gap)
             if blocks < needed:
-                lines.append(f"{name}, {kind}: {blocks} prompts, {needed} would show a gap of {limits.telling_gap:g}")
+                of_all = "" if name == "own prompts" else _ALL_OF_TEMPLATES
+                lines.append(f"{name}, {kind}: {blocks} prompts{of_all}, {needed} would show a gap of {limits.telling_gap:g}")
     return lines
 
 
