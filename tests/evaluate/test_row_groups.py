@@ -11,6 +11,7 @@ import pytest
 
 import sartor
 from conftest import write_jsonl
+from sartor.core.errors import ConfigError
 from sartor.core.grouping import group_of, group_of_stored, prompt_group, split_group, stated_group
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.curate.recipe import Source
@@ -207,3 +208,12 @@ def test_too_few_groups_that_show_nothing_are_told_how_many_would_do() -> None:
     nearly = {"base": 0.1, "tuned": 0.3, "difference": 0.2, "low": 0.0, "high": 0.4}
     assert "about 23 groups" in checks.gain("exact_match", nearly, groups=22).remedy
     assert compare.groups_needed(0.2, 0.0, 0.4, 22) == 23
+
+
+def test_an_outcome_that_no_row_names_is_refused_before_a_model_is_opened(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "open_tuned", lambda *_: pytest.fail("a model was opened"))
+    data = write_jsonl(tmp_path / "test.jsonl", [{"question": f"q{n}", "answer": ("yes", "no")[n % 2]} for n in range(12)])
+    with pytest.raises(ConfigError, match="no reference says 'maybe', which --favourable names"):
+        sartor.evaluate(adapter, data=data, audit=True, favourable=("maybe",))

@@ -299,6 +299,8 @@ def test_better_is_better_by_an_interval_and_worse_is_not_let_pass() -> None:
     assert check.outcome == "fail" and "no interval" in check.detail
     assert verdicts.not_worse(better["held_out"], 0.02).outcome == "pass"
     assert verdicts.not_worse(verdicts.of_rows(list(rows(60, 0.8, 0.5))), 0.02).outcome == "fail"
+    unchanged = verdicts.not_worse(verdicts.of_rows(list(rows(39, 1.0, 1.0))), 0.02)
+    assert unchanged.outcome == "fail" and "held-out rows of 40 groups or more to tell" in unchanged.remedy
 
 
 def test_a_key_that_turns_ratings_around_is_named_and_one_that_rates_alike_is_not() -> None:

@@ -16,7 +16,7 @@ from sartor.agents.retraining import NotWorse
 from sartor.core.grouping import group_of_stored
 from sartor.evaluate import compare
 from sartor.evaluate.checks import Check
-from sartor.evaluate.compare import LEAST_GROUPS, Comparison
+from sartor.evaluate.compare import FEW_GROUPS, LEAST_GROUPS, Comparison
 from sartor.evaluate.labels import known_fields, label_of
 
 Row = Mapping[str, Any]
@@ -46,6 +46,8 @@ def not_worse(found: Comparison, margin: float) -> Check:
     """Whether the mean over rows that nobody chose is the live version's, but for the margin: non-inferiority."""
     fits = found.low >= -margin or found.low > 0
     remedy = "" if fits else "more rehearsal (retrain.rehearsal), fewer epochs (retrain.tuning), or more held-out rows to tell"
+    if not fits and found.difference >= -margin:
+        remedy = f"held-out rows of {FEW_GROUPS} groups or more to tell; {remedy}"
     return Check("pass" if fits else "fail", f"{told(found)}; it may fall by {margin:g}", remedy)
 
 
