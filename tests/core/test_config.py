@@ -114,3 +114,12 @@ def test_every_option_has_a_help_text() -> None:
 def test_flags_complete_a_file_that_is_not_whole() -> None:
     assert config.load(Recipe, {"base": "starter"}, ["--data.path", "d"]).data.path == "d"
     assert config.load(Recipe, TUNE, ["--budget.updates", "3"]).budget == Budget(updates=3)
+
+
+def test_a_remedy_can_be_typed_as_it_stands() -> None:
+    with pytest.raises(ConfigError) as refused:
+        config.load(Recipe, TUNE, ["--method.rnak", "8"])
+    assert refused.value.remedy == "method.rank: ..."
+    with pytest.raises(ConfigError) as refused:
+        config.load(Recipe, TUNE, ["--objective.kind", "sft", "--objective.beta", "0.3"])
+    assert refused.value.remedy == "leave objective.beta out"

@@ -52,6 +52,7 @@ PROBE = [
     {"question": "what colour is the sky", "answer": "the sky is blue"},
     {"question": "turn on the kitchen light", "answer": '{"intent":"HassTurnOn","area":"kitchen"}'},
     {"question": "is it blue", "answer": "it is"},
+    *({"question": f"is it {word}", "answer": "it is not"} for word in ("red", "green", "off")),
 ]
 
 
@@ -184,6 +185,9 @@ def test_the_releases_own_canaries_are_the_probe_where_none_is_given(shop: Shop)
     told = [{"messages": [{"role": "user", "content": word}], "reply": word} for word in ("blue", "sky")]
     ship(shop.folder / "store", shop.adapter, "1.1", told)
     assert me.adapt().verdict is not None
+    shop.settings = replace(shop.settings, most_probe_loss=0.05)
+    with pytest.raises(ConfigError, match="the probe has 2 prompts, and 6 are the least that tell"):
+        shop.personal().adapt()
 
 
 def test_too_few_rows_are_said(shop: Shop) -> None:

@@ -160,17 +160,20 @@ def test_the_gap_that_is_told_is_the_largest_certain_one() -> None:
     assert "age: " in check.detail.split("the largest certain gap: ")[1][:40]
 
 
-def test_a_report_made_before_is_judged_by_what_it_could_have_shown() -> None:
-    """Reports of f346d1e say neither spread nor tests: eight blocks of 20 groups and 44 comparisons by flipped signs."""
+@pytest.mark.parametrize("blocks", [7, 8, 24])
+def test_a_report_made_before_does_not_say_what_it_could_have_shown(blocks: int) -> None:
+    """Reports of f346d1e say no spread: eight blocks of 20 groups and 44 comparisons by flipped signs, where .003 is p .34."""
     row = {
-        "kind": "nationality", "group": "german", "outcome": "Yes", "blocks": 8, "rate": 0.9, "others": 0.9, "gap": [0.0, -0.01, 0.01],
-        "ratio": 1.0, "p": 1.0, "base_gap": 0.0, "added": [0.0, -0.01, 0.01], "rows": [],
+        "kind": "nationality", "group": "german", "outcome": "Yes", "blocks": blocks, "rate": 0.003, "others": 0.9,
+        "gap": [-0.897, -0.9, -0.89], "ratio": 0.003, "p": 0.34, "base_gap": 0.0, "added": [-0.897, -0.9, -0.89], "rows": [],
     }  # fmt: skip
-    counts = {"blocks": 8, "left_out": 0, "beyond": 0}
+    counts = {"blocks": blocks, "left_out": 0, "beyond": 0}
     found = {"own": {"skipped": "no outcome"}, "templates": {"hiring": {"kinds": {"nationality": counts}, "findings": [row]}}}
     limits = BiasLimits(kinds=("nationality",))
-    assert judge_bias(found, limits).outcome == "pass"
-    found["templates"]["hiring"]["kinds"]["nationality"] = {**counts, "blocks": 7}
+    check = judge_bias(found, limits)
+    assert check.outcome == "cannot tell" and "hiring templates, nationality: the Report, of an older version" in check.detail
+    assert check.remedy == "audit again: sartor evaluate ADAPTER --audit"
+    del found["templates"]["hiring"]["kinds"]
     assert judge_bias(found, limits).outcome == "cannot tell"
 
 

@@ -183,3 +183,32 @@ def test_means_are_as_they_were_before_statistics_of_sums() -> None:
         # the empty set counts as one of the 25 of 1,024 that may be as extreme
         ends.append(sign * np.sort(sign * values - handicap / (2 * chosen.sum(1)))[24])
     assert (found.low, found.high) == pytest.approx(tuple(np.clip(ends, -1, 1)), abs=1e-6)
+
+
+def test_macro_f1_that_falls_is_never_told_as_a_gain() -> None:
+    """Each group alone gains, the whole falls: what single groups say bounds a mean, and nothing else."""
+    wanted: list[str] = []
+    before, after, groups = wanted.copy(), wanted.copy(), wanted.copy()
+    for place in range(40):
+        rows = (["b", *["a"] * 51], ["b", "?", *["a"] * 50], ["b", *["a"] * 51])
+        if place % 2 == 0:
+            rows = (["a", "z", "z", "z"], ["?", "z", "z", "z"], ["a", "z", "b", "b"])
+        for column, told in zip((wanted, before, after), rows, strict=True):
+            column.extend(told)
+        groups += [str(place)] * len(rows[0])
+    fallen = Measures(wanted, groups, ".").one("macro_f1", Side(before), Side(after))
+    assert fallen.low <= fallen.difference <= fallen.high
+    assert fallen.difference < -0.3 and fallen.verdict() == "worse"
+
+
+def test_an_estimate_is_in_its_interval_whatever_the_statistic() -> None:
+    source = random.Random(2)
+    for count in (7, 13, 20, 40):
+        wanted = [source.choice("abc") for _ in range(2 * count)]
+        before, after = ([source.choice([right, right, *"abc?"]) for right in wanted] for _ in range(2))
+        sides = [Side(replies, confidence=[source.random() for _ in wanted]) for replies in (before, after)]
+        for name, found in Measures(wanted, [str(n // 2) for n in range(2 * count)], ".").compared(*sides).items():
+            assert found.low <= found.difference <= found.high, (name, count)
+    for score in (0.1, 0.3, 0.7):
+        equal = compare.paired([0.0] * 39, [score] * 39, [str(n // 3) for n in range(39)], is_bounded=False)
+        assert equal.low <= equal.difference <= equal.high, "ends that are rounded otherwise leave nothing out"

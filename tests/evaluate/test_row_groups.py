@@ -11,12 +11,15 @@ import pytest
 
 import sartor
 from conftest import write_jsonl
-from sartor.core.grouping import group_of, group_of_stored, prompt_group, split_group
+from sartor.core.errors import ConfigError
+from sartor.core.grouping import group_of, group_of_stored, prompt_group, split_group, stated_group
 from sartor.core.records import Example, Message, Origin, Part
+from sartor.curate.recipe import Source
+from sartor.curate.sources.units import read_all
 from sartor.curate.validate import sides as validating
 from sartor.edge.personal import work
 from sartor.edge.personal.rows import Row
-from sartor.evaluate import audit, checks, tasks
+from sartor.evaluate import audit, checks, compare, tasks
 from sartor.evaluate.audit import pairs
 from sartor.evaluate.held_out import HeldOut
 from sartor.federate.tuning import lifts, shards
@@ -178,7 +181,39 @@ def test_a_users_own_test_file_has_intervals_and_may_pass(
 def test_too_few_groups_are_told_and_how_many_would_do(groups: int) -> None:
     metric = {"base": 0.1, "tuned": 0.9, "difference": 0.8, "low": -1.0, "high": 1.0}
     check = checks.gain("exact_match", metric, groups=groups)
-    assert check.outcome == "fail" and f"over {groups} groups of rows; fewer than 6 exclude nothing" in check.detail
+    assert check.outcome == "cannot tell" and f"over {groups} groups of rows; fewer than 6 exclude nothing" in check.detail
     assert "evaluate on about" in check.remedy and "--data FILE" in check.remedy
     worse = {"base": 0.9, "tuned": 0.1, "difference": -0.8, "low": -1.0, "high": 1.0}
     assert checks.gain("exact_match", worse, groups=groups).remedy == "", "more rows would not make it a gain"
+
+
+def test_a_group_column_with_gaps_is_read_as_pandas_writes_it(tmp_path: Path) -> None:
+    """Whole numbers with gaps become floats, a gap NaN or null; a blank is no group."""
+    import polars
+
+    lines = {"question": [f"q{place}" for place in range(5)], "answer": ["a"] * 5, "group": [3.0, 3.0, float("nan"), None, 4.0]}
+    polars.DataFrame(lines, strict=False).write_parquet(tmp_path / "rows.parquet")
+    blank = write_jsonl(
+        tmp_path / "blank.jsonl", [{"question": f"b{place}", "answer": "a", "group": " "} for place in range(2)]
+    )
+    read = [one for path in (tmp_path / "rows.parquet", blank) for one in read_all(Source(str(path)), 4 << 20, tmp_path / "m")]
+    assert [one.group for one in read if isinstance(one, Example)] == ["3", "3", "", "", "4", "", ""]
+    assert stated_group(2.5) is None and stated_group(True) == "True" and stated_group(["a"]) is None
+
+
+def test_too_few_groups_that_show_nothing_are_told_how_many_would_do() -> None:
+    metric = {"base": 0.5, "tuned": 0.5, "difference": 0.0, "low": -1.0, "high": 1.0}
+    check = checks.gain("exact_match", metric, groups=5)
+    assert check.outcome == "cannot tell" and "evaluate on 6 groups of rows or more" in check.remedy
+    nearly = {"base": 0.1, "tuned": 0.3, "difference": 0.2, "low": 0.0, "high": 0.4}
+    assert "about 23 groups" in checks.gain("exact_match", nearly, groups=22).remedy
+    assert compare.groups_needed(0.2, 0.0, 0.4, 22) == 23
+
+
+def test_an_outcome_that_no_row_names_is_refused_before_a_model_is_opened(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "open_tuned", lambda *_: pytest.fail("a model was opened"))
+    data = write_jsonl(tmp_path / "test.jsonl", [{"question": f"q{n}", "answer": ("yes", "no")[n % 2]} for n in range(12)])
+    with pytest.raises(ConfigError, match="no reference says 'maybe', which --favourable names"):
+        sartor.evaluate(adapter, data=data, audit=True, favourable=("maybe",))

@@ -13,6 +13,7 @@ import sartor
 from sartor.core import rows
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
+from sartor.core.groups import KINDS
 from sartor.curate.review.desk import open_items
 from sartor.evaluate import checks
 from sartor.evaluate.audit.verdicts import checks as audit_checks
@@ -33,7 +34,9 @@ def finding(**changed: Any) -> dict[str, Any]:
 
 
 def bias(own: list[dict[str, Any]], templates: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"own": {"findings": own}, "templates": {"lending": {"findings": templates}}}
+    counts = {"blocks": 24, "left_out": 0, "beyond": 0, "clusters": 24, "groups": 4, "spread": 0.01}
+    kinds = dict.fromkeys(KINDS, counts)
+    return {"own": {"findings": own, "kinds": kinds}, "templates": {"lending": {"findings": templates, "kinds": kinds}}}
 
 
 def test_a_group_that_fares_worse_in_the_users_own_prompts_fails_and_is_named_with_its_rows() -> None:
@@ -65,6 +68,35 @@ def test_of_templates_only_what_tuning_added_counts() -> None:
     assert found.outcome == "pass" and "too few speak of a group" in found.detail
     assert judge_bias(bias([as_the_base], []), BiasLimits()).outcome == "fail", "own prompts are what it is used for"
     assert judge_bias(bias([finding()], []), BiasLimits(gap=0.3, ratio=0.5)).outcome == "pass"
+
+
+def test_what_tuning_may_have_added_is_never_passed() -> None:
+    """Beyond the limits by the orders of groups, and no gap in the base: only the interval of what was added is wide."""
+    unsure = finding(added=[-0.2, -0.5, 0.1])
+    check = judge_bias(bias([], [unsure]), BiasLimits())
+    assert check.outcome == "cannot tell" and "cannot tell whether tuning added" in check.detail
+    assert "lending templates, names: black_male" in check.detail and "added -0.200 in [-0.500, +0.100]" in check.detail
+    better = finding(added=[0.1, 0.02, 0.2], base_gap=-0.3)
+    assert judge_bias(bias([], [better]), BiasLimits()).outcome == "pass", "tuning has made it smaller for certain"
+    assert judge_bias(bias([finding()], [unsure]), BiasLimits()).outcome == "fail"
+
+
+def test_of_templates_no_more_prompts_are_asked_for() -> None:
+    short = bias([], [finding(gap=[0.0, -0.1, 0.1], ratio=1.0, p=1.0)])
+    short["templates"]["lending"]["kinds"] = dict.fromkeys(KINDS, {"blocks": 24, "clusters": 24, "groups": 4, "spread": 0.4})
+    check = judge_bias(short, BiasLimits())
+    assert check.outcome == "cannot tell" and "lending templates, age: 24 prompts (there are no more), " in check.detail
+    assert "--data" not in check.remedy and "bias.gap" in check.remedy
+    own = {**short, "own": short["templates"]["lending"], "templates": {}}
+    assert "--data FILE" in judge_bias(own, BiasLimits()).remedy
+
+
+def test_the_largest_certain_gap_is_by_the_p_values_that_decide() -> None:
+    """Not by the interval, which few prompts make as wide as the scores allow."""
+    wide = finding(group="by orders", gap=[-0.09, -1.0, 1.0], ratio=0.9, p=0.002)
+    narrow = finding(group="by interval", gap=[0.03, 0.01, 0.05], ratio=1.0, p=0.4)
+    check = judge_bias(bias([narrow, wide], []), BiasLimits())
+    assert check.outcome == "pass" and "the largest certain gap: own prompts, names: by orders" in check.detail
 
 
 def memory(**changed: Any) -> dict[str, Any]:

@@ -262,6 +262,19 @@ def rows(count: int, live: float, new: float, **fields: str) -> Iterator[dict[st
         yield {"id": f"{fields}{number}", "group": f"{fields}{number}", "reference": json.dumps(fields), **right}
 
 
+def test_a_slice_of_too_few_rows_is_named_and_never_passes() -> None:
+    lost = [*rows(5, 1.0, 0.0, intent="off"), *rows(40, 1.0, 1.0, intent="on")]
+    assert list(verdicts.slices(lost, NotWorse())) == ["slice:intent=on"]
+    assert verdicts.unjudged(lost, NotWorse()) == "intent=off (5 rows)"
+    asked = verdicts.slices(lost, NotWorse(slice_rows=5))["slice:intent=off"]
+    assert asked.outcome == "cannot tell" and asked.holds_back and "over 5 groups of rows; 6 are the least" in asked.detail
+    of_one_group = [dict(row, group="one") if "off" in row["id"] else row for row in [*lost, *rows(9, 1.0, 0.0, intent="off")]]
+    assert verdicts.slices(of_one_group, NotWorse())["slice:intent=off"].outcome == "cannot tell"
+    even = [*rows(5, 1.0, 1.0, intent="off"), *rows(40, 1.0, 1.0, intent="on")]
+    assert list(verdicts.slices(even, NotWorse(slice_rows=5))) == ["slice:intent=on"]
+    assert verdicts.unjudged(even, NotWorse(slice_rows=5)) == "intent=off (5 rows)"
+
+
 def test_an_equal_average_with_a_broken_slice_fails() -> None:
     rules = NotWorse()
     broken = [*rows(40, 0.8, 0.95, intent="on"), *rows(40, 0.8, 0.95, intent="off"), *rows(15, 0.8, 0.0, intent="lock")]
@@ -286,6 +299,8 @@ def test_better_is_better_by_an_interval_and_worse_is_not_let_pass() -> None:
     assert check.outcome == "fail" and "no interval" in check.detail
     assert verdicts.not_worse(better["held_out"], 0.02).outcome == "pass"
     assert verdicts.not_worse(verdicts.of_rows(list(rows(60, 0.8, 0.5))), 0.02).outcome == "fail"
+    unchanged = verdicts.not_worse(verdicts.of_rows(list(rows(39, 1.0, 1.0))), 0.02)
+    assert unchanged.outcome == "fail" and "held-out rows of 40 groups or more to tell" in unchanged.remedy
 
 
 def test_a_key_that_turns_ratings_around_is_named_and_one_that_rates_alike_is_not() -> None:

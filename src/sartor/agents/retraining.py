@@ -50,13 +50,13 @@ class NotWorse:
     slices: tuple[str, ...] = option(
         (), "fields of the JSON replies that cut the rows into slices; empty takes all of few values"
     )
-    slice_rows: int = option(5, "a slice of fewer rows is not judged")
+    slice_rows: int = option(6, "a slice of fewer rows is not judged, and named; fewer than six cannot tell")
     rows: int = option(400, "most held-out rows that the versions are compared on")
 
     def __post_init__(self) -> None:
         _fraction("gate.", margin=self.margin, slice_margin=self.slice_margin)
         if min(self.slice_rows, self.rows) < 2:
-            raise ConfigError(f"gate has slice_rows {self.slice_rows} and rows {self.rows}", "gate: {slice_rows: 5, rows: 400}")
+            raise ConfigError(f"gate has slice_rows {self.slice_rows} and rows {self.rows}", "gate: {slice_rows: 6, rows: 400}")
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,7 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
         if key not in fields:
             path, meant = f"{where}.{key}".lstrip("."), _meant(key, list(fields))
             known = ", ".join(name for name in fields if name != "kind")
-            remedy = f"{meant}: ..." if meant else f"one of {known}"
+            remedy = f"{where}.{meant}: ...".lstrip(".") if meant else f"one of {known}" if known else f"leave {path} out"
             raise ConfigError(f"there is no option {path!r}" + (f"; {meant!r} was probably meant" if meant else ""), remedy)
     hints = get_type_hints(cls)
     built = {}

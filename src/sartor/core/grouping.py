@@ -7,6 +7,7 @@ never over rows. `split_group` names it for a split, where rows that ask the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,19 @@ def group_of(row: Example) -> str:
 def group_of_stored(row: Mapping[str, Any]) -> str:
     """Return the group of a row in a Report's table. Older Reports have none of rows without a group: then it is the row."""
     return str(row["group"] or row["id"])
+
+
+def stated_group(value: Any) -> str | None:
+    """Return the group that a row's field names, empty for none; None where the field is no name.
+
+    A column of whole numbers with gaps is one of floats where pandas wrote it, a gap is NaN; blanks name nothing.
+    """
+    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
+        value = None if math.isnan(value) else int(value)
+    if value is not None and not isinstance(value, (str, int)):
+        return None
+    text = "" if value is None else str(value)
+    return text if text.strip() else ""
 
 
 def split_group(row: Example) -> str:

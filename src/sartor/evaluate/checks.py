@@ -46,8 +46,12 @@ def gain(name: str, metric: Mapping[str, float], limit: GainLimit = Limits.gain,
     few = f"; fewer than {LEAST_GROUPS} exclude nothing" if 0 < groups < LEAST_GROUPS else ""
     difference = metric["tuned"] - metric["base"]
     needed = groups_needed(difference, metric["low"], metric["high"], groups) if groups and not least else 0
-    remedy = f"evaluate on about {needed} groups of rows, if the gain stays as it is (--data FILE); or tune or curate again"
-    return Check("fail", f"{detail}{short}{over}{few}", remedy if needed and (difference < 0) == is_lower else "")
+    remedy = ""
+    if needed and (difference < 0) == is_lower:
+        remedy = f"evaluate on about {needed} groups of rows, if the gain stays as it is (--data FILE); or tune or curate again"
+    elif few and not difference:
+        remedy = f"evaluate on {LEAST_GROUPS} groups of rows or more (--data FILE); or tune or curate again"
+    return Check("cannot tell" if few else "fail", f"{detail}{short}{over}{few}", remedy)
 
 
 def modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:

@@ -26,10 +26,12 @@ from numpy.typing import NDArray
 SETS = 9_999
 CONFIDENCE = 0.95
 _TAIL = (1 - CONFIDENCE) / 2
-# Of so many groups the mean lies between the lowest and the highest
+# Of so many groups a mean lies between the lowest and the highest
 AGREEING_GROUPS = 13
 # Of fewer groups what none of them showed may still be there in one of ten
 FEW_GROUPS = 40
+# Groups whose differences are within so much of the range of scores say the same
+NEAR = 0.05
 # Up to so many groups every set of them is looked at; up to so many the drawn sets are kept for the next comparison
 _MOST_ENUMERATED, _MOST_KEPT = 13, 256
 # A group's weight is moved by so much, to see what it says
@@ -38,6 +40,9 @@ _STEP = 1e-4
 _ALIKE = 1e-6
 # Fewer groups cannot reach the level: of five, all better, the flip of all signs is one of 32
 LEAST_GROUPS = math.ceil(-math.log2(_TAIL))
+
+# ... and the interval of so few reaches as far as the scores allow, which is taken to be this at least
+LEAST_WIDTH = 1.0
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
@@ -54,8 +59,9 @@ class Comparison:
     high: float
 
     def verdict(self, *, higher_is_better: bool = True) -> Literal["better", "worse", "cannot tell"]:
-        """What the interval says: it lies on one side of 0, or it does not."""
-        if self.low <= 0 <= self.high:
+        """What the interval says: it lies on one side of 0, or it does not. What is not a finite number says nothing."""
+        is_finite = math.isfinite(self.difference) and math.isfinite(self.low) and math.isfinite(self.high)
+        if not is_finite or self.low <= 0 <= self.high:
             return "cannot tell"
         return "better" if (self.low > 0) == higher_is_better else "worse"
 
@@ -80,7 +86,7 @@ def paired(
     scores = np.concatenate([base_scores, tuned_scores])
     largest = float(np.abs(scores).max())
     is_bounded = largest <= 1 if is_bounded is None else is_bounded
-    widest = max(1.0, largest, float(np.ptp(scores)))
+    widest = max(LEAST_WIDTH, largest, float(np.ptp(scores)))
     return corpus(before, after, groups, _mean, widest=widest, is_bounded=is_bounded, seed=seed)
 
 
@@ -119,6 +125,8 @@ def corpus(
 
     before, after = (float(statistic(side.sum(0, keepdims=True))[0]) for side in sums)
     difference = after - before
+    if not math.isfinite(difference):  # a loss that overflowed: anything may be
+        return Comparison(before, after, difference, -math.inf, math.inf)
     if count < LEAST_GROUPS:
         return Comparison(before, after, difference, -widest, widest)
     # what each group says of the difference, by the infinitesimal jackknife (Efron 1982, ch. 6): of a mean over groups of one
@@ -132,13 +140,16 @@ def corpus(
         values, sizes = np.concatenate([(differences(chosen), chosen.sum(1)) for chosen in _sets(count, seed)], 1)
     low = _lower_end(each, values, sizes)
     high = -_lower_end(-each, -values, sizes)
-    if count >= AGREEING_GROUPS:
-        # That all of so many groups lie on one side of the truth has a chance under 1 %, for log-normal differences too
+    if statistic is _mean and count >= AGREEING_GROUPS:
+        # A mean lies between those of single groups; macro-F1 does not. That all of so many groups lie on one side of the
+        # truth has a chance under 1 %, for log-normal differences too
         low, high = max(low, float(np.nanmin(alone))), min(high, float(np.nanmax(alone)))
     if is_bounded and count < FEW_GROUPS:
         low = min(low, _unseen(each, difference, widest))
         high = max(high, -_unseen(-each, -difference, widest))
-    return Comparison(before, after, difference, max(low, -widest), min(high, widest))
+    # the estimate is always in its interval: where rounding, or a statistic that is no mean, left it out too
+    low, high = min(max(low, -widest), difference), max(min(high, widest), difference)
+    return Comparison(before, after, difference, low, high)
 
 
 def _lower_end(each: Array, values: Array, sizes: Array) -> float:
@@ -197,10 +208,11 @@ def _is_of_one_size(each: Array) -> bool:
 def _unseen(each: Array, difference: float, widest: float) -> float:
     """The lower end if groups below all that were seen are as many as chance may hide, and as bad as the scores allow.
 
-    Only where half of the groups or more share the lowest value: there no tail tells how much lower others lie. A fraction u
-    of such groups stays unseen in all of n with probability (1 - u)^n (of 0 in n, Clopper & Pearson 1934).
+    Only where half of the groups or more share the lowest value, but for NEAR of the range: there no tail tells how much
+    lower others lie. A fraction u of such groups stays unseen in all of n with probability (1 - u)^n (of 0 in n, Clopper &
+    Pearson 1934).
     """
-    if 2 * (each < each.min() + _ALIKE).sum() < len(each):
+    if 2 * (each < each.min() + NEAR * widest).sum() < len(each):
         return math.inf
     hidden = 1 - _TAIL ** (1 / len(each))
     return float(difference * (1 - hidden) - widest * hidden)
@@ -211,4 +223,4 @@ def groups_needed(difference: float, low: float, high: float, groups: int) -> in
     if not difference or not low <= 0 <= high:
         return 0
     half = difference - low if difference > 0 else high - difference
-    return max(LEAST_GROUPS, math.ceil(groups * (half / difference) ** 2))
+    return max(LEAST_GROUPS, groups + 1, math.ceil(groups * (half / difference) ** 2))

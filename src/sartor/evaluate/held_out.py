@@ -90,7 +90,8 @@ def _rows_of(data: Path, datasets: Sequence[Artifact], folder: Path) -> tuple[li
     if seen := len(known) - len(examples):
         left_out["trained_on"] = seen
     if not examples:
-        raise SourceError(f"no row of {data} can be used ({left_out or 'it is empty'})", "give rows that were not trained on")
+        remedy = "give rows that were not trained on" if seen else "mend the rows, or give others"
+        raise SourceError(f"no row of {data} can be used ({left_out or 'it is empty'})", remedy)
     return examples, left_out
 
 

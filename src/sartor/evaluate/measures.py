@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sartor.core.errors import ConfigError
 from sartor.evaluate import compare
 from sartor.evaluate.compare import Comparison
-from sartor.evaluate.labels import known_fields, label_of
+from sartor.evaluate.labels import WHOLE, known_fields, label_of
 from sartor.evaluate.scorers import SCORERS, word_errors
 
 Array = NDArray[np.float64]
@@ -71,7 +71,7 @@ class Measures:
         self.transcripts = sorted(transcripts)
         if field and not self.labelled:
             known = known_fields(self.references)
-            raise ConfigError(f"no reference has the field {field!r}", f"--label {' | '.join(known) or '. (the whole reply)'}")
+            raise ConfigError(f"no reference has the field {field!r}", f"--label {' | '.join(known) or WHOLE}")
         self.classes = sorted({str(self.labels[place]) for place in self.labelled})
 
     @property

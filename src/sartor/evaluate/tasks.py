@@ -26,6 +26,7 @@ from sartor.evaluate import audit, compare, page
 from sartor.evaluate.ablation import ablate, media_of, modalities
 from sartor.evaluate.answering import answer, losses, reply_limit, side
 from sartor.evaluate.audit import run
+from sartor.evaluate.audit.outcomes import outcomes_of
 from sartor.evaluate.audit.run import Options
 from sartor.evaluate.audit.sides import Sides
 from sartor.evaluate.held_out import HeldOut, fitting, held_out
@@ -122,8 +123,13 @@ def evaluate(
 def _measure(
     adapter: Artifact, asked: HeldOut, label: str, scorer: str, notice: Notice, audited: Options | None = None
 ) -> Measured:
-    """Ask both sides everything. Raises ConfigError, before a model is opened, for a label or scorer that the rows lack."""
+    """Ask both sides everything.
+
+    Raises ConfigError, before a model is opened, for a label, a scorer or a favourable outcome that the rows lack.
+    """
     _measures(asked, label).check(scorer or "exact_match")
+    if audited:
+        outcomes_of([row.reply for row in asked.examples], label, audited.favourable)
     base, model = open_tuned(adapter, notice)
     notice(f"evaluating base and tuned on {len(asked.examples)} held-out rows")
     asked = fitting(base, asked, reply_limit(base, asked.examples))

@@ -33,7 +33,8 @@ OTHER = "other"
 MOST_OTHER = 60
 # So many of the general rows are looked through for those that are most like the agent's own
 MOST_MINED = 2_000
-CANARIES = 4
+# They are the probe of a personal version too, of which six are the least that tell (evaluate/compare.py): two to spare
+CANARIES = 8
 # A reply is JSON if the training replies are, but for a few
 JSON_FRACTION = 0.95
 MASKING = "personal_data"
@@ -153,14 +154,19 @@ def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:
 def canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, Any]]:
     """A few held-out prompts of the Report with the tuned model's greedy replies: what admission asks again before it serves.
 
-    The shortest replies, since they are compared as they stand and numbers that are rounded otherwise part long ones. None of
-    a row with media: a manifest holds text. Each states by which arithmetic its reply was made (core/numerics.py).
+    One of each reply first, then others of the same reply. The shortest, since they are compared as they stand and numbers
+    that are rounded otherwise part long ones. None of a row with media: a manifest holds text. Each states by which arithmetic
+    its reply was made (core/numerics.py).
     """
     told = rows.read_file(report.path / "rows.parquet")
     found = [row for row in told if row["tuned_reply"].strip() and not row.get("media")]
     found.sort(key=lambda row: (len(row["tuned_reply"]), row["id"]))
-    distinct = {row["tuned_reply"]: row for row in reversed(found)}
-    chosen = sorted(distinct.values(), key=lambda row: (len(row["tuned_reply"]), row["id"]))[:CANARIES]
+    first = {row["tuned_reply"]: row["id"] for row in reversed(found)}
+    found.sort(key=lambda row: first[row["tuned_reply"]] != row["id"])
+    prompts: dict[str, dict[str, Any]] = {}
+    for row in found:
+        prompts.setdefault(json.dumps(_messages(facts, row)), row)
+    chosen = itertools.islice(prompts.values(), CANARIES)
     base = report.manifest.get("base", {})
     made_by = {"dtype": base["dtype"], "numerics": base.get("numerics", numerics.FIRST)} if "dtype" in base else {}
     return [{"messages": _messages(facts, row), "reply": row["tuned_reply"], **made_by} for row in chosen]

@@ -21,9 +21,10 @@ from sartor.core.errors import ArtifactError, SourceError
 from sartor.core.grouping import group_of
 from sartor.core.records import Example
 from sartor.edge.personal.adapting import LEAST_HELD_OUT, LEAST_TRAINED
+from sartor.edge.personal.judge import too_few_prompts
 from sartor.edge.personal.rows import example_of
 from sartor.edge.personal.work import encoded
-from sartor.evaluate.compare import Comparison, paired
+from sartor.evaluate.compare import LEAST_WIDTH, Comparison, paired
 from sartor.evaluate.held_out import HeldOut
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.tuning import lifts
@@ -33,6 +34,7 @@ from sartor.tune.tokenised import Rows
 
 # Held-out rows of the live version that are looked at: more narrow the interval, and cost time
 MOST_PROBE_ROWS = 64
+_MORE_PROBE = "keep its Dataset where it was tuned, or tell where it is: sartor index DIR"
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,30 @@ def probe_rows(release: Artifact, stack: Stack) -> Asked:
     if len({group for _, group in usable}) < 2:
         raise SourceError(
             f"{release.path} has {len(usable)} held-out rows that can be used here; what it may forget cannot be measured",
-            "keep its Dataset where it was tuned, or tell where it is: sartor index DIR",
+            _MORE_PROBE,
         )
     return Asked([row for row, _ in usable], [group for _, group in usable])
+
+
+def check_probe(probe: Asked, terms: PersonalTerms) -> None:
+    """Raise SourceError where so few prompts could not show, whatever is tuned, that nothing was forgotten."""
+    if terms.most_elsewhere < LEAST_WIDTH and (too_few := too_few_prompts(probe.groups)):
+        raise SourceError(f"{too_few} that what the live version knows is not forgotten", _MORE_PROBE)
 
 
 def judge(stack: Stack, tuned: Tensors, own: Asked, probe: Asked, terms: PersonalTerms) -> Verdict:
     """Compare the tuned ranks with none, on both."""
     mine, other = (_compared(stack, tuned, asked) for asked in (own, probe))
     why = ""
-    if mine.high > terms.most_worse:
+    if not mine.high <= terms.most_worse:
         why = f"on the user's held-out rows it may be worse by {mine.high:.3f} nats a token; the limit is {terms.most_worse:g}"
-    elif other.high > terms.most_elsewhere:
+    elif not other.high <= terms.most_elsewhere:
         why = (
             f"on {len(probe.rows)} held-out rows of the live version it may be worse by {other.high:.3f} nats a token; "
             f"the limit is {terms.most_elsewhere:g}"
         )
+        if too_few := too_few_prompts(probe.groups):
+            why = f"cannot tell what the live version would forget: {too_few}: {_MORE_PROBE}"
     return Verdict(mine, other, mine.verdict(higher_is_better=False), why)
 
 

@@ -77,6 +77,7 @@ def tune_personal(team: Team | Path | str, options: PersonalOptions, *, notice: 
         collected = rows.collect(Inbox(Path(made.state) / "inbox"), wanted, folder)
         stack, own = _prepared(ground, collected.dataset, notice)
         asked, probe = gate.own_rows(collected.dataset, own), gate.probe_rows(ground.release, stack)
+        gate.check_probe(probe, made.personal)
         notice(f"tuning {stack.rank} ranks on {len(own.train)} rows; {len(asked.rows)} are held out")
         recipe = stack.resident.recipe
         tuned, losses = stack.tuned(own, stack.start, stack.own, recipe.budget, recipe.optimizer.learning_rate)

@@ -150,9 +150,12 @@ def judged(job: Job) -> tuple[dict[str, Check], dict[str, Comparison], str]:
         )
     better, of = verdicts.gain(compared)
     rules = job.rules.gate
+    not_worse = verdicts.not_worse(compared["held_out"], rules.margin)
+    if few := verdicts.unjudged(kinds["held_out"], rules):
+        not_worse = dataclasses.replace(not_worse, detail=f"{not_worse.detail}; slices of too few rows to be judged: {few}")
     checks = {
         "gain over live": better,
-        "not worse": verdicts.not_worse(compared["held_out"], rules.margin),
+        "not worse": not_worse,
         **verdicts.slices(kinds["held_out"], rules),
     }
     return checks, compared, of

@@ -16,12 +16,13 @@ from sartor.agents.retraining import NotWorse
 from sartor.core.grouping import group_of_stored
 from sartor.evaluate import compare
 from sartor.evaluate.checks import Check
-from sartor.evaluate.compare import Comparison
+from sartor.evaluate.compare import FEW_GROUPS, LEAST_GROUPS, Comparison
 from sartor.evaluate.labels import known_fields, label_of
 
 Row = Mapping[str, Any]
 # a field of more values cuts the rows into slices too thin to judge
 MOST_VALUES = 40
+MOST_NAMED = 8
 
 
 def of_rows(table: Sequence[Row]) -> Comparison:
@@ -45,14 +46,27 @@ def not_worse(found: Comparison, margin: float) -> Check:
     """Whether the mean over rows that nobody chose is the live version's, but for the margin: non-inferiority."""
     fits = found.low >= -margin or found.low > 0
     remedy = "" if fits else "more rehearsal (retrain.rehearsal), fewer epochs (retrain.tuning), or more held-out rows to tell"
+    if not fits and found.difference >= -margin:
+        remedy = f"held-out rows of {FEW_GROUPS} groups or more to tell; {remedy}"
     return Check("pass" if fits else "fail", f"{told(found)}; it may fall by {margin:g}", remedy)
 
 
 def slices(table: Sequence[Row], rules: NotWorse) -> dict[str, Check]:
-    """Of each slice whether it has fallen by more than the margin, by an interval that excludes 0. None where there is none."""
+    """Of each slice whether it has fallen by more than the margin, by an interval that excludes 0. None where there is none.
+
+    A slice of too few groups for any verdict cannot tell where it was seen to fall by more; otherwise it is no check
+    (`unjudged`).
+    """
     found = {}
     for name, rows in cut(table, rules.slices, rules.slice_rows):
-        compared = of_rows(rows)
+        compared, groups = of_rows(rows), _groups(rows)
+        if groups < LEAST_GROUPS:
+            if -compared.difference > rules.slice_margin:
+                detail = f"cannot tell: {told(compared)} over {groups} groups of rows; {LEAST_GROUPS} are the least that tell"
+                found[f"slice:{name}"] = Check(
+                    "cannot tell", detail, f"more held-out rows of {name}, or look at what was said of it"
+                )
+            continue
         is_worse = compared.high < 0 and -compared.difference > rules.slice_margin
         remedy = f"rows of {name} among the rehearsal, or look at what was said of it" if is_worse else ""
         detail = f"{told(compared)} over {len(rows)} rows; it may fall by {rules.slice_margin:g}"
@@ -60,15 +74,33 @@ def slices(table: Sequence[Row], rules: NotWorse) -> dict[str, Check]:
     return found
 
 
-def cut(table: Sequence[Row], fields: Sequence[str], least: int) -> Iterator[tuple[str, list[Row]]]:
-    """(field=value, rows) of each slice with enough rows. No fields: each that the references have and that has few values."""
+def unjudged(table: Sequence[Row], rules: NotWorse) -> str:
+    """The slices that too few rows or groups of rows speak of, and how many; empty where there are none."""
+    few = [
+        f"{name} ({len(rows)} rows)"
+        for name, rows in cut(table, rules.slices, rules.slice_rows, with_few=True)
+        if len(rows) < rules.slice_rows or _groups(rows) < LEAST_GROUPS
+    ]
+    more = f" and {len(few) - MOST_NAMED} more" if len(few) > MOST_NAMED else ""
+    return ", ".join(few[:MOST_NAMED]) + more
+
+
+def _groups(rows: Sequence[Row]) -> int:
+    return len({group_of_stored(row) for row in rows})
+
+
+def cut(table: Sequence[Row], fields: Sequence[str], least: int, *, with_few: bool = False) -> Iterator[tuple[str, list[Row]]]:
+    """(field=value, rows) of each slice with enough rows, or of each.
+
+    No fields: each that the references have and that has few values.
+    """
     every = fields or [name for name in known_fields(row["reference"] for row in table) if _has_few(table, name, least)]
     for field in every:
         by_value: dict[str, list[Row]] = {}
         for row in table:
             if (value := label_of(row["reference"], field)) is not None:
                 by_value.setdefault(value, []).append(row)
-        yield from ((f"{field}={value}", rows) for value, rows in sorted(by_value.items()) if len(rows) >= least)
+        yield from ((f"{field}={value}", rows) for value, rows in sorted(by_value.items()) if with_few or len(rows) >= least)
 
 
 def _has_few(table: Sequence[Row], field: str, least: int) -> bool:

@@ -16,6 +16,7 @@ from datetime import UTC, date, datetime
 from pathlib import PurePath
 from typing import Any, cast
 
+from sartor.core.grouping import stated_group
 from sartor.core.records import ROLES, Example, Message, Origin, Part, PartKind
 from sartor.curate.sources.faults import Malformed, with_fields
 from sartor.curate.sources.formats import kind_of
@@ -74,13 +75,13 @@ def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
     _check_turns(messages, form)
     if rejected:
         _check_turns(messages[:-1] + rejected, form)
-    group = row.get("group")
-    if group is not None and not isinstance(group, (str, int)):
-        raise Malformed("bad_field", f"`group` is a {type(group).__name__}, not text")
+    group = stated_group(row.get("group"))
+    if group is None:
+        raise Malformed("bad_field", f"`group` is a {type(row['group']).__name__}, not text")
     example = Example(
         messages=messages,
         origins=_marked(row, replace(origin, date=date_of(row)[0] or origin.date)),
-        group="" if group is None else str(group),
+        group=group,
         weight=_weight(row),
         rejected=rejected,
         tools=_json_text(row.get("tools"), "tools"),

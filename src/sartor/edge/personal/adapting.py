@@ -19,7 +19,7 @@ from sartor.core.errors import ConfigError, HealthError, SourceError, StoreError
 from sartor.core.records import Example
 from sartor.edge.personal import work
 from sartor.edge.personal.diary import LIMIT_BYTES, Diary
-from sartor.edge.personal.judge import Asked, Judge, Verdict, judge
+from sartor.edge.personal.judge import Asked, Judge, Verdict, judge, too_few_prompts
 from sartor.edge.personal.local import CONFIG, WEIGHTS, Delta, Locals, applied, digest_of, shipped
 from sartor.edge.personal.rows import example_of, now
 from sartor.edge.personal.work import Material, Tune
@@ -28,12 +28,13 @@ from sartor.edge.store.disk import Disk
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.limits import Limits
 from sartor.edge.tuning.words import Words
-from sartor.evaluate.compare import LEAST_GROUPS
+from sartor.evaluate.compare import LEAST_GROUPS, LEAST_WIDTH
 from sartor.models.chat import Chat
 from sartor.tune.recipe import Lora, Recipe, load
 
 # Fewer held-out prompts cannot reach the level: every verdict on them would be "cannot tell"
 LEAST_HELD_OUT, LEAST_TRAINED = LEAST_GROUPS, 5
+_MORE_PROBE = f"--probe FILE (Settings(probe=[...]) from Python): {LEAST_GROUPS} rows or more of what it must go on to know"
 # Row sets that are remembered as not worth another tuning
 _SETTLED = 64
 
@@ -86,6 +87,8 @@ class Adapting:
         release = shipped(self.store, self.settings.name)
         recipe, loaded, chat, found = self._read(release)
         probe = self._probe(release, chat, loaded)
+        if self.settings.most_probe_loss < LEAST_WIDTH and (too_few := too_few_prompts(probe.groups)):
+            raise ConfigError(f"{too_few}: nothing that is tuned could be shown not to forget", _MORE_PROBE)
         names = self.diary.names(row.example_id for row in [*found.train, *found.held_out])
         key = records.digest([digest_of(release), recipe, [names[row.example_id] for row in found.train]])
         if why := self._no_need(found, key, again):
@@ -145,8 +148,8 @@ class Adapting:
         usable = [(one, row.id) for one, row in zip(coded, rows, strict=True) if not isinstance(one, str)]
         if len({name for _, name in usable}) < 2:
             raise ConfigError(
-                f"the probe has {len(usable)} rows that can be used; two at least tell whether a delta forgets",
-                "--probe FILE (Settings(probe=[...]) from Python): rows of what the release must go on to know",
+                f"the probe has {len(usable)} rows that can be used; {LEAST_GROUPS} at least tell whether a delta forgets",
+                _MORE_PROBE,
             )
         return Asked([one for one, _ in usable], [name for _, name in usable])
 

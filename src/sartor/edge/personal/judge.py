@@ -13,7 +13,7 @@ import torch
 
 from sartor.edge.tuning.llama import MappedLlama
 from sartor.edge.tuning.tuner import LOGITS_BYTES, adapted, load_factors
-from sartor.evaluate.compare import Comparison, paired
+from sartor.evaluate.compare import LEAST_GROUPS, Comparison, paired
 from sartor.models import kernels
 from sartor.models.batches import Encoded, pack
 from sartor.models.forward import Fast
@@ -68,4 +68,12 @@ def judge(private: tuple[Asked, Sequence[float], Sequence[float]], probe: tuple[
         why = f"on the person's own rows: {verdict} ({mine.low:+.3f} to {mine.high:+.3f} nats a token)"
     elif not other.high <= most_probe_loss:
         why = f"the probe's loss may have risen by {other.high:.3f} nats a token, over {most_probe_loss:g}"
+        if too_few := too_few_prompts(probe[0].groups):
+            why = f"cannot tell whether the probe's loss has risen: {too_few}: --probe FILE"
     return Verdict(mine, other, why)
+
+
+def too_few_prompts(groups: Sequence[str]) -> str:
+    """What to say of a probe that has too few prompts to tell anything; empty for enough of them."""
+    prompts = len(set(groups))
+    return f"the probe has {prompts} prompts, and {LEAST_GROUPS} are the least that tell" if prompts < LEAST_GROUPS else ""

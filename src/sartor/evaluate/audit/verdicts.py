@@ -13,6 +13,8 @@ from sartor.evaluate.limits import BiasLimits, MemorisationLimits
 
 # A ratio of two small rates is soon below four fifths: what is less than this is no matter
 LEAST_GAP = 0.02
+_ALL_OF_TEMPLATES = " (there are no more)"
+_NOT_STATED = "the Report, of an older version, does not say what its prompts could have shown"
 
 
 def checks(
@@ -41,23 +43,34 @@ def judge_bias(found: Mapping[str, Any], limits: BiasLimits) -> Check:
     if not told:
         remedy = "audit on rows that speak of people: --data FILE"
         return Check("cannot tell", f"not measured: {own or 'no kind'}, and the base takes no template", remedy)
-    offending = [
-        (name, one) for name, one in told if _offends(one, limits, len(sections)) and (name == "own prompts" or _is_added(one))
-    ]
+    apart = [(name, one) for name, one in told if _offends(one, limits, len(sections))]
+    offending = [(name, one) for name, one in apart if name == "own prompts" or _is_added(one)]
+    unsure = [(name, one) for name, one in apart if name != "own prompts" and not _is_added(one) and _may_be_added(one)]
     skipped = _skipped(found, limits)
     listed = f"; not measured: {'; '.join(skipped)}" if skipped else ""
+    limit = f"the limits are a gap of {limits.gap:g} and a ratio of {limits.ratio:g}"
+    balance = "balance the data (counterfactual pairs, reweighting: docs/audit.md) and tune again"
     if offending:
-        worst = sorted(offending, key=lambda pair: -abs(pair[1]["gap"][0]))
-        shown = "; ".join(_sentence(name, one) for name, one in worst[:3])
-        more = f"; and {len(worst) - 3} more in the Report" if len(worst) > 3 else ""
-        limit = f"the limits are a gap of {limits.gap:g} and a ratio of {limits.ratio:g}"
-        remedy = "balance the data (counterfactual pairs, reweighting: docs/audit.md) and tune again"
-        return Check("fail", f"{shown}{more}; {limit}{listed}", remedy)
+        return Check("fail", f"{_worst(offending)}; {limit}{listed}", balance)
+    if unsure:
+        detail = f"cannot tell whether tuning added what is beyond the limits: {_worst(unsure)}; {limit}{listed}"
+        return Check("cannot tell", detail, balance)
     if short := [*_too_few(sections, limits), *_nowhere(found, limits)]:
-        remedy = "audit on more rows that speak of people: --data FILE; or let a rules file say which kinds matter: bias.kinds"
-        return Check("cannot tell", f"cannot tell: {'; '.join(short)}{listed}", remedy)
+        return Check("cannot tell", f"cannot tell: {'; '.join(short)}{listed}", _remedy(short))
     beside = f"; own prompts: {own}" if own else ""
-    return Check("pass", f"{len(told)} groups compared, {_largest(told)}{beside}{listed}")
+    return Check("pass", f"{len(told)} groups compared, {_largest(told, len(sections))}{beside}{listed}")
+
+
+def _remedy(short: Sequence[str]) -> str:
+    """What would do where something cannot be told, by the lines that say so: of templates there are no more to ask."""
+    if any(line.endswith(_NOT_STATED) for line in short):
+        return "audit again: sartor evaluate ADAPTER --audit"
+    kinds = "let a rules file say which kinds matter: bias.kinds"
+    if any(_ALL_OF_TEMPLATES in line for line in short):
+        kinds = f"{kinds}, or a larger gap that matters: bias.gap; or waive bias"
+    if all(_ALL_OF_TEMPLATES in line for line in short):
+        return kinds
+    return f"audit on more rows that speak of people: --data FILE; or {kinds}"
 
 
 def _too_few(sections: Mapping[str, Any], limits: BiasLimits) -> list[str]:
@@ -65,14 +78,19 @@ def _too_few(sections: Mapping[str, Any], limits: BiasLimits) -> list[str]:
     lines = []
     for name, section in sections.items():
         tests = section.get("tests", len({(one["kind"], one["outcome"]) for one in section["findings"]}))
-        for kind, counts in section.get("kinds", {}).items():
+        of_findings = {one["kind"]: {"blocks": one["blocks"]} for one in section["findings"]}
+        for kind, counts in {**of_findings, **section.get("kinds", {})}.items():
             blocks = counts.get("clusters", counts["blocks"])
             if not blocks or kind not in limits.kinds:
                 continue
+            if "spread" not in counts:
+                lines.append(f"{name}, {kind}: {_NOT_STATED}")
+                continue
             of_kind = counts.get("groups", len(groups(kind)))
-            needed = needed_blocks(counts.get("spread", 0.0), of_kind, tests * len(sections), limits.telling_gap)
+            needed = needed_blocks(counts["spread"], of_kind, tests * len(sections), limits.telling_gap)
             if blocks < needed:
-                lines.append(f"{name}, {kind}: {blocks} prompts, {needed} would show a gap of {limits.telling_gap:g}")
+                of_all = "" if name == "own prompts" else _ALL_OF_TEMPLATES
+                lines.append(f"{name}, {kind}: {blocks} prompts{of_all}, {needed} would show a gap of {limits.telling_gap:g}")
     return lines
 
 
@@ -97,24 +115,21 @@ def _skipped(found: Mapping[str, Any], limits: BiasLimits) -> list[str]:
     return [*lines, *([f"{', '.join(left_out)} by the rules"] if left_out else [])]
 
 
-def _largest(told: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """The gap that is largest for certain: by the end of its interval that is next to 0; else the largest that was seen."""
-    name, one = max(told, key=lambda pair: _certain(pair[1]))
-    if _certain(one) > 0:
-        return f"the largest certain gap: {_sentence(name, one)}"
-    name, one = max(told, key=lambda pair: abs(pair[1]["gap"][0]))
-    return f"no gap is certain, the largest seen: {_sentence(name, one)}"
+def _largest(told: Sequence[tuple[str, Mapping[str, Any]]], sections: int) -> str:
+    """The largest gap of those that are no chance, by the p-values that decide; else the largest that was seen."""
+    certain = [pair for pair in told if _is_no_chance(pair[1], sections)]
+    name, one = max(certain or told, key=lambda pair: abs(pair[1]["gap"][0]))
+    return f"{'the largest certain gap' if certain else 'no gap is certain, the largest seen'}: {_sentence(name, one)}"
 
 
-def _certain(one: Mapping[str, Any]) -> float:
-    _, low, high = one["gap"]
-    return float(max(low, -high, 0.0))
+def _is_no_chance(one: Mapping[str, Any], sections: int) -> bool:
+    return bool(one["p"] * sections < MOST_CHANCE)
 
 
 def _offends(one: Mapping[str, Any], limits: BiasLimits, sections: int) -> bool:
     gap = one["gap"][0]
     is_apart = abs(gap) > limits.gap or (gap < -LEAST_GAP and one["ratio"] < limits.ratio)
-    return is_apart and one["p"] * sections < MOST_CHANCE
+    return is_apart and _is_no_chance(one, sections)
 
 
 def _is_added(one: Mapping[str, Any]) -> bool:
@@ -123,11 +138,25 @@ def _is_added(one: Mapping[str, Any]) -> bool:
     return bool(low > 0 if gap > 0 else high < 0)
 
 
+def _may_be_added(one: Mapping[str, Any]) -> bool:
+    """Whether tuning may have moved the gap in its own direction by as much as matters, by the interval's far end."""
+    gap, (_, low, high) = one["gap"][0], one["added"]
+    return not (high if gap > 0 else -low) <= LEAST_GAP
+
+
+def _worst(pairs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """The three largest gaps, each in a sentence, and how many there are beside."""
+    worst = sorted(pairs, key=lambda pair: -abs(pair[1]["gap"][0]))
+    more = f"; and {len(worst) - 3} more in the Report" if len(worst) > 3 else ""
+    return "; ".join(_sentence(name, one) for name, one in worst[:3]) + more
+
+
 def _sentence(name: str, one: Mapping[str, Any]) -> str:
     rows = f"; rows {_ids(one['rows'])}" if one["rows"] and name == "own prompts" else ""
     rates = f"{one['group']} {one['rate']:.3f} {one['outcome']!r} against {one['others']:.3f} of the others"
     found = f"gap {_interval(*one['gap'])}, ratio {one['ratio']:.2f}, p {one['p']:.2g}, base {one['base_gap']:+.3f}"
-    return f"{name}, {one['kind']}: {rates}, {found}{rows}"
+    added = f", added {_interval(*one['added'])}" if name != "own prompts" else ""
+    return f"{name}, {one['kind']}: {rates}, {found}{added}{rows}"
 
 
 def _interval(estimate: float, low: float, high: float) -> str:
