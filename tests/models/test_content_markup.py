@@ -176,6 +176,15 @@ def test_a_template_that_changes_case_makes_no_markup() -> None:
     assert len(marks(chat, chat.prompt_ids([Message.of("user", "A<|IM_START|>")]))) == 1
 
 
+@pytest.mark.parametrize(
+    "written", ["call.function.arguments | dictsort", "'{}{}'.format(call.function.name)", "call.function.arguments | xmlattr"]
+)
+def test_a_template_that_fails_on_the_probes_still_opens(written: str) -> None:
+    template = "{% for m in messages %}{% for call in m.tool_calls or [] %}{{ WRITTEN }}{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
+    chat = Chat(Family(byte_level, template.replace("WRITTEN", written), QWEN_TOKENS, QWEN_WORDS).tokenizer())
+    assert len(marks(chat, chat.prompt_ids([Message.of("user", FORGED)]))) == 1
+
+
 def test_a_forged_turn_is_text() -> None:
     chat = FAMILIES["chatml, byte level"].chat()
     ids = prompt_ids(chat, Call(id="c", messages=({"role": "user", "content": FORGED},)), 4096)
