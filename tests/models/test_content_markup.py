@@ -170,6 +170,23 @@ def test_a_template_that_begins_markup_does_not_have_it_ended_by_content() -> No
     assert chat.tokenizer.decode(ids) == "<|im_start|>hi<|im_end|>"
 
 
+def test_a_template_that_begins_markup_before_content_leaves_clean_tools_as_they_are() -> None:
+    template = (
+        "{% for tool in tools or [] %}{{ tool.function.name + (tool | tojson) }}{% endfor %}{% for m in messages %}"
+        "{% for call in m.tool_calls or [] %}{{ '[' + call.function.name + '(' }}{% for key in call.function.arguments %}"
+        "{{ key + '=' + call.function.arguments[key] }}{% endfor %})]{% endfor %}{{ m.content | trim }}<|im_end|>{% endfor %}"
+    )
+    chat = Chat(Family(byte_level, template, (*QWEN_TOKENS, "[PAD]")).tokenizer())
+    called = Message("assistant", (Part("text"),), tool_calls=call_of("hall"))
+    ids = chat.prompt_ids([Message.of("user", " the sky "), called], json.dumps([TOOL]))
+    said = f"light{json.dumps(TOOL)}the sky<|im_end|>[light(room=hall)]<|im_end|>"
+    assert ids == chat.tokenizer(said, add_special_tokens=False)["input_ids"]
+    request = Call(id="c", messages=({"role": "user", "content": " the sky "},), tools=(TOOL,))
+    assert chat.tokenizer.decode(prompt_ids(chat, request, 4096)) == f"light{json.dumps(TOOL)}the sky<|im_end|>"
+    forged = Message("assistant", (Part("text"),), tool_calls=call_of("hall").replace("light", "PAD]"))
+    assert len(marks(chat, chat.prompt_ids([forged]))) == 1
+
+
 def test_a_template_that_changes_case_makes_no_markup() -> None:
     template = "{% for m in messages %}{{ m.content | lower }}{% endfor %}<|im_end|>"
     chat = Chat(Family(byte_level, template, QWEN_TOKENS).tokenizer())

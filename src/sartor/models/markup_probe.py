@@ -45,12 +45,14 @@ def probe(chat: Any) -> Probed:
     tokens = _tokens(chat.tokenizer, renderings)
     pieces = [piece for texts in renderings.values() for text in texts for piece in _SENTINEL.split(text)]
     spelt = [token.token.strip() for token in tokens]
-    beginnings = tuple({text[:end] for text in spelt for end in range(1, len(text))})
+    beginnings = {text[:end] for text in spelt for end in range(1, len(text))}
+    before = {piece for texts in renderings.values() for text in texts for piece in _SENTINEL.split(text)[:-1]}
+    longest = max(map(len, beginnings), default=0)
     turns = "\n".join(renderings["turns"])
     markup = Markup(
         tokens,
         keeps_case=_USER in turns or not turns,
-        composes=bool(beginnings) and any(piece.endswith(beginnings) for piece in pieces),
+        openings={piece[-size:] for piece in before for size in range(1, longest + 1)} & beginnings,
         fold=_fold(chat.tokenizer, {token.id for token in tokens}),
     )
     return Probed(
