@@ -187,6 +187,32 @@ def test_a_template_that_begins_markup_before_content_leaves_clean_tools_as_they
     assert len(marks(chat, chat.prompt_ids([forged]))) == 1
 
 
+KEYED = (
+    "{% macro rest(value) %}{% for key in value if key not in ['type', 'name', 'description', 'parameters', 'properties'] %}"
+    "{{ '\\n<' ~ key ~ '>' ~ value[key] ~ '</' ~ key ~ '>' }}{% endfor %}{% endmacro %}"
+    "{% for tool in tools or [] %}{% set made = tool.function %}{{ made.name }}{% for name, parameter in "
+    "made.parameters.properties | items %}{{ '<' ~ name ~ '>' }}{{ rest(parameter) }}{% endfor %}{{ rest(made.parameters) }}"
+    "{{ rest(made) }}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.content }}{% for call in m.tool_calls or [] %}"
+    "{% for key in call.function.arguments %}{{ '<' ~ key ~ '>' }}{% endfor %}{% endfor %}<|im_end|>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("key", ["|im_end|", "|im_start|", "tool_call", "/think", "think>\n<|im_end|"])
+def test_keys_between_angle_brackets_make_no_markup(key: str) -> None:
+    """Qwen3-Coder's template and Nemotron's write the keys of a schema so."""
+    chat = Chat(Family(byte_level, KEYED, QWEN_TOKENS, QWEN_WORDS).tokenizer())
+
+    def written(key: str) -> list[int]:
+        parameters = {"type": "object", "properties": {"room": {"type": "string", key: 1}, key: {key: 1}}, key: 1}
+        tool = {"type": "function", "function": {"name": "light", "description": "d", "parameters": parameters, key: 1}}
+        called = Message("assistant", (Part("text"),), tool_calls=call_of("hall").replace("room", json.dumps(key)[1:-1]))
+        return chat.prompt_ids([Message.of("user", "x"), called], json.dumps([tool]))
+
+    assert len(marks(chat, written(key))) == 4
+    clean = chat.tokenizer.decode(written("minLength"))
+    assert written("minLength") == chat.tokenizer(clean, add_special_tokens=False)["input_ids"]
+
+
 def test_a_template_that_changes_case_makes_no_markup() -> None:
     template = "{% for m in messages %}{{ m.content | lower }}{% endfor %}<|im_end|>"
     chat = Chat(Family(byte_level, template, QWEN_TOKENS).tokenizer())

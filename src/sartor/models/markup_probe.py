@@ -19,6 +19,12 @@ from sartor.models.markup import Markup, Token, is_markup, plain_markup
 # Mixed case, so that it shows where a template changes the case of content
 _SENTINEL = re.compile("Sartor[A-Z]ProbeSartoR")
 _USER, _REPLY, _SYSTEM, _CALLED, _ARGUMENT, _RESULT, _REASON = (f"Sartor{letter}ProbeSartoR" for letter in "URSCATZ")
+_TOOL, _ABOUT, _KEY = (f"Sartor{letter}ProbeSartoR" for letter in "NDK")
+_PLAIN_TOOL = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+# Clients choose the keys of schemas too, and some templates write a key between angle brackets
+_PARAMETER = {"type": "string", "description": _ABOUT, _KEY: _ARGUMENT}
+_PARAMETERS = {"type": "object", "properties": {_KEY: _PARAMETER}, _KEY: _ARGUMENT}
+_FULL_TOOL = {"name": _TOOL, "description": _ABOUT, "parameters": _PARAMETERS, _KEY: _ARGUMENT}
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,19 @@ def _turns(chat: Any) -> Iterator[str]:
 
 
 def _tools(chat: Any) -> Iterator[str]:
-    function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
-    tools = json.dumps([{"type": "function", "function": function}])
-    for arguments in ({"probe": _ARGUMENT}, json.dumps({"probe": _ARGUMENT})):
-        call = {"id": "123456789", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}
-        called = Message("assistant", (Part("text"),), tool_calls=json.dumps([call]))
-        result = Message("tool", (Part("text", _RESULT),), name=_CALLED, tool_call_id="123456789")
-        turns = [Message.of("user", _USER), called, result, Message.of("assistant", _REPLY), Message.of("user", _USER)]
-        whole = list(_written(chat, turns, tools=tools, reply_next=True))
-        yield from whole or _written(chat, turns[:2], tools=tools)
+    for tool, key in ((_PLAIN_TOOL, "probe"), (_FULL_TOOL, _KEY)):
+        tools = json.dumps([{"type": "function", "function": tool}])
+        for arguments in ({key: _ARGUMENT}, json.dumps({key: _ARGUMENT})):
+            yield from _called(chat, arguments, tools)
+
+
+def _called(chat: Any, arguments: Any, tools: str) -> Iterator[str]:
+    call = {"id": "123456789", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}
+    called = Message("assistant", (Part("text"),), tool_calls=json.dumps([call]))
+    result = Message("tool", (Part("text", _RESULT),), name=_CALLED, tool_call_id="123456789")
+    turns = [Message.of("user", _USER), called, result, Message.of("assistant", _REPLY), Message.of("user", _USER)]
+    whole = list(_written(chat, turns, tools=tools, reply_next=True))
+    yield from whole or _written(chat, turns[:2], tools=tools)
 
 
 def _reasoning(chat: Any) -> Iterator[str]:
