@@ -55,9 +55,11 @@ def known(text: str) -> list[str]:
 def read_example(example: Example, spelt: Spelt = known, *, keep_id: bool = False) -> Example:
     """Return the Example with markup in its replies read into fields: itself where no reply spells any.
 
-    spelt: the markup in a text. A text without a question is one reply. keep_id: the row goes on under the id that it has in
-    its Dataset. Raises TemplateMarkupError for a reply that cannot be read.
+    spelt: the markup in a text. keep_id: the row goes on under the id that it has in its Dataset. Raises TemplateMarkupError
+    for a reply that cannot be read, and for a document that spells markup: its text is learnt as it stands, and has no fields.
     """
+    if example.is_document and (found := spelt(example.messages[0].text)):
+        raise _unreadable(found[0], "it is a document, which has no fields")
     messages, rejected = (_read_turns(turns, spelt) for turns in (example.messages, example.rejected))
     if messages is example.messages and rejected is example.rejected:
         return example
