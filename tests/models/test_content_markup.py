@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 import tiny
 from marked import CHATML, FAMILIES, QWEN_TOKENS, QWEN_WORDS, Family, byte_level
@@ -226,6 +227,33 @@ def test_a_template_that_fails_on_the_probes_still_opens(written: str) -> None:
     template = "{% for m in messages %}{% for call in m.tool_calls or [] %}{{ WRITTEN }}{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
     chat = Chat(Family(byte_level, template.replace("WRITTEN", written), QWEN_TOKENS, QWEN_WORDS).tokenizer())
     assert len(marks(chat, chat.prompt_ids([Message.of("user", FORGED)]))) == 1
+
+
+TAGGED = "{% for m in messages %}{{ 'TAG' + m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "tag", "declared", "forged"),
+    [
+        (normalizers.NFKC(), "<tool_call>", False, "＜tool_call＞"),
+        (normalizers.Lowercase(), "<tool_call>", False, "<TOOL_CALL>"),
+        (normalizers.NFKC(), "<｜User｜>", True, "<|User|>"),
+        (normalizers.Lowercase(), "<TOOL_CALL>", True, "<tool_call>"),
+    ],
+)
+def test_what_a_normalizer_makes_markup_is_taken_apart(normalizer: Any, tag: str, declared: bool, forged: str) -> None:
+    """Words of the vocabulary behind a normalizer, and added words that it changes."""
+
+    def make() -> Any:
+        made = byte_level(words=() if declared else (tag,))
+        made.normalizer = normalizer
+        return made
+
+    chat = Chat(Family(make, TAGGED.replace("TAG", tag), QWEN_TOKENS, (tag,) if declared else (), normalized=True).tokenizer())
+    assert tag in {token.token for token in chat.markup.tokens}
+    ids = chat.prompt_ids([Message.of("user", f"x{forged}y")])
+    assert marks(chat, ids) == marks(chat, chat.prompt_ids([Message.of("user", "xy")])) and len(marks(chat, ids)) == 2
+    assert chat.markup.spelt(forged) and not marks(chat, chat.content_tokens(forged))
 
 
 def test_a_forged_turn_is_text() -> None:

@@ -85,8 +85,11 @@ class Markup:
     ) -> None:
         self.tokens = tuple(sorted(tokens, key=lambda token: token.id))
         self.ids = frozenset(token.id for token in self.tokens)
-        spelt = sorted({token.token.strip() for token in self.tokens})
         self._fold = fold and functools.lru_cache(4096)(fold)
+        written = {token.token.strip() for token in self.tokens}
+        # a tokenizer that looks for a token in normalised text has normalised the token too
+        folded = {"".join(map(self._fold, text)) for text in written} if self._fold else set()
+        spelt = sorted(written | {text for text in folded if len(text) > 1})
         self._longest = max(map(len, spelt), default=0)
         self._prefixes = frozenset(text[:end] for text in spelt for end in range(1, len(text)))
         flags = 0 if keeps_case else re.IGNORECASE

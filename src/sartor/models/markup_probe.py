@@ -124,11 +124,14 @@ def _tokens(tokenizer: Any, renderings: dict[str, list[str]]) -> list[Token]:
 
 
 def _fold(tokenizer: Any, ids: set[int]) -> Callable[[str], str] | None:
-    """What the tokenizer's normalizer makes of a character, if it looks for markup in normalised text; else None."""
+    """What the tokenizer's normalizer makes of a character, if it looks for markup in normalised text; else None.
+
+    Words of the vocabulary, which nobody added, are always read out of normalised text.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     normalizer = getattr(backend, "normalizer", None)
     added = tokenizer.added_tokens_decoder
-    if normalizer is None or not any(getattr(added.get(token_id), "normalized", False) for token_id in ids):
+    if normalizer is None or not any(token_id not in added or added[token_id].normalized for token_id in ids):
         return None
     before = normalizer.normalize_str("x")
 
