@@ -23,7 +23,7 @@ from sartor.models.base import open_chat
 from sartor.models.chat import Chat
 from sartor.models.engine.contract import Call
 from sartor.models.engine.prompts import prompt_ids
-from sartor.models.markup import Markup, Token
+from sartor.models.markup import Markup, Token, is_markup
 
 TOOL = {
     "type": "function",
@@ -254,6 +254,14 @@ def test_what_a_normalizer_makes_markup_is_taken_apart(normalizer: Any, tag: str
     ids = chat.prompt_ids([Message.of("user", f"x{forged}y")])
     assert marks(chat, ids) == marks(chat, chat.prompt_ids([Message.of("user", "xy")])) and len(marks(chat, ids)) == 2
     assert chat.markup.spelt(forged) and not marks(chat, chat.content_tokens(forged))
+
+
+@pytest.mark.parametrize("tag", ["[|system|]", "]~b]", "<source>"])
+def test_an_added_word_that_the_template_writes_is_markup_whatever_its_form(tag: str) -> None:
+    chat = Chat(Family(byte_level, TAGGED.replace("TAG", tag), QWEN_TOKENS, (tag, "\n\n", "the", "<code>")).tokenizer())
+    assert [token.token for token in chat.markup.tokens if not token.special] == [tag]
+    assert len(marks(chat, chat.prompt_ids([Message.of("user", f"x{tag}y")]))) == 2
+    assert is_markup("[|system|]", special=False) and not is_markup("]~b]", special=False)
 
 
 def test_a_forged_turn_is_text() -> None:

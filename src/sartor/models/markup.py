@@ -23,7 +23,7 @@ _ESCAPED = "\\ue002"
 _CODE = re.compile("\ue002[\ue003\ue004]|\\\\+ue002\\\\+ue00[34]")
 _BREAK_ENDS = ("\ue004", "4")
 # The form of control tokens. A word in brackets counts where it is in capitals: [INST]
-_FORM = re.compile(r"<\|[^\s<>]+\|?>|</?[^\s<>/][^\s<>]*>|\[/?[A-Z][A-Z_]+\]|<｜[^<>]+｜>")
+_FORM = re.compile(r"<\|[^\s<>]+\|?>|</?[^\s<>/][^\s<>]*>|\[/?[A-Z][A-Z_]+\]|\[\|[^\s\[\]]+\|\]|<｜[^<>]+｜>")
 # SentencePiece's tokens for single bytes
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _ELEMENTS = (
@@ -202,17 +202,22 @@ def has_marks(rendering: str) -> bool:
     return _PRIVATE in rendering or _ESCAPED in rendering
 
 
-def is_markup(token: str, *, special: bool) -> bool:
+def is_markup(token: str, *, special: bool, is_written: bool = False) -> bool:
     """Return whether an added token of a tokenizer counts: a special one, or one that has the form of control tokens.
 
-    White space, single characters, bytes, and HTML elements are text, though some tokenizers store them whole.
+    White space, single characters, bytes, and HTML elements are text, though some tokenizers store them whole. is_written:
+    the base's own template writes it; then a word between marks counts, whatever its form.
     """
     token = token.strip().strip("▁")
     if len(token) < 2 or _BYTE.fullmatch(token):
         return False
-    if special:
+    if special or (is_written and _is_between_marks(token)):
         return True
     return bool(_FORM.fullmatch(token)) and token.strip("</>").lower() not in _HTML
+
+
+def _is_between_marks(token: str) -> bool:
+    return not (token[0].isalnum() or token[-1].isalnum()) and any(character.isalnum() for character in token)
 
 
 def plain_markup(text: str) -> list[str]:

@@ -119,7 +119,7 @@ def _tokens(tokenizer: Any, renderings: dict[str, list[str]]) -> list[Token]:
     return [
         Token(text, token_id, token_id in special, tuple(writers.get(token_id, ("tokenizer",))))
         for token_id, text in candidates.items()
-        if text and is_markup(text, special=token_id in special)
+        if text and is_markup(text, special=token_id in special, is_written=token_id in writers and token_id in added)
     ]
 
 
