@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 import tiny
-from marked import CHATML, FAMILIES, QWEN_TOKENS, QWEN_WORDS, Family, byte_level
+from marked import CHATML, FAMILIES, QWEN_TOKENS, QWEN_WORDS, Family, byte_level, composing
 from sartor.core.errors import SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.edge.tuning.words import Words
@@ -229,7 +229,30 @@ def test_a_template_that_fails_on_the_probes_still_opens(written: str) -> None:
     assert len(marks(chat, chat.prompt_ids([Message.of("user", FORGED)]))) == 1
 
 
+def test_a_template_that_changes_case_of_a_name_makes_no_markup() -> None:
+    template = "{% for m in messages %}{{ (m.name or '') | lower + m.content }}{% endfor %}<|im_end|>"
+    chat = Chat(Family(byte_level, template, QWEN_TOKENS).tokenizer())
+    ids = chat.prompt_ids([Message("user", (Part("text", "hi"),), name="<|IM_START|>")])
+    assert len(marks(chat, ids)) == 1
+
+
 TAGGED = "{% for m in messages %}{{ 'TAG' + m.content }}<|im_end|>{% endfor %}"
+LOWER = "{% for m in messages %}{{ m.content | lower }}{% endfor %}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("make", "template", "parts"),
+    [
+        (composing, TAGGED.replace("TAG", ""), ["x＜tool", "_call>"]),
+        (composing, TAGGED.replace("TAG", "<"), ["tool_", "ｃall>"]),
+        (byte_level, LOWER, ["a<|IM_", "START|>"]),
+        (byte_level, LOWER, ["a<|im_", "START|>"]),
+    ],
+)
+def test_parts_that_compose_to_markup_as_it_is_read(make: Any, template: str, parts: list[str]) -> None:
+    chat = Chat(Family(make, template, QWEN_TOKENS, QWEN_WORDS, normalized=True).tokenizer())
+    turn = Message("user", tuple(Part("text", part) for part in parts))
+    assert [chat.tokenizer.decode([token]) for token in marks(chat, chat.prompt_ids([turn]))] == ["<|im_end|>"]
 
 
 @pytest.mark.parametrize(

@@ -91,12 +91,13 @@ class Markup:
         folded = {"".join(map(self._fold, text)) for text in written} if self._fold else set()
         spelt = sorted(written | {text for text in folded if len(text) > 1})
         self._longest = max(map(len, spelt), default=0)
-        self._prefixes = frozenset(text[:end] for text in spelt for end in range(1, len(text)))
+        self._keeps_case = keeps_case
+        self._prefixes = frozenset(self._as_read(text[:end]) for text in spelt for end in range(1, len(text)))
         flags = 0 if keeps_case else re.IGNORECASE
         rests = sorted({text[len(opening) :] for opening in openings for text in spelt if text.startswith(opening)} - {""})
         self._has_openings = bool(rests)
         self._rest = re.compile(_alternation(rests), flags)
-        self._rest_prefixes = frozenset(rest[:end].casefold() for rest in rests for end in range(1, len(rest)))
+        self._rest_prefixes = frozenset(self._as_read(rest[:end]) for rest in rests for end in range(1, len(rest)))
         self._any = re.compile(_alternation(spelt), flags)
         # a look ahead, so that pieces that overlap are all found
         self._each = re.compile(f"(?=({_alternation(spelt)}))", flags)
@@ -183,18 +184,26 @@ class Markup:
     def _begun(self, text: str) -> set[int]:
         """Where a text goes on with markup that the template has begun before it."""
         start = len(text) - len(text.lstrip())
-        head = text[start : start + self._longest].rstrip()
-        return {start} if self._rest.match(head) or head.casefold() in self._rest_prefixes else set()
+        head = self._as_read(text[start : start + self._longest].rstrip())
+        return {start} if self._rest.match(head) or head in self._rest_prefixes else set()
 
     def _unfinished(self, text: str) -> set[int]:
         """Where a text ends inside of markup that what follows it may complete."""
         end = len(text.rstrip())
         first = max(0, end - self._longest)
+        if self._fold or not self._keeps_case:
+            tails = (self._as_read(text[start:end]) for start in range(first, end))
+            return {end} if any(tail in self._prefixes for tail in tails) else set()
         while match := self._initial.search(text, first, end):
             if text[match.start() : end] in self._prefixes:
                 return {end}
             first = match.end()
         return set()
+
+    def _as_read(self, text: str) -> str:
+        """A piece of text as it is compared with markup: normalised, and in small letters where a template changes case."""
+        folded = "".join(map(self._fold, text)) if self._fold else text
+        return folded if self._keeps_case else folded.lower()
 
 
 def has_marks(rendering: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sartor.core.errors import SourceError
@@ -17,7 +17,8 @@ from sartor.core.records import Message, Part
 from sartor.models.markup import Markup, Token, is_markup, plain_markup
 
 # Mixed case, so that it shows where a template changes the case of content
-_SENTINEL = re.compile("Sartor[A-Z]ProbeSartoR")
+_AS_GIVEN = re.compile("Sartor[A-Z]ProbeSartoR")
+_SENTINEL = re.compile(_AS_GIVEN.pattern, re.IGNORECASE)
 _USER, _REPLY, _SYSTEM, _CALLED, _ARGUMENT, _RESULT, _REASON = (f"Sartor{letter}ProbeSartoR" for letter in "URSCATZ")
 _TOOL, _ABOUT, _KEY = (f"Sartor{letter}ProbeSartoR" for letter in "NDK")
 _PLAIN_TOOL = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
@@ -57,7 +58,9 @@ def probe(chat: Any) -> Probed:
     turns = "\n".join(renderings["turns"])
     markup = Markup(
         tokens,
-        keeps_case=_USER in turns or not turns,
+        keeps_case=all(
+            _AS_GIVEN.fullmatch(text) for texts in renderings.values() for text in _SENTINEL.findall("\n".join(texts))
+        ),
         openings={piece[-size:] for piece in before for size in range(1, longest + 1)} & beginnings,
         fold=_fold(chat.tokenizer, {token.id for token in tokens}),
     )
@@ -74,6 +77,7 @@ def _turns(chat: Any) -> Iterator[str]:
     yield from _written(chat, [Message.of("system", _SYSTEM), user, reply, user], reply_next=True)
     yield from _written(chat, [user, reply, user], reply_next=True)
     yield from _written(chat, [user, reply])
+    yield from _written(chat, [replace(user, name=_CALLED), replace(reply, name=_CALLED), user])
 
 
 def _tools(chat: Any) -> Iterator[str]:
