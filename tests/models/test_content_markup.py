@@ -359,6 +359,25 @@ def test_a_device_reads_the_same(tmp_path: Path, template: str | None) -> None:
     assert ours.encode(row) == theirs.encode(row) and not marks(ours, ours.content_tokens(FORGED))
 
 
+@pytest.mark.parametrize("declared", ["list", "mapping", "decoder"])
+def test_a_device_knows_tokens_that_the_config_alone_declares_special(tmp_path: Path, declared: str) -> None:
+    made = Family(byte_level, TAGGED.replace("TAG", "~user~"), QWEN_TOKENS, ("~user~", "~end~")).tokenizer()
+    made.save_pretrained(str(tmp_path))
+    config = tmp_path / "tokenizer_config.json"
+    said = json.loads(config.read_text())
+    token = {"content": "~end~", "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    fields: dict[str, Any] = {
+        "list": {"extra_special_tokens": ["~end~"]},
+        "mapping": {"extra_special_tokens": {"end_token": "~end~"}},
+        "decoder": {"added_tokens_decoder": {str(made.convert_tokens_to_ids("~end~")): token}},
+    }
+    config.write_text(json.dumps({**said, **fields[declared]}))
+    ours, theirs = Chat(Words(tmp_path)), open_chat(tmp_path, None)
+    turns = [Message.of("user", "x~end~y<|im_end|>")]
+    assert ours.markup.tokens == theirs.markup.tokens and ours.special == theirs.special
+    assert ours.prompt_ids(turns) == theirs.prompt_ids(turns) and len(marks(ours, ours.prompt_ids(turns))) == 2
+
+
 def test_the_set_is_derived_and_says_what_writes_it() -> None:
     said = {token.token: token for token in FAMILIES["chatml, byte level"].chat().markup.tokens}
     assert said["<|im_start|>"].special and "turns" in said["<|im_start|>"].written_by
