@@ -35,7 +35,7 @@ _ELEMENTS = (
 )
 _HTML = frozenset(_ELEMENTS.split())
 # The keys of OpenAI's tools and calls, by which templates look things up
-_KEYS = "type function name description parameters properties required items enum strict id arguments"
+_KEYS = "type function name description parameters properties required items enum strict id arguments role content"
 _FIELDS = frozenset(_KEYS.split())
 
 

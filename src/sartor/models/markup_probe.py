@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,26 +50,35 @@ def probe(chat: Any) -> Probed:
         "media": [token for token in getattr(chat.media, "tokens", {}).values()],
     }
     tokens = _tokens(chat.tokenizer, renderings)
-    pieces = [piece for texts in renderings.values() for text in texts for piece in _SENTINEL.split(text)]
-    spelt = [token.token.strip() for token in tokens]
-    beginnings = {text[:end] for text in spelt for end in range(1, len(text))}
-    before = {piece for texts in renderings.values() for text in texts for piece in _SENTINEL.split(text)[:-1]}
-    longest = max(map(len, beginnings), default=0)
+    texts = [text for written in renderings.values() for text in written]
+    pieces = [piece for text in texts for piece in _SENTINEL.split(text)]
     turns = "\n".join(renderings["turns"])
-    markup = Markup(
-        tokens,
-        keeps_case=all(
-            _AS_GIVEN.fullmatch(text) for texts in renderings.values() for text in _SENTINEL.findall("\n".join(texts))
-        ),
-        openings={piece[-size:] for piece in before for size in range(1, longest + 1)} & beginnings,
-        fold=_fold(chat.tokenizer, {token.id for token in tokens}),
-    )
+    markup = markup_in(texts, tokens, _fold(chat.tokenizer, {token.id for token in tokens}))
     return Probed(
         markup,
         tuple(_plain_text(pieces, _SENTINEL.split(turns), markup)),
         writes_calls=any(_CALLED in text for text in renderings["tools"]),
         writes_reasoning=any(_REASON in text for text in renderings["reasoning"]),
     )
+
+
+def markup_in(texts: Sequence[str], tokens: Iterable[Token], fold: Callable[[str], str] | None = None) -> Markup:
+    """Return the markup of a base whose template wrote `texts` of probes: what it does to content is read off them."""
+    tokens = list(tokens)
+    spelt = [token.token.strip() for token in tokens]
+    beginnings = {text[:end] for text in spelt for end in range(1, len(text))}
+    longest = max(map(len, beginnings), default=0)
+    before = {piece for text in texts for piece in _SENTINEL.split(text)[:-1]}
+    openings = {piece[-size:] for piece in before for size in range(1, longest + 1)} & beginnings
+    keeps_case = all(_AS_GIVEN.fullmatch(sentinel) for text in texts for sentinel in _SENTINEL.findall(text))
+    return Markup(tokens, keeps_case=keeps_case, openings=openings, fold=fold)
+
+
+def plain_probes() -> list[list[dict[str, str]]]:
+    """Return conversations of sentinels in OpenAI's form, for a template that somebody else renders."""
+    user, reply = {"role": "user", "content": _USER}, {"role": "assistant", "content": _REPLY}
+    named = [{**turn, "name": _CALLED} for turn in (user, reply)]
+    return [[{"role": "system", "content": _SYSTEM}, user, reply, user], [user], [*named, user]]
 
 
 def _turns(chat: Any) -> Iterator[str]:
