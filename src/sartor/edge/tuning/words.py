@@ -132,7 +132,7 @@ def _text(token: Any) -> str | None:
 
 def _declared(said: dict[str, Any]) -> list[str]:
     """The special tokens of tokenizer_config.json that have no name of the library's."""
-    declared = []
+    declared: list[Any] = []
     for key in ("extra_special_tokens", "additional_special_tokens"):
         tokens = said.get(key) or []
         declared += tokens.values() if isinstance(tokens, dict) else tokens
