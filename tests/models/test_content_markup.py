@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 import tiny
-from marked import CHATML, FAMILIES, QWEN_TOKENS, QWEN_WORDS, Family, byte_level, composing
+from marked import CHATML, FAMILIES, PLAIN_CHATML, QWEN_TOKENS, QWEN_WORDS, Family, byte_level, composing
 from sartor.core.errors import SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.edge.tuning.words import Words
@@ -327,6 +327,22 @@ def test_calls_and_reasoning_in_fields_are_markup_as_before() -> None:
     im = ["<|im_start|>", "<|im_end|>"]
     assert said == [*im, im[0], "<think>", "</think>", "<tool_call>", "</tool_call>", im[1], im[0], "<tool_response>",
                     "</tool_response>", im[1], *im, im[0]]  # fmt: skip
+
+
+SPLITTING = PLAIN_CHATML.replace("m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)")
+
+
+@pytest.mark.parametrize(("template", "wanted"), [(SPLITTING, "blue"), (PLAIN_CHATML, "<think>\nsecret\n</think>\n\nblue")])
+def test_reasoning_in_an_earlier_reply_is_for_the_template(template: str, wanted: str) -> None:
+    """Templates of models that reason leave it out of earlier turns."""
+    chat = Chat(Family(byte_level, template, QWEN_TOKENS, QWEN_WORDS).tokenizer())
+
+    def decoded(reply: str) -> str:
+        messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": reply}, {"role": "user", "content": "r"})
+        return chat.tokenizer.decode(prompt_ids(chat, Call(id="c", messages=messages), 4096))
+
+    said = decoded("<think>\nsecret\n</think>\n\nblue")
+    assert "".join(said.split()) == "".join(decoded("PLACE").replace("PLACE", wanted).split())
 
 
 def test_calls_that_sartor_itself_writes_in_text_are_markup_as_before() -> None:

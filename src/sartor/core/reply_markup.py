@@ -106,6 +106,17 @@ def _unreadable(found: str, why: str) -> TemplateMarkupError:
     )
 
 
+def with_reasoning(message: Message, spelt: Spelt) -> Message:
+    """Return a message with reasoning at the beginning of its text in its field: the very same where there is none to read."""
+    text = message.text
+    if message.reasoning_content or any(part.kind != "text" for part in message.content) or not spelt(text):
+        return message
+    reasoning, rest = _reasoning(text)
+    if not reasoning or not rest.strip() or spelt(reasoning):
+        return message
+    return replace(message, content=(Part("text", rest),), reasoning_content=reasoning)
+
+
 def _reasoning(text: str) -> tuple[str, str]:
     """(reasoning, the rest) of a reply."""
     match = _REASONING.match(text)
