@@ -65,6 +65,12 @@ def test_text_without_markup_is_the_very_same(reply: str) -> None:
     assert read_example(example) is example and not known(reply)
 
 
+@pytest.mark.parametrize("text", ["<think>a</think>b", CALL, f"see {CALL}", "end<|im_end|>"])
+def test_a_document_that_spells_markup_is_not_cut_short(text: str) -> None:
+    with pytest.raises(TemplateMarkupError, match="document"):
+        read_example(Example((Message.of("assistant", text),), ()))
+
+
 def test_a_field_that_is_there_is_not_written_over() -> None:
     with pytest.raises(TemplateMarkupError, match="the field already"):
         read_example(row(CALL, tool_calls='[{"function": {"name": "x", "arguments": {}}}]'))

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 import tiny
-from marked import CHATML, FAMILIES, QWEN_TOKENS, QWEN_WORDS, Family, byte_level
+from marked import CHATML, FAMILIES, PLAIN_CHATML, QWEN_TOKENS, QWEN_WORDS, Family, byte_level, composing
 from sartor.core.errors import SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.edge.tuning.words import Words
@@ -22,7 +23,7 @@ from sartor.models.base import open_chat
 from sartor.models.chat import Chat
 from sartor.models.engine.contract import Call
 from sartor.models.engine.prompts import prompt_ids
-from sartor.models.markup import Markup, Token
+from sartor.models.markup import Markup, Token, is_markup
 
 TOOL = {
     "type": "function",
@@ -170,10 +171,120 @@ def test_a_template_that_begins_markup_does_not_have_it_ended_by_content() -> No
     assert chat.tokenizer.decode(ids) == "<|im_start|>hi<|im_end|>"
 
 
+def test_a_template_that_begins_markup_before_content_leaves_clean_tools_as_they_are() -> None:
+    template = (
+        "{% for tool in tools or [] %}{{ tool.function.name + (tool | tojson) }}{% endfor %}{% for m in messages %}"
+        "{% for call in m.tool_calls or [] %}{{ '[' + call.function.name + '(' }}{% for key in call.function.arguments %}"
+        "{{ key + '=' + call.function.arguments[key] }}{% endfor %})]{% endfor %}{{ m.content | trim }}<|im_end|>{% endfor %}"
+    )
+    chat = Chat(Family(byte_level, template, (*QWEN_TOKENS, "[PAD]")).tokenizer())
+    called = Message("assistant", (Part("text"),), tool_calls=call_of("hall"))
+    ids = chat.prompt_ids([Message.of("user", " the sky "), called], json.dumps([TOOL]))
+    said = f"light{json.dumps(TOOL)}the sky<|im_end|>[light(room=hall)]<|im_end|>"
+    assert ids == chat.tokenizer(said, add_special_tokens=False)["input_ids"]
+    request = Call(id="c", messages=({"role": "user", "content": " the sky "},), tools=(TOOL,))
+    assert chat.tokenizer.decode(prompt_ids(chat, request, 4096)) == f"light{json.dumps(TOOL)}the sky<|im_end|>"
+    forged = Message("assistant", (Part("text"),), tool_calls=call_of("hall").replace("light", "PAD]"))
+    assert len(marks(chat, chat.prompt_ids([forged]))) == 1
+
+
+KEYED = (
+    "{% macro rest(value) %}{% for key in value if key not in ['type', 'name', 'description', 'parameters', 'properties'] %}"
+    "{{ '\\n<' ~ key ~ '>' ~ value[key] ~ '</' ~ key ~ '>' }}{% endfor %}{% endmacro %}"
+    "{% for tool in tools or [] %}{% set made = tool.function %}{{ made.name }}{% for name, parameter in "
+    "made.parameters.properties | items %}{{ '<' ~ name ~ '>' }}{{ rest(parameter) }}{% endfor %}{{ rest(made.parameters) }}"
+    "{{ rest(made) }}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.content }}{% for call in m.tool_calls or [] %}"
+    "{% for key in call.function.arguments %}{{ '<' ~ key ~ '>' }}{% endfor %}{% endfor %}<|im_end|>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("key", ["|im_end|", "|im_start|", "tool_call", "/think", "think>\n<|im_end|"])
+def test_keys_between_angle_brackets_make_no_markup(key: str) -> None:
+    """Qwen3-Coder's template and Nemotron's write the keys of a schema so."""
+    chat = Chat(Family(byte_level, KEYED, QWEN_TOKENS, QWEN_WORDS).tokenizer())
+
+    def written(key: str) -> list[int]:
+        parameters = {"type": "object", "properties": {"room": {"type": "string", key: 1}, key: {key: 1}}, key: 1}
+        tool = {"type": "function", "function": {"name": "light", "description": "d", "parameters": parameters, key: 1}}
+        called = Message("assistant", (Part("text"),), tool_calls=call_of("hall").replace("room", json.dumps(key)[1:-1]))
+        return chat.prompt_ids([Message.of("user", "x"), called], json.dumps([tool]))
+
+    assert len(marks(chat, written(key))) == 4
+    clean = chat.tokenizer.decode(written("minLength"))
+    assert written("minLength") == chat.tokenizer(clean, add_special_tokens=False)["input_ids"]
+
+
 def test_a_template_that_changes_case_makes_no_markup() -> None:
     template = "{% for m in messages %}{{ m.content | lower }}{% endfor %}<|im_end|>"
     chat = Chat(Family(byte_level, template, QWEN_TOKENS).tokenizer())
     assert len(marks(chat, chat.prompt_ids([Message.of("user", "A<|IM_START|>")]))) == 1
+
+
+@pytest.mark.parametrize(
+    "written", ["call.function.arguments | dictsort", "'{}{}'.format(call.function.name)", "call.function.arguments | xmlattr"]
+)
+def test_a_template_that_fails_on_the_probes_still_opens(written: str) -> None:
+    template = "{% for m in messages %}{% for call in m.tool_calls or [] %}{{ WRITTEN }}{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
+    chat = Chat(Family(byte_level, template.replace("WRITTEN", written), QWEN_TOKENS, QWEN_WORDS).tokenizer())
+    assert len(marks(chat, chat.prompt_ids([Message.of("user", FORGED)]))) == 1
+
+
+def test_a_template_that_changes_case_of_a_name_makes_no_markup() -> None:
+    template = "{% for m in messages %}{{ (m.name or '') | lower + m.content }}{% endfor %}<|im_end|>"
+    chat = Chat(Family(byte_level, template, QWEN_TOKENS).tokenizer())
+    ids = chat.prompt_ids([Message("user", (Part("text", "hi"),), name="<|IM_START|>")])
+    assert len(marks(chat, ids)) == 1
+
+
+TAGGED = "{% for m in messages %}{{ 'TAG' + m.content }}<|im_end|>{% endfor %}"
+LOWER = "{% for m in messages %}{{ m.content | lower }}{% endfor %}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("make", "template", "parts"),
+    [
+        (composing, TAGGED.replace("TAG", ""), ["x＜tool", "_call>"]),
+        (composing, TAGGED.replace("TAG", "<"), ["tool_", "ｃall>"]),
+        (byte_level, LOWER, ["a<|IM_", "START|>"]),
+        (byte_level, LOWER, ["a<|im_", "START|>"]),
+    ],
+)
+def test_parts_that_compose_to_markup_as_it_is_read(make: Any, template: str, parts: list[str]) -> None:
+    chat = Chat(Family(make, template, QWEN_TOKENS, QWEN_WORDS, normalized=True).tokenizer())
+    turn = Message("user", tuple(Part("text", part) for part in parts))
+    assert [chat.tokenizer.decode([token]) for token in marks(chat, chat.prompt_ids([turn]))] == ["<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "tag", "declared", "forged"),
+    [
+        (normalizers.NFKC(), "<tool_call>", False, "＜tool_call＞"),
+        (normalizers.Lowercase(), "<tool_call>", False, "<TOOL_CALL>"),
+        (normalizers.NFKC(), "<｜User｜>", True, "<|User|>"),
+        (normalizers.Lowercase(), "<TOOL_CALL>", True, "<tool_call>"),
+    ],
+)
+def test_what_a_normalizer_makes_markup_is_taken_apart(normalizer: Any, tag: str, declared: bool, forged: str) -> None:
+    """Words of the vocabulary behind a normalizer, and added words that it changes."""
+
+    def make() -> Any:
+        made = byte_level(words=() if declared else (tag,))
+        made.normalizer = normalizer
+        return made
+
+    chat = Chat(Family(make, TAGGED.replace("TAG", tag), QWEN_TOKENS, (tag,) if declared else (), normalized=True).tokenizer())
+    assert tag in {token.token for token in chat.markup.tokens}
+    ids = chat.prompt_ids([Message.of("user", f"x{forged}y")])
+    assert marks(chat, ids) == marks(chat, chat.prompt_ids([Message.of("user", "xy")])) and len(marks(chat, ids)) == 2
+    assert chat.markup.spelt(forged) and not marks(chat, chat.content_tokens(forged))
+
+
+@pytest.mark.parametrize("tag", ["[|system|]", "]~b]", "<source>"])
+def test_an_added_word_that_the_template_writes_is_markup_whatever_its_form(tag: str) -> None:
+    chat = Chat(Family(byte_level, TAGGED.replace("TAG", tag), QWEN_TOKENS, (tag, "\n\n", "the", "<code>")).tokenizer())
+    assert [token.token for token in chat.markup.tokens if not token.special] == [tag]
+    assert len(marks(chat, chat.prompt_ids([Message.of("user", f"x{tag}y")]))) == 2
+    assert is_markup("[|system|]", special=False) and not is_markup("]~b]", special=False)
 
 
 def test_a_forged_turn_is_text() -> None:
@@ -218,6 +329,22 @@ def test_calls_and_reasoning_in_fields_are_markup_as_before() -> None:
                     "</tool_response>", im[1], *im, im[0]]  # fmt: skip
 
 
+SPLITTING = PLAIN_CHATML.replace("m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)")
+
+
+@pytest.mark.parametrize(("template", "wanted"), [(SPLITTING, "blue"), (PLAIN_CHATML, "<think>\nsecret\n</think>\n\nblue")])
+def test_reasoning_in_an_earlier_reply_is_for_the_template(template: str, wanted: str) -> None:
+    """Templates of models that reason leave it out of earlier turns."""
+    chat = Chat(Family(byte_level, template, QWEN_TOKENS, QWEN_WORDS).tokenizer())
+
+    def decoded(reply: str) -> str:
+        messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": reply}, {"role": "user", "content": "r"})
+        return chat.tokenizer.decode(prompt_ids(chat, Call(id="c", messages=messages), 4096))
+
+    said = decoded("<think>\nsecret\n</think>\n\nblue")
+    assert "".join(said.split()) == "".join(decoded("PLACE").replace("PLACE", wanted).split())
+
+
 def test_calls_that_sartor_itself_writes_in_text_are_markup_as_before() -> None:
     """A template without tools, and a tokenizer with their tags: what a tool returned is content, the tags around are not."""
     chat = FAMILIES["chatml without tools"].chat()
@@ -246,6 +373,25 @@ def test_a_device_reads_the_same(tmp_path: Path, template: str | None) -> None:
     assert ours.markup.tokens == theirs.markup.tokens and ours.probed.plain_text == theirs.probed.plain_text
     row = Example((Message.of("user", FORGED), Message.of("assistant", f"<think> {FORGED}")), ())
     assert ours.encode(row) == theirs.encode(row) and not marks(ours, ours.content_tokens(FORGED))
+
+
+@pytest.mark.parametrize("declared", ["list", "mapping", "decoder"])
+def test_a_device_knows_tokens_that_the_config_alone_declares_special(tmp_path: Path, declared: str) -> None:
+    made = Family(byte_level, TAGGED.replace("TAG", "~user~"), QWEN_TOKENS, ("~user~", "~end~")).tokenizer()
+    made.save_pretrained(str(tmp_path))
+    config = tmp_path / "tokenizer_config.json"
+    said = json.loads(config.read_text())
+    token = {"content": "~end~", "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    fields: dict[str, Any] = {
+        "list": {"extra_special_tokens": ["~end~"]},
+        "mapping": {"extra_special_tokens": {"end_token": "~end~"}},
+        "decoder": {"added_tokens_decoder": {str(made.convert_tokens_to_ids("~end~")): token}},
+    }
+    config.write_text(json.dumps({**said, **fields[declared]}))
+    ours, theirs = Chat(Words(tmp_path)), open_chat(tmp_path, None)
+    turns = [Message.of("user", "x~end~y<|im_end|>")]
+    assert ours.markup.tokens == theirs.markup.tokens and ours.special == theirs.special
+    assert ours.prompt_ids(turns) == theirs.prompt_ids(turns) and len(marks(ours, ours.prompt_ids(turns))) == 2
 
 
 def test_the_set_is_derived_and_says_what_writes_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -141,6 +142,16 @@ def test_evaluation_counts_references_that_spell_markup_of_the_base(old: Artifac
     base = open_base(str(tiny_base))
     asked = HeldOut(list(rows.read_examples(old)), old.path)
     assert fitting(base, asked, 8).left_out == {"template_markup": 1}
+
+
+def test_evaluation_scores_what_tune_learns(old: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = FAMILIES["chatml, byte level"].chat()
+    monkeypatch.setattr("sartor.evaluate.held_out.context_tokens", lambda model: 0)
+    base: Any = SimpleNamespace(chat=chat, model=None)
+    asked = fitting(base, HeldOut(list(rows.read_examples(old)), old.path), 8)
+    learnt, ids, _ = learnt_of(old, chat)
+    assert {one.messages[0].text: chat.encode(one).ids for one in asked.examples} == ids and len(ids) == len(learnt) == 4
+    assert {one.id for one in asked.examples} <= {one.id for one in rows.read_examples(old)}
 
 
 @pytest.mark.parametrize("correction", ["yes<|im_end|>", "<start_of_turn>model", "a [/INST] b"])

@@ -55,9 +55,11 @@ def known(text: str) -> list[str]:
 def read_example(example: Example, spelt: Spelt = known, *, keep_id: bool = False) -> Example:
     """Return the Example with markup in its replies read into fields: itself where no reply spells any.
 
-    spelt: the markup in a text. A text without a question is one reply. keep_id: the row goes on under the id that it has in
-    its Dataset. Raises TemplateMarkupError for a reply that cannot be read.
+    spelt: the markup in a text. keep_id: the row goes on under the id that it has in its Dataset. Raises TemplateMarkupError
+    for a reply that cannot be read, and for a document that spells markup: its text is learnt as it stands, and has no fields.
     """
+    if example.is_document and (found := spelt(example.messages[0].text)):
+        raise _unreadable(found[0], "it is a document, which has no fields")
     messages, rejected = (_read_turns(turns, spelt) for turns in (example.messages, example.rejected))
     if messages is example.messages and rejected is example.rejected:
         return example
@@ -102,6 +104,17 @@ def _unreadable(found: str, why: str) -> TemplateMarkupError:
     return TemplateMarkupError(
         problem, "put calls into `tool_calls`, reasoning into `reasoning_content`, and take the rest out"
     )
+
+
+def with_reasoning(message: Message, spelt: Spelt) -> Message:
+    """Return a message with reasoning at the beginning of its text in its field: the very same where there is none to read."""
+    text = message.text
+    if message.reasoning_content or any(part.kind != "text" for part in message.content) or not spelt(text):
+        return message
+    reasoning, rest = _reasoning(text)
+    if not reasoning or not rest.strip() or spelt(reasoning):
+        return message
+    return replace(message, content=(Part("text", rest),), reasoning_content=reasoning)
 
 
 def _reasoning(text: str) -> tuple[str, str]:

@@ -107,7 +107,8 @@ def fitting(base: Base, rows: HeldOut, limit: int) -> HeldOut:
             problem = why
             refused[reason] = refused.get(reason, 0) + 1
         else:
-            fitting.append(example)
+            # as `tune` learns it
+            fitting.append(reply_markup.read_example(example, base.chat.markup.spelt, keep_id=True))
     if not fitting:
         raise SourceError(
             f"the base can read none of the {len(rows.examples)} rows: {problem}", "give rows in its chat template's form"
@@ -118,7 +119,7 @@ def fitting(base: Base, rows: HeldOut, limit: int) -> HeldOut:
 def refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple[str, str]:
     """(reason, problem) why a row cannot be asked; both empty where it can. limit: tokens of the reply."""
     try:
-        reply_markup.read_example(example, base.chat.markup.spelt)
+        example = reply_markup.read_example(example, base.chat.markup.spelt)
         tokens = len(base.chat.encode(example, folder).ids)
         if not example.is_document:
             tokens = max(tokens, len(base.chat.prompt_ids(example.prompt, example.tools, folder)) + limit)

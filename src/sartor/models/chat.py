@@ -24,8 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from sartor.core import bases
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message, Part
@@ -135,7 +133,7 @@ class Chat:
                     add_generation_prompt=reply_next,
                 )
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # templates fail on fields that they do not take in ways of their own
             roles = ", ".join(message.role for message in messages)
             raise SourceError(
                 f"the chat template refuses the turns ({roles}): {error}", "change the row's roles to what the base expects"

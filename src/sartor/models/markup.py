@@ -23,7 +23,7 @@ _ESCAPED = "\\ue002"
 _CODE = re.compile("\ue002[\ue003\ue004]|\\\\+ue002\\\\+ue00[34]")
 _BREAK_ENDS = ("\ue004", "4")
 # The form of control tokens. A word in brackets counts where it is in capitals: [INST]
-_FORM = re.compile(r"<\|[^\s<>]+\|?>|</?[^\s<>/][^\s<>]*>|\[/?[A-Z][A-Z_]+\]|<｜[^<>]+｜>")
+_FORM = re.compile(r"<\|[^\s<>]+\|?>|</?[^\s<>/][^\s<>]*>|\[/?[A-Z][A-Z_]+\]|\[\|[^\s\[\]]+\|\]|<｜[^<>]+｜>")
 # SentencePiece's tokens for single bytes
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _ELEMENTS = (
@@ -34,6 +34,9 @@ _ELEMENTS = (
     "tr track tt u ul var video"
 )
 _HTML = frozenset(_ELEMENTS.split())
+# The keys of OpenAI's tools and calls, by which templates look things up
+_KEYS = "type function name description parameters properties required items enum strict id arguments role content"
+_FIELDS = frozenset(_KEYS.split())
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Opened:
 class Markup:
     """The set of a base, and what finds it in a text.
 
-    keeps_case: whether the template leaves the case of content. composes: whether it writes the beginning of markup right
+    keeps_case: whether the template leaves the case of content. openings: the beginnings of markup that it writes right
     before content. fold: what the tokenizer makes of one character before it looks for tokens, None for nothing.
     """
 
@@ -77,22 +80,30 @@ class Markup:
         tokens: Iterable[Token],
         *,
         keeps_case: bool = True,
-        composes: bool = False,
+        openings: Iterable[str] = (),
         fold: Callable[[str], str] | None = None,
     ) -> None:
         self.tokens = tuple(sorted(tokens, key=lambda token: token.id))
         self.ids = frozenset(token.id for token in self.tokens)
-        spelt = sorted({token.token.strip() for token in self.tokens})
-        self._composes, self._fold = composes, fold and functools.lru_cache(4096)(fold)
+        self._fold = fold and functools.lru_cache(4096)(fold)
+        written = {token.token.strip() for token in self.tokens}
+        # a tokenizer that looks for a token in normalised text has normalised the token too
+        folded = {"".join(map(self._fold, text)) for text in written} if self._fold else set()
+        spelt = sorted(written | {text for text in folded if len(text) > 1})
         self._longest = max(map(len, spelt), default=0)
-        self._prefixes = frozenset(text[:end] for text in spelt for end in range(1, len(text)))
+        self._keeps_case = keeps_case
+        self._prefixes = frozenset(self._as_read(text[:end]) for text in spelt for end in range(1, len(text)))
         flags = 0 if keeps_case else re.IGNORECASE
+        rests = sorted({text[len(opening) :] for opening in openings for text in spelt if text.startswith(opening)} - {""})
+        self._has_openings = bool(rests)
+        self._rest = re.compile(_alternation(rests), flags)
+        self._rest_prefixes = frozenset(self._as_read(rest[:end]) for rest in rests for end in range(1, len(rest)))
         self._any = re.compile(_alternation(spelt), flags)
         # a look ahead, so that pieces that overlap are all found
         self._each = re.compile(f"(?=({_alternation(spelt)}))", flags)
         initials = re.escape("".join({text[0] for text in spelt}))
         # most texts hold none of the characters with which a mark or a piece of markup begins
-        self._needs_look = re.compile("" if fold or composes else f"[{_PRIVATE}\\\\{initials}]", flags)
+        self._needs_look = re.compile("" if fold or rests else f"[{_PRIVATE}\\\\{initials}]", flags)
         self._initial = re.compile(f"[{initials}]" if spelt else r"(?!)", flags)
 
     def spelt(self, text: str) -> list[str]:
@@ -108,8 +119,8 @@ class Markup:
         breaks = {start + 1 for start, _ in self._places(text)} | self._unfinished(text)
         if _ESCAPED in text:
             breaks |= {match.start() + 1 for match in re.finditer(re.escape(_ESCAPED), text)}
-        if self._composes and text:
-            breaks.add(0)
+        if self._has_openings:
+            breaks |= self._begun(text)
         if not breaks:
             return text
         ends = sorted(breaks)
@@ -122,8 +133,12 @@ class Markup:
         if isinstance(value, list):
             return [self.shield_values(item) for item in value]
         if isinstance(value, dict):
-            return {self.shield(key): self.shield_values(item) for key, item in value.items()}
+            return {self.shield_key(key): self.shield_values(item) for key, item in value.items()}
         return value
+
+    def shield_key(self, key: str) -> str:
+        """Return a key of a JSON object shielded; those by which templates look things up as they are."""
+        return key if key in _FIELDS else self.shield(key)
 
     def opened(self, rendering: str) -> Opened:
         """Return a rendering without marks, and where content must be cut."""
@@ -166,15 +181,29 @@ class Markup:
         spans = [match.span(1) for match in self._each.finditer(folded)]
         return [(origins[start], origins[end - 1] + 1) for start, end in spans if origins[start] < origins[end - 1]]
 
+    def _begun(self, text: str) -> set[int]:
+        """Where a text goes on with markup that the template has begun before it."""
+        start = len(text) - len(text.lstrip())
+        head = self._as_read(text[start : start + self._longest].rstrip())
+        return {start} if self._rest.match(head) or head in self._rest_prefixes else set()
+
     def _unfinished(self, text: str) -> set[int]:
         """Where a text ends inside of markup that what follows it may complete."""
         end = len(text.rstrip())
         first = max(0, end - self._longest)
+        if self._fold or not self._keeps_case:
+            tails = (self._as_read(text[start:end]) for start in range(first, end))
+            return {end} if any(tail in self._prefixes for tail in tails) else set()
         while match := self._initial.search(text, first, end):
             if text[match.start() : end] in self._prefixes:
                 return {end}
             first = match.end()
         return set()
+
+    def _as_read(self, text: str) -> str:
+        """A piece of text as it is compared with markup: normalised, and in small letters where a template changes case."""
+        folded = "".join(map(self._fold, text)) if self._fold else text
+        return folded if self._keeps_case else folded.lower()
 
 
 def has_marks(rendering: str) -> bool:
@@ -182,17 +211,22 @@ def has_marks(rendering: str) -> bool:
     return _PRIVATE in rendering or _ESCAPED in rendering
 
 
-def is_markup(token: str, *, special: bool) -> bool:
+def is_markup(token: str, *, special: bool, is_written: bool = False) -> bool:
     """Return whether an added token of a tokenizer counts: a special one, or one that has the form of control tokens.
 
-    White space, single characters, bytes, and HTML elements are text, though some tokenizers store them whole.
+    White space, single characters, bytes, and HTML elements are text, though some tokenizers store them whole. is_written:
+    the base's own template writes it; then a word between marks counts, whatever its form.
     """
     token = token.strip().strip("▁")
     if len(token) < 2 or _BYTE.fullmatch(token):
         return False
-    if special:
+    if special or (is_written and _is_between_marks(token)):
         return True
     return bool(_FORM.fullmatch(token)) and token.strip("</>").lower() not in _HTML
+
+
+def _is_between_marks(token: str) -> bool:
+    return not (token[0].isalnum() or token[-1].isalnum()) and any(character.isalnum() for character in token)
 
 
 def plain_markup(text: str) -> list[str]:

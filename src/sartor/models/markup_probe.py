@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sartor.core.errors import SourceError
@@ -17,8 +17,15 @@ from sartor.core.records import Message, Part
 from sartor.models.markup import Markup, Token, is_markup, plain_markup
 
 # Mixed case, so that it shows where a template changes the case of content
-_SENTINEL = re.compile("Sartor[A-Z]ProbeSartoR")
+_AS_GIVEN = re.compile("Sartor[A-Z]ProbeSartoR")
+_SENTINEL = re.compile(_AS_GIVEN.pattern, re.IGNORECASE)
 _USER, _REPLY, _SYSTEM, _CALLED, _ARGUMENT, _RESULT, _REASON = (f"Sartor{letter}ProbeSartoR" for letter in "URSCATZ")
+_TOOL, _ABOUT, _KEY = (f"Sartor{letter}ProbeSartoR" for letter in "NDK")
+_PLAIN_TOOL = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+# Clients choose the keys of schemas too, and some templates write a key between angle brackets
+_PARAMETER = {"type": "string", "description": _ABOUT, _KEY: _ARGUMENT}
+_PARAMETERS = {"type": "object", "properties": {_KEY: _PARAMETER}, _KEY: _ARGUMENT}
+_FULL_TOOL = {"name": _TOOL, "description": _ABOUT, "parameters": _PARAMETERS, _KEY: _ARGUMENT}
 
 
 @dataclass(frozen=True)
@@ -43,16 +50,10 @@ def probe(chat: Any) -> Probed:
         "media": [token for token in getattr(chat.media, "tokens", {}).values()],
     }
     tokens = _tokens(chat.tokenizer, renderings)
-    pieces = [piece for texts in renderings.values() for text in texts for piece in _SENTINEL.split(text)]
-    spelt = [token.token.strip() for token in tokens]
-    beginnings = tuple({text[:end] for text in spelt for end in range(1, len(text))})
+    texts = [text for written in renderings.values() for text in written]
+    pieces = [piece for text in texts for piece in _SENTINEL.split(text)]
     turns = "\n".join(renderings["turns"])
-    markup = Markup(
-        tokens,
-        keeps_case=_USER in turns or not turns,
-        composes=bool(beginnings) and any(piece.endswith(beginnings) for piece in pieces),
-        fold=_fold(chat.tokenizer, {token.id for token in tokens}),
-    )
+    markup = markup_in(texts, tokens, _fold(chat.tokenizer, {token.id for token in tokens}))
     return Probed(
         markup,
         tuple(_plain_text(pieces, _SENTINEL.split(turns), markup)),
@@ -61,23 +62,47 @@ def probe(chat: Any) -> Probed:
     )
 
 
+def markup_in(texts: Sequence[str], tokens: Iterable[Token], fold: Callable[[str], str] | None = None) -> Markup:
+    """Return the markup of a base whose template wrote `texts` of probes: what it does to content is read off them."""
+    tokens = list(tokens)
+    spelt = [token.token.strip() for token in tokens]
+    beginnings = {text[:end] for text in spelt for end in range(1, len(text))}
+    longest = max(map(len, beginnings), default=0)
+    before = {piece for text in texts for piece in _SENTINEL.split(text)[:-1]}
+    openings = {piece[-size:] for piece in before for size in range(1, longest + 1)} & beginnings
+    keeps_case = all(_AS_GIVEN.fullmatch(sentinel) for text in texts for sentinel in _SENTINEL.findall(text))
+    return Markup(tokens, keeps_case=keeps_case, openings=openings, fold=fold)
+
+
+def plain_probes() -> list[list[dict[str, str]]]:
+    """Return conversations of sentinels in OpenAI's form, for a template that somebody else renders."""
+    user, reply = {"role": "user", "content": _USER}, {"role": "assistant", "content": _REPLY}
+    named = [{**turn, "name": _CALLED} for turn in (user, reply)]
+    return [[{"role": "system", "content": _SYSTEM}, user, reply, user], [user], [*named, user]]
+
+
 def _turns(chat: Any) -> Iterator[str]:
     user, reply = Message.of("user", _USER), Message.of("assistant", _REPLY)
     yield from _written(chat, [Message.of("system", _SYSTEM), user, reply, user], reply_next=True)
     yield from _written(chat, [user, reply, user], reply_next=True)
     yield from _written(chat, [user, reply])
+    yield from _written(chat, [replace(user, name=_CALLED), replace(reply, name=_CALLED), user])
 
 
 def _tools(chat: Any) -> Iterator[str]:
-    function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
-    tools = json.dumps([{"type": "function", "function": function}])
-    for arguments in ({"probe": _ARGUMENT}, json.dumps({"probe": _ARGUMENT})):
-        call = {"id": "123456789", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}
-        called = Message("assistant", (Part("text"),), tool_calls=json.dumps([call]))
-        result = Message("tool", (Part("text", _RESULT),), name=_CALLED, tool_call_id="123456789")
-        turns = [Message.of("user", _USER), called, result, Message.of("assistant", _REPLY), Message.of("user", _USER)]
-        whole = list(_written(chat, turns, tools=tools, reply_next=True))
-        yield from whole or _written(chat, turns[:2], tools=tools)
+    for tool, key in ((_PLAIN_TOOL, "probe"), (_FULL_TOOL, _KEY)):
+        tools = json.dumps([{"type": "function", "function": tool}])
+        for arguments in ({key: _ARGUMENT}, json.dumps({key: _ARGUMENT})):
+            yield from _called(chat, arguments, tools)
+
+
+def _called(chat: Any, arguments: Any, tools: str) -> Iterator[str]:
+    call = {"id": "123456789", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}
+    called = Message("assistant", (Part("text"),), tool_calls=json.dumps([call]))
+    result = Message("tool", (Part("text", _RESULT),), name=_CALLED, tool_call_id="123456789")
+    turns = [Message.of("user", _USER), called, result, Message.of("assistant", _REPLY), Message.of("user", _USER)]
+    whole = list(_written(chat, turns, tools=tools, reply_next=True))
+    yield from whole or _written(chat, turns[:2], tools=tools)
 
 
 def _reasoning(chat: Any) -> Iterator[str]:
@@ -107,16 +132,19 @@ def _tokens(tokenizer: Any, renderings: dict[str, list[str]]) -> list[Token]:
     return [
         Token(text, token_id, token_id in special, tuple(writers.get(token_id, ("tokenizer",))))
         for token_id, text in candidates.items()
-        if text and is_markup(text, special=token_id in special)
+        if text and is_markup(text, special=token_id in special, is_written=token_id in writers and token_id in added)
     ]
 
 
 def _fold(tokenizer: Any, ids: set[int]) -> Callable[[str], str] | None:
-    """What the tokenizer's normalizer makes of a character, if it looks for markup in normalised text; else None."""
+    """What the tokenizer's normalizer makes of a character, if it looks for markup in normalised text; else None.
+
+    Words of the vocabulary, which nobody added, are always read out of normalised text.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     normalizer = getattr(backend, "normalizer", None)
     added = tokenizer.added_tokens_decoder
-    if normalizer is None or not any(getattr(added.get(token_id), "normalized", False) for token_id in ids):
+    if normalizer is None or not any(token_id not in added or added[token_id].normalized for token_id in ids):
         return None
     before = normalizer.normalize_str("x")
 

@@ -31,8 +31,9 @@ class Gguf:
     def __init__(self, export: Artifact, base: str) -> None:
         model, adapters = _files(export, base)
         self._adapters = len(adapters)
-        self._markup = markup_of(model)
-        self._inner: Inner | None = Inner(model, adapters, Bounds(1, 0, CONTEXT_TOKENS))
+        inner = Inner(model, adapters, Bounds(1, 0, CONTEXT_TOKENS))
+        self._inner: Inner | None = inner
+        self._markup = markup_of(model, inner)
 
     def answer(self, calls: Sequence[Call]) -> list[list[Event]]:
         """See `runtime.Runtime`. One after the other: a device has few cores."""

@@ -6,13 +6,17 @@ prompt that spells some is cut inside of them, and its pieces are tokenised one 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sartor.core.errors import UnavailableError
 from sartor.core.gguf import read_head
+from sartor.core.records import ROLES
 from sartor.models.engine.contract import Call
 from sartor.models.engine.inner import Inner
 from sartor.models.markup import Markup, Token, is_markup
+from sartor.models.markup_probe import markup_in, plain_probes
 
 _TOKENS, _TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 # llama.cpp's kinds of tokens (llama.h, llama_token_type)
@@ -21,15 +25,28 @@ _UNKNOWN, _CONTROL, _ADDED = 2, 3, 4
 _ANCHORS = (".", "\ue002", "a")
 
 
-def markup_of(model: Path) -> Markup:
-    """Return the markup of a GGUF file: its control tokens, and the added words that look like them. Raises ModelError."""
+def markup_of(model: Path, inner: Inner) -> Markup:
+    """Return the markup of a GGUF file: its control tokens, and the added words that look like them or that its template
+    writes. Raises ModelError.
+    """
+    texts = [text for messages in plain_probes() for text in _written(inner, messages)]
     arrays = read_head(model, (_TOKENS, _TYPES)).arrays
     found = []
     for token_id, (text, kind) in enumerate(zip(arrays.get(_TOKENS, []), arrays.get(_TYPES, []), strict=False)):
         special = kind in (_UNKNOWN, _CONTROL)
-        if (special or kind == _ADDED) and is_markup(text, special=special):
+        if (special or kind == _ADDED) and is_markup(
+            text, special=special, is_written=any(text in written for written in texts)
+        ):
             found.append(Token(text, token_id, special))
-    return Markup(found)
+    return markup_in(texts, found)
+
+
+def _written(inner: Inner, messages: list[dict[str, str]]) -> list[str]:
+    """What the template writes; nothing where it refuses."""
+    try:
+        return [str(inner.ask("/apply-template", {"messages": messages})["prompt"])]
+    except (UnavailableError, KeyError):
+        return []
 
 
 def prompt_of(call: Call, inner: Inner, markup: Markup) -> str | list[int]:
@@ -39,7 +56,7 @@ def prompt_of(call: Call, inner: Inner, markup: Markup) -> str | list[int]:
     """
     rendering = markup.shield(call.text)
     if call.messages:
-        messages = markup.shield_values([dict(message) for message in call.messages])
+        messages = [_shielded(message, markup) for message in call.messages]
         rendering = str(inner.ask("/apply-template", {"messages": messages})["prompt"])
     opened = markup.opened(rendering)
     if not opened.cuts:
@@ -48,6 +65,12 @@ def prompt_of(call: Call, inner: Inner, markup: Markup) -> str | list[int]:
     for start, end in zip(opened.cuts, [*opened.cuts[1:], len(opened.text)], strict=True):
         ids += _behind(inner, opened.text[start:end])
     return ids
+
+
+def _shielded(message: Mapping[str, Any], markup: Markup) -> dict[str, Any]:
+    """A message with its texts shielded; its role, by which templates branch, as it is where it is one."""
+    shielded: dict[str, Any] = markup.shield_values(dict(message))
+    return {**shielded, "role": message["role"]} if message.get("role") in ROLES else shielded
 
 
 def _behind(inner: Inner, text: str) -> list[int]:

@@ -37,6 +37,10 @@ class Words:
         self._inner.no_truncation()
         self._named = {name: _text(said.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         self._named = {name: token for name, token in self._named.items() if token is not None}
+        # the tokens of the vocabulary that this file alone declares special
+        known = {token.content for token in self._inner.get_added_tokens_decoder().values() if token.special}
+        declared = [text for text in _declared(said) if text not in known and self._inner.token_to_id(text) is not None]
+        self._inner.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in declared])
         self.eos_token = self._named.get("eos_token", "")
         self.added_tokens_decoder = {
             token_id: SimpleNamespace(special=token.special, content=token.content, normalized=token.normalized)
@@ -124,6 +128,17 @@ class Words:
 def _text(token: Any) -> str | None:
     """A token of tokenizer_config.json: a string, or a mapping with its content."""
     return token["content"] if isinstance(token, dict) else token
+
+
+def _declared(said: dict[str, Any]) -> list[str]:
+    """The special tokens of tokenizer_config.json that have no name of the library's."""
+    declared: list[Any] = []
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        tokens = said.get(key) or []
+        declared += tokens.values() if isinstance(tokens, dict) else tokens
+    decoder = said.get("added_tokens_decoder") or {}
+    declared += [token for token in decoder.values() if isinstance(token, dict) and token.get("special")]
+    return [text for token in declared if (text := _text(token))]
 
 
 class _Generation(jinja2.ext.Extension):

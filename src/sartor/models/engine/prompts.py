@@ -16,11 +16,12 @@ from typing import Any
 
 from sartor.core.errors import RequestError, SourceError
 from sartor.core.records import ROLES, Message, Part
+from sartor.core.reply_markup import with_reasoning
 from sartor.models.chat import Chat
 from sartor.models.engine.contract import Call
 from sartor.models.engine.parts import MEDIA, is_media, url_in
 from sartor.models.markup import Opened
-from sartor.models.shielding import calls_as_text
+from sartor.models.shielding import calls_as_text, in_text
 
 TOOLS_TEXT = (
     "You may call functions to answer. These are declared, with their parameters as JSON Schema:\n<tools>\n{tools}\n</tools>\n"
@@ -35,7 +36,7 @@ _REMEDY = '{"role": "user", "content": "..."}'
 
 def prompt_text(chat: Chat, call: Call) -> str:
     """What the model reads, as text. Raises RequestError for messages that are malformed or that the template refuses."""
-    messages = [_message(said, place) for place, said in enumerate(call.messages)]
+    messages = _messages(chat, call)
     return chat.markup.opened(_rendering(chat, call, messages)).text
 
 
@@ -43,7 +44,7 @@ def _rendering(chat: Chat, call: Call, messages: Sequence[Message]) -> str:
     """What `Chat.write` wrote; of a raw text, the text."""
     if not messages:
         return chat.markup.shield(call.text)
-    messages = chat.shielded(messages)
+    messages = in_text(chat.shielded(messages), calls=False, reasoning=not chat.probed.writes_reasoning)
     tools = chat.shielded_json(json.dumps(list(call.tools))) if call.tools else ""
     if not tools and not any(message.tool_calls or message.role == "tool" for message in messages):
         return _rendered(chat, [messages])
@@ -61,7 +62,7 @@ def prompt_ids(chat: Chat, call: Call, most_tokens: int) -> list[int]:
     Raises RequestError as `prompt_text` does, for a prompt of no tokens, and for one far longer than `most_tokens`, which is
     not read to its end; a little longer ones are for the caller to refuse.
     """
-    messages = [_message(said, place) for place, said in enumerate(call.messages)]
+    messages = _messages(chat, call)
     rendering = _rendering(chat, call, messages)
     _check_length(chat, chat.markup.opened(rendering), most_tokens)
     try:
@@ -118,6 +119,12 @@ def _rendered(chat: Chat, ways: Sequence[Sequence[Message]], tools: str = "") ->
         except SourceError as error:
             problem = problem or error.problem
     raise RequestError(problem, "send the roles that the base's chat template knows, in the order that it expects")
+
+
+def _messages(chat: Chat, call: Call) -> list[Message]:
+    """The turns of a request; reasoning in the text of earlier replies is in its field, as in rows: templates leave it out."""
+    messages = [_message(said, place) for place, said in enumerate(call.messages)]
+    return [with_reasoning(one, chat.markup.spelt) if one.role == "assistant" else one for one in messages]
 
 
 def _message(said: Any, place: int) -> Message:
