@@ -43,7 +43,7 @@ RECIPE: dict[str, Any] = {
     "optimizer": {"learning_rate": 2e-2, "batch_tokens": 128},
 }
 # A first delta that leaves room for a second one
-WEAK = {**RECIPE, "budget": {"epochs": 2}}
+WEAK = {**RECIPE, "budget": {"epochs": 4}}
 # Rows that come later, so that enough are held out to tell a second delta from the first
 LATER = [
     {"messages": [{"role": "user", "content": f"please {row['messages'][0]['content']}"}, row["messages"][1]]} for row in ROWS
