@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import soxr
 
-from media_files import silence, sound
+from media_files import ogg_pages, silence, sound, vorbis_packets
 from sartor.core import sounds
 from sartor.core.errors import MediaError
 from sartor.curate.steps.audio import listen
@@ -115,6 +115,49 @@ def test_sixteen_parts_one_after_the_other_take_no_more_than_one(tmp_path: Path)
     outcome = read_apart(silence(384_000, 40), tmp_path, times=16)
     assert outcome["results"] == [40 * RATE] * 16
     assert outcome["above"] < MOST_ABOVE_IDLE
+
+
+def bomb_in_pages_of_one_segment() -> bytes:
+    return b"".join(ogg_pages(vorbis_packets(8, 20), cut=1))
+
+
+def bomb_among_another_stream() -> bytes:
+    """Pages of an Opus stream between those of the Vorbis stream."""
+    other = ogg_pages([b"OpusHead\1\1" + bytes(9), *[bytes(300)] * 9], serial=2, cut=1)
+    pages = ogg_pages(vorbis_packets(1, 20), cut=1)
+    return b"".join(page for pair in zip(pages, other, strict=False) for page in pair) + b"".join(pages[len(other) :])
+
+
+BOMBS = {
+    "one codebook of 2**20 entries": (lambda: b"".join(ogg_pages(vorbis_packets(1, 20))), "1048576 entries in a codebook"),
+    "64 codebooks of 2**19": (lambda: b"".join(ogg_pages(vorbis_packets(64, 19))), "524288 entries in a codebook"),
+    "255 codebooks of 2**13": (lambda: b"".join(ogg_pages(vorbis_packets(255, 13))), "entries in its codebooks or more"),
+    "split over pages": (bomb_in_pages_of_one_segment, "1048576 entries in a codebook"),
+    "multiplexed": (bomb_among_another_stream, "1048576 entries in a codebook"),
+    "chained": (lambda: sound(form="OGG") + b"".join(ogg_pages(vorbis_packets(1, 20))), "1048576 entries in a codebook"),
+    "behind an ID3 tag": (lambda: b"ID3\3" + bytes(6) + b"".join(ogg_pages(vorbis_packets(1, 20))), "an ID3 tag"),
+    "another checksum": (lambda: b"OggS" + bytes(23) + b"".join(ogg_pages(vorbis_packets(1, 20))), "at byte 0 is not whole"),
+    "cut short": (lambda: sound(form="OGG")[:-9], "is not whole"),
+    "something between pages": (lambda: sound(form="OGG") + b"x" + sound(form="OGG"), "there is no Ogg page"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_ogg_that_would_end_the_process_is_refused(case: str, tmp_path: Path) -> None:
+    make, problem = BOMBS[case]
+    outcome = read_apart(make(), tmp_path)
+    [[reason_given, problem_given, _]] = outcome["results"]
+    assert reason_given == "unreadable_audio" and problem in problem_given
+    assert outcome["above"] < MOST_ABOVE_IDLE
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (16_000, 2), (44_100, 6), (48_000, 8)])
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_ogg_of_an_encoder_is_read(rate: int, channels: int, subtype: str, tmp_path: Path) -> None:
+    content = silence(48_000 if subtype == "OPUS" else rate, 1, channels, "OGG", subtype)
+    (tmp_path / "a.ogg").write_bytes(content + b"TAG" + bytes(125))
+    for source in (content, content + b"TAG" + bytes(125), tmp_path / "a.ogg"):
+        assert len(sounds.read_sound(source, RATE)) == pytest.approx(RATE, abs=10)
 
 
 class Endless:

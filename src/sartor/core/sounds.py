@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.errors import MediaError, SartorError, need, said_of
+from sartor.core.ogg import check_ogg
 
 MOST_SECONDS = 3600.0
 MOST_RATE, MOST_CHANNELS = 384_000, 8
@@ -169,6 +170,7 @@ def opened(content: bytes | Path) -> Iterator[Any]:
         raise need("soundfile") from None
     file = content if isinstance(content, Path) else None
     try:
+        check_ogg(content)
         with soundfile.SoundFile(content if isinstance(content, Path) else io.BytesIO(content)) as sound:
             if sound.samplerate < 1:
                 raise MediaError("unreadable_audio", "it has no sample rate", _REMEDY)
