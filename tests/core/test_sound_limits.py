@@ -73,6 +73,8 @@ def flac_that_says(seconds: int) -> bytes:
 REFUSED = {
     "FLAC at 655,350 Hz": (lambda: silence(655_350, 300), "unreadable_audio", "655350 samples a second; at most 384000"),
     "WAV at 768 kHz": (lambda: silence(768_000, 0.1, form="WAV"), "unreadable_audio", "at most 384000"),
+    "WAV at 3 Hz": (lambda: silence(3, 299.5, form="WAV"), "unreadable_audio", "it has 3 samples a second; at least 50"),
+    "WAV at 49 Hz": (lambda: silence(49, 299.5, form="WAV"), "unreadable_audio", "it has 49 samples a second; at least 50"),
     "9 channels": (lambda: silence(48_000, 1, 9, "WAV"), "unreadable_audio", "9 channels; at most 8"),
     "8 channels at 96 kHz": (lambda: silence(96_000, 300, 8), "audio_too_long", "230400000 samples or more in 8 channels"),
     "2 channels at 384 kHz": (lambda: silence(384_000, 151, 2), "audio_too_long", "at most 115200000"),
@@ -99,6 +101,7 @@ ACCEPTED = {
     "Opus of 100 s": (lambda: silence(48_000, 100, 1, "OGG", "OPUS"), 100),
     "MP3 of 60 s": (lambda: silence(8000, 60, 1, "MP3"), 60),
     "FLAC of 300 s that says 1 s": (lambda: flac_that_says(1), 1),
+    "WAV of 300 s at 50 Hz": (lambda: silence(50, 300, form="WAV"), 300),
     "WAV that says 4 GB": (wav_of_4_gb, 0.1),
 }  # fmt: skip
 
@@ -193,7 +196,7 @@ def test_the_process_limit_holds_where_no_other_is_given(monkeypatch: pytest.Mon
     assert len(sounds.read_sound(content, 8000, 3.0)) == 24_000
 
 
-@pytest.mark.parametrize("source_rate", [1, 50, 8000, 11_025, 22_050, 44_100, 48_000, 96_000, 192_000, 384_000])
+@pytest.mark.parametrize("source_rate", [50, 8000, 11_025, 22_050, 44_100, 48_000, 96_000, 192_000, 384_000])
 @pytest.mark.parametrize("channels", [1, 2, 6])
 def test_blocks_make_bit_for_bit_what_one_piece_makes(source_rate: int, channels: int) -> None:
     """Features, and the digests of Datasets that were made before, rest on these samples."""

@@ -21,6 +21,7 @@ from sartor.core.ogg import check_ogg
 
 MOST_SECONDS = 3600.0
 MOST_RATE, MOST_CHANNELS = 384_000, 8
+LEAST_RATE = 50  # below it soxr makes all of a recording of minutes in one piece
 # Of a second, over all channels: 192 kHz in stereo, 384 kHz in mono, 48 kHz in eight channels
 MOST_SAMPLES_PER_S = 192_000 * 2
 BLOCK_SAMPLES = 1 << 18
@@ -163,7 +164,7 @@ def resampled(mono: F32, source_rate: float, rate: float) -> F32:
 
 @contextlib.contextmanager
 def opened(content: bytes | Path) -> Iterator[Any]:
-    """A soundfile.SoundFile of at most MOST_RATE and MOST_CHANNELS. Whatever decoding raises inside is a MediaError."""
+    """A soundfile.SoundFile within the limits of rate and channels. Whatever decoding raises inside is a MediaError."""
     try:
         import soundfile
     except (ImportError, OSError):  # OSError: the package without its library
@@ -174,6 +175,9 @@ def opened(content: bytes | Path) -> Iterator[Any]:
         with soundfile.SoundFile(content if isinstance(content, Path) else io.BytesIO(content)) as sound:
             if sound.samplerate < 1:
                 raise MediaError("unreadable_audio", "it has no sample rate", _REMEDY)
+            if sound.samplerate < LEAST_RATE:
+                problem = f"it has {sound.samplerate} samples a second; at least {LEAST_RATE}"
+                raise MediaError("unreadable_audio", problem, _CONVERT)
             if sound.samplerate > MOST_RATE:
                 problem = f"it has {sound.samplerate} samples a second; at most {MOST_RATE}"
                 raise MediaError("unreadable_audio", problem, _CONVERT)
