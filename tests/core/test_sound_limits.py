@@ -222,6 +222,21 @@ def sounds_file(samples: Any, rate: int) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.parametrize("level", [1e30, -1e30, 3e38, 70_000.0])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_samples_of_which_nothing_finite_can_be_made_are_refused(level: float, channels: int) -> None:
+    samples = np.zeros((3 * RATE, channels), np.float32)
+    samples[2 * RATE] = level
+    with pytest.raises(MediaError, match="where full scale is 1; at most 65536") as caught:
+        sounds.read_sound(sounds_file(samples, RATE), RATE)
+    assert caught.value.reason == "unreadable_audio"
+
+
+def test_float_samples_at_the_scale_of_integers_are_read() -> None:
+    samples = np.random.default_rng(0).integers(-32_768, 32_767, (RATE, 2)).astype(np.float32)
+    assert np.array_equal(sounds.read_sound(sounds_file(samples, RATE), RATE), samples.mean(1, dtype=np.float32))
+
+
 def test_curation_refuses_what_serving_refuses(tmp_path: Path) -> None:
     (tmp_path / "rate.flac").write_bytes(silence(655_350, 0.1))
     with pytest.raises(MediaError, match="at most 384000"):
