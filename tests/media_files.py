@@ -61,3 +61,62 @@ def silence(rate: int, seconds: float, channels: int = 1, form: str = "FLAC", su
             out.write(block[:left])
             left -= min(left, len(block))
     return file.getvalue()
+
+
+class _Bits:
+    """Numbers written lowest bit first, as Vorbis does."""
+
+    def __init__(self) -> None:
+        self._value = self._size = 0
+
+    def add(self, *pairs: tuple[int, int]) -> None:
+        """Each (number, bits)."""
+        for number, size in pairs:
+            self._value |= number << self._size
+            self._size += size
+
+    def bytes(self) -> bytes:
+        return self._value.to_bytes((self._size + 7) // 8, "little")
+
+
+def ogg_page(flags: int, serial: int, number: int, segments: bytes, body: bytes) -> bytes:
+    """A page of an Ogg file, with its checksum."""
+    head = (
+        b"OggS\0" + bytes([flags]) + (2432).to_bytes(8, "little") + serial.to_bytes(4, "little") + number.to_bytes(4, "little")
+    )
+    crc = 0
+    for byte in head + bytes(4) + bytes([len(segments)]) + segments + body:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1 ^ (0x104C11DB7 if crc & 1 << 31 else 0)) & (1 << 32) - 1
+    return head + crc.to_bytes(4, "little") + bytes([len(segments)]) + segments + body
+
+
+def ogg_pages(packets: list[bytes], serial: int = 1, cut: int = 255) -> list[bytes]:
+    """Pages of packets, the first on a page of its own, at most `cut` segments on the others."""
+    segments = b"".join(b"\xff" * (len(packet) // 255) + bytes([len(packet) % 255]) for packet in packets[1:])
+    pages = [ogg_page(2, serial, 0, bytes([len(packets[0])]), packets[0])]
+    body, is_continued = b"".join(packets[1:]), 0
+    for start in range(0, len(segments), cut):
+        part = segments[start : start + cut]
+        flags = is_continued | (4 if start + cut >= len(segments) else 0)
+        pages.append(ogg_page(flags, serial, len(pages), part, body[: sum(part)]))
+        body, is_continued = body[sum(part) :], part[-1] == 255
+    return pages
+
+
+def vorbis_packets(books: int, log2_entries: int) -> list[bytes]:
+    """A Vorbis stream whose header says of `books` codebooks with so many entries each, in ten bytes a book."""
+    identification = _Bits()
+    identification.add((0, 32), (1, 8), (16_000, 32), (0, 32), (64_000, 32), (0, 32), (8, 4), (8, 4), (1, 8))
+    setup, entries = _Bits(), 1 << log2_entries
+    setup.add((books - 1, 8))
+    for _ in range(books):
+        setup.add((0x564342, 24), (1, 16), (entries, 24), (1, 1), (log2_entries - 1, 5), (entries, log2_entries + 1), (0, 4))
+    setup.add((0, 22))  # one time
+    setup.add((0, 6), (1, 16), (0, 5), (0, 2), (4, 4))  # one floor
+    setup.add((0, 6), (0, 16), (0, 72), (0, 6), (0, 8), (0, 4))  # one residue
+    setup.add((0, 6), (0, 16), (0, 4), (0, 24), (0, 6), (0, 1), (0, 40))  # one mapping, one mode
+    setup.add((1, 1))
+    heads = [b"\x01vorbis" + identification.bytes(), b"\x03vorbis" + bytes(8) + b"\x01", b"\x05vorbis" + setup.bytes()]
+    return [*heads, *[bytes(2)] * 20]

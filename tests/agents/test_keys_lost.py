@@ -261,6 +261,13 @@ def test_remove_keys_is_a_verb(tmp_path: Path) -> None:
     assert remove_keys(tmp_path / "team.yaml")["removed"] == 0
 
 
+def test_keys_are_removed_where_there_is_no_state_directory(keys: Keys, state: Path, tmp_path: Path, clock: Clock) -> None:
+    keys.make(["faq"])
+    with closing(opened(tmp_path / "absent", clock, database_in=state)) as elsewhere:
+        assert elsewhere.remove_all() == 1
+    assert not (tmp_path / "absent").exists()
+
+
 def test_mark_that_cannot_be_removed_is_named(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
     keys.make(["faq"])
 

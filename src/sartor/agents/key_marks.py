@@ -73,6 +73,7 @@ def write_file(state: Path | None) -> None:
 
 def remove_file(state: Path | None) -> None:
     """Take the file out of the state directory. Raises OSError."""
-    if state is not None:
-        (state / FILE).unlink(missing_ok=True)
-        fsync_directory(state)
+    if state is None or not has_file(state):  # the directory may not be there either
+        return
+    (state / FILE).unlink(missing_ok=True)
+    fsync_directory(state)

@@ -17,11 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.errors import MediaError, SartorError, need, said_of
+from sartor.core.ogg import check_ogg
 
 MOST_SECONDS = 3600.0
 MOST_RATE, MOST_CHANNELS = 384_000, 8
+LEAST_RATE = 50  # below it soxr makes all of a recording of minutes in one piece
 # Of a second, over all channels: 192 kHz in stereo, 384 kHz in mono, 48 kHz in eight channels
 MOST_SAMPLES_PER_S = 192_000 * 2
+# Full scale is 1. A float file may be written at the scale of 16-bit integers; the spectrum of samples at 1e20 overflows.
+MOST_LEVEL = float(1 << 16)
 BLOCK_SAMPLES = 1 << 18
 _REMEDY = "give a whole WAV, FLAC, Ogg or MP3 file"
 _CONVERT = "convert it: ffmpeg -i RECORDING -ar 48000 -ac 1 SMALLER.flac"
@@ -162,16 +166,20 @@ def resampled(mono: F32, source_rate: float, rate: float) -> F32:
 
 @contextlib.contextmanager
 def opened(content: bytes | Path) -> Iterator[Any]:
-    """A soundfile.SoundFile of at most MOST_RATE and MOST_CHANNELS. Whatever decoding raises inside is a MediaError."""
+    """A soundfile.SoundFile within the limits of rate and channels. Whatever decoding raises inside is a MediaError."""
     try:
         import soundfile
     except (ImportError, OSError):  # OSError: the package without its library
         raise need("soundfile") from None
     file = content if isinstance(content, Path) else None
     try:
+        check_ogg(content)
         with soundfile.SoundFile(content if isinstance(content, Path) else io.BytesIO(content)) as sound:
             if sound.samplerate < 1:
                 raise MediaError("unreadable_audio", "it has no sample rate", _REMEDY)
+            if sound.samplerate < LEAST_RATE:
+                problem = f"it has {sound.samplerate} samples a second; at least {LEAST_RATE}"
+                raise MediaError("unreadable_audio", problem, _CONVERT)
             if sound.samplerate > MOST_RATE:
                 problem = f"it has {sound.samplerate} samples a second; at most {MOST_RATE}"
                 raise MediaError("unreadable_audio", problem, _CONVERT)
@@ -195,7 +203,7 @@ def blocks(
     """(frames, channels) the recording a block of `size` frames (a second) at a time, none after `max_seconds` are passed.
 
     max_samples: over all channels, of what is decoded, whatever the header says. Raises MediaError where there are more,
-    where a sample is no number, where there are none, and where it ends before its header says.
+    where a sample is no number or above MOST_LEVEL, where there are none, and where it ends before its header says.
     """
     if (samples := sound.frames * sound.channels) > max_samples:
         raise _too_large(samples, sound.channels, max_samples)
@@ -206,6 +214,9 @@ def blocks(
             raise _too_large(samples, sound.channels, max_samples)
         if not np.isfinite(block).all():
             raise MediaError("unreadable_audio", "it holds samples that are no numbers", _REMEDY)
+        if (level := max(block.max(), -block.min())) > MOST_LEVEL:
+            problem = f"it holds a sample of {level:.3g} where full scale is 1; at most {MOST_LEVEL:g}"
+            raise MediaError("unreadable_audio", problem, "write it as 16-bit integers, or scale it to -1..1")
         yield block
     if not frames:
         raise MediaError("unreadable_audio", "it holds no samples", _REMEDY)

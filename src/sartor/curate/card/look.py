@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sartor.core.ogg import check_ogg
 from sartor.curate.card.rows import Sampled
 
 FILES = 2000  # of each kind that are opened; names are digests, so the first by name are a choice by lot
@@ -82,4 +83,5 @@ def _longer_side(file: Path) -> float:
 def _seconds(file: Path) -> float:
     import soundfile
 
+    check_ogg(file)
     return float(soundfile.info(str(file)).duration)

@@ -1,0 +1,201 @@
+"""Ogg files looked at before libsndfile opens them: whole pages, and Vorbis codebooks of a size that encoders make.
+
+libvorbis reserves memory for what a setup header of a few bytes says, a part of it on the stack: a codebook of 2**20 entries
+ends the process. The layout of pages is of RFC 3533, that of codebooks of Vorbis I, section 3.2.1. libvorbis's own encoder
+makes at most 6,561 entries in a codebook, and 19,413 with 87,952 values in a file (six channels at 44.1 kHz).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from sartor.core.errors import MediaError
+
+# libvorbis makes a table of a codebook for each of up to 64 residues: 36 MB for one of 2**13 entries of 13 dimensions
+MOST_BOOK_ENTRIES = 1 << 13
+# Of all codebooks in a file. Each chained stream brings its own.
+MOST_ENTRIES, MOST_VALUES = 1 << 17, 1 << 20
+MOST_BYTES = 1 << 17  # of a setup header that goes on over pages
+_PAGE, _SETUP, _ID3 = b"OggS", b"\x05vorbis", b"ID3"
+_HEAD = 27  # bytes of a page before its segment table
+_IS_CONTINUED = 1  # flag of a page: its first packet began on a page before
+_BOOK_SYNC = 0x564342
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+Bytes = bytes | mmap.mmap
+
+
+def check_ogg(content: bytes | Path) -> None:
+    """Raise MediaError (`unreadable_audio`) for an Ogg file that is not whole or whose codebooks are too large.
+
+    Other files pass. Raises OSError where a file cannot be read.
+    """
+    with _bytes_of(content) as data:
+        if data[:3] == _ID3 and data.find(_PAGE + b"\0") >= 0:  # libsndfile looks behind the tag
+            raise _broken("an ID3 tag is not part of an Ogg file", "remove it: ffmpeg -i RECORDING -c copy UNTAGGED.ogg")
+        if data[:4] != _PAGE:
+            return
+        entries = values = 0
+        for packet in _setup_packets(data):
+            for size, dimensions in _codebooks(packet):
+                entries, values = entries + size, values + size * dimensions
+                _check_size(size, entries, values)
+
+
+def _check_size(size: int, entries: int, values: int) -> None:
+    for what, number, most in (
+        ("entries in a codebook", size, MOST_BOOK_ENTRIES),
+        ("entries in its codebooks", entries, MOST_ENTRIES),
+        ("values in its codebooks", values, MOST_VALUES),
+    ):
+        if number > most:
+            raise _too_large(what, number, most)
+
+
+def _too_large(what: str, number: int, most: int) -> MediaError:
+    problem = f"its Vorbis header has {number} {what} or more; at most {most}"
+    return _broken(problem, "convert it: ffmpeg -i RECORDING CONVERTED.flac")
+
+
+def _broken(problem: str, remedy: str = "give a whole WAV, FLAC, Ogg or MP3 file") -> MediaError:
+    return MediaError("unreadable_audio", problem, remedy)
+
+
+@contextlib.contextmanager
+def _bytes_of(content: bytes | Path) -> Iterator[Bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as file:
+        if not file.read(1):  # an empty file cannot be mapped
+            yield b""
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+
+
+def _setup_packets(data: Bytes) -> Iterator[bytes]:
+    """The setup headers of all logical streams."""
+    unfinished: dict[int, bytes] = {}  # packets by serial number
+    for flags, serial, segments, body in _pages(data):
+        packet = unfinished.pop(serial, b"")
+        if bool(flags & _IS_CONTINUED) != bool(packet):
+            raise _broken("an Ogg packet is not continued on the next page of its stream")
+        is_unfinished = segments[-1:] == b"\xff"
+        if not packet and not is_unfinished and _SETUP not in body:
+            continue
+        start = end = 0
+        for size in segments:
+            end += size
+            if size == 255:
+                continue
+            if packet or body.startswith(_SETUP, start):
+                packet += body[start:end]
+                if packet.startswith(_SETUP):
+                    yield packet
+                packet = b""
+            start = end
+        if is_unfinished:
+            packet += body[start:end]
+            if packet.startswith(_SETUP) and len(packet) > MOST_BYTES:
+                raise _too_large("bytes", len(packet), MOST_BYTES)
+            unfinished[serial] = packet if packet.startswith(_SETUP) else packet[: len(_SETUP)]
+
+
+def _pages(data: Bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
+    """(flags, serial number, segment table, body) of each page: nothing between them, and after the last no other."""
+    start = 0
+    while data[start : start + 4] == _PAGE:
+        head = data[start : start + _HEAD]
+        segments = data[start + _HEAD : start + _HEAD + head[-1]] if len(head) == _HEAD else b""
+        end = start + _HEAD + len(segments) + sum(segments)
+        page = data[start:end]
+        # libogg would look for the next page inside of one with another checksum
+        if len(head) < _HEAD or len(segments) < head[-1] or len(page) < end - start or _checksum(page) != page[22:26]:
+            raise _broken(f"its Ogg page at byte {start} is not whole")
+        yield head[5], int.from_bytes(head[14:18], "little"), segments, page[_HEAD + len(segments) :]
+        start = end
+    if data.find(_PAGE, start) >= 0:
+        raise _broken(f"at byte {start} there is no Ogg page, and there are pages after it")
+
+
+def _checksum(page: bytes) -> bytes:
+    """The CRC of a page as it is written there: zlib's polynomial, each byte from its other end, begun at 0, not inverted."""
+    bare = page[:22] + bytes(4) + page[26:]
+    crc = zlib.crc32(bare.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return crc.to_bytes(4, "little").translate(_REVERSED)[::-1]
+
+
+class _Bits:
+    """The bits of a packet, lowest first. Raises MediaError behind its end."""
+
+    def __init__(self, packet: bytes, start: int) -> None:
+        self._packet, self._at = packet, start * 8
+
+    def skip(self, count: int) -> None:
+        self._at += count
+        if self._at > len(self._packet) * 8:
+            raise _broken("its Vorbis header ends too early")
+
+    def next(self, count: int) -> int:
+        """A number of at most 32 bits."""
+        first, shift = divmod(self._at, 8)
+        self.skip(count)
+        return int.from_bytes(self._packet[first : first + 5], "little") >> shift & (1 << count) - 1
+
+
+def _codebooks(packet: bytes) -> Iterator[tuple[int, int]]:
+    """(entries, dimensions) of each codebook of a setup header, before anything of its size is read."""
+    bits = _Bits(packet, len(_SETUP))
+    for _ in range(bits.next(8) + 1):
+        if bits.next(24) != _BOOK_SYNC:
+            raise _broken("its Vorbis header holds no codebook where one is due")
+        dimensions, entries = bits.next(16), bits.next(24)
+        if not dimensions or not entries:
+            raise _broken("its Vorbis header holds an empty codebook")
+        yield entries, dimensions
+        _skip_lengths(bits, entries)
+        _skip_values(bits, entries, dimensions)
+
+
+def _skip_lengths(bits: _Bits, entries: int) -> None:
+    if bits.next(1):  # ordered: how many entries there are of each length
+        bits.skip(5)
+        left = entries
+        for _ in range(32):
+            if left > 0:
+                left -= bits.next(left.bit_length())
+        if left:
+            raise _broken("its Vorbis header holds a codebook of other lengths than entries")
+        return
+    is_sparse = bits.next(1)
+    for _ in range(entries):
+        if not is_sparse or bits.next(1):
+            bits.skip(5)
+
+
+def _skip_values(bits: _Bits, entries: int, dimensions: int) -> None:
+    kind = bits.next(4)
+    if kind > 2:
+        raise _broken(f"its Vorbis header holds a codebook with lookup {kind}; there are 0, 1 and 2")
+    if not kind:
+        return
+    bits.skip(64)
+    width = bits.next(4) + 1
+    bits.skip(1)
+    count = _root(entries, dimensions) if kind == 1 else entries * dimensions
+    bits.skip(count * width)
+
+
+def _root(number: int, degree: int) -> int:
+    """The largest integer of which the power is at most `number`."""
+    root = round(number ** (1 / degree))
+    while root**degree > number:
+        root -= 1
+    while (root + 1) ** degree <= number:
+        root += 1
+    return root
