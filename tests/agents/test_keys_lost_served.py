@@ -196,6 +196,7 @@ def processes_of(url: str) -> list[int]:
     return [first, *(int(pid) for pid in Path(f"/proc/{first}/task/{first}/children").read_text().split())]
 
 
+@pytest.mark.alone
 @pytest.mark.services
 def test_keys_hold_for_a_minute_while_the_registry_is_lost(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
