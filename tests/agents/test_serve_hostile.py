@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import serving
+from hypothesis import given
+from hypothesis import strategies as st
 from serving import chat
 
+from sartor.agents.serve import bodies
 from sartor.agents.serve.bodies import MOST_NESTED, Reading, TooLargeError, nested, parse
 from sartor.core.errors import BusyError, RequestError
 
@@ -226,6 +229,15 @@ def test_depth_is_counted_outside_of_strings(depth: int) -> None:
             parse(body)
     else:
         parse(body)
+
+
+@given(st.text('\\"[]{}a', max_size=60), st.integers(1, 9))
+def test_depth_does_not_depend_on_the_pieces_that_are_scanned(text: str, piece: int) -> None:
+    body = text.encode()
+    with pytest.MonkeyPatch.context() as patch:
+        whole = nested(body)
+        patch.setattr(bodies, "_PIECE", piece)
+        assert nested(body) == nested(bytearray(body)) == whole
 
 
 @pytest.mark.parametrize("body", [b'\\"' * 500_000, b'"' * 500_001, b'"\\' * 500_000, b"[" * 1_000_000, b'"' + b"\\" * 999_999])

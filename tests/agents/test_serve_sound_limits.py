@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import soundfile
 
 from composing import Seeing
 from media_files import audio_part, silence, sound
+from sartor.agents.team import MediaLimits
 
 MOST_ABOVE_IDLE = 64 << 20
 
@@ -68,13 +72,21 @@ def above_idle(client: httpx.Client, pids: Sequence[int], *contents: tuple[bytes
     return answer, [memory(pid, "VmHWM") - before for pid, before in zip(pids, idle, strict=True)]
 
 
+def noise(frames: int) -> bytes:
+    """A WAV of so many samples, which no codec could make smaller."""
+    samples = np.random.default_rng(0).integers(-3000, 3000, frames).astype(np.int16)
+    out = io.BytesIO()
+    soundfile.write(out, samples, 48_000, format="WAV", subtype="PCM_16")
+    return out.getvalue()
+
+
 @pytest.mark.services
 def test_server_takes_at_most_64_mb_for_recordings(tmp_path: Path) -> None:
     refused = {
         "rate": [(silence(655_350, 300), "flac")],
         "channels": [(silence(48_000, 1, 9, "WAV"), "wav")],
         "samples": [(silence(96_000, 300, 8), "flac")],
-        "sixteen": [(silence(655_350, 300), "flac")] * 16,
+        "sixteen": [(silence(655_350, 200), "flac")] * 16,
     }
     at_the_limit = {
         "384 kHz": [(silence(384_000, 300), "flac")],
@@ -82,6 +94,8 @@ def test_server_takes_at_most_64_mb_for_recordings(tmp_path: Path) -> None:
         "Ogg": [(silence(48_000, 300, 2, "OGG"), "ogg")],
         "sixteen": [(silence(384_000, 300), "flac")] * 16,
     }
+    largest = int(MediaLimits().bytes / 2) - 4096  # samples of two bytes, and a header
+    at_the_limit["bytes"] = [(noise(largest), "wav")]
     with hearing(tmp_path) as (client, pids):
         assert len(pids) >= 2
         accepted = ask(client, (sound(2, 384_000, "FLAC"), "flac"))

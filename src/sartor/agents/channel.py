@@ -67,12 +67,15 @@ class Frames:
         """The frames that `data` completes."""
         self._rest += data
         while (end := self._rest.find(b"\n", self._searched)) >= 0:
-            line = bytes(self._rest[:end])
-            del self._rest[: end + 1]
+            if end + 1 == len(self._rest):  # a request with media is most often all there is: not copied
+                line, self._rest = self._rest, bytearray()
+            else:
+                line = self._rest[: end + 1]
+                del self._rest[: end + 1]
             self._searched = 0
             was_dropping, self._dropping = self._dropping, False
             if not was_dropping:
-                yield _read(line) if len(line) <= self._most_bytes else self._too_long()
+                yield _read(line) if end <= self._most_bytes else self._too_long()
         self._searched = len(self._rest)
         if self._searched > self._most_bytes:
             if not self._dropping:
@@ -84,11 +87,14 @@ class Frames:
         return Malformed(f"a line has more than {self._most_bytes} bytes")
 
 
-def _read(line: bytes) -> dict[str, Any] | Malformed:
+def _read(line: bytearray) -> dict[str, Any] | Malformed:
+    size = len(line) - 1  # without its end
     try:
-        said = json.loads(line.decode("utf-8", "surrogatepass"))
+        text = line.decode("utf-8", "surrogatepass")
+        line.clear()
+        said = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Malformed(f"a line of {len(line)} bytes is no JSON: {type(error).__name__}")
+        return Malformed(f"a line of {size} bytes is no JSON: {type(error).__name__}")
     return said if isinstance(said, dict) else Malformed(f"a line holds {type(said).__name__}, not an object")
 
 

@@ -126,7 +126,11 @@ MOST_MEDIA_BYTES = 40_000_000
 class MediaLimits:
     """Pictures and recordings of one request."""
 
-    bytes: int = option(20_000_000, "of all of them, decoded from base64 and beside limits.body_bytes; above it 413")
+    bytes: int = option(
+        10_000_000,
+        "of all of them, decoded from base64 and beside limits.body_bytes; above it 413. A process that reads so much takes at "
+        "most 64 MiB for it, and about five times media.bytes where that is more",
+    )
     parts: int = option(16, "so many; above it 400")
     pixels: int = option(50_000_000, "of one picture; above it 400")
     seconds: float = option(300.0, "of one recording; above it 400")

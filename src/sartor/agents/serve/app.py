@@ -40,11 +40,12 @@ class JsonResponse(Response):
 
 
 class _Checked(Request):
-    """A request whose body was read and parsed by `bodies`; the framework takes it from here."""
+    """A request whose body was read and parsed by `bodies`; the framework takes its value from here."""
 
-    def __init__(self, request: Request, body: bytes, value: Any) -> None:
+    def __init__(self, request: Request, body_bytes: int, value: Any) -> None:
         super().__init__(request.scope, request.receive)
-        self._body = body
+        self.state.body_bytes = body_bytes
+        self._body = b"null" if body_bytes else b""  # the framework asks only whether there is one
         self._json = value
 
 
@@ -59,17 +60,20 @@ class Route(APIRoute):
         has_media = "messages" in known
 
         async def answer(request: Request) -> Response:
-            body = await body_of(request, has_media) if asked else b""
-            value = await _value(body, desk_of(request).limits.body_bytes) if asked else None
+            if not asked:
+                return await original(request)
+            body = await body_of(request, has_media)
+            body_bytes = len(body)
+            value = await _value(body, desk_of(request).limits.body_bytes)
             try:
-                return await original(_Checked(request, body or b"", value) if asked else request)
+                return await original(_Checked(request, body_bytes, value))
             except RequestValidationError as error:
                 raise field_error(error.errors(), value, known) from None
 
         return answer
 
 
-async def _value(body: bytes, limit_bytes: int) -> Any:
+async def _value(body: bytearray, limit_bytes: int) -> Any:
     """A large body is parsed beside the loop: others' replies go on meanwhile."""
 
     def weighed() -> Any:
@@ -79,7 +83,7 @@ async def _value(body: bytes, limit_bytes: int) -> Any:
     return parse(body) if len(body) < LARGE_BYTES else await asyncio.to_thread(weighed)
 
 
-async def body_of(request: Request, has_media: bool = False) -> bytes:
+async def body_of(request: Request, has_media: bool = False) -> bytearray:
     """A request's body, within its limits of size and time, if it is announced as JSON.
 
     Raises MediaTypeError, SlowBodyError, TooLargeError, BusyError.

@@ -25,6 +25,7 @@ MOST_HELD_BYTES = 256 << 20
 _PIECE = 1 << 16
 # Of base64 in JSON, with slashes that some writers escape: no structure stands in such a run, so it costs nothing to parse
 _RUN = re.compile(rb"(?<![A-Za-z0-9+/=\\])[A-Za-z0-9+/=\\]{256,}")  # only from its beginning: linear
+_ESCAPE = re.compile(rb"\\+.?", re.DOTALL)
 _STEPS = np.zeros(256, dtype=np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 # Where none of these stands, no text can hold what no text should: the parser itself refuses control characters as they are
@@ -51,7 +52,7 @@ class Reading:
         self.most_bytes = most_bytes
         self.held_bytes = 0
 
-    async def whole(self, chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_bytes: int) -> bytes:
+    async def whole(self, chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_bytes: int) -> bytearray:
         """The body, counted while it comes in. Raises TooLargeError, and BusyError when all together are too much."""
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > limit_bytes:
@@ -70,7 +71,7 @@ class Reading:
                     )
         finally:
             self.held_bytes -= len(body)
-        return bytes(body)
+        return body
 
 
 def too_large(size: int | None, limit_bytes: int) -> TooLargeError:
@@ -82,42 +83,56 @@ def too_large(size: int | None, limit_bytes: int) -> TooLargeError:
     )
 
 
-def parse(body: bytes) -> Any:
-    """The value of a JSON text. Raises RequestError for what is no strict JSON, or holds what no text should."""
+def parse(body: bytes | bytearray) -> Any:
+    """The value of a JSON text. Raises RequestError for what is no strict JSON, or holds what no text should.
+
+    A bytearray is emptied: a body with media, its text and its value would be three times its size.
+    """
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"the body is not UTF-8 at byte {error.start}", "send JSON in UTF-8") from None
     if (depth := nested(body)) > MOST_NESTED:
         raise RequestError(f"the JSON is nested {depth} deep; the limit is {MOST_NESTED}", "send a flatter value")
+    is_suspect = _SUSPECT.search(body) is not None
+    if isinstance(body, bytearray):
+        body.clear()
     try:
         value = json.loads(text, parse_constant=_constant, parse_int=_whole, parse_float=_real, object_pairs_hook=_unlike_keys)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, column {error.colno}"
         raise RequestError(f"the body is not JSON: {error.msg} at {at}", "check it with `python -m json.tool`") from None
-    if _SUSPECT.search(body):
+    if is_suspect:
         _check_texts(value)
     return value
 
 
-def nested(body: bytes) -> int:
-    """How deep brackets stand in each other, strings left out. Linear in time, whatever the body is.
+def nested(body: bytes | bytearray) -> int:
+    """How deep brackets stand in each other, strings left out. Linear in time, and no copy of the body, whatever it is.
 
     A backslash outside of a string is no JSON: what is counted from there on does not matter, the parser stops at it.
     """
-    signs = np.frombuffer(body.replace(b"\\\\", b"").replace(b'\\"', b""), dtype=np.uint8)
-    deepest = depth = quotes = 0
-    for start in range(0, len(signs), _PIECE):
-        piece = signs[start : start + _PIECE]
-        counts = np.cumsum(piece == ord('"')) + quotes
-        depths = np.cumsum(_STEPS[piece] * (counts % 2 == 0), dtype=np.int64) + depth
+    deepest = depth = quotes = start = 0
+    while start < len(body):
+        end = start + _PIECE
+        if match := _ESCAPE.match(body, end - 1):  # what it escapes belongs to the same piece
+            end = match.end()
+        signs = np.frombuffer(body[start:end].replace(b"\\\\", b"").replace(b'\\"', b""), dtype=np.uint8)
+        start = end
+        if not len(signs):
+            continue
+        counts = np.cumsum(signs == ord('"')) + quotes
+        depths = np.cumsum(_STEPS[signs] * (counts % 2 == 0), dtype=np.int64) + depth
         deepest, depth, quotes = max(deepest, int(depths.max())), int(depths[-1]), int(counts[-1])
     return deepest
 
 
-def check_weight(body: bytes, limit_bytes: int) -> None:
+def check_weight(body: bytes | bytearray, limit_bytes: int) -> None:
     """Raise TooLargeError for a body that has more than that beside its longest texts: what else is in it takes memory."""
-    if len(body) > limit_bytes and (rest := len(body) - sum(len(run[0]) for run in _RUN.finditer(body))) > limit_bytes:
+    if (
+        len(body) > limit_bytes
+        and (rest := len(body) - sum(run.end() - run.start() for run in _RUN.finditer(body))) > limit_bytes
+    ):
         raise too_large(rest, limit_bytes)
 
 

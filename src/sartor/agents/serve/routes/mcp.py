@@ -18,7 +18,7 @@ def router_of(tools: AsTools) -> APIRouter:
     @router.post("/mcp")
     async def team(request: Request) -> Response:
         """All that the key opens."""
-        body = await body_of(request)
+        body = bytes(await body_of(request))
         parse(body)
         return tools.answered(body)
 

@@ -38,7 +38,7 @@ async def chat(asked: ChatRequest, request: Request) -> Response:
     question = chat_request(asked, desk_of(request).limits)
     spoken = _aloud(asked, request)
     shape = Chat(with_logprobs=bool(asked.logprobs), one_call=asked.parallel_tool_calls is False)
-    async with desk_of(request).looking.looked_at(question.messages, len(await request.body()), asked.n or 1):
+    async with desk_of(request).looking.looked_at(question.messages, request.state.body_bytes, asked.n or 1):
         return await _deliver(request, [question], asked, shape, spoken)
 
 
