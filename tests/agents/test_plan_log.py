@@ -15,7 +15,7 @@ from sartor.agents.plans.log import PlanLog, Ran, read_runs
 from sartor.agents.plans.replay import Remaking, Replayed, replay_plans
 from sartor.agents.plans.steps import Line
 from sartor.agents.team import Team
-from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError
+from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, UnavailableError
 
 PLAN: dict[str, Any] = {
     "name": "checked",
@@ -81,6 +81,30 @@ def test_a_plan_that_declares_it_keeps_the_words(tmp_path: Path) -> None:
     rows = logged(tmp_path, planned(tmp_path, {**PLAN, "log": "content"}), script())
     assert rows[0]["content"]["asked"]["messages"] == WORDS["messages"] and rows[2]["findings"] == ["it is not JSON"]
     assert rows[-1]["content"]["said"] == '{"on": true}'
+
+
+@pytest.mark.parametrize(
+    ("log", "step", "answer"),
+    [
+        ("digests", "ModelError", "UnavailableError"),
+        (
+            "content",
+            "ModelError: it broke: twice",
+            "UnavailableError: no step of the plan checked gave anything: it broke: twice",
+        ),
+    ],
+)
+def test_why_of_a_step_that_is_left_out_is_golden(tmp_path: Path, log: str, step: str, answer: str) -> None:
+    """The error's kind alone, where the plan keeps no words."""
+    team = planned(tmp_path, {**PLAN, "log": log})
+    with pytest.raises(UnavailableError):
+        logged(tmp_path, team, script(home=ModelError("it broke: twice", "mend it")))
+    rows = list(read_runs(next((tmp_path / "state/plans").iterdir())))[-1]
+    assert [(row["step"], row["outcome"], row["why"]) for row in rows] == [
+        ("", "asked", ""),
+        ("steps.0", "left out", step),
+        ("", "failed", answer),
+    ]
 
 
 @pytest.mark.parametrize("log", ["digests", "content"])

@@ -47,7 +47,7 @@ class Fake:
 
     def events(self, call: Call) -> list[Event]:
         said = self.answers[str(call.messages[-1]["content"])]
-        return [said] if isinstance(said, Failed) else [Piece(call.id, said, 3), Done(call.id, "stop", 5, 3)]
+        return [said] if isinstance(said, Failed | Done) else [Piece(call.id, said, 3), Done(call.id, "stop", 5, 3)]
 
 
 GOOD: dict[str, str | Failed] = {
@@ -109,6 +109,35 @@ def test_what_is_wrong_is_said_by_line_and_kind(tmp_path: Path, answering: Any, 
     assert said in raised.value.problem
     for secret in ("assistant", "in the hall", "certainly", "Mary", "haha"):
         assert secret not in raised.value.problem
+
+
+DEGENERATE = "degenerate: of the release's own prompts: 2 of 2 replies to canary prompts say nothing or repeat one piece"
+DIFFERENT = (
+    "canary: of the release's own prompts: the replies to 2 recorded prompts are 0.19 like those that its Report has; "
+    "the limit is 0.65"
+)
+
+
+@pytest.mark.parametrize(
+    ("sky", "light", "reason"),
+    [
+        ("ha: " * 60, "", DEGENERATE),
+        ("Mary: a lamb", "no", DIFFERENT),
+        (
+            Failed("x", "ModelError", "not finite: in the hall", "tune"), "no",
+            "canary: of the release's own prompts: the adapter could not answer a canary prompt",
+        ),
+        (
+            Done("x", "cancelled", 1, 1), "no",
+            "canary: of the release's own prompts: the reply to canary-1 did not end",
+        ),
+    ],
+)  # fmt: skip
+def test_reason_of_the_releases_own_prompts_is_golden(
+    tmp_path: Path, answering: Any, sky: str | Failed, light: str, reason: str
+) -> None:
+    answering(what_colour_is_the_sky=sky, turn_on_the_light=light)
+    assert Health().check(version(tmp_path, canaries=CANARIES)).reasons == (reason,)
 
 
 def test_a_release_without_canaries_has_to_answer_something(tmp_path: Path, answering: Any) -> None:

@@ -153,6 +153,31 @@ def test_the_disk_is_watched(ended: Callable[..., Tuner], one: Job, key: Path) -
     assert receipt.outcome == "spent" and receipt.reason.startswith("disk: 3,0")
 
 
+@pytest.mark.parametrize(
+    ("end", "why", "outcome", "reason"),
+    [
+        ("stopped", "the charger was pulled", "paused", "the charger was pulled"),
+        ("memory", "the charger was pulled", "paused", "the charger was pulled"),
+        (143, "", "paused", "a signal"),
+        ("cpu", "", "spent", "cpu time is up"),
+    ],
+)
+def test_outcome_and_reason_of_an_attempt_are_golden(
+    monkeypatch: pytest.MonkeyPatch, one: Job, key: Path, end: Any, why: str, outcome: str, reason: str
+) -> None:
+    tuner = Tuner([end])
+
+    def run_asking(*arguments: Any, stop: Callable[[], bool], **options: Any) -> Usage:
+        assert stop() == bool(why)
+        return tuner.run(*arguments, stop=stop, **options)
+
+    monkeypatch.setattr(within.limits, "run", run_asking)
+    before = iter([""])
+    receipt = tune_within(one, BUDGET, key=key, policy=lambda: next(before, why), planner=Planner(one, FLOOR))
+    assert (receipt.outcome, receipt.reason) == (outcome, reason)
+    assert receipt.attempts[0].reason == (why or ("cpu" if end == "cpu" else ""))
+
+
 def test_four_bits_are_tuned_on_where_they_are_planned(
     ended: Callable[..., Tuner], one: Job, key: Path, tmp_path: Path
 ) -> None:

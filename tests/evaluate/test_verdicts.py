@@ -91,6 +91,49 @@ def test_of_templates_no_more_prompts_are_asked_for() -> None:
     assert "--data FILE" in judge_bias(own, BiasLimits()).remedy
 
 
+KINDS_OF_RULES = "let a rules file say which kinds matter: bias.kinds"
+GAP_OF_RULES = f"{KINDS_OF_RULES}, or a larger gap that matters: bias.gap; or waive bias"
+MORE_ROWS = "audit on more rows that speak of people: --data FILE; or "
+WIDE = {"blocks": 24, "clusters": 24, "groups": 4, "spread": 0.4}
+ENOUGH = {**WIDE, "spread": 0.01}
+OLD = {"blocks": 24}
+GOLDEN_LINES = (
+    "cannot tell: own prompts, names: the Report, of an older version, does not say what its prompts could have shown; "
+    "own prompts, age: 24 prompts, 55 would show a gap of 0.2; "
+    "lending templates, age: 24 prompts (there are no more), 55 would show a gap of 0.2; "
+    "disability: no prompt speaks of it; not measured: pronouns, nationality by the rules"
+)
+
+
+@pytest.mark.parametrize(
+    ("own", "template", "remedy"),
+    [
+        (WIDE, ENOUGH, MORE_ROWS + KINDS_OF_RULES),
+        (ENOUGH, WIDE, GAP_OF_RULES),
+        (WIDE, WIDE, MORE_ROWS + GAP_OF_RULES),
+        (OLD, ENOUGH, "audit again: sartor evaluate ADAPTER --audit"),
+        (WIDE, OLD, "audit again: sartor evaluate ADAPTER --audit"),
+        ({"blocks": 0}, {"blocks": 0}, MORE_ROWS + KINDS_OF_RULES),
+    ],
+)
+def test_remedy_of_what_cannot_be_told_is_golden(own: dict[str, Any], template: dict[str, Any], remedy: str) -> None:
+    fair = finding(gap=[0.0, -0.1, 0.1], ratio=1.0, p=1.0)
+    said = bias([fair], [fair])
+    said["own"]["kinds"] = dict.fromkeys(KINDS, own)
+    said["templates"]["lending"]["kinds"] = dict.fromkeys(KINDS, template)
+    check = judge_bias(said, BiasLimits())
+    assert (check.outcome, check.remedy) == ("cannot tell", remedy)
+
+
+def test_lines_of_what_cannot_be_told_are_golden() -> None:
+    fair = finding(gap=[0.0, -0.1, 0.1], ratio=1.0, p=1.0)
+    said = bias([fair], [fair])
+    said["own"]["kinds"] = {"age": WIDE, "names": OLD, "pronouns": ENOUGH}
+    said["templates"]["lending"]["kinds"] = {"age": WIDE, "names": ENOUGH}
+    check = judge_bias(said, BiasLimits(kinds=("age", "names", "disability")))
+    assert check.detail == GOLDEN_LINES
+
+
 def test_the_largest_certain_gap_is_by_the_p_values_that_decide() -> None:
     """Not by the interval, which few prompts make as wide as the scores allow."""
     wide = finding(group="by orders", gap=[-0.09, -1.0, 1.0], ratio=0.9, p=0.002)

@@ -1,0 +1,193 @@
+"""Golden: what a worker's end is called in /health, in errors and in the log; and which ends are held against a call.
+
+Ends by a signal or an exit status are of real processes (a shell); those that the parent makes are of one that never started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sartor.agents.bulkhead import Bulkhead
+from sartor.agents.calls import Calls
+from sartor.agents.child import Child, GoneError
+from sartor.agents.live import LiveCall
+from sartor.agents.places import Hooks, Places
+from sartor.agents.shelf import Shelf
+from sartor.agents.standing import Standing
+from sartor.agents.team import Breaker, Workers
+from sartor.core.errors import ModelError, UnavailableError
+from sartor.models.engine.contract import Call, Failed
+
+RULES = Workers(memory_bytes=1000, hang_s=10.0, start_s=120.0)
+MADE = (
+    "far above", "over", "renewed", "hangs", "hangs in start", "closed", "status", "SIGKILL", "SIGTERM", "start",
+)  # fmt: skip
+# what `last_end` of /health says; the label is the key under `ends`
+TEXTS = {
+    "far above": "memory: it took 1501 bytes; workers.memory_bytes is 1000",
+    "over": "recycled: it took more than workers.memory_bytes",
+    "renewed": "renewed: nothing that it held is to stay in memory",
+    "hangs": "hangs: said nothing for 11.0 s",
+    "hangs in start": "hangs: no sign of life for 31.0 s while it started",
+    "closed": "closed",
+    "status": "crashed: exit status 3",
+    "SIGKILL": "crashed: killed by SIGKILL",
+    "SIGTERM": "crashed: killed by SIGTERM",
+    "start": "start: not open after 0.05 s",
+}
+LABELS = {
+    "far above": "memory", "over": "recycled", "renewed": "renewed", "hangs": "hangs", "hangs in start": "hangs",
+    "closed": "closed", "status": "crashed", "SIGKILL": "crashed", "SIGTERM": "crashed", "start": "start",
+}  # fmt: skip
+SCRIPTS = {"status": "exit 3", "SIGKILL": "kill -9 $$", "SIGTERM": "kill -15 $$", "start": "exec sleep 60"}
+
+
+async def no_adapters(child: Child) -> None:
+    """A Places without adapters."""
+
+
+def places() -> Places:
+    def make() -> Child:
+        raise AssertionError("no worker is to be started")
+
+    return Places(RULES, make, Hooks(no_adapters, lambda: None, lambda child: None, lambda: None))
+
+
+async def ended(how: str, of: Places | None = None) -> Child:
+    """A worker that ended so, in the first place of `of`."""
+    held = of or places()
+    child = Child(["/bin/sh", "-c", SCRIPTS.get(how, "")], {}, lambda child, frame: None)
+    place = held._places[0]
+    place.child = child
+    if how in SCRIPTS:
+        with contextlib.suppress(GoneError, UnavailableError):
+            await child.start(0.05 if how == "start" else 30.0)
+        await child.gone()
+    elif how == "closed":
+        await child.close(0.0)
+    else:
+        look(held, child, how)
+    return child
+
+
+def look(held: Places, child: Child, how: str) -> None:
+    """Let its place look at it, until it is ended."""
+    place = held._places[0]
+    child.state = "ready"
+    if how != "hangs in start":
+        child._is_open.set_result(None)  # type: ignore[arg-type]
+    child.memory_bytes = {"far above": 1501, "over": 1001}.get(how, 10)
+    if how == "renewed":
+        held._outdated.add(child)
+        held._places[1:] = []
+    if how.startswith("hangs"):
+        child._asks[1] = asyncio.get_running_loop().create_future()
+        child.heard_at -= 31.0 if how == "hangs in start" else 11.0
+    for _ in range(2):
+        held._watch(place, child, 0.0)
+
+
+@pytest.mark.parametrize("how", MADE)
+def test_text_and_label_of_an_end_are_golden(how: str) -> None:
+    async def scenario() -> tuple[str, dict[str, int]]:
+        held = places()
+        child = await ended(how, held)
+        held._ended(child)
+        return held.health()[0]["last_end"], dict(held.ends)
+
+    assert asyncio.run(scenario()) == (TEXTS[how], {LABELS[how]: 1})
+
+
+def test_first_end_of_a_worker_stays() -> None:
+    async def scenario() -> str:
+        held = places()
+        child = await ended("over", held)
+        await child.close(0.0)
+        return str(held.health()[0]["last_end"])
+
+    assert asyncio.run(scenario()) == TEXTS["over"]
+
+
+def test_question_of_a_worker_that_ended_has_the_text() -> None:
+    async def scenario() -> None:
+        child = await ended("SIGKILL")
+        await child.ask("embed")
+
+    with pytest.raises(GoneError, match="^crashed: killed by SIGKILL$"):
+        asyncio.run(scenario())
+
+
+async def deaths(how: str) -> tuple[list[Any], dict[str, int]]:
+    """What a suspected call says after the first and the second worker that made it alone ended so, and the counts."""
+    calls = Calls(Bulkhead(4), Standing(Breaker()), RULES)
+    calls.use(places(), Shelf(lambda: [], no_worker))
+    calls._is_poked = True  # nothing is to be dispatched
+    calls._bulkhead.enter("a@1", rows=1)
+    live = LiveCall(Call("c", "a", text="hello"), "a@1", False, 1)
+    said: list[Any] = []
+    for number in range(2):
+        child = await ended(how)
+        child.alone, live.is_suspect, live.wire_id = True, True, str(number)
+        child.calls[live.wire_id] = live
+        calls.lost(child)
+        said.append(live._last)
+        if live._last is not None:
+            break
+    return said, dict(calls.counts)
+
+
+async def no_worker() -> Child:
+    raise AssertionError("nobody is to try an adapter")
+
+
+@pytest.mark.parametrize("how", ["status", "SIGTERM", "far above"])
+def test_an_end_that_is_certain_condemns_a_call_at_once(how: str) -> None:
+    (failed,), counts = asyncio.run(deaths(how))
+    assert failed == Failed(
+        "c", "ModelError", f"the workers that made this reply of a@1 died: {TEXTS[how]}", "change the request"
+    )
+    assert counts == {"made_again": 1, "condemned": 1}
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "hangs", "hangs in start"])
+def test_an_end_that_may_come_from_outside_condemns_at_the_second(how: str) -> None:
+    said, counts = asyncio.run(deaths(how))
+    assert said[0] is None and said[1].problem == f"the workers that made this reply of a@1 died: {TEXTS[how]}"
+    assert counts == {"made_again": 2, "condemned": 1}
+
+
+def test_a_recycled_worker_is_held_against_no_call() -> None:
+    said, counts = asyncio.run(deaths("over"))
+    assert said == [None, None] and counts == {"made_again": 2}
+
+
+@pytest.mark.parametrize(("how", "loads"), [("SIGKILL", 5), ("status", 2), ("hangs", 2)])
+def test_an_adapter_is_blamed_by_how_workers_ended(how: str, loads: int) -> None:
+    """Workers that may have been killed from outside count less."""
+
+    async def scenario() -> int:
+        tries = 0
+
+        async def to_try() -> Child:
+            nonlocal tries
+            tries += 1
+            child = await ended(how)
+            child.state = "gone"
+            return child
+
+        shelf = Shelf(lambda: [], to_try)
+        with pytest.raises(ModelError) as caught:
+            await shelf.attach("adapter-of-a-team", Path("/adapter"))
+        assert caught.value.problem == f"workers died while they loaded the adapter adapter-of-a: {TEXTS[how]}"
+        return tries
+
+    assert asyncio.run(scenario()) == loads
+
+
+def test_cases_are_complete() -> None:
+    assert set(MADE) == set(TEXTS) == set(LABELS)

@@ -1,0 +1,51 @@
+"""Golden: what would help an Adapter whose sources or base forbid a use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sartor.core.artifacts import Artifact
+from sartor.evaluate.permission import refusals
+
+LEAVE_OUT = "leave out {name} and curate and tune again (sartor revoke DATASET --source {name})"
+OF_BASE = "state the licence of the base (base.licence in the tuning recipe), or tune another"
+PERMITTED = "--use non-commercial or research is permitted"
+
+
+def adapter(base: str, *sources: dict[str, Any]) -> Artifact:
+    said = [{"path": "a.jsonl", "kept": 2, **source} for source in sources]
+    return Artifact(Path("adapter"), {"base": {"name": "tiny", "licence": base}, "sources": said, "parents": []})
+
+
+NC = {"source": "/data", "licence": "CC-BY-NC-4.0"}
+
+
+@pytest.mark.parametrize(
+    ("made", "problems", "remedy"),
+    [
+        (adapter("MIT", {**NC, "licence": "MIT"}), [], ""),
+        (
+            adapter("MIT", NC),
+            ["/data is CC-BY-NC-4.0, which forbids commercial use (2 rows)"],
+            f"{PERMITTED}; {LEAVE_OUT.format(name='/data')}",
+        ),
+        (
+            adapter("CC-BY-NC-4.0", {**NC, "licence": "MIT"}),
+            ["base tiny is CC-BY-NC-4.0, which forbids commercial use"],
+            f"{PERMITTED}; {OF_BASE}",
+        ),
+        (
+            adapter("CC-BY-NC-4.0", NC),
+            [
+                "/data is CC-BY-NC-4.0, which forbids commercial use (2 rows)",
+                "base tiny is CC-BY-NC-4.0, which forbids commercial use",
+            ],
+            f"{PERMITTED}; {OF_BASE}; {LEAVE_OUT.format(name='/data')}",
+        ),
+    ],
+)
+def test_remedy_of_a_refused_use_is_golden(made: Artifact, problems: list[str], remedy: str) -> None:
+    assert refusals(made, "commercial") == (problems, remedy)
