@@ -12,15 +12,17 @@ from dataclasses import replace
 from typing import Any
 
 from sartor.agents.bulkhead import Bulkhead, most_rows
-from sartor.agents.child import FROM_OUTSIDE, Child
+from sartor.agents.child import Child, WorkerEnd
 from sartor.agents.live import DiffersError, LiveCall
-from sartor.agents.places import HANGS, RECYCLED, Places
+from sartor.agents.places import Places
 from sartor.agents.shelf import Shelf
 from sartor.agents.standing import Standing
 from sartor.agents.team import Workers
 from sartor.core.errors import DeadlineError, ModelError, SartorError, UnavailableError
 from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece, event_from_json
 
+# Ends that the operator, the kernel or a machine without time may have caused: they prove little by happening once.
+_UNCERTAIN_ENDS = (WorkerEnd.KILLED, WorkerEnd.HUNG)
 _LOG = logging.getLogger("sartor.agents")
 
 
@@ -116,10 +118,10 @@ class Calls:
         child.calls.clear()
         for live in lives:
             self.counts["made_again"] += 1
-            if child.why == RECYCLED:
+            if child.end is WorkerEnd.RECYCLED:
                 live.again()
                 self._bulkhead.put(live)
-            elif child.alone and not child.died_asked and live.is_suspect and _has_killed(live, child.why):
+            elif child.alone and not child.died_asked and live.is_suspect and _has_killed(live, child.end):
                 self._condemn(live, child.why)
             else:
                 live.died()
@@ -232,7 +234,7 @@ class Calls:
         return min(able, key=lambda child: len(child.calls), default=None)
 
 
-def _has_killed(live: LiveCall, why: str) -> bool:
-    """Whether this end of a worker that made nothing else is enough."""
+def _has_killed(live: LiveCall, end: WorkerEnd | None) -> bool:
+    """Count a worker that made nothing else and ended, and return whether that is enough to blame the call."""
     live.deaths_alone += 1
-    return live.deaths_alone > 1 or not why.startswith((FROM_OUTSIDE, HANGS))
+    return live.deaths_alone > 1 or end not in _UNCERTAIN_ENDS

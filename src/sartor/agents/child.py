@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +31,27 @@ _PING = 0  # its number; other questions have greater ones
 Heard = Callable[["Child", Mapping[str, Any]], None]
 
 
-# An end that the operator, or the kernel when the machine's memory ends, may have caused: it proves little by happening once.
-FROM_OUTSIDE = "crashed: killed by SIGKILL"
+class WorkerEnd(StrEnum):
+    """Cause of a worker's end.
+
+    CRASHED: by itself, or by its connection. KILLED: by a SIGKILL that is none of ours: the operator's, or the kernel's when
+    the machine's memory ends. HUNG: silent for too long. MEMORY: far above its limit. RECYCLED: above it. RENEWED: so that
+    what it holds leaves memory. START: not ready in time, or refused. CLOSED: no longer needed.
+    """
+
+    CRASHED = "crashed"
+    KILLED = "killed"
+    HUNG = "hangs"
+    MEMORY = "memory"
+    RECYCLED = "recycled"
+    RENEWED = "renewed"
+    START = "start"
+    CLOSED = "closed"
+
+    @property
+    def label(self) -> str:
+        """Name under `ends` in /health, where a worker that was killed is counted as crashed."""
+        return (WorkerEnd.CRASHED if self is WorkerEnd.KILLED else self).value
 
 
 class GoneError(Exception):
@@ -49,7 +69,7 @@ class Child:
         self._numbers = itertools.count(1)
         self._line: _Line | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._end: asyncio.Task[None] | None = None
+        self._end_watch: asyncio.Task[None] | None = None
         self._is_open: asyncio.Future[About] = asyncio.get_running_loop().create_future()
         self.state: State = "starting"
         self.calls: dict[str, LiveCall] = {}
@@ -63,7 +83,15 @@ class Child:
         self.heard_at = time.monotonic()
         self.memory_bytes = 0
         self.malformed = 0
-        self.why = ""
+        self.end: WorkerEnd | None = None
+        self.detail = ""  # of the end, in words
+
+    @property
+    def why(self) -> str:
+        """Cause of its end as text; empty while it lives."""
+        if self.end is None:
+            return ""
+        return f"{self.end.label}: {self.detail}" if self.detail else self.end.label
 
     @property
     def pid(self) -> int:
@@ -111,7 +139,7 @@ class Child:
                 raise UnavailableError(f"{command[0]} cannot be started: {error}", "check the machine's limits") from None
         ours.setblocking(False)
         _, self._line = await loop.create_connection(lambda: _Line(self._frame), sock=ours)
-        self._end = asyncio.create_task(self._watch_end(self._process, self._line))
+        self._end_watch = asyncio.create_task(self._watch_end(self._process, self._line))
         self._line.send({"op": "open", **self._opening})
         self.heard_at = time.monotonic()
         both: list[asyncio.Future[Any]] = [self._is_open, self._line.lost]
@@ -120,13 +148,13 @@ class Child:
             return self.about
         if done:
             raise GoneError("it ended before it was open")
-        self.kill(f"start: not open after {within_s:g} s")
+        self.kill(WorkerEnd.START, f"not open after {within_s:g} s")
         raise UnavailableError(f"a worker was not open after {within_s:g} s", "raise workers.start_s, or take a smaller base")
 
     async def gone(self) -> None:
         """Wait for its end, and for all that it said before. Whoever waits for an answer then gets GoneError."""
-        if self._end is not None:
-            await asyncio.shield(self._end)
+        if self._end_watch is not None:
+            await asyncio.shield(self._end_watch)
         self.state = "gone"
 
     async def _watch_end(self, process: asyncio.subprocess.Process, line: _Line) -> None:
@@ -136,11 +164,12 @@ class Child:
         if not exited.done():  # it closed its end, or it is about to be gone
             await asyncio.wait([exited], timeout=_LAST_WORDS_S)
             if not exited.done():
-                self.kill("crashed: it closed its connection")
+                self.kill(WorkerEnd.CRASHED, "it closed its connection")
         status = await exited
         await asyncio.wait([line.lost], timeout=_LAST_WORDS_S)
         line.close()
-        self.why = self.why or f"crashed: {_ended(status)}"
+        was_killed = status == -signal.SIGKILL
+        self._note_end(WorkerEnd.KILLED if was_killed else WorkerEnd.CRASHED, _describe_exit(status))
         self.died_serving = bool(self.calls)
         self.died_asked = any(number != _PING for number in self._asks)
         self.state = "gone"
@@ -217,9 +246,9 @@ class Child:
         if self.pid and self.state != "gone":
             self.memory_bytes = bounds.resident_bytes(self.pid) or self.memory_bytes
 
-    def kill(self, why: str) -> None:
-        """End it now. `why` is remembered as the cause, if none is yet."""
-        self.why = self.why or why
+    def kill(self, end: WorkerEnd, detail: str = "") -> None:
+        """End it now. The cause is remembered, if none is yet."""
+        self._note_end(end, detail)
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
@@ -227,11 +256,15 @@ class Child:
     async def close(self, within_s: float) -> None:
         """Ask it to end, and end it when it does not."""
         if self._process is not None and self.state != "starting":  # an engine that opens hears nothing
-            self.why = self.why or "closed"
+            self._note_end(WorkerEnd.CLOSED)
             self.send({"op": "close"})
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), within_s)
-        self.kill("closed")
+        self.kill(WorkerEnd.CLOSED)
+
+    def _note_end(self, end: WorkerEnd, detail: str = "") -> None:
+        if self.end is None:
+            self.end, self.detail = end, detail
 
     def _frame(self, said: Mapping[str, Any] | Malformed) -> None:
         self.heard_at = time.monotonic()
@@ -293,8 +326,8 @@ def environment() -> dict[str, str]:
     return dict(os.environ) if "OMP_WAIT_POLICY" in os.environ else {**_PATIENT, **os.environ}
 
 
-def _ended(status: int) -> str:
-    """How a process ended, in words."""
+def _describe_exit(status: int) -> str:
+    """Return how a process ended, in words."""
     if status >= 0:
         return f"exit status {status}"
     with contextlib.suppress(ValueError):

@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sartor.agents.breaker import Restarts
-from sartor.agents.child import Child, GoneError
+from sartor.agents.child import Child, GoneError, WorkerEnd
 from sartor.agents.team import Workers
 from sartor.core.errors import BudgetError, ModelError, SartorError, UnavailableError
 from sartor.models.engine.contract import About
 
-HANGS = "hangs"
-RECYCLED = "recycled: it took more than workers.memory_bytes"
-RENEWED = "renewed: nothing that it held is to stay in memory"
 # A worker above its limit gets no new calls, and so long for those that it has; this far above, it is ended at once.
 _RETIRE_S = 30.0
 _FAR_ABOVE = 1.5
@@ -177,7 +174,7 @@ class Places:
                 pass
             except SartorError as error:
                 _LOG.error("a worker could not start: %s", error.problem)
-                child.kill(f"start: {error.problem}")
+                child.kill(WorkerEnd.START, error.problem)
                 self._failed(error)
             await child.gone()
             self._ended(child)
@@ -216,7 +213,8 @@ class Places:
     def _ended(self, child: Child) -> None:
         self._silent.discard(child)
         self._outdated.discard(child)
-        self.ends[child.why.partition(":")[0]] += 1
+        if child.end is not None:
+            self.ends[child.end.label] += 1
         _LOG.warning("worker %d ended: %s", child.pid, child.why)
         self._hooks.lost(child)
 
@@ -239,11 +237,11 @@ class Places:
         # an engine that opens, and an adapter that a new worker loads, may take their time
         most_s = self._rules.start_s if child.state == "starting" else self._rules.hang_s
         if not child.is_open and quiet_s > max(SILENT_START_S, self._rules.hang_s):
-            child.kill(f"{HANGS}: no sign of life for {quiet_s:.1f} s while it started")
+            child.kill(WorkerEnd.HUNG, f"no sign of life for {quiet_s:.1f} s while it started")
         if child.has_work and quiet_s > most_s:
             # what it said may be there and not be read yet: it is ended at the second look
             if child in self._silent:
-                child.kill(f"{HANGS}: said nothing for {quiet_s:.1f} s")
+                child.kill(WorkerEnd.HUNG, f"said nothing for {quiet_s:.1f} s")
             self._silent.add(child)
             return
         self._silent.discard(child)
@@ -253,13 +251,19 @@ class Places:
     def _watch_memory(self, place: Place, child: Child) -> None:
         limit = self._rules.memory_bytes
         if limit and child.memory_bytes > _FAR_ABOVE * limit:
-            child.kill(f"memory: it took {child.memory_bytes} bytes; workers.memory_bytes is {limit}")
+            child.kill(WorkerEnd.MEMORY, f"it took {child.memory_bytes} bytes; workers.memory_bytes is {limit}")
         elif child.state == "retiring":
             if not child.calls or time.monotonic() - place.retiring_since > _RETIRE_S:
-                child.kill(RENEWED if child in self._outdated else RECYCLED)
+                self._replace(child)
         elif self._is_to_retire(child, limit):
             child.state, place.retiring_since = "retiring", time.monotonic()
             self._hooks.changed()
+
+    def _replace(self, child: Child) -> None:
+        if child in self._outdated:
+            child.kill(WorkerEnd.RENEWED, "nothing that it held is to stay in memory")
+        else:
+            child.kill(WorkerEnd.RECYCLED, "it took more than workers.memory_bytes")
 
     def _is_to_retire(self, child: Child, limit: int) -> bool:
         if child.state != "ready" or self._is_one_retiring():

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.child import Child, GoneError
+from sartor.agents.child import Child, GoneError, WorkerEnd
 from sartor.agents.live import LiveCall
 from sartor.core.errors import ModelError, UnavailableError
 from sartor.models.engine.contract import Call, Event, event_from_json
@@ -67,7 +67,7 @@ class Probation:
             except GoneError as error:
                 raise ModelError(f"a worker that tried the adapter in {path} ended: {error}", "tune it again") from None
             finally:
-                child.kill("closed")
+                child.kill(WorkerEnd.CLOSED)
                 await child.gone()
             return [tuple(said[call.id]) for call in calls]
 
@@ -84,7 +84,7 @@ class Probation:
         async def watch() -> None:
             while time.monotonic() - child.heard_at < self._start_s:
                 await asyncio.sleep(_LOOK_S)
-            child.kill(f"hangs: said nothing for {self._start_s:g} s")
+            child.kill(WorkerEnd.HUNG, f"said nothing for {self._start_s:g} s")
 
         watching = asyncio.create_task(watch())
         try:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from sartor.agents.child import FROM_OUTSIDE, Child, GoneError
+from sartor.agents.child import Child, GoneError, WorkerEnd
 from sartor.core.errors import ModelError, SartorError
 
 # Workers that die while they load an adapter, in a row, before it is what is blamed: one may be killed from outside just then,
@@ -104,7 +104,7 @@ class Shelf:
             child.refused[adapter] = error
 
     def _died(self, adapter: str, child: Child) -> None:
-        doubtful = child.died_serving or child.why == FROM_OUTSIDE
+        doubtful = child.died_serving or child.end is WorkerEnd.KILLED
         (self._doubtful if doubtful else self._deaths)[adapter] += 1
 
     def _is_deadly(self, adapter: str) -> bool:
