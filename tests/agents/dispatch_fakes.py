@@ -123,7 +123,7 @@ class FakeCrew:
 
 class FakeRouter:
     def __init__(self, chosen: str = "faq", error: SartorError | None = None) -> None:
-        self.chosen, self.error = chosen, error
+        self.chosen, self.error, self.reason = chosen, error, ""
         self.learnt: list[Mapping[str, Path]] = []
 
     async def learn(self, releases: Mapping[str, Path]) -> None:
@@ -132,7 +132,7 @@ class FakeRouter:
     async def route(self, messages: Sequence[Mapping[str, Any]], openable: Any) -> Route:
         if self.error:
             raise self.error
-        return Route(self.chosen, f"nearest to {self.chosen}", {self.chosen: 0.9})
+        return Route(self.chosen, self.reason or f"nearest to {self.chosen}", {self.chosen: 0.9})
 
 
 class FakeReceipts:

@@ -143,6 +143,18 @@ def test_reason_text_is_golden(tmp_path: Path, request_: Request, change: Change
     assert (said, in_receipt, as_header(said)) == (reason, reason, reason)
 
 
+def test_routers_words_on_a_canary_stay(tmp_path: Path) -> None:
+    """The reason for a candidate is left out by its kind: words of the router that read like it are not cut."""
+
+    def change(of: Registry, crew: FakeCrew, router: FakeRouter) -> None:
+        on_trial(of, crew, router)
+        router.chosen = "faq"
+        router.reason = "faq 0.9; canary birds are its subject"
+
+    _, reason, _ = asyncio.run(reason_of(tmp_path, asked("auto", person=ADA), change))
+    assert reason == "auto: faq 0.9; canary birds are its subject; the user's own version"
+
+
 def test_reason_of_an_agent_without_a_version_is_golden(tmp_path: Path) -> None:
     async def work(dispatch: Dispatch) -> str:
         agent = replace(dispatch.served.agents["faq"], live="", earlier=(), candidate="", note="not admitted: é; try: x")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
 
 from sartor.agents.asking import Request, Route, Router
 from sartor.agents.entries import Agent, Version
@@ -17,13 +19,41 @@ AUTO = "auto"
 Reads = Callable[[str], Collection[str]]
 
 
+class ReasonKind(Enum):
+    """Kind of a part of the answer to why a version answers."""
+
+    NAMED = auto()  # by the client
+    ROUTED = auto()  # by the router, or without one
+    CANARY = auto()  # the draw gave the request to the version on trial
+    NO_VERSION = auto()  # the agent has none that is live
+    FALLBACK = auto()  # it steps in for another
+    FAILED = auto()  # what came before it could not answer
+    PERSONAL = auto()  # it is the user's own version
+    PERSONAL_UNUSED = auto()  # the user's own version cannot be used
+
+
+class Reason(NamedTuple):
+    """A part of the answer to why a version answers: its kind, and the words that the client reads."""
+
+    kind: ReasonKind
+    detail: str
+
+
+def join_reasons(reasons: Sequence[Reason]) -> str:
+    """Return reasons as the one text that headers and receipts hold."""
+    return "; ".join(reason.detail for reason in reasons)
+
+
 @dataclass(frozen=True)
 class Choice:
     """One who may answer: an exact version, or `base`; and why. own: the version of the person who asks, where it is that."""
 
     agent: str
-    why: str
+    reasons: tuple[Reason, ...]
     own: Version | None = None
+
+
+_BY_NAME = Reason(ReasonKind.NAMED, "asked by name")
 
 
 @dataclass(frozen=True)
@@ -74,19 +104,19 @@ async def plan(
     name, at, version = request.model.partition("@")
     if request.model == BASE_AGENT:
         senses.check(BASE_AGENT)
-        return Plan([Choice(BASE_AGENT, "asked by name")])
+        return Plan([Choice(BASE_AGENT, (_BY_NAME,))])
     if request.model == AUTO:
         return await _routed(request, agents, router, id, senses)
     agent = _opened(request, agents, name)
     if not at:
-        return Plan(list(_chain(agent, "asked by name", id, senses)))
+        return Plan(list(_chain(agent, (_BY_NAME,), id, senses)))
     if version not in agent.versions:
         raise UnknownAgentError(
             f"{name} has no version {version[:80]!r} that is served; there are: {', '.join(agent.versions) or 'none'}",
             f'"model": "{name}"',
         )
     senses.check(request.model)
-    return Plan([Choice(request.model, "asked by name and version")])
+    return Plan([Choice(request.model, (Reason(ReasonKind.NAMED, "asked by name and version"),))])
 
 
 def _may(request: Request, agent: Agent) -> bool:
@@ -117,16 +147,17 @@ async def _routed(request: Request, agents: Mapping[str, Agent], router: Router 
         openable &= set(senses.others)
     if router is None or not openable:
         senses.check(BASE_AGENT)
-        return Plan([Choice(BASE_AGENT, "auto: there is nobody to choose from")])
+        return Plan([Choice(BASE_AGENT, _routed_by("there is nobody to choose from"))])
     messages = request.messages or ({"role": "user", "content": request.text},)
     try:
         route = await router.route(messages, openable)
     except SartorError as error:
         route = Route(BASE_AGENT, f"the router failed: {error.problem}")
+    reasons = _routed_by(route.reason)
     if route.agent in openable:
-        return Plan(list(_chain(agents[route.agent], f"auto: {route.reason}", id, senses)), route.scores)
+        return Plan(list(_chain(agents[route.agent], reasons, id, senses)), route.scores)
     if senses.fit(BASE_AGENT):
-        return Plan([Choice(BASE_AGENT, f"auto: {route.reason}")], route.scores)
+        return Plan([Choice(BASE_AGENT, reasons)], route.scores)
     return _unrouted(route, agents, id, senses)
 
 
@@ -138,32 +169,38 @@ def _unrouted(route: Route, agents: Mapping[str, Agent], id: str, senses: Senses
     """
     what = " and ".join(senses.kinds)
     if route.fits:
-        why = f"auto: {route.reason}, and the base reads no {what}"
-        return Plan(list(_chain(agents[route.fits], why, id, senses)), route.scores)
+        reasons = _routed_by(f"{route.reason}, and the base reads no {what}")
+        return Plan(list(_chain(agents[route.fits], reasons, id, senses)), route.scores)
     if not route.scores and len(senses.others) == 1:
-        why = f"auto: {route.reason}; {senses.others[0]} alone reads {what}"
-        return Plan(list(_chain(agents[senses.others[0]], why, id, senses)))
+        reasons = (*_routed_by(route.reason), Reason(ReasonKind.ROUTED, f"{senses.others[0]} alone reads {what}"))
+        return Plan(list(_chain(agents[senses.others[0]], reasons, id, senses)))
     raise RequestError(
         f"auto chose no agent, and the base reads no {what}: {route.reason}",
         f"name one that does: {', '.join(senses.others)}",
     )
 
 
-def _chain(agent: Agent, why: str, id: str, senses: Senses) -> Iterator[Choice]:
+def _routed_by(detail: str) -> tuple[Reason, ...]:
+    return (Reason(ReasonKind.ROUTED, f"auto: {detail}"),)
+
+
+def _chain(agent: Agent, reasons: tuple[Reason, ...], id: str, senses: Senses) -> Iterator[Choice]:
     """The version on trial if the draw says so, the live one, then the agent's fall-backs; those that read the request.
 
     Raises RequestError where the live one does not.
     """
     trial = f"{agent.name}@{agent.candidate}"
     if agent.candidate and takes(agent.canary_fraction, trial, id) and senses.fit(trial):
-        yield Choice(trial, f"{why}; canary, {agent.canary_fraction:g} of the requests")
+        canary = Reason(ReasonKind.CANARY, f"canary, {agent.canary_fraction:g} of the requests")
+        yield Choice(trial, (*reasons, canary))
     if agent.live:
         senses.check(f"{agent.name}@{agent.live}")
-        yield Choice(f"{agent.name}@{agent.live}", why)
+        yield Choice(f"{agent.name}@{agent.live}", reasons)
     else:
-        why = f"{why}; {agent.name} has no version: {agent.note}"
+        reasons = (*reasons, Reason(ReasonKind.NO_VERSION, f"{agent.name} has no version: {agent.note}"))
     for step in agent.fallback:
         if step == "previous" and agent.previous and senses.fit(f"{agent.name}@{agent.previous}"):
-            yield Choice(f"{agent.name}@{agent.previous}", "the previous version steps in")
+            yield Choice(f"{agent.name}@{agent.previous}", (Reason(ReasonKind.FALLBACK, "the previous version steps in"),))
         elif step == BASE_AGENT and senses.fit(BASE_AGENT):
-            yield Choice(BASE_AGENT, "the base steps in" if agent.live else f"{why}; the base steps in")
+            fallback = Reason(ReasonKind.FALLBACK, "the base steps in")
+            yield Choice(BASE_AGENT, (fallback,) if agent.live else (*reasons, fallback))

@@ -21,7 +21,7 @@ from typing import Any, cast
 from sartor.agents.admission import copies
 from sartor.agents.asking import Answer, Crew, Events, Given, Receipts, Request, Router
 from sartor.agents.calling import call_of
-from sartor.agents.choosing import BASE_AGENT, Plan, plan
+from sartor.agents.choosing import BASE_AGENT, Plan, Reason, ReasonKind, join_reasons, plan
 from sartor.agents.holdings import Admit, Holdings
 from sartor.agents.people.book import PeopleBook
 from sartor.agents.people.names import SUFFIX
@@ -140,9 +140,11 @@ class Dispatch:
             left_s = due - time.monotonic()
             if left_s <= 0:
                 raise DeadlineError(f"{request.deadline_s:g} s were over before anybody answered", "allow more time")
-            why = "; ".join([found.choices[0].why, errors[0].problem, choice.why]) if errors else choice.why
+            reasons = choice.reasons
+            if errors:
+                reasons = (*found.choices[0].reasons, Reason(ReasonKind.FAILED, errors[0].problem), *reasons)
             try:
-                return await self._begin(replace(request, deadline_s=left_s), found, place, receipt, why)
+                return await self._begin(replace(request, deadline_s=left_s), found, place, receipt, join_reasons(reasons))
             except STEPS_IN as error:
                 errors.append(error)
         if len(errors) == 1:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sartor.agents.asking import Crew, Request
-from sartor.agents.choosing import Choice, Plan
+from sartor.agents.choosing import Choice, Plan, Reason, ReasonKind
 from sartor.agents.entries import Agent, Version
 from sartor.agents.holdings import Holdings
 from sartor.agents.people.book import People, PeopleBook, Personal
@@ -68,18 +68,18 @@ class Serving:
         place = next((place for place, choice in enumerate(plan.choices) if choice.agent == name), None)
         if personal is None or not personal.adapter or place is None:
             return plan
-        first, live = plan.choices[0], versions.get(name)
+        live = versions.get(name)
         if live is None or live.release_id != personal.release_id:
-            why = f"{WHY} was tuned on {personal.version}, and is not used until it is tuned again"
-            return replace(plan, choices=[replace(first, why=f"{first.why}; {why}"), *plan.choices[1:]])
+            return _without(plan, f"{WHY} was tuned on {personal.version}, and is not used until it is tuned again")
         version = personal.on(live)
         try:
             await self._hold(personal, version)
         except SartorError as error:
-            why = f"{WHY} could not be loaded ({error.kind})"
-            return replace(plan, choices=[replace(first, why=f"{first.why}; {why}"), *plan.choices[1:]])
-        said = first.why.partition("; canary")[0]
-        return replace(plan, choices=[Choice(personal.name, f"{said}; {WHY}", version), *plan.choices[place:]])
+            return _without(plan, f"{WHY} could not be loaded ({error.kind})")
+        # it answers in place of a candidate, which is no reason any more
+        reasons = [reason for reason in plan.choices[0].reasons if reason.kind is not ReasonKind.CANARY]
+        own = Choice(personal.name, (*reasons, Reason(ReasonKind.PERSONAL, WHY)), version)
+        return replace(plan, choices=[own, *plan.choices[place:]])
 
     async def follow(self) -> None:
         """Take the registry's rows as they are now; let go of what they do not name any more, and forget whom they say."""
@@ -159,3 +159,10 @@ class Serving:
             if renews:
                 await self._crew.renew()
             await asyncio.to_thread(presence.hear, generation)
+
+
+def _without(plan: Plan, detail: str) -> Plan:
+    """Return the plan as it is for everybody, with why the user's own version does not answer."""
+    first = plan.choices[0]
+    reasons = (*first.reasons, Reason(ReasonKind.PERSONAL_UNUSED, detail))
+    return replace(plan, choices=[replace(first, reasons=reasons), *plan.choices[1:]])
