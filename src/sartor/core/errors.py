@@ -52,6 +52,7 @@ class SartorError(Exception):
 
     exit_code = 1
     check = ""
+    _brief = ""
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem}\n  try: {remedy}")
@@ -61,6 +62,11 @@ class SartorError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """An error of a worker process arrives whole."""
         return type(self), (self.problem, self.remedy)
+
+    @property
+    def brief(self) -> str:
+        """The problem without what is of this machine or of somebody's data, where an error knows such a form."""
+        return self._brief or self.problem
 
     @property
     def kind(self) -> str:
@@ -112,7 +118,15 @@ class ArtifactError(InputError):
 
 
 class ModelError(InputError):
-    """A base, tokenizer or adapter cannot be opened, or does not fit."""
+    """A base, tokenizer or adapter cannot be opened, or does not fit. `brief`: the problem without paths and rows."""
+
+    def __init__(self, problem: str, remedy: str, brief: str = "") -> None:
+        super().__init__(problem, remedy)
+        self._brief = brief
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See SartorError."""
+        return type(self), (self.problem, self.remedy, self._brief)
 
 
 class RequestError(InputError):
@@ -174,15 +188,19 @@ class SignatureError(RefusedError):
 
 
 class AdmissionError(RefusedError):
-    """An adapter that a server will not load. `check`: which check of admission found it."""
+    """An adapter that a server will not load.
 
-    def __init__(self, problem: str, remedy: str, check: str = "") -> None:
+    check: which check of admission found it. brief: the problem without text of a reply.
+    """
+
+    def __init__(self, problem: str, remedy: str, check: str = "", brief: str = "") -> None:
         super().__init__(problem, remedy)
         self.check = check
+        self._brief = brief
 
     def __reduce__(self) -> tuple[Any, ...]:
         """See SartorError."""
-        return type(self), (self.problem, self.remedy, self.check)
+        return type(self), (self.problem, self.remedy, self.check, self._brief)
 
 
 class KeyRefusedError(RefusedError):

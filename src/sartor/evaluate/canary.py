@@ -131,7 +131,8 @@ def _reply(call: Call, events: Sequence[Event]) -> tuple[str, bool]:
     """A whole reply, and whether its length cut it."""
     end = events[-1] if events else None
     if isinstance(end, Failed):
-        raise AdmissionError(f"the adapter could not answer a canary prompt: {end.problem}", "tune it again", "canary")
+        brief = "the adapter could not answer a canary prompt"
+        raise AdmissionError(f"{brief}: {end.problem}", "tune it again", "canary", brief)
     if not isinstance(end, Done) or end.finish == "cancelled":
         raise AdmissionError(f"the reply to {call.id} did not end", "tune it again", "canary")
     return "".join(event.text for event in events if isinstance(event, Piece)), end.finish == "length"
@@ -142,8 +143,8 @@ def _check_repetition(texts: Sequence[str], expected: int) -> None:
     found = [text for text in texts if is_degenerate(text)]
     if len(found) - expected >= len(texts) / 2:
         shown = found[0][:60] + ("..." if len(found[0]) > 60 else "")
-        problem = f"{len(found)} of {len(texts)} replies to canary prompts say nothing or repeat one piece: {shown!a}"
-        raise AdmissionError(problem, "tune it again", "degenerate")
+        brief = f"{len(found)} of {len(texts)} replies to canary prompts say nothing or repeat one piece"
+        raise AdmissionError(f"{brief}: {shown!a}", "tune it again", "degenerate", brief)
 
 
 def is_degenerate(text: str) -> bool:

@@ -308,11 +308,12 @@ class Run:
         ids = ", ".join(row.example_id for row in chosen[:IDS_NAMED])
         more = f" and {len(chosen) - IDS_NAMED} more" if len(chosen) > IDS_NAMED else ""
         over = f" (over the limit of {limit:.3g})" if loss > limit else ""
+        brief = f"update {self.counters.updates + 1}: the loss is {loss:.6g}{over}, the gradient's norm {norm:.6g}"
         raise ModelError(
-            f"update {self.counters.updates + 1}: the loss is {loss:.6g}{over}, the gradient's norm {norm:.6g}; "
-            f"the state before it is saved in {self.saver.folder}; rows {ids}{more}",
+            f"{brief}; the state before it is saved in {self.saver.folder}; rows {ids}{more}",
             f"look at these rows; or lower optimizer.learning_rate (now {self.recipe.optimizer.learning_rate:g}) and start "
             "over with --replace",
+            brief,
         )
 
     def _count(

@@ -146,13 +146,8 @@ def _judged(shipped: canary.Canaries, events: Sequence[Sequence[Event]]) -> list
         canary.judge(shipped, events)
     except AdmissionError as error:
         kind = error.check if error.check == "degenerate" else "canary"
-        return [f"{kind}: of the release's own prompts: {_without_text(error)}"]
+        return [f"{kind}: of the release's own prompts: {error.brief}"]
     return []
-
-
-def _without_text(error: AdmissionError) -> str:
-    """The refusal, without the reply that it may show."""
-    return error.problem.partition(": ")[0]
 
 
 def _failure(events: Sequence[Event]) -> str:

@@ -71,7 +71,7 @@ class Stack:
         try:
             run = train(self.resident, rows, replace(recipe, budget=budget, optimizer=optimizer))
         except ModelError as error:
-            problem = f"tuning of one's own: {error.problem.partition(';')[0]}"
+            problem = f"tuning of one's own: {error.brief}"
             raise ModelError(problem, "a lower learning rate, or look at these rows") from None
         return self.resident.taken(), run.losses
 

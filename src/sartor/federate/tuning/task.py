@@ -103,7 +103,7 @@ class LoraTask:
         try:
             run = train(self.resident, self.rows, recipe, part)
         except ModelError as error:
-            problem = f"round {number}: {error.problem.partition(';')[0]}"
+            problem = f"round {number}: {error.brief}"
             raise ModelError(problem, "lower optimizer.learning_rate, or look at this client's rows") from None
         self.losses[number] = run.losses["first"], run.losses["last"]
 
