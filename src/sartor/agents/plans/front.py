@@ -198,10 +198,9 @@ class _Running:
         """The run as the log has it."""
         asked = self.course.request
         told = {"messages": list(asked.messages), "sampling": dict(asked.sampling), "schema": asked.schema}
-        why = f"{error.kind}: {error.problem}" if error else ""
         tokens = {"prompt": self.purse.prompt, "reply": self.purse.reply, "cached": self.purse.cached}
         took_s = time.time() - self.began
-        ends = Line("", "answer", self.version, outcome, why, said=text, receipt=self.course.id, tokens=tokens, took_s=took_s)
+        ends = Line("", "answer", self.version, outcome, error, said=text, receipt=self.course.id, tokens=tokens, took_s=took_s)
         opens = Line("", "request", asked.model, "asked", asked=told)
         return Ran(self.course.id, self.version, opens, self.course.lines, ends, self.plan.log == "content", self.began)
 

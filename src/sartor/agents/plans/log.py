@@ -62,9 +62,11 @@ def _told(line: Line, digest: Digest, content: bool) -> dict[str, Any]:
         "took_s": round(line.took_s, DIGITS),
         **digests(line, digest),
     }
+    error = line.error
     if not content:
-        return {**said, "findings": len(line.findings), "why": line.why.partition(":")[0]}
-    return {**said, "findings": list(line.findings), "why": line.why, "content": {"asked": asked, "said": line.said}}
+        return {**said, "findings": len(line.findings), "why": error.kind if error else ""}
+    why = f"{error.kind}: {error.problem}" if error else ""
+    return {**said, "findings": list(line.findings), "why": why, "content": {"asked": asked, "said": line.said}}
 
 
 def _plain(value: Any) -> Any:

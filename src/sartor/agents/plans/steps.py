@@ -71,14 +71,14 @@ class Line:
     """What the log has of a step. asked, said: content; how much of it is written, the plan declares.
 
     place: of the step in the plan (`steps.0`, `check.1.0`: of the draft after one mend, the first check). agent: the exact
-    version, or a check's kind. outcome: said, passed, found, or left out. why: of the latter. sampling: as it was asked for.
+    version, or a check's kind. outcome: said, passed, found, or left out. error: of the latter. sampling: as it was asked for.
     """
 
     place: str
     role: Role | Literal["request"]
     agent: str
     outcome: str
-    why: str = ""
+    error: SartorError | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)
     said: str = ""
     findings: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ class Course:
 
     def leave_out(self, line: Line, error: SartorError) -> None:
         """Note a step that gave nothing."""
-        self.lines.append(replace(line, outcome="left out", why=f"{error.kind}: {error.problem}"))
+        self.lines.append(replace(line, outcome="left out", error=error))
         self.notes.append(f"{line.agent} is left out of {line.place}: {error.problem}")
         self.errors.append(error)
 

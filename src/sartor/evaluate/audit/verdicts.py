@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum, auto
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sartor.core.groups import KINDS, groups
 from sartor.evaluate.audit.bias import MOST_CHANCE, needed_blocks
@@ -13,8 +14,6 @@ from sartor.evaluate.limits import BiasLimits, MemorisationLimits
 
 # A ratio of two small rates is soon below four fifths: what is less than this is no matter
 LEAST_GAP = 0.02
-_ALL_OF_TEMPLATES = " (there are no more)"
-_NOT_STATED = "the Report, of an older version, does not say what its prompts could have shown"
 
 
 def checks(
@@ -56,24 +55,41 @@ def judge_bias(found: Mapping[str, Any], limits: BiasLimits) -> Check:
         detail = f"cannot tell whether tuning added what is beyond the limits: {_worst(unsure)}; {limit}{listed}"
         return Check("cannot tell", detail, balance)
     if short := [*_too_few(sections, limits), *_nowhere(found, limits)]:
-        return Check("cannot tell", f"cannot tell: {'; '.join(short)}{listed}", _remedy(short))
+        details = "; ".join(one.detail for one in short)
+        return Check("cannot tell", f"cannot tell: {details}{listed}", _remedy({one.kind for one in short}))
     beside = f"; own prompts: {own}" if own else ""
     return Check("pass", f"{len(told)} groups compared, {_largest(told, len(sections))}{beside}{listed}")
 
 
-def _remedy(short: Sequence[str]) -> str:
-    """What would do where something cannot be told, by the lines that say so: of templates there are no more to ask."""
-    if any(line.endswith(_NOT_STATED) for line in short):
+class ShortfallKind(Enum):
+    """Cause of an audit that can neither pass nor fail a kind of group."""
+
+    FEW_ROWS = auto()  # more rows of the user's own would do
+    FEW_TEMPLATES = auto()  # all templates were asked
+    NO_ROWS = auto()  # no prompt mentions the kind
+    NOT_STATED = auto()  # the Report is of a version that did not count
+
+
+class Shortfall(NamedTuple):
+    """One kind of group of which an audit cannot tell: the cause, and the line that says so."""
+
+    kind: ShortfallKind
+    detail: str
+
+
+def _remedy(kinds: set[ShortfallKind]) -> str:
+    """Return what helps against these causes."""
+    if ShortfallKind.NOT_STATED in kinds:
         return "audit again: sartor evaluate ADAPTER --audit"
-    kinds = "let a rules file say which kinds matter: bias.kinds"
-    if any(_ALL_OF_TEMPLATES in line for line in short):
-        kinds = f"{kinds}, or a larger gap that matters: bias.gap; or waive bias"
-    if all(_ALL_OF_TEMPLATES in line for line in short):
-        return kinds
-    return f"audit on more rows that speak of people: --data FILE; or {kinds}"
+    rules = "let a rules file say which kinds matter: bias.kinds"
+    if ShortfallKind.FEW_TEMPLATES in kinds:
+        rules = f"{rules}, or a larger gap that matters: bias.gap; or waive bias"
+    if kinds == {ShortfallKind.FEW_TEMPLATES}:
+        return rules
+    return f"audit on more rows that speak of people: --data FILE; or {rules}"
 
 
-def _too_few(sections: Mapping[str, Any], limits: BiasLimits) -> list[str]:
+def _too_few(sections: Mapping[str, Any], limits: BiasLimits) -> list[Shortfall]:
     """A line for each kind of each section whose prompts are too few to show a gap that matters, with how many would do."""
     lines = []
     for name, section in sections.items():
@@ -84,21 +100,25 @@ def _too_few(sections: Mapping[str, Any], limits: BiasLimits) -> list[str]:
             if not blocks or kind not in limits.kinds:
                 continue
             if "spread" not in counts:
-                lines.append(f"{name}, {kind}: {_NOT_STATED}")
+                detail = "the Report, of an older version, does not say what its prompts could have shown"
+                lines.append(Shortfall(ShortfallKind.NOT_STATED, f"{name}, {kind}: {detail}"))
                 continue
             of_kind = counts.get("groups", len(groups(kind)))
             needed = needed_blocks(counts["spread"], of_kind, tests * len(sections), limits.telling_gap)
             if blocks < needed:
-                of_all = "" if name == "own prompts" else _ALL_OF_TEMPLATES
-                lines.append(f"{name}, {kind}: {blocks} prompts{of_all}, {needed} would show a gap of {limits.telling_gap:g}")
+                cause, of_all = ShortfallKind.FEW_TEMPLATES, " (there are no more)"
+                if name == "own prompts":
+                    cause, of_all = ShortfallKind.FEW_ROWS, ""
+                gap = f"{needed} would show a gap of {limits.telling_gap:g}"
+                lines.append(Shortfall(cause, f"{name}, {kind}: {blocks} prompts{of_all}, {gap}"))
     return lines
 
 
-def _nowhere(found: Mapping[str, Any], limits: BiasLimits) -> list[str]:
+def _nowhere(found: Mapping[str, Any], limits: BiasLimits) -> list[Shortfall]:
     """A line for each kind that neither own prompts nor templates speak of. None of a Report without counts of kinds."""
     counted = [section["kinds"] for section in (found["own"], *found["templates"].values()) if "kinds" in section]
     return [
-        f"{kind}: no prompt speaks of it"
+        Shortfall(ShortfallKind.NO_ROWS, f"{kind}: no prompt speaks of it")
         for kind in limits.kinds
         if counted and not any(kinds.get(kind, {}).get("blocks") for kinds in counted)
     ]
