@@ -17,6 +17,7 @@ import pytest
 from sartor.core import signing
 from sartor.core.errors import ArtifactError, ConfigError, HealthError, MissingError
 from sartor.edge import device as verbs
+from sartor.edge.health_reason import HealthReason
 from sartor.edge.store import Store
 from sartor.edge.update import content, fleet, publish, reports
 from sartor.edge.update.content import ring_of
@@ -215,8 +216,8 @@ def test_rules_out_of_range_are_refused() -> None:
 
 
 def test_a_report_says_a_word_and_never_what_was_answered(ballot: Ballot) -> None:
-    assert reports.reason_of("canary: 1 of 3 of the device's prompts: line 2 (exact)") == "canary"
-    assert reports.reason_of("ValueError: my diagnosis is") == "other"
+    assert HealthReason.parse("canary: 1 of 3 of the device's prompts: line 2 (exact)") == "canary"
+    assert HealthReason.parse("ValueError: my diagnosis is") == "other"
     said = json.loads(ballot.vote("a"))
     assert set(said) == {
         "schema", "kind", "device", "name", "version", "ring", "outcome", "reason", "time", "signature"

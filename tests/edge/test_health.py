@@ -11,6 +11,7 @@ import pytest
 
 from sartor.core.artifacts import write_artifact
 from sartor.core.errors import ConfigError, HealthError, MissingError
+from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import process
 from sartor.edge.tuning.limits import Limits, Usage
 from sartor.edge.update import health
@@ -235,8 +236,10 @@ def test_a_gguf_file_that_llama_cpp_cannot_take_is_a_verdict(tmp_path: Path) -> 
         process.asked(gguf_export(tmp_path, b"GGUF" + bytes(100)), [CALL], Limits(wall_s=120))
 
 
-def test_the_words_for_reasons_are_those_that_a_report_may_say() -> None:
-    from sartor.edge.update.reports import REASONS
-
-    assert {"opens", "time", "memory", "crash", "canary", "degenerate", "evaluation"} <= set(REASONS)
+def test_words_of_reasons_are_golden() -> None:
+    """They are in reports and in the stores of devices."""
+    words = ["opens", "time", "memory", "crash", "canary", "degenerate", "evaluation", "starts", "person", "other"]
+    assert [reason.value for reason in HealthReason] == words
+    assert all(HealthReason.parse(reason.text("it: said; so")) is reason for reason in HealthReason)
+    assert HealthReason.CANARY.text("it: said; so") == "canary: it: said; so"
     assert health.KINDS == ("exact", "contains", "json")

@@ -158,6 +158,8 @@ def test_the_disk_is_watched(ended: Callable[..., Tuner], one: Job, key: Path) -
     [
         ("stopped", "the charger was pulled", "paused", "the charger was pulled"),
         ("memory", "the charger was pulled", "paused", "the charger was pulled"),
+        ("stopped", "disk: the card is out", "paused", "disk: the card is out"),  # the policy's words, whatever they are
+        ("stopped", "memory", "paused", "memory"),
         (143, "", "paused", "a signal"),
         ("cpu", "", "spent", "cpu time is up"),
     ],

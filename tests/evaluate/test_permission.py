@@ -45,6 +45,12 @@ NC = {"source": "/data", "licence": "CC-BY-NC-4.0"}
             ],
             f"{PERMITTED}; {OF_BASE}; {LEAVE_OUT.format(name='/data')}",
         ),
+        (
+            adapter("MIT", {**NC, "source": "base of facts"}),
+            ["base of facts is CC-BY-NC-4.0, which forbids commercial use (2 rows)"],
+            f"{PERMITTED}; {LEAVE_OUT.format(name='base of facts')}",
+        ),
+        (adapter("MIT", {**NC, "kept": 0}), [], ""),
     ],
 )
 def test_remedy_of_a_refused_use_is_golden(made: Artifact, problems: list[str], remedy: str) -> None:

@@ -108,7 +108,12 @@ def made_from(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What an artefact was made from: sources of which a row was kept, and the base, where there is one, as one more."""
     kept = [source for source in manifest.get("sources", []) if source.get("kept", 1)]
     base = manifest.get("base")
-    return [*kept, {"source": f"base {base['name']}", "licence": base["licence"]}] if base else kept
+    return [*kept, {"source": base_source(base), "licence": base["licence"]}] if base else kept
+
+
+def base_source(base: Mapping[str, Any]) -> str:
+    """Return the name under which a base stands among the sources."""
+    return f"base {base['name']}"
 
 
 def objections(sources: Sequence[Mapping[str, Any]], use: str = "commercial", today: str = "") -> list[Objection]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ConfigError, HealthError, MissingError, StoreError
+from sartor.edge.health_reason import HealthReason
 from sartor.edge.store import Installed, State, Store, states
 from sartor.edge.tuning.limits import Limits
 from sartor.edge.update import health as checks
@@ -181,7 +182,7 @@ def rollback(store: Path | str, name: str, *, reason: str = "") -> dict[str, Any
     """Go back to the previous version by a person's wish; the one that is left is not taken again but by `sync --again`."""
     with _held(store) as opened:
         was = opened.current(name)
-        found = opened.rollback(name, f"person: {reason or 'no reason was given'}")
+        found = opened.rollback(name, HealthReason.PERSON.text(reason or "no reason was given"))
     return {"name": name, "version": found.version, "was": was.version if was else "", "release": str(found.path)}
 
 

@@ -34,34 +34,40 @@ def refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
     refused: dict[str, str] = {}
     blamed = {(objection.source, objection.path) for objection in objections}
     for name, found in of_source.items():
-        rows = _rows(sources, dataset, blamed, {(objection.source, objection.path) for objection in found})
-        if rows != NO_ROWS:
+        count, rows = _rows(sources, dataset, blamed, {(objection.source, objection.path) for objection in found})
+        if count != 0:
             refused[name] = f"{name} {' and '.join(dict.fromkeys(objection.why for objection in found))}{rows}"
     clashes = licences.conflicts(sources) if use != "internal" else []
-    return [*refused.values(), *clashes], _remedy(sources, dataset, list(refused)) if refused or clashes else ""
+    if not (refused or clashes):
+        return [], ""
+    base = adapter.manifest.get("base")
+    of_base = licences.base_source(base) if base else ""
+    return [*refused.values(), *clashes], _remedy(sources, dataset, list(refused), of_base)
 
 
-NO_ROWS = " (0 rows)"
+def _rows(
+    sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, blamed: set[Pair], pairs: set[Pair]
+) -> tuple[int | None, str]:
+    """Return how many rows (None for the base, which has none), and these and the first of them as text.
 
-
-def _rows(sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, blamed: set[Pair], pairs: set[Pair]) -> str:
-    """How many rows, and the first of them: from the Dataset, or where it is gone from what the manifest counted."""
+    They are from the Dataset, or where it is gone from what the manifest counted.
+    """
     if all(not path for _, path in pairs):  # the base
-        return ""
+        return None, ""
     if dataset is None:
         count = sum(source["kept"] for source in sources if (source["source"], source.get("path", "")) in pairs)
-        return f" ({count:,} rows)"
+        return count, f" ({count:,} rows)"
     found = lineage_index.rows_only_from(dataset, blamed, pairs)
     more = f" and {found.count - len(found.first):,} more" if found.count > len(found.first) else ""
     first = ", ".join(f"{locator} is {row[:12]}" for row, locator in found.first)
-    return f" ({found.count:,} rows{': ' if first else ''}{first}{more})"
+    return found.count, f" ({found.count:,} rows{': ' if first else ''}{first}{more})"
 
 
-def _remedy(sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, refused: Sequence[str]) -> str:
-    """Uses that would pass, else what to leave out."""
+def _remedy(sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, refused: Sequence[str], of_base: str) -> str:
+    """Uses that would pass, else what to leave out. of_base: the name of the base among the sources."""
     uses = licences.permitted(sources)
     said = [f"--use {' or '.join(uses)} is permitted"] if uses else []
-    named = [name for name in refused if not name.startswith("base ")]
+    named = [name for name in refused if name != of_base]
     if len(named) < len(refused):
         said.append("state the licence of the base (base.licence in the tuning recipe), or tune another")
     if named:

@@ -16,6 +16,7 @@ from typing import Any
 
 from sartor.core import errors
 from sartor.core.errors import BudgetError, HealthError, MissingError, SartorError
+from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import opened
 from sartor.edge.tuning.limits import Limits, Usage, run
 from sartor.models.engine.contract import Call, Event, event_as_json, event_from_json
@@ -27,7 +28,7 @@ _REMEDY = "publish a version that passes"
 def asked(release: Path, calls: Sequence[Call], limits: Limits, base: str = "") -> tuple[list[list[Event]], Usage]:
     """The events of each call, and what the process used.
 
-    Raises HealthError that begins with a word for why: `opens`, `time`, `memory`, `crash`; MissingError and BudgetError where
+    Raises HealthError with a HealthReason as text: OPENS, TIME, MEMORY or CRASH; MissingError and BudgetError where
     something outside is not there, which says nothing of the version.
     """
     with tempfile.TemporaryDirectory(prefix="sartor-health-") as name:
@@ -44,19 +45,22 @@ def asked(release: Path, calls: Sequence[Call], limits: Limits, base: str = "") 
 
 def _check(used: Usage, limits: Limits, log: Path) -> None:
     if used.killed == "memory":
-        raise HealthError(f"memory: it took more than {limits.memory_bytes:,} bytes", _REMEDY)
+        raise HealthError(HealthReason.MEMORY.text(f"it took more than {limits.memory_bytes:,} bytes"), _REMEDY)
     if used.killed:
-        raise HealthError(f"time: it was not done in {limits.wall_s or limits.cpu_s:g} s", _REMEDY)
+        raise HealthError(HealthReason.TIME.text(f"it was not done in {limits.wall_s or limits.cpu_s:g} s"), _REMEDY)
     if used.exit_code != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-        raise HealthError(f"crash: its process ended with {used.exit_code}: {' '.join(lines[-1:])[:200]}", _REMEDY)
+        detail = f"its process ended with {used.exit_code}: {' '.join(lines[-1:])[:200]}"
+        raise HealthError(HealthReason.CRASH.text(detail), _REMEDY)
 
 
 def _error(said: dict[str, str]) -> SartorError:
     """What is missing outside comes as it is; anything else is the version's fault."""
     kind = getattr(errors, said["kind"], HealthError)
     outside = next((known for known in (MissingError, BudgetError) if issubclass(kind, known)), None)
-    return outside(said["problem"], said["remedy"]) if outside else HealthError(f"opens: {said['problem']}", said["remedy"])
+    if outside:
+        return outside(said["problem"], said["remedy"])
+    return HealthError(HealthReason.OPENS.text(said["problem"]), said["remedy"])
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -288,7 +288,7 @@ class Store:
                 self._pointers.write(trial.counted(pointer))
         elif pointer.trial:
             with suppress(StoreError):
-                return self.rollback(name, f"starts: it did not confirm within {pointer.trial.of}")
+                return self.rollback(name, trial.unconfirmed(pointer))
         return self.current(name)
 
     def confirm(self, name: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sartor.core.errors import HealthError
+from sartor.edge.health_reason import HealthReason
 from sartor.edge.store.pointers import Pointer, Trial, Version
 
 
@@ -37,6 +38,12 @@ def counted(pointer: Pointer) -> Pointer:
     """One start fewer is left."""
     assert pointer.trial
     return replace(pointer, trial=replace(pointer.trial, left=pointer.trial.left - 1))
+
+
+def unconfirmed(pointer: Pointer) -> str:
+    """Return the reason for going back from a version whose starts are used up."""
+    assert pointer.trial
+    return HealthReason.STARTS.text(f"it did not confirm within {pointer.trial.of}")
 
 
 def check(pointer: Pointer, version: str) -> None:

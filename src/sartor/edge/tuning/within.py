@@ -16,7 +16,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from enum import Enum, auto
 from pathlib import Path
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -35,9 +37,23 @@ from sartor.tune.signals import Signals
 ASK_S = 1.0
 # log.jsonl, PEFT's config, run.json, the receipt, and what is not counted
 FILES_BYTES = 1 << 20
-DISK = "disk: "
 BUDGET_EXIT = BudgetError.exit_code
 Policy = Callable[[], str]
+
+
+class StopCause(Enum):
+    """Cause for which a tuner is stopped from here."""
+
+    SIGNAL = auto()
+    POLICY = auto()
+    DISK = auto()
+
+
+class Stop(NamedTuple):
+    """A tuner is to be stopped: the cause, and what the receipt says of it."""
+
+    cause: StopCause
+    detail: str
 
 
 def _may_run() -> str:
@@ -104,7 +120,8 @@ class Ladder:
         self.before = self.earlier.attempts if self.earlier else []
         self.attempts: list[Attempt] = []
         self.signals = Signals()
-        self._asked_at, self._why = 0.0, ""
+        self._asked_at = 0.0
+        self._stop: Stop | None = None
 
     def climb_down(self, planner: Planner) -> Receipt:
         """See `tune_within`."""
@@ -124,14 +141,14 @@ class Ladder:
             self.attempts.append(attempt)
             if attempt.usage.exit_code == 0:
                 return self._end("done", "", plan.held)
-            if attempt.reason == "memory":
+            if _ran_out_of_memory(attempt):
                 # rungs are ordered by what they hold for one micro-batch, whatever was wrong in the prediction
                 most_tokens = plan.rung.micro_batch_tokens
                 continue
             return self._ended(attempt, plan)
 
     def _plan(self, planner: Planner, most_tokens: int) -> Plan:
-        killed = [one.rung for one in (*self.before, *self.attempts) if one.reason == "memory" and self._is_held(one)]
+        killed = [one.rung for one in (*self.before, *self.attempts) if _ran_out_of_memory(one) and self._is_held(one)]
         narrow_bytes = sum(file.stat().st_size for file in self.narrow.glob("*.safetensors")) if self.narrow else 0
         limit = self.budget.memory_bytes
         plan = planner.choose(limit, killed, most_tokens=most_tokens, narrow_bytes=narrow_bytes)
@@ -153,34 +170,40 @@ class Ladder:
         file, said = self.out / "job.json", self.out / "stderr.txt"
         base = str(self.narrow) if self.narrow and plan.is_narrow else self.job.base
         replace(planned_job(self.job, plan.rung), base=base).write(file)
-        self._why = ""
+        self._stop = None
         usage = limits.run(tuner_command(file, said), left, environment=_environment(), stop=self._must_stop)
         updates = _updates(self.out / "log.jsonl")
-        reason = self._why or usage.killed or ("memory" if usage.exit_code == BUDGET_EXIT else "")
+        if self._stop is not None:
+            reason = self._stop.detail
+        else:
+            reason = usage.killed or ("memory" if usage.exit_code == BUDGET_EXIT else "")
         rung: Rung = plan.rung
         return Attempt(rung.id, rung.micro_batch_tokens, plan.is_narrow, plan.peak_bytes, usage, updates, reason)
 
     def _must_stop(self) -> bool:
         now = time.monotonic()
         if self.signals.received:
-            self._why = self.signals.received.name
-        if not self._why and now - self._asked_at >= ASK_S:
+            self._stop = Stop(StopCause.SIGNAL, self.signals.received.name)
+        if self._stop is None and now - self._asked_at >= ASK_S:
             self._asked_at = now
-            self._why = self.policy() or self._over_disk()
-        return bool(self._why)
+            why = self.policy()
+            self._stop = Stop(StopCause.POLICY, why) if why else self._over_disk()
+        return self._stop is not None
 
-    def _over_disk(self) -> str:
+    def _over_disk(self) -> Stop | None:
         if not self.budget.disk_bytes:
-            return ""
+            return None
         used = _used_bytes(self.out)
-        return f"{DISK}{used:,} of {self.budget.disk_bytes:,} bytes" if used > self.budget.disk_bytes else ""
+        if used <= self.budget.disk_bytes:
+            return None
+        return Stop(StopCause.DISK, f"disk: {used:,} of {self.budget.disk_bytes:,} bytes")
 
     def _ended(self, attempt: Attempt, plan: Plan) -> Receipt:
         """The receipt of a call that is not done; raises the tuner's error if it was one."""
         usage = attempt.usage
         if usage.killed in ("wall", "cpu"):
             return self._end("spent", f"{usage.killed} time is up", plan.held)
-        if attempt.reason.startswith(DISK):
+        if self._stop is not None and self._stop.cause is StopCause.DISK:
             return self._end("spent", attempt.reason, plan.held)
         if attempt.reason or usage.exit_code in (-2, -15, 130, 143):
             return self._end("paused", attempt.reason or "a signal", plan.held)
@@ -214,6 +237,12 @@ class Ladder:
             return None
         is_same = found.base["digest"] == self.job.digest and found.recipe == json.loads(json.dumps(self.job.recipe))
         return found if is_same else None
+
+
+def _ran_out_of_memory(attempt: Attempt) -> bool:
+    """Return whether memory ended an attempt, and no policy that says that word."""
+    usage = attempt.usage
+    return attempt.reason == "memory" and (usage.killed == "memory" or usage.exit_code == BUDGET_EXIT)
 
 
 def planned_job(job: Job, rung: Rung) -> Job:

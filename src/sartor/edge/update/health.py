@@ -22,6 +22,7 @@ from typing import Any
 
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import AdmissionError, ConfigError, HealthError, InputError, SartorError
+from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import process, system_of
 from sartor.edge.tuning.limits import Limits
 from sartor.evaluate import canary
@@ -60,7 +61,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found. `reasons`: each begins with a word for its kind; empty: it passed.
+    """What a check found. `reasons`: each the text of a HealthReason; empty: it passed.
 
     not_checked: why the release's own replies were not compared; empty where they were, or where it has none.
     """
@@ -109,10 +110,10 @@ class Health:
         except HealthError as error:
             return Result(0, (error.problem,))
         except InputError as error:
-            return Result(0, (f"opens: {error.problem}",))
+            return Result(0, (HealthReason.OPENS.text(error.problem),))
         reasons = [*_judged(shipped, events[: len(shipped.calls)]), *self._told(events[len(shipped.calls) :])]
         if self.evaluation and not reasons and (wrong := self._evaluated(release)):
-            reasons.append(f"evaluation: {wrong}")
+            reasons.append(HealthReason.EVALUATION.text(wrong))
         return Result(len(calls), tuple(reasons), used.peak_bytes, used.wall_s, shipped.not_checked)
 
     def _told(self, events: Sequence[Sequence[Event]]) -> list[str]:
@@ -121,7 +122,10 @@ class Health:
             for prompt, told in zip(self.prompts, events, strict=True)
             if (said := _failure(told) or prompt.wrong(_text(told)))
         ]
-        return [f"canary: {len(wrong)} of {len(self.prompts)} of the device's prompts: {', '.join(wrong)}"] if wrong else []
+        if not wrong:
+            return []
+        detail = f"{len(wrong)} of {len(self.prompts)} of the device's prompts: {', '.join(wrong)}"
+        return [HealthReason.CANARY.text(detail)]
 
     def _evaluated(self, release: Path) -> str:
         assert self.evaluation
@@ -141,12 +145,12 @@ def _shipped(manifest: Mapping[str, Any]) -> canary.Canaries:
 
 def _judged(shipped: canary.Canaries, events: Sequence[Sequence[Event]]) -> list[str]:
     if not shipped.recorded:
-        return [f"canary: {said}" for told in events if (said := _failure(told))]
+        return [HealthReason.CANARY.text(said) for told in events if (said := _failure(told))]
     try:
         canary.judge(shipped, events)
     except AdmissionError as error:
-        kind = error.check if error.check == "degenerate" else "canary"
-        return [f"{kind}: of the release's own prompts: {error.brief}"]
+        reason = HealthReason.DEGENERATE if error.check == "degenerate" else HealthReason.CANARY
+        return [reason.text(f"of the release's own prompts: {error.brief}")]
     return []
 
 

@@ -22,6 +22,7 @@ from sartor.core import records, signing
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.names import is_name
 from sartor.edge.files import write_whole
+from sartor.edge.health_reason import HealthReason
 from sartor.edge.store import Store
 from sartor.edge.update.content import ring_of
 from sartor.edge.update.fetch import Fetcher
@@ -29,14 +30,12 @@ from sartor.edge.update.fetch import Fetcher
 SCHEMA, KIND = 1, "fleet-report"
 MOST_BYTES = 4096
 Outcome = Literal["pass", "fail"]
-# as the reasons in the store begin: those of the health check, of a trial, of a person's rollback
-REASONS = ("opens", "time", "memory", "crash", "canary", "degenerate", "evaluation", "starts", "person", "other")
 _MEMORY = "reported.json"
 
 
 @dataclass(frozen=True)
 class Report:
-    """One device on one version. `time`: seconds since 1970 by the device's clock. `reason`: one of REASONS, "" for a pass."""
+    """One device on one version. `time`: seconds since 1970 by the device's clock. `reason`: a HealthReason, "" for a pass."""
 
     device: str
     name: str
@@ -69,16 +68,10 @@ def read(content: bytes) -> tuple[Report, Any]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtifactError(f"this is no report of a device: {error}", "look at who sends it") from None
     numbers = type(found.ring) is int and type(found.time) is int
-    words = found.outcome in ("pass", "fail") and found.reason in ("", *REASONS)
+    words = found.outcome in ("pass", "fail") and found.reason in ("", *HealthReason)
     if not (numbers and words and all(map(is_name, (found.device, found.name, found.version)))):
         raise ArtifactError("a field of this report has another form", "look at who sends it")
     return found, signature
-
-
-def reason_of(text: str) -> str:
-    """The word for why a version was refused."""
-    word = text.partition(":")[0]
-    return word if word in REASONS else "other"
 
 
 def check_id(device: str) -> None:
@@ -92,7 +85,7 @@ def due(store: Store, name: str, device: str, said: dict[str, str]) -> Iterator[
     now, ring = int(time.time()), ring_of(device)
     for version, why in store.refused(name).items():
         if said.get(version) != "fail":
-            yield Report(device, name, version, ring, "fail", reason_of(why), now)
+            yield Report(device, name, version, ring, "fail", HealthReason.parse(why).value, now)
     current = store.current(name)
     if current and not current.trial and said.get(current.version) != "pass":
         yield Report(device, name, current.version, ring, "pass", "", now)

@@ -1,0 +1,35 @@
+"""Reasons for which a device refuses a version, and their text in its store: a word, a colon, the detail."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class HealthReason(StrEnum):
+    """Reason for which a version is refused; the closed list that a device's report may say.
+
+    OPENS to EVALUATION: of the health check. STARTS: the trial was not confirmed. PERSON: somebody rolled it back.
+    """
+
+    OPENS = "opens"
+    TIME = "time"
+    MEMORY = "memory"
+    CRASH = "crash"
+    CANARY = "canary"
+    DEGENERATE = "degenerate"
+    EVALUATION = "evaluation"
+    STARTS = "starts"
+    PERSON = "person"
+    OTHER = "other"
+
+    def text(self, detail: str) -> str:
+        """Return the text that errors show and the store keeps."""
+        return f"{self.value}: {detail}"
+
+    @classmethod
+    def parse(cls, text: str) -> HealthReason:
+        """Return the reason of a text that the store keeps; OTHER for one that `text` did not write."""
+        try:
+            return cls(text.partition(":")[0])
+        except ValueError:
+            return cls.OTHER
