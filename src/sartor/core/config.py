@@ -19,7 +19,7 @@ import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -115,10 +115,19 @@ def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     Before the options of a class with a `kind` stand `NAME.kind`, with its choices, and for each choice `NAME.kind CHOICE`,
     with the first sentence of its docstring. Within lists, equal options are described once.
     """
-    yield from _describe(cls, prefix, {})
+    yield from ((option.name, option.declared, option.text) for option in _describe(cls, prefix, {}))
 
 
-def _describe(cls: type, prefix: str, seen: dict[tuple[type, ...], str]) -> Iterator[tuple[str, str, str]]:
+class _Described(NamedTuple):
+    """One line of `describe`. states_kind: it is a choice of kind, or says with which kind it goes."""
+
+    name: str
+    declared: str
+    text: str
+    states_kind: bool = False
+
+
+def _describe(cls: type, prefix: str, seen: dict[tuple[type, ...], str]) -> Iterator[_Described]:
     """`seen`: classes of an option below a list -> the option that they were described for."""
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -128,29 +137,29 @@ def _describe(cls: type, prefix: str, seen: dict[tuple[type, ...], str]) -> Iter
         members, text = _classes(hint), field.metadata.get("help", "")
         declared = f"{_describe_type(hint)}, {_default_text(field)}"
         if "[]" in prefix and tuple(members) in seen:
-            yield name, f"{declared}, options as of {seen[tuple(members)]}", text
+            yield _Described(name, f"{declared}, options as of {seen[tuple(members)]}", text)
             continue
         if not members or _is_list(hint):
-            yield name, declared, text
+            yield _Described(name, declared, text)
         below = f"{name}[]" if _is_list(hint) else name
         if members and "[]" in prefix:
             seen[tuple(members)] = below
         if any(_has_kind(member) for member in members):
             choices = " | ".join(_kind(member) for member in members)
-            yield f"{below}.kind", f"{choices}, {'required' if _is_list(hint) else _default_text(field)}", text
+            yield _Described(f"{below}.kind", f"{choices}, {'required' if _is_list(hint) else _default_text(field)}", text)
         for member in members:
             yield from _describe_member(member, below, len(members) > 1, seen)
 
 
 def _describe_member(
     member: type, below: str, is_one_of_several: bool, seen: dict[tuple[type, ...], str]
-) -> Iterator[tuple[str, str, str]]:
+) -> Iterator[_Described]:
     if _has_kind(member):
-        yield f"{below}.kind {_kind(member)}", "a choice", first_sentence(member)
-    for option_name, declared, text in _describe(member, f"{below}.", seen):
-        if is_one_of_several and ", with kind " not in declared and " " not in option_name:
-            declared += f", with kind {_kind(member)}"
-        yield option_name, declared, text
+        yield _Described(f"{below}.kind {_kind(member)}", "a choice", first_sentence(member), states_kind=True)
+    for option in _describe(member, f"{below}.", seen):
+        if is_one_of_several and not option.states_kind:
+            option = option._replace(declared=f"{option.declared}, with kind {_kind(member)}", states_kind=True)
+        yield option
 
 
 def first_sentence(cls: type) -> str:
