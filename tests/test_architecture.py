@@ -143,6 +143,38 @@ def test_imports_of_our_own_stand_at_the_top_of_a_module() -> None:
     assert inside == []
 
 
+# what a person reads of an error, a check or an end; what a program decides by are kinds and enums
+SENTENCES = {"problem", "remedy", "brief", "why", "detail", "last_end"}
+
+
+def decided_by_text(name: str, tree: ast.Module) -> list[str]:
+    """Return where a sentence is compared, searched, split or matched: `error.problem.startswith(...)`."""
+    found = []
+    for node in ast.walk(tree):
+        read: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            read = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            read = [node.func.value]
+        elif isinstance(node, ast.Match):
+            read = [node.subject]
+        found += [f"{name}:{one.lineno}" for one in read if isinstance(one, ast.Attribute) and one.attr in SENTENCES]
+    return found
+
+
+def test_nothing_is_decided_by_a_sentence() -> None:
+    assert [found for name, _, tree in modules() for found in decided_by_text(name, tree)] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["a.why == RECYCLED", "'full' in error.problem", "error.problem.partition(';')[0]", "why = b.why.startswith((A, B))",
+     "match check.detail:\n case 'x': pass"],
+)  # fmt: skip
+def test_a_planted_decision_by_a_sentence_is_found(line: str) -> None:
+    assert len(decided_by_text("x.py", ast.parse(line))) == 1
+
+
 def first_with_torch(folder: Path, *modules: str) -> str:
     """The first of the modules, imported one after the other in one process, with which torch or transformers is there."""
     code = """import importlib, sys

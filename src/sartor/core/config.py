@@ -115,7 +115,7 @@ def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     Before the options of a class with a `kind` stand `NAME.kind`, with its choices, and for each choice `NAME.kind CHOICE`,
     with the first sentence of its docstring. Within lists, equal options are described once.
     """
-    yield from ((option.name, option.declared, option.text) for option in _describe(cls, prefix, {}))
+    yield from ((line.name, line.declared, line.text) for line in _describe(cls, prefix, {}))
 
 
 class _Described(NamedTuple):
@@ -156,10 +156,10 @@ def _describe_member(
 ) -> Iterator[_Described]:
     if _has_kind(member):
         yield _Described(f"{below}.kind {_kind(member)}", "a choice", first_sentence(member), states_kind=True)
-    for option in _describe(member, f"{below}.", seen):
-        if is_one_of_several and not option.states_kind:
-            option = option._replace(declared=f"{option.declared}, with kind {_kind(member)}", states_kind=True)
-        yield option
+    for line in _describe(member, f"{below}.", seen):
+        if is_one_of_several and not line.states_kind:
+            line = line._replace(declared=f"{line.declared}, with kind {_kind(member)}", states_kind=True)
+        yield line
 
 
 def first_sentence(cls: type) -> str:
