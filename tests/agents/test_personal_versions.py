@@ -24,7 +24,8 @@ from sartor.agents.receipts import ReceiptBook
 from sartor.agents.registry import Registry
 from sartor.agents.team import load
 from sartor.core import home
-from sartor.core.artifacts import open_artifact, writer_lock
+from sartor.core.artifacts import open_artifact
+from sartor.core.filesystem import writer_lock
 from sartor.core.errors import (
     ConfigError,
     GateError,

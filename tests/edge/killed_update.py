@@ -17,12 +17,12 @@ from pathlib import Path
 from edge_disks import STEPS
 
 from sartor.edge.store import Store
-from sartor.edge.store.disk import Disk
+from sartor.core.filesystem import FileSystem
 
 CHANGES = ("write", "append", "sync", "sync_folder", "rename", "link", "unlink", "mkdir", "rmdir")
 
 
-class Killer(Disk):
+class Killer(FileSystem):
     """Kills its own process before the n-th operation; a write is also cut in the middle, which counts as one more."""
 
     def __init__(self, at: int) -> None:

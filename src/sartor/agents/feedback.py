@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from sartor.core.artifacts import fsync_directory
+from sartor.core.filesystem import fsync_directory
 from sartor.core.errors import MissingError, SourceError
 from sartor.core.records import Feedback
 

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, select
 from sartor.agents import tables
 from sartor.agents.people.book import note
 from sartor.agents.registry import Cause
-from sartor.core.artifacts import fsync_directory
+from sartor.core.filesystem import fsync_directory
 from sartor.core.database import is_whole
 
 KEYED, UNKEYED = "keys asked for", "keys removed"

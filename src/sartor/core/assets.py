@@ -20,7 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from sartor.core.artifacts import file_digest, new_directory
+from sartor.core.artifacts import new_directory
+from sartor.core.filesystem import file_digest
 from sartor.core.errors import AssetError, ConfigError
 from sartor.core.home import folder
 

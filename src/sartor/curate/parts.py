@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sartor.core import rows
-from sartor.core.artifacts import fsync_directory
+from sartor.core.filesystem import fsync_directory
 from sartor.core.records import Example
 
 INDEX = pa.schema(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sartor.core.artifacts import fsync_directory
+from sartor.core.filesystem import fsync_directory
 
 
 def write_whole(path: Path, content: bytes) -> None:

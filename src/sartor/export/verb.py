@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sartor.core import bases, catalogue, lineage, numerics, signing
-from sartor.core.artifacts import MANIFESTS, Artifact, check_free, file_digest, new_directory, seal
+from sartor.core.artifacts import MANIFESTS, Artifact, check_free, new_directory, seal
+from sartor.core.filesystem import file_digest
 from sartor.core.errors import BudgetError, ConfigError, ModelError
 from sartor.evaluate.release import verify_release
 from sartor.evaluate.tasks import check_base

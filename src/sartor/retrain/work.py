@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.core.artifacts import writer_lock
+from sartor.core.filesystem import writer_lock
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.edge.files import write_whole
 

@@ -33,7 +33,8 @@ import torch
 from safetensors.torch import load_file
 
 from sartor.core import numerics
-from sartor.core.artifacts import file_digest, fsync_directory, manifest_id
+from sartor.core.artifacts import manifest_id
+from sartor.core.filesystem import file_digest, fsync_directory
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
 from sartor.models.streamed import write_tensors
 from sartor.tune.recipe import Checkpoints

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import records
-from sartor.core.artifacts import DISK_FULL, MANIFESTS, fsync_directory, open_artifact
+from sartor.core.artifacts import DISK_FULL, MANIFESTS, open_artifact
+from sartor.core.filesystem import fsync_directory
 from sartor.core.errors import AdmissionError, ArtifactError, MissingError, SartorError, SignatureError
 
 MOST_BYTES = 4 << 30

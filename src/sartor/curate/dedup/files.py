@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from sartor.core import catalogue
-from sartor.core.artifacts import Artifact, check_free, file_digest, write_artifact
+from sartor.core.artifacts import Artifact, check_free, write_artifact
+from sartor.core.filesystem import file_digest
 from sartor.core.config import option
 from sartor.core.errors import ConfigError, SourceError
 from sartor.curate.dedup import ledger

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from sartor.core.artifacts import Artifact, check_file, fsync_directory
+from sartor.core.artifacts import Artifact, check_file
+from sartor.core.filesystem import fsync_directory
 from sartor.core.errors import SartorError, SourceError
 from sartor.core.records import canonical
 from sartor.curate.review.items import SCHEMA, Decision, Item, decision_of, item_of

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core.artifacts import fsync_directory
+from sartor.core.filesystem import fsync_directory
 from sartor.core.errors import BudgetError
 from sartor.core.teachers import Answer, Question, Teacher
 from sartor.curate.synthesize.teachers import Price

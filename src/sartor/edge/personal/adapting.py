@@ -24,7 +24,7 @@ from sartor.edge.personal.local import CONFIG, WEIGHTS, Delta, Locals, applied, 
 from sartor.edge.personal.rows import example_of, now
 from sartor.edge.personal.work import Material, Tune
 from sartor.edge.store import Installed
-from sartor.edge.store.disk import Disk
+from sartor.core.filesystem import FileSystem
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.limits import Limits
 from sartor.edge.tuning.words import Words
@@ -77,7 +77,7 @@ class Adapted:
 class Adapting:
     """What tunes for the rows of a diary, in the folder of their person."""
 
-    def __init__(self, folder: Path, store: Path, settings: Settings, diary: Diary, tune: Tune, disk: Disk) -> None:
+    def __init__(self, folder: Path, store: Path, settings: Settings, diary: Diary, tune: Tune, disk: FileSystem) -> None:
         self.folder, self.store, self.settings, self.diary = folder, store, settings, diary
         self.locals = Locals(store, settings.name)
         self._tune, self._disk, self._settled = tune, disk, folder / "settled.json"

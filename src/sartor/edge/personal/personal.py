@@ -30,7 +30,7 @@ from sartor.edge.personal.keys import Source
 from sartor.edge.personal.local import FORGETTING, applied, digest_of, shipped
 from sartor.edge.personal.rows import Row
 from sartor.edge.personal.work import Tune
-from sartor.edge.store.disk import OwnersDisk
+from sartor.core.filesystem import PrivateFileSystem
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Personal:
         signer: Path | None = None,
     ) -> None:
         self.folder, self.store, self.settings = folder.absolute(), store.absolute(), settings
-        self._disk = OwnersDisk()
+        self._disk = PrivateFileSystem()
         self.diary = Diary(self.folder / "rows", key, limit_bytes=settings.limit_bytes)
         tune = tune or work.tune_in_process(settings.limits, settings.stop)
         self._adapting = Adapting(self.folder, self.store, settings, self.diary, tune, self._disk)

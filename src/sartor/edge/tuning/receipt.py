@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from sartor.core.artifacts import file_digest
+from sartor.core.filesystem import file_digest
 from sartor.core.errors import ArtifactError, SignatureError
 from sartor.core.numerics import FIRST
 from sartor.core.signing import check_said, signature_of

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.artifacts import file_digest
+from sartor.core.filesystem import file_digest
 from sartor.core.errors import ArtifactError
 
 MAGIC = b"SARTORD1"

@@ -23,7 +23,8 @@ from typing import Any
 from tuf.api.metadata import TargetFile
 
 from sartor.core import signing
-from sartor.core.artifacts import MANIFESTS, file_digest, make_parent, writer_lock
+from sartor.core.artifacts import MANIFESTS
+from sartor.core.filesystem import file_digest, make_parent, writer_lock
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.names import is_name
 from sartor.edge.files import write_whole

@@ -21,7 +21,7 @@ from tuf.api.metadata import Metadata, MetaFile, Role, Root, Snapshot, Targets, 
 from tuf.api.serialization import DeserializationError
 
 from sartor.core import signing
-from sartor.core.artifacts import make_parent
+from sartor.core.filesystem import make_parent
 from sartor.core.errors import ArtifactError, ConfigError, SignatureError
 from sartor.edge.files import write_whole
 

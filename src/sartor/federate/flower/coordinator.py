@@ -24,7 +24,8 @@ from typing import Any
 import yaml
 
 from sartor.core import config, licences
-from sartor.core.artifacts import open_artifact, writer_lock
+from sartor.core.artifacts import open_artifact
+from sartor.core.filesystem import writer_lock
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError, RoundError
 from sartor.core.spdx import UNKNOWN

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from sartor.core.artifacts import fsync_directory
+from sartor.core.filesystem import fsync_directory
 from sartor.core.errors import BusyError, ConfigError, MissingError, StoreError
 
 SCHEMA = 1

@@ -21,7 +21,7 @@ from typing import Any
 from safetensors.numpy import load_file, save
 
 from sartor.core import config
-from sartor.core.artifacts import file_digest
+from sartor.core.filesystem import file_digest
 from sartor.core.bases import BaseRef
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import BudgetError, ConfigError

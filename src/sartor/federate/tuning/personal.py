@@ -19,7 +19,8 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from sartor.core import catalogue, config, records
-from sartor.core.artifacts import Artifact, write_artifact, writer_lock
+from sartor.core.artifacts import Artifact, write_artifact
+from sartor.core.filesystem import writer_lock
 from sartor.core.errors import ConfigError
 from sartor.edge.files import write_whole
 from sartor.federate.aggregate.ranks import nothing

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import catalogue, config, licences, numerics, records
-from sartor.core.artifacts import Artifact, check_free, kind_of, write_artifact, writer_lock
+from sartor.core.artifacts import Artifact, check_free, kind_of, write_artifact
+from sartor.core.filesystem import writer_lock
 from sartor.core.errors import ConfigError
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.privacy.accountant import Account, calibrated

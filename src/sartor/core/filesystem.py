@@ -30,7 +30,7 @@ class Stat(NamedTuple):
     is_folder: bool
 
 
-class Disk:
+class FileSystem:
     """The file system of this machine. Every method raises OSError as the system call does."""
 
     _rights = 0o644
@@ -153,13 +153,13 @@ class Disk:
         self.rmdir(path)
 
 
-class OwnersDisk(Disk):
+class PrivateFileSystem(FileSystem):
     """What it makes its owner alone may read: it is so from the first moment on."""
 
     _rights = 0o600
 
     def mkdir(self, path: Path) -> None:
-        """See Disk."""
+        """Make a folder that its owner alone may enter; its parent is there."""
         os.mkdir(path, 0o700)
 
 
