@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from sartor.core.errors import HealthError, StoreError
+from sartor.core.filesystem import Content, FileSystem, Stat
 from sartor.edge.store import Installed, Store
-from sartor.core.filesystem import FileSystem, Stat
 
 _numbers = itertools.count(1)
 
@@ -106,8 +106,13 @@ class MemoryDisk(FileSystem):
         assert isinstance(node, File)
         node.content = (node.content if kept else b"") + content
 
-    def write(self, path: Path, content: bytes) -> None:
-        self._operation("write", path, lambda half: self._writing(path, False, content[: len(content) // half]))
+    def write(self, path: Path, content: Content) -> None:
+        if callable(content):
+            stream = io.BytesIO()
+            content(stream)
+            content = stream.getvalue()
+        written = content
+        self._operation("write", path, lambda half: self._writing(path, False, written[: len(written) // half]))
 
     def append(self, path: Path, content: bytes) -> None:
         self._operation("append", path, lambda half: self._writing(path, True, content[: len(content) // half]))

@@ -28,12 +28,12 @@ from sartor.core.errors import (
     SourceError,
     StoreError,
 )
+from sartor.core.filesystem import FileSystem, PrivateFileSystem, temporary_path
 from sartor.core.records import Example, Feedback, Message
 from sartor.edge.personal import diary as module
 from sartor.edge.personal.diary import Diary
 from sartor.edge.personal.keys import FileKey, Passphrase
 from sartor.edge.personal.rows import Row, of_feedback
-from sartor.core.filesystem import FileSystem, PrivateFileSystem
 
 WORDS = "my neighbour Wilhelmina snores"
 
@@ -249,6 +249,17 @@ def test_what_is_forgotten_is_gone_and_an_old_copy_opens_with_nothing_that_is_le
     with pytest.raises(KeyRefusedError, match="does not hold the key"):
         opened(tmp_path).rows()
     assert len(json.loads((tmp_path / "device.key").read_text())["keys"]) == 1
+
+
+def test_leftovers_of_a_killed_writer_go_with_what_is_forgotten(tmp_path: Path) -> None:
+    """A temporary of the rows under their old key, and one of the key file that holds that key."""
+    diary = opened(tmp_path)
+    diary.add(row("a"))
+    left = [temporary_path(tmp_path / "rows/diary"), temporary_path(tmp_path / "device.key")]
+    for leftover, file in zip(left, (tmp_path / "rows/diary", tmp_path / "device.key"), strict=True):
+        leftover.write_bytes(file.read_bytes())
+    opened(tmp_path).forget(lambda one: True)
+    assert [leftover.exists() for leftover in left] == [False, False]
 
 
 def test_where_nothing_is_chosen_nothing_is_written(tmp_path: Path) -> None:

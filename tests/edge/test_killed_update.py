@@ -62,7 +62,7 @@ def test_a_kill_at_every_sixteenth_operation_leaves_the_old_or_the_new_version(m
 
 
 def test_the_killer_stands_before_every_operation_that_changes_something() -> None:
-    reads = {"open", "digest", "names", "stat", "free_bytes", "lock", "is_whole"}
-    composed = {"replace", "copy", "remove"}
+    reads = {"open", "digest", "names", "stat", "free_bytes", "lock", "is_whole", "leftovers"}
+    composed = {"replace", "take_name", "removed_on_error", "remove_leftovers", "make_folders", "copy", "remove"}
     assert {name for name in vars(FileSystem) if not name.startswith("_")} == {*CHANGES} | reads | composed
     assert {*CHANGES} <= set(vars(Killer))

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ROWS
 from sartor.core import signing
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, ModelError, SignatureError, StoreError
+from sartor.core.filesystem import FileSystem
 from sartor.edge.personal import adapting, work
 from sartor.edge.personal.adapting import Settings
 from sartor.edge.personal.forgetting import Forgotten, check_receipt
@@ -29,7 +30,6 @@ from sartor.edge.personal.keys import FileKey
 from sartor.edge.personal.local import applied, shipped
 from sartor.edge.personal.personal import Personal
 from sartor.edge.store import Store
-from sartor.core.filesystem import FileSystem
 from sartor.edge.tuning import tuner
 from sartor.edge.tuning.limits import Limits
 from sartor.edge.tuning.tokens import read_tokens, write_tokens

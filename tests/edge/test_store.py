@@ -14,8 +14,8 @@ from edge_disks import NAME, VERSIONS, check_whole, digest_of, digests, fetch, i
 
 from sartor.core.artifacts import open_artifact, write_artifact
 from sartor.core.errors import BusyError, HealthError, MissingError, SartorError, StoreError
-from sartor.edge.store import Store, installed
 from sartor.core.filesystem import FileSystem
+from sartor.edge.store import Store, installed
 from sartor.edge.store.pointers import Trial, parse
 
 

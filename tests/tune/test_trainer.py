@@ -13,8 +13,8 @@ import torch
 import sartor
 from conftest import ROWS, write_jsonl
 from sartor.core.artifacts import open_artifact
-from sartor.core.filesystem import file_digest
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
+from sartor.core.filesystem import file_digest
 from sartor.models import general
 from sartor.models.frozen import Frozen
 from sartor.tune import objectives, optimizers, order

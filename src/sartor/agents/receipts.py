@@ -31,8 +31,8 @@ from sartor.agents.receipt_content import Content, Digest, digest_by
 from sartor.agents.team import Team
 from sartor.core import catalogue, records, signing
 from sartor.core.artifacts import DISK_FULL
-from sartor.core.filesystem import fsync_directory
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
+from sartor.core.filesystem import fsync_directory
 from sartor.core.receipt_index import PATTERN, Placed, ReceiptIndex
 from sartor.models.engine.contract import About
 

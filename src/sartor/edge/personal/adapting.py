@@ -16,6 +16,7 @@ from typing import Any
 
 from sartor.core import records
 from sartor.core.errors import ConfigError, HealthError, SourceError, StoreError
+from sartor.core.filesystem import FileSystem
 from sartor.core.records import Example
 from sartor.edge.personal import work
 from sartor.edge.personal.diary import LIMIT_BYTES, Diary
@@ -24,7 +25,6 @@ from sartor.edge.personal.local import CONFIG, WEIGHTS, Delta, Locals, applied, 
 from sartor.edge.personal.rows import example_of, now
 from sartor.edge.personal.work import Material, Tune
 from sartor.edge.store import Installed
-from sartor.core.filesystem import FileSystem
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.limits import Limits
 from sartor.edge.tuning.words import Words

@@ -34,10 +34,10 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from sartor.core import records
 from sartor.core.artifacts import DISK_FULL
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, SourceError, StoreError
+from sartor.core.filesystem import FileSystem, PrivateFileSystem
 from sartor.core.records import Example
 from sartor.edge.personal.keys import KEY_BYTES, NONCE_BYTES, Source, unwrap, wrap
 from sartor.edge.personal.rows import Row, example_of, now
-from sartor.core.filesystem import FileSystem, PrivateFileSystem
 
 SCHEMA = 1
 LIMIT_BYTES = 16 << 20
@@ -254,6 +254,7 @@ class Diary:
                 self._make_folder()
                 unlock = self._lock()
                 try:
+                    self._disk.remove_leftovers(self._file)  # of a rewriting that was killed: rows that were to go
                     yield
                 finally:
                     unlock()

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from sartor.core import records, signing
 from sartor.core.errors import SignatureError, StoreError
-from sartor.edge.personal.rows import now
 from sartor.core.filesystem import FileSystem
+from sartor.edge.personal.rows import now
 
 SCHEMA = 1
 

@@ -176,6 +176,7 @@ class FileKey:
             for folder in reversed(missing):
                 self.disk.mkdir(folder)
                 self.disk.sync_folder(folder.parent)
+            self.disk.remove_leftovers(self.path)  # a killed writer's holds keys that were to go
             self.disk.replace(self.path, _dump(held).encode())
         except OSError as error:
             raise MissingError(f"the key {self.path} could not be written: {error.strerror}", "see to its disk") from error

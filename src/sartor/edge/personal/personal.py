@@ -20,6 +20,7 @@ from typing import Any
 from sartor.core import signing
 from sartor.core.artifacts import DISK_FULL
 from sartor.core.errors import BusyError, ConfigError, MissingError, SartorError
+from sartor.core.filesystem import PrivateFileSystem
 from sartor.core.records import Example
 from sartor.edge.personal import work
 from sartor.edge.personal.adapting import Adapted, Adapting, Settings
@@ -30,7 +31,6 @@ from sartor.edge.personal.keys import Source
 from sartor.edge.personal.local import FORGETTING, applied, digest_of, shipped
 from sartor.edge.personal.rows import Row
 from sartor.edge.personal.work import Tune
-from sartor.core.filesystem import PrivateFileSystem
 
 
 @dataclass(frozen=True)

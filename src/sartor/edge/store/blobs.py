@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from sartor.core import records
 from sartor.core.errors import StoreError
-from sartor.core.filesystem import FileSystem, LEFTOVER
+from sartor.core.filesystem import LEFTOVER, FileSystem
 from sartor.edge.store.pointers import DIGEST
 
 # An fsync takes tens of milliseconds on an SD card, so not every piece has its own. ext4, F2FS and btrfs make a file longer

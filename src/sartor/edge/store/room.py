@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sartor.core.errors import BudgetError, MissingError, SartorError
-from sartor.edge.store.blobs import Blobs
 from sartor.core.filesystem import FileSystem
+from sartor.edge.store.blobs import Blobs
 from sartor.edge.store.pointers import Pointer, Pointers
 from sartor.edge.store.trees import Trees
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sartor.edge.store.blobs import Blobs
 from sartor.core.filesystem import FileSystem
+from sartor.edge.store.blobs import Blobs
 from sartor.edge.store.pointers import Pointer, Pointers
 from sartor.edge.store.trees import Trees
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sartor.core.errors import StoreError
+from sartor.core.filesystem import LEFTOVER, FileSystem
 from sartor.edge.store.blobs import Blobs
-from sartor.core.filesystem import FileSystem, LEFTOVER
 from sartor.edge.store.pointers import Version, tree_of
 
 # FAT has no hard links, some network file systems neither; and one file has only so many names.
