@@ -1,4 +1,4 @@
-"""Files and directories written whole or not at all: atomic writers, locks, and the file operations that tests interrupt.
+"""Files and directories written whole or not at all: atomic writers, locks, file operations that tests interrupt.
 
     write_file_atomic         the content of one file, as bytes or written to a stream
     create_file_atomic        the same for a library or a program that wants a path
@@ -287,7 +287,7 @@ class FileSystem:
         return [path.with_name(name) for name in names if name == stem or name.startswith(f"{stem}-")]
 
     def remove_leftovers(self, path: Path) -> None:
-        """Remove what killed writers of `path` left. The lock of its one writer must be held: nobody is at work then."""
+        """Remove what killed writers of `path` left. The lock of its writers must be held: nobody is at work then."""
         for leftover in self.leftovers(path):
             self.remove(leftover)
 
@@ -302,7 +302,7 @@ class FileSystem:
             self.sync_folder(path.parent)
 
     def copy(self, source: Path, target: Path) -> None:
-        """Copy a file and make its bytes durable. Piece by piece: a reflink would share the blocks, and so their rot."""
+        """Copy a file and make its bytes durable. By pieces: a reflink would share the blocks, and so their rot."""
         self.write(target, b"")
         with self.open(source) as stream:
             while piece := stream.read(PIECE_BYTES):
@@ -310,7 +310,7 @@ class FileSystem:
         self.sync(target)
 
     def is_whole(self, path: Path, digest: str) -> bool:
-        """Whether a file is there and has this sha256. A block that cannot be read is no different from one that differs."""
+        """Whether a file is there and has this sha256. A block that cannot be read is as one that differs."""
         try:
             return self.digest(path) == digest
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -321,7 +321,7 @@ class FileSystem:
             return False
 
     def remove(self, path: Path) -> None:
-        """Remove a file, or a folder with all that it holds. Not durable, and not in one step: only for what nothing names."""
+        """Remove a file, or a folder with all that it holds. Not durable, nor in one step: only for what nothing names."""
         found = self.stat(path)
         if found is None:
             return
