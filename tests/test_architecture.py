@@ -69,6 +69,21 @@ EXCEPTIONS = {
 }
 
 
+# Who gives files their names: everybody else calls the writers of core/filesystem.py.
+RENAMES = {
+    "core/filesystem.py": "the writers themselves",
+    "core/catalogue.py": "sets a broken SQLite file aside; nothing is written",
+    "core/receipt_index.py": "sets a broken SQLite file aside; nothing is written",
+    "core/assets.py": "moves a download within a directory that has no name yet",
+    "tune/checkpoint.py": "hides a checkpoint before it is removed, so that a kill leaves no half one; nothing is written",
+}
+RENAMING = {
+    "os": {"replace", "rename", "renames"},
+    "shutil": {"move"},
+    "tempfile": {"mkstemp", "NamedTemporaryFile"},
+}
+
+
 @functools.cache
 def modules() -> list[tuple[str, Path, ast.Module]]:
     return [
@@ -173,6 +188,54 @@ def test_nothing_is_decided_by_a_sentence() -> None:
 )  # fmt: skip
 def test_a_planted_decision_by_a_sentence_is_found(line: str) -> None:
     assert len(decided_by_text("x.py", ast.parse(line))) == 1
+
+
+def renames(tree: ast.Module) -> Iterator[int]:
+    """Lines that give a file another name or make a temporary to be renamed: a half-made atomic writer."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and {alias.name for alias in node.names} & RENAMING.get(node.module or "", set()):
+            yield node.lineno
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        called, owner = node.func.attr, node.func.value
+        if isinstance(owner, ast.Name) and owner.id in RENAMING:
+            if called in RENAMING[owner.id]:
+                yield node.lineno
+        elif called in ("rename", "replace") and is_of_path(node):
+            yield node.lineno
+
+
+def is_of_path(call: ast.Call) -> bool:
+    """Whether `x.rename(...)` may be a Path's, by its arguments: text takes two, dates take keywords, tables a mapping."""
+    if [keyword.arg for keyword in call.keywords] == ["target"]:
+        return True
+    return len(call.args) == 1 and not call.keywords and not isinstance(call.args[0], ast.Dict)
+
+
+def test_only_the_atomic_writers_rename_files() -> None:
+    found = {name: [f"{name}:{line}" for line in renames(tree)] for name, _, tree in modules()}
+    wrong = [place for name, places in found.items() if name not in RENAMES for place in places]
+    assert wrong == [], "core/filesystem.py has write_file_atomic, create_file_atomic, create_directory_atomic"
+    assert [name for name in RENAMES if not found.get(name)] == [], "an exception that is no longer needed must go"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["os.replace(part, file)", "os.rename(a, b)", "part.replace(file)", "self.part.rename(target=file)", "shutil.move(a, b)",
+     "tempfile.mkstemp()", "tempfile.NamedTemporaryFile(dir=folder)", "from os import replace", "from shutil import copy, move",
+     "path.with_suffix('.part').replace(folder / name)"],
+)  # fmt: skip
+def test_a_planted_rename_is_found(line: str) -> None:
+    assert list(renames(ast.parse(line))) == [1]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["text.replace('a', 'b')", "date.replace(microsecond=0)", "table.rename({'a': 'b'})", "dataclasses.replace(x, y=1)",
+     "disk.rename(a, b)", "os.listdir(x)", "tempfile.TemporaryDirectory()"],
+)  # fmt: skip
+def test_what_renames_no_file_is_let_pass(line: str) -> None:
+    assert list(renames(ast.parse(line))) == []
 
 
 def first_with_torch(folder: Path, *modules: str) -> str:

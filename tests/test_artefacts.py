@@ -26,7 +26,7 @@ from sartor.agents.keys import Keys
 from sartor.agents.team import load
 from sartor.cli import main
 from sartor.core import bases
-from sartor.core.artifacts import file_digest
+from sartor.core.filesystem import file_digest
 from sartor.federate.rounds.journal import Journal
 from sartor.tune.checkpoint import open_checkpoint
 

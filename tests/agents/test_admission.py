@@ -307,7 +307,7 @@ def test_a_full_disk_is_no_refusal_and_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(copies, "_sync", full)
+    monkeypatch.setattr("sartor.core.filesystem.fsync_tree", full)
     with pytest.raises(MissingError, match="disk is full") as caught:
         admission.admit_by(path, ground, Fake())
     assert caught.value.check == "" and not list(copies.folder(ground.state).iterdir())

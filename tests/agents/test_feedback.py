@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sartor.agents.rates import FeedbackRates
 from sartor.agents.receipts import team_digest
 from sartor.agents.team import FeedbackTerms
 from sartor.core.errors import BusyError, ConfigError, MissingError, SourceError
+from sartor.core.filesystem import temporary_path
 from sartor.core.records import Feedback, Voice
 
 COMPLETIONS, FEEDBACK = "/v1/chat/completions", "/v1/feedback"
@@ -218,3 +220,13 @@ def test_a_full_disk_leaves_the_inbox_as_it_was(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(MissingError, match="No space left"):
         inbox.remove(lambda said: True)
     assert file.read_bytes() == before
+
+
+def test_removing_sweeps_what_a_killed_removal_left(tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path / "inbox")
+    inbox.add(Feedback("r", "faq@1.0", "2026-01-31", rating=1))
+    (file,) = inbox.path.iterdir()
+    temporary_path(file).write_bytes(file.read_bytes())
+    assert len(inbox.remove(lambda said: True)) == 1
+    assert list(inbox.path.iterdir()) == [file]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600

@@ -24,7 +24,7 @@ from sartor.agents.receipts import ReceiptBook
 from sartor.agents.registry import Registry
 from sartor.agents.team import load
 from sartor.core import home
-from sartor.core.artifacts import open_artifact, writer_lock
+from sartor.core.artifacts import open_artifact
 from sartor.core.errors import (
     ConfigError,
     GateError,
@@ -32,6 +32,7 @@ from sartor.core.errors import (
     SourceError,
     UnknownAgentError,
 )
+from sartor.core.filesystem import writer_lock
 from sartor.federate.aggregate.ranks import cut, rank_of
 from sartor.models.engine.contract import About
 from sartor.personal.remains import Needles

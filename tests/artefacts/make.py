@@ -187,7 +187,7 @@ def killed(run: Path, dtype: str) -> None:
 
 def resumed_facts(adapter: Path) -> dict[str, Any]:
     """Return what a run ended in, and on what: the last bits depend on it."""
-    from sartor.core.artifacts import file_digest
+    from sartor.core.filesystem import file_digest
 
     lines = [json.loads(line) for line in (adapter / "log.jsonl").read_text().splitlines()]
     return {"weights": file_digest(adapter / WEIGHTS), "losses": [line["loss"] for line in lines if "loss" in line]}
@@ -301,7 +301,7 @@ def federated(root: Path) -> dict[str, Any]:
     assert done.returncode == -signal.SIGKILL and not (run / "adapter").exists(), done
     shutil.copytree(run, root / "whole" / "federated")
     subprocess.run([sys.executable, __file__, "simulated", str(root / "whole" / "federated"), "resume"], check=True)
-    from sartor.core.artifacts import file_digest
+    from sartor.core.filesystem import file_digest
 
     adapter = root / "whole" / "federated" / "adapter"
     lines = [json.loads(line) for line in (adapter / "log.jsonl").read_text().splitlines()]

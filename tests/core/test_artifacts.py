@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sartor.core import rows
-from sartor.core.artifacts import Artifact, new_directory, open_artifact, write_artifact
+from sartor.core.artifacts import Artifact, create_output_directory, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.records import Example, Message, Origin
 
@@ -53,7 +53,7 @@ def test_replace_never_deletes_what_sartor_did_not_make(tmp_path: Path) -> None:
 
 def test_an_error_while_filling_leaves_nothing_and_keeps_the_old_one(tmp_path: Path) -> None:
     first = write(tmp_path / "a")
-    with pytest.raises(RuntimeError), new_directory(tmp_path / "a", replace=True) as part:
+    with pytest.raises(RuntimeError), create_output_directory(tmp_path / "a", replace=True) as part:
         (part / "half").write_text("x")
         raise RuntimeError
     assert open_artifact(tmp_path / "a").id == first.id
@@ -149,8 +149,8 @@ def test_a_kill_leaves_no_artefact_or_a_whole_one(tmp_path: Path, delay_s: float
 
 
 def test_a_second_writer_of_the_same_name_is_refused(tmp_path: Path) -> None:
-    with new_directory(tmp_path / "a"):
-        code = f"from pathlib import Path; from sartor.core.artifacts import new_directory\nwith new_directory(Path({str(tmp_path / 'a')!r})): pass"
+    with create_output_directory(tmp_path / "a"):
+        code = f"from pathlib import Path; from sartor.core.artifacts import create_output_directory\nwith create_output_directory(Path({str(tmp_path / 'a')!r})): pass"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "another process is writing" in done.stderr
 

@@ -16,8 +16,9 @@ import sartor
 from conftest import ROWS, write_jsonl
 from media_files import data_url, png, sound
 from sartor.core import rows
-from sartor.core.artifacts import file_digest, open_artifact
+from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, HubError, SourceError
+from sartor.core.filesystem import file_digest
 from sartor.core.records import Drop, Example
 
 USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from sartor.core.errors import HealthError, StoreError
+from sartor.core.filesystem import Content, FileSystem, Stat
 from sartor.edge.store import Installed, Store
-from sartor.edge.store.disk import Disk, Stat
 
 _numbers = itertools.count(1)
 
@@ -72,7 +72,7 @@ CUTS = [
 ]
 
 
-class MemoryDisk(Disk):
+class MemoryDisk(FileSystem):
     """`before` is called before each operation that changes something, with its name and path; it may raise."""
 
     def __init__(self, root: Folder | None = None) -> None:
@@ -106,8 +106,13 @@ class MemoryDisk(Disk):
         assert isinstance(node, File)
         node.content = (node.content if kept else b"") + content
 
-    def write(self, path: Path, content: bytes) -> None:
-        self._operation("write", path, lambda half: self._writing(path, False, content[: len(content) // half]))
+    def write(self, path: Path, content: Content) -> None:
+        if callable(content):
+            stream = io.BytesIO()
+            content(stream)
+            content = stream.getvalue()
+        written = content
+        self._operation("write", path, lambda half: self._writing(path, False, written[: len(written) // half]))
 
     def append(self, path: Path, content: bytes) -> None:
         self._operation("append", path, lambda half: self._writing(path, True, content[: len(content) // half]))
@@ -263,12 +268,12 @@ def digests(version: str) -> dict[str, str]:
     return {path: digest_of(content) for path, content in VERSIONS[version].items()}
 
 
-def content_of(disk: Disk, path: Path) -> bytes:
+def content_of(disk: FileSystem, path: Path) -> bytes:
     with disk.open(path) as stream:
         return stream.read()
 
 
-def tree(disk: Disk, path: Path, below: str = "") -> dict[str, bytes]:
+def tree(disk: FileSystem, path: Path, below: str = "") -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for name in disk.names(path):
         stat = disk.stat(path / name)
@@ -301,7 +306,7 @@ def sizes(version: str) -> dict[str, int]:
     return {digest_of(content): len(content) for content in VERSIONS[version].values()}
 
 
-def install(store: Store, version: str, disk: Disk, starts: int = 0) -> None:
+def install(store: Store, version: str, disk: FileSystem, starts: int = 0) -> None:
     contents = VERSIONS[version]
     store.make_room(NAME, sizes(version))
     fetch(store, contents)
@@ -314,16 +319,16 @@ def install(store: Store, version: str, disk: Disk, starts: int = 0) -> None:
     store.activate(NAME, version, healthy, starts=starts)
 
 
-def rollback(store: Store, disk: Disk) -> None:
+def rollback(store: Store, disk: FileSystem) -> None:
     if version_of(store.current(NAME)) == "1.1":
         assert store.rollback(NAME, "answers in riddles").version == "1.0"
 
 
-def collect(store: Store, disk: Disk) -> None:
+def collect(store: Store, disk: FileSystem) -> None:
     store.collect()
 
 
-def try_out(store: Store, disk: Disk) -> None:
+def try_out(store: Store, disk: FileSystem) -> None:
     """An update on trial for two starts, of which none confirms: the third start goes back."""
     if "1.3" in store.refused(NAME):
         return
@@ -333,7 +338,7 @@ def try_out(store: Store, disk: Disk) -> None:
         assert version_of(store.start(NAME)) in ("1.2", "1.3")
 
 
-def keep(store: Store, disk: Disk) -> None:
+def keep(store: Store, disk: FileSystem) -> None:
     """An update on trial that confirms."""
     if version_of(store.current(NAME)) != "1.5":
         install(store, "1.5", disk, starts=5)
@@ -341,7 +346,7 @@ def keep(store: Store, disk: Disk) -> None:
     store.confirm(NAME)
 
 
-def refuse(store: Store, disk: Disk) -> None:
+def refuse(store: Store, disk: FileSystem) -> None:
     """An update whose health check fails."""
     if "1.4" in store.refused(NAME):
         return
@@ -362,7 +367,7 @@ def ill(path: Path) -> None:
 @dataclass(frozen=True)
 class Step:
     name: str
-    act: Callable[[Store, Disk], None]
+    act: Callable[[Store, FileSystem], None]
     before: str | None
     after: str
     during: str = ""
@@ -393,14 +398,14 @@ def steps_on(folder: Path) -> Iterator[tuple[Step, MemoryDisk]]:
             step.act(store, disk)
 
 
-def check_whole(store: Store, disk: Disk) -> None:
+def check_whole(store: Store, disk: FileSystem) -> None:
     """Every version that the store names has exactly its files, byte by byte."""
     for installed in (store.current(NAME), store.previous(NAME), store.staged(NAME)):
         if installed:
             assert tree(disk, installed.path) == VERSIONS[installed.version], f"{installed.version} is not whole"
 
 
-def check_after(disk: Disk, folder: Path, step: Step) -> None:
+def check_after(disk: FileSystem, folder: Path, step: Step) -> None:
     """Opened again: the old or the new version, whole, and the step then goes through; nobody mended anything by hand."""
     with Store(folder, disk=disk) as store:
         check_swept(disk, folder)
@@ -411,7 +416,7 @@ def check_after(disk: Disk, folder: Path, step: Step) -> None:
         check_done(store, disk, step)
 
 
-def check_done(store: Store, disk: Disk, step: Step) -> None:
+def check_done(store: Store, disk: FileSystem, step: Step) -> None:
     assert version_of(store.current(NAME)) == step.after
     check_whole(store, disk)
     store.collect()
@@ -435,12 +440,12 @@ def check_done(store: Store, disk: Disk, step: Step) -> None:
     check_swept(disk, store.folder)
 
 
-def check_swept(disk: Disk, folder: Path) -> None:
+def check_swept(disk: FileSystem, folder: Path) -> None:
     """Nothing is left of an interrupted write."""
     assert [name for name in walk(disk, folder) if name.startswith(".")] == []
 
 
-def walk(disk: Disk, path: Path) -> Iterator[str]:
+def walk(disk: FileSystem, path: Path) -> Iterator[str]:
     for name in disk.names(path):
         yield name
         yield from walk(disk, path / name)

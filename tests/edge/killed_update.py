@@ -16,16 +16,17 @@ from pathlib import Path
 
 from edge_disks import STEPS
 
+from sartor.core.filesystem import Content, FileSystem
 from sartor.edge.store import Store
-from sartor.edge.store.disk import Disk
 
 CHANGES = ("write", "append", "sync", "sync_folder", "rename", "link", "unlink", "mkdir", "rmdir")
 
 
-class Killer(Disk):
+class Killer(FileSystem):
     """Kills its own process before the n-th operation; a write is also cut in the middle, which counts as one more."""
 
     def __init__(self, at: int) -> None:
+        super().__init__()
         self.at, self.count = at, 0
         self.said = ""
 
@@ -35,9 +36,9 @@ class Killer(Disk):
             os.kill(os.getpid(), signal.SIGKILL)
         self.count += 1
 
-    def write(self, path: Path, content: bytes) -> None:
+    def write(self, path: Path, content: Content) -> None:
         self.point(f"write {path.name}")
-        if len(content) > 1:
+        if isinstance(content, bytes) and len(content) > 1:
             super().write(path, content[: len(content) // 2])
             self.point(f"half of write {path.name}")
         super().write(path, content)

@@ -28,12 +28,12 @@ from sartor.core.errors import (
     SourceError,
     StoreError,
 )
+from sartor.core.filesystem import FileSystem, PrivateFileSystem, temporary_path
 from sartor.core.records import Example, Feedback, Message
 from sartor.edge.personal import diary as module
 from sartor.edge.personal.diary import Diary
 from sartor.edge.personal.keys import FileKey, Passphrase
 from sartor.edge.personal.rows import Row, of_feedback
-from sartor.edge.store.disk import Disk, OwnersDisk
 
 WORDS = "my neighbour Wilhelmina snores"
 
@@ -251,6 +251,17 @@ def test_what_is_forgotten_is_gone_and_an_old_copy_opens_with_nothing_that_is_le
     assert len(json.loads((tmp_path / "device.key").read_text())["keys"]) == 1
 
 
+def test_leftovers_of_a_killed_writer_go_with_what_is_forgotten(tmp_path: Path) -> None:
+    """A temporary of the rows under their old key, and one of the key file that holds that key."""
+    diary = opened(tmp_path)
+    diary.add(row("a"))
+    left = [temporary_path(tmp_path / "rows/diary"), temporary_path(tmp_path / "device.key")]
+    for leftover, file in zip(left, (tmp_path / "rows/diary", tmp_path / "device.key"), strict=True):
+        leftover.write_bytes(file.read_bytes())
+    opened(tmp_path).forget(lambda one: True)
+    assert [leftover.exists() for leftover in left] == [False, False]
+
+
 def test_where_nothing_is_chosen_nothing_is_written(tmp_path: Path) -> None:
     diary = opened(tmp_path)
     diary.add(row("a"))
@@ -305,7 +316,7 @@ class _Growing(edge_disks._Survivor):
 FOLDER = Path("/device")
 
 
-def in_memory(disk: Disk) -> Diary:
+def in_memory(disk: FileSystem) -> Diary:
     return Diary(FOLDER / "rows", LooseKey(FOLDER / "key/device.key", disk), disk=disk)
 
 
@@ -322,7 +333,7 @@ STEPS: list[tuple[str, Callable[[Diary], object], list[str], list[str]]] = [
 ]
 
 
-def check_interrupted(disk: Disk, what: str, before: list[str], after: list[str]) -> None:
+def check_interrupted(disk: FileSystem, what: str, before: list[str], after: list[str]) -> None:
     diary = in_memory(disk)
     try:
         assert texts(diary.rows()) in (before, after)
@@ -396,7 +407,7 @@ def test_the_model_can_fail() -> None:
         check_interrupted(disk.after(Cut("none", "lost")), "forgotten", STEPS[2][2], STEPS[2][3])
 
 
-class Full(Disk):
+class Full(FileSystem):
     """A disk that takes half of the next write and then nothing."""
 
     full = False
@@ -451,7 +462,7 @@ def test_two_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     assert sorted(texts(opened(tmp_path).rows())) == sorted(f"{n} {p}" for n in range(3) for p in range(5))
 
 
-class MadeMeanwhile(OwnersDisk):
+class MadeMeanwhile(PrivateFileSystem):
     """Another process makes each folder between this one's look and its making of it."""
 
     def mkdir(self, path: Path) -> None:
@@ -469,14 +480,14 @@ def test_one_that_holds_it_long_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     diary = opened(tmp_path)
     diary.add(row("a"))
     monkeypatch.setattr(module, "LOCK_S", 0.05)
-    unlock = Disk().lock(tmp_path / "rows/lock")
+    unlock = FileSystem().lock(tmp_path / "rows/lock")
     with pytest.raises(BusyError):
         diary.rows()
     unlock()
     assert diary.count() == 1
 
 
-class OwnersKiller(Killer, OwnersDisk):
+class OwnersKiller(Killer, PrivateFileSystem):
     """Kills as Killer does, and makes what its owner alone may read."""
 
 

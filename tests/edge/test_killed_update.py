@@ -14,7 +14,7 @@ import pytest
 from edge_disks import STEPS, check_after
 from killed_update import CHANGES, Killer
 
-from sartor.edge.store.disk import Disk
+from sartor.core.filesystem import FileSystem
 
 Kill = tuple[int, str, str]
 
@@ -39,7 +39,7 @@ def check_each(root: Path, kills: list[Kill]) -> None:
     for number, step, operation in kills:
         folder = root / str(number)
         try:
-            check_after(Disk(), folder, steps[step])
+            check_after(FileSystem(), folder, steps[step])
         except Exception as error:
             raise AssertionError(f"killed before {operation!r} ({number}) of {step}") from error
         shutil.rmtree(folder)
@@ -62,7 +62,7 @@ def test_a_kill_at_every_sixteenth_operation_leaves_the_old_or_the_new_version(m
 
 
 def test_the_killer_stands_before_every_operation_that_changes_something() -> None:
-    reads = {"open", "digest", "names", "stat", "free_bytes", "lock", "is_whole"}
-    composed = {"replace", "copy", "remove"}
-    assert {name for name in vars(Disk) if not name.startswith("_")} == {*CHANGES} | reads | composed
+    reads = {"open", "digest", "names", "stat", "free_bytes", "lock", "is_whole", "leftovers"}
+    composed = {"replace", "take_name", "removed_on_error", "remove_leftovers", "make_folders", "copy", "remove"}
+    assert {name for name in vars(FileSystem) if not name.startswith("_")} == {*CHANGES} | reads | composed
     assert {*CHANGES} <= set(vars(Killer))

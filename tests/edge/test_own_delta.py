@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ROWS
 from sartor.core import signing
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, ModelError, SignatureError, StoreError
+from sartor.core.filesystem import FileSystem
 from sartor.edge.personal import adapting, work
 from sartor.edge.personal.adapting import Settings
 from sartor.edge.personal.forgetting import Forgotten, check_receipt
@@ -29,7 +30,6 @@ from sartor.edge.personal.keys import FileKey
 from sartor.edge.personal.local import applied, shipped
 from sartor.edge.personal.personal import Personal
 from sartor.edge.store import Store
-from sartor.edge.store.disk import Disk
 from sartor.edge.tuning import tuner
 from sartor.edge.tuning.limits import Limits
 from sartor.edge.tuning.tokens import read_tokens, write_tokens
@@ -206,7 +206,7 @@ def test_a_device_that_may_not_tune_says_why(shop: Shop) -> None:
     me = shop.personal(may_run=lambda: "the battery is at 5%")
     with pytest.raises(BusyError, match="battery is at 5%"):
         me.adapt()
-    unlock = Disk().lock(shop.folder / "me/adapting.lock")
+    unlock = FileSystem().lock(shop.folder / "me/adapting.lock")
     with pytest.raises(BusyError, match="another process"):
         shop.personal().adapt()
     unlock()
@@ -216,7 +216,7 @@ def test_a_device_that_may_not_tune_says_why(shop: Shop) -> None:
 def test_losses_are_those_that_the_tuner_computes(shop: Shop, tmp_path: Path) -> None:
     me = shop.filled()
     done = me.adapt()
-    made = adapting.Adapting(me.folder, me.store, me.settings, me.diary, shop.tune, Disk())
+    made = adapting.Adapting(me.folder, me.store, me.settings, me.diary, shop.tune, FileSystem())
     _, loaded, _, found = made._read(shipped(me.store, "faq"))
     losses = Judge(shop.base, loaded.method).losses(me.adapter(), found.held_out)
     weights = [row.supervised_tokens for row in found.held_out]
@@ -442,9 +442,9 @@ def test_a_forgetting_that_is_interrupted_anywhere_is_ended_at_the_next_start(
     count, at = 0, 0
 
     def counted(name: str) -> Any:
-        call = getattr(Disk, name)
+        call = getattr(FileSystem, name)
 
-        def counting(self: Disk, *arguments: Any) -> Any:
+        def counting(self: FileSystem, *arguments: Any) -> Any:
             nonlocal count
             count += 1
             if count == at:
@@ -461,7 +461,7 @@ def test_a_forgetting_that_is_interrupted_anywhere_is_ended_at_the_next_start(
         with monkeypatch.context() as patch:
             count = 0
             for name in ("write", "append", "sync", "rename", "unlink"):
-                patch.setattr(Disk, name, counted(name))
+                patch.setattr(FileSystem, name, counted(name))
             try:
                 shop.personal().forget(ids, retune=False)
                 break

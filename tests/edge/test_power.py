@@ -1,4 +1,7 @@
-"""Power cuts: a disk that drops what was not fsynced, cut before every operation of install, update, rollback, update, collect."""
+"""Power cuts: a disk that drops what was not fsynced, cut before every operation of install, update, rollback, update, collect.
+
+Also of the one writer of files, `core.filesystem.write_file_atomic`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from edge_disks import CUTS, STEPS, Cut, MemoryDisk, Step, check_after
+from edge_disks import CUTS, STEPS, Cut, MemoryDisk, Step, check_after, content_of, walk
 
+from sartor.core import filesystem
+from sartor.core.filesystem import Content, write_file_atomic
 from sartor.edge.store import Store
 
 FOLDER = Path("/device/store")
@@ -144,3 +149,87 @@ def test_an_fsync_that_is_left_out_is_found(forgotten: str) -> None:
         except Exception:
             return
     raise AssertionError(f"nobody noticed that {forgotten} were not synced")
+
+
+# the one writer of files
+
+FILE, OLD, NEW = Path("/device/settings.json"), b"old" * 40, b"new" * 50
+Point = tuple[str, Cut, MemoryDisk]
+
+
+def written(disk: MemoryDisk, file: Path, content: Content, patch: pytest.MonkeyPatch, **how: bool) -> list[Point]:
+    """Write FILE anew on the disk; returns it as each power cut leaves it at each operation, the last after the return."""
+    disk.mkdir(FILE.parent)
+    disk.sync_folder(FILE.parent.parent)
+    disk.write(FILE, OLD)
+    disk.sync(FILE)
+    disk.sync_folder(FILE.parent)
+    points: list[Point] = []
+    disk.before = lambda operation, path: points.extend((operation, cut, disk.after(cut)) for cut in CUTS)
+    patch.setattr(filesystem, "FileSystem", lambda mode: disk)
+    write_file_atomic(file, content, **how)
+    disk.before("end", file)
+    return points
+
+
+def operations(points: list[Point]) -> list[str]:
+    return [operation for operation, _, _ in points[:: len(CUTS)]]
+
+
+def wrong(points: list[Point]) -> list[str]:
+    """Power cuts after which FILE is neither old nor new, or is not new though the writer had returned."""
+    return [
+        f"{operation} {cut}"
+        for operation, cut, left in points
+        if content_of(left, FILE) not in ([NEW] if operation == "end" else [OLD, NEW])
+    ]
+
+
+@pytest.mark.parametrize("content", [NEW, lambda stream: stream.write(NEW)], ids=["bytes", "stream"])
+def test_power_cut_leaves_old_or_new_file(content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = written(MemoryDisk(), FILE, content, monkeypatch)
+    assert operations(points) == ["write", "sync", "rename", "sync_folder", "end"]
+    assert wrong(points) == []
+
+
+def test_power_cut_leaves_no_half_file_in_a_new_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = FILE.with_name("new") / "deep" / "settings.json"
+    points = written(MemoryDisk(), file, NEW, monkeypatch)
+    assert operations(points) == [*["mkdir", "sync_folder"] * 2, "write", "sync", "rename", "sync_folder", "end"]
+    for operation, cut, left in points:
+        exists = left.stat(file) is not None
+        assert not exists or content_of(left, file) == NEW, f"{operation} {cut}"
+        assert exists or operation != "end", cut
+
+
+@pytest.mark.parametrize("forgotten", ["sync", "sync_folder"])
+def test_writer_that_leaves_out_an_fsync_is_found(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed: list[Path] = []  # the first rename is the writer's: what came before made the old file durable
+    disk = ForgetfulDisk(lambda operation, path: operation == forgotten and (".part-" in str(path) or bool(renamed)))
+    monkeypatch.setattr(
+        disk, "rename", lambda source, target: (renamed.append(target), MemoryDisk.rename(disk, source, target))
+    )
+    assert wrong(written(disk, FILE, NEW, monkeypatch))
+
+
+def test_cache_write_may_lose_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `durable=False` gives up."""
+    points = written(MemoryDisk(), FILE, NEW, monkeypatch, durable=False)
+    assert operations(points) == ["write", "rename", "end"]
+    assert wrong(points)
+
+
+@pytest.mark.parametrize("failing", ["write", "sync", "rename", "sync_folder"])
+def test_failing_operation_leaves_no_temporary(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = MemoryDisk()
+    written(disk, FILE, OLD, monkeypatch)
+
+    def fail(operation: str, path: Path) -> None:
+        if operation == failing:
+            raise OSError(5, "Input/output error", str(path))
+
+    disk.before = fail
+    with pytest.raises(OSError, match="Input/output"):
+        write_file_atomic(FILE, NEW)
+    assert list(walk(disk, FILE.parent)) == [FILE.name]
+    assert content_of(disk, FILE) == (NEW if failing == "sync_folder" else OLD)

@@ -14,8 +14,8 @@ from edge_disks import NAME, VERSIONS, check_whole, digest_of, digests, fetch, i
 
 from sartor.core.artifacts import open_artifact, write_artifact
 from sartor.core.errors import BusyError, HealthError, MissingError, SartorError, StoreError
+from sartor.core.filesystem import FileSystem
 from sartor.edge.store import Store, installed
-from sartor.edge.store.disk import Disk
 from sartor.edge.store.pointers import Trial, parse
 
 
@@ -26,21 +26,21 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def updated(store: Store) -> Store:
-    install(store, "1.0", Disk())
-    install(store, "1.1", Disk())
+    install(store, "1.0", FileSystem())
+    install(store, "1.1", FileSystem())
     return store
 
 
 def test_install_update_and_rollback(store: Store) -> None:
     assert store.current(NAME) is None
-    install(store, "1.0", Disk())
+    install(store, "1.0", FileSystem())
     assert (version_of(store.current(NAME)), version_of(store.previous(NAME))) == ("1.0", None)
-    install(store, "1.1", Disk())
+    install(store, "1.1", FileSystem())
     assert (version_of(store.current(NAME)), version_of(store.previous(NAME))) == ("1.1", "1.0")
     assert store.rollback(NAME, "worse").version == "1.0"
     assert (version_of(store.current(NAME)), version_of(store.previous(NAME))) == ("1.0", None)
     assert dict(store.refused(NAME)) == {"1.1": "worse"}
-    check_whole(store, Disk())
+    check_whole(store, FileSystem())
 
 
 def test_a_staged_directory_opens_as_a_release(store: Store, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_staged_directory_opens_as_a_release(store: Store, tmp_path: Path) -> 
 def test_any_program_reads_what_is_current(updated: Store) -> None:
     said = json.loads((updated.folder / "current" / f"{NAME}.json").read_text())
     assert said["current"]["version"] == "1.1"
-    assert tree(Disk(), updated.folder / said["current"]["path"]) == VERSIONS["1.1"]
+    assert tree(FileSystem(), updated.folder / said["current"]["path"]) == VERSIONS["1.1"]
     found = installed(updated.folder, NAME)  # while another holds the lock
     assert found == updated.current(NAME)
     assert found is not None and found.path == updated.folder / "releases" / NAME / "1.1"
@@ -73,7 +73,7 @@ def test_the_current_version_stays_readable_through_an_update_and_a_collection(u
     current = updated.current(NAME)
     assert current is not None
     with (current.path / "adapter.safetensors").open("rb") as running:
-        install(updated, "1.2", Disk())
+        install(updated, "1.2", FileSystem())
         updated.rollback(NAME)
         updated.collect()
         assert running.read() == VERSIONS["1.1"]["adapter.safetensors"]
@@ -113,7 +113,7 @@ def test_other_bytes_than_the_digest_says_are_refused_and_removed(store: Store) 
 def test_a_long_download_is_durable_before_it_is_finished(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sartor.edge.store.blobs._SYNC_EACH_BYTES", 100)
     synced: list[str] = []
-    monkeypatch.setattr(Disk, "sync", lambda self, path: synced.append(path.name))
+    monkeypatch.setattr(FileSystem, "sync", lambda self, path: synced.append(path.name))
     digest = digest_of(bytes(250))
     for offset in range(0, 250, 50):
         store.append(digest, offset, bytes(50))
@@ -121,13 +121,13 @@ def test_a_long_download_is_durable_before_it_is_finished(store: Store, monkeypa
 
 
 def test_a_download_whose_fsync_failed_is_not_built_upon(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Disk, path: Path) -> None:
+    def fail(self: FileSystem, path: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     digest = digest_of(b"content")
     store.append(digest, 0, b"content")
     with monkeypatch.context() as patch:
-        patch.setattr(Disk, "sync", fail)
+        patch.setattr(FileSystem, "sync", fail)
         with pytest.raises(MissingError, match="Input/output error"):
             store.finish(digest)
     assert (store.partial(digest), store.has(digest)) == (0, False)
@@ -151,7 +151,7 @@ def test_an_unhealthy_version_is_not_activated(updated: Store) -> None:
     with pytest.raises(HealthError, match="refused on this device"):
         updated.stage(NAME, "1.2", digests("1.2"))
     updated.forgive(NAME, "1.2")
-    install(updated, "1.2", Disk())
+    install(updated, "1.2", FileSystem())
     assert version_of(updated.current(NAME)) == "1.2"
 
 
@@ -181,7 +181,7 @@ def test_a_version_that_never_confirms_is_left_after_its_starts(updated: Store) 
     assert updated.refused(NAME)["1.2"] == "starts: it did not confirm within 2"
     found = updated.current(NAME)
     assert found is not None and found.trial is None
-    check_whole(updated, Disk())
+    check_whole(updated, FileSystem())
 
 
 def test_a_version_that_confirms_stays(updated: Store) -> None:
@@ -218,7 +218,7 @@ def test_the_first_version_and_one_that_proved_itself_are_on_no_trial(store: Sto
     store.stage(NAME, "1.0", digests("1.0"))
     store.activate(NAME, "1.0", lambda staged: None, starts=1)
     assert [version_of(store.start(NAME)) for _ in range(3)] == ["1.0"] * 3
-    install(store, "1.1", Disk())
+    install(store, "1.1", FileSystem())
     store.activate(NAME, "1.0", lambda staged: None, starts=1)  # back to it, as after a halt
     assert [version_of(store.start(NAME)) for _ in range(3)] == ["1.0"] * 3
 
@@ -265,10 +265,10 @@ def test_a_version_that_was_rolled_back_is_not_staged_or_activated_again(updated
 
 
 def test_staging_the_same_version_again_changes_nothing(updated: Store) -> None:
-    before = tree(Disk(), updated.folder)
+    before = tree(FileSystem(), updated.folder)
     updated.stage(NAME, "1.1", digests("1.1"))
     updated.activate(NAME, "1.1", lambda path: None)
-    assert tree(Disk(), updated.folder) == before
+    assert tree(FileSystem(), updated.folder) == before
 
 
 def test_a_version_is_not_staged_with_other_files_than_it_is_installed_with(updated: Store) -> None:
@@ -277,7 +277,7 @@ def test_a_version_is_not_staged_with_other_files_than_it_is_installed_with(upda
     fetch(updated, VERSIONS["1.2"])
     updated.stage(NAME, "1.2", {"release.json": digests("1.2")["release.json"]})
     path = updated.stage(NAME, "1.2", digests("1.2"))  # what is staged alone may still change
-    assert tree(Disk(), path) == VERSIONS["1.2"]
+    assert tree(FileSystem(), path) == VERSIONS["1.2"]
 
 
 def test_a_path_that_leads_outside_a_release_is_refused(updated: Store) -> None:
@@ -357,11 +357,11 @@ def test_what_is_no_pointer_is_none(content: bytes) -> None:
 def test_linked_files_take_no_room_and_collection_spares_what_is_needed(updated: Store) -> None:
     content = sum(len(content) for version in ("1.0", "1.1") for content in VERSIONS[version].values())
     assert content <= updated.used_bytes() <= content + 8192  # and two pointers
-    install(updated, "1.2", Disk())
+    install(updated, "1.2", FileSystem())
     assert updated.collect() >= 1500
     assert updated.collect() == 0
     assert (version_of(updated.current(NAME)), version_of(updated.previous(NAME))) == ("1.2", "1.1")
-    check_whole(updated, Disk())
+    check_whole(updated, FileSystem())
 
 
 def test_collection_spares_what_came_of_an_update_also_after_a_restart(updated: Store) -> None:
@@ -378,7 +378,7 @@ def test_collection_spares_what_came_of_an_update_also_after_a_restart(updated: 
     assert not store.has(came)
 
 
-class NoLinks(Disk):
+class NoLinks(FileSystem):
     """FAT, as on an SD card."""
 
     def link(self, source: Path, target: Path) -> None:
@@ -401,7 +401,7 @@ def test_two_releases_do_not_know_of_each_other(updated: Store) -> None:
     updated.rollback(NAME)
     updated.collect()
     assert version_of(updated.current("farm")) == "7"
-    assert tree(Disk(), updated.folder / "releases" / "farm" / "7") == VERSIONS["1.0"]
+    assert tree(FileSystem(), updated.folder / "releases" / "farm" / "7") == VERSIONS["1.0"]
     assert updated.verify() == []
 
 
@@ -409,7 +409,7 @@ def test_files_and_folders_are_really_synced(tmp_path: Path, monkeypatch: pytest
     synced: list[int] = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), real(descriptor))[1])
-    disk = Disk()
+    disk = FileSystem()
     disk.replace(tmp_path / "file", b"content")
     assert synced == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
     assert (tmp_path / "file").read_bytes() == b"content"

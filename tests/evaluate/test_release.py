@@ -90,7 +90,7 @@ def test_a_release_verifies_answers_and_walks_back_to_its_sources(release: Path,
     seen = sartor.inspect(release)
     assert [step["kind"] for step in seen["parents"]] == ["adapter", "report", "dataset"]
     assert {step["state"] for step in seen["parents"]} == {"opened"}
-    from sartor.core.artifacts import file_digest
+    from sartor.core.filesystem import file_digest
 
     assert seen["sources"][0]["sha256"] == file_digest(rows_file)
     assert seen["sources"][0]["licence"] == "CC-BY-4.0"

@@ -13,7 +13,7 @@ import torch
 
 import sartor
 from sartor.core import licences, signing
-from sartor.core.artifacts import Artifact, new_directory, open_artifact, seal
+from sartor.core.artifacts import Artifact, create_output_directory, open_artifact, seal
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
 
@@ -49,7 +49,7 @@ def signed(
         "sources": SOURCES, "licence": "Apache-2.0 AND CC-BY-4.0", "gate": {}, "versions": {}, **facts,
     }  # fmt: skip
     said["obligations"] = licences.obligations(licences.made_from(said))
-    with new_directory(folder / "release") as part:
+    with create_output_directory(folder / "release") as part:
         adapters.write_adapter(model, part, str(base_name))
         (part / "report").mkdir()
         prompts = [f"switch {place} {word}" for place in ("den", "loft", "attic", "hall", "porch") for word in ("on", "off")]

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 import tiny
 import tiny_native
 from sartor.core import assets, bases
-from sartor.core.artifacts import file_digest
 from sartor.core.errors import HubError, ModelError
+from sartor.core.filesystem import file_digest
 from sartor.models.base import best_device, best_dtype, machine, open_base, open_chat
 from sartor.models.converted import STAMP
 

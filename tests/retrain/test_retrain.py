@@ -21,8 +21,8 @@ from sartor.agents.retraining import NotWorse
 from sartor.agents.team import Team, load
 from sartor.core import database
 from sartor.core.errors import ConfigError, GateError, ModelError
+from sartor.core.filesystem import write_file_atomic
 from sartor.core.records import Feedback, Voice
-from sartor.edge.files import write_whole
 from sartor.retrain import news, suspects, verdicts, watch
 from sartor.retrain.job import Job, Wishes, bumped
 from sartor.retrain.verb import retrain
@@ -71,7 +71,7 @@ def stages(killed_at: str = "", fault: Exception | None = None) -> dict[str, Sta
             file = job.at(f"{name}.txt")
             if not file.exists():
                 before = [fact["drawn"] for fact in job.work.record.stages.values()]
-                write_whole(file, str(random.Random(f"{name}{before}").random()).encode())
+                write_file_atomic(file, str(random.Random(f"{name}{before}").random()).encode())
                 with job.at("worked.txt").open("a") as stream:
                     stream.write(f"{name}\n")
             if killed_at == f"{name}:inside":

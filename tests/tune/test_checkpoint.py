@@ -21,8 +21,9 @@ import yaml
 
 import sartor
 from conftest import ROWS, recipe_on, write_jsonl
-from sartor.core.artifacts import file_digest, open_artifact
+from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, StoppedError
+from sartor.core.filesystem import file_digest
 from sartor.tune import checkpoint, optimizers, order, resume
 from sartor.tune.checkpoint import folder_of, newest, open_checkpoint
 from sartor.tune.resume import changed, differences

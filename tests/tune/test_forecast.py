@@ -14,8 +14,8 @@ import torch
 
 import sartor
 from conftest import ROWS, write_jsonl
-from sartor.core.artifacts import file_digest
 from sartor.core.errors import BudgetError, ConfigError, SourceError
+from sartor.core.filesystem import file_digest
 from sartor.models import memory, paths
 from sartor.models.batches import Encoded
 from sartor.tune import forecast, refusals

@@ -12,8 +12,9 @@ import torch
 from test_checkpoint import SETTINGS, WEIGHTS, killed, tune
 
 from sartor.cli import main
-from sartor.core.artifacts import file_digest, manifest_id
+from sartor.core.artifacts import manifest_id
 from sartor.core.errors import ConfigError
+from sartor.core.filesystem import file_digest
 from sartor.core.numerics import NUMERICS
 from sartor.models import base
 from sartor.tune.checkpoint import folder_of, newest

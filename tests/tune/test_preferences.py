@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 import sartor
 from conftest import ROWS, recipe_on, write_jsonl
-from sartor.core.artifacts import file_digest, open_artifact
+from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, SourceError
+from sartor.core.filesystem import file_digest
 from sartor.core.records import Example, Message
 from sartor.models.batches import Encoded
 from sartor.models.chat import Chat

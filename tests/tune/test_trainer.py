@@ -12,8 +12,9 @@ import torch
 
 import sartor
 from conftest import ROWS, write_jsonl
-from sartor.core.artifacts import file_digest, open_artifact
+from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
+from sartor.core.filesystem import file_digest
 from sartor.models import general
 from sartor.models.frozen import Frozen
 from sartor.tune import objectives, optimizers, order

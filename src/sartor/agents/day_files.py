@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from sartor.core.artifacts import fsync_directory
+from sartor.core.filesystem import fsync_directory
 
 
 class DayFiles:

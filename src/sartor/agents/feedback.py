@@ -19,8 +19,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from sartor.core.artifacts import fsync_directory
 from sartor.core.errors import MissingError, SourceError
+from sartor.core.filesystem import FileSystem, fsync_directory, write_file_atomic
 from sartor.core.records import Feedback
 
 PATTERN = "feedback-{day}.jsonl"
@@ -148,6 +148,7 @@ class Inbox:
         for file in self._files():
             try:
                 with self._alone():
+                    FileSystem().remove_leftovers(file)  # rows that a killed rewriting left beside it
                     gone += _without(file, goes)
             except OSError as error:
                 raise MissingError(f"{file} could not be written anew: {error.strerror or error}", "free disk space") from None
@@ -204,13 +205,5 @@ def _without(file: Path, goes: Callable[[Feedback], bool]) -> list[Kept]:
             lines[place] = b""
     if not gone:
         return []
-    part = file.with_name(f".{file.name}.part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        _write(descriptor, b"".join(line + b"\n" for line in lines))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(part, file)
-    fsync_directory(file.parent)
+    write_file_atomic(file, b"".join(line + b"\n" for line in lines), mode=0o600)
     return gone

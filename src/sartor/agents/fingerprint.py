@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sartor.core.artifacts import file_digest
 from sartor.core.errors import ArtifactError
+from sartor.core.filesystem import file_digest
 from sartor.models.engine.contract import PROJECTORS, adapter_digest
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors", PROJECTORS)

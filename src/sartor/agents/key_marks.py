@@ -15,8 +15,8 @@ from sqlalchemy import Connection, select
 from sartor.agents import tables
 from sartor.agents.people.book import note
 from sartor.agents.registry import Cause
-from sartor.core.artifacts import fsync_directory
 from sartor.core.database import is_whole
+from sartor.core.filesystem import fsync_directory
 
 KEYED, UNKEYED = "keys asked for", "keys removed"
 FILE = "keyed"

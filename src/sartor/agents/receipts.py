@@ -30,8 +30,9 @@ from sartor.agents.asking import Given
 from sartor.agents.receipt_content import Content, Digest, digest_by
 from sartor.agents.team import Team
 from sartor.core import catalogue, records, signing
-from sartor.core.artifacts import DISK_FULL, fsync_directory
+from sartor.core.artifacts import DISK_FULL
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
+from sartor.core.filesystem import fsync_directory
 from sartor.core.receipt_index import PATTERN, Placed, ReceiptIndex
 from sartor.models.engine.contract import About
 

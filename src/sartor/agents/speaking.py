@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sartor.agents.reply import Reply, SpokenFile
 from sartor.core.errors import ConfigError
+from sartor.core.filesystem import write_file_atomic
 from sartor.speech.sound import ENDINGS
 from sartor.speech.spoken import spoken
 from sartor.speech.voices import DEFAULT, open_voice
@@ -36,9 +37,7 @@ def speaking(file: Path | str, voice: str = DEFAULT, speed: float = 1.0) -> Call
             raise ConfigError(f"nothing in the reply can be said: {reply.reply[:80]!r}", "ask without --speak")
         with contextlib.closing(speaker):
             sound = speaker.say(said.text, speed)
-        part = path.with_name(f".{path.name}.part-{os.getpid()}")
-        part.write_bytes(sound.encoded(form))
-        part.replace(path)
+        write_file_atomic(path, sound.encoded(form))
         return replace(reply, spoken=SpokenFile(str(path), said.text, round(sound.seconds, 3), speaker.name, said.left_out))
 
     return speak

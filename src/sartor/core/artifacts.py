@@ -14,11 +14,8 @@ is fsynced and renamed, so a kill leaves either nothing or a whole artefact; the
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -28,10 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from sartor.core import records
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
+from sartor.core.filesystem import FileSystem, create_directory_atomic, file_digest, make_parent, writer_lock
 
 SCHEMA = 2
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -80,48 +76,26 @@ def manifest_id(manifest: Mapping[str, Any]) -> str:
     return records.digest({key: value for key, value in manifest.items() if key != "id"})
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def fsync_directory(path: Path) -> None:
-    """Make renames below `path` survive a power cut (a directory cannot be opened for that on Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 @contextmanager
-def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A hidden sibling to fill; on leaving without an error it is fsynced and takes the name `path` in one rename.
+def create_output_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a hidden sibling to fill, which then takes the name `path` as `create_directory_atomic` gives it.
 
-    Raises ConfigError when `path` exists and `replace` is false, or is a file, or another process writes it now. An
-    error inside removes what was written. With `replace`, the old directory goes only after the new one is in place.
+    Raises ConfigError when `path` exists and `replace` is false, or is a file, or another process writes it now, and
+    MissingError when the disk is full. What killed runs left is removed first.
     """
     path = path.absolute()
     check_free(path, replace=replace)
     make_parent(path)
     with writer_lock(path):
         _remove_leftovers(path)
-        part = path.parent / f".{path.name}.part-{os.getpid()}-{time.monotonic_ns():x}"
-        part.mkdir()
         try:
-            yield part
-            _fsync_tree(part)
-            check_free(path, replace=replace)
-            _take_name(part, path)
+            with create_directory_atomic(path, replace=replace) as part:
+                yield part
+                check_free(path, replace=replace)
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise MissingError(f"the disk is full: {path} could not be written", "free some space") from error
             raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    fsync_directory(path.parent)
 
 
 def check_free(path: Path, *, replace: bool) -> None:
@@ -134,67 +108,11 @@ def check_free(path: Path, *, replace: bool) -> None:
         raise ConfigError(f"{path} is not an artefact of Sartor; --replace will not delete it", "choose another --out")
 
 
-def make_parent(path: Path) -> None:
-    """Make the folder that an output is to stand in. Raises ConfigError where it cannot be made or written to."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{path.parent} cannot be made: {error.strerror}", "choose another --out") from None
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{path.parent} cannot be written to", "choose another --out")
-
-
-@contextmanager
-def writer_lock(path: Path) -> Iterator[None]:
-    """Two writers of one name: the second is refused at once. The lock file goes with the process that holds it."""
-    lock = FileLock(path.parent / f".{path.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"another process is writing {path}", "wait for it, or choose another --out") from None
-    try:
-        yield
-    finally:
-        # unlink while held: a waiter that already opened the file then holds a lock on nothing and is refused by rename
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-
-
 def _remove_leftovers(path: Path) -> None:
     """What killed runs left beside `path`; the writer's lock is held, so nobody is still writing them."""
-    for leftover in path.parent.glob(f".{path.name}.part-*"):
+    for leftover in FileSystem().leftovers(path):
         print(f"removing what a killed run left: {leftover}", file=sys.stderr)
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _fsync_tree(root: Path) -> None:
-    for folder, _, files in os.walk(root):
-        for name in files:
-            with open(os.path.join(folder, name), "rb+") as stream:
-                os.fsync(stream.fileno())
-        fsync_directory(Path(folder))
-
-
-def _take_name(part: Path, path: Path) -> None:
-    """Rename `part` to `path`. An old directory there is swapped out in one system call where the kernel can."""
-    if not path.exists() or not any(path.iterdir()):
-        os.replace(part, path)
-    elif not _exchange(part, path):
-        # Two renames; a kill between them leaves the old artefact under its `.part-` name. macOS, old kernels.
-        old = part.with_name(part.name + "-old")
-        os.replace(path, old)
-        os.replace(part, path)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories atomically (Linux's renameat2 with RENAME_EXCHANGE); false where that is not to be had."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    at_cwd, exchange = -100, 2
-    return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
 
 
 def seal(part: Path, kind: Kind, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +133,7 @@ def seal(part: Path, kind: Kind, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_artifact(path: Path, kind: Kind, fill: Callable[[Path], Mapping[str, Any]], *, replace: bool = False) -> Artifact:
     """Fill a new directory, seal it, give it its name. `fill` writes files into the path it gets and returns the facts."""
-    with new_directory(path, replace=replace) as part:
+    with create_output_directory(path, replace=replace) as part:
         manifest = seal(part, kind, fill(part))
     return Artifact(path.absolute(), manifest)
 

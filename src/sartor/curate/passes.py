@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sartor.core import config, rows
-from sartor.core.artifacts import file_digest
+from sartor.core.filesystem import file_digest
 from sartor.core.records import Example, digest
 from sartor.curate import parts
 from sartor.curate.parts import Part

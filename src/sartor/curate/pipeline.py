@@ -22,18 +22,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sartor.core import catalogue, config, licences, lineage, lineage_index, rows
-from sartor.core.artifacts import (
-    DISK_FULL,
-    Artifact,
-    check_free,
-    file_digest,
-    kind_of,
-    make_parent,
-    open_artifact,
-    write_artifact,
-    writer_lock,
-)
+from sartor.core.artifacts import DISK_FULL, Artifact, check_free, kind_of, open_artifact, write_artifact
 from sartor.core.errors import ConfigError, MissingError, SourceError, StoppedError
+from sartor.core.filesystem import file_digest, make_parent, writer_lock
 from sartor.core.records import canonical, digest
 from sartor.curate import card, copies, finish, local, on_ray
 from sartor.curate.curated import Curated

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import bases, catalogue, licences, lineage, signing
-from sartor.core.artifacts import MANIFESTS, Artifact, check_free, new_directory, open_artifact, seal
+from sartor.core.artifacts import MANIFESTS, Artifact, check_free, create_output_directory, open_artifact, seal
 from sartor.core.errors import ConfigError, GateError, HubError, ModelError
 from sartor.core.licences import Use
 from sartor.core.names import is_name
@@ -97,7 +97,7 @@ def release(
         **_facts(adapter, evidence, name, version, found, waivers),
         **_of_training(known, evidence),
     }
-    with new_directory(out, replace=replace) as part:
+    with create_output_directory(out, replace=replace) as part:
         for file in (*_COPIED, *sorted(_SOME_HAVE & set(adapter.manifest["files"]))):
             shutil.copyfile(adapter.path / file, part / file)
         shutil.copytree(evidence.path, part / "report", ignore=shutil.ignore_patterns(".*"))

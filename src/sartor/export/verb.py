@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sartor.core import bases, catalogue, lineage, numerics, signing
-from sartor.core.artifacts import MANIFESTS, Artifact, check_free, file_digest, new_directory, seal
+from sartor.core.artifacts import MANIFESTS, Artifact, check_free, create_output_directory, seal
 from sartor.core.errors import BudgetError, ConfigError, ModelError
+from sartor.core.filesystem import file_digest
 from sartor.evaluate.release import verify_release
 from sartor.evaluate.tasks import check_base
 from sartor.export import companions, forms, prompts, reference, runtimes
@@ -104,7 +105,7 @@ def export(
     work = Work(found, base, adapters.open_adapter(base.model, found.path), (), options.types, measured, notice)
     notice(f"asking Sartor {len(asked)} prompts")
     work.traces = traces = reference.trace(base, work.model, asked)
-    with new_directory(out, replace=replace) as part:
+    with create_output_directory(out, replace=replace) as part:
         made = _WRITERS[to](work, part)
         companions.write_card(found, base, to, part, made.use)
         companions.write_notice(found, base, part)

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from sartor.core import bases
-from sartor.core.artifacts import new_directory
+from sartor.core.artifacts import create_output_directory
 
 STAMP = "sartor_base.json"
 WEIGHTS = "model.safetensors"
@@ -24,7 +24,7 @@ def make_once(path: Path, digest: str, fill: Callable[[Path], Mapping[str, str]]
     with FileLock(path.parent / f".{path.name}.wait"):
         if _is_whole(path):
             return
-        with new_directory(path, replace=path.exists() and _set_aside(path)) as part:
+        with create_output_directory(path, replace=path.exists() and _set_aside(path)) as part:
             said = fill(part)
             files = {file.name: bases.remembered_digest(file) for file in part.iterdir() if file.is_file()}
             (part / STAMP).write_text(json.dumps({"schema": 1, "digest": digest, **said, "files": files}, indent=1))

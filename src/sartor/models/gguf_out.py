@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from sartor.core.errors import ModelError
+from sartor.core.filesystem import create_file_atomic
 from sartor.models import adapters
 
 # no digit of a fp32 or bf16 factor is lost, and llama.cpp computes with adapters of any float type
@@ -153,19 +153,12 @@ def new_file(out: Path, architecture: str, *, streamed: bool = False) -> Iterato
 
     streamed: whoever fills it writes the parts of the file too, a tensor at a time.
     """
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    writer = gguf.GGUFWriter(part, architecture)
-    try:
+    with create_file_atomic(out) as part, contextlib.closing(gguf.GGUFWriter(part, architecture)) as writer:
         yield writer
         if not streamed:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
-        writer.close()
-        os.replace(part, out)
-    finally:
-        writer.close()
-        part.unlink(missing_ok=True)
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import safetensors
 import torch
 from safetensors.torch import save
 
+from sartor.core.filesystem import write_file_atomic
 from sartor.core.numerics import FIRST, difference, numerics
 
 SCHEMA = 1
@@ -85,15 +86,11 @@ class Shelf:
         file = self._file(name)
         said = {"schema": str(SCHEMA), "sha256": _digest(made), "numerics": str(self._numerics)}
         content = save({"hidden": made}, said)
-        part = file.with_name(f".{file.name}.part-{os.getpid()}")
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             self._make_room(len(content))
-            part.write_bytes(content)
-            os.replace(part, file)
+            # a cache of thousands of files, each read against its digest: an fsync would cost more than it saves
+            write_file_atomic(file, content, durable=False)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
             self.notice(f"{self.folder.name} could not be stored ({error.strerror}); they are held in memory")
             return made
         opened: Any = safetensors.safe_open(str(file), "pt")

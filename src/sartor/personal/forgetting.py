@@ -31,14 +31,14 @@ from sartor.agents.registry import Cause
 from sartor.agents.team import Remote, Team
 from sartor.core import catalogue, home, signing
 from sartor.core import rows as stored
-from sartor.core.artifacts import Artifact, file_digest, fsync_directory, open_artifact, writer_lock
+from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.database import Database, scrub_file
 from sartor.core.errors import ArtifactError, BusyError, RefusedError
+from sartor.core.filesystem import FileSystem, file_digest, fsync_directory, writer_lock
 from sartor.core.receipt_index import INDEX
 from sartor.core.records import Example, Feedback
 from sartor.curate.derived import write_derived
 from sartor.edge.personal.forgetting import check_receipt, write_receipt
-from sartor.edge.store.disk import Disk
 from sartor.personal.people import opened
 from sartor.personal.remains import Found, Needles, is_made_of, search
 
@@ -113,7 +113,7 @@ def forget_personal(
         Seal.of(state)  # makes the team's keys, if no server ever did
         folder = state / "deletions"
         folder.mkdir(mode=0o700, exist_ok=True)
-        file = write_receipt(Disk(), folder, proof, signing.open_private(state / "keys"))
+        file = write_receipt(FileSystem(), folder, proof, signing.open_private(state / "keys"))
     _raise_for(file, late, found)
     return {**proof, "proof": str(file)}
 

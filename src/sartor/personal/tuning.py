@@ -23,8 +23,9 @@ from sartor.agents.receipts import team_digest
 from sartor.agents.registry import Cause, Registry
 from sartor.agents.team import Team, load
 from sartor.core import bases, catalogue, config
-from sartor.core.artifacts import Artifact, make_parent, open_artifact, write_artifact, writer_lock
+from sartor.core.artifacts import Artifact, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, GateError, ModelError, SourceError, UnknownAgentError
+from sartor.core.filesystem import make_parent, writer_lock
 from sartor.edge.personal.local import WEIGHTS
 from sartor.edge.personal.work import recipe_of
 from sartor.federate.tuning.resident import Resident

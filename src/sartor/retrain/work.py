@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.core.artifacts import writer_lock
 from sartor.core.errors import ArtifactError, ConfigError
-from sartor.edge.files import write_whole
+from sartor.core.filesystem import write_file_atomic, writer_lock
 
 SCHEMA = 1
 FILE = "retrain.json"
@@ -116,7 +115,7 @@ class Work:
 
     def _write(self) -> None:
         text = json.dumps(self.record.as_json(), indent=1, ensure_ascii=False) + "\n"
-        write_whole(self.folder / FILE, text.encode())
+        write_file_atomic(self.folder / FILE, text.encode())
 
 
 def works(state: Path, agent: str) -> list[Work]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import soundfile
 
 from sartor.core.errors import ConfigError
+from sartor.core.filesystem import write_file_atomic
 from sartor.core.records import digest
 from sartor.speech.sound import FORMATS
 from sartor.speech.spoken import spoken
@@ -88,7 +89,6 @@ def _say(voice: Voice, clip: Clip, form: str, rate: int) -> Clip:
     if clip.path.is_file():
         return replace(clip, seconds=soundfile.info(clip.path).duration)
     sound = voice.say(clip.text, clip.speed)
-    part = clip.path.with_name(f".{clip.path.name}.part")
-    part.write_bytes(sound.at(rate or sound.rate).encoded(form))
-    part.replace(clip.path)
+    # durable: a clip that stands there is taken as it is
+    write_file_atomic(clip.path, sound.at(rate or sound.rate).encoded(form))
     return replace(clip, seconds=sound.seconds)

@@ -6,7 +6,7 @@
                               digest of itself
         state.safetensors     adapter.*  optimizer.*  rng.*
         log.jsonl             the journal up to there
-      .update-00000043.part-PID/   a save that a kill cut short: never read, removed by the next run
+      .update-00000043.part-.../   a save that a kill cut short: never read, removed by the next run
 
 A save goes to the hidden sibling, is fsynced and renamed. Opening checks schema, digests and shapes, so a truncated or
 changed checkpoint is never gone on from: the one before it is. No pickle anywhere. One that another arithmetic began
@@ -33,8 +33,9 @@ import torch
 from safetensors.torch import load_file
 
 from sartor.core import numerics
-from sartor.core.artifacts import file_digest, fsync_directory, manifest_id
+from sartor.core.artifacts import manifest_id
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
+from sartor.core.filesystem import create_directory_atomic, file_digest, fsync_directory
 from sartor.models.streamed import write_tensors
 from sartor.tune.recipe import Checkpoints
 
@@ -138,18 +139,11 @@ def save(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, 
     Raises MissingError when the disk is full; what was saved before stays as it is.
     """
     path = folder / f"update-{facts['counters']['updates']:08d}"
-    part = folder / f".{path.name}.part-{os.getpid()}"
-    try:
-        with full_disk(f"the checkpoint {path} could not be written; those before it are whole"):
-            part.mkdir(parents=True)
+    with full_disk(f"the checkpoint {path} could not be written; those before it are whole"):
+        # replaced is only one that was found invalid
+        with create_directory_atomic(path, replace=True) as part:
             _write(part, tensors, facts, lines)
-            if path.exists():  # only one that was found invalid
-                shutil.rmtree(path)
-            os.replace(part, path)
-            fsync_directory(folder)
-            fsync_directory(folder.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        fsync_directory(folder.parent)
     return Checkpoint(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
 
 
@@ -167,10 +161,6 @@ def _write(part: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, 
     manifest = json.loads(json.dumps(manifest))  # as a reader will see it: tuples are lists, keys are text
     manifest["id"] = manifest_id(manifest)
     (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for name in (STATE, LOG, MANIFEST):
-        with (part / name).open("rb+") as stream:
-            os.fsync(stream.fileno())
-    fsync_directory(part)
 
 
 def prune(folder: Path, keep: int) -> None:

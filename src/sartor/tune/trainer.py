@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import catalogue, config, licences, lineage, numerics
-from sartor.core.artifacts import Artifact, open_artifact, write_artifact, writer_lock
+from sartor.core.artifacts import Artifact, open_artifact, write_artifact
 from sartor.core.errors import ConfigError
+from sartor.core.filesystem import writer_lock
 from sartor.models import adapters
 from sartor.models.base import Base, machine
 from sartor.tune import refusals

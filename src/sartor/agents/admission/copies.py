@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import records
-from sartor.core.artifacts import DISK_FULL, MANIFESTS, fsync_directory, open_artifact
+from sartor.core.artifacts import DISK_FULL, MANIFESTS, open_artifact
 from sartor.core.errors import AdmissionError, ArtifactError, MissingError, SartorError, SignatureError
+from sartor.core.filesystem import rename_directory_durably, write_file_atomic
 
 MOST_BYTES = 4 << 30
 MOST_FILES = 2_000
@@ -74,13 +75,7 @@ def keep(part: Path, state: Path, release_id: str, passed: dict[str, Any]) -> Pa
         return path
     with _disk(state):
         (part / PASSED).write_bytes(records.canonical({"schema": 1, **passed}))
-        _sync(part)
-        if path.exists():
-            old = part.with_name(f"{part.name}-old")
-            os.replace(path, old)
-            shutil.rmtree(old, ignore_errors=True)
-        os.replace(part, path)
-        fsync_directory(path.parent)
+        rename_directory_durably(part, path, replace=True)
     return path
 
 
@@ -107,13 +102,9 @@ def passed(path: Path) -> dict[str, Any]:
 
 def renew(path: Path, passed: dict[str, Any]) -> None:
     """Write down what a copy passed now. A disk that takes nothing costs the same checks at the next start."""
-    part = path / f"{PASSED}.part-{os.getpid()}"
-    with suppress(OSError):
-        try:
-            part.write_bytes(records.canonical({"schema": 1, **passed}))
-            os.replace(part, path / PASSED)
-        finally:
-            part.unlink(missing_ok=True)
+    if path.is_dir():  # one that is gone meanwhile is not begun anew
+        with suppress(OSError):
+            write_file_atomic(path / PASSED, records.canonical({"schema": 1, **passed}))
 
 
 class _Copying:
@@ -170,14 +161,6 @@ class _Copying:
 
 def _refused(problem: str) -> AdmissionError:
     return AdmissionError(f"the Release is refused: {problem}", "give a Release as `sartor release` writes it", "files")
-
-
-def _sync(part: Path) -> None:
-    for folder_, _, names in os.walk(part):
-        for name in names:
-            with open(os.path.join(folder_, name), "rb+") as stream:
-                os.fsync(stream.fileno())
-        fsync_directory(Path(folder_))
 
 
 @contextmanager

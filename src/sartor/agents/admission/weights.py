@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 from sartor.agents.admission import tensors
 from sartor.agents.admission.tensors import Tensor
 from sartor.core.errors import ModelError
+from sartor.core.filesystem import write_file_atomic
 
 # safetensors' own limit; a base is the operator's own file, and a large one has many tensors
 MOST_HEADER_BYTES = 100 << 20
@@ -66,10 +65,9 @@ class BaseWeights:
             return {}
 
     def _write_norms(self, norms: dict[str, float]) -> None:
-        # adapters are admitted beside each other, in threads
-        part = self._norms_file.with_name(f".{self._norms_file.name}.part-{os.getpid()}-{threading.get_ident()}")
-        part.write_text(json.dumps({"schema": 1, "base": self._digest, "norms": norms}), encoding="utf-8")
-        os.replace(part, self._norms_file)
+        # a cache: norms that a power cut takes are computed anew from the base
+        content = json.dumps({"schema": 1, "base": self._digest, "norms": norms}).encode()
+        write_file_atomic(self._norms_file, content, durable=False)
 
 
 def _squares(piece: tensors.Values) -> float:

@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sartor.core import records
+from sartor.core.filesystem import write_file_atomic
 
 FOLDER = "servers"
 _LOOK_S = 0.1
@@ -38,10 +39,12 @@ class Presence:
     def hear(self, generation: int) -> None:
         """Nothing is held any more that was removed up to this change. A disk that takes nothing delays the news."""
         self.generation = generation
-        part = self._file.with_suffix(".part")
+        if not self._file.parent.is_dir():  # a state directory that was removed is not begun anew
+            return
         with suppress(OSError):
-            part.write_bytes(records.canonical({"pid": os.getpid(), "generation": generation}))
-            os.replace(part, self._file)
+            # not durable: after a power cut no server runs, and what it heard last is nobody's concern
+            content = records.canonical({"pid": os.getpid(), "generation": generation})
+            write_file_atomic(self._file, content, durable=False)
 
     def close(self) -> None:
         """The server ends."""

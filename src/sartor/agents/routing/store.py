@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from sartor.agents.routing.part import Part, as_arrays, from_arrays
 from sartor.core.errors import ArtifactError
+from sartor.core.filesystem import Content, write_file_atomic
 from sartor.core.numerics import difference, numerics
 from sartor.core.records import digest as digest_of
 
@@ -59,13 +59,7 @@ def open_vectors(folder: Path, encoder: str, digest: str, dtype: str = "") -> An
 
 def save_figures(folder: Path, encoder: str, figures: Mapping[str, Any]) -> None:
     """Write what a router gets right of what was held out, for people: `figures.json` beside its parts."""
-    file = _file(folder, encoder, GENERAL).with_name("figures.json")
-    part = _beside(file)
-    try:
-        part.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    _write(_file(folder, encoder, GENERAL).with_name("figures.json"), json.dumps(figures, indent=1).encode())
 
 
 def keep_only(folder: Path, digests: Collection[str]) -> None:
@@ -79,15 +73,8 @@ def keep_only(folder: Path, digests: Collection[str]) -> None:
 
 
 def _save(file: Path, digest: str, arrays: Mapping[str, Any], said: Mapping[str, Any]) -> None:
-    """In one rename, below a folder of the team's own."""
     told = json.dumps({"schema": SCHEMA, "digest": digest, **said})
-    part = _beside(file)
-    try:
-        with part.open("wb") as stream:
-            np.savez(stream, **arrays, said=np.frombuffer(told.encode(), dtype=np.uint8))
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    _write(file, lambda stream: np.savez(stream, **arrays, said=np.frombuffer(told.encode(), dtype=np.uint8)))
 
 
 def _made_by(dtype: str) -> dict[str, Any]:
@@ -118,10 +105,10 @@ def _file(folder: Path, encoder: str, digest: str) -> Path:
     return folder / f"{stem}-{digest_of(encoder)[:8]}" / f"{_name(digest)}.npz"
 
 
-def _beside(file: Path) -> Path:
-    """A file of this folder's own that is renamed into place."""
+def _write(file: Path, content: Content) -> None:
+    """Write a file below a folder of the team's own."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return file.with_name(f".{file.name}.part-{os.getpid()}")
+    write_file_atomic(file, content)
 
 
 def _name(digest: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sartor.core.artifacts import file_digest
+from sartor.core.filesystem import file_digest
 from sartor.core.page import flat, said, visible
 from sartor.core.spdx import UNKNOWN
 from sartor.curate.card.contents import Contents

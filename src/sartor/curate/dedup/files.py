@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from sartor.core import catalogue
-from sartor.core.artifacts import Artifact, check_free, file_digest, write_artifact
+from sartor.core.artifacts import Artifact, check_free, write_artifact
 from sartor.core.config import option
 from sartor.core.errors import ConfigError, SourceError
+from sartor.core.filesystem import file_digest
 from sartor.curate.dedup import ledger
 from sartor.curate.dedup.clusters import Limits, Removals, guard, resolve
 from sartor.curate.dedup.first_reading import FileOfRows, look, read

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from pyarrow import csv
 
 from sartor.core.artifacts import SCHEMA
 from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.filesystem import write_file_atomic
 from sartor.curate.dedup.arrays import F32, F64, I64
 from sartor.curate.dedup.graph import components
 from sartor.curate.dedup.pairs import METHODS, Pairs
@@ -111,16 +112,18 @@ def export(file: Path, pairs: Pairs, rules: Rules) -> None:
     score = pairs.score(rules.threshold).astype(np.float64).round(4)
     methods = pa.array(np.array(METHODS)[pairs.method(rules.threshold)].tolist(), pa.string())
     table = pa.table({"a": pairs.a, "b": pairs.b, "score": score, "method": methods})
-    part = file.with_name(f".{file.name}.part")
-    if file.suffix.lower() == ".csv":
-        with part.open("wb") as stream:
+    extension = file.suffix.lower()
+
+    def write(stream: BinaryIO) -> None:
+        if extension == ".csv":
             stream.write(b"a,b,score,method\n")
             csv.write_csv(table, stream, csv.WriteOptions(include_header=False, quoting_style="none"))
-    elif file.suffix.lower() == ".parquet":
-        pq.write_table(table, part)
-    else:
-        part.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()), encoding="utf-8")
-    part.replace(file)
+        elif extension == ".parquet":
+            pq.write_table(table, stream)
+        else:
+            stream.writelines(f"{json.dumps(row)}\n".encode() for row in table.to_pylist())
+
+    write_file_atomic(file, write)
 
 
 def check_export(file: Path) -> None:

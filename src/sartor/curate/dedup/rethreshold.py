@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sartor.core import catalogue
-from sartor.core.artifacts import Artifact, check_free, file_digest, open_artifact, write_artifact
+from sartor.core.artifacts import Artifact, check_free, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError
+from sartor.core.filesystem import file_digest
 from sartor.curate.dedup import ledger
 from sartor.curate.dedup.clusters import Limits, guard, resolve
 from sartor.curate.dedup.fields import Choice

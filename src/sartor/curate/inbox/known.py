@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sartor.core.artifacts import file_digest
 from sartor.core.errors import ConfigError
+from sartor.core.filesystem import file_digest
 from sartor.core.records import Example, Feedback, Origin, canonical, digest
 from sartor.curate.inbox.lines import asked
 from sartor.curate.sources import forms, readers

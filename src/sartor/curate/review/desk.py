@@ -200,9 +200,7 @@ def review_export(dataset: Path | str, out: Path | str, queue: str = "") -> dict
     with opened(dataset, queue) as view:
         entries = view.entries()
         decisions = [one for entry in entries for one in entry.decisions]
-        part = out.with_name(f".{out.name}.part")
-        findings.write(part, (entry.item for entry in entries), decisions)
-        part.replace(out)
+        findings.write(out, (entry.item for entry in entries), decisions)
     return {"file": str(out), "findings": len(entries), "decisions": len(decisions)}
 
 

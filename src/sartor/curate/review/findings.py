@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from sartor.core.artifacts import Artifact, check_file, fsync_directory
+from sartor.core.artifacts import Artifact, check_file
 from sartor.core.errors import SartorError, SourceError
+from sartor.core.filesystem import write_file_atomic
 from sartor.core.records import canonical
 from sartor.curate.review.items import SCHEMA, Decision, Item, decision_of, item_of
 from sartor.curate.steps.labels import BY_LABEL, EVIDENCE, SHOWN_CHARACTERS
@@ -109,7 +109,7 @@ def write(file: Path, items: Iterable[Item], decisions: Iterable[Decision], samp
     """Write a `review.jsonl`; returns how many lines. `read` turns it back."""
     said = [*(item.as_json() for item in items), *(decision.as_json() for decision in decisions)]
     said += [{"schema": SCHEMA, **sample, "what": "sample"} for sample in samples]
-    file.write_bytes(b"".join(canonical(one) + b"\n" for one in said))
+    write_file_atomic(file, b"".join(canonical(one) + b"\n" for one in said))
     return len(said)
 
 
@@ -125,13 +125,7 @@ def renew(dataset: Path, origin: str, found: Iterable[Mapping[str, Any]]) -> Pat
         for one in found:
             item_of(one)
             kept.append(canonical({**one, "origin": origin}))
-        part = file.with_name(f".{FILE}.{os.getpid()}")
-        with part.open("wb") as stream:
-            stream.write(b"".join(line + b"\n" for line in kept))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-        fsync_directory(dataset)
+        write_file_atomic(file, b"".join(line + b"\n" for line in kept))
     return file
 
 

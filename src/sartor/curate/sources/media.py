@@ -13,14 +13,15 @@ import io
 import math
 import os
 import re
+import shutil
 import struct
-import tempfile
 import urllib.parse
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from sartor.core import pictures, sounds
 from sartor.core.errors import MediaError
+from sartor.core.filesystem import write_file_atomic
 from sartor.core.pictures import MOST_PIXELS
 from sartor.curate.sources import formats
 from sartor.curate.sources.faults import Malformed
@@ -131,9 +132,9 @@ def copy(stream: BinaryIO, name: str, into: Path, sha256: str = "") -> str:
         if size <= MOST_DECODED:
             stream.seek(0)
             _decode(stream.read())
-        into.mkdir(parents=True, exist_ok=True)
         stream.seek(0)
-        _write(stream, target)
+        # durable: an interrupted run goes on with the files that stand there, and their bytes are not read again
+        write_file_atomic(target, lambda out: shutil.copyfileobj(stream, out, 1 << 20))
     return f"{into.name}/{target.name}"
 
 
@@ -149,20 +150,6 @@ def _decode(content: bytes) -> None:
                     pass
     except MediaError as error:
         raise Malformed(error.reason, error.problem) from None
-
-
-def _write(stream: BinaryIO, target: Path) -> None:
-    """Whole or not at all: another process may look for the same name."""
-    descriptor, part = tempfile.mkstemp(prefix=".part-", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            while block := stream.read(1 << 20):
-                out.write(block)
-        os.chmod(part, 0o644)
-        os.replace(part, target)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
 
 
 def check(stream: BinaryIO, name: str) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -20,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core.artifacts import fsync_directory
 from sartor.core.errors import BudgetError
+from sartor.core.filesystem import write_file_atomic
 from sartor.core.teachers import Answer, Question, Teacher
 from sartor.curate.synthesize.teachers import Price
 
@@ -128,10 +127,4 @@ def _read(file: Path) -> Answer | None:
 
 def _write(file: Path, answer: Answer) -> None:
     file.parent.mkdir(exist_ok=True, mode=0o700)
-    part = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident():x}")
-    with open(part, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
-        json.dump({"schema": SCHEMA, **asdict(answer)}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, file)
-    fsync_directory(file.parent)
+    write_file_atomic(file, json.dumps({"schema": SCHEMA, **asdict(answer)}).encode(), mode=0o600)

@@ -16,6 +16,7 @@ from typing import Any
 
 from sartor.core import records
 from sartor.core.errors import ConfigError, HealthError, SourceError, StoreError
+from sartor.core.filesystem import FileSystem
 from sartor.core.records import Example
 from sartor.edge.personal import work
 from sartor.edge.personal.diary import LIMIT_BYTES, Diary
@@ -24,7 +25,6 @@ from sartor.edge.personal.local import CONFIG, WEIGHTS, Delta, Locals, applied, 
 from sartor.edge.personal.rows import example_of, now
 from sartor.edge.personal.work import Material, Tune
 from sartor.edge.store import Installed
-from sartor.edge.store.disk import Disk
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.limits import Limits
 from sartor.edge.tuning.words import Words
@@ -77,7 +77,7 @@ class Adapted:
 class Adapting:
     """What tunes for the rows of a diary, in the folder of their person."""
 
-    def __init__(self, folder: Path, store: Path, settings: Settings, diary: Diary, tune: Tune, disk: Disk) -> None:
+    def __init__(self, folder: Path, store: Path, settings: Settings, diary: Diary, tune: Tune, disk: FileSystem) -> None:
         self.folder, self.store, self.settings, self.diary = folder, store, settings, diary
         self.locals = Locals(store, settings.name)
         self._tune, self._disk, self._settled = tune, disk, folder / "settled.json"

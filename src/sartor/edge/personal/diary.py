@@ -34,10 +34,10 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from sartor.core import records
 from sartor.core.artifacts import DISK_FULL
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, SourceError, StoreError
+from sartor.core.filesystem import FileSystem, PrivateFileSystem
 from sartor.core.records import Example
 from sartor.edge.personal.keys import KEY_BYTES, NONCE_BYTES, Source, unwrap, wrap
 from sartor.edge.personal.rows import Row, example_of, now
-from sartor.edge.store.disk import Disk, OwnersDisk
 
 SCHEMA = 1
 LIMIT_BYTES = 16 << 20
@@ -118,9 +118,9 @@ class Diary:
     where the file was changed, MissingError where the disk does not take it, and BusyError where another process holds it long.
     """
 
-    def __init__(self, folder: Path, source: Source, *, limit_bytes: int = LIMIT_BYTES, disk: Disk | None = None) -> None:
+    def __init__(self, folder: Path, source: Source, *, limit_bytes: int = LIMIT_BYTES, disk: FileSystem | None = None) -> None:
         self.folder, self.limit_bytes, self.notes = folder.absolute(), limit_bytes, list[str]()
-        self._source, self._disk = source, disk or OwnersDisk()
+        self._source, self._disk = source, disk or PrivateFileSystem()
         self._file = self.folder / "diary"
         self._mine = threading.Lock()
         self._known: tuple[bytes | None, bytes] = (None, b"")  # header, secret: a passphrase takes a second
@@ -254,6 +254,7 @@ class Diary:
                 self._make_folder()
                 unlock = self._lock()
                 try:
+                    self._disk.remove_leftovers(self._file)  # of a rewriting that was killed: rows that were to go
                     yield
                 finally:
                     unlock()

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from sartor.core import records, signing
 from sartor.core.errors import SignatureError, StoreError
+from sartor.core.filesystem import FileSystem
 from sartor.edge.personal.rows import now
-from sartor.edge.store.disk import Disk
 
 SCHEMA = 1
 
@@ -32,13 +32,13 @@ class Intent:
     gone: tuple[str, ...] = ()
     began: str = field(default_factory=now)
 
-    def write(self, disk: Disk, file: Path) -> None:
+    def write(self, disk: FileSystem, file: Path) -> None:
         """Make it durable."""
         said = {"schema": SCHEMA, "kind": "forgetting", "ids": self.ids, "gone": self.gone, "began": self.began}
         disk.replace(file, records.canonical(said))
 
     @classmethod
-    def read(cls, disk: Disk, file: Path) -> Intent | None:
+    def read(cls, disk: FileSystem, file: Path) -> Intent | None:
         """What stands, if anything does. Raises StoreError where it was changed."""
         if disk.stat(file) is None:
             return None
@@ -64,7 +64,7 @@ class Forgotten:
     file: Path | None
 
 
-def write_receipt(disk: Disk, folder: Path, said: Mapping[str, Any], key: Ed25519PrivateKey) -> Path:
+def write_receipt(disk: FileSystem, folder: Path, said: Mapping[str, Any], key: Ed25519PrivateKey) -> Path:
     """Sign and write what was done; returns its file."""
     document = {"schema": SCHEMA, "kind": "forgotten", "date": now(), **said}
     signature = signing.signature_of(records.canonical(document), key)

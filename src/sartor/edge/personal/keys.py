@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from sartor.core import records
 from sartor.core.errors import ConfigError, ExtraError, KeyRefusedError, MissingError, StoreError
-from sartor.edge.store.disk import Disk, OwnersDisk
+from sartor.core.filesystem import FileSystem, PrivateFileSystem
 
 KEY_BYTES, NONCE_BYTES = 32, 12
 # N = 2**15, r = 8, p = 3: 32 MiB, the smaller of the settings that OWASP's Password Storage Cheat Sheet holds equal
@@ -132,7 +132,7 @@ class FileKey:
     """
 
     path: Path
-    disk: Disk = field(default_factory=OwnersDisk)
+    disk: FileSystem = field(default_factory=PrivateFileSystem)
     kind: str = "file"
 
     def fresh(self, owner: str) -> tuple[dict[str, Any], bytes]:
@@ -176,6 +176,7 @@ class FileKey:
             for folder in reversed(missing):
                 self.disk.mkdir(folder)
                 self.disk.sync_folder(folder.parent)
+            self.disk.remove_leftovers(self.path)  # a killed writer's holds keys that were to go
             self.disk.replace(self.path, _dump(held).encode())
         except OSError as error:
             raise MissingError(f"the key {self.path} could not be written: {error.strerror}", "see to its disk") from error

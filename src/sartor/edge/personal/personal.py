@@ -20,6 +20,7 @@ from typing import Any
 from sartor.core import signing
 from sartor.core.artifacts import DISK_FULL
 from sartor.core.errors import BusyError, ConfigError, MissingError, SartorError
+from sartor.core.filesystem import PrivateFileSystem
 from sartor.core.records import Example
 from sartor.edge.personal import work
 from sartor.edge.personal.adapting import Adapted, Adapting, Settings
@@ -30,7 +31,6 @@ from sartor.edge.personal.keys import Source
 from sartor.edge.personal.local import FORGETTING, applied, digest_of, shipped
 from sartor.edge.personal.rows import Row
 from sartor.edge.personal.work import Tune
-from sartor.edge.store.disk import OwnersDisk
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Personal:
         signer: Path | None = None,
     ) -> None:
         self.folder, self.store, self.settings = folder.absolute(), store.absolute(), settings
-        self._disk = OwnersDisk()
+        self._disk = PrivateFileSystem()
         self.diary = Diary(self.folder / "rows", key, limit_bytes=settings.limit_bytes)
         tune = tune or work.tune_in_process(settings.limits, settings.stop)
         self._adapting = Adapting(self.folder, self.store, settings, self.diary, tune, self._disk)

@@ -11,9 +11,9 @@ before the pointer names it. (2) One rename commits, and it replaces a file that
 removed before the pointer that no longer names it is durable. So a kill or a power cut at any operation leaves files that
 nothing names, which the next opening or collection removes, and never a name without its files.
 
-The running program reads with `installed`, which takes no lock and never waits for an update.
+The running program reads with `installed`, which takes no lock and never waits for an update. Files are touched through
+`core.filesystem.FileSystem` alone: tests kill, fill and cut the power at each of its operations.
 
-    disk.py      every operation on files that the store makes, one method each: tests kill, fill and cut the power at them
     pointers.py  NAME.json: which version is current, previous, staged, refused; two copies, each written whole or not at all
     trial.py     a version that has so many starts to say that it works; view.py what a program sees of all this
     blobs.py     content by its sha256: downloads that go on where they stopped, checked and durable when finished
@@ -33,10 +33,10 @@ from typing import BinaryIO, Self
 
 from sartor.core.artifacts import DISK_FULL
 from sartor.core.errors import BudgetError, HealthError, MissingError, SartorError, StoreError
+from sartor.core.filesystem import FileSystem
 from sartor.core.names import is_name
 from sartor.edge.store import trial, view
 from sartor.edge.store.blobs import Blobs
-from sartor.edge.store.disk import Disk
 from sartor.edge.store.pointers import Pointer, Pointers, Version
 from sartor.edge.store.room import Room
 from sartor.edge.store.rot import Rot
@@ -56,10 +56,10 @@ class Store:
     call goes through once there is room.
     """
 
-    def __init__(self, folder: Path, *, limit_bytes: int = 0, disk: Disk | None = None) -> None:
+    def __init__(self, folder: Path, *, limit_bytes: int = 0, disk: FileSystem | None = None) -> None:
         self.folder = folder.absolute()
         self.mended: list[str] = []
-        self._disk = disk or Disk()
+        self._disk = disk or FileSystem()
         self._pointers = Pointers(self._disk, self.folder)
         self._blobs = Blobs(self._disk, self.folder)
         self._trees = Trees(self._disk, self.folder, self._blobs)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from sartor.core import records
 from sartor.core.errors import StoreError
-from sartor.edge.store.disk import LEFTOVER, Disk
+from sartor.core.filesystem import LEFTOVER, FileSystem
 from sartor.edge.store.pointers import DIGEST
 
 # An fsync takes tens of milliseconds on an SD card, so not every piece has its own. ext4, F2FS and btrfs make a file longer
@@ -26,7 +26,7 @@ _SYNC_EACH_BYTES = 4 << 20
 class Blobs:
     """The blobs of a store, whole and partial."""
 
-    def __init__(self, disk: Disk, folder: Path) -> None:
+    def __init__(self, disk: FileSystem, folder: Path) -> None:
         self._disk = disk
         self.folders = tuple(folder / name for name in ("blobs", "partial", "quarantine"))
         self.folder, self.partials, self.quarantined = self.folders

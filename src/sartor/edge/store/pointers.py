@@ -25,7 +25,7 @@ from typing import Any
 from sartor.core import records
 from sartor.core.artifacts import manifest_id
 from sartor.core.errors import StoreError
-from sartor.edge.store.disk import Disk
+from sartor.core.filesystem import FileSystem
 
 SCHEMA = 2  # 1 knew no trial
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -88,7 +88,7 @@ class Pointer:
 class Pointers:
     """The pointers of a store, by name."""
 
-    def __init__(self, disk: Disk, folder: Path) -> None:
+    def __init__(self, disk: FileSystem, folder: Path) -> None:
         self._disk = disk
         self.folders = (folder / "current", folder / "backup")
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sartor.core.errors import BudgetError, MissingError, SartorError
+from sartor.core.filesystem import FileSystem
 from sartor.edge.store.blobs import Blobs
-from sartor.edge.store.disk import Disk
 from sartor.edge.store.pointers import Pointer, Pointers
 from sartor.edge.store.trees import Trees
 
@@ -18,7 +18,7 @@ _SPARE_BYTES = 1 << 16
 class Room:
     """Bytes of a store. A file with several names counts once. `limit_bytes` 0: the disk is the bound."""
 
-    def __init__(self, limit_bytes: int, disk: Disk, pointers: Pointers, blobs: Blobs, trees: Trees) -> None:
+    def __init__(self, limit_bytes: int, disk: FileSystem, pointers: Pointers, blobs: Blobs, trees: Trees) -> None:
         self.limit_bytes = limit_bytes
         self._disk, self._pointers, self._blobs, self._trees = disk, pointers, blobs, trees
         self._folder = blobs.folder.parent

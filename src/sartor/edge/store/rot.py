@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from sartor.core.filesystem import FileSystem
 from sartor.edge.store.blobs import Blobs
-from sartor.edge.store.disk import Disk
 from sartor.edge.store.pointers import Pointer, Pointers
 from sartor.edge.store.trees import Trees
 
@@ -18,7 +18,7 @@ from sartor.edge.store.trees import Trees
 class Rot:
     """What is damaged in a store, and what is done about it. Every step is one rename, and may be repeated."""
 
-    def __init__(self, disk: Disk, pointers: Pointers, blobs: Blobs, trees: Trees) -> None:
+    def __init__(self, disk: FileSystem, pointers: Pointers, blobs: Blobs, trees: Trees) -> None:
         self._disk, self._pointers, self._blobs, self._trees = disk, pointers, blobs, trees
 
     def found(self) -> list[str]:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sartor.core.errors import StoreError
+from sartor.core.filesystem import LEFTOVER, FileSystem
 from sartor.edge.store.blobs import Blobs
-from sartor.edge.store.disk import LEFTOVER, Disk
 from sartor.edge.store.pointers import Version, tree_of
 
 # FAT has no hard links, some network file systems neither; and one file has only so many names.
@@ -24,7 +24,7 @@ _CANNOT_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errn
 class Trees:
     """The trees of a store."""
 
-    def __init__(self, disk: Disk, folder: Path, blobs: Blobs) -> None:
+    def __init__(self, disk: FileSystem, folder: Path, blobs: Blobs) -> None:
         self._disk, self._blobs = disk, blobs
         self._store, self.folder = folder, folder / "releases"
         self.links = True

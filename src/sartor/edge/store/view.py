@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sartor.edge.store.disk import Disk
+from sartor.core.filesystem import FileSystem
 from sartor.edge.store.pointers import Pointers, Trial, Version, tree_of
 
 
@@ -27,7 +27,7 @@ class Installed:
 
 def installed(folder: Path, name: str) -> Installed | None:
     """What is current in the store at `folder`."""
-    pointer = Pointers(Disk(), folder.absolute()).read(name)
+    pointer = Pointers(FileSystem(), folder.absolute()).read(name)
     return of(folder.absolute(), name, pointer.current, pointer.trial)
 
 
@@ -53,7 +53,7 @@ def states(folder: Path) -> list[State]:
             of(folder, one.name, one.staged),
             one.refused,
         )
-        for one in Pointers(Disk(), folder).all()
+        for one in Pointers(FileSystem(), folder).all()
     ]
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import MissingError
+from sartor.core.filesystem import write_file_atomic
 from sartor.core.home import folder
-from sartor.edge.files import write_whole
 
 SCHEMA = 1
 # as `models/kernels/native.py` looks for them
@@ -54,7 +54,7 @@ def _floor(kept: str) -> Floor:
         known = {}
     if key not in known:
         known[key] = _measured()
-        write_whole(file, json.dumps(known).encode())
+        write_file_atomic(file, json.dumps(known).encode())
     return Floor(**known[key])
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from sartor.core.artifacts import new_directory
+from sartor.core.artifacts import create_output_directory
 from sartor.core.errors import ModelError
-from sartor.edge.files import write_whole
+from sartor.core.filesystem import write_file_atomic
 from sartor.models.linear import MappedLinear
 from sartor.models.streamed import write_tensors
 
@@ -69,12 +69,13 @@ def write_narrow(base: Path, out: Path) -> Path:
 
     Raises ModelError for files that are not whole, or a weight whose rows are no whole blocks.
     """
-    with new_directory(out) as folder:
+    with create_output_directory(out) as folder:
         for file in sorted(base.iterdir()):
             if file.suffix in (".json", ".jinja", ".txt") and "safetensors" not in file.name:
                 shutil.copyfile(file, folder / file.name)
         write_tensors(dict(_narrow_tensors(base)), folder / FILE, {"form": "nf4", "block": str(BLOCK)})
-        write_whole(folder / "narrow.json", json.dumps({"schema": SCHEMA, "form": "nf4", "block": BLOCK}).encode() + b"\n")
+        said = {"schema": SCHEMA, "form": "nf4", "block": BLOCK}
+        write_file_atomic(folder / "narrow.json", json.dumps(said).encode() + b"\n")
     return out
 
 

@@ -15,11 +15,10 @@ from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from sartor.core.artifacts import file_digest
 from sartor.core.errors import ArtifactError, SignatureError
+from sartor.core.filesystem import file_digest, write_file_atomic
 from sartor.core.numerics import FIRST
 from sartor.core.signing import check_said, signature_of
-from sartor.edge.files import write_whole
 from sartor.edge.tuning.limits import Usage
 
 SCHEMA, FILE, ADAPTER = 1, "receipt.json", "adapter_model.safetensors"
@@ -67,7 +66,7 @@ class Receipt:
     def write(self, folder: Path, key: Ed25519PrivateKey) -> Path:
         """Sign it and write it whole into `folder`. Returns the file."""
         said = {"said": json.loads(self.document), "signature": signature_of(self.document, key)}
-        write_whole(folder / FILE, json.dumps(said, indent=1).encode() + b"\n")
+        write_file_atomic(folder / FILE, json.dumps(said, indent=1).encode() + b"\n")
         return folder / FILE
 
 

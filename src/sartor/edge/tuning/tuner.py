@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,8 +22,8 @@ from safetensors.torch import load_file
 from sartor.core import config
 from sartor.core.bases import BaseRef
 from sartor.core.errors import BudgetError, ConfigError, ModelError, SartorError
+from sartor.core.filesystem import create_file_atomic, write_file_atomic
 from sartor.core.numerics import numerics
-from sartor.edge.files import write_whole
 from sartor.edge.tuning.job import DTYPE, Job, read_job
 from sartor.edge.tuning.learning import DeviceRun, ZerothRun
 from sartor.edge.tuning.llama import ATTENTION, MLP, MappedLlama
@@ -104,7 +103,7 @@ def tune(job: Job, *, show: bool = False) -> dict[str, Any]:
             "path": run.path.reason,
         }
     _write(model, recipe, job, out)
-    write_whole(out / "run.json", f"{json.dumps(said)}\n".encode())  # last: whoever finds it finds all
+    write_file_atomic(out / "run.json", f"{json.dumps(said)}\n".encode())  # last: whoever finds it finds all
     return said
 
 
@@ -156,10 +155,11 @@ def _write(model: MappedLlama, recipe: Recipe, job: Job, out: Path) -> None:
         "layers_to_transform": list(range(layers - top, layers)) if top else None,
         "inference_mode": True,
     }
-    part, dtype = out / ".adapter_model.safetensors", torch.bfloat16 if job.store == "bf16" else torch.float32
-    write_tensors({name: factor.detach().to(dtype) for name, factor in model.factors().items()}, part, {"format": "pt"})
-    os.replace(part, out / "adapter_model.safetensors")
-    write_whole(out / "adapter_config.json", f"{json.dumps(said, indent=2, sort_keys=True)}\n".encode())
+    dtype = torch.bfloat16 if job.store == "bf16" else torch.float32
+    factors = {name: factor.detach().to(dtype) for name, factor in model.factors().items()}
+    with create_file_atomic(out / "adapter_model.safetensors") as part:
+        write_tensors(factors, part, {"format": "pt"})
+    write_file_atomic(out / "adapter_config.json", f"{json.dumps(said, indent=2, sort_keys=True)}\n".encode())
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -29,8 +29,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.artifacts import file_digest
 from sartor.core.errors import ArtifactError
+from sartor.core.filesystem import file_digest
 
 MAGIC = b"SARTORD1"
 SCHEMA = 1

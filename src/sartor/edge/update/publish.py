@@ -23,10 +23,10 @@ from typing import Any
 from tuf.api.metadata import TargetFile
 
 from sartor.core import signing
-from sartor.core.artifacts import MANIFESTS, file_digest, make_parent, writer_lock
+from sartor.core.artifacts import MANIFESTS
 from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.filesystem import file_digest, make_parent, write_file_atomic, writer_lock
 from sartor.core.names import is_name
-from sartor.edge.files import write_whole
 from sartor.edge.update import content as words
 from sartor.edge.update import delta
 from sartor.edge.update.content import Blob, Content, Offer, Step
@@ -201,7 +201,7 @@ def _add_files(repository: Path, checked: Verified) -> dict[str, Blob]:
 def _add_blob(repository: Path, source: Path, digest: str) -> None:
     place = repository / words.blob_path(digest)
     if not place.is_file() or place.stat().st_size != source.stat().st_size:
-        write_whole(place, source.read_bytes())
+        write_file_atomic(place, source.read_bytes())
 
 
 def _deltas(
@@ -251,7 +251,7 @@ def _set_target(documents: Documents, repository: Path, described: Content, offe
     path, document = words.target_path(described.name, described.version), described.as_bytes()
     target = TargetFile.from_data(path, document, ["sha256"])
     target.unrecognized_fields["custom"] = offer.as_custom()
-    write_whole(repository / "targets" / target.get_prefixed_paths()[0], document)
+    write_file_atomic(repository / "targets" / target.get_prefixed_paths()[0], document)
     documents.targets.signed.targets[path] = target
 
 

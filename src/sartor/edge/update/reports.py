@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sartor.core import records, signing
 from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.filesystem import write_file_atomic
 from sartor.core.names import is_name
-from sartor.edge.files import write_whole
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.store import Store
 from sartor.edge.update.content import ring_of
@@ -104,7 +104,7 @@ def send_due(store: Store, name: str, device: str, key: Path, where: str, folder
     for report in due(store, name, device, dict(said)):
         _send(report.signed(private), report, where)
         said[report.version] = report.outcome
-        write_whole(folder / _MEMORY, records.canonical(memory))
+        write_file_atomic(folder / _MEMORY, records.canonical(memory))
         sent.append(report)
     return sent
 
@@ -113,7 +113,7 @@ def _send(document: bytes, report: Report, where: str) -> None:
     if where.startswith(("http://", "https://")):
         Fetcher().post(where, document)
     else:
-        write_whole(Path(where) / f"{report.device}.{report.name}.{report.version}.json", document)
+        write_file_atomic(Path(where) / f"{report.device}.{report.name}.{report.version}.json", document)
 
 
 def _remembered(folder: Path) -> dict[str, dict[str, str]]:

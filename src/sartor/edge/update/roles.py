@@ -21,9 +21,8 @@ from tuf.api.metadata import Metadata, MetaFile, Role, Root, Snapshot, Targets, 
 from tuf.api.serialization import DeserializationError
 
 from sartor.core import signing
-from sartor.core.artifacts import make_parent
 from sartor.core.errors import ArtifactError, ConfigError, SignatureError
-from sartor.edge.files import write_whole
+from sartor.core.filesystem import make_parent, write_file_atomic
 
 RoleName = Literal["root", "targets", "snapshot", "timestamp"]
 ROLES: tuple[RoleName, ...] = ("root", "targets", "snapshot", "timestamp")
@@ -179,7 +178,7 @@ class Documents:
         sign(document, keys, role, [self.root.signed])
 
     def _write(self, name: str, document: Metadata[Any]) -> None:
-        write_whole(self.folder / name, document.to_bytes())
+        write_file_atomic(self.folder / name, document.to_bytes())
 
 
 def expiries(folder: Path) -> dict[str, str]:

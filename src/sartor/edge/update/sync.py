@@ -24,7 +24,7 @@ from tuf.ngclient import Updater
 from tuf.ngclient.fetcher import FetcherInterface
 
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SignatureError, StoreError
-from sartor.edge.files import write_whole
+from sartor.core.filesystem import write_file_atomic
 from sartor.edge.store import Store
 from sartor.edge.update import content as words
 from sartor.edge.update import delta
@@ -259,7 +259,7 @@ def _keep(work: Path, trusted: Path) -> None:
     for file in sorted(work.rglob("*.json")):
         place = trusted / file.relative_to(work)
         if file.is_file() and not file.is_symlink() and (not place.is_file() or place.read_bytes() != file.read_bytes()):
-            write_whole(place, file.read_bytes())
+            write_file_atomic(place, file.read_bytes())
 
 
 def _described(url: str, name: str, offer: Offer, targets: Metadata[Targets], fetcher: Fetcher) -> Content:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from sartor.core.artifacts import new_directory
+from sartor.core.artifacts import create_output_directory
 
 # Flower counts who uses it, asks whether it is old, and installs what a bundle asks for, unless it is told not to
 ENVIRONMENT: Mapping[str, str] = {
@@ -49,7 +49,7 @@ _FILES: Mapping[str, str] = {
 
 def write_app(folder: Path) -> Path:
     """Write the folder. Raises ConfigError where something is there already."""
-    with new_directory(folder) as part:
+    with create_output_directory(folder) as part:
         for name, text in _FILES.items():
             file = part / name
             file.parent.mkdir(exist_ok=True)

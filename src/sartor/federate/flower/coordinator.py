@@ -24,11 +24,11 @@ from typing import Any
 import yaml
 
 from sartor.core import config, licences
-from sartor.core.artifacts import open_artifact, writer_lock
+from sartor.core.artifacts import open_artifact
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError, RoundError
+from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.spdx import UNKNOWN
-from sartor.edge.files import write_whole
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.flower.app import write_app
 from sartor.federate.flower.lead import Lead, RoundOptions
@@ -198,7 +198,7 @@ def _prepared(setting: Setting, options: CoordinatorOptions, people: Clients, na
         run = f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')[:40] or 'run'}-{secrets.token_hex(4)}"
         shutil.rmtree(folder / "app", ignore_errors=True)  # what was cut short
         write_app(folder / "app")
-        write_whole(folder / "start.tensors", arrays.pack(setting.start))
+        write_file_atomic(folder / "start.tensors", arrays.pack(setting.start))
     lead = Lead(
         run=run,
         key=str(Path(options.key).absolute()),
@@ -210,7 +210,7 @@ def _prepared(setting: Setting, options: CoordinatorOptions, people: Clients, na
         name=options.name,
         lora=LoraOptions(recipe.mode, recipe.seed, recipe.of_clients, recipe.robust),
     )
-    write_whole(file, yaml.safe_dump(config.dump(lead), sort_keys=False).encode())
+    write_file_atomic(file, yaml.safe_dump(config.dump(lead), sort_keys=False).encode())
     return Lead.open(file)
 
 

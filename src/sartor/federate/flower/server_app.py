@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from sartor.core.errors import SartorError
-from sartor.edge.files import write_whole
+from sartor.core.filesystem import write_file_atomic
 from sartor.federate.flower.lead import Lead, lead_rounds
 from sartor.federate.flower.transport import FlowerTransport
 from sartor.federate.flower.wire import GridPost
@@ -38,7 +38,9 @@ def main(grid: Grid, context: Context) -> None:
             LOG.info("%s", line)
     except SartorError as error:
         # for the command that waits for the rounds: of a run that failed Flower tells it no more than that
-        write_whole(lead.trouble, json.dumps({"kind": error.kind, "problem": error.problem, "remedy": error.remedy}).encode())
+        write_file_atomic(
+            lead.trouble, json.dumps({"kind": error.kind, "problem": error.problem, "remedy": error.remedy}).encode()
+        )
         raise
     transport.deliver(min(lead.round.stage_s, _FAREWELL_S))
 

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ArtifactError, BudgetError, ConfigError, ConflictError, need
-from sartor.edge.files import write_whole
+from sartor.core.filesystem import write_file_atomic
 
 SCHEMA, KIND = 1, "privacy-account"
 MOST_TIMES = 10_000_000
@@ -210,4 +210,4 @@ class Account:
             "budget": asdict(self.budget),
             "spent": list(map(asdict, spent)),
         }
-        write_whole(self.file, json.dumps(said, indent=1).encode() + b"\n")
+        write_file_atomic(self.file, json.dumps(said, indent=1).encode() + b"\n")

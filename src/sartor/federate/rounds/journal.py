@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from sartor.core.artifacts import fsync_directory
 from sartor.core.errors import BusyError, ConfigError, MissingError, StoreError
+from sartor.core.filesystem import fsync_directory
 
 SCHEMA = 1
 State = Literal["open", "done", "left out", "abandoned"]

@@ -21,11 +21,10 @@ from typing import Any
 from safetensors.numpy import load_file, save
 
 from sartor.core import config
-from sartor.core.artifacts import file_digest
 from sartor.core.bases import BaseRef
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import BudgetError, ConfigError
-from sartor.edge.files import write_whole
+from sartor.core.filesystem import file_digest, write_file_atomic
 from sartor.edge.personal.work import room_in_memory, write_job
 from sartor.edge.store import Store
 from sartor.edge.tuning.job import Job, Share
@@ -159,7 +158,7 @@ class EdgeTask:
         if receipt.outcome != "done":
             problem = f"this device gives the round up: {receipt.outcome}, {receipt.reason}"
             raise BudgetError(problem, "a larger budget of the device, or fewer local updates a round")
-        write_whole(self._pace_file, json.dumps(_pace(receipt, Path(job.out))).encode())
+        write_file_atomic(self._pace_file, json.dumps(_pace(receipt, Path(job.out))).encode())
         return receipt
 
     def _check_time(self, job: Job, settings: Settings, room: Path) -> None:

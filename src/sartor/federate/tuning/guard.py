@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from sartor.core.errors import ArtifactError, ConfigError
-from sartor.edge.store.disk import OwnersDisk
+from sartor.core.filesystem import PrivateFileSystem
 from sartor.federate.privacy.accountant import Account, Budget, Spending, calibrated
 from sartor.federate.privacy.examples import RowNoise, drawn, private_updates
 from sartor.federate.rounds.manifest import Manifest
@@ -49,7 +49,7 @@ class RowGuard:
         """The guard of a folder, begun where there is none. Raises ArtifactError, ConflictError as `Account` does."""
         account = Account(folder / ACCOUNT, asked.budget)
         if not (folder / SECRET).exists():
-            OwnersDisk().replace(folder / SECRET, os.urandom(masks.KEY_BYTES))
+            PrivateFileSystem().replace(folder / SECRET, os.urandom(masks.KEY_BYTES))
         secret = (folder / SECRET).read_bytes()
         if len(secret) != masks.KEY_BYTES:
             raise ArtifactError(f"{folder / SECRET} is not the secret of a client's noise", "restore it from a copy")

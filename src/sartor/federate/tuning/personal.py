@@ -19,9 +19,9 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from sartor.core import catalogue, config, records
-from sartor.core.artifacts import Artifact, write_artifact, writer_lock
+from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.errors import ConfigError
-from sartor.edge.files import write_whole
+from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.federate.aggregate.ranks import nothing
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.tuning import lifts
@@ -67,7 +67,7 @@ def personalise(
             made[name] = desk.written(name, folder / name, again=again)
             notice(f"{name}: {made[name].path}")
         report = _judged(desk, made, notice)
-        write_whole(folder / REPORT, records.canonical(report) + b"\n")
+        write_file_atomic(folder / REPORT, records.canonical(report) + b"\n")
     return {"folder": str(folder), **report}
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import catalogue, config, licences, numerics, records
-from sartor.core.artifacts import Artifact, check_free, kind_of, write_artifact, writer_lock
+from sartor.core.artifacts import Artifact, check_free, kind_of, write_artifact
 from sartor.core.errors import ConfigError
+from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.privacy.accountant import Account, calibrated
 from sartor.federate.privacy.attacks.report import AttackReport, open_report
@@ -192,9 +193,9 @@ def check_same(folder: Path, now: Mapping[str, Any], dtype: str) -> None:
             problem = f"the rounds in {folder} were begun by {found}"
             raise ConfigError(problem, "start over with --replace; the Sartor that began them can finish them")
         return
-    part = file.with_suffix(".part")
-    part.write_bytes(records.canonical({**now, "dtype": dtype.removeprefix("torch."), "numerics": numerics.numerics(dtype)}))
-    part.rename(file)
+    write_file_atomic(
+        file, records.canonical({**now, "dtype": dtype.removeprefix("torch."), "numerics": numerics.numerics(dtype)})
+    )
 
 
 def _run(setting: Setting, people: Clients, out: Path, *, replace: bool, notice: Notice) -> Artifact:

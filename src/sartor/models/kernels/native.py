@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from sartor.core.filesystem import create_file_atomic
 from sartor.core.home import folder
 from sartor.models.attention import Shape, rows_of
 from sartor.models.batches import forest
@@ -214,16 +215,16 @@ def _library() -> Path:
 
 def _compile(command: Sequence[str], runtime: Path | None, library: Path) -> None:
     """Two steps, so that the linker takes torch's OpenMP and not the compiler's own; the name is given by a rename."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as part:
-        unlinked, made = [f"{part}/{source.stem}.o" for source in SOURCES], f"{part}/native.so"
+    # durable, though it is a cache: a library that a power cut cut short would be loaded, and crash the process
+    with tempfile.TemporaryDirectory(dir=library.parent) as part, create_file_atomic(library) as made:
+        unlinked = [f"{part}/{source.stem}.o" for source in SOURCES]
         linked = [str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else ["-fopenmp"]
         sources = zip(SOURCES.items(), unlinked, strict=True)
         compiled = [[*command, *own, "-c", str(source), "-o", to] for (source, own), to in sources]
-        for step in (*compiled, [command[0], "-shared", *unlinked, *linked, "-o", made]):
+        for step in (*compiled, [command[0], "-shared", *unlinked, *linked, "-o", str(made)]):
             done = subprocess.run(step, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise NoKernels(f"{command[0]} failed: {done.stderr.strip().splitlines()[-1] if done.stderr else 'no message'}")
-        os.replace(made, library)
 
 
 def _compilers() -> tuple[str, ...]:

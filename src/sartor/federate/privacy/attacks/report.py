@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sartor.core.errors import ArtifactError, GateError
-from sartor.edge.files import write_whole
+from sartor.core.filesystem import write_file_atomic
 from sartor.edge.tuning.receipt import digests
 from sartor.evaluate import attacked
 from sartor.evaluate.attacked import FILE, KIND, SCHEMA
@@ -58,7 +58,7 @@ class AttackReport:
         if not bound:
             raise ArtifactError(f"{folder} holds no adapter, so there is nothing to report of", "give the adapter's folder")
         said = {"schema": SCHEMA, "kind": KIND, "adapter": bound, **asdict(self)}
-        write_whole(folder / FILE, json.dumps(said, indent=1).encode() + b"\n")
+        write_file_atomic(folder / FILE, json.dumps(said, indent=1).encode() + b"\n")
         return folder / FILE
 
 
