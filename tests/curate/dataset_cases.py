@@ -303,6 +303,18 @@ def synthesize() -> Path:
     return sartor.synthesize(recipe, "made", teacher=FixedTeacher()).dataset.path
 
 
+def synthesize_from_dataset() -> Path:
+    """Rows made of the training rows of two Datasets, which become parents."""
+    write_jsonl(Path("rows.jsonl"), [talk("Is the oven on?", "It is on."), talk("Is the lamp on?", "It is off.")])
+    write_jsonl(Path("held.jsonl"), [talk("Is the door open?", "It is open.")])
+    sources = [{"path": "rows.jsonl", "licence": "MIT"}, {"path": "held.jsonl", "licence": "CC0-1.0", "split": "eval"}]
+    sartor.curate({"sources": sources, "split": {"eval_fraction": 0}, "workers": 1}, "first")
+    write_jsonl(Path("others.jsonl"), [talk("Is the heater on?", "It is on.")])
+    sartor.curate({"sources": [{"path": "others.jsonl"}], "split": {"eval_fraction": 0}, "workers": 1}, "second")
+    ways = [{"slot_substitution": {"slots": {"state": ["on", "off"]}}}]
+    return sartor.synthesize({"sources": [{"path": "first"}, {"path": "second"}], "ways": ways}, "made").dataset.path
+
+
 CASES: dict[str, Callable[[], Path]] = {
     "curate": curate_all,
     "curate_inbox": curate_inbox,
@@ -315,6 +327,7 @@ CASES: dict[str, Callable[[], Path]] = {
     "review_of_synthetic": review_of_synthetic,
     "review_of_foreign": review_of_foreign,
     "synthesize": synthesize,
+    "synthesize_from_dataset": synthesize_from_dataset,
     **{
         f"bias_{kind}": lambda kind=kind: bias(kind)
         for kind in ("reweight", "counterfactual", "substitute", "drop", "generate")
