@@ -38,11 +38,6 @@ class Copies:
         """Copies made, those among them that are Drops."""
         return sum(part.kept + int(part.summary["dropped"]) for _, part in self.parts)
 
-    @property
-    def kept(self) -> int:
-        """Copies that are rows of the Dataset."""
-        return sum(part.kept for _, part in self.parts) - len(self.removed)
-
     def tables(self) -> Iterator[Any]:
         """The copies that are kept, part by part, in the schema of `rows.EXAMPLES`."""
         for _, part in self.parts:

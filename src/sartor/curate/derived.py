@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, licences, lineage_index, rows
-from sartor.core.artifacts import Artifact, write_artifact
+from sartor.core import licences
+from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
-from sartor.core.lineage import tally
-from sartor.core.records import Drop, Example, digest
-from sartor.curate import card, finish
-from sartor.curate.pipeline import digests, licence_facts
+from sartor.core.records import Drop, Example
+from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 
 
 def write_derived(
@@ -38,20 +33,23 @@ def write_derived(
     if not kept:
         raise SourceError(f"no row of {', '.join(str(parent.path) for parent in parents)} is left", "less strict limits")
 
-    def fill(folder: Path) -> Mapping[str, Any]:
-        rows.write_examples(folder / "examples" / "part-00000.parquet", kept)
-        rows.write_drops(folder / "drops" / "part-00000.parquet", dropped)
+    def fill(writer: DatasetWriter) -> dict[str, Any]:
+        writer.example_file(kept)
+        writer.drop_file(dropped)
         for parent in parents:
-            _link_media(parent.path / "media", folder / "media")
-        finish.drop_unused_media(folder)
-        facts = _facts(parents, kept, dropped, step)
-        lineage_index.write(folder)
-        card.write(folder, facts)
-        return {**facts, "digest": digest(digests(folder))}
+            writer.media(parent.path / "media")
+        # of the rows: what is made of a source may be under its licence and a teacher's word
+        licence = licences.combine(sorted({origin.licence for example in kept for origin in example.origins}))
+        synthetic = [parent.manifest["synthetic"] for parent in parents if "synthetic" in parent.manifest][:1]
+        return writer.finish(
+            recipe={**parents[0].manifest["recipe"], "derived": list(step)},
+            sources=_sources(parents, kept),
+            steps={**{name: facts for parent in parents for name, facts in parent.manifest["steps"].items()}, **step},
+            counts={"read": len(kept) + len(dropped), "made": 0},
+            more={"licence": licence, **({"synthetic": synthetic[0]} if synthetic else {})},
+        )
 
-    dataset = write_artifact(Path(out), "dataset", fill, replace=replace)
-    catalogue.register(dataset)
-    return dataset
+    return write_dataset(Path(out), fill, parents=parents, replace=replace)
 
 
 def _merged(examples: Iterable[Example]) -> list[Example]:
@@ -67,45 +65,8 @@ def _merged(examples: Iterable[Example]) -> list[Example]:
     return list(found.values())
 
 
-def _link_media(source: Path, target: Path) -> None:
-    for file in sorted(source.glob("*")):
-        target.mkdir(exist_ok=True)
-        if not (target / file.name).exists():
-            try:
-                os.link(file, target / file.name)
-            except OSError:
-                shutil.copyfile(file, target / file.name)
-
-
-def _facts(
-    parents: Sequence[Artifact], kept: Sequence[Example], dropped: Sequence[Drop], step: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    used = Counter((one.source, re.sub(r":[^:]*$", "", one.locator)) for example in kept for one in example.origins)
-    sources: dict[tuple[str, str], dict[str, Any]] = {}
-    for parent in parents:
-        for one in parent.manifest["sources"]:
-            place = one["source"], one["path"]
-            sources[place] = {**one, "kept": used[place]}
-    groups: dict[str, set[str]] = {}
-    for example in kept:
-        groups.setdefault(example.split, set()).add(example.group)
-    steps = {name: facts for parent in parents for name, facts in parent.manifest["steps"].items()}
-    return {
-        "recipe": {**parents[0].manifest["recipe"], "derived": list(step)},
-        "sources": list(sources.values()),
-        **licence_facts(list(sources.values())),
-        # of the rows: what is made of a source may be under its licence and a teacher's word
-        "licence": licences.combine(sorted({one.licence for example in kept for one in example.origins})),
-        **next(({"synthetic": parent.manifest["synthetic"]} for parent in parents if "synthetic" in parent.manifest), {}),
-        "counts": {
-            "read": len(kept) + len(dropped),
-            "made": 0,
-            "kept": len(kept),
-            "dropped": tally(drop.reason for drop in dropped),
-            "splits": tally(example.split for example in kept),
-            "groups": {name: len(some) for name, some in sorted(groups.items())},
-        },
-        "steps": {**steps, **step},
-        "parents": [parent.as_parent() for parent in parents],
-        "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
-    }
+def _sources(parents: Sequence[Artifact], kept: Sequence[Example]) -> list[dict[str, Any]]:
+    """The parents' entries. Rows count for the file of each origin, also those that were made of a row of it."""
+    used = Counter((origin.source, re.sub(r":[^:]*$", "", origin.locator)) for example in kept for origin in example.origins)
+    entries = {(entry["source"], entry["path"]): entry for parent in parents for entry in parent.manifest["sources"]}
+    return [{**entry, "kept": used[name]} for name, entry in entries.items()]

@@ -9,7 +9,7 @@ OUT/               the Dataset, in one rename
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
+import itertools
 import json
 import os
 import shutil
@@ -21,13 +21,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.core import catalogue, config, licences, lineage, lineage_index, rows
-from sartor.core.artifacts import DISK_FULL, Artifact, check_free, kind_of, open_artifact, write_artifact
+from sartor.core import config, lineage, rows
+from sartor.core.artifacts import DISK_FULL, Artifact, check_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError, MissingError, SourceError, StoppedError
-from sartor.core.filesystem import file_digest, make_parent, writer_lock
+from sartor.core.filesystem import make_parent, writer_lock
 from sartor.core.records import canonical, digest
-from sartor.curate import card, copies, finish, local, on_ray
+from sartor.curate import copies, finish, local, on_ray
 from sartor.curate.curated import Curated
+from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.parts import Part
 from sartor.curate.passes import Passes, State, evidence_of, whole
 from sartor.curate.progress import Progress
@@ -74,7 +75,7 @@ def curate(
         try:
             with line.progress:
                 state = line.run(strict)
-            dataset = write_artifact(out, "dataset", lambda part: line.write(state, part), replace=replace)
+            dataset = write_dataset(out, lambda writer: line.write(state, writer), replace=replace)
         except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, and SIGTERM as the command line turns it
             number = signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT
             problem = f"interrupted; what is done stands in {work}"
@@ -84,7 +85,6 @@ def curate(
                 raise
             problem = f"the disk is full; what is done stands in {work}"
             raise MissingError(problem, "free some space, then the same command goes on there") from error
-        catalogue.register(dataset)
         shutil.rmtree(work, ignore_errors=True)
     return Curated(dataset, line.found, wall_s=time.monotonic() - began)
 
@@ -172,28 +172,29 @@ class Line:
         for kind, counts in summary["tally"].items():
             self.tally.setdefault(kind, Counter()).update(counts)
 
-    def write(self, state: State, folder: Path) -> dict[str, Any]:
+    def write(self, state: State, writer: DatasetWriter) -> dict[str, Any]:
         """Fill the Dataset's directory; returns what its manifest says."""
-        removed = [*state.removed, *finish.leaks(state, self.outcome), *self.copies.removed]
-        kept = finish.write_examples(state, self.outcome, folder, self.copies.tables())
+        removed = finish.with_last_ids(state, [*state.removed, *finish.leaks(state, self.outcome), *self.copies.removed])
+        writer.examples(itertools.chain(finish.kept_tables(state, self.outcome), self.copies.tables()))
         masks = self._masks()
-        dropped = finish.write_drops(state, removed, folder, masks)
-        read = sum(self.read.values())
-        made = self.copies.total
-        assert read + made == kept + dropped.total(), f"{read} rows read, {made} made, {kept} kept, {dropped.total()} dropped"
-        if not kept:
-            raise SourceError(_nothing_kept(read, folder), "mend the rows or the sources")
-        finish.link_media(self.work, folder)
+        writer.drops(finish.drop_tables(state, removed, masks))
+        read, made, dropped = sum(self.read.values()), self.copies.total, writer.dropped.total()
+        assert read + made == writer.kept + dropped, f"{read} rows read, {made} made, {writer.kept} kept, {dropped} dropped"
+        if not writer.kept:
+            raise SourceError(_nothing_kept(read, writer.folder), "mend the rows or the sources")
+        writer.set_aside(finish.set_aside_rows(removed, masks))
+        writer.media(self.work / "media")
         for name, table in evidence_of(state):
-            finish.write_evidence(folder, name, finish.masked(table, masks))
+            writer.evidence(name, finish.masked(table, masks))
         if self.copies.steps:
-            finish.write_evidence(folder, "copies", self.copies.evidence())
-        split = self.outcome.counts(copies=self.copies.kept)
-        counts = {"read": read, "made": made, "kept": kept, "dropped": dict(dropped.most_common()), **split}
-        facts = self._facts(state, folder, counts, masks)
-        lineage_index.write(folder)
-        card.write(folder, facts)
-        return {**facts, "digest": digest(digests(folder))}
+            writer.evidence("copies", self.copies.evidence())
+        tallied = {kind: dict(counts.most_common()) for kind, counts in self.tally.items()}
+        return writer.finish(
+            recipe=_said(self.recipe),
+            sources=writer.sources_with_kept(self._sources()),
+            steps=finish.masked_facts({**state.facts, **tallied, **self.copies.facts()}, masks),
+            counts={"read": read, "made": made},
+        )
 
     def _masks(self) -> finish.Masks:
         for step in self.recipe.steps:
@@ -201,24 +202,12 @@ class Line:
                 return finish.Masks(step.masker(), step.row_masker(), are_none=False)
         return finish.Masks()
 
-    def _facts(self, state: State, folder: Path, counts: dict[str, Any], masks: finish.Masks) -> dict[str, Any]:
-        kept = finish.kept_by_file(folder)
-        sources = []
+    def _sources(self) -> Iterator[dict[str, Any]]:
+        """An entry for each file that was planned, with what its owner allows and what was read of it."""
         for file in self.planned.files:
             place = file.source, file.path
             terms = {name: getattr(self.declared[file.source], name) for name in (*TERMS, "rehearsal")}
-            counted = {"read": self.read[place], "kept": kept[place], "notes": dict(self.notes.get(place, {}))}
-            sources.append({**asdict(file), **terms, **counted})
-        tallied = {kind: dict(counts.most_common()) for kind, counts in self.tally.items()}
-        return {
-            "recipe": _said(self.recipe),
-            "sources": sources,
-            **licence_facts(sources),
-            "counts": counts,
-            "steps": finish.masked_facts({**state.facts, **tallied, **self.copies.facts()}, masks),
-            "parents": [],
-            "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
-        }
+            yield {**asdict(file), **terms, "read": self.read[place], "notes": dict(self.notes.get(place, {}))}
 
 
 def _key(unit: units.Unit) -> str:
@@ -226,24 +215,9 @@ def _key(unit: units.Unit) -> str:
     return unit.digest if unit.files else digest([unit.digest, time.time_ns()])
 
 
-def licence_facts(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the licences of the sources that rows were kept of come to."""
-    used = [source for source in sources if source["kept"]]
-    return {
-        "licence": licences.combine(source["licence"] for source in used),
-        "licence_conflicts": licences.conflicts(used),
-        "obligations": licences.obligations(used),
-    }
-
-
 def _said(recipe: CurateRecipe) -> dict[str, Any]:
     """The recipe as the manifest has it: without what changes nothing in the Dataset."""
     return {name: value for name, value in config.dump(recipe).items() if name != "workers"}
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, by its path there."""
-    return {file.relative_to(folder).as_posix(): file_digest(file) for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def _size(before: Path | None) -> int:

@@ -7,7 +7,6 @@ group. What other steps decided stays.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,19 +17,18 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sartor.core import catalogue, config, lineage_index, rows
-from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact, write_artifact
+from sartor.core import config, rows
+from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.grouping import split_group
 from sartor.core.holdout import held_out_groups
-from sartor.core.lineage import tally
-from sartor.core.records import Drop, Example, digest
-from sartor.curate import card, finish
+from sartor.core.records import Drop, Example
 from sartor.curate.curated import Curated
+from sartor.curate.dataset_writer import SET_ASIDE, DatasetWriter, write_dataset
 from sartor.curate.dedup import clusters, ledger
 from sartor.curate.dedup import rethreshold as of_files
 from sartor.curate.dedup.pairs import METHODS, Pairs
-from sartor.curate.pipeline import digests, licence_facts, load_recipe
+from sartor.curate.pipeline import load_recipe
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.steps import makes_copies, needs_all_rows
 from sartor.curate.steps.contract import RowFunction, dropped
@@ -53,8 +51,7 @@ def rethreshold(path: Path | str, out: Path | str, *, threshold: float, replace:
     ledger.check_threshold(threshold, old.manifest["steps"]["near_duplicates"]["rules"]["floor"])
     check_free(Path(out).absolute(), replace=replace)
     work = _Rethreshold(old, dataclasses.replace(step, threshold=threshold), recipe, later)
-    dataset = write_artifact(Path(out), "dataset", work.fill, replace=replace)
-    catalogue.register(dataset)
+    dataset = write_dataset(Path(out), work.fill, parents=[old], replace=replace)
     return Curated(dataset, 0, time.monotonic() - began)
 
 
@@ -119,22 +116,26 @@ class _Rethreshold:
         fates = zip(read[found.kept].tolist(), found.score.tolist(), found.method.tolist(), strict=True)
         self.gone = dict(zip(read[found.rows].tolist(), fates, strict=True))
 
-    def fill(self, folder: Path) -> Mapping[str, Any]:
+    def fill(self, writer: DatasetWriter) -> Mapping[str, Any]:
         """Write the new Dataset's files; returns what its manifest says."""
         back, fallen = self._returned()
         staying = [place for place in range(len(self.kept)) if place not in self.gone]
         splits = self._splits(staying, back)
         returned = [dataclasses.replace(row, group=split_group(row), split=splits[split_group(row)]) for row in back]
-        tables = [self.kept.take(pa.array(staying, pa.int64())), rows.examples_table(returned)]
-        total = finish.write_tables(folder / "examples", rows.EXAMPLES, tables)
-        finish.write_set_aside(folder, ((self.ids[place], self._example(place)) for place in sorted(self.gone)))
-        reasons = self._write_drops(folder, fallen)
-        finish.write_evidence(folder, "near_duplicates", self._evidence())
-        for file in (self.old.path / "media").glob("*"):
-            (folder / "media").mkdir(exist_ok=True)
-            (folder / "media" / file.name).write_bytes(file.read_bytes())
-        finish.drop_unused_media(folder)
-        return self._facts(folder, total, reasons)
+        writer.examples([self.kept.take(pa.array(staying, pa.int64())), rows.examples_table(returned)])
+        writer.set_aside((self.ids[place], self._example(place)) for place in sorted(self.gone))
+        writer.drop_file(self._drops(fallen))
+        writer.evidence("near_duplicates", self._evidence())
+        writer.media(self.old.path / "media")
+        steps = [config.dump(self.step if isinstance(step, NearDuplicates) else step) for step in self.recipe.steps]
+        read = writer.kept + writer.dropped.total()
+        assert read == self.old.manifest["counts"]["read"], (writer.kept, writer.dropped)
+        return writer.finish(
+            recipe={**self.old.manifest["recipe"], "steps": steps},
+            sources=writer.sources_with_kept(self.old.manifest["sources"]),
+            steps=self._facts(),
+            counts={"read": read, "made": 0},
+        )
 
     def _evidence(self) -> Any:
         """The pairs, judged by the new threshold."""
@@ -179,12 +180,10 @@ class _Rethreshold:
         held_out = held_out_groups(new, self.recipe.split.eval_fraction, self.recipe.seed) if new else set()
         return {**{group: "eval" if group in held_out else "train" for group in new}, **found}
 
-    def _write_drops(self, folder: Path, fallen: Sequence[Drop]) -> dict[str, int]:
+    def _drops(self, fallen: Sequence[Drop]) -> list[Drop]:
         old = _read(self.old, "drops")
         others = [row for row in old.to_pylist() if row["step"] != self.step.kind] if len(old) else []
-        drops = [Drop(**row) for row in others] + list(fallen) + list(self._near_drops())
-        rows.write_drops(folder / "drops" / "part-00000.parquet", drops)
-        return tally(drop.reason for drop in drops)
+        return [Drop(**row) for row in others] + list(fallen) + list(self._near_drops())
 
     def _near_drops(self) -> Iterator[Drop]:
         for place, (kept, score, method) in sorted(self.gone.items()):
@@ -194,9 +193,8 @@ class _Rethreshold:
                 drop, id=self.ids[place], kept=self.ids[kept], score=round(score, 6), method=METHODS[method]
             )
 
-    def _facts(self, folder: Path, total: int, reasons: dict[str, int]) -> dict[str, Any]:
-        table = pl.read_parquet(folder / "examples" / "*.parquet", columns=["split", "group"])
-        groups = table.group_by("split").agg(pl.col("group").n_unique())
+    def _facts(self) -> dict[str, Any]:
+        """What the steps say of themselves, at the new threshold."""
         steps = dict(self.old.manifest["steps"])
         found = {
             "clusters": self.found.clusters,
@@ -204,37 +202,14 @@ class _Rethreshold:
             "removed": self.found.by_method(),
         }
         steps["near_duplicates"] = {**steps["near_duplicates"], **found, "rules": dataclasses.asdict(self.rules)}
-        kept = finish.kept_by_file(folder)
-        sources = [{**one, "kept": kept[one["source"], one["path"]]} for one in self.old.manifest["sources"]]
-        counts = {
-            "read": total + sum(reasons.values()),
-            "made": 0,
-            "kept": total,
-            "dropped": reasons,
-            "splits": tally(table["split"].to_list()),
-            "groups": dict(sorted(groups.iter_rows())),
-        }
-        recipe = [config.dump(self.step if isinstance(one, NearDuplicates) else one) for one in self.recipe.steps]
-        facts = {
-            **licence_facts(sources),
-            "recipe": {**self.old.manifest["recipe"], "steps": recipe},
-            "sources": sources,
-            "counts": counts,
-            "steps": steps,
-            "parents": [self.old.as_parent()],
-            "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
-        }
-        assert counts["read"] == self.old.manifest["counts"]["read"], counts
-        lineage_index.write(folder)
-        card.write(folder, facts)
-        return {**facts, "digest": digest(digests(folder))}
+        return steps
 
 
 def _read(dataset: Artifact, folder: str) -> Any:
     """All of a Dataset's tables of a kind as one; an empty one where there is none."""
     files = sorted((dataset.path / folder).glob("*.parquet"))
     if not files:
-        return finish.SET_ASIDE.empty_table()
+        return SET_ASIDE.empty_table()
     table = pa.concat_tables(pq.read_table(file) for file in files)
     # messages of an older Dataset have fewer fields; columns stay as they are
     fields = [rows.EXAMPLES.field(name) if name in rows.EXAMPLES.names else table.field(name) for name in table.column_names]

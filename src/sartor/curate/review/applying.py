@@ -7,7 +7,6 @@ done stands in `evidence/review.jsonl` too, which the manifest lists, so that no
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sartor.core import lineage_index, rows
-from sartor.core.artifacts import Artifact, open_artifact, write_artifact
+from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.columns import words
 from sartor.core.errors import ConfigError, ConflictError, SourceError
 from sartor.core.grouping import split_group
-from sartor.core.lineage import tally
-from sartor.core.records import Drop, Example, digest
-from sartor.curate import card, finish
-from sartor.curate.pipeline import digests, licence_facts
+from sartor.core.records import Drop, Example
+from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.review import findings
 from sartor.curate.review.changing import STEP, changed
 from sartor.curate.review.items import Decision, Item
@@ -62,7 +59,7 @@ def apply(view: View, out: Path, *, replace: bool = False, keep_derived: bool = 
     entries = view.all_entries()
     plan = _plan(view, [entry for entry in entries if entry.standing.state == "decided"], keep_derived)
     work = _Applying(view, entries, plan)
-    dataset = write_artifact(out, "dataset", work.fill, replace=replace)
+    dataset = write_dataset(out, work.fill, parents=[old], replace=replace)
     assert old.id == view.dataset.id
     return dataset, work.said()
 
@@ -177,22 +174,27 @@ class _Applying:
         self.equal: list[Drop] = []
         self.joined = 0
 
-    def fill(self, folder: Path) -> Mapping[str, Any]:
+    def fill(self, writer: DatasetWriter) -> Mapping[str, Any]:
         """Write everything; returns what the manifest says."""
-        self._bring_along(folder)
-        total = finish.write_tables(folder / "examples", rows.EXAMPLES, self._tables())
-        if not total:
+        self._bring_along(writer.folder)
+        before = self.old.manifest.get("counts", {})
+        writer.dropped.update(before.get("dropped", {}))
+        writer.examples(self._tables())
+        if not writer.kept:
             raise SourceError("no row would be left", "accept some rows, or take other sources")
-        drops = [*self.plan.going.values(), *self.equal]
-        number = len(list((folder / "drops").glob("*.parquet")))
-        if drops:
-            rows.write_drops(folder / "drops" / f"part-{number:05d}.parquet", drops)
-        self._write_review(folder)
-        finish.drop_unused_media(folder)
-        facts = self._facts(folder, total, drops)
-        lineage_index.write(folder)
-        card.write(folder, facts)
-        return {**facts, "digest": digest(digests(folder))}
+        if drops := [*self.plan.going.values(), *self.equal]:
+            writer.drop_file(drops)
+        self._write_review(writer.folder)
+        added = len(self.plan.joining) + self.plan.counts["proposed_rejected"]
+        return writer.finish(
+            sources=writer.sources_with_kept(self.old.manifest.get("sources", [])),
+            steps={
+                **self.old.manifest.get("steps", {}),
+                STEP: {**self.said(), **({"copies": added} if added else {})},
+            },
+            counts={**before, "made": int(before.get("made", 0)) + added},
+            inherits=True,
+        )
 
     def said(self) -> dict[str, Any]:
         """What was done, and what is left to decide."""
@@ -277,40 +279,6 @@ class _Applying:
         (folder / "evidence").mkdir(exist_ok=True)
         said = [decision for entry in done for decision in entry.decisions]
         findings.write(folder / "evidence" / findings.FILE, (entry.item for entry in done), said, samples)
-
-    def _facts(self, folder: Path, total: int, drops: Sequence[Drop]) -> dict[str, Any]:
-        manifest = self.old.manifest
-        kept = finish.kept_by_file(folder)
-        sources = [{**one, "kept": kept[one["source"], one["path"]]} for one in manifest.get("sources", [])]
-        before = manifest.get("counts", {})
-        reasons = Counter(before.get("dropped", {}))
-        reasons.update(drop.reason for drop in drops)
-        added = len(self.plan.joining) + self.plan.counts["proposed_rejected"]
-        table = pq.read_table(folder / "examples", columns=["split", "group"])
-        groups = table.group_by(["split", "group"]).aggregate([])["split"].to_pylist()
-        counts = {
-            **before,
-            "made": int(before.get("made", 0)) + added,
-            "kept": total,
-            "dropped": dict(reasons.most_common()),
-            "splits": tally(table["split"].to_pylist()),
-            "groups": dict(sorted(Counter(groups).items())),
-        }
-        steps = {**manifest.get("steps", {}), STEP: {**self.said(), **({"copies": added} if added else {})}}
-        inherited = {name: value for name, value in manifest.items() if name not in MANIFEST}
-        return {
-            **inherited,
-            **(licence_facts(sources) if sources else {}),
-            "sources": sources,
-            "counts": counts,
-            "steps": steps,
-            "parents": [self.old.as_parent()],
-            "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
-        }
-
-
-# of an artefact, what its own seal says
-MANIFEST = ("schema", "kind", "created", "files", "id", "digest")
 
 
 def _in_form(table: Any) -> Any:

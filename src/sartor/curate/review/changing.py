@@ -10,13 +10,13 @@ from typing import Any
 from sartor.core.errors import ConfigError
 from sartor.core.grouping import prompt_group
 from sartor.core.records import Example, Message, Origin, Part
-from sartor.curate import finish
+from sartor.curate.dataset_writer import EDITED
 from sartor.curate.labels import target
 from sartor.curate.personal.findings import ENTITIES
 from sartor.curate.review.items import check_change
 from sartor.curate.steps.personal_data import Masking, PersonalData
 
-STEP = finish.EDITED
+STEP = EDITED
 
 
 def changed(example: Example, change: Mapping[str, Any]) -> Example:

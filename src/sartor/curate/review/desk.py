@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue
 from sartor.core.artifacts import Artifact, check_free, kind_of
 from sartor.core.errors import ConfigError
 from sartor.curate.review import findings, sampling
@@ -145,7 +144,6 @@ def review_apply(dataset: Path | str, out: Path | str, queue: str = "", *, repla
     check_free(Path(out).absolute(), replace=replace)
     with opened(dataset, queue, rule) as view:
         made, said = apply(view, Path(out), replace=replace, keep_derived=keep_derived)
-    catalogue.register(made)
     return {"dataset": str(made.path), **said, "kept": made.manifest["counts"]["kept"]}
 
 

@@ -18,18 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, config
-from sartor.core.artifacts import (
-    DISK_FULL,
-    Artifact,
-    check_free,
-    kind_of,
-    open_artifact,
-    write_artifact,
-)
+from sartor.core import config
+from sartor.core.artifacts import DISK_FULL, Artifact, check_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError, MissingError, StoppedError
 from sartor.core.records import Drop, canonical_text, digest
 from sartor.core.teachers import Answer, Question, Teacher
+from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.pipeline import workplace
 from sartor.curate.review.changing import masked_text
 from sartor.curate.synthesize import reading, seeds, writing
@@ -75,7 +69,7 @@ def synthesize(
     with workplace(work, anew=False):
         run = Run(recipe, work, teacher, notice)
         try:
-            dataset = write_artifact(out, "dataset", run.write, replace=replace)
+            dataset = write_dataset(out, run.write, replace=replace)
         except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, and SIGTERM as the command line turns it
             number = signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT
             raise StoppedError(
@@ -88,7 +82,6 @@ def synthesize(
                 f"the disk is full; answers stand in {run.folder}", "free some space, then the same command"
             ) from error
         shutil.rmtree(work, ignore_errors=True)
-    catalogue.register(dataset)
     return Synthesized(dataset, run.answers.spent if run.answers else None, time.monotonic() - began)
 
 
@@ -149,7 +142,7 @@ class Run:
         self._given = teacher
         self._said_at = time.monotonic()
 
-    def write(self, folder: Path) -> dict[str, Any]:
+    def write(self, writer: DatasetWriter) -> dict[str, Any]:
         """Fill the Dataset's directory; returns what its manifest says."""
         found = seeds.read(self.recipe.sources, self.recipe.max_row_bytes, self.work)
         if any(map(asks_teacher, self.recipe.ways)):
@@ -163,7 +156,7 @@ class Run:
                 self._make(way, found)
         name = self.answers.teacher.name if self.answers else ""
         return writing.write(
-            folder, self.work, self.rows, found, {"recipe": _said(self.recipe), "teacher": name, "of": found.digest}
+            writer, self.work, self.rows, found, {"recipe": _said(self.recipe), "teacher": name, "of": found.digest}
         )
 
     def _open_answers(self) -> Answers:

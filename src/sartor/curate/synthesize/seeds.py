@@ -29,7 +29,7 @@ class Seeds:
     rows: list[Example] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     files: list[dict[str, Any]] = field(default_factory=list)
-    parents: list[dict[str, str]] = field(default_factory=list)
+    parents: list[Artifact] = field(default_factory=list)
     held_out: int = 0
     repeated: int = 0
     read: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -79,7 +79,7 @@ def _of_files(source: Source, max_row_bytes: int, found: Seeds, folder: Path) ->
 
 
 def _of_dataset(dataset: Artifact, found: Seeds, folder: Path) -> Iterator[Example]:
-    found.parents.append(dataset.as_parent())
+    found.parents.append(dataset)
     found.files += [{**file, "notes": {}} for file in dataset.manifest["sources"]]
     for row in rows.read_examples(dataset):
         for origin in row.origins[:1]:

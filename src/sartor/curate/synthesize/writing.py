@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,13 +10,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from sartor.core import lineage_index, rows
+from sartor.core import rows
 from sartor.core.errors import SourceError
 from sartor.core.grouping import split_group
 from sartor.core.licences import combine
-from sartor.core.records import Drop, Example, Origin, canonical_text, digest
-from sartor.curate import card, finish
-from sartor.curate.pipeline import digests, licence_facts
+from sartor.core.records import Drop, Example, Origin, canonical_text
+from sartor.curate.dataset_writer import DatasetWriter, batched, kept_by_file
 from sartor.curate.synthesize.contract import Made
 from sartor.curate.synthesize.seeds import TERMS, Seeds
 
@@ -101,67 +99,60 @@ class Rows:
         return replace(row, group=made.group or split_group(row))
 
 
-def write(folder: Path, work: Path, found: Rows, seeds: Seeds, said: Mapping[str, Any]) -> dict[str, Any]:
+def write(writer: DatasetWriter, work: Path, found: Rows, seeds: Seeds, said: Mapping[str, Any]) -> dict[str, Any]:
     """Fill the Dataset's directory; returns what its manifest says. `said`: recipe and teacher."""
     drops = [*seeds.drops, *found.drops]
-    reasons = Counter(drop.reason for drop in drops)
     if not found.rows:
-        first = f"; the first: {drops[0].detail}" if drops else ""
-        for counts in found.ways.values():
-            reasons.update({name.removeprefix("skipped:"): count for name, count in counts.items() if "skipped:" in name})
-        counted = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "the ways had nothing to do"
-        raise SourceError(f"no row was made ({counted}{first})", "mend the sources, the ways or the teacher")
-    finish.write_tables(folder / "examples", rows.EXAMPLES, _tables(found.rows.values()))
-    finish.write_tables(folder / "drops", rows.DROPS, _drop_tables(drops))
-    finish.link_media(work, folder)
-    finish.write_evidence(folder, "synthetic", pa.Table.from_pylist(found.evidence, EVIDENCE))
-    facts = _facts(folder, found, seeds, reasons, said)
-    lineage_index.write(folder)
-    card.write(folder, facts)
-    return {**facts, "digest": digest(digests(folder))}
-
-
-def _facts(folder: Path, found: Rows, seeds: Seeds, reasons: Counter[str], said: Mapping[str, Any]) -> dict[str, Any]:
-    kept = finish.kept_by_file(folder)
-    of_nothing = sorted({place for place in kept if place[0].startswith("synthesize:")})
-    entries = [*seeds.files, *(_pseudo(place, found.licences[0]) for place in of_nothing)]
-    places = [(entry["source"], entry["path"]) for entry in entries]
-    sources = [{**entry, "read": seeds.read[place], "kept": kept[place]} for entry, place in zip(entries, places, strict=True)]
+        raise SourceError(_nothing_made(drops, found.ways), "mend the sources, the ways or the teacher")
+    writer.parents = seeds.parents
+    writer.examples(_tables(found.rows.values()))
+    writer.drops(_drop_tables(drops))
+    writer.media(work / "media")
+    writer.evidence("synthetic", pa.Table.from_pylist(found.evidence, EVIDENCE))
     made = sum(map(_tried, found.ways.values()))
-    assert made + len(seeds.drops) == len(found.rows) + reasons.total()
-    groups = {row.group for row in found.rows.values()}
+    assert made + len(seeds.drops) == writer.kept + writer.dropped.total()
     ways = {kind: dict(sorted(counts.items())) for kind, counts in found.ways.items()}
-    facts = licence_facts(sources)
     by_licence = {origin.licence for row in found.rows.values() for origin in row.origins}
-    return {
-        "recipe": said["recipe"],
-        "sources": sources,
-        **facts,
-        "licence": combine(by_licence),  # of the seeds and, where it has one, of the teacher's word
-        "counts": {
-            "read": len(seeds.drops),
-            "made": made,
-            "kept": len(found.rows),
-            "dropped": dict(reasons.most_common()),
-            "splits": {"train": len(found.rows)},
-            "groups": {"train": len(groups)},
-        },
+    return writer.finish(
+        recipe=said["recipe"],
+        sources=_sources(writer, found, seeds),
         # `copies`: rows that a step adds, of which the card draws how many were left
-        "steps": {f"synthesize:{kind}": {**counts, "copies": _tried(counts)} for kind, counts in ways.items()},
-        "synthetic": {
-            "teacher": said["teacher"],
-            "ways": ways,
-            "seeds": {
-                "read": seeds.total,
-                "used": len(seeds.rows),
-                "held_out": seeds.held_out,
-                "repeated": seeds.repeated,
-                "dropped": len(seeds.drops),
-            },
-            "of": said["of"],
+        steps={f"synthesize:{kind}": {**counts, "copies": _tried(counts)} for kind, counts in ways.items()},
+        counts={"read": len(seeds.drops), "made": made},
+        # the licence is of the seeds and, where it has one, of the teacher's word
+        more={"licence": combine(by_licence), "synthetic": _synthetic(seeds, ways, said)},
+    )
+
+
+def _nothing_made(drops: Sequence[Drop], ways: Mapping[str, Counter[str]]) -> str:
+    reasons = Counter(drop.reason for drop in drops)
+    for counts in ways.values():
+        reasons.update({name.removeprefix("skipped:"): count for name, count in counts.items() if "skipped:" in name})
+    first = f"; the first: {drops[0].detail}" if drops else ""
+    counted = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "the ways had nothing to do"
+    return f"no row was made ({counted}{first})"
+
+
+def _sources(writer: DatasetWriter, found: Rows, seeds: Seeds) -> list[dict[str, Any]]:
+    """The files of the seeds, and an entry for each way that made rows of nothing."""
+    of_nothing = sorted(place for place in kept_by_file(writer.folder) if place[0].startswith("synthesize:"))
+    entries = [*seeds.files, *(_pseudo(place, found.licences[0]) for place in of_nothing)]
+    entries = [{**entry, "read": seeds.read[entry["source"], entry["path"]]} for entry in entries]
+    return writer.sources_with_kept(entries)
+
+
+def _synthetic(seeds: Seeds, ways: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "teacher": said["teacher"],
+        "ways": ways,
+        "seeds": {
+            "read": seeds.total,
+            "used": len(seeds.rows),
+            "held_out": seeds.held_out,
+            "repeated": seeds.repeated,
+            "dropped": len(seeds.drops),
         },
-        "parents": seeds.parents,
-        "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
+        "of": said["of"],
     }
 
 
@@ -179,10 +170,10 @@ def _pseudo(place: tuple[str, str], licence: str) -> dict[str, Any]:
 
 
 def _tables(found: Any) -> Iterator[Any]:
-    for some in finish.batched(found, 1024):
+    for some in batched(found, 1024):
         yield rows.examples_table(some)
 
 
 def _drop_tables(drops: Sequence[Drop]) -> Iterator[Any]:
-    for some in finish.batched(drops, 4096):
+    for some in batched(drops, 4096):
         yield pa.Table.from_pylist([asdict(drop) for drop in some], rows.DROPS)

@@ -1,0 +1,278 @@
+"""Writer of Datasets: rows, drops, rows set aside, evidence, media; then counts, licences, lineage index, card and digest.
+
+Every verb that makes a Dataset fills it with a DatasetWriter, so that what a manifest says is said in one place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import itertools
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sartor.core import catalogue, licences, lineage_index, rows
+from sartor.core.artifacts import Artifact, write_artifact
+from sartor.core.filesystem import file_digest
+from sartor.core.records import Drop, Example, digest
+from sartor.curate import card
+
+ROWS_PER_FILE = 100_000
+EDITED = "review"  # how the step of an origin ends whose row a person changed
+SET_ASIDE = rows.EXAMPLES.append(pa.field("was", pa.string()))
+# keys of a manifest that say of one artefact what no other inherits
+SEAL = frozenset(["schema", "kind", "created", "files", "id", "digest"])
+
+
+def write_dataset(
+    path: Path,
+    fill: Callable[[DatasetWriter], Mapping[str, Any]],
+    *,
+    parents: Sequence[Artifact] = (),
+    replace: bool = False,
+) -> Artifact:
+    """Write a Dataset to `path`, whole or not at all, and enter it in the catalogue.
+
+    `fill` gets the writer and returns what `DatasetWriter.finish` returned. Raises ConfigError if `path` is taken.
+    """
+    dataset = write_artifact(path, "dataset", lambda folder: fill(DatasetWriter(folder, parents)), replace=replace)
+    catalogue.register(dataset)
+    return dataset
+
+
+class DatasetWriter:
+    """Writer of the files of one Dataset, and of what its manifest says of them.
+
+    folder: the directory to fill.
+    parents: the Datasets of whose rows it is made; may be set until `finish`.
+    kept: rows written to `examples/`.
+    dropped: rows written to `drops/`, by reason, in the order in which reasons came.
+    """
+
+    def __init__(self, folder: Path, parents: Sequence[Artifact] = ()) -> None:
+        self.folder, self.parents = folder, parents
+        self.kept = 0
+        self.dropped: Counter[str] = Counter()
+
+    def examples(self, tables: Iterable[Any]) -> None:
+        """Write tables in the schema `rows.EXAMPLES` as `examples/part-*.parquet`."""
+        self.kept += write_tables(self.folder / "examples", rows.EXAMPLES, tables)
+
+    def drops(self, tables: Iterable[Any]) -> None:
+        """Write tables in the schema `rows.DROPS` as `drops/part-*.parquet`."""
+
+        def counted() -> Iterator[Any]:
+            for table in tables:
+                self.dropped.update(table["reason"].to_pylist())
+                yield table
+
+        write_tables(self.folder / "drops", rows.DROPS, counted())
+
+    def example_file(self, examples: Iterable[Example]) -> None:
+        """Write Examples as one file, however many.
+
+        Datasets made of other Datasets have always had one, and their digest is of its bytes.
+        """
+        self.kept += rows.write_examples(self.folder / "examples" / "part-00000.parquet", examples)
+
+    def drop_file(self, drops: Sequence[Drop]) -> None:
+        """Write Drops as one file behind the files of drops that are there."""
+        number = len(list((self.folder / "drops").glob("*.parquet")))
+        rows.write_drops(self.folder / "drops" / f"part-{number:05d}.parquet", drops)
+        self.dropped.update(drop.reason for drop in drops)
+
+    def set_aside(self, aside: Iterable[tuple[str, Example]]) -> None:
+        """Write `set_aside/part-*.parquet` if there is any row.
+
+        aside: the id by which the evidence knows a row (column `was`), and the row.
+        """
+
+        def tables() -> Iterator[Any]:
+            for pairs in batched(aside, 1024):
+                was = pa.array([name for name, _ in pairs], pa.string())
+                yield rows.examples_table(example for _, example in pairs).append_column("was", was)
+
+        remaining = tables()
+        first = next(remaining, None)
+        if first is not None:
+            write_tables(self.folder / "set_aside", SET_ASIDE, itertools.chain([first], remaining))
+
+    def evidence(self, name: str, table: Any) -> None:
+        """Write `evidence/<name>.parquet`."""
+        (self.folder / "evidence").mkdir(exist_ok=True)
+        pq.write_table(table, self.folder / "evidence" / f"{name}.parquet", compression="zstd")
+
+    def media(self, source: Path) -> None:
+        """Take the files of a folder into `media/`, by hard links where possible: they stay where they were.
+
+        `finish` removes those that no row shows.
+        """
+        target = self.folder / "media"
+        for file in sorted(source.glob("*")):
+            target.mkdir(exist_ok=True)
+            if not (target / file.name).exists():
+                _link_or_copy(file, target / file.name)
+
+    def sources_with_kept(self, sources: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return entries of `sources` with `kept`, the rows of `examples/` that were read from each file."""
+        kept = kept_by_file(self.folder)
+        return [{**source, "kept": kept[source["source"], source["path"]]} for source in sources]
+
+    def finish(
+        self,
+        *,
+        sources: Sequence[Mapping[str, Any]],
+        steps: Mapping[str, Any],
+        counts: Mapping[str, Any],
+        recipe: Mapping[str, Any] | None = None,
+        more: Mapping[str, Any] | None = None,
+        inherits: bool = False,
+    ) -> dict[str, Any]:
+        """Remove unused media, write lineage index and card; return what the manifest says.
+
+        sources: an entry for each file that was read, with the rows `kept` of it.
+        counts: of rows `read` and `made`; those kept and dropped, splits and groups are counted here.
+        more: further keys. A `licence` among them stands in place of the one that the sources come to.
+        inherits: keep keys of the first parent that are not written anew; its licence too, if it names no source.
+        """
+        _remove_unused_media(self.folder)
+        inherited = {key: value for key, value in self.parents[0].manifest.items() if key not in SEAL} if inherits else {}
+        facts = {
+            **inherited,
+            **(_licence_facts(sources) if sources or not inherits else {}),
+            **({"recipe": recipe} if recipe is not None else {}),
+            **(more or {}),
+            "sources": sources,
+            "counts": {**counts, "kept": self.kept, "dropped": dict(self.dropped.most_common()), **self._split_counts()},
+            "steps": steps,
+            "parents": [parent.as_parent() for parent in self.parents],
+            "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
+        }
+        lineage_index.write(self.folder)
+        card.write(self.folder, facts)
+        return {**facts, "digest": digest(_file_digests(self.folder))}
+
+    def _split_counts(self) -> dict[str, dict[str, int]]:
+        """Rows and groups of each split, as the written Examples have them."""
+        files = sorted((self.folder / "examples").glob("*.parquet"))
+        table = pa.concat_tables(pq.read_table(file, columns=["split", "group"]) for file in files)
+        groups = table.group_by(["split", "group"]).aggregate([])
+        return {
+            "splits": dict(_value_counts(table["split"]).most_common()),
+            "groups": dict(sorted(_value_counts(groups["split"]).items())),
+        }
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Link a file; copy it where links cannot be, and a read-only one, since files of an artefact are opened to be synced."""
+    if os.access(source, os.W_OK):
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
+
+
+def _value_counts(column: Any) -> Counter[str]:
+    return Counter({entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()})
+
+
+def _licence_facts(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the licences of the sources that rows were kept of come to."""
+    used = [source for source in sources if source["kept"]]
+    return {
+        "licence": licences.combine(source["licence"] for source in used),
+        "licence_conflicts": licences.conflicts(used),
+        "obligations": licences.obligations(used),
+    }
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file below a folder, by its path there."""
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of at most `size`."""
+    source = iter(items)
+    while batch := list(itertools.islice(source, size)):
+        yield batch
+
+
+def write_tables(folder: Path, schema: Any, tables: Iterable[Any]) -> int:
+    """Write tables one after another as `part-NNNNN.parquet` of ROWS_PER_FILE rows at most; return the number of rows.
+
+    The files depend on the rows alone, not on how they came in tables. There is always a first file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    total, number, room, writer = 0, 0, 0, None
+    try:
+        for table in regrouped(tables, schema, rows.ROWS_PER_GROUP):
+            if writer is None or room < len(table):
+                if writer is not None:
+                    writer.close()
+                writer = pq.ParquetWriter(folder / f"part-{number:05d}.parquet", schema, compression="zstd")
+                number, room = number + 1, ROWS_PER_FILE
+            writer.write_table(table, row_group_size=rows.ROWS_PER_GROUP)
+            total, room = total + len(table), room - len(table)
+    finally:
+        if writer is not None:
+            writer.close()
+    return total
+
+
+def regrouped(tables: Iterable[Any], schema: Any, size: int) -> Iterator[Any]:
+    """Yield the same rows in tables of exactly `size` rows, the last one of fewer (perhaps none, if there is no row at all)."""
+    waiting, count, has_yielded = [], 0, False
+    for table in tables:
+        while len(table):
+            taken = table.slice(0, size - count)
+            waiting.append(taken)
+            count, table = count + len(taken), table.slice(len(taken))
+            if count == size:
+                yield pa.concat_tables(waiting).combine_chunks()
+                waiting, count, has_yielded = [], 0, True
+    if waiting or not has_yielded:
+        yield pa.concat_tables(waiting).combine_chunks() if waiting else schema.empty_table()
+
+
+def kept_by_file(folder: Path) -> Counter[tuple[str, str]]:
+    """Count rows by (source, file), as the origins of the written Examples say.
+
+    A row with two origins counts for both. One that was made of another row counts for none, but where a person edited it (it
+    is still its source's) or it was synthesised: those are all that a synthetic Dataset has.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for file in sorted((folder / "examples").glob("*.parquet")):
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(65536, columns=["origins"]):
+                origins = batch["origins"].flatten()
+                is_read = pc.equal(pc.list_value_length(origins.field("parents")), 0)
+                step = origins.field("step")
+                is_own = pc.or_(pc.ends_with(step, EDITED), pc.starts_with(step, "synthesize:"))
+                origins = origins.filter(pc.or_(is_read, is_own))
+                paths = pc.replace_substring_regex(origins.field("locator"), pattern=r":[^:]*$", replacement="")
+                pairs = pa.table({"source": origins.field("source"), "file": paths})
+                for row in pairs.group_by(["source", "file"]).aggregate([([], "count_all")]).to_pylist():
+                    counts[row["source"], row["file"]] += row["count_all"]
+    return counts
+
+
+def _remove_unused_media(folder: Path) -> None:
+    """Remove media of rows that were not kept."""
+    used: set[str] = set()
+    for file in sorted((folder / "examples").glob("*.parquet")) + sorted((folder / "set_aside").glob("*.parquet")):
+        for name in ("messages", "rejected"):
+            content = pq.read_table(file, columns=[name])[name].combine_chunks().flatten().field("content").flatten()
+            for kind in ("image", "audio"):
+                used.update(value for value in pc.unique(content.field(kind)).to_pylist() if value)
+    for file in (folder / "media").glob("*"):
+        if f"media/{file.name}" not in used:
+            file.unlink()
