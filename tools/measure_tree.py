@@ -40,10 +40,32 @@ from pathlib import Path
 from typing import Any
 
 # design/STYLE.md, "Never as names"
-VAGUE = ("said", "told", "asked", "found", "made", "one", "some", "every", "place", "own", "what", "why", "kept", "held", "gone")  # fmt: skip
+VAGUE = (
+    "said",
+    "told",
+    "asked",
+    "found",
+    "made",
+    "one",
+    "some",
+    "every",
+    "place",
+    "own",
+    "what",
+    "why",
+    "kept",
+    "held",
+    "gone",
+)
 LAYOUT = {
-    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER,
-}  # fmt: skip
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENCODING,
+    tokenize.ENDMARKER,
+}
 ENTRIES = ("ask", "serve", "curate", "tune")
 
 
@@ -149,7 +171,9 @@ def docstring_starts(tree: ast.Module) -> set[tuple[int, int]]:
 
 def count_classes(modules: Mapping[str, Module]) -> dict[str, Any]:
     """Return the number of classes, and of those that share a name."""
-    names = Counter(node.name for module in modules.values() for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef))
+    names = Counter(
+        node.name for module in modules.values() for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef)
+    )
     shared = [count for count in names.values() if count > 1]
     return {"classes": names.total(), "duplicate_class_names": len(shared), "duplicate_classes": sum(shared)}
 
@@ -262,8 +286,19 @@ def measure(src: Path, entries: Mapping[str, str]) -> dict[str, Any]:
 def main() -> None:
     """Print the numbers of a tree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--src", type=Path, default=Path(__file__).parents[1] / "src" / "sartor", help="the package's directory, or one above it with `sartor` or `src/sartor` in it")  # fmt: skip
-    parser.add_argument("--entry", action="append", default=[], metavar="VERB=MODULE", help="where a verb's function is, if the façade does not tell")  # fmt: skip
+    parser.add_argument(
+        "--src",
+        type=Path,
+        default=Path(__file__).parents[1] / "src" / "sartor",
+        help="the package's directory, or one above it with `sartor` or `src/sartor` in it",
+    )
+    parser.add_argument(
+        "--entry",
+        action="append",
+        default=[],
+        metavar="VERB=MODULE",
+        help="where a verb's function is, if the façade does not tell",
+    )
     arguments = parser.parse_args()
     candidates = [arguments.src / "src" / "sartor", arguments.src / "sartor", arguments.src]
     src = next((path for path in candidates if (path / "__init__.py").is_file()), None)
