@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from freeze_http import inlined, openapi_facts, shape
 
 import freeze
 import freeze_surface
 import sartor
+from freeze_http import inlined, openapi_facts, shape
 
 TOOL = Path(freeze.__file__)
 RECORDED: dict[str, Any] = freeze.read_facts(freeze.RECORD)
@@ -129,7 +129,10 @@ def test_write_keeps_the_parts_that_are_not_taken(tmp_path: Path, monkeypatch: p
 
 
 def test_digests_of_another_machine_are_not_compared() -> None:
-    before, after = {"machine": {"python": "3.11"}, "runs digest data/a": "1"}, {"machine": {"python": "3.12"}, "runs digest data/a": "2"}
+    before, after = (
+        {"machine": {"python": "3.11"}, "runs digest data/a": "1"},
+        {"machine": {"python": "3.12"}, "runs digest data/a": "2"},
+    )
     assert freeze.comparable(before, after, ["runs"]) == ({}, {})
     assert freeze.comparable(before, {**after, "machine": before["machine"]}, ["runs"]) != ({}, {})
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from freeze_surface import Facts, public_errors
 
 import sartor
+from freeze_surface import Facts, public_errors
 
 AGENT, BASE = "lights", "sartor-tests/tiny"
 START_S = 120.0

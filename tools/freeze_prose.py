@@ -10,9 +10,8 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from freeze_surface import SOURCES, Facts, commands, is_options, parsed, public_errors
-
 import sartor
+from freeze_surface import SOURCES, Facts, commands, is_options, parsed, public_errors
 
 
 def prose_facts() -> Facts:

@@ -256,6 +256,7 @@ def teams(commands: Commands) -> None:
     commands.run("personal allow", "team.yaml", "--key", made["id"], "--user", "ada")
     commands.run("personal list", "team.yaml")
     commands.run("personal show", "team.yaml", "--user", "ada")
+    commands.run("personal forget", "team.yaml", "--user", "ada")
     commands.run("agents key - revoked", "--revoke", made["id"], *team)
     commands.run("agents shadow", AGENT, "1.0", 0.5, *team)
     commands.run("agents canary", AGENT, "1.0", 0.5, *team)
@@ -299,7 +300,6 @@ def devices(commands: Commands) -> None:
     commands.run("edge rotate", repository, "timestamp", *keys)
     commands.run("edge add", AGENT, "mine.jsonl", *person)
     commands.run("edge undo", AGENT, *person)
-    commands.run("edge forget", AGENT, "--containing", "hall", "--no-retune", *person)
 
 
 def models(commands: Commands) -> None:
@@ -318,6 +318,10 @@ def models(commands: Commands) -> None:
     commands.run("ask - team", "team.yaml", QUESTION, "--agent", "base", "--max-tokens", 8)
     commands.run("receipt verify", "receipts/1.0.json", "--team", "team.yaml")
     commands.run("edge ask", AGENT, QUESTION, "--max-tokens", 8, "--store", "store")
+    person = ("--store", "store", "--person", "person")
+    learning = ("--epochs", 1, "--learning-rate", 1e-3, "--most-probe-loss", 50, "--probe", "probe.jsonl", "--again")
+    commands.run("edge tune", AGENT, *person, *learning)
+    commands.run("edge forget", AGENT, "--containing", "hall", "--no-retune", *person)
 
 
 def federate(commands: Commands) -> None:

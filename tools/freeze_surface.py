@@ -12,18 +12,21 @@ import importlib
 import inspect
 import re
 import sys
+import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from cyclopts import App
-from freeze_types import PRIVATE, default_value, is_own, option_key, public_names, type_text
 
 import sartor
+from freeze_types import PRIVATE, default_value, is_own, option_key, public_names, type_text
 
 Facts = dict[str, Any]
 SOURCES = Path(sartor.__file__).parent
+# verbs that freeze_runs.py does not run, which take minutes or need peers: the keys of their JSON are read from the sources
+NOT_RUN = ("demo", "federate_client", "prove", "replay_plans", "retrain", "tune_personal")
 # texts in the sources that others read: headers, variables of the environment, metrics, keys of MCP's `_meta`
 CONSTANTS = {
     "header": re.compile(r"x-[a-z0-9]+(-[a-z0-9]+)*"),
@@ -157,6 +160,8 @@ def public_facts() -> Iterator[tuple[str, Any]]:
         yield f"public {name}() gives", type_text(given)
         if is_own(given) and isinstance(given, type) and id(given) not in public_names():
             yield from _members(f"public {name}()", given, has_methods=True)
+        if name in NOT_RUN:
+            yield f"json {name}", sorted(returned_keys(getattr(given, "as_json", function)))
 
 
 def verb_function(name: str, package: types.ModuleType) -> Any:
@@ -211,6 +216,44 @@ def _members(prefix: str, cls: type, *, has_methods: bool) -> Iterator[tuple[str
             yield from _parameters(f"{prefix}.{name}", bound)
         else:
             yield f"{prefix}.{name}", {"attribute": type_text(hints.get(name, type(member)))}
+
+
+def returned_keys(function: Any) -> set[str]:
+    """Return the keys of the mappings that a function gives, dotted where they are nested, as its source spells them.
+
+    A mapping is followed through a local name and through a function that is called in `return`.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    local = {
+        node.targets[0].id: node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    keys: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Return) and node.value is not None:
+            keys |= _keys_of(node.value, local, function.__globals__)
+    return keys
+
+
+def _keys_of(node: ast.expr, local: Mapping[str, ast.expr], names: Mapping[str, Any]) -> set[str]:
+    if isinstance(node, ast.Name) and node.id in local:
+        return _keys_of(local[node.id], {name: value for name, value in local.items() if name != node.id}, names)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and is_own(names.get(node.func.id)):
+        called = names[node.func.id]
+        return returned_keys(called) if isinstance(called, types.FunctionType) else set()
+    if isinstance(node, ast.ListComp):
+        return {f"[].{key}" for key in _keys_of(node.elt, local, names)}
+    if not isinstance(node, ast.Dict):
+        return set()
+    keys: set[str] = set()
+    for key, value in zip(node.keys, node.values, strict=True):
+        below = _keys_of(value, local, names)
+        if isinstance(key, ast.Constant):
+            keys |= {str(key.value), *(f"{key.value}.{inner}" for inner in below)}
+        elif key is None:
+            keys |= below
+    return keys
 
 
 # errors
