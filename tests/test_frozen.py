@@ -18,7 +18,8 @@ import pytest
 import freeze
 import freeze_surface
 import sartor
-from freeze_http import inlined, openapi_facts, shape
+from freeze_http import inlined, openapi_facts
+from freeze_types import shape
 
 TOOL = Path(freeze.__file__)
 RECORDED: dict[str, Any] = freeze.read_facts(freeze.RECORD)

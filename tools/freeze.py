@@ -16,8 +16,9 @@ runs      exit codes and JSON keys of commands that are run on the artefacts of 
           and tensors that they write, and digests of a Dataset, an Adapter and an export (freeze_runs.py)
 
 A type of a class that the façade does not name is `(a class of Sartor)`: such names may change, and so may the paths of
-modules: the tools lean on `sartor.cli.app`, `sartor.cli.main` and `tests/artefacts/make.py` alone. Digests hold on one kind of processor with the same libraries, so they are compared only where `machine` is the
-machine of the record. Values that differ from run to run are left out. Prose is not frozen.
+modules. Of Sartor's parts the tools name `sartor.cli.app`, `sartor.cli.main` and `tests/artefacts/make.py` alone. Digests
+hold on one kind of processor with the same libraries, so they are compared only where `machine` is the machine of the
+record. Values that differ from run to run are left out. Prose is not frozen.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ A team of the frozen artefacts is served by another process (freeze_server.py) a
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from typing import Any
 import httpx
 
 import sartor
+from freeze_runs import tree_facts, united
 from freeze_surface import Facts, public_errors
+from freeze_types import shape
 
 AGENT, BASE = "lights", "sartor-tests/tiny"
 START_S = 120.0
@@ -55,7 +58,7 @@ JSON_AND_EVENTS = {"accept": "application/json, text/event-stream"}
 
 
 def http_facts(root: Path) -> Facts:
-    """Serve the artefacts below `root` and return every fact of this module."""
+    """Serve the artefacts in `root`, the working directory, and return every fact of this module."""
     (root / "frozen.yaml").write_text(TEAM, encoding="utf-8")
     keys = {
         "agent": sartor.make_key(root / "frozen.yaml", ["*"])["key"],
@@ -76,7 +79,7 @@ def http_facts(root: Path) -> Facts:
                 facts |= dict(answer_facts("answer feedback", client.post("/v1/feedback", json=said)))
         facts |= dict(error_statuses(client))
         facts |= dict(seen_facts(client.get("/freeze/seen").json()))
-    return facts
+    return facts | united(tree_facts(Path(".frozen")))
 
 
 @contextmanager
@@ -177,9 +180,9 @@ def requests(keys: Mapping[str, str]) -> Iterator[tuple[str, str, str, dict[str,
             "promote conflict",
             "POST",
             f"{agents}/promote",
-            {"json": {"release": "1.0", "expected_version": "9.9"}, "headers": admin},
+            {"json": {"release": "release-1.0", "expected_version": "9.9"}, "headers": admin},
         ),
-        ("promote unknown", "POST", f"{agents}/promote", {"json": {"release": "9.9"}, "headers": admin}),
+        ("promote unknown", "POST", f"{agents}/promote", {"json": {"release": "nowhere"}, "headers": admin}),
         ("rollback refused", "POST", f"{agents}/rollback", {"json": {}, "headers": admin}),
         ("drain", "POST", f"{agents}/drain", {"json": {}, "headers": admin}),
         ("chat drained", "POST", "/v1/chat/completions", {"json": CHAT}),
@@ -289,24 +292,6 @@ def answer_facts(name: str, answer: httpx.Response) -> Iterator[tuple[str, Any]]
         yield from ((f"metric line {line}", True) for line in answer.text.splitlines() if line.startswith("# TYPE"))
 
 
-def shape(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the path of each value in JSON with the types that it has there; items of a list are taken together."""
-    types: dict[str, set[str]] = {}
-    _add_shape(name, value, types)
-    yield from ((path, " | ".join(sorted(names))) for path, names in types.items())
-
-
-def _add_shape(path: str, value: Any, types: dict[str, set[str]]) -> None:
-    names = {dict: "object", list: "array", str: "text", bool: "boolean", int: "integer", float: "number"}
-    types.setdefault(path, set()).add(names.get(type(value), "null"))
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _add_shape(f"{path}.{key}", inner, types)
-    if isinstance(value, list):
-        for inner in value:
-            _add_shape(f"{path}[]", inner, types)
-
-
 def error_statuses(client: httpx.Client) -> Iterator[tuple[str, Any]]:
     """Yield the status of each kind of error, and of a bug."""
     for kind in [*sorted(cls.__name__ for cls in public_errors()), "Bug"]:
@@ -339,6 +324,7 @@ def seen_facts(seen: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def main() -> None:
     """Serve the artefacts of the working directory; write the facts into the file that the first argument names."""
+    os.umask(0o022)  # modes of files are facts
     Path(sys.argv[1]).write_text(json.dumps(http_facts(Path.cwd())), encoding="utf-8")
 
 

@@ -12,28 +12,28 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import random
 import re
 import shutil
 import sqlite3
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from freeze_http import shape
 from freeze_surface import Facts
+from freeze_types import shape
 
 HUB_NAME, AGENT, DEVICE, QUESTION = "sartor-tests/tiny", "lights", "box-1", "switch hall on"
 HEX = re.compile(r"(?<![0-9A-Za-z])(?=[0-9a-f]*[0-9])[0-9a-f]{8,64}(?![0-9A-Za-z])")
 DATE = re.compile(r"\d{4}-\d\d-\d\d(T[\d:]+Z)?")
-# trees whose files hold no time, no key and no path, and of them the files that do
-DIGESTED = {
-    "data": {"manifest.json"},
-    "tuned": {"adapter.json", "sartor.json", "log.jsonl", "README.md"},
-    "exported-peft": {"sartor.json", "signature", "parity.json"},
-}
+# trees and files of them whose bytes hold no time, no key, no path and no prose
+DIGESTED = ("data", "tuned", "exported-peft")
+SAME_BYTES = re.compile(
+    r"examples/.*\.parquet|lineage/.*\.parquet|.*\.safetensors|adapter_config\.json|tokenizer.*\.json|chat_template\.jinja"
+)
 # what the run of a command makes, to list
 TREES = (
     "data",
@@ -60,7 +60,6 @@ TREES = (
     "federation",
     "federation.rounds",
     ".team",
-    ".frozen",
 )
 # below a tree: copies of what is listed elsewhere, of which the names are enough
 COPIES = {".team": "adapters/", ".frozen": "adapters/", "store": "releases/", "store2": "releases/"}
@@ -115,8 +114,19 @@ def run_facts() -> Facts:
         run(commands)
     facts = commands.facts
     for tree in TREES:
-        facts |= dict(tree_facts(Path(tree)))
+        facts |= united(tree_facts(Path(tree)))
     return facts
+
+
+def united(facts: Iterable[tuple[str, Any]]) -> Facts:
+    """Return facts by name; of several files whose names differ in a digest or a date alone, every value that one has."""
+    values: dict[str, dict[str, Any]] = {}
+    for name, value in facts:
+        values.setdefault(name, {})[json.dumps(value)] = value
+    return {
+        name: next(iter(several.values())) if len(several) == 1 else {"one of": [several[text] for text in sorted(several)]}
+        for name, several in values.items()
+    }
 
 
 # runs
@@ -142,6 +152,7 @@ def write_inputs() -> None:
         for index, (name, they, rate) in enumerate([("Emily", "She", 0.2), ("Greg", "He", 0.8)] * 60)
     ]
     write_rows(Path("loans.jsonl"), loans)
+    write_rows(Path("judged.jsonl"), [{**row, "prompt": row["prompt"].replace("cook", "baker")} for row in loans])
     recipe = {
         "sources": [{"path": "rows.csv", "licence": "CC-BY-4.0"}],
         "workers": 1,
@@ -242,7 +253,7 @@ def review(commands: Commands) -> None:
 def synthesize(commands: Commands) -> None:
     """Make rows by rules, and hold them against others."""
     commands.run("synthesize", "synthesize.json", "--out", "made")
-    commands.run("validate", "made", "--reality", "loans", "--out", "judged")
+    commands.run("validate", "judged.jsonl", "--reality", "loans", "--out", "judged")
     commands.run("validate - too little", "made", "--reality", "data", "--out", "judged")
 
 
@@ -336,7 +347,6 @@ def federate(commands: Commands) -> None:
 
 def tree_facts(root: Path) -> Iterator[tuple[str, Any]]:
     """Yield each file below a directory with what is in it: keys, tables, columns, tensors; and digests of some."""
-    volatile = DIGESTED.get(root.name)
     copies = COPIES.get(root.name, "/")
     for file in sorted(path for path in root.rglob("*") if path.is_file()):
         if file.name.endswith(("-shm", "-wal", ".lock")) or file.name == "lock":
@@ -345,7 +355,7 @@ def tree_facts(root: Path) -> Iterator[tuple[str, Any]]:
         yield f"file {name}", kind_of(file)
         if not file.relative_to(root).as_posix().startswith(copies):
             yield from content_facts(f"file {name}", file)
-        if volatile is not None and file.relative_to(root).as_posix() not in volatile:
+        if root.name in DIGESTED and SAME_BYTES.fullmatch(file.relative_to(root).as_posix()):
             yield f"digest {name}", hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -394,6 +404,7 @@ def table_facts(name: str, file: Path) -> Iterator[tuple[str, Any]]:
 
 def main() -> None:
     """Run the commands in the working directory; write the facts into the file that the first argument names."""
+    os.umask(0o022)  # modes of files are facts
     Path(sys.argv[1]).write_text(json.dumps(run_facts()), encoding="utf-8")
 
 

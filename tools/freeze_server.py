@@ -26,21 +26,24 @@ def watch_application() -> None:
 
     def watched(self: FastAPI, *arguments: Any, **options: Any) -> None:
         original(self, *arguments, **options)
-        self.add_api_route("/freeze/seen", lambda: {**SEEN, **routes_of(self)}, include_in_schema=False)
+        self.add_api_route("/freeze/seen", lambda: SEEN, include_in_schema=False)
         self.add_api_route("/freeze/error/{kind}", raise_error, include_in_schema=False)
 
     FastAPI.__init__ = watched  # type: ignore[method-assign]
 
 
-def routes_of(app: Any) -> dict[str, Any]:
-    """Return path and methods of every route, those outside the OpenAPI too."""
-    routes = {
-        f"{method} {route.path}"
-        for route in app.routes
-        if hasattr(route, "path")
-        for method in (getattr(route, "methods", None) or ["*"])
-    }
-    return {"routes": sorted(route for route in routes if " /freeze/" not in route)}
+def watch_routes() -> None:
+    """Note path and methods of every route, those outside the OpenAPI too."""
+    from fastapi.routing import APIRoute
+
+    original = APIRoute.__init__
+
+    def noted(self: APIRoute, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        routes = {f"{method} {self.path}" for method in self.methods if not self.path.startswith("/freeze/")}
+        SEEN["routes"] = sorted({*SEEN["routes"], *routes})
+
+    APIRoute.__init__ = noted  # type: ignore[method-assign]
 
 
 async def raise_error(kind: str) -> None:
@@ -96,7 +99,9 @@ def watch_traces() -> None:
     TracerProvider.get_tracer = named  # type: ignore[method-assign]
 
     def ended(self: Any, span: Any) -> None:
-        attributes = {name: type(value).__name__ for name, value in (span.attributes or {}).items()}
+        attributes = {
+            name: "int" if isinstance(value, int) else type(value).__name__ for name, value in (span.attributes or {}).items()
+        }
         SEEN["spans"].append({"name": span.name, "kind": span.kind.name, "attributes": attributes})
 
     export.BatchSpanProcessor.on_end = ended  # type: ignore[method-assign]
@@ -104,7 +109,7 @@ def watch_traces() -> None:
 
 def main() -> None:
     """Patch, then serve."""
-    for watch in (watch_application, watch_metrics, watch_traces):
+    for watch in (watch_routes, watch_application, watch_metrics, watch_traces):
         watch()
     sys.argv = ["sartor", "serve", *sys.argv[1:]]
     runpy.run_module("sartor", run_name="__main__")

@@ -1,4 +1,4 @@
-"""Type hints and default values as texts that hold no module path and no name of a private class."""
+"""Types, defaults and JSON as texts that hold no module path and no name of a private class."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -78,3 +78,21 @@ def default_value(value: Any) -> Any:
 def option_key(field: dataclasses.Field[Any]) -> str:
     """Return the key of an option's field: the one of its metadata, else its name, in which `with_` is `with`."""
     return str(field.metadata.get("key") or field.name.removesuffix("_"))
+
+
+def shape(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the path of each value in JSON with the types that it has there; items of a list are taken together."""
+    types: dict[str, set[str]] = {}
+    _add_shape(name, value, types)
+    yield from ((path, " | ".join(sorted(names))) for path, names in types.items())
+
+
+def _add_shape(path: str, value: Any, types: dict[str, set[str]]) -> None:
+    names = {dict: "object", list: "array", str: "text", bool: "boolean", int: "integer", float: "number"}
+    types.setdefault(path, set()).add(names.get(type(value), "null"))
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _add_shape(f"{path}.{key}", inner, types)
+    if isinstance(value, list):
+        for inner in value:
+            _add_shape(f"{path}[]", inner, types)
