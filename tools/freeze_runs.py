@@ -16,13 +16,17 @@ import os
 import random
 import re
 import shutil
+import signal
 import sqlite3
 import struct
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import sartor
 from freeze_surface import Facts
 from freeze_types import shape
 
@@ -58,7 +62,9 @@ TREES = (
     "person",
     "fed-keys",
     "federation",
-    "federation.rounds",
+    "halted.rounds",
+    "stopped.checkpoints",
+    "review.sqlite",
     ".team",
 )
 # below a tree: copies of what is listed elsewhere, of which the names are enough
@@ -181,6 +187,7 @@ def write_inputs() -> None:
         "optimizer": {"learning_rate": 5e-3, "batch_tokens": 128},
     }
     Path("tune.json").write_text(json.dumps(tune), encoding="utf-8")
+    Path("long.json").write_text(json.dumps({**tune, "budget": {"updates": 5000}}), encoding="utf-8")
     settings = {
         "base": {"name": HUB_NAME},
         "data": {"path": "dataset", "attack_rows": 0},
@@ -318,6 +325,8 @@ def models(commands: Commands) -> None:
     commands.run("plan", "tune.json")
     commands.run("tune", "tune.json", "--out", "tuned")
     commands.run("tune - taken", "tune.json", "--out", "tuned")
+    threading.Thread(target=interrupt_tuning, args=("stopped",), daemon=True).start()
+    commands.run("tune - stopped", "long.json", "--out", "stopped")
     commands.run("evaluate", "tuned")
     release = ["tuned", "--name", "frozen", "--version", "2.0", "--key", "signer"]
     commands.run("release - refused", *release)
@@ -335,11 +344,29 @@ def models(commands: Commands) -> None:
     commands.run("edge forget", AGENT, "--containing", "hall", "--no-retune", *person)
 
 
+def interrupt_tuning(out: str) -> None:
+    """Send this process the signal of Ctrl-C when a tuning has noted its first update, so that its checkpoint stays."""
+    for _ in range(6000):
+        if any(log.stat().st_size for log in Path().glob(f".{out}.part-*/log.jsonl")):
+            os.kill(os.getpid(), signal.SIGINT)
+            return
+        time.sleep(0.01)
+
+
 def federate(commands: Commands) -> None:
     """Simulate a round of three clients."""
     commands.run("federate keygen", "fed-keys", "--name", "ada")
     shards = ("--shards", 3, "--alpha", 1, "--by", ".", "--shard-seed", 1)
     commands.run("federate simulate", "federate.json", "--out", "federation", *shards)
+    settings = {**json.loads(Path("federate.json").read_text(encoding="utf-8")), "rounds": 2}
+
+    def halt(line: str) -> None:
+        if line.startswith("round 1 "):
+            raise KeyboardInterrupt
+
+    # an end in the midst: the journals of the rounds stay
+    with contextlib.suppress(KeyboardInterrupt):
+        sartor.federate_simulate(settings, "halted", shards={"count": 3, "alpha": 1.0, "by": ".", "seed": 1}, notice=halt)
 
 
 # trees
@@ -348,7 +375,7 @@ def federate(commands: Commands) -> None:
 def tree_facts(root: Path) -> Iterator[tuple[str, Any]]:
     """Yield each file below a directory with what is in it: keys, tables, columns, tensors; and digests of some."""
     copies = COPIES.get(root.name, "/")
-    for file in sorted(path for path in root.rglob("*") if path.is_file()):
+    for file in sorted(path for path in (root, *root.rglob("*")) if path.is_file()):
         if file.name.endswith(("-shm", "-wal", ".lock")) or file.name == "lock":
             continue
         name = masked_text(file.as_posix())
@@ -367,9 +394,9 @@ def kind_of(file: Path) -> str:
 def content_facts(name: str, file: Path) -> Iterator[tuple[str, Any]]:
     """Yield the structure of a file."""
     if file.suffix == ".json":
-        yield from shape(name, masked(json.loads(file.read_text(encoding="utf-8"))))
+        yield from shape(f"{name} $", masked(json.loads(file.read_text(encoding="utf-8"))))
     elif file.suffix == ".jsonl":
-        yield from shape(name, masked([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]))
+        yield from shape(f"{name} $", masked([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]))
     elif file.suffix == ".parquet":
         parquet = importlib.import_module("pyarrow.parquet")
         schema = parquet.read_schema(file)
