@@ -60,8 +60,8 @@ test-alone: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --durations 10 -m "(circle or services or browser) and alone"
 
 check: $(VENV)/.dev  ## lint and types
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples tools
+	$(BIN)/ruff format --check src tests benchmarks examples tools
 	$(BIN)/mypy
 
 # Every program of benchmarks/ but the parts that another starts, what needs an artefact of yours (norms, parity), what writes
