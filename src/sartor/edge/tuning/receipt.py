@@ -21,7 +21,8 @@ from sartor.core.numerics import FIRST
 from sartor.core.signing import check_said, signature_of
 from sartor.edge.tuning.limits import Usage
 
-SCHEMA, FILE, ADAPTER = 1, "receipt.json", "adapter_model.safetensors"
+SCHEMA, FILE = 1, "receipt.json"
+ADAPTER = "adapter_model.safetensors"
 # done; paused by the policy or a signal, and can go on; spent: time or disk ran out, what was learnt is saved
 Outcome = Literal["done", "paused", "spent", "refused", "failed"]
 
