@@ -28,9 +28,9 @@ from typing import Any, Literal
 from sartor.core import records
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
 from sartor.core.filesystem import FileSystem, create_directory_atomic, file_digest, make_parent, writer_lock
+from sartor.core.artifacts__filesystem import DISK_FULL, _remove_leftovers  # noqa: F401
 
 SCHEMA = 2
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 Kind = Literal["dataset", "adapter", "report", "release", "duplicates", "export"]
 MANIFESTS: dict[str, str] = {
     "dataset": "manifest.json",
@@ -106,13 +106,6 @@ def check_free(path: Path, *, replace: bool) -> None:
         raise ConfigError(f"the output {path} exists", "choose another --out, or add --replace")
     if path.is_dir() and replace and any(path.iterdir()) and not any((path / m).exists() for m in MANIFESTS.values()):
         raise ConfigError(f"{path} is not an artefact of Sartor; --replace will not delete it", "choose another --out")
-
-
-def _remove_leftovers(path: Path) -> None:
-    """What killed runs left beside `path`; the writer's lock is held, so nobody is still writing them."""
-    for leftover in FileSystem().leftovers(path):
-        print(f"removing what a killed run left: {leftover}", file=sys.stderr)
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def seal(part: Path, kind: Kind, facts: Mapping[str, Any]) -> dict[str, Any]:

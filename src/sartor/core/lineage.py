@@ -17,6 +17,7 @@ from sartor.core.artifacts import Artifact, open_artifact, read_manifest
 from sartor.core.errors import ArtifactError
 from sartor.core.example_lineage import inspect_example
 from sartor.core.spdx import UNKNOWN
+from sartor.core.lineage__records import tally  # noqa: F401
 
 # the role of a Dataset whose rows were read beside those that an Adapter is for
 REHEARSAL = "rehearsal"
@@ -112,8 +113,3 @@ def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
         "sources": manifest.get("sources", []),
         **{key: manifest[key] for key in known if key in manifest},
     }
-
-
-def tally(words: Iterable[str]) -> dict[str, int]:
-    """How often each word occurs, most frequent first: the form of every count in a manifest."""
-    return dict(Counter(words).most_common())

@@ -12,26 +12,10 @@ from sartor.evaluate import permission
 from sartor.evaluate.compare import LEAST_GROUPS, groups_needed
 from sartor.evaluate.limits import ForgettingLimit, GainLimit, Limits, ReviewLimit
 from sartor.evaluate.measures import LOWER_IS_BETTER
+from sartor.evaluate.checks__limits import Check  # noqa: F401
 
 _OTHERS = {"image": "pictures: it does not look", "audio": "recordings: it does not listen"}
 _NOUNS = {"image": "a picture", "audio": "a recording"}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check of the gate: what it found, in a sentence; of a failed one, what else would help than tuning again.
-
-    "cannot tell" holds a Release back as "fail" does: what was measured could not have shown a failure.
-    """
-
-    outcome: Literal["pass", "fail", "cannot tell", "waived"]
-    detail: str
-    remedy: str = ""
-
-    @property
-    def holds_back(self) -> bool:
-        """Whether there may be no Release unless somebody waives the check."""
-        return self.outcome in ("fail", "cannot tell")
 
 
 def gain(name: str, metric: Mapping[str, float], limit: GainLimit = Limits.gain, groups: int = 0) -> Check:

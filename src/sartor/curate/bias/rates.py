@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from sartor.core.family import holm
 from sartor.curate.bias.membership import Memberships
+from sartor.curate.bias.rates__statistics import Z, newcombe, wilson  # noqa: F401
 
 F64 = NDArray[np.float64]
-Z = 1.959964  # of a 95 % interval
 FEWEST = 5  # rows of a group with an outcome: fewer are counted and not compared
 MOST_OUTCOMES = 12
 FOUR_FIFTHS = 0.8  # EEOC Uniform Guidelines, 29 CFR 1607.4 D
@@ -149,29 +149,6 @@ def effective(weight: F64) -> float:
     """How many rows of equal weight would tell as much (Kish 1965)."""
     squares = float((weight**2).sum())
     return float(weight.sum()) ** 2 / squares if squares else 0.0
-
-
-def wilson(rate: float, rows: float) -> tuple[float, float]:
-    """The 95 % interval of a proportion that was found in so many rows.
-
-    >>> [round(end, 3) for end in wilson(0.5, 10)]
-    [0.237, 0.763]
-    """
-    if rows <= 0:
-        return 0.0, 1.0
-    middle, width = rate + Z**2 / (2 * rows), Z * math.sqrt(rate * (1 - rate) / rows + Z**2 / (4 * rows**2))
-    return max(0.0, (middle - width) / (1 + Z**2 / rows)), min(1.0, (middle + width) / (1 + Z**2 / rows))
-
-
-def newcombe(one: float, rows: float, other: float, others: float) -> tuple[float, float]:
-    """The 95 % interval of the difference of two independent proportions.
-
-    >>> [round(end, 2) for end in newcombe(0.7, 80, 0.5, 80)]
-    [0.05, 0.34]
-    """
-    (low, high), (less, more) = wilson(one, rows), wilson(other, others)
-    difference = one - other
-    return difference - math.hypot(one - low, more - other), difference + math.hypot(high - one, other - less)
 
 
 def _gap(

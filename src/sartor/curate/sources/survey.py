@@ -14,20 +14,10 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from sartor.curate.sources import parquet
+from sartor.curate.sources.survey__row_readers import Piece  # noqa: F401
 
 PIECE_BYTES = 8 << 20
 BLOCK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes of a file, the number of its first line or row, and in Parquet its first and last row group."""
-
-    start: int
-    length: int
-    first: int
-    crc: int
-    groups: tuple[int, int] | None = None
 
 
 def survey(stream: BinaryIO, kind: str) -> tuple[str, int, list[Piece]]:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from sartor.core.records import Drop, Example
+from sartor.curate.steps.contract__records import TEXT_KEPT, dropped, evidence_text  # noqa: F401
 
 RowFunction = Callable[[Example], Example | Drop]
-TEXT_KEPT = 2000  # characters of a row that a Drop holds as evidence
 
 
 @runtime_checkable
@@ -166,14 +166,3 @@ class CopyStep(Protocol):
         change, and a Drop for a copy that cannot be made; the row itself stays as it is. Raises ConfigError, MissingError.
         """
         ...
-
-
-def dropped(example: Example, reason: str, detail: str, *, step: str) -> Drop:
-    """The Drop of an Example: id, place and detail, and the start of its text as evidence."""
-    origin = example.origins[0]
-    return Drop(reason, origin.source, origin.locator, detail, step, example.id, text=evidence_text(example))
-
-
-def evidence_text(example: Example) -> str:
-    """The start of a row as a person reads it."""
-    return "\n".join(f"{message.role}: {message.text}" for message in example.messages)[:TEXT_KEPT]

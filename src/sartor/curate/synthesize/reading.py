@@ -13,17 +13,10 @@ import referencing.exceptions
 from sartor.core.errors import ConfigError
 from sartor.core.teachers import Answer, Question
 from sartor.curate.synthesize.contract import Unusable, quoted
+from sartor.curate.synthesize.reading__json_schema import check_schema  # noqa: F401
 
 MOST_STARTS = 50
 _SHOWN = 3000
-
-
-def check_schema(schema: Mapping[str, Any]) -> None:
-    """Raises ConfigError for what is no JSON Schema of draft 2020-12."""
-    try:
-        jsonschema.Draft202012Validator.check_schema(dict(schema))
-    except jsonschema.SchemaError as error:
-        raise ConfigError(f"that is no JSON Schema: {error.message[:200]}", "see json-schema.org/draft/2020-12") from None
 
 
 def read(answer: Answer, schema: Mapping[str, Any]) -> dict[str, Any] | Unusable:

@@ -31,9 +31,7 @@ from sartor.edge.tuning.words import Words
 from sartor.evaluate.compare import LEAST_GROUPS, LEAST_WIDTH
 from sartor.models.chat import Chat
 from sartor.tune.recipe import Lora, Recipe, load
-
-# Fewer held-out prompts cannot reach the level: every verdict on them would be "cannot tell"
-LEAST_HELD_OUT, LEAST_TRAINED = LEAST_GROUPS, 5
+from sartor.edge.personal.adapting__acceptance import LEAST_HELD_OUT, LEAST_TRAINED  # noqa: F401
 _MORE_PROBE = f"--probe FILE (Settings(probe=[...]) from Python): {LEAST_GROUPS} rows or more of what it must go on to know"
 # Row sets that are remembered as not worth another tuning
 _SETTLED = 64

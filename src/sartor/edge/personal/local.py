@@ -18,11 +18,11 @@ from typing import Any
 from sartor.core import records
 from sartor.core.errors import HealthError, StoreError
 from sartor.edge.store import Installed, Store, installed
+from sartor.edge.personal.local__artifacts import CONFIG, MANIFEST, WEIGHTS  # noqa: F401
 
 SCHEMA = 1
 # Below the person's folder, while rows are being forgotten
 FORGETTING = "forgetting.json"
-MANIFEST, WEIGHTS, CONFIG = "local.json", "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)

@@ -43,88 +43,9 @@ from sartor.models.batches import Encoded
 from sartor.models.chat import Chat
 from sartor.tune.recipe import Recipe
 from sartor.tune.tokenised import Rows
-
-_FACTOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.\w+\.(\w+)\.lora_[AB]\.weight")
+from sartor.edge.personal.work__user_tokens import DEFAULTS, Material, _FACTOR, _method, encoded, material, recipe_of  # noqa: F401
 IN_MEMORY = ("tmpfs", "ramfs")
-# Small steps from an adapter that stands: a person's rows are few
-DEFAULTS: dict[str, Any] = {
-    "budget": {"epochs": 3.0},
-    "optimizer": {"learning_rate": 1e-4, "batch_tokens": 1024},
-    "compute": {"recompute": True, "reuse_frozen": False},  # activations of rows would lie on the disk
-    "evaluations": 0,
-}
 Tune = Callable[[Job], Mapping[str, Any]]
-
-
-@dataclass
-class Material:
-    """Rows as tokens. Encoded.example_id is the row's random id: digests of short texts can be guessed.
-
-    left_out: reason -> ids. groups: of the held-out rows, in order.
-    """
-
-    train: list[Encoded] = field(default_factory=list)
-    held_out: list[Encoded] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-    left_out: dict[str, list[str]] = field(default_factory=dict)
-
-
-def material(rows: Sequence[Row], chat: Chat, held_out_fraction: float, most_tokens: int) -> Material:
-    """What of a person's rows is trained on and what is held out, by each prompt's digest; what is left out, and why."""
-    found = Material()
-    for row in rows:
-        coded = encoded(row.learnt, row.id, chat, most_tokens) if row.learnt else "rated bad, and not corrected"
-        if isinstance(coded, str):
-            found.left_out.setdefault(coded, []).append(row.id)
-        elif row.is_held_out(held_out_fraction):
-            found.held_out.append(coded)
-            found.groups.append(row.group)
-        else:
-            found.train.append(coded)
-    return found
-
-
-def encoded(example: Example, name: str, chat: Chat, most_tokens: int) -> Encoded | str:
-    """An Example as tokens, or why it is none."""
-    try:
-        example = reply_markup.read_example(example, chat.markup.spelt)
-        coded = replace(chat.encode(example), example_id=name)
-    except TemplateMarkupError as error:
-        return f"{error.reason}: {error.problem[:120]}"
-    except SourceError as error:
-        return f"the chat template: {error.problem[:120]}"
-    if len(coded.ids) > most_tokens:
-        return f"over {most_tokens} tokens"
-    return coded if coded.supervised_tokens else "nothing to learn"
-
-
-def recipe_of(adapter: Path, base: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe that goes on from a release's adapter: its method, DEFAULTS, and a person's changes to these."""
-    made = {"base": str(base), "data": {"path": "personal"}, **DEFAULTS, **changes, "method": _method(adapter, base)}
-    made["compute"] = {**DEFAULTS["compute"], **changes.get("compute", {}), "reuse_frozen": False}
-    config.load(Recipe, made)
-    return made
-
-
-def _method(adapter: Path, base: Path) -> dict[str, Any]:
-    """Rank and scale by the adapter's config; which modules by its weights, since a config may name them in many ways."""
-    try:
-        said = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-        layers = int(json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
-        rank, alpha = said["r"], said["lora_alpha"]
-        with safe_open(str(adapter / WEIGHTS), framework="pt") as opened:
-            found = [_FACTOR.fullmatch(name) for name in opened.keys()]  # noqa: SIM118  # no mapping
-    except Exception as error:  # safetensors' own errors have no common base but Exception
-        raise ModelError(f"the adapter {adapter} or the base {base} is not whole: {error!r}", "sync them again") from None
-    adapted = {(int(match[1]), match[2]) for match in found if match}
-    lowest, modules = min((layer for layer, _ in adapted), default=layers), sorted({module for _, module in adapted})
-    whole = {(layer, module) for layer in range(lowest, layers) for module in modules}
-    odd = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if said.get(name)]
-    if odd or not adapted or adapted != whole or not all(found):
-        why = f": {', '.join(odd)}" if odd else ""
-        raise ConfigError(f"{adapter} is no plain LoRA of the layers next to the head{why}", "a release tuned by sartor tune")
-    targets = {"modules": modules, **({"layers": f"top-{layers - lowest}"} if lowest else {})}
-    return {"kind": "lora", "rank": rank, "alpha": alpha, "targets": targets}
 
 
 @contextmanager

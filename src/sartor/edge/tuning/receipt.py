@@ -20,9 +20,9 @@ from sartor.core.filesystem import file_digest, write_file_atomic
 from sartor.core.numerics import FIRST
 from sartor.core.signing import check_said, signature_of
 from sartor.edge.tuning.limits import Usage
+from sartor.edge.tuning.receipt__artifacts import ADAPTER, digests  # noqa: F401
 
 SCHEMA, FILE = 1, "receipt.json"
-ADAPTER = "adapter_model.safetensors"
 # done; paused by the policy or a signal, and can go on; spent: time or disk ran out, what was learnt is saved
 Outcome = Literal["done", "paused", "spent", "refused", "failed"]
 
@@ -87,12 +87,6 @@ def verify_receipt(folder: Path, trusted: Iterable[Ed25519PublicKey] | None = No
         if Path(name).name != name or not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise SignatureError(f"{folder / name} is not the file that {file} speaks of", "get both again from the device")
     return receipt
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """{file: sha256} of the adapter in a folder, empty while there is none."""
-    names = [name for name in (ADAPTER, "adapter_config.json") if (folder / name).is_file()]
-    return {name: file_digest(folder / name) for name in names}
 
 
 def _canonical(said: Any) -> bytes:

@@ -25,6 +25,7 @@ from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.tuning.clients import Clients
 from sartor.federate.tuning.resident import Resident
 from sartor.models.batches import Encoded
+from sartor.federate.tuning.lifts__personal_adapters import examples_of, own_rows  # noqa: F401
 
 SCHEMA, KIND = 1, "personal-report"
 # what is longer is hardly ever said word by word
@@ -72,30 +73,6 @@ class Judged:
             return "no held-out row to judge by"
         means = {what: _mean(side.losses, self.own.tokens) for what, side in self.sides.items()}
         return "loss " + ", ".join(f"{mean:.3f} {what.replace('_', ' ')}" for what, mean in means.items())
-
-
-def examples_of(people: Clients) -> dict[str, Example]:
-    """Every row of every Dataset, by its id."""
-    return {one.id: one for dataset in people.datasets for one in stored.read_examples(dataset)}
-
-
-def own_rows(people: Clients, name: str, examples: Mapping[str, Example]) -> Own:
-    """What a client is judged by. Rows whose replies are too long to be said word by word are judged by their loss alone."""
-    encoded, base = people.rows[name].held_out, people.resident.base
-    found = [examples[row.example_id] for row in encoded]
-    groups = [group_of(one) for one in found]
-    folder = people.dataset_of(name).path
-    if not found or (limit := answering.reply_limit(base, found)) > SHORT_TOKENS + answering.SPARE_TOKENS:
-        return Own(encoded, groups, HeldOut([], folder, {"reply_too_long": len(found)} if found else {}))
-    asked: list[Example] = []
-    left_out: Counter[str] = Counter()
-    for one in found:
-        reason = "no_reply" if one.is_document else refusal(base, one, folder, limit)[0]
-        if reason:
-            left_out[reason] += 1
-        else:
-            asked.append(one)
-    return Own(encoded, groups, HeldOut(asked, folder, dict(left_out)), limit)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from sartor.federate.aggregate.modes import Alternate, Factors, FreezeA, Mode, R
 from sartor.federate.privacy.accountant import Budget as PrivacyBudget
 from sartor.federate.robust.rules import AnyRule
 from sartor.tune.recipe import BaseChoice, Budget, Compute, Data, Lora, Optimizer, Recipe
+from sartor.federate.tuning.recipe__shared_base import recipe_digest  # noqa: F401
 
 MODES: dict[str, Mode] = {mode.kind: mode for mode in (FreezeA(), Alternate(), Residual(), Factors())}
 ModeName = Literal["freeze_a", "alternate", "residual", "factors"]
@@ -246,13 +247,3 @@ class Settings:
     def of(cls, recipe: FederateRecipe) -> Settings:
         """What a coordinator says of this recipe."""
         return cls(recipe.mode, recipe.rounds, recipe.optimizer.learning_rate, recipe.local)
-
-
-def recipe_digest(recipe: Recipe, template_digest: str) -> str:
-    """sha256 of what client and coordinator must have in common beside the base: method, optimiser, rows' form, seed.
-
-    The learning rate and the length of the work are each round's own.
-    """
-    optimizer = {name: value for name, value in config.dump(recipe.optimizer).items() if name != "learning_rate"}
-    said = {"method": config.dump(recipe.method), "optimizer": optimizer, "template": template_digest, "seed": recipe.seed}
-    return records.digest({**said, "max_length_tokens": recipe.data.max_length_tokens})

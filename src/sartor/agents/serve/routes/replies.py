@@ -22,6 +22,7 @@ from sartor.agents.serve.said import ChatAnswer, TextAnswer
 from sartor.agents.serve.shapes import Chat, Head, Shape, Text
 from sartor.agents.serve.streams import EventStream, chunks
 from sartor.agents.serve.turns import chat_request, choices, text_requests
+from sartor.agents.serve.routes.replies__request_conversion import opened_for  # noqa: F401
 
 router = APIRouter(route_class=Route)
 
@@ -73,24 +74,6 @@ async def _deliver(
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         return EventStream(chunks(opened, shape, head, entry, with_usage), opened, entry, reply_headers(opened))
     return await _whole(request, opened, head, shape, aloud)
-
-
-async def opened_for(request: Request, questions: Sequence[Question], user: str = "", count: int = 1) -> Answers:
-    """The Answers to these questions, `count` each, by the rules of who asks: names, persons, times, receipts.
-
-    user: whom the client names. Raises what `open_answers` raises, GoneError when the client goes.
-    """
-    desk, entry = desk_of(request), entry_of(request)
-    header, visitor = request.headers.get(USER_HEADER, ""), entry.visitor
-    person = desk.person(user, header)
-    terms = Terms(entry, desk.shift, count, partial(desk.remember, visitor.key, person))
-    own, deadline_s = desk.spoken_for(person, header, visitor), desk.limits.deadline_s
-    every = [
-        replace(choice, openable=visitor.agents, deadline_s=deadline_s, person=own)
-        for question in questions
-        for choice in choices(question, terms.per_prompt)
-    ]
-    return await while_there(request.receive, open_answers(desk.house.replies, every, terms))
 
 
 async def _whole(request: Request, opened: Answers, head: Head, shape: Shape, aloud: Aloud | None) -> Response:

@@ -1,0 +1,60 @@
+"""Part of curate.recipe."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from typing import Literal
+
+from sartor.core.config import REQUIRED, option
+from sartor.core.errors import ConfigError
+from sartor.core.licences import Consent, Use
+from sartor.core.spdx import UNKNOWN, checked
+from sartor.curate.inbox.terms import InboxTerms
+from sartor.curate.sources.forms import iso_date
+
+
+@dataclass(frozen=True)
+class Owned:
+    """Where rows come from, and what their owner allows."""
+
+    path: str = option(REQUIRED, "a file, a folder, a glob pattern, sql:URL#QUERY, asset:NAME/PATH, hub:NAME, or inbox:DIR")
+    licence: str = option(UNKNOWN, "SPDX licence expression of this source; LicenseRef-NAME for terms of your own")
+    use: tuple[Use, ...] = option((), "what the source may be used for; empty lets the licence alone decide")
+    share_alike: bool = option(False, "its owner demands that a derived work carries the same terms")
+    non_commercial: bool = option(False, "its owner forbids commercial use, whatever the licence says")
+    expires: str = option("", "last day on which it may be used, 2027-12-31; empty is no end")
+    consent: Consent = option("", "of the people it is from: given, pending, withdrawn, not-needed; empty is not stated")
+
+
+@dataclass(frozen=True)
+class Source(Owned):
+    """A source, and how it is read."""
+
+    split: Literal["", "train", "eval"] = option("", "put every row of this source in one split; empty lets `split` decide")
+    rehearsal: bool = option(False, "general talk that keeps the base's manners: never held out, and not what an agent is for")
+    date: str = option("", "ISO date of the rows that carry none")
+    prompt: str = option("", "the question put to each image or audio file that has a caption")
+    captions: Literal["beside", "folder"] = option(
+        "beside", "what a media file shows is said by a table or text file beside it, or by its folder's name"
+    )
+    inbox: InboxTerms = option(InboxTerms(), "of inbox:DIR, what people said of a served team: what is read, whom it trusts")
+
+    def __post_init__(self) -> None:
+        if self.date and not iso_date(self.date):
+            raise ConfigError(f"date is {self.date!r}; it must be a date in ISO 8601", "date: 2026-01-31")
+        if self.rehearsal:
+            if self.split == "eval":
+                raise ConfigError(f"{self.path} is rehearsal and held out; it cannot be both", "leave out split: eval")
+            object.__setattr__(self, "split", "train")
+        object.__setattr__(self, "licence", checked(self.licence))  # one spelling, so that equal licences are equal text
+        if self.expires:
+            object.__setattr__(self, "expires", _day(self.expires))
+
+
+def _day(text: str) -> str:
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        tomorrow = datetime.date.today() + datetime.timedelta(days=1)
+        raise ConfigError(f"expires is {text!r}; it must be a day, year-month-day", f"expires: {tomorrow}") from None

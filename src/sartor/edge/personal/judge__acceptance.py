@@ -1,0 +1,54 @@
+"""Part of edge.personal.judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sartor.evaluate.compare import LEAST_GROUPS, Comparison, paired
+from sartor.models.batches import Encoded
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows to be judged by, and their groups: rows of one prompt are one group."""
+
+    rows: Sequence[Encoded]
+    groups: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Mean losses in nats a token, before and after. why: empty if the delta may be made current."""
+
+    private: Comparison
+    probe: Comparison
+    why: str
+
+
+def judge(private: tuple[Asked, Sequence[float], Sequence[float]], probe: tuple[Asked, Sequence[float], Sequence[float]],
+          most_probe_loss: float) -> Verdict:  # fmt: skip
+    """The verdict on (rows, losses before, losses after) of a person's rows and of the probe.
+
+    Better by the whole interval over prompts (`evaluate.compare`); the probe's loss may rise by `most_probe_loss` at the
+    upper end of its interval.
+    """
+    mine, other = (
+        paired(before, after, asked.groups, [row.supervised_tokens for row in asked.rows], is_bounded=False)
+        for asked, before, after in (private, probe)
+    )
+    verdict = mine.verdict(higher_is_better=False)
+    why = ""
+    if verdict != "better":
+        why = f"on the person's own rows: {verdict} ({mine.low:+.3f} to {mine.high:+.3f} nats a token)"
+    elif not other.high <= most_probe_loss:
+        why = f"the probe's loss may have risen by {other.high:.3f} nats a token, over {most_probe_loss:g}"
+        if too_few := too_few_prompts(probe[0].groups):
+            why = f"cannot tell whether the probe's loss has risen: {too_few}: --probe FILE"
+    return Verdict(mine, other, why)
+
+
+def too_few_prompts(groups: Sequence[str]) -> str:
+    """What to say of a probe that has too few prompts to tell anything; empty for enough of them."""
+    prompts = len(set(groups))
+    return f"the probe has {prompts} prompts, and {LEAST_GROUPS} are the least that tell" if prompts < LEAST_GROUPS else ""
