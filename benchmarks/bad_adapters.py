@@ -25,7 +25,7 @@ import smallest
 from results import print_result
 
 from sartor.agents.admission.weights import BaseWeights
-from sartor.core import bases, signing
+from sartor.core import model_refs, signing
 from sartor.core.artifacts import MANIFESTS, manifest_id, seal
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -84,7 +84,7 @@ class Maker:
     @classmethod
     def on(cls, base: Path, keys: Path, name: str = "") -> Maker:
         """A maker for the base in a directory, or that `name` means."""
-        ref = bases.locate(name or str(base))
+        ref = model_refs.locate_base(name or str(base))
         for who in ("own", "stranger"):
             if not (keys / who).is_dir():
                 signing.keygen(keys / who)
@@ -93,7 +93,7 @@ class Maker:
             "name": ref.name,
             "digest": ref.digest,
             "licence": "Apache-2.0",
-            "template_digest": bases.template_digest(bases.chat_template(base)),
+            "template_digest": model_refs.template_digest(model_refs.chat_template(base)),
         }
         return cls(base, keys, BaseWeights(base, ref.digest, keys / "norms.json"), facts)
 
@@ -398,7 +398,7 @@ def main() -> None:
         parser.error("--base DIR --out DIR: the base, and where the corpus is written")
     with tempfile.TemporaryDirectory() as folder, smallest.home(asked.small):
         if asked.small:
-            asked.base, asked.out = bases.locate(bases.STARTER).path, Path(folder)
+            asked.base, asked.out = model_refs.locate_base(model_refs.STARTER).path, Path(folder)
         checks = write_corpus(asked)
     print_result({"releases": len(checks), "checks": dict(Counter(checks.values())), "good": 1})
 

@@ -24,7 +24,7 @@ import yaml
 from chaos_load import client
 from chaos_tools import Clock
 
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.models.base import open_base
 
 AGENTS = ("lights", "shop", "ada")
@@ -99,7 +99,7 @@ class Home:
 
 def build(path: Path, trained: bool) -> Home:
     """Releases for the starter base. trained: LoRA tuned by a few updates each; else random factors, which take no time."""
-    ref = bases.locate("starter")
+    ref = model_refs.locate_base("starter")
     if not ref.path.is_dir():
         open_base("starter")
     maker = bad_adapters.Maker.on(ref.path, path / "keys", "starter")

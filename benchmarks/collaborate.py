@@ -45,7 +45,7 @@ from sartor.agents.receipt_content import digest_by
 from sartor.agents.team import Team
 from sartor.core import assets, config, records
 from sartor.core.artifacts import open_artifact
-from sartor.core.rows import read_examples
+from sartor.core.parquet_io import read_examples
 from sartor.evaluate.compare import paired
 from sartor.evaluate.scorers import exact_match
 from sartor.models.engine.contract import Call, Done, Engine, Event, Piece, adapter_digest, event_as_json, event_from_json

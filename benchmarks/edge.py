@@ -6,7 +6,7 @@
     python benchmarks/edge.py --json --peers trl,unsloth
 
 `cap_bytes` is the least limit, found by bisection, at which a tuning of the base (rank 8, every linear module, rows of 256
-tokens) ends; the system holds it (`edge/tuning/limits.py`), and the losses are compared with those of a run without a limit.
+tokens) ends; the system holds it (`core/resource_limits.py`), and the losses are compared with those of a run without a limit.
 `peak_bytes` is what that run then held. `predicted_error` is the largest of 12 relative errors of the planner. A peer is given
 the same rows under no limit, and then at our cap. A peer that was not asked for is named under `absent`.
 """
@@ -30,10 +30,9 @@ from peers import venvs
 from peers.work import plain_base
 from results import print_result, run_tests
 
-from sartor.core import bases
-from sartor.edge.tuning import limits
+from sartor.core import model_refs, resource_limits
+from sartor.core.resource_limits import Limits, Usage
 from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.limits import Limits, Usage
 from sartor.edge.tuning.plan import Name, Planner, Rung
 from sartor.edge.tuning.tokens import write_tokens
 from sartor.edge.tuning.within import planned_job, tuner_command
@@ -143,7 +142,7 @@ class Work:
     def base(self, name: str) -> Path:
         """The starter in bf16, or a small Llama of random weights."""
         if name == "starter":
-            ref = bases.locate(bases.STARTER)
+            ref = model_refs.locate_base(model_refs.STARTER)
             convert(ref)
             return Path(ref.path)
         return small_base(self.folder / "small")
@@ -214,7 +213,7 @@ def ran(job: Job, rung: Rung, memory_bytes: int) -> Usage:
     """One run of the tuner under a limit."""
     file = Path(job.out).with_name("job.json")
     planned_job(job, rung).write(file)
-    return limits.run(tuner_command(file, Path(job.out).with_name("stderr.txt")), Limits(memory_bytes))
+    return resource_limits.run(tuner_command(file, Path(job.out).with_name("stderr.txt")), Limits(memory_bytes))
 
 
 def losses_of(job: Job) -> list[float]:
@@ -304,7 +303,7 @@ def peer(work: Work, name: str, cap_bytes: int) -> dict[str, Any]:
     found = {}
     for what, limit in (("free", MUCH), ("at_cap", cap_bytes)):
         (folder / "result.json").unlink(missing_ok=True)
-        used = limits.run(command, Limits(limit, wall_s=1800), environment=environment)
+        used = resource_limits.run(command, Limits(limit, wall_s=1800), environment=environment)
         said = (
             json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {"failed": used.killed}
         )

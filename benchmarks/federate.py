@@ -37,7 +37,7 @@ from safetensors.numpy import load_file
 import sartor
 from sartor import intents
 from sartor.core import assets, config
-from sartor.core import rows as stored
+from sartor.core import parquet_io as stored
 from sartor.evaluate.answering import replies, reply_limit
 from sartor.evaluate.compare import paired
 from sartor.evaluate.held_out import HeldOut, fitting

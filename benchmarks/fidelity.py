@@ -163,11 +163,11 @@ def job_of(folder: Path, name: str, seed: int, arguments: argparse.Namespace) ->
     from peers import work
     from safetensors.torch import save_file
 
-    from sartor.core import bases
+    from sartor.core import model_refs
     from sartor.models import adapters
     from sartor.models.base import convert, open_base
 
-    ref = bases.locate(bases.STARTER)
+    ref = model_refs.locate_base(model_refs.STARTER)
     convert(ref)
     base = work.plain_base(ref.path, folder / "base", 0)
     rows = encoded(ref.path, name, seed)

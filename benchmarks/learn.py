@@ -37,8 +37,8 @@ from learn_rows import KEYS, KNOWN, UNKNOWN
 from results import print_result
 
 import sartor
-from sartor.core.proportions import interval
 from sartor.core.records import Feedback
+from sartor.core.statistics import interval
 from sartor.retrain import suspects
 from sartor.retrain.work import Work
 

@@ -29,8 +29,8 @@ from results import print_result
 
 import sartor
 from sartor.core.artifacts import Artifact, open_artifact
+from sartor.core.parquet_io import read_examples
 from sartor.core.records import Example
-from sartor.core.rows import read_examples
 from sartor.evaluate.answering import replies, reply_limit
 from sartor.evaluate.compare import paired
 from sartor.evaluate.held_out import HeldOut

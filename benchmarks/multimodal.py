@@ -43,7 +43,7 @@ from spoken_rows import PIPER, VOICES
 from spoken_rows import write as write_spoken
 
 import sartor
-from sartor.core import assets, rows
+from sartor.core import assets, parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.records import Example
 from sartor.core.sounds import read_sound
@@ -145,7 +145,7 @@ def shuffled(examples: Sequence[Example]) -> list[Example]:
 
 def held_out(data: Path) -> list[Example]:
     """The rows that a Dataset holds out, in an order that their own content does not decide."""
-    found = sorted(rows.read_examples(open_artifact(data, "dataset"), "eval"), key=lambda row: row.group)
+    found = sorted(parquet_io.read_examples(open_artifact(data, "dataset"), "eval"), key=lambda row: row.group)
     random.Random(0).shuffle(found)
     return found
 
@@ -268,7 +268,7 @@ def one_side(folder: Path, out: Path, side: str) -> None:
 def probed(data: Path, asked: Sequence[Example], *, is_copied: bool = True) -> Sequence[str]:
     """Logistic regression on the mean features of each picture -> the defect. is_copied: also of the changed copies."""
     tower = open_tower(size.tower, "image")
-    found = [row for row in rows.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)]
+    found = [row for row in parquet_io.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)]
     train = [row for row in found if is_copied or "augment_images" not in row.steps]
 
     def pooled(examples: Sequence[Example]) -> Any:
@@ -388,7 +388,7 @@ def cached(work: Path) -> dict[str, Any]:
 
 def epochs(kind: str, tower: str, data: Path) -> dict[str, Any]:
     """Losses and gradients of rows with media, as in tuning, with features that the tower computes and that are read."""
-    found = [row for row in rows.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)][:MOST_MEDIA]
+    found = [row for row in parquet_io.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)][:MOST_MEDIA]
     base = open_base("starter")
     base = compose(base, open_towers({kind: tower}, base.device, lambda line: None), shelf=None)
     encoded, media = [base.chat.encode(row, data) for row in found], base.media

@@ -22,16 +22,16 @@ from results import print_result
 import sartor
 from sartor.agents.admission import CONFIG, WEIGHTS, lora
 from sartor.agents.admission.config import read_config
-from sartor.agents.admission.tensors import read_header
 from sartor.agents.admission.weights import BaseWeights
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.core.errors import AdmissionError
+from sartor.core.safetensors_file import read_header
 
 
 def measure(adapter: Path, norms_file: Path) -> dict[str, Any]:
     """One adapter's row. Raises what the checks raise."""
     said = json.loads((adapter / "sartor.json").read_text())
-    ref = bases.locate(said["base"]["name"])
+    ref = model_refs.locate_base(said["base"]["name"])
     base = BaseWeights(ref.path, ref.digest, norms_file)
     pairs = lora.pair_up(read_header(adapter / WEIGHTS), read_config(adapter / CONFIG), base)
     weights = base.norms([pair.module for pair in pairs])
@@ -59,7 +59,7 @@ def tuned(folder: Path) -> Path:
     rows = [{"prompt": f"what is {n} and {n}", "completion": f"it is {2 * n}"} for n in range(24)]
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     sartor.curate({"sources": [{"path": str(folder / "rows.jsonl"), "licence": "CC0-1.0"}]}, folder / "dataset")
-    recipe = {"base": bases.STARTER, "data": str(folder / "dataset"), "budget": {"updates": 2}, "method": {"rank": 4}}
+    recipe = {"base": model_refs.STARTER, "data": str(folder / "dataset"), "budget": {"updates": 2}, "method": {"rank": 4}}
     sartor.tune(recipe, folder / "adapter", show=False)
     return folder / "adapter"
 

@@ -31,7 +31,7 @@ from results import last_line, print_result
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sartor.core.bases import STARTER
+from sartor.core.model_refs import STARTER
 from sartor.core.records import Example, Message
 from sartor.models import adapters, batches, paths, quantised
 from sartor.models.base import Base, machine, open_base

@@ -78,10 +78,11 @@ def batch_of(first: int, count: int, rows: int, schema: Any) -> Any:
 
 def make(folder: Path, rows: int) -> tuple[Path, float]:
     """The Dataset with an Adapter and a Release below it; returns its path and the seconds that its index took."""
-    from sartor.core import catalogue, lineage_index
+    from sartor.core import catalogue
     from sartor.core.artifacts import write_artifact
+    from sartor.core.lineage import origin_index
+    from sartor.core.parquet_io import EXAMPLES
     from sartor.core.records import Example, Message, Origin
-    from sartor.core.rows import EXAMPLES
 
     turns = tuple(Message.of(role, f"{text} 7") for role, text in TURNS)
     assert Example(turns, (Origin("s", "s:1"),)).id == row_id(7)
@@ -94,7 +95,7 @@ def make(folder: Path, rows: int) -> tuple[Path, float]:
             for first in range(0, rows, ROWS_PER_BATCH):
                 writer.write_table(batch_of(first, min(ROWS_PER_BATCH, rows - first), rows, EXAMPLES))
         began = time.perf_counter()
-        lineage_index.write(part)
+        origin_index.write(part)
         took = time.perf_counter() - began
         names = [f"part-{place:02}.jsonl" for place in range(SOURCES)]
         sources = [{"source": f"data/{name}", "path": name, "licence": "CC-BY-4.0", "kept": rows // SOURCES} for name in names]

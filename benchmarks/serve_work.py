@@ -16,7 +16,7 @@ import numpy as np
 from gguf.quants import dequantize
 from serve_sides import starter_file
 
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.models.base import convert
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
@@ -28,7 +28,7 @@ RANK, SIZE = 16, 0.3
 def main() -> None:
     """Write `adapters/N` and `base.f16.gguf`."""
     folder, count = Path(sys.argv[1]), int(sys.argv[2])
-    ref = bases.locate("starter")
+    ref = model_refs.locate_base("starter")
     convert(ref)
     config = json.loads((ref.path / "config.json").read_text())
     for number in range(count):

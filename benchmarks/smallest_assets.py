@@ -19,8 +19,8 @@ from synth_rows import _THEMES as THEMES
 import media_files
 import tiny
 import tiny_towers
-from sartor.core import assets, bases, towers
-from sartor.core.bases import STARTER, WHISPER
+from sartor.core import assets, model_refs
+from sartor.core.model_refs import STARTER, WHISPER
 from sartor.models import converted, gguf_model, gguf_tokens
 from sartor.models.base import open_base
 
@@ -49,7 +49,7 @@ INTENTS = {
 
 def write_starter(layers: int) -> None:
     """Write a tiny base where the converted starter would be."""
-    ref = bases.locate(STARTER)
+    ref = model_refs.locate_base(STARTER)
 
     def fill(part: Path) -> dict[str, str]:
         texts = [*tiny.TEXT, *(f"switch the {word} on the {word}" for word in WORDS)]
@@ -158,7 +158,7 @@ def _minilm(folder: Path) -> None:
 
 def _whisper(folder: Path) -> None:
     """A Whisper of random weights where the converted one would be, as a base and as a tower."""
-    ref = towers.locate(WHISPER)
+    ref = model_refs.locate_tower(WHISPER)
 
     def fill(part: Path) -> dict[str, str]:
         tiny_towers.tiny_whisper(part)

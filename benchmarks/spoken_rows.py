@@ -22,7 +22,7 @@ import smallest
 from results import print_result
 
 from sartor.core import assets
-from sartor.core.holdout import held_out_groups
+from sartor.core.splits import held_out_groups
 from sartor.intents import rows
 from sartor.speech.many import Clip, say_many
 

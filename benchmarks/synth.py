@@ -35,7 +35,7 @@ from results import print_result
 from synth_rows import PLANTS, SETS
 
 import sartor  # noqa: F401  (offers the encoders)
-from sartor.core.encoders import offer, open_encoder
+from sartor.core.encoder_registry import offer, open_encoder
 from sartor.core.records import digest
 from sartor.curate.likeness.vectors import prompt_text
 from sartor.curate.validate.options import ValidateOptions

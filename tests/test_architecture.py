@@ -27,13 +27,13 @@ LEVELS = {
     "cli": 8,
     "__main__": 9,
 }  # fmt: skip
-TORCH_FREE = ("sartor", "sartor.core.rows", "sartor.core.lineage", "sartor.core.bases", "sartor.core.signing",
+TORCH_FREE = ("sartor", "sartor.core.parquet_io", "sartor.core.lineage.ancestry", "sartor.core.model_refs", "sartor.core.signing",
               "sartor.curate.pipeline", "sartor.curate.review.desk", "sartor.curate.dedup.files", "sartor.curate.synthesize.making",
               "sartor.curate.validate.verb", "sartor.curate.bias.verb",
               "sartor.core.groups", "sartor.tune.recipe", "sartor.evaluate.release", "sartor.cli",
               "sartor.agents.dispatch", "sartor.agents.book", "sartor.agents.ask_team",
               "sartor.agents.serve.server", "sartor.speech.many", "sartor.speech.spoken",
-              "sartor.edge.store", "sartor.edge.update.publish", "sartor.edge.update.sync", "sartor.edge.tuning.limits",
+              "sartor.edge.store", "sartor.edge.update.publish", "sartor.edge.update.sync", "sartor.core.resource_limits",
               "sartor.edge.tuning.within", "sartor.edge.device", "sartor.edge.publisher", "sartor.edge.runtime.ask",
               "sartor.edge.runtime.gguf",
               "sartor.edge.tuning.energy", "sartor.edge.personal.keys", "sartor.edge.personal.diary", "sartor.edge.personal.local",
@@ -73,7 +73,7 @@ EXCEPTIONS = {
 RENAMES = {
     "core/filesystem.py": "the writers themselves",
     "core/catalogue.py": "sets a broken SQLite file aside; nothing is written",
-    "core/receipt_index.py": "sets a broken SQLite file aside; nothing is written",
+    "core/lineage/receipt_index.py": "sets a broken SQLite file aside; nothing is written",
     "core/assets.py": "moves a download within a directory that has no name yet",
     "tune/checkpoint.py": "hides a checkpoint before it is removed, so that a kill leaves no half one; nothing is written",
 }

@@ -25,7 +25,7 @@ import sartor
 from sartor.agents.keys import Keys
 from sartor.agents.team import load
 from sartor.cli import main
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.core.filesystem import file_digest
 from sartor.federate.rounds.journal import Journal
 from sartor.tune.checkpoint import open_checkpoint
@@ -180,7 +180,7 @@ def test_old_exports_load_in_their_runtimes(frozen: Path) -> None:
     import peft
     import transformers
 
-    base = bases.locate(make.HUB_NAME).path
+    base = model_refs.locate_base(make.HUB_NAME).path
     plain = transformers.AutoModelForCausalLM.from_pretrained(base, local_files_only=True)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
@@ -188,9 +188,9 @@ def test_old_exports_load_in_their_runtimes(frozen: Path) -> None:
         merged = transformers.AutoModelForCausalLM.from_pretrained(frozen / "export-merged", local_files_only=True)
         assert torch.allclose(tuned, merged(ids).logits, atol=1e-3)
     [(_, digest)] = sartor.open(frozen / "export-merged").manifest["as_base"].items()
-    assert bases.locate(str(frozen / "export-merged")).digest == digest
+    assert model_refs.locate_base(str(frozen / "export-merged")).digest == digest
     [(name, digest)] = sartor.open(frozen / "export-gguf").manifest["as_base"].items()
-    assert bases.locate(str(frozen / "export-gguf" / name)).digest == digest
+    assert model_refs.locate_base(str(frozen / "export-gguf" / name)).digest == digest
 
 
 @pytest.mark.services

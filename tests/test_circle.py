@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from sartor.core import assets, bases
+from sartor.core import assets, model_refs
 from sartor.core.artifacts import open_artifact
 from sartor.core.home import folder
-from sartor.evaluate import audit
+from sartor.evaluate.audit import probe as audit
 from sartor.intents import rehearsal_rows
 
 pytestmark = pytest.mark.circle
@@ -73,7 +73,7 @@ def test_its_release_walks_back_to_the_source_file_with_digest_and_licence(said:
 
 
 def test_a_second_demo_does_not_convert_the_base_again(said: dict[str, Any], run: Run) -> None:
-    ref = bases.locate("starter")
+    ref = model_refs.locate_base("starter")
     before = ref.path.stat().st_ino, ref.path.stat().st_mtime_ns
     run("verify", said["release"])
     run("ask", said["release"], "turn on the hall light", "--max-tokens", "4")

@@ -166,7 +166,7 @@ def needed() -> Iterator[tuple[str, str, str]]:
 
 
 def test_every_extra_that_an_error_names_exists() -> None:
-    from sartor.core.verb import _EXTRAS
+    from sartor.core.lazy_import import _EXTRAS
 
     named = [(where, extra) for where, _, extra in needed() if extra]
     assert len(named) > 10

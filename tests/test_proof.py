@@ -10,7 +10,7 @@ import pytest
 import sartor
 from sartor import cli
 from sartor.core.errors import SourceError
-from sartor.core.rows import read_examples
+from sartor.core.parquet_io import read_examples
 
 PLACES = ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft")
 

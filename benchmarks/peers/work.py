@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sartor.core import assets, bases
+from sartor.core import assets, model_refs
 from sartor.core.errors import SartorError
 from sartor.core.records import Example, Message
 from sartor.intents import rows as intents
@@ -28,13 +28,13 @@ def main() -> None:
     """Write {base, rows, updates}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--base", default=bases.STARTER)
+    parser.add_argument("--base", default=model_refs.STARTER)
     parser.add_argument("--updates", type=int, required=True)
     parser.add_argument("--rows-per-update", type=int, required=True)
     parser.add_argument("--layers", type=int, default=0)
     arguments = parser.parse_args()
-    ref = bases.locate(arguments.base)
-    if ref.name == bases.STARTER:
+    ref = model_refs.locate_base(arguments.base)
+    if ref.name == model_refs.STARTER:
         convert(ref)
     count = arguments.updates * arguments.rows_per_update
     try:

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sartor.core.encoders import offer, offer_directories
+from sartor.core.encoder_registry import offer, offer_directories
+from sartor.core.lazy_import import load
 from sartor.core.teachers import offer_local, offer_speech
-from sartor.core.verb import load
 
 __version__ = "0.1.0"
 
@@ -73,7 +73,7 @@ _NAMES = {
     "list_keys": "sartor.agents.keys:list_keys",
     "make_key": "sartor.agents.keys:make_key",
     "open": "sartor.core.artifacts:open_artifact",
-    "open_items": "sartor.curate.review.desk:open_items",
+    "open_items": "sartor.curate.review.desk__review_store:open_items",
     "open_voice": "sartor.speech.voices:open_voice",
     "plan": "sartor.tune.plan:plan",
     "promote_agent": "sartor.agents.book:promote_agent",
@@ -97,7 +97,7 @@ _NAMES = {
     "review_list": "sartor.curate.review.desk:review_list",
     "review_sample": "sartor.curate.review.desk:review_sample",
     "review_show": "sartor.curate.review.desk:review_show",
-    "revoke": "sartor.core.revoke:revoke",
+    "revoke": "sartor.core.lineage.revocation:revoke",
     "revoke_key": "sartor.agents.keys:revoke_key",
     "rollback_agent": "sartor.agents.book:rollback_agent",
     "say_many": "sartor.speech.many:say_many",
@@ -122,11 +122,11 @@ _NAMES = {
     "Drop": "sartor.core.records:Drop",
     "Example": "sartor.core.records:Example",
     "EnergyPolicy": "sartor.edge.tuning.energy:Policy",
-    "Expiry": "sartor.edge.publisher:Expiry",
+    "Expiry": "sartor.edge.update.roles:Expiry",
     "ExportOptions": "sartor.export.verb:Options",
     "FederateRecipe": "sartor.federate.tuning.recipe:FederateRecipe",
     "FederateShards": "sartor.federate.tuning.shards:Shards",
-    "FleetPolicy": "sartor.edge.publisher:Policy",
+    "FleetPolicy": "sartor.edge.update.fleet:Policy",
     "GateFile": "sartor.evaluate.rules:GateFile",
     "Message": "sartor.core.records:Message",
     "Opinion": "sartor.curate.review.deciding:Opinion",
@@ -153,8 +153,8 @@ _NAMES = {
     "load_recipe": "sartor.tune.recipe:load",
     "load_synthesize_recipe": "sartor.curate.synthesize.making:load_recipe",
     "options": "sartor.core.config:describe",
-    "read_drops": "sartor.core.rows:read_drops",
-    "read_examples": "sartor.core.rows:read_examples",
+    "read_drops": "sartor.core.parquet_io:read_drops",
+    "read_examples": "sartor.core.parquet_io:read_examples",
 }
 
 # what `curate` may ask texts to be turned into vectors with

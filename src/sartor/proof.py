@@ -9,13 +9,12 @@ from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, check_free, open_artifact
 from sartor.core.errors import ArtifactError, SourceError
-from sartor.core.grouping import group_of_stored, split_group
-from sartor.core.records import Example
+from sartor.core.records import Example, dropped
+from sartor.core.splits import group_of_stored, split_group
 from sartor.curate.derived import write_derived
-from sartor.curate.steps.contract import dropped
 from sartor.evaluate import compare
 from sartor.evaluate.compare import Comparison
 from sartor.evaluate.tasks import evaluate
@@ -94,21 +93,21 @@ def prove(
             replace=replace,
             notice=notice,
         ).report
-        scored[name] = {row["id"]: row for row in rows.read_file(report.path / "rows.parquet")}
+        scored[name] = {row["id"]: row for row in parquet_io.read_file(report.path / "rows.parquet")}
         metric = metric or str(report.manifest["primary"])
     return _compared(scored, metric, (taken, left_out), tuned, time.monotonic() - began)
 
 
 def _together(real: Artifact, made: Artifact, out: Path, replace: bool) -> tuple[Artifact, int, int]:
     """(the Dataset of both, synthetic rows in it, synthetic rows that were left out)."""
-    known = list(rows.read_examples(real))
+    known = list(parquet_io.read_examples(real))
     held_out = {split_group(row) for row in known if row.split == "eval"}
     if not held_out:
         raise SourceError(f"{real.path} holds out no row to compare on", "curate it with split.eval_fraction above 0")
     ids = {row.id for row in known}
     taken: list[Example] = []
     drops = []
-    for row in rows.read_examples(made):
+    for row in parquet_io.read_examples(made):
         if split_group(row) in held_out or row.id in ids:
             drops.append(dropped(row, "group_held_out", "a real row of its group is held out, or is it itself", step=STEP))
         else:

@@ -446,17 +446,17 @@ def test_admission_keys_and_receipts_need_no_torch() -> None:
 
 
 def test_a_header_of_many_tensors_is_read_and_one_beyond_the_limit_is_not(tmp_path: Path) -> None:
-    from sartor.agents.admission import tensors
+    from sartor.core import safetensors_file
 
     zeros = np.zeros((2, 2), np.float32)
     (tmp_path / "many").write_bytes(safetensors({f"t{place}": ("F32", zeros) for place in range(2000)}))
-    assert len(tensors.read_header(tmp_path / "many")) == 2000
+    assert len(safetensors_file.read_header(tmp_path / "many")) == 2000
     with pytest.raises(ModelError, match="are the limit"):
-        tensors.read_header(tmp_path / "many", 1000)
+        safetensors_file.read_header(tmp_path / "many", 1000)
     for raw in (b"", b"\0" * 7, b"\xff" * 8, (2).to_bytes(8, "little") + b"[]", (4).to_bytes(8, "little") + b"null"):
         (tmp_path / "bad").write_bytes(raw)
         with pytest.raises(ModelError, match="no whole safetensors"):
-            tensors.read_header(tmp_path / "bad")
+            safetensors_file.read_header(tmp_path / "bad")
 
 
 def answers(base: Path, adapter: Path, asked: Sequence[dict]) -> list[str]:

@@ -17,7 +17,7 @@ from bad_adapters import Bad, Maker, with_header  # noqa: E402
 from sartor.agents import admission
 from sartor.agents.admission import Ground
 from sartor.agents.fingerprint import check_digest
-from sartor.core import pictures, sounds, towers
+from sartor.core import model_refs, pictures, sounds
 from sartor.core.data_urls import bytes_of
 from sartor.core.errors import AdmissionError, AssetError, ModelError, SartorError
 from sartor.evaluate import samples
@@ -60,7 +60,7 @@ def write_projectors(path: Path, said: dict[str, Any], change: Change = lambda t
             "project_in.bias": (WIDTH,), "project_out.weight": (WIDTH, WIDTH), "project_out.bias": (WIDTH,),
         }  # fmt: skip
         tensors |= {f"{kind}.{name}": np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
-    metadata: dict[str, Any] = {towers.SAID: json.dumps(said)}
+    metadata: dict[str, Any] = {model_refs.SAID: json.dumps(said)}
     change(tensors, metadata)
     header, data = {"__metadata__": metadata} if metadata else {}, b""
     for name, values in tensors.items():
@@ -72,7 +72,7 @@ def write_projectors(path: Path, said: dict[str, Any], change: Change = lambda t
 
 
 def said_of(tower: Path) -> dict[str, Any]:
-    ref = towers.locate(str(tower), "image")
+    ref = model_refs.locate_tower(str(tower), "image")
     return {"image": {"name": ref.name, "digest": ref.digest, "licence": "MIT", "width": TOWER, "stack": STACK}}
 
 
@@ -125,15 +125,15 @@ WRONG: dict[str, tuple[Change, str]] = {
     "whole numbers": (_set("image.mean", np.zeros(TOWER, np.int32)), "in I32"),
     "surplus": (_set("audio.mean", np.zeros(TOWER, np.float32)), "surplus tensor, audio.mean"),
     "lacks one": (lambda tensors, metadata: tensors.pop("image.gain"), "lacks image.gain"),
-    "schema": (lambda tensors, metadata: metadata.update({"towers.2": metadata.pop(towers.SAID)}), "says ['towers.2']"),
+    "schema": (lambda tensors, metadata: metadata.update({"towers.2": metadata.pop(model_refs.SAID)}), "says ['towers.2']"),
     "no metadata": (lambda tensors, metadata: metadata.clear(), "says []"),
-    "no towers": (lambda tensors, metadata: metadata.update({towers.SAID: "{}"}), "names no towers"),
-    "towers are no JSON": (lambda tensors, metadata: metadata.update({towers.SAID: "[" * 5000}), "names no towers"),
-    "another kind": (lambda tensors, metadata: metadata.update({towers.SAID: '{"video": {}}'}), "names no towers"),
-    "no name": (lambda tensors, metadata: metadata.update({towers.SAID: '{"image": {"digest": "a"}}'}), "by name and digest"),
+    "no towers": (lambda tensors, metadata: metadata.update({model_refs.SAID: "{}"}), "names no towers"),
+    "towers are no JSON": (lambda tensors, metadata: metadata.update({model_refs.SAID: "[" * 5000}), "names no towers"),
+    "another kind": (lambda tensors, metadata: metadata.update({model_refs.SAID: '{"video": {}}'}), "names no towers"),
+    "no name": (lambda tensors, metadata: metadata.update({model_refs.SAID: '{"image": {"digest": "a"}}'}), "by name and digest"),
     "width": (
         lambda tensors, metadata: metadata.update(
-            {towers.SAID: '{"image": {"name": "a", "digest": "b", "width": 0, "stack": 1}}'}
+            {model_refs.SAID: '{"image": {"name": "a", "digest": "b", "width": 0, "stack": 1}}'}
         ),
         "says width '0'",
     ),
@@ -169,7 +169,7 @@ def test_towers_that_are_not_here_are_named_with_a_remedy(
         said["image"] = {**said["image"], "name": "whisper-tiny-en"}
         problem = "takes in audio"
     elif kind == "not installed":
-        said["image"] |= {"name": "efficientnet-lite0", "digest": towers.locate("efficientnet-lite0").digest}
+        said["image"] |= {"name": "efficientnet-lite0", "digest": model_refs.locate_tower("efficientnet-lite0").digest}
         error, problem = AssetError, "not on this machine"
     else:
         about = About("llamacpp", *[getattr(ground.about, name) for name in ("base", "base_digest", "template_digest")], 512, 4)

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import scripted
-from sartor.agents import channel, child, worker
-from sartor.agents.channel import Channel, Frames, Malformed, frame
+from sartor.agents import child, worker
 from sartor.agents.supervisor import Supervisor
 from sartor.agents.team import MediaLimits
-from sartor.core import sounds
+from sartor.core import ipc, sounds
 from sartor.core.errors import BusyError, ModelError, SartorError
+from sartor.core.ipc import Channel, Frames, Malformed, frame
 from sartor.models.engine.contract import Call
 from sartor.models.sampling import Sampling
 
@@ -58,13 +58,13 @@ def test_a_line_without_an_end_is_not_held() -> None:
 
 @pytest.mark.parametrize("error", [ModelError("p", "r"), BusyError("p", "r"), SartorError("p", "r")])
 def test_errors_arrive_whole(error: SartorError) -> None:
-    there = channel.error_from_json(json.loads(json.dumps(channel.error_as_json(error))))
+    there = ipc.error_from_json(json.loads(json.dumps(ipc.error_as_json(error))))
     assert (type(there), there.problem, there.remedy) == (type(error), "p", "r")
 
 
 @pytest.mark.parametrize("kind", ["", "Foreign", "need", "Any"])
 def test_an_unknown_error_is_plain(kind: str) -> None:
-    assert type(channel.error_of(kind, "p", "r")) is SartorError
+    assert type(ipc.error_of(kind, "p", "r")) is SartorError
 
 
 class Parent:
@@ -160,7 +160,7 @@ def test_a_cancelled_call_ends(parent: Parent) -> None:
 
 def test_a_parent_that_does_not_read_stops_the_engine(parent: Parent, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is unsent is bounded, and nothing is lost."""
-    monkeypatch.setattr(channel, "MOST_UNREAD_BYTES", 10_000)
+    monkeypatch.setattr(ipc, "MOST_UNREAD_BYTES", 10_000)
     sizes: list[int] = []
     told = Channel.send
     monkeypatch.setattr(Channel, "send", lambda self, said: (told(self, said), sizes.append(len(self._unsent))))

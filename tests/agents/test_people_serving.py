@@ -23,7 +23,7 @@ from sartor.agents.registry import Cause, Registry
 from sartor.agents.serve.seams import ANYBODY
 from sartor.agents.team import PersonalTerms, Team
 from sartor.core.errors import ModelError
-from sartor.core.receipt_index import ReceiptIndex
+from sartor.core.lineage.receipt_index import ReceiptIndex
 from sartor.models.engine.contract import Piece
 
 __all__ = ["no_fsync"]

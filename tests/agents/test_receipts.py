@@ -29,12 +29,13 @@ from sartor.agents.asking import Given
 from sartor.agents.receipt_content import Content, digest_by
 from sartor.agents.receipts import ReceiptBook, Seal
 from sartor.agents.team import Limits, Team
-from sartor.core import catalogue, lineage_index, rows, signing
+from sartor.core import catalogue, parquet_io, signing
 from sartor.core.artifacts import Artifact, seal, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SignatureError
-from sartor.core.receipt_index import ReceiptIndex
+from sartor.core.lineage import origin_index
+from sartor.core.lineage.receipt_index import ReceiptIndex
+from sartor.core.lineage.revocation import Folder, _replies
 from sartor.core.records import canonical
-from sartor.core.revoke import Folder, _replies
 from sartor.models.engine.contract import About, Call, Done, Piece
 from sartor.models.sampling import Sampling
 
@@ -496,9 +497,9 @@ def test_revoke_finds_the_replies_of_every_release_that_it_reaches(tmp_path: Pat
     turns = (sartor.Message.of("user", "a"), sartor.Message.of("assistant", "b"))
     row = sartor.Example(turns, (sartor.Origin("a.jsonl", "a.jsonl:1", "MIT"),), split="train")
     dataset = tmp_path / "dataset"
-    rows.write_examples(dataset / "examples/part-00000.parquet", [row])
-    rows.write_drops(dataset / "drops/part-00000.parquet", [])
-    lineage_index.write(dataset)
+    parquet_io.write_examples(dataset / "examples/part-00000.parquet", [row])
+    parquet_io.write_drops(dataset / "drops/part-00000.parquet", [])
+    origin_index.write(dataset)
     opened = Artifact(
         dataset, seal(dataset, "dataset", {"parents": [], "sources": [{"source": "a.jsonl", "path": "a.jsonl", "kept": 1}]})
     )

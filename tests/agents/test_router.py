@@ -21,7 +21,7 @@ from sartor.agents.routing import curves, exemplars, fitting, lift, part, space,
 from sartor.agents.routing.exemplars import Exemplars, Prompt
 from sartor.agents.routing.fitted import CANDIDATES, Fitted, Judged
 from sartor.agents.team import Routing
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import MANIFESTS
 from sartor.core.errors import ArtifactError, BusyError, UnavailableError
 from sartor.evaluate.training import EXEMPLARS
@@ -201,7 +201,7 @@ def measured(release: Path, low: float, gains: Sequence[float]) -> Path:
         for text, gain in zip(texts, gains, strict=True)
     ]
     (release / "report").mkdir()
-    rows.write_rows(release / "report" / "rows.parquet", pa.Table.from_pylist(table).schema, table)
+    parquet_io.write_rows(release / "report" / "rows.parquet", pa.Table.from_pylist(table).schema, table)
     return release
 
 

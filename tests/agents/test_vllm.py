@@ -12,7 +12,7 @@ import pytest
 import tiny
 from sartor.agents.team import Local, Member, Remote, Team
 from sartor.agents.vllm import command
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
 from sartor.models.engine.contract import adapter_digest
@@ -32,7 +32,8 @@ def release(folder: Path, name: str, template: str = tiny.CHATML, **changes: Any
     (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **changes}))
     files = {file: {"sha256": f"{name}{file}"} for file in ("adapter_config.json", "adapter_model.safetensors")}
     return Artifact(
-        folder, {"name": name, "version": "1", "files": files, "base": {"template_digest": bases.template_digest(template)}}
+        folder,
+        {"name": name, "version": "1", "files": files, "base": {"template_digest": model_refs.template_digest(template)}},
     )
 
 

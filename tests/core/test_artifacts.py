@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, create_output_directory, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.records import Example, Message, Origin
@@ -172,12 +172,12 @@ def test_examples_survive_parquet_and_other_readers_see_them(tmp_path: Path) -> 
     ]
 
     def fill(part: Path) -> dict[str, object]:
-        rows.write_examples(part / "examples" / "part-0.parquet", made)
+        parquet_io.write_examples(part / "examples" / "part-0.parquet", made)
         return {"parents": []}
 
     artifact = write_artifact(tmp_path / "d", "dataset", fill)
-    assert list(rows.read_examples(artifact)) == made
-    assert list(rows.read_examples(artifact, "eval")) == made[1:]
+    assert list(parquet_io.read_examples(artifact)) == made
+    assert list(parquet_io.read_examples(artifact, "eval")) == made[1:]
     file = str(tmp_path / "d/examples/part-0.parquet")
     ids = [row.id for row in made]
     assert polars.read_parquet(file)["id"].to_list() == ids

@@ -13,9 +13,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import sartor
-from sartor.core import licence_table, licences, spdx
 from sartor.core.errors import ConfigError
-from sartor.core.licences import USES
+from sartor.core.licences import compliance, licence_families, spdx
+from sartor.core.licences.compliance import USES
 
 PLAIN = [
     "MIT",
@@ -47,7 +47,7 @@ def source(name: str, licence: str = "MIT", **terms: Any) -> dict[str, Any]:
 
 
 def said(*sources: dict[str, Any], use: str = "commercial", today: str = "2027-01-01") -> str:
-    return "; ".join(map(str, licences.objections(sources, use, today)))
+    return "; ".join(map(str, compliance.objections(sources, use, today)))
 
 
 @given(TREE)
@@ -63,15 +63,15 @@ def test_an_or_permits_what_any_branch_permits_and_an_and_what_every_part_permit
     tree: tuple[str, list[set[str]]], use: str
 ) -> None:
     expression, ways = tree
-    permits = any(not licences.objections([source("f", part) for part in way], use) for way in ways)
-    assert permits == (not licences.objections([source("f", expression)], use))
+    permits = any(not compliance.objections([source("f", part) for part in way], use) for way in ways)
+    assert permits == (not compliance.objections([source("f", expression)], use))
 
 
 @given(TREE, TREE)
 def test_and_is_as_strict_as_its_strictest_part_and_or_as_free_as_its_freest(one: Any, other: Any) -> None:
-    low, high = sorted(licences.rank(tree[0]) for tree in (one, other))
-    assert licences.rank(f"({one[0]}) AND ({other[0]})") <= low
-    assert licences.rank(f"({one[0]}) OR ({other[0]})") == high
+    low, high = sorted(compliance.rank(tree[0]) for tree in (one, other))
+    assert compliance.rank(f"({one[0]}) AND ({other[0]})") <= low
+    assert compliance.rank(f"({one[0]}) OR ({other[0]})") == high
 
 
 @given(st.lists(TREE, max_size=5), st.randoms())
@@ -79,16 +79,16 @@ def test_a_derived_licence_is_a_conjunction_whatever_the_order_and_combining_aga
     trees: Any, random: Any
 ) -> None:
     expressions = [tree[0] for tree in trees]
-    whole = licences.combine(expressions)
+    whole = compliance.combine(expressions)
     random.shuffle(expressions)
-    assert licences.combine(expressions) == whole == licences.combine([whole])
+    assert compliance.combine(expressions) == whole == compliance.combine([whole])
     assert " OR " not in whole
     assert all(any(way <= set(whole.split(" AND ")) for way in tree[1]) for tree in trees)
 
 
 @given(st.text(max_size=40))
 def test_any_text_is_read_or_refused_by_name(text: str) -> None:
-    assert licences.combine([text])
+    assert compliance.combine([text])
     try:
         assert spdx.checked(spdx.checked(text)) == spdx.checked(text)
     except ConfigError as error:
@@ -144,8 +144,8 @@ def test_a_day_in_a_recipe_stays_text(tmp_path: Path) -> None:
      ("CC-BY-ND-3.0 OR (MIT AND CC-BY-NC-4.0)", "commercial internal"), ("PolyForm-Noncommercial-1.0.0", "commercial internal")],
 )  # fmt: skip
 def test_each_use_is_forbidden_by_what_forbids_it(licence: str, forbidden: str) -> None:
-    assert [use for use in USES if licences.objections([source("f", licence)], use)] == forbidden.split()
-    assert licences.permitted([source("f", licence)]) == [use for use in USES if use not in forbidden.split()]
+    assert [use for use in USES if compliance.objections([source("f", licence)], use)] == forbidden.split()
+    assert compliance.permitted([source("f", licence)]) == [use for use in USES if use not in forbidden.split()]
 
 
 @pytest.mark.parametrize(
@@ -154,9 +154,9 @@ def test_each_use_is_forbidden_by_what_forbids_it(licence: str, forbidden: str) 
      (["internal", "research"], ("research", "internal")), ([], USES)],
 )  # fmt: skip
 def test_a_declared_use_covers_what_asks_for_less(declared: list[str], permitted: tuple[str, ...]) -> None:
-    assert tuple(licences.permitted([source("f", use=declared)])) == permitted
+    assert tuple(compliance.permitted([source("f", use=declared)])) == permitted
     if declared:  # terms of one's own are what is declared of them
-        assert tuple(licences.permitted([source("f", "LicenseRef-own", use=declared)])) == permitted
+        assert tuple(compliance.permitted([source("f", "LicenseRef-own", use=declared)])) == permitted
 
 
 @pytest.mark.parametrize("use", USES)
@@ -173,10 +173,10 @@ def test_expired_terms_and_missing_consent_forbid_every_use(terms: dict[str, str
 
 
 def test_terms_of_an_older_manifest_have_their_defaults() -> None:
-    assert licences.terms_of({"source": "f", "licence": "MIT", "use": ["research"], "sha256": "0" * 64}) == licences.Terms(
+    assert compliance.terms_of({"source": "f", "licence": "MIT", "use": ["research"], "sha256": "0" * 64}) == compliance.Terms(
         "f", licence="MIT", use=("research",)
     )
-    assert licences.terms_of({}).licence == "NOASSERTION"
+    assert compliance.terms_of({}).licence == "NOASSERTION"
 
 
 CONFLICTS = [
@@ -192,33 +192,35 @@ CONFLICTS = [
 @pytest.mark.parametrize(("one", "other", "sentence"), CONFLICTS)
 def test_a_contradiction_of_licences_names_both_sources(one: str, other: str, sentence: str) -> None:
     for pair in ([source("a.jsonl", one), source("b.jsonl", other)], [source("b.jsonl", other), source("a.jsonl", one)]):
-        found = licences.conflicts(pair)
+        found = compliance.conflicts(pair)
         assert len(found) == bool(sentence)
         assert not sentence or (sentence in found[0] and "a.jsonl" in found[0] and "b.jsonl" in found[0])
-        assert licences.permitted(pair) == (
-            ["internal"] if sentence and "NC" not in other else [] if sentence else licences.permitted(pair)
+        assert compliance.permitted(pair) == (
+            ["internal"] if sentence and "NC" not in other else [] if sentence else compliance.permitted(pair)
         )
 
 
 def test_of_an_or_the_branch_is_chosen_that_contradicts_nothing() -> None:
-    assert licences.combine(["CC-BY-SA-4.0", "ODbL-1.0 OR CC-BY-SA-4.0"]) == "CC-BY-SA-4.0"
-    assert licences.combine(["ODbL-1.0 OR CC-BY-SA-4.0"]) == "ODbL-1.0"
+    assert compliance.combine(["CC-BY-SA-4.0", "ODbL-1.0 OR CC-BY-SA-4.0"]) == "CC-BY-SA-4.0"
+    assert compliance.combine(["ODbL-1.0 OR CC-BY-SA-4.0"]) == "ODbL-1.0"
 
 
 def test_share_alike_that_an_owner_adds_contradicts_like_a_licences() -> None:
     own = source("own.jsonl", "LicenseRef-own", share_alike=True)
-    assert licences.conflicts([own, source("b", "CC-BY-SA-4.0")]) == [
+    assert compliance.conflicts([own, source("b", "CC-BY-SA-4.0")]) == [
         "CC-BY-SA-4.0 of b and LicenseRef-own of own.jsonl each demand that a derived work carries its own terms"
     ]
-    assert licences.conflicts([own, source("b", "MIT"), source("c", "LicenseRef-own", share_alike=True)]) == []
-    assert "CC-BY-SA-4.0 of b demands" in licences.conflicts([source("b", "CC-BY-SA-4.0"), source("c", non_commercial=True)])[0]
-    assert "LicenseRef-own of own.jsonl demands" in licences.conflicts([own, source("c", "CC-BY-NC-4.0")])[0]
-    assert licences.conflicts([{**own, "non_commercial": True}]) == []
+    assert compliance.conflicts([own, source("b", "MIT"), source("c", "LicenseRef-own", share_alike=True)]) == []
+    assert (
+        "CC-BY-SA-4.0 of b demands" in compliance.conflicts([source("b", "CC-BY-SA-4.0"), source("c", non_commercial=True)])[0]
+    )
+    assert "LicenseRef-own of own.jsonl demands" in compliance.conflicts([own, source("c", "CC-BY-NC-4.0")])[0]
+    assert compliance.conflicts([{**own, "non_commercial": True}]) == []
 
 
 def test_obligations_are_listed_by_licence_with_the_sources() -> None:
     files = [source(f"{name}.jsonl", "CC-BY-4.0") for name in "abcde"]
-    owed = licences.obligations(
+    owed = compliance.obligations(
         [*files, source("s", "CC-BY-SA-4.0", expires="2028-01-01"), source("net", "AGPL-3.0-only"), source("z", "CC0-1.0")]
     )
     assert (
@@ -233,19 +235,19 @@ def test_obligations_are_listed_by_licence_with_the_sources() -> None:
 def test_more_permissive_licences_rank_higher() -> None:
     order = ["CC0-1.0", "MIT", "Apache-2.0", "CC-BY-4.0", "MPL-2.0", "CC-BY-SA-4.0", "GPL-3.0-only", "AGPL-3.0-only", "CC-BY-NC-4.0",
              "CC-BY-NC-SA-4.0", "CC-BY-ND-4.0", "CC-BY-NC-ND-3.0", "LicenseRef-own", "NOASSERTION"]  # fmt: skip
-    ranks = [licences.rank(licence) for licence in order]
+    ranks = [compliance.rank(licence) for licence in order]
     assert ranks == sorted(ranks, reverse=True) and len(set(ranks)) == len(ranks)
 
 
 def test_every_row_of_the_table_is_reached_and_every_id_it_names_is_known() -> None:
     ids = [name for name in spdx.categories() if "exception" not in name]
-    reached = {licence_table.family_of(name, spdx.categories().get(name, "")) for name in [*ids, "NOASSERTION"]}
-    assert set(licence_table.FAMILIES) <= reached
-    named = {name for key, (others, _) in licence_table._ACCEPTS.items() for name in (key, *others)} | set().union(
-        *licence_table.CLASHES
+    reached = {licence_families.family_of(name, spdx.categories().get(name, "")) for name in [*ids, "NOASSERTION"]}
+    assert set(licence_families.FAMILIES) <= reached
+    named = {name for key, (others, _) in licence_families._ACCEPTS.items() for name in (key, *others)} | set().union(
+        *licence_families.CLASHES
     )
     assert named <= set(ids)
-    assert all(family.reason and 0 <= family.rank <= 1 for family in licence_table.FAMILIES)
+    assert all(family.reason and 0 <= family.rank <= 1 for family in licence_families.FAMILIES)
 
 
 def test_help_needs_no_list_of_licences() -> None:
@@ -256,4 +258,4 @@ def test_help_needs_no_list_of_licences() -> None:
 @given(st.sampled_from([name for name in PLAIN if name != "LicenseRef-own"]), st.sampled_from(PLAIN))
 def test_a_further_source_never_permits_more(one: str, other: str) -> None:
     assume(one != other)
-    assert set(licences.permitted([source("a", one), source("b", other)])) <= set(licences.permitted([source("a", one)]))
+    assert set(compliance.permitted([source("a", one), source("b", other)])) <= set(compliance.permitted([source("a", one)]))

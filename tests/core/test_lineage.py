@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sartor
-from sartor.core import catalogue, errors, lineage
+from sartor.core import catalogue, errors
 from sartor.core.artifacts import write_artifact
-from sartor.core.holdout import held_out_groups
 from sartor.core.home import home
+from sartor.core.lineage import ancestry
+from sartor.core.splits import held_out_groups
 
 
 def test_every_error_has_an_exit_code_a_place_in_the_drawing_and_carries_a_remedy() -> None:
@@ -46,10 +47,10 @@ def test_a_changed_parent_is_said_on_the_walk_back(tmp_path: Path) -> None:
 
     parent = write_artifact(tmp_path / "p", "dataset", fill)
     child = write_artifact(tmp_path / "c", "adapter", lambda part: {"parents": [parent.as_parent()]})
-    assert lineage.inspect(child.path)["parents"][0]["state"] == "opened"
+    assert ancestry.inspect(child.path)["parents"][0]["state"] == "opened"
     (tmp_path / "p" / "x").write_text("2")
-    assert "x was changed" in lineage.inspect(child.path)["parents"][0]["state"]
-    assert lineage.find_parent(child, "dataset") is None
+    assert "x was changed" in ancestry.inspect(child.path)["parents"][0]["state"]
+    assert ancestry.find_parent(child, "dataset") is None
 
 
 def test_inspect_shows_conflicts_and_obligations_of_sources_and_base(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_inspect_shows_conflicts_and_obligations_of_sources_and_base(tmp_path: P
                (("a", "CC-BY-SA-4.0", 2), ("gone", "ODbL-1.0", 0))]  # fmt: skip
     base = {"name": "tiny", "licence": "GPL-2.0-only"}
     made = write_artifact(tmp_path / "a", "adapter", lambda part: {"parents": [], "sources": sources, "base": base})
-    said = lineage.inspect(made.path)
+    said = ancestry.inspect(made.path)
     assert said["licence_conflicts"] == [
         "CC-BY-SA-4.0 of a.jsonl and GPL-2.0-only of base tiny each demand that a derived work carries its own terms"
     ]
@@ -65,7 +66,7 @@ def test_inspect_shows_conflicts_and_obligations_of_sources_and_base(tmp_path: P
     recorded = write_artifact(
         tmp_path / "d", "dataset", lambda part: {"parents": [], "sources": [], "licence_conflicts": ["as recorded"]}
     )
-    assert lineage.inspect(recorded.path)["licence_conflicts"] == ["as recorded"]
+    assert ancestry.inspect(recorded.path)["licence_conflicts"] == ["as recorded"]
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=60), st.floats(0, 0.9), st.integers(0, 9))

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sartor
-from sartor.core import catalogue, lineage_index, rows
+from sartor.core import catalogue, parquet_io
 from sartor.core.artifacts import Artifact, seal, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.lineage import origin_index
 
 A, B = ("data/a.jsonl", "a.jsonl"), ("data/b.jsonl", "b.jsonl")
 
@@ -37,10 +38,10 @@ def write(
 ) -> Artifact:
     """A Dataset of these rows, in several Parquet files. Sealed in place: what an fsync costs is not asked here."""
     for number in range(files):
-        rows.write_examples(folder / f"examples/part-{number:05}.parquet", examples[number::files])
-    rows.write_drops(folder / "drops/part-00000.parquet", drops)
+        parquet_io.write_examples(folder / f"examples/part-{number:05}.parquet", examples[number::files])
+    parquet_io.write_drops(folder / "drops/part-00000.parquet", drops)
     if index:
-        lineage_index.write(folder)
+        origin_index.write(folder)
     pairs = sorted({(one.source, one.locator.rpartition(":")[0]) for row in examples for one in row.origins})
     sources = [{"source": source, "path": path, "licence": "MIT", "kept": 1} for source, path in pairs]
     return Artifact(folder, seal(folder, "dataset", {"parents": [], "sources": sources}))
@@ -175,7 +176,7 @@ def test_the_index_is_small_and_its_words_are_coded_once(tmp_path: Path) -> None
         for n in range(5)
     }
     assert sizes["source"] + sizes["path"] + sizes["row"] < sizes["id"] / 10
-    assert lineage_index.read(made, ["row"])["row"].to_pylist() == list(range(5000))
+    assert origin_index.read(made, ["row"])["row"].to_pylist() == list(range(5000))
 
 
 def test_one_row_is_shown_with_its_origins_ancestors_and_duplicates(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 import sartor
 from conftest import write_jsonl
 from sartor.core.artifacts import Artifact, write_artifact
+from sartor.core.parquet_io import ROWS_PER_GROUP, example_row, read_examples, write_examples
 from sartor.core.records import Example, Feedback, Message, Origin, Voice, digest
-from sartor.core.rows import ROWS_PER_GROUP, example_row, read_examples, write_examples
 from sartor.core.teachers import Answer, Question
 from sartor.curate.derived import write_derived
 from sartor.curate.review.items import Decision, item_of

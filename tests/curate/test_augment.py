@@ -18,7 +18,7 @@ from sartor.core.errors import ConfigError, StoppedError
 from sartor.core.pictures import open_image
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.core.sounds import read_sound
-from sartor.curate import local
+from sartor.curate import local, work
 from sartor.curate.sources import media
 from sartor.curate.steps.augment_audio import AugmentAudio
 from sartor.curate.steps.augment_images import AugmentImages, Light
@@ -126,7 +126,7 @@ def test_any_number_of_workers_and_an_interrupted_run_make_the_same_bytes(
     said = recipe(paths[0], {"augment_images": {"copies": 2}})
     said["sources"] = [{"path": path} for path in paths]
     one, two = (sartor.curate({**said, "workers": n}, tmp_path / f"d{n}").dataset for n in (1, 2))
-    real, made = local.execute, []
+    real, made = work.execute, []
 
     def execute(task: Any) -> Any:
         if len(made) == 3:

@@ -22,9 +22,9 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from sartor.core import page, rows
-from sartor.core.lineage import tally
-from sartor.core.records import Drop, Example, Message, Origin, Part
+from sartor.core import html as page
+from sartor.core import parquet_io
+from sartor.core.records import Drop, Example, Message, Origin, Part, tally
 from sartor.curate import card
 from sartor.curate.card import hub, markdown
 from sartor.curate.card.contents import gather, place
@@ -109,8 +109,8 @@ def dataset(
 ) -> Path:
     size = -(-len(kept) // parts) or 1
     for part in range(parts):
-        rows.write_examples(folder / "examples" / f"part-{part:05d}.parquet", kept[part * size : (part + 1) * size])
-    rows.write_drops(folder / "drops" / "part-00000.parquet", drops)
+        parquet_io.write_examples(folder / "examples" / f"part-{part:05d}.parquet", kept[part * size : (part + 1) * size])
+    parquet_io.write_drops(folder / "drops" / "part-00000.parquet", drops)
     card.write(folder, facts_of(kept, drops) if facts is None else facts)
     return folder
 
@@ -380,7 +380,7 @@ def test_a_dataset_of_hardly_a_row_has_a_card(tmp_path: Path, count: int) -> Non
 
 
 def test_a_row_of_an_older_schema_and_absent_folders_are_no_error(tmp_path: Path) -> None:
-    rows.write_examples(tmp_path / "examples" / "part-00000.parquet", kept_rows())
+    parquet_io.write_examples(tmp_path / "examples" / "part-00000.parquet", kept_rows())
     table = pq.read_table(tmp_path / "examples" / "part-00000.parquet").drop_columns(["steps"])
     pq.write_table(table, tmp_path / "examples" / "part-00000.parquet")
     card.write(tmp_path, {})

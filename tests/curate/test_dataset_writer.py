@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from dataset_cases import CASES, GOLDEN, PYARROW, as_text, fixed_versions, record_of, without_parquet_bytes
 
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.records import Drop
 from sartor.curate import dataset_writer
 from sartor.curate.dataset_writer import DatasetWriter
@@ -35,7 +35,7 @@ def test_dataset_is_as_recorded(case: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_tables_are_cut_into_files_by_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "ROWS_PER_GROUP", 2)
+    monkeypatch.setattr(parquet_io, "ROWS_PER_GROUP", 2)
     monkeypatch.setattr(dataset_writer, "ROWS_PER_FILE", 4)
     schema = pa.schema([("number", pa.int64())])
     table = pa.table({"number": range(7)}, schema)

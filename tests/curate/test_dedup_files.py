@@ -15,9 +15,9 @@ import pytest
 
 import sartor
 from curate.dedup_rows import edited, text, texts
+from sartor.core import processes
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, GuardError, SourceError
-from sartor.curate.dedup import workers
 from sartor.curate.dedup.fields import choose, text_of
 
 
@@ -195,7 +195,7 @@ def test_processes_change_nothing_but_the_time(tmp_path: Path) -> None:
 
 
 def test_workers_answer_in_order_and_hand_errors_on() -> None:
-    with workers.Workers(2) as two:
+    with processes.Workers(2) as two:
         assert list(two.spread(divmod, ((n, 3) for n in range(50)))) == [divmod(n, 3) for n in range(50)]
         with pytest.raises(ZeroDivisionError):
             list(two.spread(divmod, [(1, 1), (1, 0), (2, 1)]))

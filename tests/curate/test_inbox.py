@@ -12,16 +12,17 @@ import pytest
 
 from sartor.agents.feedback import Inbox
 from sartor.core.errors import ConfigError, SourceError
-from sartor.core.family import holm
-from sartor.core.grouping import prompt_group
+from sartor.core.lineage.revocation import revoke
 from sartor.core.records import Drop, Example, Feedback, Voice
-from sartor.core.revoke import revoke
+from sartor.core.splits import prompt_group
+from sartor.core.statistics import holm
 from sartor.curate.inbox import reading, shares, trust
 from sartor.curate.inbox.lines import Line, over
 from sartor.curate.inbox.terms import InboxTerms
 from sartor.curate.pipeline import curate
 from sartor.curate.recipe import Source
-from sartor.curate.sources import units
+from sartor.curate.sources import planning
+from sartor.curate.sources import reading as sources_reading
 
 DAY = "2026-11-26"
 
@@ -35,8 +36,8 @@ def said(number: int, key: str = "k1", *, day: str = DAY, question: str = "", re
 
 def read(folder: Path, strict: bool = False, **terms: Any) -> tuple[list[Example], list[Drop]]:
     source = Source(f"inbox:{folder}", inbox=InboxTerms(**terms))
-    (unit,) = units.plan([source], 1 << 20).units
-    found = list(units.read(unit, source, folder.parent / "media", strict))
+    (unit,) = planning.plan([source], 1 << 20).units
+    found = list(sources_reading.read(unit, source, folder.parent / "media", strict))
     return [one for one in found if isinstance(one, Example)], [one for one in found if isinstance(one, Drop)]
 
 
@@ -148,13 +149,13 @@ def test_lines_that_come_while_it_is_read_are_the_next_run_s(tmp_path: Path) -> 
     folder = filled(tmp_path, said(1, rating=1.0))
     torn(folder / f"feedback-{DAY}.jsonl", '{"schema"')
     source = Source(f"inbox:{folder}")
-    (unit,) = units.plan([source], 1 << 20).units
+    (unit,) = planning.plan([source], 1 << 20).units
     torn(folder / f"feedback-{DAY}.jsonl", ": 2}\n")
     filled(tmp_path, said(2, rating=1.0))
-    found = list(units.read(unit, source, tmp_path / "media"))
+    found = list(sources_reading.read(unit, source, tmp_path / "media"))
     assert [one.reason if isinstance(one, Drop) else one.rating for one in found] == [1.0, "torn_line"]
     Inbox(folder).remove(lambda line: line.receipt == "r1")
-    (drop,) = units.read(unit, source, tmp_path / "media")
+    (drop,) = sources_reading.read(unit, source, tmp_path / "media")
     assert isinstance(drop, Drop) and drop.reason == "changed_file"
 
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from sartor.core import config
 from sartor.core.errors import ConfigError
-from sartor.core.records import Drop, Example, Message, Origin, Part
+from sartor.core.records import TEXT_KEPT, Drop, Example, Message, Origin, Part
 from sartor.curate.personal import checks, json_text
 from sartor.curate.personal.findings import ENTITIES, Finding, look, resolved
 from sartor.curate.personal.payment import is_card, is_iban, luhn
 from sartor.curate.personal.scan import Scanner
-from sartor.curate.steps.contract import TEXT_KEPT, Counting
+from sartor.curate.steps.contract import Counting
 from sartor.curate.steps.personal_data import DEFAULT, PersonalData
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "personal.py"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import sartor
 from conftest import ROWS, write_jsonl
 from media_files import data_url, png, sound
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, HubError, SourceError
 from sartor.core.filesystem import file_digest
@@ -41,7 +41,7 @@ def curate(out: Path, *paths: Path | str, **recipe: Any) -> Any:
 
 def read(out: Path) -> tuple[list[Example], list[Drop]]:
     dataset = open_artifact(out, "dataset")
-    return list(rows.read_examples(dataset)), list(rows.read_drops(dataset))
+    return list(parquet_io.read_examples(dataset)), list(parquet_io.read_drops(dataset))
 
 
 def write(file: Path, row: dict[str, Any]) -> Path:
@@ -118,7 +118,7 @@ def test_a_dataset_without_the_column_of_ratings_is_read(tmp_path: Path) -> None
     dataset = open_artifact(tmp_path / "d", "dataset")
     (file,) = (dataset.path / "examples").glob("*.parquet")
     table = pq.read_table(file).drop_columns(["rating"])
-    assert [rows.example_of(row).rating for row in table.to_pylist()] == [0.0] * 4
+    assert [parquet_io.example_of(row).rating for row in table.to_pylist()] == [0.0] * 4
 
 
 BAD_LINES = [

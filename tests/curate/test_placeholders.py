@@ -16,7 +16,7 @@ from PIL import Image
 
 import sartor
 from conftest import write_jsonl
-from sartor.core import rows
+from sartor.core import parquet_io
 
 
 def curated(tmp_path: Path, *said: dict[str, Any]) -> tuple[list[list[tuple[str, str]]], dict[str, int]]:
@@ -27,7 +27,7 @@ def curated(tmp_path: Path, *said: dict[str, Any]) -> tuple[list[list[tuple[str,
         Image.new("RGB", (40, 40), (place * 99, 9, 9)).save(folder / name)
     write_jsonl(folder / "rows.jsonl", list(said))
     made = sartor.curate({"sources": [str(folder / "rows.jsonl")], "split": {"eval_fraction": 0}}, tmp_path / "d")
-    found = list(rows.read_examples(made.dataset))
+    found = list(parquet_io.read_examples(made.dataset))
     pictures = {file.name: place for place, file in enumerate(sorted((tmp_path / "d" / "media").glob("*")))}
     shown = [
         [
@@ -89,7 +89,7 @@ def test_no_form_loses_the_picture_that_its_row_names(tmp_path: Path, row: dict[
 def test_a_missing_file_is_a_drop_and_said(tmp_path: Path) -> None:
     _, dropped = curated(tmp_path, chat("<image>", image="a.png"), chat("<image>", image="none.png"))
     assert dropped == {"missing_media": 1}
-    assert "none.png" in json.dumps([drop.detail for drop in rows.read_drops(sartor.open(tmp_path / "d"))])
+    assert "none.png" in json.dumps([drop.detail for drop in parquet_io.read_drops(sartor.open(tmp_path / "d"))])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_parquet_as_the_hub_writes_it_holds_its_pictures_itself(tmp_path: Path) 
     row = {"question": "what is it", "answer": "black", "image": {"bytes": out.getvalue(), "path": "x.bmp"}}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
     made = sartor.curate({"sources": [str(tmp_path / "a.parquet")], "split": {"eval_fraction": 0}}, tmp_path / "d")
-    (found,) = rows.read_examples(made.dataset)
+    (found,) = parquet_io.read_examples(made.dataset)
     (file,) = (tmp_path / "d" / "media").iterdir()
     assert file.suffix == ".bmp" and file.read_bytes() == out.getvalue()
     assert [part.kind for part in found.messages[0].content] == ["image", "text"]

@@ -19,8 +19,8 @@ import sartor
 from postgres_server import postgres
 from sartor.core import database, signing
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, ConflictError, SignatureError, SourceError
+from sartor.core.parquet_io import example_row, read_drops, read_examples
 from sartor.core.records import Example
-from sartor.core.rows import example_row, read_drops, read_examples
 from sartor.curate.dataset_writer import kept_by_file
 from sartor.curate.review import findings, tables, view
 from sartor.curate.review.items import item_of

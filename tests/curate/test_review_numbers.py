@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import hypergeom
 
-from sartor.core import proportions
+from sartor.core import statistics
 from sartor.core.errors import ConfigError
 from sartor.curate.review import sampling
 from sartor.curate.review.agreement import Agreement, agreements
@@ -79,7 +79,7 @@ def test_kappa_is_cohens() -> None:
     found = Agreement(("a", "b"), 50, 35, table)
     assert found.kappa is not None
     assert found.by_chance == pytest.approx(0.5) and found.kappa["estimate"] == pytest.approx(0.4)
-    low, high = proportions.interval(35, 50)
+    low, high = statistics.interval(35, 50)
     assert (found.kappa["low"], found.kappa["high"]) == pytest.approx((2 * low - 1, 2 * high - 1))
     assert found.kappa["low"] < 0.4 < found.kappa["high"]
 
@@ -124,6 +124,6 @@ def test_the_interval_of_kappa_holds_the_truth() -> None:
 
 
 def test_clopper_and_pearson() -> None:
-    assert proportions.interval(0, 10) == pytest.approx((0.0, 0.3085), abs=1e-4)
-    assert proportions.interval(5, 10) == pytest.approx((0.1871, 0.8129), abs=1e-4)
-    assert proportions.interval(0, 0) == (0.0, 1.0) and proportions.upper_bound(3, 3, 0.95) == 1.0
+    assert statistics.interval(0, 10) == pytest.approx((0.0, 0.3085), abs=1e-4)
+    assert statistics.interval(5, 10) == pytest.approx((0.1871, 0.8129), abs=1e-4)
+    assert statistics.interval(0, 0) == (0.0, 1.0) and statistics.upper_bound(3, 3, 0.95) == 1.0

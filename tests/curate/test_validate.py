@@ -13,8 +13,8 @@ import pytest
 
 import sartor
 from sartor.core.errors import ConfigError, GateError, SourceError
+from sartor.core.parquet_io import read_drops, read_examples
 from sartor.core.records import Example, Message, Origin
-from sartor.core.rows import read_drops, read_examples
 from sartor.curate.validate import apart, diversity, drift, shift, spans, spread
 from sartor.curate.validate.options import Limits, ValidateOptions
 from sartor.curate.validate.outcome import Validated

@@ -11,9 +11,9 @@ import pytest
 
 from sartor.core.artifacts import write_artifact
 from sartor.core.errors import ConfigError, HealthError, MissingError
+from sartor.core.resource_limits import Limits, Usage
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import process
-from sartor.edge.tuning.limits import Limits, Usage
 from sartor.edge.update import health
 from sartor.edge.update.health import Health, read_prompts
 from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece

@@ -14,11 +14,11 @@ from edge_jobs import job
 from safetensors.torch import load_file
 
 from sartor.core.errors import ArtifactError, StoppedError
+from sartor.core.processes import Signals
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.learning import DeviceRun, ZerothRun
 from sartor.edge.tuning.tuner import tune
 from sartor.tune import checkpoint
-from sartor.tune.signals import Signals
 
 
 def adapter(one: Job) -> dict[str, torch.Tensor]:

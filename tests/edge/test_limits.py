@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sartor.core import resource_limits
 from sartor.core.errors import BudgetError, MissingError
-from sartor.edge.tuning import limits
-from sartor.edge.tuning.limits import CGROUPS, Limits, Usage, holder, run
+from sartor.core.resource_limits import CGROUPS, Limits, Usage, holder, run
 
 MB = 1 << 20
 TAKES = "import sys, time; held = bytearray(int(sys.argv[1])); held[::4096] = b'x' * len(held[::4096]); time.sleep(0.3)"
@@ -74,7 +74,7 @@ def test_time_is_held_by_a_signal_that_can_be_heard_and_one_that_cannot(monkeypa
     )
     used = run([sys.executable, "-c", heard], Limits(wall_s=1.0))
     assert (used.killed, used.exit_code, used.held_by) == ("wall", 143, "nothing")
-    monkeypatch.setattr(limits, "GRACE_S", 0.5)
+    monkeypatch.setattr(resource_limits, "GRACE_S", 0.5)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     used = run([sys.executable, "-c", deaf], Limits(wall_s=1.0))
     assert (used.killed, used.exit_code) == ("wall", -9) and used.wall_s < 30

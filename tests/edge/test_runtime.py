@@ -16,11 +16,11 @@ import sartor
 import tiny
 from export import releases
 from sartor.core.errors import ConfigError, HealthError, ModelError, StoreError
+from sartor.core.resource_limits import Limits
 from sartor.edge.runtime import opened
 from sartor.edge.runtime.ask import ask
 from sartor.edge.runtime.plain_content import prompt_of
 from sartor.edge.store import Store
-from sartor.edge.tuning.limits import Limits
 from sartor.edge.update.health import Health, read_prompts
 from sartor.models import gguf_model, gguf_tokens
 from sartor.models.chat import Chat

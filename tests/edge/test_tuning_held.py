@@ -19,12 +19,12 @@ import torch
 from edge_jobs import job, rows
 from safetensors.torch import load_file
 
-from sartor.core import bases
+from sartor.core import model_refs
+from sartor.core.resource_limits import Limits, holder, run
 from sartor.core.signing import keygen, open_public
 from sartor.edge.tuning import within
 from sartor.edge.tuning.floor import Floor
 from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.limits import Limits, holder, run
 from sartor.edge.tuning.plan import Planner, Rung
 from sartor.edge.tuning.receipt import verify_receipt
 from sartor.edge.tuning.within import Budget, planned_job, tune_within, tuner_command
@@ -154,7 +154,7 @@ def test_paused_by_the_policy_and_by_a_signal_it_ends_at_the_same_bits(tiny_base
 def test_the_starter_is_held_as_it_was_predicted(tmp_path: Path) -> None:
     found = sorted((Path.home() / ".cache/sartor/bases").glob("starter-*"))
     if not found:
-        pytest.skip(f"the {bases.STARTER} base is not converted: sartor demo does it once")
+        pytest.skip(f"the {model_refs.STARTER} base is not converted: sartor demo does it once")
     one = job(found[0], tmp_path, updates=1, rows=rows(4, 252), recipe={"method": {"kind": "lora", "rank": 8, "alpha": 16}})
     planner = Planner(one)
     rung = Rung("recompute", planner.shape.layers, planner.rows.longest)

@@ -12,11 +12,11 @@ import pytest
 from edge_jobs import job
 
 from sartor.core.errors import ArtifactError, BudgetError, ModelError, SignatureError
+from sartor.core.resource_limits import Killed, Limits, Usage
 from sartor.core.signing import keygen, open_public
 from sartor.edge.tuning import within
 from sartor.edge.tuning.floor import Floor
 from sartor.edge.tuning.job import Job, read_job
-from sartor.edge.tuning.limits import Killed, Limits, Usage
 from sartor.edge.tuning.plan import Planner
 from sartor.edge.tuning.receipt import verify_receipt
 from sartor.edge.tuning.within import Budget, tune_within

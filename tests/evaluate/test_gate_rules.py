@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 import sartor
 from sartor.cli import main
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError, GateError
 from sartor.evaluate import audit
@@ -30,7 +30,7 @@ def report(tmp_path: Path, replies: list[Any], wanted: list[Any] = WANTED) -> Ar
         {"id": f"row{n}", "reference": json.dumps(reference), "tuned_reply": text}
         for n, (reference, text) in enumerate(zip(wanted, texts, strict=True))
     ]
-    rows.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
+    parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
     return Artifact(tmp_path, {})
 
 
@@ -108,7 +108,9 @@ def test_the_rules_of_the_textile_line_can_be_read() -> None:
 def test_rules_are_checks_of_the_gate_and_signed_into_the_release(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(audit, "chitchat_rows", lambda: list(rows.read_examples(open_artifact(tmp_path / "dataset"), "eval")))
+    monkeypatch.setattr(
+        audit, "chitchat_rows", lambda: list(parquet_io.read_examples(open_artifact(tmp_path / "dataset"), "eval"))
+    )
     keys = tmp_path / "keys"
     sartor.keygen(keys, trust=True)
     sartor.evaluate(adapter)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.records import Example, Message, Origin
 from sartor.evaluate.held_out import held_out
@@ -26,7 +26,7 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
     def read(dataset: Artifact, split: str = "") -> list[Example]:
         return [example(one) for one in held[dataset.manifest["name"]][split]]
 
-    monkeypatch.setattr(rows, "read_examples", read)
+    monkeypatch.setattr(parquet_io, "read_examples", read)
     facts: dict[str, Any] = {"parents": [one.as_parent() for one in made.values()]}
     return write_artifact(tmp_path / "adapter", "adapter", lambda part: facts)
 

@@ -11,7 +11,7 @@ import pytest
 from test_release import keys, probe, release  # noqa: F401
 from test_training import example, facts
 
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import AdmissionError
 from sartor.core.numerics import NUMERICS, numerics
@@ -68,7 +68,7 @@ def test_replies_of_another_arithmetic_are_not_compared(dtype: str, made_by: dic
 def test_prompts_state_the_arithmetic_of_the_report(tmp_path: Path) -> None:
     held_out = [example(f"q{n}", "r" * n, "eval") for n in (1, 2)]
     table = [{"id": one.id, "prompt": one.prompt[-1].text, "tuned_reply": one.reply} for one in held_out]
-    rows.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
+    parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
 
     def made_by(base: dict[str, Any]) -> list[tuple[str, int]]:
         found = training.canaries(facts(example("q", "r"), *held_out), Artifact(tmp_path, {"base": base}))

@@ -12,17 +12,17 @@ import pytest
 import sartor
 from conftest import write_jsonl
 from sartor.core.errors import ConfigError
-from sartor.core.grouping import group_of, group_of_stored, prompt_group, split_group, stated_group
 from sartor.core.records import Example, Message, Origin, Part
+from sartor.core.splits import group_of, group_of_stored, prompt_group, split_group, stated_group
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import read_all
 from sartor.curate.validate import sides as validating
-from sartor.edge.personal import work
+from sartor.edge.personal import work, work__user_tokens
 from sartor.edge.personal.rows import Row
 from sartor.evaluate import audit, checks, compare, tasks
 from sartor.evaluate.audit import pairs
 from sartor.evaluate.held_out import HeldOut
-from sartor.federate.tuning import lifts, shards
+from sartor.federate.tuning import lifts, lifts__personal_adapters, shards
 from sartor.models.batches import Encoded
 from sartor.personal import gate
 from sartor.retrain import stages, verdicts
@@ -76,7 +76,7 @@ def of_personal(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[
 def of_edge(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
     patch.setattr(work, "encoded", lambda example, name, chat, most: encoded([example])[0])
     mine = [Row(str(place), "2026-11-28", one) for place, one in enumerate(rows)]
-    return work.material(mine, None, 1.0, 100).groups  # type: ignore[arg-type]
+    return work__user_tokens.material(mine, None, 1.0, 100).groups  # type: ignore[arg-type]
 
 
 def of_federate(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
@@ -86,7 +86,7 @@ def of_federate(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[
         resident=SimpleNamespace(base=None),
         dataset_of=lambda name: SimpleNamespace(path=Path()),
     )
-    return lifts.own_rows(people, "a", {one.id: one for one in rows}).groups  # type: ignore[arg-type]
+    return lifts__personal_adapters.own_rows(people, "a", {one.id: one for one in rows}).groups  # type: ignore[arg-type]
 
 
 def of_shards(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.core.records import Example, Message, Origin
 from sartor.evaluate import training
@@ -102,7 +102,7 @@ def test_canaries_are_short_distinct_and_asked_as_they_were(tmp_path: Path) -> N
     held_out = [example(f"q{n}", "r" * n, "eval", system="Own.") for n in range(1, 8)]
     table = [{"id": one.id, "prompt": one.prompt[-1].text, "tuned_reply": one.reply} for one in held_out]
     table += [{"id": "other", "prompt": "from a file", "tuned_reply": "z"}, {"id": "same", "prompt": "p", "tuned_reply": "z"}]
-    rows.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
+    parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
     found = training.canaries(facts(example("q", "r"), *held_out), Artifact(tmp_path, {}))
     assert sorted(one["reply"] for one in found) == sorted([*("r" * n for n in range(1, 8)), "z"])
     by_reply = {one["reply"]: one["messages"] for one in found}
@@ -113,7 +113,7 @@ def test_canaries_are_short_distinct_and_asked_as_they_were(tmp_path: Path) -> N
 @pytest.mark.parametrize("replies", [1, 2, 3])
 def test_there_are_enough_canaries_for_a_probe_where_replies_are_of_few_kinds(replies: int, tmp_path: Path) -> None:
     table = [{"id": f"row{n}", "prompt": f"q{n // 2}", "tuned_reply": "yn."[n // 2 % replies]} for n in range(40)]
-    rows.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
+    parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
     found = training.canaries(facts(example("q", "r")), Artifact(tmp_path, {}))
     assert len({json.dumps(one["messages"]) for one in found}) == len(found) == training.CANARIES >= LEAST_GROUPS
     assert len({one["reply"] for one in found}) == replies

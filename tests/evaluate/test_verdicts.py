@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 import sartor
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.groups import KINDS
@@ -202,7 +202,7 @@ def scored(tmp_path: Path, scores: list[float | None]) -> Artifact:
         {"id": f"row{n}", "reference": json.dumps({"language": "de"}), "tuned_reply": "{}", "tuned_exact_match": score}
         for n, score in enumerate(scores)
     ]
-    rows.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
+    parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
     return Artifact(tmp_path, {})
 
 

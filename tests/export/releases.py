@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import torch
 
 import sartor
-from sartor.core import licences, signing
+from sartor.core import signing
 from sartor.core.artifacts import Artifact, create_output_directory, open_artifact, seal
+from sartor.core.licences import compliance
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
 
@@ -48,7 +49,7 @@ def signed(
         "system_prompt": SYSTEM, "sampling": {"temperature": 0.0, "top_p": 1.0, "max_tokens": 256}, "parents": [],
         "sources": SOURCES, "licence": "Apache-2.0 AND CC-BY-4.0", "gate": {}, "versions": {}, **facts,
     }  # fmt: skip
-    said["obligations"] = licences.obligations(licences.made_from(said))
+    said["obligations"] = compliance.obligations(compliance.made_from(said))
     with create_output_directory(folder / "release") as part:
         adapters.write_adapter(model, part, str(base_name))
         (part / "report").mkdir()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import sartor
 import tiny
 from export import releases
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import (
     ArtifactError,
@@ -31,10 +31,10 @@ from sartor.core.errors import (
     ModelError,
     SignatureError,
 )
+from sartor.core.model_refs import SAID
 from sartor.core.records import Message
-from sartor.core.towers import SAID
 from sartor.evaluate.release import verify_release
-from sartor.export import companions, forms, llamacpp, measure, prompts, runtimes, verb
+from sartor.export import companions, forms, llamacpp, measure, prompts, reference, runtimes, verb
 from sartor.models import adapters, composed, general, memory
 from sartor.models.base import open_base
 from sartor.models.generate import generate
@@ -157,7 +157,7 @@ def test_the_merged_directory_is_a_base_that_answers_alike(
     asked = [merged.chat.prompt_ids([Message.of("user", f"switch {place} on")]) for place in ("den", "loft", "moon")]
     how = {"stop": merged.chat.stops, "pad": merged.chat.pad, "sampling": Sampling(8)}
     assert generate(merged.model, asked, **how) == generate(tuned, asked, **how)
-    assert merged.chat.template_digest == bases.template_digest(tiny.CHATML)
+    assert merged.chat.template_digest == model_refs.template_digest(tiny.CHATML)
     config = transformers.GenerationConfig.from_pretrained(str(tmp_path / "out"))
     assert (config.do_sample, config.max_new_tokens, config.eos_token_id) == (False, 256, merged.chat.stops)
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "out" / "README.md").stat().st_mode
@@ -187,7 +187,7 @@ def test_gguf_files_hold_adapter_and_merged_model(made: Path, tmp_path: Path, op
         fields = gguf.GGUFReader(tmp_path / "out" / name).fields
         assert fields["tokenizer.chat_template"].contents() == tiny.CHATML
     assert reader.fields["general.license"].contents() == open_artifact(made / "release").licence
-    merged = bases.locate(str(tmp_path / "out" / "switch-1.0-f16.gguf"))
+    merged = model_refs.locate_base(str(tmp_path / "out" / "switch-1.0-f16.gguf"))
     assert merged.digest == done.as_json()["as_base"]["switch-1.0-f16.gguf"]
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == tiny.CHATML
 
@@ -248,7 +248,7 @@ def test_each_figure_has_its_limit(form: str, changes: dict[str, Any], word: str
 def test_figures_count_positions_and_replies() -> None:
     asked = prompts.Asked((Message.of("user", "a"),), "", (1, 2), "here")
     logits = torch.tensor([[0.0, 5.0, 1.0], [0.0, 1.0, 5.0]])
-    trace = runtimes.Trace(asked, (1, 2), logits)
+    trace = reference.Trace(asked, (1, 2), logits)
     near = logits.log_softmax(-1)
     likeliest = [[(1, float(near[0, 1])), (2, float(near[0, 2]) + 0.25)], [(0, float(near[1, 0])), (2, float(near[1, 2]))]]
     found = measure.compare("r", "f16", [trace], measure.Answers([[1, 0, 0]], [likeliest]))
@@ -261,7 +261,7 @@ def test_figures_count_positions_and_replies() -> None:
 def test_replies_that_differ_among_themselves_say_less_than_as_many_positions_would() -> None:
     asked = prompts.Asked((Message.of("user", "a"),), "", (1, 2), "here")
     logits = torch.tensor([[0.0, 5.0], [0.0, 5.0]])
-    traces = [runtimes.Trace(asked, (1, 1), logits)] * 4
+    traces = [reference.Trace(asked, (1, 1), logits)] * 4
     right, wrong = [(1, -0.01), (0, -5.0)], [(0, -0.01), (1, -5.0)]
 
     def told(*replies: list[list[tuple[int, float]]]) -> measure.Figures:

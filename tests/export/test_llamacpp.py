@@ -17,8 +17,8 @@ import tiny
 from export import releases
 from models.test_gguf_model import FAMILIES
 from sartor.cli import main
-from sartor.core.bases import BaseRef
 from sartor.core.errors import GateError
+from sartor.core.model_refs import BaseRef
 from sartor.core.records import Message
 from sartor.export import reference, runtimes
 from sartor.export.prompts import Asked

@@ -10,7 +10,7 @@ import pytest
 
 import sartor
 from export import releases
-from sartor.core.bases import source_gguf
+from sartor.core.model_refs import source_gguf
 from sartor.core.records import Message
 from sartor.export import prompts, reference, runtimes
 from sartor.export.llamacpp import Asked

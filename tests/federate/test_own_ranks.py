@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import sartor
 from conftest import write_jsonl
-from sartor.core import rows as stored
+from sartor.core import parquet_io as stored
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError
 from sartor.federate.aggregate.ranks import cut, joined, rank_of

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 import tiny_native
-from sartor.core import assets, bases
+from sartor.core import assets, model_refs
 from sartor.core.errors import HubError, ModelError
 from sartor.core.filesystem import file_digest
 from sartor.models.base import best_device, best_dtype, machine, open_base, open_chat
@@ -41,7 +41,7 @@ def base(tmp_path: Path, tiny_base: Path) -> Path:
 
 def test_a_directory_opens_by_name(base: Path) -> None:
     opened = open_base(str(base))
-    assert opened.ref == bases.locate(str(base))
+    assert opened.ref == model_refs.locate_base(str(base))
     assert (opened.ref.name, opened.ref.path, opened.ref.licence) == (str(base), base, "Apache-2.0")
     assert opened.device == best_device()
     assert opened.dtype == best_dtype(best_device())
@@ -55,9 +55,9 @@ def test_what_a_manifest_says_of_the_base(base: Path) -> None:
     opened = open_base(str(base), licence="MIT", device=torch.device("cpu"), bits=16)
     assert opened.as_manifest() == {
         "name": str(base),
-        "digest": bases.files_digest(base),
+        "digest": model_refs.files_digest(base),
         "licence": "MIT",
-        "template_digest": bases.template_digest(tiny.CHATML),
+        "template_digest": model_refs.template_digest(tiny.CHATML),
         "dtype": "bfloat16",
         "numerics": 2,
         "bits": 16,
@@ -69,7 +69,12 @@ def test_what_a_manifest_says_of_the_base(base: Path) -> None:
 def test_a_relative_path_and_a_home_path_mean_the_same_base(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(base.parent)
     monkeypatch.setenv("HOME", str(base.parent))
-    assert bases.locate("base") == bases.locate("./base") == bases.locate("~/base") == bases.locate(str(base))
+    assert (
+        model_refs.locate_base("base")
+        == model_refs.locate_base("./base")
+        == model_refs.locate_base("~/base")
+        == model_refs.locate_base(str(base))
+    )
 
 
 def test_stops_of_the_generation_config_are_read(base: Path) -> None:
@@ -89,7 +94,7 @@ def test_a_tokenizer_is_transformers_own_also_beside_mistrals_file(base: Path) -
 def test_a_base_without_a_template_opens_with_the_plain_one(tmp_path: Path) -> None:
     opened = open_base(str(tiny.write_base(tmp_path / "plain", None)))
     assert not opened.chat.has_template
-    assert bases.chat_template(tmp_path / "plain") == ""
+    assert model_refs.chat_template(tmp_path / "plain") == ""
 
 
 def cut(name: str, count: int) -> Callable[[Path], object]:
@@ -198,7 +203,7 @@ def test_a_hub_name_that_is_cached_opens_offline(base: Path, tmp_path: Path, mon
     (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     opened = open_base("owner/model")
-    assert (opened.ref.name, opened.ref.digest) == ("owner/model", bases.files_digest(base))
+    assert (opened.ref.name, opened.ref.digest) == ("owner/model", model_refs.files_digest(base))
 
 
 # --- dtype
@@ -258,61 +263,61 @@ def flip(file: Path, place: int = 700_000) -> None:
 
 
 def test_one_changed_byte_changes_the_digest_though_size_and_mtime_are_kept(heavy: Path) -> None:
-    before = bases.files_digest(heavy)
-    assert bases.files_digest(heavy) == before
+    before = model_refs.files_digest(heavy)
+    assert model_refs.files_digest(heavy) == before
     flip(heavy / WEIGHTS)
-    assert bases.files_digest(heavy) != before
+    assert model_refs.files_digest(heavy) != before
     flip(heavy / WEIGHTS)
-    assert bases.files_digest(heavy) == before
+    assert model_refs.files_digest(heavy) == before
 
 
 def test_changes_in_quick_succession_are_each_seen(heavy: Path) -> None:
     file = heavy / WEIGHTS
     for _ in range(20):
-        before = bases.remembered_digest(file)
+        before = model_refs.remembered_digest(file)
         flip(file)
-        assert bases.remembered_digest(file) != before
+        assert model_refs.remembered_digest(file) != before
 
 
 def test_an_unchanged_file_is_read_no_second_time(heavy: Path) -> None:
     time.sleep(0.2)  # a file written this moment may not be remembered yet
-    assert bases.remembered_digest(heavy / WEIGHTS) == file_digest(heavy / WEIGHTS)
+    assert model_refs.remembered_digest(heavy / WEIGHTS) == file_digest(heavy / WEIGHTS)
     with contextlib.closing(sqlite3.connect(Path(os.environ["SARTOR_HOME"]) / "digests.sqlite")) as store, store:
         assert store.execute("update digests set sha256 = 'what was remembered'").rowcount == 1
-    assert bases.remembered_digest(heavy / WEIGHTS) == "what was remembered"
+    assert model_refs.remembered_digest(heavy / WEIGHTS) == "what was remembered"
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", WEIGHTS])
 def test_every_file_that_makes_a_base_counts(base: Path, name: str) -> None:
-    before = bases.files_digest(base)
+    before = model_refs.files_digest(base)
     flip(base / name, 40)
-    assert bases.files_digest(base) != before
+    assert model_refs.files_digest(base) != before
 
 
 @pytest.mark.parametrize("name", ["README.md", ".gitattributes", "training_log.txt"])
 def test_files_beside_a_base_do_not_count(base: Path, name: str) -> None:
-    before = bases.files_digest(base)
+    before = model_refs.files_digest(base)
     (base / name).write_text("other")
-    assert bases.files_digest(base) == before
+    assert model_refs.files_digest(base) == before
 
 
 def test_a_copied_directory_has_the_same_digest(base: Path, heavy: Path, tmp_path: Path) -> None:
     for number, path in enumerate((base, heavy)):
         copy = shutil.copytree(path, tmp_path / f"copy-{number}", copy_function=shutil.copyfile)
-        assert bases.files_digest(Path(copy)) == bases.files_digest(path)
+        assert model_refs.files_digest(Path(copy)) == model_refs.files_digest(path)
 
 
 def test_a_renamed_file_changes_the_digest(base: Path) -> None:
-    before = bases.files_digest(base)
+    before = model_refs.files_digest(base)
     (base / WEIGHTS).rename(base / "model-00001-of-00001.safetensors")
-    assert bases.files_digest(base) != before
+    assert model_refs.files_digest(base) != before
 
 
 def test_a_broken_store_of_digests_is_no_obstacle(heavy: Path) -> None:
     time.sleep(0.2)
-    before = bases.files_digest(heavy)
+    before = model_refs.files_digest(heavy)
     (Path(os.environ["SARTOR_HOME"]) / "digests.sqlite").write_bytes(b"no database" * 100)
-    assert bases.files_digest(heavy) == before
+    assert model_refs.files_digest(heavy) == before
 
 
 # --- licence and template
@@ -342,11 +347,11 @@ def test_the_licence_is_read_off_the_front_matter_of_the_card(base: Path, card: 
     (base / "README.md").unlink()
     if card is not None:
         (base / "README.md").write_bytes(card.encode())
-    assert bases.locate(str(base)).licence == licence
+    assert model_refs.locate_base(str(base)).licence == licence
 
 
 def test_a_given_licence_overrides_the_card(base: Path) -> None:
-    assert bases.locate(str(base), licence="MIT").licence == "MIT"
+    assert model_refs.locate_base(str(base), licence="MIT").licence == "MIT"
 
 
 NAMED = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
@@ -369,7 +374,7 @@ NAMED = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
 def test_the_chat_template_is_found_where_transformers_keeps_it(tmp_path: Path, files: dict[str, Any], template: str) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    assert bases.chat_template(tmp_path) == template
+    assert model_refs.chat_template(tmp_path) == template
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
@@ -379,7 +384,7 @@ def test_the_template_read_without_torch_is_the_one_in_use(base: Path, place: st
         (base / "chat_template.jinja").unlink()
         file = base / place
         file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
-    assert bases.template_digest(bases.chat_template(base)) == open_chat(base).template_digest
+    assert model_refs.template_digest(model_refs.chat_template(base)) == open_chat(base).template_digest
 
 
 @pytest.mark.parametrize("text", ['{"chat_template": "t', "[]", '{"chat_template": [{"name": "x"}]}'])
@@ -387,7 +392,7 @@ def test_a_tokenizer_config_that_is_none_is_refused_by_name(base: Path, text: st
     (base / "chat_template.jinja").unlink()
     (base / "tokenizer_config.json").write_text(text)
     with pytest.raises(ModelError, match="tokenizer_config.json"):
-        bases.chat_template(base)
+        model_refs.chat_template(base)
 
 
 # --- the starter itself
@@ -406,7 +411,7 @@ print(time.monotonic() - began, len(said), base.ref.path)
 @pytest.fixture
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A SARTOR_HOME of its own that shares the machine's assets: nothing is downloaded twice."""
-    asset = assets.install(bases.STARTER)
+    asset = assets.install(model_refs.STARTER)
     home = tmp_path / "home"
     (home / "assets").mkdir(parents=True)
     (home / "assets" / asset.name).symlink_to(asset)
@@ -440,9 +445,9 @@ def test_two_processes_at_once_convert_the_starter_once_and_later_ones_not_at_al
 
 @pytest.mark.circle
 def test_a_damaged_starter_is_made_again_every_time(request: pytest.FixtureRequest) -> None:
-    mine = open_base(bases.STARTER).ref  # the machine's own, converted by now
+    mine = open_base(model_refs.STARTER).ref  # the machine's own, converted by now
     home = request.getfixturevalue("own_home")
-    ref = bases.locate(bases.STARTER)
+    ref = model_refs.locate_base(model_refs.STARTER)
     assert ref.path.parent == home / "bases"
     shutil.copytree(mine.path, ref.path)
     whole = file_digest(ref.path / WEIGHTS)
@@ -450,12 +455,12 @@ def test_a_damaged_starter_is_made_again_every_time(request: pytest.FixtureReque
     for harm in (lambda: flip(ref.path / WEIGHTS, 100_000_000), lambda: stamp(ref, {"files": {}}), lambda: stamp(ref, [])):
         harm()
         said: list[str] = []
-        assert open_base(bases.STARTER, notice=said.append).ref == ref
+        assert open_base(model_refs.STARTER, notice=said.append).ref == ref
         assert len(said) == 1
         assert file_digest(ref.path / WEIGHTS) == whole
 
 
-def stamp(ref: bases.BaseRef, content: Any) -> None:
+def stamp(ref: model_refs.BaseRef, content: Any) -> None:
     """Weights without a byte and a stamp that says nothing of them."""
     (ref.path / WEIGHTS).write_bytes(b"")
     (ref.path / STAMP).write_text(json.dumps(content))
@@ -463,9 +468,9 @@ def stamp(ref: bases.BaseRef, content: Any) -> None:
 
 @pytest.mark.circle
 def test_the_starter_opens_with_its_identity_and_answers() -> None:
-    base = open_base(bases.STARTER)
+    base = open_base(model_refs.STARTER)
     assert (base.ref.name, base.ref.licence) == ("starter", "Apache-2.0")
     assert sum(parameter.numel() for parameter in base.model.parameters()) == 134_515_008
-    assert bases.template_digest(bases.chat_template(base.ref.path)) == base.chat.template_digest
+    assert model_refs.template_digest(model_refs.chat_template(base.ref.path)) == base.chat.template_digest
     assert base.chat.tokenizer.convert_tokens_to_ids("<|im_end|>") in base.chat.stops
     assert base.chat.pad not in base.chat.stops

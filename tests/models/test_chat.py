@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from sartor.core.bases import template_digest
 from sartor.core.errors import ModelError, SourceError
+from sartor.core.model_refs import template_digest
 from sartor.core.records import Example, Message, Part
 from sartor.models.batches import Encoded
 from sartor.models.chat import PLAIN_TEMPLATE, Chat

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 
 import sartor
 import tiny
-from sartor.core import assets, encoders
+from sartor.core import assets, encoder_registry
 from sartor.core.errors import AssetError, ConfigError, ModelError
 from sartor.models import encoder
 from sartor.models.encoder import SentenceEncoder, pool, read_layout
@@ -180,15 +180,15 @@ def test_a_decoder_base_is_an_encoder_too(tiny_base: Path) -> None:
 
 def test_encoders_are_offered_by_name_and_by_directory(tmp_path: Path) -> None:
     assert sartor.__version__  # the façade offers them
-    assert encoders.open_encoder("tfidf").name == "tfidf"
-    assert encoders.open_encoder(str(write(tmp_path / "enc"))).name.startswith("enc")
+    assert encoder_registry.open_encoder("tfidf").name == "tfidf"
+    assert encoder_registry.open_encoder(str(write(tmp_path / "enc"))).name.startswith("enc")
     with pytest.raises(AssetError, match="sartor assets install minilm"):
-        encoders.open_encoder("minilm")
+        encoder_registry.open_encoder("minilm")
     with pytest.raises(ConfigError, match=r"nosuch.*\n.*minilm"):
-        encoders.open_encoder("nosuch")
+        encoder_registry.open_encoder("nosuch")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no encoder"):
-        encoders.open_encoder(str(tmp_path / "empty"))
+        encoder_registry.open_encoder(str(tmp_path / "empty"))
 
 
 def test_tfidf_needs_no_torch_and_a_static_model_none_either(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_tfidf_needs_no_torch_and_a_static_model_none_either(tmp_path: Path) -> 
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     StaticModel(np.eye(5, 8, dtype=np.float32), tokenizer).save_pretrained(tmp_path / "static")
     code = (
-        "import sys, numpy as np, sartor; from sartor.core.encoders import open_encoder\n"
+        "import sys, numpy as np, sartor; from sartor.core.encoder_registry import open_encoder\n"
         f"made = open_encoder({str(tmp_path / 'static')!r}); v = made.encode(['sky light', 'light sky', 'on', 'sky ' * 9000])\n"
         "assert v.shape == (4, 8) and np.allclose(v[0], v[1]) and np.allclose(np.linalg.norm(v, axis=1), 1), v\n"
         "assert made.name == 'model2vec static' and made.cut == 0 and v.dtype == np.float32\n"
@@ -211,7 +211,7 @@ def test_tfidf_needs_no_torch_and_a_static_model_none_either(tmp_path: Path) -> 
 
 
 def test_tfidf_keeps_exact_cosines_of_a_few_and_the_order_of_many() -> None:
-    made = encoders.open_encoder("tfidf")
+    made = encoder_registry.open_encoder("tfidf")
     few = made.encode(["the red house", "the red house!", "the red horse", "of blue ships", ""])
     likeness = few @ few.T
     assert np.isclose(likeness[0, 0], 1) and likeness[0, 1] > 0.95 > likeness[0, 2] > likeness[0, 3] and not few[4].any()
@@ -222,7 +222,7 @@ def test_tfidf_keeps_exact_cosines_of_a_few_and_the_order_of_many() -> None:
         for thing in ("house", "ship", "tree")
     ]
     many = made.encode(texts)
-    assert many.shape == (360, 256) and np.array_equal(many, encoders.open_encoder("tfidf").encode(texts))
+    assert many.shape == (360, 256) and np.array_equal(many, encoder_registry.open_encoder("tfidf").encode(texts))
     assert many[0] @ many[9] > many[0] @ many[13]
     made.encode(["x" * 30_000, "y"])
     assert made.cut == 1
@@ -233,7 +233,7 @@ def test_tfidf_keeps_exact_cosines_of_a_few_and_the_order_of_many() -> None:
 def test_the_real_minilm_knows_what_is_meant() -> None:
     if not assets.entry("minilm").is_installed:
         pytest.skip("sartor assets install minilm")
-    made = encoders.open_encoder("minilm")
+    made = encoder_registry.open_encoder("minilm")
     texts = [
         "How do I reset my password?",
         "I forgot my login, what now?",

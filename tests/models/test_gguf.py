@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import sartor
 import tiny
-from sartor.core import bases
-from sartor.core import gguf as head
+from sartor.core import gguf_header as head
+from sartor.core import model_refs
 from sartor.core.errors import ModelError
 from sartor.models.base import open_base
 
@@ -143,7 +143,7 @@ def test_the_tokenizer_and_template_are_those_in_the_file(tmp_path: Path) -> Non
     base = open_base(str(tmp_path / "tiny.gguf"))
     text = "turn on the kitchen light<|im_end|>"
     assert base.chat.tokenizer(text)["input_ids"] == tiny.tokenizer()(text)["input_ids"]
-    assert base.chat.template_digest == bases.template_digest(tiny.CHATML)
+    assert base.chat.template_digest == model_refs.template_digest(tiny.CHATML)
     assert 2 in base.chat.stops
 
 
@@ -152,10 +152,10 @@ def test_the_digest_is_that_of_the_bytes_and_the_licence_that_of_the_metadata(tm
     write_gguf(first, T.Q8_0)
     copy.write_bytes(first.read_bytes())
     write_gguf(other, T.Q4_0, licence="")
-    refs = [bases.locate(str(file)) for file in (first, copy, other)]
+    refs = [model_refs.locate_base(str(file)) for file in (first, copy, other)]
     assert refs[0].digest == refs[1].digest != refs[2].digest
     assert [ref.licence for ref in refs] == ["MIT", "MIT", "NOASSERTION"]
-    assert bases.locate(str(first), licence="Apache-2.0").licence == "Apache-2.0"
+    assert model_refs.locate_base(str(first), licence="Apache-2.0").licence == "Apache-2.0"
     assert refs[1].path.name == f"copy-of-it-{refs[1].short_digest}"
 
 
@@ -238,6 +238,6 @@ def test_a_gguf_base_is_tuned_and_evaluated_from_the_same_file(tmp_path: Path, t
     run = tuned.as_json()
     assert run["loss"]["last"] < run["loss"]["first"]
     said = tuned.adapter.manifest["base"]
-    assert said["digest"] == bases.locate(str(tmp_path / "tiny.gguf")).digest
+    assert said["digest"] == model_refs.locate_base(str(tmp_path / "tiny.gguf")).digest
     assert (said["licence"], said["name"]) == ("MIT", str(tmp_path / "tiny.gguf"))
     sartor.evaluate(tmp_path / "adapter", out=tmp_path / "report")

@@ -20,7 +20,8 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sartor.core import assets, towers
+from sartor.core import assets, model_refs
+from sartor.core import sounds as core_sounds
 from sartor.core.errors import MediaError, ModelError
 from sartor.core.home import folder
 from sartor.core.sounds import read_sound
@@ -104,9 +105,9 @@ TINY: dict[str, Callable[[Path], Path]] = {
 
 
 def test_every_kind_of_tower_is_in_the_contracts_tests() -> None:
-    assert set(TINY) == set(towers.MODEL_TYPES)
-    assert set(towers.ASSETS) == {efficientnet.NAME, whisper_files.NAME}
-    assert all(assets.entry(name) for name in towers.ASSETS)
+    assert set(TINY) == set(model_refs.MODEL_TYPES)
+    assert set(model_refs.ASSETS) == {efficientnet.NAME, whisper_files.NAME}
+    assert all(assets.entry(name) for name in model_refs.ASSETS)
 
 
 def picture(width: int = 70, height: int = 50, seed: int = 0, form: str = "PNG") -> bytes:
@@ -127,7 +128,7 @@ def tower(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     if request.param == efficientnet.NAME:
         place_asset(monkeypatch, tmp_path / "asset", asset_weights())
         return open_tower(efficientnet.NAME, "image", CPU)
-    kind = towers.MODEL_TYPES[request.param]
+    kind = model_refs.MODEL_TYPES[request.param]
     return open_tower(str(TINY[request.param](tmp_path / "tower")), kind, CPU)
 
 
@@ -150,7 +151,7 @@ def test_the_contract(tower: Tower) -> None:
     assert found.value.reason == ("unreadable_audio" if tower.modality == "audio" else "unreadable_image")
 
 
-SEEING = [efficientnet.NAME, *(kind for kind, modality in towers.MODEL_TYPES.items() if modality == "image")]
+SEEING = [efficientnet.NAME, *(kind for kind, modality in model_refs.MODEL_TYPES.items() if modality == "image")]
 
 
 @pytest.mark.parametrize("tower", SEEING, indirect=True)
@@ -166,13 +167,13 @@ def test_what_lies_at_the_rim_is_seen(tower: Tower) -> None:
 
 
 def test_a_towers_digest_is_of_its_files_wherever_they_lie(tmp_path: Path) -> None:
-    first = towers.locate(str(tiny_clip(tmp_path / "a")))
+    first = model_refs.locate_tower(str(tiny_clip(tmp_path / "a")))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert towers.locate(str(tmp_path / "b")).digest == first.digest
+    assert model_refs.locate_tower(str(tmp_path / "b")).digest == first.digest
     weights = load_file(tmp_path / "b" / "model.safetensors")
     weights["logit_scale"] += 1
     save_file(weights, tmp_path / "b" / "model.safetensors")
-    assert towers.locate(str(tmp_path / "b")).digest != first.digest
+    assert model_refs.locate_tower(str(tmp_path / "b")).digest != first.digest
 
 
 @pytest.mark.parametrize(
@@ -210,10 +211,10 @@ def test_weights_that_are_absent_or_cut_are_named(kind: str, tmp_path: Path) -> 
     assert gone.numel()
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="lacks 1 of the weights"):
-        open_tower(str(path), towers.MODEL_TYPES[kind], CPU)
+        open_tower(str(path), model_refs.MODEL_TYPES[kind], CPU)
     (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(ModelError, match="cannot be opened"):
-        open_tower(str(path), towers.MODEL_TYPES[kind], CPU)
+        open_tower(str(path), model_refs.MODEL_TYPES[kind], CPU)
 
 
 # --- EfficientNet
@@ -277,8 +278,8 @@ def test_a_converted_tower_is_kept_and_made_again_when_damaged(tmp_path: Path, m
     place_asset(monkeypatch, tmp_path / "asset", asset_weights())
     said: list[str] = []
     first = open_tower(efficientnet.NAME, "image", CPU, notice=said.append).features(picture())
-    path = towers.locate(efficientnet.NAME).path
-    assert json.loads((path / STAMP).read_text())["digest"] == towers.locate(efficientnet.NAME).digest
+    path = model_refs.locate_tower(efficientnet.NAME).path
+    assert json.loads((path / STAMP).read_text())["digest"] == model_refs.locate_tower(efficientnet.NAME).digest
     open_tower(efficientnet.NAME, "image", CPU, notice=said.append)
     assert len(said) == 1
     content = bytearray((path / "model.safetensors").read_bytes())
@@ -524,7 +525,7 @@ def test_the_converted_whisper_writes_known_clips_down_word_for_word() -> None:
         "agent-incorrect": "Login incorrect. Please enter your agent number followed by the pound key.",
         "agent-newlocation": "Please enter a new extension, followed by pound.",
     }
-    sounds = [whisper.read_sound(clips / f"{name}.wav", speech.rate) for name in wanted]
+    sounds = [core_sounds.read_sound(clips / f"{name}.wav", speech.rate) for name in wanted]
     assert speech.transcribe(sounds) == list(wanted.values())
     tower = open_tower(whisper_files.NAME, "audio", CPU)
     content = (clips / "agent-alreadyon.wav").read_bytes()

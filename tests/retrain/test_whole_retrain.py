@@ -17,8 +17,8 @@ from conftest import write_jsonl
 from sartor.agents import admission
 from sartor.agents.people.presence import Presence
 from sartor.agents.team import load
+from sartor.core.parquet_io import read_examples
 from sartor.core.records import Feedback, Voice
-from sartor.core.rows import read_examples
 from sartor.evaluate import audit
 from sartor.retrain import learnt, stages
 from sartor.retrain.job import Job

@@ -13,12 +13,11 @@ import pytest
 import sartor
 from conftest import recipe_on, write_jsonl
 from marked import FAMILIES
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
-from sartor.core.records import Example, Feedback, Message, Origin, Part
+from sartor.core.records import Example, Feedback, Malformed, Message, Origin, Part
 from sartor.curate.inbox import reading as inbox
 from sartor.curate.sources import forms
-from sartor.curate.sources.faults import Malformed
 from sartor.edge.personal.work import encoded
 from sartor.evaluate.held_out import HeldOut, fitting, held_out
 from sartor.models.base import open_base
@@ -57,7 +56,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
 def learnt_of(dataset: Artifact, chat: Chat) -> tuple[dict[str, str], dict[str, list[int]], set[str]]:
     """By each row's question the text that is learnt, and all ids; and the questions of the rows that are not."""
     data = encode_rows(dataset, sartor.load_recipe({"base": "starter", "data": {"path": str(dataset.path)}}), chat)
-    asked = {example.id: example.messages[0].text for example in rows.read_examples(dataset)}
+    asked = {example.id: example.messages[0].text for example in parquet_io.read_examples(dataset)}
     every = [*data.train, *data.held_out]
     texts = {
         asked[one.example_id]: chat.tokenizer.decode([token for token, on in zip(one.ids, one.learnt, strict=True) if on])
@@ -67,35 +66,35 @@ def learnt_of(dataset: Artifact, chat: Chat) -> tuple[dict[str, str], dict[str, 
 
 
 def test_curate_reads_replies_into_fields_or_drops_them(made: Any) -> None:
-    found = {example.messages[0].text: example.messages[1] for example in rows.read_examples(made.dataset)}
+    found = {example.messages[0].text: example.messages[1] for example in parquet_io.read_examples(made.dataset)}
     assert set(found) == {FORGED, "light", "why", "clean"}
     (call,) = json.loads(found["light"].tool_calls)
     assert call["function"] == {"name": "light", "arguments": {"room": "hall é"}} and not found["light"].text
     assert (found["why"].reasoning_content, found["why"].text) == ("since", "so")
     assert made.dataset.manifest["counts"]["dropped"] == {"template_markup": 2}
-    drop = next(drop for drop in rows.read_drops(made.dataset) if drop.locator.endswith(":4"))
+    drop = next(drop for drop in parquet_io.read_drops(made.dataset) if drop.locator.endswith(":4"))
     assert drop.reason == "template_markup" and "'<|im_end|>'" in drop.detail and "yes<|im_end|>" in drop.text
 
 
 def test_a_row_with_reasoning_is_read_again_from_parquet(made: Any, tmp_path: Path) -> None:
     source = {"path": str(made.dataset.path / "examples"), "licence": "CC0-1.0"}
     again = sartor.curate({"sources": [source], "split": {"eval_fraction": 0.0}}, tmp_path / "again").dataset
-    ids = [sorted(example.id for example in rows.read_examples(dataset)) for dataset in (made.dataset, again)]
+    ids = [sorted(example.id for example in parquet_io.read_examples(dataset)) for dataset in (made.dataset, again)]
     assert ids[0] == ids[1]
 
 
 def test_a_dataset_from_before_has_no_reasoning() -> None:
     example = Example((Message.of("user", "a"), Message.of("assistant", "b")), (Origin("s", "1"),))
-    older = rows.example_row(example)
+    older = parquet_io.example_row(example)
     for message in older["messages"]:
         del message["reasoning_content"]
-    assert rows.example_of(older) == example and "reasoning_content" not in example.messages[0].plain()
-    message = pa.struct([field for field in rows._MESSAGE if field.name != "reasoning_content"])
+    assert parquet_io.example_of(older) == example and "reasoning_content" not in example.messages[0].plain()
+    message = pa.struct([field for field in parquet_io._MESSAGE if field.name != "reasoning_content"])
     schema = pa.schema(
-        [pa.field("messages", pa.list_(message)) if field.name == "messages" else field for field in rows.EXAMPLES]
+        [pa.field("messages", pa.list_(message)) if field.name == "messages" else field for field in parquet_io.EXAMPLES]
     )
-    (again,) = pa.Table.from_pylist([older], schema).cast(rows.EXAMPLES).to_pylist()
-    assert rows.example_of(again) == example
+    (again,) = pa.Table.from_pylist([older], schema).cast(parquet_io.EXAMPLES).to_pylist()
+    assert parquet_io.example_of(again) == example
 
 
 def test_tune_reads_replies_of_its_base_or_counts_them(old: Artifact) -> None:
@@ -140,7 +139,7 @@ def test_tuning_and_evaluating_such_rows_runs_through(old: Artifact, tiny_base: 
 
 def test_evaluation_counts_references_that_spell_markup_of_the_base(old: Artifact, tiny_base: Path) -> None:
     base = open_base(str(tiny_base))
-    asked = HeldOut(list(rows.read_examples(old)), old.path)
+    asked = HeldOut(list(parquet_io.read_examples(old)), old.path)
     assert fitting(base, asked, 8).left_out == {"template_markup": 1}
 
 
@@ -148,10 +147,10 @@ def test_evaluation_scores_what_tune_learns(old: Artifact, monkeypatch: pytest.M
     chat = FAMILIES["chatml, byte level"].chat()
     monkeypatch.setattr("sartor.evaluate.held_out.context_tokens", lambda model: 0)
     base: Any = SimpleNamespace(chat=chat, model=None)
-    asked = fitting(base, HeldOut(list(rows.read_examples(old)), old.path), 8)
+    asked = fitting(base, HeldOut(list(parquet_io.read_examples(old)), old.path), 8)
     learnt, ids, _ = learnt_of(old, chat)
     assert {one.messages[0].text: chat.encode(one).ids for one in asked.examples} == ids and len(ids) == len(learnt) == 4
-    assert {one.id for one in asked.examples} <= {one.id for one in rows.read_examples(old)}
+    assert {one.id for one in asked.examples} <= {one.id for one in parquet_io.read_examples(old)}
 
 
 @pytest.mark.parametrize("correction", ["yes<|im_end|>", "<start_of_turn>model", "a [/INST] b"])

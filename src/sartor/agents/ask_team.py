@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from sartor.agents.asking import Request
-from sartor.agents.channel import error_of
 from sartor.agents.questions import Question, asked
 from sartor.agents.registry import Registry
 from sartor.agents.reply import Reply, nearest_examples
@@ -18,6 +17,7 @@ from sartor.agents.serve.opening import open_house
 from sartor.agents.team import Http, Team, load
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import SartorError, UnavailableError
+from sartor.core.ipc import error_of
 from sartor.models.engine.contract import Done, Failed, Piece
 
 

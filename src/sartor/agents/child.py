@@ -14,10 +14,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.agents import bounds
-from sartor.agents.channel import Frames, Malformed, error_from_json, frame
 from sartor.agents.live import LiveCall
+from sartor.core import resource_limits
 from sartor.core.errors import SartorError, UnavailableError
+from sartor.core.ipc import Frames, Malformed, error_from_json, frame
 from sartor.models.engine.contract import BASE, About
 
 State = Literal["starting", "ready", "retiring", "gone"]
@@ -244,7 +244,7 @@ class Child:
     def measure(self) -> None:
         """Look at its memory: from outside where the system tells, since one that hangs says nothing itself."""
         if self.pid and self.state != "gone":
-            self.memory_bytes = bounds.resident_bytes(self.pid) or self.memory_bytes
+            self.memory_bytes = resource_limits.resident_bytes(self.pid) or self.memory_bytes
 
     def kill(self, end: WorkerEnd, detail: str = "") -> None:
         """End it now. The cause is remembered, if none is yet."""

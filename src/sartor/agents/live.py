@@ -10,8 +10,8 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
-from sartor.agents.channel import error_of
 from sartor.core.errors import SartorError
+from sartor.core.ipc import error_of
 from sartor.models.engine.contract import Call, Done, Event, Failed, Logprob, Piece
 
 # What a worker said may lie this many tokens behind what it did when it died.

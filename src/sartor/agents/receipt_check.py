@@ -21,7 +21,7 @@ from sartor.agents.receipt_content import Content, digest_by
 from sartor.agents.receipts import FAILED, KIND, SCHEMA, read_secret
 from sartor.agents.team import Local, Team, load
 from sartor.agents.worker import open_engine
-from sartor.core import bases, catalogue, config, records, signing
+from sartor.core import catalogue, config, model_refs, records, signing
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError
 from sartor.models.engine.contract import BASE, About, Call, Engine, Failed, Piece, adapter_digest, numerics_difference
@@ -250,7 +250,7 @@ def _engine_frame(given: _Evidence) -> dict[str, Any]:
             f"the engine {made.get('kind')!r:.40} made the reply, and {engine.kind!r} is here", "--team TEAM.yaml"
         )
     name = given.team.base if given.team else str(base.get("name", ""))
-    if (found := bases.locate(name)).digest != base.get("digest"):
+    if (found := model_refs.locate_base(name)).digest != base.get("digest"):
         raise ModelError(f"the reply was made on the base {base.get('digest')!r:.14}, and {name!r} is {found.short_digest}", "")
     return {"engine": config.dump(engine), "base": name}
 

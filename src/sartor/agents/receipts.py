@@ -4,7 +4,7 @@ Digests are HMACs under a key of the team: a short prompt could be guessed from 
 the words can show that they belong together. Signed with the team's own Ed25519 key. Both are made at the first start.
 
     STATE/keys/sartor.key  sartor.pub     signs receipts            STATE/receipts.key     the HMAC's, 32 bytes, mode 0600
-    STATE/receipts/                       core/receipt_index.py
+    STATE/receipts/                       core/lineage/receipt_index.py
 
 A receipt is on disk when its reply ends: whoever waits is let go by one fsync for all that wait, or after `PATIENCE_S`. A disk
 that takes nothing costs receipts, which are counted, and no replies.
@@ -30,10 +30,9 @@ from sartor.agents.asking import Given
 from sartor.agents.receipt_content import Content, Digest, digest_by
 from sartor.agents.team import Team
 from sartor.core import catalogue, records, signing
-from sartor.core.artifacts import DISK_FULL
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
-from sartor.core.filesystem import fsync_directory
-from sartor.core.receipt_index import PATTERN, Placed, ReceiptIndex
+from sartor.core.filesystem import DISK_FULL, fsync_directory
+from sartor.core.lineage.receipt_index import PATTERN, Placed, ReceiptIndex
 from sartor.models.engine.contract import About
 
 SCHEMA = 1

@@ -8,8 +8,9 @@ from typing import Any
 
 from rapidfuzz import fuzz, process
 
-from sartor.core import lineage, rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
+from sartor.core.lineage import ancestry
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def nearest_examples(release: Artifact, prompt: str, top: int) -> tuple[list[dic
 
     A look-up, not attribution: it says what the model saw that resembles the question, not what made it answer so.
     """
-    dataset = lineage.find_parent(release, "dataset")
+    dataset = ancestry.find_parent(release, "dataset")
     if dataset is None:
         return [], "the Dataset is not on this machine, or was changed; `sartor index DIR` finds a moved one"
-    examples = list(rows.read_examples(dataset, "train"))
+    examples = list(parquet_io.read_examples(dataset, "train"))
     asked = [example.prompt[-1].text if example.prompt else example.reply for example in examples]
     # shared words find candidates whatever their order; the mean with the edit similarity puts whole questions before parts
     shared = process.extract(prompt, asked, scorer=fuzz.token_set_ratio, processor=str.lower, limit=20 * top)

@@ -9,9 +9,9 @@ from typing import Any
 
 from sartor.agents import team
 from sartor.agents.breaker import Breaker
-from sartor.agents.channel import frame
 from sartor.agents.live import LiveCall
 from sartor.core.errors import ModelError
+from sartor.core.ipc import frame
 from sartor.models.engine.contract import Call, Done, Failed
 
 # All agents stand on it, so it has no breaker and is never taken out of service.

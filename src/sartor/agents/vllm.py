@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sartor.agents.team import Remote, Team
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
 from sartor.evaluate.release import verify_release
@@ -43,7 +43,7 @@ class Launch:
 
 def launch(team: Team) -> Launch:
     """The command for a team, after verifying its Releases. Raises what `verify` and `command` do, ModelError for its base."""
-    ref = bases.locate(team.base)
+    ref = model_refs.locate_base(team.base)
     if not ref.path.is_dir():
         raise ModelError(f"the base {ref.name} is not converted yet", f"sartor ask RELEASE PROMPT --base {ref.name} does so")
     releases = [verify_release(member.release, key=team.trust or None, base=team.base).release for member in team.agents]
@@ -93,10 +93,10 @@ def _module(release: Artifact) -> str:
 
 
 def _check_templates(base: Path, releases: Sequence[Artifact]) -> None:
-    template = bases.chat_template(base)
+    template = model_refs.chat_template(base)
     for release in releases:
         bound = release.manifest["base"]["template_digest"]
-        expected = bases.template_digest(template) if template else releases[0].manifest["base"]["template_digest"]
+        expected = model_refs.template_digest(template) if template else releases[0].manifest["base"]["template_digest"]
         if bound != expected:
             raise ModelError(
                 f"{_name(release)} is bound to the chat template {bound[:12]}, and vLLM uses {expected[:12]} for every agent",

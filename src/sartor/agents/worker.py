@@ -19,13 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sartor.agents import bounds
-from sartor.agents.channel import BEAT_S, Channel, Malformed, error_as_json
 from sartor.agents.fingerprint import check_digest
-from sartor.core import sounds
-from sartor.core.encoders import Encoder, open_encoder
+from sartor.core import resource_limits, sounds
+from sartor.core.encoder_registry import Encoder, open_encoder
 from sartor.core.errors import ConfigError, ModelError, SartorError
-from sartor.core.verb import load
+from sartor.core.ipc import BEAT_S, Channel, Malformed, error_as_json
+from sartor.core.lazy_import import load
 from sartor.models.engine.contract import Call, Engine, Failed, Vector, event_as_json
 
 BASE_ENCODER = "base"
@@ -123,7 +122,7 @@ class _Loop:
         now = time.monotonic()
         if now >= self._beat_at and self._channel.has_room:
             self._beat_at = now + BEAT_S
-            self._channel.send({"op": "alive", "memory_bytes": bounds.resident_bytes()})
+            self._channel.send({"op": "alive", "memory_bytes": resource_limits.resident_bytes()})
 
     def _hear(self, said: Mapping[str, Any] | Malformed) -> None:
         if isinstance(said, Malformed):
@@ -208,8 +207,8 @@ def _encoded(encoder: Encoder, texts: Sequence[str]) -> Iterator[Vector | None]:
 
 def serve(end: socket.socket, opener: Opener, check: Check) -> int:
     """A worker's life: bounds, the `open` frame, the engine, the loop. Returns the exit status."""
-    bounds.end_with_parent()
-    bounds.die_first()
+    resource_limits.end_with_parent()
+    resource_limits.die_first()
     channel = Channel(end)
     said = _opening(channel)
     if said is None:
@@ -225,8 +224,8 @@ def serve(end: socket.socket, opener: Opener, check: Check) -> int:
         return error.exit_code
     limit_bytes = int(said.get("memory_bytes") or 0)
     if limit_bytes and engine.about.device in ("", "cpu"):
-        bounds.limit_data(_DATA_FACTOR * limit_bytes)
-    channel.send({"op": "ready", "about": asdict(engine.about), "memory_bytes": bounds.resident_bytes()})
+        resource_limits.limit_data(_DATA_FACTOR * limit_bytes)
+    channel.send({"op": "ready", "about": asdict(engine.about), "memory_bytes": resource_limits.resident_bytes()})
     run(engine, channel, check)
     return 0
 
@@ -238,7 +237,7 @@ def _signs_of_life(channel: Channel) -> Iterator[None]:
 
     def beat() -> None:
         while not over.wait(BEAT_S):
-            channel.send({"op": "alive", "memory_bytes": bounds.resident_bytes()})
+            channel.send({"op": "alive", "memory_bytes": resource_limits.resident_bytes()})
             channel.flush()
 
     thread = threading.Thread(target=beat, name="sartor-opening", daemon=True)

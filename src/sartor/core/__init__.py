@@ -1,1 +1,1 @@
-"""Nouns: records, artefacts, lineage, configuration, errors. No torch."""
+"""Records, artefacts, configuration, storage and security. No torch."""

@@ -1,4 +1,4 @@
-"""Artefacts: a directory and its manifest, written whole or not at all, opened only if every byte is as written.
+"""Artefact directories and manifests, opened with integrity checks.
 
     dataset/   manifest.json  examples/*.parquet  drops/*.parquet
     adapter/   sartor.json    adapter_config.json  adapter_model.safetensors  log.jsonl  loss.png
@@ -14,10 +14,7 @@ is fsynced and renamed, so a kill leaves either nothing or a whole artefact; the
 
 from __future__ import annotations
 
-import errno
 import json
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +24,15 @@ from typing import Any, Literal
 
 from sartor.core import records
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
-from sartor.core.filesystem import FileSystem, create_directory_atomic, file_digest, make_parent, writer_lock
-from sartor.core.artifacts__filesystem import DISK_FULL, _remove_leftovers  # noqa: F401
+from sartor.core.filesystem import (  # noqa: F401
+    DISK_FULL,
+    FileSystem,
+    _remove_leftovers,
+    create_directory_atomic,
+    file_digest,
+    make_parent,
+    writer_lock,
+)
 
 SCHEMA = 2
 Kind = Literal["dataset", "adapter", "report", "release", "duplicates", "export"]
@@ -228,3 +232,15 @@ def _check_files(artifact: Artifact) -> None:
 
 def _a(kind: str) -> str:
     return f"an {kind}" if kind.startswith(("a", "e")) else f"a {kind}"
+
+
+MANIFEST, WEIGHTS, CONFIG = "local.json", "adapter_model.safetensors", "adapter_config.json"
+
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """{file: sha256} of the adapter in a folder, empty while there is none."""
+    names = [name for name in (ADAPTER, "adapter_config.json") if (folder / name).is_file()]
+    return {name: file_digest(folder / name) for name in names}

@@ -1,4 +1,4 @@
-"""One declaration per option: a frozen dataclass field. YAML, flags, help and the saved manifest derive from it.
+"""Dataclass options to YAML, flags, help and manifests.
 
     @dataclass(frozen=True)
     class Split:
@@ -398,3 +398,11 @@ def _describe_type(hint: Any) -> str:
 
 def _name_of(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+
+
+def is_name(text: object) -> bool:
+    """Whether it may be the name or the version of a release."""
+    return isinstance(text, str) and _NAME.fullmatch(text) is not None

@@ -1,4 +1,4 @@
-"""Texts -> vectors, for the stages that must not know a model: the Protocol, and who offers one by which name.
+"""TextEncoder protocol and the encoders registered by name.
 
 `curate` asks for an encoder by name, or by the directory of a model; the façade says at import which implementations there
 are (`offer`, `offer_directories`), so a stage that holds no torch can use one that does.

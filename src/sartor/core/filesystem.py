@@ -1,4 +1,4 @@
-"""Files and directories written whole or not at all: atomic writers, locks, file operations that tests interrupt.
+"""Atomic file and directory writes, locks, crash-testable file operations.
 
     write_file_atomic         the content of one file, as bytes or written to a stream
     create_file_atomic        the same for a library or a program that wants a path
@@ -17,6 +17,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -370,3 +371,13 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     at_cwd, exchange = -100, 2
     return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What killed runs left beside `path`; the writer's lock is held, so nobody is still writing them."""
+    for leftover in FileSystem().leftovers(path):
+        print(f"removing what a killed run left: {leftover}", file=sys.stderr)
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The head of a GGUF file: its metadata and what its tensors are stored as. No torch: `verify` needs no model.
+"""Reads the metadata header of a GGUF file.
 
 Format: github.com/ggml-org/ggml, docs/gguf.md. Everything is little-endian: magic, version, number of tensors, number of
 metadata pairs, the pairs, then per tensor its name, shape, type and offset.

@@ -1,4 +1,4 @@
-"""The one look and the one escape of every page that Sartor writes.
+"""Shared HTML page layout, escaping and number formats.
 
 A page is one HTML file: no script, no font, no image from elsewhere. Whatever comes from data goes through `escape`, so
 that no row becomes markup, turns the reading direction or hides in characters that nobody sees.

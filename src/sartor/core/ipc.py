@@ -1,4 +1,4 @@
-"""The wire between the supervisor and a worker: a socketpair that carries one JSON object per line, UTF-8, in both directions.
+"""JSON-lines messages and errors between processes.
 
 To the worker. `ask` is a number that comes back with the answer.
 

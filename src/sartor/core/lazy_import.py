@@ -1,4 +1,4 @@
-"""Resolving public names: packages that can be called, and optional dependencies that are absent.
+"""Lazy module loading and callable packages.
 
 The house names packages after the stages and the façade names verbs after them too; Python gives one attribute for both.
 A module's class may be replaced (data model, "Customizing module attribute access"), so the package gets `__call__`:

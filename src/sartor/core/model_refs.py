@@ -1,8 +1,11 @@
-"""Which base a name means: its directory, digest, licence and chat template. No torch: `verify` needs no model.
+"""Resolves base and tower names to files and digests.
 
 A base is an offline asset (`starter`, `whisper-tiny-en`), a GGUF file (both are converted once by `models/base.py`), a local
 directory in transformers' layout, or the name of a model on the Hugging Face hub. Its digest is the same on every machine:
 of the asset or file and the converter's version for the first two, of the weight, tokenizer and config files for the others.
+
+A tower is the frozen encoder of pictures or of recordings in a composed base: one of the offline assets (converted once by
+`models/towers`), or a directory or hub name in transformers' layout, as a base is.
 """
 
 from __future__ import annotations
@@ -16,16 +19,17 @@ import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
-from sartor.core import assets, gguf
+from sartor.core import assets, gguf_header
 from sartor.core.artifacts import kind_of
 from sartor.core.errors import ExtraError, HubError, ModelError, need
 from sartor.core.filesystem import file_digest
 from sartor.core.home import folder, home
+from sartor.core.licences.spdx import UNKNOWN
 from sartor.core.records import digest
-from sartor.core.spdx import UNKNOWN
 
 STARTER, WHISPER = "starter", "whisper-tiny-en"
 # Raised when `models/base.py` writes other bytes for the same asset: adapters bind to the digest.
@@ -62,7 +66,7 @@ class BaseRef:
         return self.digest[:12]
 
 
-def locate(name: str, revision: str = "", licence: str = "") -> BaseRef:
+def locate_base(name: str, revision: str = "", licence: str = "") -> BaseRef:
     """The base that `name` means. `licence` overrides what the base's own files state.
 
     Raises ModelError for a directory or file that holds no usable model, HubError when a hub name cannot be fetched.
@@ -105,12 +109,12 @@ def _local(name: str, path: Path, licence: str) -> BaseRef:
 
 def _from_gguf(file: Path, licence: str) -> BaseRef:
     """A GGUF file: bound to its bytes and to the version of the converter that makes weights of them."""
-    if not gguf.is_gguf(file):
+    if not gguf_header.is_gguf(file):
         raise ModelError(
             f"the base {file} is a file, not a directory, and no GGUF file",
             "give a directory with config.json and *.safetensors, or a GGUF file",
         )
-    stated = _spdx(gguf.read_head(file).metadata.get("general.license"))
+    stated = _spdx(gguf_header.read_head(file).metadata.get("general.license"))
     identity = gguf_digest(remembered_digest(file))
     stem = re.sub(r"[^\w.-]", "-", file.stem)
     return BaseRef(str(file), folder("bases") / f"{stem}-{identity[:12]}", identity, licence or stated, file)
@@ -214,3 +218,84 @@ def _from_hub(name: str, revision: str) -> Path:
             f"the base {name!r} could not be fetched from the Hugging Face hub: {why}",
             "base: starter works offline; or download the model elsewhere and give its directory",
         ) from None
+
+
+Modality = Literal["image", "audio"]
+# Raised when `models/towers` makes other features of the same weights: features are kept by the tower's digest.
+FEATURES_VERSION = 1
+ASSETS: dict[str, Modality] = {"efficientnet-lite0": "image", "whisper-tiny-en": "audio"}
+# transformers' model_type -> what it reads
+MODEL_TYPES: dict[str, Modality] = {
+    "whisper": "audio",
+    "clip": "image",
+    "clip_vision_model": "image",
+    "siglip": "image",
+    "siglip_vision_model": "image",
+    "dinov2": "image",
+}
+# The one key of metadata of an adapter's projectors: which towers they read, and the form in which that is said. One, since
+# the order of several is the writer's whim, and equal adapters are to be equal files
+SAID = "towers.1"
+
+
+@dataclass(frozen=True)
+class TowerRef:
+    """A tower by name, found. `model`: the asset's name, or transformers' model_type.
+
+    `digest`: of the weights' files and FEATURES_VERSION: what decides the features. An asset's `path` may not be there yet.
+    """
+
+    name: str
+    path: Path
+    digest: str
+    licence: str
+    modality: Modality
+    model: str
+
+    @property
+    def is_asset(self) -> bool:
+        """Whether `path` is converted from an asset."""
+        return self.model in ASSETS
+
+
+def locate_tower(name: str, kind: Modality | None = None, licence: str = "") -> TowerRef:
+    """The tower that `name` means. `licence` overrides what its own files state.
+
+    Raises ModelError for what holds no tower that is known here, or none of that kind; HubError when a hub name cannot be
+    fetched.
+    """
+    ref = _located(name, licence)
+    if kind and ref.modality != kind:
+        fitting = " or ".join(asset for asset, modality in ASSETS.items() if modality == kind)
+        raise ModelError(f"the tower {name} takes in {ref.modality}, and is asked for as one of {kind}", f"{kind}: {fitting}")
+    return ref
+
+
+def _located(name: str, licence: str) -> TowerRef:
+    if name in ASSETS:
+        entry = assets.entry(name)
+        identity = digest({"asset": [file.sha256 for file in entry.files], "features": FEATURES_VERSION})
+        path = folder("towers") / f"{name}-{identity[:12]}"
+        return TowerRef(name, path, identity, licence or entry.licence, ASSETS[name], name)
+    path = Path(name).expanduser()
+    if not name or not path.is_dir() and not (_HUB_NAME.match(name) and not path.exists() and not name.startswith(".")):
+        raise ModelError(
+            f"there is no tower {name!r}: it is none of the assets, no directory, and no hub name (owner/model)",
+            f"one of {', '.join(ASSETS)}, or a directory with config.json and *.safetensors",
+        )
+    base = locate_base(name, licence=licence)
+    model_type = _model_type(base.path)
+    if model_type not in MODEL_TYPES:
+        raise ModelError(
+            f"{name} is a model of the type {model_type!r}, which is no tower that is known here",
+            f"one of {', '.join(ASSETS)}, or a model of a type of {', '.join(MODEL_TYPES)}",
+        )
+    identity = digest({"files": base.digest, "features": FEATURES_VERSION})
+    return TowerRef(base.name, base.path, identity, base.licence, MODEL_TYPES[model_type], model_type)
+
+
+def _model_type(path: Path) -> str:
+    try:
+        return str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path / 'config.json'} is no config of a model: {error}", "restore it from a copy") from None

@@ -1,4 +1,4 @@
-"""Examples and Drops <-> Parquet, in a form that pandas, Polars, DuckDB and `datasets` read as it is.
+"""Examples and Drops as Parquet; Arrow to numpy.
 
 `examples/*.parquet` has one row per Example: `messages` in the OpenAI form, with content always a list of parts, since a
 Parquet column cannot be text in one row and a list in the next. `drops/*.parquet` has one row per Drop.
@@ -6,12 +6,14 @@ Parquet column cannot be text in one row and a list in the next. `drops/*.parque
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sartor.core.artifacts import SCHEMA, Artifact
@@ -177,3 +179,30 @@ def _message_of(row: dict[str, Any]) -> Message:
     # an older Dataset has no reasoning
     said = (row.get(key) or "" for key in ("name", "tool_calls", "tool_call_id", "reasoning_content"))
     return Message(row["role"], tuple(parts), *said)
+
+
+def numbers(array: Any) -> Any:
+    """An Arrow array of numbers or booleans as a numpy array."""
+    if pa.types.is_boolean(array.type):
+        return np.from_dlpack(pc.cast(array, pa.uint8())).view(bool)
+    return np.from_dlpack(array)
+
+
+def places(values: Any) -> Any:
+    """A numpy array as an Arrow array of 64-bit numbers, to `take` with."""
+    whole = np.ascontiguousarray(values, np.int64)
+    return pa.Array.from_buffers(pa.int64(), len(whole), [None, pa.py_buffer(whole)])
+
+
+def words(texts: Sequence[str]) -> Any:
+    """An Arrow array of strings."""
+    encoded = [text.encode() for text in texts]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.string(), len(encoded), buffers)
+
+
+def column(table: Any, name: str) -> Any:
+    """A column of a table whose chunks were combined, as one Arrow array."""
+    chunked = table[name]
+    return chunked.chunk(0) if chunked.num_chunks else pa.nulls(0, chunked.type)

@@ -1,4 +1,4 @@
-"""A few processes beside this one that call functions of modules.
+"""Worker processes, parallel map, deferred termination signals.
 
 Not `multiprocessing`: its spawned children import the caller's script again, which in a script without `__main__` guard
 starts the whole work anew, and forked ones inherit locks of threads that they do not have (rensa's, Arrow's).
@@ -6,23 +6,27 @@ starts the whole work anew, and forked ones inherit locks of threads that they d
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any, Self, TypeVar
 
 from sartor.core.errors import BudgetError
 
 T = TypeVar("T")
-_CHILD = "import sys; sys.path[:] = {path!r}; from sartor.curate.dedup.workers import serve; serve({number})"
+_CHILD = "import sys; sys.path[:] = {path!r}; from sartor.core.processes import serve; serve({number})"
 
 
 class Workers:
@@ -114,3 +118,56 @@ def serve(number: int) -> None:
             line.send(answer)
         except OSError:
             return
+
+
+def _silent(stage: str, done: int, of: int) -> None:
+    pass
+
+
+def serial(function: Callable[..., T], items: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+    """`function(*item)` of every item, in order, in this process."""
+    return (function(*item) for item in items)
+
+
+@dataclass(frozen=True)
+class Means:
+    """`show(stage, done, of)` hears of progress; `spread` calls a module's function on items, in order (also `workers.py`)."""
+
+    show: Callable[[str, int, int], None] = _silent
+    spread: Callable[..., Iterator[Any]] = serial
+
+
+ALONE = Means()
+
+
+class Signals:
+    """Context manager: `received` is the signal that came, or None.
+
+    The first signal puts the handlers back that were there before, so a second one does what it always did (Ctrl-C: at
+    once). A signal that the process ignores (`nohup`) stays ignored, and outside the main thread nothing is done:
+    Python allows handlers there only.
+    """
+
+    def __init__(self, notice: Callable[[str], object] = lambda line: None) -> None:
+        self.received: signal.Signals | None = None
+        self._notice = notice
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                if before is not None and before != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self.__exit__()
+        # a handler may have cut into a write to the same stream, which then refuses a second one
+        with contextlib.suppress(RuntimeError):
+            self._notice(f"{self.received.name}: the update in work is finished and saved; the same again ends at once")

@@ -1,4 +1,4 @@
-"""The nouns that travel between stages: one frozen record each, no behaviour beyond identity.
+"""Frozen records: Example, Message, Part, Origin, Drop, Feedback.
 
 An Example's `id` is the digest of its content alone, so two sources that hold the same row make one Example with two
 origins, on every machine and in every run.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from sartor.core.errors import SourceError
+from sartor.core import reply_markup
+from sartor.core.errors import SourceError, TemplateMarkupError
 
 PartKind = Literal["text", "image", "audio"]
 ROLES = ("system", "user", "assistant", "tool")
@@ -238,3 +240,42 @@ class Feedback:
         fields = {key: value for key, value in said.items() if key != "schema"}
         by = Voice(**fields.pop("by", {}))
         return cls(**{**fields, "messages": tuple(fields["messages"]), "by": by})
+
+
+def tally(words: Iterable[str]) -> dict[str, int]:
+    """How often each word occurs, most frequent first: the form of every count in a manifest."""
+    return dict(Counter(words).most_common())
+
+
+class Malformed(Exception):
+    """A row or file that cannot be used: the word it is counted under, and a sentence."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+class SetAside(Malformed):
+    """A row that is as it should be, and is not used for a reason of its source: a Drop, and no fault under `--strict`."""
+
+
+def with_fields(example: Example) -> Example:
+    """Return a row whose replies spell no markup of chat templates: calls and reasoning are fields. Raises Malformed."""
+    try:
+        return reply_markup.read_example(example)
+    except TemplateMarkupError as error:
+        raise Malformed(error.reason, error.problem) from None
+
+
+TEXT_KEPT = 2000  # characters of a row that a Drop holds as evidence
+
+
+def dropped(example: Example, reason: str, detail: str, *, step: str) -> Drop:
+    """The Drop of an Example: id, place and detail, and the start of its text as evidence."""
+    origin = example.origins[0]
+    return Drop(reason, origin.source, origin.locator, detail, step, example.id, text=evidence_text(example))
+
+
+def evidence_text(example: Example) -> str:
+    """The start of a row as a person reads it."""
+    return "\n".join(f"{message.role}: {message.text}" for message in example.messages)[:TEXT_KEPT]

@@ -1,4 +1,4 @@
-"""A command under limits that the operating system holds, and what it used of them.
+"""Runs commands under memory, time and CPU limits.
 
 Memory is held by a cgroup of the command's own (v2 or v1), where this process may make one (root, or a delegated tree). Its
 limit counts page cache too, which the kernel takes back before it kills: so what is bounded is anonymous and shared memory,
@@ -9,10 +9,14 @@ has, and SIGKILL after GRACE_S.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import resource
 import secrets
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -272,3 +276,47 @@ def _table(text: str) -> dict[str, int]:
     """`name number` lines of a file of the kernel."""
     pairs = (line.split()[:2] for line in text.splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+_PR_SET_PDEATHSIG = 1
+# of 1000: the kernel's out-of-memory killer takes a worker before the front, and before most else of the user's
+_OOM_SCORE = 800
+_PAGE_BYTES = resource.getpagesize()
+
+
+def end_with_parent() -> None:
+    """SIGKILL when the parent dies (Linux; elsewhere the end of the connection tells, between two steps).
+
+    The signals by which a terminal or a service manager ends a whole group are the front's to hear: it drains, and the
+    worker goes on until it is told.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def die_first() -> None:
+    """When the machine's memory ends, the kernel is to end this process."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE), encoding="ascii")
+
+
+def limit_data(limit_bytes: int) -> None:
+    """Allocations beyond fail (Linux counts private writable memory) instead of pushing the machine to its end."""
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+
+
+def resident_bytes(pid: int | None = None) -> int:
+    """Resident memory of a process, by default this one; 0 where the system does not say, or the process is gone.
+
+    Where there is no /proc, of this process its peak.
+    """
+    try:
+        pages = int(Path(f"/proc/{pid or 'self'}/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        if pid not in (None, os.getpid()) or sys.platform == "linux":
+            return 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return pages * _PAGE_BYTES

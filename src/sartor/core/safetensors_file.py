@@ -1,4 +1,4 @@
-"""Safetensors files, read as if their writer were an enemy: the header whole or refused, then values a piece at a time.
+"""Strict safetensors header and value reader without torch.
 
 Format: github.com/huggingface/safetensors, README. An unsigned 64-bit length, a JSON header of that length, then the bytes
 that the header cuts into tensors. Here the cuts must cover those bytes exactly: no hole, no overlap, nothing left over.

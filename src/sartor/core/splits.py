@@ -1,4 +1,4 @@
-"""The group of a row. This module alone decides it.
+"""Groups of rows and deterministic train/eval splits.
 
 A group is what may not straddle a split, and what fails together when a model is measured: intervals are over groups,
 never over rows. `split_group` names it for a split, where rows that ask the same of different contexts must stay together;
@@ -7,8 +7,10 @@ never over rows. `split_group` names it for a split, where rows that ask the sam
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -76,3 +78,25 @@ def _media(row: Example) -> str:
     """A name for the pictures and recordings that the row asks about; empty where there are none."""
     media = [part.plain() for message in _asked(row) for part in message.content if part.media]
     return f"media:{digest(media)[:16]}" if media else ""
+
+
+def held_out_groups(groups: Iterable[str], fraction: float, seed: int) -> set[str]:
+    """Groups that together hold about `fraction` of the rows. `groups` names the group of each row.
+
+    At least one group stays for training. A group that would overshoot the wanted count by more than it helps is passed
+    over, so a few large groups cannot eat the training rows.
+
+    >>> sorted(held_out_groups(["a", "b", "c", "d"], 0.5, seed=0))
+    ['a', 'd']
+    """
+    sizes = Counter(groups)
+    wanted = round(fraction * sizes.total())
+    chosen: set[str] = set()
+    count = 0
+    for group in sorted(sizes, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest()):
+        if count >= wanted or len(chosen) == len(sizes) - 1:
+            break
+        if count + sizes[group] - wanted <= max(wanted - count, 1):
+            chosen.add(group)
+            count += sizes[group]
+    return chosen

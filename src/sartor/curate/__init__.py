@@ -1,5 +1,5 @@
 """Source -> Dataset. `sartor.curate(...)` calls the verb in `pipeline.py`."""
 
-from sartor.core.verb import callable_package
+from sartor.core.lazy_import import callable_package
 
 callable_package(__name__, "sartor.curate.pipeline")

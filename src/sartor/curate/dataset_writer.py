@@ -19,15 +19,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sartor.core import catalogue, licences, lineage_index, rows
+from sartor.core import catalogue, parquet_io
 from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.filesystem import file_digest
+from sartor.core.licences import compliance
+from sartor.core.lineage import origin_index
 from sartor.core.records import Drop, Example, digest
 from sartor.curate import card
 
 ROWS_PER_FILE = 100_000
 EDITED = "review"  # how the step of an origin ends whose row a person changed
-SET_ASIDE = rows.EXAMPLES.append(pa.field("was", pa.string()))
+SET_ASIDE = parquet_io.EXAMPLES.append(pa.field("was", pa.string()))
 # keys of a manifest that say of one artefact what no other inherits
 SEAL = frozenset(["schema", "kind", "created", "files", "id", "digest"])
 
@@ -64,7 +66,7 @@ class DatasetWriter:
 
     def examples(self, tables: Iterable[Any]) -> None:
         """Write tables in the schema `rows.EXAMPLES` as `examples/part-*.parquet`."""
-        self.kept += write_tables(self.folder / "examples", rows.EXAMPLES, tables)
+        self.kept += write_tables(self.folder / "examples", parquet_io.EXAMPLES, tables)
 
     def drops(self, tables: Iterable[Any]) -> None:
         """Write tables in the schema `rows.DROPS` as `drops/part-*.parquet`."""
@@ -74,19 +76,19 @@ class DatasetWriter:
                 self.dropped.update(table["reason"].to_pylist())
                 yield table
 
-        write_tables(self.folder / "drops", rows.DROPS, counted())
+        write_tables(self.folder / "drops", parquet_io.DROPS, counted())
 
     def example_file(self, examples: Iterable[Example]) -> None:
         """Write Examples as one file, however many.
 
         Datasets made of other Datasets have always had one, and their digest is of its bytes.
         """
-        self.kept += rows.write_examples(self.folder / "examples" / "part-00000.parquet", examples)
+        self.kept += parquet_io.write_examples(self.folder / "examples" / "part-00000.parquet", examples)
 
     def drop_file(self, drops: Sequence[Drop]) -> None:
         """Write Drops as one file behind the files of drops that are there."""
         number = len(list((self.folder / "drops").glob("*.parquet")))
-        rows.write_drops(self.folder / "drops" / f"part-{number:05d}.parquet", drops)
+        parquet_io.write_drops(self.folder / "drops" / f"part-{number:05d}.parquet", drops)
         self.dropped.update(drop.reason for drop in drops)
 
     def set_aside(self, aside: Iterable[tuple[str, Example]]) -> None:
@@ -98,7 +100,7 @@ class DatasetWriter:
         def tables() -> Iterator[Any]:
             for pairs in batched(aside, 1024):
                 was = pa.array([name for name, _ in pairs], pa.string())
-                yield rows.examples_table(example for _, example in pairs).append_column("was", was)
+                yield parquet_io.examples_table(example for _, example in pairs).append_column("was", was)
 
         remaining = tables()
         first = next(remaining, None)
@@ -156,7 +158,7 @@ class DatasetWriter:
             "parents": [parent.as_parent() for parent in self.parents],
             "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
         }
-        lineage_index.write(self.folder)
+        origin_index.write(self.folder)
         card.write(self.folder, facts)
         return {**facts, "digest": digest(_file_digests(self.folder))}
 
@@ -188,9 +190,9 @@ def _licence_facts(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the licences of the sources that rows were kept of come to."""
     used = [source for source in sources if source["kept"]]
     return {
-        "licence": licences.combine(source["licence"] for source in used),
-        "licence_conflicts": licences.conflicts(used),
-        "obligations": licences.obligations(used),
+        "licence": compliance.combine(source["licence"] for source in used),
+        "licence_conflicts": compliance.conflicts(used),
+        "obligations": compliance.obligations(used),
     }
 
 
@@ -214,13 +216,13 @@ def write_tables(folder: Path, schema: Any, tables: Iterable[Any]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     total, number, room, writer = 0, 0, 0, None
     try:
-        for table in regrouped(tables, schema, rows.ROWS_PER_GROUP):
+        for table in regrouped(tables, schema, parquet_io.ROWS_PER_GROUP):
             if writer is None or room < len(table):
                 if writer is not None:
                     writer.close()
                 writer = pq.ParquetWriter(folder / f"part-{number:05d}.parquet", schema, compression="zstd")
                 number, room = number + 1, ROWS_PER_FILE
-            writer.write_table(table, row_group_size=rows.ROWS_PER_GROUP)
+            writer.write_table(table, row_group_size=parquet_io.ROWS_PER_GROUP)
             total, room = total + len(table), room - len(table)
     finally:
         if writer is not None:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sartor.core import licences
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
+from sartor.core.licences import compliance
 from sartor.core.records import Drop, Example
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 
@@ -39,7 +39,7 @@ def write_derived(
         for parent in parents:
             writer.media(parent.path / "media")
         # of the rows: what is made of a source may be under its licence and a teacher's word
-        licence = licences.combine(sorted({origin.licence for example in kept for origin in example.origins}))
+        licence = compliance.combine(sorted({origin.licence for example in kept for origin in example.origins}))
         synthetic = [parent.manifest["synthetic"] for parent in parents if "synthetic" in parent.manifest][:1]
         return writer.finish(
             recipe={**parents[0].manifest["recipe"], "derived": list(step)},

@@ -10,14 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sartor.core import rows
-from sartor.core.holdout import held_out_groups
-from sartor.core.records import Drop, Example
+from sartor.core import parquet_io
+from sartor.core.records import Drop, Example, dropped
+from sartor.core.splits import held_out_groups
 from sartor.curate.dataset_writer import batched
 from sartor.curate.parts import Part
 from sartor.curate.passes import Removed, State, moved_ids, picked, rewritten, takeovers
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.steps.contract import Removal, dropped
+from sartor.curate.steps.contract import Removal
 from sartor.curate.work import Merged
 
 
@@ -91,10 +91,10 @@ def _kept_rows(part: Part, start: int, outcome: Outcome) -> Any:
         for at, place in enumerate(living):
             if more := outcome.merged.get(start + place):
                 origins[at] = origins[at] + [asdict(origin) for origin in more.origins]
-        columns["origins"] = pa.array(origins, rows.EXAMPLES.field("origins").type)
+        columns["origins"] = pa.array(origins, parquet_io.EXAMPLES.field("origins").type)
     for name, column in columns.items():
-        table = table.set_column(table.schema.get_field_index(name), rows.EXAMPLES.field(name), column)
-    return table.cast(rows.EXAMPLES)
+        table = table.set_column(table.schema.get_field_index(name), parquet_io.EXAMPLES.field(name), column)
+    return table.cast(parquet_io.EXAMPLES)
 
 
 def leaks(state: State, outcome: Outcome) -> list[Removed]:
@@ -112,7 +112,7 @@ def drop_tables(state: State, removed: Sequence[Removed], masks: Masks) -> Itera
     for file in state.drops:
         yield masked(pq.read_table(file), masks)
     for drops in batched(_removed_drops(removed), 4096):
-        yield masked(pa.Table.from_pylist([asdict(drop) for drop in drops], rows.DROPS), masks)
+        yield masked(pa.Table.from_pylist([asdict(drop) for drop in drops], parquet_io.DROPS), masks)
 
 
 def set_aside_rows(removed: Sequence[Removed], masks: Masks) -> Iterator[tuple[str, Example]]:
@@ -177,4 +177,4 @@ def _with_examples(removed: Sequence[Removed]) -> Iterator[tuple[Removed, Exampl
     for _, run in itertools.groupby(removed, lambda one: one.part.path):
         some = list(run)
         found = picked([some[0].part], ((0, one.place) for one in some))
-        yield from zip(some, map(rows.example_of, found), strict=True)
+        yield from zip(some, map(parquet_io.example_of, found), strict=True)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sartor.curate.dedup.workers import Workers
+from sartor.core.processes import Workers
 from sartor.curate.work import Task, execute
 
 # Starting a worker costs about as much as reading this many bytes of rows.

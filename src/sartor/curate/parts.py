@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.filesystem import create_directory_atomic
 from sartor.core.records import Example
 
@@ -69,7 +69,7 @@ class Part:
         """The rows, in order."""
         with pq.ParquetFile(self.path / "examples.parquet") as file:
             for batch in file.iter_batches(1024):
-                yield from map(rows.example_of, batch.to_pylist())
+                yield from map(parquet_io.example_of, batch.to_pylist())
 
 
 def read_arrow(file: Path) -> Any:

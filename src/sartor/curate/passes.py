@@ -19,7 +19,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sartor.core import config, rows
+from sartor.core import config, parquet_io
 from sartor.core.filesystem import file_digest
 from sartor.core.records import Example, digest
 from sartor.curate import parts
@@ -235,7 +235,7 @@ def takeovers(state: State) -> dict[int, Merged]:
     found = {}
     for kept, others in state.taken.items():
         equals = [known[row] for row in (kept, *sorted(others))]
-        origins = tuple(origin for row in equals[1:] for origin in map(rows.origin_of, row["origins"]))
+        origins = tuple(origin for row in equals[1:] for origin in map(parquet_io.origin_of, row["origins"]))
         splits = [row["split"] for row in equals if row["split"]]
         chosen = "eval" if "eval" in splits else next(iter(splits), "")
         found[kept] = Merged(origins, chosen, next((row["group"] for row in equals if row["group"]), ""))
@@ -301,5 +301,5 @@ def examples_of(state: State, wanted: Sequence[int]) -> list[Example]:
     """Rows by number."""
     order = sorted(range(len(wanted)), key=lambda at: wanted[at])
     found = picked(state.parts, (state.where(wanted[at]) for at in order))
-    made = {at: rows.example_of(row) for at, row in zip(order, found, strict=True)}
+    made = {at: parquet_io.example_of(row) for at, row in zip(order, found, strict=True)}
     return [made[at] for at in range(len(wanted))]

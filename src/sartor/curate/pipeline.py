@@ -21,10 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.core import config, lineage, rows
-from sartor.core.artifacts import DISK_FULL, Artifact, check_free, kind_of, open_artifact
+from sartor.core import config, parquet_io, records
+from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError, MissingError, SourceError, StoppedError
-from sartor.core.filesystem import make_parent, writer_lock
+from sartor.core.filesystem import DISK_FULL, make_parent, writer_lock
 from sartor.core.records import canonical, digest
 from sartor.curate import copies, finish, local, on_ray
 from sartor.curate.curated import Curated
@@ -33,13 +33,13 @@ from sartor.curate.parts import Part
 from sartor.curate.passes import Passes, State, evidence_of, whole
 from sartor.curate.progress import Progress
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.sources import units
+from sartor.curate.sources import planning, reading
 from sartor.curate.steps import makes_copies
 from sartor.curate.steps.personal_data import PersonalData
 from sartor.curate.work import Task
 
 Notice = Callable[[str], None]
-# Of a Source, what its files' entries in the manifest say besides the licence: core/licences.py reads them there.
+# Of a Source, what its files' entries in the manifest say besides the licence: core/licences/compliance.py reads them there.
 TERMS = ("share_alike", "non_commercial", "expires", "consent")
 Engine = Literal["local", "ray"]
 
@@ -100,7 +100,7 @@ def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
         return None
     there = open_artifact(out, "dataset")
     made = {(file["source"], file["path"]): file["sha256"] for file in there.manifest["sources"]}
-    now = {(file.source, file.path): file.sha256 for file in units.plan(recipe.sources, recipe.max_row_bytes).files}
+    now = {(file.source, file.path): file.sha256 for file in planning.plan(recipe.sources, recipe.max_row_bytes).files}
     same = there.manifest["recipe"] == json.loads(canonical(_said(recipe)))
     if not same or made != now:
         what = "sources that have changed" if same else "another recipe"
@@ -138,7 +138,7 @@ class Line:
 
     def run(self, strict: bool) -> State:
         """Every pass, the split, and the copies of training rows."""
-        self.planned = units.plan(self.recipe.sources, self.recipe.max_row_bytes)
+        self.planned = planning.plan(self.recipe.sources, self.recipe.max_row_bytes)
         tasks = [
             Task(Path(), _key(unit), self.work, (), (), unit, self.recipe.sources[unit.source], strict)
             for unit in self.planned.units
@@ -210,7 +210,7 @@ class Line:
             yield {**asdict(file), **terms, "read": self.read[place], "notes": dict(self.notes.get(place, {}))}
 
 
-def _key(unit: units.Unit) -> str:
+def _key(unit: reading.Unit) -> str:
     """What a unit will read. Nobody knows that of a query before it is asked, so its parts are never found again."""
     return unit.digest if unit.files else digest([unit.digest, time.time_ns()])
 
@@ -225,7 +225,7 @@ def _size(before: Path | None) -> int:
 
 
 def _nothing_kept(read: int, folder: Path) -> str:
-    drops = [drop for file in sorted((folder / "drops").glob("*.parquet")) for drop in rows.read_file(file)]
-    reasons = ", ".join(f"{reason} {count}" for reason, count in lineage.tally(drop["reason"] for drop in drops).items())
+    drops = [drop for file in sorted((folder / "drops").glob("*.parquet")) for drop in parquet_io.read_file(file)]
+    reasons = ", ".join(f"{reason} {count}" for reason, count in records.tally(drop["reason"] for drop in drops).items())
     first = f"; the first: {drops[0]['locator']}: {drops[0]['detail']}" if drops else ""
     return f"no row is left of {read}" + (f" ({reasons}{first})" if reasons else "")

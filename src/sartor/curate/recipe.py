@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
 from dataclasses import dataclass
 from typing import Literal
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.core.licences import Consent, Use
-from sartor.core.spdx import UNKNOWN, checked
-from sartor.curate.inbox.terms import InboxTerms
-from sartor.curate.sources.forms import iso_date
+from sartor.curate.recipe__types import Owned, Source, _day  # noqa: F401
 from sartor.curate.steps import Step, makes_copies
 from sartor.curate.steps.exact import ExactDuplicates
-from sartor.curate.recipe__types import Owned, Source, _day  # noqa: F401
 
 
 @dataclass(frozen=True)

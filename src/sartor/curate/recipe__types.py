@@ -8,8 +8,8 @@ from typing import Literal
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.core.licences import Consent, Use
-from sartor.core.spdx import UNKNOWN, checked
+from sartor.core.licences.compliance import Consent, Use
+from sartor.core.licences.spdx import UNKNOWN, checked
 from sartor.curate.inbox.terms import InboxTerms
 from sartor.curate.sources.forms import iso_date
 

@@ -17,12 +17,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sartor.core import config, rows
+from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError
-from sartor.core.grouping import split_group
-from sartor.core.holdout import held_out_groups
-from sartor.core.records import Drop, Example
+from sartor.core.records import Drop, Example, dropped
+from sartor.core.splits import held_out_groups, split_group
 from sartor.curate.curated import Curated
 from sartor.curate.dataset_writer import SET_ASIDE, DatasetWriter, write_dataset
 from sartor.curate.dedup import clusters, ledger
@@ -31,7 +30,7 @@ from sartor.curate.dedup.pairs import METHODS, Pairs
 from sartor.curate.pipeline import load_recipe
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.steps import makes_copies, needs_all_rows
-from sartor.curate.steps.contract import RowFunction, dropped
+from sartor.curate.steps.contract import RowFunction
 from sartor.curate.steps.exact import ExactDuplicates
 from sartor.curate.steps.near import NearDuplicates
 from sartor.curate.work import through
@@ -122,7 +121,7 @@ class _Rethreshold:
         staying = [place for place in range(len(self.kept)) if place not in self.gone]
         splits = self._splits(staying, back)
         returned = [dataclasses.replace(row, group=split_group(row), split=splits[split_group(row)]) for row in back]
-        writer.examples([self.kept.take(pa.array(staying, pa.int64())), rows.examples_table(returned)])
+        writer.examples([self.kept.take(pa.array(staying, pa.int64())), parquet_io.examples_table(returned)])
         writer.set_aside((self.ids[place], self._example(place)) for place in sorted(self.gone))
         writer.drop_file(self._drops(fallen))
         writer.evidence("near_duplicates", self._evidence())
@@ -150,7 +149,9 @@ class _Rethreshold:
     def _example(self, place: int) -> Example:
         first = len(self.kept)
         table, at = (self.kept, place) if place < first else (self.aside, place - first)
-        return rows.example_of({name: column[0] for name, column in table.slice(at, 1).to_pydict().items() if name != "was"})
+        return parquet_io.example_of(
+            {name: column[0] for name, column in table.slice(at, 1).to_pydict().items() if name != "was"}
+        )
 
     def _returned(self) -> tuple[list[Example], list[Drop]]:
         """Rows that were set aside and are no longer duplicates, through the later row steps; and what those drop."""
@@ -212,5 +213,8 @@ def _read(dataset: Artifact, folder: str) -> Any:
         return SET_ASIDE.empty_table()
     table = pa.concat_tables(pq.read_table(file) for file in files)
     # messages of an older Dataset have fewer fields; columns stay as they are
-    fields = [rows.EXAMPLES.field(name) if name in rows.EXAMPLES.names else table.field(name) for name in table.column_names]
+    fields = [
+        parquet_io.EXAMPLES.field(name) if name in parquet_io.EXAMPLES.names else table.field(name)
+        for name in table.column_names
+    ]
     return table.cast(pa.schema(fields)) if "messages" in table.column_names else table

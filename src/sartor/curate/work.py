@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sartor.core import rows
-from sartor.core.grouping import prompt_group
-from sartor.core.records import Drop, Example, Origin
+from sartor.core import parquet_io
+from sartor.core.records import Drop, Example, Origin, dropped
+from sartor.core.splits import prompt_group
 from sartor.curate import parts
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import Unit, read
-from sartor.curate.steps.contract import Copy, CopyStep, Counting, RowFunction, RowStep, SetStep, dropped
+from sartor.curate.steps.contract import Copy, CopyStep, Counting, RowFunction, RowStep, SetStep
 
 BATCH_ROWS = 1024
 
@@ -179,7 +179,7 @@ def taken_over(row: Example, more: Merged) -> Example:
 def _write(line: _Line, folder: Path) -> None:
     coming, sets = line.rows(), line.task.sets
     with ExitStack() as stack:
-        writer = stack.enter_context(pq.ParquetWriter(folder / "examples.parquet", rows.EXAMPLES, compression="zstd"))
+        writer = stack.enter_context(pq.ParquetWriter(folder / "examples.parquet", parquet_io.EXAMPLES, compression="zstd"))
         index = _arrow(stack, folder / "index.arrow", parts.INDEX)
         files: list[Any] = []
         while True:
@@ -188,13 +188,13 @@ def _write(line: _Line, folder: Path) -> None:
             tables = [step.sketch(batch, line.task.folder) for step in sets]
             files = files or [_arrow(stack, folder / f"sketch-{n}.arrow", table.schema) for n, table in enumerate(tables)]
             if batch:
-                writer.write_table(rows.examples_table(batch))
+                writer.write_table(parquet_io.examples_table(batch))
                 index.write_table(index_table(some))
                 for file, table in zip(files, tables, strict=True):
                     file.write_table(table)
             if len(batch) < BATCH_ROWS:
                 break
-    rows.write_drops(folder / "drops.parquet", line.drops)
+    parquet_io.write_drops(folder / "drops.parquet", line.drops)
 
 
 def _arrow(stack: ExitStack, file: Path, schema: Any) -> Any:

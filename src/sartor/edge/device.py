@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ConfigError, HealthError, MissingError, StoreError
+from sartor.core.resource_limits import Limits
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.store import Installed, State, Store, states
-from sartor.edge.tuning.limits import Limits
 from sartor.edge.update import health as checks
 from sartor.edge.update import reports
 from sartor.edge.update.health import Health, Result

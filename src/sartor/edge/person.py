@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, ModelError, SourceError
 from sartor.core.records import Example
 from sartor.edge.personal.adapting import Adapted, Settings
@@ -167,7 +167,7 @@ def _base(options: PersonOptions, release: Path) -> Path:
     if not (release / "release.json").is_file():
         raise ModelError(f"{options.name} is an export here, and a person teaches a Release alone", "publish the Release")
     said = json.loads((release / "release.json").read_bytes())["base"]
-    found = bases.locate(options.base or said["name"])
+    found = model_refs.locate_base(options.base or said["name"])
     if found.digest != said["digest"]:
         raise ModelError(
             f"{release} was tuned on the base {said['digest'][:12]}, and {found.name} is {found.short_digest}", "--base DIR"

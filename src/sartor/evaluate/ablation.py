@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from sartor.core.grouping import group_of
 from sartor.core.records import Example, Message, Part
+from sartor.core.splits import group_of
 from sartor.evaluate.answering import replies, reply_limit
 from sartor.evaluate.blank import blanked
 from sartor.evaluate.compare import Comparison

@@ -9,11 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from sartor.core import lineage, rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError
-from sartor.core.grouping import group_of_stored
+from sartor.core.lineage import ancestry
 from sartor.core.records import Example
+from sartor.core.splits import group_of_stored
 from sartor.evaluate.answering import answer, losses, side
 from sartor.evaluate.held_out import HeldOut
 from sartor.evaluate.measures import LOWER_IS_BETTER, Measures
@@ -42,7 +43,7 @@ def beside(
     new, found, standing = (
         open_artifact(adapter, "adapter"), open_artifact(report, "report"), open_artifact(live, ("adapter", "release"))
     )  # fmt: skip
-    said = list(rows.read_file(found.path / "rows.parquet"))
+    said = list(parquet_io.read_file(found.path / "rows.parquet"))
     asked = _asked(new, said)
     base, model = open_tuned(standing, notice)
     notice(f"the live version answers the same {len(said)} rows")
@@ -72,7 +73,7 @@ def beside(
 
 def write_beside(file: Path, found: Beside) -> None:
     """The rows as Parquet, for a person and for `rows.read_file`."""
-    rows.write_rows(file, pa.Table.from_pylist(found.table).schema, found.table)
+    parquet_io.write_rows(file, pa.Table.from_pylist(found.table).schema, found.table)
 
 
 def likelihoods(
@@ -86,8 +87,8 @@ def likelihoods(
 
 
 def _asked(adapter: Artifact, said: Sequence[dict[str, Any]]) -> HeldOut:
-    datasets = lineage.find_parents(adapter, "dataset")
-    known = {example.id: example for dataset in datasets for example in rows.read_examples(dataset, "eval")}
+    datasets = ancestry.find_parents(adapter, "dataset")
+    known = {example.id: example for dataset in datasets for example in parquet_io.read_examples(dataset, "eval")}
     gone = [row["id"] for row in said if row["id"] not in known]
     if gone or not datasets:
         raise ArtifactError(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from sartor.core.artifacts import Artifact
-from sartor.core.licences import Use
+from sartor.core.licences.compliance import Use
 from sartor.evaluate import permission
+from sartor.evaluate.checks__limits import Check  # noqa: F401
 from sartor.evaluate.compare import LEAST_GROUPS, groups_needed
 from sartor.evaluate.limits import ForgettingLimit, GainLimit, Limits, ReviewLimit
 from sartor.evaluate.measures import LOWER_IS_BETTER
-from sartor.evaluate.checks__limits import Check  # noqa: F401
 
 _OTHERS = {"image": "pictures: it does not look", "audio": "recordings: it does not listen"}
 _NOUNS = {"image": "a picture", "audio": "a recording"}

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sartor.core import lineage, reply_markup, rows
+from sartor.core import parquet_io, records, reply_markup
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, SourceError
+from sartor.core.lineage import ancestry
 from sartor.core.records import Drop, Example
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import read_all
@@ -33,7 +34,7 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) 
     Adapter of many clients has a Dataset of each: what one holds out and another trained on is left out.
     media: a folder of the caller's, into which the media of `data` are copied.
     """
-    datasets = lineage.find_parents(adapter, "dataset")
+    datasets = ancestry.find_parents(adapter, "dataset")
     left_out: dict[str, int] = {}
     if most_rows < 1:
         raise ConfigError(f"--rows is {most_rows}; there must be at least one row to evaluate on", "--rows 200")
@@ -43,14 +44,14 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) 
                 f"the Dataset of {adapter.path} is not where it was, or was changed",
                 "sartor index DIR finds it; or give --data FILE",
             )
-        examples, folder = _held_out_of(datasets, lineage.learnt_from(adapter), left_out), datasets[0].path
+        examples, folder = _held_out_of(datasets, ancestry.learnt_from(adapter), left_out), datasets[0].path
         if not examples:
             raise SourceError(f"{folder} holds out no row", "curate with split.eval_fraction above 0, or give --data FILE")
     else:
         if not datasets:
             left_out["not_compared_with_training_rows"] = 0  # the Dataset is gone: said, since nothing was left out for it
         folder = media
-        examples, refused = _rows_of(data, lineage.learnt_from(adapter), media)
+        examples, refused = _rows_of(data, ancestry.learnt_from(adapter), media)
         left_out |= refused
     if bad := sum(example.rating < 0 for example in examples):
         left_out["rated_bad"] = bad  # such a reply is no reference
@@ -68,7 +69,7 @@ def _held_out_of(datasets: Sequence[Artifact], every_one: Sequence[Artifact], le
     """What Datasets hold out, each row once, without what another was trained on: of them, or of `every_one`, among which are
     those of the rehearsal and of what the Adapter went on from. Media lie below the first one.
     """
-    every = {example.id: example for dataset in datasets for example in rows.read_examples(dataset, "eval")}
+    every = {example.id: example for dataset in datasets for example in parquet_io.read_examples(dataset, "eval")}
     trained_on = _trained_on(every_one) & set(every) if len(every_one) > 1 else set()
     if trained_on:
         left_out["trained_on"] = len(trained_on)
@@ -76,7 +77,7 @@ def _held_out_of(datasets: Sequence[Artifact], every_one: Sequence[Artifact], le
 
 
 def _trained_on(datasets: Sequence[Artifact]) -> set[str]:
-    return {example.id for dataset in datasets for example in rows.read_examples(dataset, "train")}
+    return {example.id for dataset in datasets for example in parquet_io.read_examples(dataset, "train")}
 
 
 def _rows_of(data: Path, datasets: Sequence[Artifact], folder: Path) -> tuple[list[Example], dict[str, int]]:
@@ -86,7 +87,7 @@ def _rows_of(data: Path, datasets: Sequence[Artifact], folder: Path) -> tuple[li
     read = list(read_all(Source(str(data)), 4 << 20, folder / "media"))
     known = [row for row in read if isinstance(row, Example)]
     examples = [example for example in known if example.id not in trained_on]
-    left_out = lineage.tally(row.reason for row in read if isinstance(row, Drop))
+    left_out = records.tally(row.reason for row in read if isinstance(row, Drop))
     if seen := len(known) - len(examples):
         left_out["trained_on"] = seen
     if not examples:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sartor.core.artifacts import Artifact
-from sartor.core.page import document, escape, facts, flat, headlines
+from sartor.core.html import document, escape, facts, flat, headlines
 from sartor.evaluate.audit import verdicts
 from sartor.evaluate.measures import LOWER_IS_BETTER
 

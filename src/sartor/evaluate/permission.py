@@ -6,11 +6,12 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sartor.core import licences, lineage, lineage_index
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ConfigError
-from sartor.core.licences import USES, Objection
-from sartor.core.lineage_index import Pair
+from sartor.core.licences import compliance
+from sartor.core.licences.compliance import USES, Objection
+from sartor.core.lineage import ancestry, origin_index
+from sartor.core.lineage.origin_index import Pair
 
 
 def check_use(use: str) -> None:
@@ -25,9 +26,9 @@ def refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
 
     A row that a second source also holds, which permits the use, is no reason: the licence that permits is the one used.
     """
-    sources = licences.made_from(adapter.manifest)
-    objections = licences.objections(sources, use)
-    dataset = lineage.find_parent(adapter, "dataset") if objections else None
+    sources = compliance.made_from(adapter.manifest)
+    objections = compliance.objections(sources, use)
+    dataset = ancestry.find_parent(adapter, "dataset") if objections else None
     of_source: dict[str, list[Objection]] = {}
     for objection in objections:
         of_source.setdefault(objection.source, []).append(objection)
@@ -37,11 +38,11 @@ def refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
         count, rows = _rows(sources, dataset, blamed, {(objection.source, objection.path) for objection in found})
         if count != 0:
             refused[name] = f"{name} {' and '.join(dict.fromkeys(objection.why for objection in found))}{rows}"
-    clashes = licences.conflicts(sources) if use != "internal" else []
+    clashes = compliance.conflicts(sources) if use != "internal" else []
     if not (refused or clashes):
         return [], ""
     base = adapter.manifest.get("base")
-    of_base = licences.base_source(base) if base else ""
+    of_base = compliance.base_source(base) if base else ""
     return [*refused.values(), *clashes], _remedy(sources, dataset, list(refused), of_base)
 
 
@@ -57,7 +58,7 @@ def _rows(
     if dataset is None:
         count = sum(source["kept"] for source in sources if (source["source"], source.get("path", "")) in pairs)
         return count, f" ({count:,} rows)"
-    found = lineage_index.rows_only_from(dataset, blamed, pairs)
+    found = origin_index.rows_only_from(dataset, blamed, pairs)
     more = f" and {found.count - len(found.first):,} more" if found.count > len(found.first) else ""
     first = ", ".join(f"{locator} is {row[:12]}" for row, locator in found.first)
     return found.count, f" ({found.count:,} rows{': ' if first else ''}{first}{more})"
@@ -65,7 +66,7 @@ def _rows(
 
 def _remedy(sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, refused: Sequence[str], of_base: str) -> str:
     """Uses that would pass, else what to leave out. of_base: the name of the base among the sources."""
-    uses = licences.permitted(sources)
+    uses = compliance.permitted(sources)
     said = [f"--use {' or '.join(uses)} is permitted"] if uses else []
     named = [name for name in refused if name != of_base]
     if len(named) < len(refused):

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import bases, catalogue, licences, lineage, signing
+from sartor.core import catalogue, model_refs, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, check_free, create_output_directory, open_artifact, seal
+from sartor.core.config import is_name
 from sartor.core.errors import ConfigError, GateError, HubError, ModelError
-from sartor.core.licences import Use
-from sartor.core.names import is_name
+from sartor.core.licences import compliance
+from sartor.core.licences.compliance import Use
+from sartor.core.lineage import ancestry
 from sartor.curate.review.desk import open_items as items_to_review
 from sartor.evaluate import attacked, checks, permission, training
 from sartor.evaluate.audit import verdicts
@@ -135,7 +137,7 @@ def gate(
     """Every check of the gate. Raises ConfigError for a waiver of a check that does not exist, or without name or reason."""
     manifest, limits = report.manifest, own.limits if own else Limits()
     primary = manifest["primary"]
-    dataset = lineage.find_parent(adapter, "dataset")
+    dataset = ancestry.find_parent(adapter, "dataset")
     found = {
         "gain": checks.gain(primary, manifest["metrics"][primary], limits.gain, manifest.get("groups", 0)),
         "forgetting": checks.forgetting(manifest["forgetting"], limits.forgetting),
@@ -174,7 +176,7 @@ def _facts(
         "parents": [adapter.as_parent(), report.as_parent()],
         "sources": adapter.manifest["sources"],
         "licence": adapter.licence,
-        "obligations": licences.obligations(licences.made_from(adapter.manifest)),
+        "obligations": compliance.obligations(compliance.made_from(adapter.manifest)),
         "metrics": report.manifest["metrics"],
         "primary": report.manifest["primary"],
         "forgetting": report.manifest["forgetting"],
@@ -248,7 +250,7 @@ def _verified(found: Artifact, key: Path | str | None, base: str) -> Verified:
 def _compare_base(found: Artifact, name: str) -> str:
     said = found.manifest["base"]
     try:
-        ref = bases.locate(name or said["name"])
+        ref = model_refs.locate_base(name or said["name"])
     except (ModelError, HubError) as error:
         if name:
             raise
@@ -259,11 +261,11 @@ def _compare_base(found: Artifact, name: str) -> str:
             f"{ref.name!r} here is {ref.digest[:12]}",
             "use the base that it was tuned on",
         )
-    template = bases.chat_template(ref.path) if ref.path.is_dir() else ""
-    if template and bases.template_digest(template) != said["template_digest"]:
+    template = model_refs.chat_template(ref.path) if ref.path.is_dir() else ""
+    if template and model_refs.template_digest(template) != said["template_digest"]:
         raise ModelError(
             f"{found.path.name} is bound to the chat template {said['template_digest'][:12]}; {ref.name!r} here has "
-            f"{bases.template_digest(template)[:12]}",
+            f"{model_refs.template_digest(template)[:12]}",
             "use the chat template that it was tuned with",
         )
     return "the same" if ref.path.is_dir() else "the same, not converted yet"

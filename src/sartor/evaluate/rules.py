@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import config, proportions, rows
+from sartor.core import config, parquet_io, statistics
 from sartor.core.artifacts import Artifact
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
@@ -98,7 +98,7 @@ class Rules:
 
     def judged(self, report: Artifact) -> dict[str, Check]:
         """The checks of the slices, by the rows of a Report."""
-        table = list(rows.read_file(report.path / "rows.parquet"))
+        table = list(parquet_io.read_file(report.path / "rows.parquet"))
         return {f"slice:{one.name}": _judge(one, table) for one in self.slices}
 
 
@@ -178,7 +178,7 @@ def upper_bound(count: int, of: int) -> float:
     >>> round(upper_bound(0, 100), 3)
     0.03
     """
-    return proportions.upper_bound(count, of, CONFIDENCE)
+    return statistics.upper_bound(count, of, CONFIDENCE)
 
 
 def _values(said: Mapping[str, Any] | None) -> Iterable[tuple[str, set[str]]]:

@@ -17,14 +17,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from sartor.core import catalogue, rows
+from sartor.core import catalogue, parquet_io
 from sartor.core.artifacts import Artifact, check_free, open_artifact, write_artifact
 from sartor.core.errors import AssetError, ConfigError, ModelError, SourceError
-from sartor.core.grouping import group_of
 from sartor.core.records import Example
-from sartor.evaluate import audit, compare, page
+from sartor.core.splits import group_of
+from sartor.evaluate import compare, page
 from sartor.evaluate.ablation import ablate, media_of, modalities
 from sartor.evaluate.answering import answer, losses, reply_limit, side
+from sartor.evaluate.audit import probe as audit
 from sartor.evaluate.audit import run
 from sartor.evaluate.audit.outcomes import outcomes_of
 from sartor.evaluate.audit.run import Options
@@ -111,7 +112,7 @@ def evaluate(
     }
 
     def fill(part: Path) -> Mapping[str, Any]:
-        rows.write_rows(part / "rows.parquet", pa.Table.from_pylist(measured.table).schema, measured.table)
+        parquet_io.write_rows(part / "rows.parquet", pa.Table.from_pylist(measured.table).schema, measured.table)
         (part / "report.html").write_text(page.render(facts, adapter, measured.table, measured.pictures), encoding="utf-8")
         return facts
 

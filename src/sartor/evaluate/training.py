@@ -15,9 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.core import lineage, numerics, rows
+from sartor.core import numerics, parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError
+from sartor.core.lineage import ancestry
 from sartor.core.records import Example, Message
 from sartor.curate.likeness.tfidf import counts, rarity
 from sartor.curate.steps.personal_data import PersonalData
@@ -95,7 +96,7 @@ def read_facts(adapter: Artifact) -> TrainingFacts:
 
     Raises ArtifactError where the Dataset is not to be found.
     """
-    own = lineage.find_parent(adapter, "dataset")
+    own = ancestry.find_parent(adapter, "dataset")
     if own is None:
         raise ArtifactError(
             f"the Dataset of {adapter.path} is not where it was, so the system prompt of its rows is unknown",
@@ -104,7 +105,7 @@ def read_facts(adapter: Artifact) -> TrainingFacts:
     facts, seen = TrainingFacts(), set[str]()
     for dataset in (own, *_earlier(adapter)):
         rehearsed = {source["source"] for source in dataset.manifest["sources"] if source.get("rehearsal")}
-        for example in rows.read_examples(dataset):
+        for example in parquet_io.read_examples(dataset):
             if example.id in seen or example.rating < 0:  # what was rated bad shows no reply of the agent's
                 continue
             seen.add(example.id)
@@ -116,10 +117,10 @@ def read_facts(adapter: Artifact) -> TrainingFacts:
 def _earlier(adapter: Artifact) -> Iterator[Artifact]:
     """The Datasets of the Adapters that a tuning went on from, the nearest first, as far as they still stand."""
     starts = {parent["id"] for parent in adapter.manifest["parents"] if parent["kind"] in ("adapter", "release")}
-    for step in lineage.walk(adapter):
+    for step in ancestry.walk(adapter):
         if step.id in starts and step.state == "opened":
             start = open_artifact(step.path)
-            if (dataset := lineage.find_parent(start, "dataset")) is not None:
+            if (dataset := ancestry.find_parent(start, "dataset")) is not None:
                 yield dataset
             yield from _earlier(start)
 
@@ -158,7 +159,7 @@ def canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, Any]]:
     that are rounded otherwise part long ones. None of a row with media: a manifest holds text. Each states by which arithmetic
     its reply was made (core/numerics.py).
     """
-    told = rows.read_file(report.path / "rows.parquet")
+    told = parquet_io.read_file(report.path / "rows.parquet")
     found = [row for row in told if row["tuned_reply"].strip() and not row.get("media")]
     found.sort(key=lambda row: (len(row["tuned_reply"]), row["id"]))
     first = {row["tuned_reply"]: row["id"] for row in reversed(found)}

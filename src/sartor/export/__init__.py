@@ -1,5 +1,5 @@
 """A Release for other runtimes, with a receipt of how alike it answers; `sartor.export(...)` is the verb in `verb.py`."""
 
-from sartor.core.verb import callable_package
+from sartor.core.lazy_import import callable_package
 
 callable_package(__name__, "sartor.export.verb")

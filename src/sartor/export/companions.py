@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from sartor.core import bases, licences
+from sartor.core import model_refs
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import GateError
+from sartor.core.licences import compliance
 from sartor.models.base import Base, open_chat
 
 # as transformers names them: the tokenizer, whole
@@ -94,8 +95,8 @@ def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -
 def write_notice(release: Artifact, base: Base, part: Path) -> None:
     """NOTICE.md: every licence that this was made from, and what each demands of who hands it on; texts beside the base too."""
     manifest = release.manifest
-    made_from = [{**source, "source": _short(source)} for source in licences.made_from(manifest)]
-    owed = licences.obligations(made_from) or ["nothing"]
+    made_from = [{**source, "source": _short(source)} for source in compliance.made_from(manifest)]
+    owed = compliance.obligations(made_from) or ["nothing"]
     rows = [
         f"- {source['source']}: {source['licence']}" + (f", sha256 {source['sha256']}" if source.get("sha256") else "")
         for source in made_from
@@ -138,4 +139,4 @@ def readable(part: Path) -> None:
 
 def _as_hub_spells(licence: str) -> str:
     """The hub's spelling of the licences that `bases` reads back; other expressions as they are."""
-    return licence.lower() if licence in bases.HUB_LICENCES.values() else licence
+    return licence.lower() if licence in model_refs.HUB_LICENCES.values() else licence

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from sartor.core.artifacts import Artifact
-from sartor.core.bases import STARTER, source_gguf
+from sartor.core.model_refs import STARTER, source_gguf
 from sartor.export import companions, measure, runtimes
 from sartor.export.measure import Figures
 from sartor.export.reference import Trace

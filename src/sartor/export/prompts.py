@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from sartor.core import lineage
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
+from sartor.core.lineage import ancestry
 from sartor.core.records import Message
 from sartor.evaluate.held_out import held_out
 from sartor.models.chat import Chat
@@ -74,7 +74,7 @@ Found = list[tuple[str, Sequence[Message], str]]
 
 def _held_out(release: Artifact, count: int) -> Found:
     """Rows that were not trained on: of the Dataset where it stands, else what the Report inside the Release asked."""
-    if lineage.find_parent(release, "dataset") is not None:
+    if ancestry.find_parent(release, "dataset") is not None:
         try:
             examples = held_out(release, None, 4 * count, release.path).examples
         except SourceError:  # it holds nothing out

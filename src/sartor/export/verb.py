@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.core import bases, catalogue, lineage, numerics, signing
+from sartor.core import catalogue, model_refs, numerics, records, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, check_free, create_output_directory, seal
 from sartor.core.errors import BudgetError, ConfigError, ModelError
 from sartor.core.filesystem import file_digest
+from sartor.core.lineage import ancestry
 from sartor.evaluate.release import verify_release
 from sartor.evaluate.tasks import check_base
 from sartor.export import companions, forms, prompts, reference, runtimes
@@ -96,7 +97,7 @@ def export(
     found = verify_release(release, key=options.key, base=options.base).release
     reads = _check_media(found, to)
     said = found.manifest["base"]
-    _check_memory(bases.locate(options.base or said["name"]))
+    _check_memory(model_refs.locate_base(options.base or said["name"]))
     began = time.monotonic()
     base = open_base(options.base or said["name"], licence=said["licence"], bits=32, notice=notice)
     check_base(found, base.ref.digest, base.chat.template_digest, base.ref.name)
@@ -146,7 +147,7 @@ def _check_media(release: Artifact, to: str) -> bool:
     return bool(reads)
 
 
-def _check_memory(ref: bases.BaseRef) -> None:
+def _check_memory(ref: model_refs.BaseRef) -> None:
     """Raises BudgetError where fp32 weights, twice, do not fit: below that the comparison would swap or be killed."""
     wanted = memory.weights_in(ref.path) * _BYTES * _COPIES + _SPARE_BYTES if ref.path.is_dir() else 0
     room = memory.available_bytes()
@@ -177,9 +178,9 @@ def _facts(release: Artifact, to: str, part: Path) -> dict[str, Any]:
 def _as_base(to: str, part: Path) -> dict[str, str]:
     """File -> the digest of the base that it is, where it can be one; `.` is the directory."""
     if to == "merged":
-        return {".": bases.files_digest(part)}
+        return {".": model_refs.files_digest(part)}
     files = [file for file in sorted(part.glob("*.gguf")) if not file.name.endswith("-adapter.gguf")]
-    return {file.name: bases.gguf_digest(file_digest(file)) for file in files}
+    return {file.name: model_refs.gguf_digest(file_digest(file)) for file in files}
 
 
 def _parity(
@@ -191,7 +192,7 @@ def _parity(
         notes.append(
             f"it was tuned and evaluated on the base in {said['quantisation']}; the reference is the base as it is stored"
         )
-    if lineage.find_parent(release, "dataset") is None:
+    if ancestry.find_parent(release, "dataset") is None:
         notes.append("the Dataset is not on this machine, or was changed")
     if reads:
         notes.append("compared on text alone: no other runtime reads media by projectors.safetensors")
@@ -205,7 +206,7 @@ def _parity(
             "base_digest": base.ref.digest,
             "device": str(base.device),
         },
-        "prompts": lineage.tally(one.asked.source for one in traces),
+        "prompts": records.tally(one.asked.source for one in traces),
         "positions": sum(len(one.reply) for one in traces),
         "most_reply_tokens": reference.REPLY_TOKENS,
         "likeliest": LIKELIEST,

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from sartor.core import signing
+from sartor.core.config import is_name
 from sartor.core.errors import ConfigError
-from sartor.core.names import is_name
 
 
 def keygen(directory: Path | str, name: str) -> dict[str, str]:

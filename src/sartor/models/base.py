@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-from sartor.core import bases, gguf, numerics
+from sartor.core import gguf_header, model_refs, numerics
 from sartor.core.errors import ConfigError, ModelError
 from sartor.models import paths, quantised, whisper_files
 from sartor.models.batches import Encoded
@@ -40,7 +40,7 @@ from sartor.models.path import Wish
 class Base:
     """A base in memory. `model`: transformers' module. `chat`: its tokenizer and template. `media`: what it reads but text."""
 
-    ref: bases.BaseRef
+    ref: model_refs.BaseRef
     model: Any
     chat: Chat
     device: torch.device
@@ -94,7 +94,7 @@ def open_base(
     name cannot be fetched, AssetError when the starter cannot be, ExtraError when bits need bitsandbytes and it is not
     installed, ConfigError when the device cannot compute so. `notice` is told what takes long.
     """
-    ref = bases.locate(name, revision, licence)
+    ref = model_refs.locate_base(name, revision, licence)
     if ref.is_converted:
         convert(ref, notice)
     device = device or best_device()
@@ -106,7 +106,7 @@ def open_base(
     return _with_media(ref, model, _native_chat(ref, model), device)
 
 
-def read_chat(ref: bases.BaseRef) -> Chat:
+def read_chat(ref: model_refs.BaseRef) -> Chat:
     """The tokenizer and template of a base whose weights are not read. Raises what `open_base` does for them."""
     if ref.is_converted:
         convert(ref)
@@ -119,7 +119,7 @@ def read_chat(ref: bases.BaseRef) -> Chat:
     return _native_chat(ref, SimpleNamespace(config=config, generation_config=generation))
 
 
-def _native_chat(ref: bases.BaseRef, model: Any) -> Chat:
+def _native_chat(ref: model_refs.BaseRef, model: Any) -> Chat:
     """Of a base that reads media by itself. model: what says its `config` and `generation_config`."""
     processor, stops = opening.open_processor(ref.path, model.config), _stops(model.generation_config)
     if opening.is_whisper(model.config):
@@ -129,7 +129,7 @@ def _native_chat(ref: bases.BaseRef, model: Any) -> Chat:
     return NativeChat(processor.tokenizer, NativeMedia(processor, model), stops)
 
 
-def _with_media(ref: bases.BaseRef, model: Any, chat: Chat, device: torch.device) -> Base:
+def _with_media(ref: model_refs.BaseRef, model: Any, chat: Chat, device: torch.device) -> Base:
     model.set_input_embeddings(MediaEmbedding(model.get_input_embeddings(), chat.media))
     return Base(ref, model, chat, device, chat.media)
 
@@ -210,7 +210,7 @@ def _config(path: Path) -> Any:
     return config
 
 
-def convert(ref: bases.BaseRef, notice: Callable[[str], object] = lambda line: None) -> None:
+def convert(ref: model_refs.BaseRef, notice: Callable[[str], object] = lambda line: None) -> None:
     """Make the directory of a starter or GGUF base, once. Two processes at once: the second waits for the first.
 
     Raises ModelError for a GGUF file that is cut, or of an architecture or a type that transformers does not read; nothing
@@ -218,14 +218,14 @@ def convert(ref: bases.BaseRef, notice: Callable[[str], object] = lambda line: N
     """
 
     def fill(part: Path) -> dict[str, str]:
-        file = bases.source_gguf(ref)
+        file = model_refs.source_gguf(ref)
         # the starter's file is one that is rounded
-        dtype = torch.bfloat16 if ref.gguf is None or gguf.read_head(file).is_rounded else torch.float32
+        dtype = torch.bfloat16 if ref.gguf is None or gguf_header.read_head(file).is_rounded else torch.float32
         notice(f"converting the base {ref.name}; this is done once")
         _convert(file, part, dtype)
         return {"derived_from": "gguf", "dtype": str(dtype).removeprefix("torch.")}
 
-    if ref.name == bases.WHISPER:
+    if ref.name == model_refs.WHISPER:
         whisper_files.convert(ref, notice)
     else:
         make_once(ref.path, ref.digest, fill)

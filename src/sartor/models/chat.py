@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.models.batches import Encoded
@@ -90,7 +90,7 @@ class Chat:
     @property
     def template_digest(self) -> str:
         """sha256 of the template in use: what a Release binds to."""
-        return bases.template_digest(self.template)
+        return model_refs.template_digest(self.template)
 
     @property
     def markup(self) -> Markup:

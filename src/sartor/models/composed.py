@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from sartor.core.errors import ModelError, SourceError
+from sartor.core.model_refs import SAID
 from sartor.core.records import Part
-from sartor.core.towers import SAID
 from sartor.models.base import Base
 from sartor.models.media import MediaEmbedding, content_of, key_of, virtual_ids
 from sartor.models.shelf import Shelf

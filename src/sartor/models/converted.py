@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.core.artifacts import create_output_directory
 
 STAMP = "sartor_base.json"
@@ -26,7 +26,7 @@ def make_once(path: Path, digest: str, fill: Callable[[Path], Mapping[str, str]]
             return
         with create_output_directory(path, replace=path.exists() and _set_aside(path)) as part:
             said = fill(part)
-            files = {file.name: bases.remembered_digest(file) for file in part.iterdir() if file.is_file()}
+            files = {file.name: model_refs.remembered_digest(file) for file in part.iterdir() if file.is_file()}
             (part / STAMP).write_text(json.dumps({"schema": 1, "digest": digest, **said, "files": files}, indent=1))
 
 
@@ -34,7 +34,7 @@ def _is_whole(path: Path) -> bool:
     """Whether a converted directory is there with every byte as written; a changed one is made again."""
     try:
         files = json.loads((path / STAMP).read_text())["files"]
-        whole = all(bases.remembered_digest(path / name) == sha256 for name, sha256 in files.items())
+        whole = all(model_refs.remembered_digest(path / name) == sha256 for name, sha256 in files.items())
         return whole and WEIGHTS in files
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

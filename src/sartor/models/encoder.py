@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from sartor.core import assets
-from sartor.core.encoders import Encoder
+from sartor.core.encoder_registry import Encoder
 from sartor.core.errors import AssetError, ModelError
 from sartor.models.device import best_device, best_dtype
 from sartor.models.loading import first_line, quiet

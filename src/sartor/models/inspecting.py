@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sartor.core import bases, gguf, lineage
+from sartor.core import gguf_header, model_refs
 from sartor.core.artifacts import kind_of
-from sartor.core.verb import load
+from sartor.core.lazy_import import load
+from sartor.core.lineage import ancestry
 
 
 def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
@@ -17,8 +18,8 @@ def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
     ArtifactError for what is neither, ModelError for a base that cannot be opened.
     """
     if example or not _is_base(str(path)):
-        return lineage.inspect(path, example=example)
-    ref = bases.locate(str(path))
+        return ancestry.inspect(path, example=example)
+    ref = model_refs.locate_base(str(path))
     chat = load("sartor.models.base").read_chat(ref)
     probed = chat.probed
     return {
@@ -40,5 +41,5 @@ def _is_base(name: str) -> bool:
     if path.is_dir():
         return kind_of(path) is None and (path / "config.json").is_file()
     if path.is_file():
-        return gguf.is_gguf(path)
-    return name in (bases.STARTER, bases.WHISPER)
+        return gguf_header.is_gguf(path)
+    return name in (model_refs.STARTER, model_refs.WHISPER)

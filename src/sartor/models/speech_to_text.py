@@ -10,7 +10,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from sartor.core import towers
+from sartor.core import model_refs
 from sartor.core.errors import ModelError
 from sartor.models.device import best_device
 from sartor.models.loading import first_line, quiet
@@ -24,7 +24,7 @@ _START = "<|startoftranscript|>"
 class SpeechToText:
     """A Whisper in memory. `rate`: of the samples that it hears."""
 
-    def __init__(self, ref: towers.TowerRef, model: Any, prepare: Any, tokenizer: Any) -> None:
+    def __init__(self, ref: model_refs.TowerRef, model: Any, prepare: Any, tokenizer: Any) -> None:
         self.name, self.digest, self.licence = ref.name, ref.digest, ref.licence
         self.rate = int(prepare.sampling_rate)
         self.model, self.prepare, self.tokenizer = model, prepare, tokenizer
@@ -56,7 +56,7 @@ def open_speech_to_text(
     name: str, device: torch.device | None = None, notice: Callable[[str], object] = lambda line: None
 ) -> SpeechToText:
     """The Whisper that `name` means: an asset, a directory or a hub name. Raises as `open_tower`."""
-    ref = towers.locate(name, "audio")
+    ref = model_refs.locate_tower(name, "audio")
     model, prepare = whisper.open_model(ref, device or best_device(), notice)
     try:
         tokenizer = transformers.WhisperTokenizer.from_pretrained(str(ref.path), local_files_only=True)

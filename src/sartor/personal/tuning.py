@@ -22,11 +22,10 @@ from sartor.agents.people.names import ADAPTER, TUNING, folder_of, named
 from sartor.agents.receipts import team_digest
 from sartor.agents.registry import Cause, Registry
 from sartor.agents.team import Team, load
-from sartor.core import bases, catalogue, config
-from sartor.core.artifacts import Artifact, open_artifact, write_artifact
+from sartor.core import catalogue, config, model_refs
+from sartor.core.artifacts import WEIGHTS, Artifact, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, GateError, ModelError, SourceError, UnknownAgentError
 from sartor.core.filesystem import make_parent, writer_lock
-from sartor.edge.personal.local import WEIGHTS
 from sartor.edge.personal.work import recipe_of
 from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.stacking import Losses, Stack
@@ -158,7 +157,7 @@ def _remove(folder: Path) -> None:
 def _prepared(ground: _Ground, dataset: Artifact, notice: Notice) -> tuple[Stack, Rows]:
     """The base with room for both adapters, and the user's rows as tokens."""
     options, said = ground.options, ground.release.manifest["base"]
-    found = bases.locate(ground.team.base)
+    found = model_refs.locate_base(ground.team.base)
     if found.digest != said["digest"]:
         problem = f"{ground.live.name} was tuned on the base {said['digest'][:12]}, and {found.name} is {found.short_digest}"
         raise ModelError(problem, "base: the one that the team serves")

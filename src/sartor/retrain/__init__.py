@@ -11,6 +11,6 @@
 `sartor.retrain(...)` calls the verb.
 """
 
-from sartor.core.verb import callable_package
+from sartor.core.lazy_import import callable_package
 
 callable_package(__name__, "sartor.retrain.verb")

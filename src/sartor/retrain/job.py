@@ -13,9 +13,9 @@ from sartor.agents.book import add_agent
 from sartor.agents.registry import Registry, Snapshot
 from sartor.agents.retraining import Retraining
 from sartor.agents.team import Team
-from sartor.core import lineage
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, UnknownAgentError
+from sartor.core.lineage import ancestry
 from sartor.evaluate.release import Waiver
 from sartor.retrain.work import FINAL, Live, Work
 
@@ -68,7 +68,7 @@ class Job:
 
     def own_rows(self) -> Artifact:
         """The Dataset that the live version was tuned on. Raises ArtifactError where it is gone."""
-        dataset = lineage.find_parent(self.live(), "dataset")
+        dataset = ancestry.find_parent(self.live(), "dataset")
         if dataset is None:
             raise ArtifactError(
                 f"the Dataset of {self.work.record.live.release} is not where it was: nothing could be rehearsed or held out",

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from sartor.agents.monitors import Rate
-from sartor.core import config, rows
+from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact, kind_of, open_artifact
 from sartor.core.errors import ArtifactError
-from sartor.core.grouping import split_group
-from sartor.core.records import Drop, Example
+from sartor.core.records import Drop, Example, dropped
+from sartor.core.splits import split_group
 from sartor.curate.derived import write_derived
 from sartor.curate.inbox.reading import of_folder
 from sartor.curate.inbox.terms import InboxTerms
 from sartor.curate.pipeline import curate
-from sartor.curate.steps.contract import dropped
 from sartor.retrain import news, suspects
 from sartor.retrain.job import Job
 
@@ -84,7 +83,7 @@ def written(job: Job, feedback: Artifact) -> Learnt:
     """data/ and ratings/, as far as there are enough rows of each."""
     own = job.own_rows()
     keys = keys_of_lines(_inbox(job))
-    every = list(rows.read_examples(feedback))
+    every = list(parquet_io.read_examples(feedback))
     said = [row for row in every if not _keys_of(row, keys) <= set(job.wishes.ignore)]
     corrections, ratings = [row for row in said if not row.rating], [row for row in said if row.rating]
     rates = suspects.by_key((key, row.rating) for row in ratings for key in sorted(_keys_of(row, keys)))
@@ -110,14 +109,14 @@ def written(job: Job, feedback: Artifact) -> Learnt:
 
 def rehearsed(own: Artifact, count: int, seed: int) -> list[Example]:
     """Training rows of the live version's own Dataset: another draw for each retrain, the same in a resumed one."""
-    every = [row for row in rows.read_examples(own, "train") if not row.rating]
+    every = [row for row in parquet_io.read_examples(own, "train") if not row.rating]
     every.sort(key=lambda row: hashlib.sha256(f"{seed}:{row.id}".encode()).digest())
     return every[:count]
 
 
 def ids_of_feedback(job: Job) -> set[str]:
     """Of the corrections: which rows of a Report are such."""
-    return {row.id for row in rows.read_examples(open_artifact(job.at(FEEDBACK), "dataset")) if not row.rating}
+    return {row.id for row in parquet_io.read_examples(open_artifact(job.at(FEEDBACK), "dataset")) if not row.rating}
 
 
 def held_ratings(job: Job) -> list[Example]:
@@ -125,7 +124,7 @@ def held_ratings(job: Job) -> list[Example]:
     if "kto" not in job.work.facts("curate")["legs"]:
         return []
     keys, ignored = keys_of_lines(_inbox(job)), set(job.wishes.ignore)
-    said = rows.read_examples(open_artifact(job.at(FEEDBACK), "dataset"), "eval")
+    said = parquet_io.read_examples(open_artifact(job.at(FEEDBACK), "dataset"), "eval")
     return [row for row in said if row.rating and not _keys_of(row, keys) <= ignored]
 
 
@@ -154,7 +153,7 @@ def _held_out(job: Job, own: Artifact, corrections: Sequence[Example]) -> list[E
     """Held-out corrections, and of the live version's own held-out rows as many as the gate asks; the same for every leg."""
     said = [row for row in corrections if row.split == "eval"]
     known = {row.id for row in said}
-    theirs = [row for row in rows.read_examples(own, "eval") if not row.rating and row.id not in known]
+    theirs = [row for row in parquet_io.read_examples(own, "eval") if not row.rating and row.id not in known]
     theirs.sort(key=lambda row: hashlib.sha256(row.id.encode()).digest())
     return [*said, *theirs[: max(job.rules.gate.rows - len(said), 0)]]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sartor.agents.monitors import Rate, excess
 from sartor.agents.retraining import Retraining
-from sartor.core.receipt_index import Placed, ReceiptIndex
+from sartor.core.lineage.receipt_index import Placed, ReceiptIndex
 from sartor.core.records import Feedback
 from sartor.curate.inbox.lines import prefix_digest, read
 from sartor.curate.inbox.reading import MOST_BYTES

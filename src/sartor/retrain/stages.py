@@ -9,10 +9,10 @@ from typing import Any
 
 from sartor.agents.book import add_agent, promote_agent
 from sartor.agents.people import presence
-from sartor.core import numerics, rows
+from sartor.core import numerics, parquet_io
 from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import ConfigError, GateError
-from sartor.core.grouping import group_of
+from sartor.core.splits import group_of
 from sartor.evaluate.beside import beside, likelihoods, write_beside
 from sartor.evaluate.checks import Check
 from sartor.evaluate.compare import Comparison
@@ -136,7 +136,7 @@ def gate(job: Job) -> Mapping[str, Any]:
 
 def judged(job: Job) -> tuple[dict[str, Check], dict[str, Comparison], str]:
     """(every check by name, the comparisons by kind of rows, the kind that says most for the new version)."""
-    table = list(rows.read_file(job.at("beside.parquet")))
+    table = list(parquet_io.read_file(job.at("beside.parquet")))
     feedback = learnt.ids_of_feedback(job)
     kinds = {
         "feedback": [row for row in table if row["id"] in feedback],

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.bounds import limit_data
 from sartor.agents.retraining import Retraining
 from sartor.agents.team import Team, load
 from sartor.core.errors import AdmissionError, ConfigError, ConflictError, GateError, LicenceError
+from sartor.core.resource_limits import limit_data
 from sartor.retrain import news
 from sartor.retrain.job import Job, Notice, Stage, Wishes, live_version, settle
 from sartor.retrain.stages import STAGES

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sartor.agents.retraining import NotWorse
-from sartor.core.grouping import group_of_stored
+from sartor.core.splits import group_of_stored
 from sartor.evaluate import compare
 from sartor.evaluate.checks import Check
 from sartor.evaluate.compare import FEW_GROUPS, LEAST_GROUPS, Comparison

@@ -1,5 +1,5 @@
 """Dataset -> Adapter. `sartor.tune(...)` calls the verb in `trainer.py`."""
 
-from sartor.core.verb import callable_package
+from sartor.core.lazy_import import callable_package
 
 callable_package(__name__, "sartor.tune.trainer")

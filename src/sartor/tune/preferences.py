@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sartor.core.processes import Signals
 from sartor.models.batches import Encoded
 from sartor.tune import objectives, order
 from sartor.tune.recipe import Dpo, Recipe, Sft
 from sartor.tune.run import Counters, Run
-from sartor.tune.signals import Signals
 from sartor.tune.tokenised import Lesson, Rows, flat, lessons, micro_batches
 
 REFERENCE = "reference"

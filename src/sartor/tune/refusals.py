@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sartor.core import bases, config
+from sartor.core import config, model_refs
 from sartor.core.errors import BudgetError, ConfigError, SartorError, SourceError
 from sartor.models import memory
 from sartor.models.batches import Encoded
@@ -57,7 +57,7 @@ def of_base(recipe: Recipe, device: torch.device | None = None) -> Iterator[Refu
 
     Raises ModelError, HubError and AssetError as opening does.
     """
-    folder = bases.locate(recipe.base.name, recipe.base.revision, recipe.base.licence).path
+    folder = model_refs.locate_base(recipe.base.name, recipe.base.revision, recipe.base.licence).path
     device = device or best_device()
     count, room = memory.weights_in(folder), memory.available_bytes(device)
     width = _BYTES_PER_WEIGHT.get(recipe.base.bits) or best_dtype(device).itemsize

@@ -6,12 +6,11 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from sartor.core import reply_markup, rows
+from sartor.core import parquet_io, reply_markup
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
-from sartor.core.grouping import split_group
-from sartor.core.holdout import held_out_groups
 from sartor.core.records import Example
+from sartor.core.splits import held_out_groups, split_group
 from sartor.models.batches import Encoded
 from sartor.models.chat import Chat
 from sartor.tune import lessons, refusals
@@ -27,7 +26,7 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat, rehearsal: Artifa
     Raises SourceError when nothing is left to learn from.
     """
     data = Rows()
-    examples = _hold_out(list(rows.read_examples(dataset)), recipe.data, recipe.seed)
+    examples = _hold_out(list(parquet_io.read_examples(dataset)), recipe.data, recipe.seed)
     train = _read([one for one in examples if one.split == "train"], dataset, recipe, chat, data)
     held_out = _read([one for one in examples if one.split != "train"], dataset, recipe, chat, data)
     if recipe.data.rows and (beyond := train[recipe.data.rows :]):
@@ -43,7 +42,7 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat, rehearsal: Artifa
         plain = replace(recipe, objective=Sft())
         # what is measured on must not be learnt beside it
         watched = {row.example_id for row in data.held_out}
-        taken = [one for one in rows.read_examples(rehearsal, "train") if one.id not in watched]
+        taken = [one for one in parquet_io.read_examples(rehearsal, "train") if one.id not in watched]
         data.rehearsal = [row for row, _ in _read(taken, rehearsal, plain, chat, data)]
         if not data.rehearsal:
             raise _nothing(rehearsal, recipe, data)

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 import torch
 
-from sartor.core.bases import BaseRef
 from sartor.core.errors import ArtifactError, ModelError, StoppedError
+from sartor.core.model_refs import BaseRef
+from sartor.core.processes import Signals
 from sartor.models import batches, memory
 from sartor.models.media import embedding_of
 from sartor.models.path import Path, Wish, prove
@@ -25,7 +26,6 @@ from sartor.tune.checkpoint import Checkpoint, Saver
 from sartor.tune.journal import Journal
 from sartor.tune.recipe import Budget, Optimizer, Recipe
 from sartor.tune.rng import Rng, seed_all
-from sartor.tune.signals import Signals
 from sartor.tune.tokenised import Rows, flat, lessons
 
 # A loss above both has exploded: a model that knows nothing and says so has ln V, and a hard first update may be higher.

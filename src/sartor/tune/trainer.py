@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, config, licences, lineage, numerics
+from sartor.core import catalogue, config, numerics, records
 from sartor.core.artifacts import Artifact, open_artifact, write_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import writer_lock
+from sartor.core.licences import compliance
+from sartor.core.lineage import ancestry
+from sartor.core.processes import Signals
 from sartor.models import adapters
 from sartor.models.base import Base, machine
 from sartor.tune import refusals
@@ -30,7 +33,6 @@ from sartor.tune.recipe import Recipe, Sft
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.rows import encode_rows
 from sartor.tune.run import Resolved, Run
-from sartor.tune.signals import Signals
 from sartor.tune.tokenised import Rows, lessons
 
 Notice = Callable[[str], object]
@@ -168,7 +170,7 @@ def describe(data: Rows, base: Base, model: Any) -> Iterator[str]:
         f"base {base.ref.name} in {str(base.dtype).removeprefix('torch.')} on {base.device.type}"
     )
     if taught := lessons(data.train):
-        terms = ", ".join(f"{count:,} {term}" for term, count in lineage.tally(one.term for one in taught).items())
+        terms = ", ".join(f"{count:,} {term}" for term, count in records.tally(one.term for one in taught).items())
         yield f"preferences: {terms}; {len(data.train) - len(taught):,} rows by sft"
     if data.rehearsal:
         yield f"rehearsal: {len(data.rehearsal):,} rows stand ready beside them"
@@ -188,7 +190,7 @@ def _facts(work: Work, run: Run) -> dict[str, Any]:
         "recipe": config.dump(work.recipe),
         "parents": [one.as_parent() | _role(one, place) for place, one in enumerate(work.parents)],
         "sources": _sources(work.parents),
-        "licence": licences.combine([*(one.licence for one in work.parents), base.ref.licence, *base.tower_licences]),
+        "licence": compliance.combine([*(one.licence for one in work.parents), base.ref.licence, *base.tower_licences]),
         "left_out": work.data.left_out,
         "fingerprint": {name: digest for name, digest in work.fingerprint.items() if name != "recipe"},
         "run": {
@@ -219,7 +221,7 @@ def _facts(work: Work, run: Run) -> dict[str, Any]:
 
 def _role(parent: Artifact, place: int) -> dict[str, str]:
     """What a Dataset that is not the first one is to the Adapter: what it holds out is not what the Adapter is for."""
-    return {"role": lineage.REHEARSAL} if place and parent.kind == "dataset" else {}
+    return {"role": ancestry.REHEARSAL} if place and parent.kind == "dataset" else {}
 
 
 def _sources(parents: Sequence[Artifact]) -> list[dict[str, Any]]:

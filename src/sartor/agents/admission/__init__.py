@@ -23,13 +23,13 @@ from typing import Any, Protocol
 from sartor.agents.admission import copies, lora, projectors, terms
 from sartor.agents.admission.config import read_config
 from sartor.agents.admission.projectors import Projectors
-from sartor.agents.admission.tensors import read_header
 from sartor.agents.admission.weights import BaseWeights
 from sartor.agents.entries import Version
 from sartor.agents.team import Team
-from sartor.core import bases, signing
+from sartor.core import model_refs, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
 from sartor.core.errors import InputError, ModelError, RefusedError, SignatureError
+from sartor.core.safetensors_file import read_header
 from sartor.evaluate import canary
 from sartor.models.engine.contract import About, Call, Event, adapter_digest, numerics_difference
 
@@ -87,7 +87,7 @@ class Ground:
     @classmethod
     def of(cls, team: Team, about: About) -> Ground:
         """The ground of a team whose engine says `about`. Raises ModelError where the base's files are not on this machine."""
-        found = bases.locate(team.base)
+        found = model_refs.locate_base(team.base)
         if not found.path.is_dir():
             raise ModelError(
                 f"the base {found.name!r} has not been converted on this machine, so no adapter can be compared with it",

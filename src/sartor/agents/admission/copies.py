@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import records
-from sartor.core.artifacts import DISK_FULL, MANIFESTS, open_artifact
+from sartor.core.artifacts import MANIFESTS, open_artifact
 from sartor.core.errors import AdmissionError, ArtifactError, MissingError, SartorError, SignatureError
-from sartor.core.filesystem import rename_directory_durably, write_file_atomic
+from sartor.core.filesystem import DISK_FULL, rename_directory_durably, write_file_atomic
 
 MOST_BYTES = 4 << 30
 MOST_FILES = 2_000

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from sartor.agents.admission.config import LoraConfig
-from sartor.agents.admission.tensors import FLOATS, Tensor, Values
 from sartor.agents.admission.weights import BaseWeights
 from sartor.core.errors import AdmissionError
+from sartor.core.safetensors_file import FLOATS, Tensor, Values
 
 # What may be added to a module, as a Frobenius norm: half of the base's own weight, or, where that is small (a base that was
 # hardly trained), as much as two orthogonal matrices of its size. `benchmarks/norms.py` measures real adapters; what the

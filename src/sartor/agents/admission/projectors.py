@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from sartor.agents.admission.tensors import FLOATS, Tensor, read_whole
-from sartor.core import assets, towers
+from sartor.core import assets, model_refs
 from sartor.core.errors import AdmissionError, AssetError, ModelError
-from sartor.core.towers import Modality
+from sartor.core.model_refs import Modality
+from sartor.core.safetensors_file import FLOATS, Tensor, read_whole
 from sartor.models.engine.contract import PROJECTORS, About
 
 CHECK = "projectors"
@@ -63,9 +63,9 @@ def read(path: Path, files: Mapping[str, Any], about: About) -> Projectors:
     if about.kind != "local":
         raise ModelError(f"it reads media by projectors, and the engine {about.kind!r} reads text", "engine: {kind: local}")
     tensors, metadata = read_whole(path / PROJECTORS)
-    if towers.SAID not in metadata:
-        raise _refusal(f"says {sorted(metadata)!a:.80}; this reads {towers.SAID!r}")
-    found = Projectors(_towers(metadata[towers.SAID]), tensors)
+    if model_refs.SAID not in metadata:
+        raise _refusal(f"says {sorted(metadata)!a:.80}; this reads {model_refs.SAID!r}")
+    found = Projectors(_towers(metadata[model_refs.SAID]), tensors)
     for tower in found.towers:
         _check_tower(tower)
     return found
@@ -91,7 +91,7 @@ def _tower(kind: Modality, said: Any) -> Said:
 
 
 def _check_tower(said: Said) -> None:
-    ref = towers.locate(said.name, said.kind)
+    ref = model_refs.locate_tower(said.name, said.kind)
     if ref.digest != said.digest:
         raise ModelError(
             f"it reads {said.kind} by the tower {said.name[:80]!r} {said.digest[:12]}, and the one here is {ref.digest[:12]}",

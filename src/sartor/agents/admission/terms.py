@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sartor.core.artifacts import Artifact
+from sartor.core.config import is_name
 from sartor.core.errors import AdmissionError, ConfigError, LicenceError
-from sartor.core.licences import USES
-from sartor.core.names import is_name
+from sartor.core.licences.compliance import USES
 from sartor.evaluate import permission
 from sartor.models.sampling import Sampling
 

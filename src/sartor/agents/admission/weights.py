@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sartor.agents.admission import tensors
-from sartor.agents.admission.tensors import Tensor
+from sartor.core import safetensors_file
 from sartor.core.errors import ModelError
 from sartor.core.filesystem import write_file_atomic
+from sartor.core.safetensors_file import Tensor
 
 # safetensors' own limit; a base is the operator's own file, and a large one has many tensors
 MOST_HEADER_BYTES = 100 << 20
@@ -34,7 +34,7 @@ class BaseWeights:
         self._vocabulary = _vocabulary(path)
         self.matrices: dict[str, Tensor] = {}
         for file in files:
-            for name, tensor in tensors.read_header(file, MOST_HEADER_BYTES).items():
+            for name, tensor in safetensors_file.read_header(file, MOST_HEADER_BYTES).items():
                 if len(tensor.shape) == 2 and name.endswith(SUFFIX):
                     self.matrices[name.removesuffix(SUFFIX)] = tensor
 
@@ -70,7 +70,7 @@ class BaseWeights:
         write_file_atomic(self._norms_file, content, durable=False)
 
 
-def _squares(piece: tensors.Values) -> float:
+def _squares(piece: safetensors_file.Values) -> float:
     wide = piece.astype(np.float64)
     return float(wide @ wide)
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sartor.core.receipt_index import PATTERN, ReceiptIndex
+from sartor.core.lineage.receipt_index import PATTERN, ReceiptIndex
 
 
 def lines_with(file: Path, needle: bytes) -> list[tuple[int, bytes]]:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import regex
 
-from sartor.core import config, names, records
+from sartor.core import config, records
+from sartor.core import config as names
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.curate.synthesize.reading import check_schema

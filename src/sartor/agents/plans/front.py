@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from sartor.agents.asking import Answer, Given, Listed, Receipts, Request
-from sartor.agents.channel import error_of
 from sartor.agents.choosing import AUTO, BASE_AGENT
 from sartor.agents.plans.declared import Divided, Plan, asked, digest
 from sartor.agents.plans.log import PlanLog, Ran
@@ -32,6 +31,7 @@ from sartor.core.errors import (
     UnavailableError,
     UnknownAgentError,
 )
+from sartor.core.ipc import error_of
 from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece
 from sartor.models.sampling import Sampling
 

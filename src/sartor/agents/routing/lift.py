@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sartor.agents.routing.features import Features, neighbours_of
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import MANIFESTS
 from sartor.core.errors import ArtifactError
 from sartor.evaluate.checks import gain as checked
@@ -84,7 +84,7 @@ def read(release: Path) -> Gain | None:
         name = manifest["primary"]
         check = checked(name, manifest["metrics"][name])
         column, sign = BY_ROW.get(name, name), -1 if name in LOWER_IS_BETTER else 1
-        told = rows.read_file(release / "report" / "rows.parquet")
+        told = parquet_io.read_file(release / "report" / "rows.parquet")
         found = [
             Measured(row["prompt"], str(row.get("label") or ""), sign * (row[f"tuned_{column}"] - row[f"base_{column}"]))
             for row in told

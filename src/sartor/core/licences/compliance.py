@@ -1,4 +1,4 @@
-"""Licences and terms: combined, ranked; what forbids a use, what contradicts, what is owed.
+"""Combines licences; reports objections, conflicts and obligations.
 
 `spdx.py` reads expressions into alternatives; what licences permit stands in `licence_table.py`; a source may state
 further terms of its own. Everything here reads the `sources` of a manifest.
@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, Literal, get_args
 
-from sartor.core.licence_table import CLASHES, DUTIES, NOTHING, UNKNOWN_TERMS, Family, accepts, family_of, targets
-from sartor.core.spdx import MOST_ALTERNATIVES, UNKNOWN, alternatives, categories, without_exception
+from sartor.core.licences.licence_families import CLASHES, DUTIES, NOTHING, UNKNOWN_TERMS, Family, accepts, family_of, targets
+from sartor.core.licences.spdx import MOST_ALTERNATIVES, UNKNOWN, alternatives, categories, without_exception
 
 Use = Literal["commercial", "non-commercial", "research", "internal"]
 Consent = Literal["", "given", "pending", "withdrawn", "not-needed"]

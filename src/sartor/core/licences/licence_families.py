@@ -1,4 +1,4 @@
-"""What licence families permit and demand, as data with a reason each. No law is computed here, and none of it is advice.
+"""What each licence family permits and demands.
 
 A licence belongs to the first row whose pattern fits its whole SPDX id; one that fits none, to the row of the category
 in which ScanCode's index (shipped with `license-expression`) files it; any other has unknown terms.

@@ -1,4 +1,4 @@
-"""SPDX expressions, read exactly: AND, OR, WITH and brackets, by the library `license-expression`.
+"""Parses SPDX licence expressions.
 
 An expression is turned into its alternatives: each is a set of licences that hold together (AND), and one alternative
 may be chosen (OR). `checked` is for what a person writes now, and strict; `alternatives` is for what stands in manifests

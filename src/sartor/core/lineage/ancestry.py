@@ -1,7 +1,12 @@
-"""One row of a Dataset: its content by digest, where it came from, the walk up through its parents and down, its duplicates."""
+"""Ancestors and sources of an artefact or one row.
+
+Every manifest carries the sources of everything that it was made from, so the walk needs no other file; parents that
+still stand are opened and compared on top.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sartor.core import lineage_index
-from sartor.core.artifacts import Artifact, check_file, read_manifest
-from sartor.core.columns import column, numbers, places, words
+from sartor.core import catalogue
+from sartor.core.artifacts import Artifact, check_file, open_artifact, read_manifest
 from sartor.core.errors import ArtifactError, ConfigError
-from sartor.core.rows import example_of
+from sartor.core.licences import compliance
+from sartor.core.licences.spdx import UNKNOWN
+from sartor.core.lineage import origin_index
+from sartor.core.parquet_io import column, example_of, numbers, places, words
+from sartor.core.records import tally  # noqa: F401
 
 ABSENT = "not in this Dataset"
 COPIES = "evidence/copies.parquet"  # (id, parent, step, changes) of rows that a step of curation made of others
@@ -28,8 +36,8 @@ def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
     """
     path = Path(path).absolute()
     dataset = Artifact(path, read_manifest(path, ("dataset",)))
-    index = lineage_index.read(dataset, ["row", "id", "source", "locator", "parents"])
-    example = lineage_index.whole_id(column(index, "id"), example)
+    index = origin_index.read(dataset, ["row", "id", "source", "locator", "parents"])
+    example = origin_index.whole_id(column(index, "id"), example)
     found = numbers(pc.is_in(column(index, "id"), value_set=words([example])))
     if not found.any():
         raise ConfigError(f"{path.name} has no example {example!r}", _why_absent(dataset, example))
@@ -54,7 +62,7 @@ def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
 
 def _row(dataset: Artifact, number: int) -> dict[str, Any]:
     """The row of this number among all Examples; one row group is read."""
-    for file in lineage_index.example_files(dataset):
+    for file in origin_index.example_files(dataset):
         with pq.ParquetFile(file) as parquet:
             if number >= parquet.metadata.num_rows:
                 number -= parquet.metadata.num_rows
@@ -115,7 +123,7 @@ def _drops(dataset: Artifact, key: str, ids: Sequence[str]) -> list[dict[str, An
     """Drops whose column `key` is one of these ids, without their text: it may be what a step took out."""
     found: list[dict[str, Any]] = []
     wanted = words(ids)
-    for file in lineage_index.example_files(dataset, "drops/") if ids else []:
+    for file in origin_index.example_files(dataset, "drops/") if ids else []:
         check_file(dataset, file.relative_to(dataset.path).as_posix())
         with pq.ParquetFile(file) as parquet:
             names = [name for name in parquet.schema_arrow.names if name not in ("text", "kept")]
@@ -142,3 +150,99 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
     content = [{name: value for name, value in part.items() if value is not None} for part in message["content"]]
     said = {name: value for name, value in message.items() if value and name not in ("role", "content")}
     return {"role": message["role"], "content": content, **said}
+
+
+# the role of a Dataset whose rows were read beside those that an Adapter is for
+REHEARSAL = "rehearsal"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ancestor:
+    """One artefact on the walk back. `state`: opened | moved away | changed."""
+
+    kind: str
+    id: str
+    path: str
+    licence: str
+    state: str
+
+
+def walk(artifact: Artifact) -> list[Ancestor]:
+    """The artefact's ancestors, nearest first. One that has gone stays in the list, and says so."""
+    steps: list[Ancestor] = []
+    waiting = [(parent, artifact.path) for parent in artifact.manifest.get("parents", [])]
+    seen: set[str] = set()
+    while waiting:
+        parent, child = waiting.pop(0)
+        if parent["id"] in seen:
+            continue
+        seen.add(parent["id"])
+        path = catalogue.locate(parent["id"], parent.get("path", ""), str(child.parent / Path(parent["path"]).name))
+        if path is None:
+            steps.append(Ancestor(parent["kind"], parent["id"], parent.get("path", ""), UNKNOWN, "moved away"))
+            continue
+        manifest = read_manifest(path)
+        state = "opened"
+        try:
+            open_artifact(path)
+        except ArtifactError as error:
+            state = f"changed: {error.problem}"
+        steps.append(Ancestor(manifest["kind"], manifest["id"], str(path), manifest.get("licence", UNKNOWN), state))
+        waiting += [(grandparent, path) for grandparent in manifest.get("parents", [])]
+    return steps
+
+
+def find_parent(artifact: Artifact, kind: str) -> Artifact | None:
+    """The nearest ancestor of a kind that still stands and is whole."""
+    for step in walk(artifact):
+        if step.kind == kind and step.state == "opened":
+            return open_artifact(step.path)
+    return None
+
+
+def learnt_from(artifact: Artifact) -> list[Artifact]:
+    """The Datasets that still stand and are whole of those that its tuning read, rehearsal included, and the tuning of each
+    adapter that it went on from; nearest first. What a Dataset was made of was not learnt.
+    """
+    steps = walk(artifact)
+    tuned = [open_artifact(step.path) for step in steps if step.kind in ("adapter", "release") and step.state == "opened"]
+    read = {
+        parent["id"] for one in (artifact, *tuned) for parent in one.manifest.get("parents", []) if parent["kind"] == "dataset"
+    }
+    return [open_artifact(step.path) for step in steps if step.id in read and step.state == "opened"]
+
+
+def find_parents(artifact: Artifact, kind: str) -> list[Artifact]:
+    """Its own parents of a kind, as far as they still stand and are whole; where it has none, the nearest ancestor.
+
+    What was only rehearsed is no parent here.
+    """
+    parents = artifact.manifest.get("parents", [])
+    own = {parent["id"] for parent in parents if parent["kind"] == kind and parent.get("role") != REHEARSAL}
+    found = [open_artifact(step.path) for step in walk(artifact) if step.id in own and step.state == "opened"]
+    nearest = None if own else find_parent(artifact, kind)
+    return found or ([nearest] if nearest else [])
+
+
+def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
+    """With `example`, one row of a Dataset: origins, ancestors, duplicates. Else the artefact.
+
+    What an artefact is: kind, id, licence and what it demands, sources with digests and licences, and the walk back.
+    """
+    if example:
+        return inspect_example(path, example)
+    artifact = open_artifact(path)
+    manifest = artifact.manifest
+    known = ("name", "version", "use", "created", "base", "counts", "gate", "versions", "metrics")
+    made_from = compliance.made_from(manifest)
+    return {
+        "kind": artifact.kind,
+        "id": artifact.id,
+        "path": str(artifact.path),
+        "licence": artifact.licence,
+        "licence_conflicts": manifest.get("licence_conflicts", compliance.conflicts(made_from)),
+        "obligations": compliance.obligations(made_from),
+        "parents": [dataclasses.asdict(step) for step in walk(artifact)],
+        "sources": manifest.get("sources", []),
+        **{key: manifest[key] for key in known if key in manifest},
+    }

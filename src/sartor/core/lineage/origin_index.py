@@ -1,4 +1,4 @@
-"""`lineage/rows.parquet`: one row per origin of an Example, so that questions of lineage need not read the Examples.
+"""Parquet index of the origins of every Example.
 
     row      place of the Example among all rows of examples/*.parquet, from 0
     id       of the Example
@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sartor.core.artifacts import SCHEMA, Artifact, check_file
-from sartor.core.columns import column, numbers, places, words
 from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.parquet_io import column, numbers, places, words
 
 INDEX = "lineage/rows.parquet"
 ROWS_PER_GROUP = 1 << 16

@@ -1,4 +1,4 @@
-"""Receipts on disk: append-only segments of JSON lines, and where in them each one stands.
+"""SQLite index of receipts on disk.
 
     receipts-00000001.jsonl     one signed receipt a line; a line without its end was cut by a kill and is no receipt
     index.sqlite                id, release, agent, date -> segment, offset, length. A convenience: it is rebuilt from the lines

@@ -1,4 +1,4 @@
-"""What a revoked source or Example reaches: rows, rows made from them, every artefact made from the Dataset, every reply.
+"""Everything a revoked source or Example reaches.
 
 It lists and changes nothing. Only the manifest and the index of lineage are read, so a Dataset of a million rows answers
 in under a second.
@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from sartor.core import catalogue, lineage_index
+from sartor.core import catalogue
 from sartor.core.artifacts import Artifact, read_manifest
 from sartor.core.catalogue import Descendant
-from sartor.core.columns import column, numbers, places, words
 from sartor.core.errors import ConfigError
-from sartor.core.lineage_index import Files, Pair
-from sartor.core.receipt_index import ReceiptIndex
+from sartor.core.lineage import origin_index
+from sartor.core.lineage.origin_index import Files, Pair
+from sartor.core.lineage.receipt_index import ReceiptIndex
+from sartor.core.parquet_io import column, numbers, places, words
 
 FIRST = 10  # of each list, for a person; --json has them all
 
@@ -114,7 +115,7 @@ def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocati
         raise ConfigError("one of a source and an example is to be named", "--source faq.jsonl, or --example ID")
     path = Path(path).absolute()
     dataset = Artifact(path, read_manifest(path, ("dataset",)))
-    table = lineage_index.read(dataset, ["row", "source", "path", "parents"])
+    table = origin_index.read(dataset, ["row", "source", "path", "parents"])
     graph = _Graph.of(dataset, table)
     if source:
         files = Files.of(table)
@@ -148,12 +149,12 @@ def _replies(releases: list[str]) -> tuple[list[Reply], list[Folder]]:
 
 def _pairs(dataset: Artifact, files: Files, source: str) -> set[Pair]:
     """The files that a person means by `source`."""
-    known = lineage_index.known_pairs(dataset.manifest, files)
-    found = lineage_index.named(known, source)
+    known = origin_index.known_pairs(dataset.manifest, files)
+    found = origin_index.named(known, source)
     if len(found) > 1:
         raise ConfigError(f"{source!r} names {len(found)} files: {', '.join(sorted(found)[:5])}", f"--source {min(found)}")
     if not found:
-        names = sorted({name for pair in known for name in (pair[0], lineage_index.place(*pair))})
+        names = sorted({name for pair in known for name in (pair[0], origin_index.place(*pair))})
         near = difflib.get_close_matches(source, names[:10_000], n=1, cutoff=0.4)
         more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
         remedy = f"--source {near[0] if near else names[0] if names else '...'}"
@@ -203,11 +204,11 @@ class _Graph:
         # the few are looked up among themselves for each of the many: a table of a million ids takes longer to build
         known[numbers(pc.index_in(self._load_ids(), value_set=parents).drop_null())] = True
         absent = parents.take(places(np.flatnonzero(~known)))
-        return self.made_from(words(lineage_index.dropped_ids(self.dataset, absent, pairs)))
+        return self.made_from(words(origin_index.dropped_ids(self.dataset, absent, pairs)))
 
     def lose_example(self, example: str) -> None:
         """Revoke an Example: its row, and the origins that name it as a parent."""
-        one = words([lineage_index.whole_id(self._load_ids(), example)])
+        one = words([origin_index.whole_id(self._load_ids(), example)])
         mask = numbers(pc.is_in(self._load_ids(), value_set=one)) | self.made_from(one)
         if not mask.any():
             raise ConfigError(f"{self.dataset.path.name} has no example {example!r}", self._nearest(example))
@@ -249,7 +250,7 @@ class _Graph:
 
     def _load_ids(self) -> Any:
         if self.ids is None:
-            self.ids = column(lineage_index.read(self.dataset, ["id"]), "id")
+            self.ids = column(origin_index.read(self.dataset, ["id"]), "id")
         return self.ids
 
     def ids_of(self, examples: Any) -> list[str]:

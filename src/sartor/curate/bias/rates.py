@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.family import holm
+from sartor.core.statistics import Z, holm, newcombe, wilson  # noqa: F401
 from sartor.curate.bias.membership import Memberships
-from sartor.curate.bias.rates__statistics import Z, newcombe, wilson  # noqa: F401
 
 F64 = NDArray[np.float64]
 FEWEST = 5  # rows of a group with an outcome: fewer are counted and not compared

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, check_free, open_artifact
 from sartor.core.errors import ConfigError, SourceError
-from sartor.core.records import Drop, Example
+from sartor.core.records import Drop, Example, dropped
 from sartor.curate.bias import cells, pairs, weights
 from sartor.curate.bias.cells import Cell
 from sartor.curate.bias.membership import Memberships, memberships
@@ -20,7 +20,6 @@ from sartor.curate.bias.outcomes import outcomes
 from sartor.curate.bias.rates import Rates, measured
 from sartor.curate.bias.words import beside
 from sartor.curate.derived import write_derived
-from sartor.curate.steps.contract import dropped
 
 Mitigation = Literal["", "reweight", "counterfactual", "substitute", "drop", "generate"]
 # (group, outcome), how many rows of it are wanted, the rows that there are -> new rows
@@ -116,7 +115,7 @@ def bias(
     opened = open_artifact(dataset, "dataset")
     if out is not None:
         check_free(Path(out).absolute(), replace=replace)
-    everything = list(rows.read_examples(opened))
+    everything = list(parquet_io.read_examples(opened))
     training = [row for row in everything if row.split != "eval"]
     people, target = _people(training, group), outcomes(training, outcome)
     if not any(target.labels):

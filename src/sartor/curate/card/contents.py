@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from sartor.core.lineage import tally
-from sartor.core.spdx import UNKNOWN
+from sartor.core.licences.spdx import UNKNOWN
+from sartor.core.records import tally
 from sartor.curate.card import look
 from sartor.curate.card.removed import Drops, Evidence, read_drops, read_evidence
 from sartor.curate.card.rows import Labels, Rows, measure

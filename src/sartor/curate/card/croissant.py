@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.filesystem import file_digest
-from sartor.core.page import flat, said, visible
-from sartor.core.spdx import UNKNOWN
+from sartor.core.html import flat, said, visible
+from sartor.core.licences.spdx import UNKNOWN
 from sartor.curate.card.contents import Contents
 from sartor.curate.card.hub import conjuncts
 from sartor.curate.card.story import file_name, known_languages
@@ -35,7 +35,7 @@ _CONTEXT: dict[str, Any] = {
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "examples": {"@id": "cr:examples", "@type": "@json"},
 }
-# column -> (type, what it is); the columns of `core/rows.py`
+# column -> (type, what it is); the columns of `core/parquet_io.py`
 _EXAMPLES = {
     "id": ("sc:Text", "Digest of the content: 32 hex digits."),
     "split": ("sc:Text", "train or eval; a group stands in one only."),

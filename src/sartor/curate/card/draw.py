@@ -9,7 +9,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 
-from sartor.core.page import escape, visible
+from sartor.core.html import escape, visible
 from sartor.curate.card.blocks import Picture
 
 HALF, WHOLE = 440, 912

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sartor.core.page import flat, said
+from sartor.core.html import flat, said
 from sartor.core.records import Drop
 from sartor.curate.card import plots
 from sartor.curate.card.blocks import Block, Dropped, Line, Pictures, Prose, Said, Table

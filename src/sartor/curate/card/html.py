@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sartor.core.page import clipped, document, escape, headlines
+from sartor.core.html import clipped, document, escape, headlines
 from sartor.curate.card.blocks import (
     Block,
     Dropped,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sartor.core.spdx import UNKNOWN
+from sartor.core.licences.spdx import UNKNOWN
 from sartor.curate.card.contents import Contents
 from sartor.curate.card.story import known_languages
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from sartor.core.page import clipped, visible
+from sartor.core.html import clipped, visible
 from sartor.curate.card.blocks import (
     Block,
     Dropped,

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sartor.curate.steps.contract import TEXT_KEPT
+from sartor.core.records import TEXT_KEPT
 
 BATCH = 2048
 SAMPLE = 2000  # rows whose language is looked at

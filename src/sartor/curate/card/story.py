@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from sartor.core.page import flat, said
-from sartor.core.spdx import UNKNOWN
+from sartor.core.html import flat, said
+from sartor.core.licences.spdx import UNKNOWN
 from sartor.curate.card import findings, plots
 from sartor.curate.card.blocks import (
     Block,

@@ -21,15 +21,14 @@ from sartor.core.artifacts import Artifact, check_free, write_artifact
 from sartor.core.config import option
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.filesystem import file_digest
+from sartor.core.processes import Means, Workers
 from sartor.curate.dedup import ledger
 from sartor.curate.dedup.clusters import Limits, Removals, guard, resolve
 from sartor.curate.dedup.first_reading import FileOfRows, look, read
-from sartor.curate.dedup.means import Means
 from sartor.curate.dedup.near import near_duplicates
 from sartor.curate.dedup.outputs import Rows, Writer
 from sartor.curate.dedup.progress import Progress
 from sartor.curate.dedup.verify import Rules, rules_for
-from sartor.curate.dedup.workers import Workers
 
 # Less than this is read and compared before two processes have started.
 _PAYS_BYTES = 24 << 20

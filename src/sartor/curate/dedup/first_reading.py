@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sartor.core.errors import ConfigError, SourceError
+from sartor.core.processes import Means
 from sartor.curate.dedup import shingles
 from sartor.curate.dedup.arrays import I32, I64, U8, U32, offsets_of
 from sartor.curate.dedup.fields import Choice, choose, text_of
 from sartor.curate.dedup.inputs import Fault, blocks, format_of, parse_line, parsed
-from sartor.curate.dedup.means import Means
 from sartor.curate.dedup.outputs import Rows
 from sartor.curate.dedup.shingles import Shingling, Sketches
 

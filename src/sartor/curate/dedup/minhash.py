@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import rensa
 
+from sartor.core.processes import Means
 from sartor.curate.dedup.arrays import I64, U32, mixed, offsets_of
 from sartor.curate.dedup.commons import gathered, spans
-from sartor.curate.dedup.means import Means
 from sartor.curate.dedup.sets import Sets
 
 BANDS, BAND_ROWS = 50, 4

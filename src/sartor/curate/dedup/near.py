@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sartor.core.processes import ALONE, Means
 from sartor.curate.dedup.arrays import I64, U8, U32, U64, Mask
 from sartor.curate.dedup.commons import common_shingles, levels
 from sartor.curate.dedup.graph import components, places_of
-from sartor.curate.dedup.means import ALONE, Means
 from sartor.curate.dedup.minhash import BANDS, band_keys
 from sartor.curate.dedup.pairs import Pairs
 from sartor.curate.dedup.parity import Parity

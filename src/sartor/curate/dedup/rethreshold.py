@@ -15,13 +15,13 @@ from sartor.core import catalogue
 from sartor.core.artifacts import Artifact, check_free, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError
 from sartor.core.filesystem import file_digest
+from sartor.core.processes import Means
 from sartor.curate.dedup import ledger
 from sartor.curate.dedup.clusters import Limits, guard, resolve
 from sartor.curate.dedup.fields import Choice
 from sartor.curate.dedup.files import Deduplicated, facts, write_rows
 from sartor.curate.dedup.first_reading import FileOfRows, stamp_of
 from sartor.curate.dedup.inputs import Fault, blocks
-from sartor.curate.dedup.means import Means
 from sartor.curate.dedup.outputs import Rows
 from sartor.curate.dedup.progress import Progress
 from sartor.curate.dedup.verify import Rules

@@ -14,10 +14,9 @@ from typing import Any, NoReturn
 
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import file_digest
-from sartor.core.records import Example, Feedback, Origin, canonical, digest
+from sartor.core.records import Example, Feedback, Malformed, Origin, canonical, digest
 from sartor.curate.inbox.lines import asked
 from sartor.curate.sources import forms, readers
-from sartor.curate.sources.faults import Malformed
 
 _ROW_BYTES = 4 << 20
 

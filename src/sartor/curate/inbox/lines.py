@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sartor.core.errors import SourceError
-from sartor.core.records import Agreed, Feedback, digest
+from sartor.core.records import Agreed, Feedback, Malformed, digest
 from sartor.curate.sources import tables
-from sartor.curate.sources.faults import Malformed
 from sartor.curate.sources.places import open_regular
 
 Place = tuple[int, int]  # number of the file, number of the line

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core.records import Feedback
+from sartor.core.records import Feedback, Malformed, SetAside
 from sartor.curate.inbox import known, lines, shares, trust
 from sartor.curate.inbox.lines import Line, Place
 from sartor.curate.inbox.terms import InboxTerms
-from sartor.curate.sources.faults import Malformed, SetAside
 from sartor.curate.sources.tables import Read
 
 FORM = "feedback"

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sartor.core.family import holm
+from sartor.core.statistics import holm
 from sartor.curate.inbox.lines import Line
 from sartor.curate.inbox.terms import InboxTerms
 

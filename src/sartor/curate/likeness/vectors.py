@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
-from sartor.core.encoders import Encoder, open_encoder
+from sartor.core.encoder_registry import Encoder, open_encoder
 from sartor.core.errors import MissingError
 from sartor.core.records import Example
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from sartor.core.proportions import interval
+from sartor.core.statistics import interval
 from sartor.curate.review.items import VERDICTS, Decision
 from sartor.curate.review.standing import first
 

@@ -18,19 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sartor.core import lineage_index, rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
-from sartor.core.columns import words
 from sartor.core.errors import ConfigError, ConflictError, SourceError
-from sartor.core.grouping import split_group
-from sartor.core.records import Drop, Example
+from sartor.core.lineage import origin_index
+from sartor.core.parquet_io import words
+from sartor.core.records import Drop, Example, dropped
+from sartor.core.splits import split_group
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.review import findings
 from sartor.curate.review.changing import STEP, changed
 from sartor.curate.review.items import Decision, Item
 from sartor.curate.review.rows import rows_of
 from sartor.curate.review.view import Entry, View
-from sartor.curate.steps.contract import dropped
 
 # what is written anew; everything else of the old Dataset comes along as it is
 WRITTEN = ("examples/", "drops/", "lineage/", "card/", "card.", "croissant.json", findings.FILE)
@@ -136,7 +136,7 @@ def _drop(row: Example, item: Item, decision: Decision, *, is_private: bool = Fa
 
 def _take_along(plan: Plan, dataset: Artifact) -> None:
     """What was made of a row that goes or changes, and of that, goes too."""
-    index = lineage_index.read(dataset, ["id", "parents"])
+    index = origin_index.read(dataset, ["id", "parents"])
     above: dict[str, set[str]] = {}
     for one, parents in zip(index["id"].to_pylist(), index["parents"].to_pylist(), strict=True):
         for parent in parents:
@@ -162,7 +162,7 @@ def _take_along(plan: Plan, dataset: Artifact) -> None:
 
 def _done(dataset: Artifact) -> set[str]:
     """Rows that an earlier review rejected."""
-    tables = (pq.read_table(file, columns=["id", "step"]) for file in lineage_index.example_files(dataset, "drops/"))
+    tables = (pq.read_table(file, columns=["id", "step"]) for file in origin_index.example_files(dataset, "drops/"))
     return {one for table in tables for one in table.filter(pc.equal(table["step"], STEP))["id"].to_pylist()}
 
 
@@ -221,14 +221,14 @@ class _Applying:
         self.splits = self._groups()
         seen = set(self.view.ids) - set(self.plan.going) - set(self.plan.changing)
         touched = words(sorted({*self.plan.going, *self.plan.changing}))
-        for file in lineage_index.example_files(self.old):
+        for file in origin_index.example_files(self.old):
             with pq.ParquetFile(file) as parquet:
-                for batch in parquet.iter_batches(rows.ROWS_PER_GROUP):
+                for batch in parquet.iter_batches(parquet_io.ROWS_PER_GROUP):
                     yield from self._changed(pa.Table.from_batches([batch]), touched, seen)
         joining = [self._placed(row, "train") for row in self.plan.joining]
         fresh = [row for row in joining if self._is_new(row, seen)]
         self.joined = len(fresh)
-        yield rows.examples_table(fresh)
+        yield parquet_io.examples_table(fresh)
 
     def _changed(self, table: Any, touched: Any, seen: set[str]) -> Iterator[Any]:
         table = _in_form(table)
@@ -242,7 +242,7 @@ class _Applying:
             if one in self.plan.changing and one not in self.plan.going:
                 row = self._placed(self.plan.changing[one], "")
                 if self._is_new(row, seen):
-                    yield rows.examples_table([row])
+                    yield parquet_io.examples_table([row])
         if start < len(table):
             yield table.slice(start)
 
@@ -264,7 +264,7 @@ class _Applying:
     def _groups(self) -> dict[str, str]:
         """group -> split, of the rows that stay as they are."""
         found: dict[str, str] = {}
-        for file in lineage_index.example_files(self.old):
+        for file in origin_index.example_files(self.old):
             table = pq.read_table(file, columns=["group", "split"]).group_by(["group", "split"]).aggregate([])
             for row in table.to_pylist():
                 if found.setdefault(row["group"], row["split"]) != row["split"]:
@@ -288,4 +288,4 @@ def _in_form(table: Any) -> Any:
         table = table.append_column("steps", empty)
     if "rating" not in table.column_names:
         table = table.append_column("rating", pa.array([0.0] * len(table), pa.float64()))
-    return table.select(rows.EXAMPLES.names).cast(rows.EXAMPLES)
+    return table.select(parquet_io.EXAMPLES.names).cast(parquet_io.EXAMPLES)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ConfigError
-from sartor.core.grouping import prompt_group
 from sartor.core.records import Example, Message, Origin, Part
+from sartor.core.splits import prompt_group
 from sartor.curate.dataset_writer import EDITED
 from sartor.curate.labels import target
 from sartor.curate.personal.findings import ENTITIES

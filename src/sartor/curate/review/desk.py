@@ -10,18 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sartor.core.artifacts import Artifact, check_free, kind_of
+from sartor.core.artifacts import check_free, kind_of
 from sartor.core.errors import ConfigError
 from sartor.curate.review import findings, sampling
 from sartor.curate.review.agreement import agreements
 from sartor.curate.review.applying import apply
 from sartor.curate.review.changing import everywhere_masked
 from sartor.curate.review.deciding import Opinion, decide
+from sartor.curate.review.desk__review_store import open_items  # noqa: F401
 from sartor.curate.review.items import KINDS, Item
 from sartor.curate.review.rows import rows_of
 from sartor.curate.review.standing import newest
 from sartor.curate.review.view import Entry, Rule, View, opened, signer
-from sartor.curate.review.desk__review_store import open_items  # noqa: F401
 
 DRAWN = "drawn"
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from sartor.core import records, rows
+from sartor.core import parquet_io, records
 from sartor.core.errors import SourceError
 from sartor.core.records import Example
 
@@ -64,7 +64,7 @@ class Item:
     @property
     def proposed(self) -> Example | None:
         """The row that would join the Dataset."""
-        return None if self.row is None else rows.example_of(dict(self.row))
+        return None if self.row is None else parquet_io.example_of(dict(self.row))
 
     def as_json(self) -> dict[str, Any]:
         """A line of `review.jsonl`; `item_of` turns it back."""

@@ -9,17 +9,18 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sartor.core import lineage_index, rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, check_file
-from sartor.core.columns import words
+from sartor.core.lineage import origin_index
+from sartor.core.parquet_io import words
 from sartor.core.records import Example
 
 
 def rows_of(dataset: Artifact, ids: Iterable[str]) -> dict[str, Example]:
     """The Examples with these ids that the Dataset holds. Only the row groups that have one are read whole."""
     wanted = words(sorted(set(ids)))
-    files = lineage_index.example_files(dataset) if len(wanted) else []
-    return {row["id"]: rows.example_of(row) for file in files for row in _rows(dataset, file, wanted)}
+    files = origin_index.example_files(dataset) if len(wanted) else []
+    return {row["id"]: parquet_io.example_of(row) for file in files for row in _rows(dataset, file, wanted)}
 
 
 def _rows(dataset: Artifact, file: Path, wanted: Any) -> Iterator[dict[str, Any]]:

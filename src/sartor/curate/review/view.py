@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from sartor.core import lineage_index, signing
+from sartor.core import signing
 from sartor.core.artifacts import Artifact, read_manifest
-from sartor.core.columns import column
 from sartor.core.errors import ConfigError
+from sartor.core.lineage import origin_index
+from sartor.core.parquet_io import column
 from sartor.curate.review import findings
 from sartor.curate.review.items import Decision, Item
 from sartor.curate.review.queue import Queue
@@ -63,13 +64,13 @@ class View:
     @cached_property
     def ids(self) -> frozenset[str]:
         """The ids of the Dataset's rows."""
-        return frozenset(column(lineage_index.read(self.dataset, ["id"]), "id").to_pylist())
+        return frozenset(column(origin_index.read(self.dataset, ["id"]), "id").to_pylist())
 
     def ids_of(self, split: str) -> list[str]:
         """Those of a split. Raises ConfigError for a split that no row is in."""
         found: list[str] = []
         known: set[str] = set()
-        for file in lineage_index.example_files(self.dataset):
+        for file in origin_index.example_files(self.dataset):
             table = pq.read_table(file, columns=["id", "split"])
             known.update(pc.unique(table["split"]).to_pylist())
             found += table.filter(pc.equal(table["split"], split))["id"].to_pylist()

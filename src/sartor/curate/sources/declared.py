@@ -10,7 +10,7 @@ from typing import Any
 
 from sartor.core import assets
 from sartor.core.errors import ConfigError, ExtraError, HubError, need
-from sartor.core.spdx import UNKNOWN
+from sartor.core.licences.spdx import UNKNOWN
 from sartor.curate.recipe import Source
 from sartor.curate.sources import forms, places, sql
 from sartor.curate.sources.parquet import drop_nulls

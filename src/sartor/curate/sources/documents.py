@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from sartor.core.errors import need
+from sartor.core.records import Malformed
 from sartor.curate.sources import tables
-from sartor.curate.sources.faults import Malformed
 from sartor.curate.sources.places import open_regular
 from sartor.curate.sources.tables import Read
 

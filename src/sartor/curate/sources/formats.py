@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 
-from sartor.curate.sources.faults import Malformed
+from sartor.core.records import Malformed
 
 HEAD_BYTES = 8192
 KINDS: dict[str, str] = {

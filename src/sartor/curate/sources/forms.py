@@ -16,9 +16,8 @@ from datetime import UTC, date, datetime
 from pathlib import PurePath
 from typing import Any, cast
 
-from sartor.core.grouping import stated_group
-from sartor.core.records import ROLES, Example, Message, Origin, Part, PartKind
-from sartor.curate.sources.faults import Malformed, with_fields
+from sartor.core.records import ROLES, Example, Malformed, Message, Origin, Part, PartKind, with_fields
+from sartor.core.splits import stated_group
 from sartor.curate.sources.formats import kind_of
 from sartor.curate.sources.placeholders import asked, placed
 

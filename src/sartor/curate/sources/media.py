@@ -23,8 +23,8 @@ from sartor.core import pictures, sounds
 from sartor.core.errors import MediaError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.pictures import MOST_PIXELS
+from sartor.core.records import Malformed
 from sartor.curate.sources import formats
-from sartor.curate.sources.faults import Malformed
 from sartor.curate.sources.places import open_regular
 
 MOST_BYTES = 1 << 30  # of one media file

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from sartor.curate.sources.faults import Malformed
+from sartor.core.records import Malformed
 from sartor.curate.sources.places import open_regular
 
 MOST_BYTES = {"pdf": 256 << 20, "html": 32 << 20}  # of a file

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sartor.curate.sources.faults import Malformed
+from sartor.core.records import Malformed
 from sartor.curate.sources.tables import Read
 
 BATCH_ROWS = 1024

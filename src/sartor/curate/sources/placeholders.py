@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sartor.curate.sources.faults import Malformed
+from sartor.core.records import Malformed
 
 _MARK = re.compile(r"\n?<(image|audio)>\n?")
 _FIELDS = {"image": ("image", "images"), "audio": ("audio", "audios")}

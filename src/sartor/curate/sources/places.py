@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sartor.core.errors import ConfigError
-from sartor.curate.sources.faults import Malformed
+from sartor.core.records import Malformed
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _KIND_NAMES = (

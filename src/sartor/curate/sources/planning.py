@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sartor.core import records
+from sartor.core.records import Malformed
 from sartor.curate.inbox import known
 from sartor.curate.inbox import reading as inbox
 from sartor.curate.recipe import Source
 from sartor.curate.sources import declared, formats, forms, readers
 from sartor.curate.sources.declared import FileFacts
-from sartor.curate.sources.faults import Malformed
 from sartor.curate.sources.places import Found, open_regular, safe_name
 from sartor.curate.sources.reading import InputFile, Unit
 from sartor.curate.sources.survey import PIECE_BYTES, Piece, survey

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
+from sartor.core.records import Malformed
 from sartor.curate.sources import formats, parquet, tables
-from sartor.curate.sources.faults import Malformed
 from sartor.curate.sources.places import open_regular
 from sartor.curate.sources.survey import Piece
 from sartor.curate.sources.tables import Read

@@ -19,12 +19,11 @@ from typing import Any, BinaryIO
 
 from sartor.core import records
 from sartor.core.errors import SourceError
-from sartor.core.grouping import conversation_group
-from sartor.core.records import Drop, Example, Origin
+from sartor.core.records import Drop, Example, Malformed, Origin, SetAside
+from sartor.core.splits import conversation_group
 from sartor.curate.inbox import reading as inbox
 from sartor.curate.recipe import Source
 from sartor.curate.sources import declared, documents, formats, forms, media, readers, tables
-from sartor.curate.sources.faults import Malformed, SetAside
 from sartor.curate.sources.places import open_regular
 from sartor.curate.sources.survey import Piece, checksum
 from sartor.curate.sources.tables import Read

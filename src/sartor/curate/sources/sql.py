@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sartor.core.errors import ConfigError, HubError, need
-from sartor.curate.sources.faults import Malformed
+from sartor.core.records import Malformed
 from sartor.curate.sources.parquet import drop_nulls
 from sartor.curate.sources.tables import Read
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from sartor.curate.sources.faults import Malformed
+from sartor.core.records import Malformed
 
 Read = Iterator[tuple[str, Any]]
 _SPACE = " \t\r\n,"

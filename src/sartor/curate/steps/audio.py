@@ -12,8 +12,8 @@ import numpy as np
 from sartor.core import sounds
 from sartor.core.config import option
 from sartor.core.errors import ConfigError, MediaError
-from sartor.core.records import Drop, Example
-from sartor.curate.steps.contract import RowFunction, dropped
+from sartor.core.records import Drop, Example, dropped
+from sartor.curate.steps.contract import RowFunction
 from sartor.curate.steps.images import media_of
 
 FULL_SCALE = 0.999  # one sample there may be a true peak: clipped are those that follow two others

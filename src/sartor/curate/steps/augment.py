@@ -17,9 +17,9 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from sartor.core.errors import ConfigError, MediaError
-from sartor.core.records import Drop, Example, Message, PartKind, canonical
+from sartor.core.records import Drop, Example, Message, PartKind, canonical, dropped
 from sartor.curate.sources import media
-from sartor.curate.steps.contract import Copy, CopyFunction, dropped
+from sartor.curate.steps.contract import Copy, CopyFunction
 from sartor.curate.steps.images import media_of
 
 MOST_COPIES = 100

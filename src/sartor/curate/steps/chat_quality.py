@@ -11,9 +11,9 @@ from typing import Literal
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
-from sartor.core.records import Drop, Example
+from sartor.core.records import Drop, Example, dropped
 from sartor.curate.steps import faults
-from sartor.curate.steps.contract import RowFunction, dropped
+from sartor.curate.steps.contract import RowFunction
 from sartor.curate.steps.tongues import Detector, detector
 
 

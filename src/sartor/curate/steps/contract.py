@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from sartor.core.records import Drop, Example
-from sartor.curate.steps.contract__records import TEXT_KEPT, dropped, evidence_text  # noqa: F401
+from sartor.core.records import TEXT_KEPT, Drop, Example, dropped, evidence_text  # noqa: F401
 
 RowFunction = Callable[[Example], Example | Drop]
 

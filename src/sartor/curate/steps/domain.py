@@ -21,9 +21,8 @@ import pyarrow as pa
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError, need
-from sartor.core.records import Example
+from sartor.core.records import Example, Malformed
 from sartor.curate.sources import readers
-from sartor.curate.sources.faults import Malformed
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
 from sartor.curate.steps.texts import FIELD_TEXT, Field, texts
 

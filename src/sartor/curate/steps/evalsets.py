@@ -18,9 +18,8 @@ from typing import Any
 
 from sartor.core import assets
 from sartor.core.errors import ConfigError
-from sartor.core.records import Origin
+from sartor.core.records import Malformed, Origin
 from sartor.curate.sources import forms, media, readers
-from sartor.curate.sources.faults import Malformed
 from sartor.curate.sources.places import open_regular
 from sartor.curate.sources.tables import Read
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
-from sartor.core.records import Drop, Example
-from sartor.curate.steps.contract import RowFunction, dropped
+from sartor.core.records import Drop, Example, dropped
+from sartor.curate.steps.contract import RowFunction
 
 
 @dataclass(frozen=True)

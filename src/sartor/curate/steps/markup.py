@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
-from sartor.core.records import Drop, Example
-from sartor.curate.steps.contract import RowFunction, dropped
+from sartor.core.records import Drop, Example, dropped
+from sartor.curate.steps.contract import RowFunction
 from sartor.curate.steps.markdown import plain_text, signs
 from sartor.curate.steps.texts import FIELD_TEXT, Field, code_spans, rewritten, split_code, texts, word_set
 

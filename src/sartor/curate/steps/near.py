@@ -11,13 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from sartor.core.config import option
+from sartor.core.processes import Means, Workers
 from sartor.core.records import Example
 from sartor.curate.dedup import clusters, ledger, near, shingles
 from sartor.curate.dedup.arrays import offsets_of
-from sartor.curate.dedup.means import Means
 from sartor.curate.dedup.pairs import METHODS
 from sartor.curate.dedup.verify import Rules, rules_for
-from sartor.curate.dedup.workers import Workers
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
 from sartor.curate.steps.survivor import FIELD_HELP, KEEP_HELP, Field, Keep, has_media, is_apart, ranks, text_of
 

@@ -8,8 +8,7 @@ from functools import cache
 from typing import Any
 
 from sartor.core.errors import ConfigError, need
-from sartor.core.records import Drop, Example
-from sartor.curate.steps.contract import dropped
+from sartor.core.records import Drop, Example, dropped
 
 TIMEOUT_S = 2.0  # of processor time for all patterns of a step on one row; ordinary ones take microseconds
 

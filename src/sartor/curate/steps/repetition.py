@@ -15,8 +15,8 @@ from typing import Literal
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
-from sartor.core.records import Drop, Example
-from sartor.curate.steps.contract import RowFunction, dropped
+from sartor.core.records import Drop, Example, dropped
+from sartor.curate.steps.contract import RowFunction
 from sartor.curate.steps.texts import FIELD_TEXT, Field, texts, without_code, words
 
 # n -> the largest fraction of characters that the commonest n-gram may cover, and that n-grams seen before may cover

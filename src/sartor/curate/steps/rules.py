@@ -17,8 +17,8 @@ from typing import Literal
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.core.records import Drop, Example
-from sartor.curate.steps.contract import RowFunction, dropped
+from sartor.core.records import Drop, Example, dropped
+from sartor.curate.steps.contract import RowFunction
 from sartor.curate.steps.patterns import Clock, Pattern, RuleTimeout, compiled, timed_out
 from sartor.curate.steps.texts import FIELD_TEXT, Field, rewritten, texts
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sartor.core import licences
+from sartor.core.licences import compliance
 from sartor.core.records import Example
 from sartor.curate.steps.quality import quality
 
@@ -62,7 +62,7 @@ def _date(example: Example, field: Field) -> float:
 
 
 def _licence(example: Example, field: Field) -> float:
-    return max(licences.rank(origin.licence) for origin in example.origins)
+    return max(compliance.rank(origin.licence) for origin in example.origins)
 
 
 _RULES: dict[str, Callable[[Example, Field], float]] = {

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
-from sartor.core.records import Drop, Example, Message, Part
-from sartor.curate.steps.contract import dropped
+from sartor.core.records import Drop, Example, Message, Part, dropped
 
 Field = Literal["reply", "replies", "prompt", "system", "all"]
 FIELD_TEXT = "reply (the last), replies (the assistant's turns), prompt (the user's turns), system, or all"

@@ -10,6 +10,6 @@ making.py     the verb
 writing.py    the files of the Dataset; synthesized.py what is handed back
 """
 
-from sartor.core.verb import callable_package
+from sartor.core.lazy_import import callable_package
 
 callable_package(__name__, "sartor.curate.synthesize.making")

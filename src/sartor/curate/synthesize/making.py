@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import config
-from sartor.core.artifacts import DISK_FULL, Artifact, check_free, kind_of, open_artifact
+from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError, MissingError, StoppedError
+from sartor.core.filesystem import DISK_FULL
 from sartor.core.records import Drop, canonical_text, digest
 from sartor.core.teachers import Answer, Question, Teacher
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, kind_of, open_artifact
 from sartor.core.records import Drop, Example, digest
 from sartor.curate.recipe import Source
-from sartor.curate.sources import media, units
+from sartor.curate.sources import media, planning, reading
 
-# Of a Source, what its files' entries in the manifest say besides the licence: core/licences.py reads them there
+# Of a Source, what its files' entries in the manifest say besides the licence: core/licences/compliance.py reads them there
 TERMS = ("share_alike", "non_commercial", "expires", "consent", "rehearsal")
 
 
@@ -68,11 +68,11 @@ def read(sources: tuple[Source, ...], max_row_bytes: int, folder: Path) -> Seeds
 
 
 def _of_files(source: Source, max_row_bytes: int, found: Seeds, folder: Path) -> Iterator[Example | Drop]:
-    plan = units.plan([source], max_row_bytes)
+    plan = planning.plan([source], max_row_bytes)
     terms = {name: getattr(source, name) for name in TERMS}
     found.files += [{**asdict(file), **terms} for file in plan.files]
     for unit in plan.units:
-        for row in units.read(unit, source, folder / "media"):
+        for row in reading.read(unit, source, folder / "media"):
             place = row.locator if isinstance(row, Drop) else row.origins[0].locator
             found.read[source.path, place.rpartition(":")[0]] += 1
             yield row if isinstance(row, Drop) or not source.split else replace(row, split=source.split)
@@ -81,7 +81,7 @@ def _of_files(source: Source, max_row_bytes: int, found: Seeds, folder: Path) ->
 def _of_dataset(dataset: Artifact, found: Seeds, folder: Path) -> Iterator[Example]:
     found.parents.append(dataset)
     found.files += [{**file, "notes": {}} for file in dataset.manifest["sources"]]
-    for row in rows.read_examples(dataset):
+    for row in parquet_io.read_examples(dataset):
         for origin in row.origins[:1]:
             found.read[origin.source, origin.locator.rpartition(":")[0]] += 1
         if row.split != "eval":

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.core.records import Example
 from sartor.curate.synthesize.answers import Spent
@@ -23,7 +23,7 @@ class Synthesized:
 
     def examples(self) -> Iterator[Example]:
         """The rows, in order: for whoever validates them."""
-        return rows.read_examples(self.dataset)
+        return parquet_io.read_examples(self.dataset)
 
     @property
     def made(self) -> int:

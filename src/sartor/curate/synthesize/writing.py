@@ -10,11 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from sartor.core import rows
+from sartor.core import parquet_io
 from sartor.core.errors import SourceError
-from sartor.core.grouping import split_group
-from sartor.core.licences import combine
+from sartor.core.licences.compliance import combine
 from sartor.core.records import Drop, Example, Origin, canonical_text
+from sartor.core.splits import split_group
 from sartor.curate.dataset_writer import DatasetWriter, batched, kept_by_file
 from sartor.curate.synthesize.contract import Made
 from sartor.curate.synthesize.seeds import TERMS, Seeds
@@ -171,9 +171,9 @@ def _pseudo(place: tuple[str, str], licence: str) -> dict[str, Any]:
 
 def _tables(found: Any) -> Iterator[Any]:
     for some in batched(found, 1024):
-        yield rows.examples_table(some)
+        yield parquet_io.examples_table(some)
 
 
 def _drop_tables(drops: Sequence[Drop]) -> Iterator[Any]:
     for some in batched(drops, 4096):
-        yield pa.Table.from_pylist([asdict(drop) for drop in some], rows.DROPS)
+        yield pa.Table.from_pylist([asdict(drop) for drop in some], parquet_io.DROPS)

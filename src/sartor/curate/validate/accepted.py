@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sartor.core.artifacts import open_artifact
-from sartor.core.records import Example
+from sartor.core.records import Example, dropped
 from sartor.curate.derived import write_derived
-from sartor.curate.steps.contract import dropped
 from sartor.curate.validate.outcome import Validated
 
 STEP = "validate"

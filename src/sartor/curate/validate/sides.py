@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core import lineage, rows
+from sartor.core import parquet_io, records
 from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import SourceError
-from sartor.core.grouping import group_of, split_group
 from sartor.core.records import Drop, Example
+from sartor.core.splits import group_of, split_group
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import read_all
 
@@ -54,7 +54,7 @@ def opened(synthetic: Path, reality: Path, seeds: Path | None) -> Sides:
         real = [row for row in real if row.split == "eval"]
     elif not seeds:
         known = []  # nothing is held out: every row is reality
-    left_out = lineage.tally([*dropped, *more])
+    left_out = records.tally([*dropped, *more])
     unseen = _unseen(real, made, known)
     if len(unseen) < len(real):
         left_out["seen_by_the_generator"] = len(real) - len(unseen)
@@ -73,14 +73,14 @@ def _cited(synthetic: Path) -> dict[str, tuple[int, int]]:
     file = synthetic / "evidence" / "synthetic.parquet"
     if not file.is_file():
         return {}
-    told = rows.read_file(file)
+    told = parquet_io.read_file(file)
     return {row["id"]: (row["span_start"], row["span_end"]) for row in told if row.get("span_start") is not None}
 
 
 def _rows_of(path: Path) -> tuple[list[Example], list[str]]:
     """The rows of a Dataset, a file or a folder, and the reasons of those that cannot be read."""
     if kind_of(path) is not None:
-        return list(rows.read_examples(open_artifact(path, "dataset"))), []
+        return list(parquet_io.read_examples(open_artifact(path, "dataset"))), []
     if not path.exists():
         raise SourceError(f"there is nothing at {path}", "give a Dataset, or a file of rows")
     with tempfile.TemporaryDirectory() as media:

@@ -13,8 +13,8 @@ import numpy as np
 from sartor.core import config
 from sartor.core.artifacts import check_free, kind_of
 from sartor.core.errors import ConfigError, GateError
-from sartor.core.grouping import group_of
 from sartor.core.records import Example
+from sartor.core.splits import group_of
 from sartor.curate.bias.membership import memberships
 from sartor.curate.bias.outcomes import outcomes
 from sartor.curate.labels.target import Target

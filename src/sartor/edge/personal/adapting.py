@@ -15,23 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import records
+from sartor.core.artifacts import CONFIG, WEIGHTS
 from sartor.core.errors import ConfigError, HealthError, SourceError, StoreError
 from sartor.core.filesystem import FileSystem
 from sartor.core.records import Example
-from sartor.edge.personal import work
+from sartor.core.resource_limits import Limits
+from sartor.edge.personal import work, work__user_tokens
+from sartor.edge.personal.adapting__acceptance import LEAST_HELD_OUT, LEAST_TRAINED  # noqa: F401
 from sartor.edge.personal.diary import LIMIT_BYTES, Diary
 from sartor.edge.personal.judge import Asked, Judge, Verdict, judge, too_few_prompts
-from sartor.edge.personal.local import CONFIG, WEIGHTS, Delta, Locals, applied, digest_of, shipped
+from sartor.edge.personal.local import Delta, Locals, applied, digest_of, shipped
 from sartor.edge.personal.rows import example_of, now
 from sartor.edge.personal.work import Material, Tune
 from sartor.edge.store import Installed
 from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.limits import Limits
 from sartor.edge.tuning.words import Words
 from sartor.evaluate.compare import LEAST_GROUPS, LEAST_WIDTH
 from sartor.models.chat import Chat
 from sartor.tune.recipe import Lora, Recipe, load
-from sartor.edge.personal.adapting__acceptance import LEAST_HELD_OUT, LEAST_TRAINED  # noqa: F401
+
 _MORE_PROBE = f"--probe FILE (Settings(probe=[...]) from Python): {LEAST_GROUPS} rows or more of what it must go on to know"
 # Row sets that are remembered as not worth another tuning
 _SETTLED = 64
@@ -123,9 +125,11 @@ class Adapting:
 
     def _read(self, release: Installed) -> tuple[dict[str, Any], Recipe, Chat, Material]:
         """What is to be tuned, and the rows as tokens."""
-        recipe = work.recipe_of(release.path, self.settings.base, self.settings.recipe)
+        recipe = work__user_tokens.recipe_of(release.path, self.settings.base, self.settings.recipe)
         loaded, chat = load(recipe), Chat(Words(self.settings.base))
-        found = work.material(self.diary.rows(), chat, self.settings.held_out_fraction, loaded.data.max_length_tokens)
+        found = work__user_tokens.material(
+            self.diary.rows(), chat, self.settings.held_out_fraction, loaded.data.max_length_tokens
+        )
         return recipe, loaded, chat, found
 
     def _no_need(self, found: Material, key: str, again: bool) -> str:
@@ -142,7 +146,7 @@ class Adapting:
 
     def _probe(self, release: Installed, chat: Chat, recipe: Recipe) -> Asked:
         rows = [example_of(row) for row in self.settings.probe] or _canaries(release.path)
-        coded = [work.encoded(row, row.id, chat, recipe.data.max_length_tokens) for row in rows]
+        coded = [work__user_tokens.encoded(row, row.id, chat, recipe.data.max_length_tokens) for row in rows]
         usable = [(one, row.id) for one, row in zip(coded, rows, strict=True) if not isinstance(one, str)]
         if len({name for _, name in usable}) < 2:
             raise ConfigError(

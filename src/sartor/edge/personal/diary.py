@@ -32,9 +32,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from sartor.core import records
-from sartor.core.artifacts import DISK_FULL
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, SourceError, StoreError
-from sartor.core.filesystem import FileSystem, PrivateFileSystem
+from sartor.core.filesystem import DISK_FULL, FileSystem, PrivateFileSystem
 from sartor.core.records import Example
 from sartor.edge.personal.keys import KEY_BYTES, NONCE_BYTES, Source, unwrap, wrap
 from sartor.edge.personal.rows import Row, example_of, now

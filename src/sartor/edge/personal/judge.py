@@ -6,19 +6,17 @@ Losses of whole rows, not replies: they need one pass and no judge, and nothing 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from sartor.edge.personal.judge__acceptance import Asked, Verdict, judge, too_few_prompts  # noqa: F401
 from sartor.edge.tuning.llama import MappedLlama
 from sartor.edge.tuning.tuner import LOGITS_BYTES, adapted, load_factors
-from sartor.evaluate.compare import LEAST_GROUPS, Comparison, paired
 from sartor.models import kernels
 from sartor.models.batches import Encoded, pack
 from sartor.models.forward import Fast
 from sartor.tune.recipe import Lora
-from sartor.edge.personal.judge__acceptance import Asked, Verdict, judge, too_few_prompts  # noqa: F401
 
 
 class Judge:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import records
+from sartor.core.artifacts import CONFIG, MANIFEST, WEIGHTS  # noqa: F401
 from sartor.core.errors import HealthError, StoreError
 from sartor.edge.store import Installed, Store, installed
-from sartor.edge.personal.local__artifacts import CONFIG, MANIFEST, WEIGHTS  # noqa: F401
 
 SCHEMA = 1
 # Below the person's folder, while rows are being forgotten

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import signing
-from sartor.core.artifacts import DISK_FULL
 from sartor.core.errors import BusyError, ConfigError, MissingError, SartorError
-from sartor.core.filesystem import PrivateFileSystem
+from sartor.core.filesystem import DISK_FULL, PrivateFileSystem
 from sartor.core.records import Example
 from sartor.edge.personal import work
 from sartor.edge.personal.adapting import Adapted, Adapting, Settings

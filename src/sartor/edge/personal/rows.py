@@ -10,9 +10,8 @@ from typing import Any, NoReturn
 
 from sartor.core import records
 from sartor.core.errors import SourceError
-from sartor.core.records import Example, Feedback, Message, Origin
+from sartor.core.records import Example, Feedback, Malformed, Message, Origin
 from sartor.curate.sources import forms
-from sartor.curate.sources.faults import Malformed
 
 SOURCE = "this device"
 

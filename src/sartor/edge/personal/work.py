@@ -11,39 +11,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from sartor.core import config, reply_markup
 from sartor.core.errors import (
     BudgetError,
     BusyError,
     ConfigError,
     MissingError,
     ModelError,
-    SourceError,
-    TemplateMarkupError,
 )
-from sartor.core.records import Example
-from sartor.edge.personal.local import CONFIG, WEIGHTS
-from sartor.edge.personal.rows import Row
+from sartor.core.resource_limits import Limits, run
+from sartor.edge.personal.work__user_tokens import _FACTOR, DEFAULTS, Material, _method, encoded, material, recipe_of  # noqa: F401
 from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.limits import Limits, run
 from sartor.edge.tuning.tokens import write_tokens
 from sartor.models.batches import Encoded
-from sartor.models.chat import Chat
-from sartor.tune.recipe import Recipe
 from sartor.tune.tokenised import Rows
-from sartor.edge.personal.work__user_tokens import DEFAULTS, Material, _FACTOR, _method, encoded, material, recipe_of  # noqa: F401
+
 IN_MEMORY = ("tmpfs", "ramfs")
 Tune = Callable[[Job], Mapping[str, Any]]
 

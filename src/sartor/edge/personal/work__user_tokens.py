@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from sartor.core import config, reply_markup
+from sartor.core.artifacts import CONFIG, WEIGHTS
 from sartor.core.errors import (
     ConfigError,
     ModelError,
@@ -19,7 +20,6 @@ from sartor.core.errors import (
     TemplateMarkupError,
 )
 from sartor.core.records import Example
-from sartor.edge.personal.local import CONFIG, WEIGHTS
 from sartor.edge.personal.rows import Row
 from sartor.models.batches import Encoded
 from sartor.models.chat import Chat

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ModelError
-from sartor.core.verb import load
+from sartor.core.lazy_import import load
 from sartor.models.engine.contract import Call, Event
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from sartor.core import errors
 from sartor.core.errors import BusyError, ConfigError, HealthError, StoreError
+from sartor.core.resource_limits import DataLimit
 from sartor.edge.personal.local import applied
 from sartor.edge.runtime import opened, system_of
 from sartor.edge.store import Installed, Store, installed
-from sartor.edge.tuning.limits import DataLimit
 from sartor.models.engine.contract import BASE, Call, Failed, Piece
 from sartor.models.sampling import Sampling
 

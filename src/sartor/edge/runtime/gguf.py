@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ModelError, SartorError
 from sartor.edge.runtime.plain_content import markup_of, prompt_of
@@ -80,12 +80,12 @@ def _files(export: Artifact, base: str) -> tuple[Path, list[Path]]:
     if not adapters:
         raise ModelError(f"{export.path.name} holds no adapter to put on {base}", "leave --base away")
     said = export.manifest["base"]
-    found = bases.locate(base or said["name"])
+    found = model_refs.locate_base(base or said["name"])
     if found.digest != said["digest"]:
         raise ModelError(
             f"the adapter is of the base {said['digest'][:12]} ({said['name']!r}); {found.name!r} is {found.short_digest}",
             "give the GGUF file of the base that it was tuned on",
         )
-    if found.gguf is None and found.name != bases.STARTER:
+    if found.gguf is None and found.name != model_refs.STARTER:
         raise ModelError(f"the base {found.name!r} is no GGUF file", "give one with --base, or export with a merged file")
-    return bases.source_gguf(found), adapters
+    return model_refs.source_gguf(found), adapters

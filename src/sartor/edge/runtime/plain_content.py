@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import UnavailableError
-from sartor.core.gguf import read_head
+from sartor.core.gguf_header import read_head
 from sartor.core.records import ROLES
 from sartor.models.engine.contract import Call
 from sartor.models.engine.inner import Inner

@@ -16,9 +16,9 @@ from typing import Any
 
 from sartor.core import errors
 from sartor.core.errors import BudgetError, HealthError, MissingError, SartorError
+from sartor.core.resource_limits import Limits, Usage, run
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import opened
-from sartor.edge.tuning.limits import Limits, Usage, run
 from sartor.models.engine.contract import Call, Event, event_as_json, event_from_json
 
 _ANSWERS, _LOG = "answers.json", "log"

@@ -31,10 +31,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from sartor.core.artifacts import DISK_FULL
+from sartor.core.config import is_name
 from sartor.core.errors import BudgetError, HealthError, MissingError, SartorError, StoreError
-from sartor.core.filesystem import FileSystem
-from sartor.core.names import is_name
+from sartor.core.filesystem import DISK_FULL, FileSystem
 from sartor.edge.store import trial, view
 from sartor.edge.store.blobs import Blobs
 from sartor.edge.store.pointers import Pointer, Pointers, Version

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from sartor.core.artifacts import ADAPTER, digests  # noqa: F401
 from sartor.core.errors import ArtifactError, SignatureError
 from sartor.core.filesystem import file_digest, write_file_atomic
 from sartor.core.numerics import FIRST
+from sartor.core.resource_limits import Usage
 from sartor.core.signing import check_said, signature_of
-from sartor.edge.tuning.limits import Usage
-from sartor.edge.tuning.receipt__artifacts import ADAPTER, digests  # noqa: F401
 
 SCHEMA, FILE = 1, "receipt.json"
 # done; paused by the policy or a signal, and can go on; spent: time or disk ran out, what was learnt is saved

@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 from sartor.core import config
-from sartor.core.bases import BaseRef
 from sartor.core.errors import BudgetError, ConfigError, ModelError, SartorError
 from sartor.core.filesystem import create_file_atomic, write_file_atomic
+from sartor.core.model_refs import BaseRef
 from sartor.core.numerics import numerics
+from sartor.core.processes import Signals
 from sartor.edge.tuning.job import DTYPE, Job, read_job
 from sartor.edge.tuning.learning import DeviceRun, ZerothRun
 from sartor.edge.tuning.llama import ATTENTION, MLP, MappedLlama
@@ -38,7 +39,6 @@ from sartor.tune.checkpoint import Saver, check_numerics, newest
 from sartor.tune.journal import Journal
 from sartor.tune.recipe import Lora, Recipe
 from sartor.tune.run import Resolved
-from sartor.tune.signals import Signals
 
 # Logits are made in chunks of about this size: beside 400 MB, the 64 of a server would be much
 LOGITS_BYTES = 8 << 20

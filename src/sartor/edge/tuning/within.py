@@ -22,16 +22,16 @@ from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from sartor.core import errors
+from sartor.core import errors, resource_limits
+from sartor.core.artifacts import digests
 from sartor.core.errors import ArtifactError, BudgetError, SartorError, SignatureError
 from sartor.core.numerics import numerics
+from sartor.core.processes import Signals
+from sartor.core.resource_limits import Limits, Usage
 from sartor.core.signing import open_private
-from sartor.edge.tuning import limits
 from sartor.edge.tuning.job import DTYPE, Job
-from sartor.edge.tuning.limits import Limits, Usage
 from sartor.edge.tuning.plan import Plan, Planner, Rung
-from sartor.edge.tuning.receipt import SCHEMA, Attempt, Outcome, Receipt, digests, verify_receipt
-from sartor.tune.signals import Signals
+from sartor.edge.tuning.receipt import SCHEMA, Attempt, Outcome, Receipt, verify_receipt
 
 # How often the policy is asked, and the disk looked at
 ASK_S = 1.0
@@ -171,7 +171,7 @@ class Ladder:
         base = str(self.narrow) if self.narrow and plan.is_narrow else self.job.base
         replace(planned_job(self.job, plan.rung), base=base).write(file)
         self._stop = None
-        usage = limits.run(tuner_command(file, said), left, environment=_environment(), stop=self._must_stop)
+        usage = resource_limits.run(tuner_command(file, said), left, environment=_environment(), stop=self._must_stop)
         updates = _updates(self.out / "log.jsonl")
         if self._stop is not None:
             reason = self._stop.detail

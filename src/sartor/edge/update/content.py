@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from sartor.core.config import is_name
 from sartor.core.errors import ArtifactError
-from sartor.core.names import is_name
 from sartor.edge.store.pointers import DIGEST
 
 SCHEMA = 1

@@ -22,9 +22,9 @@ from typing import Any
 
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import AdmissionError, ConfigError, HealthError, InputError, SartorError
+from sartor.core.resource_limits import Limits
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import process, system_of
-from sartor.edge.tuning.limits import Limits
 from sartor.evaluate import canary
 from sartor.evaluate.labels import label_of, text_of
 from sartor.models.engine.contract import BASE, Call, Event, Failed, Piece

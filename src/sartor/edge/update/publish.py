@@ -24,9 +24,9 @@ from tuf.api.metadata import TargetFile
 
 from sartor.core import signing
 from sartor.core.artifacts import MANIFESTS
+from sartor.core.config import is_name
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.filesystem import file_digest, make_parent, write_file_atomic, writer_lock
-from sartor.core.names import is_name
 from sartor.edge.update import content as words
 from sartor.edge.update import delta
 from sartor.edge.update.content import Blob, Content, Offer, Step

@@ -19,9 +19,9 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sartor.core import records, signing
+from sartor.core.config import is_name
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.filesystem import write_file_atomic
-from sartor.core.names import is_name
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.store import Store
 from sartor.edge.update.content import ring_of

@@ -11,9 +11,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sartor.core.grouping import group_of
 from sartor.core.groups import KINDS, Kind, groups, mentions, swap
 from sartor.core.records import Example, Message
+from sartor.core.splits import group_of
 
 # Prompts of a kind, all groups together: there are a dozen groups of names, and two of age
 MOST_PROMPTS = 320

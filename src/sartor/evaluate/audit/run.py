@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from sartor.core import lineage, rows
+from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.core.groups import KINDS, groups
+from sartor.core.lineage import ancestry
 from sartor.core.records import Example
 from sartor.evaluate import training
 from sartor.evaluate.answering import reply_limit
@@ -43,8 +44,8 @@ def audit(adapter: Artifact, sides: Sides, asked: Sequence[Example], options: Op
 
     Raises ConfigError for a label or a favourable outcome that no row has.
     """
-    dataset = lineage.find_parent(adapter, "dataset")
-    train = list(rows.read_examples(dataset, "train")) if dataset else []
+    dataset = ancestry.find_parent(adapter, "dataset")
+    train = list(parquet_io.read_examples(dataset, "train")) if dataset else []
     system = training.read_facts(adapter).system_prompt if dataset else ""
     notice("auditing: prompts that differ in a group alone")
     said: dict[str, Any] = {"bias": audit_bias(sides, asked, options, system)}
@@ -55,7 +56,7 @@ def audit(adapter: Artifact, sides: Sides, asked: Sequence[Example], options: Op
         said["benchmarks"] = benchmarks.measure(sides)
     notice("auditing: what was learnt by heart, and what is refused")
     gone = {"skipped": f"the Dataset of {adapter.path.name} is not where it was: sartor index DIR finds it"}
-    held_out = list(rows.read_examples(dataset, "eval")) if dataset else []
+    held_out = list(parquet_io.read_examples(dataset, "eval")) if dataset else []
     said["memorisation"] = memorisation.audit_memorisation(sides, train, held_out or asked) if dataset else gone
     said["refusals"] = refusals.measure(sides, system)
     return said

@@ -6,13 +6,13 @@ frozen weight. Any other tensor is one that is trained whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.errors import ConfigError, InputError
+from sartor.core.errors import InputError
 from sartor.federate.aggregate.tensors__updates import Update, checked, cohort, mean  # noqa: F401
 
 Array = NDArray[np.floating]

@@ -19,9 +19,8 @@ import numpy as np
 
 from sartor.core import config
 from sartor.core.artifacts import open_artifact
-from sartor.core.config import REQUIRED, option
+from sartor.core.config import REQUIRED, is_name, option
 from sartor.core.errors import ConfigError, RoundError
-from sartor.core.names import is_name
 from sartor.federate.flower.trainer import LOG, serve
 from sartor.federate.privacy.accountant import Account
 from sartor.federate.rounds.client import Agreement, Member, RoundClient

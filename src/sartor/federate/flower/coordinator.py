@@ -23,12 +23,13 @@ from typing import Any
 
 import yaml
 
-from sartor.core import config, licences
+from sartor.core import config
 from sartor.core.artifacts import open_artifact
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError, RoundError
 from sartor.core.filesystem import write_file_atomic, writer_lock
-from sartor.core.spdx import UNKNOWN
+from sartor.core.licences import compliance
+from sartor.core.licences.spdx import UNKNOWN
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.flower.app import write_app
 from sartor.federate.flower.lead import Lead, RoundOptions
@@ -229,7 +230,7 @@ def _round(setting: Setting, options: CoordinatorOptions, people: Clients) -> Ro
 def _sources(base: str, licence: str, cohort: Sequence[str]) -> dict[str, Any]:
     """Where the rows are from: from clients, and their licence is what was agreed with them."""
     sources = [{"source": f"client {name}", "licence": licence} for name in cohort]
-    return {"sources": sources, "licence": licences.combine([base, licence])}
+    return {"sources": sources, "licence": compliance.combine([base, licence])}
 
 
 def _shared(journal: Journal, run: str) -> Tensors:

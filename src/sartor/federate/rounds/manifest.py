@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sartor.core import records, signing
+from sartor.core.config import is_name
 from sartor.core.errors import ArtifactError, ConfigError, SignatureError
-from sartor.core.names import is_name
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.tensors import WEIGHT
 from sartor.federate.secure.identity import Identity, Roster

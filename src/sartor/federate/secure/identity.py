@@ -14,8 +14,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from sartor.core import signing
+from sartor.core.config import is_name
 from sartor.core.errors import ConfigError, SignatureError
-from sartor.core.names import is_name
 
 # what is signed here is never mistaken for another document that the same key signs
 _DOMAIN = b"sartor federated round\n"

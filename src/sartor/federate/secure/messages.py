@@ -17,8 +17,8 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NewType, TypeVar, get_type_hints
 
 from sartor.core import records
+from sartor.core.config import is_name
 from sartor.core.errors import ArtifactError, RoundError
-from sartor.core.names import is_name
 from sartor.federate.secure.identity import Identity, Roster
 
 SCHEMA = 1

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from sartor.core.config import is_name
 from sartor.core.errors import ArtifactError, ConfigError, RoundError
-from sartor.core.names import is_name
 from sartor.federate.secure.graph import Graph
 
 # the largest integer of the ring that is positive

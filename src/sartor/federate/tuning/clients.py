@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sartor.core import rows as stored
+from sartor.core import parquet_io as stored
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.federate.aggregate.ranks import nothing

@@ -21,15 +21,16 @@ from typing import Any
 from safetensors.numpy import load_file, save
 
 from sartor.core import config
-from sartor.core.bases import BaseRef
+from sartor.core.artifacts import ADAPTER
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import BudgetError, ConfigError
 from sartor.core.filesystem import file_digest, write_file_atomic
+from sartor.core.model_refs import BaseRef
 from sartor.edge.personal.work import room_in_memory, write_job
 from sartor.edge.store import Store
 from sartor.edge.tuning.job import Job, Share
 from sartor.edge.tuning.plan import Planner, Rung
-from sartor.edge.tuning.receipt import ADAPTER, Receipt
+from sartor.edge.tuning.receipt import Receipt
 from sartor.edge.tuning.within import Budget, tune_within
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.manifest import Manifest

@@ -14,18 +14,15 @@ from typing import Any
 
 import torch
 
-from sartor.core import rows as stored
-from sartor.core.grouping import group_of
-from sartor.core.records import Example
+from sartor.core.splits import group_of
 from sartor.evaluate import answering
 from sartor.evaluate.compare import Comparison, paired
-from sartor.evaluate.held_out import HeldOut, refusal
+from sartor.evaluate.held_out import HeldOut
 from sartor.evaluate.scorers import exact_match
 from sartor.federate.aggregate.tensors import Tensors
-from sartor.federate.tuning.clients import Clients
+from sartor.federate.tuning.lifts__personal_adapters import examples_of, own_rows  # noqa: F401
 from sartor.federate.tuning.resident import Resident
 from sartor.models.batches import Encoded
-from sartor.federate.tuning.lifts__personal_adapters import examples_of, own_rows  # noqa: F401
 
 SCHEMA, KIND = 1, "personal-report"
 # what is longer is hardly ever said word by word

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from sartor.core import rows as stored
-from sartor.core.grouping import group_of
+from sartor.core import parquet_io as stored
 from sartor.core.records import Example
+from sartor.core.splits import group_of
 from sartor.evaluate import answering
 from sartor.evaluate.held_out import HeldOut, refusal
 from sartor.federate.tuning.clients import Clients

@@ -24,7 +24,7 @@ from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.federate.aggregate.ranks import nothing
 from sartor.federate.aggregate.tensors import Tensors
-from sartor.federate.tuning import lifts
+from sartor.federate.tuning import lifts, lifts__personal_adapters
 from sartor.federate.tuning.clients import Clients
 from sartor.federate.tuning.recipe import FederateRecipe, Local, Personal
 from sartor.federate.tuning.resident import Resident
@@ -160,7 +160,7 @@ def updates_of(rows: Rows, local: Local, recipe: FederateRecipe) -> int:
 
 def _judged(desk: Desk, made: Mapping[str, Artifact], notice: Notice) -> dict[str, Any]:
     """The report: every client's adapters, each on that client's held-out rows."""
-    examples = lifts.examples_of(desk.people)
+    examples = lifts__personal_adapters.examples_of(desk.people)
     everyone = Rows(train=[row for rows in desk.people.rows.values() for row in rows.train])
     central = None
     if desk.asked.compare:
@@ -168,7 +168,7 @@ def _judged(desk: Desk, made: Mapping[str, Artifact], notice: Notice) -> dict[st
         central = desk.alone(everyone, sum(desk.all_updates(name) for name in made))
     judged = {}
     for name, adapter in made.items():
-        own = lifts.own_rows(desk.people, name, examples)
+        own = lifts__personal_adapters.own_rows(desk.people, name, examples)
         sides = {what: lifts.side(desk.resident, one, own) for what, one in _adapters(desk, name, adapter, central, own)}
         judged[name] = lifts.Judged(own, sides, len(desk.people.rows[name].train))
         notice(f"{name}: {judged[name]}")

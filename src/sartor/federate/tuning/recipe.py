@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.core import config, records
+from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.federate.aggregate.modes import Alternate, Factors, FreezeA, Mode, Residual
 from sartor.federate.privacy.accountant import Budget as PrivacyBudget
 from sartor.federate.robust.rules import AnyRule
-from sartor.tune.recipe import BaseChoice, Budget, Compute, Data, Lora, Optimizer, Recipe
 from sartor.federate.tuning.recipe__shared_base import recipe_digest  # noqa: F401
+from sartor.tune.recipe import BaseChoice, Budget, Compute, Data, Lora, Optimizer, Recipe
 
 MODES: dict[str, Mode] = {mode.kind: mode for mode in (FreezeA(), Alternate(), Residual(), Factors())}
 ModeName = Literal["freeze_a", "alternate", "residual", "factors"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from sartor.core.bases import BaseRef
 from sartor.core.errors import ConfigError, RoundError
+from sartor.core.model_refs import BaseRef
 from sartor.federate.aggregate.ranks import alpha_of
 from sartor.federate.aggregate.tensors import A, Array, Tensors, modules
 from sartor.federate.tuning.recipe import recipe_digest

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.core.grouping import group_of
 from sartor.core.records import Example
+from sartor.core.splits import group_of
 from sartor.evaluate.labels import label_of
 
 # so often is dealt anew, until no client is left with nothing

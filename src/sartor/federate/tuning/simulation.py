@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, config, licences, numerics, records
+from sartor.core import catalogue, config, numerics, records
 from sartor.core.artifacts import Artifact, check_free, kind_of, write_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic, writer_lock
+from sartor.core.licences import compliance
 from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.privacy.accountant import Account, calibrated
 from sartor.federate.privacy.attacks.report import AttackReport, open_report
@@ -279,7 +280,7 @@ def facts_of(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any
         "recipe": config.dump(setting.recipe),
         "parents": [dataset.as_parent() for dataset in people.datasets],
         "sources": people.sources,
-        "licence": licences.combine([*(dataset.licence for dataset in people.datasets), base.ref.licence]),
+        "licence": compliance.combine([*(dataset.licence for dataset in people.datasets), base.ref.licence]),
         "left_out": people.left_out,
         "run": {
             "federated": {

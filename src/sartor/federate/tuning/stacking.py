@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sartor.core import licences
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ModelError
+from sartor.core.licences import compliance
 from sartor.federate.aggregate.ranks import cut, joined, nothing, rank_of
 from sartor.federate.aggregate.tensors import Array, Tensors
 from sartor.federate.tuning.resident import Resident
@@ -87,7 +87,7 @@ class Stack:
             "base": base.as_manifest(),
             "parents": [parent.as_parent() for parent in parents],
             "sources": list(sources),
-            "licence": licences.combine([*(parent.licence for parent in parents), base.ref.licence]),
+            "licence": compliance.combine([*(parent.licence for parent in parents), base.ref.licence]),
             "left_out": {},
             "run": {
                 **run,

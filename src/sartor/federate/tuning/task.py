@@ -6,9 +6,7 @@ shared adapter, the rows, the round's number and the recipe alone, so that a cli
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from sartor.core import config
 from sartor.core.errors import ConfigError, ModelError, RoundError
@@ -20,17 +18,10 @@ from sartor.federate.tuning import canaries
 from sartor.federate.tuning.guard import RowGuard
 from sartor.federate.tuning.recipe import MODES, Settings
 from sartor.federate.tuning.resident import Resident
-from sartor.tune.checkpoint import Saver
-from sartor.tune.forecast import Interval, Settled
-from sartor.tune.journal import Journal
-from sartor.tune.outlook import Outlook
+from sartor.federate.tuning.task__shared_base import _NOWHERE, _WHOLE, LocalRun, train  # noqa: F401
 from sartor.tune.part import Part
-from sartor.tune.probe import Load
 from sartor.tune.recipe import Budget, Recipe
-from sartor.tune.run import Run, learning_rate
-from sartor.tune.signals import Signals
 from sartor.tune.tokenised import Rows
-from sartor.federate.tuning.task__shared_base import LocalRun, _NOWHERE, _WHOLE, train  # noqa: F401
 
 NAME = "lora"
 # of the first update of a round, and of the last; None where none was made here

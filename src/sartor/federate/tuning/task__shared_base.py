@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from sartor.core.processes import Signals
 from sartor.federate.tuning.resident import Resident
 from sartor.tune.checkpoint import Saver
 from sartor.tune.forecast import Interval, Settled
@@ -14,7 +15,6 @@ from sartor.tune.part import Part
 from sartor.tune.probe import Load
 from sartor.tune.recipe import Recipe
 from sartor.tune.run import Run, learning_rate
-from sartor.tune.signals import Signals
 from sartor.tune.tokenised import Rows
 
 # a round keeps no log of its own, and saves nothing on its way

@@ -11,9 +11,9 @@ import gguf
 import torch
 from filelock import FileLock
 
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.core.errors import ModelError
-from sartor.core.gguf import read_head
+from sartor.core.gguf_header import read_head
 from sartor.core.home import folder
 from sartor.models import gguf_model, gguf_tokens
 from sartor.models.base import open_base
@@ -61,7 +61,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tuple(int(axis) for axis in tensor.shape) for tensor in gguf.GGUFReader(file).tensors}
 
 
-def f16_file(ref: bases.BaseRef) -> Path:
+def f16_file(ref: model_refs.BaseRef) -> Path:
     """A base in F16, written once under SARTOR_HOME/bases; two processes at once: the second waits for the first.
 
     Raises ModelError for a base of which llama.cpp knows no form.

@@ -24,7 +24,7 @@ from typing import Any
 
 import httpx
 
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.core.errors import ModelError, RequestError, UnavailableError
 from sartor.models.engine.base_file import BaseFile, check_tokens, f16_file, open_base_file
 from sartor.models.engine.contract import BASE, About, Call, Event, Finish, Logprob, Vector
@@ -201,13 +201,13 @@ def open_engine(base: str, *, gguf: str = "", rows: int = 4, waiting: int = 256,
     return LlamaCppEngine(reader, file, Bounds(rows, threads, reader.context_tokens), waiting)
 
 
-def _file_of(ref: bases.BaseRef, given: str) -> Path:
+def _file_of(ref: model_refs.BaseRef, given: str) -> Path:
     """The base's GGUF file: the given one, the one that the base was converted from, or one that is made."""
     if given:
         if not Path(given).is_file():
             raise ModelError(f"there is no file {given}", "engine.gguf: a GGUF file of the base")
         return Path(given)
-    return bases.source_gguf(ref) if ref.gguf or ref.name == bases.STARTER else f16_file(ref)
+    return model_refs.source_gguf(ref) if ref.gguf or ref.name == model_refs.STARTER else f16_file(ref)
 
 
 def _logprob(item: Mapping[str, Any], most: int) -> Logprob:

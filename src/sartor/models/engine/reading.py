@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from sartor.core import bases
+from sartor.core import model_refs
 from sartor.core.errors import ModelError, RequestError
 from sartor.models.base import convert, open_chat
 from sartor.models.chat import Chat
@@ -25,7 +25,7 @@ from sartor.models.loading import quiet
 class Reader:
     """A base without its weights. context_tokens: most of a prompt and its reply."""
 
-    ref: bases.BaseRef
+    ref: model_refs.BaseRef
     chat: Chat
     config: Mapping[str, Any]
     context_tokens: int
@@ -68,7 +68,7 @@ class Reader:
 
 def open_reader(base: str, most_tokens: int) -> Reader:
     """The base that a name means. Raises what `bases.locate` and `open_chat` do, ModelError for a config that is not whole."""
-    ref = bases.locate(base)
+    ref = model_refs.locate_base(base)
     if ref.is_converted:
         convert(ref)
     try:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from sartor.core import towers
-from sartor.core.towers import Modality
+from sartor.core import model_refs
+from sartor.core.model_refs import Modality
 from sartor.models.device import best_device
 from sartor.models.towers import efficientnet, vision, whisper
 from sartor.models.towers.contract import Tower
@@ -21,7 +21,7 @@ def open_tower(
     Raises ModelError for what holds no tower of that kind that is known here, HubError when a hub name cannot be fetched,
     AssetError when an asset cannot be. `notice` is told what takes long.
     """
-    ref = towers.locate(name, kind)
+    ref = model_refs.locate_tower(name, kind)
     device = device or best_device()
     if ref.model == efficientnet.NAME:
         return efficientnet.open_efficientnet(ref, device, notice)

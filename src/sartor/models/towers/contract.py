@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from sartor.core.towers import Modality, TowerRef
+from sartor.core.model_refs import Modality, TowerRef
 
 STACKS = {"image": 1, "audio": 8}  # an audio feature is 20 ms; eight are about a syllable (Ultravox)
 WHOLE = "check that its files are whole"

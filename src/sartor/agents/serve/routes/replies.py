@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,15 +12,15 @@ from sartor.agents.asking import Request as Question
 from sartor.agents.serve.aloud import Aloud
 from sartor.agents.serve.app import JsonResponse, Route
 from sartor.agents.serve.asked import ChatRequest, Delivered, TextRequest
-from sartor.agents.serve.desk import USER_HEADER, desk_of, entry_of, reply_headers
+from sartor.agents.serve.desk import desk_of, entry_of, reply_headers
 from sartor.agents.serve.faults import FieldError
-from sartor.agents.serve.replies import Answers, Terms, open_answers
+from sartor.agents.serve.replies import Answers
+from sartor.agents.serve.routes.replies__request_conversion import opened_for  # noqa: F401
 from sartor.agents.serve.running import while_there
 from sartor.agents.serve.said import ChatAnswer, TextAnswer
 from sartor.agents.serve.shapes import Chat, Head, Shape, Text
 from sartor.agents.serve.streams import EventStream, chunks
-from sartor.agents.serve.turns import chat_request, choices, text_requests
-from sartor.agents.serve.routes.replies__request_conversion import opened_for  # noqa: F401
+from sartor.agents.serve.turns import chat_request, text_requests
 
 router = APIRouter(route_class=Route)
 

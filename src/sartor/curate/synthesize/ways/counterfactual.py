@@ -9,9 +9,9 @@ from typing import Literal
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
-from sartor.core.grouping import split_group
 from sartor.core.groups import KINDS, Kind, groups, mentions, swap
 from sartor.core.records import Drop, Example, Message, Part
+from sartor.core.splits import split_group
 from sartor.curate.synthesize.contract import Made, Skipped, draw_of, some
 from sartor.curate.synthesize.ways.rewrites import ROWS
 

@@ -9,8 +9,8 @@ from typing import Literal
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
-from sartor.core.grouping import split_group
 from sartor.core.records import Drop, Example, Part
+from sartor.core.splits import split_group
 from sartor.core.teachers import say_all
 from sartor.curate.sources import media
 from sartor.curate.steps.augment_audio import AugmentAudio

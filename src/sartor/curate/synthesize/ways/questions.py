@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
-from sartor.core.grouping import split_group
 from sartor.core.records import Example, Message
+from sartor.core.splits import split_group
 from sartor.curate.synthesize.contract import Ask, Made, Skipped, Unusable, quoted, some, texts
 from sartor.curate.synthesize.ways.rewrites import ROWS, SYSTEM, check_count
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.core.grouping import split_group
 from sartor.core.records import Drop, Example
+from sartor.core.splits import split_group
 from sartor.curate.synthesize.contract import Made, Skipped, draw_of, some, why_no_question, with_text
 from sartor.curate.synthesize.ways.rewrites import ROWS
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from sartor.core.artifacts import digests
 from sartor.core.errors import ArtifactError, GateError
 from sartor.core.filesystem import write_file_atomic
-from sartor.edge.tuning.receipt import digests
 from sartor.evaluate import attacked
 from sartor.evaluate.attacked import FILE, KIND, SCHEMA
 from sartor.evaluate.audit.membership import Membership

@@ -1,0 +1,1 @@
+"""SPDX expressions, licence families, and what a combination of licences permits and demands."""
