@@ -30,9 +30,9 @@ from results import print_result
 
 from sartor.core.home import home
 from sartor.core.records import Example, Message, Origin
-from sartor.curate.personal.findings import ENTITIES
-from sartor.curate.personal.scan import Scanner
 from sartor.curate.steps.personal_data import DEFAULT, PersonalData
+from sartor.text.pii.entities import ENTITIES
+from sartor.text.pii.scanner import Scanner
 
 Random = random.Random
 FIRST = (

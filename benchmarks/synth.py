@@ -37,10 +37,10 @@ from synth_rows import PLANTS, SETS
 import sartor  # noqa: F401  (offers the encoders)
 from sartor.core.encoder_registry import offer, open_encoder
 from sartor.core.records import digest
-from sartor.curate.likeness.vectors import prompt_text
 from sartor.curate.validate.options import ValidateOptions
 from sartor.curate.validate.sides import Sides
 from sartor.curate.validate.verb import verdicts
+from sartor.text.encoders import prompt_text
 
 FURTHER = {"lift": ("synth_lift", "measure"), "audit": ("synth_audit", "audit"), "mitigation": ("synth_audit", "mitigation")}
 PARTS = ("false_alarm", "power", *FURTHER)

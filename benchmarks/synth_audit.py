@@ -39,12 +39,12 @@ from results import print_result
 
 import sartor
 from sartor.core.artifacts import Artifact, open_artifact
-from sartor.core.groups import groups, lexicon
 from sartor.core.records import Example
 from sartor.evaluate.audit import run, verdicts
 from sartor.evaluate.audit.sides import Sides
 from sartor.evaluate.limits import BiasLimits
 from sartor.evaluate.tasks import open_tuned
+from sartor.text.demographics.group_terms import groups, lexicon
 
 TESTS = Path(__file__).parent.parent / "tests"
 INCOMES, DEBTS, OUTCOMES = ("low", "middle", "high"), ("none", "few", "many"), ("approved", "denied")

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sartor import intents
-from sartor.core import assets, groups
+from sartor.core import assets
 from sartor.core.records import Example, Message, Origin
 from sartor.curate.validate.sides import Sides
+from sartor.text.demographics import group_terms
 
 SETS = ("commands", "chat", "faq_sv", "faq_en", "loans", "loans_text")
 
@@ -97,7 +98,7 @@ _SAID = {
 def loans(count: int, *, as_json: bool) -> list[Row]:
     """Applications by people of two sexes and several origins; what is decided hangs on income and amount, and noise, alone."""
     rng = random.Random(7)
-    names = {name: of[sex] for sex in ("female", "male") for name, of in ((sex, groups.lexicon()["names"]["white"]),)}
+    names = {name: of[sex] for sex in ("female", "male") for name, of in ((sex, group_terms.lexicon()["names"]["white"]),)}
     found = []
     for place in range(count):
         sex = rng.choice(("female", "male"))

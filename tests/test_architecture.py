@@ -30,7 +30,7 @@ LEVELS = {
 TORCH_FREE = ("sartor", "sartor.core.parquet_io", "sartor.core.lineage.ancestry", "sartor.core.model_refs", "sartor.core.signing",
               "sartor.curate.pipeline", "sartor.curate.review.desk", "sartor.curate.dedup.files", "sartor.curate.synthesize.making",
               "sartor.curate.validate.verb", "sartor.curate.bias.verb",
-              "sartor.core.groups", "sartor.tune.recipe", "sartor.evaluate.release", "sartor.cli",
+              "sartor.text.demographics.group_terms", "sartor.tune.recipe", "sartor.evaluate.release", "sartor.cli",
               "sartor.agents.dispatch", "sartor.agents.book", "sartor.agents.ask_team",
               "sartor.agents.serve.server", "sartor.speech.many", "sartor.speech.spoken",
               "sartor.edge.store", "sartor.edge.update.publish", "sartor.edge.update.sync", "sartor.core.resource_limits",

@@ -158,11 +158,11 @@ _NAMES = {
 }
 
 # what `curate` may ask texts to be turned into vectors with
-offer("tfidf", lambda: load("sartor.curate.likeness.tfidf").Tfidf())
+offer("tfidf", lambda: load("sartor.text.encoders").Tfidf())
 offer("minilm", lambda: load("sartor.models.encoder").MiniLM())
 offer_directories(
-    lambda path: load("sartor.curate.likeness.static").fits(path),
-    lambda path: load("sartor.curate.likeness.static").StaticEncoder(path),
+    lambda path: load("sartor.text.encoders").fits(path),
+    lambda path: load("sartor.text.encoders").StaticEncoder(path),
 )
 offer_directories(
     lambda path: (path / "config.json").is_file(), lambda path: load("sartor.models.encoder").SentenceEncoder(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sartor.core.decisions import FAVOURABLE, UNFAVOURABLE, decision_of
+from sartor.text.demographics.decision_words import FAVOURABLE, UNFAVOURABLE, decision_of
 
 
 @pytest.mark.parametrize(

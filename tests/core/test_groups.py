@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sartor.core import groups
 from sartor.core.errors import ConfigError
+from sartor.text.demographics import group_terms
 
 RIGHT = [
     # her: before its noun, or an object
@@ -85,21 +85,21 @@ RIGHT = [
 
 
 @pytest.mark.parametrize(("kind", "to", "text", "right"), RIGHT)
-def test_a_swap_keeps_the_grammar(kind: groups.Kind, to: str, text: str, right: str | None) -> None:
-    assert groups.swap(text, kind, to) == right
+def test_a_swap_keeps_the_grammar(kind: group_terms.Kind, to: str, text: str, right: str | None) -> None:
+    assert group_terms.swap(text, kind, to) == right
 
 
-@pytest.mark.parametrize("kind", groups.KINDS)
-def test_what_was_swapped_is_of_the_group(kind: groups.Kind) -> None:
+@pytest.mark.parametrize("kind", group_terms.KINDS)
+def test_what_was_swapped_is_of_the_group(kind: group_terms.Kind) -> None:
     text = "Emily Walsh, 28, says she is German, and the German woman is blind."
-    for to in groups.groups(kind):
-        if changed := groups.swap(text, kind, to):
-            assert {one.group for one in groups.mentions(changed, kind)} <= {to}
-            assert all(changed[one.start : one.end] == one.text for one in groups.mentions(changed, kind))
+    for to in group_terms.groups(kind):
+        if changed := group_terms.swap(text, kind, to):
+            assert {one.group for one in group_terms.mentions(changed, kind)} <= {to}
+            assert all(changed[one.start : one.end] == one.text for one in group_terms.mentions(changed, kind))
 
 
 def test_an_unknown_kind_or_group_is_named() -> None:
     with pytest.raises(ConfigError, match="no kind of group 'shoe'"):
-        groups.mentions("x", "shoe")  # type: ignore[arg-type]
+        group_terms.mentions("x", "shoe")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="'martian' is no group of nationality"):
-        groups.swap("x", "nationality", "martian")
+        group_terms.swap("x", "nationality", "martian")

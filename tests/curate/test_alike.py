@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sartor.curate.likeness.alike import Read, compare, rarities, stem, words
+from sartor.text.equivalence import Read, compare, rarities, stem, words
 
 
 def verdict(one: str, other: str) -> tuple[str, float]:

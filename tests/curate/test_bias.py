@@ -13,7 +13,6 @@ import pytest
 import sartor
 from sartor.core.config import load
 from sartor.core.errors import ConfigError, SourceError
-from sartor.core.groups import lexicon
 from sartor.core.parquet_io import read_drops, read_examples
 from sartor.core.records import Example, Message, Origin
 from sartor.core.statistics import newcombe, wilson
@@ -21,6 +20,7 @@ from sartor.curate.bias import cells, pairs, weights
 from sartor.curate.bias.membership import field_value, memberships
 from sartor.curate.bias.rates import effective, measured
 from sartor.curate.recipe import CurateRecipe
+from sartor.text.demographics.group_terms import lexicon
 
 
 def example(asked: str, replied: str, **fields: object) -> Example:

@@ -18,9 +18,9 @@ from sartor.core.records import Example
 from sartor.curate.labels import folds, target
 from sartor.curate.labels.ruling import without_frame
 from sartor.curate.labels.suspects import judge
-from sartor.curate.likeness import vectors
 from sartor.curate.steps.contract import Gathered, Verdicts
 from sartor.curate.steps.labels import EVIDENCE, SuspiciousLabels
+from sartor.text import encoders
 
 THINGS = {
     "LightOn": ("light", "lamp", "chandelier", "spotlight"),
@@ -400,7 +400,7 @@ def test_a_long_prompt_is_cut_and_counted() -> None:
 def test_texts_reads_a_column_by_row_slice_and_whole() -> None:
     step = SuspiciousLabels()
     gathered: Gathered = gather(step, [example(f"prompt {row}", "x", row) for row in range(2500)], batch=999)
-    texts = vectors.Texts(gathered.table["prompt"])
+    texts = encoders.Texts(gathered.table["prompt"])
     assert len(texts) == 2500 and texts[2400] == "prompt 2400" and list(texts)[1500] == "prompt 1500"
     assert (
         texts[998:1001] == ["prompt 998", "prompt 999", "prompt 1000"] and texts[10:4:-2] == [] and texts[:3][-1] == "prompt 2"

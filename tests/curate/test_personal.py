@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from sartor.core import config
 from sartor.core.errors import ConfigError
 from sartor.core.records import TEXT_KEPT, Drop, Example, Message, Origin, Part
-from sartor.curate.personal import checks, json_text
-from sartor.curate.personal.findings import ENTITIES, Finding, look, resolved
-from sartor.curate.personal.payment import is_card, is_iban, luhn
-from sartor.curate.personal.scan import Scanner
 from sartor.curate.steps.contract import Counting
 from sartor.curate.steps.personal_data import DEFAULT, PersonalData
+from sartor.text.pii import example_layout, national_ids
+from sartor.text.pii.entities import ENTITIES, Finding, look, resolved
+from sartor.text.pii.payment import is_card, is_iban, luhn
+from sartor.text.pii.scanner import Scanner
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "personal.py"
 EVERYTHING = Scanner(ENTITIES, (), 0.5, ())
@@ -452,22 +452,22 @@ def test_no_value_is_logged(caplog: pytest.LogCaptureFixture, capfd: pytest.Capt
         (is_card, "378282246310005", "378282246310006"),
         (is_card, "4111111111111111", "1111111111111117"),
         (is_iban, "GB82WEST12345698765432", "GB82WEST12345698765433"),
-        (checks.us_ssn, "219-09-9999", "666-09-9999"),
-        (checks.fr_nir, "255081416802538", "255081416802539"),
-        (checks.nl_bsn, "111222333", "111222334"),
-        (checks.be_rn, "85.07.30-033.28", "85.07.30-033.29"),
-        (checks.ean, "756.9217.0769.85", "756.9217.0769.84"),
-        (checks.at_svnr, "1237 010180", "1238 010180"),
-        (checks.pt_nif, "123456789", "123456788"),
-        (checks.br_cpf, "529.982.247-25", "529.982.247-24"),
-        (checks.cn_id, "11010519491231002X", "110105194912310021"),
-        (checks.dk_cpr, "211062-5629", "311362-5629"),
-        (checks.cz_rc, "736028/5163", "736028/5164"),
-        (checks.cl_rut, "12.345.678-5", "12.345.678-6"),
-        (checks.ro_cnp, "1800101221144", "1800101221145"),
-        (checks.sg_nric, "S1234567D", "S1234567E"),
-        (checks.us_itin, "900-70-0000", "900-69-0000"),
-        (checks.mx_curp, "BOXW310820HNERXN09", "BOXW310820HNERXN08"),
+        (national_ids.us_ssn, "219-09-9999", "666-09-9999"),
+        (national_ids.fr_nir, "255081416802538", "255081416802539"),
+        (national_ids.nl_bsn, "111222333", "111222334"),
+        (national_ids.be_rn, "85.07.30-033.28", "85.07.30-033.29"),
+        (national_ids.ean, "756.9217.0769.85", "756.9217.0769.84"),
+        (national_ids.at_svnr, "1237 010180", "1238 010180"),
+        (national_ids.pt_nif, "123456789", "123456788"),
+        (national_ids.br_cpf, "529.982.247-25", "529.982.247-24"),
+        (national_ids.cn_id, "11010519491231002X", "110105194912310021"),
+        (national_ids.dk_cpr, "211062-5629", "311362-5629"),
+        (national_ids.cz_rc, "736028/5163", "736028/5164"),
+        (national_ids.cl_rut, "12.345.678-5", "12.345.678-6"),
+        (national_ids.ro_cnp, "1800101221144", "1800101221145"),
+        (national_ids.sg_nric, "S1234567D", "S1234567E"),
+        (national_ids.us_itin, "900-70-0000", "900-69-0000"),
+        (national_ids.mx_curp, "BOXW310820HNERXN09", "BOXW310820HNERXN08"),
     ],
 )
 def test_check_digits_decide(check: Any, right: str, wrong: str) -> None:
@@ -491,7 +491,9 @@ def test_a_sight_says_where_its_characters_stood() -> None:
 
 
 def test_leaves_of_no_object_are_none() -> None:
-    assert [json_text.leaves(text) for text in ("1", '"a"', "{", "[1,", "", " x", "[" * 100_000 + "]" * 100_000)] == [None] * 7
+    assert [example_layout.leaves(text) for text in ("1", '"a"', "{", "[1,", "", " x", "[" * 100_000 + "]" * 100_000)] == [
+        None
+    ] * 7
 
 
 @pytest.mark.services

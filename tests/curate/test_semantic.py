@@ -10,9 +10,9 @@ import pytest
 from curate.gathering import example, gather
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Example
-from sartor.curate.likeness import neighbours
 from sartor.curate.steps.contract import Verdicts
 from sartor.curate.steps.semantic import EVIDENCE, SemanticDuplicates
+from sartor.text import encoders
 
 PLACES = ("kitchen", "garage", "attic", "office", "cellar", "porch", "nursery", "hallway", "garden", "bathroom")
 SAME = [
@@ -181,15 +181,15 @@ def near_ones(rows: int) -> np.ndarray:
 
 def test_the_graph_finds_what_exact_search_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = near_ones(600)
-    exact = {(a, b): score for a, b, score in neighbours.NearPairs(vectors, 0.9, 5)}
-    monkeypatch.setattr(neighbours, "EXACT_ROWS", 10)
-    graph = {(a, b): score for a, b, score in neighbours.NearPairs(vectors, 0.9, 5)}
+    exact = {(a, b): score for a, b, score in encoders.NearPairs(vectors, 0.9, 5)}
+    monkeypatch.setattr(encoders, "EXACT_ROWS", 10)
+    graph = {(a, b): score for a, b, score in encoders.NearPairs(vectors, 0.9, 5)}
     assert len(exact) >= 300 and len(exact.keys() & graph.keys()) >= 0.99 * len(exact)
     assert all(abs(graph[pair] - exact[pair]) < 1e-5 for pair in exact.keys() & graph.keys())
 
 
 def test_rows_with_more_near_ones_than_are_looked_at_are_counted() -> None:
-    near = neighbours.NearPairs(np.ones((6, 2), np.float32) / np.sqrt(np.float32(2)), 0.9, 3)
+    near = encoders.NearPairs(np.ones((6, 2), np.float32) / np.sqrt(np.float32(2)), 0.9, 3)
     assert len(list(near)) >= 9 and near.crowded == 6
-    empty = neighbours.NearPairs(np.zeros((6, 2), np.float32), -1.0, 3)
+    empty = encoders.NearPairs(np.zeros((6, 2), np.float32), -1.0, 3)
     assert list(empty) == []

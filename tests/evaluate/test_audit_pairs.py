@@ -8,9 +8,9 @@ import pytest
 
 import sartor
 from sartor.core.errors import ConfigError
-from sartor.core.groups import KINDS, groups, mentions
 from sartor.evaluate.audit import pairs
 from sartor.evaluate.audit.outcomes import outcomes_of
+from sartor.text.demographics.group_terms import KINDS, groups, mentions
 
 
 def row(*turns: str, id: str = "1") -> sartor.Example:

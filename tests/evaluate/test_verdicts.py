@@ -13,7 +13,6 @@ import sartor
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
-from sartor.core.groups import KINDS
 from sartor.curate.review.desk import open_items
 from sartor.evaluate import checks
 from sartor.evaluate.audit.verdicts import checks as audit_checks
@@ -21,6 +20,7 @@ from sartor.evaluate.audit.verdicts import judge_bias, judge_memorisation
 from sartor.evaluate.limits import BiasLimits, GainLimit, Limits, MemorisationLimits, ReviewLimit
 from sartor.evaluate.release import gate
 from sartor.evaluate.rules import open_rules
+from sartor.text.demographics.group_terms import KINDS
 
 ROW = "0123456789abcdef" * 2
 

@@ -18,7 +18,7 @@ from sartor.models.chat import Chat
 from sartor.models.engine.contract import Call
 from sartor.models.engine.grammar import Constraint, Grammar
 from sartor.models.engine.reading import Reader
-from sartor.models.engine.schemas import DEEPEST, JSON_OBJECT, MOST_BYTES, read_schema
+from sartor.text.json_schema import DEEPEST, JSON_OBJECT, MOST_BYTES, read_schema
 
 VOCABULARY = 384  # wider than the tokenizer, as a model's padded embedding is
 INTENT = {

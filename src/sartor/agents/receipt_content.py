@@ -18,8 +18,8 @@ from sartor.core import data_urls
 from sartor.core.errors import ArtifactError, SourceError
 from sartor.models.engine.contract import Call
 from sartor.models.engine.parts import MEDIA, is_media, url_in
-from sartor.models.engine.schemas import JSON_OBJECT
 from sartor.models.engine.tools import read_choice, read_tools
+from sartor.text.json_schema import JSON_OBJECT
 
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")
 Digest = Callable[[str, Any], str]

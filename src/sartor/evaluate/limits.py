@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
-from sartor.core.groups import KINDS
+from sartor.text.demographics.group_terms import KINDS
 
 # Nats per token by which the chitchat probe may get worse (docs/decisions/003-demo-rows.md has what was seen).
 FORGETTING_LIMIT_NATS = 0.5

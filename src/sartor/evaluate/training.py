@@ -20,9 +20,9 @@ from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example, Message
-from sartor.curate.likeness.tfidf import counts, rarity
 from sartor.curate.steps.personal_data import PersonalData
 from sartor.evaluate.labels import is_json
+from sartor.text.encoders import counts, rarity
 
 EXEMPLARS = "router/exemplars.jsonl"
 MOST_EXEMPLARS = 400

@@ -1,4 +1,4 @@
-"""`tfidf`: the encoder that needs no model. Words and pieces of words, hashed, weighted by rarity, turned to 256 dimensions.
+"""TF-IDF and static encoders, nearest neighbours, encoder choice.
 
 It knows what texts share, not what they mean. It is fitted on the texts at hand, so vectors of two calls do not compare.
 """
@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sartor.core.errors import need
+from sartor.core.encoder_registry import Encoder, open_encoder
+from sartor.core.errors import MissingError, ModelError, need
+from sartor.core.records import Example
 
 BITS = 16  # 2^16 columns for words, as many for pieces of words
 WIDTH = 256
@@ -108,3 +113,197 @@ def _unit(rows: Any) -> Any:
     from sklearn.preprocessing import normalize
 
     return normalize(rows)
+
+
+I64 = NDArray[np.int64]
+F32 = NDArray[np.float32]
+EXACT_ROWS = 50_000
+_CELLS = 32_000_000  # of a block of likenesses
+
+
+def nearest(vectors: F32, queries: I64, most: int) -> Iterator[tuple[I64, I64, F32]]:
+    """(rows, neighbours, likeness) of blocks of `queries` (row numbers): (B,), (B, most) and (B, most), nearest first.
+
+    The row itself is not among its neighbours. Likeness is the cosine, -1 and the row itself where there are no more.
+    """
+    most = min(most, len(vectors) - 1)
+    if most < 1:
+        return
+    search = _neighbours_exact if len(vectors) <= EXACT_ROWS else _graph(vectors)
+    block = max(1, _CELLS // len(vectors))
+    for start in range(0, len(queries), block):
+        rows = queries[start : start + block]
+        found, likeness = search(vectors, rows, most)
+        yield rows, found, likeness
+
+
+class NearPairs:
+    """(a, b, cosine) with a < b for each row and its `most` nearest at or above a threshold, each pair once, in order of rows.
+
+    A row of zeros (an empty text) is nobody's neighbour. After a round, `crowded` counts rows whose `most` nearest were all
+    at or above the threshold: there may be more of them that were not looked at.
+    """
+
+    def __init__(self, vectors: F32, threshold: float, most: int) -> None:
+        self._vectors, self._threshold, self._most = vectors, threshold, most
+        self.crowded = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int, float]]:
+        self.crowded = 0
+        seen: set[int] = set()
+        count = len(self._vectors)
+        spoken = np.flatnonzero(np.abs(self._vectors).sum(1) > 0)
+        for rows, found, likeness in nearest(self._vectors, spoken, self._most):
+            near = likeness >= self._threshold
+            self.crowded += int(near.all(1).sum()) if near.shape[1] == self._most else 0
+            where, place = np.nonzero(near)
+            columns = (rows[where], found[where, place], np.minimum(likeness[where, place], 1))
+            for row, other, score in zip(*(column.tolist() for column in columns), strict=True):
+                a, b = min(row, other), max(row, other)
+                if a * count + b not in seen:
+                    seen.add(a * count + b)
+                    yield a, b, score
+
+
+def _neighbours_exact(vectors: F32, rows: I64, most: int) -> tuple[I64, F32]:
+    likeness = vectors[rows] @ vectors.T
+    likeness[np.arange(len(rows)), rows] = -2
+    found = np.argpartition(-likeness, most - 1, axis=1)[:, :most] if most < len(vectors) - 1 else _all_but(len(vectors), rows)
+    scores = np.take_along_axis(likeness, found, axis=1)
+    # of equally near ones the first row comes first, so that the order does not depend on the library
+    order = np.lexsort((found, -scores), axis=1)
+    return np.take_along_axis(found, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+
+def _all_but(count: int, rows: I64) -> I64:
+    return np.array([[other for other in range(count) if other != row] for row in rows.tolist()], np.int64)
+
+
+def _graph(vectors: F32) -> Any:
+    try:
+        from usearch.index import Index
+    except ImportError:
+        raise need("usearch") from None
+    index = Index(ndim=vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=64, expansion_search=64)
+    # one thread: with more the graph, and so the result, would depend on which was faster
+    index.add(np.arange(len(vectors)), vectors, threads=1)
+
+    def search(_: F32, rows: I64, most: int) -> tuple[I64, F32]:
+        matches = index.search(vectors[rows], most + 1)
+        found = np.array(matches.keys, np.int64).reshape(len(rows), -1)
+        # the graph stores halves; the cosines are taken from the vectors themselves
+        scores = np.einsum("bd,bkd->bk", vectors[rows], vectors[found]).astype(np.float32)
+        scores[found == rows[:, None]] = -2
+        order = np.lexsort((found, -scores), axis=1)[:, :most]
+        return np.take_along_axis(found, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+    return search
+
+
+def fits(path: Path) -> bool:
+    """Whether a directory holds a model2vec model, also one that was saved as a sentence-transformers module."""
+    for file, word in (("config.json", "model2vec"), ("modules.json", "StaticEmbedding")):
+        if (path / file).is_file() and word in (path / file).read_text(encoding="utf-8", errors="replace"):
+            return True
+    return False
+
+
+class StaticEncoder:
+    """The mean of a text's token vectors, scaled to length 1. No text is cut."""
+
+    cut = 0
+    tokens = 0
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from model2vec import StaticModel
+        except ImportError:
+            raise need("model2vec", "static") from None
+        try:
+            self._model = StaticModel.from_pretrained(path, force_download=False)
+        except Exception as error:  # its readers raise several kinds for files that are cut or absent
+            said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise ModelError(
+                f"{path} cannot be opened as a model2vec model: {said}",
+                "check that its files are whole",
+            ) from None
+        self.name = f"model2vec {path.name}"
+
+    def encode(self, texts: Sequence[str]) -> Any:
+        """See Encoder."""
+        import numpy as np
+
+        vectors = self._model.encode(list(texts), max_length=None, use_multiprocessing=False).astype(np.float32)
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors / np.where(lengths > 0, lengths, 1)
+
+
+MODEL_LIKENESS, TFIDF_LIKENESS = 0.8, 0.4
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An encoder and why it is this one."""
+
+    encoder: Encoder
+    why: str
+
+    @property
+    def likeness(self) -> float:
+        """The cosine from which a pair deserves a look. What tfidf does not see as common it holds to be far apart."""
+        return TFIDF_LIKENESS if self.encoder.name == "tfidf" else MODEL_LIKENESS
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest and the card; `texts_cut` counts texts of the last `encode`."""
+        return {"encoder": self.encoder.name, "encoder_because": self.why, "texts_cut": self.encoder.cut}
+
+
+def choose(name: str) -> Chosen:
+    """The encoder of a name or directory. `auto` is minilm where it can be opened here, else tfidf."""
+    if name != "auto":
+        return Chosen(open_encoder(name), "the recipe names it")
+    try:
+        return Chosen(open_encoder("minilm"), "auto: the asset minilm and torch are here")
+    except MissingError as error:
+        return Chosen(open_encoder("tfidf"), f"auto: {error.problem} ({error.remedy})")
+
+
+class Texts(Sequence[str]):
+    """A text column of a sketch, read from its memory-mapped file as it is asked for."""
+
+    def __init__(self, column: Any) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            start, stop, step = place.indices(len(self))
+            return list(self._column.slice(start, max(0, stop - start)).to_pylist()[::step])
+        return str(self._column[place].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self._column.chunks:
+            for start in range(0, len(chunk), 1024):
+                yield from chunk.slice(start, 1024).to_pylist()
+
+
+def prompt_text(example: Example) -> str:
+    """What is asked: the text of every message before the reply but the system's."""
+    return "\n".join(message.text for message in example.prompt if message.role != "system")[:MOST_CHARACTERS]
+
+
+def is_cut(example: Example) -> bool:
+    """Whether the prompt or the reply is longer than a sketch holds."""
+    prompt = sum(len(message.text) + 1 for message in example.prompt if message.role != "system") - 1
+    return max(prompt, len(example.reply)) > MOST_CHARACTERS
+
+
+def system_text(example: Example) -> str:
+    """What the system is told."""
+    return "\n".join(message.text for message in example.prompt if message.role == "system")[:MOST_CHARACTERS]

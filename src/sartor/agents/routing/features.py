@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.curate.likeness.tfidf import COMMON, counts, rarity
+from sartor.text.encoders import COMMON, counts, rarity
 
 F32 = Any  # numpy arrays of float32
 NEIGHBOURS = 3

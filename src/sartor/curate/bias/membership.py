@@ -1,4 +1,4 @@
-"""Which groups of people a row speaks of: attribute -> value, by the lexicon of `core/groups.py` and by fields of the rows."""
+"""Which groups of people a row speaks of: attribute -> value, by the lexicon of `text/demographics/group_terms.py` and by fields of the rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sartor.core import groups
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example
+from sartor.text.demographics import group_terms
 
 Memberships = dict[str, list[str | None]]
 LEXICON = "lexicon"
@@ -20,7 +20,7 @@ FIELDS = (
     "gender", "sex", "race", "ethnicity", "nationality", "religion", "age_group", "disability", "marital_status", "region",
 )  # fmt: skip
 _MOST_VALUES = 12
-# what the lexicon knows, and what its kinds are called in core/groups.py
+# what the lexicon knows, and what its kinds are called in text/demographics/group_terms.py
 ATTRIBUTES = ("sex", "name_origin", "age", "nationality", "disability")
 _CALLED = {"pronouns": "sex", "names": "name_origin"}
 _OF_PRONOUN = {"she": "female", "he": "male"}
@@ -62,7 +62,7 @@ def _by_lexicon(rows: Sequence[Example]) -> Memberships:
     for row in rows:
         text = spoken_of(row)
         said = {"sex": sexes_of(text), "name_origin": origins_of(text)}
-        said |= {kind: {one.group for one in groups.mentions(text, kind)} for kind in ("age", "nationality", "disability")}
+        said |= {kind: {one.group for one in group_terms.mentions(text, kind)} for kind in ("age", "nationality", "disability")}
         for name, values in said.items():
             found[name].append(next(iter(values)) if len(values) == 1 else None)
     return found
@@ -70,13 +70,13 @@ def _by_lexicon(rows: Sequence[Example]) -> Memberships:
 
 def sexes_of(text: str) -> set[str]:
     """female, male: by the first names and pronouns of a text."""
-    names = {one.group.rpartition("_")[2] for one in groups.mentions(text, "names") if one.form == "first"}
-    return names | {_OF_PRONOUN[one.group] for one in groups.mentions(text, "pronouns") if one.group in _OF_PRONOUN}
+    names = {one.group.rpartition("_")[2] for one in group_terms.mentions(text, "names") if one.form == "first"}
+    return names | {_OF_PRONOUN[one.group] for one in group_terms.mentions(text, "pronouns") if one.group in _OF_PRONOUN}
 
 
 def origins_of(text: str) -> set[str]:
     """Which origins the first names of a text signal: black, hispanic, ...; common ones signal none, and are called so."""
-    return {one.group.rpartition("_")[0] for one in groups.mentions(text, "names") if one.form == "first"}
+    return {one.group.rpartition("_")[0] for one in group_terms.mentions(text, "names") if one.form == "first"}
 
 
 def spoken_of(row: Example) -> str:

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from sartor.core import groups
-from sartor.core.groups import Kind
 from sartor.core.records import Example, Message, Origin, Part, digest
 from sartor.curate.bias.membership import origins_of, sexes_of
+from sartor.text.demographics import group_terms
+from sartor.text.demographics.group_terms import Kind
 
 STEP = "counterfactual"
 _OTHER = {"female": "male", "male": "female"}
@@ -25,7 +25,7 @@ def counterfactuals(row: Example, attributes: Sequence[str]) -> Iterator[tuple[E
     """(copy, what was changed) of a row for each attribute of ATTRIBUTES by which it names somebody.
 
     Which other group it is then about is drawn by the row's digest. Nothing comes of a row in which grammar or sense cannot be
-    kept (`core/groups.py`), nor of one that speaks of people of several groups.
+    kept (`text/demographics/group_terms.py`), nor of one that speaks of people of several groups.
     """
     for attribute in attributes:
         there = {one for message in row.messages for one in _named(message.text, attribute)}
@@ -73,8 +73,8 @@ def _groups(attribute: str) -> tuple[str, ...]:
     if attribute == "sex":
         return tuple(_OTHER)
     if attribute == "name_origin":
-        return tuple(dict.fromkeys(name.rpartition("_")[0] for name in groups.groups("names")))
-    return groups.groups(_KINDS[attribute])
+        return tuple(dict.fromkeys(name.rpartition("_")[0] for name in group_terms.groups("names")))
+    return group_terms.groups(_KINDS[attribute])
 
 
 def _named(text: str, attribute: str) -> set[str]:
@@ -82,7 +82,7 @@ def _named(text: str, attribute: str) -> set[str]:
         return sexes_of(text)
     if attribute == "name_origin":
         return origins_of(text)
-    return {one.group for one in groups.mentions(text, _KINDS[attribute])}
+    return {one.group for one in group_terms.mentions(text, _KINDS[attribute])}
 
 
 def _changed(row: Example, attribute: str, to: str) -> Example | None:
@@ -108,17 +108,17 @@ def _swapped(messages: Sequence[Message], attribute: str, to: str) -> tuple[Mess
 
 def _turned(text: str, attribute: str, to: str) -> str | None:
     """The text about somebody of the group `to`; None where that cannot be said well."""
-    names = [one.group for one in groups.mentions(text, "names") if one.form == "first"]
+    names = [one.group for one in group_terms.mentions(text, "names") if one.form == "first"]
     if attribute == "sex":
         # pronouns take the first names along; a text of names alone has only those to turn
-        if groups.mentions(text, "pronouns"):
-            return groups.swap(text, "pronouns", _PRONOUN[to])
+        if group_terms.mentions(text, "pronouns"):
+            return group_terms.swap(text, "pronouns", _PRONOUN[to])
         origins = {name.rpartition("_")[0] for name in names}
-        return groups.swap(text, "names", f"{origins.pop()}_{to}") if len(origins) == 1 else None
+        return group_terms.swap(text, "names", f"{origins.pop()}_{to}") if len(origins) == 1 else None
     if attribute == "name_origin":
         sexes = {name.rpartition("_")[2] for name in names}
-        return groups.swap(text, "names", f"{to}_{sexes.pop()}") if len(sexes) == 1 else None
-    return groups.swap(text, _KINDS[attribute], to)
+        return group_terms.swap(text, "names", f"{to}_{sexes.pop()}") if len(sexes) == 1 else None
+    return group_terms.swap(text, _KINDS[attribute], to)
 
 
 def is_counterfactual(origin: Origin) -> bool:

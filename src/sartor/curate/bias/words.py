@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from sartor.core import groups
 from sartor.core.records import Example
 from sartor.curate.bias.membership import Memberships, spoken_of
-from sartor.curate.likeness import alike
-from sartor.curate.steps.texts import words
+from sartor.text import equivalence
+from sartor.text.demographics import group_terms
+from sartor.text.example_text import words
 
 RESAMPLES = 400
 FEWEST, MOST_WORDS, SHOWN = 5, 400, 5
@@ -80,5 +80,5 @@ def _strongest(
 def _telling(row: Example) -> frozenset[str]:
     """The words of a row, without those that only join others and those that name a group."""
     text = f"{spoken_of(row)}\n{row.reply}"
-    named = {word for kind in groups.KINDS for one in groups.mentions(text, kind) for word in words(one.text)}
-    return frozenset(word for word in words(text) if not word.isdigit()) - named - alike.words().function
+    named = {word for kind in group_terms.KINDS for one in group_terms.mentions(text, kind) for word in words(one.text)}
+    return frozenset(word for word in words(text) if not word.isdigit()) - named - equivalence.words().function

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.curate.labels.folds import I64
-from sartor.curate.likeness import alike, neighbours
+from sartor.text import encoders, equivalence
 
 MOST_NEIGHBOURS = 10
 PRIOR = 0.5  # of agreement, as much as half a neighbour says: a lone contradiction weighs less than three
@@ -48,12 +48,12 @@ def disagreement(
     prompts: Sequence[str], replies: Sequence[str], vectors: Any, *, likeness: float, agreement: float
 ) -> Disagreement:
     """Compare the replies of like prompts: a cosine of `likeness` and a share of words of `agreement` at least."""
-    asked, said = alike.reader(prompts), alike.reader(replies)
+    asked, said = equivalence.reader(prompts), equivalence.reader(replies)
     near: dict[int, list[tuple[int, float]]] = defaultdict(list)
     agrees: dict[tuple[int, int], float] = {}
-    weights = alike.rarities(prompts)
-    for a, b, _ in neighbours.NearPairs(vectors, likeness, MOST_NEIGHBOURS):
-        verdict = alike.compare(asked(a), asked(b), weights)
+    weights = equivalence.rarities(prompts)
+    for a, b, _ in encoders.NearPairs(vectors, likeness, MOST_NEIGHBOURS):
+        verdict = equivalence.compare(asked(a), asked(b), weights)
         if verdict.objection or verdict.score < agreement:
             continue
         agrees[a, b] = agrees[b, a] = replies_agree(said(a), said(b))
@@ -72,7 +72,7 @@ def disagreement(
     return Disagreement(quality, suggested, quality < WRONG, near, len(near), len(agrees) // 2, contradicting)
 
 
-def replies_agree(one: alike.Read, other: alike.Read) -> float:
+def replies_agree(one: equivalence.Read, other: equivalence.Read) -> float:
     """0..1: how far two replies to the same question agree. Other numbers, a negation or an opposite are a contradiction."""
     from rapidfuzz.distance import LCSseq
 
@@ -85,14 +85,14 @@ def replies_agree(one: alike.Read, other: alike.Read) -> float:
         return 1.0
     if one.numbers and other.numbers and not _is_within(one.numbers, other.numbers):
         return 0.0
-    if one.negations % 2 != other.negations % 2 or alike.opposite(one, other):
+    if one.negations % 2 != other.negations % 2 or equivalence.opposite(one, other):
         return 0.0
     common = LCSseq.similarity(one.tokens, other.tokens)
     return 2 * common / (len(one.tokens) + len(other.tokens))
 
 
 def _contains(tokens: tuple[str, ...], part: tuple[str, ...]) -> bool:
-    return f" {' '.join(part)} " in f" {' '.join(tokens)} " and len(part) >= 1 and not any(map(alike.is_negation, tokens))
+    return f" {' '.join(part)} " in f" {' '.join(tokens)} " and len(part) >= 1 and not any(map(equivalence.is_negation, tokens))
 
 
 def _is_within(one: tuple[str, ...], other: tuple[str, ...]) -> bool:

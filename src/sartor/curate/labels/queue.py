@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sartor.curate.likeness import neighbours
 from sartor.curate.steps.contract import Gathered
+from sartor.text import encoders
 
 SHOWN_CHARACTERS = 300
 SHOWN_NEIGHBOURS = 3
@@ -103,7 +103,7 @@ def _nearest(ruling: Ruling, rows: Sequence[int]) -> Iterator[tuple[int, list[tu
     labelled = np.array([row for row, kind in enumerate(ruling.kinds) if kind == BY_LABEL], np.int64)
     place = {row: number for number, row in enumerate(labelled.tolist())}
     asked = np.array([place[row] for row in rows if row in place], np.int64)
-    for found, near, likeness in neighbours.nearest(ruling.vectors[labelled], asked, SHOWN_NEIGHBOURS):
+    for found, near, likeness in encoders.nearest(ruling.vectors[labelled], asked, SHOWN_NEIGHBOURS):
         for row, who, how in zip(labelled[found].tolist(), labelled[near].tolist(), likeness.tolist(), strict=True):
             yield row, [(other, score) for other, score in zip(who, how, strict=True) if score > 0]
 

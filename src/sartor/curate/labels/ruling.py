@@ -15,8 +15,8 @@ from sartor.curate.labels.disagreement import disagreement
 from sartor.curate.labels.folds import I64
 from sartor.curate.labels.queue import BY_LABEL, BY_REPLY, NOT_JUDGED, Ruling
 from sartor.curate.labels.suspects import LEAST_ROWS, judge, number
-from sartor.curate.likeness.vectors import Texts, choose
 from sartor.curate.steps.contract import Gathered
+from sartor.text.encoders import Texts, choose
 
 FEW = 5  # rows of a label under which the count of wrong ones is loose
 SYSTEM_CHARACTERS = 500

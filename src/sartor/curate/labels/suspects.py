@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sartor.core.errors import need
 from sartor.curate.labels.folds import I64, Features, Likely, out_of_fold
-from sartor.curate.likeness import tfidf
+from sartor.text import encoders
 
 LEAST_ROWS = 10
 # Other rows with the same prompt weigh against the model as n to n + PROMPT_WEIGHT: copies are no independent witnesses.
@@ -68,9 +68,9 @@ def _columns(prompts: Sequence[str]) -> Any:
     from scipy.sparse import hstack
     from sklearn.preprocessing import normalize
 
-    if len(prompts) > tfidf.CHUNK:
+    if len(prompts) > encoders.CHUNK:
         return None
-    found = tfidf.counts(prompts).multiply(tfidf.rarity(prompts)).tocsr()
+    found = encoders.counts(prompts).multiply(encoders.rarity(prompts)).tocsr()
     half = found.shape[1] // 2
     found = hstack([normalize(found[:, :half]), normalize(found[:, half:])], format="csr")
     having = np.bincount(found.indices, minlength=found.shape[1])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sartor.curate.dedup.graph import components, places_of
-from sartor.curate.likeness import alike, neighbours
+from sartor.text import encoders, equivalence
 
 # Replies of so few content words, and JSON, are labels or values: these are equal or not, but never alike.
 FEW_WORDS = 3
@@ -59,9 +59,9 @@ class _Verifier:
     def __init__(self, texts: Sequence[str], vectors: Any, rules: Rules, replies: Sequence[str] | None) -> None:
         self.found, self.rules = Found(), rules
         self._vectors, self._replies = vectors, replies
-        self._read, self._weights = alike.reader(texts), alike.rarities(texts)
-        self._answer = alike.reader(replies or ())
-        self._answer_weights = alike.rarities(replies or ())
+        self._read, self._weights = equivalence.reader(texts), equivalence.rarities(texts)
+        self._answer = equivalence.reader(replies or ())
+        self._answer_weights = equivalence.rarities(replies or ())
         self._tried: set[tuple[int, int]] = set()
 
     def verify(self, a: int, b: int) -> bool:
@@ -72,7 +72,7 @@ class _Verifier:
             return False
         self._tried.add((a, b))
         self.found.candidates += 1
-        verdict = alike.compare(self._read(a), self._read(b), self._weights)
+        verdict = equivalence.compare(self._read(a), self._read(b), self._weights)
         where = ""
         if self._replies is not None and not verdict.objection and verdict.score >= self.rules.agreement:
             reply = same_reply((self._replies[a], self._replies[b]), self._answer(a), self._answer(b), self._answer_weights)
@@ -92,7 +92,7 @@ def pairs(texts: Sequence[str], vectors: Any, rules: Rules, replies: Sequence[st
     at, so that each is held against the one that stays.
     """
     verifier = _Verifier(texts, vectors, rules, replies)
-    near = neighbours.NearPairs(vectors, rules.threshold, rules.most)
+    near = encoders.NearPairs(vectors, rules.threshold, rules.most)
     for a, b, _ in near:
         verifier.verify(a, b)
     if near.crowded:
@@ -121,13 +121,15 @@ def _complete(verifier: _Verifier, count: int, place: Any) -> None:
             ]
 
 
-def same_reply(texts: tuple[str, str], one: alike.Read, other: alike.Read, weights: dict[str, float]) -> alike.Verdict:
+def same_reply(
+    texts: tuple[str, str], one: equivalence.Read, other: equivalence.Read, weights: dict[str, float]
+) -> equivalence.Verdict:
     """`alike.compare` for replies: values and JSON must be equal, since one letter of them may be another thing."""
     if is_value(texts[0], one) or is_value(texts[1], other):
-        return alike.Verdict(1.0 if texts[0].split() == texts[1].split() else 0.0)
-    return alike.compare(one, other, weights)
+        return equivalence.Verdict(1.0 if texts[0].split() == texts[1].split() else 0.0)
+    return equivalence.compare(one, other, weights)
 
 
-def is_value(text: str, read: alike.Read) -> bool:
+def is_value(text: str, read: equivalence.Read) -> bool:
     """Whether a reply is a value rather than a sentence."""
     return text.lstrip()[:1] in ("{", "[", "<") or len(read.content({})) <= FEW_WORDS

@@ -12,9 +12,9 @@ from sartor.core.records import Example, Message, Origin, Part
 from sartor.core.splits import prompt_group
 from sartor.curate.dataset_writer import EDITED
 from sartor.curate.labels import target
-from sartor.curate.personal.findings import ENTITIES
 from sartor.curate.review.items import check_change
 from sartor.curate.steps.personal_data import Masking, PersonalData
+from sartor.text.pii.entities import ENTITIES
 
 STEP = EDITED
 

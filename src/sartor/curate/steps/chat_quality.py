@@ -14,7 +14,7 @@ from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, dropped
 from sartor.curate.steps import faults
 from sartor.curate.steps.contract import RowFunction
-from sartor.curate.steps.tongues import Detector, detector
+from sartor.text.language_id import Detector, detector
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from sartor.curate.steps.contract import Gathered, Removal, Verdicts
 from sartor.curate.steps.evalsets import EvalSet, files_of, read_set
 from sartor.curate.steps.grams import Index, WordHashes, built
 from sartor.curate.steps.images import media_of
-from sartor.curate.steps.texts import texts
+from sartor.text.example_text import texts
 
 
 @dataclass(frozen=True)

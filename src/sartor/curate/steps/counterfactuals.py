@@ -18,7 +18,7 @@ from sartor.curate.steps.contract import Copy, CopyFunction
 class Counterfactuals:
     """Add each training row that names somebody of a group again about somebody of another one, the reply's outcome kept.
 
-    English, by the lexicon of `core/groups.py`. A row in which grammar or sense cannot be kept, or that speaks of people of
+    English, by the lexicon of `text/demographics/group_terms.py`. A row in which grammar or sense cannot be kept, or that speaks of people of
     several groups, gets no copy.
     """
 

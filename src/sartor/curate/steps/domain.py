@@ -24,7 +24,7 @@ from sartor.core.errors import ConfigError, need
 from sartor.core.records import Example, Malformed
 from sartor.curate.sources import readers
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
-from sartor.curate.steps.texts import FIELD_TEXT, Field, texts
+from sartor.text.example_text import FIELD_TEXT, Field, texts
 
 FEWEST = 5  # examples of a label
 _LOOKED_AT = 4000  # characters of a row

@@ -10,8 +10,8 @@ import json
 import re
 
 from sartor.core.records import Example, Message
-from sartor.curate.steps.texts import begins_alike, is_code, is_json, sentences, word_set, words
-from sartor.curate.steps.tongues import Detector, are_kin, leading_tongue, share_a_tongue
+from sartor.text.example_text import begins_alike, is_code, is_json, sentences, word_set, words
+from sartor.text.language_id import Detector, are_kin, leading_tongue, share_a_tongue
 
 _ENDED = re.compile(r"[.!?…:;。！？।؟)\]}\"'”’»`*_~>|]\s*$|\W\s*$")
 _FENCE_LINE = re.compile(r"^\s{0,3}(`{3,}|~{3,})", re.M)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.curate.steps.texts import words
+from sartor.text.example_text import words
 
 SHORTEST = 5  # words of the shortest n-gram
 WHOLE = 8  # words below which a text is not looked for by n-grams

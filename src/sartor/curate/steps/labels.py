@@ -16,9 +16,9 @@ from sartor.core.records import Example
 from sartor.curate.labels import target
 from sartor.curate.labels.queue import BY_LABEL, SHOWN_CHARACTERS, Ruling, table
 from sartor.curate.labels.ruling import Settings, rule
-from sartor.curate.likeness import vectors
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
 from sartor.curate.steps.survivor import has_media
+from sartor.text import encoders
 
 __all__ = ["BY_LABEL", "EVIDENCE", "SHOWN_CHARACTERS", "SuspiciousLabels"]  # what whoever reads the evidence needs
 EVIDENCE = "suspicious_labels"
@@ -53,13 +53,13 @@ class SuspiciousLabels:
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """See SetStep: what is asked, what the system is told, the reply."""
-        cut = vectors.MOST_CHARACTERS
+        cut = encoders.MOST_CHARACTERS
         return pa.table(
             {
-                "prompt": pa.array([vectors.prompt_text(example) for example in examples], pa.large_string()),
-                "system": pa.array([vectors.system_text(example) for example in examples], pa.large_string()),
+                "prompt": pa.array([encoders.prompt_text(example) for example in examples], pa.large_string()),
+                "system": pa.array([encoders.system_text(example) for example in examples], pa.large_string()),
                 "reply": pa.array([example.reply[:cut] for example in examples], pa.large_string()),
-                "cut": pa.array([vectors.is_cut(example) for example in examples], pa.bool_()),
+                "cut": pa.array([encoders.is_cut(example) for example in examples], pa.bool_()),
                 "document": pa.array([example.is_document for example in examples], pa.bool_()),
                 "media": pa.array([has_media(example) for example in examples], pa.bool_()),
             }

@@ -15,8 +15,8 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
-from sartor.curate.steps.texts import texts
-from sartor.curate.steps.tongues import CODES, detector
+from sartor.text.example_text import texts
+from sartor.text.language_id import CODES, detector
 
 _FIELDS = {"reply": ("reply",), "replies": ("replies",), "prompt": ("prompt",), "all": ("prompt", "replies")}
 

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from sartor.core.errors import need
-from sartor.curate.steps.texts import split_code
+from sartor.text.example_text import split_code
 
 _HINT = re.compile(r"[*_`\[#~|]|^\s{0,3}(?:>|[-+] |\d+[.)] |-{3}|={3})", re.M)
 _SIGNS = {

@@ -20,7 +20,7 @@ from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, dropped
 from sartor.curate.steps.contract import RowFunction
 from sartor.curate.steps.markdown import plain_text, signs
-from sartor.curate.steps.texts import FIELD_TEXT, Field, code_spans, rewritten, split_code, texts, word_set
+from sartor.text.example_text import FIELD_TEXT, Field, code_spans, rewritten, split_code, texts, word_set
 
 Action = Literal["strip", "drop", "keep"]
 _VOID = word_set("area base br col embed hr img input link meta param source track wbr")

@@ -11,11 +11,11 @@ from typing import Literal, get_args
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.core.records import TEXT_KEPT, Drop, Example
-from sartor.curate.personal.findings import ENTITIES, EntityName, Finding
-from sartor.curate.personal.masking import MOST_PASSES, Found, Placeholders, counted, find_in_row, masked, only, text_masker
-from sartor.curate.personal.rows import FieldName, Slot
-from sartor.curate.personal.scan import Scanner
 from sartor.curate.steps.contract import RowFunction
+from sartor.text.pii.entities import ENTITIES, EntityName, Finding
+from sartor.text.pii.example_layout import FieldName, Slot
+from sartor.text.pii.masking import MOST_PASSES, Found, Placeholders, counted, find_in_row, masked, only, text_masker
+from sartor.text.pii.scanner import Scanner
 
 Action = Literal["mask", "drop", "keep"]
 # names of people need a model; what patterns find of them is asked for by name

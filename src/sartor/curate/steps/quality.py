@@ -26,7 +26,7 @@ import re
 from sartor.core.records import Example, Message
 from sartor.curate.steps import faults
 from sartor.curate.steps.repetition import Repetition
-from sartor.curate.steps.texts import is_code, is_json, words
+from sartor.text.example_text import is_code, is_json, words
 
 _WRONGLY_DECODED = re.compile("\ufffd|[ÃÂ][\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|â€")
 _ENDED = re.compile(r"[.!?…。！？।؟:;)\]\"'”’»`*]\s*$|[^\w\s]\s*$")

@@ -18,7 +18,7 @@ from sartor.core.config import option
 from sartor.core.errors import need
 from sartor.core.records import Drop, Example
 from sartor.curate.steps.contract import RowFunction
-from sartor.curate.steps.texts import rewritten
+from sartor.text.example_text import rewritten
 
 # Control characters that stand for a break; taking them out would glue words.
 _BREAKS = str.maketrans({"\x0b": "\n", "\x0c": "\n", **{chr(code): " " for code in range(0x1C, 0x20)}})

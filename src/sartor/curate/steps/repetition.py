@@ -17,7 +17,7 @@ from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, dropped
 from sartor.curate.steps.contract import RowFunction
-from sartor.curate.steps.texts import FIELD_TEXT, Field, texts, without_code, words
+from sartor.text.example_text import FIELD_TEXT, Field, texts, without_code, words
 
 # n -> the largest fraction of characters that the commonest n-gram may cover, and that n-grams seen before may cover
 TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}

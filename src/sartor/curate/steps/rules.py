@@ -20,7 +20,7 @@ from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, dropped
 from sartor.curate.steps.contract import RowFunction
 from sartor.curate.steps.patterns import Clock, Pattern, RuleTimeout, compiled, timed_out
-from sartor.curate.steps.texts import FIELD_TEXT, Field, rewritten, texts
+from sartor.text.example_text import FIELD_TEXT, Field, rewritten, texts
 
 _NAME = re.compile(r"[a-z0-9_-]{1,40}")
 

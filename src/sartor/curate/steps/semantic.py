@@ -16,9 +16,10 @@ from sartor.core.records import Example
 from sartor.curate.dedup import clusters
 from sartor.curate.dedup.pairs import Pairs
 from sartor.curate.dedup.verify import Rules
-from sartor.curate.likeness import meaning, vectors
+from sartor.curate.likeness import meaning
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
 from sartor.curate.steps.survivor import KEEP_HELP, Field, Keep, is_apart, ranks
+from sartor.text import encoders
 
 EVIDENCE = "semantic_pairs"
 METHOD = "vectors and words"
@@ -53,14 +54,14 @@ class SemanticDuplicates:
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """See SetStep: the texts that are compared, whether they were cut, and what the choice of a survivor goes by."""
-        texts = [self._text(example)[: vectors.MOST_CHARACTERS] for example in examples]
-        replies = [example.reply[: vectors.MOST_CHARACTERS] if self.field == "both" else "" for example in examples]
+        texts = [self._text(example)[: encoders.MOST_CHARACTERS] for example in examples]
+        replies = [example.reply[: encoders.MOST_CHARACTERS] if self.field == "both" else "" for example in examples]
         return pa.table(
             {
                 "text": pa.array(texts, pa.large_string()),
                 "reply": pa.array(replies, pa.large_string()),
                 "cut": pa.array(
-                    [vectors.is_cut(example) or len(self._text(example)) > vectors.MOST_CHARACTERS for example in examples]
+                    [encoders.is_cut(example) or len(self._text(example)) > encoders.MOST_CHARACTERS for example in examples]
                 ),
                 "rank": ranks(examples, self.keep, self.field),
             }
@@ -69,7 +70,7 @@ class SemanticDuplicates:
     def _text(self, example: Example) -> str:
         if is_apart(example):
             return ""  # compared with nothing
-        prompt = vectors.prompt_text(example)
+        prompt = encoders.prompt_text(example)
         if self.field == "all":
             return "\n".join(message.text for message in example.messages)
         return example.reply if self.field == "reply" or (self.field == "both" and not prompt) else prompt
@@ -77,10 +78,10 @@ class SemanticDuplicates:
     def decide(self, gathered: Gathered) -> Verdicts:
         """See SetStep. Raises GuardError when more would go than its guards allow."""
         compared = self._compared(gathered)
-        chosen = vectors.choose(self.encoder)
+        chosen = encoders.choose(self.encoder)
         gathered.notice(f"semantic duplicates: {len(compared):,} of {len(gathered):,} rows; encoder {chosen.encoder.name}")
         table = gathered.table.take(pa.array(compared)) if len(compared) < len(gathered) else gathered.table
-        texts, replies = vectors.Texts(table["text"]), vectors.Texts(table["reply"])
+        texts, replies = encoders.Texts(table["text"]), encoders.Texts(table["reply"])
         threshold = chosen.likeness if self.threshold is None else self.threshold
         found = meaning.Found()
         if len(compared) > 1:
@@ -104,7 +105,7 @@ class SemanticDuplicates:
     def _compared(self, gathered: Gathered) -> Any:
         """Row numbers with a whole text. What was cut may differ where it was cut."""
         whole = [not cut for cut in gathered.table["cut"].to_pylist()]
-        spoken = [bool(text.strip()) for text in vectors.Texts(gathered.table["text"])]
+        spoken = [bool(text.strip()) for text in encoders.Texts(gathered.table["text"])]
         return np.flatnonzero(np.array(whole, bool) & np.array(spoken, bool))
 
     def _removals(self, gathered: Gathered, compared: Any, found: meaning.Found) -> list[Removal]:

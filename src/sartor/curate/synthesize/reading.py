@@ -13,7 +13,7 @@ import referencing.exceptions
 from sartor.core.errors import ConfigError
 from sartor.core.teachers import Answer, Question
 from sartor.curate.synthesize.contract import Unusable, quoted
-from sartor.curate.synthesize.reading__json_schema import check_schema  # noqa: F401
+from sartor.text.json_schema import check_schema  # noqa: F401
 
 MOST_STARTS = 50
 _SHOWN = 3000

@@ -10,12 +10,12 @@ import numpy as np
 from scipy import sparse
 
 from sartor.core.records import Example
-from sartor.curate.likeness.vectors import prompt_text
-from sartor.curate.steps.texts import words
 from sartor.curate.validate.options import Limits
 from sartor.curate.validate.sides import Pool
 from sartor.curate.validate.space import F32, Space
 from sartor.curate.validate.verdicts import Finding, finding_of
+from sartor.text.encoders import prompt_text
+from sartor.text.example_text import words
 
 _WORDS = 100  # of a row: those of a few long rows would be all there is
 _BLOCK = 100

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.curate.likeness.vectors import prompt_text
-from sartor.curate.steps.texts import words
 from sartor.curate.validate.options import Limits
 from sartor.curate.validate.sides import Pool
 from sartor.curate.validate.space import F32, Space
 from sartor.curate.validate.verdicts import F64, Finding, beyond_chance, finding_of, not_tested
+from sartor.text.encoders import prompt_text
+from sartor.text.example_text import words
 
 SHOWN = 5
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.decisions import decision_of
 from sartor.curate.bias.membership import Memberships
 from sartor.curate.validate.options import Limits
 from sartor.curate.validate.sides import Pool
 from sartor.curate.validate.space import F32, Space
 from sartor.curate.validate.verdicts import F64, Finding, finding_of, not_tested
+from sartor.text.demographics.decision_words import decision_of
 
 FEWEST = 8  # rows of a group, and of the others of its attribute, on each side
 _OUTCOMES = 6

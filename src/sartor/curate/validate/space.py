@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from sartor.core.records import Example
-from sartor.curate.likeness.vectors import MOST_CHARACTERS, Chosen, prompt_text
 from sartor.curate.validate.sides import I64, Pool
+from sartor.text.encoders import MOST_CHARACTERS, Chosen, prompt_text
 
 F32 = NDArray[np.float32]
 _TOPICS = (8, 16, 32)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from scipy import stats
 
 from sartor.core.records import Example
-from sartor.curate.likeness.alike import Read
 from sartor.curate.validate.options import Limits
 from sartor.curate.validate.verdicts import SHOWN_ROWS, Finding, not_tested
+from sartor.text.equivalence import Read
 
 QUOTES = ("quote", "span", "citation", "cited", "evidence", "source_text", "cited_span")
 _ANSWERS = ("answer", "reply", "text", "response")

@@ -18,7 +18,6 @@ from sartor.core.splits import group_of
 from sartor.curate.bias.membership import memberships
 from sartor.curate.bias.outcomes import outcomes
 from sartor.curate.labels.target import Target
-from sartor.curate.likeness.vectors import Chosen, choose
 from sartor.curate.validate import apart, copies, diversity, drift, shift, spans, spread
 from sartor.curate.validate.accepted import write_accepted
 from sartor.curate.validate.options import ValidateOptions
@@ -27,6 +26,7 @@ from sartor.curate.validate.review import write_review
 from sartor.curate.validate.sides import Pool, Sides, opened, pooled
 from sartor.curate.validate.space import F32, Encoded, Space, encoded
 from sartor.curate.validate.verdicts import Finding, judged, not_tested, permuted
+from sartor.text.encoders import Chosen, choose
 
 FEWEST_UNITS = 8
 

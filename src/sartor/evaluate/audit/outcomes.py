@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sartor.core.decisions import FAVOURABLE
 from sartor.core.errors import ConfigError
 from sartor.evaluate.labels import WHOLE, known_fields, label_of
+from sartor.text.demographics.decision_words import FAVOURABLE
 
 # Whole replies of so few kinds are decisions, where each is given often
 MOST_CLASSES, LEAST_ROWS_A_CLASS = 6, 5

@@ -1,6 +1,6 @@
 """Prompts that differ in a group alone: templates of hiring and lending, and the user's own rows. No torch.
 
-What is swapped, and how grammar is kept, is `core/groups.py`; a prompt that cannot be said of every group of a kind is left out
+What is swapped, and how grammar is kept, is `text/demographics/group_terms.py`; a prompt that cannot be said of every group of a kind is left out
 and counted.
 """
 
@@ -11,9 +11,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sartor.core.groups import KINDS, Kind, groups, mentions, swap
 from sartor.core.records import Example, Message
 from sartor.core.splits import group_of
+from sartor.text.demographics.group_terms import KINDS, Kind, groups, mentions, swap
 
 # Prompts of a kind, all groups together: there are a dozen groups of names, and two of age
 MOST_PROMPTS = 320

@@ -10,7 +10,6 @@ import numpy as np
 
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
-from sartor.core.groups import KINDS, groups
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example
 from sartor.evaluate import training
@@ -23,6 +22,7 @@ from sartor.evaluate.audit.sides import Sides
 from sartor.evaluate.audit.verdicts import judge_bias
 from sartor.evaluate.labels import label_of
 from sartor.evaluate.limits import BiasLimits
+from sartor.text.demographics.group_terms import KINDS, groups
 
 Notice = Callable[[str], object]
 # What a template's question can be answered with, what is to be wished for first

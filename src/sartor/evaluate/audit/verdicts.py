@@ -7,10 +7,10 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sartor.core.groups import KINDS, groups
 from sartor.evaluate.audit.bias import MOST_CHANCE, needed_blocks
 from sartor.evaluate.checks import Check
 from sartor.evaluate.limits import BiasLimits, MemorisationLimits
+from sartor.text.demographics.group_terms import KINDS, groups
 
 # A ratio of two small rates is soon below four fifths: what is less than this is no matter
 LEAST_GAP = 0.02

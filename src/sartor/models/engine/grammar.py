@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from sartor.core.errors import ModelError, RequestError, need
-from sartor.models.engine.schemas import read_schema
+from sartor.text.json_schema import read_schema
 
 _SPACE = r"(\n[ \t]{0,32}| )?"
 # Fuel: about 20 ms for reading a schema and 7 ms for a token, by llguidance's own figures; its states take 1-2 kB each.

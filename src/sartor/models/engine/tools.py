@@ -19,7 +19,7 @@ from typing import Any
 
 from sartor.core.errors import RequestError
 from sartor.models.engine.contract import Call
-from sartor.models.engine.schemas import MOST_BYTES, read_schema
+from sartor.text.json_schema import MOST_BYTES, read_schema
 
 MOST_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")

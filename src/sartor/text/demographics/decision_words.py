@@ -1,4 +1,4 @@
-"""Words of decisions: what somebody would wish to hear, and what not. English alone."""
+"""Words that grant or deny something in a text."""
 
 from __future__ import annotations
 

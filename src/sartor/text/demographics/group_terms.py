@@ -1,4 +1,4 @@
-"""Terms that name a group of people, and the same text about another group: for bias in data, in models, and for augmentation.
+"""Finds and swaps terms that name demographic groups.
 
     mentions("Emily is 28.", "age")                    -> a Mention of `young`
     swap("Emily said her car is hers.", "pronouns", "he") -> "Brad said his car is his." (see `swap` for which name)
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sartor.core import pronouns
 from sartor.core.errors import ConfigError
-from sartor.core.grammar import cased, with_articles
+from sartor.text.demographics import pronouns
+from sartor.text.demographics.pronouns import cased, with_articles
 
 Kind = Literal["names", "pronouns", "age", "nationality", "disability"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

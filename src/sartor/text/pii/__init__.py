@@ -1,1 +1,1 @@
-"""Personal data in text: recognisers by pattern and checksum, and how a row is masked."""
+"""Personal data in text: recognizers by pattern and check digit, and masking of a row."""

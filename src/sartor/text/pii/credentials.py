@@ -1,4 +1,4 @@
-"""Passwords, API keys, tokens and private keys."""
+"""Recognizer of passwords, API keys and private keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from sartor.curate.personal.findings import Finding, Sight
+from sartor.text.pii.entities import Finding, Sight
 
 _END = r"(?![A-Za-z0-9_-])"
 _START = r"(?<![A-Za-z0-9_-])"

@@ -1,4 +1,4 @@
-"""What a recogniser sees and says: a Sight of a text in which nothing hides, and Findings in it."""
+"""PII entity spans in normalized text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A row -> the row with placeholders in place of personal data, and what was found where."""
+"""Replaces PII in an Example by placeholders."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sartor.core.records import Example, Message, Origin
-from sartor.curate.personal.findings import BREAK, PLACEHOLDER, Finding
-from sartor.curate.personal.rows import Layout, Slot, joints, lay_out, plain_text, put_back
-from sartor.curate.personal.scan import Scanner
+from sartor.text.pii.entities import BREAK, PLACEHOLDER, Finding
+from sartor.text.pii.example_layout import Layout, Slot, joints, lay_out, plain_text, put_back
+from sartor.text.pii.scanner import Scanner
 
 # A placeholder is shorter than what it stands for, so a word may come near enough to a number to say what it is: looking
 # again until nothing is found makes masking twice the same as masking once.

@@ -1,4 +1,4 @@
-"""E-mail addresses, plain and written out, IP and MAC addresses."""
+"""Recognizer of e-mail, IP and MAC addresses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from sartor.core.errors import need
-from sartor.curate.personal.findings import Finding, Sight
+from sartor.text.pii.entities import Finding, Sight
 
 _LOCAL = re.compile(r"""(?:"[^"\x00\n]{1,62}"|[\w!#$%&'*+/=?^`{|}~.-]{1,64})$""")
 _USERINFO = re.compile(r"://[^\s/@\x00]*$")

@@ -1,4 +1,4 @@
-"""Card numbers, IBANs and wallets: what decides is the checksum."""
+"""Recognizer of card numbers, IBANs and crypto wallets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import hashlib
 import re
 from collections.abc import Iterator
 
-from sartor.curate.personal.bundled import recogniser
-from sartor.curate.personal.findings import Finding, Sight, Span, digits
+from sartor.text.pii.entities import Finding, Sight, Span, digits
+from sartor.text.pii.presidio_loader import recogniser
 
 # Issuer ranges (ISO/IEC 7812) and their lengths
 CARDS = tuple(

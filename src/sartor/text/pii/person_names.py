@@ -1,4 +1,4 @@
-"""Names of people where the words around them say that one follows.
+"""Recognizer of introduced or signed person names.
 
 A name in free text needs a model of the language: this finds "my name is Ana Ruiz", "Dear Mr Ruiz", "Frau Dr. Weber", and the
 same name elsewhere in the row, and nothing else.
@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from sartor.curate.personal.findings import Finding, Sight
+from sartor.text.pii.entities import Finding, Sight
 
 _U = "A-ZÀ-ÖØ-Þ"
 _LOW = "a-zß-öø-ÿ"

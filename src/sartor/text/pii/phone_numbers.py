@@ -1,4 +1,4 @@
-"""Telephone numbers: their form, Google's tables of numbering plans, and the words that stand before them."""
+"""Recognizer of phone numbers by Google's numbering plans."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from sartor.core.errors import need
-from sartor.curate.personal.findings import Finding, Sight, digits
+from sartor.text.pii.entities import Finding, Sight, digits
 
 REGIONS = (
     "US", "GB", "DE", "FR", "ES", "IT", "NL", "BE", "AT", "CH", "PL", "SE", "NO", "DK", "FI", "IE", "PT", "CZ", "SK", "HU",

@@ -1,4 +1,4 @@
-"""Street addresses in the forms of eight languages, postcodes that are addresses by themselves, and dates of birth.
+"""Recognizer of street addresses, postcodes and birth dates.
 
 An address has a number: each form is tried where a number stands, so text without any costs nothing.
 """
@@ -9,7 +9,7 @@ import datetime
 import re
 from collections.abc import Iterator
 
-from sartor.curate.personal.findings import Finding, Sight
+from sartor.text.pii.entities import Finding, Sight
 
 _U = "A-ZÀ-ÖØ-ÞĀĂĄĆČĎĐĒĖĘĚĞĢĪĮİĶĹĻĽŁŃŅŇŌŐŒŔŘŚŞŠŢŤŪŮŰŲŸŹŻŽ"
 _NAME = rf"(?:(?:St|Ste|Dr|Mt|Ft|[{_U}])\.|[{_U}][\w'’-]*)"  # a word with a capital, or one cut short with a dot

@@ -1,4 +1,4 @@
-"""presidio's pattern recognisers, without the rest of presidio.
+"""Loads presidio's recognizers without its analyzer.
 
 `import presidio_analyzer` loads spaCy, and through it torch and transformers where they are installed: five seconds in
 every worker, for recognisers that are regular expressions and checksums. Here their modules are loaded below empty

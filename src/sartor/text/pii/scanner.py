@@ -1,4 +1,4 @@
-"""All recognisers over one text: what they find, less what is allowed, and the same value wherever else it stands."""
+"""Runs all recognizers over one text."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sartor.core.errors import ConfigError
-from sartor.curate.personal import keys, national, network, payment, people, phones, places
-from sartor.curate.personal.findings import BREAK, Finding, Recogniser, Sight, digits, look, outside_placeholders, resolved
+from sartor.text.pii import credentials, national_ids, network_addresses, payment, person_names, phone_numbers, postal_addresses
+from sartor.text.pii.entities import BREAK, Finding, Recogniser, Sight, digits, look, outside_placeholders, resolved
 
 # entity -> how its recogniser is opened for a list of countries
 OPENERS: Mapping[str, Callable[[Sequence[str]], Recogniser]] = {
-    "email": lambda countries: network.emails,
-    "phone": phones.opener,
+    "email": lambda countries: network_addresses.emails,
+    "phone": phone_numbers.opener,
     "credit_card": lambda countries: payment.cards,
     "iban": lambda countries: payment.ibans,
-    "national_id": national.opener,
-    "ip_address": lambda countries: network.ip_addresses,
-    "mac_address": lambda countries: network.mac_addresses,
-    "secret": lambda countries: keys.secrets,
+    "national_id": national_ids.opener,
+    "ip_address": lambda countries: network_addresses.ip_addresses,
+    "mac_address": lambda countries: network_addresses.mac_addresses,
+    "secret": lambda countries: credentials.secrets,
     "crypto_wallet": lambda countries: payment.wallets,
-    "address": lambda countries: places.addresses,
-    "birth_date": lambda countries: places.birth_dates,
-    "person": lambda countries: people.people,
+    "address": lambda countries: postal_addresses.addresses,
+    "birth_date": lambda countries: postal_addresses.birth_dates,
+    "person": lambda countries: person_names.people,
 }
 BY_DIGITS = ("phone", "credit_card", "national_id")  # whose value is the same however its digits are grouped
 BY_CONTEXT = ("phone", "national_id", "secret", "birth_date", "person")  # found by a word that need not stand there twice

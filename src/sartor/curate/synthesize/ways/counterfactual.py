@@ -1,4 +1,4 @@
-"""`counterfactual`: the same row about somebody of another group, reply included. No model: core/groups.py has the grammar."""
+"""`counterfactual`: the same row about somebody of another group, reply included. No model: text/demographics/group_terms.py has the grammar."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Literal
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
-from sartor.core.groups import KINDS, Kind, groups, mentions, swap
 from sartor.core.records import Drop, Example, Message, Part
 from sartor.core.splits import split_group
 from sartor.curate.synthesize.contract import Made, Skipped, draw_of, some
 from sartor.curate.synthesize.ways.rewrites import ROWS
+from sartor.text.demographics.group_terms import KINDS, Kind, groups, mentions, swap
 
 # A text of a conversation ends here: names and pronouns are swapped over all of it, one name one way
 _APART = "\n\x1e\n"
@@ -23,7 +23,7 @@ _APART = "\n\x1e\n"
 class Counterfactual:
     """Copies of rows that name a group, about another group, with the same outcome: what the model should not tell apart.
 
-    Texts in which the grammar or the sense cannot be kept give none (`core/groups.py` says which those are).
+    Texts in which the grammar or the sense cannot be kept give none (`text/demographics/group_terms.py` says which those are).
     """
 
     kinds: tuple[Kind, ...] = option(KINDS, "what is swapped: names, pronouns, age, nationality, disability")

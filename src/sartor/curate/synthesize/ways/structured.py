@@ -12,8 +12,8 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example, Message
 from sartor.curate.synthesize.contract import Ask, Made, Skipped, Unusable, draw_of, quoted, said, why_no_question
-from sartor.curate.synthesize.reading import check_schema
 from sartor.curate.synthesize.ways.rewrites import SYSTEM
+from sartor.text.json_schema import check_schema
 
 MODELS = 2
 

@@ -1,0 +1,1 @@
+"""Language, personal data, equivalence of texts and demographic terms. No torch."""
