@@ -46,10 +46,10 @@ import sartor
 from sartor.core import assets, parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.records import Example
-from sartor.core.sounds import read_sound
 from sartor.evaluate.measures import Measures, Side
 from sartor.evaluate.scorers import spoken, word_errors
 from sartor.evaluate.tasks import open_tuned
+from sartor.media.audio import read_sound
 from sartor.models import adapters, paths
 from sartor.models.base import machine, open_base
 from sartor.models.composed import Features, compose, open_towers

@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from sartor.core import assets
-from sartor.core.sounds import read_sound
+from sartor.media.audio import read_sound
 from sartor.models import whisper_files
 from sartor.models.loading import quiet
 from sartor.models.speech_to_text import SpeechToText, open_speech_to_text

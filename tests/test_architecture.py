@@ -32,7 +32,7 @@ TORCH_FREE = ("sartor", "sartor.core.parquet_io", "sartor.core.lineage.ancestry"
               "sartor.curate.validate.verb", "sartor.curate.bias.verb",
               "sartor.text.demographics.group_terms", "sartor.tune.recipe", "sartor.evaluate.release", "sartor.cli",
               "sartor.agents.dispatch", "sartor.agents.book", "sartor.agents.ask_team",
-              "sartor.agents.serve.server", "sartor.speech.many", "sartor.speech.spoken",
+              "sartor.agents.serve.server", "sartor.media.speech.batch_synthesis", "sartor.media.speech.text_normalization",
               "sartor.edge.store", "sartor.edge.update.publish", "sartor.edge.update.sync", "sartor.core.resource_limits",
               "sartor.edge.tuning.within", "sartor.edge.device", "sartor.edge.publisher", "sartor.edge.runtime.ask",
               "sartor.edge.runtime.gguf",

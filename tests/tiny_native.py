@@ -18,9 +18,9 @@ from PIL import Image
 from transformers.integrations.mistral import convert_tekken_tokenizer
 
 import tiny
-from sartor.core.pictures import open_image
 from sartor.core.records import Example, Message, Part
-from sartor.core.sounds import read_sound
+from sartor.media.audio import read_sound
+from sartor.media.images import open_image
 from sartor.models.media import content_of
 from sartor.models.native.opening import without_video
 

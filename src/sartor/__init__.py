@@ -74,7 +74,7 @@ _NAMES = {
     "make_key": "sartor.agents.keys:make_key",
     "open": "sartor.core.artifacts:open_artifact",
     "open_items": "sartor.curate.review.desk__review_store:open_items",
-    "open_voice": "sartor.speech.voices:open_voice",
+    "open_voice": "sartor.media.speech.tts_engines:open_voice",
     "plan": "sartor.tune.plan:plan",
     "promote_agent": "sartor.agents.book:promote_agent",
     "release": "sartor.evaluate.release:release",
@@ -100,10 +100,10 @@ _NAMES = {
     "revoke": "sartor.core.lineage.revocation:revoke",
     "revoke_key": "sartor.agents.keys:revoke_key",
     "rollback_agent": "sartor.agents.book:rollback_agent",
-    "say_many": "sartor.speech.many:say_many",
+    "say_many": "sartor.media.speech.batch_synthesis:say_many",
     "serve": "sartor.agents.serve.opening:serve",
     "speaking": "sartor.agents.speaking:speaking",
-    "spoken": "sartor.speech.spoken:spoken",
+    "spoken": "sartor.media.speech.text_normalization:spoken",
     "prove": "sartor.proof:prove",
     "synthesize": "sartor.curate.synthesize",
     "tune": "sartor.tune",
@@ -113,7 +113,7 @@ _NAMES = {
     # nouns
     "Artifact": "sartor.core.artifacts:Artifact",
     "ClientOptions": "sartor.federate.flower.client:ClientOptions",
-    "Clip": "sartor.speech.many:Clip",
+    "Clip": "sartor.media.speech.batch_synthesis:Clip",
     "CoordinatorOptions": "sartor.federate.flower.coordinator:CoordinatorOptions",
     "DedupOptions": "sartor.curate.dedup.files:DedupOptions",
     "CurateRecipe": "sartor.curate.recipe:CurateRecipe",
@@ -170,7 +170,9 @@ offer_directories(
 
 # who writes synthetic rows on this machine, and who speaks them
 offer_local(lambda base, at_once, notice: load("sartor.models.teacher").LocalTeacher(base, at_once, notice))
-offer_speech(lambda texts, voice, speed, folder: load("sartor.speech.many").said_files(texts, voice, speed, folder))
+offer_speech(
+    lambda texts, voice, speed, folder: load("sartor.media.speech.batch_synthesis").said_files(texts, voice, speed, folder)
+)
 
 __all__ = sorted(_NAMES)  # noqa: PLE0605
 

@@ -17,10 +17,11 @@ from bad_adapters import Bad, Maker, with_header  # noqa: E402
 from sartor.agents import admission
 from sartor.agents.admission import Ground
 from sartor.agents.fingerprint import check_digest
-from sartor.core import model_refs, pictures, sounds
-from sartor.core.data_urls import bytes_of
+from sartor.core import model_refs
 from sartor.core.errors import AdmissionError, AssetError, ModelError, SartorError
 from sartor.evaluate import samples
+from sartor.media import audio, images
+from sartor.media.content_parts import bytes_of
 from sartor.models.engine.contract import PROJECTORS, About, Call, Done, Event, Failed, Piece
 
 WIDTH, TOWER, STACK = 32, 6, 2
@@ -199,5 +200,5 @@ def test_one_that_cannot_answer_a_picture_is_refused_by_its_canary(
 
 
 def test_the_samples_are_a_picture_and_a_clip() -> None:
-    assert pictures.open_image(bytes_of(samples.sample("image"))).size == (64, 64)
-    assert len(sounds.read_sound(bytes_of(samples.sample("audio")), 16_000)) == 8_000
+    assert images.open_image(bytes_of(samples.sample("image"))).size == (64, 64)
+    assert len(audio.read_sound(bytes_of(samples.sample("audio")), 16_000)) == 8_000

@@ -18,9 +18,10 @@ import scripted
 from sartor.agents import child, worker
 from sartor.agents.supervisor import Supervisor
 from sartor.agents.team import MediaLimits
-from sartor.core import ipc, sounds
+from sartor.core import ipc
 from sartor.core.errors import BusyError, ModelError, SartorError
 from sartor.core.ipc import Channel, Frames, Malformed, frame
+from sartor.media import audio
 from sartor.models.engine.contract import Call
 from sartor.models.sampling import Sampling
 
@@ -195,7 +196,7 @@ def test_threads_of_a_worker_wait_patiently_unless_the_user_says_how(monkeypatch
 
 
 def test_open_frame_limits_the_recordings_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sounds._longest, "seconds", sounds.MOST_SECONDS)
+    monkeypatch.setitem(audio._longest, "seconds", audio.MOST_SECONDS)
     for name in ("end_with_parent", "die_first"):  # of a process of its own
         monkeypatch.setattr(worker.bounds, name, lambda: None)
     opening = Supervisor(scripted.team(media=MediaLimits(seconds=7.0)), scripted.COMMAND).opening()
@@ -208,4 +209,4 @@ def test_open_frame_limits_the_recordings_of_a_worker(monkeypatch: pytest.Monkey
         Parent(ours).until("op", "ready")
         ours.close()
         thread.join(10)
-    assert sounds._longest["seconds"] == 7.0
+    assert audio._longest["seconds"] == 7.0

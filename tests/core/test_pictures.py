@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from sartor.core.errors import MediaError
-from sartor.core.pictures import open_image, squared
+from sartor.media.images import open_image, squared
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -15,10 +15,10 @@ import soundfile
 import soxr
 
 from media_files import ogg_pages, silence, sound, vorbis_packets
-from sartor.core import sounds
 from sartor.core.errors import MediaError
 from sartor.curate.steps.audio import listen
 from sartor.curate.steps.augment_audio import AugmentAudio
+from sartor.media import audio
 
 RATE, SECONDS = 16_000, 300.0
 MOST_ABOVE_IDLE = 64 << 20
@@ -160,7 +160,7 @@ def test_ogg_of_an_encoder_is_read(rate: int, channels: int, subtype: str, tmp_p
     content = silence(48_000 if subtype == "OPUS" else rate, 1, channels, "OGG", subtype)
     (tmp_path / "a.ogg").write_bytes(content + b"TAG" + bytes(125))
     for source in (content, content + b"TAG" + bytes(125), tmp_path / "a.ogg"):
-        assert len(sounds.read_sound(source, RATE)) == pytest.approx(RATE, abs=10)
+        assert len(audio.read_sound(source, RATE)) == pytest.approx(RATE, abs=10)
 
 
 class Endless:
@@ -179,21 +179,21 @@ class Endless:
 def test_samples_are_counted_while_they_are_decoded() -> None:
     endless: Any = Endless()
     with pytest.raises(MediaError, match="more in 2 channels; at most 5000") as caught:
-        for _ in sounds.blocks(endless, float("inf"), 100, 5000):
+        for _ in audio.blocks(endless, float("inf"), 100, 5000):
             pass
     assert caught.value.reason == "audio_too_long" and endless.given <= 2600
     endless = Endless()
-    assert sum(len(block) for block in sounds.blocks(endless, 3.0, 100)) == 3100, "one block beyond the limit is seen"
+    assert sum(len(block) for block in audio.blocks(endless, 3.0, 100)) == 3100, "one block beyond the limit is seen"
 
 
 def test_the_process_limit_holds_where_no_other_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sounds._longest, "seconds", sounds.MOST_SECONDS)
+    monkeypatch.setitem(audio._longest, "seconds", audio.MOST_SECONDS)
     content = sound(3, 8000)
-    assert len(sounds.read_sound(content, 8000)) == 24_000
-    sounds.limit_seconds(2.0)
+    assert len(audio.read_sound(content, 8000)) == 24_000
+    audio.limit_seconds(2.0)
     with pytest.raises(MediaError, match=r"3\.0 s or more; at most 2"):
-        sounds.read_sound(content, 8000)
-    assert len(sounds.read_sound(content, 8000, 3.0)) == 24_000
+        audio.read_sound(content, 8000)
+    assert len(audio.read_sound(content, 8000, 3.0)) == 24_000
 
 
 @pytest.mark.parametrize("source_rate", [50, 8000, 11_025, 22_050, 44_100, 48_000, 96_000, 192_000, 384_000])
@@ -205,15 +205,15 @@ def test_blocks_make_bit_for_bit_what_one_piece_makes(source_rate: int, channels
     content = sounds_file(samples, source_rate)
     mixed = np.concatenate([samples[:source_rate].mean(1, dtype=np.float32), samples[source_rate:].mean(1, dtype=np.float32)])
     at_once = soxr.resample(mixed, source_rate, RATE)
-    assert np.array_equal(sounds.read_sound(content, RATE), at_once)
-    assert np.array_equal(sounds.resampled(mixed, source_rate, RATE), at_once)
-    assert np.array_equal(sounds.read_sound(content, source_rate), mixed)
+    assert np.array_equal(audio.read_sound(content, RATE), at_once)
+    assert np.array_equal(audio.resampled(mixed, source_rate, RATE), at_once)
+    assert np.array_equal(audio.read_sound(content, source_rate), mixed)
 
 
 def test_blocks_equal_one_piece_where_block_ends_fall_in_the_signal() -> None:
-    samples = np.random.default_rng(1).normal(0, 0.1, 3 * sounds.BLOCK_SAMPLES + 7).astype(np.float32)
+    samples = np.random.default_rng(1).normal(0, 0.1, 3 * audio.BLOCK_SAMPLES + 7).astype(np.float32)
     for source_rate in (44_100, 48_000.5, 0.9 * 22_050):
-        assert np.array_equal(sounds.resampled(samples, source_rate, RATE), soxr.resample(samples, source_rate, RATE))
+        assert np.array_equal(audio.resampled(samples, source_rate, RATE), soxr.resample(samples, source_rate, RATE))
 
 
 def sounds_file(samples: Any, rate: int) -> bytes:
@@ -228,13 +228,13 @@ def test_samples_of_which_nothing_finite_can_be_made_are_refused(level: float, c
     samples = np.zeros((3 * RATE, channels), np.float32)
     samples[2 * RATE] = level
     with pytest.raises(MediaError, match="where full scale is 1; at most 65536") as caught:
-        sounds.read_sound(sounds_file(samples, RATE), RATE)
+        audio.read_sound(sounds_file(samples, RATE), RATE)
     assert caught.value.reason == "unreadable_audio"
 
 
 def test_float_samples_at_the_scale_of_integers_are_read() -> None:
     samples = np.random.default_rng(0).integers(-32_768, 32_767, (RATE, 2)).astype(np.float32)
-    assert np.array_equal(sounds.read_sound(sounds_file(samples, RATE), RATE), samples.mean(1, dtype=np.float32))
+    assert np.array_equal(audio.read_sound(sounds_file(samples, RATE), RATE), samples.mean(1, dtype=np.float32))
 
 
 def test_curation_refuses_what_serving_refuses(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from sartor.core.errors import MediaError
-from sartor.core.sounds import read_sound
+from sartor.media.audio import read_sound
 
 RATE = 16_000
 
@@ -71,7 +71,7 @@ def test_channels_are_averaged() -> None:
 def test_a_recording_at_the_rate_itself_needs_no_resampler() -> None:
     code = """import sys
 sys.modules["soxr"] = None
-from sartor.core.sounds import read_sound
+from sartor.media.audio import read_sound
 print(len(read_sound(sys.stdin.buffer.read(), 16000)))"""
     for rate, said in ((RATE, "1600"), (8000, "ExtraError")):
         content = encoded(tone(0.1, rate), rate)

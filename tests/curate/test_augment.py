@@ -15,14 +15,14 @@ from PIL import Image
 import sartor
 from conftest import write_jsonl
 from sartor.core.errors import ConfigError, StoppedError
-from sartor.core.pictures import open_image
 from sartor.core.records import Example, Message, Origin, Part
-from sartor.core.sounds import read_sound
 from sartor.curate import local, work
 from sartor.curate.sources import media
 from sartor.curate.steps.augment_audio import AugmentAudio
 from sartor.curate.steps.augment_images import AugmentImages, Light
 from sartor.curate.steps.contract import Copy
+from sartor.media.audio import read_sound
+from sartor.media.images import open_image
 
 RATE = 16_000
 FLIP_ONLY: dict[str, Any] = {

@@ -22,12 +22,13 @@ from conftest import write_jsonl
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Drop, Example, Message, Origin, Part
 from sartor.curate.recipe import Source
-from sartor.curate.sources import media, pictures
+from sartor.curate.sources import media
 from sartor.curate.steps import image_duplicates
 from sartor.curate.steps.audio import Audio
 from sartor.curate.steps.contract import Gathered
 from sartor.curate.steps.image_duplicates import ImageDuplicates
 from sartor.curate.steps.images import Images
+from sartor.media import images
 from sourcing import Rows, chat, tree
 
 RATE = 16_000
@@ -290,7 +291,7 @@ def test_contrast_and_size_do_not_make_a_picture_blurred() -> None:
     for image in (sharp, ImageEnhance.Contrast(sharp).enhance(0.2), sharp.resize((3000, 2400)), sharp.resize((200, 160))):
         grey = image.convert("L")
         grey.thumbnail((512, 512), Image.Resampling.BOX)
-        assert pictures.sharpness(np.asarray(grey, np.float32)) > 0.02
+        assert images.sharpness(np.asarray(grey, np.float32)) > 0.02
 
 
 def test_a_bomb_of_text_or_pixels_in_a_picture_is_unreadable_not_a_crash(tmp_path: Path) -> None:

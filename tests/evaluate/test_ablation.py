@@ -20,12 +20,13 @@ from PIL import Image
 import sartor
 import tiny
 from conftest import write_jsonl
-from sartor.core import pictures, sounds
 from sartor.core.errors import GateError
 from sartor.core.records import Example, Message, Part
 from sartor.evaluate import answering, audit
 from sartor.evaluate.ablation import media_of, modalities, shuffled
 from sartor.evaluate.blank import blanked
+from sartor.media import audio as sounds
+from sartor.media import images
 from sartor.models import composed
 from sartor.models.generate import Generation
 from sartor.models.media import MediaEmbedding, content_of, embedding_of, keys_in
@@ -207,7 +208,7 @@ def test_blank_media_are_grey_or_silent_and_as_large_and_long(tmp_path: Path) ->
     (tmp_path / "clip.flac").write_bytes(written.getvalue())
     row = said(Part("image", media=grey(True, 5)), "what", Part("audio", media="clip.flac"))
     image, audio = media_of(blanked(blanked(row, "image", tmp_path), "audio", tmp_path))
-    shown = np.asarray(pictures.open_image(content_of(image, None)))
+    shown = np.asarray(images.open_image(content_of(image, None)))
     assert shown.shape == (24, 24, 3) and set(shown.ravel()) == {127}
     heard = sounds.read_sound(content_of(audio, None), 16_000)
     assert len(heard) == 4 * 16_000 and not heard.any()

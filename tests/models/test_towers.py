@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sartor.core import assets, model_refs
-from sartor.core import sounds as core_sounds
 from sartor.core.errors import MediaError, ModelError
 from sartor.core.home import folder
-from sartor.core.sounds import read_sound
+from sartor.media import audio as core_sounds
+from sartor.media.audio import read_sound
 from sartor.models import speech_to_text, whisper_files
 from sartor.models.converted import STAMP
 from sartor.models.ctranslate import read_model

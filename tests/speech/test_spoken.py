@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from sartor.speech.pieces import MOST_PIECE, clean, pieces
-from sartor.speech.spoken import spoken
+from sartor.media.speech.text_normalization import spoken
+from sartor.media.speech.voice import MOST_PIECE, clean, pieces
 
 SAID = {
     "plain words": ("It costs 3 euros.", "It costs 3 euros."),

@@ -13,10 +13,9 @@ import pytest
 import sartor
 from sartor.core.assets import entry
 from sartor.core.errors import AssetError, ConfigError, DeadlineError, ExtraError, ModelError, UnavailableError
-from sartor.speech.processes import Terms
-from sartor.speech.sound import FORMATS, Sound, joined
-from sartor.speech.voice import MOST_CHARACTERS
-from sartor.speech.voices import open_voice
+from sartor.media.speech.audio_encoding import FORMATS, Sound, joined
+from sartor.media.speech.tts_engines import open_voice
+from sartor.media.speech.voice import MOST_CHARACTERS, Terms
 from speaking import SAYS, needs_espeak, needs_piper, play_espeak, play_piper
 
 SENTENCE = "Turn on the light in the kitchen, please."
@@ -152,7 +151,7 @@ def test_piper_is_one_process_until_it_is_asked_for_another_speed(tmp_path: Path
 def test_a_piper_that_dies_or_hangs_is_an_error_and_the_next_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, error: type[Exception]
 ) -> None:
-    monkeypatch.setattr("sartor.speech.piper.START_S", 1.0)
+    monkeypatch.setattr("sartor.media.speech.tts_engines.START_S", 1.0)
     name = play_piper(tmp_path, f"if not pathlib.Path({str(tmp_path)!r}, 'well').exists():\n    {body}\n" + SAYS, monkeypatch)
     voice = open_voice(name, Terms(patience_s=0.5))
     with pytest.raises(error):

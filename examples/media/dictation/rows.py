@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sartor.core import assets
 from sartor.intents import rehearsal_rows
-from sartor.speech.many import Clip, say_many
+from sartor.media.speech.batch_synthesis import Clip, say_many
 
 HERE = Path(__file__).parent
 SHOWN = {"nominal": "none", "local": "local", "global": "global"}

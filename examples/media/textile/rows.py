@@ -21,7 +21,7 @@ from typing import Any
 
 from sartor.core import assets
 from sartor.intents import rehearsal_rows
-from sartor.speech.many import Clip, say_many
+from sartor.media.speech.batch_synthesis import Clip, say_many
 
 HERE = Path(__file__).parent
 DEFECTS = {"nominal": "none", "local": "local", "global": "global"}

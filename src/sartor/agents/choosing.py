@@ -11,7 +11,7 @@ from sartor.agents.asking import Request, Route, Router
 from sartor.agents.entries import Agent, Version
 from sartor.agents.rollout import takes
 from sartor.core.errors import KeyRefusedError, RequestError, SartorError, UnavailableError, UnknownAgentError
-from sartor.models.engine.parts import kinds_in
+from sartor.media.content_parts import kinds_in
 
 BASE_AGENT = "base"
 AUTO = "auto"

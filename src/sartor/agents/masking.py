@@ -14,7 +14,7 @@ from typing import Any
 
 from sartor.core.records import Example, Feedback, Message, Origin, Part
 from sartor.curate.steps.personal_data import PersonalData
-from sartor.models.engine.parts import is_media
+from sartor.media.content_parts import is_media
 
 _NAMES = ("role", "type")  # whose values are words of the protocol
 _OWN = ("text", "reply", "correction", "comment")

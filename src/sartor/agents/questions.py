@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import data_urls, pictures, sounds
 from sartor.core.errors import ConfigError, MediaError, RequestError
 from sartor.core.records import Message, Part, PartKind
+from sartor.media import audio as sounds
+from sartor.media import content_parts
+from sartor.media import images as pictures
 
 STDIN = "-"
 _REMEDIES = {
@@ -58,7 +60,7 @@ class Question:
     def said(self) -> list[dict[str, str]]:
         """Of its media, what a reply's JSON says: kind and sha256."""
         return [
-            {"kind": part.kind, "sha256": hashlib.sha256(data_urls.bytes_of(part.media)).hexdigest()} for part in self.media
+            {"kind": part.kind, "sha256": hashlib.sha256(content_parts.bytes_of(part.media)).hexdigest()} for part in self.media
         ]
 
     def check(self, reads: Iterable[str], who: str) -> None:
@@ -92,7 +94,7 @@ def read_media(kind: PartKind, file: Path | str) -> Part:
     except MediaError as error:
         remedy = error.remedy if error.reason not in ("unreadable_image", "unreadable_audio") else _REMEDIES[kind]
         raise MediaError(error.reason, f"{str(file)[:200]!r} cannot be read as {kind}: {error.problem}", remedy) from None
-    return Part(kind, media=data_urls.url_of(content, mime))
+    return Part(kind, media=content_parts.url_of(content, mime))
 
 
 def mime_of(kind: str, content: bytes) -> str:

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sartor.core import data_urls
 from sartor.core.errors import ArtifactError, SourceError
+from sartor.media import content_parts
+from sartor.media.content_parts import MEDIA, is_media, url_in
 from sartor.models.engine.contract import Call
-from sartor.models.engine.parts import MEDIA, is_media, url_in
 from sartor.models.engine.tools import read_choice, read_tools
 from sartor.text.json_schema import JSON_OBJECT
 
@@ -108,7 +108,7 @@ def _digested(part: Mapping[str, Any]) -> list[str]:
         return ["text", str(part.get("text", ""))]
     url = url_in(part)
     try:
-        content = data_urls.bytes_of(url)
+        content = content_parts.bytes_of(url)
     except SourceError:  # no data URL: a file that is held against a receipt, and is not what was asked
         content = url.encode()
     return [MEDIA[part["type"]], hashlib.sha256(content).hexdigest()]

@@ -11,9 +11,9 @@ from pathlib import Path
 from sartor.agents.reply import Reply, SpokenFile
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic
-from sartor.speech.sound import ENDINGS
-from sartor.speech.spoken import spoken
-from sartor.speech.voices import DEFAULT, open_voice
+from sartor.media.speech.audio_encoding import ENDINGS
+from sartor.media.speech.text_normalization import spoken
+from sartor.media.speech.tts_engines import DEFAULT, open_voice
 
 
 def speaking(file: Path | str, voice: str = DEFAULT, speed: float = 1.0) -> Callable[[Reply], Reply]:

@@ -16,7 +16,7 @@ from sartor.agents.retraining import Retraining
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.speech.voices import seen_from
+from sartor.media.speech.tts_engines import seen_from
 
 MOST_OWN_RANKS = 4
 RESERVED = ("base", "auto", "previous", "speech")

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from sartor.agents.fingerprint import check_digest
-from sartor.core import resource_limits, sounds
+from sartor.core import resource_limits
 from sartor.core.encoder_registry import Encoder, open_encoder
 from sartor.core.errors import ConfigError, ModelError, SartorError
 from sartor.core.ipc import BEAT_S, Channel, Malformed, error_as_json
 from sartor.core.lazy_import import load
+from sartor.media import audio
 from sartor.models.engine.contract import Call, Engine, Failed, Vector, event_as_json
 
 BASE_ENCODER = "base"
@@ -214,7 +215,7 @@ def serve(end: socket.socket, opener: Opener, check: Check) -> int:
     if said is None:
         return 0
     os.nice(int(said.get("nice") or 0))
-    sounds.limit_seconds(float(said.get("media_seconds", sounds.MOST_SECONDS)))
+    audio.limit_seconds(float(said.get("media_seconds", audio.MOST_SECONDS)))
     try:
         with _signs_of_life(channel):
             engine = opener(said)

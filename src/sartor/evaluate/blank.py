@@ -16,8 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from sartor.core import pictures, sounds
 from sartor.core.records import Example, Part
+from sartor.media import audio, images
 from sartor.models.media import content_of
 
 GREY = 127
@@ -36,10 +36,10 @@ def blanked(example: Example, kind: str, folder: Path) -> Example:
 def _blank(part: Part, folder: Path) -> Part:
     content = content_of(part, folder)
     if part.kind == "image":
-        with pictures.opened(content) as image:
+        with images.opened(content) as image:
             return Part("image", media=_grey(image.size))
-    with sounds.opened(content) as sound:
-        sounds.check_length(sound, sounds.MOST_SECONDS)
+    with audio.opened(content) as sound:
+        audio.check_length(sound, audio.MOST_SECONDS)
         # whole seconds, so that few silences stand for many recordings and each is heard once
         return Part("audio", media=_silence(max(1, math.ceil(sound.frames / sound.samplerate))))
 

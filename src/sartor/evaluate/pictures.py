@@ -7,10 +7,10 @@ import io
 from collections.abc import Iterable
 
 from sartor.core.errors import SartorError
-from sartor.core.pictures import open_image
 from sartor.core.records import Part
 from sartor.evaluate.ablation import media_of
 from sartor.evaluate.held_out import HeldOut
+from sartor.media.images import open_image
 from sartor.models.media import content_of
 
 PIXELS = 96

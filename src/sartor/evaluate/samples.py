@@ -9,7 +9,7 @@ import wave
 import zlib
 from functools import cache
 
-from sartor.core.data_urls import url_of
+from sartor.media.content_parts import url_of
 
 SIDE = 64
 RATE, SECONDS = 16_000, 0.5

@@ -1,4 +1,4 @@
-"""Recordings decoded, by one way for curation, tuning and serving: what libsndfile reads, as one channel at a given rate.
+"""Decodes and resamples audio within limits.
 
 A file of a few kilobytes can stand for gigabytes of samples. So what a header says is checked before anything is decoded, what
 comes is counted while it is, and a recording is decoded, mixed and resampled a block at a time: the result alone is held whole.
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.errors import MediaError, SartorError, need, said_of
-from sartor.core.ogg import check_ogg
+from sartor.media.ogg import check_ogg
 
 MOST_SECONDS = 3600.0
 MOST_RATE, MOST_CHANNELS = 384_000, 8

@@ -1,12 +1,33 @@
-"""Content parts of a request that are no text: OpenAI's forms (`image_url`, `input_audio`) and the short ones. No torch."""
+"""OpenAI content parts and data URLs of media."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sartor.core import data_urls
+from sartor.core.errors import SourceError
 from sartor.core.records import PartKind
+
+SCHEME = "data:"
+
+
+def bytes_of(url: str, what: str = "media file") -> bytes:
+    """What a data URL holds; its type is not looked at. Raises SourceError where that is no base64."""
+    head, _, body = url.partition(",")
+    if head.endswith(";base64"):
+        try:
+            return base64.b64decode(body, validate=True)
+        except (binascii.Error, ValueError):
+            pass
+    raise SourceError(f"the {what}'s data URL is not base64", "data:image/png;base64,... without line ends")
+
+
+def url_of(content: bytes, mime: str) -> str:
+    """A data URL. mime: `image/png`, say."""
+    return f"{SCHEME}{mime};base64,{base64.b64encode(content).decode()}"
+
 
 MEDIA: Mapping[str, PartKind] = {"image": "image", "image_url": "image", "audio": "audio", "input_audio": "audio"}
 
@@ -38,7 +59,5 @@ def url_in(part: Mapping[str, Any]) -> str:
     """The data URL that a media part holds, "" where it holds none: an address is not followed."""
     value = part.get(part["type"])
     if isinstance(value, Mapping):
-        value = (
-            value.get("url") if "url" in value else f"{data_urls.SCHEME}audio/{value.get('format')};base64,{value.get('data')}"
-        )
-    return value if isinstance(value, str) and value.startswith(data_urls.SCHEME) else ""
+        value = value.get("url") if "url" in value else f"{SCHEME}audio/{value.get('format')};base64,{value.get('data')}"
+    return value if isinstance(value, str) and value.startswith(SCHEME) else ""

@@ -1,4 +1,4 @@
-"""Ogg files looked at before libsndfile opens them: whole pages, and Vorbis codebooks of a size that encoders make.
+"""Reads the pages and headers of an Ogg file within limits.
 
 libvorbis reserves memory for what a setup header of a few bytes says, a part of it on the stack: a codebook of 2**20 entries
 ends the process. The layout of pages is of RFC 3533, that of codebooks of Vorbis I, section 3.2.1. libvorbis's own encoder

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import torch
 
-from sartor.core import data_urls
 from sartor.core.errors import SourceError
 from sartor.core.records import Part
+from sartor.media import content_parts
 
 # 48 bits of a digest and 14 of a place: with a sign they fill an int64
 PLACE_BITS = 14
@@ -52,8 +52,8 @@ def keys_in(ids: Sequence[int]) -> list[int]:
 
 def content_of(part: Part, folder: Path | None) -> bytes:
     """The bytes of a media part: a file below `folder`, or a data URL. Raises SourceError where there are none."""
-    if part.media.startswith(data_urls.SCHEME):
-        return data_urls.bytes_of(part.media, part.kind)
+    if part.media.startswith(content_parts.SCHEME):
+        return content_parts.bytes_of(part.media, part.kind)
     if folder is None:
         raise SourceError(f"the {part.kind} {part.media[:60]!r} is a path, and no folder is known", "give a data URL")
     try:

@@ -16,7 +16,7 @@ import referencing
 import referencing.exceptions
 
 from sartor.agents.plans.declared import Given, Step
-from sartor.models.engine.parts import parts_in
+from sartor.media.content_parts import parts_in
 
 Role = Literal["draft", "check", "mend", "plan", "part", "answer"]
 Messages = tuple[Mapping[str, Any], ...]

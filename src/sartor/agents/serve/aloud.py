@@ -10,8 +10,8 @@ from typing import Any
 
 from sartor.agents.serve.replies import Answers
 from sartor.agents.serve.speaker import Speaker
-from sartor.speech.spoken import spoken
-from sartor.speech.voice import Voice
+from sartor.media.speech.text_normalization import spoken
+from sartor.media.speech.voice import Voice
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 from sartor.agents.serve.bodies import TooLargeError, too_large
 from sartor.agents.serve.faults import MediaFaultError
 from sartor.agents.team import Limits, MediaLimits
-from sartor.core import data_urls, pictures, sounds
 from sartor.core.errors import BusyError, MediaError, SourceError
-from sartor.models.engine.parts import MEDIA, is_media, url_in
+from sartor.media import audio, content_parts, images
+from sartor.media.content_parts import MEDIA, is_media, url_in
 
 # Of all requests whose first word is not there yet, together
 MOST_HELD_BYTES = 256 << 20
@@ -70,7 +70,7 @@ class Looking:
     def _look(self, found: Sequence[tuple[str, str, str]]) -> None:
         for param, kind, url in found:
             try:
-                content = data_urls.bytes_of(url, kind)
+                content = content_parts.bytes_of(url, kind)
                 if kind == "image":
                     self._look_at_picture(content)
                 else:
@@ -81,19 +81,19 @@ class Looking:
                 raise MediaFaultError(f"{param}: {error.problem}", error.remedy, param, f"unreadable_{kind}") from None
 
     def _look_at_picture(self, content: bytes) -> None:
-        with pictures.opened(content) as image:
+        with images.opened(content) as image:
             if (count := image.width * image.height) > self._media.pixels:
                 problem = f"the picture has {image.width} x {image.height} = {count} pixels; the limit is {self._media.pixels}"
                 raise MediaError("image_bomb", problem, "scale the picture down")
 
     def _look_at_sound(self, content: bytes) -> None:
-        with sounds.opened(content) as sound:
+        with audio.opened(content) as sound:
             if not sound.frames:
                 raise MediaError("unreadable_audio", "it holds no samples", "send a recording of something")
             if (seconds := sound.frames / sound.samplerate) > self._media.seconds:
                 problem = f"the recording has {seconds:.1f} s; the limit is {self._media.seconds:g}"
                 raise MediaError("audio_too_long", problem, "cut it into pieces, or raise media.seconds in TEAM.yaml")
-            sounds.check_length(sound, self._media.seconds)
+            audio.check_length(sound, self._media.seconds)
 
 
 def _placed(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
@@ -116,4 +116,4 @@ def data_url(url: str, kind: str, param: str) -> str:
     if not (head.startswith(f"data:{kind}/") and head.endswith(";base64")):
         problem = f"{param} begins with {url[:40].partition(',')[0]!a}, and is to hold base64 of type {kind}/..."
         raise MediaFaultError(problem, f"{_HEADS[kind]}", param, f"unreadable_{kind}")
-    return url if url.startswith(data_urls.SCHEME) else data_urls.SCHEME + url[len(data_urls.SCHEME) :]
+    return url if url.startswith(content_parts.SCHEME) else content_parts.SCHEME + url[len(content_parts.SCHEME) :]

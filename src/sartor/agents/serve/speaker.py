@@ -17,12 +17,11 @@ from typing import TypeVar
 from sartor.agents.serve.faults import FieldError
 from sartor.agents.team import Speech
 from sartor.core.errors import BusyError, ConfigError, ExtraError, UnknownAgentError
-from sartor.speech import espeak
-from sartor.speech.processes import Terms, step_back
-from sartor.speech.sound import Encoder, Sound
-from sartor.speech.spoken import spoken
-from sartor.speech.voice import Voice
-from sartor.speech.voices import open_voice
+from sartor.media.speech import tts_engines
+from sartor.media.speech.audio_encoding import Encoder, Sound
+from sartor.media.speech.text_normalization import spoken
+from sartor.media.speech.tts_engines import open_voice
+from sartor.media.speech.voice import Terms, Voice, step_back
 
 T = TypeVar("T")
 # The name that clients ask for as `model`, and that a key opens; the team's own voice
@@ -71,9 +70,9 @@ class Speaker:
         if found := self._voices.get(self.default if name == DEFAULT else name):
             return found
         known = [DEFAULT, *self._voices]
-        if has_espeak := any(isinstance(voice, espeak.Espeak) for voice in self._voices.values()):
+        if has_espeak := any(isinstance(voice, tts_engines.Espeak) for voice in self._voices.values()):
             known.append("espeak:LANGUAGE+VARIANT, as espeak:de or espeak:en-us+f3")
-        if has_espeak and name.partition(":")[0] == espeak.NAME:
+        if has_espeak and name.partition(":")[0] == tts_engines.ESPEAK_NAME:
             with contextlib.suppress(ConfigError):
                 return open_voice(name, self._terms)
         raise FieldError(f"no voice has the name {name[:80]!a}", f"one of {', '.join(known)}", param)
@@ -132,7 +131,7 @@ def _default(voice: str) -> str:
     if voice != AUTO:
         return "" if voice == OFF else voice
     try:
-        espeak.program()
+        tts_engines.program()
     except ExtraError:
         return ""
-    return espeak.NAME
+    return tts_engines.ESPEAK_NAME

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sartor.core.ogg import check_ogg
 from sartor.curate.card.rows import Sampled
+from sartor.media.ogg import check_ogg
 
 FILES = 2000  # of each kind that are opened; names are digests, so the first by name are a choice by lot
 UNCLEAR = "unclear"

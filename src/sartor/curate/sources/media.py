@@ -19,13 +19,13 @@ import urllib.parse
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
-from sartor.core import pictures, sounds
 from sartor.core.errors import MediaError
 from sartor.core.filesystem import write_file_atomic
-from sartor.core.pictures import MOST_PIXELS
 from sartor.core.records import Malformed
 from sartor.curate.sources import formats
 from sartor.curate.sources.places import open_regular
+from sartor.media import audio, images
+from sartor.media.images import MOST_PIXELS
 
 MOST_BYTES = 1 << 30  # of one media file
 MOST_DECODED = 256 << 20  # a longer one is left to the steps `images` and `audio`, and to the tower
@@ -142,11 +142,11 @@ def _decode(content: bytes) -> None:
     """Raises Malformed for a picture or a recording that does not decode to its end."""
     try:
         if formats.sniff(content[: formats.HEAD_BYTES]) in PICTURES:
-            with pictures.opened(content) as image:
+            with images.opened(content) as image:
                 image.load()
         else:
-            with sounds.opened(content) as sound:
-                for _ in sounds.blocks(sound, math.inf):
+            with audio.opened(content) as sound:
+                for _ in audio.blocks(sound, math.inf):
                     pass
     except MediaError as error:
         raise Malformed(error.reason, error.problem) from None

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sartor.core import sounds
 from sartor.core.config import option
 from sartor.core.errors import ConfigError, MediaError
 from sartor.core.records import Drop, Example, dropped
 from sartor.curate.steps.contract import RowFunction
 from sartor.curate.steps.images import media_of
+from sartor.media import audio
 
 FULL_SCALE = 0.999  # one sample there may be a true peak: clipped are those that follow two others
 WINDOW_S = 0.1  # of the loudness
@@ -105,7 +105,7 @@ class Audio:
 
 def listen(file: Path, max_seconds: float) -> Sound:
     """Decode a recording, a second at a time and no further than `max_seconds`. Raises MediaError, ExtraError."""
-    with sounds.opened(file) as sound:
+    with audio.opened(file) as sound:
         rate = int(sound.samplerate)
         if sound.frames > max_seconds * rate:
             return Sound(rate, sound.frames / rate, 0.0, 0.0)
@@ -115,7 +115,7 @@ def listen(file: Path, max_seconds: float) -> Sound:
 def _measured(sound: Any, rate: int, max_seconds: float) -> Sound:
     window = max(1, round(rate * WINDOW_S))
     frames, clipped, samples, loudest, before = 0, 0, 0, 0.0, np.zeros((2, sound.channels), bool)
-    for block in sounds.blocks(sound, max_seconds, window * 10):
+    for block in audio.blocks(sound, max_seconds, window * 10):
         frames, samples = frames + len(block), samples + block.size
         power = block.astype(np.float64) ** 2
         starts = np.arange(0, len(block), window)

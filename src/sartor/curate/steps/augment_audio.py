@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sartor.core import sounds
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.curate.steps.augment import Written, check_between, check_copies, copying
 from sartor.curate.steps.contract import CopyFunction
+from sartor.media import audio
 
 TELEPHONE = 8000  # samples a second
 MOST_RATE = 96_000  # of a copy: FLAC knows none above 655,350
@@ -25,7 +25,7 @@ LOUDEST = 0.999  # of full scale: above it is clipped
 class Recording(NamedTuple):
     """(samples,) the mean of a recording's channels at its own rate."""
 
-    mono: sounds.F32
+    mono: audio.F32
     rate: int
 
 
@@ -71,10 +71,10 @@ class AugmentAudio:
 
     def decoded(self, file: Path) -> Recording:
         """Raises MediaError, or ExtraError without soundfile or soxr."""
-        with sounds.opened(file) as sound:
+        with audio.opened(file) as sound:
             rate = min(int(sound.samplerate), MOST_RATE)
-        max_seconds = min(sounds.MOST_SECONDS, MOST_SAMPLES / rate)
-        return Recording(sounds.read_sound(file, rate, max_seconds), rate)
+        max_seconds = min(audio.MOST_SECONDS, MOST_SAMPLES / rate)
+        return Recording(audio.read_sound(file, rate, max_seconds), rate)
 
     def changed(self, medium: Recording, file: Path, draw: np.random.Generator) -> Written:
         """The recording changed: its time first, then its band, what is added, and how loud it is."""
@@ -82,15 +82,15 @@ class AugmentAudio:
         changes: list[str] = []
         mono = self._timed(mono, rate, draw, changes)
         if self.telephone and draw.random() < self.telephone and rate > TELEPHONE:
-            mono = fitted(sounds.resampled(sounds.resampled(mono, rate, TELEPHONE), TELEPHONE, rate), len(mono))
+            mono = fitted(audio.resampled(audio.resampled(mono, rate, TELEPHONE), TELEPHONE, rate), len(mono))
             changes.append(f"through {TELEPHONE:,} samples a second")
         mono = self._loud(mono, draw, changes)
         return Written(flac(mono, rate), ".flac", changes)
 
-    def _timed(self, mono: sounds.F32, rate: int, draw: np.random.Generator, changes: list[str]) -> sounds.F32:
+    def _timed(self, mono: audio.F32, rate: int, draw: np.random.Generator, changes: list[str]) -> audio.F32:
         if self.speed:
             factor = draw.uniform(1 - self.speed, 1 + self.speed)
-            mono = sounds.resampled(mono, rate * factor, rate)
+            mono = audio.resampled(mono, rate * factor, rate)
             changes.append(f"speed times {factor:.3f}")
         if self.time_mask_s:
             length, place = draw.uniform(0, self.time_mask_s), draw.random()
@@ -105,7 +105,7 @@ class AugmentAudio:
             changes.append(f"{late:.3f} s of silence before")
         return mono
 
-    def _loud(self, mono: sounds.F32, draw: np.random.Generator, changes: list[str]) -> sounds.F32:
+    def _loud(self, mono: audio.F32, draw: np.random.Generator, changes: list[str]) -> audio.F32:
         if self.gain_db:
             gain = draw.uniform(-self.gain_db, self.gain_db)
             mono = mono * np.float32(10 ** (gain / 20))
@@ -120,12 +120,12 @@ class AugmentAudio:
         return mono * np.float32(LOUDEST / peak) if peak > LOUDEST else mono
 
 
-def fitted(mono: sounds.F32, samples: int) -> sounds.F32:
+def fitted(mono: audio.F32, samples: int) -> audio.F32:
     """Cut, or with silence at its end, so long as it was before it was resampled."""
     return np.pad(mono[:samples], (0, max(0, samples - len(mono))))
 
 
-def flac(mono: sounds.F32, rate: int) -> bytes:
+def flac(mono: audio.F32, rate: int) -> bytes:
     """(samples,) -1..1 as a file of 16 bits."""
     import soundfile
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
-from sartor.core.pictures import open_image
 from sartor.curate.steps.augment import Written, check_between, check_copies, copying
 from sartor.curate.steps.contract import CopyFunction
+from sartor.media.images import open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,9 +18,9 @@ from sartor.core.records import Example, digest
 from sartor.curate.dedup import clusters
 from sartor.curate.dedup.pairs import EXACT, Pairs
 from sartor.curate.dedup.verify import Rules
-from sartor.curate.sources.pictures import SIDE, likeness, open_picture, perceptual_hash, thumbnail
 from sartor.curate.steps.contract import Gathered, Removal, Verdicts
 from sartor.curate.steps.images import media_of
+from sartor.media.images import SIDE, likeness, open_picture, perceptual_hash, thumbnail
 
 MOST_DISTANCE = 10  # bits of 64. Of variants at 8 bits 96 % become candidates, up to 7 bits all do
 BANDS, BAND_BITS = 4, 16

@@ -10,8 +10,8 @@ from typing import Literal
 from sartor.core.config import option
 from sartor.core.errors import ConfigError, MediaError
 from sartor.core.records import Drop, Example, dropped
-from sartor.curate.sources.pictures import SHARP_SIDE, open_picture, sharpness
 from sartor.curate.steps.contract import RowFunction
+from sartor.media.images import SHARP_SIDE, open_picture, sharpness
 
 # Five photographs in focus: 0.18 to 0.9. With a Gaussian blur of 2 pixels 0.001 to 0.006, of 4 pixels up to 0.0005.
 SHARPNESS = 0.001

@@ -1,4 +1,4 @@
-"""Sound in memory, and the files that it is kept in."""
+"""Encodes samples as WAV, FLAC, MP3 or Opus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many clips at once, as training data: each in a file of its own, whose name follows from what is said in it and how."""
+"""Speaks many texts into files for training data."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import soundfile
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.records import digest
-from sartor.speech.sound import FORMATS
-from sartor.speech.spoken import spoken
-from sartor.speech.voice import Voice
-from sartor.speech.voices import DEFAULT, open_voice
+from sartor.media.speech.audio_encoding import FORMATS
+from sartor.media.speech.text_normalization import spoken
+from sartor.media.speech.tts_engines import DEFAULT, open_voice
+from sartor.media.speech.voice import Voice
 
 # Clips that one process of a voice says before the next; more threads than cores wait for programs
 SAID_AT_ONCE = 64

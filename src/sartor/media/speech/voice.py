@@ -1,17 +1,21 @@
-"""The programs that speak: how they are started, and how they fail."""
+"""Voice interface, sentence splitting, speech child processes."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sartor.core.errors import DeadlineError, UnavailableError
+from sartor.core.errors import ConfigError, DeadlineError, UnavailableError
+from sartor.media.speech.audio_encoding import Sound, joined
 
 ANOTHER = "try again, or another voice"
 
@@ -63,3 +67,94 @@ def ended(voice: str, code: int | None) -> UnavailableError:
     """The error for a program that ended before it had spoken."""
     how = f"with the code {code}" if code is None or code >= 0 else f"by the signal {-code}"
     return UnavailableError(f"the voice {voice!r} ended {how} before it had spoken", ANOTHER)
+
+
+# Of one piece: a few seconds of speech, which no voice takes long for
+MOST_PIECE = 300
+_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n+")
+_BREAK = re.compile(r"[,;:，、]\s|\s")
+
+
+def clean(text: str) -> str:
+    """The text without what no voice may be given: control characters, halves of surrogate pairs, marks without a width.
+
+    `[[` would begin phonemes in both programs. Line ends stay, since a sentence may end there.
+    """
+    kept = "".join(letter if letter == "\n" or unicodedata.category(letter)[0] != "C" else _instead(letter) for letter in text)
+    return re.sub(r"[^\S\n]+", " ", kept.replace("[[", "[ [")).strip()
+
+
+def _instead(letter: str) -> str:
+    """Nothing for a mark inside a word (soft hyphen, joiner), a space for whatever else is no character."""
+    return "" if unicodedata.category(letter) == "Cf" else " "
+
+
+def is_sayable(text: str) -> bool:
+    """Whether anything in it has a sound."""
+    return any(letter.isalnum() for letter in text)
+
+
+def pieces(text: str) -> list[str]:
+    """A cleaned text in pieces of at most MOST_PIECE characters, each a line, none without a sound."""
+    made: list[str] = []
+    for sentence in _sentences(text):
+        if made and len(made[-1]) + 1 + len(sentence) <= MOST_PIECE:
+            made[-1] = f"{made[-1]} {sentence}"
+        else:
+            made.append(sentence)
+    return [piece for piece in made if is_sayable(piece)]
+
+
+def _sentences(text: str) -> Iterator[str]:
+    for sentence in _END.split(text):
+        rest = sentence.strip()
+        while len(rest) > MOST_PIECE:
+            breaks = [found.end() for found in _BREAK.finditer(rest, 0, MOST_PIECE)]
+            at = breaks[-1] if breaks else MOST_PIECE
+            yield rest[:at].strip()
+            rest = rest[at:].strip()
+        if rest:
+            yield rest
+
+
+MOST_CHARACTERS = 100_000
+
+
+class Voice(ABC):
+    """Who speaks. speeds: the slowest and the fastest; 1.0 is the voice's own. Safe to use from several threads.
+
+    Equal text and speed are equal samples, on one machine.
+    """
+
+    name: str
+    speeds: tuple[float, float]
+
+    def say(self, text: str, speed: float = 1.0) -> Sound:
+        """The text, spoken. Raises what `cut` and `speak` raise."""
+        return joined([self.speak(piece, speed) for piece in self.cut(text, speed)])
+
+    def cut(self, text: str, speed: float = 1.0) -> list[str]:
+        """The text in pieces, each of which `speak` takes. Raises ConfigError for a text or a speed that it cannot say."""
+        slowest, fastest = self.speeds
+        if not slowest <= speed <= fastest:
+            raise ConfigError(
+                f"the voice {self.name!r} speaks at {slowest:g} to {fastest:g} times its speed, not {speed:g}",
+                f"a speed from {slowest:g} to {fastest:g}, or another voice",
+            )
+        if len(text) > MOST_CHARACTERS:
+            raise ConfigError(f"the text has {len(text):,} characters; the limit is {MOST_CHARACTERS:,}", "say it in parts")
+        made = pieces(clean(text))
+        if not made:
+            raise ConfigError("nothing in the text can be said", "give a text with words in it")
+        return made
+
+    @abstractmethod
+    def speak(self, piece: str, speed: float) -> Sound:
+        """One piece of `cut`, spoken.
+
+        Raises DeadlineError for a program that was killed since it took too long, UnavailableError for one that ended early.
+        """
+
+    def close(self) -> None:
+        """End what the voice keeps running. It may speak again afterwards."""
+        return

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError, SartorError
+from sartor.media.content_parts import kinds_in
 from sartor.models.base import Base, open_base
 from sartor.models.engine.blocks import Run, Scores
 from sartor.models.engine.contract import BASE, LOCAL, About, Call, Done, Event, Failed, Vector
 from sartor.models.engine.native_blocks import open_blocks
 from sartor.models.engine.pages import PAGE_TOKENS, Pages
-from sartor.models.engine.parts import kinds_in
 from sartor.models.engine.reading import Reader
 from sartor.models.engine.rows import Row
 from sartor.models.engine.sights import Seen, Sights

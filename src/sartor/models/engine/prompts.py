@@ -17,9 +17,9 @@ from typing import Any
 from sartor.core.errors import RequestError, SourceError
 from sartor.core.records import ROLES, Message, Part
 from sartor.core.reply_markup import with_reasoning
+from sartor.media.content_parts import MEDIA, is_media, url_in
 from sartor.models.chat import Chat
 from sartor.models.engine.contract import Call
-from sartor.models.engine.parts import MEDIA, is_media, url_in
 from sartor.models.markup import Opened
 from sartor.models.shielding import calls_as_text, in_text
 

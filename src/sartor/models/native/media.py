@@ -20,9 +20,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from sartor.core import pictures, sounds
 from sartor.core.errors import MediaError, ModelError, SourceError
 from sartor.core.records import Part
+from sartor.media import audio, images
 from sartor.models.media import PLACE_BITS, content_of, embedding_of, key_of, keys_in, virtual_ids
 
 # Of decoded media and of embeddings that are kept in memory; the others are made again
@@ -190,10 +190,10 @@ class NativeMedia:
         part, folder = self._origins[key]
         content = content_of(part, folder) if content is None else content
         if part.kind == "image":
-            image = pictures.open_image(content)
+            image = images.open_image(content)
             self._decoded.put(key, image, image.width * image.height * 3)
             return image
-        sound = sounds.read_sound(content, self._rate)
+        sound = audio.read_sound(content, self._rate)
         self._decoded.put(key, sound, sound.nbytes)
         return sound
 

@@ -19,9 +19,9 @@ import torch
 import transformers
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-from sartor.core import sounds
 from sartor.core.errors import MediaError, ModelError, SourceError
 from sartor.core.records import Example, Message, Part
+from sartor.media import audio
 from sartor.models.batches import Encoded
 from sartor.models.media import content_of, key_of, keys_in, virtual_ids
 from sartor.models.native.media import BLANK, HELD_BYTES, Held, NativeMedia, Written
@@ -88,7 +88,7 @@ class WhisperMedia(NativeMedia):
             return held  # type: ignore[no-any-return]
         part, folder = self._origins[key]
         rate = self._features.sampling_rate
-        sound = sounds.read_sound(content_of(part, folder), rate)
+        sound = audio.read_sound(content_of(part, folder), rate)
         if len(sound) > self._features.n_samples:
             problem = f"the recording has {len(sound) / rate:.1f} s, and the base hears {self._features.n_samples / rate:.0f} s"
             raise MediaError("long_audio", problem, "cut it, with its transcript")

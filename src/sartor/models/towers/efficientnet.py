@@ -18,7 +18,7 @@ from torch import nn
 from sartor.core import assets
 from sartor.core.errors import ModelError
 from sartor.core.model_refs import TowerRef
-from sartor.core.pictures import open_image, squared
+from sartor.media.images import open_image, squared
 from sartor.models.converted import WEIGHTS, make_once
 from sartor.models.loading import first_line
 from sartor.models.towers.contract import Located, stored

@@ -12,7 +12,7 @@ import transformers
 
 from sartor.core.errors import ModelError
 from sartor.core.model_refs import TowerRef
-from sartor.core.pictures import open_image, squared
+from sartor.media.images import open_image, squared
 from sartor.models.loading import first_line, quiet
 from sartor.models.towers.contract import WHOLE, Located, stored
 

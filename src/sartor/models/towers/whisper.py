@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sartor.core.errors import ModelError
 from sartor.core.model_refs import TowerRef
-from sartor.core.sounds import read_sound
+from sartor.media.audio import read_sound
 from sartor.models import whisper_files
 from sartor.models.loading import first_line, quiet
 from sartor.models.towers.contract import WHOLE, Located, stored

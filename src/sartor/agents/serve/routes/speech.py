@@ -20,8 +20,8 @@ from sartor.agents.serve.faults import FieldError, fault_of
 from sartor.agents.serve.running import GoneError, while_there
 from sartor.agents.serve.speaker import DEFAULT, MODEL
 from sartor.core.errors import SartorError, UnknownAgentError
-from sartor.speech.sound import FORMATS, Sound
-from sartor.speech.voice import Voice
+from sartor.media.speech.audio_encoding import FORMATS, Sound
+from sartor.media.speech.voice import Voice
 
 router = APIRouter(route_class=Route)
 # Of a form that needs no head, so that what is spoken can be sent while the rest still is

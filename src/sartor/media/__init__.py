@@ -1,0 +1,1 @@
+"""Images, audio and speech synthesis. No torch."""
