@@ -27,10 +27,11 @@ import tables
 import torch
 from results import print_result
 
-from sartor.models import batches, general, paths
-from sartor.models.forward import Fast
-from sartor.models.general import packing, without_peft
-from sartor.models.kernels.eager import Eager
+from sartor.models import packing as batches
+from sartor.models.kernels.reference import Eager
+from sartor.models.losses import loss_backend, transformers_backend
+from sartor.models.losses.fused_decoder import Fast
+from sartor.models.losses.transformers_backend import packing, without_peft
 
 Way = Callable[[], torch.Tensor]
 
@@ -44,8 +45,8 @@ class Ways:
         vocabulary = len(self.base.chat.tokenizer)
         self.rows = savings.rows(savings.ROWS, 0.0, vocabulary)
         self.common = savings.rows(savings.ROWS, savings.COMMON_FRACTION, vocabulary)
-        path = paths.choose(self.model, self.rows, self.device)
-        assert isinstance(path, paths.FastPath), path.reason
+        path = transformers_backend.choose(self.model, self.rows, self.device)
+        assert isinstance(path, loss_backend.FastPath), path.reason
         self.fast = path.fast
         self.eager = Fast(without_peft(self.model), Eager())
         self.recompute = Fast(without_peft(self.model), self.fast.kernels, recompute=True)
@@ -63,7 +64,7 @@ class Ways:
 
     def module(self) -> torch.Tensor:
         with packing(self.model):
-            return general.pack_losses(self.model, batches.pack(self.rows, self.device)).mean()
+            return transformers_backend.pack_losses(self.model, batches.pack(self.rows, self.device)).mean()
 
     def all_rows_to_the_head(self) -> torch.Tensor:
         """Every row's logits are made and masked afterwards, as most trainers do it."""
@@ -93,7 +94,7 @@ class Ways:
         yield (
             "packing (transformers' module, a row at a time, instead)",
             whole,
-            lambda: general.row_losses(self.model, self.rows, self.device).mean(),
+            lambda: transformers_backend.row_losses(self.model, self.rows, self.device).mean(),
         )
         yield (
             "shared prefixes, on rows that have 40 % in common",

@@ -38,8 +38,8 @@ from sartor.edge.tuning.tokens import write_tokens
 from sartor.edge.tuning.within import planned_job, tuner_command
 from sartor.edge.update import delta
 from sartor.models.base import convert
-from sartor.models.batches import Encoded
-from sartor.models.streamed import write_tensors
+from sartor.models.packing import Encoded
+from sartor.models.tensor_files import write_tensors
 from sartor.tune.tokenised import Rows
 
 HERE = Path(__file__).resolve().parent

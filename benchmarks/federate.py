@@ -42,7 +42,6 @@ from sartor.evaluate.answering import replies, reply_limit
 from sartor.evaluate.compare import paired
 from sartor.evaluate.held_out import HeldOut, fitting
 from sartor.evaluate.scorers import exact_match
-from sartor.federate.aggregate.tensors import Tensors, plus
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
 from sartor.federate.tuning.clients import Clients, open_clients
@@ -52,6 +51,7 @@ from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.shards import Shards
 from sartor.federate.tuning.simulation import simulate
 from sartor.federate.tuning.task import LoraTask
+from sartor.models.lora_tensors import Tensors, plus
 from sartor.tune.tokenised import Rows
 
 TESTS = Path(__file__).parent.parent / "tests"

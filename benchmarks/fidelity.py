@@ -309,15 +309,15 @@ def serve(work: Path) -> dict[str, Any]:
     import torch
 
     from sartor.models.engine.native_blocks import NativeBlocks
-    from sartor.models.kernels import native
+    from sartor.models.kernels import cpu
 
     said = json.loads(work.read_text())
     blocks = {"torch": torch_blocks(), "torch_rounded_first": rounded_first_blocks()}
     absent = {}
     try:
-        native.load()
+        cpu.load()
         blocks = {"native": NativeBlocks, **blocks}
-    except native.NoKernels as why:
+    except cpu.NoKernels as why:
         absent["served_kl.native"] = str(why)
     right = [next_logits(engine(said, torch_blocks(), 32), ids) for ids in said["rows"]]
     kl = {}
@@ -338,7 +338,7 @@ def engine(said: dict[str, Any], kind: type, bits: int) -> Any:
     from sartor.models import kernels
     from sartor.models.base import open_base
     from sartor.models.engine.blocks import Angles
-    from sartor.models.forward import Fast
+    from sartor.models.losses.fused_decoder import Fast
 
     base = open_base(said["base"], bits=bits, device=torch.device("cpu"))
     fast = Fast(base.model, kernels.choose(base.device)[0])

@@ -50,14 +50,15 @@ from sartor.evaluate.measures import Measures, Side
 from sartor.evaluate.scorers import spoken, word_errors
 from sartor.evaluate.tasks import open_tuned
 from sartor.media.audio import read_sound
-from sartor.models import adapters, paths
+from sartor.models import adapters
 from sartor.models.base import machine, open_base
-from sartor.models.composed import Features, compose, open_towers
+from sartor.models.composed_model import Features, compose, open_towers
 from sartor.models.generate import generate
+from sartor.models.losses import transformers_backend
 from sartor.models.sampling import Sampling
-from sartor.models.shelf import Shelf
-from sartor.models.speech_to_text import open_speech_to_text
+from sartor.models.tensor_files import Shelf
 from sartor.models.towers import open_tower
+from sartor.models.towers.audio_towers import open_speech_to_text
 
 HERE = Path(__file__).parent
 TEXTILE = HERE.parent / "examples/media/textile"
@@ -394,7 +395,7 @@ def epochs(kind: str, tower: str, data: Path) -> dict[str, Any]:
     encoded, media = [base.chat.encode(row, data) for row in found], base.media
     model = adapters.inject_lora(base.model, rank=16, alpha=32, dropout=0.0, targets="all-linear", seed=0)
     adapters.train_projectors(model)
-    path = paths.choose(model, encoded, base.device)
+    path = transformers_backend.choose(model, encoded, base.device)
     with tempfile.TemporaryDirectory() as folder:
         ways = {"computed": None, "read": Shelf(Path(folder), 1 << 32)}
         features = {name: Features(media.features.towers, shelf, held_bytes=0) for name, shelf in ways.items()}

@@ -22,7 +22,8 @@ from results import print_result
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sartor.models import batches, general
+from sartor.models import packing
+from sartor.models.losses import transformers_backend
 
 ROWS, PAIRS, VOCABULARY = 12, 5, 49152
 # with `--small`
@@ -42,25 +43,25 @@ def base(layers: int, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     return model
 
 
-def rows(count: int = ROWS, vocabulary: int = VOCABULARY) -> list[batches.Encoded]:
+def rows(count: int = ROWS, vocabulary: int = VOCABULARY) -> list[packing.Encoded]:
     """Rows of 30 to 100 tokens, two fifths of them supervised."""
     rng = random.Random(0)
     lengths = [rng.randint(30, 100) for _ in range(count)]
     return [
-        batches.Encoded([rng.randrange(vocabulary) for _ in range(n)], [place > 0.6 * n for place in range(n)]) for n in lengths
+        packing.Encoded([rng.randrange(vocabulary) for _ in range(n)], [place > 0.6 * n for place in range(n)]) for n in lengths
     ]
 
 
-def packed(model: LlamaForCausalLM, examples: list[batches.Encoded]) -> torch.Tensor:
-    with general.packing(model):
-        return general.pack_losses(model, batches.pack(examples)).mean()
+def packed(model: LlamaForCausalLM, examples: list[packing.Encoded]) -> torch.Tensor:
+    with transformers_backend.packing(model):
+        return transformers_backend.pack_losses(model, packing.pack(examples)).mean()
 
 
-def one_row(model: LlamaForCausalLM, examples: list[batches.Encoded]) -> torch.Tensor:
-    return general.row_losses(model, examples, "cpu").mean()
+def one_row(model: LlamaForCausalLM, examples: list[packing.Encoded]) -> torch.Tensor:
+    return transformers_backend.row_losses(model, examples, "cpu").mean()
 
 
-def padded(model: LlamaForCausalLM, examples: list[batches.Encoded]) -> torch.Tensor:
+def padded(model: LlamaForCausalLM, examples: list[packing.Encoded]) -> torch.Tensor:
     width = max(len(row.ids) for row in examples)
     ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in examples])
     mask = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in examples])
@@ -73,8 +74,8 @@ def padded(model: LlamaForCausalLM, examples: list[batches.Encoded]) -> torch.Te
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
 
 
-def dense_mask(model: LlamaForCausalLM, examples: list[batches.Encoded]) -> torch.Tensor:
-    batch = batches.pack(examples)
+def dense_mask(model: LlamaForCausalLM, examples: list[packing.Encoded]) -> torch.Tensor:
+    batch = packing.pack(examples)
     owner = torch.tensor([place for place, row in enumerate(examples) for _ in row.ids])
     allowed = (owner[:, None] == owner) & torch.ones(batch.tokens, batch.tokens).tril().bool()
     mask = torch.zeros(1, 1, batch.tokens, batch.tokens).masked_fill(~allowed, torch.finfo(torch.float32).min)
@@ -84,7 +85,7 @@ def dense_mask(model: LlamaForCausalLM, examples: list[batches.Encoded]) -> torc
     return F.cross_entropy(logits, batch.targets)
 
 
-def seconds(way: Callable[..., torch.Tensor], model: LlamaForCausalLM, examples: list[batches.Encoded]) -> tuple[float, float]:
+def seconds(way: Callable[..., torch.Tensor], model: LlamaForCausalLM, examples: list[packing.Encoded]) -> tuple[float, float]:
     began = time.perf_counter()
     loss = way(model, examples)
     loss.backward()

@@ -30,9 +30,10 @@ from results import print_result
 import sartor
 from sartor.core.records import Example, Message, Origin
 from sartor.evaluate import compare
-from sartor.models import adapters, batches, general
+from sartor.models import adapters, packing
 from sartor.models.base import machine, open_base
 from sartor.models.generate import generate
+from sartor.models.losses import transformers_backend
 from sartor.models.sampling import Sampling
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -79,8 +80,8 @@ def make_base(folder: Path, orders: Sequence[Order], updates: int, seed: int) ->
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=updates, pct_start=0.1)
     for _ in range(updates):
-        with general.packing(model):
-            loss = general.pack_losses(model, batches.pack(rng.sample(rows, 32))).mean()
+        with transformers_backend.packing(model):
+            loss = transformers_backend.pack_losses(model, packing.pack(rng.sample(rows, 32))).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -33,8 +33,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sartor.core.model_refs import STARTER
 from sartor.core.records import Example, Message
-from sartor.models import adapters, batches, paths, quantised
+from sartor.models import adapters, packing, quantization
 from sartor.models.base import Base, machine, open_base
+from sartor.models.losses import transformers_backend
 
 # of the 1.1B base, with `--small`: what takes its memory is not its shape
 SMALL_SHAPE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -77,15 +78,15 @@ def write_large(path: Path, shape: dict[str, Any]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(str(path))
 
 
-def random_rows(vocabulary: int, tokens: int) -> list[batches.Encoded]:
+def random_rows(vocabulary: int, tokens: int) -> list[packing.Encoded]:
     """Two rows of random tokens, half of each supervised."""
     rng = torch.Generator().manual_seed(0)
     length = tokens // 2
     ids = torch.randint(10, vocabulary, (2, length), generator=rng).tolist()
-    return [batches.Encoded(row, [place >= length // 2 for place in range(length)]) for row in ids]
+    return [packing.Encoded(row, [place >= length // 2 for place in range(length)]) for row in ids]
 
 
-def real_rows(base: Base) -> list[batches.Encoded]:
+def real_rows(base: Base) -> list[packing.Encoded]:
     """Questions and answers in the base's chat template; the answer is supervised."""
     pairs = [(q.format(day), a) for q, a in zip(QUESTIONS, ANSWERS, strict=True) for day in DAYS]
     turns = [(Message.of("user", question), Message.of("assistant", answer)) for question, answer in pairs]
@@ -99,12 +100,16 @@ def tuned(base: Base) -> Any:
 class Updates:
     """LoRA updates by AdamW on one set of rows."""
 
-    def __init__(self, base: Base, rows: list[batches.Encoded], *, probe: bool = True, rate: float = 1e-3) -> None:
+    def __init__(self, base: Base, rows: list[packing.Encoded], *, probe: bool = True, rate: float = 1e-3) -> None:
         self.model, self.rows = tuned(base), rows
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True)
         # without the probe of packing: five more passes, which take minutes where bf16 is emulated
-        self.path = paths.choose(self.model, rows, base.device) if probe else paths.General(self.model, base.device, "")
+        self.path = (
+            transformers_backend.choose(self.model, rows, base.device)
+            if probe
+            else transformers_backend.General(self.model, base.device, "")
+        )
 
     def __call__(self) -> tuple[float, float]:
         """(loss in nats per supervised token, seconds) of one update."""
@@ -125,7 +130,7 @@ class Updates:
 
 def case_bytes(name: str, bits: Any, tokens: int) -> dict[str, Any]:
     base = open_base(name, bits=bits)
-    return {"linear_bytes": quantised.linear_bytes(base.model)}
+    return {"linear_bytes": quantization.linear_bytes(base.model)}
 
 
 def case_memory(name: str, bits: Any, tokens: int) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def case_memory(name: str, bits: Any, tokens: int) -> dict[str, Any]:
     loss, step_s = updates()
     return {
         "imports_bytes": before, "opened_peak_bytes": opened, "peak_bytes": peak_bytes(), "open_s": round(seconds, 1),
-        "step_s": round(step_s, 1), "loss": loss, "path": updates.path.name, "linear_bytes": quantised.linear_bytes(base.model),
+        "step_s": round(step_s, 1), "loss": loss, "path": updates.path.name, "linear_bytes": quantization.linear_bytes(base.model),
     }  # fmt: skip
 
 
@@ -191,10 +196,10 @@ def measure(base: str, pairs: int, tokens: int, large: str, shape: dict[str, Any
             runs.append(fresh("step", base, bits))
     said["step"] = {str(bits): runs[-1] | {"step_s": round(median_of(runs, "step_s"), 3)} for bits, runs in steps.items()}
     plain = steps["auto"]
-    for bits, kind in quantised.KINDS.items():
+    for bits, kind in quantization.KINDS.items():
         ratios = [run["step_s"] / other["step_s"] for run, other in zip(steps[bits], plain, strict=True)]
         said[f"step_{kind}_over_auto"] = round(statistics.median(ratios), 3)
-    said["learning"] = {kind: fresh("learning", base, bits) for bits, kind in quantised.KINDS.items()}
+    said["learning"] = {kind: fresh("learning", base, bits) for bits, kind in quantization.KINDS.items()}
     said["targets"] = {
         "linear_bytes_at_most_0.32": said["linear_bytes_over_bf16"]["nf4"] <= 0.32,
         "peak_rss_at_most_0.6": said["peak_rss_over_bf16"] <= 0.6,

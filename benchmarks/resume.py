@@ -89,13 +89,13 @@ class Sartor(Side):
     def prepare(self, work: Path) -> None:
         """See `Side`."""
         import sartor
-        from sartor.models.kernels import native
+        from sartor.models.kernels import cpu
 
         write_base(work / "base")
         lines = [json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in rows()]
         (work / "rows.jsonl").write_text("".join(lines))
-        with contextlib.suppress(native.NoKernels):
-            native.load()  # compiled here, if need be: a run's seconds decide the moments
+        with contextlib.suppress(cpu.NoKernels):
+            cpu.load()  # compiled here, if need be: a run's seconds decide the moments
         sartor.curate({"sources": [str(work / "rows.jsonl")], "split": {"eval_fraction": 0.1}}, work / "dataset")
 
     def run(self, work: Path, out: Path) -> None:

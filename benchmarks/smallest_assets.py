@@ -21,7 +21,7 @@ import tiny
 import tiny_towers
 from sartor.core import assets, model_refs
 from sartor.core.model_refs import STARTER, WHISPER
-from sartor.models import converted, gguf_model, gguf_tokens
+from sartor.models import gguf_writer, loading
 from sartor.models.base import open_base
 
 SIDE = 40  # of a picture, in pixels
@@ -56,7 +56,7 @@ def write_starter(layers: int) -> None:
         tiny.write_base(part, texts=texts, num_hidden_layers=layers, max_position_embeddings=CONTEXT)
         return {"derived_from": "smallest"}
 
-    converted.make_once(ref.path, ref.digest, fill)
+    loading.make_once(ref.path, ref.digest, fill)
 
 
 def write(name: str) -> None:
@@ -79,11 +79,11 @@ def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _starter_file(folder: Path) -> None:
     """The tiny base as the GGUF file that the real starter is converted from, in F32."""
     base = open_base(STARTER, bits=32, device=torch.device("cpu"))
-    about = gguf_model.About("tiny", "1", "Apache-2.0", base.chat.template)
+    about = gguf_writer.About("tiny", "1", "Apache-2.0", base.chat.template)
     out = folder / assets.entry(STARTER).paths[0]
     out.parent.mkdir(parents=True)
-    tokens = gguf_tokens.from_chat(base.chat, base.model.config.vocab_size)
-    gguf_model.write_model_gguf(base.model, tokens, about, out, "f32")
+    tokens = gguf_writer.from_chat(base.chat, base.model.config.vocab_size)
+    gguf_writer.write_model_gguf(base.model, tokens, about, out, "f32")
 
 
 def _home_intents(folder: Path) -> None:
@@ -164,7 +164,7 @@ def _whisper(folder: Path) -> None:
         tiny_towers.tiny_whisper(part)
         return {"derived_from": "smallest"}
 
-    converted.make_once(ref.path, ref.digest, fill)
+    loading.make_once(ref.path, ref.digest, fill)
 
 
 def _prompts(folder: Path) -> None:

@@ -34,10 +34,10 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from sartor.core import assets
 from sartor.media.audio import read_sound
-from sartor.models import whisper_files
+from sartor.models import whisper_conversion
 from sartor.models.loading import quiet
-from sartor.models.speech_to_text import SpeechToText, open_speech_to_text
-from sartor.models.towers import whisper
+from sartor.models.towers import audio_towers
+from sartor.models.towers.audio_towers import SpeechToText, open_speech_to_text
 
 CLIP_S = 2.5
 AFTER_S = (1.0, 2.0, 5.0)  # of a short window, behind the clip
@@ -67,17 +67,17 @@ def by_original(speech: SpeechToText, sounds: Sequence[Any]) -> list[str]:
     """What CTranslate2 itself says, from the asset's own folder."""
     import ctranslate2  # an extra of the benchmarks alone
 
-    folder = assets.install(whisper_files.NAME) / whisper_files.FOLDER
+    folder = assets.install(whisper_conversion.NAME) / whisper_conversion.FOLDER
     model = ctranslate2.models.Whisper(str(folder), device="cpu", compute_type="float32", intra_threads=torch.get_num_threads())
     most = speech.model.generation_config.max_length
 
     def said(piece: Any) -> str:
-        heard = whisper.spectrogram(speech.prepare, [piece], torch.zeros(1)).numpy()
+        heard = audio_towers.spectrogram(speech.prepare, [piece], torch.zeros(1)).numpy()
         prompt = [["<|startoftranscript|>", "<|notimestamps|>"]]
         found = model.generate(ctranslate2.StorageView.from_array(heard), prompt, beam_size=1, max_length=most)
         return str(speech.tokenizer.decode(found[0].sequences_ids[0], skip_special_tokens=True)).strip()
 
-    pieces = [[said(piece) for piece in whisper.windows(sound, speech.prepare.n_samples)] for sound in sounds]
+    pieces = [[said(piece) for piece in audio_towers.windows(sound, speech.prepare.n_samples)] for sound in sounds]
     return [" ".join(text for text in texts if text) for texts in pieces]
 
 
@@ -103,9 +103,9 @@ def by_short_windows(speech: SpeechToText, sounds: Sequence[Any], after_s: float
     said, alike, encoder, prepare = [], [], speech.model.model.encoder, speech.prepare
     for sound in sounds:
         piece = sound[: prepare.n_samples]
-        heard = whisper.spectrogram(prepare, [piece], encoder.conv1.weight)
+        heard = audio_towers.spectrogram(prepare, [piece], encoder.conv1.weight)
         states = short(encoder, cut(heard, len(piece), after_s, prepare))
-        features = -(-len(piece) // (prepare.hop_length * whisper.STRIDE))
+        features = -(-len(piece) // (prepare.hop_length * audio_towers.STRIDE))
         whole = encoder(heard).last_hidden_state[:, :features]
         alike.append(torch.nn.functional.cosine_similarity(whole, states[:, :features], dim=-1).mean())
         with quiet():
@@ -123,11 +123,11 @@ def encoder_ms(speech: SpeechToText) -> dict[str, Any]:
     """Milliseconds of the encoder for a clip of CLIP_S, medians of REPEATS, by threads and window."""
     encoder, prepare = speech.model.model.encoder, speech.prepare
     sound = np.random.default_rng(0).normal(0, 0.05, round(CLIP_S * speech.rate)).astype(np.float32)
-    heard = whisper.spectrogram(prepare, [sound], encoder.conv1.weight)
+    heard = audio_towers.spectrogram(prepare, [sound], encoder.conv1.weight)
     ways: dict[str, Callable[[], Any]] = {"30 s": lambda: encoder(heard)}
     for after_s in AFTER_S:
         ways[f"clip + {after_s:g} s"] = lambda after_s=after_s: short(encoder, cut(heard, len(sound), after_s, prepare))
-    ways["spectrogram"] = lambda: whisper.spectrogram(prepare, [sound], encoder.conv1.weight)
+    ways["spectrogram"] = lambda: audio_towers.spectrogram(prepare, [sound], encoder.conv1.weight)
     threads, said = torch.get_num_threads(), {}
     for count in (1, 2):
         torch.set_num_threads(count)
@@ -159,7 +159,7 @@ def measure(most: int, *, with_short: bool, missing: dict[str, str]) -> dict[str
     """Everything that is printed."""
     found = clips()
     found = found[:: max(1, len(found) // most)] if most else found
-    speech = open_speech_to_text(whisper_files.NAME, torch.device("cpu"))
+    speech = open_speech_to_text(whisper_conversion.NAME, torch.device("cpu"))
     wanted, sounds = [text for _, text in found], [read_sound(file, speech.rate) for file, _ in found]
     said: dict[str, Any] = {"machine": ablation.machine(), "encoder_ms": encoder_ms(speech)}
     began = time.perf_counter()
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--no-short", action="store_true", help="leave the short windows out")
     parser.add_argument("--json", action="store_true", help="on one line")
     asked = parser.parse_args()
-    with smallest.home(asked.small, "prompts-en", whisper_files.NAME):
+    with smallest.home(asked.small, "prompts-en", whisper_conversion.NAME):
         said = measure(asked.clips, with_short=not asked.no_short, missing=absent(asked.small))
     print_result(said, indent=None if asked.json else 1)
 

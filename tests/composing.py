@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import tiny
-from sartor.models import composed
+from sartor.models import composed_model
 from sartor.models.base import open_base
 from tiny_towers import tiny_clip, tiny_whisper
 
@@ -39,7 +39,7 @@ class Seeing:
 
         def files(path: Path) -> None:
             if kinds:
-                shutil.copyfile(self.projectors(kinds, seed), path / composed.FILE)
+                shutil.copyfile(self.projectors(kinds, seed), path / composed_model.FILE)
             spoil(path)
 
         return self.maker.write(self.root / f"{name}-1.0", draft, Bad("", files=files))
@@ -51,10 +51,10 @@ class Seeing:
             folder.mkdir()
             base = open_base(str(self.base), bits=32, device=CPU)
             names = {kind: str(self.towers[kind]) for kind in kinds}
-            made = composed.compose(base, composed.open_towers(names, CPU, lambda line: None), seed=seed)
-            assert isinstance(made.media, composed.ComposedMedia)
-            composed.write_projectors(made.media, folder)
-        return folder / composed.FILE
+            made = composed_model.compose(base, composed_model.open_towers(names, CPU, lambda line: None), seed=seed)
+            assert isinstance(made.media, composed_model.ComposedMedia)
+            composed_model.write_projectors(made.media, folder)
+        return folder / composed_model.FILE
 
 
 def without(tower: Path) -> Callable[[], object]:

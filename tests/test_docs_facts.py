@@ -109,7 +109,7 @@ def test_readme_leads_to_every_page() -> None:
 
 
 def test_tokens_of_a_picture_are_those_that_are_charged() -> None:
-    from sartor.models.towers.efficientnet import GRID, EfficientNetLite0, EfficientNetTower
+    from sartor.models.towers.vision_towers import GRID, EfficientNetLite0, EfficientNetTower
 
     tower = EfficientNetTower(
         SimpleNamespace(name="e", digest="0", licence="MIT", modality="image"), EfficientNetLite0(), "cpu"

@@ -21,8 +21,8 @@ import tiny
 from sartor.core.records import Example, Message, Part
 from sartor.media.audio import read_sound
 from sartor.media.images import open_image
-from sartor.models.media import content_of
-from sartor.models.native.opening import without_video
+from sartor.models.media_tokens import content_of
+from sartor.models.multimodal.native_loading import without_video
 
 # The form of published templates: content is a text or a list of parts
 TEMPLATE = (

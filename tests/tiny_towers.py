@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-from sartor.models import whisper_files
+from sartor.models import whisper_conversion
 from sartor.models.loading import quiet
 
 RATE = 16_000
@@ -47,7 +47,7 @@ def tiny_whisper(path: Path) -> Path:
     )  # fmt: skip
     model = transformers.WhisperForConditionalGeneration(config)
     said = {"suppress_ids": [1, 2], "suppress_ids_begin": [end], "alignment_heads": [[0, 0]]}
-    model.generation_config = whisper_files._generation(said, tokenizer, config)
+    model.generation_config = whisper_conversion._generation(said, tokenizer, config)
     assert model.generation_config.no_timestamps_token_id == plain
     prepare = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=WINDOW_S)
     return save(path, model, tokenizer, prepare)

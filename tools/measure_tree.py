@@ -17,7 +17,7 @@ import_chain        modules on the longest chain of imports at the top of module
                     counts with all of its modules. import_circles: circles of more than one module
 behind              for each entry point, the modules and lines that its function's module reaches, itself included: by
                     imports at the top of modules and inside functions, without TYPE_CHECKING. `lazy_modules` and
-                    `lazy_lines` follow texts that spell a module (`load("sartor.models.encoder")`) too, but for those
+                    `lazy_lines` follow texts that spell a module (`load("sartor.models.sentence_encoder")`) too, but for those
                     of the façade, which name everything
 
 An import of `sartor.a.b` leads to that module, and not to the packages above it. `from sartor.a import b` leads to

@@ -65,7 +65,7 @@ _NAMES = {
     "federate_keygen": "sartor.federate.enrolment:keygen",
     "federate_simulate": "sartor.federate.tuning.simulation:simulate",
     "index": "sartor.core.catalogue:index",
-    "inspect": "sartor.models.inspecting:inspect",
+    "inspect": "sartor.models.base_inspection:inspect",
     "install": "sartor.core.assets:install",
     "keygen": "sartor.core.signing:keygen",
     "list_agents": "sartor.agents.book:list_agents",
@@ -159,13 +159,13 @@ _NAMES = {
 
 # what `curate` may ask texts to be turned into vectors with
 offer("tfidf", lambda: load("sartor.text.encoders").Tfidf())
-offer("minilm", lambda: load("sartor.models.encoder").MiniLM())
+offer("minilm", lambda: load("sartor.models.sentence_encoder").MiniLM())
 offer_directories(
     lambda path: load("sartor.text.encoders").fits(path),
     lambda path: load("sartor.text.encoders").StaticEncoder(path),
 )
 offer_directories(
-    lambda path: (path / "config.json").is_file(), lambda path: load("sartor.models.encoder").SentenceEncoder(path)
+    lambda path: (path / "config.json").is_file(), lambda path: load("sartor.models.sentence_encoder").SentenceEncoder(path)
 )
 
 # who writes synthetic rows on this machine, and who speaks them

@@ -33,8 +33,8 @@ from sartor.core.errors import (
     UnknownAgentError,
 )
 from sartor.core.filesystem import writer_lock
-from sartor.federate.aggregate.ranks import cut, rank_of
 from sartor.models.engine.contract import About
+from sartor.models.lora_tensors import cut, rank_of
 from sartor.personal.remains import Needles
 
 __all__ = ["team"]

@@ -313,7 +313,7 @@ def simulated(run: Path, what: str) -> None:
     import torch
 
     import sartor
-    from sartor.models import device as base
+    from sartor.models import hardware as base
 
     base.best_dtype = lambda device: torch.float32  # type: ignore[attr-defined]
 

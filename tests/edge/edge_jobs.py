@@ -7,7 +7,7 @@ from typing import Any
 
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.tokens import write_tokens
-from sartor.models.batches import Encoded
+from sartor.models.packing import Encoded
 from sartor.tune.tokenised import Rows
 
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from sartor.core.errors import ModelError
-from sartor.edge.tuning.llama import MappedLlama
-from sartor.models import adapters, batches, general
+from sartor.models import adapters, packing
 from sartor.models.base import open_base
-from sartor.models.batches import Encoded
-from sartor.models.forward import Fast
-from sartor.models.kernels.eager import Eager
-from sartor.models.linear import LoraLinear
+from sartor.models.kernels.reference import Eager
+from sartor.models.losses import transformers_backend
+from sartor.models.losses.fused_decoder import Fast
+from sartor.models.losses.lora_linear import LoraLinear
+from sartor.models.mmap_llama import MappedLlama
+from sartor.models.packing import Encoded
 
 ROWS = [Encoded(list(range(3, 3 + n)), [False] * 4 + [True] * (n - 4), str(n)) for n in (9, 20, 31)]
 
@@ -35,7 +36,7 @@ def bf16(tiny_base: Path, folder: Path) -> Path:
 
 
 def losses(model: Any, *, recompute: bool = False) -> torch.Tensor:
-    return Fast(model, Eager(), recompute=recompute, logits_bytes=1 << 12).losses(batches.pack(ROWS))
+    return Fast(model, Eager(), recompute=recompute, logits_bytes=1 << 12).losses(packing.pack(ROWS))
 
 
 def test_losses_and_gradients_are_those_of_peft_on_transformers(tiny_base: Path, tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_losses_and_gradients_are_those_of_peft_on_transformers(tiny_base: Path,
     for name, parameter in device.factors().items():
         parameter.data = torch.randn(parameter.shape, generator=generator) / 8
         theirs[name].data = parameter.data.clone()
-    wanted = general.row_losses(tuned, ROWS, "cpu")
+    wanted = transformers_backend.row_losses(tuned, ROWS, "cpu")
     wanted.mean().backward()
     for recompute in (False, True):
         found = losses(device, recompute=recompute)
@@ -108,7 +109,7 @@ def test_files_that_are_cut_are_refused(tiny_base: Path, tmp_path: Path) -> None
 
 def test_neither_transformers_nor_peft_is_loaded() -> None:
     code = (
-        "import sys, sartor.edge.tuning.llama, sartor.models.forward, sartor.models.kernels\n"
+        "import sys, sartor.models.mmap_llama, sartor.models.losses.fused_decoder, sartor.models.kernels\n"
         "sys.exit(', '.join({'transformers', 'peft', 'pyarrow'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from sartor.core.errors import ConfigError, ModelError
-from sartor.edge.tuning.llama import MappedLlama
-from sartor.edge.tuning.narrow import BLOCK, CODES, NarrowLinear, narrowed, write_narrow
-from sartor.models import batches
-from sartor.models.batches import Encoded
-from sartor.models.forward import Fast
-from sartor.models.kernels.eager import Eager
+from sartor.models import packing
+from sartor.models.kernels.reference import Eager
+from sartor.models.losses.fused_decoder import Fast
+from sartor.models.mmap_llama import BLOCK, CODES, MappedLlama, NarrowLinear, narrowed, write_narrow
+from sartor.models.packing import Encoded
 
 ROWS = [Encoded(list(range(3, 3 + n)), [False] * 4 + [True] * (n - 4), str(n)) for n in (9, 20, 31)]
 
@@ -42,11 +41,11 @@ def test_a_base_in_four_bits_is_mapped_and_near(tiny_base: Path, tmp_path: Path)
     for name, module in narrow.linear.items():
         assert isinstance(module, NarrowLinear)
         assert torch.equal(module.widen(torch.empty(module.out_features, module.in_features)), plain(whole.linear[name].weight))
-    found, wanted = (Fast(model, Eager(), logits_bytes=1 << 12).losses(batches.pack(ROWS)) for model in (narrow, whole))
+    found, wanted = (Fast(model, Eager(), logits_bytes=1 << 12).losses(packing.pack(ROWS)) for model in (narrow, whole))
     assert torch.allclose(found, wanted, atol=0.1)
     # what is trained on it learns through the same weights
     narrow.adapt(rank=2, alpha=4.0, seed=0)
-    Fast(narrow, Eager(), recompute=True).losses(batches.pack(ROWS)).mean().backward()
+    Fast(narrow, Eager(), recompute=True).losses(packing.pack(ROWS)).mean().backward()
     assert any(bool(factor.grad.any()) for factor in narrow.factors().values())
 
 

@@ -34,7 +34,7 @@ from sartor.edge.store import Store
 from sartor.edge.tuning import tuner
 from sartor.edge.tuning.tokens import read_tokens, write_tokens
 from sartor.edge.tuning.tuner import Job
-from sartor.models.batches import Encoded
+from sartor.models.packing import Encoded
 from sartor.tune.recipe import Lora
 from sartor.tune.rows import Rows
 

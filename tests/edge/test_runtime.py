@@ -22,7 +22,7 @@ from sartor.edge.runtime.ask import ask
 from sartor.edge.runtime.plain_content import prompt_of
 from sartor.edge.store import Store
 from sartor.edge.update.health import Health, read_prompts
-from sartor.models import gguf_model, gguf_tokens
+from sartor.models import gguf_writer
 from sartor.models.chat import Chat
 from sartor.models.engine.contract import BASE, Call, Done, Piece
 from sartor.models.sampling import Sampling
@@ -128,8 +128,8 @@ def test_the_health_check_asks_what_the_release_ships_and_what_the_device_knows(
 
 def test_the_adapter_alone_runs_on_the_base_s_own_file(made: Path, tmp_path: Path) -> None:
     chat = Chat(tiny.tokenizer())
-    about = gguf_model.About("tiny", "1", "Apache-2.0", chat.template)
-    file = gguf_model.write_model_gguf(tiny.model(), gguf_tokens.from_chat(chat, 320), about, tmp_path / "base.gguf", "f32")
+    about = gguf_writer.About("tiny", "1", "Apache-2.0", chat.template)
+    file = gguf_writer.write_model_gguf(tiny.model(), gguf_writer.from_chat(chat, 320), about, tmp_path / "base.gguf", "f32")
     releases.signed(tmp_path, file)
     options = sartor.ExportOptions(["none"], key=tmp_path / "keys", sign=tmp_path / "keys")
     export = sartor.export(tmp_path / "release", tmp_path / "gguf", to="gguf", options=options).export.path

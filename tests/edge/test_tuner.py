@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
 from sartor.edge.tuning.tokens import read_tokens, write_tokens
 from sartor.edge.tuning.tuner import Job, tune
-from sartor.models import adapters, general
+from sartor.models import adapters
 from sartor.models.base import open_base
-from sartor.models.batches import Encoded
+from sartor.models.losses import transformers_backend
+from sartor.models.packing import Encoded
 from sartor.tune.tokenised import Rows
 
 RECIPE: dict[str, Any] = {
@@ -66,7 +67,7 @@ def test_what_it_tunes_is_an_adapter_that_peft_opens_and_computes_the_same(tiny_
     base = open_base(str(tiny_base), bits=32, device=torch.device("cpu"))
     model = adapters.open_adapter(base.model, tmp_path / "out")
     with torch.no_grad():
-        losses = general.row_losses(model, rows().held_out, "cpu")
+        losses = transformers_backend.row_losses(model, rows().held_out, "cpu")
     assert float(losses.mean()) == pytest.approx(said["loss"]["eval"], abs=1e-5)
 
 

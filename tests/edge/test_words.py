@@ -12,9 +12,9 @@ import pytest
 
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message
-from sartor.edge.tuning.words import Words
 from sartor.models.base import open_chat
 from sartor.models.chat import Chat
+from sartor.models.fast_tokenizer import Words
 
 TURNS = (
     Message.of("system", "Be brief."),
@@ -82,5 +82,5 @@ def test_files_that_are_not_whole_are_refused(tiny_base: Path, tmp_path: Path, n
 
 
 def test_transformers_is_not_loaded() -> None:
-    code = "import sys, sartor.edge.tuning.words, sartor.models.chat\nsys.exit('transformers' in sys.modules)"
+    code = "import sys, sartor.models.fast_tokenizer, sartor.models.chat\nsys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

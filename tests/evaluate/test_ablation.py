@@ -27,9 +27,9 @@ from sartor.evaluate.ablation import media_of, modalities, shuffled
 from sartor.evaluate.blank import blanked
 from sartor.media import audio as sounds
 from sartor.media import images
-from sartor.models import composed
+from sartor.models import composed_model
 from sartor.models.generate import Generation
-from sartor.models.media import MediaEmbedding, content_of, embedding_of, keys_in
+from sartor.models.media_tokens import MediaEmbedding, content_of, embedding_of, keys_in
 from seeing import Fake, picture, said
 
 
@@ -68,7 +68,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterat
     probe = [Example((Message.of("user", f"hi {n}"), Message.of("assistant", "fine")), (), f"{n}") for n in range(3)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SARTOR_HOME", str(folder / "home"))
-        patch.setattr(composed, "open_tower", lambda *_, **__: Grey())
+        patch.setattr(composed_model, "open_tower", lambda *_, **__: Grey())
         patch.setattr(audit, "chitchat_rows", lambda: probe)
         patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
         source = {"path": str(write_jsonl(folder / "rows.jsonl", ROWS)), "licence": "CC0-1.0"}

@@ -23,7 +23,7 @@ from sartor.evaluate import audit, checks, compare, tasks
 from sartor.evaluate.audit import pairs
 from sartor.evaluate.held_out import HeldOut
 from sartor.federate.tuning import lifts, lifts__personal_adapters, shards
-from sartor.models.batches import Encoded
+from sartor.models.packing import Encoded
 from sartor.personal import gate
 from sartor.retrain import stages, verdicts
 from sartor.tune import rows as tuning

@@ -35,9 +35,10 @@ from sartor.core.model_refs import SAID
 from sartor.core.records import Message
 from sartor.evaluate.release import verify_release
 from sartor.export import companions, forms, llamacpp, measure, prompts, reference, runtimes, verb
-from sartor.models import adapters, composed, general, memory
+from sartor.models import adapters, composed_model, hardware
 from sartor.models.base import open_base
 from sartor.models.generate import generate
+from sartor.models.losses import transformers_backend
 from sartor.models.sampling import Sampling
 from test_kill import check, moments, run_killed
 
@@ -197,7 +198,7 @@ def halved(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.Linear):
             module.scaling["default"] *= -4
-    return general.without_peft(model.merge_and_unload())
+    return transformers_backend.without_peft(model.merge_and_unload())
 
 
 def test_one_that_answers_otherwise_is_not_written(
@@ -318,7 +319,7 @@ def test_a_tampered_release_or_another_base_is_refused(
 def test_memory_that_cannot_hold_the_comparison_is_said_before(
     made: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: memory.Room(1 << 20, "a test"))
+    monkeypatch.setattr(hardware, "available_bytes", lambda: hardware.Room(1 << 20, "a test"))
     with pytest.raises(BudgetError, match=r"needs 1\.1 GB; 0\.0 GB are there \(a test\)"):
         sartor.export(made / "release", tmp_path / "out", to="peft", options=sartor.ExportOptions(**options))
 
@@ -382,7 +383,7 @@ v.export({release!r}, {str(out)!r}, to='merged', options=v.Options(key={keys!r})
 def write_projectors(part: Path) -> None:
     """What an adapter that reads pictures has beside it; no tower is opened for an export."""
     said = {"name": "efficientnet-lite0", "digest": "ab" * 32, "licence": "Apache-2.0", "width": 4, "stack": 1}
-    save_file({"image.mean": torch.zeros(4)}, part / composed.FILE, {SAID: json.dumps({"image": said})})
+    save_file({"image.mean": torch.zeros(4)}, part / composed_model.FILE, {SAID: json.dumps({"image": said})})
 
 
 @pytest.mark.parametrize(("form", "where"), [("merged", "transformers"), ("gguf", "llama.cpp")])
@@ -401,7 +402,7 @@ def test_a_peft_export_carries_projectors_and_says_how_they_compute(tmp_path: Pa
     release = releases.signed(tmp_path, tiny_base, files=write_projectors)
     options = sartor.ExportOptions(key=tmp_path / "keys")
     made = sartor.export(release.path, tmp_path / "out", to="peft", options=options).export
-    assert (made.path / composed.FILE).read_bytes() == (release.path / composed.FILE).read_bytes()
+    assert (made.path / composed_model.FILE).read_bytes() == (release.path / composed_model.FILE).read_bytes()
     card = (made.path / "README.md").read_text()
     assert "image by `efficientnet-lite0` (`abababababab`)" in card and "project_out(gelu(project_in" in card
     assert any("text alone" in note for note in made.manifest["parity"]["notes"])

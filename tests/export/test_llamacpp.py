@@ -22,10 +22,10 @@ from sartor.core.model_refs import BaseRef
 from sartor.core.records import Message
 from sartor.export import reference, runtimes
 from sartor.export.prompts import Asked
-from sartor.models import adapters, gguf_model, gguf_tokens
+from sartor.models import adapters, gguf_writer
 from sartor.models.base import Base, open_base
 from sartor.models.chat import Chat
-from sartor.models.gguf_out import write_adapter_gguf
+from sartor.models.gguf_writer import write_adapter_gguf
 
 pytestmark = pytest.mark.services
 pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
@@ -50,10 +50,10 @@ def test_llama_cpp_computes_what_transformers_does_with_and_without_an_adapter(t
     model = FAMILIES[family]()
     chat = Chat(tiny.tokenizer())
     base = Base(BaseRef("tiny", tmp_path, "", "MIT"), model, chat, torch.device("cpu"))
-    file = gguf_model.write_model_gguf(
+    file = gguf_writer.write_model_gguf(
         model,
-        gguf_tokens.from_chat(chat, 320),
-        gguf_model.About("tiny", "1", "MIT", chat.template),
+        gguf_writer.from_chat(chat, 320),
+        gguf_writer.About("tiny", "1", "MIT", chat.template),
         tmp_path / "base.gguf",
         "f32",
     )
@@ -103,8 +103,8 @@ def test_a_gguf_file_that_answers_otherwise_is_not_written(tmp_path: Path, tiny_
 )
 def test_a_file_that_llama_cpp_cannot_take_is_an_error_and_no_crash_of_ours(tmp_path: Path, harm: Any) -> None:
     model, chat = FAMILIES["llama"](), Chat(tiny.tokenizer())
-    about = gguf_model.About("tiny", "1", "MIT", chat.template)
-    file = gguf_model.write_model_gguf(model, gguf_tokens.from_chat(chat, 320), about, tmp_path / "base.gguf")
+    about = gguf_writer.About("tiny", "1", "MIT", chat.template)
+    file = gguf_writer.write_model_gguf(model, gguf_writer.from_chat(chat, 320), about, tmp_path / "base.gguf")
     base = Base(BaseRef("tiny", tmp_path, "", "MIT"), model, chat, torch.device("cpu"))
     traces = reference.trace(base, model, asked(chat, "a"))
     with pytest.raises(GateError, match="another chat template"):

@@ -14,10 +14,10 @@ from sartor.core.model_refs import source_gguf
 from sartor.core.records import Message
 from sartor.export import prompts, reference, runtimes
 from sartor.export.llamacpp import Asked
-from sartor.models import adapters, gguf_tokens
+from sartor.models import adapters, gguf_writer
 from sartor.models.base import open_base
 from sartor.models.generate import generate
-from sartor.models.gguf_model import About, write_model_gguf
+from sartor.models.gguf_writer import About, write_model_gguf
 from sartor.models.sampling import Sampling
 
 pytestmark = pytest.mark.circle
@@ -27,7 +27,7 @@ def test_written_in_the_type_that_it_came_in_the_starter_is_its_own_file_bit_by_
     base = open_base("starter", bits=32)
     file = source_gguf(base.ref)
     about = About("starter", "1", "Apache-2.0", base.chat.template)
-    ours = write_model_gguf(base.model, gguf_tokens.from_file(file, 49152), about, tmp_path / "starter.gguf", "q4_1")
+    ours = write_model_gguf(base.model, gguf_writer.from_file(file, 49152), about, tmp_path / "starter.gguf", "q4_1")
     mine_read = gguf.GGUFReader(ours)
     held = {tensor.name: tensor for tensor in mine_read.tensors}
     theirs = gguf.GGUFReader(file)

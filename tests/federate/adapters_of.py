@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sartor.federate.aggregate.modes import Mode
-from sartor.federate.aggregate.ranks import cut, widened
-from sartor.federate.aggregate.tensors import A, B, Tensors
+from sartor.models.lora_tensors import A, B, Tensors, cut, widened
 
 Q, V, WHOLE = (
     "base_model.model.model.layers.0.self_attn.q_proj",

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from federating import COORDINATOR, LENIENT, identity, names, roster_of
 
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.client import Member, RoundClient
 from sartor.federate.rounds.coordinator import Coordinator, Plan
 from sartor.federate.rounds.journal import Journal
 from sartor.federate.rounds.manifest import Manifest, Rules
 from sartor.federate.rounds.task import Learnt
 from sartor.federate.rounds.transport import InProcess
+from sartor.models.lora_tensors import Tensors
 
 RULES = Rules(clip=1.0, most_examples=10)
 START = {"head.weight": np.zeros((2, 3), np.float32), "tail.weight": np.ones(4, np.float32)}

@@ -13,10 +13,12 @@ from hypothesis import strategies as some
 
 from sartor.core import config
 from sartor.core.errors import ConfigError, InputError
-from sartor.federate.aggregate import exactness, ranks
+from sartor.federate.aggregate import exactness
 from sartor.federate.aggregate.modes import Alternate, AnyMode, Combined, Factors, FreezeA, Mode, Residual, fold
-from sartor.federate.aggregate.tensors import A, B, Update, flat, mean, modules, pair, plus, unflat
+from sartor.federate.aggregate.tensors__updates import Update, mean
 from sartor.federate.rounds.tensors import mean_of, weighted
+from sartor.models import lora_tensors
+from sartor.models.lora_tensors import A, B, flat, modules, pair, plus, unflat
 
 MODES = [member() for member in get_args(AnyMode)]
 EXACT = [mode for mode in MODES if mode.is_exact]
@@ -176,17 +178,17 @@ def test_clients_of_unequal_ranks_have_the_same_exact_mean(mode: Mode, seed: int
 
 def test_a_cut_adapter_and_its_tail_are_the_whole() -> None:
     held = shared()
-    own, tail = ranks.cut(held, 3)
+    own, tail = lora_tensors.cut(held, 3)
     assert np.allclose(pair(own, Q).product + pair(tail, Q).product, pair(held, Q).product, atol=1e-5)
-    assert modules(tail) == modules(held) and ranks.cut(held, 8)[1] == {}
-    assert ranks.alpha_of(16, 8, 3) / 3 == 16 / 8
-    back = ranks.widened(own, held)
+    assert modules(tail) == modules(held) and lora_tensors.cut(held, 8)[1] == {}
+    assert lora_tensors.alpha_of(16, 8, 3) / 3 == 16 / 8
+    back = lora_tensors.widened(own, held)
     assert all(np.array_equal(back[name], value) for name, value in held.items())
     for wrong in (shared(rank=9), {**own, Q + B: own[Q + B][:, :2]}, {"other" + A: own[Q + A], "other" + B: own[Q + B]}):
         with pytest.raises(InputError):
-            ranks.widened(wrong, held)
+            lora_tensors.widened(wrong, held)
     with pytest.raises(ConfigError, match="rank 0"):
-        ranks.cut(held, 0)
+        lora_tensors.cut(held, 0)
 
 
 @every

@@ -16,7 +16,6 @@ import sartor
 from sartor.core.artifacts import Artifact, open_artifact, seal
 from sartor.core.errors import GateError
 from sartor.evaluate import attacked, audit
-from sartor.federate.aggregate.tensors import A, B, norm, plus
 from sartor.federate.privacy.accountant import Budget
 from sartor.federate.privacy.attacks import inversion
 from sartor.federate.privacy.attacks.report import open_report
@@ -31,8 +30,9 @@ from sartor.federate.tuning.recipe import load
 from sartor.federate.tuning.running import Setting
 from sartor.federate.tuning.simulation import simulate
 from sartor.federate.tuning.task import LoraTask
-from sartor.models import general
-from sartor.models.batches import Encoded
+from sartor.models.lora_tensors import A, B, norm, plus
+from sartor.models.losses import transformers_backend
+from sartor.models.packing import Encoded
 
 CLAIM = {"epsilon": 1.0, "delta": 1e-5}
 
@@ -180,7 +180,7 @@ def test_a_row_has_the_loss_that_transformers_gives_it(tiny_base: Path, dataset:
     rows = people.rows["client-0"].train[:9]
     found = reading.row_losses(people.resident, people.resident.taken(), rows)
     for row, loss in zip(rows, found, strict=True):
-        plainly = general.row_losses(people.resident.model, [row], "cpu").mean().detach()
+        plainly = transformers_backend.row_losses(people.resident.model, [row], "cpu").mean().detach()
         assert float(plainly) == pytest.approx(loss, abs=1e-5)
     assert reading.row_losses(people.resident, people.resident.taken(), []) == []
 

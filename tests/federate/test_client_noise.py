@@ -10,10 +10,10 @@ import pytest
 from scipy.stats import chisquare
 
 from sartor.core.errors import ConfigError, InputError
-from sartor.federate.aggregate.tensors import norm
 from sartor.federate.privacy import noise
 from sartor.federate.privacy.clients import ClientNoise, step_of
 from sartor.federate.privacy.noise import discrete_gaussian
+from sartor.models.lora_tensors import norm
 
 
 def seeded(seed: int) -> Callable[[int], bytes]:

@@ -21,7 +21,6 @@ from sartor.edge.store import installed, states
 from sartor.edge.tuning import plan
 from sartor.edge.tuning.floor import Floor
 from sartor.edge.tuning.receipt import verify_receipt
-from sartor.federate.aggregate.tensors import A, B, Tensors, norm, plus
 from sartor.federate.rounds.manifest import Manifest, Rules
 from sartor.federate.rounds.task import Learnt
 from sartor.federate.tuning.clients import Clients, open_clients
@@ -29,6 +28,7 @@ from sartor.federate.tuning.device import Device, EdgeTask, devices_of
 from sartor.federate.tuning.recipe import FederateRecipe, load
 from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting
 from sartor.federate.tuning.task import LoraTask, Losses
+from sartor.models.lora_tensors import A, B, Tensors, norm, plus
 
 
 @pytest.fixture

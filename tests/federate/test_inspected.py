@@ -11,7 +11,7 @@ from federating import COORDINATOR, LENIENT, identity, names, roster_of
 from round_parties import START, Pull
 
 from sartor.core.errors import ArtifactError, ConfigError, ConflictError, RoundError, SignatureError
-from sartor.federate.aggregate.tensors import Tensors, Update, mean
+from sartor.federate.aggregate.tensors__updates import Update, mean
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.client import Agreement, Member, RoundClient
 from sartor.federate.rounds.coordinator import Coordinator, Plan
@@ -21,6 +21,7 @@ from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
 from sartor.federate.rounds.transport import InProcess, finish
 from sartor.federate.secure import messages
 from sartor.federate.secure.messages import Payload, Shown
+from sartor.models.lora_tensors import Tensors
 
 WARDS = names(3)
 RULES = Rules(clip=1.0, most_examples=10, mode="inspectable")

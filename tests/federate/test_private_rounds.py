@@ -14,8 +14,6 @@ from safetensors.numpy import load_file
 
 from sartor.core import config
 from sartor.core.errors import BudgetError, ConfigError, ConflictError
-from sartor.federate.aggregate.ranks import cut, rank_of
-from sartor.federate.aggregate.tensors import A, B, Pair, Tensors, modules, norm, pair, plus
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
 from sartor.federate.tuning import guard
@@ -25,8 +23,9 @@ from sartor.federate.tuning.recipe import FederateRecipe, Local, Privacy, Settin
 from sartor.federate.tuning.residual import fewest
 from sartor.federate.tuning.simulation import simulate
 from sartor.federate.tuning.task import LoraTask
-from sartor.models import quantised
-from sartor.models.general import row_losses
+from sartor.models import quantization
+from sartor.models.lora_tensors import A, B, Pair, Tensors, cut, modules, norm, pair, plus, rank_of
+from sartor.models.losses.transformers_backend import row_losses
 
 SHARDS = {"count": 3, "alpha": 5.0}
 
@@ -188,7 +187,7 @@ def test_a_base_that_came_quantised_is_refused(
     asked, clients = people
     shared = clients.resident.taken()
     task = LoraTask(clients.resident, rows_of(clients), guard=RowGuard.open(Privacy(8.0, 1e-2, "example"), tmp_path / "one"))
-    monkeypatch.setattr(quantised, "bits_of", lambda model: 4)
+    monkeypatch.setattr(quantization, "bits_of", lambda model: 4)
     with pytest.raises(ConfigError, match="4 bits"):
         task.update(manifest(asked, clients, shared), shared)
     assert task.guard and task.guard.account.epsilon() == 0, "nothing was spent"

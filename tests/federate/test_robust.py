@@ -13,7 +13,7 @@ import pytest
 
 from sartor.core import config
 from sartor.core.errors import ConfigError, GuardError, InputError
-from sartor.federate.aggregate.tensors import Update
+from sartor.federate.aggregate.tensors__updates import Update
 from sartor.federate.robust.rules import AnyRule, Krum, Mean, Median, MultiKrum, NormBound, Rule, Screened, Trimmed
 
 RULES = [member() for member in get_args(AnyRule)]

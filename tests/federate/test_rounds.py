@@ -13,7 +13,6 @@ from federating import COORDINATOR, identity
 from round_parties import RULES, START, House, mean_of_numbers
 
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, ConflictError, RoundError, SartorError, SignatureError
-from sartor.federate.aggregate.tensors import norm
 from sartor.federate.rounds import manifest as manifests
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.coordinator import Ended
@@ -22,6 +21,7 @@ from sartor.federate.rounds.manifest import Manifest, Rules, Work
 from sartor.federate.rounds.transport import Carried, InProcess, finish, run_round
 from sartor.federate.secure import messages
 from sartor.federate.secure.messages import Invite, Lists, Outcome, Payload
+from sartor.models.lora_tensors import norm
 
 
 def run(house: House, **plan: object) -> Ended:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from sartor.core import config
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
 from sartor.federate.tuning.clients import Clients
 from sartor.federate.tuning.recipe import FederateRecipe, Settings
+from sartor.models.lora_tensors import Tensors
 
 
 def manifest(asked: FederateRecipe, people: Clients, shared: Tensors, number: int = 1, **work: Any) -> Manifest:

@@ -24,8 +24,9 @@ import tiny_native
 from sartor.core import assets, model_refs
 from sartor.core.errors import HubError, ModelError
 from sartor.core.filesystem import file_digest
-from sartor.models.base import best_device, best_dtype, machine, open_base, open_chat
-from sartor.models.converted import STAMP
+from sartor.models.base import machine, open_base, open_chat
+from sartor.models.hardware import best_device, best_dtype
+from sartor.models.loading import STAMP
 
 WEIGHTS = "model.safetensors"
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiny
-from sartor.models import batches, general
-from sartor.models.attention import BLOCKED_ATTENTION_TOKENS
-from sartor.models.batches import Encoded
+from sartor.models import packing
+from sartor.models.losses import transformers_backend
+from sartor.models.packing import BLOCKED_ATTENTION_TOKENS, Encoded
 
 SMALL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
 HEADS = {**SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
@@ -97,8 +97,8 @@ def random_lengths(seed: int) -> list[int]:
 
 
 def packed_losses(model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
-    with general.packing(model):
-        return general.pack_losses(model, batches.pack(examples))
+    with transformers_backend.packing(model):
+        return transformers_backend.pack_losses(model, packing.pack(examples))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -106,7 +106,7 @@ def packed_losses(model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
 @torch.no_grad()
 def test_packed_losses_equal_those_of_the_rows_one_by_one(name: str, seed: int) -> None:
     made, examples = model(name), rows(*random_lengths(seed), seed=seed)
-    difference = packed_losses(made, examples) - general.row_losses(made, examples, "cpu")
+    difference = packed_losses(made, examples) - transformers_backend.row_losses(made, examples, "cpu")
     assert difference.abs().max() < 1e-5
 
 
@@ -114,7 +114,7 @@ def test_packed_losses_equal_those_of_the_rows_one_by_one(name: str, seed: int) 
 @torch.no_grad()
 def test_a_row_longer_than_the_blocked_kernel_takes_packs_exactly_too(name: str) -> None:
     made, examples = model(name), rows(5, BLOCKED_ATTENTION_TOKENS + 70, 30, BLOCKED_ATTENTION_TOKENS, 1)
-    difference = packed_losses(made, examples) - general.row_losses(made, examples, "cpu")
+    difference = packed_losses(made, examples) - transformers_backend.row_losses(made, examples, "cpu")
     assert difference.abs().max() < 1e-5
 
 
@@ -134,7 +134,7 @@ def gradients(made: Any, losses: torch.Tensor) -> torch.Tensor:
 def test_packed_gradients_equal_those_of_the_rows_one_by_one(name: str, tolerance: float, lengths: tuple[int, ...]) -> None:
     made, examples = model(name, torch.float64), rows(*lengths)
     packed = gradients(made, packed_losses(made, examples))
-    plain = gradients(made, general.row_losses(made, examples, "cpu"))
+    plain = gradients(made, transformers_backend.row_losses(made, examples, "cpu"))
     assert len(packed) == len(plain) == sum(parameter.numel() for parameter in made.parameters())
     assert (packed - plain).norm() <= tolerance * plain.norm()
 
@@ -161,7 +161,7 @@ def test_only_supervised_rows_reach_the_lm_head() -> None:
 
 
 def test_a_token_is_predicted_from_its_own_row_alone() -> None:
-    pack = batches.pack(
+    pack = packing.pack(
         [Encoded([7, 8, 9], [True, False, True], "a", 2.0), Encoded([4], [True], "b"), Encoded([5, 6], [True, True], "c")]
     )
     assert pack.ids.tolist() == [[7, 8, 9, 4, 5, 6]]
@@ -173,7 +173,7 @@ def test_a_token_is_predicted_from_its_own_row_alone() -> None:
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_attention_groups_hold_every_token_once_and_little_padding(lengths: list[int]) -> None:
-    groups = batches.pack([Encoded([0] * length, [True] * length) for length in lengths]).rows
+    groups = packing.pack([Encoded([0] * length, [True] * length) for length in lengths]).rows
     assert sorted(place for group in groups for place in group.into.tolist()) == list(range(sum(lengths)))
     assert sum(group.queries.numel() for group in groups) < 2 * sum(lengths) + 1
     for group in groups:
@@ -184,7 +184,7 @@ def test_attention_groups_hold_every_token_once_and_little_padding(lengths: list
 @settings(max_examples=100, deadline=None)
 def test_fill_takes_every_row_once_in_order_within_capacity(data: st.DataObject, capacity: int) -> None:
     lengths = data.draw(st.lists(st.integers(1, capacity), max_size=40))
-    groups = batches.fill(lengths, capacity)
+    groups = packing.fill(lengths, capacity)
     assert [index for group in groups for index in group] == list(range(len(lengths)))
     assert all(group and sum(lengths[index] for index in group) <= capacity for group in groups)
     # no group is cut short: its follower's first row had no room in it
@@ -197,7 +197,7 @@ def test_fill_takes_every_row_once_in_order_within_capacity(data: st.DataObject,
 def test_packing_puts_the_attention_back_also_after_an_error() -> None:
     made = tiny.model()
     before = made.config._attn_implementation
-    with pytest.raises(ZeroDivisionError), general.packing(made):
+    with pytest.raises(ZeroDivisionError), transformers_backend.packing(made):
         assert made.config._attn_implementation == "sartor_packed"
         _ = 1 / 0
     assert made.config._attn_implementation == before
@@ -206,32 +206,32 @@ def test_packing_puts_the_attention_back_also_after_an_error() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", EXACT)
 def test_a_model_that_packs_exactly_is_said_to(name: str, dtype: torch.dtype) -> None:
-    exact, difference = general.packs_exactly(model(name, dtype), rows(40, 7, 25), "cpu")
+    exact, difference = transformers_backend.packs_exactly(model(name, dtype), rows(40, 7, 25), "cpu")
     assert exact, difference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LEAKY)
 def test_a_model_that_leaks_between_rows_is_found_out(name: str, dtype: torch.dtype) -> None:
-    exact, difference = general.packs_exactly(model(name, dtype), rows(40, 7, 25), "cpu")
+    exact, difference = transformers_backend.packs_exactly(model(name, dtype), rows(40, 7, 25), "cpu")
     assert not exact
     assert difference > 0
 
 
 def test_attention_sinks_that_packing_does_not_know_are_found_out() -> None:
-    assert not general.packs_exactly(model("GptOss"), rows(40, 7, 25), "cpu")[0]
+    assert not transformers_backend.packs_exactly(model("GptOss"), rows(40, 7, 25), "cpu")[0]
 
 
 def test_a_difference_that_only_long_rows_show_is_found_out() -> None:
     """Llama 4 attends within chunks, which its mask says and its attention function is not told."""
-    assert not general.packs_exactly(model("Llama4Text"), [*rows(40, 7, 25), *rows(200)], "cpu")[0]
+    assert not transformers_backend.packs_exactly(model("Llama4Text"), [*rows(40, 7, 25), *rows(200)], "cpu")[0]
 
 
 @pytest.mark.parametrize("unsupervised", [2, 3])
 def test_a_leak_is_found_out_behind_rows_that_teach_nothing(unsupervised: int) -> None:
     idle = [Encoded([5, 6, 7], [False] * 3)] * unsupervised
     examples = [*rows(30)[: 3 - unsupervised], *idle, *rows(40, 25, seed=1)]
-    assert not general.packs_exactly(model("Mamba"), examples, "cpu")[0]
+    assert not transformers_backend.packs_exactly(model("Mamba"), examples, "cpu")[0]
 
 
 class Stubborn(nn.Module):
@@ -265,9 +265,9 @@ class Stubborn(nn.Module):
 )
 def test_a_model_that_fails_when_packed_is_left_unpacked(error: type[Exception]) -> None:
     made = Stubborn(error)
-    assert general.packs_exactly(made, rows(12, 8), "cpu") == (False, float("inf"))
+    assert transformers_backend.packs_exactly(made, rows(12, 8), "cpu") == (False, float("inf"))
     assert made.config._attn_implementation == "sdpa"
 
 
 def test_a_model_that_ignores_the_rows_is_left_unpacked() -> None:
-    assert not general.packs_exactly(Stubborn(None), rows(12, 8), "cpu")[0]
+    assert not transformers_backend.packs_exactly(Stubborn(None), rows(12, 8), "cpu")[0]

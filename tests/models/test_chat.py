@@ -18,8 +18,8 @@ import tiny
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.model_refs import template_digest
 from sartor.core.records import Example, Message, Part
-from sartor.models.batches import Encoded
 from sartor.models.chat import PLAIN_TEMPLATE, Chat
+from sartor.models.packing import Encoded
 
 LLAMA_2 = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"

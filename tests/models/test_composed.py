@@ -12,14 +12,15 @@ import torch
 import tiny
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message, Part
-from sartor.models import adapters, batches, composed, general, paths
+from sartor.models import adapters, composed_model, packing
 from sartor.models.base import Base, open_base
-from sartor.models.composed import compose
+from sartor.models.composed_model import compose
 from sartor.models.generate import generate
-from sartor.models.media import blank, keys_in
-from sartor.models.path import Wish
+from sartor.models.losses import transformers_backend
+from sartor.models.losses.loss_backend import Wish
+from sartor.models.media_tokens import blank, keys_in
 from sartor.models.sampling import Sampling
-from sartor.models.shelf import Shelf
+from sartor.models.tensor_files import Shelf
 from seeing import Fake, picture, said
 
 CPU = torch.device("cpu")
@@ -71,10 +72,10 @@ def test_losses_and_gradients_are_the_same_on_every_path(base: Base, train: bool
     if train:
         adapters.train_projectors(model)
     rows = [base.chat.encode(row) for row in ROWS]
-    fast = paths.choose(model, rows, CPU)
-    general = paths.choose(model, rows, CPU, Wish(fast=False))
+    fast = transformers_backend.choose(model, rows, CPU)
+    general = transformers_backend.choose(model, rows, CPU, Wish(fast=False))
     assert (fast.name, general.name) == ("fast", "general")
-    single = paths.OneRow(model, CPU, "")
+    single = transformers_backend.OneRow(model, CPU, "")
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = []
     for path in (single, fast, general):
@@ -89,30 +90,36 @@ def test_losses_and_gradients_are_the_same_on_every_path(base: Base, train: bool
 
 def test_one_image_asked_about_twice_stands_once_in_a_pack(base: Base) -> None:
     rows = [base.chat.encode(row) for row in ROWS[:2]]
-    shared = batches.pack(rows, share=True)
+    shared = packing.pack(rows, share=True)
     assert shared.tokens <= sum(len(row.ids) for row in rows) - 9
     other = [base.chat.encode(said(picture(9, name), "what colour is the sky")) for name in "xy"]
-    assert batches.pack(other, share=True).tokens > sum(len(row.ids) for row in other) - 9
+    assert packing.pack(other, share=True).tokens > sum(len(row.ids) for row in other) - 9
 
 
 def test_no_pack_cuts_media(base: Base) -> None:
     rows = [base.chat.encode(row) for row in ROWS]
-    cut = batches.micro_batches(rows, 8, share=True)
+    cut = packing.micro_batches(rows, 8, share=True)
     assert sorted(len(row.ids) for group in cut for row in group) == sorted(len(row.ids) for row in rows)
 
 
 def test_rows_turned_round_to_measure_a_path_never_have_media_as_what_is_to_be_said(base: Base) -> None:
     row = base.chat.encode(said(picture(9), "?", reply="turn on the kitchen light " * 4))
-    for ids, holds in ((row.ids[::-1], False), (general.turned(row.ids), True)):
-        assert bool((batches.pack([replace(row, ids=ids)]).targets >= 0).all()) is holds
-    assert sorted(general.turned(row.ids)) == sorted(row.ids) != general.turned(row.ids)
+    for ids, holds in ((row.ids[::-1], False), (transformers_backend.turned(row.ids), True)):
+        assert bool((packing.pack([replace(row, ids=ids)]).targets >= 0).all()) is holds
+    assert sorted(transformers_backend.turned(row.ids)) == sorted(row.ids) != transformers_backend.turned(row.ids)
 
 
 def test_what_follows_depends_on_the_media_and_not_if_they_are_blank(base: Base) -> None:
-    losses = [paths.OneRow(base.model, CPU, "").losses([base.chat.encode(said(picture(9, name), "what"))])[0] for name in "ab"]
+    losses = [
+        transformers_backend.OneRow(base.model, CPU, "").losses([base.chat.encode(said(picture(9, name), "what"))])[0]
+        for name in "ab"
+    ]
     assert not torch.allclose(losses[0], losses[1], atol=1e-4)
     with blank(base.model):
-        dark = [paths.OneRow(base.model, CPU, "").losses([base.chat.encode(said(picture(9, n), "what"))])[0] for n in "ab"]
+        dark = [
+            transformers_backend.OneRow(base.model, CPU, "").losses([base.chat.encode(said(picture(9, n), "what"))])[0]
+            for n in "ab"
+        ]
     assert torch.equal(dark[0], dark[1])
 
 
@@ -137,16 +144,18 @@ def test_the_written_adapter_opens_to_the_same_losses(tmp_path: Path) -> None:
     adapters.train_projectors(model)
     rows = [first.chat.encode(row) for row in ROWS]
     rate = torch.optim.SGD([part for part in model.parameters() if part.requires_grad], 0.5)
-    paths.OneRow(model, CPU, "").losses(rows)[0].mean().backward()
+    transformers_backend.OneRow(model, CPU, "").losses(rows)[0].mean().backward()
     rate.step()
     (tmp_path / "adapter").mkdir()
     adapters.write_adapter(model, tmp_path / "adapter", "tiny")
     again = opened(path, seed=9)
     tuned = adapters.open_adapter(again.model, tmp_path / "adapter")
-    for name, tower in composed.read_towers(tmp_path / "adapter").items():
+    for name, tower in composed_model.read_towers(tmp_path / "adapter").items():
         assert (tower.name, tower.digest, tower.stack) == (f"fake-{name}", f"{name}-1", 4 if name == "audio" else 1)
-    wanted = paths.OneRow(model.eval(), CPU, "").losses(rows)[0]
-    torch.testing.assert_close(paths.OneRow(tuned, CPU, "").losses([again.chat.encode(row) for row in ROWS])[0], wanted)
+    wanted = transformers_backend.OneRow(model.eval(), CPU, "").losses(rows)[0]
+    torch.testing.assert_close(
+        transformers_backend.OneRow(tuned, CPU, "").losses([again.chat.encode(row) for row in ROWS])[0], wanted
+    )
     # the factors alone are a plain PEFT adapter of the text base
     plain = adapters.open_adapter(open_base(str(path), bits=32, device=CPU).model, tmp_path / "adapter")
     assert adapters.trainable(plain)[0] == 0
@@ -159,9 +168,9 @@ def test_another_tower_is_refused(tmp_path: Path) -> None:
     adapters.write_adapter(model, tmp_path / "adapter", "tiny")
     with pytest.raises(ModelError, match="reads with the tower 'fake-"):
         adapters.open_adapter(opened(path, image=Fake(version=2)).model, tmp_path / "adapter")
-    torch.save({}, tmp_path / "adapter" / composed.FILE)
+    torch.save({}, tmp_path / "adapter" / composed_model.FILE)
     with pytest.raises(ModelError, match="cannot be read"):
-        composed.read_towers(tmp_path / "adapter")
+        composed_model.read_towers(tmp_path / "adapter")
 
 
 def test_features_are_computed_once_and_found_on_the_shelf(tmp_path: Path) -> None:
@@ -173,14 +182,14 @@ def test_features_are_computed_once_and_found_on_the_shelf(tmp_path: Path) -> No
         ids.append([base.chat.encode(row).ids for row in ROWS[:2]])
     assert ids[0] == ids[1]
     assert [tower.read for tower in towers] == [1, 0]
-    cold, warm = (composed.Features({"image": Fake()}, kept) for kept in (None, shelf))
+    cold, warm = (composed_model.Features({"image": Fake()}, kept) for kept in (None, shelf))
     keys = [each.key(picture(9), None) for each in (cold, warm)]
     assert torch.equal(cold.of(keys[0]), warm.of(keys[1]))
 
 
 def test_features_beyond_memory_are_read_again() -> None:
     tower = Fake()
-    features = composed.Features({"image": tower}, None, held_bytes=300)
+    features = composed_model.Features({"image": tower}, None, held_bytes=300)
     keys = [features.key(picture(9, name), None) for name in "abc"]
     first = features.of(keys[0])
     assert tower.read == 4
@@ -228,7 +237,7 @@ def test_a_template_that_loses_or_repeats_media_is_refused(tmp_path: Path, templ
 def test_places_of_a_picture_are_averaged_and_moments_of_a_recording_stand_side_by_side() -> None:
     features = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
     for is_pooled in (True, False):
-        projector = composed.Projector(12, 8, 3, 1.0, is_pooled=is_pooled)
+        projector = composed_model.Projector(12, 8, 3, 1.0, is_pooled=is_pooled)
         tokens = projector(features)
         assert tokens.shape == (2, 8)
         other = features[[2, 0, 1, 3, 4, 5]]  # within the first token

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 import tiny
-from sartor.models import adapters, batches, general
-from sartor.models.attention import Shape
-from sartor.models.batches import Encoded
-from sartor.models.forward import Fast
+from sartor.models import adapters, packing
 from sartor.models.kernels import cuda
-from sartor.models.kernels.eager import Eager, Geometry, Layout
+from sartor.models.kernels.reference import Eager, Geometry, Layout
+from sartor.models.losses import transformers_backend
+from sartor.models.losses.fused_decoder import Fast
+from sartor.models.packing import Encoded, Shape
 
 CPU = torch.device("cpu")
 INT = torch.int32
@@ -182,7 +182,7 @@ def test_compiled_functions_compute_as_torchs_operations_do(part: str, request: 
 
 
 def geometry_of(rows: list[list[int]], shape: Shape, width: int, *, share: bool) -> Geometry:
-    pack = batches.pack([Encoded(row, [True] * len(row)) for row in rows], share=share)
+    pack = packing.pack([Encoded(row, [True] * len(row)) for row in rows], share=share)
     angles = torch.rand(pack.tokens, 4).repeat(1, 2)
     return Geometry(shape, width, angles.cos(), angles.sin(), Layout(pack.segments, pack.rows, pack.tokens))
 
@@ -302,11 +302,11 @@ def test_load_names_what_makes_each_part_and_why_not_another(
 def test_a_models_losses_and_gradients_through_flash_attention(name: str, share: bool, request: pytest.FixtureRequest) -> None:
     kernels = cuda.Cuda(dict.fromkeys(cuda.PARTS, Eager()) | {"attention": maker(name, request)}, {})
     rows = [[*range(10, 30), *tail] for tail in ([40, 41], [42], [43, 44, 45])]
-    pack = batches.pack([Encoded(row, [True] * len(row)) for row in rows], share=share)
+    pack = packing.pack([Encoded(row, [True] * len(row)) for row in rows], share=share)
     made = []
     for one in (kernels, Eager()):
         model = adapters.inject_lora(tiny.model().bfloat16(), rank=4, alpha=8, dropout=0.0, targets="all-linear", seed=0)
-        losses = Fast(general.without_peft(model), one).losses(pack)
+        losses = Fast(transformers_backend.without_peft(model), one).losses(pack)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(losses.mean(), trained)
         made.append((losses, torch.cat([gradient.flatten() for gradient in gradients])))
@@ -322,7 +322,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from sartor.models.kernels import cuda
-from sartor.models.kernels.eager import Eager
+from sartor.models.kernels.reference import Eager
 
 plain = interpreter._implicit_cvt
 def with_floats(x):

@@ -17,8 +17,8 @@ import sartor
 import tiny
 from sartor.core import assets, encoder_registry
 from sartor.core.errors import AssetError, ConfigError, ModelError
-from sartor.models import encoder
-from sartor.models.encoder import SentenceEncoder, pool, read_layout
+from sartor.models import sentence_encoder
+from sartor.models.sentence_encoder import SentenceEncoder, pool, read_layout
 
 TEXTS = ["turn on the kitchen light", "the sky is blue", "", "what colour is the sky", "a", "the sky is blue"]
 TOKENS = 24
@@ -27,8 +27,8 @@ TOKENS = 24
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 on the CPU, whatever the machine."""
-    monkeypatch.setattr(encoder, "best_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(encoder, "best_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(sentence_encoder, "best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(sentence_encoder, "best_dtype", lambda device: torch.float32)
 
 
 def write(path: Path, **changes: Any) -> Path:
@@ -72,15 +72,15 @@ def test_batches_and_order_change_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     texts = [f"{'the sky ' * (n % 4)}light {n}" for n in range(40)]
     together = made.encode(texts)
     alone = np.vstack([made.encode([text]) for text in texts])
-    monkeypatch.setattr(encoder, "CHUNK", 7)
-    monkeypatch.setattr(encoder, "BATCH_TOKENS", 40)
+    monkeypatch.setattr(sentence_encoder, "CHUNK", 7)
+    monkeypatch.setattr(sentence_encoder, "BATCH_TOKENS", 40)
     assert np.allclose(together, alone, atol=1e-5)
     assert np.allclose(made.encode(texts[::-1])[::-1], together, atol=1e-5)
 
 
 def test_no_batch_is_larger_than_its_ceiling_unless_of_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = SentenceEncoder(write(tmp_path / "enc"))
-    monkeypatch.setattr(encoder, "BATCH_TOKENS", 30)
+    monkeypatch.setattr(sentence_encoder, "BATCH_TOKENS", 30)
     sizes: list[tuple[int, int]] = []
     vectors = made._vectors
     monkeypatch.setattr(made, "_vectors", lambda batch: (sizes.append((len(batch), max(map(len, batch)))), vectors(batch))[1])

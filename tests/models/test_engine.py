@@ -23,7 +23,7 @@ from sartor.models.engine.local import LocalEngine
 from sartor.models.engine.native_blocks import open_blocks
 from sartor.models.engine.pages import PAGE_TOKENS, Pages
 from sartor.models.generate import generate
-from sartor.models.kernels import native
+from sartor.models.kernels import cpu
 from sartor.models.sampling import Sampling
 
 
@@ -53,20 +53,20 @@ def base(way: tuple[str, torch.dtype], tiny_base: Path, monkeypatch: pytest.Monk
 
 
 def no_kernels() -> None:
-    raise native.NoKernels("a test")
+    raise cpu.NoKernels("a test")
 
 
 def needs_kernels() -> None:
     try:
-        native.load()
-    except native.NoKernels as why:
+        cpu.load()
+    except cpu.NoKernels as why:
         pytest.skip(str(why))
 
 
 @pytest.fixture
 def engine(way: tuple[str, torch.dtype], base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalEngine]:
     if way[0] == "torch":
-        monkeypatch.setattr(native, "load", no_kernels)
+        monkeypatch.setattr(cpu, "load", no_kernels)
     else:
         needs_kernels()
     made = LocalEngine(base, rows=20, cache_tokens=64 * PAGE_TOKENS)
@@ -271,7 +271,7 @@ def test_the_compiled_blocks_compute_as_torch_does(
         found.append(blocks.advance(chunks, [0, 1]).logits)
         newest = [Run([7], 40, [0], -1, True), Run([9], 25, [1], blocks.factors.slot("a"), True)]
         found.append(blocks.advance(newest, [0, 1]).logits)
-        monkeypatch.setattr(native, "load", no_kernels)
+        monkeypatch.setattr(cpu, "load", no_kernels)
     close = 1e-4 if base.dtype == torch.float32 else 0.05
     for compiled, plain in zip(found[:2], found[2:], strict=True):
         assert (compiled.float() - plain.float()).norm() <= close * plain.float().norm()

@@ -14,13 +14,13 @@ import loras
 from replies import replies
 from sartor.models import adapters
 from sartor.models.base import open_base
-from sartor.models.device import _cpu_flags
 from sartor.models.engine.blocks import Run
 from sartor.models.engine.contract import Call
 from sartor.models.engine.local import LocalEngine
 from sartor.models.engine.native_blocks import NativeBlocks, difference, open_blocks
 from sartor.models.generate import draw, generate, likely, source
-from sartor.models.kernels import native
+from sartor.models.hardware import _cpu_flags
+from sartor.models.kernels import cpu
 from sartor.models.sampling import Sampling
 
 PROMPTS = [[3 + (7 * place + 5 * row) % 90 for place in range(length)] for row, length in enumerate((70, 5, 130))]
@@ -28,8 +28,8 @@ PROMPTS = [[3 + (7 * place + 5 * row) % 90 for place in range(length)] for row, 
 
 def compiled() -> None:
     try:
-        native.load()
-    except native.NoKernels as why:
+        cpu.load()
+    except cpu.NoKernels as why:
         pytest.skip(str(why))
 
 
@@ -73,12 +73,12 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.param in LEVELS:
         if lacking := set(LEVELS[request.param].split()) - set(_cpu_flags().split()):
             pytest.skip(f"this processor has no {' '.join(sorted(lacking))}")
-        monkeypatch.setattr(native, "_machine_flags", lambda: (f"-march={request.param}",))
-    for kept in (native.load, difference):
+        monkeypatch.setattr(cpu, "_machine_flags", lambda: (f"-march={request.param}",))
+    for kept in (cpu.load, difference):
         kept.cache_clear()
     compiled()
     yield request.param
-    for kept in (native.load, difference):
+    for kept in (cpu.load, difference):
         kept.cache_clear()
 
 

@@ -12,7 +12,7 @@ import torch
 
 import tiny
 from sartor.core.errors import ModelError, RequestError
-from sartor.models import adapters, composed
+from sartor.models import adapters, composed_model
 from sartor.models.base import open_base
 from sartor.models.engine.contract import Call, Done, Event, Failed, Piece
 from sartor.models.engine.local import LocalEngine
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place, name in enumerate(("one", "two", "text")):
         base = open_base(str(root / "base"), bits=32, device=CPU)
         if name != "text":
-            base = composed.compose(base, {"image": Fake(), "audio": Fake("audio", stack=4)}, seed=place)
+            base = composed_model.compose(base, {"image": Fake(), "audio": Fake("audio", stack=4)}, seed=place)
         model = adapters.inject_lora(base.model, rank=4, alpha=8.0, dropout=0.0, targets="all-linear", seed=place)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
@@ -58,7 +58,7 @@ def tower(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Fake]]:
     def opened(name: str, kind: str, *_: Any, **__: Any) -> Fake:
         return Slow("image") if kind == "image" else Fake("audio", stack=4)
 
-    monkeypatch.setattr(composed, "open_tower", opened)
+    monkeypatch.setattr(composed_model, "open_tower", opened)
     Slow.gate.set()
     yield Slow
     Slow.gate.set()
@@ -79,8 +79,8 @@ def call(id: str, adapter: str, *parts: Any) -> Call:
 def alone(made: Path, name: str, *parts: Any) -> str:
     """What the model itself says."""
     base = open_base(str(made / "base"), bits=32, device=CPU)
-    if composed.read_towers(made / name):
-        base = composed.compose(base, {"image": Fake(), "audio": Fake("audio", stack=4)})
+    if composed_model.read_towers(made / name):
+        base = composed_model.compose(base, {"image": Fake(), "audio": Fake("audio", stack=4)})
     model = adapters.open_adapter(base.model, made / name)
     prompt = base.chat.prompt_ids(said(*parts).prompt)
     found = generate(model, [prompt], stop=base.chat.stops, pad=base.chat.pad, sampling=LIMIT)[0]
@@ -204,6 +204,6 @@ def test_a_tower_that_breaks_fails_its_call_alone(
 
 
 def test_an_adapter_of_another_tower_is_not_attached(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composed, "open_tower", lambda name, kind, *_, **__: Fake(kind, version=2))
+    monkeypatch.setattr(composed_model, "open_tower", lambda name, kind, *_, **__: Fake(kind, version=2))
     with pytest.raises(ModelError, match="is another"):
         engine_of(made, "one")

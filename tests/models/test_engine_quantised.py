@@ -10,7 +10,7 @@ import torch
 
 import loras
 from replies import replies
-from sartor.models import adapters, quantised
+from sartor.models import adapters, quantization
 from sartor.models.base import Base, open_base
 from sartor.models.engine.blocks import Blocks, Run
 from sartor.models.engine.contract import Call
@@ -47,7 +47,7 @@ def test_greedy_replies_are_those_of_generate_on_the_same_base(tiny_base: Path, 
         wanted[name] = generated(base, tuned)
         adapters.undo(tuned)
     engine = open_engine(str(tiny_base), rows=8, cache_tokens=4096, bits=bits)
-    assert quantised.bits_of(engine._base.model) == bits
+    assert quantization.bits_of(engine._base.model) == bits
     for name, path in paths.items():
         engine.attach(name, path)
     asked = [

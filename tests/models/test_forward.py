@@ -13,13 +13,14 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sartor.models import adapters, batches, general, paths
-from sartor.models.batches import Encoded
-from sartor.models.forward import FAMILIES, Fast
-from sartor.models.kernels import native
-from sartor.models.kernels.eager import Eager
-from sartor.models.linear import Unsupported
-from sartor.models.path import Wish, prove
+from sartor.models import adapters, packing
+from sartor.models.kernels import cpu
+from sartor.models.kernels.reference import Eager
+from sartor.models.losses import loss_backend, transformers_backend
+from sartor.models.losses.fused_decoder import FAMILIES, Fast
+from sartor.models.losses.lora_linear import Unsupported
+from sartor.models.losses.loss_backend import Wish, prove
+from sartor.models.packing import Encoded
 
 V = 97
 SHAPE = {
@@ -42,8 +43,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def kernels() -> list[Eager]:
     made: list[Eager] = [Eager()]
-    with contextlib.suppress(native.NoKernels):
-        made.append(native.load())
+    with contextlib.suppress(cpu.NoKernels):
+        made.append(cpu.load())
     return made
 
 
@@ -117,9 +118,9 @@ def test_every_family_in_the_table_is_tested() -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_losses_and_gradients_are_transformers_own_in_fp64(kind: str, made: Eager, recompute: bool) -> None:
     model, examples = tuned(kind), rows(20, 5, 33, 12, 1, 40)
-    wanted = general.row_losses(model, examples, "cpu")
-    fast = Fast(general.without_peft(model), made, recompute=recompute)
-    got = fast.losses(batches.pack(examples))
+    wanted = transformers_backend.row_losses(model, examples, "cpu")
+    fast = Fast(transformers_backend.without_peft(model), made, recompute=recompute)
+    got = fast.losses(packing.pack(examples))
     assert apart(got, wanted) < 1e-6  # the head of transformers' path is asked in fp64, its rotary angles in fp32
     assert worst(gradients(model, got), gradients(model, wanted)) < 1e-6
 
@@ -131,8 +132,8 @@ def test_losses_are_transformers_own_at_the_precisions_that_are_trained_in(
     kind: str, made: Eager, dtype: torch.dtype, limit: float
 ) -> None:
     model, examples = tuned(kind, dtype), rows(20, 5, 33, 12)
-    got = Fast(general.without_peft(model), made).losses(batches.pack(examples, share=True))
-    assert apart(got, general.row_losses(model, examples, "cpu")) < limit
+    got = Fast(transformers_backend.without_peft(model), made).losses(packing.pack(examples, share=True))
+    assert apart(got, transformers_backend.row_losses(model, examples, "cpu")) < limit
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -157,8 +158,8 @@ def test_shared_prefixes_change_nothing(
     for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model = tuned(kind, dtype, **changes)
         for made in kernels():
-            fast = Fast(general.without_peft(model), made)
-            plain, shared = (fast.losses(batches.pack(examples, share=share)) for share in (False, True))
+            fast = Fast(transformers_backend.without_peft(model), made)
+            plain, shared = (fast.losses(packing.pack(examples, share=share)) for share in (False, True))
             if len(plain):
                 assert apart(shared, plain) <= limit
                 assert worst(gradients(model, shared), gradients(model, plain)) <= limit
@@ -166,8 +167,8 @@ def test_shared_prefixes_change_nothing(
 
 def test_shared_prefixes_are_laid_once() -> None:
     examples = rows(40, 45, 50, head=30)
-    assert batches.pack(examples, share=True).tokens == 30 + 10 + 15 + 20
-    assert batches.pack([*examples, *examples], share=True).tokens == 30 + 10 + 15 + 20  # whole rows twice, too
+    assert packing.pack(examples, share=True).tokens == 30 + 10 + 15 + 20
+    assert packing.pack([*examples, *examples], share=True).tokens == 30 + 10 + 15 + 20  # whole rows twice, too
 
 
 @pytest.mark.parametrize("made", kernels(), ids=lambda made: made.name)
@@ -185,9 +186,9 @@ def test_frozen_activations_from_disk_change_nothing(kind: str, made: Eager) -> 
         assert again.frozen is not None and (again.frozen.computed, again.frozen.reused) == (0, 1)
 
 
-def fast_path(model: Any, examples: Sequence[Encoded], **wish: Any) -> paths.FastPath:
-    path = paths.choose(model, examples, torch.device("cpu"), Wish(identity="base", **wish))
-    assert isinstance(path, paths.FastPath), path.reason
+def fast_path(model: Any, examples: Sequence[Encoded], **wish: Any) -> loss_backend.FastPath:
+    path = transformers_backend.choose(model, examples, torch.device("cpu"), Wish(identity="base", **wish))
+    assert isinstance(path, loss_backend.FastPath), path.reason
     return path
 
 
@@ -208,9 +209,9 @@ def test_a_damaged_or_foreign_file_of_activations_is_made_again() -> None:
 
 def test_the_cache_of_activations_is_bounded_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     from sartor.core.home import folder
-    from sartor.models import frozen
+    from sartor.models.losses import loss_backend
 
-    monkeypatch.setattr(frozen, "PACK_TOKENS", 40)
+    monkeypatch.setattr(loss_backend, "PACK_TOKENS", 40)
     model = tuned("llama", torch.float32, top=1)
     said: list[str] = []
     limit = 100 * 32 * 4 + 2000  # 100 tokens of width 32 in fp32, and room for two headers
@@ -232,18 +233,18 @@ def test_nothing_is_stored_when_every_layer_is_adapted_or_rows_are_read_once() -
 
 def test_layers_below_the_lowest_adapted_one_get_no_gradient_and_the_head_sees_supervised_rows_only() -> None:
     model, examples = tuned("llama", torch.float32, top=1), rows(20, 30)
-    fast = Fast(general.without_peft(model), Eager())
+    fast = Fast(transformers_backend.without_peft(model), Eager())
     assert fast.lowest == 2
     seen: list[int] = []
     fast.kernels.cross_entropy = lambda logits, *rest: (seen.append(len(logits)), Eager().cross_entropy(logits, *rest))[1]  # type: ignore[method-assign]
-    fast.losses(batches.pack(examples)).sum().backward()
+    fast.losses(packing.pack(examples)).sum().backward()
     assert seen == [sum(row.supervised_tokens for row in examples)]
 
 
 def test_the_base_is_not_copied() -> None:
     model = tuned("llama", torch.float32)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    fast = Fast(general.without_peft(model), Eager())
+    fast = Fast(transformers_backend.without_peft(model), Eager())
     attention = model.get_base_model().model.layers[0].self_attn
     fused = fast.blocks[0].attention_in.weight()
     for module in (attention.q_proj, attention.k_proj, attention.v_proj):
@@ -262,7 +263,7 @@ def test_the_base_is_not_copied() -> None:
 def test_what_the_fast_path_cannot_take_goes_the_general_way_and_says_why(
     kind: str, changes: dict[str, Any], wish: dict[str, Any], reason: str
 ) -> None:
-    path = paths.choose(tuned(kind, torch.float32, **changes), rows(20, 9), torch.device("cpu"), Wish(**wish))
+    path = transformers_backend.choose(tuned(kind, torch.float32, **changes), rows(20, 9), torch.device("cpu"), Wish(**wish))
     assert path.name == "general"
     assert reason in path.reason
 
@@ -272,20 +273,20 @@ def test_an_unknown_architecture_and_dropout_go_the_general_way() -> None:
         vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         bos_token_id=1, eos_token_id=2, hidden_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
-    path = paths.choose(transformers.GPTNeoXForCausalLM(config).eval(), rows(20, 9), torch.device("cpu"))
+    path = transformers_backend.choose(transformers.GPTNeoXForCausalLM(config).eval(), rows(20, 9), torch.device("cpu"))
     assert path.name == "general" and "'gpt_neox' is not in the fast path's table" in path.reason
     torch.manual_seed(0)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).requires_grad_(False)
     dropping = adapters.inject_lora(llama, rank=4, alpha=8, dropout=0.1, targets="all-linear", seed=0).eval()
     with pytest.raises(Unsupported, match="dropout before A"):
-        Fast(general.without_peft(dropping), Eager())
+        Fast(transformers_backend.without_peft(dropping), Eager())
 
 
 @pytest.mark.parametrize("made", kernels(), ids=lambda made: made.name)
 def test_a_value_that_is_not_finite_is_not_hidden(made: Eager) -> None:
     model, examples = tuned("llama", torch.float32), rows(20, 9)
     model.get_base_model().model.layers[1].mlp.down_proj.base_layer.weight.data[0, 0] = float("nan")
-    assert not torch.isfinite(Fast(general.without_peft(model), made).losses(batches.pack(examples))).all()
+    assert not torch.isfinite(Fast(transformers_backend.without_peft(model), made).losses(packing.pack(examples))).all()
 
 
 @pytest.mark.parametrize("compiler", [None, "false"])
@@ -293,32 +294,32 @@ def test_without_a_compiler_torchs_operations_serve_and_say_so(
     compiler: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.setenv("SARTOR_KERNELS", str(tmp_path))
-    monkeypatch.setattr(native, "_compilers", lambda: (compiler,))
-    native.load.cache_clear()
+    monkeypatch.setattr(cpu, "_compilers", lambda: (compiler,))
+    cpu.load.cache_clear()
     try:
         path = fast_path(tuned("llama", torch.float32), rows(20, 9))
         assert type(path.fast.kernels) is Eager
         assert ("no C++ compiler" if compiler is None else "false failed") in path.reason
     finally:
-        native.load.cache_clear()
+        cpu.load.cache_clear()
 
 
 def test_kernels_that_compute_something_else_are_found_out() -> None:
     made = kernels()[-1]
-    assert native.difference(made) == ""
+    assert cpu.difference(made) == ""
 
     class Wrong(Eager):
         def glu_backward(self, d: Any, gate_up: Any, activation: str) -> Any:
             out, gradient = Eager.glu_backward(self, d, gate_up, activation)
             return out, gradient * 1.01
 
-    assert native.difference(Wrong()) == "glu_backward silu"
+    assert cpu.difference(Wrong()) == "glu_backward silu"
 
 
 def test_rows_of_an_update_that_begin_alike_meet_in_a_micro_batch() -> None:
     one, other = rows(30, 32, 34, head=20, seed=1), rows(30, 32, 34, head=20, seed=2)
     mixed = [row for pair in zip(one, other, strict=True) for row in pair]
-    cut = batches.micro_batches(mixed, 60, share=True)
+    cut = packing.micro_batches(mixed, 60, share=True)
     assert sorted(len(group) for group in cut) == [3, 3]
-    assert all(batches.pack(group, share=True).tokens <= 60 for group in cut)
-    assert [row for group in batches.micro_batches(mixed, 60, share=False) for row in group] == mixed
+    assert all(packing.pack(group, share=True).tokens <= 60 for group in cut)
+    assert [row for group in packing.micro_batches(mixed, 60, share=False) for row in group] == mixed

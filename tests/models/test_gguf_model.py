@@ -15,10 +15,10 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2Fo
 
 import tiny
 from sartor.core.errors import ConfigError, ModelError
-from sartor.models import gguf_tokens
+from sartor.models import gguf_writer
 from sartor.models.base import open_base
 from sartor.models.chat import Chat
-from sartor.models.gguf_model import About, write_model_gguf
+from sartor.models.gguf_writer import About, write_model_gguf
 
 SMALL = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -52,7 +52,7 @@ FAMILIES = {
 def written(path: Path, model: Any, kind: str = "f32", tokenizer: Any = None) -> Path:
     chat = Chat(tokenizer or tiny.tokenizer())
     about = About("tiny", "1.0", "MIT", chat.template)
-    return write_model_gguf(model, gguf_tokens.from_chat(chat, model.config.vocab_size), about, path / f"{kind}.gguf", kind)
+    return write_model_gguf(model, gguf_writer.from_chat(chat, model.config.vocab_size), about, path / f"{kind}.gguf", kind)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
@@ -153,10 +153,10 @@ def byte_level(**settings: Any) -> Any:
 
 
 def test_ways_to_cut_text_have_llama_cpp_s_names() -> None:
-    qwen = cutting(pre_tokenizers.Split(Regex(gguf_tokens._QWEN2), "isolated"), byte_level(), normalizer=normalizers.NFC())
+    qwen = cutting(pre_tokenizers.Split(Regex(gguf_writer._QWEN2), "isolated"), byte_level(), normalizer=normalizers.NFC())
     smollm = cutting(pre_tokenizers.Digits(individual_digits=True), byte_level(use_regex=True))
     for tokenizer, name in ((qwen, "qwen2"), (smollm, "smollm")):
-        assert ("tokenizer.ggml.pre", name, gguf.GGUFValueType.STRING) in gguf_tokens.from_chat(Chat(tokenizer), 320).pairs
+        assert ("tokenizer.ggml.pre", name, gguf.GGUFValueType.STRING) in gguf_writer.from_chat(Chat(tokenizer), 320).pairs
 
 
 @pytest.mark.parametrize(
@@ -167,24 +167,24 @@ def test_ways_to_cut_text_have_llama_cpp_s_names() -> None:
         lambda: cutting(pre_tokenizers.Split(Regex(r"\w+"), "isolated"), byte_level()),
         lambda: cutting(byte_level(use_regex=True, add_prefix_space=True)),
         lambda: cutting(byte_level(use_regex=True), normalizer=normalizers.Lowercase()),
-        lambda: cutting(pre_tokenizers.Split(Regex(gguf_tokens._LLAMA3), "isolated"), byte_level()),  # merges what llama.cpp would not
+        lambda: cutting(pre_tokenizers.Split(Regex(gguf_writer._LLAMA3), "isolated"), byte_level()),  # merges what llama.cpp would not
     ],
 )  # fmt: skip
 def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ModelError) as caught:
-        gguf_tokens.from_chat(Chat(tokenizer()), 320)
+        gguf_writer.from_chat(Chat(tokenizer()), 320)
     assert "gpt-2, llama-bpe, qwen2, smollm" in caught.value.problem
 
 
 def test_a_bos_that_prompts_begin_with_is_said(tmp_path: Path) -> None:
     opened = Chat(tiny.tokenizer("{{ bos_token }}" + tiny.CHATML))
-    assert ("tokenizer.ggml.add_bos_token", True, gguf.GGUFValueType.BOOL) in gguf_tokens.from_chat(opened, 320).pairs
+    assert ("tokenizer.ggml.add_bos_token", True, gguf.GGUFValueType.BOOL) in gguf_writer.from_chat(opened, 320).pairs
 
 
 def test_the_tokenizer_of_a_file_is_taken_as_it_is(tmp_path: Path) -> None:
     file = written(tmp_path, FAMILIES["llama"]())
-    taken = gguf_tokens.from_file(file, 320)
-    made = gguf_tokens.from_chat(Chat(tiny.tokenizer()), 320)
+    taken = gguf_writer.from_file(file, 320)
+    made = gguf_writer.from_chat(Chat(tiny.tokenizer()), 320)
     assert json.dumps(sorted(taken.pairs)) == json.dumps(sorted(made.pairs))
     with pytest.raises(ModelError, match="320 tokens"):
-        gguf_tokens.from_file(file, 321)
+        gguf_writer.from_file(file, 321)

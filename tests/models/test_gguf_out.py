@@ -14,7 +14,7 @@ import torch
 
 import tiny
 from sartor.core.errors import ModelError
-from sartor.models.gguf_out import Layout, write_adapter_gguf
+from sartor.models.gguf_writer import Layout, write_adapter_gguf
 
 
 def tuned(path: Path, **settings: Any) -> Any:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sartor.models import head as heads
-from sartor.models.head import mapped_losses
-from sartor.models.linear import MappedLinear
+from sartor.models.losses import fused_decoder as heads
+from sartor.models.losses.fused_decoder import mapped_losses
+from sartor.models.losses.lora_linear import MappedLinear
 
 
 @pytest.mark.parametrize("size", [7, 64, 1000])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sartor.models import memory
+from sartor.models import hardware
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
@@ -28,27 +28,27 @@ def test_a_cgroup_of_version_2_and_the_ones_above_it(tmp_path: Path) -> None:
     group(tmp_path / "a/b", names, "max\n", 5, "inactive_file 0\n")
     group(tmp_path / "a", names, "1000\n", 700, "anon 3\ninactive_file 100\n")
     (tmp_path / "membership").write_text("0::/a/b\n")
-    assert [room.bytes for room in memory._cgroups(tmp_path / "membership", tmp_path)] == [400]
+    assert [room.bytes for room in hardware._cgroups(tmp_path / "membership", tmp_path)] == [400]
 
 
 def test_a_cgroup_of_version_1_and_a_path_that_only_the_host_has(tmp_path: Path) -> None:
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
     group(tmp_path / "memory", names, "2000", 500, "total_inactive_file 50\ninactive_file 7\n")
     (tmp_path / "membership").write_text("4:cpu:/x\n3:memory:/host/only\n")
-    assert [room.bytes for room in memory._cgroups(tmp_path / "membership", tmp_path)] == [1550]
+    assert [room.bytes for room in hardware._cgroups(tmp_path / "membership", tmp_path)] == [1550]
     group(tmp_path / "memory", names, str(2**63 - 4096), 500, "")
-    assert list(memory._cgroups(tmp_path / "membership", tmp_path)) == []
-    assert list(memory._cgroups(tmp_path / "absent", tmp_path)) == []
+    assert list(hardware._cgroups(tmp_path / "membership", tmp_path)) == []
+    assert list(hardware._cgroups(tmp_path / "absent", tmp_path)) == []
 
 
 @linux
 def test_a_limit_of_the_shell_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = memory.available_bytes(CPU)
+    free = hardware.available_bytes(CPU)
     assert free.bytes > 0 and free.bound
-    used = memory._fields(memory.PROC / "status")["VmData"]
+    used = hardware._fields(hardware.PROC / "status")["VmData"]
     limits = {resource.RLIMIT_AS: resource.RLIM_INFINITY, resource.RLIMIT_DATA: used + 1000 * 2**20}
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[kind], limits[kind]))
-    limited = memory.available_bytes(CPU)
+    limited = hardware.available_bytes(CPU)
     assert limited.bytes < 1100 * 2**20 and "ulimit -d" in limited.bound
 
 
@@ -57,17 +57,17 @@ def test_a_peak_is_seen_and_the_older_one_is_not_forgotten() -> None:
     # mapped by itself: what an earlier test freed may still be the process's, and a tensor would take it from there
     with mmap.mmap(-1, 160 * 2**20) as large:
         large.write(b"x" * len(large))
-    whole = memory.peak_bytes(CPU)
-    if not memory.restart_peak(CPU):
+    whole = hardware.peak_bytes(CPU)
+    if not hardware.restart_peak(CPU):
         pytest.skip("this system's /proc/self/clear_refs cannot be written")
-    assert memory.peak_bytes(CPU) >= whole
-    before = memory.resident_bytes(CPU)
+    assert hardware.peak_bytes(CPU) >= whole
+    before = hardware.resident_bytes(CPU)
     with mmap.mmap(-1, 80 * 2**20) as smaller:
         smaller.write(b"x" * len(smaller))
-    assert memory.recent_peak_bytes(CPU) - before > 60 * 2**20
+    assert hardware.recent_peak_bytes(CPU) - before > 60 * 2**20
 
 
 def test_where_the_system_does_not_tell_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "PROC", tmp_path / "absent")
-    assert memory.restart_peak(CPU) is False
-    assert memory.resident_bytes(CPU) == memory.peak_bytes(CPU) > 0
+    monkeypatch.setattr(hardware, "PROC", tmp_path / "absent")
+    assert hardware.restart_peak(CPU) is False
+    assert hardware.resident_bytes(CPU) == hardware.peak_bytes(CPU) > 0

@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 import tiny_native
 from sartor.core.errors import ConfigError, MediaError, ModelError, SourceError
 from sartor.core.records import Message, Part
-from sartor.models import adapters, general, paths
+from sartor.models import adapters
 from sartor.models.base import Base, open_base
-from sartor.models.batches import Encoded
 from sartor.models.engine.local import LocalEngine
 from sartor.models.generate import generate
-from sartor.models.media import blank
-from sartor.models.native import opening, parts
-from sartor.models.path import Wish
+from sartor.models.losses import transformers_backend
+from sartor.models.losses.loss_backend import Wish
+from sartor.models.media_tokens import blank
+from sartor.models.multimodal import native_loading, trainable_parts
+from sartor.models.packing import Encoded
 from sartor.models.sampling import Sampling
 
 CPU = torch.device("cpu")
@@ -35,8 +36,8 @@ CUT = {"qwen2_audio", "gemma3n", "qwen2_5_omni"}
 
 @pytest.fixture(scope="module", params=list(tiny_native.MODELS))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param in opening.PACKAGES:
-        pytest.importorskip(opening.PACKAGES[request.param], reason=f"needs {opening.PACKAGES[request.param]}")
+    if request.param in native_loading.PACKAGES:
+        pytest.importorskip(native_loading.PACKAGES[request.param], reason=f"needs {native_loading.PACKAGES[request.param]}")
     return tiny_native.write(request.param, tmp_path_factory.mktemp("native") / request.param)
 
 
@@ -55,7 +56,7 @@ def tuned(base: Base) -> Iterator[Callable[..., Any]]:
     made: list[Any] = []
 
     def tune(language: Any = "all-linear", projector: str = "full", tower: str = "none", top: int | None = None) -> Any:
-        chosen = parts.choose(base.model, language, top, projector, tower)
+        chosen = trainable_parts.choose(base.model, language, top, projector, tower)
         made.append(adapters.inject_lora(base.model, rank=2, alpha=4, dropout=0, targets=chosen, seed=0))
         return made[0].eval()
 
@@ -113,25 +114,25 @@ def test_the_tokens_of_a_row_are_the_processors_own(base: Base, folder: Path) ->
 
 def test_packs_have_the_losses_of_single_rows_or_rows_are_taken_one_at_a_time(base: Base, folder: Path) -> None:
     encoded = rows(base)
-    path = paths.choose(base.model, encoded, CPU)  # which computes once what rows begin with, a picture too
+    path = transformers_backend.choose(base.model, encoded, CPU)  # which computes once what rows begin with, a picture too
     assert path.name == ("general" if folder.name in PACKED else "one-row"), path.reason
     with torch.no_grad():
-        found, single = path.losses(encoded)[0], general.row_losses(base.model, encoded, CPU)
+        found, single = path.losses(encoded)[0], transformers_backend.row_losses(base.model, encoded, CPU)
     assert (found - single).abs().max() <= 1e-5
 
 
 def test_in_16_bits_the_same_rows_are_packed(folder: Path) -> None:
     base = open_base(str(folder), bits=16, device=CPU)
-    path = paths.choose(base.model, rows(base), CPU)
+    path = transformers_backend.choose(base.model, rows(base), CPU)
     assert path.name == ("general" if folder.name in PACKED else "one-row"), path.reason
 
 
 def test_what_is_seen_reaches_the_losses(base: Base) -> None:
     encoded = rows(base)[:2]
     with torch.no_grad():
-        seen = general.row_losses(base.model, encoded, CPU)
+        seen = transformers_backend.row_losses(base.model, encoded, CPU)
         with blank(base.model):
-            unseen = general.row_losses(base.model, encoded, CPU)
+            unseen = transformers_backend.row_losses(base.model, encoded, CPU)
     assert (seen - unseen).abs().max() > 1e-4
 
 
@@ -140,17 +141,17 @@ def test_an_adapter_is_the_same_when_opened(base: Base, folder: Path, tuned: Cal
     moved(model)
     encoded = rows(base)
     with torch.no_grad():
-        wanted = general.row_losses(model, encoded, CPU)
+        wanted = transformers_backend.row_losses(model, encoded, CPU)
         with model.disable_adapter():
-            before = general.row_losses(model, encoded, CPU)
+            before = transformers_backend.row_losses(model, encoded, CPU)
     adapters.write_adapter(model, tmp_path, "tiny")
     fresh = opened(folder)
     again = adapters.open_adapter(fresh.model, tmp_path)
     with torch.no_grad():
-        found = general.row_losses(again, rows(fresh), CPU)
+        found = transformers_backend.row_losses(again, rows(fresh), CPU)
         with again.disable_adapter():
-            assert torch.equal(general.row_losses(again, rows(fresh), CPU), before)
-        path = paths.choose(again, rows(fresh), CPU, Wish(fast=False))
+            assert torch.equal(transformers_backend.row_losses(again, rows(fresh), CPU), before)
+        path = transformers_backend.choose(again, rows(fresh), CPU, Wish(fast=False))
         with again.disable_adapter():
             assert (path.losses(rows(fresh))[0] - before).abs().max() <= 1e-4
         assert (path.losses(rows(fresh))[0] - wanted).abs().max() <= 1e-4
@@ -172,14 +173,14 @@ def test_a_base_is_as_it_was_when_its_adapter_is_taken_off(base: Base, tuned: Ca
 )
 def test_gradients_reach_what_is_named_and_nothing_else(base: Base, tuned: Callable[..., Any], targets: dict[str, Any]) -> None:
     asked = {"projector": "full", "tower": "none", "top": None, **targets}
-    found = parts.parts_of(base.model)
+    found = trainable_parts.parts_of(base.model)
     if asked["projector"] == "all-linear" and not found.projector_linear:  # Gemma 3's is a bare parameter
         with pytest.raises(ConfigError, match="no linear module"):
             tuned(**targets)
         return
     model = tuned(**targets)
     moved(model)
-    general.row_losses(model, rows(base), CPU).sum().backward()
+    transformers_backend.row_losses(model, rows(base), CPU).sum().backward()
     reached = {name for name, part in model.named_parameters() if part.grad is not None and part.grad.abs().sum() > 0}
     learnt = {name for name, part in model.named_parameters() if part.requires_grad}
     assert reached <= learnt
@@ -252,7 +253,7 @@ def test_an_omni_directory_opens_as_its_thinker(tmp_path: Path) -> None:
     def losses() -> torch.Tensor:
         base = opened(folder)
         with torch.no_grad():
-            return general.row_losses(base.model, [base.chat.encode(row)], CPU)
+            return transformers_backend.row_losses(base.model, [base.chat.encode(row)], CPU)
 
     alone = losses()
     weights = {f"thinker.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -295,14 +296,14 @@ def test_a_voxtral_without_a_template_says_what_writes_it(tmp_path: Path, monkey
     assert "pip install mistral-common" in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", opening.PACKAGES)
+@pytest.mark.parametrize("kind", native_loading.PACKAGES)
 def test_a_package_that_is_missing_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "find_spec", lambda name: None)
+    monkeypatch.setattr(native_loading, "find_spec", lambda name: None)
     (tmp_path / "processor_config.json").write_text("{}")
     config = transformers.AutoConfig.for_model(kind)
-    with pytest.raises(ModelError, match=f"needs {opening.PACKAGES[kind]}") as caught:
-        opening.kind_of(tmp_path, config)
-    assert f"pip install {opening.PACKAGES[kind]}" in str(caught.value)
+    with pytest.raises(ModelError, match=f"needs {native_loading.PACKAGES[kind]}") as caught:
+        native_loading.kind_of(tmp_path, config)
+    assert f"pip install {native_loading.PACKAGES[kind]}" in str(caught.value)
 
 
 def test_a_base_with_an_encoder_is_refused(tmp_path: Path) -> None:

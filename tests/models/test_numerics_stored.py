@@ -11,7 +11,7 @@ from test_forward import fast_path, rows, tuned
 
 from sartor.core.home import folder
 from sartor.core.numerics import NUMERICS
-from sartor.models.shelf import Shelf
+from sartor.models.tensor_files import Shelf
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 

@@ -15,15 +15,16 @@ from safetensors.torch import save_file
 import sartor
 import tiny
 from sartor.core.errors import ConfigError, ExtraError, ModelError
-from sartor.models import adapters, batches, general, paths, quantised
+from sartor.models import adapters, packing, quantization
 from sartor.models.base import Base, open_base
-from sartor.models.path import Wish
+from sartor.models.losses import loss_backend, transformers_backend
+from sartor.models.losses.loss_backend import Wish
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'sartor[quant]'")
 CPU = torch.device("cpu")
 BITS = pytest.mark.parametrize("bits", [4, 8])
 pytestmark = pytest.mark.usefixtures("fp32")
-ROWS = [batches.Encoded(list(range(20 + n, 44 + 2 * n)), [False] * 8 + [True] * (16 + n)) for n in range(4)]
+ROWS = [packing.Encoded(list(range(20 + n, 44 + 2 * n)), [False] * 8 + [True] * (16 + n)) for n in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +45,21 @@ def inject(base: Base) -> Any:
 
 
 def layers(model: Any) -> dict[str, Any]:
-    return {name: part for name, part in model.named_modules() if quantised.is_quantised(part)}
+    return {name: part for name, part in model.named_modules() if quantization.is_quantised(part)}
 
 
-def gradients(model: Any, rows: list[batches.Encoded] = ROWS) -> dict[str, torch.Tensor]:
+def gradients(model: Any, rows: list[packing.Encoded] = ROWS) -> dict[str, torch.Tensor]:
     model.train()
-    paths.General(model, CPU, "").losses(rows)[0].mean().backward()
+    transformers_backend.General(model, CPU, "").losses(rows)[0].mean().backward()
     found = {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
 
 
 @torch.no_grad()
-def evaluate(model: Any, rows: list[batches.Encoded] = ROWS) -> torch.Tensor:
+def evaluate(model: Any, rows: list[packing.Encoded] = ROWS) -> torch.Tensor:
     model.eval()
-    return paths.General(model, CPU, "").losses(rows)[0]
+    return transformers_backend.General(model, CPU, "").losses(rows)[0]
 
 
 # --- opening
@@ -68,7 +69,7 @@ def evaluate(model: Any, rows: list[batches.Encoded] = ROWS) -> torch.Tensor:
 def test_every_linear_layer_is_quantised_but_the_head_and_nothing_else(tiny_base: Path, bits: int) -> None:
     base = opened(tiny_base, bits)
     assert len(layers(base.model)) == 2 * 7
-    assert {quantised.width(part) for part in layers(base.model).values()} == {bits}
+    assert {quantization.width(part) for part in layers(base.model).values()} == {bits}
     assert type(base.model.lm_head) is torch.nn.Linear
     assert base.model.lm_head.weight is base.model.get_input_embeddings().weight
     wanted = tiny.model().to(base.dtype)
@@ -100,7 +101,7 @@ def test_a_device_that_cannot_is_refused(tiny_base: Path) -> None:
 def test_a_16_bit_base_has_no_quantised_layer(tiny_base: Path) -> None:
     base = open_base(str(tiny_base), device=CPU)
     assert layers(base.model) == {}
-    assert quantised.bits_of(base.model) == 0
+    assert quantization.bits_of(base.model) == 0
 
 
 @pytest.mark.services
@@ -139,7 +140,7 @@ def test_an_embedding_of_its_own_is_held_as_it_was_read(tmp_path: Path, bits: in
     assert embedding.weight.dtype == torch.bfloat16
     assert embedding(ids).dtype == base.dtype
     assert torch.equal(embedding(ids), plain.get_input_embeddings()(ids).to(base.dtype))
-    assert general.packs_exactly(inject(base).eval(), ROWS, CPU)[1] < 1e-3
+    assert transformers_backend.packs_exactly(inject(base).eval(), ROWS, CPU)[1] < 1e-3
 
 
 # --- what a layer computes
@@ -152,7 +153,7 @@ def test_a_layer_computes_with_its_dense_weight_in_either_mode(tiny_base: Path, 
     x = torch.randn(5, 64).to(dtype)
     for name, part in layers(base.model).items():
         part.compute_dtype = dtype
-        weight = quantised.dense_weight(part, dtype)
+        weight = quantization.dense_weight(part, dtype)
         assert (weight.shape, weight.dtype) == (plain[f"{name}.weight"].shape, dtype)
         wanted = x[:, : part.in_features] @ weight.T
         for training in (True, False):
@@ -181,7 +182,7 @@ def test_nf4_is_the_table_of_the_paper_times_the_scales(double: bool, shape: tup
             state.state2.code[state.absmax.long()] * state.state2.absmax.repeat_interleave(256)[: len(scales)] + state.offset
         )
     wanted = (state.code[codes[: weight.numel()]] * scales.repeat_interleave(64)[: weight.numel()]).view(shape)
-    assert torch.equal(quantised.dense_weight(linear, torch.float32), wanted)
+    assert torch.equal(quantization.dense_weight(linear, torch.float32), wanted)
     assert (wanted - weight).abs().max() < 0.2 * weight.abs().max()
 
 
@@ -190,7 +191,7 @@ def test_the_gradient_is_that_of_the_same_base_dense(tiny_base: Path, bits: int)
     base = opened(tiny_base, bits)
     dense = tiny.model().requires_grad_(False)
     for name, part in layers(base.model).items():
-        dense.get_submodule(name).weight.data = quantised.dense_weight(part, torch.float32)
+        dense.get_submodule(name).weight.data = quantization.dense_weight(part, torch.float32)
     mine = gradients(inject(base))
     theirs = gradients(adapters.inject_lora(dense, rank=4, alpha=8.0, dropout=0.0, targets="all-linear", seed=0))
     assert set(mine) == set(theirs)
@@ -201,10 +202,10 @@ def test_the_gradient_is_that_of_the_same_base_dense(tiny_base: Path, bits: int)
 @BITS
 def test_rows_pack_exactly(tiny_base: Path, bits: int) -> None:
     model = inject(opened(tiny_base, bits)).eval()
-    is_exact, difference = general.packs_exactly(model, ROWS, CPU)
+    is_exact, difference = transformers_backend.packs_exactly(model, ROWS, CPU)
     assert is_exact, difference
-    assert isinstance(paths.choose(model, ROWS, CPU), paths.FastPath)
-    assert isinstance(paths.choose(model, ROWS, CPU, Wish(fast=False)), paths.General)
+    assert isinstance(transformers_backend.choose(model, ROWS, CPU), loss_backend.FastPath)
+    assert isinstance(transformers_backend.choose(model, ROWS, CPU, Wish(fast=False)), transformers_backend.General)
 
 
 def test_a_token_of_an_int8_layer_does_not_see_its_neighbours(wide_base: Path) -> None:
@@ -263,7 +264,7 @@ def test_the_loss_goes_on_falling_after_an_evaluation(wide_base: Path, as_if_avx
     losses = []
     for step in range(16):
         model.train()
-        loss = paths.General(model, CPU, "").losses(ROWS)[0].mean()
+        loss = transformers_backend.General(model, CPU, "").losses(ROWS)[0].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -277,7 +278,7 @@ def test_the_loss_goes_on_falling_after_an_evaluation(wide_base: Path, as_if_avx
 @BITS
 def test_what_is_evaluated_is_what_is_trained(tiny_base: Path, bits: int) -> None:
     model = inject(opened(tiny_base, bits))
-    trained = paths.General(model.train(), CPU, "").losses(ROWS)[0].detach()
+    trained = transformers_backend.General(model.train(), CPU, "").losses(ROWS)[0].detach()
     assert torch.equal(evaluate(model), trained)
 
 
@@ -333,7 +334,7 @@ def test_a_merge_is_refused_with_where_to_do_it(tiny_base: Path, bits: int) -> N
 def test_what_linear_weights_weigh(tmp_path: Path) -> None:
     tiny.model(hidden_size=256, intermediate_size=1024).save_pretrained(str(tmp_path / "b"))
     tiny.tokenizer().save_pretrained(str(tmp_path / "b"))
-    weights = {bits: quantised.linear_bytes(opened(tmp_path / "b", bits).model) for bits in (4, 8, 16)}
+    weights = {bits: quantization.linear_bytes(opened(tmp_path / "b", bits).model) for bits in (4, 8, 16)}
     count = 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 1024)
     assert weights[16] == 2 * count
     assert count < weights[8] < 1.02 * count
@@ -348,6 +349,6 @@ def test_tune_and_evaluate_end_to_end(tmp_path: Path, tune_recipe: dict[str, Any
     run, said = tuned.as_json(), tuned.adapter.manifest["base"]
     assert run["loss"]["last"] < run["loss"]["first"] - 0.1
     assert run["path"] != "one-row"
-    assert (said["bits"], said["quantisation"]) == (bits, quantised.KINDS[bits])
+    assert (said["bits"], said["quantisation"]) == (bits, quantization.KINDS[bits])
     report = sartor.evaluate(tmp_path / "adapter", out=tmp_path / "report").report.manifest
     assert report["base"]["bits"] == bits  # measured on what was tuned

@@ -15,16 +15,17 @@ import torch
 import transformers
 
 import tiny
-from sartor.models import adapted as adapted_layers
-from sartor.models import adapters, batches, general, kernels, paths, widened
+from sartor.models import adapters, fp32_copy, kernels, packing
+from sartor.models import lora_rounding as adapted_layers
 from sartor.models.base import open_base
-from sartor.models.batches import Encoded
-from sartor.models.composed import compose
+from sartor.models.composed_model import compose
 from sartor.models.engine.blocks import Angles, Blocks
 from sartor.models.engine.factors import Pair
-from sartor.models.forward import Fast
-from sartor.models.kernels.eager import Eager
-from sartor.models.linear import LoraLinear, MappedLinear, Projection
+from sartor.models.kernels.reference import Eager
+from sartor.models.losses import transformers_backend
+from sartor.models.losses.fused_decoder import Fast
+from sartor.models.losses.lora_linear import LoraLinear, MappedLinear, Projection
+from sartor.models.packing import Encoded
 from sartor.tune import recipe
 from seeing import Fake, picture, said
 
@@ -105,7 +106,7 @@ def small_lora(model: Any, dropout: float = 0.0, size: float = 1e-4) -> Any:
 
 
 def layer_and_term(model: Any, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    layer = general.without_peft(model).model.layers[0].mlp.gate_proj
+    layer = transformers_backend.without_peft(model).model.layers[0].mlp.gate_proj
     a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
     return layer, (layer.scaling["default"] * (x.double() @ a.T) @ b.T).detach()
 
@@ -221,18 +222,18 @@ def short_rows(count: int = 24) -> list[Encoded]:
 def test_fast_path_is_taken_where_both_ways_round_alike() -> None:
     model = small_lora(loud_model(), size=0.05).eval()
     rows = short_rows()
-    plain = general.row_losses(model, rows, CPU).detach()
-    with torch.no_grad(), widened.in_fp32(model):
-        right = general.row_losses(model, rows, CPU)
-    assert general._root_mean_square(plain - right) > 0.25
-    assert paths.choose(model, rows, CPU).name == "fast"
+    plain = transformers_backend.row_losses(model, rows, CPU).detach()
+    with torch.no_grad(), fp32_copy.in_fp32(model):
+        right = transformers_backend.row_losses(model, rows, CPU)
+    assert transformers_backend._root_mean_square(plain - right) > 0.25
+    assert transformers_backend.choose(model, rows, CPU).name == "fast"
 
 
 def test_wrong_fast_path_is_refused_and_told_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_lora(loud_model(), size=0.05).eval()
     original = Fast.losses
     monkeypatch.setattr(Fast, "losses", lambda self, batch: original(self, batch) * 1.1)
-    path = paths.choose(model, short_rows(), CPU)
+    path = transformers_backend.choose(model, short_rows(), CPU)
     assert path.name == "general"
     assert "differs from the model's own losses by" in path.reason
     assert "times as long as on the fast path" in path.reason
@@ -240,17 +241,17 @@ def test_wrong_fast_path_is_refused_and_told_what_it_costs(monkeypatch: pytest.M
 
 def test_refusal_without_a_fast_path_says_that_its_cost_is_not_known() -> None:
     model = small_lora(loud_model(), dropout=0.1, size=0.05).eval()
-    assert "cannot be timed here" in paths.choose(model, short_rows(), CPU).reason
+    assert "cannot be timed here" in transformers_backend.choose(model, short_rows(), CPU).reason
 
 
 def test_in_fp32_computes_what_an_fp32_model_computes_and_gives_everything_back() -> None:
     narrow, wide = loud_model(), loud_model().float()
     rows = short_rows(4)
     before = {name: part.clone() for name, part in narrow.named_parameters()}
-    with torch.no_grad(), widened.in_fp32(narrow):
-        got = general.row_losses(narrow, rows, CPU)
+    with torch.no_grad(), fp32_copy.in_fp32(narrow):
+        got = transformers_backend.row_losses(narrow, rows, CPU)
     with torch.no_grad():
-        assert torch.allclose(got, general.row_losses(wide, rows, CPU), atol=1e-5)
+        assert torch.allclose(got, transformers_backend.row_losses(wide, rows, CPU), atol=1e-5)
     after = dict(narrow.named_parameters())
     assert all(after[name].dtype == part.dtype and torch.equal(after[name], part) for name, part in before.items())
     assert all("forward" not in vars(module) for module in narrow.modules())
@@ -263,8 +264,8 @@ def test_in_fp32_gives_back_after_an_error() -> None:
         raise ValueError("in the middle")
 
     model.model.layers[1].input_layernorm.register_forward_hook(fail)
-    with pytest.raises(ValueError, match="in the middle"), torch.no_grad(), widened.in_fp32(model):
-        general.row_losses(model, short_rows(2), CPU)
+    with pytest.raises(ValueError, match="in the middle"), torch.no_grad(), fp32_copy.in_fp32(model):
+        transformers_backend.row_losses(model, short_rows(2), CPU)
     assert {part.dtype for part in model.parameters()} == {torch.bfloat16}
 
 
@@ -280,13 +281,13 @@ def test_bits_32_asks_for_fp32_where_auto_means_bf16(tiny_base: Path, monkeypatc
 def test_bf16_losses_of_both_paths_follow_the_adapter() -> None:
     """An adapter of which every term is below a bf16 step still moves the losses as it does in fp32."""
     model = small_lora(wide_model(), size=2e-4).eval()
-    rows = [batches.Encoded(row.ids, row.learnt) for row in short_rows(64)]
-    fast = Fast(general.without_peft(model), kernels.choose(CPU)[0])
-    with torch.no_grad(), widened.in_fp32(model):
-        right = general.row_losses(model, rows, CPU)
-    with torch.no_grad(), model.disable_adapter(), widened.in_fp32(model):
-        base = general.row_losses(model, rows, CPU)
-    for losses in (lambda: fast.losses(batches.pack(rows, CPU)), lambda: general.row_losses(model, rows, CPU)):
+    rows = [packing.Encoded(row.ids, row.learnt) for row in short_rows(64)]
+    fast = Fast(transformers_backend.without_peft(model), kernels.choose(CPU)[0])
+    with torch.no_grad(), fp32_copy.in_fp32(model):
+        right = transformers_backend.row_losses(model, rows, CPU)
+    with torch.no_grad(), model.disable_adapter(), fp32_copy.in_fp32(model):
+        base = transformers_backend.row_losses(model, rows, CPU)
+    for losses in (lambda: fast.losses(packing.pack(rows, CPU)), lambda: transformers_backend.row_losses(model, rows, CPU)):
         with torch.no_grad():
             got = losses()
         assert effect(got, base, right - base) > 0.5
@@ -314,10 +315,10 @@ def test_composed_base_with_pictures_and_sound_takes_the_fast_path_in_bf16(tmp_p
         for kind in ("image", "audio")
     ]
     features = [part.clone() for part in base.model.get_input_embeddings().parameters()]
-    plain = general.row_losses(model, rows, CPU).detach()
-    right = general._fp32_losses(model, rows, CPU)
-    assert right is not None and general._root_mean_square(plain - right) > 0.25
-    assert paths.choose(model, rows, CPU).name == "fast"
+    plain = transformers_backend.row_losses(model, rows, CPU).detach()
+    right = transformers_backend._fp32_losses(model, rows, CPU)
+    assert right is not None and transformers_backend._root_mean_square(plain - right) > 0.25
+    assert transformers_backend.choose(model, rows, CPU).name == "fast"
     after = base.model.get_input_embeddings().parameters()
     assert all(torch.equal(now, before) for now, before in zip(after, features, strict=True))
 
@@ -330,7 +331,7 @@ def gpt2() -> Any:
 
 def test_conv1d_layers_of_gpt2_keep_the_term_too() -> None:
     model = small_lora(gpt2(), size=1e-5)
-    layer = general.without_peft(model).transformer.h[0].mlp.c_fc
+    layer = transformers_backend.without_peft(model).transformer.h[0].mlp.c_fc
     x = torch.randn(N, 64).bfloat16()
     a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
     term = (layer.scaling["default"] * (x.double() @ a.T) @ b.T).detach()
@@ -346,4 +347,4 @@ def test_fused_experts_are_said_to_round_twice() -> None:
     model = transformers.MixtralForCausalLM(config).bfloat16().requires_grad_(False)
     model = small_lora(model, size=1e-3).eval()
     kept = adapted_layers.rounded_twice(model)
-    assert (f"{kept} adapted layers" in paths.choose(model, short_rows(), CPU).reason) == (kept > 0)
+    assert (f"{kept} adapted layers" in transformers_backend.choose(model, short_rows(), CPU).reason) == (kept > 0)

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sartor.models.streamed import NAMES, write_tensors
+from sartor.models.tensor_files import NAMES, write_tensors
 
 
 def test_every_dtype_and_shape_is_read_as_it_was_written(tmp_path: Path) -> None:

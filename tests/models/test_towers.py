@@ -25,12 +25,11 @@ from sartor.core.errors import MediaError, ModelError
 from sartor.core.home import folder
 from sartor.media import audio as core_sounds
 from sartor.media.audio import read_sound
-from sartor.models import speech_to_text, whisper_files
-from sartor.models.converted import STAMP
-from sartor.models.ctranslate import read_model
-from sartor.models.loading import quiet
-from sartor.models.towers import efficientnet, open_tower, whisper
-from sartor.models.towers.contract import Tower
+from sartor.models import whisper_conversion
+from sartor.models.loading import STAMP, quiet
+from sartor.models.towers import audio_towers, open_tower, vision_towers
+from sartor.models.towers.tower import Tower
+from sartor.models.whisper_conversion import read_model
 from tiny_towers import RATE, SMALL, VISION, cropping, save, tiny_clip, tiny_tokenizer, tiny_whisper
 
 CPU = torch.device("cpu")
@@ -69,7 +68,7 @@ def asset_weights() -> dict[str, Any]:
 
     made = convolution("_conv_stem", 32, 3, 3) | norm("_bn0", 32)
     width, n = 32, 0
-    for count, kernel, _, expansion, out in efficientnet.STAGES:
+    for count, kernel, _, expansion, out in vision_towers.STAGES:
         for _ in range(count):
             block, inner = f"_blocks.{n}", width * expansion
             if expansion > 1:
@@ -83,7 +82,7 @@ def asset_weights() -> dict[str, Any]:
 
 def place_asset(monkeypatch: pytest.MonkeyPatch, path: Path, weights: Any) -> None:
     """An asset of the tower's name whose file holds these weights."""
-    file = path / efficientnet._FILE
+    file = path / vision_towers._FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(weights, bytes):
         file.write_bytes(weights)
@@ -106,7 +105,7 @@ TINY: dict[str, Callable[[Path], Path]] = {
 
 def test_every_kind_of_tower_is_in_the_contracts_tests() -> None:
     assert set(TINY) == set(model_refs.MODEL_TYPES)
-    assert set(model_refs.ASSETS) == {efficientnet.NAME, whisper_files.NAME}
+    assert set(model_refs.ASSETS) == {vision_towers.NAME, whisper_conversion.NAME}
     assert all(assets.entry(name) for name in model_refs.ASSETS)
 
 
@@ -123,11 +122,11 @@ def recording(samples: int, rate: int = RATE, seed: int = 0) -> bytes:
     return out.getvalue()
 
 
-@pytest.fixture(params=[*TINY, efficientnet.NAME])
+@pytest.fixture(params=[*TINY, vision_towers.NAME])
 def tower(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tower:
-    if request.param == efficientnet.NAME:
+    if request.param == vision_towers.NAME:
         place_asset(monkeypatch, tmp_path / "asset", asset_weights())
-        return open_tower(efficientnet.NAME, "image", CPU)
+        return open_tower(vision_towers.NAME, "image", CPU)
     kind = model_refs.MODEL_TYPES[request.param]
     return open_tower(str(TINY[request.param](tmp_path / "tower")), kind, CPU)
 
@@ -136,22 +135,22 @@ def test_the_contract(tower: Tower) -> None:
     media = [recording(12_345, seed=n) if tower.modality == "audio" else picture(seed=n) for n in (0, 1)]
     first, second = (tower.features(content) for content in media)
     assert first.dtype == torch.float16 and first.device == CPU and first.is_contiguous()
-    assert first.shape == ((39 if tower.modality == "audio" else 49 if tower.name == efficientnet.NAME else 16), tower.width)
+    assert first.shape == ((39 if tower.modality == "audio" else 49 if tower.name == vision_towers.NAME else 16), tower.width)
     assert torch.isfinite(first).all() and first.float().std() > 0
     assert not torch.equal(first, second)
     assert torch.equal(tower.features(media[0]), first)
     assert (tower.stack, len(tower.digest)) == (
-        8 if tower.modality == "audio" else 7 if tower.name == efficientnet.NAME else 1,
+        8 if tower.modality == "audio" else 7 if tower.name == vision_towers.NAME else 1,
         64,
     )
-    assert tower.licence == ("Apache-2.0" if tower.name == efficientnet.NAME else "MIT")
+    assert tower.licence == ("Apache-2.0" if tower.name == vision_towers.NAME else "MIT")
     wrong = b"neither picture nor recording"
     with pytest.raises(MediaError) as found:
         tower.features(wrong)
     assert found.value.reason == ("unreadable_audio" if tower.modality == "audio" else "unreadable_image")
 
 
-SEEING = [efficientnet.NAME, *(kind for kind, modality in model_refs.MODEL_TYPES.items() if modality == "image")]
+SEEING = [vision_towers.NAME, *(kind for kind, modality in model_refs.MODEL_TYPES.items() if modality == "image")]
 
 
 @pytest.mark.parametrize("tower", SEEING, indirect=True)
@@ -235,7 +234,7 @@ def reference(weights: dict[str, Any], pixels: Any) -> Any:
         return f.conv2d(x, weight, stride=stride, groups=x.shape[1] if weight.shape[1] == 1 else 1)
 
     x, n = f.relu6(normed(convolved(pixels, "_conv_stem", 2), "_bn0")), 0
-    for count, _, stride, expansion, _ in efficientnet.STAGES:
+    for count, _, stride, expansion, _ in vision_towers.STAGES:
         for place in range(count):
             block, came = f"_blocks.{n}", x
             if expansion > 1:
@@ -248,8 +247,8 @@ def reference(weights: dict[str, Any], pixels: Any) -> Any:
 
 def test_folding_the_norms_changes_no_feature() -> None:
     weights, pixels = asset_weights(), torch.randn(1, 3, 224, 224)
-    model = efficientnet.EfficientNetLite0().eval()
-    model.load_state_dict(efficientnet.folded(weights))
+    model = vision_towers.EfficientNetLite0().eval()
+    model.load_state_dict(vision_towers.folded(weights))
     with torch.inference_mode():
         wanted, grid = reference(weights, pixels), model(pixels)
         assert grid.shape == (1, 1280, 7, 7) and wanted.std() > 0.1
@@ -269,7 +268,7 @@ def test_a_pickle_that_is_not_the_weights_is_refused_and_nothing_is_left(
     monkeypatch.chdir(tmp_path)
     place_asset(monkeypatch, tmp_path / "asset", weights)
     with pytest.raises(ModelError, match="does not hold EfficientNet-Lite0"):
-        open_tower(efficientnet.NAME, "image", CPU)
+        open_tower(vision_towers.NAME, "image", CPU)
     assert not Path("was-run").exists()
     assert [path.name for path in folder("towers").iterdir() if not path.name.endswith(".wait")] == []
 
@@ -277,15 +276,15 @@ def test_a_pickle_that_is_not_the_weights_is_refused_and_nothing_is_left(
 def test_a_converted_tower_is_kept_and_made_again_when_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place_asset(monkeypatch, tmp_path / "asset", asset_weights())
     said: list[str] = []
-    first = open_tower(efficientnet.NAME, "image", CPU, notice=said.append).features(picture())
-    path = model_refs.locate_tower(efficientnet.NAME).path
-    assert json.loads((path / STAMP).read_text())["digest"] == model_refs.locate_tower(efficientnet.NAME).digest
-    open_tower(efficientnet.NAME, "image", CPU, notice=said.append)
+    first = open_tower(vision_towers.NAME, "image", CPU, notice=said.append).features(picture())
+    path = model_refs.locate_tower(vision_towers.NAME).path
+    assert json.loads((path / STAMP).read_text())["digest"] == model_refs.locate_tower(vision_towers.NAME).digest
+    open_tower(vision_towers.NAME, "image", CPU, notice=said.append)
     assert len(said) == 1
     content = bytearray((path / "model.safetensors").read_bytes())
     content[-5] ^= 1
     (path / "model.safetensors").write_bytes(content)
-    assert torch.equal(open_tower(efficientnet.NAME, "image", CPU, notice=said.append).features(picture()), first)
+    assert torch.equal(open_tower(vision_towers.NAME, "image", CPU, notice=said.append).features(picture()), first)
     assert len(said) == 2
 
 
@@ -293,16 +292,18 @@ def test_a_converted_tower_is_kept_and_made_again_when_damaged(tmp_path: Path, m
 
 
 @pytest.fixture
-def hearing(tmp_path: Path) -> whisper.WhisperTower:
+def hearing(tmp_path: Path) -> audio_towers.WhisperTower:
     return open_tower(str(tiny_whisper(tmp_path / "whisper")), "audio", CPU)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("samples", [1, 319, 320, 321, 31_999, 32_000, 32_001, 80_000, 96_000])
-def test_there_is_one_feature_for_320_samples_however_long_the_recording(samples: int, hearing: whisper.WhisperTower) -> None:
+def test_there_is_one_feature_for_320_samples_however_long_the_recording(
+    samples: int, hearing: audio_towers.WhisperTower
+) -> None:
     assert hearing.features(recording(samples)).shape == (math.ceil(samples / 320), 32)
 
 
-def test_the_features_are_the_encoders_own_a_window_at_a_time(hearing: whisper.WhisperTower, tmp_path: Path) -> None:
+def test_the_features_are_the_encoders_own_a_window_at_a_time(hearing: audio_towers.WhisperTower, tmp_path: Path) -> None:
     model = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "whisper").eval()
     prepare = transformers.WhisperFeatureExtractor.from_pretrained(tmp_path / "whisper")
     sound = np.random.default_rng(0).normal(0, 0.1, 50_000).astype(np.float32)
@@ -316,7 +317,7 @@ def test_the_features_are_the_encoders_own_a_window_at_a_time(hearing: whisper.W
 
 @pytest.mark.parametrize(("rate", "channels", "seconds"), [(44_100, 2, 95.0), (8000, 1, 4.3)])
 def test_of_a_long_recording_every_window_is_there_and_in_order(
-    rate: int, channels: int, seconds: float, hearing: whisper.WhisperTower
+    rate: int, channels: int, seconds: float, hearing: audio_towers.WhisperTower
 ) -> None:
     noise = np.random.default_rng(0).normal(0, 0.1, (int(rate * seconds), channels))
     out = io.BytesIO()
@@ -329,12 +330,12 @@ def test_of_a_long_recording_every_window_is_there_and_in_order(
         torch.testing.assert_close(found[window * (size // 320) :][: len(alone)], alone)
 
 
-def test_a_recording_of_another_rate_is_heard_as_at_the_models(hearing: whisper.WhisperTower) -> None:
+def test_a_recording_of_another_rate_is_heard_as_at_the_models(hearing: audio_towers.WhisperTower) -> None:
     assert hearing.features(recording(8000, rate=8000)).shape[0] == 50
 
 
 def test_texts_of_windows_are_joined_and_of_nothing_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    speech = speech_to_text.open_speech_to_text(str(tiny_whisper(tmp_path / "whisper")), CPU)
+    speech = audio_towers.open_speech_to_text(str(tiny_whisper(tmp_path / "whisper")), CPU)
     sounds = [
         np.random.default_rng(n).normal(0, 0.1, size).astype(np.float32) for n, size in enumerate((9_000, 70_000, 0, 32_000))
     ]
@@ -346,7 +347,7 @@ def test_texts_of_windows_are_joined_and_of_nothing_nothing_is_said(tmp_path: Pa
         return [f" {len(piece)}" for piece in pieces]
 
     monkeypatch.setattr(speech, "_said", said)
-    monkeypatch.setattr(speech_to_text, "BATCH", 2)
+    monkeypatch.setattr(audio_towers, "BATCH", 2)
     assert speech.transcribe(sounds) == ["9000", "32000 32000 6000", "", "32000"]
     assert asked == [2, 2, 1]
 
@@ -357,7 +358,7 @@ def test_a_tokenizer_is_needed_to_transcribe_and_not_to_hear(tmp_path: Path) -> 
         file.unlink()
     open_tower(str(path), "audio", CPU)
     with pytest.raises(ModelError, match="no usable tokenizer"):
-        speech_to_text.open_speech_to_text(str(path), CPU)
+        audio_towers.open_speech_to_text(str(path), CPU)
 
 
 # --- CTranslate2's file
@@ -427,7 +428,7 @@ def test_a_whisper_that_ctranslate2_has_converted_comes_back_bit_by_bit(tmp_path
         converter = converters.TransformersConverter(str(path), copy_files=["tokenizer.json"], load_as_float16=True)
         converter.convert(str(there), quantization="float16")
     back.mkdir()
-    whisper_files.write_directory(there, back)
+    whisper_conversion.write_directory(there, back)
     found = transformers.WhisperForConditionalGeneration.from_pretrained(back, dtype=torch.float16)
     wanted, got = model.state_dict(), found.state_dict()
     assert set(wanted) == set(got) and all(torch.equal(wanted[name], got[name]) for name in wanted)
@@ -446,12 +447,12 @@ def test_a_whisper_that_ctranslate2_has_converted_comes_back_bit_by_bit(tmp_path
 def test_what_is_no_whisper_of_ctranslate2_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(written(VARIABLES, {}))
     with pytest.raises(ModelError, match="is a TestSpec, not a Whisper"):
-        whisper_files.write_directory(tmp_path, tmp_path / "out")
+        whisper_conversion.write_directory(tmp_path, tmp_path / "out")
     (tmp_path / "model.bin").write_bytes(written(VARIABLES, {}).replace(b"\x09\0TestSpec", b"\x0c\0WhisperSpec"))
     (tmp_path / "config.json").write_text("{}")
     tiny_tokenizer().save_pretrained(str(tmp_path))
     with pytest.raises(ModelError, match="holds no whole Whisper"):
-        whisper_files.write_directory(tmp_path, tmp_path / "out")
+        whisper_conversion.write_directory(tmp_path, tmp_path / "out")
 
 
 # --- the assets themselves
@@ -498,10 +499,10 @@ def middle(image: Any, side: int, ground: Any) -> Any:
 
 @pytest.mark.circle
 def test_efficientnet_names_what_known_pictures_show_and_best_when_it_sees_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    asset(efficientnet.NAME)
+    asset(vision_towers.NAME)
     stamps = asset("stamps") / "usr/share/tuxpaint/stamps"
-    tower = open_tower(efficientnet.NAME, "image", CPU)
-    assert isinstance(tower, efficientnet.EfficientNetTower)
+    tower = open_tower(vision_towers.NAME, "image", CPU)
+    assert isinstance(tower, vision_towers.EfficientNetTower)
 
     @torch.inference_mode()
     def missed() -> set[str]:
@@ -511,15 +512,15 @@ def test_efficientnet_names_what_known_pictures_show_and_best_when_it_sees_them_
     assert missed() <= NEAR
     assert tower.features((stamps / "animals/mammals/elephant.png").read_bytes()).shape == (49, 1280)
     for way in (stretched, middle):  # docs/decisions/011-towers.md
-        monkeypatch.setattr(efficientnet, "squared", way)
+        monkeypatch.setattr(vision_towers, "squared", way)
         assert len(missed()) > len(NEAR)
 
 
 @pytest.mark.circle
 def test_the_converted_whisper_writes_known_clips_down_word_for_word() -> None:
-    asset(whisper_files.NAME)
+    asset(whisper_conversion.NAME)
     clips = asset("prompts-en") / "usr/share/asterisk/sounds/en_US_f_Allison"
-    speech = speech_to_text.open_speech_to_text(whisper_files.NAME, CPU)
+    speech = audio_towers.open_speech_to_text(whisper_conversion.NAME, CPU)
     wanted = {
         "agent-alreadyon": "That agent is already logged on. Please enter your agent number followed by the pound key.",
         "agent-incorrect": "Login incorrect. Please enter your agent number followed by the pound key.",
@@ -527,6 +528,6 @@ def test_the_converted_whisper_writes_known_clips_down_word_for_word() -> None:
     }
     sounds = [core_sounds.read_sound(clips / f"{name}.wav", speech.rate) for name in wanted]
     assert speech.transcribe(sounds) == list(wanted.values())
-    tower = open_tower(whisper_files.NAME, "audio", CPU)
+    tower = open_tower(whisper_conversion.NAME, "audio", CPU)
     content = (clips / "agent-alreadyon.wav").read_bytes()
     assert tower.features(content).shape == (math.ceil(len(sounds[0]) / 320), 384)

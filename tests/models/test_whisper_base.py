@@ -16,10 +16,11 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, MediaError, SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.evaluate.tasks import open_tuned
-from sartor.models import adapters, general, paths
+from sartor.models import adapters
 from sartor.models.base import Base, open_base
 from sartor.models.generate import generate
-from sartor.models.native import parts, whisper
+from sartor.models.losses import transformers_backend
+from sartor.models.multimodal import trainable_parts, whisper_base
 from sartor.models.sampling import Sampling
 from tiny_towers import tiny_whisper
 
@@ -76,7 +77,7 @@ def test_losses_are_those_of_transformers(base: Base, folder: Path) -> None:
     ids = torch.tensor([[base.media.placeholders["audio"], *row.ids[1:]]])  # type: ignore[union-attr]
     logits = model(input_features=features, decoder_input_ids=ids).logits[0, 1:-1]
     wanted = torch.nn.functional.cross_entropy(logits, ids[0, 2:], reduction="none")
-    path = paths.choose(base.model, [row], CPU)
+    path = transformers_backend.choose(base.model, [row], CPU)
     assert path.name == "one-row"
     torch.testing.assert_close(path.losses([row])[0], wanted.detach(), rtol=1e-5, atol=1e-5)
 
@@ -103,14 +104,14 @@ def test_a_reply_ends_where_the_decoder_does(base: Base) -> None:
 @pytest.mark.parametrize("tower", ["none", "all-linear"])
 def test_lora_lowers_the_loss_and_is_opened_as_it_was_written(base: Base, folder: Path, tower: str, tmp_path: Path) -> None:
     row = base.chat.encode(tiny_native.row(SOUND, reply="a light"))
-    chosen = parts.choose(base.model, "all-linear", None, "none", tower)
+    chosen = trainable_parts.choose(base.model, "all-linear", None, "none", tower)
     assert any("encoder_attn" in name for name in chosen.linear)
     assert any(name.startswith("model.encoder.") for name in chosen.linear) == (tower == "all-linear")
     model = adapters.inject_lora(base.model, rank=4, alpha=8, dropout=0, targets=chosen, seed=0)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], 1e-2)
     losses = []
     for _ in range(8):
-        loss = general.row_losses(model, [row], CPU).mean()
+        loss = transformers_backend.row_losses(model, [row], CPU).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -121,7 +122,9 @@ def test_lora_lowers_the_loss_and_is_opened_as_it_was_written(base: Base, folder
     other.chat.encode(tiny_native.row(SOUND, reply="a"))  # it hears what it is told of
     opened = adapters.open_adapter(other.model, tmp_path)
     with torch.no_grad():
-        assert torch.equal(general.row_losses(opened, [row], CPU), general.row_losses(model.eval(), [row], CPU))
+        assert torch.equal(
+            transformers_backend.row_losses(opened, [row], CPU), transformers_backend.row_losses(model.eval(), [row], CPU)
+        )
 
 
 def test_what_does_not_fit_is_refused(base: Base) -> None:
@@ -154,7 +157,7 @@ def test_what_does_not_fit_is_refused(base: Base) -> None:
     ],
 )
 def test_the_language_is_that_of_the_generation_config(said: dict[str, Any], task: str) -> None:
-    assert task in whisper.template(transformers.GenerationConfig(**said))
+    assert task in whisper_base.template(transformers.GenerationConfig(**said))
 
 
 @pytest.fixture

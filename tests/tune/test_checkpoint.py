@@ -25,7 +25,7 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, StoppedError
 from sartor.core.filesystem import file_digest
 from sartor.core.processes import Signals
-from sartor.models import streamed
+from sartor.models import tensor_files
 from sartor.tune import checkpoint, optimizers, order, resume
 from sartor.tune.checkpoint import folder_of, newest, open_checkpoint
 from sartor.tune.resume import changed, differences
@@ -376,7 +376,7 @@ def test_a_loss_that_is_not_finite_or_explodes_stops_and_leaves_the_state_before
 def full(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """The disk is full from the `at`-th save on."""
     count = 0
-    write = streamed.write_tensors
+    write = tensor_files.write_tensors
 
     def fails(tensors: Any, path: Path) -> None:
         nonlocal count

@@ -16,8 +16,9 @@ import sartor
 from conftest import ROWS, write_jsonl
 from sartor.core.errors import BudgetError, ConfigError, SourceError
 from sartor.core.filesystem import file_digest
-from sartor.models import memory, paths
-from sartor.models.batches import Encoded
+from sartor.models import hardware
+from sartor.models.losses import transformers_backend
+from sartor.models.packing import Encoded
 from sartor.tune import forecast, refusals
 from sartor.tune.forecast import Interval, MemoryModel, Shape
 from sartor.tune.plan import device_named, hourly
@@ -44,7 +45,7 @@ def memory_of(limit_bytes: float, **changes: Any) -> MemoryModel:
 
 
 def with_room(monkeypatch: pytest.MonkeyPatch, room_bytes: int) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda device=None: memory.Room(room_bytes, "a test's limit"))
+    monkeypatch.setattr(hardware, "available_bytes", lambda device=None: hardware.Room(room_bytes, "a test's limit"))
 
 
 # the verb
@@ -326,7 +327,7 @@ def test_a_probe_puts_gradients_random_numbers_and_mode_back() -> None:
     model = adapters.inject_lora(tiny.model(), rank=4, alpha=8, dropout=0.3, targets="all-linear", seed=0).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.random.get_rng_state()
-    probe = Probe(paths.choose(model, rows, torch.device("cpu")), model, torch.device("cpu"))
+    probe = Probe(transformers_backend.choose(model, rows, torch.device("cpu")), model, torch.device("cpu"))
     probe.run(rows, warm_up=True)
     probe.run(rows)
     probe.optimizer_seconds()

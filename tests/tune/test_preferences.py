@@ -19,8 +19,8 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.filesystem import file_digest
 from sartor.core.records import Example, Message
-from sartor.models.batches import Encoded
 from sartor.models.chat import Chat
+from sartor.models.packing import Encoded
 from sartor.tune import lessons, order, tokenised
 from sartor.tune.forecast import TimeModel
 from sartor.tune.order import Beside

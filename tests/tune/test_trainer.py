@@ -15,8 +15,8 @@ from conftest import ROWS, write_jsonl
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
 from sartor.core.filesystem import file_digest
-from sartor.models import general
-from sartor.models.frozen import Frozen
+from sartor.models.losses import transformers_backend
+from sartor.models.losses.loss_backend import Frozen
 from sartor.tune import objectives, optimizers, order
 from sartor.tune.recipe import Optimizer
 from sartor.tune.run import Counters, learning_rate
@@ -130,7 +130,7 @@ def test_a_model_that_cannot_pack_takes_the_plain_path_to_the_same_adapter(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = tune(tune_recipe, tmp_path / "a")
-    monkeypatch.setattr(general, "agrees", lambda *args: (False, float("inf")))
+    monkeypatch.setattr(transformers_backend, "agrees", lambda *args: (False, float("inf")))
     plain = tune(tune_recipe, tmp_path / "b")
     assert (packed["packed"], plain["packed"]) == (True, False)
     assert packed["loss"]["last"] == pytest.approx(plain["loss"]["last"], abs=1e-4)

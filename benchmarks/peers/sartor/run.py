@@ -18,10 +18,11 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     """Every update of the job, and then what its matrix products alone would take."""
     import torch
 
-    from sartor.models import adapters, batches, general, paths
+    from sartor.models import adapters, packing
     from sartor.models.base import open_base
-    from sartor.models.forward import Fast
-    from sartor.models.kernels.eager import Eager
+    from sartor.models.kernels.reference import Eager
+    from sartor.models.losses import loss_backend, transformers_backend
+    from sartor.models.losses.fused_decoder import Fast
     from sartor.tune import objectives
 
     bits = {"bfloat16": 16, "float32": 32}.get(job.dtype, "auto")
@@ -29,7 +30,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     model = adapters.inject_lora(
         base.model, rank=job.rank, alpha=job.alpha, dropout=0.0, targets=list(protocol.TARGETS), seed=0
     )
-    updates = [[batches.Encoded(row.ids, row.learnt) for row in rows] for rows in job.updates]
+    updates = [[packing.Encoded(row.ids, row.learnt) for row in rows] for rows in job.updates]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0, fused=True)
     model.eval()
@@ -38,7 +39,9 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     if job.rounds_first:
         round_first()
     # shared prefixes are measured apart (savings.py): here every side computes every token of every row
-    path = paths.choose(model, [row for rows in updates for row in rows], base.device, paths.Wish(share=False))
+    path = transformers_backend.choose(
+        model, [row for rows in updates for row in rows], base.device, loss_backend.Wish(share=False)
+    )
     model.train()
     watch.start()
     for rows in updates:
@@ -58,18 +61,18 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     said |= {"trained": adapters.trainable(model)[0], "peak_rss_bytes": protocol.peak_rss_bytes()}
     said |= _roofline(job, watch, model)
     examples = [row for rows in updates for row in rows]
-    by_default = paths.choose(model.eval(), examples, base.device).losses
-    by_torch = Fast(general.without_peft(model), Eager())
+    by_default = transformers_backend.choose(model.eval(), examples, base.device).losses
+    by_torch = Fast(transformers_backend.without_peft(model), Eager())
     return said | {
         # as `tune` does it by default: what rows begin with alike is computed once
         "shared_tokens_per_s": _rate(lambda rows: by_default(rows)[0], updates, optimizer),
-        "no_compiler_tokens_per_s": _rate(lambda rows: by_torch.losses(batches.pack(rows)), updates, optimizer),
+        "no_compiler_tokens_per_s": _rate(lambda rows: by_torch.losses(packing.pack(rows)), updates, optimizer),
     }
 
 
 def round_first() -> None:
     """Compute as numerics 1 did: the frozen product is rounded, and the low-rank terms are added to what was rounded."""
-    from sartor.models.linear import Projection
+    from sartor.models.losses.lora_linear import Projection
 
     def forward(self: Any, x: Any, onto: Any = None, kept: Any = None) -> Any:
         y, low_rank, rank = self._frozen(x, onto), x @ self._stacked().T, 0
@@ -91,13 +94,13 @@ def _held_out(job: protocol.Job, path: Any, model: Any) -> float:
     """Write the adapter where the job wants it, and return the mean loss of the held-out rows in nats a token."""
     import torch
 
-    from sartor.models import adapters, batches
+    from sartor.models import adapters, packing
 
     if job.adapter:
         adapters.write_adapter(model, Path(job.adapter), "starter")
     model.eval()
     with torch.no_grad():
-        losses, weights = path.losses([batches.Encoded(row.ids, row.learnt) for row in job.held_out])
+        losses, weights = path.losses([packing.Encoded(row.ids, row.learnt) for row in job.held_out])
     return float((losses * weights).sum() / weights.sum())
 
 

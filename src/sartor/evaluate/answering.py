@@ -14,16 +14,16 @@ from sartor.core.records import Example
 from sartor.evaluate.held_out import HeldOut
 from sartor.evaluate.labels import label_of, span_of
 from sartor.evaluate.measures import Side
-from sartor.models import batches
+from sartor.models import packing
 from sartor.models.base import Base
-from sartor.models.batches import Encoded
 from sartor.models.chat import Chat
+from sartor.models.content_shielding import reply_text
 from sartor.models.generate import Generation, generate
-from sartor.models.media import blank
-from sartor.models.native.media import is_native
-from sartor.models.path import Wish
+from sartor.models.losses.loss_backend import Wish
+from sartor.models.media_tokens import blank
+from sartor.models.multimodal.native_media import is_native
+from sartor.models.packing import Encoded
 from sartor.models.sampling import Sampling
-from sartor.models.shielding import reply_text
 
 # A reply may be this much longer than the longest reference before it is cut (and then it is wrong anyway)
 SPARE_TOKENS = 8
@@ -75,7 +75,7 @@ def losses(
     # the fast path would always see the adapter, and `side` switches it off
     path = base.path(model, encoded, Wish(fast=False, share=share))
     means: list[float] = []
-    for group in batches.fill([len(row.ids) for row in encoded], max(pack_tokens, *(len(row.ids) for row in encoded))):
+    for group in packing.fill([len(row.ids) for row in encoded], max(pack_tokens, *(len(row.ids) for row in encoded))):
         chosen = [encoded[index] for index in group]
         found, _ = path.losses(chosen)
         for part in found.split([row.supervised_tokens for row in chosen]):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sartor.core.records import Example, Part
 from sartor.media import audio, images
-from sartor.models.media import content_of
+from sartor.models.media_tokens import content_of
 
 GREY = 127
 RATE = 16_000

@@ -11,7 +11,7 @@ from sartor.core.records import Part
 from sartor.evaluate.ablation import media_of
 from sartor.evaluate.held_out import HeldOut
 from sartor.media.images import open_image
-from sartor.models.media import content_of
+from sartor.models.media_tokens import content_of
 
 PIXELS = 96
 

@@ -34,9 +34,9 @@ from sartor.evaluate.held_out import HeldOut, fitting, held_out
 from sartor.evaluate.labels import is_json
 from sartor.evaluate.measures import NAMES, Measures, Side
 from sartor.evaluate.pictures import thumbnails
-from sartor.models import adapters, composed
+from sartor.models import adapters, composed_model
 from sartor.models.base import Base, open_base
-from sartor.models.shielding import reply_text
+from sartor.models.content_shielding import reply_text
 
 Notice = Callable[[str], object]
 # Up to this median length of the references an exact match is the natural metric, above it the overlap of words
@@ -187,9 +187,9 @@ def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name:
     bits = said["bits"] if said.get("quantisation", "none") != "none" else "auto"
     base = open_base(base_name or said["name"], licence=said["licence"], bits=bits, notice=notice)
     check_base(adapter, base.ref.digest, base.chat.template_digest, base.ref.name)
-    if towers := composed.read_towers(adapter.path):
+    if towers := composed_model.read_towers(adapter.path):
         names = {kind: tower.name for kind, tower in towers.items()}
-        base = composed.compose(base, composed.open_towers(names, base.device, notice))
+        base = composed_model.compose(base, composed_model.open_towers(names, base.device, notice))
     return base, adapters.open_adapter(base.model, adapter.path)
 
 

@@ -17,9 +17,9 @@ from sartor.core.model_refs import STARTER, source_gguf
 from sartor.export import companions, measure, runtimes
 from sartor.export.measure import Figures
 from sartor.export.reference import Trace
-from sartor.models import adapters, composed, gguf_model, gguf_tokens
+from sartor.models import adapters, composed_model, gguf_writer
 from sartor.models.base import Base
-from sartor.models.gguf_out import write_adapter_gguf
+from sartor.models.gguf_writer import write_adapter_gguf
 from sartor.models.loading import quiet
 
 _WIDTHS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -54,8 +54,8 @@ class Made:
 
 def write_peft(work: Work, part: Path) -> Made:
     """The PEFT directory as peft, vLLM and SGLang load it, with tokenizer and chat template."""
-    reads = composed.read_towers(work.release.path)
-    for file in (adapters.CONFIG, adapters.WEIGHTS, *([composed.FILE] if reads else [])):
+    reads = composed_model.read_towers(work.release.path)
+    for file in (adapters.CONFIG, adapters.WEIGHTS, *([composed_model.FILE] if reads else [])):
         shutil.copyfile(work.release.path / file, part / file)
     companions.write_tokenizer(work.base, part)
     chat, device = work.base.chat, work.base.device
@@ -92,7 +92,7 @@ def write_gguf(work: Work, part: Path) -> Made:
     """The adapter as GGUF, and the merged model as one GGUF file a type; llama.cpp is asked of each."""
     base, manifest = work.base, work.release.manifest
     template = base.chat.template
-    about = gguf_model.About(
+    about = gguf_writer.About(
         manifest["name"],
         manifest["version"],
         work.release.licence,
@@ -109,7 +109,7 @@ def write_gguf(work: Work, part: Path) -> Made:
     companions.write_template(base, part)
     model = adapters.merge(work.model) if work.types else None
     for kind in work.types:
-        file = gguf_model.write_model_gguf(model, vocabulary, about, part / f"{work.name}-{kind}.gguf", kind)
+        file = gguf_writer.write_model_gguf(model, vocabulary, about, part / f"{work.name}-{kind}.gguf", kind)
         if work.measured:
             work.notice(f"asking llama.cpp of {file.name}")
             figures[file.name] = runtimes.ask_llama_cpp(file, kind, work.traces, template)
@@ -119,25 +119,25 @@ def write_gguf(work: Work, part: Path) -> Made:
     return Made(figures, use)
 
 
-def _vocabulary(base: Base, rows: int) -> gguf_tokens.Vocabulary:
+def _vocabulary(base: Base, rows: int) -> gguf_writer.Vocabulary:
     """The tokenizer of the file that the base came from; where it came from none, written from the tokenizer in memory."""
     if file := _own_file(base):
-        return gguf_tokens.from_file(file, rows)
-    return gguf_tokens.from_chat(base.chat, rows)
+        return gguf_writer.from_file(file, rows)
+    return gguf_writer.from_chat(base.chat, rows)
 
 
 def _own_file(base: Base) -> Path | None:
     return source_gguf(base.ref) if base.ref.gguf or base.ref.name == STARTER else None
 
 
-def _ask_of_adapter(work: Work, adapter: Path, vocabulary: gguf_tokens.Vocabulary, about: gguf_model.About) -> Figures:
+def _ask_of_adapter(work: Work, adapter: Path, vocabulary: gguf_writer.Vocabulary, about: gguf_writer.About) -> Figures:
     """llama.cpp with the adapter on the base's own GGUF file; where it has none, on the base written in F16 for this alone."""
     work.notice(f"asking llama.cpp of {adapter.name}")
     if file := _own_file(work.base):
         return runtimes.ask_llama_cpp(file, "adapter on the base's own file", work.traces, about.template, adapter)
     bare = adapters.undo(work.model)
     with tempfile.TemporaryDirectory(dir=adapter.parent, prefix=".base-") as folder:
-        file = gguf_model.write_model_gguf(bare, vocabulary, about, Path(folder) / "base.gguf")
+        file = gguf_writer.write_model_gguf(bare, vocabulary, about, Path(folder) / "base.gguf")
         figures = runtimes.ask_llama_cpp(file, "adapter", work.traces, about.template, adapter)
     work.model = adapters.open_adapter(bare, work.release.path)
     return figures

@@ -20,9 +20,9 @@ from sartor.export import companions, forms, prompts, reference, runtimes
 from sartor.export.forms import Made, Work
 from sartor.export.measure import LIKELIEST, Figures
 from sartor.export.reference import Trace
-from sartor.models import adapters, composed, memory
+from sartor.models import adapters, composed_model, hardware
 from sartor.models.base import Base, machine, open_base
-from sartor.models.gguf_model import TYPES
+from sartor.models.gguf_writer import TYPES
 
 Form = Literal["peft", "merged", "gguf"]
 NO_MERGED = "none"
@@ -136,7 +136,7 @@ def _check(to: str, options: Options) -> None:
 
 def _check_media(release: Artifact, to: str) -> bool:
     """Whether the Release reads media. Raises ModelError for a form that has no place for their projectors."""
-    reads = composed.read_towers(release.path)
+    reads = composed_model.read_towers(release.path)
     if reads and to != "peft":
         name, kinds = release.manifest["name"], " and ".join(reads)
         where = "llama.cpp has" if to == "gguf" else "transformers' layout of a text model has"
@@ -149,8 +149,8 @@ def _check_media(release: Artifact, to: str) -> bool:
 
 def _check_memory(ref: model_refs.BaseRef) -> None:
     """Raises BudgetError where fp32 weights, twice, do not fit: below that the comparison would swap or be killed."""
-    wanted = memory.weights_in(ref.path) * _BYTES * _COPIES + _SPARE_BYTES if ref.path.is_dir() else 0
-    room = memory.available_bytes()
+    wanted = hardware.weights_in(ref.path) * _BYTES * _COPIES + _SPARE_BYTES if ref.path.is_dir() else 0
+    room = hardware.available_bytes()
     if wanted > room.bytes:
         raise BudgetError(
             f"comparing an export of {ref.name} in fp32 needs {wanted / 1e9:.1f} GB; {room.bytes / 1e9:.1f} GB are there "

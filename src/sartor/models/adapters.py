@@ -14,13 +14,13 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
 
 from sartor.core.errors import ConfigError, ModelError
-from sartor.models import composed, quantised
-from sartor.models.adapted import round_once
-from sartor.models.composed import ComposedMedia
-from sartor.models.general import without_peft
+from sartor.models import composed_model, quantization
+from sartor.models.composed_model import ComposedMedia
 from sartor.models.loading import quiet
-from sartor.models.media import MediaEmbedding, embedding_of
-from sartor.models.native.parts import Targeted
+from sartor.models.lora_rounding import round_once
+from sartor.models.losses.transformers_backend import without_peft
+from sartor.models.media_tokens import MediaEmbedding, embedding_of
+from sartor.models.multimodal.trainable_parts import Targeted
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -138,7 +138,7 @@ def merge(model: Any) -> Any:
 
     Raises ModelError where that is not finite, and for a quantised base: the sum would be rounded to its few levels.
     """
-    if bits := quantised.bits_of(model):
+    if bits := quantization.bits_of(model):
         raise ModelError(
             f"an adapter cannot be merged into a base in {bits} bits: the sum would be rounded to {2**bits} levels",
             "open the base with base.bits 16, put the adapter on it and merge there",
@@ -161,7 +161,7 @@ def write_adapter(model: Any, path: Path, base_name: str) -> None:
         model.save_pretrained(str(path), safe_serialization=True, save_embedding_layers=False)
     (path / "README.md").unlink(missing_ok=True)  # peft's empty model card
     if (media := _composed(model)) is not None:
-        composed.write_projectors(media, path)
+        composed_model.write_projectors(media, path)
     config = json.loads((path / CONFIG).read_text())
     config["base_model_name_or_path"] = base_name  # peft writes this machine's cache path
     config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs from process to process
@@ -176,7 +176,7 @@ def open_adapter(model: Any, path: Path) -> Any:
     """
     weights = read_weights(path)
     if (media := _composed(model)) is not None:
-        composed.load_projectors(media, path)
+        composed_model.load_projectors(media, path)
     try:
         with quiet():
             tuned = peft.PeftModel.from_pretrained(model, str(path), is_trainable=False, torch_device="cpu")
@@ -218,7 +218,7 @@ def begin_from(model: Any, path: Path) -> None:
         remedy = f"method: {{rank: {said['r']}, alpha: {said['lora_alpha']}, targets: ...}} as it has them, or no start"
         raise ConfigError(f"method.start {path} is of another method: {'; '.join(differing)}", remedy)
     if (media := _composed(model)) is not None:
-        composed.load_projectors(media, path)
+        composed_model.load_projectors(media, path)
     with quiet():
         peft.set_peft_model_state_dict(model, weights)
 

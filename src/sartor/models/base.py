@@ -22,18 +22,18 @@ import transformers
 
 from sartor.core import gguf_header, model_refs, numerics
 from sartor.core.errors import ConfigError, ModelError
-from sartor.models import paths, quantised, whisper_files
-from sartor.models.batches import Encoded
+from sartor.models import quantization, whisper_conversion
 from sartor.models.chat import Chat
-from sartor.models.converted import make_once
-from sartor.models.device import best_device, best_dtype
-from sartor.models.loading import copied_while_read, first_line, quiet
-from sartor.models.media import Media, MediaEmbedding
-from sartor.models.native import opening, whisper
-from sartor.models.native.media import NativeMedia
-from sartor.models.native.turns import NativeChat
-from sartor.models.path import Path as LossPath
-from sartor.models.path import Wish
+from sartor.models.hardware import best_device, best_dtype
+from sartor.models.loading import copied_while_read, first_line, make_once, quiet
+from sartor.models.losses import transformers_backend
+from sartor.models.losses.loss_backend import Path as LossPath
+from sartor.models.losses.loss_backend import Wish
+from sartor.models.media_tokens import Media, MediaEmbedding
+from sartor.models.multimodal import native_loading, whisper_base
+from sartor.models.multimodal.native_chat import NativeChat
+from sartor.models.multimodal.native_media import NativeMedia
+from sartor.models.packing import Encoded
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Base:
 
     def path(self, model: Any, rows: Sequence[Encoded], wish: Wish) -> LossPath:
         """The fastest way to losses that is right for `model`, this base with an adapter."""
-        return paths.choose(model, rows, self.device, wish)
+        return transformers_backend.choose(model, rows, self.device, wish)
 
     @property
     def tower_licences(self) -> list[str]:
@@ -70,8 +70,8 @@ class Base:
             "template_digest": self.chat.template_digest,
             "dtype": dtype,
             "numerics": numerics.numerics(dtype),
-            "bits": quantised.bits_of(self.model) or self.dtype.itemsize * 8,
-            "quantisation": quantised.KINDS.get(quantised.bits_of(self.model), "none"),
+            "bits": quantization.bits_of(self.model) or self.dtype.itemsize * 8,
+            "quantisation": quantization.KINDS.get(quantization.bits_of(self.model), "none"),
         }
         return said | ({"towers": self.media.said()} if self.media and self.media.said() else {})
 
@@ -99,7 +99,7 @@ def open_base(
         convert(ref, notice)
     device = device or best_device()
     config = _config(ref.path)
-    kind = opening.kind_of(ref.path, config)
+    kind = native_loading.kind_of(ref.path, config)
     model = _load(ref.path, config, kind, bits, device).requires_grad_(False).eval()
     if kind is transformers.AutoModelForCausalLM:
         return Base(ref, model, open_chat(ref.path, model.generation_config), device)
@@ -114,16 +114,18 @@ def read_chat(ref: model_refs.BaseRef) -> Chat:
     if (ref.path / "generation_config.json").is_file():
         with quiet():
             generation = transformers.GenerationConfig.from_pretrained(str(ref.path), local_files_only=True)
-    if opening.kind_of(ref.path, config) is transformers.AutoModelForCausalLM:
+    if native_loading.kind_of(ref.path, config) is transformers.AutoModelForCausalLM:
         return open_chat(ref.path, generation)
     return _native_chat(ref, SimpleNamespace(config=config, generation_config=generation))
 
 
 def _native_chat(ref: model_refs.BaseRef, model: Any) -> Chat:
     """Of a base that reads media by itself. model: what says its `config` and `generation_config`."""
-    processor, stops = opening.open_processor(ref.path, model.config), _stops(model.generation_config)
-    if opening.is_whisper(model.config):
-        return whisper.WhisperChat(processor.tokenizer, whisper.WhisperMedia(processor.feature_extractor, model), stops)
+    processor, stops = native_loading.open_processor(ref.path, model.config), _stops(model.generation_config)
+    if native_loading.is_whisper(model.config):
+        return whisper_base.WhisperChat(
+            processor.tokenizer, whisper_base.WhisperMedia(processor.feature_extractor, model), stops
+        )
     if processor.chat_template:  # older ones have it in a file of the processor's alone
         processor.tokenizer.chat_template = processor.chat_template
     return NativeChat(processor.tokenizer, NativeMedia(processor, model), stops)
@@ -155,13 +157,13 @@ def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.dev
     fixed: dict[int | str, torch.dtype] = {16: torch.bfloat16, 32: torch.float32}
     dtype = fixed.get(bits) or best_dtype(device)
     how: dict[str, Any] = {"dtype": dtype}
-    if bits in quantised.KINDS:
+    if bits in quantization.KINDS:
         if device.type not in ("cpu", "cuda"):
             raise ConfigError(f"base.bits is {bits}, which this machine's {device.type} does not compute", "base.bits: auto")
         # placed while it is read, a tensor at a time: the 16-bit weights never stand in memory together
-        how |= {"quantization_config": quantised.settings(int(bits), dtype), "device_map": {"": device}}
+        how |= {"quantization_config": quantization.settings(int(bits), dtype), "device_map": {"": device}}
     problem = ""
-    with quiet(), copied_while_read() if dtype != torch.bfloat16 or bits in quantised.KINDS else contextlib.nullcontext():
+    with quiet(), copied_while_read() if dtype != torch.bfloat16 or bits in quantization.KINDS else contextlib.nullcontext():
         try:
             model, info = kind.from_pretrained(
                 str(path),
@@ -182,12 +184,12 @@ def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.dev
             f"{path} lacks {len(lacking)} of the model's weights (the first is {lacking[0]}); they would be random",
             "check that its safetensors files are whole",
         )
-    if bits in quantised.KINDS and quantised.bits_of(model) != bits:
+    if bits in quantization.KINDS and quantization.bits_of(model) != bits:
         raise ModelError(f"{path} has no linear layer that could be held in {bits} bits", "base.bits: 16")
-    quantised.protect(model)
-    if bits in quantised.KINDS:
-        quantised.narrow_embedding(model)
-    return model if bits in quantised.KINDS else model.to(device)
+    quantization.protect(model)
+    if bits in quantization.KINDS:
+        quantization.narrow_embedding(model)
+    return model if bits in quantization.KINDS else model.to(device)
 
 
 def _config(path: Path) -> Any:
@@ -200,8 +202,8 @@ def _config(path: Path) -> Any:
     except Exception as error:  # a cut file, an unknown architecture: each its own kind
         problem = f"{path} cannot be opened as a causal language model: {first_line(error)}"
         raise ModelError(problem, "check that its files are whole") from None
-    config = opening.thinker(config)
-    if config.is_encoder_decoder and not opening.is_whisper(config):
+    config = native_loading.thinker(config)
+    if config.is_encoder_decoder and not native_loading.is_whisper(config):
         # of which transformers would open the decoder alone, deaf to what the encoder reads
         problem = f"{path} is a {config.model_type} model of an encoder and a decoder, and a base is a decoder alone"
         raise ModelError(problem, "another base; for transcripts a Whisper")
@@ -226,7 +228,7 @@ def convert(ref: model_refs.BaseRef, notice: Callable[[str], object] = lambda li
         return {"derived_from": "gguf", "dtype": str(dtype).removeprefix("torch.")}
 
     if ref.name == model_refs.WHISPER:
-        whisper_files.convert(ref, notice)
+        whisper_conversion.convert(ref, notice)
     else:
         make_once(ref.path, ref.digest, fill)
 

@@ -1,4 +1,4 @@
-"""`sartor inspect`: an artefact and the walk back to its sources; or a base, with the tokens that no content can spell."""
+"""Verb inspect of a base: context, template, markup."""
 
 from __future__ import annotations
 

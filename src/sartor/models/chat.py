@@ -27,12 +27,10 @@ from typing import Any
 from sartor.core import model_refs
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message, Part
-from sartor.models.batches import Encoded
-from sartor.models.markup import Markup, Opened, has_marks
-from sartor.models.markup_probe import Probed, probe
-from sartor.models.media import Media
-from sartor.models.pieces import Piece, pieces_of
-from sartor.models.shielding import in_text, shield_json, shield_messages, with_content
+from sartor.models.content_shielding import Piece, in_text, pieces_of, shield_json, shield_messages, with_content
+from sartor.models.media_tokens import Media
+from sartor.models.packing import Encoded
+from sartor.models.template_markup import Markup, Opened, Probed, has_marks, probe
 
 # For bases without a chat template. Plain words, so that any tokenizer can write it; the turn ends with eos.
 PLAIN_TEMPLATE = (

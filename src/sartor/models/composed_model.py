@@ -1,5 +1,4 @@
-"""A composed base: any text base, frozen towers, and a projector between (LLaVA, Liu et al. 2023, arXiv:2304.08485; for audio
-Ultravox: neighbouring frames side by side, so that a token is about a syllable).
+"""Text base with frozen towers and trained projectors.
 
     media --tower (frozen, cached by digest)--> (T, W) features --projector--> (T / stack, D) tokens
 
@@ -26,10 +25,10 @@ from sartor.core.errors import ModelError, SourceError
 from sartor.core.model_refs import SAID
 from sartor.core.records import Part
 from sartor.models.base import Base
-from sartor.models.media import MediaEmbedding, content_of, key_of, virtual_ids
-from sartor.models.shelf import Shelf
+from sartor.models.media_tokens import MediaEmbedding, content_of, key_of, virtual_ids
+from sartor.models.tensor_files import Shelf
 from sartor.models.towers import open_tower
-from sartor.models.towers.contract import Tower
+from sartor.models.towers.tower import Tower
 
 FILE = "projectors.safetensors"
 # Of features that are kept in memory; the others are on disk, or computed again

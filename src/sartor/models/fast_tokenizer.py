@@ -1,4 +1,4 @@
-"""A tokenizer and chat template from a base's files alone, as `models/chat.py` wants them, where there is no transformers.
+"""Tokenizer and chat template without transformers.
 
 The tokens are those of the `tokenizers` library, which transformers' fast tokenizers are a shell of; the template is rendered
 in the same sandbox with the same names (transformers' `utils/chat_template_utils.py` says which).

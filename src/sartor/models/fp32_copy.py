@@ -1,4 +1,4 @@
-"""A model's computation in fp32, with the weights that it has: what 16-bit ways of computing are judged against.
+"""Layers of a 16-bit model computed in fp32.
 
 Two ways that round differently cannot be judged by each other. `in_fp32` makes transformers' own module compute in fp32 for a
 few rows: weights are widened a module at a time, linear ones a slice at a time, so memory grows by a slice of a weight and
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from sartor.models import quantised
-from sartor.models.linear import rounds
+from sartor.models import quantization
+from sartor.models.losses.lora_linear import rounds
 
 SLICE_BYTES = 64 << 20
 
@@ -38,7 +38,7 @@ def in_fp32(model: Any) -> Iterator[None]:
         for module in model.modules():
             if id(module) in embedded or isinstance(module, torch.nn.Embedding):
                 continue
-            if quantised.is_quantised(module) or type(module) is torch.nn.Linear:
+            if quantization.is_quantised(module) or type(module) is torch.nn.Linear:
                 linears.append((module, module.__dict__.get("forward")))
                 module.forward = MethodType(_linear_in_fp32, module)
             elif any(True for _ in _own_tensors(module)):
@@ -93,8 +93,8 @@ def _own_tensors(module: Any, *, narrowed: bool = True) -> Iterator[torch.Tensor
 def _linear_in_fp32(linear: Any, x: torch.Tensor) -> torch.Tensor:
     """Return x W^T + bias in fp32, (..., outs), for x (..., D) of any dtype."""
     x = x.float()
-    if quantised.is_quantised(linear):
-        y = F.linear(x, quantised.dense_weight(linear, torch.float32))
+    if quantization.is_quantised(linear):
+        y = F.linear(x, quantization.dense_weight(linear, torch.float32))
     else:
         rows = max(1, SLICE_BYTES // (4 * linear.in_features))
         y = torch.cat([F.linear(x, part.float()) for part in linear.weight.detach().split(rows)], -1)

@@ -16,10 +16,10 @@ import torch
 from transformers import DynamicCache
 
 from sartor.core.errors import ModelError
-from sartor.models.general import without_peft
-from sartor.models.native import replies as native_replies
-from sartor.models.native import whisper
-from sartor.models.native.media import native_media
+from sartor.models.losses.transformers_backend import without_peft
+from sartor.models.multimodal import native_media as native_replies
+from sartor.models.multimodal import whisper_base
+from sartor.models.multimodal.native_media import native_media
 from sartor.models.sampling import Sampling
 
 
@@ -144,7 +144,7 @@ def _by_own_forward(
     if media is None:
         return {}
     inside, made = without_peft(model), {}
-    reply = whisper.reply if isinstance(media, whisper.WhisperMedia) else native_replies.reply
+    reply = whisper_base.reply if isinstance(media, whisper_base.WhisperMedia) else native_replies.reply
     for row, prompt in enumerate(prompts):
         if native_replies.is_plain(inside, media, prompt):
             continue

@@ -1,8 +1,14 @@
-"""Adapters as GGUF files, and what llama.cpp calls and wants of each family's weights.
+"""Writes adapters, models and tokenizers as GGUF.
 
 Format: github.com/ggml-org/ggml, docs/gguf.md; names of tensors are the `gguf` package's. llama.cpp rotates neighbouring
 columns of a query or key in some families, where transformers rotates the halves of a head: there the rows of `q_proj` and
 `k_proj`, and so of an adapter's B, are written in another order.
+
+llama.cpp cuts text by rules that it knows by name (`tokenizer.ggml.pre`); a tokenizer of another shape would give other
+tokens without a word, so it is refused. Names and regular expressions: llama.cpp, src/llama-vocab.cpp.
+
+Sources of the format: github.com/ggml-org/ggml, docs/gguf.md; of the keys, the `gguf` package; of Llama 3's stretched
+rotations (`rope_freqs.weight`), llama.cpp.
 """
 
 from __future__ import annotations
@@ -10,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +26,11 @@ import numpy as np
 import torch
 from peft.utils.other import get_pattern_key
 
-from sartor.core.errors import ModelError
+from sartor.core.errors import ConfigError, ModelError
 from sartor.core.filesystem import create_file_atomic
+from sartor.core.records import Message
 from sartor.models import adapters
+from sartor.models.chat import Chat
 
 # no digit of a fp32 or bf16 factor is lost, and llama.cpp computes with adapters of any float type
 ADAPTER_TYPE = gguf.GGMLQuantizationType.F32
@@ -204,3 +212,278 @@ def _pairs(adapter: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, tupl
     if not found:
         raise ModelError(f"the adapter {adapter} holds no factors", "tune it again")
     return {module: (pair["lora_a"], pair["lora_b"]) for module, pair in found.items()}
+
+
+_LLAMA3 = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|"
+    "\\s+(?!\\S)|\\s+"
+)
+_QWEN2 = _LLAMA3.replace("\\p{N}{1,3}", "\\p{N}")
+# How a tokenizer cuts text before it merges bytes -> what llama.cpp calls that
+PRE_TOKENIZERS: dict[tuple[tuple[Any, ...], ...], str] = {
+    (("ByteLevel", True),): "gpt-2",
+    (("Digits", True), ("ByteLevel", True)): "smollm",
+    (("Split", _LLAMA3, "Isolated", False), ("ByteLevel", False)): "llama-bpe",
+    (("Split", _QWEN2, "Isolated", False), ("ByteLevel", False)): "qwen2",
+}
+# llama.cpp takes a piece that is a token as it is, without merging, under this name alone of the four
+_IGNORES_MERGES = {"llama-bpe"}
+_TEXT, _WHOLE, _TRUTH = gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT32, gguf.GGUFValueType.BOOL
+_LIST = gguf.GGUFValueType.ARRAY
+_TEMPLATE = "tokenizer.chat_template"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`pairs`: (key, value, type) of the metadata of a tokenizer, without the chat template."""
+
+    pairs: tuple[tuple[str, Any, gguf.GGUFValueType], ...]
+
+    def write(self, writer: gguf.GGUFWriter, template: str) -> None:
+        """Add the tokenizer and the chat template to a file's metadata."""
+        for key, value, kind in self.pairs:
+            if kind == _LIST:
+                writer.add_array(key, value)
+            else:
+                writer.add_key_value(key, value, kind)
+        writer.add_string(_TEMPLATE, template)
+
+
+def from_file(file: Path, rows: int) -> Vocabulary:
+    """The tokenizer that a GGUF file holds. rows: of the embedding that it must belong to."""
+    pairs = []
+    for key, field in gguf.GGUFReader(file).fields.items():
+        if key.startswith("tokenizer.") and key != _TEMPLATE and not key.startswith("tokenizer.chat_template"):
+            pairs.append((key, field.contents(), field.types[0]))
+    tokens: list[str] = next((value for key, value, _ in pairs if key == gguf.Keys.Tokenizer.LIST), [])
+    if len(tokens) != rows:
+        raise ModelError(f"{file} has {len(tokens)} tokens, and the base {rows} rows of embedding", "get the file again")
+    return Vocabulary(tuple(pairs))
+
+
+def from_chat(chat: Chat, rows: int) -> Vocabulary:
+    """The tokenizer in memory as llama.cpp reads it. rows: of the embedding; ids without a token are marked unused.
+
+    Raises ModelError for a tokenizer that is no byte-level BPE, or cuts text in a way that llama.cpp has no name for.
+    """
+    said = json.loads(chat.tokenizer.backend_tokenizer.to_str())
+    model, added = said["model"], said.get("added_tokens") or []
+    pre = _name_of_cut(said)
+    by_id = {index: token for token, index in model["vocab"].items()} | {item["id"]: item["content"] for item in added}
+    if by_id and max(by_id) >= rows:
+        raise ModelError(f"the tokenizer has the token {max(by_id)}, and the base {rows} rows of embedding", "--to merged")
+    kinds = {item["id"]: gguf.TokenType.CONTROL if item["special"] else gguf.TokenType.USER_DEFINED for item in added}
+    kinds |= {index: gguf.TokenType.CONTROL for index in chat.special}
+    types = [int(kinds.get(index, gguf.TokenType.NORMAL if index in by_id else gguf.TokenType.UNUSED)) for index in range(rows)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    keys = gguf.Keys.Tokenizer
+    pairs: list[tuple[str, Any, gguf.GGUFValueType]] = [
+        (keys.MODEL, "gpt2", _TEXT),
+        (keys.PRE, pre, _TEXT),
+        (keys.LIST, [by_id.get(index, f"[PAD{index}]") for index in range(rows)], _LIST),
+        (keys.TOKEN_TYPE, types, _LIST),
+        (keys.MERGES, merges, _LIST),
+        (keys.ADD_BOS, _opens_with_bos(chat), _TRUTH),
+        (keys.ADD_PREFIX, False, _TRUTH),
+    ]
+    return Vocabulary((*pairs, *_ids(chat)))
+
+
+def _name_of_cut(said: Mapping[str, Any]) -> str:
+    """llama.cpp's name of how a tokenizer.json cuts text."""
+    model = said["model"]
+    whole = model["type"] == "BPE" and not model.get("byte_fallback") and not model.get("end_of_word_suffix")
+    steps = _steps(said.get("pre_tokenizer") or {})
+    name = PRE_TOKENIZERS.get(steps, "") if whole and not model.get("continuing_subword_prefix") else ""
+    normalizer = (said.get("normalizer") or {}).get("type")
+    # llama.cpp does not compose characters (NFC), which published Qwen files live with; the receipt compares tokens
+    if normalizer not in (None, "NFC") or bool(model.get("ignore_merges")) != (name in _IGNORES_MERGES):
+        name = ""
+    if not name:
+        what = f"{model['type']}, {', '.join(step[0] for step in steps) or 'no cut'}, {normalizer or 'no normalizer'}"
+        known = ", ".join(sorted(PRE_TOKENIZERS.values()))
+        raise ModelError(
+            f"the base's tokenizer ({what}) is none that llama.cpp has a name for here; known are {known}",
+            "use a base that is a GGUF file, whose own tokenizer is taken; or --to merged",
+        )
+    return name
+
+
+def _steps(pre: Mapping[str, Any]) -> tuple[tuple[Any, ...], ...]:
+    """What of a pre-tokenizer decides where text is cut."""
+    kind = pre.get("type")
+    if kind == "Sequence":
+        return tuple(step for part in pre["pretokenizers"] for step in _steps(part))
+    if kind == "ByteLevel" and not pre.get("add_prefix_space"):
+        return (("ByteLevel", bool(pre.get("use_regex", True))),)
+    if kind == "Digits":
+        return (("Digits", bool(pre.get("individual_digits"))),)
+    if kind == "Split":
+        return (("Split", pre["pattern"].get("Regex"), pre["behavior"], bool(pre["invert"])),)
+    return ((str(kind),),)
+
+
+def _opens_with_bos(chat: Chat) -> bool:
+    """Whether prompts were tuned with a bos in front: llama.cpp would put one there, or leave it away, by itself."""
+    bos = chat.tokenizer.bos_token
+    return bool(bos) and chat.render([Message.of("user", "a")], reply_next=True).startswith(bos)
+
+
+def _ids(chat: Chat) -> Sequence[tuple[str, Any, gguf.GGUFValueType]]:
+    """Ids of tokens with a role. What ends a turn and is not eos is `eot`, at which llama.cpp stops too."""
+    keys, tokenizer = gguf.Keys.Tokenizer, chat.tokenizer
+    named = {
+        keys.BOS_ID: tokenizer.bos_token_id,
+        keys.EOS_ID: tokenizer.eos_token_id,
+        keys.UNK_ID: tokenizer.unk_token_id,
+        keys.PAD_ID: chat.pad,
+        keys.EOT_ID: next((stop for stop in chat.stops if stop != tokenizer.eos_token_id), None),
+    }
+    return [(key, int(index), _WHOLE) for key, index in named.items() if index is not None]
+
+
+Type = gguf.GGMLQuantizationType
+# what `--quantise` names -> the type of matrices, and what the file says of itself
+TYPES = {
+    "f32": (Type.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q5_1": (Type.Q5_1, gguf.LlamaFileType.MOSTLY_Q5_1),
+    "q5_0": (Type.Q5_0, gguf.LlamaFileType.MOSTLY_Q5_0),
+    "q4_1": (Type.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
+    "q4_0": (Type.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+}
+# every token passes through the embedding and the head, so fewer bits there cost most; published files keep them wider too
+_WIDE, _ENDS = Type.Q8_0, ("token_embd.weight", "output.weight")
+_LARGEST_F16 = 65504.0
+
+
+@dataclass(frozen=True)
+class About:
+    """What the file says of itself beside its weights: `general.*` keys, the chat template, how replies are drawn."""
+
+    name: str
+    version: str
+    licence: str
+    template: str
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+def write_model_gguf(model: Any, vocabulary: Vocabulary, about: About, out: Path, kind: str = "f16") -> Path:
+    """Write transformers' module `model` (in fp32, no adapter on it) as the GGUF file `out`, its matrices as `kind` (TYPES).
+
+    `out` appears whole or not at all. Raises ModelError for a model that llama.cpp would compute otherwise, or values that the
+    type cannot hold, ConfigError for an unknown type.
+    """
+    if kind not in TYPES:
+        raise ConfigError(f"there is no type {kind!r} of GGUF weights; there are {', '.join(TYPES)}", "--quantise q8_0")
+    config = model.config.to_dict()
+    layout = Layout(config)
+    weights = {layout.name(name): (name, value) for name, value in _parameters(model, config)}
+    stretched = _rope(config, layout)
+    with new_file(out, layout.family.name, streamed=True) as writer:
+        _say(writer, config, layout, about)
+        writer.add_file_type(TYPES[kind][1])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        vocabulary.write(writer, about.template)
+        if stretched is not None:
+            writer.add_tensor_info("rope_freqs.weight", stretched.shape, stretched.dtype, stretched.nbytes)
+        kinds = {name: _stored_as(name, value, TYPES[kind][0]) for name, (_, value) in weights.items()}
+        for name, (_, value) in weights.items():
+            shape = gguf.quant_shape_to_byte_shape(tuple(value.shape), kinds[name])
+            writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=kinds[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if stretched is not None:
+            writer.write_tensor_data(stretched)
+        for name, (parameter, value) in weights.items():
+            # a tensor at a time: the file is never in memory beside the model
+            ordered = layout.ordered(parameter, value.detach().float().cpu().numpy())
+            writer.write_tensor_data(_packed(name, ordered, kinds[name]))
+    return out
+
+
+def _parameters(model: Any, config: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    """Names and weights, without a head that is the embedding again."""
+    tied = bool(config.get("tie_word_embeddings"))
+    return [(name, value) for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight")]
+
+
+def _stored_as(name: str, value: torch.Tensor, kind: Type) -> Type:
+    """How one weight is stored: vectors in fp32; the ends of the model wider than 8 bits; rows that fill no block in F16."""
+    if value.ndim < 2:
+        return Type.F32
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    if block > 1 and name in _ENDS and size < gguf.GGML_QUANT_SIZES[_WIDE][1]:
+        kind = _WIDE
+    return Type.F16 if value.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
+
+
+def _packed(name: str, value: np.ndarray[Any, Any], kind: Type) -> np.ndarray[Any, Any]:
+    largest = float(np.abs(value).max(initial=0))
+    if not math.isfinite(largest):
+        raise ModelError(f"the merged weights are not finite, in {name}", "tune again")
+    if kind == Type.F16 and largest > _LARGEST_F16:
+        raise ModelError(f"{name} holds {largest:.3g}, and F16 ends at {_LARGEST_F16:g}", "--quantise bf16")
+    packed: np.ndarray[Any, Any] = gguf.quants.quantize(np.ascontiguousarray(value), kind)
+    return packed
+
+
+def _say(writer: gguf.GGUFWriter, config: Mapping[str, Any], layout: Layout, about: About) -> None:
+    """The metadata that llama.cpp computes by."""
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(about.name)
+    writer.add_version(about.version)
+    writer.add_license(about.licence)
+    writer.add_context_length(int(config["max_position_embeddings"]))
+    writer.add_embedding_length(int(config["hidden_size"]))
+    writer.add_block_count(layout.layers)
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(layout.heads)
+    writer.add_head_count_kv(layout.key_heads)
+    writer.add_key_length(layout.head_width)
+    writer.add_value_length(layout.head_width)
+    writer.add_rope_dimension_count(layout.head_width)
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_vocab_size(int(config["vocab_size"]))
+    rotation = rope_of(config)
+    writer.add_rope_freq_base(float(rotation.get("rope_theta", 10000.0)))
+    if rotation.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rotation["factor"]))
+    # newer llama.cpp takes these for its defaults: greedy where the Release is greedy
+    writer.add_float32("general.sampling.temp", about.temperature)
+    writer.add_float32("general.sampling.top_p", about.top_p)
+
+
+def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How positions rotate: transformers 5 says it in `rope_parameters`, older configs in `rope_theta` and `rope_scaling`."""
+    old = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") else {}
+    found = {**old, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    return {**found, "rope_type": found.get("rope_type") or found.get("type") or "default"}
+
+
+def _rope(config: Mapping[str, Any], layout: Layout) -> np.ndarray[Any, Any] | None:
+    """What each frequency is divided by, (head_width / 2), where Llama 3 stretches them; else None.
+
+    Raises ModelError for a kind that is written no other way here, and for activations that llama.cpp does not use.
+    """
+    rotation = rope_of(config)
+    kind, part = rotation["rope_type"], float(rotation.get("partial_rotary_factor") or 1)
+    if kind not in ("default", "linear", "llama3") or part != 1 or config.get("hidden_act", "silu") != "silu":
+        raise ModelError(
+            f"the base rotates {part:.0%} of a head by {kind!r} and its activation is {config.get('hidden_act')}; written as "
+            "GGUF are default, linear and llama3, over the whole head, and silu",
+            "--to peft or --to merged",
+        )
+    if kind != "llama3":
+        return None
+    half = np.arange(0, layout.head_width, 2, dtype=np.float64) / layout.head_width
+    waves = 2 * np.pi * float(rotation["rope_theta"]) ** half
+    old, factor = float(rotation["original_max_position_embeddings"]), float(rotation["factor"])
+    low, high = float(rotation["low_freq_factor"]), float(rotation["high_freq_factor"])
+    smooth = np.clip((old / waves - low) / (high - low), 0, 1)  # 0: stretched whole, 1: left alone
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)

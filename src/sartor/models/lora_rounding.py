@@ -1,4 +1,4 @@
-"""LoRA layers of peft in 16 bits: the low-rank term is added before the frozen product is rounded.
+"""Peft's LoRA layers with both products summed before rounding.
 
 peft's own layer rounds the frozen product to bf16 and adds the low-rank term to what stands on that grid, where part of it
 is lost (`linear.py` says why). `round_once` gives each plain LoRA layer the forward and backward of `linear.Projection`
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from sartor.models.linear import Projection, Unsupported, rounds
+from sartor.models.losses.lora_linear import Projection, Unsupported, rounds
 
 
 def round_once(model: Any) -> Any:

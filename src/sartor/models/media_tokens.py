@@ -1,4 +1,4 @@
-"""Media in a text: each image or recording is a run of virtual token ids, and the input embedding knows what they stand for.
+"""Virtual token ids that stand for media in prompts.
 
 A virtual id is negative and says which media (by digest) and which of its tokens: nothing else of a model, a pack, a cache or a
 loop has to know that media exist. Two rows about one image begin with the same ids, so what they share is computed once; a

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 or 8 bits through bitsandbytes: how they are opened, what they weigh, and what they stand for.
+"""4- and 8-bit base weights through bitsandbytes.
 
 4 bits is NF4 with double quantisation (QLoRA, Dettmers et al. 2023, arXiv:2305.14314): 64 weights share a scale, and 256
 scales share one. 8 bits is the vector-wise int8 of LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339): a row of the weight

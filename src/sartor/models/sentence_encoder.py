@@ -1,4 +1,4 @@
-"""Sentence encoders: a directory in sentence-transformers' or transformers' layout, and `minilm`, the offline asset.
+"""Sentence-transformers encoders from a directory.
 
 A text's vector is the mean of its tokens' last states (or the first token's, the last one's or the greatest values, as the
 directory's Pooling module says), scaled to length 1: Reimers and Gurevych 2019, "Sentence-BERT".
@@ -19,7 +19,7 @@ import transformers
 from sartor.core import assets
 from sartor.core.encoder_registry import Encoder
 from sartor.core.errors import AssetError, ModelError
-from sartor.models.device import best_device, best_dtype
+from sartor.models.hardware import best_device, best_dtype
 from sartor.models.loading import first_line, quiet
 
 MINILM = "minilm"

@@ -26,10 +26,10 @@ from sartor.edge.personal.rows import example_of
 from sartor.edge.personal.work import encoded
 from sartor.evaluate.compare import LEAST_WIDTH, Comparison, paired
 from sartor.evaluate.held_out import HeldOut
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.tuning import lifts
 from sartor.federate.tuning.stacking import Stack
-from sartor.models.batches import Encoded
+from sartor.models.lora_tensors import Tensors
+from sartor.models.packing import Encoded
 from sartor.tune.tokenised import Rows
 
 # Held-out rows of the live version that are looked at: more narrow the interval, and cost time

@@ -36,7 +36,7 @@ from sartor.core import numerics
 from sartor.core.artifacts import manifest_id
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
 from sartor.core.filesystem import create_directory_atomic, file_digest, fsync_directory
-from sartor.models.streamed import write_tensors
+from sartor.models.tensor_files import write_tensors
 from sartor.tune.recipe import Checkpoints
 
 SCHEMA = 1

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sartor.models import memory
-from sartor.models.batches import fill
+from sartor.models import hardware
+from sartor.models.packing import fill
 from sartor.tune import order
 from sartor.tune.probe import Load, Probe, Sample, total
 from sartor.tune.recipe import Budget, Recipe
@@ -157,8 +157,8 @@ class MemoryModel:
 
 def memory_model(shape: Shape, probe: Probe) -> MemoryModel:
     """From the samples of a probe; without any, the formula with wide ends."""
-    room = memory.available_bytes(probe.device)
-    held = memory.resident_bytes(probe.device)
+    room = hardware.available_bytes(probe.device)
+    held = hardware.resident_bytes(probe.device)
     ratios = [
         sample.growth_bytes / (shape.activation_bytes(sample.load) + 4 * shape.trainable)
         for sample in probe.samples
@@ -169,7 +169,7 @@ def memory_model(shape: Shape, probe: Probe) -> MemoryModel:
         # the heaviest sample is the nearest to what will be run
         estimate = ratios[-1]
         low, high = min(ratios) * (1 - MEMORY_ALLOWANCE), max(ratios) * (1 + MEMORY_ALLOWANCE)
-    past = memory.peak_bytes(probe.device)
+    past = hardware.peak_bytes(probe.device)
     return MemoryModel(shape, probe.resident_bytes, past, Interval(estimate, low, high), held + room.bytes, room.bound)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sartor.models import memory
+from sartor.models import hardware
 
 
 class Journal:
@@ -45,7 +45,7 @@ class Journal:
     @property
     def peak_memory_bytes(self) -> int:
         """Most memory that any process of this run has held resident."""
-        return max([memory.peak_bytes(), *(line["memory_bytes"] for line in self.lines if "memory_bytes" in line)])
+        return max([hardware.peak_bytes(), *(line["memory_bytes"] for line in self.lines if "memory_bytes" in line)])
 
     def note(self, **facts: Any) -> None:
         """One JSON line: what happened, after how many seconds."""
@@ -56,7 +56,7 @@ class Journal:
 
     def show(self, fraction: float, loss: float, tokens_per_s: float) -> None:
         """Move the progress line: loss, speed, memory, time left."""
-        said = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {memory.peak_bytes() / 1e9:.1f} GB"
+        said = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {hardware.peak_bytes() / 1e9:.1f} GB"
         self._progress.update(self._task, completed=min(fraction, 1.0), said=said)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from sartor.core.errors import SourceError
 from sartor.core.records import Example
-from sartor.models.batches import Encoded
 from sartor.models.chat import Chat
+from sartor.models.packing import Encoded
 from sartor.tune.recipe import Dpo, Kto, Sft
 from sartor.tune.tokenised import Lesson, Term
 

@@ -12,12 +12,12 @@ from sartor.core.errors import ConfigError
 from sartor.core.home import folder
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
-from sartor.models.composed import ComposedMedia, compose, open_towers
-from sartor.models.media import keys_in
-from sartor.models.native import parts
-from sartor.models.native.media import NativeMedia
-from sartor.models.native.whisper import WhisperMedia
-from sartor.models.shelf import Shelf
+from sartor.models.composed_model import ComposedMedia, compose, open_towers
+from sartor.models.media_tokens import keys_in
+from sartor.models.multimodal import trainable_parts
+from sartor.models.multimodal.native_media import NativeMedia
+from sartor.models.multimodal.whisper_base import WhisperMedia
+from sartor.models.tensor_files import Shelf
 from sartor.tune.recipe import Recipe, Targets
 from sartor.tune.tokenised import Rows
 
@@ -85,10 +85,10 @@ def rehearsal_of(recipe: Recipe) -> Artifact | None:
     return open_artifact(path, "dataset") if path else None
 
 
-def _parts(base: Base, asked: Targets) -> parts.Targeted:
+def _parts(base: Base, asked: Targets) -> trainable_parts.Targeted:
     # `full` is what a recipe says that says nothing, and no Whisper has a projector
     has_none = isinstance(base.media, WhisperMedia) and asked.projector == "full"
-    return parts.choose(base.model, asked.modules, asked.top, "none" if has_none else asked.projector, asked.tower)
+    return trainable_parts.choose(base.model, asked.modules, asked.top, "none" if has_none else asked.projector, asked.tower)
 
 
 def _check_parts(asked: Targets, *, is_composed: bool) -> None:

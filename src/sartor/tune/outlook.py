@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sartor.models.batches import Encoded
-from sartor.models.path import Path
+from sartor.models.losses.loss_backend import Path
+from sartor.models.packing import Encoded
 from sartor.tune import forecast, refusals
 from sartor.tune.forecast import FORWARD_FRACTION, TIME_ALLOWANCE, Interval, Progress, Settled
 from sartor.tune.probe import Probe, load_of, take

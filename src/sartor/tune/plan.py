@@ -14,8 +14,8 @@ import torch
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, SourceError
 from sartor.models.base import Base, machine
-from sartor.models.device import best_device
-from sartor.models.path import Path as LossPath
+from sartor.models.hardware import best_device
+from sartor.models.losses.loss_backend import Path as LossPath
 from sartor.tune import forecast, order, refusals
 from sartor.tune.forecast import Interval, Settled, TimeModel
 from sartor.tune.opening import adapted, calibrate, open_chosen, rehearsal_of

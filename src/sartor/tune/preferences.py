@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sartor.core.processes import Signals
-from sartor.models.batches import Encoded
+from sartor.models.packing import Encoded
 from sartor.tune import objectives, order
 from sartor.tune.recipe import Dpo, Recipe, Sft
 from sartor.tune.run import Counters, Run

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from sartor.models import memory
-from sartor.models.attention import BLOCKED_ATTENTION_TOKENS
-from sartor.models.batches import Encoded
-from sartor.models.path import Path
+from sartor.models import hardware
+from sartor.models.losses.loss_backend import Path
+from sartor.models.packing import BLOCKED_ATTENTION_TOKENS, Encoded
 from sartor.tune import objectives
 from sartor.tune.tokenised import Lesson
 
@@ -88,20 +87,20 @@ class Probe:
     def __init__(self, path: Path, model: Any, device: torch.device) -> None:
         self.path, self.model, self.device = path, model, device
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.resident_bytes = memory.resident_bytes(device)
+        self.resident_bytes = hardware.resident_bytes(device)
         self.samples: list[Sample] = []
 
     def run(self, rows: Sequence[Encoded], *, warm_up: bool = False) -> float:
         """Seconds of one micro-batch over `rows`. `warm_up` leaves its time out of `samples`."""
         with self._untouched():
-            is_measured = memory.restart_peak(self.device)
+            is_measured = hardware.restart_peak(self.device)
             began = time.monotonic()
             losses, weights = self.path.losses(rows)
             objectives.sft(losses, weights, float(max(len(rows), 1))).backward()  # type: ignore[no-untyped-call]
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds = time.monotonic() - began
-            growth = memory.recent_peak_bytes(self.device) - self.resident_bytes if is_measured else None
+            growth = hardware.recent_peak_bytes(self.device) - self.resident_bytes if is_measured else None
         if not warm_up:
             self.samples.append(Sample(total(load_of(row) for row in rows), seconds, growth))
         return seconds

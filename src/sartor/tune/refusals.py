@@ -15,9 +15,9 @@ import torch
 
 from sartor.core import config, model_refs
 from sartor.core.errors import BudgetError, ConfigError, SartorError, SourceError
-from sartor.models import memory
-from sartor.models.batches import Encoded
-from sartor.models.device import best_device, best_dtype
+from sartor.models import hardware
+from sartor.models.hardware import best_device, best_dtype
+from sartor.models.packing import Encoded
 from sartor.tune.forecast import LADDER, MemoryModel, Shape, settle
 from sartor.tune.probe import Load
 from sartor.tune.recipe import Dpo, Recipe, Sft
@@ -59,7 +59,7 @@ def of_base(recipe: Recipe, device: torch.device | None = None) -> Iterator[Refu
     """
     folder = model_refs.locate_base(recipe.base.name, recipe.base.revision, recipe.base.licence).path
     device = device or best_device()
-    count, room = memory.weights_in(folder), memory.available_bytes(device)
+    count, room = hardware.weights_in(folder), hardware.available_bytes(device)
     width = _BYTES_PER_WEIGHT.get(recipe.base.bits) or best_dtype(device).itemsize
     if count * width > room.bytes:
         fitting = [

@@ -11,8 +11,8 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
 from sartor.core.records import Example
 from sartor.core.splits import held_out_groups, split_group
-from sartor.models.batches import Encoded
 from sartor.models.chat import Chat
+from sartor.models.packing import Encoded
 from sartor.tune import lessons, refusals
 from sartor.tune.recipe import Data, Kto, Recipe, Sft
 from sartor.tune.tokenised import Rows, flat

@@ -18,9 +18,9 @@ import torch
 from sartor.core.errors import ArtifactError, ModelError, StoppedError
 from sartor.core.model_refs import BaseRef
 from sartor.core.processes import Signals
-from sartor.models import batches, memory
-from sartor.models.media import embedding_of
-from sartor.models.path import Path, Wish, prove
+from sartor.models import hardware, packing
+from sartor.models.losses.loss_backend import Path, Wish, prove
+from sartor.models.media_tokens import embedding_of
 from sartor.tune import objectives, optimizers, order, outlook
 from sartor.tune.checkpoint import Checkpoint, Saver
 from sartor.tune.journal import Journal
@@ -81,7 +81,7 @@ class Ground(Protocol):
         """What it computes in."""
         ...
 
-    def path(self, model: Any, rows: Sequence[batches.Encoded], wish: Wish) -> Path:
+    def path(self, model: Any, rows: Sequence[packing.Encoded], wish: Wish) -> Path:
         """The fastest way to losses that is right for `model`."""
         ...
 
@@ -161,7 +161,7 @@ class Run:
                 raise StoppedError(done, "the same command with --resume goes on there", int(signals.received))
         self.model.eval()
 
-    def _rehearsed(self, own_tokens: int) -> tuple[list[batches.Encoded], order.Beside]:
+    def _rehearsed(self, own_tokens: int) -> tuple[list[packing.Encoded], order.Beside]:
         """(rows of the rehearsal that go with an update, the place behind them)."""
         rows, fraction = self.data.rehearsal, self.recipe.data.rehearsal.fraction
         chosen, beside = self.beside.after([row.tokens for row in rows], own_tokens, fraction, self.recipe.seed)
@@ -240,14 +240,14 @@ class Run:
         self.losses, self.evaluation_points = dict(facts["losses"]), list(facts["evaluation_points"])
         Rng.read(tensors, facts["rng"]).put_back(self.base.device)
 
-    def _cut(self, chosen: Sequence[batches.Encoded]) -> list[list[batches.Encoded]]:
+    def _cut(self, chosen: Sequence[packing.Encoded]) -> list[list[packing.Encoded]]:
         share = self.recipe.compute.share_prefixes and self.path.name != "one-row"
-        return batches.micro_batches(chosen, self.resolved.micro_batch_tokens, share=share)
+        return packing.micro_batches(chosen, self.resolved.micro_batch_tokens, share=share)
 
     def _fraction(self) -> float:
         return self.counters.fraction(self.recipe.budget, self.data.tokens, self.journal.wall_s)
 
-    def _update_or_save(self, chosen: Sequence[batches.Encoded]) -> None:
+    def _update_or_save(self, chosen: Sequence[packing.Encoded]) -> None:
         """One update. If it fails, the state before it is saved: nothing but the generators has moved by then."""
         before = Rng.capture(self.base.device)
         try:
@@ -257,7 +257,7 @@ class Run:
             self.save()
             raise
 
-    def _update(self, chosen: Sequence[batches.Encoded]) -> None:
+    def _update(self, chosen: Sequence[packing.Encoded]) -> None:
         """One optimiser update over whole rows, computed in micro-batches."""
         began = time.monotonic()
         settings = self.recipe.optimizer
@@ -276,7 +276,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self._count(chosen, loss_sum, norm, rates, time.monotonic() - began)
 
-    def _backward(self, chosen: Sequence[batches.Encoded], weight: float = 1.0) -> float:
+    def _backward(self, chosen: Sequence[packing.Encoded], weight: float = 1.0) -> float:
         """The gradients of an update, times `weight`; returns its loss, times that too."""
         total_weight = sum(row.weight * row.supervised_tokens for row in chosen)
         loss_sum = 0.0
@@ -296,7 +296,7 @@ class Run:
         rate = learning_rate(settings, (fraction - first) / (1 - first))
         return rate, rate * align.later
 
-    def _check(self, chosen: Sequence[batches.Encoded], loss: float, norm: float) -> None:
+    def _check(self, chosen: Sequence[packing.Encoded], loss: float, norm: float) -> None:
         """Raise ModelError for a loss that is not finite or has exploded, with the rows that gave it."""
         first = self.losses["first"]
         uniform = math.log(self.model.get_input_embeddings().weight.shape[0])
@@ -317,7 +317,7 @@ class Run:
         )
 
     def _count(
-        self, chosen: Sequence[batches.Encoded], loss: float, norm: float, rates: tuple[float, float], seconds: float
+        self, chosen: Sequence[packing.Encoded], loss: float, norm: float, rates: tuple[float, float], seconds: float
     ) -> None:
         counters = self.counters
         tokens = sum(row.tokens for row in chosen)
@@ -336,7 +336,7 @@ class Run:
             **({"projector_rate": rates[1]} if self.projectors else {}),
             tokens=tokens,
             tokens_per_s=round(tokens / seconds, 1),
-            memory_bytes=memory.peak_bytes(),
+            memory_bytes=hardware.peak_bytes(),
         )
         self.journal.show(self._fraction(), loss, counters.tokens / self.journal.wall_s)
         if self.outlook.observe(tokens, seconds, counters.tokens, self.journal.wall_s):
@@ -354,7 +354,7 @@ class Run:
         self.losses["eval"] = loss
         self.journal.note(update=self.counters.updates, eval_loss=loss, **said)
 
-    def _loss_of(self, rows: Sequence[batches.Encoded]) -> tuple[float, dict[str, float]]:
+    def _loss_of(self, rows: Sequence[packing.Encoded]) -> tuple[float, dict[str, float]]:
         """(loss per supervised token of rows, what else is said of them). Call under no_grad."""
         total, count = 0.0, 0
         for micro in self._cut(rows):

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sartor.models import batches
-from sartor.models.batches import Encoded
+from sartor.models import packing
+from sartor.models.packing import Encoded
 
 Term = Literal["pair", "good", "bad"]
 
@@ -99,4 +99,4 @@ def micro_batches(rows: Sequence[Lesson], capacity: int, *, share: bool) -> list
     """Cut the lessons of an update into packs of at most `capacity` tokens, pairs whole; with `share` like prompts meet."""
     ordered = sorted(rows, key=lambda row: row.ids) if share else list(rows)
     lengths = [row.tokens for row in ordered]
-    return [[ordered[index] for index in group] for group in batches.fill(lengths, max([capacity, *lengths]))]
+    return [[ordered[index] for index in group] for group in packing.fill(lengths, max([capacity, *lengths]))]

@@ -1,7 +1,7 @@
 """What an adapter reads media with, before a worker loads it: projectors that fit the base and towers that are here. No torch.
 
 projectors.safetensors   metadata {"towers.1": JSON of kind -> name, digest, licence, width, stack}
-tensors KIND.mean, .spread, .gain, .project_in.*, .project_out.* (models/composed.py, Projector)
+tensors KIND.mean, .spread, .gain, .project_in.*, .project_out.* (models/composed_model.py, Projector)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sartor.models.engine.contract import PROJECTORS, About
 CHECK = "projectors"
 KINDS: tuple[Modality, ...] = ("image", "audio")
 MOST_WIDTH, MOST_STACK = 1 << 16, 256
-# A channel is divided by its spread (models/composed.py never writes a smaller one)
+# A channel is divided by its spread (models/composed_model.py never writes a smaller one)
 LEAST_SPREAD = 1e-6
 _AGAIN = "release an adapter that `sartor tune` wrote"
 

@@ -29,9 +29,9 @@ from sartor.edge.personal.rows import example_of, now
 from sartor.edge.personal.work import Material, Tune
 from sartor.edge.store import Installed
 from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.words import Words
 from sartor.evaluate.compare import LEAST_GROUPS, LEAST_WIDTH
 from sartor.models.chat import Chat
+from sartor.models.fast_tokenizer import Words
 from sartor.tune.recipe import Lora, Recipe, load
 
 _MORE_PROBE = f"--probe FILE (Settings(probe=[...]) from Python): {LEAST_GROUPS} rows or more of what it must go on to know"

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from sartor.edge.personal.judge__acceptance import Asked, Verdict, judge, too_few_prompts  # noqa: F401
-from sartor.edge.tuning.llama import MappedLlama
 from sartor.edge.tuning.tuner import LOGITS_BYTES, adapted, load_factors
 from sartor.models import kernels
-from sartor.models.batches import Encoded, pack
-from sartor.models.forward import Fast
+from sartor.models.losses.fused_decoder import Fast
+from sartor.models.mmap_llama import MappedLlama
+from sartor.models.packing import Encoded, pack
 from sartor.tune.recipe import Lora
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sartor.evaluate.compare import LEAST_GROUPS, Comparison, paired
-from sartor.models.batches import Encoded
+from sartor.models.packing import Encoded
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from sartor.core.errors import (
 )
 from sartor.core.records import Example
 from sartor.edge.personal.rows import Row
-from sartor.models.batches import Encoded
 from sartor.models.chat import Chat
+from sartor.models.packing import Encoded
 from sartor.tune.recipe import Recipe
 
 _FACTOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.\w+\.(\w+)\.lora_[AB]\.weight")

@@ -1,7 +1,7 @@
 """Content of a call as llama.cpp is to read it: its own template and tokenizer, and no token of markup from what a text spells.
 
 llama.cpp looks for control tokens in all of a prompt's text, and for added words even where it is told to look for none. So a
-prompt that spells some is cut inside of them, and its pieces are tokenised one by one (`models/markup.py`).
+prompt that spells some is cut inside of them, and its pieces are tokenised one by one (`models/template_markup.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from sartor.core.gguf_header import read_head
 from sartor.core.records import ROLES
 from sartor.models.engine.contract import Call
 from sartor.models.engine.inner import Inner
-from sartor.models.markup import Markup, Token, is_markup
-from sartor.models.markup_probe import markup_in, plain_probes
+from sartor.models.template_markup import Markup, Token, is_markup, markup_in, plain_probes
 
 _TOKENS, _TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 # llama.cpp's kinds of tokens (llama.h, llama_token_type)

@@ -24,7 +24,7 @@ from sartor.core.filesystem import write_file_atomic
 from sartor.core.home import folder
 
 SCHEMA = 1
-# as `models/kernels/native.py` looks for them
+# as `models/kernels/cpu.py` looks for them
 COMPILERS = (os.environ.get("CXX") or "g++", "g++", "c++", "clang++")
 
 

@@ -15,7 +15,7 @@ import torch
 
 from sartor.core.errors import ArtifactError
 from sartor.edge.tuning.adamw import AdamW, Still
-from sartor.models.batches import Encoded
+from sartor.models.packing import Encoded
 from sartor.tune import objectives
 from sartor.tune.forecast import Interval, Settled
 from sartor.tune.outlook import Outlook

@@ -14,11 +14,11 @@ import torch
 from sartor.edge.tuning import tuner
 from sartor.edge.tuning.floor import held_bytes
 from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.llama import ATTENTION, MLP
 from sartor.edge.tuning.tokens import write_tokens
-from sartor.models.batches import Encoded
-from sartor.models.kernels.native import Native
-from sartor.models.streamed import write_tensors
+from sartor.models.kernels.cpu import Native
+from sartor.models.mmap_llama import ATTENTION, MLP
+from sartor.models.packing import Encoded
+from sartor.models.tensor_files import write_tensors
 from sartor.tune.tokenised import Rows
 
 WIDTH, VOCABULARY, TOKENS = 64, 64, 16

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sartor.core.errors import ArtifactError
-from sartor.models.batches import Encoded
+from sartor.models.packing import Encoded
 from sartor.tune.tokenised import Rows
 
 SCHEMA = "1"

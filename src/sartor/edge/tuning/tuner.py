@@ -27,14 +27,14 @@ from sartor.core.numerics import numerics
 from sartor.core.processes import Signals
 from sartor.edge.tuning.job import DTYPE, Job, read_job
 from sartor.edge.tuning.learning import DeviceRun, ZerothRun
-from sartor.edge.tuning.llama import ATTENTION, MLP, MappedLlama
 from sartor.edge.tuning.tokens import read_tokens
 from sartor.models import kernels
-from sartor.models.batches import Encoded
-from sartor.models.forward import Fast
-from sartor.models.path import FastPath, Wish
-from sartor.models.path import Path as LossPath
-from sartor.models.streamed import write_tensors
+from sartor.models.losses.fused_decoder import Fast
+from sartor.models.losses.loss_backend import FastPath, Wish
+from sartor.models.losses.loss_backend import Path as LossPath
+from sartor.models.mmap_llama import ATTENTION, MLP, MappedLlama
+from sartor.models.packing import Encoded
+from sartor.models.tensor_files import write_tensors
 from sartor.tune.checkpoint import Saver, check_numerics, newest
 from sartor.tune.journal import Journal
 from sartor.tune.recipe import Lora, Recipe

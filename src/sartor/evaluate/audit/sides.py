@@ -14,8 +14,8 @@ from sartor.core.records import Example, Message
 from sartor.evaluate.answering import SPARE_TOKENS, losses, side
 from sartor.evaluate.held_out import refusal
 from sartor.models.base import Base
-from sartor.models.batches import Encoded
 from sartor.models.generate import context_tokens, generate
+from sartor.models.packing import Encoded
 from sartor.models.sampling import Sampling
 
 Array = NDArray[np.float64]

@@ -15,7 +15,8 @@ import numpy as np
 
 from sartor.core.errors import ConfigError
 from sartor.federate.aggregate.modes import Combined, Mode
-from sartor.federate.aggregate.tensors import A, Array, Pair, Tensors, Update, mean, modules, pair
+from sartor.federate.aggregate.tensors__updates import Update, mean
+from sartor.models.lora_tensors import A, Array, Pair, Tensors, modules, pair
 
 PREFIX = "canary."
 

@@ -22,8 +22,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 from sartor.core.errors import InputError
-from sartor.federate.aggregate.ranks import widened
-from sartor.federate.aggregate.tensors import A, Array, B, Pair, Tensors, Update, cohort, mean, modules, pair, plus
+from sartor.federate.aggregate.tensors__updates import Update, cohort, mean
+from sartor.models.lora_tensors import A, Array, B, Pair, Tensors, modules, pair, plus, widened
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sartor.core.errors import ConfigError, InputError
-from sartor.federate.aggregate.tensors import _REMEDY, Array, Tensors
+from sartor.models.lora_tensors import _REMEDY, Array, Tensors
 
 
 @dataclass(frozen=True)

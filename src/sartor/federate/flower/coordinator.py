@@ -30,7 +30,6 @@ from sartor.core.errors import ConfigError, RoundError
 from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.licences import compliance
 from sartor.core.licences.spdx import UNKNOWN
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.flower.app import write_app
 from sartor.federate.flower.lead import Lead, RoundOptions
 from sartor.federate.flower.waiting import Watch, run_to_the_end
@@ -56,6 +55,7 @@ from sartor.federate.tuning.simulation import (
     written,
 )
 from sartor.federate.tuning.task import LoraTask
+from sartor.models.lora_tensors import Tensors
 from sartor.tune import resume as resumption
 from sartor.tune.checkpoint import Found, full_disk
 from sartor.tune.rows import encode_rows

@@ -25,7 +25,6 @@ from typing import Any, Protocol
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import BusyError, ConflictError, MissingError
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.flower.transport import FlowerTransport
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.client import Member
@@ -35,6 +34,7 @@ from sartor.federate.rounds.manifest import Beside, Rules
 from sartor.federate.rounds.transport import Carried, Transport, finish
 from sartor.federate.secure.identity import Identity, Roster
 from sartor.federate.tuning.course import LoraCourse, LoraOptions
+from sartor.models.lora_tensors import Tensors
 
 # a ServerApp whose SuperLink was killed ends some seconds after it, and has the journal until then
 _PATIENCE_S = 60.0

@@ -23,9 +23,9 @@ import numpy as np
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError, InputError
-from sartor.federate.aggregate.tensors import Array, Tensors, norm
 from sartor.federate.privacy.accountant import Spending
 from sartor.federate.privacy.noise import Integers, Source, discrete_gaussian
+from sartor.models.lora_tensors import Array, Tensors, norm
 
 # Gaussian values further out than this many standard deviations do not occur: 1e-32 a value
 FAR = 12.0

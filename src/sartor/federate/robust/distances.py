@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.federate.aggregate.tensors import Array, Tensors, Update
+from sartor.federate.aggregate.tensors__updates import Update
+from sartor.models.lora_tensors import Array, Tensors
 
 Numbers = NDArray[np.float64]
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError, GuardError
-from sartor.federate.aggregate.tensors import Tensors, Update, cohort, mean
+from sartor.federate.aggregate.tensors__updates import Update, cohort, mean
 from sartor.federate.robust.distances import by_value, cosines, norms, squared_distances
+from sartor.models.lora_tensors import Tensors
 
 Action = Literal["refused", "bounded"]
 

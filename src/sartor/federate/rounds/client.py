@@ -16,7 +16,6 @@ import numpy as np
 
 from sartor.core import records
 from sartor.core.errors import RoundError
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.journal import Journal, Kept, State
 from sartor.federate.rounds.manifest import Manifest, Mode, read
@@ -26,6 +25,7 @@ from sartor.federate.secure.client import ROOT_BYTES, Client
 from sartor.federate.secure.identity import Identity, Roster
 from sartor.federate.secure.messages import Boxes, Invite, Lists, Outcome, Payload, Peers, Shown, Signed, Unmask
 from sartor.federate.secure.terms import Policy
+from sartor.models.lora_tensors import Tensors
 
 Chance = Callable[[Manifest], np.random.Generator | None]
 

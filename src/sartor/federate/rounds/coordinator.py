@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from sartor.core import records
 from sartor.core.errors import ConfigError, ConflictError, RoundError
-from sartor.federate.aggregate.tensors import Tensors, Update
+from sartor.federate.aggregate.tensors__updates import Update
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.client import Member
 from sartor.federate.rounds.inspected import Inspected
@@ -25,6 +25,7 @@ from sartor.federate.rounds.manifest import Beside, Manifest, Rules, Work, read,
 from sartor.federate.secure import messages, ring
 from sartor.federate.secure.messages import Invite, Outcome, Payload
 from sartor.federate.secure.server import Server
+from sartor.models.lora_tensors import Tensors
 
 # (shared tensors, weighted mean of the updates) -> the next shared tensors
 Merge = Callable[[Tensors, Tensors], Tensors]

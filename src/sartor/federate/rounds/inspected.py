@@ -11,12 +11,13 @@ from typing import Literal
 import numpy as np
 
 from sartor.core.errors import ArtifactError, ConflictError, RoundError
-from sartor.federate.aggregate.tensors import Update, norm
+from sartor.federate.aggregate.tensors__updates import Update
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.manifest import Manifest
 from sartor.federate.secure import messages
 from sartor.federate.secure.identity import Roster
 from sartor.federate.secure.messages import Lists, Shown
+from sartor.models.lora_tensors import norm
 
 
 class Inspected:

@@ -22,11 +22,11 @@ from typing import Any, Literal, get_args
 from sartor.core import records, signing
 from sartor.core.config import is_name
 from sartor.core.errors import ArtifactError, ConfigError, SignatureError
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.tensors import WEIGHT
 from sartor.federate.secure.identity import Identity, Roster
 from sartor.federate.secure.ring import layout_for, scale_for
 from sartor.federate.secure.terms import Round, Slot, Terms, least_threshold
+from sartor.models.lora_tensors import Tensors
 
 SCHEMA, KIND = 2, "round"
 # private: the coordinator learns the sum alone. inspectable: it sees each update, as a robust rule has to.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sartor.core.errors import RoundError
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.manifest import Manifest
+from sartor.models.lora_tensors import Tensors
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from sartor.core import records
 from sartor.core.errors import ArtifactError, ConfigError, RoundError
-from sartor.federate.aggregate.tensors import Tensors, norm
+from sartor.models.lora_tensors import Tensors, norm
 
 # the name of the one more number
 WEIGHT = "weight of the update"

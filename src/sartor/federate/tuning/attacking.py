@@ -21,7 +21,6 @@ from pathlib import Path
 from sartor.core.records import Example, Message, Origin
 from sartor.evaluate.audit import membership
 from sartor.evaluate.audit.membership import Membership
-from sartor.federate.aggregate.tensors import A, B, Tensors, modules, plus
 from sartor.federate.privacy.accountant import Budget
 from sartor.federate.privacy.attacks import audit, inversion
 from sartor.federate.privacy.attacks.audit import Audit
@@ -34,7 +33,8 @@ from sartor.federate.tuning.guard import RowGuard
 from sartor.federate.tuning.recipe import MODES
 from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting
 from sartor.federate.tuning.task import LoraTask
-from sartor.models.batches import Encoded
+from sartor.models.lora_tensors import A, B, Tensors, modules, plus
+from sartor.models.packing import Encoded
 from sartor.tune.tokenised import Rows
 
 Notice = Callable[[str], object]

@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.federate.aggregate.modes import Mode
-from sartor.federate.aggregate.tensors import Tensors, flat, unflat
 from sartor.federate.privacy.accountant import Budget
 from sartor.federate.privacy.attacks import audit
 from sartor.federate.privacy.attacks.audit import Audit
 from sartor.federate.rounds.manifest import Manifest
 from sartor.federate.rounds.task import Learnt
 from sartor.federate.tuning.task import Losses
+from sartor.models.lora_tensors import Tensors, flat, unflat
 
 LEAST, MOST = 64, 16_384
 

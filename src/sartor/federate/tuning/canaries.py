@@ -14,9 +14,9 @@ import numpy as np
 from sartor.federate.aggregate import exactness
 from sartor.federate.aggregate.exactness import PREFIX, Canary
 from sartor.federate.aggregate.modes import Combined
-from sartor.federate.aggregate.tensors import A, Array, B, Tensors, norm, plus
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.manifest import Beside, Manifest
+from sartor.models.lora_tensors import A, Array, B, Tensors, norm, plus
 
 # of X: enough for a figure, and half a percent of the upload of a model of 100 M weights
 _COLUMNS = 2

@@ -10,15 +10,14 @@ from typing import Any
 from sartor.core import parquet_io as stored
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
-from sartor.federate.aggregate.ranks import nothing
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.manifest import Rules
 from sartor.federate.tuning.guard import RowGuard
 from sartor.federate.tuning.recipe import FederateRecipe, tuning
 from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.shards import Shards
 from sartor.federate.tuning.task import LoraTask
-from sartor.models.batches import Encoded
+from sartor.models.lora_tensors import Tensors, nothing
+from sartor.models.packing import Encoded
 from sartor.tune.rows import encode_rows
 from sartor.tune.tokenised import Rows
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sartor.core import records
 from sartor.core.config import REQUIRED, option
-from sartor.federate.aggregate.tensors import Tensors, Update, norm, plus
+from sartor.federate.aggregate.tensors__updates import Update
 from sartor.federate.privacy.accountant import Account, Budget
 from sartor.federate.robust.rules import AnyRule, Pooled
 from sartor.federate.rounds.coordinator import Coordinator, Plan
@@ -20,6 +20,7 @@ from sartor.federate.tuning import canaries, measures
 from sartor.federate.tuning.measures import Line
 from sartor.federate.tuning.noise import noise_of, values_of
 from sartor.federate.tuning.recipe import MODES, ModeName
+from sartor.models.lora_tensors import Tensors, norm, plus
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,11 @@ from sartor.edge.tuning.job import Job, Share
 from sartor.edge.tuning.plan import Planner, Rung
 from sartor.edge.tuning.receipt import Receipt
 from sartor.edge.tuning.within import Budget, tune_within
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.rounds.manifest import Manifest
 from sartor.federate.rounds.task import Learnt
 from sartor.federate.tuning.recipe import MODES, Settings
 from sartor.federate.tuning.task import Losses, change, local_recipe, settings_of
+from sartor.models.lora_tensors import Tensors
 from sartor.tune import order
 from sartor.tune.recipe import Recipe
 from sartor.tune.tokenised import Rows

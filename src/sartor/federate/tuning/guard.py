@@ -27,8 +27,8 @@ from sartor.federate.rounds.manifest import Manifest
 from sartor.federate.secure import masks
 from sartor.federate.tuning.recipe import Local, Privacy, Settings
 from sartor.federate.tuning.resident import Resident
-from sartor.models import quantised
-from sartor.models.batches import Encoded, pack
+from sartor.models import quantization
+from sartor.models.packing import Encoded, pack
 from sartor.tune import optimizers
 from sartor.tune.run import learning_rate
 from sartor.tune.tokenised import Rows
@@ -126,7 +126,7 @@ def _calibrated(budget: Budget, times: int, fraction: float) -> float:
 
 def _check(resident: Resident) -> None:
     """Raise ConfigError for a base whose single gradients cannot be had."""
-    if bits := quantised.bits_of(resident.model):
+    if bits := quantization.bits_of(resident.model):
         problem = f"the base is in {bits} bits: the gradients of single rows are taken on one that is not quantised"
         raise ConfigError(problem, "base.bits: 16")
     if resident.model.config.is_encoder_decoder:

@@ -19,10 +19,10 @@ from sartor.evaluate import answering
 from sartor.evaluate.compare import Comparison, paired
 from sartor.evaluate.held_out import HeldOut
 from sartor.evaluate.scorers import exact_match
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.tuning.lifts__personal_adapters import examples_of, own_rows  # noqa: F401
 from sartor.federate.tuning.resident import Resident
-from sartor.models.batches import Encoded
+from sartor.models.lora_tensors import Tensors
+from sartor.models.packing import Encoded
 
 SCHEMA, KIND = 1, "personal-report"
 # what is longer is hardly ever said word by word

@@ -8,10 +8,11 @@ from typing import Any
 
 from sartor.federate.aggregate import exactness
 from sartor.federate.aggregate.modes import Combined
-from sartor.federate.aggregate.tensors import Tensors, Update, mean, norm, plus
+from sartor.federate.aggregate.tensors__updates import Update, mean
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.manifest import Rules
 from sartor.federate.rounds.task import Learnt
+from sartor.models.lora_tensors import Tensors, norm, plus
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from sartor.core.errors import RoundError
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.privacy.clients import ClientNoise
 from sartor.federate.rounds.manifest import Manifest
 from sartor.federate.rounds.tensors import WEIGHT
+from sartor.models.lora_tensors import Tensors
 
 
 def noise_of(manifest: Manifest) -> ClientNoise:

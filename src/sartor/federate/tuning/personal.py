@@ -22,13 +22,12 @@ from sartor.core import catalogue, config, records
 from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic, writer_lock
-from sartor.federate.aggregate.ranks import nothing
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.tuning import lifts, lifts__personal_adapters
 from sartor.federate.tuning.clients import Clients
 from sartor.federate.tuning.recipe import FederateRecipe, Local, Personal
 from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.stacking import Losses, Stack
+from sartor.models.lora_tensors import Tensors, nothing
 from sartor.tune import order, resume
 from sartor.tune.checkpoint import Found, full_disk
 from sartor.tune.recipe import Budget

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sartor.federate.aggregate.tensors import Array, Tensors
 from sartor.federate.tuning.resident import Resident
-from sartor.models import batches
-from sartor.models.batches import Encoded
-from sartor.models.path import Wish
+from sartor.models import packing
+from sartor.models.lora_tensors import Array, Tensors
+from sartor.models.losses.loss_backend import Wish
+from sartor.models.packing import Encoded
 
 # tokens that are looked at together
 _AT_ONCE = 4_096
@@ -27,7 +27,7 @@ def row_losses(resident: Resident, shared: Tensors, rows: Sequence[Encoded]) -> 
     resident.model.eval()
     path, found = resident.path(resident.model, rows, Wish()), list[float]()
     asked = resident.recipe.compute.micro_batch_tokens
-    for micro in batches.micro_batches(rows, asked if isinstance(asked, int) else 1, share=False) if rows else []:
+    for micro in packing.micro_batches(rows, asked if isinstance(asked, int) else 1, share=False) if rows else []:
         losses, _ = path.losses(micro)
         parts = losses.float().split([row.supervised_tokens for row in micro])
         found += [float(part.mean()) for part in parts]

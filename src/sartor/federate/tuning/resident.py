@@ -10,12 +10,11 @@ import torch
 
 from sartor.core.errors import ConfigError, RoundError
 from sartor.core.model_refs import BaseRef
-from sartor.federate.aggregate.ranks import alpha_of
-from sartor.federate.aggregate.tensors import A, Array, Tensors, modules
 from sartor.federate.tuning.recipe import recipe_digest
-from sartor.models import adapters, batches
+from sartor.models import adapters, packing
 from sartor.models.base import Base
-from sartor.models.path import Path, Wish
+from sartor.models.lora_tensors import A, Array, Tensors, alpha_of, modules
+from sartor.models.losses.loss_backend import Path, Wish
 from sartor.tune.opening import adapted, open_chosen
 from sartor.tune.recipe import Recipe
 
@@ -83,7 +82,7 @@ class Resident:
         """See Ground."""
         return self.base.dtype
 
-    def path(self, model: Any, rows: Sequence[batches.Encoded], wish: Wish) -> Path:
+    def path(self, model: Any, rows: Sequence[packing.Encoded], wish: Wish) -> Path:
         """See Ground: chosen once, by the rows of whoever comes first, with every factor learning."""
         if self._path is None:
             still = [one for one in self.factors.values() if not one.requires_grad]
@@ -123,7 +122,7 @@ class Resident:
                 self._masks.append(parameter.register_hook(_only(ranks, by_row=name.endswith(A))))
 
     @torch.no_grad()
-    def loss(self, shared: Tensors, rows: Sequence[batches.Encoded]) -> float | None:
+    def loss(self, shared: Tensors, rows: Sequence[packing.Encoded]) -> float | None:
         """Nats per supervised token of rows under an adapter; None of no rows."""
         if not rows:
             return None
@@ -133,7 +132,7 @@ class Resident:
         longest = max(len(row.ids) for row in rows)
         asked = self.recipe.compute.micro_batch_tokens
         most = max(longest, asked if isinstance(asked, int) else longest)
-        for micro in batches.micro_batches(rows, most, share=path.name != "one-row"):
+        for micro in packing.micro_batches(rows, most, share=path.name != "one-row"):
             losses, _ = path.losses(micro)
             total, count = total + float(losses.sum()), count + len(losses)
         return total / count

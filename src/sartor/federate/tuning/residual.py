@@ -14,12 +14,12 @@ import numpy as np
 from sartor.core.errors import BudgetError
 from sartor.federate.aggregate import exactness
 from sartor.federate.aggregate.modes import Combined, Residual
-from sartor.federate.aggregate.ranks import cut, joined, rank_of
-from sartor.federate.aggregate.tensors import A, Array, B, Pair, Tensors, Update, mean, modules, pair, plus
+from sartor.federate.aggregate.tensors__updates import Update, mean
 from sartor.federate.robust.rules import AnyRule
 from sartor.federate.rounds.task import Learnt
 from sartor.federate.tuning.running import InspectedRounds, Setting
 from sartor.federate.tuning.task import LoraTask
+from sartor.models.lora_tensors import A, Array, B, Pair, Tensors, cut, joined, modules, pair, plus, rank_of
 
 # a singular value below this, of the largest, is rounding in fp64
 _NOTHING = 1e-12

@@ -18,7 +18,7 @@ import numpy as np
 
 from sartor.core import config, records, signing
 from sartor.core.errors import BudgetError
-from sartor.federate.aggregate.tensors import Tensors, Update, norm, plus
+from sartor.federate.aggregate.tensors__updates import Update
 from sartor.federate.privacy.accountant import Account
 from sartor.federate.robust.rules import AnyRule
 from sartor.federate.rounds import tensors as arrays
@@ -37,6 +37,7 @@ from sartor.federate.tuning.noise import noise_of, noised, values_of
 from sartor.federate.tuning.recipe import MODES, FederateRecipe, Settings
 from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.task import NAME, LoraTask, Losses
+from sartor.models.lora_tensors import Tensors, norm, plus
 
 RUN, COORDINATOR = "simulation", "coordinator"
 # every client answers at once or says no, so nothing waits for a clock (which stands still), and a stage is over at once

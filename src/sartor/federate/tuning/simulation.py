@@ -23,7 +23,6 @@ from sartor.core.artifacts import Artifact, check_free, kind_of, write_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.licences import compliance
-from sartor.federate.aggregate.tensors import Tensors
 from sartor.federate.privacy.accountant import Account, calibrated
 from sartor.federate.privacy.attacks.report import AttackReport, open_report
 from sartor.federate.privacy.clients import ClientNoise
@@ -40,8 +39,9 @@ from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.residual import ResidualRounds
 from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting, TuningTask
 from sartor.federate.tuning.shards import Shards
-from sartor.models import adapters, memory
+from sartor.models import adapters, hardware
 from sartor.models.base import machine
+from sartor.models.lora_tensors import Tensors
 from sartor.tune import resume as resumption
 from sartor.tune.checkpoint import Found, full_disk
 
@@ -299,7 +299,7 @@ def facts_of(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any
             "epsilon": lines[-1]["epsilon"],
             "metrics": {"eval_loss": people.losses(shared)},
             "loss": {"first": lines[0]["loss_first"], "last": lines[-1]["loss_last"], "eval": None},
-            "peak_memory_bytes": memory.peak_bytes(),
+            "peak_memory_bytes": hardware.peak_bytes(),
             "trainable": trained,
             "trainable_fraction": trained / everything,
         },

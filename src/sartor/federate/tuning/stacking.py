@@ -16,12 +16,11 @@ from typing import Any
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ModelError
 from sartor.core.licences import compliance
-from sartor.federate.aggregate.ranks import cut, joined, nothing, rank_of
-from sartor.federate.aggregate.tensors import Array, Tensors
 from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.task import train
-from sartor.models import adapters, memory
+from sartor.models import adapters, hardware
 from sartor.models.base import machine
+from sartor.models.lora_tensors import Array, Tensors, cut, joined, nothing, rank_of
 from sartor.tune.recipe import Budget
 from sartor.tune.tokenised import Rows
 
@@ -92,7 +91,7 @@ class Stack:
             "run": {
                 **run,
                 "loss": {"first": losses["first"], "last": losses["last"], "eval": None},
-                "peak_memory_bytes": memory.peak_bytes(),
+                "peak_memory_bytes": hardware.peak_bytes(),
                 "trainable": own,
                 "trainable_fraction": own / everything,
             },

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from sartor.core import config
 from sartor.core.errors import ConfigError, ModelError, RoundError
 from sartor.federate.aggregate.modes import Mode
-from sartor.federate.aggregate.tensors import Array, Tensors, plus
 from sartor.federate.rounds.manifest import Manifest
 from sartor.federate.rounds.task import Learnt
 from sartor.federate.tuning import canaries
@@ -19,6 +18,7 @@ from sartor.federate.tuning.guard import RowGuard
 from sartor.federate.tuning.recipe import MODES, Settings
 from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.task__shared_base import _NOWHERE, _WHOLE, LocalRun, train  # noqa: F401
+from sartor.models.lora_tensors import Array, Tensors, plus
 from sartor.tune.part import Part
 from sartor.tune.recipe import Budget, Recipe
 from sartor.tune.tokenised import Rows

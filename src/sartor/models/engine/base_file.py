@@ -15,7 +15,7 @@ from sartor.core import model_refs
 from sartor.core.errors import ModelError
 from sartor.core.gguf_header import read_head
 from sartor.core.home import folder
-from sartor.models import gguf_model, gguf_tokens
+from sartor.models import gguf_writer
 from sartor.models.base import open_base
 from sartor.models.chat import Chat
 from sartor.models.engine.inner import Inner
@@ -71,8 +71,8 @@ def f16_file(ref: model_refs.BaseRef) -> Path:
         if not file.is_file():
             opened = open_base(ref.name, bits=32, device=torch.device("cpu"))
             rows = opened.model.get_input_embeddings().weight.shape[0]
-            about = gguf_model.About(ref.path.name, ref.digest[:12], ref.licence, opened.chat.template)
-            gguf_model.write_model_gguf(opened.model, gguf_tokens.from_chat(opened.chat, rows), about, file)
+            about = gguf_writer.About(ref.path.name, ref.digest[:12], ref.licence, opened.chat.template)
+            gguf_writer.write_model_gguf(opened.model, gguf_writer.from_chat(opened.chat, rows), about, file)
     return file
 
 

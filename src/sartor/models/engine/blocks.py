@@ -1,6 +1,6 @@
 """A base's blocks as serving computes them: prompts in chunks, newest tokens in blocks of rows, both with many adapters.
 
-The architecture is read by `models/forward.py` (a family is a line in its table); what differs here is the cache and that every
+The architecture is read by `models/losses/fused_decoder.py` (a family is a line in its table); what differs here is the cache and that every
 row may have factors of its own. What makes a row's numbers independent of its neighbours:
 
 - a chunk of a prompt is computed by itself, and where chunks begin depends on that prompt alone;
@@ -10,7 +10,7 @@ row may have factors of its own. What makes a row's numbers independent of its n
 
 It holds in fp32 and in bf16, since it is a matter of order and not of precision.
 
-In 16 bits the low-rank term of each row is made first and the frozen product is accumulated onto it (models/linear.py says
+In 16 bits the low-rank term of each row is made first and the frozen product is accumulated onto it (models/losses/lora_linear.py says
 why), for rows without an adapter onto zeros, so that their product is the same one; and the residual stream is fp32.
 """
 
@@ -25,10 +25,9 @@ from torch.nn import functional as F
 
 from sartor.models.engine.factors import Factors, Site
 from sartor.models.engine.pages import PAGE_TOKENS
-from sartor.models.forward import Block, Fast, Norm
-from sartor.models.kernels.eager import Eager
-from sartor.models.kernels.serving import Cache, Looks, Serving, Turns
-from sartor.models.linear import Projection, Unsupported, rounds
+from sartor.models.kernels.reference import Cache, Eager, Looks, Serving, Turns
+from sartor.models.losses.fused_decoder import Block, Fast, Norm
+from sartor.models.losses.lora_linear import Projection, Unsupported, rounds
 
 BLOCK_ROWS = 16
 # Rotary embeddings whose angles depend on the length of the text cannot be tabled

@@ -17,7 +17,7 @@ from sartor.models.sampling import Sampling
 
 BASE = ""
 LOCAL = "local"
-# Beside an adapter that reads media (models/composed.py, which loads torch)
+# Beside an adapter that reads media (models/composed_model.py, which loads torch)
 PROJECTORS = "projectors.safetensors"
 Finish = Literal["stop", "length", "cancelled"]
 

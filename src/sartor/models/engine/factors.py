@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from sartor.core.errors import ModelError
 from sartor.models.adapters import CONFIG, read_weights
-from sartor.models.kernels.serving import Stack
+from sartor.models.kernels.reference import Stack
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
 _REMEDY = "serve it merged (`sartor export --to merged`), or tune it again with method.kind: lora"

@@ -32,7 +32,7 @@ from sartor.models.engine.inner import PLAIN, Bounds, Inner, embeddings
 from sartor.models.engine.reading import Reader, open_reader
 from sartor.models.engine.streams import Reply, StreamEngine, events_of
 from sartor.models.engine.tools import reply_schema
-from sartor.models.gguf_out import write_adapter_gguf
+from sartor.models.gguf_writer import write_adapter_gguf
 
 # Tokens of prompt and reply in one slot: the server takes memory for the whole of every slot when it starts
 MOST_CONTEXT = 4096

@@ -18,11 +18,11 @@ from sartor.models import kernels
 from sartor.models.engine.blocks import Angles, Blocks, Run, Scores, sites_of
 from sartor.models.engine.factors import Pair
 from sartor.models.engine.sheets import Sheets
-from sartor.models.forward import Block, Fast, Norm
-from sartor.models.kernels import native, walk
-from sartor.models.kernels.eager import Eager
-from sartor.models.kernels.walk import PAGE, Layer, Model, Tokens, Walker
-from sartor.models.linear import Projection, Unsupported
+from sartor.models.kernels import cpu, cpu_forward
+from sartor.models.kernels.cpu_forward import PAGE, Layer, Model, Tokens, Walker
+from sartor.models.kernels.reference import Eager
+from sartor.models.losses.fused_decoder import Block, Fast, Norm
+from sartor.models.losses.lora_linear import Projection, Unsupported
 
 # Of the linear layers of a base that is copied into memory of the process's own
 MOST_MOVED_BYTES = 1 << 30
@@ -106,18 +106,18 @@ class NativeBlocks:
         return Model(
             len(layers), fast.head.shape[1], block.shape.heads, block.shape.groups, block.width, rotary,
             block.activation != "silu", self.vocabulary, block.shape.scale, block.shape.softcap or 0.0, fast.norm.eps,
-            fast.norm.offset, fast.softcap or 0.0, layers, walk.address(fast.norm.weight), walk.address(fast.head),
+            fast.norm.offset, fast.softcap or 0.0, layers, cpu_forward.address(fast.norm.weight), cpu_forward.address(fast.head),
         )  # fmt: skip
 
     def _layer(self, block: Block, cache: torch.Tensor) -> Layer:
         products = [
-            walk.product([m.weight.detach() for m in part.modules], [m.bias for m in part.modules])
+            cpu_forward.product([m.weight.detach() for m in part.modules], [m.bias for m in part.modules])
             for part in _projections(block)
         ]
         heads = [] if block.head_norms is None else block.head_norms.norms
         return Layer(
-            walk.address(block.norm.weight), walk.address(block.mlp_norm.weight), walk.pair([n.weight for n in block.after]),
-            walk.pair([n.weight for n in heads]), (walk.Product * 4)(*products), walk.address(cache),
+            cpu_forward.address(block.norm.weight), cpu_forward.address(block.mlp_norm.weight), cpu_forward.pair([n.weight for n in block.after]),
+            cpu_forward.pair([n.weight for n in heads]), (cpu_forward.Product * 4)(*products), cpu_forward.address(cache),
             self._kinds.index(block.rope_kind), block.shape.window or 0,
         )  # fmt: skip
 
@@ -131,13 +131,13 @@ def _move(fast: Fast, projections: Sequence[Projection]) -> None:
     modules = [module for part in projections for module in part.modules]
     if sum(module.weight.nbytes for module in modules) > MOST_MOVED_BYTES:
         return
-    numbers = walk.on_wide_pages(sum(module.weight.numel() for module in modules), fast.head.dtype)
+    numbers = cpu_forward.on_wide_pages(sum(module.weight.numel() for module in modules), fast.head.dtype)
     at = 0
     for module in modules:
         size = module.weight.numel()
         module.weight.data = numbers[at : at + size].view_as(module.weight).copy_(module.weight)
         at += size
-    head = walk.on_wide_pages(fast.head.numel(), fast.head.dtype).view_as(fast.head)
+    head = cpu_forward.on_wide_pages(fast.head.numel(), fast.head.dtype).view_as(fast.head)
     fast.head = head.copy_(fast.head)
 
 
@@ -153,7 +153,7 @@ def _check(fast: Fast, projections: Sequence[Projection]) -> None:
         "layers of unlike sizes": len({_sizes(block) for block in fast.blocks}) > 1,
     }
     if found := [reason for reason, is_so in reasons.items() if is_so]:
-        raise native.NoKernels(f"the base has {found[0]}")
+        raise cpu.NoKernels(f"the base has {found[0]}")
 
 
 def _norms(block: Block) -> list[Norm]:
@@ -176,11 +176,11 @@ def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> Blocks | N
         raise ModelError(f"the engine cannot serve this base: {why}", "engine: {kind: llamacpp} or {kind: openai}") from None
     try:
         if model.device.type != "cpu":
-            raise native.NoKernels("they are for CPUs")
+            raise cpu.NoKernels("they are for CPUs")
         if wrong := difference(fast.head.dtype):
-            raise native.NoKernels(f"they are wrong on this machine: {wrong}")
+            raise cpu.NoKernels(f"they are wrong on this machine: {wrong}")
         return NativeBlocks(fast, cache_pages, angles, names)
-    except native.NoKernels:
+    except cpu.NoKernels:
         return Blocks(fast, cache_pages, angles, names)
 
 

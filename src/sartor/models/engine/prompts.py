@@ -4,7 +4,7 @@ Messages go through the base's own chat template, wherever the tokens are comput
 to. Tools go into it as `tools` where the template writes them. Where it does not, they stand in the system turn as TOOLS_TEXT
 says, calls of earlier turns in the form that it asks for, and what tools returned in a user turn.
 
-Every text of a request is content: where it spells the base's markup, the model reads it as text (`models/markup.py`).
+Every text of a request is content: where it spells the base's markup, the model reads it as text (`models/template_markup.py`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from sartor.core.records import ROLES, Message, Part
 from sartor.core.reply_markup import with_reasoning
 from sartor.media.content_parts import MEDIA, is_media, url_in
 from sartor.models.chat import Chat
+from sartor.models.content_shielding import calls_as_text, in_text
 from sartor.models.engine.contract import Call
-from sartor.models.markup import Opened
-from sartor.models.shielding import calls_as_text, in_text
+from sartor.models.template_markup import Opened
 
 TOOLS_TEXT = (
     "You may call functions to answer. These are declared, with their parameters as JSON Schema:\n<tools>\n{tools}\n</tools>\n"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from sartor.models.engine.factors import Pair, Site, read_pairs
-from sartor.models.kernels import walk
-from sartor.models.kernels.walk import RANKS, Factor, Walker
+from sartor.models.kernels import cpu_forward
+from sartor.models.kernels.cpu_forward import RANKS, Factor, Walker
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Sheets:
     def _sheet(self, pairs: Mapping[str, Pair]) -> Sheet:
         ranks = {module: -(-len(pair.a) // RANKS) * RANKS for module, pair in pairs.items()}
         shapes = [(rank, *self._shapes[module]) for module, rank in ranks.items()]
-        numbers = walk.on_wide_pages(sum(rank * (_filled(outs) + ins) for rank, outs, ins in shapes), self._dtype)
+        numbers = cpu_forward.on_wide_pages(sum(rank * (_filled(outs) + ins) for rank, outs, ins in shapes), self._dtype)
         entries = {module: Factor() for module in self._shapes}
         rest = numbers
         for site in self._sites:
@@ -74,11 +74,11 @@ class Sheets:
             for module, (_, ins) in tuned.items():
                 a, rest = rest[: ranks[module] * ins].view(-1, ins), rest[ranks[module] * ins :]
                 a[: len(pairs[module].a)] = pairs[module].a
-                entries[module].a, entries[module].rank = walk.address(a), ranks[module]
+                entries[module].a, entries[module].rank = cpu_forward.address(a), ranks[module]
             for module, (outs, _) in tuned.items():
                 size = ranks[module] * _filled(outs)
                 rest[:size] = self._walker.laid_out(_padded(pairs[module], _filled(outs), ranks[module])).flatten()
-                entries[module].b, rest = walk.address(rest), rest[size:]
+                entries[module].b, rest = cpu_forward.address(rest), rest[size:]
         table = (Factor * len(entries))(*entries.values())
         return Sheet(ctypes.addressof(table), max(ranks.values()), (table, numbers), numbers.nbytes)
 

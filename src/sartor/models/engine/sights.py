@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from sartor.core.errors import BudgetError, RequestError, SartorError
-from sartor.models import composed
+from sartor.models import composed_model
 from sartor.models.base import Base
-from sartor.models.composed import ComposedMedia, Features
+from sartor.models.composed_model import ComposedMedia, Features
 from sartor.models.engine.contract import Call
 from sartor.models.engine.reading import Reader
-from sartor.models.media import MOST_TOKENS, PLACE_BITS, keys_in
-from sartor.models.towers.contract import Tower
+from sartor.models.media_tokens import MOST_TOKENS, PLACE_BITS, keys_in
+from sartor.models.towers.tower import Tower
 
 # Of features of recent media, which a conversation brings again with each turn
 HELD_BYTES = 64 << 20
@@ -56,21 +56,21 @@ class Sights:
 
         Raises ModelError where they do not fit, and what `open_tower` raises.
         """
-        said = composed.read_towers(path)
+        said = composed_model.read_towers(path)
         if not said:
             return 0
         for kind, tower in said.items():
             if tower.digest not in self._towers:
                 self._towers |= {
                     found.digest: found
-                    for found in composed.open_towers({kind: tower.name}, self._base.device, lambda line: None).values()
+                    for found in composed_model.open_towers({kind: tower.name}, self._base.device, lambda line: None).values()
                 }
         named = {tower.digest: tower for tower in self._towers.values()}
         if lacking := [tower for tower in said.values() if tower.digest not in named]:
-            raise composed.another_tower(path, lacking[0])
+            raise composed_model.another_tower(path, lacking[0])
         towers = {kind: named[tower.digest] for kind, tower in said.items()}
-        media = composed.fresh(self._base, Features(towers, None, held_bytes=HELD_BYTES), seed=0)
-        composed.load_projectors(media, path)
+        media = composed_model.fresh(self._base, Features(towers, None, held_bytes=HELD_BYTES), seed=0)
+        composed_model.load_projectors(media, path)
         self._media[adapter] = media
         self._readers[adapter] = replace(self._reader, chat=self._reader.chat.seeing(media))
         return sum(part.nbytes for part in media.parameters())

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from sartor.models.kernels import cuda, native
-from sartor.models.kernels.eager import Eager
+from sartor.models.kernels import cpu, cuda
+from sartor.models.kernels.reference import Eager
 
 
 def choose(device: torch.device) -> tuple[Eager, str]:
@@ -21,7 +21,7 @@ def choose(device: torch.device) -> tuple[Eager, str]:
         return cuda.load()
     if device.type == "cpu":
         try:
-            return native.load(), native.Native.name
-        except native.NoKernels as why:
+            return cpu.load(), cpu.Native.name
+        except cpu.NoKernels as why:
             return Eager(), f"{Eager.name}: {why}"
     return Eager(), Eager.name

@@ -1,4 +1,4 @@
-"""The C++ kernels: compiled once per machine and text, checked against torch's operations, called through ctypes.
+"""C++ kernels compiled on this machine, called by ctypes.
 
 No build step at install. A missing or failing compiler costs speed, never function: `load` then says why and the caller
 takes `Eager`. The library goes to SARTOR_HOME/kernels (or the directory that SARTOR_KERNELS names) under a name that holds
@@ -24,9 +24,8 @@ import torch
 
 from sartor.core.filesystem import create_file_atomic
 from sartor.core.home import folder
-from sartor.models.attention import Shape, rows_of
-from sartor.models.batches import forest
-from sartor.models.kernels.eager import Eager, Geometry, Layout
+from sartor.models.kernels.reference import Eager, Geometry, Layout
+from sartor.models.packing import Shape, forest, rows_of
 
 # and what each is compiled with besides FLAGS: vectors.h says why the second
 SOURCES = {Path(__file__).with_name(name): own for name, own in (("native.cpp", ()), ("serving.cpp", ("-ffp-contract=off",)))}

@@ -1,4 +1,4 @@
-"""`serving.cpp`: all layers over some tokens in one call, and the LM head. ctypes' structures and nothing else.
+"""Whole decoder forward pass in one C++ call.
 
 Numbers are torch tensors on the CPU; whoever makes a structure holds what it points to.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sartor.models.kernels import native
+from sartor.models.kernels import cpu
 
 PAGE = 64  # as in serving.cpp
 RANKS = 16  # a factor's rank is a multiple of it
@@ -87,11 +87,11 @@ class Walker:
     def __init__(self, dtype: torch.dtype, *, tiles: bool) -> None:
         """Raises NoKernels when there are none for this dtype, or on this machine."""
         if dtype not in (torch.float32, torch.bfloat16):
-            raise native.NoKernels(f"bases in {dtype} are served by torch's operations")
-        library = native.load().library
+            raise cpu.NoKernels(f"bases in {dtype} are served by torch's operations")
+        library = cpu.load().library
         has_tiles = tiles and dtype == torch.bfloat16 and bool(library.sartor_amx())
         has_pairs = dtype == torch.bfloat16 and bool(library.sartor_pairs())
-        self.name = "amx" if has_tiles else "pairs" if has_pairs else native.SUFFIX[dtype]
+        self.name = "amx" if has_tiles else "pairs" if has_pairs else cpu.SUFFIX[dtype]
         self._walk, self._head, self._bytes = (
             getattr(library, f"sartor_{name}_{self.name}") for name in ("walk", "head", "walk_bytes")
         )

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-from sartor.models.attention import Shape, rows_of
-from sartor.models.batches import forest
-from sartor.models.kernels.eager import Eager, Geometry, Layout, rotate
+from sartor.models.kernels.reference import Eager, Geometry, Layout, rotate
+from sartor.models.packing import Shape, forest, rows_of
 
 Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

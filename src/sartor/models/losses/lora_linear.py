@@ -1,4 +1,4 @@
-"""Frozen linear modules that read the same input, as one product, and the LoRA factors on them.
+"""Frozen linear layers fused into one product with LoRA.
 
     y = x W^T + bias + scale (x A^T) B^T
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from sartor.models.quantised import dense_weight, is_quantised
+from sartor.models.quantization import dense_weight, is_quantised
 
 Gradients = list[torch.Tensor]
 

@@ -1,5 +1,4 @@
-"""A native base's chat: the processor's template, with content in the form that it takes, and each media as the processor
-writes it.
+"""Chat template of a multimodal model's own processor.
 
 The template writes a placeholder for each part; it becomes a mark (`models/chat.py`), so that what is learnt is found as in
 any base. When the text is tokenised the mark stands for all that the processor writes there, and the whole row is tokenised
@@ -17,10 +16,9 @@ from typing import Any
 from sartor.core.errors import SourceError
 from sartor.core.records import Message
 from sartor.models.chat import MARK, Chat, Seen
-from sartor.models.markup_probe import probe
-from sartor.models.native.media import NativeMedia
-from sartor.models.pieces import Piece, pieces_of
-from sartor.models.shielding import with_content
+from sartor.models.content_shielding import Piece, pieces_of, with_content
+from sartor.models.multimodal.native_media import NativeMedia
+from sartor.models.template_markup import probe
 
 _PROBE = "SartorProbe0SartoR"
 _AS_LIST, _AS_TEXT = True, False

@@ -1,4 +1,9 @@
-"""Which bases are native multi-modal models, and their processor."""
+"""Detects multimodal bases and opens their processors.
+
+transformers' processor prepares its recordings by mistral-common's tokenizer alone, which says of no token where it stands, and
+refuses them beside a text. So here the tokenizer is made of the same `tekken.json`, and the processor writes what
+mistral-common does; the chat template is mistral-common's own, or the one in the base's directory.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,45 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from transformers.integrations.mistral import convert_tekken_tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from sartor.core.errors import ModelError
-from sartor.models.native import voxtral
+from sartor.models.multimodal import native_loading
+
+TEKKEN = "tekken.json"
+# Frames of the spectrogram for one token: the encoder's convolutions take two, the projector four of what is left
+FRAMES = 8
+
+
+class VoxtralProcessor(transformers.VoxtralProcessor):
+    """Voxtral's processor, with recordings beside a text as other processors take them."""
+
+    text_kwargs = {"padding": True}
+
+    def __call__(self, text: Any = None, audio: Any = None, **options: Any) -> Any:
+        """Tensors for texts and the recordings of their placeholders."""
+        return transformers.ProcessorMixin.__call__(self, text=text, audio=audio, **options)
+
+    def _process_audio(self, audio: Any, **options: Any) -> tuple[dict[str, Any], list[str]]:
+        positions = int(options.pop("max_source_positions"))
+        chunks = [self._retrieve_input_features([one], positions, **options) for one in audio]
+        texts = [f"[BEGIN_AUDIO]{self.audio_token * (len(one) * positions // FRAMES)}" for one in chunks]
+        return {"input_features": torch.cat(chunks)}, texts
+
+
+def tokenizer(path: Path) -> Any:
+    """The tokenizer in a base's `tekken.json`. Raises ModelError where there is no chat template and none can be made."""
+    made = convert_tekken_tokenizer(str(path / TEKKEN))
+    if made.chat_template is None:
+        raise ModelError(
+            f"mistral-common writes the chat template of {path}, and is not installed", "pip install mistral-common"
+        )
+    return made
+
 
 # What transformers needs for some of them, beside what Sartor installs
 PACKAGES = {"smolvlm": "num2words", "gemma3n": "timm", "phi4_multimodal": "torchvision"}
@@ -90,7 +128,7 @@ def _kind(path: Path, config: Any) -> Any:
 
 def _ours(config: Any) -> Any:
     """The module here that has a processor and a tokenizer in place of transformers', or None."""
-    return voxtral if isinstance(config, transformers.VoxtralConfig) else None
+    return native_loading if isinstance(config, transformers.VoxtralConfig) else None
 
 
 def _part(path: Path, config: Any, name: str) -> Any:

@@ -1,29 +1,34 @@
-"""Media of a native base: its own processor says which tokens a picture or a recording has, its own forward what they mean.
+"""Media inputs and generation through the model's processor.
 
-A placeholder of the processor becomes a virtual id (`models/media.py`). `embedded` is what the model itself puts in the
+A placeholder of the processor becomes a virtual id (`models/media_tokens.py`). `embedded` is what the model itself puts in the
 places of placeholders before its first layer, taken where it enters the decoder. Where a model does more with media than
 that (positions in two dimensions, attention both ways, features for deeper layers), `inputs` turns a row back into what its
 own forward takes; which of the two is right is measured (`general.agrees`, `replies.py`).
+
+For models that do more with media than to put embeddings in their places; which ones they are is measured on the first
+prompt with the same kinds of media.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from sartor.core.errors import MediaError, ModelError, SourceError
 from sartor.core.records import Part
 from sartor.media import audio, images
-from sartor.models.media import PLACE_BITS, content_of, embedding_of, key_of, keys_in, virtual_ids
+from sartor.models.media_tokens import PLACE_BITS, content_of, embedding_of, key_of, keys_in, virtual_ids
 
 # Of decoded media and of embeddings that are kept in memory; the others are made again
 HELD_BYTES = 1 << 29
@@ -292,3 +297,58 @@ class _Given:
 
 def _tensors(made: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name, found) for name, found in made.items() if isinstance(found, torch.Tensor) and found.is_floating_point())
+
+
+# Nats by which log-probabilities of the two ways may differ: the worst, and in 16 bits the root mean square. It is the same
+# row through the same operations, so next to nothing: what attention both ways changes can be less than a pack's rounding
+MOST_APART, MOST_SPREAD = 1e-3, 1e-2
+
+
+@torch.inference_mode()
+def is_plain(model: Any, media: NativeMedia, prompt: Sequence[int]) -> bool:
+    """Whether rows with such media may be computed with virtual ids, in batches and packs; `media.apart` says how far off."""
+    kinds = media.kinds_of(keys_in(prompt))
+    is_exact = model.get_output_embeddings().weight.dtype not in (torch.bfloat16, torch.float16)
+    if kinds not in media.apart:
+        ids = torch.tensor([list(prompt)], device=model.device)
+        own = model(**media.inputs(ids), use_cache=False).logits[0].float().log_softmax(-1)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        try:
+            found = model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False)
+            apart = found.logits[0].float().log_softmax(-1) - own
+            media.apart[kinds] = float(apart.abs().max() if is_exact else apart.pow(2).mean().sqrt())
+        except Exception:  # each architecture fails in its own way, and each failure is an answer
+            media.apart[kinds] = math.inf
+    return media.apart[kinds] <= (MOST_APART if is_exact else MOST_SPREAD)
+
+
+class Chosen(transformers.LogitsProcessor):
+    """Leaves nothing but the token that `choose` takes of (1, V) logits."""
+
+    def __init__(self, choose: Callable[[torch.Tensor], int]) -> None:
+        self._choose = choose
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(1, V) scores -> 0 for the token that is chosen, else -inf."""
+        left = torch.full_like(scores, -torch.inf)
+        left[0, self._choose(scores)] = 0.0
+        return left
+
+
+@torch.inference_mode()
+def reply(
+    model: Any,
+    media: NativeMedia,
+    prompt: Sequence[int],
+    stop: Sequence[int],
+    pad: int,
+    most: int,
+    choose: Callable[[torch.Tensor], int],
+) -> list[int]:
+    """Token ids of one reply, at most `most`, with the stop token that ends it, if one does. model: without PEFT's own."""
+    given = media.inputs(torch.tensor([list(prompt)], device=model.device))
+    settings = transformers.GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=list(stop), pad_token_id=pad)
+    made = model.generate(
+        **given, generation_config=settings, logits_processor=transformers.LogitsProcessorList([Chosen(choose)])
+    )
+    return [int(token) for token in made[0, given["input_ids"].shape[1] :]]

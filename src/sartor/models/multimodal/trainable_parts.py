@@ -1,4 +1,4 @@
-"""Which modules of a native base are its language model, its projector and its tower: what `targets` of a recipe names.
+"""Modules of language model, projector and tower.
 
 The language model is what transformers calls the decoder. A projector is a module with a name of PROJECTORS outside of its
 layers; all else but the LM head is the tower, also where it stands beside a projector within the decoder (Phi-4 multimodal). So

@@ -1,4 +1,4 @@
-"""A Whisper as a base: rows of one recording and its transcript (Radford et al. 2022, arXiv:2212.04356).
+"""Whisper as a base for transcription rows.
 
 The recording's one virtual id stands where `<|startoftranscript|>` does: the decoder reads that token there, and through its
 cross-attention the encoder's features of the recording. So a row has a token for each place of the decoder, and nothing else
@@ -22,11 +22,10 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from sartor.core.errors import MediaError, ModelError, SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.media import audio
-from sartor.models.batches import Encoded
-from sartor.models.media import content_of, key_of, keys_in, virtual_ids
-from sartor.models.native.media import BLANK, HELD_BYTES, Held, NativeMedia, Written
-from sartor.models.native.replies import Chosen
-from sartor.models.native.turns import NativeChat
+from sartor.models.media_tokens import content_of, key_of, keys_in, virtual_ids
+from sartor.models.multimodal.native_chat import NativeChat
+from sartor.models.multimodal.native_media import BLANK, HELD_BYTES, Chosen, Held, NativeMedia, Written
+from sartor.models.packing import Encoded
 
 _MARK = re.compile(r"<\|.+\|>")
 START = "<|startoftranscript|>"

@@ -8,9 +8,9 @@ import torch
 
 from sartor.core import model_refs
 from sartor.core.model_refs import Modality
-from sartor.models.device import best_device
-from sartor.models.towers import efficientnet, vision, whisper
-from sartor.models.towers.contract import Tower
+from sartor.models.hardware import best_device
+from sartor.models.towers import audio_towers, vision_towers
+from sartor.models.towers.tower import Tower
 
 
 def open_tower(
@@ -23,8 +23,8 @@ def open_tower(
     """
     ref = model_refs.locate_tower(name, kind)
     device = device or best_device()
-    if ref.model == efficientnet.NAME:
-        return efficientnet.open_efficientnet(ref, device, notice)
+    if ref.model == vision_towers.NAME:
+        return vision_towers.open_efficientnet(ref, device, notice)
     if ref.modality == "audio":
-        return whisper.open_whisper(ref, device, notice)
-    return vision.VisionTower(ref, device)
+        return audio_towers.open_whisper(ref, device, notice)
+    return vision_towers.VisionTower(ref, device)

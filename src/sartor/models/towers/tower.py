@@ -1,4 +1,4 @@
-"""What a tower is: the frozen encoder of pictures or of recordings, whose features a projector turns into a base's tokens."""
+"""Tower protocol: frozen encoder of images or audio."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sartor.core.errors import ConfigError
-from sartor.federate.aggregate.tensors import Array
+from sartor.models.lora_tensors import Array
 
 
 @dataclass(frozen=True)
