@@ -48,8 +48,8 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.parquet_io import read_examples
 from sartor.evaluate.compare import paired
 from sartor.evaluate.scorers import exact_match
-from sartor.models.engine.contract import Call, Done, Engine, Event, Piece, adapter_digest, event_as_json, event_from_json
-from sartor.models.engine.local import open_engine
+from sartor.inference.engine import Call, Done, Engine, Event, Piece, adapter_digest, event_as_json, event_from_json
+from sartor.inference.local.local_engine import open_engine
 
 TESTS = Path(__file__).parent.parent / "tests"
 AGENT = "home"

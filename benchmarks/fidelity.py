@@ -308,7 +308,7 @@ def serve(work: Path) -> dict[str, Any]:
     """Return the KL divergence of each way of serving in bf16 from fp32, of every next token of some rows."""
     import torch
 
-    from sartor.models.engine.native_blocks import NativeBlocks
+    from sartor.inference.local.cpu_decoder import NativeBlocks
     from sartor.models.kernels import cpu
 
     said = json.loads(work.read_text())
@@ -335,9 +335,9 @@ def engine(said: dict[str, Any], kind: type, bits: int) -> Any:
     """Return the base with the adapter as the serving engine holds them."""
     import torch
 
+    from sartor.inference.local.torch_decoder import Angles
     from sartor.models import kernels
     from sartor.models.base import open_base
-    from sartor.models.engine.blocks import Angles
     from sartor.models.losses.fused_decoder import Fast
 
     base = open_base(said["base"], bits=bits, device=torch.device("cpu"))
@@ -352,7 +352,7 @@ def next_logits(opened: Any, ids: list[int]) -> Any:
     """Return (T - T / 2 - 1, V) logits: the first half of a row is a prompt, each further token is given one by one."""
     import torch
 
-    from sartor.models.engine.blocks import Run
+    from sartor.inference.local.torch_decoder import Run
 
     slot, half, chunk = opened.factors.slot("tuned"), len(ids) // 2, opened.chunk_tokens
     pages = tuple(range(16))
@@ -364,7 +364,7 @@ def next_logits(opened: Any, ids: list[int]) -> Any:
 
 def torch_blocks() -> type:
     """Return the serving engine's blocks in torch's operations."""
-    from sartor.models.engine.blocks import Blocks
+    from sartor.inference.local.torch_decoder import Blocks
 
     return Blocks
 
@@ -373,7 +373,7 @@ def rounded_first_blocks() -> type:
     """Return those blocks with the arithmetic of numerics 1: products, residual stream and logits are rounded to bf16."""
     import torch
 
-    from sartor.models.engine.blocks import Blocks
+    from sartor.inference.local.torch_decoder import Blocks
 
     class RoundedFirst(Blocks):
         def __init__(self, *given: Any) -> None:

@@ -49,13 +49,13 @@ from sartor.core.records import Example
 from sartor.evaluate.measures import Measures, Side
 from sartor.evaluate.scorers import spoken, word_errors
 from sartor.evaluate.tasks import open_tuned
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import generate
 from sartor.media.audio import read_sound
 from sartor.models import adapters
 from sartor.models.base import machine, open_base
 from sartor.models.composed_model import Features, compose, open_towers
-from sartor.models.generate import generate
 from sartor.models.losses import transformers_backend
-from sartor.models.sampling import Sampling
 from sartor.models.tensor_files import Shelf
 from sartor.models.towers import open_tower
 from sartor.models.towers.audio_towers import open_speech_to_text

@@ -30,11 +30,11 @@ from results import print_result
 import sartor
 from sartor.core.records import Example, Message, Origin
 from sartor.evaluate import compare
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import generate
 from sartor.models import adapters, packing
 from sartor.models.base import machine, open_base
-from sartor.models.generate import generate
 from sartor.models.losses import transformers_backend
-from sartor.models.sampling import Sampling
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import tiny  # the same tiny architecture as the tests have

@@ -41,8 +41,8 @@ class Ours(Side):
     def __init__(self, folder: Path, threads: int, bits: int | str = "auto") -> None:
         import torch
 
+        from sartor.inference.local.local_engine import LocalEngine
         from sartor.models.base import open_base
-        from sartor.models.engine.local import LocalEngine
 
         if threads:
             torch.set_num_threads(threads)
@@ -80,8 +80,7 @@ class Ours(Side):
 
     def submit(self, stream: Stream, tokens: int) -> str:
         """Queue a reply; returns its id."""
-        from sartor.models.engine.contract import BASE, Call
-        from sartor.models.sampling import Sampling
+        from sartor.inference.engine import BASE, Call, Sampling
 
         number, prompt = stream
         self.calls += 1

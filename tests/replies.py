@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sartor.models.engine.contract import Call, Engine, Failed, Piece
+from sartor.inference.engine import Call, Engine, Failed, Piece
 
 
 def replies(engine: Engine, asked: Sequence[Call]) -> dict[str, str]:

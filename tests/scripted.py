@@ -22,7 +22,7 @@ from typing import Any
 from sartor.agents import team as teams
 from sartor.agents import worker
 from sartor.core.errors import InputError, ModelError
-from sartor.models.engine.contract import About, Call, Done, Event, Failed, Piece, Vector
+from sartor.inference.engine import About, Call, Done, Event, Failed, Piece, Vector
 
 COMMAND = (sys.executable, str(Path(__file__).absolute()))
 BAD_AT = 2  # tokens
@@ -69,7 +69,7 @@ class _Row:
 
 
 class Scripted:
-    """An `Engine` (models/engine/contract.py)."""
+    """An `Engine` (inference/engine.py)."""
 
     def __init__(self, step_s: float = 0.0, digest: str = "digest", rows: int = 4) -> None:
         self._step_s = step_s

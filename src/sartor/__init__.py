@@ -137,7 +137,7 @@ _NAMES = {
     "Question": "sartor.agents.questions:Question",
     "Recipe": "sartor.tune.recipe:Recipe",
     "ReviewRule": "sartor.curate.review.view:Rule",
-    "Sampling": "sartor.models.sampling:Sampling",
+    "Sampling": "sartor.inference.engine:Sampling",
     "SartorError": "sartor.core.errors:SartorError",
     "SynthesizeRecipe": "sartor.curate.synthesize.recipe:SynthesizeRecipe",
     "Team": "sartor.agents.team:Team",

@@ -17,7 +17,7 @@ from sartor.agents.registry import Registry
 from sartor.agents.team import Team
 from sartor.core import database
 from sartor.core.errors import AdmissionError, ModelError, SartorError, UnavailableError
-from sartor.models.engine.contract import About, Call, Done, Event, Failed, Piece
+from sartor.inference.engine import About, Call, Done, Event, Failed, Piece
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from sartor.agents.receipt_content import digest_by
 from sartor.agents.team import Team
 from sartor.core import config
 from sartor.core.errors import SartorError
-from sartor.models.engine.contract import Done, Event, Failed, Piece
+from sartor.inference.engine import Done, Event, Failed, Piece
 
 DIGEST = digest_by(b"k" * 32)
 # A reply; an error that opening raises; a Failed after the first word; seconds that nothing is said for

@@ -21,7 +21,7 @@ from sartor.agents.serve.seams import House
 from sartor.agents.serve.server import Server, bind
 from sartor.agents.team import Http, Limits, Team
 from sartor.core.errors import AdmissionError, BusyError, ConflictError, KeyRefusedError, SartorError, UnknownAgentError
-from sartor.models.engine.contract import About, Done, Event, Failed, Logprob, Piece
+from sartor.inference.engine import About, Done, Event, Failed, Logprob, Piece
 
 ABOUT = About("local", "tiny", "b" * 64, "t" * 64, 512, 4)
 CUT_BEYOND = 1000  # characters of a text, by the crew's encoder

@@ -28,7 +28,7 @@ from sartor.core import signing
 from sartor.core.errors import AdmissionError, ArtifactError, InputError, MissingError, ModelError, RefusedError, SignatureError
 from sartor.core.home import folder
 from sartor.evaluate import canary
-from sartor.models.engine.contract import BASE, About, Call, Done, Event, Failed, Piece
+from sartor.inference.engine import BASE, About, Call, Done, Event, Failed, Piece
 
 Says = Callable[[Call], Sequence[Event]]
 
@@ -461,7 +461,7 @@ def test_a_header_of_many_tensors_is_read_and_one_beyond_the_limit_is_not(tmp_pa
 
 def answers(base: Path, adapter: Path, asked: Sequence[dict]) -> list[str]:
     """What an adapter says in this process."""
-    from sartor.models.engine.local import open_engine
+    from sartor.inference.local.local_engine import open_engine
 
     engine = open_engine(str(base), rows=2, cache_tokens=512)
     engine.attach("it", adapter)

@@ -20,9 +20,9 @@ from sartor.agents.fingerprint import check_digest
 from sartor.core import model_refs
 from sartor.core.errors import AdmissionError, AssetError, ModelError, SartorError
 from sartor.evaluate import samples
+from sartor.inference.engine import PROJECTORS, About, Call, Done, Event, Failed, Piece
 from sartor.media import audio, images
 from sartor.media.content_parts import bytes_of
-from sartor.models.engine.contract import PROJECTORS, About, Call, Done, Event, Failed, Piece
 
 WIDTH, TOWER, STACK = 32, 6, 2
 

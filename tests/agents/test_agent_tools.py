@@ -23,7 +23,7 @@ from sartor.agents.team import Limits, Member, Team
 from sartor.agents.tools.held import HeldServer
 from sartor.agents.tools.rounds import ROUNDS, Toolbox, Tooled
 from sartor.core.errors import ConfigError, UnavailableError
-from sartor.models.engine.contract import Done, Event, Piece
+from sartor.inference.engine import Done, Event, Piece
 
 __all__ = ["no_fsync"]
 pytest.importorskip("mcp")

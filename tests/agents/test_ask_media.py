@@ -17,8 +17,8 @@ from sartor.cli import main
 from sartor.core.errors import ConfigError, MediaError, RequestError
 from sartor.core.records import Message, Part
 from sartor.evaluate.tasks import open_tuned
-from sartor.models.generate import generate
-from sartor.models.sampling import Sampling
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import generate
 
 
 @pytest.fixture(scope="module")

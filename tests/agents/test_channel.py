@@ -21,9 +21,8 @@ from sartor.agents.team import MediaLimits
 from sartor.core import ipc
 from sartor.core.errors import BusyError, ModelError, SartorError
 from sartor.core.ipc import Channel, Frames, Malformed, frame
+from sartor.inference.engine import Call, Sampling
 from sartor.media import audio
-from sartor.models.engine.contract import Call
-from sartor.models.sampling import Sampling
 
 JSON = st.recursive(
     st.none() | st.integers() | st.text() | st.booleans(), lambda inner: st.lists(inner, max_size=3), max_leaves=5

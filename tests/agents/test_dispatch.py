@@ -35,7 +35,7 @@ from sartor.core.errors import (
     UnavailableError,
     UnknownAgentError,
 )
-from sartor.models.engine.contract import Done, Failed
+from sartor.inference.engine import Done, Failed
 
 __all__ = ["no_fsync"]
 

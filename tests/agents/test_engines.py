@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from sartor.agents.team import LlamaCpp, Local, Remote, load
-from sartor.models.engine import llamacpp, local, remote
+from sartor.inference import llamacpp_engine, openai_engine
+from sartor.inference.local import local_engine
 
 
-@pytest.mark.parametrize(("declared", "module"), [(Local, local), (LlamaCpp, llamacpp), (Remote, remote)])
+@pytest.mark.parametrize(("declared", "module"), [(Local, local_engine), (LlamaCpp, llamacpp_engine), (Remote, openai_engine)])
 def test_every_option_is_an_argument_with_the_same_default(declared: type, module: object) -> None:
     options = {field.name: field.default for field in fields(declared) if field.name != "kind"}
     taken = inspect.signature(module.open_engine).parameters  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sartor.agents.bulkhead import Bulkhead, most_rows
 from sartor.agents.live import DiffersError, Events, LiveCall, Story
 from sartor.core.errors import BusyError, ModelError
-from sartor.models.engine.contract import Call, Done, Failed, Logprob, Piece
+from sartor.inference.engine import Call, Done, Failed, Logprob, Piece
 
 TOKENS = ["The", " sky", " is", "", " ", "blue", "é", ".", "\ud800", " And"]
 

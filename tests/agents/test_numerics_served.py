@@ -29,8 +29,8 @@ from sartor.agents.routing.exemplars import Exemplars, Prompt
 from sartor.agents.team import load
 from sartor.core.errors import ArtifactError
 from sartor.core.numerics import NUMERICS
+from sartor.inference.engine import About
 from sartor.models import base as bases_in_memory
-from sartor.models.engine.contract import About
 
 OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 2"
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

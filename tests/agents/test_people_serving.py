@@ -24,7 +24,7 @@ from sartor.agents.serve.seams import ANYBODY
 from sartor.agents.team import PersonalTerms, Team
 from sartor.core.errors import ModelError
 from sartor.core.lineage.receipt_index import ReceiptIndex
-from sartor.models.engine.contract import Piece
+from sartor.inference.engine import Piece
 
 __all__ = ["no_fsync"]
 

@@ -33,7 +33,7 @@ from sartor.core.errors import (
     UnknownAgentError,
 )
 from sartor.core.filesystem import writer_lock
-from sartor.models.engine.contract import About
+from sartor.inference.engine import About
 from sartor.models.lora_tensors import cut, rank_of
 from sartor.personal.remains import Needles
 

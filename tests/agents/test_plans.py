@@ -24,7 +24,7 @@ from sartor.core.errors import (
     UnavailableError,
     UnknownAgentError,
 )
-from sartor.models.engine.contract import Done, Failed
+from sartor.inference.engine import Done, Failed
 
 ROOMS = {"type": "object", "properties": {"room": {"enum": ["hall", "attic"]}}, "required": ["room"]}
 CHECKED: dict[str, Any] = {

@@ -36,8 +36,7 @@ from sartor.core.lineage import origin_index
 from sartor.core.lineage.receipt_index import ReceiptIndex
 from sartor.core.lineage.revocation import Folder, _replies
 from sartor.core.records import canonical
-from sartor.models.engine.contract import About, Call, Done, Piece
-from sartor.models.sampling import Sampling
+from sartor.inference.engine import About, Call, Done, Piece, Sampling
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from bad_adapters import Maker  # noqa: E402
@@ -429,7 +428,7 @@ def test_the_commands_exit_codes(tmp_path: Path, file: Path, team: Team, capsys:
 
 def replied(tmp_path: Path, tiny_base: Path) -> tuple[Path, Given, ReceiptBook]:
     """A reply that this package's own engine gave, with a Release of the tiny base; its team, and its book."""
-    from sartor.models.engine.local import open_engine
+    from sartor.inference.local.local_engine import open_engine
 
     maker = Maker.on(tiny_base, tmp_path / "keys")
     draft = maker.draft(size=0.5)
@@ -437,7 +436,7 @@ def replied(tmp_path: Path, tiny_base: Path) -> tuple[Path, Given, ReceiptBook]:
     catalogue.register(release)
     (tmp_path / "tiny.yaml").write_text(f"base: {tiny_base}\nengine: {{kind: local, rows: 1, cache_tokens: 512}}\n")
     engine = open_engine(str(tiny_base), rows=1, cache_tokens=512)
-    from sartor.models.engine.contract import adapter_digest
+    from sartor.inference.engine import adapter_digest
 
     adapter = adapter_digest(release.manifest["files"])
     engine.attach(adapter, release.path)

@@ -16,7 +16,7 @@ from sartor.agents.feedback import Exchange, Inbox, Memory
 from sartor.agents.serve.said import ChatAnswer, TextAnswer, VectorAnswer
 from sartor.core.errors import DeadlineError, UnavailableError
 from sartor.core.records import Feedback
-from sartor.models.engine.contract import Failed, Logprob, Piece
+from sartor.inference.engine import Failed, Logprob, Piece
 
 COMPLETIONS = "/v1/chat/completions"
 TOOLS = [{"type": "function", "function": {"name": "light", "parameters": {"type": "object", "properties": {}}}}]

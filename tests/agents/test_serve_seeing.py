@@ -19,7 +19,7 @@ import sartor
 from composing import Seeing
 from media_files import audio_part, bomb, image_part, noise, png, sound
 from sartor.core.errors import ArtifactError
-from sartor.models.engine.contract import PROJECTORS
+from sartor.inference.engine import PROJECTORS
 
 TEXT = "what colour is the sky"
 PICTURE, OTHER, CLIP = png(220), png(30, 60), sound(0.4)

@@ -20,7 +20,7 @@ from serving import chat, running
 from sartor.agents.serve import server as server_module
 from sartor.agents.serve.journal import Journal
 from sartor.agents.serve.server import Server
-from sartor.models.engine.contract import Done, Piece
+from sartor.inference.engine import Done, Piece
 
 pytestmark = [pytest.mark.services, pytest.mark.alone]
 COMPLETIONS = "/v1/chat/completions"

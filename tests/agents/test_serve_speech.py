@@ -25,7 +25,7 @@ from sartor.agents.serve.server import Server
 from sartor.agents.serve.speaker import Speaker
 from sartor.agents.team import Speech, load
 from sartor.core.errors import ConfigError
-from sartor.models.engine.contract import Piece
+from sartor.inference.engine import Piece
 from speaking import SAYS, needs_espeak, play_espeak, play_piper
 
 SPEECH, COMPLETIONS = "/v1/audio/speech", "/v1/chat/completions"

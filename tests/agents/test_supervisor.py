@@ -25,8 +25,7 @@ from sartor.agents.asking import Embedded
 from sartor.agents.supervisor import Supervisor
 from sartor.agents.team import Breaker, Limits
 from sartor.core.errors import BusyError, DeadlineError, InputError, ModelError, SartorError, UnavailableError
-from sartor.models.engine.contract import Call, Event, Failed, Piece
-from sartor.models.sampling import Sampling
+from sartor.inference.engine import Call, Event, Failed, Piece, Sampling
 
 pytestmark = [pytest.mark.services, pytest.mark.alone]
 AGENTS = ("a", "b", "c", "d")

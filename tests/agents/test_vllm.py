@@ -15,7 +15,7 @@ from sartor.agents.vllm import command
 from sartor.core import model_refs
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
-from sartor.models.engine.contract import adapter_digest
+from sartor.inference.engine import adapter_digest
 
 CONFIG = {"peft_type": "LORA", "r": 12, "bias": "none", "target_modules": ["q_proj"]}
 

@@ -21,7 +21,7 @@ from sartor.agents.shelf import Shelf
 from sartor.agents.standing import Standing
 from sartor.agents.team import Breaker, Workers
 from sartor.core.errors import ModelError, UnavailableError
-from sartor.models.engine.contract import Call, Failed
+from sartor.inference.engine import Call, Failed
 
 RULES = Workers(memory_bytes=1000, hang_s=10.0, start_s=120.0)
 MADE = (

@@ -16,7 +16,7 @@ from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import process
 from sartor.edge.update import health
 from sartor.edge.update.health import Health, read_prompts
-from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece
+from sartor.inference.engine import BASE, Call, Done, Event, Failed, Piece
 
 CANARIES = [
     {"messages": [{"role": "user", "content": "turn on the light"}], "reply": '{"intent":"HassTurnOn"}'},

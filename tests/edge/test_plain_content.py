@@ -11,7 +11,7 @@ import pytest
 from marked import QWEN_TOKENS, Family, byte_level
 from sartor.core.errors import UnavailableError
 from sartor.edge.runtime import plain_content
-from sartor.models.engine.contract import Call
+from sartor.inference.engine import Call
 
 TURN = "{% for m in messages %}{{ WRITTEN }}<|im_end|>{% endfor %}"
 

@@ -22,10 +22,9 @@ from sartor.edge.runtime.ask import ask
 from sartor.edge.runtime.plain_content import prompt_of
 from sartor.edge.store import Store
 from sartor.edge.update.health import Health, read_prompts
+from sartor.inference.engine import BASE, Call, Done, Piece, Sampling
 from sartor.models import gguf_writer
 from sartor.models.chat import Chat
-from sartor.models.engine.contract import BASE, Call, Done, Piece
-from sartor.models.sampling import Sampling
 
 pytestmark = pytest.mark.services
 pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")

@@ -25,10 +25,10 @@ from sartor.core.records import Example, Message, Part
 from sartor.evaluate import answering, audit
 from sartor.evaluate.ablation import media_of, modalities, shuffled
 from sartor.evaluate.blank import blanked
+from sartor.inference.generate import Generation
 from sartor.media import audio as sounds
 from sartor.media import images
 from sartor.models import composed_model
-from sartor.models.generate import Generation
 from sartor.models.media_tokens import MediaEmbedding, content_of, embedding_of, keys_in
 from seeing import Fake, picture, said
 

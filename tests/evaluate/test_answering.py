@@ -10,8 +10,8 @@ import torch
 
 from sartor.evaluate.answering import _confidence, _spelling
 from sartor.evaluate.labels import span_of
+from sartor.inference.generate import Generation
 from sartor.models.base import Base, open_base
-from sartor.models.generate import Generation
 
 TEXT = '{"n": 1, "sky": "the sky is blue", "on": {"at": "kitchen"}}'
 

@@ -35,11 +35,11 @@ from sartor.core.model_refs import SAID
 from sartor.core.records import Message
 from sartor.evaluate.release import verify_release
 from sartor.export import companions, forms, llamacpp, measure, prompts, reference, runtimes, verb
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import generate
 from sartor.models import adapters, composed_model, hardware
 from sartor.models.base import open_base
-from sartor.models.generate import generate
 from sartor.models.losses import transformers_backend
-from sartor.models.sampling import Sampling
 from test_kill import check, moments, run_killed
 
 

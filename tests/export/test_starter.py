@@ -14,11 +14,11 @@ from sartor.core.model_refs import source_gguf
 from sartor.core.records import Message
 from sartor.export import prompts, reference, runtimes
 from sartor.export.llamacpp import Asked
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import generate
 from sartor.models import adapters, gguf_writer
 from sartor.models.base import open_base
-from sartor.models.generate import generate
 from sartor.models.gguf_writer import About, write_model_gguf
-from sartor.models.sampling import Sampling
 
 pytestmark = pytest.mark.circle
 

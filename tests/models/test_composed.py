@@ -12,14 +12,14 @@ import torch
 import tiny
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message, Part
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import generate
 from sartor.models import adapters, composed_model, packing
 from sartor.models.base import Base, open_base
 from sartor.models.composed_model import compose
-from sartor.models.generate import generate
 from sartor.models.losses import transformers_backend
 from sartor.models.losses.loss_backend import Wish
 from sartor.models.media_tokens import blank, keys_in
-from sartor.models.sampling import Sampling
 from sartor.models.tensor_files import Shelf
 from seeing import Fake, picture, said
 

@@ -18,10 +18,10 @@ import tiny
 from marked import CHATML, FAMILIES, PLAIN_CHATML, QWEN_TOKENS, QWEN_WORDS, Family, byte_level, composing
 from sartor.core.errors import SourceError
 from sartor.core.records import Example, Message, Part
+from sartor.inference.engine import Call
+from sartor.inference.prompts import prompt_ids
 from sartor.models.base import open_chat
 from sartor.models.chat import Chat
-from sartor.models.engine.contract import Call
-from sartor.models.engine.prompts import prompt_ids
 from sartor.models.fast_tokenizer import Words
 from sartor.models.template_markup import Markup, Token, is_markup
 

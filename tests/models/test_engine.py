@@ -15,16 +15,15 @@ import loras
 from replies import replies
 from sartor.core.errors import BusyError, ModelError, RequestError
 from sartor.core.records import Message
+from sartor.inference.engine import Call, Done, Failed, Piece, Sampling
+from sartor.inference.generate import generate
+from sartor.inference.local.cpu_decoder import open_blocks
+from sartor.inference.local.kv_cache import PAGE_TOKENS, Pages
+from sartor.inference.local.local_engine import LocalEngine
+from sartor.inference.local.torch_decoder import Run
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
-from sartor.models.engine.blocks import Run
-from sartor.models.engine.contract import Call, Done, Failed, Piece
-from sartor.models.engine.local import LocalEngine
-from sartor.models.engine.native_blocks import open_blocks
-from sartor.models.engine.pages import PAGE_TOKENS, Pages
-from sartor.models.generate import generate
 from sartor.models.kernels import cpu
-from sartor.models.sampling import Sampling
 
 
 def messages(text: str) -> list[Message]:

@@ -12,16 +12,15 @@ from test_forward import MODELS, tuned
 
 import loras
 from replies import replies
+from sartor.inference.engine import Call, Sampling
+from sartor.inference.generate import draw, generate, likely, source
+from sartor.inference.local.cpu_decoder import NativeBlocks, difference, open_blocks
+from sartor.inference.local.local_engine import LocalEngine
+from sartor.inference.local.torch_decoder import Run
 from sartor.models import adapters
 from sartor.models.base import open_base
-from sartor.models.engine.blocks import Run
-from sartor.models.engine.contract import Call
-from sartor.models.engine.local import LocalEngine
-from sartor.models.engine.native_blocks import NativeBlocks, difference, open_blocks
-from sartor.models.generate import draw, generate, likely, source
 from sartor.models.hardware import _cpu_flags
 from sartor.models.kernels import cpu
-from sartor.models.sampling import Sampling
 
 PROMPTS = [[3 + (7 * place + 5 * row) % 90 for place in range(length)] for row, length in enumerate((70, 5, 130))]
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import tiny
 from sartor.core.errors import ModelError, RequestError
+from sartor.inference.constrained_decoding import Constraint, Grammar
+from sartor.inference.engine import Call
+from sartor.inference.prompts import Reader
 from sartor.models.chat import Chat
-from sartor.models.engine.contract import Call
-from sartor.models.engine.grammar import Constraint, Grammar
-from sartor.models.engine.reading import Reader
 from sartor.text.json_schema import DEEPEST, JSON_OBJECT, MOST_BYTES, read_schema
 
 VOCABULARY = 384  # wider than the tokenizer, as a model's padded embedding is

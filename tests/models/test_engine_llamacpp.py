@@ -10,10 +10,9 @@ import pytest
 
 from loras import write_lora
 from sartor.core.errors import BusyError, ModelError, RequestError
-from sartor.models.engine import remote
-from sartor.models.engine.contract import Call, Done, Event, Failed, Piece
-from sartor.models.engine.llamacpp import LlamaCppEngine, open_engine
-from sartor.models.sampling import Sampling
+from sartor.inference import openai_engine
+from sartor.inference.engine import Call, Done, Event, Failed, Piece, Sampling
+from sartor.inference.llamacpp_engine import LlamaCppEngine, open_engine
 
 pytestmark = pytest.mark.circle
 pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
@@ -202,7 +201,7 @@ def test_the_engine_over_http_reads_llama_cpps_own_server(engine: LlamaCppEngine
     inner = engine._inner
     assert inner is not None
     monkeypatch.setenv("INNER_KEY", inner.headers["Authorization"].removeprefix("Bearer "))
-    over = remote.open_engine("starter", url=inner.address + "/v1", key_env="INNER_KEY", rows=2)
+    over = openai_engine.open_engine("starter", url=inner.address + "/v1", key_env="INNER_KEY", rows=2)
     call = Call(id="a", messages=ASKED, sampling=SHORT, top_logprobs=1)
     over.submit(call)
     told = [event for _ in iter(lambda: over.busy, False) for event in over.step()]

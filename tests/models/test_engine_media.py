@@ -12,12 +12,11 @@ import torch
 
 import tiny
 from sartor.core.errors import ModelError, RequestError
+from sartor.inference.engine import Call, Done, Event, Failed, Piece, Sampling
+from sartor.inference.generate import generate
+from sartor.inference.local.local_engine import LocalEngine
 from sartor.models import adapters, composed_model
 from sartor.models.base import open_base
-from sartor.models.engine.contract import Call, Done, Event, Failed, Piece
-from sartor.models.engine.local import LocalEngine
-from sartor.models.generate import generate
-from sartor.models.sampling import Sampling
 from seeing import Fake, picture, said
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ import pytest
 
 import tiny
 from sartor.core.errors import RequestError
+from sartor.inference.engine import Call
+from sartor.inference.prompts import FIRST_CHARACTERS, prompt_ids, prompt_text, writes_tools
 from sartor.models.chat import Chat
-from sartor.models.engine.contract import Call
-from sartor.models.engine.prompts import FIRST_CHARACTERS, prompt_ids, prompt_text, writes_tools
 
 # as Qwen's and Hermes's do: tools in the system turn, calls with their arguments as JSON
 TOOL_TEMPLATE = (

@@ -10,14 +10,13 @@ import torch
 
 import loras
 from replies import replies
+from sartor.inference.engine import Call, Sampling
+from sartor.inference.generate import generate
+from sartor.inference.local.cpu_decoder import open_blocks
+from sartor.inference.local.local_engine import open_engine
+from sartor.inference.local.torch_decoder import Blocks, Run
 from sartor.models import adapters, quantization
 from sartor.models.base import Base, open_base
-from sartor.models.engine.blocks import Blocks, Run
-from sartor.models.engine.contract import Call
-from sartor.models.engine.local import open_engine
-from sartor.models.engine.native_blocks import open_blocks
-from sartor.models.generate import generate
-from sartor.models.sampling import Sampling
 
 pytest.importorskip("bitsandbytes", reason="pip install 'sartor[quant]'")
 BITS = pytest.mark.parametrize("bits", [4, 8])

@@ -12,10 +12,9 @@ import pytest
 
 from models.openai_fake import Fake, serving
 from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError, UnavailableError
-from sartor.models.engine import remote
-from sartor.models.engine.contract import Call, Done, Event, Failed, Piece
-from sartor.models.engine.remote import RemoteEngine, open_engine
-from sartor.models.sampling import Sampling
+from sartor.inference import openai_engine
+from sartor.inference.engine import Call, Done, Event, Failed, Piece, Sampling
+from sartor.inference.openai_engine import RemoteEngine, open_engine
 
 pytestmark = pytest.mark.services
 ASKED = ({"role": "user", "content": "what colour is the sky"},)
@@ -29,7 +28,7 @@ def fake() -> Iterator[Fake]:
 
 @pytest.fixture
 def engine(fake: Fake, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RemoteEngine]:
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(openai_engine, "BACKOFF_S", 0.01)
     opened = open_engine(str(tiny_base), url=fake.url, loads_adapters=True, rows=4, waiting=3)
     yield opened
     opened.close()

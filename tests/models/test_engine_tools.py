@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import tiny
 from sartor.core.errors import RequestError
+from sartor.inference import tool_calls
+from sartor.inference.constrained_decoding import Grammar
+from sartor.inference.engine import Call
+from sartor.inference.tool_calls import CallReader
 from sartor.models.chat import Chat
-from sartor.models.engine import tools
-from sartor.models.engine.contract import Call
-from sartor.models.engine.grammar import Grammar
-from sartor.models.engine.tools import CallReader
 
 
 def tool(name: str, parameters: Any = None) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def test_a_forced_choice_writes_a_call_that_validates(must: str) -> None:
     source = torch.Generator().manual_seed(5)
     seen = set()
     for _ in range(8):
-        constraint, written = grammar.constraint(tools.reply_schema(call)), []
+        constraint, written = grammar.constraint(tool_calls.reply_schema(call)), []
         while not constraint.is_done and len(written) < 600:
             logits = torch.randn(320, generator=source)
             logits[2] += 3
@@ -157,10 +157,10 @@ def test_a_forced_choice_writes_a_call_that_validates(must: str) -> None:
 
 
 def test_the_schema_of_a_reply() -> None:
-    assert tools.reply_schema(Call(id="c", schema='{"type":"integer"}', tools=TOOLS)) == '{"type":"integer"}'
-    assert tools.reply_schema(Call(id="c")) == ""
+    assert tool_calls.reply_schema(Call(id="c", schema='{"type":"integer"}', tools=TOOLS)) == '{"type":"integer"}'
+    assert tool_calls.reply_schema(Call(id="c")) == ""
     with pytest.raises(RequestError, match="not declared"):
-        tools.reply_schema(Call(id="c", tools=TOOLS, must_call="other"))
+        tool_calls.reply_schema(Call(id="c", tools=TOOLS, must_call="other"))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_the_schema_of_a_reply() -> None:
     [(None, 2, ""), ("auto", 2, ""), ("none", 0, ""), ("required", 2, "*"), ({"type": "function", "function": {"name": "find"}}, 2, "find")],
 )  # fmt: skip
 def test_choices(choice: Any, kept: int, must: str) -> None:
-    left, named = tools.read_choice(choice, TOOLS)
+    left, named = tool_calls.read_choice(choice, TOOLS)
     assert (len(left), named) == (kept, must)
 
 
@@ -179,12 +179,12 @@ def test_choices(choice: Any, kept: int, must: str) -> None:
 )  # fmt: skip
 def test_a_wrong_choice_is_refused(choice: Any) -> None:
     with pytest.raises(RequestError, match="tool_choice"):
-        tools.read_choice(choice, TOOLS)
+        tool_calls.read_choice(choice, TOOLS)
 
 
 def test_no_tool_can_be_required_where_none_is_declared() -> None:
     with pytest.raises(RequestError, match="tool_choice"):
-        tools.read_choice("required", ())
+        tool_calls.read_choice("required", ())
 
 
 def _deep() -> Any:
@@ -206,9 +206,9 @@ def _deep() -> Any:
 )  # fmt: skip
 def test_a_wrong_declaration_is_refused(declared: Any, says: str) -> None:
     with pytest.raises(RequestError, match=says):
-        tools.read_tools(declared)
+        tool_calls.read_tools(declared)
 
 
 def test_declarations_are_taken_as_they_are() -> None:
-    assert tools.read_tools(list(TOOLS)) == TOOLS and tools.read_tools([]) == ()
-    assert len(tools.read_tools([{"type": "function", "function": {"name": "a", "parameters": None}}])) == 1
+    assert tool_calls.read_tools(list(TOOLS)) == TOOLS and tool_calls.read_tools([]) == ()
+    assert len(tool_calls.read_tools([{"type": "function", "function": {"name": "a", "parameters": None}}])) == 1

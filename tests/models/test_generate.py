@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import tiny
 from sartor.core.errors import ModelError
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import Chooser, Generation, generate, likely
 from sartor.models.adapters import inject_lora
-from sartor.models.generate import Chooser, Generation, generate, likely
-from sartor.models.sampling import Sampling
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -14,8 +14,8 @@ import pytest
 from marked import FAMILIES, Family
 from sartor.core.errors import SourceError
 from sartor.core.records import Example, Message, Part
-from sartor.models.engine.contract import Call
-from sartor.models.engine.prompts import prompt_ids
+from sartor.inference.engine import Call
+from sartor.inference.prompts import prompt_ids
 
 TEXTS = [
     "the sky is blue", " leads", "trails ", "\n\nboth\n", "\t deep \n ", "", " ", "  two  inner  ", "a\n\nb\n\n\nc", "é\u0301 ß ﷽ ここ",

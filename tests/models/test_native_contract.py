@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 import tiny_native
 from sartor.core.errors import ConfigError, MediaError, ModelError, SourceError
 from sartor.core.records import Message, Part
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import generate
+from sartor.inference.local.local_engine import LocalEngine
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
-from sartor.models.engine.local import LocalEngine
-from sartor.models.generate import generate
 from sartor.models.losses import transformers_backend
 from sartor.models.losses.loss_backend import Wish
 from sartor.models.media_tokens import blank
 from sartor.models.multimodal import native_loading, trainable_parts
 from sartor.models.packing import Encoded
-from sartor.models.sampling import Sampling
 
 CPU = torch.device("cpu")
 # Whose media are embeddings of their tokens and nothing else, so that rows with media are packed

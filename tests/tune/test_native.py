@@ -14,8 +14,8 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.records import Message, Part
 from sartor.evaluate.tasks import open_tuned
-from sartor.models.generate import generate
-from sartor.models.sampling import Sampling
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import generate
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from sartor.agents.reply import Reply, nearest_examples
 from sartor.core.records import Message
 from sartor.evaluate.release import verify_release
 from sartor.evaluate.tasks import open_tuned
-from sartor.models.generate import generate
-from sartor.models.sampling import Sampling
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import generate
 
 
 def ask(

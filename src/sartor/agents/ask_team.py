@@ -18,7 +18,7 @@ from sartor.agents.team import Http, Team, load
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import SartorError, UnavailableError
 from sartor.core.ipc import error_of
-from sartor.models.engine.contract import Done, Failed, Piece
+from sartor.inference.engine import Done, Failed, Piece
 
 
 def ask_team(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sartor.models.engine.contract import About, Call, Done, Event
+from sartor.inference.engine import About, Call, Done, Event
 
 
 @dataclass(frozen=True)

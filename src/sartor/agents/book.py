@@ -18,7 +18,7 @@ from sartor.agents.entries import Agent, Version
 from sartor.agents.registry import Cause, Registry, Snapshot
 from sartor.agents.team import Team, load
 from sartor.evaluate.release import verify_release
-from sartor.models.engine.contract import About
+from sartor.inference.engine import About
 
 
 @dataclass(frozen=True)

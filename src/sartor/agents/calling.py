@@ -8,8 +8,7 @@ from typing import Any
 from sartor.agents.asking import Request
 from sartor.agents.entries import Version
 from sartor.core.errors import RequestError
-from sartor.models.engine.contract import BASE, Call
-from sartor.models.sampling import Sampling
+from sartor.inference.engine import BASE, Call, Sampling
 
 _OPTIONS = frozenset(option.name for option in fields(Sampling))
 _SYSTEM = ("system", "developer")

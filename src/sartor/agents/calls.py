@@ -19,7 +19,7 @@ from sartor.agents.shelf import Shelf
 from sartor.agents.standing import Standing
 from sartor.agents.team import Workers
 from sartor.core.errors import DeadlineError, ModelError, SartorError, UnavailableError
-from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece, event_from_json
+from sartor.inference.engine import BASE, Call, Done, Event, Failed, Piece, event_from_json
 
 # Ends that the operator, the kernel or a machine without time may have caused: they prove little by happening once.
 _UNCERTAIN_ENDS = (WorkerEnd.KILLED, WorkerEnd.HUNG)

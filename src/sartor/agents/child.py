@@ -18,7 +18,7 @@ from sartor.agents.live import LiveCall
 from sartor.core import resource_limits
 from sartor.core.errors import SartorError, UnavailableError
 from sartor.core.ipc import Frames, Malformed, error_from_json, frame
-from sartor.models.engine.contract import BASE, About
+from sartor.inference.engine import BASE, About
 
 State = Literal["starting", "ready", "retiring", "gone"]
 # What is in a dead worker's socket is read after its end; a process that it left behind may hold the socket open.

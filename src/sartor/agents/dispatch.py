@@ -41,8 +41,8 @@ from sartor.core.errors import (
     UnavailableError,
     UnknownAgentError,
 )
+from sartor.inference.engine import Call, Done, Failed
 from sartor.media.content_parts import kinds_in
-from sartor.models.engine.contract import Call, Done, Failed
 
 # What is an agent's own fault, or says that it is out of service; the rest is the request's, or a matter of room and time
 STEPS_IN = (ModelError, ArtifactError, UnavailableError)

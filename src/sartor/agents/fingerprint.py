@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sartor.core.errors import ArtifactError
 from sartor.core.filesystem import file_digest
-from sartor.models.engine.contract import PROJECTORS, adapter_digest
+from sartor.inference.engine import PROJECTORS, adapter_digest
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors", PROJECTORS)
 _ANEW = "remove that directory and admit the Release again: sartor agents add RELEASE"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from sartor.core.errors import SartorError
 from sartor.core.ipc import error_of
-from sartor.models.engine.contract import Call, Done, Event, Failed, Logprob, Piece
+from sartor.inference.engine import Call, Done, Event, Failed, Logprob, Piece
 
 # What a worker said may lie this many tokens behind what it did when it died.
 _LAG_TOKENS = 2

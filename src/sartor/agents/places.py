@@ -14,7 +14,7 @@ from sartor.agents.breaker import Restarts
 from sartor.agents.child import Child, GoneError, WorkerEnd
 from sartor.agents.team import Workers
 from sartor.core.errors import BudgetError, ModelError, SartorError, UnavailableError
-from sartor.models.engine.contract import About
+from sartor.inference.engine import About
 
 # A worker above its limit gets no new calls, and so long for those that it has; this far above, it is ended at once.
 _RETIRE_S = 30.0

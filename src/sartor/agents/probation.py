@@ -12,7 +12,7 @@ from typing import Any
 from sartor.agents.child import Child, GoneError, WorkerEnd
 from sartor.agents.live import LiveCall
 from sartor.core.errors import ModelError, UnavailableError
-from sartor.models.engine.contract import Call, Event, event_from_json
+from sartor.inference.engine import Call, Event, event_from_json
 
 # A few prompts need no more memory; and the workers that serve go first. Two threads that share a step wait for each other, and
 # where those workers take the processors they wait in vain.

@@ -24,8 +24,7 @@ from sartor.agents.worker import open_engine
 from sartor.core import catalogue, config, model_refs, records, signing
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError
-from sartor.models.engine.contract import BASE, About, Call, Engine, Failed, Piece, adapter_digest, numerics_difference
-from sartor.models.sampling import Sampling
+from sartor.inference.engine import BASE, About, Call, Engine, Failed, Piece, Sampling, adapter_digest, numerics_difference
 
 MOST_BYTES = 64 << 20
 _TEXTS = ("id", "created", "agent", "release", "adapter", "finish")

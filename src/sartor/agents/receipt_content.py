@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sartor.core.errors import ArtifactError, SourceError
+from sartor.inference.engine import Call
+from sartor.inference.tool_calls import read_choice, read_tools
 from sartor.media import content_parts
 from sartor.media.content_parts import MEDIA, is_media, url_in
-from sartor.models.engine.contract import Call
-from sartor.models.engine.tools import read_choice, read_tools
 from sartor.text.json_schema import JSON_OBJECT
 
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")

@@ -33,7 +33,7 @@ from sartor.core import catalogue, records, signing
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
 from sartor.core.filesystem import DISK_FULL, fsync_directory
 from sartor.core.lineage.receipt_index import PATTERN, Placed, ReceiptIndex
-from sartor.models.engine.contract import About
+from sartor.inference.engine import About
 
 SCHEMA = 1
 KIND = "receipt"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Coroutine
 
 from sartor.agents.asking import Events
-from sartor.models.engine.contract import Done, Event, Failed, Piece
+from sartor.inference.engine import Done, Event, Failed, Piece
 
 Ended = Callable[["Replying", Done | Failed], Coroutine[object, object, None]]
 

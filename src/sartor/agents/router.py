@@ -27,7 +27,7 @@ from sartor.agents.routing.space import Space
 from sartor.agents.team import Routing
 from sartor.core import assets
 from sartor.core.errors import ArtifactError, BusyError, SartorError
-from sartor.models.engine.contract import LOCAL
+from sartor.inference.engine import LOCAL
 
 WORDS, BASE_ENCODER = "tfidf", "base"
 Made = TypeVar("Made")

@@ -13,7 +13,7 @@ from typing import cast
 from sartor.agents.asking import Crew, Events
 from sartor.agents.replying import Replying
 from sartor.core.errors import SartorError
-from sartor.models.engine.contract import Call, Done, Failed
+from sartor.inference.engine import Call, Done, Failed
 
 MOST_WAITING = 16
 ROOM_S = 0.05

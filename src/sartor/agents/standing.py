@@ -12,7 +12,7 @@ from sartor.agents.breaker import Breaker
 from sartor.agents.live import LiveCall
 from sartor.core.errors import ModelError
 from sartor.core.ipc import frame
-from sartor.models.engine.contract import Call, Done, Failed
+from sartor.inference.engine import Call, Done, Failed
 
 # All agents stand on it, so it has no breaker and is never taken out of service.
 BASE_AGENT = "base"

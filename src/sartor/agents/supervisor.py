@@ -29,7 +29,7 @@ from sartor.agents.standing import Standing
 from sartor.agents.team import Remote, Team
 from sartor.core import config, records
 from sartor.core.errors import DeadlineError, ModelError, UnavailableError
-from sartor.models.engine.contract import BASE, About, Call, Event
+from sartor.inference.engine import BASE, About, Call, Event
 
 EMBEDDINGS = "embeddings"  # the bulkhead that all embeddings share
 WORKER = (sys.executable, "-m", "sartor.agents.worker")

@@ -20,7 +20,7 @@ from sartor.core import model_refs
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
 from sartor.evaluate.release import verify_release
-from sartor.models.engine.contract import adapter_digest
+from sartor.inference.engine import adapter_digest
 
 # What --max-lora-rank may be
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

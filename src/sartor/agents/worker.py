@@ -25,14 +25,14 @@ from sartor.core.encoder_registry import Encoder, open_encoder
 from sartor.core.errors import ConfigError, ModelError, SartorError
 from sartor.core.ipc import BEAT_S, Channel, Malformed, error_as_json
 from sartor.core.lazy_import import load
+from sartor.inference.engine import Call, Engine, Failed, Vector, event_as_json
 from sartor.media import audio
-from sartor.models.engine.contract import Call, Engine, Failed, Vector, event_as_json
 
 BASE_ENCODER = "base"
 _ENGINES = {
-    "local": "sartor.models.engine.local",
-    "llamacpp": "sartor.models.engine.llamacpp",
-    "openai": "sartor.models.engine.remote",
+    "local": "sartor.inference.local.local_engine",
+    "llamacpp": "sartor.inference.llamacpp_engine",
+    "openai": "sartor.inference.openai_engine",
 }
 # The parent recycles a worker above its limit in time; this stops one allocation that would go far beyond it at once.
 _DATA_FACTOR = 2

@@ -14,16 +14,16 @@ from sartor.core.records import Example
 from sartor.evaluate.held_out import HeldOut
 from sartor.evaluate.labels import label_of, span_of
 from sartor.evaluate.measures import Side
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import Generation, generate
 from sartor.models import packing
 from sartor.models.base import Base
 from sartor.models.chat import Chat
 from sartor.models.content_shielding import reply_text
-from sartor.models.generate import Generation, generate
 from sartor.models.losses.loss_backend import Wish
 from sartor.models.media_tokens import blank
 from sartor.models.multimodal.native_media import is_native
 from sartor.models.packing import Encoded
-from sartor.models.sampling import Sampling
 
 # A reply may be this much longer than the longest reference before it is cut (and then it is wrong anyway)
 SPARE_TOKENS = 8

@@ -16,8 +16,7 @@ from rapidfuzz import fuzz
 from sartor.core import numerics
 from sartor.core.errors import AdmissionError
 from sartor.evaluate.samples import sample
-from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece
-from sartor.models.sampling import Sampling
+from sartor.inference.engine import BASE, Call, Done, Event, Failed, Piece, Sampling
 
 MOST_CANARIES = 12
 SAMPLING = Sampling(max_tokens=48)

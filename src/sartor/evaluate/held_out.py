@@ -14,8 +14,8 @@ from sartor.core.lineage import ancestry
 from sartor.core.records import Drop, Example
 from sartor.curate.recipe import Source
 from sartor.curate.sources.units import read_all
+from sartor.inference.generate import context_tokens
 from sartor.models.base import Base
-from sartor.models.generate import context_tokens
 
 
 @dataclass(frozen=True)

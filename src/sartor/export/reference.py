@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from sartor.export.prompts import Asked
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import generate
 from sartor.models.base import Base
-from sartor.models.generate import generate
-from sartor.models.sampling import Sampling
 
 # Of each reply that many tokens are compared. Logits of all of them are held: 50 replies over 150,000 tokens are 1.4 GB.
 REPLY_TOKENS = 48

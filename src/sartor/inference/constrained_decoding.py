@@ -1,4 +1,4 @@
-"""Replies that obey a JSON Schema: which tokens may come next, one row at a time (constrained decoding by llguidance).
+"""Token masks for a JSON Schema by llguidance.
 
     grammar = Grammar(chat.tokenizer, chat.stops, vocabulary=logits.shape[-1])  # once per base
     constraint = grammar.constraint(call.schema)  # once per call; schemas.JSON_OBJECT is OpenAI's json_object

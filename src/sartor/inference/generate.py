@@ -1,4 +1,4 @@
-"""Prompts -> replies: prefill and decode with a KV cache, many prompts at a time.
+"""Batched generation with a KV cache.
 
 Rows are left-padded and masked, and leave the batch (and its cache) when they end, so a long reply does not hold up
 short ones. Sampling draws from one generator per prompt, seeded by (seed, prompt index): a reply depends on its own
@@ -16,11 +16,11 @@ import torch
 from transformers import DynamicCache
 
 from sartor.core.errors import ModelError
+from sartor.inference.engine import Sampling
 from sartor.models.losses.transformers_backend import without_peft
 from sartor.models.multimodal import native_media as native_replies
 from sartor.models.multimodal import whisper_base
 from sartor.models.multimodal.native_media import native_media
-from sartor.models.sampling import Sampling
 
 
 @dataclass(frozen=True)

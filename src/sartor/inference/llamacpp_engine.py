@@ -1,4 +1,4 @@
-"""llama.cpp behind the Engine Protocol: its own server inside of the worker (`inner.py`), a slot per reply.
+"""Llama.cpp behind the Engine protocol.
 
 Prompts are rendered and tokenised here and travel as ids, so a base's own template holds and not the one in its GGUF file.
 What llama.cpp does otherwise than our engine, and what is made of it:
@@ -19,20 +19,94 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import httpx
+import torch
+from filelock import FileLock
 
 from sartor.core import model_refs
 from sartor.core.errors import ModelError, RequestError, UnavailableError
-from sartor.models.engine.base_file import BaseFile, check_tokens, f16_file, open_base_file
-from sartor.models.engine.contract import BASE, About, Call, Event, Finish, Logprob, Vector
-from sartor.models.engine.inner import PLAIN, Bounds, Inner, embeddings
-from sartor.models.engine.reading import Reader, open_reader
-from sartor.models.engine.streams import Reply, StreamEngine, events_of
-from sartor.models.engine.tools import reply_schema
+from sartor.core.gguf_header import read_head
+from sartor.core.home import folder
+from sartor.inference.engine import BASE, About, Call, Event, Finish, Logprob, Vector
+from sartor.inference.llamacpp_server import PLAIN, Bounds, Inner, embeddings
+from sartor.inference.prompts import Reader, open_reader
+from sartor.inference.streaming_engine import Reply, StreamEngine, events_of
+from sartor.inference.tool_calls import reply_schema
+from sartor.models import gguf_writer
+from sartor.models.base import open_base
+from sartor.models.chat import Chat
 from sartor.models.gguf_writer import write_adapter_gguf
+
+_PROBE = "Turn on the light, please: 21 °C!\n"
+
+
+@dataclass(frozen=True)
+class BaseFile:
+    """A base as a GGUF file. shapes: axes of its tensors by name, the inner one first as GGUF has them."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    stored: str
+
+    def check_adapter(self, file: Path) -> None:
+        """Raises ModelError unless every factor in a GGUF adapter fits a tensor: the server would not start with it."""
+        for name, shape in _shapes(file).items():
+            tensor, _, side = name.rpartition(".lora_")
+            axes = self.shapes.get(tensor, ())
+            if not axes or shape[side == "b"] != axes[side == "b"]:
+                raise ModelError(
+                    f"the adapter's {name} has the axes {shape}, and the base's {tensor} has {axes or 'no place'}",
+                    "use the base that the adapter was tuned on",
+                )
+
+
+def open_base_file(path: Path, config: Mapping[str, Any]) -> BaseFile:
+    """A GGUF file that is said to be a base's. Raises ModelError where it is not whole, or its sizes are not in `config`."""
+    head = read_head(path)
+    kind = str(head.metadata.get("general.architecture", ""))
+    for key, option in (("block_count", "num_hidden_layers"), ("embedding_length", "hidden_size")):
+        if (found := head.metadata.get(f"{kind}.{key}")) != config.get(option):
+            raise ModelError(
+                f"{path} has {kind}.{key} {found}, and the base has {option} {config.get(option)}",
+                "engine.gguf: a file of this base",
+            )
+    names = {int(kind): kind.name.removeprefix("MOSTLY_").lower() for kind in gguf.LlamaFileType}
+    return BaseFile(path, _shapes(path), names.get(head.metadata.get("general.file_type", -1), ""))
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tuple(int(axis) for axis in tensor.shape) for tensor in gguf.GGUFReader(file).tensors}
+
+
+def f16_file(ref: model_refs.BaseRef) -> Path:
+    """A base in F16, written once under SARTOR_HOME/bases; two processes at once: the second waits for the first.
+
+    Raises ModelError for a base of which llama.cpp knows no form.
+    """
+    file = folder("bases") / f"{ref.path.name}-{ref.digest[:12]}.f16.gguf"
+    with FileLock(file.with_suffix(".wait")):
+        if not file.is_file():
+            opened = open_base(ref.name, bits=32, device=torch.device("cpu"))
+            rows = opened.model.get_input_embeddings().weight.shape[0]
+            about = gguf_writer.About(ref.path.name, ref.digest[:12], ref.licence, opened.chat.template)
+            gguf_writer.write_model_gguf(opened.model, gguf_writer.from_chat(opened.chat, rows), about, file)
+    return file
+
+
+def check_tokens(inner: Inner, chat: Chat) -> None:
+    """Raises ModelError unless token ids mean to the server what they mean to the base's own tokenizer."""
+    ids = list(chat.tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+    said = inner.ask("/detokenize", {"tokens": ids}).get("content")
+    if str(said).strip() != _PROBE.strip():
+        raise ModelError(
+            f"the GGUF file's tokenizer reads {said!r} where the base's wrote {_PROBE!r}", "engine.gguf: a file of this base"
+        )
+
 
 # Tokens of prompt and reply in one slot: the server takes memory for the whole of every slot when it starts
 MOST_CONTEXT = 4096

@@ -1,4 +1,4 @@
-"""llama.cpp's own server inside of this process, by xllamacpp: started with a fixed list of adapters, asked over loopback HTTP.
+"""Llama.cpp's HTTP server inside this process.
 
 Nobody else can ask it: it listens on loopback, and its key is made anew for each run and known to nobody. No torch here, and
 nothing but xllamacpp: a device runs this alone.

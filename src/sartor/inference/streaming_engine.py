@@ -1,4 +1,4 @@
-"""Engines whose tokens come over HTTP: calls queued, streams read side by side by a thread of its own, events handed on.
+"""Base class of engines that stream tokens over HTTP.
 
 An engine of this kind says how one call is asked and read (`read`), and what must be ready before (`begin`). The thread
 runs one asyncio loop; its only way out is the queue that `step` takes from, so the holder sees a plain engine.
@@ -20,9 +20,9 @@ from typing import Any
 import httpx
 
 from sartor.core.errors import BusyError, ModelError, RequestError, SartorError, UnavailableError
-from sartor.models.engine.contract import Call, Done, Event, Failed, Finish, Logprob, Piece
-from sartor.models.engine.grammar import Constraint
-from sartor.models.engine.tools import CallReader
+from sartor.inference.constrained_decoding import Constraint
+from sartor.inference.engine import Call, Done, Event, Failed, Finish, Logprob, Piece
+from sartor.inference.tool_calls import CallReader
 
 # How long a step waits for a first event: as long as a call that is submitted meanwhile may have to wait
 STEP_S = 0.02

@@ -1,4 +1,4 @@
-"""Tools: what a client declares, what a reply must then be, and the calls that a reply's text holds. No torch.
+"""Tool declarations, tool choice, parsing of tool calls.
 
 A reply calls tools in one of the forms that open models write, told apart by how it begins:
 
@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from sartor.core.errors import RequestError
-from sartor.models.engine.contract import Call
+from sartor.inference.engine import Call
 from sartor.text.json_schema import MOST_BYTES, read_schema
 
 MOST_TOOLS = 128

@@ -14,10 +14,9 @@ from pathlib import Path
 from sartor.core import errors
 from sartor.core.errors import ExtraError, ModelError, RequestError
 from sartor.core.teachers import Answer, Question
+from sartor.inference.engine import Call, Done, Event, Failed, Piece, Sampling
+from sartor.inference.local.local_engine import LocalEngine
 from sartor.models.base import open_base
-from sartor.models.engine.contract import Call, Done, Event, Failed, Piece
-from sartor.models.engine.local import LocalEngine
-from sartor.models.sampling import Sampling
 
 
 class LocalTeacher:

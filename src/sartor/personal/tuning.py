@@ -29,7 +29,7 @@ from sartor.core.filesystem import make_parent, writer_lock
 from sartor.edge.personal.work import recipe_of
 from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.stacking import Losses, Stack
-from sartor.models.engine.contract import adapter_digest
+from sartor.inference.engine import adapter_digest
 from sartor.personal import gate, rows
 from sartor.personal.gate import Verdict
 from sartor.personal.options import PersonalOptions

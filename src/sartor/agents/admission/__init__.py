@@ -31,7 +31,7 @@ from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
 from sartor.core.errors import InputError, ModelError, RefusedError, SignatureError
 from sartor.core.safetensors_file import read_header
 from sartor.evaluate import canary
-from sartor.models.engine.contract import About, Call, Event, adapter_digest, numerics_difference
+from sartor.inference.engine import About, Call, Event, adapter_digest, numerics_difference
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MOST_SIGNATURE_BYTES = 1 << 16

@@ -18,7 +18,7 @@ from sartor.core import assets, model_refs
 from sartor.core.errors import AdmissionError, AssetError, ModelError
 from sartor.core.model_refs import Modality
 from sartor.core.safetensors_file import FLOATS, Tensor, read_whole
-from sartor.models.engine.contract import PROJECTORS, About
+from sartor.inference.engine import PROJECTORS, About
 
 CHECK = "projectors"
 KINDS: tuple[Modality, ...] = ("image", "audio")

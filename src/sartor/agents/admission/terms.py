@@ -10,7 +10,7 @@ from sartor.core.config import is_name
 from sartor.core.errors import AdmissionError, ConfigError, LicenceError
 from sartor.core.licences.compliance import USES
 from sartor.evaluate import permission
-from sartor.models.sampling import Sampling
+from sartor.inference.engine import Sampling
 
 GATE = ("gain", "forgetting", "licence")
 OUTCOMES = ("pass", "waived")

@@ -11,7 +11,7 @@ from pathlib import Path
 from sartor.agents.admission import Ground, check_ground, check_values, projectors
 from sartor.agents.entries import Version
 from sartor.core.artifacts import open_artifact
-from sartor.models.engine.contract import adapter_digest
+from sartor.inference.engine import adapter_digest
 
 
 def admit_personal(path: Path, agent: str, ground: Ground) -> Version:

@@ -32,8 +32,7 @@ from sartor.core.errors import (
     UnknownAgentError,
 )
 from sartor.core.ipc import error_of
-from sartor.models.engine.contract import BASE, Call, Done, Event, Failed, Piece
-from sartor.models.sampling import Sampling
+from sartor.inference.engine import BASE, Call, Done, Event, Failed, Piece, Sampling
 
 # What is told as it is where no step gave anything: it says what the client can do
 _CLIENTS = (RequestError, ConfigError, BusyError, DeadlineError)

@@ -23,7 +23,7 @@ from sartor.agents.receipt_content import Content, Digest
 from sartor.agents.receipts import team_digest
 from sartor.agents.team import Team
 from sartor.core.errors import ArtifactError, MissingError
-from sartor.models.engine.contract import About
+from sartor.inference.engine import About
 
 SCHEMA = 1
 DIGITS = 3

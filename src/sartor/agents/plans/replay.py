@@ -27,7 +27,7 @@ from sartor.agents.serve.opening import open_house
 from sartor.agents.team import Team, load
 from sartor.core import config
 from sartor.core.errors import ArtifactError, ConfigError, SartorError, UnavailableError
-from sartor.models.engine.contract import About, numerics_difference
+from sartor.inference.engine import About, numerics_difference
 
 _PATIENCE_S = 3600.0
 _LEFT_OUT = "left out"

@@ -16,7 +16,7 @@ from sartor.agents.plans.declared import Plan, Step
 from sartor.agents.plans.handover import VERDICT, Handover, Role
 from sartor.core.errors import BudgetError, DeadlineError, SartorError, UnavailableError
 from sartor.core.ipc import error_of
-from sartor.models.engine.contract import Done, Event, Failed, Finish, Piece
+from sartor.inference.engine import Done, Event, Failed, Finish, Piece
 
 # Who judges and who divides say it in a form of their own, and the client's options are not for them
 _OWN_FORM = ("check", "plan")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from sartor.models.sampling import MOST_STOPS
+from sartor.inference.engine import MOST_STOPS
 
 MOST_CHOICES = 16
 MOST_TOP_LOGPROBS = 20

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sartor.agents.keys import Opened
 from sartor.agents.serve.seams import NOBODY
-from sartor.models.engine.contract import Done, Event, Piece
+from sartor.inference.engine import Done, Event, Piece
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from sartor.agents.serve.bodies import MediaTypeError, SlowBodyError, TooLargeError
 from sartor.core import errors
 from sartor.core.errors import SartorError
-from sartor.models.engine.contract import Failed
+from sartor.inference.engine import Failed
 
 ASK_AGAIN_S = 5
 

@@ -13,7 +13,7 @@ from sartor.agents.serve.entry import Entry
 from sartor.agents.serve.faults import CutError, error_of
 from sartor.agents.serve.running import Shift
 from sartor.agents.serve.seams import Replies
-from sartor.models.engine.contract import Done, Event, Failed, Logprob, Piece
+from sartor.inference.engine import Done, Event, Failed, Logprob, Piece
 
 T = TypeVar("T")
 # What dispatch may still say of a deadline in its own words before this front does

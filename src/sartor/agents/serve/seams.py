@@ -10,7 +10,7 @@ from sartor.agents.asking import Answer, Embedded, Listed, Request
 from sartor.agents.keys import Opened
 from sartor.agents.serve.speaker import OFF, Speaker
 from sartor.agents.team import Speech
-from sartor.models.engine.contract import About
+from sartor.inference.engine import About
 
 NOBODY = Opened("", frozenset(), is_admin=False)
 ANYBODY = Opened("", None, is_admin=False, speaks_for=None)

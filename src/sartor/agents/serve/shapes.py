@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sartor.agents.serve.replies import Reply
-from sartor.models.engine.contract import Done, Logprob, Piece
+from sartor.inference.engine import Done, Logprob, Piece
 
 # What OpenAI and vLLM say for a probability of nothing: JSON has no -inf
 LEAST_LOGPROB = -9999.0

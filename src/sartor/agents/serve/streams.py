@@ -17,7 +17,7 @@ from sartor.agents.serve.replies import Answers
 from sartor.agents.serve.running import GoneError, while_there
 from sartor.agents.serve.shapes import Head, Shape
 from sartor.core.errors import SartorError
-from sartor.models.engine.contract import Done, Piece
+from sartor.inference.engine import Done, Piece
 
 Chunks = AsyncGenerator[dict[str, Any], None]
 # JSON escapes the line ends of server-sent events; many clients split lines at these too

@@ -26,7 +26,7 @@ from sartor.agents.serve.faults import FieldError
 from sartor.agents.serve.media import data_url
 from sartor.agents.team import Limits
 from sartor.core.records import Part
-from sartor.models.engine.tools import read_choice, read_tools
+from sartor.inference.tool_calls import read_choice, read_tools
 from sartor.text.json_schema import JSON_OBJECT, read_schema
 
 SEED_BITS = 31

@@ -19,7 +19,7 @@ import jsonschema
 
 from sartor.agents.outside import ToolServer
 from sartor.core.errors import DeadlineError, RequestError, SartorError, UnavailableError, need
-from sartor.models.engine.tools import read_tools
+from sartor.inference.tool_calls import read_tools
 
 if TYPE_CHECKING:
     from mcp.client import ClientSession

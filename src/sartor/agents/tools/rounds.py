@@ -27,7 +27,7 @@ from sartor.agents.receipts import team_digest
 from sartor.agents.team import Team
 from sartor.agents.tools.held import HeldServer, OfferedTool
 from sartor.core.errors import RequestError, SartorError
-from sartor.models.engine.contract import Done, Event, Failed, Piece
+from sartor.inference.engine import Done, Event, Failed, Piece
 
 SCHEMA = 1
 ROUNDS = 4

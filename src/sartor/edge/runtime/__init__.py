@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ModelError
 from sartor.core.lazy_import import load
-from sartor.models.engine.contract import Call, Event
+from sartor.inference.engine import Call, Event
 
 
 class Runtime(Protocol):

@@ -14,8 +14,7 @@ from sartor.core.resource_limits import DataLimit
 from sartor.edge.personal.local import applied
 from sartor.edge.runtime import opened, system_of
 from sartor.edge.store import Installed, Store, installed
-from sartor.models.engine.contract import BASE, Call, Failed, Piece
-from sartor.models.sampling import Sampling
+from sartor.inference.engine import BASE, Call, Failed, Piece, Sampling
 
 
 def ask(

@@ -13,8 +13,8 @@ from sartor.core import model_refs
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ModelError, SartorError
 from sartor.edge.runtime.plain_content import markup_of, prompt_of
-from sartor.models.engine.contract import Call, Done, Event, Failed, Finish, Piece
-from sartor.models.engine.inner import PLAIN, Bounds, Inner
+from sartor.inference.engine import Call, Done, Event, Failed, Finish, Piece
+from sartor.inference.llamacpp_server import PLAIN, Bounds, Inner
 
 # Prompt and reply together; llama.cpp takes the memory for all of it when it starts
 CONTEXT_TOKENS = 2048

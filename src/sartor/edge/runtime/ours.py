@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SartorError
 from sartor.evaluate.tasks import open_tuned
-from sartor.models.engine.contract import Call, Done, Event, Failed, Finish, Piece
-from sartor.models.engine.prompts import prompt_ids
-from sartor.models.generate import context_tokens, generate
+from sartor.inference.engine import Call, Done, Event, Failed, Finish, Piece
+from sartor.inference.generate import context_tokens, generate
+from sartor.inference.prompts import prompt_ids
 
 # Of a base that says nothing of its context
 UNKNOWN_TOKENS = 4096

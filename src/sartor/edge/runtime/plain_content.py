@@ -13,8 +13,8 @@ from typing import Any
 from sartor.core.errors import UnavailableError
 from sartor.core.gguf_header import read_head
 from sartor.core.records import ROLES
-from sartor.models.engine.contract import Call
-from sartor.models.engine.inner import Inner
+from sartor.inference.engine import Call
+from sartor.inference.llamacpp_server import Inner
 from sartor.models.template_markup import Markup, Token, is_markup, markup_in, plain_probes
 
 _TOKENS, _TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"

@@ -19,7 +19,7 @@ from sartor.core.errors import BudgetError, HealthError, MissingError, SartorErr
 from sartor.core.resource_limits import Limits, Usage, run
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import opened
-from sartor.models.engine.contract import Call, Event, event_as_json, event_from_json
+from sartor.inference.engine import Call, Event, event_as_json, event_from_json
 
 _ANSWERS, _LOG = "answers.json", "log"
 _REMEDY = "publish a version that passes"

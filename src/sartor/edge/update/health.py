@@ -27,7 +27,7 @@ from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import process, system_of
 from sartor.evaluate import canary
 from sartor.evaluate.labels import label_of, text_of
-from sartor.models.engine.contract import BASE, Call, Event, Failed, Piece
+from sartor.inference.engine import BASE, Call, Event, Failed, Piece
 
 # Opening a base takes minutes on a slow device
 LIMITS = Limits(wall_s=900.0)

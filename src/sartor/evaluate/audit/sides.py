@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from sartor.core.records import Example, Message
 from sartor.evaluate.answering import SPARE_TOKENS, losses, side
 from sartor.evaluate.held_out import refusal
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import context_tokens, generate
 from sartor.models.base import Base
-from sartor.models.generate import context_tokens, generate
 from sartor.models.packing import Encoded
-from sartor.models.sampling import Sampling
 
 Array = NDArray[np.float64]
 # Which side is which in what `both` gives

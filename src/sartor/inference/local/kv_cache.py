@@ -1,4 +1,4 @@
-"""Room for keys and values in pages of a fixed number of tokens, and texts whose pages may be used again.
+"""Paged KV cache with prefix reuse.
 
 A page of a text is known by its own tokens and by the page before it, back to the adapter that computed it; so it is shared
 among rows of one adapter alone, and an adapter that is attached again has another number, and never meets what was computed

@@ -1,4 +1,4 @@
-"""Sartor's own engine: one base in memory, many adapters, replies made side by side, each row with another adapter or none.
+"""Continuous batching over one base and many adapters.
 
     submit -> waiting -> reading (its prompt, a chunk at a time) -> writing (a token a step) -> Done
 
@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 
 from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError, SartorError
+from sartor.inference.engine import BASE, LOCAL, About, Call, Done, Event, Failed, Vector
+from sartor.inference.local.cpu_decoder import open_blocks
+from sartor.inference.local.kv_cache import PAGE_TOKENS, Pages
+from sartor.inference.local.media_inputs import Seen, Sights
+from sartor.inference.local.sequence import Row
+from sartor.inference.local.torch_decoder import Run, Scores
+from sartor.inference.prompts import Reader
 from sartor.media.content_parts import kinds_in
 from sartor.models.base import Base, open_base
-from sartor.models.engine.blocks import Run, Scores
-from sartor.models.engine.contract import BASE, LOCAL, About, Call, Done, Event, Failed, Vector
-from sartor.models.engine.native_blocks import open_blocks
-from sartor.models.engine.pages import PAGE_TOKENS, Pages
-from sartor.models.engine.reading import Reader
-from sartor.models.engine.rows import Row
-from sartor.models.engine.sights import Seen, Sights
 
 # Of prompts in one step, while others wait for their next token: a step stays within a few times that of a token
 READ_TOKENS = 4 * PAGE_TOKENS

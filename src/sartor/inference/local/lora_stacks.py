@@ -1,4 +1,4 @@
-"""The LoRA factors of every attached adapter, stacked per fused projection, so that one batch may hold any of them.
+"""Stacked LoRA factors of all attached adapters.
 
 A slot is an adapter's place in every stack. Ranks may differ: a stack has room for the largest, and a smaller one's rest is
 zero. Stacks grow by doubling; a slot that was freed is used again.

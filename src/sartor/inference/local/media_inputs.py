@@ -1,4 +1,4 @@
-"""What adapters of composed bases read beside text: their towers, shared by all of them, and each one's own projectors.
+"""Media embeddings of prompts per adapter.
 
 A tower takes longer than a token, so it runs in a thread of its own while other rows go on; what comes back is the prompt's
 token ids and the embeddings of its media, which are the call's own and are forgotten with it.
@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from sartor.core.errors import BudgetError, RequestError, SartorError
+from sartor.inference.engine import Call
+from sartor.inference.prompts import Reader
 from sartor.models import composed_model
 from sartor.models.base import Base
 from sartor.models.composed_model import ComposedMedia, Features
-from sartor.models.engine.contract import Call
-from sartor.models.engine.reading import Reader
 from sartor.models.media_tokens import MOST_TOKENS, PLACE_BITS, keys_in
 from sartor.models.towers.tower import Tower
 

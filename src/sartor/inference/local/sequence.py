@@ -1,4 +1,4 @@
-"""One reply in work: how its next token is chosen, what of its text can be told already, and when it ends."""
+"""One reply being generated: sampling, text, stop."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sartor.inference.constrained_decoding import Constraint
+from sartor.inference.engine import Call, Done, Event, Finish, Logprob, Piece
+from sartor.inference.generate import draw, likely, source
+from sartor.inference.local.media_inputs import Seen
+from sartor.inference.tool_calls import CallReader
 from sartor.models.chat import Chat
-from sartor.models.engine.contract import Call, Done, Event, Finish, Logprob, Piece
-from sartor.models.engine.grammar import Constraint
-from sartor.models.engine.sights import Seen
-from sartor.models.engine.tools import CallReader
-from sartor.models.generate import draw, likely, source
 
 
 class Spelling:

@@ -1,4 +1,4 @@
-"""A base's blocks as serving computes them: prompts in chunks, newest tokens in blocks of rows, both with many adapters.
+"""Decoder layers in torch over a paged cache.
 
 The architecture is read by `models/losses/fused_decoder.py` (a family is a line in its table); what differs here is the cache and that every
 row may have factors of its own. What makes a row's numbers independent of its neighbours:
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from sartor.models.engine.factors import Factors, Site
-from sartor.models.engine.pages import PAGE_TOKENS
+from sartor.inference.local.kv_cache import PAGE_TOKENS
+from sartor.inference.local.lora_stacks import Factors, Site
 from sartor.models.kernels.reference import Cache, Eager, Looks, Serving, Turns
 from sartor.models.losses.fused_decoder import Block, Fast, Norm
 from sartor.models.losses.lora_linear import Projection, Unsupported, rounds

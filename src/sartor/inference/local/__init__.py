@@ -1,0 +1,1 @@
+"""The local engine: continuous batching over one base with many adapters."""
