@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import rensa
 
-from sartor.curate.dedup import clusters, near, shingles, verify
+from sartor.curate.dedup import clusters, near_duplicates, pair_scoring, shingles
 
 
 def joined(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
@@ -31,10 +31,10 @@ def joined(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
 def sartor(texts: list[str], joined_fields: int = 0) -> list[int]:
     """The defaults of `sartor dedup`, by its core: each removed row is in the class of its survivor."""
     how = shingles.resolve("auto", 0, texts, joined_fields=joined_fields)
-    rules = verify.rules_for(how)
+    rules = pair_scoring.rules_for(how)
     sketches = shingles.sketch(texts, how)
     rank = np.array([len(text) for text in texts])
-    found = near.near_duplicates(sketches.shingles, sketches.offsets, sketches.digests, rules, rank)
+    found = near_duplicates.near_duplicates(sketches.shingles, sketches.offsets, sketches.digests, rules, rank)
     removals = clusters.resolve(found.pairs, rank, rules)
     return joined(len(texts), zip(removals.rows.tolist(), removals.kept.tolist(), strict=True))
 

@@ -27,8 +27,8 @@ from sklearn.metrics import roc_auc_score
 from sartor import intents
 from sartor.core import assets
 from sartor.core.records import Example, Message, Origin
-from sartor.curate.steps.contract import Gathered
-from sartor.curate.steps.labels import EVIDENCE, SuspiciousLabels
+from sartor.curate.step import Gathered
+from sartor.curate.steps.label_errors import EVIDENCE, SuspiciousLabels
 
 SHARES = (0.10, 0.12, 0.20)
 SMALL_ROWS = 120

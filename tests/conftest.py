@@ -81,7 +81,7 @@ def rows_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
     """Patterns have a tenth of a second for a row, not two."""
-    from sartor.curate.steps.patterns import Clock
+    from sartor.curate.steps.regex_rules import Clock
 
     limit_s = 0.1
     monkeypatch.setattr(Clock.__init__, "__defaults__", (limit_s,))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.records import Drop, Example
-from sartor.curate.recipe import Source
-from sartor.curate.sources.units import Plan, plan, read, unit_of_json
+from sartor.curate.sources.chunk_reader import read, unit_of_json
+from sartor.curate.sources.planner import Plan, plan
+from sartor.curate.sources.types import Source
 
 
 class Rows:

@@ -92,7 +92,7 @@ def test_every_error_has_its_heading() -> None:
 
 
 def test_the_reference_of_steps_is_what_they_declare() -> None:
-    from sartor.curate.steps.reference import reference
+    from sartor.curate.steps import reference
 
     assert (ROOT / "docs/steps.md").read_text(encoding="utf-8") == reference()
 

@@ -17,8 +17,7 @@ from sartor.core import assets, signing
 from sartor.core.artifacts import check_free
 from sartor.core.errors import ConfigError
 from sartor.core.home import folder
-from sartor.curate.curated import Curated
-from sartor.curate.pipeline import curate
+from sartor.curate.pipeline import Curated, curate
 from sartor.evaluate.release import Released, Waiver, release, verify
 from sartor.evaluate.tasks import Evaluated, evaluate
 from sartor.intents import rehearsal_rows, rows

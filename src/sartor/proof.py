@@ -14,7 +14,7 @@ from sartor.core.artifacts import Artifact, check_free, open_artifact
 from sartor.core.errors import ArtifactError, SourceError
 from sartor.core.records import Example, dropped
 from sartor.core.splits import group_of_stored, split_group
-from sartor.curate.derived import write_derived
+from sartor.curate.dataset_writer import write_derived
 from sartor.evaluate import compare
 from sartor.evaluate.compare import Comparison
 from sartor.evaluate.tasks import evaluate

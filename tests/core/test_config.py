@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sartor.core import config
 from sartor.core.errors import ConfigError
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.steps import ExactDuplicates, Length
+from sartor.curate.steps.text_duplicates import ExactDuplicates
+from sartor.curate.steps.text_filters import Length
 from sartor.tune.recipe import Budget, Recipe
 
 TUNE = {"base": "starter", "data": {"path": "d"}}

@@ -16,8 +16,8 @@ import soxr
 
 from media_files import ogg_pages, silence, sound, vorbis_packets
 from sartor.core.errors import MediaError
-from sartor.curate.steps.audio import listen
-from sartor.curate.steps.augment_audio import AugmentAudio
+from sartor.curate.steps.media_augmentation import AugmentAudio
+from sartor.curate.steps.media_filters import listen
 from sartor.media import audio
 
 RATE, SECONDS = 16_000, 300.0

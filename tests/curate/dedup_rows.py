@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from sartor.curate.dedup import clusters, near, shingles, verify
+from sartor.curate.dedup import clusters, near_duplicates, pair_scoring, shingles
 
 _LETTERS = "etaoinshrdlucmfwypvbgkqjxz"
 
@@ -43,11 +43,11 @@ def edited(row: str, fraction: float, rng: random.Random) -> str:
     return " ".join(found)
 
 
-def search(rows: list[str], **changes: object) -> tuple[near.Found, clusters.Removals, verify.Rules]:
+def search(rows: list[str], **changes: object) -> tuple[near_duplicates.Found, clusters.Removals, pair_scoring.Rules]:
     """What the core makes of rows at its defaults."""
     how = shingles.resolve("auto", 0, rows)
-    rules = verify.rules_for(how, **changes)
+    rules = pair_scoring.rules_for(how, **changes)
     sketches = shingles.sketch(rows, how)
     rank = np.array([len(row) for row in rows])
-    found = near.near_duplicates(sketches.shingles, sketches.offsets, sketches.digests, rules, rank)
+    found = near_duplicates.near_duplicates(sketches.shingles, sketches.offsets, sketches.digests, rules, rank)
     return found, clusters.resolve(found.pairs, rank, rules), rules

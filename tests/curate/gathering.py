@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from sartor.core.records import Example, Message, Origin
-from sartor.curate.steps.contract import Gathered, SetStep
+from sartor.curate.step import Gathered, SetStep
 
 
 def example(

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from sartor.core.config import load
 from sartor.core.records import Drop, Example, Message, Origin
-from sartor.curate.steps.contract import Gathered, Verdicts
+from sartor.curate.step import Gathered, Verdicts
 
 HERE = Path(".")
 

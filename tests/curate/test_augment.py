@@ -16,11 +16,10 @@ import sartor
 from conftest import write_jsonl
 from sartor.core.errors import ConfigError, StoppedError
 from sartor.core.records import Example, Message, Origin, Part
-from sartor.curate import local, work
-from sartor.curate.sources import media
-from sartor.curate.steps.augment_audio import AugmentAudio
-from sartor.curate.steps.augment_images import AugmentImages, Light
-from sartor.curate.steps.contract import Copy
+from sartor.curate import pipeline, shards
+from sartor.curate.sources import media_files
+from sartor.curate.step import Copy
+from sartor.curate.steps.media_augmentation import AugmentAudio, AugmentImages, Light
 from sartor.media.audio import read_sound
 from sartor.media.images import open_image
 
@@ -121,12 +120,12 @@ def test_revoke_and_inspect_reach_the_copies(tmp_path: Path) -> None:
 def test_any_number_of_workers_and_an_interrupted_run_make_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "WORTH_A_WORKER", 0)
+    monkeypatch.setattr(pipeline, "WORTH_A_WORKER", 0)
     paths = [write_rows(tmp_path / f"in{n}", 3, [asked(f"other {n}", {"type": "image", "image": "0.png"})]) for n in range(2)]
     said = recipe(paths[0], {"augment_images": {"copies": 2}})
     said["sources"] = [{"path": path} for path in paths]
     one, two = (sartor.curate({**said, "workers": n}, tmp_path / f"d{n}").dataset for n in (1, 2))
-    real, made = work.execute, []
+    real, made = shards.execute, []
 
     def execute(task: Any) -> Any:
         if len(made) == 3:
@@ -135,7 +134,7 @@ def test_any_number_of_workers_and_an_interrupted_run_make_the_same_bytes(
         return real(task)
 
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr(local, "execute", execute)
+        patch.setattr(pipeline, "execute", execute)
         sartor.curate({**said, "workers": 1}, tmp_path / "again")
     assert made[-1].copying, "it was to stop among the copies"
     again = sartor.curate({**said, "workers": 1}, tmp_path / "again")
@@ -158,7 +157,7 @@ def test_rehearsal_is_copied_only_when_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_copy_that_cannot_be_made_is_a_drop_and_the_row_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media, "MOST_DECODED", 0)  # else the row itself would be a Drop
+    monkeypatch.setattr(media_files, "MOST_DECODED", 0)  # else the row itself would be a Drop
     path = write_rows(tmp_path / "in")
     cut = (tmp_path / "in" / "3.png").read_bytes()
     (tmp_path / "in" / "3.png").write_bytes(cut[: len(cut) // 2])

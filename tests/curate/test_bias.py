@@ -16,9 +16,9 @@ from sartor.core.errors import ConfigError, SourceError
 from sartor.core.parquet_io import read_drops, read_examples
 from sartor.core.records import Example, Message, Origin
 from sartor.core.statistics import newcombe, wilson
-from sartor.curate.bias import cells, pairs, weights
-from sartor.curate.bias.membership import field_value, memberships
-from sartor.curate.bias.rates import effective, measured
+from sartor.curate.bias import mitigation
+from sartor.curate.bias.group_membership import field_value, memberships
+from sartor.curate.bias.outcome_rates import effective, measured
 from sartor.curate.recipe import CurateRecipe
 from sartor.text.demographics.group_terms import lexicon
 
@@ -96,8 +96,8 @@ def test_factors_make_group_and_outcome_independent_also_of_two_attributes() -> 
     ]
     people = {"sex": sex, "age": age}
     assert measured(people, outcomes).largest_gap > 0.2
-    found = weights.factors(people, outcomes, [1.0] * 400)
-    new = [weights.weight_of(found, {"sex": s, "age": a}, o) for s, a, o in zip(sex, age, outcomes, strict=True)]
+    found = mitigation.factors(people, outcomes, [1.0] * 400)
+    new = [mitigation.weight_of(found, {"sex": s, "age": a}, o) for s, a, o in zip(sex, age, outcomes, strict=True)]
     assert measured(people, outcomes, new).largest_gap < 1e-3
     assert sum(new) == pytest.approx(400, rel=0.02)
 
@@ -105,25 +105,25 @@ def test_factors_make_group_and_outcome_independent_also_of_two_attributes() -> 
 def test_rows_to_drop_and_rows_to_make_even_the_rates() -> None:
     values = ["f"] * 40 + ["m"] * 60
     outcomes = ["yes"] * 10 + ["no"] * 30 + ["yes"] * 40 + ["no"] * 20
-    table = cells.table(values, outcomes)
-    gone = set(cells.superfluous(table, 0))
+    table = mitigation.table(values, outcomes)
+    gone = set(mitigation.superfluous(table, 0))
     left = [place for place in range(100) if place not in gone]
     assert measured({"sex": [values[p] for p in left]}, [outcomes[p] for p in left]).largest_gap == pytest.approx(0, abs=0.02)
     assert len(left) == 20 + 40  # a half of all rows is `yes`
-    assert cells.needed(table) == {("f", "yes"): 20, ("m", "no"): 20}
-    assert gone == set(cells.superfluous(table, 0))
+    assert mitigation.needed(table) == {("f", "yes"): 20, ("m", "no"): 20}
+    assert gone == set(mitigation.superfluous(table, 0))
 
 
 def test_a_counterfactual_keeps_the_outcome_and_names_its_parent() -> None:
     row = example("Emily asks for a loan. She says her salary is fine.", '{"decision": "decline"}', group="g", split="train")
-    ((copy, changes),) = list(pairs.counterfactuals(row, ["sex"]))
+    ((copy, changes),) = list(mitigation.counterfactuals(row, ["sex"]))
     assert "He says his salary" in copy.messages[0].text and "Emily" not in copy.messages[0].text
     assert (copy.reply, copy.group, copy.split, copy.origins[0].parents) == (row.reply, "g", "train", (row.id,))
-    assert changes == "sex: female to male" and pairs.is_counterfactual(copy.origins[0])
+    assert changes == "sex: female to male" and mitigation.is_counterfactual(copy.origins[0])
     names_alone = example("Loan request by Todd.", "no")
-    assert "Todd" not in next(pairs.counterfactuals(names_alone, ["sex"]))[0].messages[0].text
-    assert list(pairs.counterfactuals(example("Emily and Greg ask. She pays.", "no"), ["sex"])) == []
-    assert list(pairs.counterfactuals(example("A cook asks.", "no"), ["sex", "age"])) == []
+    assert "Todd" not in next(mitigation.counterfactuals(names_alone, ["sex"]))[0].messages[0].text
+    assert list(mitigation.counterfactuals(example("Emily and Greg ask. She pays.", "no"), ["sex"])) == []
+    assert list(mitigation.counterfactuals(example("A cook asks.", "no"), ["sex", "age"])) == []
 
 
 def test_of_seven_origins_a_copy_leaves_a_part_of_the_gap_and_dealing_leaves_none(tmp_path: Path) -> None:
@@ -153,12 +153,12 @@ def test_dealing_two_attributes_keeps_the_first_parent_and_counts_who_stays() ->
         *(example(f"Emily is 28 years old. Case {place}.", "yes") for place in range(8)),
         example("Emily and Jamal are 28 years old.", "yes"),
     ]
-    new, stuck = pairs.substituted(rows, ["yes"] * 9, ["name_origin", "age"])
+    new, stuck = mitigation.substituted(rows, ["yes"] * 9, ["name_origin", "age"])
     assert stuck == 1 and new[8].origins[0].parents in ((), (rows[8].id,)) and "Emily and Jamal" in new[8].prompt[0].text
     assert all(row.origins[0].parents == (old.id,) for row, old in zip(new, rows, strict=True) if row is not old)
     assert sum("28" in row.prompt[0].text for row in new) in (4, 5)
-    assert new == pairs.substituted(rows, ["yes"] * 9, ["name_origin", "age"])[0]
-    assert new != pairs.substituted(rows, ["yes"] * 9, ["name_origin", "age"], seed=1)[0]
+    assert new == mitigation.substituted(rows, ["yes"] * 9, ["name_origin", "age"])[0]
+    assert new != mitigation.substituted(rows, ["yes"] * 9, ["name_origin", "age"], seed=1)[0]
 
 
 def test_a_new_row_that_equals_a_held_out_one_is_not_trained_on(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ from sartor.core import html as page
 from sartor.core import parquet_io
 from sartor.core.records import Drop, Example, Message, Origin, Part, tally
 from sartor.curate import card
-from sartor.curate.card import hub, markdown
-from sartor.curate.card.contents import gather, place
-from sartor.curate.card.words import differences
+from sartor.curate.card import metadata as hub
+from sartor.curate.card import render
+from sartor.curate.card.card_data import gather, place
+from sartor.curate.card.sections import differences
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -331,7 +332,7 @@ def test_each_hostile_text_alone_as_a_label_stays_text(tmp_path: Path, text: str
 
 @pytest.mark.parametrize("text", ["a|b", "`", "``x`", "\\", "ends with \\", " `a` ", "x\ny", "|", "``` ```` `"])
 def test_a_code_span_in_a_table_cell_holds_exactly_its_text(text: str) -> None:
-    table = f"| head | next |\n| --- | --- |\n| {markdown.code(text, '∣')} | after |\n"
+    table = f"| head | next |\n| --- | --- |\n| {render.code(text, '∣')} | after |\n"
     cells = [token.children for token in MarkdownIt("commonmark").enable("table").parse(table) if token.type == "inline"][2:]
     assert [[(child.type, child.content) for child in cell or ()] for cell in cells] == [
         [("code_inline", " ".join(text.replace("|", "∣").split()))],

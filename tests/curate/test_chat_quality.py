@@ -9,8 +9,7 @@ import pytest
 from curate.rows import applied, document, reason, row, step_of
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, Message
-from sartor.curate.steps.chat_quality import ChatQuality
-from sartor.curate.steps.quality import quality
+from sartor.curate.steps.answer_quality import ChatQuality, quality
 
 STEP = ChatQuality()
 QUESTION = "What do I need for a permit to build a garage beside my house?"

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from curate.dedup_rows import WORDS, edited, search, text, texts
 from sartor.core.errors import ConfigError, GuardError
-from sartor.curate.dedup import clusters, commons, graph, ledger, near, shingles, verify
-from sartor.curate.dedup.pairs import Pairs
-from sartor.curate.dedup.sets import Sets
-from sartor.curate.dedup.shingles import Shingling
+from sartor.curate.dedup import clusters, near_duplicates, pair_scoring, pair_store, shingles
+from sartor.curate.dedup import clusters as graph
+from sartor.curate.dedup import shingles as commons
+from sartor.curate.dedup.pair_scoring import Pairs
+from sartor.curate.dedup.shingles import Sets, Shingling
 
 PAIRS2 = Shingling("words", 2)
 
@@ -287,10 +288,10 @@ def test_components_are_those_of_a_plain_search(edges: list[tuple[int, int]], cu
 
 def test_buckets_give_every_pair_of_a_small_one_and_few_of_a_large_one() -> None:
     keys = np.array([7] * 4 + [9] * 1000 + [1], np.uint32)
-    left, right, crowded = near.bucket_pairs(keys)
+    left, right, crowded = near_duplicates.bucket_pairs(keys)
     small = {(int(a), int(b)) for a, b, big in zip(left, right, crowded, strict=True) if not big}
     assert small == set(itertools.combinations(range(4), 2))
-    assert crowded.sum() <= 1000 * (near.NEIGHBOURS + 1)
+    assert crowded.sum() <= 1000 * (near_duplicates.NEIGHBOURS + 1)
     assert set(right[left == 4].tolist()) == set(range(5, 1004))  # the head of the large one meets everybody
 
 
@@ -302,7 +303,7 @@ def pairs_of(*edges: tuple[int, int, float]) -> Pairs:
     return Pairs(a, b, score.astype(np.float32), np.zeros(len(a), np.float32), np.zeros(len(a), bool))
 
 
-RULES = verify.Rules(0.5, 0.3, 0.9)
+RULES = pair_scoring.Rules(0.5, 0.3, 0.9)
 
 
 def test_a_chain_is_no_cluster() -> None:
@@ -383,7 +384,7 @@ def test_a_higher_threshold_from_the_pairs_alone_is_what_a_new_search_finds() ->
     found, _, rules = search(rows)
     rank = np.array([len(row) for row in rows])
     for threshold in (0.55, 0.8, 0.95):
-        other = verify.Rules(threshold, rules.floor, rules.contained)
+        other = pair_scoring.Rules(threshold, rules.floor, rules.contained)
         _, anew, _ = search(rows, threshold=threshold)
         again = clusters.resolve(found.pairs, rank, other)
         assert np.array_equal(again.rows, anew.rows), threshold
@@ -392,13 +393,13 @@ def test_a_higher_threshold_from_the_pairs_alone_is_what_a_new_search_finds() ->
 
 def test_a_threshold_below_the_floor_is_refused() -> None:
     with pytest.raises(ConfigError, match="from 0.5 up"):
-        ledger.check_threshold(0.4, 0.5)
+        pair_store.check_threshold(0.4, 0.5)
 
 
 def test_every_pair_of_a_few_equal_rows_is_listed_and_a_star_of_many() -> None:
-    few = ledger.listed(Pairs.joined([Pairs.of_exact(np.array([0, 0]), np.array([1, 2])), pairs_of((0, 3, 0.7))]), 4, RULES)
+    few = pair_store.listed(Pairs.joined([Pairs.of_exact(np.array([0, 0]), np.array([1, 2])), pairs_of((0, 3, 0.7))]), 4, RULES)
     assert list(zip(few.a.tolist(), few.b.tolist(), strict=True)) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
-    many = ledger.listed(Pairs.of_exact(np.zeros(99, np.int64), np.arange(1, 100)), 100, RULES)
+    many = pair_store.listed(Pairs.of_exact(np.zeros(99, np.int64), np.arange(1, 100)), 100, RULES)
     assert many.a.tolist() == [0] * 99
 
 
@@ -408,9 +409,9 @@ def test_the_measure_sets_common_shingles_aside_only_where_enough_is_left() -> N
     one, other = np.array([1, 2, 3, 4]) * 2, np.array([1, 2, 5, 6]) * 2
     values = np.concatenate([np.sort(np.r_[one, common]), np.sort(np.r_[other, common])]).astype(np.uint32)
     sets = Sets(values, np.array([0, 40, 80]), ((values >= 100) * 20).astype(np.uint8))
-    rules = verify.Rules(0.01, 0.01, 0.0, numbers=0.0)
+    rules = pair_scoring.Rules(0.01, 0.01, 0.0, numbers=0.0)
     a, b = np.array([0]), np.array([1])
-    assert verify.measure(sets, a, b, rules).jaccard[0] == pytest.approx(2 / 6)
-    assert verify.measure(sets, a, b, verify.Rules(0.01, 0.01, 0.0, least_own=4, numbers=0.0)).jaccard[0] == pytest.approx(
-        2 / 6
-    )
+    assert pair_scoring.measure(sets, a, b, rules).jaccard[0] == pytest.approx(2 / 6)
+    assert pair_scoring.measure(sets, a, b, pair_scoring.Rules(0.01, 0.01, 0.0, least_own=4, numbers=0.0)).jaccard[
+        0
+    ] == pytest.approx(2 / 6)

@@ -18,7 +18,7 @@ from curate.dedup_rows import edited, text, texts
 from sartor.core import processes
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, GuardError, SourceError
-from sartor.curate.dedup.fields import choose, text_of
+from sartor.curate.dedup.record_files import choose, text_of
 
 
 def jsonl(path: Path, rows: list[Any]) -> Path:

@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import write_jsonl
+from sartor.core import records
 from sartor.core.errors import ConfigError
-from sartor.curate.recipe import Source
-from sartor.curate.sources import documents, media, pages, parquet, places, tables
-from sartor.curate.sources.units import plan
+from sartor.curate.sources import document_worker, documents, media_files, row_readers, safe_paths
+from sartor.curate.sources.planner import plan
+from sartor.curate.sources.types import Source
 from sourcing import Rows, assembled, chat, pdf, tree
 
 
@@ -144,7 +145,7 @@ def test_a_caption_or_picture_that_became_a_pipe_is_named(tmp_path: Path) -> Non
     (unit,) = plan([source], 1 << 20).units
     (tmp_path / "a.txt").unlink()
     os.mkfifo(tmp_path / "a.txt")
-    from sartor.curate.sources.units import read
+    from sartor.curate.sources.chunk_reader import read
 
     assert [row.reason for row in read(unit, source, tmp_path / "media")] == ["not_a_file"]
 
@@ -163,7 +164,7 @@ def test_what_the_system_refuses_to_open_is_named(tmp_path: Path, monkeypatch: p
     def refuse(*given: Any) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(places.os, "open", refuse)
+    monkeypatch.setattr(safe_paths.os, "open", refuse)
     rows = Rows(tmp_path / "media", tmp_path)
     assert rows.reasons == {"unreadable_file": 1}
     assert "Permission denied" in rows.drops[0].detail
@@ -215,8 +216,8 @@ def test_a_media_path_that_leads_out_is_refused_however_it_is_spelled(tmp_path: 
     (tmp_path / "secret.png").write_bytes(PNG)
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (folder / "loop.png").symlink_to("loop.png")
-    with pytest.raises(media.Malformed) as fault:
-        media.place("image", value, folder, tmp_path / "media")
+    with pytest.raises(records.Malformed) as fault:
+        media_files.place("image", value, folder, tmp_path / "media")
     assert fault.value.reason in ("bad_media", "missing_media", "not_a_file")
     assert not (tmp_path / "media").exists()
 
@@ -289,14 +290,14 @@ def test_a_parquet_file_that_claims_more_than_its_bytes_can_hold_is_refused(tmp_
 
 
 def test_a_dictionary_value_that_unfolds_in_every_row_is_held_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "MOST_OVERSIZE_RUN", 5)
+    monkeypatch.setattr(row_readers, "MOST_OVERSIZE_RUN", 5)
     values = pa.DictionaryArray.from_arrays(pa.array([0] * 400 + [1] * 3, pa.int32()), pa.array(["y" * 2_000_000, "short"]))
     pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet", compression="zstd", store_schema=False)
     assert (tmp_path / "a.parquet").stat().st_size < 20_000
     rows = Rows(tmp_path / "media", tmp_path, most=1 << 20)
     assert rows.reasons == {"oversize_row": 5, "parquet_bomb": 1}
     with (tmp_path / "a.parquet").open("rb") as stream:
-        assert parquet._batch_rows(stream, 0) == parquet.MOST_BATCH_BYTES // 2_000_000
+        assert row_readers._batch_rows(stream, 0) == row_readers.MOST_BATCH_BYTES // 2_000_000
 
 
 def test_one_long_row_of_parquet_is_one_drop_and_its_neighbours_stay(tmp_path: Path) -> None:
@@ -314,8 +315,8 @@ SHOWS = ["-5 degrees", "+49 30 123456", "- a list item", "-- Anna", "@anna thank
 
 
 def test_cells_that_a_spreadsheet_would_run_are_told_from_text() -> None:
-    assert [cell for cell in RUNS if not tables.is_formula(cell)] == []
-    assert [cell for cell in SHOWS if tables.is_formula(cell)] == []
+    assert [cell for cell in RUNS if not row_readers.is_formula(cell)] == []
+    assert [cell for cell in SHOWS if row_readers.is_formula(cell)] == []
 
 
 def test_a_csv_row_with_a_formula_is_a_drop_and_the_same_text_in_json_lines_is_none(tmp_path: Path) -> None:
@@ -359,7 +360,7 @@ def test_json_of_any_depth_or_number_is_a_drop(tmp_path: Path) -> None:
 
 
 def test_a_json_file_over_its_limit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MOST_JSON_BYTES", 100)
+    monkeypatch.setattr(row_readers, "MOST_JSON_BYTES", 100)
     (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 200}]))
     rows = Rows(tmp_path / "media", tmp_path)
     assert rows.reasons == {"oversize_file": 1}
@@ -438,7 +439,7 @@ def test_a_file_that_holds_the_reader_up_is_ended_and_the_next_is_read(tmp_path:
 def test_a_parser_that_dies_takes_no_other_file_with_it(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.html").write_text(f"<p>{name}")
-    digests = {name: media.digest_of((tmp_path / f"{name}.html").read_bytes()) for name in ("a", "b")}
+    digests = {name: media_files.digest_of((tmp_path / f"{name}.html").read_bytes()) for name in ("a", "b")}
     with documents.Pages() as reader:
         assert [row for _, row in reader.read(str(tmp_path / "a.html"), digests["a"], "html", 1000)] == [{"text": "a"}]
         assert reader._process is not None
@@ -473,7 +474,7 @@ def test_broken_html_ends_quickly_and_in_a_row_or_a_drop(tmp_path: Path, piece: 
 
 
 def test_a_deep_tree_is_walked_without_recursion() -> None:
-    assert pages.html_text(b"<title>t</title>" + b"<div>" * 5000 + b"x" + b"</div>" * 5000 + b"<p>after").split() == [
+    assert document_worker.html_text(b"<title>t</title>" + b"<div>" * 5000 + b"x" + b"</div>" * 5000 + b"<p>after").split() == [
         "t",
         "x",
         "after",

@@ -16,13 +16,11 @@ from sartor.core.lineage.revocation import revoke
 from sartor.core.records import Drop, Example, Feedback, Voice
 from sartor.core.splits import prompt_group
 from sartor.core.statistics import holm
-from sartor.curate.inbox import reading, shares, trust
-from sartor.curate.inbox.lines import Line, over
-from sartor.curate.inbox.terms import InboxTerms
 from sartor.curate.pipeline import curate
-from sartor.curate.recipe import Source
-from sartor.curate.sources import planning
-from sartor.curate.sources import reading as sources_reading
+from sartor.curate.sources import chunk_reader as sources_reading
+from sartor.curate.sources import feedback_inbox, planner
+from sartor.curate.sources.feedback_lines import Line, over
+from sartor.curate.sources.types import InboxTerms, Source
 
 DAY = "2026-11-26"
 
@@ -36,7 +34,7 @@ def said(number: int, key: str = "k1", *, day: str = DAY, question: str = "", re
 
 def read(folder: Path, strict: bool = False, **terms: Any) -> tuple[list[Example], list[Drop]]:
     source = Source(f"inbox:{folder}", inbox=InboxTerms(**terms))
-    (unit,) = planning.plan([source], 1 << 20).units
+    (unit,) = planner.plan([source], 1 << 20).units
     found = list(sources_reading.read(unit, source, folder.parent / "media", strict))
     return [one for one in found if isinstance(one, Example)], [one for one in found if isinstance(one, Drop)]
 
@@ -149,7 +147,7 @@ def test_lines_that_come_while_it_is_read_are_the_next_run_s(tmp_path: Path) -> 
     folder = filled(tmp_path, said(1, rating=1.0))
     torn(folder / f"feedback-{DAY}.jsonl", '{"schema"')
     source = Source(f"inbox:{folder}")
-    (unit,) = planning.plan([source], 1 << 20).units
+    (unit,) = planner.plan([source], 1 << 20).units
     torn(folder / f"feedback-{DAY}.jsonl", ": 2}\n")
     filled(tmp_path, said(2, rating=1.0))
     found = list(sources_reading.read(unit, source, tmp_path / "media"))
@@ -192,7 +190,7 @@ def ratings(seed: int, flips: str = "", dissent: str = "", often: float = 0.3) -
 
 
 def set_aside(lines: list[Line]) -> list[str]:
-    return [key for key, _ in trust.aside(trust.judged(lines, InboxTerms()))]
+    return [key for key, _ in feedback_inbox.distrusted_raters(feedback_inbox.judged(lines, InboxTerms()))]
 
 
 def test_a_key_that_flips_its_ratings_is_found_and_nobody_else() -> None:
@@ -219,7 +217,7 @@ def test_rows_of_a_poisoned_key_are_drops_that_name_it_and_the_same_in_every_run
     assert reasons == {"distrusted": 40} and len(rows) == 160
     assert all("the key k4 contradicts the rest on" in drop.detail for drop in drops)
     assert all(row.rating == (1.0 if int(row.messages[0].text[1:]) % 3 else -1.0) for row in rows)
-    standings = {one.key: one for one in reading.of_folder(folder).standings}
+    standings = {one.key: one for one in feedback_inbox.of_folder(folder).standings}
     assert standings["k4"].is_aside and standings["k4"].score < 0.1 < 0.8 < standings["k0"].score
     again = read(folder)
     assert again == (rows, drops)
@@ -232,7 +230,7 @@ def test_one_user_of_a_key_is_set_aside_without_the_others_of_it() -> None:
         user, reply = f"u{number % 6}", rng.randrange(40)
         rating = (1.0 if reply % 3 else -1.0) * (-1 if user == "u5" else 1)
         lines.append(Line((0, number), f"r{number}", "app", user, "faq@1", "given", rating, "", "x", f"{reply}", 0))
-    assert [(one.key, one.user) for one in trust.judged(lines, InboxTerms()) if one.is_aside] == [("app", "u5")]
+    assert [(one.key, one.user) for one in feedback_inbox.judged(lines, InboxTerms()) if one.is_aside] == [("app", "u5")]
 
 
 def test_two_keys_that_contradict_each_other_are_told_apart_by_what_is_known(tmp_path: Path) -> None:
@@ -267,7 +265,7 @@ def test_p_values_of_a_family_are_corrected_together() -> None:
     ("counts", "most"), [([60], 60), ([60, 60], 60), ([1000, *[20] * 7], 46), ([1000, 5, 5, 5, 5, 5, 5, 5], 20), ([], 0)]
 )
 def test_no_key_gives_more_than_its_share(counts: list[int], most: int) -> None:
-    assert shares.allowed(counts, InboxTerms()) == most
+    assert feedback_inbox.allowed(counts, InboxTerms()) == most
 
 
 def test_rows_over_the_share_are_drawn_by_the_seed(tmp_path: Path) -> None:

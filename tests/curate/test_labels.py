@@ -15,11 +15,11 @@ from curate.gathering import example, gather
 from sartor.core import assets
 from sartor.core.errors import AssetError, ConfigError, GuardError
 from sartor.core.records import Example
-from sartor.curate.labels import folds, target
-from sartor.curate.labels.ruling import without_frame
-from sartor.curate.labels.suspects import judge
-from sartor.curate.steps.contract import Gathered, Verdicts
-from sartor.curate.steps.labels import EVIDENCE, SuspiciousLabels
+from sartor.curate.labels import class_labels, confident_learning
+from sartor.curate.labels.confident_learning import judge
+from sartor.curate.labels.label_ranking import without_frame
+from sartor.curate.step import Gathered, Verdicts
+from sartor.curate.steps.label_errors import EVIDENCE, SuspiciousLabels
 from sartor.text import encoders
 
 THINGS = {
@@ -321,18 +321,18 @@ def test_rows_without_a_label_are_judged_by_their_replies_beside_those_with_one(
     ],
 )
 def test_what_the_label_is_is_found(replies: list[str], chosen: str) -> None:
-    found = target.find(replies)
+    found = class_labels.find(replies)
     assert found.chosen == chosen and len(found.labels) == len(replies) and found.why
 
 
 def test_a_label_may_be_a_field_or_a_pattern_of_the_recipe() -> None:
-    assert target.find(['{"a":{"b":1}}', "x", '{"a":2}'], "json:a.b").labels == ["1", None, None]
-    assert target.find(["Category: Red.", "category: blue", "none"], r"regex:(?i)category: (\w+)").labels == [
+    assert class_labels.find(['{"a":{"b":1}}', "x", '{"a":2}'], "json:a.b").labels == ["1", None, None]
+    assert class_labels.find(["Category: Red.", "category: blue", "none"], r"regex:(?i)category: (\w+)").labels == [
         "red",
         "blue",
         None,
     ]
-    assert target.find(["Yes", "yes."], "reply").labels == ["yes", "yes"]
+    assert class_labels.find(["Yes", "yes."], "reply").labels == ["yes", "yes"]
     assert (
         decide(
             [(f"q {n}", f"Category: {'Red' if n % 2 else 'Blue'}, and so on {n}") for n in range(30)],
@@ -361,7 +361,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
 def test_rows_of_one_prompt_are_in_one_fold_and_every_fold_has_its_share() -> None:
     labels = np.array([row % 4 for row in range(400)])
     groups = np.arange(400) // 2
-    dealt = folds.deal(labels, groups, 0)
+    dealt = confident_learning.deal(labels, groups, 0)
     assert (dealt[::2] == dealt[1::2]).all()
     assert np.bincount(dealt).tolist() == [80] * 5
 
@@ -369,7 +369,7 @@ def test_rows_of_one_prompt_are_in_one_fold_and_every_fold_has_its_share() -> No
 @pytest.mark.parametrize("ceilings", [{"SPARSE_WORK": 0}, {"SPARSE_WORK": 0, "DENSE_WORK": 2500}, {"DENSE_WORK": 100}])
 def test_what_saves_time_on_large_data_finds_the_flips_too(monkeypatch: pytest.MonkeyPatch, ceilings: dict[str, int]) -> None:
     for name, ceiling in ceilings.items():
-        monkeypatch.setattr(folds, name, ceiling)
+        monkeypatch.setattr(confident_learning, name, ceiling)
     rows = commands(600)
     labels, wrong = flipped([intent for _, intent in rows])
     assert recall(decide(list(zip([prompt for prompt, _ in rows], labels, strict=True))), wrong) >= 0.9

@@ -10,7 +10,7 @@ from curate.rows import decided, document, row, step_of
 from sartor.core.config import load
 from sartor.core.errors import ConfigError
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.steps.language import Language
+from sartor.curate.steps.text_filters import Language
 
 ENGLISH = "You can pick the parcel up at the counter between nine and five, from Monday to Friday."
 GERMAN = "Sie können das Paket von Montag bis Freitag zwischen neun und siebzehn Uhr am Schalter abholen."

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from curate.rows import HERE, applied, reason, row, step_of
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example
-from sartor.curate.steps.markup import Markup
+from sartor.curate.steps.text_cleaning import Markup
 
 
 def stripped(text: str, **options: object) -> str:

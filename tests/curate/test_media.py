@@ -21,13 +21,12 @@ import sartor
 from conftest import write_jsonl
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Drop, Example, Message, Origin, Part
-from sartor.curate.recipe import Source
-from sartor.curate.sources import media
+from sartor.curate.sources import media_files
+from sartor.curate.sources.types import Source
+from sartor.curate.step import Gathered
 from sartor.curate.steps import image_duplicates
-from sartor.curate.steps.audio import Audio
-from sartor.curate.steps.contract import Gathered
 from sartor.curate.steps.image_duplicates import ImageDuplicates
-from sartor.curate.steps.images import Images
+from sartor.curate.steps.media_filters import Audio, Images
 from sartor.media import images
 from sourcing import Rows, chat, tree
 
@@ -163,7 +162,8 @@ def test_a_caption_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_changed_after_planning_is_named_and_not_copied(tmp_path: Path) -> None:
-    from sartor.curate.sources.units import plan, read
+    from sartor.curate.sources.chunk_reader import read
+    from sartor.curate.sources.planner import plan
 
     scene(1).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("one")
@@ -186,19 +186,19 @@ def test_sizes_are_read_from_the_header_of_every_format(kind: str) -> None:
     for width, height in ((37, 21), (300, 200)):
         out = io.BytesIO()
         scene(3, width, height).save(out, kind)
-        assert media.image_size(out, kind if kind != "WEBP" else "WebP") == (width, height, 1)
+        assert media_files.image_size(out, kind if kind != "WEBP" else "WebP") == (width, height, 1)
     if kind in ("GIF", "WEBP", "PNG"):
         out = io.BytesIO()
         frames = [scene(n, 20, 20) for n in range(7)]
         frames[0].save(out, kind, save_all=True, append_images=frames[1:])
-        assert media.image_size(out, kind if kind != "WEBP" else "WebP") == (20, 20, 7)
+        assert media_files.image_size(out, kind if kind != "WEBP" else "WebP") == (20, 20, 7)
 
 
 def test_lossless_and_alpha_webp_have_their_sizes() -> None:
     for mode, options in (("RGB", {"lossless": True}), ("RGBA", {}), ("RGBA", {"lossless": True})):
         out = io.BytesIO()
         scene(3, 301, 199).convert(mode).save(out, "WEBP", **options)
-        assert media.image_size(out, "WebP")[:2] == (301, 199)
+        assert media_files.image_size(out, "WebP")[:2] == (301, 199)
 
 
 def placed(folder: Path, image: Image.Image | bytes, reply: str = "a", name: str = "", **save: Any) -> Example:
@@ -210,7 +210,7 @@ def placed(folder: Path, image: Image.Image | bytes, reply: str = "a", name: str
         out = io.BytesIO()
         image.save(out, save.pop("format", "PNG"), **save)
         raw = out.getvalue()
-    path = f"media/{media.digest_of(raw)}.png"
+    path = f"media/{media_files.digest_of(raw)}.png"
     (folder / path).write_bytes(raw)
     parts = (Part("image", media=path), *([Part("text", name)] if name else []))
     return Example((Message("user", parts), Message.of("assistant", reply)), (Origin("s", f"s:{reply}"),))

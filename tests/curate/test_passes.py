@@ -21,8 +21,9 @@ import sartor
 from conftest import write_jsonl
 from sartor.core.errors import ConfigError, MissingError, SourceError, StoppedError
 from sartor.core.records import Drop, Example, dropped
-from sartor.curate import local, passes, pipeline, work
-from sartor.curate.steps.contract import Removal, RowFunction, Verdicts
+from sartor.curate import passes, pipeline, shards
+from sartor.curate import pipeline as local
+from sartor.curate.step import Removal, RowFunction, Verdicts
 
 
 def sources(folder: Path, files: int = 6, rows: int = 30) -> list[dict[str, str]]:
@@ -56,7 +57,7 @@ def interrupted(after: int) -> Any:
         made.append(task)
         return real(task)
 
-    real = work.execute
+    real = shards.execute
     return execute
 
 
@@ -80,7 +81,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
 def test_a_full_disk_is_said_so_and_what_is_done_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = {"sources": sources(tmp_path / "in"), "steps": STEPS, "workers": 1}
     whole = sartor.curate(recipe, tmp_path / "whole")
-    real, made = work.execute, []
+    real, made = shards.execute, []
 
     def execute(task: Any) -> Any:
         if len(made) == 4:

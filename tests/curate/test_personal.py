@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sartor.core import config
 from sartor.core.errors import ConfigError
 from sartor.core.records import TEXT_KEPT, Drop, Example, Message, Origin, Part
-from sartor.curate.steps.contract import Counting
+from sartor.curate.step import Counting
 from sartor.curate.steps.personal_data import DEFAULT, PersonalData
 from sartor.text.pii import example_layout, national_ids
 from sartor.text.pii.entities import ENTITIES, Finding, look, resolved

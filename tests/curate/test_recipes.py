@@ -19,7 +19,7 @@ from sartor.core import assets
 from sartor.core.config import load, read_yaml
 from sartor.core.records import Drop, Example
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.steps.rules import Rules
+from sartor.curate.steps.regex_rules import Rules
 
 ROOT = Path(__file__).parent.parent.parent
 FIRM = re.compile(

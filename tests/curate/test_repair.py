@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from curate.rows import HERE, applied, reason, row
 from sartor.core.records import Example, Message, Origin, Part
-from sartor.curate.steps.repair import RepairText
+from sartor.curate.steps.text_cleaning import RepairText
 
 MEND = RepairText().open(HERE)
 

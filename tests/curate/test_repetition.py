@@ -8,7 +8,7 @@ import pytest
 
 from curate.rows import reason, row, step_of
 from sartor.core.errors import ConfigError
-from sartor.curate.steps.repetition import Repetition
+from sartor.curate.steps.text_filters import Repetition
 
 PROSE = (
     "The permit is asked for at the town hall. A form has to be filled in, and drawings go with it. The clerk looks through them "

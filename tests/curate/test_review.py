@@ -22,9 +22,9 @@ from sartor.core.errors import ArtifactError, BusyError, ConfigError, ConflictEr
 from sartor.core.parquet_io import example_row, read_drops, read_examples
 from sartor.core.records import Example
 from sartor.curate.dataset_writer import kept_by_file
-from sartor.curate.review import findings, tables, view
-from sartor.curate.review.items import item_of
-from sartor.curate.review.queue import Queue
+from sartor.curate.review import review_file, review_store
+from sartor.curate.review.review_items import item_of
+from sartor.curate.review.review_store import Queue
 
 MAIL = "write to bob@example.com"
 QUESTIONS = [f"{verb} the {thing}?" for verb in ("Where is", "Who has", "May I buy") for thing in ("key", "lamp", "map", "cup")]
@@ -50,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "SYNCHRONOUS", "off")
-    monkeypatch.delenv(view.VARIABLE, raising=False)
+    monkeypatch.delenv(review_store.VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def found(dataset: Path, number: int, **more: Any) -> dict[str, Any]:
 def add(dataset: Path, *said: Mapping[str, Any]) -> list[str]:
     """Put findings into the queue; returns the ids of their items."""
     sartor.review_add(dataset, said)
-    return [item_of(one, of=findings.content_of(sartor.open(dataset))).id for one in said]
+    return [item_of(one, of=review_file.content_of(sartor.open(dataset))).id for one in said]
 
 
 def decide(dataset: Path, item: str, verdict: str, by: str = "Ada", **options: Any) -> dict[str, Any]:
@@ -89,22 +89,22 @@ def decide(dataset: Path, item: str, verdict: str, by: str = "Ada", **options: A
 def test_writers_of_findings_wait_for_one_another_and_each_replaces_its_own(data: Path) -> None:
     def write(origin: str) -> None:
         for number in range(4):
-            findings.renew(data, origin, [found(data, number)])
+            review_file.renew(data, origin, [found(data, number)])
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(write, [f"check {number}" for number in range(8)]))
-    written = [json.loads(line) for line in (data / findings.FILE).read_text().splitlines()]
+    written = [json.loads(line) for line in (data / review_file.FILE).read_text().splitlines()]
     assert sorted(line["origin"] for line in written) == [f"check {number}" for number in range(8)]
     assert {line["example"] for line in written} == {found(data, 3)["example"]}
     with pytest.raises(SourceError, match="kind"):
-        findings.renew(data, "check 0", [{"kind": "nonsense"}])
-    assert len((data / findings.FILE).read_text().splitlines()) == 8
+        review_file.renew(data, "check 0", [{"kind": "nonsense"}])
+    assert len((data / review_file.FILE).read_text().splitlines()) == 8
 
 
 def test_the_same_finding_twice_is_one_item_and_looking_leaves_nothing_behind(data: Path) -> None:
-    assert sartor.open_items(data) == 0 and not (data.parent / view.FILE).exists()
+    assert sartor.open_items(data) == 0 and not (data.parent / review_store.FILE).exists()
     sartor.review_list(data)
-    assert not (data.parent / view.FILE).exists()
+    assert not (data.parent / review_store.FILE).exists()
     one = found(data, 1)
     assert sartor.review_add(data, [one, one])["new"] == 1
     again = sartor.review_add(data, [{**one, "detail": "the same, in other words", "evidence": {"likeness": 0.8}}])
@@ -218,7 +218,7 @@ def test_apply_makes_drops_and_children_and_carries_what_is_open(data: Path, tmp
     assert made.manifest["sources"][0]["kept"] == 11 and made.licence == "CC-BY-4.0", "an edited row is still its source's"
     assert made.manifest["parents"][0]["id"] == sartor.open(data).id
     assert "review.jsonl" not in made.manifest["files"], "later findings and decisions are added to it"
-    assert len(findings.read(tmp_path / "new" / "evidence" / "review.jsonl").decisions) == 3
+    assert len(review_file.read(tmp_path / "new" / "evidence" / "review.jsonl").decisions) == 3
     assert sartor.inspect(tmp_path / "new", example=edited.id)["ancestors"][0]["id"] == old.id
     assert sartor.open_items(tmp_path / "new") == 2 and sartor.review_counts(tmp_path / "new")["accepted"] == 1
     assert sartor.review_counts(tmp_path / "new")["conflicts"] == 1
@@ -243,7 +243,7 @@ def test_apply_again_changes_nothing_more_and_the_record_grows(data: Path, tmp_p
     assert second["kept"] == 12 and (second["rows_added"], second["rows_dropped"], second["rows_changed"]) == (0, 0, 0)
     assert {drop.reason for drop in read_drops(sartor.open(tmp_path / "two"))} == {"review"}
     assert len(list(read_drops(sartor.open(tmp_path / "two")))) == 2
-    lines = findings.read(tmp_path / "two" / "review.jsonl")
+    lines = review_file.read(tmp_path / "two" / "review.jsonl")
     assert len(lines.decisions) == 3 and set(lines.items) == {one, two, three}
 
 
@@ -475,10 +475,10 @@ def test_a_kill_in_a_decision_leaves_the_queue_whole(data: Path) -> None:
     (item,) = add(data, found(data, 1))
     child = os.fork()
     if not child:
-        queue = Queue.open(view.place_of(data, ""))
+        queue = Queue.open(review_store.place_of(data, ""))
         with queue.database.change() as connection:
             row = database.sealed({"key": "k", "item": item, "said": "{}"})
-            connection.execute(insert(tables.decisions).values(row))
+            connection.execute(insert(review_store.decisions).values(row))
             os.kill(os.getpid(), 9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
     assert sartor.review_counts(data)["open"] == 1
@@ -487,7 +487,7 @@ def test_a_kill_in_a_decision_leaves_the_queue_whole(data: Path) -> None:
 
 def test_a_busy_queue_and_a_damaged_one_are_told(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (item,) = add(data, found(data, 1))
-    file = data.parent / view.FILE
+    file = data.parent / review_store.FILE
     monkeypatch.setattr(database, "BUSY_S", 0.05)
     other = sqlite3.connect(file, isolation_level=None)
     other.execute("begin immediate")
@@ -510,7 +510,7 @@ def test_a_busy_queue_and_a_damaged_one_are_told(data: Path, monkeypatch: pytest
 def test_the_queue_lies_where_it_is_said_to(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sartor.review_add(data, [found(data, 1)], str(tmp_path / "other" / "q.sqlite"))
     assert (tmp_path / "other" / "q.sqlite").exists() and sartor.open_items(data) == 0
-    monkeypatch.setenv(view.VARIABLE, str(tmp_path / "other" / "q.sqlite"))
+    monkeypatch.setenv(review_store.VARIABLE, str(tmp_path / "other" / "q.sqlite"))
     assert sartor.open_items(data) == 1
     with pytest.raises(ConfigError, match="neither SQLite nor Postgres") as caught:
         sartor.open_items(data, "mysql://host/db")
@@ -535,6 +535,6 @@ def test_postgres_keeps_a_queue_beside_a_registry(data: Path, tmp_path: Path, mo
         assert sartor.review_apply(data, tmp_path / "new", url)["rows_dropped"] == 3
         opened = Queue.open(url)
         with pytest.raises(Exception, match="append-only"), opened.database.change() as connection:
-            connection.execute(tables.decisions.delete())
+            connection.execute(review_store.decisions.delete())
         opened.close()
         Registry.open(url).close()

@@ -10,9 +10,9 @@ from scipy.stats import hypergeom
 
 from sartor.core import statistics
 from sartor.core.errors import ConfigError
-from sartor.curate.review import sampling
-from sartor.curate.review.agreement import Agreement, agreements
-from sartor.curate.review.items import Decision
+from sartor.curate.review import quality_control
+from sartor.curate.review.quality_control import Agreement, agreements
+from sartor.curate.review.review_items import Decision
 
 
 def missed(population: int, bad: int, looked_at: int) -> float:
@@ -22,37 +22,37 @@ def missed(population: int, bad: int, looked_at: int) -> float:
 
 @pytest.mark.parametrize(("population", "error"), [(50, 0.1), (200, 0.02), (1000, 0.01), (7, 0.2), (100, 0.29)])
 def test_the_plan_is_the_smallest_sample_that_does(population: int, error: float) -> None:
-    count = sampling.size(population, error, 0.95)
+    count = quality_control.size(population, error, 0.95)
     bad = math.floor(error * population + 1e-9) + 1
     assert missed(population, bad, count) <= 0.05 < missed(population, bad, count - 1)
-    assert sampling.most_bad(population, count, 0, 0.95) <= bad - 1
-    assert sampling.most_bad(population, count - 1, 0, 0.95) >= bad
+    assert quality_control.most_bad(population, count, 0, 0.95) <= bad - 1
+    assert quality_control.most_bad(population, count - 1, 0, 0.95) >= bad
 
 
 @pytest.mark.parametrize("allow", [0, 1, 3])
 def test_what_is_allowed_still_keeps_the_bound(allow: int) -> None:
-    count = sampling.size(2000, 0.02, 0.9, allow)
-    assert sampling.most_bad(2000, count, allow, 0.9) <= 40 < sampling.most_bad(2000, count, allow + 1, 0.9)
+    count = quality_control.size(2000, 0.02, 0.9, allow)
+    assert quality_control.most_bad(2000, count, allow, 0.9) <= 40 < quality_control.most_bad(2000, count, allow + 1, 0.9)
 
 
 def test_the_bound_is_wrong_no_more_often_than_it_says() -> None:
     """For every number of bad rows in 60, over every sample of 25 that may be drawn."""
-    bounds = [sampling.most_bad(60, 25, found, 0.95) for found in range(26)]
+    bounds = [quality_control.most_bad(60, 25, found, 0.95) for found in range(26)]
     wrong = [sum(hypergeom.pmf(found, 60, bad, 25) for found in range(26) if bounds[found] < bad) for bad in range(61)]
     assert max(wrong) <= 0.05 + 1e-12 and max(wrong) > 0.03, "neither too bold nor a bound that says nothing"
 
 
 def test_everything_looked_at_leaves_nothing_open() -> None:
-    assert sampling.most_bad(30, 30, 4, 0.95) == 4 and sampling.size(3, 0.01, 0.95) == 3
+    assert quality_control.most_bad(30, 30, 4, 0.95) == 4 and quality_control.size(3, 0.01, 0.95) == 3
 
 
 def test_a_larger_sample_begins_with_the_smaller_and_the_order_of_rows_does_not_matter() -> None:
     ids = [f"{number:032x}" for number in range(300)]
-    assert sampling.drawn(ids, 40, 1)[:10] == sampling.drawn(reversed(ids), 10, 1)
-    assert sampling.drawn(ids, 40, 1) != sampling.drawn(ids, 40, 2)
+    assert quality_control.drawn(ids, 40, 1)[:10] == quality_control.drawn(reversed(ids), 10, 1)
+    assert quality_control.drawn(ids, 40, 1) != quality_control.drawn(ids, 40, 2)
     picked = np.zeros(300)
     for seed in range(400):
-        picked[[int(one, 16) for one in sampling.drawn(ids, 30, seed)]] += 1
+        picked[[int(one, 16) for one in quality_control.drawn(ids, 30, seed)]] += 1
     assert abs(picked[:150].mean() - picked[150:].mean()) < 2 and picked.min() > 15 and picked.max() < 70
 
 
@@ -65,7 +65,7 @@ def test_numbers_that_mean_nothing_are_refused() -> None:
         (0.01, 0.9, 5, 100),
     ):
         with pytest.raises(ConfigError) as caught:
-            sampling.size(population, error, confidence, allow)
+            quality_control.size(population, error, confidence, allow)
         assert caught.value.remedy
 
 

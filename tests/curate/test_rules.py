@@ -12,7 +12,7 @@ from sartor.core.config import dump, load
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, Message
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.steps.rules import Rules
+from sartor.curate.steps.regex_rules import Rules
 
 
 def rules(*found: dict[str, Any]) -> Rules:

@@ -10,8 +10,8 @@ import pytest
 from curate.gathering import example, gather
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Example
-from sartor.curate.steps.contract import Verdicts
-from sartor.curate.steps.semantic import EVIDENCE, SemanticDuplicates
+from sartor.curate.step import Verdicts
+from sartor.curate.steps.semantic_duplicates import EVIDENCE, SemanticDuplicates
 from sartor.text import encoders
 
 PLACES = ("kitchen", "garage", "attic", "office", "cellar", "porch", "nursery", "hallway", "garden", "bathroom")

@@ -15,9 +15,9 @@ import pytest
 from conftest import write_jsonl
 from sartor.core import assets
 from sartor.core.errors import ConfigError, HubError, SourceError
-from sartor.curate.recipe import Source
-from sartor.curate.sources import forms, sql
-from sartor.curate.sources.units import plan
+from sartor.curate.sources import row_formats, sql
+from sartor.curate.sources.planner import plan
+from sartor.curate.sources.types import Source
 from sourcing import Rows, pdf
 
 
@@ -108,7 +108,7 @@ def test_a_pdf_page_without_text_is_named_and_the_others_stay(tmp_path: Path) ->
     ],
 )
 def test_a_date_is_iso_or_seconds_since_1970(value: object, iso: str) -> None:
-    assert forms.iso_date(value) == iso
+    assert row_formats.iso_date(value) == iso
 
 
 def test_a_rows_date_goes_to_its_origin_and_a_wrong_one_is_counted(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from media_files import png
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import Drop, Example, Message, Origin
 from sartor.core.teachers import Answer, Question
-from sartor.curate.steps import survivor
+from sartor.curate.steps import text_duplicates
 from sartor.curate.synthesize.contract import Made
 from sartor.curate.synthesize.ways import AnyAskingWay, AnyCopyingWay, AnyMakingWay
 from sartor.curate.synthesize.ways.questions import found, pieces
@@ -137,8 +137,8 @@ def test_of_duplicates_the_row_that_people_wrote_stays() -> None:
     longer = Example(
         (Message.of("user", "a"), Message.of("assistant", "b" * 999)), (Origin("a", "a:2", date="2026-01-01", made_by="{}"),)
     )
-    for rule in get_args(survivor.Keep):
-        first, second = survivor.ranks([written, longer], rule, "both")
+    for rule in get_args(text_duplicates.Keep):
+        first, second = text_duplicates.ranks([written, longer], rule, "both")
         assert first > second, rule
 
 

@@ -17,17 +17,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import write_jsonl
-from sartor.curate.recipe import Source
-from sartor.curate.sources import planning, survey
-from sartor.curate.sources.units import plan, read
+from sartor.curate.sources import planner, source_files
+from sartor.curate.sources.chunk_reader import read
+from sartor.curate.sources.planner import plan
+from sartor.curate.sources.types import Source
 from sourcing import Rows, chat
 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "PIECE_BYTES", 300)
-    monkeypatch.setattr(survey, "BLOCK_BYTES", 128)
-    monkeypatch.setattr(planning, "PIECE_BYTES", 300)
+    monkeypatch.setattr(source_files, "PIECE_BYTES", 300)
+    monkeypatch.setattr(source_files, "BLOCK_BYTES", 128)
+    monkeypatch.setattr(planner, "PIECE_BYTES", 300)
 
 
 def test_pieces_give_every_row_once_with_its_own_line(tmp_path: Path, small_pieces: None) -> None:
@@ -92,9 +93,9 @@ def test_a_line_of_many_blocks_takes_the_memory_of_a_row(tmp_path: Path) -> None
 
 
 def test_row_groups_of_parquet_are_read_apart_with_their_row_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(planning, "PIECE_BYTES", 1000)
-    monkeypatch.setattr("sartor.curate.sources.parquet.PIECE_BYTES", 3000)
+    monkeypatch.setattr(source_files, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(planner, "PIECE_BYTES", 1000)
+    monkeypatch.setattr("sartor.curate.sources.row_readers.PIECE_BYTES", 3000)
     seeded = random.Random(0)
     table = pa.table({"text": [f"{n} {seeded.random()}" for n in range(1000)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=70)
@@ -114,7 +115,7 @@ def test_a_unit_reads_alone_and_in_any_order(tmp_path: Path, small_pieces: None)
 
 
 def test_small_files_share_a_unit_and_large_ones_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "BATCH_FILES", 10)
+    monkeypatch.setattr(planner, "BATCH_FILES", 10)
     for n in range(35):
         (tmp_path / f"{n:02}.txt").write_text(f"text {n}")
     rows = Rows(tmp_path / "media", tmp_path)

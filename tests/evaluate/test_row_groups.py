@@ -14,8 +14,8 @@ from conftest import write_jsonl
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.core.splits import group_of, group_of_stored, prompt_group, split_group, stated_group
-from sartor.curate.recipe import Source
-from sartor.curate.sources.units import read_all
+from sartor.curate.sources.planner import read_all
+from sartor.curate.sources.types import Source
 from sartor.curate.validate import sides as validating
 from sartor.edge.personal import work, work__user_tokens
 from sartor.edge.personal.rows import Row

@@ -13,7 +13,7 @@ import sartor
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
-from sartor.curate.review.desk import open_items
+from sartor.curate.review.review_store import open_items
 from sartor.evaluate import checks
 from sartor.evaluate.audit.verdicts import checks as audit_checks
 from sartor.evaluate.audit.verdicts import judge_bias, judge_memorisation

@@ -16,8 +16,8 @@ from marked import FAMILIES
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.core.records import Example, Feedback, Malformed, Message, Origin, Part
-from sartor.curate.inbox import reading as inbox
-from sartor.curate.sources import forms
+from sartor.curate.sources import feedback_inbox as inbox
+from sartor.curate.sources import row_formats
 from sartor.edge.personal.work import encoded
 from sartor.evaluate.held_out import HeldOut, fitting, held_out
 from sartor.models.base import open_base
@@ -49,7 +49,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
     """A Dataset whose replies still hold what they spell, as it was made before."""
     source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", ROWS)), "licence": "CC0-1.0"}
     with monkeypatch.context() as patch:
-        patch.setattr(forms, "with_fields", lambda example: example)
+        patch.setattr(row_formats, "with_fields", lambda example: example)
         return sartor.curate({"sources": [source], "split": {"eval_fraction": 0.0}}, tmp_path / "dataset").dataset
 
 
@@ -160,7 +160,7 @@ def test_a_correction_that_spells_markup_is_no_row(correction: str) -> None:
     )
     raw = inbox.row_of(said)
     with pytest.raises(Malformed, match="a reply spells") as caught:
-        forms.parse(raw, forms.detect(raw) or "", Origin("inbox", "1"), lambda kind, value: value)
+        row_formats.parse(raw, row_formats.detect(raw) or "", Origin("inbox", "1"), lambda kind, value: value)
     assert caught.value.reason == "template_markup"
 
 

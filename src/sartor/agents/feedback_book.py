@@ -13,7 +13,7 @@ from sartor.agents.receipts import team_digest
 from sartor.agents.team import Team, load
 from sartor.core.errors import ConfigError
 from sartor.core.records import Feedback
-from sartor.curate.inbox import reading, trust
+from sartor.curate.sources import feedback_inbox
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def list_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> 
     made, asked = _asked(team, key, user)
     inbox = _inbox(made)
     counted = _counted(kept.said for kept in inbox.lines() if kept.said and asked.is_by(kept.said))
-    standings = {(one.key, one.user): one for one in reading.of_folder(inbox.path).standings}
+    standings = {(one.key, one.user): one for one in feedback_inbox.of_folder(inbox.path).standings}
     return Rows([_row(standings[voice], counted[voice]) for voice in sorted(counted) if voice in standings])
 
 
@@ -88,18 +88,18 @@ def _inbox(team: Team) -> Inbox:
     return Inbox(Path(team.state) / "inbox")
 
 
-def _counted(every: Iterable[Feedback]) -> Mapping[trust.Giver, _Counted]:
-    found: dict[trust.Giver, _Counted] = {}
+def _counted(every: Iterable[Feedback]) -> Mapping[feedback_inbox.Giver, _Counted]:
+    found: dict[feedback_inbox.Giver, _Counted] = {}
     for said in every:
-        for voice in ((said.by.key, trust.WHOLE), (said.by.key, said.by.user)):
+        for voice in ((said.by.key, feedback_inbox.WHOLE), (said.by.key, said.by.user)):
             found.setdefault(voice, _Counted()).count(said)
     return found
 
 
-def _row(standing: trust.Standing, counted: _Counted) -> dict[str, Any]:
+def _row(standing: feedback_inbox.Standing, counted: _Counted) -> dict[str, Any]:
     return {
         "key": standing.key,
-        "user": "" if standing.user == trust.WHOLE else standing.user,
+        "user": "" if standing.user == feedback_inbox.WHOLE else standing.user,
         **counted.as_json(),
         "compared": standing.compared,
         "against": standing.against,

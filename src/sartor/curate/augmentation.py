@@ -1,4 +1,4 @@
-"""Rows made of training rows, by the CopySteps that end a recipe: when every other step is done and the split is known.
+"""Runs augmentation steps over training rows.
 
 A copy has the group, the split and the origins of its row, so it never straddles the split, and what revokes the row or its
 source reaches it. Copies that are equal to a row that stands, or to one another, are Drops: ids are unique in a Dataset.
@@ -14,13 +14,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from sartor.curate.finish import Outcome
-from sartor.curate.parts import Part
+from sartor.curate.curation_outcome import Outcome
 from sartor.curate.passes import Passes, Removed, State
 from sartor.curate.recipe import CurateRecipe
+from sartor.curate.shards import Merged, Part, Task
+from sartor.curate.step import CopyStep, Removal
 from sartor.curate.steps import makes_copies
-from sartor.curate.steps.contract import CopyStep, Removal
-from sartor.curate.work import Merged, Task
 
 EVIDENCE = pa.schema([("id", pa.string()), ("parent", pa.string()), ("step", pa.string()), ("changes", pa.string())])
 

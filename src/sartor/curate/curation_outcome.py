@@ -1,4 +1,4 @@
-"""The last verdicts and the split, and the tables that follow from them: columns moved, no row made anew."""
+"""Last verdicts, the split and the tables that follow from them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from sartor.core import parquet_io
 from sartor.core.records import Drop, Example, dropped
 from sartor.core.splits import held_out_groups
 from sartor.curate.dataset_writer import batched
-from sartor.curate.parts import Part
 from sartor.curate.passes import Removed, State, moved_ids, picked, rewritten, takeovers
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.steps.contract import Removal
-from sartor.curate.work import Merged
+from sartor.curate.shards import Merged, Part
+from sartor.curate.step import Removal
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,11 @@ import pyarrow.compute as pc
 from sartor.core import config, parquet_io
 from sartor.core.filesystem import file_digest
 from sartor.core.records import Example, digest
-from sartor.curate import parts
-from sartor.curate.parts import Part
+from sartor.curate import shards
+from sartor.curate.shards import Merged, Part, Task
+from sartor.curate.step import Gathered, Reading, Removal, RowStep, SetStep, Verdicts
 from sartor.curate.steps import needs_all_rows
-from sartor.curate.steps.contract import Gathered, Reading, Removal, RowStep, SetStep, Verdicts
-from sartor.curate.steps.exact import ExactDuplicates
-from sartor.curate.work import Merged, Task
+from sartor.curate.steps.text_duplicates import ExactDuplicates
 
 Run = Callable[[str, Sequence[Task]], list[Part]]
 # Rises when a worker makes another part of the same input: parts of an older Sartor are then made again.
@@ -155,7 +154,7 @@ class Passes:
         living = [row for row in range(len(whole)) if row not in state.gone]
         # written out, and mapped again: a copy of the sketches in memory could be as large as all rows
         chunks = (whole.take(pa.array(living[at : at + 65536])) for at in range(0, max(len(living), 1), 65536))
-        return living, parts.write_arrow(self.folder / f"living-{self.number}-{place}.arrow", chunks, whole.schema)
+        return living, shards.write_arrow(self.folder / f"living-{self.number}-{place}.arrow", chunks, whole.schema)
 
     def _gathered(self, state: State, living: Sequence[int], table: Any) -> Gathered:
         encoded = pc.dictionary_encode(table["source"]).combine_chunks()

@@ -1,4 +1,4 @@
-"""Sources -> Dataset: plan, read and step in passes, hold out, copy, write. `read` and `made` are always `kept` and every Drop.
+"""Verb curate: plan, run, write; local and Ray executors.
 
 OUT.curating/      the work, beside the output until it stands; what is there is gone on from
   media/           images and audio by digest
@@ -11,32 +11,221 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
+import math
 import os
+import pickle
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
 from sartor.core import config, parquet_io, records
 from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact
-from sartor.core.errors import ConfigError, MissingError, SourceError, StoppedError
+from sartor.core.errors import ConfigError, MissingError, SartorError, SourceError, StoppedError, need
 from sartor.core.filesystem import DISK_FULL, make_parent, writer_lock
+from sartor.core.processes import Workers
 from sartor.core.records import canonical, digest
-from sartor.curate import copies, finish, local, on_ray
-from sartor.curate.curated import Curated
+from sartor.curate import augmentation, curation_outcome
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset
-from sartor.curate.parts import Part
 from sartor.curate.passes import Passes, State, evidence_of, whole
-from sartor.curate.progress import Progress
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.sources import planning, reading
+from sartor.curate.shards import Part, Task, execute
+from sartor.curate.sources import chunk_reader, planner
 from sartor.curate.steps import makes_copies
 from sartor.curate.steps.personal_data import PersonalData
-from sartor.curate.work import Task
+
+FILES_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Curated:
+    """What `curate` made: the Dataset and how many rows went where. `found` are parts that an interrupted run had left."""
+
+    dataset: Artifact
+    found: int
+    wall_s: float
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """The manifest's counts."""
+        return dict(self.dataset.manifest["counts"])
+
+    @property
+    def read(self) -> int:
+        """Rows read."""
+        return int(self.counts["read"])
+
+    @property
+    def made(self) -> int:
+        """Copies that steps made of rows, those that were dropped among them: `read` and `made` are `kept` and `dropped`."""
+        return int(self.counts.get("made", 0))  # a Dataset of an older Sartor has no such count
+
+    @property
+    def kept(self) -> int:
+        """Rows kept."""
+        return int(self.counts["kept"])
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows dropped, by reason."""
+        return dict(self.counts["dropped"])
+
+    @property
+    def rows_per_s(self) -> float:
+        """Rows read per second of wall time."""
+        return self.read / self.wall_s if self.wall_s else math.inf
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        manifest = self.dataset.manifest
+        return {
+            "dataset": str(self.dataset.path),
+            "read": self.read,
+            "made": self.made,
+            "kept": self.kept,
+            "dropped": self.dropped,
+            "licences": sorted({source["licence"] for source in manifest["sources"]}),
+            "forms": _forms(manifest["sources"]),
+            "splits": manifest["counts"]["splits"],
+            "steps": manifest["steps"],
+            "digest": manifest["digest"],
+            "parts_found": self.found,
+            "wall_s": round(self.wall_s, 3),
+            "rows_per_s": round(self.rows_per_s, 1),
+        }
+
+    def table(self) -> list[tuple[str, Any]]:
+        """What a person reads: the steps' facts in a line each, the rest in the manifest and on the card."""
+        said = self.as_json()
+        steps = [
+            (kind, {name: value for name, value in facts.items() if _is_short(value)}) for kind, facts in said["steps"].items()
+        ]
+        shown = ("dataset", "read", *(["made"] if self.made else []), "kept", "dropped", "splits", "licences", "forms")
+        last = [("card", str(self.dataset.path / "card.html")), ("rows_per_s", said["rows_per_s"])]
+        return [*((name, said[name]) for name in shown), *steps, *last]
+
+
+def _forms(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The form found in each file; of many files, how many of which form a source has."""
+    if len(sources) <= FILES_LISTED:
+        return {_place(source): source["form"] for source in sources}
+    found: dict[str, Counter[str]] = {}
+    for source in sources:
+        found.setdefault(source["source"], Counter())[source["form"]] += 1
+    return {name: ", ".join(f"{form} ({count} files)" for form, count in forms.most_common()) for name, forms in found.items()}
+
+
+def _is_short(value: Any) -> bool:
+    return not isinstance(value, (dict, list)) or (len(value) <= 6 and all(not isinstance(one, (dict, list)) for one in value))
+
+
+def _place(source: Mapping[str, Any]) -> str:
+    """A file as its source names it: two sources may hold files of one name."""
+    return str(source["source"] if source["source"].endswith(source["path"]) else f"{source['source']}/{source['path']}")
+
+
+# Starting a worker costs about as much as reading this many bytes of rows.
+WORTH_A_WORKER = 4 << 20
+
+
+def run_local(tasks: Sequence[Task], sizes: Sequence[int], workers: int = 0) -> Iterator[dict[str, Any]]:
+    """Summaries of the tasks' parts, in order. `sizes` are bytes, about; `workers` 0 takes one a core.
+
+    The first error of a task, in their order, ends the work; what is finished stands.
+    """
+    workers = min(workers or len(os.sched_getaffinity(0)), len(tasks))
+    if workers < 2 or sum(sizes) < WORTH_A_WORKER:
+        yield from map(execute, tasks)
+        return
+    with Workers(workers) as pool:
+        yield from pool.spread(execute, ((task,) for task in tasks))
+
+
+def run_on_ray(tasks: Sequence[Task], sizes: Sequence[int], workers: int = 0) -> Iterator[dict[str, Any]]:
+    """Summaries of the tasks' parts, in order, as `local.run`. `workers` 0 lets Ray decide how many run at once.
+
+    The cluster is the one that RAY_ADDRESS names; without it, one is started on this machine. Raises ExtraError, MissingError.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise need("ray", "ray") from None
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
+        try:
+            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, configure_logging=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            first = str(error).splitlines()[0]
+            raise MissingError(f"no Ray cluster: {first}", "ray start --head, or unset RAY_ADDRESS") from None
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    items = [{"task": pickle.dumps(task)} for task in tasks]
+    made = ray.data.from_items(items, override_num_blocks=len(items)).map(_row, concurrency=workers or None)
+    for row in made.iter_rows():
+        said = json.loads(row["summary"])
+        if "error" in said:
+            raise pickle.loads(row["raised"])  # our own error, pickled by `_row` in our own cluster
+        yield said
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    """One task on a worker. An error of ours comes back as a value: Ray would wrap it in one of its own."""
+    try:
+        return {"summary": json.dumps(execute(pickle.loads(row["task"]))), "raised": b""}
+    except SartorError as error:
+        return {"summary": json.dumps({"error": error.kind}), "raised": pickle.dumps(error)}
+
+
+# Where stderr is no terminal, a line this often.
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Goes by bytes, since nobody knows the number of rows before they are read. Use as a context manager."""
+
+    def __init__(self, notice: Callable[[str], None]) -> None:
+        self._notice, self._is_live = notice, sys.stderr.isatty()
+        columns = [TextColumn("curate"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn()]
+        self._bar = Bar(*columns, console=Console(stderr=True), disable=not self._is_live, transient=True)
+        self._task = self._bar.add_task("curate", total=1, said="looking at the files ...")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def begin(self, name: str, total_bytes: int) -> None:
+        """A pass over that many bytes begins."""
+        self._name, self._total, self._bytes, self._rows = name, max(total_bytes, 1), 0, 0
+        self._began = self._said = time.monotonic()
+        self._bar.reset(self._task, total=self._total, said=name)
+
+    def advance(self, done_bytes: int, rows: int) -> None:
+        """A piece is done."""
+        self._bytes, self._rows = self._bytes + done_bytes, self._rows + rows
+        now = time.monotonic()
+        rate = self._rows / max(now - self._began, 1e-3)
+        said = f"{self._name}  {self._rows:,} rows  {rate:,.0f} rows/s"
+        self._bar.update(self._task, completed=self._bytes, said=said)
+        if not self._is_live and now - self._said > SECONDS_BETWEEN_LINES:
+            left = (now - self._began) * (self._total - self._bytes) / max(self._bytes, 1)
+            self._notice(f"{said}  {self._bytes / self._total:.0%}, about {left:.0f} s left")
+            self._said = now
+
 
 Notice = Callable[[str], None]
 # Of a Source, what its files' entries in the manifest say besides the licence: core/licences/compliance.py reads them there.
@@ -100,7 +289,7 @@ def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
         return None
     there = open_artifact(out, "dataset")
     made = {(file["source"], file["path"]): file["sha256"] for file in there.manifest["sources"]}
-    now = {(file.source, file.path): file.sha256 for file in planning.plan(recipe.sources, recipe.max_row_bytes).files}
+    now = {(file.source, file.path): file.sha256 for file in planner.plan(recipe.sources, recipe.max_row_bytes).files}
     same = there.manifest["recipe"] == json.loads(canonical(_said(recipe)))
     if not same or made != now:
         what = "sources that have changed" if same else "another recipe"
@@ -129,7 +318,7 @@ class Line:
     def __init__(self, recipe: CurateRecipe, work: Path, on: Engine, notice: Notice) -> None:
         self.recipe, self.work, self.notice = recipe, work, notice
         self.declared = {source.path: source for source in recipe.sources}
-        self.engine = on_ray.run if on == "ray" else local.run
+        self.engine = run_on_ray if on == "ray" else run_local
         self.progress = Progress(notice)
         self.found = 0
         self.read: Counter[tuple[str, str]] = Counter()
@@ -138,7 +327,7 @@ class Line:
 
     def run(self, strict: bool) -> State:
         """Every pass, the split, and the copies of training rows."""
-        self.planned = planning.plan(self.recipe.sources, self.recipe.max_row_bytes)
+        self.planned = planner.plan(self.recipe.sources, self.recipe.max_row_bytes)
         tasks = [
             Task(Path(), _key(unit), self.work, (), (), unit, self.recipe.sources[unit.source], strict)
             for unit in self.planned.units
@@ -146,8 +335,8 @@ class Line:
         workers = self.recipe.workers or len(os.sched_getaffinity(0))
         passes = Passes(self.work, self._execute, workers, self.notice)
         state = passes.first(tasks, whole([step for step in self.recipe.steps if not makes_copies(step)]))
-        self.outcome = finish.Outcome(state, self.recipe)
-        self.copies = copies.made(passes, state, self.outcome, self.recipe)
+        self.outcome = curation_outcome.Outcome(state, self.recipe)
+        self.copies = augmentation.made(passes, state, self.outcome, self.recipe)
         return state
 
     def _execute(self, name: str, tasks: Sequence[Task]) -> list[Part]:
@@ -174,33 +363,35 @@ class Line:
 
     def write(self, state: State, writer: DatasetWriter) -> dict[str, Any]:
         """Fill the Dataset's directory; returns what its manifest says."""
-        removed = finish.with_last_ids(state, [*state.removed, *finish.leaks(state, self.outcome), *self.copies.removed])
-        writer.examples(itertools.chain(finish.kept_tables(state, self.outcome), self.copies.tables()))
+        removed = curation_outcome.with_last_ids(
+            state, [*state.removed, *curation_outcome.leaks(state, self.outcome), *self.copies.removed]
+        )
+        writer.examples(itertools.chain(curation_outcome.kept_tables(state, self.outcome), self.copies.tables()))
         masks = self._masks()
-        writer.drops(finish.drop_tables(state, removed, masks))
+        writer.drops(curation_outcome.drop_tables(state, removed, masks))
         read, made, dropped = sum(self.read.values()), self.copies.total, writer.dropped.total()
         assert read + made == writer.kept + dropped, f"{read} rows read, {made} made, {writer.kept} kept, {dropped} dropped"
         if not writer.kept:
             raise SourceError(_nothing_kept(read, writer.folder), "mend the rows or the sources")
-        writer.set_aside(finish.set_aside_rows(removed, masks))
+        writer.set_aside(curation_outcome.set_aside_rows(removed, masks))
         writer.media(self.work / "media")
         for name, table in evidence_of(state):
-            writer.evidence(name, finish.masked(table, masks))
+            writer.evidence(name, curation_outcome.masked(table, masks))
         if self.copies.steps:
             writer.evidence("copies", self.copies.evidence())
         tallied = {kind: dict(counts.most_common()) for kind, counts in self.tally.items()}
         return writer.finish(
             recipe=_said(self.recipe),
             sources=writer.sources_with_kept(self._sources()),
-            steps=finish.masked_facts({**state.facts, **tallied, **self.copies.facts()}, masks),
+            steps=curation_outcome.masked_facts({**state.facts, **tallied, **self.copies.facts()}, masks),
             counts={"read": read, "made": made},
         )
 
-    def _masks(self) -> finish.Masks:
+    def _masks(self) -> curation_outcome.Masks:
         for step in self.recipe.steps:
             if isinstance(step, PersonalData):
-                return finish.Masks(step.masker(), step.row_masker(), are_none=False)
-        return finish.Masks()
+                return curation_outcome.Masks(step.masker(), step.row_masker(), are_none=False)
+        return curation_outcome.Masks()
 
     def _sources(self) -> Iterator[dict[str, Any]]:
         """An entry for each file that was planned, with what its owner allows and what was read of it."""
@@ -210,7 +401,7 @@ class Line:
             yield {**asdict(file), **terms, "read": self.read[place], "notes": dict(self.notes.get(place, {}))}
 
 
-def _key(unit: reading.Unit) -> str:
+def _key(unit: chunk_reader.Unit) -> str:
     """What a unit will read. Nobody knows that of a query before it is asked, so its parts are never found again."""
     return unit.digest if unit.files else digest([unit.digest, time.time_ns()])
 

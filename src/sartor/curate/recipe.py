@@ -7,9 +7,9 @@ from typing import Literal
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.curate.recipe__types import Owned, Source, _day  # noqa: F401
+from sartor.curate.sources.types import Owned, Source, _day  # noqa: F401
 from sartor.curate.steps import Step, makes_copies
-from sartor.curate.steps.exact import ExactDuplicates
+from sartor.curate.steps.text_duplicates import ExactDuplicates
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,16 @@ from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, dropped
 from sartor.core.splits import held_out_groups, split_group
-from sartor.curate.curated import Curated
 from sartor.curate.dataset_writer import SET_ASIDE, DatasetWriter, write_dataset
-from sartor.curate.dedup import clusters, ledger
-from sartor.curate.dedup import rethreshold as of_files
-from sartor.curate.dedup.pairs import METHODS, Pairs
-from sartor.curate.pipeline import load_recipe
+from sartor.curate.dedup import clusters, pair_store
+from sartor.curate.dedup import dedup_files as of_files
+from sartor.curate.dedup.pair_scoring import METHODS, Pairs
+from sartor.curate.pipeline import Curated, load_recipe
 from sartor.curate.recipe import CurateRecipe
+from sartor.curate.shards import through
+from sartor.curate.step import RowFunction
 from sartor.curate.steps import makes_copies, needs_all_rows
-from sartor.curate.steps.contract import RowFunction
-from sartor.curate.steps.exact import ExactDuplicates
-from sartor.curate.steps.near import NearDuplicates
-from sartor.curate.work import through
+from sartor.curate.steps.text_duplicates import ExactDuplicates, NearDuplicates
 
 
 def rethreshold(path: Path | str, out: Path | str, *, threshold: float, replace: bool = False, show: bool = False) -> Any:
@@ -47,7 +45,7 @@ def rethreshold(path: Path | str, out: Path | str, *, threshold: float, replace:
     old = open_artifact(path, "dataset")
     recipe = load_recipe(old.manifest["recipe"])
     step, later = _steps(recipe, old)
-    ledger.check_threshold(threshold, old.manifest["steps"]["near_duplicates"]["rules"]["floor"])
+    pair_store.check_threshold(threshold, old.manifest["steps"]["near_duplicates"]["rules"]["floor"])
     check_free(Path(out).absolute(), replace=replace)
     work = _Rethreshold(old, dataclasses.replace(step, threshold=threshold), recipe, later)
     dataset = write_dataset(Path(out), work.fill, parents=[old], replace=replace)
@@ -141,7 +139,7 @@ class _Rethreshold:
         table = pq.read_table(self.old.path / "evidence" / "near_duplicates.parquet")
         numbers = (table[f"place_{end}"].to_numpy() for end in ("a", "b"))
         pairs = Pairs(*numbers, *(table[name].to_numpy() for name in ("jaccard", "containment", "exact")))
-        score, method = ledger.judgements(pairs, self.rules)
+        score, method = pair_store.judgements(pairs, self.rules)
         for name, column in (("score", pa.array(score)), ("method", pa.array(method.tolist(), pa.string()))):
             table = table.set_column(table.schema.get_field_index(name), name, column)
         return table

@@ -1,17 +1,28 @@
-"""A worker's work: one piece of the rows through the row steps of a pass, and sketched for the SetSteps that end it.
+"""One shard of rows: its task, worker and files.
 
 A Task is all that a worker needs, on this machine or on another that sees the same paths; it writes a Part and hands back
 only the summary.
+
+    part.json         key, rows read and kept, tallies: the summary that the pipeline goes on with
+    examples.parquet  the rows that are still in
+    drops.parquet     those that are not
+    index.arrow       of each row still in: id, source, locator, split, groups, changes
+    sketch-N.arrow    what the N-th SetStep of the pass wants to know of each row
+
+The key is the digest of everything that the content follows from (the input's sha256, the steps and their options, the
+verdicts before), so a part that stands under its key is what a worker would make again: an interrupted run goes on there.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +31,92 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sartor.core import parquet_io
+from sartor.core.filesystem import create_directory_atomic
 from sartor.core.records import Drop, Example, Origin, dropped
 from sartor.core.splits import prompt_group
-from sartor.curate import parts
-from sartor.curate.recipe import Source
-from sartor.curate.sources.units import Unit, read
-from sartor.curate.steps.contract import Copy, CopyStep, Counting, RowFunction, RowStep, SetStep
+from sartor.curate.sources.chunk_reader import Unit, read
+from sartor.curate.sources.types import Source
+from sartor.curate.step import Copy, CopyStep, Counting, RowFunction, RowStep, SetStep
+
+INDEX = pa.schema(
+    [
+        ("id", pa.string()),
+        ("was", pa.string()),  # the id in the part before, where a step changed it; else empty
+        ("source", pa.string()),
+        ("locator", pa.string()),
+        ("split", pa.string()),
+        ("group", pa.string()),
+        ("own_group", pa.string()),
+        ("changes", pa.string()),  # of a row that a CopyStep made of `was`, what is changed in it; else empty
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that stands. `summary` is its part.json."""
+
+    path: Path
+    summary: dict[str, Any]
+
+    @property
+    def kept(self) -> int:
+        """Rows that are still in."""
+        return int(self.summary["kept"])
+
+    @cached_property
+    def index(self) -> Any:
+        """The Arrow table of INDEX, memory-mapped."""
+        return read_arrow(self.path / "index.arrow")
+
+    def sketch(self, place: int) -> Any:
+        """The Arrow table of the sketch at that place, memory-mapped."""
+        return read_arrow(self.path / f"sketch-{place}.arrow")
+
+    def table(self, columns: list[str] | None = None) -> Any:
+        """The rows as an Arrow table in the schema of `rows.EXAMPLES`, or some of its columns."""
+        return pq.read_table(self.path / "examples.parquet", columns=columns)
+
+    def examples(self) -> Iterator[Example]:
+        """The rows, in order."""
+        with pq.ParquetFile(self.path / "examples.parquet") as file:
+            for batch in file.iter_batches(1024):
+                yield from map(parquet_io.example_of, batch.to_pylist())
+
+
+def read_arrow(file: Path) -> Any:
+    """An Arrow IPC file as a table whose columns stay on disk until they are read."""
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def write_arrow(file: Path, tables: Iterable[Any], schema: Any) -> Any:
+    """Write tables one after another into an Arrow IPC file; returns it as `read_arrow` does."""
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    return read_arrow(file)
+
+
+def find(path: Path, key: str) -> Part | None:
+    """The part at `path` if it is whole and was made under that key."""
+    try:
+        summary = json.loads((path / "part.json").read_text(encoding="utf-8"))
+        sizes = {name: (path / name).stat().st_size for name in summary["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Part(path, summary) if summary.get("key") == key and sizes == summary["files"] else None
+
+
+def write(path: Path, key: str, fill: Callable[[Path], dict[str, Any]]) -> Part:
+    """Make the part at `path`, whole or not at all. `fill` fills the directory it gets and returns the summary."""
+    with create_directory_atomic(path, replace=True) as temporary:
+        summary = fill(temporary)
+        files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+        summary = {"key": key, **summary, "files": files}
+        (temporary / "part.json").write_text(json.dumps(summary), encoding="utf-8")
+    return Part(path, summary)
+
 
 BATCH_ROWS = 1024
 
@@ -62,7 +153,7 @@ class Task:
 
 def execute(task: Task) -> dict[str, Any]:
     """Make the Part of a task, or find it standing; returns its summary and `was_there`. Raises what steps and readers do."""
-    if there := parts.find(task.part, task.key):
+    if there := find(task.part, task.key):
         return {**there.summary, "was_there": True}
     began = time.monotonic()
 
@@ -72,7 +163,7 @@ def execute(task: Task) -> dict[str, Any]:
         summary = line.summary()
         return {**summary, "wall_s": round(time.monotonic() - began, 3)}
 
-    return {**parts.write(task.part, task.key, fill).summary, "was_there": False}
+    return {**write(task.part, task.key, fill).summary, "was_there": False}
 
 
 @functools.lru_cache(maxsize=32)
@@ -125,7 +216,7 @@ class _Line:
     def _incoming(self) -> Iterator[Example]:
         task = self.task
         if task.before is not None:
-            for number, row in enumerate(parts.Part(task.before, {}).examples()):
+            for number, row in enumerate(Part(task.before, {}).examples()):
                 if number not in task.gone:
                     more = task.merged.get(number)
                     yield taken_over(row, more) if more else row
@@ -180,7 +271,7 @@ def _write(line: _Line, folder: Path) -> None:
     coming, sets = line.rows(), line.task.sets
     with ExitStack() as stack:
         writer = stack.enter_context(pq.ParquetWriter(folder / "examples.parquet", parquet_io.EXAMPLES, compression="zstd"))
-        index = _arrow(stack, folder / "index.arrow", parts.INDEX)
+        index = _arrow(stack, folder / "index.arrow", INDEX)
         files: list[Any] = []
         while True:
             some = list(islice(coming, BATCH_ROWS))
@@ -217,5 +308,5 @@ def index_table(some: Sequence[Coming]) -> Any:
             "own_group": [row.group for row in batch],
             "changes": [one.changes for one in some],
         },
-        schema=parts.INDEX,
+        schema=INDEX,
     )

@@ -1,4 +1,4 @@
-"""What a step is. A step is a small frozen class of its options, named in a recipe by its `kind`.
+"""Protocols RowStep, SetStep and AugmentStep.
 
 Of a `RowStep` each row is its own affair: `open` returns a function Example -> Example | Drop. It runs in worker processes,
 on this machine or on a Ray cluster.

@@ -12,8 +12,8 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, SourceError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Drop, Example
-from sartor.curate.recipe import Source
-from sartor.curate.sources.units import read_all
+from sartor.curate.sources.planner import read_all
+from sartor.curate.sources.types import Source
 from sartor.inference.generate import context_tokens
 from sartor.models.base import Base
 

@@ -15,7 +15,7 @@ from sartor.core.errors import ConfigError, GateError, HubError, ModelError
 from sartor.core.licences import compliance
 from sartor.core.licences.compliance import Use
 from sartor.core.lineage import ancestry
-from sartor.curate.review.desk import open_items as items_to_review
+from sartor.curate.review.review_store import open_items as items_to_review
 from sartor.evaluate import attacked, checks, permission, training
 from sartor.evaluate.audit import verdicts
 from sartor.evaluate.checks import Check

@@ -37,7 +37,7 @@ from sartor.core.errors import ArtifactError, BusyError, RefusedError
 from sartor.core.filesystem import FileSystem, file_digest, fsync_directory, writer_lock
 from sartor.core.lineage.receipt_index import INDEX
 from sartor.core.records import Example, Feedback
-from sartor.curate.derived import write_derived
+from sartor.curate.dataset_writer import write_derived
 from sartor.edge.personal.forgetting import check_receipt, write_receipt
 from sartor.personal.people import opened
 from sartor.personal.remains import Found, Needles, is_made_of, search

@@ -15,9 +15,9 @@ from sartor.agents.people.names import ANYBODY
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import Feedback
-from sartor.curate.inbox.lines import over
-from sartor.curate.inbox.reading import row_of
 from sartor.curate.pipeline import curate
+from sartor.curate.sources.feedback_inbox import row_of
+from sartor.curate.sources.feedback_lines import over
 from sartor.personal.options import INBOX
 
 # Of what a person says there is no licence; it is used for that person alone

@@ -22,10 +22,10 @@ from sartor.core.artifacts import Artifact, kind_of, open_artifact
 from sartor.core.errors import ArtifactError
 from sartor.core.records import Drop, Example, dropped
 from sartor.core.splits import split_group
-from sartor.curate.derived import write_derived
-from sartor.curate.inbox.reading import of_folder
-from sartor.curate.inbox.terms import InboxTerms
+from sartor.curate.dataset_writer import write_derived
 from sartor.curate.pipeline import curate
+from sartor.curate.sources.feedback_inbox import of_folder
+from sartor.curate.sources.types import InboxTerms
 from sartor.retrain import news, suspects
 from sartor.retrain.job import Job
 

@@ -14,8 +14,8 @@ from sartor.agents.monitors import Rate, excess
 from sartor.agents.retraining import Retraining
 from sartor.core.lineage.receipt_index import Placed, ReceiptIndex
 from sartor.core.records import Feedback
-from sartor.curate.inbox.lines import prefix_digest, read
-from sartor.curate.inbox.reading import MOST_BYTES
+from sartor.curate.sources.feedback_inbox import MOST_BYTES
+from sartor.curate.sources.feedback_lines import prefix_digest, read_feedback_lines
 from sartor.retrain.work import Work, works
 
 # Below this a rise of bad ratings, or of what the router finds, is taken for chance
@@ -76,7 +76,7 @@ def lines(inbox: Path) -> Iterator[tuple[Path, int, Feedback]]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             sha256 = prefix_digest(stream, size)
-        for number, said in read(str(file), size, sha256, MOST_BYTES):
+        for number, said in read_feedback_lines(str(file), size, sha256, MOST_BYTES):
             if isinstance(said, Feedback):
                 yield file, number, said
 

@@ -1,4 +1,4 @@
-"""Which groups of people a row speaks of: attribute -> value, by the lexicon of `text/demographics/group_terms.py` and by fields of the rows."""
+"""Demographic group and outcome of each row."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example
+from sartor.curate.labels import class_labels
+from sartor.curate.labels.class_labels import Target
 from sartor.text.demographics import group_terms
 
 Memberships = dict[str, list[str | None]]
@@ -121,3 +123,35 @@ def _known(rows: Sequence[Example]) -> str:
                 name.strip().casefold() for name in re.findall(r"^\s*(\w[\w ]{1,30}?):\s*\S", message.text, re.MULTILINE)
             )
     return ", ".join(name for name, _ in names.most_common(8)) or "the fields of JSON or `Name: value` lines (there are none)"
+
+
+_FEW, _ROWS_PER_REPLY = 12, 10
+
+
+def outcomes(rows: Sequence[Example], form: str = "auto") -> Target:
+    """The outcome of each row. form: as `target.find`, or the bare name of a field of JSON replies.
+
+    `auto` also takes whole replies, however long, where a few of them are all there are. Raises ConfigError where `form` names
+    what no row has.
+    """
+    return of_replies([row.reply for row in rows], form)
+
+
+def of_replies(replies: Sequence[str], form: str = "auto") -> Target:
+    """The same of the replies alone."""
+    form = form if _is_form(form) else f"json:{form}"
+    class_labels.check(form)
+    found = class_labels.find(replies, form)
+    if any(found.labels):
+        return found
+    if form not in ("auto", "text"):
+        raise ConfigError(f"no reply has the outcome {form!r}", "auto, reply, json:KEY or regex:PATTERN")
+    seen = Counter(text for reply in replies if (text := class_labels.as_label(reply)))
+    if form == "auto" and 2 <= len(seen) <= min(_FEW, len(replies) / _ROWS_PER_REPLY):
+        labels = [class_labels.as_label(reply) for reply in replies]
+        return Target(labels, "reply", f"whole replies: {len(seen)} values in {seen.total():,} of {len(replies):,} rows")
+    return found
+
+
+def _is_form(form: str) -> bool:
+    return form in ("auto", "reply", "text") or form.partition(":")[0] in ("json", "regex")

@@ -1,16 +1,16 @@
-"""Counterfactuals: a row again about somebody of another group, the outcome kept (Lu et al. 2020, Zmigrod et al. 2019), or in
-the row's own place (Maudslay et al. 2019).
-"""
+"""Reweighing, resampling and counterfactual pairs."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from sartor.core.records import Example, Message, Origin, Part, digest
-from sartor.curate.bias.membership import origins_of, sexes_of
+from sartor.curate.bias.group_membership import Memberships, origins_of, sexes_of
 from sartor.text.demographics import group_terms
 from sartor.text.demographics.group_terms import Kind
 
@@ -124,3 +124,102 @@ def _turned(text: str, attribute: str, to: str) -> str | None:
 def is_counterfactual(origin: Origin) -> bool:
     """Whether a row with that origin is such a copy."""
     return origin.step.startswith(STEP)
+
+
+Cell = tuple[str, str]  # group, outcome
+
+
+def table(values: Sequence[str | None], outcomes: Sequence[str | None]) -> dict[Cell, list[int]]:
+    """(group, outcome) -> its rows, of the rows that have both; a cell without rows is there too."""
+    found: dict[Cell, list[int]] = defaultdict(list)
+    for place, (group, outcome) in enumerate(zip(values, outcomes, strict=True)):
+        if group is not None and outcome is not None:
+            found[group, outcome].append(place)
+    groups, kinds = {cell[0] for cell in found}, {cell[1] for cell in found}
+    return {(group, outcome): found.get((group, outcome), []) for group in sorted(groups) for outcome in sorted(kinds)}
+
+
+def superfluous(cells: dict[Cell, list[int]], seed: int) -> list[int]:
+    """The fewest rows, drawn by seed, without which every group has the outcome rates of all rows together.
+
+    A group without any row of an outcome goes as a whole but for nothing: no rows could be dropped to mend that, so it stays.
+    """
+    rates, rng, gone = _rates(cells), np.random.default_rng(seed), []
+    for group in dict.fromkeys(cell[0] for cell in cells):
+        own = {outcome: rows for (name, outcome), rows in cells.items() if name == group}
+        if not all(own.values()):
+            continue
+        size = min(len(rows) / rates[outcome] for outcome, rows in own.items())
+        for outcome, rows in own.items():
+            stay = set(rng.permutation(rows)[: max(1, round(size * rates[outcome]))].tolist())
+            gone += [row for row in rows if row not in stay]
+    return sorted(gone)
+
+
+def needed(cells: dict[Cell, list[int]]) -> dict[Cell, int]:
+    """The fewest rows to add to each cell so that every group has the outcome rates of all rows together."""
+    rates = _rates(cells)
+    found = {}
+    for group in dict.fromkeys(cell[0] for cell in cells):
+        size = max(len(rows) / rates[outcome] for (name, outcome), rows in cells.items() if name == group)
+        for outcome, rate in rates.items():
+            if (more := math.ceil(size * rate - 1e-9) - len(cells[group, outcome])) > 0:
+                found[group, outcome] = more
+    return found
+
+
+def _rates(cells: dict[Cell, list[int]]) -> dict[str, float]:
+    counts = Counter[str]()
+    for (_, outcome), rows in cells.items():
+        counts[outcome] += len(rows)
+    return {outcome: count / counts.total() for outcome, count in counts.items()}
+
+
+ROUNDS, CLOSE = 50, 1e-6
+# (attribute, group, outcome) -> what a row's weight is multiplied by
+Factors = dict[tuple[str, str, str], float]
+
+
+def factors(people: Memberships, outcomes: Sequence[str | None], weights: Sequence[float]) -> Factors:
+    """P(group) P(outcome) / P(group, outcome) of each cell, over the rows that have both.
+
+    Of several attributes each is made independent in turn until all are (raking, Deming and Stephan 1940).
+    """
+    found: Factors = {}
+    now = [float(weight) for weight in weights]
+    for _ in range(ROUNDS):
+        moved = 0.0
+        for attribute, values in people.items():
+            step = _of_one(values, outcomes, now)
+            for (group, outcome), factor in step.items():
+                key = attribute, group, outcome
+                found[key] = found.get(key, 1.0) * factor
+                moved = max(moved, abs(factor - 1))
+            pairs = zip(now, values, outcomes, strict=True)
+            now = [weight * step.get((group or "", outcome or ""), 1.0) for weight, group, outcome in pairs]
+        if moved < CLOSE:
+            break
+    return found
+
+
+def _of_one(
+    values: Sequence[str | None], outcomes: Sequence[str | None], weights: Sequence[float]
+) -> dict[tuple[str, str], float]:
+    cells: dict[tuple[str, str], float] = defaultdict(float)
+    for group, outcome, weight in zip(values, outcomes, weights, strict=True):
+        if group is not None and outcome is not None:
+            cells[group, outcome] += weight
+    groups, kinds = Counter[str](), Counter[str]()
+    for (group, outcome), weight in cells.items():
+        groups[group] += weight  # type: ignore[assignment]
+        kinds[outcome] += weight  # type: ignore[assignment]
+    total = sum(cells.values())
+    return {cell: groups[cell[0]] * kinds[cell[1]] / (total * weight) for cell, weight in cells.items() if weight > 0}
+
+
+def weight_of(found: Factors, said: Mapping[str, str | None], outcome: str | None) -> float:
+    """What the weight of a row is multiplied by. said: attribute -> its group."""
+    product = 1.0
+    for attribute, group in said.items():
+        product *= found.get((attribute, group or "", outcome or ""), 1.0)
+    return product

@@ -1,4 +1,4 @@
-"""Outcome rates by group, with intervals, gaps, ratios and tests."""
+"""Outcome rates by group with intervals and tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.statistics import Z, holm, newcombe, wilson  # noqa: F401
-from sartor.curate.bias.membership import Memberships
+from sartor.curate.bias.group_membership import Memberships
 
 F64 = NDArray[np.float64]
 FEWEST = 5  # rows of a group with an outcome: fewer are counted and not compared

@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sartor.curate.card import croissant, draw, html, hub, markdown, story
+from sartor.curate.card import metadata as croissant
+from sartor.curate.card import metadata as hub
+from sartor.curate.card import plots, render
+from sartor.curate.card import sections as story
 from sartor.curate.card.blocks import Block, Folded, Picture, Pictures, Section
-from sartor.curate.card.contents import gather
+from sartor.curate.card.card_data import gather
 
 
 def write(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -26,9 +29,9 @@ def write(folder: Path, facts: Mapping[str, Any]) -> None:
     sections, pictures = _named_apart(story.sections(contents))
     (folder / "card").mkdir(exist_ok=True)
     for picture in pictures:
-        _write(folder / "card" / f"{picture.name}.svg", draw.standalone(picture))
-    _write(folder / "card.md", markdown.render(contents.name, hub.head(contents), sections))
-    _write(folder / "card.html", html.render(contents.name, sections))
+        _write(folder / "card" / f"{picture.name}.svg", plots.standalone(picture))
+    _write(folder / "card.md", render.render_markdown(contents.name, hub.head(contents), sections))
+    _write(folder / "card.html", render.render_html(contents.name, sections))
     metadata = croissant.describe(contents)
     _write(folder / "croissant.json", json.dumps(metadata, indent=1, ensure_ascii=False) + "\n")
 

@@ -1,18 +1,205 @@
-"""Which plots a Dataset gets, from its Contents."""
+"""SVG plots of a Dataset.
+
+Sizes are CSS pixels at the width that a card gives a plot: HALF in two columns, WHOLE across the page.
+"""
 
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sartor.curate.card import look
+from sartor.core.html import escape, visible
+from sartor.curate.card import dataset_statistics
 from sartor.curate.card.blocks import Picture
-from sartor.curate.card.contents import Contents, place
-from sartor.curate.card.draw import bars, columns, funnel, shares
+from sartor.curate.card.card_data import Contents, place
+
+HALF, WHOLE = 440, 912
+_BAR, _STEP, _TEXT = 16, 25, 12
+_COLOURS = ("var(--blue)", "var(--amber)", "var(--green)", "var(--red)", "var(--violet)", "var(--soft)")
+# Standalone files carry the colours themselves; in the page the same names come from its style.
+COLOURS = """
+:root { --ink:#1d2730; --soft:#5f6f7d; --line:#e3e8ec; --blue:#1f5f8b; --red:#d1495b; --green:#2f8f5b; --amber:#d98a00;
+  --violet:#7a5ea8; --paper:#fbfaf7; }
+@media (prefers-color-scheme: dark) { :root { --ink:#e8ecef; --soft:#9aa8b3; --line:#33404a; --blue:#6fb1dd; --red:#ef7c8b;
+  --green:#6ccb97; --amber:#f0b13c; --violet:#b79be6; --paper:#161c21; } }
+"""
+
+
+def standalone(picture: Picture) -> str:
+    """The picture as a file of its own, with its title, on paper of its own."""
+    title = f'<text x="16" y="24" font-size="14" font-weight="600" fill="var(--ink)">{escape(picture.title)}</text>'
+    width, height = picture.width + 32, picture.height + 52
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'font-family="system-ui, sans-serif"><style>{COLOURS}</style><rect width="{width}" height="{height}" rx="6" '
+        f'fill="var(--paper)"/>{title}<g transform="translate(16 38)">{picture.svg}</g></svg>\n'
+    )
+
+
+def inline(picture: Picture) -> str:
+    """The picture as a part of a page."""
+    size = f"0 0 {picture.width} {picture.height}"
+    return f'<svg viewBox="{size}" role="img" aria-label="{escape(picture.title)}">{picture.svg}</svg>'
+
+
+def bars(
+    name: str, title: str, rows: Sequence[tuple[str, float, str]], *, colour: str = "var(--blue)", note: str = ""
+) -> Picture:
+    """Horizontal bars: (label, value, what stands at the bar's end)."""
+    ends = max((_wide(end) for _, _, end in rows), default=0) + 8
+    left = min(max((_wide(_fit(label, 190)) for label, _, _ in rows), default=0) + 12, 200)
+    room, most = HALF - left - ends, max((value for _, value, _ in rows), default=0) or 1
+    marks = []
+    for place, (label, value, end) in enumerate(rows):
+        y = place * _STEP
+        width = max(room * value / most, 1.5 if value else 0)
+        marks.append(
+            _text(left - 8, y + 13, _fit(label, 190), anchor="end", fill="var(--ink)")
+            + _rect(left, y, width, _BAR, colour)
+            + _text(left + width + 6, y + 13, end)
+        )
+    return Picture(name, title, "".join(marks), HALF, max(len(rows), 1) * _STEP - 6, note)
+
+
+def columns(
+    name: str,
+    title: str,
+    labels: Sequence[str],
+    series: Sequence[tuple[str, Sequence[float]]],
+    *,
+    axis: str,
+    tall: str,
+    note: str = "",
+) -> Picture:
+    """Vertical columns at `labels`; of several series the first is filled, the others are lines over it.
+
+    `tall` formats the number that stands over the highest column, which is all the scale that a reader needs.
+    """
+    bottom, top, left = 160, 6 + 26 * (len(series) > 1), 8
+    most = max((max(values, default=0) for _, values in series), default=0) or 1
+    step = (HALF - 2 * left) / max(len(labels), 1)
+    marks = [_legend([label for label, _ in series], left)] if len(series) > 1 else []
+    marks.append(f'<line x1="0" y1="{bottom}" x2="{HALF}" y2="{bottom}" stroke="var(--line)"/>')
+    for place, value in enumerate(series[0][1] if series else ()):
+        height = max((bottom - top - 14) * value / most, 1.5 if value else 0)
+        x = left + place * step
+        marks.append(_rect(x + min(step * 0.1, 4), bottom - height, step - 2 * min(step * 0.1, 4), height, _COLOURS[0]))
+    for number, (_, values) in enumerate(series[1:], 1):
+        points = "".join(
+            f"{'L' if place else 'M'}{_n(left + place * step)} {_n(bottom - (bottom - top - 14) * value / most)}h{_n(step)}"
+            for place, value in enumerate(values)
+        )
+        marks.append(f'<path d="{points}" fill="none" stroke="{_COLOURS[number]}" stroke-width="2.2"/>')
+    if series and series[0][1]:
+        highest = max(range(len(series[0][1])), key=lambda place: series[0][1][place])
+        near = range(max(highest - 2, 0), min(highest + 3, len(labels)))  # the label must clear the lines beside it as well
+        over = max(values[place] for _, values in series for place in near)
+        said, x = tall.format(series[0][1][highest]), left + (highest + 0.5) * step
+        x = min(max(x, _wide(said) / 2), HALF - _wide(said) / 2)
+        marks.append(_text(x, bottom - (bottom - top - 14) * over / most - 5, said, anchor="middle"))
+    every = max(1, math.ceil(max((_wide(label) + 8 for label in labels), default=1) / step))
+    marks += [
+        _text(left + (place + 0.5) * step, bottom + 16, label, anchor="middle")
+        for place, label in enumerate(labels)
+        if place % every == 0
+    ]
+    marks.append(_text(HALF / 2, bottom + 34, axis, anchor="middle"))
+    return Picture(name, title, "".join(marks), HALF, bottom + 40, note)
+
+
+def shares(name: str, title: str, parts: Sequence[tuple[str, float, str]], *, note: str = "") -> Picture:
+    """One bar in parts, and below it what each part is: (label, value, its number)."""
+    total, x, marks = sum(value for _, value, _ in parts) or 1, 0.0, []
+    for place, (label, value, number) in enumerate(parts):
+        colour, width = _COLOURS[min(place, len(_COLOURS) - 1)], HALF * value / total
+        y = 36 + place * 24
+        marks.append(_rect(x, 0, max(width - 1.5, 0.5), 22, colour))
+        marks.append(_rect(0, y, 11, 11, colour) + _text(18, y + 10, _fit(label, 270), fill="var(--ink)"))
+        marks.append(_text(HALF, y + 10, number, anchor="end"))
+        x += width
+    return Picture(name, title, "".join(marks), HALF, 28 + len(parts) * 24, note)
+
+
+def funnel(name: str, title: str, stages: Sequence[tuple[str, int, int]], *, note: str = "") -> Picture:
+    """What is left after each stage: (label, rows left, rows that went there). The first stage loses nothing."""
+    left = min(max(_wide(_fit(label, 190)) for label, _, _ in stages) + 12, 200)
+    ends = max(_wide(_ends(left_over, lost)) for _, left_over, lost in stages) + 12
+    room, most = WHOLE - left - ends, max((kept + lost for _, kept, lost in stages), default=0) or 1
+    marks = []
+    for place, (label, kept, lost) in enumerate(stages):
+        y, width, gone = place * (_STEP + 4), room * kept / most, room * lost / most
+        last = place == len(stages) - 1
+        marks.append(
+            _text(left - 10, y + 15, _fit(label, 190), anchor="end", fill="var(--ink)", bold=last)
+            + _rect(left, y, width, 20, "var(--green)" if last else "var(--blue)")
+            + (_rect(left + width, y, max(gone, 1.5), 20, "var(--red)", 0.55) if lost else "")
+            + _text(left + width + gone + 8, y + 15, _ends(kept, lost), bold=last)
+        )
+    return Picture(name, title, "".join(marks), WHOLE, len(stages) * (_STEP + 4), note)
+
+
+def _ends(kept: int, lost: int) -> str:
+    return f"{kept:,}" + (f" (−{lost:,})" if lost else "")
+
+
+def _legend(labels: Sequence[str], x: float) -> str:
+    marks = []
+    for place, label in enumerate(labels):
+        shape = _rect(x, 4, 11, 11, _COLOURS[0]) if place == 0 else _rect(x, 8, 14, 2.5, _COLOURS[place])
+        marks.append(shape + _text(x + 19, 14, _fit(label, 120)))
+        x += 19 + _wide(_fit(label, 120)) + 18
+    return "".join(marks)
+
+
+def _rect(x: float, y: float, width: float, height: float, fill: str, opacity: float = 1) -> str:
+    faint = f' opacity="{opacity}"' if opacity < 1 else ""
+    return f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}" rx="1.5" fill="{fill}"{faint}/>'
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", fill: str = "var(--soft)", bold: bool = False) -> str:
+    weight = ' font-weight="600"' if bold else ""
+    return (
+        f'<text x="{_n(x)}" y="{_n(y)}" font-size="{_TEXT}" text-anchor="{anchor}" fill="{fill}"{weight} '
+        f'unicode-bidi="isolate">{escape(text)}</text>'
+    )
+
+
+def _n(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _wide(text: str) -> float:
+    """About how many pixels a text takes: there is no font to ask."""
+    return sum(_advance(letter) for letter in text)
+
+
+def _advance(letter: str) -> float:
+    if unicodedata.combining(letter):
+        return 0
+    if unicodedata.east_asian_width(letter) in "WF":
+        return _TEXT
+    narrow, broad = letter in "iljtfI.,:;|!'()[] ", letter in "mwMW%@"
+    return _TEXT * (0.31 if narrow else 0.86 if broad else 0.68 if letter.isupper() else 0.6)
+
+
+def _fit(text: str, room: float) -> str:
+    """The label in one line of `room` pixels, with a sign where it is cut."""
+    text = " ".join(visible(text[:400]).split())
+    if _wide(text) <= room:
+        return text
+    cut, width = [], _wide("…")
+    for letter in text:
+        width += _advance(letter)
+        if width > room:
+            break
+        cut.append(letter)
+    return "".join(cut).rstrip() + "…"
+
 
 MOST = 14  # bars of a plot; the rest are one bar
 _SIDES = {"prompt": "Words asked, per row", "reply": "Words answered, per row"}
@@ -217,7 +404,7 @@ def media(contents: Contents) -> Iterator[Picture]:
             yield _sized(kind, title, axis, files)
 
 
-def _sized(kind: str, title: str, axis: str, files: look.Files) -> Picture:
+def _sized(kind: str, title: str, axis: str, files: dataset_statistics.Files) -> Picture:
     binned = np.bincount([math.ceil(size).bit_length() for size in files.sizes])
     labels = _bin_labels(len(binned))
     first = int(np.nonzero(binned)[0][0])

@@ -1,10 +1,19 @@
-"""The card as one HTML page: loads nothing, runs nothing, prints."""
+"""Renders a card as HTML and Markdown.
+
+Words of the data stand in code spans and in fenced blocks, whose fence is longer than any in them: there Markdown, HTML,
+links, mentions, formulas and autolinks mean nothing. Sentences of plain letters and stops can mean nothing, and stand as they
+are. In a table a vertical bar is shown as its look-alike U+2223, since renderers part cells before they see a code span.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from sartor.core.html import clipped, document, escape, headlines
+import yaml
+
+from sartor.core.html import clipped, document, escape, headlines, visible
 from sartor.curate.card.blocks import (
     Block,
     Dropped,
@@ -21,7 +30,7 @@ from sartor.curate.card.blocks import (
     Table,
     Turns,
 )
-from sartor.curate.card.draw import COLOURS, inline
+from sartor.curate.card.plots import COLOURS, inline
 
 _HEAD = "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
 _SHORT = 20  # characters of a name that is not broken
@@ -65,7 +74,7 @@ summary { cursor: pointer; color: var(--blue); }
 )
 
 
-def render(name: str, sections: Sequence[Section]) -> str:
+def render_html(name: str, sections: Sequence[Section]) -> str:
     """The page."""
     body = [f"<h1>{_line(Said(name, 120), plain=True)}</h1>"]
     for section in sections:
@@ -149,3 +158,125 @@ def _pieces(pieces: Sequence[Piece]) -> str:
         else:
             parts.append(escape(piece.text))
     return f"<div class=said dir=auto>{' '.join(parts)}</div>" if parts else ""
+
+
+_HARMLESS = re.compile(r"[^\W_](?:[^\W_]|[ ,;./%()'+-]|:(?= ))*")
+# What renderers look for in text even where its punctuation is escaped: addresses, mentions, emoji, issues, formulas, tags
+_ACTS = re.compile(r"www\.|://|@|:\w|\$|[#<>`\[\]\\{}]|\s\s|\n", re.IGNORECASE)
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!])")
+
+
+def render_markdown(name: str, head: Mapping[str, Any], sections: Sequence[Section]) -> str:
+    """The file."""
+    front = yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True, width=100)
+    parts = [f"---\n{front}---", f"# {_markdown_line(Said(name, 120, prose=True))}"]
+    for section in sections:
+        parts += [f"## {_plain(section.title)}"] if section.title else []
+        parts += [_markdown_block(block) for block in section.blocks]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _markdown_block(block: Block) -> str:
+    match block:
+        case Prose():
+            return ("> **Note:** " if block.kind == "warn" else "") + _markdown_line(block.line)
+        case Headlines():
+            head = [(label,) for _, label in block.shown]
+            values = [f"**{_plain(value)}**" for value, _ in block.shown]
+            return "\n".join((_row([_cell(*label) for label in head]), _rule(len(head), frozenset()), _row(values)))
+        case Table():
+            rows = [_row([_cell(cell) for cell in row]) for row in block.rows]
+            return "\n".join((_row([_cell(cell) for cell in block.head]), _rule(len(block.head), block.numbers), *rows))
+        case Picture():
+            return _picture(block)
+        case Pictures():
+            return "\n\n".join(map(_picture, block.shown))
+        case Listing():
+            return _fenced(block.text, block.language)
+        case Turns():
+            said = "\n".join(f"{role}: {clipped(text, 700)}" for role, text in block.shown)
+            return _fenced(said, "text") + f"\n\n{_markdown_line(block.note)}"
+        case Dropped():
+            return _markdown_dropped(block)
+        case Folded():
+            return f"**{_plain(block.summary)}**\n\n" + "\n\n".join(map(_markdown_block, block.blocks))
+
+
+def _markdown_dropped(block: Dropped) -> str:
+    said = " · ".join(_markdown_line(part) for part in (block.reason, block.where, block.detail) if part.text)
+    parts = [f"**dropped** {said}"]
+    if block.pieces:
+        parts.append(_fenced(_markdown_pieces(block.pieces, "[-", "-]"), "text"))
+    if block.kept_title:
+        parts.append(_markdown_line(block.kept_title))
+    if block.kept:
+        parts.append(_fenced(_markdown_pieces(block.kept, "{+", "+}"), "text"))
+    return "\n\n".join(parts)
+
+
+def _markdown_pieces(pieces: Sequence[Piece], opening: str, closing: str) -> str:
+    return " ".join(
+        f"(… {piece.left_out:,} words …)"
+        if piece.left_out
+        else f"{opening}{piece.text}{closing}"
+        if piece.differs
+        else piece.text
+        for piece in pieces
+    )
+
+
+def _picture(picture: Picture) -> str:
+    note = f"\n\n{_plain(picture.note)}" if picture.note else ""
+    return f"![{_plain(picture.title)}](card/{picture.name}.svg){note}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _rule(size: int, numbers: frozenset[int]) -> str:
+    return _row(["--:" if place in numbers else "---" for place in range(size)])
+
+
+def _cell(cell: Line) -> str:
+    return _markdown_line(cell, bar="∣").replace("\n", " ")
+
+
+def _markdown_line(line: Line, *, bar: str = "|") -> str:
+    parts = line if isinstance(line, tuple) else (line,)
+    return "".join(_markdown_said(part, bar) if isinstance(part, Said) else _plain(part) for part in parts)
+
+
+def _markdown_said(said: Said, bar: str) -> str:
+    text = clipped(said.text, said.most)
+    return text if said.prose and _is_harmless(text) else code(text, bar)
+
+
+def _is_harmless(text: str) -> bool:
+    """Letters, digits and stops that neither begin a list nor make an address or an emoji."""
+    return bool(_HARMLESS.fullmatch(text)) and "www." not in text.lower() and not re.match(r"\d+[.)]", text)
+
+
+def code(text: str, bar: str = "|") -> str:
+    """A code span: one line, delimited by more backticks than stand in it anywhere."""
+    text = " ".join(visible(text).split()).replace("|", bar)
+    if not text:
+        return ""
+    ticks = "`" * (_longest_run(text) + 1)
+    pad = " " if text[0] in "` " or text[-1] in "`\\ " else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def _fenced(text: str, language: str) -> str:
+    text = visible(text)
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _plain(text: str) -> str:
+    """Our own words, in which punctuation is no markup. A step's or a rule's name may be among them: if it acts, it is code."""
+    return code(text) if _ACTS.search(text) else _SPECIAL.sub(r"\\\1", text)

@@ -1,34 +1,231 @@
-"""The card as sections, in the order in which a reader asks: how much, what must I know, whence, what, what not, how."""
+"""Sections of a card in reading order."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
+from rapidfuzz.distance import LCSseq
 
 from sartor.core.html import flat, said
 from sartor.core.licences.spdx import UNKNOWN
-from sartor.curate.card import findings, plots
+from sartor.core.records import Drop
+from sartor.curate.card import plots
 from sartor.curate.card.blocks import (
     Block,
+    Dropped,
     Folded,
     Headlines,
     Line,
     Listing,
     Picture,
     Pictures,
+    Piece,
     Prose,
     Said,
     Section,
     Table,
     Turns,
 )
-from sartor.curate.card.contents import Contents, place
-from sartor.curate.card.look import UNCLEAR
-from sartor.curate.card.rows import Sampled
+from sartor.curate.card.card_data import Contents, place
+from sartor.curate.card.dataset_statistics import UNCLEAR, Sampled
+
+AROUND = 12  # words shown on either side of a difference; what is alike beyond them is counted, not shown
+LONGEST_WORD = 60  # characters; the rest of a longer word is left out where it is shown
+WORDS = 140  # words of a text that are shown
+
+
+def pieces(text: str) -> list[Piece]:
+    """The start of a text that has nothing to be compared with."""
+    words = text.split(" ")
+    left = len(words) - WORDS
+    return [Piece(" ".join(map(_short, words[:WORDS]))), *([Piece("", left_out=left)] if left > 0 else [])]
+
+
+def differences(one: str, other: str) -> tuple[list[Piece], list[Piece]]:
+    """Both texts in pieces, those that differ marked; long stretches that are alike are left out and counted.
+
+    The longest common subsequence of words (rapidfuzz). Words are what blanks part; a line break is a word of its own.
+    """
+    left, right = _words(one), _words(other)
+    found: tuple[list[Piece], list[Piece]] = ([], [])
+    steps = list(LCSseq.opcodes(left, right))
+    for place, step in enumerate(steps):
+        ends = (place == 0, place == len(steps) - 1)
+        for side, words in ((0, left[step.src_start : step.src_end]), (1, right[step.dest_start : step.dest_end])):
+            if words:
+                found[side].extend(_alike(words, ends) if step.tag == "equal" else _unlike(words))
+    return found
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\n|[^\s]+", text)
+
+
+def _alike(words: Sequence[str], ends: tuple[bool, bool]) -> list[Piece]:
+    before, after = (0 if end else AROUND for end in ends)
+    if ends == (True, True):
+        before = 2 * AROUND
+    if ends[0] and not ends[1]:
+        before = AROUND // 2
+    left_out = len(words) - before - after
+    if left_out < AROUND:
+        return [Piece(_join(words))]
+    parts = [Piece(_join(words[:before])), Piece("", left_out=left_out)]
+    return parts + ([Piece(_join(words[-after:]))] if after else [])
+
+
+def _unlike(words: Sequence[str]) -> list[Piece]:
+    shown = [Piece(_join(words[:WORDS]), differs=True)]
+    return shown + ([Piece("", left_out=len(words) - WORDS)] if len(words) > WORDS else [])
+
+
+def _join(words: Sequence[str]) -> str:
+    return " ".join(map(_short, words)).replace(" \n ", "\n").replace("\n ", "\n").replace(" \n", "\n")
+
+
+def _short(word: str) -> str:
+    return word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}…"
+
+
+OWN = ("near_duplicates", "exact_duplicates", "semantic_duplicates", "suspicious_labels", "personal_data")
+_REASONS_SHOWN, _EACH = 14, 2
+_LISTED = 8  # items of a list among a step's facts
+
+
+def dropped(contents: Contents) -> Iterator[Block]:
+    """The reasons with their counts, and rows that went for each."""
+    if not contents.dropped:
+        yield Prose("Nothing was dropped.", "soft")
+        return
+    yield Pictures([*plots.reasons(contents), *plots.losers(contents)])
+    yield _reason_table(contents)
+    yield Prose(
+        "Rows that were dropped, chosen by lot; of duplicates the least alike pair first. Marked words stand in one row only.",
+        "soft",
+    )
+    order = list(contents.dropped)
+    for reason in order[:_REASONS_SHOWN]:
+        for drop in _telling(contents, reason)[:_EACH]:
+            yield _shown(contents, drop)
+    if len(order) > _REASONS_SHOWN:
+        yield Prose(f"Rows of {len(order) - _REASONS_SHOWN:,} rarer reasons are in drops/.", "soft")
+
+
+def _reason_table(contents: Contents) -> Table:
+    steps: dict[str, list[str]] = {}
+    for step, reason in sorted(contents.drops.by_step):
+        steps.setdefault(reason, []).append(step)
+    rows: list[Sequence[Line]] = []
+    for reason, count in list(contents.dropped.items())[:40]:
+        first = next(iter(_telling(contents, reason)), None)
+        share = f"{count / contents.read:.2%}".replace("%", " %") if contents.read else ""
+        detail = Said(first.detail, 110, prose=True) if first else ""
+        rows.append((Said(reason, 60), Said(", ".join(steps.get(reason, [])), 60), f"{count:,}", share, detail))
+    return Table(("reason", "step", "rows", "of all read", "for instance"), rows, frozenset({2, 3}))
+
+
+def _telling(contents: Contents, reason: str) -> list[Drop]:
+    """The candidates of a reason, those whose evidence is whole first."""
+    held = contents.drops.shown.get(reason, [])
+    return sorted(held, key=lambda drop: not drop.text or bool(drop.kept and drop.kept not in contents.rows.wanted))
+
+
+def _shown(contents: Contents, drop: Drop) -> Dropped:
+    title = Said(drop.reason, 60), Said(place(drop.locator or drop.source), 90), Said(drop.detail, 200, prose=True)
+    kept = contents.rows.wanted.get(drop.kept)
+    if kept is not None:
+        one, other = differences(drop.text, kept.text)
+        score = f"{drop.score:.3f} " if drop.score is not None else ""
+        method = (f" · {score}", Said(drop.method, 40)) if score or drop.method else ()
+        same = drop.text == kept.text
+        ending = (*method, " · word for word the same") if same else method
+        return Dropped(*title, one, ("stays: ", Said(place(kept.locator), 90), *ending), [] if same else other)
+    if not drop.text:
+        return Dropped(*title, [], "The step wrote no text of it.")
+    where = ("stays: row ", Said(drop.kept[:12]), ", which a later step changed or dropped") if drop.kept else ""
+    return Dropped(*title, pieces(drop.text), where)
+
+
+def duplicates(contents: Contents) -> Iterator[Block]:
+    """Clusters and scores, and what the steps say of them."""
+    pictures = [*plots.clusters(contents), *plots.scores(contents)]
+    if pictures:
+        yield Pictures(pictures)
+    for kind in ("exact_duplicates", "near_duplicates", "semantic_duplicates"):
+        if contents.steps.get(kind):
+            yield from step(kind, contents.steps[kind])
+
+
+def suspicious(contents: Contents) -> Iterator[Block]:
+    """The head of the queue, and what the step says of the whole."""
+    facts = contents.steps.get("suspicious_labels") or {}
+    for name, queue in contents.evidence.queues.items():
+        total = contents.evidence.files[name]
+        errors = facts.get("estimated_errors")
+        estimate = f"; about {said(errors)} of the labels are estimated to be wrong" if errors is not None else ""
+        yield Prose(f"{total:,} rows are queued for a look, the most suspicious first{estimate}. None was changed or dropped.")
+        yield _queue(contents, queue)
+    if facts:
+        yield from step("suspicious_labels", facts)
+
+
+def _queue(contents: Contents, queue: Sequence[Mapping[str, Any]]) -> Table:
+    rows: list[Sequence[Line]] = []
+    for row in queue:
+        kept = contents.rows.wanted.get(str(row["id"]))
+        asked = next((text for role, text in kept.turns if role == "user"), kept.text) if kept else "(row is not in examples/)"
+        score = row.get("score")
+        rows.append(
+            (
+                f"{row['rank']:,}",
+                Said(asked, 140),
+                Said(str(row.get("given") or ""), 60),
+                Said(str(row.get("suggested") or ""), 60),
+                f"{score:.3f}" if isinstance(score, float) else "",
+            )
+        )
+    return Table(("rank", "row", "given", "suggested", "score"), rows, frozenset({0, 4}))
+
+
+def personal_data(contents: Contents) -> Iterator[Block]:
+    """Counts by kind; the values themselves are in no file of a Dataset."""
+    facts = contents.steps.get("personal_data")
+    if facts:
+        yield Prose("What was found was masked or dropped before anything was written; here are counts alone.", "soft")
+        yield from step("personal_data", facts)
+
+
+def step(kind: str, facts: Mapping[str, Any]) -> Iterator[Block]:
+    """Whatever a step says of itself: counts as bars, lists cut, the rest as names and values."""
+    plain: dict[str, Any] = {}
+    pictures = []
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and len(value) > 1 and all(type(count) is int and count >= 0 for count in value.values()):
+            pictures.append(plots.found(kind, str(key), {str(name): count for name, count in value.items()}))
+        elif isinstance(value, Mapping):
+            plain |= {f"{key}.{inner}": found for inner, found in flat(value).items()}
+        else:
+            plain[str(key)] = value
+    rows: list[Sequence[Line]] = [
+        (Said(key.replace("_", " "), 60, prose=True), Said(_listed(value), 400)) for key, value in plain.items()
+    ]
+    if pictures:
+        yield Pictures(pictures)
+    if rows:
+        yield Table((kind.replace("_", " "), ""), rows, names=True)
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        shown = "; ".join(said(item)[:120] for item in value[:_LISTED])
+        return shown + (f"; and {len(value) - _LISTED:,} more" if len(value) > _LISTED else "")
+    return said(value)
+
 
 _FILES_SHOWN = 40
 _KEPT_SHOWN = 3
@@ -42,10 +239,10 @@ def sections(contents: Contents) -> list[Section]:
         Section("From read to kept", [plots.way(contents)]),
         Section("What it is made from", list(_made_from(contents))),
         Section("What is in it", list(_what_is_in_it(contents))),
-        Section("What was dropped, and why", list(findings.dropped(contents))),
-        Section("Duplicates", list(findings.duplicates(contents))),
-        Section("Suspicious labels", list(findings.suspicious(contents))),
-        Section("Personal data", list(findings.personal_data(contents))),
+        Section("What was dropped, and why", list(dropped(contents))),
+        Section("Duplicates", list(duplicates(contents))),
+        Section("Suspicious labels", list(suspicious(contents))),
+        Section("Personal data", list(personal_data(contents))),
         Section("Licence and obligations", list(_licence(contents))),
         Section("How to use it", list(_use(contents))),
         Section("How it was made", list(_made(contents))),
@@ -249,8 +446,8 @@ def _made(contents: Contents) -> Iterator[Block]:
     if recipe:
         yield Folded("the recipe, with every default", [Listing(_recipe_text(contents, recipe), "yaml")])
     for kind, facts in contents.steps.items():
-        if kind not in findings.OWN and isinstance(facts, Mapping) and facts:
-            yield Folded(f"what {kind} found", list(findings.step(kind, facts)))
+        if kind not in OWN and isinstance(facts, Mapping) and facts:
+            yield Folded(f"what {kind} found", list(step(kind, facts)))
     if contents.rows.changed:
         rows: list[Sequence[Line]] = [(Said(step), f"{count:,}") for step, count in sorted(contents.rows.changed.items())]
         yield Folded("rows that a step changed", [Table(("step", "rows"), rows, frozenset({1}))])

@@ -1,1 +1,1 @@
-"""Duplicates: exact, near, and what is kept of them. Arrays in, arrays out."""
+"""Exact and near duplicates: candidates, verification, clusters and survivors."""

@@ -1,4 +1,4 @@
-"""Which rows go, and for whom: stars around survivors, never chains; and the guards that stop and ask.
+"""Duplicate clusters, survivors and removal guards.
 
 Pairs are similar, and similarity is not transitive: of a chain a ~ b ~ c the ends may be unlike. So rows are taken in the
 order of their rank, and one that is still there takes away those that are verified to be like *it*. Nobody goes for a row
@@ -16,10 +16,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.errors import GuardError
-from sartor.curate.dedup.arrays import F32, I64, U8
-from sartor.curate.dedup.graph import components, places_of
-from sartor.curate.dedup.pairs import EXACT, METHODS, Pairs
-from sartor.curate.dedup.verify import Rules
+from sartor.curate.dedup.pair_scoring import EXACT, METHODS, Pairs, Rules
+from sartor.curate.dedup.shingles import F32, I64, U8
+
+
+def components(count: int, a: I64, b: I64, labels: I64 | None = None) -> I64:
+    """(count,) the least row of each row's component, joining `labels` (an earlier result) by the pairs (a, b).
+
+    Hooking and pointer jumping (Shiloach and Vishkin 1982): rounds grow with the logarithm of the longest chain.
+    """
+    labels = np.arange(count) if labels is None else labels
+    if not len(a):
+        return labels
+    parent = labels.copy()
+    while True:
+        left, right = parent[a], parent[b]
+        apart = left != right
+        if not apart.any():
+            return parent
+        a, b = a[apart], b[apart]
+        low, high = np.minimum(left[apart], right[apart]), np.maximum(left[apart], right[apart])
+        np.minimum.at(parent, high, low)
+        while True:
+            up = parent[parent]
+            if np.array_equal(up, parent):
+                break
+            parent = up
+
+
+def places_of(rank: NDArray[Any], labels: I64 | None = None) -> I64:
+    """(N,) the place of each row by rank, the highest first, of equals the first read; with `labels`, the best of its class."""
+    order = np.lexsort((np.arange(len(rank)), -np.asarray(rank, np.float64)))
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    if labels is None:
+        return place
+    best = np.full(len(place), len(place), np.int64)
+    np.minimum.at(best, labels, place)
+    return best[labels]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`sartor dedup`: the duplicates in any files of records, and what is left without them."""
+"""Verb dedup: duplicates in any files of records."""
 
 from __future__ import annotations
 
@@ -12,23 +12,49 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Lines
 
 from sartor.core import catalogue
-from sartor.core.artifacts import Artifact, check_free, write_artifact
+from sartor.core.artifacts import Artifact, check_free, open_artifact, write_artifact
 from sartor.core.config import option
-from sartor.core.errors import ConfigError, SourceError
+from sartor.core.errors import ArtifactError, ConfigError, SourceError
 from sartor.core.filesystem import file_digest
 from sartor.core.processes import Means, Workers
-from sartor.curate.dedup import ledger
+from sartor.curate.dedup import pair_store
 from sartor.curate.dedup.clusters import Limits, Removals, guard, resolve
-from sartor.curate.dedup.first_reading import FileOfRows, look, read
-from sartor.curate.dedup.near import near_duplicates
-from sartor.curate.dedup.outputs import Rows, Writer
-from sartor.curate.dedup.progress import Progress
-from sartor.curate.dedup.verify import Rules, rules_for
+from sartor.curate.dedup.file_passes import FileOfRows, Rows, Writer, look, read, stamp_of
+from sartor.curate.dedup.near_duplicates import near_duplicates
+from sartor.curate.dedup.pair_scoring import Rules, rules_for
+from sartor.curate.dedup.record_files import Choice, Fault, blocks
+
+
+class Progress:
+    """A bar for every stage that `show` is told of; nothing at all without `visible`."""
+
+    def __init__(self, visible: bool) -> None:
+        columns = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()]
+        self._lines = Lines(*columns, console=Console(stderr=True), disable=not visible)
+        self._tasks: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        self._lines.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lines.stop()
+
+    def show(self, stage: str, done: int, of: int) -> None:
+        """`done` of `of` pieces of a stage are behind us."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._lines.add_task(stage, total=of)
+        self._lines.update(self._tasks[stage], completed=min(done, of), total=of)  # type: ignore[arg-type]
+
 
 # Less than this is read and compared before two processes have started.
 _PAYS_BYTES = 24 << 20
@@ -124,7 +150,7 @@ def dedup(
     pairs = Path(pairs) if pairs is not None else None
     check_free(Path(out).absolute(), replace=replace)
     if pairs is not None:
-        ledger.check_export(pairs)
+        pair_store.check_export(pairs)
     listed: list[int] = []
 
     def fill(part: Path) -> Mapping[str, Any]:
@@ -141,11 +167,11 @@ def dedup(
             removals = resolve(found.pairs, rank, rules)
             guard(removals, reading.rows.file, reading.rows.names, chosen.limits, reading.rows.say)
             write_rows(part, inputs, reading.counts, reading.rows, removals, chosen.max_row_bytes, means)
-        ledger.write_pairs(part / "pairs.parquet", found.pairs, rank, rules)
-        duplicates = ledger.listed(found.pairs, len(rank), rules)
+        pair_store.write_pairs(part / "pairs.parquet", found.pairs, rank, rules)
+        duplicates = pair_store.listed(found.pairs, len(rank), rules)
         listed.append(len(duplicates.a))
         if pairs is not None:
-            ledger.export(pairs, duplicates, rules)
+            pair_store.export(pairs, duplicates, rules)
         noticed = {
             "ignored_shingles": found.common,
             "empty": found.empty - len(reading.rows.faults),
@@ -245,3 +271,73 @@ def _nothing(rows: Rows) -> str:
     first = next(iter(rows.faults.items()), None)
     example = f"; the first: {rows.say(first[0])}: {first[1].detail}" if first else ""
     return f"no row of {len(rows.line)} can be used" + (f" ({reasons}{example})" if reasons else "")
+
+
+def rethreshold(
+    path: Path | str, out: Path | str, *, threshold: float, replace: bool = False, show: bool = False
+) -> Deduplicated:
+    """Write to `out` what `sartor dedup` would have written at another threshold, from the pairs in its artefact at `path`.
+
+    The input files are read for their rows alone. Raises ConfigError for a threshold below the floor that pairs were kept to,
+    ArtifactError if an input file is gone or was changed, GuardError as `dedup` does.
+    """
+    began = time.monotonic()
+    old = open_artifact(path, "duplicates")
+    manifest = old.manifest
+    pair_store.check_threshold(threshold, manifest["rules"]["floor"])
+    check_free(Path(out).absolute(), replace=replace)
+    rules = dataclasses.replace(Rules(**manifest["rules"]), threshold=threshold)
+    listed: list[int] = []
+
+    def fill(part: Path) -> Mapping[str, Any]:
+        options = manifest["options"]
+        inputs = [_input(said) for said in manifest["inputs"]]
+        rows = _rows(old, inputs, options["max_row_bytes"])
+        pairs, rank = pair_store.read_pairs(old.path / "pairs.parquet", len(rows.line))
+        removals = resolve(pairs, rank, rules)
+        guard(
+            removals,
+            rows.file,
+            rows.names,
+            Limits(options["max_source_fraction"], options["max_fraction"], allow=options["allow"]),
+            rows.say,
+        )
+        counts = [said["rows"] for said in manifest["inputs"]]
+        with Progress(show) as progress:
+            write_rows(part, inputs, counts, rows, removals, options["max_row_bytes"], Means(progress.show))
+        pair_store.write_pairs(part / "pairs.parquet", pairs, rank, rules)
+        listed.append(len(pair_store.listed(pairs, len(rank), rules).a))
+        same = {name: manifest[name] for name in ("unit", "size", "unit_reason", "noticed")}
+        return {
+            **facts(inputs, counts, rows, removals, rules),
+            **same,
+            "options": {**options, "threshold": threshold},
+            "parents": [old.as_parent()],
+        }
+
+    artifact = write_artifact(Path(out), "duplicates", fill, replace=replace)
+    catalogue.register(artifact)
+    return Deduplicated(artifact, time.monotonic() - began, listed[0])
+
+
+def _input(said: Mapping[str, Any]) -> FileOfRows:
+    file = Path(said["path"])
+    again = "put the file back as it was, or de-duplicate again"
+    if not file.is_file():
+        raise ArtifactError(f"the input file {file} is not there", again)
+    if file.stat().st_size != said["bytes"] or file_digest(file) != said["sha256"]:
+        raise ArtifactError(f"the input file {file} was changed since it was de-duplicated", again)
+    choice = Choice(tuple(said["fields"]), said["joined"], tuple(said["left_out"]), said["fields_reason"])
+    return FileOfRows(file, said["format"], choice, said["name"], stamp_of(file))
+
+
+def _rows(old: Artifact, inputs: list[FileOfRows], most_bytes: int) -> Rows:
+    """Where the rows stand, by reading the files for their lines; which could not be used, by what was dropped."""
+    of_file, lines = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+    for number, file in enumerate(inputs):
+        for block in blocks(file.path, file.kind, most_bytes):
+            lines.append(np.array(block.lines, np.int64))
+            of_file.append(np.full(len(block.lines), number, np.int32))
+    dropped = pq.read_table(old.path / "dropped.parquet", columns=["row", "reason", "detail", "kept_row"]).to_pylist()
+    faults = {drop["row"]: Fault(drop["reason"], drop["detail"]) for drop in dropped if drop["kept_row"] is None}
+    return Rows([str(file.path) for file in inputs], np.concatenate(of_file), np.concatenate(lines), faults)

@@ -1,4 +1,4 @@
-"""Near-duplicates: MinHash proposes, true Jaccard or containment disposes. Arrays in, verified pairs out.
+"""MinHash candidates and their verification.
 
 1. Rows of equal digest are one row from here on (`exact`).
 2. Shingles that stand in more than max(100, 0.5 %) of the rows are *common* (`commons.py`): boilerplate, templates, set
@@ -10,25 +10,126 @@
    that the work is linear however large a bucket is.
 5. Every candidate is verified on the sets themselves (`verify.py`), and rows of a large cluster that were never held against
    its head are, at the end.
+
+Odd sketches (Mitzenmacher, Pagh, Pham 2014): a bit is the parity of the elements that fall on it, so the bits in which two
+sketches differ are at most the elements that one of two sets holds alone, and about as many while they are few. Two of 256
+bits a row, one of its common text and one of what is its own, tell most pairs of rows behind one boilerplate apart without
+touching their sets.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import rensa
 from numpy.typing import NDArray
 
 from sartor.core.processes import ALONE, Means
-from sartor.curate.dedup.arrays import I64, U8, U32, U64, Mask
-from sartor.curate.dedup.commons import common_shingles, levels
-from sartor.curate.dedup.graph import components, places_of
-from sartor.curate.dedup.minhash import BANDS, band_keys
-from sartor.curate.dedup.pairs import Pairs
-from sartor.curate.dedup.parity import Parity
-from sartor.curate.dedup.sets import Sets
-from sartor.curate.dedup.verify import Rules, measure
+from sartor.curate.dedup.clusters import components, places_of
+from sartor.curate.dedup.pair_scoring import Pairs, Rules, measure
+from sartor.curate.dedup.shingles import (
+    I64,
+    U8,
+    U32,
+    U64,
+    Mask,
+    Sets,
+    common_shingles,
+    gathered,
+    levels,
+    mixed,
+    offsets_of,
+    spans,
+)
+
+BANDS, BAND_ROWS = 50, 4
+PERMUTATIONS = BANDS * BAND_ROWS
+SEED = 4
+_ROWS = 4096  # of one task
+_LISTED = 512  # rensa's matrix leaves as lists of Python ints: so many rows of them stay in a core's cache
+_FOLD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)
+
+
+def band_keys(sets: Sets, rows: I64, *, whole: bool, means: Means) -> U32:
+    """(BANDS, n) 32-bit keys of the n `rows`, by their own shingles or by all of them; none of the sets may be empty."""
+    keys = np.empty((BANDS, len(rows)), np.uint32)
+    parts = (some for part in spans(sets.offsets, rows) for some in np.split(part, range(_ROWS, len(part), _ROWS)))
+    done = 0
+    for some in means.spread(_minhash_keys, (_tokens(sets, part, whole) for part in parts)):
+        keys[:, done : done + len(some)] = some.T
+        done += len(some)
+        means.show("signatures", done, len(rows))
+    return keys
+
+
+def _tokens(sets: Sets, rows: I64, whole: bool) -> tuple[U32, I64]:
+    """The shingles of `rows`, and the offsets of the rows among them."""
+    places, sizes = gathered(sets.offsets, rows)
+    values = sets.shingles[places]
+    if not whole:
+        own = sets.level[places] == 0
+        values, sizes = values[own], sets.own_sizes[rows]
+    return values, offsets_of(sizes)
+
+
+def _minhash_keys(tokens: U32, offsets: I64) -> U32:
+    """(n, BANDS) keys of n sets."""
+    cuts = [*range(0, len(offsets) - 1, _LISTED), len(offsets) - 1]
+    some = [_few_keys(tokens[offsets[a] : offsets[b]], offsets[a : b + 1] - offsets[a]) for a, b in itertools.pairwise(cuts)]
+    return np.concatenate(some)
+
+
+def _few_keys(tokens: U32, offsets: I64) -> U32:
+    count = len(offsets) - 1
+    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
+        mixed(tokens.astype(np.uint64)), offsets.astype(np.uint64), PERMUTATIONS, SEED
+    )
+    flat = np.fromiter(itertools.chain.from_iterable(matrix.to_rows()), np.uint32, count * PERMUTATIONS)
+    folded = flat.reshape(count, BANDS, BAND_ROWS).astype(np.uint64) @ _FOLD
+    return (mixed(folded) >> np.uint64(32)).astype(np.uint32)
+
+
+_BITS = 256
+# Half of verify.DISPLACED: 256 bits run full before the sets do, and a pair that goes on is verified anyway.
+_DISPLACED = 0.12
+
+
+@dataclass(frozen=True)
+class Parity:
+    """(n, 4) words of 64 bits for each of n rows: of its common text, and of its own shingles."""
+
+    text: U64
+    own: U64
+
+    @staticmethod
+    def of(sets: Sets, rows: I64) -> Parity:
+        """The sketches of `rows`."""
+        text, own = [], []
+        for part in spans(sets.offsets, rows):
+            for some in np.split(part, range(_ROWS, len(part), _ROWS)):
+                places, sizes = gathered(sets.offsets, some)
+                row = np.repeat(np.arange(len(some)), sizes)
+                level = sets.level[places]
+                bits = row * _BITS + (mixed(sets.shingles[places].astype(np.uint64)) % np.uint64(_BITS)).astype(np.int64)
+                is_text = (level > 0) & (level >= sets.common_cut[some][row])
+                text.append(_folded(bits[is_text], len(some)))
+                own.append(_folded(bits[level == 0], len(some)))
+        return Parity(np.concatenate(text), np.concatenate(own))
+
+    def perhaps_edited(self, a: I64, b: I64) -> Mask:
+        """Whether pairs of places may pass the rule of displaced shingles in `verify.py`."""
+        displaced = np.bitwise_count(self.text[a] ^ self.text[b]).sum(axis=1)
+        own = np.bitwise_count(self.own[a] ^ self.own[b]).sum(axis=1)
+        return displaced >= _DISPLACED * own  # type: ignore[no-any-return]
+
+
+def _folded(bits: I64, count: int) -> U64:
+    odd = np.bincount(bits, minlength=count * _BITS).astype(np.uint8) & 1
+    return np.packbits(odd.reshape(count, _BITS), axis=1).view(np.uint64)
+
 
 NEIGHBOURS = 4
 # From this common share on, a row's whole set gets a signature too.

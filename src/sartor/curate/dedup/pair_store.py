@@ -1,4 +1,4 @@
-"""Verified pairs on disk, and what follows from them alone at another threshold."""
+"""Verified pairs on disk for other thresholds."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from pyarrow import csv
 from sartor.core.artifacts import SCHEMA
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.filesystem import write_file_atomic
-from sartor.curate.dedup.arrays import F32, F64, I64
-from sartor.curate.dedup.graph import components
-from sartor.curate.dedup.pairs import METHODS, Pairs
-from sartor.curate.dedup.verify import Rules
+from sartor.curate.dedup.clusters import components
+from sartor.curate.dedup.pair_scoring import METHODS, Pairs, Rules
+from sartor.curate.dedup.shingles import F32, F64, I64
 
 # Every pair of a class of equal rows is listed up to this many rows; of a larger class, each row with the first.
 LISTED = 32

@@ -1,4 +1,4 @@
-"""Texts -> sets of hashed shingles, a batch at a time, without a Python loop over words.
+"""Hashed shingle sets and frequent shingles.
 
 The texts of a batch are one buffer of bytes; look-ups, prefix sums and one sort do the rest (some 30 MB/s of text a core).
 
@@ -21,9 +21,9 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +31,30 @@ import xxhash
 from numpy.typing import NDArray
 
 from sartor.core.errors import ConfigError
-from sartor.curate.dedup.arrays import I64, U8, U32, U64, Mask, mixed, offsets_of
+
+U8 = NDArray[np.uint8]
+U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+def offsets_of(lengths: NDArray[np.integer]) -> I64:
+    """(N,) lengths -> (N + 1,) offsets."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def mixed(hashes: U64) -> U64:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): every bit of the input moves every bit of the output."""
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return hashes ^ (hashes >> np.uint64(31))
+
 
 Unit = Literal["words", "characters"]
 
@@ -279,3 +302,124 @@ def _roles(raw: U8, classes: U8) -> tuple[Mask, Mask]:
     letter[marks[joins]] = True
     alone[marks[counts]] = True
     return alone, letter
+
+
+LEVELS = 31
+_TABLE_BITS = 22
+CHUNK = 1 << 21
+_COUNTED = 1 << 23
+
+
+def spans(offsets: I64, rows: I64, most: int = CHUNK) -> Iterator[I64]:
+    """Runs of `rows` whose sets hold about `most` shingles together."""
+    ends = np.cumsum(offsets[rows + 1] - offsets[rows])
+    first = 0
+    while first < len(rows):
+        base = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, base + most, side="right")))
+        yield rows[first:last]
+        first = last
+
+
+def gathered(offsets: I64, rows: I64) -> tuple[I64 | slice, I64]:
+    """Places of the shingles of `rows`, row after row (a slice where they stand so), and the sizes of their sets."""
+    sizes = offsets[rows + 1] - offsets[rows]
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (len(rows) == 1 or (np.diff(rows) == 1).all()):
+        return slice(int(offsets[rows[0]]), int(offsets[rows[-1] + 1])), sizes
+    ends = np.cumsum(sizes)
+    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(offsets[rows] - (ends - sizes), sizes), sizes
+
+
+@dataclass(frozen=True)
+class Commons:
+    """(C,) sorted shingles that are common, and the `level` of each: 1 at the limit, 2 more per doubling, at most LEVELS."""
+
+    shingles: U32
+    level: U8
+
+
+def common_shingles(shingles: U32, offsets: I64, rows: I64, limit: int) -> Commons:
+    """The shingles that stand in more than `limit` of `rows`; the count is exact, the memory bounded.
+
+    A table counts the upper bits of the hashes first; only shingles that fall on a count over the limit are counted one by one.
+    """
+    if len(rows) <= limit:
+        return Commons(np.empty(0, np.uint32), np.empty(0, np.uint8))
+    # the table counts rows that are not asked about too: that makes more suspicious, and no suspicion false
+    shift = np.uint32(32 - _TABLE_BITS)
+    table = np.zeros(1 << _TABLE_BITS, np.int64)
+    for first in range(0, len(shingles), _COUNTED):
+        table += np.bincount(shingles[first : first + _COUNTED] >> shift, minlength=len(table))
+    suspicious = table > limit
+    asked = np.zeros(len(offsets) - 1, bool)
+    asked[rows] = True
+    values, counts = np.empty(0, np.uint32), np.empty(0, np.int64)
+    for first in range(0, len(shingles), CHUNK):
+        chunk = np.asarray(shingles[first : first + CHUNK])
+        places = np.flatnonzero(suspicious[chunk >> shift])
+        if len(rows) < len(asked):
+            places = places[asked[np.searchsorted(offsets, places + first, side="right") - 1]]
+        more, times = np.unique(chunk[places], return_counts=True)
+        values, inverse = np.unique(np.concatenate([values, more]), return_inverse=True)
+        counts = np.bincount(inverse.ravel(), np.concatenate([counts, times]), len(values)).astype(np.int64)
+    over = counts > limit
+    level = 1 + np.floor(2 * np.log2(counts[over] / limit))
+    return Commons(values[over], np.minimum(level, LEVELS).astype(np.uint8))
+
+
+def levels(shingles: U32, common: Commons) -> U8:
+    """(S,) the level of each shingle, 0 for those that are not common."""
+    found = np.zeros(len(shingles), np.uint8)
+    if not len(common.shingles):
+        return found
+    shift = np.uint32(32 - _TABLE_BITS)
+    perhaps = np.zeros(1 << _TABLE_BITS, bool)
+    perhaps[common.shingles >> shift] = True
+    for first in range(0, len(shingles), CHUNK):
+        chunk = np.asarray(shingles[first : first + CHUNK])
+        maybe = np.flatnonzero(perhaps[chunk >> shift])
+        place = np.minimum(np.searchsorted(common.shingles, chunk[maybe]), len(common.shingles) - 1)
+        found[first + maybe] = np.where(common.shingles[place] == chunk[maybe], common.level[place], 0)
+    return found
+
+
+# A common shingle is a row's text, no set phrase, from half as many rows on as the row's common shingles have in the mean.
+_CUT = 2
+
+
+@dataclass(frozen=True)
+class Sets:
+    """N sets: `shingles` (S,), `offsets` (N + 1,) as in `Sketches`, and (S,) the `level` of each shingle (`commons.levels`)."""
+
+    shingles: U32
+    offsets: I64
+    level: U8
+
+    @cached_property
+    def own_sizes(self) -> I64:
+        """(N,) shingles of each row that are not common."""
+        return self.sums(lambda shingles, level: level == 0)
+
+    @cached_property
+    def number_sizes(self) -> I64:
+        """(N,) numbers of each row, where shingles are words."""
+        return self.sums(lambda shingles, level: (shingles & NUMBER) > 0)
+
+    @cached_property
+    def common_cut(self) -> U8:
+        """(N,) the level from which on common shingles count as a row's text; 0 for a row without any."""
+        total = self.sums(lambda shingles, level: level)
+        common = np.diff(self.offsets) - self.own_sizes
+        return np.where(common, np.maximum(np.round(total / np.maximum(common, 1)) - _CUT, 1), 0).astype(np.uint8)
+
+    def sums(self, of: Any) -> I64:
+        """(N,) sums over each row of `of(shingles, level)`, a stretch at a time: memory-mapped sets stay on disk."""
+        sums = np.zeros(len(self.offsets) - 1, np.int64)
+        rows = np.searchsorted(self.offsets, np.arange(0, len(self.shingles), CHUNK), side="right") - 1
+        for first, last in zip(rows, [*rows[1:], len(sums)], strict=True):
+            begin, end = int(self.offsets[first]), int(self.offsets[last])
+            values: NDArray[Any] = of(np.asarray(self.shingles[begin:end]), self.level[begin:end])
+            total = np.zeros(end - begin + 1, np.int64)
+            np.cumsum(values, out=total[1:])
+            sums[first:last] = np.diff(total[self.offsets[first : last + 1] - begin])
+        return sums

@@ -1,1 +1,1 @@
-"""Which labels look wrong: what the label of a row is, how well it fits, and where like questions get unlike answers."""
+"""Class labels of rows, and rows whose label or reply looks wrong."""

@@ -1,4 +1,4 @@
-"""What the label of a row is: a field of a JSON reply, a short reply itself, what a pattern finds, or nothing."""
+"""Finds the class label of a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A new Dataset in which the decisions are done: rejected rows are Drops with who, when and why; edited ones new Examples.
+"""Writes the Dataset that reviewers decided on.
 
 What was made of a row that goes or changes (copies, variants) goes with it, since it says what the row said; `keep_derived`
 leaves it. Items that nobody has decided, and conflicts, come along in the new `review.jsonl`, beside every decision; what was
@@ -26,14 +26,13 @@ from sartor.core.parquet_io import words
 from sartor.core.records import Drop, Example, dropped
 from sartor.core.splits import split_group
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset
-from sartor.curate.review import findings
-from sartor.curate.review.changing import STEP, changed
-from sartor.curate.review.items import Decision, Item
-from sartor.curate.review.rows import rows_of
-from sartor.curate.review.view import Entry, View
+from sartor.curate.review import review_file
+from sartor.curate.review.review_items import Decision, Item
+from sartor.curate.review.review_store import Entry, View
+from sartor.curate.review.row_edits import STEP, changed, rows_of
 
 # what is written anew; everything else of the old Dataset comes along as it is
-WRITTEN = ("examples/", "drops/", "lineage/", "card/", "card.", "croissant.json", findings.FILE)
+WRITTEN = ("examples/", "drops/", "lineage/", "card/", "card.", "croissant.json", review_file.FILE)
 
 
 @dataclass
@@ -274,11 +273,11 @@ class _Applying:
     def _write_review(self, folder: Path) -> None:
         decisions = [decision for entry in self.entries for decision in entry.decisions]
         samples = [*self.view.lines.samples, *({"dataset": self.old.id, **plan} for plan in self.view.samples)]
-        findings.write(folder / findings.FILE, (entry.item for entry in self.entries), decisions, samples)
+        review_file.write(folder / review_file.FILE, (entry.item for entry in self.entries), decisions, samples)
         done = [entry for entry in self.entries if entry.standing.state == "decided"]
         (folder / "evidence").mkdir(exist_ok=True)
         said = [decision for entry in done for decision in entry.decisions]
-        findings.write(folder / "evidence" / findings.FILE, (entry.item for entry in done), said, samples)
+        review_file.write(folder / "evidence" / review_file.FILE, (entry.item for entry in done), said, samples)
 
 
 def _in_form(table: Any) -> Any:

@@ -1,21 +1,26 @@
-"""How far two people agree who judged the same items: percent agreement, and Cohen's kappa, which takes off what chance gives.
+"""Cohen's kappa and acceptance sampling.
 
 Cohen, "A coefficient of agreement for nominal scales", Educational and Psychological Measurement 20 (1960). The interval is
 that of the observed agreement (exact, Clopper-Pearson), carried through kappa at the chance agreement found: unlike the usual
 standard error it is no point where two people agree on everything.
+
+Rows are drawn without putting back, so the number of bad ones in a sample is hypergeometric; both the plan and the bound come
+from that distribution itself (a one-sided exact bound, the finite population's counterpart of Clopper & Pearson 1934), not from
+an approximation. The order of drawing follows from the seed and the ids alone: a larger sample begins with the smaller one.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from sartor.core.errors import ConfigError
 from sartor.core.statistics import interval
-from sartor.curate.review.items import VERDICTS, Decision
-from sartor.curate.review.standing import first
+from sartor.curate.review.review_items import VERDICTS, Decision, first
 
 Estimate = Mapping[str, float]
 
@@ -77,3 +82,66 @@ def agreements(decisions: Sequence[Sequence[Decision]]) -> list[Agreement]:
         for pair, table in tables.items()
     ]
     return sorted(found, key=lambda one: (-one.items, one.reviewers))
+
+
+def size(population: int, error: float, confidence: float, allow: int = 0) -> int:
+    """The fewest rows to look at so that, if at most `allow` of them are bad, at most `error` (0..1) of all are.
+
+    That statement is wrong in at most 1 - `confidence` of the cases. Raises ConfigError for numbers that mean nothing.
+
+    >>> size(10_000, 0.01, 0.95)
+    294
+    """
+    _check(error, confidence, allow)
+    if population <= 0:
+        raise ConfigError("there is no row to draw from", "name another --split, or a Dataset that has rows")
+    bad = int(error * population + 1e-9) + 1  # the fewest that would be too many
+    if bad > population or allow >= bad:
+        if bad > population:
+            return 0
+        problem = f"{allow} bad rows are allowed in the sample, and {bad} in {population:,} are too many already"
+        raise ConfigError(problem, f"--allow {bad - 1}")
+    low, high = 1, population
+    while low < high:
+        middle = (low + high) // 2
+        if _at_most(allow, middle, bad, population) <= 1 - confidence:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def most_bad(population: int, looked_at: int, found: int, confidence: float) -> int:
+    """The most bad rows of the population that `found` bad ones in `looked_at` do not speak against with this confidence.
+
+    >>> most_bad(10_000, 294, 0, 0.95)
+    100
+    """
+    low, high = found, population - (looked_at - found)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _at_most(found, looked_at, middle, population) > 1 - confidence:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _at_most(found: int, looked_at: int, bad: int, population: int) -> float:
+    """How probable it is that at most `found` of the rows that are looked at are bad."""
+    from scipy.stats import hypergeom  # not above: whatever asks whether a queue is empty would wait a second for it
+
+    return float(hypergeom.cdf(found, population, bad, looked_at))
+
+
+def drawn(ids: Iterable[str], count: int, seed: int) -> list[str]:
+    """`count` of the ids, at random by the seed; whatever order they come in."""
+    return sorted(set(ids), key=lambda one: hashlib.sha256(f"{seed}:{one}".encode()).digest())[:count]
+
+
+def _check(error: float, confidence: float, allow: int) -> None:
+    for name, value in (("error", error), ("confidence", confidence)):
+        if not 0 < value < 1:
+            raise ConfigError(f"{name} is {value:g}, not between 0 and 1", f"--{name} {0.01 if name == 'error' else 0.95}")
+    if allow < 0:
+        raise ConfigError(f"allow is {allow}", "--allow 0")

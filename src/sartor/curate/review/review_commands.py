@@ -1,27 +1,119 @@
-"""What a person does at the queue: look, decide, draw a sample, compare two reviewers, and make a Dataset of what was decided.
+"""Verbs of review: list, decide, sample, export, apply.
 
 The command line calls these, and a page may: each takes paths and words, and hands back plain values.
 """
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sartor.core import signing
 from sartor.core.artifacts import check_free, kind_of
-from sartor.core.errors import ConfigError
-from sartor.curate.review import findings, sampling
-from sartor.curate.review.agreement import agreements
-from sartor.curate.review.applying import apply
-from sartor.curate.review.changing import everywhere_masked
-from sartor.curate.review.deciding import Opinion, decide
-from sartor.curate.review.desk__review_store import open_items  # noqa: F401
-from sartor.curate.review.items import KINDS, Item
-from sartor.curate.review.rows import rows_of
-from sartor.curate.review.standing import newest
-from sartor.curate.review.view import Entry, Rule, View, opened, signer
+from sartor.core.errors import ConfigError, ConflictError
+from sartor.core.home import home
+from sartor.curate.review import quality_control, review_file
+from sartor.curate.review.apply_decisions import apply
+from sartor.curate.review.quality_control import agreements
+from sartor.curate.review.review_items import KINDS, VERDICTS, Decision, Item, check_change, newest
+from sartor.curate.review.review_store import (
+    Entry,
+    Rule,
+    View,
+    open_items,  # noqa: F401
+    opened,
+    signer,
+)
+from sartor.curate.review.row_edits import changed, everywhere_masked, masked_text, rows_of
+
+KEY = "keys/review"  # below SARTOR_HOME: it signs where no key is named and one is there
+MOST_NAME = 200
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What a person thinks of an item: the row stays as it is (accept), is changed (edit) or goes (reject).
+
+    change: what an edit says (see items.CHANGES), by default what was suggested. settles: it ends a disagreement. key: a
+    private key that signs it, by default that of SARTOR_HOME/keys/review where there is one.
+    """
+
+    verdict: str
+    by: str
+    reason: str = ""
+    change: Mapping[str, Any] | None = None
+    settles: bool = False
+    key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise ConfigError(f"there is no verdict {self.verdict!r}", f"one of {', '.join(VERDICTS)}")
+        if not self.by.strip():
+            raise ConfigError("a decision has a person's name", "--by 'Ada Lovelace'")
+        if not self.by.isprintable() or len(self.by) > MOST_NAME:
+            raise ConfigError(f"{self.by[:40]!a} is no name", "--by 'Ada Lovelace'")
+
+
+def decide(view: View, key: str, opinion: Opinion) -> tuple[Entry, bool]:
+    """Keep what a person decided; returns the item as it stands then, and whether that is new.
+
+    The same decision of the same person about the same item is kept once. Raises ConfigError for a decision that the item
+    cannot have, ConflictError where there is nothing to settle.
+    """
+    assert view.queue is not None
+    entry = view.entry(key)
+    item = entry.item
+    said = _change(view, item, opinion)
+    if opinion.settles and entry.standing.state != "conflict" and not any(one.settles for one in entry.decisions):
+        people = ", ".join(sorted({one.by for one in entry.decisions})) or "nobody"
+        raise ConflictError(f"there is nothing to settle about {item.id}: {people} decided, none differs", "without --settle")
+    reason = masked_text(opinion.reason) if item.kind == "personal" else opinion.reason
+    decision = Decision(item.id, opinion.verdict, opinion.by.strip(), _now(), reason, said, opinion.settles)
+    before = newest([one for one in entry.decisions if one.settles == opinion.settles]).get(decision.by)
+    if before is not None and replace(before, at="", signature={}) == replace(decision, at=""):
+        return entry, False
+    decision = _signed(decision, opinion.key)
+    view.queue.add(view.dataset.id, [item], [decision])
+    decisions = (*entry.decisions, decision)
+    return Entry(item, decisions, view.stand(list(decisions))), True
+
+
+def _change(view: View, item: Item, opinion: Opinion) -> dict[str, Any]:
+    """What an edit says, tried on the row; nothing of another verdict."""
+    if opinion.verdict != "edit":
+        if opinion.verdict == "reject" and not item.examples:
+            raise ConfigError(
+                f"{item.id} is about {item.slice!r} and names no row that could go",
+                "mend the data (sources, steps, weights) and curate again; or accept it with a reason",
+            )
+        return {}
+    if len(item.examples) != 1:
+        raise ConfigError(f"{item.id} is about {len(item.examples)} rows; an edit is of one", "accept or reject it")
+    said = dict(item.suggestion if opinion.change is None else opinion.change)
+    if not said:
+        raise ConfigError(f"{item.id} suggests no change", "say what is to stand there: --reply TEXT, or --prompt TEXT")
+    check_change(said)
+    example = item.proposed or rows_of(view.dataset, item.examples).get(item.examples[0])
+    if example is None:
+        raise ConfigError(f"row {item.examples[0]} is not in {view.dataset.path.name}", "sartor review list DATASET")
+    changed(example, said)
+    return said
+
+
+def _signed(decision: Decision, signed_with: Path | None) -> Decision:
+    path = signed_with or (home() / KEY if (home() / KEY).is_dir() else None)
+    if path is None:
+        return decision
+    return replace(decision, signature=signing.signature_of(decision.document, signing.open_private(path)))
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
 
 DRAWN = "drawn"
 
@@ -105,8 +197,8 @@ def review_sample(dataset: Path | str, queue: str = "", *, error: float = 0.01, 
     with opened(dataset, queue, make=True) as view:
         assert view.queue is not None
         ids = _of_split(view, split)
-        count = sampling.size(len(ids), error, confidence, allow)
-        rows = sampling.drawn(ids, count, seed)
+        count = quality_control.size(len(ids), error, confidence, allow)
+        rows = quality_control.drawn(ids, count, seed)
         items = [Item("sample", (one,), reason=DRAWN, origin="review sample") for one in rows]
         plan = {"error": error, "confidence": confidence, "allow": allow, "split": split, "seed": seed,
                 "population": len(ids), "size": count}  # fmt: skip
@@ -114,7 +206,7 @@ def review_sample(dataset: Path | str, queue: str = "", *, error: float = 0.01, 
         decisions = view.queue.decisions(item.id for item in items)
         verdicts = Counter(view.stand(decisions.get(item.id, [])).verdict for item in items)
         bad, waiting = verdicts["edit"] + verdicts["reject"], verdicts[""]
-        upper = sampling.most_bad(len(ids), count, bad + waiting, confidence)
+        upper = quality_control.most_bad(len(ids), count, bad + waiting, confidence)
         next_ones = [item.id for item in items if not view.stand(decisions.get(item.id, [])).verdict]
         return {**plan, "good": verdicts["accept"], "bad": bad, "waiting": waiting, "upper": upper / len(ids),
                 "upper_rows": upper, "holds": waiting == 0 and upper / len(ids) <= error, "next": next_ones[:10]}  # fmt: skip
@@ -143,9 +235,9 @@ def review_add(dataset: Path | str, found: Iterable[Mapping[str, Any]], queue: s
     The same finding again changes nothing. Whoever writes the Dataset itself may rather write them into its `review.jsonl`.
     """
     with opened(dataset, queue, make=True) as view:
-        lines = findings.Lines()
+        lines = review_file.Lines()
         for said in found:
-            lines.add(said, findings.content_of(view.dataset))
+            lines.add(said, review_file.content_of(view.dataset))
         return _taken(view, lines, "what was given")
 
 
@@ -159,13 +251,13 @@ def review_import(dataset: Path | str, source: Path | str, queue: str = "") -> d
     with opened(dataset, queue, make=True) as view:
         if kind_of(source) == "dataset":
             with opened(source, queue) as other:
-                lines = findings.Lines(dict(other.items), [one for entry in other.all_entries() for one in entry.decisions])
+                lines = review_file.Lines(dict(other.items), [one for entry in other.all_entries() for one in entry.decisions])
         else:
-            lines = findings.read(source, of=findings.content_of(view.dataset))
+            lines = review_file.read(source, of=review_file.content_of(view.dataset))
         return _taken(view, lines, str(source))
 
 
-def _taken(view: View, lines: findings.Lines, source: str) -> dict[str, Any]:
+def _taken(view: View, lines: review_file.Lines, source: str) -> dict[str, Any]:
     """Take lines into the queue, all or none; returns how many, and how many of them are new."""
     assert view.queue is not None
     known = {**view.items, **lines.items}
@@ -188,7 +280,7 @@ def review_export(dataset: Path | str, out: Path | str, queue: str = "") -> dict
     with opened(dataset, queue) as view:
         entries = view.entries()
         decisions = [one for entry in entries for one in entry.decisions]
-        findings.write(out, (entry.item for entry in entries), decisions)
+        review_file.write(out, (entry.item for entry in entries), decisions)
     return {"file": str(out), "findings": len(entries), "decisions": len(decisions)}
 
 

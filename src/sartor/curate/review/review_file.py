@@ -1,4 +1,4 @@
-"""What a Dataset's own files put before a person: `review.jsonl`, and the queue of suspicious labels."""
+"""Reads and writes review.jsonl."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from sartor.core.artifacts import Artifact, check_file
 from sartor.core.errors import SartorError, SourceError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.records import canonical
-from sartor.curate.review.items import SCHEMA, Decision, Item, decision_of, item_of
-from sartor.curate.steps.labels import BY_LABEL, EVIDENCE, SHOWN_CHARACTERS
+from sartor.curate.labels.label_ranking import BY_LABEL, SHOWN_CHARACTERS
+from sartor.curate.review.review_items import SCHEMA, Decision, Item, decision_of, item_of
+from sartor.curate.steps.label_errors import EVIDENCE
 
 FILE = "review.jsonl"
 LABELS = f"evidence/{EVIDENCE}.parquet"

@@ -1,29 +1,178 @@
-"""A Dataset's files and the queue as one list. Nothing is written here."""
+"""Review items from files and from a SQL database.
+
+    review_items      what was found, each once
+    review_found      in which Dataset (by its id) an item was found
+    review_decisions  append-only: who decided what, when and why; the same one is written once
+    review_samples    which rows were drawn, for which bound
+    review_counter    one row, which every change locks
+
+Each change is one transaction, kept whole or not at all; several processes may review at once, and what one of them decides is
+added beside what others did, never over it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from sqlalchemy import make_url
+from sqlalchemy import BigInteger, Column, Connection, ForeignKey, Integer, MetaData, Table, Text, insert, make_url, select
 from sqlalchemy.exc import ArgumentError
 
-from sartor.core import signing
+from sartor.core import records, signing
 from sartor.core.artifacts import Artifact, read_manifest
-from sartor.core.errors import ConfigError
+from sartor.core.database import Database, Form, is_whole, open_database, sealed
+from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import origin_index
 from sartor.core.parquet_io import column
-from sartor.curate.review import findings
-from sartor.curate.review.items import Decision, Item
-from sartor.curate.review.queue import Queue
-from sartor.curate.review.standing import Standing, standing
+from sartor.curate.review import review_file
+from sartor.curate.review.review_items import Decision, Item, Standing, decision_of, item_of, standing
+
+metadata = MetaData()
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+def _text(name: str, *, key: bool = False) -> Column[str]:
+    return Column(name, Text, primary_key=key, nullable=False)
+
+
+items = Table("review_items", metadata, _text("id", key=True), _text("said"), _text("checksum"))
+
+found = Table(
+    "review_found",
+    metadata,
+    Column("item", Text, ForeignKey("review_items.id"), primary_key=True),
+    _text("dataset", key=True),
+)
+
+decisions = Table(
+    "review_decisions",
+    metadata,
+    # SQLite numbers rows by itself only where the key is exactly INTEGER
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    _text("key"),
+    Column("item", Text, ForeignKey("review_items.id"), nullable=False),
+    _text("said"),
+    _text("checksum"),
+)
+
+samples = Table("review_samples", metadata, _text("id", key=True), _text("dataset"), _text("said"), _text("checksum"))
+
+counter = Table(
+    "review_counter",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("value", BigInteger, nullable=False),
+)
+
+
+def form() -> Form:
+    """What a database of the queue holds."""
+    return Form("review queue", "--queue ", MIGRATIONS, counter.c.value, "review_version")
+
+
+AT_ONCE = 500  # ids in one question: SQLite takes 32,766 values, old ones 999
+
+
+class Queue:
+    """One queue. Safe to use from several threads and processes. Each call may raise what `Database.change` raises, and
+    ArtifactError for a row that was changed from outside.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    @classmethod
+    def open(cls, url: str) -> Queue:
+        """The queue at a SQLAlchemy URL, made if absent. Raises as `open_database`."""
+        return cls(open_database(url, form()))
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.database.close()
+
+    def items(self, dataset: str) -> dict[str, Item]:
+        """The items found in the Dataset of this id, in the order of their ids."""
+        column = items.c
+        query = select(items).join(found, found.c.item == column.id).order_by(column.id)
+        with self.database.read() as connection:
+            rows = connection.execute(query.where(found.c.dataset == dataset)).mappings().all()
+        return {str(row["id"]): item_of(_said(dict(row), "item", row["id"])) for row in rows}
+
+    def decisions(self, items: Iterable[str]) -> dict[str, list[Decision]]:
+        """Every decision about these items, by item, in the order in which they came in."""
+        found: dict[str, list[Decision]] = {}
+        column = decisions.c
+        with self.database.read() as connection:
+            for some in _batched(items):
+                query = select(column.key, column.item, column.said, column.checksum).where(column.item.in_(some))
+                for row in connection.execute(query.order_by(column.number)).mappings():
+                    found.setdefault(str(row["item"]), []).append(decision_of(_said(dict(row), "decision about", row["item"])))
+        return found
+
+    def samples(self, dataset: str) -> list[dict[str, Any]]:
+        """The samples that were drawn from a Dataset."""
+        query = select(samples).where(samples.c.dataset == dataset).order_by(samples.c.id)
+        with self.database.read() as connection:
+            return [_said(dict(row), "sample", row["id"]) for row in connection.execute(query).mappings()]
+
+    def add(self, dataset: str, items: Iterable[Item], decisions: Iterable[Decision] = ()) -> tuple[int, int]:
+        """Put items found in a Dataset into the queue, and decisions about them; returns how many of each are new."""
+        with self.database.change() as connection:
+            added = sum(self._add(connection, dataset, item) for item in items)
+            return added, sum(self._decide(connection, decision) for decision in decisions)
+
+    def sample(self, dataset: str, plan: Mapping[str, Any], items: Iterable[Item]) -> None:
+        """Keep a sample's plan, and an item for each row of it."""
+        identity = records.digest({"dataset": dataset, **plan})[:16]
+        with self.database.change() as connection:
+            for item in items:
+                self._add(connection, dataset, item)
+            if not _queue_is_there(connection, samples, id=identity):
+                row = {"id": identity, "dataset": dataset, "said": records.canonical(dict(plan)).decode()}
+                connection.execute(insert(samples).values(sealed(row)))
+
+    def _add(self, connection: Connection, dataset: str, item: Item) -> bool:
+        is_new = not _queue_is_there(connection, items, id=item.id)
+        if is_new:
+            row = {"id": item.id, "said": records.canonical(item.as_json()).decode()}
+            connection.execute(insert(items).values(sealed(row)))
+        if not _queue_is_there(connection, found, item=item.id, dataset=dataset):
+            connection.execute(insert(found).values(item=item.id, dataset=dataset))
+        return is_new
+
+    def _decide(self, connection: Connection, decision: Decision) -> bool:
+        key = records.digest(decision.as_json())[:32]
+        if _queue_is_there(connection, decisions, key=key):
+            return False
+        row = {"key": key, "item": decision.item, "said": records.canonical(decision.as_json()).decode()}
+        connection.execute(insert(decisions).values(sealed(row)))
+        return True
+
+
+def _queue_is_there(connection: Connection, table: Table, **key: str) -> bool:
+    return connection.execute(select(*(table.c[name] for name in key)).filter_by(**key)).first() is not None
+
+
+def _said(row: Mapping[str, Any], what: str, identity: str) -> dict[str, Any]:
+    if not is_whole(dict(row)):
+        raise ArtifactError(f"the {what} {identity} was changed from outside", "restore the queue from a copy")
+    return dict(json.loads(row["said"]))
+
+
+def _batched(ids: Iterable[str]) -> Iterator[Sequence[str]]:
+    source = iter(ids)
+    while some := list(islice(source, AT_ONCE)):
+        yield some
+
 
 VARIABLE = "SARTOR_REVIEW"
 FILE = "review.sqlite"
@@ -81,9 +230,9 @@ class View:
         return sorted(found)
 
     @cached_property
-    def lines(self) -> findings.Lines:
+    def lines(self) -> review_file.Lines:
         """What the Dataset's own files say."""
-        return findings.of_dataset(self.dataset)
+        return review_file.of_dataset(self.dataset)
 
     @cached_property
     def items(self) -> dict[str, Item]:
@@ -174,3 +323,14 @@ def _is_there(url: str) -> bool:
     except (ArgumentError, ValueError):
         return True  # whoever opens it says what is wrong with it
     return parsed.get_backend_name() != "sqlite" or Path(parsed.database or "").exists()
+
+
+def open_items(dataset: Path | str | Artifact, queue: str = "", *, reviewers: int = 1, signed: bool = False) -> int:
+    """How many items of a Dataset nobody has decided, or two people differently: what the gate asks.
+
+    Findings that stand in the Dataset's files count whether or not anybody has looked at the queue yet. `reviewers` is how many
+    people must agree; with `signed` only decisions count that a key which this machine trusts has signed.
+    """
+    path = dataset.path if isinstance(dataset, Artifact) else Path(dataset)
+    with opened(path, queue, Rule(reviewers, signed)) as view:
+        return sum(entry.is_open for entry in view.entries())

@@ -1,18 +1,25 @@
-"""A row as an edit leaves it: a new Example, whose origins name the old one as their parent."""
+"""Applies a reviewer's edit to an Example."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sartor.core import parquet_io
+from sartor.core.artifacts import Artifact, check_file
 from sartor.core.errors import ConfigError
+from sartor.core.lineage import origin_index
+from sartor.core.parquet_io import words
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.core.splits import prompt_group
 from sartor.curate.dataset_writer import EDITED
-from sartor.curate.labels import target
-from sartor.curate.review.items import check_change
+from sartor.curate.labels import class_labels
+from sartor.curate.review.review_items import check_change
 from sartor.curate.steps.personal_data import Masking, PersonalData
 from sartor.text.pii.entities import ENTITIES
 
@@ -100,7 +107,7 @@ def _with_text(example: Example, place: int, text: str) -> Example:
 
 
 def _with_label(example: Example, form: str, value: str) -> Example:
-    reply = target.with_label(example.reply, form, value)
+    reply = class_labels.with_label(example.reply, form, value)
     if reply is None:
         raise ConfigError(f"the reply of row {example.id} has no label {form}", "edit its reply as a whole: --reply TEXT")
     return _with_text(example, len(example.messages) - 1, reply)
@@ -110,3 +117,19 @@ def _weight(said: Any) -> float:
     if not isinstance(said, int | float) or isinstance(said, bool) or not 0 < said < float("inf"):
         raise ConfigError(f"the weight is {said!r}", "a number above 0; 1 is the usual; reject a row that is to weigh nothing")
     return float(said)
+
+
+def rows_of(dataset: Artifact, ids: Iterable[str]) -> dict[str, Example]:
+    """The Examples with these ids that the Dataset holds. Only the row groups that have one are read whole."""
+    wanted = words(sorted(set(ids)))
+    files = origin_index.example_files(dataset) if len(wanted) else []
+    return {row["id"]: parquet_io.example_of(row) for file in files for row in _rows(dataset, file, wanted)}
+
+
+def _rows(dataset: Artifact, file: Path, wanted: Any) -> Iterator[dict[str, Any]]:
+    check_file(dataset, file.relative_to(dataset.path).as_posix())
+    with pq.ParquetFile(file) as parquet:
+        for group in range(parquet.num_row_groups):
+            mask = pc.is_in(parquet.read_row_group(group, columns=["id"])["id"], value_set=wanted)
+            if pc.any(mask).as_py():
+                yield from parquet.read_row_group(group).filter(mask).to_pylist()

@@ -1,1 +1,1 @@
-"""Sources -> Examples and Drops. `units.py` is the face: plan what is to be read, read one piece."""
+"""Sources of rows: files, documents, databases, media and feedback, read into Examples and Drops."""

@@ -1,4 +1,4 @@
-"""Units: pieces of the input that a worker process reads alone, on any machine that sees the files.
+"""Reads one input chunk into Examples and Drops.
 
 `planning.plan` walks every source once and cuts it into units; `read` gives the Examples and Drops of one. Whatever is not
 read (an archive, a link out of the folder, a picture without a caption) was found at planning and stands in a unit as a
@@ -21,12 +21,12 @@ from sartor.core import records
 from sartor.core.errors import SourceError
 from sartor.core.records import Drop, Example, Malformed, Origin, SetAside
 from sartor.core.splits import conversation_group
-from sartor.curate.inbox import reading as inbox
-from sartor.curate.recipe import Source
-from sartor.curate.sources import declared, documents, formats, forms, media, readers, tables
-from sartor.curate.sources.places import open_regular
-from sartor.curate.sources.survey import Piece, checksum
-from sartor.curate.sources.tables import Read
+from sartor.curate.sources import documents, file_formats, media_files, row_formats, row_readers, source_files
+from sartor.curate.sources import feedback_inbox as inbox
+from sartor.curate.sources.row_readers import Piece, Read
+from sartor.curate.sources.safe_paths import open_regular
+from sartor.curate.sources.source_files import checksum
+from sartor.curate.sources.types import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +106,10 @@ def read(
     cannot be used into a SourceError.
     """
     noted: Counter[tuple[str, str]] = Counter() if notes is None else notes
-    reading = _Reading(unit, declared.with_licence(source), media_folder, strict, noted)
+    reading = _Reading(unit, source_files.with_licence(source), media_folder, strict, noted)
     if not unit.files:
-        name = "query" if declared.scheme(source.path) == "sql" else source.path
-        yield from reading.rows(InputFile("", name, "query", form=unit.form), declared.queried(source, unit.most_bytes))
+        name = "query" if source_files.scheme(source.path) == "sql" else source.path
+        yield from reading.rows(InputFile("", name, "query", form=unit.form), source_files.queried(source, unit.most_bytes))
         return
     if unit.form == inbox.FORM:
         yield from _of_inbox(unit, source, reading)
@@ -151,7 +151,7 @@ def _raw(unit: Unit, file: InputFile, pages: documents.Pages, notes: Counter[tup
         yield "1", Malformed(*file.refusal)
         return
     try:
-        if file.kind in formats.MEDIA_KINDS:
+        if file.kind in file_formats.MEDIA_KINDS:
             yield "1", _captioned(file, unit.most_bytes)
         elif file.kind in documents.MODULES:
             yield from pages.read(file.path, file.sha256, file.kind, unit.most_bytes)
@@ -163,7 +163,7 @@ def _raw(unit: Unit, file: InputFile, pages: documents.Pages, notes: Counter[tup
             with open_regular(file.path) as stream:
                 piece = unit.piece or Piece(0, file.bytes, 1, -1)
                 _check_unchanged(stream, file, piece)
-                yield from readers.rows(stream, file.kind, piece, unit.most_bytes)
+                yield from row_readers.rows(stream, file.kind, piece, unit.most_bytes)
     except Malformed as fault:
         yield "1", fault
     except OSError as error:
@@ -176,7 +176,7 @@ def _check_unchanged(stream: BinaryIO, file: InputFile, piece: Piece) -> None:
     size = stream.seek(0, 2)
     stream.seek(0)
     same = size == file.bytes and (
-        media.digest_of(stream) == file.sha256 if whole else checksum(stream, piece.start, piece.length) == piece.crc
+        media_files.digest_of(stream) == file.sha256 if whole else checksum(stream, piece.start, piece.length) == piece.crc
     )
     if not same:
         raise Malformed("changed_file", "the file was changed after the run began; nothing of this piece is read")
@@ -188,19 +188,19 @@ def _captioned(file: InputFile, most_bytes: int) -> Any:
     if file.caption is None:
         return row
     with open_regular(file.caption.path) as stream:
-        found = tables.document(stream, most_bytes)
+        found = row_readers.document(stream, most_bytes)
     if isinstance(found, Malformed):
         return Malformed(found.reason, f"the caption {file.caption.name!r}: {found.detail}")
     text, raw = found
-    if media.digest_of(raw) != file.caption.sha256:
+    if media_files.digest_of(raw) != file.caption.sha256:
         return Malformed("changed_file", f"the caption {file.caption.name!r} was changed after the run began")
     if file.caption.kind == "text":
         return {**row, "text": text.strip()}
-    said = next((value for _, value in tables.whole_json(io.BytesIO(raw), most_bytes)), None)
+    said = next((value for _, value in row_readers.whole_json(io.BytesIO(raw), most_bytes)), None)
     if isinstance(said, Malformed):
         return Malformed(said.reason, f"the caption {file.caption.name!r}: {said.detail}")
-    if not isinstance(said, dict) or not forms.caption_field(said):
-        fields = ", ".join(forms.CAPTIONS)
+    if not isinstance(said, dict) or not row_formats.caption_field(said):
+        fields = ", ".join(row_formats.CAPTIONS)
         return Malformed("no_caption", f"{file.caption.name!r} holds no object with one of the fields {fields}")
     return {**said, "file_name": row["file_name"]}
 
@@ -218,19 +218,19 @@ class _Reading:
     def rows(self, file: InputFile, rows: Read) -> Iterator[Example | Drop]:
         form = file.form
         group = file.name if file.kind == "pdf" else ""
-        place, date = partial(self._place, file), forms.iso_date(self.source.date)
+        place, date = partial(self._place, file), row_formats.iso_date(self.source.date)
         for line, row in rows:
             origin = Origin(self.source.path, f"{file.name}:{line}", self.source.licence, date=date)
             try:
                 if isinstance(row, Malformed):
                     raise row
                 if file.kind == inbox.FORM:
-                    form = forms.detect(row) or ""
+                    form = row_formats.detect(row) or ""
                 if not form:
                     raise Malformed("unknown_form", f"no known form has these fields: {_fields(row)}")
-                if form == forms.CAPTIONED and self.source.prompt:
+                if form == row_formats.CAPTIONED and self.source.prompt:
                     row = {"prompt": self.source.prompt, **row} if isinstance(row, dict) else row
-                example = forms.parse(row, form, origin, place)
+                example = row_formats.parse(row, form, origin, place)
                 _check_text(example)
             except Malformed as fault:
                 # what people said stands in the inbox, from which it can be taken out again
@@ -239,16 +239,16 @@ class _Reading:
             except RecursionError:
                 yield self._drop(Malformed("bad_json", "the row is nested too deeply"), origin, None)
                 continue
-            if field := forms.date_of(row)[1]:
+            if field := row_formats.date_of(row)[1]:
                 self.notes[file.name, f"`{field}` is no date"] += 1
             if file.kind == inbox.FORM:
                 example = replace(example, group=conversation_group(example))
             yield replace(example, group=group) if group and not example.group else example
 
     def _place(self, file: InputFile, kind: str, value: str) -> str:
-        if file.kind in formats.MEDIA_KINDS:  # the row is the media file itself
-            return media.copy_file(Path(file.path), self.media_folder, file.sha256)
-        return media.place(kind, value, Path(file.path).parent if file.path else None, self.media_folder)
+        if file.kind in file_formats.MEDIA_KINDS:  # the row is the media file itself
+            return media_files.copy_file(Path(file.path), self.media_folder, file.sha256)
+        return media_files.place(kind, value, Path(file.path).parent if file.path else None, self.media_folder)
 
     def _drop(self, fault: Malformed, origin: Origin, row: Any) -> Drop:
         detail = _storable(fault.detail)

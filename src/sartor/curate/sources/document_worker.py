@@ -1,4 +1,4 @@
-"""Text of HTML and PDF files, in a process of its own: `python -m sartor.curate.pages`. documents.py starts it and listens.
+"""Child process that extracts text from HTML and PDF.
 
 Both formats come from strangers, and no parser of them is safe from every file: pypdf follows what the file says, and a tree of
 nested elements takes a WHATWG parser quadratic time. Here memory and processor time have a limit that the system holds, and
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sartor.core.records import Malformed
-from sartor.curate.sources.places import open_regular
+from sartor.curate.sources.safe_paths import open_regular
 
 MOST_BYTES = {"pdf": 256 << 20, "html": 32 << 20}  # of a file
 MOST_MEMORY = 3 << 30  # of this process

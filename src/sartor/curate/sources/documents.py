@@ -18,9 +18,9 @@ from typing import Any
 
 from sartor.core.errors import need
 from sartor.core.records import Malformed
-from sartor.curate.sources import tables
-from sartor.curate.sources.places import open_regular
-from sartor.curate.sources.tables import Read
+from sartor.curate.sources import row_readers
+from sartor.curate.sources.row_readers import Read
+from sartor.curate.sources.safe_paths import open_regular
 
 # YAML between `---` lines, or TOML between `+++`, at the very start of a Markdown file
 _FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\r?\n(?:.*\r?\n)*?\1[ \t]*(?:\r?\n|\Z)")
@@ -32,7 +32,7 @@ MODULES = {"html": "selectolax", "pdf": "pypdf"}
 def plain(path: str, sha256: str, kind: str, most_bytes: int, notes: Counter[str]) -> Read:
     """The one row of a text or Markdown file. Front matter is taken off, and counted."""
     with open_regular(path) as stream:
-        found = tables.document(stream, most_bytes)
+        found = row_readers.document(stream, most_bytes)
     if isinstance(found, Malformed):
         yield "1", found
         return
@@ -93,7 +93,7 @@ class Pages:
     def _start(self) -> subprocess.Popen[bytes]:
         paths = [path for path in sys.path if path]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "sartor.curate.sources.pages"]
+        command = [sys.executable, "-m", "sartor.curate.sources.document_worker"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment)
         self._rest = b""

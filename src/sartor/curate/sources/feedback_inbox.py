@@ -1,4 +1,4 @@
-"""Whose ratings contradict the others' on the same replies, or what is known of them: those are set aside, and named.
+"""Feedback inbox as a source; distrusted raters left out.
 
 A trial is a reply that a voice rated and that is judged elsewhere too: by what is known of it, else by most of the other
 voices, one vote each. A voice is set aside when it stands against that judgement both in more of its trials than `disagreement`
@@ -6,18 +6,26 @@ allows (exact binomial test) and more often than the other voices do (Fisher's e
 corrects over all voices. Only the worst goes at once: whoever rated the same replies as a voice that lies is contradicted by
 it, and what remains is judged anew without. Who merely thinks otherwise now and then stays; so does a majority that lies,
 unless it is held against what is known.
+
+A correction is a row whose reply is the correction, with the reply that was given as `rejected` where it is another. A rating
+is a row of the reply with its `rating`. A conversation is one group, whichever of its turns was commented on.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from sartor.core.records import Feedback, Malformed, SetAside
 from sartor.core.statistics import holm
-from sartor.curate.inbox.lines import Line
-from sartor.curate.inbox.terms import InboxTerms
+from sartor.curate.sources import feedback_lines
+from sartor.curate.sources.feedback_lines import Line, Place
+from sartor.curate.sources.row_readers import Read
+from sartor.curate.sources.types import InboxTerms
 
 Giver = tuple[str, str]  # key, user
 WHOLE = "*"  # in the place of a user: the key with all of its users
@@ -68,7 +76,7 @@ def judged(lines: Sequence[Line], terms: InboxTerms) -> list[Standing]:
         votes = {item: {giver: sum_ for giver, sum_ in by.items() if not _is_of(giver, worst)} for item, by in votes.items()}
 
 
-def aside(standings: Iterable[Standing]) -> Mapping[Giver, Standing]:
+def distrusted_raters(standings: Iterable[Standing]) -> Mapping[Giver, Standing]:
     """Those that are set aside, by key and user."""
     return {(one.key, one.user): one for one in standings if one.is_aside}
 
@@ -142,3 +150,169 @@ def _tested(voice: Giver, trials: Mapping[Giver, tuple[int, int]], terms: InboxT
     if all_compared > compared:
         p = max(p, float(hypergeom.sf(against - 1, all_compared, all_against, compared)))
     return Standing(*voice, compared, against, p)
+
+
+FORM = "feedback"
+DISTRUSTED = "distrusted"
+MOST_BYTES = 4 << 20
+Said = tuple[str, str]  # receipt and key: of what one key says of one reply the newest counts
+
+
+@dataclass(frozen=True)
+class InboxFile:
+    """A file as it was when the run was planned: its first `bytes` bytes. number: its place among the inbox's."""
+
+    number: int
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Inbox:
+    """What becomes of every line of an inbox, judged together. standings: of the keys that speak in it, and their users.
+
+    Raises ConfigError for a file of known replies that is none.
+    """
+
+    def __init__(self, files: Sequence[InboxFile], terms: InboxTerms, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._outcomes: dict[Place, SetAside | None] = {}  # None: it becomes a row
+        self._held: dict[Said, Feedback] = {}  # what earlier lines said, until the newest of the same is read
+        newest = self._newest(files, terms)
+        self._last = {(line.receipt, line.key): line.place for line in newest}
+        self.standings = judged(newest, terms)
+        aside = distrusted_raters(self.standings)
+        self._outcomes |= {line.place: _unfit(line, terms, aside) for line in newest}
+        fit = [line for line in newest if self._outcomes[line.place] is None]
+        self._outcomes |= {place: SetAside("over_share", why) for place, why in over_share(fit, terms).items()}
+
+    def rows(self, file: InboxFile) -> Read:
+        """(line, raw row in a form that `forms` reads), or why there is none. The files in order, each once."""
+        for number, said in feedback_lines.read_feedback_lines(file.path, file.bytes, file.sha256, self._most_bytes):
+            yield str(number), said if isinstance(said, Malformed) else self._row((file.number, number), said)
+
+    def _row(self, place: Place, said: Feedback) -> dict[str, Any] | Malformed:
+        if place not in self._outcomes:
+            return Malformed("changed_file", "the line was not there when the inbox was judged")
+        one: Said = (said.receipt, said.by.key)
+        outcome, older = self._outcomes[place], self._held.pop(one, None)
+        said = feedback_lines.over(said, older) if older else said
+        if self._last[one] != place:
+            self._held[one] = said
+        return row_of(said) if outcome is None else outcome
+
+    def _newest(self, files: Sequence[InboxFile], terms: InboxTerms) -> list[Line]:
+        """The lines that count, each with what the ones before it said of the same."""
+        found: dict[Said, Line] = {}
+        answers = feedback_lines.read_gold_replies(terms.known)
+        for file in files:
+            for line in self._facts(file, answers):
+                one: Said = (line.receipt, line.key)
+                if older := found.pop(one, None):
+                    self._outcomes[older.place] = SetAside("replaced", "the same key said something of this reply later")
+                    line = line.over(older)
+                found[one] = line
+        return list(found.values())
+
+    def _facts(self, file: InboxFile, answers: feedback_lines.Known) -> Iterator[Line]:
+        try:
+            for number, said in feedback_lines.read_feedback_lines(file.path, file.bytes, file.sha256, self._most_bytes):
+                if isinstance(said, Feedback):
+                    yield feedback_lines.line_of((file.number, number), said, answers.sign(said))
+        except (Malformed, OSError):  # met again when its rows are read, and told there
+            return
+
+
+def of_folder(path: Path, terms: InboxTerms | None = None, most_bytes: int = MOST_BYTES) -> Inbox:
+    """An inbox as it is now, judged; of a folder that is not there, an empty one."""
+    files = []
+    for number, file in enumerate(sorted(path.glob("feedback-*.jsonl"))):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            files.append(InboxFile(number, str(file), size, feedback_lines.prefix_digest(stream, size)))
+    return Inbox(files, terms or InboxTerms(), most_bytes)
+
+
+def _unfit(line: Line, terms: InboxTerms, aside: Mapping[Giver, Standing]) -> SetAside | None:
+    """Why a line makes no row."""
+    standing = aside.get((line.key, WHOLE)) or aside.get((line.key, line.user))
+    if terms.agent and terms.agent not in (line.agent, line.agent.partition("@")[0]):
+        return SetAside("other_agent", f"it is of {line.agent}")
+    if standing:
+        return SetAside(DISTRUSTED, standing.why)
+    if line.consent == "refused" or (line.consent == "assumed" and terms.consent == "given"):
+        return SetAside("no_consent", "nobody agreed that it be learnt from")
+    if not line.item:
+        return SetAside("not_remembered", "the server no longer knew what was asked")
+    if not line.correction and not line.rating:
+        return SetAside("nothing_to_learn", "it neither rates the reply nor corrects it")
+    return None
+
+
+def row_of(said: Feedback) -> dict[str, Any]:
+    """A row in the form `preference`, `rated` or `prompt_completion`."""
+    prompt = list(said.messages) or [{"role": "user", "content": said.text}]
+    row: dict[str, Any] = {"prompt": prompt, "date": said.date}
+    if not said.correction:
+        return {**row, "completion": _turn(said.reply), "rating": said.rating}
+    if said.reply.split() in ([], said.correction.split()):
+        return {**row, "completion": _turn(said.correction)}
+    return {**row, "chosen": _turn(said.correction), "rejected": _turn(said.reply)}
+
+
+def _turn(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def over_share(lines: Sequence[Line], terms: InboxTerms) -> dict[Place, str]:
+    """Lines that are too many of one user or one key, drawn by the seed, each with the sentence that says so."""
+    gone: dict[Place, str] = {}
+    for giver_of in (_user, _key):
+        gone |= _cut([line for line in lines if line.place not in gone], terms, giver_of)
+    return gone
+
+
+def _user(line: Line) -> Giver:
+    return line.key, line.user
+
+
+def _key(line: Line) -> Giver:
+    return line.key, ""
+
+
+def _cut(lines: Sequence[Line], terms: InboxTerms, giver_of: Callable[[Line], Giver]) -> dict[Place, str]:
+    counts = Counter(map(giver_of, lines))
+    most = allowed(list(counts.values()), terms)
+    taken: Counter[Giver] = Counter()
+    gone: dict[Place, str] = {}
+    for line in sorted(lines, key=lambda line: _draw(terms.seed, line)):
+        giver = giver_of(line)
+        taken[giver] += 1
+        if taken[giver] > most:
+            what = "user" if giver[1] else "key"
+            gone[line.place] = f"its {what} gives {counts[giver]} rows; of {len(counts)} that speak, one may give {most}"
+    return gone
+
+
+def _draw(seed: int, line: Line) -> bytes:
+    return hashlib.sha256(f"{seed}:{line.receipt}:{line.key}".encode()).digest()
+
+
+def allowed(counts: Sequence[int], terms: InboxTerms) -> int:
+    """How many rows each may give: the most that is no more than `most_fraction` of what is then left of all, or `most_rows`.
+
+    Where few speak, twice the even share stands for the fraction: of one or two, all may be said by one.
+
+    >>> allowed([1000, 20, 20, 20, 20, 20, 20, 20], InboxTerms())
+    46
+    >>> allowed([60], InboxTerms())
+    60
+    """
+    most = max(counts, default=0)
+    fraction = max(terms.most_fraction, 2 / len(counts)) if counts else 1.0
+    while fraction < 1:
+        less = max(terms.most_rows, int(fraction * sum(min(count, most) for count in counts)))
+        if less >= most:
+            break
+        most = less
+    return most

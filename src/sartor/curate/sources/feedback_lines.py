@@ -1,16 +1,23 @@
-"""Files of an inbox -> one small fact a line, however long the line; what is read once more are the lines that become rows."""
+"""Parses inbox lines and gold replies.
+
+The reply of a row is right, and its `rejected` is wrong. Of other replies to the same question nothing is known, unless both
+are JSON: then another value is a wrong one.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn
 
-from sartor.core.errors import SourceError
-from sartor.core.records import Agreed, Feedback, Malformed, digest
-from sartor.curate.sources import tables
-from sartor.curate.sources.places import open_regular
+from sartor.core.errors import ConfigError, SourceError
+from sartor.core.filesystem import file_digest
+from sartor.core.records import Agreed, Example, Feedback, Malformed, Origin, canonical, digest
+from sartor.curate.sources import row_formats, row_readers
+from sartor.curate.sources.safe_paths import open_regular
 
 Place = tuple[int, int]  # number of the file, number of the line
 
@@ -98,7 +105,7 @@ def spoken(message: Mapping[str, Any]) -> Any:
     return "".join(str(part.get("text", "")) for part in parts)
 
 
-def read(path: str, size: int, sha256: str, most_bytes: int) -> Iterator[tuple[int, Feedback | Malformed]]:
+def read_feedback_lines(path: str, size: int, sha256: str, most_bytes: int) -> Iterator[tuple[int, Feedback | Malformed]]:
     """(line, what it says) of the first `size` bytes of a file, to which a server may be appending.
 
     Raises Malformed where these are not the bytes of that digest, OSError where the system refuses.
@@ -107,7 +114,7 @@ def read(path: str, size: int, sha256: str, most_bytes: int) -> Iterator[tuple[i
         if prefix_digest(stream, size) != sha256:
             raise Malformed("changed_file", "lines of it were changed after the run began; nothing of it is read")
         stream.seek(0)
-        for number, row in tables.jsonl(stream, size, 1, most_bytes):
+        for number, row in row_readers.jsonl(stream, size, 1, most_bytes):
             yield int(number), _feedback(row)
 
 
@@ -138,3 +145,74 @@ def _is_whole(said: Feedback) -> bool:
     texts = (said.receipt, said.agent, said.date, said.correction, said.text, said.reply, said.by.key, said.by.user)
     rated = said.rating is None or (isinstance(said.rating, int | float) and -1 <= said.rating <= 1)
     return rated and all(isinstance(text, str) for text in texts) and all(isinstance(one, Mapping) for one in said.messages)
+
+
+_ROW_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Known:
+    """Question -> its right replies and its wrong ones."""
+
+    right: Mapping[str, set[str]] = field(default_factory=dict)
+    wrong: Mapping[str, set[str]] = field(default_factory=dict)
+
+    def sign(self, said: Feedback) -> int:
+        """1 for a reply that is known to be right, -1 for a wrong one, 0 where it is not known."""
+        if not self.right or not said.has_words:
+            return 0
+        question, reply = digest(asked(said, with_system=False)), _plain(said.reply)
+        if reply in self.right.get(question, ()):
+            return 1
+        if reply in self.wrong.get(question, ()):
+            return -1
+        values = [one for one in self.right.get(question, ()) if one.startswith("{")]
+        return -1 if values and reply.startswith("{") else 0
+
+
+def mark(path: str) -> str:
+    """Digest of the file, "" for none: with other replies known, other lines are rows. Raises ConfigError as `read`."""
+    return file_digest(Path(path).expanduser()) if read_gold_replies(path).right else ""
+
+
+def read_gold_replies(path: str) -> Known:
+    """The rows of a file in any form that `curate` reads. Raises ConfigError for one that is not there, or holds none."""
+    if not path:
+        return Known()
+    right: dict[str, set[str]] = {}
+    wrong: dict[str, set[str]] = {}
+    for _, row in row_readers.read_rows(Path(path).expanduser(), _ROW_BYTES):
+        example = _example(row)
+        if example is None:
+            continue
+        turns = [[message.role, message.text] for message in example.prompt if message.role != "system"]
+        question = digest(turns)
+        right.setdefault(question, set()).add(_plain(example.reply))
+        wrong.setdefault(question, set()).update(_plain(message.text) for message in example.rejected)
+    if not right:
+        raise ConfigError(f"inbox.known: {path!r} holds no question with a reply", "rows such as {question: ..., answer: ...}")
+    return Known(right, wrong)
+
+
+def _example(row: Any) -> Example | None:
+    if isinstance(row, Malformed) or not isinstance(row, Mapping) or (form := row_formats.detect(row)) is None:
+        return None
+    try:
+        return row_formats.parse(row, form, Origin("", ""), _no_media)
+    except Malformed:
+        return None
+
+
+def _no_media(kind: str, value: str) -> NoReturn:
+    raise Malformed("media", "what is known is known of text alone")
+
+
+def _plain(reply: str) -> str:
+    """A reply without what changes nothing: white space; of a JSON object, its form."""
+    text = " ".join(reply.split())
+    if text.startswith("{"):
+        try:
+            return canonical(json.loads(text)).decode()
+        except (ValueError, RecursionError):
+            pass
+    return text

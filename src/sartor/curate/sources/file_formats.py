@@ -1,4 +1,4 @@
-"""What a file is: by its extension, by its first bytes, and whether the two agree.
+"""File kind by extension and magic bytes.
 
 `kind_of` says by which reader a name is read. `mismatch` compares a file's head with its extension: a file that is not what
 it is called is refused by the name of what it is.

@@ -1,4 +1,4 @@
-"""Image and audio files of rows: found below the folder of their file, checked, copied under their digest.
+"""Checks and copies image and audio files of rows.
 
 How large a picture unfolds is read from its header, so a bomb is refused before it could go off. Then each file is
 decoded once: what nobody can see or hear is a Drop here, where its row can still be mended.
@@ -22,8 +22,8 @@ from typing import BinaryIO
 from sartor.core.errors import MediaError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.records import Malformed
-from sartor.curate.sources import formats
-from sartor.curate.sources.places import open_regular
+from sartor.curate.sources import file_formats
+from sartor.curate.sources.safe_paths import open_regular
 from sartor.media import audio, images
 from sartor.media.images import MOST_PIXELS
 
@@ -102,7 +102,7 @@ def locate(kind: str, value: str, folder: Path | None) -> Path:
 def _place_data_url(kind: str, value: str, into: Path) -> str:
     mime = value.partition(",")[0].removeprefix("data:").partition(";")[0].lower()
     content = of_data_url(kind, value)
-    suffix = _SUFFIXES.get(mime, "") or formats.suffix_of(content[: formats.HEAD_BYTES])
+    suffix = _SUFFIXES.get(mime, "") or file_formats.suffix_of(content[: file_formats.HEAD_BYTES])
     return copy(io.BytesIO(content), f"data URL{suffix}", into)
 
 
@@ -141,7 +141,7 @@ def copy(stream: BinaryIO, name: str, into: Path, sha256: str = "") -> str:
 def _decode(content: bytes) -> None:
     """Raises Malformed for a picture or a recording that does not decode to its end."""
     try:
-        if formats.sniff(content[: formats.HEAD_BYTES]) in PICTURES:
+        if file_formats.sniff(content[: file_formats.HEAD_BYTES]) in PICTURES:
             with images.opened(content) as image:
                 image.load()
         else:
@@ -154,12 +154,12 @@ def _decode(content: bytes) -> None:
 
 def check(stream: BinaryIO, name: str) -> None:
     """Raises Malformed for an empty file, one that is not what its name says, or a picture that unfolds too large."""
-    head = stream.read(formats.HEAD_BYTES)
+    head = stream.read(file_formats.HEAD_BYTES)
     if not head:
         raise Malformed("bad_media", f"the media file {name[:80]!r} is empty")
-    if (fault := formats.must_be(name, head)) is not None:
+    if (fault := file_formats.must_be(name, head)) is not None:
         raise fault
-    found = formats.sniff(head)
+    found = file_formats.sniff(head)
     if found not in PICTURES:
         return
     try:

@@ -1,4 +1,4 @@
-"""Sources -> units, in one pass over every file: its digest, its form, where it is cut, what is not read and why.
+"""Scans all sources and cuts them into input chunks.
 
 Large files become several units (survey.py), small ones are put together. A media file is given its caption here: by a table
 `metadata.*` in its folder or one above, by a text or JSON file of the same name beside it, or by its folder's name.
@@ -14,15 +14,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sartor.core import records
-from sartor.core.records import Malformed
-from sartor.curate.inbox import known
-from sartor.curate.inbox import reading as inbox
-from sartor.curate.recipe import Source
-from sartor.curate.sources import declared, formats, forms, readers
-from sartor.curate.sources.declared import FileFacts
-from sartor.curate.sources.places import Found, open_regular, safe_name
-from sartor.curate.sources.reading import InputFile, Unit
-from sartor.curate.sources.survey import PIECE_BYTES, Piece, survey
+from sartor.core.records import Drop, Example, Malformed
+from sartor.curate.sources import feedback_inbox as inbox
+from sartor.curate.sources import feedback_lines, file_formats, row_formats, row_readers, source_files
+from sartor.curate.sources.chunk_reader import InputFile, Unit, read, unit_of_json
+from sartor.curate.sources.row_readers import Piece
+from sartor.curate.sources.safe_paths import Found, open_regular, safe_name
+from sartor.curate.sources.source_files import PIECE_BYTES, FileFacts, survey
+from sartor.curate.sources.types import Source
 
 BATCH_FILES = 200
 BATCH_BYTES = 16 << 20
@@ -42,18 +41,18 @@ class Plan:
 def plan(wanted: Sequence[Source], max_row_bytes: int) -> Plan:
     """Walk every source. Raises ConfigError, MissingError or HubError for a source that is not there."""
     made = Plan()
-    for index, source in enumerate(map(declared.with_licence, wanted)):
-        if declared.scheme(source.path) in ("sql", "hub"):
-            facts = declared.query_facts(source)
-            head = declared.queried(source, max_row_bytes, declared.HEAD_ROWS)
-            form = declared.form_of(head)
+    for index, source in enumerate(map(source_files.with_licence, wanted)):
+        if source_files.scheme(source.path) in ("sql", "hub"):
+            facts = source_files.query_facts(source)
+            head = source_files.queried(source, max_row_bytes, source_files.HEAD_ROWS)
+            form = source_files.form_of(head)
             made.files.append(replace(facts, form=form or "unknown"))
             made.units.append(Unit(len(made.units), index, _asked(source), form, max_row_bytes))
             continue
-        if declared.scheme(source.path) == "inbox":
-            files = tuple(_of_inbox(found, max_row_bytes) for found in declared.files_of(source))
+        if source_files.scheme(source.path) == "inbox":
+            files = tuple(_of_inbox(found, max_row_bytes) for found in source_files.files_of(source))
             made.files += [_facts(source, file) for file in files]
-            asked = records.digest([_asked(source), asdict(source.inbox), known.mark(source.inbox.known)])[:16]
+            asked = records.digest([_asked(source), asdict(source.inbox), feedback_lines.mark(source.inbox.known)])[:16]
             made.units.append(Unit(len(made.units), index, asked, inbox.FORM, max_row_bytes, files))
             continue
         cutter = _Cutter(made, index, _asked(source), max_row_bytes)
@@ -118,16 +117,16 @@ class _Cutter:
 
 def _surveyed(source: Source, most_bytes: int) -> Iterator[tuple[InputFile, list[Piece]]]:
     """Every file of a source that is read or refused, with its pieces. Captions come with the file that they are of."""
-    found = declared.files_of(source)
+    found = source_files.files_of(source)
     tables, tabled = _tables(found, most_bytes)
     captions = _captions(found, tabled) if source.captions == "beside" else {}
     taken = {path for paths in captions.values() for path in paths[:1]}
     by_path = {file.path: file for file in found}
     for file in found:
-        kind = formats.kind_of(file.path)
+        kind = file_formats.kind_of(file.path)
         if file.path in taken:
             continue
-        if kind not in formats.MEDIA_KINDS or file.refusal[0]:
+        if kind not in file_formats.MEDIA_KINDS or file.refusal[0]:
             yield _inspect(file, kind, most_bytes, of_media=file.path in tables)
         elif file.path not in tabled:
             beside = [by_path.get(path) or Found(path, _name_beside(file, path)) for path in captions.get(file.path, ())]
@@ -137,20 +136,20 @@ def _surveyed(source: Source, most_bytes: int) -> Iterator[tuple[InputFile, list
 def _inspect(found: Found, kind: str, most_bytes: int, *, of_media: bool) -> tuple[InputFile, list[Piece]]:
     """A file that is no media: digest, form, pieces; or why it is not read."""
     file = InputFile(found.path, found.name, kind, refusal=found.refusal)
-    refusal = found.refusal if found.refusal[0] else formats.refusal(found.path)
+    refusal = found.refusal if found.refusal[0] else file_formats.refusal(found.path)
     if refusal:
         return replace(file, bytes=_size(found), refusal=refusal), []
     try:
         with open_regular(found.path) as stream:
-            if (fault := readers.head_fault(stream, found.path, kind)) is not None:
+            if (fault := row_readers.head_fault(stream, found.path, kind)) is not None:
                 raise fault
             sha256, size, pieces = survey(stream, kind)
             file = replace(file, sha256=sha256, bytes=size)
             if kind not in _TABLE_KINDS:
                 return replace(file, form="text"), []
-            every = itertools.chain.from_iterable(readers.rows(stream, kind, piece, most_bytes) for piece in pieces)
-            head = itertools.islice(every, declared.HEAD_ROWS)
-            return replace(file, form=declared.form_of(head, of_media=of_media)), pieces
+            every = itertools.chain.from_iterable(row_readers.rows(stream, kind, piece, most_bytes) for piece in pieces)
+            head = itertools.islice(every, source_files.HEAD_ROWS)
+            return replace(file, form=source_files.form_of(head, of_media=of_media)), pieces
     except Malformed as problem:
         return replace(file, bytes=_size(found), refusal=(problem.reason, problem.detail)), []
     except OSError as error:
@@ -168,19 +167,19 @@ def _size(found: Found) -> int:
 
 def _tables(found: Sequence[Found], most_bytes: int) -> tuple[set[str], set[str]]:
     """(paths of the tables of media, paths of the media files that they name)."""
-    known = {os.path.normpath(file.path) for file in found if formats.kind_of(file.path) in formats.MEDIA_KINDS}
+    known = {os.path.normpath(file.path) for file in found if file_formats.kind_of(file.path) in file_formats.MEDIA_KINDS}
     tables, named = set(), set()
     for file in found:
         if os.path.basename(file.path).lower() not in _TABLES or file.refusal[0]:
             continue
-        inspected, _ = _inspect(file, formats.kind_of(file.path), most_bytes, of_media=True)
-        if inspected.form != forms.CAPTIONED:
+        inspected, _ = _inspect(file, file_formats.kind_of(file.path), most_bytes, of_media=True)
+        if inspected.form != row_formats.CAPTIONED:
             continue
         tables.add(file.path)
         folder = os.path.dirname(file.path)
         with open_regular(file.path) as stream:
             whole = Piece(0, inspected.bytes, 1, -1)
-            for _, row in readers.rows(stream, inspected.kind, whole, most_bytes):
+            for _, row in row_readers.rows(stream, inspected.kind, whole, most_bytes):
                 name = row.get("file_name") if isinstance(row, dict) else None
                 path = os.path.normpath(os.path.join(folder, name)) if isinstance(name, str) else ""
                 if path in known:
@@ -192,7 +191,7 @@ def _captions(found: Sequence[Found], tabled: set[str]) -> dict[str, list[str]]:
     """Media file -> the text or JSON files of its name beside it, the one to use first."""
     captions: dict[str, list[str]] = {}
     for file in found:
-        if formats.kind_of(file.path) not in formats.MEDIA_KINDS or file.path in tabled or file.refusal[0]:
+        if file_formats.kind_of(file.path) not in file_formats.MEDIA_KINDS or file.path in tabled or file.refusal[0]:
             continue
         stem = os.path.splitext(file.path)[0]
         names = [f"{start}{suffix}" for suffix in _CAPTION_SUFFIXES for start in (stem, file.path)]
@@ -209,10 +208,10 @@ def _name_beside(media: Found, path: str) -> str:
 
 def _with_caption(found: Found, kind: str, source: Source, beside: Sequence[Found]) -> InputFile:
     """A media file that no table names."""
-    file = InputFile(found.path, found.name, kind, form=forms.CAPTIONED)
+    file = InputFile(found.path, found.name, kind, form=row_formats.CAPTIONED)
     try:
         with open_regular(found.path) as stream:
-            fault = readers.head_fault(stream, found.path, kind)
+            fault = row_readers.head_fault(stream, found.path, kind)
             if fault is not None:
                 raise fault
             sha256, size, _ = survey(stream, kind)
@@ -233,9 +232,18 @@ def _caption(found: Found) -> InputFile:
     """The text or JSON file that is a caption. Raises Malformed where it may not be read, OSError where it cannot."""
     if found.refusal[0]:
         raise Malformed(found.refusal[0], f"the caption {found.name!r}: {found.refusal[1]}")
-    kind = formats.kind_of(found.path)
+    kind = file_formats.kind_of(found.path)
     with open_regular(found.path) as stream:
-        if (fault := readers.head_fault(stream, found.path, kind)) is not None:
+        if (fault := row_readers.head_fault(stream, found.path, kind)) is not None:
             raise Malformed(fault.reason, f"the caption {found.name!r}: {fault.detail}")
         sha256, size, _ = survey(stream, kind)
     return InputFile(found.path, found.name, kind, sha256, size, form="caption")
+
+
+__all__ = ["FileFacts", "InputFile", "Plan", "Unit", "plan", "read", "read_all", "unit_of_json"]
+
+
+def read_all(source: Source, max_row_bytes: int, media_folder: Path) -> Iterator[Example | Drop]:
+    """Every row of one source, in this process. Raises as `plan` and `read` do."""
+    for unit in plan([source], max_row_bytes).units:
+        yield from read(unit, source, media_folder)

@@ -1,4 +1,4 @@
-"""From the path that a source declares to its files: walked without following links, opened without blocking.
+"""Finds and opens files without following links.
 
 What is met on the way and not read (a link out of the folder, a pipe, a device) is named, never passed over; hidden files
 and folders (a leading dot) are, as the documentation says.

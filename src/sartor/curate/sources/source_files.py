@@ -1,21 +1,31 @@
-"""What a recipe declares as a source, made ready: the place it names, its licence, and what the manifest says of its files."""
+"""Files, digests and cut points of a declared source.
+
+A piece of JSON Lines is about PIECE_BYTES and ends at a line's end; a piece of Parquet is some row groups; every other file is
+one piece. A piece keeps the CRC-32 of its bytes, so that who reads it later knows it is what was planned, without reading
+the whole file again.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sartor.core import assets
 from sartor.core.errors import ConfigError, ExtraError, HubError, need
 from sartor.core.licences.spdx import UNKNOWN
-from sartor.curate.recipe import Source
-from sartor.curate.sources import forms, places, sql
-from sartor.curate.sources.parquet import drop_nulls
-from sartor.curate.sources.places import Found
-from sartor.curate.sources.tables import Read
+from sartor.curate.sources import row_formats, row_readers, safe_paths, sql
+from sartor.curate.sources.row_readers import (
+    Piece,  # noqa: F401
+    Read,
+    drop_nulls,
+)
+from sartor.curate.sources.safe_paths import Found
+from sartor.curate.sources.types import Source
 
 # Rows looked at to find a file's form: the commonest one among them is the file's.
 HEAD_ROWS = 50
@@ -57,12 +67,12 @@ def with_licence(source: Source) -> Source:
 def files_of(source: Source) -> list[Found]:
     """The files of a source. An asset is installed first. Raises ConfigError, AssetError."""
     if scheme(source.path) != "asset":
-        return places.find(source.path.removeprefix("inbox:"))
+        return safe_paths.find(source.path.removeprefix("inbox:"))
     name, inner = _asset(source.path)
     folder = assets.install(name)
     if inner.startswith("/") or ".." in Path(inner).parts:
         raise ConfigError(f"the source {source.path!r} leads out of the asset", f"asset:{name}/PATH, of a file in {folder}")
-    found = places.find(str(folder / inner))
+    found = safe_paths.find(str(folder / inner))
     # a pattern gives whole paths: no name of a row's place may hang on where this machine keeps its assets
     return [replace(file, name=file.name.removeprefix(f"{folder}/")) for file in found]
 
@@ -115,5 +125,59 @@ def _hub(source: Source) -> Any:
 
 def form_of(rows: Iterable[tuple[str, Any]], *, of_media: bool = False) -> str:
     """The commonest form among some rows; empty where none has one."""
-    found = Counter(form for _, row in rows if isinstance(row, dict) and (form := forms.detect(row, of_media=of_media)))
+    found = Counter(form for _, row in rows if isinstance(row, dict) and (form := row_formats.detect(row, of_media=of_media)))
     return found.most_common(1)[0][0] if found else ""
+
+
+PIECE_BYTES = 8 << 20
+BLOCK_BYTES = 1 << 20
+
+
+def survey(stream: BinaryIO, kind: str) -> tuple[str, int, list[Piece]]:
+    """(sha256, bytes, pieces) of a file. Memory is that of a block, however long a line is."""
+    if kind == "jsonl":
+        return _survey_lines(stream)
+    digest, crc, size = hashlib.sha256(), 0, 0
+    while block := stream.read(BLOCK_BYTES):
+        digest.update(block)
+        crc, size = zlib.crc32(block, crc), size + len(block)
+    if kind == "parquet" and size > PIECE_BYTES and (found := list(row_readers.pieces(stream))):
+        pieces = [
+            Piece(start, length, row, checksum(stream, start, length), (begin, last))
+            for start, length, row, begin, last in found
+        ]
+        return digest.hexdigest(), size, pieces
+    return digest.hexdigest(), size, [Piece(0, size, 1, crc)]
+
+
+def _survey_lines(stream: BinaryIO) -> tuple[str, int, list[Piece]]:
+    digest, pieces = hashlib.sha256(), []
+    start, line, crc, at, lines = 0, 1, 0, 0, 0
+    while block := stream.read(BLOCK_BYTES):
+        digest.update(block)
+        begun = 0
+        while (cut := block.find(b"\n", max(begun, start + PIECE_BYTES - at - 1)) + 1) > 0:
+            crc, lines = zlib.crc32(block[begun:cut], crc), lines + block.count(b"\n", begun, cut)
+            pieces.append(Piece(start, at + cut - start, line, crc))
+            start, line, crc, begun = at + cut, line + lines, 0, cut
+            lines = 0
+        crc, lines = zlib.crc32(block[begun:], crc), lines + block.count(b"\n", begun)
+        at += len(block)
+    if at > start or not pieces:
+        pieces.append(Piece(start, at - start, line, crc))
+    return digest.hexdigest(), at, pieces
+
+
+def checksum(stream: BinaryIO, start: int, length: int) -> int:
+    """CRC-32 of a piece of a file."""
+    crc = 0
+    for block in _blocks(stream, start, length):
+        crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _blocks(stream: BinaryIO, start: int, length: int) -> Iterator[bytes]:
+    stream.seek(start)
+    while length > 0 and (block := stream.read(min(BLOCK_BYTES, length))):
+        length -= len(block)
+        yield block

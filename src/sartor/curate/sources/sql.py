@@ -19,8 +19,7 @@ from urllib.parse import quote
 
 from sartor.core.errors import ConfigError, HubError, need
 from sartor.core.records import Malformed
-from sartor.curate.sources.parquet import drop_nulls
-from sartor.curate.sources.tables import Read
+from sartor.curate.sources.row_readers import Read, drop_nulls
 
 _NAME = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _WHOLE_NAME = re.compile(r"(?:\$\{[A-Za-z_][A-Za-z0-9_]*\})+")

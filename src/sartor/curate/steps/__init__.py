@@ -1,32 +1,30 @@
-"""Every step that a recipe may name. A new one is a file here and its class in one of these three unions."""
+"""Unions of all steps; step docs generated from them.
+
+python -m sartor.curate.steps > docs/steps.md
+"""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, TypeGuard, get_args
 
-from sartor.curate.steps.audio import Audio
-from sartor.curate.steps.augment_audio import AugmentAudio
-from sartor.curate.steps.augment_images import AugmentImages
-from sartor.curate.steps.bias import Bias
+from sartor.core import config
+from sartor.curate.step import CopyStep, SetStep
+from sartor.curate.steps.answer_quality import ChatQuality
 from sartor.curate.steps.boilerplate import Boilerplate
-from sartor.curate.steps.chat_quality import ChatQuality
 from sartor.curate.steps.contamination import Contamination
-from sartor.curate.steps.contract import CopyStep, SetStep
-from sartor.curate.steps.counterfactuals import Counterfactuals
 from sartor.curate.steps.domain import Domain
-from sartor.curate.steps.exact import ExactDuplicates
+from sartor.curate.steps.group_bias import Bias, Counterfactuals
 from sartor.curate.steps.image_duplicates import ImageDuplicates
-from sartor.curate.steps.images import Images
-from sartor.curate.steps.labels import SuspiciousLabels
-from sartor.curate.steps.language import Language
-from sartor.curate.steps.length import Length
-from sartor.curate.steps.markup import Markup
-from sartor.curate.steps.near import NearDuplicates
+from sartor.curate.steps.label_errors import SuspiciousLabels
+from sartor.curate.steps.media_augmentation import AugmentAudio, AugmentImages
+from sartor.curate.steps.media_filters import Audio, Images
 from sartor.curate.steps.personal_data import PersonalData
-from sartor.curate.steps.repair import RepairText
-from sartor.curate.steps.repetition import Repetition
-from sartor.curate.steps.rules import Rules
-from sartor.curate.steps.semantic import SemanticDuplicates
+from sartor.curate.steps.regex_rules import Rules
+from sartor.curate.steps.semantic_duplicates import SemanticDuplicates
+from sartor.curate.steps.text_cleaning import Markup, RepairText
+from sartor.curate.steps.text_duplicates import ExactDuplicates, NearDuplicates
+from sartor.curate.steps.text_filters import Language, Length, Repetition
 
 AnyRowStep = RepairText | Markup | Rules | Length | Repetition | ChatQuality | PersonalData | Images | Audio
 AnySetStep = (
@@ -53,3 +51,45 @@ def needs_all_rows(step: Any) -> TypeGuard[SetStep]:
 def makes_copies(step: Any) -> TypeGuard[CopyStep]:
     """Whether a step is a CopyStep."""
     return isinstance(step, get_args(AnyCopyStep))
+
+
+_HEAD = """# Steps of a curation recipe
+
+Made from the declarations in `src/sartor/curate/steps/` by `python -m sartor.curate.steps`; a test holds it to them.
+
+Steps act in the order in which the recipe names them. A step is written `length`, `{length: {min_words: 3}}` or
+`{kind: length, min_words: 3}`; a scalar or list stands for its first option (`{language: [en]}`).
+"""
+
+_UNIONS = {
+    "Steps that look at one row": AnyRowStep,
+    "Steps that compare rows": AnySetStep,
+    "Steps that copy training rows": AnyCopyStep,
+}
+
+
+def lines(*, table: bool) -> list[str]:
+    """Every step with its options: as tables, or as the plain list of a help text."""
+    found = []
+    for title, union in _UNIONS.items():
+        found += [f"## {title}", ""]
+        for cls in get_args(union):
+            kind = next(field.default for field in cls.__dataclass_fields__.values() if field.name == "kind")
+            options = list(config.describe(cls))
+            found += [f"### {kind}" if table else f"**{kind}**", "", inspect.cleandoc(cls.__doc__ or ""), ""]
+            if table and options:
+                found += ["| option | type, default | |", "|---|---|---|"]
+            for name, type_and_default, text in options:
+                cells = [cell.replace("|", "\\|") for cell in (type_and_default, text)]
+                found.append(f"| `{name}` | {cells[0]} | {cells[1]} |" if table else f"- `{name}` ({type_and_default}): {text}")
+            found.append("")
+    return found
+
+
+def reference() -> str:
+    """The page."""
+    return "\n".join([_HEAD, *lines(table=True)]).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")  # noqa: T201

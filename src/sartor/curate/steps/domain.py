@@ -22,8 +22,8 @@ import pyarrow as pa
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError, need
 from sartor.core.records import Example, Malformed
-from sartor.curate.sources import readers
-from sartor.curate.steps.contract import Gathered, Removal, Verdicts
+from sartor.curate.sources import row_readers
+from sartor.curate.step import Gathered, Removal, Verdicts
 from sartor.text.example_text import FIELD_TEXT, Field, texts
 
 FEWEST = 5  # examples of a label
@@ -155,7 +155,7 @@ def _read(path: str, stamp: int) -> tuple[Labelled, ...]:
         raise ConfigError(f"examples: there is no file {path!r}", "check the path; it is taken from the current directory")
     found = []
     try:
-        for line, row in readers.read(file, _MOST_BYTES):
+        for line, row in row_readers.read_rows(file, _MOST_BYTES):
             if isinstance(row, Malformed):
                 raise ConfigError(f"{path}:{line}: {row.detail}", "mend the row")
             text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)

@@ -1,9 +1,9 @@
-"""`bias`: how outcomes fall on groups of people, and weights or removals that make them fall evenly."""
+"""Steps bias, weigh and counterfactuals."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +13,12 @@ import pyarrow as pa
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example
-from sartor.curate.bias import cells, weights
-from sartor.curate.bias.membership import Memberships, every
-from sartor.curate.bias.outcomes import of_replies
-from sartor.curate.bias.rates import Rates, measured
-from sartor.curate.labels import target
-from sartor.curate.steps.contract import Gathered, Removal, RowFunction, Verdicts
+from sartor.curate.bias import mitigation
+from sartor.curate.bias.group_membership import Memberships, every, of_replies
+from sartor.curate.bias.mitigation import ATTRIBUTES, counterfactuals
+from sartor.curate.bias.outcome_rates import Rates, measured
+from sartor.curate.labels import class_labels
+from sartor.curate.step import Copy, CopyFunction, Gathered, Removal, RowFunction, Verdicts
 
 EVIDENCE = "bias"
 _SCHEMA = pa.schema(
@@ -73,20 +73,20 @@ class Bias:
         return Verdicts(removals, {EVIDENCE: _table(before, after)}, facts, then)
 
     def _mitigated(
-        self, people: Memberships, found: target.Target, weight: Sequence[float], gathered: Gathered
+        self, people: Memberships, found: class_labels.Target, weight: Sequence[float], gathered: Gathered
     ) -> tuple[list[Removal], Weigh | None, Rates | None]:
         if self.mitigate == "reweight":
-            factors = weights.factors(people, found.labels, weight)
+            factors = mitigation.factors(people, found.labels, weight)
             then = Weigh(tuple((*key, factor) for key, factor in sorted(factors.items())), self.group, found.chosen)
             said = ({name: values[row] for name, values in people.items()} for row in range(len(weight)))
             rows = zip(weight, said, found.labels, strict=True)
-            new = [old * weights.weight_of(factors, groups, outcome) for old, groups, outcome in rows]
+            new = [old * mitigation.weight_of(factors, groups, outcome) for old, groups, outcome in rows]
             return [], then, measured(people, found.labels, new)
         if self.mitigate == "drop":
             if len(people) > 1:
                 raise ConfigError(f"bias: the rows name {', '.join(people)}; drop takes one", f"group: [{next(iter(people))}]")
             (name, values), *_ = people.items()
-            gone = cells.superfluous(cells.table(values, found.labels), self.seed)
+            gone = mitigation.superfluous(mitigation.table(values, found.labels), self.seed)
             said_of = [f"{name} {values[row]}, {found.labels[row]!r:.60}: more of it than of the other groups" for row in gone]
             removals = [Removal(row, "group_outcome", said) for row, said in zip(gone, said_of, strict=True)]
             kept = sorted(set(range(len(gathered))) - set(gone))
@@ -113,7 +113,7 @@ class Weigh:
 
         def apply(example: Example) -> Example | Drop:
             said = {name: values[0] for name, values in every([example], self.group).items()}
-            factor = weights.weight_of(found, said, target.find([example.reply], self.outcome).labels[0])
+            factor = mitigation.weight_of(found, said, class_labels.find([example.reply], self.outcome).labels[0])
             return example if factor == 1 else replace(example, weight=example.weight * factor)
 
         return apply
@@ -137,3 +137,29 @@ def _table(before: Rates, after: Rates | None) -> Any:
         for outcome, rate in outcomes.items()
     ]
     return pa.Table.from_pylist(rows, _SCHEMA)
+
+
+@dataclass(frozen=True)
+class Counterfactuals:
+    """Add each training row that names somebody of a group again about somebody of another one, the reply's outcome kept.
+
+    English, by the lexicon of `text/demographics/group_terms.py`. A row in which grammar or sense cannot be kept, or that speaks of people of
+    several groups, gets no copy.
+    """
+
+    group: tuple[str, ...] = option(("sex",), f"by what: {', '.join(ATTRIBUTES)}")
+    rehearsal: bool = option(False, "copy rows of rehearsal sources too")
+    kind: Literal["counterfactuals"] = "counterfactuals"
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.group if name not in ATTRIBUTES]:
+            raise ConfigError(f"group is {unknown[0]!r}", f"group: [{', '.join(ATTRIBUTES)}]")
+
+    def open(self, folder: Path) -> CopyFunction:
+        """See CopyStep."""
+
+        def copies(example: Example) -> Iterator[Copy | Drop]:
+            for copy, changes in counterfactuals(example, self.group):
+                yield Copy(copy, changes)
+
+        return copies

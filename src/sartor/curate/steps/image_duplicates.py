@@ -16,10 +16,9 @@ from sartor.core.config import option
 from sartor.core.errors import ConfigError, MediaError
 from sartor.core.records import Example, digest
 from sartor.curate.dedup import clusters
-from sartor.curate.dedup.pairs import EXACT, Pairs
-from sartor.curate.dedup.verify import Rules
-from sartor.curate.steps.contract import Gathered, Removal, Verdicts
-from sartor.curate.steps.images import media_of
+from sartor.curate.dedup.pair_scoring import EXACT, Pairs, Rules
+from sartor.curate.step import Gathered, Removal, Verdicts
+from sartor.curate.steps.media_filters import media_of
 from sartor.media.images import SIDE, likeness, open_picture, perceptual_hash, thumbnail
 
 MOST_DISTANCE = 10  # bits of 64. Of variants at 8 bits 96 % become candidates, up to 7 bits all do

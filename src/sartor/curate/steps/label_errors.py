@@ -1,4 +1,4 @@
-"""`suspicious_labels`: labels and answers that the other rows speak against, ranked for review."""
+"""Step suspicious_labels: ranks likely label errors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import pyarrow as pa
 from sartor.core.config import option
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Example
-from sartor.curate.labels import target
-from sartor.curate.labels.queue import BY_LABEL, SHOWN_CHARACTERS, Ruling, table
-from sartor.curate.labels.ruling import Settings, rule
-from sartor.curate.steps.contract import Gathered, Removal, Verdicts
-from sartor.curate.steps.survivor import has_media
+from sartor.curate.labels import class_labels
+from sartor.curate.labels.label_ranking import BY_LABEL, SHOWN_CHARACTERS, Ruling, Settings, rule, table
+from sartor.curate.step import Gathered, Removal, Verdicts
+from sartor.curate.steps.text_duplicates import has_media
 from sartor.text import encoders
 
 __all__ = ["BY_LABEL", "EVIDENCE", "SHOWN_CHARACTERS", "SuspiciousLabels"]  # what whoever reads the evidence needs
@@ -46,7 +45,7 @@ class SuspiciousLabels:
     kind: Literal["suspicious_labels"] = "suspicious_labels"
 
     def __post_init__(self) -> None:
-        target.check(self.label)
+        class_labels.check(self.label)
         for name in ("queue_fraction", "max_fraction", "likeness", "agreement"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value}, not between 0 and 1", f"{name}: {min(max(value, 0.0), 1.0):g}")

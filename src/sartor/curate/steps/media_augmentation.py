@@ -1,23 +1,141 @@
-"""`augment_images`: further training rows whose pictures are turned, cropped, lit or blurred otherwise, the reply kept."""
+"""Steps augment_images and augment_audio.
+
+What is drawn follows from (step, seed, id of the row, number of the copy) and from nothing else, so copies are the same bytes
+in whatever process and order they are made. All media of a row are drawn for alike: of two pictures that are compared both are
+turned by one angle.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from sartor.core.config import option
-from sartor.core.errors import ConfigError
-from sartor.curate.steps.augment import Written, check_between, check_copies, copying
-from sartor.curate.steps.contract import CopyFunction
+from sartor.core.errors import ConfigError, MediaError
+from sartor.core.records import Drop, Example, Message, PartKind, canonical, dropped
+from sartor.curate.sources import media_files
+from sartor.curate.step import Copy, CopyFunction
+from sartor.curate.steps.media_filters import media_of
+from sartor.media import audio
 from sartor.media.images import open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+MOST_COPIES = 100
+T = TypeVar("T")
+
+
+class Written(NamedTuple):
+    """A changed medium as a file: its bytes, its suffix, and in words what was changed."""
+
+    content: bytes
+    suffix: str
+    changes: list[str]
+
+
+class Changing(Protocol, Generic[T]):
+    """A step as it is seen here: how its media are decoded, and how one is changed."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in a recipe."""
+        ...
+
+    @property
+    def copies(self) -> int:
+        """Further rows for each row."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of what is drawn."""
+        ...
+
+    def decoded(self, file: Path) -> T:
+        """Raises MediaError."""
+        ...
+
+    def changed(self, medium: T, file: Path, draw: np.random.Generator) -> Written:
+        """The medium with changes by `draw`, whose first values do not depend on the medium. `file` is where it was."""
+        ...
+
+
+def copying(step: Changing[T], part: PartKind, folder: Path) -> CopyFunction:
+    """The function of a CopyStep that changes the media of one kind of part."""
+
+    def copies(example: Example) -> Iterator[Copy | Drop]:
+        names = list(dict.fromkeys(media_of(example, part)))
+        decoded: dict[str, T] = {}
+        for number in range(1, step.copies + 1) if names else ():
+            try:
+                decoded = decoded or {name: step.decoded(folder / name) for name in names}
+                written = {
+                    name: step.changed(medium, folder / name, _draw(step.kind, step.seed, example.id, number))
+                    for name, medium in decoded.items()
+                }
+            except MediaError as error:
+                yield _failed(example, step.kind, number, error)
+                continue
+            row = _copy(example, step.kind, {name: _stored(one, folder) for name, one in written.items()})
+            yield Copy(row, f"copy {number}: {', '.join(written[names[0]].changes) or 'nothing'}")
+
+    return copies
+
+
+def _draw(kind: str, seed: int, row: str, number: int) -> np.random.Generator:
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(canonical([kind, seed, row, number])).digest(), "big"))
+
+
+def _stored(written: Written, folder: Path) -> str:
+    return media_files.copy(io.BytesIO(written.content), f"copy{written.suffix}", folder / "media")
+
+
+def _copy(example: Example, kind: str, now: dict[str, str]) -> Example:
+    """The row with other media. Its origins say what it was made from, so that revoking the row or its source reaches it."""
+    return replace(
+        example,
+        messages=_with_media(example.messages, now),
+        rejected=_with_media(example.rejected, now),
+        origins=tuple(replace(origin, parents=(example.id,), step=kind) for origin in example.origins),
+        steps=(*example.steps, kind),
+    )
+
+
+def _with_media(messages: tuple[Message, ...], now: dict[str, str]) -> tuple[Message, ...]:
+    return tuple(
+        replace(message, content=tuple(replace(part, media=now.get(part.media, part.media)) for part in message.content))
+        for message in messages
+    )
+
+
+def _failed(example: Example, kind: str, number: int, error: MediaError) -> Drop:
+    """The Drop of one copy. It has no id: the row itself is kept under it."""
+    drop = dropped(example, f"{kind}:{error.reason}", f"copy {number} of {example.id}: {error.problem}", step=kind)
+    return replace(drop, id="")
+
+
+def check_copies(copies: int, *, is_idle: bool) -> None:
+    """Raises ConfigError for a number of copies that cannot be, or where no change is asked for."""
+    if not 1 <= copies <= MOST_COPIES:
+        raise ConfigError(f"copies is {copies}; it must be from 1 to {MOST_COPIES}", "copies: 2")
+    if is_idle:
+        raise ConfigError("every change is off, and a copy would be the row itself", "leave the options out for the defaults")
+
+
+def check_between(name: str, value: float, least: float, most: float, remedy: object) -> None:
+    """Raises ConfigError for an option outside of its bounds."""
+    if not least <= value <= most:
+        raise ConfigError(f"{name} is {value:g}; it must be from {least:g} to {most:g}", f"{name}: {remedy}")
+
 
 JPEG = (".jpg", ".jpeg")
 JPEG_QUALITY = 95  # of a copy of a JPEG whose compression is not to be changed
@@ -155,3 +273,122 @@ def cropped(picture: Image, area: float, across: float, down: float) -> Image:
     width, height = (max(1, round(length * math.sqrt(area))) for length in picture.size)
     left, top = round(across * (picture.width - width)), round(down * (picture.height - height))
     return picture.crop((left, top, left + width, top + height))
+
+
+TELEPHONE = 8000  # samples a second
+MOST_RATE = 96_000  # of a copy: FLAC knows none above 655,350
+MOST_SAMPLES = 3600 * 16_000  # of a recording that is changed: it is held whole, several times over
+QUIETEST_NOISE_DB = 40.0
+LOUDEST = 0.999  # of full scale: above it is clipped
+
+
+class Recording(NamedTuple):
+    """(samples,) the mean of a recording's channels at its own rate."""
+
+    mono: audio.F32
+    rate: int
+
+
+@dataclass(frozen=True)
+class AugmentAudio:
+    """Add copies of each training row that has recordings, with the recordings changed at random and the reply kept.
+
+    No copy is made of a held-out row. Speed goes with pitch, as of a tape (Ko et al. 2015). `time_mask_s` silences a piece
+    (Park et al. 2019): leave it at 0 where the reply says again what was heard. A copy is FLAC, one channel of 16 bits, at the
+    rate of the recording (96,000 at most); one that would be clipped is turned down.
+    """
+
+    copies: int = option(2, "further rows for each row, 1 to 100")
+    speed: float = option(0.1, "faster or slower by up to this fraction, 0 to 0.5: 0.1 is a speed of 0.9 to 1.1")
+    gain_db: float = option(6.0, "louder or quieter by up to this, 0 to 40")
+    noise_db: float = option(
+        0.0, "white noise: the lowest ratio of signal to noise, 5 to 40, drawn from there to 40; 0 adds none"
+    )
+    shift_s: float = option(0.1, "longest silence put before the recording, in seconds, 0 to 10")
+    telephone: float = option(0.0, "fraction of the copies that go through 8,000 samples a second and back, 0 to 1")
+    time_mask_s: float = option(0.0, "longest piece that is silenced, in seconds, 0 to 10, and never over a tenth of it all")
+    rehearsal: bool = option(False, "copy rows of rehearsal sources too")
+    seed: int = option(0, "of what is drawn")
+    kind: Literal["augment_audio"] = "augment_audio"
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "speed": (0.5, 0.1),
+            "gain_db": (40, 6),
+            "shift_s": (10, 0.1),
+            "telephone": (1, 0.5),
+            "time_mask_s": (10, 0.2),
+        }
+        for name, (most, usual) in bounds.items():
+            check_between(name, getattr(self, name), 0, most, usual)
+        if self.noise_db and not 5 <= self.noise_db <= QUIETEST_NOISE_DB:
+            raise ConfigError(f"noise_db is {self.noise_db:g}; it must be 0, or from 5 to 40", "noise_db: 15")
+        check_copies(self.copies, is_idle=not any([self.noise_db, *(getattr(self, name) for name in bounds)]))
+
+    def open(self, folder: Path) -> CopyFunction:
+        """See CopyStep."""
+        return copying(self, "audio", folder)
+
+    def decoded(self, file: Path) -> Recording:
+        """Raises MediaError, or ExtraError without soundfile or soxr."""
+        with audio.opened(file) as sound:
+            rate = min(int(sound.samplerate), MOST_RATE)
+        max_seconds = min(audio.MOST_SECONDS, MOST_SAMPLES / rate)
+        return Recording(audio.read_sound(file, rate, max_seconds), rate)
+
+    def changed(self, medium: Recording, file: Path, draw: np.random.Generator) -> Written:
+        """The recording changed: its time first, then its band, what is added, and how loud it is."""
+        mono, rate = medium
+        changes: list[str] = []
+        mono = self._timed(mono, rate, draw, changes)
+        if self.telephone and draw.random() < self.telephone and rate > TELEPHONE:
+            mono = fitted(audio.resampled(audio.resampled(mono, rate, TELEPHONE), TELEPHONE, rate), len(mono))
+            changes.append(f"through {TELEPHONE:,} samples a second")
+        mono = self._loud(mono, draw, changes)
+        return Written(flac(mono, rate), ".flac", changes)
+
+    def _timed(self, mono: audio.F32, rate: int, draw: np.random.Generator, changes: list[str]) -> audio.F32:
+        if self.speed:
+            factor = draw.uniform(1 - self.speed, 1 + self.speed)
+            mono = audio.resampled(mono, rate * factor, rate)
+            changes.append(f"speed times {factor:.3f}")
+        if self.time_mask_s:
+            length, place = draw.uniform(0, self.time_mask_s), draw.random()
+            masked = min(round(length * rate), len(mono) // 10)
+            start = round(place * (len(mono) - masked))
+            mono = mono.copy()
+            mono[start : start + masked] = 0
+            changes.append(f"{masked / rate:.3f} s silenced from {start / rate:.3f} s on")
+        if self.shift_s:
+            late = draw.uniform(0, self.shift_s)
+            mono = np.concatenate([np.zeros(round(late * rate), np.float32), mono])
+            changes.append(f"{late:.3f} s of silence before")
+        return mono
+
+    def _loud(self, mono: audio.F32, draw: np.random.Generator, changes: list[str]) -> audio.F32:
+        if self.gain_db:
+            gain = draw.uniform(-self.gain_db, self.gain_db)
+            mono = mono * np.float32(10 ** (gain / 20))
+            changes.append(f"{gain:+.1f} dB")
+        if self.noise_db:
+            ratio = draw.uniform(self.noise_db, QUIETEST_NOISE_DB)
+            power = float(np.mean(np.square(mono, dtype=np.float64)))
+            spread = np.float32((power / 10 ** (ratio / 10)) ** 0.5)
+            mono = mono + spread * draw.standard_normal(len(mono), np.float32)
+            changes.append(f"noise at {ratio:.1f} dB")
+        peak = float(np.abs(mono).max())
+        return mono * np.float32(LOUDEST / peak) if peak > LOUDEST else mono
+
+
+def fitted(mono: audio.F32, samples: int) -> audio.F32:
+    """Cut, or with silence at its end, so long as it was before it was resampled."""
+    return np.pad(mono[:samples], (0, max(0, samples - len(mono))))
+
+
+def flac(mono: audio.F32, rate: int) -> bytes:
+    """(samples,) -1..1 as a file of 16 bits."""
+    import soundfile
+
+    out = io.BytesIO()
+    soundfile.write(out, mono, rate, format="FLAC", subtype="PCM_16")
+    return out.getvalue()

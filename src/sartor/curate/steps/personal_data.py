@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.core.records import TEXT_KEPT, Drop, Example
-from sartor.curate.steps.contract import RowFunction
+from sartor.curate.step import RowFunction
 from sartor.text.pii.entities import ENTITIES, EntityName, Finding
 from sartor.text.pii.example_layout import FieldName, Slot
 from sartor.text.pii.masking import MOST_PASSES, Found, Placeholders, counted, find_in_row, masked, only, text_masker

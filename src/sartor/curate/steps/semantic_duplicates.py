@@ -1,9 +1,10 @@
-"""`semantic_duplicates`: rows that say the same in other words; one of each stays, every pair is evidence."""
+"""Step semantic_duplicates: same meaning in other words."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +15,12 @@ from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example
 from sartor.curate.dedup import clusters
-from sartor.curate.dedup.pairs import Pairs
-from sartor.curate.dedup.verify import Rules
-from sartor.curate.likeness import meaning
-from sartor.curate.steps.contract import Gathered, Removal, Verdicts
-from sartor.curate.steps.survivor import KEEP_HELP, Field, Keep, is_apart, ranks
-from sartor.text import encoders
+from sartor.curate.dedup.clusters import components, places_of
+from sartor.curate.dedup.pair_scoring import Pairs
+from sartor.curate.dedup.pair_scoring import Rules as pair_scoring_Rules
+from sartor.curate.step import Gathered, Removal, Verdicts
+from sartor.curate.steps.text_duplicates import KEEP_HELP, Field, Keep, is_apart, ranks
+from sartor.text import encoders, equivalence
 
 EVIDENCE = "semantic_pairs"
 METHOD = "vectors and words"
@@ -83,12 +84,12 @@ class SemanticDuplicates:
         table = gathered.table.take(pa.array(compared)) if len(compared) < len(gathered) else gathered.table
         texts, replies = encoders.Texts(table["text"]), encoders.Texts(table["reply"])
         threshold = chosen.likeness if self.threshold is None else self.threshold
-        found = meaning.Found()
+        found = Found()
         if len(compared) > 1:
             embedded = chosen.encoder.encode(texts)
-            rules = meaning.Rules(threshold, self.agreement, self.neighbours)
+            rules = Rules(threshold, self.agreement, self.neighbours)
             said = replies if self.field == "both" else None
-            found = meaning.pairs(texts, embedded, rules, said, gathered.table["rank"].to_numpy()[compared])
+            found = pairs(texts, embedded, rules, said, gathered.table["rank"].to_numpy()[compared])
         removals = self._removals(gathered, compared, found)
         facts = {
             **(chosen.facts() if len(compared) > 1 else {"encoder": "none", "encoder_because": "there is nothing to compare"}),
@@ -108,13 +109,15 @@ class SemanticDuplicates:
         spoken = [bool(text.strip()) for text in encoders.Texts(gathered.table["text"])]
         return np.flatnonzero(np.array(whole, bool) & np.array(spoken, bool))
 
-    def _removals(self, gathered: Gathered, compared: Any, found: meaning.Found) -> list[Removal]:
+    def _removals(self, gathered: Gathered, compared: Any, found: Found) -> list[Removal]:
         if not found.pairs:
             return []
         scores = np.array([min(pair.likeness, pair.words) for pair in found.pairs], np.float32)
         a, b = (np.array(compared[[getattr(pair, end) for pair in found.pairs]], np.int64) for end in ("a", "b"))
         edges = Pairs(a, b, scores, np.zeros_like(scores), np.zeros(len(a), bool))
-        gone = clusters.resolve(edges, gathered.table["rank"].to_numpy(), Rules(threshold=0.0, floor=0.0, contained=0.0))
+        gone = clusters.resolve(
+            edges, gathered.table["rank"].to_numpy(), pair_scoring_Rules(threshold=0.0, floor=0.0, contained=0.0)
+        )
         limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         locators = gathered.table["locator"]
         sources = np.array(gathered.table["source"].to_pylist(), np.int64)
@@ -126,7 +129,7 @@ class SemanticDuplicates:
             for row, kept, score in zip(*(np.asarray(end).tolist() for end in (gone.rows, gone.kept, gone.score)), strict=True)
         ]
 
-    def _evidence(self, gathered: Gathered, compared: Any, found: meaning.Found) -> Any:
+    def _evidence(self, gathered: Gathered, compared: Any, found: Found) -> Any:
         ids, locators = gathered.table["id"], gathered.table["locator"]
         ends = [(int(compared[pair.a]), int(compared[pair.b]), pair) for pair in found.pairs]
         return pa.table(
@@ -141,3 +144,126 @@ class SemanticDuplicates:
                 "method": pa.array([METHOD] * len(ends), pa.string()),
             }
         )
+
+
+# Replies of so few content words, and JSON, are labels or values: these are equal or not, but never alike.
+FEW_WORDS = 3
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Rows a < b that say the same: `likeness` is their vectors' cosine, `words` the share of words in common (of two fields
+    the lower).
+    """
+
+    a: int
+    b: int
+    likeness: float
+    words: float
+
+
+@dataclass
+class Found:
+    """The verified pairs; how many pairs were near by their vectors, and what the words had against the others, counted.
+
+    `crowded` rows have as many near rows as are looked at, and perhaps more; like ones of those were looked for.
+    """
+
+    pairs: list[Pair] = field(default_factory=list)
+    candidates: int = 0
+    crowded: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """`threshold`: cosine of the vectors from which a pair is looked at; `agreement`: share of words in common from which
+    it is one; `most`: nearest rows of each row that are looked at.
+    """
+
+    threshold: float
+    agreement: float
+    most: int
+
+
+class _Verifier:
+    """Takes pairs of rows, keeps those that say the same."""
+
+    def __init__(self, texts: Sequence[str], vectors: Any, rules: Rules, replies: Sequence[str] | None) -> None:
+        self.found, self.rules = Found(), rules
+        self._vectors, self._replies = vectors, replies
+        self._read, self._weights = equivalence.reader(texts), equivalence.rarities(texts)
+        self._answer = equivalence.reader(replies or ())
+        self._answer_weights = equivalence.rarities(replies or ())
+        self._tried: set[tuple[int, int]] = set()
+
+    def verify(self, a: int, b: int) -> bool:
+        """Whether two rows say the same. Counts a pair once, however often it is asked about."""
+        a, b = min(a, b), max(a, b)
+        likeness = min(float(self._vectors[a] @ self._vectors[b]), 1.0)
+        if (a, b) in self._tried or likeness < self.rules.threshold:
+            return False
+        self._tried.add((a, b))
+        self.found.candidates += 1
+        verdict = equivalence.compare(self._read(a), self._read(b), self._weights)
+        where = ""
+        if self._replies is not None and not verdict.objection and verdict.score >= self.rules.agreement:
+            reply = same_reply((self._replies[a], self._replies[b]), self._answer(a), self._answer(b), self._answer_weights)
+            where = "" if reply.score >= self.rules.agreement else "reply_"
+            verdict = min((verdict, reply), key=lambda one: one.score)
+        if verdict.objection or verdict.score < self.rules.agreement:
+            self.found.refused[where + (verdict.objection or "words")] += 1
+            return False
+        self.found.pairs.append(Pair(a, b, likeness, verdict.score))
+        return True
+
+
+def pairs(texts: Sequence[str], vectors: Any, rules: Rules, replies: Sequence[str] | None, rank: Any) -> Found:
+    """The pairs of N texts that say the same, by vectors (N, D) and words. With `replies`, theirs must agree as well.
+
+    `rank` (N,) is what the choice of a survivor goes by: of many rows that say the same, more than a row's nearest are looked
+    at, so that each is held against the one that stays.
+    """
+    verifier = _Verifier(texts, vectors, rules, replies)
+    near = encoders.NearPairs(vectors, rules.threshold, rules.most)
+    for a, b, _ in near:
+        verifier.verify(a, b)
+    if near.crowded:
+        _complete(verifier, len(texts), places_of(rank))
+    verifier.found.crowded = near.crowded
+    verifier.found.pairs.sort(key=lambda pair: (pair.a, pair.b))
+    return verifier.found
+
+
+def _complete(verifier: _Verifier, count: int, place: Any) -> None:
+    """Hold the rows of each connected component against its first-placed row; those that are unlike it, against the next."""
+    ends = np.array([(pair.a, pair.b) for pair in verifier.found.pairs], np.int64).reshape(-1, 2)
+    labels: Any = components(count, ends[:, 0], ends[:, 1])
+    left: dict[int, list[int]] = {}
+    for row in np.unique(ends).tolist():
+        left.setdefault(int(labels[row]), []).append(row)
+    linked = {(pair.a, pair.b) for pair in verifier.found.pairs}
+    for rows in left.values():
+        rows.sort(key=lambda row: int(place[row]))
+        for _ in range(_ROUNDS):
+            if len(rows) < 3:
+                break
+            head = rows[0]
+            rows = [
+                row for row in rows[1:] if (min(head, row), max(head, row)) not in linked and not verifier.verify(head, row)
+            ]
+
+
+def same_reply(
+    texts: tuple[str, str], one: equivalence.Read, other: equivalence.Read, weights: dict[str, float]
+) -> equivalence.Verdict:
+    """`alike.compare` for replies: values and JSON must be equal, since one letter of them may be another thing."""
+    if is_value(texts[0], one) or is_value(texts[1], other):
+        return equivalence.Verdict(1.0 if texts[0].split() == texts[1].split() else 0.0)
+    return equivalence.compare(one, other, weights)
+
+
+def is_value(text: str, read: equivalence.Read) -> bool:
+    """Whether a reply is a value rather than a sentence."""
+    return text.lstrip()[:1] in ("{", "[", "<") or len(read.content({})) <= FEW_WORDS

@@ -1,26 +1,149 @@
-"""`markup`: HTML/XML tags and Markdown, taken out or a reason to drop; scripts and styles never survive as text.
+"""Steps repair_text and markup: encoding, HTML, Markdown.
 
 What counts as a tag: a comment, a doctype, a processing instruction, CDATA; an opening tag of an element that is also closed
 in the same text; an element of HTML that needs no end (`<br>`, `<img ...>`, `<p>`, `<li>`); anything else with a value in
 quotes or `/>`. So `a < b and c > d`, `List<String>`, `<your name>` and "how do I centre a <div>?" are text.
+
+Left as they are: joiners and direction marks (U+200C to U+200F, U+202A to U+202E, U+2066 to U+2069: Arabic, Indic and emoji
+need them), variation selectors, ideographic space, curly quotes, ligatures, full-width letters, runs of spaces, trailing
+spaces, and the zero-width space between letters of a script that breaks lines with it (Thai, Lao, Khmer, Burmese).
 """
 
 from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sartor.core.config import option
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ConfigError, need
 from sartor.core.records import Drop, Example, dropped
-from sartor.curate.steps.contract import RowFunction
-from sartor.curate.steps.markdown import plain_text, signs
+from sartor.curate.step import RowFunction
 from sartor.text.example_text import FIELD_TEXT, Field, code_spans, rewritten, split_code, texts, word_set
+
+_HINT = re.compile(r"[*_`\[#~|]|^\s{0,3}(?:>|[-+] |\d+[.)] |-{3}|={3})", re.M)
+_SIGNS = {
+    "heading_open": "headings",
+    "strong_open": "bold",
+    "em_open": "italics",
+    "s_open": "strikethrough",
+    "link_open": "links",
+    "image": "images",
+    "code_inline": "code",
+    "fence": "code blocks",
+    "bullet_list_open": "lists",
+    "ordered_list_open": "lists",
+    "blockquote_open": "quotations",
+    "table_open": "tables",
+    "hr": "rules",
+}
+_CODE = ("code_inline", "fence")
+_LISTS = ("bullet_list_open", "ordered_list_open", "bullet_list_close", "ordered_list_close")
+# CommonMark reads 2*3*4 as italics; people do not write them inside a word
+_TIMES = re.compile(r"(?<=\w)\*(?=\w)")
+
+
+@cache
+def _parser() -> Any:
+    try:
+        from markdown_it import MarkdownIt
+    except ImportError:
+        raise need("markdown-it-py") from None
+    # indented code and raw HTML off: in chat they are prose
+    return (
+        MarkdownIt("commonmark", {"html": False})
+        .enable(["table", "strikethrough"])
+        .disable(["code", "html_block", "html_inline", "entity"])
+    )
+
+
+def signs(text: str, keeps_code: bool) -> list[str]:
+    """Which kinds of Markdown a text has; of code only where it is not kept."""
+    if not _HINT.search(text):
+        return []
+    kinds = [token.type for token in _flat(_tokens(text))]
+    return sorted({_SIGNS[kind] for kind in kinds if kind in _SIGNS and not (keeps_code and kind in _CODE)})
+
+
+def plain_text(text: str, keeps_code: bool) -> str:
+    """The text without Markdown: list marks and line breaks stay; links become their text. `keeps_code`: code keeps its marks.
+
+    A text without Markdown comes back as it is.
+    """
+    if not _HINT.search(text):
+        return text
+    tokens = _tokens(text)
+    kinds = {token.type for token in _flat(tokens)} & set(_SIGNS)
+    if kinds <= (
+        {*_CODE, "bullet_list_open", "ordered_list_open"} if keeps_code else {"bullet_list_open", "ordered_list_open"}
+    ):
+        return text
+    return _blocks(tokens, keeps_code)
+
+
+def _tokens(text: str) -> list[Any]:
+    if "*" in text:
+        text = "".join(piece if is_code else _TIMES.sub(r"\\*", piece) for is_code, piece in split_code(text))
+    return list(_parser().parse(text))
+
+
+def _flat(tokens: list[Any]) -> list[Any]:
+    return [inner for token in tokens for inner in (token, *(token.children or []))]
+
+
+def _blocks(tokens: list[Any], keeps_code: bool) -> str:
+    """Blocks, one after another, apart as in the source; an item of a list begins with its mark."""
+    lines: list[str] = []
+    marks: list[str] = []
+    cells: list[str] = []
+    depth = upto = 0  # of lists; lines of the source that are done
+    for place, token in enumerate(tokens):
+        if token.type in _LISTS:
+            depth += token.nesting
+        elif token.type == "list_item_open":
+            marks.append(f"{token.info}{token.markup}" if token.info else "-")
+        elif token.type == "tr_close":
+            lines.append(" | ".join(cells))
+            cells = []
+        elif token.type == "inline" and tokens[place - 1].type in ("td_open", "th_open"):
+            cells.append(_inline(token.children, keeps_code))
+            upto = token.map[1] if token.map else upto
+        elif token.type in ("inline", "fence"):
+            if lines and token.map[0] > upto:
+                lines.append("")
+            upto = token.map[1]
+            body = _inline(token.children, keeps_code) if token.type == "inline" else _fence(token, keeps_code)
+            lines += _indented(body, f"{marks.pop()} " if marks else "  " if depth else "", depth)
+    return "\n".join(lines)
+
+
+def _indented(body: str, mark: str, depth: int) -> list[str]:
+    outer = "  " * max(depth - 1, 0)
+    return [outer + (" " * len(mark) if place else mark) + line for place, line in enumerate(body.split("\n"))]
+
+
+def _fence(token: Any, keeps_code: bool) -> str:
+    body = token.content.removesuffix("\n")
+    return f"{token.markup}{token.info}\n{body}\n{token.markup}" if keeps_code else body
+
+
+def _inline(children: list[Any], keeps_code: bool) -> str:
+    pieces = []
+    for token in children:
+        if token.type in ("softbreak", "hardbreak"):
+            pieces.append("\n")
+        elif token.type == "code_inline" and keeps_code:
+            pieces.append(f"{token.markup}{token.content}{token.markup}")
+        else:
+            pieces.append(token.content)
+    return "".join(pieces)
+
 
 Action = Literal["strip", "drop", "keep"]
 _VOID = word_set("area base br col embed hr img input link meta param source track wbr")
@@ -237,3 +360,89 @@ def _is_markup(tag: Tag, paired: set[str], text: str, count: int) -> bool:
         alone = count == 1 and text[tag.start - 1 : tag.start] == " " and text[tag.end : tag.end + 1] in (" ", "?", ",", ".")
         return not alone
     return False
+
+
+# Control characters that stand for a break; taking them out would glue words.
+_BREAKS = str.maketrans({"\x0b": "\n", "\x0c": "\n", **{chr(code): " " for code in range(0x1C, 0x20)}})
+_CONTROL = re.compile(
+    "\x1b\\[[0-9;?]*[A-Za-z]"  # a terminal's colours
+    "|[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u206a-\u206f\ufeff\ufff9-\ufffc\ufdd0-\ufdef\ufffe\uffff]"
+    # tag characters spell hidden text, but for the flags that are a black flag followed by tags
+    "|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0000-\U000e007f]+"
+)
+_ASCII_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
+_LINE_END = re.compile("\r\n?|[\x85\u2028\u2029]")
+_SPACE = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f]")
+_SOUTH_EAST_ASIAN = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff"
+_NO_WIDTH = re.compile(f"(?<![{_SOUTH_EAST_ASIAN}])\u200b|\u200b(?![{_SOUTH_EAST_ASIAN}])|[\xad\u180e\u2060]")
+# Wrong decoding leaves at least one of these; all of them are quicker to look for than ftfy's own test. The range holds every
+# character of the one-byte encodings that ftfy knows.
+_SUSPICIOUS = re.compile("[\x80-\u045f\u0490\u0491\u1e9e\u2010-\u266f\ufb01\ufb02\ufffd]{2}|[\x80-\x9fŒœ]|[ÂÃØÙà] |вЂ")
+
+
+@dataclass(frozen=True)
+class RepairText:
+    """Mend wrongly decoded and oddly encoded text in every text part; tool calls and tools stay as they are."""
+
+    mojibake: bool = option(True, "undo wrong decoding (`cafÃ©` -> `café`), by ftfy")
+    normal_form: Literal["NFC", "NFKC", "NFD", "NFKD", "none"] = option("NFC", "unicode normal form")
+    control_characters: bool = option(True, "take out control characters, terminal colours, byte order marks and hidden tags")
+    spaces: bool = option(True, "no-break and typographic spaces become a space; invisible ones and soft hyphens go")
+    line_ends: bool = option(True, "CRLF, CR, NEL and the line and paragraph separators become LF")
+    kind: Literal["repair_text"] = "repair_text"
+
+    def open(self, folder: Path) -> RowFunction:
+        """See RowStep. Raises ExtraError where ftfy is absent."""
+        mend = _mender(self)
+
+        def apply(example: Example) -> Example | Drop:
+            return rewritten(example, mend, "all", self.kind)
+
+        return apply
+
+
+def _mender(step: RepairText) -> Callable[[str], str]:
+    """str -> str, by the step's options; a second time changes nothing."""
+    decode = _decoder() if step.mojibake else None
+
+    def once(text: str) -> str:
+        if decode and _SUSPICIOUS.search(text):
+            text = decode(text)
+        if step.line_ends:
+            text = _LINE_END.sub("\n", text)
+        if step.control_characters:
+            text = _CONTROL.sub("", text.translate(_BREAKS))
+        if step.spaces:
+            text = _NO_WIDTH.sub("", _SPACE.sub(" ", text))
+        return text if step.normal_form == "none" else unicodedata.normalize(step.normal_form, text)
+
+    def mend(text: str) -> str:
+        if text.isascii() and not _ASCII_CONTROL.search(text):
+            return text
+        for _ in range(_ROUNDS):
+            before, text = text, once(text)
+            if text == before:
+                break
+        return text
+
+    return mend
+
+
+def _decoder() -> Callable[[str], str]:
+    try:
+        import ftfy
+    except ImportError:
+        raise need("ftfy") from None
+    # of ftfy's repairs only the decoding: the others are this step's own options, or change good text
+    only_decoding = ftfy.TextFixerConfig(
+        unescape_html=False,
+        remove_terminal_escapes=False,
+        fix_latin_ligatures=False,
+        fix_character_width=False,
+        uncurl_quotes=False,
+        fix_line_breaks=False,
+        remove_control_chars=False,
+        normalization=None,
+        explain=False,
+    )
+    return lambda text: str(ftfy.fix_text(text, only_decoding))

@@ -1,24 +1,88 @@
-"""`near_duplicates`: rows that say nearly the same go; every removal is verified, scored, and names the row that stays."""
+"""Steps exact_duplicates and near_duplicates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 
 from sartor.core.config import option
+from sartor.core.licences import compliance
 from sartor.core.processes import Means, Workers
 from sartor.core.records import Example
-from sartor.curate.dedup import clusters, ledger, near, shingles
-from sartor.curate.dedup.arrays import offsets_of
-from sartor.curate.dedup.pairs import METHODS
-from sartor.curate.dedup.verify import Rules, rules_for
-from sartor.curate.steps.contract import Gathered, Removal, Verdicts
-from sartor.curate.steps.survivor import FIELD_HELP, KEEP_HELP, Field, Keep, has_media, is_apart, ranks, text_of
+from sartor.curate.dedup import clusters, near_duplicates, pair_store, shingles
+from sartor.curate.dedup.pair_scoring import METHODS, Rules, rules_for
+from sartor.curate.dedup.shingles import offsets_of
+from sartor.curate.step import Gathered, Removal, Verdicts
+from sartor.curate.steps.answer_quality import quality
+
+Keep = Literal["longest", "first", "newest", "best_licence", "best_quality"]
+Field = Literal["both", "prompt", "reply", "all"]
+KEEP_HELP = "which row stays: the longest, first (read), newest (by its date), best_licence (that permits most), best_quality"
+FIELD_HELP = "what is compared: prompt (the user's turns), reply (the last), both (all of user and assistant), all (system too)"
+
+
+UNDATED = -1e14  # seconds: older than any date
+BEHIND = 1e15  # above every number of a rule, and exact beside whole ones
+
+
+def ranks(examples: Sequence[Example], rule: Keep, field: Field) -> Any:
+    """(N,) float64. Whatever the rule, what people wrote goes before what was synthesised."""
+    return np.array([_RULES[rule](example, field) - BEHIND * example.is_synthetic for example in examples], np.float64)
+
+
+def text_of(example: Example, field: Field) -> str:
+    """The text that is compared."""
+    if field == "reply":
+        return example.reply
+    roles = {"prompt": ("user",), "both": ("user", "assistant"), "all": ("system", "user", "assistant", "tool")}[field]
+    return "\n".join(message.text for message in example.messages if message.role in roles)
+
+
+def has_media(example: Example) -> bool:
+    """Whether the row shows or plays something: then its text alone does not tell what it says."""
+    return any(part.media for message in example.messages + example.rejected for part in message.content)
+
+
+def is_apart(example: Example) -> bool:
+    """Whether its text does not tell what it repeats: it shows something, or people rated its reply. Of two like replies to one
+    question, one rated good and one bad, neither repeats the other.
+    """
+    return has_media(example) or bool(example.rating)
+
+
+def _length(example: Example, field: Field) -> float:
+    return float(len(text_of(example, field)))
+
+
+def _date(example: Example, field: Field) -> float:
+    """Seconds since 1970 of the newest origin; a row without a date is older than any with one."""
+    found = [UNDATED]
+    for origin in example.origins:
+        if origin.date:
+            date = datetime.datetime.fromisoformat(origin.date)
+            found.append((date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp())
+    return float(max(found))
+
+
+def _licence(example: Example, field: Field) -> float:
+    return max(compliance.rank(origin.licence) for origin in example.origins)
+
+
+_RULES: dict[str, Callable[[Example, Field], float]] = {
+    "longest": _length,
+    "first": lambda example, field: 0.0,
+    "newest": _date,
+    "best_licence": _licence,
+    "best_quality": lambda example, field: quality(example),
+}
+
 
 _SAID = {"exact": "the same words as", "near": "Jaccard similarity to", "contained": "containment in or of"}
 # Below this many rows a second process costs more than it saves.
@@ -82,7 +146,7 @@ class NearDuplicates:
         rank = table["rank"].to_numpy()
         workers = gathered.workers if len(gathered) >= WORTH_WORKERS else 0
         with Workers(workers if workers > 1 else 0) as pool:
-            found = near.near_duplicates(flat, offsets, digests, rules, rank, Means(spread=pool.spread))
+            found = near_duplicates.near_duplicates(flat, offsets, digests, rules, rank, Means(spread=pool.spread))
         removals = clusters.resolve(found.pairs, rank, rules)
         locators = table["locator"]
         media, rated = (sum(table[name].to_pylist()) for name in ("media", "rated"))
@@ -124,7 +188,7 @@ def _ledger(pairs: Any, rules: Rules, rank: Any, gathered: Gathered) -> Any:
     ids = gathered.table["id"]
     a, b = pa.array(pairs.a), pa.array(pairs.b)
     sources = pa.array(gathered.sources, pa.string()).take(gathered.table["source"].combine_chunks())
-    score, methods = ledger.judgements(pairs, rules)
+    score, methods = pair_store.judgements(pairs, rules)
     return pa.table(
         {
             "a": ids.take(a), "b": ids.take(b), "score": score, "method": pa.array(methods.tolist(), pa.string()),
@@ -151,3 +215,59 @@ def _bytes(chunk: Any) -> Any:
     width = chunk.type.byte_width
     raw = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width)
     return raw.reshape(len(chunk), width)
+
+
+@dataclass(frozen=True)
+class ExactDuplicates:
+    """Rows of equal content become one; each further row is a Drop that names it.
+
+    With `match: words` rows also go that differ in case, white space and punctuation only (`dedup/shingles.py` has the normal
+    form). Their content is not the same, so the survivor does not take over their origins. Rows with an image, a recording or a
+    rating go by their content alone.
+    """
+
+    match: Literal["content", "words"] = option(
+        "content", "equal content, or also the same words (case, spaces, punctuation apart)"
+    )
+    field: Field = option("both", f"with `match: words`: {FIELD_HELP}")
+    keep: Keep = option("first", f"with `match: words`: {KEEP_HELP}")
+    kind: Literal["exact_duplicates"] = "exact_duplicates"
+
+    def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
+        """See SetStep. Columns: words, rank. Of `match: content` the id says it all."""
+        if self.match == "content":
+            return pa.table({"words": pa.nulls(len(examples), pa.string()), "rank": pa.nulls(len(examples), pa.float64())})
+        plain = shingles.resolve("words", 0, ())
+        found = shingles.sketch([text_of(example, self.field) for example in examples], plain)
+        empty = found.offsets[1:] == found.offsets[:-1]
+        apart = [none or is_apart(example) for none, example in zip(empty, examples, strict=True)]
+        words = [None if alone else row.tobytes().hex() for row, alone in zip(found.digests, apart, strict=True)]
+        return pa.table({"words": pa.array(words, pa.string()), "rank": ranks(examples, self.keep, self.field)})
+
+    def decide(self, gathered: Gathered) -> Verdicts:
+        """See SetStep."""
+        columns = [pl.Series(name, gathered.table[name]) for name in ("id", "words", "rank")]
+        table = pl.DataFrame(columns).with_row_index("row")
+        twins = _later(table, "id")
+        removals = self._removals(twins, gathered, "the same content as", merge=True)
+        if self.match == "words":
+            gone = {removal.row for removal in removals}
+            rest = table.filter(pl.col("words").is_not_null() & ~pl.col("row").is_in(sorted(gone)))
+            best = rest.sort("rank", "row", descending=[True, False])
+            removals += self._removals(_later(best, "words"), gathered, "the same words as", merge=False)
+        return Verdicts(removals, facts={"removed": len(removals)} if removals else {})
+
+    @staticmethod
+    def _removals(found: pl.DataFrame, gathered: Gathered, said: str, *, merge: bool) -> list[Removal]:
+        locators = gathered.table["locator"].take(pa.array(found["kept"].to_list(), pa.int64())).to_pylist()
+        method = "equal content" if merge else "equal words"
+        return [
+            Removal(row, "exact_duplicate", f"{said} {locator}", kept, 1.0, method, merge=merge)
+            for row, kept, locator in zip(found["row"].to_list(), found["kept"].to_list(), locators, strict=True)
+        ]
+
+
+def _later(table: pl.DataFrame, key: str) -> pl.DataFrame:
+    """(row, kept) of every row whose key an earlier one has; `table` is in the order that decides."""
+    first = pl.col("row").first().over(key).alias("kept")
+    return table.select("row", first).filter(pl.col("row") != pl.col("kept")).sort("row")

@@ -26,7 +26,7 @@ from sartor.core.records import Drop, canonical_text, digest
 from sartor.core.teachers import Answer, Question, Teacher
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.pipeline import workplace
-from sartor.curate.review.changing import masked_text
+from sartor.curate.review.row_edits import masked_text
 from sartor.curate.synthesize import reading, seeds, writing
 from sartor.curate.synthesize.answers import Answers
 from sartor.curate.synthesize.contract import Ask, AskingWay, Made, Skipped, Unusable

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.licences.spdx import checked
-from sartor.curate.recipe import Source
+from sartor.curate.sources.types import Source
 from sartor.curate.synthesize.teachers import AnyTeacher
 from sartor.curate.synthesize.ways import FROM_NOTHING, Way
 

@@ -11,8 +11,8 @@ from typing import Any
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, kind_of, open_artifact
 from sartor.core.records import Drop, Example, digest
-from sartor.curate.recipe import Source
-from sartor.curate.sources import media, planning, reading
+from sartor.curate.sources import chunk_reader, media_files, planner
+from sartor.curate.sources.types import Source
 
 # Of a Source, what its files' entries in the manifest say besides the licence: core/licences/compliance.py reads them there
 TERMS = ("share_alike", "non_commercial", "expires", "consent", "rehearsal")
@@ -68,11 +68,11 @@ def read(sources: tuple[Source, ...], max_row_bytes: int, folder: Path) -> Seeds
 
 
 def _of_files(source: Source, max_row_bytes: int, found: Seeds, folder: Path) -> Iterator[Example | Drop]:
-    plan = planning.plan([source], max_row_bytes)
+    plan = planner.plan([source], max_row_bytes)
     terms = {name: getattr(source, name) for name in TERMS}
     found.files += [{**asdict(file), **terms} for file in plan.files]
     for unit in plan.units:
-        for row in reading.read(unit, source, folder / "media"):
+        for row in chunk_reader.read(unit, source, folder / "media"):
             place = row.locator if isinstance(row, Drop) else row.origins[0].locator
             found.read[source.path, place.rpartition(":")[0]] += 1
             yield row if isinstance(row, Drop) or not source.split else replace(row, split=source.split)
@@ -86,5 +86,5 @@ def _of_dataset(dataset: Artifact, found: Seeds, folder: Path) -> Iterator[Examp
             found.read[origin.source, origin.locator.rpartition(":")[0]] += 1
         if row.split != "eval":
             for part in (part for message in (*row.messages, *row.rejected) for part in message.content if part.media):
-                media.copy_file(dataset.path / part.media, folder / "media")
+                media_files.copy_file(dataset.path / part.media, folder / "media")
         yield row

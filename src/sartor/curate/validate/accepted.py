@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sartor.core.artifacts import open_artifact
 from sartor.core.records import Example, dropped
-from sartor.curate.derived import write_derived
+from sartor.curate.dataset_writer import write_derived
 from sartor.curate.validate.outcome import Validated
 
 STEP = "validate"

@@ -9,10 +9,9 @@ import numpy as np
 from scipy import sparse
 
 from sartor.core.records import Example
-from sartor.curate.dedup import near, shingles
-from sartor.curate.dedup.pairs import METHODS
-from sartor.curate.dedup.verify import rules_for
-from sartor.curate.steps.survivor import text_of
+from sartor.curate.dedup import near_duplicates, shingles
+from sartor.curate.dedup.pair_scoring import METHODS, rules_for
+from sartor.curate.steps.text_duplicates import text_of
 from sartor.curate.validate.options import Limits
 from sartor.curate.validate.sides import Pool
 from sartor.curate.validate.space import F32
@@ -34,7 +33,7 @@ def near_copies(rows: Sequence[Example]) -> list[Pair]:
     how = shingles.resolve("words", 0, ())
     rules = rules_for(how)
     found = shingles.sketch([text_of(row, "both") for row in rows], how)
-    pairs = near.near_duplicates(found.shingles, found.offsets, found.digests, rules).pairs
+    pairs = near_duplicates.near_duplicates(found.shingles, found.offsets, found.digests, rules).pairs
     pairs = pairs.judged(rules.threshold, rules.contained)
     columns = (pairs.a, pairs.b, pairs.score(rules.threshold), pairs.method(rules.threshold))
     return [Pair(a, b, score, METHODS[method]) for a, b, score, method in zip(*(one.tolist() for one in columns), strict=True)]

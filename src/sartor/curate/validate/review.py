@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.records import Example
-from sartor.curate.review import findings
-from sartor.curate.review.items import SCHEMA
+from sartor.curate.review import review_file
+from sartor.curate.review.review_items import SCHEMA
 from sartor.curate.validate.outcome import Validated
 
 ORIGIN = "validate"
@@ -22,7 +22,7 @@ def write_review(dataset: Path, rows: Sequence[Example], found: Validated) -> Pa
     A flaw is a finding about a row, a failed test one about a slice: the whole set. Findings of an earlier validation are
     replaced; those of others, and what a person decided, stay.
     """
-    return findings.renew(dataset, ORIGIN, _lines(rows, found))
+    return review_file.renew(dataset, ORIGIN, _lines(rows, found))
 
 
 def _lines(rows: Sequence[Example], found: Validated) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.curate.bias.membership import Memberships
+from sartor.curate.bias.group_membership import Memberships
 from sartor.curate.validate.options import Limits
 from sartor.curate.validate.sides import Pool
 from sartor.curate.validate.space import F32, Space

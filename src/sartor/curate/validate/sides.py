@@ -15,8 +15,8 @@ from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import SourceError
 from sartor.core.records import Drop, Example
 from sartor.core.splits import group_of, split_group
-from sartor.curate.recipe import Source
-from sartor.curate.sources.units import read_all
+from sartor.curate.sources.planner import read_all
+from sartor.curate.sources.types import Source
 
 I64 = NDArray[np.int64]
 FEWEST_ROWS = 20

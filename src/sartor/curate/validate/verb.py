@@ -15,9 +15,8 @@ from sartor.core.artifacts import check_free, kind_of
 from sartor.core.errors import ConfigError, GateError
 from sartor.core.records import Example
 from sartor.core.splits import group_of
-from sartor.curate.bias.membership import memberships
-from sartor.curate.bias.outcomes import outcomes
-from sartor.curate.labels.target import Target
+from sartor.curate.bias.group_membership import memberships, outcomes
+from sartor.curate.labels.class_labels import Target
 from sartor.curate.validate import apart, copies, diversity, drift, shift, spans, spread
 from sartor.curate.validate.accepted import write_accepted
 from sartor.curate.validate.options import ValidateOptions

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from sartor.core import records
 from sartor.core.errors import SourceError
 from sartor.core.records import Example, Feedback, Malformed, Message, Origin
-from sartor.curate.sources import forms
+from sartor.curate.sources import row_formats
 
 SOURCE = "this device"
 
@@ -77,11 +77,11 @@ def example_of(row: Mapping[str, Any] | Example) -> Example:
         if any(part.kind != "text" for message in row.messages for part in message.content):
             _refuse_media("", "")
         return row
-    form = forms.detect(row)
+    form = row_formats.detect(row)
     try:
         if form is None:
             raise Malformed("unknown_form", f"no known form has the fields {sorted(map(str, row))[:8]}")
-        example = forms.parse(row, form, Origin(SOURCE, ""), _refuse_media)
+        example = row_formats.parse(row, form, Origin(SOURCE, ""), _refuse_media)
         return replace(example, rating=0.0) if row.get("rating") is not None else example  # a Row bears it itself
     except Malformed as error:
         remedy = "{messages: [{role: user, ...}, {role: assistant, ...}]}"

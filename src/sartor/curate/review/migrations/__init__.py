@@ -1,1 +1,1 @@
-"""How the queue's tables came to be, revision by revision; `queue.Queue.open` runs what is lacking."""
+"""Alembic revisions of the review database; `review_store` runs those that are lacking."""

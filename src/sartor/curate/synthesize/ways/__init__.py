@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, get_args
 
 from sartor.core.records import Drop, Example
-from sartor.curate.steps.augment_audio import AugmentAudio
-from sartor.curate.steps.augment_images import AugmentImages
+from sartor.curate.steps.media_augmentation import AugmentAudio, AugmentImages
 from sartor.curate.synthesize.contract import AskingWay, Made, Skipped
 from sartor.curate.synthesize.ways.counterfactual import Counterfactual
 from sartor.curate.synthesize.ways.media import Speech, copied

@@ -12,10 +12,9 @@ from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, Part
 from sartor.core.splits import split_group
 from sartor.core.teachers import say_all
-from sartor.curate.sources import media
-from sartor.curate.steps.augment_audio import AugmentAudio
-from sartor.curate.steps.augment_images import AugmentImages
-from sartor.curate.steps.contract import Copy
+from sartor.curate.sources import media_files
+from sartor.curate.step import Copy
+from sartor.curate.steps.media_augmentation import AugmentAudio, AugmentImages
 from sartor.curate.synthesize.contract import Made, Skipped, some, why_no_question
 from sartor.curate.synthesize.ways.rewrites import ROWS
 
@@ -44,7 +43,7 @@ class Speech:
             clips = say_all([row.messages[-2].text for row in speakable], self.voice, speed, folder / "clips")
             for row, clip in zip(speakable, clips, strict=True):
                 with clip.open("rb") as stream:
-                    name = media.copy(stream, clip.name, folder / "media")
+                    name = media_files.copy(stream, clip.name, folder / "media")
                 others = tuple(part for part in row.messages[-2].content if part.kind != "text")
                 asked = replace(row.messages[-2], content=(Part("audio", media=name), *others))
                 spoken = replace(row, messages=(*row.messages[:-2], asked, row.messages[-1]))
