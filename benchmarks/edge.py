@@ -40,7 +40,7 @@ from sartor.edge.update import delta
 from sartor.models.base import convert
 from sartor.models.packing import Encoded
 from sartor.models.tensor_files import write_tensors
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenized_dataset import Rows
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"

@@ -47,12 +47,12 @@ from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
 from sartor.federate.tuning.clients import Clients, open_clients
 from sartor.federate.tuning.personal import personalise
 from sartor.federate.tuning.recipe import FederateRecipe, Personal, Settings, load
-from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.shards import Shards
 from sartor.federate.tuning.simulation import simulate
 from sartor.federate.tuning.task import LoraTask
 from sartor.models.lora_tensors import Tensors, plus
-from sartor.tune.tokenised import Rows
+from sartor.tune.shared_base import Resident
+from sartor.tune.tokenized_dataset import Rows
 
 TESTS = Path(__file__).parent.parent / "tests"
 PARTS = ("data", "untuned", "local", "federated", "centralised", "factors", "personal", "epsilon", "malicious", "byzantine")

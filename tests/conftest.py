@@ -64,9 +64,9 @@ def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from sartor.models import base
-    from sartor.tune import refusals
+    from sartor.tune import preflight
 
-    for module in (base, refusals):
+    for module in (base, preflight):
         monkeypatch.setattr(module, "best_dtype", lambda device: torch.float32)
 
 

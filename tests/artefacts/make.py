@@ -162,17 +162,17 @@ def tune(run: Path, dtype: str, *, resume: bool) -> None:
 
     import sartor
     from sartor.models import base
-    from sartor.tune import refusals
+    from sartor.tune import preflight
 
     if dtype == "fp32":
-        for module in (base, refusals):
+        for module in (base, preflight):
             module.best_dtype = lambda device: torch.float32  # type: ignore[attr-defined]
     sartor.tune(json.loads((run / "tune.json").read_text()), run / "adapter", resume=resume, show=False)
 
 
 def killed(run: Path, dtype: str) -> None:
     """Tune, and die in an update, after its gradients and before its step."""
-    from sartor.tune.run import Run
+    from sartor.tune.training_loop import Run
 
     check = Run._check
 

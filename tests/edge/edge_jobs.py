@@ -8,7 +8,7 @@ from typing import Any
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.tokens import write_tokens
 from sartor.models.packing import Encoded
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenized_dataset import Rows
 
 
 def rows(count: int = 20, length: int = 12) -> Rows:

@@ -18,7 +18,7 @@ from sartor.core.numerics import NUMERICS
 from sartor.edge.tuning.receipt import SCHEMA, Receipt, verify_receipt
 from sartor.edge.tuning.tuner import tune
 from sartor.tune.checkpoint import newest
-from sartor.tune.run import Run
+from sartor.tune.training_loop import Run
 
 FEW: dict[str, Any] = {"recipe": {"budget": {"updates": 4}}}
 

@@ -36,7 +36,7 @@ from sartor.edge.tuning.tokens import read_tokens, write_tokens
 from sartor.edge.tuning.tuner import Job
 from sartor.models.packing import Encoded
 from sartor.tune.recipe import Lora
-from sartor.tune.rows import Rows
+from sartor.tune.tokenized_dataset import Rows
 
 RECIPE: dict[str, Any] = {
     "budget": {"epochs": 6},

@@ -22,7 +22,7 @@ from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.models.losses import transformers_backend
 from sartor.models.packing import Encoded
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenized_dataset import Rows
 
 RECIPE: dict[str, Any] = {
     "base": "tiny",

@@ -26,9 +26,9 @@ from sartor.federate.tuning import lifts, lifts__personal_adapters, shards
 from sartor.models.packing import Encoded
 from sartor.personal import gate
 from sartor.retrain import stages, verdicts
-from sartor.tune import rows as tuning
+from sartor.tune import dataset_encoding as tuning
 from sartor.tune.recipe import Data
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenized_dataset import Rows
 
 
 def row(place: int, group: str = "", system: str = "", reply: str = "approved") -> Example:

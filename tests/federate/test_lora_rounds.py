@@ -24,8 +24,8 @@ from sartor.federate.tuning.simulation import simulate
 from sartor.federate.tuning.task import LoraTask
 from sartor.models.lora_tensors import B, Tensors, norm
 from sartor.models.losses.transformers_backend import row_losses
-from sartor.tune import order
-from sartor.tune.run import learning_rate
+from sartor.tune import sampler
+from sartor.tune.training_loop import learning_rate
 
 
 def recipe(base: Path, dataset: Path, **changes: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def plainly(asked: FederateRecipe, people: Clients, shared: Tensors) -> dict[str
     resident.hold(lambda name: name.endswith(B))
     learns = [one for one in resident.factors.values() if one.requires_grad]
     optimizer, settings = torch.optim.AdamW(learns, weight_decay=0.0), asked.optimizer
-    read = order.updates([len(row.ids) for row in rows], settings.batch_tokens, asked.seed)
+    read = sampler.updates([len(row.ids) for row in rows], settings.batch_tokens, asked.seed)
     for place, chosen in enumerate(itertools.islice(read, 2)):
         optimizer.param_groups[0]["lr"] = learning_rate(settings, place / 2 / asked.rounds)
         losses = row_losses(resident.model, [rows[index] for index in chosen], resident.device)

@@ -14,7 +14,7 @@ from sartor.federate.tuning.recipe import FederateRecipe, load
 from sartor.federate.tuning.stacking import Stack
 from sartor.federate.tuning.task import LoraTask
 from sartor.tune.recipe import Budget
-from sartor.tune.run import Run
+from sartor.tune.training_loop import Run
 
 
 @pytest.fixture

@@ -26,11 +26,10 @@ from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelEr
 from sartor.core.filesystem import file_digest
 from sartor.core.processes import Signals
 from sartor.models import tensor_files
-from sartor.tune import checkpoint, optimizers, order, resume
-from sartor.tune.checkpoint import folder_of, newest, open_checkpoint
+from sartor.tune import checkpoint, optimizers, resume, sampler
+from sartor.tune.checkpoint import Rng, folder_of, newest, open_checkpoint, seed_all
 from sartor.tune.resume import changed, differences
-from sartor.tune.rng import Rng, seed_all
-from sartor.tune.run import Run
+from sartor.tune.training_loop import Run
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -338,10 +337,10 @@ def test_differences_are_named_option_by_option() -> None:
 
 
 def test_what_auto_came_to_is_taken_over(monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path) -> None:
-    from sartor.tune import forecast
+    from sartor.tune import cost_model
 
     with monkeypatch.context() as scarce:
-        scarce.setattr(forecast, "LADDER", (40,))
+        scarce.setattr(cost_model, "LADDER", (40,))
         killed(scarce, recipe, out, update=2)
     seen = []
     train = Run.train
@@ -476,10 +475,10 @@ def test_every_generator_goes_on_where_it_was() -> None:
 
 def test_updates_go_on_from_any_position() -> None:
     lengths = [3, 5, 2, 9, 4, 1, 7]
-    whole = order.updates(lengths, 8, seed=3)
-    position = order.START
+    whole = sampler.updates(lengths, 8, seed=3)
+    position = sampler.START
     for _ in range(12):
-        rest = order.updates(lengths, 8, 3, position)
+        rest = sampler.updates(lengths, 8, 3, position)
         expected = next(whole)
         assert next(rest) == expected
         position = position.after(len(expected), len(lengths))

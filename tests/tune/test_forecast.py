@@ -19,12 +19,11 @@ from sartor.core.filesystem import file_digest
 from sartor.models import hardware
 from sartor.models.losses import transformers_backend
 from sartor.models.packing import Encoded
-from sartor.tune import forecast, refusals
-from sartor.tune.forecast import Interval, MemoryModel, Shape
+from sartor.tune import cost_model, preflight
+from sartor.tune.cost_model import Interval, Load, MemoryModel, Probe, Sample, Shape, load_of
 from sartor.tune.plan import device_named, hourly
-from sartor.tune.probe import Load, Probe, Sample, load_of
 from sartor.tune.recipe import Recipe, load
-from sartor.tune.run import Counters
+from sartor.tune.training_loop import Counters
 
 GB = 10**9
 # the starter's: 30 layers, width 576, 4.9 M trained parameters
@@ -65,7 +64,7 @@ def test_a_plan_has_intervals_counts_and_the_path(tune_recipe: dict[str, Any]) -
 def test_a_time_that_is_hardly_known_is_never_below_nothing(
     tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forecast, "TIME_ALLOWANCE", 3.0)
+    monkeypatch.setattr(cost_model, "TIME_ALLOWANCE", 3.0)
     time_s = sartor.plan(tune_recipe).as_json()["time_s"]
     assert 0 <= time_s["low"] < time_s["estimate"] < time_s["high"]
 
@@ -129,7 +128,7 @@ def test_memory_that_cannot_hold_it_is_refused_before_spending(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # base and adapter are open, and what is left holds no micro-batch
-    monkeypatch.setattr(refusals, "of_base", lambda *args: iter(()))
+    monkeypatch.setattr(preflight, "of_base", lambda *args: iter(()))
     with_room(monkeypatch, -(10**12))
     updated: list[Any] = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: updated.append(args))
@@ -146,11 +145,11 @@ def test_memory_that_cannot_hold_it_is_refused_before_spending(
 def test_a_base_whose_weights_alone_do_not_fit_is_not_opened(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sartor.tune import opening
+    from sartor.tune import model_setup
 
     # the tiny base has 28,832 weights
     with_room(monkeypatch, 100_000)
-    monkeypatch.setattr(opening, "open_base", lambda *args, **options: pytest.fail("it was opened"))
+    monkeypatch.setattr(model_setup, "open_base", lambda *args, **options: pytest.fail("it was opened"))
     (refusal,) = sartor.plan(tune_recipe).as_json()["refusals"]
     assert refusal["reason"] == "memory" and "the weights of" in refusal["problem"]
     assert "base.bits=16 (0.00 GB)" in refusal["remedy"]
@@ -189,14 +188,14 @@ class Chat:
 
 
 def test_a_pad_that_ends_replies_is_refused() -> None:
-    (refusal,) = refusals.of_ends(Chat(pad=2, stops=[2]), [Encoded([5, 6, 2], [False, True, True])])
+    (refusal,) = preflight.of_ends(Chat(pad=2, stops=[2]), [Encoded([5, 6, 2], [False, True, True])])
     assert refusal.reason == "pad_is_stop" and isinstance(refusal.error, SourceError)
     assert "'<2>'" in refusal.problem
 
 
 def test_a_row_whose_end_is_not_learnt_is_refused() -> None:
     masked = Encoded([5, 6, 2], [False, True, False], "row-1")
-    (refusal,) = refusals.of_ends(Chat(pad=0, stops=[2]), [masked, Encoded([5, 6, 2], [False, True, True])])
+    (refusal,) = preflight.of_ends(Chat(pad=0, stops=[2]), [masked, Encoded([5, 6, 2], [False, True, True])])
     assert refusal.reason == "end_unsupervised"
     assert "1 of 2 rows" in refusal.problem and "row-1" in refusal.problem
 
@@ -207,7 +206,7 @@ def test_a_real_tokenizer_whose_pad_is_its_eos_is_not_refused_since_another_pad_
     chat = open_chat(tiny_base)
     assert chat.tokenizer.pad_token_id == chat.tokenizer.eos_token_id
     example = sartor.Example((sartor.Message.of("user", "a"), sartor.Message.of("assistant", "b")), ())
-    assert list(refusals.of_ends(chat, [chat.encode(example)])) == []
+    assert list(preflight.of_ends(chat, [chat.encode(example)])) == []
 
 
 # what fits
@@ -215,22 +214,22 @@ def test_a_real_tokenizer_whose_pad_is_its_eos_is_not_refused_since_another_pad_
 
 def test_auto_takes_the_largest_rung_that_fits() -> None:
     free, recipe = memory_of(100 * GB), recipe_of()
-    assert forecast.rungs(recipe, LOADS) == [400, 512, 1024, 2048], "never below the longest row"
+    assert cost_model.rungs(recipe, LOADS) == [400, 512, 1024, 2048], "never below the longest row"
     for size in (400, 512, 1024, 2048):
-        load = forecast.heaviest(recipe, LOADS, size, STARTER)
+        load = cost_model.heaviest(recipe, LOADS, size, STARTER)
         assert load.tokens <= size
         needed = int(free.needs(load).high) + 1
-        settled = forecast.settle(memory_of(needed), recipe, LOADS)
+        settled = cost_model.settle(memory_of(needed), recipe, LOADS)
         assert settled.fits and settled.micro_batch_tokens == size
-        below = forecast.settle(memory_of(needed - 2), recipe, LOADS)
+        below = cost_model.settle(memory_of(needed - 2), recipe, LOADS)
         assert below.micro_batch_tokens < size if size > 400 else not below.fits
-    assert forecast.settle(free, recipe, LOADS).reason == "the largest that helps"
-    assert "fits in" in forecast.settle(memory_of(needed - 2), recipe, LOADS).reason
+    assert cost_model.settle(free, recipe, LOADS).reason == "the largest that helps"
+    assert "fits in" in cost_model.settle(memory_of(needed - 2), recipe, LOADS).reason
 
 
 def test_auto_is_not_above_an_update_and_a_number_is_taken_as_it_is() -> None:
-    assert forecast.rungs(recipe_of(optimizer={"batch_tokens": 600}), LOADS) == [400, 512, 600]
-    fixed = forecast.settle(memory_of(100 * GB), recipe_of(compute={"micro_batch_tokens": 300}), LOADS)
+    assert cost_model.rungs(recipe_of(optimizer={"batch_tokens": 600}), LOADS) == [400, 512, 600]
+    fixed = cost_model.settle(memory_of(100 * GB), recipe_of(compute={"micro_batch_tokens": 300}), LOADS)
     assert fixed.micro_batch_tokens == 300 and fixed.reason == "set by the recipe"
 
 
@@ -238,19 +237,19 @@ def test_auto_is_not_above_an_update_and_a_number_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize("micro", ["auto", 4096])
 def test_what_a_remedy_promises_the_same_model_confirms(limit_gb: float, micro: Any) -> None:
     recipe, model = recipe_of(compute={"micro_batch_tokens": micro}), memory_of(limit_gb * GB)
-    found = list(refusals.of_memory(model, recipe, LOADS))
-    assert bool(found) != forecast.settle(model, recipe, LOADS).fits
-    for change, size in refusals.remedies(model, recipe, LOADS) if found else []:
+    found = list(preflight.of_memory(model, recipe, LOADS))
+    assert bool(found) != cost_model.settle(model, recipe, LOADS).fits
+    for change, size in preflight.remedies(model, recipe, LOADS) if found else []:
         assert size <= limit_gb * GB
-        assert refusals.needed_under(model, recipe, LOADS, change.split()) == size
+        assert preflight.needed_under(model, recipe, LOADS, change.split()) == size
         assert change in found[0].remedy
 
 
 def test_changes_that_do_not_exist_or_do_not_help_are_not_offered() -> None:
     model, recipe = memory_of(1.5 * GB), recipe_of()
-    assert refusals.needed_under(model, recipe, LOADS, ["no.such=1"]) is None
-    assert refusals.needed_under(model, recipe, LOADS, ["method.rank=16"]) is None
-    offered = [change for change, _ in refusals.remedies(model, recipe, LOADS)]
+    assert preflight.needed_under(model, recipe, LOADS, ["no.such=1"]) is None
+    assert preflight.needed_under(model, recipe, LOADS, ["method.rank=16"]) is None
+    offered = [change for change, _ in preflight.remedies(model, recipe, LOADS)]
     assert "compute.recompute=true" in offered
 
 
@@ -263,13 +262,13 @@ def test_activations_fall_with_recompute_and_with_fewer_adapted_layers() -> None
 
 def test_the_time_fit_finds_what_made_the_samples() -> None:
     loads = [Load(tokens, 0, pairs, 0) for tokens, pairs in ((100, 5_000), (400, 20_000), (300, 90_000), (100, 5_000))]
-    model = forecast.time_model([Sample(load, 0.2 + 0.01 * load.tokens + 1e-6 * load.pairs, None) for load in loads], 0.1)
+    model = cost_model.time_model([Sample(load, 0.2 + 0.01 * load.tokens + 1e-6 * load.pairs, None) for load in loads], 0.1)
     assert (model.base_s, model.token_s, model.pair_s) == pytest.approx((0.2, 0.01, 1e-6))
-    assert model.half_width == pytest.approx(forecast.TIME_ALLOWANCE)
-    one = forecast.time_model([Sample(Load(100, 0, 5000, 0), 1.0, None)], 0.1)
+    assert model.half_width == pytest.approx(cost_model.TIME_ALLOWANCE)
+    one = cost_model.time_model([Sample(Load(100, 0, 5000, 0), 1.0, None)], 0.1)
     assert one.seconds(Load(200, 0, 0, 0), 1) == pytest.approx(2.0)
     falling = [Sample(Load(100, 0, 100, 0), 1.0, None), Sample(Load(200, 0, 200, 0), 3.5, None)]
-    assert forecast.time_model(falling, 0.0).base_s == 0.0
+    assert cost_model.time_model(falling, 0.0).base_s == 0.0
 
 
 def test_growth_below_the_allocators_noise_says_nothing() -> None:
@@ -280,9 +279,9 @@ def test_growth_below_the_allocators_noise_says_nothing() -> None:
     expected = STARTER.activation_bytes(load) + 4 * STARTER.trainable
     fake: Any = Fake()
     fake.samples = [Sample(load, 1.0, None), Sample(load, 1.0, 1000)]
-    assert forecast.memory_model(STARTER, fake).scale.estimate == forecast.UNMEASURED[1]
+    assert cost_model.memory_model(STARTER, fake).scale.estimate == cost_model.UNMEASURED[1]
     fake.samples = [Sample(load, 1.0, int(expected * 1.3))]
-    assert forecast.memory_model(STARTER, fake).scale.estimate == pytest.approx(1.3)
+    assert cost_model.memory_model(STARTER, fake).scale.estimate == pytest.approx(1.3)
 
 
 # tune
@@ -308,12 +307,12 @@ def test_a_run_records_forecast_against_actual(tmp_path: Path, tune_recipe: dict
 def test_a_calibration_changes_nothing_that_is_learnt(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sartor.tune import outlook
+    from sartor.tune import run_forecast
 
     recipe = {**tune_recipe, "method": {"rank": 4, "dropout": 0.2}}
     digests = []
     for name, fraction in (("with", 1.0), ("without", 0.0)):
-        monkeypatch.setattr(outlook, "PROBE_FRACTION", fraction)
+        monkeypatch.setattr(run_forecast, "PROBE_FRACTION", fraction)
         sartor.tune(recipe, tmp_path / name, show=False)
         digests.append(file_digest(tmp_path / name / "adapter_model.safetensors"))
     assert digests[0] == digests[1]
@@ -348,6 +347,6 @@ def test_recompute_learns_the_same(tmp_path: Path, tune_recipe: dict[str, Any]) 
 
 def test_the_course_of_a_run_ends_where_its_budget_does() -> None:
     counters = Counters()
-    updates = forecast.course(recipe_of(budget={"updates": 7}), LOADS, counters)
+    updates = cost_model.course(recipe_of(budget={"updates": 7}), LOADS, counters)
     assert updates is not None and len(updates) == counters.updates == 7
-    assert forecast.course(recipe_of(budget={"minutes": 1}), LOADS, Counters()) is None
+    assert cost_model.course(recipe_of(budget={"minutes": 1}), LOADS, Counters()) is None

@@ -21,13 +21,12 @@ from sartor.core.filesystem import file_digest
 from sartor.core.records import Example, Message
 from sartor.models.chat import Chat
 from sartor.models.packing import Encoded
-from sartor.tune import lessons, order, tokenised
-from sartor.tune.forecast import TimeModel
-from sartor.tune.order import Beside
-from sartor.tune.probe import load_of
+from sartor.tune import dataset_encoding, sampler, tokenized_dataset
+from sartor.tune.cost_model import TimeModel, load_of
 from sartor.tune.recipe import Dpo, Kto, Sft
-from sartor.tune.run import Run
-from sartor.tune.tokenised import Lesson, Rows
+from sartor.tune.sampler import Beside
+from sartor.tune.tokenized_dataset import Lesson, Rows
+from sartor.tune.training_loop import Run
 
 pytestmark = pytest.mark.usefixtures("fp32")
 
@@ -108,10 +107,10 @@ def test_how_it_is_computed_changes_nothing(tmp_path: Path, recipe: dict[str, An
 
 def test_a_pair_is_never_cut(recipe: dict[str, Any]) -> None:
     rows = [Lesson([place] * 3, [True] * 3, "x", 1.0, "pair", Encoded([place] * 5, [True] * 5), place) for place in range(4)]
-    cut = tokenised.micro_batches(rows, 17, share=True)
+    cut = tokenized_dataset.micro_batches(rows, 17, share=True)
     assert [[row.number for row in micro] for micro in cut] == [[0, 1], [2, 3]]
-    assert [len(micro) for micro in tokenised.micro_batches(rows, 1, share=False)] == [1] * 4
-    assert order.updates([row.tokens for row in rows], 16, 0).__next__().__len__() == 2
+    assert [len(micro) for micro in tokenized_dataset.micro_batches(rows, 1, share=False)] == [1] * 4
+    assert sampler.updates([row.tokens for row in rows], 16, 0).__next__().__len__() == 2
 
 
 KILLED = {
@@ -174,7 +173,7 @@ def test_a_plan_counts_what_a_run_with_pairs_and_rehearsal_reads(tmp_path: Path,
 
 
 def read_rows(made: Path, recipe: dict[str, Any]) -> Rows:
-    from sartor.tune.rows import encode_rows
+    from sartor.tune.dataset_encoding import encode_rows
 
     asked = sartor.load_recipe(recipe)
     return encode_rows(open_artifact(asked.data.path), asked, chat_of(Path(asked.base.name)))
@@ -216,7 +215,7 @@ def test_what_each_row_is_learnt_as(tiny_base: Path) -> None:
     pair, good, bad = example("off:hall", rejected=worse), example("off:hall", rating=0.5), example("no", rating=-1.0)
 
     def terms(one: Example, objective: Any) -> list[tuple[str, float]]:
-        found = [row for row, _ in lessons.encode(one, objective, chat, Path())]
+        found = [row for row, _ in dataset_encoding.encode(one, objective, chat, Path())]
         return [(row.term if isinstance(row, Lesson) else "sft", row.weight) for row in found]
 
     assert [terms(one, Sft()) for one in (pair, good, bad)] == [[("sft", 1)], [("sft", 1)], []]
@@ -224,7 +223,7 @@ def test_what_each_row_is_learnt_as(tiny_base: Path) -> None:
     assert terms(example("x", rejected=worse, weight=3.0), Dpo()) == [("pair", 3)]
     assert terms(pair, Kto()) == [("good", 1), ("bad", 1)]
     assert [terms(one, Kto()) for one in (good, bad, example("x"))] == [[("good", 0.5)], [("bad", 1)], [("sft", 1)]]
-    ((row, _),) = lessons.encode(pair, Dpo(), chat, Path())
+    ((row, _),) = dataset_encoding.encode(pair, Dpo(), chat, Path())
     assert isinstance(row, Lesson) and row.other is not None
     said = [chat.decode([token for token, on in zip(one.ids, one.learnt, strict=True) if on]) for one in (row, row.other)]
     assert said == ["off:hall", "no"]
@@ -233,14 +232,14 @@ def test_what_each_row_is_learnt_as(tiny_base: Path) -> None:
 
 def test_the_divergence_is_estimated_on_replies_to_other_prompts(made: Path, recipe: dict[str, Any]) -> None:
     rows = read_rows(made, {**recipe, "objective": "kto", "data": str(made / "rated")})
-    for row in tokenised.lessons([*rows.train, *rows.held_out]):
+    for row in tokenized_dataset.lessons([*rows.train, *rows.held_out]):
         assert row.other is not None
         mask = len(row.ids) - sum(row.learnt)
         assert row.other.ids[: mask - 2] == row.ids[: mask - 2] and row.other.ids != row.ids
-    numbers = [row.number for row in tokenised.lessons([*rows.train, *rows.held_out])]
+    numbers = [row.number for row in tokenized_dataset.lessons([*rows.train, *rows.held_out])]
     assert len(set(numbers)) == len(numbers)
     none = read_rows(made, {**recipe, "objective": {"kind": "kto", "divergence": "none"}, "data": str(made / "rated")})
-    assert all(row.other is None for row in tokenised.lessons(none.train))
+    assert all(row.other is None for row in tokenized_dataset.lessons(none.train))
     assert none.digest() != rows.digest()
 
 

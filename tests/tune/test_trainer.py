@@ -17,9 +17,9 @@ from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceErr
 from sartor.core.filesystem import file_digest
 from sartor.models.losses import transformers_backend
 from sartor.models.losses.loss_backend import Frozen
-from sartor.tune import objectives, optimizers, order
+from sartor.tune import objectives, optimizers, sampler
 from sartor.tune.recipe import Optimizer
-from sartor.tune.run import Counters, learning_rate
+from sartor.tune.training_loop import Counters, learning_rate
 
 pytestmark = pytest.mark.usefixtures("fp32")
 
@@ -170,7 +170,7 @@ def test_the_rate_warms_up_and_falls() -> None:
 
 def test_an_epoch_shows_every_row_once_and_shuffles_anew() -> None:
     lengths = [3, 5, 2, 9, 4, 1, 7]
-    stream = order.updates(lengths, 8, seed=3)
+    stream = sampler.updates(lengths, 8, seed=3)
     epochs = []
     for _ in range(2):
         seen: list[int] = []

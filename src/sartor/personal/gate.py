@@ -30,7 +30,7 @@ from sartor.federate.tuning import lifts
 from sartor.federate.tuning.stacking import Stack
 from sartor.models.lora_tensors import Tensors
 from sartor.models.packing import Encoded
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenized_dataset import Rows
 
 # Held-out rows of the live version that are looked at: more narrow the interval, and cost time
 MOST_PROBE_ROWS = 64

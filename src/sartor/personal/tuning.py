@@ -27,15 +27,15 @@ from sartor.core.artifacts import WEIGHTS, Artifact, open_artifact, write_artifa
 from sartor.core.errors import ArtifactError, ConfigError, GateError, ModelError, SourceError, UnknownAgentError
 from sartor.core.filesystem import make_parent, writer_lock
 from sartor.edge.personal.work import recipe_of
-from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.stacking import Losses, Stack
 from sartor.inference.engine import adapter_digest
 from sartor.personal import gate, rows
 from sartor.personal.gate import Verdict
 from sartor.personal.options import PersonalOptions
+from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.recipe import Recipe
-from sartor.tune.rows import encode_rows
-from sartor.tune.tokenised import Rows
+from sartor.tune.shared_base import Resident
+from sartor.tune.tokenized_dataset import Rows
 
 Notice = Callable[[str], object]
 

@@ -1,4 +1,4 @@
-"""A recipe's base, opened, and the model that learns: for `tune` and for `plan`."""
+"""Opens a recipe's base and injects its adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sartor.models.multimodal.native_media import NativeMedia
 from sartor.models.multimodal.whisper_base import WhisperMedia
 from sartor.models.tensor_files import Shelf
 from sartor.tune.recipe import Recipe, Targets
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenized_dataset import Rows
 
 Notice = Callable[[str], object]
 

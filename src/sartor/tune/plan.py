@@ -16,16 +16,15 @@ from sartor.core.errors import ConfigError, SourceError
 from sartor.models.base import Base, machine
 from sartor.models.hardware import best_device
 from sartor.models.losses.loss_backend import Path as LossPath
-from sartor.tune import forecast, order, refusals
-from sartor.tune.forecast import Interval, Settled, TimeModel
-from sartor.tune.opening import adapted, calibrate, open_chosen, rehearsal_of
-from sartor.tune.preferences import reached
-from sartor.tune.probe import Load, Probe, load_of, take, total
+from sartor.tune import cost_model, preflight, sampler
+from sartor.tune.cost_model import Interval, Load, Probe, Settled, TimeModel, load_of, take, total
+from sartor.tune.dataset_encoding import encode_rows
+from sartor.tune.model_setup import adapted, calibrate, open_chosen, rehearsal_of
+from sartor.tune.preference_training import reached
 from sartor.tune.recipe import Recipe
 from sartor.tune.recipe import load as load_recipe
-from sartor.tune.rows import encode_rows
-from sartor.tune.run import Counters, wish
-from sartor.tune.tokenised import Rows, flat
+from sartor.tune.tokenized_dataset import Rows, flat
+from sartor.tune.training_loop import Counters, wish
 
 Notice = Callable[[str], object]
 _HOURS = {"h": 1.0, "d": 24.0, "min": 1 / 60, "s": 1 / 3600}
@@ -47,7 +46,7 @@ class Plan:
     path: LossPath | None = None
     device: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    refusals: Sequence[refusals.Refusal] = ()
+    refusals: Sequence[preflight.Refusal] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON. tokens, supervised_tokens: those that the run reads, as `tune` counts them."""
@@ -104,13 +103,13 @@ def plan(
     price_h = hourly(price)
     dataset = open_artifact(recipe.data.path, "dataset")
     where = device_named(device) if device else None
-    if refused := list(refusals.of_base(recipe, where)):
+    if refused := list(preflight.of_base(recipe, where)):
         return Plan(device=str(where or best_device()), refusals=refused)
     base = open_chosen(recipe, notice, where)
     try:
         data = encode_rows(dataset, recipe, base.chat, rehearsal_of(recipe))
     except SourceError as error:
-        unsupervised = refusals.Refusal(refusals.UNSUPERVISED, error.problem, error.remedy)
+        unsupervised = preflight.Refusal(preflight.UNSUPERVISED, error.problem, error.remedy)
         return Plan(device=str(base.device), refusals=[unsupervised])
     calibrate(base, data)
     return _forecast(recipe, base, adapted(recipe, base), data, price_h)
@@ -126,23 +125,23 @@ def _forecast(recipe: Recipe, base: Base, model: Any, data: Rows, price_h: float
     start_s = time.monotonic() - began
     loads, beside = ([load_of(row) for row in part] for part in (data.train, data.rehearsal))
     counters = Counters()
-    updates = forecast.course(recipe, loads, counters, beside)
+    updates = cost_model.course(recipe, loads, counters, beside)
     loads += beside
-    probe, shape = Probe(path, model, base.device), forecast.shape_of(model, recipe)
-    refused = list(refusals.of_rows(recipe, base.chat, data))
-    memory = forecast.memory_model(shape, probe)
+    probe, shape = Probe(path, model, base.device), cost_model.shape_of(model, recipe)
+    refused = list(preflight.of_rows(recipe, base.chat, data))
+    memory = cost_model.memory_model(shape, probe)
     smallest = take(sequences, 1)
     # not even one row: a probe would end as the system ends it
     timed = memory.fits(total(load_of(row) for row in smallest))
     if timed:
         memory = _probe(probe, memory, recipe, data, loads)
-    settled = forecast.settle(memory, recipe, loads)
-    refused.extend(refusals.of_memory(memory, recipe, loads))
+    settled = cost_model.settle(memory, recipe, loads)
+    refused.extend(preflight.of_memory(memory, recipe, loads))
     took = None
     if timed:
-        times = forecast.time_model(probe.samples, probe.optimizer_seconds())
+        times = cost_model.time_model(probe.samples, probe.optimizer_seconds())
         # the reference is computed before the first update, once
-        start_s += times.seconds(total(load_of(row) for row in flat(reached(recipe, data)))) * forecast.FORWARD_FRACTION
+        start_s += times.seconds(total(load_of(row) for row in flat(reached(recipe, data)))) * cost_model.FORWARD_FRACTION
         took = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s)
         if updates is None:
             _count_by_minutes(counters, times, recipe, loads)
@@ -161,17 +160,17 @@ def _forecast(recipe: Recipe, base: Base, model: Any, data: Rows, price_h: float
 
 
 def _probe(
-    probe: Probe, memory: forecast.MemoryModel, recipe: Recipe, data: Rows, loads: Sequence[Load]
-) -> forecast.MemoryModel:
+    probe: Probe, memory: cost_model.MemoryModel, recipe: Recipe, data: Rows, loads: Sequence[Load]
+) -> cost_model.MemoryModel:
     """Time micro-batches of two sizes, and one of the longest row where rows differ; returns the calibrated memory model."""
-    shuffled = next(order.updates([load.tokens for load in loads], 1 << 40, recipe.seed))
+    shuffled = next(sampler.updates([load.tokens for load in loads], 1 << 40, recipe.seed))
     rows = flat(data.train[index] for index in shuffled if index < len(data.train))
     small = take(rows, _SMALL_TOKENS)
     probe.run(small, warm_up=True)
     second_s = probe.run(small)
-    memory = forecast.memory_model(memory.shape, probe)
+    memory = cost_model.memory_model(memory.shape, probe)
     tokens = sum(len(row.ids) for row in small)
-    micro = forecast.settle(memory, recipe, loads).micro_batch_tokens
+    micro = cost_model.settle(memory, recipe, loads).micro_batch_tokens
     # a quarter of the time for each of two passes of the large size; the rest for warm-up and the small one again
     large = take(rows, max(2 * tokens, min(micro, int(tokens * _PROBE_S / 4 / second_s))))
     groups = [small, large] if len(large) > len(small) else [small]
@@ -184,7 +183,7 @@ def _probe(
     for _ in range(2):
         for group in groups:
             probe.run(group)
-    return forecast.memory_model(memory.shape, probe)
+    return cost_model.memory_model(memory.shape, probe)
 
 
 def run_seconds(
@@ -197,13 +196,13 @@ def run_seconds(
 ) -> Interval:
     """Seconds of the tuning loop: its start, updates and evaluations, up to the budget's minutes."""
     held_out = total(load_of(row) for row in data.held_out)
-    evaluations_s = recipe.evaluations * times.seconds(held_out) * forecast.FORWARD_FRACTION if data.held_out else 0.0
+    evaluations_s = recipe.evaluations * times.seconds(held_out) * cost_model.FORWARD_FRACTION if data.held_out else 0.0
     limit_s = recipe.budget.minutes and recipe.budget.minutes * 60
     if updates is None:
         assert limit_s is not None
         return Interval(limit_s, limit_s, limit_s + evaluations_s)
     updates_s = sum(
-        times.update_s + sum(times.seconds(micro) for micro in forecast.micro_batches(update, micro_batch_tokens))
+        times.update_s + sum(times.seconds(micro) for micro in cost_model.micro_batches(update, micro_batch_tokens))
         for update in updates
     )
     whole = updates_s + evaluations_s
@@ -215,7 +214,7 @@ def _count_by_minutes(counters: Counters, times: TimeModel, recipe: Recipe, load
     """What the minutes of a budget will read, about."""
     everything = total(loads)
     epochs = (recipe.budget.minutes or 0) * 60 / times.seconds(everything)
-    counters.updates = max(round(epochs * len(forecast.epoch(recipe, loads))), 1)
+    counters.updates = max(round(epochs * len(cost_model.epoch(recipe, loads))), 1)
     counters.tokens, counters.supervised_tokens = round(epochs * everything.tokens), round(epochs * everything.supervised)
 
 

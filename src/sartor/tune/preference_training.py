@@ -1,4 +1,4 @@
-"""A run under dpo or kto: lessons beside plain rows, and the reference that they are held against.
+"""Training loop for DPO and KTO.
 
 The reference is the model before its first update: the base under a fresh adapter, or what the adapter was that tuning goes on
 from. So its log-probabilities are one number a reply, computed once, before anything moves, and kept in every checkpoint: no
@@ -16,10 +16,10 @@ import torch
 
 from sartor.core.processes import Signals
 from sartor.models.packing import Encoded
-from sartor.tune import objectives, order
+from sartor.tune import objectives, sampler
 from sartor.tune.recipe import Dpo, Recipe, Sft
-from sartor.tune.run import Counters, Run
-from sartor.tune.tokenised import Lesson, Rows, flat, lessons, micro_batches
+from sartor.tune.tokenized_dataset import Lesson, Rows, flat, lessons, micro_batches
+from sartor.tune.training_loop import Counters, Run
 
 REFERENCE = "reference"
 
@@ -179,7 +179,7 @@ def apart(rows: Iterable[Encoded]) -> tuple[list[Lesson], list[Encoded]]:
 def reached(recipe: Recipe, data: Rows) -> list[Lesson]:
     """The lessons that a run's budget reaches; all, where minutes alone limit it."""
     lengths, counters, seen = [row.tokens for row in data.train], Counters(), set[int]()
-    for chosen in order.updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
+    for chosen in sampler.updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
         seen.update(chosen)
         counters.updates += 1
         counters.tokens += sum(lengths[index] for index in chosen)

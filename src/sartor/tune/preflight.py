@@ -1,4 +1,4 @@
-"""What a run would be refused for, before it is spent: memory that will not hold it, rows that cannot teach.
+"""Checks before a run, with changes that would fit.
 
 `sartor plan` lists Refusals; `sartor tune` raises the first as an error. A remedy for memory is offered only if the same
 forecast says that it fits.
@@ -18,10 +18,9 @@ from sartor.core.errors import BudgetError, ConfigError, SartorError, SourceErro
 from sartor.models import hardware
 from sartor.models.hardware import best_device, best_dtype
 from sartor.models.packing import Encoded
-from sartor.tune.forecast import LADDER, MemoryModel, Shape, settle
-from sartor.tune.probe import Load
+from sartor.tune.cost_model import LADDER, Load, MemoryModel, Shape, settle
 from sartor.tune.recipe import Dpo, Recipe, Sft
-from sartor.tune.tokenised import Rows, flat, lessons
+from sartor.tune.tokenized_dataset import Rows, flat, lessons
 
 NO_PREFERENCE = "nothing_preferred"
 MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = "memory", "cut_answers", "nothing_supervised", "pad_is_stop", "end_unsupervised"

@@ -15,7 +15,7 @@ from sartor.core.errors import ArtifactError, ConfigError
 from sartor.models.base import Base
 from sartor.tune.checkpoint import Found, check_numerics, folder_of, newest
 from sartor.tune.recipe import Recipe
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenized_dataset import Rows
 
 # Options that may differ between a run and its resumption: when state is saved, and where the same bytes are found (the
 # Dataset and the base are compared by digest).

@@ -1,4 +1,4 @@
-"""What a run of `tune` foresees of itself: memory before its first update, time after a few.
+"""Forecast of a running tune, compared with its cost.
 
 Time is not taken from a calibration but from the run's own first updates: they cost nothing, and they are what the rest
 will be like (docs/decisions/004-forecast.md).
@@ -15,11 +15,10 @@ import torch
 
 from sartor.models.losses.loss_backend import Path
 from sartor.models.packing import Encoded
-from sartor.tune import forecast, refusals
-from sartor.tune.forecast import FORWARD_FRACTION, TIME_ALLOWANCE, Interval, Progress, Settled
-from sartor.tune.probe import Probe, load_of, take
+from sartor.tune import cost_model, preflight
+from sartor.tune.cost_model import FORWARD_FRACTION, TIME_ALLOWANCE, Interval, Probe, Progress, Settled, load_of, take
 from sartor.tune.recipe import Recipe
-from sartor.tune.tokenised import Rows, flat
+from sartor.tune.tokenized_dataset import Rows, flat
 
 # What a calibration may read of the tokens that the run reads
 PROBE_FRACTION = 0.03
@@ -111,14 +110,14 @@ def foresee(
     Nothing that is learnt changes. Raises BudgetError where memory cannot hold the run, with changes that it could.
     """
     loads, beside = ([load_of(row) for row in part] for part in (data.train, data.rehearsal))
-    is_counted = forecast.course(recipe, loads, counters, beside) is not None
+    is_counted = cost_model.course(recipe, loads, counters, beside) is not None
     loads += beside
     probe = Probe(path, model, device)
     calibrate(probe, flat(data.train), PROBE_FRACTION * counters.tokens if is_counted else None)
-    expected = forecast.memory_model(forecast.shape_of(model, recipe), probe)
-    for refusal in refusals.of_memory(expected, recipe, loads):
+    expected = cost_model.memory_model(cost_model.shape_of(model, recipe), probe)
+    for refusal in preflight.of_memory(expected, recipe, loads):
         raise refusal.error
-    settled = forecast.settle(expected, recipe, loads)
+    settled = cost_model.settle(expected, recipe, loads)
     return Outlook(
         settled,
         expected.peak(settled.load),

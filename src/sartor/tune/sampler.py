@@ -1,11 +1,14 @@
-"""The order of rows: a shuffle per epoch that depends on the seed and the epoch alone, cut into updates."""
+"""Seeded row order cut into updates, resumable."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from sartor.tune.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -77,3 +80,26 @@ class Beside:
             owed -= lengths[row]
             position = position.after(1, len(lengths))
         return chosen, Beside(position, owed)
+
+
+@dataclass(frozen=True)
+class Part:
+    """`done` parts of `parts` stand; this run is the next. All have the recipe's budget, each."""
+
+    done: int = 0
+    parts: int = 1
+
+    def course(self, fraction: float) -> float:
+        """How far the whole course is, 0..1, at a fraction of this part: in each part alone a rate would warm up again."""
+        return min(1.0, (self.done + fraction) / self.parts)
+
+    def start(self, recipe: Recipe, lengths: Sequence[int]) -> Position:
+        """Where in the rows it begins: where the part before it ended. lengths: tokens a row."""
+        budget = recipe.budget
+        if budget.updates is None:
+            return Position(round(self.done * (budget.epochs or 1)))
+        position = START
+        read = updates(lengths, recipe.optimizer.batch_tokens, recipe.seed)
+        for chosen in itertools.islice(read, self.done * budget.updates):
+            position = position.after(len(chosen), len(lengths))
+        return position

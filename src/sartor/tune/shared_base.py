@@ -1,22 +1,43 @@
-"""A base that is opened once and stays: clients of one machine take turns on it, and only factors are swapped."""
+"""One open base on which adapters are swapped."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from sartor.core import config, records
 from sartor.core.errors import ConfigError, RoundError
 from sartor.core.model_refs import BaseRef
-from sartor.federate.tuning.recipe import recipe_digest
+from sartor.core.processes import Signals
 from sartor.models import adapters, packing
 from sartor.models.base import Base
 from sartor.models.lora_tensors import A, Array, Tensors, alpha_of, modules
 from sartor.models.losses.loss_backend import Path, Wish
-from sartor.tune.opening import adapted, open_chosen
+from sartor.tune.checkpoint import Saver
+from sartor.tune.cost_model import Interval, Load, Settled
+from sartor.tune.model_setup import adapted, open_chosen
 from sartor.tune.recipe import Recipe
+from sartor.tune.run_forecast import Outlook
+from sartor.tune.sampler import Part
+from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.training_log import Journal
+from sartor.tune.training_loop import Run, learning_rate
+
+
+def recipe_digest(recipe: Recipe, template_digest: str) -> str:
+    """sha256 of what client and coordinator must have in common beside the base: method, optimiser, rows' form, seed.
+
+    The learning rate and the length of the work are each round's own.
+    """
+    optimizer = {name: value for name, value in config.dump(recipe.optimizer).items() if name != "learning_rate"}
+    said = {"method": config.dump(recipe.method), "optimizer": optimizer, "template": template_digest, "seed": recipe.seed}
+    return records.digest({**said, "max_length_tokens": recipe.data.max_length_tokens})
+
 
 Notice = Callable[[str], object]
 
@@ -153,3 +174,37 @@ def _only(ranks: slice, *, by_row: bool) -> Callable[[torch.Tensor], torch.Tenso
         return kept
 
     return masked
+
+
+# a round keeps no log of its own, and saves nothing on its way
+_NOWHERE = Path(os.devnull)
+_WHOLE = Part()
+
+
+class LocalRun(Run):
+    """A run of `tune` within one round: part is the round, of all."""
+
+    part = Part()
+
+    def save(self) -> None:
+        """Nothing: what a killed client did is done again."""
+
+    def _foresee(self, recipe: Recipe) -> Outlook:
+        """Nothing is measured: a micro-batch that depended on free memory would change the last bits."""
+        asked, longest = recipe.compute.micro_batch_tokens, max(len(row.ids) for row in self.data.train)
+        nothing, most = Interval(0.0, 0.0, 0.0), max(longest, asked if isinstance(asked, int) else longest)
+        return Outlook(Settled(most, Load(), True, "the recipe's"), nothing, None, 0, None)
+
+    def _rates(self) -> tuple[float, float]:
+        rate = learning_rate(self.recipe.optimizer, self.part.course(self._fraction()))
+        return rate, rate
+
+
+def train(resident: Resident, rows: Rows, recipe: Recipe, part: Part = _WHOLE) -> LocalRun:
+    """Train what of the resident may learn, from where it stands, for the recipe's budget. Raises ModelError."""
+    with Journal(_NOWHERE, show=False) as journal:
+        saver = Saver(_NOWHERE, recipe.checkpoints, {}, None)
+        run = LocalRun(recipe, resident, resident.model, rows, journal, saver, None)
+        run.part, run.position = part, part.start(recipe, [len(row.ids) for row in rows.train])
+        run.train(Signals())
+    return run

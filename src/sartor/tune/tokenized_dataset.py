@@ -1,4 +1,4 @@
-"""Rows as tokens, as a run holds them. Apart from `rows.py`, which makes them: a device reads no Parquet."""
+"""Tokenized rows as a run holds them."""
 
 from __future__ import annotations
 

@@ -23,17 +23,17 @@ from sartor.core.lineage import ancestry
 from sartor.core.processes import Signals
 from sartor.models import adapters
 from sartor.models.base import Base, machine
-from sartor.tune import refusals
+from sartor.tune import preflight
 from sartor.tune import resume as resumption
 from sartor.tune.checkpoint import Found, Saver, clear, folder_of, full_disk, sweep
-from sartor.tune.journal import Journal, plot_losses
-from sartor.tune.opening import adapted, calibrate, open_chosen, rehearsal_of, start_of
-from sartor.tune.preferences import PreferenceRun
+from sartor.tune.dataset_encoding import encode_rows
+from sartor.tune.model_setup import adapted, calibrate, open_chosen, rehearsal_of, start_of
+from sartor.tune.preference_training import PreferenceRun
 from sartor.tune.recipe import Recipe, Sft
 from sartor.tune.recipe import load as load_recipe
-from sartor.tune.rows import encode_rows
-from sartor.tune.run import Resolved, Run
-from sartor.tune.tokenised import Rows, lessons
+from sartor.tune.tokenized_dataset import Rows, lessons
+from sartor.tune.training_log import Journal, plot_losses
+from sartor.tune.training_loop import Resolved, Run
 
 Notice = Callable[[str], object]
 
@@ -75,7 +75,7 @@ def tune(
     out = Path(out).absolute()
     found = resumption.look(out, resume=resume, replace=replace, notice=notice)
     dataset = open_artifact(recipe.data.path, "dataset")
-    for refusal in refusals.of_base(recipe):
+    for refusal in preflight.of_base(recipe):
         raise refusal.error
     base = open_chosen(recipe, notice)
     rehearsal, start = rehearsal_of(recipe), start_of(recipe, base)
@@ -115,7 +115,7 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
     model = adapted(recipe, base)
     for line in describe(work.data, base, model):
         notice(line)
-    for refusal in refusals.of_rows(recipe, base.chat, work.data):
+    for refusal in preflight.of_rows(recipe, base.chat, work.data):
         raise refusal.error
     environment = resumption.environment(base)
     replaces = checkpoint.manifest["replaces"] if checkpoint else resumption.standing_id(out) if replace else ""

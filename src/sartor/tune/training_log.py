@@ -1,4 +1,4 @@
-"""What a run says while it goes: a JSON line per update, a live progress line, and the loss curve as a picture."""
+"""Log.jsonl, progress line and loss curve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run: rows -> updates -> micro-batches -> loss -> gradients -> AdamW, until the budget is spent.
+"""The training loop with its saved state.
 
 Everything that decides what comes next is in `Run.state`, so that a run restored from a checkpoint takes the same steps
 to the same bits: factors, optimiser, generators, position in the rows, counters, open evaluations.
@@ -21,12 +21,11 @@ from sartor.core.processes import Signals
 from sartor.models import hardware, packing
 from sartor.models.losses.loss_backend import Path, Wish, prove
 from sartor.models.media_tokens import embedding_of
-from sartor.tune import objectives, optimizers, order, outlook
-from sartor.tune.checkpoint import Checkpoint, Saver
-from sartor.tune.journal import Journal
+from sartor.tune import objectives, optimizers, run_forecast, sampler
+from sartor.tune.checkpoint import Checkpoint, Rng, Saver, seed_all
 from sartor.tune.recipe import Budget, Optimizer, Recipe
-from sartor.tune.rng import Rng, seed_all
-from sartor.tune.tokenised import Rows, flat, lessons
+from sartor.tune.tokenized_dataset import Rows, flat, lessons
+from sartor.tune.training_log import Journal
 
 # A loss above both has exploded: a model that knows nothing and says so has ln V, and a hard first update may be higher.
 EXPLODED_OVER_UNIFORM, EXPLODED_OVER_FIRST = 2.0, 4.0
@@ -108,7 +107,7 @@ class Run:
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
         self.proof: dict[str, float] | None = None
-        self.position, self.beside = order.START, order.Beside()
+        self.position, self.beside = sampler.START, sampler.Beside()
         # what the objective says of the update that was last computed, beside its loss
         self.said: dict[str, float] = {}
         count = recipe.evaluations if data.held_out else 0
@@ -129,9 +128,9 @@ class Run:
         """What takes the steps."""
         return optimizers.make(self.factors, self.recipe.optimizer, self.base.device, self.projectors)
 
-    def _foresee(self, recipe: Recipe) -> outlook.Outlook:
+    def _foresee(self, recipe: Recipe) -> run_forecast.Outlook:
         """What it will cost, with its micro-batch settled. Raises BudgetError where memory cannot hold it."""
-        return outlook.foresee(recipe, self.path, self.model, self.base.device, self.data, Counters())
+        return run_forecast.foresee(recipe, self.path, self.model, self.base.device, self.data, Counters())
 
     def train(self, signals: Signals) -> None:
         """Update until the budget is spent. Raises StoppedError after a signal, ModelError when the loss explodes; in
@@ -142,7 +141,7 @@ class Run:
         self.model.train()
         lengths = [row.tokens for row in self.data.train]
         settings = self.recipe.optimizer
-        for chosen in order.updates(lengths, settings.batch_tokens, self.recipe.seed, self.position):
+        for chosen in sampler.updates(lengths, settings.batch_tokens, self.recipe.seed, self.position):
             rehearsed, beside = self._rehearsed(sum(lengths[index] for index in chosen))
             self._update_or_save([*(self.data.train[index] for index in chosen), *rehearsed])
             self.beside = beside
@@ -161,7 +160,7 @@ class Run:
                 raise StoppedError(done, "the same command with --resume goes on there", int(signals.received))
         self.model.eval()
 
-    def _rehearsed(self, own_tokens: int) -> tuple[list[packing.Encoded], order.Beside]:
+    def _rehearsed(self, own_tokens: int) -> tuple[list[packing.Encoded], sampler.Beside]:
         """(rows of the rehearsal that go with an update, the place behind them)."""
         rows, fraction = self.data.rehearsal, self.recipe.data.rehearsal.fraction
         chosen, beside = self.beside.after([row.tokens for row in rows], own_tokens, fraction, self.recipe.seed)
@@ -173,7 +172,7 @@ class Run:
         Raises ModelError when they differ by more than PROOF of the dtype, as norm of the difference over norm.
         """
         lengths = [row.tokens for row in self.data.train]
-        chosen = next(order.updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed, self.position))
+        chosen = next(sampler.updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed, self.position))
         rows = self._cut(flat(self.data.train[index] for index in chosen))[0]
         limit = PROOF[self.base.dtype]
         self.proof = {**prove(self.path, rows), "limit": limit, "rows": len(rows)}
@@ -234,9 +233,9 @@ class Run:
         if facts["scaler"]:  # empty if it was another device's run, in a dtype that needs no scale
             self.scaler.load_state_dict(facts["scaler"])
         self.counters = Counters(**facts["counters"])
-        self.position = order.Position(**facts["position"])
+        self.position = sampler.Position(**facts["position"])
         if beside := facts.get("beside"):  # a checkpoint of an older version has no rehearsal
-            self.beside = order.Beside(order.Position(**beside["position"]), beside["owed"])
+            self.beside = sampler.Beside(sampler.Position(**beside["position"]), beside["owed"])
         self.losses, self.evaluation_points = dict(facts["losses"]), list(facts["evaluation_points"])
         Rng.read(tensors, facts["rng"]).put_back(self.base.device)
 

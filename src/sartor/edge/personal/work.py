@@ -32,7 +32,7 @@ from sartor.edge.personal.work__user_tokens import _FACTOR, DEFAULTS, Material, 
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.tokens import write_tokens
 from sartor.models.packing import Encoded
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenized_dataset import Rows
 
 IN_MEMORY = ("tmpfs", "ramfs")
 Tune = Callable[[Job], Mapping[str, Any]]

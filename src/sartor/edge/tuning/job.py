@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ConfigError
-from sartor.tune.part import Part
+from sartor.tune.sampler import Part
 
 # What a device computes in, whatever its base is stored as
 DTYPE = "float32"

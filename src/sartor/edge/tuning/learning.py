@@ -14,15 +14,14 @@ from typing import Any
 import torch
 
 from sartor.core.errors import ArtifactError
-from sartor.edge.tuning.adamw import AdamW, Still
 from sartor.models.packing import Encoded
 from sartor.tune import objectives
-from sartor.tune.forecast import Interval, Settled
-from sartor.tune.outlook import Outlook
-from sartor.tune.part import Part
-from sartor.tune.probe import Load
+from sartor.tune.cost_model import Interval, Load, Settled
+from sartor.tune.optimizers import AdamW, Still
 from sartor.tune.recipe import Recipe
-from sartor.tune.run import Run, learning_rate
+from sartor.tune.run_forecast import Outlook
+from sartor.tune.sampler import Part
+from sartor.tune.training_loop import Run, learning_rate
 
 # `auto` without a plan
 MICRO_BATCH_TOKENS = 512

@@ -19,7 +19,7 @@ from sartor.models.kernels.cpu import Native
 from sartor.models.mmap_llama import ATTENTION, MLP
 from sartor.models.packing import Encoded
 from sartor.models.tensor_files import write_tensors
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenized_dataset import Rows
 
 WIDTH, VOCABULARY, TOKENS = 64, 64, 16
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from sartor.core.errors import ArtifactError
 from sartor.models.packing import Encoded
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenized_dataset import Rows
 
 SCHEMA = "1"
 

@@ -36,9 +36,9 @@ from sartor.models.mmap_llama import ATTENTION, MLP, MappedLlama
 from sartor.models.packing import Encoded
 from sartor.models.tensor_files import write_tensors
 from sartor.tune.checkpoint import Saver, check_numerics, newest
-from sartor.tune.journal import Journal
 from sartor.tune.recipe import Lora, Recipe
-from sartor.tune.run import Resolved
+from sartor.tune.training_log import Journal
+from sartor.tune.training_loop import Resolved
 
 # Logits are made in chunks of about this size: beside 400 MB, the 64 of a server would be much
 LOGITS_BYTES = 8 << 20

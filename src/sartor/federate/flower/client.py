@@ -31,9 +31,9 @@ from sartor.federate.tuning.guard import RowGuard
 from sartor.federate.tuning.noise import noise_of, noised, values_of
 from sartor.federate.tuning.recipe import FederateRecipe, tuning
 from sartor.federate.tuning.recipe import load as load_recipe
-from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.task import NAME, LoraTask
-from sartor.tune.rows import encode_rows
+from sartor.tune.dataset_encoding import encode_rows
+from sartor.tune.shared_base import Resident
 
 Notice = Callable[[str], object]
 

@@ -42,7 +42,6 @@ from sartor.federate.tuning.clients import Clients
 from sartor.federate.tuning.course import LoraOptions, lines_of
 from sartor.federate.tuning.recipe import FederateRecipe, tuning
 from sartor.federate.tuning.recipe import load as load_recipe
-from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.running import Setting, TuningTask, work_of
 from sartor.federate.tuning.simulation import (
     Simulated,
@@ -58,8 +57,9 @@ from sartor.federate.tuning.task import LoraTask
 from sartor.models.lora_tensors import Tensors
 from sartor.tune import resume as resumption
 from sartor.tune.checkpoint import Found, full_disk
-from sartor.tune.rows import encode_rows
-from sartor.tune.tokenised import Rows
+from sartor.tune.dataset_encoding import encode_rows
+from sartor.tune.shared_base import Resident
+from sartor.tune.tokenized_dataset import Rows
 
 Notice = Callable[[str], object]
 

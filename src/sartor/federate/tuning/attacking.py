@@ -35,7 +35,7 @@ from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds
 from sartor.federate.tuning.task import LoraTask
 from sartor.models.lora_tensors import A, B, Tensors, modules, plus
 from sartor.models.packing import Encoded
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenized_dataset import Rows
 
 Notice = Callable[[str], object]
 # copies of a planted row in a client's rows, a canary each; other secrets that it stands among: 6 bits at most

@@ -13,13 +13,13 @@ from sartor.core.errors import ConfigError
 from sartor.federate.rounds.manifest import Rules
 from sartor.federate.tuning.guard import RowGuard
 from sartor.federate.tuning.recipe import FederateRecipe, tuning
-from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.shards import Shards
 from sartor.federate.tuning.task import LoraTask
 from sartor.models.lora_tensors import Tensors, nothing
 from sartor.models.packing import Encoded
-from sartor.tune.rows import encode_rows
-from sartor.tune.tokenised import Rows
+from sartor.tune.dataset_encoding import encode_rows
+from sartor.tune.shared_base import Resident
+from sartor.tune.tokenized_dataset import Rows
 
 Notice = Callable[[str], object]
 

@@ -37,9 +37,9 @@ from sartor.federate.rounds.task import Learnt
 from sartor.federate.tuning.recipe import MODES, Settings
 from sartor.federate.tuning.task import Losses, change, local_recipe, settings_of
 from sartor.models.lora_tensors import Tensors
-from sartor.tune import order
+from sartor.tune import sampler
 from sartor.tune.recipe import Recipe
-from sartor.tune.tokenised import Rows
+from sartor.tune.tokenized_dataset import Rows
 
 # of the time that a round is forecast to take so much more is wanted: a device does other things too
 SPARE_TIME = 0.25
@@ -192,7 +192,7 @@ class EdgeTask:
         if settings.local.updates is None:
             return self.rows.tokens * (settings.local.epochs or 1)
         lengths = [len(row.ids) for row in self.rows.train]
-        read = order.updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed)
+        read = sampler.updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed)
         return sum(lengths[row] for _ in range(settings.local.updates) for row in next(read))
 
 

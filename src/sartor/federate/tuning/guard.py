@@ -26,12 +26,12 @@ from sartor.federate.privacy.examples import RowNoise, drawn, private_updates
 from sartor.federate.rounds.manifest import Manifest
 from sartor.federate.secure import masks
 from sartor.federate.tuning.recipe import Local, Privacy, Settings
-from sartor.federate.tuning.resident import Resident
 from sartor.models import quantization
 from sartor.models.packing import Encoded, pack
 from sartor.tune import optimizers
-from sartor.tune.run import learning_rate
-from sartor.tune.tokenised import Rows
+from sartor.tune.shared_base import Resident
+from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.training_loop import learning_rate
 
 SECRET, ACCOUNT = "noise.secret", "account.json"
 

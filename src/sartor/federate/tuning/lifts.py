@@ -20,9 +20,9 @@ from sartor.evaluate.compare import Comparison, paired
 from sartor.evaluate.held_out import HeldOut
 from sartor.evaluate.scorers import exact_match
 from sartor.federate.tuning.lifts__personal_adapters import examples_of, own_rows  # noqa: F401
-from sartor.federate.tuning.resident import Resident
 from sartor.models.lora_tensors import Tensors
 from sartor.models.packing import Encoded
+from sartor.tune.shared_base import Resident
 
 SCHEMA, KIND = 1, "personal-report"
 # what is longer is hardly ever said word by word

@@ -25,13 +25,13 @@ from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.federate.tuning import lifts, lifts__personal_adapters
 from sartor.federate.tuning.clients import Clients
 from sartor.federate.tuning.recipe import FederateRecipe, Local, Personal
-from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.stacking import Losses, Stack
 from sartor.models.lora_tensors import Tensors, nothing
-from sartor.tune import order, resume
+from sartor.tune import resume, sampler
 from sartor.tune.checkpoint import Found, full_disk
 from sartor.tune.recipe import Budget
-from sartor.tune.tokenised import Rows
+from sartor.tune.shared_base import Resident
+from sartor.tune.tokenized_dataset import Rows
 
 Notice = Callable[[str], object]
 WEIGHTS, REPORT = "adapter_model.safetensors", "personal.json"
@@ -149,8 +149,8 @@ def updates_of(rows: Rows, local: Local, recipe: FederateRecipe) -> int:
     """How many updates of the optimiser a piece of local work takes on these rows."""
     if local.updates is not None:
         return local.updates
-    lengths, position = [len(row.ids) for row in rows.train], order.START
-    for count, chosen in enumerate(order.updates(lengths, recipe.optimizer.batch_tokens, recipe.seed), 1):
+    lengths, position = [len(row.ids) for row in rows.train], sampler.START
+    for count, chosen in enumerate(sampler.updates(lengths, recipe.optimizer.batch_tokens, recipe.seed), 1):
         position = position.after(len(chosen), len(lengths))
         if position.epoch >= (local.epochs or 1):
             return count

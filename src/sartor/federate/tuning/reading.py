@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sartor.federate.tuning.resident import Resident
 from sartor.models import packing
 from sartor.models.lora_tensors import Array, Tensors
 from sartor.models.losses.loss_backend import Wish
 from sartor.models.packing import Encoded
+from sartor.tune.shared_base import Resident
 
 # tokens that are looked at together
 _AT_ONCE = 4_096

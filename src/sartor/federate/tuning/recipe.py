@@ -13,8 +13,8 @@ from sartor.core.errors import ConfigError
 from sartor.federate.aggregate.modes import Alternate, Factors, FreezeA, Mode, Residual
 from sartor.federate.privacy.accountant import Budget as PrivacyBudget
 from sartor.federate.robust.rules import AnyRule
-from sartor.federate.tuning.recipe__shared_base import recipe_digest  # noqa: F401
 from sartor.tune.recipe import BaseChoice, Budget, Compute, Data, Lora, Optimizer, Recipe
+from sartor.tune.shared_base import recipe_digest  # noqa: F401
 
 MODES: dict[str, Mode] = {mode.kind: mode for mode in (FreezeA(), Alternate(), Residual(), Factors())}
 ModeName = Literal["freeze_a", "alternate", "residual", "factors"]

@@ -35,9 +35,9 @@ from sartor.federate.tuning.course import line_place, lines_of
 from sartor.federate.tuning.measures import Line
 from sartor.federate.tuning.noise import noise_of, noised, values_of
 from sartor.federate.tuning.recipe import MODES, FederateRecipe, Settings
-from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.task import NAME, LoraTask, Losses
 from sartor.models.lora_tensors import Tensors, norm, plus
+from sartor.tune.shared_base import Resident
 
 RUN, COORDINATOR = "simulation", "coordinator"
 # every client answers at once or says no, so nothing waits for a clock (which stands still), and a stage is over at once

@@ -35,7 +35,6 @@ from sartor.federate.tuning.personal import check_free as check_personal_free
 from sartor.federate.tuning.personal import personalise
 from sartor.federate.tuning.recipe import MODES, FederateRecipe
 from sartor.federate.tuning.recipe import load as load_recipe
-from sartor.federate.tuning.resident import Resident
 from sartor.federate.tuning.residual import ResidualRounds
 from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting, TuningTask
 from sartor.federate.tuning.shards import Shards
@@ -44,6 +43,7 @@ from sartor.models.base import machine
 from sartor.models.lora_tensors import Tensors
 from sartor.tune import resume as resumption
 from sartor.tune.checkpoint import Found, full_disk
+from sartor.tune.shared_base import Resident
 
 Notice = Callable[[str], object]
 _FINGERPRINT = "fingerprint.json"

@@ -16,13 +16,12 @@ from typing import Any
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ModelError
 from sartor.core.licences import compliance
-from sartor.federate.tuning.resident import Resident
-from sartor.federate.tuning.task import train
 from sartor.models import adapters, hardware
 from sartor.models.base import machine
 from sartor.models.lora_tensors import Array, Tensors, cut, joined, nothing, rank_of
 from sartor.tune.recipe import Budget
-from sartor.tune.tokenised import Rows
+from sartor.tune.shared_base import Resident, train
+from sartor.tune.tokenized_dataset import Rows
 
 Losses = Mapping[str, float | None]
 

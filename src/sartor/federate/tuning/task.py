@@ -16,12 +16,11 @@ from sartor.federate.rounds.task import Learnt
 from sartor.federate.tuning import canaries
 from sartor.federate.tuning.guard import RowGuard
 from sartor.federate.tuning.recipe import MODES, Settings
-from sartor.federate.tuning.resident import Resident
-from sartor.federate.tuning.task__shared_base import _NOWHERE, _WHOLE, LocalRun, train  # noqa: F401
 from sartor.models.lora_tensors import Array, Tensors, plus
-from sartor.tune.part import Part
 from sartor.tune.recipe import Budget, Recipe
-from sartor.tune.tokenised import Rows
+from sartor.tune.sampler import Part
+from sartor.tune.shared_base import _NOWHERE, _WHOLE, LocalRun, Resident, train  # noqa: F401
+from sartor.tune.tokenized_dataset import Rows
 
 NAME = "lora"
 # of the first update of a round, and of the last; None where none was made here
