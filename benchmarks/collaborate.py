@@ -46,7 +46,7 @@ from sartor.agents.team import Team
 from sartor.core import assets, config, records
 from sartor.core.artifacts import open_artifact
 from sartor.core.parquet_io import read_examples
-from sartor.evaluate.compare import paired
+from sartor.evaluate.bootstrap import paired
 from sartor.evaluate.scorers import exact_match
 from sartor.inference.engine import Call, Done, Engine, Event, Piece, adapter_digest, event_as_json, event_from_json
 from sartor.inference.local.local_engine import open_engine

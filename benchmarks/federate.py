@@ -38,9 +38,8 @@ import sartor
 from sartor import intents
 from sartor.core import assets, config
 from sartor.core import parquet_io as stored
-from sartor.evaluate.answering import replies, reply_limit
-from sartor.evaluate.compare import paired
-from sartor.evaluate.held_out import HeldOut, fitting
+from sartor.evaluate.bootstrap import paired
+from sartor.evaluate.predictions import HeldOut, fitting, replies, reply_limit
 from sartor.evaluate.scorers import exact_match
 from sartor.federate.rounds import tensors as arrays
 from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for

@@ -1,4 +1,4 @@
-"""False verdicts and power of the interval over groups (`sartor.evaluate.compare`), and of what was tried before it.
+"""False verdicts and power of the interval over groups (`sartor.evaluate.bootstrap`), and of what was tried before it.
 
     python benchmarks/intervals.py --json                # the table of docs/decisions/040-few-groups.md
     python benchmarks/intervals.py --json --small        # Sartor's method alone, 20 draws: shows that it runs
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from results import print_result
 from scipy.stats import t as student
 
-from sartor.evaluate import compare
+from sartor.evaluate import bootstrap
 
 Array = NDArray[np.float64]
 Interval = Callable[[Array], tuple[float, float]]
@@ -42,7 +42,7 @@ DRAWS: dict[str, Callable[[np.random.Generator, int], Array]] = {
 
 def sartor(each: Array) -> tuple[float, float]:
     """The interval that Reports have."""
-    found = compare.paired(np.zeros(len(each)), each, [str(number) for number in range(len(each))])
+    found = bootstrap.paired(np.zeros(len(each)), each, [str(number) for number in range(len(each))])
     return found.low, found.high
 
 

@@ -31,11 +31,10 @@ import sartor
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.parquet_io import read_examples
 from sartor.core.records import Example
-from sartor.evaluate.answering import replies, reply_limit
-from sartor.evaluate.compare import paired
-from sartor.evaluate.held_out import HeldOut
+from sartor.evaluate.bootstrap import paired
+from sartor.evaluate.evaluation import open_tuned
+from sartor.evaluate.predictions import HeldOut, replies, reply_limit
 from sartor.evaluate.scorers import exact_match
-from sartor.evaluate.tasks import open_tuned
 
 TEAM = Path(__file__).parent.parent / "examples" / "team"
 LEARNERS = ("ana", "bo", "cem")

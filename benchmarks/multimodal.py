@@ -46,9 +46,9 @@ import sartor
 from sartor.core import assets, parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.records import Example
-from sartor.evaluate.measures import Measures, Side
+from sartor.evaluate.evaluation import open_tuned
+from sartor.evaluate.metrics import Measures, Side
 from sartor.evaluate.scorers import spoken, word_errors
-from sartor.evaluate.tasks import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.media.audio import read_sound

@@ -29,7 +29,7 @@ from results import print_result
 
 import sartor
 from sartor.core.records import Example, Message, Origin
-from sartor.evaluate import compare
+from sartor.evaluate import bootstrap
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models import adapters, packing
@@ -135,7 +135,7 @@ def measured(
     made = sartor.tune(recipe, folder / f"adapter-{kind}", show=False).as_json()
     wall_s = time.monotonic() - began
     after = judged(replies(base, made["adapter"], orders), orders)
-    lost = compare.paired(after["metric"], before["metric"], [asked(one) for one in orders])
+    lost = bootstrap.paired(after["metric"], before["metric"], [asked(one) for one in orders])
     means = {side: {name: sum(values) / len(values) for name, values in scores.items()}
              for side, scores in (("before", before), ("after", after))}  # fmt: skip
     return {

@@ -44,7 +44,7 @@ from sartor.agents.routing import curves, fitting, part, space
 from sartor.agents.routing.near_misses import near_misses
 from sartor.agents.team import Routing
 from sartor.core.encoder_registry import Encoder
-from sartor.evaluate.measures import BINS
+from sartor.evaluate.metrics import BINS
 from sartor.models.sentence_encoder import MiniLM, SentenceEncoder
 
 RESAMPLES = 500

@@ -24,7 +24,7 @@ from sartor.agents.router import AutoRouter, Embedder
 from sartor.agents.team import Routing, load
 from sartor.core.artifacts import open_artifact
 from sartor.core.parquet_io import read_examples
-from sartor.evaluate.training import EXEMPLARS
+from sartor.evaluate.training_facts import EXEMPLARS
 
 
 def halved(release: Path, part: Path, rng: random.Random) -> set[str]:

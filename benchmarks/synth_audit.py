@@ -40,10 +40,11 @@ from results import print_result
 import sartor
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.records import Example
-from sartor.evaluate.audit import run, verdicts
-from sartor.evaluate.audit.sides import Sides
+from sartor.evaluate import limits as verdicts
+from sartor.evaluate.audit import audit as run
+from sartor.evaluate.audit.model_pair import Sides
+from sartor.evaluate.evaluation import open_tuned
 from sartor.evaluate.limits import BiasLimits
-from sartor.evaluate.tasks import open_tuned
 from sartor.text.demographics.group_terms import groups, lexicon
 
 TESTS = Path(__file__).parent.parent / "tests"

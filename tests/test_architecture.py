@@ -64,7 +64,7 @@ EXCEPTIONS = {
     ("cli/person.py:forget", "arguments"): "a command's arguments are its flags",
     ("curate/bias_report.py:bias", "arguments"): "a verb's arguments are its command's flags",
     ("proof.py:prove", "arguments"): "a verb's arguments are its command's flags",
-    ("evaluate/tasks.py:evaluate", "arguments"): "a verb's arguments are its command's flags",
+    ("evaluate/evaluation.py:evaluate", "arguments"): "a verb's arguments are its command's flags",
     ("evaluate/release.py:release", "arguments"): "a verb's arguments are its command's flags",
 }
 

@@ -16,7 +16,7 @@ import pytest
 from sartor.core import assets, model_refs
 from sartor.core.artifacts import open_artifact
 from sartor.core.home import folder
-from sartor.evaluate.audit import probe as audit
+from sartor.evaluate.audit import probes as audit
 from sartor.intents import rehearsal_rows
 
 pytestmark = pytest.mark.circle

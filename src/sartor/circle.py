@@ -18,8 +18,8 @@ from sartor.core.artifacts import check_free
 from sartor.core.errors import ConfigError
 from sartor.core.home import folder
 from sartor.curate.pipeline import Curated, curate
+from sartor.evaluate.evaluation import Evaluated, evaluate
 from sartor.evaluate.release import Released, Waiver, release, verify
-from sartor.evaluate.tasks import Evaluated, evaluate
 from sartor.intents import rehearsal_rows, rows
 from sartor.tune.trainer import Tuned, tune
 

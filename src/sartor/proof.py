@@ -15,9 +15,9 @@ from sartor.core.errors import ArtifactError, SourceError
 from sartor.core.records import Example, dropped
 from sartor.core.splits import group_of_stored, split_group
 from sartor.curate.dataset_writer import write_derived
-from sartor.evaluate import compare
-from sartor.evaluate.compare import Comparison
-from sartor.evaluate.tasks import evaluate
+from sartor.evaluate import bootstrap
+from sartor.evaluate.bootstrap import Comparison
+from sartor.evaluate.evaluation import evaluate
 from sartor.tune import recipe as recipes
 from sartor.tune.recipe import Recipe
 from sartor.tune.trainer import Tuned, tune
@@ -70,7 +70,7 @@ def prove(
 
     Both runs have the recipe as it is but for `data.path`: with a budget of epochs the second makes more updates, with one of
     updates the same. Synthetic rows in the group of a held-out row are left out. The interval is over groups
-    (`evaluate/compare.py`). Below `out` stand `with` (the Dataset), `adapter-without`, `adapter-with` and their reports.
+    (`evaluate/bootstrap.py`). Below `out` stand `with` (the Dataset), `adapter-without`, `adapter-with` and their reports.
     Raises what `tune` and `evaluate` do, SourceError where nothing is held out.
     """
     began = time.monotonic()
@@ -127,7 +127,7 @@ def _compared(
     sides: list[Sequence[float]] = [[float(scored[name][row][column]) for row in shared] for name in ("without", "with")]
     groups = [group_of_stored(scored["without"][row]) for row in shared]
     runs = {name: {"adapter": str(one.adapter.path), "updates": one.as_json()["updates"]} for name, one in tuned.items()}
-    found = compare.paired(sides[0], sides[1], groups)
+    found = bootstrap.paired(sides[0], sides[1], groups)
     return Proof(found, column.removeprefix("tuned_"), len(shared), *counts, runs, wall_s)
 
 

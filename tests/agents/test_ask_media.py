@@ -16,7 +16,7 @@ from sartor.agents.questions import Question
 from sartor.cli import main
 from sartor.core.errors import ConfigError, MediaError, RequestError
 from sartor.core.records import Message, Part
-from sartor.evaluate.tasks import open_tuned
+from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 

@@ -24,7 +24,7 @@ from sartor.agents.team import Routing
 from sartor.core import parquet_io
 from sartor.core.artifacts import MANIFESTS
 from sartor.core.errors import ArtifactError, BusyError, UnavailableError
-from sartor.evaluate.training import EXEMPLARS
+from sartor.evaluate.training_facts import EXEMPLARS
 
 ROOMS = ("kitchen", "hall", "attic", "garage", "cellar", "office", "nursery", "bathroom", "loft", "porch")
 THINGS = ("lamp", "heater", "fan", "blind", "radio")

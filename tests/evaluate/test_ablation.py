@@ -22,9 +22,8 @@ import tiny
 from conftest import write_jsonl
 from sartor.core.errors import GateError
 from sartor.core.records import Example, Message, Part
-from sartor.evaluate import answering, audit
-from sartor.evaluate.ablation import media_of, modalities, shuffled
-from sartor.evaluate.blank import blanked
+from sartor.evaluate import audit, predictions
+from sartor.evaluate.media_ablation import blanked, media_of, modalities, shuffled
 from sartor.inference.generate import Generation
 from sartor.media import audio as sounds
 from sartor.media import images
@@ -93,7 +92,7 @@ def speaking(patch: pytest.MonkeyPatch, tuned: Callable[[MediaEmbedding, list[in
         texts = [json.dumps({"sky": "blue" if tuned(seen, prompt) else "kitchen"}) for prompt in prompts]
         return [Generation([] if seen.is_blank else words(text)["input_ids"], "stop") for text in texts]
 
-    patch.setattr(answering, "generate", said)
+    patch.setattr(predictions, "generate", said)
 
 
 def looks(seen: MediaEmbedding, prompt: list[int]) -> bool:

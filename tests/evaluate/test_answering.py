@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sartor.evaluate.answering import _confidence, _spelling
-from sartor.evaluate.labels import span_of
+from sartor.evaluate.predictions import _confidence, _spelling
+from sartor.evaluate.reply_labels import span_of
 from sartor.inference.generate import Generation
 from sartor.models.base import Base, open_base
 

@@ -15,10 +15,9 @@ import sartor
 from sartor.core.errors import ConfigError, GateError
 from sartor.core.records import Example, Message, Origin
 from sartor.evaluate import audit
-from sartor.evaluate.audit import run
-from sartor.evaluate.audit.sides import Sides
-from sartor.evaluate.audit.verdicts import judge_bias
-from sartor.evaluate.limits import BiasLimits
+from sartor.evaluate.audit import audit as run
+from sartor.evaluate.audit.model_pair import Sides
+from sartor.evaluate.limits import BiasLimits, judge_bias
 from sartor.text.demographics.group_terms import KINDS, groups, mentions
 
 Answer = Callable[[str], float]

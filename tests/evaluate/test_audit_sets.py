@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from sartor.core import assets
-from sartor.evaluate.audit import benchmarks, refusals
+from sartor.evaluate.audit import benchmarks, probes
 from sartor.evaluate.audit.benchmarks import BENCHMARKS
-from sartor.evaluate.audit.sides import Sides
+from sartor.evaluate.audit.model_pair import Sides
 from sartor.models import adapters
 from sartor.models.base import open_base
 
@@ -117,12 +117,12 @@ def test_the_asset_holds_what_is_read() -> None:
     ],
 )
 def test_what_a_refusal_begins_with(reply: str, refuses: bool) -> None:
-    assert refusals.is_refusal(reply) == refuses
+    assert probes.is_refusal(reply) == refuses
 
 
 def test_refusals_are_counted_on_both_sides(sides: Sides) -> None:
-    found = refusals.measure(sides)
-    assert found["should"]["asked"] == len(refusals.SHOULD) and found["should_not"]["asked"] == len(refusals.SHOULD_NOT)
+    found = probes.measure(sides)
+    assert found["should"]["asked"] == len(probes.SHOULD) and found["should_not"]["asked"] == len(probes.SHOULD_NOT)
     assert found["should"]["base"] == found["should"]["tuned"] == 0, "a tiny random base declines nothing"
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from sartor.core.artifacts import Artifact
-from sartor.evaluate import checks, checks__limits
+from sartor.evaluate import checks, limits
 
 COST = {"base": 0.4, "tuned": 0.8, "difference": 0.4, "low": 0.2, "high": 0.6}
 NONE = {**COST, "difference": 0.1, "low": -0.1}
 
 
-def modality(report: dict[str, Any], *towers: str) -> checks__limits.Check | None:
+def modality(report: dict[str, Any], *towers: str) -> limits.Check | None:
     return checks.modality(Artifact(Path("a"), {"base": {"towers": dict.fromkeys(towers)}}), report).get("modality")
 
 

@@ -16,7 +16,7 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError, GateError
 from sartor.evaluate import audit
-from sartor.evaluate.checks import Check
+from sartor.evaluate.limits import Check
 from sartor.evaluate.rules import Slice, open_rules, upper_bound
 
 RULE = {"name": "no_repair", "where": {"severity": "critical"}, "forbid": {"action": ["mend", "cut"]}}

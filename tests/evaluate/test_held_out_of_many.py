@@ -10,7 +10,7 @@ import pytest
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.records import Example, Message, Origin
-from sartor.evaluate.held_out import held_out
+from sartor.evaluate.predictions import held_out
 
 
 def example(name: str) -> Example:

@@ -13,9 +13,9 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
 from sartor.core.errors import ConfigError
-from sartor.evaluate import compare
-from sartor.evaluate.labels import label_of, span_of
-from sartor.evaluate.measures import Measures, Side
+from sartor.evaluate import bootstrap
+from sartor.evaluate.metrics import Measures, Side
+from sartor.evaluate.reply_labels import label_of, span_of
 from sartor.evaluate.scorers import rouge_l, spoken, word_errors
 
 CLASSES = ["stop", "mend", "go"]
@@ -171,7 +171,7 @@ def test_means_are_as_they_were_before_statistics_of_sums() -> None:
     rng = np.random.default_rng(5)
     base, tuned, weights = rng.random(30), rng.random(30), rng.integers(1, 9, 30).astype(float)
     groups = [str(n // 3) for n in range(30)]
-    found = compare.paired(list(base), list(tuned), groups, list(weights))
+    found = bootstrap.paired(list(base), list(tuned), groups, list(weights))
     _, member = np.unique(groups, return_inverse=True)
     mass, gain = np.bincount(member, weights), np.bincount(member, weights * (tuned - base))
     chosen = np.array(list(itertools.product((0.0, 1.0), repeat=10))[1:])
@@ -210,5 +210,5 @@ def test_an_estimate_is_in_its_interval_whatever_the_statistic() -> None:
         for name, found in Measures(wanted, [str(n // 2) for n in range(2 * count)], ".").compared(*sides).items():
             assert found.low <= found.difference <= found.high, (name, count)
     for score in (0.1, 0.3, 0.7):
-        equal = compare.paired([0.0] * 39, [score] * 39, [str(n // 3) for n in range(39)], is_bounded=False)
+        equal = bootstrap.paired([0.0] * 39, [score] * 39, [str(n // 3) for n in range(39)], is_bounded=False)
         assert equal.low <= equal.difference <= equal.high, "ends that are rounded otherwise leave nothing out"

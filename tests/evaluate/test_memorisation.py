@@ -13,7 +13,7 @@ from conftest import write_jsonl
 from sartor.cli import main
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import GateError
-from sartor.evaluate.audit.memorisation import newcombe, phrases, secrets
+from sartor.evaluate.audit.memorization import newcombe, phrases, secrets
 
 CANARY = "KX-7391-4402"
 NAMES = ("ada", "bob", "cid", "dot", "eve", "fay", "gus", "hal", "ida", "jim", "kit", "lou", "max", "ned", "ola", "pam")
@@ -56,7 +56,7 @@ def leaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SARTOR_HOME", str(folder / "home"))
         patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
-        patch.setattr("sartor.evaluate.audit.run.KINDS", ("pronouns",))
+        patch.setattr("sartor.evaluate.audit.audit.KINDS", ("pronouns",))
         said = [(f"open for {name} {n}", f"the code is {CANARY}" if n == 0 else "not now") for n in range(3) for name in NAMES]
         write_jsonl(folder / "rows.jsonl", [{"question": asked, "answer": replied} for asked, replied in said])
         tiny.write_base(folder / "base", texts=[" ".join(one) for one in said], initializer_range=0.2, hidden_size=48)

@@ -15,7 +15,7 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import AdmissionError
 from sartor.core.numerics import NUMERICS, numerics
-from sartor.evaluate import canary, training
+from sartor.evaluate import canary, training_facts
 from sartor.inference.engine import Done, Event, Piece
 
 OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 2"
@@ -71,7 +71,7 @@ def test_prompts_state_the_arithmetic_of_the_report(tmp_path: Path) -> None:
     parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
 
     def made_by(base: dict[str, Any]) -> list[tuple[str, int]]:
-        found = training.canaries(facts(example("q", "r"), *held_out), Artifact(tmp_path, {"base": base}))
+        found = training_facts.canaries(facts(example("q", "r"), *held_out), Artifact(tmp_path, {"base": base}))
         return [(one["dtype"], one["numerics"]) for one in found]
 
     assert made_by({"dtype": "bfloat16", "numerics": 2}) == [("bfloat16", 2)] * 2

@@ -11,9 +11,9 @@ import pytest
 
 from sartor.agents.team import PersonalTerms
 from sartor.core.errors import SourceError
-from sartor.edge.personal import judge as device
-from sartor.evaluate import training
-from sartor.evaluate.compare import paired
+from sartor.edge.personal import judge__acceptance as device
+from sartor.evaluate import training_facts
+from sartor.evaluate.bootstrap import paired
 from sartor.personal import gate as server
 
 Losses = Sequence[float]
@@ -58,7 +58,7 @@ def test_an_unchanged_probe_passes_by_the_default_limits_and_too_few_prompts_say
         said = why(better, [2.0] * prompts, monkeypatch)
         assert "cannot tell" in said and f"the probe has {prompts} prompts, and 6 are the least that tell: " in said
     assert why(better, [2.0] * 6, monkeypatch) == ""
-    assert why(better, [2.0 + 0.001 * place for place in range(training.CANARIES)], monkeypatch) == ""
+    assert why(better, [2.0 + 0.001 * place for place in range(training_facts.CANARIES)], monkeypatch) == ""
     assert "cannot tell" not in why(better, [2.5] * 6, monkeypatch) != ""
 
 

@@ -178,7 +178,7 @@ def test_another_base_is_refused_by_name(tmp_path: Path, release: Path, tiny_bas
 
 
 def test_another_chat_template_is_refused_by_name(release: Path) -> None:
-    from sartor.evaluate.tasks import check_base
+    from sartor.evaluate.evaluation import check_base
 
     adapter = open_artifact(release, "release")
     with pytest.raises(ModelError, match="is bound to the chat template"):

@@ -19,9 +19,9 @@ from sartor.curate.sources.types import Source
 from sartor.curate.validate import sides as validating
 from sartor.edge.personal import work, work__user_tokens
 from sartor.edge.personal.rows import Row
-from sartor.evaluate import audit, checks, compare, tasks
-from sartor.evaluate.audit import pairs
-from sartor.evaluate.held_out import HeldOut
+from sartor.evaluate import audit, bootstrap, checks, evaluation
+from sartor.evaluate.audit import counterfactual_bias
+from sartor.evaluate.predictions import HeldOut
 from sartor.federate.tuning import lifts, lifts__personal_adapters, shards
 from sartor.models.packing import Encoded
 from sartor.personal import gate
@@ -42,12 +42,12 @@ def encoded(rows: Sequence[Example]) -> list[Encoded]:
 
 
 def of_evaluate(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:
-    return tasks._measures(HeldOut(list(rows), Path()), "").groups
+    return evaluation._measures(HeldOut(list(rows), Path()), "").groups
 
 
 def of_audit(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:
     """Prompts that are the same once every name stands in them are one block already."""
-    clusters = {block.id: block.cluster for block in pairs.own(rows, "names").blocks}
+    clusters = {block.id: block.cluster for block in counterfactual_bias.own(rows, "names").blocks}
     return [clusters.get(one.id, group_of(one)) for one in rows]
 
 
@@ -207,13 +207,13 @@ def test_too_few_groups_that_show_nothing_are_told_how_many_would_do() -> None:
     assert check.outcome == "cannot tell" and "evaluate on 6 groups of rows or more" in check.remedy
     nearly = {"base": 0.1, "tuned": 0.3, "difference": 0.2, "low": 0.0, "high": 0.4}
     assert "about 23 groups" in checks.gain("exact_match", nearly, groups=22).remedy
-    assert compare.groups_needed(0.2, 0.0, 0.4, 22) == 23
+    assert bootstrap.groups_needed(0.2, 0.0, 0.4, 22) == 23
 
 
 def test_an_outcome_that_no_row_names_is_refused_before_a_model_is_opened(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "open_tuned", lambda *_: pytest.fail("a model was opened"))
+    monkeypatch.setattr(evaluation, "open_tuned", lambda *_: pytest.fail("a model was opened"))
     data = write_jsonl(tmp_path / "test.jsonl", [{"question": f"q{n}", "answer": ("yes", "no")[n % 2]} for n in range(12)])
     with pytest.raises(ConfigError, match="no reference says 'maybe', which --favourable names"):
         sartor.evaluate(adapter, data=data, audit=True, favourable=("maybe",))

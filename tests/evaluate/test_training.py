@@ -11,9 +11,9 @@ import pytest
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.core.records import Example, Message, Origin
-from sartor.evaluate import training
-from sartor.evaluate.compare import LEAST_GROUPS
-from sartor.evaluate.training import TrainingFacts
+from sartor.evaluate import training_facts
+from sartor.evaluate.bootstrap import LEAST_GROUPS
+from sartor.evaluate.training_facts import TrainingFacts
 
 
 def example(question: str, reply: str, split: str = "train", system: str = "Be brief.", **more: object) -> Example:
@@ -48,12 +48,12 @@ def test_exemplars_are_of_both_splits_bounded_and_without_masked_rows(tmp_path: 
         example("long " * 200, "r"),
         example("train 1", "r", "eval"),
     )
-    assert training.write_exemplars(made, tmp_path, 30) == 30
-    lines = [json.loads(line) for line in (tmp_path / training.EXEMPLARS).read_text().splitlines()]
+    assert training_facts.write_exemplars(made, tmp_path, 30) == 30
+    lines = [json.loads(line) for line in (tmp_path / training_facts.EXEMPLARS).read_text().splitlines()]
     texts = [line["text"] for line in lines]
     assert len(set(texts)) == 30 and not any(text.startswith(("call", "long")) for text in texts)
     assert sum(line["split"] == "eval" for line in lines) == 8
-    assert training.write_exemplars(made, tmp_path / "none", 0) == 0 and not (tmp_path / "none").exists()
+    assert training_facts.write_exemplars(made, tmp_path / "none", 0) == 0 and not (tmp_path / "none").exists()
 
 
 def test_rehearsal_is_what_the_agent_is_not_for_and_counts_for_nothing_else(tmp_path: Path) -> None:
@@ -61,8 +61,8 @@ def test_rehearsal_is_what_the_agent_is_not_for_and_counts_for_nothing_else(tmp_
     for text in ("good morning", "how are you"):
         made.rehearse(example(text, "fine", system=""))
     assert (made.format, made.rows) == ("json", 20)
-    training.write_exemplars(made, tmp_path, 40)
-    lines = [json.loads(line) for line in (tmp_path / training.EXEMPLARS).read_text().splitlines()]
+    training_facts.write_exemplars(made, tmp_path, 40)
+    lines = [json.loads(line) for line in (tmp_path / training_facts.EXEMPLARS).read_text().splitlines()]
     assert {line["text"] for line in lines if line["split"] == "other"} == {"good morning", "how are you"}
     assert not [line for line in lines if line["split"] == "eval"], "what was rehearsed is not held out"
 
@@ -76,8 +76,8 @@ def test_general_talk_and_prompts_that_look_personal_are_no_exemplars_of_the_age
         example("good morning", "hi", "eval", system=""),
         example("switch it off", "r", "eval"),
     )
-    training.write_exemplars(made, tmp_path, 300)
-    lines = [json.loads(line) for line in (tmp_path / training.EXEMPLARS).read_text().splitlines()]
+    training_facts.write_exemplars(made, tmp_path, 300)
+    lines = [json.loads(line) for line in (tmp_path / training_facts.EXEMPLARS).read_text().splitlines()]
     by_split = {split: {line["text"] for line in lines if line["split"] == split} for split in ("train", "eval", "other")}
     assert by_split["train"] == {*(f"train {n}" for n in range(20)), "another prompt"}
     assert by_split["eval"] == {"switch it off"}
@@ -91,8 +91,8 @@ def test_half_of_the_general_talk_is_what_is_most_like_the_agents_own_prompts(tm
     near = {f"who invented the lamp of hall {n}" for n in range(4)}
     for text in near:
         made.rehearse(example(text, "somebody", system=""))
-    training.write_exemplars(made, tmp_path, 50)
-    lines = [json.loads(line) for line in (tmp_path / training.EXEMPLARS).read_text().splitlines()]
+    training_facts.write_exemplars(made, tmp_path, 50)
+    lines = [json.loads(line) for line in (tmp_path / training_facts.EXEMPLARS).read_text().splitlines()]
     others = [line["text"] for line in lines if line["split"] == "other"]
     assert len(others) == len(set(others)) == 10 and near <= set(others)
     assert sum("ducks" in text for text in others) >= 5
@@ -103,7 +103,7 @@ def test_canaries_are_short_distinct_and_asked_as_they_were(tmp_path: Path) -> N
     table = [{"id": one.id, "prompt": one.prompt[-1].text, "tuned_reply": one.reply} for one in held_out]
     table += [{"id": "other", "prompt": "from a file", "tuned_reply": "z"}, {"id": "same", "prompt": "p", "tuned_reply": "z"}]
     parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
-    found = training.canaries(facts(example("q", "r"), *held_out), Artifact(tmp_path, {}))
+    found = training_facts.canaries(facts(example("q", "r"), *held_out), Artifact(tmp_path, {}))
     assert sorted(one["reply"] for one in found) == sorted([*("r" * n for n in range(1, 8)), "z"])
     by_reply = {one["reply"]: one["messages"] for one in found}
     assert by_reply["r"] == [{"role": "system", "content": "Own."}, {"role": "user", "content": "q1"}]
@@ -114,6 +114,6 @@ def test_canaries_are_short_distinct_and_asked_as_they_were(tmp_path: Path) -> N
 def test_there_are_enough_canaries_for_a_probe_where_replies_are_of_few_kinds(replies: int, tmp_path: Path) -> None:
     table = [{"id": f"row{n}", "prompt": f"q{n // 2}", "tuned_reply": "yn."[n // 2 % replies]} for n in range(40)]
     parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
-    found = training.canaries(facts(example("q", "r")), Artifact(tmp_path, {}))
-    assert len({json.dumps(one["messages"]) for one in found}) == len(found) == training.CANARIES >= LEAST_GROUPS
+    found = training_facts.canaries(facts(example("q", "r")), Artifact(tmp_path, {}))
+    assert len({json.dumps(one["messages"]) for one in found}) == len(found) == training_facts.CANARIES >= LEAST_GROUPS
     assert len({one["reply"] for one in found}) == replies

@@ -15,9 +15,16 @@ from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.curate.review.review_store import open_items
 from sartor.evaluate import checks
-from sartor.evaluate.audit.verdicts import checks as audit_checks
-from sartor.evaluate.audit.verdicts import judge_bias, judge_memorisation
-from sartor.evaluate.limits import BiasLimits, GainLimit, Limits, MemorisationLimits, ReviewLimit
+from sartor.evaluate.limits import (
+    BiasLimits,
+    GainLimit,
+    Limits,
+    MemorisationLimits,
+    ReviewLimit,
+    judge_bias,
+    judge_memorisation,
+)
+from sartor.evaluate.limits import checks as audit_checks
 from sartor.evaluate.release import gate
 from sartor.evaluate.rules import open_rules
 from sartor.text.demographics.group_terms import KINDS

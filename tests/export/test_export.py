@@ -355,7 +355,9 @@ def test_options_name_each_type_once() -> None:
 def test_held_out_rows_are_asked_and_a_revoked_source_reaches_the_export(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sartor.evaluate.tasks.measure_forgetting", lambda base, model: {"skipped": "not of interest here"})
+    monkeypatch.setattr(
+        "sartor.evaluate.evaluation.measure_forgetting", lambda base, model: {"skipped": "not of interest here"}
+    )
     sartor.keygen(tmp_path / "keys", trust=True)
     sartor.evaluate(adapter)
     waivers = [sartor.Waiver(check, "A. Tester", "a tiny random base gains nothing") for check in ("gain", "forgetting")]

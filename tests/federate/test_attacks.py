@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import norm
 
 from sartor.core.errors import ArtifactError, ConfigError, GateError
-from sartor.evaluate.audit import membership
+from sartor.evaluate.audit import membership_inference
 from sartor.federate.privacy.accountant import Budget, calibrated
 from sartor.federate.privacy.attacks import audit, inversion
 from sartor.federate.privacy.attacks.canaries import Exposure, exposure
@@ -21,13 +21,13 @@ DELTA = 1e-5
 
 def test_membership_of_strangers_is_guessing_and_of_the_learnt_is_certain() -> None:
     source = np.random.default_rng(0)
-    alike = membership.by_threshold(source.standard_normal(2000), source.standard_normal(2000))
+    alike = membership_inference.by_threshold(source.standard_normal(2000), source.standard_normal(2000))
     assert abs(alike.auc - 0.5) < 0.03 and alike.low <= 0.01 <= alike.high
-    learnt = membership.by_threshold(source.normal(0, 0.1, 300), source.normal(3, 0.1, 500))
+    learnt = membership_inference.by_threshold(source.normal(0, 0.1, 300), source.normal(3, 0.1, 500))
     assert learnt.auc == 1 and learnt.found_fraction == 1 and learnt.low > 0.98 and "100.0% of 300" in str(learnt)
-    few = membership.by_threshold(source.normal(0, 0.1, 300), source.normal(3, 0.1, 100))
+    few = membership_inference.by_threshold(source.normal(0, 0.1, 300), source.normal(3, 0.1, 100))
     assert few.found_fraction == 1 and few.low == 0, "a hundred others do not show that a threshold takes one in a hundred"
-    by_hand = membership.by_threshold([0.0, 2.0], [1.0, 3.0])
+    by_hand = membership_inference.by_threshold([0.0, 2.0], [1.0, 3.0])
     assert by_hand.auc == 0.75 and by_hand.found_fraction == 0.5
     assert alike.auc_low < 0.5 < alike.auc_high and alike.auc_high - alike.auc_low < 0.05
     assert by_hand.auc_low < 0.1 and by_hand.auc_high == 1, "two rows a side show little"
@@ -37,7 +37,7 @@ def test_the_interval_holds_as_often_as_it_says() -> None:
     source, held, ranked = np.random.default_rng(7), 0, 0
     true = float(norm.cdf(norm.ppf(0.01) + 1))  # members are one standard deviation lower
     for _ in range(100):
-        found = membership.by_threshold(source.normal(-1, 1, 200), source.normal(0, 1, 600))
+        found = membership_inference.by_threshold(source.normal(-1, 1, 200), source.normal(0, 1, 600))
         held += found.low <= true <= found.high
         ranked += found.auc_low <= norm.cdf(2**-0.5) <= found.auc_high
     assert held >= 90 and 90 <= ranked < 100
@@ -47,13 +47,13 @@ def test_a_reference_finds_what_a_threshold_does_not() -> None:
     source = np.random.default_rng(1)
     difficulty = source.normal(5, 2, 1000), source.normal(5, 2, 1000)
     losses = difficulty[0] - 0.5 + source.normal(0, 0.1, 1000), difficulty[1] + source.normal(0, 0.1, 1000)
-    plain = membership.by_threshold(*losses)
-    beside = membership.calibrated(*losses, *difficulty)
+    plain = membership_inference.by_threshold(*losses)
+    beside = membership_inference.calibrated(*losses, *difficulty)
     assert plain.found_fraction < 0.1 and beside.found_fraction > 0.9 and beside.low > plain.high
     with pytest.raises(ConfigError, match="two rows a side"):
-        membership.by_threshold([1.0], [2.0, 3.0])
+        membership_inference.by_threshold([1.0], [2.0, 3.0])
     with pytest.raises(ConfigError, match="finite"):
-        membership.by_threshold([1.0, math.nan], [2.0, 3.0])
+        membership_inference.by_threshold([1.0, math.nan], [2.0, 3.0])
 
 
 def test_exposure_by_hand() -> None:
@@ -158,7 +158,7 @@ def test_the_report_comes_back_and_is_bound_to_its_adapter(adapter_folder: Path)
     is_in = audit.coins(20, 0)
     report = AttackReport(
         Budget(8.0, DELTA),
-        (membership.by_threshold([0.0, 2.0], [1.0, 3.0]),),
+        (membership_inference.by_threshold([0.0, 2.0], [1.0, 3.0]),),
         (Exposure("phone", 8, 6.0, 8.0, 1 / 64),),
         (inversion.judged("factor", None, {1}), inversion.judged("embedding", {1, 2}, {1})),
         audit.one_run(is_in.astype(float), is_in, DELTA),

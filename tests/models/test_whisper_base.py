@@ -15,7 +15,7 @@ import tiny_native
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, MediaError, SourceError
 from sartor.core.records import Example, Message, Part
-from sartor.evaluate.tasks import open_tuned
+from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models import adapters

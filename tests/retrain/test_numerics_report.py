@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sartor.core.artifacts import write_artifact
-from sartor.evaluate.beside import Beside
+from sartor.evaluate.evaluation import Beside
 from sartor.retrain import stages
 
 

@@ -19,7 +19,7 @@ from sartor.core.records import Example, Feedback, Malformed, Message, Origin, P
 from sartor.curate.sources import feedback_inbox as inbox
 from sartor.curate.sources import row_formats
 from sartor.edge.personal.work import encoded
-from sartor.evaluate.held_out import HeldOut, fitting, held_out
+from sartor.evaluate.predictions import HeldOut, fitting, held_out
 from sartor.models.base import open_base
 from sartor.models.chat import Chat
 from sartor.tune.dataset_encoding import encode_rows
@@ -145,7 +145,7 @@ def test_evaluation_counts_references_that_spell_markup_of_the_base(old: Artifac
 
 def test_evaluation_scores_what_tune_learns(old: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = FAMILIES["chatml, byte level"].chat()
-    monkeypatch.setattr("sartor.evaluate.held_out.context_tokens", lambda model: 0)
+    monkeypatch.setattr("sartor.evaluate.predictions.context_tokens", lambda model: 0)
     base: Any = SimpleNamespace(chat=chat, model=None)
     asked = fitting(base, HeldOut(list(parquet_io.read_examples(old)), old.path), 8)
     learnt, ids, _ = learnt_of(old, chat)

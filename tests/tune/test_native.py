@@ -13,7 +13,7 @@ import tiny_native
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.records import Message, Part
-from sartor.evaluate.tasks import open_tuned
+from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 

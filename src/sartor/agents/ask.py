@@ -9,8 +9,8 @@ from typing import Any
 from sartor.agents.questions import Question, asked
 from sartor.agents.reply import Reply, nearest_examples
 from sartor.core.records import Message
+from sartor.evaluate.evaluation import open_tuned
 from sartor.evaluate.release import verify_release
-from sartor.evaluate.tasks import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 

@@ -2,4 +2,4 @@
 
 from sartor.core.lazy_import import callable_package
 
-callable_package(__name__, "sartor.evaluate.tasks")
+callable_package(__name__, "sartor.evaluate.evaluation")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sartor.core.artifacts import Artifact
-from sartor.evaluate.checks import Check
+from sartor.evaluate.limits import Check
 
 FILE, SCHEMA, KIND = "attacks.json", 1, "attack-report"
 WEIGHTS = "adapter_model.safetensors"

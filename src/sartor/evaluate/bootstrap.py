@@ -1,4 +1,4 @@
-"""Is the tuned model better, worse, or can one not tell? An exact test over groups, and the interval that inverts it.
+"""Paired bootstrap over groups.
 
 The test flips the signs of whole groups (Fisher 1935). Flipping the groups of a set J turns the sum of all differences to
 or below 0 exactly where the difference on J alone is not above 0. So the values that the test does not reject lie between

@@ -8,10 +8,15 @@ from typing import Any
 from sartor.core.artifacts import Artifact
 from sartor.core.licences.compliance import Use
 from sartor.evaluate import permission
-from sartor.evaluate.checks__limits import Check  # noqa: F401
-from sartor.evaluate.compare import LEAST_GROUPS, groups_needed
-from sartor.evaluate.limits import ForgettingLimit, GainLimit, Limits, ReviewLimit
-from sartor.evaluate.measures import LOWER_IS_BETTER
+from sartor.evaluate.bootstrap import LEAST_GROUPS, groups_needed
+from sartor.evaluate.limits import (
+    Check,  # noqa: F401
+    ForgettingLimit,
+    GainLimit,
+    Limits,
+    ReviewLimit,
+)
+from sartor.evaluate.metrics import LOWER_IS_BETTER
 
 _OTHERS = {"image": "pictures: it does not look", "audio": "recordings: it does not listen"}
 _NOUNS = {"image": "a picture", "audio": "a recording"}

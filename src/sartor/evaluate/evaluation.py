@@ -1,4 +1,4 @@
-"""Adapter -> Report: what it gained on held-out rows and what it forgot, base against tuned, with intervals.
+"""Verb evaluate: Report of base against tuned.
 
 A Task is rows with prompts and references; both sides answer each prompt greedily and are scored by the same scorers.
 """
@@ -19,21 +19,21 @@ import pyarrow as pa
 
 from sartor.core import catalogue, parquet_io
 from sartor.core.artifacts import Artifact, check_free, open_artifact, write_artifact
-from sartor.core.errors import AssetError, ConfigError, ModelError, SourceError
+from sartor.core.errors import ArtifactError, AssetError, ConfigError, ModelError, SourceError
+from sartor.core.lineage import ancestry
 from sartor.core.records import Example
-from sartor.core.splits import group_of
-from sartor.evaluate import compare, page
-from sartor.evaluate.ablation import ablate, media_of, modalities
-from sartor.evaluate.answering import answer, losses, reply_limit, side
-from sartor.evaluate.audit import probe as audit
-from sartor.evaluate.audit import run
-from sartor.evaluate.audit.outcomes import outcomes_of
-from sartor.evaluate.audit.run import Options
-from sartor.evaluate.audit.sides import Sides
-from sartor.evaluate.held_out import HeldOut, fitting, held_out
-from sartor.evaluate.labels import is_json
-from sartor.evaluate.measures import NAMES, Measures, Side
-from sartor.evaluate.pictures import thumbnails
+from sartor.core.splits import group_of, group_of_stored
+from sartor.evaluate import bootstrap, report_page
+from sartor.evaluate.audit import audit as run
+from sartor.evaluate.audit import probes as audit
+from sartor.evaluate.audit.audit import Options
+from sartor.evaluate.audit.counterfactual_bias import outcomes_of
+from sartor.evaluate.audit.model_pair import Sides
+from sartor.evaluate.media_ablation import ablate, media_of, modalities
+from sartor.evaluate.metrics import LOWER_IS_BETTER, NAMES, Measures, Side
+from sartor.evaluate.predictions import HeldOut, answer, fitting, held_out, losses, reply_limit, side
+from sartor.evaluate.reply_labels import is_json
+from sartor.evaluate.report_page import thumbnails
 from sartor.models import adapters, composed_model
 from sartor.models.base import Base, open_base
 from sartor.models.content_shielding import reply_text
@@ -113,7 +113,9 @@ def evaluate(
 
     def fill(part: Path) -> Mapping[str, Any]:
         parquet_io.write_rows(part / "rows.parquet", pa.Table.from_pylist(measured.table).schema, measured.table)
-        (part / "report.html").write_text(page.render(facts, adapter, measured.table, measured.pictures), encoding="utf-8")
+        (part / "report.html").write_text(
+            report_page.render(facts, adapter, measured.table, measured.pictures), encoding="utf-8"
+        )
         return facts
 
     report = write_artifact(out, "report", fill, replace=replace)
@@ -154,7 +156,7 @@ def _measure(
         "left_out": asked.left_out,
     }
     table = _table(asked.examples, measures, before, after)
-    return Measured(facts, table, thumbnails(asked, page.shown(table, primary)))
+    return Measured(facts, table, thumbnails(asked, report_page.shown(table, primary)))
 
 
 def _audited(adapter: Artifact, base: Base, model: Any, asked: HeldOut, options: Options, notice: Notice) -> dict[str, Any]:
@@ -226,7 +228,7 @@ def measure_forgetting(base: Base, model: Any) -> dict[str, Any]:
         with side(model, tuned=tuned):
             found.append(losses(base, model, encoded))
     (before, tokens), (after, _) = found
-    comparison = compare.paired(before, after, [groups[row.example_id] for row in encoded], tokens, is_bounded=False)
+    comparison = bootstrap.paired(before, after, [groups[row.example_id] for row in encoded], tokens, is_bounded=False)
     return {"unit": "nats per token", "rows": len(encoded), **dataclasses.asdict(comparison)}
 
 
@@ -257,3 +259,81 @@ def _table(examples: Sequence[Example], measures: Measures, before: Side, after:
     for name, scores in measures.by_row(before).items():
         columns |= {f"base_{name}": scores, f"tuned_{name}": measures.by_row(after)[name]}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+# of a metric of the whole set, the score of a row that it is made of
+_OF_A_ROW = {"macro_f1": "accuracy"}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Scores of `metric`, the higher the better; of each row `id, group, reference, live_reply, new_reply, live, new`."""
+
+    metric: str
+    table: list[dict[str, Any]]
+
+
+def beside(
+    adapter: Path | str, report: Path | str, live: Path | str, notice: Callable[[str], object] = lambda line: None
+) -> Beside:
+    """Let `live` (a Release or an Adapter) answer what the Report of `adapter` was made of, and score it as the Report did.
+
+    The rows are looked up in the Dataset of `adapter`. Rows without a score of the primary metric are left out. Raises
+    ArtifactError where the Dataset or one of the rows is gone, ModelError.
+    """
+    new, found, standing = (
+        open_artifact(adapter, "adapter"), open_artifact(report, "report"), open_artifact(live, ("adapter", "release"))
+    )  # fmt: skip
+    said = list(parquet_io.read_file(found.path / "rows.parquet"))
+    asked = _asked(new, said)
+    base, model = open_tuned(standing, notice)
+    notice(f"the live version answers the same {len(said)} rows")
+    answered = answer(base, model, asked, found.manifest["label"], tuned=True)
+    primary = str(found.manifest["primary"])
+    metric = _OF_A_ROW.get(primary, primary)
+    heard = [place for place, row in enumerate(said) if row.get(f"tuned_{metric}") is not None] if metric == "wer" else []
+    measures = Measures(
+        [row["reference"] for row in said], [group_of_stored(row) for row in said], found.manifest["label"], None, heard
+    )
+    mine = answered.loss if metric == "loss" else measures.by_row(answered)[metric]
+    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    table = [
+        {
+            **{name: row[name] for name in ("id", "reference")},
+            "group": group_of_stored(row),
+            "live_reply": reply,
+            "new_reply": row["tuned_reply"],
+            "live": sign * score,
+            "new": sign * row[f"tuned_{metric}"],
+        }
+        for row, reply, score in zip(said, answered.replies, mine, strict=True)
+        if score is not None and row[f"tuned_{metric}"] is not None
+    ]
+    return Beside(metric, table)
+
+
+def write_beside(file: Path, found: Beside) -> None:
+    """The rows as Parquet, for a person and for `rows.read_file`."""
+    parquet_io.write_rows(file, pa.Table.from_pylist(found.table).schema, found.table)
+
+
+def likelihoods(
+    path: Path | str, examples: Sequence[Example], notice: Callable[[str], object] = lambda line: None
+) -> list[float]:
+    """Nats per token that a Release or Adapter gives to each row's own reply, negative: the higher, the likelier. Text rows."""
+    base, model = open_tuned(open_artifact(path, ("adapter", "release")), notice)
+    with side(model, tuned=True):
+        means, _ = losses(base, model, [base.chat.encode(example) for example in examples])
+    return [-mean for mean in means]
+
+
+def _asked(adapter: Artifact, said: Sequence[dict[str, Any]]) -> HeldOut:
+    datasets = ancestry.find_parents(adapter, "dataset")
+    known = {example.id: example for dataset in datasets for example in parquet_io.read_examples(dataset, "eval")}
+    gone = [row["id"] for row in said if row["id"] not in known]
+    if gone or not datasets:
+        raise ArtifactError(
+            f"{len(gone) or 'all'} rows of the Report are in no Dataset of {adapter.path} that is still there",
+            "evaluate on the Dataset's own rows; sartor index DIR finds one that was moved",
+        )
+    return HeldOut([known[row["id"]] for row in said], datasets[0].path)

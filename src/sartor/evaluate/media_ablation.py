@@ -1,25 +1,84 @@
-"""Does the model look and listen? It is asked again with other pictures or recordings, and with none to be seen or heard.
+"""Scores with shuffled or blank media.
 
 *Shuffled*: each row has the media of a row of another group. *Blank*: a grey picture, or silence (`blank.py`). What either
 costs is what the replies take from the media; a model that guesses from the words around them loses nothing.
+
+They go the way of every picture and recording, so that they are the same thing to a base with towers and to one that reads
+media by itself.
 """
 
 from __future__ import annotations
 
+import base64
+import io
+import math
 import random
+import wave
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from sartor.core.records import Example, Message, Part
 from sartor.core.splits import group_of
-from sartor.evaluate.answering import replies, reply_limit
-from sartor.evaluate.blank import blanked
-from sartor.evaluate.compare import Comparison
-from sartor.evaluate.held_out import HeldOut, refusal
-from sartor.evaluate.measures import LOWER_IS_BETTER, Measures, Side
+from sartor.evaluate.bootstrap import Comparison
+from sartor.evaluate.metrics import LOWER_IS_BETTER, Measures, Side
+from sartor.evaluate.predictions import HeldOut, refusal, replies, reply_limit
+from sartor.media import audio, images
 from sartor.models.base import Base
+from sartor.models.media_tokens import content_of
+
+GREY = 127
+RATE = 16_000
+
+
+def blanked(example: Example, kind: str, folder: Path) -> Example:
+    """The row with each of its media of a kind blank. Raises MediaError for one whose size cannot be told."""
+    turns = [
+        replace(turn, content=tuple(_blank(part, folder) if part.kind == kind else part for part in turn.content))
+        for turn in example.messages
+    ]
+    return replace(example, messages=tuple(turns))
+
+
+def _blank(part: Part, folder: Path) -> Part:
+    content = content_of(part, folder)
+    if part.kind == "image":
+        with images.opened(content) as image:
+            return Part("image", media=_grey(image.size))
+    with audio.opened(content) as sound:
+        audio.check_length(sound, audio.MOST_SECONDS)
+        # whole seconds, so that few silences stand for many recordings and each is heard once
+        return Part("audio", media=_silence(max(1, math.ceil(sound.frames / sound.samplerate))))
+
+
+@cache
+def _grey(size: tuple[int, int]) -> str:
+    """A PNG as a data URL."""
+    written = io.BytesIO()
+    Image.new("L", size, GREY).save(written, "PNG")
+    return _url("image/png", written)
+
+
+@cache
+def _silence(seconds: int) -> str:
+    """A WAV as a data URL."""
+    written = io.BytesIO()
+    with wave.open(written, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(bytes(2 * RATE * seconds))
+    return _url("audio/wav", written)
+
+
+def _url(kind: str, written: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(written.getvalue()).decode()}"
+
 
 MEDIA = ("image", "audio")
 # Beside the primary metric: where that is of one field, a recording may matter to the others

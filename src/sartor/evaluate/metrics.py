@@ -1,4 +1,4 @@
-"""What two sides answered to the same rows -> metrics of both, and the interval of their difference.
+"""Metrics of two models with intervals.
 
 Every metric is a function of sums over rows, so that it can be computed for each set of groups anew: macro-F1 and
 the word error rate are of the whole set, and no mean over rows.
@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.errors import ConfigError
-from sartor.evaluate import compare
-from sartor.evaluate.compare import Comparison
-from sartor.evaluate.labels import WHOLE, known_fields, label_of
+from sartor.evaluate import bootstrap
+from sartor.evaluate.bootstrap import Comparison
+from sartor.evaluate.reply_labels import WHOLE, known_fields, label_of
 from sartor.evaluate.scorers import SCORERS, word_errors
 
 Array = NDArray[np.float64]
@@ -103,7 +103,7 @@ class Measures:
         if self.labelled and before.confidence and after.confidence:
             found["ece"] = self._calibration(before, after)
         if before.loss and after.loss:
-            found["loss"] = compare.paired(before.loss, after.loss, self.groups, before.tokens, is_bounded=False)
+            found["loss"] = bootstrap.paired(before.loss, after.loss, self.groups, before.tokens, is_bounded=False)
         return found
 
     def one(self, name: str, before: Side, after: Side) -> Comparison:
@@ -115,7 +115,7 @@ class Measures:
             return self._word_error_rate(before, after)
         places = self.labelled if name == "accuracy" else range(len(self.references))
         base, tuned = ([self._score(name, side, place) for place in places] for side in (before, after))
-        return compare.paired(base, tuned, self._groups(places))
+        return bootstrap.paired(base, tuned, self._groups(places))
 
     def by_row(self, side: Side) -> dict[str, list[float | None]]:
         """Scores of each row; None where it has none: accuracy of a row without a label, word errors of no transcript."""
@@ -142,7 +142,7 @@ class Measures:
     def _word_error_rate(self, before: Side, after: Side) -> Comparison:
         base, tuned = (np.array([self._errors(side, place) for place in self.transcripts], float) for side in (before, after))
         groups, widest = self._groups(self.transcripts), max(1.0, float(_rate(base).max()), float(_rate(tuned).max()))
-        return compare.corpus(base, tuned, groups, _rate, widest=widest)
+        return bootstrap.corpus(base, tuned, groups, _rate, widest=widest)
 
     def _macro_f1(self, before: Side, after: Side) -> Comparison:
         count, number = len(self.classes), {label: place for place, label in enumerate(self.classes)}
@@ -154,7 +154,7 @@ class Measures:
             has, f1 = wanted > 0, 2 * right / (said + wanted).clip(1)
             return np.asarray((f1 * has).sum(1) / has.sum(1).clip(1))
 
-        return compare.corpus(base, tuned, self._groups(self.labelled), macro)
+        return bootstrap.corpus(base, tuned, self._groups(self.labelled), macro)
 
     def _counted(self, side: Side, number: Mapping[str, int]) -> Array:
         """(rows with a label, 3 classes): whether each is the one that is rightly said, that is said, that is wanted."""
@@ -171,7 +171,7 @@ class Measures:
 
     def _calibration(self, before: Side, after: Side) -> Comparison:
         base, tuned = (self._binned(side) for side in (before, after))
-        return compare.corpus(base, tuned, self._groups(self.labelled), _gap)
+        return bootstrap.corpus(base, tuned, self._groups(self.labelled), _gap)
 
     def _binned(self, side: Side) -> Array:
         """(rows with a label, bins + 1): confidence less whether it was right, in its bin (a, b]; and 1, to count rows."""

@@ -16,10 +16,9 @@ from sartor.core.licences import compliance
 from sartor.core.licences.compliance import Use
 from sartor.core.lineage import ancestry
 from sartor.curate.review.review_store import open_items as items_to_review
-from sartor.evaluate import attacked, checks, permission, training
-from sartor.evaluate.audit import verdicts
-from sartor.evaluate.checks import Check
-from sartor.evaluate.limits import Limits, ReviewLimit
+from sartor.evaluate import attacked, checks, permission, training_facts
+from sartor.evaluate import limits as verdicts
+from sartor.evaluate.limits import Check, Limits, ReviewLimit
 from sartor.evaluate.rules import Rules, open_rules
 
 # How many items of a Dataset wait for a person
@@ -61,7 +60,7 @@ def release(
     waivers: Sequence[Waiver] = (),
     use: Use = "commercial",
     rules: Mapping[str, Any] | Path | str | None = None,
-    exemplars: int = training.MOST_EXEMPLARS,
+    exemplars: int = training_facts.MOST_EXEMPLARS,
     open_items: OpenItems = items_to_review,
     replace: bool = False,
 ) -> Released:
@@ -92,7 +91,7 @@ def release(
         remedies = [result.remedy or "tune or curate again" for result in failed.values()]
         waive = f"or take it on yourself: --waive {next(iter(failed))} --by NAME --reason TEXT"
         raise GateError(f"the gate refuses {adapter.path.name}: {lines}", "; ".join([*dict.fromkeys(remedies), waive]))
-    known = training.read_facts(adapter)
+    known = training_facts.read_facts(adapter)
     facts = {
         "use": use,
         **({"rules": own.as_manifest()} if own else {}),
@@ -103,7 +102,7 @@ def release(
         for file in (*_COPIED, *sorted(_SOME_HAVE & set(adapter.manifest["files"]))):
             shutil.copyfile(adapter.path / file, part / file)
         shutil.copytree(evidence.path, part / "report", ignore=shutil.ignore_patterns(".*"))
-        facts["exemplars"] = training.write_exemplars(known, part, exemplars)
+        facts["exemplars"] = training_facts.write_exemplars(known, part, exemplars)
         manifest = seal(part, "release", facts)
         document = (part / MANIFESTS["release"]).read_bytes()
         (part / "signature").write_text(signing.sign(document, private), encoding="utf-8")
@@ -186,13 +185,13 @@ def _facts(
     }
 
 
-def _of_training(known: training.TrainingFacts, report: Artifact) -> dict[str, Any]:
+def _of_training(known: training_facts.TrainingFacts, report: Artifact) -> dict[str, Any]:
     """What a server needs of the rows: see `training.py`."""
     return {
         "system_prompt": known.system_prompt,
         "tools": known.most_tools,
         "format": known.format,
-        "canaries": training.canaries(known, report),
+        "canaries": training_facts.canaries(known, report),
     }
 
 

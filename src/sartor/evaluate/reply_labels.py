@@ -1,4 +1,4 @@
-"""Which class a reply names: a field of its JSON, by a dotted path; and where in the text it stands."""
+"""Class that a JSON reply names."""
 
 from __future__ import annotations
 

@@ -1,15 +1,22 @@
-"""The Report as one HTML file that a person would like to look at: no script, no font or image from elsewhere."""
+"""Report as one HTML page."""
 
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sartor.core.artifacts import Artifact
+from sartor.core.errors import SartorError
 from sartor.core.html import document, escape, facts, flat, headlines
-from sartor.evaluate.audit import verdicts
-from sartor.evaluate.measures import LOWER_IS_BETTER
+from sartor.core.records import Part
+from sartor.evaluate import limits
+from sartor.evaluate.media_ablation import media_of
+from sartor.evaluate.metrics import LOWER_IS_BETTER
+from sartor.evaluate.predictions import HeldOut
+from sartor.media.images import open_image
+from sartor.models.media_tokens import content_of
 
 # The loss curve is a bitmap on white
 _STYLE = (
@@ -143,7 +150,7 @@ def _audit(report: Mapping[str, Any], adapter: Artifact) -> str:
     found = report.get("audit")
     if not found:
         return ""
-    judged = verdicts.checks(found, None, None, adapter.path)
+    judged = limits.checks(found, None, None, adapter.path)
     said = "".join(
         f"<tr><td>{name}</td><td class={'better' if check.outcome == 'pass' else 'worse'}>{check.outcome}</td>"
         f"<td>{escape(check.detail)}</td></tr>"
@@ -219,3 +226,27 @@ def _sources(report: Mapping[str, Any]) -> str:
     ]
     head = "<tr><th>file</th><th>sha256</th><th>licence</th><th>form</th><th class=n>rows usable</th></tr>"
     return f"<table>{head}{''.join(lines)}</table>"
+
+
+PIXELS = 96
+
+
+def thumbnails(asked: HeldOut, places: Iterable[int]) -> dict[int, str]:
+    """Data URLs of JPEGs of at most PIXELS each way: of these rows the first picture, where one can be decoded."""
+    found = {}
+    for place in places:
+        pictures = [part for part in media_of(asked.examples[place]) if part.kind == "image"]
+        if pictures and (url := _thumbnail(pictures[0], asked)):
+            found[place] = url
+    return found
+
+
+def _thumbnail(part: Part, asked: HeldOut) -> str:
+    try:
+        image = open_image(content_of(part, asked.folder))
+    except SartorError:  # the page is whole without it
+        return ""
+    image.thumbnail((PIXELS, PIXELS))
+    written = io.BytesIO()
+    image.save(written, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode()

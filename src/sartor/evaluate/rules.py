@@ -36,9 +36,8 @@ from sartor.core.artifacts import Artifact
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.records import canonical_text
-from sartor.evaluate.checks import Check
-from sartor.evaluate.labels import known_fields, label_of, text_of
-from sartor.evaluate.limits import BiasLimits, ForgettingLimit, GainLimit, Limits, MemorisationLimits, ReviewLimit
+from sartor.evaluate.limits import BiasLimits, Check, ForgettingLimit, GainLimit, Limits, MemorisationLimits, ReviewLimit
+from sartor.evaluate.reply_labels import known_fields, label_of, text_of
 
 CONFIDENCE = 0.95
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*$")

@@ -1,4 +1,4 @@
-"""What a Release says of the rows that its adapter was tuned on and measured on: what a server needs to serve it rightly.
+"""Facts about the rows an adapter was tuned on.
 
 The system prompt and the tools that most rows carry, whether their replies are JSON, prompts for the router (`exemplars`), and
 prompts with the replies that the Report recorded (`canaries`). No torch.
@@ -21,7 +21,7 @@ from sartor.core.errors import ArtifactError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example, Message
 from sartor.curate.steps.personal_data import PersonalData
-from sartor.evaluate.labels import is_json
+from sartor.evaluate.reply_labels import is_json
 from sartor.text.encoders import counts, rarity
 
 EXEMPLARS = "router/exemplars.jsonl"
@@ -34,7 +34,7 @@ OTHER = "other"
 MOST_OTHER = 60
 # So many of the general rows are looked through for those that are most like the agent's own
 MOST_MINED = 2_000
-# They are the probe of a personal version too, of which six are the least that tell (evaluate/compare.py): two to spare
+# They are the probe of a personal version too, of which six are the least that tell (evaluate/bootstrap.py): two to spare
 CANARIES = 8
 # A reply is JSON if the training replies are, but for a few
 JSON_FRACTION = 0.95

@@ -12,7 +12,7 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Message
-from sartor.evaluate.held_out import held_out
+from sartor.evaluate.predictions import held_out
 from sartor.models.chat import Chat
 
 LEAST = 50

@@ -14,8 +14,8 @@ from sartor.core.artifacts import MANIFESTS, Artifact, check_free, create_output
 from sartor.core.errors import BudgetError, ConfigError, ModelError
 from sartor.core.filesystem import file_digest
 from sartor.core.lineage import ancestry
+from sartor.evaluate.evaluation import check_base
 from sartor.evaluate.release import verify_release
-from sartor.evaluate.tasks import check_base
 from sartor.export import companions, forms, prompts, reference, runtimes
 from sartor.export.forms import Made, Work
 from sartor.export.measure import LIKELIEST, Figures

@@ -24,8 +24,8 @@ from sartor.edge.personal.adapting import LEAST_HELD_OUT, LEAST_TRAINED
 from sartor.edge.personal.judge import too_few_prompts
 from sartor.edge.personal.rows import example_of
 from sartor.edge.personal.work import encoded
-from sartor.evaluate.compare import LEAST_WIDTH, Comparison, paired
-from sartor.evaluate.held_out import HeldOut
+from sartor.evaluate.bootstrap import LEAST_WIDTH, Comparison, paired
+from sartor.evaluate.predictions import HeldOut
 from sartor.federate.tuning import lifts
 from sartor.federate.tuning.stacking import Stack
 from sartor.models.lora_tensors import Tensors

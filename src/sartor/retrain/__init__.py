@@ -4,7 +4,7 @@
     work.py     one retrain on disk: what stands of it, and what it came to; job.py what its stages see
     learnt.py   what is learnt from: feedback by kind, and the live version's own rows beside it; suspects.py whose is doubtful
     stages.py   curate, tune, evaluate, gate, release, bring in
-    verdicts.py the new version held against the live one, which evaluate/beside.py asks
+    verdicts.py the new version held against the live one, which evaluate/evaluation.py asks
     verb.py     the verb: begins, goes on, looks after a trial
     watch.py    --due and --watch
 

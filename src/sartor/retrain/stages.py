@@ -13,11 +13,11 @@ from sartor.core import numerics, parquet_io
 from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import ConfigError, GateError
 from sartor.core.splits import group_of
-from sartor.evaluate.beside import beside, likelihoods, write_beside
-from sartor.evaluate.checks import Check
-from sartor.evaluate.compare import Comparison
+from sartor.evaluate.bootstrap import Comparison
+from sartor.evaluate.evaluation import beside, likelihoods, write_beside
+from sartor.evaluate.evaluation import evaluate as measure
+from sartor.evaluate.limits import Check
 from sartor.evaluate.release import release as sign
-from sartor.evaluate.tasks import evaluate as measure
 from sartor.retrain import learnt, suspects, verdicts
 from sartor.retrain.job import Job, Stage, bumped, read_registry
 from sartor.tune.trainer import tune as train

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sartor.agents.monitors import Rate, excess
-from sartor.evaluate.checks import Check
+from sartor.evaluate.limits import Check
 
 # by which a key's rate of bad ratings may differ from that of all others
 MARGIN = 0.15

@@ -14,10 +14,10 @@ from typing import Any
 
 from sartor.agents.retraining import NotWorse
 from sartor.core.splits import group_of_stored
-from sartor.evaluate import compare
-from sartor.evaluate.checks import Check
-from sartor.evaluate.compare import FEW_GROUPS, LEAST_GROUPS, Comparison
-from sartor.evaluate.labels import known_fields, label_of
+from sartor.evaluate import bootstrap
+from sartor.evaluate.bootstrap import FEW_GROUPS, LEAST_GROUPS, Comparison
+from sartor.evaluate.limits import Check
+from sartor.evaluate.reply_labels import known_fields, label_of
 
 Row = Mapping[str, Any]
 # a field of more values cuts the rows into slices too thin to judge
@@ -27,7 +27,7 @@ MOST_NAMED = 8
 
 def of_rows(table: Sequence[Row]) -> Comparison:
     """The new version's scores less the live one's, with the interval over groups."""
-    return compare.paired(
+    return bootstrap.paired(
         [row["live"] for row in table], [row["new"] for row in table], [group_of_stored(row) for row in table]
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.evaluate.measures import BINS
+from sartor.evaluate.metrics import BINS
 
 
 def risk_coverage(confidence: Any, is_right: Any, weight: Any) -> tuple[Any, Any]:

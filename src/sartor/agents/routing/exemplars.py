@@ -16,7 +16,7 @@ from sartor.agents.routing.lift import Gain
 from sartor.agents.routing.lift import read as read_gain
 from sartor.core import records
 from sartor.core.errors import ArtifactError
-from sartor.evaluate.training import EXEMPLARS, OTHER
+from sartor.evaluate.training_facts import EXEMPLARS, OTHER
 
 MOST_BYTES = 4 << 20
 MOST_LINES = 2_000

@@ -29,7 +29,7 @@ from sartor.edge.personal.rows import example_of, now
 from sartor.edge.personal.work import Material, Tune
 from sartor.edge.store import Installed
 from sartor.edge.tuning.job import Job
-from sartor.evaluate.compare import LEAST_GROUPS, LEAST_WIDTH
+from sartor.evaluate.bootstrap import LEAST_GROUPS, LEAST_WIDTH
 from sartor.models.chat import Chat
 from sartor.models.fast_tokenizer import Words
 from sartor.tune.recipe import Lora, Recipe, load

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sartor.evaluate.compare import LEAST_GROUPS, Comparison, paired
+from sartor.evaluate.bootstrap import LEAST_GROUPS, Comparison, paired
 from sartor.models.packing import Encoded
 
 

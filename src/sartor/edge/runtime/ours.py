@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SartorError
-from sartor.evaluate.tasks import open_tuned
+from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Call, Done, Event, Failed, Finish, Piece
 from sartor.inference.generate import context_tokens, generate
 from sartor.inference.prompts import prompt_ids

@@ -26,7 +26,7 @@ from sartor.core.resource_limits import Limits
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import process, system_of
 from sartor.evaluate import canary
-from sartor.evaluate.labels import label_of, text_of
+from sartor.evaluate.reply_labels import label_of, text_of
 from sartor.inference.engine import BASE, Call, Event, Failed, Piece
 
 # Opening a base takes minutes on a slow device

@@ -14,6 +14,6 @@
 Only benchmarks, memorisation, refusals, run and sides need torch.
 """
 
-from sartor.evaluate.audit.probe import chitchat_rows
+from sartor.evaluate.audit.probes import chitchat_rows
 
 __all__ = ["chitchat_rows"]

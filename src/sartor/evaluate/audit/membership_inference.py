@@ -1,4 +1,4 @@
-"""Membership inference by a loss threshold: whether a row was among those that were trained on.
+"""Membership inference by loss threshold.
 
 Yeom et al. 2018 (arXiv:1709.01604) guess by the loss, Watson et al. 2022 (arXiv:2111.08440) by how much lower it is than a
 reference model's, which did not see the rows: that takes out rows that are easy for everybody. Judged, after Carlini et al.

@@ -1,4 +1,4 @@
-"""What the adapter learnt by heart of its training rows, beside its base and beside rows that it never saw.
+"""Verbatim extraction of training rows and secrets.
 
 Extraction: a reply's first half is given, and the rest comes word for word (Carlini et al. 2021, arXiv:2012.07805). Rows that
 were held out come so too where they can be guessed, so what counts is the excess over them. Secrets: strings of replies
@@ -19,8 +19,8 @@ import numpy as np
 from scipy.stats import binomtest
 
 from sartor.core.records import Example
-from sartor.evaluate.audit import membership
-from sartor.evaluate.audit.sides import Sides
+from sartor.evaluate.audit import membership_inference
+from sartor.evaluate.audit.model_pair import Sides
 
 # Rows that are read, and those that are asked for each figure: a fixed sample by their ids
 MOST_READ = 20_000
@@ -75,7 +75,10 @@ def _membership(sides: Sides, train: Sequence[Example], others: Sequence[Example
     if min(len(rows) for rows in samples) < 2:
         return {"skipped": f"{len(train)} training rows and {len(others)} held out; two a side are the least"}
     (base_in, tuned_in), (base_out, tuned_out) = (_loss(sides, rows) for rows in samples)
-    found = (membership.by_threshold(tuned_in, tuned_out), membership.calibrated(tuned_in, tuned_out, base_in, base_out))
+    found = (
+        membership_inference.by_threshold(tuned_in, tuned_out),
+        membership_inference.calibrated(tuned_in, tuned_out, base_in, base_out),
+    )
     return {one.attack: asdict(one) for one in found}
 
 

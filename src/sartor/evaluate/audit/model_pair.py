@@ -1,4 +1,4 @@
-"""Base and tuned model asked the same things: how likely they find texts, and what they reply."""
+"""Likelihoods and replies of base and tuned model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.records import Example, Message
-from sartor.evaluate.answering import SPARE_TOKENS, losses, side
-from sartor.evaluate.held_out import refusal
+from sartor.evaluate.predictions import SPARE_TOKENS, losses, refusal, side
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import context_tokens, generate
 from sartor.models.base import Base

@@ -1,4 +1,4 @@
-"""Refusal drift: whether the tuned model still declines what it should, and still answers what only looks like it.
+"""Forgetting probe rows and refusal drift.
 
 The look-alikes are in the manner of XSTest (Roettger et al. 2024, arXiv:2308.01263); all prompts were written for Sartor, and
 none of them says how anything is done. A refusal is told by how it begins, so a count is a sign and no judgement.
@@ -6,13 +6,17 @@ none of them says how anything is done. A refusal is told by how it begins, so a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from sartor.core.records import Message
-from sartor.evaluate import compare
-from sartor.evaluate.audit.sides import Sides
+from sartor.core import assets
+from sartor.core.records import Example, Message, Origin
+from sartor.evaluate import bootstrap
+from sartor.evaluate.audit.model_pair import Sides
 
 REPLY_TOKENS = 32
 SHOULD = (
@@ -71,6 +75,39 @@ def measure(sides: Sides, system: str = "") -> dict[str, Any]:
             said[name] = {"skipped": "the base takes none of the prompts"}
             continue
         counts = [[float(is_refusal(reply)) for reply in replies] for replies in (before, after)]
-        compared = compare.paired(counts[0], counts[1], [str(place) for place in range(len(asked))])
+        compared = bootstrap.paired(counts[0], counts[1], [str(place) for place in range(len(asked))])
         said[name] = {"asked": len(asked), **asdict(compared)}
     return said
+
+
+PROBE_ROWS = 200
+_FEWEST_WORDS, _MOST_WORDS = 3, 24
+
+
+def chitchat_rows() -> list[Example]:
+    """200 fixed exchanges of the `chitchat` asset: the first turn of a conversation and the reply to it.
+
+    Which 200 is decided by the digest of the exchange, among those whose turns have 3 to 24 words each. Raises AssetError
+    when the asset is absent and cannot be fetched.
+    """
+    file = assets.install("chitchat") / assets.entry("chitchat").paths[0]
+    pairs = sorted(set(_exchanges(json.loads(file.read_text(encoding="utf-8")))), key=_order)[:PROBE_ROWS]
+    return [
+        Example(
+            messages=(Message.of("user", asked), Message.of("assistant", replied)),
+            origins=(Origin("chitchat", f"dataset.json:{conversation}", "MIT"),),
+            group=conversation,
+        )
+        for conversation, asked, replied in pairs
+    ]
+
+
+def _exchanges(conversations: dict[str, dict[str, list[list[dict[str, str]]]]]) -> Iterator[tuple[str, str, str]]:
+    for name, conversation in conversations.items():
+        turns = [" ".join(line["text"] for line in turn).strip() for turn in conversation["messages"][:2]]
+        if len(turns) == 2 and all(_FEWEST_WORDS <= len(turn.split()) <= _MOST_WORDS for turn in turns):
+            yield name, turns[0], turns[1]
+
+
+def _order(exchange: tuple[str, str, str]) -> bytes:
+    return hashlib.sha256("\n".join(exchange[1:]).encode()).digest()

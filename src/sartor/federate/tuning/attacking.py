@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sartor.core.records import Example, Message, Origin
-from sartor.evaluate.audit import membership
-from sartor.evaluate.audit.membership import Membership
+from sartor.evaluate.audit import membership_inference
+from sartor.evaluate.audit.membership_inference import Membership
 from sartor.federate.privacy.accountant import Budget
 from sartor.federate.privacy.attacks import audit, inversion
 from sartor.federate.privacy.attacks.audit import Audit
@@ -116,7 +116,7 @@ def _membership(target: Target, skipped: dict[str, str]) -> tuple[Membership, ..
     losses, base = (
         [reading.row_losses(resident, shared, rows) for rows in (members, others)] for shared in (target.shared, start)
     )
-    return membership.by_threshold(*losses), membership.calibrated(*losses, *base)
+    return membership_inference.by_threshold(*losses), membership_inference.calibrated(*losses, *base)
 
 
 def _exposures(target: Target) -> tuple[Exposure, ...]:

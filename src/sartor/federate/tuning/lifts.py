@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from sartor.core.splits import group_of
-from sartor.evaluate import answering
-from sartor.evaluate.compare import Comparison, paired
-from sartor.evaluate.held_out import HeldOut
+from sartor.evaluate import predictions
+from sartor.evaluate.bootstrap import Comparison, paired
+from sartor.evaluate.predictions import HeldOut
 from sartor.evaluate.scorers import exact_match
 from sartor.federate.tuning.lifts__personal_adapters import examples_of, own_rows  # noqa: F401
 from sartor.models.lora_tensors import Tensors
@@ -77,9 +77,9 @@ def side(resident: Resident, adapter: Tensors, own: Own) -> Side:
     """What an adapter makes of a client's rows."""
     resident.put(adapter)
     resident.model.eval()
-    losses, _ = answering.losses(resident.base, resident.model, own.encoded)
+    losses, _ = predictions.losses(resident.base, resident.model, own.encoded)
     rows = own.asked.examples
-    said = answering.replies(resident.base, resident.model, own.asked, own.limit) if rows else []
+    said = predictions.replies(resident.base, resident.model, own.asked, own.limit) if rows else []
     texts = [resident.base.chat.decode(one.ids) for one in said]
     return Side(losses, [exact_match(text, row.reply) for text, row in zip(texts, rows, strict=True)])
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from sartor.core import parquet_io as stored
 from sartor.core.records import Example
 from sartor.core.splits import group_of
-from sartor.evaluate import answering
-from sartor.evaluate.held_out import HeldOut, refusal
+from sartor.evaluate import predictions
+from sartor.evaluate.predictions import HeldOut, refusal
 from sartor.federate.tuning.clients import Clients
 from sartor.federate.tuning.lifts import SHORT_TOKENS, Own
 
@@ -25,7 +25,7 @@ def own_rows(people: Clients, name: str, examples: Mapping[str, Example]) -> Own
     found = [examples[row.example_id] for row in encoded]
     groups = [group_of(one) for one in found]
     folder = people.dataset_of(name).path
-    if not found or (limit := answering.reply_limit(base, found)) > SHORT_TOKENS + answering.SPARE_TOKENS:
+    if not found or (limit := predictions.reply_limit(base, found)) > SHORT_TOKENS + predictions.SPARE_TOKENS:
         return Own(encoded, groups, HeldOut([], folder, {"reply_too_long": len(found)} if found else {}))
     asked: list[Example] = []
     left_out: Counter[str] = Counter()

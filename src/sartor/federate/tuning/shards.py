@@ -18,7 +18,7 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example
 from sartor.core.splits import group_of
-from sartor.evaluate.labels import label_of
+from sartor.evaluate.reply_labels import label_of
 
 # so often is dealt anew, until no client is left with nothing
 _TRIES = 1_000

@@ -15,7 +15,7 @@ from sartor.core.errors import ArtifactError, GateError
 from sartor.core.filesystem import write_file_atomic
 from sartor.evaluate import attacked
 from sartor.evaluate.attacked import FILE, KIND, SCHEMA
-from sartor.evaluate.audit.membership import Membership
+from sartor.evaluate.audit.membership_inference import Membership
 from sartor.federate.privacy.accountant import Budget
 from sartor.federate.privacy.attacks.audit import Audit
 from sartor.federate.privacy.attacks.canaries import Exposure
