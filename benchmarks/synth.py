@@ -37,9 +37,9 @@ from synth_rows import PLANTS, SETS
 import sartor  # noqa: F401  (offers the encoders)
 from sartor.core.encoder_registry import offer, open_encoder
 from sartor.core.records import digest
-from sartor.curate.validate.options import ValidateOptions
-from sartor.curate.validate.sides import Sides
-from sartor.curate.validate.verb import verdicts
+from sartor.synthesize.validate.samples import Sides
+from sartor.synthesize.validate.types import ValidateOptions
+from sartor.synthesize.validate.validation import verdicts
 from sartor.text.encoders import prompt_text
 
 FURTHER = {"lift": ("synth_lift", "measure"), "audit": ("synth_audit", "audit"), "mitigation": ("synth_audit", "mitigation")}

@@ -18,7 +18,7 @@ from pathlib import Path
 from sartor import intents
 from sartor.core import assets
 from sartor.core.records import Example, Message, Origin
-from sartor.curate.validate.sides import Sides
+from sartor.synthesize.validate.samples import Sides
 from sartor.text.demographics import group_terms
 
 SETS = ("commands", "chat", "faq_sv", "faq_en", "loans", "loans_text")

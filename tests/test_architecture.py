@@ -28,8 +28,8 @@ LEVELS = {
     "__main__": 9,
 }  # fmt: skip
 TORCH_FREE = ("sartor", "sartor.core.parquet_io", "sartor.core.lineage.ancestry", "sartor.core.model_refs", "sartor.core.signing",
-              "sartor.curate.pipeline", "sartor.curate.review.review_commands", "sartor.curate.dedup.dedup_files", "sartor.curate.synthesize.making",
-              "sartor.curate.validate.verb", "sartor.curate.bias_report",
+              "sartor.curate.pipeline", "sartor.curate.review.review_commands", "sartor.curate.dedup.dedup_files", "sartor.synthesize.synthesis",
+              "sartor.synthesize.validate.validation", "sartor.curate.bias_report",
               "sartor.text.demographics.group_terms", "sartor.tune.recipe", "sartor.evaluate.release", "sartor.cli",
               "sartor.agents.dispatch", "sartor.agents.book", "sartor.agents.ask_team",
               "sartor.agents.serve.server", "sartor.media.speech.batch_synthesis", "sartor.media.speech.text_normalization",

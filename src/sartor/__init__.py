@@ -18,7 +18,7 @@ from typing import Any
 
 from sartor.core.encoder_registry import offer, offer_directories
 from sartor.core.lazy_import import load
-from sartor.core.teachers import offer_local, offer_speech
+from sartor.synthesize.teacher import offer_local, offer_speech
 
 __version__ = "0.1.0"
 
@@ -104,10 +104,10 @@ _NAMES = {
     "serve": "sartor.agents.serve.opening:serve",
     "speaking": "sartor.agents.speaking:speaking",
     "spoken": "sartor.media.speech.text_normalization:spoken",
-    "prove": "sartor.proof:prove",
-    "synthesize": "sartor.curate.synthesize",
+    "prove": "sartor.synthesize.synthetic_lift:prove",
+    "synthesize": "sartor.synthesize",
     "tune": "sartor.tune",
-    "validate": "sartor.curate.validate.verb:validate",
+    "validate": "sartor.synthesize.validate.validation:validate",
     "verify": "sartor.evaluate.release:verify",
     "verify_receipt": "sartor.agents.receipt_check:verify_receipt",
     # nouns
@@ -139,9 +139,9 @@ _NAMES = {
     "ReviewRule": "sartor.curate.review.review_store:Rule",
     "Sampling": "sartor.inference.engine:Sampling",
     "SartorError": "sartor.core.errors:SartorError",
-    "SynthesizeRecipe": "sartor.curate.synthesize.recipe:SynthesizeRecipe",
+    "SynthesizeRecipe": "sartor.synthesize.recipe:SynthesizeRecipe",
     "Team": "sartor.agents.team:Team",
-    "ValidateOptions": "sartor.curate.validate.options:ValidateOptions",
+    "ValidateOptions": "sartor.synthesize.validate.types:ValidateOptions",
     "Waiver": "sartor.evaluate.release:Waiver",
     "Wishes": "sartor.retrain.job:Wishes",
     # what is known of them
@@ -149,9 +149,9 @@ _NAMES = {
     "describe_steps": "sartor.curate.steps:lines",
     "load_curate_recipe": "sartor.curate.pipeline:load_recipe",
     "load_federate_recipe": "sartor.federate.tuning.recipe:load",
-    "load_validate_options": "sartor.curate.validate.verb:load_options",
+    "load_validate_options": "sartor.synthesize.validate.validation:load_options",
     "load_recipe": "sartor.tune.recipe:load",
-    "load_synthesize_recipe": "sartor.curate.synthesize.making:load_recipe",
+    "load_synthesize_recipe": "sartor.synthesize.synthesis:load_recipe",
     "options": "sartor.core.config:describe",
     "read_drops": "sartor.core.parquet_io:read_drops",
     "read_examples": "sartor.core.parquet_io:read_examples",
@@ -169,7 +169,7 @@ offer_directories(
 )
 
 # who writes synthetic rows on this machine, and who speaks them
-offer_local(lambda base, at_once, notice: load("sartor.models.teacher").LocalTeacher(base, at_once, notice))
+offer_local(lambda base, at_once, notice: load("sartor.synthesize.local_teacher").LocalTeacher(base, at_once, notice))
 offer_speech(
     lambda texts, voice, speed, folder: load("sartor.media.speech.batch_synthesis").said_files(texts, voice, speed, folder)
 )

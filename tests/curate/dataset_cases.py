@@ -26,12 +26,11 @@ from conftest import write_jsonl
 from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.parquet_io import ROWS_PER_GROUP, example_row, read_examples, write_examples
 from sartor.core.records import Example, Feedback, Message, Origin, Voice, digest
-from sartor.core.teachers import Answer, Question
 from sartor.curate.dataset_writer import write_derived
 from sartor.curate.review.review_items import Decision, item_of
-from sartor.curate.validate.accepted import write_accepted
-from sartor.curate.validate.outcome import Flaw, Validated
-from sartor.curate.validate.verdicts import Finding
+from sartor.synthesize.teacher import Answer, Question
+from sartor.synthesize.validate.permutation_tests import Finding
+from sartor.synthesize.validate.validation import Flaw, Validated, write_accepted
 
 GOLDEN = Path(__file__).parent / "golden"
 PYARROW = GOLDEN / "pyarrow.txt"

@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from sartor.core.teachers import Question
-from sartor.curate.synthesize.teachers import FakeTeacher
+from sartor.synthesize.teacher import Question
+from sartor.synthesize.teacher_options import FakeTeacher
 
 FAULTS = ("429", "503", "silent", "cut", "no_end", "malformed", "not_json", "error_event", "hang_up")
 REFUSALS = ("413", "429", "503", "401", "400", "422", "302", "hang_up", "silent")

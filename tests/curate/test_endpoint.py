@@ -19,10 +19,8 @@ import sartor
 from conftest import write_jsonl
 from sartor.core.errors import BudgetError, BusyError, ConfigError, KeyRefusedError, UnavailableError
 from sartor.core.records import Example
-from sartor.core.teachers import Question
-from sartor.curate.synthesize.endpoint import Access, EndpointTeacher, Patience, _retry_after
-from sartor.curate.synthesize.pace import Pace
-from sartor.curate.synthesize.stream import BrokenError, read_body
+from sartor.synthesize.openai_teacher import Access, BrokenError, EndpointTeacher, Pace, Patience, _retry_after, read_body
+from sartor.synthesize.teacher import Question
 
 SEEDS = [
     {"messages": [{"role": "user", "content": f"what does parcel number {n} to {town} cost today"}, {"role": "assistant", "content": f"{n} euros"}]}

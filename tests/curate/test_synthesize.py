@@ -15,12 +15,12 @@ from conftest import write_jsonl
 from media_files import png
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import Drop, Example, Message, Origin
-from sartor.core.teachers import Answer, Question
 from sartor.curate.steps import text_duplicates
-from sartor.curate.synthesize.contract import Made
-from sartor.curate.synthesize.ways import AnyAskingWay, AnyCopyingWay, AnyMakingWay
-from sartor.curate.synthesize.ways.questions import found, pieces
-from sartor.curate.synthesize.ways.slot_substitution import SlotSubstitution
+from sartor.synthesize.generator import Made
+from sartor.synthesize.generators import AnyAskingWay, AnyCopyingWay, AnyMakingWay
+from sartor.synthesize.generators.local_generators import SlotSubstitution
+from sartor.synthesize.generators.prompted_generators import found, pieces
+from sartor.synthesize.teacher import Answer, Question
 
 DOCUMENT = """Delivery to Berlin takes two days and costs 4 euros.
 

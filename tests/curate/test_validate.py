@@ -15,13 +15,11 @@ import sartor
 from sartor.core.errors import ConfigError, GateError, SourceError
 from sartor.core.parquet_io import read_drops, read_examples
 from sartor.core.records import Example, Message, Origin
-from sartor.curate.validate import apart, diversity, drift, shift, spans, spread
-from sartor.curate.validate.options import Limits, ValidateOptions
-from sartor.curate.validate.outcome import Validated
-from sartor.curate.validate.sides import Sides, pooled
-from sartor.curate.validate.space import Space
-from sartor.curate.validate.verb import validated
-from sartor.curate.validate.verdicts import Finding, finding_of, judged, permuted
+from sartor.synthesize.validate import citation_check, diversity, outcome_shift, two_sample_tests
+from sartor.synthesize.validate.permutation_tests import Finding, finding_of, judged, permuted
+from sartor.synthesize.validate.samples import Sides, Space, pooled
+from sartor.synthesize.validate.types import Limits, ValidateOptions
+from sartor.synthesize.validate.validation import Validated, validated
 
 QUICK = ValidateOptions(encoder="tfidf", permutations=499)
 THINGS = {
@@ -164,9 +162,9 @@ def test_replies_that_say_a_decision_in_many_words_are_taken_together() -> None:
         "It wasn't approved.",
         "We regret: no.",
     ] * 4
-    assert shift.decisions(said) == (["favourable"] * 3 + ["unfavourable"] * 3) * 4
-    assert shift.decisions([*said, *["The oven is hot."] * 12]) == []  # of too few is known what they decide
-    assert shift.decisions(said[:3] * 8) == []
+    assert outcome_shift.decisions(said) == (["favourable"] * 3 + ["unfavourable"] * 3) * 4
+    assert outcome_shift.decisions([*said, *["The oven is hot."] * 12]) == []  # of too few is known what they decide
+    assert outcome_shift.decisions(said[:3] * 8) == []
 
 
 def test_near_copies_of_held_out_rows_are_named_row_by_row() -> None:
@@ -251,10 +249,10 @@ def test_mmd_and_auc_are_what_their_definitions_say() -> None:
     inner = [kernel[np.ix_(side, side)][~np.eye(side.sum(), dtype=bool)].mean() for side in (own, ~own)]
     spread_of_all = 1 - kernel[~np.eye(50, dtype=bool)].mean()
     wanted = (sum(inner) - 2 * kernel[np.ix_(own, ~own)].mean()) / spread_of_all
-    assert apart.mmd(space, members, Limits()).statistic == pytest.approx(wanted, abs=1e-5)
+    assert two_sample_tests.mmd(space, members, Limits()).statistic == pytest.approx(wanted, abs=1e-5)
     scores, labels = np.array([[0.9, 0.2, 0.5, 0.7]], np.float32), np.array([[1, 0, 0, 1]], np.float32)
-    assert apart._auc(scores, labels)[0] == 1
-    assert apart._auc(-scores, labels)[0] == 0
+    assert two_sample_tests._auc(scores, labels)[0] == 1
+    assert two_sample_tests._auc(-scores, labels)[0] == 0
 
 
 def test_topics_of_both_sides_show_a_drift_that_chance_does_not() -> None:
@@ -267,7 +265,7 @@ def test_topics_of_both_sides_show_a_drift_that_chance_does_not() -> None:
         vectors = (centres[kind] + 0.7 * rng.normal(size=(200, 30))).astype(np.float32)
         space = Space(pool, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), 0)
         assert [int(topic.max()) + 1 for topic in space.topics] == [8] * 3 + [16] * 3
-        found = drift.topics(space, permuted(pool, 199, 0), Limits())
+        found = two_sample_tests.topics(space, permuted(pool, 199, 0), Limits())
         p[name] = found.p
     assert p["drifted"] == pytest.approx(1 / 200) and p["same"] > 0.1
     assert found.effect > 0.3
@@ -285,9 +283,9 @@ def test_outside_is_calibrated_on_reality() -> None:
     rng = np.random.default_rng(0)
     real, same = (rng.normal(size=(300, 8)) + 3 for _ in range(2))
     unit = [(some / np.linalg.norm(some, axis=1, keepdims=True)).astype(np.float32) for some in (real, same)]
-    assert len(spread.outside(unit[1], unit[0], np.arange(300), 0.01)) <= 9
+    assert len(two_sample_tests.outside(unit[1], unit[0], np.arange(300), 0.01)) <= 9
     far = -unit[1][:3]
-    assert set(spread.outside(np.vstack([unit[1][3:], far]), unit[0], np.arange(300), 0.01)) >= {297, 298, 299}
+    assert set(two_sample_tests.outside(np.vstack([unit[1][3:], far]), unit[0], np.arange(300), 0.01)) >= {297, 298, 299}
 
 
 SOURCE = "The bridge was opened in 1932. It is 503 metres long and carries eight lanes of traffic across the harbour."
@@ -306,7 +304,7 @@ SOURCE = "The bridge was opened in 1932. It is 503 metres long and carries eight
 )
 def test_an_answer_is_held_against_the_span_that_it_cites(answer: str, quote: str, fault: str) -> None:
     row = example(f"{SOURCE}\n\nWhen was the bridge opened?", json.dumps({"answer": answer, "quote": quote}))
-    faults, citing = spans.faults([row], {}, {})
+    faults, citing = citation_check.faults([row], {}, {})
     assert citing == 1
     assert (fault in faults.get(0, "")) if fault else not faults
 
@@ -318,7 +316,7 @@ def test_spans_by_line_by_place_and_none() -> None:
     cited = dataclasses.replace(by_place, origins=(Origin("t", "doc:1", parents=(document.id,)),))
     wrong = dataclasses.replace(cited, messages=example("How long is it?", "It is 530 metres long.").messages)
     line = example("How long is it?", 'It is 503 metres long.\nSource: "It is 503 metres long"')
-    faults, citing = spans.faults(
+    faults, citing = citation_check.faults(
         [cited, wrong, line], {document.id: document}, dict.fromkeys((cited.id, wrong.id), (start, start + 50))
     )
     assert (set(faults), citing) == ({1}, 3)

@@ -16,7 +16,6 @@ from sartor.core.records import Example, Message, Origin, Part
 from sartor.core.splits import group_of, group_of_stored, prompt_group, split_group, stated_group
 from sartor.curate.sources.planner import read_all
 from sartor.curate.sources.types import Source
-from sartor.curate.validate import sides as validating
 from sartor.edge.personal import work, work__user_tokens
 from sartor.edge.personal.rows import Row
 from sartor.evaluate import audit, bootstrap, checks, evaluation
@@ -26,6 +25,7 @@ from sartor.federate.tuning import lifts, lifts__personal_adapters, shards
 from sartor.models.packing import Encoded
 from sartor.personal import gate
 from sartor.retrain import stages, verdicts
+from sartor.synthesize.validate import samples as validating
 from sartor.tune import dataset_encoding as tuning
 from sartor.tune.recipe import Data
 from sartor.tune.tokenized_dataset import Rows

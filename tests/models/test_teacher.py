@@ -10,9 +10,9 @@ import pytest
 
 import sartor
 from conftest import write_jsonl
-from sartor.core.teachers import Question
-from sartor.curate.synthesize.contract import texts
-from sartor.models.teacher import LocalTeacher
+from sartor.synthesize.generator import texts
+from sartor.synthesize.local_teacher import LocalTeacher
+from sartor.synthesize.teacher import Question
 
 SCHEMA = json.dumps(texts("question"))
 

@@ -1,4 +1,4 @@
-"""Rows, documents or nothing -> a Dataset of synthetic rows. `sartor.synthesize(...)` calls the verb in `making.py`.
+"""Callable package: `sartor.synthesize(...)`.
 
 recipe.py     what is made, by whom
 teachers.py   the teachers of a recipe; endpoint.py one by HTTP, stream.py what it reads, pace.py its limits
@@ -12,4 +12,4 @@ writing.py    the files of the Dataset; synthesized.py what is handed back
 
 from sartor.core.lazy_import import callable_package
 
-callable_package(__name__, "sartor.curate.synthesize.making")
+callable_package(__name__, "sartor.synthesize.synthesis")

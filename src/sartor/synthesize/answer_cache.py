@@ -1,4 +1,4 @@
-"""A teacher's answers on disk, each under the digest of its question: what was paid for is never asked again.
+"""Teacher answers on disk by question digest; spending limit.
 
     FOLDER/ab/ab12....json      text, finish, tokens
 
@@ -21,8 +21,8 @@ from typing import Any
 
 from sartor.core.errors import BudgetError
 from sartor.core.filesystem import write_file_atomic
-from sartor.core.teachers import Answer, Question, Teacher
-from sartor.curate.synthesize.teachers import Price
+from sartor.synthesize.teacher import Answer, Question, Teacher
+from sartor.synthesize.teacher_options import Price
 
 SCHEMA = 1
 _COUNTED = ("calls", "cached", "tokens_in", "tokens_out", "estimated")

@@ -1,4 +1,4 @@
-"""What a way is: a small frozen class of its options, named in a recipe by its `kind`.
+"""Protocols of generators with and without a teacher.
 
 An `AskingWay` says what is to be asked of the teacher, and makes a row of an answer or says why it cannot. A `MakingWay` needs
 no teacher. Both go through the seeds in order and say of each seed that they can do nothing with why (`Skipped`), so that every

@@ -1,4 +1,4 @@
-"""A base of this machine as a teacher: the embedded engine behind `core.teachers.Teacher`.
+"""A base on this machine as teacher.
 
 Every thread that waits for its answer drives the engine for all of them, so questions that are asked at once are answered in
 one batch. Answers obey the question's schema where llguidance is installed; without it they are read as they come.
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from sartor.core import errors
 from sartor.core.errors import ExtraError, ModelError, RequestError
-from sartor.core.teachers import Answer, Question
 from sartor.inference.engine import Call, Done, Event, Failed, Piece, Sampling
 from sartor.inference.local.local_engine import LocalEngine
 from sartor.models.base import open_base
+from sartor.synthesize.teacher import Answer, Question
 
 
 class LocalTeacher:

@@ -1,4 +1,4 @@
-"""A teacher behind OpenAI's protocol, asked over HTTP: at its pace, again where it failed, for what it costs.
+"""Teacher behind an OpenAI-compatible endpoint.
 
     429, 503          asked again after Retry-After (all threads wait), or after a doubling pause
     408, 5xx, time-out, cut stream, malformed JSON    asked again after a doubling pause
@@ -16,18 +16,145 @@ import http.client
 import json
 import os
 import random
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from sartor.core.errors import BusyError, ConfigError, KeyRefusedError, UnavailableError
-from sartor.core.teachers import Answer, Question
-from sartor.curate.synthesize.pace import Pace
-from sartor.curate.synthesize.stream import BrokenError, read_body
+from sartor.synthesize.teacher import Answer, Finish, Question
+
+MINUTE_S = 60.0
+
+
+class Pace:
+    """Shared by all threads that ask. 0 is no limit. `now` and `sleep` are for tests."""
+
+    def __init__(
+        self,
+        requests: int = 0,
+        tokens: int = 0,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self.requests, self.tokens, self._now, self._sleep = requests, tokens, now, sleep
+        self._asked: deque[tuple[float, int]] = deque()
+        self._until = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self, tokens: int) -> None:
+        """Return when a request of that many tokens may go out, and count it. One that is over the limit alone goes alone."""
+        while (delay := self._taken(tokens)) > 0:
+            self._sleep(delay)
+
+    def pause(self, seconds: float) -> None:
+        """Nobody asks for that long: the endpoint said so."""
+        with self._lock:
+            self._until = max(self._until, self._now() + seconds)
+
+    def _taken(self, tokens: int) -> float:
+        """Seconds to wait before asking again; 0 where the request was counted."""
+        with self._lock:
+            now = self._now()
+            while self._asked and self._asked[0][0] <= now - MINUTE_S:
+                self._asked.popleft()
+            if now < self._until:
+                return self._until - now
+            spent = sum(cost for _, cost in self._asked)
+            is_full = (self.requests and len(self._asked) >= self.requests) or (
+                self.tokens and self._asked and spent + tokens > self.tokens
+            )
+            if is_full:
+                return self._asked[0][0] + MINUTE_S - now
+            self._asked.append((now, tokens))
+            return 0.0
+
+
+MOST_BYTES = 8 << 20
+DONE = "[DONE]"
+
+
+class BrokenError(Exception):
+    """A body that ended early or is not what the protocol says: to be asked for again."""
+
+
+def read_body(lines: Iterable[bytes], kind: str) -> Answer:
+    """The Answer in a body of that content type. Raises BrokenError."""
+    if "event-stream" in kind:
+        return _streamed(lines)
+    whole = _object(b"".join(_bounded(lines)).decode("utf-8", "replace"))
+    choice = _choice(whole)
+    message = choice.get("message")
+    text = message.get("content") if isinstance(message, dict) else None
+    return _answer(text if isinstance(text, str) else "", choice.get("finish_reason"), whole.get("usage"))
+
+
+def _streamed(lines: Iterable[bytes]) -> Answer:
+    pieces: list[str] = []
+    finish: Any = None
+    usage: Any = None
+    for line in _bounded(lines):
+        said = line.decode("utf-8", "replace").strip()
+        if not said.startswith("data:"):
+            continue
+        data = said.removeprefix("data:").strip()
+        if data == DONE:
+            break
+        event = _object(data)
+        usage = event.get("usage") or usage
+        if not event.get("choices"):
+            continue  # the usage comes in an event of its own
+        choice = _choice(event)
+        delta = choice.get("delta")
+        content = delta.get("content") if isinstance(delta, dict) else None
+        pieces.append(content if isinstance(content, str) else "")
+        finish = choice.get("finish_reason") or finish
+    return _answer("".join(pieces), finish, usage)
+
+
+def _bounded(lines: Iterable[bytes]) -> Iterable[bytes]:
+    total = 0
+    for line in lines:
+        total += len(line)
+        if total > MOST_BYTES:
+            raise BrokenError(f"more than {MOST_BYTES:,} bytes")
+        yield line
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BrokenError(f"{text[:60]!r} is not JSON") from None
+    if not isinstance(value, dict):
+        raise BrokenError(f"{text[:60]!r} is no JSON object")
+    if "error" in value:
+        raise BrokenError(f"the server says {str(value['error'])[:200]}")
+    return value
+
+
+def _choice(value: dict[str, Any]) -> dict[str, Any]:
+    choices = value.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise BrokenError("there is no choice in it")
+    return choices[0]
+
+
+def _answer(text: str, finish: Any, usage: Any) -> Answer:
+    if not isinstance(finish, str):
+        raise BrokenError("it ended without saying why")
+    known: dict[str, Finish] = {"length": "length", "content_filter": "refused"}
+    counts = usage if isinstance(usage, dict) else {}
+    tokens = counts.get("prompt_tokens"), counts.get("completion_tokens")
+    if all(isinstance(count, int) for count in tokens):
+        return Answer(text, known.get(finish, "stop"), int(tokens[0] or 0), int(tokens[1] or 0))
+    return Answer(text, known.get(finish, "stop"), 0, 0, is_estimated=True)
+
 
 LONGEST_PAUSE_S = 60.0
 MOST_RETRY_AFTER_S = 600.0

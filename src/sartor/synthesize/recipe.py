@@ -1,4 +1,4 @@
-"""The recipe of synthetic data: sources, ways, a teacher. One declaration per option."""
+"""Recipe of synthetic data."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.licences.spdx import checked
 from sartor.curate.sources.types import Source
-from sartor.curate.synthesize.teachers import AnyTeacher
-from sartor.curate.synthesize.ways import FROM_NOTHING, Way
+from sartor.synthesize.generators import FROM_NOTHING, Way
+from sartor.synthesize.teacher_options import AnyTeacher
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Recipe -> Dataset of synthetic rows: seeds read, ways asked in order, answers remembered, everything accounted for.
+"""Verb synthesize: asks, parses, repairs, accounts.
 
 OUT.synthesizing/    the work, beside the output until it stands
   answers/           what the teacher said (or in the recipe's `cache`)
@@ -8,32 +8,140 @@ OUT/                 the Dataset, in one rename. Nobody has validated it: `sarto
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sartor.core import config
+import jsonschema
+import referencing
+import referencing.exceptions
+
+from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError, MissingError, StoppedError
 from sartor.core.filesystem import DISK_FULL
-from sartor.core.records import Drop, canonical_text, digest
-from sartor.core.teachers import Answer, Question, Teacher
+from sartor.core.records import Drop, Example, canonical_text, digest
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.pipeline import workplace
 from sartor.curate.review.row_edits import masked_text
-from sartor.curate.synthesize import reading, seeds, writing
-from sartor.curate.synthesize.answers import Answers
-from sartor.curate.synthesize.contract import Ask, AskingWay, Made, Skipped, Unusable
-from sartor.curate.synthesize.recipe import SynthesizeRecipe
-from sartor.curate.synthesize.synthesized import Synthesized
-from sartor.curate.synthesize.teachers import Endpoint, Price
-from sartor.curate.synthesize.ways import asks_teacher, make
+from sartor.synthesize import synthetic_dataset
+from sartor.synthesize.answer_cache import Answers, Spent
+from sartor.synthesize.generator import Ask, AskingWay, Made, Skipped, Unusable, quoted
+from sartor.synthesize.generators import asks_teacher, make
+from sartor.synthesize.recipe import SynthesizeRecipe
+from sartor.synthesize.teacher import Answer, Question, Teacher
+from sartor.synthesize.teacher_options import Endpoint, Price
+from sartor.text.json_schema import check_schema  # noqa: F401
+
+MOST_STARTS = 50
+_SHOWN = 3000
+
+
+def read(answer: Answer, schema: Mapping[str, Any]) -> dict[str, Any] | Unusable:
+    """The object in an answer that fits the schema. Texts around it, and fences, are left out."""
+    if answer.finish == "refused":
+        return Unusable("teacher_refused", "the teacher would not answer")
+    found = _object_in(answer.text)
+    if found is None:
+        if answer.finish == "length":
+            return Unusable("answer_cut", "the answer was cut at max_tokens, before its JSON ended")
+        return Unusable("no_json", "there is no JSON object in the answer")
+    # an empty registry: a `$ref` to an address is an error, not a request
+    checker = jsonschema.Draft202012Validator(dict(schema), registry=referencing.Registry())
+    try:
+        error = next(iter(checker.iter_errors(found)), None)
+    except referencing.exceptions.Unresolvable as missing:
+        raise ConfigError(f"the schema refers to {missing.ref!r}, which is not in it", "put that under $defs") from None
+    if error is not None:
+        return Unusable("schema_mismatch", f"at {error.json_path}: {error.message[:200]}")
+    return found
+
+
+def repair(question: Question, answer: Answer, fault: Unusable) -> Question:
+    """The second question: what was said, and what is wrong with it."""
+    asked = (
+        f"Your answer was:\n{quoted(answer.text[:_SHOWN])}\nIt cannot be used: {fault.detail}. "
+        f"Answer again, with the JSON object alone, of this schema: {question.schema}"
+    )
+    said = (*question.messages, ("assistant", answer.text[:_SHOWN]), ("user", asked))
+    return Question(said, question.seed, question.max_tokens, question.temperature, question.schema)
+
+
+def _object_in(text: str) -> dict[str, Any] | None:
+    """The first whole JSON object in a text."""
+    decoder = json.JSONDecoder()
+    start = text.find("{")
+    for _ in range(MOST_STARTS):
+        if start < 0:
+            return None
+        try:
+            value, _ = decoder.raw_decode(text, start)
+            # half of a surrogate pair is no text that a file can hold
+            json.dumps(value, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            start = text.find("{", start + 1)
+            continue
+        return value if isinstance(value, dict) else None
+    return None
+
+
+@dataclass(frozen=True)
+class Synthesized:
+    """What was made. spent: of this run, None where no teacher was asked; a finished Dataset that was found cost nothing."""
+
+    dataset: Artifact
+    spent: Spent | None
+    wall_s: float
+    found: bool = field(default=False)
+
+    def examples(self) -> Iterator[Example]:
+        """The rows, in order: for whoever validates them."""
+        return parquet_io.read_examples(self.dataset)
+
+    @property
+    def made(self) -> int:
+        """Rows of the Dataset."""
+        return int(self.dataset.manifest["counts"]["kept"])
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Drops by reason: answers that could not be used, rows that were there already, sources that could not be read."""
+        return dict(self.dataset.manifest["counts"]["dropped"])
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        spent = self.spent or Spent(0, 0, 0, 0, 0, 0.0)
+        said = self.dataset.manifest["synthetic"]
+        return {
+            "dataset": str(self.dataset.path),
+            "made": self.made,
+            "dropped": self.dropped,
+            "seeds": said["seeds"],
+            "ways": said["ways"],
+            "teacher": said["teacher"],
+            "calls": spent.calls,
+            "cached": spent.cached,
+            "tokens": {"input": spent.tokens_in, "output": spent.tokens_out, "estimated_calls": spent.estimated},
+            "cost": round(spent.cost, 6),
+            "licence": self.dataset.licence,
+            "digest": self.dataset.manifest["digest"],
+            "wall_s": round(self.wall_s, 3),
+        }
+
+    def table(self) -> list[tuple[str, Any]]:
+        """What a person reads."""
+        said = self.as_json()
+        ways = [(kind, counts) for kind, counts in said.pop("ways").items()]
+        shown = ("dataset", "made", "dropped", "teacher", "calls", "cached", "tokens", "cost", "licence")
+        return [*((name, said[name]) for name in shown), *ways, ("card", str(self.dataset.path / "card.html"))]
+
 
 Notice = Callable[[str], object]
 # Asks that are in memory at once, for each that is asked at once
@@ -116,7 +224,7 @@ def _finished(recipe: SynthesizeRecipe, out: Path) -> Artifact:
         raise ConfigError(f"{out} is a finished Dataset of another recipe", "choose another --out, or --replace")
     work = out.with_name(f"{out.name}.synthesizing")
     with workplace(work, anew=False):
-        found = seeds.read(recipe.sources, recipe.max_row_bytes, work)
+        found = synthetic_dataset.read(recipe.sources, recipe.max_row_bytes, work)
         shutil.rmtree(work, ignore_errors=True)
     if found.digest != said["of"]:
         raise ConfigError(f"{out} is a finished Dataset of sources that have changed", "choose another --out, or --replace")
@@ -145,18 +253,20 @@ class Run:
 
     def write(self, writer: DatasetWriter) -> dict[str, Any]:
         """Fill the Dataset's directory; returns what its manifest says."""
-        found = seeds.read(self.recipe.sources, self.recipe.max_row_bytes, self.work)
+        found = synthetic_dataset.read(self.recipe.sources, self.recipe.max_row_bytes, self.work)
         if any(map(asks_teacher, self.recipe.ways)):
             self.answers = self._open_answers()
         of_teacher = self.recipe.teacher.licence if self.recipe.teacher else ""
-        self.rows = writing.Rows((self.recipe.licence, of_teacher), {row.id: row.origins[0].locator for row in found.rows})
+        self.rows = synthetic_dataset.Rows(
+            (self.recipe.licence, of_teacher), {row.id: row.origins[0].locator for row in found.rows}
+        )
         for way in self.recipe.ways:
             if asks_teacher(way):
                 self._ask(way, found)
             else:
                 self._make(way, found)
         name = self.answers.teacher.name if self.answers else ""
-        return writing.write(
+        return synthetic_dataset.write(
             writer, self.work, self.rows, found, {"recipe": _said(self.recipe), "teacher": name, "of": found.digest}
         )
 
@@ -166,21 +276,21 @@ class Run:
         assert teacher is not None  # looked at when the run began
         return Answers(teacher, self.folder, configured.price if isinstance(configured, Endpoint) else Price())
 
-    def _make(self, way: Any, found: seeds.Seeds) -> None:
+    def _make(self, way: Any, found: synthetic_dataset.Seeds) -> None:
         for one in make(way, found.rows, self.recipe.seed, self.work):
             if isinstance(one, Skipped):
                 self.rows.count(way.kind, f"skipped:{one.reason}")
             elif isinstance(one, Drop):
                 self.rows.drop(way.kind, one, "")
             else:
-                self.rows.add(way.kind, one, writing.Asked(seed=self.recipe.seed))
+                self.rows.add(way.kind, one, synthetic_dataset.Asked(seed=self.recipe.seed))
 
-    def _ask(self, way: AskingWay, found: seeds.Seeds) -> None:
+    def _ask(self, way: AskingWay, found: synthetic_dataset.Seeds) -> None:
         for outcome in self._outcomes(way, found):
             self._take(way, outcome)
             self._tell(way.kind)
 
-    def _outcomes(self, way: AskingWay, found: seeds.Seeds) -> Iterator[Outcome]:
+    def _outcomes(self, way: AskingWay, found: synthetic_dataset.Seeds) -> Iterator[Outcome]:
         """In the order of the asks, some of which are under way at once."""
         assert self.answers is not None
         at_once = self.answers.teacher.at_once
@@ -196,7 +306,7 @@ class Run:
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
 
-    def _counted(self, way: AskingWay, found: seeds.Seeds) -> Iterator[Ask]:
+    def _counted(self, way: AskingWay, found: synthetic_dataset.Seeds) -> Iterator[Ask]:
         for one in way.asks(found.rows, self.recipe.seed):
             if isinstance(one, Skipped):
                 self.rows.count(way.kind, f"skipped:{one.reason}")
@@ -209,11 +319,11 @@ class Run:
         schema = canonical_text(ask.schema)
         question = Question(ask.messages, number, self.recipe.max_tokens, self.recipe.temperature, schema)
         answer = self.answers.answer(question)
-        value = reading.read(answer, ask.schema)
+        value = read(answer, ask.schema)
         if isinstance(value, Unusable) and value.reason in _REPAIRED and self.recipe.repairs:
-            question = reading.repair(question, answer, value)
+            question = repair(question, answer, value)
             answer = self.answers.answer(question)
-            value = reading.read(answer, ask.schema)
+            value = read(answer, ask.schema)
         return Outcome(ask, question, answer, value)
 
     def _take(self, way: AskingWay, outcome: Outcome) -> None:
@@ -221,7 +331,7 @@ class Run:
         made = outcome.value if isinstance(outcome.value, Unusable) else way.made(outcome.ask, outcome.value)
         if isinstance(made, Made):
             of = outcome.question
-            asked = writing.Asked(self.answers.teacher.name, of.prompt_digest, outcome.answer.digest, of.seed)
+            asked = synthetic_dataset.Asked(self.answers.teacher.name, of.prompt_digest, outcome.answer.digest, of.seed)
             self.rows.add(way.kind, made, asked)
             return
         parents = outcome.ask.parents

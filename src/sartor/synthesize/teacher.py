@@ -1,4 +1,4 @@
-"""Who writes what is synthesised: the Protocol of a teacher, and who offers one that a stage without torch cannot make.
+"""Teacher protocol: question in, answer out.
 
 `curate` asks a teacher one question at a time, from as many threads as `at_once` says; the façade says at import how a local
 base is opened as one (`offer_local`) and how clips are spoken (`offer_speech`).

@@ -1,4 +1,4 @@
-"""The teachers that a recipe may name. A new one is a class here and its name in the union."""
+"""Teachers that a recipe may name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.core.teachers import Answer, Question, Teacher, open_local
-from sartor.curate.synthesize.endpoint import Access, EndpointTeacher, Patience, key_of
-from sartor.curate.synthesize.pace import Pace
+from sartor.synthesize.openai_teacher import Access, EndpointTeacher, Pace, Patience, key_of
+from sartor.synthesize.teacher import Answer, Question, Teacher, open_local
 
 Notice = Callable[[str], object]
 MOST_AT_ONCE = 64

@@ -1,4 +1,4 @@
-"""Every way that a recipe may name. A new one is a file here and its class in one of these unions."""
+"""Unions of all generators."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from typing import Any, TypeGuard, get_args
 
 from sartor.core.records import Drop, Example
 from sartor.curate.steps.media_augmentation import AugmentAudio, AugmentImages
-from sartor.curate.synthesize.contract import AskingWay, Made, Skipped
-from sartor.curate.synthesize.ways.counterfactual import Counterfactual
-from sartor.curate.synthesize.ways.media import Speech, copied
-from sartor.curate.synthesize.ways.preference import Preference
-from sartor.curate.synthesize.ways.questions import Questions
-from sartor.curate.synthesize.ways.rewrites import Extend, Harder, Persona, Vary
-from sartor.curate.synthesize.ways.scenarios import Scenarios
-from sartor.curate.synthesize.ways.slot_substitution import SlotSubstitution
-from sartor.curate.synthesize.ways.structured import Structured
-from sartor.curate.synthesize.ways.templates import Templates
+from sartor.synthesize.generator import AskingWay, Made, Skipped
+from sartor.synthesize.generators.local_generators import Counterfactual, SlotSubstitution, Speech, Templates, copied
+from sartor.synthesize.generators.prompted_generators import Questions, Scenarios, Structured
+from sartor.synthesize.generators.rewrite_generators import Extend, Harder, Persona, Preference, Vary
 
 AnyAskingWay = Vary | Extend | Harder | Persona | Questions | Scenarios | Preference | Structured
 AnyMakingWay = Counterfactual | SlotSubstitution | Templates | Speech

@@ -1,4 +1,4 @@
-"""`slot_substitution`: the same row with another value, where question and reply say the same one. No model.
+"""Generators without a teacher: templates, slots, counterfactuals, media.
 
 Source: Louvan & Magnini 2020, "Simple is Better! Lightweight Data Augmentation for Low Resource Slot Filling and Intent
 Classification" (arXiv:2009.03695).
@@ -6,6 +6,8 @@ Classification" (arXiv:2009.03695).
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -15,10 +17,15 @@ from typing import Any, Literal
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.core.records import Drop, Example
+from sartor.core.records import Drop, Example, Message, Part, digest
 from sartor.core.splits import split_group
-from sartor.curate.synthesize.contract import Made, Skipped, draw_of, some, why_no_question, with_text
-from sartor.curate.synthesize.ways.rewrites import ROWS
+from sartor.curate.sources import media_files
+from sartor.curate.step import Copy
+from sartor.curate.steps.media_augmentation import AugmentAudio, AugmentImages
+from sartor.synthesize.generator import Made, Skipped, draw_of, some, why_no_question, with_text
+from sartor.synthesize.generators.rewrite_generators import ROWS
+from sartor.synthesize.teacher import say_all
+from sartor.text.demographics.group_terms import KINDS, Kind, groups, mentions, swap
 
 # A draw may give what is there already; a row with few values gives fewer copies than were asked for
 TRIES = 4
@@ -117,3 +124,171 @@ def _changed(row: Example, instead: dict[str, str]) -> Example:
 
     asked, said = (with_text(message, turned(message.text)) for message in row.messages[-2:])
     return replace(row, messages=(*row.messages[:-2], asked, said), rejected=())
+
+
+# A text of a conversation ends here: names and pronouns are swapped over all of it, one name one way
+_APART = "\n\x1e\n"
+
+
+@dataclass(frozen=True)
+class Counterfactual:
+    """Copies of rows that name a group, about another group, with the same outcome: what the model should not tell apart.
+
+    Texts in which the grammar or the sense cannot be kept give none (`text/demographics/group_terms.py` says which those are).
+    """
+
+    kinds: tuple[Kind, ...] = option(KINDS, "what is swapped: names, pronouns, age, nationality, disability")
+    to: tuple[str, ...] = option((), "groups to swap to; empty takes every other one")
+    per_row: int = option(1, "copies of a row for each kind at most, drawn by the seed")
+    rows: int = option(0, ROWS)
+    kind: Literal["counterfactual"] = "counterfactual"
+
+    def __post_init__(self) -> None:
+        known = {group for kind in self.kinds for group in groups(kind)}
+        if unknown := [group for group in self.to if group not in known]:
+            raise ConfigError(f"{unknown[0]!r} is no group of {', '.join(self.kinds)}", f"one of {', '.join(sorted(known))}")
+        if not self.kinds or self.per_row < 1 or self.rows < 0:
+            raise ConfigError(f"per_row is {self.per_row}; it must be at least 1, of at least one kind", "per_row: 1")
+
+    def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[Made | Drop | Skipped]:
+        """See MakingWay."""
+        for row in some(seeds, self.rows, seed, self.kind):
+            text = _APART.join(_texts(row))
+            named = [kind for kind in self.kinds if mentions(text, kind)]
+            made = [one for kind in named for one in self._swapped(row, text, kind, seed)]
+            if not made:
+                yield Skipped("not_swappable" if named else "no_group_named")
+            yield from made
+
+    def _swapped(self, row: Example, text: str, kind: Kind, seed: int) -> list[Made]:
+        turned = list(self.to or groups(kind))
+        draw_of(seed, self.kind, row.id, kind).shuffle(turned)
+        made: list[Made] = []
+        for to in turned:
+            if to in groups(kind) and len(made) < self.per_row and (changed := swap(text, kind, to)):
+                number = f"{row.id[:16]}.{kind}.{to}"
+                made.append(Made(_with_texts(row, changed.split(_APART)), number, (row,), split_group(row), f"{kind} to {to}"))
+        return made
+
+
+def _texts(row: Example) -> list[str]:
+    """Every text part of a row, in order."""
+    return [part.text for message in row.messages + row.rejected for part in message.content if part.kind == "text"]
+
+
+def _with_texts(row: Example, texts: Sequence[str]) -> Example:
+    coming = iter(texts)
+
+    def turned(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        return tuple(
+            replace(one, content=tuple(Part("text", next(coming)) if part.kind == "text" else part for part in one.content))
+            for one in messages
+        )
+
+    return replace(row, messages=turned(row.messages), rejected=turned(row.rejected))
+
+
+@dataclass(frozen=True)
+class Speech:
+    """The last question of a row as a recording instead of its words; the reply stays. Needs a voice (espeak-ng, or piper)."""
+
+    voice: str = option("espeak", "a voice as `sartor ask --speak` names them")
+    speeds: tuple[float, ...] = option((1.0,), "one recording for each, 0.5 to 2")
+    rows: int = option(0, ROWS)
+    kind: Literal["speech"] = "speech"
+
+    def __post_init__(self) -> None:
+        if not self.speeds or not all(0.5 <= speed <= 2 for speed in self.speeds):
+            raise ConfigError(
+                f"speeds is {list(self.speeds)}; each must be from 0.5 to 2, and there must be one", "speeds: [0.9, 1.1]"
+            )
+
+    def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[Made | Drop | Skipped]:
+        """See MakingWay. Raises MissingError where no voice is installed."""
+        wanted = some(seeds, self.rows, seed, self.kind)
+        speakable = [row for row in wanted if not why_no_question(row)]
+        yield from (Skipped(why) for row in wanted if (why := why_no_question(row)))
+        for speed in self.speeds:
+            clips = say_all([row.messages[-2].text for row in speakable], self.voice, speed, folder / "clips")
+            for row, clip in zip(speakable, clips, strict=True):
+                with clip.open("rb") as stream:
+                    name = media_files.copy(stream, clip.name, folder / "media")
+                others = tuple(part for part in row.messages[-2].content if part.kind != "text")
+                asked = replace(row.messages[-2], content=(Part("audio", media=name), *others))
+                spoken = replace(row, messages=(*row.messages[:-2], asked, row.messages[-1]))
+                yield Made(spoken, f"{row.id[:16]}.{speed:g}", (row,), split_group(row), f"spoken by {self.voice} at {speed:g}")
+
+
+def copied(step: AugmentImages | AugmentAudio, seeds: Sequence[Example], folder: Path) -> Iterator[Made | Drop | Skipped]:
+    """A CopyStep of `curate` as a MakingWay: its own seed draws."""
+    copies = step.open(folder)
+    for row in seeds:
+        number = 0
+        for number, outcome in enumerate(copies(row), 1):
+            if isinstance(outcome, Copy):
+                yield Made(outcome.row, f"{row.id[:16]}.{number}", (row,), split_group(row), outcome.changes)
+            else:
+                yield outcome
+        if not number:
+            yield Skipped("no_media")
+
+
+_SLOT = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Every combination of the slots' values in every prompt, or `count` of them drawn by the seed. Rows of one prompt are of
+    one group: split apart they would be learnt by heart. Only `{name}` of a slot is filled; other braces stay, as of JSON.
+    """
+
+    prompts: tuple[str, ...] = option(REQUIRED, "questions with {slots}")
+    reply: str = option(REQUIRED, "the reply with {slots}")
+    slots: Any = option(REQUIRED, "a mapping: slot -> list of values")
+    system: str = option("", "system prompt of the rows")
+    count: int = option(0, "rows to make; 0 makes every combination")
+    kind: Literal["templates"] = "templates"
+
+    def __post_init__(self) -> None:
+        listed = isinstance(self.slots, dict) and all(isinstance(some, list) and some for some in self.slots.values())
+        if not listed or not self.prompts or self.count < 0:
+            raise ConfigError(
+                "slots must be a mapping of lists, none empty, and prompts a list", "slots: {room: [hall, attic]}"
+            )
+        for text in self.prompts:
+            if lacking := set(_SLOT.findall(self.reply)) & set(self.slots) - set(_SLOT.findall(text)):
+                problem = f"the reply says {{{sorted(lacking)[0]}}}, which the prompt {text!r} does not"
+                raise ConfigError(problem, "a reply can only tell what was asked")
+
+    def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[Made | Drop | Skipped]:
+        """See MakingWay."""
+        every = [(text, self._names(text)) for text in self.prompts]
+        sizes = [math.prod(len(self.slots[name]) for name in names) for _, names in every]
+        total = sum(sizes)
+        wanted = range(total)
+        chosen = sorted(draw_of(seed, self.kind).sample(wanted, self.count)) if 0 < self.count < total else wanted
+        starts = [0, *itertools.accumulate(sizes)]
+        place = 0
+        for number in chosen:
+            while number >= starts[place + 1]:
+                place += 1
+            text, names = every[place]
+            yield self._row(text, self._values(names, number - starts[place]), f"{place + 1}.{number - starts[place] + 1}")
+
+    def _names(self, text: str) -> list[str]:
+        return [name for name in dict.fromkeys(_SLOT.findall(text)) if name in self.slots]
+
+    def _values(self, names: Sequence[str], number: int) -> dict[str, str]:
+        values = {}
+        for name in reversed(names):
+            number, place = divmod(number, len(self.slots[name]))
+            values[name] = str(self.slots[name][place])
+        return values
+
+    def _row(self, text: str, values: dict[str, str], number: str) -> Made:
+        def filled(template: str) -> str:
+            return _SLOT.sub(lambda match: values.get(match[1], match[0]), template)
+
+        messages = [Message.of("system", self.system)] if self.system else []
+        messages += [Message.of("user", filled(text)), Message.of("assistant", filled(self.reply))]
+        return Made(Example(tuple(messages), ()), number, group=f"template:{digest(text)[:16]}", changes=text)

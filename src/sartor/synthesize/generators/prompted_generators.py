@@ -1,18 +1,22 @@
-"""`questions`: a question about a document, its answer, and the words of the document that say so."""
+"""Teacher writes questions, dialogues and structured output."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from sartor.core.config import option
+from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.core.records import Example, Message
+from sartor.core.records import Example, Message, digest
 from sartor.core.splits import split_group
-from sartor.curate.synthesize.contract import Ask, Made, Skipped, Unusable, quoted, some, texts
-from sartor.curate.synthesize.ways.rewrites import ROWS, SYSTEM, check_count
+from sartor.synthesize.generator import Ask, Made, Skipped, Unusable, draw_of, quoted, said, some, texts, why_no_question
+from sartor.synthesize.generators.rewrite_generators import ROWS, SYSTEM, check_count
+from sartor.text.json_schema import check_schema
 
 _ENDS = re.compile(r"\n\s*\n|(?<=[.!?])\s")
 
@@ -95,3 +99,118 @@ def found(span: str, text: str) -> tuple[int, int] | None:
     words = span.split()
     match = re.search(r"\s+".join(map(re.escape, words)), text) if words else None
     return match.span() if match else None
+
+
+MOST_TURNS = 20
+
+
+@dataclass(frozen=True)
+class Scenarios:
+    """Every persona with every intent and every edge case. Rows of the sources, where there are any, show the style."""
+
+    personas: tuple[str, ...] = option(REQUIRED, "who asks")
+    intents: tuple[str, ...] = option(REQUIRED, "what they want")
+    edge_cases: tuple[str, ...] = option(("nothing out of the ordinary",), "what is odd about it")
+    per_cell: int = option(1, "conversations of each cell of the grid")
+    turns: int = option(2, f"questions with their replies in a conversation, 1 to {MOST_TURNS}")
+    system: str = option("", "system prompt of the rows")
+    kind: Literal["scenarios"] = "scenarios"
+
+    def __post_init__(self) -> None:
+        if not (self.personas and self.intents and self.edge_cases):
+            raise ConfigError("a side of the grid is empty", "personas: [...], intents: [...], edge_cases: [...]")
+        if self.per_cell < 1 or not 1 <= self.turns <= MOST_TURNS:
+            problem = f"per_cell is {self.per_cell}, turns {self.turns}; at least 1, and 1 to {MOST_TURNS}"
+            raise ConfigError(problem, "turns: 2")
+
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+        """See AskingWay."""
+        shown = [row for row in seeds if not why_no_question(row)]
+        for cell in itertools.product(self.personas, self.intents, self.edge_cases):
+            for number in range(1, self.per_cell + 1):
+                place = f"{digest(cell)[:12]}.{number}"
+                models = draw_of(seed, self.kind, place).sample(shown, min(1, len(shown)))
+                style = "".join(f"A conversation in the wanted style:\n{quoted(said(row))}\n" for row in models)
+                text = (
+                    f"{style}Write a conversation between {cell[0]} and an assistant. What is wanted: {cell[1]}. What is "
+                    f"special: {cell[2]}. {self.turns} questions, each with its reply. Conversation {number}."
+                    '\nAnswer with {"turns": [{"user": "...", "assistant": "..."}]}.'
+                )
+                note = {"cell": "; ".join(cell), "group": f"scenario:{digest(cell)[:16]}"}
+                yield Ask(place, (("system", SYSTEM), ("user", text)), self._schema(), tuple(models), note)
+
+    def _schema(self) -> dict[str, Any]:
+        turns = {"type": "array", "items": texts("user", "assistant"), "minItems": self.turns, "maxItems": self.turns}
+        return {"type": "object", "properties": {"turns": turns}, "required": ["turns"], "additionalProperties": False}
+
+    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+        """See AskingWay."""
+        messages = [Message.of("system", self.system)] if self.system else []
+        for turn in value["turns"]:
+            asked, reply = turn["user"].strip(), turn["assistant"].strip()
+            if not asked or not reply:
+                return Unusable("empty_answer", "a turn is empty")
+            messages += [Message.of("user", asked), Message.of("assistant", reply)]
+        return Made(Example(tuple(messages), ()), ask.number, ask.parents, ask.note["group"], ask.note["cell"])
+
+
+MODELS = 2
+
+
+@dataclass(frozen=True)
+class Structured:
+    """Rows whose reply is JSON of a schema. What does not obey it goes back to the teacher once, with what is wrong; then it
+    is dropped. Rows of the sources, where there are any, show the style.
+    """
+
+    schema_: Any = option(REQUIRED, "the JSON Schema of a reply: a mapping, or the path of a JSON file")
+    task: str = option(REQUIRED, "what is asked for, in a sentence: the system prompt of the rows")
+    count: int = option(10, "rows to make")
+    kind: Literal["schema"] = "schema"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"count is {self.count}; it must be at least 1", "count: 10")
+        check_schema(self.wanted())
+
+    def wanted(self) -> dict[str, Any]:
+        """The schema. Raises ConfigError where it cannot be read or is none."""
+        found = self.schema_
+        if isinstance(found, str):
+            try:
+                found = json.loads(Path(found).read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise ConfigError(f"the schema {found} cannot be read: {error}", "schema: FILE.json") from None
+        if not isinstance(found, Mapping):
+            raise ConfigError(f"the schema is {found!r}, no mapping", "schema: {type: object, properties: {...}}")
+        return {str(name): value for name, value in found.items()}
+
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+        """See AskingWay."""
+        wanted = self.wanted()
+        schema: dict[str, Any] = {
+            "type": "object",
+            "properties": {"question": {"type": "string", "minLength": 1}, "reply": wanted},
+            "required": ["question", "reply"],
+            "additionalProperties": False,
+            **{name: wanted[name] for name in ("$defs", "definitions") if name in wanted},  # `#/$defs/x` is from the root
+        }
+        shown = [row for row in seeds if not why_no_question(row)]
+        for number in range(1, self.count + 1):
+            models = draw_of(seed, self.kind, number).sample(shown, min(MODELS, len(shown)))
+            style = "".join(f"An example:\n{quoted(said(row))}\n" for row in models)
+            text = (
+                f"{style}The task: {self.task}\nWrite a new text that somebody could send for this task, and the right reply "
+                f"as JSON of this schema: {json.dumps(wanted)}\nText {number} of {self.count}."
+                '\nAnswer with {"question": "...", "reply": {...}}.'
+            )
+            yield Ask(str(number), (("system", SYSTEM), ("user", text)), schema, tuple(models))
+
+    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+        """See AskingWay."""
+        question = value["question"].strip()
+        if not question:
+            return Unusable("empty_answer", "the question is empty")
+        reply = json.dumps(value["reply"], ensure_ascii=False, separators=(",", ":"))
+        messages = Message.of("system", self.task), Message.of("user", question), Message.of("assistant", reply)
+        return Made(Example(messages, ()), ask.number, ask.parents, changes="by the schema")

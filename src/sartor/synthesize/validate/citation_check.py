@@ -1,4 +1,4 @@
-"""Does an answer stand in the span that it cites? A look at words and numbers; it does not reason.
+"""Checks that answers stand in the cited spans.
 
 A row cites where its reply is JSON with an answer and one of the fields of QUOTES, where a line of it is `Source: "..."`, or
 where `evidence/synthetic.parquet` says which characters of its parent it cites. The span must stand in its source, which is
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from scipy import stats
 
 from sartor.core.records import Example
-from sartor.curate.validate.options import Limits
-from sartor.curate.validate.verdicts import SHOWN_ROWS, Finding, not_tested
+from sartor.synthesize.validate.permutation_tests import SHOWN_ROWS, Finding, not_tested
+from sartor.synthesize.validate.types import Limits
 from sartor.text.equivalence import Read
 
 QUOTES = ("quote", "span", "citation", "cited", "evidence", "source_text", "cited_span")

@@ -1,4 +1,4 @@
-"""What becomes of whom: a group's outcome against the others', synthetic and real."""
+"""Group outcome gaps, synthetic against real."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.curate.bias.group_membership import Memberships
-from sartor.curate.validate.options import Limits
-from sartor.curate.validate.sides import Pool
-from sartor.curate.validate.space import F32, Space
-from sartor.curate.validate.verdicts import F64, Finding, finding_of, not_tested
+from sartor.synthesize.validate.permutation_tests import F64, Finding, finding_of, not_tested
+from sartor.synthesize.validate.samples import F32, Pool, Space
+from sartor.synthesize.validate.types import Limits
 from sartor.text.demographics.decision_words import decision_of
 
 FEWEST = 8  # rows of a group, and of the others of its attribute, on each side

@@ -1,4 +1,4 @@
-"""From statistics under permutation to verdicts: p, effect, limit, and one correction over the whole family."""
+"""Permutation p values, effect limits, family correction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.curate.validate.sides import Pool
+from sartor.synthesize.validate.samples import Pool
 
 F64 = NDArray[np.float64]
 F32 = NDArray[np.float32]

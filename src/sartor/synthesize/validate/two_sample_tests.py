@@ -1,17 +1,19 @@
-"""How lengths, labels and topics differ."""
+"""Classifier test, MMD, coverage, precision, drift."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.curate.validate.options import Limits
-from sartor.curate.validate.sides import Pool
-from sartor.curate.validate.space import F32, Space
-from sartor.curate.validate.verdicts import F64, Finding, beyond_chance, finding_of, not_tested
+from sartor.synthesize.validate.permutation_tests import F64, Finding, beyond_chance, finding_of, not_tested
+from sartor.synthesize.validate.samples import F32, Pool, Space
+from sartor.synthesize.validate.types import Limits
 from sartor.text.encoders import prompt_text
 from sartor.text.example_text import words
 
@@ -101,3 +103,147 @@ def _variation(kinds: NDArray[np.int64], members: F32) -> tuple[F64, F64]:
     count = inside.sum(1, keepdims=True)
     shift = inside / count - outside / (len(kinds) - count)
     return np.abs(shift).sum(1) / 2, shift[0]
+
+
+FOLDS = 5
+_RIDGE = 1.0
+
+
+def classifier(space: Space, members: F32, limits: Limits) -> Finding:
+    """Classifier two-sample test (Lopez-Paz and Oquab 2017): AUC of kernel ridge on rows that it did not learn from.
+
+    Units are kept whole in the folds. The held-out scores are linear in the labels, so every permutation is trained anew at the
+    cost of one product.
+    """
+    scores = (members - members.mean(1, keepdims=True)) @ _hat(space).T
+    values = _auc(scores, members)
+    auc = float(values[0])
+    detail = f"a classifier tells a synthetic row from a real one {auc:.0%} of the time; 50 % is chance"
+    own = space.pool.is_synthetic
+    # the rows that give the synthetic side away most
+    telling = np.argsort(-np.where(own, scores[0], -np.inf))[: int(own.sum())]
+    ids = [space.pool.rows[row].id for row in telling.tolist()]
+    return finding_of("distinguishable", values, limits.distinguishable, detail, ids, effect=auc - 0.5)
+
+
+def _hat(space: Space) -> F32:
+    """(n, n): held-out scores of all rows are this times their labels."""
+    units = space.pool.units
+    fold = np.random.default_rng([space.seed, 3]).permutation(int(units.max()) + 1)[units] % FOLDS
+    hat = np.zeros_like(space.kernel)
+    for number in range(FOLDS):
+        out, inside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
+        if len(out) and len(inside):
+            known = space.kernel[np.ix_(inside, inside)] + _RIDGE * np.eye(len(inside), dtype=np.float32)
+            hat[np.ix_(out, inside)] = np.linalg.solve(known, space.kernel[np.ix_(inside, out)]).T
+    return hat
+
+
+def _auc(scores: NDArray[np.float32], members: F32) -> F64:
+    """(B,) the chance that a member scores above a non-member."""
+    ranks = np.empty(scores.shape, np.float32)
+    places = np.broadcast_to(np.arange(1, scores.shape[1] + 1, dtype=np.float32), scores.shape)
+    np.put_along_axis(ranks, np.argsort(scores, axis=1), places, axis=1)
+    inside = members.sum(1, dtype=np.float64)
+    outside = members.shape[1] - inside
+    above = np.einsum("bn,bn->b", ranks, members, dtype=np.float64)
+    return np.asarray((above - inside * (inside + 1) / 2) / (inside * outside))
+
+
+def mmd(space: Space, members: F32, limits: Limits) -> Finding:
+    """The unbiased squared maximum mean discrepancy (Gretton et al. 2012, lemma 6), over the mean squared distance of two rows.
+
+    The effect is a part of reality's own spread: 0 for the same distribution.
+    """
+    kernel = space.kernel.copy()
+    np.fill_diagonal(kernel, 0)
+    toward = (members @ kernel).astype(np.float64)
+    total, rows = float(kernel.sum(dtype=np.float64)), members.shape[1]
+    inside, reached = np.einsum("bn,bn->b", toward, members), toward.sum(1)
+    count = members.sum(1, dtype=np.float64)
+    rest = rows - count
+    values = (
+        inside / np.maximum(count * (count - 1), 1)
+        + (total - 2 * reached + inside) / np.maximum(rest * (rest - 1), 1)
+        - 2 * (reached - inside) / (count * rest)
+    )
+    spread = max(1 - total / (rows * (rows - 1)), 1e-9)
+    part = float(values[0]) / spread
+    detail = f"the sides are apart by {part:.3f} of the spread of rows"
+    return finding_of("mmd", values / spread, limits.mmd, detail, effect=part)
+
+
+# by chance so few rows have no neighbour of the other side
+_CHANCE = 0.04
+_FEWEST, _MOST = 3, 100
+
+
+def coverage(space: Space, members: F32, limits: Limits) -> Finding:
+    """Real rows none of whose k nearest is synthetic: 1 - coverage (Naeem et al. 2020), k by how many are synthetic.
+
+    Near is what is about the same: among neighbours by single words are rows of every topic, and a lost one stays unseen.
+    """
+    synthetic = float(space.pool.is_synthetic.mean())
+    alone = _alone(space.neighbours(_k(synthetic, len(members[0])), coarse=True), members)
+    outside = 1 - members
+    values = (alone * outside).sum(1) / outside.sum(1)
+    bare = np.flatnonzero(alone[0] * outside[0])
+    detail = f"{values[0]:.0%} of the real rows have no synthetic neighbour; chance gives {values[1:].mean():.0%}"
+    ids = [space.pool.rows[row].id for row in bare.tolist()]
+    found = finding_of("coverage", values.astype(np.float64), limits.coverage, detail, ids)
+    return replace(found, more={"regions": _regions(space, alone[0])})
+
+
+def novelty(space: Space, members: F32, limits: Limits) -> Finding:
+    """Synthetic rows none of whose k nearest is real: 1 - precision in the sense of Kynkaanniemi et al. 2019, k as above."""
+    real = 1 - float(space.pool.is_synthetic.mean())
+    alone = _alone(space.neighbours(_k(real, len(members[0]))), 1 - members)
+    values = (alone * members).sum(1) / members.sum(1)
+    ids = [space.pool.rows[row].id for row in np.flatnonzero(alone[0] * members[0]).tolist()]
+    detail = f"{values[0]:.0%} of the synthetic rows have no real neighbour; chance gives {values[1:].mean():.0%}"
+    return finding_of("novelty", values.astype(np.float64), limits.novelty, detail, ids)
+
+
+def _k(other: float, rows: int) -> int:
+    """How many neighbours to look at so that one of the other side, a fraction `other` of all, is among them nearly always."""
+    return min(max(_FEWEST, math.ceil(math.log(_CHANCE) / math.log(1 - other))), _MOST, rows - 1)
+
+
+def _alone(neighbours: Any, members: F32) -> F32:
+    """(B, n) 1 where none of a row's neighbours, (n, n) of 0 and 1, is a member."""
+    return ((neighbours @ members.T) == 0).T.astype(np.float32)
+
+
+def _regions(space: Space, alone: F32) -> list[dict[str, Any]]:
+    """Topics of real rows, the least covered first: how many rows, which part is covered, and a row from its middle."""
+    real = ~space.pool.is_synthetic
+    found = []
+    topics = space.topics[-1]
+    for topic in np.unique(topics[real]).tolist():
+        rows = np.flatnonzero(real & (topics == topic))
+        middle = rows[np.argmax(space.vectors[rows] @ space.vectors[rows].mean(0))]
+        found.append(
+            {
+                "real": len(rows),
+                "synthetic": int((space.pool.is_synthetic & (topics == topic)).sum()),
+                "covered": round(1 - float(alone[rows].mean()), 4),
+                "example": space.pool.rows[int(middle)].id,
+            }
+        )
+    return sorted(found, key=lambda one: (one["covered"], -one["real"]))
+
+
+def outside(vectors: F32, real_vectors: F32, real_units: NDArray[Any], rate: float) -> dict[int, str]:
+    """Synthetic rows that are farther from reality than real rows are: row -> a sentence.
+
+    A row's p is the fraction of real rows whose nearest of another unit is as far (conformal, Bates et al. 2023); rows at or
+    below `rate` are named, or of few real rows those that are farther than all.
+    """
+    own = real_vectors @ real_vectors.T
+    own[real_units[:, None] == real_units[None, :]] = -1
+    usual = np.sort(own.max(1))
+    nearest = np.concatenate([(part @ real_vectors.T).max(1) for part in np.array_split(vectors, max(1, len(vectors) // 1000))])
+    p = (1 + np.searchsorted(usual, nearest, side="right")) / (len(usual) + 1)
+    named = np.flatnonzero(p <= max(rate, 1 / (len(usual) + 1)))
+    said = "likeness {:.2f} to the nearest real row; {:.1%} of the real rows are so far from the others"
+    return {int(row): said.format(nearest[row], p[row]) for row in named}

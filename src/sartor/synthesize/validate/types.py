@@ -1,4 +1,4 @@
-"""How synthetic rows are validated: one declaration per option."""
+"""Options and limits of validation."""
 
 from __future__ import annotations
 

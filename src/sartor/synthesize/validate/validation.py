@@ -1,9 +1,10 @@
-"""The verb: synthetic rows and reality -> verdicts; what is accepted becomes a Dataset, what is not goes to review."""
+"""Verb validate: verdicts, accepted rows, review findings."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,137 @@ from typing import Any
 import numpy as np
 
 from sartor.core import config
-from sartor.core.artifacts import check_free, kind_of
+from sartor.core.artifacts import check_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError, GateError
-from sartor.core.records import Example
+from sartor.core.records import Example, dropped
 from sartor.core.splits import group_of
 from sartor.curate.bias.group_membership import memberships, outcomes
+from sartor.curate.dataset_writer import write_derived
 from sartor.curate.labels.class_labels import Target
-from sartor.curate.validate import apart, copies, diversity, drift, shift, spans, spread
-from sartor.curate.validate.accepted import write_accepted
-from sartor.curate.validate.options import ValidateOptions
-from sartor.curate.validate.outcome import Flaw, Validated
-from sartor.curate.validate.review import write_review
-from sartor.curate.validate.sides import Pool, Sides, opened, pooled
-from sartor.curate.validate.space import F32, Encoded, Space, encoded
-from sartor.curate.validate.verdicts import Finding, judged, not_tested, permuted
+from sartor.curate.review import review_file
+from sartor.curate.review.review_items import SCHEMA
+from sartor.synthesize.validate import citation_check, diversity, outcome_shift, two_sample_tests
+from sartor.synthesize.validate import diversity as copies
+from sartor.synthesize.validate.permutation_tests import Finding, judged, not_tested, permuted
+from sartor.synthesize.validate.samples import F32, Encoded, Pool, Sides, Space, encoded, opened, pooled
+from sartor.synthesize.validate.types import ValidateOptions
 from sartor.text.encoders import Chosen, choose
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """Why a synthetic row is not accepted: a stable word, and a sentence with the evidence. place: among the synthetic rows."""
+
+    place: int
+    id: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Verdicts over the whole set, and flaws of rows. `written` is the Dataset of accepted rows, `review` the queue's file."""
+
+    synthetic: Path
+    reality: Path
+    rows: Mapping[str, Any]
+    tests: Sequence[Finding]
+    flaws: Sequence[Flaw]
+    facts: Mapping[str, Any]
+    written: Path | None = None
+    review: Path | None = None
+    wall_s: float = 0.0
+
+    @property
+    def failed(self) -> list[Finding]:
+        """The tests that failed."""
+        return [test for test in self.tests if test.verdict == "fail"]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the set is like reality within the limits: no test failed."""
+        return not self.failed
+
+    @property
+    def accepted(self) -> int:
+        """Rows that may be tuned on: all without a flaw, and none of a set that failed."""
+        return int(self.rows["synthetic"]) - len({flaw.place for flaw in self.flaws}) if self.passed else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        return {
+            "synthetic": str(self.synthetic),
+            "reality": str(self.reality),
+            "passed": self.passed,
+            "failed": [test.name for test in self.failed],
+            "accepted": self.accepted,
+            "rejected": int(self.rows["synthetic"]) - self.accepted,
+            "flaws": dict(Counter(flaw.reason for flaw in self.flaws).most_common()),
+            "rows": dict(self.rows),
+            "tests": {test.name: test.as_json() for test in self.tests},
+            **self.facts,
+            "dataset": str(self.written) if self.written else "",
+            "review": str(self.review) if self.review else "",
+            "wall_s": round(self.wall_s, 2),
+        }
+
+    def table(self) -> list[tuple[str, Any]]:
+        """What a person reads."""
+        said = self.as_json()
+        lines = [(test.name, _line(test)) for test in self.tests]
+        shown = ("passed", "failed", "accepted", "rejected", "flaws", "rows", "dataset", "review")
+        return [*lines, *((name, said[name]) for name in shown if said[name] not in ("", []))]
+
+
+def _line(test: Finding) -> str:
+    if test.p is None:
+        return f"{test.verdict}: {test.detail}"
+    p = f"p {test.p_corrected:.3f} corrected" if test.p_corrected is not None else f"p {test.p:.3f}"
+    return f"{test.verdict}: {test.detail} (effect {test.effect:.3f}, limit {test.limit:g}, {p})"
+
+
+STEP = "validate"
+
+
+def write_accepted(out: Path, dataset: Path, rows: Sequence[Example], found: Validated, *, replace: bool) -> Path:
+    """Write the synthetic rows without a flaw; returns where. The first flaw of a row is its Drop's reason."""
+    flaws = {flaw.place: flaw for flaw in reversed(found.flaws)}
+    kept = [row for place, row in enumerate(rows) if place not in flaws]
+    drops = [dropped(rows[place], flaw.reason, flaw.detail, step=STEP) for place, flaw in sorted(flaws.items())]
+    facts = {
+        "reality": str(found.reality.name),
+        "rows": dict(found.rows),
+        "tests": {test.name: test.as_json() for test in found.tests},
+        **found.facts,
+    }
+    return write_derived(out, [open_artifact(dataset, "dataset")], kept, drops, step={STEP: facts}, replace=replace).path
+
+
+ORIGIN = "validate"
+# the tests of which a person would ask for the bias of the data, and not for its likeness
+_OF_BIAS = ("group_outcome",)
+
+
+def write_review(dataset: Path, rows: Sequence[Example], found: Validated) -> Path:
+    """Put the flaws of rows and the failed tests before the person who reviews a Dataset; returns the file.
+
+    A flaw is a finding about a row, a failed test one about a slice: the whole set. Findings of an earlier validation are
+    replaced; those of others, and what a person decided, stay.
+    """
+    return review_file.renew(dataset, ORIGIN, _lines(rows, found))
+
+
+def _lines(rows: Sequence[Example], found: Validated) -> Iterator[dict[str, Any]]:
+    same = {"schema": SCHEMA, "what": "finding"}
+    for test in found.failed:
+        kind = "bias" if test.name in _OF_BIAS else "validation"
+        said = {"reason": test.name, "detail": test.detail, "evidence": test.as_json()}
+        yield {**same, "kind": kind, "slice": "all synthetic rows", **said}
+    for flaw in found.flaws:
+        evidence = {"locator": rows[flaw.place].origins[0].locator}
+        said = {"reason": flaw.reason, "detail": flaw.detail, "evidence": evidence}
+        yield {**same, "kind": "validation", "examples": [flaw.id], **said}
+
 
 FEWEST_UNITS = 8
 
@@ -118,14 +235,14 @@ def _read(sides: Sides, options: ValidateOptions) -> _Read:
     vectors = found.vectors[[place[id(row)] for row in pool.rows]]
     replies = vectors[:, found.replies_at :]
     lengths = np.linalg.norm(replies, axis=1, keepdims=True)
-    faults, citing = spans.faults(sides.synthetic, {row.id: row for row in (*sides.seeds, *sides.real)}, sides.cited)
+    faults, citing = citation_check.faults(sides.synthetic, {row.id: row for row in (*sides.seeds, *sides.real)}, sides.cited)
     space = Space(pool, vectors, options.seed, found.replies_at)
     unit = np.asarray(replies / np.where(lengths > 0, lengths, 1), np.float32)
     return _Read(chosen, found, space, unit, faults, citing)
 
 
 def _judged(read: _Read, sides: Sides, options: ValidateOptions) -> list[Finding]:
-    citations = spans.consistency(read.faults, read.citing, [row.id for row in sides.synthetic], options.limits)
+    citations = citation_check.consistency(read.faults, read.citing, [row.id for row in sides.synthetic], options.limits)
     return judged([*_tests(read, sides, options), citations], options.alpha)
 
 
@@ -142,19 +259,19 @@ def _tests(read: _Read, sides: Sides, options: ValidateOptions) -> list[Finding]
     named = outcomes(pool.rows, options.label)
     people = memberships(pool.rows, options.group)
     return [
-        apart.classifier(space, members, limits),
-        apart.mmd(space, members, limits),
-        spread.coverage(space, members, limits),
-        spread.novelty(space, members, limits),
-        drift.lengths(pool, members, limits),
-        drift.labels(pool, named.labels, members, limits),
-        drift.topics(space, members, limits),
+        two_sample_tests.classifier(space, members, limits),
+        two_sample_tests.mmd(space, members, limits),
+        two_sample_tests.coverage(space, members, limits),
+        two_sample_tests.novelty(space, members, limits),
+        two_sample_tests.lengths(pool, members, limits),
+        two_sample_tests.labels(pool, named.labels, members, limits),
+        two_sample_tests.topics(space, members, limits),
         copies.of_seeds(pool, sides.seeds, members, limits),
         copies.of_held_out(pool, pairs, members, limits),
         copies.repeated(pool, pairs, members, limits),
         diversity.distinct(pool, members, limits),
         diversity.vendi(space, members, limits),
-        shift.group_outcome(pool, people, _outcomes(read, options.label, named, people), members, limits),
+        outcome_shift.group_outcome(pool, people, _outcomes(read, options.label, named, people), members, limits),
     ]
 
 
@@ -163,11 +280,11 @@ def _outcomes(read: _Read, form: str, named: Target, people: Mapping[str, Any]) 
     rows = read.space.pool.rows
     if not people or form != "auto" or (any(named.labels) and named.chosen != "reply"):
         return named.labels
-    if decided := shift.decisions([row.reply for row in rows]):
+    if decided := outcome_shift.decisions([row.reply for row in rows]):
         return decided
     if any(named.labels) or len(rows) < 50:
         return named.labels
-    return shift.reply_kinds(read.space, read.replies)
+    return outcome_shift.reply_kinds(read.space, read.replies)
 
 
 def _flaws(sides: Sides, vectors: F32, options: ValidateOptions, span_faults: Mapping[int, str]) -> list[Flaw]:
@@ -177,7 +294,7 @@ def _flaws(sides: Sides, vectors: F32, options: ValidateOptions, span_faults: Ma
     found += _copied(made, sides.seeds, "copy_of_seed")
     found += _copied(made, sides.real, "copy_of_held_out")
     units = np.unique(np.array([group_of(row) for row in sides.real]), return_inverse=True)[1]
-    outside = spread.outside(vectors[:count], vectors[count:], units, options.limits.outside)
+    outside = two_sample_tests.outside(vectors[:count], vectors[count:], units, options.limits.outside)
     return found + [Flaw(place, made[place].id, "outside", said) for place, said in sorted(outside.items())]
 
 
