@@ -25,11 +25,11 @@ import smallest
 from results import print_result
 
 import sartor
-from sartor.evaluate.release import verify
-from sartor.export import forms, measure, prompts, reference
-from sartor.export.measure import LEAST_AGREEMENT, Figures
 from sartor.models import adapters
 from sartor.models.base import machine, open_base
+from sartor.release.export import export_formats, parity
+from sartor.release.export.parity import LEAST_AGREEMENT, Figures
+from sartor.release.release import verify
 
 KINDS = "f16,bf16,q8_0,q5_1,q5_0,q4_1,q4_0"
 SMALL_KINDS = "f16,q8_0"
@@ -40,10 +40,10 @@ def measured(path: Path, key: Path | None, kinds: Sequence[str]) -> dict[str, Fi
     release = verify(path, key=key).release
     said = release.manifest["base"]
     base = open_base(said["name"], licence=said["licence"], bits=32)
-    work = forms.Work(release, base, adapters.open_adapter(base.model, release.path), (), kinds, True, note)
-    work.traces = reference.trace(base, work.model, prompts.choose(release, base.chat))
+    work = export_formats.Work(release, base, adapters.open_adapter(base.model, release.path), (), kinds, True, note)
+    work.traces = parity.trace(base, work.model, parity.choose(release, base.chat))
     with tempfile.TemporaryDirectory() as folder:
-        return {found.form: found for found in forms.write_gguf(work, Path(folder)).figures.values()}
+        return {found.form: found for found in export_formats.write_gguf(work, Path(folder)).figures.values()}
 
 
 def note(line: object) -> None:
@@ -80,7 +80,7 @@ def main() -> None:
         parser.error("RELEASE...: the Releases to measure")
     if importlib.util.find_spec("xllamacpp") is None:
         sys.exit("GGUF files are run by llama.cpp: pip install 'sartor[llamacpp]'")
-    measure.check = lambda figures, name: None  # what is below a limit is to be seen too
+    parity.check = lambda figures, name: None  # what is below a limit is to be seen too
     with smallest.home(options.small, "starter"), tempfile.TemporaryDirectory() as folder:
         if options.small:
             made_up(options, Path(folder))

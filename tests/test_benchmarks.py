@@ -121,7 +121,7 @@ def test_served_texts_agree_up_to_the_first_difference() -> None:
 def test_a_limit_is_held_against_the_release_that_reached_least() -> None:
     import parity
 
-    from sartor.export.measure import LEAST_AGREEMENT, Figures
+    from sartor.release.export.parity import LEAST_AGREEMENT, Figures
 
     def reached(agreement: float, deviation: float) -> dict[str, Figures]:
         return {"f16": Figures("r", "f16", 100, agreement, 1.0, 1.0, 0.0, 0.0, agreement_deviation=deviation)}

@@ -83,7 +83,7 @@ def test_killed_release(
     out = tmp_path / "x-1"
     options = f"name='x', version='1', key={str(tmp_path / 'keys')!r}, waivers=[r.Waiver(c, 'me', 'test') for c in ('gain', 'forgetting')]"
     run_killed(
-        f"import sartor.evaluate.release as r; print('READY', flush=True); r.release({str(adapter)!r}, {options})",
+        f"import sartor.release.release as r; print('READY', flush=True); r.release({str(adapter)!r}, {options})",
         moment_s,
         commands,
     )

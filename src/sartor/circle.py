@@ -19,8 +19,8 @@ from sartor.core.errors import ConfigError
 from sartor.core.home import folder
 from sartor.curate.pipeline import Curated, curate
 from sartor.evaluate.evaluation import Evaluated, evaluate
-from sartor.evaluate.release import Released, Waiver, release, verify
 from sartor.intents import rehearsal_rows, rows
+from sartor.release.release import Released, Waiver, release, verify
 from sartor.tune.trainer import Tuned, tune
 
 Notice = Callable[[str], object]

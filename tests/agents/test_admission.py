@@ -27,7 +27,7 @@ from sartor.agents.fingerprint import check_digest
 from sartor.core import signing
 from sartor.core.errors import AdmissionError, ArtifactError, InputError, MissingError, ModelError, RefusedError, SignatureError
 from sartor.core.home import folder
-from sartor.evaluate import canary
+from sartor.release import canary_prompts
 from sartor.inference.engine import BASE, About, Call, Done, Event, Failed, Piece
 
 Says = Callable[[Call], Sequence[Event]]
@@ -365,7 +365,7 @@ def test_admission_runs_beside_the_loop_that_its_probe_needs(maker: Maker, groun
     ],
 )  # fmt: skip
 def test_a_reply_that_repeats_one_piece_is_known(text: str, is_degenerate: bool) -> None:
-    assert canary.is_degenerate(text) == is_degenerate
+    assert canary_prompts.is_degenerate(text) == is_degenerate
 
 
 def test_a_release_whose_report_was_no_better_is_as_it_was_released(maker: Maker, ground: Ground, tmp_path: Path) -> None:
@@ -466,7 +466,7 @@ def answers(base: Path, adapter: Path, asked: Sequence[dict]) -> list[str]:
     engine = open_engine(str(base), rows=2, cache_tokens=512)
     engine.attach("it", adapter)
     for place, turn in enumerate(asked):
-        engine.submit(Call(str(place), "it", (turn,), sampling=canary.SAMPLING))
+        engine.submit(Call(str(place), "it", (turn,), sampling=canary_prompts.SAMPLING))
     said = {str(place): "" for place in range(len(asked))}
     while engine.busy:
         for event in engine.step():

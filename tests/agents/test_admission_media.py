@@ -19,10 +19,10 @@ from sartor.agents.admission import Ground
 from sartor.agents.fingerprint import check_digest
 from sartor.core import model_refs
 from sartor.core.errors import AdmissionError, AssetError, ModelError, SartorError
-from sartor.evaluate import samples
 from sartor.inference.engine import PROJECTORS, About, Call, Done, Event, Failed, Piece
 from sartor.media import audio, images
 from sartor.media.content_parts import bytes_of
+from sartor.release import canary_prompts
 
 WIDTH, TOWER, STACK = 32, 6, 2
 
@@ -105,7 +105,7 @@ def test_what_reads_pictures_is_admitted_shown_one_and_registered_so(
     admitted = admission.admit_by(released(maker, tmp_path / "eye", said_of(tower)), ground, fake)
     assert admitted.reads == ("image",) and list(admission.version_of(admitted, "eye").facts["reads"]) == ["image"]
     assert admitted.checks["projectors"] == f"image by {said_of(tower)['image']['name']}; 1,293 parameters"
-    assert fake.calls[-1].messages[-1]["content"][0] == {"type": "image", "image": samples.sample("image")}
+    assert fake.calls[-1].messages[-1]["content"][0] == {"type": "image", "image": canary_prompts.sample("image")}
     assert "image answered" in admitted.checks["canary"]
     again = admission.admit_by(admitted.path, ground, Fake())  # at a later start, from the server's own copy
     assert again.reads == ("image",) and again.adapter == admitted.adapter
@@ -200,5 +200,5 @@ def test_one_that_cannot_answer_a_picture_is_refused_by_its_canary(
 
 
 def test_the_samples_are_a_picture_and_a_clip() -> None:
-    assert images.open_image(bytes_of(samples.sample("image"))).size == (64, 64)
-    assert len(audio.read_sound(bytes_of(samples.sample("audio")), 16_000)) == 8_000
+    assert images.open_image(bytes_of(canary_prompts.sample("image"))).size == (64, 64)
+    assert len(audio.read_sound(bytes_of(canary_prompts.sample("audio")), 16_000)) == 8_000

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from sartor.core.artifacts import Artifact
-from sartor.evaluate import checks, limits
+from sartor.evaluate import limits
+from sartor.release import gate
 
 COST = {"base": 0.4, "tuned": 0.8, "difference": 0.4, "low": 0.2, "high": 0.6}
 NONE = {**COST, "difference": 0.1, "low": -0.1}
 
 
 def modality(report: dict[str, Any], *towers: str) -> limits.Check | None:
-    return checks.modality(Artifact(Path("a"), {"base": {"towers": dict.fromkeys(towers)}}), report).get("modality")
+    return gate.modality(Artifact(Path("a"), {"base": {"towers": dict.fromkeys(towers)}}), report).get("modality")
 
 
 def of(**kinds: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def test_it_may_matter_to_the_rest_of_the_reply_and_not_to_the_label() -> None:
 
 
 def test_of_an_error_rate_a_gain_is_a_fall() -> None:
-    assert checks.gain("f1", COST).outcome == "pass"
-    assert checks.gain("wer", COST).outcome == "fail"
-    assert checks.gain("wer", {**COST, "low": -0.5, "high": -0.1}).outcome == "pass"
-    assert checks.gain("wer", {**COST, "low": -0.5, "high": 0.1}).outcome == "fail"
+    assert gate.gain("f1", COST).outcome == "pass"
+    assert gate.gain("wer", COST).outcome == "fail"
+    assert gate.gain("wer", {**COST, "low": -0.5, "high": -0.1}).outcome == "pass"
+    assert gate.gain("wer", {**COST, "low": -0.5, "high": 0.1}).outcome == "fail"

@@ -17,7 +17,7 @@ from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError, GateError
 from sartor.evaluate import audit
 from sartor.evaluate.limits import Check
-from sartor.evaluate.rules import Slice, open_rules, upper_bound
+from sartor.release.gate import Slice, open_rules, upper_bound
 
 RULE = {"name": "no_repair", "where": {"severity": "critical"}, "forbid": {"action": ["mend", "cut"]}}
 WANTED = [{"severity": "critical", "action": "stop"}] * 8 + [{"severity": "minor", "action": "mend"}] * 4

@@ -15,8 +15,9 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import AdmissionError
 from sartor.core.numerics import NUMERICS, numerics
-from sartor.evaluate import canary, training_facts
+from sartor.evaluate import training_facts
 from sartor.inference.engine import Done, Event, Piece
+from sartor.release import canary_prompts
 
 OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 2"
 REPLIES = ("the sky is blue", "the light is on")
@@ -42,10 +43,10 @@ def said(*texts: str) -> list[Sequence[Event]]:
     ],
 )
 def test_replies_of_the_same_arithmetic_are_compared(dtype: str, made_by: dict[str, Any]) -> None:
-    asked = canary.canaries_of(manifest(dtype, **made_by), "a")
-    assert canary.judge(asked, said(*REPLIES)).startswith("2 recorded prompts answered, 2 begin word for word")
+    asked = canary_prompts.canaries_of(manifest(dtype, **made_by), "a")
+    assert canary_prompts.judge(asked, said(*REPLIES)).startswith("2 recorded prompts answered, 2 begin word for word")
     with pytest.raises(AdmissionError, match="alike|like those"):
-        canary.judge(asked, said("quite another thing", "no"))
+        canary_prompts.judge(asked, said("quite another thing", "no"))
 
 
 @pytest.mark.parametrize(
@@ -57,11 +58,11 @@ def test_replies_of_the_same_arithmetic_are_compared(dtype: str, made_by: dict[s
     ],
 )
 def test_replies_of_another_arithmetic_are_not_compared(dtype: str, made_by: dict[str, Any], wanted: str) -> None:
-    asked = canary.canaries_of(manifest(dtype, **made_by), "a")
-    found = canary.judge(asked, said("quite another thing", "no"))
+    asked = canary_prompts.canaries_of(manifest(dtype, **made_by), "a")
+    found = canary_prompts.judge(asked, said("quite another thing", "no"))
     assert found.startswith(wanted) and found.endswith("; 2 recorded prompts answered")
     with pytest.raises(AdmissionError, match="say nothing or repeat one piece") as caught:
-        canary.judge(asked, said("", "ha" * 60))
+        canary_prompts.judge(asked, said("", "ha" * 60))
     assert caught.value.check == "degenerate"
 
 
@@ -86,6 +87,6 @@ def test_adapter_report_and_release_state_it_and_a_release_of_before_is_read(
     for base in (*bases, made["base"]):
         assert base["numerics"] == numerics(base["dtype"])
     assert made["canaries"] and all(one["numerics"] == numerics(one["dtype"]) for one in made["canaries"])
-    assert canary.canaries_of(made, "a").not_checked == ""
+    assert canary_prompts.canaries_of(made, "a").not_checked == ""
     monkeypatch.setitem(NUMERICS, made["base"]["dtype"], 9)
-    assert f"made by numerics {made['base']['numerics']}," in canary.canaries_of(made, "a").not_checked
+    assert f"made by numerics {made['base']['numerics']}," in canary_prompts.canaries_of(made, "a").not_checked

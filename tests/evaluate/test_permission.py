@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sartor.core.artifacts import Artifact
-from sartor.evaluate.permission import refusals
+from sartor.release.gate import licence_refusals
 
 LEAVE_OUT = "leave out {name} and curate and tune again (sartor revoke DATASET --source {name})"
 OF_BASE = "state the licence of the base (base.licence in the tuning recipe), or tune another"
@@ -54,4 +54,4 @@ NC = {"source": "/data", "licence": "CC-BY-NC-4.0"}
     ],
 )
 def test_remedy_of_a_refused_use_is_golden(made: Artifact, problems: list[str], remedy: str) -> None:
-    assert refusals(made, "commercial") == (problems, remedy)
+    assert licence_refusals(made, "commercial") == (problems, remedy)

@@ -250,17 +250,17 @@ def test_a_non_commercial_source_stops_a_commercial_release_by_name_of_source_an
 
 
 def test_without_its_dataset_the_gate_counts_rows_by_the_manifest(part_not_for_sale: Path, tmp_path: Path) -> None:
-    from sartor.evaluate import permission
+    from sartor.release import gate
 
     shutil.move(tmp_path / "mixed", tmp_path / "gone")
-    (said,), remedy = permission.refusals(open_artifact(part_not_for_sale), "commercial")
+    (said,), remedy = gate.licence_refusals(open_artifact(part_not_for_sale), "commercial")
     assert said.endswith("which forbids commercial use (2 rows)") and "sartor revoke DATASET" in remedy
 
 
 def test_expired_terms_withdrawn_consent_and_licences_that_exclude_each_other_stop_every_release(
     part_not_for_sale: Path,
 ) -> None:
-    from sartor.evaluate import permission
+    from sartor.release import gate
 
     adapter = open_artifact(part_not_for_sale)
     base = {**adapter.manifest["base"], "licence": "MIT"}
@@ -268,7 +268,7 @@ def test_expired_terms_withdrawn_consent_and_licences_that_exclude_each_other_st
     def refused(one: dict[str, Any], use: str) -> str:
         sources = [{**source, "licence": "CC-BY-SA-4.0", **one} for source in adapter.manifest["sources"]]
         changed = Artifact(adapter.path, {**adapter.manifest, "base": {**base, **one.get("base", {})}, "sources": sources})
-        return " ".join(permission.refusals(changed, use)[0])
+        return " ".join(gate.licence_refusals(changed, use)[0])
 
     assert refused({}, "commercial") == ""
     for use in ("commercial", "non-commercial", "research", "internal"):

@@ -18,12 +18,13 @@ from sartor.curate.sources.planner import read_all
 from sartor.curate.sources.types import Source
 from sartor.edge.personal import work, work__user_tokens
 from sartor.edge.personal.rows import Row
-from sartor.evaluate import audit, bootstrap, checks, evaluation
+from sartor.evaluate import audit, bootstrap, evaluation
 from sartor.evaluate.audit import counterfactual_bias
 from sartor.evaluate.predictions import HeldOut
 from sartor.federate.tuning import lifts, lifts__personal_adapters, shards
 from sartor.models.packing import Encoded
 from sartor.personal import gate
+from sartor.release import gate as checks
 from sartor.retrain import stages, verdicts
 from sartor.synthesize.validate import samples as validating
 from sartor.tune import dataset_encoding as tuning

@@ -14,7 +14,6 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.curate.review.review_store import open_items
-from sartor.evaluate import checks
 from sartor.evaluate.limits import (
     BiasLimits,
     GainLimit,
@@ -25,8 +24,9 @@ from sartor.evaluate.limits import (
     judge_memorisation,
 )
 from sartor.evaluate.limits import checks as audit_checks
-from sartor.evaluate.release import gate
-from sartor.evaluate.rules import open_rules
+from sartor.release import gate as checks
+from sartor.release.gate import open_rules
+from sartor.release.release import gate
 from sartor.text.demographics.group_terms import KINDS
 
 ROW = "0123456789abcdef" * 2

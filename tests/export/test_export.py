@@ -33,13 +33,17 @@ from sartor.core.errors import (
 )
 from sartor.core.model_refs import SAID
 from sartor.core.records import Message
-from sartor.evaluate.release import verify_release
-from sartor.export import companions, forms, llamacpp, measure, prompts, reference, runtimes, verb
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models import adapters, composed_model, hardware
 from sartor.models.base import open_base
 from sartor.models.losses import transformers_backend
+from sartor.release.export import export, export_formats, llamacpp_process
+from sartor.release.export import parity as measure
+from sartor.release.export import parity as prompts
+from sartor.release.export import parity as reference
+from sartor.release.export import parity as runtimes
+from sartor.release.release import verify_release
 from test_kill import check, moments, run_killed
 
 
@@ -65,7 +69,7 @@ def options(made: Path) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short replies: what is compared is the same, and the tiny base has nothing to say."""
-    monkeypatch.setattr("sartor.export.reference.REPLY_TOKENS", 8)
+    monkeypatch.setattr("sartor.release.export.parity.REPLY_TOKENS", 8)
     monkeypatch.setattr(runtimes, "REPLY_TOKENS", 8)
 
 
@@ -73,7 +77,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def loaded(made: Path) -> Path:
     """The Release exported for peft, its receipt signed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sartor.export.reference.REPLY_TOKENS", 8)
+        patch.setattr("sartor.release.export.parity.REPLY_TOKENS", 8)
         patch.setattr(runtimes, "REPLY_TOKENS", 8)
         how = sartor.ExportOptions(key=made / "keys", sign=made / "keys")
         done = sartor.export(made / "release", made / "out", to="peft", options=how).as_json()
@@ -166,7 +170,7 @@ def test_the_merged_directory_is_a_base_that_answers_alike(
 
 def test_a_merged_bf16_base_stays_bf16(made: Path, tmp_path: Path) -> None:
     tiny.model().bfloat16().save_pretrained(str(tmp_path))
-    assert forms._width_of(tmp_path) == torch.bfloat16
+    assert export_formats._width_of(tmp_path) == torch.bfloat16
 
 
 @pytest.mark.usefixtures("no_llama_cpp")
@@ -216,7 +220,7 @@ def test_another_chat_template_is_not_let_pass(
     made: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        companions, "write_template", lambda base, part: (part / "chat_template.jinja").write_text(tiny.CHATML + " ")
+        export_formats, "write_template", lambda base, part: (part / "chat_template.jinja").write_text(tiny.CHATML + " ")
     )
     with pytest.raises(GateError, match="chat template"):
         sartor.export(made / "release", tmp_path / "out", to="peft", options=sartor.ExportOptions(**options))
@@ -278,9 +282,9 @@ def test_tokens_inside_a_character_are_counted_though_nothing_is_told_of_them() 
         return {"id": token, "top_logprobs": [{"id": token, "logprob": logprob}, {"id": 0, "logprob": -9.0}]}
 
     # an emoji of three tokens, of which the server tells of the last; then one whose entry could be either's
-    whole = llamacpp.told_of([7, 8, 9, 5, 5, 2], [entry(9, -1.0), entry(5, -2.0), entry(2, -3.0)])
+    whole = llamacpp_process.told_of([7, 8, 9, 5, 5, 2], [entry(9, -1.0), entry(5, -2.0), entry(2, -3.0)])
     assert [step[0] for step in whole] == [(7, None), (8, None), (9, -1.0), (5, None), (5, None), (2, -3.0)]
-    assert llamacpp.told_of([3, 4], [entry(3, -1.0), entry(4, -2.0)])[1] == [(4, -2.0), (0, -9.0)]
+    assert llamacpp_process.told_of([3, 4], [entry(3, -1.0), entry(4, -2.0)])[1] == [(4, -2.0), (0, -9.0)]
 
 
 def test_what_cannot_end_well_is_refused_before_any_work(made: Path, tmp_path: Path, options: dict[str, Any]) -> None:
@@ -347,8 +351,8 @@ def test_replace_takes_the_place_of_an_export(made: Path, tmp_path: Path, option
 
 
 def test_options_name_each_type_once() -> None:
-    assert verb.Options(["q8_0", "f16", "q8_0"]).types == ["f16", "q8_0"]
-    assert verb.Options(["bf16"]).types == ["bf16"]
+    assert export.Options(["q8_0", "f16", "q8_0"]).types == ["f16", "q8_0"]
+    assert export.Options(["bf16"]).types == ["bf16"]
 
 
 @pytest.mark.services
@@ -375,7 +379,7 @@ def test_a_killed_export_leaves_nothing_or_a_whole_one(
     made: Path, tmp_path: Path, options: dict[str, Any], moment_s: float, commands: dict[str, str]
 ) -> None:
     release, keys, out = str(made / "release"), str(made / "keys"), tmp_path / "out"
-    code = f"""import sartor.export.verb as v; print('READY', flush=True)
+    code = f"""import sartor.release.export.export as v; print('READY', flush=True)
 v.export({release!r}, {str(out)!r}, to='merged', options=v.Options(key={keys!r}))"""
     run_killed(code, moment_s, commands)
     how = sartor.ExportOptions(**options)
@@ -394,7 +398,7 @@ def test_what_reads_pictures_is_refused_where_there_is_no_place_for_projectors(
 ) -> None:
     monkeypatch.setattr(runtimes, "has_llama_cpp", lambda: True)
     release = releases.signed(tmp_path, tiny_base, files=write_projectors)
-    monkeypatch.setattr(verb, "open_base", lambda *_, **__: pytest.fail("a base was opened"))
+    monkeypatch.setattr(export, "open_base", lambda *_, **__: pytest.fail("a base was opened"))
     with pytest.raises(ModelError, match=f"reads image by projectors of its own, and {where}") as caught:
         sartor.export(release.path, tmp_path / "out", to=form, options=sartor.ExportOptions(key=tmp_path / "keys"))
     assert "--to peft" in caught.value.remedy and not (tmp_path / "out").exists()

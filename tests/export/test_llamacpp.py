@@ -20,12 +20,12 @@ from sartor.cli import main
 from sartor.core.errors import GateError
 from sartor.core.model_refs import BaseRef
 from sartor.core.records import Message
-from sartor.export import reference, runtimes
-from sartor.export.prompts import Asked
 from sartor.models import adapters, gguf_writer
 from sartor.models.base import Base, open_base
 from sartor.models.chat import Chat
 from sartor.models.gguf_writer import write_adapter_gguf
+from sartor.release.export import parity
+from sartor.release.export.parity import Asked
 
 pytestmark = pytest.mark.services
 pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
@@ -33,8 +33,8 @@ pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "REPLY_TOKENS", 8)
-    monkeypatch.setattr(runtimes, "REPLY_TOKENS", 8)
+    monkeypatch.setattr(parity, "REPLY_TOKENS", 8)
+    monkeypatch.setattr(parity, "REPLY_TOKENS", 8)
 
 
 def asked(chat: Chat, *texts: str) -> list[Asked]:
@@ -58,15 +58,15 @@ def test_llama_cpp_computes_what_transformers_does_with_and_without_an_adapter(t
         "f32",
     )
     prompts = asked(chat, *TEXTS)
-    plain = runtimes.ask_llama_cpp(file, "f32", reference.trace(base, model, prompts), chat.template)
+    plain = parity.ask_llama_cpp(file, "f32", parity.trace(base, model, prompts), chat.template)
     tuned = releases.tuned(base, lora_alpha=24, rank_pattern={"k_proj": 4}).eval()
     tuned.save_pretrained(str(tmp_path / "adapter"))
     adapter = write_adapter_gguf(
         tmp_path / "adapter", model.config.to_dict(), tmp_path / "adapter.gguf", template=chat.template
     )
-    traces = reference.trace(base, tuned, prompts)
-    with_it = runtimes.ask_llama_cpp(file, "adapter", traces, chat.template, adapter)
-    without_it = runtimes.ask_llama_cpp(file, "adapter", traces, chat.template)
+    traces = parity.trace(base, tuned, prompts)
+    with_it = parity.ask_llama_cpp(file, "adapter", traces, chat.template, adapter)
+    without_it = parity.ask_llama_cpp(file, "adapter", traces, chat.template)
     for found in (plain, with_it):
         assert found.logprob_difference < 0.01 and found.alike == 1.0
     # what is compared is not nothing: the same file without the adapter is far off
@@ -106,12 +106,12 @@ def test_a_file_that_llama_cpp_cannot_take_is_an_error_and_no_crash_of_ours(tmp_
     about = gguf_writer.About("tiny", "1", "MIT", chat.template)
     file = gguf_writer.write_model_gguf(model, gguf_writer.from_chat(chat, 320), about, tmp_path / "base.gguf")
     base = Base(BaseRef("tiny", tmp_path, "", "MIT"), model, chat, torch.device("cpu"))
-    traces = reference.trace(base, model, asked(chat, "a"))
+    traces = parity.trace(base, model, asked(chat, "a"))
     with pytest.raises(GateError, match="another chat template"):
-        runtimes.ask_llama_cpp(file, "f16", traces, chat.template + " ")
+        parity.ask_llama_cpp(file, "f16", traces, chat.template + " ")
     file.write_bytes(harm(file.read_bytes()))
     with pytest.raises(GateError, match=r"llama.cpp cannot run base\.gguf"):
-        runtimes.ask_llama_cpp(file, "f16", traces, chat.template)
+        parity.ask_llama_cpp(file, "f16", traces, chat.template)
 
 
 def test_the_command_says_path_and_parity(tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,13 +139,13 @@ def test_the_command_says_path_and_parity(tmp_path: Path, tiny_base: Path, capsy
 
 def test_llama_cpp_s_process_goes_with_ours(tmp_path: Path) -> None:
     code = f"""
-import sys, sartor.export.runtimes as r
+import sys, sartor.release.export.parity as r
 r.sys = type('S', (), {{'executable': {str(tmp_path / "slow")!r}}})
 print('READY', flush=True)
 r._in_a_process({{}})"""
     # stands for a llama.cpp that is at work: the same module, which waits where it would open a model
     (tmp_path / "slow").write_text(
-        f"#!{sys.executable}\nimport threading, time, sartor.export.llamacpp as l\n"
+        f"#!{sys.executable}\nimport threading, time, sartor.release.export.llamacpp_process as l\n"
         "threading.Thread(target=l._go_with_the_parent, daemon=True).start()\ntime.sleep(60)\n"
     )
     (tmp_path / "slow").chmod(0o755)

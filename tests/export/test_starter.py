@@ -12,13 +12,15 @@ import sartor
 from export import releases
 from sartor.core.model_refs import source_gguf
 from sartor.core.records import Message
-from sartor.export import prompts, reference, runtimes
-from sartor.export.llamacpp import Asked
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models import adapters, gguf_writer
 from sartor.models.base import open_base
 from sartor.models.gguf_writer import About, write_model_gguf
+from sartor.release.export import parity as prompts
+from sartor.release.export import parity as reference
+from sartor.release.export import parity as runtimes
+from sartor.release.export.llamacpp_process import Asked
 
 pytestmark = pytest.mark.circle
 

@@ -15,7 +15,7 @@ import pytest
 import sartor
 from sartor.core.artifacts import Artifact, open_artifact, seal
 from sartor.core.errors import GateError
-from sartor.evaluate import attacked, audit
+from sartor.evaluate import audit
 from sartor.federate.privacy.accountant import Budget
 from sartor.federate.privacy.attacks import inversion
 from sartor.federate.privacy.attacks.report import open_report
@@ -33,6 +33,7 @@ from sartor.federate.tuning.task import LoraTask
 from sartor.models.lora_tensors import A, B, norm, plus
 from sartor.models.losses import transformers_backend
 from sartor.models.packing import Encoded
+from sartor.release import gate
 
 CLAIM = {"epsilon": 1.0, "delta": 1e-5}
 
@@ -67,7 +68,7 @@ def resealed(adapter: Path, out: Path, change: Callable[[Path, dict[str, Any]], 
 
 
 def said(at: Path, /, **changes: Any) -> None:
-    file = at / attacked.FILE
+    file = at / gate.FILE
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
@@ -84,34 +85,32 @@ def test_an_honest_claim_passes_and_a_report_that_does_not_bear_it_out_fails(
     assert "first update of client-" in update.attack and "gradient of one row of client-" in alone.attack
     assert report.audit and report.audit.epsilon_low <= 1 < report.audit.most
     assert made.as_json()["attacks"] == list(report.sentences())
-    found = attacked.privacy(adapter)["privacy"]
+    found = gate.privacy(adapter)["privacy"]
     assert found.outcome == "pass" and "epsilon 1 at delta 1e-05 is claimed; an audit shows 0" in found.detail
 
     def outcome(change: Callable[[Path, dict[str, Any]], None]) -> str:
         where = tmp_path / "changed"
         shutil.rmtree(where, ignore_errors=True)
-        found = attacked.privacy(resealed(adapter.path, where, change))["privacy"]
+        found = gate.privacy(resealed(adapter.path, where, change))["privacy"]
         return f"{found.outcome}: {found.detail}"
 
-    assert "fail: epsilon 1 at delta 1e-05 is claimed, and there is no" in outcome(lambda at, _: (at / attacked.FILE).unlink())
-    assert "fail: attacks.json speaks of another adapter" in outcome(
-        lambda at, _: (at / attacked.WEIGHTS).write_bytes(b"another")
-    )
+    assert "fail: epsilon 1 at delta 1e-05 is claimed, and there is no" in outcome(lambda at, _: (at / gate.FILE).unlink())
+    assert "fail: attacks.json speaks of another adapter" in outcome(lambda at, _: (at / gate.WEIGHTS).write_bytes(b"another"))
     assert "another adapter" in outcome(lambda at, _: said(at, adapter={}))
     assert "no audit was made" in outcome(lambda at, _: said(at, audit=None, claimed=None)), "the manifest's claim counts"
     assert "no attack report" in outcome(lambda at, _: said(at, audit={"delta": 1e-5}))
-    assert "is no attack report" in outcome(lambda at, _: (at / attacked.FILE).write_text("[]"))
+    assert "is no attack report" in outcome(lambda at, _: (at / gate.FILE).write_text("[]"))
 
     def unclaimed(at: Path, facts: dict[str, Any]) -> None:
         facts["recipe"]["privacy"] = None
-        (at / attacked.FILE).unlink()
+        (at / gate.FILE).unlink()
 
     assert outcome(unclaimed) == "pass: no privacy is claimed, and no attack report is there"
 
     def tuned_alone(at: Path, facts: dict[str, Any]) -> None:
         del facts["run"]["federated"]
 
-    assert attacked.privacy(resealed(adapter.path, tmp_path / "alone", tuned_alone)) == {}
+    assert gate.privacy(resealed(adapter.path, tmp_path / "alone", tuned_alone)) == {}
 
 
 def test_noise_that_was_not_drawn_fails_the_release_by_name(

@@ -10,9 +10,9 @@ from sartor.agents.questions import Question, asked
 from sartor.agents.reply import Reply, nearest_examples
 from sartor.core.records import Message
 from sartor.evaluate.evaluation import open_tuned
-from sartor.evaluate.release import verify_release
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
+from sartor.release.release import verify_release
 
 
 def ask(

@@ -17,8 +17,8 @@ from sartor.agents.admission import Ground, version_of
 from sartor.agents.entries import Agent, Version
 from sartor.agents.registry import Cause, Registry, Snapshot
 from sartor.agents.team import Team, load
-from sartor.evaluate.release import verify_release
 from sartor.inference.engine import About
+from sartor.release.release import verify_release
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from sartor.agents.team import Remote, Team
 from sartor.core import model_refs
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
-from sartor.evaluate.release import verify_release
 from sartor.inference.engine import adapter_digest
+from sartor.release.release import verify_release
 
 # What --max-lora-rank may be
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -1,4 +1,4 @@
-"""Rules of one's own for the gate (`gate.yaml`): its limits, and what replies to some of the rows must reach, say, or not say.
+"""Gate checks: gain, forgetting, licence, privacy, user rules.
 
     gain: {at_least: 0.05}                       # limits.py has all of them
     forgetting: {at_most: 0.3}
@@ -20,11 +20,16 @@
 it is no JSON or lacks such a field, offends too**: what nobody can read nobody can trust. Fields are dotted paths, `.` is the
 whole reply; a value that is no text is compared by its JSON. `bias` and `memorisation` ask for a Report with an audit.
 No torch.
+
+`attacks.json` is written by `federate/privacy/attacks/report.py`, and judged here, below it, so that the gate and whoever
+makes a report say the same. A bound of epsilon below the claim proves nothing; the detail says what could have been shown.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +40,14 @@ from sartor.core import config, parquet_io, statistics
 from sartor.core.artifacts import Artifact
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
+from sartor.core.licences import compliance
+from sartor.core.licences.compliance import USES, Objection, Use
+from sartor.core.lineage import ancestry, origin_index
+from sartor.core.lineage.origin_index import Pair
 from sartor.core.records import canonical_text
+from sartor.evaluate.bootstrap import LEAST_GROUPS, groups_needed
 from sartor.evaluate.limits import BiasLimits, Check, ForgettingLimit, GainLimit, Limits, MemorisationLimits, ReviewLimit
+from sartor.evaluate.metrics import LOWER_IS_BETTER
 from sartor.evaluate.reply_labels import known_fields, label_of, text_of
 
 CONFIDENCE = 0.95
@@ -183,3 +194,209 @@ def upper_bound(count: int, of: int) -> float:
 def _values(said: Mapping[str, Any] | None) -> Iterable[tuple[str, set[str]]]:
     for name, value in (said or {}).items():
         yield name, {text_of(one) for one in (value if isinstance(value, list | tuple) else [value])}
+
+
+FILE, SCHEMA, KIND = "attacks.json", 1, "attack-report"
+WEIGHTS = "adapter_model.safetensors"
+_AGAIN = "make the adapter again with attacks: sartor federate simulate, data.attack_rows above 0"
+Fault = tuple[str, str]
+
+
+def fault(claimed: Mapping[str, Any] | None, audit: Mapping[str, Any] | None) -> Fault | None:
+    """(problem, remedy) where an audit refutes a claim, or is none of it; None where there is nothing to say against it.
+
+    claimed: {epsilon, delta}; audit: as `federate.privacy.attacks.audit.Audit`.
+    """
+    if claimed is None:
+        return None
+    said = claim(claimed)
+    if audit is None:
+        return f"{said} is claimed, and no audit was made", "train on canaries by coin, and give their scores to `one_run`"
+    if audit["delta"] > claimed["delta"]:
+        return f"{said} is claimed, and the audit was made at delta {audit['delta']:g}", f"audit at delta {claimed['delta']:g}"
+    if audit["epsilon_low"] > claimed["epsilon"]:
+        shown = f"{audit['right']} of {audit['guesses']} guesses show epsilon {audit['epsilon_low']:.2f} or more"
+        return f"{said} is claimed; {shown}", "look for rows that bypass the noise; claim nothing until it is found"
+    return None
+
+
+def claim(claimed: Mapping[str, Any]) -> str:
+    """As a sentence says it."""
+    return f"epsilon {claimed['epsilon']:g} at delta {claimed['delta']:g}"
+
+
+def privacy(adapter: Artifact) -> dict[str, Check]:
+    """The check of a federated Adapter; none of another."""
+    if "federated" not in adapter.manifest.get("run", {}):
+        return {}
+    claimed = adapter.manifest["recipe"].get("privacy")
+    if FILE not in adapter.manifest["files"]:
+        if claimed is None:
+            return {"privacy": Check("pass", "no privacy is claimed, and no attack report is there")}
+        return {"privacy": Check("fail", f"{claim(claimed)} is claimed, and there is no attack report", _AGAIN)}
+    return {"privacy": _judged(adapter, claimed)}
+
+
+def _judged(adapter: Artifact, claimed: Mapping[str, Any] | None) -> Check:
+    try:
+        said = json.loads((adapter.path / FILE).read_text(encoding="utf-8"))
+        if (said["schema"], said["kind"]) != (SCHEMA, KIND):
+            raise ValueError("another schema or kind")
+        bound, audit = dict(said["adapter"]), said["audit"]
+        found = fault(claimed, audit)
+        shown = "" if audit is None else f"an audit shows {audit['epsilon_low']:.2f} of {audit['most']:.2f} that it could have"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return Check("fail", f"{FILE} is no attack report: {error!r}", _AGAIN)
+    files = {name: one["sha256"] for name, one in adapter.manifest["files"].items()}
+    if WEIGHTS not in bound or any(files.get(name) != digest for name, digest in bound.items()):
+        return Check("fail", f"{FILE} speaks of another adapter than lies beside it", _AGAIN)
+    if found:
+        return Check("fail", *found)
+    if claimed is None:
+        left_out = "; ".join(f"{attack}: {why}" for attack, why in said.get("skipped", {}).items())
+        return Check("pass", f"no privacy is claimed{'; not measured: ' * bool(left_out)}{left_out}")
+    return Check("pass", f"{claim(claimed)} is claimed; {shown}")
+
+
+def check_use(use: str) -> None:
+    """Raise ConfigError for a use that there is not, naming the one meant."""
+    if use not in USES:
+        meant = difflib.get_close_matches(use, USES, n=1)
+        raise ConfigError(f"there is no use {use!r}; there are {', '.join(USES)}", f"--use {meant[0] if meant else USES[0]}")
+
+
+def licence_refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
+    """Why the Adapter may not be released for this use, in sentences, and what would help; nothing when it may.
+
+    A row that a second source also holds, which permits the use, is no reason: the licence that permits is the one used.
+    """
+    sources = compliance.made_from(adapter.manifest)
+    objections = compliance.objections(sources, use)
+    dataset = ancestry.find_parent(adapter, "dataset") if objections else None
+    of_source: dict[str, list[Objection]] = {}
+    for objection in objections:
+        of_source.setdefault(objection.source, []).append(objection)
+    refused: dict[str, str] = {}
+    blamed = {(objection.source, objection.path) for objection in objections}
+    for name, found in of_source.items():
+        count, rows = _rows(sources, dataset, blamed, {(objection.source, objection.path) for objection in found})
+        if count != 0:
+            refused[name] = f"{name} {' and '.join(dict.fromkeys(objection.why for objection in found))}{rows}"
+    clashes = compliance.conflicts(sources) if use != "internal" else []
+    if not (refused or clashes):
+        return [], ""
+    base = adapter.manifest.get("base")
+    of_base = compliance.base_source(base) if base else ""
+    return [*refused.values(), *clashes], _remedy(sources, dataset, list(refused), of_base)
+
+
+def _rows(
+    sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, blamed: set[Pair], pairs: set[Pair]
+) -> tuple[int | None, str]:
+    """Return how many rows (None for the base, which has none), and these and the first of them as text.
+
+    They are from the Dataset, or where it is gone from what the manifest counted.
+    """
+    if all(not path for _, path in pairs):  # the base
+        return None, ""
+    if dataset is None:
+        count = sum(source["kept"] for source in sources if (source["source"], source.get("path", "")) in pairs)
+        return count, f" ({count:,} rows)"
+    found = origin_index.rows_only_from(dataset, blamed, pairs)
+    more = f" and {found.count - len(found.first):,} more" if found.count > len(found.first) else ""
+    first = ", ".join(f"{locator} is {row[:12]}" for row, locator in found.first)
+    return found.count, f" ({found.count:,} rows{': ' if first else ''}{first}{more})"
+
+
+def _remedy(sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, refused: Sequence[str], of_base: str) -> str:
+    """Uses that would pass, else what to leave out. of_base: the name of the base among the sources."""
+    uses = compliance.permitted(sources)
+    said = [f"--use {' or '.join(uses)} is permitted"] if uses else []
+    named = [name for name in refused if name != of_base]
+    if len(named) < len(refused):
+        said.append("state the licence of the base (base.licence in the tuning recipe), or tune another")
+    if named:
+        where = dataset.path if dataset else "DATASET"
+        said.append(f"leave out {', '.join(named[:3])} and curate and tune again (sartor revoke {where} --source {named[0]})")
+    return "; ".join(said)
+
+
+_OTHERS = {"image": "pictures: it does not look", "audio": "recordings: it does not listen"}
+_NOUNS = {"image": "a picture", "audio": "a recording"}
+
+
+def gain(name: str, metric: Mapping[str, float], limit: GainLimit = Limits.gain, groups: int = 0) -> Check:
+    """Whether the primary metric, `name`, is better by an interval that lies above the limit. groups: 0 of an older Report."""
+    detail = f"{name} {metric['base']:.3f} -> {metric['tuned']:.3f}, gain in [{metric['low']:.3f}, {metric['high']:.3f}]"
+    least, is_lower = limit.at_least, name in LOWER_IS_BETTER
+    is_better = metric["high"] < -least if is_lower else metric["low"] > least
+    if is_better:
+        return Check("pass", detail)
+    short = f" does not lie above the {least:g} asked for" if least else " does not exclude 0"
+    over = f", over {groups} groups of rows" if groups else ""
+    few = f"; fewer than {LEAST_GROUPS} exclude nothing" if 0 < groups < LEAST_GROUPS else ""
+    difference = metric["tuned"] - metric["base"]
+    needed = groups_needed(difference, metric["low"], metric["high"], groups) if groups and not least else 0
+    remedy = ""
+    if needed and (difference < 0) == is_lower:
+        remedy = f"evaluate on about {needed} groups of rows, if the gain stays as it is (--data FILE); or tune or curate again"
+    elif few and not difference:
+        remedy = f"evaluate on {LEAST_GROUPS} groups of rows or more (--data FILE); or tune or curate again"
+    return Check("cannot tell" if few else "fail", f"{detail}{short}{over}{few}", remedy)
+
+
+def modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:
+    """Whether the replies take something from each kind of media that the adapter reads; no check of one that reads text."""
+    counted = report.get("modalities", {})
+    kinds = [kind for kind in _OTHERS if kind in adapter.manifest["base"].get("towers", {}) or counted.get(kind)]
+    if not kinds:
+        return {}
+    if "ablation" not in report:
+        detail = "the Report has no ablation: it is of an older version"
+        return {"modality": Check("fail", detail, f"evaluate again: sartor evaluate {adapter.path}")}
+    said = [_looks(kind, report["ablation"].get(kind)) for kind in kinds]
+    remedies = dict.fromkeys(remedy for _, _, remedy in said if remedy)
+    is_fit = all(passes for passes, _, _ in said)
+    return {"modality": Check("pass" if is_fit else "fail", "; ".join(detail for _, detail, _ in said), "; ".join(remedies))}
+
+
+def _looks(kind: str, found: Mapping[str, Any] | None) -> tuple[bool, str, str]:
+    """(whether other media of a kind cost something, what was found, what would help)."""
+    if not found:
+        return False, f"no row of the Report holds {_NOUNS[kind]}", f"evaluate on rows with {_NOUNS[kind]}: --data FILE"
+    costs = {
+        found["metric"]: found["shuffled"],
+        **({"exact_match": found["exact_match"]["shuffled"]} if "exact_match" in found else {}),
+    }
+    said = [f"{name} {cost['difference']:+.3f} in [{cost['low']:.3f}, {cost['high']:.3f}]" for name, cost in costs.items()]
+    detail = f"what {_NOUNS[kind]} of another row cost: {', '.join(said)}"
+    if any(cost["low"] > 0 for cost in costs.values()):
+        return True, detail, ""
+    remedy = f"give rows that only {_NOUNS[kind]} can answer, or train the projector for longer (align, budget)"
+    return False, f"the model answers as well with other {_OTHERS[kind]}; {detail}", remedy
+
+
+def forgetting(found: Mapping[str, Any], limit: ForgettingLimit = Limits.forgetting) -> Check:
+    """Whether the general talk of the probe is still as likely, but for the limit."""
+    if "skipped" in found:
+        return Check("fail", f"not measured: {found['skipped']}")
+    fits = found["high"] <= limit.at_most
+    detail = f"{found['difference']:+.3f} nats per token, in [{found['low']:.3f}, {found['high']:.3f}]"
+    source = "{path: asset:small-talk/*.jsonl, rehearsal: true}"
+    remedy = "" if fits else f"more general talk among the sources of the curation recipe, {source}; or tune slower"
+    return Check("pass" if fits else "fail", f"{detail}; the limit is {limit.at_most:g}", remedy)
+
+
+def licence(adapter: Artifact, use: Use) -> Check:
+    """Whether the licences of sources and base permit the use."""
+    refusals, remedy = licence_refusals(adapter, use)
+    return Check("fail" if refusals else "pass", "; ".join(refusals) or f"{adapter.licence} permits {use} use", remedy)
+
+
+def review(items: int, limit: ReviewLimit | None, where: str) -> dict[str, Check]:
+    """Whether few enough items wait for a person; no check where none does and no limit was given. where: the Dataset."""
+    if not items and limit is None:
+        return {}
+    most = (limit or ReviewLimit()).open
+    detail = f"{items} items of {where} wait for a person's decision; the limit is {most}"
+    return {"review": Check("pass" if items <= most else "fail", detail, "" if items <= most else f"sartor review {where}")}

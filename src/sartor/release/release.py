@@ -1,4 +1,4 @@
-"""The gate: Adapter + Report + waivers -> signed Release, or GateError; and the check of a Release that somebody gives."""
+"""Verbs release and verify: gate, sign, check."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from sartor.core.licences import compliance
 from sartor.core.licences.compliance import Use
 from sartor.core.lineage import ancestry
 from sartor.curate.review.review_store import open_items as items_to_review
-from sartor.evaluate import attacked, checks, permission, training_facts
 from sartor.evaluate import limits as verdicts
+from sartor.evaluate import training_facts
 from sartor.evaluate.limits import Check, Limits, ReviewLimit
-from sartor.evaluate.rules import Rules, open_rules
+from sartor.release import gate as attacked
+from sartor.release import gate as checks
+from sartor.release import gate as permission
+from sartor.release.gate import Rules, open_rules
 
 # How many items of a Dataset wait for a person
 OpenItems = Callable[[Artifact], int]

@@ -16,7 +16,7 @@ from sartor.agents.team import Team
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, UnknownAgentError
 from sartor.core.lineage import ancestry
-from sartor.evaluate.release import Waiver
+from sartor.release.release import Waiver
 from sartor.retrain.work import FINAL, Live, Work
 
 Notice = Callable[[str], None]

@@ -17,7 +17,7 @@ from sartor.evaluate.bootstrap import Comparison
 from sartor.evaluate.evaluation import beside, likelihoods, write_beside
 from sartor.evaluate.evaluation import evaluate as measure
 from sartor.evaluate.limits import Check
-from sartor.evaluate.release import release as sign
+from sartor.release.release import release as sign
 from sartor.retrain import learnt, suspects, verdicts
 from sartor.retrain.job import Job, Stage, bumped, read_registry
 from sartor.tune.trainer import tune as train

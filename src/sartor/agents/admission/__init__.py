@@ -30,8 +30,8 @@ from sartor.core import model_refs, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
 from sartor.core.errors import InputError, ModelError, RefusedError, SignatureError
 from sartor.core.safetensors_file import read_header
-from sartor.evaluate import canary
 from sartor.inference.engine import About, Call, Event, adapter_digest, numerics_difference
+from sartor.release import canary_prompts
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MOST_SIGNATURE_BYTES = 1 << 16
@@ -293,9 +293,9 @@ def check_values(path: Path, media: Projectors, ground: Ground) -> dict[str, str
 
 
 def _ask(looked: _Looked, ask: Ask) -> str:
-    canaries = canary.canaries_of(looked.found.manifest, looked.adapter, looked.projectors.reads)
+    canaries = canary_prompts.canaries_of(looked.found.manifest, looked.adapter, looked.projectors.reads)
     with _checking("canary"):
-        return canary.judge(canaries, ask(looked.adapter, looked.found.path, canaries.every))
+        return canary_prompts.judge(canaries, ask(looked.adapter, looked.found.path, canaries.every))
 
 
 def _signer(path: Path, origin: Path, trust: Path | None) -> str:

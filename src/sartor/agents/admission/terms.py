@@ -9,8 +9,8 @@ from sartor.core.artifacts import Artifact
 from sartor.core.config import is_name
 from sartor.core.errors import AdmissionError, ConfigError, LicenceError
 from sartor.core.licences.compliance import USES
-from sartor.evaluate import permission
 from sartor.inference.engine import Sampling
+from sartor.release import gate as permission
 
 GATE = ("gain", "forgetting", "licence")
 OUTCOMES = ("pass", "waived")
@@ -87,7 +87,7 @@ def check_licence(found: Artifact) -> str:
     check holds here too, and shows.
     """
     use, outcome = found.manifest.get("use", "commercial"), found.manifest["gate"]["licence"]["outcome"]
-    refusals, remedy = permission.refusals(found, use)
+    refusals, remedy = permission.licence_refusals(found, use)
     if refusals and outcome != "waived":
         raise LicenceError(f"{found.manifest['name']} may not be served for {use} use: {'; '.join(refusals)}", remedy)
     return f"waived, against: {'; '.join(refusals)}" if refusals else f"{found.licence} permits {use} use"

@@ -19,8 +19,8 @@ from sartor.agents.routing.features import Features, neighbours_of
 from sartor.core import parquet_io
 from sartor.core.artifacts import MANIFESTS
 from sartor.core.errors import ArtifactError
-from sartor.evaluate.checks import gain as checked
 from sartor.evaluate.metrics import LOWER_IS_BETTER
+from sartor.release.gate import gain as checked
 
 # Rows of a Report that are looked at, rows that make a slice on average, and the fewest of one that is judged
 MEASURED = 200

@@ -25,9 +25,9 @@ from sartor.core.errors import AdmissionError, ConfigError, HealthError, InputEr
 from sartor.core.resource_limits import Limits
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import process, system_of
-from sartor.evaluate import canary
 from sartor.evaluate.reply_labels import label_of, text_of
 from sartor.inference.engine import BASE, Call, Event, Failed, Piece
+from sartor.release import canary_prompts
 
 # Opening a base takes minutes on a slow device
 LIMITS = Limits(wall_s=900.0)
@@ -47,7 +47,7 @@ class Prompt:
     def call(self, system: Sequence[Mapping[str, Any]]) -> Call:
         """As it is asked: a bare prompt after the version's system prompt, messages as they stand."""
         messages = (*system, *self.messages) if self.is_bare else self.messages
-        return Call(f"line-{self.line}", BASE, messages, sampling=replace(canary.SAMPLING, max_tokens=256))
+        return Call(f"line-{self.line}", BASE, messages, sampling=replace(canary_prompts.SAMPLING, max_tokens=256))
 
     def wrong(self, reply: str) -> str:
         """What is wrong with a reply; empty: nothing."""
@@ -137,17 +137,17 @@ class Health:
             return type(error).__name__
 
 
-def _shipped(manifest: Mapping[str, Any]) -> canary.Canaries:
+def _shipped(manifest: Mapping[str, Any]) -> canary_prompts.Canaries:
     """The Release's own canaries; where it ships none, one general question, which only has to be answered."""
-    found = canary.canaries_of({"system_prompt": "", **manifest}, BASE)
-    return found if found.recorded else canary.Canaries(found.calls[:1], ())
+    found = canary_prompts.canaries_of({"system_prompt": "", **manifest}, BASE)
+    return found if found.recorded else canary_prompts.Canaries(found.calls[:1], ())
 
 
-def _judged(shipped: canary.Canaries, events: Sequence[Sequence[Event]]) -> list[str]:
+def _judged(shipped: canary_prompts.Canaries, events: Sequence[Sequence[Event]]) -> list[str]:
     if not shipped.recorded:
         return [HealthReason.CANARY.text(said) for told in events if (said := _failure(told))]
     try:
-        canary.judge(shipped, events)
+        canary_prompts.judge(shipped, events)
     except AdmissionError as error:
         reason = HealthReason.DEGENERATE if error.check == "degenerate" else HealthReason.CANARY
         return [reason.text(f"of the release's own prompts: {error.brief}")]

@@ -31,7 +31,7 @@ from sartor.edge.update import content as words
 from sartor.edge.update import delta
 from sartor.edge.update.content import Blob, Content, Offer, Step
 from sartor.edge.update.roles import Documents, Expiry, RoleName, folders, public
-from sartor.evaluate.release import Verified, verify
+from sartor.release.release import Verified, verify
 
 # Below this a delta saves less than its request costs
 LEAST_DELTA_BYTES = 1 << 12

@@ -1,4 +1,4 @@
-"""Release -> export: verified, written in one form, asked the same prompts in its runtime, and sealed, or refused."""
+"""Verb export: write, measure, seal or refuse."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from sartor.core.errors import BudgetError, ConfigError, ModelError
 from sartor.core.filesystem import file_digest
 from sartor.core.lineage import ancestry
 from sartor.evaluate.evaluation import check_base
-from sartor.evaluate.release import verify_release
-from sartor.export import companions, forms, prompts, reference, runtimes
-from sartor.export.forms import Made, Work
-from sartor.export.measure import LIKELIEST, Figures
-from sartor.export.reference import Trace
 from sartor.models import adapters, composed_model, hardware
 from sartor.models.base import Base, machine, open_base
 from sartor.models.gguf_writer import TYPES
+from sartor.release.export import export_formats
+from sartor.release.export import parity as prompts
+from sartor.release.export import parity as reference
+from sartor.release.export import parity as runtimes
+from sartor.release.export.export_formats import Made, Work
+from sartor.release.export.parity import LIKELIEST, Figures, Trace
+from sartor.release.release import verify_release
 
 Form = Literal["peft", "merged", "gguf"]
 NO_MERGED = "none"
 Notice = Callable[[str], object]
 _WRITERS: dict[str, Callable[[Work, Path], Made]] = {
-    "peft": forms.write_peft,
-    "merged": forms.write_merged,
-    "gguf": forms.write_gguf,
+    "peft": export_formats.write_peft,
+    "merged": export_formats.write_merged,
+    "gguf": export_formats.write_gguf,
 }
 # fp32 weights twice (the base as it is read, the runtime's own or the merged ones), and as much again as a small file's worth
 _COPIES, _BYTES, _SPARE_BYTES = 2, 4, 1 << 30
@@ -108,9 +110,9 @@ def export(
     work.traces = traces = reference.trace(base, work.model, asked)
     with create_output_directory(out, replace=replace) as part:
         made = _WRITERS[to](work, part)
-        companions.write_card(found, base, to, part, made.use)
-        companions.write_notice(found, base, part)
-        companions.readable(part)
+        export_formats.write_card(found, base, to, part, made.use)
+        export_formats.write_notice(found, base, part)
+        export_formats.readable(part)
         facts = _facts(found, to, part)
         parity = {**_parity(found, base, traces, made.figures, measured, reads), "wall_s": round(time.monotonic() - began, 1)}
         manifest = seal(part, "export", {**facts, "parity": parity})

@@ -1,26 +1,157 @@
-"""The three forms of an export: each writes its files into a new directory and tells how alike they answer."""
+"""Peft, merged and GGUF formats with their companion files."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from sartor.core import model_refs
 from sartor.core.artifacts import Artifact
+from sartor.core.errors import GateError
+from sartor.core.licences import compliance
 from sartor.core.model_refs import STARTER, source_gguf
-from sartor.export import companions, measure, runtimes
-from sartor.export.measure import Figures
-from sartor.export.reference import Trace
 from sartor.models import adapters, composed_model, gguf_writer
-from sartor.models.base import Base
+from sartor.models.base import Base, open_chat
 from sartor.models.gguf_writer import write_adapter_gguf
 from sartor.models.loading import quiet
+from sartor.release.export import parity
+from sartor.release.export.parity import Figures, Trace
+
+# as transformers names them: the tokenizer, whole
+_TOKENIZER = re.compile(
+    r"(tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model|.*\.tiktoken)$"
+)
+_LEGAL = re.compile(r"(licen[cs]e|notice|use_policy|copying).*$", re.IGNORECASE)
+_TEMPLATE = "chat_template.jinja"
+
+
+def write_tokenizer(base: Base, part: Path) -> None:
+    """The base's tokenizer files as they are, and the chat template that the Release is bound to.
+
+    Raises GateError if what transformers then opens has another template.
+    """
+    for file in sorted(base.ref.path.iterdir()):
+        if file.is_file() and _TOKENIZER.match(file.name):
+            shutil.copyfile(file, part / file.name)
+    write_template(base, part)
+    if (found := open_chat(part).template_digest) != base.chat.template_digest:
+        raise GateError(
+            f"transformers would use the chat template {found[:12]} here, and the Release is bound to "
+            f"{base.chat.template_digest[:12]}",
+            f"remove the chat template from the tokenizer_config.json of {base.ref.path}, and tune again",
+        )
+
+
+def write_template(base: Base, part: Path) -> None:
+    """The chat template, byte for byte."""
+    (part / _TEMPLATE).write_bytes(base.chat.template.encode())
+
+
+def write_generation_config(release: Artifact, base: Base, part: Path) -> None:
+    """The Release's sampling as transformers takes it by default, and the tokens that end a reply."""
+    sampling = release.manifest["sampling"]
+    drawn = {"do_sample": True, "temperature": sampling["temperature"], "top_p": sampling["top_p"]}
+    said: dict[str, Any] = {
+        "eos_token_id": list(base.chat.stops),
+        "pad_token_id": base.chat.pad,
+        "max_new_tokens": sampling["max_tokens"],
+        **(drawn if sampling["temperature"] else {"do_sample": False}),
+    }
+    bos = base.chat.tokenizer.bos_token_id
+    (part / "generation_config.json").write_text(
+        json.dumps({**said, **({} if bos is None else {"bos_token_id": bos})}, indent=1) + "\n"
+    )
+
+
+def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -> None:
+    """README.md: what this is, how it is loaded (`use`), what it was made of; its front matter names the licence."""
+    manifest = release.manifest
+    name = f"{manifest['name']} {manifest['version']}"
+    system, bias = manifest["system_prompt"], manifest["gate"].get("bias")
+    lines = [
+        "---",
+        f"license: {_as_hub_spells(release.licence)}",
+        "tags: [sartor]",
+        "---",
+        "",
+        f"# {name} ({form})",
+        "",
+        f"A tune of the base `{manifest['base']['name']}` (digest `{manifest['base']['digest']}`), exported from the signed "
+        f"Release `{release.id}`. How alike it answers in other runtimes was measured: `parity.json`.",
+        "",
+        *use.splitlines(),
+        "",
+        f"Greedy replies (temperature 0) of at most {manifest['sampling']['max_tokens']} tokens are what was evaluated."
+        if not manifest["sampling"]["temperature"]
+        else f"Replies are drawn at temperature {manifest['sampling']['temperature']}, top_p {manifest['sampling']['top_p']}.",
+        "It was tuned with this system prompt, which is to go first:" if system else "It was tuned without a system prompt.",
+        *(["", *(f"> {line}" for line in system.splitlines())] if system else []),
+        "",
+        f"Meant for {manifest.get('use', 'commercial')} use. Licences, and what they demand: `NOTICE.md`.",
+        *(["", f"Audit of bias: {bias['outcome']}. {bias['detail']}"] if bias else []),
+        "",
+    ]
+    (part / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def write_notice(release: Artifact, base: Base, part: Path) -> None:
+    """NOTICE.md: every licence that this was made from, and what each demands of who hands it on; texts beside the base too."""
+    manifest = release.manifest
+    made_from = [{**source, "source": _short(source)} for source in compliance.made_from(manifest)]
+    owed = compliance.obligations(made_from) or ["nothing"]
+    rows = [
+        f"- {source['source']}: {source['licence']}" + (f", sha256 {source['sha256']}" if source.get("sha256") else "")
+        for source in made_from
+    ]
+    lines = [
+        f"# Licences of {manifest['name']} {manifest['version']}",
+        "",
+        f"Together: {release.licence}. Meant for {manifest.get('use', 'commercial')} use.",
+        "",
+        "What whoever hands it on has to do:",
+        "",
+        *(f"- {line}" for line in owed),
+        "",
+        "Made from:",
+        "",
+        *rows,
+        "",
+    ]
+    (part / "NOTICE.md").write_text("\n".join(lines), encoding="utf-8")
+    for file in sorted(base.ref.path.iterdir()):
+        if file.is_file() and _LEGAL.match(file.name):
+            shutil.copyfile(file, part / f"base-{file.name}")
+
+
+def _short(source: Mapping[str, Any]) -> str:
+    """A source without the folders of the machine that it was read on."""
+    if not source.get("path"):
+        return str(source["source"])
+    name = PurePath(str(source["source"])).name
+    return name if name == PurePath(source["path"]).name else f"{name}/{source['path']}"
+
+
+def readable(part: Path) -> None:
+    """Give every file the rights that a new file has here: some writers keep theirs from all other users."""
+    usual = (part / "README.md").stat().st_mode
+    for file in part.rglob("*"):
+        if file.is_file():
+            file.chmod(usual)
+
+
+def _as_hub_spells(licence: str) -> str:
+    """The hub's spelling of the licences that `bases` reads back; other expressions as they are."""
+    return licence.lower() if licence in model_refs.HUB_LICENCES.values() else licence
+
 
 _WIDTHS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHARD = "4GB"
@@ -57,12 +188,12 @@ def write_peft(work: Work, part: Path) -> Made:
     reads = composed_model.read_towers(work.release.path)
     for file in (adapters.CONFIG, adapters.WEIGHTS, *([composed_model.FILE] if reads else [])):
         shutil.copyfile(work.release.path / file, part / file)
-    companions.write_tokenizer(work.base, part)
+    write_tokenizer(work.base, part)
     chat, device = work.base.chat, work.base.device
     del work.model, work.base.model
     work.notice("asking peft")
-    figures = runtimes.ask_peft(part, work.base.ref.path, chat, work.traces, device)
-    measure.check(figures, work.name)
+    figures = parity.ask_peft(part, work.base.ref.path, chat, work.traces, device)
+    parity.check(figures, work.name)
     towers = ", ".join(f"{kind} by `{tower.name}` (`{tower.digest[:12]}`)" for kind, tower in reads.items())
     return Made({adapters.WEIGHTS: figures}, _USE_PEFT + (_USE_PROJECTORS.format(towers=towers) if reads else ""))
 
@@ -74,11 +205,11 @@ def write_merged(work: Work, part: Path) -> Made:
     with quiet():
         model.save_pretrained(str(part), max_shard_size=_SHARD)
     del model, work.model, work.base.model
-    companions.write_tokenizer(work.base, part)
-    companions.write_generation_config(work.release, work.base, part)
+    write_tokenizer(work.base, part)
+    write_generation_config(work.release, work.base, part)
     work.notice("asking transformers")
-    figures = runtimes.ask_merged(part, chat, work.traces, device)
-    measure.check(figures, work.name)
+    figures = parity.ask_merged(part, chat, work.traces, device)
+    parity.check(figures, work.name)
     return Made({"*.safetensors": figures}, _USE_MERGED)
 
 
@@ -106,15 +237,15 @@ def write_gguf(work: Work, part: Path) -> Made:
     figures: dict[str, Figures] = {}
     if work.measured:
         figures[adapter.name] = _ask_of_adapter(work, adapter, vocabulary, about)
-    companions.write_template(base, part)
+    write_template(base, part)
     model = adapters.merge(work.model) if work.types else None
     for kind in work.types:
         file = gguf_writer.write_model_gguf(model, vocabulary, about, part / f"{work.name}-{kind}.gguf", kind)
         if work.measured:
             work.notice(f"asking llama.cpp of {file.name}")
-            figures[file.name] = runtimes.ask_llama_cpp(file, kind, work.traces, template)
+            figures[file.name] = parity.ask_llama_cpp(file, kind, work.traces, template)
     for file_name, found in figures.items():
-        measure.check(found, f"{work.name} ({file_name})")
+        parity.check(found, f"{work.name} ({file_name})")
     use = _USE_GGUF.format(name=work.name, kind=work.types[0]) if work.types else _USE_ADAPTER.format(name=work.name)
     return Made(figures, use)
 
@@ -134,11 +265,11 @@ def _ask_of_adapter(work: Work, adapter: Path, vocabulary: gguf_writer.Vocabular
     """llama.cpp with the adapter on the base's own GGUF file; where it has none, on the base written in F16 for this alone."""
     work.notice(f"asking llama.cpp of {adapter.name}")
     if file := _own_file(work.base):
-        return runtimes.ask_llama_cpp(file, "adapter on the base's own file", work.traces, about.template, adapter)
+        return parity.ask_llama_cpp(file, "adapter on the base's own file", work.traces, about.template, adapter)
     bare = adapters.undo(work.model)
     with tempfile.TemporaryDirectory(dir=adapter.parent, prefix=".base-") as folder:
         file = gguf_writer.write_model_gguf(bare, vocabulary, about, Path(folder) / "base.gguf")
-        figures = runtimes.ask_llama_cpp(file, "adapter", work.traces, about.template, adapter)
+        figures = parity.ask_llama_cpp(file, "adapter", work.traces, about.template, adapter)
     work.model = adapters.open_adapter(bare, work.release.path)
     return figures
 

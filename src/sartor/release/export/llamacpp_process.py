@@ -1,6 +1,6 @@
-"""llama.cpp's own answers, from a process of its own: a file that it cannot take ends that process and no other.
+"""Child process that asks llama.cpp for logits.
 
-`python -m sartor.export.llamacpp JOB RESULT` reads and writes JSON files. The server of xllamacpp listens on loopback while it
+`python -m sartor.release.export.llamacpp_process JOB RESULT` reads and writes JSON files. The server of xllamacpp listens on loopback while it
 lives, behind a key that only this process knows. No torch here.
 """
 

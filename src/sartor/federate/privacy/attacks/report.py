@@ -13,13 +13,13 @@ from pathlib import Path
 from sartor.core.artifacts import digests
 from sartor.core.errors import ArtifactError, GateError
 from sartor.core.filesystem import write_file_atomic
-from sartor.evaluate import attacked
-from sartor.evaluate.attacked import FILE, KIND, SCHEMA
 from sartor.evaluate.audit.membership_inference import Membership
 from sartor.federate.privacy.accountant import Budget
 from sartor.federate.privacy.attacks.audit import Audit
 from sartor.federate.privacy.attacks.canaries import Exposure
 from sartor.federate.privacy.attacks.inversion import Inversion
+from sartor.release import gate
+from sartor.release.gate import FILE, KIND, SCHEMA
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class AttackReport:
     def check(self) -> None:
         """Raise GateError where epsilon was shown to be above the claimed one, or is claimed and was not audited."""
         claimed, audit = (asdict(one) if one else None for one in (self.claimed, self.audit))
-        if found := attacked.fault(claimed, audit):
+        if found := gate.fault(claimed, audit):
             raise GateError(*found)
 
     def sentences(self) -> Iterator[str]:
         """What was found, a line each."""
-        yield (f"claimed: {attacked.claim(asdict(self.claimed))}" if self.claimed else "no privacy is claimed")
+        yield (f"claimed: {gate.claim(asdict(self.claimed))}" if self.claimed else "no privacy is claimed")
         for found in (*self.membership, *self.canaries, *self.inversions):
             yield str(found)
         if "audit" not in self.skipped:
