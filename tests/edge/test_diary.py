@@ -33,7 +33,7 @@ from sartor.core.records import Example, Feedback, Message
 from sartor.edge.personal import diary as module
 from sartor.edge.personal.diary import Diary
 from sartor.edge.personal.keys import FileKey, Passphrase
-from sartor.edge.personal.rows import Row, of_feedback
+from sartor.personalization.user_rows import Row, of_feedback
 
 WORDS = "my neighbour Wilhelmina snores"
 

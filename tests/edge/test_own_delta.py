@@ -23,9 +23,8 @@ from sartor.core import signing
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, ModelError, SignatureError, StoreError
 from sartor.core.filesystem import FileSystem
 from sartor.core.resource_limits import Limits
-from sartor.edge.personal import adapting, work, work__user_tokens
+from sartor.edge.personal import adapting, work
 from sartor.edge.personal.adapting import Settings
-from sartor.edge.personal.forgetting import Forgotten, check_receipt
 from sartor.edge.personal.judge import Judge
 from sartor.edge.personal.keys import FileKey
 from sartor.edge.personal.local import applied, shipped
@@ -35,6 +34,8 @@ from sartor.edge.tuning import tuner
 from sartor.edge.tuning.tokens import read_tokens, write_tokens
 from sartor.edge.tuning.tuner import Job
 from sartor.models.packing import Encoded
+from sartor.personalization import user_tokens
+from sartor.personalization.erasure_receipt import Forgotten, check_receipt
 from sartor.tune.recipe import Lora
 from sartor.tune.tokenized_dataset import Rows
 
@@ -223,7 +224,7 @@ def test_losses_are_those_that_the_tuner_computes(shop: Shop, tmp_path: Path) ->
     mean = sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
     assert done.verdict is not None and mean == pytest.approx(done.verdict.private.tuned)
     write_tokens(Rows(found.train, found.held_out), tmp_path / "tokens")
-    recipe = {**work__user_tokens.recipe_of(shop.adapter, shop.base, RECIPE), "evaluations": 1}
+    recipe = {**user_tokens.recipe_of(shop.adapter, shop.base, RECIPE), "evaluations": 1}
     told = tuner.tune(replace(shop.jobs[0], tokens=str(tmp_path / "tokens"), out=str(tmp_path / "out"), recipe=recipe))
     assert told["loss"]["eval"] == pytest.approx(mean, abs=1e-3)
     with pytest.raises(ModelError, match="other factors"):
@@ -235,7 +236,7 @@ def test_the_method_is_read_off_the_adapters_weights(tiny_base: Path, adapter: P
     file, weights = tmp_path / "a/adapter_config.json", tmp_path / "a/adapter_model.safetensors"
     said = json.loads(file.read_text())
     file.write_text(json.dumps({**said, "target_modules": ["model.layers.0.self_attn.q_proj"], "layers_to_transform": None}))
-    method = work__user_tokens.recipe_of(tmp_path / "a", tiny_base, {})["method"]
+    method = user_tokens.recipe_of(tmp_path / "a", tiny_base, {})["method"]
     assert (method["rank"], method["alpha"], len(method["targets"]["modules"]), "layers" in method["targets"]) == (
         4,
         8,
@@ -244,7 +245,7 @@ def test_the_method_is_read_off_the_adapters_weights(tiny_base: Path, adapter: P
     )
     held = load_file(weights)
     save_file({name: part for name, part in held.items() if ".1." in name and "q_proj" in name}, weights)
-    assert work__user_tokens.recipe_of(tmp_path / "a", tiny_base, {})["method"]["targets"] == {
+    assert user_tokens.recipe_of(tmp_path / "a", tiny_base, {})["method"]["targets"] == {
         "modules": ["q_proj"],
         "layers": "top-1",
     }
@@ -254,14 +255,14 @@ def test_the_method_is_read_off_the_adapters_weights(tiny_base: Path, adapter: P
     ):
         save_file(odd, weights)
         with pytest.raises(ConfigError, match="no plain LoRA"):
-            work__user_tokens.recipe_of(tmp_path / "a", tiny_base, {})
+            user_tokens.recipe_of(tmp_path / "a", tiny_base, {})
     save_file(held, weights)
     file.write_text(json.dumps({**said, "use_dora": True}))
     with pytest.raises(ConfigError, match="use_dora"):
-        work__user_tokens.recipe_of(tmp_path / "a", tiny_base, {})
+        user_tokens.recipe_of(tmp_path / "a", tiny_base, {})
     file.write_text("{")
     with pytest.raises(ModelError, match="not whole"):
-        work__user_tokens.recipe_of(tmp_path / "a", tiny_base, {})
+        user_tokens.recipe_of(tmp_path / "a", tiny_base, {})
 
 
 # where the tokens are

@@ -11,10 +11,10 @@ import pytest
 
 from sartor.agents.team import PersonalTerms
 from sartor.core.errors import SourceError
-from sartor.edge.personal import judge__acceptance as device
 from sartor.evaluate import training_facts
 from sartor.evaluate.bootstrap import paired
 from sartor.personal import gate as server
+from sartor.personalization import acceptance as device
 
 Losses = Sequence[float]
 LIMITS = SimpleNamespace(most_worse=0.05, most_elsewhere=0.1)

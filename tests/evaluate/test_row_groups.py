@@ -16,14 +16,15 @@ from sartor.core.records import Example, Message, Origin, Part
 from sartor.core.splits import group_of, group_of_stored, prompt_group, split_group, stated_group
 from sartor.curate.sources.planner import read_all
 from sartor.curate.sources.types import Source
-from sartor.edge.personal import work, work__user_tokens
-from sartor.edge.personal.rows import Row
+from sartor.edge.personal import work
 from sartor.evaluate import audit, bootstrap, evaluation
 from sartor.evaluate.audit import counterfactual_bias
 from sartor.evaluate.predictions import HeldOut
-from sartor.federate.tuning import lifts, lifts__personal_adapters, shards
+from sartor.federate.tuning import lifts__personal_adapters, shards
 from sartor.models.packing import Encoded
 from sartor.personal import gate
+from sartor.personalization import benefit_report, user_tokens
+from sartor.personalization.user_rows import Row
 from sartor.release import gate as checks
 from sartor.retrain import stages, verdicts
 from sartor.synthesize.validate import samples as validating
@@ -77,11 +78,11 @@ def of_personal(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[
 def of_edge(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
     patch.setattr(work, "encoded", lambda example, name, chat, most: encoded([example])[0])
     mine = [Row(str(place), "2026-11-28", one) for place, one in enumerate(rows)]
-    return work__user_tokens.material(mine, None, 1.0, 100).groups  # type: ignore[arg-type]
+    return user_tokens.material(mine, None, 1.0, 100).groups  # type: ignore[arg-type]
 
 
 def of_federate(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
-    patch.setattr(lifts.answering, "reply_limit", lambda base, found: 10_000)
+    patch.setattr(benefit_report.answering, "reply_limit", lambda base, found: 10_000)
     people = SimpleNamespace(
         rows={"a": Rows(held_out=encoded(rows))},
         resident=SimpleNamespace(base=None),

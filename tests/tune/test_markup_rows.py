@@ -18,10 +18,10 @@ from sartor.core.artifacts import Artifact
 from sartor.core.records import Example, Feedback, Malformed, Message, Origin, Part
 from sartor.curate.sources import feedback_inbox as inbox
 from sartor.curate.sources import row_formats
-from sartor.edge.personal.work import encoded
 from sartor.evaluate.predictions import HeldOut, fitting, held_out
 from sartor.models.base import open_base
 from sartor.models.chat import Chat
+from sartor.personalization.user_tokens import encoded
 from sartor.tune.dataset_encoding import encode_rows
 
 CALL = '<tool_call>\n{"name": "light", "arguments": {"room": "hall é"}}\n</tool_call>'

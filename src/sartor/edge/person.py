@@ -20,11 +20,11 @@ from sartor.edge.personal.adapting import Adapted, Settings
 from sartor.edge.personal.keys import FileKey, Keyring, Passphrase, Source
 from sartor.edge.personal.local import shipped
 from sartor.edge.personal.personal import Personal, signing_key
-from sartor.edge.personal.rows import example_of, now
 from sartor.edge.tuning.energy import Policy
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.receipt import FILE, Receipt
 from sartor.edge.tuning.within import Budget, tune_within
+from sartor.personalization.user_rows import example_of, now
 
 PASSPHRASE_VARIABLE = "SARTOR_PERSON_PASSPHRASE"
 # What of a row's JSON is not the row itself

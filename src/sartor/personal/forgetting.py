@@ -38,9 +38,9 @@ from sartor.core.filesystem import FileSystem, file_digest, fsync_directory, wri
 from sartor.core.lineage.receipt_index import INDEX
 from sartor.core.records import Example, Feedback
 from sartor.curate.dataset_writer import write_derived
-from sartor.edge.personal.forgetting import check_receipt, write_receipt
 from sartor.personal.people import opened
 from sartor.personal.remains import Found, Needles, is_made_of, search
+from sartor.personalization.erasure_receipt import check_receipt, write_receipt
 
 WITHIN_S = 300.0
 # What everybody has, checked against published digests whenever it is opened: nothing of a user can be in it

@@ -20,16 +20,15 @@ from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, SourceError
 from sartor.core.records import Example
 from sartor.core.splits import group_of
-from sartor.edge.personal.adapting import LEAST_HELD_OUT, LEAST_TRAINED
-from sartor.edge.personal.judge import too_few_prompts
-from sartor.edge.personal.rows import example_of
-from sartor.edge.personal.work import encoded
 from sartor.evaluate.bootstrap import LEAST_WIDTH, Comparison, paired
 from sartor.evaluate.predictions import HeldOut
-from sartor.federate.tuning import lifts
-from sartor.federate.tuning.stacking import Stack
 from sartor.models.lora_tensors import Tensors
 from sartor.models.packing import Encoded
+from sartor.personalization import benefit_report
+from sartor.personalization.acceptance import LEAST_HELD_OUT, LEAST_TRAINED, too_few_prompts
+from sartor.personalization.stacked_adapter import Stack
+from sartor.personalization.user_rows import example_of
+from sartor.personalization.user_tokens import encoded
 from sartor.tune.tokenized_dataset import Rows
 
 # Held-out rows of the live version that are looked at: more narrow the interval, and cost time
@@ -111,8 +110,8 @@ def judge(stack: Stack, tuned: Tensors, own: Asked, probe: Asked, terms: Persona
 
 
 def _compared(stack: Stack, tuned: Tensors, asked: Asked) -> Comparison:
-    rows = lifts.Own(asked.rows, asked.groups, HeldOut([], Path()))
-    before, after = (lifts.side(stack.resident, adapter, rows).losses for adapter in (stack.unchanged, tuned))
+    rows = benefit_report.Own(asked.rows, asked.groups, HeldOut([], Path()))
+    before, after = (benefit_report.side(stack.resident, adapter, rows).losses for adapter in (stack.unchanged, tuned))
     return paired(before, after, asked.groups, rows.tokens, is_bounded=False)
 
 

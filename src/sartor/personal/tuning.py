@@ -26,12 +26,12 @@ from sartor.core import catalogue, config, model_refs
 from sartor.core.artifacts import WEIGHTS, Artifact, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, GateError, ModelError, SourceError, UnknownAgentError
 from sartor.core.filesystem import make_parent, writer_lock
-from sartor.edge.personal.work import recipe_of
-from sartor.federate.tuning.stacking import Losses, Stack
 from sartor.inference.engine import adapter_digest
 from sartor.personal import gate, rows
 from sartor.personal.gate import Verdict
 from sartor.personal.options import PersonalOptions
+from sartor.personalization.stacked_adapter import Losses, Stack
+from sartor.personalization.user_tokens import recipe_of
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.recipe import Recipe
 from sartor.tune.shared_base import Resident

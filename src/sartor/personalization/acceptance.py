@@ -1,4 +1,4 @@
-"""Part of edge.personal.judge."""
+"""Non-inferiority test of a personal adapter."""
 
 from __future__ import annotations
 
@@ -52,3 +52,7 @@ def too_few_prompts(groups: Sequence[str]) -> str:
     """What to say of a probe that has too few prompts to tell anything; empty for enough of them."""
     prompts = len(set(groups))
     return f"the probe has {prompts} prompts, and {LEAST_GROUPS} are the least that tell" if prompts < LEAST_GROUPS else ""
+
+
+# Fewer held-out prompts cannot reach the level: every verdict on them would be "cannot tell"
+LEAST_HELD_OUT, LEAST_TRAINED = LEAST_GROUPS, 5

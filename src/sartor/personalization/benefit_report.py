@@ -1,4 +1,4 @@
-"""What a client's own adapter is worth: on its own held-out rows, over the base, the shared adapter, and what else was tuned.
+"""Gain of a personal adapter on its owner's rows.
 
 Losses of whole rows, in nats per supervised token, and where replies are short exact match of greedy ones; each difference
 (the client's own adapter minus another) with its 95 % interval over groups (`evaluate.compare`).

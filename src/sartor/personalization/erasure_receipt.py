@@ -1,4 +1,4 @@
-"""What of a forgetting is on the disk: the intent, so that a power cut does not leave it half done, and the signed receipt.
+"""Intent and signed receipt of an erasure.
 
     FOLDER/forgetting.json   which ids are to go; there until the receipt is
     FOLDER/receipts/         one signed document a forgetting
@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from sartor.core import records, signing
 from sartor.core.errors import SignatureError, StoreError
 from sartor.core.filesystem import FileSystem
-from sartor.edge.personal.rows import now
+from sartor.personalization.user_rows import now
 
 SCHEMA = 1
 

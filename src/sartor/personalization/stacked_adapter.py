@@ -1,4 +1,4 @@
-"""Ranks of somebody's own on top of an adapter that is held still.
+"""A user's ranks stacked on a frozen shared adapter.
 
     [A_shared; A_own], [B_shared B_own], whose product is the sum of both products, exactly
 

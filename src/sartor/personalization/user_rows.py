@@ -1,4 +1,4 @@
-"""One row of a person's own: what was said, how it was rated, what it should have been; and what of it is learnt."""
+"""One row of a user: prompt, reply, rating, correction."""
 
 from __future__ import annotations
 

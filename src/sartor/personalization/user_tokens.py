@@ -1,4 +1,4 @@
-"""Part of edge.personal.work."""
+"""User rows as tokens, train and held out."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sartor.core.errors import (
     TemplateMarkupError,
 )
 from sartor.core.records import Example
-from sartor.edge.personal.rows import Row
 from sartor.models.chat import Chat
 from sartor.models.packing import Encoded
+from sartor.personalization.user_rows import Row
 from sartor.tune.recipe import Recipe
 
 _FACTOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.\w+\.(\w+)\.lora_[AB]\.weight")

@@ -20,18 +20,20 @@ from sartor.core.errors import ConfigError, HealthError, SourceError, StoreError
 from sartor.core.filesystem import FileSystem
 from sartor.core.records import Example
 from sartor.core.resource_limits import Limits
-from sartor.edge.personal import work, work__user_tokens
-from sartor.edge.personal.adapting__acceptance import LEAST_HELD_OUT, LEAST_TRAINED  # noqa: F401
+from sartor.edge.personal import work
 from sartor.edge.personal.diary import LIMIT_BYTES, Diary
-from sartor.edge.personal.judge import Asked, Judge, Verdict, judge, too_few_prompts
+from sartor.edge.personal.judge import Judge
 from sartor.edge.personal.local import Delta, Locals, applied, digest_of, shipped
-from sartor.edge.personal.rows import example_of, now
-from sartor.edge.personal.work import Material, Tune
+from sartor.edge.personal.work import Tune
 from sartor.edge.store import Installed
 from sartor.edge.tuning.job import Job
 from sartor.evaluate.bootstrap import LEAST_GROUPS, LEAST_WIDTH
 from sartor.models.chat import Chat
 from sartor.models.fast_tokenizer import Words
+from sartor.personalization import user_tokens
+from sartor.personalization.acceptance import LEAST_HELD_OUT, LEAST_TRAINED, Asked, Verdict, judge, too_few_prompts  # noqa: F401
+from sartor.personalization.user_rows import example_of, now
+from sartor.personalization.user_tokens import Material
 from sartor.tune.recipe import Lora, Recipe, load
 
 _MORE_PROBE = f"--probe FILE (Settings(probe=[...]) from Python): {LEAST_GROUPS} rows or more of what it must go on to know"
@@ -125,11 +127,9 @@ class Adapting:
 
     def _read(self, release: Installed) -> tuple[dict[str, Any], Recipe, Chat, Material]:
         """What is to be tuned, and the rows as tokens."""
-        recipe = work__user_tokens.recipe_of(release.path, self.settings.base, self.settings.recipe)
+        recipe = user_tokens.recipe_of(release.path, self.settings.base, self.settings.recipe)
         loaded, chat = load(recipe), Chat(Words(self.settings.base))
-        found = work__user_tokens.material(
-            self.diary.rows(), chat, self.settings.held_out_fraction, loaded.data.max_length_tokens
-        )
+        found = user_tokens.material(self.diary.rows(), chat, self.settings.held_out_fraction, loaded.data.max_length_tokens)
         return recipe, loaded, chat, found
 
     def _no_need(self, found: Material, key: str, again: bool) -> str:
@@ -146,7 +146,7 @@ class Adapting:
 
     def _probe(self, release: Installed, chat: Chat, recipe: Recipe) -> Asked:
         rows = [example_of(row) for row in self.settings.probe] or _canaries(release.path)
-        coded = [work__user_tokens.encoded(row, row.id, chat, recipe.data.max_length_tokens) for row in rows]
+        coded = [user_tokens.encoded(row, row.id, chat, recipe.data.max_length_tokens) for row in rows]
         usable = [(one, row.id) for one, row in zip(coded, rows, strict=True) if not isinstance(one, str)]
         if len({name for _, name in usable}) < 2:
             raise ConfigError(

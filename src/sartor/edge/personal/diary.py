@@ -36,7 +36,7 @@ from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError
 from sartor.core.filesystem import DISK_FULL, FileSystem, PrivateFileSystem
 from sartor.core.records import Example
 from sartor.edge.personal.keys import KEY_BYTES, NONCE_BYTES, Source, unwrap, wrap
-from sartor.edge.personal.rows import Row, example_of, now
+from sartor.personalization.user_rows import Row, example_of, now
 
 SCHEMA = 1
 LIMIT_BYTES = 16 << 20

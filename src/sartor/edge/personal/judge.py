@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from sartor.edge.personal.judge__acceptance import Asked, Verdict, judge, too_few_prompts  # noqa: F401
 from sartor.edge.tuning.tuner import LOGITS_BYTES, adapted, load_factors
 from sartor.models import kernels
 from sartor.models.losses.fused_decoder import Fast
 from sartor.models.mmap_llama import MappedLlama
 from sartor.models.packing import Encoded, pack
+from sartor.personalization.acceptance import Asked, Verdict, judge, too_few_prompts  # noqa: F401
 from sartor.tune.recipe import Lora
 
 

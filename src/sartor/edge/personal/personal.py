@@ -24,12 +24,12 @@ from sartor.core.records import Example
 from sartor.edge.personal import work
 from sartor.edge.personal.adapting import Adapted, Adapting, Settings
 from sartor.edge.personal.diary import Diary
-from sartor.edge.personal.forgetting import Forgotten, Intent, write_receipt
-from sartor.edge.personal.judge import Verdict
 from sartor.edge.personal.keys import Source
 from sartor.edge.personal.local import FORGETTING, applied, digest_of, shipped
-from sartor.edge.personal.rows import Row
 from sartor.edge.personal.work import Tune
+from sartor.personalization.acceptance import Verdict
+from sartor.personalization.erasure_receipt import Forgotten, Intent, write_receipt
+from sartor.personalization.user_rows import Row
 
 
 @dataclass(frozen=True)

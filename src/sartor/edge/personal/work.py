@@ -28,10 +28,10 @@ from sartor.core.errors import (
     ModelError,
 )
 from sartor.core.resource_limits import Limits, run
-from sartor.edge.personal.work__user_tokens import _FACTOR, DEFAULTS, Material, _method, encoded, material, recipe_of  # noqa: F401
 from sartor.edge.tuning.job import Job
 from sartor.edge.tuning.tokens import write_tokens
 from sartor.models.packing import Encoded
+from sartor.personalization.user_tokens import _FACTOR, DEFAULTS, Material, _method, encoded, material, recipe_of  # noqa: F401
 from sartor.tune.tokenized_dataset import Rows
 
 IN_MEMORY = ("tmpfs", "ramfs")

@@ -11,7 +11,7 @@ from sartor.core.splits import group_of
 from sartor.evaluate import predictions
 from sartor.evaluate.predictions import HeldOut, refusal
 from sartor.federate.tuning.clients import Clients
-from sartor.federate.tuning.lifts import SHORT_TOKENS, Own
+from sartor.personalization.benefit_report import SHORT_TOKENS, Own
 
 
 def examples_of(people: Clients) -> dict[str, Example]:

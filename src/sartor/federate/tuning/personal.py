@@ -22,11 +22,12 @@ from sartor.core import catalogue, config, records
 from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic, writer_lock
-from sartor.federate.tuning import lifts, lifts__personal_adapters
+from sartor.federate.tuning import lifts__personal_adapters
 from sartor.federate.tuning.clients import Clients
 from sartor.federate.tuning.recipe import FederateRecipe, Local, Personal
-from sartor.federate.tuning.stacking import Losses, Stack
 from sartor.models.lora_tensors import Tensors, nothing
+from sartor.personalization import benefit_report
+from sartor.personalization.stacked_adapter import Losses, Stack
 from sartor.tune import resume, sampler
 from sartor.tune.checkpoint import Found, full_disk
 from sartor.tune.recipe import Budget
@@ -168,15 +169,17 @@ def _judged(desk: Desk, made: Mapping[str, Artifact], notice: Notice) -> dict[st
     judged = {}
     for name, adapter in made.items():
         own = lifts__personal_adapters.own_rows(desk.people, name, examples)
-        sides = {what: lifts.side(desk.resident, one, own) for what, one in _adapters(desk, name, adapter, central, own)}
-        judged[name] = lifts.Judged(own, sides, len(desk.people.rows[name].train))
+        sides = {
+            what: benefit_report.side(desk.resident, one, own) for what, one in _adapters(desk, name, adapter, central, own)
+        }
+        judged[name] = benefit_report.Judged(own, sides, len(desk.people.rows[name].train))
         notice(f"{name}: {judged[name]}")
     mine = {row.example_id for rows in desk.people.rows.values() for row in rows.held_out}
-    return {**lifts.report(judged), "not_dealt": sum(row.example_id not in mine for row in desk.people.held_out)}
+    return {**benefit_report.report(judged), "not_dealt": sum(row.example_id not in mine for row in desk.people.held_out)}
 
 
 def _adapters(
-    desk: Desk, name: str, adapter: Artifact, central: Tensors | None, own: lifts.Own
+    desk: Desk, name: str, adapter: Artifact, central: Tensors | None, own: benefit_report.Own
 ) -> Iterator[tuple[str, Tensors]]:
     """(what, the tensors) of all that a client is judged with. One without held-out rows is judged with none."""
     if not own.encoded:

@@ -1,0 +1,1 @@
+"""What learning, devices and federation share about the adapter of one user."""
