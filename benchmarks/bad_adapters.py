@@ -24,9 +24,9 @@ import numpy as np
 import smallest
 from results import print_result
 
-from sartor.agents.admission.weights import BaseWeights
 from sartor.core import model_refs, signing
 from sartor.core.artifacts import MANIFESTS, manifest_id, seal
+from sartor.serving.admission.adapter_checks import BaseWeights
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -250,7 +250,7 @@ class Server:
 
 def _is_worker(child: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since, or is a zombie
-        return "sartor.agents.worker" in child.cmdline()
+        return "sartor.serving.workers.worker_main" in child.cmdline()
     return False
 
 

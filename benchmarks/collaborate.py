@@ -36,13 +36,6 @@ from results import print_result
 
 import sartor
 from sartor import intents
-from sartor.agents.asking import Answer, Request
-from sartor.agents.calling import call_of
-from sartor.agents.entries import Version
-from sartor.agents.plans.front import Plans
-from sartor.agents.plans.log import PlanLog
-from sartor.agents.receipt_content import digest_by
-from sartor.agents.team import Team
 from sartor.core import assets, config, records
 from sartor.core.artifacts import open_artifact
 from sartor.core.parquet_io import read_examples
@@ -50,6 +43,13 @@ from sartor.evaluate.bootstrap import paired
 from sartor.evaluate.scorers import exact_match
 from sartor.inference.engine import Call, Done, Engine, Event, Piece, adapter_digest, event_as_json, event_from_json
 from sartor.inference.local.local_engine import open_engine
+from sartor.serving.dispatch.dispatcher import call_of
+from sartor.serving.plans.plan_dispatch import Plans
+from sartor.serving.plans.plan_log import PlanLog
+from sartor.serving.receipts import digest_by
+from sartor.serving.registry.registry_schema import Version
+from sartor.serving.team_config import Team
+from sartor.serving.types import Answer, Request
 
 TESTS = Path(__file__).parent.parent / "tests"
 AGENT = "home"

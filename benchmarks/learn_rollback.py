@@ -1,4 +1,4 @@
-"""After how many requests a version that drifts after its promotion is sent back: `agents/rollout.py`, on simulated replies.
+"""After how many requests a version that drifts after its promotion is sent back: `serving/dispatch/rollout.py`, on simulated replies.
 
 Of the version before, WINDOW_REPLIES replies were seen. The promoted one is as good for `calm` requests; then a fraction `bad`
 of its replies breaks the format, or is rated bad by those who rate (a fraction RATED of the requests). Counted are the requests
@@ -18,10 +18,10 @@ import smallest
 from results import print_result
 from scipy.stats import binom
 
-from sartor.agents.entries import Agent
-from sartor.agents.monitors import WINDOW_REPLIES
-from sartor.agents.rollout import Rollouts, Seen
-from sartor.agents.team import Rollout
+from sartor.serving.dispatch.rollout import Rollouts, Seen
+from sartor.serving.dispatch.sequential_tests import WINDOW_REPLIES
+from sartor.serving.registry.registry_schema import Agent
+from sartor.serving.team_config import Rollout
 
 RATED = 0.2
 GOOD, MOST, SMALL_RUNS = 0.02, 4000, 2

@@ -20,12 +20,12 @@ import smallest
 from results import print_result
 
 import sartor
-from sartor.agents.admission import CONFIG, WEIGHTS, lora
-from sartor.agents.admission.config import read_config
-from sartor.agents.admission.weights import BaseWeights
 from sartor.core import model_refs
 from sartor.core.errors import AdmissionError
 from sartor.core.safetensors_file import read_header
+from sartor.serving.admission import adapter_checks
+from sartor.serving.admission.adapter_checks import BaseWeights, read_config
+from sartor.serving.admission.admission import CONFIG, WEIGHTS
 
 
 def measure(adapter: Path, norms_file: Path) -> dict[str, Any]:
@@ -33,11 +33,11 @@ def measure(adapter: Path, norms_file: Path) -> dict[str, Any]:
     said = json.loads((adapter / "sartor.json").read_text())
     ref = model_refs.locate_base(said["base"]["name"])
     base = BaseWeights(ref.path, ref.digest, norms_file)
-    pairs = lora.pair_up(read_header(adapter / WEIGHTS), read_config(adapter / CONFIG), base)
+    pairs = adapter_checks.pair_up(read_header(adapter / WEIGHTS), read_config(adapter / CONFIG), base)
     weights = base.norms([pair.module for pair in pairs])
-    over = [lora.added_norm(pair) / weights[pair.module] for pair in pairs]
+    over = [adapter_checks.added_norm(pair) / weights[pair.module] for pair in pairs]
     try:
-        found = lora.check_values(pairs, base)
+        found = adapter_checks.check_lora_values(pairs, base)
     except AdmissionError as error:
         found, refused = None, error.problem
     else:

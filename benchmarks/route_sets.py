@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sartor import intents
-from sartor.agents.routing.exemplars import Exemplars, Prompt
 from sartor.core import assets
+from sartor.serving.routing.exemplars import Exemplars, Prompt
 
 MOST_FITTED, MOST_HELD, MOST_ASKED = 180, 60, 60
 HELD_FRACTION = ASKED_FRACTION = 1 / 4

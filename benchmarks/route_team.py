@@ -20,11 +20,11 @@ from typing import Any
 
 from route_sets import small_talk
 
-from sartor.agents.router import AutoRouter, Embedder
-from sartor.agents.team import Routing, load
 from sartor.core.artifacts import open_artifact
 from sartor.core.parquet_io import read_examples
 from sartor.evaluate.training_facts import EXEMPLARS
+from sartor.serving.routing.router import AutoRouter, Embedder
+from sartor.serving.team_config import Routing, load
 
 
 def halved(release: Path, part: Path, rng: random.Random) -> set[str]:

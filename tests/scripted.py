@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sartor.agents import team as teams
-from sartor.agents import worker
 from sartor.core.errors import InputError, ModelError
 from sartor.inference.engine import About, Call, Done, Event, Failed, Piece, Vector
+from sartor.serving import team_config as teams
+from sartor.serving.workers import worker_main
 
 COMMAND = (sys.executable, str(Path(__file__).absolute()))
 BAD_AT = 2  # tokens
@@ -172,4 +172,4 @@ def open_scripted(said: Mapping[str, Any]) -> Scripted:
 
 
 if __name__ == "__main__":
-    worker.main(open_scripted, check=lambda path, adapter: None)  # its adapters are a file of words
+    worker_main.main(open_scripted, check=lambda path, adapter: None)  # its adapters are a file of words

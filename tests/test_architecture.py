@@ -31,8 +31,8 @@ TORCH_FREE = ("sartor", "sartor.core.parquet_io", "sartor.core.lineage.ancestry"
               "sartor.curate.pipeline", "sartor.curate.review.review_commands", "sartor.curate.dedup.dedup_files", "sartor.synthesize.synthesis",
               "sartor.synthesize.validate.validation", "sartor.curate.bias_report",
               "sartor.text.demographics.group_terms", "sartor.tune.recipe", "sartor.release.release", "sartor.cli",
-              "sartor.agents.dispatch", "sartor.agents.book", "sartor.agents.ask_team",
-              "sartor.agents.serve.server", "sartor.media.speech.batch_synthesis", "sartor.media.speech.text_normalization",
+              "sartor.serving.dispatch.dispatcher", "sartor.serving.commands.agent_commands", "sartor.serving.commands.ask_team",
+              "sartor.serving.http.server", "sartor.media.speech.batch_synthesis", "sartor.media.speech.text_normalization",
               "sartor.edge.store", "sartor.edge.update.publish", "sartor.edge.update.sync", "sartor.core.resource_limits",
               "sartor.edge.tuning.within", "sartor.edge.device", "sartor.edge.publisher", "sartor.edge.runtime.ask",
               "sartor.edge.runtime.gguf",
@@ -40,7 +40,7 @@ TORCH_FREE = ("sartor", "sartor.core.parquet_io", "sartor.core.lineage.ancestry"
               "sartor.federate.secure.client", "sartor.federate.secure.server", "sartor.federate.rounds.transport",
               "sartor.federate.flower.lead", "sartor.federate.flower.trainer", "sartor.federate.flower.waiting",
               "sartor.federate.aggregate.exactness", "sartor.federate.robust.rules", "sartor.federate.privacy.clients",
-              "sartor.agents.people.serving", "sartor.personal.people", "sartor.personal.forgetting", "sartor.personal.options",
+              "sartor.serving.dispatch.personal_versions", "sartor.personal.people", "sartor.personal.forgetting", "sartor.personal.options",
               "sartor.retrain.watch", "sartor.retrain.learnt", "sartor.retrain.verdicts",
               "sartor.federate.tuning.recipe", "sartor.federate.privacy.worth", "sartor.federate.privacy.attacks.report")  # fmt: skip
 LINES, BODY, ARGUMENTS, FIELDS, NESTING = 400, 60, 7, 12, 4

@@ -22,12 +22,12 @@ import torch
 from safetensors.torch import load_file
 
 import sartor
-from sartor.agents.keys import Keys
-from sartor.agents.team import load
 from sartor.cli import main
 from sartor.core import model_refs
 from sartor.core.filesystem import file_digest
 from sartor.federate.rounds.journal import Journal
+from sartor.serving.api_keys import Keys
+from sartor.serving.team_config import load
 from sartor.tune.checkpoint import open_checkpoint
 
 sys.path.append(str(Path(__file__).parent / "artefacts"))

@@ -79,7 +79,7 @@ def test_ratios_are_medians_of_pairs() -> None:
 def test_a_homes_schema_takes_every_right_reply_and_no_room_that_is_not_there() -> None:
     import collaborate
 
-    from sartor.agents.plans.handover import wrong_in
+    from sartor.serving.plans.step_messages import wrong_in
 
     timer = {"messages": [{"content": '{"intent":"HassStartTimer","name":"pizza","hours":2}'}]}
     rows = [*collaborate.made_rows(quick=True), timer]

@@ -305,7 +305,7 @@ def main() -> None:
     if src is None:
         parser.error(f"{arguments.src} has no package; give the directory that holds __init__.py, as in --src src/sartor")
     if wrong := next((entry for entry in arguments.entry if "=" not in entry), ""):
-        parser.error(f"--entry {wrong!r} has no =; write --entry ask=sartor.agents.ask")
+        parser.error(f"--entry {wrong!r} has no =; write --entry ask=sartor.serving.commands.ask_release")
     print(json.dumps(measure(src.resolve(), dict(entry.split("=", 1) for entry in arguments.entry)), indent=1))
 
 

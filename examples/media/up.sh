@@ -26,7 +26,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 command -v sartor >/dev/null || PATH="$here/../../.venv/bin:$PATH" # where `make demo` put it
-python -c 'import soxr, torch, sartor.agents.serve.opening' 2>/dev/null || {
+python -c 'import soxr, torch, sartor.serving.http.startup' 2>/dev/null || {
   echo "parts of sartor are not installed; in its clone: $(command -v python) -m pip install '.[tune,multimodal,serve]'" >&2
   exit 6
 }

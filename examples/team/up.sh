@@ -24,7 +24,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 command -v sartor >/dev/null || PATH="$here/../../.venv/bin:$PATH" # where `make demo` put it
-python -c 'import hassil, torch, sartor.agents.serve.opening' 2>/dev/null || {
+python -c 'import hassil, torch, sartor.serving.http.startup' 2>/dev/null || {
   echo "parts of sartor are not installed; in its clone: $(command -v python) -m pip install '.[tune,demo,serve]'" >&2
   exit 6
 }

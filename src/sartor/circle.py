@@ -11,8 +11,6 @@ from typing import Any
 
 import yaml
 
-from sartor.agents.ask import ask
-from sartor.agents.reply import Reply
 from sartor.core import assets, signing
 from sartor.core.artifacts import check_free
 from sartor.core.errors import ConfigError
@@ -21,6 +19,8 @@ from sartor.curate.pipeline import Curated, curate
 from sartor.evaluate.evaluation import Evaluated, evaluate
 from sartor.intents import rehearsal_rows, rows
 from sartor.release.release import Released, Waiver, release, verify
+from sartor.serving.commands.ask_release import ask
+from sartor.serving.commands.ask_types import Reply
 from sartor.tune.trainer import Tuned, tune
 
 Notice = Callable[[str], object]

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from sartor.agents.asking import Embedded, Given, Request, Route
-from sartor.agents.dispatch import Dispatch
-from sartor.agents.entries import Version
-from sartor.agents.registry import Registry
-from sartor.agents.team import Team
 from sartor.core import database
 from sartor.core.errors import AdmissionError, ModelError, SartorError, UnavailableError
 from sartor.inference.engine import About, Call, Done, Event, Failed, Piece
+from sartor.serving.dispatch.dispatcher import Dispatch
+from sartor.serving.registry.registry import Registry
+from sartor.serving.registry.registry_schema import Version
+from sartor.serving.team_config import Team
+from sartor.serving.types import Embedded, Given, Request, Route
 
 
 @pytest.fixture(autouse=True)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.asking import Answer, Request
-from sartor.agents.plans.front import Plans
-from sartor.agents.plans.log import PlanLog
-from sartor.agents.receipt_content import digest_by
-from sartor.agents.team import Team
 from sartor.core import config
 from sartor.core.errors import SartorError
 from sartor.inference.engine import Done, Event, Failed, Piece
+from sartor.serving.plans.plan_dispatch import Plans
+from sartor.serving.plans.plan_log import PlanLog
+from sartor.serving.receipts import digest_by
+from sartor.serving.team_config import Team
+from sartor.serving.types import Answer, Request
 
 DIGEST = digest_by(b"k" * 32)
 # A reply; an error that opening raises; a Failed after the first word; seconds that nothing is said for

@@ -9,11 +9,11 @@ import pytest
 
 import sartor
 from conftest import ROWS, write_jsonl
-from sartor.agents import admission
-from sartor.agents.feedback import Inbox
-from sartor.agents.people.names import person_of
-from sartor.agents.receipts import team_digest
 from sartor.core.records import Feedback, Voice
+from sartor.serving.admission import admission
+from sartor.serving.feedback_store import Inbox
+from sartor.serving.receipts import team_digest
+from sartor.serving.registry.user_versions import person_of
 
 CANARY = "xyzzy-plugh-71b3 lives in Porlock"
 

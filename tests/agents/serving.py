@@ -14,14 +14,14 @@ from typing import Any
 
 import httpx
 
-from sartor.agents.asking import Answer, Embedded, Listed, Request
-from sartor.agents.keys import Opened
-from sartor.agents.serve.journal import Journal
-from sartor.agents.serve.seams import House
-from sartor.agents.serve.server import Server, bind
-from sartor.agents.team import Http, Limits, Team
 from sartor.core.errors import AdmissionError, BusyError, ConflictError, KeyRefusedError, SartorError, UnknownAgentError
 from sartor.inference.engine import About, Done, Event, Failed, Logprob, Piece
+from sartor.serving.api_keys import Opened
+from sartor.serving.http.request_log import Journal
+from sartor.serving.http.server import Server, bind
+from sartor.serving.http.services import House
+from sartor.serving.team_config import Http, Limits, Team
+from sartor.serving.types import Answer, Embedded, Listed, Request
 
 ABOUT = About("local", "tiny", "b" * 64, "t" * 64, 512, 4)
 CUT_BEYOND = 1000  # characters of a text, by the crew's encoder

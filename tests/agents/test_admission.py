@@ -20,10 +20,11 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # the corpus is the chaos benchmark's too
 import bad_adapters  # noqa: E402, I001
 from bad_adapters import CORPUS, Maker, safetensors  # noqa: E402
-from sartor.agents import admission
-from sartor.agents.admission import CHECKS, Ground, copies, weights
-from sartor.agents.admission.config import LoraConfig, read_config
-from sartor.agents.fingerprint import check_digest
+from sartor.serving.admission import admission
+from sartor.serving.admission.admission import CHECKS, Ground
+from sartor.serving.admission import release_copies, adapter_checks
+from sartor.serving.admission.adapter_checks import LoraConfig, read_config
+from sartor.serving.workers.worker_main import check_digest
 from sartor.core import signing
 from sartor.core.errors import AdmissionError, ArtifactError, InputError, MissingError, ModelError, RefusedError, SignatureError
 from sartor.core.home import folder
@@ -72,7 +73,7 @@ def test_each_of_the_corpus_is_refused_by_its_own_check(name: str, maker: Maker,
     assert caught.value.check == bad.check, caught.value
     assert caught.value.remedy and ".part-" not in str(caught.value)
     assert bool(fake.calls) == (bad.check in ("canary", "degenerate", "agreement")), "nothing runs that can be seen without"
-    assert [file.name for file in copies.folder(ground.state).iterdir()] == []
+    assert [file.name for file in release_copies.folder(ground.state).iterdir()] == []
 
 
 GOOD = {
@@ -277,10 +278,10 @@ def test_a_copy_ends_at_its_limits(
 ) -> None:
     path = maker.good(tmp_path / "good")
     (path / "deep").mkdir()
-    monkeypatch.setattr(copies, limit, value)
+    monkeypatch.setattr(release_copies, limit, value)
     with pytest.raises(AdmissionError, match=said) as caught:
         admission.admit_by(path, ground, Fake())
-    assert caught.value.check == "files" and not list(copies.folder(ground.state).iterdir())
+    assert caught.value.check == "files" and not list(release_copies.folder(ground.state).iterdir())
 
 
 def test_a_pipe_is_refused_and_not_waited_for(maker: Maker, ground: Ground, tmp_path: Path) -> None:
@@ -310,14 +311,14 @@ def test_a_full_disk_is_no_refusal_and_leaves_nothing(
     monkeypatch.setattr("sartor.core.filesystem.fsync_tree", full)
     with pytest.raises(MissingError, match="disk is full") as caught:
         admission.admit_by(path, ground, Fake())
-    assert caught.value.check == "" and not list(copies.folder(ground.state).iterdir())
+    assert caught.value.check == "" and not list(release_copies.folder(ground.state).iterdir())
 
 
 def test_what_a_kill_left_is_swept(ground: Ground) -> None:
-    (copies.folder(ground.state) / ".part-abc").mkdir()
-    (copies.folder(ground.state) / "whole").mkdir()
-    copies.sweep(ground.state)
-    assert [path.name for path in copies.folder(ground.state).iterdir()] == ["whole"]
+    (release_copies.folder(ground.state) / ".part-abc").mkdir()
+    (release_copies.folder(ground.state) / "whole").mkdir()
+    release_copies.sweep(ground.state)
+    assert [path.name for path in release_copies.folder(ground.state).iterdir()] == ["whole"]
 
 
 def test_norms_that_two_threads_keep_at_once_are_whole(
@@ -330,7 +331,7 @@ def test_norms_that_two_threads_keep_at_once_are_whole(
         replace(part, file)
 
     monkeypatch.setattr(os, "replace", together)
-    one = weights.BaseWeights(tiny_base, "base", tmp_path / "norms.json")
+    one = adapter_checks.BaseWeights(tiny_base, "base", tmp_path / "norms.json")
     modules = list(one.linear())[:2]
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(one.norms, ([module] for module in modules)))
@@ -429,7 +430,7 @@ def test_an_adapter_that_ends_the_process_that_tries_it_is_refused(maker: Maker,
 
     with pytest.raises(ModelError, match="signal 11") as caught:
         admission.admit_by(maker.good(tmp_path / "good"), ground, dies)
-    assert caught.value.check == "canary" and not list(copies.folder(ground.state).iterdir())
+    assert caught.value.check == "canary" and not list(release_copies.folder(ground.state).iterdir())
 
 
 def test_the_corpus_reaches_every_check_but_that_of_a_process_and_each_is_documented() -> None:
@@ -440,7 +441,7 @@ def test_the_corpus_reaches_every_check_but_that_of_a_process_and_each_is_docume
 
 
 def test_admission_keys_and_receipts_need_no_torch() -> None:
-    modules = "sartor.agents.admission, sartor.agents.keys, sartor.agents.rates, sartor.agents.receipt_check"
+    modules = "sartor.serving.admission.admission, sartor.serving.api_keys, sartor.serving.rate_limits, sartor.serving.commands.receipt_verification"
     code = f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers', 'safetensors', 'peft'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -478,8 +479,8 @@ def answers(base: Path, adapter: Path, asked: Sequence[dict]) -> list[str]:
 def test_a_real_worker_tries_what_is_to_be_admitted_and_tells_one_adapter_from_another(
     maker: Maker, tmp_path: Path, tiny_base: Path
 ) -> None:
-    from sartor.agents.supervisor import Supervisor
-    from sartor.agents.team import Local, Team, Workers
+    from sartor.serving.team_config import Local, Team, Workers
+    from sartor.serving.workers.supervisor import Supervisor
 
     asked = [{"role": "user", "content": text} for text in ("what colour is the sky", "turn on the kitchen light")]
     one, other = (maker.draft(targets=bad_adapters.TARGETS, size=3.0, seed=seed) for seed in range(2))

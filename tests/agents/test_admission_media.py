@@ -14,15 +14,15 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from bad_adapters import Bad, Maker, with_header  # noqa: E402
 
-from sartor.agents import admission
-from sartor.agents.admission import Ground
-from sartor.agents.fingerprint import check_digest
 from sartor.core import model_refs
 from sartor.core.errors import AdmissionError, AssetError, ModelError, SartorError
 from sartor.inference.engine import PROJECTORS, About, Call, Done, Event, Failed, Piece
 from sartor.media import audio, images
 from sartor.media.content_parts import bytes_of
 from sartor.release import canary_prompts
+from sartor.serving.admission import admission
+from sartor.serving.admission.admission import Ground
+from sartor.serving.workers.worker_main import check_digest
 
 WIDTH, TOWER, STACK = 32, 6, 2
 

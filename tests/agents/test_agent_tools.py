@@ -15,15 +15,14 @@ import pytest
 import serving
 from dispatch_fakes import FakeCrew, FakeRouter, asked, dispatching, no_fsync, registry, said, version
 
-from sartor.agents.asking import Answer, Request
-from sartor.agents.outside import ToolServer
-from sartor.agents.serve.asked import ChatRequest
-from sartor.agents.serve.turns import chat_request
-from sartor.agents.team import Limits, Member, Team
-from sartor.agents.tools.held import HeldServer
-from sartor.agents.tools.rounds import ROUNDS, Toolbox, Tooled
 from sartor.core.errors import ConfigError, UnavailableError
 from sartor.inference.engine import Done, Event, Piece
+from sartor.serving.http.request_conversion import chat_request
+from sartor.serving.http.request_models import ChatRequest
+from sartor.serving.mcp_client import HeldServer
+from sartor.serving.team_config import Limits, Member, Team, ToolServer
+from sartor.serving.tool_loop import ROUNDS, Toolbox, Tooled
+from sartor.serving.types import Answer, Request
 
 __all__ = ["no_fsync"]
 pytest.importorskip("mcp")

@@ -12,13 +12,13 @@ import pytest
 import sartor
 from composing import Seeing
 from media_files import bomb, data_url, png, sound
-from sartor.agents.questions import Question
 from sartor.cli import main
 from sartor.core.errors import ConfigError, MediaError, RequestError
 from sartor.core.records import Message, Part
 from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
+from sartor.serving.commands.ask_types import Question
 
 
 @pytest.fixture(scope="module")

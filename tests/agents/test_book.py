@@ -10,10 +10,11 @@ import pytest
 from dispatch_fakes import no_fsync, version
 
 import sartor
-from sartor.agents import admission, book
-from sartor.agents.registry import Registry
-from sartor.agents.team import load
 from sartor.cli import main
+from sartor.serving.admission import admission
+from sartor.serving.commands import agent_commands
+from sartor.serving.registry.registry import Registry
+from sartor.serving.team_config import load
 
 __all__ = ["no_fsync"]
 
@@ -23,7 +24,9 @@ def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A team of two agents, `faq` in three versions. Releases are not looked at: that is admission's, and tested there."""
     file = tmp_path / "team.yaml"
     file.write_text("base: starter\nagents: [{name: faq, release: faq-1, fallback: [base]}]\nrollout: {canary_fraction: 0.2}\n")
-    monkeypatch.setattr(book, "_looked_at", lambda made, release, name: version(name or release.name[:-2], release.name[-1]))
+    monkeypatch.setattr(
+        agent_commands, "_looked_at", lambda made, release, name: version(name or release.name[:-2], release.name[-1])
+    )
     for release in ("faq-1", "faq-2", "faq-3", "home-1"):
         sartor.add_agent(file, release)
     return file

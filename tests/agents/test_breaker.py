@@ -7,10 +7,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sartor.agents.breaker import Breaker, Restarts
-from sartor.agents.team import Breaker as Rules
-from sartor.agents.team import Workers
 from sartor.core.errors import UnavailableError
+from sartor.serving.team_config import Breaker as Rules
+from sartor.serving.team_config import Workers
+from sartor.serving.workers.agent_health import Breaker, Restarts
 
 RULES = Rules(failures=3, window_s=30.0, open_s=10.0, quarantine=2)
 

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import scripted
-from sartor.agents import child, worker
-from sartor.agents.supervisor import Supervisor
-from sartor.agents.team import MediaLimits
 from sartor.core import ipc
 from sartor.core.errors import BusyError, ModelError, SartorError
 from sartor.core.ipc import Channel, Frames, Malformed, frame
 from sartor.inference.engine import Call, Sampling
 from sartor.media import audio
+from sartor.serving.team_config import MediaLimits
+from sartor.serving.workers import worker_main, worker_process
+from sartor.serving.workers.supervisor import Supervisor
 
 JSON = st.recursive(
     st.none() | st.integers() | st.text() | st.booleans(), lambda inner: st.lists(inner, max_size=3), max_leaves=5
@@ -98,7 +98,7 @@ def unchecked(path: Path, adapter: str) -> None:
 def parent() -> Iterator[Parent]:
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
-    thread = threading.Thread(target=worker.run, args=(scripted.Scripted(), Channel(theirs), unchecked))
+    thread = threading.Thread(target=worker_main.run, args=(scripted.Scripted(), Channel(theirs), unchecked))
     thread.start()
     yield Parent(ours)
     ours.close()
@@ -180,28 +180,28 @@ def test_an_engine_whose_step_fails_ends_the_worker() -> None:
     with ours, theirs:
         ours.sendall(frame(call("hello")))
         with pytest.raises(ZeroDivisionError):
-            worker.run(engine, Channel(theirs), unchecked)
+            worker_main.run(engine, Channel(theirs), unchecked)
 
 
 def test_threads_of_a_worker_wait_patiently_unless_the_user_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
-    assert child.environment()["GOMP_SPINCOUNT"] == "10000"
+    assert worker_process.environment()["GOMP_SPINCOUNT"] == "10000"
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    assert (child.environment()["GOMP_SPINCOUNT"], child.environment()["KMP_BLOCKTIME"]) == ("7", "1")
+    assert (worker_process.environment()["GOMP_SPINCOUNT"], worker_process.environment()["KMP_BLOCKTIME"]) == ("7", "1")
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    assert "GOMP_SPINCOUNT" not in child.environment()
+    assert "GOMP_SPINCOUNT" not in worker_process.environment()
 
 
 def test_open_frame_limits_the_recordings_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(audio._longest, "seconds", audio.MOST_SECONDS)
     for name in ("end_with_parent", "die_first"):  # of a process of its own
-        monkeypatch.setattr(worker.bounds, name, lambda: None)
+        monkeypatch.setattr(worker_main.bounds, name, lambda: None)
     opening = Supervisor(scripted.team(media=MediaLimits(seconds=7.0)), scripted.COMMAND).opening()
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
-    thread = threading.Thread(target=worker.serve, args=(theirs, lambda said: scripted.Scripted(), unchecked))
+    thread = threading.Thread(target=worker_main.serve, args=(theirs, lambda said: scripted.Scripted(), unchecked))
     with ours, theirs:
         thread.start()
         Parent(ours).say({"op": "open", **opening})

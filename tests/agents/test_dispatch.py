@@ -21,10 +21,6 @@ from dispatch_fakes import (
     version,
 )
 
-from sartor.agents.asking import Route
-from sartor.agents.book import list_agents
-from sartor.agents.roster import Roster
-from sartor.agents.team import Member, Rollout
 from sartor.core.errors import (
     ArtifactError,
     BusyError,
@@ -36,6 +32,10 @@ from sartor.core.errors import (
     UnknownAgentError,
 )
 from sartor.inference.engine import Done, Failed
+from sartor.serving.commands.agent_commands import list_agents
+from sartor.serving.dispatch.agent_admin import Roster
+from sartor.serving.team_config import Member, Rollout
+from sartor.serving.types import Route
 
 __all__ = ["no_fsync"]
 
@@ -386,7 +386,7 @@ def test_a_change_by_another_process_is_seen_and_one_made_here_at_once(tmp_path:
             await asyncio.sleep(0)  # it listens from its first turn on
             made.promote("faq", "2")
             await until(lambda: dispatch.served.agents["faq"].live == "2")
-            monkeypatch.setattr("sartor.agents.served.POLL_S", 0.001)
+            monkeypatch.setattr("sartor.serving.dispatch.served_agents.POLL_S", 0.001)
             made.promote("faq", "2")  # wakes it, so that it polls in the new rhythm
             await until(lambda: dispatch.served.generation == 4)
             other = registry(tmp_path)

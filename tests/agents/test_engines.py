@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sartor.agents.team import LlamaCpp, Local, Remote, load
 from sartor.inference import llamacpp_engine, openai_engine
 from sartor.inference.local import local_engine
+from sartor.serving.team_config import LlamaCpp, Local, Remote, load
 
 
 @pytest.mark.parametrize(("declared", "module"), [(Local, local_engine), (LlamaCpp, llamacpp_engine), (Remote, openai_engine)])

@@ -14,16 +14,15 @@ import pytest
 import serving
 from serving import chat
 
-from sartor.agents.feedback import Exchange, Inbox, Memory
-from sartor.agents.feedback_book import list_feedback, remove_feedback
-from sartor.agents.hearing import Hearing
-from sartor.agents.masking import Mask
-from sartor.agents.rates import FeedbackRates
-from sartor.agents.receipts import team_digest
-from sartor.agents.team import FeedbackTerms
 from sartor.core.errors import BusyError, ConfigError, MissingError, SourceError
 from sartor.core.filesystem import temporary_path
 from sartor.core.records import Feedback, Voice
+from sartor.serving.commands.agent_commands import list_feedback, remove_feedback
+from sartor.serving.feedback_intake import Hearing, Mask
+from sartor.serving.feedback_store import Exchange, Inbox, Memory
+from sartor.serving.rate_limits import FeedbackRates
+from sartor.serving.receipts import team_digest
+from sartor.serving.team_config import FeedbackTerms
 
 COMPLETIONS, FEEDBACK = "/v1/chat/completions", "/v1/feedback"
 FAQ, ALL, ADMIN = ({"authorization": f"Bearer key-{name}"} for name in ("faq", "all", "admin"))

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from sartor.agents import keys as keys_module
-from sartor.agents.keys import Keys
-from sartor.agents.rates import MOST_KEYS, Rates
-from sartor.agents.tables import open_database
-from sartor.agents.team import Limits, Team
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, KeyRefusedError
+from sartor.serving import api_keys as keys_module
+from sartor.serving.api_keys import Keys
+from sartor.serving.rate_limits import MOST_KEYS, Rates
+from sartor.serving.registry.registry_schema import open_database
+from sartor.serving.team_config import Limits, Team
 
 
 @pytest.fixture

@@ -16,15 +16,13 @@ import pytest
 import serving
 from serving import chat
 
-from sartor.agents import key_cache, key_marks
-from sartor.agents import keys as keys_module
-from sartor.agents.key_cache import KeyCache, KeyTable
-from sartor.agents.keys import Keys, remove_keys
-from sartor.agents.outside import CardTerms, McpTerms
-from sartor.agents.registry import Registry
-from sartor.agents.tables import open_database
-from sartor.agents.team import Team
 from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, MissingError, UnavailableError
+from sartor.serving import api_keys
+from sartor.serving import api_keys as keys_module
+from sartor.serving.api_keys import KeyCache, Keys, KeyTable, remove_keys
+from sartor.serving.registry.registry import Registry
+from sartor.serving.registry.registry_schema import open_database
+from sartor.serving.team_config import CardTerms, McpTerms, Team
 
 
 class Clock:
@@ -104,12 +102,12 @@ def test_each_mark_is_enough_alone(left: str, keys: Keys, state: Path, clock: Cl
     keys.make(["faq"])
     assert not keys.is_open
     if left == "registry":
-        (state / key_marks.FILE).unlink()
+        (state / api_keys.FILE).unlink()
         empty(state)
     else:
         lose_database(state)
     if left == "memory":
-        (state / key_marks.FILE).unlink()
+        (state / api_keys.FILE).unlink()
         clock.now += keys_module.FRESH_S
         assert is_lost(keys)
     with closing(opened(state, clock)) as restarted:
@@ -135,7 +133,7 @@ def test_lost_mark_is_written_again(keys: Keys, state: Path, clock: Clock) -> No
     lose_database(state)
     clock.now += keys_module.MARK_AGAIN_S + 1
     assert is_lost(keys)
-    (state / key_marks.FILE).unlink()
+    (state / api_keys.FILE).unlink()
     with closing(opened(state, clock)) as restarted:
         assert is_lost(restarted), "the new registry has the mark too"
 
@@ -143,12 +141,12 @@ def test_lost_mark_is_written_again(keys: Keys, state: Path, clock: Clock) -> No
 def test_keys_made_by_an_older_version_are_marked(keys: Keys, state: Path, clock: Clock) -> None:
     keys.make(["faq"])
     change(state, "drop trigger events_delete", "delete from events")
-    (state / key_marks.FILE).unlink()
+    (state / api_keys.FILE).unlink()
     with closing(opened(state, clock)) as server:
         assert not server.is_open
     empty(state)
-    assert (state / key_marks.FILE).exists()
-    (state / key_marks.FILE).unlink()
+    assert (state / api_keys.FILE).exists()
+    (state / api_keys.FILE).unlink()
     with closing(opened(state, clock)) as restarted:
         assert is_lost(restarted)
 
@@ -158,7 +156,7 @@ def test_events_say_when_keys_began_and_ended(state: Path, keys: Keys) -> None:
     keys.make(["home"])
     keys.remove_all()
     with closing(Registry.open(f"sqlite:///{state / 'registry.sqlite'}")) as registry:
-        assert [event.what for event in registry.events()] == [key_marks.KEYED, key_marks.UNKEYED]
+        assert [event.what for event in registry.events()] == [api_keys.KEYED, api_keys.UNKEYED]
 
 
 def test_team_that_never_had_keys_stays_open(keys: Keys, state: Path, clock: Clock) -> None:
@@ -167,7 +165,7 @@ def test_team_that_never_had_keys_stays_open(keys: Keys, state: Path, clock: Clo
     assert keys.is_open
     (state / "registry.sqlite").write_bytes(b"no database" * 1000)
     clock.now += 10 * keys_module.STALE_S
-    assert keys.is_open and not (state / key_marks.FILE).exists() and keys.troubles() == {}
+    assert keys.is_open and not (state / api_keys.FILE).exists() and keys.troubles() == {}
 
 
 def test_registry_of_an_older_version_without_keys_stays_open(keys: Keys, state: Path, clock: Clock) -> None:
@@ -225,7 +223,7 @@ def test_remove_all_opens_a_server_that_starts_and_no_other(keys: Keys, state: P
         clock.now += keys_module.FRESH_S
         assert is_lost(running)
         clock.now += keys_module.MARK_AGAIN_S + 1
-        assert is_lost(running) and not (state / key_marks.FILE).exists(), "what was taken back is not marked again"
+        assert is_lost(running) and not (state / api_keys.FILE).exists(), "what was taken back is not marked again"
         with closing(opened(state, clock)) as restarted:
             assert restarted.is_open
             restarted.make(["faq"])
@@ -240,7 +238,7 @@ def test_servers_with_one_registry_and_two_states(tmp_path: Path, clock: Clock) 
     shared.mkdir()
     with closing(opened(one, clock, shared)) as first, closing(opened(other, clock, shared)) as second:
         first.make(["faq"])
-        assert not second.is_open and (other / key_marks.FILE).exists(), "a server marks its own state directory too"
+        assert not second.is_open and (other / api_keys.FILE).exists(), "a server marks its own state directory too"
         empty(shared)
         with closing(opened(tmp_path / "third", clock, shared)) as third:
             assert is_lost(third), "the registry's mark is everybody's"
@@ -274,12 +272,12 @@ def test_mark_that_cannot_be_removed_is_named(keys: Keys, monkeypatch: pytest.Mo
     def refuse(state: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(key_marks, "remove_file", refuse)
+    monkeypatch.setattr(api_keys, "remove_file", refuse)
     with pytest.raises(ConfigError, match="cannot be removed: Permission denied"):
         keys.remove_all()
 
 
-TABLE = KeyTable({"a": None}, {}, key_marks.KEYED, False)
+TABLE = KeyTable({"a": None}, {}, api_keys.KEYED, False)
 
 
 class Slow:
@@ -304,7 +302,7 @@ class Slow:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(key_cache, "WAIT_S", 0.2)
+    monkeypatch.setattr(api_keys, "WAIT_S", 0.2)
     return 0.2
 
 

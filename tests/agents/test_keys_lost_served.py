@@ -22,8 +22,8 @@ import pytest
 
 import sartor
 from postgres_server import postgres
-from sartor.agents import key_marks
-from sartor.agents.keys import FRESH_S, STALE_S
+from sartor.serving import api_keys
+from sartor.serving.api_keys import FRESH_S, STALE_S
 
 # What a request may take while the registry is lost; a server that waits for it takes minutes
 PATIENCE_S = 8.0
@@ -145,7 +145,7 @@ def test_postgres_server_whose_keys_are_emptied_stays_shut(
             with rows(url) as connection:
                 connection.execute(f"truncate {', '.join(tables)}")
 
-        loses_its_keys(team, lambda: empty("keys"), (team.folder / ".team" / key_marks.FILE).unlink)
+        loses_its_keys(team, lambda: empty("keys"), (team.folder / ".team" / api_keys.FILE).unlink)
         empty("keys", "events", "generation")
         with team.serving() as client:
             refuses_everybody(client, "")

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sartor.agents.bulkhead import Bulkhead, most_rows
-from sartor.agents.live import DiffersError, Events, LiveCall, Story
 from sartor.core.errors import BusyError, ModelError
 from sartor.inference.engine import Call, Done, Failed, Logprob, Piece
+from sartor.serving.workers.agent_health import Bulkhead, most_rows
+from sartor.serving.workers.in_flight import DiffersError, Events, LiveCall, Story
 
 TOKENS = ["The", " sky", " is", "", " ", "blue", "é", ".", "\ud800", " And"]
 

@@ -12,12 +12,11 @@ import httpx
 import pytest
 import serving
 
-from sartor.agents.asking import Listed
-from sartor.agents.outside import CardTerms, McpTerms
-from sartor.agents.serve.journal import Journal
-from sartor.agents.serve.server import Server
-from sartor.agents.team import Member, Team
 from sartor.core.errors import ExtraError, UnavailableError
+from sartor.serving.http.request_log import Journal
+from sartor.serving.http.server import Server
+from sartor.serving.team_config import CardTerms, McpTerms, Member, Team
+from sartor.serving.types import Listed
 
 pytest.importorskip("mcp")
 PLAN = Listed("checked", "d1", ("d1",), {"plan": "sequence"})

@@ -18,19 +18,19 @@ from test_plan_log import PLAN, WORDS, again, logged, script
 from test_receipts import command, given, replied
 
 import sartor
-from sartor.agents import admission
-from sartor.agents.admission import Ground
-from sartor.agents.plans.log import PlanLog, Ran, read_runs
-from sartor.agents.plans.replay import Remaking
-from sartor.agents.plans.steps import Line
-from sartor.agents.receipts import Seal, receipt_of
-from sartor.agents.routing import part, space, store
-from sartor.agents.routing.exemplars import Exemplars, Prompt
-from sartor.agents.team import load
 from sartor.core.errors import ArtifactError
 from sartor.core.numerics import NUMERICS
 from sartor.inference.engine import About
 from sartor.models import base as bases_in_memory
+from sartor.serving.admission import admission
+from sartor.serving.admission.admission import Ground
+from sartor.serving.commands.plan_replay import Remaking
+from sartor.serving.plans.plan_log import PlanLog, Ran, read_runs
+from sartor.serving.plans.plan_steps import Line
+from sartor.serving.receipts import Seal, receipt_of
+from sartor.serving.routing import agent_classifier
+from sartor.serving.routing.exemplars import Exemplars, Prompt
+from sartor.serving.team_config import load
 
 OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 2"
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -179,12 +179,12 @@ def test_a_copy_that_another_arithmetic_admitted_is_asked_again_once(
     assert asked == [dtype == "bfloat16", False]
 
 
-def fitted(count: int = 8) -> tuple[Exemplars, space.Space, Any]:
+def fitted(count: int = 8) -> tuple[Exemplars, agent_classifier.Space, Any]:
     found = Exemplars(tuple(Prompt(f"a:{n}", f"switch on lamp {n}") for n in range(count)))
     source = np.random.default_rng(0)
-    general = source.normal(size=(len(space.general_texts()), 6)).astype(np.float32)
-    texts = part.rows_of(found).texts
-    return found, space.make("base", general), source.normal(size=(len(texts), 6)).astype(np.float32)
+    general = source.normal(size=(len(agent_classifier.general_texts()), 6)).astype(np.float32)
+    texts = agent_classifier.rows_of(found).texts
+    return found, agent_classifier.make("base", general), source.normal(size=(len(texts), 6)).astype(np.float32)
 
 
 @DTYPES
@@ -192,17 +192,19 @@ def test_router_features_of_the_base_are_made_anew_by_another_arithmetic(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, ground, vectors = fitted()
-    made = part.fit(found, ground, vectors)
-    store.save_part(tmp_path, "base", made)  # as every version before wrote it
-    store.save_vectors(tmp_path, "base", "d", vectors)
+    made = agent_classifier.fit(found, ground, vectors)
+    agent_classifier.save_part(tmp_path, "base", made)  # as every version before wrote it
+    agent_classifier.save_vectors(tmp_path, "base", "d", vectors)
     is_old = dtype == "bfloat16"
-    assert (store.open_part(tmp_path, "base", made.digest, dtype) is None) == is_old
-    assert (store.open_vectors(tmp_path, "base", "d", dtype) is None) == is_old
-    store.save_part(tmp_path, "base", made, dtype)
-    store.save_vectors(tmp_path, "base", "d", vectors, dtype)
-    assert store.open_part(tmp_path, "base", made.digest, dtype) is not None
-    assert store.open_vectors(tmp_path, "base", "d", dtype) is not None
+    assert (agent_classifier.open_part(tmp_path, "base", made.digest, dtype) is None) == is_old
+    assert (agent_classifier.open_vectors(tmp_path, "base", "d", dtype) is None) == is_old
+    agent_classifier.save_part(tmp_path, "base", made, dtype)
+    agent_classifier.save_vectors(tmp_path, "base", "d", vectors, dtype)
+    assert agent_classifier.open_part(tmp_path, "base", made.digest, dtype) is not None
+    assert agent_classifier.open_vectors(tmp_path, "base", "d", dtype) is not None
     monkeypatch.setitem(NUMERICS, dtype, 9)
-    assert store.open_part(tmp_path, "base", made.digest, dtype) is None
-    assert store.open_vectors(tmp_path, "base", "d", dtype) is None
-    assert store.open_part(tmp_path, "base", made.digest) is not None, "an encoder of another library has no numerics"
+    assert agent_classifier.open_part(tmp_path, "base", made.digest, dtype) is None
+    assert agent_classifier.open_vectors(tmp_path, "base", "d", dtype) is None
+    assert agent_classifier.open_part(tmp_path, "base", made.digest) is not None, (
+        "an encoder of another library has no numerics"
+    )

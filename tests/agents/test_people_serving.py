@@ -14,17 +14,17 @@ import pytest
 from dispatch_fakes import FakeCrew, FakeReceipts, admit, asked, dispatching, no_fsync, registry, team, until, version
 
 from postgres_server import postgres
-from sartor.agents.entries import Version
-from sartor.agents.keys import Keys
-from sartor.agents.people import presence
-from sartor.agents.people.book import FORGOTTEN, PeopleBook, Personal
-from sartor.agents.people.erasing import erase_receipts
-from sartor.agents.registry import Cause, Registry
-from sartor.agents.serve.seams import ANYBODY
-from sartor.agents.team import PersonalTerms, Team
 from sartor.core.errors import ModelError
 from sartor.core.lineage.receipt_index import ReceiptIndex
 from sartor.inference.engine import Piece
+from sartor.serving.api_keys import Keys
+from sartor.serving.http.services import ANYBODY
+from sartor.serving.receipts import erase_receipts
+from sartor.serving.registry import server_presence
+from sartor.serving.registry.registry import Cause, Registry
+from sartor.serving.registry.registry_schema import Version
+from sartor.serving.registry.user_versions import FORGOTTEN, PeopleBook, Personal
+from sartor.serving.team_config import PersonalTerms, Team
 
 __all__ = ["no_fsync"]
 
@@ -167,17 +167,20 @@ def test_a_server_lets_go_of_whom_the_registry_forgets_and_says_so(tmp_path: Pat
             generation, removed = book.forget(ADA, Cause("dpo", "asked for"))
             assert removed == {"people": 1, "speakers": 0}
             state = Path(team(tmp_path).state)
-            assert await asyncio.to_thread(presence.wait_for, state, generation, 0.0) == ([], [presence.os.getpid()])
+            assert await asyncio.to_thread(server_presence.wait_for, state, generation, 0.0) == (
+                [],
+                [server_presence.os.getpid()],
+            )
             await until(lambda: forgotten == [ADA])
             assert "own-aaaa" in crew.attached, "the reply that lives has it to its end"
             await answer.events.aclose()
             late: Sequence[int] = [1]
             while late:
-                heard, late = await asyncio.to_thread(presence.wait_for, state, generation, 0.2)
-            assert heard == [presence.os.getpid()] and crew.renewals == 1
+                heard, late = await asyncio.to_thread(server_presence.wait_for, state, generation, 0.2)
+            assert heard == [server_presence.os.getpid()] and crew.renewals == 1
             assert "own-aaaa" not in crew.attached and "own-bbbb" in crew.attached
             assert (await told(dispatch, ADA))[:2] == ("faq@1", "by faq-1")
-        assert presence.running(state) == {}
+        assert server_presence.running(state) == {}
 
     asyncio.run(scenario())
     assert crew.lost == []
@@ -186,7 +189,7 @@ def test_a_server_lets_go_of_whom_the_registry_forgets_and_says_so(tmp_path: Pat
 def test_a_server_that_died_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "servers").mkdir()
     (tmp_path / "servers" / "4242.json").write_text('{"pid": 4242, "generation": 3}')
-    assert presence.wait_for(tmp_path, 9, 0.0) == ([], [])
+    assert server_presence.wait_for(tmp_path, 9, 0.0) == ([], [])
     assert list((tmp_path / "servers").iterdir()) == []
 
 

@@ -15,14 +15,6 @@ from served_person import CANARY, others_rows, person, say, state_of, team
 
 import sartor
 from conftest import ROWS
-from sartor.agents.admission import Ground
-from sartor.agents.book import _looked_at
-from sartor.agents.entries import Version
-from sartor.agents.people.admitting import admit_personal
-from sartor.agents.people.names import is_personal
-from sartor.agents.receipts import ReceiptBook
-from sartor.agents.registry import Registry
-from sartor.agents.team import load
 from sartor.core import home
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import (
@@ -36,6 +28,13 @@ from sartor.core.filesystem import writer_lock
 from sartor.inference.engine import About
 from sartor.models.lora_tensors import cut, rank_of
 from sartor.personal.remains import Needles
+from sartor.serving.admission.admission import Ground, admit_personal
+from sartor.serving.commands.agent_commands import _looked_at
+from sartor.serving.receipts import ReceiptBook
+from sartor.serving.registry.registry import Registry
+from sartor.serving.registry.registry_schema import Version
+from sartor.serving.registry.user_versions import is_personal
+from sartor.serving.team_config import load
 
 __all__ = ["team"]
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sartor.agents.plans.checks import SEARCH_S, found_by
-from sartor.agents.plans.declared import Arithmetic, Citations, FieldRule, Json, Merge, Pattern, Vote
-from sartor.agents.plans.uniting import merged, winner
 from sartor.core.errors import ConfigError
+from sartor.serving.plan_options import Arithmetic, Citations, FieldRule, Json, Merge, Pattern, Vote
+from sartor.serving.plans.draft_checks import SEARCH_S, found_by
+from sartor.serving.plans.plan_runner import merged, winner
 
 ROOMS = {"type": "object", "properties": {"room": {"enum": ["hall"]}}, "required": ["room"], "additionalProperties": False}
 

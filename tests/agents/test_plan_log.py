@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from plan_fakes import DIGEST, FakeReplies, ask, asked, planned
 
-from sartor.agents.asking import Request
-from sartor.agents.plans.log import PlanLog, Ran, read_runs
-from sartor.agents.plans.replay import Remaking, Replayed, replay_plans
-from sartor.agents.plans.steps import Line
-from sartor.agents.team import Team
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, UnavailableError
+from sartor.serving.commands.plan_replay import Remaking, Replayed, replay_plans
+from sartor.serving.plans.plan_log import PlanLog, Ran, read_runs
+from sartor.serving.plans.plan_steps import Line
+from sartor.serving.team_config import Team
+from sartor.serving.types import Request
 
 PLAN: dict[str, Any] = {
     "name": "checked",

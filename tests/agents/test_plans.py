@@ -10,9 +10,6 @@ import serving
 from dispatch_fakes import FakeReceipts
 from plan_fakes import FakeReplies, ask, asked, opened, planned, told
 
-from sartor.agents.plans.declared import Chain, Critic, Divided, Json, Parallel, digest
-from sartor.agents.plans.handover import Finding, Handover, read_verdict
-from sartor.agents.team import load
 from sartor.core.errors import (
     BudgetError,
     BusyError,
@@ -25,6 +22,9 @@ from sartor.core.errors import (
     UnknownAgentError,
 )
 from sartor.inference.engine import Done, Failed
+from sartor.serving.plan_options import Chain, Critic, Divided, Json, Parallel, digest
+from sartor.serving.plans.step_messages import Finding, Handover, read_verdict
+from sartor.serving.team_config import load
 
 ROOMS = {"type": "object", "properties": {"room": {"enum": ["hall", "attic"]}}, "required": ["room"]}
 CHECKED: dict[str, Any] = {

@@ -22,13 +22,13 @@ from dispatch_fakes import (
     version,
 )
 
-from sartor.agents.asking import Request
-from sartor.agents.dispatch import Dispatch
-from sartor.agents.entries import Version
-from sartor.agents.people.book import PeopleBook, Personal
-from sartor.agents.registry import Cause, Registry
-from sartor.agents.serve.desk import as_header
 from sartor.core.errors import ModelError, UnavailableError
+from sartor.serving.dispatch.dispatcher import Dispatch
+from sartor.serving.http.app_state import as_header
+from sartor.serving.registry.registry import Cause, Registry
+from sartor.serving.registry.registry_schema import Version
+from sartor.serving.registry.user_versions import PeopleBook, Personal
+from sartor.serving.types import Request
 
 __all__ = ["no_fsync"]
 

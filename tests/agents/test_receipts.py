@@ -24,11 +24,6 @@ import pytest
 import media_files
 import sartor
 from sartor import cli
-from sartor.agents import receipts
-from sartor.agents.asking import Given
-from sartor.agents.receipt_content import Content, digest_by
-from sartor.agents.receipts import ReceiptBook, Seal
-from sartor.agents.team import Limits, Team
 from sartor.core import catalogue, parquet_io, signing
 from sartor.core.artifacts import Artifact, seal, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SignatureError
@@ -37,6 +32,10 @@ from sartor.core.lineage.receipt_index import ReceiptIndex
 from sartor.core.lineage.revocation import Folder, _replies
 from sartor.core.records import canonical
 from sartor.inference.engine import About, Call, Done, Piece, Sampling
+from sartor.serving import receipts
+from sartor.serving.receipts import Content, ReceiptBook, Seal, digest_by
+from sartor.serving.team_config import Limits, Team
+from sartor.serving.types import Given
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from bad_adapters import Maker  # noqa: E402
@@ -523,8 +522,8 @@ WRITER = """
 import sys, dataclasses
 sys.path[:0] = {path!r}
 from test_receipts import ABOUT, given
-from sartor.agents.receipts import ReceiptBook
-from sartor.agents.team import Team
+from sartor.serving.receipts import ReceiptBook
+from sartor.serving.team_config import Team
 book = ReceiptBook.of(Team(base="starter", state={state!r}), lambda: ABOUT)
 number = 0
 while True:

@@ -21,9 +21,6 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 
 from postgres_server import postgres
-from sartor.agents import tables
-from sartor.agents.entries import MOST_EARLIER
-from sartor.agents.registry import Cause, Registry
 from sartor.core import database
 from sartor.core.errors import (
     ArtifactError,
@@ -34,6 +31,9 @@ from sartor.core.errors import (
     SartorError,
     UnknownAgentError,
 )
+from sartor.serving.registry import registry_schema
+from sartor.serving.registry.registry import Cause, Registry
+from sartor.serving.registry.registry_schema import MOST_EARLIER
 
 __all__ = ["no_fsync"]
 FAQ = [version("faq", str(number)) for number in range(4)]
@@ -190,10 +190,10 @@ def test_a_file_that_is_no_database_and_one_of_a_newer_sartor_are_refused(tmp_pa
 
 def test_a_migration_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "migrations"
-    shutil.copytree(tables.MIGRATIONS, broken, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(registry_schema.MIGRATIONS, broken, ignore=shutil.ignore_patterns("__pycache__"))
     revision = broken / "versions" / "r0001_registry.py"
     revision.write_text(revision.read_text() + "\n    op.execute('select no_such_thing')\n")
-    monkeypatch.setattr(tables, "MIGRATIONS", broken)
+    monkeypatch.setattr(registry_schema, "MIGRATIONS", broken)
     with pytest.raises(ArtifactError, match="no_such_thing"):
         Registry.open(sqlite_url(tmp_path / "state"))
     monkeypatch.undo()
@@ -206,12 +206,12 @@ def test_a_migration_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 def test_an_older_form_comes_to_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Registry.open(sqlite_url(tmp_path)).add(FAQ[0])
     newer = tmp_path / "migrations"
-    shutil.copytree(tables.MIGRATIONS, newer, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(registry_schema.MIGRATIONS, newer, ignore=shutil.ignore_patterns("__pycache__"))
     (newer / "versions" / "r0003_more.py").write_text(
         "import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '0003', '0002'\n"
         "def upgrade():\n    op.create_table('more', sa.Column('id', sa.Integer, primary_key=True))\n"
     )
-    monkeypatch.setattr(tables, "MIGRATIONS", newer)
+    monkeypatch.setattr(registry_schema, "MIGRATIONS", newer)
     opened = Registry.open(sqlite_url(tmp_path))
     assert opened.read().agents["faq"].live == "0"
     execute(tmp_path, "insert into more values (1)")
@@ -407,7 +407,7 @@ class TestMachine(Machine.TestCase):
 
 RACE = """
 import sys
-from sartor.agents.registry import Registry
+from sartor.serving.registry.registry import Registry
 from sartor.core.errors import ConflictError
 url, mine = sys.argv[1:]
 registry = Registry.open(url)
@@ -452,7 +452,7 @@ def test_of_processes_that_race_exactly_one_wins_each_time_and_they_open_a_new_r
 
 KILL = """
 import sys
-from sartor.agents.registry import Registry
+from sartor.serving.registry.registry import Registry
 registry = Registry.open(sys.argv[1])
 turn = 0
 while True:

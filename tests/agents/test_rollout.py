@@ -10,12 +10,21 @@ from typing import Any
 import pytest
 from dispatch_fakes import FakeCrew, admit, asked, dispatching, no_fsync, registry, said, team, until, version
 
-from sartor.agents.entries import Agent
-from sartor.agents.monitors import FALSE_ALARM, MONITORS, WINDOW_REPLIES, Histogram, Rate, Tally, alarm, excess
-from sartor.agents.rollout import Rollouts, Seen, Verdict, is_json, takes
-from sartor.agents.roster import Roster
-from sartor.agents.team import Rollout
 from sartor.core.errors import ModelError
+from sartor.serving.dispatch.agent_admin import Roster
+from sartor.serving.dispatch.rollout import Rollouts, Seen, Verdict, is_json, takes
+from sartor.serving.dispatch.sequential_tests import (
+    FALSE_ALARM,
+    MONITORS,
+    WINDOW_REPLIES,
+    Histogram,
+    Rate,
+    Tally,
+    alarm,
+    excess,
+)
+from sartor.serving.registry.registry_schema import Agent
+from sartor.serving.team_config import Rollout
 
 __all__ = ["no_fsync"]
 RULES = Rollout(least_requests=20, watch_s=100.0)

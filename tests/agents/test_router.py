@@ -14,17 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sartor.agents import router
-from sartor.agents.asking import Embedded, Route
-from sartor.agents.router import AutoRouter, chosen, user_turns
-from sartor.agents.routing import curves, exemplars, fitting, lift, part, space, store
-from sartor.agents.routing.exemplars import Exemplars, Prompt
-from sartor.agents.routing.fitted import CANDIDATES, Fitted, Judged
-from sartor.agents.team import Routing
 from sartor.core import parquet_io
 from sartor.core.artifacts import MANIFESTS
 from sartor.core.errors import ArtifactError, BusyError, UnavailableError
 from sartor.evaluate.training_facts import EXEMPLARS
+from sartor.serving.routing import agent_classifier, calibration, exemplars, router
+from sartor.serving.routing import exemplars as lift
+from sartor.serving.routing.exemplars import Exemplars, Prompt
+from sartor.serving.routing.router import AutoRouter, chosen, user_turns
+from sartor.serving.routing.router_model import CANDIDATES, Fitted, Judged
+from sartor.serving.team_config import Routing
+from sartor.serving.types import Embedded, Route
 
 ROOMS = ("kitchen", "hall", "attic", "garage", "cellar", "office", "nursery", "bathroom", "loft", "porch")
 THINGS = ("lamp", "heater", "fan", "blind", "radio")
@@ -59,17 +59,17 @@ def ask(text: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def ground() -> space.Space:
-    return space.make("tfidf", None)
+def ground() -> agent_classifier.Space:
+    return agent_classifier.make("tfidf", None)
 
 
-def fit(found: dict[str, Exemplars], ground: space.Space) -> Fitted:
-    parts = {name: part.fit(one, ground, None) for name, one in found.items()}
-    return fitting.assemble(parts, ground, 0.9, 0.05)
+def fit(found: dict[str, Exemplars], ground: agent_classifier.Space) -> Fitted:
+    parts = {name: agent_classifier.fit(one, ground, None) for name, one in found.items()}
+    return calibration.assemble(parts, ground, 0.9, 0.05)
 
 
 @pytest.fixture(scope="module")
-def two(ground: space.Space) -> Fitted:
+def two(ground: agent_classifier.Space) -> Fitted:
     return fit(agents("home", "chef"), ground)
 
 
@@ -110,38 +110,43 @@ def test_its_reason_says_scores_threshold_and_the_nearest_exemplar_and_names_nob
     assert chosen(two, asked, {"stranger"}).agent == chosen(two, asked, ()).agent == "base"
 
 
-def arrays_of(one: part.Part) -> dict[str, Any]:
-    return {name: np.asarray(array) for name, array in part.as_arrays(one).items()}
+def arrays_of(one: agent_classifier.Part) -> dict[str, Any]:
+    return {name: np.asarray(array) for name, array in agent_classifier.as_arrays(one).items()}
 
 
-def test_an_agent_that_comes_or_goes_leaves_the_parts_of_the_others_as_they_are(ground: space.Space, two: Fitted) -> None:
-    alone = arrays_of(part.fit(agents("home")["home"], ground, None))
+def test_an_agent_that_comes_or_goes_leaves_the_parts_of_the_others_as_they_are(
+    ground: agent_classifier.Space, two: Fitted
+) -> None:
+    alone = arrays_of(agent_classifier.fit(agents("home")["home"], ground, None))
     beside = arrays_of(two.parts[two.agents.index("home")])
     assert set(alone) == set(beside) and all(np.array_equal(alone[name], beside[name], equal_nan=True) for name in alone)
 
 
 def test_a_part_that_was_written_is_read_back_to_the_bit_and_a_damaged_one_is_named(two: Fitted, tmp_path: Path) -> None:
     one = two.parts[0]
-    store.save_part(tmp_path, "tfidf", one)
-    again = store.open_part(tmp_path, "tfidf", one.digest)
+    agent_classifier.save_part(tmp_path, "tfidf", one)
+    again = agent_classifier.open_part(tmp_path, "tfidf", one.digest)
     assert again is not None and again.ids == one.ids
     assert all(
         np.array_equal(a, b, equal_nan=True) for a, b in zip(arrays_of(one).values(), arrays_of(again).values(), strict=True)
     )
     assert replace(two, parts=(again, two.parts[1])).judge(["switch on the oven"]) == two.judge(["switch on the oven"])
-    assert store.open_part(tmp_path, "tfidf", "0" * 64) is None and store.open_part(tmp_path, "minilm", one.digest) is None
+    assert (
+        agent_classifier.open_part(tmp_path, "tfidf", "0" * 64) is None
+        and agent_classifier.open_part(tmp_path, "minilm", one.digest) is None
+    )
     (file,) = tmp_path.glob("*/*.npz")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ArtifactError, match="cannot be read"):
-        store.open_part(tmp_path, "tfidf", one.digest)
+        agent_classifier.open_part(tmp_path, "tfidf", one.digest)
     arrays = arrays_of(one)
     with pytest.raises(ValueError, match="do not fit each other"):
-        part.from_arrays(one.digest, one.ids[:-1], arrays)
+        agent_classifier.from_arrays(one.digest, one.ids[:-1], arrays)
     file.write_bytes(whole)
-    store.keep_only(tmp_path, {one.digest})
+    agent_classifier.keep_only(tmp_path, {one.digest})
     assert file.is_file()
-    store.keep_only(tmp_path, ())
+    agent_classifier.keep_only(tmp_path, ())
     assert not file.is_file(), "no prompts stay of an agent that is gone"
 
 
@@ -149,28 +154,28 @@ def test_the_threshold_is_set_by_the_risk_coverage_curve() -> None:
     own = [np.array([0.9, 0.8, 0.3]), np.array([0.7, 0.25])]
     right = [np.array([True, True, True]), np.array([True, False])]
     foreign = [np.array([0.85, 0.2, 0.1, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])]
-    threshold = fitting.choose(own, right, foreign, 0.9)
+    threshold = calibration.choose(own, right, foreign, 0.9)
     assert 0.25 < threshold < 0.3, "all that can be right is, and one of ten foreign prompts gets an agent"
-    assert fitting.choose(own, right, foreign, 0.9, 0.12) == pytest.approx(threshold), "0.1 of 0.85 is wrong"
-    assert fitting.choose(own, right, foreign, 0.9, 0.05) == pytest.approx(0.875), "the only one with nobody astray"
-    assert fitting.choose(own, right, foreign, 1.0) == pytest.approx(0.875)
-    dear = fitting.choose([np.array([0.9, 0.5])], [np.array([True, True])], [np.array([0.6, *[0.0] * 3])], 0.0)
+    assert calibration.choose(own, right, foreign, 0.9, 0.12) == pytest.approx(threshold), "0.1 of 0.85 is wrong"
+    assert calibration.choose(own, right, foreign, 0.9, 0.05) == pytest.approx(0.875), "the only one with nobody astray"
+    assert calibration.choose(own, right, foreign, 1.0) == pytest.approx(0.875)
+    dear = calibration.choose([np.array([0.9, 0.5])], [np.array([True, True])], [np.array([0.6, *[0.0] * 3])], 0.0)
     assert dear < 0.5, "a prompt that misses its agent weighs more than a foreign one that gets one"
-    assert fitting.choose([np.array([0.5])], [np.array([True])], [np.array([0.0])], 0.9) > 0, (
+    assert calibration.choose([np.array([0.5])], [np.array([True])], [np.array([0.0])], 0.9) > 0, (
         "a score of nothing is never enough"
     )
 
 
 def test_risk_by_coverage_and_calibration_of_a_case_worked_by_hand() -> None:
     confidence, is_right, weight = np.array([0.9, 0.6, 0.4]), np.array([True, False, True]), np.array([1.0, 1.0, 2.0])
-    coverage, risk = curves.risk_coverage(confidence, is_right, weight)
+    coverage, risk = calibration.risk_coverage(confidence, is_right, weight)
     assert coverage.tolist() == [0.25, 0.5, 1.0] and risk.tolist() == [0.0, 0.5, 0.25]
-    assert curves.aurc(confidence, is_right, weight) == pytest.approx(0.25 * 0.5 + 0.5 * 0.25)
-    assert curves.ece(confidence, is_right, weight) == pytest.approx((0.1 + 0.6 + 2 * 0.6) / 4)
+    assert calibration.aurc(confidence, is_right, weight) == pytest.approx(0.25 * 0.5 + 0.5 * 0.25)
+    assert calibration.ece(confidence, is_right, weight) == pytest.approx((0.1 + 0.6 + 2 * 0.6) / 4)
 
 
-def test_one_agent_without_held_out_prompts_lends_some_of_its_own(ground: space.Space) -> None:
-    rows = part.rows_of(Exemplars(prompts("home", 0, 50)))
+def test_one_agent_without_held_out_prompts_lends_some_of_its_own(ground: agent_classifier.Space) -> None:
+    rows = agent_classifier.rows_of(Exemplars(prompts("home", 0, 50)))
     assert len(rows.held_out) == 10 and len({one.id for one in rows.train + rows.held_out}) == 50
     assert len(rows.texts) == rows.bounds[-1].stop
     lone = fit({"home": Exemplars(prompts("home", 0, 3))}, ground)
@@ -182,7 +187,7 @@ def test_near_misses_of_an_agents_own_words_go_to_the_base(two: Fitted) -> None:
         assert agent_of(two, asked) == "base", asked
 
 
-def test_of_many_agents_those_that_may_be_chosen_are_looked_at(ground: space.Space) -> None:
+def test_of_many_agents_those_that_may_be_chosen_are_looked_at(ground: agent_classifier.Space) -> None:
     many = {f"a{n}": Exemplars(prompts("home", 0, 20)) for n in range(CANDIDATES + 2)}
     fitted = fit({**many, "chef": agents("chef")["chef"]}, ground)
     (found,) = fitted.judge([LISTED["home"][0]])
@@ -205,25 +210,27 @@ def measured(release: Path, low: float, gains: Sequence[float]) -> Path:
     return release
 
 
-def test_an_agent_gets_what_its_report_shows_a_gain_for_and_the_base_the_rest(ground: space.Space, tmp_path: Path) -> None:
+def test_an_agent_gets_what_its_report_shows_a_gain_for_and_the_base_the_rest(
+    ground: agent_classifier.Space, tmp_path: Path
+) -> None:
     everything = [*LISTED["home"][::2], *LISTED["chef"][::2]]
     gains = [*[0.5] * 40, *[-0.1] * 40]
     one = measured(release(tmp_path, "one", train=everything), 0.2, gains)
-    found = exemplars.read(one, "one")
+    found = exemplars.read_exemplars(one, "one")
     assert found.gain is not None and found.gain.is_shown and len(found.gain.rows) == 80
     fitted = fit({"one": found}, ground)
     home, chef = (chosen(fitted, fitted.judge([LISTED[name][3]]), {"one"}) for name in ("home", "chef"))
     assert home.agent == "one" and home.fits == ""
     assert chef.agent == "base" and chef.fits == "one"
     assert "one fits, but its Report shows no gain on the 40 rows that this is most like (-0.100)" in chef.reason
-    none = exemplars.read(measured(release(tmp_path, "none", train=everything), -0.01, gains), "none")
+    none = exemplars.read_exemplars(measured(release(tmp_path, "none", train=everything), -0.01, gains), "none")
     assert none.gain is not None and not none.gain.is_shown
     fitted = replace(fitted, unproven={"one": none.gain.detail})
     home = chosen(fitted, fitted.judge([LISTED["home"][3]]), {"one"})
     assert (home.agent, home.fits) == ("base", "one") and "its Report shows no gain over the base (exact_match" in home.reason
 
 
-def test_a_reports_rows_are_sliced_by_their_class_where_they_have_one(ground: space.Space) -> None:
+def test_a_reports_rows_are_sliced_by_their_class_where_they_have_one(ground: agent_classifier.Space) -> None:
     told = tuple(lift.Measured(text, "abc"[n % 3], float(n % 3)) for n, text in enumerate(LISTED["home"][:60]))
     gain = lift.Gain(True, "", told)
     found = lift.sliced(gain, ground.features([row.prompt for row in told], None))
@@ -287,7 +294,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few general prompts: these tests are about when something is fitted, not how well."""
     found = {kind: prompts[:3] for kind, prompts in exemplars.general().items()}
     monkeypatch.setattr(exemplars, "general", lambda: found)
-    monkeypatch.setattr(space, "general", lambda: found)
+    monkeypatch.setattr(agent_classifier, "general", lambda: found)
     monkeypatch.setattr(router, "BUSY_WAIT_S", 0.0)
     monkeypatch.setattr(router, "FIRST_WAIT_S", 60.0)
 
@@ -314,7 +321,7 @@ def test_agents_are_learnt_in_the_background_and_found_again_after_a_restart(few
             raise AssertionError("fitted again")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(part, "fit", never)
+            patch.setattr(agent_classifier, "fit", never)
             again = AutoRouter(Crew(), Routing("tfidf"), tmp_path / "state")
             await again.learn(releases)
             assert (await again.route(ask("switch on the lamp in the hall"), set(LISTED))).agent == "home"
@@ -332,9 +339,9 @@ def test_agents_that_come_to_an_empty_team_are_waited_for_and_a_fit_holds_up_no_
     few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, may_end, fits = threading.Event(), threading.Event(), []
-    fit = part.fit
+    fit = agent_classifier.fit
 
-    def slow(*arguments: Any) -> part.Part:
+    def slow(*arguments: Any) -> agent_classifier.Part:
         fits.append(arguments)
         begun.set()
         assert may_end.wait(60)
@@ -347,7 +354,7 @@ def test_agents_that_come_to_an_empty_team_are_waited_for_and_a_fit_holds_up_no_
         await auto.settle()
         await auto.learn(releases)
         assert (await auto.route(ask("switch on the lamp in the hall"), set(LISTED))).agent == "home"
-        monkeypatch.setattr(part, "fit", slow)
+        monkeypatch.setattr(agent_classifier, "fit", slow)
         for name in ("cook", "baker"):  # the first is being fitted, the second is not wanted any more when its turn comes
             await auto.learn({name: release(tmp_path, name, train=LISTED["chef"][:20])})
             await asyncio.to_thread(begun.wait, 60)
@@ -409,5 +416,5 @@ def test_of_two_encoders_the_dearer_one_must_be_better(two: Fitted) -> None:
         found = replace(two.space, encoder=encoder)
         return replace(two, space=found, figures={"accuracy": accuracy, "to_base": 0.95})
 
-    assert fitting.best_of([rated(0.9, "tfidf"), rated(0.905, "minilm")]).encoder == "tfidf"
-    assert fitting.best_of([rated(0.9, "tfidf"), rated(0.95, "minilm")]).encoder == "minilm"
+    assert calibration.best_of([rated(0.9, "tfidf"), rated(0.905, "minilm")]).encoder == "tfidf"
+    assert calibration.best_of([rated(0.9, "tfidf"), rated(0.95, "minilm")]).encoder == "minilm"

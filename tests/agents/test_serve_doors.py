@@ -10,10 +10,10 @@ import pytest
 import serving
 from serving import chat
 
-from sartor.agents.keys import Keys
-from sartor.agents.serve.guard import is_loopback
-from sartor.agents.serve.server import Server, bind
 from sartor.core.errors import ConfigError, KeyRefusedError
+from sartor.serving.api_keys import Keys
+from sartor.serving.http.auth_middleware import is_loopback
+from sartor.serving.http.server import Server, bind
 
 COMPLETIONS = "/v1/chat/completions"
 FAQ, ALL, ADMIN = ({"authorization": f"Bearer key-{name}"} for name in ("faq", "all", "admin"))

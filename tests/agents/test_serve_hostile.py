@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving import chat
 
-from sartor.agents.serve import bodies
-from sartor.agents.serve.bodies import MOST_NESTED, Reading, TooLargeError, nested, parse
 from sartor.core.errors import BusyError, RequestError
+from sartor.serving.http import request_body
+from sartor.serving.http.request_body import MOST_NESTED, Reading, TooLargeError, nested, parse
 
 COMPLETIONS = "/v1/chat/completions"
 DEEP = 100_000
@@ -236,7 +236,7 @@ def test_depth_does_not_depend_on_the_pieces_that_are_scanned(text: str, piece: 
     body = text.encode()
     with pytest.MonkeyPatch.context() as patch:
         whole = nested(body)
-        patch.setattr(bodies, "_PIECE", piece)
+        patch.setattr(request_body, "_PIECE", piece)
         assert nested(body) == nested(bytearray(body)) == whole
 
 

@@ -12,11 +12,11 @@ import serving
 from serving import chat
 
 from media_files import audio_part, bomb, data_url, image_part, png, silence, sound
-from sartor.agents.asking import Listed
-from sartor.agents.serve.bodies import TooLargeError, check_weight
-from sartor.agents.serve.media import Looking
-from sartor.agents.team import Limits, MediaLimits, load
 from sartor.core.errors import BusyError, ConfigError
+from sartor.serving.http.media_checks import Looking
+from sartor.serving.http.request_body import TooLargeError, check_weight
+from sartor.serving.team_config import Limits, MediaLimits, load
+from sartor.serving.types import Listed
 
 ROUTE = "/v1/chat/completions"
 TEXT = {"type": "text", "text": "What is it?"}

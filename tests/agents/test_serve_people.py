@@ -11,11 +11,11 @@ import pytest
 import serving
 from serving import KEYS, chat
 
-from sartor.agents.feedback import Exchange, Inbox, Memory
-from sartor.agents.people.names import MOST_CHARACTERS, named, person_of
-from sartor.agents.receipt_content import digest_by
-from sartor.agents.serve.seams import Persons
 from sartor.core.errors import ConfigError
+from sartor.serving.feedback_store import Exchange, Inbox, Memory
+from sartor.serving.http.services import Persons
+from sartor.serving.receipts import digest_by
+from sartor.serving.registry.user_versions import MOST_CHARACTERS, named, person_of
 
 DIGEST = digest_by(b"k" * 32)
 ADA = person_of("ada", DIGEST)

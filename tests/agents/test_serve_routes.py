@@ -11,12 +11,12 @@ import pytest
 import serving
 from serving import chat, events
 
-from sartor.agents.asking import Listed
-from sartor.agents.feedback import Exchange, Inbox, Memory
-from sartor.agents.serve.said import ChatAnswer, TextAnswer, VectorAnswer
 from sartor.core.errors import DeadlineError, UnavailableError
 from sartor.core.records import Feedback
 from sartor.inference.engine import Failed, Logprob, Piece
+from sartor.serving.feedback_store import Exchange, Inbox, Memory
+from sartor.serving.http.response_models import ChatAnswer, TextAnswer, VectorAnswer
+from sartor.serving.types import Listed
 
 COMPLETIONS = "/v1/chat/completions"
 TOOLS = [{"type": "function", "function": {"name": "light", "parameters": {"type": "object", "properties": {}}}}]
@@ -204,7 +204,7 @@ def test_an_error_before_a_reply_is_a_status_and_after_it_an_event(tmp_path: Pat
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_front_keeps_the_deadline_itself(tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # the reply has begun long before, also on a busy machine
-    monkeypatch.setattr("sartor.agents.serve.replies.GRACE_S", 0.0)
+    monkeypatch.setattr("sartor.serving.http.reply_collection.GRACE_S", 0.0)
     replies = serving.Replies(hold=asyncio.Event())
 
     async def main() -> Any:
@@ -219,7 +219,7 @@ def test_the_front_keeps_the_deadline_itself(tmp_path: Path, stream: bool, monke
 
 
 def test_a_house_that_does_not_even_begin_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sartor.agents.serve.replies.GRACE_S", 0.0)
+    monkeypatch.setattr("sartor.serving.http.reply_collection.GRACE_S", 0.0)
 
     class Hung(serving.Replies):
         async def open(self, request: Any) -> Any:
@@ -462,7 +462,7 @@ def test_an_inbox_heals_a_torn_line_and_refuses_what_the_disk_does(tmp_path: Pat
         file.write_bytes(before + bytes(data[:5]))
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sartor.agents.feedback.os.write", full)
+    monkeypatch.setattr("sartor.serving.feedback_store.os.write", full)
     with pytest.raises(Exception, match="No space left"):
         inbox.add(said)
     assert file.read_bytes() == before

@@ -12,10 +12,10 @@ import httpx
 import pytest
 import serving
 
-from sartor.agents.serve.journal import Journal
-from sartor.agents.serve.server import Server
-from sartor.agents.serve.speaker import Speaker
-from sartor.agents.team import Speech
+from sartor.serving.http.request_log import Journal
+from sartor.serving.http.server import Server
+from sartor.serving.http.speech_service import Speaker
+from sartor.serving.team_config import Speech
 
 # What a request may ask for is known at run time alone: without it nearly all are 404, and little is tried
 KNOWN = {

@@ -17,10 +17,10 @@ import pytest
 import serving
 from serving import chat, running
 
-from sartor.agents.serve import server as server_module
-from sartor.agents.serve.journal import Journal
-from sartor.agents.serve.server import Server
 from sartor.inference.engine import Done, Piece
+from sartor.serving.http import server as server_module
+from sartor.serving.http.request_log import Journal
+from sartor.serving.http.server import Server
 
 pytestmark = [pytest.mark.services, pytest.mark.alone]
 COMPLETIONS = "/v1/chat/completions"

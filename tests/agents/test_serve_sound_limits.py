@@ -19,7 +19,7 @@ import soundfile
 
 from composing import Seeing
 from media_files import audio_part, silence, sound
-from sartor.agents.team import MediaLimits
+from sartor.serving.team_config import MediaLimits
 
 MOST_ABOVE_IDLE = 64 << 20
 

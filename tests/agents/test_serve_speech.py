@@ -19,13 +19,13 @@ import serving
 import soundfile
 from serving import chat
 
-from sartor.agents.serve.journal import Journal
-from sartor.agents.serve.said import ChatAnswer
-from sartor.agents.serve.server import Server
-from sartor.agents.serve.speaker import Speaker
-from sartor.agents.team import Speech, load
 from sartor.core.errors import ConfigError
 from sartor.inference.engine import Piece
+from sartor.serving.http.request_log import Journal
+from sartor.serving.http.response_models import ChatAnswer
+from sartor.serving.http.server import Server
+from sartor.serving.http.speech_service import Speaker
+from sartor.serving.team_config import Speech, load
 from speaking import SAYS, needs_espeak, play_espeak, play_piper
 
 SPEECH, COMPLETIONS = "/v1/audio/speech", "/v1/chat/completions"

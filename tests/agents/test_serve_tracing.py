@@ -14,17 +14,17 @@ import serving
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from serving import chat
 
-from sartor.agents.serve import tracing
-from sartor.agents.serve.journal import Journal, ServerLines
-from sartor.agents.serve.tracing import Tracer
 from sartor.core.errors import ExtraError
+from sartor.serving.http import telemetry
+from sartor.serving.http.request_log import Journal, ServerLines
+from sartor.serving.http.telemetry import Tracer
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *bodies: Any) -> list[Any]:
     exporter = InMemorySpanExporter()
-    monkeypatch.setattr("sartor.agents.serve.server.Tracer", lambda endpoint: Tracer(endpoint, exporter))
+    monkeypatch.setattr("sartor.serving.http.server.Tracer", lambda endpoint: Tracer(endpoint, exporter))
 
     async def main() -> None:
         async with serving.client(serving.house(), serving.team(tmp_path), traceparent=PARENT) as client:
@@ -54,7 +54,7 @@ def test_without_an_endpoint_there_is_no_tracing_and_nothing_is_loaded(monkeypat
         monkeypatch.setitem(sys.modules, name, None)
     Tracer("").close()
     with pytest.raises(ExtraError, match="opentelemetry"):
-        tracing.Tracer("http://localhost:4318/v1/traces")
+        telemetry.Tracer("http://localhost:4318/v1/traces")
 
 
 def test_what_the_server_library_says_is_a_line_without_its_values() -> None:
@@ -65,7 +65,7 @@ def test_what_the_server_library_says_is_a_line_without_its_values() -> None:
         raise ValueError("my secret")
     except ValueError:
         lines.emit(logging.LogRecord("uvicorn.error", logging.ERROR, "", 1, "Exception in %s", ("secret",), sys.exc_info()))
-    lines.emit(logging.LogRecord("sartor.agents.places", logging.ERROR, "", 1, "%s workers", (3,), None))
+    lines.emit(logging.LogRecord("sartor.serving.workers.worker_pool", logging.ERROR, "", 1, "%s workers", (3,), None))
     journal.close()
     line, own = log.lines
     assert own["problem"] == "3 workers"

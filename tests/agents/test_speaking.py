@@ -10,9 +10,9 @@ import pytest
 import soundfile
 
 import sartor
-from sartor.agents.reply import Reply
 from sartor.cli import main
 from sartor.core.errors import ConfigError
+from sartor.serving.commands.ask_types import Reply
 from speaking import needs_espeak, play_espeak
 
 REPLY = Reply("q", '{"intent": "HassTurnOn", "area": "hall"}', "stop", "home@1.0", "asked by name", [])

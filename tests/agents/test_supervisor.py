@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 
 import scripted
-from sartor.agents.asking import Embedded
-from sartor.agents.supervisor import Supervisor
-from sartor.agents.team import Breaker, Limits
 from sartor.core.errors import BusyError, DeadlineError, InputError, ModelError, SartorError, UnavailableError
 from sartor.inference.engine import Call, Event, Failed, Piece, Sampling
+from sartor.serving.team_config import Breaker, Limits
+from sartor.serving.types import Embedded
+from sartor.serving.workers.supervisor import Supervisor
 
 pytestmark = [pytest.mark.services, pytest.mark.alone]
 AGENTS = ("a", "b", "c", "d")
@@ -160,7 +160,7 @@ def test_new_calls_go_to_the_spare_while_a_worker_says_nothing(tmp_path: Path) -
 
 def test_a_worker_that_stops_while_it_starts_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And one whose engine takes longer to open says that it lives, and is not."""
-    monkeypatch.setattr("sartor.agents.places.SILENT_START_S", 4.0)
+    monkeypatch.setattr("sartor.serving.workers.worker_pool.SILENT_START_S", 4.0)
 
     async def scene() -> None:
         async with running(tmp_path, workers={"start_s": 60.0}, open_s=5.0) as crew:
@@ -538,7 +538,7 @@ def test_workers_die_with_their_parent(tmp_path: Path, number: signal.Signals) -
     """Also one that hangs."""
     code = (
         "import asyncio, scripted\n"
-        "from sartor.agents.supervisor import Supervisor\n"
+        "from sartor.serving.workers.supervisor import Supervisor\n"
         "async def scene():\n"
         "    crew = Supervisor(scripted.team(), scripted.COMMAND)\n"
         "    await crew.start()\n"

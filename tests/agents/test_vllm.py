@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import tiny
-from sartor.agents.team import Local, Member, Remote, Team
-from sartor.agents.vllm import command
 from sartor.core import model_refs
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
 from sartor.inference.engine import adapter_digest
+from sartor.serving.commands.vllm_launch import command
+from sartor.serving.team_config import Local, Member, Remote, Team
 
 CONFIG = {"peft_type": "LORA", "r": 12, "bias": "none", "target_modules": ["q_proj"]}
 

@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 
-from sartor.agents.bulkhead import Bulkhead
-from sartor.agents.calls import Calls
-from sartor.agents.child import Child, GoneError
-from sartor.agents.live import LiveCall
-from sartor.agents.places import Hooks, Places
-from sartor.agents.shelf import Shelf
-from sartor.agents.standing import Standing
-from sartor.agents.team import Breaker, Workers
 from sartor.core.errors import ModelError, UnavailableError
 from sartor.inference.engine import Call, Failed
+from sartor.serving.team_config import Breaker, Workers
+from sartor.serving.workers.adapter_loading import Shelf
+from sartor.serving.workers.agent_health import Bulkhead, Standing
+from sartor.serving.workers.in_flight import LiveCall
+from sartor.serving.workers.scheduler import Calls
+from sartor.serving.workers.worker_pool import Hooks, Places
+from sartor.serving.workers.worker_process import Child, GoneError
 
 RULES = Workers(memory_bytes=1000, hang_s=10.0, start_s=120.0)
 MADE = (

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from sartor.agents.feedback import Inbox
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.lineage.revocation import revoke
 from sartor.core.records import Drop, Example, Feedback, Voice
@@ -21,6 +20,7 @@ from sartor.curate.sources import chunk_reader as sources_reading
 from sartor.curate.sources import feedback_inbox, planner
 from sartor.curate.sources.feedback_lines import Line, over
 from sartor.curate.sources.types import InboxTerms, Source
+from sartor.serving.feedback_store import Inbox
 
 DAY = "2026-11-26"
 

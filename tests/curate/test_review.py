@@ -519,7 +519,7 @@ def test_the_queue_lies_where_it_is_said_to(data: Path, tmp_path: Path, monkeypa
 
 @pytest.mark.services
 def test_postgres_keeps_a_queue_beside_a_registry(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sartor.agents.registry import Registry
+    from sartor.serving.registry.registry import Registry
 
     monkeypatch.setenv("DB_PASSWORD", "hunter:2/@%")
     with postgres() as url:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from sartor.agents.team import PersonalTerms
 from sartor.core.errors import SourceError
 from sartor.evaluate import training_facts
 from sartor.evaluate.bootstrap import paired
 from sartor.personal import gate as server
 from sartor.personalization import acceptance as device
+from sartor.serving.team_config import PersonalTerms
 
 Losses = Sequence[float]
 LIMITS = SimpleNamespace(most_worse=0.05, most_elsewhere=0.1)

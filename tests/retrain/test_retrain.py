@@ -15,10 +15,6 @@ import pytest
 
 import sartor
 from sartor import cli
-from sartor.agents.entries import Version
-from sartor.agents.registry import Registry
-from sartor.agents.retraining import NotWorse
-from sartor.agents.team import Team, load
 from sartor.core import database
 from sartor.core.errors import ConfigError, GateError, ModelError
 from sartor.core.filesystem import write_file_atomic
@@ -27,6 +23,9 @@ from sartor.retrain import news, suspects, verdicts, watch
 from sartor.retrain.job import Job, Wishes, bumped
 from sartor.retrain.verb import retrain
 from sartor.retrain.work import Work, held, works
+from sartor.serving.registry.registry import Registry
+from sartor.serving.registry.registry_schema import Version
+from sartor.serving.team_config import NotWorse, Team, load
 
 GAIN = {"of": "feedback", "estimate": 0.5, "low": 0.3, "high": 0.7}
 

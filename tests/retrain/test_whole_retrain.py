@@ -14,15 +14,15 @@ import yaml
 import sartor
 import tiny
 from conftest import write_jsonl
-from sartor.agents import admission
-from sartor.agents.people.presence import Presence
-from sartor.agents.team import load
 from sartor.core.parquet_io import read_examples
 from sartor.core.records import Feedback, Voice
 from sartor.evaluate import audit
 from sartor.retrain import learnt, stages
 from sartor.retrain.job import Job
 from sartor.retrain.work import works
+from sartor.serving.admission import admission
+from sartor.serving.registry.server_presence import Presence
+from sartor.serving.team_config import load
 
 PLACES = ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft", "yard", "shed")
 WAIVED = tuple(sartor.Waiver(check, "A. Tester", "a tiny random base") for check in ("gain", "forgetting"))

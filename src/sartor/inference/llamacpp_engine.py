@@ -266,7 +266,7 @@ class LlamaCppEngine(StreamEngine):
 
 
 def open_engine(base: str, *, gguf: str = "", rows: int = 4, waiting: int = 256, threads: int = 0) -> LlamaCppEngine:
-    """The engine on the base that a name means (options: agents/team.py, LlamaCpp).
+    """The engine on the base that a name means (options: serving/team_config.py, LlamaCpp).
 
     Raises what `open_reader` does, ExtraError without xllamacpp, ModelError for a GGUF file that is not of that base.
     """

@@ -2,7 +2,7 @@
 
 Prompts are rendered and tokenised here and travel as ids to `/completions`, so that the base's own template holds; the
 server is asked once, at the start, whether its ids mean the same. What it computes with cannot be seen from here: that its
-weights are those of `base` is the word of who started it (`agents/vllm.py` says how).
+weights are those of `base` is the word of who started it (`serving/commands/vllm_launch.py` says how).
 
 An adapter is asked for by the name that the server knows it under. With `loads_adapters` that is its digest, given to vLLM's
 run-time route; else the server must have been started with it, under its digest or from the same path. One that the server
@@ -347,7 +347,7 @@ def open_engine(
     rows: int = 64,
     waiting: int = 1024,
 ) -> RemoteEngine:
-    """The engine on a server that serves `base` (options: agents/team.py, Remote).
+    """The engine on a server that serves `base` (options: serving/team_config.py, Remote).
 
     Raises what `open_reader` does, ConfigError for the options, UnavailableError where the server does not answer.
     """

@@ -21,14 +21,6 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from sartor.agents.feedback import Inbox
-from sartor.agents.people import presence
-from sartor.agents.people.book import PeopleBook
-from sartor.agents.people.erasing import erase_receipts
-from sartor.agents.people.names import FOLDER, TUNING, folder_of, named
-from sartor.agents.receipts import Seal, team_digest
-from sartor.agents.registry import Cause
-from sartor.agents.team import Remote, Team
 from sartor.core import catalogue, home, signing
 from sartor.core import parquet_io as stored
 from sartor.core.artifacts import Artifact, open_artifact
@@ -41,6 +33,12 @@ from sartor.curate.dataset_writer import write_derived
 from sartor.personal.people import opened
 from sartor.personal.remains import Found, Needles, is_made_of, search
 from sartor.personalization.erasure_receipt import check_receipt, write_receipt
+from sartor.serving.feedback_store import Inbox
+from sartor.serving.receipts import Seal, erase_receipts, team_digest
+from sartor.serving.registry import server_presence
+from sartor.serving.registry.registry import Cause
+from sartor.serving.registry.user_versions import FOLDER, TUNING, PeopleBook, folder_of, named
+from sartor.serving.team_config import Remote, Team
 
 WITHIN_S = 300.0
 # What everybody has, checked against published digests whenever it is opened: nothing of a user can be in it
@@ -87,7 +85,7 @@ def forget_personal(
         done = _Done()
         generation, done.rows = book.forget(person, Cause(by or getpass.getuser(), "sartor personal forget"))
         notice(f"registry: {dict(done.rows)}; waiting for servers")
-        heard, late = presence.wait_for(state, generation, within_s)
+        heard, late = server_presence.wait_for(state, generation, within_s)
         _remove_files(state, person, done)
         gone = inbox.remove(lambda feedback: feedback.by.user == person)
         done.lines = [digest("feedback", kept.said.as_json()) for kept in gone if kept.said is not None]

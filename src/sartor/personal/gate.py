@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.team import PersonalTerms
 from sartor.core import catalogue
 from sartor.core import parquet_io as stored
 from sartor.core.artifacts import Artifact, open_artifact
@@ -29,6 +28,7 @@ from sartor.personalization.acceptance import LEAST_HELD_OUT, LEAST_TRAINED, too
 from sartor.personalization.stacked_adapter import Stack
 from sartor.personalization.user_rows import example_of
 from sartor.personalization.user_tokens import encoded
+from sartor.serving.team_config import PersonalTerms
 from sartor.tune.tokenized_dataset import Rows
 
 # Held-out rows of the live version that are looked at: more narrow the interval, and cost time

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sartor.agents.team import MOST_OWN_RANKS
 from sartor.core.errors import ConfigError
+from sartor.serving.team_config import MOST_OWN_RANKS
 
 INBOX = "inbox"
 

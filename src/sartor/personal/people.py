@@ -8,17 +8,15 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.book import Rows
-from sartor.agents.feedback import Inbox
-from sartor.agents.keys import Keys
-from sartor.agents.people.book import PeopleBook, Personal
-from sartor.agents.people.erasing import lines_with
-from sartor.agents.people.names import ANYBODY, named
-from sartor.agents.receipts import team_digest
-from sartor.agents.registry import Cause, Registry, Snapshot
-from sartor.agents.team import Team, load
 from sartor.core.errors import ConfigError
 from sartor.core.lineage.receipt_index import PATTERN
+from sartor.serving.api_keys import Keys
+from sartor.serving.commands.agent_commands import Rows
+from sartor.serving.feedback_store import Inbox
+from sartor.serving.receipts import lines_with, team_digest
+from sartor.serving.registry.registry import Cause, Registry, Snapshot
+from sartor.serving.registry.user_versions import ANYBODY, PeopleBook, Personal, named
+from sartor.serving.team_config import Team, load
 
 
 def list_personal(team: Team | Path | str, user: str = "") -> Rows:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.feedback import Inbox
-from sartor.agents.people.names import ANYBODY
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import Feedback
@@ -19,6 +17,8 @@ from sartor.curate.pipeline import curate
 from sartor.curate.sources.feedback_inbox import row_of
 from sartor.curate.sources.feedback_lines import over
 from sartor.personal.options import INBOX
+from sartor.serving.feedback_store import Inbox
+from sartor.serving.registry.user_versions import ANYBODY
 
 # Of what a person says there is no licence; it is used for that person alone
 LICENCE = "LicenseRef-personal"

@@ -14,14 +14,6 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from sartor.agents.admission import copies
-from sartor.agents.entries import Version
-from sartor.agents.feedback import Inbox
-from sartor.agents.people.book import PeopleBook, Personal, speakers
-from sartor.agents.people.names import ADAPTER, TUNING, folder_of, named
-from sartor.agents.receipts import team_digest
-from sartor.agents.registry import Cause, Registry
-from sartor.agents.team import Team, load
 from sartor.core import catalogue, config, model_refs
 from sartor.core.artifacts import WEIGHTS, Artifact, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, GateError, ModelError, SourceError, UnknownAgentError
@@ -32,6 +24,13 @@ from sartor.personal.gate import Verdict
 from sartor.personal.options import PersonalOptions
 from sartor.personalization.stacked_adapter import Losses, Stack
 from sartor.personalization.user_tokens import recipe_of
+from sartor.serving.admission import release_copies
+from sartor.serving.feedback_store import Inbox
+from sartor.serving.receipts import team_digest
+from sartor.serving.registry.registry import Cause, Registry
+from sartor.serving.registry.registry_schema import Version
+from sartor.serving.registry.user_versions import ADAPTER, TUNING, PeopleBook, Personal, folder_of, named, speakers
+from sartor.serving.team_config import Team, load
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.recipe import Recipe
 from sartor.tune.shared_base import Resident
@@ -117,7 +116,7 @@ def _opened(team: Team, options: PersonalOptions) -> Iterator[_Ground]:
 
 def _release_of(team: Team, live: Version) -> Artifact:
     """The Release of the live version: the team's own copy, or where it was registered. Raises ArtifactError."""
-    copy = copies.folder(Path(team.state)) / live.release_id
+    copy = release_copies.folder(Path(team.state)) / live.release_id
     found = open_artifact(copy if copy.is_dir() else Path(live.release), "release")
     if found.id != live.release_id:
         raise ArtifactError(f"{found.path} is not the Release of {live.name} any more", "sartor agents list")

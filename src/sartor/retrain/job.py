@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sartor.agents.book import add_agent
-from sartor.agents.registry import Registry, Snapshot
-from sartor.agents.retraining import Retraining
-from sartor.agents.team import Team
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, UnknownAgentError
 from sartor.core.lineage import ancestry
 from sartor.release.release import Waiver
 from sartor.retrain.work import FINAL, Live, Work
+from sartor.serving.commands.agent_commands import add_agent
+from sartor.serving.registry.registry import Registry, Snapshot
+from sartor.serving.team_config import Retraining, Team
 
 Notice = Callable[[str], None]
 

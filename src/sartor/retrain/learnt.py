@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.monitors import Rate
 from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact, kind_of, open_artifact
 from sartor.core.errors import ArtifactError
@@ -28,6 +27,7 @@ from sartor.curate.sources.feedback_inbox import of_folder
 from sartor.curate.sources.types import InboxTerms
 from sartor.retrain import news, suspects
 from sartor.retrain.job import Job
+from sartor.serving.dispatch.sequential_tests import Rate
 
 STEP = "retrain"
 FEEDBACK, FOLDERS = "feedback", {"sft": "data", "kto": "ratings"}

@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.monitors import Rate, excess
-from sartor.agents.retraining import Retraining
 from sartor.core.lineage.receipt_index import Placed, ReceiptIndex
 from sartor.core.records import Feedback
 from sartor.curate.sources.feedback_inbox import MOST_BYTES
 from sartor.curate.sources.feedback_lines import prefix_digest, read_feedback_lines
 from sartor.retrain.work import Work, works
+from sartor.serving.dispatch.sequential_tests import Rate, excess
+from sartor.serving.team_config import Retraining
 
 # Below this a rise of bad ratings, or of what the router finds, is taken for chance
 ALPHA = 0.01

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.book import add_agent, promote_agent
-from sartor.agents.people import presence
 from sartor.core import numerics, parquet_io
 from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import ConfigError, GateError
@@ -20,6 +18,8 @@ from sartor.evaluate.limits import Check
 from sartor.release.release import release as sign
 from sartor.retrain import learnt, suspects, verdicts
 from sartor.retrain.job import Job, Stage, bumped, read_registry
+from sartor.serving.commands.agent_commands import add_agent, promote_agent
+from sartor.serving.registry import server_presence
 from sartor.tune.trainer import tune as train
 
 # what the tuning of the live version is changed by, unless `retrain.tuning` says otherwise: few rows, seen twice. A third time
@@ -185,7 +185,7 @@ def bring_in(job: Job) -> Mapping[str, Any]:
     why = f"retrain {job.work.record.number}: {job.work.facts('gate')['gain']}"
     name = f"{job.agent}@{made['version']}"
     add_agent(job.team, made["release"], name=job.agent, why=why)
-    if presence.running(Path(job.team.state)):
+    if server_presence.running(Path(job.team.state)):
         promote_agent(job.team, job.agent, made["version"], expected=live.version, canary=job.rules.canary, why=why)
         told = f"answers {job.rules.canary:.0%} of the requests until the monitors or a person decide"
         return {"decision": "canary", "reason": f"{name} {told}"}

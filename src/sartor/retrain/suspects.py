@@ -1,6 +1,6 @@
 """Keys whose ratings are unlike everybody else's: one that turns good and bad around is found by how often it says bad.
 
-Each key is held against all others by the monitors' own evidence (`agents/monitors.py`), both ways. A key that is named has
+Each key is held against all others by the monitors' own evidence (`serving/dispatch/sequential_tests.py`), both ways. A key that is named has
 done nothing wrong for sure: whoever asks harder questions is unlike the others. A person decides (`--believe`, `--ignore`).
 """
 
@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from sartor.agents.monitors import Rate, excess
 from sartor.evaluate.limits import Check
+from sartor.serving.dispatch.sequential_tests import Rate, excess
 
 # by which a key's rate of bad ratings may differ from that of all others
 MARGIN = 0.15

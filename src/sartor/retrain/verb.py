@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.retraining import Retraining
-from sartor.agents.team import Team, load
 from sartor.core.errors import AdmissionError, ConfigError, ConflictError, GateError, LicenceError
 from sartor.core.resource_limits import limit_data
 from sartor.retrain import news
 from sartor.retrain.job import Job, Notice, Stage, Wishes, live_version, settle
 from sartor.retrain.stages import STAGES
 from sartor.retrain.work import Live, Work, held
+from sartor.serving.team_config import Retraining, Team, load
 
 # Somebody's rule says no: an answer, and the end of this retrain. Other errors leave it to be gone on with.
 REFUSALS = (GateError, LicenceError, AdmissionError)

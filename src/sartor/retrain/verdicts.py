@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sartor.agents.retraining import NotWorse
 from sartor.core.splits import group_of_stored
 from sartor.evaluate import bootstrap
 from sartor.evaluate.bootstrap import FEW_GROUPS, LEAST_GROUPS, Comparison
 from sartor.evaluate.limits import Check
 from sartor.evaluate.reply_labels import known_fields, label_of
+from sartor.serving.team_config import NotWorse
 
 Row = Mapping[str, Any]
 # a field of more values cuts the rows into slices too thin to judge

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.team import Team, load
 from sartor.core.errors import ConfigError, SartorError
 from sartor.retrain import news
 from sartor.retrain.job import Notice, live_version, read_registry, settle
 from sartor.retrain.work import held
+from sartor.serving.team_config import Team, load
 
 # How often the loop looks
 EVERY_S = 60.0

@@ -1,4 +1,4 @@
-"""API keys: made, shown once, kept as a digest, and looked up by the id that they begin with.
+"""API keys stored as digests.
 
 A key is `sartor-<id>-<secret>`: 12 hex digits that may be logged and listed, and 256 bits from the system's random source. It
 is stored as one sha256. A slow hash (argon2, scrypt) is for what people can remember: it makes guessing dear. Nobody guesses
@@ -6,36 +6,213 @@ is stored as one sha256. A slow hash (argon2, scrypt) is for what people can rem
 
 A key opens the agents that it names; `*` is every agent, now and later, `base` and `auto` are names like any other. An admin's
 key opens none: who promotes a Release need not be able to read what it says, and the other way round.
+
+A request waits for a read at most WAIT_S: a database that is gone can hold a connection for minutes. What was read last is
+given then, with the time at which it was read, and whoever asks decides how old it may be.
+
+There are two, and each is enough: an event in the registry's log, which outlives the table of keys and is shared by all servers
+of the team, and a file in the state directory, which outlives the registry.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import getpass
 import hashlib
 import hmac
 import json
 import math
+import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from sartor.agents import key_marks, tables
-from sartor.agents.key_cache import KeyCache, KeyTable
-from sartor.agents.key_marks import KEYED, UNKEYED
-from sartor.agents.people.book import speakers
-from sartor.agents.people.names import ANYBODY
-from sartor.agents.team import Team, load
 from sartor.core import records
 from sartor.core.database import Database, is_whole, sealed
 from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, SartorError, UnavailableError
+from sartor.core.filesystem import fsync_directory
+from sartor.serving.registry import registry_schema
+from sartor.serving.registry.registry import Cause
+from sartor.serving.registry.user_versions import ANYBODY, note, speakers
+from sartor.serving.team_config import Team, load
+
+WAIT_S = 2.0
+# Before anything was read: a server that starts
+FIRST_WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """The keys at one moment.
+
+    rows: by id; None for one that was changed from outside. speakers: by key, for whom it may speak.
+    mark: of the registry's log (key_marks). is_on_file: whether the state directory says that there were keys.
+    """
+
+    rows: Mapping[str, Mapping[str, Any] | None]
+    speakers: Mapping[str, frozenset[str]]
+    mark: str
+    is_on_file: bool
+
+
+@dataclass
+class _Refresh:
+    """A read that runs. started: by the cache's clock; until: when nobody waits for it any more, by the system's."""
+
+    started: float
+    until: float
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def wait(self) -> bool:
+        return self.done.wait(max(0.0, self.until - time.monotonic()))
+
+
+class KeyCache:
+    """What `read` returned last. Safe to use from several threads. clock: monotonic, in seconds."""
+
+    def __init__(self, read: Callable[[], KeyTable], clock: Callable[[], float]) -> None:
+        self._read = read
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._refresh: _Refresh | None = None
+        self._tried_at = -math.inf
+        self._read_at = -math.inf
+        self.last: KeyTable | None = None
+        self.error: SartorError | None = None
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the last read that succeeded began. One that failed makes nothing younger."""
+        return self._clock() - self._read_at
+
+    def table(self, fresh_s: float) -> KeyTable:
+        """The keys as read at most `fresh_s` ago; older ones where the database does not answer.
+
+        Raises the error of the read where there never was one that succeeded.
+        """
+        requested_at = self._clock()
+        while True:
+            with self._lock:
+                if requested_at - self._tried_at < fresh_s:
+                    break
+                refresh = self._refresh or self._begin()
+            if not refresh.wait():
+                break
+        if self.last is None:
+            raise self.error or UnavailableError("the registry does not answer", "see whether its disk or server is there")
+        return self.last
+
+    def poke(self, fresh_s: float) -> None:
+        """Begin to read the keys again if they are older than that, and wait for nothing."""
+        with self._lock:
+            if self._refresh is None and self._clock() - self._tried_at >= fresh_s:
+                self._begin()
+
+    def expire(self) -> None:
+        """What is read before now is not to be used as if it were new: this process has changed a key."""
+        with self._lock:
+            self._tried_at, self._refresh = -math.inf, None
+
+    def _begin(self) -> _Refresh:
+        refresh = _Refresh(self._clock(), time.monotonic() + (FIRST_WAIT_S if self.last is None else WAIT_S))
+        try:
+            # a daemon: one that hangs must not keep the process from ending
+            threading.Thread(target=self._run, args=(refresh,), name="sartor-keys", daemon=True).start()
+        except RuntimeError as fault:  # the system has no thread left: a failed read, tried again later
+            self._tried_at = refresh.started
+            self.error = UnavailableError(f"the keys cannot be read: {fault}", "raise the limit of processes (ulimit -u)")
+            refresh.done.set()
+            return refresh
+        self._refresh = refresh
+        return refresh
+
+    def _run(self, refresh: _Refresh) -> None:
+        table, error = None, None
+        try:
+            table = self._read()
+        except SartorError as fault:
+            error = fault
+        except Exception as fault:  # a driver's own kinds; the waiting must hear of an end whatever it was
+            error = UnavailableError(f"the keys cannot be read: {type(fault).__name__}", "report it with the server's log")
+        with self._lock:
+            if self._refresh is refresh:
+                self._refresh, self._tried_at, self.error = None, refresh.started, error
+                if table is not None:
+                    self.last, self._read_at = table, refresh.started
+        refresh.done.set()
+
+
+KEYED, UNKEYED = "keys asked for", "keys removed"
+FILE = "keyed"
+_TEXT = "This team has had API keys: its server answers nobody without one. sartor agents key --remove-all takes that back.\n"
+
+
+def read_mark(connection: Connection) -> str:
+    """Return KEYED or UNKEYED, whichever the registry's log says last, or "" where it says neither."""
+    column = registry_schema.events.c
+    query = (
+        select(registry_schema.events).where(column.agent == "", column.what.in_((KEYED, UNKEYED))).order_by(column.id.desc())
+    )
+    row = connection.execute(query.limit(1)).mappings().first()
+    if row is None:
+        return ""
+    is_unkeyed = row["what"] == UNKEYED and is_whole({name: value for name, value in row.items() if name != "id"})
+    return UNKEYED if is_unkeyed else KEYED
+
+
+def write_mark(connection: Connection, mark: str, why: str) -> None:
+    """Write a mark into the registry's log, in the transaction of the change that it is about."""
+    note(connection, mark, "", "", Cause(_user(), why), {})
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return ""
+
+
+def has_file(state: Path | None) -> bool:
+    """Whether the state directory says that there were keys. What cannot be looked at counts as a yes."""
+    if state is None:
+        return False
+    try:
+        (state / FILE).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def write_file(state: Path | None) -> None:
+    """Put the file into the state directory, so that it survives a power cut. Raises OSError."""
+    if state is None or has_file(state):
+        return
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (state / FILE).open("w", encoding="utf-8") as file:
+        file.write(_TEXT)
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_directory(state)
+
+
+def remove_file(state: Path | None) -> None:
+    """Take the file out of the state directory. Raises OSError."""
+    if state is None or not has_file(state):  # the directory may not be there either
+        return
+    (state / FILE).unlink(missing_ok=True)
+    fsync_directory(state)
+
 
 ANY = "*"
 PREFIX = "sartor"
@@ -121,7 +298,7 @@ class Keys:
     @classmethod
     def of(cls, team: Team) -> Keys:
         """The keys of a team. Raises what `open_database` raises."""
-        return cls(tables.open_database(team.registry_url), state=Path(team.state))
+        return cls(registry_schema.open_database(team.registry_url), state=Path(team.state))
 
     def close(self) -> None:
         """Give the database back."""
@@ -191,9 +368,9 @@ class Keys:
             "expires": ends, "revoked": "",
         })  # fmt: skip
         with self._database.change() as connection:
-            if key_marks.read_mark(connection) != KEYED:
-                key_marks.write_mark(connection, KEYED, "sartor agents key")
-            connection.execute(insert(tables.keys).values(row))
+            if read_mark(connection) != KEYED:
+                write_mark(connection, KEYED, "sartor agents key")
+            connection.execute(insert(registry_schema.keys).values(row))
         self._changed()
         return secret, _key(row)
 
@@ -202,10 +379,10 @@ class Keys:
         with self._database.change() as connection:
             row = _whole(connection, identity)
             if row is None:
-                known = ", ".join(str(one) for one in connection.execute(select(tables.keys.c.id)).scalars()) or "none"
+                known = ", ".join(str(one) for one in connection.execute(select(registry_schema.keys.c.id)).scalars()) or "none"
                 raise ConfigError(f"there is no key {identity[:40]!a}; there are: {known}", "sartor agents key --list")
             row = sealed({**row, "revoked": row["revoked"] or _now()})
-            connection.execute(update(tables.keys).where(tables.keys.c.id == identity).values(row))
+            connection.execute(update(registry_schema.keys).where(registry_schema.keys.c.id == identity).values(row))
         self._changed()
         return _key(row)
 
@@ -216,13 +393,13 @@ class Keys:
         ConfigError where the mark in the state directory cannot be removed.
         """
         with self._database.change() as connection:
-            count = connection.execute(delete(tables.keys)).rowcount
-            connection.execute(delete(tables.speakers))
-            key_marks.write_mark(connection, UNKEYED, "sartor agents key --remove-all")
+            count = connection.execute(delete(registry_schema.keys)).rowcount
+            connection.execute(delete(registry_schema.speakers))
+            write_mark(connection, UNKEYED, "sartor agents key --remove-all")
         try:
-            key_marks.remove_file(self._state)
+            remove_file(self._state)
         except OSError as error:
-            problem = f"{self._state}/{key_marks.FILE} cannot be removed: {error.strerror}"
+            problem = f"{self._state}/{FILE} cannot be removed: {error.strerror}"
             raise ConfigError(problem, "remove it as the user who owns it, then start the server") from None
         self._cache.expire()
         self._was_keyed = False
@@ -258,10 +435,10 @@ class Keys:
 
     def _read(self) -> KeyTable:
         """Everything in one transaction. From the first key that is seen on, the team counts as one that had keys."""
-        is_on_file = key_marks.has_file(self._state)
+        is_on_file = has_file(self._state)
         with self._database.read() as connection:
-            rows = [dict(row) for row in connection.execute(select(tables.keys)).mappings()]
-            mark, allowed = key_marks.read_mark(connection), speakers(connection)
+            rows = [dict(row) for row in connection.execute(select(registry_schema.keys)).mappings()]
+            mark, allowed = read_mark(connection), speakers(connection)
         if rows or is_on_file or mark == KEYED:
             self._was_keyed = True
         is_marked = mark == KEYED and (is_on_file or self._state is None)
@@ -279,19 +456,19 @@ class Keys:
             return
         self._marked_at = self._clock()
         with contextlib.suppress(SartorError, OSError):
-            key_marks.write_file(self._state)
+            write_file(self._state)
         with contextlib.suppress(SartorError), self._database.change() as connection:
-            mark = key_marks.read_mark(connection)
-            has_rows = connection.execute(select(tables.keys.c.id).limit(1)).first() is not None
+            mark = read_mark(connection)
+            has_rows = connection.execute(select(registry_schema.keys.c.id).limit(1)).first() is not None
             if mark == "" or (mark == UNKEYED and has_rows):
-                key_marks.write_mark(connection, KEYED, "a server saw keys")
+                write_mark(connection, KEYED, "a server saw keys")
 
     def _changed(self) -> None:
         """After a key was made or revoked: read again, and mark in the state directory that there are keys."""
         self._cache.expire()
         self._was_keyed = True
         with contextlib.suppress(OSError):  # the registry's mark stands, and a server writes the file when it starts
-            key_marks.write_file(self._state)
+            write_file(self._state)
 
 
 def _lost(table: KeyTable) -> UnavailableError:
@@ -335,7 +512,9 @@ _REMEDY = "sartor agents key NAME makes one"
 
 def _whole(connection: Connection, identity: str) -> Mapping[str, Any] | None:
     """The row of a key. Raises ArtifactError for one that was changed from outside."""
-    found = connection.execute(select(tables.keys).where(tables.keys.c.id == identity)).mappings().one_or_none()
+    found = (
+        connection.execute(select(registry_schema.keys).where(registry_schema.keys.c.id == identity)).mappings().one_or_none()
+    )
     if found is None:
         return None
     if not is_whole(row := dict(found)):

@@ -1,4 +1,4 @@
-"""Feedback -> feedback with placeholders for personal data, by the scanner and in the form of curate's `personal_data`.
+"""Consent, rate and masking rules of incoming feedback.
 
 All texts of one feedback are looked at together: a value that stands in the prompt, the reply and the correction has one
 placeholder. Pictures and recordings are not looked into.
@@ -7,14 +7,21 @@ placeholder. Pictures and recordings are not looked into.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from sartor.core.records import Example, Feedback, Message, Origin, Part
+from sartor.core.records import Example, Feedback, Message, Origin, Part, Voice
 from sartor.curate.steps.personal_data import PersonalData
 from sartor.media.content_parts import is_media
+from sartor.serving.feedback_store import Inbox
+from sartor.serving.rate_limits import FeedbackRates
+from sartor.serving.receipts import Digest, team_digest
+from sartor.serving.team_config import FeedbackTerms
 
 _NAMES = ("role", "type")  # whose values are words of the protocol
 _OWN = ("text", "reply", "correction", "comment")
@@ -70,3 +77,35 @@ def _walk(value: Any, change: Change) -> Any:
             return value
         return {key: inner if key in _NAMES else _walk(inner, change) for key, inner in value.items()}
     return [_walk(inner, change) for inner in value] if isinstance(value, list | tuple) else value
+
+
+class Hearing:
+    """One team's. state: its directory. Safe to use from several threads."""
+
+    def __init__(self, terms: FeedbackTerms, state: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.inbox = Inbox(state / "inbox")
+        self.rates = FeedbackRates(terms, clock)
+        self._terms = terms
+        self._state = state
+        self._mask = Mask(terms.allow)
+
+    def voice(self, key: str, user: str, consent: bool | None) -> Voice:
+        """Who says it. user: an id as the client gives it; what is kept is a digest under the team's key."""
+        agreed = self._terms.consent == "assumed" if consent is None else consent
+        said = ("assumed" if consent is None else "given") if agreed else "refused"
+        return Voice(key, self._digest("user", user), said)  # type: ignore[arg-type]
+
+    def keep(self, said: Feedback) -> Feedback:
+        """Write it, without words unless there is consent, and without personal data. Returns what is written.
+
+        Raises MissingError when the disk does not take it.
+        """
+        if said.by.consent == "refused":
+            said = replace(said, correction="", comment="", messages=(), text="", reply="")
+        kept = self._mask(said)
+        self.inbox.add(kept)
+        return kept
+
+    @cached_property
+    def _digest(self) -> Digest:
+        return team_digest(self._state)

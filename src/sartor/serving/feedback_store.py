@@ -1,4 +1,4 @@
-"""What people say of replies: kept in an inbox that `curate` reads, joined with the reply while that is remembered.
+"""Feedback files and the memory of recent replies.
 
 Receipts hold digests, so a correction alone could teach nothing. Prompts and replies are therefore remembered for a while, in
 memory only, and what a person comments on is written down with the comment; everything else is forgotten. hearing.py decides

@@ -1,4 +1,4 @@
-"""One MCP server whose tools are offered: opened, kept, opened again when it dies, and called within its time.
+"""Client of one MCP tool server.
 
 A program is started by its arguments, never by a shell, with the few environment variables that the protocol's package passes
 on and those that TEAM.yaml names; what it writes to stderr is in STATE/tools/NAME.log.
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 
-from sartor.agents.outside import ToolServer
 from sartor.core.errors import DeadlineError, RequestError, SartorError, UnavailableError, need
 from sartor.inference.tool_calls import read_tools
+from sartor.serving.team_config import ToolServer
 
 if TYPE_CHECKING:
     from mcp.client import ClientSession

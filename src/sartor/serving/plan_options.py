@@ -1,4 +1,4 @@
-"""`plans` of TEAM.yaml: who does what, what each is given, which checks a draft must pass, and within which limits.
+"""Options of multi-agent plans in TEAM.yaml.
 
 A plan may stand wherever an agent may, so that plans are put together from plans. Whatever can be known of the file alone is
 refused when it is read: a plan that comes back to itself, one that is deeper than its budget, a mend that nothing calls for.

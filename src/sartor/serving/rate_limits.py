@@ -1,4 +1,4 @@
-"""How much one key may ask: token buckets of requests, of tokens and of feedback, on a clock that no one can set back.
+"""Token buckets per API key.
 
 A bucket holds a minute's worth (or a day's), is full at the start, and fills evenly. A request takes one from the first at
 its beginning. What a reply costs is known at its end only, so the second is charged then and may go below nothing: who asks
@@ -13,8 +13,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sartor.agents.team import FeedbackTerms, Limits
 from sartor.core.errors import BusyError
+from sartor.serving.team_config import FeedbackTerms, Limits
 
 MOST_KEYS = 10_000  # that are remembered; the one that has asked for longest ago is forgotten, and so is full again
 MINUTE_S, DAY_S = 60.0, 86_400.0

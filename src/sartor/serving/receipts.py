@@ -1,4 +1,4 @@
-"""A signed record of each reply: who said it, on what, by which settings. It holds digests of what was said, and no word of it.
+"""Signed receipts of replies with keyed digests.
 
 Digests are HMACs under a key of the team: a short prompt could be guessed from a plain digest, and whoever knows the key and
 the words can show that they belong together. Signed with the team's own Ed25519 key. Both are made at the first start.
@@ -8,10 +8,19 @@ the words can show that they belong together. Signed with the team's own Ed25519
 
 A receipt is on disk when its reply ends: whoever waits is let go by one fsync for all that wait, or after `PATIENCE_S`. A disk
 that takes nothing costs receipts, which are counted, and no replies.
+
+The file keeps its length and its inode: who has it open goes on, and what is known of other lines' places goes on to hold.
+
+The same question reaches a server as a client wrote it and an engine as a Call. Both come to the same here: text parts are
+joined, nulls and OpenAI's fields that are always empty are left out, `developer` is `system`, a schema is compared as JSON.
+Of a picture or a recording, in whichever form, the bytes count: its digest stands where it stood among the parts.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import json
 import os
 import queue
 import secrets
@@ -20,20 +29,168 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from sartor.agents.asking import Given
-from sartor.agents.receipt_content import Content, Digest, digest_by
-from sartor.agents.team import Team
 from sartor.core import catalogue, records, signing
-from sartor.core.errors import ArtifactError, ConfigError, MissingError
+from sartor.core.errors import ArtifactError, ConfigError, MissingError, SourceError
 from sartor.core.filesystem import DISK_FULL, fsync_directory
 from sartor.core.lineage.receipt_index import PATTERN, Placed, ReceiptIndex
-from sartor.inference.engine import About
+from sartor.inference.engine import About, Call
+from sartor.inference.tool_calls import read_choice, read_tools
+from sartor.media import content_parts
+from sartor.media.content_parts import MEDIA, is_media, url_in
+from sartor.serving.team_config import Team
+from sartor.serving.types import Given
+from sartor.text.json_schema import JSON_OBJECT
+
+
+def lines_with(file: Path, needle: bytes) -> list[tuple[int, bytes]]:
+    """(where it begins, the line without its end) of each line that holds these bytes; one that a kill cut short too."""
+    found, start = [], 0
+    for line in file.read_bytes().split(b"\n"):
+        if needle in line:
+            found.append((start, line))
+        start += len(line) + 1
+    return found
+
+
+def blank(file: Path, lines: Sequence[tuple[int, bytes]]) -> None:
+    """Write blanks over lines of a file."""
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        for start, line in lines:
+            os.pwrite(descriptor, b" " * len(line), start)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def erase_receipts(folder: Path, person: str) -> tuple[int, list[str]]:
+    """Blank every receipt of a person's own version, and leave it out of the index. Returns (how many, the segments)."""
+    index, count, touched = ReceiptIndex(folder), 0, []
+    for file in sorted(folder.glob(PATTERN)):
+        if lines := lines_with(file, f'"person":"{person}"'.encode()):
+            blank(file, lines)
+            index.leave_out(file.name, [start for start, _ in lines])
+            touched.append(file.name)
+            count += len(lines)
+    return count, touched
+
+
+_KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")
+Digest = Callable[[str, Any], str]
+
+
+@dataclass(frozen=True)
+class Content:
+    """A question. system: the leading system message, where there is one. schema: JSON text, "" for none."""
+
+    system: tuple[Mapping[str, Any], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
+    text: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    must_call: str = ""
+    schema: str = ""
+
+    @classmethod
+    def of_call(cls, call: Call) -> Content:
+        """What an engine was asked."""
+        return cls._of(call.messages, call.text, call.tools, call.must_call, call.schema)
+
+    @classmethod
+    def of_request(cls, said: Mapping[str, Any]) -> Content:
+        """The body of a request to /v1/chat/completions or /v1/completions. Raises ArtifactError, RequestError for its form."""
+        messages, text = said.get("messages") or [], said.get("text") or said.get("prompt") or ""
+        if not isinstance(messages, list) or not all(isinstance(one, Mapping) for one in messages) or not isinstance(text, str):
+            raise ArtifactError("the messages are no list of messages", '[{"role": "user", "content": "..."}]')
+        tools, must_call = read_choice(said.get("tool_choice"), read_tools(_without_none(said.get("tools") or [])))
+        return cls._of(messages, text, tools, must_call, _schema_of(said.get("response_format")))
+
+    @classmethod
+    def _of(
+        cls, messages: Sequence[Mapping[str, Any]], text: str, tools: Sequence[Mapping[str, Any]], must_call: str, schema: str
+    ) -> Content:
+        plain = tuple(_plain(message) for message in messages)
+        leading = 1 if plain and plain[0].get("role") == "system" else 0
+        return cls(plain[:leading], plain[leading:], text, tuple(tools), must_call, schema)
+
+    def digests(self, digest: Digest) -> dict[str, str]:
+        """A digest a part; "" for a part that is not there."""
+        return {
+            "system": digest("system", list(self.system)),
+            "messages": digest("messages", [_by_digest(message) for message in self.messages]),
+            "text": digest("text", self.text),
+            "tools": digest("tools", [list(self.tools), self.must_call] if self.tools else None),
+            "schema": digest("schema", json.loads(self.schema) if self.schema else None),
+        }
+
+
+def digest_by(secret: bytes) -> Digest:
+    """HMAC-SHA256 over a value and the name of what it is, so that an equal prompt and reply look unlike; "" of nothing."""
+
+    def digest(what: str, value: Any) -> str:
+        if not value:
+            return ""
+        # ASCII: a model can write half of a surrogate pair, which UTF-8 cannot
+        said = json.dumps([what, value], sort_keys=True, separators=(",", ":"))
+        return hmac.digest(secret, said.encode(), "sha256").hex()
+
+    return digest
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    said = {key: message[key] for key in _KEPT if message.get(key) is not None}
+    if said.get("role") == "developer":
+        said["role"] = "system"
+    if isinstance(said.get("content"), (list, tuple)):
+        parts = [part for part in said["content"] if isinstance(part, Mapping)]
+        has_media = any(map(is_media, parts))
+        said["content"] = parts if has_media else "".join(str(part.get("text", "")) for part in parts)
+    if isinstance(said.get("tool_calls"), (list, tuple)):
+        calls = [_without_none(call) for call in said["tool_calls"] if isinstance(call, Mapping)]
+        said["tool_calls"] = [{key: value for key, value in call.items() if key != "index"} for call in calls]
+    return said
+
+
+def _by_digest(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose media are digests of their bytes."""
+    if not isinstance(message.get("content"), list):
+        return message
+    return {**message, "content": [_digested(part) for part in message["content"]]}
+
+
+def _digested(part: Mapping[str, Any]) -> list[str]:
+    if not is_media(part):
+        return ["text", str(part.get("text", ""))]
+    url = url_in(part)
+    try:
+        content = content_parts.bytes_of(url)
+    except SourceError:  # no data URL: a file that is held against a receipt, and is not what was asked
+        content = url.encode()
+    return [MEDIA[part["type"]], hashlib.sha256(content).hexdigest()]
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _schema_of(said: Any) -> str:
+    """The schema of a request's `response_format`; "" where it asks for text."""
+    if not isinstance(said, Mapping) or said.get("type") == "text":
+        return ""
+    if said.get("type") == "json_object":
+        return JSON_OBJECT
+    named = said.get("json_schema")
+    if not isinstance(named, Mapping) or not isinstance(named.get("schema"), Mapping):
+        raise ArtifactError("response_format holds no schema", '{"type": "json_schema", "json_schema": {"schema": {...}}}')
+    return json.dumps(named["schema"])
+
 
 SCHEMA = 1
 KIND = "receipt"

@@ -1,22 +1,154 @@
-"""TEAM.yaml: which base, which agents, on which engine, within which limits. One declaration per option; no torch."""
+"""TEAM.yaml."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy import URL
 
-from sartor.agents.outside import CardTerms, McpTerms, ToolServer, check_tools
-from sartor.agents.plans import declared
-from sartor.agents.plans.declared import Plan
-from sartor.agents.retraining import Retraining
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.media.speech.tts_engines import seen_from
+from sartor.serving import plan_options
+from sartor.serving.plan_options import Plan
+
+
+@dataclass(frozen=True)
+class McpTerms:
+    """The team as a server of the Model Context Protocol."""
+
+    serve: bool = option(False, "answer MCP (streamable HTTP) at /mcp, and at /mcp/AGENT for one agent; needs sartor[mcp]")
+
+
+@dataclass(frozen=True)
+class CardTerms:
+    """The team's card for the Agent2Agent protocol's discovery."""
+
+    card: bool = option(False, "tell at /.well-known/agent-card.json who is here, and by which protocols they are asked")
+    url: str = option("", "the address by which others reach this server; by default the one that they asked")
+
+
+@dataclass(frozen=True)
+class ToolServer:
+    """An MCP server whose tools agents may call. It is a program of this machine (`command`), or an address (`url`)."""
+
+    name: str = option(REQUIRED, "what an agent's `tools` calls it")
+    command: tuple[str, ...] = option((), "the program and its arguments, run as they stand: there is no shell")
+    url: str = option("", "address of its streamable HTTP")
+    token_env: str = option("", "of a url: the environment variable whose value is sent as `Authorization: Bearer`")
+    env: tuple[str, ...] = option(
+        (), "names of environment variables that the program gets, beside HOME, PATH, USER and the like"
+    )
+    allow: tuple[str, ...] = option((), "the tools of it that may be called; empty is all")
+    timeout_s: float = option(20.0, "how long one call, or its opening, may take")
+    result_bytes: int = option(16_384, "of one result, of which the rest is cut off and said to be")
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.name):
+            raise ConfigError(f"tools have the name {self.name!r:.80}", "1 to 64 letters, digits, _ or -")
+        if bool(self.command) == bool(self.url):
+            raise ConfigError(f"the tools {self.name!r} have {'both' if self.url else 'neither'} command and url", "give one")
+        if self.url and self.env or self.command and self.token_env:
+            raise ConfigError(
+                f"the tools {self.name!r} have a setting of the other kind", "env goes with command, token_env with url"
+            )
+        if self.timeout_s <= 0 or self.result_bytes < 1:
+            raise ConfigError(f"the tools {self.name!r} would never say anything", "timeout_s: 20, result_bytes: 16384")
+
+
+def check_tools(servers: Sequence[str], members: Mapping[str, Sequence[str]]) -> None:
+    """Raise ConfigError where two servers have one name, or an agent lists one that is not there."""
+    if twice := next((name for name in servers if servers.count(name) > 1), ""):
+        raise ConfigError(f"two servers of tools have the name {twice!r}", "give each its own")
+    for agent, listed in members.items():
+        if foreign := next((name for name in listed if name not in servers), ""):
+            raise ConfigError(
+                f"{agent} lists the tools {foreign!r}, and there are {', '.join(servers) or 'none'}", "see `tools`"
+            )
+
+
+def _fraction(where: str, **said: float) -> None:
+    for name, value in said.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{where}{name} is {value}, no fraction", f"{where}{name}: a number in 0..1")
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """How much has to be said anew; either is enough."""
+
+    corrections: int = option(20, "corrections since the last retrain of the agent")
+    ratings: int = option(100, "ratings since then; a retrain on fewer says nothing that an interval would bear out")
+
+    def __post_init__(self) -> None:
+        if min(self.corrections, self.ratings) < 2:
+            raise ConfigError(
+                f"at_least is {self.corrections} corrections, {self.ratings} ratings; one of two is held out",
+                "at_least: {corrections: 20, ratings: 100}",
+            )
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What else makes a retrain due, once there is enough to learn from at all (a quarter of `at_least`)."""
+
+    bad_ratings: float = option(0.1, "the rate of bad ratings has risen by more since the last retrain; 1 never")
+    input: float = option(0.3, "what the router finds of the agent's requests has moved by so much (0..1); 1 never")
+
+    def __post_init__(self) -> None:
+        _fraction("drift.", bad_ratings=self.bad_ratings, input=self.input)
+
+
+@dataclass(frozen=True)
+class NotWorse:
+    """What the new version is held to beside the gate of every Release, against the version that is live."""
+
+    margin: float = option(0.02, "the held-out mean may fall by at most this, at the lower end of what is likely")
+    slice_margin: float = option(0.1, "in no slice may it fall by more than this, where the interval excludes 0")
+    slices: tuple[str, ...] = option(
+        (), "fields of the JSON replies that cut the rows into slices; empty takes all of few values"
+    )
+    slice_rows: int = option(6, "a slice of fewer rows is not judged, and named; fewer than six cannot tell")
+    rows: int = option(400, "most held-out rows that the versions are compared on")
+
+    def __post_init__(self) -> None:
+        _fraction("gate.", margin=self.margin, slice_margin=self.slice_margin)
+        if min(self.slice_rows, self.rows) < 2:
+            raise ConfigError(f"gate has slice_rows {self.slice_rows} and rows {self.rows}", "gate: {slice_rows: 6, rows: 400}")
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """The section. Relative paths are seen from the file's directory."""
+
+    agents: tuple[str, ...] = option((), "those that learn; by default all of the team")
+    key: str = option("", "private key, or the directory that keygen made: what signs the new Release")
+    at_least: AtLeast = option(AtLeast(), "how much has to be said anew")
+    drift: Drift = option(Drift(), "what makes it due sooner")
+    every_hours: float = option(0.0, "due after so many hours, if anything was said; 0 never by time alone")
+    tuning: Any = option(None, "options of the tuning recipe that differ from the live version's: {budget: {epochs: 2}}")
+    rehearsal: float = option(4.0, "rows of the live version's own Dataset for each row of feedback, against forgetting")
+    eval_fraction: float = option(0.25, "of the feedback, held out")
+    gate: NotWorse = option(NotWorse(), "what the new version is held to against the live one")
+    canary: float = option(0.1, "of the requests, answered by the new version until the monitors or a person decide")
+    nice: int = option(10, "how far the command steps back for everybody else, 0..19")
+    memory_bytes: int = option(0, "most memory of the command; 0 is no limit but the machine's")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eval_fraction < 1:
+            raise ConfigError(f"eval_fraction is {self.eval_fraction}; some has to be held out", "eval_fraction: 0.25")
+        if not 0 < self.canary <= 1:
+            raise ConfigError(f"canary is {self.canary}, no fraction of the requests", "canary: 0.1")
+        if not 0 <= self.nice <= 19 or self.rehearsal < 0 or self.every_hours < 0 or self.memory_bytes < 0:
+            said = (self.nice, self.rehearsal, self.every_hours, self.memory_bytes)
+            problem = f"nice, rehearsal, every_hours and memory_bytes are {said}; one is out of range"
+            raise ConfigError(problem, "nice: 10, rehearsal: 2.0, every_hours: 0, memory_bytes: 0")
+
 
 MOST_OWN_RANKS = 4
 RESERVED = ("base", "auto", "previous", "speech")
@@ -272,7 +404,7 @@ class Team(Basis):
             raise ConfigError(f"two agents have the name {twice!r}", "give each its own")
         if taken := next((name for name in names if name in RESERVED), ""):
             raise ConfigError(f"an agent cannot have the name {taken!r}, which means something else", "choose another name")
-        declared.check_plans(self.plans, names, RESERVED)
+        plan_options.check_plans(self.plans, names, RESERVED)
         check_tools([server.name for server in self.tools], {member.name: member.tools for member in self.agents})
 
     @property
@@ -302,5 +434,5 @@ def load(path: Path, flags: Sequence[str] = ()) -> Team:
             voice=seen_from(team.speech.voice, root),
             voices=tuple(seen_from(voice, root) for voice in team.speech.voices),
         ),
-        plans=tuple(declared.seen_from(plan, root) for plan in team.plans),
+        plans=tuple(plan_options.seen_from(plan, root) for plan in team.plans),
     )

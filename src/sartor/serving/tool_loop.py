@@ -1,4 +1,4 @@
-"""An agent with tools: its reply's calls are checked, run, and told to it, until it answers by words.
+"""Tool-calling loop of an agent.
 
 Stands between plans and `dispatch`, so steps of plans have their agents' tools too. A call whose arguments do not obey the
 tool's schema is not run. After `ROUNDS` rounds, or when a call is made a second time, the agent is asked once more without
@@ -17,17 +17,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.asking import Answer, Request
-from sartor.agents.day_files import DayFiles
-from sartor.agents.people.names import SUFFIX
-from sartor.agents.plans.front import Replies
-from sartor.agents.plans.handover import read_json, wrong_in
-from sartor.agents.receipt_content import Digest
-from sartor.agents.receipts import team_digest
-from sartor.agents.team import Team
-from sartor.agents.tools.held import HeldServer, OfferedTool
 from sartor.core.errors import RequestError, SartorError
 from sartor.inference.engine import Done, Event, Failed, Piece
+from sartor.serving.mcp_client import HeldServer, OfferedTool
+from sartor.serving.plans.plan_dispatch import Replies
+from sartor.serving.plans.plan_log import DayFiles
+from sartor.serving.plans.step_messages import read_json, wrong_in
+from sartor.serving.receipts import Digest, team_digest
+from sartor.serving.registry.user_versions import SUFFIX
+from sartor.serving.team_config import Team
+from sartor.serving.types import Answer, Request
 
 SCHEMA = 1
 ROUNDS = 4

@@ -1,4 +1,4 @@
-"""What stands between HTTP and the workers: a Request for an agent by name, and the Answer that comes back as events.
+"""Request, Answer and protocols between front and workers.
 
 serve/ (HTTP) --Request--> dispatch.py --Call--> supervisor.py --JSON--> worker.py (an engine)
 <--Answer--              <--Event--             <--JSON--

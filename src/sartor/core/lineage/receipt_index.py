@@ -3,7 +3,7 @@
     receipts-00000001.jsonl     one signed receipt a line; a line without its end was cut by a kill and is no receipt
     index.sqlite                id, release, agent, date -> segment, offset, length. A convenience: it is rebuilt from the lines
 
-Who writes receipts is `agents/receipts.py`; here is what `revoke` needs of them too: which replies a Release gave.
+Who writes receipts is `serving/receipts.py`; here is what `revoke` needs of them too: which replies a Release gave.
 """
 
 from __future__ import annotations

@@ -1,7 +1,12 @@
-"""adapter_config.json of plain LoRA, and nothing else: what peft could be talked into by another key is refused by name.
+"""Checks of adapter config, factors, weights and projectors.
 
 A key that is not known here is let pass only while it is off (null, false, empty), so that a method of a newer peft is not
 served as if it were none. Patterns are regular expressions to peft; here they are names with dots, so that none can be slow.
+
+projectors.safetensors   metadata {"towers.1": JSON of kind -> name, digest, licence, width, stack}
+tensors KIND.mean, .spread, .gain, .project_in.*, .project_out.* (models/composed_model.py, Projector)
+
+`Pair` is one adapted module: A of shape (rank, in) and B of (out, rank), which add scale * B A to the base's (out, in).
 """
 
 from __future__ import annotations
@@ -9,12 +14,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core.errors import AdmissionError
+import numpy as np
+
+from sartor.core import assets, model_refs, safetensors_file
+from sartor.core.errors import AdmissionError, AssetError, ModelError
+from sartor.core.filesystem import write_file_atomic
+from sartor.core.model_refs import Modality
+from sartor.core.safetensors_file import FLOATS, Tensor, Values, read_whole
+from sartor.inference.engine import PROJECTORS, About
 
 MOST_BYTES = 1 << 20
 MOST_RANK = 256
@@ -172,3 +184,323 @@ def _patterns(said: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict) or len(value) > MOST_PATTERNS or not all(_is(_PATTERN, name) for name in value):
         raise _refusal(key, value, "names of modules with a number each; no regular expression")
     return value
+
+
+CHECK = "projectors"
+KINDS: tuple[Modality, ...] = ("image", "audio")
+MOST_WIDTH, MOST_STACK = 1 << 16, 256
+# A channel is divided by its spread (models/composed_model.py never writes a smaller one)
+LEAST_SPREAD = 1e-6
+_AGAIN = "release an adapter that `sartor tune` wrote"
+
+
+@dataclass(frozen=True)
+class Said:
+    """A tower as the file names it."""
+
+    kind: Modality
+    name: str
+    digest: str
+    width: int
+    stack: int
+
+
+@dataclass(frozen=True)
+class Projectors:
+    """The file of a Release: its towers, and its tensors, of which no value was looked at."""
+
+    towers: tuple[Said, ...]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Of `image` and `audio`, those that it reads beside text."""
+        return tuple(tower.kind for tower in self.towers)
+
+
+def read(path: Path, files: Mapping[str, Any], about: About) -> Projectors:
+    """The projectors of the Release in `path`, of these files, with towers that are on this machine.
+
+    Raises AdmissionError or ModelError for what is no such file, or where the engine reads no media or a tower is another;
+    AssetError for one that is not installed.
+    """
+    if PROJECTORS not in files:
+        return Projectors((), {})
+    if about.kind != "local":
+        raise ModelError(f"it reads media by projectors, and the engine {about.kind!r} reads text", "engine: {kind: local}")
+    tensors, metadata = read_whole(path / PROJECTORS)
+    if model_refs.SAID not in metadata:
+        raise _projectors_refusal(f"says {sorted(metadata)!a:.80}; this reads {model_refs.SAID!r}")
+    found = Projectors(_towers(metadata[model_refs.SAID]), tensors)
+    for tower in found.towers:
+        _check_tower(tower)
+    return found
+
+
+def _towers(text: str) -> tuple[Said, ...]:
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict) or not said or not set(said) <= set(KINDS):
+        raise _projectors_refusal(f"names no towers of {' and '.join(KINDS)}: {text[:80]!a}")
+    return tuple(_tower(kind, said[kind]) for kind in KINDS if kind in said)
+
+
+def _tower(kind: Modality, said: Any) -> Said:
+    if not isinstance(said, dict) or not all(isinstance(said.get(key), str) and said[key] for key in ("name", "digest")):
+        raise _projectors_refusal(f"names no tower by name and digest for {kind}: {str(said)[:80]!a}")
+    for key, most in (("width", MOST_WIDTH), ("stack", MOST_STACK)):
+        if type(said.get(key)) is not int or not 1 <= said[key] <= most:
+            raise _projectors_refusal(f"says {key} {str(said.get(key))[:20]!a} of the tower for {kind}; it lies in 1..{most}")
+    return Said(kind, said["name"], said["digest"], said["width"], said["stack"])
+
+
+def _check_tower(said: Said) -> None:
+    ref = model_refs.locate_tower(said.name, said.kind)
+    if ref.digest != said.digest:
+        raise ModelError(
+            f"it reads {said.kind} by the tower {said.name[:80]!r} {said.digest[:12]}, and the one here is {ref.digest[:12]}",
+            "use the tower that it was tuned with, or tune again with this one",
+        )
+    if ref.is_asset and not ref.path.is_dir() and not assets.entry(said.name).is_installed:
+        problem = f"it reads {said.kind} by the tower {said.name!r}, which is not on this machine"
+        raise AssetError(problem, f"sartor assets install {said.name}")
+
+
+def check_projector_values(found: Projectors, width: int) -> str:
+    """What was found, in words; every value is read. width: of the base's embeddings. Raises AdmissionError."""
+    if not found.towers:
+        return "none: it reads text alone"
+    wanted = {name: shape for tower in found.towers for name, shape in _shapes(tower, width).items()}
+    if set(wanted) != set(found.tensors):
+        odd = sorted(set(wanted) ^ set(found.tensors))[0]
+        raise _projectors_refusal(f"{'lacks' if odd in wanted else 'has a surplus tensor,'} {odd}")
+    for name, shape in wanted.items():
+        _check_tensor(found.tensors[name], shape)
+    count = sum(tensor.count for tensor in found.tensors.values())
+    return f"{', '.join(f'{tower.kind} by {tower.name}' for tower in found.towers)}; {count:,} parameters"
+
+
+def _shapes(tower: Said, width: int) -> dict[str, tuple[int, ...]]:
+    """Tensor -> its shape, (out, in) of weights."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "mean": (tower.width,), "spread": (tower.width,), "gain": (),
+        # places of a picture are averaged behind it, moments of a recording stand side by side before it
+        "project_in.weight": (width, (1 if tower.kind == "image" else tower.stack) * tower.width), "project_in.bias": (width,),
+        "project_out.weight": (width, width), "project_out.bias": (width,),
+    }  # fmt: skip
+    return {f"{tower.kind}.{name}": shape for name, shape in shapes.items()}
+
+
+def _check_tensor(tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise _projectors_refusal(f"has {tensor.name} of shape {tensor.shape}; tower and base make it {shape}")
+    if tensor.dtype not in FLOATS:
+        raise _projectors_refusal(f"has {tensor.name} in {tensor.dtype}; floats of 16 or 32 bits are read")
+    for piece in tensor.pieces():
+        if not np.isfinite(piece).all():
+            raise _projectors_refusal(f"holds values that are not finite, in {tensor.name}")
+        if tensor.name.endswith(".spread") and not (piece >= LEAST_SPREAD).all():
+            raise _projectors_refusal(f"divides by a spread of {float(piece.min()):g}, in {tensor.name}")
+
+
+def _projectors_refusal(problem: str) -> AdmissionError:
+    return AdmissionError(f"{PROJECTORS} {problem}", _AGAIN, CHECK)
+
+
+# safetensors' own limit; a base is the operator's own file, and a large one has many tensors
+MOST_HEADER_BYTES = 100 << 20
+SUFFIX = ".weight"
+
+
+class BaseWeights:
+    """The safetensors files in a base's directory. matrices: module name -> its two-dimensional weight.
+
+    norms_file keeps what `norms` found, so that a base is read once and not at every admission.
+    """
+
+    def __init__(self, path: Path, digest: str, norms_file: Path) -> None:
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{path} holds no *.safetensors of a base", "give the base's directory in transformers' layout")
+        self.path = path
+        self._digest = digest
+        self._norms_file = norms_file
+        self._vocabulary = _vocabulary(path)
+        self.matrices: dict[str, Tensor] = {}
+        for file in files:
+            for name, tensor in safetensors_file.read_header(file, MOST_HEADER_BYTES).items():
+                if len(tensor.shape) == 2 and name.endswith(SUFFIX):
+                    self.matrices[name.removesuffix(SUFFIX)] = tensor
+
+    def linear(self) -> dict[str, Tensor]:
+        """The matrices that an adapter may add to: all but embeddings and the head, which have a row per token."""
+        return {name: tensor for name, tensor in self.matrices.items() if tensor.shape[0] != self._vocabulary}
+
+    @property
+    def width(self) -> int:
+        """Of an embedding; 0 where no weight has a row per token."""
+        return next((tensor.shape[1] for tensor in self.matrices.values() if tensor.shape[0] == self._vocabulary), 0)
+
+    def norms(self, modules: Iterable[str]) -> dict[str, float]:
+        """The Frobenius norm of each module's weight."""
+        known = self._read_norms()
+        lacking = [module for module in modules if module not in known]
+        for module in lacking:
+            known[module] = float(np.sqrt(sum(_squares(piece) for piece in self.matrices[module].pieces())))
+        if lacking:
+            self._write_norms(known)
+        return known
+
+    def _read_norms(self) -> dict[str, float]:
+        try:
+            said = json.loads(self._norms_file.read_text(encoding="utf-8"))
+            return {str(name): float(norm) for name, norm in said["norms"].items()} if said["base"] == self._digest else {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def _write_norms(self, norms: dict[str, float]) -> None:
+        # a cache: norms that a power cut takes are computed anew from the base
+        content = json.dumps({"schema": 1, "base": self._digest, "norms": norms}).encode()
+        write_file_atomic(self._norms_file, content, durable=False)
+
+
+def _squares(piece: safetensors_file.Values) -> float:
+    wide = piece.astype(np.float64)
+    return float(wide @ wide)
+
+
+def _vocabulary(path: Path) -> int:
+    """Rows of the embedding, from config.json; 0 when it does not say."""
+    try:
+        said = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return int(said.get("vocab_size") or said.get("text_config", {}).get("vocab_size") or 0)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ModelError(f"{path}/config.json is not a whole JSON file: {error}", "restore it from a copy") from None
+
+
+# What may be added to a module, as a Frobenius norm: half of the base's own weight, or, where that is small (a base that was
+# hardly trained), as much as two orthogonal matrices of its size. `benchmarks/norms.py` measures real adapters; what the
+# limit was chosen from stands in docs/admission.md.
+MOST_OF_WEIGHT = 0.5
+MOST_ORTHOGONAL = 2.0
+_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_TUNE = "tune it again, or release the adapter as it was"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two factors of a module; `scale` multiplies their product."""
+
+    module: str
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Norms:
+    """How much is added, 1 being the limit: the most, of which module, and the median over all modules."""
+
+    largest: float
+    module: str
+    median: float
+
+
+def pair_up(found: Mapping[str, Tensor], config: LoraConfig, base: BaseWeights) -> list[Pair]:
+    """The pairs of exactly those modules of the base that the config targets.
+
+    Raises AdmissionError (`tensors`) for a name that is none of a factor, for half a pair, a module that the base lacks, one
+    that the config does not target, and one that it targets and that has no factors.
+    """
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in found.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise _lora_refusal("tensors", f"the tensor {name} is no factor A or B of a module")
+        halves.setdefault(match[1], {})[match[2]] = tensor
+    modules = base.linear()
+    for module, both in halves.items():
+        if len(both) < 2:
+            raise _lora_refusal("tensors", f"{module} has the factor {next(iter(both))} alone")
+        if module not in modules:
+            raise _lora_refusal("tensors", f"the base has no linear module {module}")
+        if not config.targets_module(module):
+            raise _lora_refusal("tensors", f"{module} has factors, and the config does not target it")
+    if lacking := sorted(module for module in modules if config.targets_module(module) and module not in halves):
+        raise _lora_refusal(
+            "tensors", f"{len(lacking)} modules that the config targets have no factors, the first is {lacking[0]}"
+        )
+    if not halves:
+        raise _lora_refusal("tensors", "it has no factors at all")
+    return [Pair(module, both["A"], both["B"], config.scale_of(module)) for module, both in sorted(halves.items())]
+
+
+def check_shapes(pairs: Sequence[Pair], config: LoraConfig, base: BaseWeights) -> None:
+    """Raise AdmissionError (`shapes`) unless every A is (any rank, in) and every B (the same, out) of the base's module."""
+    for pair in pairs:
+        shape = base.matrices[pair.module].shape
+        wide = tuple(reversed(shape)) if config.is_transposed else shape
+        a, b = pair.a.shape, pair.b.shape
+        if len(a) != 2 or len(b) != 2 or (b[0], a[1]) != wide or a[0] != b[1]:
+            raise _lora_refusal(
+                "shapes", f"{pair.module} is {wide} in the base; A is {a} and B {b}, not (rank, in) and (out, rank)"
+            )
+
+
+def check_ranks(pairs: Sequence[Pair], config: LoraConfig) -> None:
+    """Raise AdmissionError (`rank`) where the factors have another rank than the config declares."""
+    for pair in pairs:
+        if pair.a.shape[0] != (declared := config.rank_of(pair.module)):
+            raise _lora_refusal("rank", f"{pair.module} has the rank {pair.a.shape[0]}; the config declares {declared}")
+
+
+def check_dtypes(pairs: Sequence[Pair]) -> None:
+    """Raise AdmissionError (`dtypes`) for a factor that is stored as anything but a float of 16 or 32 bits."""
+    for tensor in (tensor for pair in pairs for tensor in (pair.a, pair.b)):
+        if tensor.dtype not in FLOATS:
+            raise _lora_refusal("dtypes", f"{tensor.name} is stored as {tensor.dtype}; what is taken is {', '.join(FLOATS)}")
+
+
+def check_lora_values(pairs: Sequence[Pair], base: BaseWeights) -> Norms:
+    """Read every value once. Raises AdmissionError: `finite` for a NaN or an infinity, `norms` for a product out of scale."""
+    weights = base.norms([pair.module for pair in pairs])
+    shares = {}
+    for pair in pairs:
+        shortest = min(base.matrices[pair.module].shape)
+        limit = max(MOST_OF_WEIGHT * weights[pair.module], MOST_ORTHOGONAL * shortest**0.5)
+        shares[pair.module] = added_norm(pair) / limit
+    module, largest = max(shares.items(), key=lambda item: item[1])
+    if not largest <= 1:
+        raise _lora_refusal(
+            "norms",
+            f"what it adds to {module} has {largest:.3g} times the norm that is allowed "
+            f"({MOST_OF_WEIGHT:g} of its weight's {weights[module]:.3g}, or {MOST_ORTHOGONAL:g} of an orthogonal matrix's)",
+        )
+    return Norms(largest, module, float(np.median(list(shares.values()))))
+
+
+def added_norm(pair: Pair) -> float:
+    """||scale B A|| (Frobenius), by the two (rank, rank) Gram matrices and not by the (out, in) product."""
+    a, b = _finite(pair.a), _finite(pair.b)
+    squared = float(np.sum(_gram(a) * _gram(b.T)))
+    return abs(pair.scale) * float(np.sqrt(max(squared, 0.0)))
+
+
+def _gram(factor: Values) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    wide = factor.astype(np.float64)
+    return wide @ wide.T
+
+
+def _finite(tensor: Tensor) -> Values:
+    values = tensor.values()
+    if not np.isfinite(values).all():
+        place = np.unravel_index(int(np.flatnonzero(~np.isfinite(values))[0]), values.shape)
+        at = ", ".join(str(int(one)) for one in place)
+        raise _lora_refusal("finite", f"{tensor.name} holds {values[place]} at ({at})")
+    return values
+
+
+def _lora_refusal(check: str, problem: str) -> AdmissionError:
+    return AdmissionError(f"the adapter is refused: {problem}", _TUNE, check)

@@ -1,4 +1,4 @@
-"""What a Release must pass before a worker that serves loads its adapter. No torch: the front process decides.
+"""Admits a Release or personal adapter before it is loaded.
 
     copies.py   the server's own copy: what is looked at is what is loaded
     terms.py    release.json, the gate, licences          config.py   adapter_config.json of plain LoRA
@@ -8,6 +8,9 @@
 
 The checks run in the order of `CHECKS`, each on bytes that the ones before it vouch for: nothing of a Release is parsed
 before its signature is known to be good. Whoever is refused learns which check it was: `error.check`.
+
+It was made on this team's state directory, and the registry knows the id that its manifest must have: that stands in the
+signature's stead, and the gate of `sartor personal tune` in that of the canaries.
 """
 
 from __future__ import annotations
@@ -20,18 +23,110 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sartor.agents.admission import copies, lora, projectors, terms
-from sartor.agents.admission.config import read_config
-from sartor.agents.admission.projectors import Projectors
-from sartor.agents.admission.weights import BaseWeights
-from sartor.agents.entries import Version
-from sartor.agents.team import Team
 from sartor.core import model_refs, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
-from sartor.core.errors import InputError, ModelError, RefusedError, SignatureError
+from sartor.core.config import is_name
+from sartor.core.errors import AdmissionError, ConfigError, InputError, LicenceError, ModelError, RefusedError, SignatureError
+from sartor.core.licences.compliance import USES
 from sartor.core.safetensors_file import read_header
-from sartor.inference.engine import About, Call, Event, adapter_digest, numerics_difference
+from sartor.inference.engine import About, Call, Event, Sampling, adapter_digest, numerics_difference
 from sartor.release import canary_prompts
+from sartor.release import gate as permission
+from sartor.serving.admission import adapter_checks, release_copies
+from sartor.serving.admission.adapter_checks import BaseWeights, Projectors, read_config
+from sartor.serving.registry.registry_schema import Version
+from sartor.serving.team_config import Team
+
+GATE = ("gain", "forgetting", "licence")
+OUTCOMES = ("pass", "waived")
+MOST_PROMPT = 1 << 20  # characters of a system prompt
+_AGAIN = "release it again with this version of Sartor"
+_TEXTS = ("source", "path", "licence", "consent", "expires")
+_SAMPLING = frozenset(Sampling.__dataclass_fields__)
+
+
+def check_form(manifest: Mapping[str, Any]) -> None:
+    """Raise AdmissionError (`manifest`) unless what a server reads of release.json has the form that `release` writes."""
+    for key in ("name", "version"):
+        if not is_name(manifest.get(key)):
+            raise _malformed(key, manifest.get(key))
+    base = manifest.get("base")
+    if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("name", "digest", "template_digest")):
+        raise _malformed("base", base)
+    prompt = manifest.get("system_prompt")
+    if not isinstance(prompt, str) or len(prompt) > MOST_PROMPT:
+        raise _malformed("system_prompt", prompt)
+    if manifest.get("use", "commercial") not in USES:
+        raise _malformed("use", manifest["use"])
+    for key in ("tools", "waivers", "parents", "canaries", "sources"):
+        said = manifest.get(key, [])
+        if not isinstance(said, list) or not all(isinstance(one, dict) for one in said):
+            raise _malformed(key, said)
+    if wrong := next((one for one in [base, *manifest.get("sources", [])] if not _states_terms(one)), None):
+        raise _malformed("sources", wrong)
+    if not all(type(source.get("kept")) is int for source in manifest.get("sources", [])):
+        raise _malformed("sources", manifest["sources"])
+    if not all(isinstance(parent.get(key), str) for parent in manifest.get("parents", []) for key in ("kind", "id", "path")):
+        raise _malformed("parents", manifest["parents"])
+    _check_sampling(manifest.get("sampling"))
+
+
+def _states_terms(source: Mapping[str, Any]) -> bool:
+    used = source.get("use", [])
+    return all(isinstance(source.get(key, ""), str) for key in _TEXTS) and (
+        isinstance(used, list) and all(isinstance(use, str) for use in used)
+    )
+
+
+def _check_sampling(said: Any) -> None:
+    try:
+        if not isinstance(said, dict) or not set(said) <= _SAMPLING:
+            raise ConfigError("it has other options than those of sampling", "")
+        Sampling(**said)
+    except (ConfigError, TypeError) as error:
+        raise _malformed("sampling", said, str(error).partition("\n")[0]) from None
+
+
+def check_gate(manifest: Mapping[str, Any]) -> str:
+    """What the gate found, check by check; a waiver shows. Raises AdmissionError (`gate`) for one that is absent or failed."""
+    gate = manifest.get("gate")
+    waivers = {str(one.get("check")): one for one in manifest.get("waivers", []) if one.get("by") and one.get("reason")}
+    if not isinstance(gate, dict):
+        raise _ungated("release.json has no gate")
+    said = []
+    for name in [*GATE, *sorted(set(gate) - set(GATE))]:
+        outcome = gate[name].get("outcome") if isinstance(gate.get(name), dict) else None
+        if outcome not in OUTCOMES:
+            raise _ungated(f"{name} is {outcome or 'absent'}")
+        if outcome == "waived" and name not in waivers:
+            raise _ungated(f"{name} is waived by nobody")
+        waived = f" by {waivers[name]['by']}: {waivers[name]['reason']}" if outcome == "waived" else ""
+        said.append(f"{name} {outcome}{waived}")
+    return "; ".join(said)
+
+
+def check_licence(found: Artifact) -> str:
+    """Whether sources and base still permit the use that the Release was made for. Raises LicenceError.
+
+    It is decided anew: terms run out, and a signer's word that a licence permits is not the licence. A waiver of the gate's
+    check holds here too, and shows.
+    """
+    use, outcome = found.manifest.get("use", "commercial"), found.manifest["gate"]["licence"]["outcome"]
+    refusals, remedy = permission.licence_refusals(found, use)
+    if refusals and outcome != "waived":
+        raise LicenceError(f"{found.manifest['name']} may not be served for {use} use: {'; '.join(refusals)}", remedy)
+    return f"waived, against: {'; '.join(refusals)}" if refusals else f"{found.licence} permits {use} use"
+
+
+def _malformed(key: str, value: Any, why: str = "") -> AdmissionError:
+    return AdmissionError(f"release.json has {key} {str(value)[:120]!a}{': ' if why else ''}{why}", _AGAIN, "manifest")
+
+
+def _ungated(problem: str) -> AdmissionError:
+    return AdmissionError(
+        f"the gate did not let this Release pass: {problem}", "sartor release ADAPTER, or --waive CHECK", "gate"
+    )
+
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MOST_SIGNATURE_BYTES = 1 << 16
@@ -175,12 +270,12 @@ def admit_by(release: Path | str, ground: Ground, ask: Ask) -> Admitted:
     MissingError when the disk is full, and what `ask` raises when no process could be started.
     """
     path = Path(release).absolute()
-    if copies.is_copy(path, ground.state):
+    if release_copies.is_copy(path, ground.state):
         return _readmit(path, ground, ask)
-    with _checking("files"), copies.staged(path, ground.state) as part:
+    with _checking("files"), release_copies.staged(path, ground.state) as part:
         looked = _examine(part, path, ground)
         checks = {**looked.checks, **_values(looked, ground), "canary": _ask(looked, ask)}
-        kept = copies.keep(part, ground.state, looked.found.id, ground.passed(checks))
+        kept = release_copies.keep(part, ground.state, looked.found.id, ground.passed(checks))
         return looked.admitted(kept, checks)
 
 
@@ -189,14 +284,14 @@ def _readmit(path: Path, ground: Ground, ask: Ask) -> Admitted:
     by the arithmetic of this version.
     """
     looked = _examine(path, path, ground)
-    passed = copies.passed(path)
+    passed = release_copies.passed(path)
     is_same_base = passed.get("base") == ground.about.base_digest and isinstance(passed.get("checks"), dict)
     made_otherwise = numerics_difference({**ground.about.made_by, "numerics": passed.get("numerics")})
     if is_same_base and not made_otherwise:
         return looked.admitted(path, {**passed["checks"], **looked.checks})
     checks = {**looked.checks, **_values(looked, ground), "canary": _ask(looked, ask)}
     if is_same_base:
-        copies.renew(path, ground.passed(checks))
+        release_copies.renew(path, ground.passed(checks))
     return looked.admitted(path, checks)
 
 
@@ -248,16 +343,16 @@ def _examine(path: Path, origin: Path, ground: Ground) -> _Looked:
         found = open_artifact(path, "release")
         checks["files"] = f"{len(found.manifest['files'])} files as signed"
     with _checking("manifest"):
-        terms.check_form(found.manifest)
+        check_form(found.manifest)
     check_ground(found, ground.about)
     checks |= {"base": ground.about.base_digest[:12], "template": ground.about.template_digest[:12]}
-    checks["gate"] = terms.check_gate(found.manifest)
+    checks["gate"] = check_gate(found.manifest)
     with _checking("licence"):
-        checks["licence"] = terms.check_licence(found)
+        checks["licence"] = check_licence(found)
     with _checking("weights"):
         _check_listed(found)
     with _checking("projectors"):
-        read = projectors.read(path, found.manifest["files"], ground.about)
+        read = adapter_checks.read(path, found.manifest["files"], ground.about)
     return _Looked(found, signer, adapter_digest(found.manifest["files"]), checks, read)
 
 
@@ -271,14 +366,14 @@ def check_values(path: Path, media: Projectors, ground: Ground) -> dict[str, str
     with _checking("weights"):
         found = read_header(path / WEIGHTS)
         base = BaseWeights(ground.base, ground.about.base_digest, ground.state / "base-norms.json")
-    pairs = lora.pair_up(found, config, base)
-    lora.check_shapes(pairs, config, base)
-    lora.check_ranks(pairs, config)
-    lora.check_dtypes(pairs)
-    norms = lora.check_values(pairs, base)
+    pairs = adapter_checks.pair_up(found, config, base)
+    adapter_checks.check_shapes(pairs, config, base)
+    adapter_checks.check_ranks(pairs, config)
+    adapter_checks.check_dtypes(pairs)
+    norms = adapter_checks.check_lora_values(pairs, base)
     ranks = sorted({pair.a.shape[0] for pair in pairs})
     with _checking("projectors"):
-        read = projectors.check_values(media, base.width)
+        read = adapter_checks.check_projector_values(media, base.width)
     return {
         "config": f"LoRA, rank {config.rank}, alpha {config.alpha:g}",
         "weights": f"{len(found)} tensors",
@@ -342,3 +437,11 @@ def _checking(name: str) -> Iterator[None]:
     except (InputError, RefusedError) as error:
         error.check = error.check or name
         raise
+
+
+def admit_personal(path: Path, agent: str, ground: Ground) -> Version:
+    """The Adapter in a directory as a version of an agent. Raises what `admission.admit_by` raises of base and values."""
+    found = open_artifact(path, "adapter")
+    check_ground(found, ground.about)
+    check_values(path, adapter_checks.read(path, found.manifest["files"], ground.about), ground)
+    return Version(agent, "", str(path), found.id, adapter_digest(found.manifest["files"]))

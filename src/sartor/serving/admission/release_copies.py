@@ -1,4 +1,4 @@
-"""The server's own copy of a Release: what was checked is what is loaded, whatever becomes of the original meanwhile.
+"""The server's own verified copies of Releases.
 
     STATE/adapters/<release id>/              the Release as it was admitted, and .admitted.json: the checks that it passed
     STATE/adapters/.part-<random>/            one that is being looked at; left by a kill, removed by `sweep`

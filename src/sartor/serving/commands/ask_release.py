@@ -1,4 +1,4 @@
-"""Release + prompt -> Reply: one answer, which release gave it, and which training examples are nearest to the prompt."""
+"""Verb ask for one Release."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.questions import Question, asked
-from sartor.agents.reply import Reply, nearest_examples
 from sartor.core.records import Message
 from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.release.release import verify_release
+from sartor.serving.commands.ask_types import Question, Reply, asked, nearest_examples
 
 
 def ask(

@@ -1,4 +1,4 @@
-"""Team + prompt -> Reply: the house of `sartor serve` without its HTTP, opened for one question."""
+"""Verb ask for a team, without HTTP."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from sartor.agents.asking import Request
-from sartor.agents.questions import Question, asked
-from sartor.agents.registry import Registry
-from sartor.agents.reply import Reply, nearest_examples
-from sartor.agents.serve.opening import open_house
-from sartor.agents.team import Http, Team, load
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import SartorError, UnavailableError
 from sartor.core.ipc import error_of
 from sartor.inference.engine import Done, Failed, Piece
+from sartor.serving.commands.ask_types import Question, Reply, asked, nearest_examples
+from sartor.serving.http.startup import open_house
+from sartor.serving.registry.registry import Registry
+from sartor.serving.team_config import Http, Team, load
+from sartor.serving.types import Request
 
 
 def ask_team(

@@ -1,4 +1,4 @@
-"""A logged run of a plan, made again: by the versions that answered then, step by step, and held against the log.
+"""Verb agents replay: logged plans run again.
 
 Where the log has the words (`log: content`) they are compared, else the digests, and the words of the request are given. A
 greedy step says the same to the bit on the machine that it was made on, and a sampled one by its seed. What was left out then
@@ -14,20 +14,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.ask_team import unheard
-from sartor.agents.asking import Answer, Request
-from sartor.agents.choosing import BASE_AGENT
-from sartor.agents.plans.declared import Plan, digest
-from sartor.agents.plans.front import Plans, Replies
-from sartor.agents.plans.log import PlanLog, Ran, read_runs, response_format
-from sartor.agents.receipt_check import question_in
-from sartor.agents.receipt_content import Content, Digest
-from sartor.agents.receipts import team_digest
-from sartor.agents.serve.opening import open_house
-from sartor.agents.team import Team, load
 from sartor.core import config
 from sartor.core.errors import ArtifactError, ConfigError, SartorError, UnavailableError
 from sartor.inference.engine import About, numerics_difference
+from sartor.serving.commands.ask_team import unheard
+from sartor.serving.commands.receipt_verification import question_in
+from sartor.serving.dispatch.model_selection import BASE_AGENT
+from sartor.serving.http.startup import open_house
+from sartor.serving.plan_options import Plan, digest
+from sartor.serving.plans.plan_dispatch import Plans, Replies
+from sartor.serving.plans.plan_log import PlanLog, Ran, read_runs, response_format
+from sartor.serving.receipts import Content, Digest, team_digest
+from sartor.serving.team_config import Team, load
+from sartor.serving.types import Answer, Request
 
 _PATIENCE_S = 3600.0
 _LEFT_OUT = "left out"

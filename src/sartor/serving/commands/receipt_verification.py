@@ -1,4 +1,4 @@
-"""Is a receipt what a team signed, of these words, and does the Release say them again? Each is checked as far as it can be.
+"""Verb receipt verify.
 
     signature   always: by the key given, the team's own, or one that this machine trusts
     digests     where the words and the team's HMAC key are at hand
@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.receipt_content import Content, digest_by
-from sartor.agents.receipts import FAILED, KIND, SCHEMA, read_secret
-from sartor.agents.team import Local, Team, load
-from sartor.agents.worker import open_engine
 from sartor.core import catalogue, config, model_refs, records, signing
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError
 from sartor.inference.engine import BASE, About, Call, Engine, Failed, Piece, Sampling, adapter_digest, numerics_difference
+from sartor.serving.receipts import FAILED, KIND, SCHEMA, Content, digest_by, read_secret
+from sartor.serving.team_config import Local, Team, load
+from sartor.serving.workers.worker_main import open_engine
 
 MOST_BYTES = 64 << 20
 _TEXTS = ("id", "created", "agent", "release", "adapter", "finish")

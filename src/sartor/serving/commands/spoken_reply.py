@@ -1,4 +1,4 @@
-"""One reply, spoken into a file. No torch."""
+"""Speaks a reply into an audio file."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from sartor.agents.reply import Reply, SpokenFile
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic
 from sartor.media.speech.audio_encoding import ENDINGS
 from sartor.media.speech.text_normalization import spoken
 from sartor.media.speech.tts_engines import DEFAULT, open_voice
+from sartor.serving.commands.ask_types import Reply, SpokenFile
 
 
 def speaking(file: Path | str, voice: str = DEFAULT, speed: float = 1.0) -> Callable[[Reply], Reply]:

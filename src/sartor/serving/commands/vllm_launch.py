@@ -1,4 +1,4 @@
-"""A team on vLLM: the command line that starts a server with the team's base and adapters, for `engine: {kind: openai}`.
+"""VLLM command line for a team.
 
 Adapters are served under their digests, so that a name means one content for ever and two versions of an agent stand side by
 side. What vLLM would do otherwise than the Release says is refused here, by the agent's name: vLLM has one chat template for
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sartor.agents.team import Remote, Team
 from sartor.core import model_refs
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
 from sartor.inference.engine import adapter_digest
 from sartor.release.release import verify_release
+from sartor.serving.team_config import Remote, Team
 
 # What --max-lora-rank may be
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

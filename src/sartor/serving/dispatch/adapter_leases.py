@@ -1,4 +1,4 @@
-"""Which adapters the workers hold, and who needs them: one goes only when nobody wants it and no reply of it lives."""
+"""Adapters held by workers, released when unused."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sartor.agents.asking import Crew
-from sartor.agents.entries import Version
 from sartor.core.errors import AdmissionError, SartorError, UnavailableError
+from sartor.serving.registry.registry_schema import Version
+from sartor.serving.types import Crew
 
 # What `agents.admission` is asked for: the Release in a directory as a version of an agent of that name, or what it raises.
 # `release` of the version is where the adapter is loaded from: the server's own copy.

@@ -1,4 +1,4 @@
-"""What the admin of a running server sees and changes: the agents, and which version of each is live."""
+"""Admin operations on running agents."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.asking import Crew, Listed
-from sartor.agents.dispatch import Dispatch
-from sartor.agents.entries import Agent
-from sartor.agents.holdings import Admit
-from sartor.agents.registry import Cause
-from sartor.agents.team import Rollout
 from sartor.core.errors import ArtifactError, UnavailableError
+from sartor.serving.dispatch.adapter_leases import Admit
+from sartor.serving.dispatch.dispatcher import Dispatch
+from sartor.serving.registry.registry import Cause
+from sartor.serving.registry.registry_schema import Agent
+from sartor.serving.team_config import Rollout
+from sartor.serving.types import Crew, Listed
 
 ADMIN = Cause("admin", "over HTTP")
 

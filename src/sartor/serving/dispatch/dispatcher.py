@@ -1,4 +1,4 @@
-"""Request -> Answer: which version answers, that it stays until the reply has ended, and who steps in when it cannot.
+"""Request to answer: version, fallback, receipt.
 
 choosing.py  who may answer, in order       calling.py   what an engine is asked
 people/      users who have their own
@@ -14,35 +14,75 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from sartor.agents.admission import copies
-from sartor.agents.asking import Answer, Crew, Events, Given, Receipts, Request, Router
-from sartor.agents.calling import call_of
-from sartor.agents.choosing import BASE_AGENT, Plan, Reason, ReasonKind, join_reasons, plan
-from sartor.agents.holdings import Admit, Holdings
-from sartor.agents.people.book import PeopleBook
-from sartor.agents.people.names import SUFFIX
-from sartor.agents.people.serving import Serving
-from sartor.agents.registry import Cause, Registry
-from sartor.agents.replying import Replying
-from sartor.agents.rollout import Rollouts, Seen, Verdict, is_json, takes
-from sartor.agents.served import Served
-from sartor.agents.shadows import Outcome, Shadow, Shadows
-from sartor.agents.team import Team
 from sartor.core.errors import (
     ArtifactError,
     ConflictError,
     DeadlineError,
     ModelError,
+    RequestError,
     SartorError,
     UnavailableError,
     UnknownAgentError,
 )
-from sartor.inference.engine import Call, Done, Failed
+from sartor.inference.engine import BASE, Call, Done, Failed, Sampling
 from sartor.media.content_parts import kinds_in
+from sartor.serving.admission import release_copies
+from sartor.serving.dispatch.adapter_leases import Admit, Holdings
+from sartor.serving.dispatch.model_selection import BASE_AGENT, Plan, Reason, ReasonKind, join_reasons, plan
+from sartor.serving.dispatch.personal_versions import Serving
+from sartor.serving.dispatch.reply_stream import Replying
+from sartor.serving.dispatch.rollout import Outcome, Rollouts, Seen, Shadow, Shadows, Verdict, is_json, takes
+from sartor.serving.dispatch.served_agents import Served
+from sartor.serving.registry.registry import Cause, Registry
+from sartor.serving.registry.registry_schema import Version
+from sartor.serving.registry.user_versions import SUFFIX, PeopleBook
+from sartor.serving.team_config import Team
+from sartor.serving.types import Answer, Crew, Events, Given, Receipts, Request, Router
+
+_OPTIONS = frozenset(option.name for option in fields(Sampling))
+_SYSTEM = ("system", "developer")
+
+
+def call_of(request: Request, version: Version | None, id: str, most_tokens: int) -> Call:
+    """What an engine is asked, by a version or the base (None).
+
+    A client's own system message stands in place of the Release's, and so do its sampling options and its tools. Raises
+    RequestError for an option that is none or asks for more than `most_tokens`, ConfigError for a value out of range.
+    """
+    facts = version.facts if version else {}
+    return Call(
+        id=id,
+        adapter=version.adapter if version else BASE,
+        messages=_messages(request, str(facts.get("system_prompt", ""))),
+        text=request.text,
+        sampling=_sampling(request, dict(facts.get("sampling", {})), most_tokens),
+        schema=request.schema,
+        tools=tuple(facts.get("tools", ())) if request.tools is None else request.tools,
+        must_call=request.must_call,
+        top_logprobs=request.top_logprobs,
+    )
+
+
+def _messages(request: Request, system: str) -> tuple[Any, ...]:
+    if not system or not request.messages or any(message.get("role") in _SYSTEM for message in request.messages):
+        return request.messages
+    return ({"role": "system", "content": system}, *request.messages)
+
+
+def _sampling(request: Request, released: dict[str, Any], most_tokens: int) -> Sampling:
+    if foreign := sorted(set(request.sampling) - _OPTIONS):
+        raise RequestError(f"there is no sampling option {foreign[0]!r}", f"one of {', '.join(sorted(_OPTIONS))}")
+    if request.sampling.get("max_tokens", 0) > most_tokens:
+        asked = request.sampling["max_tokens"]
+        raise RequestError(f"max_tokens is {asked}; the limit of this server is {most_tokens}", f"max_tokens: {most_tokens}")
+    known = {name: value for name, value in released.items() if name in _OPTIONS}
+    merged = {"max_tokens": Sampling().max_tokens, **known, **request.sampling}
+    return Sampling(**{**merged, "max_tokens": min(merged["max_tokens"], most_tokens)})
+
 
 # What is an agent's own fault, or says that it is out of service; the rest is the request's, or a matter of room and time
 STEPS_IN = (ModelError, ArtifactError, UnavailableError)
@@ -85,7 +125,7 @@ class Dispatch:
         self._router = router
         self._receipts = receipts
         self._admit = admit
-        self.holdings = Holdings(crew, admit, copies.folder(Path(team.state)))
+        self.holdings = Holdings(crew, admit, release_copies.folder(Path(team.state)))
         self.rollouts = Rollouts(team.rollout, clock)
         self.served = Served(registry, crew, self.holdings, self.rollouts, router)
         self.persons = Serving(PeopleBook(registry.database), self.holdings, crew, Path(team.state), team.personal.held)

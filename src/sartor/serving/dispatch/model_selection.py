@@ -1,4 +1,4 @@
-"""`model` -> who is to answer, in order: the version that is asked for, live or on trial, then those that step in for it."""
+"""Which versions may answer a model name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from sartor.agents.asking import Request, Route, Router
-from sartor.agents.entries import Agent, Version
-from sartor.agents.rollout import takes
 from sartor.core.errors import KeyRefusedError, RequestError, SartorError, UnavailableError, UnknownAgentError
 from sartor.media.content_parts import kinds_in
+from sartor.serving.dispatch.rollout import takes
+from sartor.serving.registry.registry_schema import Agent, Version
+from sartor.serving.types import Request, Route, Router
 
 BASE_AGENT = "base"
 AUTO = "auto"

@@ -1,4 +1,4 @@
-"""Who is answered by a version of their own: in front of the live version that it stands on, loaded when it is asked for.
+"""Personal versions in front of a live version.
 
 Whatever is wrong with it, the live version answers, and the reason says that it does. What was tuned on another version than
 the live one is not used: what it changes was measured on that one.
@@ -13,14 +13,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from sartor.agents.asking import Crew, Request
-from sartor.agents.choosing import Choice, Plan, Reason, ReasonKind
-from sartor.agents.entries import Agent, Version
-from sartor.agents.holdings import Holdings
-from sartor.agents.people.book import People, PeopleBook, Personal
-from sartor.agents.people.names import SUFFIX
-from sartor.agents.people.presence import Presence
 from sartor.core.errors import SartorError, UnavailableError
+from sartor.serving.dispatch.adapter_leases import Holdings
+from sartor.serving.dispatch.model_selection import Choice, Plan, Reason, ReasonKind
+from sartor.serving.registry.registry_schema import Agent, Version
+from sartor.serving.registry.server_presence import Presence
+from sartor.serving.registry.user_versions import SUFFIX, People, PeopleBook, Personal
+from sartor.serving.types import Crew, Request
 
 WHY = "the user's own version"
 _LOOK_S = 0.05

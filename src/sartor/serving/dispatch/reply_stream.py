@@ -1,4 +1,4 @@
-"""One reply on its way to the client: its events handed on, its text kept, its time taken, and its end told exactly once."""
+"""Event stream of one reply, ended exactly once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 
-from sartor.agents.asking import Events
 from sartor.inference.engine import Done, Event, Failed, Piece
+from sartor.serving.types import Events
 
 Ended = Callable[["Replying", Done | Failed], Coroutine[object, object, None]]
 

@@ -1,4 +1,4 @@
-"""Is the candidate worse than the live version? Counts of what was seen of each, and a test that may look after every reply.
+"""Anytime-valid comparison of candidate and live version.
 
 The evidence is an e-process: for a version of which `bad` of `seen` replies were bad, the mixture likelihood over all rates
 (Jeffreys' prior) divided by the likelihood of the rate q is a martingale of mean 1 where q is true, so it exceeds 1/a with a
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sartor.agents.team import Rollout
+from sartor.serving.team_config import Rollout
 
 FALSE_ALARM = 0.05
 MONITORS = ("failures", "format", "feedback", "latency")

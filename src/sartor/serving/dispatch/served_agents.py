@@ -1,4 +1,4 @@
-"""What a running server serves: the registry's agents as far as their adapters are held, fresh, and never lost to a fault.
+"""Agents of a running server, kept fresh.
 
 A change takes effect when the adapters that it needs are held; until then, and if they never are, what was served goes on.
 The same holds where a row, or the whole registry, cannot be read. Each such thing is in `troubles`, which /health shows.
@@ -14,15 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.asking import Crew, Router
-from sartor.agents.choosing import BASE_AGENT
-from sartor.agents.entries import Agent, Version
-from sartor.agents.holdings import Admit, Holdings
-from sartor.agents.people.names import SUFFIX
-from sartor.agents.registry import Cause, Registry, Snapshot
-from sartor.agents.rollout import Rollouts
-from sartor.agents.team import Member
 from sartor.core.errors import InputError, RefusedError, SartorError, UnavailableError
+from sartor.serving.dispatch.adapter_leases import Admit, Holdings
+from sartor.serving.dispatch.model_selection import BASE_AGENT
+from sartor.serving.dispatch.rollout import Rollouts
+from sartor.serving.registry.registry import Cause, Registry, Snapshot
+from sartor.serving.registry.registry_schema import Agent, Version
+from sartor.serving.registry.user_versions import SUFFIX
+from sartor.serving.team_config import Member
+from sartor.serving.types import Crew, Router
 
 POLL_S = 1.0
 # Rows may be hurt without a change, and what could not be loaded may be there now

@@ -1,4 +1,4 @@
-"""The application: routes, the one way in which bodies are read, the one way in which errors are answered."""
+"""FastAPI application and OpenAPI document."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as PlainHTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from sartor.agents.serve.bodies import MediaTypeError, SlowBodyError, check_weight, parse
-from sartor.agents.serve.desk import Desk, desk_of, entry_of
-from sartor.agents.serve.faults import BUG, Fault, fault_of
-from sartor.agents.serve.fields import field_error
-from sartor.agents.serve.running import GoneError
-from sartor.agents.serve.said import ErrorAnswer
 from sartor.core.errors import SartorError
+from sartor.serving.http.app_state import Desk, desk_of, entry_of
+from sartor.serving.http.http_errors import BUG, Fault, fault_of, field_error
+from sartor.serving.http.request_body import MediaTypeError, SlowBodyError, check_weight, parse
+from sartor.serving.http.response_models import ErrorAnswer
+from sartor.serving.http.shutdown import GoneError
 
 GONE = 499
 LARGE_BYTES = 64 << 10
@@ -178,3 +178,31 @@ _TEXTS = {
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in _TEXTS.items()
 }
+
+
+_NOT_OURS = ("HTTPValidationError", "ValidationError")
+
+
+def describe(app: FastAPI) -> None:
+    """Give the application an `openapi` without the framework's own 422, and with keys."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _described(app)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    said = get_openapi(title=app.title, version="1", summary=app.summary, routes=app.routes)
+    components = said["components"]
+    for name in _NOT_OURS:
+        components["schemas"].pop(name, None)
+    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in said["paths"].items():
+        for operation in operations.values():
+            operation["security"] = [{"key": []}, {}]
+            if not path.startswith("/v1/agents"):
+                operation["responses"].pop("422", None)
+    return said

@@ -1,4 +1,4 @@
-"""What every route works with, and what they share: who asks, which names there are, what is remembered of replies."""
+"""State shared by all routes."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from sartor.agents.asking import Answer
-from sartor.agents.asking import Request as Question
-from sartor.agents.feedback import Exchange, Memory
-from sartor.agents.hearing import Hearing
-from sartor.agents.keys import Opened
-from sartor.agents.serve.bodies import Reading
-from sartor.agents.serve.entry import Entry
-from sartor.agents.serve.faults import FieldError
-from sartor.agents.serve.media import Looking
-from sartor.agents.serve.meters import Meters
-from sartor.agents.serve.replies import Answers
-from sartor.agents.serve.running import Shift
-from sartor.agents.serve.seams import House
-from sartor.agents.serve.speaker import MODEL
-from sartor.agents.team import Limits, MediaLimits
 from sartor.core.errors import KeyRefusedError, UnknownAgentError
+from sartor.serving.api_keys import Opened
+from sartor.serving.feedback_intake import Hearing
+from sartor.serving.feedback_store import Exchange, Memory
+from sartor.serving.http.http_errors import FieldError
+from sartor.serving.http.media_checks import Looking
+from sartor.serving.http.reply_collection import Answers
+from sartor.serving.http.request_body import Reading
+from sartor.serving.http.request_log import Entry
+from sartor.serving.http.services import House
+from sartor.serving.http.shutdown import Shift
+from sartor.serving.http.speech_service import MODEL
+from sartor.serving.http.telemetry import Meters
+from sartor.serving.team_config import Limits, MediaLimits
+from sartor.serving.types import Answer
+from sartor.serving.types import Request as Question
 
 MOST_HEADER = 512
 SPECIAL = ("base", "auto")

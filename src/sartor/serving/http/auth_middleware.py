@@ -1,4 +1,4 @@
-"""The first and the last of every request, around the application: may it come in, and what became of it.
+"""Authentication, rate limits and request log middleware.
 
 Outside the framework, so that nothing that fails inside escapes: a mistake is logged by its place and answered with its id.
 """
@@ -19,16 +19,14 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sartor.agents.keys import Opened
-from sartor.agents.serve.entry import Entry
-from sartor.agents.serve.faults import ASK_AGAIN_S, BUG, Fault, ForeignError, UnknownKeyError, fault_of
-from sartor.agents.serve.journal import Journal
-from sartor.agents.serve.meters import Meters
-from sartor.agents.serve.running import GoneError, Shift
-from sartor.agents.serve.seams import ANYBODY, NOBODY, Doors, Rates
-from sartor.agents.serve.tracing import Tracer
-from sartor.agents.team import Http, Limits
 from sartor.core.errors import KeyRefusedError, SartorError, UnavailableError
+from sartor.serving.api_keys import Opened
+from sartor.serving.http.http_errors import ASK_AGAIN_S, BUG, Fault, ForeignError, UnknownKeyError, fault_of
+from sartor.serving.http.request_log import Entry, Journal
+from sartor.serving.http.services import ANYBODY, NOBODY, Doors, Rates
+from sartor.serving.http.shutdown import GoneError, Shift
+from sartor.serving.http.telemetry import Meters, Tracer
+from sartor.serving.team_config import Http, Limits
 
 PUBLIC = ("/health", "/openapi.json", "/.well-known/agent-card.json")
 LOOPBACK_NAMES = ("localhost", "ip6-localhost")

@@ -1,4 +1,4 @@
-"""The team as a server of the Model Context Protocol: agents and plans are tools, and a call is a request as any other.
+"""Agents and plans as MCP tools.
 
     /mcp           `ask` (a prompt; an agent, or `auto` chooses), and a tool for each agent and plan that the key opens
     /mcp/AGENT     that one alone
@@ -13,28 +13,60 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from sartor.agents.plans.handover import wrong_in
-from sartor.agents.serve.abilities import ABOUT_AUTO, ABOUT_BASE, Ability, abilities, abouts
-from sartor.agents.serve.asked import ChatRequest
-from sartor.agents.serve.desk import SPECIAL, Desk, entry_of
-from sartor.agents.serve.entry import Entry
-from sartor.agents.serve.faults import BUG, Fault, fault_of
-from sartor.agents.serve.replies import Answers, Reply
-from sartor.agents.serve.routes.replies import opened_for
-from sartor.agents.serve.running import GoneError, while_there
-from sartor.agents.serve.turns import chat_request
-from sartor.agents.team import Team
 from sartor.core.errors import RequestError, SartorError, need
+from sartor.serving.api_keys import Opened
+from sartor.serving.http.app_state import SPECIAL, Desk, entry_of
+from sartor.serving.http.http_errors import BUG, Fault, fault_of
+from sartor.serving.http.reply_collection import Answers, Reply
+from sartor.serving.http.request_conversion import chat_request, opened_for
+from sartor.serving.http.request_log import Entry
+from sartor.serving.http.request_models import ChatRequest
+from sartor.serving.http.shutdown import GoneError, while_there
+from sartor.serving.plans.step_messages import wrong_in
+from sartor.serving.team_config import Team
+from sartor.serving.types import Listed
 
 if TYPE_CHECKING:
     from mcp.server import ServerRequestContext
     from mcp_types import CallToolRequestParams, CallToolResult, ListToolsResult, PaginatedRequestParams, Tool
+
+
+ABOUT_AUTO = "Answer a prompt by the agent of this team that it is for."
+ABOUT_BASE = "Answer a prompt by the model that all agents of this team stand on, without any of them."
+
+
+@dataclass(frozen=True)
+class Ability:
+    """One agent or plan. version: what is live. about: what it is for."""
+
+    name: str
+    version: str
+    about: str
+
+
+def abouts(team: Team) -> Mapping[str, str]:
+    """What TEAM.yaml says of its agents, by name."""
+    return {member.name: member.about for member in team.agents if member.about}
+
+
+async def abilities(desk: Desk, visitor: Opened, said: Mapping[str, str]) -> list[Ability]:
+    """The agents and plans that this visitor's key opens and somebody answers for."""
+    listed = (*await desk.house.roster.listed(), *desk.house.plans)
+    return [_ability(one, said) for one in listed if one.is_ready and visitor.opens(one.name)]
+
+
+def _ability(one: Listed, said: Mapping[str, str]) -> Ability:
+    plan = one.state.get("plan")
+    what = f"the plan {one.name} ({plan}: several agents for one request)" if plan else f"the agent {one.name}"
+    return Ability(one.name, one.live, said.get(one.name, "") or f"Answer a prompt by {what} of this team.")
+
 
 ASK = "ask"
 PROMPT = {"type": "string", "minLength": 1, "description": "What is asked."}

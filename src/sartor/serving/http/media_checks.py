@@ -1,4 +1,4 @@
-"""Pictures and recordings of a request, looked at before any worker sees them: how many, how large, and what their headers say.
+"""Size and header checks of request media.
 
 Only headers are read here, in threads of their own; a worker decodes. What it cannot is the request's fault, too.
 """
@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
-from sartor.agents.serve.bodies import TooLargeError, too_large
-from sartor.agents.serve.faults import MediaFaultError
-from sartor.agents.team import Limits, MediaLimits
 from sartor.core.errors import BusyError, MediaError, SourceError
 from sartor.media import audio, content_parts, images
 from sartor.media.content_parts import MEDIA, is_media, url_in
+from sartor.serving.http.http_errors import MediaFaultError
+from sartor.serving.http.request_body import TooLargeError, too_large
+from sartor.serving.team_config import Limits, MediaLimits
 
 # Of all requests whose first word is not there yet, together
 MOST_HELD_BYTES = 256 << 20

@@ -1,4 +1,4 @@
-"""Requests -> Answers -> whole replies or one stream of events; whatever happens, each Answer is closed."""
+"""Collects or streams the answers of one request."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
-from sartor.agents.asking import Answer, Request
-from sartor.agents.serve.entry import Entry
-from sartor.agents.serve.faults import CutError, error_of
-from sartor.agents.serve.running import Shift
-from sartor.agents.serve.seams import Replies
 from sartor.inference.engine import Done, Event, Failed, Logprob, Piece
+from sartor.serving.http.http_errors import CutError, error_of
+from sartor.serving.http.request_log import Entry
+from sartor.serving.http.services import Replies
+from sartor.serving.http.shutdown import Shift
+from sartor.serving.types import Answer, Request
 
 T = TypeVar("T")
 # What dispatch may still say of a deadline in its own words before this front does

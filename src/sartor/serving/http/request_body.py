@@ -1,4 +1,4 @@
-"""A request's body within its limits, and JSON that is what it says.
+"""Bounded, strict JSON body reading.
 
 The standard parser takes NaN, keeps the last of two equal keys, and recurses as deep as the text does. What is refused here
 never reaches pydantic, a chat template or a file.

@@ -1,4 +1,4 @@
-"""A question as OpenAI's clients write it -> a Request for an agent."""
+"""OpenAI request bodies to agent Requests."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from sartor.agents.asking import Request
-from sartor.agents.serve.asked import (
+from fastapi import Request
+
+from sartor.core.records import Part
+from sartor.inference.tool_calls import read_choice, read_tools
+from sartor.serving.http.app_state import USER_HEADER, desk_of, entry_of
+from sartor.serving.http.http_errors import FieldError
+from sartor.serving.http.media_checks import data_url
+from sartor.serving.http.reply_collection import Answers, Terms, open_answers
+from sartor.serving.http.request_models import (
     AssistantTurn,
     ChatRequest,
     Chosen,
@@ -22,11 +30,10 @@ from sartor.agents.serve.asked import (
     TextRequest,
     Turn,
 )
-from sartor.agents.serve.faults import FieldError
-from sartor.agents.serve.media import data_url
-from sartor.agents.team import Limits
-from sartor.core.records import Part
-from sartor.inference.tool_calls import read_choice, read_tools
+from sartor.serving.http.shutdown import while_there
+from sartor.serving.team_config import Limits
+from sartor.serving.types import Request
+from sartor.serving.types import Request as Question
 from sartor.text.json_schema import JSON_OBJECT, read_schema
 
 SEED_BITS = 31
@@ -183,3 +190,21 @@ def _part(part: TextPart | MediaPart, param: str) -> Part:
 def texts_of(asked: str | Sequence[str]) -> list[str]:
     """One or several texts as a list."""
     return [asked] if isinstance(asked, str) else list(asked)
+
+
+async def opened_for(request: Request, questions: Sequence[Question], user: str = "", count: int = 1) -> Answers:
+    """The Answers to these questions, `count` each, by the rules of who asks: names, persons, times, receipts.
+
+    user: whom the client names. Raises what `open_answers` raises, GoneError when the client goes.
+    """
+    desk, entry = desk_of(request), entry_of(request)
+    header, visitor = request.headers.get(USER_HEADER, ""), entry.visitor
+    person = desk.person(user, header)
+    terms = Terms(entry, desk.shift, count, partial(desk.remember, visitor.key, person))
+    own, deadline_s = desk.spoken_for(person, header, visitor), desk.limits.deadline_s
+    every = [
+        replace(choice, openable=visitor.agents, deadline_s=deadline_s, person=own)
+        for question in questions
+        for choice in choices(question, terms.per_prompt)
+    ]
+    return await while_there(request.receive, open_answers(desk.house.replies, every, terms))

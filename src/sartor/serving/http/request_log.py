@@ -1,4 +1,4 @@
-"""The log: one JSON object a line, never a prompt, a reply, a key, or an exception's own words (which may hold any of them).
+"""Facts of one request and its JSON log line.
 
 Lines are written by a thread, so that a reader of the log that stalls cannot stall replies; what does not fit is counted.
 """
@@ -11,9 +11,67 @@ import queue
 import threading
 import time
 import traceback
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from sartor.agents.serve.entry import Entry
+from sartor.inference.engine import Done, Event, Piece
+from sartor.serving.api_keys import Opened
+from sartor.serving.http.services import NOBODY
+
+
+@dataclass
+class Usage:
+    """Tokens of a request's replies together. reply: counted while they come, so that a reply that is cut counts too."""
+
+    prompt: int = 0
+    reply: int = 0
+    cached: int = 0
+
+    @property
+    def total(self) -> int:
+        """What a rate counts."""
+        return self.prompt + self.reply
+
+    def as_json(self) -> dict[str, object]:
+        """OpenAI's usage."""
+        said = {"prompt_tokens": self.prompt, "completion_tokens": self.reply, "total_tokens": self.total}
+        return {**said, "prompt_tokens_details": {"cached_tokens": self.cached}}
+
+
+@dataclass
+class Entry:
+    """One request. agent: the exact version that answered, "" before. error: the kind of the error that ended it."""
+
+    id: str
+    method: str
+    route: str = ""
+    visitor: Opened = NOBODY
+    agent: str = ""
+    receipt: str = ""
+    finish: str = ""
+    status: int = 0
+    error: str = ""
+    usage: Usage = field(default_factory=Usage)
+    began: float = field(default_factory=time.monotonic)
+    first_s: float | None = None
+
+    def hear(self, event: Event, prompt_is_new: bool = True) -> None:
+        """Count an event of a reply. prompt_is_new: several replies to one prompt have its tokens once."""
+        if isinstance(event, Piece):
+            self.usage.reply += event.tokens
+            if self.first_s is None:
+                self.first_s = self.elapsed_s
+        elif isinstance(event, Done):
+            self.finish = event.finish
+            if prompt_is_new:
+                self.usage.prompt += event.prompt_tokens
+                self.usage.cached += event.cached_tokens
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the request's head was read."""
+        return time.monotonic() - self.began
+
 
 MOST_WAITING = 10_000
 LOGGERS = ("uvicorn.error", "sartor")

@@ -1,4 +1,4 @@
-"""What may be asked: the bodies of the routes, as the OpenAPI shows them.
+"""Pydantic models of request bodies.
 
 Nothing is coerced and no field is unknown. What OpenAI's own service has and this one does not is named in `Elsewhere`, and
 may be sent with the value that changes nothing, as clients do.

@@ -1,4 +1,4 @@
-"""What is answered, as the OpenAPI shows it. The routes build plain mappings; tests hold them to these classes."""
+"""Pydantic models of responses."""
 
 from __future__ import annotations
 

@@ -1,39 +1,137 @@
-"""The server: a socket, the application on it, and an end that lets running replies end.
+"""Uvicorn server with connection limits and draining.
 
 with_house: `Server(house, team).run()` until a signal; `sartor serve` opens the house first (opening.py)
+
+uvicorn bounds the size of a request's head, and the quiet between two requests. What it lets pass is here: a head or a body
+that trickles, a client that does not read what is sent to it, and one connection too many.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import resource
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sartor.agents.feedback import Memory
-from sartor.agents.hearing import Hearing
-from sartor.agents.serve import openapi, protocol
-from sartor.agents.serve.app import build_app
-from sartor.agents.serve.as_tools import AsTools
-from sartor.agents.serve.bodies import Reading
-from sartor.agents.serve.desk import Desk
-from sartor.agents.serve.guard import Gate, Guard, is_loopback
-from sartor.agents.serve.journal import LOGGERS, Journal, ServerLines
-from sartor.agents.serve.media import Looking
-from sartor.agents.serve.meters import Meters
-from sartor.agents.serve.routes import admin, card, feedback, health, mcp, models, replies, speech, vectors
-from sartor.agents.serve.running import Shift
-from sartor.agents.serve.seams import Doors, House
-from sartor.agents.serve.tracing import Tracer
-from sartor.agents.team import Http, Team
 from sartor.core.errors import ConfigError, UnavailableError
+from sartor.serving.feedback_intake import Hearing
+from sartor.serving.feedback_store import Memory
+from sartor.serving.http import app as openapi
+from sartor.serving.http.app import build_app
+from sartor.serving.http.app_state import Desk
+from sartor.serving.http.auth_middleware import Gate, Guard, is_loopback
+from sartor.serving.http.http_errors import Fault
+from sartor.serving.http.mcp_server import AsTools
+from sartor.serving.http.media_checks import Looking
+from sartor.serving.http.request_body import Reading
+from sartor.serving.http.request_log import LOGGERS, Journal, ServerLines
+from sartor.serving.http.routes import admin, completions, embeddings, feedback, models, speech, system
+from sartor.serving.http.services import Doors, House
+from sartor.serving.http.shutdown import Shift
+from sartor.serving.http.telemetry import Meters, Tracer
+from sartor.serving.team_config import Http, Team
+
+# Beyond limits.connections a client is told so, in an answer; beyond so many more it is not even heard
+SPARE_CONNECTIONS = 128
+# What one client may leave unread in this process, and in the kernel
+UNREAD_BYTES = 64 << 10
+KERNEL_BYTES = 256 << 10
+_MALFORMED = Fault(
+    400, "invalid_request_error", "invalid_http", "this is not an HTTP request", "send HTTP/1.1 with a head below 64 KiB",
+    "RequestError",
+)  # fmt: skip
+
+
+class Connection(H11Protocol):
+    """One connection. `most`: of all; made by `protocol_with`."""
+
+    most = 0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._idle_since: float | None = None
+        self._idle_cycle: object = None
+        self._unread_since: float | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=UNREAD_BYTES)
+        if len(self.connections) > self.most + SPARE_CONNECTIONS:
+            transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """In the form that all errors have."""
+        if self.conn.our_state is not h11.IDLE:  # an answer has begun: nothing can be said any more
+            self.transport.close()
+            return
+        body = json.dumps(_MALFORMED.as_json()).encode()
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close"), (b"content-length", b"%d" % len(body))]
+        for event in (
+            h11.Response(status_code=400, reason=b"Bad Request", headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def cut_if_slow(self, now: float, limit_s: float) -> bool:
+        """Cut the connection when, for so long, it has been without a whole request, or has not read what it was sent."""
+        idle = self.cycle is None or self.cycle.response_complete
+        if not idle:
+            self._idle_since = None
+        elif self._idle_since is None or self._idle_cycle is not self.cycle:
+            self._idle_since, self._idle_cycle = now, self.cycle
+        stuck = self.flow.write_paused or self.transport.is_closing()
+        if not stuck:
+            self._unread_since = None
+        elif self._unread_since is None:
+            self._unread_since = now
+        if any(since is not None and now - since > limit_s for since in (self._idle_since, self._unread_since)):
+            self.transport.abort()
+            return True
+        return False
+
+
+def protocol_with(most: int) -> type[Connection]:
+    """The protocol for a server that takes so many connections."""
+    return type("BoundedConnection", (Connection,), {"most": most})
+
+
+async def watch(connections: Iterable[Any], limit_s: float, told: Callable[[int], object]) -> None:
+    """Cut off slow clients until cancelled; `told` of how many at once. `connections` is looked at anew each time."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(min(1.0, limit_s / 4))
+        if cut := sum(connection.cut_if_slow(loop.time(), limit_s) for connection in list(connections)):
+            told(cut)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises OSError when it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns Nagle's algorithm off only where the protocol is said: without it each answer waits 40 ms for an ACK
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)
+        sock.bind((host, port))
+    except (OSError, OverflowError):
+        sock.close()
+        raise
+    return sock
+
 
 # Between two requests of one connection
 KEEP_ALIVE_S = 15
@@ -83,10 +181,10 @@ class Server:
 
         ready: told the address once it answers. A signal that ended it is raised again when all is over.
         """
-        _raise_file_limit(self.team.limits.connections + protocol.SPARE_CONNECTIONS + OTHER_FILES)
+        _raise_file_limit(self.team.limits.connections + SPARE_CONNECTIONS + OTHER_FILES)
         config = uvicorn.Config(
             self.asgi,
-            http=protocol.protocol_with(self.team.limits.connections),
+            http=protocol_with(self.team.limits.connections),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -123,7 +221,7 @@ class Server:
         def told(count: int) -> None:
             self.journal.say("slow clients cut off", count=count)
 
-        await protocol.watch(server.server_state.connections, self.team.limits.slow_client_s, told)
+        await watch(server.server_state.connections, self.team.limits.slow_client_s, told)
 
     async def _tell(self, server: uvicorn.Server, address: str, ready: Callable[[str], object]) -> None:
         while not server.started:
@@ -178,12 +276,12 @@ class _Draining(uvicorn.Server):
 
 def _app(desk: Desk, team: Team, tools: AsTools | None) -> FastAPI:
     app = build_app(desk, team.http.cors)
-    for routes in (models, replies, vectors, speech, feedback, health, admin):
+    for routes in (models, completions, embeddings, speech, feedback, system, admin):
         app.include_router(routes.router)
     if tools is not None:
-        app.include_router(mcp.router_of(tools))
+        app.include_router(system.mcp_router(tools))
     if team.a2a.card:
-        app.include_router(card.router_of(team))
+        app.include_router(system.agent_card_router(team))
     openapi.describe(app)
     return app
 
@@ -214,7 +312,7 @@ def asks_for_key(doors: Doors) -> bool:
 def bind(team: Team) -> socket.socket:
     """The socket that the team's options name. Raises ConfigError when it cannot be had."""
     try:
-        return protocol.listen(team.http.host, team.http.port)
+        return listen(team.http.host, team.http.port)
     except (OSError, OverflowError) as error:
         said = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(

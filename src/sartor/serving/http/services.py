@@ -1,4 +1,4 @@
-"""What HTTP needs of the house: who answers, who may come in, which agents there are, where receipts lie."""
+"""Protocols and container of what HTTP needs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sartor.agents.asking import Answer, Embedded, Listed, Request
-from sartor.agents.keys import Opened
-from sartor.agents.serve.speaker import OFF, Speaker
-from sartor.agents.team import Speech
 from sartor.inference.engine import About
+from sartor.serving.api_keys import Opened
+from sartor.serving.http.speech_service import OFF, Speaker
+from sartor.serving.team_config import Speech
+from sartor.serving.types import Answer, Embedded, Listed, Request
 
 NOBODY = Opened("", frozenset(), is_admin=False)
 ANYBODY = Opened("", None, is_admin=False, speaks_for=None)

@@ -1,4 +1,4 @@
-"""What ends a reply before its time: its deadline, its client, the server's own end."""
+"""Deadlines, client disconnects and server shutdown."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from sartor.agents.serve.faults import CutError
 from sartor.core.errors import DeadlineError
+from sartor.serving.http.http_errors import CutError
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Who speaks for the server: which voices clients may name, and how much is spoken at once.
+"""Voices and concurrency of speech.
 
 The voices' programs have processes of their own, and threads of their own wait for them and write the files. Both have a lower
 priority, so that no reply waits for speech. The unit is a piece of a sentence or two, and no long text holds up a short one.
@@ -14,14 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sartor.agents.serve.faults import FieldError
-from sartor.agents.team import Speech
 from sartor.core.errors import BusyError, ConfigError, ExtraError, UnknownAgentError
 from sartor.media.speech import tts_engines
 from sartor.media.speech.audio_encoding import Encoder, Sound
 from sartor.media.speech.text_normalization import spoken
 from sartor.media.speech.tts_engines import open_voice
 from sartor.media.speech.voice import Terms, Voice, step_back
+from sartor.serving.http.http_errors import FieldError
+from sartor.serving.team_config import Speech
 
 T = TypeVar("T")
 # The name that clients ask for as `model`, and that a key opens; the team's own voice

@@ -1,4 +1,4 @@
-"""TEAM.yaml -> everything behind the server, opened in order and closed in the other: the verb `sartor serve`."""
+"""Verb serve: builds all services from TEAM.yaml."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sartor.agents import admission
-from sartor.agents.admission import Ground, copies, version_of
-from sartor.agents.dispatch import Dispatch
-from sartor.agents.entries import Version
-from sartor.agents.holdings import Admit
-from sartor.agents.keys import Keys
-from sartor.agents.people.admitting import admit_personal
-from sartor.agents.people.names import is_personal, person_of
-from sartor.agents.plans.front import Plans
-from sartor.agents.plans.log import PlanLog
-from sartor.agents.rates import Rates
-from sartor.agents.receipts import ReceiptBook, team_digest
-from sartor.agents.registry import Registry
-from sartor.agents.roster import Roster
-from sartor.agents.router import AutoRouter
-from sartor.agents.serve.journal import Journal
-from sartor.agents.serve.seams import House, Persons
-from sartor.agents.serve.server import Server, asks_for_key, bind, check_bind
-from sartor.agents.serve.speaker import Speaker
-from sartor.agents.supervisor import Supervisor
-from sartor.agents.team import Team, load
-from sartor.agents.tools.rounds import Toolbox, Tooled
+from sartor.serving.admission import admission, release_copies
+from sartor.serving.admission.admission import Ground, admit_personal, version_of
+from sartor.serving.api_keys import Keys
+from sartor.serving.dispatch.adapter_leases import Admit
+from sartor.serving.dispatch.agent_admin import Roster
+from sartor.serving.dispatch.dispatcher import Dispatch
+from sartor.serving.http.request_log import Journal
+from sartor.serving.http.server import Server, asks_for_key, bind, check_bind
+from sartor.serving.http.services import House, Persons
+from sartor.serving.http.speech_service import Speaker
+from sartor.serving.plans.plan_dispatch import Plans
+from sartor.serving.plans.plan_log import PlanLog
+from sartor.serving.rate_limits import Rates
+from sartor.serving.receipts import ReceiptBook, team_digest
+from sartor.serving.registry.registry import Registry
+from sartor.serving.registry.registry_schema import Version
+from sartor.serving.registry.user_versions import is_personal, person_of
+from sartor.serving.routing.router import AutoRouter
+from sartor.serving.team_config import Team, load
+from sartor.serving.tool_loop import Toolbox, Tooled
+from sartor.serving.workers.supervisor import Supervisor
 
 Ready = Callable[[Mapping[str, Any]], object]
 # Told each stage of the opening, as Journal.say is: an event and its fields
@@ -84,7 +83,7 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
         stack.push_async_callback(crew.close)
         book = await asyncio.to_thread(ReceiptBook.of, team, lambda: crew.about)
         stack.callback(book.close)
-        copies.sweep(Path(team.state))
+        release_copies.sweep(Path(team.state))
         admit = _admission(team, crew)
         router = AutoRouter(crew, team.router, Path(team.state), crew.about.kind, crew.about.dtype)
         stack.push_async_callback(router.close)

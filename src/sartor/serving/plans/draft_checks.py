@@ -1,4 +1,4 @@
-"""Checks that compute: what is wrong with a draft, in sentences that whoever mends it can follow.
+"""Computed checks of a draft.
 
 They find the same in the same draft, on every machine. A check says nothing of what it was not made for: a reply without an
 equation has no wrong one, unless `least` asks for some.
@@ -16,9 +16,9 @@ from typing import Any
 
 import regex
 
-from sartor.agents.plans.declared import Arithmetic, Citations, Json, Pattern
-from sartor.agents.plans.handover import is_json, read_json, wrong_in
 from sartor.core.errors import ConfigError
+from sartor.serving.plan_options import Arithmetic, Citations, Json, Pattern
+from sartor.serving.plans.step_messages import is_json, read_json, wrong_in
 
 Computed = Json | Pattern | Arithmetic | Citations
 MOST_FINDINGS = 8

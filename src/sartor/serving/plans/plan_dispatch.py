@@ -1,4 +1,4 @@
-"""Request -> Answer, for plans and agents alike: what stands between HTTP and `dispatch` where a team has plans.
+"""Answers requests to plans, passes others on.
 
 A plan is asked for by its name, or `name@digest`, the digest of what it declares: that is its version. Its answer has a
 receipt of its own beside those of its steps, and its tokens are theirs together.
@@ -13,14 +13,6 @@ from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from sartor.agents.asking import Answer, Given, Listed, Receipts, Request
-from sartor.agents.choosing import AUTO, BASE_AGENT
-from sartor.agents.plans.declared import Divided, Plan, asked, digest
-from sartor.agents.plans.log import PlanLog, Ran
-from sartor.agents.plans.running import Run, purse_of
-from sartor.agents.plans.steps import Course, Line, Members, Opened, Purse, Said
-from sartor.agents.replying import Replying
-from sartor.agents.team import Team
 from sartor.core.errors import (
     BusyError,
     ConfigError,
@@ -33,6 +25,14 @@ from sartor.core.errors import (
 )
 from sartor.core.ipc import error_of
 from sartor.inference.engine import BASE, Call, Done, Event, Failed, Piece, Sampling
+from sartor.serving.dispatch.model_selection import AUTO, BASE_AGENT
+from sartor.serving.dispatch.reply_stream import Replying
+from sartor.serving.plan_options import Divided, Plan, asked, digest
+from sartor.serving.plans.plan_log import PlanLog, Ran
+from sartor.serving.plans.plan_runner import Run, purse_of
+from sartor.serving.plans.plan_steps import Course, Line, Members, Opened, Purse, Said
+from sartor.serving.team_config import Team
+from sartor.serving.types import Answer, Given, Listed, Receipts, Request
 
 # What is told as it is where no step gave anything: it says what the client can do
 _CLIENTS = (RequestError, ConfigError, BusyError, DeadlineError)

@@ -1,4 +1,4 @@
-"""A plan at work: its steps in order, drafts checked and mended, and the best of them answered. No agent speaks to another.
+"""Runs a plan: chain, parallel, divide, vote, mend.
 
 A step that gives nothing is left out and said; what the others gave is the answer. The best draft is the one that got furthest
 through the checks, then the one with the fewest findings, then the earliest. A mended draft that was there before means that
@@ -8,29 +8,78 @@ the plan goes round in circles, which ends it.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from sartor.agents.asking import Request
-from sartor.agents.plans.checks import found_by
-from sartor.agents.plans.declared import Chain, Check, Critic, Divided, Mend, Merge, Parallel, Plan, Step, Vote
-from sartor.agents.plans.handover import (
+from sartor.core import records
+from sartor.core.errors import SartorError
+from sartor.serving.plan_options import Chain, Check, Critic, Divided, Mend, Merge, Parallel, Plan, Rule, Step, Vote
+from sartor.serving.plans.draft_checks import found_by
+from sartor.serving.plans.plan_steps import Course, Line, Opened, Purse, Said, Task, ask, begin, request_of
+from sartor.serving.plans.step_messages import (
     Finding,
     Handover,
     Part,
     Role,
     asked_in,
+    is_json,
     parts_schema,
     read_json,
     read_parts,
     read_verdict,
     wrong_in,
 )
-from sartor.agents.plans.steps import Course, Line, Opened, Purse, Said, Task, ask, begin, request_of
-from sartor.agents.plans.uniting import merged, winner
-from sartor.core.errors import SartorError
+from sartor.serving.types import Request
+
+_ABSENT = object()
+
+
+def alike(text: str, fields: Sequence[str] = ()) -> str:
+    """What two replies have equal where they count as the same: their JSON, or some fields of it, else their words."""
+    value = read_json(text)
+    if not is_json(value):
+        return " ".join(text.casefold().split())
+    if fields and isinstance(value, dict):
+        value = [[name, name in value, value.get(name)] for name in fields]
+    return records.canonical_text(value)
+
+
+def winner(replies: Sequence[str], vote: Vote) -> tuple[int, int]:
+    """(place of the reply that stands for the majority, how many say so). Of equally many the one that stands first."""
+    forms = [alike(reply, vote.fields) for reply in replies]
+    counts = Counter(forms)
+    most = max(counts.values())
+    return next((place, most) for place, form in enumerate(forms) if counts[form] == most)
+
+
+def merged(replies: Sequence[str], merge: Merge) -> tuple[str, int]:
+    """(a JSON object as text, of how many replies it is made): those that are objects. ("", 0) where none is."""
+    values = [value for value in map(read_json, replies) if isinstance(value, dict)]
+    rules: dict[str, Rule] = {field.name: field.rule for field in merge.fields}
+    names = dict.fromkeys(name for value in values for name in value)
+    made = {name: _united(name, values, rules.get(name, merge.rule)) for name in names}
+    kept = {name: value for name, value in made.items() if value is not _ABSENT}
+    return (json.dumps(kept, ensure_ascii=False, separators=(",", ":")), len(values)) if values else ("", 0)
+
+
+def _united(name: str, values: Sequence[Mapping[str, Any]], rule: Rule) -> Any:
+    given = [value[name] for value in values if name in value]
+    if rule == "first":
+        return given[0]
+    if rule == "longest":
+        return max(given, key=lambda one: len(one if isinstance(one, str) else records.canonical_text(one)))
+    if rule == "union":
+        items = [item for one in given for item in (one if isinstance(one, list) else [one])]
+        return list({records.canonical_text(item): item for item in items}.values())
+    said = [value.get(name, _ABSENT) for value in values]
+    forms = ["" if one is _ABSENT else records.canonical_text(one) for one in said]
+    counts = Counter(forms)
+    return said[next(place for place, form in enumerate(forms) if counts[form] == max(counts.values()))]
+
 
 _BETWEEN = "\n\n"
 

@@ -1,4 +1,4 @@
-"""One step of a plan: a hand-over -> a reply within what is left of the budget, or why the step is left out."""
+"""One plan step within a token and time budget."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from sartor.agents.asking import Answer, Request
-from sartor.agents.choosing import AUTO
-from sartor.agents.plans.declared import Plan, Step
-from sartor.agents.plans.handover import VERDICT, Handover, Role
 from sartor.core.errors import BudgetError, DeadlineError, SartorError, UnavailableError
 from sartor.core.ipc import error_of
 from sartor.inference.engine import Done, Event, Failed, Finish, Piece
+from sartor.serving.dispatch.model_selection import AUTO
+from sartor.serving.plan_options import Plan, Step
+from sartor.serving.plans.step_messages import VERDICT, Handover, Role
+from sartor.serving.types import Answer, Request
 
 # Who judges and who divides say it in a form of their own, and the client's options are not for them
 _OWN_FORM = ("check", "plan")

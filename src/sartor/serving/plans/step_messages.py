@@ -1,4 +1,4 @@
-"""What one step gives to the next, typed: a request, a draft, what was found in it; and what critics and planners say of them.
+"""Typed messages between plan steps.
 
 Nothing else passes between agents. What an agent is to answer in a given form is asked for by a JSON Schema, which an engine
 that can decodes under, and is checked against that schema here whatever the engine did.
@@ -15,8 +15,8 @@ import jsonschema
 import referencing
 import referencing.exceptions
 
-from sartor.agents.plans.declared import Given, Step
 from sartor.media.content_parts import parts_in
+from sartor.serving.plan_options import Given, Step
 
 Role = Literal["draft", "check", "mend", "plan", "part", "answer"]
 Messages = tuple[Mapping[str, Any], ...]

@@ -1,4 +1,4 @@
-"""name -> live, previous and tried version of every agent, in SQL: each change one transaction, kept whole or not at all.
+"""Live, previous and candidate version of every agent.
 
     registry = Registry.open("sqlite:///team/registry.sqlite")
     registry.promote("faq", "1.1", expected="1.0", by="ada", why="better on refunds")     # compare and swap
@@ -18,11 +18,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, Table, insert, select
 
-from sartor.agents import tables
-from sartor.agents.entries import Agent, Event, Version
 from sartor.core import records
 from sartor.core.database import Database, is_whole, sealed
 from sartor.core.errors import ArtifactError, ConflictError, UnknownAgentError
+from sartor.serving.registry import registry_schema
+from sartor.serving.registry.registry_schema import Agent, Event, Version
 
 Change = Callable[[Agent], Agent]
 
@@ -59,7 +59,7 @@ class Registry:
     @classmethod
     def open(cls, url: str) -> Registry:
         """The registry at a SQLAlchemy URL, made if absent, brought to its newest form if older. Raises as `open_database`."""
-        return cls(tables.open_database(url))
+        return cls(registry_schema.open_database(url))
 
     def close(self) -> None:
         """Give the connections back."""
@@ -77,15 +77,15 @@ class Registry:
     def generation(self) -> int:
         """The number of the newest change, whoever made it."""
         with self.database.read() as connection:
-            return tables.generation_of(connection)
+            return registry_schema.generation_of(connection)
 
     def read(self) -> Snapshot:
         """Everything but the log, at one moment."""
         hurt: dict[str, str] = {}
         with self.database.read() as connection:
-            generation = tables.generation_of(connection)
-            agent_rows = _rows(connection, select(tables.agents))
-            version_rows = _rows(connection, select(tables.versions))
+            generation = registry_schema.generation_of(connection)
+            agent_rows = _rows(connection, select(registry_schema.agents))
+            version_rows = _rows(connection, select(registry_schema.versions))
         agents, versions = {}, {}
         for row in agent_rows:
             if is_whole(row):
@@ -114,13 +114,13 @@ class Registry:
         version = replace(version, added=_now())
 
         def write(connection: Connection) -> Agent:
-            standing = self._row(connection, tables.agents, name=version.agent)
+            standing = self._row(connection, registry_schema.agents, name=version.agent)
             is_new = standing is None or (is_whole(standing) and (standing["state"] == "removed" or not standing["live"]))
             before = None if standing is None else self._agent(connection, version.agent, removed=True)
             fresh = Agent(version.agent, version.version, fallback=tuple(fallback))
             agent = before if before is not None and not is_new else fresh
             if standing is None:
-                connection.execute(insert(tables.agents).values(agent.as_row()))
+                connection.execute(insert(registry_schema.agents).values(agent.as_row()))
             what = self._put_version(connection, version)
             if not is_new and not what:
                 return agent
@@ -135,7 +135,7 @@ class Registry:
         """
 
         def write(connection: Connection) -> Agent:
-            standing = self._row(connection, tables.agents, name=name)
+            standing = self._row(connection, registry_schema.agents, name=name)
             before = None if standing is None else self._agent(connection, name)
             if before is not None and not before.is_blank:
                 raise ConflictError(f"{before.name}@{before.live} has been added meanwhile", "sartor agents list")
@@ -230,7 +230,7 @@ class Registry:
         """Write an agent's row anew as the log has it. Raises ArtifactError when the log does not know, or its row is whole."""
 
         def write(connection: Connection) -> Agent:
-            row = self._row(connection, tables.agents, name=name)
+            row = self._row(connection, registry_schema.agents, name=name)
             if row is not None and is_whole(row):
                 raise ConflictError(f"the row of {name} is as it was written", f"sartor agents events {name}")
             return self._record(connection, "repaired", None, self._recall(connection, name), "", cause)
@@ -259,13 +259,15 @@ class Registry:
         return agent
 
     def _agent(self, connection: Connection, name: str, *, heals: bool = False, removed: bool = False) -> Agent:
-        row = self._row(connection, tables.agents, name=name)
+        row = self._row(connection, registry_schema.agents, name=name)
         if row is not None and not is_whole(row):
             if heals:
                 return self._recall(connection, name)
             raise ArtifactError(f"the row of {name} was changed from outside", f"sartor agents repair {name}")
         if row is None or (row["state"] == "removed" and not removed):
-            served = connection.execute(select(tables.agents.c.name).where(tables.agents.c.state != "removed")).scalars()
+            served = connection.execute(
+                select(registry_schema.agents.c.name).where(registry_schema.agents.c.state != "removed")
+            ).scalars()
             raise UnknownAgentError(
                 f"no agent has the name {name!r}; there are: {', '.join(sorted(served)) or 'none'}", "sartor agents list"
             )
@@ -279,9 +281,9 @@ class Registry:
         return Agent.from_json(known[-1].became)
 
     def _check_version(self, connection: Connection, name: str, version: str) -> None:
-        row = self._row(connection, tables.versions, agent=name, version=version)
+        row = self._row(connection, registry_schema.versions, agent=name, version=version)
         if row is None:
-            column = tables.versions.c
+            column = registry_schema.versions.c
             known = connection.execute(select(column.version).where(column.agent == name).order_by(column.added)).scalars()
             raise UnknownAgentError(
                 f"{name} has no version {version!r}; it has: {', '.join(known) or 'none'}",
@@ -292,9 +294,9 @@ class Registry:
 
     def _put_version(self, connection: Connection, version: Version) -> str:
         """Write a version that is new, has moved, or whose row is hurt; says which, "" for nothing to do."""
-        row = self._row(connection, tables.versions, agent=version.agent, version=version.version)
+        row = self._row(connection, registry_schema.versions, agent=version.agent, version=version.version)
         if row is None:
-            connection.execute(insert(tables.versions).values(version.as_row()))
+            connection.execute(insert(registry_schema.versions).values(version.as_row()))
             return "added"
         whole = is_whole(row)
         known = str(row["release_id"]) if whole else self._logged_id(connection, version)
@@ -307,7 +309,7 @@ class Registry:
         if whole and standing.release == version.release and standing.facts == version.facts:
             return ""
         moved = replace(standing, release=version.release, facts=version.facts, adapter=version.adapter)
-        self._put(connection, tables.versions, moved.as_row(), agent=version.agent, version=version.version)
+        self._put(connection, registry_schema.versions, moved.as_row(), agent=version.agent, version=version.version)
         return "moved" if whole else "repaired"
 
     def _logged_id(self, connection: Connection, version: Version) -> str:
@@ -316,20 +318,20 @@ class Registry:
 
     def _mark(self, connection: Connection, name: str, status: Any) -> None:
         agent, _, version = name.rpartition("@")
-        row = self._row(connection, tables.versions, agent=agent, version=version)
+        row = self._row(connection, registry_schema.versions, agent=agent, version=version)
         if row is not None and is_whole(row) and row["status"] != status:
             marked = replace(Version.from_row(row), status=status)
-            self._put(connection, tables.versions, marked.as_row(), agent=agent, version=version)
+            self._put(connection, registry_schema.versions, marked.as_row(), agent=agent, version=version)
 
     def _record(
         self, connection: Connection, what: str, before: Agent | None, after: Agent, version: str, cause: Cause
     ) -> Agent:
         """Write the agent, and the event that says so; both under the next generation."""
-        after = replace(after, generation=tables.next_generation(connection), changed=_now())
-        self._put(connection, tables.agents, after.as_row(), name=after.name)
+        after = replace(after, generation=registry_schema.next_generation(connection), changed=_now())
+        self._put(connection, registry_schema.agents, after.as_row(), name=after.name)
         numbers = dict(cause.numbers)
         if what in ("added", "moved", "repaired") and version:
-            row = self._row(connection, tables.versions, agent=after.name, version=version)
+            row = self._row(connection, registry_schema.versions, agent=after.name, version=version)
             numbers["release_id"] = "" if row is None else row["release_id"]
         event = {
             "generation": after.generation,
@@ -343,12 +345,12 @@ class Registry:
             "became": records.canonical(after.as_json()).decode(),
             "numbers": records.canonical(numbers).decode(),
         }
-        connection.execute(insert(tables.events).values(sealed(event)))
+        connection.execute(insert(registry_schema.events).values(sealed(event)))
         return after
 
     def _events(self, connection: Connection, agent: str, most: int) -> list[Event]:
-        column = tables.events.c
-        query = select(tables.events).order_by(column.id.desc()).limit(most)
+        column = registry_schema.events.c
+        query = select(registry_schema.events).order_by(column.id.desc()).limit(most)
         if agent:
             query = query.where(column.agent == agent)
         whole = [

@@ -1,4 +1,4 @@
-"""Which servers run on a state directory, and up to which change of the registry each has let go of what is no longer served.
+"""Which servers run and what they have reloaded.
 
     STATE/servers/<pid>-<random>.json    {"pid", "generation"}      the same .lock    held as long as the server runs
 

@@ -1,7 +1,9 @@
-"""The registry's rows of persons: which personal version each has of which agent, and which key may speak for whom.
+"""Personal versions and keyed user ids.
 
 A change raises the registry's generation, as every change does, so that servers hear of it within a second. The log says that
 somebody was forgotten, when, by whom, and under which digest; it never held a name.
+
+The same digest stands in the inbox (`Feedback.by`), in the registry, in receipts and in names of folders.
 """
 
 from __future__ import annotations
@@ -10,16 +12,51 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Table, delete, insert, select
 
-from sartor.agents import tables
-from sartor.agents.entries import Version
-from sartor.agents.people.names import SUFFIX
-from sartor.agents.registry import NOBODY, Cause
 from sartor.core import records
 from sartor.core.database import Database, is_whole, sealed
+from sartor.core.errors import ConfigError, RequestError
+from sartor.serving.receipts import Digest
+from sartor.serving.registry import registry_schema
+from sartor.serving.registry.registry import NOBODY, Cause
+from sartor.serving.registry.registry_schema import Version
+
+SUFFIX = "+personal"
+ANYBODY = "*"
+MOST_CHARACTERS = 256
+FOLDER, ADAPTER = "people", "adapter"
+# locked beside an agent's folder of a person while they are tuned for, or forgotten
+TUNING = "tuning"
+
+
+def person_of(user: str, digest: Digest) -> str:
+    """64 hex digits for a user's id, "" for none. Raises RequestError for one that is too long."""
+    if len(user) > MOST_CHARACTERS:
+        raise RequestError(f"the user's id has {len(user)} characters; the limit is {MOST_CHARACTERS}", "a shorter id")
+    return digest("user", user)
+
+
+def named(user: str, digest: Digest) -> str:
+    """`person_of` for who must name somebody. Raises ConfigError for an empty id."""
+    if not user or len(user) > MOST_CHARACTERS:
+        raise ConfigError(f"{user[:40]!r} cannot be a user's id", f"--user ID, of 1 to {MOST_CHARACTERS} characters")
+    return person_of(user, digest)
+
+
+def folder_of(state: Path, person: str, agent: str = "") -> Path:
+    """Where everything of a person stands, or what belongs to one agent."""
+    folder = state / FOLDER / person
+    return folder / agent if agent else folder
+
+
+def is_personal(path: Path, state: Path) -> bool:
+    """Whether a directory is that of a personal adapter of this team."""
+    return path.absolute().is_relative_to((state / FOLDER).absolute())
+
 
 TUNED, REFUSED, FORGOTTEN, ALLOWED = "personal tuned", "personal refused", "person forgotten", "key speaks"
 
@@ -81,11 +118,11 @@ class PeopleBook:
 
     def read(self, person: str = "") -> People:
         """Everybody's, or one person's."""
-        query = select(tables.people)
+        query = select(registry_schema.people)
         if person:
-            query = query.where(tables.people.c.person == person)
+            query = query.where(registry_schema.people.c.person == person)
         with self.database.read() as connection:
-            generation = tables.generation_of(connection)
+            generation = registry_schema.generation_of(connection)
             rows = [dict(row) for row in connection.execute(query).mappings()]
         whole = [Personal.from_row(row) for row in rows if is_whole(row)]
         return People(generation, {(one.person, one.agent): one for one in whole}, len(rows) - len(whole))
@@ -100,7 +137,7 @@ class PeopleBook:
         """Keep why a tuning was refused. What the person has of the agent goes on."""
         with self.database.change() as connection:
             key = {"person": personal.person, "agent": personal.agent}
-            found = connection.execute(select(tables.people).filter_by(**key)).mappings().first()
+            found = connection.execute(select(registry_schema.people).filter_by(**key)).mappings().first()
             standing = Personal.from_row(dict(found)) if found is not None and is_whole(dict(found)) else personal
             _replace(connection, replace(standing, note=why, added=standing.added or _now()))
             note(connection, REFUSED, personal.agent, personal.version, cause, {"person": personal.person})
@@ -110,13 +147,13 @@ class PeopleBook:
         with self.database.change() as connection:
             removed = {
                 table.name: connection.execute(delete(table).where(table.c.person == person)).rowcount
-                for table in (tables.people, tables.speakers)
+                for table in (registry_schema.people, registry_schema.speakers)
             }
             return note(connection, FORGOTTEN, "", "", cause, {"person": person}), removed
 
     def forgotten_since(self, generation: int) -> list[str]:
         """Whom changes after this generation say to forget."""
-        column = tables.events.c
+        column = registry_schema.events.c
         query = select(column.numbers).where(column.generation > generation, column.what == FORGOTTEN).order_by(column.id)
         with self.database.read() as connection:
             return [str(json.loads(said)["person"]) for said in connection.execute(query).scalars()]
@@ -124,8 +161,8 @@ class PeopleBook:
     def allow(self, key: str, person: str, cause: Cause = NOBODY) -> None:
         """Let a key speak for a person, or for anybody (`names.ANYBODY`)."""
         with self.database.change() as connection:
-            connection.execute(delete(tables.speakers).filter_by(key=key, person=person))
-            connection.execute(insert(tables.speakers).values(sealed({"key": key, "person": person})))
+            connection.execute(delete(registry_schema.speakers).filter_by(key=key, person=person))
+            connection.execute(insert(registry_schema.speakers).values(sealed({"key": key, "person": person})))
             note(connection, ALLOWED, "", "", cause, {"key": key})
 
     def mentions(self, person: str) -> dict[str, int]:
@@ -135,31 +172,31 @@ class PeopleBook:
             return len(connection.execute(select(table.c.person).where(table.c.person == person)).all())
 
         with self.database.read() as connection:
-            return {table.name: count(connection, table) for table in (tables.people, tables.speakers)}
+            return {table.name: count(connection, table) for table in (registry_schema.people, registry_schema.speakers)}
 
 
 def speakers(connection: Connection) -> dict[str, frozenset[str]]:
     """By key, for whom it may speak; a row that was changed from outside allows nothing."""
     found: dict[str, frozenset[str]] = {}
-    for row in connection.execute(select(tables.speakers)).mappings():
+    for row in connection.execute(select(registry_schema.speakers)).mappings():
         if is_whole(dict(row)):
             found[row["key"]] = found.get(row["key"], frozenset()) | {row["person"]}
     return found
 
 
 def _replace(connection: Connection, personal: Personal) -> None:
-    connection.execute(delete(tables.people).filter_by(person=personal.person, agent=personal.agent))
-    connection.execute(insert(tables.people).values(personal.as_row()))
+    connection.execute(delete(registry_schema.people).filter_by(person=personal.person, agent=personal.agent))
+    connection.execute(insert(registry_schema.people).values(personal.as_row()))
 
 
 def note(connection: Connection, what: str, agent: str, version: str, cause: Cause, numbers: Mapping[str, Any]) -> int:
     """Write it into the log, under the next generation, which is returned."""
-    generation = tables.next_generation(connection)
+    generation = registry_schema.next_generation(connection)
     event = {
         "generation": generation, "at": _now(), "who": cause.by, "what": what, "agent": agent, "version": version,
         "why": cause.why, "was": "{}", "became": "{}", "numbers": records.canonical({**cause.numbers, **numbers}).decode(),
     }  # fmt: skip
-    connection.execute(insert(tables.events).values(sealed(event)))
+    connection.execute(insert(registry_schema.events).values(sealed(event)))
     return generation
 
 

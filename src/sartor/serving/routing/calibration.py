@@ -1,4 +1,4 @@
-"""Parts -> a router: the figures they share, and a threshold, on prompts that no part was fitted on.
+"""Router threshold, shared figures, risk-coverage, ECE.
 
 What is foreign cannot be listed, so it is simulated three times: general prompts, each by classifiers that saw none of its
 kind; each agent's held-out prompts as the others see them when that agent is not there; and near misses of held-out prompts.
@@ -14,11 +14,34 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from sartor.agents.routing import curves
-from sartor.agents.routing.features import F32, stacked
-from sartor.agents.routing.fitted import Fitted, Linear, Looked, Shared, best_places
-from sartor.agents.routing.part import Part
-from sartor.agents.routing.space import Space
+from sartor.evaluate.metrics import BINS
+from sartor.serving.routing.agent_classifier import Part, Space
+from sartor.serving.routing.router_model import Fitted, Linear, Looked, Shared, best_places
+from sartor.serving.routing.text_features import F32, stacked
+
+
+def risk_coverage(confidence: Any, is_right: Any, weight: Any) -> tuple[Any, Any]:
+    """(coverage, risk), (N,) each: of the most confident prompts up to each, their share of all and the share that is wrong.
+
+    A foreign prompt is wrong at any place: whoever gets it is not whom it is for.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    covered = np.cumsum(weight[order])
+    return covered / covered[-1], np.cumsum((weight * ~is_right)[order]) / covered
+
+
+def aurc(confidence: Any, is_right: Any, weight: Any) -> float:
+    """The mean risk over coverage (Geifman, Uziel and El-Yaniv 2019, arXiv:1805.08206); less is better."""
+    coverage, risk = risk_coverage(confidence, is_right, weight)
+    return float(np.sum(risk * np.diff(coverage, prepend=0.0)))
+
+
+def ece(confidence: Any, is_right: Any, weight: Any) -> float:
+    """Expected calibration error (Guo et al. 2017) in BINS equal bins of confidence."""
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gap = np.bincount(place, weight * (confidence - is_right), BINS)
+    return float(np.abs(gap).sum() / weight.sum())
+
 
 # Held-out prompts of all agents together
 MOST_HELD = 2_000
@@ -178,8 +201,8 @@ def _curve(own: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], thr
         "to_base": round(2 * float(weight[~is_routed & ~is_own].sum()), 4),
         "coverage": round(coverage, 4),
         "risk": round(float(weight[is_routed & ~is_right].sum()) / max(coverage, 1e-9), 4),
-        "aurc": round(curves.aurc(score, is_right, weight), 4),
-        "ece": round(curves.ece(score, is_right, weight), 4),
+        "aurc": round(aurc(score, is_right, weight), 4),
+        "ece": round(ece(score, is_right, weight), 4),
     }
 
 

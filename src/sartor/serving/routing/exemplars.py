@@ -1,26 +1,36 @@
-"""What a Release's Report measured: whether the agent is better than the base at all, and on which of the rows it is not.
+"""Router training prompts, hard negatives, measured gain.
 
 A request is no better served by a specialist than by the base where the Report shows no gain. The whole is judged by its
 interval, as the gate does. Its rows are few, so slices of them are judged by their mean: the base gets a slice of SLICE_LEAST
 rows or more where the agent was on average no better.
+
+People quote commands, ask what a word means, tell of yesterday. Exemplars know nothing of that, so some of them are set into
+such frames, the same ones each time, and stand among what the agent is not for.
 """
 
 from __future__ import annotations
 
+import importlib.resources
 import json
-from collections.abc import Mapping
+import re
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from sartor.agents.routing.features import Features, neighbours_of
-from sartor.core import parquet_io
+from sartor.core import parquet_io, records
 from sartor.core.artifacts import MANIFESTS
 from sartor.core.errors import ArtifactError
+from sartor.core.records import digest as records_digest
 from sartor.evaluate.metrics import LOWER_IS_BETTER
+from sartor.evaluate.training_facts import EXEMPLARS, OTHER
 from sartor.release.gate import gain as checked
+from sartor.serving.routing.text_features import Features, neighbours_of
 
 # Rows of a Report that are looked at, rows that make a slice on average, and the fewest of one that is judged
 MEASURED = 200
@@ -75,7 +85,7 @@ class Slices:
         return cls(Features.from_arrays("slices", found), found["slice_of"], found["slice_gain"], found["slice_size"])
 
 
-def read(release: Path) -> Gain | None:
+def read_measured_gain(release: Path) -> Gain | None:
     """What the Report inside a Release shows; None without a manifest. Raises ArtifactError where it is of another form."""
     if not (release / MANIFESTS["release"]).is_file():
         return None
@@ -112,3 +122,116 @@ def sliced(found: Gain, features: Features) -> Slices | None:
         return None
     size = np.bincount(of)
     return Slices(features, of, np.bincount(of, [row.gain for row in rows]) / size, size) if len(size) > 1 else None
+
+
+MOST_BYTES = 4 << 20
+MOST_LINES = 2_000
+# Of a text; of a longer one the beginning and the end, where questions stand
+MOST_CHARACTERS = 2_000
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An exemplar and where it stands: `agent:line` of its Release's file."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Exemplars:
+    """Of one agent: prompts that its tuning saw, prompts that it never saw, and prompts among its rows that are not for it.
+
+    gain: what its Report measured; None where there is no Report.
+    """
+
+    train: tuple[Prompt, ...] = ()
+    held_out: tuple[Prompt, ...] = ()
+    other: tuple[Prompt, ...] = ()
+    gain: Gain | None = None
+
+
+def read_exemplars(release: Path, agent: str) -> Exemplars:
+    """The exemplars of a Release; none for one without any (`sartor release --exemplars 0`, or an older Release).
+
+    With what its Report measured, where it is a whole Release. Raises ArtifactError for a file that has another form.
+    """
+    file = release / EXEMPLARS
+    if not file.is_file():
+        return Exemplars()
+    remedy = "release it again"
+    if file.stat().st_size > MOST_BYTES:
+        raise ArtifactError(f"{file} has {file.stat().st_size:,} bytes; at most {MOST_BYTES:,} are read", remedy)
+    found: dict[str, list[Prompt]] = {"train": [], "eval": [], OTHER: []}
+    try:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()[:MOST_LINES], 1):
+            said = json.loads(line)
+            if text := str(said["text"]).strip():
+                found[said["split"]].append(Prompt(f"{agent}:{number}", text))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{file} is not a file of exemplars: {type(error).__name__}: {error}", remedy) from None
+    return Exemplars(tuple(found["train"]), tuple(found["eval"]), tuple(found[OTHER]), read_measured_gain(release))
+
+
+@cache
+def general() -> Mapping[str, tuple[Prompt, ...]]:
+    """Sartor's own general prompts, by kind (general.yaml)."""
+    text = importlib.resources.files("sartor").joinpath("agents/routing/general.yaml").read_text(encoding="utf-8")
+    return {
+        kind: tuple(Prompt(f"{kind}:{number}", str(prompt)) for number, prompt in enumerate(prompts, 1))
+        for kind, prompts in yaml.safe_load(text).items()
+    }
+
+
+def digest(found: Exemplars) -> str:
+    """Equal exactly when an agent has the same exemplars under the same name and the general prompts are the same."""
+    parts = [[(one.id, one.text) for one in part] for part in (found.train, found.held_out, found.other)]
+    gain = [(row.prompt, row.label, row.gain) for row in found.gain.rows] if found.gain else None
+    return records.digest([parts, gain, general_digest()])
+
+
+def general_digest() -> str:
+    """Of the general prompts."""
+    return records.digest({kind: [one.text for one in prompts] for kind, prompts in general().items()})
+
+
+def fold(kind: str) -> int:
+    """Which of FOLDS a kind of general prompts is left out with."""
+    return zlib.crc32(kind.encode()) % FOLDS
+
+
+def shortened(text: str) -> str:
+    """A text as it is compared: of a long one the beginning and the end."""
+    text = text.encode("utf-8", "replace").decode().strip()  # a client may send half a surrogate pair
+    half = MOST_CHARACTERS // 2
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} {text[-half:]}"
+
+
+MOST = 60
+FRAMES = (
+    "Translate into French: {prompt}",
+    "Where does the word {word} come from?",
+    "Write a short story about {words}.",
+    "Why would anybody say: {prompt}",
+    "A friend of mine said yesterday: {prompt}",
+    "I know a song called {words}, who sings it?",
+    "How many letters are in the sentence: {prompt}",
+    "What rhymes with {word}?",
+    "I'm tired of hearing about {words} all day.",
+    "Who first had the idea of {words}?",
+)
+_WORD = re.compile(r"[^\W\d_]{4,}")
+
+
+def near_misses(prompts: Sequence[Prompt], most: int = MOST) -> list[str]:
+    """One for each of the first `most` prompts; frame and words are drawn by the prompt's digest."""
+    return [_framed(prompt.text) for prompt in prompts[:most]]
+
+
+def _framed(text: str) -> str:
+    drawn = int(records_digest(text), 16)
+    words = list(dict.fromkeys(_WORD.findall(text.lower()))) or [text]
+    first, second = words[(drawn >> 8) % len(words)], words[(drawn >> 24) % len(words)]
+    both = f"{first} and {second}" if first != second else first
+    return FRAMES[drawn % len(FRAMES)].format(prompt=text, word=first, words=both)

@@ -1,4 +1,4 @@
-"""`auto`: which agent a request is for, and why. Whatever goes wrong here, the base answers and the reason says so.
+"""`auto`: chooses the agent for a request.
 
 A router is fitted in the background when the team starts and whenever its agents change; the old one answers meanwhile. The
 first of a new server knows words alone; one with an encoder takes its place when it is ready and better on prompts that
@@ -18,16 +18,15 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from sartor.agents.asking import Embedded, Route
-from sartor.agents.routing import exemplars, fitting, part, space, store
-from sartor.agents.routing.exemplars import Exemplars, shortened
-from sartor.agents.routing.fitted import BASE, Fitted, Judged
-from sartor.agents.routing.part import Part
-from sartor.agents.routing.space import Space
-from sartor.agents.team import Routing
 from sartor.core import assets
 from sartor.core.errors import ArtifactError, BusyError, SartorError
 from sartor.inference.engine import LOCAL
+from sartor.serving.routing import agent_classifier, calibration, exemplars
+from sartor.serving.routing.agent_classifier import Part, Space
+from sartor.serving.routing.exemplars import Exemplars, shortened
+from sartor.serving.routing.router_model import BASE, Fitted, Judged
+from sartor.serving.team_config import Routing
+from sartor.serving.types import Embedded, Route
 
 WORDS, BASE_ENCODER = "tfidf", "base"
 Made = TypeVar("Made")
@@ -146,7 +145,7 @@ class AutoRouter:
             if not agents:
                 self._fitted = self._words = None
                 self._parts = {}
-                await asyncio.to_thread(store.keep_only, self._folder, ())
+                await asyncio.to_thread(agent_classifier.keep_only, self._folder, ())
             else:
                 await self._fit_all(agents)
         except (SartorError, OSError, MemoryError) as error:
@@ -166,7 +165,7 @@ class AutoRouter:
             except SartorError as error:
                 self.troubles["router"] = f"auto goes by words alone: {encoder}: {error.problem}"
         explicit = self._rules.encoder != "auto"
-        self._fitted = routers[-1] if explicit else fitting.best_of(routers)
+        self._fitted = routers[-1] if explicit else calibration.best_of(routers)
         self._words = words
 
     def _encoders(self) -> list[str]:
@@ -188,15 +187,15 @@ class AutoRouter:
         kept = {(encoder, one.digest) for one in parts.values()}
         self._parts = {key: one for key, one in self._parts.items() if key[0] != encoder or key in kept}
         with suppress(OSError):
-            await asyncio.to_thread(store.keep_only, self._folder, {one.digest for one in parts.values()})
+            await asyncio.to_thread(agent_classifier.keep_only, self._folder, {one.digest for one in parts.values()})
         measured = self._rules.lift == "measured"
         unproven = {
             name: found.gain.detail for name, found in agents.items() if measured and found.gain and not found.gain.is_shown
         }
         rules = self._rules
-        fitted = await _apart(lambda: fitting.assemble(parts, ground, rules.target, rules.risk, unproven))
+        fitted = await _apart(lambda: calibration.assemble(parts, ground, rules.target, rules.risk, unproven))
         with suppress(OSError):
-            await asyncio.to_thread(store.save_figures, self._folder, encoder, fitted.told)
+            await asyncio.to_thread(agent_classifier.save_figures, self._folder, encoder, fitted.told)
         return fitted if measured else replace(fitted, parts=tuple(replace(one, slices=None) for one in fitted.parts))
 
     async def _space(self, encoder: str) -> Space:
@@ -207,12 +206,12 @@ class AutoRouter:
         vectors = None
         if encoder != WORDS:
             with suppress(ArtifactError):  # damaged ones are made anew
-                vectors = await asyncio.to_thread(store.open_vectors, self._folder, encoder, digest, made_in)
+                vectors = await asyncio.to_thread(agent_classifier.open_vectors, self._folder, encoder, digest, made_in)
             if vectors is None:
-                vectors = await self._embedded(space.general_texts(), encoder)
+                vectors = await self._embedded(agent_classifier.general_texts(), encoder)
                 with suppress(OSError):  # a full disk costs the next start a few seconds
-                    await asyncio.to_thread(store.save_vectors, self._folder, encoder, digest, vectors, made_in)
-        self._spaces = {f"{encoder} {digest}": await _apart(lambda: space.make(encoder, vectors)), **self._spaces}
+                    await asyncio.to_thread(agent_classifier.save_vectors, self._folder, encoder, digest, vectors, made_in)
+        self._spaces = {f"{encoder} {digest}": await _apart(lambda: agent_classifier.make(encoder, vectors)), **self._spaces}
         return self._spaces[f"{encoder} {digest}"]
 
     async def _part(self, found: Exemplars, ground: Space) -> Part:
@@ -223,17 +222,19 @@ class AutoRouter:
             known = None
             with suppress(ArtifactError):  # a damaged one is made anew
                 made_in = self._made_in(ground.encoder)
-                known = await asyncio.to_thread(store.open_part, self._folder, ground.encoder, digest, made_in)
+                known = await asyncio.to_thread(agent_classifier.open_part, self._folder, ground.encoder, digest, made_in)
             self._parts[key] = known or await self._fitted_part(found, ground)
         return self._parts[key]
 
     async def _fitted_part(self, found: Exemplars, ground: Space) -> Part:
         vectors = None
         if ground.dense is not None:
-            vectors = await self._embedded(part.rows_of(found).texts, ground.encoder)
-        made = await _apart(lambda: part.fit(found, ground, vectors))
+            vectors = await self._embedded(agent_classifier.rows_of(found).texts, ground.encoder)
+        made = await _apart(lambda: agent_classifier.fit(found, ground, vectors))
         with suppress(OSError):  # a full disk costs the next start a few seconds
-            await asyncio.to_thread(store.save_part, self._folder, ground.encoder, made, self._made_in(ground.encoder))
+            await asyncio.to_thread(
+                agent_classifier.save_part, self._folder, ground.encoder, made, self._made_in(ground.encoder)
+            )
         return made
 
     async def _embedded(self, texts: Sequence[str], encoder: str) -> Any:
@@ -259,7 +260,7 @@ class AutoRouter:
         found = {}
         for name, release in releases.items():
             try:
-                found[name] = exemplars.read(release, name)
+                found[name] = exemplars.read_exemplars(release, name)
             except ArtifactError as error:
                 self.troubles[f"router: {name}"] = error.problem
         return found

@@ -1,4 +1,4 @@
-"""A router that is ready: parts, the few figures that they share, a threshold. No pickles: see store.py for the disk."""
+"""Fitted router of a team."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sartor.agents.routing.features import F32, Features, neighbours
-from sartor.agents.routing.part import Part
-from sartor.agents.routing.space import Space
+from sartor.serving.routing.agent_classifier import Part, Space
+from sartor.serving.routing.text_features import F32, Features, neighbours
 
 BASE = "base"
 # Agents whose prompts a text is compared with, by the scores of all

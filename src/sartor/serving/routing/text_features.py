@@ -1,4 +1,4 @@
-"""A text as two unit vectors side by side: its words and pieces of words, and what an encoder makes of it.
+"""Lexical and dense features of prompts.
 
 What both are measured by (rarity, mean, spread) is fitted on general prompts alone, so that no agent changes another's.
 

@@ -1,4 +1,4 @@
-"""A circuit breaker for each agent, and how often a worker may be started again. Pure: the clock is handed in.
+"""Circuit breakers, bounded queues, quarantine per agent.
 
     closed --failures within window_s--> open --open_s--> half-open --one good call--> closed
                                            ^                 |
@@ -9,14 +9,18 @@ Nygard 2007, "Release It!"; restart intensity as in Erlang/OTP's supervisors.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
-from collections import deque
-from collections.abc import Callable
-from typing import Literal
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
-from sartor.agents import team
-from sartor.core.errors import UnavailableError
+from sartor.core.errors import BusyError, ModelError, UnavailableError
+from sartor.core.ipc import frame
+from sartor.inference.engine import Call, Done, Failed
+from sartor.serving import team_config
+from sartor.serving.workers.in_flight import LiveCall
 
 State = Literal["closed", "open", "half-open", "quarantined"]
 Clock = Callable[[], float]
@@ -26,7 +30,7 @@ _MOST_DOUBLINGS = 4
 class Breaker:
     """One agent's. Every call that `enter` lets in ends by exactly one of `succeed`, `fail` and `leave`."""
 
-    def __init__(self, agent: str, rules: team.Breaker, clock: Clock = time.monotonic) -> None:
+    def __init__(self, agent: str, rules: team_config.Breaker, clock: Clock = time.monotonic) -> None:
         self._agent = agent
         self._rules = rules
         self._clock = clock
@@ -111,7 +115,9 @@ class Breaker:
 class Restarts:
     """When the worker of one place may be started again."""
 
-    def __init__(self, rules: team.Workers, clock: Clock = time.monotonic, draw: Callable[[], float] = random.random) -> None:
+    def __init__(
+        self, rules: team_config.Workers, clock: Clock = time.monotonic, draw: Callable[[], float] = random.random
+    ) -> None:
         self._rules = rules
         self._clock = clock
         self._draw = draw
@@ -139,3 +145,195 @@ class Restarts:
     def starting(self) -> None:
         """The wait is over."""
         self.is_given_up = False
+
+
+_RESERVED_OF = 8  # one row in so many is kept for other agents
+_LEAST_RESERVING_ROWS = 4  # fewer rows are too few to keep one
+_OLD = 0.9  # weight of the past in the mean time that a call takes
+
+
+class Bulkhead:
+    """Who waits for which agent, and how many calls each has."""
+
+    def __init__(self, per_agent: int) -> None:
+        self._per_agent = per_agent
+        self._waiting: dict[str, deque[LiveCall]] = {}
+        self._alone: list[LiveCall] = []
+        self._mean_s: dict[str, float] = {}
+        self.inside: Counter[str] = Counter()
+
+    def enter(self, agent: str, rows: int) -> None:
+        """Count a call in. Raises BusyError when the agent has as many as it may; `rows` answer side by side."""
+        inside = self.inside[agent]
+        if inside >= self._per_agent:
+            wait_s = max(1.0, self._mean_s.get(agent, 1.0) * inside / max(1, rows))
+            raise BusyError(
+                f"{agent} has {inside} requests, and may have {self._per_agent} at once",
+                f"ask again in {wait_s:.0f} s, or raise limits.per_agent",
+                wait_s,
+            )
+        self.inside[agent] += 1
+
+    def leave(self, agent: str, took_s: float) -> None:
+        """Count a call out, which was inside for so long."""
+        self.inside[agent] -= 1
+        if not self.inside[agent]:
+            del self.inside[agent]
+        self._mean_s[agent] = _OLD * self._mean_s.get(agent, took_s) + (1 - _OLD) * took_s
+
+    def put(self, live: LiveCall) -> None:
+        """Let a call wait, in the order in which calls came, among its agent's or, suspected, among those to be made alone."""
+        if live.is_suspect:
+            self._alone.append(live)
+            return
+        queue = self._waiting.setdefault(live.agent, deque())
+        place = len(queue)
+        while place and queue[place - 1].number > live.number:
+            place -= 1
+        queue.insert(place, live)
+
+    def drop(self, live: LiveCall) -> None:
+        """Take a call out of where it waits, if it waits."""
+        if live in self._alone:
+            self._alone.remove(live)
+        queue = self._waiting.get(live.agent)
+        if queue is None:
+            return
+        if live in queue:
+            queue.remove(live)
+        if not queue:
+            del self._waiting[live.agent]
+
+    def in_turn(self, held: Counter[str]) -> list[LiveCall]:
+        """The first call of each agent: the agent that holds fewest rows first, then the call that waits longest."""
+        return sorted((queue[0] for queue in self._waiting.values()), key=lambda live: (held[live.agent], live.number))
+
+    def suspects(self, watched: Counter[str]) -> list[LiveCall]:
+        """Calls to be made alone; those of agents that nothing is known against first."""
+        return sorted(self._alone, key=lambda live: (watched[live.agent] > 0, live.number))
+
+    def waiting(self) -> Iterator[LiveCall]:
+        """All that wait."""
+        for queue in list(self._waiting.values()):
+            yield from list(queue)
+        yield from list(self._alone)
+
+    def health(self, agent: str) -> dict[str, int]:
+        """How many calls of an agent wait, and how many workers make."""
+        queued = len(self._waiting.get(agent, ())) + sum(live.agent == agent for live in self._alone)
+        return {"queued": queued, "live": self.inside[agent] - queued}
+
+    def any_waits(self) -> bool:
+        """Whether a call waits that is not suspected."""
+        return bool(self._waiting)
+
+
+def most_rows(rows: int) -> int:
+    """How many of `rows` one agent may hold."""
+    return rows if rows < _LEAST_RESERVING_ROWS else rows - max(1, rows // _RESERVED_OF)
+
+
+# All agents stand on it, so it has no breaker and is never taken out of service.
+BASE_AGENT = "base"
+# Failures by an agent's own fault. What is wrong with a request, or with its time and room, is no agent's.
+AGENT_FAULTS = ("ModelError", "ArtifactError")
+_WATCHED_CALLS = 8  # of an agent whose call killed a worker: so many are made alone before it is trusted again
+_MOST_KILLERS = 1024
+
+
+class Standing:
+    """Of all agents."""
+
+    def __init__(self, rules: team_config.Breaker) -> None:
+        self._rules = rules
+        self._breakers: dict[str, Breaker] = {}
+        self._killers: OrderedDict[str, None] = OrderedDict()
+        self._prompts: OrderedDict[str, None] = OrderedDict()
+        self.watched: Counter[str] = Counter()
+
+    def enter(self, call: Call, agent: str) -> bool:
+        """Whether the call is the one that tries a half-open breaker.
+
+        Raises ModelError for one that has killed workers, UnavailableError when the agent is out of service.
+        """
+        if self._killers and _content(call) in self._killers:
+            raise ModelError(f"this request to {agent} killed the workers that took it", "change the request")
+        return agent in self._breakers and self._breakers[agent].enter()
+
+    def is_suspect(self, call: Call, agent: str) -> bool:
+        """Whether it is to be made alone from the start: its agent is watched, or the same prompt has killed as another's.
+
+        So whoever steps in for an agent is asked the same at nobody's cost.
+        """
+        return self.watched[agent] > 0 or (bool(self._prompts) and _prompt(call) in self._prompts)
+
+    def leave(self, agent: str, trial: bool) -> None:
+        """A call ended without a verdict."""
+        if agent in self._breakers:
+            self._breakers[agent].leave(trial)
+
+    def judge(self, live: LiveCall, event: Done | Failed) -> None:
+        """A call ended: what that says of its agent."""
+        if isinstance(event, Failed) and event.kind in AGENT_FAULTS:
+            self.blame(live.agent, event.problem, live.trial)
+        elif isinstance(event, Done) and event.finish != "cancelled":
+            self._praise(live)
+        else:
+            self.leave(live.agent, live.trial)
+
+    def condemn(self, live: LiveCall) -> None:
+        """A call has killed a worker that served nobody else."""
+        for kept, digest in ((self._killers, _content(live.call)), (self._prompts, _prompt(live.call))):
+            kept[digest] = None
+            while len(kept) > _MOST_KILLERS:
+                kept.popitem(last=False)
+        if live.agent != BASE_AGENT:
+            self.watched[live.agent] = _WATCHED_CALLS
+
+    def blame(self, agent: str, why: str, trial: bool = False) -> None:
+        """Count a failure that is the agent's own."""
+        if agent == BASE_AGENT:
+            return
+        if agent not in self._breakers:
+            # versions come and go: those of which nothing is known any more make room
+            self._breakers = {name: breaker for name, breaker in self._breakers.items() if not breaker.is_blank}
+            self._breakers[agent] = Breaker(agent, self._rules)
+        self._breakers[agent].fail(why, trial)
+
+    def release(self, agent: str) -> None:
+        """See Crew."""
+        self._breakers.pop(agent, None)
+        self.watched.pop(agent, None)
+
+    @property
+    def agents(self) -> set[str]:
+        """Those of whom something may be known."""
+        return set(self._breakers)
+
+    def health(self, agent: str) -> dict[str, Any]:
+        """Of one agent. `why`: the last failure that opened its breaker."""
+        breaker = self._breakers.get(agent)
+        said = {"breaker": breaker.state, "why": breaker.why} if breaker else {"breaker": "closed", "why": ""}
+        return {**said, "watched": self.watched[agent]}
+
+    def _praise(self, live: LiveCall) -> None:
+        if live.agent in self._breakers:
+            self._breakers[live.agent].succeed(live.trial)
+        if live.is_suspect and live.agent in self.watched:
+            self.watched[live.agent] -= 1
+            self.watched += Counter()  # forgets those at 0
+
+
+def _prompt(call: Call) -> str:
+    """A digest of what is asked in the end, whatever stands before it."""
+    return _digest({"asked": call.messages[-1:], "text": call.text})
+
+
+def _content(call: Call) -> str:
+    """A digest of all that a call asks for, whoever asks."""
+    return _digest({**call.as_json(), "id": ""})
+
+
+def _digest(said: Mapping[str, Any]) -> str:
+    """Of what clients say, in which half of a surrogate pair may stand: canonical JSON has no bytes for that."""
+    return hashlib.sha256(frame(said)).hexdigest()

@@ -1,4 +1,4 @@
-"""A call that lives: what was said of its reply over all workers that made it, and what its client has not taken yet.
+"""Calls in flight with replay after a worker dies.
 
 Replies are deterministic (greedy, or drawn by a seed), so when a worker dies the call is made again from the start by
 another; what was already said is compared and not said twice. The client sees one reply.

@@ -1,4 +1,4 @@
-"""Calls on their way through the workers: whose turn it is, who makes them, what becomes of them when a worker dies."""
+"""Schedules calls onto workers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sartor.agents.bulkhead import Bulkhead, most_rows
-from sartor.agents.child import Child, WorkerEnd
-from sartor.agents.live import DiffersError, LiveCall
-from sartor.agents.places import Places
-from sartor.agents.shelf import Shelf
-from sartor.agents.standing import Standing
-from sartor.agents.team import Workers
 from sartor.core.errors import DeadlineError, ModelError, SartorError, UnavailableError
 from sartor.inference.engine import BASE, Call, Done, Event, Failed, Piece, event_from_json
+from sartor.serving.team_config import Workers
+from sartor.serving.workers.adapter_loading import Shelf
+from sartor.serving.workers.agent_health import Bulkhead, Standing, most_rows
+from sartor.serving.workers.in_flight import DiffersError, LiveCall
+from sartor.serving.workers.worker_pool import Places
+from sartor.serving.workers.worker_process import Child, WorkerEnd
 
 # Ends that the operator, the kernel or a machine without time may have caused: they prove little by happening once.
 _UNCERTAIN_ENDS = (WorkerEnd.KILLED, WorkerEnd.HUNG)

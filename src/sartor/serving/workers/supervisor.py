@@ -1,4 +1,4 @@
-"""The crew: supervised workers, so that no call, no agent and no worker that dies takes another one with it.
+"""Supervises the workers of a server.
 
     reply -> standing.py (is the agent in service?) -> bulkhead.py (is there room, whose turn is it?) -> calls.py -> a worker
     places.py keeps the workers alive, shelf.py brings the adapters to them, child.py is one of them as seen from here
@@ -17,22 +17,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.asking import Embedded
-from sartor.agents.bulkhead import Bulkhead
-from sartor.agents.calls import Calls
-from sartor.agents.child import Child, GoneError, cores
-from sartor.agents.live import Events
-from sartor.agents.places import Hooks, Places
-from sartor.agents.probation import Probation
-from sartor.agents.shelf import Shelf
-from sartor.agents.standing import Standing
-from sartor.agents.team import Remote, Team
 from sartor.core import config, records
 from sartor.core.errors import DeadlineError, ModelError, UnavailableError
 from sartor.inference.engine import BASE, About, Call, Event
+from sartor.serving.team_config import Remote, Team
+from sartor.serving.types import Embedded
+from sartor.serving.workers.adapter_loading import Probation, Shelf
+from sartor.serving.workers.agent_health import Bulkhead, Standing
+from sartor.serving.workers.in_flight import Events
+from sartor.serving.workers.scheduler import Calls
+from sartor.serving.workers.worker_pool import Hooks, Places
+from sartor.serving.workers.worker_process import Child, GoneError, cores
 
 EMBEDDINGS = "embeddings"  # the bulkhead that all embeddings share
-WORKER = (sys.executable, "-m", "sartor.agents.worker")
+WORKER = (sys.executable, "-m", "sartor.serving.workers.worker_main")
 # Asked of a worker at once, unless one text alone has more: what is asked is worked off though its client may have gone
 _EMBED_TEXTS, _EMBED_CHARACTERS = 16, 8192
 _MOST_CONDEMNED = 1024

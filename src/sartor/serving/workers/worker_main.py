@@ -1,8 +1,10 @@
-"""A worker: one process that holds an engine, and the loop that drives it. `python -m sartor.agents.worker FD`.
+"""Worker process: engine loop.
 
 It trusts its parent and nobody else can reach it, but what calls hold comes from clients: a malformed line, a call that the
 engine refuses, an adapter that does not load are answers. What is left, an engine whose step fails, ends the process: the
 parent makes the calls again in another one, which knows nothing of whatever went wrong here. See channel.py for the wire.
+
+A module of its own: a worker has no use for the rest of admission, and pays for what it imports in memory.
 """
 
 from __future__ import annotations
@@ -19,14 +21,30 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sartor.agents.fingerprint import check_digest
 from sartor.core import resource_limits
 from sartor.core.encoder_registry import Encoder, open_encoder
-from sartor.core.errors import ConfigError, ModelError, SartorError
+from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError
+from sartor.core.filesystem import file_digest
 from sartor.core.ipc import BEAT_S, Channel, Malformed, error_as_json
 from sartor.core.lazy_import import load
-from sartor.inference.engine import Call, Engine, Failed, Vector, event_as_json
+from sartor.inference.engine import PROJECTORS, Call, Engine, Failed, Vector, adapter_digest, event_as_json
 from sartor.media import audio
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors", PROJECTORS)
+_ANEW = "remove that directory and admit the Release again: sartor agents add RELEASE"
+
+
+def check_digest(path: Path, adapter: str) -> None:
+    """Raise ArtifactError unless the adapter in `path` has this digest."""
+    try:
+        found = adapter_digest({name: {"sha256": file_digest(path / name)} for name in _FILES if (path / name).exists()})
+    except KeyError as error:
+        raise ArtifactError(f"the adapter in {path} has no {error}", _ANEW) from None
+    except OSError as error:
+        raise ArtifactError(f"the adapter in {path} cannot be read: {error.strerror}", _ANEW) from None
+    if found != adapter:
+        raise ArtifactError(f"the adapter in {path} has the digest {found[:16]}, not {adapter[:16]} as admitted", _ANEW)
+
 
 BASE_ENCODER = "base"
 _ENGINES = {

@@ -1,4 +1,4 @@
-"""Places for workers: each has one, started again when it ends. Which hang, which take too much memory, which step in."""
+"""Worker slots, restarts, hang and memory checks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sartor.agents.breaker import Restarts
-from sartor.agents.child import Child, GoneError, WorkerEnd
-from sartor.agents.team import Workers
 from sartor.core.errors import BudgetError, ModelError, SartorError, UnavailableError
 from sartor.inference.engine import About
+from sartor.serving.team_config import Workers
+from sartor.serving.workers.agent_health import Restarts
+from sartor.serving.workers.worker_process import Child, GoneError, WorkerEnd
 
 # A worker above its limit gets no new calls, and so long for those that it has; this far above, it is ended at once.
 _RETIRE_S = 30.0

@@ -1,4 +1,4 @@
-"""A worker as its parent sees it: a process, the connection to it, what it holds, and when it was last heard of."""
+"""Parent's handle of one worker process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from sartor.agents.live import LiveCall
 from sartor.core import resource_limits
 from sartor.core.errors import SartorError, UnavailableError
 from sartor.core.ipc import Frames, Malformed, error_from_json, frame
 from sartor.inference.engine import BASE, About
+from sartor.serving.workers.in_flight import LiveCall
 
 State = Literal["starting", "ready", "retiring", "gone"]
 # What is in a dead worker's socket is read after its end; a process that it left behind may hold the socket open.

@@ -1,1 +1,1 @@
-"""The routes, one file a noun: models, replies, vectors, feedback, admin, health. Each has a `router`."""
+"""Routes, one file a noun; each has a `router`."""

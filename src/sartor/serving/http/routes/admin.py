@@ -1,4 +1,4 @@
-"""/v1/agents: what the admin's key may see and change. Off until an admin key is set."""
+"""/v1/agents for the admin key."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Path, Request
 
-from sartor.agents.serve.app import JsonResponse, Route
-from sartor.agents.serve.asked import PromoteRequest, RollbackRequest
-from sartor.agents.serve.desk import desk_of, entry_of
-from sartor.agents.serve.faults import FieldError
-from sartor.agents.serve.said import AgentsAnswer, ErrorAnswer
 from sartor.core.errors import AdmissionError, ModelError
+from sartor.serving.http.app import JsonResponse, Route
+from sartor.serving.http.app_state import desk_of, entry_of
+from sartor.serving.http.http_errors import FieldError
+from sartor.serving.http.request_models import PromoteRequest, RollbackRequest
+from sartor.serving.http.response_models import AgentsAnswer, ErrorAnswer
 
 router = APIRouter(
     route_class=Route,

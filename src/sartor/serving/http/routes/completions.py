@@ -1,26 +1,57 @@
-"""POST /v1/chat/completions and /v1/completions: replies, whole or streamed."""
+"""Chat and text completions."""
 
 from __future__ import annotations
 
+import base64
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sartor.agents.asking import Request as Question
-from sartor.agents.serve.aloud import Aloud
-from sartor.agents.serve.app import JsonResponse, Route
-from sartor.agents.serve.asked import ChatRequest, Delivered, TextRequest
-from sartor.agents.serve.desk import desk_of, entry_of, reply_headers
-from sartor.agents.serve.faults import FieldError
-from sartor.agents.serve.replies import Answers
-from sartor.agents.serve.routes.replies__request_conversion import opened_for  # noqa: F401
-from sartor.agents.serve.running import while_there
-from sartor.agents.serve.said import ChatAnswer, TextAnswer
-from sartor.agents.serve.shapes import Chat, Head, Shape, Text
-from sartor.agents.serve.streams import EventStream, chunks
-from sartor.agents.serve.turns import chat_request, text_requests
+from sartor.media.speech.text_normalization import spoken
+from sartor.media.speech.voice import Voice
+from sartor.serving.http.app import JsonResponse, Route
+from sartor.serving.http.app_state import desk_of, entry_of, reply_headers
+from sartor.serving.http.http_errors import FieldError
+from sartor.serving.http.reply_collection import Answers
+from sartor.serving.http.request_conversion import (
+    chat_request,
+    opened_for,  # noqa: F401
+    text_requests,
+)
+from sartor.serving.http.request_models import ChatRequest, Delivered, TextRequest
+from sartor.serving.http.response_format import Chat, EventStream, Head, Shape, Text, chunks
+from sartor.serving.http.response_models import ChatAnswer, TextAnswer
+from sartor.serving.http.shutdown import while_there
+from sartor.serving.http.speech_service import Speaker
+from sartor.serving.types import Request as Question
+
+
+@dataclass(frozen=True)
+class Aloud:
+    """Who speaks the replies, into which form of file."""
+
+    speaker: Speaker
+    voice: Voice
+    form: str
+
+    async def add(self, choices: Sequence[dict[str, Any]], opened: Answers) -> None:
+        """Give each choice's message its `audio`. A reply without words, as a call of a tool, has none."""
+        for choice, answer in zip(choices, opened.answers, strict=True):
+            message = choice["message"]
+            if not spoken(message["content"] or "").text:
+                continue
+            said = await self.speaker.say(message["content"], self.voice, self.form)
+            message["audio"] = {
+                "id": f"audio_{answer.receipt}",
+                "data": base64.b64encode(said.sound).decode(),
+                "transcript": said.text,
+                "expires_at": int(time.time()),
+            }
+
 
 router = APIRouter(route_class=Route)
 

@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: vectors by the base, or by an encoder that is on this machine."""
+"""/v1/embeddings."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
 
-from sartor.agents.serve.app import JsonResponse, Route
-from sartor.agents.serve.asked import MOST_EMBEDDED, VectorRequest
-from sartor.agents.serve.desk import desk_of, entry_of
-from sartor.agents.serve.faults import FieldError
-from sartor.agents.serve.running import while_there
-from sartor.agents.serve.said import VectorAnswer
-from sartor.agents.serve.turns import texts_of
 from sartor.core.errors import KeyRefusedError, UnknownAgentError
+from sartor.serving.http.app import JsonResponse, Route
+from sartor.serving.http.app_state import desk_of, entry_of
+from sartor.serving.http.http_errors import FieldError
+from sartor.serving.http.request_conversion import texts_of
+from sartor.serving.http.request_models import MOST_EMBEDDED, VectorRequest
+from sartor.serving.http.response_models import VectorAnswer
+from sartor.serving.http.shutdown import while_there
 
 router = APIRouter(route_class=Route)
 # A directory is an encoder too, but none that a client may name

@@ -1,4 +1,4 @@
-"""POST /v1/feedback and GET /v1/receipts/{receipt}: what a person says of a reply, and the signed record of one."""
+"""/v1/feedback and /v1/receipts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request
 
-from sartor.agents.keys import Opened
-from sartor.agents.serve.app import JsonResponse, Route
-from sartor.agents.serve.asked import FeedbackRequest
-from sartor.agents.serve.desk import Desk, agent_of, desk_of, entry_of
-from sartor.agents.serve.faults import FieldError, NotFoundError
-from sartor.agents.serve.said import FeedbackAnswer
 from sartor.core.errors import KeyRefusedError
 from sartor.core.records import Feedback
+from sartor.serving.api_keys import Opened
+from sartor.serving.http.app import JsonResponse, Route
+from sartor.serving.http.app_state import Desk, agent_of, desk_of, entry_of
+from sartor.serving.http.http_errors import FieldError, NotFoundError
+from sartor.serving.http.request_models import FeedbackRequest
+from sartor.serving.http.response_models import FeedbackAnswer
 
 router = APIRouter(route_class=Route)
 PREFIXES = ("chatcmpl-", "cmpl-")

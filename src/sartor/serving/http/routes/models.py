@@ -1,4 +1,4 @@
-"""GET /v1/models: every name that may be asked for."""
+"""/v1/models."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from sartor.agents.keys import Opened
-from sartor.agents.serve import speaker
-from sartor.agents.serve.app import JsonResponse, Route
-from sartor.agents.serve.desk import Desk, desk_of, entry_of
-from sartor.agents.serve.said import ModelBody, ModelsAnswer
 from sartor.core.errors import UnavailableError
+from sartor.serving.api_keys import Opened
+from sartor.serving.http import speech_service
+from sartor.serving.http.app import JsonResponse, Route
+from sartor.serving.http.app_state import Desk, desk_of, entry_of
+from sartor.serving.http.response_models import ModelBody, ModelsAnswer
 
 router = APIRouter(route_class=Route)
 STARTED = int(time.time())
@@ -30,7 +30,7 @@ async def models(request: Request) -> JsonResponse:
 async def model(model: str, request: Request) -> JsonResponse:
     """One of them."""
     desk, visitor = desk_of(request), entry_of(request).visitor
-    if model == speaker.MODEL:
+    if model == speech_service.MODEL:
         desk.check_speech(visitor)
     else:
         await desk.check_model(model, visitor)
@@ -46,7 +46,7 @@ async def _names(desk: Desk, visitor: Opened) -> dict[str, dict[str, Any]]:
 
     def name(id: str, root: str, parent: str | None, reads: Iterable[str] = ()) -> dict[str, Any]:
         said = {"id": id, "object": "model", "created": STARTED, "owned_by": "sartor", "root": root, "parent": parent}
-        most = None if id == speaker.MODEL else about.context_tokens
+        most = None if id == speech_service.MODEL else about.context_tokens
         return {**said, "max_model_len": most, "modalities": ["text", *sorted(reads)]}
 
     listed = (*await desk.house.roster.listed(), *desk.house.plans)
@@ -55,7 +55,7 @@ async def _names(desk: Desk, visitor: Opened) -> dict[str, dict[str, Any]]:
     every = {kind for agent in opened for kind in agent.reads.get(agent.live, ())}
     found += [name("auto", "auto", "base", every)] if visitor.opens("auto") else []
     speaks = desk.house.speech.default
-    found += [name(speaker.MODEL, speaks, None)] if speaks and visitor.opens(speaker.MODEL) else []
+    found += [name(speech_service.MODEL, speaks, None)] if speaks and visitor.opens(speech_service.MODEL) else []
     for agent in opened:
         live = f"{agent.name}@{agent.live}" if agent.live else agent.name
         found.append(name(agent.name, live, "base", agent.reads.get(agent.live, ())))

@@ -1,4 +1,4 @@
-"""POST /v1/audio/speech: a text, spoken; whole as a file, or as it is spoken."""
+"""/v1/audio/speech."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from sartor.agents.serve.app import Route
-from sartor.agents.serve.asked import SpeechRequest
-from sartor.agents.serve.desk import Desk, as_header, desk_of, entry_of
-from sartor.agents.serve.entry import Entry
-from sartor.agents.serve.faults import FieldError, fault_of
-from sartor.agents.serve.running import GoneError, while_there
-from sartor.agents.serve.speaker import DEFAULT, MODEL
 from sartor.core.errors import SartorError, UnknownAgentError
 from sartor.media.speech.audio_encoding import FORMATS, Sound
 from sartor.media.speech.voice import Voice
+from sartor.serving.http.app import Route
+from sartor.serving.http.app_state import Desk, as_header, desk_of, entry_of
+from sartor.serving.http.http_errors import FieldError, fault_of
+from sartor.serving.http.request_log import Entry
+from sartor.serving.http.request_models import SpeechRequest
+from sartor.serving.http.shutdown import GoneError, while_there
+from sartor.serving.http.speech_service import DEFAULT, MODEL
 
 router = APIRouter(route_class=Route)
 # Of a form that needs no head, so that what is spoken can be sent while the rest still is

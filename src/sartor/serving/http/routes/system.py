@@ -1,4 +1,8 @@
-"""GET /health for whoever balances load, GET /metrics for Prometheus."""
+"""Health, metrics, MCP mount and A2A card.
+
+A card only: no task of A2A's own bindings is taken here, and `supportedInterfaces` names none of them. Its `protocolBinding`
+is an open text by that specification.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,13 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from sartor.agents.serve.app import JsonResponse, Route
-from sartor.agents.serve.desk import agent_of, desk_of, entry_of
-from sartor.agents.serve.said import HealthAnswer
+from sartor.serving.http.app import JsonResponse, Route, body_of
+from sartor.serving.http.app_state import agent_of, desk_of, entry_of
+from sartor.serving.http.mcp_server import ABOUT_AUTO, Ability, AsTools, abilities, abouts
+from sartor.serving.http.request_body import parse
+from sartor.serving.http.response_models import HealthAnswer
+from sartor.serving.http.services import ANYBODY
+from sartor.serving.team_config import Team
 
 router = APIRouter(route_class=Route)
 READY = "ready"
@@ -50,3 +58,68 @@ async def health(request: Request) -> JsonResponse:
 async def metrics(request: Request) -> Response:
     """All numbers in Prometheus' text format. With keys set it takes the admin's, or one that opens every agent."""
     return Response(desk_of(request).meters.page(), media_type=CONTENT_TYPE_LATEST)
+
+
+TEXT = ["text/plain"]
+A2A_VERSION = "1.0"
+
+
+def agent_card_router(team: Team) -> APIRouter:
+    """The route."""
+    router = APIRouter(route_class=Route, include_in_schema=False)
+    said = abouts(team)
+
+    @router.get("/.well-known/agent-card.json")
+    async def card(request: Request) -> JsonResponse:
+        """The card; its skills are the agents that the key opens, and without one the team alone."""
+        desk, visitor = desk_of(request), entry_of(request).visitor
+        found = await abilities(desk, visitor, said)
+        url = (team.a2a.url or str(request.base_url)).rstrip("/")
+        return JsonResponse(_card(team, url, desk.fingerprint(), found, needs_key=visitor != ANYBODY))
+
+    return router
+
+
+def _card(team: Team, url: str, version: str, found: list[Ability], *, needs_key: bool) -> dict[str, Any]:
+    bindings = [("MCP", "/mcp")] if team.mcp.serve else []
+    paths = [*bindings, ("OPENAI", "/v1/chat/completions")]
+    card: dict[str, Any] = {
+        "name": "Sartor",
+        "description": "A team of agents on one base model.",
+        "version": version,
+        "supportedInterfaces": [
+            {"url": url + path, "protocolBinding": binding, "protocolVersion": A2A_VERSION} for binding, path in paths
+        ],
+        "capabilities": {"streaming": True, "pushNotifications": False, "extendedAgentCard": False},
+        "defaultInputModes": TEXT,
+        "defaultOutputModes": TEXT,
+        "skills": [_skill(one) for one in (Ability("auto", "", ABOUT_AUTO), *found)],
+    }
+    if needs_key:
+        card["securitySchemes"] = {"key": {"httpAuthSecurityScheme": {"scheme": "Bearer"}}}
+        card["securityRequirements"] = [{"schemes": {"key": {"list": []}}}]
+    return card
+
+
+def _skill(one: Ability) -> dict[str, Any]:
+    return {"id": one.name, "name": one.name, "description": one.about, "tags": [one.name]}
+
+
+def mcp_router(tools: AsTools) -> APIRouter:
+    """The two routes. Not in the OpenAPI: MCP says itself what it takes."""
+    router = APIRouter(route_class=Route, include_in_schema=False)
+
+    @router.post("/mcp")
+    async def team(request: Request) -> Response:
+        """All that the key opens."""
+        body = bytes(await body_of(request))
+        parse(body)
+        return tools.answered(body)
+
+    @router.post("/mcp/{agent}")
+    async def alone(agent: str, request: Request) -> Response:
+        """One agent alone."""
+        await desk_of(request).check_model(agent, entry_of(request).visitor)
+        return await team(request)
+
+    return router

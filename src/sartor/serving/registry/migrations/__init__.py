@@ -1,1 +1,1 @@
-"""How the registry's tables came to be, revision by revision; `database.open_database` runs what is lacking."""
+"""Alembic revisions of the registry; `registry_schema` runs those that are lacking."""

@@ -1,4 +1,4 @@
-"""What alembic runs for the registry: its revisions, on the connection and in the transaction of `sartor.core.database`."""
+"""Alembic environment of the registry."""
 
 from __future__ import annotations
 

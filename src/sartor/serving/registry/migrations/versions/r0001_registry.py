@@ -1,4 +1,4 @@
-"""The first tables, and the triggers that keep the log of events append-only."""
+"""Alembic revision 1: registry tables."""
 
 from __future__ import annotations
 

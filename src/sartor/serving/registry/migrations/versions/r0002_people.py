@@ -1,4 +1,4 @@
-"""Personal versions of agents, and which key may speak for whom."""
+"""Alembic revision 2: personal versions."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Checks of a Release or adapter before it is loaded."""

@@ -1,0 +1,1 @@
+"""Verbs around a team: the registry of agents, ask, replay, receipts."""

@@ -1,0 +1,1 @@
+"""Worker processes: start, schedule, watch, replay after a death."""
