@@ -32,11 +32,11 @@ from results import print_result, run_tests
 
 from sartor.core import model_refs, resource_limits
 from sartor.core.resource_limits import Limits, Usage
-from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.plan import Name, Planner, Rung
-from sartor.edge.tuning.tokens import write_tokens
-from sartor.edge.tuning.within import planned_job, tuner_command
-from sartor.edge.update import delta
+from sartor.edge.tuning.budgeted_tuning import planned_job, tuner_command
+from sartor.edge.tuning.memory_plan import Name, Planner, Rung
+from sartor.edge.tuning.tuner_process import write_tokens
+from sartor.edge.tuning.tuning_job import Job
+from sartor.edge.update import tensor_delta
 from sartor.models.base import convert
 from sartor.models.packing import Encoded
 from sartor.models.tensor_files import write_tensors
@@ -281,7 +281,7 @@ def delta_fraction(work: Work, base: str) -> float | None:
     more = replace(more, recipe={**more.recipe, "optimizer": {**more.recipe["optimizer"], "learning_rate": 1e-4}})
     ran(more, rung, 0)
     files = [Path(one.out) / "adapter_model.safetensors" for one in (first, more)]
-    made = delta.make(files[0], files[1], work.folder / "delta")
+    made = tensor_delta.make(files[0], files[1], work.folder / "delta")
     return round((work.folder / "delta").stat().st_size / files[1].stat().st_size, 4) if made else 1.0
 
 

@@ -209,7 +209,7 @@ def test_an_old_release_is_exported(form: str, frozen: Path, run: Shell) -> None
 @pytest.mark.services
 def test_an_old_gguf_export_answers_by_llama_cpp(frozen: Path) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
-    from sartor.edge.runtime import opened
+    from sartor.edge.runtime.device_runtime import opened
     from sartor.inference.engine import BASE, Call, Piece, Sampling
 
     call = Call("a", BASE, ({"role": "user", "content": make.QUESTION},), sampling=Sampling(max_tokens=24))

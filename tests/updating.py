@@ -19,8 +19,8 @@ import pytest
 
 from sartor.core import signing
 from sartor.core.artifacts import MANIFESTS, write_artifact
-from sartor.edge.store import Store
-from sartor.edge.update.fetch import Limits
+from sartor.edge.store.release_store import Store
+from sartor.edge.update.downloader import Limits
 
 QUICK = Limits(connect_s=2.0, read_s=2.0, grace_s=0.4, least_bytes_per_s=20_000.0, attempts=3, backoff_s=0.01)
 
@@ -185,13 +185,14 @@ class World:
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made once: keys, and a repository with version 1.0 for all devices."""
-    from sartor.edge.update import publish, roles  # tuf, which a session without these tests need not load
+    from sartor.edge.update import repository as publish  # tuf, which a session without these tests need not load
+    from sartor.edge.update import tuf_roles
 
     folder = tmp_path_factory.mktemp("published")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SARTOR_HOME", str(folder / "home"))
         signing.keygen(folder / "signer")
-        roles.keygen(folder / "keys")
+        tuf_roles.keygen(folder / "keys")
         made = release(folder / "1.0", "1.0", adapter(0), folder / "signer")
         publish.publish(made, folder / "repository", folder / "keys", key=folder / "signer")
     return folder

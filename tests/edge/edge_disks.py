@@ -22,7 +22,8 @@ from typing import BinaryIO, Literal
 
 from sartor.core.errors import HealthError, StoreError
 from sartor.core.filesystem import Content, FileSystem, Stat
-from sartor.edge.store import Installed, Store
+from sartor.edge.store.release_store import Store
+from sartor.edge.store.version_pointers import Installed
 
 _numbers = itertools.count(1)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.tokens import write_tokens
+from sartor.edge.tuning.tuner_process import write_tokens
+from sartor.edge.tuning.tuning_job import Job
 from sartor.models.packing import Encoded
 from sartor.tune.tokenized_dataset import Rows
 

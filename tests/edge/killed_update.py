@@ -17,7 +17,7 @@ from pathlib import Path
 from edge_disks import STEPS
 
 from sartor.core.filesystem import Content, FileSystem
-from sartor.edge.store import Store
+from sartor.edge.store.release_store import Store
 
 CHANGES = ("write", "append", "sync", "sync_folder", "rename", "link", "unlink", "mkdir", "rmdir")
 

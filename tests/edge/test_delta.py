@@ -13,16 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sartor.core.errors import ArtifactError
-from sartor.edge.update import delta
+from sartor.edge.update import tensor_delta
 from updating import adapter, write_safetensors
 
-DTYPES = sorted(delta._DTYPES)
+DTYPES = sorted(tensor_delta._DTYPES)
 SHAPES = st.lists(st.integers(0, 40), max_size=2).map(tuple)
 
 
 def bits_of(dtype: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Any bit patterns: NaNs, infinities, denormals and both zeros too."""
-    width = delta._DTYPES[dtype]
+    width = tensor_delta._DTYPES[dtype]
     count = int(np.prod(shape, dtype=int))
     return np.frombuffer(np.random.default_rng(seed).bytes(width * count), f"<u{width}").reshape(shape)
 
@@ -45,17 +45,17 @@ def pairs(draw: st.DrawFn) -> tuple[dict[str, tuple[str, np.ndarray]], dict[str,
     return old, new
 
 
-def made(folder: Path, old: Path | None, new: Path) -> tuple[delta.Delta | None, Path]:
+def made(folder: Path, old: Path | None, new: Path) -> tuple[tensor_delta.Delta | None, Path]:
     out = folder / "delta"
-    return delta.make(old, new, out), out
+    return tensor_delta.make(old, new, out), out
 
 
 def applied(old: Path | None, difference: Path, size: int) -> bytes:
     with difference.open("rb") as stream:
         if old is None:
-            return b"".join(delta.apply(None, stream, size))
+            return b"".join(tensor_delta.apply(None, stream, size))
         with old.open("rb") as base:
-            return b"".join(delta.apply(base, stream, size))
+            return b"".join(tensor_delta.apply(base, stream, size))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -131,7 +131,7 @@ def test_a_header_that_lies_has_no_layout(tmp_path: Path, change: str) -> None:
     text = json.dumps(said).encode()
     stream = io.BytesIO(len(text).to_bytes(8, "little") + text + bytes(15 if change == "width" else 16))
     with pytest.raises(ArtifactError, match="lies where it cannot"):
-        delta.layout_of(stream)
+        tensor_delta.layout_of(stream)
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:

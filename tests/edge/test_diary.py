@@ -30,9 +30,9 @@ from sartor.core.errors import (
 )
 from sartor.core.filesystem import FileSystem, PrivateFileSystem, temporary_path
 from sartor.core.records import Example, Feedback, Message
-from sartor.edge.personal import diary as module
-from sartor.edge.personal.diary import Diary
-from sartor.edge.personal.keys import FileKey, Passphrase
+from sartor.edge.owner import encrypted_rows as module
+from sartor.edge.owner.encrypted_rows import Diary
+from sartor.edge.owner.row_keys import FileKey, Passphrase
 from sartor.personalization.user_rows import Row, of_feedback
 
 WORDS = "my neighbour Wilhelmina snores"

@@ -26,7 +26,7 @@ from edge_disks import (
 )
 
 from sartor.core.errors import BudgetError, MissingError
-from sartor.edge.store import Store
+from sartor.edge.store.release_store import Store
 
 FOLDER = Path("/device/store")
 
@@ -105,7 +105,7 @@ SPARE_BYTES = 4096
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> MemoryDisk:
     """1.0 is installed. The files are small, and so is what is spared for pointers."""
-    monkeypatch.setattr("sartor.edge.store.room._SPARE_BYTES", SPARE_BYTES)
+    monkeypatch.setattr("sartor.edge.store.store_maintenance._SPARE_BYTES", SPARE_BYTES)
     disk = MemoryDisk()
     with Store(FOLDER, disk=disk) as store:
         install(store, "1.0", disk)

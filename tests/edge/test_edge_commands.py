@@ -11,7 +11,7 @@ import pytest
 from sartor.cli import main
 from sartor.core import signing
 from sartor.core.errors import HealthError
-from sartor.edge import device
+from sartor.edge.update import health_check
 from updating import World, adapter, release
 
 COMMANDS = ("keygen", "publish", "widen", "halt", "refresh", "rotate", "withdraw", "watch", "sync", "status", "start", "confirm",
@@ -45,7 +45,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         if path.name in ill:
             raise HealthError("canary: 1 of 2 of the device's prompts: line 1 (exact)", "publish another")
 
-    monkeypatch.setattr(device.Health, "__call__", check)
+    monkeypatch.setattr(health_check.Health, "__call__", check)
     return ill
 
 
@@ -144,7 +144,7 @@ def test_a_store_that_is_written_to_is_busy_for_a_second_writer_and_readable(
     assert edge(*arguments, code=4)["error"]["kind"] == "BusyError"  # the fixture holds it
     world.store.close()
     edge(*arguments)
-    from sartor.edge.store import Store
+    from sartor.edge.store.release_store import Store
 
     with Store(world.store.folder):
         assert edge("status", *where)["releases"][0]["version"] == "1.0"

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sartor.core.errors import ConfigError
-from sartor.edge.tuning import energy
-from sartor.edge.tuning.energy import Policy, read
+from sartor.edge.tuning import energy_policy
+from sartor.edge.tuning.energy_policy import Policy, read
 
 
 def write(root: Path, **files: str) -> Path:
@@ -127,12 +127,12 @@ def test_a_policy_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
 
 def test_stop_looks_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(energy.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(energy_policy.time, "monotonic", lambda: now[0])
     policy = Policy(root=battery(tmp_path, "90"))
     assert not policy.stop()
     battery(tmp_path, "9")
     assert not policy.stop()
-    now[0] += energy.LOOK_S
+    now[0] += energy_policy.LOOK_S
     assert policy.stop()
 
 

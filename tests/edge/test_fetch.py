@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, StoreError
-from sartor.edge.store import Store
-from sartor.edge.update import publish
-from sartor.edge.update.fetch import Fetcher
+from sartor.edge.store.release_store import Store
+from sartor.edge.update import repository
+from sartor.edge.update.downloader import Fetcher
 from sartor.edge.update.sync import Device, sync
 from updating import QUICK, Mirror, World, adapter, answer, cut, drip, honest, nothing, release, serving
 
@@ -241,7 +241,7 @@ def synced(world: World, url: str) -> Any:
 def test_an_update_over_a_flaky_mirror_fetches_at_most_a_tenth_more_than_was_missing(world: World) -> None:
     synced(world, world.repository.as_uri())
     weights = adapter(0, 0.05, count=8, width=16_384)
-    publish.publish(release(world.folder / "1.1", "1.1", weights, world.key), world.repository, world.keys, key=world.key)
+    repository.publish(release(world.folder / "1.1", "1.1", weights, world.key), world.repository, world.keys, key=world.key)
     with serving(world.repository) as mirror:
         mirror.tricks = [cut(20_000), cut(5), cut(0), cut(40_000), cut(30_000)]
         done = synced(world, mirror.url)

@@ -16,14 +16,14 @@ import pytest
 
 from sartor.core import signing
 from sartor.core.errors import ArtifactError, ConfigError, HealthError, MissingError
-from sartor.edge import device as verbs
+from sartor.edge import device_commands as verbs
 from sartor.edge.health_reason import HealthReason
-from sartor.edge.store import Store
-from sartor.edge.update import content, fleet, publish, reports
-from sartor.edge.update.content import ring_of
-from sartor.edge.update.fleet import Counted, Policy, Tally
-from sartor.edge.update.reports import Report
+from sartor.edge.store.release_store import Store
+from sartor.edge.update import device_reports, fleet_monitor, health_check, repository, version_metadata
+from sartor.edge.update.device_reports import Report
+from sartor.edge.update.fleet_monitor import Counted, Policy, Tally
 from sartor.edge.update.sync import Device, sync
+from sartor.edge.update.version_metadata import ring_of
 from updating import World, adapter, release, serving
 
 
@@ -50,7 +50,7 @@ class Box:
             sync(store, world.repository.as_uri(), "home", device, (lambda path: None) if self.is_blind else ill_is_1_1)
         self.run()
         with Store(self.folder / "store") as store:
-            reports.send_due(store, "home", self.id, self.folder / "key", str(reports_to), self.folder / "trust")
+            device_reports.send_due(store, "home", self.id, self.folder / "key", str(reports_to), self.folder / "trust")
 
     def run(self) -> None:
         """The device's program, started until it works."""
@@ -83,7 +83,7 @@ def fleet_of(world: World, count: int) -> tuple[list[Box], Path]:
 
 def add(world: World, version: str, percent: int) -> None:
     made = release(world.folder / version, version, adapter(0, 0.05 if version == "1.1" else 0.1), world.key)
-    publish.publish(made, world.repository, world.keys, key=world.key, percent=percent)
+    repository.publish(made, world.repository, world.keys, key=world.key, percent=percent)
 
 
 def of(counted: Counted, version: str) -> Tally:
@@ -106,13 +106,13 @@ def test_a_regressed_release_is_left_and_halted_and_a_good_one_reaches_everybody
         box.sync(world, gathered)
     assert {box.version for box in boxes} == {"1.0"}
     assert {box.id for box in boxes if "1.1" in box.refused} == {box.id for box in inside}
-    counted = fleet.tally(gathered, world.repository, devices, policy)
+    counted = fleet_monitor.tally(gathered, world.repository, devices, policy)
     found = of(counted, "1.1")
     assert (found.passed, found.failed, found.action) == (0, len(inside), "halt")
     blind = sum(box.is_blind for box in inside)
     assert found.reasons == {word: n for word, n in (("canary", len(inside) - blind), ("starts", blind)) if n}
-    assert [one.version for one in fleet.watch(world.repository, world.keys, counted, widen=True)] == ["1.1"]
-    assert of(fleet.tally(gathered, world.repository, devices, policy), "1.1").action == "halted"
+    assert [one.version for one in fleet_monitor.watch(world.repository, world.keys, counted, widen=True)] == ["1.1"]
+    assert of(fleet_monitor.tally(gathered, world.repository, devices, policy), "1.1").action == "halted"
     for box in boxes:
         if box not in inside:
             box.sync(world, gathered)
@@ -122,10 +122,12 @@ def test_a_regressed_release_is_left_and_halted_and_a_good_one_reaches_everybody
     for _ in range(2):
         for box in boxes:
             box.sync(world, gathered)
-        fleet.watch(world.repository, world.keys, fleet.tally(gathered, world.repository, devices, policy), widen=True)
+        fleet_monitor.watch(
+            world.repository, world.keys, fleet_monitor.tally(gathered, world.repository, devices, policy), widen=True
+        )
     for box in boxes:
         box.sync(world, gathered)
-    found = of(fleet.tally(gathered, world.repository, devices, policy), "1.2")
+    found = of(fleet_monitor.tally(gathered, world.repository, devices, policy), "1.2")
     assert {box.version for box in boxes} == {"1.2"} and (found.passed, found.percent, found.action) == (count, 100, "done")
 
 
@@ -150,7 +152,7 @@ class Ballot:
         return replace(report, **changes).signed(signing.open_private(self.key(by or device, enrolled)))
 
     def count(self, *found: bytes) -> Counted:
-        return fleet.tally(found, self.world.repository, self.devices)
+        return fleet_monitor.tally(found, self.world.repository, self.devices)
 
 
 @pytest.fixture
@@ -171,7 +173,7 @@ def test_each_device_has_one_vote_and_a_replay_is_counted(ballot: Ballot) -> Non
 def test_what_is_forged_or_of_another_does_not_count(ballot: Ballot) -> None:
     now = int(time.time())
     changed = ballot.vote("d").replace(b'"pass"', b'"fail"')
-    publish.publish(
+    repository.publish(
         release(ballot.world.folder / "1.1", "1.1", adapter(0, 0.1), ballot.world.key),
         ballot.world.repository,
         ballot.world.keys,
@@ -205,8 +207,8 @@ def test_few_reports_decide_nothing_and_a_doubtful_rate_waits(ballot: Ballot) ->
     [(2, 5, "halt"), (1, 5, "wait"), (10, 100, "halt"), (9, 100, "widen"), (0, 12, "widen"), (0, 11, "wait"), (4, 4, "wait")],
 )
 def test_the_figures_of_the_page(failed: int, count: int, action: str) -> None:
-    low, high = fleet._interval(failed, count, 0.95)
-    assert fleet._decided(content.Offer("1.0", 1, 10, False, 0), count, low, high, Policy())[0] == action
+    low, high = fleet_monitor._interval(failed, count, 0.95)
+    assert fleet_monitor._decided(version_metadata.Offer("1.0", 1, 10, False, 0), count, low, high, Policy())[0] == action
 
 
 def test_rules_out_of_range_are_refused() -> None:
@@ -223,9 +225,9 @@ def test_a_report_says_a_word_and_never_what_was_answered(ballot: Ballot) -> Non
         "schema", "kind", "device", "name", "version", "ring", "outcome", "reason", "time", "signature"
     }  # fmt: skip
     with pytest.raises(ArtifactError):
-        reports.read(json.dumps({**said, "prompt": "what do I take"}).encode())
+        device_reports.read(json.dumps({**said, "prompt": "what do I take"}).encode())
     with pytest.raises(ConfigError, match="no id that can report"):
-        reports.check_id("../box")
+        device_reports.check_id("../box")
 
 
 # what leaves a device
@@ -274,7 +276,7 @@ def options(world: World, **more: Any) -> verbs.DeviceOptions:
 @pytest.fixture
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hand-made releases have no base, so what a runtime would say of them is left out."""
-    monkeypatch.setattr(verbs.Health, "__call__", lambda self, path: None)
+    monkeypatch.setattr(health_check.Health, "__call__", lambda self, path: None)
 
 
 def test_a_sync_without_a_report_sends_requests_for_files_and_nothing_else(world: World, trusting: None) -> None:
@@ -293,7 +295,7 @@ def test_a_report_is_one_post_and_said_once(world: World, trusting: None) -> Non
         again = verbs.sync(world.repository.as_uri(), "home", given, report=seen.url)
     assert done["reported"] == [{"version": "1.0", "outcome": "pass", "reason": ""}] and again["reported"] == []
     [(method, _, body)] = seen.requests
-    assert method == "POST" and reports.read(body)[0].device == "box-1" and len(body) < 600
+    assert method == "POST" and device_reports.read(body)[0].device == "box-1" and len(body) < 600
 
 
 @pytest.mark.parametrize("status", [500, 404, 302])
@@ -308,7 +310,7 @@ def test_a_report_that_is_not_taken_is_said_again(world: World, trusting: None, 
 
 
 def test_an_endpoint_that_is_not_there_is_named(world: World) -> None:
-    from sartor.edge.update.fetch import Fetcher
+    from sartor.edge.update.downloader import Fetcher
 
     with pytest.raises(MissingError, match="cannot connect"):
         Fetcher().post("http://127.0.0.1:9/reports", b"{}")

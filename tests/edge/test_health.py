@@ -13,9 +13,9 @@ from sartor.core.artifacts import write_artifact
 from sartor.core.errors import ConfigError, HealthError, MissingError
 from sartor.core.resource_limits import Limits, Usage
 from sartor.edge.health_reason import HealthReason
-from sartor.edge.runtime import process
-from sartor.edge.update import health
-from sartor.edge.update.health import Health, read_prompts
+from sartor.edge.runtime import device_runtime
+from sartor.edge.update import health_check
+from sartor.edge.update.health_check import Health, read_prompts
 from sartor.inference.engine import BASE, Call, Done, Event, Failed, Piece
 
 CANARIES = [
@@ -72,7 +72,7 @@ ROWS: list[dict[str, Any]] = [
 def answering(monkeypatch: pytest.MonkeyPatch) -> Any:
     def use(**changes: str | Failed) -> Fake:
         fake = Fake({**GOOD, **{key.replace("_", " "): value for key, value in changes.items()}})
-        monkeypatch.setattr(process, "asked", fake)
+        monkeypatch.setattr(device_runtime, "asked", fake)
         return fake
 
     return use
@@ -213,7 +213,7 @@ CALL = Call("x", BASE, ({"role": "user", "content": "hello"},))
 
 def test_a_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     with pytest.raises(HealthError, match=r"^time: it was not done in 0.05 s"):
-        process.asked(version(tmp_path), [CALL], Limits(wall_s=0.05))
+        device_runtime.asked(version(tmp_path), [CALL], Limits(wall_s=0.05))
 
 
 def test_what_a_version_did_to_its_process_begins_with_a_word(tmp_path: Path) -> None:
@@ -224,16 +224,16 @@ def test_what_a_version_did_to_its_process_begins_with_a_word(tmp_path: Path) ->
         ("", -11, "crash: .*terminate called"),
     ):
         with pytest.raises(HealthError, match=said):
-            process._check(Usage("x", 0, 0, 0, 0, code, killed), limits, log)  # type: ignore[arg-type]
-    assert isinstance(process._error({"kind": "AssetError", "problem": "no starter", "remedy": "x"}), MissingError)
-    assert "opens: no base" in process._error({"kind": "ModelError", "problem": "no base", "remedy": "x"}).problem
+            device_runtime._check(Usage("x", 0, 0, 0, 0, code, killed), limits, log)  # type: ignore[arg-type]
+    assert isinstance(device_runtime._error({"kind": "AssetError", "problem": "no starter", "remedy": "x"}), MissingError)
+    assert "opens: no base" in device_runtime._error({"kind": "ModelError", "problem": "no base", "remedy": "x"}).problem
 
 
 @pytest.mark.services
 def test_a_gguf_file_that_llama_cpp_cannot_take_is_a_verdict(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
     with pytest.raises(HealthError, match="opens: llama.cpp does not start"):
-        process.asked(gguf_export(tmp_path, b"GGUF" + bytes(100)), [CALL], Limits(wall_s=120))
+        device_runtime.asked(gguf_export(tmp_path, b"GGUF" + bytes(100)), [CALL], Limits(wall_s=120))
 
 
 def test_words_of_reasons_are_golden() -> None:
@@ -242,4 +242,4 @@ def test_words_of_reasons_are_golden() -> None:
     assert [reason.value for reason in HealthReason] == words
     assert all(HealthReason.parse(reason.text("it: said; so")) is reason for reason in HealthReason)
     assert HealthReason.CANARY.text("it: said; so") == "canary: it: said; so"
-    assert health.KINDS == ("exact", "contains", "json")
+    assert health_check.KINDS == ("exact", "contains", "json")

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from sartor.core.errors import ArtifactError, StoppedError
 from sartor.core.processes import Signals
-from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.learning import DeviceRun, ZerothRun
-from sartor.edge.tuning.tuner import tune
+from sartor.edge.tuning.device_training import DeviceRun, ZerothRun
+from sartor.edge.tuning.tuner_process import tune
+from sartor.edge.tuning.tuning_job import Job
 from sartor.tune import checkpoint
 
 

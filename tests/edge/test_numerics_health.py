@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from test_health import CANARIES, ROWS, answering, lines, version  # noqa: F401
 
-from sartor.edge import device
-from sartor.edge.store import Store
-from sartor.edge.update.health import Health, read_prompts
+from sartor.edge import device_commands
+from sartor.edge.store.release_store import Store
+from sartor.edge.update.health_check import Health, read_prompts
 from sartor.edge.update.sync import Synced
 
 OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 2"
@@ -60,9 +60,9 @@ def test_a_sync_says_what_it_did_not_compare(tmp_path: Path, answering: Any, mon
         healthy(release)
         return Synced(name, "1.0", "", True, 0)
 
-    monkeypatch.setattr(device, "bring", bring)
+    monkeypatch.setattr(device_commands, "bring", bring)
     notices: list[str] = []
-    options = device.DeviceOptions(tmp_path / "store", "d1", tmp_path / "root.json")
-    said = device.sync("file:///nowhere", "home", options, notice=notices.append)
+    options = device_commands.DeviceOptions(tmp_path / "store", "d1", tmp_path / "root.json")
+    said = device_commands.sync("file:///nowhere", "home", options, notice=notices.append)
     assert said["not_checked"].startswith(OLD) and said["changed"]
     assert [line for line in notices if OLD in line]

@@ -15,8 +15,8 @@ from sartor.core import signing
 from sartor.core.artifacts import manifest_id
 from sartor.core.errors import ConfigError
 from sartor.core.numerics import NUMERICS
-from sartor.edge.tuning.receipt import SCHEMA, Receipt, verify_receipt
-from sartor.edge.tuning.tuner import tune
+from sartor.edge.tuning.budgeted_tuning import SCHEMA, Receipt, verify_receipt
+from sartor.edge.tuning.tuner_process import tune
 from sartor.tune.checkpoint import newest
 from sartor.tune.training_loop import Run
 

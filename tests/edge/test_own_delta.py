@@ -23,16 +23,15 @@ from sartor.core import signing
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, ModelError, SignatureError, StoreError
 from sartor.core.filesystem import FileSystem
 from sartor.core.resource_limits import Limits
-from sartor.edge.personal import adapting, work
-from sartor.edge.personal.adapting import Settings
-from sartor.edge.personal.judge import Judge
-from sartor.edge.personal.keys import FileKey
-from sartor.edge.personal.local import applied, shipped
-from sartor.edge.personal.personal import Personal
-from sartor.edge.store import Store
-from sartor.edge.tuning import tuner
-from sartor.edge.tuning.tokens import read_tokens, write_tokens
-from sartor.edge.tuning.tuner import Job
+from sartor.edge.owner import adaptation, private_tuning
+from sartor.edge.owner.adaptation import Judge, Settings
+from sartor.edge.owner.local_adapters import applied, shipped
+from sartor.edge.owner.personal_model import Personal
+from sartor.edge.owner.row_keys import FileKey
+from sartor.edge.store.release_store import Store
+from sartor.edge.tuning import tuner_process
+from sartor.edge.tuning.tuner_process import read_tokens, write_tokens
+from sartor.edge.tuning.tuning_job import Job
 from sartor.models.packing import Encoded
 from sartor.personalization import user_tokens
 from sartor.personalization.erasure_receipt import Forgotten, check_receipt
@@ -66,7 +65,7 @@ def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = {"base": "tiny", "data": {"path": "rows"}, "method": {"kind": "lora", "rank": 4, "alpha": 8}, **RECIPE}
     recipe |= {"budget": {"updates": 1}, "optimizer": {"learning_rate": 1e-4, "batch_tokens": 128}}
     given = {"base": str(tiny_base), "name": "tiny", "digest": "d", "licence": "MIT"}
-    tuner.tune(Job(**given, tokens=str(folder / "tokens"), out=str(folder / "out"), recipe=recipe))
+    tuner_process.tune(Job(**given, tokens=str(folder / "tokens"), out=str(folder / "out"), recipe=recipe))
     return folder / "out"
 
 
@@ -95,7 +94,7 @@ class Shop:
 
     def tune(self, job: Job) -> Mapping[str, Any]:
         self.jobs.append(job)
-        return tuner.tune(job)
+        return tuner_process.tune(job)
 
     def personal(self, **options: Any) -> Personal:
         given = {"tune": self.tune, **options}
@@ -153,7 +152,7 @@ def test_the_split_is_by_prompt_and_no_held_out_row_goes_to_the_tuner(shop: Shop
 
     def look(job: Job) -> Mapping[str, Any]:
         seen.append(read_tokens(Path(job.tokens)))
-        return tuner.tune(job)
+        return tuner_process.tune(job)
 
     shop.personal(tune=look).adapt()
     assert {row.example_id for row in seen[0].train}.isdisjoint(held) and seen[0].held_out == []
@@ -217,7 +216,7 @@ def test_a_device_that_may_not_tune_says_why(shop: Shop) -> None:
 def test_losses_are_those_that_the_tuner_computes(shop: Shop, tmp_path: Path) -> None:
     me = shop.filled()
     done = me.adapt()
-    made = adapting.Adapting(me.folder, me.store, me.settings, me.diary, shop.tune, FileSystem())
+    made = adaptation.Adapting(me.folder, me.store, me.settings, me.diary, shop.tune, FileSystem())
     _, loaded, _, found = made._read(shipped(me.store, "faq"))
     losses = Judge(shop.base, loaded.method).losses(me.adapter(), found.held_out)
     weights = [row.supervised_tokens for row in found.held_out]
@@ -225,7 +224,7 @@ def test_losses_are_those_that_the_tuner_computes(shop: Shop, tmp_path: Path) ->
     assert done.verdict is not None and mean == pytest.approx(done.verdict.private.tuned)
     write_tokens(Rows(found.train, found.held_out), tmp_path / "tokens")
     recipe = {**user_tokens.recipe_of(shop.adapter, shop.base, RECIPE), "evaluations": 1}
-    told = tuner.tune(replace(shop.jobs[0], tokens=str(tmp_path / "tokens"), out=str(tmp_path / "out"), recipe=recipe))
+    told = tuner_process.tune(replace(shop.jobs[0], tokens=str(tmp_path / "tokens"), out=str(tmp_path / "out"), recipe=recipe))
     assert told["loss"]["eval"] == pytest.approx(mean, abs=1e-3)
     with pytest.raises(ModelError, match="other factors"):
         Judge(shop.base, Lora(rank=2)).losses(me.adapter(), found.held_out)
@@ -274,9 +273,9 @@ def test_tokens_are_in_memory_for_their_owner_alone_and_nothing_readable_is_on_t
     def look(job: Job) -> Mapping[str, Any]:
         room = Path(job.tokens).parent
         assert stat.S_IMODE(room.stat().st_mode) == 0o700 and not room.is_relative_to(shop.folder)
-        assert work._is_in_memory(room.parent)
+        assert private_tuning._is_in_memory(room.parent)
         seen.append(room)
-        return tuner.tune(job)
+        return tuner_process.tune(job)
 
     me = shop.personal(tune=look)
     for row in ROWS:
@@ -291,21 +290,21 @@ def test_tokens_are_in_memory_for_their_owner_alone_and_nothing_readable_is_on_t
 
 def test_without_a_file_system_in_memory_it_is_refused(tmp_path: Path) -> None:
     for roots in ([], [tmp_path / "absent"], [Path("/proc")]):
-        with pytest.raises(MissingError, match="no folder in memory"), work.room_in_memory(tmp_path, roots):
+        with pytest.raises(MissingError, match="no folder in memory"), private_tuning.room_in_memory(tmp_path, roots):
             pass
 
 
 def test_what_a_killed_process_left_in_memory_goes_and_a_name_that_was_taken_is_refused(tmp_path: Path) -> None:
-    with work.room_in_memory(tmp_path) as room:
+    with private_tuning.room_in_memory(tmp_path) as room:
         (room / "tokens").write_text("left")
         name = room
     name.mkdir(mode=0o700)
     (name / "tokens").write_text("left")
-    with work.room_in_memory(tmp_path) as room:
+    with private_tuning.room_in_memory(tmp_path) as room:
         assert room == name and list(room.iterdir()) == []
     name.symlink_to(tmp_path)
     try:
-        with pytest.raises(ConfigError, match="somebody else"), work.room_in_memory(tmp_path):
+        with pytest.raises(ConfigError, match="somebody else"), private_tuning.room_in_memory(tmp_path):
             pass
     finally:
         name.unlink()
@@ -313,12 +312,12 @@ def test_what_a_killed_process_left_in_memory_goes_and_a_name_that_was_taken_is_
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving a folder to somebody else needs root")
 def test_a_room_of_somebody_else_is_refused(tmp_path: Path) -> None:
-    with work.room_in_memory(tmp_path) as room:
+    with private_tuning.room_in_memory(tmp_path) as room:
         name = room
     name.mkdir(mode=0o700)
     os.chown(name, 12345, 12345)
     try:
-        with pytest.raises(ConfigError, match="somebody else"), work.room_in_memory(tmp_path):
+        with pytest.raises(ConfigError, match="somebody else"), private_tuning.room_in_memory(tmp_path):
             pass
     finally:
         shutil.rmtree(name)
@@ -492,7 +491,7 @@ def test_rows_that_are_forgotten_while_a_delta_is_tuned_on_them_do_not_come_back
     made: list[str] = []
 
     def meanwhile(job: Job) -> Mapping[str, Any]:
-        told = tuner.tune(job)
+        told = tuner_process.tune(job)
         made.append(hashlib.sha256((Path(job.out) / "adapter_model.safetensors").read_bytes()).hexdigest())
         assert shop.personal().forget(ids).rows == tuple(ids)
         return told
@@ -525,13 +524,13 @@ def test_what_a_killed_tuning_has_of_rows_that_were_forgotten_meanwhile_goes_at_
 def test_the_tuners_own_process_does_it_and_a_stopped_one_goes_on(shop: Shop) -> None:
     shop.settings = replace(shop.settings, recipe={**RECIPE, "checkpoints": {"every_minutes": 0}})
     me = shop.filled()
-    stopping = work.tune_in_process(Limits(), lambda: bool(list((me.folder / "work").rglob("checkpoints/*"))))
+    stopping = private_tuning.tune_in_process(Limits(), lambda: bool(list((me.folder / "work").rglob("checkpoints/*"))))
     with pytest.raises(BusyError, match="it goes on"):
         shop.personal(tune=stopping).adapt()
     done = shop.personal(tune=None).adapt()
     assert done.delta and done.facts["resumed_at"] and done.facts["used"]["exit_code"] == 0
     with pytest.raises(BudgetError, match="limit of wall"):
-        shop.personal(tune=work.tune_in_process(Limits(wall_s=0.01))).adapt(again=True) if me.add(ROWS[0]) else None
+        shop.personal(tune=private_tuning.tune_in_process(Limits(wall_s=0.01))).adapt(again=True) if me.add(ROWS[0]) else None
 
 
 @pytest.mark.services
@@ -556,8 +555,8 @@ def test_it_works_where_there_is_no_network_at_all(shop: Shop) -> None:
         pytest.skip("this machine does not allow a network namespace of one's own: apt-get install util-linux, or as root")
     me = shop.filled()
     code = (
-        "import sys\nfrom pathlib import Path\nfrom sartor.edge.personal.adapting import Settings\n"
-        "from sartor.edge.personal.keys import FileKey\nfrom sartor.edge.personal.personal import Personal\n"
+        "import sys\nfrom pathlib import Path\nfrom sartor.edge.owner.adaptation import Settings\n"
+        "from sartor.edge.owner.row_keys import FileKey\nfrom sartor.edge.owner.personal_model import Personal\n"
         "folder, base = map(Path, sys.argv[1:])\n"
         f"settings = Settings('faq', base, probe={PROBE!r}, most_probe_loss=50.0, recipe={RECIPE!r})\n"
         "me = Personal(folder / 'me', folder / 'store', FileKey(folder / 'device.key'), settings)\n"

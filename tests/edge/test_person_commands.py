@@ -12,8 +12,8 @@ import pytest
 import sartor
 from conftest import ROWS, write_jsonl
 from sartor.cli import main
-from sartor.edge import person
-from sartor.edge.store import Store
+from sartor.edge import owner_commands
+from sartor.edge.store.release_store import Store
 from updating import nothing
 
 pytestmark = pytest.mark.services
@@ -107,12 +107,12 @@ def test_a_tuning_that_may_not_run_or_does_not_fit_says_so(device: Device, monke
 
 def test_the_key_is_asked_for_and_a_wrong_one_refused(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
-        person.PASSPHRASE_VARIABLE
+        owner_commands.PASSPHRASE_VARIABLE
         in device("add", device.folder / "mine.jsonl", "--key", "passphrase", code=2)["error"]["problem"]
     )
-    monkeypatch.setenv(person.PASSPHRASE_VARIABLE, "heron")
+    monkeypatch.setenv(owner_commands.PASSPHRASE_VARIABLE, "heron")
     device("add", device.folder / "mine.jsonl", "--key", "passphrase")
-    monkeypatch.setenv(person.PASSPHRASE_VARIABLE, "crane")
+    monkeypatch.setenv(owner_commands.PASSPHRASE_VARIABLE, "crane")
     assert "error" in device("add", device.folder / "mine.jsonl", "--key", "passphrase", code=5)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from sartor.core.errors import ConfigError, ExtraError, KeyRefusedError, MissingError, StoreError
-from sartor.edge.personal import keys
-from sartor.edge.personal.keys import FileKey, Keyring, Passphrase, Source, unwrap, wrap
+from sartor.edge.owner import row_keys
+from sartor.edge.owner.row_keys import FileKey, Keyring, Passphrase, Source, unwrap, wrap
 
 ABOUT = {"schema": 1, "generation": "g"}
 SECRET = os.urandom(64)
@@ -147,7 +147,7 @@ def test_a_header_cannot_take_the_memory(asked: dict[str, object]) -> None:
 def test_the_stored_settings_are_those_that_hold() -> None:
     """Fresh keys take the settings of the page, not those of an older header."""
     said, _ = Passphrase("words").fresh("mine")
-    assert (said["n"], said["r"], said["p"]) == (keys.SCRYPT_N, keys.SCRYPT_R, keys.SCRYPT_P) == (1 << 15, 8, 3)
+    assert (said["n"], said["r"], said["p"]) == (row_keys.SCRYPT_N, row_keys.SCRYPT_R, row_keys.SCRYPT_P) == (1 << 15, 8, 3)
     other, _ = Passphrase("words").fresh("mine")
     assert other["salt"] != said["salt"]
 

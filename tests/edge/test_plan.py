@@ -12,9 +12,8 @@ import pytest
 from edge_jobs import job, rows
 
 from sartor.core.errors import ArtifactError, BudgetError, ModelError
-from sartor.edge.tuning.floor import Floor
-from sartor.edge.tuning.peak import Load, Shape, Way, peak, total
-from sartor.edge.tuning.plan import NAMES, Planner
+from sartor.edge.tuning.memory_plan import NAMES, Floor, Planner
+from sartor.edge.tuning.peak_memory import Load, Shape, Way, peak, total
 
 FLOOR = Floor(100_000_000, True)
 
@@ -89,7 +88,7 @@ def test_what_is_not_whole_is_refused(tiny_base: Path, tmp_path: Path) -> None:
 
 
 def test_planning_loads_no_torch() -> None:
-    code = "import sys, sartor.edge.tuning.within\nsys.exit('torch' in sys.modules)"
+    code = "import sys, sartor.edge.tuning.budgeted_tuning\nsys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

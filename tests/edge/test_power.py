@@ -13,7 +13,7 @@ from edge_disks import CUTS, STEPS, Cut, MemoryDisk, Step, check_after, content_
 
 from sartor.core import filesystem
 from sartor.core.filesystem import Content, write_file_atomic
-from sartor.edge.store import Store
+from sartor.edge.store.release_store import Store
 
 FOLDER = Path("/device/store")
 

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 
 from sartor.core.errors import ConfigError, MissingError, RefusedError, SignatureError
-from sartor.edge.store import Store
-from sartor.edge.update import content, publish, roles
-from sartor.edge.update.roles import Documents, Expiry
+from sartor.edge.store.release_store import Store
+from sartor.edge.update import repository, tuf_roles, version_metadata
 from sartor.edge.update.sync import Device, Synced, sync
+from sartor.edge.update.tuf_roles import Documents, Expiry
 from updating import QUICK, World, adapter, nothing, release
 
-INSIDE = [device for device in (f"device-{number}" for number in range(200)) if content.ring_of(device) < 10][0]
-OUTSIDE = [device for device in (f"device-{number}" for number in range(200)) if content.ring_of(device) >= 50][0]
+INSIDE = [device for device in (f"device-{number}" for number in range(200)) if version_metadata.ring_of(device) < 10][0]
+OUTSIDE = [device for device in (f"device-{number}" for number in range(200)) if version_metadata.ring_of(device) >= 50][0]
 
 
-def add(world: World, version: str, moved: float = 0.05, **options: Any) -> publish.Published:
+def add(world: World, version: str, moved: float = 0.05, **options: Any) -> repository.Published:
     made = release(world.folder / version, version, adapter(0, moved), world.key)
-    return publish.publish(made, world.repository, world.keys, key=world.key, **options)
+    return repository.publish(made, world.repository, world.keys, key=world.key, **options)
 
 
 def synced(world: World, device_id: str = "device-1", name: str = "home", healthy: Any = nothing, **options: Any) -> Synced:
@@ -36,7 +36,7 @@ def test_private_keys_are_the_owners_alone(world: World) -> None:
 
 def test_keys_are_encrypted_with_the_passphrase(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SARTOR_KEY_PASSPHRASE", "correct horse")
-    roles.keygen(tmp_path / "secret")
+    tuf_roles.keygen(tmp_path / "secret")
     assert b"ENCRYPTED" in (tmp_path / "secret" / "root-1" / "sartor.key").read_bytes()
     Documents.new(tmp_path / "metadata", tmp_path / "secret", Expiry())
     monkeypatch.delenv("SARTOR_KEY_PASSPHRASE")
@@ -46,9 +46,9 @@ def test_keys_are_encrypted_with_the_passphrase(world: World, tmp_path: Path, mo
 
 def test_keys_are_never_overwritten_and_thresholds_can_be_met(world: World, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds keys already"):
-        roles.keygen(world.keys)
+        tuf_roles.keygen(world.keys)
     with pytest.raises(ConfigError, match="1 keys and a threshold of 2"):
-        roles.keygen(tmp_path / "few", {**roles.THRESHOLDS, "targets": (1, 2)})
+        tuf_roles.keygen(tmp_path / "few", {**tuf_roles.THRESHOLDS, "targets": (1, 2)})
 
 
 def test_the_bytes_of_the_release_are_those_that_were_signed(world: World) -> None:
@@ -65,51 +65,55 @@ def test_a_delta_stands_for_each_version_that_is_still_there(world: World) -> No
     done = add(world, "1.2", 0.1)
     assert set(done.deltas) == {"1.0", "1.1"}
     assert all(0 < fraction < 0.75 for fraction in done.deltas.values())
-    publish.withdraw(world.repository, world.keys, "home", "1.0")
+    repository.withdraw(world.repository, world.keys, "home", "1.0")
     assert set(add(world, "1.3", 0.15).deltas) == {"1.1", "1.2"}
 
 
 def test_a_version_is_published_once(world: World) -> None:
     with pytest.raises(ConfigError, match="has home 1.0 already"):
-        publish.publish(release(world.folder / "x", "1.0", adapter(0), world.key), world.repository, world.keys, key=world.key)
+        repository.publish(
+            release(world.folder / "x", "1.0", adapter(0), world.key), world.repository, world.keys, key=world.key
+        )
 
 
 def test_a_folder_of_something_else_is_left_alone(world: World, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="something else"):
-        publish.publish(release(tmp_path / "1.1", "1.1", adapter(0), world.key), tmp_path / "mine", world.keys, key=world.key)
+        repository.publish(
+            release(tmp_path / "1.1", "1.1", adapter(0), world.key), tmp_path / "mine", world.keys, key=world.key
+        )
 
 
 def test_refresh_needs_the_online_keys_alone(world: World) -> None:
     synced(world)
     for role in ("root", "targets"):
-        for folder in roles.folders(world.keys, role):  # type: ignore[arg-type]
+        for folder in tuf_roles.folders(world.keys, role):  # type: ignore[arg-type]
             (folder / "sartor.key").unlink()
-    publish.refresh(world.repository, world.keys)
+    repository.refresh(world.repository, world.keys)
     assert Documents.open(world.repository / "metadata").timestamp.signed.version == 2
     synced(world)
     with pytest.raises(SignatureError):
-        publish.halt(world.repository, world.keys, "home", "1.0")
+        repository.halt(world.repository, world.keys, "home", "1.0")
 
 
 def test_rotating_a_key_that_is_not_there_is_named(world: World) -> None:
     with pytest.raises(ConfigError, match="no such key as targets-9"):
-        publish.rotate(world.repository, world.keys, "targets", old=["targets-9"])
+        repository.rotate(world.repository, world.keys, "targets", old=["targets-9"])
 
 
 def test_withdraw_frees_what_no_other_version_needs(world: World) -> None:
     add(world, "1.1")
-    assert publish.withdraw(world.repository, world.keys, "home", "1.0") > 60_000
+    assert repository.withdraw(world.repository, world.keys, "home", "1.0") > 60_000
     assert synced(world).version == "1.1"
 
 
 def test_rings_are_even_and_stay() -> None:
     counts = [0] * 10
     for number in range(5000):
-        counts[content.ring_of(f"device-{number}") // 10] += 1
+        counts[version_metadata.ring_of(f"device-{number}") // 10] += 1
     assert min(counts) > 400 and max(counts) < 600
-    assert content.ring_of("device-1") == content.ring_of("device-1")
+    assert version_metadata.ring_of("device-1") == version_metadata.ring_of("device-1")
 
 
 def test_a_canary_reaches_its_ring_and_widens(world: World) -> None:
@@ -119,34 +123,34 @@ def test_a_canary_reaches_its_ring_and_widens(world: World) -> None:
     assert synced(world, INSIDE).version == "1.1"
     world.store = Store(world.folder / "another")
     synced(world, OUTSIDE)
-    publish.widen(world.repository, world.keys, "home", "1.1", 100)
+    repository.widen(world.repository, world.keys, "home", "1.1", 100)
     assert synced(world, OUTSIDE).version == "1.1"
 
 
 def test_a_ring_is_not_made_smaller(world: World) -> None:
     add(world, "1.1", percent=50)
     with pytest.raises(ConfigError, match="50 % already"):
-        publish.widen(world.repository, world.keys, "home", "1.1", 10)
+        repository.widen(world.repository, world.keys, "home", "1.1", 10)
     with pytest.raises(ConfigError, match="0..100"):
-        publish.widen(world.repository, world.keys, "home", "1.1", 101)
+        repository.widen(world.repository, world.keys, "home", "1.1", 101)
     with pytest.raises(ConfigError, match="no home 2.0; it has 1.1, 1.0"):
-        publish.widen(world.repository, world.keys, "home", "2.0", 60)
+        repository.widen(world.repository, world.keys, "home", "2.0", 60)
 
 
 def test_a_version_that_is_halted_is_left_again_and_comes_to_nobody(world: World) -> None:
     synced(world)
     add(world, "1.1")
     synced(world)
-    publish.halt(world.repository, world.keys, "home", "1.1")
+    repository.halt(world.repository, world.keys, "home", "1.1")
     back = synced(world)
     assert (back.was, back.version, back.whole, back.deltas) == ("1.1", "1.0", 0, 0)
     with pytest.raises(ConfigError, match="is halted"):
-        publish.widen(world.repository, world.keys, "home", "1.1", 100)
+        repository.widen(world.repository, world.keys, "home", "1.1", 100)
 
 
 def test_where_everything_is_halted_the_device_keeps_what_runs(world: World) -> None:
     synced(world)
-    publish.halt(world.repository, world.keys, "home", "1.0")
+    repository.halt(world.repository, world.keys, "home", "1.0")
     done = synced(world)
     assert (done.version, done.changed) == ("1.0", False) and "no version" in done.notes[0]
 
@@ -186,12 +190,14 @@ def test_a_delta_whose_base_is_another_falls_back_to_the_whole_file(world: World
     synced(world)
     add(world, "1.1")
     now = Documents.open(world.repository / "metadata")
-    offer = publish.offers_of(now, "home")[0]
-    found = publish._content(now, world.repository, "home", offer)
+    offer = repository.offers_of(now, "home")[0]
+    found = repository._content(now, world.repository, "home", offer)
     config = found.files["adapter_config.json"].sha256
-    wrong = tuple(publish.Step(config if step.base else "", step.result, step.sha256, step.bytes) for step in found.deltas)
+    wrong = tuple(
+        version_metadata.Step(config if step.base else "", step.result, step.sha256, step.bytes) for step in found.deltas
+    )
     wrong = tuple(step for step in wrong if step.base)
-    publish._set_target(now, world.repository, publish.Content("home", "1.1", found.files, wrong), offer)
+    repository._set_target(now, world.repository, version_metadata.Content("home", "1.1", found.files, wrong), offer)
     now.write(world.keys, Expiry())
     done = synced(world)
     assert (done.version, done.deltas) == ("1.1", 0) and "a delta was given up" in done.notes[0]

@@ -10,7 +10,7 @@ import pytest
 from edge_disks import NAME, SHARED, VERSIONS, Cut, MemoryDisk, check_whole, digest_of, digests, fetch, install, version_of
 
 from sartor.core.errors import StoreError
-from sartor.edge.store import Store
+from sartor.edge.store.release_store import Store
 
 FOLDER = Path("/device/store")
 ROT: dict[str, Callable[[bytes], bytes]] = {

@@ -17,11 +17,11 @@ import tiny
 from export import releases
 from sartor.core.errors import ConfigError, HealthError, ModelError, StoreError
 from sartor.core.resource_limits import Limits
-from sartor.edge.runtime import opened
-from sartor.edge.runtime.ask import ask
+from sartor.edge.runtime.ask_device import ask
+from sartor.edge.runtime.device_runtime import opened
 from sartor.edge.runtime.plain_content import prompt_of
-from sartor.edge.store import Store
-from sartor.edge.update.health import Health, read_prompts
+from sartor.edge.store.release_store import Store
+from sartor.edge.update.health_check import Health, read_prompts
 from sartor.inference.engine import BASE, Call, Done, Piece, Sampling
 from sartor.models import gguf_writer
 from sartor.models.chat import Chat

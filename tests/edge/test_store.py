@@ -15,8 +15,8 @@ from edge_disks import NAME, VERSIONS, check_whole, digest_of, digests, fetch, i
 from sartor.core.artifacts import open_artifact, write_artifact
 from sartor.core.errors import BusyError, HealthError, MissingError, SartorError, StoreError
 from sartor.core.filesystem import FileSystem
-from sartor.edge.store import Store, installed
-from sartor.edge.store.pointers import Trial, parse
+from sartor.edge.store.release_store import Store
+from sartor.edge.store.version_pointers import Trial, installed, parse
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_other_bytes_than_the_digest_says_are_refused_and_removed(store: Store) 
 
 
 def test_a_long_download_is_durable_before_it_is_finished(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sartor.edge.store.blobs._SYNC_EACH_BYTES", 100)
+    monkeypatch.setattr("sartor.edge.store.content_store._SYNC_EACH_BYTES", 100)
     synced: list[str] = []
     monkeypatch.setattr(FileSystem, "sync", lambda self, path: synced.append(path.name))
     digest = digest_of(bytes(250))
@@ -316,7 +316,7 @@ def test_there_is_one_writer(store: Store) -> None:
     code = f"""
 from pathlib import Path
 from sartor.core.errors import BusyError
-from sartor.edge.store import Store
+from sartor.edge.store.release_store import Store
 try:
     Store(Path({str(store.folder)!r}))
 except BusyError as error:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from sartor.core.errors import HealthError, StoreError
-from sartor.edge.store import Store
+from sartor.edge.store.release_store import Store
 
 FOLDER = Path("/device/store")
 NAMES = ("faq", "farm")

@@ -13,10 +13,10 @@ from tuf.api.metadata import Metadata, MetaFile
 
 from sartor.core import signing
 from sartor.core.errors import ArtifactError, SartorError, SignatureError, StoreError
-from sartor.edge.update import publish, roles
-from sartor.edge.update.fetch import Limits
-from sartor.edge.update.roles import Documents, Expiry
+from sartor.edge.update import repository, tuf_roles, version_metadata
+from sartor.edge.update.downloader import Limits
 from sartor.edge.update.sync import Device, Synced, sync
+from sartor.edge.update.tuf_roles import Documents, Expiry
 from updating import QUICK, World, adapter, nothing, release, serving
 
 
@@ -28,7 +28,7 @@ def synced(world: World, url: str = "", limits: Limits = QUICK, **options: Any) 
 
 def publish_next(world: World, version: str = "1.1", **options: Any) -> None:
     made = release(world.folder / version, version, adapter(0, 0.05), world.key)
-    publish.publish(made, world.repository, world.keys, key=world.key, **options)
+    repository.publish(made, world.repository, world.keys, key=world.key, **options)
 
 
 def metadata(world: World) -> Path:
@@ -39,7 +39,7 @@ def forged(document: Metadata[Any], folders: list[Path]) -> Metadata[Any]:
     """Signed by these keys, whether that is enough or not: what a thief would do."""
     document.signatures.clear()
     for folder in folders:
-        document.sign(CryptoSigner(signing.open_private(folder), roles.public(folder)), append=True)
+        document.sign(CryptoSigner(signing.open_private(folder), tuf_roles.public(folder)), append=True)
     return document
 
 
@@ -103,7 +103,7 @@ def test_rollback_is_refused_after_a_sync_that_failed(world: World, tmp_path: Pa
 
 
 def test_freeze_is_refused_once_the_timestamp_expires(world: World) -> None:
-    publish.refresh(world.repository, world.keys, expiry=Expiry(timestamp=2 / 86_400))
+    repository.refresh(world.repository, world.keys, expiry=Expiry(timestamp=2 / 86_400))
     synced(world)
     time.sleep(2.1)
     assert "expired" in refused(world)
@@ -139,10 +139,10 @@ def test_arbitrary_target_is_refused_as_a_version(world: World) -> None:
 def test_arbitrary_target_of_a_path_outside_is_refused(world: World) -> None:
     """Even signed: a signer can be wrong."""
     now = Documents.open(metadata(world))
-    found = publish._content(now, world.repository, "home", publish.offers_of(now, "home")[0])
+    found = repository._content(now, world.repository, "home", repository.offers_of(now, "home")[0])
     files = {f"../{path}": blob for path, blob in found.files.items()}
-    bad = publish.Content("home", "1.1", files)
-    publish._set_target(now, world.repository, bad, publish.Offer("1.1", 2, 100, False, 0))
+    bad = version_metadata.Content("home", "1.1", files)
+    repository._set_target(now, world.repository, bad, version_metadata.Offer("1.1", 2, 100, False, 0))
     now.write(world.keys, Expiry())
     assert "leads out" in refused(world, ArtifactError)
 
@@ -181,15 +181,15 @@ def test_fast_forward_is_recovered_from_by_rotation(world: World) -> None:
         (metadata(world) / name).write_bytes(content)
     publish_next(world)
     refused(world)
-    publish.rotate(world.repository, world.keys, "snapshot")
-    publish.rotate(world.repository, world.keys, "timestamp")
+    repository.rotate(world.repository, world.keys, "snapshot")
+    repository.rotate(world.repository, world.keys, "timestamp")
     assert synced(world).version == "1.1"
 
 
 def test_wrong_key_is_refused(world: World) -> None:
     synced(world)
     thief = world.folder / "thief"
-    roles.keygen(thief)
+    tuf_roles.keygen(thief)
     keys = [[thief / "targets-1", thief / "targets-2"], [thief / "snapshot-1"], [thief / "timestamp-1"]]
     forge_all(world, *keys)
     assert "signed by 0/1" in refused(world)
@@ -199,7 +199,7 @@ def test_wrong_key_of_the_release_is_refused_by_the_publisher(world: World, tmp_
     signing.keygen(tmp_path / "stranger")
     made = release(tmp_path / "1.1", "1.1", adapter(1), tmp_path / "stranger")
     with pytest.raises(SignatureError):
-        publish.publish(made, world.repository, world.keys, key=world.key)
+        repository.publish(made, world.repository, world.keys, key=world.key)
 
 
 @pytest.mark.parametrize("role", ["targets", "snapshot", "timestamp"])
@@ -209,14 +209,14 @@ def test_expired_is_refused(world: World, role: str) -> None:
 
 
 def test_expired_root_is_refused(world: World) -> None:
-    publish.rotate(world.repository, world.keys, "root", old=["root-1"], expiry=Expiry(root=-1.0))
+    repository.rotate(world.repository, world.keys, "root", old=["root-1"], expiry=Expiry(root=-1.0))
     assert "root.json is expired" in refused(world)
 
 
 @pytest.mark.parametrize("role", ["root", "targets", "snapshot", "timestamp"])
 def test_key_rotation_goes_through(world: World, role: Any) -> None:
     synced(world)
-    publish.rotate(world.repository, world.keys, role)
+    repository.rotate(world.repository, world.keys, role)
     publish_next(world)
     assert synced(world).version == "1.1"
     fresh = sorted(path.name for path in (world.device / "metadata" / "root_history").iterdir())
@@ -225,16 +225,16 @@ def test_key_rotation_goes_through(world: World, role: Any) -> None:
 
 def test_key_rotation_of_a_chain_reaches_a_device_that_slept(world: World) -> None:
     for role in ("root", "root", "timestamp"):
-        publish.rotate(world.repository, world.keys, role)  # type: ignore[arg-type]
+        repository.rotate(world.repository, world.keys, role)  # type: ignore[arg-type]
     assert synced(world).version == "1.0"
 
 
 @pytest.mark.parametrize("role", ["targets", "snapshot", "timestamp"])
 def test_key_rotation_refuses_the_old_key(world: World, role: Any) -> None:
-    old = {name: roles.folders(world.keys, name) for name in ("targets", "snapshot", "timestamp")}
-    publish.rotate(world.repository, world.keys, role)
+    old = {name: tuf_roles.folders(world.keys, name) for name in ("targets", "snapshot", "timestamp")}
+    repository.rotate(world.repository, world.keys, role)
     synced(world)
-    now = {name: roles.folders(world.keys, name) for name in old}
+    now = {name: tuf_roles.folders(world.keys, name) for name in old}
     used = {name: old[name] if name == role else now[name] for name in old}
     forge_all(world, used["targets"], used["snapshot"], used["timestamp"])
     refused(world)
@@ -243,8 +243,8 @@ def test_key_rotation_refuses_the_old_key(world: World, role: Any) -> None:
 def test_key_rotation_by_a_root_that_only_new_keys_signed_is_refused(world: World) -> None:
     synced(world)
     thief = world.folder / "thief"
-    roles.keygen(thief)
-    own = roles.first_root(thief, Expiry())
+    tuf_roles.keygen(thief)
+    own = tuf_roles.first_root(thief, Expiry())
     own.version = 2
     made = forged(Metadata(own), [thief / "root-1", thief / "root-2", thief / "root-3"])
     (metadata(world) / "2.root.json").write_bytes(made.to_bytes())

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
-from sartor.edge.tuning.tokens import read_tokens, write_tokens
-from sartor.edge.tuning.tuner import Job, tune
+from sartor.edge.tuning.tuner_process import read_tokens, tune, write_tokens
+from sartor.edge.tuning.tuning_job import Job
 from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.models.losses import transformers_backend
@@ -100,7 +100,7 @@ def test_killed_and_started_again_it_ends_at_the_same_bits_and_loads_neither_tra
     whole = job(tiny_base, tmp_path / "whole", recipe={"budget": {"updates": 60}})
     cut = job(tiny_base, tmp_path / "cut", recipe={"budget": {"updates": 60}})
     code = (
-        "import sys\nfrom sartor.edge.tuning.tuner import main\ncode = main(sys.argv[1:])\n"
+        "import sys\nfrom sartor.edge.tuning.tuner_process import main\ncode = main(sys.argv[1:])\n"
         "assert not {'transformers', 'peft'} & set(sys.modules)\nsys.exit(code)"
     )
 

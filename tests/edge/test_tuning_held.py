@@ -22,12 +22,10 @@ from safetensors.torch import load_file
 from sartor.core import model_refs
 from sartor.core.resource_limits import Limits, holder, run
 from sartor.core.signing import keygen, open_public
-from sartor.edge.tuning import within
-from sartor.edge.tuning.floor import Floor
-from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.plan import Planner, Rung
-from sartor.edge.tuning.receipt import verify_receipt
-from sartor.edge.tuning.within import Budget, planned_job, tune_within, tuner_command
+from sartor.edge.tuning import budgeted_tuning
+from sartor.edge.tuning.budgeted_tuning import Budget, planned_job, tune_within, tuner_command, verify_receipt
+from sartor.edge.tuning.memory_plan import Floor, Planner, Rung
+from sartor.edge.tuning.tuning_job import Job
 
 MB = 1_000_000
 ALONE = ["unshare", "--net", "--map-root-user", "--user"]
@@ -71,7 +69,7 @@ def test_it_tunes_where_there_is_no_network_interface(tiny_base: Path, tmp_path:
         "assert [name for _, name in socket.if_nameindex()] in ([], ['lo']), socket.if_nameindex()\n"
         "try: socket.create_connection(('127.0.0.1', 9), 1)\n"
         "except OSError as error: assert error.errno == 101, error  # unreachable: not even the loopback is up\n"
-        "from sartor.edge.tuning.tuner import main\nsys.exit(main(sys.argv[1:]))"
+        "from sartor.edge.tuning.tuner_process import main\nsys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run([*ALONE, sys.executable, "-c", code, str(tmp_path / "job.json")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -101,7 +99,7 @@ def test_a_memory_kill_goes_on_smaller_and_is_in_the_receipt(tiny_base: Path, tm
         "sys.exit(tuner.main(sys.argv[1:]))\n"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(within, "tuner_command", lambda file, said: [sys.executable, str(hog), str(file)])
+        patch.setattr(budgeted_tuning, "tuner_command", lambda file, said: [sys.executable, str(hog), str(file)])
         receipt = tune_within(one, Budget(memory_bytes=least + 40 * MB), key=key, planner=Rash(one, planner.floor))
     assert [attempt.rung for attempt in receipt.attempts] == ["lora", "recompute"]
     first, last = receipt.attempts
@@ -126,7 +124,7 @@ def test_paused_by_the_policy_and_by_a_signal_it_ends_at_the_same_bits(tiny_base
 
     asked = after(5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(within, "ASK_S", 0.0)
+        patch.setattr(budgeted_tuning, "ASK_S", 0.0)
         receipt = tune_within(cut, Budget(), key=key, policy=lambda: next(asked), planner=planner)
     assert (receipt.outcome, receipt.reason) == ("paused", "it is hot") and 5 <= receipt.attempts[0].updates < 60
 

@@ -14,12 +14,10 @@ from edge_jobs import job
 from sartor.core.errors import ArtifactError, BudgetError, ModelError, SignatureError
 from sartor.core.resource_limits import Killed, Limits, Usage
 from sartor.core.signing import keygen, open_public
-from sartor.edge.tuning import within
-from sartor.edge.tuning.floor import Floor
-from sartor.edge.tuning.job import Job, read_job
-from sartor.edge.tuning.plan import Planner
-from sartor.edge.tuning.receipt import verify_receipt
-from sartor.edge.tuning.within import Budget, tune_within
+from sartor.edge.tuning import budgeted_tuning
+from sartor.edge.tuning.budgeted_tuning import Budget, tune_within, verify_receipt
+from sartor.edge.tuning.memory_plan import Floor, Planner
+from sartor.edge.tuning.tuning_job import Job, read_job
 
 FLOOR = Floor(100_000_000, True)
 BUDGET = Budget(memory_bytes=1_000_000_000)
@@ -59,7 +57,7 @@ def key(tmp_path: Path) -> Path:
 def ended(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tuner]:
     def make(*ends: Any) -> Tuner:
         tuner = Tuner(ends)
-        monkeypatch.setattr(within.limits, "run", tuner.run)
+        monkeypatch.setattr(budgeted_tuning.limits, "run", tuner.run)
         return tuner
 
     return make
@@ -173,7 +171,7 @@ def test_outcome_and_reason_of_an_attempt_are_golden(
         assert stop() == bool(why)
         return tuner.run(*arguments, stop=stop, **options)
 
-    monkeypatch.setattr(within.limits, "run", run_asking)
+    monkeypatch.setattr(budgeted_tuning.limits, "run", run_asking)
     before = iter([""])
     receipt = tune_within(one, BUDGET, key=key, policy=lambda: next(before, why), planner=Planner(one, FLOOR))
     assert (receipt.outcome, receipt.reason) == (outcome, reason)

@@ -16,7 +16,7 @@ from sartor.core.records import Example, Message, Origin, Part
 from sartor.core.splits import group_of, group_of_stored, prompt_group, split_group, stated_group
 from sartor.curate.sources.planner import read_all
 from sartor.curate.sources.types import Source
-from sartor.edge.personal import work
+from sartor.edge.owner import private_tuning
 from sartor.evaluate import audit, bootstrap, evaluation
 from sartor.evaluate.audit import counterfactual_bias
 from sartor.evaluate.predictions import HeldOut
@@ -76,7 +76,7 @@ def of_personal(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[
 
 
 def of_edge(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
-    patch.setattr(work, "encoded", lambda example, name, chat, most: encoded([example])[0])
+    patch.setattr(private_tuning, "encoded", lambda example, name, chat, most: encoded([example])[0])
     mine = [Row(str(place), "2026-11-28", one) for place, one in enumerate(rows)]
     return user_tokens.material(mine, None, 1.0, 100).groups  # type: ignore[arg-type]
 

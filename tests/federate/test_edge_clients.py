@@ -17,10 +17,10 @@ from tuning_rounds import manifest
 import sartor
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import BudgetError, ConfigError
-from sartor.edge.store import installed, states
-from sartor.edge.tuning import plan
-from sartor.edge.tuning.floor import Floor
-from sartor.edge.tuning.receipt import verify_receipt
+from sartor.edge.store.version_pointers import installed, states
+from sartor.edge.tuning import memory_plan
+from sartor.edge.tuning.budgeted_tuning import verify_receipt
+from sartor.edge.tuning.memory_plan import Floor
 from sartor.federate.rounds.manifest import Manifest, Rules
 from sartor.federate.rounds.task import Learnt
 from sartor.federate.tuning.clients import Clients, open_clients
@@ -90,7 +90,7 @@ def test_a_round_that_does_not_fit_is_declined_before_it_begins(
     with pytest.raises(BudgetError, match=r"declines the round: no way to tune .* fits in 80 MB") as refused:
         on_device(people, small).update(said, shared)
     assert "(recompute)" in refused.value.remedy, "layers and zeroth, which need less, are another update"
-    monkeypatch.setattr(plan, "floor", lambda: Floor(1_000_000, True))
+    monkeypatch.setattr(memory_plan, "floor", lambda: Floor(1_000_000, True))
     slow = Device(str(dataset), str(tmp_path / "slow"), str(key), wall_s=60.0)
     task = on_device(people, slow)
     slow.work.mkdir()

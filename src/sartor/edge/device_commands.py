@@ -1,4 +1,4 @@
-"""The verbs of a device: sync, status, start, confirm, rollback, verify. Only `sync` uses the network."""
+"""Verbs of a device: sync, status, confirm, rollback."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 from sartor.core.errors import ConfigError, HealthError, MissingError, StoreError
 from sartor.core.resource_limits import Limits
 from sartor.edge.health_reason import HealthReason
-from sartor.edge.store import Installed, State, Store, states
-from sartor.edge.update import health as checks
-from sartor.edge.update import reports
-from sartor.edge.update.health import Health, Result
+from sartor.edge.store.release_store import Store
+from sartor.edge.store.version_pointers import Installed, State, states
+from sartor.edge.update import device_reports
+from sartor.edge.update import health_check as checks
+from sartor.edge.update.health_check import Health, Result
 from sartor.edge.update.sync import Device, Synced
 from sartor.edge.update.sync import sync as bring
 
@@ -71,7 +72,7 @@ def sync(
     if report and not options.key:
         raise ConfigError("a report is signed with the device's key", "sartor keygen KEYS, then --key KEYS")
     if report:
-        reports.check_id(options.id)
+        device_reports.check_id(options.id)
     healthy = options.checked()
     device = Device(options.id, options.store / _TRUST, options.root, options.starts)
     with Store(options.store, limit_bytes=options.limit_bytes) as store:
@@ -106,7 +107,7 @@ def _say(store: Store, name: str, options: DeviceOptions, report: str, notice: N
     if not report or not options.key:
         return []
     try:
-        sent = reports.send_due(store, name, options.id, options.key, report, options.store / _TRUST)
+        sent = device_reports.send_due(store, name, options.id, options.key, report, options.store / _TRUST)
     except MissingError as error:
         notice(f"not reported: {error.problem}")
         return []

@@ -1,4 +1,4 @@
-"""The verbs of a device's person: add, tune, undo, forget. None of them uses the network.
+"""Verbs of a device owner: add, tune, undo, forget.
 
 DeviceOptions of `device.py` say how releases come; PersonOptions what is learnt on top of one, and what that may take.
 """
@@ -16,14 +16,13 @@ from typing import Any
 from sartor.core import model_refs
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, ModelError, SourceError
 from sartor.core.records import Example
-from sartor.edge.personal.adapting import Adapted, Settings
-from sartor.edge.personal.keys import FileKey, Keyring, Passphrase, Source
-from sartor.edge.personal.local import shipped
-from sartor.edge.personal.personal import Personal, signing_key
-from sartor.edge.tuning.energy import Policy
-from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.receipt import FILE, Receipt
-from sartor.edge.tuning.within import Budget, tune_within
+from sartor.edge.owner.adaptation import Adapted, Settings
+from sartor.edge.owner.local_adapters import shipped
+from sartor.edge.owner.personal_model import Personal, signing_key
+from sartor.edge.owner.row_keys import FileKey, Keyring, Passphrase, Source
+from sartor.edge.tuning.budgeted_tuning import FILE, Budget, Receipt, tune_within
+from sartor.edge.tuning.energy_policy import Policy
+from sartor.edge.tuning.tuning_job import Job
 from sartor.personalization.user_rows import example_of, now
 
 PASSPHRASE_VARIABLE = "SARTOR_PERSON_PASSPHRASE"

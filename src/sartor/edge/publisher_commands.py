@@ -1,4 +1,4 @@
-"""The verbs of a publisher: keys, versions, rings, and what the fleet says. What they return is what the commands say."""
+"""Verbs of an update publisher."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sartor.edge.update import fleet, roles
-from sartor.edge.update import publish as repositories
-from sartor.edge.update.content import Offer
-from sartor.edge.update.fleet import Policy
-from sartor.edge.update.roles import Expiry, RoleName
+from sartor.edge.update import fleet_monitor, tuf_roles
+from sartor.edge.update import repository as repositories
+from sartor.edge.update.fleet_monitor import Policy
+from sartor.edge.update.tuf_roles import Expiry, RoleName
+from sartor.edge.update.version_metadata import Offer
 
 __all__ = ["Expiry", "Policy"]
 
 
 def keygen(keys: Path) -> dict[str, Any]:
     """Make the keys of the four roles of an update repository, once."""
-    return {"keys": str(keys), "roles": roles.keygen(keys)}
+    return {"keys": str(keys), "roles": tuf_roles.keygen(keys)}
 
 
 def publish(
@@ -41,7 +41,7 @@ def halt(repository: Path, keys: Path, name: str, version: str) -> dict[str, Any
 def refresh(repository: Path, keys: Path, *, expiry: Expiry | None = None) -> dict[str, Any]:
     """Sign anew what expires first, before it does."""
     repositories.refresh(repository, keys, expiry=expiry)
-    return {"repository": str(repository), "expires": roles.expiries(repository / "metadata")}
+    return {"repository": str(repository), "expires": tuf_roles.expiries(repository / "metadata")}
 
 
 def rotate(repository: Path, keys: Path, role: RoleName, *, old: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -64,8 +64,8 @@ def watch(
     policy: Policy | None = None,
 ) -> dict[str, Any]:
     """Count the reports of devices; with `keys`, halt what fails and with `widen` widen what works."""
-    counted = fleet.tally(found, repository, devices, policy)
-    done = fleet.watch(repository, keys, counted, widen=widen)
+    counted = fleet_monitor.tally(found, repository, devices, policy)
+    done = fleet_monitor.watch(repository, keys, counted, widen=widen)
     acts = [{"name": one.name, "version": one.version, "did": one.action, **_to(one.to)} for one in done]
     return {"versions": [one.as_json() for one in counted.tallies], "refused": counted.refused, "done": acts}
 

@@ -1,7 +1,9 @@
-"""One adaptation: rows -> tokens -> a delta on the shipped release -> a verdict on rows it never saw -> current, or not.
+"""Owner's rows to a better local adapter, or none.
 
 FOLDER/work/         a tuning under way: weights and log, no text
 FOLDER/settled.json  what was tuned and not taken, or undone, so that it is not tuned again
+
+Losses of whole rows, not replies: they need one pass and no judge, and nothing of a row leaves the process.
 """
 
 from __future__ import annotations
@@ -14,27 +16,48 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sartor.core import records
 from sartor.core.artifacts import CONFIG, WEIGHTS
 from sartor.core.errors import ConfigError, HealthError, SourceError, StoreError
 from sartor.core.filesystem import FileSystem
 from sartor.core.records import Example
 from sartor.core.resource_limits import Limits
-from sartor.edge.personal import work
-from sartor.edge.personal.diary import LIMIT_BYTES, Diary
-from sartor.edge.personal.judge import Judge
-from sartor.edge.personal.local import Delta, Locals, applied, digest_of, shipped
-from sartor.edge.personal.work import Tune
-from sartor.edge.store import Installed
-from sartor.edge.tuning.job import Job
+from sartor.edge.owner import private_tuning
+from sartor.edge.owner.encrypted_rows import LIMIT_BYTES, Diary
+from sartor.edge.owner.local_adapters import Delta, Locals, applied, digest_of, shipped
+from sartor.edge.owner.private_tuning import Tune
+from sartor.edge.store.version_pointers import Installed
+from sartor.edge.tuning.tuner_process import LOGITS_BYTES, adapted, load_factors
+from sartor.edge.tuning.tuning_job import Job
 from sartor.evaluate.bootstrap import LEAST_GROUPS, LEAST_WIDTH
+from sartor.models import kernels
 from sartor.models.chat import Chat
 from sartor.models.fast_tokenizer import Words
+from sartor.models.losses.fused_decoder import Fast
+from sartor.models.mmap_llama import MappedLlama
+from sartor.models.packing import Encoded, pack
 from sartor.personalization import user_tokens
-from sartor.personalization.acceptance import LEAST_HELD_OUT, LEAST_TRAINED, Asked, Verdict, judge, too_few_prompts  # noqa: F401
+from sartor.personalization.acceptance import LEAST_HELD_OUT, LEAST_TRAINED, Asked, Verdict, judge, too_few_prompts  # noqa: F401  # noqa: F401
 from sartor.personalization.user_rows import example_of, now
 from sartor.personalization.user_tokens import Material
 from sartor.tune.recipe import Lora, Recipe, load
+
+
+class Judge:
+    """A base with room for an adapter of a method."""
+
+    def __init__(self, base: Path, method: Lora) -> None:
+        self._model = adapted(MappedLlama(base), method)
+        self._fast = Fast(self._model, kernels.choose(torch.device("cpu"))[0], logits_bytes=LOGITS_BYTES)
+
+    @torch.no_grad()
+    def losses(self, adapter: Path, rows: Sequence[Encoded]) -> list[float]:
+        """Mean loss of each row's supervised tokens under an adapter in PEFT's form. Raises ModelError if it does not fit."""
+        load_factors(self._model, adapter)
+        return [float(self._fast.losses(pack([row])).mean()) for row in rows]
+
 
 _MORE_PROBE = f"--probe FILE (Settings(probe=[...]) from Python): {LEAST_GROUPS} rows or more of what it must go on to know"
 # Row sets that are remembered as not worth another tuning
@@ -97,7 +120,7 @@ class Adapting:
             return _adapted("", why, found)
         out = self._work(key)
         job = _job(release, self.settings.base, recipe, room / "tokens.safetensors", out)
-        work.write_job(job, found.train)
+        private_tuning.write_job(job, found.train)
         facts = dict(self._tune(job))
         verdict = self._judge(release, out, found, probe, loaded.method)
         if verdict.why:

@@ -1,4 +1,4 @@
-"""A person's rows in one encrypted file: add, read, forget.
+"""Encrypted store of the owner's rows.
 
     FOLDER/diary   {"schema": 1, "kind": "diary", "name": ..., "generation": ..., "source": {...}, "wrapped": ...}
                    ID base64(nonce, ciphertext)          one line a row, ChaCha20-Poly1305 (RFC 8439)
@@ -35,7 +35,7 @@ from sartor.core import records
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, SourceError, StoreError
 from sartor.core.filesystem import DISK_FULL, FileSystem, PrivateFileSystem
 from sartor.core.records import Example
-from sartor.edge.personal.keys import KEY_BYTES, NONCE_BYTES, Source, unwrap, wrap
+from sartor.edge.owner.row_keys import KEY_BYTES, NONCE_BYTES, Source, unwrap, wrap
 from sartor.personalization.user_rows import Row, example_of, now
 
 SCHEMA = 1

@@ -1,4 +1,4 @@
-"""The local deltas of a release: versions 1, 2, ... of NAME.local in the device's store, which has A/B, undo and power cuts.
+"""Local adapters as versions in the store.
 
 A version is PEFT's two files and `local.json`: of which shipped release it is (by the digest of that release's files), which
 rows it was tuned on (keyed names, `diary.py`), how it was judged. It is applied to that release alone. A blank version has
@@ -18,7 +18,8 @@ from typing import Any
 from sartor.core import records
 from sartor.core.artifacts import CONFIG, MANIFEST, WEIGHTS  # noqa: F401
 from sartor.core.errors import HealthError, StoreError
-from sartor.edge.store import Installed, Store, installed
+from sartor.edge.store.release_store import Store
+from sartor.edge.store.version_pointers import Installed, installed
 
 SCHEMA = 1
 # Below the person's folder, while rows are being forgotten

@@ -1,4 +1,4 @@
-"""A person's own delta on a device: rows are added, a delta is tuned on them and judged, undone, forgotten.
+"""Owner's rows, adapters, erasure as one object.
 
     FOLDER/rows/       the diary
     FOLDER/signer/     the key that signs receipts
@@ -21,12 +21,12 @@ from sartor.core import signing
 from sartor.core.errors import BusyError, ConfigError, MissingError, SartorError
 from sartor.core.filesystem import DISK_FULL, PrivateFileSystem
 from sartor.core.records import Example
-from sartor.edge.personal import work
-from sartor.edge.personal.adapting import Adapted, Adapting, Settings
-from sartor.edge.personal.diary import Diary
-from sartor.edge.personal.keys import Source
-from sartor.edge.personal.local import FORGETTING, applied, digest_of, shipped
-from sartor.edge.personal.work import Tune
+from sartor.edge.owner import private_tuning
+from sartor.edge.owner.adaptation import Adapted, Adapting, Settings
+from sartor.edge.owner.encrypted_rows import Diary
+from sartor.edge.owner.local_adapters import FORGETTING, applied, digest_of, shipped
+from sartor.edge.owner.private_tuning import Tune
+from sartor.edge.owner.row_keys import Source
 from sartor.personalization.acceptance import Verdict
 from sartor.personalization.erasure_receipt import Forgotten, Intent, write_receipt
 from sartor.personalization.user_rows import Row
@@ -66,7 +66,7 @@ class Personal:
         self.folder, self.store, self.settings = folder.absolute(), store.absolute(), settings
         self._disk = PrivateFileSystem()
         self.diary = Diary(self.folder / "rows", key, limit_bytes=settings.limit_bytes)
-        tune = tune or work.tune_in_process(settings.limits, settings.stop)
+        tune = tune or private_tuning.tune_in_process(settings.limits, settings.stop)
         self._adapting = Adapting(self.folder, self.store, settings, self.diary, tune, self._disk)
         self._locals = self._adapting.locals
         self._may_run = may_run
@@ -109,7 +109,7 @@ class Personal:
         """
         if reason := self._may_run():
             raise BusyError(f"the device may not tune now: {reason}", "adapt again later", retry_after_s=600)
-        with self._alone("adapting"), work.room_in_memory(self.folder) as room:
+        with self._alone("adapting"), private_tuning.room_in_memory(self.folder) as room:
             return self._adapting.adapt(room, again)
 
     def evaluate(self) -> Verdict:

@@ -1,4 +1,4 @@
-"""From rows to a tuned delta: tokens that never touch the disk in plain, a job for the device's tuner, and its process.
+"""Tuning job in memory, run as a child process.
 
 Tokens are as good as the text. They are written into a folder of this user's alone (0700) on a file system in memory, which the
 tuner's process reads and which is removed at the end; what a killed process left there goes with the next tuning, or when the
@@ -28,8 +28,8 @@ from sartor.core.errors import (
     ModelError,
 )
 from sartor.core.resource_limits import Limits, run
-from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.tokens import write_tokens
+from sartor.edge.tuning.tuner_process import write_tokens
+from sartor.edge.tuning.tuning_job import Job
 from sartor.models.packing import Encoded
 from sartor.personalization.user_tokens import _FACTOR, DEFAULTS, Material, _method, encoded, material, recipe_of  # noqa: F401
 from sartor.tune.tokenized_dataset import Rows
@@ -87,7 +87,7 @@ def tune_in_process(limits: Limits, stop: Callable[[], bool] = lambda: False) ->
     def tune(job: Job) -> Mapping[str, Any]:
         file = Path(job.tokens).with_name("job.json")
         job.write(file)
-        used = run([sys.executable, "-m", "sartor.edge.tuning.tuner", str(file)], limits, stop=stop)
+        used = run([sys.executable, "-m", "sartor.edge.tuning.tuner_process", str(file)], limits, stop=stop)
         if used.killed == "stopped":
             raise BusyError("the tuning was stopped; what it has is saved", "adapt again, it goes on", retry_after_s=600)
         if used.killed:

@@ -1,4 +1,4 @@
-"""The key of a person's rows: random, wrapped by a key that a file or a keyring of the device keeps, or a passphrase gives.
+"""Key wrapping by file, keyring or passphrase.
 
     FileKey     a file that its owner alone may read     Keyring     the system's keyring (the package `keyring`)
     Passphrase  scrypt (RFC 7914) of what a person types

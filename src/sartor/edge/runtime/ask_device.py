@@ -1,4 +1,4 @@
-"""One reply of the version that is current; on trial, the question is a start, and the answer confirms it."""
+"""Verb edge ask."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 from sartor.core import errors
 from sartor.core.errors import BusyError, ConfigError, HealthError, StoreError
 from sartor.core.resource_limits import DataLimit
-from sartor.edge.personal.local import applied
-from sartor.edge.runtime import opened, system_of
-from sartor.edge.store import Installed, Store, installed
+from sartor.edge.owner.local_adapters import applied
+from sartor.edge.runtime.device_runtime import opened, system_of
+from sartor.edge.store.release_store import Store
+from sartor.edge.store.version_pointers import Installed, installed
 from sartor.inference.engine import BASE, Call, Failed, Piece, Sampling
 
 

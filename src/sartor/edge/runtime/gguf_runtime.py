@@ -1,4 +1,4 @@
-"""A GGUF export by llama.cpp: its merged file, or its adapter on the base's own file. Nothing but xllamacpp is loaded.
+"""Llama.cpp runtime of a GGUF export.
 
 The chat template is the one in the file, which the export's parity receipt compared with the Release's.
 """

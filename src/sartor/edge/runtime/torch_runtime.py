@@ -1,4 +1,4 @@
-"""A Release on its base, as `sartor ask` and the Report's own replies were computed: transformers' layout, torch."""
+"""Torch runtime of a Release."""
 
 from __future__ import annotations
 

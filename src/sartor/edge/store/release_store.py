@@ -1,4 +1,4 @@
-"""The releases of a device, and the update that cannot break it: stage, check, activate; A/B, as in Android, RAUC and Mender.
+"""Crash-safe A/B store of Releases.
 
     append, finish   blobs arrive                              the device works with 1.0
     stage            a tree of 1.1 beside that of 1.0          ... with 1.0
@@ -34,13 +34,10 @@ from typing import BinaryIO, Self
 from sartor.core.config import is_name
 from sartor.core.errors import BudgetError, HealthError, MissingError, SartorError, StoreError
 from sartor.core.filesystem import DISK_FULL, FileSystem
-from sartor.edge.store import trial, view
-from sartor.edge.store.blobs import Blobs
-from sartor.edge.store.pointers import Pointer, Pointers, Version
-from sartor.edge.store.room import Room
-from sartor.edge.store.rot import Rot
-from sartor.edge.store.trees import Trees, check_files
-from sartor.edge.store.view import Installed, State, installed, states
+from sartor.edge.store import version_pointers
+from sartor.edge.store.content_store import Blobs, Trees, check_files
+from sartor.edge.store.store_maintenance import Room, Rot
+from sartor.edge.store.version_pointers import Installed, Pointer, Pointers, State, Version, installed, states
 
 __all__ = ["Installed", "State", "Store", "installed", "states"]
 
@@ -235,7 +232,7 @@ class Store:
     def _checked(self, pointer: Pointer, version: str, files: Mapping[str, str]) -> Version:
         if not is_name(version):
             raise StoreError(f"{version!r:.80} is no version", "lower-case letters, digits, '.', '_' and '-'")
-        trial.check(pointer, version)
+        version_pointers.check(pointer, version)
         check_files(dict(files))
         if missing := sorted({digest for digest in files.values() if not self._blobs.has(digest)}):
             raise StoreError(
@@ -255,7 +252,7 @@ class Store:
         something outside was missing for the check, or memory (MissingError, BudgetError): that says nothing of the version.
         """
         pointer = self._read(name)
-        trial.check(pointer, version)
+        version_pointers.check(pointer, version)
         found = pointer.find(version)
         if found is None:
             raise StoreError(f"{name} {version} is not in the store", "stage it first")
@@ -267,13 +264,13 @@ class Store:
             why = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
             if found is not pointer.current and not isinstance(error, (MissingError, BudgetError)):
                 with self._writing(f"{name} {version}"):
-                    self._pointers.write(trial.refused(pointer, version, why))
+                    self._pointers.write(version_pointers.refused(pointer, version, why))
             stays = f"{pointer.current.version} stays current" if pointer.current else "nothing is current"
             raise HealthError(f"{name} {version} is not healthy: {why}; {stays}", "publish a version that passes") from error
         if found is pointer.current:
             return
         with self._writing(f"{name} {version}"):
-            self._pointers.write(trial.activated(pointer, found, starts))
+            self._pointers.write(version_pointers.activated(pointer, found, starts))
 
     def start(self, name: str) -> Installed | None:
         """Call before the device's program runs, and run what is returned. On trial, this start is counted first, durably.
@@ -284,10 +281,10 @@ class Store:
         pointer = self._read(name)
         if pointer.trial and pointer.trial.left > 0:
             with self._writing(f"a start of {name}"):
-                self._pointers.write(trial.counted(pointer))
+                self._pointers.write(version_pointers.counted(pointer))
         elif pointer.trial:
             with suppress(StoreError):
-                return self.rollback(name, trial.unconfirmed(pointer))
+                return self.rollback(name, version_pointers.unconfirmed(pointer))
         return self.current(name)
 
     def confirm(self, name: str) -> None:
@@ -302,7 +299,7 @@ class Store:
         pointer = self._read(name)
         if version in pointer.refused:
             with self._writing(f"{name} {version}"):
-                self._pointers.write(trial.forgiven(pointer, version))
+                self._pointers.write(version_pointers.forgiven(pointer, version))
 
     def rollback(self, name: str, reason: str = "no reason was given") -> Installed:
         """Make the previous version current again, durably; the one that is left is remembered as refused, with the reason.
@@ -317,7 +314,7 @@ class Store:
             self._trees.mend(name, old, bad)
             if broken := self._trees.broken(name, old):
                 raise StoreError(f"{name} {old.version}, the previous version, is damaged: {broken[0][0]}", "verify, and sync")
-            self._pointers.write(trial.went_back(pointer, reason))
+            self._pointers.write(version_pointers.went_back(pointer, reason))
         back = self.current(name)
         assert back is not None
         return back
@@ -325,15 +322,15 @@ class Store:
     def current(self, name: str) -> Installed | None:
         """The version that the device works with."""
         pointer = self._read(name)
-        return view.of(self.folder, name, pointer.current, pointer.trial)
+        return version_pointers.of(self.folder, name, pointer.current, pointer.trial)
 
     def previous(self, name: str) -> Installed | None:
         """The version that `rollback` goes back to."""
-        return view.of(self.folder, name, self._read(name).previous)
+        return version_pointers.of(self.folder, name, self._read(name).previous)
 
     def staged(self, name: str) -> Installed | None:
         """The version that waits to be activated."""
-        return view.of(self.folder, name, self._read(name).staged)
+        return version_pointers.of(self.folder, name, self._read(name).staged)
 
     def refused(self, name: str) -> Mapping[str, str]:
         """Versions that were rolled back here or failed their check, and why: not worth fetching."""

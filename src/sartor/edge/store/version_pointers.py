@@ -1,4 +1,4 @@
-"""Which version of a release is current, previous, staged or refused: one small JSON file per name, in two copies.
+"""Current, previous and trial version pointers.
 
     current/NAME.json   {"current": {"version": "1.1", "path": "releases/NAME/1.1", ...}, "previous": ..., "refused": ...}
     backup/NAME.json    the same bytes
@@ -10,6 +10,10 @@ which version was refused. `path` is relative to the store, which may be mounted
 The backup is written first: the rename of current/NAME.json is the commit, and all that can fail on a full disk is behind by
 then. Each copy ends with the digest of what it says, so a copy that rotted, or that a power cut left empty, is known for
 that, and opening the store writes it anew from the other.
+
+As U-Boot counts boots (`bootcount`, `bootlimit`), RAUC marks slots good and Android retries an A/B slot: the number stands in
+the pointer, so the rename that makes a version current begins its trial too. A start is counted durably before the program
+runs: one that crashes, hangs or takes the power with it has been counted. Pure functions here: pointer -> pointer.
 """
 
 from __future__ import annotations
@@ -18,14 +22,15 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sartor.core import records
 from sartor.core.artifacts import manifest_id
-from sartor.core.errors import StoreError
+from sartor.core.errors import HealthError, StoreError
 from sartor.core.filesystem import FileSystem
+from sartor.edge.health_reason import HealthReason
 
 SCHEMA = 2  # 1 knew no trial
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -189,3 +194,110 @@ def parse(content: bytes, name: str) -> Pointer | None:
 
 def _version(said: Mapping[str, Any] | None) -> Version | None:
     return Version(said["version"], said["files"], said["since"]) if said else None
+
+
+def activated(pointer: Pointer, new: Version, starts: int) -> Pointer:
+    """`new` is current, on trial for `starts` starts if there is something to go back to that proved itself.
+
+    What was on trial itself does not become the version to go back to, where one that proved itself is there.
+    """
+    proven = pointer.previous if pointer.trial else pointer.current
+    previous = next((one for one in (proven, pointer.current) if one and one is not new), None)
+    is_back = new is pointer.previous  # it proved itself before
+    trial = Trial(starts, starts) if starts and previous and not is_back else None
+    staged = None if new is pointer.staged else pointer.staged
+    return replace(pointer, current=new.now(), previous=previous, staged=staged, trial=trial)
+
+
+def went_back(pointer: Pointer, reason: str) -> Pointer:
+    """The previous version is current, and the one that was is refused."""
+    assert pointer.current and pointer.previous
+    refused = {**pointer.refused, pointer.current.version: reason}
+    return replace(pointer, current=pointer.previous.now(), previous=None, refused=refused, trial=None)
+
+
+def counted(pointer: Pointer) -> Pointer:
+    """One start fewer is left."""
+    assert pointer.trial
+    return replace(pointer, trial=replace(pointer.trial, left=pointer.trial.left - 1))
+
+
+def unconfirmed(pointer: Pointer) -> str:
+    """Return the reason for going back from a version whose starts are used up."""
+    assert pointer.trial
+    return HealthReason.STARTS.text(f"it did not confirm within {pointer.trial.of}")
+
+
+def check(pointer: Pointer, version: str) -> None:
+    """Raise HealthError for a version that is refused."""
+    if version in pointer.refused:
+        raise HealthError(
+            f"{pointer.name} {version} was refused on this device: {pointer.refused[version]}",
+            "publish another version, or sync --again",
+        )
+
+
+def refused(pointer: Pointer, version: str, reason: str) -> Pointer:
+    """A version that failed its check is not tried again, and what was staged of it is let go."""
+    staged = None if pointer.staged and pointer.staged.version == version else pointer.staged
+    return replace(pointer, staged=staged, refused={**pointer.refused, version: reason})
+
+
+def forgiven(pointer: Pointer, version: str) -> Pointer:
+    """It may be tried again."""
+    return replace(pointer, refused={known: why for known, why in pointer.refused.items() if known != version})
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A version that is on the device. `path` opens as a Release; `since`: UTC; `files`: path inside it -> blob.
+
+    `trial`: the starts that it has left to prove itself; None: it has, or was never asked to.
+    """
+
+    name: str
+    version: str
+    path: Path
+    since: str
+    files: Mapping[str, str]
+    trial: Trial | None = None
+
+
+def installed(folder: Path, name: str) -> Installed | None:
+    """What is current in the store at `folder`."""
+    pointer = Pointers(FileSystem(), folder.absolute()).read(name)
+    return of(folder.absolute(), name, pointer.current, pointer.trial)
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that a store says of one name. `refused`: version -> why."""
+
+    name: str
+    current: Installed | None
+    previous: Installed | None
+    staged: Installed | None
+    refused: Mapping[str, str]
+
+
+def states(folder: Path) -> list[State]:
+    """The state of every name in the store at `folder`; nothing where there is none."""
+    folder = folder.absolute()
+    return [
+        State(
+            one.name,
+            of(folder, one.name, one.current, one.trial),
+            of(folder, one.name, one.previous),
+            of(folder, one.name, one.staged),
+            one.refused,
+        )
+        for one in Pointers(FileSystem(), folder).all()
+    ]
+
+
+def of(folder: Path, name: str, version: Version | None, trial: Trial | None = None) -> Installed | None:
+    """A version of a pointer as a program sees it."""
+    if version is None:
+        return None
+    path = folder / tree_of(name, version.version)
+    return Installed(name, version.version, path, version.since, version.files, trial)

@@ -1,4 +1,4 @@
-"""Tunes a base of a few numbers, and says what it then holds: `python -m ...tuning.smallest FOLDER`, for `floor.py`.
+"""Child process that measures baseline memory.
 
 It also compiles the kernels where there is a compiler, which is no work for a process with little memory.
 """
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from sartor.edge.tuning import tuner
-from sartor.edge.tuning.floor import held_bytes
-from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.tokens import write_tokens
+from sartor.edge.tuning import tuner_process
+from sartor.edge.tuning.memory_plan import held_bytes
+from sartor.edge.tuning.tuner_process import write_tokens
+from sartor.edge.tuning.tuning_job import Job
 from sartor.models.kernels.cpu import Native
 from sartor.models.mmap_llama import ATTENTION, MLP
 from sartor.models.packing import Encoded
@@ -39,7 +39,7 @@ def main(place: Path) -> None:
     }
     job = Job(str(_base(place / "base")), "smallest", "-", "-", str(place / "tokens"), str(place / "out"), recipe)
     job.write(place / "job.json")
-    if code := tuner.main([str(place / "job.json")]):
+    if code := tuner_process.main([str(place / "job.json")]):
         sys.exit(code)
     said = json.loads((place / "out" / "run.json").read_text(encoding="utf-8"))
     found = {"held_bytes": held_bytes(), "is_native": Native.name in said["path"]}

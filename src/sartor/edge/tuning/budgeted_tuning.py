@@ -1,4 +1,4 @@
-"""Tune within a budget: plan, run the tuner under limits that the system holds, go on smaller where memory fails, say so.
+"""Tunes within limits, retries smaller, signs a receipt.
 
     plan -> tuner under limits -> done
       ^             |-> memory kill: the next rung, from the last checkpoint, each rung once
@@ -6,6 +6,10 @@
       +-------------+-> time is up: what was learnt is saved
 
 Nothing here loads torch: on a device the parent must be small.
+
+    receipt.json    {"said": what `Receipt` holds, "signature": Ed25519 over the canonical JSON of it}
+
+It is written whole beside the adapter. A receipt is the device's own word: it proves who says so, and that nobody changed it.
 """
 
 from __future__ import annotations
@@ -14,24 +18,105 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from enum import Enum, auto
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from sartor.core import errors, resource_limits
-from sartor.core.artifacts import digests
+from sartor.core.artifacts import (
+    ADAPTER,  # noqa: F401
+    digests,
+)
 from sartor.core.errors import ArtifactError, BudgetError, SartorError, SignatureError
-from sartor.core.numerics import numerics
+from sartor.core.filesystem import file_digest, write_file_atomic
+from sartor.core.numerics import FIRST, numerics
 from sartor.core.processes import Signals
 from sartor.core.resource_limits import Limits, Usage
-from sartor.core.signing import open_private
-from sartor.edge.tuning.job import DTYPE, Job
-from sartor.edge.tuning.plan import Plan, Planner, Rung
-from sartor.edge.tuning.receipt import SCHEMA, Attempt, Outcome, Receipt, verify_receipt
+from sartor.core.signing import check_said, open_private, signature_of
+from sartor.edge.tuning.memory_plan import Plan, Planner, Rung
+from sartor.edge.tuning.tuning_job import DTYPE, Job
+
+SCHEMA, FILE = 1, "receipt.json"
+# done; paused by the policy or a signal, and can go on; spent: time or disk ran out, what was learnt is saved
+Outcome = Literal["done", "paused", "spent", "refused", "failed"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One process. rung: as `plan.Rung.id`; updates: done when it ended, of the whole run; reason: why it ended."""
+
+    rung: str
+    micro_batch_tokens: int
+    is_narrow: bool
+    predicted_peak_bytes: int
+    usage: Usage
+    updates: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """See the module's text. plan: the predicted peak of the last attempt, by what is held. adapter: {file: sha256}.
+
+    numerics: of the arithmetic of the last attempt (core/numerics.py).
+    """
+
+    schema: int
+    base: dict[str, str]
+    recipe: dict[str, Any]
+    limits: dict[str, float]
+    plan: dict[str, int]
+    attempts: list[Attempt]
+    resumed_at: list[int]
+    adapter: dict[str, str]
+    outcome: Outcome
+    reason: str
+    numerics: int = FIRST
+
+    @property
+    def document(self) -> bytes:
+        """What is signed: JSON with sorted keys and no spaces."""
+        return _canonical(asdict(self))
+
+    def write(self, folder: Path, key: Ed25519PrivateKey) -> Path:
+        """Sign it and write it whole into `folder`. Returns the file."""
+        said = {"said": json.loads(self.document), "signature": signature_of(self.document, key)}
+        write_file_atomic(folder / FILE, json.dumps(said, indent=1).encode() + b"\n")
+        return folder / FILE
+
+
+def verify_receipt(folder: Path, trusted: Iterable[Ed25519PublicKey] | None = None) -> Receipt:
+    """The receipt in an adapter's folder, checked against trusted keys (see `core.signing`) and the adapter's files.
+
+    Raises ArtifactError where it is absent or not whole, SignatureError for a signer who is not trusted, or what was changed.
+    """
+    file = folder / FILE
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        receipt, signature = _receipt(said["said"]), said["signature"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{file} is no receipt: {error!r}", "tune_within writes one beside what it tunes") from None
+    check_said(_canonical(said["said"]), signature, file, "the receipt", trusted)
+    for name, digest in receipt.adapter.items():
+        if Path(name).name != name or not (folder / name).is_file() or file_digest(folder / name) != digest:
+            raise SignatureError(f"{folder / name} is not the file that {file} speaks of", "get both again from the device")
+    return receipt
+
+
+def _canonical(said: Any) -> bytes:
+    return json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _receipt(said: dict[str, Any]) -> Receipt:
+    if said["schema"] != SCHEMA:
+        raise ValueError(f"its schema is {said['schema']}; this Sartor reads {SCHEMA}")
+    attempts = [Attempt(**{**one, "usage": Usage(**one["usage"])}) for one in said["attempts"]]
+    return Receipt(**{**said, "attempts": attempts})
+
 
 # How often the policy is asked, and the disk looked at
 ASK_S = 1.0
@@ -254,7 +339,7 @@ def planned_job(job: Job, rung: Rung) -> Job:
 
 def tuner_command(job: Path, said: Path) -> list[str]:
     """The tuner on the file `job`, its stderr into the file `said`."""
-    return ["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(said), sys.executable, "-m", "sartor.edge.tuning.tuner", str(job)]
+    return ["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(said), sys.executable, "-m", "sartor.edge.tuning.tuner_process", str(job)]
 
 
 def _environment() -> dict[str, str]:

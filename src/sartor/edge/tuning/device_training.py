@@ -1,4 +1,4 @@
-"""The loop of `tune` as a device runs it: an optimiser without torch's compiler, no probing, layers that may be held still.
+"""Training loop on a device, also zeroth order.
 
 Memory is planned before the process starts (`plan.py`), so nothing is measured here: the micro-batch is the recipe's.
 """

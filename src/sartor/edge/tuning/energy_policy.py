@@ -1,4 +1,4 @@
-"""When a device may tune: how full its battery is, whether it is plugged in, how warm it is; read from sysfs.
+"""Battery, mains and temperature rules for tuning.
 
     ROOT/class/power_supply/*/{type,scope,present,online,status,capacity}   Linux, ABI/testing/sysfs-class-power
     ROOT/class/thermal/thermal_zone*/{type,temp}                            Linux, ABI/testing/sysfs-class-thermal

@@ -1,4 +1,4 @@
-"""How to tune within a memory limit: of the rungs the first that fits, with the largest micro-batch that does. No torch.
+"""Largest tuning setting that fits the memory limit.
 
     lora        factors of every layer, activations kept
     recompute   the same to rounding: a tensor a layer is kept, the rest computed again from weights that are widened again
@@ -6,23 +6,95 @@
     zeroth      no gradients: two losses an update
 
 The order, and where 4 bits stand: docs/decisions/014-rungs.md.
+
+`smallest.py` tunes a base of a few numbers and says what it then holds. No torch here.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import safe_open
 
 from sartor.core import config
-from sartor.core.errors import ArtifactError, BudgetError
-from sartor.edge.tuning.floor import Floor, floor
-from sartor.edge.tuning.job import Job
-from sartor.edge.tuning.peak import Load, Shape, Way, peak, shape_of, state_bytes, total
+from sartor.core.errors import ArtifactError, BudgetError, MissingError
+from sartor.core.filesystem import write_file_atomic
+from sartor.core.home import folder
+from sartor.edge.tuning.peak_memory import Load, Shape, Way, peak, shape_of, state_bytes, total
+from sartor.edge.tuning.tuning_job import Job
 from sartor.tune.recipe import Recipe
+
+SCHEMA = 1
+# as `models/kernels/cpu.py` looks for them
+COMPILERS = (os.environ.get("CXX") or "g++", "g++", "c++", "clang++")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """held_bytes: always held; is_native: there are C++ kernels, which hold less than torch's own operations."""
+
+    held_bytes: int
+    is_native: bool
+
+
+def floor() -> Floor:
+    """From the file below SARTOR_HOME, or measured now. Raises MissingError where the tuner does not run here."""
+    return _floor(str(folder("edge")))
+
+
+@functools.cache
+def _floor(kept: str) -> Floor:
+    versions = [importlib.metadata.version(name) for name in ("torch", "sartor")]
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), "no compiler")
+    key = " ".join([str(SCHEMA), *versions, _sources(), platform.python_version(), platform.machine(), threads, compiler])
+    file = Path(kept) / "floor.json"
+    try:
+        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        known[key] = _measured()
+        write_file_atomic(file, json.dumps(known).encode())
+    return Floor(**known[key])
+
+
+def _sources() -> str:
+    """Our own modules, by their sizes: a checkout changes without its version."""
+    root = Path(__file__).parents[2]
+    sizes = [f"{file.relative_to(root)} {file.stat().st_size}" for file in sorted(root.rglob("*.py"))]
+    return hashlib.sha256("\n".join(sizes).encode()).hexdigest()[:12]
+
+
+def _measured() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="sartor-floor-") as place:
+        command = [sys.executable, "-m", "sartor.edge.tuning.baseline_measurement", place]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        problem = f"the tuner does not run on this machine: {done.stderr.strip().splitlines()[-1:]}"
+        raise MissingError(problem, "pip install 'sartor[edge]'")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def held_bytes() -> int:
+    """Anonymous and shared memory of this process now."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+
 
 Name = Literal["lora", "recompute", "layers", "zeroth"]
 NAMES: tuple[Name, ...] = ("lora", "recompute", "layers", "zeroth")

@@ -1,4 +1,4 @@
-"""How much memory a tuning on a device holds at its peak, from first principles: anonymous and shared memory, no mapped pages.
+"""Predicted peak memory of a tuning setting.
 
     peak = floor + rows + factors and moments + the largest of (head, backward pass, forward pass)
 

@@ -1,8 +1,11 @@
-"""The process that tunes on a device, under limits that its parent has the system hold: `python -m ...tuning.tuner JOB`.
+"""The tuning child process and its token file.
 
 It loads torch and nothing else of this trade: rows come as tokens (`tokens.py`), the base as mapped files (`llama.py`), and
 the loop is that of `tune`. It saves when a save is due and at SIGTERM; started again it goes on from there. What it makes is
 PEFT's adapter directory. Exit codes are those of the command line (143 after SIGTERM, 4 where memory fails).
+
+ids (N,) int32, learnt (N,) uint8: the tokens of all rows, end to end; lengths (R,) int64; weights (R,) float64;
+train: how many of the rows, the first ones, are trained on. Metadata: schema, and the rows' ids, one a line.
 """
 
 from __future__ import annotations
@@ -10,24 +13,24 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sartor.core import config
-from sartor.core.errors import BudgetError, ConfigError, ModelError, SartorError
+from sartor.core.errors import ArtifactError, BudgetError, ConfigError, ModelError, SartorError
 from sartor.core.filesystem import create_file_atomic, write_file_atomic
 from sartor.core.model_refs import BaseRef
 from sartor.core.numerics import numerics
 from sartor.core.processes import Signals
-from sartor.edge.tuning.job import DTYPE, Job, read_job
-from sartor.edge.tuning.learning import DeviceRun, ZerothRun
-from sartor.edge.tuning.tokens import read_tokens
+from sartor.edge.tuning.device_training import DeviceRun, ZerothRun
+from sartor.edge.tuning.tuning_job import DTYPE, Job, read_job
 from sartor.models import kernels
 from sartor.models.losses.fused_decoder import Fast
 from sartor.models.losses.loss_backend import FastPath, Wish
@@ -37,8 +40,50 @@ from sartor.models.packing import Encoded
 from sartor.models.tensor_files import write_tensors
 from sartor.tune.checkpoint import Saver, check_numerics, newest
 from sartor.tune.recipe import Lora, Recipe
+from sartor.tune.tokenized_dataset import Rows
 from sartor.tune.training_log import Journal
 from sartor.tune.training_loop import Resolved
+
+SCHEMA = "1"
+
+
+def write_tokens(rows: Rows, file: Path) -> None:
+    """Write what `read_tokens` reads. Whoever calls moves the file to its place."""
+    every = [*rows.train, *rows.held_out]
+    save_file(
+        {
+            "ids": torch.tensor([token for row in every for token in row.ids], dtype=torch.int32),
+            "learnt": torch.tensor([on for row in every for on in row.learnt], dtype=torch.uint8),
+            "lengths": torch.tensor([len(row.ids) for row in every], dtype=torch.int64),
+            "weights": torch.tensor([row.weight for row in every], dtype=torch.float64),
+            "train": torch.tensor([len(rows.train)]),
+        },
+        str(file),
+        {"schema": SCHEMA, "example_ids": "\n".join(row.example_id for row in every)},
+    )
+
+
+def read_tokens(file: Path) -> Rows:
+    """The rows of a file. Raises ArtifactError where it is not whole, or of another schema."""
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            said = opened.metadata() or {}
+            parts = {name: opened.get_tensor(name) for name in ("ids", "learnt", "lengths", "weights", "train")}
+    except Exception as error:  # safetensors' own errors have no common base but Exception
+        raise ArtifactError(f"{file} is not whole: {error}", "make it again from the rows") from None
+    if said.get("schema") != SCHEMA:
+        raise ArtifactError(f"{file} is of schema {said.get('schema')!r}; this Sartor reads {SCHEMA}", "make it again")
+    every, count = list(_rows(parts, said["example_ids"].split("\n"))), int(parts["train"][0])
+    return Rows(every[:count], every[count:], lengths=[len(row.ids) for row in every])
+
+
+def _rows(parts: dict[str, torch.Tensor], names: list[str]) -> Iterator[Encoded]:
+    low = 0
+    for length, weight, name in zip(parts["lengths"].tolist(), parts["weights"].tolist(), names, strict=True):
+        high = low + length
+        yield Encoded(parts["ids"][low:high].tolist(), parts["learnt"][low:high].bool().tolist(), name, weight)
+        low = high
+
 
 # Logits are made in chunks of about this size: beside 400 MB, the 64 of a server would be much
 LOGITS_BYTES = 8 << 20

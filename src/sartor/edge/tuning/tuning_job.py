@@ -1,4 +1,4 @@
-"""What is to be tuned on a device: the JSON that the process that tunes is given. No torch."""
+"""Job file of the tuning process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a device says of a version: signed with its own key, a few words, no data; at a sync, and only where it is asked to.
+"""Signed reports of devices about a version.
 
     {"schema": 1, "kind": "fleet-report", "device": "sensor-0017", "name": "faq", "version": "1.1", "ring": 42,
      "outcome": "fail", "reason": "canary", "time": 1780000000, "signature": {...}}
@@ -23,9 +23,9 @@ from sartor.core.config import is_name
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.filesystem import write_file_atomic
 from sartor.edge.health_reason import HealthReason
-from sartor.edge.store import Store
-from sartor.edge.update.content import ring_of
-from sartor.edge.update.fetch import Fetcher
+from sartor.edge.store.release_store import Store
+from sartor.edge.update.downloader import Fetcher
+from sartor.edge.update.version_metadata import ring_of
 
 SCHEMA, KIND = 1, "fleet-report"
 MOST_BYTES = 4096

@@ -1,4 +1,4 @@
-"""Bytes from a mirror that nobody trusts: resumed where they broke off, never more than declared, never slower than a floor.
+"""Resumable downloads from untrusted mirrors.
 
 What arrives is checked elsewhere (TUF for metadata, sha256 for content). Here stands what a mirror can do without forging
 anything: cut, stall, drip, answer another range, ignore the range, compress, send without end, redirect. RFC 9110 section 14

@@ -1,4 +1,4 @@
-"""What a fleet says of its versions, and what follows: a ring that fails is halted, one that works is widened.
+"""Halts or widens a rollout by device reports.
 
 A vote counts if it is signed by the key that is enrolled for its device, `DEVICES/ID.pub`, if the version was offered to that
 device, and if it is that device's newest on this version. What does not count is counted by why. The fraction of failures has a
@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 from sartor.core import signing
 from sartor.core.errors import ArtifactError, ConfigError, SartorError, SignatureError
-from sartor.edge.update import publish, reports
-from sartor.edge.update.content import Offer, ring_of
-from sartor.edge.update.reports import MOST_BYTES, Report
-from sartor.edge.update.roles import Documents
+from sartor.edge.update import device_reports
+from sartor.edge.update import repository as publish
+from sartor.edge.update.device_reports import MOST_BYTES, Report
+from sartor.edge.update.tuf_roles import Documents
+from sartor.edge.update.version_metadata import Offer, ring_of
 
 Action = Literal["halt", "widen", "wait", "done", "halted"]
 # A device's clock may be this far from the publisher's
@@ -123,7 +124,7 @@ def _votes(
     votes: dict[tuple[str, str, str], Report] = {}
     for content in found:
         try:
-            report, signature = reports.read(content)
+            report, signature = device_reports.read(content)
         except ArtifactError:
             refused["malformed"] += 1
             continue

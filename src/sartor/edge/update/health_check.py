@@ -1,4 +1,4 @@
-"""Whether a version may be activated on this device: it opens, answers canary prompts as it should, a private measure agrees.
+"""Checks a version before activation.
 
 Three sources of questions: the canaries that a Release ships (its Report's own replies, release.json), the device's own file,
 and a callable of the device's program. Each line of a file:
@@ -24,7 +24,8 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.errors import AdmissionError, ConfigError, HealthError, InputError, SartorError
 from sartor.core.resource_limits import Limits
 from sartor.edge.health_reason import HealthReason
-from sartor.edge.runtime import process, system_of
+from sartor.edge.runtime import device_runtime
+from sartor.edge.runtime.device_runtime import system_of
 from sartor.evaluate.reply_labels import label_of, text_of
 from sartor.inference.engine import BASE, Call, Event, Failed, Piece
 from sartor.release import canary_prompts
@@ -106,7 +107,7 @@ class Health:
             shipped = _shipped(manifest)
             own = [prompt.call(system_of(manifest)) for prompt in self.prompts]
             calls = [*shipped.calls, *own]
-            events, used = process.asked(release, calls, self.limits, self.base)
+            events, used = device_runtime.asked(release, calls, self.limits, self.base)
         except HealthError as error:
             return Result(0, (error.problem,))
         except InputError as error:

@@ -1,4 +1,4 @@
-"""Release -> a directory that any plain file server can serve: signed documents (TUF), content by digest, deltas, rings.
+"""TUF update repository: publish, widen, halt, rotate.
 
     REPOSITORY/metadata/1.root.json  N.targets.json  N.snapshot.json  timestamp.json
     REPOSITORY/targets/NAME/DIGEST.VERSION.json
@@ -27,10 +27,10 @@ from sartor.core.artifacts import MANIFESTS
 from sartor.core.config import is_name
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.filesystem import file_digest, make_parent, write_file_atomic, writer_lock
-from sartor.edge.update import content as words
-from sartor.edge.update import delta
-from sartor.edge.update.content import Blob, Content, Offer, Step
-from sartor.edge.update.roles import Documents, Expiry, RoleName, folders, public
+from sartor.edge.update import tensor_delta
+from sartor.edge.update import version_metadata as words
+from sartor.edge.update.tuf_roles import Documents, Expiry, RoleName, folders, public
+from sartor.edge.update.version_metadata import Blob, Content, Offer, Step
 from sartor.release.release import Verified, verify
 
 # Below this a delta saves less than its request costs
@@ -234,7 +234,7 @@ def _add_step(repository: Path, base: str, blob: Blob, steps: dict[tuple[str, st
     with tempfile.TemporaryDirectory(prefix="sartor-delta-") as folder:
         out = Path(folder) / "delta"
         source = repository / words.blob_path(base) if base else None
-        made = delta.make(source, repository / words.blob_path(blob.sha256), out)
+        made = tensor_delta.make(source, repository / words.blob_path(blob.sha256), out)
         if made and made.delta_bytes < fraction * blob.bytes:
             digest = file_digest(out)
             _add_blob(repository, out, digest)

@@ -25,11 +25,11 @@ from tuf.ngclient.fetcher import FetcherInterface
 
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SignatureError, StoreError
 from sartor.core.filesystem import write_file_atomic
-from sartor.edge.store import Store
-from sartor.edge.update import content as words
-from sartor.edge.update import delta
-from sartor.edge.update.content import Content, Offer, Step
-from sartor.edge.update.fetch import Fetcher, Limits
+from sartor.edge.store.release_store import Store
+from sartor.edge.update import tensor_delta
+from sartor.edge.update import version_metadata as words
+from sartor.edge.update.downloader import Fetcher, Limits
+from sartor.edge.update.version_metadata import Content, Offer, Step
 
 _CHUNK_BYTES = 1 << 18
 # A clock may be this far behind the publisher's without being called wrong
@@ -113,7 +113,7 @@ class _Transfer:
         self._blob(step.sha256, step.bytes)
         try:
             with self.store.open(step.sha256) as difference, _opened(self.store, step.base) as base:
-                for offset, piece in _joined(delta.apply(base, difference, length)):
+                for offset, piece in _joined(tensor_delta.apply(base, difference, length)):
                     # the store goes on from what an interrupted sync left of this file
                     fresh = piece[max(0, self.store.partial(step.result) - offset) :]
                     if fresh:

@@ -1,4 +1,4 @@
-"""What changed between two safetensors files, tensor by tensor: exact to the byte, and never larger than the whole file.
+"""Byte-exact delta of safetensors files.
 
     delta  =  "SARTORD1"  length of head (4 bytes, little endian)  head (LZMA)  streams (LZMA), one after the other
     head   =  JSON: from, to (sha256), bytes of the result, `form` of each tensor in file order, lengths of the streams;

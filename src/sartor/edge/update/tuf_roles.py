@@ -1,4 +1,4 @@
-"""The keys of an update repository and its signed documents: the four roles of TUF (specification 1.0, sections 2.1 and 4).
+"""TUF role keys and signed metadata.
 
     KEYS/root-1  root-2  root-3  targets-1  targets-2  snapshot-1  timestamp-1     each: sartor.key (0600), sartor.pub
 

@@ -1,4 +1,4 @@
-"""What an update repository says of a version, in the words that publisher and device share.
+"""Files, deltas and rollout offer of a version.
 
 targets/NAME/DIGEST.VERSION.json   a TUF target: every file of the version by digest, and the deltas that lead to them
 its `custom` in targets.json       order, percent, halted, published: who may take it (signed, and changed without it)
@@ -16,7 +16,7 @@ from typing import Any
 
 from sartor.core.config import is_name
 from sartor.core.errors import ArtifactError
-from sartor.edge.store.pointers import DIGEST
+from sartor.edge.store.version_pointers import DIGEST
 
 SCHEMA = 1
 MOST_FILES = 10_000

@@ -1,7 +1,7 @@
 """A client that is an edge device: its round's work is a tuning of `edge`, from its store, within its budget.
 
     store   NAME.base, the base; NAME.shared, the adapter that the round starts from: whole versions, as releases are
-    work    a process of the device's own tuner (`python -m sartor.edge.tuning.tuner`) under limits that the system holds
+    work    a process of the device's own tuner (`python -m sartor.edge.tuning.tuner_process`) under limits that the system holds
 
 The update is `LoraTask`'s but for rounding: rows in the same order at the same rates, the same factors held still. A way to
 tune that saves memory by learning less is not taken: it would be another update. What does not fit, in memory as planned or in
@@ -26,12 +26,11 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import BudgetError, ConfigError
 from sartor.core.filesystem import file_digest, write_file_atomic
 from sartor.core.model_refs import BaseRef
-from sartor.edge.personal.work import room_in_memory, write_job
-from sartor.edge.store import Store
-from sartor.edge.tuning.job import Job, Share
-from sartor.edge.tuning.plan import Planner, Rung
-from sartor.edge.tuning.receipt import Receipt
-from sartor.edge.tuning.within import Budget, tune_within
+from sartor.edge.owner.private_tuning import room_in_memory, write_job
+from sartor.edge.store.release_store import Store
+from sartor.edge.tuning.budgeted_tuning import Budget, Receipt, tune_within
+from sartor.edge.tuning.memory_plan import Planner, Rung
+from sartor.edge.tuning.tuning_job import Job, Share
 from sartor.federate.rounds.manifest import Manifest
 from sartor.federate.rounds.task import Learnt
 from sartor.federate.tuning.recipe import MODES, Settings
